@@ -1,0 +1,162 @@
+"""What crosses the border between the API process and the engine process.
+
+Everything here is a `msgspec.Struct`, sent as MessagePack over a local ZeroMQ socket. No torch, no pickle.
+Times are seconds of `time.monotonic()`, which all processes of one machine share.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended. Each admitted choice ends with exactly one of these."""
+
+    STOP = "stop"  # an end token, a stop token id
+    LENGTH = "length"  # max_tokens or the end of the context
+    ABORT = "abort"  # the client went away, or asked for it
+    ERROR = "error"  # this request failed; `TokenEvent.error` says why
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request's own sampling settings. The defaults leave the model's distribution as it is.
+
+    The values are judged by the server before admission; the engine takes them as true.
+    """
+
+    max_tokens: int  # 0 only makes sense with prompt_logprobs
+    seed: int = 0  # any int64; choice i of a request uses a seed derived from (seed, i)
+    temperature: float = 1.0  # 0: greedy decoding
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    frequency_penalty: float = 0.0  # over output
+    presence_penalty: float = 0.0  # over output
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0  # end tokens and stop token ids cannot be sampled before
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # None: none; k: of each sampled token and of the k most likely
+    prompt_logprobs: int | None = None  # the same for each prompt token but the first
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, of the model's own distribution (before any sampling setting)."""
+
+    logprob: float
+    rank: int  # 1: the most likely token
+    top_token_ids: list[int]  # most likely first; ties go to the lowest id
+    top_logprobs: list[float]
+
+
+class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The account of one finished choice, sent with its last event."""
+
+    arrival: float  # when the API process received it
+    queued: float  # when the engine received it
+    scheduled: float | None = None  # first time in a batch
+    first_token: float | None = None
+    finished: float = 0.0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_chunks: int = 0  # steps that computed prompt tokens
+
+
+class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one step did for one choice: its new tokens, and its end if it ended."""
+
+    request_id: str
+    index: int = 0  # which of the n choices
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # for prompt tokens 1.., once, with choice 0's first event
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache, in a choice's first event
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the token that ended it, where one did
+    error: str | None = None  # for logs; clients get a fixed text
+    times: RequestTimes | None = None  # with finish_reason
+
+
+class EngineStats(msgspec.Struct, kw_only=True, array_like=True):
+    """State of the engine after a step or a message. Names that end in `_total` only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_used: int = 0  # blocks that a living request holds
+    prefix_cache_queries_total: int = 0  # tokens
+    prefix_cache_hits_total: int = 0  # tokens
+    preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    prompt_tokens_cached_total: int = 0
+    generation_tokens_total: int = 0
+    steps_total: int = 0
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine is, once it is ready."""
+
+    pid: int
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+    num_blocks: int
+    vocab_size: int
+    device: str
+    dtype: str
+    kernels: str  # which implementation of engine/kernels runs
+    deterministic: bool  # whether the same request gets the same answer, bit for bit, in any batch
+    fingerprint: str  # names weights, version and settings that influence the output
+
+
+# From the API process to the engine.
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message of an API process; answered with `Ready` once the model is loaded."""
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """A prompt of at least one token and n choices of its continuation."""
+
+    request_id: str  # unique for the life of the engine
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival: float
+    n: int = 1
+    priority: int = 0  # lower runs first, as in vLLM
+    cache_salt: str = ""  # requests share cached prefixes only with those of the same salt
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """End choices of a request early; unknown ones are ignored. No event follows."""
+
+    request_id: str
+    index: int | None = None  # None: all of them
+
+
+# From the engine to the API process.
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    info: EngineInfo
+
+
+class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Once a step (all of a client's events in one message), after an abort, and once a second when idle.
+
+    It is also the heartbeat: it is sent by the step loop and by nothing else.
+    """
+
+    stats: EngineStats
+    events: list[TokenEvent] = []
+    num_step_tokens: int = 0  # tokens that the step computed, 0 where there was no step
+
+
+ToEngine = Hello | Submit | Abort
+FromEngine = Ready | Outputs
+
+HEARTBEAT_SECONDS = 1.0
