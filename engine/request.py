@@ -1,0 +1,151 @@
+"""The data that the engine's books are kept in: requests, steps, and what comes of them. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine.messages import FinishReason, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.record import RequestRecord
+
+if TYPE_CHECKING:
+    from engine.block_pool import Block
+
+__all__ = [
+    "FinishReason",
+    "Request",
+    "RequestTimes",
+    "RowOutput",
+    "SamplingParams",
+    "Scheduled",
+    "Status",
+    "Step",
+    "TokenEvent",
+    "TokenLogprobs",
+    "choice_seed",
+    "requests_of",
+]
+
+
+class Status(Enum):
+    WAITING = auto()  # not in a batch: new, or preempted
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One choice of a submitted prompt: a sequence that grows by one token a step until it ends.
+
+    `num_computed` tokens have their keys and values in `blocks`; the rest of `token_ids` is still to be computed.
+    """
+
+    request_id: str
+    index: int  # which of the n choices
+    token_ids: list[int]  # the prompt, then the output
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int  # of this choice
+    salt: bytes  # blocks are shared only between requests of the same salt
+    order: tuple[int, int]  # (priority, number of arrival): who comes first
+    record: RequestRecord
+    siblings: list[Request] = field(default_factory=list)  # choices that start once this one's prompt is computed
+
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    blocks: list[Block] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
+    num_published: int = 0  # how many of `blocks` others can find by their hash
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some prompt token still lacks its log probability."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """The part of one request that a step computes: positions start .. start + num_tokens."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool  # whether the last of these rows yields a token
+    num_prompt_logprobs: int = 0  # how many rows, counted from the first, tell the probability of a prompt token
+
+
+@dataclass(slots=True)
+class Step:
+    """What one pass through the model computes, as decided by the scheduler."""
+
+    step_id: int
+    scheduled: list[Scheduled]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+@dataclass(slots=True)
+class RowOutput:
+    """What the model made of one `Scheduled`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # for positions start + 1 ..
+    error: str | None = None
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The 64-bit seed of choice `index`. Choice 0 uses the request's own seed."""
+    if index == 0:
+        return seed & 0xFFFFFFFFFFFFFFFF
+    digest = hashlib.sha256(b"lightwell.choice" + struct.pack("<QQ", seed & 0xFFFFFFFFFFFFFFFF, index)).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def requests_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Request:
+    """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
+    choices = [
+        Request(
+            request_id=submit.request_id,
+            index=index,
+            token_ids=list(submit.prompt_token_ids),
+            num_prompt_tokens=len(submit.prompt_token_ids),
+            params=submit.params if index == 0 else _without_prompt_logprobs(submit.params),
+            seed=choice_seed(submit.params.seed, index),
+            salt=salt,
+            order=(submit.priority, number),
+            record=RequestRecord(
+                request_id=submit.request_id,
+                index=index,
+                arrival=submit.arrival,
+                queued=now,
+                num_prompt_tokens=len(submit.prompt_token_ids),
+            ),
+        )
+        for index in range(submit.n)
+    ]
+    choices[0].siblings = choices[1:]
+    return choices[0]
+
+
+def _without_prompt_logprobs(params: SamplingParams) -> SamplingParams:
+    """The prompt's log probabilities are the same for all choices, so only choice 0 computes them."""
+    if params.prompt_logprobs is None:
+        return params
+    return msgspec.structs.replace(params, prompt_logprobs=None)

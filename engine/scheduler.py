@@ -1,0 +1,276 @@
+"""Who computes what in the next step.
+
+The invariant: there is no prefill phase and no decode phase. A request has `num_computed` tokens that must catch up
+with `num_tokens`, and each step hands out a budget of tokens. Chunks of a prompt, hits in the prefix cache, resumption
+after preemption and decoding are all this one subtraction. Running requests come first, then waiting ones, each in the
+order of (priority, arrival). No torch.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Iterator, Sequence
+
+from engine.block_pool import BlockPool, extend_block_hashes
+from engine.messages import EngineStats, FinishReason, TokenEvent
+from engine.record import ChunkRecord, Recorder
+from engine.request import Request, RowOutput, Scheduled, Status, Step
+
+
+def _by_order(request: Request) -> tuple[int, int, int]:
+    return (*request.order, request.index)
+
+
+class Scheduler:
+    """The queue, the running requests, and their blocks."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        recorder: Recorder,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int] = (),
+        long_prefill_token_threshold: int = 0,
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}), "
+                "so that every running request gets a token in each step"
+            )
+        if pool.num_blocks * pool.block_size < max_model_len:
+            raise ValueError(
+                f"the KV cache holds {pool.num_blocks * pool.block_size} tokens, "
+                f"fewer than one request of max_model_len ({max_model_len})"
+            )
+        self.pool = pool
+        self.recorder = recorder
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_chunk = long_prefill_token_threshold or max_num_batched_tokens
+        self.watermark = pool.num_blocks // 100  # blocks kept free for running requests to grow into
+        self.running: list[Request] = []  # sorted by order
+        self.waiting: list[Request] = []  # sorted by order
+        self.stats = EngineStats(num_blocks=pool.num_blocks)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def requests(self) -> Iterator[Request]:
+        """All living requests, those included that wait for their sibling's prompt."""
+        for request in (*self.running, *self.waiting):
+            yield request
+            yield from request.siblings
+
+    def add(self, request: Request) -> None:
+        """Queue a request of at most `max_model_len` tokens. Its siblings follow when its prompt is computed."""
+        assert 0 < request.num_tokens <= self.max_model_len
+        insort(self.waiting, request, key=_by_order)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End choices of a request; unknown ones are ignored. The others go on."""
+        for request in list(self.requests()):
+            if request.request_id == request_id and index in (None, request.index):
+                self._finish(request, FinishReason.ABORT)
+
+    # A step begins.
+
+    def schedule(self) -> Step | None:
+        """Hand out the step's tokens and the blocks that they need; None where there is nothing to do."""
+        scheduled: list[Scheduled] = []
+        budget = self.max_num_batched_tokens
+        num_preempted = self.stats.preemptions_total
+        position = 0
+        while position < len(self.running):
+            request = self.running[position]
+            position += 1
+            num_after = len(self.running) - position  # each of them gets a token at least
+            num_tokens = min(request.num_tokens - request.num_computed, self.max_chunk, budget - num_after)
+            if self._grow(request, num_tokens):
+                scheduled.append(self._advance(request, num_tokens))
+                budget -= num_tokens
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+            if self.stats.preemptions_total > num_preempted or not self._admit(self.waiting[0], budget):
+                break
+            request = self.waiting.pop(0)
+            insort(self.running, request, key=_by_order)
+            num_tokens = min(request.num_tokens - request.num_computed, self.max_chunk, budget)
+            scheduled.append(self._advance(request, num_tokens))
+            budget -= num_tokens
+        if not scheduled:
+            return None
+        self.stats.steps_total += 1
+        return Step(self.stats.steps_total, scheduled)
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        """Give a running request blocks for its next tokens. Where there are none, the newest is preempted."""
+        num_blocks = self.pool.num_blocks_for(request.num_computed + num_tokens) - len(request.blocks)
+        while (blocks := self.pool.allocate(max(0, num_blocks))) is None:
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is request:
+                return False
+        request.blocks += blocks
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Take a request's blocks; it waits in its old place and computes again what is then not cached."""
+        self.running.remove(request)
+        self._release(request)
+        request.status = Status.WAITING
+        request.record.preemptions.append(time.monotonic())
+        if request.wants_prompt_logprobs:
+            request.prompt_logprobs.clear()
+        self.stats.preemptions_total += 1
+        insort(self.waiting, request, key=_by_order)
+
+    def _admit(self, request: Request, budget: int) -> bool:
+        """Give the first waiting request its cached prefix and blocks for its first chunk, or nothing."""
+        extend_block_hashes(request.block_hashes, request.token_ids, self.pool.block_size, request.salt)
+        # The last token is always computed, for its logits are needed.
+        num_usable = 0 if request.wants_prompt_logprobs else (request.num_tokens - 1) // self.pool.block_size
+        cached = self.pool.acquire(request.block_hashes[:num_usable])
+        num_cached = len(cached) * self.pool.block_size
+        num_tokens = min(request.num_tokens - num_cached, self.max_chunk, budget)
+        # Room for all its tokens, so that requests do not take turns in preempting each other.
+        num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached) + self.watermark
+        blocks = None
+        if not self.running or num_needed <= self.pool.num_free:
+            blocks = self.pool.allocate(self.pool.num_blocks_for(num_cached + num_tokens) - len(cached))
+        if blocks is None:
+            self.pool.release(cached)
+            return False
+        request.blocks = cached + blocks
+        request.num_computed = num_cached
+        request.num_published = len(cached)
+        request.status = Status.RUNNING
+        if request.record.scheduled is None:
+            self._record_first_schedule(request, num_cached)
+        return True
+
+    def _record_first_schedule(self, request: Request, num_cached: int) -> None:
+        request.record.scheduled = time.monotonic()
+        request.record.num_cached_tokens = num_cached
+        self.stats.prompt_tokens_total += request.num_prompt_tokens
+        self.stats.prompt_tokens_cached_total += num_cached
+        if not request.wants_prompt_logprobs:
+            self.stats.prefix_cache_queries_total += request.num_prompt_tokens
+            self.stats.prefix_cache_hits_total += num_cached
+
+    def _advance(self, request: Request, num_tokens: int) -> Scheduled:
+        start = request.num_computed
+        request.num_computed += num_tokens
+        samples = request.num_computed == request.num_tokens
+        if num_tokens > 1 or start < request.num_prompt_tokens:
+            request.record.chunks.append(ChunkRecord(self.stats.steps_total + 1, start, num_tokens))
+        num_prompt_logprobs = 0
+        if request.wants_prompt_logprobs:  # the row of one token tells the probability of the next
+            num_prompt_logprobs = min(request.num_computed, request.num_prompt_tokens - 1) - start
+        return Scheduled(request, start, num_tokens, samples, num_prompt_logprobs)
+
+    # A step ends.
+
+    def update(self, step: Step, outputs: Sequence[RowOutput]) -> list[TokenEvent]:
+        """Take in what the model made of a step; return what became of each request that has news."""
+        events = [self._update(item, output) for item, output in zip(step.scheduled, outputs, strict=True)]
+        return [event for event in events if event is not None]
+
+    def _update(self, item: Scheduled, output: RowOutput) -> TokenEvent | None:
+        request = item.request
+        if request.status is not Status.RUNNING:  # aborted or preempted while the step ran
+            return None
+        event = TokenEvent(request_id=request.request_id, index=request.index)
+        if output.error is not None:
+            event.error = output.error
+            return self._end(request, event, FinishReason.ERROR)
+        self._publish(request)
+        request.prompt_logprobs += output.prompt_logprobs
+        if not item.samples:
+            return None
+        if request.num_output_tokens == 0:
+            self._first_token(request, event)
+        token_ids = output.token_ids[: request.params.max_tokens - request.num_output_tokens]
+        request.token_ids += token_ids
+        request.record.num_output_tokens += len(token_ids)
+        self.stats.generation_tokens_total += len(token_ids)
+        event.token_ids = token_ids
+        event.logprobs = output.logprobs[: len(token_ids)] if output.logprobs is not None else None
+        reason = self._finish_reason(request, event)
+        return event if reason is None else self._end(request, event, reason)
+
+    def _publish(self, request: Request) -> None:
+        """Make the blocks findable whose last token has been computed."""
+        num_full = request.num_computed // self.pool.block_size
+        if num_full > request.num_published:
+            extend_block_hashes(request.block_hashes, request.token_ids, self.pool.block_size, request.salt)
+            for index in range(request.num_published, num_full):
+                self.pool.publish(request.blocks[index], request.block_hashes[index])
+            request.num_published = num_full
+
+    def _first_token(self, request: Request, event: TokenEvent) -> None:
+        request.record.first_token = time.monotonic()
+        event.num_cached_tokens = request.record.num_cached_tokens
+        if request.params.prompt_logprobs is not None:
+            event.prompt_logprobs = request.prompt_logprobs
+        self._start_siblings(request)
+
+    def _finish_reason(self, request: Request, event: TokenEvent) -> FinishReason | None:
+        last = event.token_ids[-1] if event.token_ids else None
+        if last is not None and request.num_output_tokens >= request.params.min_tokens:
+            is_eos = last in self.eos_token_ids and not request.params.ignore_eos
+            if is_eos or last in request.params.stop_token_ids:
+                event.stop_token_id = last
+                return FinishReason.STOP
+        if request.num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _end(self, request: Request, event: TokenEvent, reason: FinishReason) -> TokenEvent:
+        self._finish(request, reason)
+        event.finish_reason = reason
+        event.times = request.record.times()
+        return event
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        """Take a living request out of the books; its siblings that have not started move up."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        else:
+            self._leader(request).siblings.remove(request)
+        self._start_siblings(request)
+        self._release(request)
+        request.status = Status.FINISHED
+        request.record.finished = time.monotonic()
+        request.record.finish_reason = reason.value
+        self.recorder.add_request(request.record)
+
+    def _start_siblings(self, request: Request) -> None:
+        siblings, request.siblings = request.siblings, []
+        for sibling in siblings:
+            self.add(sibling)
+
+    def _leader(self, request: Request) -> Request:
+        return next(other for other in (*self.running, *self.waiting) if request in other.siblings)
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        request.blocks = []
+        request.num_computed = request.num_published = 0
+
+    def current_stats(self) -> EngineStats:
+        self.stats.num_running = len(self.running)
+        self.stats.num_waiting = sum(1 for _ in self.requests()) - len(self.running)
+        self.stats.num_blocks_used = self.pool.num_used
+        return self.stats
+
+    def check(self) -> None:
+        """Raise RuntimeError unless every block is accounted for."""
+        self.pool.check([request.blocks for request in self.requests()])
