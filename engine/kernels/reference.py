@@ -1,0 +1,295 @@
+"""The operations in plain torch: the oracle of the tests, and what runs where there is nothing faster.
+
+Libraries choose another order of additions for few rows than for many, so row counts are padded to what a probe at
+load found to agree. Attention is flash attention (Dao et al. 2022) over a paged cache: keys are cut into tiles of
+fixed length aligned to position 0, visited in ascending order, and merged with the running softmax. A tile that a row
+does not see leaves the row's state as it is, to the bit, so neither the neighbours' lengths nor the size of a chunk nor
+what was cached selects another order of additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch import BatchInputs
+from engine.kernels import LinearOp
+
+KEY_TILE = 256  # keys that one pass of the softmax takes in
+QUERY_TILES = (1, 16, 128)  # tokens of one sequence that are computed together; the smallest that holds them all
+ROW_MULTIPLE = 8  # packed rows of a query tile are padded to it
+ROW_MULTIPLES = (1, 2, 4, 8, 16, 64)  # candidates for padding the rows of a product with weights
+PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 24, 31, 33, 64, 96)
+PROBE_MAX_ROWS = 192
+PROBE_RESULTS = 2**18  # numbers that are compared for each number of rows
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class TorchKernels:
+    """Plain torch on any device."""
+
+    name = "torch"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.deterministic = True
+        self._row_multiples: dict[torch.Size, int] = {}  # weight shape -> padding
+        self._query_tiles: dict[tuple[int, int], tuple[int, ...]] = {}  # (G, D) -> sizes that agree
+
+    # Matrix products.
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
+        shape = weight.shape
+        product = _packed_product(weight, bias) if _can_pack(weight) else _plain_product(weight, bias)
+        if shape not in self._row_multiples:
+            self._row_multiples[shape] = self._find_row_multiple(product, shape[1])
+        multiple = self._row_multiples[shape]
+        return product if multiple == 1 else _padded(product, multiple)
+
+    def _find_row_multiple(self, product: LinearOp, num_inputs: int) -> int:
+        """The smallest padding with which a row's result does not depend on the number of rows.
+
+        Another order of additions shows in few of the rounded results, so each number of rows is tried on many rows.
+        """
+        x = self._random(PROBE_MAX_ROWS, num_inputs)
+        expected = product(x)
+        num_rows = min(PROBE_MAX_ROWS, -(-PROBE_RESULTS // expected.shape[1]))
+        for multiple in ROW_MULTIPLES:
+            padded = _padded(product, multiple)
+            if all(
+                torch.equal(padded(x[first : first + rows]), expected[first : first + rows])
+                for rows in PROBE_ROWS
+                for first in range(0, max(1, num_rows - rows + 1), rows)
+            ):
+                return multiple
+        self.deterministic = False
+        return 1
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+
+    # Rows.
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual += x
+        return F.rms_norm(residual, (x.shape[-1],), weight, eps)
+
+    def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate).mul_(up)
+
+    def rope_and_store_kv(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        cos, sin = cos[:, None], sin[:, None]  # one for all heads
+        k_cache.flatten(0, 1).index_copy_(0, slots, _rotate(k, cos, sin))
+        v_cache.flatten(0, 1).index_copy_(0, slots, v)
+        return _rotate(q, cos, sin)
+
+    # Attention.
+
+    def plan_attention(self, batch: BatchInputs, num_heads: int, k_cache: Tensor) -> AttentionPlan:
+        _, block_size, num_kv_heads, head_dim = k_cache.shape
+        group_size = num_heads // num_kv_heads
+        tiles = self._agreeing_query_tiles(group_size, head_dim)
+        members: dict[int, list[QueryTile]] = {}
+        first_row = 0
+        for index, (query_len, seq_len) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
+            size = next((tile for tile in tiles if tile >= query_len), tiles[-1])
+            for offset in range(0, query_len, size):
+                num_rows = min(size, query_len - offset)
+                position = seq_len - query_len + offset
+                members.setdefault(size, []).append(QueryTile(index, first_row + offset, num_rows, position))
+            first_row += query_len
+        tables = _pad_tables(batch.block_tables, KEY_TILE // block_size)
+        return AttentionPlan(
+            [_group(size, group, group_size, tables, first_row) for size, group in members.items()], block_size
+        )
+
+    def paged_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, window: int | None
+    ) -> Tensor:
+        num_rows, num_heads, head_dim = q.shape
+        padded = q.new_zeros((num_rows + 1, num_heads, head_dim))  # the last row stands in for padding
+        padded[:num_rows] = q
+        out = torch.empty_like(padded)
+        for group in plan.groups:
+            out[group.rows] = _attend(padded[group.rows], k_cache, v_cache, group, scale, window)
+        return out[:num_rows]
+
+    def _agreeing_query_tiles(self, group_size: int, head_dim: int) -> tuple[int, ...]:
+        """Sizes of query tiles whose products give a row the same bits, or one size where they do not agree."""
+        key = (group_size, head_dim)
+        if key not in self._query_tiles:
+            agree = all(
+                self._products_agree(group_size, *shape) for shape in ((head_dim, KEY_TILE), (KEY_TILE, head_dim))
+            )
+            self._query_tiles[key] = QUERY_TILES if agree else QUERY_TILES[1:2]
+        return self._query_tiles[key]
+
+    def _products_agree(self, group_size: int, num_inputs: int, num_outputs: int) -> bool:
+        most = _round_up(QUERY_TILES[-1] * group_size, ROW_MULTIPLE)
+        x, w = self._random(3, most, num_inputs).float(), self._random(3, num_inputs, num_outputs).float()
+        expected = torch.bmm(x, w)
+        rows = [_round_up(tile * group_size, ROW_MULTIPLE) for tile in QUERY_TILES]
+        return all(
+            torch.equal(torch.bmm(x[:count, :num].contiguous(), w[:count]), expected[:count, :num])
+            for num in rows
+            for count in (1, 2, 3)
+        )
+
+
+@dataclass(slots=True)
+class QueryTile:
+    """Some consecutive rows of one sequence."""
+
+    sequence: int
+    first_row: int
+    num_rows: int
+    first_position: int
+
+
+@dataclass(slots=True)
+class QueryGroup:
+    """A query tiles of one size Q, most keys first, so that those that still have keys are always a prefix."""
+
+    rows: Tensor  # [A, Q] rows of the batch, padded with T
+    positions: Tensor  # [A, 1, R, 1] position of each packed row (R = Q * G, padded), -1 where there is none
+    block_tables: Tensor  # [A, key tiles * blocks of a key tile]
+    num_active: list[int]  # for each key tile: how many query tiles see some of it
+    first_positions: list[int]  # of each query tile
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    groups: list[QueryGroup]
+    block_size: int
+
+
+def _group(size: int, tiles: list[QueryTile], group_size: int, tables: Tensor, padding_row: int) -> QueryGroup:
+    tiles.sort(key=lambda tile: -(tile.first_position + tile.num_rows))
+    device = tables.device
+    offsets = torch.arange(size)
+    valid = offsets < torch.tensor([tile.num_rows for tile in tiles])[:, None]
+    rows = torch.tensor([tile.first_row for tile in tiles])[:, None] + offsets
+    positions = torch.tensor([tile.first_position for tile in tiles])[:, None] + offsets
+    packed = torch.where(valid, positions, -1).repeat_interleave(group_size, dim=1)
+    packed = F.pad(packed, (0, _round_up(packed.shape[1], ROW_MULTIPLE) - packed.shape[1]), value=-1)
+    ends = [tile.first_position + tile.num_rows for tile in tiles]
+    return QueryGroup(
+        rows=torch.where(valid, rows, padding_row).to(device),
+        positions=packed[:, None, :, None].to(device),
+        block_tables=tables[torch.tensor([tile.sequence for tile in tiles], device=device)],
+        num_active=[sum(end > start for end in ends) for start in range(0, ends[0], KEY_TILE)],
+        first_positions=[tile.first_position for tile in tiles],
+    )
+
+
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: QueryGroup, scale: float, window: int | None) -> Tensor:
+    """Flash attention of query tiles q [A, Q, H, D] over their pages."""
+    num_tiles, size, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    blocks_per_tile = KEY_TILE // block_size
+    num_rows = group.positions.shape[2]
+    num_packed = size * num_heads // num_kv_heads
+    # Query heads that share a KV head become rows of one product.
+    packed = q.new_zeros((num_tiles, num_kv_heads, num_rows, head_dim), dtype=torch.float32)
+    heads = q.view(num_tiles, size, num_kv_heads, -1, head_dim).permute(0, 2, 1, 3, 4)
+    packed[:, :, :num_packed] = heads.reshape(num_tiles, num_kv_heads, num_packed, head_dim)
+    packed *= scale
+    highest = packed.new_full((num_tiles, num_kv_heads, num_rows, 1), float("-inf"))
+    total = torch.zeros_like(highest)
+    weighted = torch.zeros_like(packed)
+    key_positions = torch.arange(KEY_TILE, device=q.device)
+    for tile, active in enumerate(group.num_active):
+        start = tile * KEY_TILE
+        if window is not None and min(group.first_positions[:active]) - window + 1 >= start + KEY_TILE:
+            continue  # no row sees this tile
+        blocks = group.block_tables[:active, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
+        keys, values = _gather(k_cache, blocks), _gather(v_cache, blocks)
+        distance = group.positions[:active] - (start + key_positions)  # [A, 1, R, KEY_TILE]
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        scores = _bmm(packed[:active], keys.transpose(2, 3)).masked_fill_(hidden, float("-inf"))
+        _merge(scores, values, highest[:active], total[:active], weighted[:active])
+    out = (weighted / total)[:, :, :num_packed].view(num_tiles, num_kv_heads, size, -1, head_dim)
+    return out.permute(0, 2, 1, 3, 4).reshape(q.shape).to(q.dtype)
+
+
+def _merge(scores: Tensor, values: Tensor, highest: Tensor, total: Tensor, weighted: Tensor) -> None:
+    """Take one tile into the running softmax, in place. A row that sees nothing of it is left as it is."""
+    new_highest = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
+    pivot = new_highest.clamp(min=torch.finfo(torch.float32).min)  # -inf minus -inf would be NaN
+    weights = scores.sub_(pivot).exp_()
+    shrink = (highest - pivot).exp_()
+    total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
+    weighted.mul_(shrink).add_(_bmm(weights, values))
+    highest.copy_(new_highest)
+
+
+def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
+    """The pages `blocks` [A, n] of a cache [B, N, KH, D], as float32 [A, KH, n * N, D]."""
+    num_tiles, num_blocks = blocks.shape
+    _, block_size, num_kv_heads, head_dim = cache.shape
+    pages = cache.flatten(1).index_select(0, blocks.flatten())
+    pages = pages.view(num_tiles, num_blocks * block_size, num_kv_heads, head_dim).transpose(1, 2)
+    return pages.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(*a.shape[:3], b.shape[3])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D / 2) of x [T, heads, D], in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _pad_tables(tables: Tensor, multiple: int) -> Tensor:
+    return F.pad(tables, (0, _round_up(tables.shape[1], multiple) - tables.shape[1]))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _can_pack(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
+def _packed_product(weight: Tensor, bias: Tensor | None) -> LinearOp:
+    """oneDNN, with the weight in the layout that it wants, so that it is not reordered in every call."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def product(x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return out
+
+    return product
+
+
+def _plain_product(weight: Tensor, bias: Tensor | None) -> LinearOp:
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _padded(product: LinearOp, multiple: int) -> LinearOp:
+    """The same product, always over a multiple of so many rows."""
+
+    def padded(x: Tensor) -> Tensor:
+        missing = -len(x) % multiple
+        return product(F.pad(x, (0, 0, 0, missing)))[: len(x)] if missing else product(x)
+
+    return padded

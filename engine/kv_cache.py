@@ -1,0 +1,100 @@
+"""The keys and values of all blocks, and how much memory they get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig, ModelConfig
+
+FULL_LENGTH_REQUESTS = 4  # what the default on a CPU holds
+CPU_MEMORY_SHARE = 0.5  # of the memory that is free once the weights are loaded
+GPU_MEMORY_SHARE = 0.9
+MIB = 1024 * 1024
+
+
+class KVCache:
+    """One pair of tensors [B, N, KH, D] for each layer: blocks, tokens of a block, KV heads, head size."""
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        # Zeros, not empty: what a row does not see is multiplied by 0, which must not meet a NaN. On a CPU the
+        # operating system provides zeroed memory only when a block is first written.
+        self.layers: list[tuple[Tensor, Tensor]] = [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.num_hidden_layers)
+        ]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the KV cache was sized."""
+
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    max_model_len: int
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def num_full_length_requests(self) -> float:
+        return self.num_tokens / self.max_model_len
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    values = block_size * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * 2
+    return values * dtype.itemsize
+
+
+def plan_memory(
+    config: ModelConfig, engine_config: EngineConfig, max_model_len: int, dtype: torch.dtype, device: torch.device
+) -> MemoryPlan:
+    """Size the KV cache by `kv_cache_memory`, or by the memory that is free.
+
+    Raises ValueError, with what would fit, if not even one request of `max_model_len` tokens has room.
+    """
+    block_size = engine_config.block_size
+    block_bytes = bytes_per_block(config, block_size, dtype)
+    blocks_of_one = -(-max_model_len // block_size)
+    budget = engine_config.kv_cache_memory
+    if budget is None:
+        budget = _default_budget(device, blocks_of_one * block_bytes)
+    num_blocks = budget // block_bytes
+    if num_blocks < blocks_of_one:
+        raise ValueError(
+            f"a KV cache of {budget / MIB:.0f} MiB holds {num_blocks * block_size} tokens, but one request of "
+            f"max_model_len {max_model_len} needs {blocks_of_one * block_bytes / MIB:.0f} MiB; "
+            f"use --max-model-len {max(1, num_blocks * block_size)} or less, or --kv-cache-memory "
+            f"{-(-blocks_of_one * block_bytes // MIB)}MiB or more"
+        )
+    return MemoryPlan(num_blocks, block_size, block_bytes, max_model_len)
+
+
+def _default_budget(device: torch.device, full_length_bytes: int) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_MEMORY_SHARE)
+    return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(available_memory() * CPU_MEMORY_SHARE))
+
+
+def available_memory() -> int:
+    """Bytes that this process can still get, by the kernel's estimate and the control group's limit."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            return min(available, int(limit.read()) - int(current.read()))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return available
