@@ -1,0 +1,251 @@
+"""The engine process: one loop that takes messages in, runs steps, and sends events out.
+
+Each pass of the loop sends at most one message to each API process. The loop is its own watchdog: if a pass takes
+longer than `step_timeout`, the stacks of all threads are written to stderr and the process exits.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import hashlib
+import importlib.metadata
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+import torch
+import zmq
+
+from engine.config import EngineConfig, EngineProcessConfig
+from engine.core import Engine
+from engine.kv_cache import MIB
+from engine.lifeline import die_with_parent
+from engine.logs import configure_logging
+from engine.messages import (
+    HEARTBEAT_SECONDS,
+    Abort,
+    EngineInfo,
+    EngineStats,
+    FromEngine,
+    Outputs,
+    Ready,
+    Submit,
+    ToEngine,
+    TokenEvent,
+)
+from engine.runner import LoadedModel, Progress, load_model
+
+logger = logging.getLogger("lightwell.engine")
+
+FINGERPRINT_BYTES = 1024 * 1024  # of each file of weights
+
+
+class Clients:
+    """The API processes: which there are, and who waits for which request."""
+
+    def __init__(self, address: str) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
+        # A ROUTER drops what exceeds its high-water mark. What is in flight is bounded by admission instead.
+        self.socket.set_hwm(0)
+        self.socket.linger = 0
+        self.socket.bind(address)
+        self.identities: set[bytes] = set()
+        self.owners: dict[str, tuple[bytes, set[int]]] = {}  # request id -> (API process, choices that have not ended)
+        self.encoder = msgspec.msgpack.Encoder()
+        self.decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+
+    def receive(self, timeout: float) -> list[tuple[bytes, ToEngine]]:
+        """All messages that are there; waits up to `timeout` seconds for the first."""
+        messages: list[tuple[bytes, ToEngine]] = []
+        wait = int(timeout * 1000)
+        while self.socket.poll(wait):
+            identity, frame = self.socket.recv_multipart()
+            messages.append((identity, self.decoder.decode(frame)))
+            wait = 0
+        return messages
+
+    def send(self, identity: bytes, message: FromEngine) -> None:
+        self.socket.send_multipart((identity, self.encoder.encode(message)))
+
+    def send_outputs(self, events: list[TokenEvent], stats: EngineStats, num_step_tokens: int) -> None:
+        """One message to each API process, with its own events."""
+        by_identity: dict[bytes, list[TokenEvent]] = {identity: [] for identity in self.identities}
+        for event in events:
+            by_identity[self.owners[event.request_id][0]].append(event)
+            if event.finish_reason is not None:
+                self.forget(event.request_id, event.index)
+        for identity, own_events in by_identity.items():
+            self.send(identity, Outputs(stats=stats, events=own_events, num_step_tokens=num_step_tokens))
+
+    def remember(self, identity: bytes, submit: Submit) -> None:
+        self.owners[submit.request_id] = (identity, set(range(submit.n)))
+
+    def forget(self, request_id: str, index: int | None) -> None:
+        """A choice has ended (None: all have); unknown ones are ignored."""
+        if request_id in self.owners:
+            open_choices = self.owners[request_id][1]
+            open_choices.difference_update(set(open_choices) if index is None else {index})
+            if not open_choices:
+                del self.owners[request_id]
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
+
+
+class EngineLoop:
+    """Takes turns between the messages of the API processes and the steps of the engine."""
+
+    def __init__(self, engine: Engine, info: EngineInfo, clients: Clients) -> None:
+        self.engine = engine
+        self.info = info
+        self.clients = clients
+        self.stopping = False
+
+    def run(self, step_timeout: float) -> None:
+        """Until `stopping` is set. Where there is nothing to do, it waits for messages and sends a heartbeat."""
+        while not self.stopping:
+            faulthandler.dump_traceback_later(step_timeout + HEARTBEAT_SECONDS, exit=True)
+            self.turn(0.0 if self.engine.has_work else HEARTBEAT_SECONDS)
+        faulthandler.cancel_dump_traceback_later()
+
+    def turn(self, timeout: float) -> None:
+        """Messages in, at most one step, events out."""
+        for identity, message in self.clients.receive(timeout):
+            self.handle(identity, message)
+        step, events = self.engine.step()
+        self.clients.send_outputs(events, self.engine.stats(), step.num_tokens if step else 0)
+
+    def handle(self, identity: bytes, message: ToEngine) -> None:
+        if isinstance(message, Submit):
+            self.clients.remember(identity, message)
+            self.engine.add(message)
+        elif isinstance(message, Abort):
+            self.engine.abort(message.request_id, message.index)
+            self.clients.forget(message.request_id, message.index)
+        else:
+            self.clients.identities.add(identity)
+            self.clients.send(identity, Ready(self.info))
+
+    def stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self.stopping = True
+
+
+def engine_info(engine: Engine, loaded: LoadedModel, model_path: str) -> EngineInfo:
+    deterministic = loaded.runner.kernels.deterministic
+    return EngineInfo(
+        pid=os.getpid(),
+        max_model_len=loaded.limits.max_model_len,
+        max_num_seqs=loaded.limits.max_num_seqs,
+        block_size=loaded.memory.block_size,
+        num_blocks=loaded.memory.num_blocks,
+        vocab_size=loaded.config.vocab_size,
+        device=str(loaded.device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        kernels=loaded.runner.kernels.name,
+        deterministic=deterministic,
+        fingerprint=fingerprint(model_path, loaded),
+    )
+
+
+def fingerprint(model_path: str, loaded: LoadedModel) -> str:
+    """Names what the output depends on: weights, versions, device, number format, kernels, whether promise 1 holds."""
+    path = Path(model_path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:  # sizes and headers tell models apart, without reading all of a large one
+        with file.open("rb") as content:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + content.read(FINGERPRINT_BYTES))
+    version = importlib.metadata.version("lightwell")
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    digest.update(f"{version} {loaded.device.type} {dtype} {loaded.runner.kernels.name} {torch.__version__}".encode())
+    mode = "invariant" if loaded.runner.kernels.deterministic else "varying"
+    return f"lightwell-{version}-{dtype}-{mode}-{digest.hexdigest()[:12]}"
+
+
+def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
+    """One line each for model, device, number format and memory."""
+    memory, shape = loaded.memory, loaded.config
+    logger.info(
+        "model: %s, %s, %d layers, %d of %d heads hold keys and values, context %d",
+        Path(config.model_path).name,
+        shape.architecture,
+        shape.num_hidden_layers,
+        shape.num_key_value_heads,
+        shape.num_attention_heads,
+        loaded.limits.max_model_len,
+    )
+    logger.info(
+        "device: %s, %d threads, kernels: %s", loaded.device, torch.get_num_threads(), loaded.runner.kernels.name
+    )
+    invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"
+    logger.info("dtype: %s, answers are %s", str(loaded.dtype).removeprefix("torch."), invariant)
+    logger.info(
+        "memory: weights %.0f MiB, KV cache %.0f MiB for %d tokens, which are %.1f requests of full length",
+        loaded.weight_bytes / MIB,
+        memory.kv_cache_bytes / MIB,
+        memory.num_tokens,
+        memory.num_full_length_requests,
+    )
+
+
+def main() -> None:
+    """Read `EngineProcessConfig` from standard input, load, and serve until SIGTERM. SIGINT is the supervisor's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(os.getppid())
+    process_config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineProcessConfig)
+    close_log = configure_logging(process_config.log_level, process_config.log_format)
+    try:
+        run(process_config)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        logger.error("%s", error)
+        sys.exit(1)
+    finally:
+        close_log()
+
+
+def run(process_config: EngineProcessConfig) -> None:
+    config = process_config.config
+    clients = Clients(process_config.address)
+    started = time.monotonic()
+    loaded = load_model(config, progress_bar())
+    engine = Engine(config, loaded)
+    log_plan(loaded, config)
+    logger.info("engine: ready, loaded in %.1f s", time.monotonic() - started)
+    loop = EngineLoop(engine, engine_info(engine, loaded, config.model_path), clients)
+    signal.signal(signal.SIGTERM, loop.stop)
+    gc.collect()
+    gc.freeze()  # what was loaded stays; the collector need not look at it again
+    loop.run(config.step_timeout)
+    clients.close()
+
+
+def progress_bar() -> Progress | None:
+    """A bar on the terminal while weights are read; nothing where stderr is a file."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(TextColumn("weights"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task("weights")
+    bar.start()
+
+    def advance(num_bytes_done: int, num_bytes: int) -> None:
+        bar.update(task, completed=num_bytes_done, total=num_bytes)
+        if num_bytes_done == num_bytes:
+            bar.stop()
+
+    return advance
+
+
+if __name__ == "__main__":
+    main()

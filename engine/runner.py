@@ -1,0 +1,167 @@
+"""Owns the device: the model, the KV cache and the sampler. `run(step)` is one pass through them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.batch import BatchBuilder, BatchInputs
+from engine.config import EngineConfig, ModelConfig, load_model_config
+from engine.kernels import Kernels, load_kernels
+from engine.kv_cache import KVCache, MemoryPlan, plan_memory
+from engine.messages import TokenLogprobs
+from engine.model import CausalLM, Parameters
+from engine.record import StepClock
+from engine.request import RowOutput, Scheduled, Step
+from engine.sampler import Sampler, gather_logprobs
+from engine.weights import load_weights
+
+CPU_NUM_BATCHED_TOKENS = 512  # a step of this size lasts about as long as a person notices
+GPU_NUM_BATCHED_TOKENS = 8192
+LOGPROB_ROWS = 64  # rows whose logits are held at once for the log probabilities of a prompt
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The numbers of `EngineConfig`, chosen for this model and device."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class ModelRunner:
+    """Runs steps of one model on one device."""
+
+    def __init__(
+        self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder, sampler: Sampler, kernels: Kernels
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.builder = builder
+        self.sampler = sampler
+        self.kernels = kernels
+
+    @torch.inference_mode()
+    def run(self, step: Step, clock: StepClock) -> list[RowOutput]:
+        """Compute what the step schedules: one output for each of its items, in order."""
+        batch = self.builder.build(step)
+        clock.lap("prepare")
+        hidden = self.model.forward(batch, self.kv_cache)
+        clock.lap("forward")
+        outputs = [RowOutput() for _ in step.scheduled]
+        self._fill_prompt_logprobs(step, hidden, outputs)
+        self._fill_samples(step, batch, hidden, outputs)
+        clock.lap("sample")
+        return outputs
+
+    def _fill_samples(self, step: Step, batch: BatchInputs, hidden: Tensor, outputs: list[RowOutput]) -> None:
+        sampling = [(item.request, out) for item, out in zip(step.scheduled, outputs, strict=True) if item.samples]
+        if not sampling:
+            return
+        logits = self.model.compute_logits(hidden[batch.sample_rows])
+        wanted = [row for row, (request, _) in enumerate(sampling) if request.params.logprobs is not None]
+        raw_logits = logits[wanted] if wanted else None  # a copy, before any setting changes them
+        sampled = self.sampler.sample(logits, [request for request, _ in sampling])
+        if raw_logits is not None:
+            num_top = [sampling[row][0].params.logprobs or 0 for row in wanted]
+            for row, entry in zip(wanted, gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top), strict=True):
+                sampling[row][1].logprobs = [entry]
+        rows = zip(sampling, sampled.token_ids.tolist(), sampled.is_finite.tolist(), strict=True)
+        for (_, output), token_id, is_finite in rows:
+            output.token_ids = [token_id]
+            if not is_finite:
+                output.error = "the model's logits are not finite"
+
+    def _fill_prompt_logprobs(self, step: Step, hidden: Tensor, outputs: list[RowOutput]) -> None:
+        first_row = 0
+        for item, output in zip(step.scheduled, outputs, strict=True):
+            if item.num_prompt_logprobs:
+                rows = hidden[first_row : first_row + item.num_prompt_logprobs]
+                output.prompt_logprobs = self._prompt_logprobs(item, rows)
+            first_row += item.num_tokens
+
+    def _prompt_logprobs(self, item: Scheduled, hidden: Tensor) -> list[TokenLogprobs]:
+        first = item.start + 1  # a row tells the probability of the token after it
+        token_ids = torch.tensor(item.request.token_ids[first : first + len(hidden)], device=hidden.device)
+        num_top = item.request.params.prompt_logprobs or 0
+        chunks = zip(torch.split(hidden, LOGPROB_ROWS), torch.split(token_ids, LOGPROB_ROWS), strict=True)
+        return list(
+            itertools.chain.from_iterable(
+                gather_logprobs(self.model.compute_logits(rows), ids, [num_top] * len(ids)) for rows, ids in chunks
+            )
+        )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A runner and what was chosen for it."""
+
+    runner: ModelRunner
+    config: ModelConfig
+    limits: Limits
+    memory: MemoryPlan
+    device: torch.device
+    dtype: torch.dtype
+    weight_bytes: int
+
+
+def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
+    """Load weights, size the KV cache and make a runner. ValueError where the model or a setting does not fit."""
+    path = Path(config.model_path)
+    model_config = load_model_config(path)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    limits = choose_limits(config, model_config, device)
+    kernels = load_kernels(device, dtype)
+    with torch.inference_mode():
+        tensors = ((name, tensor.to(device)) for name, tensor in load_weights(path, model_config, dtype, progress))
+        parameters = Parameters(tensors)
+        weight_bytes = parameters.num_bytes
+        model = CausalLM(model_config, parameters, kernels, max_model_len=limits.max_model_len, device=device)
+    memory = plan_memory(model_config, config, limits.max_model_len, dtype, device)
+    runner = ModelRunner(
+        model,
+        KVCache(model_config, memory.num_blocks, memory.block_size, dtype, device),
+        BatchBuilder(
+            limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, memory.block_size, device
+        ),
+        Sampler(model_config.vocab_size, model_config.eos_token_ids, device),
+        kernels,
+    )
+    return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch finds no CUDA device here")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the processor multiplies it, else float16 on a GPU and float32 on a CPU."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def choose_limits(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> Limits:
+    trained = model_config.max_position_embeddings
+    max_model_len = config.max_model_len or trained
+    if max_model_len > trained:
+        raise ValueError(f"--max-model-len {max_model_len}: the model was trained for {trained} tokens")
+    default = CPU_NUM_BATCHED_TOKENS if device.type == "cpu" else GPU_NUM_BATCHED_TOKENS
+    max_num_batched_tokens = config.max_num_batched_tokens or max(default, config.max_num_seqs)
+    return Limits(max_model_len, config.max_num_seqs, max_num_batched_tokens)

@@ -1,0 +1,155 @@
+"""Promise 1 on the real model: the same request gets the same answer, bit for bit, however it is computed."""
+
+import dataclasses
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.messages import SamplingParams, Submit, TokenLogprobs
+from engine.runner import LoadedModel, load_model
+
+SEED = 20
+MAX_MODEL_LEN = 1024
+LENGTHS = [5, 8, 17, 31, 32, 33, 64, 100, 128, 200, 255, 256, 257, 400, 700, 900]
+
+Answer = tuple[list[int], list[TokenLogprobs]]
+
+
+@pytest.fixture(scope="module")
+def loaded(smollm2_path: Path) -> LoadedModel:
+    """The model on the default settings, but for a shorter context."""
+    return load_model(EngineConfig(model_path=str(smollm2_path), max_model_len=MAX_MODEL_LEN))
+
+
+@pytest.fixture(scope="module")
+def submits() -> list[Submit]:
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    submits = []
+    for number, length in enumerate(LENGTHS):
+        sampled = {"temperature": 1.0} if number % 3 == 1 else {"temperature": 0.8, "top_p": 0.9, "min_p": 0.02}
+        params = SamplingParams(
+            max_tokens=24,
+            seed=rng.randrange(2**63),
+            logprobs=5,
+            ignore_eos=True,
+            **({"temperature": 0.0} if number % 3 == 0 else sampled),  # type: ignore[arg-type]
+        )
+        if number == 7:
+            params = msgspec.structs.replace(params, repetition_penalty=1.2, frequency_penalty=0.5, top_k=40)
+        # Some prompts share a prefix, so that the cache has something to give.
+        prompt = [rng.randrange(1000, 40000) for _ in range(length)]
+        if number % 4 == 3:
+            prompt[: length // 2] = submits[-1].prompt_token_ids[: length // 2]
+        submits.append(
+            Submit(request_id=f"r{number}", prompt_token_ids=prompt, params=params, arrival=0.0, n=1 + number % 2)
+        )
+    return submits
+
+
+@pytest.fixture(scope="module")
+def alone(loaded: LoadedModel, submits: list[Submit]) -> dict[tuple[str, int], Answer]:
+    """Each choice by itself, its prompt in one piece, with an empty cache."""
+    answers = {}
+    for submit in submits:
+        answers |= run(make_engine(loaded), [submit])
+    return answers
+
+
+def make_engine(
+    loaded: LoadedModel, *, chunk: int = 0, num_blocks: int | None = None, seqs: int | None = None
+) -> Engine:
+    """An engine with an empty cache over the same weights and tensors."""
+    config = EngineConfig(model_path="", long_prefill_token_threshold=chunk)
+    if num_blocks is not None:
+        loaded = dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=num_blocks))
+    limits = dataclasses.replace(loaded.limits, max_num_batched_tokens=MAX_MODEL_LEN if not chunk else 512)
+    if seqs is not None:
+        limits = dataclasses.replace(limits, max_num_seqs=seqs)
+    loaded.runner.builder = type(loaded.runner.builder)(
+        limits.max_num_batched_tokens, limits.max_num_seqs, MAX_MODEL_LEN, loaded.memory.block_size, loaded.device
+    )
+    return Engine(config, dataclasses.replace(loaded, limits=limits))
+
+
+def run(engine: Engine, submits: Sequence[Submit]) -> dict[tuple[str, int], Answer]:
+    for submit in submits:
+        engine.add(submit)
+    return dict(_collect(engine))
+
+
+def _collect(engine: Engine) -> Iterator[tuple[tuple[str, int], Answer]]:
+    answers: dict[tuple[str, int], Answer] = {}
+    deadline = time.monotonic() + 600
+    while engine.has_work:
+        assert time.monotonic() < deadline
+        _, events = engine.step()
+        for event in events:
+            assert event.error is None
+            token_ids, logprobs = answers.setdefault((event.request_id, event.index), ([], []))
+            token_ids += event.token_ids
+            logprobs += event.logprobs or []
+    engine.scheduler.check()
+    assert engine.stats().num_blocks_used == 0
+    yield from answers.items()
+
+
+def assert_same(actual: dict[tuple[str, int], Answer], expected: dict[tuple[str, int], Answer]) -> None:
+    assert actual.keys() == expected.keys()
+    different = [key for key in expected if actual[key] != expected[key]]
+    assert not different
+
+
+def test_default_settings_are_deterministic(loaded: LoadedModel) -> None:
+    assert loaded.runner.kernels.deterministic
+
+
+def test_choices_of_a_request_differ(alone: dict[tuple[str, int], Answer]) -> None:
+    assert alone["r1", 0][0] != alone["r1", 1][0]
+
+
+def test_full_batch(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
+    engine = make_engine(loaded)
+    assert_same(run(engine, submits), alone)
+    assert max(len(step.scheduled) for step in engine.recorder.steps) >= len(submits)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunks(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer], chunk: int) -> None:
+    engine = make_engine(loaded, chunk=chunk)
+    assert_same(run(engine, submits), alone)
+    assert all(num_tokens <= chunk for step in engine.recorder.steps for *_, num_tokens in step.scheduled)
+
+
+def test_chunks_alone(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
+    for submit in submits[8:12]:
+        answers = run(make_engine(loaded, chunk=7), [submit])
+        assert_same(answers, {key: alone[key] for key in answers})
+
+
+def test_warm_prefix_cache(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
+    engine = make_engine(loaded)
+    run(engine, submits)
+    assert_same(run(engine, submits), alone)
+    hits = {record.request_id: record.num_cached_tokens for record in list(engine.recorder.requests)[-len(alone) :]}
+    assert all(hits[f"r{number}"] == (length - 1) // 32 * 32 for number, length in enumerate(LENGTHS))
+
+
+def test_preemption(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
+    """Blocks for one request of full length: several shorter ones do not have room to grow."""
+    engine = make_engine(loaded, num_blocks=MAX_MODEL_LEN // 32)
+    engine.scheduler.watermark = 0
+    short = [submit for submit, length in zip(submits, LENGTHS, strict=True) if length <= 257]
+    answers = run(engine, short)
+    assert_same(answers, {key: alone[key] for key in answers})
+    assert engine.stats().preemptions_total > 0
+
+
+def test_few_at_a_time(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
+    assert_same(run(make_engine(loaded, seqs=3), list(reversed(submits))), alone)
