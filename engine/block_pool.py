@@ -84,7 +84,7 @@ class BlockPool:
         return found
 
     def release(self, blocks: Sequence[Block]) -> None:
-        """Let go of a request's blocks, given in the order of its tokens; the last are reused first."""
+        """Let go of a request's blocks, given in the order of its tokens; of the findable ones the last go first."""
         for block in reversed(blocks):
             assert block.ref_count > 0
             block.ref_count -= 1
@@ -99,15 +99,20 @@ class BlockPool:
             block.block_hash = block_hash
             self.published[block_hash] = block
 
+    def unpublish(self, blocks: Iterable[Block]) -> None:
+        """Let nobody find these blocks any more, because what they contain cannot be trusted."""
+        for block in blocks:
+            if block.block_hash is not None:
+                del self.published[block.block_hash]
+                block.block_hash = None
+
     def _take(self) -> Block:
         if self.free_blocks:
             _, block = self.free_blocks.popitem(last=False)
         else:
             block = self.blocks[self.num_touched]
             self.num_touched += 1
-        if block.block_hash is not None:
-            del self.published[block.block_hash]
-            block.block_hash = None
+        self.unpublish([block])
         block.ref_count = 1
         return block
 
@@ -123,5 +128,8 @@ class BlockPool:
                 raise RuntimeError(f"block {block.block_id}: {block.ref_count} references, held by {held}, free {free}")
             if block.block_hash is not None and self.published.get(block.block_hash) is not block:
                 raise RuntimeError(f"block {block.block_id} has a hash that leads elsewhere")
+        for block_id, block in self.free_blocks.items():
+            if block is not self.blocks[block_id] or block_id >= self.num_touched:
+                raise RuntimeError(f"the free block {block_id} is another one, or was never used")
         if any(block.block_hash != block_hash for block_hash, block in self.published.items()):
             raise RuntimeError("a published hash leads to a block that does not carry it")

@@ -10,7 +10,7 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.messages import EngineStats, Submit, TokenEvent
 from engine.record import Recorder, StepClock, StepRecord
-from engine.request import Step, requests_of
+from engine.request import Step, leader_of
 from engine.runner import LoadedModel
 from engine.scheduler import Scheduler
 
@@ -40,7 +40,7 @@ class Engine:
     def add(self, submit: Submit) -> None:
         """Queue a prompt of 1 to max_model_len tokens. Its choices share blocks even without prefix caching."""
         salt = submit.cache_salt.encode() if self.enable_prefix_caching else os.urandom(16)
-        self.scheduler.add(requests_of(submit, salt=salt, number=next(self.arrivals), now=time.monotonic()))
+        self.scheduler.add(leader_of(submit, salt=salt, number=next(self.arrivals), now=time.monotonic()))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End choices of a request without an event; unknown ones are ignored."""

@@ -62,7 +62,7 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     num_output_tokens: int = 0
     num_preemptions: int = 0
-    num_chunks: int = 0  # steps that computed prompt tokens
+    num_chunks: int = 0  # steps that computed prompt tokens, or again what a preemption lost
 
 
 class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):

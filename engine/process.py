@@ -35,6 +35,7 @@ from engine.messages import (
     FromEngine,
     Outputs,
     Ready,
+    SamplingParams,
     Submit,
     ToEngine,
     TokenEvent,
@@ -182,9 +183,8 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
         shape.num_attention_heads,
         loaded.limits.max_model_len,
     )
-    logger.info(
-        "device: %s, %d threads, kernels: %s", loaded.device, torch.get_num_threads(), loaded.runner.kernels.name
-    )
+    kernels = loaded.runner.kernels
+    logger.info("device: %s, %d threads, kernels: %s", loaded.device, torch.get_num_threads(), kernels.name)
     invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"
     logger.info("dtype: %s, answers are %s", str(loaded.dtype).removeprefix("torch."), invariant)
     logger.info(
@@ -216,6 +216,7 @@ def run(process_config: EngineProcessConfig) -> None:
     clients = Clients(process_config.address)
     started = time.monotonic()
     loaded = load_model(config, progress_bar())
+    warm_up(Engine(config, loaded))  # its own books; the real ones start at zero
     engine = Engine(config, loaded)
     log_plan(loaded, config)
     logger.info("engine: ready, loaded in %.1f s", time.monotonic() - started)
@@ -225,6 +226,14 @@ def run(process_config: EngineProcessConfig) -> None:
     gc.freeze()  # what was loaded stays; the collector need not look at it again
     loop.run(config.step_timeout)
     clients.close()
+
+
+def warm_up(engine: Engine) -> None:
+    """Generate a few tokens, so that what libraries do at the first call does not wait for the first request."""
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    engine.add(Submit(request_id="warm-up", prompt_token_ids=[0, 0], params=params, arrival=time.monotonic()))
+    while engine.has_work:
+        engine.step()
 
 
 def progress_bar() -> Progress | None:

@@ -28,7 +28,7 @@ __all__ = [
     "TokenEvent",
     "TokenLogprobs",
     "choice_seed",
-    "requests_of",
+    "leader_of",
 ]
 
 
@@ -60,7 +60,7 @@ class Request:
     num_computed: int = 0
     blocks: list[Block] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
-    num_published: int = 0  # how many of `blocks` others can find by their hash
+    num_published: int = 0  # how many of `blocks` have been offered to others
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
@@ -118,7 +118,7 @@ def choice_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def requests_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Request:
+def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Request:
     """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
     choices = [
         Request(

@@ -36,6 +36,11 @@ class Scheduler:
         eos_token_ids: Sequence[int] = (),
         long_prefill_token_threshold: int = 0,
     ) -> None:
+        if max_num_seqs < 1 or max_model_len < 1 or long_prefill_token_threshold < 0:
+            raise ValueError(
+                f"max_num_seqs ({max_num_seqs}) and max_model_len ({max_model_len}) must be at least 1, "
+                f"long_prefill_token_threshold ({long_prefill_token_threshold}) at least 0"
+            )
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}), "
@@ -138,8 +143,10 @@ class Scheduler:
         cached = self.pool.acquire(request.block_hashes[:num_usable])
         num_cached = len(cached) * self.pool.block_size
         num_tokens = min(request.num_tokens - num_cached, self.max_chunk, budget)
-        # Room for all its tokens, so that requests do not take turns in preempting each other.
-        num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached) + self.watermark
+        # Room for all tokens that are known, its own and the others', so that requests do not take turns in
+        # preempting each other.
+        num_promised = sum(self.pool.num_blocks_for(other.num_tokens) - len(other.blocks) for other in self.running)
+        num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached) + num_promised + self.watermark
         blocks = None
         if not self.running or num_needed <= self.pool.num_free:
             blocks = self.pool.allocate(self.pool.num_blocks_for(num_cached + num_tokens) - len(cached))
@@ -186,15 +193,18 @@ class Scheduler:
         if request.status is not Status.RUNNING:  # aborted or preempted while the step ran
             return None
         event = TokenEvent(request_id=request.request_id, index=request.index)
+        if request.num_output_tokens == 0:
+            event.num_cached_tokens = request.record.num_cached_tokens
         if output.error is not None:
             event.error = output.error
+            self.pool.unpublish(request.blocks)
             return self._end(request, event, FinishReason.ERROR)
-        self._publish(request)
+        self._publish(request, item.start + item.num_tokens)
         request.prompt_logprobs += output.prompt_logprobs
         if not item.samples:
             return None
         if request.num_output_tokens == 0:
-            self._first_token(request, event)
+            self._prompt_is_computed(request, event)
         token_ids = output.token_ids[: request.params.max_tokens - request.num_output_tokens]
         request.token_ids += token_ids
         request.record.num_output_tokens += len(token_ids)
@@ -204,21 +214,23 @@ class Scheduler:
         reason = self._finish_reason(request, event)
         return event if reason is None else self._end(request, event, reason)
 
-    def _publish(self, request: Request) -> None:
+    def _publish(self, request: Request, num_computed: int) -> None:
         """Make the blocks findable whose last token has been computed."""
-        num_full = request.num_computed // self.pool.block_size
+        num_full = num_computed // self.pool.block_size
         if num_full > request.num_published:
             extend_block_hashes(request.block_hashes, request.token_ids, self.pool.block_size, request.salt)
             for index in range(request.num_published, num_full):
                 self.pool.publish(request.blocks[index], request.block_hashes[index])
             request.num_published = num_full
 
-    def _first_token(self, request: Request, event: TokenEvent) -> None:
-        request.record.first_token = time.monotonic()
-        event.num_cached_tokens = request.record.num_cached_tokens
+    def _prompt_is_computed(self, request: Request, event: TokenEvent) -> None:
+        if request.params.max_tokens > 0:
+            request.record.first_token = time.monotonic()
         if request.params.prompt_logprobs is not None:
             event.prompt_logprobs = request.prompt_logprobs
-        self._start_siblings(request)
+        siblings, request.siblings = request.siblings, []
+        for sibling in siblings:
+            self.add(sibling)
 
     def _finish_reason(self, request: Request, event: TokenEvent) -> FinishReason | None:
         last = event.token_ids[-1] if event.token_ids else None
@@ -238,24 +250,22 @@ class Scheduler:
         return event
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        """Take a living request out of the books; its siblings that have not started move up."""
+        """Take a living request out of the books. If it led its siblings, the next of them does."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         else:
             self._leader(request).siblings.remove(request)
-        self._start_siblings(request)
+        if request.siblings:  # the prompt is not computed yet, so the next choice leads the others
+            heir, *heir_siblings = request.siblings
+            heir.siblings, request.siblings = heir_siblings, []
+            self.add(heir)
         self._release(request)
         request.status = Status.FINISHED
         request.record.finished = time.monotonic()
         request.record.finish_reason = reason.value
         self.recorder.add_request(request.record)
-
-    def _start_siblings(self, request: Request) -> None:
-        siblings, request.siblings = request.siblings, []
-        for sibling in siblings:
-            self.add(sibling)
 
     def _leader(self, request: Request) -> Request:
         return next(other for other in (*self.running, *self.waiting) if request in other.siblings)
