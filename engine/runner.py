@@ -133,7 +133,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         BatchBuilder(
             limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, memory.block_size, device
         ),
-        Sampler(model_config.vocab_size, model_config.eos_token_ids, device),
+        Sampler(model_config.num_token_ids, model_config.eos_token_ids, device),
         kernels,
     )
     return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes)

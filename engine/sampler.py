@@ -35,7 +35,7 @@ class Sampler:
     """Samples tokens of a vocabulary on one device."""
 
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
-        self.eos_token_ids = list(eos_token_ids)
+        self.eos_token_ids = [token_id for token_id in eos_token_ids if token_id < vocab_size]
         self.device = device
         # Knuth's multiplicative hash spreads neighbouring ids before they are mixed with the key.
         hashed = torch.arange(vocab_size) * 0x9E3779B1 & 0xFFFFFFFF

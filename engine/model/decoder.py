@@ -121,7 +121,7 @@ class CausalLM:
         head = self.embed_tokens
         if not config.tie_word_embeddings:
             head = parameters.take("lm_head.weight", config.vocab_size, config.hidden_size)
-        self.lm_head = kernels.linear(head)
+        self.lm_head = kernels.linear(head[: config.num_token_ids])
         parameters.finish()
 
     def forward(self, batch: BatchInputs, kv_cache: KVCache) -> Tensor:
@@ -136,5 +136,5 @@ class CausalLM:
         return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """LM head: float32 logits [R, vocab_size] of hidden states [R, hidden_size]."""
+        """LM head: float32 logits [R, num_token_ids] of hidden states [R, hidden_size]."""
         return self.lm_head(hidden).float()

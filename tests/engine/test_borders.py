@@ -23,7 +23,7 @@ ENGINE, SERVER = ([path for path in SOURCES if path.startswith(room)] for room i
 ENGINE_WITHOUT_TORCH = ["messages", "config", "gguf", "request", "record", "block_pool", "scheduler"]
 HEAVY = ["torch", "numpy", "transformers", "huggingface_hub"]
 WEB = {"server", "fastapi", "pydantic", "starlette", "uvicorn"}
-ENGINE_FOR_SERVER = {"engine.messages", "engine.config", "engine.gguf", "engine.lifeline"}
+ENGINE_FOR_SERVER = {"engine.messages", "engine.config", "engine.gguf", "engine.lifeline", "engine.logs"}
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60

@@ -1,0 +1,36 @@
+"""What the engine and the model are set to. All reading of model metadata happens here, so the model never guesses.
+
+`load_model_config` turns the metadata of a GGUF file or of a folder with `config.json` into a `ModelConfig`, under
+Hugging Face's names. No torch.
+"""
+
+from pathlib import Path
+
+from engine.config.gguf import load_gguf
+from engine.config.huggingface import load_folder, refuse_pickle
+from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, RopeScaling
+from engine.gguf import GGUFFile
+
+__all__ = [
+    "EngineConfig",
+    "EngineProcessConfig",
+    "ModelConfig",
+    "RopeScaling",
+    "load_model_config",
+    "refuse_pickle",
+]
+
+
+def load_model_config(path: Path) -> ModelConfig:
+    """Read the shape of the model at `path`: a GGUF file, or a folder with config.json.
+
+    Raises:
+        ValueError: no model there, an unsupported one, or metadata that is missing, malformed or contradictory. The
+            message names the file and the key.
+    """
+    if path.is_dir():
+        return load_folder(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such model (expected a GGUF file, or a folder with config.json)")
+    with GGUFFile(path) as file:
+        return load_gguf(file)

@@ -1,0 +1,65 @@
+"""What the engine and the model are set to. Frozen; no torch."""
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How to run one model. None means: choose by device and model."""
+
+    model_path: str  # a GGUF file, or a folder with config.json and safetensors
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    max_model_len: int | None = None  # tokens; None: what the model was trained for
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int | None = None  # tokens a step computes at most
+    long_prefill_token_threshold: int = 0  # prompt tokens of one request a step computes at most; 0: no limit
+    block_size: int = 32  # tokens
+    enable_prefix_caching: bool = True
+    kv_cache_memory: int | None = None  # bytes
+    step_timeout: float = 60.0  # seconds; a step that takes longer is a hang
+
+
+class EngineProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the supervisor hands the engine process on its standard input, as JSON."""
+
+    address: str  # ZeroMQ address (ipc://...) that the engine binds
+    config: EngineConfig
+    log_level: str = "info"
+    log_format: str = "human"  # human, json
+
+
+class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
+    """How rotary frequencies are stretched. `factors` (one per frequency, GGUF) stands for itself."""
+
+    rope_type: str = "default"  # default, linear, llama3, factors
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of a decoder, under the names of Hugging Face's config.json."""
+
+    architecture: str  # key of the table of families in engine/model
+    vocab_size: int  # rows of the embedding
+    num_token_ids: int  # ids that the tokenizer knows; rows beyond are padding and never sampled
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    sliding_window: int | None = None  # tokens a query sees, itself included
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # on q, k and v
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    default_sampling: dict[str, float] = {}  # from generation_config.json: temperature, top_k, top_p, ...

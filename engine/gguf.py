@@ -1,0 +1,255 @@
+"""The GGUF file format: a model's metadata and the directory of its tensors, memory-mapped.
+
+Layout, all little-endian: header (magic, version, counts), key-value pairs, tensor directory, aligned tensor data.
+The metadata is read in bulk on opening, and every length is checked against the size of the file before it is used.
+Versions 2 and 3. Only the standard library, because the API process reads its tokenizer here too.
+"""
+
+import mmap
+import struct
+from array import array
+from math import prod
+from pathlib import Path
+from struct import Struct
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_DIMS = 4
+DEFAULT_ALIGNMENT = 32
+
+UINT32, UINT64 = Struct("<I"), Struct("<Q")
+BOOL, STRING, ARRAY = 7, 8, 9  # the value types that are not plain numbers
+
+# Value type -> type code of `struct` and `array`. Booleans are bytes.
+TYPE_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "B", 10: "Q", 11: "q", 12: "d"}
+
+
+class GGMLType(NamedTuple):
+    """How tensor elements are packed: rows are cut into blocks of `block_size` elements, `type_size` bytes each."""
+
+    name: str
+    block_size: int  # elements
+    type_size: int  # bytes
+
+
+GGML_TYPES = {
+    0: GGMLType("F32", 1, 4),
+    1: GGMLType("F16", 1, 2),
+    2: GGMLType("Q4_0", 32, 18),
+    3: GGMLType("Q4_1", 32, 20),
+    6: GGMLType("Q5_0", 32, 22),
+    7: GGMLType("Q5_1", 32, 24),
+    8: GGMLType("Q8_0", 32, 34),
+    9: GGMLType("Q8_1", 32, 40),
+    10: GGMLType("Q2_K", 256, 84),
+    11: GGMLType("Q3_K", 256, 110),
+    12: GGMLType("Q4_K", 256, 144),
+    13: GGMLType("Q5_K", 256, 176),
+    14: GGMLType("Q6_K", 256, 210),
+    15: GGMLType("Q8_K", 256, 292),
+    16: GGMLType("IQ2_XXS", 256, 66),
+    17: GGMLType("IQ2_XS", 256, 74),
+    18: GGMLType("IQ3_XXS", 256, 98),
+    19: GGMLType("IQ1_S", 256, 50),
+    20: GGMLType("IQ4_NL", 32, 18),
+    21: GGMLType("IQ3_S", 256, 110),
+    22: GGMLType("IQ2_S", 256, 82),
+    23: GGMLType("IQ4_XS", 256, 136),
+    24: GGMLType("I8", 1, 1),
+    25: GGMLType("I16", 1, 2),
+    26: GGMLType("I32", 1, 4),
+    27: GGMLType("I64", 1, 8),
+    28: GGMLType("F64", 1, 8),
+    29: GGMLType("IQ1_M", 256, 56),
+    30: GGMLType("BF16", 1, 2),
+    34: GGMLType("TQ1_0", 256, 54),
+    35: GGMLType("TQ2_0", 256, 66),
+    39: GGMLType("MXFP4", 32, 17),
+    40: GGMLType("NVFP4", 64, 36),
+    41: GGMLType("Q1_0", 128, 18),
+}
+
+
+class TensorInfo(NamedTuple):
+    """One entry of the tensor directory."""
+
+    name: str
+    shape: tuple[int, ...]  # in torch's order, the contiguous dimension last
+    ggml_type: int  # key of GGML_TYPES
+    offset: int  # bytes from the start of the file
+    n_bytes: int
+
+
+class _Reader:
+    """Reads values one after the other. What would reach beyond the end of the file is a ValueError."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self._data = data
+        self._size = len(data)
+        self._path = path
+        self.position = 0
+
+    def error(self, field: str, problem: str) -> ValueError:
+        return ValueError(f"{self._path}: {field}: {problem}")
+
+    def require(self, num_bytes: int, field: str) -> None:
+        if num_bytes > self._size - self.position:
+            problem = f"needs {num_bytes} bytes at byte {self.position}, but the file ends at byte {self._size}"
+            raise self.error(field, problem)
+
+    def number(self, layout: Struct, field: str) -> Any:
+        self.require(layout.size, field)
+        (value,) = layout.unpack_from(self._data, self.position)
+        self.position += layout.size
+        return value
+
+    def string(self, field: str) -> str:
+        return self.strings(1, field)[0]
+
+    def strings(self, count: int, field: str) -> list[str]:
+        """`count` strings, in one loop without calls: a vocabulary has hundreds of thousands."""
+        self.require(count * UINT64.size, field)
+        data, size, position, unpack = self._data, self._size, self.position, UINT64.unpack_from
+        values: list[str] = []
+        try:
+            for _ in range(count):
+                start = position + 8
+                position = start + unpack(data, position)[0]
+                if position > size:
+                    raise self.error(field, f"string {len(values)} is longer than the rest of the file")
+                values.append(data[start:position].decode())
+        except UnicodeDecodeError as error:
+            raise self.error(field, f"string {len(values)} is not UTF-8") from error
+        except struct.error as error:
+            raise self.error(field, f"the file ends inside the length of string {len(values)}") from error
+        self.position = position
+        return values
+
+    def numbers(self, code: str, count: int, field: str) -> "array[Any]":
+        values: array[Any] = array(code)
+        num_bytes = count * values.itemsize
+        self.require(num_bytes, field)
+        values.frombytes(self._data[self.position : self.position + num_bytes])
+        self.position += num_bytes
+        return values
+
+    def value(self, value_type: int, field: str) -> Any:
+        if value_type == STRING:
+            return self.string(field)
+        if value_type == ARRAY:
+            return self.array(field)
+        if (code := TYPE_CODES.get(value_type)) is None:
+            raise self.error(field, f"unknown value type {value_type}")
+        value = self.number(Struct(f"<{code}"), field)
+        return bool(value) if value_type == BOOL else value
+
+    def array(self, field: str) -> "list[str] | array[Any]":
+        value_type, count = self.number(UINT32, field), self.number(UINT64, field)
+        if value_type == STRING:
+            return self.strings(count, field)
+        if (code := TYPE_CODES.get(value_type)) is None:
+            raise self.error(field, f"arrays of value type {value_type} are not supported")
+        return self.numbers(code, count, field)
+
+
+class GGUFFile:
+    """An open GGUF file.
+
+    Arrays of strings in `metadata` are lists, arrays of numbers `array.array`s (of booleans: bytes that are 0 or 1).
+    The whole file is checked on opening: every tensor of the directory lies inside it.
+
+    Raises:
+        ValueError: not a GGUF file that this reader knows, or a truncated or inconsistent one.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._data = _map(self.path)
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def tensor_data(self, tensor: TensorInfo) -> memoryview:
+        """The tensor's bytes as the file holds them, read-only. To be released before `close`."""
+        return memoryview(self._data)[tensor.offset : tensor.offset + tensor.n_bytes]
+
+    def close(self) -> None:
+        self._data.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        reader = _Reader(self._data, self.path)
+        num_tensors, num_keys = _read_header(reader)
+        for index in range(num_keys):
+            key = reader.string(f"name of metadata key {index}")
+            if key in self.metadata:
+                raise reader.error(key, "the key occurs twice")
+            self.metadata[key] = reader.value(reader.number(UINT32, key), key)
+        entries = [_read_tensor_entry(reader, index) for index in range(num_tensors)]
+        self._place_tensors(reader, entries)
+
+    def _place_tensors(self, reader: _Reader, entries: list[TensorInfo]) -> None:
+        """Offsets in the directory count from the start of the tensor data, which begins at the next alignment."""
+        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise reader.error("general.alignment", f"must be a power of two, not {alignment!r}")
+        data_start = -(-reader.position // alignment) * alignment
+        for entry in entries:
+            tensor = entry._replace(offset=data_start + entry.offset)
+            if tensor.name in self.tensors:
+                raise reader.error(tensor.name, "the tensor occurs twice")
+            if entry.offset % alignment:
+                raise reader.error(tensor.name, f"its offset {entry.offset} is not a multiple of {alignment}")
+            if tensor.offset + tensor.n_bytes > len(self._data):
+                end = tensor.offset + tensor.n_bytes
+                raise reader.error(tensor.name, f"ends at byte {end}, but the file ends at byte {len(self._data)}")
+            self.tensors[tensor.name] = tensor
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ValueError(f"{path}: not a GGUF file (it does not begin with {MAGIC.decode()})")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _read_header(reader: _Reader) -> tuple[int, int]:
+    """How many tensors and metadata keys follow."""
+    reader.position = len(MAGIC)
+    version = reader.number(UINT32, "version")
+    if version & 0xFFFF == 0:
+        raise reader.error("version", "the file is big-endian; only little-endian GGUF files are supported")
+    if version not in VERSIONS:
+        raise reader.error("version", f"GGUF version {version} is not supported (supported: 2 and 3)")
+    return reader.number(UINT64, "tensor count"), reader.number(UINT64, "metadata count")
+
+
+def _read_tensor_entry(reader: _Reader, index: int) -> TensorInfo:
+    """One entry, its offset still counted from the start of the tensor data."""
+    name = reader.string(f"name of tensor {index}")
+    num_dims = reader.number(UINT32, name)
+    if not 1 <= num_dims <= MAX_DIMS:
+        raise reader.error(name, f"has {num_dims} dimensions, not 1 to {MAX_DIMS}")
+    shape = tuple(reversed([reader.number(UINT64, name) for _ in range(num_dims)]))
+    type_id = reader.number(UINT32, name)
+    if (ggml_type := GGML_TYPES.get(type_id)) is None:
+        raise reader.error(name, f"unknown tensor type {type_id}")
+    row_size = shape[-1] if shape else 1
+    if 0 in shape or row_size % ggml_type.block_size:
+        raise reader.error(name, f"shape {shape} is not possible for type {ggml_type.name}")
+    n_bytes = prod(shape) // ggml_type.block_size * ggml_type.type_size
+    return TensorInfo(name, shape, type_id, reader.number(UINT64, name), n_bytes)

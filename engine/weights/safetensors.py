@@ -1,0 +1,81 @@
+"""Weights from a folder of safetensors files, in one piece or sharded."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.config import ModelConfig, refuse_pickle
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+
+
+def load_safetensors(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """See `engine.weights.load_weights`. Progress counts the bytes of the files."""
+    shards = _find_shards(folder)
+    num_bytes = sum(shard.stat().st_size for shard in shards)
+    num_bytes_of_shards = 0
+    for shard, expected in shards.items():
+        num_bytes_done = num_bytes_of_shards
+        for name, tensor in _read_shard(shard, expected):
+            num_bytes_done += tensor.nbytes
+            if not _is_redundant(name, config):
+                yield name, tensor.to(dtype)
+            progress(num_bytes_done, num_bytes)
+        num_bytes_of_shards += shard.stat().st_size
+        progress(num_bytes_of_shards, num_bytes)
+
+
+def _is_redundant(name: str, config: ModelConfig) -> bool:
+    """Tensors that some files hold although the model computes or shares them."""
+    return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
+def _find_shards(folder: Path) -> dict[Path, set[str]]:
+    """The files, each with the tensors that the index expects in it."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return {folder / WEIGHTS_NAME: set()}
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        refuse_pickle(folder)
+        raise ValueError(f"{folder}: neither {WEIGHTS_NAME} nor {INDEX_NAME} in this folder")
+    shards: dict[Path, set[str]] = {}
+    for name, file_name in _read_weight_map(index).items():
+        if not isinstance(file_name, str) or file_name != Path(file_name).name:
+            raise ValueError(f"{index}: weight_map: {name}: {file_name!r} is not the name of a file in this folder")
+        shards.setdefault(folder / file_name, set()).add(name)
+    for shard in shards:
+        if not shard.is_file():
+            raise ValueError(f"{shard}: the file is missing, though {INDEX_NAME} names it")
+    return shards
+
+
+def _read_weight_map(index: Path) -> dict[str, Any]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index}: must be a JSON object with a weight_map") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map: must map tensor names to file names")
+    return weight_map
+
+
+def _read_shard(shard: Path, expected: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            names = list(file.keys())
+            if missing := expected.difference(names):
+                raise ValueError(f"{shard}: {min(missing)} is missing, though {INDEX_NAME} places it here")
+            for name in names:
+                if (stored_type := file.get_slice(name).get_dtype()) not in FLOAT_TYPES:
+                    raise ValueError(f"{shard}: {name}: type {stored_type} is not supported")
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{shard}: not a valid safetensors file ({error})") from error

@@ -1,0 +1,211 @@
+"""Weights from GGUF files, against the `gguf` package."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from engine.config import ModelConfig, RopeScaling, load_model_config
+from engine.gguf import GGUFFile
+from engine.weights import gguf as gguf_weights
+from engine.weights import load_weights
+from engine.weights.gguf import huggingface_name
+from tests.gguf_files import LLAMA, write_gguf
+
+Array = np.ndarray[Any, Any]
+Type = GGMLQuantizationType
+
+
+def _can_dequantize(ggml_type: GGMLQuantizationType) -> bool:
+    block_size, type_size = GGML_QUANT_SIZES[ggml_type]
+    try:
+        gguf.dequantize(np.zeros((1, type_size), dtype=np.uint8), ggml_type)
+    except NotImplementedError:
+        return False
+    return block_size > 0
+
+
+DEQUANTIZABLE = [ggml_type for ggml_type in GGMLQuantizationType if _can_dequantize(ggml_type)]
+NUM_ROWS, ROW_SIZE = 70, 512  # more than one chunk, the last one not full
+
+CONFIG = ModelConfig(
+    architecture="llama",
+    vocab_size=32,
+    num_token_ids=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+)
+
+
+def random_bytes(ggml_type: GGMLQuantizationType, seed: int) -> Array:
+    block_size, type_size = GGML_QUANT_SIZES[ggml_type]
+    shape = (NUM_ROWS, ROW_SIZE // block_size * type_size)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def dequantize(data: Array, ggml_type: GGMLQuantizationType) -> Array:
+    with np.errstate(all="ignore"):
+        values: Array = gguf.dequantize(data, ggml_type)
+    return values
+
+
+def assert_same_bits(actual: torch.Tensor, expected: Array) -> None:
+    """Equal bits, but any NaN equals any other: random bytes make many, and they carry no weight."""
+    assert actual.dtype == torch.float32
+    assert tuple(actual.shape) == expected.shape
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(actual.isnan().numpy(), nan)
+    np.testing.assert_array_equal(actual.numpy().view(np.int32)[~nan], expected.view(np.int32)[~nan])
+
+
+@pytest.fixture(scope="module")
+def every_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tensor of random bytes for each type, named after its place in DEQUANTIZABLE."""
+    names = [f"blk.{index}.ffn_up.weight" for index in range(len(DEQUANTIZABLE))]
+    tensors = {name: random_bytes(DEQUANTIZABLE[index], index) for index, name in enumerate(names)}
+    path = tmp_path_factory.mktemp("gguf") / "every_type.gguf"
+    return write_gguf(path, {}, tensors, dict(zip(names, DEQUANTIZABLE, strict=True)))
+
+
+@pytest.mark.parametrize("gguf_chunk_size", [2**20, 2**13])
+def test_every_type(every_type: Path, gguf_chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_weights, "GGUF_CHUNK_SIZE", gguf_chunk_size)
+    assert {Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q8_0, Type.Q6_K, Type.IQ2_XXS} <= set(DEQUANTIZABLE)
+    weights = dict(load_weights(every_type, CONFIG, torch.float32))
+    assert len(weights) == len(DEQUANTIZABLE)
+    for index, ggml_type in enumerate(DEQUANTIZABLE):
+        tensor = weights[f"model.layers.{index}.mlp.up_proj.weight"]
+        assert_same_bits(tensor, dequantize(random_bytes(ggml_type, index), ggml_type))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ggml_type", [Type.F32, Type.F16, Type.BF16, Type.Q4_1, Type.Q8_0, Type.Q4_0, Type.Q5_1])
+def test_rounding(ggml_type: GGMLQuantizationType, dtype: torch.dtype, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)
+    data = gguf.quantize(values, ggml_type)
+    path = write_gguf(tmp_path / "w.gguf", {}, {"output.weight": data}, {"output.weight": ggml_type})
+    ((name, tensor),) = load_weights(path, CONFIG, dtype)
+    assert name == "lm_head.weight"
+    assert torch.equal(tensor, torch.from_numpy(dequantize(data, ggml_type)).to(dtype))
+
+
+def interleave(rows: Array, num_heads: int) -> Array:
+    """The order in which converters write q and k: row i of a head's first half is followed by that of the second."""
+    halves = [np.split(head, 2) for head in np.split(rows, num_heads)]
+    return np.array([row for first, second in halves for pair in zip(first, second, strict=True) for row in pair])
+
+
+@pytest.mark.parametrize("ggml_type", [Type.F32, Type.Q4_1])
+def test_order_of_query_and_key_rows(ggml_type: GGMLQuantizationType, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    query, key = (rng.standard_normal((rows, 64), dtype=np.float32) for rows in (16, 8))
+    query_bias, key_bias = (rng.standard_normal(rows, dtype=np.float32) for rows in (16, 8))
+    tensors = {
+        "blk.0.attn_q.weight": gguf.quantize(interleave(query, 4), ggml_type),
+        "blk.0.attn_k.weight": gguf.quantize(interleave(key, 2), ggml_type),
+        "blk.0.attn_q.bias": interleave(query_bias, 4),
+        "blk.0.attn_k.bias": interleave(key_bias, 2),
+        "blk.0.attn_v.weight": gguf.quantize(key, ggml_type),
+    }
+    types = {name: ggml_type for name in tensors if name.endswith(".weight")}
+    weights = dict(load_weights(write_gguf(tmp_path / "qk.gguf", {}, tensors, types), CONFIG, torch.float32))
+    prefix = "model.layers.0.self_attn"
+    for name, values in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        expected = dequantize(gguf.quantize(values, ggml_type), ggml_type)
+        assert_same_bits(weights[f"{prefix}.{name}.weight"], expected)
+    assert_same_bits(weights[f"{prefix}.q_proj.bias"], query_bias)
+    assert_same_bits(weights[f"{prefix}.k_proj.bias"], key_bias)
+
+
+def test_names_of_a_whole_model(tmp_path: Path) -> None:
+    layer = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
+    names = ["token_embd.weight", "output_norm.weight", *(f"blk.11.{name}.weight" for name in layer)]
+    assert [huggingface_name(name) for name in names] == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.11.input_layernorm.weight",
+        "model.layers.11.self_attn.q_proj.weight",
+        "model.layers.11.self_attn.k_proj.weight",
+        "model.layers.11.self_attn.v_proj.weight",
+        "model.layers.11.self_attn.o_proj.weight",
+        "model.layers.11.post_attention_layernorm.weight",
+        "model.layers.11.mlp.gate_proj.weight",
+        "model.layers.11.mlp.up_proj.weight",
+        "model.layers.11.mlp.down_proj.weight",
+    ]
+
+
+def test_rope_factors_stay_float32(tmp_path: Path) -> None:
+    factors = np.array([1.0, 1.1], dtype=np.float32)
+    embedding = np.zeros((32, 16), dtype=np.float32)
+    tensors = {"rope_freqs.weight": factors, "token_embd.weight": embedding}
+    path = write_gguf(tmp_path / "rope.gguf", LLAMA, tensors)
+    config = load_model_config(path)
+    assert config.rope_scaling == RopeScaling(rope_type="factors")
+    weights = dict(load_weights(path, config, torch.bfloat16))
+    assert_same_bits(weights["rope_factors"], factors)
+    assert weights["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_smollm2(smollm2_path: Path) -> None:
+    config = load_model_config(smollm2_path)
+    weights = dict(load_weights(smollm2_path, config, torch.float32))
+    with GGUFFile(smollm2_path) as file:
+        assert len(weights) == len(file.tensors)
+        for info in file.tensors.values():
+            with file.tensor_data(info) as data:
+                rows = np.array(data, dtype=np.uint8).reshape(*info.shape[:-1], -1)
+            expected = dequantize(rows, GGMLQuantizationType(info.ggml_type))
+            tensor = weights[huggingface_name(info.name)]
+            if ".attn_q." in info.name or ".attn_k." in info.name:
+                tensor = torch.from_numpy(interleave(tensor.numpy(), tensor.shape[0] // config.head_dim))
+            assert_same_bits(tensor, expected)
+
+
+def test_progress(every_type: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    list(load_weights(every_type, CONFIG, torch.bfloat16, lambda done, total: calls.append((done, total))))
+    sizes = [random_bytes(ggml_type, 0).nbytes for ggml_type in DEQUANTIZABLE]
+    assert calls == [(sum(sizes[: index + 1]), sum(sizes)) for index in range(len(sizes))]
+
+
+def test_left_half_way(every_type: Path) -> None:
+    weights = load_weights(every_type, CONFIG, torch.bfloat16)
+    next(weights)
+    del weights
+    gc.collect()  # no warning, no error
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("blk.0.ffn_gate_exps.weight", np.zeros(4, dtype=np.float32), "no place for this tensor"),
+        ("blk.x.ffn_up.weight", np.zeros(4, dtype=np.float32), "no place for this tensor"),
+        ("token_embd", np.zeros(4, dtype=np.float32), "no place for this tensor"),
+        ("output_norm.weight", np.zeros(4, dtype=np.int32), "I32"),
+        ("output_norm.weight", np.zeros(4, dtype=np.float64), "F64"),
+        ("blk.0.attn_q.weight", np.zeros((12, 4), dtype=np.float32), "12 rows .* 4 heads of even size"),
+    ],
+)
+def test_refused(name: str, tensor: Array, message: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "odd.gguf", {}, {name: tensor})
+    with pytest.raises(ValueError, match=rf"odd\.gguf: {name}: .*{message}"):
+        list(load_weights(path, CONFIG, torch.float32))
+
+
+def test_truncated(every_type: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(every_type.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"cut\.gguf: blk\.\d+\.ffn_up\.weight: ends at byte"):
+        list(load_weights(path, CONFIG, torch.float32))

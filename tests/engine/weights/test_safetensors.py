@@ -1,0 +1,149 @@
+"""Weights from safetensors files that transformers wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.config import ModelConfig, load_model_config
+from engine.weights import load_weights
+
+
+def save_model(folder: Path, *, tied: bool = False, max_shard_size: str = "1GB") -> dict[str, torch.Tensor]:
+    """Save a random tiny model, and return its tensors."""
+    config: Any = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        attention_bias=True,
+    )
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return dict(load_weights(folder, load_model_config(folder), dtype))
+
+
+def tiny_config(*, tied: bool = False) -> ModelConfig:
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=2,
+        num_token_ids=2,
+        hidden_size=2,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
+        max_position_embeddings=8,
+        tie_word_embeddings=tied,
+    )
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+def test_as_transformers_wrote_it(tied: bool, max_shard_size: str, tmp_path: Path) -> None:
+    expected = save_model(tmp_path, tied=tied, max_shard_size=max_shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
+    assert_equal(load(tmp_path), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
+    expected = save_model(tmp_path)
+    assert_equal(load(tmp_path, dtype), {name: tensor.to(dtype) for name, tensor in expected.items()})
+
+
+def test_what_is_left_out(tmp_path: Path) -> None:
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "something.else"]
+    save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
+    kept = dict(load_weights(tmp_path, tiny_config(tied=True), torch.float32))
+    assert list(kept) == ["something.else"]
+    kept = dict(load_weights(tmp_path, tiny_config(tied=False), torch.float32))
+    assert sorted(kept) == ["lm_head.weight", "something.else"]
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+def test_progress(max_shard_size: str, tmp_path: Path) -> None:
+    save_model(tmp_path, max_shard_size=max_shard_size)
+    calls: list[tuple[int, int]] = []
+    config = load_model_config(tmp_path)
+    list(load_weights(tmp_path, config, torch.float32, lambda done, total: calls.append((done, total))))
+    num_bytes = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert {total for _, total in calls} == {num_bytes}
+    assert calls == sorted(calls)
+    assert calls[-1] == (num_bytes, num_bytes)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    save_model(tmp_path, max_shard_size="20KB")
+    shard = min(tmp_path.glob("*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard.name}: the file is missing"):
+        load(tmp_path)
+
+
+def test_shard_without_an_expected_tensor(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "shard.safetensors")
+    index = {"weight_map": {"a": "shard.safetensors", "b": "shard.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"shard\.safetensors: b is missing"):
+        list(load_weights(tmp_path, tiny_config(), torch.float32))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 7, 8, 100, -1])
+def test_truncated(num_bytes: int, tmp_path: Path) -> None:
+    save_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a valid safetensors file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, torch.bool])
+def test_unsupported_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"packed": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: packed: type .* is not supported"):
+        list(load_weights(tmp_path, tiny_config(), torch.float32))
+
+
+@pytest.mark.parametrize("file_name", ["../other.safetensors", "/etc/passwd", "sub/model.safetensors", 7])
+def test_index_that_points_elsewhere(file_name: object, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file_name}}))
+    with pytest.raises(ValueError, match=r"weight_map: a: .* is not the name of a file in this folder"):
+        list(load_weights(tmp_path, tiny_config(), torch.float32))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
+def test_malformed_index(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json: .*weight_map"):
+        list(load_weights(tmp_path, tiny_config(), torch.float32))
+
+
+def test_pickle_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pickle files \(pytorch_model\.bin\)"):
+        list(load_weights(tmp_path, tiny_config(), torch.float32))
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
+        list(load_weights(tmp_path, tiny_config(), torch.float32))

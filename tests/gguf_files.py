@@ -1,0 +1,52 @@
+"""Small GGUF files for tests, written with the `gguf` package."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+# Shape of a tiny model, for files that are about something else.
+LLAMA = {
+    "llama.block_count": 1,
+    "llama.context_length": 128,
+    "llama.embedding_length": 16,
+    "llama.feed_forward_length": 24,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}
+
+
+def write_gguf(
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    types: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    arch: str = "llama",
+) -> Path:
+    """Write a file. Tensors named in `types` are given as the bytes of that type, [rows, bytes of a row]."""
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, tensor, raw_dtype=(types or {}).get(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value) if value >= 0 else writer.add_int32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
