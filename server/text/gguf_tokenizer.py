@@ -1,0 +1,257 @@
+"""Building a tokenizer from the metadata of a GGUF file.
+
+The file holds a vocabulary, sometimes merges, and the name of one of llama.cpp's algorithms:
+`gpt2` is byte-level BPE, its text split by the patterns of `tokenizer.ggml.pre`;
+`llama` and `gemma4` are sentencepiece BPE, spaces written as U+2581 and unknown characters as bytes.
+"""
+
+import logging
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+logger = logging.getLogger(__name__)
+
+SPACE = "\u2581"  # how sentencepiece writes a space
+
+# Values of tokenizer.ggml.token_type. Only pieces of the other types can come out of a merge.
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+
+
+class PreTokenizer(NamedTuple):
+    """How a family of byte-level tokenizers cuts text before merging."""
+
+    patterns: tuple[str, ...]  # applied one after the other, each to the pieces that the one before left
+    ignore_merges: bool = False  # a piece that is a token is that token, whatever the merges say
+    add_bos: bool = False  # where the file does not say
+
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD_END = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_WORD_END}"
+_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_WORD_END}"
+_QWEN35 = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_WORD_END}"
+)
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_WORD_END}"
+)
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_WORD_END}"
+)
+_DEEPSEEK_V3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_WORD_END}"
+)
+_CJK = r"[\x{4E00}-\x{9FA5}\x{0800}-\x{4E00}\x{AC00}-\x{D7FF}]+"
+
+_FAMILIES = {
+    ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"): PreTokenizer((_GPT2,)),
+    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"): PreTokenizer(
+        (r"\p{N}", _GPT2)
+    ),
+    ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): PreTokenizer(
+        (_LLAMA3,), ignore_merges=True, add_bos=True
+    ),
+    ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): PreTokenizer((_LLAMA3,)),
+    ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open", "grok-2"): PreTokenizer((_QWEN2,)),
+    ("qwen35",): PreTokenizer((_QWEN35,)),
+    ("tekken",): PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+    ("gpt-4o", "llama4", "kanana2", "minimax-m2"): PreTokenizer((_GPT4O,)),
+    ("deepseek-llm",): PreTokenizer(
+        (r"[\r\n]", rf"\s?{_CASED}+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK, r"\p{N}")
+    ),
+    ("deepseek-coder",): PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
+    ("deepseek-v3", "hunyuan-dense", "joyai-llm"): PreTokenizer(
+        (r"\p{N}{1,3}", r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+", _DEEPSEEK_V3)
+    ),
+}
+PRE_TOKENIZERS = {name: pre_tokenizer for names, pre_tokenizer in _FAMILIES.items() for name in names}
+
+
+class GGUFVocabulary:
+    """The tokenizer keys of a GGUF file's metadata, checked. ValueErrors name the file and the key."""
+
+    def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
+        self._metadata = metadata
+        self._source = source
+        self.kind = self.text("tokenizer.ggml.model") or "missing"
+        self.tokens: list[str] = self._list("tokenizer.ggml.tokens", str)
+        self.token_types: Sequence[int] = self._numbers("tokenizer.ggml.token_type") or [1] * len(self.tokens)
+
+    def error(self, key: str, problem: str) -> ValueError:
+        return ValueError(f"{self._source}: {key}: {problem}")
+
+    def text(self, key: str) -> str | None:
+        value = self._metadata.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, "must be a string")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._metadata.get(f"tokenizer.ggml.{name}", default)
+        if not isinstance(value, bool):
+            raise self.error(f"tokenizer.ggml.{name}", "must be true or false")
+        return value
+
+    def named_token(self, name: str) -> str | None:
+        """The text of the token whose id the file stores as bos, eos, unknown, ..."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        token_id = self._metadata.get(key)
+        if token_id is None:
+            return None
+        if not isinstance(token_id, int) or not 0 <= token_id < len(self.tokens):
+            raise self.error(key, f"must be a token id below {len(self.tokens)}, not {token_id!r}")
+        return self.tokens[token_id]
+
+    def merges(self) -> list[tuple[str, str]] | None:
+        if "tokenizer.ggml.merges" not in self._metadata:
+            return None
+        merges: list[tuple[str, str]] = []
+        for index, merge in enumerate(self._list("tokenizer.ggml.merges", str)):
+            left, space, right = merge.partition(" ")
+            if not space or " " in right:
+                raise self.error("tokenizer.ggml.merges", f"merge {index} is not two tokens with a space between them")
+            merges.append((left, right))
+        return merges
+
+    def scores(self) -> Sequence[float]:
+        scores = self._numbers("tokenizer.ggml.scores")
+        if not scores:
+            raise self.error("tokenizer.ggml.scores", "are missing, and there are no merges either")
+        return scores
+
+    def _list(self, key: str, kind: type) -> list[Any]:
+        value = self._metadata.get(key)
+        if not isinstance(value, list) or not value or not isinstance(value[0], kind):
+            raise self.error(key, "must be an array of strings that is not empty")
+        return value
+
+    def _numbers(self, key: str) -> "array[Any] | None":
+        value = self._metadata.get(key)
+        if value is not None and (not isinstance(value, array) or len(value) != len(self.tokens)):
+            raise self.error(key, f"must be an array of {len(self.tokens)} numbers, one for each token")
+        return value
+
+
+def build_tokenizer(vocabulary: GGUFVocabulary, *, architecture: str) -> tokenizers.Tokenizer:
+    """The tokenizer that the vocabulary describes, its special tokens added.
+
+    Raises:
+        ValueError: an unknown kind, or a vocabulary and merges that do not fit together.
+    """
+    if vocabulary.kind == "gpt2":
+        tokenizer, add_bos = _byte_level_bpe(vocabulary)
+    elif vocabulary.kind in ("llama", "gemma4"):
+        tokenizer = _sentencepiece_bpe(vocabulary, is_gemma=architecture.startswith("gemma"))
+        # Gemma 4's files set the flag, but its chat template writes the token itself.
+        add_bos = vocabulary.kind == "llama" and vocabulary.flag("add_bos_token", True)
+    else:
+        problem = f"{vocabulary.kind!r} is not supported (supported: gpt2, llama, gemma4)"
+        raise vocabulary.error("tokenizer.ggml.model", problem)
+    _add_tokens(tokenizer, vocabulary)
+    bos_token = vocabulary.named_token("bos") if add_bos else None
+    eos_token = vocabulary.named_token("eos") if vocabulary.flag("add_eos_token", False) else None
+    _add_template(tokenizer, bos_token, eos_token)
+    return tokenizer
+
+
+def _add_template(tokenizer: tokenizers.Tokenizer, bos_token: str | None, eos_token: str | None) -> None:
+    """Make `add_special_tokens` put these around a text."""
+    pieces = [bos_token, "$A", eos_token]
+    ids = [(token, tokenizer.token_to_id(token)) for token in (bos_token, eos_token) if token is not None]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[piece for piece in pieces if piece is not None], special_tokens=ids
+    )
+
+
+def _byte_level_bpe(vocabulary: GGUFVocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer, and whether it begins texts with the BOS token.
+
+    `add_space_prefix` is not looked at: llama.cpp does not use it for this kind either.
+    """
+    name = vocabulary.text("tokenizer.ggml.pre") or "default"
+    if name not in PRE_TOKENIZERS:
+        logger.warning("unknown pre-tokenizer %r (tokenizer.ggml.pre): splitting text as GPT-2 does", name)
+    pre_tokenizer = PRE_TOKENIZERS.get(name, PRE_TOKENIZERS["default"])
+    merges = vocabulary.merges()
+    if merges is None:
+        raise vocabulary.error("tokenizer.ggml.merges", "are missing")
+    tokenizer = _bpe(vocabulary, vocabulary.tokens, merges, ignore_merges=pre_tokenizer.ignore_merges)
+    splits: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre_tokenizer.patterns
+    ]
+    splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, vocabulary.flag("add_bos_token", pre_tokenizer.add_bos)
+
+
+def _sentencepiece_bpe(vocabulary: GGUFVocabulary, *, is_gemma: bool) -> tokenizers.Tokenizer:
+    tokens = vocabulary.tokens
+    if is_gemma:  # its runs of spaces are stored as they read, all other tokens as they are spelled
+        tokens = [SPACE * len(token) if token.strip(" ") == "" else token for token in tokens]
+    merges = vocabulary.merges()
+    if merges is None:
+        # Gemma's scores do not rank its merges, the positions of their results do.
+        ranks = [-index for index in range(len(tokens))] if is_gemma else vocabulary.scores()
+        merges = _rebuild_merges(tokens, vocabulary.token_types, ranks)
+    unknown = vocabulary.named_token("unknown")
+    tokenizer = _bpe(vocabulary, tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    add_space_prefix = not is_gemma and vocabulary.flag("add_space_prefix", True)
+    prefix = [normalizers.Prepend(SPACE)] if add_space_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", left=1)] if add_space_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _bpe(
+    vocabulary: GGUFVocabulary, tokens: list[str], merges: list[tuple[str, str]], **options: Any
+) -> tokenizers.Tokenizer:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    try:
+        return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
+    except Exception as error:  # the library has no class of its own for this
+        raise vocabulary.error("tokenizer.ggml.merges", f"do not fit the vocabulary ({error})") from error
+
+
+def _rebuild_merges(tokens: list[str], token_types: Sequence[int], ranks: Sequence[float]) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, best results first, and of one result the longer left half first."""
+    pieces = {
+        token: rank
+        for token, token_type, rank in zip(tokens, token_types, ranks, strict=True)
+        if token_type not in (UNKNOWN, CONTROL, BYTE)
+    }
+    merges = [
+        (rank, cut, token)
+        for token, rank in pieces.items()
+        for cut in range(1, len(token))
+        if token[:cut] in pieces and token[cut:] in pieces
+    ]
+    merges.sort(key=lambda merge: (merge[0], merge[1], len(merge[2]) - merge[1]), reverse=True)
+    return [(token[:cut], token[cut:]) for _, cut, token in merges]
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, vocabulary: GGUFVocabulary) -> None:
+    """Tokens that are found in a text as a whole: control tokens are special, the users' own are not."""
+    typed = [
+        (token, token_type)
+        for token, token_type in zip(vocabulary.tokens, vocabulary.token_types, strict=True)
+        if token_type in (UNKNOWN, CONTROL, USER_DEFINED) and tokenizer.token_to_id(token) is not None
+    ]
+    special = [AddedToken(token, special=True, normalized=False) for token, kind in typed if kind != USER_DEFINED]
+    plain = [AddedToken(token, special=False, normalized=False) for token, kind in typed if kind == USER_DEFINED]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)

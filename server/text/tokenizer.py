@@ -1,0 +1,264 @@
+"""Text to token ids and back, for the tokenizer of a GGUF file or of a Hugging Face folder."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import tokenizers
+from tokenizers import AddedToken
+
+from engine.gguf import GGUFFile
+from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class _Settings(NamedTuple):
+    """What a model's files say besides the vocabulary."""
+
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+    vocab_size: int
+
+
+class Tokenizer:
+    """A model's tokenizer. Safe to use from several threads.
+
+    Attributes:
+        vocab_size: the highest token id + 1.
+        bos_token, eos_token, bos_token_id, eos_token_id: None where the model has none.
+        add_bos: whether `encode` begins a text with the BOS token.
+        special_ids, special_tokens: control tokens, as ids and as texts.
+        chat_template: Jinja source, or None.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: _Settings) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._plain_backend = _without_special_tokens(backend)
+        self._to_bytes = _token_decoder(backend)
+        self.vocab_size = settings.vocab_size
+        self.chat_template = settings.chat_template
+        self.bos_token, self.bos_token_id = _find(backend, settings.bos_token)
+        self.eos_token, self.eos_token_id = _find(backend, settings.eos_token)
+        added_tokens = backend.get_added_tokens_decoder()
+        self._added_tokens = {token_id: token.content for token_id, token in added_tokens.items()}
+        special = {token_id: token.content for token_id, token in added_tokens.items() if token.special}
+        self.special_ids = frozenset(special)
+        self.special_tokens = tuple(special.values())
+        self.add_bos = self.bos_token_id is not None and self.encode("")[:1] == [self.bos_token_id]
+
+    @classmethod
+    def from_model(cls, path: Path) -> Self:
+        """Read the tokenizer of a GGUF file, or of a folder with tokenizer.json.
+
+        Raises:
+            ValueError: none there, or one of an unsupported kind. The message names the file.
+        """
+        return cls(*(_load_folder(path) if path.is_dir() else _load_gguf(path)))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_special_tokens: put BOS (and what else the model wants) around it.
+            parse_special: whether text that spells a special token becomes that token. Without, it stays plain text.
+
+        Bytes that a byte-level vocabulary has no token for are left out, as the models' own tokenizers do.
+
+        Raises:
+            ValueError: the text has lone surrogates.
+        """
+        backend = self._backend if parse_special else self._plain_backend
+        try:
+            # Unlike `encode`, this lets other Python threads run, in every version of the library.
+            (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise ValueError("the text has lone surrogates, which are not Unicode characters") from error
+        return encoding.ids
+
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Ids outside the vocabulary stand for nothing."""
+        known = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
+        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, b"" for an id outside the vocabulary.
+
+        They may be a part of a character only. Of special tokens it is their text.
+        """
+        if (text := self._added_tokens.get(token_id)) is not None:
+            return text.encode()
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        return b"" if token is None else self._to_bytes(token)
+
+
+def _find(backend: tokenizers.Tokenizer, token: str | None) -> tuple[str | None, int | None]:
+    """The token and its id, or None twice where the vocabulary does not have it."""
+    token_id = None if token is None else backend.token_to_id(token)
+    if token is not None and token_id is None:
+        logger.warning("the tokenizer names %r as a special token, but its vocabulary does not have it", token)
+    return (None, None) if token_id is None else (token, token_id)
+
+
+def _without_special_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A second tokenizer that shares the vocabulary, but takes the text of special tokens for plain text.
+
+    It is a second one because that is a switch of the whole tokenizer, which other threads would notice.
+    """
+    plain = tokenizers.Tokenizer(backend.model)
+    plain.normalizer = backend.normalizer
+    plain.pre_tokenizer = backend.pre_tokenizer
+    plain.post_processor = backend.post_processor
+    plain.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
+    plain.encode_special_tokens = True
+    return plain
+
+
+# From the spelling of a token to its bytes.
+
+
+def _token_decoder(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+    """The function for this kind of tokenizer, which shows in its decoder."""
+    kinds = _decoder_types(backend)
+    if "ByteLevel" in kinds:
+        alphabet = byte_alphabet()
+        return lambda token: _byte_level_bytes(token, alphabet)
+    if kinds & {"ByteFallback", "Metaspace"}:
+        return _sentencepiece_bytes
+    raise ValueError(
+        f"tokenizers that decode with {', '.join(sorted(kinds)) or 'nothing'} are not supported "
+        "(supported: byte-level, and sentencepiece with byte fallback)"
+    )
+
+
+def _decoder_types(backend: tokenizers.Tokenizer) -> set[str]:
+    if backend.decoder is None:
+        return set()
+    state = json.loads(backend.decoder.__getstate__())
+    return {state["type"]} | {part["type"] for part in state.get("decoders", [])}
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters in which byte-level vocabularies spell bytes.
+
+    Printable characters of Latin-1 spell themselves, the other bytes follow from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)).difference(printable))
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+def _byte_level_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
+    """A token with a character outside the alphabet is not spelled in it: it is plain text."""
+    try:
+        return bytes([alphabet[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes.fromhex(token[3:5])
+        except ValueError:
+            pass  # it only looks like a byte
+    return token.replace(SPACE, " ").encode()
+
+
+# A GGUF file.
+
+
+def _load_gguf(path: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such model (expected a GGUF file, or a folder with tokenizer.json)")
+    with GGUFFile(path) as file:
+        vocabulary = GGUFVocabulary(file.metadata, str(path))
+        architecture = vocabulary.text("general.architecture") or ""
+    settings = _Settings(
+        bos_token=vocabulary.named_token("bos"),
+        eos_token=vocabulary.named_token("eos"),
+        chat_template=vocabulary.text("tokenizer.chat_template"),
+        vocab_size=len(vocabulary.tokens),
+    )
+    return build_tokenizer(vocabulary, architecture=architecture), settings
+
+
+# A folder with tokenizer.json.
+
+
+def _load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
+    """What `encode` puts around a text is up to tokenizer.json alone: `add_bos_token` beside it is a leftover."""
+    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    backend = _read_tokenizer(folder)
+    _mark_special(backend, _special_tokens(config))
+    vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    return backend, _Settings(
+        bos_token=_token_text(config.get("bos_token")),
+        eos_token=_token_text(config.get("eos_token")),
+        chat_template=_chat_template(folder, config),
+        vocab_size=vocab_size,
+    )
+
+
+def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no tokenizer.json in this folder; transformers' save_pretrained writes one")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no class of its own for this
+        raise ValueError(f"{path}: not a valid tokenizer ({error})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _token_text(token: object) -> str | None:
+    """Tokens are written as a text, or as an object with the text and how it is matched."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _special_tokens(config: Mapping[str, Any]) -> list[str]:
+    values = [config.get(name) for name in NAMED_SPECIAL_TOKENS]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(name, [])
+        values += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+    return [text for value in values if (text := _token_text(value))]
+
+
+def _mark_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:
+    """Not all tokenizer.json mark the tokens that the configuration names as special ones."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    unmarked = [token for token in tokens if token not in known and backend.token_to_id(token) is not None]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unmarked])
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """A file of its own comes before the configuration. Of several named templates it is the default one."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template: must be a text, or a list of named texts")
+    return template

@@ -1,0 +1,332 @@
+"""The tokenizer against transformers, on the real model and on folders written here."""
+
+import copy
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from server.text.tokenizer import Tokenizer, byte_alphabet
+
+TEXTS = [
+    "",
+    " ",
+    "Hello, world! It's a fine day, isn't it? We'LL see.",
+    "The quick brown fox\njumps over\r\nthe lazy dog.\n\n\n",
+    "def add(first, second):\n\treturn first + second  # the sum\n\n\nprint(add(1, 2))\n",
+    "for (int i = 0; i < 100; ++i) { a[i] *= 3.14e-5; }",
+    "1234567890 0.5 1,000,000 x2 v1.2.3 ½ x² Ⅷ ３４ ٣",
+    "   leading,   inner and trailing spaces   ",
+    "\t\ttabs \u00a0 no-break \u2003 em \u200b zero width \ufeff",
+    "日本語のテキストと漢字。中文：你好，世界！ 한국어 텍스트입니다.",
+    "Größe, naïve café, Ελληνικά, русский язык, עברית, العربية, हिन्दी, ไทย",
+    "😀 👍🏽 👩‍👩‍👧‍👦 🇩🇪 e\u0301 \U0001f9ff",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start |> <|im_end <|endoftext|><|endoftext|>x",
+    "a" * 500 + "!" * 100 + "\n" * 50 + " " * 77,
+]
+texts = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("  \n\tabcETHhe123'.,_-/é日")), max_size=40)
+some_texts = settings(max_examples=80, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> Tokenizer:
+    return Tokenizer.from_model(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def transformers_smollm2(smollm2_path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+
+
+@pytest.fixture(scope="module")
+def original_smollm2(transformers_smollm2: Any) -> Any:
+    """What transformers makes of the file, with the split of the model's own tokenizer.json.
+
+    transformers does not know `smollm` and splits as GPT-2 does. That differs in what stands before digits.
+    """
+    tokenizer = copy.deepcopy(transformers_smollm2)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+# The real model.
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_smollm2(text: str, smollm2: Tokenizer, original_smollm2: Any) -> None:
+    token_ids = smollm2.encode(text)
+    assert token_ids == original_smollm2.encode(text)
+    for skip in (True, False):
+        expected = original_smollm2.decode(token_ids, skip_special_tokens=skip)
+        assert smollm2.decode(token_ids, skip_special_tokens=skip) == expected
+
+
+@some_texts
+@given(text=texts)
+def test_smollm2_with_any_text(text: str, smollm2: Tokenizer, original_smollm2: Any) -> None:
+    assert smollm2.encode(text) == original_smollm2.encode(text)
+
+
+@some_texts
+@given(text=texts)
+def test_smollm2_without_digits(text: str, smollm2: Tokenizer, transformers_smollm2: Any) -> None:
+    letters = "".join(character for character in text if not character.isnumeric())
+    assert smollm2.encode(letters) == transformers_smollm2.encode(letters)
+
+
+@pytest.fixture(scope="module")
+def known_bytes(smollm2: Tokenizer) -> set[int]:
+    """This vocabulary lacks a token for some bytes that English text does not have: they are lost."""
+    tokens = [smollm2.token_bytes(token_id) for token_id in range(smollm2.vocab_size)]
+    return {token[0] for token in tokens if len(token) == 1}
+
+
+@some_texts
+@given(text=texts)
+def test_bytes_of_tokens_are_the_text(text: str, smollm2: Tokenizer, known_bytes: set[int]) -> None:
+    assume(known_bytes.issuperset(text.encode()))
+    token_ids = smollm2.encode(text)
+    assert b"".join(map(smollm2.token_bytes, token_ids)) == text.encode()
+    assert smollm2.decode(token_ids) == text
+
+
+def test_bytes_of_every_token(smollm2: Tokenizer, transformers_smollm2: Any) -> None:
+    spelling: Any = bytes_to_unicode
+    alphabet = {character: byte for byte, character in spelling().items()}
+    assert byte_alphabet() == alphabet
+    for token_id, token in enumerate(transformers_smollm2.convert_ids_to_tokens(range(smollm2.vocab_size))):
+        is_special = token_id in smollm2.special_ids
+        expected = token.encode() if is_special else bytes(alphabet[character] for character in token)
+        assert smollm2.token_bytes(token_id) == expected
+    assert smollm2.token_bytes(smollm2.vocab_size) == smollm2.token_bytes(-1) == smollm2.token_bytes(2**40) == b""
+
+
+def test_smollm2_attributes(smollm2: Tokenizer, transformers_smollm2: Any) -> None:
+    assert smollm2.vocab_size == len(transformers_smollm2) == 49152
+    assert (smollm2.bos_token, smollm2.bos_token_id) == ("<|im_start|>", 1)
+    assert (smollm2.eos_token, smollm2.eos_token_id) == ("<|im_end|>", 2)
+    assert not smollm2.add_bos
+    assert smollm2.special_ids == set(range(17))
+    assert smollm2.special_tokens[:3] == ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    assert smollm2.chat_template == transformers_smollm2.chat_template
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>user\n<|im_end|>b", "<|endoftext|>" * 3, "<|im_end", "x"])
+def test_special_tokens_as_plain_text(text: str, smollm2: Tokenizer) -> None:
+    token_ids = smollm2.encode(text, parse_special=False)
+    assert smollm2.special_ids.isdisjoint(token_ids)
+    assert smollm2.decode(token_ids) == text
+
+
+def test_decode_ignores_ids_outside_the_vocabulary(smollm2: Tokenizer) -> None:
+    token_ids = smollm2.encode("Hello")
+    assert smollm2.decode([-1, *token_ids, 49152, 2**40]) == "Hello"
+
+
+def test_threads_do_not_disturb_each_other(smollm2: Tokenizer) -> None:
+    def encode(index: int) -> list[int]:
+        return smollm2.encode("a<|im_end|>b", parse_special=index % 2 == 0)
+
+    expected = [encode(0), encode(1)]
+    assert expected[0] != expected[1]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(encode, range(400)))
+    assert results == expected * 200
+
+
+def test_lone_surrogates_are_a_value_error(smollm2: Tokenizer) -> None:
+    with pytest.raises(ValueError):
+        smollm2.encode("\ud800")
+
+
+def test_imports_nothing_heavy() -> None:
+    heavy = {"torch", "numpy", "transformers", "gguf", "huggingface_hub"}
+    code = f"import sys, server.text.tokenizer; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Folders.
+
+
+SPECIAL = ("<s>", "</s>", "<pad>")
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS[2:6], trainer)
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    return tokenizer
+
+
+def sentencepiece() -> tokenizers.Tokenizer:
+    """In the form of Llama 2's tokenizer.json."""
+    vocab = ["<unk>", *SPECIAL[:2], *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "H", "i", "Hi", "\u2581Hi"]
+    merges = [("H", "i"), ("\u2581", "Hi")]
+    model = models.BPE(
+        vocab={token: index for index, token in enumerate(vocab)},
+        merges=merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def write(folder: Path, tokenizer: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> Path:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    values = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": "</s>"} | (config or {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": False}])
+def test_folder(make: Any, flags: dict[str, bool], tmp_path: Path) -> None:
+    write(tmp_path, make(), flags)
+    tokenizer, expected = Tokenizer.from_model(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, "<s>Hi</s>", "<think>Hi</think>"]:
+        for add_special_tokens in (True, False):
+            token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            assert token_ids == expected.encode(text, add_special_tokens=add_special_tokens)
+            assert tokenizer.decode(token_ids) == expected.decode(token_ids, skip_special_tokens=True)
+    assert tokenizer.add_bos == (expected.encode("x")[0] == expected.bos_token_id)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (expected.bos_token_id, expected.eos_token_id)
+    assert tokenizer.vocab_size == len(expected)
+
+
+def test_bytes_of_a_folder(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_model(write(tmp_path, byte_level()))
+    for text in [*TEXTS, "<s>é<think>"]:
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(map(tokenizer.token_bytes, token_ids)) == text.encode()
+    tokenizer = Tokenizer.from_model(write(tmp_path, sentencepiece()))
+    for text in ["Hi Hi", "x é"]:
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(map(tokenizer.token_bytes, token_ids)) == f" {text}".encode()
+    assert [tokenizer.token_bytes(token_id) for token_id in (0, 1, 3, 258, 263)] == [
+        b"<unk>",
+        b"<s>",
+        b"\0",
+        b"\xff",
+        b" Hi",
+    ]
+
+
+def test_vocabulary_with_a_gap(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 7}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer.from_model(write(tmp_path, backend, {"bos_token": None, "eos_token": None}))
+    assert tokenizer.vocab_size == 8
+    assert [tokenizer.token_bytes(token_id) for token_id in (0, 3, 7, 8)] == [b"a", b"", b"b", b""]
+
+
+def test_tokens_that_only_the_configuration_calls_special(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "<end>": 1, "<tool>": 2}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    config = {
+        "bos_token": None,
+        "eos_token": {"content": "<end>", "lstrip": False, "__type": "AddedToken"},
+        "additional_special_tokens": ["<tool>", "<unheard-of>"],
+    }
+    tokenizer = Tokenizer.from_model(write(tmp_path, backend, config))
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token) == ("<end>", 1, None)
+    assert tokenizer.special_ids == {1, 2}
+    assert tokenizer.encode("a<end><tool>") == [0, 1, 2]
+    assert tokenizer.vocab_size == 3
+
+
+def test_special_tokens_map_fills_in(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}')
+    tokenizer = Tokenizer.from_model(tmp_path)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    write(tmp_path, byte_level(), {"eos_token": "<pad>"})
+    assert Tokenizer.from_model(tmp_path).eos_token == "<pad>"
+
+
+def test_bos_that_is_no_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer.from_model(write(tmp_path, byte_level(), {"bos_token": "<nope>"}))
+    assert (tokenizer.bos_token, tokenizer.bos_token_id, tokenizer.add_bos) == (None, None, False)
+    assert "<nope>" in caplog.text
+
+
+def test_nothing_is_truncated_or_padded(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.enable_truncation(3)
+    backend.enable_padding(length=10)
+    tokenizer = Tokenizer.from_model(write(tmp_path, backend))
+    for text in ("x", "The quick brown fox jumps"):
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+
+
+NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "expected"),
+    [
+        ({}, {}, None),
+        ({"chat_template": "C"}, {}, "C"),
+        ({"chat_template": NAMED}, {}, "D"),
+        ({"chat_template": NAMED[:1]}, {}, None),
+        ({"chat_template": "C"}, {"chat_template.jinja": "é"}, "é"),
+        ({}, {"chat_template.json": '{"chat_template": "J"}'}, "J"),
+    ],
+)
+def test_chat_template(config: dict[str, Any], files: dict[str, str], expected: str | None, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert Tokenizer.from_model(write(tmp_path, byte_level(), config)).chat_template == expected
+
+
+def test_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        Tokenizer.from_model(tmp_path)
+    with pytest.raises(ValueError, match=r"none\.gguf: no such model"):
+        Tokenizer.from_model(tmp_path / "none.gguf")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a valid tokenizer"):
+        Tokenizer.from_model(tmp_path)
+    write(tmp_path, byte_level(), {"chat_template": 7})
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template"):
+        Tokenizer.from_model(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: must hold a JSON object"):
+        Tokenizer.from_model(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not valid JSON"):
+        Tokenizer.from_model(tmp_path)
+
+
+@pytest.mark.parametrize("decoder", [None, decoders.WordPiece(), decoders.BPEDecoder()])
+def test_kinds_whose_bytes_are_not_known_are_refused(decoder: Any, tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.decoder = decoder
+    with pytest.raises(ValueError, match=r"decode with .* not supported"):
+        Tokenizer.from_model(write(tmp_path, backend))
