@@ -1,0 +1,54 @@
+# Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check format bench test-image clean
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+BIN := .venv/bin
+ARGS ?=
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: .venv/installed ## Make .venv and install the project in it
+
+serve: .venv/installed ## Serve the default model, or the one in ARGS
+	@$(BIN)/lightwell serve $(ARGS)
+
+test: .venv/installed-test ## Run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/installed-test ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/installed-test ## Format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/installed ## Start a server and measure it under load
+	$(BIN)/python tests/bench/serve.py $(ARGS)
+
+test-image: ## Build the container image and try it
+	deploy/test-image.sh
+
+clean: ## Remove .venv and all caches
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made anew only when the dependencies change, so that the second time needs no network.
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/installed-test: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test]'
+	@touch .venv/installed $@
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Lightwell needs Python 3.11 or newer: install it, or say make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) has no venv module: install it (on Debian and Ubuntu, the package python3-venv)." >&2; exit 1; }
+	@"$(PYTHON)" -m venv .venv

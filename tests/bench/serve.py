@@ -1,0 +1,139 @@
+"""Starts `lightwell serve` on a free port, measures it at several loads, and prints a table.
+
+    python tests/bench/serve.py [MODEL] [--json] [-- FLAGS OF lightwell serve]
+
+The loads are those of a chat (128 words in, 64 tokens out) from 1, 8 and 32 clients, and of prompts of 800 words.
+"""
+
+import argparse
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import msgspec
+from rich.console import Console
+from rich.table import Column, Table
+
+from server.bench import Report, Summary, run_benchmark
+from server.load import Load
+
+READY_SECONDS = 300.0
+MODEL_NAME = "m"
+
+LOADS = {
+    "1 client": Load(url="", num_requests=4, concurrency=1, input_len=128, output_len=64),
+    "8 clients": Load(url="", num_requests=24, concurrency=8, input_len=128, output_len=64),
+    "32 clients": Load(url="", num_requests=64, concurrency=32, input_len=128, output_len=64),
+    "long prompts": Load(url="", num_requests=8, concurrency=4, input_len=800, output_len=4),
+}
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    console = Console(stderr=True)
+    reports: dict[str, Report] = {}
+    with running_server([*arguments.model, *arguments.flags]) as (url, start_seconds):
+        console.print(f"ready after {start_seconds:.1f} s")
+        run_benchmark(Load(url=url, model=MODEL_NAME, num_requests=8, concurrency=4, input_len=64, output_len=16))
+        for seed, (name, load) in enumerate(LOADS.items(), start=arguments.seed):
+            console.print(f"{name} ...")
+            reports[name] = run_benchmark(replace(load, url=url, model=MODEL_NAME, seed=seed))
+    if arguments.json:
+        print(msgspec.json.encode({"start_seconds": round(start_seconds, 2), "loads": reports}).decode())
+    else:
+        print_table(reports)
+    return 0 if all(report.num_completed == report.num_requests for report in reports.values()) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="*", metavar="MODEL", help="what to serve, if not the default model")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    own, flags = split_at_dashes(sys.argv[1:])
+    arguments = parser.parse_args(own)
+    arguments.flags = flags
+    return arguments
+
+
+def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in argv:
+        return argv, []
+    return argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+
+
+@contextlib.contextmanager
+def running_server(flags: list[str]) -> Iterator[tuple[str, float]]:
+    """The address of a server that is ready, and the seconds that took. Raises RuntimeError where it does not start."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("lightwell")), "serve", f"--port={port}"]
+    command += [f"--served-model-name={MODEL_NAME}", "--log-level=warning", *flags]
+    started = time.monotonic()
+    process = subprocess.Popen(command)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, process)
+        yield url, time.monotonic() - started
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
+                return
+        if process.poll() is not None:
+            raise RuntimeError(f"lightwell serve exited with {process.returncode}")
+        time.sleep(0.05)
+    raise RuntimeError(f"lightwell serve was not ready after {READY_SECONDS:g} s")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def print_table(reports: dict[str, Report]) -> None:
+    columns = (
+        "output tokens/s",
+        "input tokens/s",
+        "first token p50 (ms)",
+        "token p50 (ms)",
+        "token p99 (ms)",
+        "failed",
+    )
+    table = Table("", *(Column(name, justify="right") for name in columns))
+    for name, report in reports.items():
+        table.add_row(
+            name,
+            f"{report.output_tokens_per_second:.1f}",
+            f"{report.input_tokens_per_second:.1f}",
+            milliseconds(report.time_to_first_token_ms, "p50"),
+            milliseconds(report.inter_token_latency_ms, "p50"),
+            milliseconds(report.inter_token_latency_ms, "p99"),
+            str(report.num_requests - report.num_completed),
+        )
+    Console().print(table)
+
+
+def milliseconds(summary: Summary | None, percentile: str) -> str:
+    return f"{getattr(summary, percentile):.1f}" if summary else ""
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,61 @@
+"""A child process for tests of the supervisor: it speaks nothing, and ends as its arguments say.
+
+`stub_child.py FOLDER NAME BEHAVIOUR [ARGUMENT]` writes its configuration to FOLDER/NAME.json and its number to
+FOLDER/NAME.pid, then behaves.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+
+def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
+    config = sys.stdin.buffer.read()
+    (folder / f"{name}.json").write_bytes(config)
+    if behaviour == "exit":
+        leave(folder, name, float(argument), 7)
+    if behaviour == "exit-well":
+        leave(folder, name, float(argument), 0)
+    if behaviour == "fork":
+        helper = subprocess.Popen(["sleep", "60"])
+        announce(folder, "helper", helper.pid)
+    if behaviour == "ignore":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif behaviour == "drain":
+        signal.signal(signal.SIGTERM, lambda *_: leave(folder, f"{name}-end", float(argument), 0))
+    elif behaviour == "fail":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(argument)))
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    announce(folder, name, os.getpid())
+    if behaviour == "mourn":  # as the API process does when its engine is gone
+        wait_for_end_of(msgspec.json.decode(config)["engine_pid"])
+        leave(folder, f"{name}-end", float(argument), 1)
+    while True:
+        time.sleep(60)
+
+
+def announce(folder: Path, name: str, pid: int) -> None:
+    """Whole or not at all."""
+    (folder / f"{name}.tmp").write_text(str(pid))
+    (folder / f"{name}.tmp").rename(folder / f"{name}.pid")
+
+
+def leave(folder: Path, name: str, seconds: float, code: int) -> None:
+    announce(folder, name, os.getpid())
+    time.sleep(seconds)
+    os._exit(code)
+
+
+def wait_for_end_of(pid: int) -> None:
+    select.select([os.pidfd_open(pid)], [], [])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,349 @@
+"""The supervisor with stub children: real processes, real signals, every way to end."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from engine.config import EngineProcessConfig
+from server import supervisor
+from server.settings import ApiProcessConfig, Settings
+from tests.server.processes import is_running, wait_for_end_of
+
+STUB = Path(__file__).with_name("stub_child.py")
+
+# Runs a supervisor with short times and stub children; its last line says what was imported.
+DRIVER = """
+import json, sys
+from server import supervisor
+from server.settings import Settings
+settings, grace, engine, api = json.loads(sys.argv[1])
+supervisor.DEATH_GRACE_SECONDS, supervisor.DRAIN_GRACE_SECONDS, supervisor.STOP_SECONDS = grace, 0.4, 0.3
+status = supervisor.supervise(Settings(**settings), supervisor.Commands(engine=engine, api=api))
+heavy = [name for name in ("torch", "numpy", "fastapi", "pydantic", "httpx", "zmq", "rich") if name in sys.modules]
+assert not heavy, heavy
+sys.exit(status)
+"""
+
+
+class Running:
+    """A supervisor in a process of its own."""
+
+    def __init__(
+        self, folder: Path, temporary: str, engine: tuple[str, ...], api: tuple[str, ...], grace: float, **settings: Any
+    ) -> None:
+        self.folder = folder
+        model = folder / "model.gguf"
+        model.write_bytes(b"GGUF")
+        commands = [[sys.executable, str(STUB), str(folder), *child] for child in (("engine", *engine), ("api", *api))]
+        arguments = json.dumps([{"model": str(model), "drain_timeout": 0.5, **settings}, grace, *commands])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": temporary},
+        )
+
+    def pid(self, name: str) -> int:
+        return int(self.wait_for(self.folder / f"{name}.pid").read_text())
+
+    def wait_for(self, path: Path) -> Path:
+        deadline = time.monotonic() + 10
+        while not path.exists():
+            assert time.monotonic() < deadline, f"no {path.name}"
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.01)
+        return path
+
+    def signal(self, signum: int) -> None:
+        self.process.send_signal(signum)
+
+    def end(self, within: float = 5.0) -> tuple[int, list[str]]:
+        """Exit status and the lines of stderr. Fails if it takes longer."""
+        started = time.monotonic()
+        output, errors = self.process.communicate(timeout=10)
+        assert time.monotonic() - started < within
+        assert output == ""
+        return self.process.returncode, errors.splitlines()
+
+    def assert_nothing_is_left(self) -> None:
+        for file in self.folder.glob("*.pid"):
+            assert not is_running(int(file.read_text())), file.stem
+        if (self.folder / "engine.json").exists():
+            config = msgspec.json.decode((self.folder / "engine.json").read_bytes(), type=EngineProcessConfig)
+            assert not Path(config.address.removeprefix("ipc://")).parent.exists()
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def temporary() -> Iterator[str]:
+    """Where supervisors make their folders: a short path, as sockets need it."""
+    with tempfile.TemporaryDirectory(prefix="lw-") as folder:
+        yield folder
+
+
+@pytest.fixture
+def start(tmp_path: Path, temporary: str) -> Iterator[Start]:
+    running: list[Running] = []
+
+    def start_one(
+        engine: tuple[str, ...] = ("run",), api: tuple[str, ...] = ("run",), grace: float = 0.6, **settings: Any
+    ) -> Running:
+        running.append(Running(tmp_path, temporary, engine, api, grace, **settings))
+        return running[-1]
+
+    yield start_one
+    for one in running:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.communicate()
+
+
+def test_times_keep_the_promise() -> None:
+    """All is over five seconds after a death, and five seconds after the drain's time-out."""
+    after_death = supervisor.DEATH_GRACE_SECONDS + supervisor.STOP_SECONDS
+    after_drain = supervisor.DRAIN_GRACE_SECONDS + supervisor.STOP_SECONDS
+    assert max(after_death, after_drain) <= 4.5
+
+
+def test_children_get_what_they_need(start: Start) -> None:
+    running = start(api_key=["k"], served_model_name=[], seed=3, max_num_seqs=7, log_format="json")
+    engine_pid, api_pid = running.pid("engine"), running.pid("api")
+    engine = msgspec.json.decode((running.folder / "engine.json").read_bytes(), type=EngineProcessConfig)
+    api = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig)
+    assert engine.config.max_num_seqs == 7
+    assert engine.config.model_path == api.model_path == str(running.folder / "model.gguf")
+    assert engine.log_format == "json"
+    assert engine.address == api.engine_address
+    assert api.engine_pid == engine_pid
+    assert api.model_names == ("model.gguf",)
+    assert api.settings.api_key == ("k",)
+    assert api.settings.seed == 3
+
+    socket = Path(engine.address.removeprefix("ipc://"))
+    assert len(os.fsencode(socket)) <= supervisor.MAX_IPC_PATH_BYTES
+    assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+    for pid in (engine_pid, api_pid):
+        assert os.getpgid(pid) == pid  # the terminal's Ctrl-C does not reach it
+        assert psutil.Process(pid).ppid() == running.process.pid
+        assert "k" not in psutil.Process(pid).cmdline()
+
+    running.signal(signal.SIGTERM)
+    assert running.end() == (0, [])
+    running.assert_nothing_is_left()
+
+
+def test_names_of_the_model(start: Start) -> None:
+    running = start(served_model_name=["a", "b"])
+    running.pid("api")
+    api = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig)
+    assert api.model_names == ("a", "b")
+
+
+def test_idle_costs_nothing(start: Start) -> None:
+    running = start()
+    running.pid("engine"), running.pid("api")
+    time.sleep(0.2)
+    process = psutil.Process(running.process.pid)
+    before, switches = process.cpu_times(), process.num_ctx_switches().voluntary
+    time.sleep(1.0)
+    after = process.cpu_times()
+    assert (after.user, after.system) == (before.user, before.system)
+    assert process.num_ctx_switches().voluntary == switches
+    assert process.num_threads() == 1
+    assert process.memory_info().rss < 60e6
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_drains_and_ends_with_0(start: Start, signum: int) -> None:
+    running = start(engine=("drain", "0"), api=("drain", "0.3"))
+    running.pid("engine"), running.pid("api")
+    running.signal(signum)
+    running.pid("api-end")
+    assert is_running(running.pid("engine"))
+    assert not (running.folder / "engine-end.pid").exists()  # the engine goes last
+    assert running.end() == (0, [])
+    assert (running.folder / "engine-end.pid").exists()
+    running.assert_nothing_is_left()
+
+
+def test_an_api_that_does_not_stop_is_killed_after_the_drain_timeout(start: Start) -> None:
+    running = start(api=("ignore",))
+    running.pid("engine"), running.pid("api")
+    started = time.monotonic()
+    running.signal(signal.SIGTERM)
+    status, lines = running.end()
+    assert time.monotonic() - started > 0.85
+    assert (status, lines) == (1, ["lightwell: error: the API process was killed by SIGKILL"])
+    running.assert_nothing_is_left()
+
+
+def test_an_engine_that_does_not_stop_is_killed(start: Start) -> None:
+    running = start(engine=("ignore",))
+    running.pid("engine"), running.pid("api")
+    running.signal(signal.SIGTERM)
+    assert running.end() == (1, ["lightwell: error: the engine process was killed by SIGKILL"])
+    running.assert_nothing_is_left()
+
+
+def test_an_api_that_fails_to_drain_is_reported(start: Start) -> None:
+    running = start(api=("fail", "4"))
+    running.pid("engine"), running.pid("api")
+    running.signal(signal.SIGTERM)
+    assert running.end() == (1, ["lightwell: error: the API process exited with code 4"])
+    running.assert_nothing_is_left()
+
+
+def test_an_echo_of_a_signal_is_not_a_second_one(start: Start) -> None:
+    running = start(api=("drain", "0.3"))
+    running.pid("engine"), running.pid("api")
+    running.signal(signal.SIGTERM)
+    running.signal(signal.SIGTERM)
+    running.signal(signal.SIGCONT)
+    assert running.end() == (0, [])
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(start: Start, first: int, second: int) -> None:
+    running = start(engine=("ignore",), api=("drain", "60"), drain_timeout=60.0)
+    running.pid("engine"), running.pid("api")
+    running.signal(first)
+    running.pid("api-end")
+    time.sleep(0.15)
+    running.signal(second)
+    assert running.end() == (128 + second, [])
+    running.assert_nothing_is_left()
+
+
+def test_an_early_signal_while_children_start(start: Start) -> None:
+    running = start()
+    running.wait_for(running.folder / "engine.json")
+    running.signal(signal.SIGTERM)
+    status, _ = running.end()
+    assert status == 0
+    running.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_death_of_the_engine(start: Start, signum: signal.Signals) -> None:
+    running = start(api=("mourn", "0.2"), grace=60.0)
+    running.pid("api")
+    os.kill(running.pid("engine"), signum)
+    outcome = "exited with code 0" if signum == signal.SIGTERM else f"was killed by {signum.name}"
+    assert running.end() == (1, [f"lightwell: error: the engine process {outcome}"])
+    assert (running.folder / "api-end.pid").exists()  # it left by itself
+    running.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("api", ["run", "ignore"])
+def test_death_of_the_engine_with_an_api_that_stays(start: Start, api: str) -> None:
+    running = start(api=(api,))
+    running.pid("api")
+    os.kill(running.pid("engine"), signal.SIGKILL)
+    assert running.end() == (1, ["lightwell: error: the engine process was killed by SIGKILL"])
+    running.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("engine", ["run", "ignore"])
+def test_death_of_the_api(start: Start, engine: str) -> None:
+    running = start(engine=(engine,))
+    running.pid("engine")
+    os.kill(running.pid("api"), signal.SIGKILL)
+    assert running.end() == (1, ["lightwell: error: the API process was killed by SIGKILL"])
+    running.assert_nothing_is_left()
+
+
+def test_an_engine_that_cannot_start(start: Start) -> None:
+    running = start(engine=("exit", "0"), api=("mourn", "0"), grace=60.0)
+    assert running.end() == (1, ["lightwell: error: the engine process exited with code 7"])
+    running.assert_nothing_is_left()
+
+
+def test_an_api_that_cannot_start(start: Start) -> None:
+    running = start(api=("exit-well", "0"))
+    assert running.end() == (1, ["lightwell: error: the API process exited with code 0"])
+    running.assert_nothing_is_left()
+
+
+def test_death_of_the_engine_while_draining(start: Start) -> None:
+    running = start(api=("drain", "60"), drain_timeout=60.0)
+    running.pid("api")
+    running.signal(signal.SIGTERM)
+    running.pid("api-end")
+    os.kill(running.pid("engine"), signal.SIGKILL)
+    status, lines = running.end()
+    assert status == 1
+    assert "lightwell: error: the engine process was killed by SIGKILL" in lines
+    running.assert_nothing_is_left()
+
+
+def test_a_signal_while_the_api_mourns(start: Start) -> None:
+    running = start(api=("ignore",), grace=60.0)
+    running.pid("api")
+    os.kill(running.pid("engine"), signal.SIGKILL)
+    time.sleep(0.1)
+    running.signal(signal.SIGINT)
+    assert running.end() == (130, [])
+    running.assert_nothing_is_left()
+
+
+def test_death_of_the_supervisor(start: Start) -> None:
+    """The children do nothing for it: it holds from their first moment, before they have imported anything."""
+    running = start()
+    pids = [running.pid("engine"), running.pid("api")]
+    running.process.kill()
+    wait_for_end_of(*pids)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_helpers_of_a_child_end_with_it(start: Start, signum: int) -> None:
+    running = start(engine=("fork",))
+    running.pid("api")
+    helper, engine = running.pid("helper"), running.pid("engine")
+    os.kill(engine, signum)
+    assert running.end()[0] == 1
+    wait_for_end_of(helper)
+
+
+def test_the_last_line_in_json(start: Start) -> None:
+    running = start(engine=("exit", "0"), log_format="json")
+    status, lines = running.end()
+    assert status == 1
+    record = json.loads(lines[-1])
+    assert record["level"] == "error"
+    assert record["message"] == "the engine process exited with code 7"
+
+
+def test_a_long_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with supervisor.ipc_address() as address:
+        socket = Path(address.removeprefix("ipc://"))
+        assert socket.parent.is_dir()
+        assert len(os.fsencode(socket)) <= supervisor.MAX_IPC_PATH_BYTES
+    assert not socket.parent.exists()
+
+
+def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    settings = Settings(model=str(model))
+    with pytest.raises(supervisor.SupervisorError, match=r"cannot start the engine process: .*No such file"):
+        supervisor.supervise(settings, supervisor.Commands(engine=["/nonexistent"], api=["/nonexistent"]))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
