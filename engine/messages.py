@@ -51,13 +51,13 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The account of one finished choice, sent with its last event."""
+    """The account of one choice, sent with its first event and complete with its last."""
 
     arrival: float  # when the API process received it
     queued: float  # when the engine received it
     scheduled: float | None = None  # first time in a batch
     first_token: float | None = None
-    finished: float = 0.0
+    finished: float | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     num_output_tokens: int = 0
@@ -77,7 +77,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the token that ended it, where one did
     error: str | None = None  # for logs; clients get a fixed text
-    times: RequestTimes | None = None  # with finish_reason
+    times: RequestTimes | None = None  # so far, in a choice's first event; all of it with finish_reason
 
 
 class EngineStats(msgspec.Struct, kw_only=True, array_like=True):

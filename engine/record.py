@@ -47,7 +47,7 @@ class RequestRecord:
             queued=self.queued,
             scheduled=self.scheduled,
             first_token=self.first_token,
-            finished=self.finished or 0.0,
+            finished=self.finished,
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,

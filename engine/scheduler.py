@@ -226,6 +226,7 @@ class Scheduler:
     def _prompt_is_computed(self, request: Request, event: TokenEvent) -> None:
         if request.params.max_tokens > 0:
             request.record.first_token = time.monotonic()
+        event.times = request.record.times()
         if request.params.prompt_logprobs is not None:
             event.prompt_logprobs = request.prompt_logprobs
         siblings, request.siblings = request.siblings, []

@@ -31,7 +31,7 @@ def loaded(smollm2_path: Path) -> LoadedModel:
 def submits() -> list[Submit]:
     print(f"seed {SEED}")
     rng = random.Random(SEED)
-    submits = []
+    submits: list[Submit] = []
     for number, length in enumerate(LENGTHS):
         sampled = {"temperature": 1.0} if number % 3 == 1 else {"temperature": 0.8, "top_p": 0.9, "min_p": 0.02}
         params = SamplingParams(
@@ -56,7 +56,7 @@ def submits() -> list[Submit]:
 @pytest.fixture(scope="module")
 def alone(loaded: LoadedModel, submits: list[Submit]) -> dict[tuple[str, int], Answer]:
     """Each choice by itself, its prompt in one piece, with an empty cache."""
-    answers = {}
+    answers: dict[tuple[str, int], Answer] = {}
     for submit in submits:
         answers |= run(make_engine(loaded), [submit])
     return answers

@@ -1,0 +1,49 @@
+"""The web application: routes, and what every request passes on its way to them. No state but the context."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from server.context import ServerContext
+from server.errors import install_error_handlers
+from server.middleware import (
+    AuthMiddleware,
+    BodyMiddleware,
+    CrossOriginMiddleware,
+    HostMiddleware,
+    RequestMiddleware,
+)
+from server.routes import chat, completions, health, metrics, models, tokenize
+from server.settings import is_loopback
+
+
+def create_app(context: ServerContext) -> FastAPI:
+    """An application that answers for one engine. Its lifespan is that of the engine client's connection."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await context.client.start()
+        yield
+        await context.client.close()
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.context = context
+    for module in (completions, chat, models, tokenize, health, metrics):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    _add_middleware(app, context)
+    return app
+
+
+def _add_middleware(app: FastAPI, context: ServerContext) -> None:
+    """The last one added is the first that a request meets."""
+    settings = context.settings
+    app.add_middleware(BodyMiddleware, max_body_size=settings.max_body_size)
+    if settings.api_key:
+        app.add_middleware(AuthMiddleware, keys=settings.api_key)
+    if settings.allowed_origins:
+        app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
+    if is_loopback(settings.host):
+        app.add_middleware(HostMiddleware, hosts=[settings.host], origins=settings.allowed_origins)
+    app.add_middleware(RequestMiddleware, metrics=context.metrics)

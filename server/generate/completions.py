@@ -1,0 +1,163 @@
+"""What is special about `POST /v1/completions`: its prompts, echo, and the older form of log probabilities."""
+
+from collections.abc import Sequence
+
+from server.context import ServerContext
+from server.errors import InvalidValueError, clip
+from server.generate.choices import Delta, Position, json_logprob
+from server.generate.endpoint import Head
+from server.generate.prompts import Prompt, check_text_size, vocab_size
+from server.schemas.common import Usage
+from server.schemas.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    PromptInput,
+)
+from server.text.choice import ChoiceText, token_text
+from server.text.tokenizer import Tokenizer
+
+
+class CompletionEndpoint:
+    noun = "prompt"
+    id_prefix = "cmpl"
+
+    def encode(self, context: ServerContext, body: CompletionRequest) -> list[Prompt]:
+        return [_encode(context, body, value) for value in body.prompt]
+
+    def writer(
+        self, context: ServerContext, body: CompletionRequest, head: Head, prompts: Sequence[Prompt]
+    ) -> "CompletionWriter":
+        tokenizer, with_logprobs = context.tokenizer, body.logprobs is not None
+        echoes = None
+        if body.echo:
+            echoes = _Echoes(tokenizer, prompts, num_choices=body.num_choices, with_logprobs=with_logprobs)
+        return CompletionWriter(tokenizer, head, echoes, with_logprobs=with_logprobs)
+
+
+def _encode(context: ServerContext, body: CompletionRequest, value: PromptInput) -> Prompt:
+    if isinstance(value, str):
+        check_text_size(len(value.encode()), context.max_model_len, "prompt")
+        token_ids = context.tokenizer.encode(value, add_special_tokens=body.add_special_tokens is not False)
+        prompt = Prompt(token_ids, value)
+    else:
+        _check_range(value, vocab_size(context))
+        prompt = Prompt(value)
+    if not prompt.token_ids:
+        raise InvalidValueError("Invalid 'prompt': expected at least one token, but got none.", param="prompt")
+    return prompt
+
+
+def _check_range(token_ids: list[int], size: int) -> None:
+    """Raises InvalidValueError for a token id that the model does not have."""
+    smallest, largest = min(token_ids, default=0), max(token_ids, default=0)
+    if smallest < 0 or largest >= size:
+        wrong = smallest if smallest < 0 else largest
+        message = f"Invalid 'prompt': expected token ids from 0 to {size - 1}, but got {clip(str(wrong))} instead."
+        raise InvalidValueError(message, param="prompt")
+
+
+class _Echoes:
+    """What the choices of each prompt begin with."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, num_choices: int, with_logprobs: bool
+    ) -> None:
+        """`num_choices` is of each prompt."""
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._num_choices = num_choices
+        self._with_logprobs = with_logprobs
+        self._made: dict[int, Delta] = {}  # by prompt, for all its choices begin alike
+
+    def of_choice(self, index: int) -> Delta:
+        """To be asked for once the prompt's log probabilities are known, if they were asked for."""
+        prompt_index = index // self._num_choices
+        if prompt_index not in self._made:
+            self._made[prompt_index] = self._make(self._prompts[prompt_index])
+        return self._made[prompt_index]
+
+    def _make(self, prompt: Prompt) -> Delta:
+        spelled = ChoiceText(self._tokenizer, skip_special_tokens=False, track_offsets=self._with_logprobs)
+        tokens_text = spelled.push(prompt.token_ids) + spelled.finish()
+        text = tokens_text if prompt.text is None else prompt.text
+        # A BOS token, and the space that sentencepiece puts first, are not in the client's text.
+        num_added = len(tokens_text) - len(text) if tokens_text.endswith(text) else 0
+        offsets = [max(0, offset - num_added) for offset in spelled.offsets]
+        return Delta(0, text, list(map(Position, prompt.token_ids, [None, *prompt.logprobs], offsets)))
+
+
+class CompletionWriter:
+    def __init__(self, tokenizer: Tokenizer, head: Head, echoes: _Echoes | None, *, with_logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._head = head
+        self._echoes = echoes
+        self._with_logprobs = with_logprobs
+        self._started: set[int] = set()  # choices that the stream has begun
+
+    def chunks(self, delta: Delta) -> list[Completion]:
+        """At most one with text, and one that says why the choice ended."""
+        delta = self._after_echo(delta, begins=delta.index not in self._started)
+        self._started.add(delta.index)
+        choices = []
+        if delta.text or delta.positions:
+            choices.append(self._choice(delta, self._logprobs(delta.positions), None))
+        if delta.finish_reason is not None:
+            choices.append(self._choice(Delta(delta.index, ""), None, delta.finish_reason))
+        return [self._completion([choice]) for choice in choices]
+
+    def usage_chunk(self) -> Completion:
+        return self._completion([])
+
+    def answer(self, deltas: Sequence[Delta], usage: Usage) -> Completion:
+        placed = [self._after_echo(delta, begins=True) for delta in deltas]
+        answer = self._completion([self._choice(d, self._logprobs(d.positions), d.finish_reason) for d in placed])
+        answer.usage = usage
+        return answer
+
+    def _after_echo(self, delta: Delta, *, begins: bool) -> Delta:
+        if self._echoes is None:
+            return delta
+        echo = self._echoes.of_choice(delta.index)
+        for position in delta.positions:
+            position.offset += len(echo.text)
+        if not begins:
+            return delta
+        return Delta(delta.index, echo.text + delta.text, echo.positions + delta.positions, delta.finish_reason)
+
+    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+        head = self._head
+        return Completion(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            choices=choices,
+            system_fingerprint=head.system_fingerprint,
+        )
+
+    def _choice(self, delta: Delta, logprobs: CompletionLogprobs | None, finish_reason: str | None) -> CompletionChoice:
+        return CompletionChoice(delta.text, delta.index, logprobs, finish_reason)
+
+    def _logprobs(self, positions: Sequence[Position]) -> CompletionLogprobs | None:
+        if not self._with_logprobs:
+            return None
+        return CompletionLogprobs(
+            text_offset=[position.offset for position in positions],
+            token_logprobs=[
+                None if position.logprobs is None else json_logprob(position.logprobs.logprob) for position in positions
+            ],
+            tokens=[token_text(self._tokenizer, position.token_id) for position in positions],
+            top_logprobs=[self._top_logprobs(position) for position in positions],
+        )
+
+    def _top_logprobs(self, position: Position) -> dict[str, float] | None:
+        """The alternatives, and the token itself where it is none of them; of tokens that read alike, the likelier."""
+        if position.logprobs is None:
+            return None
+        top: dict[str, float] = {}
+        logprobs = position.logprobs
+        for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True):
+            top.setdefault(token_text(self._tokenizer, token_id), json_logprob(logprob))
+        top.setdefault(token_text(self._tokenizer, position.token_id), json_logprob(logprobs.logprob))
+        return top

@@ -1,0 +1,63 @@
+"""What the frame asks of an endpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import msgspec
+from msgspec import UnsetType
+
+from server.context import ServerContext
+from server.generate.choices import Delta
+from server.generate.prompts import Prompt
+from server.schemas.common import GenerationRequest, Usage
+
+Body_contra = TypeVar("Body_contra", bound=GenerationRequest, contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What an answer, and each chunk of it, says beside its choices."""
+
+    id: str
+    created: int  # seconds since the epoch
+    model: str
+    system_fingerprint: str
+
+
+class Chunk(Protocol):
+    usage: Usage | UnsetType | None
+
+
+class Writer(Protocol):
+    """How an endpoint writes its answer."""
+
+    def chunks(self, delta: Delta) -> Sequence[Chunk]:
+        """What a stream says about an addition to a choice. Called in order."""
+        ...
+
+    def usage_chunk(self) -> Chunk:
+        """A chunk without choices."""
+        ...
+
+    def answer(self, deltas: Sequence[Delta], usage: Usage) -> msgspec.Struct:
+        """The whole answer; each delta is all of a choice."""
+        ...
+
+
+class Endpoint(Protocol[Body_contra]):
+    """What the endpoints differ in."""
+
+    @property
+    def noun(self) -> str:
+        """What errors call the input, and the field that holds it."""
+        ...
+
+    @property
+    def id_prefix(self) -> str: ...
+
+    def encode(self, context: ServerContext, body: Body_contra) -> list[Prompt]:
+        """The prompts as token ids; raises BadRequestError. Called in a thread, for it may take long."""
+        ...
+
+    def writer(self, context: ServerContext, body: Body_contra, head: Head, prompts: Sequence[Prompt]) -> Writer: ...

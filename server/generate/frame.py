@@ -1,0 +1,223 @@
+"""The one way from a request to its answer: judge, reserve, encode, submit, then stream or collect."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import anyio.to_thread
+import msgspec
+from fastapi import Request, Response
+
+from engine.messages import EngineInfo, Submit
+from server.client import RequestStream, Reservation
+from server.context import ServerContext, get_context
+from server.generate.choices import ChoiceState, Delta
+from server.generate.endpoint import Chunk, Endpoint, Head, Writer
+from server.generate.generation import Generation
+from server.generate.parameters import (
+    check_model,
+    check_token_ids,
+    choose_seed,
+    prompt_seed,
+    sampling_params,
+    unknown_parameters,
+    warnings_header,
+)
+from server.generate.prompts import Prompt, fit_max_tokens, vocab_size
+from server.schemas.common import GenerationRequest, Usage
+from server.sse import run_until_disconnect, sse_response
+from server.text.choice import ChoiceText
+
+DONE = b"data: [DONE]\n\n"
+
+# Some clients take these for line ends, which they are not in JSON: U+0085, U+2028, U+2029.
+LINE_ENDS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
+
+Body = TypeVar("Body", bound=GenerationRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job(Generic[Body]):
+    """A request that has been judged."""
+
+    context: ServerContext
+    endpoint: Endpoint[Body]
+    body: Body
+    info: EngineInfo
+    head: Head
+    seed: int
+    arrival: float  # of time.monotonic()
+    request_id: str  # for logs and errors
+    unknown: list[str]  # fields that are ignored
+
+
+async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Response:
+    """Raises APIError for all that goes wrong before the first byte of the answer."""
+    job = _judge(request, body, endpoint)
+    generation = await _start(job)
+    writer = endpoint.writer(job.context, body, job.head, generation.prompts)
+    if body.stream:
+        events = _stream(generation, writer, body)
+        return sse_response(events, on_close=generation.close, headers=_headers(job), request_id=job.request_id)
+    try:
+        content = await run_until_disconnect(request, _collect(generation, writer, body))
+    finally:
+        generation.close()
+    return Response(content, headers=_headers(job), media_type="application/json")
+
+
+def _judge(request: Request, body: Body, endpoint: Endpoint[Body]) -> _Job[Body]:
+    """All that can be said without tokenizing. Raises BadRequestError, ModelNotFoundError, EngineUnavailableError."""
+    arrival = time.monotonic()
+    context = get_context(request)
+    check_model(body.model, context.model_names)
+    unknown = unknown_parameters(body, strict=context.settings.strict)
+    body.check()
+    info = context.client.ready_info()
+    check_token_ids(body, vocab_size(context))
+    context.metrics.count_unknown_parameters(len(unknown))
+    return _Job(
+        context=context,
+        endpoint=endpoint,
+        body=body,
+        info=info,
+        head=Head(f"{endpoint.id_prefix}-{secrets.token_hex(16)}", int(time.time()), body.model, info.fingerprint),
+        seed=choose_seed(context.settings.seed, _next_number(request)) if body.seed is None else body.seed,
+        arrival=arrival,
+        request_id=request.state.request_id,
+        unknown=unknown,
+    )
+
+
+def _next_number(request: Request) -> int:
+    """How many requests came before this one that brought no seed."""
+    state = request.app.state
+    number: int = getattr(state, "num_unseeded_requests", 0)
+    state.num_unseeded_requests = number + 1
+    return number
+
+
+def _headers(job: _Job[Body]) -> dict[str, str]:
+    deterministic = "true" if job.info.deterministic else "false"
+    headers = {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": deterministic}
+    if job.unknown:
+        headers["x-lightwell-warnings"] = warnings_header(job.unknown)
+    return headers
+
+
+async def _start(job: _Job[Body]) -> Generation:
+    """Slots come first, so that a request for which there is no room costs no tokenizing."""
+    context, body = job.context, job.body
+    with context.client.reserve(body.num_prompts * body.num_choices) as reservation:
+        start = time.monotonic()
+        prompts = await anyio.to_thread.run_sync(job.endpoint.encode, context, body)
+        context.metrics.observe_tokenizer(time.monotonic() - start)
+        submits = [_submit(job, prompt, index) for index, prompt in enumerate(prompts)]
+        choices = [_choice(context, body, index) for index in range(len(prompts) * body.num_choices)]
+        streams = _send(context, submits, reservation)
+    return Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
+
+
+def _submit(job: _Job[Body], prompt: Prompt, index: int) -> Submit:
+    """Raises ContextLengthExceededError, or InvalidValueError for a min_tokens that cannot be."""
+    context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
+    params = sampling_params(
+        body,
+        max_tokens=fit_max_tokens(body.max_output_tokens, num_prompt_tokens, context.max_model_len, job.endpoint.noun),
+        seed=prompt_seed(job.seed, index),
+        vocab_size=vocab_size(context),
+        defaults=context.model_config.default_sampling,
+    )
+    return Submit(
+        request_id=f"{job.head.id}-{index}",
+        prompt_token_ids=prompt.token_ids,
+        params=params,
+        arrival=job.arrival,
+        n=body.num_choices,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+    )
+
+
+def _send(context: ServerContext, submits: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:
+    """All of them or none."""
+    streams: list[RequestStream] = []
+    try:
+        for submit in submits:
+            streams.append(context.client.submit(submit, reservation))
+    except BaseException:
+        for stream in streams:
+            stream.close()
+        raise
+    return streams
+
+
+def _choice(context: ServerContext, body: GenerationRequest, index: int) -> ChoiceState:
+    include_stop = bool(body.include_stop_str_in_output)
+    text = ChoiceText(
+        context.tokenizer,
+        stop=body.stop or (),
+        include_stop=include_stop,
+        min_tokens=body.min_tokens or 0,
+        skip_special_tokens=body.skip_special_tokens is not False,
+        track_offsets=body.num_logprobs is not None,
+    )
+    return ChoiceState(index, text, include_stop=include_stop)
+
+
+async def _collect(generation: Generation, writer: Writer, body: GenerationRequest) -> bytes:
+    """The answer as JSON."""
+    texts: list[list[str]] = [[] for _ in generation.choices]
+    wholes = [Delta(index, "") for index in range(len(generation.choices))]
+    async with aclosing(generation.deltas()) as batches:
+        async for batch in batches:
+            for delta in batch:
+                texts[delta.index].append(delta.text)
+                wholes[delta.index].positions += delta.positions
+                wholes[delta.index].finish_reason = delta.finish_reason
+    for whole, pieces in zip(wholes, texts, strict=True):
+        whole.text = "".join(pieces)
+
+    def encode() -> bytes:
+        return msgspec.json.encode(writer.answer(wholes, generation.usage))
+
+    # Log probabilities may be hundreds of thousands of entries.
+    return encode() if body.num_logprobs is None else await anyio.to_thread.run_sync(encode)
+
+
+async def _stream(generation: Generation, writer: Writer, body: GenerationRequest) -> AsyncGenerator[bytes, None]:
+    """Server-sent events; all that one step of the engine yields is one write."""
+    options = body.stream_options
+    include_usage = options is not None and bool(options.include_usage)
+    continuous = include_usage and options is not None and bool(options.continuous_usage_stats)
+
+    def encode(batch: list[Delta]) -> bytes:
+        chunks = [chunk for delta in batch for chunk in writer.chunks(delta)]
+        if include_usage:
+            _set_usage(chunks, generation.usage if continuous else None)
+        return _frame(chunks)
+
+    async with aclosing(generation.deltas()) as batches:
+        async for batch in batches:
+            # With a prompt's log probabilities a batch may have very many.
+            in_thread = body.num_prompt_logprobs is not None
+            if events := await anyio.to_thread.run_sync(encode, batch) if in_thread else encode(batch):
+                yield events
+    last = [writer.usage_chunk()] if include_usage else []
+    _set_usage(last, generation.usage)
+    yield _frame(last) + DONE
+
+
+def _set_usage(chunks: Sequence[Chunk], usage: Usage | None) -> None:
+    for chunk in chunks:
+        chunk.usage = usage
+
+
+def _frame(chunks: Sequence[Chunk]) -> bytes:
+    events = b"".join([b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks])
+    for char, escape in LINE_ENDS:
+        events = events.replace(char, escape)
+    return events

@@ -1,0 +1,119 @@
+"""The choices of one request while they run: engine events in, additions to the answer out."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Sequence
+
+from engine.messages import FinishReason, TokenEvent
+from server.client import RequestStream
+from server.errors import ServerError
+from server.generate.choices import ChoiceState, Delta
+from server.generate.prompts import Prompt
+from server.metrics import Metrics
+from server.schemas.common import PromptTokensDetails, Usage
+
+logger = logging.getLogger(__name__)
+
+
+class Generation:
+    """Choice j of prompt i is number i * n + j of the answer. To be closed, which ends what still runs."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        streams: Sequence[RequestStream],
+        choices: Sequence[ChoiceState],
+        *,
+        metrics: Metrics,
+        request_id: str,
+    ) -> None:
+        """`streams` are those of the prompts, `choices` those of all prompts."""
+        assert len(choices) % len(prompts) == 0
+        self.prompts = prompts
+        self.choices = choices
+        self._streams = streams
+        self._num_choices = len(choices) // len(prompts)  # of each prompt
+        self._metrics = metrics
+        self._request_id = request_id
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.close()
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        num_output_tokens = sum(choice.num_tokens for choice in self.choices)
+        num_cached_tokens = sum(prompt.num_cached_tokens for prompt in self.prompts)
+        return Usage(
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=num_output_tokens,
+            total_tokens=num_prompt_tokens + num_output_tokens,
+            prompt_tokens_details=PromptTokensDetails(num_cached_tokens),
+        )
+
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
+        """One list per batch of events, until each choice has ended.
+
+        Raises EngineDeadError, or ServerError if the engine failed on one of the choices.
+        """
+        try:
+            async with contextlib.aclosing(_merge(self._streams)) as batches:
+                async for batch in batches:
+                    yield [delta for index, event in batch if (delta := self._take(index, event)) is not None]
+        finally:
+            self.close()
+
+    def _take(self, prompt_index: int, event: TokenEvent) -> Delta | None:
+        """None for an event that comes after a stop string."""
+        choice = self.choices[prompt_index * self._num_choices + event.index]
+        if choice.finish_reason is not None:
+            return None
+        if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            logger.error("the engine failed: %s", event.error, extra={"request_id": self._request_id})
+            raise ServerError(self._request_id)
+        if event.index == 0:  # the others share its prompt
+            self._take_prompt(self.prompts[prompt_index], event)
+        delta = choice.push(event)
+        if choice.stopped_by_text:
+            self._streams[prompt_index].abort_choice(event.index)
+        if choice.finish_reason is not None:
+            self._metrics.observe_detokenizer(choice.seconds)
+        return delta
+
+    def _take_prompt(self, prompt: Prompt, event: TokenEvent) -> None:
+        if event.num_cached_tokens:
+            prompt.num_cached_tokens = event.num_cached_tokens
+        if event.prompt_logprobs is not None:
+            prompt.logprobs = event.prompt_logprobs
+
+
+async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[list[tuple[int, TokenEvent]], None]:
+    """The events of all streams, each with its stream's index: in batches of what came since the last."""
+    if len(streams) == 1:
+        async for batch in streams[0]:
+            yield [(0, event) for event in batch]
+        return
+    ready: list[tuple[int, TokenEvent]] = []
+    changed = asyncio.Event()
+
+    async def pump(index: int, stream: RequestStream) -> None:
+        async for batch in stream:
+            ready.extend((index, event) for event in batch)
+            changed.set()
+
+    pumps = asyncio.gather(*(pump(index, stream) for index, stream in enumerate(streams)))
+    pumps.add_done_callback(lambda _: changed.set())
+    try:
+        while not pumps.done() or ready:
+            await changed.wait()
+            changed.clear()
+            if ready:
+                batch_of_all = ready.copy()
+                ready.clear()
+                yield batch_of_all
+        await pumps
+    finally:
+        pumps.cancel()

@@ -1,0 +1,242 @@
+"""Judges the parameters of a request, and translates them into the engine's."""
+
+import hashlib
+import re
+import secrets
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+
+from pydantic import BaseModel
+
+from engine.messages import SamplingParams
+from server.errors import (
+    InvalidValueError,
+    MissingParameterError,
+    ModelNotFoundError,
+    UnknownParameterError,
+    UnsupportedParameterError,
+    clip,
+)
+from server.schemas.chat import ChatCompletionRequest
+from server.schemas.common import GenerationRequest
+
+GREEDY_TEMPERATURE = 1e-5  # below it the noise would decide nothing but ties
+MAX_WARNINGS_CHARS = 1024  # of the header
+SEED_DOMAIN = b"lightwell-seed"
+
+# Parameters that change an answer and are not supported yet -> the values, beside null, that ask for nothing.
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "audio": (),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
+    "thinking_token_budget": (),
+    "structured_outputs": (),
+    "structural_tag": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "json_schema": (),
+    "grammar": ("",),
+    "regex": (),
+    "ebnf": (),
+    "stop_regex": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "custom_logit_processor": (),
+    "vllm_xargs": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "prompt_logprobs": (),
+    "logprobs_mode": ("raw_logprobs",),
+    "logprob_token_ids": ([],),
+    "post_sampling_probs": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "prompt_embeds": (),
+    "truncate_prompt_tokens": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "add_special_tokens": (False,),
+    "echo": (False,),
+    "max_completion_tokens": (),
+    "typical_p": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (0, -1),
+    "tfs_z": (1,),
+    "repeat_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "smoothing_factor": (0,),
+    "dynatemp_range": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "repetition_detection": (),
+    "lora_path": (),
+    "kv_transfer_params": (),
+}
+
+# Known parameters that change no text.
+HARMLESS = frozenset(
+    {
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "include_reasoning",
+        # These only qualify what is refused above.
+        "guided_decoding_backend",
+        "guided_whitespace_pattern",
+        "dry_base",
+        "dry_allowed_length",
+        "dry_penalty_last_n",
+        "dry_sequence_breakers",
+        "xtc_threshold",
+        "mirostat_tau",
+        "mirostat_eta",
+        "dynatemp_exponent",
+        "smoothing_curve",
+        "repeat_last_n",
+    }
+)
+
+# What OpenAI's clients send back of an earlier answer; it was never shown to the model as text.
+HARMLESS_IN_MESSAGES = frozenset(("refusal", "annotations"))
+
+
+def check_model(model: str, model_names: Sequence[str]) -> None:
+    """Raises BadRequestError or ModelNotFoundError unless this server has the model."""
+    if not model:
+        raise MissingParameterError("model")
+    if model not in model_names:
+        raise ModelNotFoundError(model)
+
+
+def unknown_parameters(body: GenerationRequest, *, strict: bool) -> list[str]:
+    """The fields that are ignored because nobody knows them.
+
+    Raises UnsupportedParameterError for one that cannot be ignored, UnknownParameterError for any if `strict`.
+    """
+    for name, value in _extra(body):
+        if name in UNSUPPORTED and not _asks_for_nothing(value, UNSUPPORTED[name]):
+            raise UnsupportedParameterError(name)
+    names = [name for name, _ in _extra(body) if name not in UNSUPPORTED and name not in HARMLESS]
+    names += [f"stream_options.{name}" for name, _ in _extra(body.stream_options)]
+    if isinstance(body, ChatCompletionRequest):
+        names += dict.fromkeys(_unknown_in_messages(body))
+    if names and strict:
+        raise UnknownParameterError(clip(names[0]))
+    return names
+
+
+def _unknown_in_messages(body: ChatCompletionRequest) -> Iterator[str]:
+    """A null there is what a client has made of an absent field."""
+    for message in body.messages:
+        for name, value in _extra(message):
+            if value is not None and name not in HARMLESS_IN_MESSAGES:
+                yield f"messages[].{name}"
+        for part in message.content if isinstance(message.content, list) else ():
+            for name, value in _extra(part):
+                if value is not None:
+                    yield f"messages[].content[].{name}"
+
+
+def _extra(model: BaseModel | None) -> Iterator[tuple[str, object]]:
+    extra = model.model_extra if model is not None else None
+    yield from (extra or {}).items()
+
+
+def _asks_for_nothing(value: object, passing: tuple[object, ...]) -> bool:
+    return value is None or any(
+        value == other and isinstance(value, bool) == isinstance(other, bool) for other in passing
+    )
+
+
+def warnings_header(names: Sequence[str]) -> str:
+    """One line of harmless characters, whatever the names are."""
+    shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 64)) for name in names]
+    text = f"ignored unknown parameters: {', '.join(shown)}"
+    return text if len(text) <= MAX_WARNINGS_CHARS else f"{text[:MAX_WARNINGS_CHARS].rsplit(', ', 1)[0]}, ..."
+
+
+def choose_seed(server_seed: int | None, number: int) -> int:
+    """For a request without a seed: derived from the server's seed and the request's number, else 64 random bits."""
+    return secrets.randbits(64) - 2**63 if server_seed is None else _derive(server_seed, number, b"request")
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """The seed of the request's prompt `index`. The first prompt has the request's own."""
+    return _derive(seed, index, b"prompt") if index else seed
+
+
+def _derive(seed: int, index: int, domain: bytes) -> int:
+    digest = hashlib.sha256(SEED_DOMAIN + domain + struct.pack("<qq", seed, index)).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def check_token_ids(body: GenerationRequest, vocab_size: int) -> None:
+    """Raises InvalidValueError for a token id that the model does not have."""
+    for name, token_ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
+        if too_high := [token_id for token_id in token_ids or () if token_id >= vocab_size]:
+            message = f"Invalid '{name}': expected token ids from 0 to {vocab_size - 1}, but got {too_high[0]} instead."
+            raise InvalidValueError(message, param=name)
+
+
+def sampling_params(
+    body: GenerationRequest, *, max_tokens: int, seed: int, vocab_size: int, defaults: Mapping[str, float]
+) -> SamplingParams:
+    """The engine's view of a request whose fields and token ids have been judged.
+
+    `defaults` are the model's own. Raises InvalidValueError if min_tokens is more than max_tokens.
+    """
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        message = f"Invalid 'min_tokens': expected a value <= {max_tokens} (max_tokens), but got {min_tokens} instead."
+        raise InvalidValueError(message, param="min_tokens")
+
+    def choose(name: str, value: float | None, default: float) -> float:
+        return defaults.get(name, default) if value is None else value
+
+    temperature = choose("temperature", body.temperature, 1.0)
+    top_k = int(choose("top_k", body.top_k, 0))
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=temperature if temperature >= GREEDY_TEMPERATURE else 0.0,
+        top_k=top_k if 0 < top_k < vocab_size else 0,
+        top_p=choose("top_p", body.top_p, 1.0),
+        min_p=choose("min_p", body.min_p, 0.0),
+        repetition_penalty=choose("repetition_penalty", body.repetition_penalty, 1.0),
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logit_bias=body.logit_bias or {},
+        min_tokens=min_tokens,
+        ignore_eos=bool(body.ignore_eos),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=body.num_logprobs,
+        prompt_logprobs=body.num_prompt_logprobs,
+    )

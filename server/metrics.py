@@ -1,0 +1,263 @@
+"""What Prometheus scrapes: vLLM's core metrics under our prefix, and a few that vLLM lacks.
+
+Names, types, labels and buckets are vLLM's, so that its dashboards work with another prefix. Counters and gauges of the
+engine are read from its latest statistics at scrape time; histograms are observed as events arrive. No label ever takes
+its value from a request.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.messages import EngineInfo, EngineStats, FinishReason
+
+if TYPE_CHECKING:
+    from server.client import Choice
+
+LABELS = ("model_name", "engine")
+
+# fmt: off
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)
+TOKEN_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)
+REQUEST_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)
+ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+TEXT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+HTTP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+# fmt: on
+
+REJECTION_REASONS = ("queue_full", "too_many_choices", "loading", "draining", "engine_dead")
+METHODS = ("GET", "POST", "HEAD", "OPTIONS")
+
+
+def buckets_1_2_5(max_value: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50 ... up to `max_value`."""
+    values = (mantissa * 10**exponent for exponent in itertools.count() for mantissa in (1, 2, 5))
+    return list(itertools.takewhile(lambda value: value <= max_value, values))
+
+
+class Metrics:
+    """All metrics of one API process, in a registry of their own. Used on the event loop only."""
+
+    def __init__(self, prefix: str, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._prefix = prefix
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._info: EngineInfo | None = None
+        self._engine = _EngineCollector(prefix, list(self._labels.values()))
+        self.registry.register(self._engine)
+        self._add_latencies()
+        self._add_server_metrics()
+        ProcessCollector(registry=self.registry)
+
+    def _add_latencies(self) -> None:
+        self._first_token = self._histogram("time_to_first_token_seconds", FIRST_TOKEN_BUCKETS, "Time to first token.")
+        self._inter_token = self._histogram("inter_token_latency_seconds", TOKEN_BUCKETS, "Time between tokens.")
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds", TOKEN_BUCKETS, "Mean time per output token after the first."
+        )
+        self._end_to_end = self._histogram("e2e_request_latency_seconds", REQUEST_BUCKETS, "From arrival to the end.")
+        self._queue = self._histogram("request_queue_time_seconds", REQUEST_BUCKETS, "Time spent waiting.")
+        self._inference = self._histogram("request_inference_time_seconds", REQUEST_BUCKETS, "Time spent running.")
+        self._prefill = self._histogram("request_prefill_time_seconds", REQUEST_BUCKETS, "Time to compute the prompt.")
+        self._decode = self._histogram("request_decode_time_seconds", REQUEST_BUCKETS, "From first to last token.")
+        self._iteration = self._histogram("iteration_tokens_total", ITERATION_BUCKETS, "Tokens computed in a step.")
+
+    def _add_server_metrics(self) -> None:
+        success = self._counter("request_success", "Choices that ended.", "finished_reason")
+        self._finished = {
+            reason: success.labels(**self._labels, finished_reason=reason.value) for reason in FinishReason
+        }
+        rejected = self._counter("requests_rejected", "Requests that were not admitted.", "reason")
+        self._rejected = {reason: rejected.labels(**self._labels, reason=reason) for reason in REJECTION_REASONS}
+        self._unknown = self._counter("unknown_parameters", "Fields of requests that nobody knows.").labels(
+            **self._labels
+        )
+        self._retried = self._counter("retried_requests", "Requests that a client sent again.").labels(**self._labels)
+        self._tokenizer = self._histogram("tokenizer_seconds", TEXT_BUCKETS, "Time to tokenize a prompt.")
+        self._detokenizer = self._histogram("detokenizer_seconds", TEXT_BUCKETS, "Time to detokenize one choice.")
+        self._http = Counter(
+            "http_requests", "Answers by route.", ("handler", "method", "status"), registry=self.registry
+        )
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "From the request's head to the answer's end.",
+            ("handler", "method"),
+            buckets=HTTP_BUCKETS,
+            registry=self.registry,
+        )
+
+    def set_engine_info(self, info: EngineInfo) -> None:
+        """Adds what can only be known once the engine is ready: token counts with buckets up to the context length."""
+        if self._info is not None:
+            return
+        self._info = info
+        buckets = buckets_1_2_5(info.max_model_len)
+        self._prompt_tokens = self._histogram("request_prompt_tokens", buckets, "Prompt tokens.")
+        self._generation_tokens = self._histogram("request_generation_tokens", buckets, "Output tokens.")
+        self._max_generation_tokens = self._histogram(
+            "request_max_num_generation_tokens", buckets, "Output tokens of a request's longest choice."
+        )
+        self._params_max_tokens = self._histogram("request_params_max_tokens", buckets, "The max_tokens parameter.")
+        self._computed_tokens = self._histogram(
+            "request_prefill_kv_computed_tokens", buckets, "Prompt tokens computed, without those from the cache."
+        )
+        self._params_n = self._histogram("request_params_n", (1, 2, 5, 10, 20), "The n parameter.")
+        self._add_cache_config(info)
+        ProcessCollector(namespace=f"{self._prefix}engine", pid=lambda: info.pid, registry=self.registry)
+
+    def _add_cache_config(self, info: EngineInfo) -> None:
+        config = {
+            "block_size": str(info.block_size),
+            "num_gpu_blocks": str(info.num_blocks),
+            "cache_dtype": info.dtype,
+            "device": info.device,
+            "engine": "0",
+        }
+        gauge = Gauge(
+            f"{self._prefix}cache_config_info", "How the KV cache is set up.", tuple(config), registry=self.registry
+        )
+        gauge.labels(**config).set(1)
+
+    def set_stats_source(self, stats: Callable[[], EngineStats]) -> None:
+        """`stats` is called at each scrape."""
+        self._engine.stats = stats
+
+    def observe_step(self, num_tokens: int) -> None:
+        self._iteration.observe(num_tokens)
+
+    def observe_first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
+    def observe_inter_token(self, seconds: float) -> None:
+        self._inter_token.observe(seconds)
+
+    def observe_choice(self, choice: Choice, reason: FinishReason, now: float) -> None:
+        """A choice ended, in the engine or, by a stop string or an abort, here."""
+        self._finished[reason].inc()
+        self._end_to_end.observe(now - choice.arrival)
+        self._prompt_tokens.observe(choice.num_prompt_tokens)
+        self._computed_tokens.observe(choice.num_prompt_tokens - choice.num_cached_tokens)
+        self._generation_tokens.observe(choice.num_output_tokens)
+        self._params_max_tokens.observe(choice.max_tokens)
+        if choice.first_token is not None:
+            self._observe_decode((choice.last_token or now) - choice.first_token, choice.num_output_tokens)
+        times = choice.times
+        if times is not None and times.scheduled is not None:
+            self._queue.observe(times.scheduled - times.queued)
+            self._inference.observe((times.finished or now) - times.scheduled)
+            if times.first_token is not None:
+                self._prefill.observe(times.first_token - times.scheduled)
+
+    def _observe_decode(self, seconds: float, num_tokens: int) -> None:
+        self._decode.observe(seconds)
+        if num_tokens > 1:
+            self._per_token.observe(seconds / (num_tokens - 1))
+
+    def observe_request(self, choices: Sequence[Choice]) -> None:
+        """All choices of a request ended."""
+        self._params_n.observe(len(choices))
+        self._max_generation_tokens.observe(max(choice.num_output_tokens for choice in choices))
+
+    def observe_tokenizer(self, seconds: float) -> None:
+        """Time to render and tokenize one request's prompts."""
+        self._tokenizer.observe(seconds)
+
+    def observe_detokenizer(self, seconds: float) -> None:
+        """Time to detokenize one choice, all of its tokens together."""
+        self._detokenizer.observe(seconds)
+
+    def count_rejection(self, reason: str) -> None:
+        """`reason` is one of REJECTION_REASONS."""
+        self._rejected[reason].inc()
+
+    def count_unknown_parameters(self, num_parameters: int) -> None:
+        self._unknown.inc(num_parameters)
+
+    def count_retry(self) -> None:
+        self._retried.inc()
+
+    def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """`handler` is a route of ours, never a path that a client made up."""
+        method = method if method in METHODS else "other"
+        self._http.labels(handler, method, status).inc()
+        self._http_seconds.labels(handler, method).observe(seconds)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The page for a scraper that accepts `accept`, and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def _histogram(self, name: str, buckets: Sequence[float], help: str) -> Histogram:
+        histogram = Histogram(f"{self._prefix}{name}", help, LABELS, buckets=buckets, registry=self.registry)
+        return histogram.labels(**self._labels)
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(f"{self._prefix}{name}", help, (*LABELS, *labels), registry=self.registry)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's statistics when it is asked, so that a gauge is never older than the last message."""
+
+    def __init__(self, prefix: str, label_values: list[str]) -> None:
+        self.stats: Callable[[], EngineStats] = EngineStats
+        self._prefix = prefix
+        self._label_values = label_values
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.stats()
+        yield from self._gauges(stats)
+        yield from self._counters(stats)
+
+    def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
+        usage = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
+        yield self._gauge("num_requests_running", "Choices in the batch.", stats.num_running)
+        yield self._gauge("num_requests_waiting", "Choices that wait.", stats.num_waiting)
+        by_reason = GaugeMetricFamily(
+            f"{self._prefix}num_requests_waiting_by_reason", "Choices that wait.", labels=(*LABELS, "reason")
+        )
+        by_reason.add_metric([*self._label_values, "capacity"], stats.num_waiting)
+        by_reason.add_metric([*self._label_values, "deferred"], 0)
+        yield by_reason
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", usage)
+
+    def _counters(self, stats: EngineStats) -> Iterator[Metric]:
+        cached = stats.prompt_tokens_cached_total
+        yield self._counter("prefix_cache_queries", "Tokens looked up.", stats.prefix_cache_queries_total)
+        yield self._counter("prefix_cache_hits", "Tokens found.", stats.prefix_cache_hits_total)
+        yield self._counter("num_preemptions", "Preemptions.", stats.preemptions_total)
+        yield self._counter("prompt_tokens", "Prompt tokens.", stats.prompt_tokens_total)
+        yield self._counter("prompt_tokens_cached", "Prompt tokens from the prefix cache.", cached)
+        by_source = CounterMetricFamily(
+            f"{self._prefix}prompt_tokens_by_source", "Prompt tokens by source.", labels=(*LABELS, "source")
+        )
+        by_source.add_metric([*self._label_values, "local_compute"], stats.prompt_tokens_total - cached)
+        by_source.add_metric([*self._label_values, "local_cache_hit"], cached)
+        by_source.add_metric([*self._label_values, "external_kv_transfer"], 0)
+        yield by_source
+        yield self._counter("generation_tokens", "Output tokens.", stats.generation_tokens_total)
+        yield self._counter("engine_steps", "Steps of the engine.", stats.steps_total)
+
+    def _gauge(self, name: str, help: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"{self._prefix}{name}", help, labels=LABELS)
+        family.add_metric(self._label_values, value)
+        return family
+
+    def _counter(self, name: str, help: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"{self._prefix}{name}", help, labels=LABELS)
+        family.add_metric(self._label_values, value)
+        return family

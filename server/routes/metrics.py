@@ -1,0 +1,13 @@
+"""`GET /metrics` in Prometheus' text format, or in OpenMetrics' where it is asked for."""
+
+from fastapi import APIRouter, Request, Response
+
+from server.context import get_context
+
+router = APIRouter()
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    page, content_type = get_context(request).metrics.exposition(request.headers.get("accept", ""))
+    return Response(page, headers={"content-type": content_type})

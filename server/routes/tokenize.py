@@ -1,0 +1,85 @@
+"""`POST /tokenize` and `POST /detokenize`. The work is done in a thread, so that a long text holds up nobody."""
+
+import functools
+import time
+
+import anyio.to_thread
+from fastapi import APIRouter, Request, Response
+
+from server.context import ServerContext, get_context
+from server.errors import BadRequestError, InvalidValueError
+from server.generate.parameters import check_model
+from server.middleware import StrictJSONRoute
+from server.responses import StructResponse
+from server.schemas.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from server.text.chat_template import ChatTemplateError, encode_chat
+
+router = APIRouter(route_class=StrictJSONRoute)
+
+MAX_TEXT_BYTES = 1 << 20
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    context = get_context(request)
+    body.check()
+    if body.model is not None:
+        check_model(body.model, context.model_names)
+    max_model_len = context.max_model_len
+    start = time.monotonic()
+    response = await anyio.to_thread.run_sync(_tokenize, context, body, max_model_len)
+    context.metrics.observe_tokenizer(time.monotonic() - start)
+    return response
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    context = get_context(request)
+    if body.model is not None:
+        check_model(body.model, context.model_names)
+    _check_token_ids(body.tokens, context.model_config.vocab_size)
+    decode = functools.partial(context.tokenizer.decode, skip_special_tokens=False)
+    return StructResponse(DetokenizeResponse(await anyio.to_thread.run_sync(decode, body.tokens)))
+
+
+def _tokenize(context: ServerContext, body: TokenizeRequest, max_model_len: int) -> Response:
+    token_ids = _encode_prompt(context, body) if body.messages is None else _encode_messages(context, body)
+    token_strs = None
+    if body.return_token_strs:
+        token_strs = [context.tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
+    return StructResponse(TokenizeResponse(len(token_ids), max_model_len, token_ids, token_strs))
+
+
+def _encode_prompt(context: ServerContext, body: TokenizeRequest) -> list[int]:
+    prompt = body.prompt or ""
+    _check_size(prompt, "prompt")
+    return context.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+
+
+def _encode_messages(context: ServerContext, body: TokenizeRequest) -> list[int]:
+    if context.chat_template is None:
+        raise BadRequestError("The model has no chat template; use 'prompt'.", param="messages")
+    messages = [message.for_template() for message in body.messages or ()]
+    _check_size("".join(str(message["content"]) for message in messages), "messages")
+    try:
+        token_ids = encode_chat(
+            context.chat_template,
+            context.tokenizer,
+            messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
+    except ChatTemplateError as error:
+        raise InvalidValueError(str(error), param="messages") from error
+    return token_ids
+
+
+def _check_size(text: str, param: str) -> None:
+    if (num_bytes := len(text.encode())) > MAX_TEXT_BYTES:
+        message = f"Invalid '{param}': text too long. Expected at most {MAX_TEXT_BYTES} bytes, but got {num_bytes}."
+        raise InvalidValueError(message, param=param, code="string_above_max_length")
+
+
+def _check_token_ids(token_ids: list[int], vocab_size: int) -> None:
+    if token_ids and (largest := max(token_ids)) >= vocab_size:
+        message = f"Invalid 'tokens': expected token ids from 0 to {vocab_size - 1}, but got {largest} instead."
+        raise InvalidValueError(message, param="tokens")

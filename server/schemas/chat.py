@@ -1,0 +1,173 @@
+"""`POST /v1/chat/completions`: its request, its answer, and the chunks of its stream."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
+
+from server.errors import InvalidValueError
+from server.schemas.common import MAX_LOGPROBS, GenerationRequest, Usage
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["text"]
+    text: str
+
+
+def _check_content(value: object) -> object:
+    """Says what is wrong with a content in one sentence, where a union would have several."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticKnownError("string_type")
+    if not value:
+        raise ValueError("expected a string, or an array of at least one part.")
+    for part in value:
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise ValueError("only parts of type 'text' are supported so far.")
+    return value
+
+
+Content = Annotated[
+    str | list[TextPart] | None, BeforeValidator(_check_content, json_schema_input_type=str | list[TextPart] | None)
+]
+
+
+class ChatMessage(BaseModel):
+    """One turn of the conversation. What it holds beyond these fields is not shown to the model."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    name: str | None = Field(None, description="Handed to the model's chat template.")
+    tool_calls: list[dict[str, Any]] | None = Field(None, description="Of an earlier answer.")
+    tool_call_id: str | None = Field(None, description="Which call a message of role tool answers.")
+    content: Content = Field(
+        None, validate_default=True, description="Text. Null only where an assistant called tools."
+    )
+
+    @field_validator("content")
+    @classmethod
+    def _check_presence(cls, content: str | list[TextPart] | None, info: ValidationInfo) -> str | list[TextPart] | None:
+        called_tools = info.data.get("role") == "assistant" and info.data.get("tool_calls")
+        if content is None and not called_tools:
+            raise PydanticKnownError("missing")
+        return content
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it. Most know no role `developer`, OpenAI's newer name of `system`."""
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if isinstance(self.content, list):
+            message["content"] = [{"type": "text", "text": part.text} for part in self.content]
+        for name in ("name", "tool_calls", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        return message
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="Tokens of the answer at most. Default: what the context has room for."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    logprobs: bool | None = Field(None, description="Answer with the log probability of each token.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="With logprobs: how many alternatives of each token."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="End the prompt with what opens the assistant's turn. Default true."
+    )
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            message = "Invalid 'max_tokens': 'max_completion_tokens' is another name of it, and differs."
+            raise InvalidValueError(message, param="max_tokens")
+
+
+class TopLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatResponseMessage(msgspec.Struct, kw_only=True):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ChatResponseMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+
+
+class ChatDelta(msgspec.Struct):
+    """The first of a choice has the role, the last is empty."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatCompletionChunk(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET

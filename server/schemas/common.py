@@ -1,0 +1,196 @@
+"""What the requests of both endpoints have in common, and the parts that their answers share.
+
+Requests are pydantic models in strict mode: a string is no number, a boolean no integer, 2.0 no integer. Null stands
+for the default everywhere. Fields that no model declares are kept in `model_extra` and judged by `server.generate`.
+Answers are msgspec structs, which encode in about a microsecond; their fields stand in OpenAI's order.
+"""
+
+import re
+from typing import Annotated
+
+import msgspec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticKnownError
+
+from server.errors import InvalidValueError
+
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+MAX_STOP_CHARS = 1024  # of one stop string
+MAX_LOGIT_BIAS = 1024  # entries
+MAX_STOP_TOKEN_IDS = 128
+MAX_CACHE_SALT_CHARS = 256
+MAX_LOGPROBS = 20  # OpenAI's completions allow 5; 20 is what vLLM and the chat endpoint allow
+
+
+def _check_stop(value: object) -> object:
+    """A single stop string is a list of one."""
+    if value is not None and not isinstance(value, str | list):
+        raise PydanticKnownError("string_type")
+    return [value] if isinstance(value, str) else value
+
+
+def _check_logit_bias(value: object) -> dict[int, float] | None:
+    """`{"50256": -100}` with the token ids as integers."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise PydanticKnownError("dict_type")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"expected at most {MAX_LOGIT_BIAS} entries, but got {len(value)}.")
+    return {_token_id(key): _bias(bias) for key, bias in value.items()}
+
+
+def _token_id(key: str) -> int:
+    if re.fullmatch("[0-9]{1,10}", key) is None:
+        raise ValueError("expected token ids as keys, such as '50256'.")
+    return int(key)
+
+
+def _bias(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+        raise ValueError("expected values from -100 to 100.")
+    return float(value)
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings = Annotated[list[StopString], Field(max_length=4)]
+Stop = Annotated[
+    StopStrings | None,
+    BeforeValidator(_check_stop, json_schema_input_type=StopString | StopStrings | None),
+]
+LogitBias = Annotated[
+    dict[int, float] | None,
+    PlainValidator(_check_logit_bias),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                    "maxProperties": MAX_LOGIT_BIAS,
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+class StreamOptions(BaseModel):
+    """What a stream says beside its text."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    include_usage: bool | None = Field(None, description="Send a last chunk with the usage and no choices.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: every chunk says the usage so far."
+    )
+    include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to the chunks either way.")
+
+
+class GenerationRequest(BaseModel):
+    """The parameters of both endpoints. Those that OpenAI has not are vLLM's."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str = Field(description="Name of the model, one of GET /v1/models.")
+    n: int | None = Field(None, ge=1, le=128, description="Number of choices for each prompt. Default 1.")
+    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+
+    temperature: FiniteFloat | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="0 (and anything below 0.00001) takes the most likely token. Default: the model's, or 1.",
+    )
+    top_p: FiniteFloat | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep the most likely tokens that make up this probability. Default: the model's, or 1.",
+    )
+    top_k: int | None = Field(
+        None, ge=-1, le=INT64_MAX, description="Keep this many of the most likely tokens; 0 and -1: all."
+    )
+    min_p: FiniteFloat | None = Field(
+        None, ge=0, le=1, description="Keep tokens that are at least this likely, relative to the most likely one."
+    )
+    repetition_penalty: FiniteFloat | None = Field(
+        None, ge=0.01, le=10, description="Above 1 makes tokens of the prompt and the output less likely."
+    )
+    frequency_penalty: FiniteFloat | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="Subtracted from a token's logit for each time that it is in the output. Default 0.",
+    )
+    presence_penalty: FiniteFloat | None = Field(
+        None, ge=-2, le=2, description="Subtracted from the logit of each token that is in the output. Default 0."
+    )
+    logit_bias: LogitBias = Field(None, description="Token id -> what is added to its logit, from -100 to 100.")
+    seed: int | None = Field(
+        None,
+        ge=INT64_MIN,
+        le=INT64_MAX,
+        description="The same request with the same seed gets the same answer. Default: random; the header "
+        "x-lightwell-seed says which seed was used.",
+    )
+
+    stop: Stop = Field(None, description="Up to four strings that end the text; they are not part of it.")
+    include_stop_str_in_output: bool | None = Field(None, description="The text ends with what stopped it.")
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=INT64_MAX)]] | None = Field(
+        None, max_length=MAX_STOP_TOKEN_IDS, description="Tokens that end the text, beside the model's own."
+    )
+    ignore_eos: bool | None = Field(None, description="Go on after the model's end token.")
+    min_tokens: int | None = Field(None, ge=0, description="Nothing ends the text before this many tokens.")
+    skip_special_tokens: bool | None = Field(None, description="Leave control tokens out of the text. Default true.")
+    priority: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX, description="Lower runs first. Default 0.")
+    cache_salt: str | None = Field(
+        None,
+        max_length=MAX_CACHE_SALT_CHARS,
+        description="Only requests with the same salt share cached prefixes.",
+    )
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt."""
+        return self.n or 1
+
+    @property
+    def num_prompts(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        """Tokens of each choice; None: what the context has room for."""
+        raise NotImplementedError
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives of each token to answer with; None: no log probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt's tokens."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """What one field says about another; raises BadRequestError."""
+        if self.stream_options is not None and not self.stream:
+            message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+            raise InvalidValueError(message, param="stream_options")
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of all prompts and of all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails

@@ -1,0 +1,138 @@
+"""`POST /v1/completions`: its request, its answer, and the chunks of its stream, which have one shape."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticKnownError
+
+from server.errors import InvalidValueError, UnsupportedParameterError
+from server.schemas.common import MAX_LOGPROBS, GenerationRequest, Usage
+
+MAX_PROMPTS = 1024
+DEFAULT_MAX_TOKENS = 16
+
+PromptInput = str | list[int]  # text, or token ids
+
+
+def _check_prompts(value: object) -> list[PromptInput]:
+    """One prompt or a list of prompts, each text or token ids; lists must be of one kind.
+
+    A union of pydantic would try each member on every one of, perhaps, a hundred thousand ids.
+    """
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise PydanticKnownError("string_type")
+    if not value:
+        raise ValueError("the array is empty.")
+    if _is_token_ids(value):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"expected at most {MAX_PROMPTS} prompts, but got {len(value)}.")
+    if not all(isinstance(item, str) for item in value) and not all(map(_is_token_ids, value)):
+        raise ValueError("an array must hold either strings, or integers (tokens), or arrays of integers; not a mix.")
+    return value
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+Prompts = Annotated[
+    list[PromptInput],
+    PlainValidator(_check_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+                {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                {
+                    "type": "array",
+                    "items": {"type": "array", "items": {"type": "integer"}},
+                    "minItems": 1,
+                    "maxItems": MAX_PROMPTS,
+                },
+            ]
+        }
+    ),
+]
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompts = Field(description="One prompt or several, each as text or as token ids.")
+    max_tokens: int | None = Field(None, ge=0, description="Default 16. 0, with echo: only score the prompt.")
+    echo: bool | None = Field(None, description="Answer with the prompt before the completion.")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log probabilities of the tokens (with echo, of the prompt's too) and of as many alternatives.",
+    )
+
+    add_special_tokens: bool | None = Field(
+        None, description="Begin a prompt of text with the model's BOS token, if it has one. Default true."
+    )
+    best_of: int | None = Field(None, ge=0, le=128, description="Only the value of n: the choices are not ranked.")
+    suffix: str | None = Field(None, description="Not supported yet: null or empty.")
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Without a token to sample there is nothing else that the engine could do."""
+        if self.echo and self.logprobs is not None:
+            return self.logprobs
+        return 0 if self.max_tokens == 0 else None
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            message = (
+                "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 without 'echo', but got 0."
+            )
+            raise InvalidValueError(message, param="max_tokens", code="integer_below_min_value")
+        if self.best_of not in (None, self.num_choices):
+            raise UnsupportedParameterError("best_of", "Only the value of 'n' is.")
+        if self.suffix:
+            raise UnsupportedParameterError("suffix")
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Four lists of one entry per token. With echo, the very first token has none: it follows nothing."""
+
+    text_offset: list[int] = []  # characters of the choice's text before the token
+    token_logprobs: list[float | None] = []
+    tokens: list[str] = []
+    top_logprobs: list[dict[str, float] | None] = []
+
+
+class CompletionChoice(msgspec.Struct):
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None  # null only in a stream
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """A whole answer, or a chunk of a stream. Chunks have `usage` only if it was asked for."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: str

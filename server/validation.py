@@ -1,0 +1,211 @@
+"""Pydantic's errors about a body, said as OpenAI says them: one problem, a path like `messages[0].content`, a code."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_ECHO = 64  # characters of a client's value that are repeated to it
+
+# error type -> what was expected, as a phrase with its article
+EXPECTED_TYPES = {
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a decimal",
+    "float_parsing": "a decimal",
+    "decimal_type": "a decimal",
+    "bool_type": "a boolean",
+    "bool_parsing": "a boolean",
+    "string_type": "a string",
+    "list_type": "an array",
+    "tuple_type": "an array",
+    "iterable_type": "an array",
+    "dict_type": "an object",
+    "mapping_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "dataclass_type": "an object",
+    "none_required": "null",
+}
+
+# error type -> (is it about the upper limit, sign of the limit, key of the limit in `ctx`)
+NUMBER_LIMITS = {
+    "less_than_equal": (True, "<=", "le"),
+    "less_than": (True, "<", "lt"),
+    "greater_than_equal": (False, ">=", "ge"),
+    "greater_than": (False, ">", "gt"),
+}
+
+# error type -> (noun, is it about the upper limit)
+LENGTH_LIMITS = {
+    "string_too_long": ("string", True),
+    "string_too_short": ("string", False),
+    "too_long": ("array", True),
+    "too_short": ("array", False),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`kind` is missing, type, unknown or value; `message` and `code` matter for value only."""
+
+    kind: str
+    param: str  # empty: the body as a whole
+    message: str = ""
+    code: str | None = "invalid_value"
+    expected: str = ""
+    got: str = ""
+
+
+def describe_validation_errors(errors: Sequence[dict[str, Any]], body: object) -> Problem:
+    """The one problem worth telling: the first field that is wrong and, of a union's errors, the deepest.
+
+    `errors` are pydantic's, with locations that start with where the value is from ("body", "path", "query").
+    """
+    located = [(format_path(resolve_location(error, body)), error) for error in errors]
+    first = _field(located[0][0])
+    located = [(path, error) for path, error in located if _field(path) == first]
+    deepest = max((path for path, _ in located), key=_depth)
+    return _describe(deepest, [error for path, error in located if path == deepest])
+
+
+def resolve_location(error: dict[str, Any], body: object) -> list[int | str]:
+    """Where an error is, without the names of union members, which pydantic puts into the location.
+
+    What cannot be an index into the value there is such a name, but for the last part if a field is missing.
+    """
+    source: str
+    parts: list[int | str]
+    source, *parts = error["loc"]
+    if source != "body":
+        return parts
+    path: list[int | str] = []
+    value: Any = body
+    for position, part in enumerate(parts, start=1):
+        if _has_item(value, part):
+            value = value[part]
+            path.append(part)
+        elif error["type"] == "missing" and position == len(parts):
+            path.append(part)
+    return path
+
+
+def format_path(path: Sequence[int | str]) -> str:
+    """`["messages", 0, "content"]` -> `messages[0].content`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def json_type(value: object) -> str:
+    """A value's JSON type with its article."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int():
+            return "an integer"
+        case float():
+            return "a decimal number"
+        case str():
+            return "a string"
+        case list():
+            return "an array"
+        case _:
+            return "an object"
+
+
+def echo(value: object) -> str:
+    """A client's value, short enough to be repeated to it."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= MAX_ECHO else text[:MAX_ECHO] + "..."
+
+
+def _has_item(value: Any, part: int | str) -> bool:
+    if isinstance(part, int):
+        return isinstance(value, list) and part < len(value)
+    return isinstance(value, dict) and part in value
+
+
+def _field(path: str) -> str:
+    return path.replace("[", ".").split(".", 1)[0]
+
+
+def _depth(path: str) -> int:
+    return path.count(".") + path.count("[")
+
+
+def _describe(path: str, errors: list[dict[str, Any]]) -> Problem:
+    """One problem of the errors at one place; a union gives several, and a limit says more than a type."""
+    for error in errors:
+        if error["type"] not in EXPECTED_TYPES:
+            return _describe_one(path, error)
+    expected = list(dict.fromkeys(EXPECTED_TYPES[error["type"]] for error in errors))
+    phrase = expected[0] if len(expected) == 1 else "one of " + _join(expected)
+    return Problem("type", path, expected=phrase, got=json_type(errors[0]["input"]))
+
+
+def _describe_one(path: str, error: dict[str, Any]) -> Problem:
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind in ("missing", "union_tag_not_found"):
+        tag = str(context.get("discriminator", "")).strip("'")
+        return Problem("missing", f"{path}.{tag}" if tag else path)
+    if kind == "extra_forbidden":
+        return Problem("unknown", path)
+    if kind in NUMBER_LIMITS:
+        return _describe_number(path, error)
+    if kind in LENGTH_LIMITS:
+        return _describe_length(path, error)
+    if kind in ("literal_error", "enum", "union_tag_invalid"):
+        return _describe_choice(path, error)
+    if kind in ("value_error", "assertion_error"):
+        return Problem("value", path, f"Invalid '{path}': {context['error']}" if path else str(context["error"]))
+    if kind == "string_unicode":
+        return Problem("value", path, f"Invalid '{path}': the string is not valid Unicode.")
+    if kind == "string_pattern_mismatch":
+        pattern = context["pattern"]
+        message = f"Invalid '{path}': string does not match pattern. Expected a string that matches '{pattern}'."
+        return Problem("value", path, message)
+    return Problem("value", path, f"Invalid '{path}': {error['msg']}, but got {echo(value)} instead.")
+
+
+def _describe_number(path: str, error: dict[str, Any]) -> Problem:
+    is_upper, sign, key = NUMBER_LIMITS[error["type"]]
+    limit, value = error["ctx"][key], error["input"]
+    noun = "integer" if isinstance(value, int) and isinstance(limit, int) else "decimal"
+    limit = int(limit) if float(limit).is_integer() else limit
+    message = (
+        f"Invalid '{path}': {noun} {'above maximum' if is_upper else 'below minimum'} value. "
+        f"Expected a value {sign} {limit}, but got {echo(value)} instead."
+    )
+    return Problem("value", path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_value")
+
+
+def _describe_length(path: str, error: dict[str, Any]) -> Problem:
+    noun, is_upper = LENGTH_LIMITS[error["type"]]
+    context = error["ctx"]
+    bound, limit = ("maximum", context.get("max_length")) if is_upper else ("minimum", context.get("min_length"))
+    length = len(error["input"])
+    expected = f"Expected {'an' if noun == 'array' else 'a'} {noun} with {bound} length {limit}"
+    if length == 0:
+        message = f"Invalid '{path}': empty {noun}. {expected}, but got an empty {noun} instead."
+        return Problem("value", path, message, f"empty_{noun}")
+    got = f"{'an' if noun == 'array' else 'a'} {noun} with length {length}"
+    message = f"Invalid '{path}': {noun} too {'long' if is_upper else 'short'}. {expected}, but got {got} instead."
+    return Problem("value", path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_length")
+
+
+def _describe_choice(path: str, error: dict[str, Any]) -> Problem:
+    context, value = error["ctx"], error["input"]
+    if error["type"] == "union_tag_invalid":
+        tag = context["discriminator"].strip("'")
+        path, value, supported = f"{path}.{tag}", context["tag"], context["expected_tags"]
+    else:
+        supported = context["expected"]
+    if not isinstance(value, str):
+        return Problem("type", path, expected=f"one of {supported}", got=json_type(value))
+    return Problem("value", path, f"Invalid value: {echo(value)}. Supported values are: {supported}.")
+
+
+def _join(phrases: list[str]) -> str:
+    return ", ".join(phrases[:-1]) + " or " + phrases[-1]

@@ -1,0 +1,72 @@
+"""Fixtures for tests of the server: a tiny model, a fake engine, a running server."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.text.tokenizer import Tokenizer
+from tests.server.fake_engine import FakeEngine, FakeEngineConfig
+from tests.server.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
+from tests.server.tiny_model import write_tiny_model
+
+StartServer = Callable[..., RunningServer]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with config.json and the tokenizer of `tiny_model`."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder: Path) -> Tokenizer:
+    return Tokenizer.from_model(model_folder)
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A ZeroMQ address of its own. Paths of sockets must be short."""
+    with own_address() as address:
+        yield address
+
+
+@pytest.fixture
+def fake_engine(address: str) -> Iterator[FakeEngine]:
+    """A fake engine with its default behaviour; change `fake_engine.config` before a request to change its replies."""
+    with FakeEngine(FakeEngineConfig(address=address)) as engine:
+        yield engine
+
+
+@pytest.fixture
+def start_server(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartServer]:
+    """Starts a server with `settings` before `fake_engine`: `start_server(strict=True).url`."""
+    with ExitStack() as stack:
+
+        def start(*, server: dict[str, Any] | None = None, **settings: Any) -> RunningServer:
+            context = make_test_context(fake_engine.config.address, model_folder, **settings)
+            return stack.enter_context(running_server(context, fake_engine, **(server or {})))
+
+        yield start
+
+
+@pytest.fixture
+def server(start_server: StartServer) -> RunningServer:
+    return start_server()
+
+
+@pytest.fixture(scope="session")
+def shared_server(model_folder: Path) -> Iterator[RunningServer]:
+    """A server with default settings, for tests that change and count nothing in it."""
+    with fresh_server(model_folder) as server:
+        yield server
+
+
+@pytest.fixture
+def server_url(server: RunningServer) -> str:
+    """The address of a server with default settings."""
+    return server.url

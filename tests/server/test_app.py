@@ -1,0 +1,185 @@
+"""The application as a whole: its routes, the model list, and many clients at once, with the official client too."""
+
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+import time
+
+import anyio
+import httpx
+import openai
+import pytest
+
+from tests.server.conftest import StartServer
+from tests.server.fake_engine import FakeEngine
+from tests.server.serving import RunningServer, check_error, raw_request, wait_until
+from tests.server.tiny_model import MAX_MODEL_LEN
+
+JSON_TYPE = {"content_type": "application/json"}
+
+
+def client_of(server: RunningServer, api_key: str = "x") -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key=api_key)
+
+
+def test_models(server: RunningServer) -> None:
+    with client_of(server) as client:
+        assert [model.id for model in client.models.list()] == ["tiny", "org/tiny"]
+        model = client.models.retrieve("tiny")
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.models.retrieve("other")
+    assert caught.value.code == "model_not_found"
+    assert (model.id, model.object, model.owned_by) == ("tiny", "model", "lightwell")
+    assert abs(model.created - time.time()) < 100
+
+
+def test_a_model_id_may_have_slashes(server: RunningServer) -> None:
+    assert httpx.get(server.url + "/v1/models/org/tiny").json() == {
+        "id": "org/tiny",
+        "object": "model",
+        "created": server.context.created,
+        "owned_by": "lightwell",
+        "root": "tiny",
+        "parent": None,
+        "max_model_len": MAX_MODEL_LEN,
+    }
+    check_error(httpx.get(server.url + "/v1/models/tiny/x"), 404)
+
+
+def test_version(server: RunningServer) -> None:
+    assert list(httpx.get(server.url + "/version").json()) == ["version"]
+
+
+def test_no_documentation_routes(server: RunningServer) -> None:
+    for path in ("/docs", "/redoc", "/openapi.json"):
+        check_error(httpx.get(server.url + path), 404)
+
+
+def test_sdk_sees_our_errors(start_server: StartServer) -> None:
+    server = start_server(api_key=("k",))
+    with client_of(server, "x") as client, pytest.raises(openai.AuthenticationError) as caught:
+        client.models.list()
+    assert caught.value.code == "invalid_api_key"
+    assert caught.value.request_id is not None
+    with client_of(server, "k") as client, pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model="tiny", messages=[])
+    assert bad.value.param == "messages"
+
+
+def test_sdk_sends_a_bad_request_once(server: RunningServer) -> None:
+    with client_of(server) as client, pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="x", n=1000)
+    labels = {"handler": "/v1/completions", "method": "POST", "status": "400"}
+    wait_until(lambda: server.context.metrics.registry.get_sample_value("http_requests_total", labels) == 1)
+    assert server.metric("lightwell_retried_requests_total") == 0
+
+
+def test_a_full_queue_is_429_at_once_and_retried(server: RunningServer, fake_engine: FakeEngine) -> None:
+    client = server.context.client
+    reservation = client.reserve(client.max_in_flight)
+    body = {"model": "tiny", "prompt": "x", "stream": True}
+    httpx.post(server.url + "/v1/completions", json=body)
+    start = time.perf_counter()
+    response = httpx.post(server.url + "/v1/completions", json=body)
+    assert time.perf_counter() - start < 0.05
+    assert check_error(response, 429)["code"] == "rate_limit_exceeded"
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+    assert server.metric("lightwell_requests_rejected_total", reason="queue_full") == 2
+    assert server.metric("lightwell_tokenizer_seconds_count") == 0  # no room, no tokenizing
+    assert fake_engine.submits == []
+    reservation.release()
+
+
+async def complete(client: httpx.AsyncClient, number: int) -> httpx.Response:
+    body = {"model": "tiny", "prompt": f"p{number}", "n": 1 + number % 3, "stream": number % 2 == 0, "max_tokens": 20}
+    return await client.post("/v1/completions", json=body, timeout=60)
+
+
+@pytest.mark.anyio
+async def test_a_burst_is_answered_to_the_last(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    server = start_server(max_queued_requests=80, server={"max_connections": 1024})
+    fake_engine.config.max_num_seqs = 64
+    limits = httpx.Limits(max_connections=500)
+    async with httpx.AsyncClient(base_url=server.url, limits=limits) as client:
+        responses = await asyncio.gather(*(complete(client, number) for number in range(200)))
+    by_status = {status: sum(r.status_code == status for r in responses) for status in (200, 429)}
+    assert sum(by_status.values()) == 200
+    assert by_status[200] > 20
+    for number, response in enumerate(responses):
+        if response.status_code == 200 and number % 2 == 0:
+            assert response.text.endswith("data: [DONE]\n\n")
+            assert response.text.count("[DONE]") == 1
+            assert "error" not in response.text
+        elif response.status_code == 200:
+            assert len(response.json()["choices"]) == 1 + number % 3
+    assert server.context.client.num_in_flight == 0
+    wait_until(lambda: fake_engine.num_choices == 0)
+
+
+@pytest.mark.anyio
+async def test_clients_that_leave_at_any_moment_leave_nothing(
+    start_server: StartServer, fake_engine: FakeEngine
+) -> None:
+    server = start_server()
+    fake_engine.config.step_seconds = 0.002
+
+    async def leave(number: int) -> None:
+        body = {"model": "tiny", "prompt": "x", "stream": number % 2 == 0, "max_tokens": 50}
+        async with await anyio.connect_tcp("127.0.0.1", server.port) as stream:
+            await stream.send(raw_request("POST", "/v1/completions", json.dumps(body).encode(), **JSON_TYPE))
+            with anyio.move_on_after(number % 25 * 0.002):
+                await stream.receive()
+
+    await asyncio.gather(*(leave(number) for number in range(100)))
+    wait_until(lambda: server.context.client.num_in_flight == 0, timeout=1.0)
+    wait_until(lambda: fake_engine.num_choices == 0, timeout=1.0)
+    finished = [
+        server.metric("lightwell_request_success_total", finished_reason=reason)
+        for reason in ("stop", "length", "abort", "error")
+    ]
+    assert sum(finished) == len(fake_engine.submits)
+
+
+def test_a_streaming_client_that_stops_reading_ends_its_request(server: RunningServer, fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless = True
+    fake_engine.config.step_seconds = 0.005
+    body = {"model": "tiny", "prompt": "x", "stream": True, "max_tokens": 2000}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert server.context.client.num_in_flight == 1
+    wait_until(lambda: server.context.client.num_in_flight == 0, timeout=1.0)
+    wait_until(lambda: len(fake_engine.aborts) == 1, timeout=1.0)
+
+
+def test_no_secret_is_logged_at_any_level(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = start_server(api_key=("key-canary",), log_level="debug")
+    headers = {"authorization": "Bearer key-canary"}
+    for stream in (False, True):
+        body = {"model": "tiny", "prompt": "prompt-canary", "stream": stream, "user": "user-canary"}
+        assert httpx.post(server.url + "/v1/completions", json=body, headers=headers).status_code == 200
+    httpx.post(
+        server.url + "/v1/completions", json={"model": "tiny", "prompt": "prompt-canary", "n": 0}, headers=headers
+    )
+    httpx.get(server.url + "/v1/models", headers={"authorization": "Bearer other-canary"})
+    wait_until(lambda: len([r for r in caplog.records if r.name == "server.access"]) == 4)
+    ours = [r for r in caplog.records if not r.name.startswith(("httpx", "httpcore"))]
+    text = "\n".join(str(record.__dict__) for record in ours)
+    assert "canary" not in text
+
+
+@pytest.mark.parametrize("module", ["server.api", "server.app", "server.client"])
+def test_the_api_process_imports_nothing_heavy(module: str) -> None:
+    heavy = ("torch", "numpy", "transformers", "huggingface_hub", "gguf", "safetensors", "rich")
+    code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+def test_importing_starts_nothing() -> None:
+    code = "import threading, server.api; print(threading.active_count(), hasattr(server.api, 'app'))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["1", "False"]

@@ -1,0 +1,178 @@
+"""The metrics page: vLLM's names, types, labels and buckets, true values, and no label from a client."""
+
+import time
+
+import httpx
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from engine.messages import EngineInfo, EngineStats
+from server.metrics import Metrics, buckets_1_2_5
+from tests.server.conftest import StartServer
+from tests.server.fake_engine import FakeEngine
+from tests.server.serving import RunningServer, wait_until
+
+INFO = EngineInfo(
+    pid=1,
+    max_model_len=2048,
+    max_num_seqs=8,
+    block_size=32,
+    num_blocks=100,
+    vocab_size=259,
+    device="cpu",
+    dtype="float32",
+    kernels="reference",
+    deterministic=True,
+    fingerprint="fp",
+)
+
+# vLLM's core metrics as `vllm/v1/metrics/loggers.py` defines them: name in the text format -> type, labels of its own.
+VLLM_CORE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "num_requests_running": ("gauge", ()),
+    "num_requests_waiting": ("gauge", ()),
+    "num_requests_waiting_by_reason": ("gauge", ("reason",)),
+    "kv_cache_usage_perc": ("gauge", ()),
+    "prefix_cache_queries": ("counter", ()),
+    "prefix_cache_hits": ("counter", ()),
+    "num_preemptions": ("counter", ()),
+    "prompt_tokens": ("counter", ()),
+    "prompt_tokens_cached": ("counter", ()),
+    "prompt_tokens_by_source": ("counter", ("source",)),
+    "generation_tokens": ("counter", ()),
+    "request_success": ("counter", ("finished_reason",)),
+    "request_prompt_tokens": ("histogram", ()),
+    "request_generation_tokens": ("histogram", ()),
+    "request_max_num_generation_tokens": ("histogram", ()),
+    "request_params_n": ("histogram", ()),
+    "request_params_max_tokens": ("histogram", ()),
+    "iteration_tokens_total": ("histogram", ()),
+    "request_prefill_kv_computed_tokens": ("histogram", ()),
+    "time_to_first_token_seconds": ("histogram", ()),
+    "inter_token_latency_seconds": ("histogram", ()),
+    "request_time_per_output_token_seconds": ("histogram", ()),
+    "e2e_request_latency_seconds": ("histogram", ()),
+    "request_queue_time_seconds": ("histogram", ()),
+    "request_inference_time_seconds": ("histogram", ()),
+    "request_prefill_time_seconds": ("histogram", ()),
+    "request_decode_time_seconds": ("histogram", ()),
+}
+
+
+@pytest.mark.parametrize("prefix", ["lightwell_", "vllm:"])
+def test_vllm_names_types_and_labels(prefix: str) -> None:
+    metrics = Metrics(prefix, "m")
+    metrics.set_engine_info(INFO)
+    page, content_type = metrics.exposition("")
+    assert content_type.startswith("text/plain; version=0.0.4")
+    families = {family.name: family for family in parse_text(page.decode())}
+    for name, (kind, labels) in VLLM_CORE.items():
+        family = families[prefix + name]
+        assert family.type == kind, name
+        expected = {"model_name", "engine", *labels} | ({"le"} if kind == "histogram" else set())
+        assert set().union(*(sample.labels for sample in family.samples)) == expected, name
+        assert all(sample.labels["engine"] == "0" for sample in family.samples)
+    assert f"# TYPE {prefix}prompt_tokens_total counter" in page.decode()
+    assert families[prefix + "cache_config_info"].samples[0].labels["block_size"] == "32"
+    assert "process_resident_memory_bytes" in families
+
+
+def test_vllm_buckets() -> None:
+    metrics = Metrics("vllm:", "m")
+    metrics.set_engine_info(INFO)
+    families = {family.name: family for family in parse_text(metrics.exposition("")[0].decode())}
+
+    def buckets(name: str) -> list[str]:
+        return [s.labels["le"] for s in families["vllm:" + name].samples if s.name.endswith("_bucket")]
+
+    tokens = ["1.0", "2.0", "5.0", "10.0", "20.0", "50.0", "100.0", "200.0", "500.0", "1000.0", "2000.0", "+Inf"]
+    assert buckets("request_prompt_tokens") == tokens
+    first = (
+        "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0 40.0 80.0 160.0 640.0 2560.0"
+    )
+    assert buckets("time_to_first_token_seconds") == [*first.split(), "+Inf"]
+    assert buckets("inter_token_latency_seconds")[0] == "0.01"
+    assert buckets("inter_token_latency_seconds")[-2] == "80.0"
+    assert buckets("e2e_request_latency_seconds")[0] == "0.3"
+    assert buckets("e2e_request_latency_seconds")[-2] == "7680.0"
+
+
+def test_buckets_1_2_5() -> None:
+    assert buckets_1_2_5(1) == [1]
+    assert buckets_1_2_5(5) == [1, 2, 5]
+    assert buckets_1_2_5(999) == [1, 2, 5, 10, 20, 50, 100, 200, 500]
+
+
+def test_values_of_the_engine_are_those_of_the_latest_statistics() -> None:
+    metrics = Metrics("x_", "m")
+    stats = EngineStats(
+        num_running=3,
+        num_waiting=2,
+        num_blocks=200,
+        num_blocks_used=50,
+        prompt_tokens_total=100,
+        prompt_tokens_cached_total=30,
+        generation_tokens_total=7,
+    )
+    metrics.set_stats_source(lambda: stats)
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name, {"model_name": "m", "engine": "0"} | labels)
+
+    assert value("x_num_requests_running") == 3
+    assert value("x_num_requests_waiting_by_reason", reason="capacity") == 2
+    assert value("x_kv_cache_usage_perc") == 0.25
+    assert value("x_prompt_tokens_by_source_total", source="local_compute") == 70
+    assert value("x_prompt_tokens_by_source_total", source="local_cache_hit") == 30
+    stats.num_running = 0
+    assert value("x_num_requests_running") == 0
+
+
+def test_page_over_http(server: RunningServer) -> None:
+    response = httpx.get(server.url + "/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "lightwell_num_requests_running" in response.text
+    page = httpx.get(server.url + "/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert page.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert list(parse_openmetrics(page.text))  # type: ignore[no-untyped-call]
+
+
+def test_prefix_is_a_setting(start_server: StartServer) -> None:
+    assert "\nvllm:num_requests_running{" in httpx.get(start_server(metrics_prefix="vllm:").url + "/metrics").text
+
+
+def test_requests_of_clients_make_no_labels(server: RunningServer) -> None:
+    def series() -> set[str]:
+        lines = httpx.get(server.url + "/metrics").text.splitlines()
+        return {line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")}
+
+    httpx.post(server.url + "/v1/completions", json={"model": "canary", "prompt": "canary"})
+    httpx.get(server.url + "/canary")
+    httpx.request("CANARY", server.url + "/")
+    series()
+    before = series()
+    for number in range(20):
+        httpx.post(server.url + "/v1/completions", json={"model": f"canary-{number}", "prompt": f"canary-{number}"})
+        httpx.get(server.url + f"/canary-{number}")
+        httpx.request(f"CANARY{number}", server.url + "/")
+    assert series() == before
+    assert "canary" not in "".join(before).lower()
+
+
+def test_gauges_are_true_when_no_step_follows(server: RunningServer, fake_engine: FakeEngine) -> None:
+    fake_engine.pause()
+    body = {"model": "tiny", "prompt": "hi", "max_tokens": 5}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + "/v1/completions", json=body, timeout=0.3)
+    wait_until(lambda: not fake_engine.num_choices)
+    wait_until(lambda: server.metric("lightwell_num_requests_waiting") == 0, timeout=1.5)
+    assert server.metric("lightwell_num_requests_running") == 0
+    wait_until(lambda: server.metric("lightwell_request_success_total", finished_reason="abort") == 1)
+
+
+def test_a_scrape_is_fast(server: RunningServer) -> None:
+    httpx.get(server.url + "/metrics")
+    start = time.perf_counter()
+    httpx.get(server.url + "/metrics")
+    assert time.perf_counter() - start < 0.1
