@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class BatchInputs:
 
 
 class BatchBuilder:
-    """Fills the buffers of a batch. `block_tables` keeps its rows' tails: only what is read is written."""
+    """Fills the buffers of a batch, which the next batch uses again."""
 
     def __init__(
         self, max_num_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
@@ -40,11 +41,11 @@ class BatchBuilder:
     def build(self, step: Step) -> BatchInputs:
         row = num_samples = max_blocks = 0
         for index, item in enumerate(step.scheduled):
-            self._fill_rows(item, row)
+            block_ids = np.array([block.block_id for block in item.request.blocks], dtype=np.int64)
+            self._fill_rows(item, row, block_ids)
             row += item.num_tokens
             self.rows[3, num_samples] = row - 1
             num_samples += item.samples
-            block_ids = [block.block_id for block in item.request.blocks]
             self.tables[index, : len(block_ids)] = block_ids
             self.tables[index, len(block_ids) :] = 0
             max_blocks = max(max_blocks, len(block_ids))
@@ -59,10 +60,9 @@ class BatchBuilder:
             seq_lens=[item.start + item.num_tokens for item in step.scheduled],
         )
 
-    def _fill_rows(self, item: Scheduled, row: int) -> None:
+    def _fill_rows(self, item: Scheduled, row: int, block_ids: npt.NDArray[np.int64]) -> None:
         start, end = item.start, item.start + item.num_tokens
         positions = np.arange(start, end)
-        block_ids = np.array([block.block_id for block in item.request.blocks])
         target = slice(row, row + item.num_tokens)
         self.rows[0, target] = item.request.token_ids[start:end]
         self.rows[1, target] = positions

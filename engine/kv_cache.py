@@ -30,7 +30,7 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, because what a row does not see is multiplied by 0, which must not meet a NaN.
+    """Zeros that take no memory yet on a CPU.
 
     torch.zeros writes them; NumPy's come from the operating system, which provides a page when it is first written.
     """
@@ -77,34 +77,45 @@ def plan_memory(
     block_size = engine_config.block_size
     block_bytes = bytes_per_block(config, block_size, dtype)
     blocks_of_one = -(-max_model_len // block_size)
-    budget = engine_config.kv_cache_memory
-    if budget is None:
-        budget = _default_budget(device, blocks_of_one * block_bytes)
+    budget = _budget(engine_config.kv_cache_memory, device, blocks_of_one * block_bytes)
     num_blocks = budget // block_bytes
     if num_blocks < blocks_of_one:
+        shorter = f"--max-model-len {num_blocks * block_size} or less, or " if num_blocks else ""
         raise ValueError(
             f"a KV cache of {budget / MIB:.0f} MiB holds {num_blocks * block_size} tokens, but one request of "
-            f"max_model_len {max_model_len} needs {blocks_of_one * block_bytes / MIB:.0f} MiB; "
-            f"use --max-model-len {max(1, num_blocks * block_size)} or less, or --kv-cache-memory "
-            f"{-(-blocks_of_one * block_bytes // MIB)}MiB or more"
+            f"max_model_len {max_model_len} needs {blocks_of_one * block_bytes / MIB:.0f} MiB; use {shorter}"
+            f"--kv-cache-memory {-(-blocks_of_one * block_bytes // MIB)}MiB or more"
         )
     return MemoryPlan(num_blocks, block_size, block_bytes, max_model_len)
 
 
-def _default_budget(device: torch.device, full_length_bytes: int) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+def _budget(wanted: int | None, device: torch.device, full_length_bytes: int) -> int:
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else available_memory()
+    if wanted is not None:
+        if wanted > free:
+            raise ValueError(f"--kv-cache-memory {wanted // MIB}MiB: only {free // MIB} MiB are free")
+        return wanted
+    if is_cuda:
         return int(free * GPU_MEMORY_SHARE)
-    return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(available_memory() * CPU_MEMORY_SHARE))
+    return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(free * CPU_MEMORY_SHARE))
 
 
 def available_memory() -> int:
     """Bytes that this process can still get, by the kernel's estimate and the control group's limit."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
+    available = int(_read_numbers("/proc/meminfo")["MemAvailable:"]) * 1024
     try:
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            return min(available, int(limit.read()) - int(current.read()))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
+            unused = int(limit.read()) - int(current.read())
+        # The pages of files that were read, weights above all, count as used but are given back when needed.
+        unused += int(_read_numbers("/sys/fs/cgroup/memory.stat")["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
         return available
+    return max(0, min(available, unused))
+
+
+def _read_numbers(path: str) -> dict[str, str]:
+    """First and second word of each line."""
+    with open(path) as file:
+        words = (line.split() for line in file)
+        return {name: number for name, number, *_ in words}

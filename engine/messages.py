@@ -104,7 +104,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     block_size: int
     num_blocks: int
-    vocab_size: int
+    vocab_size: int  # token ids that the model can read and sample
     device: str
     dtype: str
     kernels: str  # which implementation of engine/kernels runs

@@ -44,7 +44,7 @@ from engine.runner import LoadedModel, Progress, load_model
 
 logger = logging.getLogger("lightwell.engine")
 
-FINGERPRINT_BYTES = 1024 * 1024  # of each file of weights
+FINGERPRINT_BYTES = 1024 * 1024  # read at the start, in the middle and at the end of each file of weights
 
 
 class Clients:
@@ -147,7 +147,7 @@ def engine_info(engine: Engine, loaded: LoadedModel, model_path: str) -> EngineI
         max_num_seqs=loaded.limits.max_num_seqs,
         block_size=loaded.memory.block_size,
         num_blocks=loaded.memory.num_blocks,
-        vocab_size=loaded.config.vocab_size,
+        vocab_size=loaded.config.num_token_ids,
         device=str(loaded.device),
         dtype=str(loaded.dtype).removeprefix("torch."),
         kernels=loaded.runner.kernels.name,
@@ -161,9 +161,13 @@ def fingerprint(model_path: str, loaded: LoadedModel) -> str:
     path = Path(model_path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     digest = hashlib.sha256()
-    for file in files:  # sizes and headers tell models apart, without reading all of a large one
+    for file in files:  # size, header, and some weights tell models apart, without reading all of a large one
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as content:
-            digest.update(f"{file.name} {file.stat().st_size} ".encode() + content.read(FINGERPRINT_BYTES))
+            for offset in (0, size // 2, max(0, size - FINGERPRINT_BYTES)):
+                content.seek(offset)
+                digest.update(content.read(FINGERPRINT_BYTES))
     version = importlib.metadata.version("lightwell")
     dtype = str(loaded.dtype).removeprefix("torch.")
     digest.update(f"{version} {loaded.device.type} {dtype} {loaded.runner.kernels.name} {torch.__version__}".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from engine.weights import load_weights
 
 CPU_NUM_BATCHED_TOKENS = 512  # a step of this size lasts about as long as a person notices
 GPU_NUM_BATCHED_TOKENS = 8192
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGPROB_ROWS = 64  # rows whose logits are held at once for the log probabilities of a prompt
 
 Progress = Callable[[int, int], None]
@@ -142,16 +144,21 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch finds no CUDA device here")
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= num_devices:
+        raise ValueError(f"--device {name}: torch finds {num_devices} CUDA devices here")
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 where the processor multiplies it, else float16 on a GPU and float32 on a CPU."""
+    if name in DTYPES:
+        return DTYPES[name]
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        raise ValueError(f"--dtype {name}: must be auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
@@ -164,4 +171,9 @@ def choose_limits(config: EngineConfig, model_config: ModelConfig, device: torch
         raise ValueError(f"--max-model-len {max_model_len}: the model was trained for {trained} tokens")
     default = CPU_NUM_BATCHED_TOKENS if device.type == "cpu" else GPU_NUM_BATCHED_TOKENS
     max_num_batched_tokens = config.max_num_batched_tokens or max(default, config.max_num_seqs)
+    if max_num_batched_tokens < config.max_num_seqs:
+        raise ValueError(
+            f"--max-num-batched-tokens {max_num_batched_tokens} must be at least --max-num-seqs {config.max_num_seqs}, "
+            "so that every running request gets a token in each step"
+        )
     return Limits(max_model_len, config.max_num_seqs, max_num_batched_tokens)

@@ -182,7 +182,7 @@ def _mix(x: Tensor) -> Tensor:
 def _nucleus_threshold(ordered: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest value of the nucleus [R, 1] among log probabilities in descending order [R, n].
 
-    And whether they reach top_p [R]; where they do not, the value means nothing.
+    And whether they reach top_p [R, 1] at all [R]; where they do not, the value means nothing.
     """
     num_below = (ordered.exp().cumsum(dim=-1) < top_p).sum(dim=-1, keepdim=True)  # before the one that reaches it
     found = num_below.squeeze(-1) < ordered.shape[1]
@@ -203,12 +203,13 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -
     `num_top` says how many alternatives each row wants.
     """
     logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, token_ids[:, None])
-    ranks = (logprobs > chosen).sum(dim=-1) + 1
-    top_ids = _top_ids(logprobs, max(num_top))
-    top = logprobs.gather(1, top_ids)
-    rows = zip(chosen[:, 0].tolist(), ranks.tolist(), top_ids.tolist(), top.tolist(), num_top, strict=True)
-    return [TokenLogprobs(value, rank, ids[:num], values[:num]) for value, rank, ids, values, num in rows]
+    chosen = token_ids[:, None]
+    # Order is that of the logits: log_softmax can round different ones to the same number.
+    ranks = (logits > logits.gather(1, chosen)).sum(dim=-1) + 1
+    top_ids = _top_ids(logits, max(num_top))
+    values = logprobs.gather(1, torch.cat((chosen, top_ids), dim=1)).tolist()
+    rows = zip(values, ranks.tolist(), top_ids.tolist(), num_top, strict=True)
+    return [TokenLogprobs(first, rank, ids[:num], rest[:num]) for (first, *rest), rank, ids, num in rows]
 
 
 def _top_ids(x: Tensor, num_top: int) -> Tensor:

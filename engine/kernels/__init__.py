@@ -28,7 +28,7 @@ class Kernels(Protocol):
     deterministic: bool  # whether probes at load found the promise kept
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-        """Prepare y = x W^T + b for weight [M, K]. The weight may be packed; do not use it afterwards."""
+        """Prepare y = x W^T + b for weight [M, K], which may be kept in another layout."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,6 +9,7 @@ what was cached selects another order of additions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,12 +26,33 @@ ROW_MULTIPLE = 8  # packed rows of a query tile are padded to it
 ROW_MULTIPLES = (1, 2, 4, 8, 16, 64)  # candidates for padding the rows of a product with weights
 PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 24, 31, 33, 64, 96)
 PROBE_MAX_ROWS = 192
+PROBE_TILES = (1, 2, 3, 16)  # products that attention computes in one call
 PROBE_RESULTS = 2**18  # numbers that are compared for each number of rows
 
+
+# Written out, in float32. What F.silu and F.gelu make of an element depends on its place, for they compute what is left
+# after whole vectors with another exp or erf than the vectors. exp, erf and tanh by themselves do not.
+
+
+def _silu(x: Tensor) -> Tensor:
+    out = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return torch.div(x, out.neg_().exp_().add_(1), out=out)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    x = x.float()
+    return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    x = x.float()
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
 }
 
 
@@ -43,17 +65,17 @@ class TorchKernels:
         self.device = device
         self.dtype = dtype
         self.deterministic = True
-        self._row_multiples: dict[torch.Size, int] = {}  # weight shape -> padding
+        self._row_multiples: dict[tuple[torch.Size, bool], int] = {}  # (weight shape, has a bias) -> padding
         self._query_tiles: dict[tuple[int, int], tuple[int, ...]] = {}  # (G, D) -> sizes that agree
 
     # Matrix products.
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-        shape = weight.shape
+        key = (weight.shape, bias is not None)
         product = _packed_product(weight, bias) if _can_pack(weight) else _plain_product(weight, bias)
-        if shape not in self._row_multiples:
-            self._row_multiples[shape] = self._find_row_multiple(product, shape[1])
-        multiple = self._row_multiples[shape]
+        if key not in self._row_multiples:
+            self._row_multiples[key] = self._find_row_multiple(product, weight.shape[1])
+        multiple = self._row_multiples[key]
         return product if multiple == 1 else _padded(product, multiple)
 
     def _find_row_multiple(self, product: LinearOp, num_inputs: int) -> int:
@@ -89,7 +111,7 @@ class TorchKernels:
 
     def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return ACTIVATIONS[activation](gate).mul_(up)
+        return ACTIVATIONS[activation](gate).mul_(up).to(gate_up.dtype)
 
     def rope_and_store_kv(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
@@ -134,22 +156,25 @@ class TorchKernels:
         """Sizes of query tiles whose products give a row the same bits, or one size where they do not agree."""
         key = (group_size, head_dim)
         if key not in self._query_tiles:
-            agree = all(
-                self._products_agree(group_size, *shape) for shape in ((head_dim, KEY_TILE), (KEY_TILE, head_dim))
-            )
-            self._query_tiles[key] = QUERY_TILES if agree else QUERY_TILES[1:2]
+            tiles: tuple[int, ...] = QUERY_TILES
+            if not self._products_agree(group_size, head_dim, tiles):
+                tiles = QUERY_TILES[1:2]
+                self.deterministic &= self._products_agree(group_size, head_dim, tiles)
+            self._query_tiles[key] = tiles
         return self._query_tiles[key]
 
-    def _products_agree(self, group_size: int, num_inputs: int, num_outputs: int) -> bool:
-        most = _round_up(QUERY_TILES[-1] * group_size, ROW_MULTIPLE)
-        x, w = self._random(3, most, num_inputs).float(), self._random(3, num_inputs, num_outputs).float()
-        expected = torch.bmm(x, w)
-        rows = [_round_up(tile * group_size, ROW_MULTIPLE) for tile in QUERY_TILES]
-        return all(
-            torch.equal(torch.bmm(x[:count, :num].contiguous(), w[:count]), expected[:count, :num])
-            for num in rows
-            for count in (1, 2, 3)
-        )
+    def _products_agree(self, group_size: int, head_dim: int, tiles: tuple[int, ...]) -> bool:
+        """Whether q k^T and p v, laid out as in `_attend`, depend on neither rows nor number of tiles."""
+        rows = [_round_up(tile * group_size, ROW_MULTIPLE) for tile in tiles]
+        pages = self._random(PROBE_TILES[-1], KEY_TILE, head_dim).float()
+        for w in (pages.transpose(1, 2), pages):
+            x = self._random(len(w), rows[-1], w.shape[1]).float()
+            expected = torch.bmm(x, w)
+            for num in rows:
+                some = x[:, :num].contiguous()
+                if not all(torch.equal(torch.bmm(some[:n], w[:n]), expected[:n, :num]) for n in PROBE_TILES):
+                    return False
+        return True
 
 
 @dataclass(slots=True)
@@ -171,6 +196,7 @@ class QueryGroup:
     block_tables: Tensor  # [A, key tiles * blocks of a key tile]
     num_active: list[int]  # for each key tile: how many query tiles see some of it
     first_positions: list[int]  # of each query tile
+    ends: Tensor  # [A, 1, 1, 1] the position after each query tile's last
 
 
 @dataclass(slots=True)
@@ -195,6 +221,7 @@ def _group(size: int, tiles: list[QueryTile], group_size: int, tables: Tensor, p
         block_tables=tables[torch.tensor([tile.sequence for tile in tiles], device=device)],
         num_active=[sum(end > start for end in ends) for start in range(0, ends[0], KEY_TILE)],
         first_positions=[tile.first_position for tile in tiles],
+        ends=torch.tensor(ends, device=device)[:, None, None, None],
     )
 
 
@@ -220,6 +247,8 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: QueryGroup, scal
             continue  # no row sees this tile
         blocks = group.block_tables[:active, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
         keys, values = _gather(k_cache, blocks), _gather(v_cache, blocks)
+        # What no row sees gets weight 0, which does not make up for a NaN that another request left there.
+        values.masked_fill_(start + key_positions[:, None] >= group.ends[:active], 0.0)
         distance = group.positions[:active] - (start + key_positions)  # [A, 1, R, KEY_TILE]
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         scores = _bmm(packed[:active], keys.transpose(2, 3)).masked_fill_(hidden, float("-inf"))

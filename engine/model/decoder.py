@@ -110,7 +110,8 @@ class CausalLM:
     ) -> None:
         self.config = config
         self.kernels = kernels
-        factors = parameters.take_optional("rope_factors", config.head_dim // 2)
+        has_factors = config.rope_scaling.rope_type == "factors"
+        factors = parameters.take("rope_factors", config.head_dim // 2) if has_factors else None
         self.rotary = RotaryEmbedding(config, max_model_len, device, factors)
         self.embed_tokens = parameters.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [

@@ -26,9 +26,6 @@ class Parameters:
             raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         return tensor
 
-    def take_optional(self, name: str, *shape: int) -> Tensor | None:
-        return self.take(name, *shape) if name in self._tensors else None
-
     def take_fused(self, names: Iterable[str], sizes: Iterable[int], *rest: int) -> Tensor:
         """Several tensors as one, along their first dimension."""
         return torch.cat([self.take(name, size, *rest) for name, size in zip(names, sizes, strict=True)])

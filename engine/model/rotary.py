@@ -30,7 +30,7 @@ def inverse_frequencies(config: ModelConfig, factors: Tensor | None) -> Tensor:
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if factors is not None:
-        return frequencies / factors
+        return frequencies / factors.to(frequencies.device)
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
     if scaling.rope_type == "llama3":

@@ -37,7 +37,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     context = get_context(request)
     if body.model is not None:
         check_model(body.model, context.model_names)
-    _check_token_ids(body.tokens, context.model_config.vocab_size)
+    _check_token_ids(body.tokens, context.model_config.num_token_ids)
     decode = functools.partial(context.tokenizer.decode, skip_special_tokens=False)
     return StructResponse(DetokenizeResponse(await anyio.to_thread.run_sync(decode, body.tokens)))
 

@@ -1,0 +1,129 @@
+"""Every tensor of a checkpoint is used and every parameter filled, or loading fails with the tensor's name."""
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig, RopeScaling
+from engine.kernels import load_kernels
+from engine.model import CausalLM, Parameters
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    architecture="llama",
+    vocab_size=50,
+    num_token_ids=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    attention_bias=True,
+    attention_output_bias=True,
+    mlp_bias=True,
+)
+
+
+def checkpoint(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
+    """The tensors of a model whose every part has a bias, under Hugging Face's names."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (config.vocab_size, hidden),
+    }
+    parts = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+        }
+        for name, shape in parts.items():
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = shape
+            shapes[f"{prefix}.self_attn.{name}_proj.bias"] = shape[:1]
+        for name, shape in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+            shapes[f"{prefix}.mlp.{name}_proj.weight"] = shape
+            shapes[f"{prefix}.mlp.{name}_proj.bias"] = shape[:1]
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def build(tensors: dict[str, Tensor], config: ModelConfig = CONFIG) -> CausalLM:
+    kernels = load_kernels(CPU, torch.float32)
+    return CausalLM(config, Parameters(tensors.items()), kernels, max_model_len=64, device=CPU)
+
+
+def test_complete_checkpoint() -> None:
+    assert len(build(checkpoint()).layers) == 2
+
+
+@pytest.mark.parametrize("name", checkpoint())
+def test_missing_tensor(name: str) -> None:
+    tensors = checkpoint()
+    del tensors[name]
+    with pytest.raises(ValueError, match=rf"lacks the tensor {name}"):
+        build(tensors)
+
+
+@pytest.mark.parametrize("name", checkpoint())
+def test_wrong_shape(name: str) -> None:
+    tensors = checkpoint()
+    expected = list(tensors[name].shape)
+    tensors[name] = torch.zeros(expected[0] + 1, *expected[1:])
+    with pytest.raises(ValueError, match=name) as caught:
+        build(tensors)
+    assert str(expected) in str(caught.value)
+    assert str(list(tensors[name].shape)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.input_layernorm.weight", "model.layers.0.self_attn.q_norm.weight", "score.weight"]
+)
+def test_tensor_without_a_place(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        build(checkpoint() | {name: torch.zeros(3)})
+
+
+NO_USE: list[tuple[dict[str, bool], str]] = [
+    ({"attention_bias": False}, "model.layers.0.self_attn.q_proj.bias"),
+    ({"attention_output_bias": False}, "model.layers.0.self_attn.o_proj.bias"),
+    ({"mlp_bias": False}, "model.layers.1.mlp.down_proj.bias"),
+    ({"tie_word_embeddings": True}, "lm_head.weight"),
+]
+
+
+@pytest.mark.parametrize(("changes", "name"), NO_USE)
+def test_tensor_that_the_config_rules_out(changes: dict[str, bool], name: str) -> None:
+    config = msgspec.structs.replace(CONFIG, **changes)
+    with pytest.raises(ValueError, match=name):
+        build(checkpoint(), config)
+
+
+def test_many_unused_tensors_are_counted() -> None:
+    with pytest.raises(ValueError, match="12 tensors"):
+        build(checkpoint() | {f"extra.{number}": torch.zeros(1) for number in range(12)})
+
+
+def test_bytes_are_counted() -> None:
+    tensors = checkpoint()
+    assert Parameters(tensors.items()).num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_fused_tensors_keep_their_order() -> None:
+    parameters = Parameters([("b", torch.full((1, 3), 2.0)), ("a", torch.ones(2, 3))])
+    fused = parameters.take_fused(["a", "b"], [2, 1], 3)
+    assert fused.tolist() == [[1.0] * 3, [1.0] * 3, [2.0] * 3]
+    parameters.finish()
+
+
+def test_rope_factors_are_taken_where_the_config_says_so() -> None:
+    config = msgspec.structs.replace(CONFIG, rope_scaling=RopeScaling(rope_type="factors"))
+    build(checkpoint() | {"rope_factors": torch.ones(8)}, config)
+    with pytest.raises(ValueError, match="lacks the tensor rope_factors"):
+        build(checkpoint(), config)
+    with pytest.raises(ValueError, match=r"no use for 1 .*rope_factors"):
+        build(checkpoint() | {"rope_factors": torch.ones(8)})

@@ -1,0 +1,72 @@
+"""What the model reads of a step, against the same written with plain lists."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.batch import BatchBuilder
+from engine.block_pool import Block
+from engine.messages import SamplingParams, Submit
+from engine.request import Request, Scheduled, Step, leader_of
+
+MAX_NUM_SEQS = 6
+MAX_MODEL_LEN = 200
+
+
+def make_request(token_ids: list[int], block_ids: list[int]) -> Request:
+    submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
+    request = leader_of(submit, salt=b"", number=0, now=0.0)
+    request.blocks = [Block(block_id) for block_id in block_ids]
+    return request
+
+
+@st.composite
+def steps(draw: st.DrawFn, block_size: int) -> Step:
+    """Some rows of some requests, whose blocks reach at least up to their last row."""
+    scheduled = []
+    for _ in range(draw(st.integers(1, MAX_NUM_SEQS))):
+        token_ids = draw(st.lists(st.integers(0, 49151), min_size=1, max_size=MAX_MODEL_LEN))
+        end = draw(st.integers(1, len(token_ids)))
+        start = draw(st.integers(0, end - 1))
+        num_blocks = draw(st.integers(-(-end // block_size), -(-MAX_MODEL_LEN // block_size)))
+        block_ids = draw(st.lists(st.integers(1, 999), min_size=num_blocks, max_size=num_blocks, unique=True))
+        scheduled.append(Scheduled(make_request(token_ids, block_ids), start, end - start, draw(st.booleans())))
+    return Step(1, scheduled)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), block_size=st.sampled_from([16, 32]))
+def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
+    builder = BatchBuilder(MAX_NUM_SEQS * MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_MODEL_LEN, block_size, torch.device("cpu"))
+    for _ in range(3):  # what a step leaves in the buffers must not show in the next
+        step = data.draw(steps(block_size))
+        batch = builder.build(step)
+        rows = [
+            (item, position) for item in step.scheduled for position in range(item.start, item.start + item.num_tokens)
+        ]
+        assert batch.token_ids.tolist() == [item.request.token_ids[position] for item, position in rows]
+        assert batch.positions.tolist() == [position for _, position in rows]
+        assert batch.slots.tolist() == [
+            item.request.blocks[position // block_size].block_id * block_size + position % block_size
+            for item, position in rows
+        ]
+        ends = [sum(item.num_tokens for item in step.scheduled[: index + 1]) for index in range(len(step.scheduled))]
+        sampling = [end - 1 for item, end in zip(step.scheduled, ends, strict=True) if item.samples]
+        assert batch.sample_rows.tolist() == sampling
+        assert batch.query_lens == [item.num_tokens for item in step.scheduled]
+        assert batch.seq_lens == [item.start + item.num_tokens for item in step.scheduled]
+        most = max(len(item.request.blocks) for item in step.scheduled)
+        assert batch.block_tables.tolist() == [
+            [block.block_id for block in item.request.blocks] + [0] * (most - len(item.request.blocks))
+            for item in step.scheduled
+        ]
+
+
+def test_full_buffers() -> None:
+    """As many rows, all of which sample, sequences and blocks as the builder was made for."""
+    builder = BatchBuilder(MAX_NUM_SEQS, MAX_NUM_SEQS, MAX_MODEL_LEN, 16, torch.device("cpu"))
+    requests = [make_request(list(range(MAX_MODEL_LEN)), list(range(13))) for _ in range(MAX_NUM_SEQS)]
+    batch = builder.build(Step(1, [Scheduled(request, MAX_MODEL_LEN - 1, 1, True) for request in requests]))
+    assert batch.sample_rows.tolist() == list(range(MAX_NUM_SEQS))
+    assert batch.slots.tolist() == [12 * 16 + 7] * MAX_NUM_SEQS
+    assert batch.block_tables.shape == (MAX_NUM_SEQS, 13)

@@ -1,0 +1,262 @@
+"""What is chosen for a model and a device, and what the runner reports of a step, on tiny random models."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.config import EngineConfig, ModelConfig
+from engine.core import Engine
+from engine.messages import FinishReason, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.runner import LoadedModel, choose_device, choose_dtype, choose_limits, load_model
+from tests.tiny_models import save_random_model
+
+CPU = torch.device("cpu")
+VOCAB_SIZE = 300
+NAN_TOKEN = 299  # its embedding is no number, so whoever uses it gets no numbers
+
+MODEL = ModelConfig(
+    architecture="llama",
+    vocab_size=100,
+    num_token_ids=100,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+)
+
+
+# What is chosen.
+
+
+def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    assert choose_device("cpu") == CPU
+    with pytest.raises(ValueError, match="--device cuda:1"):
+        choose_device("cuda:1")
+
+
+def test_device_number_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="--device cuda:2"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x"])
+def test_unknown_device(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--device {name}"):
+        choose_device(name)
+
+
+def test_dtype() -> None:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    assert {name: choose_dtype(name, CPU) for name in names} == names
+    assert choose_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="--dtype int8"):
+        choose_dtype("int8", CPU)
+
+
+def test_limits() -> None:
+    limits = choose_limits(EngineConfig(model_path=""), MODEL, CPU)
+    assert limits.max_model_len == 4096
+    assert limits.max_num_batched_tokens == 512
+    limits = choose_limits(EngineConfig(model_path="", max_model_len=100, max_num_seqs=600), MODEL, CPU)
+    assert (limits.max_model_len, limits.max_num_seqs, limits.max_num_batched_tokens) == (100, 600, 600)
+
+
+def test_context_longer_than_the_model_was_trained_for() -> None:
+    with pytest.raises(ValueError, match=r"--max-model-len 4097.* 4096"):
+        choose_limits(EngineConfig(model_path="", max_model_len=4097), MODEL, CPU)
+
+
+def test_fewer_tokens_in_a_step_than_sequences() -> None:
+    """Said before the weights are read."""
+    with pytest.raises(ValueError, match=r"max.num.batched.tokens \(?100.*max.num.seqs \(?128"):
+        choose_limits(EngineConfig(model_path="", max_num_batched_tokens=100), MODEL, CPU)
+
+
+# What the runner reports.
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(model, tmp_path_factory.mktemp("model"), seed=1)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def loaded(request: pytest.FixtureRequest, folder: Path) -> LoadedModel:
+    return load_model(EngineConfig(model_path=str(folder), dtype=request.param))
+
+
+def make_engine(loaded: LoadedModel, chunk: int = 0) -> Engine:
+    """With an empty cache."""
+    return Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk), loaded)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(0, NAN_TOKEN, (length,), generator=generator).tolist()
+    return ids
+
+
+def submit(name: str, prompt: list[int], max_tokens: int = 5, **settings: float) -> Submit:
+    params = SamplingParams(max_tokens=max_tokens, **settings)  # type: ignore[arg-type]
+    return Submit(request_id=name, prompt_token_ids=prompt, params=params, arrival=0.0)
+
+
+def run(engine: Engine, submits: list[Submit]) -> dict[str, TokenEvent]:
+    """All that each request was told, as one event."""
+    for one in submits:
+        engine.add(one)
+    answers: dict[str, TokenEvent] = {}
+    while engine.has_work:
+        for event in engine.step()[1]:
+            answer = answers.setdefault(event.request_id, event)
+            if answer is not event:
+                answer.token_ids += event.token_ids
+                if event.logprobs is not None:
+                    answer.logprobs = [*(answer.logprobs or []), *event.logprobs]
+                answer.finish_reason, answer.error = event.finish_reason, event.error
+    return answers
+
+
+def assert_logprobs(entries: list[TokenLogprobs], token_ids: list[int], logits: torch.Tensor, num_top: int) -> None:
+    """What the model's own logits [R, V] say of the tokens."""
+    expected = logits.double().log_softmax(dim=-1)
+    assert len(entries) == len(token_ids) == len(logits)
+    for entry, token_id, row in zip(entries, token_ids, expected, strict=True):
+        assert entry.logprob == pytest.approx(row[token_id].item(), abs=1e-3)
+        assert entry.rank == 1 + int((row > row[token_id]).sum())
+        top = row.topk(num_top)
+        assert entry.top_token_ids == top.indices.tolist()
+        assert entry.top_logprobs == pytest.approx(top.values.tolist(), abs=1e-3)
+
+
+def test_prompt_logprobs_of_chunks_equal_those_in_one_piece(loaded: LoadedModel) -> None:
+    submits = [submit(f"r{n}", prompt_of(n, n), prompt_logprobs=3, temperature=0.0) for n in (1, 2, 64, 65, 150, 300)]
+    whole: dict[str, TokenEvent] = {}
+    for one in submits:
+        whole |= run(make_engine(loaded), [one])
+    assert [len(event.prompt_logprobs or []) for event in whole.values()] == [0, 1, 63, 64, 149, 299]
+    for chunk in (1, 7, 64):
+        answers = run(make_engine(loaded, chunk), submits)
+        for name, expected in whole.items():
+            assert answers[name].prompt_logprobs == expected.prompt_logprobs, f"{name} in chunks of {chunk}"
+            assert answers[name].token_ids == expected.token_ids
+
+
+def test_logprobs_are_those_of_transformers(folder: Path, model: LlamaForCausalLM) -> None:
+    loaded = load_model(EngineConfig(model_path=str(folder), dtype="float32"))
+    prompt = prompt_of(100)
+    # Settings change what is sampled, not what is reported.
+    strange = {"seed": 3, "temperature": 0.7, "repetition_penalty": 1.5, "top_k": 20}
+    answer = run(make_engine(loaded), [submit("r", prompt, 20, logprobs=4, prompt_logprobs=2, **strange)])["r"]
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer.token_ids])).logits[0]
+    assert answer.prompt_logprobs is not None
+    assert answer.logprobs is not None
+    assert_logprobs(answer.prompt_logprobs, prompt[1:], logits[:99], num_top=2)
+    assert_logprobs(answer.logprobs, answer.token_ids, logits[99:-1], num_top=4)
+
+
+def test_each_request_gets_the_logprobs_that_it_asked_for(loaded: LoadedModel) -> None:
+    submits = [
+        submit("none", prompt_of(20, 1)),
+        submit("zero", prompt_of(30, 2), logprobs=0),
+        submit("many", prompt_of(40, 3), logprobs=20),
+        submit("prompt", prompt_of(50, 4), prompt_logprobs=0),
+    ]
+    answers = run(make_engine(loaded), submits)
+    assert answers["none"].logprobs is None
+    assert [entry.top_token_ids for entry in answers["zero"].logprobs or []] == [[]] * 5
+    assert [len(entry.top_token_ids) for entry in answers["many"].logprobs or []] == [20] * 5
+    assert answers["many"].prompt_logprobs is None
+    assert [entry.top_token_ids for entry in answers["prompt"].prompt_logprobs or []] == [[]] * 49
+    for one in submits:
+        assert run(make_engine(loaded), [one])[one.request_id].logprobs == answers[one.request_id].logprobs
+
+
+def test_prompt_alone(loaded: LoadedModel) -> None:
+    """max_tokens 0: only the prompt's log probabilities."""
+    answer = run(make_engine(loaded), [submit("r", prompt_of(30), max_tokens=0, prompt_logprobs=1)])["r"]
+    assert answer.token_ids == []
+    assert answer.finish_reason is FinishReason.LENGTH
+    assert len(answer.prompt_logprobs or []) == 29
+
+
+def test_what_is_loaded(loaded: LoadedModel, model: LlamaForCausalLM) -> None:
+    assert loaded.runner.kernels.deterministic
+    assert loaded.limits.max_model_len == 512
+    assert loaded.weight_bytes == sum(p.numel() for p in model.parameters()) * loaded.dtype.itemsize
+    assert loaded.memory.num_tokens >= 512
+
+
+# One request's failure is that request's event.
+
+
+@pytest.fixture(scope="module")
+def broken(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The model with a token whose embedding is NaN."""
+    folder = save_random_model(model, tmp_path_factory.mktemp("broken"), seed=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[NAN_TOKEN] = math.nan
+        model.save_pretrained(folder)
+        model.model.embed_tokens.weight[NAN_TOKEN] = 0.0
+    return load_model(EngineConfig(model_path=str(folder)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_p": 0.5, "repetition_penalty": 1.2, "top_k": 9}])
+def test_logits_that_are_not_finite_end_that_request_alone(broken: LoadedModel, settings: dict[str, float]) -> None:
+    good = [submit(f"good{n}", prompt_of(n, n), 40, logprobs=2, **settings) for n in (3, 40, 200)]
+    alone: dict[str, TokenEvent] = {}
+    for one in good:
+        alone |= run(make_engine(clean(broken)), [one])
+    bad = submit("bad", [*prompt_of(50), NAN_TOKEN, *prompt_of(50)], 40, logprobs=2, **settings)
+    engine = make_engine(clean(broken))
+    answers = run(engine, [bad, *good])
+    assert answers["bad"].finish_reason is FinishReason.ERROR
+    assert answers["bad"].error == "the model's logits are not finite"
+    for one in good:
+        assert answers[one.request_id].token_ids == alone[one.request_id].token_ids
+        assert answers[one.request_id].logprobs == alone[one.request_id].logprobs
+    # Nor does what the failed request left in its blocks reach the next ones.
+    again = run(engine, [msgspec.structs.replace(one, request_id=f"{one.request_id} again") for one in good])
+    for one in good:
+        assert again[f"{one.request_id} again"].token_ids == alone[one.request_id].token_ids
+
+
+def clean(loaded: LoadedModel) -> LoadedModel:
+    """Without what earlier tests wrote into the cache, and with few blocks, so that they are used again."""
+    for k_cache, v_cache in loaded.runner.kv_cache.layers:
+        k_cache.zero_()
+        v_cache.zero_()
+    return dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=16))

@@ -1,0 +1,43 @@
+"""What our engine makes of prompts, for comparison with another implementation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.batch import BatchBuilder
+from engine.block_pool import Block
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.messages import SamplingParams, Submit
+from engine.request import Scheduled, Step, leader_of
+from engine.runner import LoadedModel
+
+
+def all_logits(loaded: LoadedModel, prompt: Sequence[int]) -> Tensor:
+    """Logits of every position [n, V] from one forward pass over a whole prompt."""
+    submit = Submit(request_id="r", prompt_token_ids=list(prompt), params=SamplingParams(max_tokens=1), arrival=0.0)
+    request = leader_of(submit, salt=b"", number=0, now=0.0)
+    block_size = loaded.memory.block_size
+    request.blocks = [Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))]
+    # Of the prompt's size, which may exceed what the engine computes in one step.
+    builder = BatchBuilder(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.device)
+    with torch.inference_mode():
+        batch = builder.build(Step(1, [Scheduled(request, 0, len(prompt), samples=True)]))
+        model = loaded.runner.model
+        return model.compute_logits(model.forward(batch, loaded.runner.kv_cache))
+
+
+def greedy_outputs(loaded: LoadedModel, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    """So many tokens after each prompt, all prompts together, through the engine."""
+    engine = Engine(EngineConfig(model_path=""), loaded)
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    for number, prompt in enumerate(prompts):
+        engine.add(Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0))
+    outputs: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for event in engine.step()[1]:
+            assert event.error is None
+            outputs[int(event.request_id)] += event.token_ids
+    assert all(len(output) == num_tokens for output in outputs)
+    return outputs

@@ -1,0 +1,109 @@
+"""The real model against transformers, both in float32 and from the same GGUF file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from engine.config import EngineConfig
+from engine.runner import LoadedModel, load_model
+from tests.parity.outputs import all_logits, greedy_outputs
+
+MAX_MODEL_LEN = 1024
+NUM_OUTPUT_TOKENS = 64
+STORY = "The ship left the harbour at dawn, and the captain wrote in his log what the wind and the sea had to tell. "
+
+PROMPTS = {
+    "one word": "Hello",
+    "fact": "The capital of France is",
+    "question": "Why is the sky blue? Explain it to a child.",
+    "story": "Once upon a time, in a village by the sea, there lived an old fisherman who",
+    "dialogue": '"Did you hear that?" whispered Anna.\n"No," said Tom, "what was it?"\n"',
+    "chat": "<|im_start|>user\nGive me three tips for a good night's sleep.<|im_end|>\n<|im_start|>assistant\n",
+    "system": (
+        "<|im_start|>system\nYou answer in one word.<|im_end|>\n"
+        "<|im_start|>user\nWhat colour is grass?<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "python": "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n",
+    "c": "#include <stdio.h>\n\nint main(void) {\n    for (int i = 0; i < 10; i++) {\n",
+    "html": "<!DOCTYPE html>\n<html>\n<head>\n  <title>Shop</title>\n</head>\n<body>\n  <ul>\n",
+    "sql": "SELECT name, COUNT(*) FROM orders JOIN customers ON",
+    "json": '{"name": "Ada", "born": 1815, "languages": ["',
+    "digits": "1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144,",
+    "sum": "12345 + 67890 = ",
+    "list": "Shopping list:\n- 2 apples\n- 1 loaf of bread\n- 500 g butter\n-",
+    "german": "Die Hauptstadt von Deutschland ist Berlin. Die Stadt liegt an der",
+    "french": "Il était une fois une petite fille qui s'appelait",
+    "chinese": "今天天气很好，我们去公园",
+    "symbols": "∀x ∈ ℝ: x² ≥ 0 🙂 → \t\t  \n\n\n###",
+    "long": STORY * 30 + "In the end the captain",
+}
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_path: Path) -> LlamaForCausalLM:
+    """As `from_pretrained(gguf_file=...)` does it, which insists on one more package."""
+    config = AutoConfig.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    model = LlamaForCausalLM(config)
+    read: Any = load_gguf_checkpoint
+    weights = read(smollm2_path, return_tensors=True, model_to_load=model, torch_dtype=torch.float32)
+    result = model.load_state_dict(weights["tensors"], strict=False)
+    assert result.missing_keys == ["lm_head.weight"]  # tied
+    assert result.unexpected_keys == []
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2_path: Path) -> dict[str, list[int]]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    token_ids = {name: tokenizer(text)["input_ids"] for name, text in PROMPTS.items()}
+    assert 650 < len(token_ids["long"]) < MAX_MODEL_LEN - NUM_OUTPUT_TOKENS
+    return token_ids
+
+
+@pytest.fixture(scope="module")
+def loaded(smollm2_path: Path) -> LoadedModel:
+    return load_model(EngineConfig(model_path=str(smollm2_path), dtype="float32", max_model_len=MAX_MODEL_LEN))
+
+
+@pytest.fixture(scope="module")
+def outputs(loaded: LoadedModel, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Greedy, all prompts as one batch."""
+    return dict(zip(prompts, greedy_outputs(loaded, list(prompts.values()), NUM_OUTPUT_TOKENS), strict=True))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_logits_and_greedy_tokens(
+    name: str,
+    reference: LlamaForCausalLM,
+    loaded: LoadedModel,
+    prompts: dict[str, list[int]],
+    outputs: dict[str, list[int]],
+) -> None:
+    prompt, output = prompts[name], outputs[name]
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt + output])).logits[0]
+    torch.testing.assert_close(all_logits(loaded, prompt), expected[: len(prompt)], rtol=0, atol=1e-3)
+    # Greedy decoding step by step: what follows from the tokens so far is the next token.
+    assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+def test_generate_of_transformers(
+    reference: LlamaForCausalLM, prompts: dict[str, list[int]], outputs: dict[str, list[int]]
+) -> None:
+    """Its own loop with its own cache comes to the same tokens. One prompt, because it is slow."""
+    ids = torch.tensor([prompts["story"]])
+    model: Any = reference
+    generated = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=24,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert generated[0, ids.shape[1] :].tolist() == outputs["story"][:24]
