@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -197,10 +197,12 @@ class Metrics:
         self._http.labels(handler, method, status).inc()
         self._http_seconds.labels(handler, method).observe(seconds)
 
-    def exposition(self, accept: str) -> tuple[bytes, str]:
-        """The page for a scraper that accepts `accept`, and its content type."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+    def exposition(self) -> tuple[bytes, str]:
+        """The page and its content type.
+
+        Always Prometheus' text format: the library's OpenMetrics page writes the colons of vLLM's names as underscores.
+        """
+        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
     def _histogram(self, name: str, buckets: Sequence[float], help: str) -> Histogram:
         histogram = Histogram(f"{self._prefix}{name}", help, LABELS, buckets=buckets, registry=self.registry)

@@ -1,4 +1,4 @@
-"""`GET /metrics` in Prometheus' text format, or in OpenMetrics' where it is asked for."""
+"""`GET /metrics` in Prometheus' text format."""
 
 from fastapi import APIRouter, Request, Response
 
@@ -9,5 +9,5 @@ router = APIRouter()
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    page, content_type = get_context(request).metrics.exposition(request.headers.get("accept", ""))
+    page, content_type = get_context(request).metrics.exposition()
     return Response(page, headers={"content-type": content_type})

@@ -1,0 +1,79 @@
+# The image of the server. deploy/README.md says how to run it.
+#
+#   PIP_ARGS      handed to pip where it installs torch, to choose one for the CPU or for a release of CUDA
+#   BAKE_MODEL    a model (alias or Hugging Face id) that the image carries and serves by default
+#   BASE_IMAGE    any Debian or Ubuntu with Python 3.11 or newer and its venv module
+#
+# A pip.conf for all of pip, which the image does not keep: docker build --secret id=pip,src=pip.conf
+
+ARG PYTHON_VERSION=3.13
+ARG BASE_IMAGE=python:${PYTHON_VERSION}-slim-trixie
+
+# What the project depends on: made anew only when pyproject.toml changes.
+FROM ${BASE_IMAGE} AS dependencies
+ARG PIP_ARGS=""
+ENV PATH=/opt/lightwell/venv/bin:$PATH \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
+RUN python3 -m venv /opt/lightwell/venv
+COPY pyproject.toml ./
+RUN python3 -c 'import tomllib; print(*tomllib.load(open(0, "rb"))["project"]["dependencies"], sep="\n")' \
+    < pyproject.toml > requirements.txt
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install ${PIP_ARGS} "$(grep '^torch[^a-z]' requirements.txt)" \
+    && pip install --requirement requirements.txt
+
+FROM dependencies AS wheel
+COPY README.md LICENSE ./
+COPY engine engine
+COPY server server
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip wheel --no-deps --wheel-dir /dist . \
+    && pip install --no-deps --no-index /dist/*.whl
+
+FROM wheel AS model
+ARG BAKE_MODEL=""
+COPY deploy/bake_model.py ./
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    LIGHTWELL_CACHE=/opt/lightwell/models/files HF_HOME=/opt/lightwell/models/files/huggingface \
+    python3 bake_model.py /opt/lightwell/models "${BAKE_MODEL}"
+
+FROM ${BASE_IMAGE}
+ARG REVISION=""
+LABEL org.opencontainers.image.title="Lightwell" \
+      org.opencontainers.image.description="An OpenAI-compatible LLM inference server whose inside anyone can see" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+# Caches are all that is written: fetched models, and whatever a library keeps in its home.
+ENV PATH=/opt/lightwell/venv/bin:$PATH \
+    HOME=/var/cache/lightwell \
+    HF_HOME=/var/cache/lightwell/huggingface \
+    LIGHTWELL_CACHE=/var/cache/lightwell \
+    LIGHTWELL_CONFIG=/etc/lightwell/config.yaml \
+    LIGHTWELL_HOST=0.0.0.0 \
+    LIGHTWELL_PORT=8000 \
+    PIP_NO_CACHE_DIR=1
+RUN groupadd --gid 10001 lightwell \
+    && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /var/cache/lightwell \
+        --shell /usr/sbin/nologin lightwell \
+    && install --directory --owner=lightwell --group=lightwell /var/cache/lightwell
+
+# From what changes least to what changes most. The model lies outside the volume, which would hide it.
+COPY --from=dependencies /opt/lightwell/venv /opt/lightwell/venv
+COPY --from=model /opt/lightwell/models /opt/lightwell/models
+COPY deploy/healthcheck.py /opt/lightwell/
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    pip install --no-deps --no-index /dist/*.whl \
+    && install -D --mode=0644 /opt/lightwell/models/config.yaml /etc/lightwell/config.yaml
+
+USER 10001:10001
+WORKDIR /
+VOLUME /var/cache/lightwell
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python3", "-I", "/opt/lightwell/healthcheck.py"]
+ENTRYPOINT ["lightwell", "serve"]

@@ -1,0 +1,30 @@
+"""Puts a model into the image: `python bake_model.py FOLDER [MODEL]`, run by the Dockerfile.
+
+The model's files lie where LIGHTWELL_CACHE and HF_HOME say. FOLDER gets a link to them, and a config.yaml that makes it
+the default model; without MODEL that file is empty.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from server.models import ModelError, resolve_model
+
+
+def bake(folder: Path, model: str) -> None:
+    """Fetch `model` and make it the default. Raises ModelError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = ""
+    if model:
+        resolved = resolve_model(model)
+        link = folder / resolved.name  # the last part of a path is the model's name in the API
+        link.symlink_to(resolved.path)
+        config = f"model: {json.dumps(str(link))}\n"
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        bake(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "")
+    except ModelError as error:
+        sys.exit(f"bake_model: {error}")

@@ -1,0 +1,24 @@
+"""The image's healthcheck: exit code 0 if the server of this container takes requests, 1 if not."""
+
+import http.client
+import os
+import sys
+
+TIMEOUT_SECONDS = 4
+
+
+def main() -> int:
+    port = int(os.environ["LIGHTWELL_PORT"])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)  # asks no proxy
+    try:
+        connection.request("GET", "/readyz")
+        response = connection.getresponse()
+        print(response.status, response.read().decode(errors="replace"))
+    except (OSError, http.client.HTTPException) as error:
+        print(f"no answer: {error}")
+        return 1
+    return 0 if response.status == http.client.OK else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

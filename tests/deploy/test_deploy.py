@@ -1,0 +1,344 @@
+"""What is deployed fits the server: names of metrics and settings, and what the image and the compose file promise."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from deploy.bake_model import bake
+from deploy.check_dashboard import load_dashboard, queries
+from engine.messages import EngineInfo, EngineStats
+from server.metrics import Metrics
+from server.models import resolve_model
+from server.settings import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS, load_settings
+from server.supervisor import DRAIN_GRACE_SECONDS, KILL_SECONDS, STOP_SECONDS
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+INFO = EngineInfo(
+    pid=os.getpid(),
+    max_model_len=2048,
+    max_num_seqs=8,
+    block_size=32,
+    num_blocks=100,
+    vocab_size=259,
+    device="cpu",
+    dtype="float32",
+    kernels="reference",
+    deterministic=True,
+    fingerprint="fp",
+)
+LIGHTWELL_VARIABLES = {setting.variable for setting in SETTINGS.values()} | set(OTHER_VARIABLES)
+
+Labels = dict[str, set[str]]  # name of a sample -> names of its labels
+
+
+def load_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+# Queries against what /metrics shows.
+
+
+def exposed_metrics(prefix: str) -> Metrics:
+    """What a server exposes once it has answered a request."""
+    metrics = Metrics(prefix, "m")
+    metrics.set_engine_info(INFO)
+    metrics.set_stats_source(lambda: EngineStats(num_blocks=100, num_blocks_used=3, prompt_tokens_total=9))
+    metrics.observe_step(9)
+    metrics.observe_first_token(0.1)
+    metrics.observe_http("/v1/completions", "POST", 200, 3.0)
+    return metrics
+
+
+def exposed_labels(prefix: str) -> Labels:
+    """What a scraper sees."""
+    page, _ = exposed_metrics(prefix).exposition()
+    return labels_on_page(page)
+
+
+def labels_on_page(page: bytes) -> Labels:
+    families = parse_text(page.decode())
+    labels: Labels = defaultdict(set)
+    for sample in (sample for family in families for sample in family.samples):
+        labels[sample.name] |= set(sample.labels)
+    return labels
+
+
+NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+KEYWORDS = {"and", "or", "unless"}
+ADDED_LABELS = {"job", "instance"}  # by Prometheus
+
+
+def selectors(query: str) -> list[tuple[str, set[str]]]:
+    """The metrics that a PromQL query reads, each with the labels that it selects by."""
+    query = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", query)
+    found = re.findall(rf"(?<![\w:])({NAME})(?![\w:]*\s*\()(?:\{{([^}}]*)\}})?", re.sub(r"\[[^]]*\]", "", query))
+    return [(name, set(re.findall(rf"({NAME})\s*[=!]", matchers))) for name, matchers in found if name not in KEYWORDS]
+
+
+def grouping_labels(query: str) -> set[str]:
+    return {name for group in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", query) for name in re.findall(NAME, group)}
+
+
+def problems_of(query: str, exposed: Labels) -> list[str]:
+    problems = []
+    known_labels = set(ADDED_LABELS)
+    for name, labels in selectors(query):
+        if name != "up" and name not in exposed:
+            problems.append(f"no metric {name}")
+        known_labels |= exposed.get(name, set())
+        unknown = labels - exposed.get(name, set()) - ADDED_LABELS
+        problems += [f"{name} has no label {label}" for label in unknown]
+    return problems + [f"no label {label}" for label in grouping_labels(query) - known_labels]
+
+
+def test_queries_are_taken_apart() -> None:
+    query = 'histogram_quantile(0.5, sum by (le) (rate(a:b_bucket{x=~"p_q", y!=""}[5m]))) and on (job) c > 10'
+    assert selectors(query) == [("a:b_bucket", {"x", "y"}), ("c", set())]
+    assert grouping_labels(query) == {"le", "job"}
+    assert problems_of("rate(nothing[1m])", {}) == ["no metric nothing"]
+    assert problems_of('sum by (l) (m{k="1"})', {"m": {"j"}}) == ["m has no label k", "no label l"]
+
+
+@pytest.mark.parametrize("prefix", ["lightwell_", "vllm:"])
+def test_dashboard_reads_what_the_server_exposes(prefix: str) -> None:
+    exposed = exposed_labels(prefix)
+    variables = {"prefix": prefix, "model_name": ".*", "__rate_interval": "1m"}
+    found = list(queries(load_dashboard(), variables))
+    assert len(found) > 40
+    assert [(title, problems) for title, query in found if (problems := problems_of(query, exposed))] == []
+    assert [query for _, query in found if "$" in query] == []
+
+
+def test_alerts_read_what_the_server_exposes() -> None:
+    exposed = exposed_labels("lightwell_")
+    rules = [rule for group in load_yaml(DEPLOY / "prometheus/alerts.yml")["groups"] for rule in group["rules"]]
+    assert rules
+    assert [(rule["alert"], problems) for rule in rules if (problems := problems_of(rule["expr"], exposed))] == []
+
+
+# The dashboard and how Grafana finds it.
+
+
+def test_dashboard_variables() -> None:
+    variables = {variable["name"]: variable for variable in load_dashboard()["templating"]["list"]}
+    assert list(variables) == ["datasource", "prefix", "model_name"]
+    prefixes = [option["value"] for option in variables["prefix"]["options"]]
+    assert variables["prefix"]["query"].split(",") == prefixes == [SETTINGS["metrics_prefix"].default, "vllm:"]
+    match = re.fullmatch(r"label_values\((.+), (.+)\)", variables["model_name"]["query"]["query"])
+    assert match
+    name, label = match.groups()
+    assert label in exposed_labels("lightwell_")[name.replace("${prefix}", "lightwell_")]
+
+
+def test_panels_are_whole_and_do_not_overlap() -> None:
+    panels = load_dashboard()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        position = panel["gridPos"]
+        columns = range(position["x"], position["x"] + position["w"])
+        cells = {(x, y) for x in columns for y in range(position["y"], position["y"] + position["h"])}
+        assert columns.stop <= 24, panel["title"]
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        sources = [panel.get("datasource"), *(target["datasource"] for target in panel.get("targets", []))]
+        assert panel["type"] == "row" or all(source["uid"] == "${datasource}" for source in sources), panel["title"]
+
+
+def test_grafana_is_provisioned() -> None:
+    compose = load_yaml(ROOT / "docker-compose.yml")["services"]
+    source = load_yaml(DEPLOY / "grafana/provisioning/datasources/prometheus.yml")["datasources"][0]
+    provider = load_yaml(DEPLOY / "grafana/provisioning/dashboards/lightwell.yml")["providers"][0]
+    mounts = dict(volume.removesuffix(":ro").split(":") for volume in compose["grafana"]["volumes"])
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in compose
+    assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
+    assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
+    home = compose["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert Path(home).relative_to(provider["options"]["path"]) == Path("lightwell.json")
+
+
+# docker-compose.yml
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, dict[str, Any]]:
+    services: dict[str, dict[str, Any]] = load_yaml(ROOT / "docker-compose.yml")["services"]
+    return services
+
+
+def test_services_listen_on_loopback_without_privileges(services: dict[str, dict[str, Any]]) -> None:
+    for name, service in services.items():
+        assert [port for port in service["ports"] if not port.startswith("127.0.0.1:")] == [], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert "image" not in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
+
+
+def test_server_is_locked_up(services: dict[str, dict[str, Any]]) -> None:
+    server = services["lightwell"]
+    assert server["read_only"] is True
+    assert server["tmpfs"] == ["/tmp"]
+    assert server["init"] is True
+    assert server["restart"] == "unless-stopped"
+    assert server["volumes"] == ["cache:/var/cache/lightwell"]
+    assert server["environment"]["LIGHTWELL_API_KEY"].startswith("${LIGHTWELL_API_KEY:?")
+    assert set(server["environment"]) <= LIGHTWELL_VARIABLES
+
+
+def test_server_gets_the_time_that_it_needs_to_stop(services: dict[str, dict[str, Any]]) -> None:
+    grace = services["lightwell"]["stop_grace_period"]
+    drain = load_settings().drain_timeout
+    assert int(grace.removesuffix("s")) >= drain + DRAIN_GRACE_SECONDS + STOP_SECONDS + 2 * KILL_SECONDS
+
+
+def test_prometheus_scrapes_the_server_with_the_key(services: dict[str, dict[str, Any]]) -> None:
+    job = load_yaml(DEPLOY / "prometheus/prometheus.yml")["scrape_configs"][0]
+    assert job["static_configs"] == [{"targets": ["lightwell:8000"]}]
+    assert services["lightwell"]["ports"] == ["127.0.0.1:8000:8000"]
+    secret = services["prometheus"]["secrets"][0]
+    assert job["authorization"] == {"credentials_file": f"/run/secrets/{secret['target']}"}
+    assert secret["mode"] == 0o444
+    secrets = load_yaml(ROOT / "docker-compose.yml")["secrets"]
+    assert secrets[secret["source"]] == {"environment": "LIGHTWELL_API_KEY"}
+    assert not services["prometheus"].get("read_only")  # compose refuses it together with such a secret
+
+
+# Dockerfile
+
+Instruction = tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def instructions() -> list[Instruction]:
+    """Instruction and its arguments, of all stages."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    lines = re.sub(r"^\s*#.*\n", "", lines, flags=re.MULTILINE).replace("\\\n", " ")
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1].strip()) for line in lines.splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def final_stage(instructions: list[Instruction]) -> list[Instruction]:
+    start = max(index for index, (name, _) in enumerate(instructions) if name == "FROM")
+    return instructions[start:]
+
+
+def pairs(instructions: list[Instruction], name: str) -> dict[str, str]:
+    """The `key=value` pairs of all instructions of one name."""
+    words = [word for kind, arguments in instructions if kind == name for word in shlex.split(arguments)]
+    return dict(word.split("=", 1) for word in words)
+
+
+def test_image_runs_the_server_as_a_user_who_is_not_root(final_stage: list[Instruction]) -> None:
+    last = dict(final_stage)
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last["USER"])
+    assert json.loads(last["ENTRYPOINT"]) == ["lightwell", "serve"]
+    assert last["STOPSIGNAL"] == "SIGTERM"
+
+
+def test_image_keeps_to_itself(instructions: list[Instruction]) -> None:
+    text = "\n".join(f"{name} {arguments}" for name, arguments in instructions)
+    assert "://" not in text
+    assert "ADD" not in {name for name, _ in instructions}
+    arguments = pairs([(name, value) for name, value in instructions if name == "ARG"], "ARG")
+    assert arguments["PIP_ARGS"] == arguments["BAKE_MODEL"] == ""
+    assert re.fullmatch(r"python:\$\{PYTHON_VERSION\}-slim-\w+", arguments["BASE_IMAGE"])
+
+
+def test_image_settings_are_settings(final_stage: list[Instruction]) -> None:
+    variables = pairs(final_stage, "ENV")
+    ours = {name: value for name, value in variables.items() if name.startswith("LIGHTWELL_")}
+    assert set(ours) <= LIGHTWELL_VARIABLES
+    del ours[CONFIG_VARIABLE]
+    settings = load_settings(environ={**ours, "LIGHTWELL_API_KEY": "k"})
+    assert settings.host == "0.0.0.0"
+    assert str(settings.port) == dict(final_stage)["EXPOSE"]
+    assert variables["LIGHTWELL_CACHE"] == variables["HOME"] == dict(final_stage)["VOLUME"]
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (None, 1)])
+def test_image_is_healthy_when_it_is_ready(final_stage: list[Instruction], status: int | None, code: int) -> None:
+    command = json.loads(dict(final_stage)["HEALTHCHECK"].split("CMD", 1)[1])
+    assert command == ["python3", "-I", "/opt/lightwell/healthcheck.py"]
+    assert ("COPY", "deploy/healthcheck.py /opt/lightwell/") in final_stage
+    with answering(status) as port:
+        check = [sys.executable, "-I", str(DEPLOY / "healthcheck.py")]
+        result = subprocess.run(
+            check, env={"LIGHTWELL_PORT": str(port)}, capture_output=True, text=True, check=False, timeout=20
+        )
+    assert result.returncode == code
+    assert result.stdout.startswith(str(status or "no answer"))
+    assert result.stderr == ""
+
+
+@contextmanager
+def answering(status: int | None) -> Iterator[int]:
+    """The port of a server that answers one request for /readyz with `status`; None: one where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        if status is None:
+            listener.close()
+            yield port
+            return
+        thread = threading.Thread(target=_answer_once, args=(listener, status))
+        thread.start()
+        yield port
+        thread.join()
+
+
+def _answer_once(listener: socket.socket, status: int) -> None:
+    listener.settimeout(20)
+    connection = listener.accept()[0]
+    with connection:
+        assert connection.recv(4096).startswith(b"GET /readyz HTTP/1.1\r\n")
+        connection.sendall(f"HTTP/1.1 {status} X\r\ncontent-length: 0\r\n\r\n".encode())
+
+
+def test_image_version_is_the_projects(final_stage: list[Instruction]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    labels = pairs(final_stage, "LABEL")
+    assert labels["org.opencontainers.image.version"] == project["version"]
+    assert labels["org.opencontainers.image.description"] == project["description"]
+    assert labels["org.opencontainers.image.licenses"] == project["license"]
+
+
+def test_image_gets_what_it_copies(instructions: list[Instruction]) -> None:
+    ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    allowed = {line.removeprefix("!") for line in ignore if line.startswith("!")}
+    copies = [arguments.split() for name, arguments in instructions if name == "COPY" and "--from" not in arguments]
+    copied = {source for words in copies for source in words[:-1]}
+    assert copied == allowed
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+
+
+# A model in the image.
+
+
+def test_baked_model_is_the_default_under_its_own_name(tmp_path: Path, smollm2_path: Path) -> None:
+    bake(tmp_path / "models", str(smollm2_path))
+    settings = load_settings(config=str(tmp_path / "models" / "config.yaml"))
+    model = resolve_model(settings.model)
+    assert model.name == smollm2_path.name
+    assert model.path.is_relative_to(tmp_path)
+    assert model.path.samefile(smollm2_path)
+
+
+def test_without_a_baked_model_the_configuration_is_empty(tmp_path: Path) -> None:
+    bake(tmp_path, "")
+    assert load_settings(config=str(tmp_path / "config.yaml")) == load_settings()
