@@ -24,7 +24,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     The values are judged by the server before admission; the engine takes them as true.
     """
 
-    max_tokens: int  # 0 only makes sense with prompt_logprobs
+    max_tokens: int  # 0: only the prompt is computed
     seed: int = 0  # any int64; choice i of a request uses a seed derived from (seed, i)
     temperature: float = 1.0  # 0: greedy decoding
     top_k: int = 0  # 0: off

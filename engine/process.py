@@ -40,6 +40,7 @@ from engine.messages import (
     ToEngine,
     TokenEvent,
 )
+from engine.record import StepClock
 from engine.runner import LoadedModel, Progress, load_model
 
 logger = logging.getLogger("lightwell.engine")
@@ -116,6 +117,7 @@ class EngineLoop:
             faulthandler.dump_traceback_later(step_timeout + HEARTBEAT_SECONDS, exit=True)
             self.turn(0.0 if self.engine.has_work else HEARTBEAT_SECONDS)
         faulthandler.cancel_dump_traceback_later()
+        self.clients.close()
 
     def turn(self, timeout: float) -> None:
         """Messages in, at most one step, events out."""
@@ -207,29 +209,45 @@ def main() -> None:
     process_config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineProcessConfig)
     close_log = configure_logging(process_config.log_level, process_config.log_format)
     try:
-        run(process_config)
+        loop = start(process_config)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         logger.error("%s", error)
+        close_log()
+        sys.exit(1)
+    try:
+        loop.run(process_config.config.step_timeout)
+    except Exception:
+        logger.exception("the engine cannot go on")
         sys.exit(1)
     finally:
         close_log()
 
 
-def run(process_config: EngineProcessConfig) -> None:
+def start(process_config: EngineProcessConfig) -> EngineLoop:
+    """Load the model and get everything ready to run."""
     config = process_config.config
     clients = Clients(process_config.address)
-    started = time.monotonic()
-    loaded = load_model(config, progress_bar())
+    age = process_age()
+    clock = StepClock()
+    loaded = load_model(config, clock, progress_bar())
     warm_up(Engine(config, loaded))  # its own books; the real ones start at zero
+    clock.lap("warm-up")
     engine = Engine(config, loaded)
     log_plan(loaded, config)
-    logger.info("engine: ready, loaded in %.1f s", time.monotonic() - started)
+    parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in {"imports": age, **clock.seconds}.items())
+    logger.info("engine: ready after %.1f s: %s", process_age(), parts)
     loop = EngineLoop(engine, engine_info(engine, loaded, config.model_path), clients)
     signal.signal(signal.SIGTERM, loop.stop)
     gc.collect()
     gc.freeze()  # what was loaded stays; the collector need not look at it again
-    loop.run(config.step_timeout)
-    clients.close()
+    return loop
+
+
+def process_age() -> float:
+    """Seconds since this process was started."""
+    with open("/proc/self/stat") as file:
+        start_ticks = int(file.read().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def warm_up(engine: Engine) -> None:

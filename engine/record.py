@@ -1,6 +1,7 @@
 """What happened: a record of each step and of each request, in bounded ring buffers.
 
-The metrics and the account of a request read from here. Times are seconds of `time.monotonic()`.
+The account of a request that goes out with its events, and that metrics are made of, is read from its record; the
+rings keep the records for whoever wants to look. Times are seconds of `time.monotonic()`.
 """
 
 import time

@@ -115,19 +115,25 @@ class LoadedModel:
     weight_bytes: int
 
 
-def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
-    """Load weights, size the KV cache and make a runner. ValueError where the model or a setting does not fit."""
+def load_model(config: EngineConfig, clock: StepClock | None = None, progress: Progress | None = None) -> LoadedModel:
+    """Load weights, size the KV cache and make a runner. ValueError where the model or a setting does not fit.
+
+    `clock` is told how long each part took.
+    """
+    clock = clock or StepClock()
     path = Path(config.model_path)
     model_config = load_model_config(path)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
-    kernels = load_kernels(device, dtype)
+    kernels = load_kernels(device, dtype, limits.max_num_batched_tokens)
     with torch.inference_mode():
         tensors = ((name, tensor.to(device)) for name, tensor in load_weights(path, model_config, dtype, progress))
         parameters = Parameters(tensors)
+        clock.lap("weights")
         weight_bytes = parameters.num_bytes
         model = CausalLM(model_config, parameters, kernels, max_model_len=limits.max_model_len, device=device)
+    clock.lap("model")
     memory = plan_memory(model_config, config, limits.max_model_len, dtype, device)
     runner = ModelRunner(
         model,
@@ -138,6 +144,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         Sampler(model_config.num_token_ids, model_config.eos_token_ids, device),
         kernels,
     )
+    clock.lap("KV cache")
     return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.messages import TokenLogprobs
@@ -184,7 +185,8 @@ def _nucleus_threshold(ordered: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
 
     And whether they reach top_p [R, 1] at all [R]; where they do not, the value means nothing.
     """
-    num_below = (ordered.exp().cumsum(dim=-1) < top_p).sum(dim=-1, keepdim=True)  # before the one that reaches it
+    mass = F.pad(ordered.exp(), (0, 0, 0, 1)).cumsum(dim=-1)[:-1]  # CUDA adds up a single row in another order
+    num_below = (mass < top_p).sum(dim=-1, keepdim=True)  # before the one that reaches it
     found = num_below.squeeze(-1) < ordered.shape[1]
     return ordered.gather(1, num_below.clamp_(max=ordered.shape[1] - 1)), found
 
@@ -215,10 +217,15 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -
 def _top_ids(x: Tensor, num_top: int) -> Tensor:
     """Ids of the largest values of each row [R, num_top], in descending order; ties go to the lowest id.
 
-    torch.topk leaves the order of equal values open, so it is given keys that are all different: the bits of the
-    value, in an order in which they compare like it, and below them the id.
+    torch.topk leaves the order of equal values open, also which of them are taken, so all that are as large as the
+    last are put in order.
     """
-    bits = (x + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-    ids = torch.arange(x.shape[1], device=x.device)
-    return ((ordered << 32) - ids).topk(min(num_top, x.shape[1]), dim=-1).indices
+    num_top = min(num_top, x.shape[1])
+    if num_top == 0:
+        return torch.empty((len(x), 0), dtype=torch.int64, device=x.device)
+    smallest = x.topk(num_top, dim=-1).values[:, -1:]
+    rows, ids = (~(x < smallest)).nonzero(as_tuple=True)  # in ascending order; a NaN counts as large
+    order = x[rows, ids].sort(descending=True, stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]
+    starts = torch.searchsorted(rows, torch.arange(len(x), device=x.device))
+    return ids[order][starts[:, None] + torch.arange(num_top, device=x.device)]

@@ -278,7 +278,8 @@ class Scheduler:
 
     def current_stats(self) -> EngineStats:
         self.stats.num_running = len(self.running)
-        self.stats.num_waiting = sum(1 for _ in self.requests()) - len(self.running)
+        self.stats.num_waiting = sum(1 + len(request.siblings) for request in self.waiting)
+        self.stats.num_waiting += sum(len(request.siblings) for request in self.running)
         self.stats.num_blocks_used = self.pool.num_used
         return self.stats
 

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# Tests, servers and clients share the cores here. Threads that spin while they wait would take them from each other,
+# and a step then lasts many times as long. Read by OpenMP when torch is loaded, here and in the servers under test.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @pytest.fixture
 def anyio_backend() -> str:

@@ -41,7 +41,7 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of a decoder, under the names of Hugging Face's config.json."""
 
-    architecture: str  # key of the table of families in engine/model
+    architecture: str  # the family: llama, mistral
     vocab_size: int  # rows of the embedding
     num_token_ids: int  # ids that the tokenizer knows; rows beyond are padding and never sampled
     hidden_size: int

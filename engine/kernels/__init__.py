@@ -70,8 +70,11 @@ class Kernels(Protocol):
         ...
 
 
-def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The implementation for a device. So far there is one, in plain torch, which runs everywhere."""
+def load_kernels(device: torch.device, dtype: torch.dtype, max_num_rows: int) -> Kernels:
+    """The implementation for a device, for batches of up to `max_num_rows`.
+
+    So far there is one, in plain torch, which runs everywhere.
+    """
     from engine.kernels.reference import TorchKernels
 
-    return TorchKernels(device, dtype)
+    return TorchKernels(device, dtype, max_num_rows)

@@ -28,6 +28,7 @@ PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 24, 31, 33, 64, 96)
 PROBE_MAX_ROWS = 192
 PROBE_TILES = (1, 2, 3, 16)  # products that attention computes in one call
 PROBE_RESULTS = 2**18  # numbers that are compared for each number of rows
+PROBE_MAX_RESULTS = 2**25  # numbers in the largest product that is tried
 
 
 # Written out, in float32. What F.silu and F.gelu make of an element depends on its place, for they compute what is left
@@ -61,9 +62,10 @@ class TorchKernels:
 
     name = "torch"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, max_num_rows: int = 0) -> None:
         self.device = device
         self.dtype = dtype
+        self.max_num_rows = max_num_rows
         self.deterministic = True
         self._row_multiples: dict[tuple[torch.Size, bool], int] = {}  # (weight shape, has a bias) -> padding
         self._query_tiles: dict[tuple[int, int], tuple[int, ...]] = {}  # (G, D) -> sizes that agree
@@ -83,14 +85,16 @@ class TorchKernels:
 
         Another order of additions shows in few of the rounded results, so each number of rows is tried on many rows.
         """
-        x = self._random(PROBE_MAX_ROWS, num_inputs)
+        num_outputs = product(self._random(PROBE_MAX_ROWS, num_inputs)).shape[1]
+        most_rows = max(PROBE_MAX_ROWS, min(self.max_num_rows, PROBE_MAX_RESULTS // num_outputs))
+        x = self._random(most_rows, num_inputs)
         expected = product(x)
-        num_rows = min(PROBE_MAX_ROWS, -(-PROBE_RESULTS // expected.shape[1]))
+        num_rows = min(PROBE_MAX_ROWS, -(-PROBE_RESULTS // num_outputs))
         for multiple in ROW_MULTIPLES:
             padded = _padded(product, multiple)
             if all(
                 torch.equal(padded(x[first : first + rows]), expected[first : first + rows])
-                for rows in PROBE_ROWS
+                for rows in (*PROBE_ROWS, PROBE_MAX_ROWS)
                 for first in range(0, max(1, num_rows - rows + 1), rows)
             ):
                 return multiple

@@ -448,6 +448,6 @@ def test_says_so_where_attention_products_differ(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_load_kernels(dtype: torch.dtype) -> None:
-    kernels = load_kernels(CPU, dtype)
+    kernels = load_kernels(CPU, dtype, 512)
     assert kernels.name
     assert kernels.deterministic

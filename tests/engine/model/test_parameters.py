@@ -53,7 +53,7 @@ def checkpoint(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
 
 
 def build(tensors: dict[str, Tensor], config: ModelConfig = CONFIG) -> CausalLM:
-    kernels = load_kernels(CPU, torch.float32)
+    kernels = load_kernels(CPU, torch.float32, 512)
     return CausalLM(config, Parameters(tensors.items()), kernels, max_model_len=64, device=CPU)
 
 
