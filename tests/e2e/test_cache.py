@@ -1,0 +1,98 @@
+"""The KV cache: prefixes are found again, and an answer does not depend on what is cached, nor on being preempted."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.conftest import StartServer
+from tests.e2e.server_process import COMPLETIONS, ServerProcess, running_server
+from tests.e2e.streams import Stream, merge
+
+BLOCK_SIZE = 32
+PROMPT = "In the year of the great flood, " + "the people of the valley built boats of reed and clay. " * 12
+
+
+def ask(server: ServerProcess, prompt: str = PROMPT, **fields: Any) -> tuple[list[Any], int, int]:
+    """The choices, the prompt's tokens, and how many of them were cached."""
+    body = {"prompt": prompt, "max_tokens": 12, "logprobs": 2, "seed": 1, "temperature": 0.8}
+    answer = server.answer(COMPLETIONS, body | fields)
+    usage = answer["usage"]
+    return answer["choices"], usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def num_cacheable(num_tokens: int) -> int:
+    """In full blocks; the last token is always computed."""
+    return (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+
+def test_the_second_time_the_prompt_is_cached(server: ServerProcess) -> None:
+    hits = server.metric("lightwell_prefix_cache_hits_total")
+    first, num_tokens, num_cached = ask(server)
+    assert num_cached == 0
+    again, _, num_cached = ask(server)
+    assert num_cached == num_cacheable(num_tokens) >= 4 * BLOCK_SIZE
+    assert again == first
+    # Of the two choices each finds it, and they are counted both.
+    longer, _, num_cached = ask(server, PROMPT + " And then came a stranger", n=2)
+    assert num_cached == num_cacheable(num_tokens)
+    assert len(longer) == 2
+    assert server.metric("lightwell_prefix_cache_hits_total") == hits + 3 * num_cacheable(num_tokens)
+
+
+def test_a_conversation_is_cached_up_to_its_last_turn(server: ServerProcess) -> None:
+    """The answer's own blocks, too."""
+    messages = [{"role": "user", "content": "Write a long letter to the sea. " * 8}]
+    body: dict[str, Any] = {"messages": messages, "max_tokens": 64, "temperature": 0}
+    first = server.answer("/v1/chat/completions", body)
+    messages += [first["choices"][0]["message"], {"role": "user", "content": "Now a shorter one."}]
+    second = server.answer("/v1/chat/completions", body | {"max_tokens": 1})
+    num_known = first["usage"]["total_tokens"]
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= num_known - 2 * BLOCK_SIZE
+
+
+def test_a_salt_separates(server: ServerProcess) -> None:
+    plain, num_tokens, _ = ask(server)
+    for salt in ("tenant-a", "tenant-b"):
+        first, _, num_cached = ask(server, cache_salt=salt)
+        assert num_cached == 0
+        again, _, num_cached = ask(server, cache_salt=salt)
+        assert num_cached == num_cacheable(num_tokens)
+        assert first == again == plain
+
+
+def test_preempted_and_uncached_answers_are_the_same(smollm2_path: Path, server: ServerProcess) -> None:
+    """A cache of 11 blocks of 16 tokens for six requests that end with four blocks each."""
+    flags = ("--block-size=16", "--max-model-len=128", "--kv-cache-memory=4MiB", "--no-enable-prefix-caching")
+    bodies: list[dict[str, Any]] = [
+        {
+            "prompt": f"Chapter {number}: the",
+            "max_tokens": 48,
+            "ignore_eos": True,
+            "logprobs": 1,
+            "seed": number,
+            "temperature": float(number % 2),
+        }
+        for number in range(6)
+    ]
+    with running_server(smollm2_path, *flags) as tiny_server:
+        streams = [Stream(tiny_server, body | {"stream_options": {"include_usage": True}}) for body in bodies]
+        preempted = [merge(stream.result().chunks) for stream in streams]
+        assert all(stream.is_complete for stream in streams)
+        assert tiny_server.metric("lightwell_num_preemptions_total") > 0
+        assert tiny_server.is_idle
+        usages = [stream.chunks[-1]["usage"] for stream in streams]
+        assert [usage["completion_tokens"] for usage in usages] == [48] * 6
+        assert tiny_server.metric("lightwell_generation_tokens_total") == 6 * 48
+    before = server.metric("lightwell_num_preemptions_total")
+    streams = [Stream(server, body) for body in bodies]
+    assert [merge(stream.result().chunks) for stream in streams] == preempted
+    assert server.metric("lightwell_num_preemptions_total") == before
+
+
+def test_without_prefix_caching(start_server: StartServer, server: ServerProcess) -> None:
+    plain_server = start_server("--no-enable-prefix-caching")
+    with_cache, _, _ = ask(server)
+    for _ in range(2):
+        choices, _, num_cached = ask(plain_server)
+        assert num_cached == 0
+        assert choices == with_cache
+    assert plain_server.metric("lightwell_prefix_cache_hits_total") == 0

@@ -1,0 +1,62 @@
+"""What a server takes of the machine beside its answers: processor, memory, sockets."""
+
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.e2e.server_process import ServerProcess
+from tests.server.serving import wait_until
+
+IDLE_SECONDS = 10.0
+MAX_IDLE_SHARE = 0.01  # of a core
+MAX_API_BYTES = 150 * 10**6
+
+
+def cpu_seconds(server: ServerProcess) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in server.family)
+
+
+def test_idle_costs_next_to_nothing(server: ServerProcess) -> None:
+    assert server.complete(max_tokens=4).status_code == 200
+    time.sleep(1.0)  # what libraries do after the last request
+    before = cpu_seconds(server)
+    time.sleep(IDLE_SECONDS)
+    assert cpu_seconds(server) - before < MAX_IDLE_SHARE * IDLE_SECONDS
+
+
+def test_the_api_process_is_small_and_without_torch(server: ServerProcess) -> None:
+    assert server.complete("Some text", n=4, max_tokens=8, logprobs=5).status_code == 200
+    assert server.api.memory_info().rss < MAX_API_BYTES
+    maps = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in (server.api.pid, server.engine.pid)}
+    assert "torch" in maps[server.engine.pid]
+    assert "torch" not in maps[server.api.pid]
+
+
+def test_only_the_api_listens_and_on_loopback(server: ServerProcess) -> None:
+    connections = [each for process in server.family for each in process.net_connections("inet")]
+    listening = {(each.laddr.ip, each.laddr.port) for each in connections if each.status == psutil.CONN_LISTEN}
+    assert listening == {("127.0.0.1", server.port)}
+    remote = {each.raddr.ip for each in connections if each.raddr}
+    assert remote <= {"127.0.0.1"}
+
+
+def test_a_probe_does_not_wait_for_the_model(server: ServerProcess) -> None:
+    """Nor does a scrape, while 32 choices are made."""
+    body = {"prompt": "Once upon a time", "n": 32, "max_tokens": 1000, "ignore_eos": True, "model": "smollm2-135m"}
+    with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        lines = response.iter_lines()  # its end would close the connection
+        next(lines)
+        wait_until(lambda: server.num_running == 32, 60)
+        assert median_seconds(server, "/health") < 0.05
+        assert median_seconds(server, "/metrics") < 0.1
+        assert server.num_running == 32
+
+
+def median_seconds(server: ServerProcess, path: str) -> float:
+    durations = []
+    for _ in range(21):
+        start = time.monotonic()
+        assert server.get(path).status_code == 200
+        durations.append(time.monotonic() - start)
+    return sorted(durations)[10]

@@ -1,0 +1,120 @@
+"""How it is started: keys and secrets, the interpreter's modes, and starts that cannot be."""
+
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import StartServer
+from tests.e2e.server_process import CHAT, COMPLETIONS, ServerProcess, starting_server
+from tests.e2e.streams import Stream
+from tests.server.serving import check_error
+
+KEY, OTHER_KEY = "key-canary-1", "key-canary-2"
+ROUTES = [
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/smollm2-135m"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/version"),
+    ("GET", "/metrics"),
+    ("GET", "/nowhere"),
+    ("GET", "//v1/models"),
+    ("GET", "/health/../metrics"),
+]
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_keys_are_asked_for_and_no_secret_is_logged(start_server: StartServer, log_format: str) -> None:
+    flags = ("--log-level=debug", f"--log-format={log_format}")
+    server = start_server(*flags, LIGHTWELL_API_KEY=f"{KEY},{OTHER_KEY}")
+    for method, path in ROUTES:
+        for headers in ({}, {"authorization": "Bearer wrong-canary"}, {"authorization": f"Basic {KEY}"}):
+            response = server.http.request(method, path, headers=headers, json={} if method == "POST" else None)
+            check_error(response, 401)
+            assert response.headers["www-authenticate"]
+    for path in ("/health", "/healthz", "/readyz"):
+        assert server.get(path).status_code == 200
+
+    for key in (KEY, OTHER_KEY):
+        server.http.headers["authorization"] = f"Bearer {key}"
+        body: dict[str, Any] = {"prompt": "prompt-canary", "max_tokens": 4, "echo": True, "stop": "stop-canary"}
+        assert "prompt-canary" in server.answer(COMPLETIONS, body)["choices"][0]["text"]
+        assert Stream(server, body).result().is_complete
+    server.answer(CHAT, {"messages": [{"role": "user", "content": "message-canary"}], "max_tokens": 2})
+    check_error(server.ask(CHAT, {"messages": [{"role": "canary", "content": "canary"}]}), 400)
+    server.signal(signal.SIGTERM)
+    assert server.wait(10) == 0
+    assert "/v1/completions" in server.log
+    assert "canary" not in server.log.lower()
+    for each in server.family:
+        assert not each.is_running()
+
+
+def test_no_key_is_in_a_command_line(start_server: StartServer) -> None:
+    """Of the children; the supervisor's own is the user's choice."""
+    server = start_server(LIGHTWELL_API_KEY=KEY)
+    assert all(KEY not in " ".join(each.cmdline()) for each in server.family)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONOPTIMIZE": "1", "PYTHONHASHSEED": "7"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}],
+    ids=["optimised", "ascii"],
+)
+def test_the_interpreters_modes(start_server: StartServer, server: ServerProcess, environment: dict[str, str]) -> None:
+    """The same answer as everywhere, and bad input is refused as everywhere."""
+    other_server = start_server(**environment)
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "Grüße aus 東京! 🗼"}],
+        "max_tokens": 16,
+        "seed": 5,
+        "logprobs": True,
+    }
+    assert other_server.answer(CHAT, body)["choices"] == server.answer(CHAT, body)["choices"]
+    check_error(other_server.complete(temperature=-1), 400)
+    check_error(other_server.complete([-5]), 400)
+    check_error(other_server.complete([1 << 40]), 400)
+    assert other_server.is_idle
+
+
+def failed_start(model: Path, *flags: str) -> list[str]:
+    """Its last words. It must not take long to give up."""
+    with starting_server(model, *flags) as server:
+        started = time.monotonic()
+        status = server.wait(60)
+        assert status in (1, 2)
+        assert time.monotonic() - started < 30
+        assert "Traceback" not in server.log
+        return server.log.splitlines()
+
+
+def test_a_cache_that_is_too_small(smollm2_path: Path) -> None:
+    lines = failed_start(smollm2_path, "--kv-cache-memory=16MiB", "--max-model-len=8192")
+    assert any("--max-model-len" in line and "--kv-cache-memory" in line for line in lines)
+    assert lines[-1] == "lightwell: error: the engine process exited with code 1"
+
+
+def test_a_port_that_is_taken(smollm2_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        lines = failed_start(smollm2_path, f"--port={port}")
+    assert any(f"cannot listen on 127.0.0.1 port {port}" in line for line in lines)
+    assert lines[-1] == "lightwell: error: the API process exited with code 1"
+
+
+def test_a_model_that_is_none(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    lines = failed_start(model)
+    assert any("model.gguf" in line for line in lines)
+
+
+def test_beyond_loopback_without_a_key(smollm2_path: Path) -> None:
+    (line,) = failed_start(smollm2_path, "--host=0.0.0.0")
+    assert "--api-key" in line

@@ -1,0 +1,29 @@
+"""A long prompt beside short requests: it is computed in chunks, and they go on meanwhile."""
+
+import random
+import time
+from itertools import pairwise
+
+from tests.e2e.server_process import ServerProcess
+from tests.e2e.streams import Stream, start_streams
+
+NUM_PROMPT_TOKENS = 3600
+CHUNK = 512  # tokens of a step, on a CPU
+
+
+def test_a_long_prompt_does_not_hold_up_short_requests(server: ServerProcess) -> None:
+    prompt = [random.Random(7).randrange(1000, 40000) for _ in range(NUM_PROMPT_TOKENS)]
+    streams = start_streams(server, 4, max_tokens=60)
+    sent = time.monotonic()
+    long = Stream(server, {"prompt": prompt, "max_tokens": 1, "ignore_eos": True})
+    assert long.result().is_complete
+    num_chunks = NUM_PROMPT_TOKENS // CHUNK
+    computed = long.times[0]
+    for stream in streams:
+        assert not stream.ended, "it was over before the long prompt"
+        times = [moment for moment in list(stream.times) if sent <= moment <= computed]
+        assert len(times) >= num_chunks - 2, "each step has a token for each"
+        longest_gap = max(later - earlier for earlier, later in pairwise([sent, *times, computed]))
+        assert longest_gap < 3 * (computed - sent) / num_chunks
+    for stream in streams:
+        assert stream.result().is_complete

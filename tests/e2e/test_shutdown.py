@@ -1,0 +1,99 @@
+"""SIGTERM drains, a second one does not wait, and Ctrl-C is as good as SIGTERM."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.e2e.conftest import StartServer
+from tests.e2e.server_process import REQUEST_SECONDS
+from tests.e2e.streams import merge, start_streams
+from tests.server.serving import check_error, wait_until
+
+AT_ONCE = 1.0  # second
+NO_ECHO = 0.5  # seconds; of two signals that come together the second is taken for an echo
+DRAIN = f"--drain-timeout={REQUEST_SECONDS}"
+
+
+def test_when_idle(start_server: StartServer) -> None:
+    server = start_server()
+    server.signal(signal.SIGTERM)
+    terminated = time.monotonic()
+    assert server.wait(10) == 0
+    assert time.monotonic() - terminated < 2
+    server.assert_nothing_is_left()
+
+
+def test_under_load(start_server: StartServer) -> None:
+    """What runs is finished, what comes is refused."""
+    server = start_server(DRAIN)
+    streams = start_streams(server, 24, max_tokens=40)
+    server.signal(signal.SIGTERM)
+    terminated = time.monotonic()
+    wait_until(lambda: server.status("/readyz") == 503, AT_ONCE)
+    assert time.monotonic() - terminated < AT_ONCE
+    assert server.status("/health") == 200, "the engine is well"
+    for is_stream in (True, False):
+        refused = server.complete(stream=is_stream)
+        check_error(refused, 503)
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.headers["connection"] == "close"
+    assert not all(stream.ended for stream in streams), "there was no load"
+    for stream in streams:
+        assert stream.result().is_complete
+        (choice,) = merge(stream.chunks).values()
+        assert choice.finish_reason == "length"
+    assert server.wait(10) == 0, server.last_words()
+    server.assert_nothing_is_left()
+
+
+def test_what_does_not_end_in_time_gets_an_error(start_server: StartServer) -> None:
+    server = start_server("--drain-timeout=0.5")
+    streams = start_streams(server, 24, max_tokens=900)
+    server.signal(signal.SIGTERM)
+    terminated = time.monotonic()
+    for stream in streams:
+        assert stream.result().error is not None
+        assert stream.is_done
+    assert server.wait(10) == 0, server.last_words()
+    assert time.monotonic() - terminated < 0.5 + 5
+    server.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(start_server: StartServer, second: signal.Signals) -> None:
+    server = start_server(DRAIN)
+    streams = start_streams(server, 8, max_tokens=900)
+    server.signal(signal.SIGTERM)
+    wait_until(lambda: server.status("/readyz") == 503, AT_ONCE)
+    time.sleep(NO_ECHO)
+    server.signal(second)
+    signalled = time.monotonic()
+    assert server.wait(10) == 128 + second
+    assert time.monotonic() - signalled < AT_ONCE
+    assert all(stream.result().has_failed for stream in streams)
+    server.assert_nothing_is_left()
+
+
+def test_ctrl_c(start_server: StartServer) -> None:
+    """The terminal sends SIGINT to the whole group in front."""
+    server = start_server()
+    streams = start_streams(server, 8, max_tokens=40)
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert all(stream.result().is_complete for stream in streams)
+    assert server.wait(10) == 0
+    assert "Traceback" not in server.log
+    assert "KeyboardInterrupt" not in server.log
+    server.assert_nothing_is_left()
+
+
+def test_ctrl_c_twice(start_server: StartServer) -> None:
+    server = start_server(DRAIN)
+    start_streams(server, 8, max_tokens=900)
+    os.killpg(server.process.pid, signal.SIGINT)
+    time.sleep(NO_ECHO)
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.wait(10) == 130
+    assert "Traceback" not in server.log
+    server.assert_nothing_is_left()
