@@ -35,7 +35,7 @@ from server.settings import ApiProcessConfig
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
-logger = logging.getLogger("server.api")  # as a module it is __main__
+logger = logging.getLogger("lightwell.api")  # by its own name this module is __main__
 
 DEATH_GRACE = 2.0  # seconds in which probes and clients get to see that the engine is dead
 CLOSE_TIMEOUT = 2  # seconds that connections get to take their last bytes
@@ -58,25 +58,34 @@ def main() -> None:
     die_with_parent(os.getppid())
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=ApiProcessConfig)
     flush_logs = configure_logging(config.settings.log_level, config.settings.log_format)
-    try:
-        exit_code = run(config, flush_logs)
-    except (OSError, ValueError) as error:
-        logger.error("%s", error)
-        exit_code = 1
+    exit_code = run(config, flush_logs)
     flush_logs()
     sys.exit(exit_code)
 
 
 def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
-    """Serves until it is told to stop; returns the exit code. Raises OSError or ValueError if it cannot start."""
-    settings = config.settings
-    sockets = bind(settings.host, settings.port)
+    """Serves until it is told to stop; returns the exit code."""
+    try:
+        sockets, context = prepare(config)
+    except (OSError, ValueError) as error:  # what the user can mend
+        logger.error("%s", error)
+        return 1
+    try:
+        server = make_server(create_app(context), max_connections=raise_file_limit())
+        logger.info("listening on %s", url(sockets[0]))
+        return asyncio.run(Life(server, context, flush_logs).live(sockets))
+    except Exception:
+        logger.exception("the server failed")
+        return 1
+
+
+def prepare(config: ApiProcessConfig) -> tuple[list[socket.socket], ServerContext]:
+    """Takes the port and reads what the API needs of the model. Raises OSError or ValueError if it cannot."""
+    sockets = bind(config.settings.host, config.settings.port)
     context = make_context(config)
-    server = make_server(create_app(context), max_connections=raise_file_limit())
     gc.collect()
     gc.freeze()  # what was loaded stays; the collector need not look at it again
-    logger.info("listening on %s", url(sockets[0]))
-    return asyncio.run(Life(server, context, flush_logs).live(sockets))
+    return sockets, context
 
 
 def make_context(config: ApiProcessConfig) -> ServerContext:

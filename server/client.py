@@ -55,14 +55,10 @@ class EngineClient:
         *,
         max_queued_requests: int,
         step_timeout: float,
-        max_in_flight: int | None = None,
         engine_pid: int | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        """`max_in_flight` counts choices; None: what the engine runs at a time, plus `max_queued_requests`.
-
-        With `engine_pid` the engine's death is noticed while it still loads; otherwise only once it was ready.
-        """
+        """With `engine_pid` the engine's death is noticed while it still loads; otherwise only once it was ready."""
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.dead_reason: str | None = None
@@ -70,7 +66,6 @@ class EngineClient:
         self.num_in_flight = 0
         self.on_death = asyncio.Event()
         self._address = address
-        self._max_in_flight = max_in_flight
         self._max_queued_requests = max_queued_requests
         self._heartbeat_limit = step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
         self._last_heartbeat = 0.0
@@ -137,19 +132,17 @@ class EngineClient:
 
     @property
     def max_in_flight(self) -> int:
-        """How many choices may be in flight at a time."""
-        if self._max_in_flight is not None:
-            return self._max_in_flight
+        """How many choices may be in flight at a time: what the engine runs, and what may wait."""
         return self.ready_info().max_num_seqs + self._max_queued_requests
 
-    def reserve(self, count: int) -> Reservation:
-        """Takes `count` slots, one for each choice (n x prompts), or none.
+    def reserve(self, count: int, *, param: str = "n") -> Reservation:
+        """Takes `count` slots, one for each choice (n x prompts), or none. `param` is what an error says is too much.
 
         To be called before anything costly is done for the request. Raises EngineUnavailableError, QueueFullError, or
         InvalidValueError where the request alone is more than the server can hold.
         """
         try:
-            self._admit(count)
+            self._admit(count, param)
         except APIError:
             if self._metrics is not None:
                 self._metrics.count_rejection(self._rejection_reason(count))
@@ -159,13 +152,16 @@ class EngineClient:
         self.num_in_flight += count
         return Reservation(self, count)
 
-    def _admit(self, count: int) -> None:
+    def _admit(self, count: int, param: str) -> None:
         if self.draining:
             raise EngineUnavailableError("The server is shutting down. Please retry later.", close=True)
         self.ready_info()
         if count > self.max_in_flight:
-            message = f"The request asks for {count} choices, but this server holds {self.max_in_flight} at a time."
-            raise InvalidValueError(message, param="n")
+            message = (
+                f"The request asks for {count} choices (n for each prompt), "
+                f"but this server holds {self.max_in_flight} at a time."
+            )
+            raise InvalidValueError(message, param=param)
         if self.num_in_flight + count > self.max_in_flight:
             raise QueueFullError(self._throughput.seconds_until(count, time.monotonic()))
 

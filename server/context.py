@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, Unpack, cast
 
+import anyio.to_thread
+from anyio import CapacityLimiter
 from starlette.requests import Request
 
 if TYPE_CHECKING:
@@ -14,6 +18,14 @@ if TYPE_CHECKING:
     from server.settings import Settings
     from server.text.chat_template import ChatTemplate
     from server.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+def _threads(share: int) -> CapacityLimiter:
+    """One thread for each `share` cores."""
+    return CapacityLimiter(max(1, (os.cpu_count() or 1) // share))
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,14 @@ class ServerContext:
     model_names: tuple[str, ...]  # what the API calls the model; the first is its id
     created: int  # seconds since the epoch
     metrics: Metrics
+    # Texts are worked on in threads, no more than there are cores. /tokenize and /detokenize queue apart from
+    # generation, which therefore never waits for them.
+    text_threads: CapacityLimiter = field(default_factory=lambda: _threads(1))
+    tokenize_threads: CapacityLimiter = field(default_factory=lambda: _threads(2))
+
+    async def run_text_work(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+        """Calls `function` in a thread, for a request that generates."""
+        return await anyio.to_thread.run_sync(function, *args, limiter=self.text_threads)
 
     @property
     def max_model_len(self) -> int:

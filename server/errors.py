@@ -20,8 +20,7 @@
     ├── QueueFullError               429
     ├── ServerError                  500
     └── EngineUnavailableError       503
-        ├── EngineDeadError
-        └── RequestTimeoutError
+        └── EngineDeadError
 
 The text of an exception that is not in this tree never reaches a client. Clients retry 408, 429 and 5xx, so what a
 client did wrong is never one of these.
@@ -242,13 +241,6 @@ class EngineDeadError(EngineUnavailableError):
 
     def __init__(self) -> None:
         super().__init__("The engine stopped while it was processing your request. Please retry later.", close=True)
-
-
-class RequestTimeoutError(EngineUnavailableError):
-    """The request waited or ran longer than the server allows. 503, since the client may try again."""
-
-    def __init__(self) -> None:
-        super().__init__("Your request took longer than this server allows.", code="request_timeout")
 
 
 def retry_headers(seconds: float) -> dict[str, str]:

@@ -18,6 +18,18 @@ from server.middleware import choose_request_id
 SLICE_BYTES = 16 << 10
 
 
+class StrictConnection(h11.Connection):
+    """Refuses a request whose body has two lengths, as proxies may disagree on where it ends."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+        return event
+
+
 class HTTPProtocol(H11Protocol):
     """One connection. uvicorn's `limit_concurrency` is read as the number of connections."""
 
@@ -26,6 +38,7 @@ class HTTPProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = StrictConnection(h11.SERVER)
         self._max_connections = self.limit_concurrency or sys.maxsize
         self.limit_concurrency = None  # the base class would count idle connections, too, and answer in plain text
         self._idle_since = 0.0

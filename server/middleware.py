@@ -1,8 +1,8 @@
 """What every request passes before a handler sees it. Plain ASGI, since a stream must see its client go away.
 
 From the outside in: `RequestMiddleware` (request id, access log, last resort for exceptions), `HostMiddleware` (no DNS
-rebinding on loopback), CORS, `AuthMiddleware` (deny by default), `BodyMiddleware` (type, size and time of the body).
-`StrictJSONRoute` then parses the body, once and strictly.
+rebinding on loopback), CORS, `AuthMiddleware` (deny by default), `BodyMiddleware` (size and time of the body).
+`StrictJSONRoute` then parses the body, once and strictly, if its type is JSON.
 """
 
 import asyncio
@@ -40,7 +40,14 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
 OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz"})
-EXPOSED_HEADERS = ("x-request-id", "x-lightwell-warnings", "retry-after")
+QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # asked for every few seconds
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "x-lightwell-seed",
+    "x-lightwell-deterministic",
+    "x-lightwell-warnings",
+    "retry-after",
+)
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 BODY_TIMEOUT = 60.0  # seconds from the request's head to the end of its body
@@ -112,7 +119,7 @@ class _Exchange:
             "status": status,
             "ms": round(seconds * 1000, 1),
         }
-        level = logging.DEBUG if scope["path"] in OPEN_PATHS and status < 400 else logging.INFO
+        level = logging.DEBUG if scope["path"] in QUIET_PATHS and status < 400 else logging.INFO
         access_logger.log(level, "%s %s", scope["method"][:16], scope["path"][:256], extra={"fields": fields})
 
 
@@ -231,8 +238,8 @@ def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
 class BodyMiddleware:
     """Reads the body of a POST whole, within its limits, and hands it on in one piece.
 
-    A body of another type than JSON is 415, one that is too large 413 (by its Content-Length or while it comes), one
-    that does not arrive in time 408; the last two close the connection. Compressed bodies are refused, not inflated.
+    A body that is too large is 413 (by its Content-Length or while it comes), one that does not arrive in time 408;
+    both close the connection. Compressed bodies are 415, not inflated.
     """
 
     def __init__(self, app: ASGIApp, max_body_size: int, timeout: float = BODY_TIMEOUT) -> None:
@@ -246,7 +253,7 @@ class BodyMiddleware:
             return
         headers = Headers(scope=scope)
         try:
-            check_media_type(headers)
+            check_encoding(headers)
             self._check_length(headers)
             async with asyncio.timeout(self._timeout):
                 body = await self._read(receive)
@@ -295,7 +302,7 @@ class BodyMiddleware:
 
 
 def check_media_type(headers: Headers) -> None:
-    """Raises UnsupportedMediaTypeError unless the body is JSON in UTF-8, as it is."""
+    """Raises UnsupportedMediaTypeError unless the body is JSON in UTF-8."""
     media_type, *parameters = headers.get("content-type", "").lower().split(";")
     if media_type.strip() != "application/json":
         raise UnsupportedMediaTypeError("The Content-Type of your request must be application/json.")
@@ -303,6 +310,10 @@ def check_media_type(headers: Headers) -> None:
         name, _, value = parameter.partition("=")
         if name.strip() == "charset" and value.strip().strip('"') not in ("utf-8", "utf8", "us-ascii"):
             raise UnsupportedMediaTypeError("The body of your request must be encoded in UTF-8.")
+
+
+def check_encoding(headers: Headers) -> None:
+    """Raises UnsupportedMediaTypeError for a body that is not sent as it is."""
     if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
         raise UnsupportedMediaTypeError("The body of your request must not be compressed.")
 
@@ -337,6 +348,7 @@ class StrictJSONRoute(APIRoute):
         async def strict_handler(request: Request) -> Response:
             request = StrictJSONRequest(request.scope, request.receive)
             if request.method == "POST":
+                check_media_type(request.headers)
                 await request.json()
             return await handler(request)
 

@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from engine.config.huggingface import PICKLE_SUFFIXES
+
 CHUNK_BYTES = 1 << 20
+PICKLE_REFUSED = "Reading a pickle runs whatever code it contains, so only safetensors and GGUF are supported"
 
 
 class ModelError(Exception):
@@ -91,6 +94,8 @@ def _problem_with_file(path: Path) -> str | None:
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
             return None
+    if path.name.endswith(PICKLE_SUFFIXES):
+        return f"a pickle file. {PICKLE_REFUSED}"
     return "not a GGUF file (a model in safetensors is given as the folder that holds its config.json)"
 
 
@@ -98,7 +103,8 @@ def _problem_with_folder(path: Path) -> str | None:
     if not (path / "config.json").is_file():
         return "no config.json there (for GGUF give the file itself: path/to/file.gguf or org/name:file.gguf)"
     if not any(path.glob("*.safetensors")):
-        return "no safetensors there (pickle files such as pytorch_model.bin can run code: they are not read)"
+        has_pickles = any(file.name.endswith(PICKLE_SUFFIXES) for file in path.iterdir())
+        return f"only pickle files there. {PICKLE_REFUSED}" if has_pickles else "no safetensors there"
     return None
 
 

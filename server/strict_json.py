@@ -16,6 +16,7 @@ from server.validation import format_path
 
 MAX_DEPTH = 100
 MAX_NODES = 100_000  # arrays, objects and keys
+MAX_ELEMENTS = 1 << 20  # of all arrays and objects together; a prompt may be several hundred thousand token ids
 MAX_SEARCHED = 1 << 20  # bytes of a body that is searched for what is wrong with it
 
 # One that does not end is a string, too: every byte is looked at once.
@@ -44,8 +45,18 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 def check_size(body: bytes) -> None:
     """Raises InvalidJSONError where parsing alone would hold up everybody else."""
-    if _count_nodes(body) > MAX_NODES and _count_nodes(_STRING.sub(b"", body)) > MAX_NODES:
+    if _count_nodes(body) <= MAX_NODES and _count_elements(body) <= MAX_ELEMENTS:
+        return
+    bare = _STRING.sub(b"", body)
+    if _count_nodes(bare) > MAX_NODES:
         raise InvalidJSONError(f"the body has more than {MAX_NODES} arrays, objects and keys.")
+    if _count_elements(bare) > MAX_ELEMENTS:
+        raise InvalidJSONError(f"the arrays of the body have more than {MAX_ELEMENTS} elements.")
+
+
+def _count_elements(body: bytes) -> int:
+    """But for the first of each array or object."""
+    return body.count(b",")
 
 
 def _count_nodes(body: bytes) -> int:

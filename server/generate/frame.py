@@ -7,7 +7,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import anyio.to_thread
 import msgspec
 from fastapi import Request, Response
 
@@ -60,10 +59,10 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
     generation = await _start(job)
     writer = endpoint.writer(job.context, body, job.head, generation.prompts)
     if body.stream:
-        events = _stream(generation, writer, body)
+        events = _stream(job.context, generation, writer, body)
         return sse_response(events, on_close=generation.close, headers=_headers(job), request_id=job.request_id)
     try:
-        content = await run_until_disconnect(request, _collect(generation, writer, body))
+        content = await run_until_disconnect(request, _collect(job.context, generation, writer, body))
     finally:
         generation.close()
     return Response(content, headers=_headers(job), media_type="application/json")
@@ -111,9 +110,10 @@ def _headers(job: _Job[Body]) -> dict[str, str]:
 async def _start(job: _Job[Body]) -> Generation:
     """Slots come first, so that a request for which there is no room costs no tokenizing."""
     context, body = job.context, job.body
-    with context.client.reserve(body.num_prompts * body.num_choices) as reservation:
+    param = "n" if body.num_choices > 1 else job.endpoint.noun
+    with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
         start = time.monotonic()
-        prompts = await anyio.to_thread.run_sync(job.endpoint.encode, context, body)
+        prompts = await context.run_text_work(job.endpoint.encode, context, body)
         context.metrics.observe_tokenizer(time.monotonic() - start)
         submits = [_submit(job, prompt, index) for index, prompt in enumerate(prompts)]
         choices = [_choice(context, body, index) for index in range(len(prompts) * body.num_choices)]
@@ -124,9 +124,16 @@ async def _start(job: _Job[Body]) -> Generation:
 def _submit(job: _Job[Body], prompt: Prompt, index: int) -> Submit:
     """Raises ContextLengthExceededError, or InvalidValueError for a min_tokens that cannot be."""
     context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
+    max_tokens = fit_max_tokens(
+        body.max_output_tokens,
+        num_prompt_tokens,
+        context.max_model_len,
+        job.endpoint.noun,
+        default=body.default_max_output_tokens,
+    )
     params = sampling_params(
         body,
-        max_tokens=fit_max_tokens(body.max_output_tokens, num_prompt_tokens, context.max_model_len, job.endpoint.noun),
+        max_tokens=max_tokens,
         seed=prompt_seed(job.seed, index),
         vocab_size=vocab_size(context),
         defaults=context.model_config.default_sampling,
@@ -168,7 +175,7 @@ def _choice(context: ServerContext, body: GenerationRequest, index: int) -> Choi
     return ChoiceState(index, text, include_stop=include_stop)
 
 
-async def _collect(generation: Generation, writer: Writer, body: GenerationRequest) -> bytes:
+async def _collect(context: ServerContext, generation: Generation, writer: Writer, body: GenerationRequest) -> bytes:
     """The answer as JSON."""
     texts: list[list[str]] = [[] for _ in generation.choices]
     wholes = [Delta(index, "") for index in range(len(generation.choices))]
@@ -185,10 +192,12 @@ async def _collect(generation: Generation, writer: Writer, body: GenerationReque
         return msgspec.json.encode(writer.answer(wholes, generation.usage))
 
     # Log probabilities may be hundreds of thousands of entries.
-    return encode() if body.num_logprobs is None else await anyio.to_thread.run_sync(encode)
+    return encode() if body.num_logprobs is None else await context.run_text_work(encode)
 
 
-async def _stream(generation: Generation, writer: Writer, body: GenerationRequest) -> AsyncGenerator[bytes, None]:
+async def _stream(
+    context: ServerContext, generation: Generation, writer: Writer, body: GenerationRequest
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events; all that one step of the engine yields is one write."""
     options = body.stream_options
     include_usage = options is not None and bool(options.include_usage)
@@ -204,7 +213,7 @@ async def _stream(generation: Generation, writer: Writer, body: GenerationReques
         async for batch in batches:
             # With a prompt's log probabilities a batch may have very many.
             in_thread = body.num_prompt_logprobs is not None
-            if events := await anyio.to_thread.run_sync(encode, batch) if in_thread else encode(batch):
+            if events := await context.run_text_work(encode, batch) if in_thread else encode(batch):
                 yield events
     last = [writer.usage_chunk()] if include_usage else []
     _set_usage(last, generation.usage)

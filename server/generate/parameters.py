@@ -17,7 +17,7 @@ from server.errors import (
     UnsupportedParameterError,
     clip,
 )
-from server.schemas.chat import ChatCompletionRequest
+from server.schemas.chat import ChatMessage
 from server.schemas.common import GenerationRequest
 
 GREEDY_TEMPERATURE = 1e-5  # below it the noise would decide nothing but ties
@@ -37,7 +37,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "verbosity": ("medium",),
-    "reasoning_effort": ("none",),
+    "reasoning_effort": ("none", "medium"),
     "thinking_token_budget": (),
     "structured_outputs": (),
     "structural_tag": (),
@@ -71,6 +71,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "add_special_tokens": (False,),
@@ -136,7 +137,7 @@ def check_model(model: str, model_names: Sequence[str]) -> None:
         raise ModelNotFoundError(model)
 
 
-def unknown_parameters(body: GenerationRequest, *, strict: bool) -> list[str]:
+def unknown_parameters(body: BaseModel, *, strict: bool) -> list[str]:
     """The fields that are ignored because nobody knows them.
 
     Raises UnsupportedParameterError for one that cannot be ignored, UnknownParameterError for any if `strict`.
@@ -145,17 +146,16 @@ def unknown_parameters(body: GenerationRequest, *, strict: bool) -> list[str]:
         if name in UNSUPPORTED and not _asks_for_nothing(value, UNSUPPORTED[name]):
             raise UnsupportedParameterError(name)
     names = [name for name, _ in _extra(body) if name not in UNSUPPORTED and name not in HARMLESS]
-    names += [f"stream_options.{name}" for name, _ in _extra(body.stream_options)]
-    if isinstance(body, ChatCompletionRequest):
-        names += dict.fromkeys(_unknown_in_messages(body))
+    names += [f"stream_options.{name}" for name, _ in _extra(getattr(body, "stream_options", None))]
+    names += dict.fromkeys(_unknown_in_messages(getattr(body, "messages", None) or ()))
     if names and strict:
         raise UnknownParameterError(clip(names[0]))
     return names
 
 
-def _unknown_in_messages(body: ChatCompletionRequest) -> Iterator[str]:
+def _unknown_in_messages(messages: Sequence[ChatMessage]) -> Iterator[str]:
     """A null there is what a client has made of an absent field."""
-    for message in body.messages:
+    for message in messages:
         for name, value in _extra(message):
             if value is not None and name not in HARMLESS_IN_MESSAGES:
                 yield f"messages[].{name}"

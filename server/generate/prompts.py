@@ -34,16 +34,20 @@ def check_text_size(num_bytes: int, max_model_len: int, noun: str) -> None:
         raise BadRequestError(message, param=noun, code="context_length_exceeded")
 
 
-def fit_max_tokens(max_tokens: int | None, num_prompt_tokens: int, max_model_len: int, noun: str) -> int:
-    """How many tokens a choice may have; None stands for all that the context has room for.
+def fit_max_tokens(
+    max_tokens: int | None, num_prompt_tokens: int, max_model_len: int, noun: str, *, default: int | None = None
+) -> int:
+    """How many tokens a choice may have.
 
-    Raises ContextLengthExceededError: nothing is ever cut.
+    Where the client did not say (None) it is `default`, or what the context has room for if that is less or `default`
+    is None; but at least 1. Raises ContextLengthExceededError: nothing that a client sent is ever cut.
     """
     room = max_model_len - num_prompt_tokens
-    if room < 0 or (room == 0 and max_tokens != 0):
+    if room < 0:
         raise ContextLengthExceededError(max_model_len, num_prompt_tokens, noun=noun)
-    if max_tokens is None:
-        return room
-    if max_tokens > room:
-        raise ContextLengthExceededError(max_model_len, num_prompt_tokens, max_tokens, noun=noun)
-    return max_tokens
+    num_wanted = 1 if max_tokens is None else max_tokens
+    if num_wanted > room:
+        raise ContextLengthExceededError(max_model_len, num_prompt_tokens, num_wanted, noun=noun)
+    if max_tokens is not None:
+        return max_tokens
+    return room if default is None else min(default, room)

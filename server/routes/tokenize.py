@@ -1,16 +1,16 @@
-"""`POST /tokenize` and `POST /detokenize`. The work is done in a thread, so that a long text holds up nobody."""
+"""`POST /tokenize` and `POST /detokenize`. The work is done in threads, so that long texts hold up nobody."""
 
-import functools
 import time
 
 import anyio.to_thread
+import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.context import ServerContext, get_context
 from server.errors import BadRequestError, InvalidValueError
-from server.generate.parameters import check_model
+from server.generate.parameters import check_model, unknown_parameters, warnings_header
+from server.generate.prompts import vocab_size
 from server.middleware import StrictJSONRoute
-from server.responses import StructResponse
 from server.schemas.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from server.text.chat_template import ChatTemplateError, encode_chat
 
@@ -22,32 +22,44 @@ MAX_TEXT_BYTES = 1 << 20
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     context = get_context(request)
+    headers = _judge(context, body)
     body.check()
-    if body.model is not None:
-        check_model(body.model, context.model_names)
     max_model_len = context.max_model_len
     start = time.monotonic()
-    response = await anyio.to_thread.run_sync(_tokenize, context, body, max_model_len)
+    answer = await anyio.to_thread.run_sync(_tokenize, context, body, max_model_len, limiter=context.tokenize_threads)
     context.metrics.observe_tokenizer(time.monotonic() - start)
-    return response
+    return Response(answer, headers=headers, media_type="application/json")
 
 
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     context = get_context(request)
+    headers = _judge(context, body)
+    _check_token_ids(body.tokens, vocab_size(context))
+    answer = await anyio.to_thread.run_sync(_detokenize, context, body, limiter=context.tokenize_threads)
+    return Response(answer, headers=headers, media_type="application/json")
+
+
+def _judge(context: ServerContext, body: TokenizeRequest | DetokenizeRequest) -> dict[str, str]:
+    """The headers of the answer. Raises BadRequestError or ModelNotFoundError."""
     if body.model is not None:
         check_model(body.model, context.model_names)
-    _check_token_ids(body.tokens, context.model_config.num_token_ids)
-    decode = functools.partial(context.tokenizer.decode, skip_special_tokens=False)
-    return StructResponse(DetokenizeResponse(await anyio.to_thread.run_sync(decode, body.tokens)))
+    unknown = unknown_parameters(body, strict=context.settings.strict)
+    context.metrics.count_unknown_parameters(len(unknown))
+    return {"x-lightwell-warnings": warnings_header(unknown)} if unknown else {}
 
 
-def _tokenize(context: ServerContext, body: TokenizeRequest, max_model_len: int) -> Response:
+def _detokenize(context: ServerContext, body: DetokenizeRequest) -> bytes:
+    text = context.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return msgspec.json.encode(DetokenizeResponse(text))
+
+
+def _tokenize(context: ServerContext, body: TokenizeRequest, max_model_len: int) -> bytes:
     token_ids = _encode_prompt(context, body) if body.messages is None else _encode_messages(context, body)
     token_strs = None
     if body.return_token_strs:
         token_strs = [context.tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
-    return StructResponse(TokenizeResponse(len(token_ids), max_model_len, token_ids, token_strs))
+    return msgspec.json.encode(TokenizeResponse(len(token_ids), max_model_len, token_ids, token_strs))
 
 
 def _encode_prompt(context: ServerContext, body: TokenizeRequest) -> list[int]:
@@ -79,7 +91,7 @@ def _check_size(text: str, param: str) -> None:
         raise InvalidValueError(message, param=param, code="string_above_max_length")
 
 
-def _check_token_ids(token_ids: list[int], vocab_size: int) -> None:
-    if token_ids and (largest := max(token_ids)) >= vocab_size:
-        message = f"Invalid 'tokens': expected token ids from 0 to {vocab_size - 1}, but got {largest} instead."
+def _check_token_ids(token_ids: list[int], size: int) -> None:
+    if token_ids and (largest := max(token_ids)) >= size:
+        message = f"Invalid 'tokens': expected token ids from 0 to {size - 1}, but got {largest} instead."
         raise InvalidValueError(message, param="tokens")

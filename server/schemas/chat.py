@@ -10,6 +10,10 @@ from pydantic_core import PydanticKnownError
 from server.errors import InvalidValueError
 from server.schemas.common import MAX_LOGPROBS, GenerationRequest, Usage
 
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000  # of one message
+MAX_TOOL_CALLS = 1024  # of one message
+
 
 class TextPart(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
@@ -32,9 +36,11 @@ def _check_content(value: object) -> object:
     return value
 
 
+TextParts = Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 Content = Annotated[
-    str | list[TextPart] | None, BeforeValidator(_check_content, json_schema_input_type=str | list[TextPart] | None)
+    str | TextParts | None, BeforeValidator(_check_content, json_schema_input_type=str | TextParts | None)
 ]
+ToolCalls = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)]
 
 
 class ChatMessage(BaseModel):
@@ -44,7 +50,7 @@ class ChatMessage(BaseModel):
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     name: str | None = Field(None, description="Handed to the model's chat template.")
-    tool_calls: list[dict[str, Any]] | None = Field(None, description="Of an earlier answer.")
+    tool_calls: ToolCalls | None = Field(None, description="Of an earlier answer.")
     tool_call_id: str | None = Field(None, description="Which call a message of role tool answers.")
     content: Content = Field(
         None, validate_default=True, description="Text. Null only where an assistant called tools."
@@ -69,8 +75,11 @@ class ChatMessage(BaseModel):
         return message
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatCompletionRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
+    messages: Messages = Field(description="The conversation so far.")
     max_completion_tokens: int | None = Field(
         None, ge=1, description="Tokens of the answer at most. Default: what the context has room for."
     )
@@ -101,7 +110,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             message = "Invalid 'max_tokens': 'max_completion_tokens' is another name of it, and differs."

@@ -2,6 +2,7 @@
 
 Requests are pydantic models in strict mode: a string is no number, a boolean no integer, 2.0 no integer. Null stands
 for the default everywhere. Fields that no model declares are kept in `model_extra` and judged by `server.generate`.
+Lists are bounded and fail at their first wrong element: an error for each of a million would hold up everybody.
 Answers are msgspec structs, which encode in about a microsecond; their fields stand in OpenAI's order.
 """
 
@@ -19,6 +20,7 @@ MAX_STOP_CHARS = 1024  # of one stop string
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_STOP_TOKEN_IDS = 128
 MAX_CACHE_SALT_CHARS = 256
+MAX_PRIORITY = 1000  # of either sign
 MAX_LOGPROBS = 20  # OpenAI's completions allow 5; 20 is what vLLM and the chat endpoint allow
 
 
@@ -53,10 +55,13 @@ def _bias(value: object) -> float:
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-StopStrings = Annotated[list[StopString], Field(max_length=4)]
+StopStrings = Annotated[list[StopString], Field(max_length=4, fail_fast=True)]
 Stop = Annotated[
     StopStrings | None,
     BeforeValidator(_check_stop, json_schema_input_type=StopString | StopStrings | None),
+]
+StopTokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, le=INT64_MAX)]], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
 ]
 LogitBias = Annotated[
     dict[int, float] | None,
@@ -139,13 +144,11 @@ class GenerationRequest(BaseModel):
 
     stop: Stop = Field(None, description="Up to four strings that end the text; they are not part of it.")
     include_stop_str_in_output: bool | None = Field(None, description="The text ends with what stopped it.")
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=INT64_MAX)]] | None = Field(
-        None, max_length=MAX_STOP_TOKEN_IDS, description="Tokens that end the text, beside the model's own."
-    )
+    stop_token_ids: StopTokenIds | None = Field(None, description="Tokens that end the text, beside the model's own.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's end token.")
     min_tokens: int | None = Field(None, ge=0, description="Nothing ends the text before this many tokens.")
     skip_special_tokens: bool | None = Field(None, description="Leave control tokens out of the text. Default true.")
-    priority: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX, description="Lower runs first. Default 0.")
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower runs first. Default 0.")
     cache_salt: str | None = Field(
         None,
         max_length=MAX_CACHE_SALT_CHARS,
@@ -163,8 +166,13 @@ class GenerationRequest(BaseModel):
 
     @property
     def max_output_tokens(self) -> int | None:
-        """Tokens of each choice; None: what the context has room for."""
+        """Tokens of each choice at most; None: the request does not say."""
         raise NotImplementedError
+
+    @property
+    def default_max_output_tokens(self) -> int | None:
+        """Where the request does not say and the context has room for more; None: what the context has room for."""
+        return None
 
     @property
     def num_logprobs(self) -> int | None:

@@ -63,7 +63,9 @@ Prompts = Annotated[
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompts = Field(description="One prompt or several, each as text or as token ids.")
-    max_tokens: int | None = Field(None, ge=0, description="Default 16. 0, with echo: only score the prompt.")
+    max_tokens: int | None = Field(
+        None, ge=0, description="Default 16, or what the context has room for. 0, with echo: only the prompt."
+    )
     echo: bool | None = Field(None, description="Answer with the prompt before the completion.")
     logprobs: int | None = Field(
         None,
@@ -84,7 +86,11 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def max_output_tokens(self) -> int | None:
-        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return self.max_tokens
+
+    @property
+    def default_max_output_tokens(self) -> int | None:
+        return DEFAULT_MAX_TOKENS
 
     @property
     def num_logprobs(self) -> int | None:
@@ -92,10 +98,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """Without a token to sample there is nothing else that the engine could do."""
-        if self.echo and self.logprobs is not None:
-            return self.logprobs
-        return 0 if self.max_tokens == 0 else None
+        return self.logprobs if self.echo else None
 
     def check(self) -> None:
         super().check()

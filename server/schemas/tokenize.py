@@ -5,11 +5,10 @@ from typing import Annotated
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError
-from server.schemas.chat import ChatMessage
+from server.errors import InvalidValueError, MissingParameterError
+from server.schemas.chat import Messages
 
-# Fields of vLLM that would change the tokens.
-UNSUPPORTED = ("continue_final_message", "chat_template", "chat_template_kwargs", "tools", "mm_processor_kwargs")
+MAX_TOKENS = 1 << 20
 
 
 class TokenizeRequest(BaseModel):
@@ -19,7 +18,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = Field(None, description="Only for messages. Default true.")
     return_token_strs: bool | None = None
@@ -30,10 +29,6 @@ class TokenizeRequest(BaseModel):
             raise MissingParameterError("prompt")
         if self.prompt is not None and self.messages is not None:
             raise InvalidValueError("Expected either 'prompt' or 'messages', but got both.", param="messages")
-        extra = self.model_extra or {}
-        for name in UNSUPPORTED:
-            if extra.get(name):
-                raise UnsupportedParameterError(name)
 
 
 class TokenizeResponse(msgspec.Struct, frozen=True):
@@ -47,7 +42,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 class DetokenizeResponse(msgspec.Struct, frozen=True):

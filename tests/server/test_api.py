@@ -1,5 +1,6 @@
 """`python -m server.api` as a process: how it starts, how it ends, and what its clients see of that."""
 
+import gc
 import json
 import os
 import select
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import msgspec
 import psutil
 import pytest
 
-from server.api import bind, raise_file_limit, url
+from server.api import Life, bind, raise_file_limit, run, url
 from server.settings import ApiProcessConfig, Settings
 from tests.server.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.server.serving import check_envelope, check_error, wait_until
@@ -337,6 +339,67 @@ def test_a_long_text_holds_up_nobody(start_api: StartApi) -> None:
     assert request.result().status_code == 200
     lags.sort()
     assert lags[int(len(lags) * 0.9)] < 0.05, lags[-5:]
+
+
+ONES = "[" + "1," * 4_000_000 + "1]"
+FEWER_ONES = "[" + "1," * 1_000_000 + "1]"
+EMPTY_STRINGS = "[" + '"",' * 1_000_000 + '""]'
+
+# path, body with % for a list, lists. All of them would be a million errors or more.
+WRONG_LISTS = [
+    ("/v1/chat/completions", '{"model":"tiny","messages":%}', (ONES, FEWER_ONES)),
+    ("/v1/chat/completions", '{"model":"tiny","messages":[{"role":"user","content":%}]}', (ONES, FEWER_ONES)),
+    (
+        "/v1/chat/completions",
+        '{"model":"tiny","messages":[{"role":"assistant","content":"a","tool_calls":%}]}',
+        (ONES, FEWER_ONES),
+    ),
+    ("/v1/completions", '{"model":"tiny","prompt":"a","stop_token_ids":%}', (EMPTY_STRINGS,)),
+    ("/v1/completions", '{"model":"tiny","prompt":"a","stop":%}', (FEWER_ONES,)),
+    ("/v1/completions", '{"model":"tiny","prompt":%}', (ONES, EMPTY_STRINGS)),
+    ("/tokenize", '{"messages":%}', (ONES, FEWER_ONES)),
+    ("/detokenize", '{"tokens":%}', (ONES, EMPTY_STRINGS)),
+]
+
+
+def test_wrong_lists_hold_up_nobody(start_api: StartApi) -> None:
+    """Each is refused at once, probes are answered meanwhile, and no memory stays taken."""
+    api = start_api()
+    headers = {"content-type": "application/json"}
+    bodies = [(path, body.replace("%", items)) for path, body, lists in WRONG_LISTS for items in lists]
+    with httpx.Client(base_url=api.url) as client:
+        for path, body in bodies:
+            start = time.perf_counter()
+            request = Background(partial(httpx.post, api.url + path, content=body, headers=headers, timeout=30))
+            lags = []
+            while not request.ended:
+                probe = time.perf_counter()
+                assert client.get("/healthz").status_code == 200
+                lags.append(time.perf_counter() - probe)
+            check_error(request.result(), 400)
+            assert time.perf_counter() - start < 1.5, path
+            assert max(lags) < 1, path
+    assert psutil.Process(api.process.pid).memory_info().rss < 2 * MAX_RSS
+
+
+def test_a_failure_of_the_running_server_is_logged_whole(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, model_folder: Path, address: str
+) -> None:
+    async def fail(life: Life, sockets: list[socket.socket]) -> int:
+        for each in sockets:
+            each.close()
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Life, "live", fail)
+    settings = Settings(port=0)
+    config = ApiProcessConfig(
+        settings=settings, engine_address=address, model_path=str(model_folder), model_names=("tiny",)
+    )
+    assert run(config, lambda: None) == 1
+    gc.unfreeze()
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.name == "lightwell.api"
+    assert record.exc_info is not None
 
 
 def test_small_answers_are_not_held_back(start_api: StartApi) -> None:

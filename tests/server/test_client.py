@@ -191,7 +191,7 @@ async def test_more_choices_than_there_are_slots_is_no_reason_to_retry(fake_engi
     async with ready(fake_engine.config.address) as client:
         with pytest.raises(InvalidValueError) as caught:
             client.reserve(client.max_in_flight + 1)
-        assert caught.value.status == 400
+        assert (caught.value.status, caught.value.param) == (400, "n")
 
 
 async def test_slots_are_released_whatever_fails(fake_engine: FakeEngine) -> None:

@@ -241,12 +241,22 @@ def test_context_length(tiny: RunningServer) -> None:
         "This model's maximum context length is 2048 tokens. However, you requested 2049 tokens "
         "(2043 in the prompt, 6 in the completion)."
     )
-    for prompt in ("a" * MAX_MODEL_LEN, [1] * MAX_MODEL_LEN, ["a", "a" * 3000]):
+    for fields in ({}, {"max_tokens": 1}):
+        full = check_error(ask(tiny.url, COMPLETIONS, prompt=[1] * MAX_MODEL_LEN, **fields), 400)
+        assert full["code"] == "context_length_exceeded"
+        assert "you requested 2049 tokens (2048 in the prompt, 1 in the completion)" in full["message"]
+    for prompt in ("a" * (MAX_MODEL_LEN + 1), ["a", "a" * 3000]):
         alone = check_error(ask(tiny.url, COMPLETIONS, prompt=prompt), 400)
         assert alone["code"] == "context_length_exceeded"
         assert "resulted in" in alone["message"]
     assert len(tiny.engine.submits) == num_submits
     assert tiny.context.client.num_in_flight == 0
+
+
+def test_a_default_that_nobody_sent_is_no_reason_to_refuse(tiny: RunningServer) -> None:
+    for num_tokens, expected in ((MAX_MODEL_LEN - 16, 16), (MAX_MODEL_LEN - 15, 15), (MAX_MODEL_LEN - 1, 1)):
+        ask_json(tiny.url, COMPLETIONS, prompt=[1] * num_tokens)
+        assert tiny.engine.submits[-1].params.max_tokens == expected
 
 
 def test_a_text_that_cannot_fit_is_not_tokenized(tiny: RunningServer) -> None:
@@ -272,9 +282,17 @@ def test_max_tokens_0_scores_the_prompt(tiny: RunningServer) -> None:
     bare = ask_json(tiny.url, COMPLETIONS, prompt="Hi", max_tokens=0, echo=True)
     assert (bare["choices"][0]["text"], bare["choices"][0]["logprobs"]) == ("Hi", None)
     assert bare["usage"]["completion_tokens"] == 0
+    assert tiny.engine.submits[-1].params.prompt_logprobs is None  # they would cost, and shut out the prefix cache
     for echo in ({}, {"echo": False}):
         error = check_error(ask(tiny.url, COMPLETIONS, max_tokens=0, **echo), 400)
         assert (error["param"], error["code"]) == ("max_tokens", "integer_below_min_value")
+
+
+def test_too_many_choices_name_what_there_is_too_much_of(tiny: RunningServer) -> None:
+    limit = tiny.context.client.max_in_flight
+    for fields, param in (({}, "prompt"), ({"n": 2}, "n")):
+        error = check_error(ask(tiny.url, COMPLETIONS, prompt=["a"] * (limit + 1), **fields), 400)
+        assert error["param"] == param
 
 
 def test_max_completion_tokens_belongs_to_chat(tiny: RunningServer) -> None:

@@ -17,7 +17,6 @@ from server.errors import (
     MissingParameterError,
     ModelNotFoundError,
     QueueFullError,
-    RequestTimeoutError,
     ServerError,
     UnauthorizedError,
     UnsupportedParameterError,
@@ -71,7 +70,6 @@ def test_context_length_in_openais_words() -> None:
         (ServerError("r"), 500, "server_error", None, None),
         (EngineUnavailableError("x"), 503, "service_unavailable_error", "engine_unavailable", None),
         (EngineDeadError(), 503, "service_unavailable_error", "engine_unavailable", None),
-        (RequestTimeoutError(), 503, "service_unavailable_error", "request_timeout", None),
     ],
 )
 def test_status_type_code_and_param(

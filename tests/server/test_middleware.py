@@ -204,7 +204,8 @@ def test_preflight_passes_without_key_only_with_cors(start_server: StartServer) 
     answer = httpx.get(server.url + "/v1/models", headers={"origin": "https://page.example"})
     check_error(answer, 401)
     assert answer.headers["access-control-allow-origin"] == "https://page.example"
-    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    exposed = answer.headers["access-control-expose-headers"]
+    assert {"x-request-id", "x-lightwell-seed", "x-lightwell-deterministic"} <= set(exposed.split(", "))
 
 
 def test_foreign_preflight_is_refused_in_the_envelope(start_server: StartServer) -> None:
@@ -238,6 +239,11 @@ def test_host_of_url() -> None:
 def test_other_types_are_415(shared_server: RunningServer, content_type: str | None) -> None:
     headers = {} if content_type is None else {"content-type": content_type}
     check_error(httpx.post(shared_server.url + "/tokenize", content=JSON_BODY, headers=headers), 415)
+
+
+def test_where_no_route_is_the_type_does_not_matter(shared_server: RunningServer) -> None:
+    check_error(httpx.post(shared_server.url + "/nope", content=b"x"), 404)
+    check_error(httpx.post(shared_server.url + "/v1/models"), 405)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +363,8 @@ def test_a_head_that_trickles_is_cut(start_server: StartServer) -> None:
         b"hello\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",  # no host
         b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\nx\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\ncontent-length: 0\r\n\r\n0\r\n\r\n",
         b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n",
         b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
         b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
@@ -461,6 +469,17 @@ def test_one_line_for_each_request(server: RunningServer, caplog: pytest.LogCapt
     assert fields["status"] == 404
     assert fields["client"] == "127.0.0.1"
     assert "secret" not in str(record.__dict__)
+
+
+def test_what_is_asked_for_all_the_time_is_logged_for_debugging(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for path in ("/health", "/healthz", "/readyz", "/metrics", "/v1/models"):
+        assert httpx.get(server.url + path).status_code == 200
+    wait_until(lambda: len([r for r in caplog.records if r.name == "server.access"]) == 5)
+    levels = [record.levelname for record in caplog.records if record.name == "server.access"]
+    assert levels == ["DEBUG"] * 4 + ["INFO"]
 
 
 def test_a_bug_is_500_without_details(

@@ -14,8 +14,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from engine.config import refuse_pickle
+from engine.config.huggingface import PICKLE_SUFFIXES
 from server import models
-from server.models import ALIASES, Alias, ModelError, cache_folder, resolve_model
+from server.models import ALIASES, PICKLE_REFUSED, Alias, ModelError, cache_folder, resolve_model
 
 PYTHON = sys.executable
 CONTENT = b"GGUF" + bytes(range(256)) * 10
@@ -205,11 +207,19 @@ def test_files_and_folders_are_taken_as_they_are(tmp_path: Path, monkeypatch: py
     assert resolve_model(".") == models.ResolvedModel(folder, "name")
 
 
+def test_pickle_is_refused_in_the_engines_words(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ValueError, match=PICKLE_REFUSED):
+        refuse_pickle(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("files", "name", "message"),
     [
-        (["pytorch_model.bin"], "pytorch_model.bin", "not a GGUF file"),
-        (["config.json", "pytorch_model.bin"], "", "pickle files .* can run code"),
+        (["notes.txt"], "notes.txt", "not a GGUF file"),
+        *[([f"model{suffix}"], f"model{suffix}", PICKLE_REFUSED) for suffix in PICKLE_SUFFIXES],
+        (["config.json", "pytorch_model.bin"], "", PICKLE_REFUSED),
+        (["config.json"], "", "no safetensors there$"),
         (["model.safetensors"], "", "no config.json"),
         ([], "", "no config.json"),
     ],

@@ -124,7 +124,7 @@ BAD: dict[str, list[Any]] = {
     "ignore_eos": ["true", 1, []],
     "include_stop_str_in_output": ["true", 1],
     "skip_special_tokens": ["true", 0],
-    "priority": [2**63, *NOT_AN_INTEGER],
+    "priority": [1001, -1001, 2**63, -(2**63), *NOT_AN_INTEGER],
     "cache_salt": [5, [], "x" * 257],
     "stream": ["true", 1, {}],
 }
@@ -290,7 +290,7 @@ NOTHING: dict[str, list[Any]] = {name: [None] for name in UNSUPPORTED} | {
     "use_beam_search": [None, False],
     "chat_template_kwargs": [None, {}],
     "continue_final_message": [None, False],
-    "reasoning_effort": [None, "none"],
+    "reasoning_effort": [None, "none", "medium"],
     "bad_words": [None, []],
     "typical_p": [None, 1, 1.0],
     "dry_multiplier": [None, 0],

@@ -4,6 +4,8 @@ import httpx
 import pytest
 
 from server.routes.tokenize import MAX_TEXT_BYTES
+from server.schemas.tokenize import MAX_TOKENS
+from tests.server.conftest import StartServer
 from tests.server.serving import RunningServer, check_error
 from tests.server.tiny_model import IM_END_ID, IM_START_ID, MAX_MODEL_LEN
 
@@ -65,6 +67,8 @@ def test_there_and_back(shared_server: RunningServer) -> None:
         ({"prompt": "x", "model": "other"}, 404, "model"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
         ({"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 1 }}"}, 400, "chat_template"),
+        ({"prompt": "x", "mm_processor_kwargs": {"a": 1}}, 400, "mm_processor_kwargs"),
+        ({"prompt": "x", "truncate_prompt_tokens": 1}, 400, "truncate_prompt_tokens"),
         ({"prompt": "x" * (MAX_TEXT_BYTES + 1)}, 400, "prompt"),
         ({"messages": [{"role": "user", "content": "ü" * (MAX_TEXT_BYTES // 2 + 1)}]}, 400, "messages"),
     ],
@@ -77,6 +81,28 @@ def test_refused(shared_server: RunningServer, body: dict[str, object], status: 
 def test_detokenize_refuses(shared_server: RunningServer, tokens: object) -> None:
     error = check_error(httpx.post(shared_server.url + "/detokenize", json={"tokens": tokens}), 400)
     assert error["param"].startswith("tokens")
+
+
+def test_too_many_tokens(shared_server: RunningServer) -> None:
+    error = check_error(httpx.post(shared_server.url + "/detokenize", json={"tokens": [1] * (MAX_TOKENS + 1)}), 400)
+    assert (error["param"], error["code"]) == ("tokens", "array_above_max_length")
+
+
+BODIES: dict[str, dict[str, object]] = {
+    "/tokenize": {"messages": [{"role": "user", "content": "x", "mood": 1}], "tools": [], "promt": 1},
+    "/detokenize": {"tokens": [120], "promt": 1},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_unknown_fields(start_server: StartServer, path: str) -> None:
+    server = start_server()
+    answer = httpx.post(server.url + path, json=BODIES[path])
+    names = "promt, messages[].mood" if path == "/tokenize" else "promt"
+    assert answer.headers["x-lightwell-warnings"] == f"ignored unknown parameters: {names}"
+    assert server.metric("lightwell_unknown_parameters_total") == len(names.split(", "))
+    strict = httpx.post(start_server(strict=True).url + path, json=BODIES[path])
+    assert check_error(strict, 400)["message"] == "Unrecognized request argument supplied: promt"
 
 
 def test_time_is_observed(server: RunningServer) -> None:
