@@ -109,15 +109,12 @@ class EngineLoop:
         self.engine = engine
         self.info = info
         self.clients = clients
-        self.stopping = False
 
     def run(self, step_timeout: float) -> None:
-        """Until `stopping` is set. Where there is nothing to do, it waits for messages and sends a heartbeat."""
-        while not self.stopping:
+        """For ever. Where there is nothing to do, it waits for messages and sends a heartbeat."""
+        while True:
             faulthandler.dump_traceback_later(step_timeout + HEARTBEAT_SECONDS, exit=True)
             self.turn(0.0 if self.engine.has_work else HEARTBEAT_SECONDS)
-        faulthandler.cancel_dump_traceback_later()
-        self.clients.close()
 
     def turn(self, timeout: float) -> None:
         """Messages in, at most one step, events out."""
@@ -137,8 +134,10 @@ class EngineLoop:
             self.clients.identities.add(identity)
             self.clients.send(identity, Ready(self.info))
 
-    def stop(self, _signal: int, _frame: FrameType | None) -> None:
-        self.stopping = True
+
+def leave(_signal: int, _frame: FrameType | None) -> None:
+    """On SIGTERM. The API process has drained before, so nobody waits for the step that runs."""
+    raise SystemExit(0)
 
 
 def engine_info(engine: Engine, loaded: LoadedModel, model_path: str) -> EngineInfo:
@@ -220,6 +219,8 @@ def main() -> None:
         logger.exception("the engine cannot go on")
         sys.exit(1)
     finally:
+        faulthandler.cancel_dump_traceback_later()
+        loop.clients.close()
         close_log()
 
 
@@ -237,7 +238,7 @@ def start(process_config: EngineProcessConfig) -> EngineLoop:
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in {"imports": age, **clock.seconds}.items())
     logger.info("engine: ready after %.1f s: %s", process_age(), parts)
     loop = EngineLoop(engine, engine_info(engine, loaded, config.model_path), clients)
-    signal.signal(signal.SIGTERM, loop.stop)
+    signal.signal(signal.SIGTERM, leave)
     gc.collect()
     gc.freeze()  # what was loaded stays; the collector need not look at it again
     return loop

@@ -22,7 +22,7 @@ from engine.request import RowOutput, Scheduled, Step
 from engine.sampler import Sampler, gather_logprobs
 from engine.weights import load_weights
 
-CPU_NUM_BATCHED_TOKENS = 512  # a step of this size lasts about as long as a person notices
+CPU_NUM_BATCHED_TOKENS = 128  # larger steps compute little faster, and everybody waits for the end of a step
 GPU_NUM_BATCHED_TOKENS = 8192
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGPROB_ROWS = 64  # rows whose logits are held at once for the log probabilities of a prompt

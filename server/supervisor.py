@@ -37,7 +37,7 @@ SHOW_CURSOR = "\x1b[?25h"
 
 # Added to the environment of the children, unless the user has set it. The engine's threads wait asleep:
 # threads that spin are faster on idle cores, but take them from the API process and from whatever else runs there, and
-# a step then lasts up to fifty times as long.
+# a step then lasts many times as long.
 CHILD_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

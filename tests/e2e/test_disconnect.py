@@ -74,8 +74,8 @@ def test_at_random_moments(server: ServerProcess) -> None:
 
 @pytest.fixture(scope="module")
 def narrow_server(smollm2_path: Path) -> Iterator[ServerProcess]:
-    """Runs one request at a time, in small steps: a request that is aborted ends with the step that runs."""
-    flags = ("--max-num-seqs=1", "--max-num-batched-tokens=128", "--max-model-len=4096", "--kv-cache-memory=128MiB")
+    """Runs one request at a time. A request that is aborted ends with the step that runs."""
+    flags = ("--max-num-seqs=1", "--max-model-len=4096", "--kv-cache-memory=128MiB")
     with shared_server(smollm2_path, *flags) as server:
         yield server
 
