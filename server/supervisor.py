@@ -35,10 +35,10 @@ KILL_SECONDS = 1.0  # for the kernel to end a child after SIGKILL
 MAX_IPC_PATH_BYTES = 100
 SHOW_CURSOR = "\x1b[?25h"
 
-# Added to the environment of the children, unless the user has set it. The engine's threads wait asleep:
-# threads that spin are faster on idle cores, but take them from the API process and from whatever else runs there, and
-# a step then lasts many times as long.
-CHILD_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+# How often OpenMP's threads look before they sleep while they wait for each other. By default they look for so long
+# that they take the cores from the API process and from whatever else runs there, and a step lasts many times as long.
+SPIN_COUNT = {"GOMP_SPINCOUNT": "1000"}
+SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # either of them is the user's decision
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -73,7 +73,7 @@ class Child:
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            env={**CHILD_ENVIRONMENT, **os.environ},
+            env=child_environment(),
             process_group=0,
             preexec_fn=lifeline,  # noqa: PLW1509  (this process has one thread)
         )
@@ -118,6 +118,11 @@ class Child:
             return f"the {self.name} process cannot be ended"
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         return f"the {self.name} process {how}"
+
+
+def child_environment() -> dict[str, str]:
+    decided = any(name in os.environ for name in SPIN_VARIABLES)
+    return {**os.environ, **({} if decided else SPIN_COUNT)}
 
 
 class StopSignals:

@@ -347,3 +347,11 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(supervisor.SupervisorError, match=r"cannot start the engine process: .*No such file"):
         supervisor.supervise(settings, supervisor.Commands(engine=["/nonexistent"], api=["/nonexistent"]))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_how_threads_wait_is_the_users_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert child_environment()["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in child_environment()
