@@ -19,6 +19,7 @@ import pytest
 from engine.config import EngineProcessConfig
 from server import supervisor
 from server.settings import ApiProcessConfig, Settings
+from server.supervisor import child_environment
 from tests.server.processes import is_running, wait_for_end_of
 
 STUB = Path(__file__).with_name("stub_child.py")
