@@ -24,9 +24,14 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install ${PIP_ARGS} "$(grep '^torch[^a-z]' requirements.txt)" \
     && pip install --requirement requirements.txt
 
+# The wheel holds the compiled kernels too: the image has no compiler, and its cache folder is a volume.
 FROM dependencies AS wheel
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 COPY README.md LICENSE ./
 COPY engine engine
+RUN test "$(uname -m)" != x86_64 || python3 -m engine.kernels.cpu.build --in-package
 COPY server server
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip wheel --no-deps --wheel-dir /dist . \

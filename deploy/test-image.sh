@@ -216,10 +216,18 @@ check_api() {
     echo "$model: The capital of France is$answer"
 }
 
+check_kernels() {
+    [[ $(uname -m) == x86_64 ]] || return 0
+    local library
+    library=$(pod exec server lightwell build-kernels) || fail "no kernels, and no compiler in the image"
+    [[ $library == */prebuilt/* ]] || fail "the kernels are not those of the image: $library"
+    echo "kernels: $library"
+}
+
 check_nothing_fetched() {
     local files
     files=$(find "$(pod volume inspect --format '{{.Mountpoint}}' cache)" -type f)
-    [[ -z $files ]] || fail "the model is in the image, and yet there are in the volume: $files"
+    [[ -z $files ]] || fail "model and kernels are in the image, and yet there are in the volume: $files"
 }
 
 # The engine dies, the server ends, the restart policy starts it again.
@@ -292,6 +300,7 @@ wait_until "ready" is_healthy
 echo "healthy after $((SECONDS - began)) s"
 check_confinement
 check_api
+check_kernels
 check_nothing_fetched
 
 say "Prometheus"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,37 +33,68 @@ class BatchBuilder:
     ) -> None:
         self.block_size = block_size
         self.device = device
-        max_blocks = -(-max_model_len // block_size)
+        self.num_rows, self.num_seqs = np.zeros((2, 1), dtype=np.int64)
         # One packed buffer for what has a value for each row, so that a device needs one copy.
-        self.rows = np.zeros((4, max_num_tokens + 1), dtype=np.int64)
-        self.tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int64)
+        self.rows = np.zeros((4, max_num_tokens), dtype=np.int64)
+        self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
+        self.query_lens, self.seq_lens = np.zeros((2, max_num_seqs), dtype=np.int64)
+
+    def buffers(self) -> BatchInputs:
+        """All of the buffers, on a CPU: what batches of any size are part of."""
+        rows = torch.from_numpy(self.rows)
+        return BatchInputs(*rows.unbind(), torch.from_numpy(self.tables), query_lens=[], seq_lens=[])
 
     def build(self, step: Step) -> BatchInputs:
-        row = num_samples = max_blocks = 0
-        for index, item in enumerate(step.scheduled):
-            block_ids = np.array([block.block_id for block in item.request.blocks], dtype=np.int64)
-            self._fill_rows(item, row, block_ids)
-            row += item.num_tokens
-            self.rows[3, num_samples] = row - 1
-            num_samples += item.samples
-            self.tables[index, : len(block_ids)] = block_ids
-            self.tables[index, len(block_ids) :] = 0
-            max_blocks = max(max_blocks, len(block_ids))
+        num_seqs = len(step.scheduled)
+        query_lens = [item.num_tokens for item in step.scheduled]
+        seq_lens = [item.start + item.num_tokens for item in step.scheduled]
+        self.query_lens[:num_seqs] = query_lens
+        self.seq_lens[:num_seqs] = seq_lens
+        num_rows = sum(query_lens)
+        self.num_rows[0], self.num_seqs[0] = num_rows, num_seqs
+        self.rows[0, :num_rows] = list(itertools.chain.from_iterable(map(_token_ids, step.scheduled)))
+        num_samples = self._fill_sample_rows(step)
+        max_blocks = self._fill_tables(step)
+        self._fill_positions(num_rows, num_seqs)
         rows = torch.from_numpy(self.rows).to(self.device)
         return BatchInputs(
-            token_ids=rows[0, :row],
-            positions=rows[1, :row],
-            slots=rows[2, :row],
+            token_ids=rows[0, :num_rows],
+            positions=rows[1, :num_rows],
+            slots=rows[2, :num_rows],
             sample_rows=rows[3, :num_samples],
-            block_tables=torch.from_numpy(self.tables[: len(step.scheduled), :max_blocks]).to(self.device),
-            query_lens=[item.num_tokens for item in step.scheduled],
-            seq_lens=[item.start + item.num_tokens for item in step.scheduled],
+            block_tables=torch.from_numpy(self.tables[:num_seqs, :max_blocks]).to(self.device),
+            query_lens=query_lens,
+            seq_lens=seq_lens,
         )
 
-    def _fill_rows(self, item: Scheduled, row: int, block_ids: npt.NDArray[np.int64]) -> None:
-        start, end = item.start, item.start + item.num_tokens
-        positions = np.arange(start, end)
-        target = slice(row, row + item.num_tokens)
-        self.rows[0, target] = item.request.token_ids[start:end]
-        self.rows[1, target] = positions
-        self.rows[2, target] = block_ids[positions // self.block_size] * self.block_size + positions % self.block_size
+    def _fill_sample_rows(self, step: Step) -> int:
+        end = num_samples = 0
+        for item in step.scheduled:
+            end += item.num_tokens
+            self.rows[3, num_samples] = end - 1
+            num_samples += item.samples
+        return num_samples
+
+    def _fill_tables(self, step: Step) -> int:
+        """Returns the largest number of blocks."""
+        max_blocks = 0
+        for index, item in enumerate(step.scheduled):
+            blocks = item.request.blocks
+            self.tables[index, : len(blocks)] = [block.block_id for block in blocks]
+            self.tables[index, len(blocks) :] = 0
+            max_blocks = max(max_blocks, len(blocks))
+        return max_blocks
+
+    def _fill_positions(self, num_rows: int, num_seqs: int) -> None:
+        """Positions and slots of all rows, from the lengths and the tables."""
+        query_lens, seq_lens = self.query_lens[:num_seqs], self.seq_lens[:num_seqs]
+        sequences = np.repeat(np.arange(num_seqs), query_lens)
+        positions = self.rows[1, :num_rows]
+        # A row's position counts back from the end of its sequence as the row does from the end of its rows.
+        np.add(np.arange(num_rows), np.repeat(seq_lens - query_lens.cumsum(), query_lens), out=positions)
+        blocks, offsets = np.divmod(positions, self.block_size)
+        np.add(self.tables[sequences, blocks] * self.block_size, offsets, out=self.rows[2, :num_rows])
+
+
+def _token_ids(item: Scheduled) -> list[int]:
+    return item.request.token_ids[item.start : item.start + item.num_tokens]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
+from engine.kernels import Kernels, LayerCache
 
 FULL_LENGTH_REQUESTS = 4  # what the default on a CPU holds
 CPU_MEMORY_SHARE = 0.5  # of the memory that is free once the weights are loaded
@@ -18,26 +16,13 @@ MIB = 1024 * 1024
 
 
 class KVCache:
-    """One pair of tensors [B, N, KH, D] for each layer: blocks, tokens of a block, KV heads, head size."""
+    """The cache of each layer, as the kernels lay it out: blocks of tokens, KV heads, head size."""
 
-    def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        self.layers: list[tuple[Tensor, Tensor]] = [
-            (_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(config.num_hidden_layers)
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, kernels: Kernels) -> None:
+        self.layers: list[LayerCache] = [
+            kernels.new_layer_cache(num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+            for _ in range(config.num_hidden_layers)
         ]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take no memory yet on a CPU.
-
-    torch.zeros writes them; NumPy's come from the operating system, which provides a page when it is first written.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -62,20 +47,19 @@ class MemoryPlan:
         return self.num_tokens / self.max_model_len
 
 
-def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    values = block_size * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * 2
-    return values * dtype.itemsize
+def bytes_per_block(config: ModelConfig, block_size: int, kernels: Kernels) -> int:
+    return kernels.kv_cache_bytes(block_size, config.num_key_value_heads, config.head_dim) * config.num_hidden_layers
 
 
 def plan_memory(
-    config: ModelConfig, engine_config: EngineConfig, max_model_len: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, engine_config: EngineConfig, max_model_len: int, kernels: Kernels, device: torch.device
 ) -> MemoryPlan:
     """Size the KV cache by `kv_cache_memory`, or by the memory that is free.
 
     Raises ValueError, with what would fit, if not even one request of `max_model_len` tokens has room.
     """
     block_size = engine_config.block_size
-    block_bytes = bytes_per_block(config, block_size, dtype)
+    block_bytes = bytes_per_block(config, block_size, kernels)
     blocks_of_one = -(-max_model_len // block_size)
     budget = _budget(engine_config.kv_cache_memory, device, blocks_of_one * block_bytes)
     num_blocks = budget // block_bytes

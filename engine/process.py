@@ -189,7 +189,7 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
         loaded.limits.max_model_len,
     )
     kernels = loaded.runner.kernels
-    logger.info("device: %s, %d threads, kernels: %s", loaded.device, torch.get_num_threads(), kernels.name)
+    logger.info("device: %s, %d threads, kernels: %s", loaded.device, kernels.num_threads, kernels.name)
     invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"
     logger.info("dtype: %s, answers are %s", str(loaded.dtype).removeprefix("torch."), invariant)
     logger.info(
@@ -231,6 +231,8 @@ def start(process_config: EngineProcessConfig) -> EngineLoop:
     age = process_age()
     clock = StepClock()
     loaded = load_model(config, clock, progress_bar())
+    # The kernels have threads of their own, and torch's would wait for work on the same cores.
+    torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
     warm_up(Engine(config, loaded))  # its own books; the real ones start at zero
     clock.lap("warm-up")
     engine = Engine(config, loaded)

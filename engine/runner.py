@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.kernels import Kernels, load_kernels
+from engine.kernels import KernelOptions, Kernels, load_kernels
 from engine.kv_cache import KVCache, MemoryPlan, plan_memory
 from engine.messages import TokenLogprobs
 from engine.model import CausalLM, Parameters
@@ -24,6 +24,8 @@ from engine.weights import load_weights
 
 CPU_NUM_BATCHED_TOKENS = 128  # larger steps compute little faster, and everybody waits for the end of a step
 GPU_NUM_BATCHED_TOKENS = 8192
+QUANTIZATIONS = ("auto", "none", "int8")
+KV_CACHE_DTYPES = ("auto", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGPROB_ROWS = 64  # rows whose logits are held at once for the log probabilities of a prompt
 
@@ -50,25 +52,27 @@ class ModelRunner:
         self.builder = builder
         self.sampler = sampler
         self.kernels = kernels
+        with torch.inference_mode():
+            self.execution = kernels.prepare(model, kv_cache, builder)
 
     @torch.inference_mode()
     def run(self, step: Step, clock: StepClock) -> list[RowOutput]:
         """Compute what the step schedules: one output for each of its items, in order."""
         batch = self.builder.build(step)
         clock.lap("prepare")
-        hidden = self.model.forward(batch, self.kv_cache)
+        self.execution.forward(batch)
         clock.lap("forward")
         outputs = [RowOutput() for _ in step.scheduled]
-        self._fill_prompt_logprobs(step, hidden, outputs)
-        self._fill_samples(step, batch, hidden, outputs)
+        self._fill_prompt_logprobs(step, outputs)
+        self._fill_samples(step, batch, outputs)
         clock.lap("sample")
         return outputs
 
-    def _fill_samples(self, step: Step, batch: BatchInputs, hidden: Tensor, outputs: list[RowOutput]) -> None:
+    def _fill_samples(self, step: Step, batch: BatchInputs, outputs: list[RowOutput]) -> None:
         sampling = [(item.request, out) for item, out in zip(step.scheduled, outputs, strict=True) if item.samples]
         if not sampling:
             return
-        logits = self.model.compute_logits(hidden[batch.sample_rows])
+        logits = self.execution.compute_logits(batch.sample_rows)
         wanted = [row for row, (request, _) in enumerate(sampling) if request.params.logprobs is not None]
         raw_logits = logits[wanted] if wanted else None  # a copy, before any setting changes them
         sampled = self.sampler.sample(logits, [request for request, _ in sampling])
@@ -82,22 +86,23 @@ class ModelRunner:
             if not is_finite:
                 output.error = "the model's logits are not finite"
 
-    def _fill_prompt_logprobs(self, step: Step, hidden: Tensor, outputs: list[RowOutput]) -> None:
+    def _fill_prompt_logprobs(self, step: Step, outputs: list[RowOutput]) -> None:
         first_row = 0
         for item, output in zip(step.scheduled, outputs, strict=True):
             if item.num_prompt_logprobs:
-                rows = hidden[first_row : first_row + item.num_prompt_logprobs]
-                output.prompt_logprobs = self._prompt_logprobs(item, rows)
+                output.prompt_logprobs = self._prompt_logprobs(item, first_row)
             first_row += item.num_tokens
 
-    def _prompt_logprobs(self, item: Scheduled, hidden: Tensor) -> list[TokenLogprobs]:
+    def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[TokenLogprobs]:
+        num_rows = item.num_prompt_logprobs
+        rows = torch.arange(first_row, first_row + num_rows, device=self.builder.device)
         first = item.start + 1  # a row tells the probability of the token after it
-        token_ids = torch.tensor(item.request.token_ids[first : first + len(hidden)], device=hidden.device)
+        token_ids = torch.tensor(item.request.token_ids[first : first + num_rows], device=rows.device)
         num_top = item.request.params.prompt_logprobs or 0
-        chunks = zip(torch.split(hidden, LOGPROB_ROWS), torch.split(token_ids, LOGPROB_ROWS), strict=True)
+        chunks = zip(torch.split(rows, LOGPROB_ROWS), torch.split(token_ids, LOGPROB_ROWS), strict=True)
         return list(
             itertools.chain.from_iterable(
-                gather_logprobs(self.model.compute_logits(rows), ids, [num_top] * len(ids)) for rows, ids in chunks
+                gather_logprobs(self.execution.compute_logits(some), ids, [num_top] * len(ids)) for some, ids in chunks
             )
         )
 
@@ -126,18 +131,28 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
-    kernels = load_kernels(device, dtype, limits.max_num_batched_tokens)
+    kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits))
+    clock.lap("kernels")
     with torch.inference_mode():
-        tensors = ((name, tensor.to(device)) for name, tensor in load_weights(path, model_config, dtype, progress))
-        parameters = Parameters(tensors)
+        weights = load_weights(
+            path,
+            model_config,
+            dtype,
+            progress,
+            vector_dtype=kernels.vector_dtype,
+            keep_packed=kernels.keep_packed,
+        )
+        parameters = Parameters(
+            (name, weight.to(device) if isinstance(weight, Tensor) else weight) for name, weight in weights
+        )
         clock.lap("weights")
         weight_bytes = parameters.num_bytes
         model = CausalLM(model_config, parameters, kernels, max_model_len=limits.max_model_len, device=device)
     clock.lap("model")
-    memory = plan_memory(model_config, config, limits.max_model_len, dtype, device)
+    memory = plan_memory(model_config, config, limits.max_model_len, kernels, device)
     runner = ModelRunner(
         model,
-        KVCache(model_config, memory.num_blocks, memory.block_size, dtype, device),
+        KVCache(model_config, memory.num_blocks, memory.block_size, kernels),
         BatchBuilder(
             limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, memory.block_size, device
         ),
@@ -146,6 +161,25 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     )
     clock.lap("KV cache")
     return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes)
+
+
+def kernel_options(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits
+) -> KernelOptions:
+    for name, value, choices in (
+        ("--quantization", config.quantization, QUANTIZATIONS),
+        ("--kv-cache-dtype", config.kv_cache_dtype, KV_CACHE_DTYPES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value}: must be {', '.join(choices[:-1])} or {choices[-1]}")
+    return KernelOptions(
+        dtype=dtype,
+        quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
+        max_num_rows=limits.max_num_batched_tokens,
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+    )
 
 
 def choose_device(name: str) -> torch.device:

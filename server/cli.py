@@ -1,4 +1,4 @@
-"""The command `lightwell`: serve, pull, chat, bench.
+"""The command `lightwell`: serve, pull, chat, bench, build-kernels.
 
 Flags of `serve` come from the table in `server.settings`. Each command imports what it needs when it runs, so that help
 and usage errors are immediate.
@@ -96,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_pull(commands)
     _add_chat(commands)
     _add_bench(commands)
+    _add_build_kernels(commands)
     return parser
 
 
@@ -278,6 +279,32 @@ def _bench(arguments: argparse.Namespace) -> int:
     if options["seed"] is None:
         options["seed"] = secrets.randbits(32)
     return _remote(lambda: bench(Load(**options), as_json=arguments.json))
+
+
+# build-kernels
+
+BUILD_KERNELS_DESCRIPTION = """\
+Compile the kernels for the CPU, unless they are there, and print the library's path. The server does so by itself at
+its first start, where it finds a C++ compiler: that of CXX, g++, c++ or clang++.
+"""
+
+
+def _add_build_kernels(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "build-kernels", help="compile the kernels for the CPU ahead", description=BUILD_KERNELS_DESCRIPTION
+    )
+    parser.set_defaults(run=_build_kernels)
+    parser.add_argument(
+        "--in-package",
+        action="store_true",
+        help="Keep the library beside the sources rather than in the cache folder: for images without a compiler",
+    )
+
+
+def _build_kernels(arguments: argparse.Namespace) -> NoReturn:
+    """In the place of this process: the engine's packages import torch."""
+    flags = ["--in-package"] if arguments.in_package else []
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "engine.kernels.cpu.build", *flags])
 
 
 if __name__ == "__main__":

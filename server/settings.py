@@ -39,7 +39,7 @@ CONFIG_VARIABLE = "LIGHTWELL_CONFIG"
 
 OTHER_VARIABLES = {
     CONFIG_VARIABLE: "The same as `--config`.",
-    "LIGHTWELL_CACHE": "Folder for fetched models. Default: `lightwell` in the user's cache folder.",
+    "LIGHTWELL_CACHE": "Folder for fetched models and compiled kernels. Default: `lightwell` in the user's cache folder.",
     "LIGHTWELL_TEST_MODEL": "A GGUF file that the tests use instead of fetching one.",
 }
 
@@ -131,6 +131,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             _ENGINE, choice("DTYPE", "auto", "float32", "bfloat16", "float16"), "Number format of the computation."
         ),
     ] = "auto"
+    quantization: Annotated[
+        str,
+        Setting(
+            _ENGINE,
+            choice("QUANTIZATION", "auto", "none", "int8"),
+            "How weights are kept: as the model's file has them, unpacked to dtype, or in 8 bits with a scale for 32.",
+        ),
+    ] = "auto"
     seed: Annotated[
         int | None,
         Setting(_ENGINE, INT64, "Seed of requests that bring none. Unset: a random one for each."),
@@ -194,6 +202,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: Annotated[
         bool, Setting(_MEMORY, BOOLEAN, "Keep the KV cache of prompts for later prompts that begin alike.")
     ] = True
+    kv_cache_dtype: Annotated[
+        str,
+        Setting(
+            _MEMORY,
+            choice("DTYPE", "auto", "int8"),
+            "Number format of the KV cache: that of the computation, or 8 bits with a scale for each token and head.",
+        ),
+    ] = "auto"
     kv_cache_memory: Annotated[
         int | None, Setting(_MEMORY, size(1 << 20), "Memory for the KV cache. Unset: by device and model.")
     ] = None
@@ -346,6 +362,8 @@ def engine_config(settings: Settings, model_path: Path) -> "EngineConfig":
         model_path=str(model_path),
         device=settings.device,
         dtype=settings.dtype,
+        quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

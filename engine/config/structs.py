@@ -9,6 +9,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str  # a GGUF file, or a folder with config.json and safetensors
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    quantization: str = "auto"  # auto: as the checkpoint has it; none: `dtype`; int8: groups of 32
+    kv_cache_dtype: str = "auto"  # auto: `dtype`; int8: with a scale for each token and head
     max_model_len: int | None = None  # tokens; None: what the model was trained for
     max_num_seqs: int = 128
     max_num_batched_tokens: int | None = None  # tokens a step computes at most

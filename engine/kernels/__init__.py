@@ -1,61 +1,129 @@
-"""What happens between and in the matrix products of a decoder, one signature for each operation.
+"""The matrix products of a decoder and what happens between them, one signature for each operation.
 
 `load_kernels` chooses an implementation once, at start. Every implementation keeps promise 1: what a row's result is
 depends on that row and on its own keys and values, never on how many rows there are or which neighbours it has.
 
 Shapes are named after T: rows (tokens) of the batch, S: sequences, H: query heads, KH: KV heads, G = H / KH: query
-heads that share a KV head (grouped-query attention), D: head size, B: blocks, N: tokens of a block.
+heads that share a KV head (grouped-query attention), D: head size, B: blocks, N: tokens of a block, V: token ids.
 """
 
-from typing import Any, Protocol
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from engine.batch import BatchInputs
+from engine.weights import Weight
+
+if TYPE_CHECKING:
+    from engine.batch import BatchBuilder
+    from engine.kv_cache import KVCache
+    from engine.model import CausalLM
+
+logger = logging.getLogger("lightwell.engine")
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """What kernels are to be made for."""
+
+    dtype: torch.dtype
+    quantization: str = "auto"  # auto: as the checkpoint has it; none: dtype; int8: groups of 32
+    kv_cache_dtype: str = "auto"  # auto: dtype; int8: with a scale for each token and head
+    max_num_rows: int = 0  # of a batch
+    head_dim: int = 64
+    block_size: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer, laid out as the kernels want them."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None  # float32 [B, KH, N], where keys and values are int8
+    value_scales: Tensor | None = None
 
 
 class LinearOp(Protocol):
     """A matrix product with fixed weights: x [T, K] -> [T, M]."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The product; added to `residual`, in place, where there is one."""
+        ...
+
+
+class Execution(Protocol):
+    """A model made ready to run step after step in the same buffers."""
+
+    def forward(self, batch: BatchInputs) -> None:
+        """Compute the last hidden state of every row, and store keys and values."""
+        ...
+
+    def compute_logits(self, rows: Tensor) -> Tensor:
+        """float32 logits [R, V] of some rows (int64 [R]) of the last batch, until the next call."""
+        ...
 
 
 class Kernels(Protocol):
     """The operations of a decoder on one device."""
 
     name: str
-    deterministic: bool  # whether probes at load found the promise kept
+    deterministic: bool  # whether the promise is kept
+    keep_packed: frozenset[str]  # GGML types that `pack` takes as they are
+    vector_dtype: torch.dtype  # of norms and biases
+    num_threads: int  # that compute
+    num_torch_threads: int  # how many of torch's own are wanted
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-        """Prepare y = x W^T + b for weight [M, K], which may be kept in another layout."""
+    def pack(self, parts: Sequence[Weight]) -> Any:
+        """Matrices of weights [M, K], one below the other, in the layout that `linear` and `embed` want."""
+        ...
+
+    def linear(self, matrix: Any, bias: Tensor | None = None) -> LinearOp:
+        """Prepare y = x W^T + b."""
+        ...
+
+    def embed(self, token_ids: Tensor, matrix: Any) -> Tensor:
+        """Rows `token_ids` [T] of a packed matrix [M, K]: the residual stream [T, K]."""
+        ...
+
+    def gather(self, table: Tensor, rows: Tensor) -> Tensor:
+        """Some rows of a table."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [T, K] over its root mean square, times weight (Zhang and Sennrich 2019)."""
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Add x to the residual stream, in place, and return its rms_norm."""
+    def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        """Bytes of one block in one layer."""
+        ...
+
+    def new_layer_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
+        """An empty cache of one layer."""
         ...
 
     def rope_and_store_kv(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LayerCache
     ) -> Tensor:
         """Rotate q [T, H, D] and k [T, KH, D] by their positions (Su et al. 2021, halves as in Hugging Face's Llama),
-        store k and v at `slots` [T] (block id * N + offset) of the caches [B, N, KH, D], and return the rotated q.
+        store k and v at `slots` [T] (block id * N + offset) of the cache, and return the rotated q.
 
         cos and sin are float32 [T, D / 2].
         """
         ...
 
-    def plan_attention(self, batch: BatchInputs, num_heads: int, k_cache: Tensor) -> Any:
+    def plan_attention(self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache) -> Any:
         """What `paged_attention` needs to know of a batch, worked out once a step rather than once a layer."""
         ...
 
-    def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any, scale: float, window: int | None
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, cache: LayerCache, plan: Any, scale: float, window: int | None) -> Tensor:
         """Causal attention of q [T, H, D] to the keys and values that each row's sequence has in its blocks.
 
         A row at position p sees positions max(0, p - window + 1) .. p. Softmax in float32. Returns [T, H, D].
@@ -69,12 +137,47 @@ class Kernels(Protocol):
         """
         ...
 
+    def temporaries(self) -> AbstractContextManager[None]:
+        """What is computed inside, all but what is added to a residual stream, is not used after it."""
+        ...
 
-def load_kernels(device: torch.device, dtype: torch.dtype, max_num_rows: int) -> Kernels:
-    """The implementation for a device, for batches of up to `max_num_rows`.
+    def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> Execution:
+        """Make a model ready to run on the batches of a builder."""
+        ...
 
-    So far there is one, in plain torch, which runs everywhere.
+
+def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
+    """The implementation for a device: C++ on a CPU for which it can be compiled, else plain torch.
+
+    Raises:
+        ValueError: an option that this device does not have.
     """
+    reason = "they are for CPUs"
+    if device.type == "cpu":
+        kernels = _load_cpu_kernels(options)
+        if not isinstance(kernels, str):
+            return kernels
+        reason = kernels
+        logger.warning("kernels: plain torch, which is slower, because %s", reason)
+    if options.quantization == "int8":
+        raise ValueError(f"--quantization int8 needs the C++ kernels, but {reason}")
+    if options.kv_cache_dtype == "int8":
+        raise ValueError(f"--kv-cache-dtype int8 needs the C++ kernels, but {reason}")
     from engine.kernels.reference import TorchKernels
 
-    return TorchKernels(device, dtype, max_num_rows)
+    return TorchKernels(device, options.dtype, options.max_num_rows)
+
+
+def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:
+    """The C++ kernels, or why they cannot be used."""
+    from engine.kernels.cpu.build import BuildError, build
+    from engine.kernels.cpu.kernels import CpuKernels, why_unsupported
+    from engine.kernels.cpu.library import Library
+
+    if reason := why_unsupported(options):
+        return reason
+    try:
+        library = Library(build())
+    except (BuildError, ValueError, OSError) as error:
+        return str(error)
+    return CpuKernels(library, options, torch.get_num_threads())

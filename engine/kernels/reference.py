@@ -10,15 +10,26 @@ what was cached selects another order of additions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import BatchInputs
-from engine.kernels import LinearOp
+from engine.kernels import LayerCache, LinearOp
+from engine.memory import lazy_zeros
+from engine.weights import Weight
+
+if TYPE_CHECKING:
+    from engine.batch import BatchBuilder
+    from engine.kv_cache import KVCache
+    from engine.model import CausalLM
+
+Product = Callable[[Tensor], Tensor]
 
 KEY_TILE = 256  # keys that one pass of the softmax takes in
 QUERY_TILES = (1, 16, 128)  # tokens of one sequence that are computed together; the smallest that holds them all
@@ -61,26 +72,32 @@ class TorchKernels:
     """Plain torch on any device."""
 
     name = "torch"
+    keep_packed: frozenset[str] = frozenset()
 
     def __init__(self, device: torch.device, dtype: torch.dtype, max_num_rows: int = 0) -> None:
         self.device = device
-        self.dtype = dtype
+        self.dtype = self.vector_dtype = dtype
         self.max_num_rows = max_num_rows
+        self.num_threads = self.num_torch_threads = torch.get_num_threads()
         self.deterministic = True
         self._row_multiples: dict[tuple[torch.Size, bool], int] = {}  # (weight shape, has a bias) -> padding
         self._query_tiles: dict[tuple[int, int], tuple[int, ...]] = {}  # (G, D) -> sizes that agree
 
     # Matrix products.
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-        key = (weight.shape, bias is not None)
-        product = _packed_product(weight, bias) if _can_pack(weight) else _plain_product(weight, bias)
-        if key not in self._row_multiples:
-            self._row_multiples[key] = self._find_row_multiple(product, weight.shape[1])
-        multiple = self._row_multiples[key]
-        return product if multiple == 1 else _padded(product, multiple)
+    def pack(self, parts: Sequence[Weight]) -> Tensor:
+        tensors = [part if isinstance(part, Tensor) else part.dequantize(self.dtype) for part in parts]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
-    def _find_row_multiple(self, product: LinearOp, num_inputs: int) -> int:
+    def linear(self, matrix: Tensor, bias: Tensor | None = None) -> LinearOp:
+        key = (matrix.shape, bias is not None)
+        product = _packed_product(matrix, bias) if _can_pack(matrix) else _plain_product(matrix, bias)
+        if key not in self._row_multiples:
+            self._row_multiples[key] = self._find_row_multiple(product, matrix.shape[1])
+        multiple = self._row_multiples[key]
+        return _adding(product if multiple == 1 else _padded(product, multiple))
+
+    def _find_row_multiple(self, product: Product, num_inputs: int) -> int:
         """The smallest padding with which a row's result does not depend on the number of rows.
 
         Another order of additions shows in few of the rounded results, so each number of rows is tried on many rows.
@@ -109,26 +126,44 @@ class TorchKernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        residual += x
-        return F.rms_norm(residual, (x.shape[-1],), weight, eps)
+    def embed(self, token_ids: Tensor, matrix: Tensor) -> Tensor:
+        return F.embedding(token_ids, matrix)
+
+    def gather(self, table: Tensor, rows: Tensor) -> Tensor:
+        return table[rows]
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> EagerExecution:
+        return EagerExecution(model, kv_cache)
 
     def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate).mul_(up).to(gate_up.dtype)
 
+    def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        return 2 * block_size * num_kv_heads * head_dim * self.dtype.itemsize
+
+    def new_layer_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
+        """Keys and values [B, N, KH, D]."""
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return LayerCache(lazy_zeros(shape, self.dtype, self.device), lazy_zeros(shape, self.dtype, self.device))
+
     def rope_and_store_kv(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LayerCache
     ) -> Tensor:
         cos, sin = cos[:, None], sin[:, None]  # one for all heads
-        k_cache.flatten(0, 1).index_copy_(0, slots, _rotate(k, cos, sin))
-        v_cache.flatten(0, 1).index_copy_(0, slots, v)
+        cache.keys.flatten(0, 1).index_copy_(0, slots, _rotate(k, cos, sin))
+        cache.values.flatten(0, 1).index_copy_(0, slots, v)
         return _rotate(q, cos, sin)
 
     # Attention.
 
-    def plan_attention(self, batch: BatchInputs, num_heads: int, k_cache: Tensor) -> AttentionPlan:
-        _, block_size, num_kv_heads, head_dim = k_cache.shape
+    def plan_attention(
+        self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache
+    ) -> AttentionPlan:
+        _, block_size, _, head_dim = cache.keys.shape
         group_size = num_heads // num_kv_heads
         tiles = self._agreeing_query_tiles(group_size, head_dim)
         members: dict[int, list[QueryTile]] = {}
@@ -146,14 +181,14 @@ class TorchKernels:
         )
 
     def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, window: int | None
+        self, q: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float, window: int | None
     ) -> Tensor:
         num_rows, num_heads, head_dim = q.shape
         padded = q.new_zeros((num_rows + 1, num_heads, head_dim))  # the last row stands in for padding
         padded[:num_rows] = q
         out = torch.empty_like(padded)
         for group in plan.groups:
-            out[group.rows] = _attend(padded[group.rows], k_cache, v_cache, group, scale, window)
+            out[group.rows] = _attend(padded[group.rows], cache, group, scale, window)
         return out[:num_rows]
 
     def _agreeing_query_tiles(self, group_size: int, head_dim: int) -> tuple[int, ...]:
@@ -229,10 +264,10 @@ def _group(size: int, tiles: list[QueryTile], group_size: int, tables: Tensor, p
     )
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: QueryGroup, scale: float, window: int | None) -> Tensor:
+def _attend(q: Tensor, cache: LayerCache, group: QueryGroup, scale: float, window: int | None) -> Tensor:
     """Flash attention of query tiles q [A, Q, H, D] over their pages."""
     num_tiles, size, num_heads, head_dim = q.shape
-    block_size, num_kv_heads = k_cache.shape[1:3]
+    block_size, num_kv_heads = cache.keys.shape[1:3]
     blocks_per_tile = KEY_TILE // block_size
     num_rows = group.positions.shape[2]
     num_packed = size * num_heads // num_kv_heads
@@ -250,7 +285,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: QueryGroup, scal
         if window is not None and min(group.first_positions[:active]) - window + 1 >= start + KEY_TILE:
             continue  # no row sees this tile
         blocks = group.block_tables[:active, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
-        keys, values = _gather(k_cache, blocks), _gather(v_cache, blocks)
+        keys, values = _gather(cache.keys, blocks), _gather(cache.values, blocks)
         # What no row sees gets weight 0, which does not make up for a NaN that another request left there.
         values.masked_fill_(start + key_positions[:, None] >= group.ends[:active], 0.0)
         distance = group.positions[:active] - (start + key_positions)  # [A, 1, R, KEY_TILE]
@@ -303,7 +338,7 @@ def _can_pack(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
-def _packed_product(weight: Tensor, bias: Tensor | None) -> LinearOp:
+def _packed_product(weight: Tensor, bias: Tensor | None) -> Product:
     """oneDNN, with the weight in the layout that it wants, so that it is not reordered in every call."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
@@ -314,11 +349,11 @@ def _packed_product(weight: Tensor, bias: Tensor | None) -> LinearOp:
     return product
 
 
-def _plain_product(weight: Tensor, bias: Tensor | None) -> LinearOp:
+def _plain_product(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: F.linear(x, weight, bias)
 
 
-def _padded(product: LinearOp, multiple: int) -> LinearOp:
+def _padded(product: Product, multiple: int) -> Product:
     """The same product, always over a multiple of so many rows."""
 
     def padded(x: Tensor) -> Tensor:
@@ -326,3 +361,28 @@ def _padded(product: LinearOp, multiple: int) -> LinearOp:
         return product(F.pad(x, (0, 0, 0, missing)))[: len(x)] if missing else product(x)
 
     return padded
+
+
+def _adding(product: Product) -> LinearOp:
+    """With a residual stream to add to."""
+
+    def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return product(x) if residual is None else residual.add_(product(x))
+
+    return linear
+
+
+class EagerExecution:
+    """Runs the model's code for every batch."""
+
+    def __init__(self, model: CausalLM, kv_cache: KVCache) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.hidden: Tensor | None = None
+
+    def forward(self, batch: BatchInputs) -> None:
+        self.hidden = self.model.forward(batch, self.kv_cache)
+
+    def compute_logits(self, rows: Tensor) -> Tensor:
+        assert self.hidden is not None
+        return self.model.compute_logits(self.hidden, rows).float()

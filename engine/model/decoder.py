@@ -3,20 +3,31 @@
 Rows of all sequences lie in one flat batch. Names of parts and parameters are those of Hugging Face's checkpoints;
 q, k and v are one product, and so are gate and up. What a row needs of its sequence is in `BatchInputs` and in the
 KV cache; nothing is global.
+
+The kernels may run this code for every batch, or once, with tensors that stand for their buffers, to learn which
+operations follow on each other. So it looks at shapes but never at numbers, and all arithmetic is the kernels'.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import BatchInputs
 from engine.config import ModelConfig
-from engine.kernels import Kernels
+from engine.kernels import Kernels, LayerCache, LinearOp
 from engine.kv_cache import KVCache
 from engine.model.parameters import Parameters
 from engine.model.rotary import RotaryEmbedding
+
+
+def linear(
+    kernels: Kernels, parameters: Parameters, parts: list[tuple[str, int]], num_inputs: int, *, has_bias: bool
+) -> LinearOp:
+    """One product of the weights of several parts, each with its name and number of outputs."""
+    weights = [parameters.take_weight(f"{name}.weight", size, num_inputs) for name, size in parts]
+    biases = [parameters.take(f"{name}.bias", size) for name, size in parts] if has_bias else []
+    return kernels.linear(kernels.pack(weights), torch.cat(biases) if biases else None)
 
 
 class Attention:
@@ -29,46 +40,38 @@ class Attention:
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.window = config.sliding_window
-        names = [f"{prefix}.{name}_proj" for name in "qkv"]
-        sizes = [heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        weight = parameters.take_fused([f"{name}.weight" for name in names], sizes, config.hidden_size)
-        bias = parameters.take_fused([f"{name}.bias" for name in names], sizes) if config.attention_bias else None
-        self.qkv_proj = kernels.linear(weight, bias)
-        self.o_proj = kernels.linear(
-            parameters.take(f"{prefix}.o_proj.weight", config.hidden_size, sizes[0]),
-            parameters.take(f"{prefix}.o_proj.bias", config.hidden_size) if config.attention_output_bias else None,
-        )
+        size, sizes = self.num_heads * self.head_dim, (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        qkv = [(f"{prefix}.{name}_proj", heads * self.head_dim) for name, heads in zip("qkv", sizes, strict=True)]
+        self.qkv_proj = linear(kernels, parameters, qkv, config.hidden_size, has_bias=config.attention_bias)
+        o = [(f"{prefix}.o_proj", config.hidden_size)]
+        self.o_proj = linear(kernels, parameters, o, size, has_bias=config.attention_output_bias)
 
-    def __call__(self, x: Tensor, forward: "Forward", k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, forward: "Forward", cache: LayerCache, residual: Tensor) -> None:
         heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q = self.kernels.rope_and_store_kv(q, k, v, forward.cos, forward.sin, forward.batch.slots, k_cache, v_cache)
-        out = self.kernels.paged_attention(q, k_cache, v_cache, forward.attention_plan, self.scale, self.window)
-        return self.o_proj(out.flatten(1))
+        q = self.kernels.rope_and_store_kv(q, k, v, forward.cos, forward.sin, forward.batch.slots, cache)
+        out = self.kernels.paged_attention(q, cache, forward.attention_plan, self.scale, self.window)
+        self.o_proj(out.flatten(1), residual)
 
 
 class MLP:
     """Gated feed-forward network: down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, prefix: str, kernels: Kernels) -> None:
-        size = config.intermediate_size
-        names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-        weight = parameters.take_fused([f"{name}.weight" for name in names], (size, size), config.hidden_size)
-        bias = parameters.take_fused([f"{name}.bias" for name in names], (size, size)) if config.mlp_bias else None
-        self.gate_up_proj = kernels.linear(weight, bias)
-        self.down_proj = kernels.linear(
-            parameters.take(f"{prefix}.down_proj.weight", config.hidden_size, size),
-            parameters.take(f"{prefix}.down_proj.bias", config.hidden_size) if config.mlp_bias else None,
-        )
+        size, hidden_size = config.intermediate_size, config.hidden_size
+        gate_up = [(f"{prefix}.{name}_proj", size) for name in ("gate", "up")]
+        self.gate_up_proj = linear(kernels, parameters, gate_up, hidden_size, has_bias=config.mlp_bias)
+        down = [(f"{prefix}.down_proj", hidden_size)]
+        self.down_proj = linear(kernels, parameters, down, size, has_bias=config.mlp_bias)
         self.kernels = kernels
         self.activation = config.hidden_act
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.kernels.act_and_mul(self.gate_up_proj(x), self.activation))
+    def __call__(self, x: Tensor, residual: Tensor) -> None:
+        self.down_proj(self.kernels.act_and_mul(self.gate_up_proj(x), self.activation), residual)
 
 
 class DecoderLayer:
-    """Attention, then MLP, each of the normed residual stream and added to it."""
+    """Attention, then MLP, each of the normed residual stream [T, hidden_size] and added to it in place."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, prefix: str, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -78,12 +81,11 @@ class DecoderLayer:
         self.post_attention_layernorm = parameters.take(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
         self.mlp = MLP(config, parameters, f"{prefix}.mlp", kernels)
 
-    def __call__(self, x: Tensor, residual: Tensor, forward: "Forward", k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        """`x` is the last layer's contribution, not yet added to `residual`; returns this layer's."""
-        x = self.kernels.add_rms_norm(x, residual, self.input_layernorm, self.eps)
-        x = self.self_attn(x, forward, k_cache, v_cache)
-        x = self.kernels.add_rms_norm(x, residual, self.post_attention_layernorm, self.eps)
-        return self.mlp(x)
+    def __call__(self, residual: Tensor, forward: "Forward", cache: LayerCache) -> None:
+        x = self.kernels.rms_norm(residual, self.input_layernorm, self.eps)
+        self.self_attn(x, forward, cache, residual)
+        x = self.kernels.rms_norm(residual, self.post_attention_layernorm, self.eps)
+        self.mlp(x, residual)
 
 
 class Forward:
@@ -113,7 +115,8 @@ class CausalLM:
         has_factors = config.rope_scaling.rope_type == "factors"
         factors = parameters.take("rope_factors", config.head_dim // 2) if has_factors else None
         self.rotary = RotaryEmbedding(config, max_model_len, device, factors)
-        self.embed_tokens = parameters.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = kernels.pack([parameters.take_weight("model.embed_tokens.weight", *shape)])
         self.layers = [
             DecoderLayer(config, parameters, f"model.layers.{index}", kernels)
             for index in range(config.num_hidden_layers)
@@ -121,21 +124,28 @@ class CausalLM:
         self.norm = parameters.take("model.norm.weight", config.hidden_size)
         head = self.embed_tokens
         if not config.tie_word_embeddings:
-            head = parameters.take("lm_head.weight", config.vocab_size, config.hidden_size)
-        self.lm_head = kernels.linear(head[: config.num_token_ids])
+            head = kernels.pack([parameters.take_weight("lm_head.weight", *shape)])
+        self.lm_head = kernels.linear(head)
         parameters.finish()
 
     def forward(self, batch: BatchInputs, kv_cache: KVCache) -> Tensor:
-        """The last hidden state of every row [T, hidden_size], normed. Stores each row's keys and values."""
-        cos, sin = self.rotary(batch.positions)
-        plan = self.kernels.plan_attention(batch, self.config.num_attention_heads, kv_cache.layers[0][0])
-        forward = Forward(batch, cos, sin, plan)
-        x = F.embedding(batch.token_ids, self.embed_tokens)
-        residual = torch.zeros_like(x)
-        for layer, (k_cache, v_cache) in zip(self.layers, kv_cache.layers, strict=True):
-            x = layer(x, residual, forward, k_cache, v_cache)
-        return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
+        """The last hidden state of every row [T, hidden_size]. Stores each row's keys and values."""
+        kernels, config = self.kernels, self.config
+        x = kernels.embed(batch.token_ids, self.embed_tokens)
+        forward = Forward(
+            batch,
+            cos=kernels.gather(self.rotary.cos, batch.positions),
+            sin=kernels.gather(self.rotary.sin, batch.positions),
+            attention_plan=kernels.plan_attention(
+                batch, config.num_attention_heads, config.num_key_value_heads, kv_cache.layers[0]
+            ),
+        )
+        for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
+            with kernels.temporaries():
+                layer(x, forward, cache)
+        return x
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """LM head: float32 logits [R, num_token_ids] of hidden states [R, hidden_size]."""
-        return self.lm_head(hidden).float()
+    def compute_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Final norm and LM head: logits [R, num_token_ids] of some rows (int64 [R]) of the hidden states."""
+        x = self.kernels.rms_norm(self.kernels.gather(hidden, rows), self.norm, self.config.rms_norm_eps)
+        return self.lm_head(x)[:, : self.config.num_token_ids]

@@ -17,9 +17,6 @@ class RotaryEmbedding:
         self.cos = angles.cos().to(device)
         self.sin = angles.sin().to(device)
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos[positions], self.sin[positions]
-
 
 def inverse_frequencies(config: ModelConfig, factors: Tensor | None) -> Tensor:
     """Angle per position of each of the D / 2 pairs, stretched as the model was trained for. float32.

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.config import ModelConfig
 from engine.gguf import GGML_TYPES, GGUFFile, TensorInfo
+from engine.weights.packed import PackedTensor, Weight
 
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -40,35 +42,42 @@ GGUF_CHUNK_SIZE = 2**20  # the `gguf` package does much in Python for each chunk
 
 
 def load_gguf(
-    path: Path, config: ModelConfig, dtype: torch.dtype, progress: Callable[[int, int], None]
-) -> Iterator[tuple[str, torch.Tensor]]:
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None],
+    vector_dtype: torch.dtype | None = None,
+    keep_packed: frozenset[str] = frozenset(),
+) -> Iterator[tuple[str, Weight]]:
     """See `engine.weights.load_weights`. Progress counts the bytes of the tensors."""
-    with GGUFFile(path) as file:
-        num_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
-        num_bytes_done = 0
-        for tensor in file.tensors.values():
-            try:
-                named_tensor = _load_tensor(file, tensor, config, dtype)
-            except (ValueError, NotImplementedError) as error:
-                raise ValueError(f"{path}: {tensor.name}: {error}") from error
-            yield named_tensor
-            num_bytes_done += tensor.n_bytes
-            progress(num_bytes_done, num_bytes)
+    # Not closed here: packed tensors go on reading what is mapped, which goes when the last of them does.
+    file = GGUFFile(path)
+    num_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
+    num_bytes_done = 0
+    for tensor in file.tensors.values():
+        try:
+            named_tensor = _load_tensor(file, tensor, config, dtype if len(tensor.shape) > 1 else vector_dtype or dtype, keep_packed)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{path}: {tensor.name}: {error}") from error
+        yield named_tensor
+        num_bytes_done += tensor.n_bytes
+        progress(num_bytes_done, num_bytes)
 
 
 def _load_tensor(
-    file: GGUFFile, tensor: TensorInfo, config: ModelConfig, dtype: torch.dtype
-) -> tuple[str, torch.Tensor]:
+    file: GGUFFile, tensor: TensorInfo, config: ModelConfig, dtype: torch.dtype, keep_packed: frozenset[str]
+) -> tuple[str, Weight]:
     is_rope_factors = tensor.name == ROPE_FACTORS
     name = "rope_factors" if is_rope_factors else huggingface_name(tensor.name)
-    with file.tensor_data(tensor) as data:
-        if ".q_proj." in name:
-            rows: memoryview | bytes = undo_permutation(data, tensor.shape[0], config.num_attention_heads)
-        elif ".k_proj." in name:
-            rows = undo_permutation(data, tensor.shape[0], config.num_key_value_heads)
-        else:
-            rows = data
-        return name, dequantize(rows, tensor, torch.float32 if is_rope_factors else dtype)
+    data: memoryview | bytes = file.tensor_data(tensor)
+    if ".q_proj." in name:
+        data = undo_permutation(data, tensor.shape[0], config.num_attention_heads)
+    elif ".k_proj." in name:
+        data = undo_permutation(data, tensor.shape[0], config.num_key_value_heads)
+    type_name = GGML_TYPES[tensor.ggml_type].name
+    if type_name in keep_packed and len(tensor.shape) == 2:
+        return name, PackedTensor(type_name, (tensor.shape[0], tensor.shape[1]), np.frombuffer(data, dtype=np.uint8))
+    return name, dequantize(data, tensor.ggml_type, tensor.shape, torch.float32 if is_rope_factors else dtype)
 
 
 def huggingface_name(name: str) -> str:
@@ -83,7 +92,7 @@ def huggingface_name(name: str) -> str:
     raise ValueError("no place for this tensor in a llama model")
 
 
-def undo_permutation(data: memoryview, num_rows: int, num_heads: int) -> bytes:
+def undo_permutation(data: memoryview | bytes, num_rows: int, num_heads: int) -> bytes:
     """Put the rows of q or k, weight or bias, packed as they are, back into Hugging Face's order.
 
     GGUF stores each head's rows as pairs (i, i + head_dim / 2) for interleaved rotary embeddings.
@@ -100,10 +109,12 @@ def undo_permutation(data: memoryview, num_rows: int, num_heads: int) -> bytes:
     return b"".join([data[start : start + row_size] for start in starts])
 
 
-def dequantize(data: memoryview | bytes, tensor: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(
+    data: memoryview | bytes, ggml_type: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
     """Unpack a tensor's bytes, chunk by chunk, to its shape in `dtype` (by way of float32)."""
-    name, block_size, type_size = GGML_TYPES[tensor.ggml_type]
-    weights = torch.empty(tensor.shape, dtype=dtype)
+    name, block_size, type_size = GGML_TYPES[ggml_type]
+    weights = torch.empty(shape, dtype=dtype)
     unpack = TORCH_UNPACKERS.get(name)
     chunk_size = CHUNK_SIZE if unpack else GGUF_CHUNK_SIZE
 
@@ -113,7 +124,7 @@ def dequantize(data: memoryview | bytes, tensor: TensorInfo, dtype: torch.dtype)
         if unpack:
             values = unpack(torch.frombuffer(chunk, dtype=torch.uint8))
         else:
-            values = _unpack_with_gguf(chunk, tensor.ggml_type)
+            values = _unpack_with_gguf(chunk, ggml_type)
         _store(values.view(-1), weights.view(-1)[start:])
 
     starts = range(0, weights.numel(), chunk_size)
@@ -135,7 +146,6 @@ def _store(values: torch.Tensor, target: torch.Tensor) -> None:
 
 def _unpack_with_gguf(chunk: bytearray, ggml_type: int) -> torch.Tensor:
     import gguf
-    import numpy as np
 
     row = np.frombuffer(chunk, dtype=np.uint8).reshape(1, -1)  # one row, because `gguf` loops over rows in Python
     with np.errstate(all="ignore"):  # infinite scales are the file's business, not a warning's

@@ -16,7 +16,11 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load_safetensors(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, progress: Callable[[int, int], None]
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None],
+    vector_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """See `engine.weights.load_weights`. Progress counts the bytes of the files."""
     shards = _find_shards(folder)
@@ -27,7 +31,7 @@ def load_safetensors(
         for name, tensor in _read_shard(shard, expected):
             num_bytes_done += tensor.nbytes
             if not _is_redundant(name, config):
-                yield name, tensor.to(dtype)
+                yield name, tensor.to(dtype if tensor.ndim > 1 else vector_dtype or dtype)
             progress(num_bytes_done, num_bytes)
         num_bytes_of_shards += shard.stat().st_size
         progress(num_bytes_of_shards, num_bytes)

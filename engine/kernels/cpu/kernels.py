@@ -1,0 +1,374 @@
+"""The operations in C++.
+
+The model's code runs once, on tensors that stand for buffers of the largest batch, and each operation adds a call to a
+program. The program then runs once a step, without Python in between. Activations are float32 between the products; a
+product's input is rounded to what its weights want by the operation that makes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.batch import BatchBuilder, BatchInputs
+from engine.kernels import KernelOptions, LayerCache, LinearOp
+from engine.kernels.cpu import program as calls
+from engine.kernels.cpu.execution import CpuExecution
+from engine.kernels.cpu.library import Library
+from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.weights import FLOAT32, GGML_TYPES, Matrix, Packer, input_row_bytes
+from engine.kv_cache import KVCache
+from engine.memory import lazy_zeros
+from engine.model import CausalLM
+from engine.weights import Weight
+
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
+CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+CHUNK = 256  # tokens, and the numbers below: as in attention.h
+MAX_PACKED = 48
+MAX_HEAD_DIM = 512
+LANES = 16
+MAX_PARTIALS = 1024
+
+
+def why_unsupported(options: KernelOptions) -> str | None:
+    """What these kernels lack for a model, if anything."""
+    if options.dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ kernels do not compute in {options.dtype}".replace("torch.", "")
+    if options.block_size % LANES or CHUNK % options.block_size:
+        return f"the C++ kernels want a --block-size of 16, 32, 64, 128 or 256, not {options.block_size}"
+    if options.head_dim % LANES or options.head_dim > MAX_HEAD_DIM:
+        return f"the C++ kernels want a head size that is a multiple of 16 up to {MAX_HEAD_DIM}, not {options.head_dim}"
+    return None
+
+
+@dataclass
+class Buffer:
+    """What is known of a tensor that stands for a buffer."""
+
+    num_rows: int  # where the number of rows is read
+    tensor: Tensor
+    producer: ctypes.Structure | None = None  # the call that fills it, if that can also prepare it for a product
+    prepared: tuple[int, Tensor] | None = None  # form, and the same rows in it
+
+
+class CpuKernels:
+    """C++ kernels for x86-64, with AVX2 or AVX-512."""
+
+    deterministic = True
+    vector_dtype = torch.float32
+    num_torch_threads = 1
+
+    def __init__(self, library: Library, options: KernelOptions, num_threads: int) -> None:
+        self.library = library
+        self.name = f"cpu {library.code_path}"
+        self.team = library.new_team(num_threads)
+        self.num_threads = self.team.num_threads
+        self.max_num_rows = options.max_num_rows
+        self.cache_dtype = torch.int8 if options.kv_cache_dtype == "int8" else options.dtype
+        self.keep_packed = GGML_TYPES if options.quantization == "auto" else frozenset()
+        self.packer = Packer(library, self.team, options.dtype, to_int8=options.quantization == "int8")
+        self.program = Program(library, self.team)
+        self.builder: BatchBuilder | None = None
+        self._buffers: dict[int, Buffer] = {}  # by the address of the storage
+        self._index_rows: dict[int, int] = {}  # address of an index -> where its length is read
+        self._pool: dict[tuple[int, torch.Size], Tensor] = {}  # of temporaries, by order and shape
+        self._num_temporaries: int | None = None
+
+    # Weights.
+
+    def pack(self, parts: Sequence[Weight]) -> Matrix:
+        return self.packer.pack(parts)
+
+    def linear(self, matrix: Matrix, bias: Tensor | None = None) -> LinearOp:
+        def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return self._linear(x, matrix, bias, residual)
+
+        return product
+
+    def _linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        source = self._buffer(x)
+        out = self._new(source.num_rows, x.shape[0], matrix.num_outputs).tensor if residual is None else residual
+        first = 0
+        for part in matrix.parts:
+            rows, row_bytes = self._prepared(x, source, part.format.form)
+            bias_address = bias[first:].data_ptr() if bias is not None else None
+            self.program.add(
+                f"linear_{part.format.name}",
+                calls.Linear(
+                    num_rows=source.num_rows,
+                    input=rows,
+                    input_stride=row_bytes,
+                    weights=part.data.data_ptr(),
+                    num_inputs=part.num_inputs,
+                    num_outputs=part.num_outputs,
+                    bias=bias_address,
+                    output=out[:, first:].data_ptr(),
+                    output_stride=out.stride(0),
+                    accumulate=residual is not None,
+                ),
+            )
+            first += part.num_outputs
+        self.program.keep += [matrix, bias]
+        return out
+
+    def _prepared(self, x: Tensor, source: Buffer, form: int) -> tuple[int, int]:
+        """Address and bytes of the rows of x in the form that a product wants."""
+        if form == FLOAT32:
+            return x.data_ptr(), 4 * x.stride(0)
+        size = x.shape[1]
+        if source.prepared is None or source.prepared[0] != form:
+            prepared = self._temporary(torch.Size((x.shape[0], input_row_bytes(form, size))), torch.uint8)
+            if source.producer is not None and source.prepared is None:
+                source.producer.form = form
+                source.producer.prepared = prepared.data_ptr()
+                source.producer.prepared_stride = prepared.stride(0)
+            else:
+                self.program.add(
+                    "prepare",
+                    calls.Prepare(
+                        num_rows=source.num_rows,
+                        input=x.data_ptr(),
+                        row_stride=x.stride(0),
+                        size=size,
+                        form=form,
+                        output=prepared.data_ptr(),
+                        output_stride=prepared.stride(0),
+                    ),
+                )
+            source.prepared = (form, prepared)
+        return source.prepared[1].data_ptr(), source.prepared[1].stride(0)
+
+    def embed(self, token_ids: Tensor, matrix: Matrix) -> Tensor:
+        (part,) = matrix.parts
+        out = self._new(self._index_rows[token_ids.data_ptr()], len(token_ids), matrix.num_inputs)
+        self.program.add(
+            f"embed_{part.format.name}",
+            calls.Embed(
+                num_rows=out.num_rows,
+                token_ids=token_ids.data_ptr(),
+                weights=part.data.data_ptr(),
+                size=matrix.num_inputs,
+                output=out.tensor.data_ptr(),
+                output_stride=out.tensor.stride(0),
+            ),
+        )
+        self.program.keep.append(matrix)
+        return out.tensor
+
+    # Rows.
+
+    def gather(self, table: Tensor, rows: Tensor) -> Tensor:
+        out = self._new(self._index_rows[rows.data_ptr()], len(rows), table.shape[1])
+        self.program.add(
+            "gather",
+            calls.Gather(
+                num_rows=out.num_rows,
+                row_index=rows.data_ptr(),
+                table=table.data_ptr(),
+                table_stride=table.stride(0),
+                size=table.shape[1],
+                output=out.tensor.data_ptr(),
+                output_stride=out.tensor.stride(0),
+            ),
+        )
+        self.program.keep.append(table)
+        return out.tensor
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        source = self._buffer(x)
+        out = self._new(source.num_rows, *x.shape)
+        out.producer = calls.RmsNorm(
+            num_rows=source.num_rows,
+            input=x.data_ptr(),
+            input_stride=x.stride(0),
+            size=x.shape[1],
+            weight=weight.data_ptr(),
+            epsilon=eps,
+            output=out.tensor.data_ptr(),
+            output_stride=out.tensor.stride(0),
+        )
+        self.program.add("rms_norm", out.producer)
+        self.program.keep.append(weight)
+        return out.tensor
+
+    def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
+        source = self._buffer(gate_up)
+        size = gate_up.shape[1] // 2
+        out = self._new(source.num_rows, len(gate_up), size)
+        out.producer = calls.ActAndMul(
+            num_rows=source.num_rows,
+            gate_up=gate_up.data_ptr(),
+            input_stride=gate_up.stride(0),
+            size=size,
+            activation=ACTIVATIONS[activation],
+            output=out.tensor.data_ptr(),
+            output_stride=out.tensor.stride(0),
+        )
+        self.program.add("act_and_mul", out.producer)
+        return out.tensor
+
+    # Attention.
+
+    def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        scale_bytes = 4 if self.cache_dtype == torch.int8 else 0
+        return 2 * block_size * num_kv_heads * (head_dim * self.cache_dtype.itemsize + scale_bytes)
+
+    def new_layer_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
+        """Laid out as kv_cache.h says."""
+        keys_shape: tuple[int, ...] = (num_blocks, num_kv_heads, head_dim, block_size)
+        values_shape: tuple[int, ...] = (num_blocks, num_kv_heads, block_size, head_dim)
+        if self.cache_dtype == torch.bfloat16:
+            keys_shape = (num_blocks, num_kv_heads, head_dim // 2, block_size, 2)
+            values_shape = (num_blocks, num_kv_heads, block_size // 2, head_dim, 2)
+        keys, values = (lazy_zeros(shape, self.cache_dtype) for shape in (keys_shape, values_shape))
+        if self.cache_dtype != torch.int8:
+            return LayerCache(keys, values)
+        shape = (num_blocks, num_kv_heads, block_size)
+        return LayerCache(keys, values, lazy_zeros(shape, torch.float32), lazy_zeros(shape, torch.float32))
+
+    def _cache(self, cache: LayerCache) -> calls.Cache:
+        is_bfloat16 = self.cache_dtype == torch.bfloat16
+        return calls.Cache(
+            type=CACHE_TYPES[self.cache_dtype],
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            key_scales=cache.key_scales.data_ptr() if cache.key_scales is not None else None,
+            value_scales=cache.value_scales.data_ptr() if cache.value_scales is not None else None,
+            block_size=cache.keys.shape[3],
+            num_kv_heads=cache.keys.shape[1],
+            head_dim=cache.keys.shape[2] * (2 if is_bfloat16 else 1),
+        )
+
+    def rope_and_store_kv(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LayerCache
+    ) -> Tensor:
+        self.program.add(
+            "rope_and_store_kv",
+            calls.RopeAndStoreKV(
+                num_rows=self._buffer(q).num_rows,
+                slots=slots.data_ptr(),
+                q=q.data_ptr(),
+                k=k.data_ptr(),
+                v=v.data_ptr(),
+                row_stride=q.stride(0),
+                num_heads=q.shape[1],
+                cos=cos.data_ptr(),
+                sin=sin.data_ptr(),
+                cache=self._cache(cache),
+            ),
+        )
+        self.program.keep.append(cache)
+        return q
+
+    def plan_attention(
+        self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache
+    ) -> calls.AttentionPlan:
+        builder = self.builder
+        assert builder is not None
+        max_items = len(batch.token_ids) + MAX_PARTIALS
+        head_dim = self._cache(cache).head_dim
+        group_size = num_heads // num_kv_heads
+        num_packed = max(1, MAX_PACKED // group_size) * group_size
+        items = lazy_zeros((max_items, 7), torch.int64)
+        merges = lazy_zeros((MAX_PARTIALS, 2), torch.int64)
+        partials = lazy_zeros((MAX_PARTIALS, num_kv_heads, num_packed, head_dim + 2), torch.float32)
+        scratch = lazy_zeros((self.team.num_threads, num_packed * (2 * head_dim + 2) + LANES), torch.float32)
+        plan = calls.AttentionPlan(
+            items=items.data_ptr(),
+            merges=merges.data_ptr(),
+            max_partials=MAX_PARTIALS,
+            partials=partials.data_ptr(),
+            scratch=scratch.data_ptr(),
+            scratch_stride=scratch.stride(0),
+        )
+        self.program.add(
+            "plan_attention",
+            calls.PlanAttention(
+                num_seqs=builder.num_seqs.ctypes.data,
+                query_lens=builder.query_lens.ctypes.data,
+                seq_lens=builder.seq_lens.ctypes.data,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                plan=ctypes.addressof(plan),
+            ),
+        )
+        self.program.keep += [plan, items, merges, partials, scratch, batch.block_tables]
+        self._block_tables = batch.block_tables
+        return plan
+
+    def paged_attention(
+        self, q: Tensor, cache: LayerCache, plan: calls.AttentionPlan, scale: float, window: int | None
+    ) -> Tensor:
+        source = self._buffer(q)
+        out = self._new(source.num_rows, *q.shape).tensor
+        self.program.add(
+            "paged_attention",
+            calls.PagedAttention(
+                q=q.data_ptr(),
+                q_stride=q.stride(0),
+                num_heads=q.shape[1],
+                scale=scale,
+                window=window or 0,
+                softcap=0.0,
+                block_tables=self._block_tables.data_ptr(),
+                table_stride=self._block_tables.stride(0),
+                plan=ctypes.addressof(plan),
+                cache=self._cache(cache),
+                output=out.data_ptr(),
+                output_stride=out.stride(0),
+            ),
+        )
+        self.program.keep += [cache, plan]
+        return out
+
+    # Recording.
+
+    def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> CpuExecution:
+        return CpuExecution(self, model, kv_cache, builder)
+
+    @contextmanager
+    def recording(self, program: Program, builder: BatchBuilder, index_rows: dict[int, int]) -> Iterator[None]:
+        """Operations add their calls to `program`; `index_rows` says where the lengths of its index tensors are read."""
+        self.program, self.builder, self._index_rows = program, builder, index_rows
+        self._pool = {}
+        try:
+            yield
+        finally:
+            program.keep += [self._pool, self._buffers]
+            self._buffers = {}
+            self.program = Program(self.library, self.team)
+
+    @contextmanager
+    def temporaries(self) -> Iterator[None]:
+        """Buffers made inside are used again by the next such context."""
+        self._num_temporaries = 0
+        try:
+            yield
+        finally:
+            self._num_temporaries = None
+
+    def _temporary(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if self._num_temporaries is None:
+            return lazy_zeros(tuple(shape), dtype)
+        key = (self._num_temporaries, shape)
+        self._num_temporaries += 1
+        if key not in self._pool:
+            self._pool[key] = lazy_zeros(tuple(shape), dtype)
+        return self._pool[key]
+
+    def _new(self, num_rows: int, *shape: int) -> Buffer:
+        tensor = self._temporary(torch.Size(shape), torch.float32)
+        buffer = Buffer(num_rows, tensor)
+        self._buffers[tensor.untyped_storage().data_ptr()] = buffer
+        return buffer
+
+    def _buffer(self, tensor: Tensor) -> Buffer:
+        return self._buffers[tensor.untyped_storage().data_ptr()]
+
+

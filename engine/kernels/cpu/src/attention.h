@@ -1,0 +1,355 @@
+// Flash attention (Dao et al. 2022) over a paged KV cache.
+//
+// Keys are cut into chunks of CHUNK tokens aligned to position 0. Within a chunk all scores of a query are computed at
+// once; chunks are merged in ascending order by the running softmax. Where few sequences are long, threads share them
+// chunk by chunk, and the results are merged in the same order by the same arithmetic: how the work is cut changes
+// nothing. The query heads that share a KV head (grouped-query attention) are computed together, so that a block of
+// keys or values is loaded once for several (token, head) pairs, which are called packed rows here.
+#pragma once
+
+#include <math.h>
+
+#include "kv_cache.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 256;  // tokens
+constexpr int64_t MAX_PACKED = 48;  // packed rows of an item, unless one token has more query heads to a KV head
+constexpr int TILE_ROWS = NUM_REGISTERS == 32 ? 6 : 2;  // packed rows in registers
+constexpr int TILE_VECTORS = NUM_REGISTERS == 32 ? 4 : 2;  // vectors of values in registers
+
+// What the threads share out: some consecutive rows of one sequence, over some chunks of its keys.
+struct AttentionItem {
+    int64_t sequence;
+    int64_t first_row;
+    int64_t num_rows;
+    int64_t first_position;
+    int64_t first_chunk;
+    int64_t num_chunks;
+    int64_t partial;  // where the result waits to be merged; -1: the item covers all chunks
+};
+
+struct AttentionMerge {
+    int64_t first_item;
+    int64_t num_chunks;
+};
+
+struct AttentionPlan {
+    int64_t num_items;
+    int64_t num_merges;
+    AttentionItem* items;
+    AttentionMerge* merges;
+    int64_t max_partials;
+    float* partials;  // [max_partials, KH, packed rows, D + 2]: weighted values, highest score, sum of weights
+    float* scratch;  // of each thread: packed rows of D + 2, then packed rows of D
+    int64_t scratch_stride;
+};
+
+struct PlanParameters {
+    const int64_t* num_seqs;
+    const int64_t* query_lens;
+    const int64_t* seq_lens;
+    int64_t num_heads;
+    int64_t num_kv_heads;
+    AttentionPlan* plan;
+};
+
+inline int64_t rows_of_item(int64_t group_size) { return max_of(1, MAX_PACKED / group_size); }
+
+// One thread works it out, once a step. A row costs as much as it has chunks.
+void plan_attention(const void* parameters, const Worker& worker) {
+    if (worker.index != 0) return;
+    const PlanParameters& p = *(const PlanParameters*)parameters;
+    AttentionPlan& plan = *p.plan;
+    const int64_t tile = rows_of_item(p.num_heads / p.num_kv_heads);
+    int64_t total = 0;
+    for (int64_t s = 0; s < *p.num_seqs; s++) total += p.query_lens[s] * divide_up(p.seq_lens[s], CHUNK);
+    // What one task, an item of one KV head, should cost at most.
+    const int64_t share = total * p.num_kv_heads / (4 * num_threads(worker));
+    plan.num_items = plan.num_merges = 0;
+    int64_t num_partials = 0, first_row = 0;
+    for (int64_t s = 0; s < *p.num_seqs; s++) {
+        for (int64_t r = 0; r < p.query_lens[s]; r += tile) {
+            const int64_t rows = min_of(tile, p.query_lens[s] - r), position = p.seq_lens[s] - p.query_lens[s] + r;
+            const int64_t chunks = divide_up(position + rows, CHUNK);
+            const bool is_cut = num_threads(worker) > 1 && chunks > 1 && rows * chunks > share && num_partials + chunks <= plan.max_partials;
+            if (is_cut) plan.merges[plan.num_merges++] = {plan.num_items, chunks};
+            for (int64_t c = 0; c < (is_cut ? chunks : 1); c++)
+                plan.items[plan.num_items++] = {s, first_row + r, rows, position, c, is_cut ? 1 : chunks, is_cut ? num_partials++ : -1};
+        }
+        first_row += p.query_lens[s];
+    }
+}
+
+struct AttentionParameters {
+    const float* q;
+    int64_t q_stride;  // floats
+    int64_t num_heads;
+    double scale;
+    int64_t window;  // tokens a query sees, itself included; 0: all
+    double softcap;  // scores become softcap * tanh(score / softcap); 0: they stay
+    const int64_t* block_tables;
+    int64_t table_stride;
+    const AttentionPlan* plan;
+    CacheParameters cache;
+    float* output;
+    int64_t output_stride;
+};
+
+// What keys, queries, values and weights are made of.
+
+struct BFloat16Cache {
+    using Element = uint16_t;
+    using Query = uint16_t;
+    static constexpr int64_t FORM = BFLOAT16;
+    static constexpr int TOGETHER = 2;  // dimensions of a key, or tokens of a value, that a lane takes in at once
+    struct Vector { Ints v; };
+    static Vector load_vector(const Element* p) { return {load_ints((const int32_t*)p)}; }
+    static Vector broadcast(const Query* p) { return {fill_ints(load_int32(p))}; }
+    static Floats add(Floats sum, Vector a, Vector b) { return dot_pairs(sum, a.v, b.v); }
+    static Vector without_second(Vector a) { return {a.v & fill_ints(0xffff)}; }
+    static Floats round_weight(Floats x, Query* out) {
+        store_bfloat16(out, x);
+        return load_bfloat16(out);
+    }
+};
+
+template <class Element_>
+struct PlainCache {
+    using Element = Element_;
+    using Query = float;
+    static constexpr int64_t FORM = FLOAT32;
+    static constexpr int TOGETHER = 1;
+    struct Vector { Floats v; };
+    static Vector load_vector(const float* p) { return {load(p)}; }
+    static Vector load_vector(const int8_t* p) { return {load_int8(p)}; }
+    static Vector broadcast(const Query* p) { return {fill(*p)}; }
+    static Floats add(Floats sum, Vector a, Vector b) { return multiply_add(a.v, b.v, sum); }
+    static Vector without_second(Vector a) { return a; }
+    static Floats round_weight(Floats x, Query* out) {
+        store(out, x);
+        return x;
+    }
+};
+
+// One item of one KV head, over its packed rows.
+template <class Cache>
+struct Attention {
+    using Element = typename Cache::Element;
+    using Query = typename Cache::Query;
+    static constexpr int T = Cache::TOGETHER;
+    static constexpr bool HAS_SCALES = sizeof(Element) == 1;
+
+    const AttentionParameters& p;
+    const AttentionItem& item;
+    const int64_t head;  // KV head
+    const int64_t group_size, size, block_size;
+    float* const states;  // [packed rows, D + 2]
+    Query* const queries;  // [packed rows, D]
+    const int64_t* const table;
+
+    Attention(const AttentionParameters& p, const AttentionItem& item, int64_t head, float* states, float* queries)
+        : p(p), item(item), head(head), group_size(p.num_heads / p.cache.num_kv_heads), size(p.cache.head_dim),
+          block_size(p.cache.block_size), states(states), queries((Query*)queries),
+          table(p.block_tables + item.sequence * p.table_stride) {}
+
+    int64_t num_packed() const { return item.num_rows * group_size; }
+    int64_t position(int64_t packed) const { return item.first_position + packed / group_size; }
+    int64_t first_visible(int64_t packed) const { return p.window ? max_of(0, position(packed) - p.window + 1) : 0; }
+    int64_t place(int64_t token) const { return table[token / block_size] * p.cache.num_kv_heads + head; }
+
+    void run() {
+        for (int64_t i = 0; i < num_packed(); i++) {
+            int64_t row = item.first_row + i / group_size, query_head = head * group_size + i % group_size;
+            write_input_row(p.q + row * p.q_stride + query_head * size, size, Cache::FORM, (uint8_t*)(queries + i * size));
+            states[i * (size + 2) + size] = -INFINITY;
+        }
+        for (int64_t c = item.first_chunk; c < item.first_chunk + item.num_chunks; c++)
+            add_chunk<TILE_ROWS>(c * CHUNK, 0);
+    }
+
+    template <int ROWS>
+    void add_chunk(int64_t start, int64_t packed) {
+        for (; packed + ROWS <= num_packed(); packed += ROWS) add_tile<ROWS>(start, packed);
+        if constexpr (ROWS > 1) {
+            if (packed < num_packed()) add_chunk<ROWS - 1>(start, packed);
+        }
+    }
+
+    // The keys and values of one chunk that ROWS packed rows see.
+    template <int ROWS>
+    void add_tile(int64_t start, int64_t packed) {
+        const int64_t end = min_of(start + CHUNK, position(packed + ROWS - 1) + 1);
+        const int64_t begin = max_of(start, first_visible(packed)) / LANES * LANES;
+        if (begin >= end) return;
+        float scores[ROWS][CHUNK];
+        Query weights[ROWS][CHUNK];
+        for (int64_t token = begin; token < end;) token = add_scores<ROWS>(token, end, packed, &scores[0][token - start]);
+        float highest[ROWS], sums[ROWS];
+        for (int r = 0; r < ROWS; r++)
+            sums[r] = softmax(start, begin, end, packed + r, scores[r], weights[r], highest[r]);
+        float values[ROWS][MAX_HEAD_DIM + 2];
+        for (int64_t d = 0; d < size;) d = add_values<ROWS>(start, begin, end, weights, d, values);
+        for (int r = 0; r < ROWS; r++) {
+            values[r][size] = highest[r];
+            values[r][size + 1] = sums[r];
+            merge(values[r], size, states + (packed + r) * (size + 2));
+        }
+    }
+
+    // Scores of one or two vectors of tokens, which lie in one block. Returns the token after them.
+    template <int ROWS>
+    int64_t add_scores(int64_t token, int64_t end, int64_t packed, float* scores) const {
+        const bool two = token + LANES < end && token % block_size + LANES < block_size;
+        const int64_t base = place(token);
+        const Element* keys = (const Element*)p.cache.keys + base * block_size * size + token % block_size * T;
+        const float* scales = HAS_SCALES ? p.cache.key_scales + base * block_size + token % block_size : nullptr;
+        if (two) multiply_keys<ROWS, 2>(keys, queries + packed * size, scales, scores);
+        else multiply_keys<ROWS, 1>(keys, queries + packed * size, scales, scores);
+        return token + (two ? 2 : 1) * LANES;
+    }
+
+    template <int ROWS, int VECTORS>
+    void multiply_keys(const Element* keys, const Query* q, const float* scales, float* scores) const {
+        Floats sums[ROWS][VECTORS];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
+        for (int64_t d = 0; d < size; d += T) {
+            typename Cache::Vector key[VECTORS];
+            for (int v = 0; v < VECTORS; v++) key[v] = Cache::load_vector(keys + d * block_size + v * LANES * T);
+            for (int r = 0; r < ROWS; r++) {
+                const typename Cache::Vector x = Cache::broadcast(q + r * size + d);
+                for (int v = 0; v < VECTORS; v++) sums[r][v] = Cache::add(sums[r][v], key[v], x);
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++)
+                store(scores + r * CHUNK + v * LANES, HAS_SCALES ? sums[r][v] * load(scales + v * LANES) : sums[r][v]);
+    }
+
+    // Weights of one packed row for the tokens begin..end; returns their sum.
+    float softmax(int64_t start, int64_t begin, int64_t end, int64_t packed, float* scores, Query* weights, float& highest) const {
+        const int64_t first = max_of(begin, first_visible(packed)), last = min_of(end, position(packed) + 1);
+        const int64_t rounded_end = divide_up(end, LANES) * LANES;
+        for (int64_t t = begin; t < first; t++) scores[t - start] = -INFINITY;
+        for (int64_t t = max_of(last, begin); t < rounded_end; t++) scores[t - start] = -INFINITY;
+        const Floats scale = fill(float(p.scale));
+        Floats top = fill(-INFINITY);
+        for (int64_t t = begin; t < rounded_end; t += LANES) {
+            Floats x = load(scores + t - start) * scale;
+            if (p.softcap != 0) x = where_less(fill(-INFINITY), x, fill(float(p.softcap)) * tanh_of(x / fill(float(p.softcap))), x);
+            store(scores + t - start, x);
+            top = maximum(x, top);
+        }
+        highest = max_of_lanes(top);
+        const Floats pivot = fill(highest > -INFINITY ? highest : 0.0f);
+        Floats sum = zero();
+        for (int64_t t = begin; t < rounded_end; t += LANES)
+            sum = sum + Cache::round_weight(exponential(load(scores + t - start) - pivot), weights + t - start);
+        return sum_of_lanes(sum);
+    }
+
+    // Weighted values of some vectors of dimensions from `d`. Returns the dimension after them.
+    template <int ROWS>
+    int64_t add_values(int64_t start, int64_t begin, int64_t end, Query (&weights)[ROWS][CHUNK], int64_t d, float (&values)[ROWS][MAX_HEAD_DIM + 2]) const {
+        if (size - d >= TILE_VECTORS * LANES) return multiply_values<ROWS, TILE_VECTORS>(start, begin, end, weights, d, values);
+        return multiply_values<ROWS, 1>(start, begin, end, weights, d, values);
+    }
+
+    template <int ROWS, int VECTORS>
+    int64_t multiply_values(int64_t start, int64_t begin, int64_t end, Query (&weights)[ROWS][CHUNK], int64_t d, float (&values)[ROWS][MAX_HEAD_DIM + 2]) const {
+        Floats sums[ROWS][VECTORS];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
+        for (int64_t token = begin; token < end;) {
+            const int64_t base = place(token), offset = token % block_size, next = min_of(end, token - offset + block_size);
+            const Element* block = (const Element*)p.cache.values + base * block_size * size + d * T;
+            for (; token < next; token += T) {
+                const Element* value = block + token % block_size / T * T * size;
+                typename Cache::Vector vectors[VECTORS];
+                for (int v = 0; v < VECTORS; v++) vectors[v] = Cache::load_vector(value + v * LANES * T);
+                if (T == 2 && token + 1 == end)  // the second of the pair may be anything
+                    for (int v = 0; v < VECTORS; v++) vectors[v] = Cache::without_second(vectors[v]);
+                for (int r = 0; r < ROWS; r++) {
+                    typename Cache::Vector weight = Cache::broadcast(&weights[r][token - start]);
+                    if constexpr (HAS_SCALES) weight.v = weight.v * fill(p.cache.value_scales[base * block_size + token % block_size]);
+                    for (int v = 0; v < VECTORS; v++) sums[r][v] = Cache::add(sums[r][v], vectors[v], weight);
+                }
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) store(&values[r][d + v * LANES], sums[r][v]);
+        return d + VECTORS * LANES;
+    }
+
+    // Takes one chunk's result into the running softmax. What a row sees nothing of leaves it as it is.
+    static void merge(const float* chunk, int64_t size, float* state) {
+        const float new_score = chunk[size], old_score = state[size];
+        if (!(new_score > -INFINITY) && new_score == new_score) return;
+        if (old_score == -INFINITY) {
+            memcpy(state, chunk, size_t(size + 2) * 4);
+            return;
+        }
+        const float top = new_score > old_score ? new_score : old_score;
+        const Floats shrink_old = exponential(fill(old_score - top)), shrink_new = exponential(fill(new_score - top));
+        for (int64_t d = 0; d < size; d += LANES) {
+            const int64_t n = min_of(LANES, size - d);
+            store_some(state + d, multiply_add(load_some(chunk + d, n), shrink_new, load_some(state + d, n) * shrink_old), n);
+        }
+        float sums[LANES];
+        store(sums, multiply_add(fill(chunk[size + 1]), shrink_new, fill(state[size + 1]) * shrink_old));
+        state[size] = top;
+        state[size + 1] = sums[0];
+    }
+};
+
+inline void write_attention(const AttentionParameters& p, const AttentionItem& item, int64_t head, const float* states) {
+    const int64_t group_size = p.num_heads / p.cache.num_kv_heads, size = p.cache.head_dim;
+    for (int64_t i = 0; i < item.num_rows * group_size; i++) {
+        const float* state = states + i * (size + 2);
+        float* out = p.output + (item.first_row + i / group_size) * p.output_stride + (head * group_size + i % group_size) * size;
+        const Floats sum = fill(state[size + 1]);
+        for (int64_t d = 0; d < size; d += LANES) {
+            const int64_t n = min_of(LANES, size - d);
+            store_some(out + d, load_some(state + d, n) / sum, n);
+        }
+    }
+}
+
+template <class Cache>
+void attend(const AttentionParameters& p, const Worker& worker) {
+    const AttentionPlan& plan = *p.plan;
+    const int64_t num_kv_heads = p.cache.num_kv_heads, group_size = p.num_heads / num_kv_heads, size = p.cache.head_dim;
+    const int64_t num_packed = rows_of_item(group_size) * group_size, state_floats = num_packed * (size + 2);
+    float* scratch = plan.scratch + worker.index * plan.scratch_stride;
+    for (int64_t task; (task = next_task(worker, 1)) < plan.num_items * num_kv_heads;) {
+        const AttentionItem& item = plan.items[task / num_kv_heads];
+        const int64_t head = task % num_kv_heads;
+        float* states = item.partial < 0 ? scratch : plan.partials + (item.partial * num_kv_heads + head) * state_floats;
+        Attention<Cache>(p, item, head, states, scratch + state_floats).run();
+        if (item.partial < 0) write_attention(p, item, head, states);
+    }
+    if (plan.num_merges == 0) return;
+    barrier(worker);
+    for (int64_t task; (task = next_task(worker, 1)) < plan.num_merges * num_kv_heads;) {
+        const AttentionMerge& merge = plan.merges[task / num_kv_heads];
+        const AttentionItem& item = plan.items[merge.first_item];
+        const int64_t head = task % num_kv_heads;
+        float* states = plan.partials + (item.partial * num_kv_heads + head) * state_floats;
+        for (int64_t c = 1; c < merge.num_chunks; c++)
+            for (int64_t i = 0; i < item.num_rows * group_size; i++) {
+                const int64_t offset = i * (size + 2);
+                Attention<Cache>::merge(states + c * num_kv_heads * state_floats + offset, size, states + offset);
+            }
+        write_attention(p, item, head, states);
+    }
+}
+
+void paged_attention(const void* parameters, const Worker& worker) {
+    const AttentionParameters& p = *(const AttentionParameters*)parameters;
+    if (p.cache.type == CACHE_BFLOAT16) attend<BFloat16Cache>(p, worker);
+    else if (p.cache.type == CACHE_INT8) attend<PlainCache<int8_t>>(p, worker);
+    else attend<PlainCache<float>>(p, worker);
+}
+
+}  // namespace

@@ -1,0 +1,129 @@
+// How weights lie in memory, for a matrix of N outputs (columns) and K inputs.
+//
+// Columns are taken 32 at a time, as two vectors of 16: a panel. A panel is one sequential stream of groups along K. A
+// quantised group holds GROUP inputs of each column as unsigned codes, then a scale for each column and, where the
+// format has one, a minimum: weight = scale * (code - zero) + minimum. Codes of four successive inputs of a column are
+// what one lane of a vector takes in at a time (a step). bfloat16 lies in pairs of inputs; float32 singly.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+constexpr int PANEL = 2 * LANES;  // columns
+constexpr int ACTIVATION_GROUP = 32;
+
+// An input row, quantised: symmetric, one scale for each 32 inputs.
+struct ActivationGroup {
+    int8_t codes[ACTIVATION_GROUP];
+    float scale;
+    float scaled_sum;  // scale * sum of codes
+    int32_t negative_sums[2];  // of each half's codes
+};
+static_assert(sizeof(ActivationGroup) == 48);
+
+struct Half {
+    static constexpr int SIZE = 2;
+    static Floats load_vector(const uint8_t* p) { return load_half((const uint16_t*)p); }
+    static float load_one(const uint8_t* p) { uint16_t x; memcpy(&x, p, 2); return half_to_float(x); }
+    static void store_one(uint8_t* p, float value) { uint16_t x = float_to_half(value); memcpy(p, &x, 2); }
+};
+
+struct Single {
+    static constexpr int SIZE = 4;
+    static Floats load_vector(const uint8_t* p) { return load((const float*)p); }
+    static float load_one(const uint8_t* p) { float x; memcpy(&x, p, 4); return x; }
+    static void store_one(uint8_t* p, float value) { memcpy(p, &value, 4); }
+};
+
+// BITS of a code; GROUP inputs with one scale; log2 of the zero point, or -1 where there is a minimum instead.
+template <int BITS_, int GROUP_, class Scale_, int ZERO_SHIFT_>
+struct Quantised {
+    static constexpr int BITS = BITS_, GROUP = GROUP_, ZERO_SHIFT = ZERO_SHIFT_;
+    using Scale = Scale_;
+    static constexpr bool HAS_MINIMUM = ZERO_SHIFT < 0;
+    static constexpr int STEPS = GROUP / 4;
+    static constexpr int NIBBLE_BYTES = BITS == 8 ? GROUP * LANES : GROUP * LANES / 2;
+    static constexpr int HIGH_BYTES = BITS == 5 ? GROUP * LANES / 8 : BITS == 6 ? GROUP * LANES / 4 : 0;
+    static constexpr int VECTOR_BYTES = NIBBLE_BYTES + HIGH_BYTES;  // one group of 16 columns
+    static constexpr int SCALES = 2 * VECTOR_BYTES;
+    static constexpr int MINIMA = SCALES + PANEL * Scale::SIZE;
+    static constexpr int GROUP_BYTES = MINIMA + (HAS_MINIMUM ? PANEL * Scale::SIZE : 0);
+    static constexpr int GROUPS_OF_ACTIVATION = ACTIVATION_GROUP / GROUP;
+
+    // The codes of one step, four inputs of 16 columns.
+    template <int STEP>
+    static Bytes codes(const uint8_t* vector) {
+        if constexpr (BITS == 8) return load_bytes(vector + 64 * STEP);
+        constexpr bool is_high = STEP >= STEPS / 2;
+        Bytes packed = load_bytes(vector + 64 * (is_high ? STEP - STEPS / 2 : STEP));
+        Bytes nibbles = is_high ? high_nibbles(packed) : low_nibbles(packed);
+        if constexpr (BITS == 5) return nibbles | fifth_bits(vector + NIBBLE_BYTES + 8 * STEP);
+        if constexpr (BITS == 6) return nibbles | two_bits<2 * (STEP % 4)>(load_bytes(vector + NIBBLE_BYTES));
+        return nibbles;
+    }
+
+    static int code(const uint8_t* vector, int lane, int input) {
+        int step = input / 4, place = 4 * lane + input % 4;
+        if (BITS == 8) return vector[64 * step + place];
+        bool is_high = step >= STEPS / 2;
+        int nibble = vector[64 * (is_high ? step - STEPS / 2 : step) + place] >> (is_high ? 4 : 0) & 15;
+        if (BITS == 5) return nibble | (vector[NIBBLE_BYTES + 8 * step + place / 8] >> place % 8 & 1) << 4;
+        if (BITS == 6) return nibble | (vector[NIBBLE_BYTES + place] >> 2 * step & 3) << 4;
+        return nibble;
+    }
+
+    static void set_code(uint8_t* vector, int lane, int input, int code) {  // into zeroed memory
+        int step = input / 4, place = 4 * lane + input % 4;
+        if (BITS == 8) {
+            vector[64 * step + place] = uint8_t(code);
+            return;
+        }
+        bool is_high = step >= STEPS / 2;
+        vector[64 * (is_high ? step - STEPS / 2 : step) + place] |= uint8_t((code & 15) << (is_high ? 4 : 0));
+        if (BITS == 5) vector[NIBBLE_BYTES + 8 * step + place / 8] |= uint8_t((code >> 4 & 1) << place % 8);
+        if (BITS == 6) vector[NIBBLE_BYTES + place] |= uint8_t((code >> 4 & 3) << 2 * step);
+    }
+
+    static float zero_point() { return HAS_MINIMUM ? 0.0f : float(1 << (HAS_MINIMUM ? 0 : ZERO_SHIFT)); }
+
+    // Input `k` of column `column`, from the groups of the column's panel.
+    static float weight(const uint8_t* panel, int column, int64_t k) {
+        const uint8_t* group = panel + k / GROUP * GROUP_BYTES;
+        int vector = column / LANES, lane = column % LANES;
+        float scale = Scale::load_one(group + SCALES + column * Scale::SIZE);
+        float minimum = HAS_MINIMUM ? Scale::load_one(group + MINIMA + column * Scale::SIZE) : 0.0f;
+        return scale * (float(code(group + vector * VECTOR_BYTES, lane, int(k % GROUP))) - zero_point()) + minimum;
+    }
+
+    static int64_t panel_bytes(int64_t num_inputs) { return divide_up(num_inputs, GROUP) * GROUP_BYTES; }
+};
+
+using Q4_0 = Quantised<4, 32, Half, 3>;
+using Q4_1 = Quantised<4, 32, Half, -1>;
+using Q5_0 = Quantised<5, 32, Half, 4>;
+using Q5_1 = Quantised<5, 32, Half, -1>;
+using Q8_0 = Quantised<8, 32, Half, 7>;
+using Q4_K = Quantised<4, 32, Single, -1>;
+using Q5_K = Quantised<5, 32, Single, -1>;
+using Q6_K = Quantised<6, 16, Single, 5>;
+
+struct BFloat16 {
+    static constexpr int STEP_BYTES = PANEL * 4;  // two inputs of each column
+    static float weight(const uint8_t* panel, int column, int64_t k) {
+        uint16_t x;
+        memcpy(&x, panel + k / 2 * STEP_BYTES + column * 4 + k % 2 * 2, 2);
+        return bfloat16_to_float(x);
+    }
+    static int64_t panel_bytes(int64_t num_inputs) { return divide_up(num_inputs, 2) * STEP_BYTES; }
+};
+
+struct Float32 {
+    static constexpr int STEP_BYTES = PANEL * 4;
+    static float weight(const uint8_t* panel, int column, int64_t k) {
+        return Single::load_one(panel + k * STEP_BYTES + column * 4);
+    }
+    static int64_t panel_bytes(int64_t num_inputs) { return num_inputs * STEP_BYTES; }
+};
+
+}  // namespace

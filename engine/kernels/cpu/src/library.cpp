@@ -1,0 +1,186 @@
+// The library's C interface: the threads behind team.h, and the functions that a program is made of.
+//
+// Barriers are microseconds apart when all threads run. A thread that waits looks for that long, then lets others have
+// its core, for one of them may be the thread that it waits for, and in the end it sleeps.
+
+#include "functions.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+
+namespace lightwell {
+
+namespace {
+
+constexpr int SPINS = 512;  // some microseconds
+// Longer than it takes to wake a thread, or the others would be asleep by the time that it is awake.
+constexpr int64_t YIELD_NANOSECONDS = 300'000;
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+
+void wake_all(std::atomic<uint32_t>& word) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+int64_t nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+}  // namespace
+
+struct Team {
+    int num_threads;
+    pthread_t* threads;  // the caller's own is not among them
+    const Call* calls = nullptr;
+    int64_t num_calls = 0;  // -1 ends the threads
+    int64_t* durations = nullptr;
+    alignas(64) std::atomic<int64_t> task{0};
+    alignas(64) std::atomic<int> num_arrived{0};
+    alignas(64) std::atomic<uint32_t> round{0};
+    std::atomic<int> num_sleeping{0};
+};
+
+int num_threads(const Worker& worker) { return worker.team->num_threads; }
+
+int64_t next_task(const Worker& worker, int64_t grain) {
+    return worker.team->task.fetch_add(grain, std::memory_order_relaxed);
+}
+
+void barrier(const Worker& worker) {
+    Team& team = *worker.team;
+    uint32_t round = team.round.load(std::memory_order_acquire);
+    if (team.num_arrived.fetch_add(1, std::memory_order_acq_rel) == team.num_threads - 1) {
+        team.num_arrived.store(0, std::memory_order_relaxed);
+        team.task.store(0, std::memory_order_relaxed);
+        team.round.store(round + 1, std::memory_order_seq_cst);
+        if (team.num_sleeping.load(std::memory_order_seq_cst)) wake_all(team.round);
+        return;
+    }
+    for (int i = 0; i < SPINS; i++) {
+        if (team.round.load(std::memory_order_acquire) != round) return;
+        pause();
+    }
+    const int64_t end = nanoseconds() + YIELD_NANOSECONDS;
+    while (nanoseconds() < end) {
+        if (team.round.load(std::memory_order_acquire) != round) return;
+        sched_yield();
+    }
+    team.num_sleeping.fetch_add(1, std::memory_order_seq_cst);
+    while (team.round.load(std::memory_order_seq_cst) == round) sleep_while(team.round, round);
+    team.num_sleeping.fetch_sub(1, std::memory_order_relaxed);
+}
+
+namespace {
+
+void run_calls(const Worker& worker) {
+    // Copies: once a thread has passed the last barrier, the team may be given something else to run.
+    const Call* const calls = worker.team->calls;
+    const int64_t num_calls = worker.team->num_calls;
+    int64_t* const durations = worker.index == 0 ? worker.team->durations : nullptr;
+    int64_t started = durations ? nanoseconds() : 0;
+    for (int64_t i = 0; i < num_calls; i++) {
+        calls[i].function(calls[i].parameters, worker);
+        barrier(worker);
+        if (durations) {
+            int64_t now = nanoseconds();
+            durations[i] += now - started;
+            started = now;
+        }
+    }
+}
+
+struct Start {
+    Team* team;
+    int index;
+};
+
+void* thread_main(void* argument) {
+    Start* start = static_cast<Start*>(argument);
+    Worker worker{start->team, start->index};
+    delete start;
+    while (true) {
+        barrier(worker);  // until there is something to run
+        if (worker.team->num_calls < 0) return nullptr;
+        run_calls(worker);
+    }
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) Team* lightwell_new_team(int num_threads) {
+    Team* team = new Team;
+    team->num_threads = num_threads;
+    team->threads = new pthread_t[num_threads];
+    for (int i = 1; i < num_threads; i++) {
+        Start* start = new Start{team, i};
+        if (pthread_create(&team->threads[i], nullptr, thread_main, start) != 0) {
+            delete start;
+            team->num_threads = i;  // no thread has passed a barrier yet
+            break;
+        }
+    }
+    return team;
+}
+
+extern "C" __attribute__((visibility("default"))) int lightwell_team_size(const Team* team) {
+    return team->num_threads;
+}
+
+// Runs the calls one after the other. Adds the nanoseconds of each to durations[num_calls], unless that is null.
+extern "C" __attribute__((visibility("default"))) void lightwell_run(
+    Team* team, const Call* calls, int64_t num_calls, int64_t* durations) {
+    team->calls = calls;
+    team->num_calls = num_calls;
+    team->durations = durations;
+    Worker worker{team, 0};
+    barrier(worker);
+    if (num_calls >= 0) run_calls(worker);
+}
+
+extern "C" __attribute__((visibility("default"))) void lightwell_delete_team(Team* team) {
+    lightwell_run(team, nullptr, -1, nullptr);
+    for (int i = 1; i < team->num_threads; i++) pthread_join(team->threads[i], nullptr);
+    delete[] team->threads;
+    delete team;
+}
+
+// The best code path that this processor has: "avx512_bf16", "avx512", "avx2", or "" for none.
+extern "C" __attribute__((visibility("default"))) const char* lightwell_best_isa() {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512_bf16";
+    return avx512 ? "avx512" : avx2 ? "avx2" : "";
+}
+
+// The function of that name for a code path; null where there is none.
+extern "C" __attribute__((visibility("default"))) Function lightwell_function(const char* isa, const char* name) {
+    const NamedFunction* functions = strcmp(isa, "avx512_bf16") == 0 ? lightwell_functions_avx512_bf16()
+                                     : strcmp(isa, "avx512") == 0 ? lightwell_functions_avx512()
+                                                                  : lightwell_functions_avx2();
+    for (; functions->name; functions++)
+        if (strcmp(functions->name, name) == 0) return functions->function;
+    return nullptr;
+}
+
+}  // namespace lightwell

@@ -1,0 +1,222 @@
+// Matrix products with fixed weights: out = x W^T + bias, or added to what `out` holds.
+//
+// A tile of rows x 32 columns stays in registers over all of K, so that every element is added up in the order of K
+// whatever the number of rows. Quantised groups are exact integer products; only their scaled sums round.
+#pragma once
+
+#include "activations.h"
+
+namespace {
+
+struct LinearParameters {
+    const int64_t* num_rows;
+    const uint8_t* input;  // in the form that the weights want
+    int64_t input_stride;  // bytes
+    const uint8_t* weights;
+    int64_t num_inputs;
+    int64_t num_outputs;
+    const float* bias;  // or null
+    float* output;
+    int64_t output_stride;  // floats
+    int64_t accumulate;  // whether to add to what is there
+};
+
+template <int ROWS, int VECTORS>
+inline void store_tile(const LinearParameters& p, const Floats (&sums)[ROWS][VECTORS], int64_t row, int64_t column) {
+    for (int v = 0; v < VECTORS; v++) {
+        int64_t first = column + v * LANES, left = p.num_outputs - first;
+        if (left <= 0) return;
+        for (int r = 0; r < ROWS; r++) {
+            float* out = p.output + (row + r) * p.output_stride + first;
+            Floats sum = sums[r][v];
+            if (left >= LANES) {
+                if (p.bias) sum = sum + load(p.bias + first);
+                store(out, p.accumulate ? load(out) + sum : sum);
+            } else {
+                if (p.bias) sum = sum + load_some(p.bias + first, left);
+                store_some(out, p.accumulate ? load_some(out, left) + sum : sum, left);
+            }
+        }
+    }
+}
+
+template <class Format, int STEP, int ROWS, int VECTORS>
+inline void add_step(const uint8_t* vectors, const ActivationGroup* const (&rows)[ROWS], int offset, Ints (&sums)[ROWS][VECTORS]) {
+    Bytes codes[VECTORS];
+    for (int v = 0; v < VECTORS; v++) codes[v] = Format::template codes<STEP>(vectors + v * Format::VECTOR_BYTES);
+    for (int r = 0; r < ROWS; r++) {
+        int32_t four = load_int32(rows[r]->codes + offset + 4 * STEP);
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = dot<Format::BITS>(sums[r][v], codes[v], four);
+    }
+}
+
+// One group of the format: integer products, then one scaled addition.
+template <class Format, int ROWS, int VECTORS>
+inline void add_group(const uint8_t* group, int vector, int half, const ActivationGroup* const (&rows)[ROWS], Floats (&sums)[ROWS][VECTORS]) {
+    Ints products[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++) {
+        Ints start = zero_ints();
+        if constexpr (!Format::HAS_MINIMUM) {  // codes are taken as they are; the zero point counts once
+            int32_t negative = Format::GROUP == 16 ? rows[r]->negative_sums[half] : rows[r]->negative_sums[0] + rows[r]->negative_sums[1];
+            start = fill_ints(int32_t(uint32_t(negative) << Format::ZERO_SHIFT));
+        }
+        for (int v = 0; v < VECTORS; v++) products[r][v] = start;
+    }
+    const uint8_t* vectors = group + vector * Format::VECTOR_BYTES;
+    const int offset = half * 16;
+    // A low and a high nibble come from the same load.
+    add_step<Format, 0>(vectors, rows, offset, products);
+    add_step<Format, Format::STEPS / 2>(vectors, rows, offset, products);
+    add_step<Format, 1>(vectors, rows, offset, products);
+    add_step<Format, Format::STEPS / 2 + 1>(vectors, rows, offset, products);
+    if constexpr (Format::STEPS == 8) {
+        add_step<Format, 2>(vectors, rows, offset, products);
+        add_step<Format, 6>(vectors, rows, offset, products);
+        add_step<Format, 3>(vectors, rows, offset, products);
+        add_step<Format, 7>(vectors, rows, offset, products);
+    }
+    using Scale = typename Format::Scale;
+    for (int v = 0; v < VECTORS; v++) {
+        int64_t column = (vector + v) * LANES;
+        Floats scale = Scale::load_vector(group + Format::SCALES + column * Scale::SIZE);
+        for (int r = 0; r < ROWS; r++)
+            sums[r][v] = multiply_add(to_floats(products[r][v]), scale * fill(rows[r]->scale), sums[r][v]);
+        if constexpr (Format::HAS_MINIMUM) {
+            Floats minimum = Scale::load_vector(group + Format::MINIMA + column * Scale::SIZE);
+            for (int r = 0; r < ROWS; r++)
+                sums[r][v] = multiply_add(minimum, fill(rows[r]->scaled_sum), sums[r][v]);
+        }
+    }
+}
+
+// Products of ROWS rows with VECTORS vectors of columns of one panel.
+template <class Format>
+struct Tile {
+    static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 6 : 2;
+    static constexpr int VECTORS = NUM_REGISTERS == 32 ? 2 : 1;
+
+    template <int ROWS>
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector) {
+        const ActivationGroup* rows[ROWS];
+        for (int r = 0; r < ROWS; r++) rows[r] = (const ActivationGroup*)(p.input + (row + r) * p.input_stride);
+        Floats sums[ROWS][VECTORS];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
+        const int64_t num_groups = divide_up(p.num_inputs, ACTIVATION_GROUP);
+        const uint8_t* group = panel;
+        for (int64_t g = 0; g < num_groups; g++) {
+            for (int half = 0; half < Format::GROUPS_OF_ACTIVATION; half++) {
+                if constexpr (ROWS == 1)
+                    for (int line = 0; line < Format::GROUP_BYTES; line += 64) prefetch(group + PREFETCH_BYTES + line);
+                add_group<Format, ROWS, VECTORS>(group, vector, half, rows, sums);
+                group += Format::GROUP_BYTES;
+            }
+            for (int r = 0; r < ROWS; r++) rows[r]++;
+        }
+        store_tile<ROWS, VECTORS>(p, sums, row, column + vector * LANES);
+    }
+    static constexpr int PREFETCH_BYTES = 4096;
+};
+
+template <>
+struct Tile<BFloat16> {
+    static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 12 : 2;
+    static constexpr int VECTORS = 2;
+
+    template <int ROWS>
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int) {
+        Floats sums[ROWS][VECTORS];
+        for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
+        const int64_t num_pairs = divide_up(p.num_inputs, 2);
+        const uint8_t* input = p.input + row * p.input_stride;
+        for (int64_t k = 0; k < num_pairs; k++) {
+            const int32_t* pairs = (const int32_t*)(panel + k * BFloat16::STEP_BYTES);
+            Ints low = load_ints(pairs), high = load_ints(pairs + LANES);
+            for (int r = 0; r < ROWS; r++) {
+                Ints x = fill_ints(load_int32(input + r * p.input_stride + 4 * k));
+                sums[r][0] = dot_pairs(sums[r][0], low, x);
+                sums[r][1] = dot_pairs(sums[r][1], high, x);
+            }
+        }
+        store_tile<ROWS, VECTORS>(p, sums, row, column);
+    }
+};
+
+template <>
+struct Tile<Float32> {
+    static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 12 : 2;
+    static constexpr int VECTORS = 2;
+
+    template <int ROWS>
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int) {
+        Floats sums[ROWS][VECTORS];
+        for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
+        const uint8_t* input = p.input + row * p.input_stride;
+        for (int64_t k = 0; k < p.num_inputs; k++) {
+            const float* weights = (const float*)(panel + k * Float32::STEP_BYTES);
+            Floats low = load(weights), high = load(weights + LANES);
+            for (int r = 0; r < ROWS; r++) {
+                Floats x = fill(Single::load_one(input + r * p.input_stride + 4 * k));
+                sums[r][0] = multiply_add(low, x, sums[r][0]);
+                sums[r][1] = multiply_add(high, x, sums[r][1]);
+            }
+        }
+        store_tile<ROWS, VECTORS>(p, sums, row, column);
+    }
+};
+
+// The rows of a panel: whole tiles, then one tile of what is left.
+template <class Format, int ROWS>
+inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int64_t num_rows) {
+    if constexpr (ROWS > 1) {
+        if (num_rows < ROWS) return compute_tile<Format, ROWS - 1>(p, panel, row, column, num_rows);
+    }
+    for (int vector = 0; vector < 2; vector += Tile<Format>::VECTORS)
+        Tile<Format>::template compute<ROWS>(p, panel, row, column, vector);
+}
+
+constexpr int TASKS_OF_A_THREAD = 8;
+
+template <class Format>
+void linear(const void* parameters, const Worker& worker) {
+    const LinearParameters& p = *(const LinearParameters*)parameters;
+    constexpr int MAX_ROWS = Tile<Format>::MAX_ROWS;
+    const int64_t num_rows = *p.num_rows;
+    if (num_rows == 0) return;
+    const int64_t num_panels = divide_up(p.num_outputs, PANEL), panel_bytes = Format::panel_bytes(p.num_inputs);
+    const int64_t wanted_tasks = int64_t(TASKS_OF_A_THREAD) * num_threads(worker);
+    const int64_t num_tiles = divide_up(num_rows, MAX_ROWS);
+    const int64_t row_parts = min_of(num_tiles, max_of(1, wanted_tasks / num_panels));
+    const int64_t part_rows = divide_up(num_tiles, row_parts) * MAX_ROWS;
+    const int64_t num_tasks = num_panels * row_parts, grain = max_of(1, num_tasks / wanted_tasks);
+    for (int64_t first; (first = next_task(worker, grain)) < num_tasks;)
+        for (int64_t task = first; task < min_of(first + grain, num_tasks); task++) {
+            const int64_t panel = task / row_parts, start = task % row_parts * part_rows;
+            const int64_t end = min_of(start + part_rows, num_rows);
+            for (int64_t row = start; row < end; row += MAX_ROWS)
+                compute_tile<Format, MAX_ROWS>(p, p.weights + panel * panel_bytes, row, panel * PANEL, end - row);
+        }
+}
+
+struct EmbedParameters {
+    const int64_t* num_rows;
+    const int64_t* token_ids;
+    const uint8_t* weights;
+    int64_t size;  // inputs of the packed matrix, whose columns are the embeddings
+    float* output;
+    int64_t output_stride;  // floats
+};
+
+template <class Format>
+void embed(const void* parameters, const Worker& worker) {
+    const EmbedParameters& p = *(const EmbedParameters*)parameters;
+    const int64_t num_rows = *p.num_rows;
+    for (int64_t row; (row = next_task(worker, 1)) < num_rows;) {
+        const int64_t token_id = p.token_ids[row];
+        const uint8_t* panel = p.weights + token_id / PANEL * Format::panel_bytes(p.size);
+        for (int64_t k = 0; k < p.size; k++)
+            p.output[row * p.output_stride + k] = Format::weight(panel, int(token_id % PANEL), k);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,129 @@
+// What is done to each row between the matrix products: norm, rotation, activation.
+#pragma once
+
+#include "activations.h"
+
+namespace {
+
+struct GatherParameters {
+    const int64_t* num_rows;
+    const int64_t* row_index;
+    const float* table;
+    int64_t table_stride;  // floats
+    int64_t size;
+    float* output;
+    int64_t output_stride;
+};
+
+void gather(const void* parameters, const Worker& worker) {
+    const GatherParameters& p = *(const GatherParameters*)parameters;
+    const int64_t num_rows = *p.num_rows;
+    for (int64_t first; (first = next_task(worker, ROW_GRAIN)) < num_rows;)
+        for (int64_t row = first; row < min_of(first + ROW_GRAIN, num_rows); row++)
+            memcpy(p.output + row * p.output_stride, p.table + p.row_index[row] * p.table_stride, size_t(p.size) * 4);
+}
+
+struct RmsNormParameters {
+    const int64_t* num_rows;
+    const float* input;
+    int64_t input_stride;
+    int64_t size;
+    const float* weight;
+    double epsilon;
+    float* output;  // or null
+    int64_t output_stride;
+    int64_t form;  // of `prepared`
+    uint8_t* prepared;  // the same as the next product wants it, or null
+    int64_t prepared_stride;  // bytes
+};
+
+constexpr int64_t MAX_ROW_PIECE = 1024;  // floats of a row that are held at a time, a multiple of ACTIVATION_GROUP
+
+// Root mean square norm (Zhang and Sennrich 2019).
+void rms_norm(const void* parameters, const Worker& worker) {
+    const RmsNormParameters& p = *(const RmsNormParameters*)parameters;
+    const int64_t num_rows = *p.num_rows;
+    for (int64_t row; (row = next_task(worker, 1)) < num_rows;) {
+        const float* x = p.input + row * p.input_stride;
+        Floats squares = zero();
+        for (int64_t k = 0; k < p.size; k += LANES) {
+            Floats v = load_some(x + k, min_of(LANES, p.size - k));
+            squares = multiply_add(v, v, squares);
+        }
+        const float mean = sum_of_lanes(squares) / float(p.size) + float(p.epsilon);
+        float root;
+        _mm_store_ss(&root, _mm_sqrt_ss(_mm_set_ss(mean)));
+        const Floats scale = fill(1.0f / root);
+        float piece[MAX_ROW_PIECE];
+        for (int64_t start = 0; start < p.size; start += MAX_ROW_PIECE) {
+            const int64_t length = min_of(MAX_ROW_PIECE, p.size - start);
+            for (int64_t k = 0; k < length; k += LANES) {
+                int64_t n = min_of(LANES, length - k);
+                store_some(piece + k, load_some(x + start + k, n) * scale * load_some(p.weight + start + k, n), n);
+            }
+            if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
+            if (p.prepared)
+                write_input_row(piece, length, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, start));
+        }
+    }
+}
+
+enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2 };  // same numbers in kernels.py
+
+inline Floats silu(Floats x) { return x / (fill(1.0f) + exponential(zero() - x)); }
+
+inline Floats gelu_tanh(Floats x) {
+    Floats inner = fill(0.797884560802865f) * (x + fill(0.044715f) * x * x * x);
+    return fill(0.5f) * x * (fill(1.0f) + tanh_of(inner));
+}
+
+inline Floats gelu(Floats x) {  // erf by Abramowitz and Stegun 7.1.26, error below 1.5e-7
+    Floats z = absolute(x) * fill(0.707106781186548f);
+    Floats t = fill(1.0f) / (fill(1.0f) + fill(0.3275911f) * z);
+    Floats poly = multiply_add(fill(1.061405429f), t, fill(-1.453152027f));
+    poly = multiply_add(poly, t, fill(1.421413741f));
+    poly = multiply_add(poly, t, fill(-0.284496736f));
+    poly = multiply_add(poly, t, fill(0.254829592f)) * t;
+    Floats tail = poly * exponential(zero() - z * z);  // 1 - erf(z)
+    return fill(0.5f) * x * where_less(x, zero(), tail, fill(2.0f) - tail);
+}
+
+inline Floats activate(Floats x, int64_t activation) {
+    if (activation == SILU) return silu(x);
+    return activation == GELU_TANH ? gelu_tanh(x) : gelu(x);
+}
+
+struct ActAndMulParameters {
+    const int64_t* num_rows;
+    const float* gate_up;  // rows of gate, then up
+    int64_t input_stride;
+    int64_t size;  // of gate
+    int64_t activation;
+    float* output;  // or null
+    int64_t output_stride;
+    int64_t form;
+    uint8_t* prepared;
+    int64_t prepared_stride;
+};
+
+// act(gate) * up (GLU variants, Shazeer 2020). Rows are cut in pieces, so that threads share one row too.
+void act_and_mul(const void* parameters, const Worker& worker) {
+    const ActAndMulParameters& p = *(const ActAndMulParameters*)parameters;
+    constexpr int64_t PIECE = MAX_ROW_PIECE / 2;
+    const int64_t num_pieces = divide_up(p.size, PIECE), num_tasks = *p.num_rows * num_pieces;
+    for (int64_t task; (task = next_task(worker, 1)) < num_tasks;) {
+        const int64_t row = task / num_pieces, start = task % num_pieces * PIECE, length = min_of(PIECE, p.size - start);
+        const float* gate = p.gate_up + row * p.input_stride + start;
+        const float* up = gate + p.size;
+        float piece[PIECE];
+        for (int64_t k = 0; k < length; k += LANES) {
+            int64_t n = min_of(LANES, length - k);
+            store_some(piece + k, activate(load_some(gate + k, n), p.activation) * load_some(up + k, n), n);
+        }
+        if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
+        if (p.prepared)
+            write_input_row(piece, length, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, start));
+    }
+}
+
+}  // namespace

@@ -1,0 +1,141 @@
+"""What `peers.py` finds: an outcome for each target, load and round, rows of medians over the rounds, and a table."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from rich.console import Console
+from rich.table import Column, Table
+
+from server.bench import Report, Summary
+
+SAME_PROMPTS = 1.02  # how far the counts of the same prompts' tokens may be apart, as a ratio
+COLUMNS = ("range", "to best peer", "first token (ms)", "token (ms)", "memory (GB)", "ready (s)")
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """One target under one load in one round."""
+
+    round: int
+    target: str
+    workload: str
+    ready_seconds: float | None = None  # of the start that this was measured after
+    tokens_per_second: float | None = None  # of output, or of input where the load is about that; None: failed
+    memory_gb: float | None = None
+    failure: str | None = None
+    report: Report | None = None
+
+    def line(self) -> str:
+        found = f"{self.tokens_per_second} tokens/s, {self.memory_gb} GB"
+        text = f"failed: {self.failure}" if self.failure else found
+        return f"round {self.round}, {self.target}, {self.workload}: {text}"
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One target under one load in all rounds. None where no round succeeded."""
+
+    workload: str
+    target: str
+    num_failed: int
+    tokens_per_second: float | None  # median, as are the times; of each round's p50
+    least: float | None
+    most: float | None
+    to_best_peer: float | None  # ratio of the medians
+    first_token_ms: float | None
+    token_ms: float | None
+    memory_gb: float | None  # the most
+    ready_seconds: float | None  # at the first start
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    rounds: int
+    seed: int
+    temperature: float
+    num_cores: int
+    rows: list[Row]
+    outcomes: list[Outcome]
+
+
+def make_rows(outcomes: Sequence[Outcome], workloads: Iterable[str], targets: dict[str, bool]) -> list[Row]:
+    """`targets`: names, and whether each is a peer."""
+    rows = []
+    for workload in workloads:
+        speeds = {name: median(_speeds(outcomes, name, workload)) for name in targets}
+        best = max((speed for name, speed in speeds.items() if targets[name] and speed is not None), default=None)
+        for name, speed in speeds.items():
+            ratio = speed / best if speed is not None and best is not None else None
+            own = [outcome for outcome in outcomes if (outcome.target, outcome.workload) == (name, workload)]
+            rows.append(_make_row(own, _speeds(outcomes, name, workload), ratio))
+    return rows
+
+
+def _speeds(outcomes: Iterable[Outcome], target: str, workload: str) -> list[float]:
+    found = (outcome for outcome in outcomes if (outcome.target, outcome.workload) == (target, workload))
+    return [outcome.tokens_per_second for outcome in found if outcome.tokens_per_second is not None]
+
+
+def _make_row(outcomes: Sequence[Outcome], speeds: Sequence[float], to_best_peer: float | None) -> Row:
+    reports = [outcome.report for outcome in outcomes if outcome.report and not outcome.failure]
+    starts = [outcome.ready_seconds for outcome in outcomes if outcome.ready_seconds is not None]
+    return Row(
+        workload=outcomes[0].workload,
+        target=outcomes[0].target,
+        num_failed=sum(outcome.failure is not None for outcome in outcomes),
+        tokens_per_second=median(speeds),
+        least=min(speeds, default=None),
+        most=max(speeds, default=None),
+        to_best_peer=to_best_peer,
+        first_token_ms=median(_p50(report.time_to_first_token_ms for report in reports)),
+        token_ms=median(_p50(report.inter_token_latency_ms for report in reports)),
+        memory_gb=max((outcome.memory_gb for outcome in outcomes if outcome.memory_gb is not None), default=None),
+        ready_seconds=starts[0] if starts else None,
+    )
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _p50(summaries: Iterable[Summary | None]) -> list[float]:
+    return [summary.p50 for summary in summaries if summary]
+
+
+def different_prompts(outcomes: Sequence[Outcome]) -> list[str]:
+    """Where the same prompts were many more tokens to one target than to another, their figures do not compare."""
+    counts: dict[tuple[int, str], dict[str, int]] = {}
+    for outcome in outcomes:
+        if outcome.report and not outcome.failure:
+            counts.setdefault((outcome.round, outcome.workload), {})[outcome.target] = outcome.report.input_tokens
+    return [
+        f"round {number}, {workload}: the prompts are not the same number of tokens to all: {tokens}"
+        for (number, workload), tokens in counts.items()
+        if max(tokens.values()) > SAME_PROMPTS * min(tokens.values())
+    ]
+
+
+def print_results(results: Results, console: Console) -> None:
+    title = f"rounds: {results.rounds}, cores: {results.num_cores}, temperature: {results.temperature:g}"
+    names = Column(no_wrap=True), Column(no_wrap=True), Column("tokens/s", justify="right", no_wrap=True)
+    table = Table(*names, *(Column(name, justify="right") for name in COLUMNS), title=title)
+    for row in results.rows:
+        cells = [
+            "failed" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}",
+            "" if row.least is None else f"{row.least:.1f} - {row.most:.1f}",
+            number(row.to_best_peer, 2),
+            number(row.first_token_ms, 1),
+            number(row.token_ms, 1),
+            number(row.memory_gb, 2),
+            number(row.ready_seconds, 1),
+        ]
+        is_last = row.target == results.rows[-1].target
+        table.add_row(row.workload, row.target, *cells, end_section=is_last)
+    console.print(table)
+    for outcome in results.outcomes:
+        if outcome.failure:
+            console.print(outcome.line(), soft_wrap=True)
+    for line in different_prompts(results.outcomes):
+        console.print(line, soft_wrap=True)
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,205 @@
+"""The comparison with peers, on stand-ins: what is sent, what counts as a failure, and the arithmetic."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from server.load import Load
+from tests.bench.peers import Comparison, Workload, compare, measure_target, parse_arguments
+from tests.bench.peers_results import Outcome, different_prompts, make_rows, print_results
+from tests.bench.peers_targets import MemoryWatch, Target
+
+STUB = Path(__file__).with_name("stub_peer.py")
+WORKLOADS = (
+    Workload("talk", Load(url="", num_requests=4, concurrency=2, input_len=8, output_len=3)),
+    Workload("read", Load(url="", num_requests=2, concurrency=2, input_len=8, output_len=1), is_prefill=True),
+)
+SILENT = Console(quiet=True)
+
+# Speaks as `peers_openvino.py` does, and says that each token took a second.
+PIPED = """
+import json, sys
+print(json.dumps("ready"), flush=True)
+for line in sys.stdin:
+    load = json.loads(line)
+    chunks = [(i + 1.0, 1) for i in range(load["output_len"])]
+    requests = [dict(start=0, end=chunks[-1][0], chunks=chunks, num_prompt_tokens=9) for _ in load["prompts"]]
+    print(json.dumps(requests), flush=True)
+"""
+
+
+def python(*arguments: object) -> str:
+    return shlex.join([sys.executable, *map(str, arguments)])
+
+
+def comparison(folder: Path, *targets: Target, rounds: int = 1, seed: int = 1) -> Comparison:
+    return Comparison(folder, targets, WORKLOADS, rounds=rounds, temperature=0.0, seed=seed)
+
+
+def stub(name: str, prompts: Path, *arguments: str) -> Target:
+    return Target(name, f"{python(STUB)} {{port}} {shlex.quote(str(prompts))} {' '.join(arguments)}")
+
+
+def test_all_get_the_same_prompts_and_none_twice(tmp_path: Path) -> None:
+    targets = [stub("a", tmp_path / "a"), stub("b", tmp_path / "b")]
+    results = compare(comparison(tmp_path, *targets, rounds=2), SILENT)
+    assert [outcome.failure for outcome in results.outcomes] == [None] * 8
+    prompts = [sorted((tmp_path / name).read_text().splitlines()) for name in "ab"]
+    assert prompts[0] == prompts[1]
+    assert len(set(prompts[0])) == len(prompts[0]) == 2 * (2 + 4 + 2 + 2)  # warm-ups and loads
+    for outcome in results.outcomes:
+        assert outcome.report
+        assert outcome.memory_gb
+        assert outcome.ready_seconds
+        talks = outcome.workload == "talk"
+        assert (outcome.report.input_tokens, outcome.report.output_tokens) == ((32, 12) if talks else (16, 2))
+        speeds = outcome.report.output_tokens_per_second, outcome.report.input_tokens_per_second
+        assert outcome.tokens_per_second == speeds[0 if talks else 1]
+
+
+def test_seed_chooses_the_prompts(tmp_path: Path) -> None:
+    seeds = {comparison(tmp_path, seed=seed).load(WORKLOADS[0], 1).seed for seed in range(10)}
+    assert len(seeds) == 10
+
+
+def test_a_target_without_http(tmp_path: Path) -> None:
+    target = Target("piped", python("-c", PIPED), speaks_http=False)
+    talk, read = measure_target(comparison(tmp_path, target), target, 1)
+    assert talk.report
+    assert (talk.report.input_tokens, talk.report.output_tokens, talk.report.duration) == (36, 12, 3.0)
+    assert talk.tokens_per_second == 4.0
+    assert read.tokens_per_second == 18.0
+
+
+@pytest.mark.parametrize("speaks_http", [True, False])
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (python("-c", "raise SystemExit('no weights')"), "the process ended with 1: no weights"),
+        ("/nowhere/server", "cannot be started: "),
+    ],
+)
+def test_a_target_that_does_not_start(
+    command: str, message: str, speaks_http: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = Target("broken", command, speaks_http=speaks_http)
+    results = compare(comparison(tmp_path, stub("well", tmp_path / "prompts"), target), SILENT)
+    failures = {outcome.workload: outcome.failure for outcome in results.outcomes if outcome.target == "broken"}
+    assert failures.keys() == {"talk", "read"}
+    assert all(message in str(failure) for failure in failures.values())
+    assert [row.num_failed for row in results.rows] == [0, 1, 0, 1]
+    print_results(results, Console(width=120))
+    printed = capsys.readouterr().out
+    assert printed.count("round 1, broken, ") == printed.count(message) == 2
+
+
+def test_a_target_that_breaks_under_load(tmp_path: Path) -> None:
+    target = Target(
+        "piped", python("-c", PIPED.replace("load =", "raise SystemExit('no memory') #")), speaks_http=False
+    )
+    outcomes = list(measure_target(comparison(tmp_path, target), target, 1))
+    assert [outcome.failure for outcome in outcomes] == ["no answer; the process ended with 1: no memory"] * 2
+    assert all(outcome.ready_seconds for outcome in outcomes)
+
+
+def test_short_answers_do_not_count(tmp_path: Path) -> None:
+    target = stub("short", tmp_path / "prompts", "2")
+    talk, _ = measure_target(comparison(tmp_path, target), target, 1)
+    assert talk.failure == "8 tokens of 12 came"
+    assert talk.tokens_per_second is None
+
+
+def outcomes(target: str, *speeds: float | None) -> list[Outcome]:
+    return [
+        Outcome(
+            round=number,
+            target=target,
+            workload="c1",
+            tokens_per_second=speed,
+            memory_gb=speed and number / 2,
+            failure="broke" if speed is None else None,
+        )
+        for number, speed in enumerate(speeds, start=1)
+    ]
+
+
+def test_rows() -> None:
+    found = outcomes("slow", 10, 30, 20) + outcomes("fast", 40, None, 60) + outcomes("ours", 75, 80, 65)
+    found += outcomes("broken", None, None, None)
+    rows = make_rows(found, ["c1"], {"slow": True, "fast": True, "ours": False, "broken": True})
+    assert [row.target for row in rows] == ["slow", "fast", "ours", "broken"]
+    assert [row.tokens_per_second for row in rows] == [20, 50, 75, None]
+    assert [row.to_best_peer for row in rows] == [0.4, 1.0, 1.5, None]
+    assert [(row.least, row.most) for row in rows] == [(10, 30), (40, 60), (65, 80), (None, None)]
+    assert [row.num_failed for row in rows] == [0, 1, 0, 3]
+    assert [row.memory_gb for row in rows] == [1.5, 1.5, 1.5, None]
+
+
+def test_rows_without_a_peer() -> None:
+    (row,) = make_rows(outcomes("ours", 5), ["c1"], {"ours": False})
+    assert row.to_best_peer is None
+
+
+def test_prompts_that_are_other_tokens(tmp_path: Path) -> None:
+    piped = Target("piped", python("-c", PIPED), speaks_http=False)  # says 9 tokens where the stub says 8
+    results = compare(comparison(tmp_path, stub("stub", tmp_path / "prompts"), piped), SILENT)
+    assert different_prompts(results.outcomes) == [
+        "round 1, talk: the prompts are not the same number of tokens to all: {'stub': 32, 'piped': 36}",
+        "round 1, read: the prompts are not the same number of tokens to all: {'stub': 16, 'piped': 18}",
+    ]
+
+
+def test_memory_is_that_of_the_whole_tree() -> None:
+    hold = "import sys, time; held = b'x' * 40_000_000; print('held', flush=True); sys.stdin.read()"
+    both = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}]); "
+    with subprocess.Popen([sys.executable, "-c", both], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        with MemoryWatch(process.pid) as memory:
+            pass
+        process.communicate()
+    assert 45e6 < memory.num_bytes < 120e6
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Comparison:
+    monkeypatch.setattr("sys.argv", ["peers", "compare", "/peers", *arguments])
+    found = parse_arguments().comparison
+    assert isinstance(found, Comparison)
+    return found
+
+
+def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = parse(monkeypatch)
+    assert [target.name for target in found.targets] == ["openvino", "llamacpp", "vllm", "lightwell"]
+    assert [workload.name for workload in found.workloads] == ["c1", "c8", "c32", "prefill"]
+    found = parse(monkeypatch, "--ours", "a=env X=1 serve --port {port}", "--ours", "b=serve {port}", "--workloads=c8")
+    assert [target.name for target in found.targets] == ["openvino", "llamacpp", "vllm", "a", "b"]
+    assert [target.is_peer for target in found.targets] == [True, True, True, False, False]
+    assert found.targets[3].command == "env X=1 serve --port {port}"
+    found = parse(monkeypatch, "--targets=vllm,lightwell", "--ours", "b=serve {port}", "--temperature=0.5")
+    assert [target.name for target in found.targets] == ["vllm", "lightwell", "b"]
+    assert found.load(found.workloads[0], 1).temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--targets=vlm"], "no target is called 'vlm': there are openvino, llamacpp, vllm, lightwell"),
+        (["--workloads=c1,c2"], "no workload is called 'c2'"),
+        (["--targets="], "no target or no round"),
+        (["--ours=serve {port}"], "--ours takes NAME=COMMAND with {port} in COMMAND, not 'serve {port}'"),
+        (["--ours=a=serve"], "--ours takes NAME=COMMAND"),
+        (["--ours=vllm=serve {port}"], "two targets have the same name"),
+        (["--rounds=0"], "no target or no round"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, *arguments)
+    assert message in capsys.readouterr().err

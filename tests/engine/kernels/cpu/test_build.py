@@ -1,0 +1,463 @@
+"""Compiling the kernels: what is compiled with which flags, what is kept where, and how it fails.
+
+Most tests have a stub in the place of the compiler, which writes down how it is called.
+"""
+
+import ctypes
+import fcntl
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from engine.kernels.cpu import build as build_module
+from engine.kernels.cpu.build import CODE_PATHS, COMMON_FLAGS, PACKAGE, BuildError, build_package, find_compiler
+from server import models
+from tests.engine.kernels.cpu.sanitizer import run_sanitized
+from tests.server.processes import wait_for_end_of
+
+ROOT = Path(__file__).parents[4]
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64")
+has_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+UNIT = """\
+#include "names.h"
+#define AS_TEXT_(x) #x
+#define AS_TEXT(x) AS_TEXT_(x)
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+const char* JOIN(name_, LIGHTWELL_ISA)() { return AS_TEXT(LIGHTWELL_ISA); }
+"""
+NAMES = "".join(f"const char* name_{path}();\n" for path in CODE_PATHS)
+LIBRARY = f"""\
+#include "names.h"
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT const char* name_of(int index) {{
+    const char* names[] = {{{", ".join(f"name_{path}()" for path in CODE_PATHS)}}};
+    return names[index];
+}}
+EXPORT float sum(const float* x, int n) {{
+    float result = 0;
+    for (int i = 0; i < n; i++) result += x[i];
+    return result;
+}}
+EXPORT int one_more(int x) {{ return x + 1; }}
+"""
+
+STUB = """\
+#!/bin/sh
+# Writes its arguments to a file, then does what the test wants, then makes what it is asked for.
+printf '%s\\n' "$*" >> {log}
+[ "$1" = --version ] && echo "stub {version}" && exit
+{body}
+while [ "$1" != -o ]; do shift; done
+echo made > "$2"
+"""
+
+
+class StubCompiler:
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "stub-c++"
+        self.log = folder / "calls"
+        self.does("")
+
+    def does(self, body: str, version: str = "1.0") -> None:
+        self.path.write_text(STUB.format(log=self.log, body=body, version=version))
+        self.path.chmod(0o755)
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """The arguments of each call that compiles or links."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line.split() for line in lines if line != "--version"]
+
+    @property
+    def num_links(self) -> int:
+        return sum("-shared" in call for call in self.calls)
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    (tmp_path / "package" / "src").mkdir(parents=True)
+    for name, text in {"unit.cpp": UNIT, "library.cpp": LIBRARY, "names.h": NAMES}.items():
+        (tmp_path / "package" / "src" / name).write_text(text)
+    return tmp_path / "package"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where compiled libraries go."""
+    monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build_module, "POLL_SECONDS", 0.001)
+    return tmp_path / "cache" / "kernels"
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubCompiler:
+    stub = StubCompiler(tmp_path)
+    monkeypatch.setenv("CXX", str(stub.path))
+    return stub
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# What is compiled.
+
+
+def test_the_unit_is_compiled_for_each_code_path_and_the_rest_once(package: Path, compiler: StubCompiler) -> None:
+    (package / "src" / "other.cpp").write_text("")
+    build_package(package)
+    *compiled, linked = compiler.calls
+    assert [call[: len(COMMON_FLAGS)] for call in compiler.calls] == [COMMON_FLAGS] * 6
+    extra = {call[call.index("-c") + 1 + 2]: call[len(COMMON_FLAGS) : call.index("-o")] for call in compiled}
+    objects = {Path(path).name: flags for path, flags in extra.items()}
+    assert objects == {
+        **{
+            f"unit.{name}.o": [*flags, f"-DLIGHTWELL_ISA={name}", "-c", "unit.cpp"]
+            for name, flags in CODE_PATHS.items()
+        },
+        "library.o": ["-c", "library.cpp"],
+        "other.o": ["-c", "other.cpp"],
+    }
+    assert "-shared" in linked
+    assert set(extra) <= set(linked)
+
+
+@has_compiler
+def test_a_compiled_library_can_be_called(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++")
+    library = ctypes.CDLL(str(build_package(package)))
+    library.name_of.restype = ctypes.c_char_p
+    assert [library.name_of(index).decode() for index in range(len(CODE_PATHS))] == list(CODE_PATHS)
+    with pytest.raises(AttributeError):  # only what is exported can be seen
+        library.name_avx2  # noqa: B018
+
+
+def test_at_most_two_at_a_time(package: Path, compiler: StubCompiler, tmp_path: Path) -> None:
+    compiler.does(f"touch {tmp_path}/running.$$; ls {tmp_path} | grep -c running >> {tmp_path}/counts; sleep 0.05; "
+                  f"rm {tmp_path}/running.$$")  # fmt: skip
+    build_package(package)
+    counts = list(map(int, (tmp_path / "counts").read_text().split()))
+    assert max(counts) <= 2
+    assert len(counts) == 5
+
+
+def test_all_sources_are_installed_and_in_the_key() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["engine.kernels.cpu"]
+    installed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    assert set((PACKAGE / "src").iterdir()) <= installed
+    assert PACKAGE / "src" / "unit.cpp" in installed
+    assert {path.suffix for path in (PACKAGE / "src").iterdir()} <= {".cpp", ".h"}
+    assert "prebuilt/*.so" in patterns
+
+
+# What is kept.
+
+
+def test_it_is_compiled_once(package: Path, compiler: StubCompiler, cache: Path) -> None:
+    library = build_package(package)
+    num_calls = len(compiler.calls)
+    assert build_package(package) == library
+    assert len(compiler.calls) == num_calls
+    assert library.parent == cache
+    assert library.read_text() == "made\n"
+    assert files_in(cache) == [library.name]
+
+
+def test_what_changes_is_compiled_anew(
+    package: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = [build_package(package)]
+
+    def is_another() -> bool:
+        library = build_package(package)
+        is_new = library not in seen
+        seen.append(library)
+        return is_new and build_package(package) == library and compiler.num_links == len(seen)
+
+    with (package / "src" / "names.h").open("a") as file:
+        file.write("// more\n")
+    assert is_another()
+    (package / "src" / "names.h").rename(package / "src" / "other.h")
+    assert is_another()
+    (package / "src" / "new.cpp").write_text("")
+    assert is_another()
+    monkeypatch.setattr(build_module, "COMMON_FLAGS", [*COMMON_FLAGS, "-DX"])
+    assert is_another()
+    monkeypatch.setitem(CODE_PATHS, "avx2", ["-mavx2"])
+    assert is_another()
+    compiler.does("", version="1.1")
+    assert is_another()
+    monkeypatch.setenv("CXX", f"{compiler.path} -DY")
+    assert is_another()
+    moved = compiler.path.rename(tmp_path / "moved-c++")
+    monkeypatch.setenv("CXX", f"{moved} -DY")
+    assert is_another()
+    (package / "src" / "notes.txt").write_text("is not compiled")
+    assert build_package(package) == seen[-1]
+
+
+def test_the_sanitized_library_is_another_one(package: Path, compiler: StubCompiler) -> None:
+    library = build_package(package)
+    assert build_package(package, sanitize=True) != library
+    sanitized = [call for call in compiler.calls if "-fsanitize=address,undefined" in call]
+    assert len(sanitized) == len(compiler.calls) / 2
+    assert all(call.index("-O1") > call.index("-O3") for call in sanitized)
+
+
+def test_the_cache_folder_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in [("LIGHTWELL_CACHE", "~/x"), ("LIGHTWELL_CACHE", ""), ("XDG_CACHE_HOME", "/xdg")]:
+        monkeypatch.setenv(name, value)
+        assert build_module.cache_folder() == models.cache_folder()
+
+
+def test_a_cache_folder_with_a_relative_path(
+    package: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTWELL_CACHE", "here")
+    assert build_package(package).parent == tmp_path / "here" / "kernels"
+
+
+def test_a_cache_that_cannot_be_written(
+    package: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    library = build_package(package)
+    assert library.parent == tmp_path / f"lightwell-kernels-{os.getuid()}"
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    assert build_package(package) == library
+    assert compiler.num_links == 1
+    library.parent.chmod(0o777)  # others could have put a library there
+    with pytest.raises(BuildError, match=r"no folder for the compiled kernels: .* is open to other users"):
+        build_package(package)
+
+
+def test_a_disk_that_is_full(package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(BuildError, match=r"cannot keep the compiled kernels in .*: No space left on device"):
+        build_package(package)
+
+
+# A library beside the sources.
+
+
+def test_a_prebuilt_library_needs_no_compiler(
+    package: Path, compiler: StubCompiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = build_package(package, in_package=True)
+    assert library.parent == package / "prebuilt"
+    assert not cache.exists()
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert build_package(package) == build_package(package, in_package=True) == library
+    with pytest.raises(BuildError):
+        build_package(package, sanitize=True)
+    (package / "src" / "library.cpp").write_text("// changed")
+    with pytest.raises(BuildError):
+        build_package(package)
+
+
+def test_a_package_that_cannot_be_written(package: Path, compiler: StubCompiler) -> None:
+    (package / "prebuilt").write_text("a file where the folder should be")
+    with pytest.raises(BuildError, match=r"cannot keep the compiled kernels in .*/prebuilt: File exists"):
+        build_package(package, in_package=True)
+
+
+# Several processes, and processes that are ended. Threads stand in for processes: each opens its own lock.
+
+
+def test_two_at_once_compile_once(package: Path, compiler: StubCompiler, cache: Path) -> None:
+    compiler.does("sleep 0.05")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build_package, [package, package])
+    assert first == second
+    assert compiler.num_links == 1
+    assert files_in(cache) == [first.name]
+
+
+def test_two_at_once_without_locks_end_well(
+    package: Path, compiler: StubCompiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    compiler.does("sleep 0.05")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build_package, [package, package])
+    assert first == second
+    assert compiler.num_links == 2
+    assert files_in(cache) == [first.name]
+
+
+def test_leftovers_of_killed_processes_go(package: Path, compiler: StubCompiler, cache: Path) -> None:
+    (cache / ".build-killed").mkdir(parents=True)
+    (cache / ".build-killed" / "unit.avx2.o").touch()
+    library = build_package(package)
+    assert files_in(cache) == [library.name]
+
+
+def test_sigterm_ends_the_compiler_too(package: Path, compiler: StubCompiler, cache: Path, tmp_path: Path) -> None:
+    compiler.does(f"sleep 60 & echo $! >> {tmp_path}/pids; wait")
+    pids = tmp_path / "pids"
+
+    def send_signal() -> None:
+        while not pids.exists() or len(pids.read_text().splitlines()) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send_signal)
+    sender.start()
+    with pytest.raises(SystemExit) as ended:
+        build_package(package)
+    sender.join()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    wait_for_end_of(*map(int, pids.read_text().split()))
+    assert files_in(cache) == []
+
+
+# Failures.
+
+
+def test_the_compiler_is_found(tmp_path: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_compiler() == [str(compiler.path)]
+    monkeypatch.setenv("CXX", f"{compiler.path} -m64")
+    assert find_compiler() == [str(compiler.path), "-m64"]
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    for name in ("clang++", "c++", "g++"):  # each goes before those that are there
+        (tmp_path / "bin" / name).symlink_to(compiler.path)
+        assert find_compiler() == [str(tmp_path / "bin" / name)]
+
+
+def test_without_a_compiler(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match=r"^no C\+\+ compiler found: g\+\+, c\+\+, clang\+\+ \(CXX names another\)$"):
+        build_package(package)
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    with pytest.raises(BuildError, match=r"^the C\+\+ compiler that CXX names is not there: /nonexistent/c\+\+$"):
+        build_package(package)
+
+
+def test_a_compiler_that_cannot_run(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c++").write_bytes(b"\x7fELF")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    with pytest.raises(BuildError, match=r"^the C\+\+ compiler cannot run: .*/c\+\+: Exec format error$"):
+        build_package(package)
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("echo 'In file x.h:'; echo 'x.h:3:4: error: no y'; echo 'x.h:9: error: z'; exit 1", "x.h:3:4: error: no y"),
+        ("echo 'ld: undefined reference to y' >&2; echo 'collect2: error: 1'; exit 1", "ld: undefined reference to y"),
+        ("echo; echo ' Segmentation fault'; exit 1", "Segmentation fault"),
+        ("exit 3", "exit status 3"),
+    ],
+)
+def test_a_compiler_that_fails(package: Path, compiler: StubCompiler, cache: Path, body: str, error: str) -> None:
+    compiler.does(body)
+    with pytest.raises(BuildError) as raised:
+        build_package(package)
+    assert str(raised.value) == f"stub-c++ failed: {error}"
+    assert files_in(cache) == []
+
+
+def test_the_first_failure_ends_the_others(package: Path, compiler: StubCompiler, tmp_path: Path) -> None:
+    compiler.does(f'case "$*" in *=avx512*) sleep 60 & echo $! > {tmp_path}/pid; wait;; esac; '
+                  f"while [ ! -s {tmp_path}/pid ]; do sleep 0.01; done; exit 1")  # fmt: skip
+    with pytest.raises(BuildError):
+        build_package(package)
+    wait_for_end_of(int((tmp_path / "pid").read_text()))
+    assert len(compiler.calls) == 2
+
+
+@has_compiler
+def test_an_error_in_the_source(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++")
+    (package / "src" / "library.cpp").write_text("int f() { return x; }\n")
+    with pytest.raises(BuildError, match=r"^g\+\+ failed: library\.cpp:1:18: error: .*x.* was not declared"):
+        build_package(package)
+    (package / "src" / "library.cpp").write_text("int g();\nint f() { return g(); }\n")
+    with pytest.raises(BuildError, match=r"^g\+\+ failed: .*undefined reference to .g\(\)"):
+        build_package(package)
+
+
+def test_other_machines_have_no_kernels(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(BuildError, match=r"^the CPU kernels are for x86_64, and this machine is aarch64$"):
+        build_package(package)
+
+
+# The command.
+
+
+def test_the_command_prints_path_and_seconds(
+    package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build_module, "PACKAGE", package)
+    assert build_module.main([]) == 0
+    assert re.fullmatch(rf"{build_package(package)} \(\d+\.\d s\)\n", capsys.readouterr().out)
+    assert build_module.main(["--in-package"]) == 0
+    assert capsys.readouterr().out.startswith(f"{package}/prebuilt/")
+
+
+def test_the_command_fails_in_one_line(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build_module, "PACKAGE", package)
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert build_module.main([]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "lightwell: error: the C++ compiler that CXX names is not there: /nonexistent/c++\n"
+
+
+def test_nothing_but_the_standard_library_is_needed() -> None:
+    code = f"import sys; sys.path[:0] = [{str(PACKAGE)!r}]; import build; sys.exit('torch' in sys.modules)"
+    path = [sys.executable, "-I", "-S", "-c", code]
+    assert subprocess.run(path, check=False).returncode == 0
+
+
+# The sanitizers.
+
+
+@has_compiler
+def test_sanitizers_find_errors(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++")
+    library = build_package(package, sanitize=True)
+    code = "x = (ctypes.c_float * 9)(*range(9)); library.sum.restype = ctypes.c_float; print(library.sum(x, {n}))"
+    fine = run_sanitized(code.format(n=9), library)
+    assert (fine.returncode, fine.stdout, fine.stderr) == (0, "36.0\n", "")
+    beyond = run_sanitized(code.format(n=10), library)
+    assert beyond.returncode != 0
+    assert "heap-buffer-overflow" in beyond.stderr
+    assert "library.cpp:9" in beyond.stderr
+    overflow = run_sanitized("print(library.one_more(2**31 - 1))", library)
+    assert overflow.returncode != 0
+    assert "signed integer overflow" in overflow.stderr
+    assert overflow.stdout == ""
