@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.request import Scheduled, Step
+from engine.request import Step
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class BatchBuilder:
         self.seq_lens[:num_seqs] = seq_lens
         num_rows = sum(query_lens)
         self.num_rows[0], self.num_seqs[0] = num_rows, num_seqs
-        self.rows[0, :num_rows] = list(itertools.chain.from_iterable(map(_token_ids, step.scheduled)))
+        self.rows[0, :num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
         num_samples = self._fill_sample_rows(step)
         max_blocks = self._fill_tables(step)
         self._fill_positions(num_rows, num_seqs)
@@ -71,8 +71,9 @@ class BatchBuilder:
         end = num_samples = 0
         for item in step.scheduled:
             end += item.num_tokens
-            self.rows[3, num_samples] = end - 1
-            num_samples += item.samples
+            for row in range(end - item.num_samples, end):
+                self.rows[3, num_samples] = row
+                num_samples += 1
         return num_samples
 
     def _fill_tables(self, step: Step) -> int:
@@ -95,6 +96,3 @@ class BatchBuilder:
         blocks, offsets = np.divmod(positions, self.block_size)
         np.add(self.tables[sequences, blocks] * self.block_size, offsets, out=self.rows[2, :num_rows])
 
-
-def _token_ids(item: Scheduled) -> list[int]:
-    return item.request.token_ids[item.start : item.start + item.num_tokens]

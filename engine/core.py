@@ -13,6 +13,7 @@ from engine.record import Recorder, StepClock, StepRecord
 from engine.request import Step, leader_of
 from engine.runner import LoadedModel
 from engine.scheduler import Scheduler
+from engine.speculation import choose_policy
 
 
 class Engine:
@@ -21,6 +22,9 @@ class Engine:
     def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
         self.runner = loaded.runner
         self.recorder = Recorder()
+        # Where a row's result depends on how many there are, a draft could change the answer.
+        is_lossless = loaded.runner.kernels.deterministic
+        is_cheap = loaded.device.type == "cpu"
         self.scheduler = Scheduler(
             BlockPool(loaded.memory.num_blocks, loaded.memory.block_size),
             self.recorder,
@@ -29,6 +33,7 @@ class Engine:
             max_model_len=loaded.limits.max_model_len,
             eos_token_ids=loaded.config.eos_token_ids,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
+            speculation=choose_policy(config.speculative, suits=is_lossless and is_cheap),
         )
         self.enable_prefix_caching = config.enable_prefix_caching
         self.arrivals = itertools.count()

@@ -63,6 +63,7 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_output_tokens: int = 0
     num_preemptions: int = 0
     num_chunks: int = 0  # steps that computed prompt tokens, or again what a preemption lost
+    num_accepted_tokens: int = 0  # output tokens that a draft had guessed
 
 
 class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -94,6 +95,9 @@ class EngineStats(msgspec.Struct, kw_only=True, array_like=True):
     prompt_tokens_cached_total: int = 0
     generation_tokens_total: int = 0
     steps_total: int = 0
+    drafts_total: int = 0
+    draft_tokens_total: int = 0
+    accepted_tokens_total: int = 0  # draft tokens that became output
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

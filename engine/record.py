@@ -38,6 +38,7 @@ class RequestRecord:
     finish_reason: str | None = None
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    num_accepted_tokens: int = 0
     chunks: list[ChunkRecord] = field(default_factory=list)
     preemptions: list[float] = field(default_factory=list)
 
@@ -54,6 +55,7 @@ class RequestRecord:
             num_output_tokens=self.num_output_tokens,
             num_preemptions=len(self.preemptions),
             num_chunks=len(self.chunks),
+            num_accepted_tokens=self.num_accepted_tokens,
         )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import struct
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
@@ -15,12 +15,15 @@ from engine.record import RequestRecord
 
 if TYPE_CHECKING:
     from engine.block_pool import Block
+    from engine.speculation import Drafter
 
 __all__ = [
     "FinishReason",
     "Request",
     "RequestTimes",
+    "RequestWithDraft",
     "RowOutput",
+    "SampledRequest",
     "SamplingParams",
     "Scheduled",
     "Status",
@@ -40,7 +43,7 @@ class Status(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One choice of a submitted prompt: a sequence that grows by one token a step until it ends.
+    """One choice of a submitted prompt: a sequence that grows by a token a step, or by more, until it ends.
 
     `num_computed` tokens have their keys and values in `blocks`; the rest of `token_ids` is still to be computed.
     """
@@ -62,6 +65,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # how many of `blocks` have been offered to others
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    drafter: Drafter | None = None  # since the first time that a draft was wanted
 
     @property
     def num_tokens(self) -> int:
@@ -78,14 +82,61 @@ class Request:
 
 
 @dataclass(slots=True)
+class RequestWithDraft:
+    """A request as it will be if its draft is right so far: what the sampler sees at the row of a draft token."""
+
+    request: Request
+    draft_token_ids: list[int]
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.request.token_ids + self.draft_token_ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.request.num_prompt_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.request.num_output_tokens + len(self.draft_token_ids)
+
+
+SampledRequest: TypeAlias = Request | RequestWithDraft
+
+
+@dataclass(slots=True)
 class Scheduled:
-    """The part of one request that a step computes: positions start .. start + num_tokens."""
+    """The part of one request that a step computes: positions start .. start + num_tokens.
+
+    A draft follows the request's own tokens and is counted in `num_tokens`.
+    """
 
     request: Request
     start: int
     num_tokens: int
-    samples: bool  # whether the last of these rows yields a token
+    num_samples: int  # how many rows yield a token, counted from the last: 0, or 1 and one for each draft token
     num_prompt_logprobs: int = 0  # how many rows, counted from the first, tell the probability of a prompt token
+    draft_token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What its rows read."""
+        num_known = self.num_tokens - len(self.draft_token_ids)
+        return self.request.token_ids[self.start : self.start + num_known] + self.draft_token_ids
+
+    @property
+    def sampled(self) -> list[SampledRequest]:
+        """For each row that yields a token, what that token follows."""
+        drafts = (self.draft_token_ids[:length] for length in range(self.num_samples))
+        return [RequestWithDraft(self.request, draft) if draft else self.request for draft in drafts]
 
 
 @dataclass(slots=True)
@@ -104,7 +155,7 @@ class Step:
 class RowOutput:
     """What the model made of one `Scheduled`."""
 
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)  # the draft as far as it is right, and the token that follows
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # for positions start + 1 ..
     error: str | None = None

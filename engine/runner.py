@@ -20,6 +20,7 @@ from engine.model import CausalLM, Parameters
 from engine.record import StepClock
 from engine.request import RowOutput, Scheduled, Step
 from engine.sampler import Sampler, gather_logprobs
+from engine.speculation import num_confirmed
 from engine.weights import load_weights
 
 CPU_NUM_BATCHED_TOKENS = 128  # larger steps compute little faster, and everybody waits for the end of a step
@@ -69,22 +70,29 @@ class ModelRunner:
         return outputs
 
     def _fill_samples(self, step: Step, batch: BatchInputs, outputs: list[RowOutput]) -> None:
-        sampling = [(item.request, out) for item, out in zip(step.scheduled, outputs, strict=True) if item.samples]
-        if not sampling:
+        rows = [row for item in step.scheduled for row in item.sampled]
+        if not rows:
             return
         logits = self.execution.compute_logits(batch.sample_rows)
-        wanted = [row for row, (request, _) in enumerate(sampling) if request.params.logprobs is not None]
+        wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw_logits = logits[wanted] if wanted else None  # a copy, before any setting changes them
-        sampled = self.sampler.sample(logits, [request for request, _ in sampling])
+        sampled = self.sampler.sample(logits, rows)
+        logprobs: dict[int, TokenLogprobs] = {}
         if raw_logits is not None:
-            num_top = [sampling[row][0].params.logprobs or 0 for row in wanted]
-            for row, entry in zip(wanted, gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top), strict=True):
-                sampling[row][1].logprobs = [entry]
-        rows = zip(sampling, sampled.token_ids.tolist(), sampled.is_finite.tolist(), strict=True)
-        for (_, output), token_id, is_finite in rows:
-            output.token_ids = [token_id]
-            if not is_finite:
+            num_top = [rows[index].params.logprobs or 0 for index in wanted]
+            entries = gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top)
+            logprobs = dict(zip(wanted, entries, strict=True))
+        token_ids, is_finite = sampled.token_ids.tolist(), sampled.is_finite.tolist()
+        first = 0
+        for item, output in zip(step.scheduled, outputs, strict=True):
+            last = first + item.num_samples
+            num = num_confirmed(token_ids[first:last], is_finite[first:last], item.draft_token_ids)
+            output.token_ids = token_ids[first : first + num]
+            if first in logprobs:
+                output.logprobs = [logprobs[index] for index in range(first, first + num)]
+            if item.num_samples and not num:
                 output.error = "the model's logits are not finite"
+            first = last
 
     def _fill_prompt_logprobs(self, step: Step, outputs: list[RowOutput]) -> None:
         first_row = 0

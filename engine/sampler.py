@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.messages import TokenLogprobs
-from engine.request import Request
+from engine.request import SampledRequest
 
 GREEDY_TEMPERATURE = 1e-5  # below it the division would overflow; the result is greedy decoding anyway
 NUM_CANDIDATES = 1024  # most likely tokens that are tried first for top-p, before a whole row is sorted
@@ -42,7 +42,7 @@ class Sampler:
         hashed = torch.arange(vocab_size) * 0x9E3779B1 & 0xFFFFFFFF
         self.hashed_ids = ((hashed ^ 0x80000000) - 0x80000000).to(torch.int32).to(device)
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> SamplerOutput:
+    def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
         """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
         is_finite = torch.isfinite(logits.amax(dim=-1))
         self._apply_bias(logits, requests)
@@ -60,14 +60,14 @@ class Sampler:
 
     # What changes the distribution of a request.
 
-    def _apply_bias(self, logits: Tensor, requests: Sequence[Request]) -> None:
+    def _apply_bias(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         entries = [(row, *item) for row, request in enumerate(requests) for item in request.params.logit_bias.items()]
         if entries:
             rows, ids, values = zip(*entries, strict=True)
             index = (torch.tensor(rows, device=self.device), torch.tensor(ids, device=self.device))
             logits.index_put_(index, torch.tensor(values, dtype=torch.float32, device=self.device), accumulate=True)
 
-    def _ban_stop_tokens(self, logits: Tensor, requests: Sequence[Request]) -> None:
+    def _ban_stop_tokens(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         """Nothing that would end a request can be sampled before its min_tokens."""
         entries = [
             (row, token_id)
@@ -79,11 +79,11 @@ class Sampler:
             rows, ids = torch.tensor(entries, device=self.device).T
             logits[rows, ids] = float("-inf")
 
-    def _stop_token_ids(self, request: Request) -> list[int]:
+    def _stop_token_ids(self, request: SampledRequest) -> list[int]:
         eos_token_ids = [] if request.params.ignore_eos else self.eos_token_ids
         return [*eos_token_ids, *request.params.stop_token_ids]
 
-    def _apply_penalties(self, logits: Tensor, requests: Sequence[Request]) -> None:
+    def _apply_penalties(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         """Repetition penalty over prompt and output (Keskar et al. 2019); OpenAI's penalties over the output."""
         penalised = [row for row, request in enumerate(requests) if _has_penalty(request)]
         if not penalised:
@@ -110,7 +110,7 @@ class Sampler:
 
     # Sampling.
 
-    def _sample_rows(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    def _sample_rows(self, logits: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
         params = [request.params for request in requests]
         x = logits / self._column([p.temperature for p in params])
         if any(p.min_p > 0 for p in params):
@@ -146,7 +146,7 @@ class Sampler:
                 threshold[one], _ = _nucleus_threshold(logprobs[one].sort(dim=-1, descending=True).values, top_p[one])
         return x.masked_fill(logprobs < threshold, float("-inf"))
 
-    def _gumbel_noise(self, requests: Sequence[Request]) -> Tensor:
+    def _gumbel_noise(self, requests: Sequence[SampledRequest]) -> Tensor:
         """float32 [R, V]: -log(-log(u)) of a uniform u that is a hash of seed, position in the output, and token id."""
         keys = noise_keys(
             np.array([request.seed for request in requests], dtype=np.uint64),
@@ -191,7 +191,7 @@ def _nucleus_threshold(ordered: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     return ordered.gather(1, num_below.clamp_(max=ordered.shape[1] - 1)), found
 
 
-def _has_penalty(request: Request) -> bool:
+def _has_penalty(request: SampledRequest) -> bool:
     params = request.params
     return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
 

@@ -3,7 +3,8 @@
 The invariant: there is no prefill phase and no decode phase. A request has `num_computed` tokens that must catch up
 with `num_tokens`, and each step hands out a budget of tokens. Chunks of a prompt, hits in the prefix cache, resumption
 after preemption and decoding are all this one subtraction. Running requests come first, then waiting ones, each in the
-order of (priority, arrival). No torch.
+order of (priority, arrival). Drafts come last: tokens taken for known until the step has shown which of them are, with
+the rows and blocks that nobody else needs. No torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from engine.block_pool import BlockPool, extend_block_hashes
 from engine.messages import EngineStats, FinishReason, TokenEvent
 from engine.record import ChunkRecord, Recorder
 from engine.request import Request, RowOutput, Scheduled, Status, Step
+from engine.speculation import Drafter, Policy
 
 
 def _by_order(request: Request) -> tuple[int, int, int]:
@@ -35,6 +37,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Sequence[int] = (),
         long_prefill_token_threshold: int = 0,
+        speculation: Policy | None = None,
     ) -> None:
         if max_num_seqs < 1 or max_model_len < 1 or long_prefill_token_threshold < 0:
             raise ValueError(
@@ -58,6 +61,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_chunk = long_prefill_token_threshold or max_num_batched_tokens
+        self.speculation = speculation  # None: no drafts
         self.watermark = pool.num_blocks // 100  # blocks kept free for running requests to grow into
         self.running: list[Request] = []  # sorted by order
         self.waiting: list[Request] = []  # sorted by order
@@ -110,6 +114,8 @@ class Scheduler:
             budget -= num_tokens
         if not scheduled:
             return None
+        if self.speculation is not None:
+            self._add_drafts(self.speculation, scheduled, budget)
         self.stats.steps_total += 1
         return Step(self.stats.steps_total, scheduled)
 
@@ -173,13 +179,49 @@ class Scheduler:
     def _advance(self, request: Request, num_tokens: int) -> Scheduled:
         start = request.num_computed
         request.num_computed += num_tokens
-        samples = request.num_computed == request.num_tokens
+        num_samples = int(request.num_computed == request.num_tokens)
         if num_tokens > 1 or start < request.num_prompt_tokens:
             request.record.chunks.append(ChunkRecord(self.stats.steps_total + 1, start, num_tokens))
         num_prompt_logprobs = 0
         if request.wants_prompt_logprobs:  # the row of one token tells the probability of the next
             num_prompt_logprobs = min(request.num_computed, request.num_prompt_tokens - 1) - start
-        return Scheduled(request, start, num_tokens, samples, num_prompt_logprobs)
+        return Scheduled(request, start, num_tokens, num_samples, num_prompt_logprobs)
+
+    def _add_drafts(self, policy: Policy, scheduled: list[Scheduled], budget: int) -> None:
+        """Share the rows that are left evenly among the drafts; what a short one does not need is for the longer."""
+        num_spare = policy.num_spare_rows(sum(item.num_tokens for item in scheduled), budget)
+        if num_spare < 1:
+            return
+        drafts = [(item, self._draft(policy, item.request)) for item in scheduled if item.num_samples]
+        drafts = sorted((pair for pair in drafts if pair[1]), key=lambda pair: len(pair[1]))
+        for position, (item, draft) in enumerate(drafts):
+            share = -(-num_spare // (len(drafts) - position))
+            num_spare -= self._add_draft(item, draft[:share])
+
+    def _draft(self, policy: Policy, request: Request) -> list[int]:
+        """A guess of what follows. Behind it comes a token that it does not foretell, for which there must be room."""
+        room = min(request.params.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens) - 1
+        if room < 1:
+            return []
+        if request.drafter is None:
+            request.drafter = Drafter(policy)
+        return request.drafter.draft(request.token_ids, room)
+
+    def _add_draft(self, item: Scheduled, draft: list[int]) -> int:
+        """Let a step compute a draft too, unless a block is missing; returns how many rows it took."""
+        request = item.request
+        num_blocks = self.pool.num_blocks_for(request.num_computed + len(draft)) - len(request.blocks)
+        blocks = self.pool.allocate(num_blocks)
+        if not draft or blocks is None:
+            return 0
+        request.blocks += blocks
+        request.num_computed += len(draft)
+        item.draft_token_ids = draft
+        item.num_tokens += len(draft)
+        item.num_samples += len(draft)
+        self.stats.drafts_total += 1
+        self.stats.draft_tokens_total += len(draft)
+        return len(draft)
 
     # A step ends.
 
@@ -195,28 +237,64 @@ class Scheduler:
         event = TokenEvent(request_id=request.request_id, index=request.index)
         if request.num_output_tokens == 0:
             event.num_cached_tokens = request.record.num_cached_tokens
+        if output.error is not None and item.draft_token_ids:
+            self._try_without_draft(item)
+            return None
         if output.error is not None:
             event.error = output.error
             self.pool.unpublish(request.blocks)
             return self._end(request, event, FinishReason.ERROR)
-        self._publish(request, item.start + item.num_tokens)
         request.prompt_logprobs += output.prompt_logprobs
-        if not item.samples:
+        if not item.num_samples:
+            self._publish(request)
             return None
         if request.num_output_tokens == 0:
             self._prompt_is_computed(request, event)
-        token_ids = output.token_ids[: request.params.max_tokens - request.num_output_tokens]
-        request.token_ids += token_ids
-        request.record.num_output_tokens += len(token_ids)
-        self.stats.generation_tokens_total += len(token_ids)
-        event.token_ids = token_ids
-        event.logprobs = output.logprobs[: len(token_ids)] if output.logprobs is not None else None
-        reason = self._finish_reason(request, event)
+        reason = self._take_tokens(request, output, event)
+        self._settle_draft(item, min(len(output.token_ids) - 1, len(event.token_ids)))
+        self._publish(request)
         return event if reason is None else self._end(request, event, reason)
 
-    def _publish(self, request: Request, num_computed: int) -> None:
+    def _take_tokens(self, request: Request, output: RowOutput, event: TokenEvent) -> FinishReason | None:
+        """Append what was sampled up to the token that ends the request, which is not always the last."""
+        reason = FinishReason.LENGTH if request.params.max_tokens == 0 else None
+        for token_id in output.token_ids:
+            if reason is not None:
+                break
+            request.token_ids.append(token_id)
+            event.token_ids.append(token_id)
+            reason = self._finish_reason(request, event)
+        request.record.num_output_tokens += len(event.token_ids)
+        self.stats.generation_tokens_total += len(event.token_ids)
+        event.logprobs = output.logprobs[: len(event.token_ids)] if output.logprobs is not None else None
+        return reason
+
+    def _settle_draft(self, item: Scheduled, num_accepted: int) -> None:
+        """Tell the drafter how its draft fared. What was not right has not been computed."""
+        request, num_drafted = item.request, len(item.draft_token_ids)
+        if request.drafter is None or not num_drafted:
+            return
+        request.drafter.learn(num_drafted, num_accepted)
+        request.record.num_accepted_tokens += num_accepted
+        self.stats.accepted_tokens_total += num_accepted
+        self._roll_back(request, num_drafted - num_accepted)
+
+    def _try_without_draft(self, item: Scheduled) -> None:
+        """Compute the rows again, alone: a draft that has no numbers can spoil those of the rows before it."""
+        assert item.request.drafter is not None
+        item.request.drafter.stop()
+        self._roll_back(item.request, item.num_tokens)
+
+    def _roll_back(self, request: Request, num_tokens: int) -> None:
+        """Take the last rows for not computed. What they wrote is written again before anybody reads it."""
+        request.num_computed -= num_tokens
+        num_blocks = self.pool.num_blocks_for(request.num_computed)
+        self.pool.release(request.blocks[num_blocks:])
+        del request.blocks[num_blocks:]
+
+    def _publish(self, request: Request) -> None:
         """Make the blocks findable whose last token has been computed."""
-        num_full = num_computed // self.pool.block_size
+        num_full = request.num_computed // self.pool.block_size
         if num_full > request.num_published:
             extend_block_hashes(request.block_hashes, request.token_ids, self.pool.block_size, request.salt)
             for index in range(request.num_published, num_full):

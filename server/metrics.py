@@ -253,6 +253,9 @@ class _EngineCollector(Collector):
         yield by_source
         yield self._counter("generation_tokens", "Output tokens.", stats.generation_tokens_total)
         yield self._counter("engine_steps", "Steps of the engine.", stats.steps_total)
+        yield self._counter("spec_decode_num_drafts", "Guesses of next tokens.", stats.drafts_total)
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens guessed.", stats.draft_tokens_total)
+        yield self._counter("spec_decode_num_accepted_tokens", "Tokens guessed right.", stats.accepted_tokens_total)
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"{self._prefix}{name}", help, labels=LABELS)

@@ -115,6 +115,8 @@ def size(low: int) -> Kind:
 
 def choice(metavar: str, *options: str) -> Kind:
     def parse(value: object) -> str:
+        if value is False:  # what YAML makes of off
+            value = "off"
         if value not in options:
             raise ValueError
         return str(value)

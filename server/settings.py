@@ -213,6 +213,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory: Annotated[
         int | None, Setting(_MEMORY, size(1 << 20), "Memory for the KV cache. Unset: by device and model.")
     ] = None
+    speculative: Annotated[
+        str,
+        Setting(
+            _MEMORY,
+            choice("MODE", "auto", "ngram", "off"),
+            "Guess tokens from the text so far and check several in one step, which changes no answer; "
+            "auto does it where it pays.",
+        ),
+    ] = "auto"
 
     log_level: Annotated[
         str, Setting(_LOGS, choice("LEVEL", "debug", "info", "warning", "error"), "Least severity that is logged.")
@@ -371,6 +380,7 @@ def engine_config(settings: Settings, model_path: Path) -> "EngineConfig":
         block_size=settings.block_size,
         enable_prefix_caching=settings.enable_prefix_caching,
         kv_cache_memory=settings.kv_cache_memory,
+        speculative=settings.speculative,
         step_timeout=settings.step_timeout,
     )
 

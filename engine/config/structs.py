@@ -18,6 +18,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 32  # tokens
     enable_prefix_caching: bool = True
     kv_cache_memory: int | None = None  # bytes
+    speculative: str = "auto"  # auto, ngram, off
     step_timeout: float = 60.0  # seconds; a step that takes longer is a hang
 
 

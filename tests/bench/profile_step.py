@@ -60,7 +60,7 @@ def decode_steps(
     loaded: LoadedModel, clocks: Clocks, rows: int, context: int, num_steps: int
 ) -> list[dict[str, float]]:
     """Milliseconds by part and operation of each step in which all rows decode."""
-    engine = Engine(EngineConfig(model_path=""), loaded)
+    engine = Engine(EngineConfig(model_path="", speculative="off"), loaded)
     rng = random.Random(0)
     params = SamplingParams(max_tokens=num_steps, temperature=0.0, ignore_eos=True)
     for number in range(rows):

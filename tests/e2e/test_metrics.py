@@ -36,6 +36,9 @@ COUNTERS = (
     "prompt_tokens_cached",
     "prompt_tokens_by_source",
     "generation_tokens",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
     "request_success",
 )
 

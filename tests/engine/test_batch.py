@@ -30,7 +30,12 @@ def steps(draw: st.DrawFn, block_size: int) -> Step:
         start = draw(st.integers(0, end - 1))
         num_blocks = draw(st.integers(-(-end // block_size), -(-MAX_MODEL_LEN // block_size)))
         block_ids = draw(st.lists(st.integers(1, 999), min_size=num_blocks, max_size=num_blocks, unique=True))
-        scheduled.append(Scheduled(make_request(token_ids, block_ids), start, end - start, draw(st.booleans())))
+        num_samples, draft = draw(st.integers(0, 1)), []
+        if num_draft := draw(st.integers(0, end - start - 1) | st.just(0)):
+            num_samples, draft = 1 + num_draft, token_ids[end - num_draft : end]
+            del token_ids[end - num_draft :]
+        request = make_request(token_ids, block_ids)
+        scheduled.append(Scheduled(request, start, end - start, num_samples, draft_token_ids=draft))
     return Step(1, scheduled)
 
 
@@ -44,15 +49,17 @@ def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
         rows = [
             (item, position) for item in step.scheduled for position in range(item.start, item.start + item.num_tokens)
         ]
-        assert batch.token_ids.tolist() == [item.request.token_ids[position] for item, position in rows]
+        assert batch.token_ids.tolist() == [
+            (item.request.token_ids + item.draft_token_ids)[position] for item, position in rows
+        ]
         assert batch.positions.tolist() == [position for _, position in rows]
         assert batch.slots.tolist() == [
             item.request.blocks[position // block_size].block_id * block_size + position % block_size
             for item, position in rows
         ]
         ends = [sum(item.num_tokens for item in step.scheduled[: index + 1]) for index in range(len(step.scheduled))]
-        sampling = [end - 1 for item, end in zip(step.scheduled, ends, strict=True) if item.samples]
-        assert batch.sample_rows.tolist() == sampling
+        sampling = [range(end - item.num_samples, end) for item, end in zip(step.scheduled, ends, strict=True)]
+        assert batch.sample_rows.tolist() == [row for rows in sampling for row in rows]
         assert batch.query_lens == [item.num_tokens for item in step.scheduled]
         assert batch.seq_lens == [item.start + item.num_tokens for item in step.scheduled]
         most = max(len(item.request.blocks) for item in step.scheduled)
@@ -66,7 +73,7 @@ def test_full_buffers() -> None:
     """As many rows, all of which sample, sequences and blocks as the builder was made for."""
     builder = BatchBuilder(MAX_NUM_SEQS, MAX_NUM_SEQS, MAX_MODEL_LEN, 16, torch.device("cpu"))
     requests = [make_request(list(range(MAX_MODEL_LEN)), list(range(13))) for _ in range(MAX_NUM_SEQS)]
-    batch = builder.build(Step(1, [Scheduled(request, MAX_MODEL_LEN - 1, 1, True) for request in requests]))
+    batch = builder.build(Step(1, [Scheduled(request, MAX_MODEL_LEN - 1, 1, 1) for request in requests]))
     assert batch.sample_rows.tolist() == list(range(MAX_NUM_SEQS))
     assert batch.slots.tolist() == [12 * 16 + 7] * MAX_NUM_SEQS
     assert batch.block_tables.shape == (MAX_NUM_SEQS, 13)

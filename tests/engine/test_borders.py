@@ -20,7 +20,7 @@ SOURCES = sorted(
 ENGINE, SERVER = ([path for path in SOURCES if path.startswith(room)] for room in ("engine/", "server/"))
 
 # The books and the contract: plain Python.
-ENGINE_WITHOUT_TORCH = ["messages", "config", "gguf", "request", "record", "block_pool", "scheduler"]
+ENGINE_WITHOUT_TORCH = ["messages", "config", "gguf", "request", "record", "block_pool", "speculation", "scheduler"]
 HEAVY = ["torch", "numpy", "transformers", "huggingface_hub"]
 WEB = {"server", "fastapi", "pydantic", "starlette", "uvicorn"}
 ENGINE_FOR_SERVER = {"engine.messages", "engine.config", "engine.gguf", "engine.lifeline", "engine.logs"}

@@ -63,10 +63,15 @@ def alone(loaded: LoadedModel, submits: list[Submit]) -> dict[tuple[str, int], A
 
 
 def make_engine(
-    loaded: LoadedModel, *, chunk: int = 0, num_blocks: int | None = None, seqs: int | None = None
+    loaded: LoadedModel,
+    *,
+    chunk: int = 0,
+    num_blocks: int | None = None,
+    seqs: int | None = None,
+    speculative: str = "off",
 ) -> Engine:
     """An engine with an empty cache over the same weights and tensors."""
-    config = EngineConfig(model_path="", long_prefill_token_threshold=chunk)
+    config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, speculative=speculative)
     if num_blocks is not None:
         loaded = dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=num_blocks))
     limits = dataclasses.replace(loaded.limits, max_num_batched_tokens=MAX_MODEL_LEN if not chunk else 512)
@@ -149,6 +154,22 @@ def test_preemption(loaded: LoadedModel, submits: list[Submit], alone: dict[tupl
     answers = run(engine, short)
     assert_same(answers, {key: alone[key] for key in answers})
     assert engine.stats().preemptions_total > 0
+
+
+@pytest.mark.parametrize("speculative", ["auto", "ngram"])
+def test_drafts(
+    loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer], speculative: str
+) -> None:
+    """Prompts of random tokens, then some that repeat themselves, of which many drafts are right."""
+    engine = make_engine(loaded, seqs=4, speculative=speculative)
+    answers = run(engine, submits[:8])
+    assert_same(answers, {key: alone[key] for key in answers})
+    repeating = [
+        msgspec.structs.replace(submit, prompt_token_ids=submit.prompt_token_ids[:16] * 4) for submit in submits[:8]
+    ]
+    assert_same(run(engine, repeating), run(make_engine(loaded), repeating))
+    stats = engine.stats()
+    assert 0 < stats.accepted_tokens_total < stats.draft_tokens_total
 
 
 def test_few_at_a_time(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:

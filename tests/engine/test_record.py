@@ -44,7 +44,7 @@ def test_a_step_counts_its_tokens() -> None:
 def test_the_account_of_a_request() -> None:
     record = request_record()
     record.scheduled, record.first_token, record.finished = 3.0, 4.0, 5.0
-    record.num_cached_tokens, record.num_output_tokens = 2, 7
+    record.num_cached_tokens, record.num_output_tokens, record.num_accepted_tokens = 2, 7, 3
     record.chunks += [ChunkRecord(1, 2, 2), ChunkRecord(2, 4, 1)]
     record.preemptions.append(4.5)
     assert record.times() == RequestTimes(
@@ -58,6 +58,7 @@ def test_the_account_of_a_request() -> None:
         num_output_tokens=7,
         num_preemptions=1,
         num_chunks=2,
+        num_accepted_tokens=3,
     )
 
 

@@ -85,6 +85,22 @@ def test_prompt_logprobs_are_wanted_until_all_but_the_first_token_have_one() -> 
 
 def test_a_step_counts_its_tokens() -> None:
     request = leader_of(submit([5, 6, 7]), salt=b"", number=0, now=0.0)
-    items = [Scheduled(request, start=0, num_tokens=num, samples=False) for num in (1, 4)]
+    items = [Scheduled(request, start=0, num_tokens=num, num_samples=0) for num in (1, 4)]
     assert Step(1, items).num_tokens == 5
     assert Step(2, []).num_tokens == 0
+
+
+def test_what_a_step_computes_and_samples_of_a_request_and_its_draft() -> None:
+    request = leader_of(submit([5, 6, 7]), salt=b"", number=0, now=0.0)
+    request.token_ids.append(8)
+    item = Scheduled(request, start=2, num_tokens=4, num_samples=3, draft_token_ids=[1, 2])
+    assert item.token_ids == [7, 8, 1, 2]
+    first, *rest = item.sampled
+    assert first is request
+    for row, draft in zip(rest, ([1], [1, 2]), strict=True):
+        assert row.token_ids == [5, 6, 7, 8, *draft]
+        assert (row.num_prompt_tokens, row.num_output_tokens) == (3, 1 + len(draft))
+        assert (row.params, row.seed) == (request.params, request.seed)
+    assert request.token_ids == [5, 6, 7, 8]
+    assert Scheduled(request, start=0, num_tokens=2, num_samples=0).sampled == []
+    assert Scheduled(request, start=0, num_tokens=2, num_samples=0).token_ids == [5, 6]

@@ -21,6 +21,7 @@ from engine.messages import FinishReason, RequestTimes, SamplingParams, Submit, 
 from engine.record import Recorder
 from engine.request import Request, RowOutput, Scheduled, Status, Step, choice_seed, leader_of
 from engine.scheduler import Scheduler
+from engine.speculation import Policy
 
 EOS = 5
 OUTPUT_IDS = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4, EOS]  # what the fake model says, as often as that
@@ -85,7 +86,7 @@ class FakeModel:
                 assert request.blocks[position // self.block_size].ref_count == 1, "a row writes into a shared block"
                 assert slot not in written, "two rows write into one slot"
                 written.add(slot)
-                prefix = request.token_ids[: position + 1]
+                prefix = (request.token_ids + item.draft_token_ids)[: position + 1]
                 self.slots[slot] = None if number == failing else (prefix, request.salt)
             outputs.append(RowOutput(error="broken") if number == failing else self._output(item))
         return outputs
@@ -100,10 +101,15 @@ class FakeModel:
 
     def _output(self, item: Scheduled) -> RowOutput:
         request, output, tokens = item.request, RowOutput(), item.request.token_ids
-        if item.samples:
-            output.token_ids = [self.next_token(tokens, request.seed)]
-            if request.params.logprobs is not None:
-                output.logprobs = [logprob_of(tokens, output.token_ids[0])]
+        if item.num_samples and request.params.logprobs is not None:
+            output.logprobs = []
+        for num_right in range(item.num_samples):
+            prefix = tokens + item.draft_token_ids[:num_right]
+            output.token_ids.append(self.next_token(prefix, request.seed))
+            if output.logprobs is not None:
+                output.logprobs.append(logprob_of(prefix, output.token_ids[-1]))
+            if output.token_ids != item.draft_token_ids[: num_right + 1]:
+                break
         for position in range(item.start + 1, item.start + 1 + item.num_prompt_logprobs):
             output.prompt_logprobs.append(logprob_of(tokens[:position], tokens[position]))
         return output
@@ -131,6 +137,7 @@ class Choice:
     num_cached: int | None = None  # prompt tokens not computed when it first ran
     num_preemptions: int = 0
     num_chunks: int = 0
+    num_accepted: int = 0  # draft tokens that became output
     prompt_is_computed: bool = False
     ended: bool = False
 
@@ -167,6 +174,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, run, fail and go away; after each rule the books are true."""
 
     shares_prefixes = True
+    policies: Sequence[Policy | None] = [None]
+    next_token = staticmethod(random_token)
 
     @initialize(
         block_size=st.integers(1, 4),
@@ -176,6 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_blocks=st.integers(0, 3),
         threshold=st.sampled_from([0, 0, 1, 3]),
         watermark=st.sampled_from([0, 0, 1]),
+        policy=st.integers(0, 99),
     )
     def start(
         self,
@@ -186,7 +196,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_blocks: int,
         threshold: int,
         watermark: int,
+        policy: int,
     ) -> None:
+        self.policy = self.policies[policy % len(self.policies)]
+        self.num_drafts = self.num_draft_tokens = 0
         self.block_size = block_size
         self.max_model_len = min(len(PROMPT), max(1, num_blocks - spare_blocks) * block_size)
         self.budget = max_num_seqs + spare_tokens
@@ -200,9 +213,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=self.max_model_len,
             eos_token_ids=[EOS],
             long_prefill_token_threshold=threshold,
+            speculation=self.policy,
         )
         self.scheduler.watermark = watermark
-        self.model = FakeModel(block_size)
+        self.model = FakeModel(block_size, self.next_token)
         self.choices: list[Choice] = []
         self.by_request: dict[Request, Choice] = {}
         self.num_submitted = 0
@@ -224,7 +238,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         leader = leader_of(submit, salt=salt, number=self.num_submitted, now=0.0)
         self.num_submitted += 1
         for request in (leader, *leader.siblings):
-            choice = Choice(submit, request, solo_answer(submit, request.index, self.max_model_len))
+            choice = Choice(submit, request, solo_answer(submit, request.index, self.max_model_len, self.next_token))
             self.choices.append(choice)
             self.by_request[request] = choice
         self.scheduler.add(leader)
@@ -273,7 +287,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request in preempted:
             self.preempt(self.by_request[request])
         for item in self.step.scheduled:
-            self.advance(self.by_request[item.request], item.start, item.num_tokens, item.samples)
+            self.advance(self.by_request[item.request], item)
+        self.expect_drafts()
         self.expect_admission(bool(preempted))
         self.watch_head(waiting, admitted)
 
@@ -289,8 +304,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         events = iter(self.scheduler.update(step, rows))
         for item, output in zip(step.scheduled, rows, strict=True):
             choice = self.by_request[item.request]
-            if not choice.ended and (item.samples or output.error is not None):
-                self.receive(choice, next(events), output)
+            if choice.ended:
+                continue
+            if output.error is not None and item.draft_token_ids:
+                choice.num_computed = item.start  # the same again without a draft
+            elif item.num_samples or output.error is not None:
+                self.receive(choice, next(events), output, item)
         assert next(events, None) is None, "there is news of a choice that has none"
 
     @precondition(lambda self: self.step is None)
@@ -320,26 +339,42 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.step.num_tokens <= self.budget
         assert len(self.step.scheduled) <= self.scheduler.max_num_seqs
         for item in self.step.scheduled:
-            missing = item.request.num_tokens - item.start
-            assert 1 <= item.num_tokens <= min(missing, self.max_chunk)
-            if is_whole and item.num_tokens < min(missing, self.max_chunk):
+            missing, num_tokens = item.request.num_tokens - item.start, item.num_tokens - len(item.draft_token_ids)
+            assert 1 <= num_tokens <= min(missing, self.max_chunk)
+            if is_whole and num_tokens < min(missing, self.max_chunk):
                 assert self.step.num_tokens == self.budget
+                assert not any(other.draft_token_ids for other in self.step.scheduled), "a draft took his place"
+
+    def expect_drafts(self) -> None:
+        """They begin where the known tokens end, and are no longer than the policy and the request allow."""
+        assert self.step is not None
+        drafts = [item for item in self.step.scheduled if item.draft_token_ids]
+        self.num_drafts += len(drafts)
+        self.num_draft_tokens += sum(len(item.draft_token_ids) for item in drafts)
+        assert self.policy is not None or not drafts
+        for item in drafts:
+            assert self.policy is not None
+            request, length = item.request, len(item.draft_token_ids)
+            assert item.start + item.num_tokens == request.num_tokens + length < self.max_model_len
+            assert length <= self.policy.max_length
+            assert length < request.params.max_tokens - request.num_output_tokens
+            assert self.policy.max_rows is None or self.step.num_tokens <= self.policy.max_rows
 
     def preempt(self, choice: Choice) -> None:
         choice.num_computed = None
         choice.num_preemptions += 1
 
-    def advance(self, choice: Choice, start: int, num_tokens: int, samples: bool) -> None:
-        request = choice.request
+    def advance(self, choice: Choice, item: Scheduled) -> None:
+        request, start, num_draft = choice.request, item.start, len(item.draft_token_ids)
         if choice.num_computed is None:
             self.expect_cached(request, start)
             if choice.num_cached is None:
                 choice.num_cached = start
         else:
             assert start == choice.num_computed
-        choice.num_computed = start + num_tokens
-        assert samples == (choice.num_computed == request.num_tokens)
-        choice.num_chunks += num_tokens > 1 or start < request.num_prompt_tokens
+        choice.num_computed = start + item.num_tokens
+        assert item.num_samples == (1 + num_draft if choice.num_computed - num_draft == request.num_tokens else 0)
+        choice.num_chunks += item.num_tokens - num_draft > 1 or start < request.num_prompt_tokens
 
     def expect_cached(self, request: Request, num_cached: int) -> None:
         """All of the prefix that can be found is used, but for the last token. (The fake model reads what it is.)"""
@@ -356,7 +391,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whoever waits lacks a seat, tokens or blocks."""
         assert self.step is not None
         pool, running, waiting = self.scheduler.pool, self.scheduler.running, self.scheduler.waiting
-        has_budget = self.step.num_tokens < self.budget and len(running) < self.scheduler.max_num_seqs
+        num_known = sum(item.num_tokens - len(item.draft_token_ids) for item in self.step.scheduled)
+        has_budget = num_known < self.budget and len(running) < self.scheduler.max_num_seqs
         if not waiting or has_preempted or not has_budget:
             return
         # Counted as if nothing of the first one were cached.
@@ -367,9 +403,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         """While one is the first of the queue, only requests that already run go on, and each ends in time."""
         is_same_head = bool(waiting) and not admitted and self.scheduler.waiting[0] is waiting[0]
         self.num_steps_of_head = self.num_steps_of_head + 1 if is_same_head else 0
-        assert self.num_steps_of_head <= self.max_model_len + 1, "the first of the queue starves"
+        num_steps = self.max_model_len + 1 + (self.policy is not None)  # one step more where a draft failed
+        assert self.num_steps_of_head <= num_steps, "the first of the queue starves"
 
-    def receive(self, choice: Choice, event: TokenEvent, output: RowOutput) -> None:
+    def receive(self, choice: Choice, event: TokenEvent, output: RowOutput, item: Scheduled) -> None:
         request, answer = choice.request, choice.answer
         assert (event.request_id, event.index) == (request.request_id, request.index)
         assert not choice.ended
@@ -384,6 +421,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert event.prompt_logprobs is None
         choice.num_events += 1
         self.expect_logprobs(choice, event)
+        num_right = min(len(output.token_ids) - 1, len(event.token_ids))
+        choice.num_accepted += num_right
+        choice.num_computed = item.start + item.num_tokens - len(item.draft_token_ids) + num_right
         choice.token_ids += event.token_ids
         assert choice.token_ids == answer.token_ids[: len(choice.token_ids)]
         assert event.error is None
@@ -410,7 +450,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert event.logprobs is None
             return
         prefix = [*choice.submit.prompt_token_ids, *choice.token_ids]
-        assert event.logprobs == [logprob_of(prefix, token_id) for token_id in event.token_ids]
+        assert event.logprobs == [
+            logprob_of(prefix + event.token_ids[:number], token_id) for number, token_id in enumerate(event.token_ids)
+        ]
 
     def end(self, choice: Choice, reason: FinishReason, times: RequestTimes | None = None) -> None:
         choice.ended = True
@@ -430,6 +472,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert times.num_output_tokens == len(choice.token_ids)
         assert times.num_preemptions == choice.num_preemptions
         assert times.num_chunks == choice.num_chunks
+        assert times.num_accepted_tokens == choice.num_accepted
         assert (times.scheduled is None) == (choice.num_cached is None)
         assert times.first_token is None or choice.num_events > 0
         assert times.first_token is not None or not choice.token_ids
@@ -490,6 +533,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert stats.generation_tokens_total == sum(len(choice.token_ids) for choice in self.choices)
         assert stats.preemptions_total == sum(choice.num_preemptions for choice in self.choices)
         assert stats.steps_total == self.num_steps
+        assert (stats.drafts_total, stats.draft_tokens_total) == (self.num_drafts, self.num_draft_tokens)
+        assert stats.accepted_tokens_total == sum(choice.num_accepted for choice in self.choices)
         assert len(self.recorder.requests) == sum(choice.ended for choice in self.choices)
 
     def teardown(self) -> None:
@@ -533,7 +578,9 @@ TestSchedulerWithoutPrefixCaching.settings = settings(TestScheduler.settings, ma
 class Rig:
     """A scheduler with a fake model that says token 9, and a record of what each step computed."""
 
-    def __init__(self, *, next_token: NextToken = lambda prefix, seed: 9, **limits: int) -> None:
+    def __init__(
+        self, *, next_token: NextToken = lambda prefix, seed: 9, speculation: Policy | None = None, **limits: int
+    ) -> None:
         self.block_size = limits.pop("block_size", 4)
         self.recorder = Recorder()
         self.scheduler = Scheduler(
@@ -543,6 +590,7 @@ class Rig:
             max_num_batched_tokens=limits.pop("max_num_batched_tokens", 16),
             max_model_len=limits.pop("max_model_len", 32),
             eos_token_ids=[EOS],
+            speculation=speculation,
             **limits,
         )
         self.model = FakeModel(self.block_size, next_token)
@@ -589,7 +637,7 @@ class Rig:
 
 
 def rig_with(limits: dict[str, int]) -> Rig:
-    return Rig(next_token=random_token, **limits)
+    return Rig(next_token=random_token, speculation=None, **limits)
 
 
 def name(request: Request) -> str:
@@ -907,16 +955,6 @@ def test_the_end_of_the_context(num_prompt_tokens: int, num_output_tokens: int) 
     rig.run()
     assert request.num_output_tokens == num_output_tokens
     assert rig.last_event(request).finish_reason is FinishReason.LENGTH
-
-
-def test_output_beyond_max_tokens_is_dropped_with_its_logprobs() -> None:
-    rig = Rig()
-    rig.add(prompt(3), max_tokens=2, logprobs=0)
-    step = rig.scheduler.schedule()
-    assert step is not None
-    logprobs = [TokenLogprobs(-float(number), 1, [], []) for number in range(3)]
-    [event] = rig.scheduler.update(step, [RowOutput(token_ids=[7, 8, 9], logprobs=logprobs)])
-    assert (event.token_ids, event.logprobs, event.finish_reason) == ([7, 8], logprobs[:2], FinishReason.LENGTH)
 
 
 def test_one_row_fails_and_the_others_go_on() -> None:

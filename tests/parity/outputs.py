@@ -23,7 +23,7 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int]) -> Tensor:
     # Of the prompt's size, which may exceed what the engine computes in one step.
     builder = BatchBuilder(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.device)
     with torch.inference_mode():
-        batch = builder.build(Step(1, [Scheduled(request, 0, len(prompt), samples=True)]))
+        batch = builder.build(Step(1, [Scheduled(request, 0, len(prompt), num_samples=1)]))
         model = loaded.runner.model
         return model.compute_logits(model.forward(batch, loaded.runner.kv_cache))
 

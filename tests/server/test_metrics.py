@@ -39,6 +39,9 @@ VLLM_CORE: dict[str, tuple[str, tuple[str, ...]]] = {
     "prompt_tokens_cached": ("counter", ()),
     "prompt_tokens_by_source": ("counter", ("source",)),
     "generation_tokens": ("counter", ()),
+    "spec_decode_num_drafts": ("counter", ()),
+    "spec_decode_num_draft_tokens": ("counter", ()),
+    "spec_decode_num_accepted_tokens": ("counter", ()),
     "request_success": ("counter", ("finished_reason",)),
     "request_prompt_tokens": ("histogram", ()),
     "request_generation_tokens": ("histogram", ()),
@@ -112,6 +115,9 @@ def test_values_of_the_engine_are_those_of_the_latest_statistics() -> None:
         prompt_tokens_total=100,
         prompt_tokens_cached_total=30,
         generation_tokens_total=7,
+        drafts_total=4,
+        draft_tokens_total=9,
+        accepted_tokens_total=5,
     )
     metrics.set_stats_source(lambda: stats)
 
@@ -123,6 +129,9 @@ def test_values_of_the_engine_are_those_of_the_latest_statistics() -> None:
     assert value("x_kv_cache_usage_perc") == 0.25
     assert value("x_prompt_tokens_by_source_total", source="local_compute") == 70
     assert value("x_prompt_tokens_by_source_total", source="local_cache_hit") == 30
+    assert value("x_spec_decode_num_drafts_total") == 4
+    assert value("x_spec_decode_num_draft_tokens_total") == 9
+    assert value("x_spec_decode_num_accepted_tokens_total") == 5
     stats.num_running = 0
     assert value("x_num_requests_running") == 0
 
