@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +15,13 @@ ALIGNMENT = 64
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Zeros that take no memory yet on a CPU.
 
-    torch.zeros writes them; NumPy's come from the operating system, which provides a page when it is first written.
+    torch.zeros writes them; these come from the operating system, which provides a page when it is first written, and
+    a huge one where there is room for it.
     """
     if device is not None and device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    return _huge_pages(num_bytes).view(dtype).view(shape)
 
 
 class Arena:

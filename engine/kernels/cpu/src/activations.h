@@ -15,7 +15,7 @@ int64_t input_row_bytes(int64_t form, int64_t size) {
 }
 
 // 32 numbers as codes of -127..127 times a scale. One that is not finite makes the scale a NaN.
-inline void quantise_group(Floats low, Floats high, ActivationGroup& out) {
+INLINE void quantise_group(Floats low, Floats high, ActivationGroup& out) {
     float largest = max_of_lanes(maximum(absolute(low), absolute(high)));
     if (equal_mask(multiply_add(low, zero(), high * zero()), zero()) != 0xffff) largest = __builtin_nanf("");
     const Floats inverse = fill(largest > 0 ? 127.0f / largest : 0.0f);

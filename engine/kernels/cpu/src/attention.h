@@ -104,11 +104,11 @@ struct BFloat16Cache {
     static constexpr int64_t FORM = BFLOAT16;
     static constexpr int TOGETHER = 2;  // dimensions of a key, or tokens of a value, that a lane takes in at once
     struct Vector { Ints v; };
-    static Vector load_vector(const Element* p) { return {load_ints((const int32_t*)p)}; }
-    static Vector broadcast(const Query* p) { return {fill_ints(load_int32(p))}; }
-    static Floats add(Floats sum, Vector a, Vector b) { return dot_pairs(sum, a.v, b.v); }
-    static Vector without_second(Vector a) { return {a.v & fill_ints(0xffff)}; }
-    static Floats round_weight(Floats x, Query* out) {
+    static INLINE Vector load_vector(const Element* p) { return {load_ints((const int32_t*)p)}; }
+    static INLINE Vector broadcast(const Query* p) { return {fill_ints(load_int32(p))}; }
+    static INLINE Floats add(Floats sum, Vector a, Vector b) { return dot_pairs(sum, a.v, b.v); }
+    static INLINE Vector without_second(Vector a) { return {a.v & fill_ints(0xffff)}; }
+    static INLINE Floats round_weight(Floats x, Query* out) {
         store_bfloat16(out, x);
         return load_bfloat16(out);
     }
@@ -121,12 +121,12 @@ struct PlainCache {
     static constexpr int64_t FORM = FLOAT32;
     static constexpr int TOGETHER = 1;
     struct Vector { Floats v; };
-    static Vector load_vector(const float* p) { return {load(p)}; }
-    static Vector load_vector(const int8_t* p) { return {load_int8(p)}; }
-    static Vector broadcast(const Query* p) { return {fill(*p)}; }
-    static Floats add(Floats sum, Vector a, Vector b) { return multiply_add(a.v, b.v, sum); }
-    static Vector without_second(Vector a) { return a; }
-    static Floats round_weight(Floats x, Query* out) {
+    static INLINE Vector load_vector(const float* p) { return {load(p)}; }
+    static INLINE Vector load_vector(const int8_t* p) { return {load_int8(p)}; }
+    static INLINE Vector broadcast(const Query* p) { return {fill(*p)}; }
+    static INLINE Floats add(Floats sum, Vector a, Vector b) { return multiply_add(a.v, b.v, sum); }
+    static INLINE Vector without_second(Vector a) { return a; }
+    static INLINE Floats round_weight(Floats x, Query* out) {
         store(out, x);
         return x;
     }
@@ -144,13 +144,14 @@ struct Attention {
     const AttentionItem& item;
     const int64_t head;  // KV head
     const int64_t group_size, size, block_size;
+    const bool reads_once;  // every block, because all packed rows fit into one tile
     float* const states;  // [packed rows, D + 2]
     Query* const queries;  // [packed rows, D]
     const int64_t* const table;
 
     Attention(const AttentionParameters& p, const AttentionItem& item, int64_t head, float* states, float* queries)
         : p(p), item(item), head(head), group_size(p.num_heads / p.cache.num_kv_heads), size(p.cache.head_dim),
-          block_size(p.cache.block_size), states(states), queries((Query*)queries),
+          block_size(p.cache.block_size), reads_once(item.num_rows * group_size <= TILE_ROWS), states(states), queries((Query*)queries),
           table(p.block_tables + item.sequence * p.table_stride) {}
 
     int64_t num_packed() const { return item.num_rows * group_size; }
@@ -203,18 +204,31 @@ struct Attention {
         const bool two = token + LANES < end && token % block_size + LANES < block_size;
         const int64_t base = place(token);
         const Element* keys = (const Element*)p.cache.keys + base * block_size * size + token % block_size * T;
+        const uint8_t* ahead[2] = {nullptr, nullptr};
+        if (reads_once && token % block_size == 0) {
+            const int64_t block_bytes = block_size * size * int64_t(sizeof(Element));
+            ahead[0] = p.cache.values + base * block_bytes;
+            ahead[1] = p.cache.keys + (token + block_size < end ? place(token + block_size) : base) * block_bytes;
+        }
         const float* scales = HAS_SCALES ? p.cache.key_scales + base * block_size + token % block_size : nullptr;
-        if (two) multiply_keys<ROWS, 2>(keys, queries + packed * size, scales, scores);
-        else multiply_keys<ROWS, 1>(keys, queries + packed * size, scales, scores);
+        if (two) multiply_keys<ROWS, 2>(keys, queries + packed * size, scales, ahead, scores);
+        else multiply_keys<ROWS, 1>(keys, queries + packed * size, scales, ahead, scores);
         return token + (two ? 2 : 1) * LANES;
     }
 
+    // On the way, asks for what will be read next: the values of these keys, and the keys after them.
     template <int ROWS, int VECTORS>
-    void multiply_keys(const Element* keys, const Query* q, const float* scales, float* scores) const {
+    void multiply_keys(const Element* keys, const Query* q, const float* scales, const uint8_t* const (&ahead)[2], float* scores) const {
+        const int64_t step_bytes = block_size * T * int64_t(sizeof(Element));
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
         for (int64_t d = 0; d < size; d += T) {
+            if (ahead[0])
+                for (int64_t line = 0; line < step_bytes; line += 64) {
+                    prefetch(ahead[0] + d / T * step_bytes + line);
+                    prefetch(ahead[1] + d / T * step_bytes + line);
+                }
             typename Cache::Vector key[VECTORS];
             for (int v = 0; v < VECTORS; v++) key[v] = Cache::load_vector(keys + d * block_size + v * LANES * T);
             for (int r = 0; r < ROWS; r++) {

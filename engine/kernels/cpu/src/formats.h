@@ -24,14 +24,14 @@ static_assert(sizeof(ActivationGroup) == 48);
 
 struct Half {
     static constexpr int SIZE = 2;
-    static Floats load_vector(const uint8_t* p) { return load_half((const uint16_t*)p); }
+    static INLINE Floats load_vector(const uint8_t* p) { return load_half((const uint16_t*)p); }
     static float load_one(const uint8_t* p) { uint16_t x; memcpy(&x, p, 2); return half_to_float(x); }
     static void store_one(uint8_t* p, float value) { uint16_t x = float_to_half(value); memcpy(p, &x, 2); }
 };
 
 struct Single {
     static constexpr int SIZE = 4;
-    static Floats load_vector(const uint8_t* p) { return load((const float*)p); }
+    static INLINE Floats load_vector(const uint8_t* p) { return load((const float*)p); }
     static float load_one(const uint8_t* p) { float x; memcpy(&x, p, 4); return x; }
     static void store_one(uint8_t* p, float value) { memcpy(p, &value, 4); }
 };
@@ -53,7 +53,7 @@ struct Quantised {
 
     // The codes of one step, four inputs of 16 columns.
     template <int STEP>
-    static Bytes codes(const uint8_t* vector) {
+    static INLINE Bytes codes(const uint8_t* vector) {
         if constexpr (BITS == 8) return load_bytes(vector + 64 * STEP);
         constexpr bool is_high = STEP >= STEPS / 2;
         Bytes packed = load_bytes(vector + 64 * (is_high ? STEP - STEPS / 2 : STEP));

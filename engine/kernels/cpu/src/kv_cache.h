@@ -26,7 +26,7 @@ struct CacheParameters {
 };
 
 // One scale for all numbers; a NaN if one is not finite.
-inline float quantise_head(const float* x, int64_t size, int8_t* out) {
+INLINE float quantise_head(const float* x, int64_t size, int8_t* out) {
     Floats largest = zero(), not_finite = zero();
     for (int64_t d = 0; d < size; d += LANES) {
         Floats v = load_some(x + d, min_of(LANES, size - d));
@@ -49,7 +49,7 @@ inline float quantise_head(const float* x, int64_t size, int8_t* out) {
     return equal_mask(not_finite, zero()) == 0xffff ? highest / 127.0f : __builtin_nanf("");
 }
 
-inline void store_key_value(const CacheParameters& c, int64_t slot, int64_t head, const float* k, const float* v) {
+INLINE void store_key_value(const CacheParameters& c, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t n = c.block_size, size = c.head_dim, offset = slot % n;
     const int64_t place = slot / n * c.num_kv_heads + head, base = place * n * size;
     if (c.type == CACHE_BFLOAT16) {
@@ -85,7 +85,7 @@ struct StoreParameters {
 };
 
 // Rotates the pairs (i, i + D / 2) (Su et al. 2021, halves as in Hugging Face's Llama).
-inline void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
+INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
     for (int64_t i = 0; i < half; i += LANES) {
         int64_t n = min_of(LANES, half - i);
         Floats first = load_some(x + i, n), second = load_some(x + half + i, n);

@@ -22,7 +22,7 @@ struct LinearParameters {
 };
 
 template <int ROWS, int VECTORS>
-inline void store_tile(const LinearParameters& p, const Floats (&sums)[ROWS][VECTORS], int64_t row, int64_t column) {
+INLINE void store_tile(const LinearParameters& p, const Floats (&sums)[ROWS][VECTORS], int64_t row, int64_t column) {
     for (int v = 0; v < VECTORS; v++) {
         int64_t first = column + v * LANES, left = p.num_outputs - first;
         if (left <= 0) return;
@@ -41,7 +41,7 @@ inline void store_tile(const LinearParameters& p, const Floats (&sums)[ROWS][VEC
 }
 
 template <class Format, int STEP, int ROWS, int VECTORS>
-inline void add_step(const uint8_t* vectors, const ActivationGroup* const (&rows)[ROWS], int offset, Ints (&sums)[ROWS][VECTORS]) {
+INLINE void add_step(const uint8_t* vectors, const ActivationGroup* const (&rows)[ROWS], int offset, Ints (&sums)[ROWS][VECTORS]) {
     Bytes codes[VECTORS];
     for (int v = 0; v < VECTORS; v++) codes[v] = Format::template codes<STEP>(vectors + v * Format::VECTOR_BYTES);
     for (int r = 0; r < ROWS; r++) {
@@ -52,7 +52,7 @@ inline void add_step(const uint8_t* vectors, const ActivationGroup* const (&rows
 
 // One group of the format: integer products, then one scaled addition.
 template <class Format, int ROWS, int VECTORS>
-inline void add_group(const uint8_t* group, int vector, int half, const ActivationGroup* const (&rows)[ROWS], Floats (&sums)[ROWS][VECTORS]) {
+INLINE void add_group(const uint8_t* group, int vector, int half, const ActivationGroup* const (&rows)[ROWS], Floats (&sums)[ROWS][VECTORS]) {
     Ints products[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++) {
         Ints start = zero_ints();
@@ -96,7 +96,7 @@ struct Tile {
     static constexpr int VECTORS = NUM_REGISTERS == 32 ? 2 : 1;
 
     template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector) {
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, int64_t ahead) {
         const ActivationGroup* rows[ROWS];
         for (int r = 0; r < ROWS; r++) rows[r] = (const ActivationGroup*)(p.input + (row + r) * p.input_stride);
         Floats sums[ROWS][VECTORS];
@@ -106,8 +106,8 @@ struct Tile {
         const uint8_t* group = panel;
         for (int64_t g = 0; g < num_groups; g++) {
             for (int half = 0; half < Format::GROUPS_OF_ACTIVATION; half++) {
-                if constexpr (ROWS == 1)
-                    for (int line = 0; line < Format::GROUP_BYTES; line += 64) prefetch(group + PREFETCH_BYTES + line);
+                if (ahead)
+                    for (int line = 0; line < Format::GROUP_BYTES; line += 64) prefetch(group + ahead + line);
                 add_group<Format, ROWS, VECTORS>(group, vector, half, rows, sums);
                 group += Format::GROUP_BYTES;
             }
@@ -115,7 +115,6 @@ struct Tile {
         }
         store_tile<ROWS, VECTORS>(p, sums, row, column + vector * LANES);
     }
-    static constexpr int PREFETCH_BYTES = 4096;
 };
 
 template <>
@@ -124,7 +123,7 @@ struct Tile<BFloat16> {
     static constexpr int VECTORS = 2;
 
     template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int) {
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, int64_t) {
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
         const int64_t num_pairs = divide_up(p.num_inputs, 2);
@@ -148,7 +147,7 @@ struct Tile<Float32> {
     static constexpr int VECTORS = 2;
 
     template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int) {
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, int64_t) {
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
         const uint8_t* input = p.input + row * p.input_stride;
@@ -165,14 +164,31 @@ struct Tile<Float32> {
     }
 };
 
-// The rows of a panel: whole tiles, then one tile of what is left.
+// A tile of `num_rows` <= ROWS rows. `ahead` is how far from what it reads lies what will be read next; 0: nothing is.
 template <class Format, int ROWS>
-inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int64_t num_rows) {
+inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int64_t num_rows, int64_t ahead) {
     if constexpr (ROWS > 1) {
-        if (num_rows < ROWS) return compute_tile<Format, ROWS - 1>(p, panel, row, column, num_rows);
+        if (num_rows < ROWS) return compute_tile<Format, ROWS - 1>(p, panel, row, column, num_rows, ahead);
     }
     for (int vector = 0; vector < 2; vector += Tile<Format>::VECTORS)
-        Tile<Format>::template compute<ROWS>(p, panel, row, column, vector);
+        Tile<Format>::template compute<ROWS>(p, panel, row, column, vector, ahead);
+}
+
+constexpr int64_t STREAM_AHEAD = 4096;  // bytes
+
+// The rows start..end of a panel, in tiles of nearly the same size. The last of several tiles, for which the panel is in
+// the cache, asks for the next panel.
+template <class Format>
+inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start, int64_t end) {
+    constexpr int MAX_ROWS = Tile<Format>::MAX_ROWS;
+    const int64_t num_tiles = divide_up(end - start, MAX_ROWS);
+    int64_t row = start;
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+        const int64_t num_rows = divide_up(end - row, num_tiles - tile);
+        const int64_t ahead = num_tiles == 1 ? STREAM_AHEAD : tile == num_tiles - 1 ? panel_bytes : 0;
+        compute_tile<Format, MAX_ROWS>(p, panel, row, column, num_rows, ahead);
+        row += num_rows;
+    }
 }
 
 constexpr int TASKS_OF_A_THREAD = 8;
@@ -193,8 +209,7 @@ void linear(const void* parameters, const Worker& worker) {
         for (int64_t task = first; task < min_of(first + grain, num_tasks); task++) {
             const int64_t panel = task / row_parts, start = task % row_parts * part_rows;
             const int64_t end = min_of(start + part_rows, num_rows);
-            for (int64_t row = start; row < end; row += MAX_ROWS)
-                compute_tile<Format, MAX_ROWS>(p, p.weights + panel * panel_bytes, row, panel * PANEL, end - row);
+            compute_rows<Format>(p, p.weights + panel * panel_bytes, panel_bytes, panel * PANEL, start, end);
         }
 }
 

@@ -70,14 +70,14 @@ void rms_norm(const void* parameters, const Worker& worker) {
 
 enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2 };  // same numbers in kernels.py
 
-inline Floats silu(Floats x) { return x / (fill(1.0f) + exponential(zero() - x)); }
+INLINE Floats silu(Floats x) { return x / (fill(1.0f) + exponential(zero() - x)); }
 
-inline Floats gelu_tanh(Floats x) {
+INLINE Floats gelu_tanh(Floats x) {
     Floats inner = fill(0.797884560802865f) * (x + fill(0.044715f) * x * x * x);
     return fill(0.5f) * x * (fill(1.0f) + tanh_of(inner));
 }
 
-inline Floats gelu(Floats x) {  // erf by Abramowitz and Stegun 7.1.26, error below 1.5e-7
+INLINE Floats gelu(Floats x) {  // erf by Abramowitz and Stegun 7.1.26, error below 1.5e-7
     Floats z = absolute(x) * fill(0.707106781186548f);
     Floats t = fill(1.0f) / (fill(1.0f) + fill(0.3275911f) * z);
     Floats poly = multiply_add(fill(1.061405429f), t, fill(-1.453152027f));
@@ -88,7 +88,7 @@ inline Floats gelu(Floats x) {  // erf by Abramowitz and Stegun 7.1.26, error be
     return fill(0.5f) * x * where_less(x, zero(), tail, fill(2.0f) - tail);
 }
 
-inline Floats activate(Floats x, int64_t activation) {
+INLINE Floats activate(Floats x, int64_t activation) {
     if (activation == SILU) return silu(x);
     return activation == GELU_TANH ? gelu_tanh(x) : gelu(x);
 }

@@ -9,31 +9,34 @@
 #include <stdint.h>
 #include <string.h>
 
+// What a loop calls for each vector. Left to itself, the compiler stops inlining in a unit as large as this one.
+#define INLINE inline __attribute__((always_inline))
+
 namespace {
 
 constexpr int LANES = 16;
 
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int32_t load_int32(const void* p) {
+INLINE int32_t load_int32(const void* p) {
     int32_t value;
     memcpy(&value, p, sizeof value);
     return value;
 }
 
-inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
-inline uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+INLINE float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
+INLINE uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 
-inline float bfloat16_to_float(uint16_t value) {
+INLINE float bfloat16_to_float(uint16_t value) {
     uint32_t bits = uint32_t(value) << 16;
     float result;
     memcpy(&result, &bits, sizeof result);
     return result;
 }
 
-inline uint16_t float_to_bfloat16(float value) {  // to nearest, ties to even; a NaN stays one
+INLINE uint16_t float_to_bfloat16(float value) {  // to nearest, ties to even; a NaN stays one
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
@@ -48,88 +51,94 @@ struct Floats { __m512 v; };
 struct Ints { __m512i v; };
 struct Bytes { __m512i v; };
 
-inline __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
+INLINE __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
 
-inline Floats zero() { return {_mm512_setzero_ps()}; }
-inline Floats fill(float x) { return {_mm512_set1_ps(x)}; }
-inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Floats load_some(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
-inline void store_some(float* p, Floats x, int64_t n) { _mm512_mask_storeu_ps(p, first(n), x.v); }
-inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Floats maximum(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline Floats minimum(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline Floats absolute(Floats a) { return {_mm512_abs_ps(a.v)}; }
+INLINE Floats zero() { return {_mm512_setzero_ps()}; }
+INLINE Floats fill(float x) { return {_mm512_set1_ps(x)}; }
+INLINE Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+// The first n lanes; whole vectors without a mask, for what is stored under one reaches the next load late.
+INLINE Floats load_some(const float* p, int64_t n) {
+    return n >= LANES ? load(p) : Floats{_mm512_maskz_loadu_ps(first(n), p)};
+}
+INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+INLINE void store_some(float* p, Floats x, int64_t n) {
+    if (n >= LANES) store(p, x);
+    else _mm512_mask_storeu_ps(p, first(n), x.v);
+}
+INLINE Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+INLINE Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+INLINE Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+INLINE Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE Floats maximum(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+INLINE Floats minimum(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+INLINE Floats absolute(Floats a) { return {_mm512_abs_ps(a.v)}; }
 // a where x < y, else b
-inline Floats where_less(Floats x, Floats y, Floats a, Floats b) {
+INLINE Floats where_less(Floats x, Floats y, Floats a, Floats b) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), b.v, a.v)};
 }
-inline uint32_t less_mask(Floats x, Floats y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ); }
-inline uint32_t equal_mask(Floats x, Floats y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_EQ_OQ); }
+INLINE uint32_t less_mask(Floats x, Floats y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ); }
+INLINE uint32_t equal_mask(Floats x, Floats y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_EQ_OQ); }
 
-inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
-inline Ints fill_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-inline void store_ints(int32_t* p, Ints x) { _mm512_storeu_si512(p, x.v); }
-inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-inline Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
-inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
-template <int N> inline Ints shift_left(Ints a) { return {_mm512_slli_epi32(a.v, N)}; }
-template <int N> inline Ints shift_right(Ints a) { return {_mm512_srli_epi32(a.v, N)}; }  // logical
-inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
-inline Ints to_nearest(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
-inline Floats as_floats(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
-inline Ints as_ints(Floats a) { return {_mm512_castps_si512(a.v)}; }
+INLINE Ints zero_ints() { return {_mm512_setzero_si512()}; }
+INLINE Ints fill_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+INLINE Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+INLINE void store_ints(int32_t* p, Ints x) { _mm512_storeu_si512(p, x.v); }
+INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+INLINE Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+INLINE Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
+INLINE Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+template <int N> INLINE Ints shift_left(Ints a) { return {_mm512_slli_epi32(a.v, N)}; }
+template <int N> INLINE Ints shift_right(Ints a) { return {_mm512_srli_epi32(a.v, N)}; }  // logical
+INLINE Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+INLINE Ints to_nearest(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
+INLINE Floats as_floats(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
+INLINE Ints as_ints(Floats a) { return {_mm512_castps_si512(a.v)}; }
 
-inline Floats load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-inline Floats load_bfloat16(const uint16_t* p) {
+INLINE Floats load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+INLINE Floats load_bfloat16(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-inline Floats load_int8(const int8_t* p) {
+INLINE Floats load_int8(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
-inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v)); }
-inline void store_bfloat16_bits(uint16_t* p, Ints x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x.v)); }
+INLINE void store_int8(int8_t* p, Ints x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v)); }
+INLINE void store_bfloat16_bits(uint16_t* p, Ints x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x.v)); }
 
-inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
-inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm512_srli_epi16(x.v, 4)}); }
-template <int SHIFT> inline Bytes two_bits(Bytes x) {  // bits SHIFT and SHIFT + 1 of each byte, as bits 4 and 5
+INLINE Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+INLINE Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
+INLINE Bytes high_nibbles(Bytes x) { return low_nibbles({_mm512_srli_epi16(x.v, 4)}); }
+template <int SHIFT> INLINE Bytes two_bits(Bytes x) {  // bits SHIFT and SHIFT + 1 of each byte, as bits 4 and 5
     __m512i moved = SHIFT <= 4 ? _mm512_slli_epi16(x.v, SHIFT <= 4 ? 4 - SHIFT : 0)
                                : _mm512_srli_epi16(x.v, SHIFT > 4 ? SHIFT - 4 : 0);
     return {_mm512_and_si512(moved, _mm512_set1_epi8(0x30))};
 }
-inline Bytes fifth_bits(const uint8_t* p) {  // 64 bits -> 64 bytes of 0 or 16
+INLINE Bytes fifth_bits(const uint8_t* p) {  // 64 bits -> 64 bytes of 0 or 16
     uint64_t bits;
     memcpy(&bits, p, sizeof bits);
     return {_mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(16))};
 }
-inline Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+INLINE Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
 
 // Adds to each int32 lane the product of its four unsigned bytes with the four signed bytes of `four`.
-template <int BITS> inline Ints dot(Ints sum, Bytes codes, int32_t four) {
+template <int BITS> INLINE Ints dot(Ints sum, Bytes codes, int32_t four) {
     return {_mm512_dpbusd_epi32(sum.v, codes.v, _mm512_set1_epi32(four))};
 }
 
 // Adds to each float lane the product of its pair of bfloat16 with another pair.
 #ifdef __AVX512BF16__
-inline Floats dot_pairs(Floats sum, Ints a, Ints b) {
+INLINE Floats dot_pairs(Floats sum, Ints a, Ints b) {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
 #else
-inline Floats dot_pairs(Floats sum, Ints a, Ints b) {
+INLINE Floats dot_pairs(Floats sum, Ints a, Ints b) {
     const Ints high = fill_ints(int32_t(0xffff0000));
     sum = multiply_add(as_floats(a & high), as_floats(b & high), sum);
     return multiply_add(as_floats(shift_left<16>(a)), as_floats(shift_left<16>(b)), sum);
 }
 #endif
 
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #else  // AVX2: two registers make one vector
 
@@ -139,79 +148,81 @@ struct Floats { __m256 a, b; };
 struct Ints { __m256i a, b; };
 struct Bytes { __m256i a, b; };
 
-inline __m256i first_eight(int64_t n) {
+INLINE __m256i first_eight(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(max_of(n, 0))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-inline Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline Floats fill(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline Floats load_some(const float* p, int64_t n) {
+INLINE Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE Floats fill(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+INLINE Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE Floats load_some(const float* p, int64_t n) {
+    if (n >= LANES) return load(p);
     return {_mm256_maskload_ps(p, first_eight(n)), n > 8 ? _mm256_maskload_ps(p + 8, first_eight(n - 8)) : _mm256_setzero_ps()};
 }
-inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
-inline void store_some(float* p, Floats x, int64_t n) {
+INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+INLINE void store_some(float* p, Floats x, int64_t n) {
+    if (n >= LANES) return store(p, x);
     _mm256_maskstore_ps(p, first_eight(n), x.a);
     if (n > 8) _mm256_maskstore_ps(p + 8, first_eight(n - 8), x.b);
 }
-inline Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
-inline Floats operator-(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
-inline Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-inline Floats operator/(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-inline Floats multiply_add(Floats x, Floats y, Floats z) {
+INLINE Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+INLINE Floats operator-(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+INLINE Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+INLINE Floats operator/(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+INLINE Floats multiply_add(Floats x, Floats y, Floats z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
-inline Floats maximum(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
-inline Floats minimum(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
-inline Floats absolute(Floats x) {
+INLINE Floats maximum(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+INLINE Floats minimum(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+INLINE Floats absolute(Floats x) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
-inline Floats where_less(Floats x, Floats y, Floats a, Floats b) {
+INLINE Floats where_less(Floats x, Floats y, Floats a, Floats b) {
     return {_mm256_blendv_ps(b.a, a.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
             _mm256_blendv_ps(b.b, a.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
 }
-inline uint32_t less_mask(Floats x, Floats y) {
+INLINE uint32_t less_mask(Floats x, Floats y) {
     return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ))) |
            uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))) << 8;
 }
-inline uint32_t equal_mask(Floats x, Floats y) {
+INLINE uint32_t equal_mask(Floats x, Floats y) {
     return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ))) |
            uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ))) << 8;
 }
 
-inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Ints fill_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-inline Ints load_ints(const int32_t* p) {
+INLINE Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE Ints fill_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+INLINE Ints load_ints(const int32_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
 }
-inline void store_ints(int32_t* p, Ints x) {
+INLINE void store_ints(int32_t* p, Ints x) {
     _mm256_storeu_si256((__m256i*)p, x.a);
     _mm256_storeu_si256((__m256i*)(p + 8), x.b);
 }
-inline Ints operator+(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-inline Ints operator*(Ints x, Ints y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
-inline Ints operator^(Ints x, Ints y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
-inline Ints operator&(Ints x, Ints y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
-template <int N> inline Ints shift_left(Ints x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
-template <int N> inline Ints shift_right(Ints x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
-inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-inline Ints to_nearest(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
-inline Floats as_floats(Ints x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
-inline Ints as_ints(Floats x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+INLINE Ints operator+(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+INLINE Ints operator*(Ints x, Ints y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+INLINE Ints operator^(Ints x, Ints y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+INLINE Ints operator&(Ints x, Ints y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+template <int N> INLINE Ints shift_left(Ints x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
+template <int N> INLINE Ints shift_right(Ints x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
+INLINE Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+INLINE Ints to_nearest(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+INLINE Floats as_floats(Ints x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+INLINE Ints as_ints(Floats x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 
-inline Floats load_half(const uint16_t* p) {
+INLINE Floats load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
-inline Floats load_bfloat16(const uint16_t* p) {
+INLINE Floats load_bfloat16(const uint16_t* p) {
     return as_floats(shift_left<16>(Ints{_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
                                          _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)))}));
 }
-inline Floats load_int8(const int8_t* p) {
+INLINE Floats load_int8(const int8_t* p) {
     __m128i x = _mm_loadu_si128((const __m128i*)p);
     return to_floats(Ints{_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))});
 }
-inline __m128i low_words(Ints x) {  // the low 16 bits of lanes 0..7 and 8..15, as two halves of one register each
+INLINE __m128i low_words(Ints x) {  // the low 16 bits of lanes 0..7 and 8..15, as two halves of one register each
     const __m256i low = _mm256_set1_epi32(0xffff);
     __m256i packed = _mm256_packus_epi32(_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low));
     packed = _mm256_permute4x64_epi64(packed, 0xd8);
@@ -219,61 +230,61 @@ inline __m128i low_words(Ints x) {  // the low 16 bits of lanes 0..7 and 8..15, 
     packed = _mm256_packus_epi16(_mm256_and_si256(packed, low_byte), _mm256_setzero_si256());
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0xd8));
 }
-inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128((__m128i*)p, low_words(x)); }
-inline void store_bfloat16_bits(uint16_t* p, Ints x) {
+INLINE void store_int8(int8_t* p, Ints x) { _mm_storeu_si128((__m128i*)p, low_words(x)); }
+INLINE void store_bfloat16_bits(uint16_t* p, Ints x) {
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8));
 }
 
-inline Bytes load_bytes(const uint8_t* p) {
+INLINE Bytes load_bytes(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-inline Bytes both(Bytes x, __m256i mask) { return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)}; }
-inline Bytes low_nibbles(Bytes x) { return both(x, _mm256_set1_epi8(15)); }
-inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
-template <int SHIFT> inline Bytes two_bits(Bytes x) {
+INLINE Bytes both(Bytes x, __m256i mask) { return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)}; }
+INLINE Bytes low_nibbles(Bytes x) { return both(x, _mm256_set1_epi8(15)); }
+INLINE Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
+template <int SHIFT> INLINE Bytes two_bits(Bytes x) {
     constexpr int left = SHIFT <= 4 ? 4 - SHIFT : 0, right = SHIFT > 4 ? SHIFT - 4 : 0;
     Bytes moved = SHIFT <= 4 ? Bytes{_mm256_slli_epi16(x.a, left), _mm256_slli_epi16(x.b, left)}
                              : Bytes{_mm256_srli_epi16(x.a, right), _mm256_srli_epi16(x.b, right)};
     return both(moved, _mm256_set1_epi8(0x30));
 }
-inline __m256i fifth_bits_of(const uint8_t* p) {  // 32 bits -> 32 bytes of 0 or 16
+INLINE __m256i fifth_bits_of(const uint8_t* p) {  // 32 bits -> 32 bytes of 0 or 16
     const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit_of = _mm256_set1_epi64x(int64_t(0x8040201008040201));
     __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(load_int32(p)), byte_of);
     __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
     return _mm256_and_si256(is_set, _mm256_set1_epi8(16));
 }
-inline Bytes fifth_bits(const uint8_t* p) { return {fifth_bits_of(p), fifth_bits_of(p + 4)}; }
-inline Bytes operator|(Bytes x, Bytes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+INLINE Bytes fifth_bits(const uint8_t* p) { return {fifth_bits_of(p), fifth_bits_of(p + 4)}; }
+INLINE Bytes operator|(Bytes x, Bytes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 
 // Products of bytes are added in pairs that saturate at 16 bits. Codes of up to 7 bits cannot reach that; those of 8
 // bits are taken as twice their upper seven bits plus the lowest.
-inline __m256i dot_seven_bits(__m256i codes, __m256i four) {
+INLINE __m256i dot_seven_bits(__m256i codes, __m256i four) {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, four), _mm256_set1_epi16(1));
 }
-template <int BITS> inline __m256i dot_eight(__m256i sum, __m256i codes, __m256i four) {
+template <int BITS> INLINE __m256i dot_eight(__m256i sum, __m256i codes, __m256i four) {
     if (BITS < 8) return _mm256_add_epi32(sum, dot_seven_bits(codes, four));
     __m256i upper = _mm256_and_si256(_mm256_srli_epi16(codes, 1), _mm256_set1_epi8(127));
     __m256i lowest = _mm256_and_si256(codes, _mm256_set1_epi8(1));
     sum = _mm256_add_epi32(sum, _mm256_slli_epi32(dot_seven_bits(upper, four), 1));
     return _mm256_add_epi32(sum, dot_seven_bits(lowest, four));
 }
-template <int BITS> inline Ints dot(Ints sum, Bytes codes, int32_t four) {
+template <int BITS> INLINE Ints dot(Ints sum, Bytes codes, int32_t four) {
     __m256i all = _mm256_set1_epi32(four);
     return {dot_eight<BITS>(sum.a, codes.a, all), dot_eight<BITS>(sum.b, codes.b, all)};
 }
-inline Floats dot_pairs(Floats sum, Ints a, Ints b) {
+INLINE Floats dot_pairs(Floats sum, Ints a, Ints b) {
     const Ints high = fill_ints(int32_t(0xffff0000));
     sum = multiply_add(as_floats(a & high), as_floats(b & high), sum);
     return multiply_add(as_floats(shift_left<16>(a)), as_floats(shift_left<16>(b)), sum);
 }
 
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #endif
 
 // To nearest, ties to even. Not for NaNs, whose payload may round to infinity; they do not stay hidden elsewhere.
-inline void store_bfloat16(uint16_t* p, Floats x) {
+INLINE void store_bfloat16(uint16_t* p, Floats x) {
     Ints bits = as_ints(x);
     Ints odd = shift_right<16>(bits) & fill_ints(1);
     store_bfloat16_bits(p, shift_right<16>(bits + fill_ints(0x7fff) + odd));
@@ -281,32 +292,32 @@ inline void store_bfloat16(uint16_t* p, Floats x) {
 
 // Sums and maxima over lanes, always by the same tree: halves, quarters, ...
 #ifdef __AVX512F__
-inline __m256 low_half(Floats x) { return _mm512_castps512_ps256(x.v); }
-inline __m256 high_half(Floats x) { return _mm512_extractf32x8_ps(x.v, 1); }
-inline __m256i low_half(Ints x) { return _mm512_castsi512_si256(x.v); }
-inline __m256i high_half(Ints x) { return _mm512_extracti32x8_epi32(x.v, 1); }
+INLINE __m256 low_half(Floats x) { return _mm512_castps512_ps256(x.v); }
+INLINE __m256 high_half(Floats x) { return _mm512_extractf32x8_ps(x.v, 1); }
+INLINE __m256i low_half(Ints x) { return _mm512_castsi512_si256(x.v); }
+INLINE __m256i high_half(Ints x) { return _mm512_extracti32x8_epi32(x.v, 1); }
 #else
-inline __m256 low_half(Floats x) { return x.a; }
-inline __m256 high_half(Floats x) { return x.b; }
-inline __m256i low_half(Ints x) { return x.a; }
-inline __m256i high_half(Ints x) { return x.b; }
+INLINE __m256 low_half(Floats x) { return x.a; }
+INLINE __m256 high_half(Floats x) { return x.b; }
+INLINE __m256i low_half(Ints x) { return x.a; }
+INLINE __m256i high_half(Ints x) { return x.b; }
 #endif
 
-inline float sum_of_lanes(Floats x) {
+INLINE float sum_of_lanes(Floats x) {
     __m256 eight = _mm256_add_ps(low_half(x), high_half(x));
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-inline float max_of_lanes(Floats x) {
+INLINE float max_of_lanes(Floats x) {
     __m256 eight = _mm256_max_ps(low_half(x), high_half(x));
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-inline int32_t sum_of_lanes(Ints x) {
+INLINE int32_t sum_of_lanes(Ints x) {
     __m256i eight = _mm256_add_epi32(low_half(x), high_half(x));
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
     __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
@@ -314,7 +325,7 @@ inline int32_t sum_of_lanes(Ints x) {
 }
 
 // e^x to about one unit in the last place; exactly 0 below -87, and for -infinity; at most e^88.
-inline Floats exponential(Floats x) {
+INLINE Floats exponential(Floats x) {
     const Floats lowest = fill(-87.0f);
     Floats bounded = minimum(maximum(x, lowest), fill(88.0f));
     Ints n = to_nearest(bounded * fill(1.44269504088896341f));
@@ -332,7 +343,7 @@ inline Floats exponential(Floats x) {
     return where_less(x, lowest, zero(), p * power);
 }
 
-inline Floats tanh_of(Floats x) {  // 1 - 2 / (e^2x + 1)
+INLINE Floats tanh_of(Floats x) {  // 1 - 2 / (e^2x + 1)
     return fill(1.0f) - fill(2.0f) / (exponential(x + x) + fill(1.0f));
 }
 
