@@ -61,13 +61,18 @@ struct PrepareParameters {
     int64_t output_stride;  // bytes
 };
 
-constexpr int ROW_GRAIN = 4;  // rows that a thread takes at a time
+// How many of the tasks a thread takes at a time: few for balance, but asking costs a transfer between cores, and rows
+// that lie side by side share cache lines.
+constexpr int64_t PIECES_OF_A_THREAD = 4;
+inline int64_t grain_of(const Worker& worker, int64_t num_tasks) {
+    return max_of(1, num_tasks / (PIECES_OF_A_THREAD * num_threads(worker)));
+}
 
 void prepare(const void* parameters, const Worker& worker) {
     const PrepareParameters& p = *(const PrepareParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
-    for (int64_t first; (first = next_task(worker, ROW_GRAIN)) < num_rows;)
-        for (int64_t row = first; row < min_of(first + ROW_GRAIN, num_rows); row++)
+    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
+    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
+        for (int64_t row = first; row < min_of(first + grain, num_rows); row++)
             write_input_row(p.input + row * p.row_stride, p.size, p.form, p.output + row * p.output_stride);
 }
 

@@ -15,8 +15,11 @@ namespace {
 
 constexpr int64_t CHUNK = 256;  // tokens
 constexpr int64_t MAX_PACKED = 48;  // packed rows of an item, unless one token has more query heads to a KV head
-constexpr int TILE_ROWS = NUM_REGISTERS == 32 ? 6 : 2;  // packed rows in registers
-constexpr int TILE_VECTORS = NUM_REGISTERS == 32 ? 4 : 2;  // vectors of values in registers
+constexpr int TILE_ROWS = NUM_REGISTERS == 32 ? 12 : 2;  // packed rows in registers
+constexpr int NUM_SUMS = NUM_REGISTERS == 32 ? 24 : 4;  // vectors in registers
+
+// How many vectors of values are taken together: as many as there are registers for, up to those of a common head size.
+constexpr int value_vectors(int num_rows) { return num_rows * 4 <= NUM_SUMS ? 4 : 2; }
 
 // What the threads share out: some consecutive rows of one sequence, over some chunks of its keys.
 struct AttentionItem {
@@ -108,10 +111,7 @@ struct BFloat16Cache {
     static INLINE Vector broadcast(const Query* p) { return {fill_ints(load_int32(p))}; }
     static INLINE Floats add(Floats sum, Vector a, Vector b) { return dot_pairs(sum, a.v, b.v); }
     static INLINE Vector without_second(Vector a) { return {a.v & fill_ints(0xffff)}; }
-    static INLINE Floats round_weight(Floats x, Query* out) {
-        store_bfloat16(out, x);
-        return load_bfloat16(out);
-    }
+    static INLINE Floats round_weight(Floats x, Query* out) { return store_rounded(out, x); }
 };
 
 template <class Element_>
@@ -247,26 +247,34 @@ struct Attention {
         const int64_t rounded_end = divide_up(end, LANES) * LANES;
         for (int64_t t = begin; t < first; t++) scores[t - start] = -INFINITY;
         for (int64_t t = max_of(last, begin); t < rounded_end; t++) scores[t - start] = -INFINITY;
-        const Floats scale = fill(float(p.scale));
+        if (p.softcap != 0) cap_scores(scores + begin - start, rounded_end - begin);
         Floats top = fill(-INFINITY);
-        for (int64_t t = begin; t < rounded_end; t += LANES) {
-            Floats x = load(scores + t - start) * scale;
-            if (p.softcap != 0) x = where_less(fill(-INFINITY), x, fill(float(p.softcap)) * tanh_of(x / fill(float(p.softcap))), x);
-            store(scores + t - start, x);
-            top = maximum(x, top);
-        }
-        highest = max_of_lanes(top);
-        const Floats pivot = fill(highest > -INFINITY ? highest : 0.0f);
+        for (int64_t t = begin; t < rounded_end; t += LANES) top = maximum(load(scores + t - start), top);
+        // Scores are scaled on the way: they are capped already, or raw.
+        const Floats scale = fill(p.softcap != 0 ? 1.0f : float(p.scale));
+        highest = max_of_lanes(top * scale);
+        const Floats pivot = fill(highest > -INFINITY ? -highest : 0.0f);
         Floats sum = zero();
-        for (int64_t t = begin; t < rounded_end; t += LANES)
-            sum = sum + Cache::round_weight(exponential(load(scores + t - start) - pivot), weights + t - start);
+        for (int64_t t = begin; t < rounded_end; t += LANES) {
+            Floats x = multiply_add(load(scores + t - start), scale, pivot);
+            sum = sum + Cache::round_weight(exponential(x), weights + t - start);
+        }
         return sum_of_lanes(sum);
+    }
+
+    void cap_scores(float* scores, int64_t num_scores) const {
+        const Floats cap = fill(float(p.softcap)), scale = fill(float(p.scale / p.softcap));
+        for (int64_t t = 0; t < num_scores; t += LANES) {
+            Floats x = load(scores + t);
+            store(scores + t, where_less(fill(-INFINITY), x, cap * tanh_of(x * scale), x));
+        }
     }
 
     // Weighted values of some vectors of dimensions from `d`. Returns the dimension after them.
     template <int ROWS>
     int64_t add_values(int64_t start, int64_t begin, int64_t end, Query (&weights)[ROWS][CHUNK], int64_t d, float (&values)[ROWS][MAX_HEAD_DIM + 2]) const {
-        if (size - d >= TILE_VECTORS * LANES) return multiply_values<ROWS, TILE_VECTORS>(start, begin, end, weights, d, values);
+        constexpr int VECTORS = value_vectors(ROWS);
+        if (size - d >= VECTORS * LANES) return multiply_values<ROWS, VECTORS>(start, begin, end, weights, d, values);
         return multiply_values<ROWS, 1>(start, begin, end, weights, d, values);
     }
 

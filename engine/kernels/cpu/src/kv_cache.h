@@ -95,22 +95,26 @@ INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t h
     }
 }
 
+inline void rope_and_store_row(const StoreParameters& p, int64_t row) {
+    const int64_t size = p.cache.head_dim, half = size / 2;
+    const float* cos = p.cos + row * half;
+    const float* sin = p.sin + row * half;
+    for (int64_t head = 0; head < p.num_heads; head++) {
+        float* q = p.q + row * p.row_stride + head * size;
+        rotate(q, cos, sin, half, q);
+    }
+    for (int64_t head = 0; head < p.cache.num_kv_heads; head++) {
+        float rotated[MAX_HEAD_DIM];
+        rotate(p.k + row * p.row_stride + head * size, cos, sin, half, rotated);
+        store_key_value(p.cache, p.slots[row], head, rotated, p.v + row * p.row_stride + head * size);
+    }
+}
+
 void rope_and_store_kv(const void* parameters, const Worker& worker) {
     const StoreParameters& p = *(const StoreParameters*)parameters;
-    const int64_t num_rows = *p.num_rows, size = p.cache.head_dim, half = size / 2;
-    for (int64_t row; (row = next_task(worker, 1)) < num_rows;) {
-        const float* cos = p.cos + row * half;
-        const float* sin = p.sin + row * half;
-        for (int64_t head = 0; head < p.num_heads; head++) {
-            float* q = p.q + row * p.row_stride + head * size;
-            rotate(q, cos, sin, half, q);
-        }
-        for (int64_t head = 0; head < p.cache.num_kv_heads; head++) {
-            float rotated[MAX_HEAD_DIM];
-            rotate(p.k + row * p.row_stride + head * size, cos, sin, half, rotated);
-            store_key_value(p.cache, p.slots[row], head, rotated, p.v + row * p.row_stride + head * size);
-        }
-    }
+    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
+    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
+        for (int64_t row = first; row < min_of(first + grain, num_rows); row++) rope_and_store_row(p, row);
 }
 
 }  // namespace

@@ -191,7 +191,7 @@ inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_
     }
 }
 
-constexpr int TASKS_OF_A_THREAD = 8;
+constexpr int64_t TASKS_OF_A_THREAD = 2 * PIECES_OF_A_THREAD;
 
 template <class Format>
 void linear(const void* parameters, const Worker& worker) {
@@ -200,7 +200,7 @@ void linear(const void* parameters, const Worker& worker) {
     const int64_t num_rows = *p.num_rows;
     if (num_rows == 0) return;
     const int64_t num_panels = divide_up(p.num_outputs, PANEL), panel_bytes = Format::panel_bytes(p.num_inputs);
-    const int64_t wanted_tasks = int64_t(TASKS_OF_A_THREAD) * num_threads(worker);
+    const int64_t wanted_tasks = TASKS_OF_A_THREAD * num_threads(worker);
     const int64_t num_tiles = divide_up(num_rows, MAX_ROWS);
     const int64_t row_parts = min_of(num_tiles, max_of(1, wanted_tasks / num_panels));
     const int64_t part_rows = divide_up(num_tiles, row_parts) * MAX_ROWS;
@@ -225,13 +225,14 @@ struct EmbedParameters {
 template <class Format>
 void embed(const void* parameters, const Worker& worker) {
     const EmbedParameters& p = *(const EmbedParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
-    for (int64_t row; (row = next_task(worker, 1)) < num_rows;) {
-        const int64_t token_id = p.token_ids[row];
-        const uint8_t* panel = p.weights + token_id / PANEL * Format::panel_bytes(p.size);
-        for (int64_t k = 0; k < p.size; k++)
-            p.output[row * p.output_stride + k] = Format::weight(panel, int(token_id % PANEL), k);
-    }
+    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
+    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
+        for (int64_t row = first; row < min_of(first + grain, num_rows); row++) {
+            const int64_t token_id = p.token_ids[row];
+            const uint8_t* panel = p.weights + token_id / PANEL * Format::panel_bytes(p.size);
+            for (int64_t k = 0; k < p.size; k++)
+                p.output[row * p.output_stride + k] = Format::weight(panel, int(token_id % PANEL), k);
+        }
 }
 
 }  // namespace

@@ -17,9 +17,9 @@ struct GatherParameters {
 
 void gather(const void* parameters, const Worker& worker) {
     const GatherParameters& p = *(const GatherParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
-    for (int64_t first; (first = next_task(worker, ROW_GRAIN)) < num_rows;)
-        for (int64_t row = first; row < min_of(first + ROW_GRAIN, num_rows); row++)
+    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
+    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
+        for (int64_t row = first; row < min_of(first + grain, num_rows); row++)
             memcpy(p.output + row * p.output_stride, p.table + p.row_index[row] * p.table_stride, size_t(p.size) * 4);
 }
 
@@ -40,32 +40,35 @@ struct RmsNormParameters {
 constexpr int64_t MAX_ROW_PIECE = 1024;  // floats of a row that are held at a time, a multiple of ACTIVATION_GROUP
 
 // Root mean square norm (Zhang and Sennrich 2019).
+inline void rms_norm_row(const RmsNormParameters& p, int64_t row) {
+    const float* x = p.input + row * p.input_stride;
+    Floats squares = zero();
+    for (int64_t k = 0; k < p.size; k += LANES) {
+        Floats v = load_some(x + k, p.size - k);
+        squares = multiply_add(v, v, squares);
+    }
+    const float mean = sum_of_lanes(squares) / float(p.size) + float(p.epsilon);
+    float root;
+    _mm_store_ss(&root, _mm_sqrt_ss(_mm_set_ss(mean)));
+    const Floats scale = fill(1.0f / root);
+    float piece[MAX_ROW_PIECE];
+    for (int64_t start = 0; start < p.size; start += MAX_ROW_PIECE) {
+        const int64_t length = min_of(MAX_ROW_PIECE, p.size - start);
+        for (int64_t k = 0; k < length; k += LANES) {
+            const int64_t n = length - k;
+            store_some(piece + k, load_some(x + start + k, n) * scale * load_some(p.weight + start + k, n), n);
+        }
+        if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
+        if (p.prepared)
+            write_input_row(piece, length, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, start));
+    }
+}
+
 void rms_norm(const void* parameters, const Worker& worker) {
     const RmsNormParameters& p = *(const RmsNormParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
-    for (int64_t row; (row = next_task(worker, 1)) < num_rows;) {
-        const float* x = p.input + row * p.input_stride;
-        Floats squares = zero();
-        for (int64_t k = 0; k < p.size; k += LANES) {
-            Floats v = load_some(x + k, min_of(LANES, p.size - k));
-            squares = multiply_add(v, v, squares);
-        }
-        const float mean = sum_of_lanes(squares) / float(p.size) + float(p.epsilon);
-        float root;
-        _mm_store_ss(&root, _mm_sqrt_ss(_mm_set_ss(mean)));
-        const Floats scale = fill(1.0f / root);
-        float piece[MAX_ROW_PIECE];
-        for (int64_t start = 0; start < p.size; start += MAX_ROW_PIECE) {
-            const int64_t length = min_of(MAX_ROW_PIECE, p.size - start);
-            for (int64_t k = 0; k < length; k += LANES) {
-                int64_t n = min_of(LANES, length - k);
-                store_some(piece + k, load_some(x + start + k, n) * scale * load_some(p.weight + start + k, n), n);
-            }
-            if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
-            if (p.prepared)
-                write_input_row(piece, length, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, start));
-        }
-    }
+    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
+    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
+        for (int64_t row = first; row < min_of(first + grain, num_rows); row++) rms_norm_row(p, row);
 }
 
 enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2 };  // same numbers in kernels.py
@@ -106,24 +109,30 @@ struct ActAndMulParameters {
     int64_t prepared_stride;
 };
 
+constexpr int64_t ACT_PIECE = MAX_ROW_PIECE / 2;
+
+inline void act_and_mul_piece(const ActAndMulParameters& p, int64_t row, int64_t start) {
+    const int64_t length = min_of(ACT_PIECE, p.size - start);
+    const float* gate = p.gate_up + row * p.input_stride + start;
+    const float* up = gate + p.size;
+    float piece[ACT_PIECE];
+    for (int64_t k = 0; k < length; k += LANES) {
+        const int64_t n = length - k;
+        store_some(piece + k, activate(load_some(gate + k, n), p.activation) * load_some(up + k, n), n);
+    }
+    if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
+    if (p.prepared)
+        write_input_row(piece, length, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, start));
+}
+
 // act(gate) * up (GLU variants, Shazeer 2020). Rows are cut in pieces, so that threads share one row too.
 void act_and_mul(const void* parameters, const Worker& worker) {
     const ActAndMulParameters& p = *(const ActAndMulParameters*)parameters;
-    constexpr int64_t PIECE = MAX_ROW_PIECE / 2;
-    const int64_t num_pieces = divide_up(p.size, PIECE), num_tasks = *p.num_rows * num_pieces;
-    for (int64_t task; (task = next_task(worker, 1)) < num_tasks;) {
-        const int64_t row = task / num_pieces, start = task % num_pieces * PIECE, length = min_of(PIECE, p.size - start);
-        const float* gate = p.gate_up + row * p.input_stride + start;
-        const float* up = gate + p.size;
-        float piece[PIECE];
-        for (int64_t k = 0; k < length; k += LANES) {
-            int64_t n = min_of(LANES, length - k);
-            store_some(piece + k, activate(load_some(gate + k, n), p.activation) * load_some(up + k, n), n);
-        }
-        if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
-        if (p.prepared)
-            write_input_row(piece, length, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, start));
-    }
+    const int64_t num_pieces = divide_up(p.size, ACT_PIECE), num_tasks = *p.num_rows * num_pieces;
+    const int64_t grain = grain_of(worker, num_tasks);
+    for (int64_t first; (first = next_task(worker, grain)) < num_tasks;)
+        for (int64_t task = first; task < min_of(first + grain, num_tasks); task++)
+            act_and_mul_piece(p, task / num_pieces, task % num_pieces * ACT_PIECE);
 }
 
 }  // namespace

@@ -283,12 +283,22 @@ INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0);
 
 #endif
 
-// To nearest, ties to even. Not for NaNs, whose payload may round to infinity; they do not stay hidden elsewhere.
-INLINE void store_bfloat16(uint16_t* p, Floats x) {
-    Ints bits = as_ints(x);
-    Ints odd = shift_right<16>(bits) & fill_ints(1);
-    store_bfloat16_bits(p, shift_right<16>(bits + fill_ints(0x7fff) + odd));
+// As bfloat16, to nearest, ties to even; returns what was stored.
+INLINE Floats store_rounded(uint16_t* p, Floats x) {
+#ifdef __AVX512BF16__
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x.v);
+    _mm256_storeu_si256((__m256i*)p, rounded);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16))};
+#else
+    const Ints bits = as_ints(x), odd = shift_right<16>(bits) & fill_ints(1);
+    const Ints rounded = bits + fill_ints(0x7fff) + odd;
+    // Rounding could make another number of a NaN, but not of one made by arithmetic.
+    store_bfloat16_bits(p, shift_right<16>(rounded));
+    return as_floats(rounded & fill_ints(int32_t(0xffff0000)));
+#endif
 }
+
+INLINE void store_bfloat16(uint16_t* p, Floats x) { store_rounded(p, x); }
 
 // Sums and maxima over lanes, always by the same tree: halves, quarters, ...
 #ifdef __AVX512F__

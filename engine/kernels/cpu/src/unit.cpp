@@ -11,6 +11,7 @@ using lightwell::Worker;
 #include "linear.h"
 #include "pack.h"
 #include "rows.h"
+#include "sampler.h"
 
 #include "functions.h"
 
@@ -24,6 +25,7 @@ constexpr lightwell::NamedFunction FUNCTIONS[] = {
     {"rope_and_store_kv", rope_and_store_kv},
     {"plan_attention", plan_attention},
     {"paged_attention", paged_attention},
+    {"sample", sample},
 #define FORMAT(NAME, FORMAT, PACK) {"linear_" NAME, linear<FORMAT>}, {"embed_" NAME, embed<FORMAT>}, {"pack_" NAME, PACK}
     FORMAT("float32", Float32, (pack_plain<Float32, 4>)),
     FORMAT("bfloat16", BFloat16, (pack_plain<BFloat16, 2>)),

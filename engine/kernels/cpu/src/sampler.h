@@ -1,0 +1,432 @@
+// From logits to tokens. What each setting means is told by engine/sampler.py, whose answers these are.
+//
+// A row is one task, so what comes of it depends on that row alone. It is gone through in vectors a few times, and what
+// cannot be chosen is left out as early as it is known. Nothing is sorted: of the values that may be the threshold of a
+// setting, one side of a pivot is kept again and again, until one is left.
+#pragma once
+
+#include <float.h>
+#include <math.h>
+
+#include "simd.h"
+
+namespace {
+
+constexpr uint32_t ALL_LANES = (1u << LANES) - 1;
+constexpr int64_t TOP_VECTORS = 16;  // how many are looked through at once for the largest value
+constexpr int64_t SUM_PIECE = 4096;  // values that are added up in float32; their sums are added up in float64
+constexpr float NUCLEUS_DEPTHS[] = {4.0f, 8.0f, 16.0f, INFINITY};  // below the largest value; a few tokens are often enough
+constexpr float HIGHEST_NOISE = 22.5f;  // -log of the smallest uniform number is 22.2
+
+// Settings of one row, which is greedy where all of them are 0. The same structure is in sampler.py.
+struct SampledRow {
+    uint64_t seed;
+    int64_t position;  // in the output
+    int64_t first_id;  // its part of `ids`: biased, then banned tokens, then prompt and output where penalties want them
+    int64_t first_bias;  // its part of `biases`
+    int64_t num_biased;
+    int64_t num_banned;
+    int64_t num_prompt_tokens;
+    int64_t num_output_tokens;
+    int64_t top_k;
+    float temperature;  // 0: greedy
+    float top_p;
+    float min_p;
+    float repetition_penalty;
+    float frequency_penalty;
+    float presence_penalty;
+};
+
+struct SampleParameters {
+    int64_t num_rows;
+    float* logits;  // changed in place
+    int64_t logits_stride;  // floats
+    int64_t vocab_size;
+    const SampledRow* rows;
+    const int32_t* ids;
+    const float* biases;
+    int64_t* token_ids;
+    uint8_t* is_finite;
+    uint8_t* scratch;  // of each thread: values and weights with room for two more vectors, then a zero for each token
+    int64_t scratch_stride;  // bytes
+};
+
+// Of vectors.
+
+inline Floats load_padded(const float* p, int64_t n) {  // -infinity where the row has ended
+    if (n >= LANES) return load(p);
+    float lanes[LANES];
+    store(lanes, fill(-INFINITY));
+    memcpy(lanes, p, size_t(n) * 4);
+    return load(lanes);
+}
+
+// Writes the lanes whose bits are set, and whatever up to a whole vector, to p. Returns how many they are.
+inline int64_t store_chosen(float* p, Floats x, uint32_t chosen) {
+#ifdef __AVX512F__
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(chosen), x.v));
+    return __builtin_popcount(chosen);
+#else
+    float lanes[LANES];
+    store(lanes, x);
+    int64_t num = 0;
+    for (; chosen; chosen &= chosen - 1) p[num++] = lanes[__builtin_ctz(chosen)];
+    return num;
+#endif
+}
+
+// Natural logarithm of positive normal numbers, to about one unit in the last place (the polynomial is that of Cephes).
+inline Floats logarithm(Floats x) {
+    const Ints lowest = fill_ints(0x3f3504f3);  // the mantissa is taken between the roots of 1/2 and of 2
+    const Ints bits = as_ints(x) + fill_ints(0x3f800000 - 0x3f3504f3);
+    const Floats exponent = to_floats(shift_right<23>(bits) + fill_ints(-127));
+    const Floats f = as_floats((bits & fill_ints(0x7fffff)) + lowest) - fill(1.0f);
+    Floats p = fill(7.0376836292e-2f);
+    p = multiply_add(p, f, fill(-1.1514610310e-1f));
+    p = multiply_add(p, f, fill(1.1676998740e-1f));
+    p = multiply_add(p, f, fill(-1.2420140846e-1f));
+    p = multiply_add(p, f, fill(1.4249322787e-1f));
+    p = multiply_add(p, f, fill(-1.6668057665e-1f));
+    p = multiply_add(p, f, fill(2.0000714765e-1f));
+    p = multiply_add(p, f, fill(-2.4999993993e-1f));
+    p = multiply_add(p, f, fill(3.3333331174e-1f));
+    const Floats square = f * f;
+    Floats rest = f * square * p;
+    rest = multiply_add(exponent, fill(-2.12194440e-4f), rest);
+    rest = multiply_add(square, fill(-0.5f), rest);
+    return multiply_add(exponent, fill(0.693359375f), f + rest);
+}
+
+// The largest value.
+
+struct Top {
+    float value;  // -infinity where there is no number
+    int64_t id;  // the lowest of those that have it
+    bool has_nan;
+};
+
+inline Floats maximum_of(const float* x, int64_t n, uint32_t& numbers) {
+    Floats highest = fill(-INFINITY);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats v = load_padded(x + i, n - i);
+        numbers &= equal_mask(v, v);
+        highest = maximum(v, highest);  // the second where the first is no number
+    }
+    return highest;
+}
+
+inline int64_t find_first(const float* x, int64_t n, float value) {
+    for (int64_t i = 0; i < n; i += LANES)
+        if (const uint32_t found = equal_mask(load_padded(x + i, n - i), fill(value))) return i + __builtin_ctz(found);
+    return 0;  // none of them is a number
+}
+
+Top find_top(const float* x, int64_t n) {
+    constexpr int64_t PIECE = TOP_VECTORS * LANES;
+    Floats best = fill(-INFINITY);
+    int64_t place = 0;
+    uint32_t numbers = ALL_LANES;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        // A constant number of them lets the compiler unroll it.
+        const Floats highest = n - start >= PIECE ? maximum_of(x + start, PIECE, numbers) : maximum_of(x + start, n - start, numbers);
+        if (less_mask(best, highest)) {
+            best = fill(max_of_lanes(highest));
+            place = start;
+        }
+    }
+    const float value = max_of_lanes(best);
+    return {value, place + find_first(x + place, min_of(PIECE, n - place), value), numbers != ALL_LANES};
+}
+
+// What changes single tokens.
+
+struct Counts {
+    int32_t* of_token;  // bit 0: it occurs; above: how often in the output
+    int64_t vocab_size;
+
+    bool has(int32_t id) const { return uint64_t(id) < uint64_t(vocab_size); }
+};
+
+inline float penalised(float x, int32_t count, const SampledRow& row) {
+    x = x > 0 ? x / row.repetition_penalty : x * row.repetition_penalty;
+    x -= row.frequency_penalty * float(count >> 1);
+    return count >> 1 ? x - row.presence_penalty : x;
+}
+
+// Repetition penalty over prompt and output (Keskar et al. 2019); OpenAI's penalties over the output.
+inline void apply_penalties(const SampledRow& row, const int32_t* ids, Counts counts, float* x) {
+    const int64_t num_ids = row.num_prompt_tokens + row.num_output_tokens;
+    for (int64_t i = 0; i < num_ids; i++)
+        if (counts.has(ids[i])) {
+            int32_t& count = counts.of_token[ids[i]];
+            count = (count | 1) + (i < row.num_prompt_tokens ? 0 : 2);
+        }
+    for (int64_t i = 0; i < num_ids; i++)
+        if (counts.has(ids[i]) && counts.of_token[ids[i]]) {
+            x[ids[i]] = penalised(x[ids[i]], counts.of_token[ids[i]], row);
+            counts.of_token[ids[i]] = 0;  // once each; all are 0 again for the next row
+        }
+}
+
+// Returns whether there was anything to change.
+inline bool change_tokens(const SampleParameters& p, const SampledRow& row, Counts counts, float* x) {
+    const int32_t* ids = p.ids + row.first_id;
+    const float* biases = p.biases + row.first_bias;
+    for (int64_t i = 0; i < row.num_biased; i++)
+        if (counts.has(ids[i])) x[ids[i]] += biases[i];
+    ids += row.num_biased;
+    for (int64_t i = 0; i < row.num_banned; i++)
+        if (counts.has(ids[i])) x[ids[i]] = -INFINITY;
+    apply_penalties(row, ids + row.num_banned, counts, x);
+    return row.num_biased + row.num_banned + row.num_prompt_tokens + row.num_output_tokens > 0;
+}
+
+// Thresholds.
+
+// What is at least as large as a pivot, and what is not.
+struct Split {
+    double weight_above;
+    float lowest_above;
+    float highest_below;
+};
+
+Split split_at(const float* values, const float* weights, int64_t n, float pivot) {
+    const Floats limit = fill(pivot), infinity = fill(INFINITY);
+    Floats lowest = infinity, highest = zero() - infinity;
+    double weight = 0;
+    for (int64_t start = 0; start < n; start += SUM_PIECE) {
+        const int64_t end = min_of(start + SUM_PIECE, n);
+        Floats sum = zero();
+        for (int64_t i = start; i < end; i += LANES) {
+            const Floats v = load_padded(values + i, end - i);
+            sum = sum + where_less(v, limit, zero(), load(weights + i));
+            lowest = minimum(lowest, where_less(v, limit, infinity, v));
+            highest = maximum(highest, where_less(v, limit, v, zero() - infinity));
+        }
+        weight += sum_of_lanes(sum);
+    }
+    return {weight, 0 - max_of_lanes(zero() - lowest), max_of_lanes(highest)};
+}
+
+// Moves one side of a split to the front. Returns how many they are.
+int64_t keep_side(float* values, float* weights, int64_t n, float pivot, bool is_above) {
+    int64_t num = 0;
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats v = load_padded(values + i, n - i), weight = load(weights + i);
+        const uint32_t below = less_mask(v, fill(pivot)), present = n - i >= LANES ? ALL_LANES : (1u << (n - i)) - 1;
+        const uint32_t chosen = (is_above ? ~below : below) & present;
+        store_chosen(weights + num, weight, chosen);
+        num += store_chosen(values + num, v, chosen);
+    }
+    return num;
+}
+
+// The largest number such that the weights of all values that are not less add up to `mass`, which all together do.
+// `highest` is one of the values, `lowest` no larger than any. They are lost.
+float find_threshold(float* values, float* weights, int64_t n, double mass, float lowest, float highest) {
+    double above = 0;  // weight of what is larger than those left
+    while (lowest < highest) {
+        const float middle = 0.5f * (lowest == -INFINITY ? -FLT_MAX : lowest) + 0.5f * highest;
+        const float pivot = middle > lowest ? middle : highest;
+        const Split split = split_at(values, weights, n, pivot);
+        const bool is_above = above + split.weight_above >= mass;
+        if (is_above) {
+            lowest = split.lowest_above;
+        } else {
+            above += split.weight_above;
+            highest = split.highest_below;
+        }
+        n = keep_side(values, weights, n, pivot, is_above);
+    }
+    return lowest;
+}
+
+// Picks a token of one row: of logit / temperature + Gumbel noise the largest.
+struct RowSampler {
+    const SampledRow& row;
+    float* const x;
+    const int64_t size;
+    float highest;  // of x
+    float* const values;
+    float* const weights;
+
+    int64_t run() {
+        scale();
+        float lowest = -INFINITY;  // of what is kept
+        if (row.min_p > 0) lowest = highest + max_of_lanes(logarithm(fill(row.min_p)));
+        if (row.top_k > 0 && row.top_k < size) lowest = keep_top_k(lowest);
+        if (row.top_p < 1) lowest = keep_top_p(lowest);
+        return draw(lowest);
+    }
+
+    void scale() {
+        if (row.temperature == 1) return;
+        const Floats temperature = fill(row.temperature);
+        for (int64_t i = 0; i < size; i += LANES) {
+            const int64_t n = min_of(LANES, size - i);
+            store_some(x + i, load_some(x + i, n) / temperature, n);
+        }
+        highest /= row.temperature;
+    }
+
+    // Copies what is at least `lowest` to `values`; with -infinity as the limit also some of it from behind the row.
+    int64_t collect(float lowest) {
+        int64_t num = 0;
+        for (int64_t i = 0; i < size; i += LANES) {
+            const Floats v = load_padded(x + i, size - i);
+            if (const uint32_t chosen = ALL_LANES & ~less_mask(v, fill(lowest))) num += store_chosen(values + num, v, chosen);
+        }
+        return num;
+    }
+
+    // The k-th largest of some values of the row, which that of all values cannot be less than: of each lane's largest
+    // over a few vectors.
+    float limit_of_top_k() {
+        constexpr int64_t PIECE = TOP_VECTORS * LANES;
+        const int64_t num = divide_up(size, PIECE) * LANES;
+        if (row.top_k > num) return -INFINITY;
+        uint32_t numbers = 0;
+        for (int64_t i = 0; i * PIECE < size; i++)
+            store(values + i * LANES, maximum_of(x + i * PIECE, min_of(PIECE, size - i * PIECE), numbers));
+        return kth_largest(num, -INFINITY);
+    }
+
+    float kth_largest(int64_t num, float lowest) {
+        for (int64_t i = 0; i < num; i += LANES) store(weights + i, fill(1.0f));
+        return find_threshold(values, weights, num, double(row.top_k), lowest, highest);
+    }
+
+    float keep_top_k(float lowest) {
+        const float limit = limit_of_top_k(), from = limit < lowest ? lowest : limit;
+        const int64_t num = collect(from);
+        return num < row.top_k ? lowest : kth_largest(num, from);
+    }
+
+    // The smallest set of most likely tokens that has probability top_p (Holtzman et al. 2020).
+    float keep_top_p(float lowest) {
+        const double mass = double(row.top_p) * sum_of_exponentials(lowest);
+        for (const float depth : NUCLEUS_DEPTHS) {
+            const float limit = highest - depth, from = limit < lowest ? lowest : limit;
+            const int64_t num = collect(from);
+            if (weigh(num) >= mass) return find_threshold(values, weights, num, mass, from, highest);
+            if (limit < lowest) break;
+        }
+        return lowest;  // by rounding: all of it is needed
+    }
+
+    double weigh(int64_t num) {  // what `values` hold; returns the sum
+        double total = 0;
+        for (int64_t start = 0; start < num; start += SUM_PIECE) {
+            const int64_t end = min_of(start + SUM_PIECE, num);
+            Floats sum = zero();
+            for (int64_t i = start; i < end; i += LANES) {
+                const Floats weight = exponential(load_padded(values + i, end - i) - fill(highest));
+                store(weights + i, weight);
+                sum = sum + weight;
+            }
+            total += sum_of_lanes(sum);
+        }
+        return total;
+    }
+
+    double sum_of_exponentials(float lowest) const {
+        const Floats limit = fill(lowest), pivot = fill(highest);
+        double total = 0;
+        for (int64_t start = 0; start < size; start += SUM_PIECE) {
+            const int64_t end = min_of(start + SUM_PIECE, size);
+            Floats sum = zero();
+            for (int64_t i = start; i < end; i += LANES) {
+                const Floats v = load_padded(x + i, end - i);
+                if (less_mask(v, limit) == ALL_LANES) continue;
+                sum = sum + where_less(v, limit, zero(), exponential(v - pivot));
+            }
+            total += sum_of_lanes(sum);
+        }
+        return total;
+    }
+
+    int64_t draw(float lowest) const;
+};
+
+// Noise.
+
+struct NoiseKeys {
+    uint32_t first;
+    uint32_t second;
+};
+
+inline NoiseKeys noise_keys(uint64_t seed, uint64_t position) {  // the finaliser of SplitMix64 (Steele et al. 2014)
+    uint64_t key = seed + (position + 1) * 0x9e3779b97f4a7c15;
+    key = (key ^ key >> 30) * 0xbf58476d1ce4e5b9;
+    key = (key ^ key >> 27) * 0x94d049bb133111eb;
+    key ^= key >> 31;
+    return {uint32_t(key), uint32_t(key >> 32)};
+}
+
+inline Ints mix(Ints x) {  // the finaliser of MurmurHash3
+    x = (x ^ shift_right<16>(x)) * fill_ints(int32_t(0x85ebca6b));
+    x = (x ^ shift_right<13>(x)) * fill_ints(int32_t(0xc2b2ae35));
+    return x ^ shift_right<16>(x);
+}
+
+// Uniform numbers of 16 tokens from `id`, between 2^-32 and 1 - 2^-24.
+inline Floats uniform(NoiseKeys keys, int64_t id) {
+    alignas(64) static constexpr int32_t LANE_IDS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints ids = load_ints(LANE_IDS) + fill_ints(int32_t(id));
+    const Ints hashed = ids * fill_ints(int32_t(0x9e3779b1));
+    const Ints bits = mix(mix(hashed ^ fill_ints(int32_t(keys.first))) ^ fill_ints(int32_t(keys.second)));
+    const Floats number = (to_floats(bits & fill_ints(0x7fffffff)) + fill(0.5f)) * fill(0x1p-31f);
+    return minimum(number, fill(1 - 0x1p-24f));
+}
+
+inline Floats gumbel(Floats u) {  // -log(-log(1 - u))
+    const Floats rest = fill(1.0f) - u;
+    const Floats lost = (fill(1.0f) - rest) - u;  // by rounding; a small u is hardly anything else
+    return zero() - logarithm(zero() - (logarithm(rest) + lost));
+}
+
+// -log(u) is larger, and with u's exponent in the place of its logarithm larger still.
+inline Floats bound_of_gumbel(Floats u) {
+    return to_floats(shift_right<23>(as_ints(u)) + fill_ints(-127)) * fill(-0.6932f);
+}
+
+// Most tokens cannot win even with the highest noise, or not with noise from their uniform number. Only those that may
+// have their noise computed, which costs most of all.
+int64_t RowSampler::draw(float lowest) const {
+    const NoiseKeys keys = noise_keys(row.seed, uint64_t(row.position));
+    const Floats limit = fill(lowest);
+    Floats best = fill(-INFINITY), needed = limit;
+    int64_t id = 0;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Floats v = load_padded(x + i, size - i);
+        if (less_mask(v, needed) == ALL_LANES) continue;
+        const Floats u = uniform(keys, i);
+        if (less_mask(v + bound_of_gumbel(u), best) == ALL_LANES) continue;
+        const Floats score = where_less(v, limit, fill(-INFINITY), v + gumbel(u));
+        if (!less_mask(best, score)) continue;
+        best = fill(max_of_lanes(score));
+        id = i + __builtin_ctz(equal_mask(score, best));
+        needed = maximum(limit, best - fill(HIGHEST_NOISE));
+    }
+    return id;
+}
+
+void sample(const void* parameters, const Worker& worker) {
+    const SampleParameters& p = *(const SampleParameters*)parameters;
+    const int64_t num_values = (divide_up(p.vocab_size, LANES) + 2) * LANES;
+    float* values = (float*)(p.scratch + worker.index * p.scratch_stride);
+    const Counts counts{(int32_t*)(values + 2 * num_values), p.vocab_size};
+    for (int64_t r; (r = next_task(worker, 1)) < p.num_rows;) {
+        const SampledRow& row = p.rows[r];
+        float* x = p.logits + r * p.logits_stride;
+        Top top = find_top(x, p.vocab_size);
+        p.is_finite[r] = !top.has_nan && isfinite(top.value);
+        if (p.is_finite[r] && change_tokens(p, row, counts, x)) top = find_top(x, p.vocab_size);
+        const bool can_sample = p.is_finite[r] && isfinite(top.value);  // all tokens may be banned
+        if (row.temperature > 0 && can_sample)
+            top.id = RowSampler{row, x, p.vocab_size, top.value, values, values + num_values}.run();
+        p.token_ids[r] = top.id;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,181 @@
+"""How far each number format is from float32 of the same weights: `python -m tests.bench.quality [MODEL] [--json]`.
+
+Reads the first 2,000 tokens of `english.txt`: the opening of chapter 1 of Lewis Carroll's Alice's Adventures in
+Wonderland (1865) and chapter 1 of Jane Austen's Pride and Prejudice (1813), both in the public domain. They are cut
+into pieces of 1,024 tokens, the last one shorter, and no piece sees another. After each token the model's
+distribution of the next is compared with the reference's: the mean of KL(reference || format), in nats, and the share
+of positions at which both hold the same token for the most likely one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from torch import Tensor
+
+from engine.block_pool import Block
+from engine.config import EngineConfig
+from engine.messages import SamplingParams, Submit
+from engine.request import Scheduled, Step, leader_of
+from engine.runner import LoadedModel, load_model
+from server.models import ModelError, resolve_model
+from server.text.tokenizer import Tokenizer
+
+TEXT = Path(__file__).with_name("english.txt")
+NUM_TOKENS = 2000
+PIECE_TOKENS = 1024
+LOGIT_ROWS = 64  # whose distributions are compared at a time
+
+# Name -> (dtype, quantization). The first, with its own KV cache, is what the others are compared with.
+FORMATS = {
+    "float32": ("float32", "none"),
+    "bfloat16": ("bfloat16", "none"),
+    "int8": ("auto", "int8"),
+    "as the file has it": ("auto", "auto"),
+}
+KV_CACHE_DTYPES = ("auto", "int8")
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One format. None where it cannot be had here, and `failure` says why."""
+
+    weights: str
+    kv_cache: str
+    mean_kl: float | None = None
+    same_top_token: float | None = None  # share
+    failure: str | None = None
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    kernels: str
+    num_tokens: int
+    piece_tokens: int
+    rows: list[Row]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    arguments = parser.parse_args()
+    results = measure(arguments.model, Console(stderr=True))
+    if arguments.json:
+        print(msgspec.json.encode(results).decode())
+    else:
+        print_table(results)
+    return 1 if any(row.failure for row in results.rows) else 0
+
+
+def measure(model: str, console: Console) -> Results:
+    """One model is in memory at a time, and the reference's logits are in a file."""
+    path = resolve_model(model).path
+    prefix, pieces = read_text(Tokenizer.from_model(path))
+    rows: list[Row] = []
+    kernels = ""
+    with tempfile.TemporaryFile() as file:
+        for kv_cache in KV_CACHE_DTYPES:
+            for weights, (dtype, quantization) in FORMATS.items():
+                console.print(f"{weights}, KV cache {kv_cache} ...")
+                blank = Row(weights=weights, kv_cache=kv_cache)
+                config = EngineConfig(
+                    model_path=str(path),
+                    dtype=dtype,
+                    quantization=quantization,
+                    kv_cache_dtype=kv_cache,
+                    max_model_len=len(prefix) + PIECE_TOKENS,
+                )
+                try:
+                    loaded = load_model(config)
+                except ValueError as error:
+                    rows.append(msgspec.structs.replace(blank, failure=str(error)))
+                    continue
+                kernels = loaded.runner.kernels.name
+                if not rows:
+                    for logits in all_logits(loaded, prefix, pieces):
+                        file.write(logits.numpy())
+                    file.flush()
+                reference = np.memmap(file, np.float32, "r").reshape(-1, loaded.config.vocab_size)
+                mean_kl, same_top_token = compare(reference, all_logits(loaded, prefix, pieces))
+                rows.append(msgspec.structs.replace(blank, mean_kl=mean_kl, same_top_token=same_top_token))
+                del loaded
+                gc.collect()
+    return Results(model=model, kernels=kernels, num_tokens=NUM_TOKENS, piece_tokens=PIECE_TOKENS, rows=rows)
+
+
+def read_text(tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
+    """What each piece begins with, which is not compared, and the pieces."""
+    token_ids = tokenizer.encode(TEXT.read_text(), add_special_tokens=False)[:NUM_TOKENS]
+    if len(token_ids) < NUM_TOKENS:
+        raise ValueError(f"{TEXT.name} is only {len(token_ids)} tokens to this model")
+    prefix = [tokenizer.bos_token_id] if tokenizer.add_bos and tokenizer.bos_token_id is not None else []
+    return prefix, [token_ids[first : first + PIECE_TOKENS] for first in range(0, NUM_TOKENS, PIECE_TOKENS)]
+
+
+def all_logits(loaded: LoadedModel, prefix: list[int], pieces: list[list[int]]) -> Iterator[Tensor]:
+    """float32 logits [.., V] after each token of the pieces, in order; they hold until the next are taken."""
+    for piece in pieces:
+        yield from piece_logits(loaded, prefix + piece, len(prefix))
+
+
+@torch.inference_mode()
+def piece_logits(loaded: LoadedModel, token_ids: list[int], num_skipped: int) -> Iterator[Tensor]:
+    params = SamplingParams(max_tokens=1)
+    submit = Submit(request_id="r", prompt_token_ids=token_ids, params=params, arrival=0.0)
+    request = leader_of(submit, salt=b"", number=0, now=0.0)
+    request.blocks = [Block(block_id) for block_id in range(-(-len(token_ids) // loaded.memory.block_size))]
+    runner = loaded.runner
+    step_tokens = loaded.limits.max_num_batched_tokens
+    for start in range(0, len(token_ids), step_tokens):
+        num_tokens = min(step_tokens, len(token_ids) - start)
+        runner.execution.forward(runner.builder.build(Step(1, [Scheduled(request, start, num_tokens, num_samples=0)])))
+        for rows in torch.arange(max(0, num_skipped - start), num_tokens).split(LOGIT_ROWS):
+            yield runner.execution.compute_logits(rows.to(loaded.device)).cpu()
+
+
+def compare(reference: np.ndarray[tuple[int, int], np.dtype[np.float32]], logits: Iterator[Tensor]) -> tuple[float, float]:
+    """Mean KL and share of same top tokens, over all rows."""
+    kl, num_same, first = 0.0, 0, 0
+    for some in logits:
+        wanted = torch.from_numpy(reference[first : first + len(some)].copy())
+        first += len(some)
+        expected, found = wanted.double().log_softmax(1), some.double().log_softmax(1)
+        kl += float((expected.exp() * (expected - found)).sum())
+        num_same += int((wanted.argmax(1) == some.argmax(1)).sum())
+    assert first == len(reference)
+    return kl / first, num_same / first
+
+
+def print_table(results: Results) -> None:
+    title = f"{results.model}, kernels: {results.kernels}"
+    table = Table("weights", "KV cache", *(Column(name, justify="right") for name in ("mean KL", "same top token")))
+    table.title = title
+    for row in results.rows:
+        kl = "" if row.mean_kl is None else f"{row.mean_kl:.5f}"
+        same = "" if row.same_top_token is None else f"{row.same_top_token:.1%}"
+        table.add_row(row.weights, row.kv_cache, kl, same)
+    Console().print(table)
+    for row in results.rows:
+        if row.failure:
+            print(f"{row.weights}, KV cache {row.kv_cache}: {row.failure}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ModelError, ValueError) as error:
+        sys.exit(f"error: {error}")
