@@ -158,7 +158,7 @@ def engine_info(engine: Engine, loaded: LoadedModel, model_path: str) -> EngineI
 
 
 def fingerprint(model_path: str, loaded: LoadedModel) -> str:
-    """Names what the output depends on: weights, versions, device, number format, kernels, whether promise 1 holds."""
+    """Names what the output depends on: weights, versions, device, number formats, kernels, whether promise 1 holds."""
     path = Path(model_path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     digest = hashlib.sha256()
@@ -171,8 +171,9 @@ def fingerprint(model_path: str, loaded: LoadedModel) -> str:
                 digest.update(content.read(FINGERPRINT_BYTES))
     version = importlib.metadata.version("lightwell")
     dtype = str(loaded.dtype).removeprefix("torch.")
-    digest.update(f"{version} {loaded.device.type} {dtype} {loaded.runner.kernels.name} {torch.__version__}".encode())
-    mode = "invariant" if loaded.runner.kernels.deterministic else "varying"
+    kernels = loaded.runner.kernels
+    digest.update(f"{version} {loaded.device.type} {dtype} {kernels.name} {kernels.formats} {torch.__version__}".encode())
+    mode = "invariant" if kernels.deterministic else "varying"
     return f"lightwell-{version}-{dtype}-{mode}-{digest.hexdigest()[:12]}"
 
 
@@ -191,7 +192,7 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
     kernels = loaded.runner.kernels
     logger.info("device: %s, %d threads, kernels: %s", loaded.device, kernels.num_threads, kernels.name)
     invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"
-    logger.info("dtype: %s, answers are %s", str(loaded.dtype).removeprefix("torch."), invariant)
+    logger.info("formats: %s; answers are %s", kernels.formats, invariant)
     logger.info(
         "memory: weights %.0f MiB, KV cache %.0f MiB for %d tokens, which are %.1f requests of full length",
         loaded.weight_bytes / MIB,

@@ -78,6 +78,7 @@ class Kernels(Protocol):
     deterministic: bool  # whether the promise is kept
     keep_packed: frozenset[str]  # GGML types that `pack` takes as they are
     vector_dtype: torch.dtype  # of norms and biases
+    formats: str  # of weights and KV cache, in words
     num_threads: int  # that compute
     num_torch_threads: int  # how many of torch's own are wanted
 

@@ -78,6 +78,7 @@ class TorchKernels:
         self.device = device
         self.dtype = self.vector_dtype = dtype
         self.max_num_rows = max_num_rows
+        self.formats = f"weights and KV cache {str(dtype).removeprefix('torch.')}"
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
         self.deterministic = True
         self._row_multiples: dict[tuple[torch.Size, bool], int] = {}  # (weight shape, has a bias) -> padding

@@ -14,11 +14,14 @@ import gc
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
@@ -64,6 +67,22 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[Row]
 
 
+@dataclass(frozen=True)
+class Text:
+    """What is read, in token ids."""
+
+    prefix: list[int]  # what each piece begins with, which is not compared
+    pieces: list[list[int]]
+
+    @classmethod
+    def read(cls, tokenizer: Tokenizer) -> Self:
+        token_ids = tokenizer.encode(TEXT.read_text(), add_special_tokens=False)[:NUM_TOKENS]
+        if len(token_ids) < NUM_TOKENS:
+            raise ValueError(f"{TEXT.name} is only {len(token_ids)} tokens to this model")
+        prefix = [tokenizer.bos_token_id] if tokenizer.add_bos and tokenizer.bos_token_id is not None else []
+        return cls(prefix, [token_ids[first : first + PIECE_TOKENS] for first in range(0, NUM_TOKENS, PIECE_TOKENS)])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.quality",
@@ -84,52 +103,48 @@ def main() -> int:
 def measure(model: str, console: Console) -> Results:
     """One model is in memory at a time, and the reference's logits are in a file."""
     path = resolve_model(model).path
-    prefix, pieces = read_text(Tokenizer.from_model(path))
+    text = Text.read(Tokenizer.from_model(path))
     rows: list[Row] = []
     kernels = ""
     with tempfile.TemporaryFile() as file:
         for kv_cache in KV_CACHE_DTYPES:
-            for weights, (dtype, quantization) in FORMATS.items():
+            for weights in FORMATS:
                 console.print(f"{weights}, KV cache {kv_cache} ...")
                 blank = Row(weights=weights, kv_cache=kv_cache)
-                config = EngineConfig(
-                    model_path=str(path),
-                    dtype=dtype,
-                    quantization=quantization,
-                    kv_cache_dtype=kv_cache,
-                    max_model_len=len(prefix) + PIECE_TOKENS,
-                )
                 try:
-                    loaded = load_model(config)
+                    loaded = load(path, weights, kv_cache, text)
                 except ValueError as error:
                     rows.append(msgspec.structs.replace(blank, failure=str(error)))
                     continue
-                kernels = loaded.runner.kernels.name
                 if not rows:
-                    for logits in all_logits(loaded, prefix, pieces):
-                        file.write(logits.numpy())
+                    kernels = loaded.runner.kernels.name
+                    for logits in all_logits(loaded, text):
+                        file.write(logits.numpy().tobytes())
                     file.flush()
                 reference = np.memmap(file, np.float32, "r").reshape(-1, loaded.config.vocab_size)
-                mean_kl, same_top_token = compare(reference, all_logits(loaded, prefix, pieces))
+                mean_kl, same_top_token = compare(reference, all_logits(loaded, text))
                 rows.append(msgspec.structs.replace(blank, mean_kl=mean_kl, same_top_token=same_top_token))
                 del loaded
                 gc.collect()
-    return Results(model=model, kernels=kernels, num_tokens=NUM_TOKENS, piece_tokens=PIECE_TOKENS, rows=rows)
+    return Results(model=Path(model).name, kernels=kernels, num_tokens=NUM_TOKENS, piece_tokens=PIECE_TOKENS, rows=rows)
 
 
-def read_text(tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
-    """What each piece begins with, which is not compared, and the pieces."""
-    token_ids = tokenizer.encode(TEXT.read_text(), add_special_tokens=False)[:NUM_TOKENS]
-    if len(token_ids) < NUM_TOKENS:
-        raise ValueError(f"{TEXT.name} is only {len(token_ids)} tokens to this model")
-    prefix = [tokenizer.bos_token_id] if tokenizer.add_bos and tokenizer.bos_token_id is not None else []
-    return prefix, [token_ids[first : first + PIECE_TOKENS] for first in range(0, NUM_TOKENS, PIECE_TOKENS)]
+def load(path: Path, weights: str, kv_cache: str, text: Text) -> LoadedModel:
+    dtype, quantization = FORMATS[weights]
+    config = EngineConfig(
+        model_path=str(path),
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache,
+        max_model_len=len(text.prefix) + PIECE_TOKENS,
+    )
+    return load_model(config)
 
 
-def all_logits(loaded: LoadedModel, prefix: list[int], pieces: list[list[int]]) -> Iterator[Tensor]:
+def all_logits(loaded: LoadedModel, text: Text) -> Iterator[Tensor]:
     """float32 logits [.., V] after each token of the pieces, in order; they hold until the next are taken."""
-    for piece in pieces:
-        yield from piece_logits(loaded, prefix + piece, len(prefix))
+    for piece in text.pieces:
+        yield from piece_logits(loaded, text.prefix + piece, len(text.prefix))
 
 
 @torch.inference_mode()
@@ -143,11 +158,11 @@ def piece_logits(loaded: LoadedModel, token_ids: list[int], num_skipped: int) ->
     for start in range(0, len(token_ids), step_tokens):
         num_tokens = min(step_tokens, len(token_ids) - start)
         runner.execution.forward(runner.builder.build(Step(1, [Scheduled(request, start, num_tokens, num_samples=0)])))
-        for rows in torch.arange(max(0, num_skipped - start), num_tokens).split(LOGIT_ROWS):
+        for rows in torch.split(torch.arange(max(0, num_skipped - start), num_tokens), LOGIT_ROWS):
             yield runner.execution.compute_logits(rows.to(loaded.device)).cpu()
 
 
-def compare(reference: np.ndarray[tuple[int, int], np.dtype[np.float32]], logits: Iterator[Tensor]) -> tuple[float, float]:
+def compare(reference: NDArray[np.float32], logits: Iterator[Tensor]) -> tuple[float, float]:
     """Mean KL and share of same top tokens, over all rows."""
     kl, num_same, first = 0.0, 0, 0
     for some in logits:

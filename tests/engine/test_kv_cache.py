@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from engine import kv_cache
 from engine.config import EngineConfig, ModelConfig
+from engine.kernels import KernelOptions, Kernels, load_kernels
+from engine.kernels.reference import TorchKernels
 from engine.kv_cache import MIB, KVCache, MemoryPlan, available_memory, bytes_per_block, plan_memory
 
 CPU = torch.device("cpu")
@@ -31,7 +33,7 @@ TOKEN_BYTES = 2 * 3 * 2 * 16 * 2  # K and V, layers, KV heads, head size, bytes 
 
 def plan(max_model_len: int, kv_cache_memory: int | None = None, block_size: int = 32) -> MemoryPlan:
     config = EngineConfig(model_path="", block_size=block_size, kv_cache_memory=kv_cache_memory)
-    return plan_memory(MODEL, config, max_model_len, torch.bfloat16, CPU)
+    return plan_memory(MODEL, config, max_model_len, TorchKernels(CPU, torch.bfloat16), CPU)
 
 
 @pytest.fixture
@@ -43,12 +45,31 @@ def free_memory(monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bytes_are_those_of_the_tensors(dtype: torch.dtype) -> None:
-    cache = KVCache(MODEL, 7, 16, dtype, CPU)
+    assert_bytes_are_those_of_the_tensors(TorchKernels(CPU, dtype), 16, dtype)
+
+
+@pytest.mark.parametrize("block_size", [16, 256])
+@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
+def test_bytes_of_the_kernels_of_this_processor(dtype: str, kv_cache_dtype: str, block_size: int) -> None:
+    """int8 has a float32 scale for each key and value of a head."""
+    options = KernelOptions(getattr(torch, dtype), kv_cache_dtype=kv_cache_dtype, head_dim=16, block_size=block_size)
+    kernels = load_kernels(CPU, options)
+    stored = torch.int8 if kv_cache_dtype == "int8" else options.dtype
+    assert_bytes_are_those_of_the_tensors(kernels, block_size, stored)
+    scale_bytes = 4 if kv_cache_dtype == "int8" else 0
+    assert bytes_per_block(MODEL, block_size, kernels) == 2 * 3 * block_size * 2 * (16 * stored.itemsize + scale_bytes)
+
+
+def assert_bytes_are_those_of_the_tensors(kernels: Kernels, block_size: int, dtype: torch.dtype) -> None:
+    cache = KVCache(MODEL, 7, block_size, kernels)
     assert len(cache.layers) == 3
-    for k_cache, v_cache in cache.layers:
-        assert k_cache.shape == v_cache.shape == (7, 16, 2, 16)
-        assert k_cache.dtype == v_cache.dtype == dtype
-    assert sum(k.nbytes + v.nbytes for k, v in cache.layers) == 7 * bytes_per_block(MODEL, 16, dtype)
+    num_bytes = 0
+    for layer in cache.layers:
+        assert layer.keys.numel() == layer.values.numel() == 7 * block_size * 2 * 16
+        assert layer.keys.dtype == layer.values.dtype == dtype
+        tensors = (layer.keys, layer.values, layer.key_scales, layer.value_scales)
+        num_bytes += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    assert num_bytes == 7 * bytes_per_block(MODEL, block_size, kernels)
 
 
 @given(

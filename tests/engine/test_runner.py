@@ -13,6 +13,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.core import Engine
 from engine.messages import FinishReason, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.runner import LoadedModel, choose_device, choose_dtype, choose_limits, load_model
+from tests.choice import choose_kernels
 from tests.tiny_models import save_random_model
 
 CPU = torch.device("cpu")
@@ -112,9 +113,19 @@ def folder(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
     return save_random_model(model, tmp_path_factory.mktemp("model"), seed=1)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "torch float32", "torch bfloat16"])
 def loaded(request: pytest.FixtureRequest, folder: Path) -> LoadedModel:
-    return load_model(EngineConfig(model_path=str(folder), dtype=request.param))
+    return load(folder, request.param)
+
+
+def load(folder: Path, formats: str) -> LoadedModel:
+    """In float32 or bfloat16, or with both weights and cache in int8."""
+    kernels, _, dtype = formats.rpartition(" ")
+    config = EngineConfig(model_path=str(folder), dtype=dtype)
+    if dtype == "int8":
+        config = EngineConfig(model_path=str(folder), quantization="int8", kv_cache_dtype="int8")
+    with choose_kernels(kernels or "default"):
+        return load_model(config)
 
 
 def make_engine(loaded: LoadedModel, chunk: int = 0) -> Engine:
@@ -174,8 +185,9 @@ def test_prompt_logprobs_of_chunks_equal_those_in_one_piece(loaded: LoadedModel)
             assert answers[name].token_ids == expected.token_ids
 
 
-def test_logprobs_are_those_of_transformers(folder: Path, model: LlamaForCausalLM) -> None:
-    loaded = load_model(EngineConfig(model_path=str(folder), dtype="float32"))
+@pytest.mark.parametrize("formats", ["float32", "torch float32"])
+def test_logprobs_are_those_of_transformers(folder: Path, model: LlamaForCausalLM, formats: str) -> None:
+    loaded = load(folder, formats)
     prompt = prompt_of(100)
     # Settings change what is sampled, not what is reported.
     strange = {"seed": 3, "temperature": 0.7, "repetition_penalty": 1.5, "top_k": 20}
@@ -216,22 +228,27 @@ def test_prompt_alone(loaded: LoadedModel) -> None:
 def test_what_is_loaded(loaded: LoadedModel, model: LlamaForCausalLM) -> None:
     assert loaded.runner.kernels.deterministic
     assert loaded.limits.max_model_len == 512
-    assert loaded.weight_bytes == sum(p.numel() for p in model.parameters()) * loaded.dtype.itemsize
+    vector_dtype = loaded.runner.kernels.vector_dtype
+    assert loaded.weight_bytes == sum(
+        p.numel() * (vector_dtype if p.dim() == 1 else loaded.dtype).itemsize for p in model.parameters()
+    )
     assert loaded.memory.num_tokens >= 512
 
 
 # One request's failure is that request's event.
 
 
-@pytest.fixture(scope="module")
-def broken(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "torch bfloat16"])
+def broken(
+    request: pytest.FixtureRequest, model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
+) -> LoadedModel:
     """The model with a token whose embedding is NaN."""
     folder = save_random_model(model, tmp_path_factory.mktemp("broken"), seed=1)
     with torch.no_grad():
         model.model.embed_tokens.weight[NAN_TOKEN] = math.nan
         model.save_pretrained(folder)
         model.model.embed_tokens.weight[NAN_TOKEN] = 0.0
-    return load_model(EngineConfig(model_path=str(folder)))
+    return load(folder, request.param)
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_p": 0.5, "repetition_penalty": 1.2, "top_k": 9}])
@@ -256,7 +273,8 @@ def test_logits_that_are_not_finite_end_that_request_alone(broken: LoadedModel, 
 
 def clean(loaded: LoadedModel) -> LoadedModel:
     """Without what earlier tests wrote into the cache, and with few blocks, so that they are used again."""
-    for k_cache, v_cache in loaded.runner.kv_cache.layers:
-        k_cache.zero_()
-        v_cache.zero_()
+    for layer in loaded.runner.kv_cache.layers:
+        for tensor in (layer.keys, layer.values, layer.key_scales, layer.value_scales):
+            if tensor is not None:
+                tensor.zero_()
     return dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=16))

@@ -80,6 +80,11 @@ class CpuKernels:
         self._pool: dict[tuple[int, torch.Size], Tensor] = {}  # of temporaries, by order and shape
         self._num_temporaries: int | None = None
 
+    @property
+    def formats(self) -> str:
+        cache = str(self.cache_dtype).removeprefix("torch.")
+        return f"weights {', '.join(self.packer.formats)}, KV cache {cache}"
+
     # Weights.
 
     def pack(self, parts: Sequence[Weight]) -> Matrix:

@@ -82,7 +82,9 @@ class CpuSampler:
     def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
         """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
         num_rows = len(requests)
-        assert logits.shape == (num_rows, self.vocab_size) and logits.dtype == torch.float32 and logits.is_cpu
+        assert logits.shape == (num_rows, self.vocab_size)
+        assert logits.dtype == torch.float32
+        assert logits.is_cpu
         assert logits.stride(1) == 1
         output = SamplerOutput(torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.bool))
         parameters = self._parameters

@@ -89,6 +89,7 @@ class Packer:
         self.to_int8 = to_int8
         self.arena = Arena()
         self.num_bytes = 0
+        self.formats: list[str] = []  # that were met, in order
 
     def pack(self, weights: Sequence[Weight]) -> Matrix:
         """Successive weights of one type become one part."""
@@ -118,6 +119,8 @@ class Packer:
         num_groups = -(-num_inputs // form.group)
         panels = self.arena.take(-(-num_outputs // PANEL) * num_groups * form.group_bytes)
         self.num_bytes += panels.nbytes
+        if form.name not in self.formats:
+            self.formats.append(form.name)
         program = Program(self.library, self.team)
         row_bytes = num_bytes // num_outputs
         program.add(f"pack_{form.name}", Pack(address, row_bytes, num_inputs, num_outputs, panels.data_ptr()))

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from engine.batch import BatchInputs
-from engine.kernels import LinearOp, load_kernels, reference
-from engine.kernels.reference import TorchKernels
+from engine.kernels import LayerCache, reference
+from engine.kernels.reference import Product, TorchKernels
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -88,11 +88,11 @@ class Paged:
         shuffled = np.random.default_rng(seed).permutation(sum(num_blocks) + 5)
         self.block_ids = [ids.tolist() for ids in np.split(shuffled, np.cumsum(num_blocks))[: len(seq_lens)]]
         size = (len(shuffled), shape.block_size, *kv)
-        self.k_cache = torch.full(size, garbage, dtype=shape.dtype)
-        self.v_cache = torch.full(size, -garbage, dtype=shape.dtype)
+        keys, values = (torch.full(size, sign * garbage, dtype=shape.dtype) for sign in (1, -1))
+        self.cache = LayerCache(keys, values)
         for ids, k, v in zip(self.block_ids, self.k, self.v, strict=True):
-            self.k_cache.flatten(0, 1)[self._slots(ids, len(k))] = k
-            self.v_cache.flatten(0, 1)[self._slots(ids, len(v))] = v
+            keys.flatten(0, 1)[self._slots(ids, len(k))] = k
+            values.flatten(0, 1)[self._slots(ids, len(v))] = v
 
     def _random(self, seed: int, *shape: int) -> Tensor:
         return random_tensor(seed, *shape, dtype=self.shape.dtype)
@@ -109,9 +109,9 @@ class Paged:
         nothing = torch.empty(0, dtype=torch.int64)  # attention reads only what follows
         batch = BatchInputs(nothing, nothing, nothing, nothing, torch.tensor(tables), lens, [end for *_, end in spans])
         q = torch.cat([self.q[sequence][start:end] for sequence, start, end in spans])
-        plan = self.kernels.plan_attention(batch, q.shape[1], self.k_cache)
         shape = self.shape
-        out = self.kernels.paged_attention(q, self.k_cache, self.v_cache, plan, shape.scale, shape.window)
+        plan = self.kernels.plan_attention(batch, q.shape[1], shape.num_kv_heads, self.cache)
+        out = self.kernels.paged_attention(q, self.cache, plan, shape.scale, shape.window)
         assert out.shape == q.shape
         assert out.dtype == q.dtype
         return list(torch.split(out, lens))
@@ -235,7 +235,7 @@ def test_what_lies_in_other_slots_does_not_matter() -> None:
 def test_nan_in_the_block_that_pads_tables_does_not_matter() -> None:
     """A request whose numbers overflow has NaN in its blocks: that must stay its own failure."""
     paged = Paged(Shape(3, 3, 64, 32, None, torch.bfloat16), [700, 40], seed=5)
-    spare = set(range(len(paged.k_cache))).difference(*paged.block_ids)
+    spare = set(range(len(paged.cache.keys))).difference(*paged.block_ids)
     move_block(paged, 0, spare.pop())
     assert_nan_does_not_matter(paged, 0, slice(None))
 
@@ -248,7 +248,7 @@ def test_nan_that_another_request_left_behind_does_not_matter() -> None:
 
 def move_block(paged: Paged, block_id: int, new_id: int) -> None:
     """To a block that nobody holds."""
-    for cache in (paged.k_cache, paged.v_cache):
+    for cache in (paged.cache.keys, paged.cache.values):
         cache[new_id] = cache[block_id]
     paged.block_ids = [[new_id if block == block_id else block for block in ids] for ids in paged.block_ids]
 
@@ -256,8 +256,8 @@ def move_block(paged: Paged, block_id: int, new_id: int) -> None:
 def assert_nan_does_not_matter(paged: Paged, block_id: int, slots: slice) -> None:
     spans = [(0, 690, 700), (1, 30, 40)]
     expected = paged.attend(spans)
-    paged.k_cache[block_id, slots] = torch.nan
-    paged.v_cache[block_id, slots] = torch.nan
+    paged.cache.keys[block_id, slots] = torch.nan
+    paged.cache.values[block_id, slots] = torch.nan
     assert all(torch.equal(a, b) for a, b in zip(paged.attend(spans), expected, strict=True))
 
 
@@ -273,16 +273,6 @@ def test_rms_norm(kernels: TorchKernels) -> None:
     x = random_tensor(0, 50, 576, dtype=kernels.dtype) * torch.logspace(-3, 2, 50)[:, None].to(kernels.dtype)
     weight = random_tensor(1, 576, dtype=kernels.dtype)
     assert_close(kernels.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5), kernels.dtype)
-
-
-def test_add_rms_norm_updates_the_residual(kernels: TorchKernels) -> None:
-    x, residual = random_tensor(0, 9, 100, dtype=kernels.dtype), random_tensor(1, 9, 100, dtype=kernels.dtype)
-    weight = random_tensor(2, 100, dtype=kernels.dtype)
-    x_before, total = x.clone(), residual + x
-    out = kernels.add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(residual, total)
-    assert torch.equal(x, x_before)
-    assert_close(out, rms_norm(total, weight, 1e-6), kernels.dtype)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -338,20 +328,20 @@ def test_rope_and_store_kv(
     generator = torch.Generator().manual_seed(seed)
     slots = torch.randperm(10 * block_size, generator=generator)[:num_rows]
     before = random_tensor(seed + 1, 10, block_size, num_kv_heads, head_dim, dtype=dtype)
-    k_cache, v_cache = before.clone(), before.clone()
+    cache = LayerCache(before.clone(), before.clone())
 
-    rotated = TorchKernels(CPU, dtype).rope_and_store_kv(q, k, v, cos, sin, slots, k_cache, v_cache)
+    rotated = TorchKernels(CPU, dtype).rope_and_store_kv(q, k, v, cos, sin, slots, cache)
 
     by_head = (q.transpose(0, 1)[None].double(), k.transpose(0, 1)[None].double())
     both = (cos.repeat(1, 2)[None].double(), sin.repeat(1, 2)[None].double())
     expected_q, expected_k = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*by_head, *both))
     assert_close(rotated, expected_q, dtype)
-    assert_close(k_cache.flatten(0, 1)[slots], expected_k, dtype)
-    assert torch.equal(v_cache.flatten(0, 1)[slots], v)
+    assert_close(cache.keys.flatten(0, 1)[slots], expected_k, dtype)
+    assert torch.equal(cache.values.flatten(0, 1)[slots], v)
     others = torch.ones(10 * block_size, dtype=torch.bool)
     others[slots] = False
-    for cache in (k_cache, v_cache):
-        assert torch.equal(cache.flatten(0, 1)[others], before.flatten(0, 1)[others])
+    for tensor in (cache.keys, cache.values):
+        assert torch.equal(tensor.flatten(0, 1)[others], before.flatten(0, 1)[others])
 
 
 # Matrix products.
@@ -368,6 +358,24 @@ def test_linear(kernels: TorchKernels, with_bias: bool) -> None:
     out = kernels.linear(weight.clone(), bias)(x)
     assert out.dtype == kernels.dtype
     assert_close(out, expected, kernels.dtype)
+
+
+def test_linear_adds_to_the_residual(kernels: TorchKernels) -> None:
+    weight, bias = random_tensor(0, 100, 64, dtype=kernels.dtype) / 8, random_tensor(1, 100, dtype=kernels.dtype)
+    x, residual = random_tensor(2, 9, 64, dtype=kernels.dtype), random_tensor(3, 9, 100, dtype=kernels.dtype)
+    x_before, linear = x.clone(), kernels.linear(weight, bias)
+    total = residual + linear(x)
+    assert linear(x, residual) is residual
+    assert torch.equal(residual, total)
+    assert torch.equal(x, x_before)
+
+
+def test_pack_and_embed(kernels: TorchKernels) -> None:
+    """Matrices one below the other, whose rows are embeddings."""
+    parts = [random_tensor(0, 5, 24, dtype=kernels.dtype), random_tensor(1, 7, 24, dtype=kernels.dtype)]
+    token_ids = torch.tensor([11, 0, 5, 4, 4])
+    assert torch.equal(kernels.embed(token_ids, kernels.pack(parts)), torch.cat(parts)[token_ids])
+    assert torch.equal(kernels.gather(parts[1], token_ids[1:2]), parts[1][:1])
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
@@ -388,7 +396,7 @@ def test_linear_does_not_depend_on_the_batch(kernels: TorchKernels, shape: tuple
 def test_linear_with_and_without_bias_are_probed_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """One shape may occur with and without bias, and a library may treat them differently."""
 
-    def plain_product(weight: Tensor, bias: Tensor | None) -> LinearOp:
+    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
         if bias is None:
             return exact_product(weight)
         return lambda x: exact_product(weight)(x) + bias + (0.5 if len(x) % 4 else 0.0)
@@ -402,13 +410,13 @@ def test_linear_with_and_without_bias_are_probed_each(monkeypatch: pytest.Monkey
     assert torch.equal(linear(x[:3]), linear(x)[:3])
 
 
-def exact_product(weight: Tensor) -> LinearOp:
+def exact_product(weight: Tensor) -> Product:
     """Row by row the same for any number of rows, because float64 is rounded away."""
     return lambda x: (x.double() @ weight.double().T).float()
 
 
 def test_products_that_depend_on_the_number_of_rows_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain_product(weight: Tensor, bias: Tensor | None) -> LinearOp:
+    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
         return lambda x: exact_product(weight)(x) + (0.5 if len(x) % 4 else 0.0)
 
     monkeypatch.setattr(reference, "_plain_product", plain_product)
@@ -421,7 +429,7 @@ def test_products_that_depend_on_the_number_of_rows_are_padded(monkeypatch: pyte
 
 
 def test_says_so_where_no_padding_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain_product(weight: Tensor, bias: Tensor | None) -> LinearOp:
+    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
         return lambda x: exact_product(weight)(x) + 1e-3 * len(x)
 
     monkeypatch.setattr(reference, "_plain_product", plain_product)
@@ -444,10 +452,3 @@ def test_says_so_where_attention_products_differ(monkeypatch: pytest.MonkeyPatch
     paged = Paged(INVARIANT_SHAPES[0], [10], seed=6)
     paged.attend([(0, 0, 10)])
     assert not paged.kernels.deterministic
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_load_kernels(dtype: torch.dtype) -> None:
-    kernels = load_kernels(CPU, dtype, 512)
-    assert kernels.name
-    assert kernels.deterministic

@@ -1,13 +1,17 @@
 """Every tensor of a checkpoint is used and every parameter filled, or loading fails with the tensor's name."""
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from engine.config import ModelConfig, RopeScaling
-from engine.kernels import load_kernels
+from engine.kernels import KernelOptions, load_kernels
+from engine.kernels.reference import TorchKernels
 from engine.model import CausalLM, Parameters
+from engine.model.decoder import linear
+from engine.weights import PackedTensor
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
@@ -53,7 +57,7 @@ def checkpoint(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
 
 
 def build(tensors: dict[str, Tensor], config: ModelConfig = CONFIG) -> CausalLM:
-    kernels = load_kernels(CPU, torch.float32, 512)
+    kernels = load_kernels(CPU, KernelOptions(torch.float32, head_dim=config.head_dim))
     return CausalLM(config, Parameters(tensors.items()), kernels, max_model_len=64, device=CPU)
 
 
@@ -114,10 +118,28 @@ def test_bytes_are_counted() -> None:
 
 
 def test_fused_tensors_keep_their_order() -> None:
-    parameters = Parameters([("b", torch.full((1, 3), 2.0)), ("a", torch.ones(2, 3))])
-    fused = parameters.take_fused(["a", "b"], [2, 1], 3)
-    assert fused.tolist() == [[1.0] * 3, [1.0] * 3, [2.0] * 3]
+    """Weights and biases of several parts become one product."""
+    tensors = {
+        "b.weight": torch.full((1, 3), 2.0),
+        "b.bias": torch.tensor([30.0]),
+        "a.bias": torch.tensor([10.0, 20.0]),
+        "a.weight": torch.ones(2, 3),
+    }
+    parameters = Parameters(tensors.items())
+    fused = linear(TorchKernels(CPU, torch.float32), parameters, [("a", 2), ("b", 1)], 3, has_bias=True)
+    assert fused(torch.eye(3)[:1]).tolist() == [[11.0, 21.0, 32.0]]
     parameters.finish()
+
+
+def test_only_matrices_may_be_packed() -> None:
+    packed = PackedTensor("Q8_0", (1, 32), np.zeros(34, dtype=np.uint8))
+    parameters = Parameters([("norm.weight", packed), ("up.weight", packed)])
+    assert parameters.num_bytes == 68
+    with pytest.raises(ValueError, match=r"up\.weight has shape \[1, 32\], expected \[2, 32\]"):
+        Parameters([("up.weight", packed)]).take_weight("up.weight", 2, 32)
+    assert parameters.take_weight("up.weight", 1, 32) is packed
+    with pytest.raises(ValueError, match=r"norm\.weight has type Q8_0"):
+        parameters.take("norm.weight", 1, 32)
 
 
 def test_rope_factors_are_taken_where_the_config_says_so() -> None:

@@ -142,6 +142,7 @@ struct Attention {
 
     const AttentionParameters& p;
     const AttentionItem& item;
+    const AttentionItem* const next;  // what this thread computes after it, if that is known
     const int64_t head;  // KV head
     const int64_t group_size, size, block_size;
     const bool reads_once;  // every block, because all packed rows fit into one tile
@@ -149,8 +150,8 @@ struct Attention {
     Query* const queries;  // [packed rows, D]
     const int64_t* const table;
 
-    Attention(const AttentionParameters& p, const AttentionItem& item, int64_t head, float* states, float* queries)
-        : p(p), item(item), head(head), group_size(p.num_heads / p.cache.num_kv_heads), size(p.cache.head_dim),
+    Attention(const AttentionParameters& p, const AttentionItem& item, const AttentionItem* next, int64_t head, float* states, float* queries)
+        : p(p), item(item), next(next), head(head), group_size(p.num_heads / p.cache.num_kv_heads), size(p.cache.head_dim),
           block_size(p.cache.block_size), reads_once(item.num_rows * group_size <= TILE_ROWS), states(states), queries((Query*)queries),
           table(p.block_tables + item.sequence * p.table_stride) {}
 
@@ -158,6 +159,18 @@ struct Attention {
     int64_t position(int64_t packed) const { return item.first_position + packed / group_size; }
     int64_t first_visible(int64_t packed) const { return p.window ? max_of(0, position(packed) - p.window + 1) : 0; }
     int64_t place(int64_t token) const { return table[token / block_size] * p.cache.num_kv_heads + head; }
+    int64_t block_bytes() const { return block_size * size * int64_t(sizeof(Element)); }
+
+    // The keys that will be read after those of the chunk at `start`, `offset` tokens into them; null: not known.
+    const uint8_t* keys_ahead(int64_t start, int64_t offset) const {
+        const bool is_last = start / CHUNK + 1 == item.first_chunk + item.num_chunks;
+        if (is_last && next == nullptr) return nullptr;
+        const AttentionItem& from = is_last ? *next : item;
+        const int64_t token = (is_last ? next->first_chunk * CHUNK : start + CHUNK) + offset;
+        if (token >= from.first_position + from.num_rows) return nullptr;
+        const int64_t block = p.block_tables[from.sequence * p.table_stride + token / block_size];
+        return p.cache.keys + (block * p.cache.num_kv_heads + head) * block_bytes();
+    }
 
     void run() {
         for (int64_t i = 0; i < num_packed(); i++) {
@@ -206,9 +219,8 @@ struct Attention {
         const Element* keys = (const Element*)p.cache.keys + base * block_size * size + token % block_size * T;
         const uint8_t* ahead[2] = {nullptr, nullptr};
         if (reads_once && token % block_size == 0) {
-            const int64_t block_bytes = block_size * size * int64_t(sizeof(Element));
-            ahead[0] = p.cache.values + base * block_bytes;
-            ahead[1] = p.cache.keys + (token + block_size < end ? place(token + block_size) : base) * block_bytes;
+            ahead[0] = p.cache.values + base * block_bytes();
+            ahead[1] = p.cache.keys + (token + block_size < end ? place(token + block_size) : base) * block_bytes();
         }
         const float* scales = HAS_SCALES ? p.cache.key_scales + base * block_size + token % block_size : nullptr;
         if (two) multiply_keys<ROWS, 2>(keys, queries + packed * size, scales, ahead, scores);
@@ -284,9 +296,14 @@ struct Attention {
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
         for (int64_t token = begin; token < end;) {
-            const int64_t base = place(token), offset = token % block_size, next = min_of(end, token - offset + block_size);
+            const int64_t base = place(token), offset = token % block_size, block_end = min_of(end, token - offset + block_size);
             const Element* block = (const Element*)p.cache.values + base * block_size * size + d * T;
-            for (; token < next; token += T) {
+            const uint8_t* ahead = reads_once && d == 0 ? keys_ahead(start, token - start - offset) : nullptr;
+            const int64_t ahead_bytes = block_bytes() / block_size * T;  // for each step
+            for (; token < block_end; token += T) {
+                if (ahead)
+                    for (int64_t line = 0; line < ahead_bytes; line += 64)
+                        prefetch(ahead + token % block_size / T * ahead_bytes + line);
                 const Element* value = block + token % block_size / T * T * size;
                 typename Cache::Vector vectors[VECTORS];
                 for (int v = 0; v < VECTORS; v++) vectors[v] = Cache::load_vector(value + v * LANES * T);
@@ -344,13 +361,17 @@ void attend(const AttentionParameters& p, const Worker& worker) {
     const int64_t num_kv_heads = p.cache.num_kv_heads, group_size = p.num_heads / num_kv_heads, size = p.cache.head_dim;
     const int64_t num_packed = rows_of_item(group_size) * group_size, state_floats = num_packed * (size + 2);
     float* scratch = plan.scratch + worker.index * plan.scratch_stride;
-    for (int64_t task; (task = next_task(worker, 1)) < plan.num_items * num_kv_heads;) {
-        const AttentionItem& item = plan.items[task / num_kv_heads];
-        const int64_t head = task % num_kv_heads;
-        float* states = item.partial < 0 ? scratch : plan.partials + (item.partial * num_kv_heads + head) * state_floats;
-        Attention<Cache>(p, item, head, states, scratch + state_floats).run();
-        if (item.partial < 0) write_attention(p, item, head, states);
-    }
+    // Successive tasks are of one head, so that what a task reads follows on what the last one read.
+    const int64_t num_tasks = plan.num_items * num_kv_heads, grain = grain_of(worker, num_tasks);
+    for (int64_t first; (first = next_task(worker, grain)) < num_tasks;)
+        for (int64_t task = first; task < min_of(first + grain, num_tasks); task++) {
+            const int64_t index = task % plan.num_items, head = task / plan.num_items;
+            const AttentionItem& item = plan.items[index];
+            const AttentionItem* next = index + 1 < plan.num_items && task + 1 < first + grain ? &item + 1 : nullptr;
+            float* states = item.partial < 0 ? scratch : plan.partials + (item.partial * num_kv_heads + head) * state_floats;
+            Attention<Cache>(p, item, next, head, states, scratch + state_floats).run();
+            if (item.partial < 0) write_attention(p, item, head, states);
+        }
     if (plan.num_merges == 0) return;
     barrier(worker);
     for (int64_t task; (task = next_task(worker, 1)) < plan.num_merges * num_kv_heads;) {

@@ -15,14 +15,14 @@ namespace {
 constexpr uint32_t ALL_LANES = (1u << LANES) - 1;
 constexpr int64_t TOP_VECTORS = 16;  // how many are looked through at once for the largest value
 constexpr int64_t SUM_PIECE = 4096;  // values that are added up in float32; their sums are added up in float64
-constexpr float NUCLEUS_DEPTHS[] = {4.0f, 8.0f, 16.0f, INFINITY};  // below the largest value; a few tokens are often enough
+constexpr float NUCLEUS_DEPTHS[] = {4.0f, 8.0f, 16.0f, INFINITY};  // below the largest value; few tokens often do
 constexpr float HIGHEST_NOISE = 22.5f;  // -log of the smallest uniform number is 22.2
 
 // Settings of one row, which is greedy where all of them are 0. The same structure is in sampler.py.
 struct SampledRow {
     uint64_t seed;
     int64_t position;  // in the output
-    int64_t first_id;  // its part of `ids`: biased, then banned tokens, then prompt and output where penalties want them
+    int64_t first_id;  // its part of `ids`: biased tokens, banned ones, then prompt and output if there are penalties
     int64_t first_bias;  // its part of `biases`
     int64_t num_biased;
     int64_t num_banned;
@@ -127,8 +127,9 @@ Top find_top(const float* x, int64_t n) {
     int64_t place = 0;
     uint32_t numbers = ALL_LANES;
     for (int64_t start = 0; start < n; start += PIECE) {
-        // A constant number of them lets the compiler unroll it.
-        const Floats highest = n - start >= PIECE ? maximum_of(x + start, PIECE, numbers) : maximum_of(x + start, n - start, numbers);
+        const int64_t left = n - start;
+        const Floats highest = left >= PIECE ? maximum_of(x + start, PIECE, numbers)  // a constant, so it is unrolled
+                                             : maximum_of(x + start, left, numbers);
         if (less_mask(best, highest)) {
             best = fill(max_of_lanes(highest));
             place = start;
@@ -274,7 +275,8 @@ struct RowSampler {
         int64_t num = 0;
         for (int64_t i = 0; i < size; i += LANES) {
             const Floats v = load_padded(x + i, size - i);
-            if (const uint32_t chosen = ALL_LANES & ~less_mask(v, fill(lowest))) num += store_chosen(values + num, v, chosen);
+            const uint32_t chosen = ALL_LANES & ~less_mask(v, fill(lowest));
+            if (chosen) num += store_chosen(values + num, v, chosen);
         }
         return num;
     }

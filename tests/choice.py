@@ -1,0 +1,50 @@
+"""Which kernels a test loads: those that are chosen here anyway, plain torch, or one code path of those in C++."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine.kernels
+from engine.kernels.cpu import library
+from engine.kernels.cpu.build import BuildError, build
+from engine.kernels.cpu.library import CODE_PATHS, Library
+
+
+@contextmanager
+def choose_kernels(name: str, num_threads: int | None = None) -> Iterator[None]:
+    """Kernels loaded inside are those of this name: default, torch, or a code path."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "torch":
+            patch.setattr(engine.kernels, "_load_cpu_kernels", lambda options: "this test wants it")
+        elif name != "default":
+            patch.setattr(library, "Library", partial(Library, code_path=name))
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@cache
+def library_path() -> Path:
+    """The compiled library. Skips the test where it cannot be had."""
+    try:
+        return build()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@cache
+def code_paths() -> list[str]:
+    """Those that this processor has, best first; none where there is no library."""
+    try:
+        best = Library(build()).code_path
+    except (BuildError, ValueError, OSError):
+        return []
+    return list(CODE_PATHS[CODE_PATHS.index(best) :])

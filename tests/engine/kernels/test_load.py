@@ -1,0 +1,112 @@
+"""Which kernels are loaded, and what is said where those in C++ cannot be used."""
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.kernels import KernelOptions, load_kernels
+from engine.kernels.cpu import build as build_module
+from engine.kernels.cpu import library
+from engine.kernels.cpu.build import BuildError
+from tests.choice import choose_kernels, code_paths
+
+CPU = torch.device("cpu")
+
+has_library = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> None:
+        raise BuildError("there is no compiler")
+
+    monkeypatch.setattr(build_module, "build", build)
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+    logger = logging.getLogger("lightwell.engine")
+    logger.addHandler(caplog.handler)  # by itself it may not pass on what it is told
+    yield caplog.messages
+    logger.removeHandler(caplog.handler)
+
+
+@has_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_best_code_path(dtype: torch.dtype, num_threads: int, messages: list[str]) -> None:
+    with choose_kernels("default", num_threads):
+        kernels = load_kernels(CPU, KernelOptions(dtype, max_num_rows=512))
+    assert kernels.name == f"cpu {code_paths()[0]}"
+    assert kernels.deterministic
+    assert kernels.num_threads == num_threads
+    assert not messages
+
+
+@has_library
+@pytest.mark.parametrize("name", code_paths())
+def test_code_path(name: str) -> None:
+    with choose_kernels(name):
+        assert load_kernels(CPU, KernelOptions(torch.float32)).name == f"cpu {name}"
+
+
+UNSUPPORTED = [
+    (KernelOptions(torch.float16), "do not compute in float16"),
+    (KernelOptions(torch.float32, head_dim=40), "multiple of 16 up to 512, not 40"),
+    (KernelOptions(torch.float32, head_dim=528), "multiple of 16 up to 512, not 528"),
+    (KernelOptions(torch.float32, block_size=8), "--block-size of .*, not 8"),
+    (KernelOptions(torch.float32, block_size=48), "--block-size of .*, not 48"),
+    (KernelOptions(torch.float32, block_size=512), "--block-size of .*, not 512"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), UNSUPPORTED)
+def test_what_they_lack_is_said_and_done_by_torch(options: KernelOptions, reason: str, messages: list[str]) -> None:
+    kernels = load_kernels(CPU, options)
+    assert kernels.name == "torch"
+    assert kernels.keep_packed == frozenset()
+    (message,) = messages
+    assert re.match(f"kernels: plain torch, which is slower, because .*{reason}", message)
+
+
+def test_without_a_compiler(no_compiler: None, messages: list[str]) -> None:
+    assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
+    (message,) = messages
+    assert message.endswith("because there is no compiler")
+
+
+def test_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, messages: list[str]) -> None:
+    def refuse(path: Path) -> None:
+        raise ValueError("this processor has no AVX2")
+
+    monkeypatch.setattr(build_module, "build", lambda: Path("kernels.so"))
+    monkeypatch.setattr(library, "Library", refuse)
+    assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
+    (message,) = messages
+    assert message.endswith("because this processor has no AVX2")
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (KernelOptions(torch.bfloat16, quantization="int8"), "--quantization int8"),
+        (KernelOptions(torch.bfloat16, kv_cache_dtype="int8"), "--kv-cache-dtype int8"),
+    ],
+)
+def test_int8_is_not_left_out_in_silence(options: KernelOptions, flag: str, no_compiler: None) -> None:
+    with pytest.raises(ValueError, match=rf"{flag} needs the C\+\+ kernels, but there is no compiler"):
+        load_kernels(CPU, options)
+
+
+def test_what_stays_packed() -> None:
+    """Nothing where the checkpoint's own numbers are not wanted."""
+    for quantization in ("none", "int8"):
+        if quantization == "none" or code_paths():
+            options = KernelOptions(torch.float32, quantization=quantization)
+            assert load_kernels(CPU, options).keep_packed == frozenset()
+    if code_paths():
+        assert {"Q4_1", "Q6_K"} <= load_kernels(CPU, KernelOptions(torch.float32)).keep_packed
