@@ -41,8 +41,9 @@ class BatchBuilder:
 
     def buffers(self) -> BatchInputs:
         """All of the buffers, on a CPU: what batches of any size are part of."""
-        rows = torch.from_numpy(self.rows)
-        return BatchInputs(*rows.unbind(), torch.from_numpy(self.tables), query_lens=[], seq_lens=[])
+        token_ids, positions, slots, sample_rows = torch.from_numpy(self.rows)
+        tables = torch.from_numpy(self.tables)
+        return BatchInputs(token_ids, positions, slots, sample_rows, tables, query_lens=[], seq_lens=[])
 
     def build(self, step: Step) -> BatchInputs:
         num_seqs = len(step.scheduled)
@@ -95,4 +96,3 @@ class BatchBuilder:
         np.add(np.arange(num_rows), np.repeat(seq_lens - query_lens.cumsum(), query_lens), out=positions)
         blocks, offsets = np.divmod(positions, self.block_size)
         np.add(self.tables[sequences, blocks] * self.block_size, offsets, out=self.rows[2, :num_rows])
-

@@ -172,7 +172,9 @@ def fingerprint(model_path: str, loaded: LoadedModel) -> str:
     version = importlib.metadata.version("lightwell")
     dtype = str(loaded.dtype).removeprefix("torch.")
     kernels = loaded.runner.kernels
-    digest.update(f"{version} {loaded.device.type} {dtype} {kernels.name} {kernels.formats} {torch.__version__}".encode())
+    digest.update(
+        f"{version} {loaded.device.type} {dtype} {kernels.name} {kernels.formats} {torch.__version__}".encode()
+    )
     mode = "invariant" if kernels.deterministic else "varying"
     return f"lightwell-{version}-{dtype}-{mode}-{digest.hexdigest()[:12]}"
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.kernels import KernelOptions, Kernels, load_kernels
+from engine.kernels import KernelOptions, Kernels, SamplesTokens, load_kernels
 from engine.kv_cache import KVCache, MemoryPlan, plan_memory
 from engine.messages import TokenLogprobs
 from engine.model import CausalLM, Parameters
 from engine.record import StepClock
 from engine.request import RowOutput, Scheduled, Step
-from engine.sampler import Sampler, gather_logprobs
+from engine.sampler import gather_logprobs
 from engine.speculation import num_confirmed
 from engine.weights import load_weights
 
@@ -46,7 +46,7 @@ class ModelRunner:
     """Runs steps of one model on one device."""
 
     def __init__(
-        self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder, sampler: Sampler, kernels: Kernels
+        self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder, sampler: SamplesTokens, kernels: Kernels
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
@@ -164,7 +164,7 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
         BatchBuilder(
             limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, memory.block_size, device
         ),
-        Sampler(model_config.num_token_ids, model_config.eos_token_ids, device),
+        kernels.new_sampler(model_config.num_token_ids, model_config.eos_token_ids),
         kernels,
     )
     clock.lap("KV cache")

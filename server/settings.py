@@ -39,7 +39,7 @@ CONFIG_VARIABLE = "LIGHTWELL_CONFIG"
 
 OTHER_VARIABLES = {
     CONFIG_VARIABLE: "The same as `--config`.",
-    "LIGHTWELL_CACHE": "Folder for fetched models and compiled kernels. Default: `lightwell` in the user's cache folder.",
+    "LIGHTWELL_CACHE": "Folder for fetched models and compiled kernels. Default: `lightwell` in the user's cache.",
     "LIGHTWELL_TEST_MODEL": "A GGUF file that the tests use instead of fetching one.",
 }
 

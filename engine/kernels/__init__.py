@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from engine.batch import BatchInputs
+from engine.request import SampledRequest
+from engine.sampler import SamplerOutput
 from engine.weights import Weight
 
 if TYPE_CHECKING:
@@ -71,6 +73,14 @@ class Execution(Protocol):
         ...
 
 
+class SamplesTokens(Protocol):
+    """`engine.sampler.Sampler`, or what does the same."""
+
+    def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
+        """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
+        ...
+
+
 class Kernels(Protocol):
     """The operations of a decoder on one device."""
 
@@ -78,9 +88,13 @@ class Kernels(Protocol):
     deterministic: bool  # whether the promise is kept
     keep_packed: frozenset[str]  # GGML types that `pack` takes as they are
     vector_dtype: torch.dtype  # of norms and biases
-    formats: str  # of weights and KV cache, in words
     num_threads: int  # that compute
     num_torch_threads: int  # how many of torch's own are wanted
+
+    @property
+    def formats(self) -> str:
+        """Those of weights and KV cache, in words."""
+        ...
 
     def pack(self, parts: Sequence[Weight]) -> Any:
         """Matrices of weights [M, K], one below the other, in the layout that `linear` and `embed` want."""
@@ -140,6 +154,10 @@ class Kernels(Protocol):
 
     def temporaries(self) -> AbstractContextManager[None]:
         """What is computed inside, all but what is added to a residual stream, is not used after it."""
+        ...
+
+    def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> SamplesTokens:
+        """Samples tokens of a vocabulary."""
         ...
 
     def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> Execution:

@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.batch import BatchInputs
 from engine.kernels import LayerCache, LinearOp
 from engine.memory import lazy_zeros
+from engine.sampler import Sampler
 from engine.weights import Weight
 
 if TYPE_CHECKING:
@@ -136,6 +137,9 @@ class TorchKernels:
     def temporaries(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
+        return Sampler(vocab_size, eos_token_ids, self.device)
+
     def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> EagerExecution:
         return EagerExecution(model, kv_cache)
 
@@ -161,9 +165,7 @@ class TorchKernels:
 
     # Attention.
 
-    def plan_attention(
-        self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache
-    ) -> AttentionPlan:
+    def plan_attention(self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache) -> AttentionPlan:
         _, block_size, _, head_dim = cache.keys.shape
         group_size = num_heads // num_kv_heads
         tiles = self._agreeing_query_tiles(group_size, head_dim)

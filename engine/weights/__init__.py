@@ -28,10 +28,10 @@ def load_weights(
 ) -> Iterator[tuple[str, Weight]]:
     """Yield (name, tensor on the CPU in `dtype`) for each tensor of the model at `path`.
 
-    Vectors (norms and biases) may have a type of their own. Matrices of the GGML types in `keep_packed` stay as the file
-    has them, and mapped rather than read. `rope_factors`, which only some GGUF files have, stays float32. Tensors are converted one by one, so that besides
-    what the caller keeps there is never more than one of them in memory. `progress` is called with the bytes read so
-    far and the bytes in all, after each tensor.
+    Vectors (norms and biases) may have a type of their own. Matrices of the GGML types in `keep_packed` stay as the
+    file has them, and mapped rather than read. `rope_factors`, which only some GGUF files have, stays float32. Tensors
+    are converted one by one, so that besides what the caller keeps there is never more than one of them in memory.
+    `progress` is called with the bytes read so far and the bytes in all, after each tensor.
 
     Raises:
         ValueError: a missing or truncated file, pickle files, or a tensor of an unsupported type. Names it.

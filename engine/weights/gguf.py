@@ -56,7 +56,9 @@ def load_gguf(
     num_bytes_done = 0
     for tensor in file.tensors.values():
         try:
-            named_tensor = _load_tensor(file, tensor, config, dtype if len(tensor.shape) > 1 else vector_dtype or dtype, keep_packed)
+            named_tensor = _load_tensor(
+                file, tensor, config, dtype if len(tensor.shape) > 1 else vector_dtype or dtype, keep_packed
+            )
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"{path}: {tensor.name}: {error}") from error
         yield named_tensor
@@ -109,9 +111,7 @@ def undo_permutation(data: memoryview | bytes, num_rows: int, num_heads: int) ->
     return b"".join([data[start : start + row_size] for start in starts])
 
 
-def dequantize(
-    data: memoryview | bytes, ggml_type: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
+def dequantize(data: memoryview | bytes, ggml_type: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Unpack a tensor's bytes, chunk by chunk, to its shape in `dtype` (by way of float32)."""
     name, block_size, type_size = GGML_TYPES[ggml_type]
     weights = torch.empty(shape, dtype=dtype)
@@ -121,10 +121,7 @@ def dequantize(
     def fill(start: int) -> None:
         first_byte = start // block_size * type_size
         chunk = bytearray(data[first_byte : first_byte + chunk_size // block_size * type_size])
-        if unpack:
-            values = unpack(torch.frombuffer(chunk, dtype=torch.uint8))
-        else:
-            values = _unpack_with_gguf(chunk, ggml_type)
+        values = unpack(torch.frombuffer(chunk, dtype=torch.uint8)) if unpack else _unpack_with_gguf(chunk, ggml_type)
         _store(values.view(-1), weights.view(-1)[start:])
 
     starts = range(0, weights.numel(), chunk_size)

@@ -29,7 +29,7 @@ class PackedTensor:
         from engine.weights.gguf import dequantize
 
         ggml_type = next(key for key, ggml in GGML_TYPES.items() if ggml.name == self.type_name)
-        return dequantize(memoryview(self.data), ggml_type, self.shape, dtype)
+        return dequantize(self.data.data, ggml_type, self.shape, dtype)
 
 
 Weight = Tensor | PackedTensor
@@ -42,4 +42,3 @@ def concatenate(parts: list[PackedTensor]) -> PackedTensor:
     rows = sum(part.shape[0] for part in parts)
     data = np.concatenate([part.data for part in parts])
     return PackedTensor(parts[0].type_name, (rows, parts[0].shape[1]), data)
-

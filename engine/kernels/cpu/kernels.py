@@ -21,6 +21,7 @@ from engine.kernels.cpu import program as calls
 from engine.kernels.cpu.execution import CpuExecution
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.sampler import CpuSampler
 from engine.kernels.cpu.weights import FLOAT32, GGML_TYPES, Matrix, Packer, input_row_bytes
 from engine.kv_cache import KVCache
 from engine.memory import lazy_zeros
@@ -332,14 +333,17 @@ class CpuKernels:
         self.program.keep += [cache, plan]
         return out
 
-    # Recording.
+    # Steps.
+
+    def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> CpuSampler:
+        return CpuSampler(self.library, self.team, vocab_size, eos_token_ids)
 
     def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> CpuExecution:
         return CpuExecution(self, model, kv_cache, builder)
 
     @contextmanager
     def recording(self, program: Program, builder: BatchBuilder, index_rows: dict[int, int]) -> Iterator[None]:
-        """Operations add their calls to `program`; `index_rows` says where the lengths of its index tensors are read."""
+        """Operations add their calls to `program`; `index_rows` says where lengths of its index tensors are read."""
         self.program, self.builder, self._index_rows = program, builder, index_rows
         self._pool = {}
         try:
@@ -375,5 +379,3 @@ class CpuKernels:
 
     def _buffer(self, tensor: Tensor) -> Buffer:
         return self._buffers[tensor.untyped_storage().data_ptr()]
-
-

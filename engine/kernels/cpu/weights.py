@@ -103,7 +103,9 @@ class Packer:
         if packed:
             one = concatenate(packed)
             return self._run(FORMATS[one.type_name.lower()], one.data.ctypes.data, one.nbytes, one.shape)
-        plain = torch.cat([weight for weight in weights if isinstance(weight, Tensor)]) if len(weights) > 1 else weights[0]
+        plain = (
+            torch.cat([weight for weight in weights if isinstance(weight, Tensor)]) if len(weights) > 1 else weights[0]
+        )
         assert isinstance(plain, Tensor)
         if self.to_int8:
             data = plain.to(torch.float32).contiguous()

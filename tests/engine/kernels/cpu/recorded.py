@@ -31,7 +31,7 @@ def random_tensor(seed: int, *shape: int) -> Tensor:
 
 
 class Rows:
-    """An operation that takes rows of some tables to rows of a result, and depends on nothing else."""
+    """An operation that takes an index of rows, and these rows of some tables, to rows of a result."""
 
     def __init__(self, kernels: CpuKernels, tables: Sequence[Tensor], operation: Callable[..., Tensor]) -> None:
         self.program = Program(kernels.library, kernels.team)
@@ -40,7 +40,7 @@ class Rows:
         # What the kernels know of a step.
         builder = BatchBuilder(MAX_ROWS, 1, MAX_ROWS, 16, CPU)
         with kernels.recording(self.program, builder, {self.rows.data_ptr(): self.num_rows.ctypes.data}):
-            self.out = operation(*(kernels.gather(table, self.rows) for table in tables))
+            self.out = operation(self.rows, *(kernels.gather(table, self.rows) for table in tables))
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
         self.rows[: len(rows)] = torch.tensor(rows)

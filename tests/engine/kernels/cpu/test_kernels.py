@@ -1,0 +1,301 @@
+"""Matrix products in C++, and what happens to rows between them: against float64, and promise 1 for each operation.
+
+Every test runs on every code path that this processor has.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels.cpu.kernels import CpuKernels
+from engine.kernels.cpu.weights import FORMATS
+from engine.weights import PackedTensor
+from tests.choice import code_paths
+from tests.engine.kernels.cpu.packed import (
+    inputs_of,
+    numbers_of,
+    options_of,
+    random_packed,
+    random_weight,
+    rounded_input,
+    rounded_to_int8,
+)
+from tests.engine.kernels.cpu.recorded import MAX_ROWS, Rows, assert_close, assert_rows_are_independent, make_kernels, random_tensor
+
+pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
+each_code_path = pytest.mark.parametrize("code_path", code_paths())
+each_number_of_threads = pytest.mark.parametrize("num_threads", [1, 2])
+each_format = pytest.mark.parametrize("name", FORMATS)
+
+ROUNDING = 1e-6  # of a sum in float32, relative to the sum of the absolute values
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def shapes_of(name: str) -> list[tuple[int, int]]:
+    """Outputs, which fill their panels of 32 or do not, and inputs, which fill their groups as far as they must."""
+    unit = inputs_of(name)
+    if unit == 1:
+        return [(70, 100), (1, 1), (32, 64), (33, 37), (15, 31)]
+    return [(70, max(96, unit)), (1, unit), (32, 2 * unit), (49, 3 * unit)]
+
+
+# Matrix products.
+
+
+@each_code_path
+@each_format
+def test_packed_weights_stand_for_the_same_numbers(name: str, code_path: str) -> None:
+    """To the bit, seen as embeddings."""
+    kernels = make_kernels(code_path, options=options_of(name))
+    for num_outputs, num_inputs in shapes_of(name):
+        weight, numbers = random_weight(name, num_outputs, num_inputs, seed=num_outputs)
+        matrix = kernels.pack([weight])
+        assert (matrix.num_outputs, matrix.num_inputs) == (num_outputs, num_inputs)
+        assert matrix.parts[0].format.name == name
+        embed = Rows(kernels, [], lambda rows, matrix=matrix: kernels.embed(rows, matrix))
+        assert torch.equal(embed(range(num_outputs)).double(), numbers)
+        assert torch.equal(embed([num_outputs - 1, 0]).double(), numbers[[-1, 0]])
+
+
+def test_int8_is_the_nearest_code() -> None:
+    weight = random_tensor(0, 50, 100)
+    scales = F.pad(weight, (0, 28)).view(50, 4, 32).abs().amax(dim=2).repeat_interleave(32, dim=1)[:, :100] / 127
+    assert ((rounded_to_int8(weight) - weight).abs() <= 0.51 * scales + 127 * scales * 2**-11).all()
+
+
+@each_number_of_threads
+@each_code_path
+@each_format
+def test_linear(name: str, code_path: str, num_threads: int) -> None:
+    kernels = make_kernels(code_path, num_threads, options_of(name))
+    for index, (num_outputs, num_inputs) in enumerate(shapes_of(name)):
+        weight, numbers = random_weight(name, num_outputs, num_inputs, seed=num_outputs)
+        x = random_tensor(num_inputs, MAX_ROWS, num_inputs) * torch.logspace(-3, 3, MAX_ROWS)[:, None]
+        linear = kernels.linear(kernels.pack([weight]))
+        product = Rows(kernels, [x], lambda rows, x, linear=linear: linear(x))
+        out = assert_rows_are_independent(product) if index == 0 else product(range(MAX_ROWS))
+        assert_product(out, rounded_input(name, x), numbers)
+
+
+def assert_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """x W^T, but for the rounding of float32."""
+    assert_close(out, x @ weight.T, ROUNDING * (x.abs() @ weight.abs().T) + 1e-30)
+
+
+@each_number_of_threads
+@each_code_path
+def test_parts_with_bias_and_residual(code_path: str, num_threads: int) -> None:
+    """As q, k and v have them where a checkpoint mixes types. A part ends within the vectors that hold the next."""
+    kernels = make_kernels(code_path, num_threads)
+    parts = [random_packed(name, size, 256, size) for name, size in [("Q4_1", 33), ("Q4_1", 9), ("Q6_K", 17), ("Q8_0", 70)]]
+    matrix, numbers = kernels.pack(parts), torch.cat([numbers_of(part) for part in parts]).double()
+    assert [part.format.name for part in matrix.parts] == ["q4_1", "q6_k", "q8_0"]
+    x, bias, residual = random_tensor(0, MAX_ROWS, 256), random_tensor(1, 129), random_tensor(2, MAX_ROWS, 129)
+    expected = rounded_input("q8_0", x) @ numbers.T
+    bound = ROUNDING * (rounded_input("q8_0", x).abs() @ numbers.abs().T + bias.abs() + residual.abs() + 1)
+
+    def record(tables: list[Tensor], bias: Tensor | None) -> Rows:
+        linear = kernels.linear(matrix, bias)
+        return Rows(kernels, tables, lambda rows, *inputs: linear(*inputs))
+
+    plain = assert_rows_are_independent(record([x], None))
+    assert_close(plain, expected, bound)
+    biased = assert_rows_are_independent(record([x], bias))
+    assert torch.equal(biased, plain + bias)
+    assert torch.equal(assert_rows_are_independent(record([x, residual], None)), residual + plain)
+    assert torch.equal(assert_rows_are_independent(record([x, residual], bias)), residual + biased)
+
+
+@each_code_path
+def test_a_part_that_is_not_packed(code_path: str) -> None:
+    """Then all parts are computed in the type of the kernels."""
+    kernels = make_kernels(code_path)
+    packed, plain = random_packed("Q5_1", 40, 64, 1), random_tensor(2, 20, 64)
+    matrix = kernels.pack([packed, plain])
+    assert [part.format.name for part in matrix.parts] == ["float32"]
+    x = random_tensor(3, 5, 64)
+    linear = kernels.linear(matrix)
+    out = Rows(kernels, [x], lambda rows, x: linear(x))(range(5))
+    assert_product(out, x.double(), torch.cat([numbers_of(packed), plain]).double())
+
+
+@each_code_path
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_largest_codes(type_name: str, code_path: str) -> None:
+    """Sums of products of the largest codes fit into what they are added up in."""
+    kernels = make_kernels(code_path)
+    packed = random_packed(type_name, 8, 256, 0)
+    extremes = packed.data.reshape(8, -1).copy()
+    blocks = random_packed(type_name, 8, 256, 1).data.reshape(8, -1)
+    scales = np.zeros(extremes.shape[1], dtype=bool)
+    size = extremes.shape[1] // (256 // inputs_of(type_name))
+    for offset in {"Q6_K": [208, 209], "Q4_0": [0, 1], "Q5_0": [0, 1], "Q8_0": [0, 1]}.get(type_name, [0, 1, 2, 3]):
+        scales[offset::size] = True
+    for row, byte in enumerate([0, 255, 127, 128, 0x0F, 0xF0, 1, 254]):
+        extremes[row] = np.where(scales, blocks[row], byte)
+    packed = PackedTensor(type_name, (8, 256), extremes.reshape(-1))
+    linear = kernels.linear(kernels.pack([packed]))
+    x = torch.ones(4, 256)
+    x[1] = -1
+    x[2, ::2] = -1
+    x[3, :128] = -1
+    numbers = numbers_of(packed).double()
+    assert_product(Rows(kernels, [x], lambda rows, x: linear(x))(range(4)), rounded_input("q8_0", x), numbers)
+
+
+@each_code_path
+@each_format
+def test_what_is_not_finite_stays_in_its_row(name: str, code_path: str) -> None:
+    kernels = make_kernels(code_path, options=options_of(name))
+    num_inputs = max(96, inputs_of(name))
+    weight, _ = random_weight(name, 70, num_inputs, seed=1)
+    linear = kernels.linear(kernels.pack([weight]))
+    x = random_tensor(2, 40, num_inputs)
+    good = Rows(kernels, [x], lambda rows, x: linear(x))(range(40))
+    bad_rows = [0, 5, 6, 20, 39]
+    for row, column, value in zip(bad_rows, (0, 31, 32, 40, 95), (torch.nan, torch.inf, -torch.inf, -torch.nan, torch.nan), strict=True):
+        x[row, column] = value
+    out = Rows(kernels, [x], lambda rows, x: linear(x))(range(40))
+    assert not out[bad_rows].isfinite().any()
+    others = [row for row in range(40) if row not in bad_rows]
+    assert torch.equal(out[others], good[others])
+
+
+@each_format
+def test_linear_on_all_code_paths(name: str) -> None:
+    """The same bits, but for bfloat16, whose products the processor rounds in its own way."""
+    num_inputs = 2 * max(64, inputs_of(name))
+    weight, numbers = random_weight(name, 70, num_inputs, seed=1)
+    x, results = random_tensor(2, 40, num_inputs), []
+    for code_path in code_paths():
+        kernels = make_kernels(code_path, options=options_of(name))
+        linear = kernels.linear(kernels.pack([weight]))
+        results.append(Rows(kernels, [x], lambda rows, x, linear=linear: linear(x))(range(40)))
+        if name == "bfloat16":
+            assert_product(results[-1], rounded_input(name, x), numbers)
+    if name != "bfloat16":
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+# What a product's input is made by may prepare it at once.
+
+
+@each_number_of_threads
+@each_code_path
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "q4_1", "q6_k"])
+def test_input_prepared_where_it_is_made(name: str, code_path: str, num_threads: int) -> None:
+    """Rows longer than what is computed in one piece; the result is that of the two operations, one by one."""
+    size = 1100 if inputs_of(name) == 1 else 1280
+    kernels = make_kernels(code_path, num_threads, options_of(name))
+    weight, norm = random_weight(name, 33, size, seed=1)[0], random_tensor(2, size)
+    linear = kernels.linear(kernels.pack([weight]))
+    x = random_tensor(3, MAX_ROWS, 2 * size)
+    makers: list[Callable[[Tensor], Tensor]] = [
+        lambda x: kernels.rms_norm(x[:, :size], norm, 1e-5),
+        lambda x: kernels.act_and_mul(x, "silu"),
+    ]
+    for make in makers:
+        both = Rows(kernels, [x], lambda rows, x, make=make: linear(make(x)))
+        out = assert_rows_are_independent(both)
+        made = Rows(kernels, [x], lambda rows, x, make=make: make(x))(range(MAX_ROWS))
+        assert torch.equal(Rows(kernels, [made], lambda rows, x: linear(x))(range(MAX_ROWS)), out)
+
+
+@each_code_path
+def test_one_input_for_products_of_different_forms(code_path: str) -> None:
+    kernels = make_kernels(code_path)
+    norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
+    products = [kernels.linear(kernels.pack([random_weight(name, 20, 96, 2)[0]])) for name in ("q4_0", "float32", "q8_0")]
+
+    def all_of_them(rows: Tensor, x: Tensor) -> Tensor:
+        normed = kernels.rms_norm(x, norm, 1e-5)
+        out = products[0](normed)
+        for product in products[1:]:
+            out = product(normed, out)
+        return out
+
+    single = [
+        Rows(kernels, [x], lambda rows, x, product=product: product(kernels.rms_norm(x, norm, 1e-5)))(range(9))
+        for product in products
+    ]
+    assert torch.equal(Rows(kernels, [x], all_of_them)(range(9)), single[0] + single[1] + single[2])
+
+
+# Rows.
+
+
+@each_number_of_threads
+@each_code_path
+@pytest.mark.parametrize("size", [1, 16, 100, 576, 1024, 2065])
+def test_rms_norm(size: int, code_path: str, num_threads: int) -> None:
+    kernels = make_kernels(code_path, num_threads)
+    x = random_tensor(size, MAX_ROWS, size) * torch.logspace(-6, 6, MAX_ROWS)[:, None]
+    x[0] = 0
+    weight, eps = random_tensor(1, size), 1e-5
+    out = assert_rows_are_independent(Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, weight, eps)))
+    expected = x.double() / (x.double().square().mean(dim=1, keepdim=True) + eps).sqrt() * weight.double()
+    assert_close(out, expected, 2e-6 * expected.abs() + 1e-30)
+
+
+@each_number_of_threads
+@each_code_path
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_act_and_mul(activation: str, code_path: str, num_threads: int) -> None:
+    kernels = make_kernels(code_path, num_threads)
+    size = 1103
+    gate_up = random_tensor(0, MAX_ROWS, 2 * size) * torch.logspace(-6, 1, MAX_ROWS)[:, None]
+    edges = [0.0, -0.0, 1e-38, -1e-30, 1e-4, -1e-4, 5.0, -5.0, 20.0, -20.0, 87.0, -87.0, 88.5, -88.5, 100.0, -100.0]
+    gate_up[0, :20] = torch.tensor([*edges, 1e4, -1e4, 1e10, -1e10])
+    out = assert_rows_are_independent(Rows(kernels, [gate_up], lambda rows, x: kernels.act_and_mul(x, activation)))
+    gate, up = gate_up.double().chunk(2, dim=1)
+    expected = ACTIVATIONS[activation](gate) * up
+    # Where the activation is all but 0, its error counts by the size of the gate.
+    assert_close(out, expected, 2e-6 * expected.abs() + 3e-7 * (gate * up).abs().clamp(max=100) + 1e-30)
+
+
+@each_code_path
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite(value: float, code_path: str) -> None:
+    kernels = make_kernels(code_path)
+    x, weight = random_tensor(0, 9, 100), torch.ones(50)
+    operations: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda rows, x: kernels.rms_norm(x[:, :50], weight, 1e-5),
+        *(lambda rows, x, name=name: kernels.act_and_mul(x, name) for name in ACTIVATIONS),
+    ]
+    good = [Rows(kernels, [x], operation)(range(9)) for operation in operations]
+    x[4, 7] = value
+    for operation, expected in zip(operations, good, strict=True):
+        out = Rows(kernels, [x], operation)(range(9))
+        assert not out[4].isfinite().all()
+        assert torch.equal(out[[0, 1, 2, 3, 5, 6, 7, 8]], expected[[0, 1, 2, 3, 5, 6, 7, 8]])
+
+
+@each_number_of_threads
+@each_code_path
+def test_gather(code_path: str, num_threads: int) -> None:
+    kernels = make_kernels(code_path, num_threads)
+    for size in (1, 15, 16, 100):
+        table = random_tensor(size, 50, size)
+        rows = torch.randint(50, (MAX_ROWS,), generator=torch.Generator().manual_seed(size)).tolist()
+        assert torch.equal(Rows(kernels, [table], lambda rows, x: x)(rows), table[rows])
+
+
+def test_rows_on_all_code_paths() -> None:
+    x, weight = random_tensor(0, MAX_ROWS, 1202) * 4, random_tensor(1, 1202)
+
+    def results(kernels: CpuKernels) -> list[Tensor]:
+        norm = Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, weight, 1e-6))
+        acts = [Rows(kernels, [x], lambda rows, x, name=name: kernels.act_and_mul(x, name)) for name in ACTIVATIONS]
+        return [operation(range(MAX_ROWS)) for operation in (norm, *acts)]
+
+    best, *others = (results(make_kernels(code_path)) for code_path in code_paths())
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(best, other, strict=True))
