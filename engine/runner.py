@@ -23,7 +23,7 @@ from engine.sampler import gather_logprobs
 from engine.speculation import num_confirmed
 from engine.weights import load_weights
 
-CPU_NUM_BATCHED_TOKENS = 128  # larger steps compute little faster, and everybody waits for the end of a step
+CPU_NUM_BATCHED_TOKENS = 256  # larger steps compute little faster, and everybody waits for the end of a step
 GPU_NUM_BATCHED_TOKENS = 8192
 QUANTIZATIONS = ("auto", "none", "int8")
 KV_CACHE_DTYPES = ("auto", "int8")

@@ -1,5 +1,7 @@
 """One choice of an answer: what its tokens add to the text, and when it ends."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass, field
 
@@ -30,6 +32,12 @@ class Delta:
     text: str
     positions: list[Position] = field(default_factory=list)  # empty unless asked for
     finish_reason: str | None = None  # stop, length
+
+    def add(self, other: Delta) -> None:
+        """What was added to the same choice after this."""
+        self.text += other.text
+        self.positions += other.positions
+        self.finish_reason = other.finish_reason
 
 
 class ChoiceState:

@@ -55,16 +55,25 @@ class Generation:
         )
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """One list per batch of events, until each choice has ended.
+        """One list per batch of events, with one delta for each choice in it, until each choice has ended.
 
         Raises EngineDeadError, or ServerError if the engine failed on one of the choices.
         """
         try:
             async with contextlib.aclosing(_merge(self._streams)) as batches:
                 async for batch in batches:
-                    yield [delta for index, event in batch if (delta := self._take(index, event)) is not None]
+                    yield self._take_all(batch)
         finally:
             self.close()
+
+    def _take_all(self, batch: Sequence[tuple[int, TokenEvent]]) -> list[Delta]:
+        """Where a choice has got several events since the last batch, they are one addition."""
+        deltas: dict[int, Delta] = {}
+        for prompt_index, event in batch:
+            delta = self._take(prompt_index, event)
+            if delta is not None and deltas.setdefault(delta.index, delta) is not delta:
+                deltas[delta.index].add(delta)
+        return list(deltas.values())
 
     def _take(self, prompt_index: int, event: TokenEvent) -> Delta | None:
         """None for an event that comes after a stop string."""

@@ -1,4 +1,7 @@
-"""Promise 1 on the real model: the same request gets the same answer, bit for bit, however it is computed."""
+"""Promise 1 on the real model: the same request gets the same answer, bit for bit, however it is computed.
+
+Most tests are of the default settings, on which weights stay packed. Fewer requests go through all other kernels.
+"""
 
 import dataclasses
 import random
@@ -9,10 +12,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from engine.batch import BatchBuilder
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.messages import SamplingParams, Submit, TokenLogprobs
-from engine.runner import LoadedModel, load_model
+from engine.runner import LoadedModel, ModelRunner, load_model
+from tests.choice import choose_kernels, code_paths
 
 SEED = 20
 MAX_MODEL_LEN = 1024
@@ -24,7 +29,12 @@ Answer = tuple[list[int], list[TokenLogprobs]]
 @pytest.fixture(scope="module")
 def loaded(smollm2_path: Path) -> LoadedModel:
     """The model on the default settings, but for a shorter context."""
-    return load_model(EngineConfig(model_path=str(smollm2_path), max_model_len=MAX_MODEL_LEN))
+    return load(smollm2_path)
+
+
+def load(path: Path, kernels: str = "default", num_threads: int | None = None, **settings: str) -> LoadedModel:
+    with choose_kernels(kernels, num_threads):
+        return load_model(EngineConfig(model_path=str(path), max_model_len=MAX_MODEL_LEN, **settings))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +65,10 @@ def submits() -> list[Submit]:
 
 @pytest.fixture(scope="module")
 def alone(loaded: LoadedModel, submits: list[Submit]) -> dict[tuple[str, int], Answer]:
+    return run_alone(loaded, submits)
+
+
+def run_alone(loaded: LoadedModel, submits: Sequence[Submit]) -> dict[tuple[str, int], Answer]:
     """Each choice by itself, its prompt in one piece, with an empty cache."""
     answers: dict[tuple[str, int], Answer] = {}
     for submit in submits:
@@ -70,17 +84,19 @@ def make_engine(
     seqs: int | None = None,
     speculative: str = "off",
 ) -> Engine:
-    """An engine with an empty cache over the same weights and tensors."""
+    """An engine with an empty cache over the same weights, keys and values."""
     config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, speculative=speculative)
     if num_blocks is not None:
         loaded = dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=num_blocks))
     limits = dataclasses.replace(loaded.limits, max_num_batched_tokens=MAX_MODEL_LEN if not chunk else 512)
     if seqs is not None:
         limits = dataclasses.replace(limits, max_num_seqs=seqs)
-    loaded.runner.builder = type(loaded.runner.builder)(
+    builder = BatchBuilder(
         limits.max_num_batched_tokens, limits.max_num_seqs, MAX_MODEL_LEN, loaded.memory.block_size, loaded.device
     )
-    return Engine(config, dataclasses.replace(loaded, limits=limits))
+    runner = loaded.runner
+    runner = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels)
+    return Engine(config, dataclasses.replace(loaded, limits=limits, runner=runner))
 
 
 def run(engine: Engine, submits: Sequence[Submit]) -> dict[tuple[str, int], Answer]:
@@ -113,6 +129,7 @@ def assert_same(actual: dict[tuple[str, int], Answer], expected: dict[tuple[str,
 
 def test_default_settings_are_deterministic(loaded: LoadedModel) -> None:
     assert loaded.runner.kernels.deterministic
+    assert loaded.runner.kernels.name == (f"cpu {code_paths()[0]}" if code_paths() else "torch")
 
 
 def test_choices_of_a_request_differ(alone: dict[tuple[str, int], Answer]) -> None:
@@ -174,3 +191,48 @@ def test_drafts(
 
 def test_few_at_a_time(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
     assert_same(run(make_engine(loaded, seqs=3), list(reversed(submits))), alone)
+
+
+# The other kernels.
+
+
+@pytest.fixture(scope="module")
+def few(submits: list[Submit]) -> list[Submit]:
+    """Short and long, greedy and sampled, with penalties, with a shared prefix, with two choices."""
+    return [submits[number] for number in (2, 4, 5, 7, 10, 13, 14, 15)]
+
+
+def assert_promise(loaded: LoadedModel, few: list[Submit], expected: dict[tuple[str, int], Answer]) -> None:
+    assert loaded.runner.kernels.deterministic
+    assert_same(run(make_engine(loaded), few), expected)
+    assert_same(run(make_engine(loaded, chunk=60, seqs=3, speculative="ngram"), few), expected)
+
+
+@pytest.mark.parametrize("code_path", code_paths())
+def test_code_path(smollm2_path: Path, few: list[Submit], code_path: str) -> None:
+    """One thread or two, in other words however contexts and products are cut."""
+    single = load(smollm2_path, code_path, num_threads=1)
+    assert (single.runner.kernels.name, single.runner.kernels.num_threads) == (f"cpu {code_path}", 1)
+    expected = run_alone(single, few)
+    assert_promise(single, few, expected)
+    double = load(smollm2_path, code_path, num_threads=2)
+    assert double.runner.kernels.num_threads == 2
+    assert_promise(double, few, expected)
+    assert_same(run_alone(double, few[-2:]), {key: expected[key] for key in expected if key[0] in ("r14", "r15")})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kv_cache_dtype": "int8"}, {"quantization": "int8"}, {"quantization": "none"}, {"dtype": "float32"}],
+    ids=str,
+)
+@pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
+def test_number_formats(smollm2_path: Path, few: list[Submit], settings: dict[str, str]) -> None:
+    loaded = load(smollm2_path, **settings)
+    assert_promise(loaded, few, run_alone(loaded, few))
+
+
+def test_plain_torch(smollm2_path: Path, few: list[Submit]) -> None:
+    loaded = load(smollm2_path, "torch")
+    assert loaded.runner.kernels.name == "torch"
+    assert_promise(loaded, few, run_alone(loaded, few))

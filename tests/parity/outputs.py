@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.messages import SamplingParams, Submit
 from engine.request import Scheduled, Step, leader_of
-from engine.runner import LoadedModel
+from engine.runner import LoadedModel, ModelRunner
 
 
 def all_logits(loaded: LoadedModel, prompt: Sequence[int]) -> Tensor:
@@ -22,10 +22,11 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int]) -> Tensor:
     request.blocks = [Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))]
     # Of the prompt's size, which may exceed what the engine computes in one step.
     builder = BatchBuilder(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.device)
+    runner = loaded.runner
+    execution = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels).execution
     with torch.inference_mode():
-        batch = builder.build(Step(1, [Scheduled(request, 0, len(prompt), num_samples=1)]))
-        model = loaded.runner.model
-        return model.compute_logits(model.forward(batch, loaded.runner.kv_cache))
+        execution.forward(builder.build(Step(1, [Scheduled(request, 0, len(prompt), num_samples=1)])))
+        return execution.compute_logits(torch.arange(len(prompt))).clone()
 
 
 def greedy_outputs(loaded: LoadedModel, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:

@@ -1,4 +1,7 @@
-"""Each supported family against transformers, on small random models that transformers saves as a checkpoint."""
+"""Each supported family against transformers, on small random models that transformers saves as a checkpoint.
+
+In float32, by the kernels in C++, where they take the shape, and by those in plain torch.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from engine.config import EngineConfig
 from engine.runner import LoadedModel, load_model
+from tests.choice import choose_kernels, code_paths
 from tests.parity.outputs import all_logits, greedy_outputs
 from tests.tiny_models import save_random_model
 
@@ -64,6 +68,19 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "linear scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "llama3 scaling": {"rope_parameters": LLAMA3},
     "other epsilon": {"rms_norm_eps": 0.1},
+    "odd sizes, heads of whole vectors": {
+        "hidden_size": 36,
+        "head_dim": 48,
+        "intermediate_size": 77,
+        "vocab_size": 131,
+        "num_hidden_layers": 3,
+    },
+    "heads of 256, three to a KV head": {
+        "head_dim": 256,
+        "hidden_size": 48,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
     "gelu": {"hidden_act": "gelu"},
     "gelu_pytorch_tanh": {"hidden_act": "gelu_pytorch_tanh"},
 }
@@ -72,6 +89,8 @@ MISTRALS: dict[str, dict[str, Any]] = {
     "window of 1": {"sliding_window": 1},
     "window of 5": {"sliding_window": 5},
     "window of 37": {"sliding_window": 37, "head_dim": 24},
+    "window of 37, heads of whole vectors": {"sliding_window": 37, "head_dim": 80},
+    "window of 256": {"sliding_window": 256},
     "window over several key tiles": {"sliding_window": 300, "num_key_value_heads": 1},
     "window larger than the prompt": {"sliding_window": 5000},
 }
@@ -84,8 +103,18 @@ def prompts_for(vocab_size: int) -> list[list[int]]:
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def load(folder: Path) -> LoadedModel:
-    return load_model(EngineConfig(model_path=str(folder), dtype="float32"))
+@pytest.fixture(params=["default", "torch"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def load(folder: Path, kernels: str) -> LoadedModel:
+    with choose_kernels(kernels):
+        loaded = load_model(EngineConfig(model_path=str(folder), dtype="float32"))
+    in_cpp = kernels == "default" and bool(code_paths()) and loaded.config.head_dim % 16 == 0
+    assert loaded.runner.kernels.name == (f"cpu {code_paths()[0]}" if in_cpp else "torch")
+    return loaded
 
 
 def assert_same_as_transformers(model: PreTrainedModel, loaded: LoadedModel) -> None:
@@ -100,24 +129,24 @@ def assert_same_as_transformers(model: PreTrainedModel, loaded: LoadedModel) -> 
 
 
 @pytest.mark.parametrize("changes", LLAMAS.values(), ids=LLAMAS)
-def test_llama(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_llama(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
     model = LlamaForCausalLM(LlamaConfig(**(SHAPE | changes)))
-    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED)))
+    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED), kernels))
 
 
 @pytest.mark.parametrize("changes", MISTRALS.values(), ids=MISTRALS)
-def test_mistral(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_mistral(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
     model = MistralForCausalLM(MistralConfig(**(SHAPE | changes)))
-    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED)))
+    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED), kernels))
 
 
 @pytest.mark.parametrize("changes", [{"sliding_window": 37}, {}], ids=["mistral with a window", "llama"])
-def test_generate_of_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_generate_of_transformers(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
     """Its own loop with its own cache comes to the same tokens."""
     model: Any = MistralForCausalLM(MistralConfig(**(SHAPE | changes)))
     if not changes:
         model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    loaded = load(save_random_model(model, tmp_path, SEED))
+    loaded = load(save_random_model(model, tmp_path, SEED), kernels)
     prompts = prompts_for(VOCAB_SIZE)[:5]
     for prompt, output in zip(prompts, greedy_outputs(loaded, prompts, NUM_OUTPUT_TOKENS), strict=True):
         ids = torch.tensor([prompt])
@@ -128,21 +157,21 @@ def test_generate_of_transformers(changes: dict[str, Any], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_weights_stored_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weights_stored_in_half_precision(dtype: torch.dtype, tmp_path: Path, kernels: str) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED, dtype)))
+    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, SEED, dtype), kernels))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_sharded_checkpoint(tied: bool, tmp_path: Path) -> None:
+def test_sharded_checkpoint(tied: bool, tmp_path: Path, kernels: str) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=tied))
     save_random_model(model, tmp_path, SEED, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert_same_as_transformers(model, load(tmp_path))
+    assert_same_as_transformers(model, load(tmp_path, kernels))
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_any_mix(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(12))
+def test_any_mix(seed: int, tmp_path: Path, kernels: str) -> None:
     print(f"seed {seed}")
     generator = torch.Generator().manual_seed(seed)
 
@@ -156,7 +185,7 @@ def test_any_mix(seed: int, tmp_path: Path) -> None:
         "num_hidden_layers": choose(2, 3),
         "num_key_value_heads": num_kv_heads,
         "num_attention_heads": num_kv_heads * choose(1, 2, 4),
-        "head_dim": choose(8, 16, 20, 32),
+        "head_dim": choose(8, 16, 20, 32, 48, 64),
         "tie_word_embeddings": choose(True, False),
         "attention_bias": choose(True, False),
         "mlp_bias": choose(True, False),
@@ -168,4 +197,4 @@ def test_any_mix(seed: int, tmp_path: Path) -> None:
     }
     model = LlamaForCausalLM(LlamaConfig(**(SHAPE | mix)))
     dtype, shard_size = choose(torch.float32, torch.bfloat16, torch.float16), choose("30KB", "1GB")
-    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, seed, dtype, shard_size)))
+    assert_same_as_transformers(model, load(save_random_model(model, tmp_path, seed, dtype, shard_size), kernels))

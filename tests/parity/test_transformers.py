@@ -1,4 +1,7 @@
-"""The real model against transformers, both in float32 and from the same GGUF file."""
+"""The real model against transformers, both in float32 and from the same GGUF file.
+
+The kernels in C++ compute all prompts, those in plain torch some.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from engine.config import EngineConfig
 from engine.runner import LoadedModel, load_model
+from tests.choice import choose_kernels
 from tests.parity.outputs import all_logits, greedy_outputs
 
 MAX_MODEL_LEN = 1024
@@ -65,9 +69,15 @@ def prompts(smollm2_path: Path) -> dict[str, list[int]]:
     return token_ids
 
 
+def load(path: Path, kernels: str) -> LoadedModel:
+    config = EngineConfig(model_path=str(path), dtype="float32", quantization="none", max_model_len=MAX_MODEL_LEN)
+    with choose_kernels(kernels):
+        return load_model(config)
+
+
 @pytest.fixture(scope="module")
 def loaded(smollm2_path: Path) -> LoadedModel:
-    return load_model(EngineConfig(model_path=str(smollm2_path), dtype="float32", max_model_len=MAX_MODEL_LEN))
+    return load(smollm2_path, "default")
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +94,25 @@ def test_logits_and_greedy_tokens(
     prompts: dict[str, list[int]],
     outputs: dict[str, list[int]],
 ) -> None:
-    prompt, output = prompts[name], outputs[name]
+    assert_same_as_transformers(reference, loaded, prompts[name], outputs[name])
+
+
+def assert_same_as_transformers(
+    reference: LlamaForCausalLM, loaded: LoadedModel, prompt: list[int], output: list[int]
+) -> None:
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt + output])).logits[0]
     torch.testing.assert_close(all_logits(loaded, prompt), expected[: len(prompt)], rtol=0, atol=1e-3)
     # Greedy decoding step by step: what follows from the tokens so far is the next token.
     assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+def test_plain_torch(smollm2_path: Path, reference: LlamaForCausalLM, prompts: dict[str, list[int]]) -> None:
+    loaded = load(smollm2_path, "torch")
+    assert loaded.runner.kernels.name == "torch"
+    some = [prompts[name] for name in ("fact", "python", "chinese", "long")]
+    for prompt, output in zip(some, greedy_outputs(loaded, some, 32), strict=True):
+        assert_same_as_transformers(reference, loaded, prompt, output)
 
 
 def test_generate_of_transformers(

@@ -78,6 +78,9 @@ class CpuSampler:
         )
         self._program = Program(library, team)
         self._program.add("sample", self._parameters)
+        # One row is done sooner than another thread is woken.
+        self._program_of_one = Program(library, library.new_team(1))
+        self._program_of_one.add("sample", self._parameters)
 
     def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
         """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
@@ -95,7 +98,7 @@ class CpuSampler:
         parameters.is_finite = output.is_finite.data_ptr()
         ids, biases = self._fill_rows(requests)
         parameters.ids, parameters.biases = ids.ctypes.data, biases.ctypes.data
-        self._program.run()
+        (self._program if num_rows > 1 else self._program_of_one).run()
         return output
 
     def _fill_rows(self, requests: Sequence[SampledRequest]) -> tuple[IntArray, FloatArray]:

@@ -1,8 +1,6 @@
 """Which kernels are loaded, and what is said where those in C++ cannot be used."""
 
-import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,24 +25,16 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "build", build)
 
 
-@pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
-    logger = logging.getLogger("lightwell.engine")
-    logger.addHandler(caplog.handler)  # by itself it may not pass on what it is told
-    yield caplog.messages
-    logger.removeHandler(caplog.handler)
-
-
 @has_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_best_code_path(dtype: torch.dtype, num_threads: int, messages: list[str]) -> None:
+def test_best_code_path(dtype: torch.dtype, num_threads: int, caplog: pytest.LogCaptureFixture) -> None:
     with choose_kernels("default", num_threads):
         kernels = load_kernels(CPU, KernelOptions(dtype, max_num_rows=512))
     assert kernels.name == f"cpu {code_paths()[0]}"
     assert kernels.deterministic
     assert kernels.num_threads == num_threads
-    assert not messages
+    assert not caplog.messages
 
 
 @has_library
@@ -65,28 +55,28 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("options", "reason"), UNSUPPORTED)
-def test_what_they_lack_is_said_and_done_by_torch(options: KernelOptions, reason: str, messages: list[str]) -> None:
+def test_what_they_lack_is_said_and_done_by_torch(options: KernelOptions, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     kernels = load_kernels(CPU, options)
     assert kernels.name == "torch"
     assert kernels.keep_packed == frozenset()
-    (message,) = messages
+    (message,) = caplog.messages
     assert re.match(f"kernels: plain torch, which is slower, because .*{reason}", message)
 
 
-def test_without_a_compiler(no_compiler: None, messages: list[str]) -> None:
+def test_without_a_compiler(no_compiler: None, caplog: pytest.LogCaptureFixture) -> None:
     assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
-    (message,) = messages
+    (message,) = caplog.messages
     assert message.endswith("because there is no compiler")
 
 
-def test_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, messages: list[str]) -> None:
+def test_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def refuse(path: Path) -> None:
         raise ValueError("this processor has no AVX2")
 
     monkeypatch.setattr(build_module, "build", lambda: Path("kernels.so"))
     monkeypatch.setattr(library, "Library", refuse)
     assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
-    (message,) = messages
+    (message,) = caplog.messages
     assert message.endswith("because this processor has no AVX2")
 
 

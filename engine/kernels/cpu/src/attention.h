@@ -161,14 +161,14 @@ struct Attention {
     int64_t place(int64_t token) const { return table[token / block_size] * p.cache.num_kv_heads + head; }
     int64_t block_bytes() const { return block_size * size * int64_t(sizeof(Element)); }
 
-    // The keys that will be read after those of the chunk at `start`, `offset` tokens into them; null: not known.
-    const uint8_t* keys_ahead(int64_t start, int64_t offset) const {
-        const bool is_last = start / CHUNK + 1 == item.first_chunk + item.num_chunks;
-        if (is_last && next == nullptr) return nullptr;
-        const AttentionItem& from = is_last ? *next : item;
-        const int64_t token = (is_last ? next->first_chunk * CHUNK : start + CHUNK) + offset;
-        if (token >= from.first_position + from.num_rows) return nullptr;
-        const int64_t block = p.block_tables[from.sequence * p.table_stride + token / block_size];
+    const uint8_t* keys_of(int64_t token) const { return p.cache.keys + place(token) * block_bytes(); }
+    const uint8_t* values_of(int64_t token) const { return p.cache.values + place(token) * block_bytes(); }
+
+    // The first keys that will be read after the chunk at `start`; null: not known.
+    const uint8_t* keys_after(int64_t start) const {
+        if (start / CHUNK + 1 < item.first_chunk + item.num_chunks) return keys_of(start + CHUNK);
+        if (next == nullptr) return nullptr;
+        const int64_t block = p.block_tables[next->sequence * p.table_stride + next->first_chunk * CHUNK / block_size];
         return p.cache.keys + (block * p.cache.num_kv_heads + head) * block_bytes();
     }
 
@@ -198,7 +198,7 @@ struct Attention {
         if (begin >= end) return;
         float scores[ROWS][CHUNK];
         Query weights[ROWS][CHUNK];
-        for (int64_t token = begin; token < end;) token = add_scores<ROWS>(token, end, packed, &scores[0][token - start]);
+        for (int64_t token = begin; token < end;) token = add_scores<ROWS>(token, begin, end, packed, &scores[0][token - start]);
         float highest[ROWS], sums[ROWS];
         for (int r = 0; r < ROWS; r++)
             sums[r] = softmax(start, begin, end, packed + r, scores[r], weights[r], highest[r]);
@@ -213,34 +213,29 @@ struct Attention {
 
     // Scores of one or two vectors of tokens, which lie in one block. Returns the token after them.
     template <int ROWS>
-    int64_t add_scores(int64_t token, int64_t end, int64_t packed, float* scores) const {
+    int64_t add_scores(int64_t token, int64_t begin, int64_t end, int64_t packed, float* scores) const {
         const bool two = token + LANES < end && token % block_size + LANES < block_size;
         const int64_t base = place(token);
         const Element* keys = (const Element*)p.cache.keys + base * block_size * size + token % block_size * T;
-        const uint8_t* ahead[2] = {nullptr, nullptr};
-        if (reads_once && token % block_size == 0) {
-            ahead[0] = p.cache.values + base * block_bytes();
-            ahead[1] = p.cache.keys + (token + block_size < end ? place(token + block_size) : base) * block_bytes();
-        }
         const float* scales = HAS_SCALES ? p.cache.key_scales + base * block_size + token % block_size : nullptr;
+        const uint8_t* ahead = nullptr;
+        if (reads_once && token % block_size == 0)
+            ahead = token + block_size < end ? keys_of(token + block_size) : values_of(begin);
         if (two) multiply_keys<ROWS, 2>(keys, queries + packed * size, scales, ahead, scores);
         else multiply_keys<ROWS, 1>(keys, queries + packed * size, scales, ahead, scores);
         return token + (two ? 2 : 1) * LANES;
     }
 
-    // On the way, asks for what will be read next: the values of these keys, and the keys after them.
+    // On the way, asks for the block that will be read next.
     template <int ROWS, int VECTORS>
-    void multiply_keys(const Element* keys, const Query* q, const float* scales, const uint8_t* const (&ahead)[2], float* scores) const {
+    void multiply_keys(const Element* keys, const Query* q, const float* scales, const uint8_t* ahead, float* scores) const {
         const int64_t step_bytes = block_size * T * int64_t(sizeof(Element));
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
         for (int64_t d = 0; d < size; d += T) {
-            if (ahead[0])
-                for (int64_t line = 0; line < step_bytes; line += 64) {
-                    prefetch(ahead[0] + d / T * step_bytes + line);
-                    prefetch(ahead[1] + d / T * step_bytes + line);
-                }
+            if (ahead)
+                for (int64_t line = 0; line < step_bytes; line += 64) prefetch(ahead + d / T * step_bytes + line);
             typename Cache::Vector key[VECTORS];
             for (int v = 0; v < VECTORS; v++) key[v] = Cache::load_vector(keys + d * block_size + v * LANES * T);
             for (int r = 0; r < ROWS; r++) {
@@ -298,12 +293,13 @@ struct Attention {
         for (int64_t token = begin; token < end;) {
             const int64_t base = place(token), offset = token % block_size, block_end = min_of(end, token - offset + block_size);
             const Element* block = (const Element*)p.cache.values + base * block_size * size + d * T;
-            const uint8_t* ahead = reads_once && d == 0 ? keys_ahead(start, token - start - offset) : nullptr;
-            const int64_t ahead_bytes = block_bytes() / block_size * T;  // for each step
+            const uint8_t* ahead = nullptr;
+            if (reads_once && d == 0) ahead = block_end < end ? values_of(block_end) : keys_after(start);
+            const int64_t step_bytes = block_bytes() / block_size * T;
             for (; token < block_end; token += T) {
                 if (ahead)
-                    for (int64_t line = 0; line < ahead_bytes; line += 64)
-                        prefetch(ahead + token % block_size / T * ahead_bytes + line);
+                    for (int64_t line = 0; line < step_bytes; line += 64)
+                        prefetch(ahead + token % block_size / T * step_bytes + line);
                 const Element* value = block + token % block_size / T * T * size;
                 typename Cache::Vector vectors[VECTORS];
                 for (int v = 0; v < VECTORS; v++) vectors[v] = Cache::load_vector(value + v * LANES * T);

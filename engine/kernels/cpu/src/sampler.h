@@ -209,13 +209,13 @@ Split split_at(const float* values, const float* weights, int64_t n, float pivot
     return {weight, 0 - max_of_lanes(zero() - lowest), max_of_lanes(highest)};
 }
 
-// Moves one side of a split to the front. Returns how many they are.
+// Moves one side of a split to the front. Returns how many they are. The lower side may get some -infinity from behind
+// the end, which no pivot is as low as, so it never counts.
 int64_t keep_side(float* values, float* weights, int64_t n, float pivot, bool is_above) {
     int64_t num = 0;
     for (int64_t i = 0; i < n; i += LANES) {
         const Floats v = load_padded(values + i, n - i), weight = load(weights + i);
-        const uint32_t below = less_mask(v, fill(pivot)), present = n - i >= LANES ? ALL_LANES : (1u << (n - i)) - 1;
-        const uint32_t chosen = (is_above ? ~below : below) & present;
+        const uint32_t below = less_mask(v, fill(pivot)), chosen = is_above ? ALL_LANES & ~below : below;
         store_chosen(weights + num, weight, chosen);
         num += store_chosen(values + num, v, chosen);
     }

@@ -1,0 +1,303 @@
+"""Rotary embedding, KV cache and attention in C++: against float64, and promise 1 for every way to cut the work.
+
+Every test runs on every code path that this processor has.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels import KernelOptions
+from tests.choice import code_paths
+from tests.engine.kernels.cpu.recorded import Sequences, assert_close, make_kernels, random_tensor, slots_of
+
+pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
+each_code_path = pytest.mark.parametrize("code_path", code_paths())
+each_cache_type = pytest.mark.parametrize("cache_type", ["float32", "bfloat16", "int8"])
+
+# What the result may be off by, for values near 1. For a cache of bfloat16, q and the weights are rounded to it too.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1.6e-2, "int8": 1e-5}
+
+Span = tuple[int, int, int]  # sequence, start, end
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_kv_heads: int
+    group_size: int
+    head_dim: int
+    block_size: int
+    window: int | None = None
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        return self.num_kv_heads * self.group_size, self.num_kv_heads, self.head_dim
+
+
+SHAPES = [
+    Shape(3, 3, 64, 32),  # SmolLM2
+    Shape(2, 1, 16, 16),
+    Shape(1, 4, 80, 64, window=37),
+    Shape(2, 8, 128, 128),
+    Shape(1, 3, 256, 256, window=256),
+    Shape(2, 4, 96, 16, window=300),
+    Shape(1, 49, 32, 32),  # more query heads to a KV head than are computed together elsewhere
+    Shape(3, 1, 48, 256, window=1),
+]
+
+
+def options_of(cache_type: str) -> KernelOptions:
+    if cache_type == "int8":
+        return KernelOptions(torch.float32, kv_cache_dtype="int8")
+    return KernelOptions(getattr(torch, cache_type))
+
+
+class Case:
+    """Sequences of random tokens, and what their attention comes to in the textbook."""
+
+    def __init__(self, shape: Shape, cache_type: str, seq_lens: list[int], *, seed: int = 0) -> None:
+        self.shape, self.cache_type, self.seq_lens, self.seed = shape, cache_type, seq_lens, seed
+        num_heads, num_kv_heads, head_dim = shape.heads
+        self.table = random_tensor(seed, sum(seq_lens), (num_heads + 2 * num_kv_heads) * head_dim)
+
+    def sequences(self, code_path: str, num_threads: int = 1) -> Sequences:
+        kernels = make_kernels(code_path, num_threads, options_of(self.cache_type))
+        return Sequences(
+            kernels,
+            self.shape.heads,
+            self.table,
+            self.seq_lens,
+            block_size=self.shape.block_size,
+            window=self.shape.window,
+            seed=self.seed,
+        )
+
+    def rotated(self, sequences: Sequences, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [tokens, heads, head size] in float64."""
+        num_heads, num_kv_heads, head_dim = self.shape.heads
+        first, length = sequences.first_tokens[sequence], self.seq_lens[sequence]
+        heads = self.table[first : first + length].double().view(length, -1, head_dim)
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        cos, sin = (angles[:length, None].double() for angles in (sequences.cos, sequences.sin))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def expected(self, sequences: Sequences, span: Span) -> Tensor:
+        """What lies in the cache is taken as it is; `test_rope_and_store_kv` looks at that."""
+        sequence, start, end = span
+        q, k, v = self.rotated(sequences, sequence)
+        if self.cache_type != "float32":
+            heads = [
+                slots_of(sequences.cache, head, sequences.block_ids[sequence], end) for head in range(k.shape[1])
+            ]
+            k, v = (torch.stack(parts, dim=1).double() for parts in zip(*heads, strict=True))
+        rows = [attention(q.numpy(), k.numpy(), v.numpy(), row, self.shape.window) for row in range(start, end)]
+        return torch.from_numpy(np.stack(rows))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+Array = npt.NDArray[np.float64]
+
+
+def attention(q: Array, keys: Array, values: Array, position: int, window: int | None) -> Array:
+    """The row at a position, of q [tokens, H, D], keys and values [tokens, KH, D]."""
+    first = 0 if window is None else max(0, position - window + 1)
+    group_size = q.shape[1] // keys.shape[1]
+    k = np.repeat(keys[first : position + 1], group_size, axis=1)
+    v = np.repeat(values[first : position + 1], group_size, axis=1)
+    scores = np.einsum("hd,nhd->hn", q[position], k) * q.shape[2] ** -0.5
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    result: Array = np.einsum("hn,nhd->hd", weights / weights.sum(axis=1, keepdims=True), v)
+    return result
+
+
+@each_code_path
+@each_cache_type
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rope_and_store_kv(shape: Shape, cache_type: str, code_path: str) -> None:
+    """The rotated q, what lies where in the cache, and that nothing else was touched."""
+    case = Case(shape, cache_type, [70, 33])
+    sequences = case.sequences(code_path)
+    sequences.step((0, 0, 69), (1, 0, 33))
+    bits = [tensor.clone() for tensor in (sequences.cache.keys, sequences.cache.values)]
+    for sequence, num_tokens in ((0, 69), (1, 33)):
+        q, k, v = case.rotated(sequences, sequence)
+        first_row = 69 * sequence
+        torch.testing.assert_close(
+            sequences.q[first_row : first_row + num_tokens].double(), q[:num_tokens], rtol=0, atol=2e-6
+        )
+        for head in range(shape.num_kv_heads):
+            for stored, exact in zip(
+                slots_of(sequences.cache, head, sequences.block_ids[sequence], num_tokens),
+                (k[:num_tokens, head], v[:num_tokens, head]),
+                strict=True,
+            ):
+                bound = {"float32": 1e-6, "bfloat16": 2**-8 * exact.abs(), "int8": exact.abs().amax() / 127 * 0.51}
+                assert_close(stored, exact, bound[cache_type] + torch.full_like(exact, 1e-6))
+    num_stored = 102 * shape.num_kv_heads * shape.head_dim
+    if cache_type != "int8":
+        assert all(int((~tensor.isnan()).sum()) == num_stored for tensor in bits)
+    else:
+        scales = (sequences.cache.key_scales, sequences.cache.value_scales)
+        assert all(int((~one.isnan()).sum()) == 102 * shape.num_kv_heads for one in scales if one is not None)
+
+
+@each_code_path
+@each_cache_type
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(shape: Shape, cache_type: str, code_path: str) -> None:
+    """Prefill, chunks and decoding of contexts around the borders of a chunk of 256 keys, in one batch."""
+    case = Case(shape, cache_type, [1, 17, 255, 256, 257, 512, 600])
+    sequences = case.sequences(code_path)
+    first: list[Span] = [(0, 0, 1), (1, 0, 16), (2, 0, 254), (3, 0, 255), (4, 0, 256), (5, 0, 500), (6, 0, 512)]
+    second: list[Span] = [(6, 512, 600), *((sequence, end, min(end + 5, case.seq_lens[sequence])) for sequence, _, end in first[1:6])]
+    for spans in (first, second):
+        for out, span in zip(sequences.step(*spans), spans, strict=True):
+            assert out.isfinite().all()
+            some = (span[0], max(span[1], span[2] - 20), span[2])  # the textbook is slow
+            expected = case.expected(sequences, some)
+            tolerance = TOLERANCES[cache_type]
+            assert_close(out[some[1] - span[1] :], expected, tolerance * (1 + expected.abs()))
+
+
+def in_chunks(sequence: int, end: int, size: int) -> list[Span]:
+    return [(sequence, start, min(start + size, end)) for start in range(0, end, size)]
+
+
+@each_code_path
+@each_cache_type
+@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
+def test_attention_does_not_depend_on_how_it_is_cut(shape: Shape, cache_type: str, code_path: str) -> None:
+    """Whole, in chunks, alone, among others, and by one thread or two: the same bits."""
+    case = Case(shape, cache_type, [600, 300, 41, 1])
+    one = case.sequences(code_path)
+    (whole,) = one.step((0, 0, 600))
+    neighbours = [one.step((sequence, 0, length))[0] for sequence, length in ((1, 300), (2, 41), (3, 1))]
+    for num_threads, chunk in itertools.product([1, 2], [1, 7, 16, 250, 256, 600]):
+        sequences = one if num_threads == 1 else case.sequences(code_path, num_threads)
+        sequences.forget()
+        if chunk > 1:
+            pieces = [sequences.step(span)[0] for span in in_chunks(0, 600, chunk)]
+        else:  # decoding, of the last tokens
+            pieces = [sequences.step((0, 0, 500))[0], *(sequences.step(span)[0] for span in in_chunks(0, 600, 1)[500:])]
+        assert torch.equal(torch.cat(pieces), whole), f"chunks of {chunk}, {num_threads} threads"
+        # Rows of one sequence in several spans of one step: what a row sees is stored before any row attends.
+        sequences.forget()
+        spans = in_chunks(0, 600, max(chunk, 20))
+        mixed = sequences.step((1, 0, 300), *spans, (2, 0, 41), (3, 0, 1))
+        assert torch.equal(torch.cat(mixed[1:-2]), whole), f"chunks of {chunk} among others, {num_threads} threads"
+        assert all(torch.equal(a, b) for a, b in zip([mixed[0], *mixed[-2:]], neighbours, strict=True))
+
+
+@each_code_path
+@each_cache_type
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[6]], ids=str)
+def test_long_contexts_are_shared_by_threads(shape: Shape, cache_type: str, code_path: str) -> None:
+    """Few rows of long contexts: threads compute chunks of one, and merge them to the same bits."""
+    case = Case(shape, cache_type, [1000, 1500, 30])
+    results = []
+    for num_threads in (1, 2, 3):
+        sequences = case.sequences(code_path, num_threads)
+        sequences.step((0, 0, 999))
+        sequences.step((1, 0, 1496), (2, 0, 29))
+        results.append(sequences.step((0, 999, 1000), (1, 1496, 1500), (2, 29, 30)))
+        assert (sequences.plan.num_merges > 0) == (num_threads > 1)
+        # Alone a context is cut where it was not in company, and the other way round.
+        for index, span in enumerate([(0, 999, 1000), (1, 1496, 1500), (2, 29, 30)]):
+            assert torch.equal(sequences.step(span)[0], results[0][index])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    for out, span in zip(results[0], [(0, 999, 1000), (1, 1496, 1500)], strict=False):
+        expected = case.expected(sequences, span)
+        assert_close(out, expected, TOLERANCES[cache_type] * (1 + expected.abs()))
+
+
+@each_cache_type
+@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
+def test_attention_on_all_code_paths(shape: Shape, cache_type: str) -> None:
+    """The same bits, but for bfloat16, whose products the processor rounds in its own way."""
+    case = Case(shape, cache_type, [300, 40])
+    best, *others = (torch.cat(case.sequences(code_path).step((0, 0, 300), (1, 0, 40))) for code_path in code_paths())
+    for other in others:
+        if cache_type == "bfloat16":
+            assert_close(other, best.double(), TOLERANCES[cache_type] * (1 + best.abs()))
+        else:
+            assert torch.equal(other, best)
+
+
+@each_code_path
+@each_cache_type
+def test_any_mix(cache_type: str, code_path: str) -> None:
+    """Random shapes, sequences and spans."""
+    for seed in range(12):
+        print(f"seed {seed}")
+        rng = np.random.default_rng(seed)
+        window = None if rng.integers(2) else int(rng.integers(1, 600))
+        sizes = [1, 2, 3, 4, 5, 7, 8], [16, 32, 48, 64, 112, 144, 256], [16, 32, 64, 128, 256]
+        shape = Shape(int(rng.integers(1, 4)), *(int(rng.choice(some)) for some in sizes), window=window)
+        case = Case(shape, cache_type, rng.integers(1, 500, 4).tolist(), seed=seed)
+        sequences = case.sequences(code_path, int(rng.integers(1, 3)))
+        stored = [int(rng.integers(0, length)) for length in case.seq_lens]
+        if before := [(index, 0, end) for index, end in enumerate(stored) if end]:
+            sequences.step(*before)
+        spans: list[Span] = [
+            (index, start, int(rng.integers(start + 1, length + 1)))
+            for index, (start, length) in enumerate(zip(stored, case.seq_lens, strict=True))
+        ]
+        for out, span in zip(sequences.step(*spans), spans, strict=True):
+            some = (span[0], max(span[1], span[2] - 10), span[2])
+            expected = case.expected(sequences, some)
+            assert_close(out[some[1] - span[1] :], expected, TOLERANCES[cache_type] * (1 + expected.abs()))
+
+
+@each_code_path
+@each_cache_type
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5]], ids=str)
+def test_what_lies_in_other_slots_does_not_matter(shape: Shape, cache_type: str, code_path: str) -> None:
+    """Neither NaN, which `forget` leaves, nor large numbers, in blocks of others or behind the last token."""
+    case = Case(shape, cache_type, [300, 41])
+    sequences = case.sequences(code_path, 2)
+    spans: list[Span] = [(0, 0, 300), (1, 0, 41)]
+    expected = sequences.step(*spans)
+    for garbage in (0.0, 3e38):
+        for tensor in (sequences.cache.keys, sequences.cache.values):
+            tensor.fill_(garbage if cache_type != "int8" else -128)
+        for scales in (sequences.cache.key_scales, sequences.cache.value_scales):
+            if scales is not None:
+                scales.fill_(garbage)
+        assert all(torch.equal(a, b) for a, b in zip(sequences.step(*spans), expected, strict=True))
+
+
+@each_code_path
+@each_cache_type
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_what_is_not_finite_ends_no_other_sequence(part: str, value: float, cache_type: str, code_path: str) -> None:
+    """And shows in all rows that see it."""
+    shape = Shape(1, 3, 64, 32)
+    case = Case(shape, cache_type, [300, 41, 260])
+    spans: list[Span] = [(0, 250, 300), (1, 0, 41), (2, 0, 260)]
+    sequences = case.sequences(code_path)
+    sequences.step((0, 0, 250))
+    good = sequences.step(*spans)
+    row = 300 + 20  # of the second sequence
+    heads = {"q": slice(0, 3 * 64), "k": slice(3 * 64, 4 * 64), "v": slice(4 * 64, 5 * 64)}[part]
+    case.table[row, heads] = value
+    bad = case.sequences(code_path)
+    bad.step((0, 0, 250))
+    out = bad.step(*spans)
+    assert torch.equal(out[0], good[0])
+    assert torch.equal(out[2], good[2])
+    seen = out[1][20:21] if part == "q" else out[1][20:]
+    assert not seen.isfinite().all(dim=(1, 2)).any()
+    # In one piece only: rows before it are computed in the same tile.
+    before = bad.step((1, 0, 20))[0]
+    assert torch.equal(before, good[1][:20])
