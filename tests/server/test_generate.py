@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from server.generate.choices import ChoiceState, Delta, json_logprob
 from server.generate.completions import CompletionWriter
 from server.generate.endpoint import Head
 from server.generate.frame import _frame
+from server.generate.generation import Generation
 from server.generate.parameters import (
     HARMLESS,
     MAX_WARNINGS_CHARS,
@@ -24,7 +26,8 @@ from server.generate.parameters import (
     unknown_parameters,
     warnings_header,
 )
-from server.generate.prompts import MAX_TOKEN_BYTES, check_text_size, fit_max_tokens
+from server.generate.prompts import MAX_TOKEN_BYTES, Prompt, check_text_size, fit_max_tokens
+from server.metrics import Metrics
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.text.choice import ChoiceText
@@ -34,9 +37,11 @@ EOS = 256
 NO_LOGPROBS = TokenLogprobs(-1.0, 1, [], [])
 
 
-def make_choice(tokenizer: Tokenizer, *, stop: list[str] | None = None, include_stop: bool = False) -> ChoiceState:
+def make_choice(
+    tokenizer: Tokenizer, *, index: int = 0, stop: list[str] | None = None, include_stop: bool = False
+) -> ChoiceState:
     text = ChoiceText(tokenizer, stop=stop or (), include_stop=include_stop, track_offsets=True)
-    return ChoiceState(0, text, include_stop=include_stop)
+    return ChoiceState(index, text, include_stop=include_stop)
 
 
 def run(choice: ChoiceState, batches: list[list[int]], end: FinishReason, stop_token_id: int | None) -> list[Delta]:
@@ -109,6 +114,40 @@ def test_positions_cover_the_text_and_no_more(tokenizer: Tokenizer, text: str, s
         assert position.offset <= len(delta.text)
         if position.token_id != EOS:
             assert position.token_id in delta.text[position.offset].encode()
+
+
+class Events:
+    """What a `RequestStream` is to a `Generation`."""
+
+    def __init__(self, batches: list[list[TokenEvent]]) -> None:
+        self._batches = batches
+
+    async def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
+        for batch in self._batches:
+            yield batch
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.anyio
+async def test_events_of_a_choice_that_come_together_are_one_addition(tokenizer: Tokenizer) -> None:
+    def event(index: int, text: str, finish_reason: FinishReason | None = None) -> TokenEvent:
+        logprobs = [NO_LOGPROBS] * len(text)
+        token_ids = list(text.encode())
+        return TokenEvent(
+            request_id="r", index=index, token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason
+        )
+
+    batches = [[event(0, "a")], [event(0, "b"), event(1, "x"), event(0, "cd", FinishReason.LENGTH), event(1, "y")]]
+    choices = [make_choice(tokenizer, index=index) for index in range(2)]
+    streams: Any = [Events(batches)]
+    generation = Generation([Prompt([1])], streams, choices, metrics=Metrics("", "m"), request_id="r")
+    found = [
+        [(delta.index, delta.text, len(delta.positions), delta.finish_reason) for delta in deltas]
+        async for deltas in generation.deltas()
+    ]
+    assert found == [[(0, "a", 1, None)], [(0, "bcd", 3, "length"), (1, "xy", 2, None)]]
 
 
 def test_a_stream_never_shows_the_beginning_of_a_stop_string(tokenizer: Tokenizer) -> None:

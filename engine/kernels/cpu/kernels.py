@@ -22,7 +22,14 @@ from engine.kernels.cpu.execution import CpuExecution
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
 from engine.kernels.cpu.sampler import CpuSampler
-from engine.kernels.cpu.weights import FLOAT32, GGML_TYPES, Matrix, Packer, input_row_bytes
+from engine.kernels.cpu.weights import (
+    ACTIVATION_GROUP,
+    FLOAT32,
+    GGML_TYPES,
+    Matrix,
+    Packer,
+    input_row_bytes,
+)
 from engine.kv_cache import KVCache
 from engine.memory import lazy_zeros
 from engine.model import CausalLM
@@ -56,6 +63,12 @@ class Buffer:
     tensor: Tensor
     producer: ctypes.Structure | None = None  # the call that fills it, if that can also prepare it for a product
     prepared: tuple[int, Tensor] | None = None  # form, and the same rows in it
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    parameters: calls.AttentionPlan
+    block_tables: Tensor
 
 
 class CpuKernels:
@@ -272,9 +285,7 @@ class CpuKernels:
         self.program.keep.append(cache)
         return q
 
-    def plan_attention(
-        self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache
-    ) -> calls.AttentionPlan:
+    def plan_attention(self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache) -> AttentionPlan:
         builder = self.builder
         assert builder is not None
         max_items = len(batch.token_ids) + MAX_PARTIALS
@@ -304,34 +315,32 @@ class CpuKernels:
                 plan=ctypes.addressof(plan),
             ),
         )
-        self.program.keep += [plan, items, merges, partials, scratch, batch.block_tables]
-        self._block_tables = batch.block_tables
-        return plan
+        self.program.keep += [items, merges, partials, scratch]
+        return AttentionPlan(plan, batch.block_tables)
 
     def paged_attention(
-        self, q: Tensor, cache: LayerCache, plan: calls.AttentionPlan, scale: float, window: int | None
+        self, q: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float, window: int | None
     ) -> Tensor:
-        source = self._buffer(q)
-        out = self._new(source.num_rows, *q.shape).tensor
-        self.program.add(
-            "paged_attention",
-            calls.PagedAttention(
-                q=q.data_ptr(),
-                q_stride=q.stride(0),
-                num_heads=q.shape[1],
-                scale=scale,
-                window=window or 0,
-                softcap=0.0,
-                block_tables=self._block_tables.data_ptr(),
-                table_stride=self._block_tables.stride(0),
-                plan=ctypes.addressof(plan),
-                cache=self._cache(cache),
-                output=out.data_ptr(),
-                output_stride=out.stride(0),
-            ),
+        out = self._new(self._buffer(q).num_rows, *q.shape)
+        parameters = calls.PagedAttention(
+            q=q.data_ptr(),
+            q_stride=q.stride(0),
+            num_heads=q.shape[1],
+            scale=scale,
+            window=window or 0,
+            softcap=0.0,
+            block_tables=plan.block_tables.data_ptr(),
+            table_stride=plan.block_tables.stride(0),
+            plan=ctypes.addressof(plan.parameters),
+            cache=self._cache(cache),
+            output=out.tensor.data_ptr(),
+            output_stride=out.tensor.stride(0),
         )
+        if q.shape[2] % ACTIVATION_GROUP == 0:
+            out.producer = parameters
+        self.program.add("paged_attention", parameters)
         self.program.keep += [cache, plan]
-        return out
+        return out.tensor
 
     # Steps.
 

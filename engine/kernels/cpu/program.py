@@ -169,6 +169,9 @@ class PagedAttention(Structure):
         ("cache", Cache),
         ("output", c_void_p),
         ("output_stride", c_int64),
+        ("form", c_int64),
+        ("prepared", c_void_p),
+        ("prepared_stride", c_int64),
     ]
 
 

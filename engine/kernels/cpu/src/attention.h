@@ -97,6 +97,9 @@ struct AttentionParameters {
     CacheParameters cache;
     float* output;
     int64_t output_stride;
+    int64_t form;  // of `prepared`
+    uint8_t* prepared;  // the same as the next product wants it, or null; needs D to be whole groups
+    int64_t prepared_stride;  // bytes
 };
 
 // What keys, queries, values and weights are made of.
@@ -342,12 +345,12 @@ inline void write_attention(const AttentionParameters& p, const AttentionItem& i
     const int64_t group_size = p.num_heads / p.cache.num_kv_heads, size = p.cache.head_dim;
     for (int64_t i = 0; i < item.num_rows * group_size; i++) {
         const float* state = states + i * (size + 2);
-        float* out = p.output + (item.first_row + i / group_size) * p.output_stride + (head * group_size + i % group_size) * size;
+        const int64_t row = item.first_row + i / group_size, first = (head * group_size + i % group_size) * size;
+        float* out = p.output + row * p.output_stride + first;
         const Floats sum = fill(state[size + 1]);
-        for (int64_t d = 0; d < size; d += LANES) {
-            const int64_t n = min_of(LANES, size - d);
-            store_some(out + d, load_some(state + d, n) / sum, n);
-        }
+        for (int64_t d = 0; d < size; d += LANES) store(out + d, load(state + d) / sum);
+        if (p.prepared)
+            write_input_row(out, size, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, first));
     }
 }
 
