@@ -1,99 +1,140 @@
-"""Where the time of a step goes: `python tests/bench/profile_step.py [--rows 1 8 32] [--context 160] [MODEL]`.
+"""Where the time of a step goes: `python -m tests.bench.profile_step [MODEL] [--rows 1 8 32] [--context 160]`.
 
-Runs the engine in this process, without HTTP. The parts of a step come from its own records, the operations of the
-forward pass from clocks around the kernels; what remains is Python and torch between them.
+Runs the engine in this process, without HTTP and without speculation. The parts of a step come from its own records;
+below a part are the operations of the C++ kernels in it, each the sum of all its calls, and the rest: Python, and the
+sampler. Plain torch has no list of calls, so there only the parts are shown. The last column is a step full of prompt
+tokens, which samples nothing.
+
+The clock is one thread's, so on a machine that is busy with something else its waiting counts as work, and shows in the
+operation before the one that it was late for.
 """
+
+from __future__ import annotations
 
 import argparse
 import random
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.kernels.cpu.execution import CpuExecution
+from engine.kernels.cpu.program import Program
 from engine.messages import SamplingParams, Submit
-from engine.record import StepRecord
 from engine.runner import LoadedModel, load_model
 from server.models import resolve_model
 
-OPERATIONS = ("rms_norm", "add_rms_norm", "rope_and_store_kv", "plan_attention", "paged_attention", "act_and_mul")
+PROMPT_STEPS = 4
+REST = "rest"
+TOTAL = "all"
 
-
-class Clocks:
-    """Seconds spent in each operation since the last reset."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any) -> Any:
-            started = time.perf_counter()
-            result = function(*args)
-            self.seconds[name] += time.perf_counter() - started
-            return result
-
-        return timed
-
-
-def attach(loaded: LoadedModel) -> Clocks:
-    """Put clocks around the kernels and the products of a loaded model."""
-    clocks = Clocks()
-    kernels: Any = loaded.runner.kernels
-    for name in OPERATIONS:
-        setattr(kernels, name, clocks.wrap(name, getattr(kernels, name)))
-    for layer in loaded.runner.model.layers:
-        for part, name in ((layer.self_attn, "qkv_proj"), (layer.self_attn, "o_proj")):
-            setattr(part, name, clocks.wrap("linear", getattr(part, name)))
-        for name in ("gate_up_proj", "down_proj"):
-            setattr(layer.mlp, name, clocks.wrap("linear", getattr(layer.mlp, name)))
-    head: Callable[[Tensor], Tensor] = loaded.runner.model.lm_head
-    loaded.runner.model.lm_head = clocks.wrap("lm_head (in sample)", head)
-    return clocks
-
-
-def decode_steps(
-    loaded: LoadedModel, clocks: Clocks, rows: int, context: int, num_steps: int
-) -> list[dict[str, float]]:
-    """Milliseconds by part and operation of each step in which all rows decode."""
-    engine = Engine(EngineConfig(model_path="", speculative="off"), loaded)
-    rng = random.Random(0)
-    params = SamplingParams(max_tokens=num_steps, temperature=0.0, ignore_eos=True)
-    for number in range(rows):
-        prompt = [rng.randrange(loaded.config.num_token_ids) for _ in range(context)]
-        engine.add(Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0))
-    found = []
-    while engine.has_work:
-        clocks.seconds.clear()
-        engine.step()
-        record: StepRecord = engine.recorder.steps[-1]
-        if record.num_tokens == rows:
-            found.append({name: 1000 * value for name, value in (record.seconds | clocks.seconds).items()})
-    return found
+Name = tuple[str, str]  # a part of a step, and an operation in it; "" is the part itself
+Milliseconds = dict[Name, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--context", type=int, default=160)
-    parser.add_argument("--steps", type=int, default=48)
-    args = parser.parse_args()
-    loaded = load_model(EngineConfig(model_path=str(resolve_model(args.model).path)))
-    clocks = attach(loaded)
-    decode_steps(loaded, clocks, 2, 16, 8)
-    columns = {rows: decode_steps(loaded, clocks, rows, args.context, args.steps) for rows in args.rows}
-    medians = {
-        rows: {name: statistics.median(step[name] for step in steps) for name in steps[0]}
-        for rows, steps in columns.items()
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.profile_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
+    add("--rows", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
+    add("--context", type=int, default=160, metavar="N", help="tokens of each prompt; default: %(default)s")
+    add("--steps", type=int, default=48, metavar="N", help="that are measured; default: %(default)s")
+    add("--quantization", default="auto", help="as of lightwell serve; default: %(default)s")
+    add("--kv-cache-dtype", default="auto", help="as of lightwell serve; default: %(default)s")
+    arguments = parser.parse_args()
+    config = EngineConfig(
+        model_path=str(resolve_model(arguments.model).path),
+        quantization=arguments.quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
+        speculative="off",
+    )
+    loaded = load_model(config)
+    decode_steps(loaded, rows=2, context=16, num_steps=8)
+    columns = {
+        f"{rows} row{'s' * (rows > 1)}": decode_steps(loaded, rows, arguments.context, arguments.steps)
+        for rows in arguments.rows
     }
-    print(f"{'ms in a step, medians':<24}" + "".join(f"{rows:>5} rows" for rows in args.rows))
-    for name in dict.fromkeys(name for values in medians.values() for name in values):
-        print(f"{name:<24}" + "".join(f"{medians[rows].get(name, 0.0):>10.2f}" for rows in args.rows))
+    columns[f"prompt {loaded.limits.max_num_batched_tokens}"] = prompt_steps(loaded)
+    print(f"kernels: {loaded.runner.kernels.name}, threads: {loaded.runner.kernels.num_threads}")
+    print_table(columns)
+
+
+def decode_steps(loaded: LoadedModel, rows: int, context: int, num_steps: int) -> list[Milliseconds]:
+    """The steps in which all rows decode."""
+    return steps(loaded, rows, context, max_tokens=num_steps + 1, num_tokens=rows)
+
+
+def prompt_steps(loaded: LoadedModel) -> list[Milliseconds]:
+    """The steps that prompt tokens fill, of one prompt."""
+    full = loaded.limits.max_num_batched_tokens
+    context = min(PROMPT_STEPS * full + 1, loaded.limits.max_model_len - 1)
+    return steps(loaded, 1, context, max_tokens=1, num_tokens=full)
+
+
+def steps(loaded: LoadedModel, rows: int, context: int, *, max_tokens: int, num_tokens: int) -> list[Milliseconds]:
+    """Runs random prompts. What is returned is of the steps that compute `num_tokens`."""
+    engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), loaded)
+    rng = random.Random(0)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    for number in range(rows):
+        prompt = [rng.randrange(loaded.config.num_token_ids) for _ in range(context)]
+        engine.add(Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0))
+    programs = find_programs(loaded)
+    found = []
+    while engine.has_work:
+        for program in programs.values():
+            program.measure()  # from zero
+        engine.step()
+        record = engine.recorder.steps[-1]
+        if record.num_tokens == num_tokens:
+            found.append(milliseconds(record.seconds, programs))
+    return found
+
+
+def find_programs(loaded: LoadedModel) -> dict[str, Program]:
+    """Part of a step -> the program that runs in it."""
+    execution = loaded.runner.execution
+    if not isinstance(execution, CpuExecution):
+        return {}
+    return {"forward": execution.forward_program, "sample": execution.logits_program}
+
+
+def milliseconds(seconds: dict[str, float], programs: dict[str, Program]) -> Milliseconds:
+    found: Milliseconds = {}
+    for part, duration in seconds.items():
+        found[part, ""] = 1000 * duration
+        if part in programs:
+            operations = sum_by_name(programs[part])
+            found |= {(part, name): value for name, value in operations.items()}
+            found[part, REST] = 1000 * duration - sum(operations.values())
+    found[TOTAL, ""] = 1000 * sum(seconds.values())
+    return found
+
+
+def sum_by_name(program: Program) -> dict[str, float]:
+    assert program.durations is not None
+    found: dict[str, float] = defaultdict(float)
+    for name, nanoseconds in zip(program.names, program.durations, strict=True):
+        found[name] += nanoseconds / 1e6
+    return dict(found)
+
+
+def print_table(columns: dict[str, list[Milliseconds]]) -> None:
+    """Medians, an operation below its part."""
+    medians = {
+        title: {name: statistics.median(step[name] for step in found) for name in found[0]}
+        for title, found in columns.items()
+        if found
+    }
+    print(f"{'ms in a step, medians':<26}" + "".join(f"{title:>12}" for title in medians))
+    for name in next(iter(medians.values())):
+        part, operation = name
+        values = "".join(f"{values[name]:>12.2f}" for values in medians.values())
+        print(f"{f'  {operation}' if operation else part:<26}{values}")
 
 
 if __name__ == "__main__":

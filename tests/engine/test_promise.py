@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -32,9 +33,9 @@ def loaded(smollm2_path: Path) -> LoadedModel:
     return load(smollm2_path)
 
 
-def load(path: Path, kernels: str = "default", num_threads: int | None = None, **settings: str) -> LoadedModel:
+def load(path: Path, kernels: str = "default", num_threads: int | None = None, **settings: Any) -> LoadedModel:
     with choose_kernels(kernels, num_threads):
-        return load_model(EngineConfig(model_path=str(path), max_model_len=MAX_MODEL_LEN, **settings))  # type: ignore[arg-type]
+        return load_model(EngineConfig(model_path=str(path), max_model_len=MAX_MODEL_LEN, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_few_at_a_time(loaded: LoadedModel, submits: list[Submit], alone: dict[t
 @pytest.fixture(scope="module")
 def few(submits: list[Submit]) -> list[Submit]:
     """Short and long, greedy and sampled, with penalties, with a shared prefix, with two choices."""
-    return [submits[number] for number in (2, 4, 5, 7, 10, 13, 14, 15)]
+    return [submits[number] for number in (3, 4, 7, 11, 13)]
 
 
 def assert_promise(loaded: LoadedModel, few: list[Submit], expected: dict[tuple[str, int], Answer]) -> None:
@@ -218,7 +219,8 @@ def test_code_path(smollm2_path: Path, few: list[Submit], code_path: str) -> Non
     double = load(smollm2_path, code_path, num_threads=2)
     assert double.runner.kernels.num_threads == 2
     assert_promise(double, few, expected)
-    assert_same(run_alone(double, few[-2:]), {key: expected[key] for key in expected if key[0] in ("r14", "r15")})
+    alone = run_alone(double, few[-1:])
+    assert_same(alone, {key: expected[key] for key in alone})
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_code_path(smollm2_path: Path, few: list[Submit], code_path: str) -> Non
     ids=str,
 )
 @pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
-def test_number_formats(smollm2_path: Path, few: list[Submit], settings: dict[str, str]) -> None:
+def test_number_formats(smollm2_path: Path, few: list[Submit], settings: dict[str, Any]) -> None:
     loaded = load(smollm2_path, **settings)
     assert_promise(loaded, few, run_alone(loaded, few))
 
@@ -235,4 +237,4 @@ def test_number_formats(smollm2_path: Path, few: list[Submit], settings: dict[st
 def test_plain_torch(smollm2_path: Path, few: list[Submit]) -> None:
     loaded = load(smollm2_path, "torch")
     assert loaded.runner.kernels.name == "torch"
-    assert_promise(loaded, few, run_alone(loaded, few))
+    assert_promise(loaded, few[:3], run_alone(loaded, few[:3]))

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from engine.kernels.cpu.kernels import CpuKernels
 
 
+ROWS_OF_A_SEQUENCE = 8  # that yield a token: one and its draft
+MIN_LOGIT_ROWS = 64
+
+
 class CpuExecution:
     """Runs the programs on what the builder has put into its buffers."""
 
@@ -27,7 +31,9 @@ class CpuExecution:
         index_rows = {batch.token_ids.data_ptr(): num_rows, batch.positions.data_ptr(): num_rows}
         with kernels.recording(self.forward_program, builder, index_rows):
             hidden = model.forward(batch, kv_cache)
-        self.logit_rows = torch.zeros(len(batch.token_ids), dtype=torch.int64)
+        max_num_seqs = len(batch.block_tables)
+        num_logit_rows = max(MIN_LOGIT_ROWS, min(len(batch.token_ids), ROWS_OF_A_SEQUENCE * max_num_seqs))
+        self.logit_rows = torch.zeros(num_logit_rows, dtype=torch.int64)
         self.num_logit_rows = np.zeros(1, dtype=np.int64)
         self.logits_program = Program(kernels.library, kernels.team)
         index_rows = {self.logit_rows.data_ptr(): self.num_logit_rows.ctypes.data}

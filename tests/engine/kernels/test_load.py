@@ -55,7 +55,9 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("options", "reason"), UNSUPPORTED)
-def test_what_they_lack_is_said_and_done_by_torch(options: KernelOptions, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_they_lack_is_said_and_done_by_torch(
+    options: KernelOptions, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     kernels = load_kernels(CPU, options)
     assert kernels.name == "torch"
     assert kernels.keep_packed == frozenset()

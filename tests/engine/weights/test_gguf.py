@@ -12,8 +12,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from engine.config import ModelConfig, RopeScaling, load_model_config
 from engine.gguf import GGUFFile
+from engine.weights import PackedTensor, Weight, concatenate, load_weights
 from engine.weights import gguf as gguf_weights
-from engine.weights import load_weights
 from engine.weights.gguf import huggingface_name
 from tests.gguf_files import LLAMA, write_gguf
 
@@ -60,8 +60,9 @@ def dequantize(data: Array, ggml_type: GGMLQuantizationType) -> Array:
     return values
 
 
-def assert_same_bits(actual: torch.Tensor, expected: Array) -> None:
+def assert_same_bits(actual: Weight, expected: Array) -> None:
     """Equal bits, but any NaN equals any other: random bytes make many, and they carry no weight."""
+    assert isinstance(actual, torch.Tensor)
     assert actual.dtype == torch.float32
     assert tuple(actual.shape) == expected.shape
     nan = np.isnan(expected)
@@ -97,6 +98,7 @@ def test_rounding(ggml_type: GGMLQuantizationType, dtype: torch.dtype, tmp_path:
     path = write_gguf(tmp_path / "w.gguf", {}, {"output.weight": data}, {"output.weight": ggml_type})
     ((name, tensor),) = load_weights(path, CONFIG, dtype)
     assert name == "lm_head.weight"
+    assert isinstance(tensor, torch.Tensor)
     assert torch.equal(tensor, torch.from_numpy(dequantize(data, ggml_type)).to(dtype))
 
 
@@ -128,6 +130,53 @@ def test_order_of_query_and_key_rows(ggml_type: GGMLQuantizationType, tmp_path: 
     assert_same_bits(weights[f"{prefix}.k_proj.bias"], key_bias)
 
 
+PACKABLE = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K]
+
+
+@pytest.mark.parametrize("ggml_type", PACKABLE)
+def test_matrices_that_stay_packed(ggml_type: GGMLQuantizationType, tmp_path: Path) -> None:
+    """Rows of q and k change their order nevertheless; what the kernels do not take is unpacked."""
+    data = random_bytes(ggml_type, seed=1)[:16]
+    norm, up = np.ones(16, dtype=np.float32), np.ones((2, 3), dtype=np.float32)
+    tensors = {
+        "blk.0.attn_q.weight": np.ascontiguousarray(interleave(data, 4)),
+        "blk.0.attn_v.weight": data,
+        "blk.0.attn_norm.weight": norm,
+        "blk.0.ffn_up.weight": up,
+    }
+    types = {name: ggml_type for name in ("blk.0.attn_q.weight", "blk.0.attn_v.weight")}
+    path = write_gguf(tmp_path / "packed.gguf", {}, tensors, types)
+    weights = dict(load_weights(path, CONFIG, torch.float32, keep_packed=frozenset({ggml_type.name})))
+    prefix = "model.layers.0"
+    for name in ("q_proj", "v_proj"):
+        packed = weights[f"{prefix}.self_attn.{name}.weight"]
+        assert isinstance(packed, PackedTensor)
+        assert (packed.type_name, packed.shape, packed.nbytes) == (ggml_type.name, (16, ROW_SIZE), data.nbytes)
+        np.testing.assert_array_equal(packed.data, data.reshape(-1))
+        assert_same_bits(packed.dequantize(torch.float32), dequantize(data, ggml_type))
+    assert_same_bits(weights[f"{prefix}.input_layernorm.weight"], norm)
+    assert_same_bits(weights[f"{prefix}.mlp.up_proj.weight"], up)
+    del weights
+    gc.collect()
+    np.testing.assert_array_equal(packed.data, data.reshape(-1))  # the file stays mapped
+
+
+def test_concatenate() -> None:
+    parts = [PackedTensor("Q8_0", (rows, 32), np.full(34 * rows, rows, dtype=np.uint8)) for rows in (1, 2)]
+    both = concatenate(parts)
+    assert (both.type_name, both.shape) == ("Q8_0", (3, 32))
+    assert both.data.tolist() == [1] * 34 + [2] * 68
+    assert concatenate(parts[:1]) is parts[0]
+
+
+def test_vectors_of_another_type(tmp_path: Path) -> None:
+    tensors = {"output_norm.weight": np.ones(16, dtype=np.float32), "output.weight": np.ones((2, 16), dtype=np.float32)}
+    path = write_gguf(tmp_path / "vectors.gguf", {}, tensors)
+    weights = dict(load_weights(path, CONFIG, torch.bfloat16, vector_dtype=torch.float32))
+    dtypes = {name: tensor.dtype for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
+    assert dtypes == {"model.norm.weight": torch.float32, "lm_head.weight": torch.bfloat16}
+
+
 def test_names_of_a_whole_model(tmp_path: Path) -> None:
     layer = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
     names = ["token_embd.weight", "output_norm.weight", *(f"blk.11.{name}.weight" for name in layer)]
@@ -155,7 +204,9 @@ def test_rope_factors_stay_float32(tmp_path: Path) -> None:
     assert config.rope_scaling == RopeScaling(rope_type="factors")
     weights = dict(load_weights(path, config, torch.bfloat16))
     assert_same_bits(weights["rope_factors"], factors)
-    assert weights["model.embed_tokens.weight"].dtype == torch.bfloat16
+    tensor = weights["model.embed_tokens.weight"]
+    assert isinstance(tensor, torch.Tensor)
+    assert tensor.dtype == torch.bfloat16
 
 
 def test_smollm2(smollm2_path: Path) -> None:
@@ -168,6 +219,7 @@ def test_smollm2(smollm2_path: Path) -> None:
                 rows = np.array(data, dtype=np.uint8).reshape(*info.shape[:-1], -1)
             expected = dequantize(rows, GGMLQuantizationType(info.ggml_type))
             tensor = weights[huggingface_name(info.name)]
+            assert isinstance(tensor, torch.Tensor)
             if ".attn_q." in info.name or ".attn_k." in info.name:
                 tensor = torch.from_numpy(interleave(tensor.numpy(), tensor.shape[0] // config.head_dim))
             assert_same_bits(tensor, expected)

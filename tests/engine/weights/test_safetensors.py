@@ -32,7 +32,8 @@ def save_model(folder: Path, *, tied: bool = False, max_shard_size: str = "1GB")
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return dict(load_weights(folder, load_model_config(folder), dtype))
+    weights = load_weights(folder, load_model_config(folder), dtype)
+    return {name: tensor for name, tensor in weights if isinstance(tensor, torch.Tensor)}
 
 
 def tiny_config(*, tied: bool = False) -> ModelConfig:
@@ -63,6 +64,13 @@ def test_as_transformers_wrote_it(tied: bool, max_shard_size: str, tmp_path: Pat
     expected = save_model(tmp_path, tied=tied, max_shard_size=max_shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
     assert_equal(load(tmp_path), expected)
+
+
+def test_vectors_of_another_type(tmp_path: Path) -> None:
+    expected = save_model(tmp_path)
+    weights = load_weights(tmp_path, load_model_config(tmp_path), torch.bfloat16, vector_dtype=torch.float32)
+    dtypes = {name: tensor.dtype for name, tensor in weights if isinstance(tensor, torch.Tensor)}
+    assert dtypes == {name: torch.bfloat16 if tensor.ndim > 1 else torch.float32 for name, tensor in expected.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -179,7 +179,9 @@ struct Attention {
         for (int64_t i = 0; i < num_packed(); i++) {
             int64_t row = item.first_row + i / group_size, query_head = head * group_size + i % group_size;
             write_input_row(p.q + row * p.q_stride + query_head * size, size, Cache::FORM, (uint8_t*)(queries + i * size));
-            states[i * (size + 2) + size] = -INFINITY;
+            float* state = states + i * (size + 2);
+            memset(state, 0, size_t(size + 2) * 4);
+            state[size] = -INFINITY;
         }
         for (int64_t c = item.first_chunk; c < item.first_chunk + item.num_chunks; c++)
             add_chunk<TILE_ROWS>(c * CHUNK, 0);
@@ -320,14 +322,14 @@ struct Attention {
         return d + VECTORS * LANES;
     }
 
-    // Takes one chunk's result into the running softmax. What a row sees nothing of leaves it as it is.
+    // Takes one chunk's result into the running softmax. A sum of no weights is 0, and of NaN it is NaN, which stays.
     static void merge(const float* chunk, int64_t size, float* state) {
-        const float new_score = chunk[size], old_score = state[size];
-        if (!(new_score > -INFINITY) && new_score == new_score) return;
-        if (old_score == -INFINITY) {
+        if (chunk[size + 1] == 0) return;
+        if (state[size + 1] == 0) {
             memcpy(state, chunk, size_t(size + 2) * 4);
             return;
         }
+        const float new_score = chunk[size], old_score = state[size];
         const float top = new_score > old_score ? new_score : old_score;
         const Floats shrink_old = exponential(fill(old_score - top)), shrink_new = exponential(fill(new_score - top));
         for (int64_t d = 0; d < size; d += LANES) {

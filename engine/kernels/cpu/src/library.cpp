@@ -22,7 +22,7 @@ namespace {
 
 constexpr int SPINS = 512;  // some microseconds
 // Longer than it takes to wake a thread, or the others would be asleep by the time that it is awake.
-constexpr int64_t YIELD_NANOSECONDS = 300'000;
+constexpr int64_t YIELD_NANOSECONDS = 1'000'000;
 
 void pause() {
 #if defined(__x86_64__)

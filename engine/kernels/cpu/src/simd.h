@@ -334,10 +334,10 @@ INLINE int32_t sum_of_lanes(Ints x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 }
 
-// e^x to about one unit in the last place; exactly 0 below -87, and for -infinity; at most e^88.
+// e^x to about one unit in the last place; exactly 0 below -87, and for -infinity; at most e^88; NaN of NaN.
 INLINE Floats exponential(Floats x) {
     const Floats lowest = fill(-87.0f);
-    Floats bounded = minimum(maximum(x, lowest), fill(88.0f));
+    Floats bounded = minimum(fill(88.0f), maximum(lowest, x));  // in this order NaN stays NaN
     Ints n = to_nearest(bounded * fill(1.44269504088896341f));
     Floats whole = to_floats(n);
     Floats r = multiply_add(whole, fill(-0.693359375f), bounded);

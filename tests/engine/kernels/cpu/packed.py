@@ -65,7 +65,9 @@ def random_packed(type_name: str, num_outputs: int, num_inputs: int, seed: int) 
 
 def numbers_of(packed: PackedTensor) -> Tensor:
     """As the `gguf` package reads them."""
-    numbers: Array = gguf.dequantize(packed.data.reshape(packed.shape[0], -1), gguf.GGMLQuantizationType[packed.type_name])
+    numbers: Array = gguf.dequantize(
+        packed.data.reshape(packed.shape[0], -1), gguf.GGMLQuantizationType[packed.type_name]
+    )
     return torch.from_numpy(numbers)
 
 
@@ -91,4 +93,4 @@ def rounded_input(name: str, x: Tensor) -> Tensor:
 
 def grouped(x: Tensor) -> Tensor:
     """[n, K] -> [n, groups, 32], filled up with zeros."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)

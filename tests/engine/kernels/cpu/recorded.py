@@ -8,10 +8,10 @@ from torch import Tensor
 
 from engine.batch import BatchBuilder
 from engine.block_pool import Block
-from engine.kernels import KernelOptions, LayerCache
+from engine.kernels import KernelOptions, LayerCache, LinearOp
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.library import Library
-from engine.kernels.cpu.program import AttentionPlan, Program
+from engine.kernels.cpu.program import Program
 from engine.messages import SamplingParams, Submit
 from engine.request import Scheduled, Step, leader_of
 from tests.choice import library_path
@@ -83,7 +83,7 @@ class Sequences:
         *,
         block_size: int = 16,
         window: int | None = None,
-        max_rows: int = 2048,
+        project: LinearOp | None = None,
         seed: int = SEED,
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = heads
@@ -96,10 +96,10 @@ class Sequences:
         self.block_ids = [ids.tolist() for ids in np.split(shuffled, np.cumsum(num_blocks))[: len(seq_lens)]]
         self.cache = kernels.new_layer_cache(len(shuffled), block_size, self.num_kv_heads, self.head_dim)
         self.forget()
-        self.builder = BatchBuilder(max_rows, 64, max(seq_lens), block_size, CPU)
-        self._record(kernels, table)
+        self.builder = BatchBuilder(2048, 64, max(seq_lens), block_size, CPU)
+        self._record(kernels, table, project)
 
-    def _record(self, kernels: CpuKernels, table: Tensor) -> None:
+    def _record(self, kernels: CpuKernels, table: Tensor, project: LinearOp | None) -> None:
         self.program = Program(kernels.library, kernels.team)
         batch = self.builder.buffers()
         num_rows = self.builder.num_rows.ctypes.data
@@ -109,9 +109,10 @@ class Sequences:
             heads = kernels.gather(table, batch.token_ids).view(-1, sum(sizes), self.head_dim)
             q, k, v = torch.split(heads, sizes, dim=1)
             cos, sin = (kernels.gather(angles, batch.positions) for angles in (self.cos, self.sin))
-            self.plan: AttentionPlan = kernels.plan_attention(batch, self.num_heads, self.num_kv_heads, self.cache)
+            self.plan = kernels.plan_attention(batch, self.num_heads, self.num_kv_heads, self.cache)
             self.q = kernels.rope_and_store_kv(q, k, v, cos, sin, batch.slots, self.cache)
-            self.out = kernels.paged_attention(self.q, self.cache, self.plan, self.head_dim**-0.5, self.window)
+            out = kernels.paged_attention(self.q, self.cache, self.plan, self.head_dim**-0.5, self.window)
+            self.out = out if project is None else project(out.flatten(1))
 
     def forget(self) -> None:
         """As if nothing had been stored, and somebody else's failure had lain there before."""
@@ -123,7 +124,7 @@ class Sequences:
                 scales.fill_(torch.nan)
 
     def step(self, *spans: tuple[int, int, int]) -> list[Tensor]:
-        """Store and attend; the result of each span [rows, query heads, head size]."""
+        """Store and attend; the result of each span [rows, query heads, head size], or its projection."""
         self.builder.build(Step(1, [self._scheduled(*span) for span in spans]))
         self.program.run()
         lengths = [end - start for _, start, end in spans]

@@ -24,7 +24,14 @@ from tests.engine.kernels.cpu.packed import (
     rounded_input,
     rounded_to_int8,
 )
-from tests.engine.kernels.cpu.recorded import MAX_ROWS, Rows, assert_close, assert_rows_are_independent, make_kernels, random_tensor
+from tests.engine.kernels.cpu.recorded import (
+    MAX_ROWS,
+    Rows,
+    assert_close,
+    assert_rows_are_independent,
+    make_kernels,
+    random_tensor,
+)
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 each_code_path = pytest.mark.parametrize("code_path", code_paths())
@@ -95,7 +102,9 @@ def assert_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
 def test_parts_with_bias_and_residual(code_path: str, num_threads: int) -> None:
     """As q, k and v have them where a checkpoint mixes types. A part ends within the vectors that hold the next."""
     kernels = make_kernels(code_path, num_threads)
-    parts = [random_packed(name, size, 256, size) for name, size in [("Q4_1", 33), ("Q4_1", 9), ("Q6_K", 17), ("Q8_0", 70)]]
+    parts = [
+        random_packed(name, size, 256, size) for name, size in [("Q4_1", 33), ("Q4_1", 9), ("Q6_K", 17), ("Q8_0", 70)]
+    ]
     matrix, numbers = kernels.pack(parts), torch.cat([numbers_of(part) for part in parts]).double()
     assert [part.format.name for part in matrix.parts] == ["q4_1", "q6_k", "q8_0"]
     x, bias, residual = random_tensor(0, MAX_ROWS, 256), random_tensor(1, 129), random_tensor(2, MAX_ROWS, 129)
@@ -161,12 +170,40 @@ def test_what_is_not_finite_stays_in_its_row(name: str, code_path: str) -> None:
     x = random_tensor(2, 40, num_inputs)
     good = Rows(kernels, [x], lambda rows, x: linear(x))(range(40))
     bad_rows = [0, 5, 6, 20, 39]
-    for row, column, value in zip(bad_rows, (0, 31, 32, 40, 95), (torch.nan, torch.inf, -torch.inf, -torch.nan, torch.nan), strict=True):
+    for row, column, value in zip(
+        bad_rows, (0, 31, 32, 40, 95), (torch.nan, torch.inf, -torch.inf, -torch.nan, torch.nan), strict=True
+    ):
         x[row, column] = value
     out = Rows(kernels, [x], lambda rows, x: linear(x))(range(40))
     assert not out[bad_rows].isfinite().any()
     others = [row for row in range(40) if row not in bad_rows]
     assert torch.equal(out[others], good[others])
+
+
+@each_code_path
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8"])
+def test_weights_that_are_not_finite_show(name: str, value: float, code_path: str) -> None:
+    """A broken checkpoint must not answer as if it were a whole one."""
+    kernels = make_kernels(code_path, options=options_of(name))
+    weight, _ = random_weight(name, 40, 96, seed=1)
+    assert isinstance(weight, Tensor)
+    x = random_tensor(2, 5, 96)
+
+    def run() -> tuple[Tensor, Tensor]:
+        matrix = kernels.pack([weight])
+        linear = kernels.linear(matrix)
+        out = Rows(kernels, [x], lambda rows, x: linear(x))(range(5))
+        return out, Rows(kernels, [], lambda rows: kernels.embed(rows, matrix))(range(40))
+
+    good, good_embedding = run()
+    weight[33, 40] = value
+    out, embedding = run()
+    others = [column for column in range(40) if column != 33]
+    assert not out[:, 33].isfinite().any()
+    assert not embedding[33].isfinite().all()
+    assert torch.equal(out[:, others], good[:, others])
+    assert torch.equal(embedding[others], good_embedding[others])
 
 
 @each_format
@@ -213,7 +250,9 @@ def test_input_prepared_where_it_is_made(name: str, code_path: str, num_threads:
 def test_one_input_for_products_of_different_forms(code_path: str) -> None:
     kernels = make_kernels(code_path)
     norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
-    products = [kernels.linear(kernels.pack([random_weight(name, 20, 96, 2)[0]])) for name in ("q4_0", "float32", "q8_0")]
+    products = [
+        kernels.linear(kernels.pack([random_weight(name, 20, 96, 2)[0]])) for name in ("q4_0", "float32", "q8_0")
+    ]
 
     def all_of_them(rows: Tensor, x: Tensor) -> Tensor:
         normed = kernels.rms_norm(x, norm, 1e-5)

@@ -1,0 +1,153 @@
+"""All operations in C++ once under sanitizers, on buffers of exactly the size that they may touch.
+
+The buffers come from numpy, each from an allocation of its own, so that a byte too far is seen; those of the product
+lie in large mappings, where it would not be.
+"""
+
+import pytest
+
+from tests.choice import code_paths
+from tests.engine.kernels.cpu.sanitizer import run_sanitized
+
+pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
+
+SETUP = """
+from pathlib import Path
+import numpy as np
+from engine.kernels.cpu import program as calls
+from engine.kernels.cpu.library import Library
+from engine.kernels.cpu.weights import FORMATS, input_row_bytes
+
+rng = np.random.default_rng(5)  # the seed
+library = Library(Path(library_path), {code_path!r})
+team = library.new_team({num_threads})
+kept = []
+
+
+def address(array):
+    kept.append(array)
+    return array.ctypes.data
+
+
+def floats(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def ints(*numbers):
+    return np.array(numbers, dtype=np.int64)
+
+
+def run(name, parameters):
+    program = calls.Program(library, team)
+    program.add(name, parameters)
+    program.run()
+"""
+
+LINEAR = """
+BLOCKS = {"int8": (32, 128), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
+          "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210), "float32": (1, 4), "bfloat16": (1, 2)}
+for name, form in FORMATS.items():
+    block, block_bytes = BLOCKS[name]
+    for num_outputs, num_inputs in [(33, 256), (70, 512), (1, 256)] if block == 256 else [(33, 64), (17, 96), (1, 32)]:
+        if block == 1:
+            num_inputs -= 1
+        data = rng.integers(0, 256, (num_outputs, num_inputs // block * block_bytes), dtype=np.uint8)
+        if name in ("int8", "float32"):
+            data = floats(num_outputs, num_inputs)
+        num_panels, num_groups = -(-num_outputs // 32), -(-num_inputs // form.group)
+        # The panels of a model lie one after the other and are filled up, so whole panels are read.
+        weights = np.zeros(num_panels * num_groups * form.group_bytes, dtype=np.uint8)
+        row_bytes = data.nbytes // num_outputs
+        run("pack_" + name, calls.Pack(address(data), row_bytes, num_inputs, num_outputs, address(weights)))
+        token_ids = ints(num_outputs - 1, 0)
+        run("embed_" + name, calls.Embed(address(ints(2)), address(token_ids), address(weights), num_inputs,
+                                         address(floats(2, num_inputs)), num_inputs))
+        for num_rows in (0, 1, 5, 13):
+            x = floats(max(num_rows, 1), num_inputs)
+            x[0, 0] = np.nan
+            x[-1, -1] = 1e-42
+            size = input_row_bytes(form.form, num_inputs)
+            rows = np.zeros((max(num_rows, 1), size), dtype=np.uint8)
+            count = address(ints(num_rows))
+            run("prepare", calls.Prepare(count, address(x), num_inputs, num_inputs, form.form, address(rows), size))
+            for bias in (None, address(floats(num_outputs))):
+                out = floats(max(num_rows, 1), num_outputs)
+                linear = calls.Linear(count, address(rows), size, address(weights), num_inputs, num_outputs, bias,
+                                      address(out), num_outputs, bias is None)
+                run("linear_" + name, linear)
+"""
+
+ROWS = """
+for size in (1, 31, 64, 577, 1055):
+    for num_rows in (0, 1, 3, 9):
+        count, n = address(ints(num_rows)), max(num_rows, 1)
+        for form in (0, 1, 2):
+            row_bytes = input_row_bytes(form, size)
+            prepared = np.zeros((n, row_bytes), dtype=np.uint8)
+            x, gate_up = floats(n, size), floats(n, 2 * size)
+            gate_up[0, :1] = 1e4
+            out, weight = address(floats(n, size)), address(floats(size))
+            run("rms_norm", calls.RmsNorm(count, address(x), size, size, weight, 1e-5, out, size,
+                                          form, address(prepared), row_bytes))
+            for activation in (0, 1, 2):
+                run("act_and_mul", calls.ActAndMul(count, address(gate_up), 2 * size, size, activation, out, size,
+                                                   form, address(prepared), row_bytes))
+        table = address(floats(4, size))
+        index = address(rng.integers(0, 4, n))
+        run("gather", calls.Gather(count, index, table, size, size, address(floats(n, size)), size))
+"""
+
+ATTENTION = """
+CACHE_TYPES = [(0, np.float32), (1, np.uint16), (2, np.int8)]
+MAX_PARTIALS = 20
+for cache_type, dtype in CACHE_TYPES:
+    for num_kv_heads, group, size, block_size in [(1, 3, 16, 16), (2, 1, 48, 32), (1, 8, 64, 256)]:
+        num_heads, num_blocks, window = num_kv_heads * group, 600 // block_size + 4, 100 if group == 3 else 0
+        keys, values = (np.zeros((num_blocks, num_kv_heads, block_size, size), dtype=dtype) for _ in range(2))
+        scales = [address(np.zeros((num_blocks, num_kv_heads, block_size), dtype=np.float32)) for _ in range(2)]
+        cache = calls.Cache(cache_type, address(keys), address(values), *(scales if cache_type == 2 else (None, None)),
+                            block_size, num_kv_heads, size)
+        tile = max(1, 48 // group) * group
+        for query_lens, seq_lens in [([7, 1], [7, 1]), ([29, 1], [300, 600]), ([1], [513])]:
+            num_rows, width = sum(query_lens), (num_heads + 2 * num_kv_heads) * size
+            tables = np.zeros((len(seq_lens), max(-(-length // block_size) for length in seq_lens)), dtype=np.int64)
+            ids = iter(rng.permutation(num_blocks))
+            for row, length in enumerate(seq_lens):
+                used = -(-length // block_size)
+                tables[row, :used] = [next(ids) for _ in range(used)] if used < num_blocks // 2 else range(used)
+            positions = [(s, p) for s, (q, n) in enumerate(zip(query_lens, seq_lens)) for p in range(n - q, n)]
+            slots = ints(*(tables[s, p // block_size] * block_size + p % block_size for s, p in positions))
+            heads = floats(num_rows, width)
+            heads[0, 0] = np.nan
+            start = address(heads)
+            k, v = start + 4 * num_heads * size, start + 4 * (num_heads + num_kv_heads) * size
+            angles = [address(floats(num_rows, size // 2)) for _ in range(2)]
+            run("rope_and_store_kv", calls.RopeAndStoreKV(address(ints(num_rows)), address(slots), start, k, v, width,
+                                                          num_heads, *angles, cache))
+            partials = np.zeros((MAX_PARTIALS, num_kv_heads, tile, size + 2), dtype=np.float32)
+            scratch = np.zeros((team.num_threads, tile * (2 * size + 2)), dtype=np.float32)
+            plan = calls.AttentionPlan(0, 0, address(np.zeros((num_rows + MAX_PARTIALS, 7), dtype=np.int64)),
+                                       address(np.zeros((MAX_PARTIALS, 2), dtype=np.int64)), MAX_PARTIALS,
+                                       address(partials), address(scratch), scratch.shape[1])
+            lens = [address(ints(*lengths)) for lengths in (query_lens, seq_lens)]
+            run("plan_attention", calls.PlanAttention(address(ints(len(seq_lens))), *lens, num_heads, num_kv_heads,
+                                                      ctypes.addressof(plan)))
+            assert plan.num_items <= num_rows + MAX_PARTIALS
+            for softcap, form in [(0.0, 0), (30.0, 1), (0.0, 2)]:
+                out, row_bytes = floats(num_rows, num_heads * size), input_row_bytes(form, num_heads * size)
+                is_prepared = form > 0 and size % 32 == 0
+                prepared = address(np.zeros((num_rows, row_bytes), dtype=np.uint8)) if is_prepared else None
+                run("paged_attention", calls.PagedAttention(start, width, num_heads, size**-0.5, window, softcap,
+                                                            address(tables), tables.shape[1], ctypes.addressof(plan),
+                                                            cache, address(out), num_heads * size,
+                                                            form, prepared, row_bytes))
+"""
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("code_path", code_paths())
+def test_no_operation_leaves_its_buffers(code_path: str, num_threads: int) -> None:
+    setup = SETUP.format(code_path=code_path, num_threads=num_threads)
+    result = run_sanitized(setup + LINEAR + ROWS + ATTENTION + "print('all done')\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("all done\n")
