@@ -22,11 +22,11 @@ INLINE void quantise_group(Floats low, Floats high, ActivationGroup& out) {
     Ints low_codes = to_nearest(low * inverse), high_codes = to_nearest(high * inverse);
     store_int8(out.codes, low_codes);
     store_int8(out.codes + LANES, high_codes);
+    // The codes of what is not finite are the lowest integers, whose sums may wrap; the scale tells what they are worth.
     const int32_t sums[2] = {sum_of_lanes(low_codes), sum_of_lanes(high_codes)};
     out.scale = largest / 127.0f;
-    out.scaled_sum = out.scale * float(sums[0] + sums[1]);
-    out.negative_sums[0] = -sums[0];
-    out.negative_sums[1] = -sums[1];
+    out.scaled_sum = out.scale * (float(sums[0]) + float(sums[1]));
+    for (int i = 0; i < 2; i++) out.negative_sums[i] = int32_t(0 - uint32_t(sums[i]));
 }
 
 // Writes values[size] in the wanted form, padded with zeros to whole groups or pairs.

@@ -115,14 +115,14 @@ struct BlockQ6_K {
     }
 };
 
-// A row of float32, quantised here as Q8_0 does.
+// A row of float32, quantised here as Q8_0 does. What is not finite makes the scale a NaN.
 struct FloatRow {
     static constexpr int BLOCK = 32, BYTES = 128;
     static void read(const uint8_t* p, uint8_t* codes, float* scales, float*) {
-        float values[BLOCK], largest = 0;
+        float values[BLOCK], largest = 0, zero_or_nan = 0;
         memcpy(values, p, sizeof values);
-        for (float x : values) largest = x > largest ? x : -x > largest ? -x : largest;
-        scales[0] = half_to_float(float_to_half(largest / 127.0f));
+        for (float x : values) largest = x > largest ? x : -x > largest ? -x : largest, zero_or_nan += x * 0.0f;
+        scales[0] = half_to_float(float_to_half((largest + zero_or_nan) / 127.0f));
         const float inverse = scales[0] > 0 ? 1.0f / scales[0] : 0.0f;
         int32_t rounded[BLOCK];
         for (int i = 0; i < BLOCK; i += LANES) {
