@@ -14,32 +14,49 @@ int64_t input_row_bytes(int64_t form, int64_t size) {
     return size * 4;
 }
 
-// 32 numbers as codes of -127..127 times a scale. One that is not finite makes the scale a NaN.
-INLINE void quantise_group(Floats low, Floats high, ActivationGroup& out) {
-    float largest = max_of_lanes(maximum(absolute(low), absolute(high)));
-    if (equal_mask(multiply_add(low, zero(), high * zero()), zero()) != 0xffff) largest = __builtin_nanf("");
-    const Floats inverse = fill(largest > 0 ? 127.0f / largest : 0.0f);
-    Ints low_codes = to_nearest(low * inverse), high_codes = to_nearest(high * inverse);
-    store_int8(out.codes, low_codes);
-    store_int8(out.codes + LANES, high_codes);
+constexpr int64_t FOUR_GROUPS = 4 * ACTIVATION_GROUP;
+
+// The groups of up to 128 numbers: codes of -127..127 times a scale. One that is not finite makes its scale a NaN.
+INLINE void quantise_groups(const float* values, int64_t size, ActivationGroup* out) {
+    Floats x[8];
+    for (int i = 0; i < 8; i++) {
+        const int64_t left = size - i * LANES;
+        x[i] = left >= LANES ? load(values + i * LANES) : left > 0 ? load_some(values + i * LANES, left) : zero();
+    }
+    // Without the sign, numbers and their bits have the same order, and what is not finite comes last.
+    Ints bits[4];
+    for (int g = 0; g < 4; g++) bits[g] = maximum(as_ints(absolute(x[2 * g])), as_ints(absolute(x[2 * g + 1])));
+    const __m128i most = maxima_of_lanes(bits[0], bits[1], bits[2], bits[3]);
+    const __m128i not_finite = _mm_cmpgt_epi32(most, _mm_set1_epi32(0x7f7fffff));
+    const __m128 largest = _mm_castsi128_ps(_mm_or_si128(most, not_finite)), highest_code = _mm_set1_ps(127.0f);
+    const __m128 scale = _mm_div_ps(largest, highest_code);
+    float inverses[4], scales[4], scaled_sums[4];
+    _mm_storeu_ps(inverses, _mm_and_ps(_mm_div_ps(highest_code, largest), _mm_cmpgt_ps(largest, _mm_setzero_ps())));
+    Ints codes[8];
+    for (int i = 0; i < 8; i++) codes[i] = to_nearest(x[i] * fill(inverses[i / 2]));
     // The codes of what is not finite are the lowest integers, whose sums may wrap; the scale tells what they are worth.
-    const int32_t sums[2] = {sum_of_lanes(low_codes), sum_of_lanes(high_codes)};
-    out.scale = largest / 127.0f;
-    out.scaled_sum = out.scale * (float(sums[0]) + float(sums[1]));
-    for (int i = 0; i < 2; i++) out.negative_sums[i] = int32_t(0 - uint32_t(sums[i]));
+    const __m128i low = sums_of_lanes(codes[0], codes[2], codes[4], codes[6]);
+    const __m128i high = sums_of_lanes(codes[1], codes[3], codes[5], codes[7]);
+    int32_t negative_sums[2][4];
+    _mm_storeu_si128((__m128i*)negative_sums[0], _mm_sub_epi32(_mm_setzero_si128(), low));
+    _mm_storeu_si128((__m128i*)negative_sums[1], _mm_sub_epi32(_mm_setzero_si128(), high));
+    _mm_storeu_ps(scales, scale);
+    _mm_storeu_ps(scaled_sums, _mm_mul_ps(scale, _mm_add_ps(_mm_cvtepi32_ps(low), _mm_cvtepi32_ps(high))));
+    for (int64_t g = 0; g * ACTIVATION_GROUP < size; g++) {
+        store_int8(out[g].codes, codes[2 * g]);
+        store_int8(out[g].codes + LANES, codes[2 * g + 1]);
+        out[g].scale = scales[g];
+        out[g].scaled_sum = scaled_sums[g];
+        for (int i = 0; i < 2; i++) out[g].negative_sums[i] = negative_sums[i][g];
+    }
 }
 
 // Writes values[size] in the wanted form, padded with zeros to whole groups or pairs.
 inline void write_input_row(const float* values, int64_t size, int64_t form, uint8_t* out) {
     if (form == INT8_GROUPS) {
         ActivationGroup* groups = (ActivationGroup*)out;
-        for (int64_t k = 0; k < size; k += ACTIVATION_GROUP) {
-            int64_t left = size - k;
-            Floats low = left >= LANES ? load(values + k) : load_some(values + k, left);
-            Floats high = left >= 2 * LANES ? load(values + k + LANES)
-                          : left > LANES ? load_some(values + k + LANES, left - LANES) : zero();
-            quantise_group(low, high, groups[k / ACTIVATION_GROUP]);
-        }
+        for (int64_t k = 0; k < size; k += FOUR_GROUPS)
+            quantise_groups(values + k, min_of(FOUR_GROUPS, size - k), groups + k / ACTIVATION_GROUP);
     } else if (form == BFLOAT16) {
         uint16_t* pairs = (uint16_t*)out;
         int64_t k = 0;

@@ -114,7 +114,8 @@ struct BFloat16Cache {
     static INLINE Vector broadcast(const Query* p) { return {fill_ints(load_int32(p))}; }
     static INLINE Floats add(Floats sum, Vector a, Vector b) { return dot_pairs(sum, a.v, b.v); }
     static INLINE Vector without_second(Vector a) { return {a.v & fill_ints(0xffff)}; }
-    static INLINE Floats round_weight(Floats x, Query* out) { return store_rounded(out, x); }
+    static constexpr float UNIT = 1.44269504088896341f;  // of scores: weights are powers of two
+    static INLINE Floats write_weight(Floats x, Query* out) { return store_rounded(out, rough_power_of_two(x)); }
 };
 
 template <class Element_>
@@ -129,9 +130,11 @@ struct PlainCache {
     static INLINE Vector broadcast(const Query* p) { return {fill(*p)}; }
     static INLINE Floats add(Floats sum, Vector a, Vector b) { return multiply_add(a.v, b.v, sum); }
     static INLINE Vector without_second(Vector a) { return a; }
-    static INLINE Floats round_weight(Floats x, Query* out) {
-        store(out, x);
-        return x;
+    static constexpr float UNIT = 1.0f;
+    static INLINE Floats write_weight(Floats x, Query* out) {
+        const Floats weight = exponential(x);
+        store(out, weight);
+        return weight;
     }
 };
 
@@ -167,11 +170,14 @@ struct Attention {
     const uint8_t* keys_of(int64_t token) const { return p.cache.keys + place(token) * block_bytes(); }
     const uint8_t* values_of(int64_t token) const { return p.cache.values + place(token) * block_bytes(); }
 
-    // The first keys that will be read after the chunk at `start`; null: not known.
-    const uint8_t* keys_after(int64_t start) const {
-        if (start / CHUNK + 1 < item.first_chunk + item.num_chunks) return keys_of(start + CHUNK);
-        if (next == nullptr) return nullptr;
-        const int64_t block = p.block_tables[next->sequence * p.table_stride + next->first_chunk * CHUNK / block_size];
+    // The keys that lie in the chunk after the one at `start` where `token` lies in this one; null: none are known of.
+    const uint8_t* keys_after(int64_t start, int64_t token) const {
+        const bool is_last = start / CHUNK + 1 == item.first_chunk + item.num_chunks;
+        const AttentionItem* after = is_last ? next : &item;
+        if (after == nullptr) return nullptr;
+        token += is_last ? after->first_chunk * CHUNK - start : CHUNK;
+        if (token >= after->first_position + after->num_rows) return nullptr;
+        const int64_t block = p.block_tables[after->sequence * p.table_stride + token / block_size];
         return p.cache.keys + (block * p.cache.num_kv_heads + head) * block_bytes();
     }
 
@@ -224,8 +230,7 @@ struct Attention {
         const Element* keys = (const Element*)p.cache.keys + base * block_size * size + token % block_size * T;
         const float* scales = HAS_SCALES ? p.cache.key_scales + base * block_size + token % block_size : nullptr;
         const uint8_t* ahead = nullptr;
-        if (reads_once && token % block_size == 0)
-            ahead = token + block_size < end ? keys_of(token + block_size) : values_of(begin);
+        if (reads_once && token % block_size == 0) ahead = values_of(token);
         if (two) multiply_keys<ROWS, 2>(keys, queries + packed * size, scales, ahead, scores);
         else multiply_keys<ROWS, 1>(keys, queries + packed * size, scales, ahead, scores);
         return token + (two ? 2 : 1) * LANES;
@@ -240,7 +245,7 @@ struct Attention {
             for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
         for (int64_t d = 0; d < size; d += T) {
             if (ahead)
-                for (int64_t line = 0; line < step_bytes; line += 64) prefetch(ahead + d / T * step_bytes + line);
+                for (int64_t line = 0; line < step_bytes; line += 64) prefetch_to_l2(ahead + d / T * step_bytes + line);
             typename Cache::Vector key[VECTORS];
             for (int v = 0; v < VECTORS; v++) key[v] = Cache::load_vector(keys + d * block_size + v * LANES * T);
             for (int r = 0; r < ROWS; r++) {
@@ -263,13 +268,13 @@ struct Attention {
         Floats top = fill(-INFINITY);
         for (int64_t t = begin; t < rounded_end; t += LANES) top = maximum(load(scores + t - start), top);
         // Scores are scaled on the way: they are capped already, or raw.
-        const Floats scale = fill(p.softcap != 0 ? 1.0f : float(p.scale));
-        highest = max_of_lanes(top * scale);
-        const Floats pivot = fill(highest > -INFINITY ? -highest : 0.0f);
+        const float scale = p.softcap != 0 ? 1.0f : float(p.scale);
+        highest = max_of_lanes(top) * scale;
+        const Floats unit = fill(scale * Cache::UNIT), pivot = fill(highest > -INFINITY ? -highest * Cache::UNIT : 0.0f);
         Floats sum = zero();
         for (int64_t t = begin; t < rounded_end; t += LANES) {
-            Floats x = multiply_add(load(scores + t - start), scale, pivot);
-            sum = sum + Cache::round_weight(exponential(x), weights + t - start);
+            Floats x = multiply_add(load(scores + t - start), unit, pivot);
+            sum = sum + Cache::write_weight(x, weights + t - start);
         }
         return sum_of_lanes(sum);
     }
@@ -299,12 +304,12 @@ struct Attention {
             const int64_t base = place(token), offset = token % block_size, block_end = min_of(end, token - offset + block_size);
             const Element* block = (const Element*)p.cache.values + base * block_size * size + d * T;
             const uint8_t* ahead = nullptr;
-            if (reads_once && d == 0) ahead = block_end < end ? values_of(block_end) : keys_after(start);
+            if (reads_once && d == 0) ahead = keys_after(start, token);
             const int64_t step_bytes = block_bytes() / block_size * T;
             for (; token < block_end; token += T) {
                 if (ahead)
                     for (int64_t line = 0; line < step_bytes; line += 64)
-                        prefetch(ahead + token % block_size / T * step_bytes + line);
+                        prefetch_to_l2(ahead + token % block_size / T * step_bytes + line);
                 const Element* value = block + token % block_size / T * T * size;
                 typename Cache::Vector vectors[VECTORS];
                 for (int v = 0; v < VECTORS; v++) vectors[v] = Cache::load_vector(value + v * LANES * T);

@@ -40,6 +40,13 @@ INLINE void store_tile(const LinearParameters& p, const Floats (&sums)[ROWS][VEC
     }
 }
 
+// Asks for what `store_tile` will write, so that it need not wait.
+template <int ROWS, int VECTORS>
+INLINE void prefetch_tile(const LinearParameters& p, int64_t row, int64_t column) {
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) prefetch(p.output + (row + r) * p.output_stride + column + v * LANES);
+}
+
 template <class Format, int STEP, int ROWS, int VECTORS>
 INLINE void add_step(const uint8_t* vectors, const ActivationGroup* const (&rows)[ROWS], int offset, Ints (&sums)[ROWS][VECTORS]) {
     Bytes codes[VECTORS];
@@ -98,6 +105,7 @@ struct Tile {
     template <int ROWS>
     static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, int64_t ahead) {
         const ActivationGroup* rows[ROWS];
+        prefetch_tile<ROWS, VECTORS>(p, row, column + vector * LANES);
         for (int r = 0; r < ROWS; r++) rows[r] = (const ActivationGroup*)(p.input + (row + r) * p.input_stride);
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++)
@@ -107,7 +115,7 @@ struct Tile {
         for (int64_t g = 0; g < num_groups; g++) {
             for (int half = 0; half < Format::GROUPS_OF_ACTIVATION; half++) {
                 if (ahead)
-                    for (int line = 0; line < Format::GROUP_BYTES; line += 64) prefetch(group + ahead + line);
+                    for (int line = 0; line < Format::GROUP_BYTES; line += 64) prefetch_to_l2(group + ahead + line);
                 add_group<Format, ROWS, VECTORS>(group, vector, half, rows, sums);
                 group += Format::GROUP_BYTES;
             }
@@ -124,6 +132,7 @@ struct Tile<BFloat16> {
 
     template <int ROWS>
     static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, int64_t) {
+        prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
         const int64_t num_pairs = divide_up(p.num_inputs, 2);
@@ -148,6 +157,7 @@ struct Tile<Float32> {
 
     template <int ROWS>
     static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, int64_t) {
+        prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
         const uint8_t* input = p.input + row * p.input_stride;

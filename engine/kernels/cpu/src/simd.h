@@ -86,6 +86,7 @@ INLINE Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 INLINE void store_ints(int32_t* p, Ints x) { _mm512_storeu_si512(p, x.v); }
 INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 INLINE Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+INLINE Ints maximum(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
 INLINE Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
 INLINE Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 template <int N> INLINE Ints shift_left(Ints a) { return {_mm512_slli_epi32(a.v, N)}; }
@@ -139,6 +140,7 @@ INLINE Floats dot_pairs(Floats sum, Ints a, Ints b) {
 #endif
 
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+INLINE void prefetch_to_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 #else  // AVX2: two registers make one vector
 
@@ -202,6 +204,7 @@ INLINE void store_ints(int32_t* p, Ints x) {
 }
 INLINE Ints operator+(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 INLINE Ints operator*(Ints x, Ints y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+INLINE Ints maximum(Ints x, Ints y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
 INLINE Ints operator^(Ints x, Ints y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
 INLINE Ints operator&(Ints x, Ints y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 template <int N> INLINE Ints shift_left(Ints x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
@@ -280,6 +283,7 @@ INLINE Floats dot_pairs(Floats sum, Ints a, Ints b) {
 }
 
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+INLINE void prefetch_to_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 #endif
 
@@ -334,6 +338,24 @@ INLINE int32_t sum_of_lanes(Ints x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 }
 
+// The same of four vectors at once, in four lanes, for integers, whose sums and maxima do not depend on the order.
+INLINE __m128i sums_of_lanes(Ints a, Ints b, Ints c, Ints d) {
+    __m256i ab = _mm256_hadd_epi32(_mm256_add_epi32(low_half(a), high_half(a)), _mm256_add_epi32(low_half(b), high_half(b)));
+    __m256i cd = _mm256_hadd_epi32(_mm256_add_epi32(low_half(c), high_half(c)), _mm256_add_epi32(low_half(d), high_half(d)));
+    __m256i abcd = _mm256_hadd_epi32(ab, cd);
+    return _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+}
+
+INLINE __m256i max_of_halves(Ints x) { return _mm256_max_epi32(low_half(x), high_half(x)); }
+
+INLINE __m128i maxima_of_lanes(Ints a, Ints b, Ints c, Ints d) {
+    __m256i a8 = max_of_halves(a), b8 = max_of_halves(b), c8 = max_of_halves(c), d8 = max_of_halves(d);
+    __m256i ab = _mm256_max_epi32(_mm256_unpacklo_epi32(a8, b8), _mm256_unpackhi_epi32(a8, b8));
+    __m256i cd = _mm256_max_epi32(_mm256_unpacklo_epi32(c8, d8), _mm256_unpackhi_epi32(c8, d8));
+    __m256i abcd = _mm256_max_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+    return _mm_max_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+}
+
 // e^x to about one unit in the last place; exactly 0 below -87, and for -infinity; at most e^88; NaN of NaN.
 INLINE Floats exponential(Floats x) {
     const Floats lowest = fill(-87.0f);
@@ -351,6 +373,19 @@ INLINE Floats exponential(Floats x) {
     p = multiply_add(p, r * r, r + fill(1.0f));
     Floats power = as_floats(shift_left<23>(n + fill_ints(127)));
     return where_less(x, lowest, zero(), p * power);
+}
+
+// 2^x to about 1e-4 of it, for weights that are rounded to bfloat16 afterwards; x at most 127; exactly 0 from -127 down,
+// and for -infinity; NaN of NaN.
+INLINE Floats rough_power_of_two(Floats x) {
+    const Floats shift = fill(12582912.0f);  // 3 * 2^22: what is added to it is rounded, and its low bits hold the integer
+    Floats bounded = maximum(fill(-127.0f), x);
+    Floats shifted = bounded + shift;
+    Floats r = bounded - (shifted - shift);
+    Floats p = multiply_add(fill(5.50090578e-2f), r, fill(2.42210975e-1f));
+    p = multiply_add(p, r, fill(6.93282898e-1f));
+    p = multiply_add(p, r, fill(1.0f));
+    return as_floats(as_ints(p) + shift_left<23>(as_ints(shifted)));
 }
 
 INLINE Floats tanh_of(Floats x) {  // 1 - 2 / (e^2x + 1)
