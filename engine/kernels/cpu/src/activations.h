@@ -87,9 +87,9 @@ inline int64_t grain_of(const Worker& worker, int64_t num_tasks) {
 
 void prepare(const void* parameters, const Worker& worker) {
     const PrepareParameters& p = *(const PrepareParameters*)parameters;
-    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
-    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
-        for (int64_t row = first; row < min_of(first + grain, num_rows); row++)
+    const int64_t num_rows = *p.num_rows;
+    for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
+        for (int64_t row = tasks.first; row < tasks.last; row++)
             write_input_row(p.input + row * p.row_stride, p.size, p.form, p.output + row * p.output_stride);
 }
 

@@ -367,23 +367,23 @@ void attend(const AttentionParameters& p, const Worker& worker) {
     const int64_t num_kv_heads = p.cache.num_kv_heads, group_size = p.num_heads / num_kv_heads, size = p.cache.head_dim;
     const int64_t num_packed = rows_of_item(group_size) * group_size, state_floats = num_packed * (size + 2);
     float* scratch = plan.scratch + worker.index * plan.scratch_stride;
-    // Successive tasks are of one head, so that what a task reads follows on what the last one read.
-    const int64_t num_tasks = plan.num_items * num_kv_heads, grain = grain_of(worker, num_tasks);
-    for (int64_t first; (first = next_task(worker, grain)) < num_tasks;)
-        for (int64_t task = first; task < min_of(first + grain, num_tasks); task++) {
-            const int64_t index = task % plan.num_items, head = task / plan.num_items;
-            const AttentionItem& item = plan.items[index];
-            const AttentionItem* next = index + 1 < plan.num_items && task + 1 < first + grain ? &item + 1 : nullptr;
+    // Head by head, so that what an item reads lies where the last one read.
+    Tasks tasks(worker, plan.num_items, 1, num_kv_heads);
+    while (tasks.next())
+        for (int64_t task = tasks.first; task < tasks.last; task++) {
+            const int64_t head = tasks.round(task);
+            const AttentionItem& item = plan.items[tasks.task(task)];
+            const AttentionItem* next = tasks.is_last_of_round(task) ? nullptr : &item + 1;
             float* states = item.partial < 0 ? scratch : plan.partials + (item.partial * num_kv_heads + head) * state_floats;
             Attention<Cache>(p, item, next, head, states, scratch + state_floats).run();
             if (item.partial < 0) write_attention(p, item, head, states);
         }
     if (plan.num_merges == 0) return;
     barrier(worker);
-    for (int64_t task; (task = next_task(worker, 1)) < plan.num_merges * num_kv_heads;) {
-        const AttentionMerge& merge = plan.merges[task / num_kv_heads];
+    for (Tasks merges(worker, plan.num_merges * num_kv_heads, 1); merges.next();) {
+        const AttentionMerge& merge = plan.merges[merges.first / num_kv_heads];
         const AttentionItem& item = plan.items[merge.first_item];
-        const int64_t head = task % num_kv_heads;
+        const int64_t head = merges.first % num_kv_heads;
         float* states = plan.partials + (item.partial * num_kv_heads + head) * state_floats;
         for (int64_t c = 1; c < merge.num_chunks; c++)
             for (int64_t i = 0; i < item.num_rows * group_size; i++) {

@@ -112,9 +112,9 @@ inline void rope_and_store_row(const StoreParameters& p, int64_t row) {
 
 void rope_and_store_kv(const void* parameters, const Worker& worker) {
     const StoreParameters& p = *(const StoreParameters*)parameters;
-    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
-    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
-        for (int64_t row = first; row < min_of(first + grain, num_rows); row++) rope_and_store_row(p, row);
+    const int64_t num_rows = *p.num_rows;
+    for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
+        for (int64_t row = tasks.first; row < tasks.last; row++) rope_and_store_row(p, row);
 }
 
 }  // namespace

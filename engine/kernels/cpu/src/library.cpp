@@ -46,13 +46,17 @@ int64_t nanoseconds() {
 
 }  // namespace
 
+struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
+};
+
 struct Team {
     int num_threads;
+    Counter* taken;  // how many tasks of each thread's part
     pthread_t* threads;  // the caller's own is not among them
     const Call* calls = nullptr;
     int64_t num_calls = 0;  // -1 ends the threads
     int64_t* durations = nullptr;
-    alignas(64) std::atomic<int64_t> task{0};
     alignas(64) std::atomic<int> num_arrived{0};
     alignas(64) std::atomic<uint32_t> round{0};
     std::atomic<int> num_sleeping{0};
@@ -60,8 +64,29 @@ struct Team {
 
 int num_threads(const Worker& worker) { return worker.team->num_threads; }
 
-int64_t next_task(const Worker& worker, int64_t grain) {
-    return worker.team->task.fetch_add(grain, std::memory_order_relaxed);
+Tasks::Tasks(const Worker& worker, int64_t total, int64_t grain, int64_t rounds)
+    : team(*worker.team), total(total), grain(grain), rounds(rounds) {
+    enter_part(worker.index);
+}
+
+void Tasks::enter_part(int new_part) {
+    part = new_part;
+    begin = total * part / team.num_threads;
+    size = total * (part + 1) / team.num_threads - begin;
+}
+
+bool Tasks::next() {
+    for (; num_finished < team.num_threads; num_finished++, enter_part((part + 1) % team.num_threads)) {
+        std::atomic<int64_t>& taken = team.taken[part].value;
+        const int64_t num_tasks = size * rounds;
+        if (taken.load(std::memory_order_relaxed) >= num_tasks) continue;
+        const int64_t start = taken.fetch_add(grain, std::memory_order_relaxed);
+        if (start >= num_tasks) continue;
+        first = begin + start;
+        last = begin + (start + grain < num_tasks ? start + grain : num_tasks);
+        return true;
+    }
+    return false;
 }
 
 void barrier(const Worker& worker) {
@@ -69,7 +94,7 @@ void barrier(const Worker& worker) {
     uint32_t round = team.round.load(std::memory_order_acquire);
     if (team.num_arrived.fetch_add(1, std::memory_order_acq_rel) == team.num_threads - 1) {
         team.num_arrived.store(0, std::memory_order_relaxed);
-        team.task.store(0, std::memory_order_relaxed);
+        for (int i = 0; i < team.num_threads; i++) team.taken[i].value.store(0, std::memory_order_relaxed);
         team.round.store(round + 1, std::memory_order_seq_cst);
         if (team.num_sleeping.load(std::memory_order_seq_cst)) wake_all(team.round);
         return;
@@ -128,6 +153,7 @@ void* thread_main(void* argument) {
 extern "C" __attribute__((visibility("default"))) Team* lightwell_new_team(int num_threads) {
     Team* team = new Team;
     team->num_threads = num_threads;
+    team->taken = new Counter[num_threads];
     team->threads = new pthread_t[num_threads];
     for (int i = 1; i < num_threads; i++) {
         Start* start = new Start{team, i};
@@ -158,6 +184,7 @@ extern "C" __attribute__((visibility("default"))) void lightwell_run(
 extern "C" __attribute__((visibility("default"))) void lightwell_delete_team(Team* team) {
     lightwell_run(team, nullptr, -1, nullptr);
     for (int i = 1; i < team->num_threads; i++) pthread_join(team->threads[i], nullptr);
+    delete[] team->taken;
     delete[] team->threads;
     delete team;
 }

@@ -202,6 +202,7 @@ inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_
 }
 
 constexpr int64_t TASKS_OF_A_THREAD = 2 * PIECES_OF_A_THREAD;
+constexpr int64_t ROWS_OF_A_THREAD = 32;  // for which it pays to read all weights
 
 template <class Format>
 void linear(const void* parameters, const Worker& worker) {
@@ -210,15 +211,15 @@ void linear(const void* parameters, const Worker& worker) {
     const int64_t num_rows = *p.num_rows;
     if (num_rows == 0) return;
     const int64_t num_panels = divide_up(p.num_outputs, PANEL), panel_bytes = Format::panel_bytes(p.num_inputs);
-    const int64_t wanted_tasks = TASKS_OF_A_THREAD * num_threads(worker);
-    const int64_t num_tiles = divide_up(num_rows, MAX_ROWS);
-    const int64_t row_parts = min_of(num_tiles, max_of(1, wanted_tasks / num_panels));
-    const int64_t part_rows = divide_up(num_tiles, row_parts) * MAX_ROWS;
-    const int64_t num_tasks = num_panels * row_parts, grain = max_of(1, num_tasks / wanted_tasks);
-    for (int64_t first; (first = next_task(worker, grain)) < num_tasks;)
-        for (int64_t task = first; task < min_of(first + grain, num_tasks); task++) {
-            const int64_t panel = task / row_parts, start = task % row_parts * part_rows;
-            const int64_t end = min_of(start + part_rows, num_rows);
+    const int64_t threads = num_threads(worker), wanted_tasks = TASKS_OF_A_THREAD * threads;
+    // Many rows: each thread takes its own. Few: their columns are shared out, and if there are few of these, both.
+    const int64_t num_tiles = divide_up(num_rows, MAX_ROWS), few = min_of(num_tiles, max_of(1, wanted_tasks / num_panels));
+    const int64_t row_parts = num_rows >= threads * ROWS_OF_A_THREAD ? threads : few;
+    const int64_t num_tasks = row_parts * num_panels;
+    for (Tasks tasks(worker, num_tasks, max_of(1, num_tasks / wanted_tasks)); tasks.next();)
+        for (int64_t task = tasks.first; task < tasks.last; task++) {
+            const int64_t panel = task % num_panels, part = task / num_panels;
+            const int64_t start = num_rows * part / row_parts, end = num_rows * (part + 1) / row_parts;
             compute_rows<Format>(p, p.weights + panel * panel_bytes, panel_bytes, panel * PANEL, start, end);
         }
 }
@@ -235,9 +236,9 @@ struct EmbedParameters {
 template <class Format>
 void embed(const void* parameters, const Worker& worker) {
     const EmbedParameters& p = *(const EmbedParameters*)parameters;
-    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
-    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
-        for (int64_t row = first; row < min_of(first + grain, num_rows); row++) {
+    const int64_t num_rows = *p.num_rows;
+    for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
+        for (int64_t row = tasks.first; row < tasks.last; row++) {
             const int64_t token_id = p.token_ids[row];
             const uint8_t* panel = p.weights + token_id / PANEL * Format::panel_bytes(p.size);
             for (int64_t k = 0; k < p.size; k++)

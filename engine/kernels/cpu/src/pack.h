@@ -137,8 +137,9 @@ template <class Format, class Block>
 void pack(const void* parameters, const Worker& worker) {
     const PackParameters& p = *(const PackParameters*)parameters;
     const int64_t panel_bytes = Format::panel_bytes(p.num_inputs);
-    for (int64_t column; (column = next_task(worker, PANEL)) < p.num_outputs;) {
-        uint8_t* panel = p.output + column / PANEL * panel_bytes;
+    for (Tasks tasks(worker, divide_up(p.num_outputs, PANEL), 1); tasks.next();) {
+        const int64_t column = tasks.first * PANEL;
+        uint8_t* panel = p.output + tasks.first * panel_bytes;
         for (int64_t c = 0; c < min_of(PANEL, p.num_outputs - column); c++) {
             const uint8_t* row = p.data + (column + c) * p.row_bytes;
             for (int64_t k = 0; k < p.num_inputs; k += Block::BLOCK, row += Block::BYTES) {
@@ -165,8 +166,9 @@ void pack_plain(const void* parameters, const Worker& worker) {
     const PackParameters& p = *(const PackParameters*)parameters;
     const int64_t panel_bytes = Format::panel_bytes(p.num_inputs);
     constexpr int64_t together = 4 / ELEMENT;
-    for (int64_t column; (column = next_task(worker, PANEL)) < p.num_outputs;) {
-        uint8_t* panel = p.output + column / PANEL * panel_bytes;
+    for (Tasks tasks(worker, divide_up(p.num_outputs, PANEL), 1); tasks.next();) {
+        const int64_t column = tasks.first * PANEL;
+        uint8_t* panel = p.output + tasks.first * panel_bytes;
         for (int64_t c = 0; c < min_of(PANEL, p.num_outputs - column); c++) {
             const uint8_t* row = p.data + (column + c) * p.row_bytes;
             for (int64_t k = 0; k < p.num_inputs; k++)

@@ -17,9 +17,9 @@ struct GatherParameters {
 
 void gather(const void* parameters, const Worker& worker) {
     const GatherParameters& p = *(const GatherParameters*)parameters;
-    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
-    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
-        for (int64_t row = first; row < min_of(first + grain, num_rows); row++)
+    const int64_t num_rows = *p.num_rows;
+    for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
+        for (int64_t row = tasks.first; row < tasks.last; row++)
             memcpy(p.output + row * p.output_stride, p.table + p.row_index[row] * p.table_stride, size_t(p.size) * 4);
 }
 
@@ -66,9 +66,9 @@ inline void rms_norm_row(const RmsNormParameters& p, int64_t row) {
 
 void rms_norm(const void* parameters, const Worker& worker) {
     const RmsNormParameters& p = *(const RmsNormParameters*)parameters;
-    const int64_t num_rows = *p.num_rows, grain = grain_of(worker, num_rows);
-    for (int64_t first; (first = next_task(worker, grain)) < num_rows;)
-        for (int64_t row = first; row < min_of(first + grain, num_rows); row++) rms_norm_row(p, row);
+    const int64_t num_rows = *p.num_rows;
+    for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
+        for (int64_t row = tasks.first; row < tasks.last; row++) rms_norm_row(p, row);
 }
 
 enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2 };  // same numbers in kernels.py
@@ -129,9 +129,8 @@ inline void act_and_mul_piece(const ActAndMulParameters& p, int64_t row, int64_t
 void act_and_mul(const void* parameters, const Worker& worker) {
     const ActAndMulParameters& p = *(const ActAndMulParameters*)parameters;
     const int64_t num_pieces = divide_up(p.size, ACT_PIECE), num_tasks = *p.num_rows * num_pieces;
-    const int64_t grain = grain_of(worker, num_tasks);
-    for (int64_t first; (first = next_task(worker, grain)) < num_tasks;)
-        for (int64_t task = first; task < min_of(first + grain, num_tasks); task++)
+    for (Tasks tasks(worker, num_tasks, grain_of(worker, num_tasks)); tasks.next();)
+        for (int64_t task = tasks.first; task < tasks.last; task++)
             act_and_mul_piece(p, task / num_pieces, task % num_pieces * ACT_PIECE);
 }
 

@@ -418,7 +418,8 @@ void sample(const void* parameters, const Worker& worker) {
     const int64_t num_values = (divide_up(p.vocab_size, LANES) + 2) * LANES;
     float* values = (float*)(p.scratch + worker.index * p.scratch_stride);
     const Counts counts{(int32_t*)(values + 2 * num_values), p.vocab_size};
-    for (int64_t r; (r = next_task(worker, 1)) < p.num_rows;) {
+    for (Tasks tasks(worker, p.num_rows, 1); tasks.next();) {
+        const int64_t r = tasks.first;
         const SampledRow& row = p.rows[r];
         float* x = p.logits + r * p.logits_stride;
         Top top = find_top(x, p.vocab_size);

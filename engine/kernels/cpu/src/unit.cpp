@@ -3,8 +3,8 @@
 #include "team.h"
 
 using lightwell::barrier;
-using lightwell::next_task;
 using lightwell::num_threads;
+using lightwell::Tasks;
 using lightwell::Worker;
 
 #include "attention.h"
