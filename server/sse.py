@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import anyio
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import EventSourceResponse
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.errors import APIError, ServerError, error_event
@@ -15,46 +17,33 @@ from server.errors import APIError, ServerError, error_event
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 15.0
-HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # neither caches nor proxies may hold events back
 
 T = TypeVar("T")
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events that are framed already, with a comment now and then that keeps the connection alive.
+class EventStream(EventSourceResponse):
+    """Server-sent events that are framed already.
 
-    However it ends, the generator is closed and `on_close` is called: a generator that was never started does not run
-    its `finally`, and a client may be gone before the first event.
+    However it ends, `on_close` is called: a generator that was never started does not run its `finally`, and a client
+    may be gone before the first event.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        on_close: Callable[[], None] | None,
-        headers: Mapping[str, str] | None,
+        self, events: AsyncIterator[bytes], on_close: Callable[[], None] | None, headers: Mapping[str, str] | None
     ) -> None:
-        super().__init__(events, headers={**HEADERS, **(headers or {})})
-        self._events = events
+        super().__init__(events, headers=headers, ping=KEEP_ALIVE_SECONDS, ping_message_factory=_keep_alive, sep="\n")
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with aclosing(self._events):
-                await run_until_disconnect(Request(scope, receive), self.stream_response(send))
-        except ClientDisconnect:
-            pass
+            await super().__call__(scope, receive, send)
         finally:
             if self._on_close is not None:
                 self._on_close()
 
-    async def stream_response(self, send: Send) -> None:
-        keep_alive = asyncio.create_task(_keep_alive(send))
-        try:
-            await super().stream_response(send)
-        finally:
-            keep_alive.cancel()
+    async def _listen_for_exit_signal_with_grace(self) -> None:
+        """A stream outlives SIGTERM until it is drained; the server ends it through its events."""
+        await anyio.sleep_forever()
 
 
 def sse_response(
@@ -85,10 +74,8 @@ async def _with_error_event(events: AsyncGenerator[bytes, None], request_id: str
         yield error_event(ServerError(request_id))
 
 
-async def _keep_alive(send: Send) -> None:
-    while True:
-        await asyncio.sleep(KEEP_ALIVE_SECONDS)
-        await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+def _keep_alive() -> ServerSentEvent:
+    return ServerSentEvent(comment="keep-alive", sep="\n")
 
 
 async def run_until_disconnect(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
+from sse_starlette.sse import EventSourceResponse
 from starlette.requests import ClientDisconnect
 
 from server.app import create_app
@@ -245,3 +246,8 @@ def test_a_plain_handler_answers_who_waits(staged_server: RunningServer, stage: 
         connection.sendall(raw_request("GET", "/wait?short"))
         assert read_answer(connection)[2] == b"done"
     assert stage.notes == []
+
+
+def test_the_private_method_that_is_overridden_exists() -> None:
+    """Else the library would end all streams at SIGTERM again, and nothing would say so."""
+    assert asyncio.iscoroutinefunction(EventSourceResponse._listen_for_exit_signal_with_grace)
