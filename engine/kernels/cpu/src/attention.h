@@ -209,7 +209,7 @@ struct Attention {
         if (begin >= end) return;
         float scores[ROWS][CHUNK];
         Query weights[ROWS][CHUNK];
-        for (int64_t token = begin; token < end;) token = add_scores<ROWS>(token, begin, end, packed, &scores[0][token - start]);
+        for (int64_t token = begin; token < end;) token = add_scores<ROWS>(token, end, packed, &scores[0][token - start]);
         float highest[ROWS], sums[ROWS];
         for (int r = 0; r < ROWS; r++)
             sums[r] = softmax(start, begin, end, packed + r, scores[r], weights[r], highest[r]);
@@ -224,7 +224,7 @@ struct Attention {
 
     // Scores of one or two vectors of tokens, which lie in one block. Returns the token after them.
     template <int ROWS>
-    int64_t add_scores(int64_t token, int64_t begin, int64_t end, int64_t packed, float* scores) const {
+    int64_t add_scores(int64_t token, int64_t end, int64_t packed, float* scores) const {
         const bool two = token + LANES < end && token % block_size + LANES < block_size;
         const int64_t base = place(token);
         const Element* keys = (const Element*)p.cache.keys + base * block_size * size + token % block_size * T;
