@@ -1,1 +1,1 @@
-"""Kernels in C++ for processors with AVX2 or AVX-512: the sources in `src`, and what compiles and calls them."""
+"""Kernels in C++ for processors with AVX2, AVX-512 or AMX: the sources in `src`, and what compiles and calls them."""

@@ -72,7 +72,7 @@ class AttentionPlan:
 
 
 class CpuKernels:
-    """C++ kernels for x86-64, with AVX2 or AVX-512."""
+    """C++ kernels for x86-64, with AVX2, AVX-512 or AMX."""
 
     deterministic = True
     vector_dtype = torch.float32

@@ -4,7 +4,7 @@ import ctypes
 import weakref
 from pathlib import Path
 
-CODE_PATHS = ("avx512_bf16", "avx512", "avx2")  # best first
+CODE_PATHS = ("amx", "avx512_bf16", "avx512", "avx2")  # best first
 
 
 class Call(ctypes.Structure):

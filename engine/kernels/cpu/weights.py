@@ -18,6 +18,7 @@ PANEL = 32  # outputs
 FLOAT32, BFLOAT16, INT8_GROUPS = 0, 1, 2  # forms of a product's input, as in activations.h
 ACTIVATION_GROUP = 32  # inputs that share a scale
 ACTIVATION_GROUP_BYTES = 48
+ROW_PADDING = 32  # numbers that rows of bfloat16 are filled up to
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Format:
     form: int
 
 
-_PLAIN = [Format("float32", 1, 128, FLOAT32), Format("bfloat16", 2, 128, BFLOAT16)]
+_PLAIN = [Format("float32", 1, 128, FLOAT32), Format("bfloat16", ROW_PADDING, PANEL * ROW_PADDING * 2, BFLOAT16)]
 # A scale and perhaps a minimum for each output; half precision where the checkpoint has it so, else single.
 _QUANTISED = [
     Format("int8", 32, PANEL * (32 + 2), INT8_GROUPS),
@@ -51,7 +52,7 @@ def input_row_bytes(form: int, size: int) -> int:
     """Bytes of one row of `size` inputs."""
     if form == INT8_GROUPS:
         return -(-size // ACTIVATION_GROUP) * ACTIVATION_GROUP_BYTES
-    return -(-size // 2) * 4 if form == BFLOAT16 else size * 4
+    return -(-size // ROW_PADDING) * ROW_PADDING * 2 if form == BFLOAT16 else size * 4
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ enum InputForm : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8_GROUPS = 2 };
 
 int64_t input_row_bytes(int64_t form, int64_t size) {
     if (form == INT8_GROUPS) return divide_up(size, ACTIVATION_GROUP) * int64_t(sizeof(ActivationGroup));
-    if (form == BFLOAT16) return divide_up(size, 2) * 4;
+    if (form == BFLOAT16) return divide_up(size, ROW_PADDING) * ROW_PADDING * 2;
     return size * 4;
 }
 
@@ -51,18 +51,21 @@ INLINE void quantise_groups(const float* values, int64_t size, ActivationGroup* 
     }
 }
 
-// Writes values[size] in the wanted form, padded with zeros to whole groups or pairs.
+inline void write_bfloat16(const float* values, int64_t size, uint16_t* out) {
+    int64_t k = 0;
+    for (; k + LANES <= size; k += LANES) store_bfloat16(out + k, load(values + k));
+    for (; k < size; k++) out[k] = float_to_bfloat16(values[k]);
+}
+
+// Writes values[size] in the wanted form, filled up with zeros.
 inline void write_input_row(const float* values, int64_t size, int64_t form, uint8_t* out) {
     if (form == INT8_GROUPS) {
         ActivationGroup* groups = (ActivationGroup*)out;
         for (int64_t k = 0; k < size; k += FOUR_GROUPS)
             quantise_groups(values + k, min_of(FOUR_GROUPS, size - k), groups + k / ACTIVATION_GROUP);
     } else if (form == BFLOAT16) {
-        uint16_t* pairs = (uint16_t*)out;
-        int64_t k = 0;
-        for (; k + LANES <= size; k += LANES) store_bfloat16(pairs + k, load(values + k));
-        for (; k < size; k++) pairs[k] = float_to_bfloat16(values[k]);
-        if (size % 2) pairs[size] = 0;
+        write_bfloat16(values, size, (uint16_t*)out);
+        memset(out + 2 * size, 0, size_t(input_row_bytes(BFLOAT16, size) - 2 * size));
     } else {
         memcpy(out, values, size_t(size) * 4);
     }

@@ -107,10 +107,10 @@ struct AttentionParameters {
 struct BFloat16Cache {
     using Element = uint16_t;
     using Query = uint16_t;
-    static constexpr int64_t FORM = BFLOAT16;
     static constexpr int TOGETHER = 2;  // dimensions of a key, or tokens of a value, that a lane takes in at once
     struct Vector { Ints v; };
     static INLINE Vector load_vector(const Element* p) { return {load_ints((const int32_t*)p)}; }
+    static void write_query(const float* q, int64_t size, Query* out) { write_bfloat16(q, size, out); }
     static INLINE Vector broadcast(const Query* p) { return {fill_ints(load_int32(p))}; }
     static INLINE Floats add(Floats sum, Vector a, Vector b) { return dot_pairs(sum, a.v, b.v); }
     static INLINE Vector without_second(Vector a) { return {a.v & fill_ints(0xffff)}; }
@@ -122,10 +122,10 @@ template <class Element_>
 struct PlainCache {
     using Element = Element_;
     using Query = float;
-    static constexpr int64_t FORM = FLOAT32;
     static constexpr int TOGETHER = 1;
     struct Vector { Floats v; };
     static INLINE Vector load_vector(const float* p) { return {load(p)}; }
+    static void write_query(const float* q, int64_t size, Query* out) { memcpy(out, q, size_t(size) * 4); }
     static INLINE Vector load_vector(const int8_t* p) { return {load_int8(p)}; }
     static INLINE Vector broadcast(const Query* p) { return {fill(*p)}; }
     static INLINE Floats add(Floats sum, Vector a, Vector b) { return multiply_add(a.v, b.v, sum); }
@@ -181,14 +181,18 @@ struct Attention {
         return p.cache.keys + (block * p.cache.num_kv_heads + head) * block_bytes();
     }
 
-    void run() {
+    void start() {
         for (int64_t i = 0; i < num_packed(); i++) {
             int64_t row = item.first_row + i / group_size, query_head = head * group_size + i % group_size;
-            write_input_row(p.q + row * p.q_stride + query_head * size, size, Cache::FORM, (uint8_t*)(queries + i * size));
+            Cache::write_query(p.q + row * p.q_stride + query_head * size, size, queries + i * size);
             float* state = states + i * (size + 2);
             memset(state, 0, size_t(size + 2) * 4);
             state[size] = -INFINITY;
         }
+    }
+
+    void run() {
+        start();
         for (int64_t c = item.first_chunk; c < item.first_chunk + item.num_chunks; c++)
             add_chunk<TILE_ROWS>(c * CHUNK, 0);
     }
@@ -361,7 +365,7 @@ inline void write_attention(const AttentionParameters& p, const AttentionItem& i
     }
 }
 
-template <class Cache>
+template <class Kernel>
 void attend(const AttentionParameters& p, const Worker& worker) {
     const AttentionPlan& plan = *p.plan;
     const int64_t num_kv_heads = p.cache.num_kv_heads, group_size = p.num_heads / num_kv_heads, size = p.cache.head_dim;
@@ -375,7 +379,7 @@ void attend(const AttentionParameters& p, const Worker& worker) {
             const AttentionItem& item = plan.items[tasks.task(task)];
             const AttentionItem* next = tasks.is_last_of_round(task) ? nullptr : &item + 1;
             float* states = item.partial < 0 ? scratch : plan.partials + (item.partial * num_kv_heads + head) * state_floats;
-            Attention<Cache>(p, item, next, head, states, scratch + state_floats).run();
+            Kernel(p, item, next, head, states, scratch + state_floats).run();
             if (item.partial < 0) write_attention(p, item, head, states);
         }
     if (plan.num_merges == 0) return;
@@ -388,7 +392,7 @@ void attend(const AttentionParameters& p, const Worker& worker) {
         for (int64_t c = 1; c < merge.num_chunks; c++)
             for (int64_t i = 0; i < item.num_rows * group_size; i++) {
                 const int64_t offset = i * (size + 2);
-                Attention<Cache>::merge(states + c * num_kv_heads * state_floats + offset, size, states + offset);
+                Kernel::merge(states + c * num_kv_heads * state_floats + offset, size, states + offset);
             }
         write_attention(p, item, head, states);
     }
@@ -396,9 +400,9 @@ void attend(const AttentionParameters& p, const Worker& worker) {
 
 void paged_attention(const void* parameters, const Worker& worker) {
     const AttentionParameters& p = *(const AttentionParameters*)parameters;
-    if (p.cache.type == CACHE_BFLOAT16) attend<BFloat16Cache>(p, worker);
-    else if (p.cache.type == CACHE_INT8) attend<PlainCache<int8_t>>(p, worker);
-    else attend<PlainCache<float>>(p, worker);
+    if (p.cache.type == CACHE_BFLOAT16) attend<Attention<BFloat16Cache>>(p, worker);
+    else if (p.cache.type == CACHE_INT8) attend<Attention<PlainCache<int8_t>>>(p, worker);
+    else attend<Attention<PlainCache<float>>>(p, worker);
 }
 
 }  // namespace

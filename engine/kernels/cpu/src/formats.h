@@ -108,6 +108,8 @@ using Q4_K = Quantised<4, 32, Single, -1>;
 using Q5_K = Quantised<5, 32, Single, -1>;
 using Q6_K = Quantised<6, 16, Single, 5>;
 
+constexpr int64_t ROW_PADDING = 32;  // numbers that rows of bfloat16 are filled up to with zeros
+
 struct BFloat16 {
     static constexpr int STEP_BYTES = PANEL * 4;  // two inputs of each column
     static float weight(const uint8_t* panel, int column, int64_t k) {
@@ -115,7 +117,7 @@ struct BFloat16 {
         memcpy(&x, panel + k / 2 * STEP_BYTES + column * 4 + k % 2 * 2, 2);
         return bfloat16_to_float(x);
     }
-    static int64_t panel_bytes(int64_t num_inputs) { return divide_up(num_inputs, 2) * STEP_BYTES; }
+    static int64_t panel_bytes(int64_t num_inputs) { return divide_up(num_inputs, ROW_PADDING) * (ROW_PADDING / 2) * STEP_BYTES; }
 };
 
 struct Float32 {

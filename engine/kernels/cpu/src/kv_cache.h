@@ -56,9 +56,9 @@ INLINE void store_key_value(const CacheParameters& c, int64_t slot, int64_t head
         uint16_t* keys = (uint16_t*)c.keys + base + offset * 2;
         uint16_t* values = (uint16_t*)c.values + base + offset / 2 * size * 2 + offset % 2;
         uint16_t rounded[MAX_HEAD_DIM + LANES];
-        write_input_row(k, size, BFLOAT16, (uint8_t*)rounded);
+        write_bfloat16(k, size, rounded);
         for (int64_t d = 0; d < size; d += 2) memcpy(keys + d * n, rounded + d, 4);
-        write_input_row(v, size, BFLOAT16, (uint8_t*)rounded);
+        write_bfloat16(v, size, rounded);
         for (int64_t d = 0; d < size; d++) values[2 * d] = rounded[d];
     } else if (c.type == CACHE_FLOAT32) {
         for (int64_t d = 0; d < size; d++) ((float*)c.keys)[base + d * n + offset] = k[d];

@@ -5,6 +5,7 @@
 
 #include "functions.h"
 
+#include <cpuid.h>
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
@@ -189,20 +190,35 @@ extern "C" __attribute__((visibility("default"))) void lightwell_delete_team(Tea
     delete team;
 }
 
-// The best code path that this processor has: "avx512_bf16", "avx512", "avx2", or "" for none.
+// Whether the processor has AMX with bfloat16, and the system lets this process use it, for which it must be asked.
+static bool may_use_amx() {
+#if defined(__x86_64__)
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    const bool has_amx_tile = edx >> 24 & 1, has_amx_bf16 = edx >> 22 & 1;
+    return has_amx_tile && has_amx_bf16 && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+
+// The best code path that this processor has: "amx", "avx512_bf16", "avx512", "avx2", or "" for none.
 extern "C" __attribute__((visibility("default"))) const char* lightwell_best_isa() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512_bf16";
-    return avx512 ? "avx512" : avx2 ? "avx2" : "";
+    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (avx512_bf16 && may_use_amx()) return "amx";
+    return avx512_bf16 ? "avx512_bf16" : avx512 ? "avx512" : avx2 ? "avx2" : "";
 }
 
 // The function of that name for a code path; null where there is none.
 extern "C" __attribute__((visibility("default"))) Function lightwell_function(const char* isa, const char* name) {
-    const NamedFunction* functions = strcmp(isa, "avx512_bf16") == 0 ? lightwell_functions_avx512_bf16()
+    const NamedFunction* functions = strcmp(isa, "amx") == 0 ? lightwell_functions_amx()
+                                     : strcmp(isa, "avx512_bf16") == 0 ? lightwell_functions_avx512_bf16()
                                      : strcmp(isa, "avx512") == 0 ? lightwell_functions_avx512()
                                                                   : lightwell_functions_avx2();
     for (; functions->name; functions++)

@@ -204,23 +204,34 @@ inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_
 constexpr int64_t TASKS_OF_A_THREAD = 2 * PIECES_OF_A_THREAD;
 constexpr int64_t ROWS_OF_A_THREAD = 32;  // for which it pays to read all weights
 
+// How a thread computes its rows of a panel: in the vector registers.
 template <class Format>
+struct VectorProducts {
+    static constexpr int64_t MAX_ROWS = Tile<Format>::MAX_ROWS;
+    VectorProducts(const LinearParameters& p) : p(p) {}
+    void compute(const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start, int64_t end) const {
+        compute_rows<Format>(p, panel, panel_bytes, column, start, end);
+    }
+    const LinearParameters& p;
+};
+
+template <class Format, class Products = VectorProducts<Format>>
 void linear(const void* parameters, const Worker& worker) {
     const LinearParameters& p = *(const LinearParameters*)parameters;
-    constexpr int MAX_ROWS = Tile<Format>::MAX_ROWS;
     const int64_t num_rows = *p.num_rows;
     if (num_rows == 0) return;
     const int64_t num_panels = divide_up(p.num_outputs, PANEL), panel_bytes = Format::panel_bytes(p.num_inputs);
     const int64_t threads = num_threads(worker), wanted_tasks = TASKS_OF_A_THREAD * threads;
     // Many rows: each thread takes its own. Few: their columns are shared out, and if there are few of these, both.
-    const int64_t num_tiles = divide_up(num_rows, MAX_ROWS), few = min_of(num_tiles, max_of(1, wanted_tasks / num_panels));
+    const int64_t num_tiles = divide_up(num_rows, Products::MAX_ROWS), few = min_of(num_tiles, max_of(1, wanted_tasks / num_panels));
     const int64_t row_parts = num_rows >= threads * ROWS_OF_A_THREAD ? threads : few;
     const int64_t num_tasks = row_parts * num_panels;
+    Products products(p);
     for (Tasks tasks(worker, num_tasks, max_of(1, num_tasks / wanted_tasks)); tasks.next();)
         for (int64_t task = tasks.first; task < tasks.last; task++) {
             const int64_t panel = task % num_panels, part = task / num_panels;
             const int64_t start = num_rows * part / row_parts, end = num_rows * (part + 1) / row_parts;
-            compute_rows<Format>(p, p.weights + panel * panel_bytes, panel_bytes, panel * PANEL, start, end);
+            products.compute(p.weights + panel * panel_bytes, panel_bytes, panel * PANEL, start, end);
         }
 }
 
