@@ -1,10 +1,10 @@
 """The operations in plain torch: the oracle of the tests, and what runs where there is nothing faster.
 
-Libraries choose another order of additions for few rows than for many, so row counts are padded to what a probe at
-load found to agree. Attention is flash attention (Dao et al. 2022) over a paged cache: keys are cut into tiles of
-fixed length aligned to position 0, visited in ascending order, and merged with the running softmax. A tile that a row
-does not see leaves the row's state as it is, to the bit, so neither the neighbours' lengths nor the size of a chunk nor
-what was cached selects another order of additions.
+Libraries choose another order of additions for few rows than for many, so row counts are padded, or rows are taken in
+pieces, as a probe at load found to agree. Attention is flash attention (Dao et al. 2022) over a paged cache: keys are
+cut into tiles of fixed length aligned to position 0, visited in ascending order, and merged with the running softmax.
+A tile that a row does not see leaves the row's state as it is, to the bit, so neither the neighbours' lengths nor the
+size of a chunk nor what was cached selects another order of additions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
     from engine.model import CausalLM
 
 Product = Callable[[Tensor], Tensor]
+Invariant = Callable[[Product], Product]
 
 KEY_TILE = 256  # keys that one pass of the softmax takes in
 QUERY_TILES = (1, 16, 128)  # tokens of one sequence that are computed together; the smallest that holds them all
 ROW_MULTIPLE = 8  # packed rows of a query tile are padded to it
 ROW_MULTIPLES = (1, 2, 4, 8, 16, 64)  # candidates for padding the rows of a product with weights
-PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 24, 31, 33, 64, 96)
+ROW_PIECE = 64  # rows at a time, where no padding helps
+PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 24, 31, 33, 64, 96, 192, 256, 384)
 PROBE_MAX_ROWS = 192
 PROBE_TILES = (1, 2, 3, 16)  # products that attention computes in one call
 PROBE_RESULTS = 2**18  # numbers that are compared for each number of rows
@@ -82,7 +85,7 @@ class TorchKernels:
         self.formats = f"weights and KV cache {str(dtype).removeprefix('torch.')}"
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
         self.deterministic = True
-        self._row_multiples: dict[tuple[torch.Size, bool], int] = {}  # (weight shape, has a bias) -> padding
+        self._invariants: dict[tuple[torch.Size, bool], Invariant] = {}  # by weight shape and whether there is a bias
         self._query_tiles: dict[tuple[int, int], tuple[int, ...]] = {}  # (G, D) -> sizes that agree
 
     # Matrix products.
@@ -94,31 +97,32 @@ class TorchKernels:
     def linear(self, matrix: Tensor, bias: Tensor | None = None) -> LinearOp:
         key = (matrix.shape, bias is not None)
         product = _packed_product(matrix, bias) if _can_pack(matrix) else _plain_product(matrix, bias)
-        if key not in self._row_multiples:
-            self._row_multiples[key] = self._find_row_multiple(product, matrix.shape[1])
-        multiple = self._row_multiples[key]
-        return _adding(product if multiple == 1 else _padded(product, multiple))
+        if key not in self._invariants:
+            self._invariants[key] = self._find_invariant(product, matrix.shape[1])
+        return _adding(self._invariants[key](product))
 
-    def _find_row_multiple(self, product: Product, num_inputs: int) -> int:
-        """The smallest padding with which a row's result does not depend on the number of rows.
+    def _find_invariant(self, product: Product, num_inputs: int) -> Invariant:
+        """The cheapest way to a result that does not depend on the number of rows.
 
         Another order of additions shows in few of the rounded results, so each number of rows is tried on many rows.
         """
         num_outputs = product(self._random(PROBE_MAX_ROWS, num_inputs)).shape[1]
         most_rows = max(PROBE_MAX_ROWS, min(self.max_num_rows, PROBE_MAX_RESULTS // num_outputs))
         x = self._random(most_rows, num_inputs)
-        expected = product(x)
         num_rows = min(PROBE_MAX_ROWS, -(-PROBE_RESULTS // num_outputs))
-        for multiple in ROW_MULTIPLES:
-            padded = _padded(product, multiple)
+        probes = [rows for rows in PROBE_ROWS if rows <= most_rows]
+        invariants: list[Invariant] = [*(partial(_padded, multiple=multiple) for multiple in ROW_MULTIPLES), _in_pieces]
+        for invariant in invariants:
+            candidate = invariant(product)
+            expected = candidate(x)
             if all(
-                torch.equal(padded(x[first : first + rows]), expected[first : first + rows])
-                for rows in (*PROBE_ROWS, PROBE_MAX_ROWS)
+                torch.equal(candidate(x[first : first + rows]), expected[first : first + rows])
+                for rows in probes
                 for first in range(0, max(1, num_rows - rows + 1), rows)
             ):
-                return multiple
+                return invariant
         self.deterministic = False
-        return 1
+        return partial(_padded, multiple=1)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
@@ -364,6 +368,16 @@ def _padded(product: Product, multiple: int) -> Product:
         return product(F.pad(x, (0, 0, 0, missing)))[: len(x)] if missing else product(x)
 
     return padded
+
+
+def _in_pieces(product: Product) -> Product:
+    """The same product, always over so many rows at a time."""
+    padded = _padded(product, ROW_PIECE)
+
+    def in_pieces(x: Tensor) -> Tensor:
+        return torch.cat([padded(piece) for piece in torch.split(x, ROW_PIECE)])
+
+    return in_pieces
 
 
 def _adding(product: Product) -> LinearOp:

@@ -71,7 +71,7 @@ def test_dtype() -> None:
 def test_limits() -> None:
     limits = choose_limits(EngineConfig(model_path=""), MODEL, CPU)
     assert limits.max_model_len == 4096
-    assert limits.max_num_batched_tokens == 128
+    assert limits.max_num_batched_tokens == 256
     limits = choose_limits(EngineConfig(model_path="", max_model_len=100, max_num_seqs=600), MODEL, CPU)
     assert (limits.max_model_len, limits.max_num_seqs, limits.max_num_batched_tokens) == (100, 600, 600)
 

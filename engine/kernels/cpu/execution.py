@@ -45,6 +45,9 @@ class CpuExecution:
         self.forward_program.run()
 
     def compute_logits(self, rows: Tensor) -> Tensor:
+        """Of any number of rows; those that a step samples fit into the buffer."""
+        if len(rows) > len(self.logit_rows):
+            return torch.cat([self.compute_logits(some).clone() for some in torch.split(rows, len(self.logit_rows))])
         num_rows = len(rows)
         self.logit_rows[:num_rows] = rows
         self.num_logit_rows[0] = num_rows

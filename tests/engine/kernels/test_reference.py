@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(params=DTYPES, ids=["float32", "bfloat16"])
 def kernels(request: pytest.FixtureRequest) -> TorchKernels:
-    return TorchKernels(CPU, request.param)
+    return TorchKernels(CPU, request.param, max_num_rows=512)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -428,9 +428,25 @@ def test_products_that_depend_on_the_number_of_rows_are_padded(monkeypatch: pyte
         assert torch.equal(linear(x[:rows]), exact_product(weight)(x)[:rows])
 
 
-def test_says_so_where_no_padding_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_no_padding_helps_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
         return lambda x: exact_product(weight)(x) + 1e-3 * len(x)
+
+    monkeypatch.setattr(reference, "_plain_product", plain_product)
+    kernels = TorchKernels(CPU, torch.float32, max_num_rows=300)
+    weight, x = random_tensor(0, 8, 16), random_tensor(1, 300, 16)
+    linear = kernels.linear(weight)
+    assert kernels.deterministic
+    for rows in (1, 63, 64, 65, 300):
+        assert torch.equal(linear(x[:rows]), linear(x)[:rows])
+        assert_close(linear(x[:rows]), exact_product(weight)(x)[:rows] + 0.064, torch.float32)
+
+
+def test_says_so_where_neither_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's result depends on its place."""
+
+    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
+        return lambda x: exact_product(weight)(x) + 1e-3 * torch.arange(len(x))[:, None]
 
     monkeypatch.setattr(reference, "_plain_product", plain_product)
     kernels = TorchKernels(CPU, torch.float32)
@@ -438,7 +454,8 @@ def test_says_so_where_no_padding_helps(monkeypatch: pytest.MonkeyPatch) -> None
     weight, x = random_tensor(0, 8, 16), random_tensor(1, 3, 16)
     linear = kernels.linear(weight)
     assert not kernels.deterministic
-    assert_close(linear(x), exact_product(weight)(x) + 3e-3, torch.float32)  # still answers
+    expected = exact_product(weight)(x) + 1e-3 * torch.arange(3)[:, None]
+    assert_close(linear(x), expected, torch.float32)  # still answers
 
 
 def test_says_so_where_attention_products_differ(monkeypatch: pytest.MonkeyPatch) -> None:
