@@ -10,7 +10,6 @@ struct TileAttention : Attention<BFloat16Cache> {
     // Four tiles of sums side by side; queries or weights; keys or values.
     enum { FIRST, SECOND, THIRD, FOURTH, QUERIES, WEIGHTS, KEYS, VALUES };
 
-    const int64_t tokens_of_tile = min_of(block_size, NUMBERS_OF_TILE);  // of values
     int64_t configured_rows = 0;
 
     using Attention::Attention;
@@ -52,10 +51,8 @@ struct TileAttention : Attention<BFloat16Cache> {
         if (num_rows == configured_rows) return;
         configured_rows = num_rows;
         TileConfiguration configuration;
-        for (int tile : {FIRST, SECOND, THIRD, FOURTH, QUERIES}) configuration.set(tile, num_rows);
-        configuration.set(WEIGHTS, num_rows, tokens_of_tile * 2);
-        configuration.set(KEYS, ROWS_OF_TILE);
-        configuration.set(VALUES, tokens_of_tile / 2);
+        for (int tile : {FIRST, SECOND, THIRD, FOURTH, QUERIES, WEIGHTS}) configuration.set(tile, num_rows);
+        for (int tile : {KEYS, VALUES}) configuration.set(tile, ROWS_OF_TILE);
         tile_configure(configuration);
     }
 
@@ -70,7 +67,7 @@ struct TileAttention : Attention<BFloat16Cache> {
     }
 
     void prefetch_values(int64_t token) const {
-        const uint8_t* values = values_of(token) + token % block_size * size * 2;
+        const uint8_t* values = pair_of(token);
         for (int64_t line = 0; line < LANES * size * 2; line += 64) prefetch_to_l2(values + line);
     }
 
@@ -100,15 +97,15 @@ struct TileAttention : Attention<BFloat16Cache> {
     template <int TILES>
     int64_t multiply_values(int64_t start, int64_t begin, int64_t end, const uint16_t* weights, int64_t d, float* values) const {
         zero_sums<TILES>();
-        int64_t stride = size * 4;  // bytes of a pair of tokens
-        for (int64_t token = begin; token < end; token += tokens_of_tile) {
-            const uint8_t* first = values_of(token) + token % block_size / 2 * stride + d * 4;
+        for (int64_t token = begin; token < end; token += NUMBERS_OF_TILE) {
             if (reads_once && d == 0)
                 if (const uint8_t* ahead = keys_after(start, token)) prefetch_keys(ahead, token);
-            alignas(64) uint8_t some[NUMBERS_OF_TILE / 2 * TILES * TILE_BYTES];
-            if (token + tokens_of_tile > end) {  // those after the last may be anything
-                copy_some<TILES>(first, end - token, some);
-                first = some;
+            alignas(64) uint8_t copy[ROWS_OF_TILE * TILES * TILE_BYTES];
+            const uint8_t* first = pair_of(token) + d * 4;
+            int64_t stride = size * 4;
+            if (block_size < NUMBERS_OF_TILE || token + NUMBERS_OF_TILE > end) {
+                copy_values<TILES>(token, end, d, copy);
+                first = copy;
                 stride = TILES * TILE_BYTES;
             }
             tile_load<WEIGHTS>(weights + token - start, CHUNK * 2);
@@ -121,22 +118,26 @@ struct TileAttention : Attention<BFloat16Cache> {
         return d + TILES * LANES;
     }
 
+    // The values of a token and the one after it.
+    const uint8_t* pair_of(int64_t token) const { return values_of(token) + token % block_size * size * 2; }
+
     void prefetch_keys(const uint8_t* block, int64_t token) const {
-        const int64_t bytes = tokens_of_tile * size * 2;
-        const uint8_t* part = block + token % block_size / tokens_of_tile * bytes;
+        const int64_t bytes = min_of(NUMBERS_OF_TILE, block_size) * size * 2;
+        const uint8_t* part = block + token % block_size * size * 2;
         for (int64_t line = 0; line < bytes; line += 64) prefetch_to_l2(part + line);
     }
 
-    // The values of `num_tokens` tokens, then zeros.
+    // One tile's values, of one block or several; those after the last token may be anything, and are taken as zeros.
     template <int TILES>
-    void copy_some(const uint8_t* values, int64_t num_tokens, uint8_t* out) const {
+    void copy_values(int64_t token, int64_t end, int64_t d, uint8_t* out) const {
         constexpr int64_t BYTES = TILES * TILE_BYTES;
-        for (int64_t pair = 0; pair < tokens_of_tile / 2; pair++, values += size * 4, out += BYTES) {
-            if (2 * pair >= num_tokens) {
+        for (int64_t pair = 0; pair < ROWS_OF_TILE; pair++, token += 2, out += BYTES) {
+            if (token >= end) {
                 memset(out, 0, BYTES);
                 continue;
             }
-            const Ints wanted = fill_ints(2 * pair + 1 < num_tokens ? -1 : 0xffff);
+            const uint8_t* values = pair_of(token) + d * 4;
+            const Ints wanted = fill_ints(token + 1 < end ? -1 : 0xffff);
             for (int64_t i = 0; i < BYTES; i += TILE_BYTES)
                 store_ints((int32_t*)(out + i), load_ints((const int32_t*)(values + i)) & wanted);
         }
