@@ -206,6 +206,21 @@ def test_attention_does_not_depend_on_how_it_is_cut(shape: Shape, cache_type: st
 
 @each_code_path
 @each_cache_type
+@pytest.mark.parametrize("window", [None, 37])
+def test_the_size_of_blocks_does_not_matter(window: int | None, cache_type: str, code_path: str) -> None:
+    """To the bit, of a prompt and of single rows after it."""
+    outputs = []
+    for block_size in (16, 32, 64, 256):
+        sequences = Case(Shape(2, 3, 64, block_size, window), cache_type, [301, 45]).sequences(code_path, 2)
+        prompts = sequences.step((0, 0, 299), (1, 0, 43))
+        outputs.append(
+            torch.cat([*prompts, *sequences.step((0, 299, 300), (1, 43, 45)), *sequences.step((0, 300, 301))])
+        )
+    assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
+
+
+@each_code_path
+@each_cache_type
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[6]], ids=str)
 def test_long_contexts_are_shared_by_threads(shape: Shape, cache_type: str, code_path: str) -> None:
     """Few rows of long contexts: threads compute chunks of one, and merge them to the same bits."""
