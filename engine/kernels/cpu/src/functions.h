@@ -16,5 +16,5 @@ extern "C" {
 const lightwell::NamedFunction* lightwell_functions_avx2();
 const lightwell::NamedFunction* lightwell_functions_avx512();
 const lightwell::NamedFunction* lightwell_functions_avx512_bf16();
-const lightwell::NamedFunction* lightwell_functions_amx();
+const lightwell::NamedFunction* lightwell_functions_amx();  // only those that differ from avx512_bf16
 }

@@ -215,15 +215,21 @@ extern "C" __attribute__((visibility("default"))) const char* lightwell_best_isa
     return avx512_bf16 ? "avx512_bf16" : avx512 ? "avx512" : avx2 ? "avx2" : "";
 }
 
-// The function of that name for a code path; null where there is none.
-extern "C" __attribute__((visibility("default"))) Function lightwell_function(const char* isa, const char* name) {
-    const NamedFunction* functions = strcmp(isa, "amx") == 0 ? lightwell_functions_amx()
-                                     : strcmp(isa, "avx512_bf16") == 0 ? lightwell_functions_avx512_bf16()
-                                     : strcmp(isa, "avx512") == 0 ? lightwell_functions_avx512()
-                                                                  : lightwell_functions_avx2();
+static Function find(const NamedFunction* functions, const char* name) {
     for (; functions->name; functions++)
         if (strcmp(functions->name, name) == 0) return functions->function;
     return nullptr;
+}
+
+// The function of that name for a code path; null where there is none.
+extern "C" __attribute__((visibility("default"))) Function lightwell_function(const char* isa, const char* name) {
+    if (strcmp(isa, "amx") == 0) {
+        const Function function = find(lightwell_functions_amx(), name);
+        return function ? function : lightwell_function("avx512_bf16", name);
+    }
+    if (strcmp(isa, "avx512_bf16") == 0) return find(lightwell_functions_avx512_bf16(), name);
+    if (strcmp(isa, "avx512") == 0) return find(lightwell_functions_avx512(), name);
+    return find(lightwell_functions_avx2(), name);
 }
 
 }  // namespace lightwell

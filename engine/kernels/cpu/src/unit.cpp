@@ -21,27 +21,34 @@ using lightwell::Worker;
 
 namespace {
 
-// All but those that the code path of AMX has of its own.
-#define FORMAT(NAME, FORMAT, PACK) {"linear_" NAME, linear<FORMAT>}, {"embed_" NAME, embed<FORMAT>}, {"pack_" NAME, PACK}
-#define FUNCTIONS_OF_ALL                                                                                                 \
-    {"prepare", prepare}, {"gather", gather}, {"rms_norm", rms_norm}, {"act_and_mul", act_and_mul},                      \
-        {"rope_and_store_kv", rope_and_store_kv}, {"plan_attention", plan_attention}, {"sample", sample},                \
-        FORMAT("float32", Float32, (pack_plain<Float32, 4>)), FORMAT("int8", Q8_0, (pack<Q8_0, FloatRow>)),              \
-        FORMAT("q4_0", Q4_0, (pack<Q4_0, BlockQ4_0>)), FORMAT("q4_1", Q4_1, (pack<Q4_1, BlockQ4_1>)),                    \
-        FORMAT("q5_0", Q5_0, (pack<Q5_0, BlockQ5_0>)), FORMAT("q5_1", Q5_1, (pack<Q5_1, BlockQ5_1>)),                    \
-        FORMAT("q8_0", Q8_0, (pack<Q8_0, BlockQ8_0>)), FORMAT("q4_k", Q4_K, (pack<Q4_K, BlockQ4_K>)),                    \
-        FORMAT("q5_k", Q5_K, (pack<Q5_K, BlockQ5_K>)), FORMAT("q6_k", Q6_K, (pack<Q6_K, BlockQ6_K>)),                    \
-        {"embed_bfloat16", embed<BFloat16>}, {"pack_bfloat16", pack_plain<BFloat16, 2>},
-
 constexpr lightwell::NamedFunction FUNCTIONS[] = {
-    FUNCTIONS_OF_ALL{"linear_bfloat16", linear<BFloat16>},
+    {"prepare", prepare},
+    {"gather", gather},
+    {"rms_norm", rms_norm},
+    {"act_and_mul", act_and_mul},
+    {"rope_and_store_kv", rope_and_store_kv},
+    {"plan_attention", plan_attention},
     {"paged_attention", paged_attention},
+    {"sample", sample},
+#define FORMAT(NAME, FORMAT, PACK) {"linear_" NAME, linear<FORMAT>}, {"embed_" NAME, embed<FORMAT>}, {"pack_" NAME, PACK}
+    FORMAT("float32", Float32, (pack_plain<Float32, 4>)),
+    FORMAT("bfloat16", BFloat16, (pack_plain<BFloat16, 2>)),
+    FORMAT("int8", Q8_0, (pack<Q8_0, FloatRow>)),
+    FORMAT("q4_0", Q4_0, (pack<Q4_0, BlockQ4_0>)),
+    FORMAT("q4_1", Q4_1, (pack<Q4_1, BlockQ4_1>)),
+    FORMAT("q5_0", Q5_0, (pack<Q5_0, BlockQ5_0>)),
+    FORMAT("q5_1", Q5_1, (pack<Q5_1, BlockQ5_1>)),
+    FORMAT("q8_0", Q8_0, (pack<Q8_0, BlockQ8_0>)),
+    FORMAT("q4_k", Q4_K, (pack<Q4_K, BlockQ4_K>)),
+    FORMAT("q5_k", Q5_K, (pack<Q5_K, BlockQ5_K>)),
+    FORMAT("q6_k", Q6_K, (pack<Q6_K, BlockQ6_K>)),
+#undef FORMAT
     {nullptr, nullptr},
 };
 
 #ifdef __AVX512BF16__  // the processors that have AMX have that too
-constexpr lightwell::NamedFunction FUNCTIONS_AMX[] = {
-    FUNCTIONS_OF_ALL{"linear_bfloat16", linear<BFloat16, TileProducts>},
+constexpr lightwell::NamedFunction FUNCTIONS_ON_TILES[] = {
+    {"linear_bfloat16", linear<BFloat16, TileProducts>},
     {"paged_attention", paged_attention_on_tiles},
     {nullptr, nullptr},
 };
@@ -55,5 +62,5 @@ constexpr lightwell::NamedFunction FUNCTIONS_AMX[] = {
 extern "C" const lightwell::NamedFunction* TABLE_OF(LIGHTWELL_ISA)() { return FUNCTIONS; }
 
 #ifdef __AVX512BF16__
-extern "C" const lightwell::NamedFunction* lightwell_functions_amx() { return FUNCTIONS_AMX; }
+extern "C" const lightwell::NamedFunction* lightwell_functions_amx() { return FUNCTIONS_ON_TILES; }
 #endif
