@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.request import Step
+
+Lengths: TypeAlias = NDArray[np.int64]  # [S]
 
 
 @dataclass(slots=True)
@@ -19,10 +23,12 @@ class BatchInputs:
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64: block id * block size + offset, where the row's key and value go
-    sample_rows: Tensor  # [R] int64: rows that yield a token
+    hidden_rows: Tensor  # [L] int64: rows whose last hidden state is wanted
+    sample_rows: Tensor  # [R] int64: which of hidden_rows yield a token
     block_tables: Tensor  # [S, max blocks of this step] int64, padded with block 0
-    query_lens: list[int]  # [S] rows of each sequence
-    seq_lens: list[int]  # [S] tokens of each sequence up to and including its last row here
+    query_lens: Lengths  # rows of each sequence
+    hidden_lens: Lengths  # how many of them, counted from the last, are among hidden_rows
+    seq_lens: Lengths  # tokens of each sequence up to and including its last row here
 
 
 class BatchBuilder:
@@ -33,28 +39,39 @@ class BatchBuilder:
     ) -> None:
         self.block_size = block_size
         self.device = device
-        self.num_rows, self.num_seqs = np.zeros((2, 1), dtype=np.int64)
+        self.num_rows, self.num_hidden_rows, self.num_seqs = np.zeros((3, 1), dtype=np.int64)
         # One packed buffer for what has a value for each row, so that a device needs one copy.
-        self.rows = np.zeros((4, max_num_tokens), dtype=np.int64)
+        self.rows = np.zeros((5, max_num_tokens), dtype=np.int64)
         self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
-        self.query_lens, self.seq_lens = np.zeros((2, max_num_seqs), dtype=np.int64)
+        self.query_lens, self.hidden_lens, self.seq_lens = np.zeros((3, max_num_seqs), dtype=np.int64)
 
     def buffers(self) -> BatchInputs:
         """All of the buffers, on a CPU: what batches of any size are part of."""
-        token_ids, positions, slots, sample_rows = torch.from_numpy(self.rows)
-        tables = torch.from_numpy(self.tables)
-        return BatchInputs(token_ids, positions, slots, sample_rows, tables, query_lens=[], seq_lens=[])
+        token_ids, positions, slots, hidden_rows, sample_rows = torch.from_numpy(self.rows)
+        return BatchInputs(
+            token_ids,
+            positions,
+            slots,
+            hidden_rows,
+            sample_rows,
+            torch.from_numpy(self.tables),
+            self.query_lens,
+            self.hidden_lens,
+            self.seq_lens,
+        )
 
     def build(self, step: Step) -> BatchInputs:
+        """What the lengths and the buffers of a CPU hold is overwritten by the next call."""
         num_seqs = len(step.scheduled)
-        query_lens = [item.num_tokens for item in step.scheduled]
-        seq_lens = [item.start + item.num_tokens for item in step.scheduled]
-        self.query_lens[:num_seqs] = query_lens
-        self.seq_lens[:num_seqs] = seq_lens
-        num_rows = sum(query_lens)
-        self.num_rows[0], self.num_seqs[0] = num_rows, num_seqs
+        self.query_lens[:num_seqs] = [item.num_tokens for item in step.scheduled]
+        self.hidden_lens[:num_seqs] = [item.num_hidden for item in step.scheduled]
+        self.seq_lens[:num_seqs] = [item.start + item.num_tokens for item in step.scheduled]
+        num_rows, num_hidden_rows = int(self.query_lens[:num_seqs].sum()), int(self.hidden_lens[:num_seqs].sum())
+        self.num_rows[0], self.num_hidden_rows[0], self.num_seqs[0] = num_rows, num_hidden_rows, num_seqs
         self.rows[0, :num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
-        num_samples = self._fill_sample_rows(step)
+        self.rows[3, :num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
+        sample_rows = last_rows(self.hidden_lens[:num_seqs], np.array([item.num_samples for item in step.scheduled]))
+        self.rows[4, : len(sample_rows)] = sample_rows
         max_blocks = self._fill_tables(step)
         self._fill_positions(num_rows, num_seqs)
         rows = torch.from_numpy(self.rows).to(self.device)
@@ -62,20 +79,13 @@ class BatchBuilder:
             token_ids=rows[0, :num_rows],
             positions=rows[1, :num_rows],
             slots=rows[2, :num_rows],
-            sample_rows=rows[3, :num_samples],
+            hidden_rows=rows[3, :num_hidden_rows],
+            sample_rows=rows[4, : len(sample_rows)],
             block_tables=torch.from_numpy(self.tables[:num_seqs, :max_blocks]).to(self.device),
-            query_lens=query_lens,
-            seq_lens=seq_lens,
+            query_lens=self.query_lens[:num_seqs],
+            hidden_lens=self.hidden_lens[:num_seqs],
+            seq_lens=self.seq_lens[:num_seqs],
         )
-
-    def _fill_sample_rows(self, step: Step) -> int:
-        end = num_samples = 0
-        for item in step.scheduled:
-            end += item.num_tokens
-            for row in range(end - item.num_samples, end):
-                self.rows[3, num_samples] = row
-                num_samples += 1
-        return num_samples
 
     def _fill_tables(self, step: Step) -> int:
         """Returns the largest number of blocks."""
@@ -96,3 +106,9 @@ class BatchBuilder:
         np.add(np.arange(num_rows), np.repeat(seq_lens - query_lens.cumsum(), query_lens), out=positions)
         blocks, offsets = np.divmod(positions, self.block_size)
         np.add(self.tables[sequences, blocks] * self.block_size, offsets, out=self.rows[2, :num_rows])
+
+
+def last_rows(lens: Lengths, nums: Lengths) -> Lengths:
+    """Of runs of so many rows, one after the other, the last few of each: where they are."""
+    rows: Lengths = np.arange(nums.sum()) + np.repeat(lens.cumsum() - nums.cumsum(), nums)
+    return rows

@@ -127,6 +127,11 @@ class Scheduled:
     draft_token_ids: list[int] = field(default_factory=list)
 
     @property
+    def num_hidden(self) -> int:
+        """How many rows, counted from the last, whose last hidden state is wanted."""
+        return self.num_tokens if self.num_prompt_logprobs else self.num_samples
+
+    @property
     def token_ids(self) -> list[int]:
         """What its rows read."""
         num_known = self.num_tokens - len(self.draft_token_ids)

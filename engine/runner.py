@@ -99,7 +99,7 @@ class ModelRunner:
         for item, output in zip(step.scheduled, outputs, strict=True):
             if item.num_prompt_logprobs:
                 output.prompt_logprobs = self._prompt_logprobs(item, first_row)
-            first_row += item.num_tokens
+            first_row += item.num_hidden
 
     def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[TokenLogprobs]:
         num_rows = item.num_prompt_logprobs

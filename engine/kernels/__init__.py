@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.batch import BatchInputs
+from engine.batch import BatchInputs, Lengths
 from engine.request import SampledRequest
 from engine.sampler import SamplerOutput
 from engine.weights import Weight
@@ -65,11 +65,11 @@ class Execution(Protocol):
     """A model made ready to run step after step in the same buffers."""
 
     def forward(self, batch: BatchInputs) -> None:
-        """Compute the last hidden state of every row, and store keys and values."""
+        """Compute the last hidden states of the batch's `hidden_rows`, and store every row's keys and values."""
         ...
 
     def compute_logits(self, rows: Tensor) -> Tensor:
-        """float32 logits [R, V] of some rows (int64 [R]) of the last batch, until the next call."""
+        """float32 logits [R, V] of some (int64 [R]) of the last batch's `hidden_rows`, until the next call."""
         ...
 
 
@@ -134,8 +134,13 @@ class Kernels(Protocol):
         """
         ...
 
-    def plan_attention(self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache) -> Any:
-        """What `paged_attention` needs to know of a batch, worked out once a step rather than once a layer."""
+    def plan_attention(
+        self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
+    ) -> Any:
+        """What `paged_attention` needs to know of the last `query_lens` rows of each sequence of a batch.
+
+        It is worked out once a step rather than once a layer.
+        """
         ...
 
     def paged_attention(self, q: Tensor, cache: LayerCache, plan: Any, scale: float, window: int | None) -> Tensor:

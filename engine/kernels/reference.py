@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.batch import BatchInputs
+from engine.batch import BatchInputs, Lengths
 from engine.kernels import LayerCache, LinearOp
 from engine.memory import lazy_zeros
 from engine.sampler import Sampler
@@ -169,13 +169,15 @@ class TorchKernels:
 
     # Attention.
 
-    def plan_attention(self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache) -> AttentionPlan:
+    def plan_attention(
+        self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
+    ) -> AttentionPlan:
         _, block_size, _, head_dim = cache.keys.shape
         group_size = num_heads // num_kv_heads
         tiles = self._agreeing_query_tiles(group_size, head_dim)
         members: dict[int, list[QueryTile]] = {}
         first_row = 0
-        for index, (query_len, seq_len) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
+        for index, (query_len, seq_len) in enumerate(zip(query_lens.tolist(), batch.seq_lens.tolist(), strict=True)):
             size = next((tile for tile in tiles if tile >= query_len), tiles[-1])
             for offset in range(0, query_len, size):
                 num_rows = min(size, query_len - offset)

@@ -8,6 +8,7 @@ The kernels may run this code for every batch, or once, with tensors that stand 
 operations follow on each other. So it looks at shapes but never at numbers, and all arithmetic is the kernels'.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,11 +47,15 @@ class Attention:
         o = [(f"{prefix}.o_proj", config.hidden_size)]
         self.o_proj = linear(kernels, parameters, o, size, has_bias=config.attention_output_bias)
 
-    def __call__(self, x: Tensor, forward: "Forward", cache: LayerCache, residual: Tensor) -> None:
+    def project(self, x: Tensor, rotation: "Rotation", slots: Tensor, cache: LayerCache) -> Tensor:
+        """The queries of all rows [T, H * D]. Their keys and values go into the cache."""
         heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q = self.kernels.rope_and_store_kv(q, k, v, forward.cos, forward.sin, forward.batch.slots, cache)
-        out = self.kernels.paged_attention(q, cache, forward.attention_plan, self.scale, self.window)
+        return self.kernels.rope_and_store_kv(q, k, v, rotation.cos, rotation.sin, slots, cache).flatten(1)
+
+    def __call__(self, q: Tensor, cache: LayerCache, plan: Any, residual: Tensor) -> None:
+        q = q.view(len(q), self.num_heads, self.head_dim)
+        out = self.kernels.paged_attention(q, cache, plan, self.scale, self.window)
         self.o_proj(out.flatten(1), residual)
 
 
@@ -81,21 +86,23 @@ class DecoderLayer:
         self.post_attention_layernorm = parameters.take(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
         self.mlp = MLP(config, parameters, f"{prefix}.mlp", kernels)
 
-    def __call__(self, residual: Tensor, forward: "Forward", cache: LayerCache) -> None:
+    def project(self, residual: Tensor, rotation: "Rotation", slots: Tensor, cache: LayerCache) -> Tensor:
+        """The first half, which every row needs: its queries; its keys and values in the cache."""
         x = self.kernels.rms_norm(residual, self.input_layernorm, self.eps)
-        self.self_attn(x, forward, cache, residual)
+        return self.self_attn.project(x, rotation, slots, cache)
+
+    def __call__(self, residual: Tensor, q: Tensor, cache: LayerCache, plan: Any) -> None:
+        self.self_attn(q, cache, plan, residual)
         x = self.kernels.rms_norm(residual, self.post_attention_layernorm, self.eps)
         self.mlp(x, residual)
 
 
-class Forward:
-    """What all layers of one forward pass share."""
+@dataclass(frozen=True)
+class Rotation:
+    """cos and sin, float32 [T, D / 2], of each row's position."""
 
-    def __init__(self, batch: BatchInputs, cos: Tensor, sin: Tensor, attention_plan: Any) -> None:
-        self.batch = batch
-        self.cos = cos
-        self.sin = sin
-        self.attention_plan = attention_plan
+    cos: Tensor
+    sin: Tensor
 
 
 class CausalLM:
@@ -129,21 +136,25 @@ class CausalLM:
         parameters.finish()
 
     def forward(self, batch: BatchInputs, kv_cache: KVCache) -> Tensor:
-        """The last hidden state of every row [T, hidden_size]. Stores each row's keys and values."""
+        """The last hidden states [L, hidden_size] of `hidden_rows`. Stores the keys and values of every row."""
         kernels, config = self.kernels, self.config
+        num_heads = (config.num_attention_heads, config.num_key_value_heads)
         x = kernels.embed(batch.token_ids, self.embed_tokens)
-        forward = Forward(
-            batch,
-            cos=kernels.gather(self.rotary.cos, batch.positions),
-            sin=kernels.gather(self.rotary.sin, batch.positions),
-            attention_plan=kernels.plan_attention(
-                batch, config.num_attention_heads, config.num_key_value_heads, kv_cache.layers[0]
-            ),
+        rotation = Rotation(
+            cos=kernels.gather(self.rotary.cos, batch.positions), sin=kernels.gather(self.rotary.sin, batch.positions)
         )
-        for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
+        *layers, (last, last_cache) = zip(self.layers, kv_cache.layers, strict=True)
+        plan = kernels.plan_attention(batch, batch.query_lens, *num_heads, last_cache)
+        for layer, cache in layers:
             with kernels.temporaries():
-                layer(x, forward, cache)
-        return x
+                layer(x, layer.project(x, rotation, batch.slots, cache), cache, plan)
+        # After the last layer's keys and values, nobody reads what becomes of the other rows.
+        hidden = kernels.gather(x, batch.hidden_rows)
+        plan = kernels.plan_attention(batch, batch.hidden_lens, *num_heads, last_cache)
+        with kernels.temporaries():
+            q = kernels.gather(last.project(x, rotation, batch.slots, last_cache), batch.hidden_rows)
+            last(hidden, q, last_cache, plan)
+        return hidden
 
     def compute_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Final norm and LM head: logits [R, num_token_ids] of some rows (int64 [R]) of the hidden states."""

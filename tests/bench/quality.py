@@ -157,7 +157,8 @@ def piece_logits(loaded: LoadedModel, token_ids: list[int], num_skipped: int) ->
     step_tokens = loaded.limits.max_num_batched_tokens
     for start in range(0, len(token_ids), step_tokens):
         num_tokens = min(step_tokens, len(token_ids) - start)
-        runner.execution.forward(runner.builder.build(Step(1, [Scheduled(request, start, num_tokens, num_samples=0)])))
+        item = Scheduled(request, start, num_tokens, num_samples=num_tokens)
+        runner.execution.forward(runner.builder.build(Step(1, [item])))
         for rows in torch.split(torch.arange(max(0, num_skipped - start), num_tokens), LOGIT_ROWS):
             yield runner.execution.compute_logits(rows.to(loaded.device)).cpu()
 

@@ -35,7 +35,8 @@ def steps(draw: st.DrawFn, block_size: int) -> Step:
             num_samples, draft = 1 + num_draft, token_ids[end - num_draft : end]
             del token_ids[end - num_draft :]
         request = make_request(token_ids, block_ids)
-        scheduled.append(Scheduled(request, start, end - start, num_samples, draft_token_ids=draft))
+        num_prompt_logprobs = draw(st.just(0) | st.integers(0, end - start))
+        scheduled.append(Scheduled(request, start, end - start, num_samples, num_prompt_logprobs, draft))
     return Step(1, scheduled)
 
 
@@ -59,9 +60,16 @@ def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
         ]
         ends = [sum(item.num_tokens for item in step.scheduled[: index + 1]) for index in range(len(step.scheduled))]
         sampling = [range(end - item.num_samples, end) for item, end in zip(step.scheduled, ends, strict=True)]
-        assert batch.sample_rows.tolist() == [row for rows in sampling for row in rows]
-        assert batch.query_lens == [item.num_tokens for item in step.scheduled]
-        assert batch.seq_lens == [item.start + item.num_tokens for item in step.scheduled]
+        assert batch.hidden_rows[batch.sample_rows].tolist() == [row for rows in sampling for row in rows]
+        # All rows of a prompt that wants log probabilities, else those that yield a token.
+        wanted = [
+            range(end - (item.num_tokens if item.num_prompt_logprobs else item.num_samples), end)
+            for item, end in zip(step.scheduled, ends, strict=True)
+        ]
+        assert batch.hidden_rows.tolist() == [row for rows in wanted for row in rows]
+        assert batch.hidden_lens.tolist() == [len(rows) for rows in wanted]
+        assert batch.query_lens.tolist() == [item.num_tokens for item in step.scheduled]
+        assert batch.seq_lens.tolist() == [item.start + item.num_tokens for item in step.scheduled]
         most = max(len(item.request.blocks) for item in step.scheduled)
         assert batch.block_tables.tolist() == [
             [block.block_id for block in item.request.blocks] + [0] * (most - len(item.request.blocks))

@@ -25,7 +25,7 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int]) -> Tensor:
     runner = loaded.runner
     execution = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels).execution
     with torch.inference_mode():
-        execution.forward(builder.build(Step(1, [Scheduled(request, 0, len(prompt), num_samples=1)])))
+        execution.forward(builder.build(Step(1, [Scheduled(request, 0, len(prompt), num_samples=len(prompt))])))
         return execution.compute_logits(torch.arange(len(prompt))).clone()
 
 

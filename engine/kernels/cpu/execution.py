@@ -29,6 +29,7 @@ class CpuExecution:
         num_rows = builder.num_rows.ctypes.data
         self.forward_program = Program(kernels.library, kernels.team)
         index_rows = {batch.token_ids.data_ptr(): num_rows, batch.positions.data_ptr(): num_rows}
+        index_rows[batch.hidden_rows.data_ptr()] = builder.num_hidden_rows.ctypes.data
         with kernels.recording(self.forward_program, builder, index_rows):
             hidden = model.forward(batch, kv_cache)
         max_num_seqs = len(batch.block_tables)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.batch import BatchBuilder, BatchInputs
+from engine.batch import BatchBuilder, BatchInputs, Lengths
 from engine.kernels import KernelOptions, LayerCache, LinearOp
 from engine.kernels.cpu import program as calls
 from engine.kernels.cpu.execution import CpuExecution
@@ -285,7 +285,9 @@ class CpuKernels:
         self.program.keep.append(cache)
         return q
 
-    def plan_attention(self, batch: BatchInputs, num_heads: int, num_kv_heads: int, cache: LayerCache) -> AttentionPlan:
+    def plan_attention(
+        self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
+    ) -> AttentionPlan:
         builder = self.builder
         assert builder is not None
         max_items = len(batch.token_ids) + MAX_PARTIALS
@@ -308,8 +310,8 @@ class CpuKernels:
             "plan_attention",
             calls.PlanAttention(
                 num_seqs=builder.num_seqs.ctypes.data,
-                query_lens=builder.query_lens.ctypes.data,
-                seq_lens=builder.seq_lens.ctypes.data,
+                query_lens=query_lens.ctypes.data,
+                seq_lens=batch.seq_lens.ctypes.data,
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
                 plan=ctypes.addressof(plan),

@@ -107,10 +107,12 @@ class Paged:
         tables = [self.block_ids[sequence] + [0] * (most - len(self.block_ids[sequence])) for sequence, _, _ in spans]
         lens = [end - start for _, start, end in spans]
         nothing = torch.empty(0, dtype=torch.int64)  # attention reads only what follows
-        batch = BatchInputs(nothing, nothing, nothing, nothing, torch.tensor(tables), lens, [end for *_, end in spans])
+        query_lens, seq_lens = np.array(lens), np.array([end for *_, end in spans])
+        rows = (nothing, nothing, nothing, nothing, nothing)
+        batch = BatchInputs(*rows, torch.tensor(tables), query_lens, query_lens, seq_lens)
         q = torch.cat([self.q[sequence][start:end] for sequence, start, end in spans])
         shape = self.shape
-        plan = self.kernels.plan_attention(batch, q.shape[1], shape.num_kv_heads, self.cache)
+        plan = self.kernels.plan_attention(batch, query_lens, q.shape[1], shape.num_kv_heads, self.cache)
         out = self.kernels.paged_attention(q, self.cache, plan, shape.scale, shape.window)
         assert out.shape == q.shape
         assert out.dtype == q.dtype

@@ -109,7 +109,7 @@ class Sequences:
             heads = kernels.gather(table, batch.token_ids).view(-1, sum(sizes), self.head_dim)
             q, k, v = torch.split(heads, sizes, dim=1)
             cos, sin = (kernels.gather(angles, batch.positions) for angles in (self.cos, self.sin))
-            self.plan = kernels.plan_attention(batch, self.num_heads, self.num_kv_heads, self.cache)
+            self.plan = kernels.plan_attention(batch, batch.query_lens, self.num_heads, self.num_kv_heads, self.cache)
             self.q = kernels.rope_and_store_kv(q, k, v, cos, sin, batch.slots, self.cache)
             out = kernels.paged_attention(self.q, self.cache, self.plan, self.head_dim**-0.5, self.window)
             self.out = out if project is None else project(out.flatten(1))
