@@ -47,6 +47,26 @@ INLINE void prefetch_tile(const LinearParameters& p, int64_t row, int64_t column
         for (int v = 0; v < VECTORS; v++) prefetch(p.output + (row + r) * p.output_stride + column + v * LANES);
 }
 
+constexpr int64_t STREAM_AHEAD = 4096;  // bytes
+
+// The weights that will be read next, of which some cache lines are asked for at each step of a tile: more at once than
+// the memory delivers in the meantime would keep the processor waiting.
+struct Ahead {
+    const uint8_t* next;
+    int64_t lines;
+
+    // One tile by itself asks for what it soon reads; of several, each for its share of the panel after theirs.
+    template <int LINES_OF_STEP>
+    static Ahead of_tile(const uint8_t* panel, int64_t panel_bytes, int64_t tile, int64_t num_tiles) {
+        if (num_tiles == 1) return {panel + STREAM_AHEAD, LINES_OF_STEP};
+        return {panel + panel_bytes + panel_bytes * tile / num_tiles, divide_up(LINES_OF_STEP, num_tiles)};
+    }
+
+    INLINE void ask() {
+        for (int64_t i = 0; i < lines; i++, next += 64) prefetch_to_l2(next);
+    }
+};
+
 template <class Format, int STEP, int ROWS, int VECTORS>
 INLINE void add_step(const uint8_t* vectors, const ActivationGroup* const (&rows)[ROWS], int offset, Ints (&sums)[ROWS][VECTORS]) {
     Bytes codes[VECTORS];
@@ -101,9 +121,10 @@ template <class Format>
 struct Tile {
     static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 6 : 2;
     static constexpr int VECTORS = NUM_REGISTERS == 32 ? 2 : 1;
+    static constexpr int LINES = (Format::GROUP_BYTES + 63) / 64;  // of a step, which is a group
 
     template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, int64_t ahead) {
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, Ahead ahead) {
         const ActivationGroup* rows[ROWS];
         prefetch_tile<ROWS, VECTORS>(p, row, column + vector * LANES);
         for (int r = 0; r < ROWS; r++) rows[r] = (const ActivationGroup*)(p.input + (row + r) * p.input_stride);
@@ -114,8 +135,7 @@ struct Tile {
         const uint8_t* group = panel;
         for (int64_t g = 0; g < num_groups; g++) {
             for (int half = 0; half < Format::GROUPS_OF_ACTIVATION; half++) {
-                if (ahead)
-                    for (int line = 0; line < Format::GROUP_BYTES; line += 64) prefetch_to_l2(group + ahead + line);
+                ahead.ask();
                 add_group<Format, ROWS, VECTORS>(group, vector, half, rows, sums);
                 group += Format::GROUP_BYTES;
             }
@@ -129,15 +149,17 @@ template <>
 struct Tile<BFloat16> {
     static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 12 : 2;
     static constexpr int VECTORS = 2;
+    static constexpr int LINES = BFloat16::STEP_BYTES / 64;  // of a step
 
     template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, int64_t) {
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Ahead ahead) {
         prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
         const int64_t num_pairs = divide_up(p.num_inputs, 2);
         const uint8_t* input = p.input + row * p.input_stride;
         for (int64_t k = 0; k < num_pairs; k++) {
+            ahead.ask();
             const int32_t* pairs = (const int32_t*)(panel + k * BFloat16::STEP_BYTES);
             Ints low = load_ints(pairs), high = load_ints(pairs + LANES);
             for (int r = 0; r < ROWS; r++) {
@@ -154,14 +176,16 @@ template <>
 struct Tile<Float32> {
     static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 12 : 2;
     static constexpr int VECTORS = 2;
+    static constexpr int LINES = Float32::STEP_BYTES / 64;  // of a step
 
     template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, int64_t) {
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Ahead ahead) {
         prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
         const uint8_t* input = p.input + row * p.input_stride;
         for (int64_t k = 0; k < p.num_inputs; k++) {
+            ahead.ask();
             const float* weights = (const float*)(panel + k * Float32::STEP_BYTES);
             Floats low = load(weights), high = load(weights + LANES);
             for (int r = 0; r < ROWS; r++) {
@@ -174,9 +198,9 @@ struct Tile<Float32> {
     }
 };
 
-// A tile of `num_rows` <= ROWS rows. `ahead` is how far from what it reads lies what will be read next; 0: nothing is.
+// A tile of `num_rows` <= ROWS rows.
 template <class Format, int ROWS>
-inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int64_t num_rows, int64_t ahead) {
+inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int64_t num_rows, Ahead ahead) {
     if constexpr (ROWS > 1) {
         if (num_rows < ROWS) return compute_tile<Format, ROWS - 1>(p, panel, row, column, num_rows, ahead);
     }
@@ -184,10 +208,7 @@ inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_
         Tile<Format>::template compute<ROWS>(p, panel, row, column, vector, ahead);
 }
 
-constexpr int64_t STREAM_AHEAD = 4096;  // bytes
-
-// The rows start..end of a panel, in tiles of nearly the same size. The last of several tiles, for which the panel is in
-// the cache, asks for the next panel.
+// The rows start..end of a panel, in tiles of nearly the same size. Each asks for its share of the next panel.
 template <class Format>
 inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start, int64_t end) {
     constexpr int MAX_ROWS = Tile<Format>::MAX_ROWS;
@@ -195,7 +216,7 @@ inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_
     int64_t row = start;
     for (int64_t tile = 0; tile < num_tiles; tile++) {
         const int64_t num_rows = divide_up(end - row, num_tiles - tile);
-        const int64_t ahead = num_tiles == 1 ? STREAM_AHEAD : tile == num_tiles - 1 ? panel_bytes : 0;
+        const Ahead ahead = Ahead::of_tile<Tile<Format>::LINES>(panel, panel_bytes, tile, num_tiles);
         compute_tile<Format, MAX_ROWS>(p, panel, row, column, num_rows, ahead);
         row += num_rows;
     }

@@ -19,8 +19,10 @@ struct TileProducts {
     ~TileProducts() { tile_release(); }
 
     void compute(const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start, int64_t end) {
-        for (int64_t row = start; row < end; row += MAX_ROWS) {
-            const int64_t num_rows = min_of(MAX_ROWS, end - row), ahead = row + MAX_ROWS >= end ? panel_bytes : 0;
+        const int64_t num_tiles = divide_up(end - start, MAX_ROWS);
+        for (int64_t tile = 0; tile < num_tiles; tile++) {
+            const int64_t row = start + tile * MAX_ROWS, num_rows = min_of(MAX_ROWS, end - row);
+            const Ahead ahead = Ahead::of_tile<STEP_BYTES / 64>(panel, panel_bytes, tile, num_tiles);
             const uint8_t* input = p.input + row * p.input_stride;
             alignas(64) float sums[MAX_ROWS * PANEL];
             configure(num_rows);
@@ -43,9 +45,8 @@ struct TileProducts {
         tile_configure(configuration);
     }
 
-    // Asks for what lies `ahead` of the weights that it reads, unless that is 0.
     template <bool HAS_LOWER>
-    INLINE void multiply(const uint8_t* weights, const uint8_t* input, int64_t ahead, float* sums) const {
+    INLINE void multiply(const uint8_t* weights, const uint8_t* input, Ahead ahead, float* sums) const {
         const int64_t input_stride = p.input_stride;
         const uint8_t* lower_input = input + ROWS_OF_TILE * input_stride;
         tile_zero<UPPER_LEFT>();
@@ -53,8 +54,7 @@ struct TileProducts {
         tile_zero<LOWER_LEFT>();
         tile_zero<LOWER_RIGHT>();
         for (int64_t k = 0; k < p.num_inputs; k += NUMBERS_OF_TILE) {
-            if (ahead)
-                for (int64_t line = 0; line < STEP_BYTES; line += 64) prefetch_to_l2(weights + ahead + line);
+            ahead.ask();
             tile_load<LEFT>(weights, BFloat16::STEP_BYTES);
             tile_load<RIGHT>(weights + TILE_BYTES, BFloat16::STEP_BYTES);
             tile_load<UPPER>(input, input_stride);
