@@ -76,7 +76,7 @@ class MLP:
 
 
 class DecoderLayer:
-    """Attention, then MLP, each of the normed residual stream [T, hidden_size] and added to it in place."""
+    """Attention, then MLP, each of the normed residual stream [rows, hidden_size] and added to it in place."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, prefix: str, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -87,7 +87,7 @@ class DecoderLayer:
         self.mlp = MLP(config, parameters, f"{prefix}.mlp", kernels)
 
     def project(self, residual: Tensor, rotation: "Rotation", slots: Tensor, cache: LayerCache) -> Tensor:
-        """The first half, which every row needs: its queries; its keys and values in the cache."""
+        """What comes before attention: the queries of all rows. Their keys and values go into the cache."""
         x = self.kernels.rms_norm(residual, self.input_layernorm, self.eps)
         return self.self_attn.project(x, rotation, slots, cache)
 
@@ -138,19 +138,19 @@ class CausalLM:
     def forward(self, batch: BatchInputs, kv_cache: KVCache) -> Tensor:
         """The last hidden states [L, hidden_size] of `hidden_rows`. Stores the keys and values of every row."""
         kernels, config = self.kernels, self.config
-        num_heads = (config.num_attention_heads, config.num_key_value_heads)
+        heads = (config.num_attention_heads, config.num_key_value_heads)
         x = kernels.embed(batch.token_ids, self.embed_tokens)
         rotation = Rotation(
             cos=kernels.gather(self.rotary.cos, batch.positions), sin=kernels.gather(self.rotary.sin, batch.positions)
         )
         *layers, (last, last_cache) = zip(self.layers, kv_cache.layers, strict=True)
-        plan = kernels.plan_attention(batch, batch.query_lens, *num_heads, last_cache)
+        plan = kernels.plan_attention(batch, batch.query_lens, *heads, last_cache)
         for layer, cache in layers:
             with kernels.temporaries():
                 layer(x, layer.project(x, rotation, batch.slots, cache), cache, plan)
         # After the last layer's keys and values, nobody reads what becomes of the other rows.
         hidden = kernels.gather(x, batch.hidden_rows)
-        plan = kernels.plan_attention(batch, batch.hidden_lens, *num_heads, last_cache)
+        plan = kernels.plan_attention(batch, batch.hidden_lens, *heads, last_cache)
         with kernels.temporaries():
             q = kernels.gather(last.project(x, rotation, batch.slots, last_cache), batch.hidden_rows)
             last(hidden, q, last_cache, plan)

@@ -185,6 +185,18 @@ def test_prompt_logprobs_of_chunks_equal_those_in_one_piece(loaded: LoadedModel)
             assert answers[name].token_ids == expected.token_ids
 
 
+def test_log_probabilities_of_the_prompt_change_no_token(loaded: LoadedModel) -> None:
+    """The last layer computes more rows where they are wanted."""
+    lengths = (1, 64, 65, 150)
+    plain = [submit(f"r{n}", prompt_of(n, n), logprobs=3, seed=5) for n in lengths]
+    with_prompt = [submit(f"r{n}", prompt_of(n, n), logprobs=3, seed=5, prompt_logprobs=2) for n in lengths]
+    expected = run(make_engine(loaded, 40), plain)
+    for submits in (with_prompt, [*with_prompt[:2], *plain[2:]]):
+        answers = run(make_engine(loaded, 40), submits)
+        for name, answer in answers.items():
+            assert (answer.token_ids, answer.logprobs) == (expected[name].token_ids, expected[name].logprobs), name
+
+
 @pytest.mark.parametrize("formats", ["float32", "torch float32"])
 def test_logprobs_are_those_of_transformers(folder: Path, model: LlamaForCausalLM, formats: str) -> None:
     loaded = load(folder, formats)

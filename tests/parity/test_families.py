@@ -43,6 +43,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "as many KV heads as heads": {"num_key_value_heads": 4},
     "two heads to a KV head": {"num_key_value_heads": 2},
     "one KV head": {"num_key_value_heads": 1, "num_hidden_layers": 3},
+    "one layer": {"num_hidden_layers": 1},
     "tied": {"tie_word_embeddings": True},
     "attention bias": {"attention_bias": True},
     "MLP bias": {"mlp_bias": True},

@@ -63,6 +63,7 @@ class Buffer:
     tensor: Tensor
     producer: ctypes.Structure | None = None  # the call that fills it, if that can also prepare it for a product
     prepared: tuple[int, Tensor] | None = None  # form, and the same rows in it
+    is_read: bool = False  # as float32
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ class CpuKernels:
         self.packer = Packer(library, self.team, options.dtype, to_int8=options.quantization == "int8")
         self.program = Program(library, self.team)
         self.builder: BatchBuilder | None = None
-        self._buffers: dict[int, Buffer] = {}  # by the address of the storage
+        self._buffers: dict[int, Buffer] = {}  # by the address of the storage, the newest of each
+        self._prepared_only: list[Buffer] = []  # by their producer, unless they are read as float32 too
+        self._attention_buffers: dict[str, Tensor] = {}
         self._index_rows: dict[int, int] = {}  # address of an index -> where its length is read
-        self._pool: dict[tuple[int, torch.Size], Tensor] = {}  # of temporaries, by order and shape
+        self._pool: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}  # of temporaries, by order
         self._num_temporaries: int | None = None
 
     @property
@@ -139,7 +142,7 @@ class CpuKernels:
     def _prepared(self, x: Tensor, source: Buffer, form: int) -> tuple[int, int]:
         """Address and bytes of the rows of x in the form that a product wants."""
         if form == FLOAT32:
-            return x.data_ptr(), 4 * x.stride(0)
+            return self._read(x), 4 * x.stride(0)
         size = x.shape[1]
         if source.prepared is None or source.prepared[0] != form:
             prepared = self._temporary(torch.Size((x.shape[0], input_row_bytes(form, size))), torch.uint8)
@@ -147,12 +150,13 @@ class CpuKernels:
                 source.producer.form = form
                 source.producer.prepared = prepared.data_ptr()
                 source.producer.prepared_stride = prepared.stride(0)
+                self._prepared_only.append(source)
             else:
                 self.program.add(
                     "prepare",
                     calls.Prepare(
                         num_rows=source.num_rows,
-                        input=x.data_ptr(),
+                        input=self._read(x),
                         row_stride=x.stride(0),
                         size=size,
                         form=form,
@@ -189,7 +193,7 @@ class CpuKernels:
             calls.Gather(
                 num_rows=out.num_rows,
                 row_index=rows.data_ptr(),
-                table=table.data_ptr(),
+                table=self._read(table),
                 table_stride=table.stride(0),
                 size=table.shape[1],
                 output=out.tensor.data_ptr(),
@@ -204,7 +208,7 @@ class CpuKernels:
         out = self._new(source.num_rows, *x.shape)
         out.producer = calls.RmsNorm(
             num_rows=source.num_rows,
-            input=x.data_ptr(),
+            input=self._read(x),
             input_stride=x.stride(0),
             size=x.shape[1],
             weight=weight.data_ptr(),
@@ -222,7 +226,7 @@ class CpuKernels:
         out = self._new(source.num_rows, len(gate_up), size)
         out.producer = calls.ActAndMul(
             num_rows=source.num_rows,
-            gate_up=gate_up.data_ptr(),
+            gate_up=self._read(gate_up),
             input_stride=gate_up.stride(0),
             size=size,
             activation=ACTIVATIONS[activation],
@@ -272,9 +276,9 @@ class CpuKernels:
             calls.RopeAndStoreKV(
                 num_rows=self._buffer(q).num_rows,
                 slots=slots.data_ptr(),
-                q=q.data_ptr(),
-                k=k.data_ptr(),
-                v=v.data_ptr(),
+                q=self._read(q),
+                k=self._read(k),
+                v=self._read(v),
                 row_stride=q.stride(0),
                 num_heads=q.shape[1],
                 cos=cos.data_ptr(),
@@ -294,17 +298,22 @@ class CpuKernels:
         head_dim = self._cache(cache).head_dim
         group_size = num_heads // num_kv_heads
         num_packed = max(1, MAX_PACKED // group_size) * group_size
-        items = lazy_zeros((max_items, 7), torch.int64)
-        merges = lazy_zeros((MAX_PARTIALS, 2), torch.int64)
-        partials = lazy_zeros((MAX_PARTIALS, num_kv_heads, num_packed, head_dim + 2), torch.float32)
-        scratch = lazy_zeros((self.team.num_threads, num_packed * (2 * head_dim + 2) + LANES), torch.float32)
+        # Plans are worked out when the one before is done with.
+        buffers = self._attention_buffers
+        if not buffers:
+            buffers["items"] = lazy_zeros((max_items, 7), torch.int64)
+            buffers["merges"] = lazy_zeros((MAX_PARTIALS, 2), torch.int64)
+            shape = (MAX_PARTIALS, num_kv_heads, num_packed, head_dim + 2)
+            buffers["partials"] = lazy_zeros(shape, torch.float32)
+            scratch_size = num_packed * (2 * head_dim + 2) + LANES
+            buffers["scratch"] = lazy_zeros((self.team.num_threads, scratch_size), torch.float32)
         plan = calls.AttentionPlan(
-            items=items.data_ptr(),
-            merges=merges.data_ptr(),
+            items=buffers["items"].data_ptr(),
+            merges=buffers["merges"].data_ptr(),
             max_partials=MAX_PARTIALS,
-            partials=partials.data_ptr(),
-            scratch=scratch.data_ptr(),
-            scratch_stride=scratch.stride(0),
+            partials=buffers["partials"].data_ptr(),
+            scratch=buffers["scratch"].data_ptr(),
+            scratch_stride=buffers["scratch"].stride(0),
         )
         self.program.add(
             "plan_attention",
@@ -317,7 +326,7 @@ class CpuKernels:
                 plan=ctypes.addressof(plan),
             ),
         )
-        self.program.keep += [items, merges, partials, scratch]
+        self.program.keep += [plan, buffers]
         return AttentionPlan(plan, batch.block_tables)
 
     def paged_attention(
@@ -325,7 +334,7 @@ class CpuKernels:
     ) -> Tensor:
         out = self._new(self._buffer(q).num_rows, *q.shape)
         parameters = calls.PagedAttention(
-            q=q.data_ptr(),
+            q=self._read(q),
             q_stride=q.stride(0),
             num_heads=q.shape[1],
             scale=scale,
@@ -356,12 +365,15 @@ class CpuKernels:
     def recording(self, program: Program, builder: BatchBuilder, index_rows: dict[int, int]) -> Iterator[None]:
         """Operations add their calls to `program`; `index_rows` says where lengths of its index tensors are read."""
         self.program, self.builder, self._index_rows = program, builder, index_rows
-        self._pool = {}
+        self._pool, self._attention_buffers = {}, {}
         try:
             yield
+            for buffer in self._prepared_only:
+                if not buffer.is_read and buffer.producer is not None:
+                    buffer.producer.output = None
         finally:
             program.keep += [self._pool, self._buffers]
-            self._buffers = {}
+            self._buffers, self._prepared_only = {}, []
             self.program = Program(self.library, self.team)
 
     @contextmanager
@@ -376,7 +388,7 @@ class CpuKernels:
     def _temporary(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if self._num_temporaries is None:
             return lazy_zeros(tuple(shape), dtype)
-        key = (self._num_temporaries, shape)
+        key = (self._num_temporaries, shape, dtype)
         self._num_temporaries += 1
         if key not in self._pool:
             self._pool[key] = lazy_zeros(tuple(shape), dtype)
@@ -387,6 +399,12 @@ class CpuKernels:
         buffer = Buffer(num_rows, tensor)
         self._buffers[tensor.untyped_storage().data_ptr()] = buffer
         return buffer
+
+    def _read(self, tensor: Tensor) -> int:
+        """Address of what an operation reads as float32."""
+        if buffer := self._buffers.get(tensor.untyped_storage().data_ptr()):
+            buffer.is_read = True
+        return tensor.data_ptr()
 
     def _buffer(self, tensor: Tensor) -> Buffer:
         return self._buffers[tensor.untyped_storage().data_ptr()]

@@ -95,7 +95,7 @@ struct AttentionParameters {
     int64_t table_stride;
     const AttentionPlan* plan;
     CacheParameters cache;
-    float* output;
+    float* output;  // or null
     int64_t output_stride;
     int64_t form;  // of `prepared`
     uint8_t* prepared;  // the same as the next product wants it, or null; needs D to be whole groups
@@ -357,7 +357,8 @@ inline void write_attention(const AttentionParameters& p, const AttentionItem& i
     for (int64_t i = 0; i < item.num_rows * group_size; i++) {
         const float* state = states + i * (size + 2);
         const int64_t row = item.first_row + i / group_size, first = (head * group_size + i % group_size) * size;
-        float* out = p.output + row * p.output_stride + first;
+        float prepared_only[MAX_HEAD_DIM];
+        float* out = p.output ? p.output + row * p.output_stride + first : prepared_only;
         const Floats sum = fill(state[size + 1]);
         for (int64_t d = 0; d < size; d += LANES) store(out + d, load(state + d) / sum);
         if (p.prepared)

@@ -190,6 +190,11 @@ extern "C" __attribute__((visibility("default"))) void lightwell_delete_team(Tea
     delete team;
 }
 
+static bool has_f16c() {  // which not every compiler's __builtin_cpu_supports knows
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+
 // Whether the processor has AMX with bfloat16, and the system lets this process use it, for which it must be asked.
 static bool may_use_amx() {
 #if defined(__x86_64__)
@@ -206,7 +211,8 @@ static bool may_use_amx() {
 // The best code path that this processor has: "amx", "avx512_bf16", "avx512", "avx2", or "" for none.
 extern "C" __attribute__((visibility("default"))) const char* lightwell_best_isa() {
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");

@@ -55,11 +55,13 @@ struct Ahead {
     const uint8_t* next;
     int64_t lines;
 
-    // One tile by itself asks for what it soon reads; of several, each for its share of the panel after theirs.
+    // One tile by itself asks for what it soon reads; several share out the panel after theirs.
     template <int LINES_OF_STEP>
     static Ahead of_tile(const uint8_t* panel, int64_t panel_bytes, int64_t tile, int64_t num_tiles) {
         if (num_tiles == 1) return {panel + STREAM_AHEAD, LINES_OF_STEP};
-        return {panel + panel_bytes + panel_bytes * tile / num_tiles, divide_up(LINES_OF_STEP, num_tiles)};
+        const int64_t num_shares = min_of(num_tiles, LINES_OF_STEP);
+        if (tile >= num_shares) return {panel, 0};
+        return {panel + panel_bytes + panel_bytes * tile / num_shares, divide_up(LINES_OF_STEP, num_shares)};
     }
 
     INLINE void ask() {
@@ -84,8 +86,9 @@ INLINE void add_group(const uint8_t* group, int vector, int half, const Activati
     for (int r = 0; r < ROWS; r++) {
         Ints start = zero_ints();
         if constexpr (!Format::HAS_MINIMUM) {  // codes are taken as they are; the zero point counts once
-            int32_t negative = Format::GROUP == 16 ? rows[r]->negative_sums[half] : rows[r]->negative_sums[0] + rows[r]->negative_sums[1];
-            start = fill_ints(int32_t(uint32_t(negative) << Format::ZERO_SHIFT));
+            uint32_t negative = uint32_t(rows[r]->negative_sums[half]);
+            if (Format::GROUP == 32) negative += uint32_t(rows[r]->negative_sums[1]);
+            start = fill_ints(int32_t(negative << Format::ZERO_SHIFT));
         }
         for (int v = 0; v < VECTORS; v++) products[r][v] = start;
     }
@@ -205,10 +208,10 @@ inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_
         if (num_rows < ROWS) return compute_tile<Format, ROWS - 1>(p, panel, row, column, num_rows, ahead);
     }
     for (int vector = 0; vector < 2; vector += Tile<Format>::VECTORS)
-        Tile<Format>::template compute<ROWS>(p, panel, row, column, vector, ahead);
+        Tile<Format>::template compute<ROWS>(p, panel, row, column, vector, vector == 0 ? ahead : Ahead{panel, 0});
 }
 
-// The rows start..end of a panel, in tiles of nearly the same size. Each asks for its share of the next panel.
+// The rows start..end of a panel, in tiles of nearly the same size.
 template <class Format>
 inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start, int64_t end) {
     constexpr int MAX_ROWS = Tile<Format>::MAX_ROWS;

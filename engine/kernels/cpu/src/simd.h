@@ -295,8 +295,9 @@ INLINE Floats store_rounded(uint16_t* p, Floats x) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16))};
 #else
     const Ints bits = as_ints(x), odd = shift_right<16>(bits) & fill_ints(1);
-    const Ints rounded = bits + fill_ints(0x7fff) + odd;
-    // Rounding could make another number of a NaN, but not of one made by arithmetic.
+    // What is not finite is doubled instead, which leaves infinities and makes NaNs quiet: rounding can make any number of one.
+    const Floats nearest = as_floats(bits + fill_ints(0x7fff) + odd);
+    const Ints rounded = as_ints(where_less(absolute(x), fill(__builtin_inff()), nearest, x + x));
     store_bfloat16_bits(p, shift_right<16>(rounded));
     return as_floats(rounded & fill_ints(int32_t(0xffff0000)));
 #endif

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.kernels import KernelOptions, LinearOp
 from engine.kernels.cpu.kernels import CpuKernels
+from engine.kernels.cpu.program import PagedAttention
 from tests.choice import code_paths
 from tests.engine.kernels.cpu.packed import random_weight
 from tests.engine.kernels.cpu.recorded import Rows, Sequences, assert_close, make_kernels, random_tensor, slots_of
@@ -91,14 +92,15 @@ class Case:
         cos, sin = (angles[:length, None].double() for angles in (sequences.cos, sequences.sin))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def expected(self, sequences: Sequences, span: Span) -> Tensor:
+    def expected(self, sequences: Sequences, span: Span, softcap: float = 0.0) -> Tensor:
         """What lies in the cache is taken as it is; `test_rope_and_store_kv` looks at that."""
         sequence, start, end = span
         q, k, v = self.rotated(sequences, sequence)
         if self.cache_type != "float32":
             heads = [slots_of(sequences.cache, head, sequences.block_ids[sequence], end) for head in range(k.shape[1])]
             k, v = (torch.stack(parts, dim=1).double() for parts in zip(*heads, strict=True))
-        rows = [attention(q.numpy(), k.numpy(), v.numpy(), row, self.shape.window) for row in range(start, end)]
+        window = self.shape.window
+        rows = [attention(q.numpy(), k.numpy(), v.numpy(), row, window, softcap) for row in range(start, end)]
         return torch.from_numpy(np.stack(rows))
 
 
@@ -110,13 +112,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 Array = npt.NDArray[np.float64]
 
 
-def attention(q: Array, keys: Array, values: Array, position: int, window: int | None) -> Array:
+def attention(q: Array, keys: Array, values: Array, position: int, window: int | None, softcap: float = 0.0) -> Array:
     """The row at a position, of q [tokens, H, D], keys and values [tokens, KH, D]."""
     first = 0 if window is None else max(0, position - window + 1)
     group_size = q.shape[1] // keys.shape[1]
     k = np.repeat(keys[first : position + 1], group_size, axis=1)
     v = np.repeat(values[first : position + 1], group_size, axis=1)
     scores = np.einsum("hd,nhd->hn", q[position], k) * q.shape[2] ** -0.5
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     result: Array = np.einsum("hn,nhd->hd", weights / weights.sum(axis=1, keepdims=True), v)
     return result
@@ -173,6 +177,26 @@ def test_attention(shape: Shape, cache_type: str, code_path: str) -> None:
             expected = case.expected(sequences, some)
             tolerance = TOLERANCES[cache_type]
             assert_close(out[some[1] - span[1] :], expected, tolerance * (1 + expected.abs()))
+
+
+@each_code_path
+@each_cache_type
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[6]], ids=str)
+def test_capped_scores(shape: Shape, cache_type: str, code_path: str) -> None:
+    """As Gemma 2 caps them; no model that is served asks for it yet."""
+    case = Case(shape, cache_type, [1, 300])
+    case.table *= 2  # so that scores come near the cap
+    sequences = case.sequences(code_path)
+    softcap = 3.0
+    for parameters in sequences.program.parameters:
+        if isinstance(parameters, PagedAttention):
+            parameters.softcap = softcap
+    spans = [(0, 0, 1), (1, 0, 300)]
+    for out, span in zip(sequences.step(*spans), spans, strict=True):
+        expected = case.expected(sequences, span, softcap)
+        assert_close(out, expected, 2 * TOLERANCES[cache_type] * (1 + expected.abs()))
+        if span[2] > 1:
+            assert not torch.allclose(out.double(), case.expected(sequences, span), atol=0.1)
 
 
 def in_chunks(sequence: int, end: int, size: int) -> list[Span]:

@@ -161,6 +161,27 @@ def test_largest_codes(type_name: str, code_path: str) -> None:
 
 
 @each_code_path
+def test_temporaries_of_one_shape_and_two_types(code_path: str) -> None:
+    """A quantised input of 64 numbers has 96 bytes, and the other product has 96 results in the same place."""
+    kernels = make_kernels(code_path)
+    quantised, first, second = (
+        kernels.linear(kernels.pack([weight]))
+        for weight in (random_weight("q8_0", 40, 64, seed=1)[0], random_tensor(2, 40, 64), random_tensor(3, 96, 64))
+    )
+    x = random_tensor(4, 9, 64)
+
+    def operation(rows: Tensor, x: Tensor) -> Tensor:
+        with kernels.temporaries():
+            quantised(x)
+        with kernels.temporaries():
+            first(x)
+            return second(x)
+
+    out = Rows(kernels, [x], operation)(range(9))
+    torch.testing.assert_close(out, x @ random_tensor(3, 96, 64).T, rtol=1e-4, atol=1e-4)
+
+
+@each_code_path
 @each_format
 def test_what_is_not_finite_stays_in_its_row(name: str, code_path: str) -> None:
     kernels = make_kernels(code_path, options=options_of(name))
@@ -174,6 +195,9 @@ def test_what_is_not_finite_stays_in_its_row(name: str, code_path: str) -> None:
         bad_rows, (0, 31, 32, 40, 95), (torch.nan, torch.inf, -torch.inf, -torch.nan, torch.nan), strict=True
     ):
         x[row, column] = value
+    for row, bits in ((7, -1), (8, 0x7FFFFFFF)):  # NaNs that rounding up would make numbers of
+        x.view(torch.int32)[row, 50] = bits
+        bad_rows.append(row)
     out = Rows(kernels, [x], lambda rows, x: linear(x))(range(40))
     assert not out[bad_rows].isfinite().any()
     others = [row for row in range(40) if row not in bad_rows]
