@@ -1,4 +1,4 @@
-"""Which kernels a test loads: those that are chosen here anyway, plain torch, or one code path of those in C++."""
+"""Which kernels a test loads: those chosen anyway, plain torch, those in Triton, or a code path of those in C++."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import engine.kernels
+from engine.kernels import KernelOptions, Kernels
 from engine.kernels.cpu import library
 from engine.kernels.cpu.build import BuildError, build
 from engine.kernels.cpu.library import CODE_PATHS, Library
@@ -16,11 +17,13 @@ from engine.kernels.cpu.library import CODE_PATHS, Library
 
 @contextmanager
 def choose_kernels(name: str, num_threads: int | None = None) -> Iterator[None]:
-    """Kernels loaded inside are those of this name: default, torch, or a code path."""
+    """Kernels loaded inside are those of this name: default, torch, triton, or a code path."""
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         if name == "torch":
             patch.setattr(engine.kernels, "_load_cpu_kernels", lambda options: "this test wants it")
+        elif name == "triton":
+            patch.setattr(engine.kernels, "_load_cpu_kernels", _interpreted)
         elif name != "default":
             patch.setattr(library, "Library", partial(Library, code_path=name))
         if num_threads is not None:
@@ -29,6 +32,13 @@ def choose_kernels(name: str, num_threads: int | None = None) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+def _interpreted(options: KernelOptions) -> Kernels:
+    """The kernels of a GPU, in Triton's interpreter."""
+    from engine.kernels.gpu.kernels import TritonKernels
+
+    return TritonKernels(torch.device("cpu"), options.dtype, options.max_num_rows)
 
 
 @cache

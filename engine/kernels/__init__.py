@@ -171,25 +171,35 @@ class Kernels(Protocol):
 
 
 def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
-    """The implementation for a device: C++ on a CPU for which it can be compiled, else plain torch.
+    """The implementation for a device: Triton on a GPU, C++ on a CPU for which it can be compiled, else plain torch.
 
     Raises:
         ValueError: an option that this device does not have.
     """
-    reason = "they are for CPUs"
-    if device.type == "cpu":
-        kernels = _load_cpu_kernels(options)
+    kernels = _load_cpu_kernels(options) if device.type == "cpu" else "they are for CPUs"
+    if not isinstance(kernels, str):
+        return kernels
+    if options.quantization == "int8":
+        raise ValueError(f"--quantization int8 needs the C++ kernels, but {kernels}")
+    if options.kv_cache_dtype == "int8":
+        raise ValueError(f"--kv-cache-dtype int8 needs the C++ kernels, but {kernels}")
+    if device.type == "cuda":
+        kernels = _load_gpu_kernels(device, options)
         if not isinstance(kernels, str):
             return kernels
-        reason = kernels
-        logger.warning("kernels: plain torch, which is slower, because %s", reason)
-    if options.quantization == "int8":
-        raise ValueError(f"--quantization int8 needs the C++ kernels, but {reason}")
-    if options.kv_cache_dtype == "int8":
-        raise ValueError(f"--kv-cache-dtype int8 needs the C++ kernels, but {reason}")
+    logger.warning("kernels: plain torch, which is slower, because %s", kernels)
     from engine.kernels.reference import TorchKernels
 
     return TorchKernels(device, options.dtype, options.max_num_rows)
+
+
+def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels | str:
+    """The kernels in Triton, or why they cannot be used."""
+    try:
+        from engine.kernels.gpu.kernels import TritonKernels
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return TritonKernels(device, options.dtype, options.max_num_rows)
 
 
 def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:

@@ -76,9 +76,16 @@ class Paged:
     What no sequence holds is full of large numbers that would show.
     """
 
-    def __init__(self, shape: Shape, seq_lens: Sequence[int], seed: int, garbage: float = 1e4) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        seq_lens: Sequence[int],
+        seed: int,
+        garbage: float = 1e4,
+        kernels: type[TorchKernels] = TorchKernels,
+    ) -> None:
         self.shape = shape
-        self.kernels = TorchKernels(CPU, shape.dtype)
+        self.kernels = kernels(CPU, shape.dtype)
         num_heads = shape.num_kv_heads * shape.group_size
         kv = (shape.num_kv_heads, shape.head_dim)
         self.q = [self._random(seed + 3 * i, n, num_heads, shape.head_dim) for i, n in enumerate(seq_lens)]

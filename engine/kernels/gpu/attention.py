@@ -1,0 +1,397 @@
+"""Flash attention (Dao et al. 2022) over a paged KV cache, with a split over the keys for decoding.
+
+The query heads that share a KV head (grouped-query attention) are rows of one product, next to each other for each
+token: packed rows. Keys are cut into segments of fixed length aligned to position 0. What a packed row sees of a
+segment is worked out by itself with the running softmax, and segments are merged in ascending order. One program goes
+through all segments where there are many tiles of rows (2D grid); where there are few, each segment has its own program
+and a second kernel merges them (3D grid). Both run the same functions on the same numbers in the same order, so that
+a row gets the same bits either way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.batch import Lengths
+from engine.kernels import LayerCache
+from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, AttentionTiles
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(100.0)  # 2 to the power of which is finite, and as good as infinite where it is used
+TARGET_PROGRAMS = 256  # below it segments get programs of their own
+
+
+@triton.jit
+def _merge(highest, total, weighted, other_highest, other_total, other_weighted):
+    """Two running softmaxes in one. Where the other has seen nothing, this one keeps its bits."""
+    new_highest = tl.maximum(highest, other_highest)
+    pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    shrink = tl.exp2(highest - pivot)
+    other_shrink = tl.exp2(other_highest - pivot)
+    new_total = total * shrink + other_total * other_shrink
+    new_weighted = weighted * shrink[:, None] + other_weighted * other_shrink[:, None]
+    return new_highest, new_total, new_weighted
+
+
+@triton.jit
+def _segment(
+    q,
+    positions,
+    keys,
+    values,
+    table,
+    kv_head,
+    start,
+    end,
+    num_kv_heads,
+    block_size,
+    scale,
+    softcap,
+    window,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    KEYS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What packed rows q [PACKED, BLOCK] see of the keys start .. end of one segment: a running softmax.
+
+    Scores are in units of log2(e). `end` is the position after the tile's last row.
+    """
+    columns = tl.arange(0, BLOCK)
+    has_column = columns < SIZE
+    highest = tl.full((PACKED,), float("-inf"), tl.float32)
+    total = tl.zeros((PACKED,), tl.float32)
+    weighted = tl.zeros((PACKED, BLOCK), tl.float32)
+    for offset in range(start, tl.minimum(start + SEGMENT, end), KEYS):
+        tokens = offset + tl.arange(0, KEYS)
+        has_token = tokens < end
+        blocks = tl.load(table + tokens // block_size, mask=has_token, other=0).to(tl.int64)
+        places = ((blocks * block_size + tokens % block_size) * num_kv_heads + kv_head) * SIZE
+        mask = has_token[:, None] & has_column[None, :]
+        k = tl.load(keys + places[:, None] + columns[None, :], mask=mask, other=0.0).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if HAS_SOFTCAP:
+            # tanh(x) = 1 - 2 / (e^2x + 1)
+            scores = softcap * (1.0 - 2.0 / (tl.exp2(tl.minimum(scores * (2.0 * LOG2_E / softcap), LARGEST)) + 1.0))
+        scores *= LOG2_E
+        visible = tokens[None, :] <= positions[:, None]
+        if HAS_WINDOW:
+            visible &= tokens[None, :] > positions[:, None] - window
+        scores = tl.where(visible, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        shrink = tl.exp2(highest - pivot)
+        weights = tl.exp2(scores - pivot[:, None])
+        v = tl.load(values + places[:, None] + columns[None, :], mask=mask, other=0.0)
+        total = total * shrink + tl.sum(weights, axis=1)
+        weighted = weighted * shrink[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+        highest = new_highest
+    return highest, total, weighted
+
+
+@triton.jit
+def _load_queries(
+    q,
+    tile,
+    kv_head,
+    q_stride,
+    group_size,
+    PACKED: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The packed rows of a tile (sequence, first row, number of rows, first position), and where each stands."""
+    first_row = tl.load(tile + 1)
+    num_rows = tl.load(tile + 2)
+    first_position = tl.load(tile + 3)
+    packed = tl.arange(0, PACKED)
+    rows = packed // group_size
+    heads = kv_head * group_size + packed % group_size
+    columns = tl.arange(0, BLOCK)
+    has_row = rows < num_rows
+    positions = tl.where(has_row, first_position + rows, first_position)  # what is no row sees something, too
+    offsets = (first_row + rows).to(tl.int64) * q_stride + heads * SIZE
+    queries = tl.load(
+        q + offsets[:, None] + columns[None, :], mask=has_row[:, None] & (columns < SIZE)[None, :], other=0.0
+    )
+    return queries, positions, offsets, has_row
+
+
+@triton.jit
+def _attend(
+    q,
+    out,
+    tiles,
+    tables,
+    keys,
+    values,
+    q_stride,
+    table_stride,
+    group_size,
+    num_kv_heads,
+    block_size,
+    scale,
+    softcap,
+    window,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    KEYS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """2D grid (tiles, KV heads): all segments of a tile, one after the other."""
+    kv_head = tl.program_id(1)
+    tile = tiles + tl.program_id(0) * 4
+    queries, positions, offsets, has_row = _load_queries(q, tile, kv_head, q_stride, group_size, PACKED, SIZE, BLOCK)
+    table = tables + tl.load(tile) * table_stride
+    first_position = tl.load(tile + 3)
+    end = first_position + tl.load(tile + 2)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(first_position - window + 1, 0) // SEGMENT * SEGMENT
+    highest = tl.full((PACKED,), float("-inf"), tl.float32)
+    total = tl.zeros((PACKED,), tl.float32)
+    weighted = tl.zeros((PACKED, BLOCK), tl.float32)
+    for start in range(first, end, SEGMENT):
+        other_highest, other_total, other_weighted = _segment(
+            queries,
+            positions,
+            keys,
+            values,
+            table,
+            kv_head,
+            start,
+            end,
+            num_kv_heads,
+            block_size,
+            scale,
+            softcap,
+            window,
+            HAS_SOFTCAP,
+            HAS_WINDOW,
+            PACKED,
+            KEYS,
+            SEGMENT,
+            SIZE,
+            BLOCK,
+        )
+        highest, total, weighted = _merge(highest, total, weighted, other_highest, other_total, other_weighted)
+    columns = tl.arange(0, BLOCK)
+    mask = has_row[:, None] & (columns < SIZE)[None, :]
+    tl.store(out + offsets[:, None] + columns[None, :], (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attend_segment(
+    q,
+    partial,
+    states,
+    tiles,
+    tables,
+    keys,
+    values,
+    q_stride,
+    table_stride,
+    group_size,
+    num_kv_heads,
+    block_size,
+    scale,
+    softcap,
+    window,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    KEYS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """3D grid (tiles, KV heads, segments): one segment of a tile, which waits in `partial` and `states`."""
+    kv_head = tl.program_id(1)
+    segment = tl.program_id(2)
+    tile = tiles + tl.program_id(0) * 4
+    first_position = tl.load(tile + 3)
+    end = first_position + tl.load(tile + 2)
+    start = segment * SEGMENT
+    is_seen = start < end
+    if HAS_WINDOW:
+        is_seen &= start + SEGMENT > tl.maximum(first_position - window + 1, 0)
+    if is_seen:
+        queries, positions, _, _ = _load_queries(q, tile, kv_head, q_stride, group_size, PACKED, SIZE, BLOCK)
+        table = tables + tl.load(tile) * table_stride
+        highest, total, weighted = _segment(
+            queries,
+            positions,
+            keys,
+            values,
+            table,
+            kv_head,
+            start,
+            end,
+            num_kv_heads,
+            block_size,
+            scale,
+            softcap,
+            window,
+            HAS_SOFTCAP,
+            HAS_WINDOW,
+            PACKED,
+            KEYS,
+            SEGMENT,
+            SIZE,
+            BLOCK,
+        )
+        packed = tl.arange(0, PACKED)
+        place = ((tl.program_id(0) * num_kv_heads + kv_head) * tl.num_programs(2) + segment).to(
+            tl.int64
+        ) * PACKED + packed
+        tl.store(states + 2 * place, highest)
+        tl.store(states + 2 * place + 1, total)
+        tl.store(partial + place[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], weighted)
+
+
+@triton.jit
+def _reduce(
+    partial,
+    states,
+    out,
+    tiles,
+    q_stride,
+    group_size,
+    num_kv_heads,
+    num_segments,
+    window,
+    HAS_WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (tiles, KV heads): merges the segments of a tile in ascending order."""
+    kv_head = tl.program_id(1)
+    tile = tiles + tl.program_id(0) * 4
+    first_row = tl.load(tile + 1)
+    first_position = tl.load(tile + 3)
+    end = first_position + tl.load(tile + 2)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(first_position - window + 1, 0) // SEGMENT * SEGMENT
+    packed = tl.arange(0, PACKED)
+    columns = tl.arange(0, BLOCK)
+    highest = tl.full((PACKED,), float("-inf"), tl.float32)
+    total = tl.zeros((PACKED,), tl.float32)
+    weighted = tl.zeros((PACKED, BLOCK), tl.float32)
+    for start in range(first, end, SEGMENT):
+        index = (tl.program_id(0) * num_kv_heads + kv_head) * num_segments + start // SEGMENT
+        place = index.to(tl.int64) * PACKED + packed
+        other_highest = tl.load(states + 2 * place)
+        other_total = tl.load(states + 2 * place + 1)
+        other_weighted = tl.load(partial + place[:, None] * BLOCK + columns[None, :])
+        highest, total, weighted = _merge(highest, total, weighted, other_highest, other_total, other_weighted)
+    rows = packed // group_size
+    heads = kv_head * group_size + packed % group_size
+    offsets = (first_row + rows).to(tl.int64) * q_stride + heads * SIZE
+    mask = (rows < tl.load(tile + 2))[:, None] & (columns < SIZE)[None, :]
+    tl.store(out + offsets[:, None] + columns[None, :], (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Tiles of consecutive rows of one sequence, as (sequence, first row, number of rows, first position)."""
+
+    tiles: Tensor  # int32 [A, 4]
+    block_tables: Tensor
+    block_size: int
+    packed_rows: int
+    num_segments: int  # of the longest; 0: every tile goes through its own segments
+
+
+def plan_attention(
+    query_lens: Lengths,
+    seq_lens: Lengths,
+    block_tables: Tensor,
+    group_size: int,
+    num_kv_heads: int,
+    block_size: int,
+    sizes: AttentionTiles,
+) -> AttentionPlan:
+    """Cuts the rows of each sequence into tiles, and decides for one of the two grids, which give the same bits."""
+    packed_rows = max(sizes.packed_rows, triton.next_power_of_2(group_size))
+    rows_of_tile = packed_rows // group_size
+    num_tiles = -(-query_lens // rows_of_tile)
+    sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
+    number = np.arange(len(sequences)) - np.repeat(num_tiles.cumsum() - num_tiles, num_tiles)
+    offsets = number * rows_of_tile
+    first_rows = (query_lens.cumsum() - query_lens)[sequences] + offsets
+    num_rows = np.minimum(query_lens[sequences] - offsets, rows_of_tile)
+    positions = (seq_lens - query_lens)[sequences] + offsets
+    tiles = np.stack((sequences, first_rows, num_rows, positions), axis=1).astype(np.int32)
+    num_segments = -(-int((positions + num_rows).max(initial=0)) // sizes.segment)
+    if len(tiles) * num_kv_heads >= TARGET_PROGRAMS or num_segments < 2:
+        num_segments = 0
+    return AttentionPlan(
+        torch.from_numpy(tiles).to(block_tables.device), block_tables, block_size, packed_rows, num_segments
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    cache: LayerCache,
+    plan: AttentionPlan,
+    scale: float,
+    window: int | None,
+    sizes: AttentionTiles,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal attention of q [T, H, D], rows side by side, to the keys and values [B, N, KH, D] in each row's blocks.
+
+    A row at position p sees positions max(0, p - window + 1) .. p. Scores are softcap * tanh(score / softcap) unless
+    that is 0 (Gemma 2). Returns [T, H, D].
+    """
+    _, num_heads, size = q.shape
+    num_kv_heads = cache.keys.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_tiles = len(plan.tiles)
+    if not num_tiles:
+        return out
+    assert q.is_contiguous()
+    block = max(16, triton.next_power_of_2(size))
+    strides = (q.stride(0), plan.block_tables.stride(0), num_heads // num_kv_heads, num_kv_heads, plan.block_size)
+    inputs = (plan.tiles, plan.block_tables, cache.keys, cache.values, *strides, scale, softcap, window or 0)
+    flags = {"HAS_WINDOW": window is not None, "PACKED": plan.packed_rows, "SIZE": size, "BLOCK": block}
+    flags |= {"SEGMENT": sizes.segment}
+    attend_flags = flags | {"HAS_SOFTCAP": softcap != 0, "KEYS": sizes.keys}
+    options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, **LAUNCH_OPTIONS}
+    if not plan.num_segments:
+        _attend[(num_tiles, num_kv_heads)](q, out, *inputs, **attend_flags, **options)
+        return out
+    shape = (num_tiles, num_kv_heads, plan.num_segments, plan.packed_rows)
+    partial = torch.empty((*shape, block), dtype=torch.float32, device=q.device)
+    states = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
+    _attend_segment[shape[:3]](q, partial, states, *inputs, **attend_flags, **options)
+    _reduce[shape[:2]](
+        partial,
+        states,
+        out,
+        plan.tiles,
+        q.stride(0),
+        num_heads // num_kv_heads,
+        num_kv_heads,
+        plan.num_segments,
+        window or 0,
+        **flags,
+        num_warps=sizes.num_warps,
+        **LAUNCH_OPTIONS,
+    )
+    return out

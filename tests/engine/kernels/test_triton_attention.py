@@ -1,0 +1,133 @@
+"""Paged attention in Triton, in its interpreter: against the textbook in float64, and promise 1.
+
+The two grids must agree to the bit: one program for all segments of keys, and one for each with a merge after it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.kernels.gpu import attention
+from engine.kernels.gpu.kernels import TritonKernels
+from tests.engine.kernels.test_reference import Paged, Shape
+
+DTYPES = [torch.float32, torch.float16]
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
+GRIDS = {"2D": 0, "3D": 10**9}  # the number of programs below which segments get programs of their own
+
+Span = tuple[int, int, int]  # sequence, start, end
+
+
+@contextmanager
+def grid(name: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "TARGET_PROGRAMS", GRIDS[name])
+        yield
+
+
+def attend(paged: Paged, spans: list[Span]) -> list[Tensor]:
+    """In both grids, which agree."""
+    with grid("2D"):
+        outs = paged.attend(spans)
+    with grid("3D"):
+        assert all(torch.equal(a, b) for a, b in zip(paged.attend(spans), outs, strict=True))
+    return outs
+
+
+def assert_as_in_the_textbook(paged: Paged, spans: list[Span]) -> None:
+    for out, (sequence, start, end) in zip(attend(paged, spans), spans, strict=True):
+        some = max(start, end - 8)  # the textbook is slow
+        tolerance = TOLERANCES[out.dtype]
+        expected = paged.expected(sequence, some, end)
+        torch.testing.assert_close(out[some - start :].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Shape, list[int], list[Span]]:
+    """A shape, lengths of some sequences, and some rows of each."""
+    shape = Shape(
+        num_kv_heads=draw(st.integers(1, 2)),
+        group_size=draw(st.sampled_from([1, 2, 3, 4, 8, 16])),
+        head_dim=draw(st.sampled_from([64, 80, 96, 128, 256])),
+        block_size=draw(st.sampled_from([16, 32, 64, 128])),
+        window=draw(st.none() | st.integers(1, 1500)),
+        dtype=draw(st.sampled_from(DTYPES)),
+    )
+    seq_lens = draw(st.lists(st.integers(1, 1200) | st.sampled_from([511, 512, 513, 1024]), min_size=1, max_size=3))
+    spans = []
+    for sequence, seq_len in enumerate(seq_lens):
+        num_rows = draw(st.sampled_from([1, 1, 2, 5, 40]))
+        spans.append((sequence, max(0, seq_len - num_rows), seq_len))
+    return shape, seq_lens, spans
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=cases(), seed=st.integers(0, 2**32))
+def test_ragged_batches(case: tuple[Shape, list[int], list[Span]], seed: int) -> None:
+    shape, seq_lens, spans = case
+    assert_as_in_the_textbook(Paged(shape, seq_lens, seed, kernels=TritonKernels), spans)
+
+
+def test_a_long_context() -> None:
+    paged = Paged(Shape(1, 4, 64, 32, None, torch.float32), [4096], 1, kernels=TritonKernels)
+    assert_as_in_the_textbook(paged, [(0, 4093, 4096)])
+
+
+@pytest.mark.parametrize("window", [1, 16, 512, 513, 700])
+def test_windows_that_skip_segments(window: int) -> None:
+    paged = Paged(Shape(1, 3, 64, 32, window, torch.float32), [1300, 20], 3, kernels=TritonKernels)
+    spans = [(0, 1299, 1300), (0, 1290, 1300), (0, 1023, 1025), (1, 0, 20)]
+    assert_as_in_the_textbook(paged, spans)
+    alone = [paged.attend([span])[0] for span in spans]
+    assert all(torch.equal(a, b) for a, b in zip(attend(paged, spans), alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(1, 3, 64, 32, None, torch.float16), Shape(1, 16, 80, 64, 300, torch.float32)],
+    ids=str,
+)
+def test_it_does_not_depend_on_the_batch(shape: Shape) -> None:
+    """Some rows at once, in chunks of any size, alone and among others, in both grids: the same bits."""
+    paged = Paged(shape, [1100, 37, 1], seed=1, kernels=TritonKernels)
+    (whole,) = attend(paged, [(0, 1080, 1100)])
+    for chunk in (1, 7, 17):
+        spans = [(0, start, min(start + chunk, 1100)) for start in range(1080, 1100, chunk)]
+        (_, *mixed) = attend(paged, [(1, 0, 37), *spans, (2, 0, 1)])
+        assert torch.equal(torch.cat(mixed[:-1]), whole), f"chunks of {chunk}"
+
+
+def test_what_lies_in_other_slots_does_not_matter() -> None:
+    shape = Shape(2, 3, 64, 32, None, torch.float32)
+    spans = [(0, 100, 130), (1, 0, 40), (2, 699, 700)]
+    first, second = (
+        attend(Paged(shape, [140, 45, 700], 4, garbage, TritonKernels), spans) for garbage in (0.0, float("nan"))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_capped_scores() -> None:
+    """As Gemma 2 caps them."""
+    paged = Paged(Shape(1, 2, 64, 32, None, torch.float32), [600], 5, kernels=TritonKernels)
+    kernels = paged.kernels
+    assert isinstance(kernels, TritonKernels)
+    sizes = kernels.tiles.attention
+    softcap, scale = 0.5, paged.shape.scale
+    tables = torch.tensor([paged.block_ids[0]])
+    lens = torch.tensor([2]).numpy(), torch.tensor([600]).numpy()
+    q = paged.q[0][598:600]
+    k, v = (x.double().repeat_interleave(2, dim=1) for x in (paged.k[0], paged.v[0]))
+    scores = torch.einsum("qhd,nhd->hqn", q.double(), k) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    scores[:, 0, 599] = float("-inf")
+    expected = torch.einsum("hqn,nhd->qhd", scores.softmax(dim=-1), v)
+    for name in GRIDS:
+        with grid(name):
+            plan = attention.plan_attention(*lens, tables, 2, 1, 32, sizes)
+        out = attention.paged_attention(q, paged.cache, plan, scale, None, sizes, softcap)
+        torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)

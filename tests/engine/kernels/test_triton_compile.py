@@ -1,0 +1,79 @@
+"""The kernels in Triton compile for real cards, for which no card is needed, and fit into their shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from engine.kernels.gpu.tiles import TABLE
+
+# Bytes of shared memory that one program may have: NVIDIA's tables of compute capabilities; AMD's CDNA 3 manual.
+TARGETS = {"cuda 8.0": 163 * 1024, "cuda 9.0": 227 * 1024, "hip gfx942": 64 * 1024}
+
+# In a process of its own, for a kernel is either compiled or interpreted from its definition on.
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from engine.kernels.gpu import attention, linear, rows
+from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, TABLE
+
+kind, version = sys.argv[1].split()
+is_cuda = kind == "cuda"
+target = GPUTarget("cuda", int(version.replace(".", "")), 32) if is_cuda else GPUTarget("hip", version, 64)
+tiles = TABLE[tuple(map(int, version.split("."))) if is_cuda else (0, 0)]
+shared = {}
+
+
+def compile(fn, constants, num_warps, num_stages, **types):
+    names = [parameter.name for parameter in fn.params]
+    signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **LAUNCH_OPTIONS}
+    compiled = triton.compile(ASTSource(fn, signature, constexprs), target=target, options=options)
+    assert compiled.asm["cubin" if is_cuda else "hsaco"]
+    shared[f"{fn.__name__} {dtype} {constants}"] = compiled.metadata.shared
+
+
+for dtype in ("*fp16", "*bf16"):
+    x = dict.fromkeys(("x", "weights", "bias", "out", "weight", "gate_up", "q", "k", "v", "keys", "values"), dtype)
+    sizes = tiles.linear
+    constants = {"ROWS": sizes.rows, "COLUMNS": sizes.columns, "INPUTS": sizes.inputs, "GROUP": linear.ROW_GROUP}
+    for has_bias in (False, True):
+        compile(linear._linear, {"HAS_BIAS": has_bias} | constants, sizes.num_warps, sizes.num_stages, **x)
+    compile(rows._rms_norm, {"BLOCK": 4096}, 4, 2, eps="fp32", **x)
+    for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
+        compile(rows._act_and_mul, {"ACTIVATION": activation, "BLOCK": rows.ACT_COLUMNS}, 4, 2, **x)
+    compile(rows._rope_and_store_kv, {"BLOCK": 64}, 4, 2, cos="*fp32", sin="*fp32", slots="*i64", **x)
+    sizes = tiles.attention
+    types = {"tiles": "*i32", "tables": "*i64", "scale": "fp32", "softcap": "fp32", "partial": "*fp32"}
+    types |= {"states": "*fp32"} | x
+    for size, block, has_window in ((64, 64, True), (80, 128, False), (128, 128, False), (256, 256, False)):
+        constants = {"HAS_WINDOW": has_window, "PACKED": sizes.packed_rows, "SEGMENT": sizes.segment}
+        constants |= {"SIZE": size, "BLOCK": block}
+        compile(attention._reduce, constants, sizes.num_warps, 2, **types)
+        constants |= {"HAS_SOFTCAP": has_window, "KEYS": sizes.keys}
+        for fn in (attention._attend, attention._attend_segment):
+            compile(fn, constants, sizes.num_warps, sizes.num_stages, **types)
+print(json.dumps(shared))
+"""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile(target: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, target]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = json.loads(done.stdout)
+    assert len(shared) == 38
+    assert max(shared.values()) <= TARGETS[target], shared
+
+
+def test_segments_are_whole_steps() -> None:
+    """Or a step would go over the border of a segment, and count keys twice."""
+    for tiles in TABLE.values():
+        assert tiles.attention.segment % tiles.attention.keys == 0

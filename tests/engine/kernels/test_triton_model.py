@@ -1,0 +1,93 @@
+"""A whole small model on the kernels in Triton, in its interpreter: against transformers, and promise 1."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.messages import SamplingParams, Submit, TokenLogprobs
+from engine.runner import LoadedModel, load_model
+from tests.choice import choose_kernels
+from tests.parity.outputs import all_logits, greedy_outputs
+from tests.tiny_models import save_random_model
+
+SEED = 11
+VOCAB_SIZE = 128
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def models() -> dict[str, PreTrainedModel]:
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(**SHAPE)),
+        "llama with biases": LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
+        "mistral with a window": MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=37)),
+    }
+
+
+def load(folder: Path, dtype: str = "float32") -> LoadedModel:
+    with choose_kernels("triton"):
+        loaded = load_model(EngineConfig(model_path=str(folder), dtype=dtype))
+    assert loaded.runner.kernels.name == "triton"
+    return loaded
+
+
+def prompt_of(length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(length)
+    ids: list[int] = torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
+    return ids
+
+
+@pytest.mark.parametrize("name", models())
+def test_same_as_transformers(name: str, tmp_path: Path) -> None:
+    model = models()[name]
+    loaded = load(save_random_model(model, tmp_path, SEED))
+    prompts = [prompt_of(length) for length in (1, 9, 100)]
+    outputs = greedy_outputs(loaded, prompts, 4)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt + output])).logits[0]
+        torch.testing.assert_close(all_logits(loaded, prompt), expected[: len(prompt)], rtol=0, atol=1e-3)
+        assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_same_request_gets_the_same_answer(dtype: str, tmp_path: Path) -> None:
+    """Alone, among others, in chunks of a prompt, and with a prefix from the cache: tokens and logprobs to the bit."""
+    loaded = load(save_random_model(models()["llama"], tmp_path, SEED), dtype)
+
+    def answers(engine: Engine, lengths: tuple[int, ...]) -> dict[int, tuple[list[int], list[TokenLogprobs]]]:
+        for length in lengths:
+            params = SamplingParams(max_tokens=4, temperature=1.0, seed=length, logprobs=2, ignore_eos=True)
+            engine.add(Submit(request_id=str(length), prompt_token_ids=prompt_of(length), params=params, arrival=0.0))
+        found: dict[int, tuple[list[int], list[TokenLogprobs]]] = {length: ([], []) for length in lengths}
+        while engine.has_work:
+            for event in engine.step()[1]:
+                token_ids, logprobs = found[int(event.request_id)]
+                token_ids += event.token_ids
+                logprobs += event.logprobs or []
+        return found
+
+    def engine(chunk: int = 0) -> Engine:
+        return Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk), loaded)
+
+    lengths = (5, 40, 90)
+    expected = {length: answers(engine(), (length,))[length] for length in lengths}
+    warm = engine(chunk=17)
+    assert answers(warm, lengths) == expected
+    assert answers(warm, lengths) == expected
+    assert warm.scheduler.stats.prompt_tokens_cached_total > 0

@@ -1,0 +1,126 @@
+"""Norm, activation, rotation and product in Triton, in its interpreter: against float64, and promise 1 for each."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.kernels import LayerCache
+from engine.kernels.gpu.kernels import TritonKernels
+from engine.kernels.gpu.tiles import TABLE
+from tests.engine.kernels.test_reference import ACTIVATIONS, CPU, random_tensor, rms_norm
+
+DTYPES = [torch.float32, torch.float16]  # what the interpreter makes of products in bfloat16 is wrong
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCES[actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@each_dtype
+@pytest.mark.parametrize("size", [1, 64, 576, 577])
+def test_rms_norm(size: int, dtype: torch.dtype) -> None:
+    kernels = TritonKernels(CPU, dtype)
+    x = random_tensor(0, 20, size, dtype=dtype) * torch.logspace(-2, 2, 20)[:, None].to(dtype)
+    weight = random_tensor(1, size, dtype=dtype)
+    out = kernels.rms_norm(x, weight, 1e-5)
+    assert_close(out, rms_norm(x, weight, 1e-5))
+    assert torch.equal(torch.cat([kernels.rms_norm(row[None], weight, 1e-5) for row in x]), out)
+    assert kernels.rms_norm(x[:0], weight, 1e-5).shape == (0, size)
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("size", [7, 75, 1500])
+def test_act_and_mul(size: int, activation: str, dtype: torch.dtype) -> None:
+    kernels = TritonKernels(CPU, dtype)
+    gate_up = random_tensor(0, 6, 2 * size, dtype=dtype) * 3
+    gate_up[0, :5] = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4])
+    out = kernels.act_and_mul(gate_up, activation)
+    assert_close(out, ACTIVATIONS[activation](gate_up[:, :size].double()) * gate_up[:, size:].double())
+    assert torch.equal(torch.cat([kernels.act_and_mul(row[None], activation) for row in gate_up]), out)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_rows=st.integers(1, 9),
+    num_kv_heads=st.integers(1, 3),
+    group_size=st.sampled_from([1, 2, 16]),
+    head_dim=st.sampled_from([10, 16, 64, 80, 96, 256]),
+    block_size=st.sampled_from([16, 32, 128]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32),
+)
+def test_rope_and_store_kv(
+    num_rows: int, num_kv_heads: int, group_size: int, head_dim: int, block_size: int, dtype: torch.dtype, seed: int
+) -> None:
+    heads = [num_kv_heads * group_size, num_kv_heads, num_kv_heads]
+    q, k, v = torch.split(random_tensor(seed, num_rows, sum(heads), head_dim, dtype=dtype), heads, dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    angles = torch.rand(num_rows, head_dim // 2, generator=generator) * 1000
+    cos, sin = angles.cos(), angles.sin()
+    kernels = TritonKernels(CPU, dtype)
+    cache = kernels.new_layer_cache(4, block_size, num_kv_heads, head_dim)
+    slots = torch.randperm(4 * block_size, generator=generator)[:num_rows]
+    rotated = kernels.rope_and_store_kv(q, k, v, cos, sin, slots, cache)
+    assert_close(rotated, rotate(q, cos, sin))
+    keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
+    assert_close(keys[slots], rotate(k, cos, sin))
+    assert torch.equal(values[slots], v)
+    others = [slot for slot in range(4 * block_size) if slot not in slots]
+    assert not keys[others].any()
+    assert not values[others].any()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.double().chunk(2, dim=-1)
+    c, s = cos[:, None].double(), sin[:, None].double()
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_rows=st.integers(1, 150),
+    num_columns=st.integers(1, 150),
+    num_inputs=st.integers(1, 200),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32),
+)
+def test_linear(
+    num_rows: int, num_columns: int, num_inputs: int, has_bias: bool, dtype: torch.dtype, seed: int
+) -> None:
+    kernels = TritonKernels(CPU, dtype)
+    x, weight = random_tensor(seed, num_rows, num_inputs, dtype=dtype), random_tensor(1, num_columns, num_inputs)
+    weight = (weight / num_inputs**0.5).to(dtype)
+    bias = random_tensor(2, num_columns, dtype=dtype) if has_bias else None
+    linear = kernels.linear(kernels.pack([weight]), bias)
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    out = linear(x)
+    assert_close(out, expected)
+    residual = random_tensor(3, num_rows, num_columns, dtype=dtype)
+    added = linear(x, residual.clone())
+    assert torch.equal(added, residual + out)
+
+
+@pytest.mark.parametrize("tiles", TABLE.values(), ids=map(str, TABLE))
+@each_dtype
+def test_linear_does_not_depend_on_the_batch(dtype: torch.dtype, tiles: object) -> None:
+    kernels = TritonKernels(CPU, dtype)
+    kernels.tiles = tiles  # type: ignore[assignment]
+    linear = kernels.linear(random_tensor(1, 170, 300, dtype=dtype))
+    x = random_tensor(2, 200, 300, dtype=dtype)
+    whole = linear(x)
+    for num_rows in (1, 2, 15, 63, 64, 65, 130):
+        assert torch.equal(linear(x[:num_rows]), whole[:num_rows]), f"{num_rows} rows"
+        assert torch.equal(linear(x[200 - num_rows :]), whole[200 - num_rows :]), f"the last {num_rows} rows"
+
+
+def test_a_cache_without_scales() -> None:
+    cache = TritonKernels(CPU, torch.float16).new_layer_cache(2, 16, 1, 16)
+    assert isinstance(cache, LayerCache)
+    assert cache.key_scales is None
