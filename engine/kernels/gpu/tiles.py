@@ -47,7 +47,7 @@ class Tiles:
     attention: AttentionTiles
 
 
-# By compute capability, the newest that is not newer than the card. What runs on no such card takes the first.
+# By NVIDIA's compute capability, the newest that is not newer than the card. All else takes the first.
 TABLE: dict[tuple[int, int], Tiles] = {
     (0, 0): Tiles(LinearTiles(32, 64, 32, 4, 2), AttentionTiles(16, 32, 512, 4, 2)),
     (8, 0): Tiles(LinearTiles(64, 128, 64, 4, 3), AttentionTiles(16, 64, 512, 4, 3)),
@@ -56,5 +56,6 @@ TABLE: dict[tuple[int, int], Tiles] = {
 
 
 def tiles_for(device: torch.device) -> Tiles:
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    capability = torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
     return TABLE[max(key for key in TABLE if key <= capability)]
