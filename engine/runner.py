@@ -187,6 +187,7 @@ def kernel_options(
         max_num_rows=limits.max_num_batched_tokens,
         head_dim=model_config.head_dim,
         block_size=config.block_size,
+        batch_invariant=config.batch_invariant,
     )
 
 

@@ -222,6 +222,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "auto does it where it pays.",
         ),
     ] = "auto"
+    batch_invariant: Annotated[
+        bool,
+        Setting(
+            _MEMORY,
+            BOOLEAN,
+            "The same request gets the same answer in any batch, bit for bit. Without it, a GPU takes the products of "
+            "its vendor's library; a CPU has nothing faster.",
+        ),
+    ] = True
 
     log_level: Annotated[
         str, Setting(_LOGS, choice("LEVEL", "debug", "info", "warning", "error"), "Least severity that is logged.")
@@ -381,6 +390,7 @@ def engine_config(settings: Settings, model_path: Path) -> "EngineConfig":
         enable_prefix_caching=settings.enable_prefix_caching,
         kv_cache_memory=settings.kv_cache_memory,
         speculative=settings.speculative,
+        batch_invariant=settings.batch_invariant,
         step_timeout=settings.step_timeout,
     )
 

@@ -38,7 +38,8 @@ def _interpreted(options: KernelOptions) -> Kernels:
     """The kernels of a GPU, in Triton's interpreter."""
     from engine.kernels.gpu.kernels import TritonKernels
 
-    return TritonKernels(torch.device("cpu"), options.dtype, options.max_num_rows)
+    device = torch.device("cpu")
+    return TritonKernels(device, options.dtype, options.max_num_rows, batch_invariant=options.batch_invariant)
 
 
 @cache

@@ -41,6 +41,7 @@ class KernelOptions:
     max_num_rows: int = 0  # of a batch
     head_dim: int = 64
     block_size: int = 32
+    batch_invariant: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels |
         from engine.kernels.gpu.kernels import TritonKernels
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    return TritonKernels(device, options.dtype, options.max_num_rows)
+    return TritonKernels(device, options.dtype, options.max_num_rows, batch_invariant=options.batch_invariant)
 
 
 def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:

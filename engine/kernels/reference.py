@@ -99,7 +99,7 @@ class TorchKernels:
         product = _packed_product(matrix, bias) if _can_pack(matrix) else _plain_product(matrix, bias)
         if key not in self._invariants:
             self._invariants[key] = self._find_invariant(product, matrix.shape[1])
-        return _adding(self._invariants[key](product))
+        return adding(self._invariants[key](product))
 
     def _find_invariant(self, product: Product, num_inputs: int) -> Invariant:
         """The cheapest way to a result that does not depend on the number of rows.
@@ -382,7 +382,7 @@ def _in_pieces(product: Product) -> Product:
     return in_pieces
 
 
-def _adding(product: Product) -> LinearOp:
+def adding(product: Product) -> LinearOp:
     """With a residual stream to add to."""
 
     def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import BatchInputs, Lengths
@@ -11,24 +12,27 @@ from engine.kernels.gpu import attention, rows
 from engine.kernels.gpu.attention import AttentionPlan
 from engine.kernels.gpu.linear import linear
 from engine.kernels.gpu.tiles import tiles_for
-from engine.kernels.reference import TorchKernels
+from engine.kernels.reference import TorchKernels, adding
 
 
 class TritonKernels(TorchKernels):
-    """Kernels in Triton, whose results depend on no other row."""
+    """Kernels in Triton, whose results depend on no other row.
 
-    name = "triton"
+    If they need not, products are the library's, which chooses another order of additions for another number of rows.
+    """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, max_num_rows: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, max_num_rows: int = 0, *, batch_invariant: bool = True
+    ) -> None:
         super().__init__(device, dtype, max_num_rows)
-        self.tiles = tiles_for(device)
+        self.deterministic = batch_invariant
+        capability, self.tiles = tiles_for(device)
+        self.name = f"triton {capability}"
 
     def linear(self, matrix: Tensor, bias: Tensor | None = None) -> LinearOp:
-        def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            out = linear(x, matrix, bias, self.tiles.linear)
-            return out if residual is None else residual.add_(out)
-
-        return product
+        if not self.deterministic:
+            return adding(lambda x: F.linear(x, matrix, bias))
+        return adding(lambda x: linear(x, matrix, bias, self.tiles.linear))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rows.rms_norm(x, weight, eps)

@@ -55,7 +55,9 @@ TABLE: dict[tuple[int, int], Tiles] = {
 }
 
 
-def tiles_for(device: torch.device) -> Tiles:
+def tiles_for(device: torch.device) -> tuple[str, Tiles]:
+    """Those of a card, and what they are called."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
-    return TABLE[max(key for key in TABLE if key <= capability)]
+    major, minor = max(key for key in TABLE if key <= capability)
+    return f"{major}.{minor}", TABLE[major, minor]

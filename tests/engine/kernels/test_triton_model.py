@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.messages import SamplingParams, Submit, TokenLogprobs
+from engine.process import fingerprint
 from engine.runner import LoadedModel, load_model
 from tests.choice import choose_kernels
 from tests.parity.outputs import all_logits, greedy_outputs
@@ -39,10 +40,10 @@ def models() -> dict[str, PreTrainedModel]:
     }
 
 
-def load(folder: Path, dtype: str = "float32") -> LoadedModel:
+def load(folder: Path, dtype: str = "float32", *, batch_invariant: bool = True) -> LoadedModel:
     with choose_kernels("triton"):
-        loaded = load_model(EngineConfig(model_path=str(folder), dtype=dtype))
-    assert loaded.runner.kernels.name == "triton"
+        loaded = load_model(EngineConfig(model_path=str(folder), dtype=dtype, batch_invariant=batch_invariant))
+    assert loaded.runner.kernels.name == "triton 0.0"
     return loaded
 
 
@@ -91,3 +92,17 @@ def test_the_same_request_gets_the_same_answer(dtype: str, tmp_path: Path) -> No
     assert answers(warm, lengths) == expected
     assert answers(warm, lengths) == expected
     assert warm.scheduler.stats.prompt_tokens_cached_total > 0
+
+
+def test_without_the_promise(tmp_path: Path) -> None:
+    """Products are torch's, and the server says that answers may vary."""
+    folder = save_random_model(models()["llama with biases"], tmp_path, SEED)
+    invariant, varying = load(folder), load(folder, batch_invariant=False)
+    prompt = prompt_of(50)
+    torch.testing.assert_close(all_logits(varying, prompt), all_logits(invariant, prompt), rtol=0, atol=1e-3)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(SEED))
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(SEED + 1))
+    assert torch.equal(varying.runner.kernels.linear(weight)(x), torch.nn.functional.linear(x, weight))
+    names = [fingerprint(str(folder), loaded) for loaded in (invariant, varying)]
+    assert ["-invariant-" in name for name in names] == [True, False]
+    assert ["-varying-" in name for name in names] == [False, True]
