@@ -10,12 +10,14 @@ a row gets the same bits either way.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Lengths
@@ -25,6 +27,7 @@ from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, AttentionTiles
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(100.0)  # 2 to the power of which is finite, and as good as infinite where it is used
 TARGET_PROGRAMS = 256  # below it segments get programs of their own
+MAX_PARTIAL_BYTES = 128 * 2**20  # of what waits to be merged
 
 
 @triton.jit
@@ -50,7 +53,6 @@ def _segment(
     start,
     end,
     num_kv_heads,
-    block_size,
     scale,
     softcap,
     window,
@@ -61,6 +63,7 @@ def _segment(
     SEGMENT: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """What packed rows q [PACKED, BLOCK] see of the keys start .. end of one segment: a running softmax.
 
@@ -74,14 +77,15 @@ def _segment(
     for offset in range(start, tl.minimum(start + SEGMENT, end), KEYS):
         tokens = offset + tl.arange(0, KEYS)
         has_token = tokens < end
-        blocks = tl.load(table + tokens // block_size, mask=has_token, other=0).to(tl.int64)
-        places = ((blocks * block_size + tokens % block_size) * num_kv_heads + kv_head) * SIZE
+        blocks = tl.load(table + tokens // TOKENS, mask=has_token, other=0).to(tl.int64)
+        places = ((blocks * TOKENS + tokens % TOKENS) * num_kv_heads + kv_head) * SIZE
         mask = has_token[:, None] & has_column[None, :]
         k = tl.load(keys + places[:, None] + columns[None, :], mask=mask, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (e^2x + 1)
-            scores = softcap * (1.0 - 2.0 / (tl.exp2(tl.minimum(scores * (2.0 * LOG2_E / softcap), LARGEST)) + 1.0))
+            bounded = tl.minimum(scores * (2.0 * LOG2_E / softcap), LARGEST, propagate_nan=tl.PropagateNan.ALL)
+            scores = softcap * (1.0 - 2.0 / (tl.exp2(bounded) + 1.0))
         scores *= LOG2_E
         visible = tokens[None, :] <= positions[:, None]
         if HAS_WINDOW:
@@ -127,6 +131,16 @@ def _load_queries(
 
 
 @triton.jit
+def _seen(tile, window, HAS_WINDOW: tl.constexpr, SEGMENT: tl.constexpr):
+    """Where the first segment that a tile sees begins, and the position after its last row."""
+    first_position = tl.load(tile + 3)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(first_position - window + 1, 0) // SEGMENT * SEGMENT
+    return first, first_position + tl.load(tile + 2)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend(
     q,
     out,
@@ -138,7 +152,6 @@ def _attend(
     table_stride,
     group_size,
     num_kv_heads,
-    block_size,
     scale,
     softcap,
     window,
@@ -149,17 +162,14 @@ def _attend(
     SEGMENT: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """2D grid (tiles, KV heads): all segments of a tile, one after the other."""
     kv_head = tl.program_id(1)
     tile = tiles + tl.program_id(0) * 4
     queries, positions, offsets, has_row = _load_queries(q, tile, kv_head, q_stride, group_size, PACKED, SIZE, BLOCK)
     table = tables + tl.load(tile) * table_stride
-    first_position = tl.load(tile + 3)
-    end = first_position + tl.load(tile + 2)
-    first = 0
-    if HAS_WINDOW:
-        first = tl.maximum(first_position - window + 1, 0) // SEGMENT * SEGMENT
+    first, end = _seen(tile, window, HAS_WINDOW, SEGMENT)
     highest = tl.full((PACKED,), float("-inf"), tl.float32)
     total = tl.zeros((PACKED,), tl.float32)
     weighted = tl.zeros((PACKED, BLOCK), tl.float32)
@@ -174,7 +184,6 @@ def _attend(
             start,
             end,
             num_kv_heads,
-            block_size,
             scale,
             softcap,
             window,
@@ -185,6 +194,7 @@ def _attend(
             SEGMENT,
             SIZE,
             BLOCK,
+            TOKENS,
         )
         highest, total, weighted = _merge(highest, total, weighted, other_highest, other_total, other_weighted)
     columns = tl.arange(0, BLOCK)
@@ -192,7 +202,7 @@ def _attend(
     tl.store(out + offsets[:, None] + columns[None, :], (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend_segment(
     q,
     partial,
@@ -205,7 +215,6 @@ def _attend_segment(
     table_stride,
     group_size,
     num_kv_heads,
-    block_size,
     scale,
     softcap,
     window,
@@ -216,31 +225,26 @@ def _attend_segment(
     SEGMENT: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """3D grid (tiles, KV heads, segments): one segment of a tile, which waits in `partial` and `states`."""
     kv_head = tl.program_id(1)
     segment = tl.program_id(2)
     tile = tiles + tl.program_id(0) * 4
-    first_position = tl.load(tile + 3)
-    end = first_position + tl.load(tile + 2)
+    first, end = _seen(tile, window, HAS_WINDOW, SEGMENT)
     start = segment * SEGMENT
-    is_seen = start < end
-    if HAS_WINDOW:
-        is_seen &= start + SEGMENT > tl.maximum(first_position - window + 1, 0)
-    if is_seen:
+    if (start >= first) & (start < end):
         queries, positions, _, _ = _load_queries(q, tile, kv_head, q_stride, group_size, PACKED, SIZE, BLOCK)
-        table = tables + tl.load(tile) * table_stride
         highest, total, weighted = _segment(
             queries,
             positions,
             keys,
             values,
-            table,
+            tables + tl.load(tile) * table_stride,
             kv_head,
             start,
             end,
             num_kv_heads,
-            block_size,
             scale,
             softcap,
             window,
@@ -251,17 +255,16 @@ def _attend_segment(
             SEGMENT,
             SIZE,
             BLOCK,
+            TOKENS,
         )
-        packed = tl.arange(0, PACKED)
-        place = ((tl.program_id(0) * num_kv_heads + kv_head) * tl.num_programs(2) + segment).to(
-            tl.int64
-        ) * PACKED + packed
+        index = (tl.program_id(0) * num_kv_heads + kv_head) * tl.num_programs(2) + segment
+        place = index.to(tl.int64) * PACKED + tl.arange(0, PACKED)
         tl.store(states + 2 * place, highest)
         tl.store(states + 2 * place + 1, total)
         tl.store(partial + place[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], weighted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments"])
 def _reduce(
     partial,
     states,
@@ -282,11 +285,7 @@ def _reduce(
     kv_head = tl.program_id(1)
     tile = tiles + tl.program_id(0) * 4
     first_row = tl.load(tile + 1)
-    first_position = tl.load(tile + 3)
-    end = first_position + tl.load(tile + 2)
-    first = 0
-    if HAS_WINDOW:
-        first = tl.maximum(first_position - window + 1, 0) // SEGMENT * SEGMENT
+    first, end = _seen(tile, window, HAS_WINDOW, SEGMENT)
     packed = tl.arange(0, PACKED)
     columns = tl.arange(0, BLOCK)
     highest = tl.full((PACKED,), float("-inf"), tl.float32)
@@ -340,9 +339,13 @@ def plan_attention(
     num_segments = -(-int((positions + num_rows).max(initial=0)) // sizes.segment)
     if len(tiles) * num_kv_heads >= TARGET_PROGRAMS or num_segments < 2:
         num_segments = 0
-    return AttentionPlan(
-        torch.from_numpy(tiles).to(block_tables.device), block_tables, block_size, packed_rows, num_segments
-    )
+    return AttentionPlan(_on(block_tables.device, tiles), block_tables, block_size, packed_rows, num_segments)
+
+
+def _on(device: torch.device, array: NDArray[np.int32]) -> Tensor:
+    """Without waiting for what the device does now."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def paged_attention(
@@ -366,17 +369,19 @@ def paged_attention(
     if not num_tiles:
         return out
     assert q.is_contiguous()
+    assert cache.keys.is_contiguous()
+    assert cache.values.is_contiguous()
     block = max(16, triton.next_power_of_2(size))
-    strides = (q.stride(0), plan.block_tables.stride(0), num_heads // num_kv_heads, num_kv_heads, plan.block_size)
+    strides = (q.stride(0), plan.block_tables.stride(0), num_heads // num_kv_heads, num_kv_heads)
     inputs = (plan.tiles, plan.block_tables, cache.keys, cache.values, *strides, scale, softcap, window or 0)
     flags = {"HAS_WINDOW": window is not None, "PACKED": plan.packed_rows, "SIZE": size, "BLOCK": block}
     flags |= {"SEGMENT": sizes.segment}
-    attend_flags = flags | {"HAS_SOFTCAP": softcap != 0, "KEYS": sizes.keys}
+    attend_flags = flags | {"HAS_SOFTCAP": softcap != 0, "KEYS": sizes.keys, "TOKENS": plan.block_size}
     options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, **LAUNCH_OPTIONS}
-    if not plan.num_segments:
+    shape = (num_tiles, num_kv_heads, plan.num_segments, plan.packed_rows)
+    if not 0 < math.prod(shape) * block * 4 <= MAX_PARTIAL_BYTES:
         _attend[(num_tiles, num_kv_heads)](q, out, *inputs, **attend_flags, **options)
         return out
-    shape = (num_tiles, num_kv_heads, plan.num_segments, plan.packed_rows)
     partial = torch.empty((*shape, block), dtype=torch.float32, device=q.device)
     states = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
     _attend_segment[shape[:3]](q, partial, states, *inputs, **attend_flags, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from engine.batch import BatchInputs, Lengths
@@ -11,7 +12,7 @@ from engine.kernels import LayerCache, LinearOp
 from engine.kernels.gpu import attention, rows
 from engine.kernels.gpu.attention import AttentionPlan
 from engine.kernels.gpu.linear import linear
-from engine.kernels.gpu.tiles import tiles_for
+from engine.kernels.gpu.tiles import card_name, tiles_for
 from engine.kernels.reference import TorchKernels, adding
 
 
@@ -26,8 +27,8 @@ class TritonKernels(TorchKernels):
     ) -> None:
         super().__init__(device, dtype, max_num_rows)
         self.deterministic = batch_invariant
-        capability, self.tiles = tiles_for(device)
-        self.name = f"triton {capability}"
+        self.tiles = tiles_for(device, dtype)
+        self.name = f"triton {triton.__version__} {card_name(device)}"
 
     def linear(self, matrix: Tensor, bias: Tensor | None = None) -> LinearOp:
         if not self.deterministic:

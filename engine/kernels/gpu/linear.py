@@ -2,7 +2,7 @@
 
 A row of the result is added up along the inputs in steps of the same size, in ascending order, so its bits depend on
 that row alone (batch invariance). Tiles that share columns are near each other in time, so that weights are read from
-memory once.
+memory once for several tiles of rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, LinearTiles
 ROW_GROUP = 8  # tiles of rows that go through the columns together
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear(
     x,
     weights,
@@ -64,6 +64,7 @@ def _linear(
 def linear(x: Tensor, weights: Tensor, bias: Tensor | None, tiles: LinearTiles) -> Tensor:
     """x [T, K] W^T + b for weights [M, K]: [T, M], in the type of x; sums are float32."""
     num_rows, num_columns = len(x), len(weights)
+    assert x.stride(1) == weights.stride(1) == 1
     out = torch.empty((num_rows, num_columns), dtype=x.dtype, device=x.device)
     if num_rows:
         grid = (triton.cdiv(num_rows, tiles.rows) * triton.cdiv(num_columns, tiles.columns),)

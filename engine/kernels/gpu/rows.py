@@ -27,6 +27,7 @@ def _rms_norm(x, weight, out, x_stride, out_stride, size, eps, BLOCK: tl.constex
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, K] over its root mean square, times weight (Zhang and Sennrich 2019). One program for each row."""
+    assert x.stride(1) == 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(x):
         block = triton.next_power_of_2(x.shape[1])

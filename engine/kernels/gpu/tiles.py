@@ -47,17 +47,34 @@ class Tiles:
     attention: AttentionTiles
 
 
-# By NVIDIA's compute capability, the newest that is not newer than the card. All else takes the first.
+SMALLEST = Tiles(LinearTiles(32, 64, 32, 4, 2), AttentionTiles(16, 16, 256, 4, 2))
+
+# By NVIDIA's compute capability, the newest that is not newer than the card.
 TABLE: dict[tuple[int, int], Tiles] = {
-    (0, 0): Tiles(LinearTiles(32, 64, 32, 4, 2), AttentionTiles(16, 32, 512, 4, 2)),
-    (8, 0): Tiles(LinearTiles(64, 128, 64, 4, 3), AttentionTiles(16, 64, 512, 4, 3)),
-    (9, 0): Tiles(LinearTiles(64, 128, 128, 4, 4), AttentionTiles(16, 64, 1024, 4, 3)),
+    (0, 0): SMALLEST,
+    (8, 0): Tiles(LinearTiles(64, 128, 64, 4, 3), AttentionTiles(16, 64, 256, 4, 3)),
+    (8, 6): Tiles(LinearTiles(64, 64, 64, 4, 3), AttentionTiles(16, 32, 256, 4, 2)),  # less shared memory, 8.9 too
+    (9, 0): Tiles(LinearTiles(64, 128, 64, 4, 4), AttentionTiles(16, 64, 256, 4, 3)),
+    (12, 0): Tiles(LinearTiles(64, 64, 64, 4, 3), AttentionTiles(16, 32, 256, 4, 2)),  # as 8.6
 }
 
 
-def tiles_for(device: torch.device) -> tuple[str, Tiles]:
-    """Those of a card, and what they are called."""
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    capability = torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
-    major, minor = max(key for key in TABLE if key <= capability)
-    return f"{major}.{minor}", TABLE[major, minor]
+def tiles_for(device: torch.device, dtype: torch.dtype) -> Tiles:
+    """For a card. float32, which no unit for products takes as it is, and cards of other makers get the smallest."""
+    if not _is_nvidia(device) or dtype == torch.float32:
+        return SMALLEST
+    capability = torch.cuda.get_device_capability(device)
+    return TABLE[max(key for key in TABLE if key <= capability)]
+
+
+def card_name(device: torch.device) -> str:
+    """The architecture, on which the last bits of an answer may depend."""
+    if _is_nvidia(device):
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).gcnArchName)
+    return "interpreter"
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None

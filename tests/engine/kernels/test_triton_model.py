@@ -1,14 +1,19 @@
 """A whole small model on the kernels in Triton, in its interpreter: against transformers, and promise 1."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.kernels.gpu import attention
+from engine.kernels.gpu.kernels import TritonKernels
+from engine.kernels.gpu.tiles import AttentionTiles
 from engine.messages import SamplingParams, Submit, TokenLogprobs
 from engine.process import fingerprint
 from engine.runner import LoadedModel, load_model
@@ -42,8 +47,10 @@ def models() -> dict[str, PreTrainedModel]:
 
 def load(folder: Path, dtype: str = "float32", *, batch_invariant: bool = True) -> LoadedModel:
     with choose_kernels("triton"):
-        loaded = load_model(EngineConfig(model_path=str(folder), dtype=dtype, batch_invariant=batch_invariant))
-    assert loaded.runner.kernels.name == "triton 0.0"
+        loaded = load_model(
+            EngineConfig(model_path=str(folder), device="cpu", dtype=dtype, batch_invariant=batch_invariant)
+        )
+    assert loaded.runner.kernels.name == f"triton {triton.__version__} interpreter"
     return loaded
 
 
@@ -67,8 +74,8 @@ def test_same_as_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_same_request_gets_the_same_answer(dtype: str, tmp_path: Path) -> None:
-    """Alone, among others, in chunks of a prompt, and with a prefix from the cache: tokens and logprobs to the bit."""
+def test_the_same_request_gets_the_same_answer(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone on the grid split over keys; on the other among others, in chunks, with a cached prefix: the same bits."""
     loaded = load(save_random_model(models()["llama"], tmp_path, SEED), dtype)
 
     def answers(engine: Engine, lengths: tuple[int, ...]) -> dict[int, tuple[list[int], list[TokenLogprobs]]]:
@@ -87,7 +94,14 @@ def test_the_same_request_gets_the_same_answer(dtype: str, tmp_path: Path) -> No
         return Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk), loaded)
 
     lengths = (5, 40, 90)
+    kernels = loaded.runner.kernels
+    assert isinstance(kernels, TritonKernels)
+    # Several segments for the longer prompts.
+    monkeypatch.setattr(
+        kernels, "tiles", dataclasses.replace(kernels.tiles, attention=AttentionTiles(16, 16, 32, 4, 2))
+    )
     expected = {length: answers(engine(), (length,))[length] for length in lengths}
+    monkeypatch.setattr(attention, "TARGET_PROGRAMS", 0)  # the other grid
     warm = engine(chunk=17)
     assert answers(warm, lengths) == expected
     assert answers(warm, lengths) == expected
