@@ -31,6 +31,37 @@ MAX_PARTIAL_BYTES = 128 * 2**20  # of what waits to be merged
 
 
 @triton.jit
+def _nothing(PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """A running softmax that has seen no key. Merged with another, it gives the other's bits."""
+    highest = tl.full((PACKED,), float("-inf"), tl.float32)
+    return highest, tl.zeros((PACKED,), tl.float32), tl.zeros((PACKED, BLOCK), tl.float32)
+
+
+@triton.jit
+def _place(kv_head, num_kv_heads, segment, num_segments, PACKED: tl.constexpr):
+    """Which rows of `partial` and `states` hold a segment of this program's tile."""
+    index = (tl.program_id(0) * num_kv_heads + kv_head) * num_segments + segment
+    return index.to(tl.int64) * PACKED + tl.arange(0, PACKED)
+
+
+@triton.jit
+def _rows(tile, kv_head, q_stride, group_size, PACKED: tl.constexpr, SIZE: tl.constexpr):
+    """For each packed row its token's number in the tile, where it lies in q and out, and whether there is one."""
+    packed = tl.arange(0, PACKED)
+    rows = packed // group_size
+    heads = kv_head * group_size + packed % group_size
+    offsets = (tl.load(tile + 1) + rows).to(tl.int64) * q_stride + heads * SIZE
+    return rows, offsets, rows < tl.load(tile + 2)
+
+
+@triton.jit
+def _store(out, offsets, has_row, rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    mask = has_row[:, None] & (columns < SIZE)[None, :]
+    tl.store(out + offsets[:, None] + columns[None, :], rows.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _merge(highest, total, weighted, other_highest, other_total, other_weighted):
     """Two running softmaxes in one. Where the other has seen nothing, this one keeps its bits."""
     new_highest = tl.maximum(highest, other_highest)
@@ -71,9 +102,7 @@ def _segment(
     """
     columns = tl.arange(0, BLOCK)
     has_column = columns < SIZE
-    highest = tl.full((PACKED,), float("-inf"), tl.float32)
-    total = tl.zeros((PACKED,), tl.float32)
-    weighted = tl.zeros((PACKED, BLOCK), tl.float32)
+    highest, total, weighted = _nothing(PACKED, BLOCK)
     for offset in range(start, tl.minimum(start + SEGMENT, end), KEYS):
         tokens = offset + tl.arange(0, KEYS)
         has_token = tokens < end
@@ -114,16 +143,10 @@ def _load_queries(
     BLOCK: tl.constexpr,
 ):
     """The packed rows of a tile (sequence, first row, number of rows, first position), and where each stands."""
-    first_row = tl.load(tile + 1)
-    num_rows = tl.load(tile + 2)
     first_position = tl.load(tile + 3)
-    packed = tl.arange(0, PACKED)
-    rows = packed // group_size
-    heads = kv_head * group_size + packed % group_size
+    rows, offsets, has_row = _rows(tile, kv_head, q_stride, group_size, PACKED, SIZE)
     columns = tl.arange(0, BLOCK)
-    has_row = rows < num_rows
     positions = tl.where(has_row, first_position + rows, first_position)  # what is no row sees something, too
-    offsets = (first_row + rows).to(tl.int64) * q_stride + heads * SIZE
     queries = tl.load(
         q + offsets[:, None] + columns[None, :], mask=has_row[:, None] & (columns < SIZE)[None, :], other=0.0
     )
@@ -144,67 +167,6 @@ def _seen(tile, window, HAS_WINDOW: tl.constexpr, SEGMENT: tl.constexpr):
 def _attend(
     q,
     out,
-    tiles,
-    tables,
-    keys,
-    values,
-    q_stride,
-    table_stride,
-    group_size,
-    num_kv_heads,
-    scale,
-    softcap,
-    window,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PACKED: tl.constexpr,
-    KEYS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """2D grid (tiles, KV heads): all segments of a tile, one after the other."""
-    kv_head = tl.program_id(1)
-    tile = tiles + tl.program_id(0) * 4
-    queries, positions, offsets, has_row = _load_queries(q, tile, kv_head, q_stride, group_size, PACKED, SIZE, BLOCK)
-    table = tables + tl.load(tile) * table_stride
-    first, end = _seen(tile, window, HAS_WINDOW, SEGMENT)
-    highest = tl.full((PACKED,), float("-inf"), tl.float32)
-    total = tl.zeros((PACKED,), tl.float32)
-    weighted = tl.zeros((PACKED, BLOCK), tl.float32)
-    for start in range(first, end, SEGMENT):
-        other_highest, other_total, other_weighted = _segment(
-            queries,
-            positions,
-            keys,
-            values,
-            table,
-            kv_head,
-            start,
-            end,
-            num_kv_heads,
-            scale,
-            softcap,
-            window,
-            HAS_SOFTCAP,
-            HAS_WINDOW,
-            PACKED,
-            KEYS,
-            SEGMENT,
-            SIZE,
-            BLOCK,
-            TOKENS,
-        )
-        highest, total, weighted = _merge(highest, total, weighted, other_highest, other_total, other_weighted)
-    columns = tl.arange(0, BLOCK)
-    mask = has_row[:, None] & (columns < SIZE)[None, :]
-    tl.store(out + offsets[:, None] + columns[None, :], (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["table_stride"])
-def _attend_segment(
-    q,
     partial,
     states,
     tiles,
@@ -218,6 +180,7 @@ def _attend_segment(
     scale,
     softcap,
     window,
+    IS_SPLIT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
@@ -227,41 +190,34 @@ def _attend_segment(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """3D grid (tiles, KV heads, segments): one segment of a tile, which waits in `partial` and `states`."""
+    """2D grid (tiles, KV heads): all segments of a tile, one after the other, to `out`.
+
+    3D grid (tiles, KV heads, segments), which IS_SPLIT: one segment each, which waits in `partial` and `states`.
+    """
     kv_head = tl.program_id(1)
-    segment = tl.program_id(2)
     tile = tiles + tl.program_id(0) * 4
+    queries, positions, offsets, has_row = _load_queries(q, tile, kv_head, q_stride, group_size, PACKED, SIZE, BLOCK)
+    table = tables + tl.load(tile) * table_stride
     first, end = _seen(tile, window, HAS_WINDOW, SEGMENT)
-    start = segment * SEGMENT
-    if (start >= first) & (start < end):
-        queries, positions, _, _ = _load_queries(q, tile, kv_head, q_stride, group_size, PACKED, SIZE, BLOCK)
-        highest, total, weighted = _segment(
-            queries,
-            positions,
-            keys,
-            values,
-            tables + tl.load(tile) * table_stride,
-            kv_head,
-            start,
-            end,
-            num_kv_heads,
-            scale,
-            softcap,
-            window,
-            HAS_SOFTCAP,
-            HAS_WINDOW,
-            PACKED,
-            KEYS,
-            SEGMENT,
-            SIZE,
-            BLOCK,
-            TOKENS,
-        )
-        index = (tl.program_id(0) * num_kv_heads + kv_head) * tl.num_programs(2) + segment
-        place = index.to(tl.int64) * PACKED + tl.arange(0, PACKED)
+    last = end
+    if IS_SPLIT:
+        start_of_own = tl.program_id(2) * SEGMENT
+        last = tl.where(start_of_own >= first, tl.minimum(start_of_own + SEGMENT, end), 0)
+        first = start_of_own
+    highest, total, weighted = _nothing(PACKED, BLOCK)
+    for start in range(first, last, SEGMENT):
+        state = _segment(
+            queries, positions, keys, values, table, kv_head, start, end, num_kv_heads, scale, softcap, window,
+            HAS_SOFTCAP, HAS_WINDOW, PACKED, KEYS, SEGMENT, SIZE, BLOCK, TOKENS
+        )  # fmt: skip
+        highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
+    if IS_SPLIT:
+        place = _place(kv_head, num_kv_heads, tl.program_id(2), tl.num_programs(2), PACKED)
         tl.store(states + 2 * place, highest)
         tl.store(states + 2 * place + 1, total)
         tl.store(partial + place[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], weighted)
+    else:
+        _store(out, offsets, has_row, weighted / total[:, None], SIZE, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -284,25 +240,17 @@ def _reduce(
     """Grid (tiles, KV heads): merges the segments of a tile in ascending order."""
     kv_head = tl.program_id(1)
     tile = tiles + tl.program_id(0) * 4
-    first_row = tl.load(tile + 1)
+    _, offsets, has_row = _rows(tile, kv_head, q_stride, group_size, PACKED, SIZE)
     first, end = _seen(tile, window, HAS_WINDOW, SEGMENT)
-    packed = tl.arange(0, PACKED)
     columns = tl.arange(0, BLOCK)
-    highest = tl.full((PACKED,), float("-inf"), tl.float32)
-    total = tl.zeros((PACKED,), tl.float32)
-    weighted = tl.zeros((PACKED, BLOCK), tl.float32)
+    highest, total, weighted = _nothing(PACKED, BLOCK)
     for start in range(first, end, SEGMENT):
-        index = (tl.program_id(0) * num_kv_heads + kv_head) * num_segments + start // SEGMENT
-        place = index.to(tl.int64) * PACKED + packed
+        place = _place(kv_head, num_kv_heads, start // SEGMENT, num_segments, PACKED)
         other_highest = tl.load(states + 2 * place)
         other_total = tl.load(states + 2 * place + 1)
         other_weighted = tl.load(partial + place[:, None] * BLOCK + columns[None, :])
         highest, total, weighted = _merge(highest, total, weighted, other_highest, other_total, other_weighted)
-    rows = packed // group_size
-    heads = kv_head * group_size + packed % group_size
-    offsets = (first_row + rows).to(tl.int64) * q_stride + heads * SIZE
-    mask = (rows < tl.load(tile + 2))[:, None] & (columns < SIZE)[None, :]
-    tl.store(out + offsets[:, None] + columns[None, :], (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    _store(out, offsets, has_row, weighted / total[:, None], SIZE, BLOCK)
 
 
 @dataclass(frozen=True)
@@ -311,7 +259,6 @@ class AttentionPlan:
 
     tiles: Tensor  # int32 [A, 4]
     block_tables: Tensor
-    block_size: int
     packed_rows: int
     num_segments: int  # of the longest; 0: every tile goes through its own segments
 
@@ -322,7 +269,6 @@ def plan_attention(
     block_tables: Tensor,
     group_size: int,
     num_kv_heads: int,
-    block_size: int,
     sizes: AttentionTiles,
 ) -> AttentionPlan:
     """Cuts the rows of each sequence into tiles, and decides for one of the two grids, which give the same bits."""
@@ -339,7 +285,7 @@ def plan_attention(
     num_segments = -(-int((positions + num_rows).max(initial=0)) // sizes.segment)
     if len(tiles) * num_kv_heads >= TARGET_PROGRAMS or num_segments < 2:
         num_segments = 0
-    return AttentionPlan(_on(block_tables.device, tiles), block_tables, block_size, packed_rows, num_segments)
+    return AttentionPlan(_on(block_tables.device, tiles), block_tables, packed_rows, num_segments)
 
 
 def _on(device: torch.device, array: NDArray[np.int32]) -> Tensor:
@@ -376,15 +322,15 @@ def paged_attention(
     inputs = (plan.tiles, plan.block_tables, cache.keys, cache.values, *strides, scale, softcap, window or 0)
     flags = {"HAS_WINDOW": window is not None, "PACKED": plan.packed_rows, "SIZE": size, "BLOCK": block}
     flags |= {"SEGMENT": sizes.segment}
-    attend_flags = flags | {"HAS_SOFTCAP": softcap != 0, "KEYS": sizes.keys, "TOKENS": plan.block_size}
+    attend_flags = flags | {"HAS_SOFTCAP": softcap != 0, "KEYS": sizes.keys, "TOKENS": cache.keys.shape[1]}
     options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, **LAUNCH_OPTIONS}
     shape = (num_tiles, num_kv_heads, plan.num_segments, plan.packed_rows)
     if not 0 < math.prod(shape) * block * 4 <= MAX_PARTIAL_BYTES:
-        _attend[(num_tiles, num_kv_heads)](q, out, *inputs, **attend_flags, **options)
+        _attend[shape[:2]](q, out, None, None, *inputs, IS_SPLIT=False, **attend_flags, **options)
         return out
     partial = torch.empty((*shape, block), dtype=torch.float32, device=q.device)
     states = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
-    _attend_segment[shape[:3]](q, partial, states, *inputs, **attend_flags, **options)
+    _attend[shape[:3]](q, out, partial, states, *inputs, IS_SPLIT=True, **attend_flags, **options)
     _reduce[shape[:2]](
         partial,
         states,

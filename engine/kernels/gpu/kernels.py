@@ -49,14 +49,13 @@ class TritonKernels(TorchKernels):
     def plan_attention(  # type: ignore[override]
         self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
     ) -> AttentionPlan:
-        group_size, block_size = num_heads // num_kv_heads, cache.keys.shape[1]
+        group_size = num_heads // num_kv_heads
         return attention.plan_attention(
             query_lens,
             batch.seq_lens,
             batch.block_tables,
             group_size,
             num_kv_heads,
-            block_size,
             self.tiles.attention,
         )
 

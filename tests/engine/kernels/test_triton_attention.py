@@ -96,7 +96,7 @@ def test_more_than_may_wait_to_be_merged(monkeypatch: pytest.MonkeyPatch) -> Non
     with grid("3D"):
         (expected,) = paged.attend([(0, 599, 600)])
         monkeypatch.setattr(attention, "MAX_PARTIAL_BYTES", 1000)
-        monkeypatch.setattr(attention, "_attend_segment", None)
+        monkeypatch.setattr(attention, "_reduce", None)
         assert torch.equal(paged.attend([(0, 599, 600)])[0], expected)
 
 
@@ -150,6 +150,6 @@ def test_capped_scores() -> None:
     expected = torch.einsum("hqn,nhd->qhd", scores.softmax(dim=-1), v)
     for name in GRIDS:
         with grid(name):
-            plan = attention.plan_attention(*lens, tables, 2, 1, 32, sizes)
+            plan = attention.plan_attention(*lens, tables, 2, 1, sizes)
         out = attention.paged_attention(q, paged.cache, plan, scale, None, sizes, softcap)
         torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)

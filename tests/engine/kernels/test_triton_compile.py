@@ -38,7 +38,7 @@ ALIGNED = (*STRIDES, "num_inputs", "num_columns", "size")
 
 def compile(fn, constants, num_warps, num_stages, **types):
     names = [parameter.name for parameter in fn.params]
-    signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": num_warps, "num_stages": num_stages, **LAUNCH_OPTIONS}
     # As at run time: without it loads are narrow, and nothing is held in shared memory ahead of time.
@@ -68,8 +68,9 @@ for dtype in ("*fp16", "*bf16", "*fp32"):
         constants |= {"SIZE": size, "BLOCK": block}
         compile(attention._reduce, constants, sizes.num_warps, 2, **types)
         constants |= {"HAS_SOFTCAP": has_window, "KEYS": sizes.keys}
-        for fn in (attention._attend, attention._attend_segment):
-            compile(fn, constants, sizes.num_warps, sizes.num_stages, **types)
+        compile(attention._attend, constants | {"IS_SPLIT": True}, sizes.num_warps, sizes.num_stages, **types)
+        constants |= {"IS_SPLIT": False, "partial": None, "states": None}
+        compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types)
 print(json.dumps(shared))
 """
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,22 +18,10 @@ from engine.process import fingerprint
 from engine.runner import LoadedModel, load_model
 from tests.choice import choose_kernels
 from tests.parity.outputs import all_logits, greedy_outputs
+from tests.parity.test_families import SHAPE, VOCAB_SIZE
 from tests.tiny_models import save_random_model
 
 SEED = 11
-VOCAB_SIZE = 128
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 
 
 def models() -> dict[str, PreTrainedModel]:
