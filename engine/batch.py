@@ -39,7 +39,9 @@ class BatchBuilder:
     ) -> None:
         self.block_size = block_size
         self.device = device
-        self.num_rows, self.num_hidden_rows, self.num_seqs = np.zeros((3, 1), dtype=np.int64)
+        # Of rows: how many, and how many of these are of generated tokens, which come first.
+        self.num_rows, self.num_hidden_rows = np.zeros((2, 2), dtype=np.int64)
+        self.num_seqs = np.zeros(1, dtype=np.int64)
         # One packed buffer for what has a value for each row, so that a device needs one copy.
         self.rows = np.zeros((5, max_num_tokens), dtype=np.int64)
         self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
@@ -66,8 +68,10 @@ class BatchBuilder:
         self.query_lens[:num_seqs] = [item.num_tokens for item in step.scheduled]
         self.hidden_lens[:num_seqs] = [item.num_hidden for item in step.scheduled]
         self.seq_lens[:num_seqs] = [item.start + item.num_tokens for item in step.scheduled]
-        num_rows, num_hidden_rows = int(self.query_lens[:num_seqs].sum()), int(self.hidden_lens[:num_seqs].sum())
-        self.num_rows[0], self.num_hidden_rows[0], self.num_seqs[0] = num_rows, num_hidden_rows, num_seqs
+        num_generating = sum(not item.is_prompt for item in step.scheduled)
+        for counts, lens in ((self.num_rows, self.query_lens), (self.num_hidden_rows, self.hidden_lens)):
+            counts[:] = lens[:num_seqs].sum(), lens[:num_generating].sum()
+        num_rows, num_hidden_rows, self.num_seqs[0] = int(self.num_rows[0]), int(self.num_hidden_rows[0]), num_seqs
         self.rows[0, :num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
         self.rows[3, :num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
         sample_rows = last_rows(self.hidden_lens[:num_seqs], np.array([item.num_samples for item in step.scheduled]))

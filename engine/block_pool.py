@@ -27,23 +27,34 @@ class Block:
 
 
 def extend_block_hashes(
-    block_hashes: list[bytes], token_ids: Sequence[int], block_size: int, salt: bytes = b""
+    block_hashes: list[bytes],
+    token_ids: Sequence[int],
+    block_size: int,
+    salt: bytes = b"",
+    num_prompt_tokens: int | None = None,
 ) -> None:
     """Append the chained sha256 of each full block of `token_ids` that `block_hashes` lacks.
 
-    A hash covers the salt and all tokens up to the block's end, so equal hashes mean equal keys and values.
+    A hash covers the salt and all tokens up to the block's end, so equal hashes mean equal keys and values. Where these
+    depend on whether a token was generated, `num_prompt_tokens` says from which on they were, and is covered too.
     """
     for index in range(len(block_hashes), len(token_ids) // block_size):
         parent = block_hashes[-1] if block_hashes else hashlib.sha256(ROOT + salt).digest()
         tokens = token_ids[index * block_size : (index + 1) * block_size]
+        if num_prompt_tokens is not None and index == num_prompt_tokens // block_size:
+            parent += struct.pack("<I", num_prompt_tokens % block_size)
         block_hashes.append(hashlib.sha256(parent + struct.pack(f"<{block_size}I", *tokens)).digest())
 
 
 class BlockPool:
-    """All blocks of the KV cache."""
+    """All blocks of the KV cache.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    Where it `separates_prompts`, what was generated is not found as part of a prompt, whose keys would be others.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, separates_prompts: bool = False) -> None:
         self.block_size = block_size
+        self.separates_prompts = separates_prompts
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.num_touched = 0  # blocks with lower ids have been used at least once
         self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before; first to be handed out first

@@ -25,8 +25,9 @@ class Engine:
         # Where a row's result depends on how many there are, a draft could change the answer.
         is_lossless = loaded.runner.kernels.deterministic
         is_cheap = loaded.device.type == "cpu"
+        separates_prompts = loaded.runner.kernels.separates_prompts
         self.scheduler = Scheduler(
-            BlockPool(loaded.memory.num_blocks, loaded.memory.block_size),
+            BlockPool(loaded.memory.num_blocks, loaded.memory.block_size, separates_prompts=separates_prompts),
             self.recorder,
             max_num_seqs=loaded.limits.max_num_seqs,
             max_num_batched_tokens=loaded.limits.max_num_batched_tokens,

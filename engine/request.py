@@ -127,6 +127,11 @@ class Scheduled:
     draft_token_ids: list[int] = field(default_factory=list)
 
     @property
+    def is_prompt(self) -> bool:
+        """Whether its rows are of the prompt: all are, or none."""
+        return self.start < self.request.num_prompt_tokens
+
+    @property
     def num_hidden(self) -> int:
         """How many rows, counted from the last, whose last hidden state is wanted."""
         return self.num_tokens if self.num_prompt_logprobs else self.num_samples
@@ -146,7 +151,7 @@ class Scheduled:
 
 @dataclass(slots=True)
 class Step:
-    """What one pass through the model computes, as decided by the scheduler."""
+    """What one pass through the model computes, as decided by the scheduler: what was generated first, then prompts."""
 
     step_id: int
     scheduled: list[Scheduled]

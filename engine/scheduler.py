@@ -24,6 +24,12 @@ def _by_order(request: Request) -> tuple[int, int, int]:
     return (*request.order, request.index)
 
 
+def _num_pending(request: Request, num_computed: int) -> int:
+    """Tokens to compute next, all of the prompt or all of what was generated."""
+    is_prompt = num_computed < request.num_prompt_tokens
+    return (request.num_prompt_tokens if is_prompt else request.num_tokens) - num_computed
+
+
 class Scheduler:
     """The queue, the running requests, and their blocks."""
 
@@ -100,7 +106,7 @@ class Scheduler:
             request = self.running[position]
             position += 1
             num_after = len(self.running) - position  # each of them gets a token at least
-            num_tokens = min(request.num_tokens - request.num_computed, self.max_chunk, budget - num_after)
+            num_tokens = min(_num_pending(request, request.num_computed), self.max_chunk, budget - num_after)
             if self._grow(request, num_tokens):
                 scheduled.append(self._advance(request, num_tokens))
                 budget -= num_tokens
@@ -109,11 +115,12 @@ class Scheduler:
                 break
             request = self.waiting.pop(0)
             insort(self.running, request, key=_by_order)
-            num_tokens = min(request.num_tokens - request.num_computed, self.max_chunk, budget)
+            num_tokens = min(_num_pending(request, request.num_computed), self.max_chunk, budget)
             scheduled.append(self._advance(request, num_tokens))
             budget -= num_tokens
         if not scheduled:
             return None
+        scheduled.sort(key=lambda item: item.is_prompt)
         if self.speculation is not None:
             self._add_drafts(self.speculation, scheduled, budget)
         self.stats.steps_total += 1
@@ -143,12 +150,12 @@ class Scheduler:
 
     def _admit(self, request: Request, budget: int) -> bool:
         """Give the first waiting request its cached prefix and blocks for its first chunk, or nothing."""
-        extend_block_hashes(request.block_hashes, request.token_ids, self.pool.block_size, request.salt)
+        self._extend_hashes(request)
         # The last token is always computed, for its logits are needed.
         num_usable = 0 if request.wants_prompt_logprobs else (request.num_tokens - 1) // self.pool.block_size
         cached = self.pool.acquire(request.block_hashes[:num_usable])
         num_cached = len(cached) * self.pool.block_size
-        num_tokens = min(request.num_tokens - num_cached, self.max_chunk, budget)
+        num_tokens = min(_num_pending(request, num_cached), self.max_chunk, budget)
         # Room for all tokens that are known, its own and the others', so that requests do not take turns in
         # preempting each other.
         num_promised = sum(self.pool.num_blocks_for(other.num_tokens) - len(other.blocks) for other in self.running)
@@ -192,7 +199,8 @@ class Scheduler:
         num_spare = policy.num_spare_rows(sum(item.num_tokens for item in scheduled), budget)
         if num_spare < 1:
             return
-        drafts = [(item, self._draft(policy, item.request)) for item in scheduled if item.num_samples]
+        generating = [item for item in scheduled if item.num_samples and not item.is_prompt]
+        drafts = [(item, self._draft(policy, item.request)) for item in generating]
         drafts = sorted((pair for pair in drafts if pair[1]), key=lambda pair: len(pair[1]))
         for position, (item, draft) in enumerate(drafts):
             share = -(-num_spare // (len(drafts) - position))
@@ -296,10 +304,15 @@ class Scheduler:
         """Make the blocks findable whose last token has been computed."""
         num_full = request.num_computed // self.pool.block_size
         if num_full > request.num_published:
-            extend_block_hashes(request.block_hashes, request.token_ids, self.pool.block_size, request.salt)
+            self._extend_hashes(request)
             for index in range(request.num_published, num_full):
                 self.pool.publish(request.blocks[index], request.block_hashes[index])
             request.num_published = num_full
+
+    def _extend_hashes(self, request: Request) -> None:
+        pool = self.pool
+        num_prompt_tokens = request.num_prompt_tokens if pool.separates_prompts else None
+        extend_block_hashes(request.block_hashes, request.token_ids, pool.block_size, request.salt, num_prompt_tokens)
 
     def _prompt_is_computed(self, request: Request, event: TokenEvent) -> None:
         if request.params.max_tokens > 0:

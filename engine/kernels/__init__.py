@@ -93,6 +93,11 @@ class Kernels(Protocol):
     num_torch_threads: int  # how many of torch's own are wanted
 
     @property
+    def separates_prompts(self) -> bool:
+        """Whether a token's keys and values have other bits in a prompt than where they were generated."""
+        ...
+
+    @property
     def formats(self) -> str:
         """Those of weights and KV cache, in words."""
         ...

@@ -4,7 +4,8 @@ Reads the first 2,000 tokens of `english.txt`: the opening of chapter 1 of Lewis
 Wonderland (1865) and chapter 1 of Jane Austen's Pride and Prejudice (1813), both in the public domain. They are cut
 into pieces of 1,024 tokens, the last one shorter, and no piece sees another. After each token the model's
 distribution of the next is compared with the reference's: the mean of KL(reference || format), in nats, and the share
-of positions at which both hold the same token for the most likely one.
+of positions at which both hold the same token for the most likely one. Where prompts are computed in another way than
+what was generated, the text is read in both.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from engine.block_pool import Block
 from engine.config import EngineConfig
 from engine.messages import SamplingParams, Submit
-from engine.request import Scheduled, Step, leader_of
+from engine.request import Request, Scheduled, Step, leader_of
 from engine.runner import LoadedModel, load_model
 from server.models import ModelError, resolve_model
 from server.text.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     weights: str
     kv_cache: str
+    tokens: str = ""  # how the text was read, where there are two ways
     mean_kl: float | None = None
     same_top_token: float | None = None  # share
     failure: str | None = None
@@ -122,8 +124,11 @@ def measure(model: str, console: Console) -> Results:
                         file.write(logits.numpy().tobytes())
                     file.flush()
                 reference = np.memmap(file, np.float32, "r").reshape(-1, loaded.config.vocab_size)
-                mean_kl, same_top_token = compare(reference, all_logits(loaded, text))
-                rows.append(msgspec.structs.replace(blank, mean_kl=mean_kl, same_top_token=same_top_token))
+                for tokens in ("of prompts", "generated") if loaded.runner.kernels.separates_prompts else ("",):
+                    logits_of_text = all_logits(loaded, text, are_generated=tokens == "generated")
+                    mean_kl, same_top_token = compare(reference, logits_of_text)
+                    results = {"tokens": tokens, "mean_kl": mean_kl, "same_top_token": same_top_token}
+                    rows.append(msgspec.structs.replace(blank, **results))
                 del loaded
                 gc.collect()
     return Results(model=Path(model).name, kernels=kernels, num_tokens=NUM_TOKENS, piece_tokens=PIECE_TOKENS, rows=rows)
@@ -141,17 +146,20 @@ def load(path: Path, weights: str, kv_cache: str, text: Text) -> LoadedModel:
     return load_model(config)
 
 
-def all_logits(loaded: LoadedModel, text: Text) -> Iterator[Tensor]:
+def all_logits(loaded: LoadedModel, text: Text, *, are_generated: bool = False) -> Iterator[Tensor]:
     """float32 logits [.., V] after each token of the pieces, in order; they hold until the next are taken."""
     for piece in text.pieces:
-        yield from piece_logits(loaded, text.prefix + piece, len(text.prefix))
+        token_ids = text.prefix + piece
+        submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
+        request = leader_of(submit, salt=b"", number=0, now=0.0)
+        if are_generated:
+            request.num_prompt_tokens = 0
+        yield from piece_logits(loaded, request, len(text.prefix))
 
 
 @torch.inference_mode()
-def piece_logits(loaded: LoadedModel, token_ids: list[int], num_skipped: int) -> Iterator[Tensor]:
-    params = SamplingParams(max_tokens=1)
-    submit = Submit(request_id="r", prompt_token_ids=token_ids, params=params, arrival=0.0)
-    request = leader_of(submit, salt=b"", number=0, now=0.0)
+def piece_logits(loaded: LoadedModel, request: Request, num_skipped: int) -> Iterator[Tensor]:
+    token_ids = request.token_ids
     request.blocks = [Block(block_id) for block_id in range(-(-len(token_ids) // loaded.memory.block_size))]
     runner = loaded.runner
     step_tokens = loaded.limits.max_num_batched_tokens
@@ -178,12 +186,14 @@ def compare(reference: NDArray[np.float32], logits: Iterator[Tensor]) -> tuple[f
 
 def print_table(results: Results) -> None:
     title = f"{results.model}, kernels: {results.kernels}"
-    table = Table("weights", "KV cache", *(Column(name, justify="right") for name in ("mean KL", "same top token")))
+    table = Table(
+        "weights", "KV cache", "tokens", *(Column(name, justify="right") for name in ("mean KL", "same top token"))
+    )
     table.title = title
     for row in results.rows:
         kl = "" if row.mean_kl is None else f"{row.mean_kl:.5f}"
         same = "" if row.same_top_token is None else f"{row.same_top_token:.1%}"
-        table.add_row(row.weights, row.kv_cache, kl, same)
+        table.add_row(row.weights, row.kv_cache, row.tokens, kl, same)
     Console().print(table)
     for row in results.rows:
         if row.failure:

@@ -67,11 +67,14 @@ def solo_answer(submit: Submit, index: int, max_model_len: int, next_token: Next
 class FakeModel:
     """Says `next_token` of what it reads, and reads only what it has written."""
 
-    def __init__(self, block_size: int, next_token: NextToken = random_token) -> None:
+    def __init__(
+        self, block_size: int, next_token: NextToken = random_token, *, separates_prompts: bool = False
+    ) -> None:
         self.block_size = block_size
         self.next_token = next_token
-        # (block id, offset) -> the tokens up to that position, and the salt; None: written by a row that failed
-        self.slots: dict[tuple[int, int], tuple[list[int], bytes] | None] = {}
+        self.separates_prompts = separates_prompts
+        # (block id, offset) -> what lies there; None: written by a row that failed
+        self.slots: dict[tuple[int, int], tuple[list[int], int, bytes] | None] = {}
 
     def run(self, step: Step, failing: int | None = None) -> list[RowOutput]:
         """One output for each part of the step; the part number `failing` goes wrong."""
@@ -81,22 +84,28 @@ class FakeModel:
         outputs = []
         for number, item in enumerate(step.scheduled):
             request, end = item.request, item.start + item.num_tokens
+            assert not item.is_prompt or end <= request.num_prompt_tokens, "rows of two kinds"
             for position in range(item.start, end):
                 slot = self._slot(request, position)
                 assert request.blocks[position // self.block_size].ref_count == 1, "a row writes into a shared block"
                 assert slot not in written, "two rows write into one slot"
                 written.add(slot)
-                prefix = (request.token_ids + item.draft_token_ids)[: position + 1]
-                self.slots[slot] = None if number == failing else (prefix, request.salt)
+                token_ids = request.token_ids + item.draft_token_ids
+                self.slots[slot] = None if number == failing else self._keys(request, token_ids, position)
             outputs.append(RowOutput(error="broken") if number == failing else self._output(item))
         return outputs
+
+    def _keys(self, request: Request, token_ids: list[int], position: int) -> tuple[list[int], int, bytes]:
+        """What they depend on: the tokens so far, how many of these are of the prompt if that counts, and the salt."""
+        num_prompt_tokens = min(position + 1, request.num_prompt_tokens) if self.separates_prompts else 0
+        return (token_ids[: position + 1], num_prompt_tokens, request.salt)
 
     def _slot(self, request: Request, position: int) -> tuple[int, int]:
         return request.blocks[position // self.block_size].block_id, position % self.block_size
 
     def _read(self, request: Request, end: int) -> None:
         for position in range(end):
-            expected = (request.token_ids[: position + 1], request.salt)
+            expected = self._keys(request, request.token_ids, position)
             assert self.slots.get(self._slot(request, position)) == expected, f"position {position} holds other keys"
 
     def _output(self, item: Scheduled) -> RowOutput:
@@ -115,13 +124,24 @@ class FakeModel:
         return output
 
 
-def full_block_hashes(token_ids: Sequence[int], salt: bytes, block_size: int) -> list[bytes]:
-    """The chain of sha256 over the full blocks."""
+def full_block_hashes(
+    token_ids: Sequence[int], salt: bytes, block_size: int, num_prompt_tokens: int | None = None
+) -> list[bytes]:
+    """The chain of sha256 over the full blocks, with a mark where the prompt ends if that counts."""
     hashes = [hashlib.sha256(b"lightwell.prefix" + salt).digest()]
     for start in range(0, len(token_ids) - block_size + 1, block_size):
         block = b"".join(token_id.to_bytes(4, "little") for token_id in token_ids[start : start + block_size])
+        if num_prompt_tokens is not None and start <= num_prompt_tokens < start + block_size:
+            block = (num_prompt_tokens - start).to_bytes(4, "little") + block
         hashes.append(hashlib.sha256(hashes[-1] + block).digest())
     return hashes[1:]
+
+
+def num_missing(request: Request, num_computed: int) -> int:
+    """Tokens that a request wants in a step: of its prompt, and then of what followed."""
+    if num_computed < request.num_prompt_tokens:
+        return request.num_prompt_tokens - num_computed
+    return request.num_tokens - num_computed
 
 
 @dataclass(eq=False)
@@ -185,10 +205,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_blocks=st.integers(0, 3),
         threshold=st.sampled_from([0, 0, 1, 3]),
         watermark=st.sampled_from([0, 0, 1]),
-        policy=st.integers(0, 99),
+        kind=st.tuples(st.integers(0, 99), st.booleans()),
     )
     def start(
         self,
+        *,
         block_size: int,
         num_blocks: int,
         max_num_seqs: int,
@@ -196,8 +217,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_blocks: int,
         threshold: int,
         watermark: int,
-        policy: int,
+        kind: tuple[int, bool],
     ) -> None:
+        policy, separates_prompts = kind
         self.policy = self.policies[policy % len(self.policies)]
         self.num_drafts = self.num_draft_tokens = 0
         self.block_size = block_size
@@ -206,7 +228,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.max_chunk = threshold or self.budget
         self.recorder = Recorder()
         self.scheduler = Scheduler(
-            BlockPool(num_blocks, block_size),
+            BlockPool(num_blocks, block_size, separates_prompts=separates_prompts),
             self.recorder,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=self.budget,
@@ -216,7 +238,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             speculation=self.policy,
         )
         self.scheduler.watermark = watermark
-        self.model = FakeModel(block_size, self.next_token)
+        self.model = FakeModel(block_size, self.next_token, separates_prompts=separates_prompts)
         self.choices: list[Choice] = []
         self.by_request: dict[Request, Choice] = {}
         self.num_submitted = 0
@@ -278,10 +300,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         kept = running[: len(running) - len(preempted)]
         assert running == kept + preempted, "the newest are preempted"
         assert kept or not running, "the only one goes on"
-        requests = [item.request for item in self.step.scheduled]
-        admitted = requests[len(kept) :]
-        assert requests == kept + admitted, "every running request gets tokens"
-        assert admitted == waiting[: len(admitted)], "nobody is overtaken"
+        admitted = waiting[: len(self.step.scheduled) - len(kept)]
+        requests = {item.request: item.is_prompt for item in self.step.scheduled}
+        assert set(requests) == {*kept, *admitted}, "every running request gets tokens, and nobody is overtaken"
+        in_order = sorted([*kept, *admitted], key=lambda request: requests[request])
+        assert list(requests) == in_order, "what was generated comes before prompts"
         assert not (preempted and admitted)
         self.expect_shares(is_whole=not preempted)
         for request in preempted:
@@ -327,7 +350,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Blocks that the running requests need for their next step, if none of them is preempted."""
         running, budget, demand = self.scheduler.running, self.budget, 0
         for position, request in enumerate(running):
-            missing = request.num_tokens - request.num_computed
+            missing = num_missing(request, request.num_computed)
             share = min(missing, self.max_chunk, budget - (len(running) - position - 1))
             demand += -(-(request.num_computed + share) // self.block_size) - len(request.blocks)
             budget -= share
@@ -339,7 +362,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.step.num_tokens <= self.budget
         assert len(self.step.scheduled) <= self.scheduler.max_num_seqs
         for item in self.step.scheduled:
-            missing, num_tokens = item.request.num_tokens - item.start, item.num_tokens - len(item.draft_token_ids)
+            missing, num_tokens = num_missing(item.request, item.start), item.num_tokens - len(item.draft_token_ids)
             assert 1 <= num_tokens <= min(missing, self.max_chunk)
             if is_whole and num_tokens < min(missing, self.max_chunk):
                 assert self.step.num_tokens == self.budget
@@ -355,6 +378,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for item in drafts:
             assert self.policy is not None
             request, length = item.request, len(item.draft_token_ids)
+            assert not item.is_prompt
             assert item.start + item.num_tokens == request.num_tokens + length < self.max_model_len
             assert length <= self.policy.max_length
             assert length < request.params.max_tokens - request.num_output_tokens
@@ -383,7 +407,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if request.wants_prompt_logprobs:
             assert num_cached == 0
             return
-        hashes = full_block_hashes(request.token_ids[:-1], request.salt, self.block_size)
+        num_prompt_tokens = request.num_prompt_tokens if self.model.separates_prompts else None
+        hashes = full_block_hashes(request.token_ids[:-1], request.salt, self.block_size, num_prompt_tokens)
         next_block = num_cached // self.block_size
         assert next_block >= len(hashes) or hashes[next_block] not in self.scheduler.pool.published
 
@@ -579,12 +604,17 @@ class Rig:
     """A scheduler with a fake model that says token 9, and a record of what each step computed."""
 
     def __init__(
-        self, *, next_token: NextToken = lambda prefix, seed: 9, speculation: Policy | None = None, **limits: int
+        self,
+        *,
+        next_token: NextToken = lambda prefix, seed: 9,
+        speculation: Policy | None = None,
+        separates_prompts: bool = False,
+        **limits: int,
     ) -> None:
         self.block_size = limits.pop("block_size", 4)
         self.recorder = Recorder()
         self.scheduler = Scheduler(
-            BlockPool(limits.pop("num_blocks", 16), self.block_size),
+            BlockPool(limits.pop("num_blocks", 16), self.block_size, separates_prompts=separates_prompts),
             self.recorder,
             max_num_seqs=limits.pop("max_num_seqs", 4),
             max_num_batched_tokens=limits.pop("max_num_batched_tokens", 16),
@@ -593,7 +623,7 @@ class Rig:
             speculation=speculation,
             **limits,
         )
-        self.model = FakeModel(self.block_size, next_token)
+        self.model = FakeModel(self.block_size, next_token, separates_prompts=separates_prompts)
         self.num_submitted = 0
         self.events: list[TokenEvent] = []
 
@@ -637,7 +667,7 @@ class Rig:
 
 
 def rig_with(limits: dict[str, int]) -> Rig:
-    return Rig(next_token=random_token, speculation=None, **limits)
+    return Rig(next_token=random_token, speculation=None, separates_prompts=False, **limits)
 
 
 def name(request: Request) -> str:
@@ -721,13 +751,37 @@ def test_the_newest_is_preempted_and_resumes_from_what_is_still_cached() -> None
     assert (second.status, second.blocks, second.num_computed) == (Status.WAITING, [], 0)
     steps = rig.run()
     assert steps[:5] == [{"a0": (position, 1)} for position in range(13, 18)]
-    assert steps[5] == {"b0": (12, 5)}  # the first took only the last of its blocks
+    assert steps[5:7] == [{"b0": (12, 3)}, {"b0": (15, 2)}]  # the first took only the last of its blocks
     assert rig.last_event(first).times == first.record.times()
     assert [first.record.times().num_preemptions, second.record.times().num_preemptions] == [0, 1]
     assert rig.scheduler.stats.preemptions_total == 1
     assert rig.scheduler.stats.prompt_tokens_total == 26
     assert rig.scheduler.stats.prompt_tokens_cached_total == 0
-    assert [chunk.start for chunk in second.record.chunks] == [0, 12]
+    assert [chunk.start for chunk in second.record.chunks] == [0, 12, 15]
+
+
+@pytest.mark.parametrize("separates_prompts", [False, True])
+def test_where_prompts_are_computed_in_another_way_an_answer_is_not_found_as_part_of_one(
+    separates_prompts: bool,
+) -> None:
+    rig = Rig(num_blocks=20, max_model_len=48, max_num_batched_tokens=48, separates_prompts=separates_prompts)
+    first = rig.add(prompt(10), max_tokens=8)
+    rig.run()
+    rig.add([*first.token_ids, 1, 2, 3], max_tokens=1)
+    assert rig.step() == {"b0": (8, 13) if separates_prompts else (16, 5)}
+    rig.add([*first.token_ids[:8], 1, 2, 3], max_tokens=1)
+    assert rig.step() == {"c0": (8, 3)}
+
+
+def test_where_prompts_are_computed_in_another_way_whoever_is_preempted_finds_his_own_answer() -> None:
+    rig = Rig(num_blocks=8, max_num_batched_tokens=32, separates_prompts=True)
+    rig.add(prompt(2, 100), max_tokens=20)
+    second = rig.add(prompt(2, 200), max_tokens=20)
+    while second.status is not Status.WAITING:
+        rig.step()
+    num_computed = second.num_tokens - 1
+    rig.scheduler.abort("a")
+    assert rig.step() == {"b0": (num_computed // 4 * 4, num_computed % 4 + 1)}
 
 
 def test_the_newest_goes_by_priority_first() -> None:

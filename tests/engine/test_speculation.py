@@ -224,8 +224,8 @@ def logprobs_of(token_ids: Sequence[int], num_prompt_tokens: int) -> list[TokenL
 def test_a_right_draft_saves_steps() -> None:
     rig = Rig(next_token=follows_cycle, speculation=NGRAM)
     request = rig.add(CYCLE[:10], max_tokens=11, logprobs=0)
-    assert rig.run() == [{"a0": (0, 14)}, {"a0": (14, 5)}, {"a0": (19, 1)}]
-    assert [event.token_ids for event in rig.events] == [[103, 104, 101, 102, 103], [104, 101, 102, 103, 104], [101]]
+    assert rig.run() == [{"a0": (0, 10)}, {"a0": (10, 5)}, {"a0": (15, 5)}]
+    assert [event.token_ids for event in rig.events] == [[103], [104, 101, 102, 103, 104], [101, 102, 103, 104, 101]]
     assert [entry for event in rig.events for entry in event.logprobs or []] == logprobs_of(request.token_ids, 10)
     times = rig.events[-1].times
     assert times is not None
@@ -236,14 +236,15 @@ def test_a_right_draft_saves_steps() -> None:
 
 
 def test_a_wrong_draft_costs_nothing_but_its_rows() -> None:
-    rig = Rig(speculation=NGRAM)
-    request = rig.add(CYCLE, max_tokens=5)
-    assert rig.step() == {"a0": (0, 16)}
+    rig = Rig(next_token=says(101, *[9] * 5, num_prompt_tokens=12), speculation=NGRAM)
+    request = rig.add(CYCLE, max_tokens=6)
+    assert rig.step() == {"a0": (0, 12)}
+    assert rig.step() == {"a0": (12, 5)}
     assert [event.token_ids for event in rig.events] == [[9]]
-    assert (request.num_computed, len(request.blocks)) == (12, 3)
-    assert rig.step() == {"a0": (12, 1)}  # nothing has followed 104, 9 so far
-    assert rig.step() == {"a0": (13, 1)}
-    assert rig.step() == {"a0": (14, 2)}  # max_tokens leaves room for one guess
+    assert (request.num_computed, len(request.blocks)) == (13, 4)
+    assert rig.step() == {"a0": (13, 1)}  # nothing has followed 101, 9 so far
+    assert rig.step() == {"a0": (14, 1)}
+    assert rig.step() == {"a0": (15, 2)}  # max_tokens leaves room for one guess
     assert rig.events[0].token_ids == [9, 9]
     assert rig.events[0].finish_reason is FinishReason.LENGTH
     stats = rig.scheduler.stats
@@ -253,8 +254,8 @@ def test_a_wrong_draft_costs_nothing_but_its_rows() -> None:
 def test_of_a_draft_that_is_right_in_part_that_part_is_kept() -> None:
     rig = Rig(next_token=says(101, 102, 55, 56, 57, num_prompt_tokens=12), speculation=NGRAM)
     rig.add(CYCLE, max_tokens=5)
-    assert rig.run() == [{"a0": (0, 16)}, {"a0": (14, 1)}, {"a0": (15, 1)}]
-    assert [event.token_ids for event in rig.events] == [[101, 102, 55], [56], [57]]
+    assert rig.run() == [{"a0": (0, 12)}, {"a0": (12, 4)}, {"a0": (14, 1)}, {"a0": (15, 1)}]
+    assert [event.token_ids for event in rig.events] == [[101], [102, 55], [56], [57]]
 
 
 def test_a_draft_displaces_nobody() -> None:
@@ -296,10 +297,11 @@ def test_what_a_wrong_draft_took_is_there_for_the_others() -> None:
 
 
 def test_only_what_was_right_is_cached() -> None:
-    for next_token, num_cached in ((follows_cycle, 16), (lambda prefix, seed: 9, 12)):
+    for next_token, num_cached in ((follows_cycle, 16), (says(101, *[9] * 6, num_prompt_tokens=12), 12)):
         rig = Rig(next_token=next_token, speculation=NGRAM)
         rig.add(CYCLE, max_tokens=6)
-        assert rig.step() == {"a0": (0, 16)}
+        assert rig.step() == {"a0": (0, 12)}
+        assert rig.step() == {"a0": (12, 5)}
         rig.run()
         rig.add([*CYCLE, 101, 102, 103, 104, 1, 2], max_tokens=1)
         assert rig.step() == {"b0": (num_cached, 18 - num_cached)}
@@ -308,17 +310,19 @@ def test_only_what_was_right_is_cached() -> None:
 def test_a_draft_that_fails_is_tried_without() -> None:
     rig = Rig(next_token=follows_cycle, speculation=NGRAM)
     request = rig.add(CYCLE, max_tokens=6, prompt_logprobs=0)
-    assert rig.step(failing=0) == {"a0": (0, 16)}
-    assert rig.events == []
-    assert (request.num_computed, request.blocks) == (0, [])
-    assert rig.run() == [{"a0": (0, 12)}, *({"a0": (position, 1)} for position in range(12, 17))]
-    assert [event.token_ids for event in rig.events] == [[101], [102], [103], [104], [101], [102]]
+    assert rig.step() == {"a0": (0, 12)}
     assert rig.events[0].prompt_logprobs == logprobs_of(CYCLE, 1)
+    assert rig.step(failing=0) == {"a0": (12, 5)}
+    assert rig.events == []
+    assert (request.num_computed, len(request.blocks)) == (12, 3)
+    assert rig.run() == [{"a0": (position, 1)} for position in range(12, 17)]
+    assert [event.token_ids for event in rig.events] == [[102], [103], [104], [101], [102]]
 
 
 def test_who_fails_without_a_draft_too_has_failed() -> None:
     rig = Rig(next_token=follows_cycle, speculation=NGRAM)
     rig.add(CYCLE, max_tokens=6)
+    rig.step()
     rig.step(failing=0)
     rig.step(failing=0)
     assert [(event.error, event.finish_reason) for event in rig.events] == [("broken", FinishReason.ERROR)]

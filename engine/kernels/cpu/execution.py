@@ -35,7 +35,7 @@ class CpuExecution:
         max_num_seqs = len(batch.block_tables)
         num_logit_rows = max(MIN_LOGIT_ROWS, min(len(batch.token_ids), ROWS_OF_A_SEQUENCE * max_num_seqs))
         self.logit_rows = torch.zeros(num_logit_rows, dtype=torch.int64)
-        self.num_logit_rows = np.zeros(1, dtype=np.int64)
+        self.num_logit_rows = np.zeros(2, dtype=np.int64)
         self.logits_program = Program(kernels.library, kernels.team)
         index_rows = {self.logit_rows.data_ptr(): self.num_logit_rows.ctypes.data}
         with kernels.recording(self.logits_program, builder, index_rows):
@@ -51,6 +51,6 @@ class CpuExecution:
             return torch.cat([self.compute_logits(some).clone() for some in torch.split(rows, len(self.logit_rows))])
         num_rows = len(rows)
         self.logit_rows[:num_rows] = rows
-        self.num_logit_rows[0] = num_rows
+        self.num_logit_rows[:] = num_rows  # all as if they were of generated tokens
         self.logits_program.run()
         return self.logits[:num_rows]

@@ -26,6 +26,7 @@ from engine.kernels.cpu.weights import (
     ACTIVATION_GROUP,
     FLOAT32,
     GGML_TYPES,
+    Format,
     Matrix,
     Packer,
     input_row_bytes,
@@ -62,7 +63,7 @@ class Buffer:
     num_rows: int  # where the number of rows is read
     tensor: Tensor
     producer: ctypes.Structure | None = None  # the call that fills it, if that can also prepare it for a product
-    prepared: tuple[int, Tensor] | None = None  # form, and the same rows in it
+    prepared: calls.PreparedRows | None = None  # the same as a product wants it
     is_read: bool = False  # as float32
 
 
@@ -100,7 +101,11 @@ class CpuKernels:
     @property
     def formats(self) -> str:
         cache = str(self.cache_dtype).removeprefix("torch.")
-        return f"weights {', '.join(self.packer.formats)}, KV cache {cache}"
+        return f"weights {', '.join(form.name for form in self.packer.formats)}, KV cache {cache}"
+
+    @property
+    def separates_prompts(self) -> bool:
+        return any(form.form != form.prompt_form for form in self.packer.formats)
 
     # Weights.
 
@@ -118,7 +123,7 @@ class CpuKernels:
         out = self._new(source.num_rows, x.shape[0], matrix.num_outputs).tensor if residual is None else residual
         first = 0
         for part in matrix.parts:
-            rows, row_bytes = self._prepared(x, source, part.format.form)
+            rows, row_bytes = self._prepared(x, source, part.format)
             bias_address = bias[first:].data_ptr() if bias is not None else None
             self.program.add(
                 f"linear_{part.format.name}",
@@ -139,33 +144,28 @@ class CpuKernels:
         self.program.keep += [matrix, bias]
         return out
 
-    def _prepared(self, x: Tensor, source: Buffer, form: int) -> tuple[int, int]:
-        """Address and bytes of the rows of x in the form that a product wants."""
-        if form == FLOAT32:
+    def _prepared(self, x: Tensor, source: Buffer, wanted: Format) -> tuple[int, int]:
+        """Address and bytes of the rows of x in the forms that a product wants."""
+        if wanted.form == FLOAT32:
             return self._read(x), 4 * x.stride(0)
-        size = x.shape[1]
-        if source.prepared is None or source.prepared[0] != form:
-            prepared = self._temporary(torch.Size((x.shape[0], input_row_bytes(form, size))), torch.uint8)
-            if source.producer is not None and source.prepared is None:
-                source.producer.form = form
-                source.producer.prepared = prepared.data_ptr()
-                source.producer.prepared_stride = prepared.stride(0)
-                self._prepared_only.append(source)
-            else:
-                self.program.add(
-                    "prepare",
-                    calls.Prepare(
-                        num_rows=source.num_rows,
-                        input=self._read(x),
-                        row_stride=x.stride(0),
-                        size=size,
-                        form=form,
-                        output=prepared.data_ptr(),
-                        output_stride=prepared.stride(0),
-                    ),
-                )
-            source.prepared = (form, prepared)
-        return source.prepared[1].data_ptr(), source.prepared[1].stride(0)
+        prepared = source.prepared
+        if prepared is None or (prepared.form, prepared.prompt_form) != (wanted.form, wanted.prompt_form):
+            prepared = self._prepare(x, source, wanted)
+        return prepared.rows, prepared.stride
+
+    def _prepare(self, x: Tensor, source: Buffer, wanted: Format) -> calls.PreparedRows:
+        stride = max(input_row_bytes(form, x.shape[1]) for form in (wanted.form, wanted.prompt_form))
+        rows = self._temporary(torch.Size((x.shape[0], stride)), torch.uint8)
+        prepared = calls.PreparedRows(wanted.form, wanted.prompt_form, rows.data_ptr(), stride)
+        if source.producer is not None and source.prepared is None:
+            source.producer.prepared = prepared
+            self._prepared_only.append(source)
+        else:
+            prepare = calls.Prepare(source.num_rows, self._read(x), x.stride(0), x.shape[1], prepared)
+            self.program.add("prepare", prepare)
+        self.program.keep.append(rows)
+        source.prepared = prepared
+        return prepared
 
     def embed(self, token_ids: Tensor, matrix: Matrix) -> Tensor:
         (part,) = matrix.parts
@@ -334,6 +334,7 @@ class CpuKernels:
     ) -> Tensor:
         out = self._new(self._buffer(q).num_rows, *q.shape)
         parameters = calls.PagedAttention(
+            num_rows=self._buffer(q).num_rows,
             q=self._read(q),
             q_stride=q.stride(0),
             num_heads=q.shape[1],

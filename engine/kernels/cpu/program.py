@@ -1,8 +1,8 @@
 """A program: calls of the C++ functions, recorded once and run once a step.
 
 The parameters of a call are one of the structures below, the same as in the C++ sources. They point into buffers that
-live as long as the program; numbers that differ from step to step, above all how many rows there are, are read where
-they point to.
+live as long as the program; numbers that differ from step to step are read where they point to, above all how many rows
+there are: `num_rows` points to two numbers, of all rows and of those of generated tokens, which come first.
 """
 
 import ctypes
@@ -12,15 +12,22 @@ from typing import Any
 from engine.kernels.cpu.library import Call, Library, Team
 
 
+class PreparedRows(Structure):
+    _fields_ = [
+        ("form", c_int64),
+        ("prompt_form", c_int64),
+        ("rows", c_void_p),
+        ("stride", c_int64),
+    ]
+
+
 class Prepare(Structure):
     _fields_ = [
         ("num_rows", c_void_p),
         ("input", c_void_p),
         ("row_stride", c_int64),
         ("size", c_int64),
-        ("form", c_int64),
-        ("output", c_void_p),
-        ("output_stride", c_int64),
+        ("output", PreparedRows),
     ]
 
 
@@ -46,9 +53,7 @@ class RmsNorm(Structure):
         ("epsilon", c_double),
         ("output", c_void_p),
         ("output_stride", c_int64),
-        ("form", c_int64),
-        ("prepared", c_void_p),
-        ("prepared_stride", c_int64),
+        ("prepared", PreparedRows),
     ]
 
 
@@ -61,9 +66,7 @@ class ActAndMul(Structure):
         ("activation", c_int64),
         ("output", c_void_p),
         ("output_stride", c_int64),
-        ("form", c_int64),
-        ("prepared", c_void_p),
-        ("prepared_stride", c_int64),
+        ("prepared", PreparedRows),
     ]
 
 
@@ -157,6 +160,7 @@ class PlanAttention(Structure):
 
 class PagedAttention(Structure):
     _fields_ = [
+        ("num_rows", c_void_p),
         ("q", c_void_p),
         ("q_stride", c_int64),
         ("num_heads", c_int64),
@@ -169,9 +173,7 @@ class PagedAttention(Structure):
         ("cache", Cache),
         ("output", c_void_p),
         ("output_stride", c_int64),
-        ("form", c_int64),
-        ("prepared", c_void_p),
-        ("prepared_stride", c_int64),
+        ("prepared", PreparedRows),
     ]
 
 

@@ -28,24 +28,31 @@ class Format:
     name: str
     group: int  # inputs
     group_bytes: int  # of a panel
-    form: int
+    form: int  # of rows of generated tokens
+    prompt_form: int
 
 
-_PLAIN = [Format("float32", 1, 128, FLOAT32), Format("bfloat16", ROW_PADDING, PANEL * ROW_PADDING * 2, BFLOAT16)]
+_PLAIN = {"float32": (1, 128, FLOAT32), "bfloat16": (ROW_PADDING, PANEL * ROW_PADDING * 2, BFLOAT16)}
 # A scale and perhaps a minimum for each output; half precision where the checkpoint has it so, else single.
-_QUANTISED = [
-    Format("int8", 32, PANEL * (32 + 2), INT8_GROUPS),
-    Format("q4_0", 32, PANEL * (16 + 2), INT8_GROUPS),
-    Format("q4_1", 32, PANEL * (16 + 4), INT8_GROUPS),
-    Format("q5_0", 32, PANEL * (20 + 2), INT8_GROUPS),
-    Format("q5_1", 32, PANEL * (20 + 4), INT8_GROUPS),
-    Format("q8_0", 32, PANEL * (32 + 2), INT8_GROUPS),
-    Format("q4_k", 32, PANEL * (16 + 8), INT8_GROUPS),
-    Format("q5_k", 32, PANEL * (20 + 8), INT8_GROUPS),
-    Format("q6_k", 16, PANEL * (12 + 4), INT8_GROUPS),
-]
-FORMATS = {form.name: form for form in (*_PLAIN, *_QUANTISED)}
-GGML_TYPES = frozenset(form.name.upper() for form in _QUANTISED if form.name != "int8")
+_QUANTISED = {
+    "int8": (32, PANEL * (32 + 2), INT8_GROUPS),
+    "q4_0": (32, PANEL * (16 + 2), INT8_GROUPS),
+    "q4_1": (32, PANEL * (16 + 4), INT8_GROUPS),
+    "q5_0": (32, PANEL * (20 + 2), INT8_GROUPS),
+    "q5_1": (32, PANEL * (20 + 4), INT8_GROUPS),
+    "q8_0": (32, PANEL * (32 + 2), INT8_GROUPS),
+    "q4_k": (32, PANEL * (16 + 8), INT8_GROUPS),
+    "q5_k": (32, PANEL * (20 + 8), INT8_GROUPS),
+    "q6_k": (16, PANEL * (12 + 4), INT8_GROUPS),
+}
+FORMATS = tuple(_PLAIN | _QUANTISED)
+GGML_TYPES = frozenset(name.upper() for name in _QUANTISED if name != "int8")
+
+
+def format_of(name: str, code_path: str) -> Format:
+    """On tiles, prompts are multiplied with quantised weights as with bfloat16, for which tiles are made."""
+    group, group_bytes, form = (_PLAIN | _QUANTISED)[name]
+    return Format(name, group, group_bytes, form, min(form, BFLOAT16) if code_path == "amx" else form)
 
 
 def input_row_bytes(form: int, size: int) -> int:
@@ -90,7 +97,7 @@ class Packer:
         self.to_int8 = to_int8
         self.arena = Arena()
         self.num_bytes = 0
-        self.formats: list[str] = []  # that were met, in order
+        self.formats: list[Format] = []  # that were met, in order
 
     def pack(self, weights: Sequence[Weight]) -> Matrix:
         """Successive weights of one type become one part."""
@@ -103,7 +110,7 @@ class Packer:
         packed = [weight for weight in weights if isinstance(weight, PackedTensor)]
         if packed:
             one = concatenate(packed)
-            return self._run(FORMATS[one.type_name.lower()], one.data.ctypes.data, one.nbytes, one.shape)
+            return self._run(one.type_name.lower(), one.data.ctypes.data, one.nbytes, one.shape)
         plain = (
             torch.cat([weight for weight in weights if isinstance(weight, Tensor)]) if len(weights) > 1 else weights[0]
         )
@@ -112,20 +119,21 @@ class Packer:
             data = plain.to(torch.float32).contiguous()
             missing = -data.shape[1] % ACTIVATION_GROUP
             data = torch.nn.functional.pad(data, (0, missing)) if missing else data
-            return self._run(FORMATS["int8"], data.data_ptr(), data.nbytes, plain.shape)
+            return self._run("int8", data.data_ptr(), data.nbytes, plain.shape)
         data = plain.to(self.dtype).contiguous()
         name = str(self.dtype).removeprefix("torch.")
-        return self._run(FORMATS[name], data.data_ptr(), data.nbytes, plain.shape)
+        return self._run(name, data.data_ptr(), data.nbytes, plain.shape)
 
-    def _run(self, form: Format, address: int, num_bytes: int, shape: tuple[int, ...]) -> Panels:
+    def _run(self, name: str, address: int, num_bytes: int, shape: tuple[int, ...]) -> Panels:
+        form = format_of(name, self.library.code_path)
         num_outputs, num_inputs = shape
         num_groups = -(-num_inputs // form.group)
         panels = self.arena.take(-(-num_outputs // PANEL) * num_groups * form.group_bytes)
         self.num_bytes += panels.nbytes
-        if form.name not in self.formats:
-            self.formats.append(form.name)
+        if form not in self.formats:
+            self.formats.append(form)
         program = Program(self.library, self.team)
         row_bytes = num_bytes // num_outputs
-        program.add(f"pack_{form.name}", Pack(address, row_bytes, num_inputs, num_outputs, panels.data_ptr()))
+        program.add(f"pack_{name}", Pack(address, row_bytes, num_inputs, num_outputs, panels.data_ptr()))
         program.run()
         return Panels(form, panels, num_inputs, num_outputs)

@@ -71,14 +71,31 @@ inline void write_input_row(const float* values, int64_t size, int64_t form, uin
     }
 }
 
+// How many rows a batch has, and how many of them, the first, are of tokens that were generated; the others are of prompts.
+struct RowCounts {
+    int64_t all, generated;
+};
+
+// The rows that a product reads.
+struct PreparedRows {
+    int64_t form, prompt_form;
+    uint8_t* rows;  // or null
+    int64_t stride;  // bytes
+
+    // Values from `start` on, a multiple of ACTIVATION_GROUP.
+    void write(const RowCounts& counts, int64_t row, int64_t start, const float* values, int64_t size) const {
+        if (rows == nullptr) return;
+        const int64_t form_of_row = row < counts.generated ? form : prompt_form;
+        write_input_row(values, size, form_of_row, rows + row * stride + input_row_bytes(form_of_row, start));
+    }
+};
+
 struct PrepareParameters {
-    const int64_t* num_rows;
+    const RowCounts* num_rows;
     const float* input;
     int64_t row_stride;  // floats
     int64_t size;
-    int64_t form;
-    uint8_t* output;
-    int64_t output_stride;  // bytes
+    PreparedRows output;
 };
 
 // How many of the tasks a thread takes at a time: few for balance, but asking costs a transfer between cores, and rows
@@ -90,10 +107,10 @@ inline int64_t grain_of(const Worker& worker, int64_t num_tasks) {
 
 void prepare(const void* parameters, const Worker& worker) {
     const PrepareParameters& p = *(const PrepareParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
+    const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
         for (int64_t row = tasks.first; row < tasks.last; row++)
-            write_input_row(p.input + row * p.row_stride, p.size, p.form, p.output + row * p.output_stride);
+            p.output.write(*p.num_rows, row, 0, p.input + row * p.row_stride, p.size);
 }
 
 }  // namespace

@@ -85,6 +85,7 @@ void plan_attention(const void* parameters, const Worker& worker) {
 }
 
 struct AttentionParameters {
+    const RowCounts* num_rows;
     const float* q;
     int64_t q_stride;  // floats
     int64_t num_heads;
@@ -97,9 +98,7 @@ struct AttentionParameters {
     CacheParameters cache;
     float* output;  // or null
     int64_t output_stride;
-    int64_t form;  // of `prepared`
-    uint8_t* prepared;  // the same as the next product wants it, or null; needs D to be whole groups
-    int64_t prepared_stride;  // bytes
+    PreparedRows prepared;  // the same as the next product wants it; needs D to be whole groups
 };
 
 // What keys, queries, values and weights are made of.
@@ -361,8 +360,7 @@ inline void write_attention(const AttentionParameters& p, const AttentionItem& i
         float* out = p.output ? p.output + row * p.output_stride + first : prepared_only;
         const Floats sum = fill(state[size + 1]);
         for (int64_t d = 0; d < size; d += LANES) store(out + d, load(state + d) / sum);
-        if (p.prepared)
-            write_input_row(out, size, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, first));
+        p.prepared.write(*p.num_rows, row, first, out, size);
     }
 }
 

@@ -72,7 +72,7 @@ INLINE void store_key_value(const CacheParameters& c, int64_t slot, int64_t head
 }
 
 struct StoreParameters {
-    const int64_t* num_rows;
+    const RowCounts* num_rows;
     const int64_t* slots;  // block id * N + offset
     float* q;  // rotated in place
     const float* k;
@@ -112,7 +112,7 @@ inline void rope_and_store_row(const StoreParameters& p, int64_t row) {
 
 void rope_and_store_kv(const void* parameters, const Worker& worker) {
     const StoreParameters& p = *(const StoreParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
+    const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
         for (int64_t row = tasks.first; row < tasks.last; row++) rope_and_store_row(p, row);
 }

@@ -9,7 +9,7 @@
 namespace {
 
 struct LinearParameters {
-    const int64_t* num_rows;
+    const RowCounts* num_rows;
     const uint8_t* input;  // in the form that the weights want
     int64_t input_stride;  // bytes
     const uint8_t* weights;
@@ -226,12 +226,12 @@ inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_
 }
 
 constexpr int64_t TASKS_OF_A_THREAD = 2 * PIECES_OF_A_THREAD;
-constexpr int64_t ROWS_OF_A_THREAD = 32;  // for which it pays to read all weights
 
 // How a thread computes its rows of a panel: in the vector registers.
 template <class Format>
 struct VectorProducts {
     static constexpr int64_t MAX_ROWS = Tile<Format>::MAX_ROWS;
+    static constexpr int64_t ROWS_OF_A_THREAD = 32;  // for which it pays to read all weights
     VectorProducts(const LinearParameters& p) : p(p) {}
     void compute(const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start, int64_t end) const {
         compute_rows<Format>(p, panel, panel_bytes, column, start, end);
@@ -239,28 +239,44 @@ struct VectorProducts {
     const LinearParameters& p;
 };
 
-template <class Format, class Products = VectorProducts<Format>>
-void linear(const void* parameters, const Worker& worker) {
-    const LinearParameters& p = *(const LinearParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
+// The rows first..last.
+template <class Format, class Products>
+void multiply_rows(const LinearParameters& p, const Worker& worker, int64_t first, int64_t last) {
+    const int64_t num_rows = last - first;
     if (num_rows == 0) return;
     const int64_t num_panels = divide_up(p.num_outputs, PANEL), panel_bytes = Format::panel_bytes(p.num_inputs);
     const int64_t threads = num_threads(worker), wanted_tasks = TASKS_OF_A_THREAD * threads;
     // Many rows: each thread takes its own. Few: their columns are shared out, and if there are few of these, both.
     const int64_t num_tiles = divide_up(num_rows, Products::MAX_ROWS), few = min_of(num_tiles, max_of(1, wanted_tasks / num_panels));
-    const int64_t row_parts = num_rows >= threads * ROWS_OF_A_THREAD ? threads : few;
+    const int64_t row_parts = num_rows >= threads * Products::ROWS_OF_A_THREAD ? threads : few;
     const int64_t num_tasks = row_parts * num_panels;
     Products products(p);
     for (Tasks tasks(worker, num_tasks, max_of(1, num_tasks / wanted_tasks)); tasks.next();)
         for (int64_t task = tasks.first; task < tasks.last; task++) {
             const int64_t panel = task % num_panels, part = task / num_panels;
-            const int64_t start = num_rows * part / row_parts, end = num_rows * (part + 1) / row_parts;
+            const int64_t start = first + num_rows * part / row_parts, end = first + num_rows * (part + 1) / row_parts;
             products.compute(p.weights + panel * panel_bytes, panel_bytes, panel * PANEL, start, end);
         }
 }
 
+template <class Format, class Products = VectorProducts<Format>>
+void linear(const void* parameters, const Worker& worker) {
+    const LinearParameters& p = *(const LinearParameters*)parameters;
+    multiply_rows<Format, Products>(p, worker, 0, p.num_rows->all);
+}
+
+// Rows of generated tokens in one way and those of prompts in another.
+template <class Format, class Products, class PromptProducts>
+void linear_by_origin(const void* parameters, const Worker& worker) {
+    const LinearParameters& p = *(const LinearParameters*)parameters;
+    const RowCounts counts = *p.num_rows;
+    multiply_rows<Format, Products>(p, worker, 0, counts.generated);
+    if (0 < counts.generated && counts.generated < counts.all) barrier(worker);  // tasks start anew
+    multiply_rows<Format, PromptProducts>(p, worker, counts.generated, counts.all);
+}
+
 struct EmbedParameters {
-    const int64_t* num_rows;
+    const RowCounts* num_rows;
     const int64_t* token_ids;
     const uint8_t* weights;
     int64_t size;  // inputs of the packed matrix, whose columns are the embeddings
@@ -271,7 +287,7 @@ struct EmbedParameters {
 template <class Format>
 void embed(const void* parameters, const Worker& worker) {
     const EmbedParameters& p = *(const EmbedParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
+    const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
         for (int64_t row = tasks.first; row < tasks.last; row++) {
             const int64_t token_id = p.token_ids[row];

@@ -6,7 +6,7 @@
 namespace {
 
 struct GatherParameters {
-    const int64_t* num_rows;
+    const RowCounts* num_rows;
     const int64_t* row_index;
     const float* table;
     int64_t table_stride;  // floats
@@ -17,14 +17,14 @@ struct GatherParameters {
 
 void gather(const void* parameters, const Worker& worker) {
     const GatherParameters& p = *(const GatherParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
+    const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
         for (int64_t row = tasks.first; row < tasks.last; row++)
             memcpy(p.output + row * p.output_stride, p.table + p.row_index[row] * p.table_stride, size_t(p.size) * 4);
 }
 
 struct RmsNormParameters {
-    const int64_t* num_rows;
+    const RowCounts* num_rows;
     const float* input;
     int64_t input_stride;
     int64_t size;
@@ -32,9 +32,7 @@ struct RmsNormParameters {
     double epsilon;
     float* output;  // or null
     int64_t output_stride;
-    int64_t form;  // of `prepared`
-    uint8_t* prepared;  // the same as the next product wants it, or null
-    int64_t prepared_stride;  // bytes
+    PreparedRows prepared;  // the same as the next product wants it
 };
 
 constexpr int64_t MAX_ROW_PIECE = 1024;  // floats of a row that are held at a time, a multiple of ACTIVATION_GROUP
@@ -59,14 +57,13 @@ inline void rms_norm_row(const RmsNormParameters& p, int64_t row) {
             store_some(piece + k, load_some(x + start + k, n) * scale * load_some(p.weight + start + k, n), n);
         }
         if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
-        if (p.prepared)
-            write_input_row(piece, length, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, start));
+        p.prepared.write(*p.num_rows, row, start, piece, length);
     }
 }
 
 void rms_norm(const void* parameters, const Worker& worker) {
     const RmsNormParameters& p = *(const RmsNormParameters*)parameters;
-    const int64_t num_rows = *p.num_rows;
+    const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
         for (int64_t row = tasks.first; row < tasks.last; row++) rms_norm_row(p, row);
 }
@@ -97,16 +94,14 @@ INLINE Floats activate(Floats x, int64_t activation) {
 }
 
 struct ActAndMulParameters {
-    const int64_t* num_rows;
+    const RowCounts* num_rows;
     const float* gate_up;  // rows of gate, then up
     int64_t input_stride;
     int64_t size;  // of gate
     int64_t activation;
     float* output;  // or null
     int64_t output_stride;
-    int64_t form;
-    uint8_t* prepared;
-    int64_t prepared_stride;
+    PreparedRows prepared;
 };
 
 constexpr int64_t ACT_PIECE = MAX_ROW_PIECE / 2;
@@ -121,14 +116,13 @@ inline void act_and_mul_piece(const ActAndMulParameters& p, int64_t row, int64_t
         store_some(piece + k, activate(load_some(gate + k, n), p.activation) * load_some(up + k, n), n);
     }
     if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
-    if (p.prepared)
-        write_input_row(piece, length, p.form, p.prepared + row * p.prepared_stride + input_row_bytes(p.form, start));
+    p.prepared.write(*p.num_rows, row, start, piece, length);
 }
 
 // act(gate) * up (GLU variants, Shazeer 2020). Rows are cut in pieces, so that threads share one row too.
 void act_and_mul(const void* parameters, const Worker& worker) {
     const ActAndMulParameters& p = *(const ActAndMulParameters*)parameters;
-    const int64_t num_pieces = divide_up(p.size, ACT_PIECE), num_tasks = *p.num_rows * num_pieces;
+    const int64_t num_pieces = divide_up(p.size, ACT_PIECE), num_tasks = p.num_rows->all * num_pieces;
     for (Tasks tasks(worker, num_tasks, grain_of(worker, num_tasks)); tasks.next();)
         for (int64_t task = tasks.first; task < tasks.last; task++)
             act_and_mul_piece(p, task / num_pieces, task % num_pieces * ACT_PIECE);

@@ -95,6 +95,8 @@ INLINE Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 INLINE Ints to_nearest(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
 INLINE Floats as_floats(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
 INLINE Ints as_ints(Floats a) { return {_mm512_castps_si512(a.v)}; }
+INLINE Ints as_ints(Bytes a) { return {a.v}; }
+INLINE Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
 
 INLINE Floats load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 INLINE Floats load_bfloat16(const uint16_t* p) {

@@ -1,37 +1,122 @@
-// Products with weights in bfloat16 on the tile registers of AMX.
+// Products on the tile registers of AMX, which multiply bfloat16.
 #pragma once
+
+#include <type_traits>
 
 #include "linear.h"
 #include "tiles.h"
 
 namespace {
 
+constexpr int64_t STEP_BYTES = NUMBERS_OF_TILE / 2 * BFloat16::STEP_BYTES;  // weights of a tile's inputs, of a panel's columns
+constexpr int64_t STEPS_AT_ONCE = 9;  // whose weights, and as much of the input, fit into the first cache
+
+// Weights as tiles take them: bfloat16 as it lies there.
+template <class Format>
+struct TileWeights {
+    static_assert(std::is_same_v<Format, BFloat16>);
+    const uint8_t* steps(const uint8_t* panel, int64_t first, int64_t) { return panel + first * STEP_BYTES; }
+    static Ahead ahead(const uint8_t* steps, int64_t num_steps, int64_t tile, int64_t num_tiles) {
+        return Ahead::of_tile<STEP_BYTES / 64>(steps, num_steps * STEP_BYTES, tile, num_tiles);
+    }
+};
+
+// Quantised weights, unpacked a few steps at a time. That takes about as long as to multiply fifty rows.
+template <int BITS, int GROUP, class Scale, int ZERO_SHIFT>
+struct TileWeights<Quantised<BITS, GROUP, Scale, ZERO_SHIFT>> {
+    using Format = Quantised<BITS, GROUP, Scale, ZERO_SHIFT>;
+    static constexpr int64_t GROUPS = NUMBERS_OF_TILE / GROUP;  // of a step
+    static constexpr int64_t BYTES_AT_ONCE = STEPS_AT_ONCE * GROUPS * Format::GROUP_BYTES;
+    alignas(64) uint8_t unpacked[STEPS_AT_ONCE * STEP_BYTES];
+
+    const uint8_t* steps(const uint8_t* panel, int64_t first, int64_t num_steps) {
+        for (int64_t g = 0; g < num_steps * GROUPS; g++) {
+            const uint8_t* group = panel + (first * GROUPS + g) * Format::GROUP_BYTES;
+            for (int64_t line = 0; line < Format::GROUP_BYTES; line += 64) prefetch_to_l2(group + BYTES_AT_ONCE + line);
+            uint8_t* out = unpacked + g * (STEP_BYTES / GROUPS);
+            unpack_group<0>(group, out);
+            unpack_group<1>(group, out + LANES * 4);
+        }
+        return unpacked;
+    }
+    static Ahead ahead(const uint8_t* steps, int64_t, int64_t, int64_t) { return {steps, 0}; }
+
+    template <int VECTOR>
+    static INLINE void unpack_group(const uint8_t* group, uint8_t* out) {
+        const int64_t place = VECTOR * LANES * Scale::SIZE;
+        const Floats scale = quiet(Scale::load_vector(group + Format::SCALES + place));
+        Floats offset = scale * fill(-Format::zero_point());
+        if constexpr (Format::HAS_MINIMUM) offset = quiet(Scale::load_vector(group + Format::MINIMA + place));
+        unpack_steps<0>(group + VECTOR * Format::VECTOR_BYTES, scale, offset, out);
+    }
+
+    // Four inputs of each column, two pairs.
+    template <int STEP>
+    static INLINE void unpack_steps(const uint8_t* vector, Floats scale, Floats offset, uint8_t* out) {
+        const Ints codes = as_ints(Format::template codes<STEP>(vector)), byte = fill_ints(255);
+        const Floats first = to_floats(codes & byte), second = to_floats(shift_right<8>(codes) & byte);
+        const Floats third = to_floats(shift_right<16>(codes) & byte), fourth = to_floats(shift_right<24>(codes));
+        int32_t* pairs = (int32_t*)(out + 2 * STEP * BFloat16::STEP_BYTES);
+        store_ints(pairs, pair_of(multiply_add(first, scale, offset), multiply_add(second, scale, offset)));
+        pairs += BFloat16::STEP_BYTES / 4;
+        store_ints(pairs, pair_of(multiply_add(third, scale, offset), multiply_add(fourth, scale, offset)));
+        if constexpr (STEP + 1 < Format::STEPS) unpack_steps<STEP + 1>(vector, scale, offset, out);
+    }
+
+    // The upper halves of float32 are bfloat16 once they are rounded, here with ties away from zero.
+    static INLINE Ints pair_of(Floats low, Floats high) {
+        const Ints half = fill_ints(0x8000), upper = fill_ints(int32_t(0xffff0000));
+        return shift_right<16>(as_ints(low) + half) | ((as_ints(high) + half) & upper);
+    }
+
+    // A NaN that rounding leaves one.
+    static INLINE Floats quiet(Floats x) {
+        return {_mm512_mask_mov_ps(x.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_nanf("")))};
+    }
+};
+
+template <class Format>
 struct TileProducts {
     static constexpr int64_t MAX_ROWS = 2 * ROWS_OF_TILE;
-    static constexpr int64_t SUM_BYTES = PANEL * 4, STEP_BYTES = NUMBERS_OF_TILE / 2 * BFloat16::STEP_BYTES;
+    static constexpr int64_t ROWS_OF_A_THREAD = INT32_MAX;  // that weights are read and unpacked once counts for more
+    static constexpr int64_t BAND = 8;  // tiles of rows
+    static constexpr int64_t SUM_BYTES = PANEL * 4;
     // Two tiles of rows with two tiles of columns make four of sums: each tile that is loaded serves twice.
     enum { UPPER_LEFT, UPPER_RIGHT, LOWER_LEFT, LOWER_RIGHT, UPPER, LOWER, LEFT, RIGHT };
 
     const LinearParameters& p;
     int64_t configured_rows = 0;  // of the tiles
+    TileWeights<Format> weights;
 
     TileProducts(const LinearParameters& p) : p(p) {}
     ~TileProducts() { tile_release(); }
 
-    void compute(const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start, int64_t end) {
-        const int64_t num_tiles = divide_up(end - start, MAX_ROWS);
-        for (int64_t tile = 0; tile < num_tiles; tile++) {
-            const int64_t row = start + tile * MAX_ROWS, num_rows = min_of(MAX_ROWS, end - row);
-            const Ahead ahead = Ahead::of_tile<STEP_BYTES / 64>(panel, panel_bytes, tile, num_tiles);
-            const uint8_t* input = p.input + row * p.input_stride;
-            alignas(64) float sums[MAX_ROWS * PANEL];
-            configure(num_rows);
-            if (num_rows > ROWS_OF_TILE) multiply<true>(panel, input, ahead, sums);
-            else multiply<false>(panel, input, ahead, sums);
-            for (int64_t r = 0; r < num_rows; r++) {
-                const Floats ready[1][2] = {{load(sums + r * PANEL), load(sums + r * PANEL + LANES)}};
-                store_tile<1, 2>(p, ready, row + r, column);
+    void compute(const uint8_t* panel, int64_t, int64_t column, int64_t start, int64_t end) {
+        for (; start < end; start += BAND * MAX_ROWS)
+            compute_band(panel, column, start, min_of(end, start + BAND * MAX_ROWS));
+    }
+
+    // A few steps of all rows before the next steps, so that their weights stay in the first cache.
+    void compute_band(const uint8_t* panel, int64_t column, int64_t start, int64_t end) {
+        alignas(64) float sums[BAND][MAX_ROWS * PANEL];
+        const int64_t num_tiles = divide_up(end - start, MAX_ROWS), all_steps = divide_up(p.num_inputs, NUMBERS_OF_TILE);
+        for (int64_t step = 0; step < all_steps; step += STEPS_AT_ONCE) {
+            const int64_t num_steps = min_of(STEPS_AT_ONCE, all_steps - step);
+            const uint8_t* some = weights.steps(panel, step, num_steps);
+            for (int64_t tile = 0; tile < num_tiles; tile++) {
+                const int64_t row = start + tile * MAX_ROWS;
+                const uint8_t* input = p.input + row * p.input_stride + step * TILE_BYTES;
+                const Ahead ahead = weights.ahead(some, num_steps, tile, num_tiles);
+                const int64_t num_rows = min_of(MAX_ROWS, end - row);
+                configure(num_rows);
+                if (num_rows > ROWS_OF_TILE) multiply<true>(some, input, step == 0, num_steps, ahead, sums[tile]);
+                else multiply<false>(some, input, step == 0, num_steps, ahead, sums[tile]);
             }
+        }
+        for (int64_t row = start; row < end; row++) {
+            const float* sum = sums[(row - start) / MAX_ROWS] + (row - start) % MAX_ROWS * PANEL;
+            const Floats ready[1][2] = {{load(sum), load(sum + LANES)}};
+            store_tile<1, 2>(p, ready, row, column);
         }
     }
 
@@ -46,14 +131,15 @@ struct TileProducts {
     }
 
     template <bool HAS_LOWER>
-    INLINE void multiply(const uint8_t* weights, const uint8_t* input, Ahead ahead, float* sums) const {
+    INLINE void multiply(const uint8_t* weights, const uint8_t* input, bool is_first, int64_t num_steps, Ahead ahead, float* sums) const {
         const int64_t input_stride = p.input_stride;
         const uint8_t* lower_input = input + ROWS_OF_TILE * input_stride;
-        tile_zero<UPPER_LEFT>();
-        tile_zero<UPPER_RIGHT>();
-        tile_zero<LOWER_LEFT>();
-        tile_zero<LOWER_RIGHT>();
-        for (int64_t k = 0; k < p.num_inputs; k += NUMBERS_OF_TILE) {
+        float* const lower_sums = sums + ROWS_OF_TILE * PANEL;
+        begin<UPPER_LEFT>(sums, is_first);
+        begin<UPPER_RIGHT>(sums + LANES, is_first);
+        if (HAS_LOWER) begin<LOWER_LEFT>(lower_sums, is_first);
+        if (HAS_LOWER) begin<LOWER_RIGHT>(lower_sums + LANES, is_first);
+        for (int64_t step = 0; step < num_steps; step++) {
             ahead.ask();
             tile_load<LEFT>(weights, BFloat16::STEP_BYTES);
             tile_load<RIGHT>(weights + TILE_BYTES, BFloat16::STEP_BYTES);
@@ -71,8 +157,15 @@ struct TileProducts {
         }
         tile_store<UPPER_LEFT>(sums, SUM_BYTES);
         tile_store<UPPER_RIGHT>(sums + LANES, SUM_BYTES);
-        if (HAS_LOWER) tile_store<LOWER_LEFT>(sums + ROWS_OF_TILE * PANEL, SUM_BYTES);
-        if (HAS_LOWER) tile_store<LOWER_RIGHT>(sums + ROWS_OF_TILE * PANEL + LANES, SUM_BYTES);
+        if (HAS_LOWER) tile_store<LOWER_LEFT>(lower_sums, SUM_BYTES);
+        if (HAS_LOWER) tile_store<LOWER_RIGHT>(lower_sums + LANES, SUM_BYTES);
+    }
+
+    // Sums go on where they were.
+    template <int SUMS>
+    static INLINE void begin(const float* sums, bool is_first) {
+        if (is_first) tile_zero<SUMS>();
+        else tile_load<SUMS>(sums, SUM_BYTES);
     }
 };
 

@@ -48,8 +48,19 @@ constexpr lightwell::NamedFunction FUNCTIONS[] = {
 
 #ifdef __AVX512BF16__  // the processors that have AMX have that too
 constexpr lightwell::NamedFunction FUNCTIONS_ON_TILES[] = {
-    {"linear_bfloat16", linear<BFloat16, TileProducts>},
+    {"linear_bfloat16", linear<BFloat16, TileProducts<BFloat16>>},
     {"paged_attention", paged_attention_on_tiles},
+#define FORMAT(NAME, FORMAT) {"linear_" NAME, linear_by_origin<FORMAT, VectorProducts<FORMAT>, TileProducts<FORMAT>>}
+    FORMAT("int8", Q8_0),
+    FORMAT("q4_0", Q4_0),
+    FORMAT("q4_1", Q4_1),
+    FORMAT("q5_0", Q5_0),
+    FORMAT("q5_1", Q5_1),
+    FORMAT("q8_0", Q8_0),
+    FORMAT("q4_k", Q4_K),
+    FORMAT("q5_k", Q5_K),
+    FORMAT("q6_k", Q6_K),
+#undef FORMAT
     {nullptr, nullptr},
 };
 #endif

@@ -91,6 +91,11 @@ def rounded_input(name: str, x: Tensor) -> Tensor:
     return (codes.double() * (largest / 127)).flatten(1)[:, : x.shape[1]]
 
 
+def rounded_to_bfloat16(x: Tensor) -> Tensor:
+    """To the nearest, of two that are as near the one away from zero. float64."""
+    return ((x.float().view(torch.int32) + 0x8000) & ~0xFFFF).view(torch.float32).double()
+
+
 def grouped(x: Tensor) -> Tensor:
     """[n, K] -> [n, groups, 32], filled up with zeros."""
     return torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)

@@ -33,18 +33,25 @@ def random_tensor(seed: int, *shape: int) -> Tensor:
 class Rows:
     """An operation that takes an index of rows, and these rows of some tables, to rows of a result."""
 
-    def __init__(self, kernels: CpuKernels, tables: Sequence[Tensor], operation: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        kernels: CpuKernels,
+        tables: Sequence[Tensor],
+        operation: Callable[..., Tensor],
+        max_rows: int = MAX_ROWS,
+    ) -> None:
         self.program = Program(kernels.library, kernels.team)
-        self.rows = torch.zeros(MAX_ROWS, dtype=torch.int64)
-        self.num_rows = np.zeros(1, dtype=np.int64)
+        self.rows = torch.zeros(max_rows, dtype=torch.int64)
+        self.num_rows = np.zeros(2, dtype=np.int64)
         # What the kernels know of a step.
-        builder = BatchBuilder(MAX_ROWS, 1, MAX_ROWS, 16, CPU)
+        builder = BatchBuilder(max_rows, 1, max_rows, 16, CPU)
         with kernels.recording(self.program, builder, {self.rows.data_ptr(): self.num_rows.ctypes.data}):
             self.out = operation(self.rows, *(kernels.gather(table, self.rows) for table in tables))
 
-    def __call__(self, rows: Sequence[int]) -> Tensor:
+    def __call__(self, rows: Sequence[int], num_prompt_rows: int = 0) -> Tensor:
+        """The last rows may be of prompts, the others are of generated tokens."""
         self.rows[: len(rows)] = torch.tensor(rows)
-        self.num_rows[0] = len(rows)
+        self.num_rows[:] = len(rows), len(rows) - num_prompt_rows
         self.out.fill_(7.0)  # what is left of it after the last row must not be touched
         self.program.run()
         assert (self.out[len(rows) :] == 7.0).all()
@@ -52,13 +59,23 @@ class Rows:
 
 
 def assert_rows_are_independent(rows: Rows, num_rows: int = MAX_ROWS) -> Tensor:
-    """A row has the same bits alone, at any place and in any company. Returns the result of all rows."""
-    everything = rows(range(num_rows))
-    alone = torch.cat([rows([row]) for row in range(num_rows)])
+    """A row of its kind has the same bits alone, at any place and in any company. Returns the result of all rows."""
+    everything = assert_rows_of_a_kind_are_independent(rows, num_rows, are_prompts=False)
+    prompts = assert_rows_of_a_kind_are_independent(rows, num_rows, are_prompts=True)
+    for num_prompt_rows in (1, 40, num_rows - 1):
+        mixed = rows(range(num_rows), num_prompt_rows)
+        first = num_rows - num_prompt_rows
+        assert torch.equal(mixed, torch.cat([everything[:first], prompts[first:]])), f"{num_prompt_rows} of prompts"
+    return everything
+
+
+def assert_rows_of_a_kind_are_independent(rows: Rows, num_rows: int, *, are_prompts: bool) -> Tensor:
+    everything = rows(range(num_rows), are_prompts * num_rows)
+    alone = torch.cat([rows([row], are_prompts) for row in range(num_rows)])
     assert torch.equal(alone, everything)
     for num in range(2, 41):
         some = list(range(num_rows - num, num_rows))[:: 1 if num % 2 else -1]
-        assert torch.equal(rows(some), everything[some]), f"{num} rows"
+        assert torch.equal(rows(some, are_prompts * num), everything[some]), f"{num} rows"
     return everything
 
 
@@ -95,6 +112,7 @@ class Sequences:
         shuffled = np.random.default_rng(seed).permutation(sum(num_blocks) + 3)
         self.block_ids = [ids.tolist() for ids in np.split(shuffled, np.cumsum(num_blocks))[: len(seq_lens)]]
         self.cache = kernels.new_layer_cache(len(shuffled), block_size, self.num_kv_heads, self.head_dim)
+        self.generated: set[int] = set()  # the sequences whose tokens are not of a prompt; they come first in a step
         self.forget()
         self.builder = BatchBuilder(2048, 64, max(seq_lens), block_size, CPU)
         self._record(kernels, table, project)
@@ -135,6 +153,8 @@ class Sequences:
         token_ids = list(range(first, first + self.seq_lens[sequence]))
         submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
         request = leader_of(submit, salt=b"", number=0, now=0.0)
+        if sequence in self.generated:
+            request.num_prompt_tokens = 0
         request.blocks = [Block(block_id) for block_id in self.block_ids[sequence]]
         return Scheduled(request, start, end - start, num_samples=0)
 

@@ -22,6 +22,7 @@ from tests.engine.kernels.cpu.packed import (
     random_packed,
     random_weight,
     rounded_input,
+    rounded_to_bfloat16,
     rounded_to_int8,
 )
 from tests.engine.kernels.cpu.recorded import (
@@ -90,6 +91,44 @@ def test_linear(name: str, code_path: str, num_threads: int) -> None:
         product = Rows(kernels, [x], lambda rows, x, linear=linear: linear(x))
         out = assert_rows_are_independent(product) if index == 0 else product(range(MAX_ROWS))
         assert_product(out, rounded_input(name, x), numbers)
+
+
+@each_number_of_threads
+@each_code_path
+@each_format
+def test_linear_of_prompts(name: str, code_path: str, num_threads: int) -> None:
+    """On tiles, quantised weights and their input are rounded to bfloat16. Elsewhere prompts are not told apart."""
+    kernels = make_kernels(code_path, num_threads, options_of(name))
+    for index, (num_outputs, num_inputs) in enumerate([*shapes_of(name), (40, 32 * 40)]):
+        weight, numbers = random_weight(name, num_outputs, num_inputs, seed=num_outputs)
+        x = random_tensor(num_inputs, MAX_ROWS, num_inputs) * torch.logspace(-3, 3, MAX_ROWS)[:, None]
+        linear = kernels.linear(kernels.pack([weight]))
+        product = Rows(kernels, [x], lambda rows, x, linear=linear: linear(x))
+        if index == 0:
+            assert_rows_are_independent(product)
+        out = product(range(MAX_ROWS), MAX_ROWS)
+        if not kernels.separates_prompts:
+            assert torch.equal(out, product(range(MAX_ROWS)))
+            continue
+        x, numbers = rounded_input("bfloat16", x), rounded_to_bfloat16(numbers)
+        # Numbers of two roundings may be a step of bfloat16 away, here and there one.
+        steps = 2**-8 * (x.abs()[:, None, :] * numbers.abs()).amax(dim=2)
+        assert_close(out, x @ numbers.T, ROUNDING * (x.abs() @ numbers.abs().T) + steps + 1e-30)
+        assert not torch.equal(out, product(range(MAX_ROWS)))
+
+
+@each_number_of_threads
+@each_code_path
+@pytest.mark.parametrize("name", ["bfloat16", "q4_1", "q6_k"])
+def test_linear_of_more_rows_than_are_taken_at_once(name: str, code_path: str, num_threads: int) -> None:
+    kernels = make_kernels(code_path, num_threads, options_of(name))
+    num_rows = 600
+    x = random_tensor(1, num_rows, 768)
+    linear = kernels.linear(kernels.pack([random_weight(name, 70, 768, seed=2)[0]]))
+    product = Rows(kernels, [x], lambda rows, x: linear(x), max_rows=num_rows)
+    for are_prompts in (False, True):
+        few = [product(range(first, first + 30), 30 * are_prompts) for first in range(0, num_rows, 30)]
+        assert torch.equal(product(range(num_rows), num_rows * are_prompts), torch.cat(few))
 
 
 def assert_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -189,7 +228,8 @@ def test_what_is_not_finite_stays_in_its_row(name: str, code_path: str) -> None:
     weight, _ = random_weight(name, 70, num_inputs, seed=1)
     linear = kernels.linear(kernels.pack([weight]))
     x = random_tensor(2, 40, num_inputs)
-    good = Rows(kernels, [x], lambda rows, x: linear(x))(range(40))
+    num_prompt_rows = 25
+    good = Rows(kernels, [x], lambda rows, x: linear(x))(range(40), num_prompt_rows)
     bad_rows = [0, 5, 6, 20, 39]
     for row, column, value in zip(
         bad_rows, (0, 31, 32, 40, 95), (torch.nan, torch.inf, -torch.inf, -torch.nan, torch.nan), strict=True
@@ -198,7 +238,7 @@ def test_what_is_not_finite_stays_in_its_row(name: str, code_path: str) -> None:
     for row, bits in ((7, -1), (8, 0x7FFFFFFF)):  # NaNs that rounding up would make numbers of
         x.view(torch.int32)[row, 50] = bits
         bad_rows.append(row)
-    out = Rows(kernels, [x], lambda rows, x: linear(x))(range(40))
+    out = Rows(kernels, [x], lambda rows, x: linear(x))(range(40), num_prompt_rows)
     assert not out[bad_rows].isfinite().any()
     others = [row for row in range(40) if row not in bad_rows]
     assert torch.equal(out[others], good[others])
@@ -217,7 +257,7 @@ def test_weights_that_are_not_finite_show(name: str, value: float, code_path: st
     def run() -> tuple[Tensor, Tensor]:
         matrix = kernels.pack([weight])
         linear = kernels.linear(matrix)
-        out = Rows(kernels, [x], lambda rows, x: linear(x))(range(5))
+        out = Rows(kernels, [x], lambda rows, x: linear(x))(range(5), num_prompt_rows=2)
         return out, Rows(kernels, [], lambda rows: kernels.embed(rows, matrix))(range(40))
 
     good, good_embedding = run()
@@ -268,6 +308,8 @@ def test_input_prepared_where_it_is_made(name: str, code_path: str, num_threads:
         out = assert_rows_are_independent(both)
         made = Rows(kernels, [x], lambda rows, x, make=make: make(x))(range(MAX_ROWS))
         assert torch.equal(Rows(kernels, [made], lambda rows, x: linear(x))(range(MAX_ROWS)), out)
+        prompts = Rows(kernels, [made], lambda rows, x: linear(x))(range(MAX_ROWS), MAX_ROWS)
+        assert torch.equal(both(range(MAX_ROWS), MAX_ROWS), prompts)
 
 
 @each_code_path

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from engine.kernels.cpu import program as calls
 from engine.kernels.cpu.library import Library
-from engine.kernels.cpu.weights import FORMATS, input_row_bytes
+from engine.kernels.cpu.weights import FORMATS, format_of, input_row_bytes
 
 rng = np.random.default_rng(5)  # the seed
 library = Library(Path(library_path), {code_path!r})
@@ -46,7 +46,8 @@ def run(name, parameters):
 LINEAR = """
 BLOCKS = {"int8": (32, 128), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
           "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210), "float32": (1, 4), "bfloat16": (1, 2)}
-for name, form in FORMATS.items():
+for name in FORMATS:
+    form = format_of(name, library.code_path)
     block, block_bytes = BLOCKS[name]
     for num_outputs, num_inputs in [(33, 256), (70, 512), (1, 256)] if block == 256 else [(33, 64), (17, 96), (1, 32)]:
         if block == 1:
@@ -60,16 +61,17 @@ for name, form in FORMATS.items():
         row_bytes = data.nbytes // num_outputs
         run("pack_" + name, calls.Pack(address(data), row_bytes, num_inputs, num_outputs, address(weights)))
         token_ids = ints(num_outputs - 1, 0)
-        run("embed_" + name, calls.Embed(address(ints(2)), address(token_ids), address(weights), num_inputs,
+        run("embed_" + name, calls.Embed(address(ints(2, 2)), address(token_ids), address(weights), num_inputs,
                                          address(floats(2, num_inputs)), num_inputs))
-        for num_rows in (0, 1, 5, 13):
+        for num_rows, num_generated in [(0, 0), (1, 1), (5, 5), (13, 13), (1, 0), (5, 3), (13, 0), (45, 2)]:
             x = floats(max(num_rows, 1), num_inputs)
             x[0, [0, 16]] = np.nan
             x[-1, -1] = 1e-42
-            size = input_row_bytes(form.form, num_inputs)
+            size = max(input_row_bytes(some, num_inputs) for some in (form.form, form.prompt_form))
             rows = np.zeros((max(num_rows, 1), size), dtype=np.uint8)
-            count = address(ints(num_rows))
-            run("prepare", calls.Prepare(count, address(x), num_inputs, num_inputs, form.form, address(rows), size))
+            count = address(ints(num_rows, num_generated))
+            prepared = calls.PreparedRows(form.form, form.prompt_form, address(rows), size)
+            run("prepare", calls.Prepare(count, address(x), num_inputs, num_inputs, prepared))
             for bias in (None, address(floats(num_outputs))):
                 out = floats(max(num_rows, 1), num_outputs)
                 linear = calls.Linear(count, address(rows), size, address(weights), num_inputs, num_outputs, bias,
@@ -80,19 +82,19 @@ for name, form in FORMATS.items():
 ROWS = """
 for size in (1, 31, 64, 577, 1055):
     for num_rows in (0, 1, 3, 9):
-        count, n = address(ints(num_rows)), max(num_rows, 1)
-        for form in (0, 1, 2):
-            row_bytes = input_row_bytes(form, size)
-            prepared = np.zeros((n, row_bytes), dtype=np.uint8)
+        count, n = address(ints(num_rows, num_rows // 2)), max(num_rows, 1)
+        for form, prompt_form in [(0, 0), (1, 1), (2, 2), (2, 1)]:
+            row_bytes = max(input_row_bytes(some, size) for some in (form, prompt_form))
+            rows = address(np.zeros((n, row_bytes), dtype=np.uint8))
+            prepared = calls.PreparedRows(form, prompt_form, rows, row_bytes)
             x, gate_up = floats(n, size), floats(n, 2 * size)
             gate_up[0, :1] = 1e4
             weight = address(floats(size))
             out = address(floats(n, size)) if form < 2 else None
-            run("rms_norm", calls.RmsNorm(count, address(x), size, size, weight, 1e-5, out, size,
-                                          form, address(prepared), row_bytes))
+            run("rms_norm", calls.RmsNorm(count, address(x), size, size, weight, 1e-5, out, size, prepared))
             for activation in (0, 1, 2):
                 run("act_and_mul", calls.ActAndMul(count, address(gate_up), 2 * size, size, activation, out, size,
-                                                   form, address(prepared), row_bytes))
+                                                   prepared))
         table = address(floats(4, size))
         index = address(rng.integers(0, 4, n))
         run("gather", calls.Gather(count, index, table, size, size, address(floats(n, size)), size))
@@ -123,8 +125,9 @@ for cache_type, dtype in CACHE_TYPES:
             start = address(heads)
             k, v = start + 4 * num_heads * size, start + 4 * (num_heads + num_kv_heads) * size
             angles = [address(floats(num_rows, size // 2)) for _ in range(2)]
-            run("rope_and_store_kv", calls.RopeAndStoreKV(address(ints(num_rows)), address(slots), start, k, v, width,
-                                                          num_heads, *angles, cache))
+            count = address(ints(num_rows, 1))
+            run("rope_and_store_kv", calls.RopeAndStoreKV(count, address(slots), start, k, v, width, num_heads, *angles,
+                                                          cache))
             partials = np.zeros((MAX_PARTIALS, num_kv_heads, tile, size + 2), dtype=np.float32)
             scratch = np.zeros((team.num_threads, tile * (2 * size + 2)), dtype=np.float32)
             plan = calls.AttentionPlan(0, 0, address(np.zeros((num_rows + MAX_PARTIALS, 7), dtype=np.int64)),
@@ -138,11 +141,11 @@ for cache_type, dtype in CACHE_TYPES:
                 out, row_bytes = floats(num_rows, num_heads * size), input_row_bytes(form, num_heads * size)
                 is_prepared = form > 0 and size % 32 == 0
                 prepared = address(np.zeros((num_rows, row_bytes), dtype=np.uint8)) if is_prepared else None
-                run("paged_attention", calls.PagedAttention(start, width, num_heads, size**-0.5, window, softcap,
+                run("paged_attention", calls.PagedAttention(count, start, width, num_heads, size**-0.5, window, softcap,
                                                             address(tables), tables.shape[1], ctypes.addressof(plan),
                                                             cache, None if is_prepared else address(out),
                                                             num_heads * size,
-                                                            form, prepared, row_bytes))
+                                                            calls.PreparedRows(form, form, prepared, row_bytes)))
 """
 
 
