@@ -39,7 +39,13 @@ def _interpreted(options: KernelOptions) -> Kernels:
     from engine.kernels.gpu.kernels import TritonKernels
 
     device = torch.device("cpu")
-    return TritonKernels(device, options.dtype, options.max_num_rows, batch_invariant=options.batch_invariant)
+    return TritonKernels(
+        device,
+        options.dtype,
+        options.max_num_rows,
+        batch_invariant=options.batch_invariant,
+        quantization=options.quantization,
+    )
 
 
 @cache

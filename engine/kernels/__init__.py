@@ -185,14 +185,14 @@ def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
     kernels = _load_cpu_kernels(options) if device.type == "cpu" else "they are for CPUs"
     if not isinstance(kernels, str):
         return kernels
-    if options.quantization == "int8":
-        raise ValueError(f"--quantization int8 needs the C++ kernels, but {kernels}")
     if options.kv_cache_dtype == "int8":
         raise ValueError(f"--kv-cache-dtype int8 needs the C++ kernels, but {kernels}")
     if device.type == "cuda":
         kernels = _load_gpu_kernels(device, options)
         if not isinstance(kernels, str):
             return kernels
+    if options.quantization == "int8":
+        raise ValueError(f"--quantization int8 needs kernels of its own, but {kernels}")
     logger.warning("kernels: plain torch, which is slower, because %s", kernels)
     from engine.kernels.reference import TorchKernels
 
@@ -210,7 +210,13 @@ def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels |
         triton.runtime.driver.active.get_current_target()  # which needs a C compiler
     except (ImportError, OSError, RuntimeError) as error:
         return f"Triton does not work here: {error}"
-    return TritonKernels(device, options.dtype, options.max_num_rows, batch_invariant=options.batch_invariant)
+    return TritonKernels(
+        device,
+        options.dtype,
+        options.max_num_rows,
+        batch_invariant=options.batch_invariant,
+        quantization=options.quantization,
+    )
 
 
 def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:

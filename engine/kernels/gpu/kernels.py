@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -12,28 +16,75 @@ from engine.kernels import LayerCache, LinearOp
 from engine.kernels.gpu import attention, rows
 from engine.kernels.gpu.attention import AttentionPlan
 from engine.kernels.gpu.linear import linear
+from engine.kernels.gpu.packed import READERS, PackedMatrix, from_ggml, to_int8
 from engine.kernels.gpu.tiles import card_name, tiles_for
 from engine.kernels.reference import TorchKernels, adding
+from engine.weights import PackedTensor, Weight, concatenate
+
+Matrix: TypeAlias = list[Tensor | PackedMatrix]  # one below the other
 
 
 class TritonKernels(TorchKernels):
     """Kernels in Triton, whose results depend on no other row.
 
-    If they need not, products are the library's, which chooses another order of additions for another number of rows.
+    If they need not, products are the library's, which chooses another order of additions for another number of rows;
+    those of packed weights stay.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, max_num_rows: int = 0, *, batch_invariant: bool = True
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_num_rows: int = 0,
+        *,
+        batch_invariant: bool = True,
+        quantization: str = "none",
     ) -> None:
         super().__init__(device, dtype, max_num_rows)
         self.deterministic = batch_invariant
+        self.keep_packed = frozenset(READERS) if quantization == "auto" else frozenset()
+        self.to_int8 = quantization == "int8"
+        self.weight_formats: list[str] = []  # that were met, in order
         self.tiles = tiles_for(device, dtype)
         self.name = f"triton {triton.__version__} {card_name(device)}"
 
-    def linear(self, matrix: Tensor, bias: Tensor | None = None) -> LinearOp:
-        if not self.deterministic:
-            return adding(lambda x: F.linear(x, matrix, bias))
-        return adding(lambda x: linear(x, matrix, bias, self.tiles.linear))
+    def pack(self, parts: Sequence[Weight]) -> Matrix:  # type: ignore[override]
+        """Successive weights of one type become one part. If some are not packed, none is."""
+        if any(isinstance(part, Tensor) for part in parts):
+            tensors = (part if isinstance(part, Tensor) else part.dequantize(self.dtype) for part in parts)
+            parts = [torch.cat([tensor.to(self.device) for tensor in tensors])]
+        groups = itertools.groupby(parts, key=lambda part: "" if isinstance(part, Tensor) else part.type_name)
+        return [self._pack_part(list(group)) for _, group in groups]
+
+    def _pack_part(self, parts: list[Weight]) -> Tensor | PackedMatrix:
+        packed = [part for part in parts if isinstance(part, PackedTensor)]
+        plain = [part for part in parts if isinstance(part, Tensor)]
+        name = packed[0].type_name if packed else "int8" if self.to_int8 else str(self.dtype).removeprefix("torch.")
+        if name.lower() not in self.weight_formats:
+            self.weight_formats.append(name.lower())
+            cache = str(self.dtype).removeprefix("torch.")
+            self.formats = f"weights {', '.join(self.weight_formats)}, KV cache {cache}"
+        if packed:
+            return from_ggml(concatenate(packed), self.device)
+        return to_int8(plain[0]) if self.to_int8 else plain[0]
+
+    def linear(self, matrix: Matrix, bias: Tensor | None = None) -> LinearOp:  # type: ignore[override]
+        if not self.deterministic and len(matrix) == 1 and isinstance(weights := matrix[0], Tensor):
+            return adding(lambda x: F.linear(x, weights, bias))
+        sizes = [len(part) for part in matrix]
+        biases = [None] * len(matrix) if bias is None else torch.split(bias, sizes)
+
+        def product(x: Tensor) -> Tensor:
+            out = torch.empty((len(x), sum(sizes)), dtype=x.dtype, device=x.device)
+            for part, part_bias, columns in zip(matrix, biases, torch.split(out, sizes, dim=1), strict=True):
+                linear(x, part, part_bias, self.tiles.linear, columns)
+            return out
+
+        return adding(product)
+
+    def embed(self, token_ids: Tensor, matrix: Matrix) -> Tensor:  # type: ignore[override]
+        (table,) = matrix
+        return F.embedding(token_ids, table) if isinstance(table, Tensor) else table.rows(token_ids, self.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rows.rms_norm(x, weight, eps)

@@ -32,7 +32,7 @@ is_cuda = kind == "cuda"
 target = GPUTarget("cuda", int(version.replace(".", "")), 32) if is_cuda else GPUTarget("hip", version, 64)
 tiles_of_card = TABLE[tuple(map(int, version.split(".")))] if is_cuda else SMALLEST
 shared = {}
-STRIDES = ("x_stride", "weights_stride", "out_stride", "q_stride", "row_stride", "stride")
+STRIDES = ("x_stride", "weights_stride", "scales_stride", "out_stride", "q_stride", "row_stride", "stride")
 ALIGNED = (*STRIDES, "num_inputs", "num_columns", "size")
 
 
@@ -54,8 +54,12 @@ for dtype in ("*fp16", "*bf16", "*fp32"):
     x = dict.fromkeys(("x", "weights", "bias", "out", "weight", "gate_up", "q", "k", "v", "keys", "values"), dtype)
     sizes = tiles.linear
     constants = {"ROWS": sizes.rows, "COLUMNS": sizes.columns, "INPUTS": sizes.inputs, "GROUP": linear.ROW_GROUP}
-    for has_bias in (False, True):
-        compile(linear._linear, {"HAS_BIAS": has_bias} | constants, sizes.num_warps, sizes.num_stages, **x)
+    for has_bias, bits, group, has_minimum in (
+        (False, 16, 1, False), (True, 16, 1, False), (True, 4, 32, True), (False, 8, 32, False), (False, 8, 16, True)
+    ):
+        flags = {"HAS_BIAS": has_bias, "BITS": bits, "SCALE_INPUTS": group, "HAS_MINIMUM": has_minimum}
+        types = x | {"weights": {16: dtype, 8: "*i8", 4: "*u8"}[bits], "scales": "*fp16", "minima": "*fp32"}
+        compile(linear._linear, flags | constants, sizes.num_warps, sizes.num_stages, **types)
     compile(rows._rms_norm, {"BLOCK": 4096}, 4, 2, eps="fp32", **x)
     for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
         compile(rows._act_and_mul, {"ACTIVATION": activation, "BLOCK": rows.ACT_COLUMNS}, 4, 2, **x)
@@ -82,7 +86,7 @@ def test_kernels_compile(target: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     shared = json.loads(done.stdout)
-    assert len(shared) == 57
+    assert len(shared) == 66
     assert max(shared.values()) <= TARGETS[target], shared
 
 

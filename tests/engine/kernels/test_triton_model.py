@@ -103,7 +103,7 @@ def test_without_the_promise(tmp_path: Path) -> None:
     torch.testing.assert_close(all_logits(varying, prompt), all_logits(invariant, prompt), rtol=0, atol=1e-3)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(SEED))
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(SEED + 1))
-    assert torch.equal(varying.runner.kernels.linear(weight)(x), torch.nn.functional.linear(x, weight))
+    assert torch.equal(varying.runner.kernels.linear([weight])(x), torch.nn.functional.linear(x, weight))
     names = [fingerprint(str(folder), loaded) for loaded in (invariant, varying)]
     assert ["-invariant-" in name for name in names] == [True, False]
     assert ["-varying-" in name for name in names] == [False, True]

@@ -113,7 +113,7 @@ def test_linear(
 def test_linear_does_not_depend_on_the_batch(dtype: torch.dtype, tiles: object) -> None:
     kernels = TritonKernels(CPU, dtype)
     kernels.tiles = tiles  # type: ignore[assignment]
-    linear = kernels.linear(random_tensor(1, 170, 300, dtype=dtype))
+    linear = kernels.linear(kernels.pack([random_tensor(1, 170, 300, dtype=dtype)]))
     x = random_tensor(2, 200, 300, dtype=dtype)
     whole = linear(x)
     for num_rows in (1, 2, 15, 63, 64, 65, 130):
