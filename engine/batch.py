@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -42,7 +43,6 @@ class BatchBuilder:
         # Of rows: how many, and how many of these are of generated tokens, which come first.
         self.num_rows, self.num_hidden_rows = np.zeros((2, 2), dtype=np.int64)
         self.num_seqs = np.zeros(1, dtype=np.int64)
-        # One packed buffer for what has a value for each row, so that a device needs one copy.
         self.rows = np.zeros((5, max_num_tokens), dtype=np.int64)
         self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
         self.query_lens, self.hidden_lens, self.seq_lens = np.zeros((3, max_num_seqs), dtype=np.int64)
@@ -78,14 +78,19 @@ class BatchBuilder:
         self.rows[4, : len(sample_rows)] = sample_rows
         max_blocks = self._fill_tables(step)
         self._fill_positions(num_rows, num_seqs)
-        rows = torch.from_numpy(self.rows).to(self.device)
+        lengths = (num_rows, num_rows, num_rows, num_hidden_rows, len(sample_rows))
+        parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
+        parts.append(self.tables[:num_seqs, :max_blocks])
+        is_shared = self.device.type == "cpu"
+        tensors = [torch.from_numpy(part) for part in parts] if is_shared else packed_copy(parts, self.device)
+        token_ids, positions, slots, hidden_rows, sampled, tables = tensors
         return BatchInputs(
-            token_ids=rows[0, :num_rows],
-            positions=rows[1, :num_rows],
-            slots=rows[2, :num_rows],
-            hidden_rows=rows[3, :num_hidden_rows],
-            sample_rows=rows[4, : len(sample_rows)],
-            block_tables=torch.from_numpy(self.tables[:num_seqs, :max_blocks]).to(self.device),
+            token_ids,
+            positions,
+            slots,
+            hidden_rows,
+            sampled,
+            tables,
             query_lens=self.query_lens[:num_seqs],
             hidden_lens=self.hidden_lens[:num_seqs],
             seq_lens=self.seq_lens[:num_seqs],
@@ -110,6 +115,16 @@ class BatchBuilder:
         np.add(np.arange(num_rows), np.repeat(seq_lens - query_lens.cumsum(), query_lens), out=positions)
         blocks, offsets = np.divmod(positions, self.block_size)
         np.add(self.tables[sequences, blocks] * self.block_size, offsets, out=self.rows[2, :num_rows])
+
+
+def packed_copy(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
+    """The arrays on a device, in one copy for which the host does not wait."""
+    sizes = [-(-array.size // 2) * 2 for array in arrays]  # whole 16 bytes, for kernels are compiled for these
+    packed = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    for part, array in zip(torch.split(packed, sizes), arrays, strict=True):
+        part[: array.size].view(array.shape).copy_(torch.from_numpy(array))
+    parts = torch.split(packed.to(device, non_blocking=True), sizes)
+    return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def last_rows(lens: Lengths, nums: Lengths) -> Lengths:

@@ -75,6 +75,8 @@ def plan_memory(
 
 def _budget(wanted: int | None, device: torch.device, full_length_bytes: int) -> int:
     is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.cuda.empty_cache()  # what packing has freed counts as used until then
     free = torch.cuda.mem_get_info(device)[0] if is_cuda else available_memory()
     if wanted is not None:
         if wanted > free:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeAlias
@@ -66,6 +67,7 @@ class Request:
     num_published: int = 0  # how many of `blocks` have been offered to others
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     drafter: Drafter | None = None  # since the first time that a draft was wanted
+    int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
 
     @property
     def num_tokens(self) -> int:
@@ -74,6 +76,15 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def draft_token_ids(self) -> list[int]:
+        return []
+
+    def history(self) -> array[int]:
+        """`token_ids` as 32-bit integers side by side, to which each call adds what is new."""
+        self.int32_token_ids.extend(self.token_ids[len(self.int32_token_ids) :])
+        return self.int32_token_ids
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -99,6 +110,10 @@ class RequestWithDraft:
     @property
     def token_ids(self) -> list[int]:
         return self.request.token_ids + self.draft_token_ids
+
+    def history(self) -> array[int]:
+        """Without the draft."""
+        return self.request.history()
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -2,7 +2,8 @@
 
 The invariant: there is no prefill phase and no decode phase. A request has `num_computed` tokens that must catch up
 with `num_tokens`, and each step hands out a budget of tokens. Chunks of a prompt, hits in the prefix cache, resumption
-after preemption and decoding are all this one subtraction. Running requests come first, then waiting ones, each in the
+after preemption and decoding are all this one subtraction, but that a step takes either prompt tokens of a request or
+generated ones, which some kernels compute in another way. Running requests come first, then waiting ones, each in the
 order of (priority, arrival). Drafts come last: tokens taken for known until the step has shown which of them are, with
 the rows and blocks that nobody else needs. No torch.
 """

@@ -106,8 +106,8 @@ class Kernels(Protocol):
         """Matrices of weights [M, K], one below the other, in the layout that `linear` and `embed` want."""
         ...
 
-    def linear(self, matrix: Any, bias: Tensor | None = None) -> LinearOp:
-        """Prepare y = x W^T + b."""
+    def linear(self, matrix: Any, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
+        """Prepare y = x W^T + b, in the type of x or in float32, to which torch's own products are widened."""
         ...
 
     def embed(self, token_ids: Tensor, matrix: Any) -> Tensor:

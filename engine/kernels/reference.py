@@ -95,12 +95,13 @@ class TorchKernels:
         tensors = [part if isinstance(part, Tensor) else part.dequantize(self.dtype) for part in parts]
         return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
-    def linear(self, matrix: Tensor, bias: Tensor | None = None) -> LinearOp:
+    def linear(self, matrix: Tensor, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         key = (matrix.shape, bias is not None)
         product = _packed_product(matrix, bias) if _can_pack(matrix) else _plain_product(matrix, bias)
         if key not in self._invariants:
             self._invariants[key] = self._find_invariant(product, matrix.shape[1])
-        return adding(self._invariants[key](product))
+        invariant = self._invariants[key](product)
+        return adding(lambda x: invariant(x).float()) if is_float32 else adding(invariant)
 
     def _find_invariant(self, product: Product, num_inputs: int) -> Invariant:
         """The cheapest way to a result that does not depend on the number of rows.
@@ -405,4 +406,4 @@ class EagerExecution:
 
     def compute_logits(self, rows: Tensor) -> Tensor:
         assert self.hidden is not None
-        return self.model.compute_logits(self.hidden, rows).float()
+        return self.model.compute_logits(self.hidden, rows)

@@ -132,7 +132,7 @@ class CausalLM:
         head = self.embed_tokens
         if not config.tie_word_embeddings:
             head = kernels.pack([parameters.take_weight("lm_head.weight", *shape)])
-        self.lm_head = kernels.linear(head)
+        self.lm_head = kernels.linear(head, is_float32=True)
         parameters.finish()
 
     def forward(self, batch: BatchInputs, kv_cache: KVCache) -> Tensor:

@@ -1,10 +1,11 @@
 """What the model reads of a step, against the same written with plain lists."""
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import BatchBuilder
+from engine.batch import BatchBuilder, packed_copy
 from engine.block_pool import Block
 from engine.messages import SamplingParams, Submit
 from engine.request import Request, Scheduled, Step, leader_of
@@ -85,3 +86,23 @@ def test_full_buffers() -> None:
     assert batch.sample_rows.tolist() == list(range(MAX_NUM_SEQS))
     assert batch.slots.tolist() == [12 * 16 + 7] * MAX_NUM_SEQS
     assert batch.block_tables.shape == (MAX_NUM_SEQS, 13)
+
+
+def test_generated_rows_are_counted() -> None:
+    builder = BatchBuilder(40, 8, MAX_MODEL_LEN, 16, torch.device("cpu"))
+    generating, prompt = (make_request(list(range(20)), list(range(2))) for _ in range(2))
+    generating.num_prompt_tokens = 10
+    items = [Scheduled(generating, 19, 1, 1), Scheduled(generating, 10, 4, 2), Scheduled(prompt, 0, 7, 1)]
+    builder.build(Step(1, items))
+    assert (builder.num_rows.tolist(), builder.num_hidden_rows.tolist()) == ([12, 5], [4, 3])
+    builder.build(Step(2, items[2:]))
+    assert (builder.num_rows.tolist(), builder.num_hidden_rows.tolist()) == ([7, 0], [1, 0])
+
+
+def test_packed_copy() -> None:
+    """What a device gets, which here is a CPU too: the same numbers and shapes, in one piece of memory."""
+    arrays = [np.arange(5), np.arange(0), np.arange(12).reshape(3, 4)[:, :2], np.arange(7)[::2], np.zeros((0, 3), int)]
+    copies = packed_copy(arrays, torch.device("cpu"))
+    assert [copy.tolist() for copy in copies] == [array.tolist() for array in arrays]
+    assert [tuple(copy.shape) for copy in copies] == [array.shape for array in arrays]
+    assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1

@@ -164,6 +164,25 @@ def test_warm_prefix_cache(loaded: LoadedModel, submits: list[Submit], alone: di
     assert all(hits[f"r{number}"] == (length - 1) // 32 * 32 for number, length in enumerate(LENGTHS))
 
 
+def test_a_reply_that_comes_back_in_the_next_prompt(
+    loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]
+) -> None:
+    """Whether its blocks are found or computed again, the answer is that of a cold cache."""
+    engine = make_engine(loaded)
+    short = [submit for submit, length in zip(submits, LENGTHS, strict=True) if length <= 300]
+    run(engine, short)
+    conversations = ([*submit.prompt_token_ids, *alone[submit.request_id, 0][0], 1234] for submit in short)
+    follow_ups = [
+        msgspec.structs.replace(submit, prompt_token_ids=conversation)
+        for submit, conversation in zip(short, conversations, strict=True)
+    ]
+    first, again = run(engine, follow_ups), run(engine, follow_ups)
+    assert engine.stats().prompt_tokens_cached_total > 0
+    cold = run_alone(loaded, follow_ups)
+    assert_same(first, cold)
+    assert_same(again, cold)
+
+
 def test_preemption(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
     """Blocks for one request of full length: several shorter ones do not have room to grow."""
     engine = make_engine(loaded, num_blocks=MAX_MODEL_LEN // 32)

@@ -90,6 +90,16 @@ def test_a_step_counts_its_tokens() -> None:
     assert Step(2, []).num_tokens == 0
 
 
+def test_history_grows_with_the_request() -> None:
+    request = leader_of(submit([5, 6, 7]), salt=b"", number=0, now=0.0)
+    assert list(request.history()) == [5, 6, 7]
+    assert request.history().itemsize == 4
+    request.token_ids += [8, 2**31 - 1]
+    row = Scheduled(request, start=2, num_tokens=4, num_samples=2, draft_token_ids=[1]).sampled[1]
+    assert list(row.history()) == list(request.history()) == [5, 6, 7, 8, 2**31 - 1]
+    assert (request.draft_token_ids, row.draft_token_ids) == ([], [1])
+
+
 def test_what_a_step_computes_and_samples_of_a_request_and_its_draft() -> None:
     request = leader_of(submit([5, 6, 7]), salt=b"", number=0, now=0.0)
     request.token_ids.append(8)

@@ -112,7 +112,9 @@ class CpuKernels:
     def pack(self, parts: Sequence[Weight]) -> Matrix:
         return self.packer.pack(parts)
 
-    def linear(self, matrix: Matrix, bias: Tensor | None = None) -> LinearOp:
+    def linear(self, matrix: Matrix, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
+        """All results are float32."""
+
         def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
             return self._linear(x, matrix, bias, residual)
 

@@ -34,8 +34,10 @@ class SampledRow(Structure):
         ("first_bias", c_int64),
         ("num_biased", c_int64),
         ("num_banned", c_int64),
+        ("num_drafted", c_int64),
+        ("history", c_void_p),
+        ("num_history", c_int64),
         ("num_prompt_tokens", c_int64),
-        ("num_output_tokens", c_int64),
         ("top_k", c_int64),
         ("temperature", c_float),
         ("top_p", c_float),
@@ -127,8 +129,9 @@ class CpuSampler:
             row.num_banned = len(banned)
             ids += banned
         if _has_penalty(params):
-            row.num_prompt_tokens, row.num_output_tokens = request.num_prompt_tokens, request.num_output_tokens
-            ids += request.token_ids
+            row.history, row.num_history = request.history().buffer_info()
+            row.num_prompt_tokens, row.num_drafted = request.num_prompt_tokens, len(request.draft_token_ids)
+            ids += request.draft_token_ids
             row.repetition_penalty = params.repetition_penalty
             row.frequency_penalty = params.frequency_penalty
             row.presence_penalty = params.presence_penalty

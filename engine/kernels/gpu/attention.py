@@ -3,9 +3,10 @@
 The query heads that share a KV head (grouped-query attention) are rows of one product, next to each other for each
 token: packed rows. Keys are cut into segments of fixed length aligned to position 0. What a packed row sees of a
 segment is worked out by itself with the running softmax, and segments are merged in ascending order. One program goes
-through all segments where there are many tiles of rows (2D grid); where there are few, each segment has its own program
-and a second kernel merges them (3D grid). Both run the same functions on the same numbers in the same order, so that
-a row gets the same bits either way.
+through all segments where there are many tiles of rows (2D grid); where there are few, or some are much longer than the
+others, each segment has its own program and a second kernel merges them (3D grid), if there is memory for what waits to
+be merged. Both run the same functions on the same numbers in the same order, so that a row gets the same bits either
+way.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, AttentionTiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(100.0)  # 2 to the power of which is finite, and as good as infinite where it is used
-TARGET_PROGRAMS = 256  # below it segments get programs of their own
+TARGET_PROGRAMS = 256  # that are at work at the same time
 MAX_PARTIAL_BYTES = 128 * 2**20  # of what waits to be merged
 
 
@@ -270,22 +271,33 @@ def plan_attention(
     group_size: int,
     num_kv_heads: int,
     sizes: AttentionTiles,
+    positions: Tensor | None = None,
 ) -> AttentionPlan:
-    """Cuts the rows of each sequence into tiles, and decides for one of the two grids, which give the same bits."""
+    """Cuts the rows of each sequence into tiles, and decides for one of the two grids, which give the same bits.
+
+    Where each sequence has one row, `positions` [S] of these rows make the tiles on the device.
+    """
     packed_rows = max(sizes.packed_rows, triton.next_power_of_2(group_size))
     rows_of_tile = packed_rows // group_size
     num_tiles = -(-query_lens // rows_of_tile)
     sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
     number = np.arange(len(sequences)) - np.repeat(num_tiles.cumsum() - num_tiles, num_tiles)
     offsets = number * rows_of_tile
-    first_rows = (query_lens.cumsum() - query_lens)[sequences] + offsets
     num_rows = np.minimum(query_lens[sequences] - offsets, rows_of_tile)
-    positions = (seq_lens - query_lens)[sequences] + offsets
-    tiles = np.stack((sequences, first_rows, num_rows, positions), axis=1).astype(np.int32)
-    num_segments = -(-int((positions + num_rows).max(initial=0)) // sizes.segment)
-    if len(tiles) * num_kv_heads >= TARGET_PROGRAMS or num_segments < 2:
+    first_positions = (seq_lens - query_lens)[sequences] + offsets
+    segments = -(-(first_positions + num_rows) // sizes.segment)
+    num_segments = int(segments.max(initial=0))
+    # Alone, the longest tile takes no longer than all of them together.
+    if num_segments < 2 or num_segments * TARGET_PROGRAMS <= int(segments.sum()) * num_kv_heads:
         num_segments = 0
-    return AttentionPlan(_on(block_tables.device, tiles), block_tables, packed_rows, num_segments)
+    if positions is not None:
+        sequence = torch.arange(len(positions), device=positions.device)
+        tiles = torch.stack((sequence, sequence, torch.ones_like(sequence), positions), dim=1).to(torch.int32)
+    else:
+        first_rows = (query_lens.cumsum() - query_lens)[sequences] + offsets
+        on_host = np.stack((sequences, first_rows, num_rows, first_positions), axis=1).astype(np.int32)
+        tiles = _on(block_tables.device, on_host)
+    return AttentionPlan(tiles, block_tables, packed_rows, num_segments)
 
 
 def _on(device: torch.device, array: NDArray[np.int32]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -11,14 +12,17 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from engine.batch import BatchInputs, Lengths
+from engine.batch import BatchBuilder, BatchInputs, Lengths
 from engine.kernels import LayerCache, LinearOp
 from engine.kernels.gpu import attention, rows
 from engine.kernels.gpu.attention import AttentionPlan
+from engine.kernels.gpu.graphs import GraphedExecution, capture
 from engine.kernels.gpu.linear import linear
 from engine.kernels.gpu.packed import READERS, PackedMatrix, from_ggml, to_int8
 from engine.kernels.gpu.tiles import card_name, tiles_for
-from engine.kernels.reference import TorchKernels, adding
+from engine.kernels.reference import EagerExecution, TorchKernels, adding
+from engine.kv_cache import KVCache
+from engine.model import CausalLM
 from engine.weights import PackedTensor, Weight, concatenate
 
 Matrix: TypeAlias = list[Tensor | PackedMatrix]  # one below the other
@@ -52,7 +56,8 @@ class TritonKernels(TorchKernels):
         """Successive weights of one type become one part. If some are not packed, none is."""
         if any(isinstance(part, Tensor) for part in parts):
             tensors = (part if isinstance(part, Tensor) else part.dequantize(self.dtype) for part in parts)
-            parts = [torch.cat([tensor.to(self.device) for tensor in tensors])]
+            on_device = [tensor.to(self.device) for tensor in tensors]
+            parts = [torch.cat(on_device) if len(on_device) > 1 else on_device[0]]
         groups = itertools.groupby(parts, key=lambda part: "" if isinstance(part, Tensor) else part.type_name)
         return [self._pack_part(list(group)) for _, group in groups]
 
@@ -68,14 +73,17 @@ class TritonKernels(TorchKernels):
             return from_ggml(concatenate(packed), self.device)
         return to_int8(plain[0]) if self.to_int8 else plain[0]
 
-    def linear(self, matrix: Matrix, bias: Tensor | None = None) -> LinearOp:  # type: ignore[override]
+    def linear(  # type: ignore[override]
+        self, matrix: Matrix, bias: Tensor | None = None, *, is_float32: bool = False
+    ) -> LinearOp:
+        dtype = torch.float32 if is_float32 else self.dtype
         if not self.deterministic and len(matrix) == 1 and isinstance(weights := matrix[0], Tensor):
-            return adding(lambda x: F.linear(x, weights, bias))
+            return adding(lambda x: F.linear(x, weights, bias).to(dtype))
         sizes = [len(part) for part in matrix]
         biases = [None] * len(matrix) if bias is None else torch.split(bias, sizes)
 
         def product(x: Tensor) -> Tensor:
-            out = torch.empty((len(x), sum(sizes)), dtype=x.dtype, device=x.device)
+            out = torch.empty((len(x), sum(sizes)), dtype=dtype, device=x.device)
             for part, part_bias, columns in zip(matrix, biases, torch.split(out, sizes, dim=1), strict=True):
                 linear(x, part, part_bias, self.tiles.linear, columns)
             return out
@@ -97,17 +105,24 @@ class TritonKernels(TorchKernels):
     ) -> Tensor:
         return rows.rope_and_store_kv(q, k, v, cos, sin, slots, cache)
 
+    def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> EagerExecution:
+        if self.device.type != "cuda":
+            return EagerExecution(model, kv_cache)
+        capture_in_pool = partial(capture, pool=torch.cuda.graph_pool_handle())
+        return GraphedExecution(model, kv_cache, builder, self.tiles.attention.segment, capture_in_pool)
+
     def plan_attention(  # type: ignore[override]
         self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
     ) -> AttentionPlan:
-        group_size = num_heads // num_kv_heads
+        is_decode = len(query_lens) == len(batch.token_ids) and bool((query_lens == 1).all())
         return attention.plan_attention(
             query_lens,
             batch.seq_lens,
             batch.block_tables,
-            group_size,
+            num_heads // num_kv_heads,
             num_kv_heads,
             self.tiles.attention,
+            positions=batch.positions if is_decode else None,
         )
 
     def paged_attention(  # type: ignore[override]

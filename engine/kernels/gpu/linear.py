@@ -7,7 +7,6 @@ memory once for several tiles of rows. Packed weights become numbers of the type
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -106,13 +105,9 @@ def _linear(
     tl.store(place, sums.to(out.dtype.element_ty), mask=has_row & (columns[None, :] < num_columns))
 
 
-def linear(
-    x: Tensor, weights: Tensor | PackedMatrix, bias: Tensor | None, tiles: LinearTiles, out: Tensor | None = None
-) -> Tensor:
-    """x [T, K] W^T + b for weights [M, K]: [T, M], in the type of x, to `out` if there is one; sums are float32."""
+def linear(x: Tensor, weights: Tensor | PackedMatrix, bias: Tensor | None, tiles: LinearTiles, out: Tensor) -> None:
+    """x [T, K] W^T + b for weights [M, K], to `out` [T, M] in its type; sums are float32."""
     num_rows, num_columns = len(x), len(weights)
-    if out is None:
-        out = torch.empty((num_rows, num_columns), dtype=x.dtype, device=x.device)
     if isinstance(weights, PackedMatrix):
         codes, scales, minima = weights.codes, weights.scales, weights.minima
         bits, group = weights.bits, weights.group
@@ -148,4 +143,3 @@ def linear(
             num_stages=tiles.num_stages,
             **LAUNCH_OPTIONS,
         )
-    return out

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.weights import PackedTensor
 
 INT8_GROUP = 32  # inputs
+NUMBERS_AT_ONCE = 2**22  # that are quantised, which takes several times their memory
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,22 @@ def from_ggml(packed: PackedTensor, device: torch.device) -> PackedMatrix:
 
 def to_int8(weights: Tensor) -> PackedMatrix:
     """Codes of -127 .. 127 times a half-precision scale for each row's 32 inputs. Not finite: the scale is a NaN."""
+    num_rows, num_inputs = weights.shape
+    codes = torch.empty((num_rows, num_inputs), dtype=torch.int8, device=weights.device)
+    num_groups = -(-num_inputs // INT8_GROUP)
+    scales = torch.empty((num_rows, num_groups), dtype=torch.float16, device=weights.device)
+    rows_at_once = max(1, NUMBERS_AT_ONCE // num_inputs)
+    pieces = (torch.split(part, rows_at_once) for part in (weights, codes, scales))
+    for some, its_codes, its_scales in zip(*pieces, strict=True):
+        _quantise(some, its_codes, its_scales)
+    return PackedMatrix(codes, scales, None, num_inputs, INT8_GROUP)
+
+
+def _quantise(weights: Tensor, codes: Tensor, scales: Tensor) -> None:
     num_inputs = weights.shape[1]
     groups = F.pad(weights.float(), (0, -num_inputs % INT8_GROUP)).unflatten(1, (-1, INT8_GROUP))
     largest = groups.abs().amax(dim=2)
-    scales = torch.where(largest.isfinite(), largest / 127, torch.nan).half()
+    scales.copy_(torch.where(largest.isfinite(), largest / 127, torch.nan))
     inverses = torch.where(scales > 0, 1 / scales.float(), 0.0)
-    codes = (groups * inverses[:, :, None]).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
-    return PackedMatrix(codes.flatten(1)[:, :num_inputs].contiguous(), scales, None, num_inputs, INT8_GROUP)
+    rounded = (groups * inverses[:, :, None]).nan_to_num(0.0).round().clamp(-127, 127)
+    codes.copy_(rounded.flatten(1)[:, :num_inputs])

@@ -90,19 +90,22 @@ def _rope_and_store_kv(
     if head < num_heads:
         _rotate(q + row * row_stride + head * size, out + (row * num_heads + head) * size, cos, sin, half, BLOCK)
     else:
-        kv_head = head - num_heads
-        place = (tl.load(slots + row) * num_kv_heads + kv_head) * size
-        _rotate(k + row * row_stride + kv_head * size, keys + place, cos, sin, half, BLOCK)
-        columns = tl.arange(0, 2 * BLOCK)
-        mask = columns < size
-        value = tl.load(v + row * row_stride + kv_head * size + columns, mask=mask)
-        tl.store(values + place + columns, value.to(values.dtype.element_ty), mask=mask)
+        slot = tl.load(slots + row)
+        if slot >= 0:
+            kv_head = head - num_heads
+            place = (slot * num_kv_heads + kv_head) * size
+            _rotate(k + row * row_stride + kv_head * size, keys + place, cos, sin, half, BLOCK)
+            columns = tl.arange(0, 2 * BLOCK)
+            mask = columns < size
+            value = tl.load(v + row * row_stride + kv_head * size + columns, mask=mask)
+            tl.store(values + place + columns, value.to(values.dtype.element_ty), mask=mask)
 
 
 def rope_and_store_kv(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LayerCache
 ) -> Tensor:
-    """Rotate q [T, H, D] and k [T, KH, D] (Su et al. 2021), store k and v at `slots` [T], and return the rotated q.
+    """Rotate q [T, H, D] and k [T, KH, D] (Su et al. 2021), store k and v at `slots` [T] unless they are negative, and
+    return the rotated q.
 
     cos and sin are float32 [T, D / 2]; the cache's keys and values are [B, N, KH, D].
     """

@@ -6,6 +6,7 @@ The two grids must agree to the bit: one program for all segments of keys, and o
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from engine.kernels.gpu import attention
 from engine.kernels.gpu.kernels import TritonKernels
-from engine.kernels.gpu.tiles import TABLE, Tiles
+from engine.kernels.gpu.tiles import TABLE, AttentionTiles, Tiles
 from tests.engine.kernels.test_reference import Paged, Shape
 
 DTYPES = [torch.float32, torch.float16]
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
-GRIDS = {"2D": 0, "3D": 10**9}  # the number of programs below which segments get programs of their own
+GRIDS = {"2D": 0, "3D": 10**9}  # programs that are at work at the same time
 
 Span = tuple[int, int, int]  # sequence, start, end
 
@@ -49,6 +50,26 @@ def assert_as_in_the_textbook(paged: Paged, spans: list[Span]) -> None:
             expected = paged.expected(sequence, first, last)
             found = out[first - start : last - start].double()
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "is_split"),
+    [
+        ([1] * 4, [1000] * 4, True),
+        ([1] * 4, [100] * 4, False),  # there is nothing to split
+        ([1] * 600, [1000] * 600, False),
+        ([1] * 600, [100] * 599 + [30000], True),  # all would wait for the one
+        ([8192], [8192], False),
+    ],
+)
+def test_segments_get_programs_of_their_own_where_some_would_wait(
+    query_lens: list[int], seq_lens: list[int], is_split: bool
+) -> None:
+    tables = torch.zeros((len(seq_lens), 1), dtype=torch.int64)
+    sizes = AttentionTiles(packed_rows=16, keys=64, segment=256, num_warps=4, num_stages=2)
+    plan = attention.plan_attention(np.array(query_lens), np.array(seq_lens), tables, 2, 1, sizes)
+    assert plan.num_segments == (-(-max(seq_lens) // 256) if is_split else 0)
+    assert int(plan.tiles[:, 2].sum()) == sum(query_lens)
 
 
 @st.composite

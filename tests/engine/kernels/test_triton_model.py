@@ -95,6 +95,13 @@ def test_the_same_request_gets_the_same_answer(dtype: str, tmp_path: Path, monke
     assert warm.scheduler.stats.prompt_tokens_cached_total > 0
 
 
+def test_logits_are_not_rounded_to_the_type_of_the_model(tmp_path: Path) -> None:
+    loaded = load(save_random_model(models()["llama"], tmp_path, SEED), "float16")
+    logits = all_logits(loaded, prompt_of(20))
+    assert logits.dtype == torch.float32
+    assert (logits != logits.half().float()).float().mean() > 0.5
+
+
 def test_without_the_promise(tmp_path: Path) -> None:
     """Products are torch's, and the server says that answers may vary."""
     folder = save_random_model(models()["llama with biases"], tmp_path, SEED)

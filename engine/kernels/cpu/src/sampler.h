@@ -22,12 +22,14 @@ constexpr float HIGHEST_NOISE = 22.5f;  // -log of the smallest uniform number i
 struct SampledRow {
     uint64_t seed;
     int64_t position;  // in the output
-    int64_t first_id;  // its part of `ids`: biased tokens, banned ones, then prompt and output if there are penalties
+    int64_t first_id;  // its part of `ids`: biased tokens, banned ones, then those of a draft if there are penalties
     int64_t first_bias;  // its part of `biases`
     int64_t num_biased;
     int64_t num_banned;
+    int64_t num_drafted;
+    const int32_t* history;  // prompt and output without the draft, if there are penalties
+    int64_t num_history;
     int64_t num_prompt_tokens;
-    int64_t num_output_tokens;
     int64_t top_k;
     float temperature;  // 0: greedy
     float top_p;
@@ -154,19 +156,29 @@ inline float penalised(float x, int32_t count, const SampledRow& row) {
     return count >> 1 ? x - row.presence_penalty : x;
 }
 
-// Repetition penalty over prompt and output (Keskar et al. 2019); OpenAI's penalties over the output.
-inline void apply_penalties(const SampledRow& row, const int32_t* ids, Counts counts, float* x) {
-    const int64_t num_ids = row.num_prompt_tokens + row.num_output_tokens;
+// The first tokens are of the prompt.
+inline void count_tokens(const int32_t* ids, int64_t num_ids, int64_t num_prompt_tokens, Counts counts) {
     for (int64_t i = 0; i < num_ids; i++)
         if (counts.has(ids[i])) {
             int32_t& count = counts.of_token[ids[i]];
-            count = (count | 1) + (i < row.num_prompt_tokens ? 0 : 2);
+            count = (count | 1) + (i < num_prompt_tokens ? 0 : 2);
         }
+}
+
+inline void penalise_tokens(const int32_t* ids, int64_t num_ids, const SampledRow& row, Counts counts, float* x) {
     for (int64_t i = 0; i < num_ids; i++)
         if (counts.has(ids[i]) && counts.of_token[ids[i]]) {
             x[ids[i]] = penalised(x[ids[i]], counts.of_token[ids[i]], row);
             counts.of_token[ids[i]] = 0;  // once each; all are 0 again for the next row
         }
+}
+
+// Repetition penalty over prompt and output (Keskar et al. 2019); OpenAI's penalties over the output.
+inline void apply_penalties(const SampledRow& row, const int32_t* drafted, Counts counts, float* x) {
+    count_tokens(row.history, row.num_history, row.num_prompt_tokens, counts);
+    count_tokens(drafted, row.num_drafted, 0, counts);
+    penalise_tokens(row.history, row.num_history, row, counts, x);
+    penalise_tokens(drafted, row.num_drafted, row, counts, x);
 }
 
 // Returns whether there was anything to change.
@@ -179,7 +191,7 @@ inline bool change_tokens(const SampleParameters& p, const SampledRow& row, Coun
     for (int64_t i = 0; i < row.num_banned; i++)
         if (counts.has(ids[i])) x[ids[i]] = -INFINITY;
     apply_penalties(row, ids + row.num_banned, counts, x);
-    return row.num_biased + row.num_banned + row.num_prompt_tokens + row.num_output_tokens > 0;
+    return row.num_biased + row.num_banned + row.num_history > 0;
 }
 
 // Thresholds.

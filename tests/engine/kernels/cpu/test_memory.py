@@ -49,7 +49,8 @@ BLOCKS = {"int8": (32, 128), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22
 for name in FORMATS:
     form = format_of(name, library.code_path)
     block, block_bytes = BLOCKS[name]
-    for num_outputs, num_inputs in [(33, 256), (70, 512), (1, 256)] if block == 256 else [(33, 64), (17, 96), (1, 32)]:
+    small_shapes = [(33, 64), (17, 96), (40, 320), (1, 32)]
+    for num_outputs, num_inputs in [(33, 256), (70, 512), (1, 256)] if block == 256 else small_shapes:
         if block == 1:
             num_inputs -= 1
         data = rng.integers(0, 256, (num_outputs, num_inputs // block * block_bytes), dtype=np.uint8)

@@ -1,0 +1,120 @@
+"""Steps in which each sequence has one row, as CUDA graphs: one launch where there were hundreds.
+
+A graph runs on fixed memory, so a batch is copied into buffers of its own and filled up to the next of some sizes with
+rows that are computed and thrown away. A batch of any other kind runs as ever, and with the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from engine.batch import BatchBuilder, BatchInputs
+from engine.kernels.reference import EagerExecution
+from engine.kv_cache import KVCache
+from engine.model import CausalLM
+
+logger = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sequences
+NO_SLOT = -1  # where the keys of a row go that nobody reads
+
+Key: TypeAlias = tuple[int, int]  # sequences, segments of keys of the longest
+Forward: TypeAlias = Callable[[], Tensor]
+
+
+def capture(forward: Forward, pool: tuple[int, int] | None = None) -> Forward:
+    """What does the same as `forward` on the device, again and again in the same memory.
+
+    `forward` runs once before: kernels are compiled and libraries loaded when they are first used.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
+        out = forward()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+class GraphedExecution(EagerExecution):
+    """Captures the graph of a size when that comes for the second time, so that nobody's first token waits for it."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_cache: KVCache,
+        builder: BatchBuilder,
+        segment: int,
+        capture: Callable[[Forward], Forward],
+    ) -> None:
+        super().__init__(model, kv_cache)
+        self.segment = segment  # tokens
+        self.capture: Callable[[Forward], Forward] | None = capture  # None: it has failed
+        self.graphs: dict[Key, Forward] = {}
+        self.met: set[Key] = set()
+        max_num_seqs, max_blocks = builder.tables.shape
+        size = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
+        self.rows = torch.zeros((3, size), dtype=torch.int64, device=builder.device)
+        self.all_rows = torch.arange(size, device=builder.device)
+        self.tables = torch.zeros((size, max_blocks), dtype=torch.int64, device=builder.device)
+
+    def forward(self, batch: BatchInputs) -> None:
+        key = self.key_of(batch)
+        if key is None or self.capture is None or (key not in self.graphs and key not in self.met):
+            if key is not None:
+                self.met.add(key)
+            super().forward(batch)
+            return
+        self._copy(batch, key[0])
+        if key not in self.graphs and not self._add(key):
+            super().forward(batch)
+            return
+        self.hidden = self.graphs[key]()
+
+    def key_of(self, batch: BatchInputs) -> Key | None:
+        """Which graph computes a batch; None where none does."""
+        num_seqs = len(batch.query_lens)
+        is_decode = len(batch.token_ids) == num_seqs == len(batch.hidden_rows) and bool((batch.query_lens == 1).all())
+        if not is_decode or not 0 < num_seqs <= self.rows.shape[1]:
+            return None
+        num_segments = -(-int(batch.seq_lens.max()) // self.segment)
+        return next(size for size in SIZES if size >= num_seqs), triton.next_power_of_2(num_segments)
+
+    def _copy(self, batch: BatchInputs, size: int) -> None:
+        num_seqs = len(batch.query_lens)
+        for row, values in zip(self.rows, (batch.token_ids, batch.positions, batch.slots), strict=True):
+            row[:num_seqs] = values
+        self.rows[:2, num_seqs:size] = 0
+        self.rows[2, num_seqs:size] = NO_SLOT
+        self.tables[:num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
+
+    def _add(self, key: Key) -> bool:
+        size, num_segments = key
+        ones = np.ones(size, dtype=np.int64)
+        token_ids, positions, slots = self.rows[:, :size]
+        rows, tables = self.all_rows[:size], self.tables[:size]
+        inputs = BatchInputs(
+            token_ids, positions, slots, rows, rows, tables, ones, ones, ones * num_segments * self.segment
+        )
+        assert self.capture is not None
+        try:
+            self.graphs[key] = self.capture(lambda: self.model.forward(inputs, self.kv_cache))
+        except RuntimeError as error:
+            logger.warning("no CUDA graphs, steps take longer: %s", error)
+            self.capture = None
+            return False
+        return True
