@@ -1,7 +1,7 @@
 # Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format bench peers test-image clean
+.PHONY: help install serve test check format bench bench-gpu peers test-image clean
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
@@ -30,6 +30,9 @@ format: .venv/installed-test ## Format the code
 
 bench: .venv/installed ## Start a server and measure it under load
 	$(BIN)/python tests/bench/serve.py $(ARGS)
+
+bench-gpu: .venv/installed-test ## Measure the engine against the limits of a GPU
+	$(BIN)/python -m tests.bench.gpu $(ARGS)
 
 peers: .venv/installed-test ## Measure other servers beside it, as ARGS says (default: how to)
 	$(BIN)/python -m tests.bench.peers $(or $(ARGS),--help)

@@ -188,6 +188,7 @@ def kernel_options(
         head_dim=model_config.head_dim,
         block_size=config.block_size,
         batch_invariant=config.batch_invariant,
+        enforce_eager=config.enforce_eager,
     )
 
 

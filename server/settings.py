@@ -222,6 +222,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "auto does it where it pays.",
         ),
     ] = "auto"
+    enforce_eager: Annotated[
+        bool, Setting(_MEMORY, BOOLEAN, "Launch a GPU's kernels one by one rather than as CUDA graphs.")
+    ] = False
     batch_invariant: Annotated[
         bool,
         Setting(
@@ -391,6 +394,7 @@ def engine_config(settings: Settings, model_path: Path) -> "EngineConfig":
         kv_cache_memory=settings.kv_cache_memory,
         speculative=settings.speculative,
         batch_invariant=settings.batch_invariant,
+        enforce_eager=settings.enforce_eager,
         step_timeout=settings.step_timeout,
     )
 

@@ -19,6 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     kv_cache_memory: int | None = None  # bytes
     speculative: str = "auto"  # auto, ngram, off
+    enforce_eager: bool = False  # no CUDA graphs
     batch_invariant: bool = True  # False: faster kernels where they exist, whose answers vary with the batch
     step_timeout: float = 60.0  # seconds; a step that takes longer is a hang
 

@@ -42,6 +42,7 @@ class KernelOptions:
     head_dim: int = 64
     block_size: int = 32
     batch_invariant: bool = True
+    enforce_eager: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +216,7 @@ def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels |
         options.dtype,
         options.max_num_rows,
         batch_invariant=options.batch_invariant,
+        enforce_eager=options.enforce_eager,
         quantization=options.quantization,
     )
 

@@ -43,11 +43,13 @@ class TritonKernels(TorchKernels):
         *,
         batch_invariant: bool = True,
         quantization: str = "none",
+        enforce_eager: bool = False,
     ) -> None:
         super().__init__(device, dtype, max_num_rows)
         self.deterministic = batch_invariant
         self.keep_packed = frozenset(READERS) if quantization == "auto" else frozenset()
         self.to_int8 = quantization == "int8"
+        self.enforce_eager = enforce_eager
         self.weight_formats: list[str] = []  # that were met, in order
         self.tiles = tiles_for(device, dtype)
         self.name = f"triton {triton.__version__} {card_name(device)}"
@@ -106,7 +108,7 @@ class TritonKernels(TorchKernels):
         return rows.rope_and_store_kv(q, k, v, cos, sin, slots, cache)
 
     def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> EagerExecution:
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or self.enforce_eager:
             return EagerExecution(model, kv_cache)
         capture_in_pool = partial(capture, pool=torch.cuda.graph_pool_handle())
         return GraphedExecution(model, kv_cache, builder, self.tiles.attention.segment, capture_in_pool)

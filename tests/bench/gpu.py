@@ -1,0 +1,242 @@
+"""How near the limits of a card the engine comes: `make bench-gpu`, or `python -m tests.bench.gpu [--json]`.
+
+The model is random, in the shape of Llama-3-8B and bfloat16, and made on the spot: it takes 16 GB of disk. What the
+card can do at most is measured in the same run: the bandwidth of a large copy, and the rate of a large product in
+bfloat16. Decoding reads all weights and the keys and values of all tokens in each step; a prompt's work is two
+operations for each weight and token, and those of attention. Both modes are measured: the default, in which answers do
+not depend on the batch, and `--no-batch-invariant`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from safetensors.torch import save_file
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.messages import SamplingParams, Submit
+from engine.runner import LoadedModel, load_model
+
+REPEATS = 20
+WEIGHTS_OF_A_FILE = 9
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes, as in Hugging Face's Llama."""
+        size, kv_size = self.hidden_size, self.num_kv_heads * self.head_dim
+        sizes = {"self_attn.q_proj": (size, size), "self_attn.k_proj": (kv_size, size)}
+        sizes |= {"self_attn.v_proj": (kv_size, size), "self_attn.o_proj": (size, size)}
+        sizes |= {f"mlp.{name}_proj": (self.intermediate_size, size) for name in ("gate", "up")}
+        sizes |= {"mlp.down_proj": (size, self.intermediate_size)}
+        norms = {"input_layernorm": (size,), "post_attention_layernorm": (size,)}
+        layers = range(self.num_layers)
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, size)}
+        found |= {f"model.layers.{n}.{name}.weight": shape for n in layers for name, shape in (sizes | norms).items()}
+        return found | {"model.norm.weight": (size,), "lm_head.weight": (self.vocab_size, size)}
+
+    @property
+    def num_weights_read(self) -> int:
+        """In a step: all but the embeddings, of which a row each is."""
+        return sum(shape[0] * shape[-1] for name, shape in self.weights().items() if "embed" not in name)
+
+
+SHAPES = {
+    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
+    "tiny": Shape(256, 512, 2, 4, 2, 1024),
+}
+
+
+class Figure(msgspec.Struct, frozen=True):
+    name: str
+    mode: str
+    seconds: float
+    share_of_limit: float
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    device: str
+    model: str
+    copy_bytes_per_second: float
+    product_operations_per_second: float
+    figures: list[Figure]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
+    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens; default: %(default)s")
+    parser.add_argument("--prompt", type=int, default=8192, metavar="N", help="tokens; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    arguments = parser.parse_args()
+    device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
+    limits = copy_rate(device), product_rate(device)
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(shape, Path(folder), arguments.prompt + 64, device)
+        for is_invariant in (True, False):
+            loaded = load_model(
+                EngineConfig(model_path=folder, device=arguments.device, dtype="bfloat16", batch_invariant=is_invariant)
+            )
+            mode = "default" if is_invariant else "--no-batch-invariant"
+            decodings = [decode(loaded, shape, limits[0], mode, n, arguments.context) for n in arguments.streams]
+            figures += [*decodings, prefill(loaded, shape, limits[1], mode, arguments.prompt)]
+            del loaded
+            gc.collect()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    results = Results(
+        device=name,
+        model=arguments.shape,
+        copy_bytes_per_second=limits[0],
+        product_operations_per_second=limits[1],
+        figures=figures,
+    )
+    if arguments.json:
+        print(msgspec.json.encode(results).decode())
+    else:
+        print_table(results)
+
+
+def save_model(shape: Shape, folder: Path, max_model_len: int, device: torch.device) -> None:
+    """Random weights in files of one layer or so each, with the configuration that loads them."""
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": max_model_len,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator(device).manual_seed(0)
+    files: dict[str, str] = {}
+    weights = shape.weights()
+    every = list(weights)
+    for number, first in enumerate(range(0, len(every), WEIGHTS_OF_A_FILE)):
+        names = every[first : first + WEIGHTS_OF_A_FILE]
+        file = f"model-{number}.safetensors"
+        tensors = {
+            name: (torch.randn(weights[name], generator=generator, device=device) / weights[name][-1] ** 0.5)
+            .to(torch.bfloat16)
+            .cpu()
+            for name in names
+        }
+        save_file(tensors, folder / file)
+        files |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def decode(loaded: LoadedModel, shape: Shape, copy: float, mode: str, num_streams: int, context: int) -> Figure:
+    """The median step in which all streams decode, and the bytes that it reads over what a copy moves in that time."""
+    seconds = statistics.median(step_times(loaded, num_streams, context, max_tokens=64, num_tokens=num_streams))
+    kv_bytes = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+    num_bytes = 2 * shape.num_weights_read + kv_bytes * num_streams * (context + 32)
+    return Figure(f"decode, {num_streams} streams of {context} tokens", mode, seconds, num_bytes / seconds / copy)
+
+
+def prefill(loaded: LoadedModel, shape: Shape, rate: float, mode: str, num_tokens: int) -> Figure:
+    """All steps of one prompt. The second of two: kernels are compiled when they are first used."""
+    for _ in range(2):
+        seconds = sum(step_times(loaded, 1, num_tokens, max_tokens=1))
+    attention = 2 * 2 * shape.num_layers * shape.num_heads * shape.head_dim * num_tokens**2 / 2
+    operations = 2 * (shape.num_weights_read - shape.vocab_size * shape.hidden_size) * num_tokens + attention
+    return Figure(f"prefill, {num_tokens} tokens", mode, seconds, operations / seconds / rate)
+
+
+def step_times(
+    loaded: LoadedModel, num_streams: int, context: int, *, max_tokens: int, num_tokens: int | None = None
+) -> list[float]:
+    """Seconds of each step, or of those with `num_tokens` rows."""
+    engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), loaded)
+    rng = random.Random(0)
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
+    for number in range(num_streams):
+        prompt = [rng.randrange(loaded.config.num_token_ids) for _ in range(context)]
+        engine.add(Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0))
+    found: list[float] = []
+    while engine.has_work:
+        started = time.perf_counter()
+        engine.step()
+        if num_tokens in (None, engine.recorder.steps[-1].num_tokens):
+            found.append(time.perf_counter() - started)
+    return found
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes that are read or written in a second."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
+
+
+def product_rate(device: torch.device) -> float:
+    """Operations, an addition and a product each, in a second."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.ones((size, size), dtype=torch.bfloat16, device=device) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, device)
+
+
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Median."""
+    found = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def print_table(results: Results) -> None:
+    table = Table("what", "mode", Column("ms", justify="right"), Column("of the limit", justify="right"))
+    table.title = (
+        f"{results.model} on {results.device}: {results.copy_bytes_per_second / 1e9:.0f} GB/s of a copy, "
+        f"{results.product_operations_per_second / 1e12:.1f} T operations/s of a product"
+    )
+    for figure in results.figures:
+        table.add_row(figure.name, figure.mode, f"{1000 * figure.seconds:.2f}", f"{figure.share_of_limit:.0%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

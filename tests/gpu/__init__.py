@@ -1,0 +1,1 @@
+"""On a CUDA device: `pytest -m gpu`. Elsewhere these tests are skipped."""

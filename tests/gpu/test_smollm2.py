@@ -1,0 +1,60 @@
+"""SmolLM2 on a GPU: the distributions of the CPU engine, and promise 1 with the kernels and graphs of a real card."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.kernels.gpu.graphs import GraphedExecution
+from engine.messages import Submit
+from engine.runner import LoadedModel, load_model
+from server.text.tokenizer import Tokenizer
+from tests.bench.quality import TEXT
+from tests.engine.test_promise import MAX_MODEL_LEN, assert_same, make_engine, run, run_alone, submits
+from tests.parity.outputs import all_logits
+
+__all__ = ["submits"]  # the fixture
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SETTINGS: list[dict[str, Any]] = [{}, {"quantization": "none"}, {"quantization": "int8"}, {"enforce_eager": True}]
+each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
+
+
+def load(path: Path, **settings: Any) -> LoadedModel:
+    return load_model(
+        EngineConfig(model_path=str(path), max_model_len=MAX_MODEL_LEN, kv_cache_memory=2**30, **settings)
+    )
+
+
+@each_setting
+def test_distributions_of_the_cpu(smollm2_path: Path, settings: dict[str, Any]) -> None:
+    token_ids = Tokenizer.from_model(smollm2_path).encode(TEXT.read_text(), add_special_tokens=False)[:500]
+    expected = all_logits(load(smollm2_path, device="cpu", dtype="float32", quantization="none"), token_ids)
+    found = all_logits(load(smollm2_path, device="cuda", **settings), token_ids).cpu()
+    expected, found = expected.double().log_softmax(dim=1), found.double().log_softmax(dim=1)
+    assert float((expected.exp() * (expected - found)).sum(dim=1).mean()) < 0.006
+    assert float((expected.argmax(dim=1) == found.argmax(dim=1)).double().mean()) > 0.94
+
+
+@each_setting
+def test_the_same_answer_in_any_company(
+    smollm2_path: Path, submits: Sequence[Submit], settings: dict[str, Any]
+) -> None:
+    """Alone and together, in chunks, after preemption, from a warm cache; in graphs and without."""
+    loaded = load(smollm2_path, device="cuda", **settings)
+    assert loaded.runner.kernels.deterministic
+    expected = run_alone(loaded, submits)
+    assert_same(run(make_engine(loaded), submits), expected)
+    assert_same(run(make_engine(loaded, chunk=60, seqs=3), submits), expected)
+    engine = make_engine(loaded, num_blocks=MAX_MODEL_LEN // 32)
+    engine.scheduler.watermark = 0
+    assert_same(run(engine, submits), expected)
+    assert engine.stats().preemptions_total > 0
+    assert_same(run(engine, submits), expected)
+    assert isinstance(engine.runner.execution, GraphedExecution) != settings.get("enforce_eager", False)
