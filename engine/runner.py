@@ -150,8 +150,10 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
             vector_dtype=kernels.vector_dtype,
             keep_packed=kernels.keep_packed,
         )
+        # Matrices are packed first, so that a device never holds them twice.
         parameters = Parameters(
-            (name, weight.to(device) if isinstance(weight, Tensor) else weight) for name, weight in weights
+            (name, weight.to(device) if isinstance(weight, Tensor) and weight.ndim == 1 else weight)
+            for name, weight in weights
         )
         clock.lap("weights")
         weight_bytes = parameters.num_bytes

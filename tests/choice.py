@@ -38,14 +38,7 @@ def _interpreted(options: KernelOptions) -> Kernels:
     """The kernels of a GPU, in Triton's interpreter."""
     from engine.kernels.gpu.kernels import TritonKernels
 
-    device = torch.device("cpu")
-    return TritonKernels(
-        device,
-        options.dtype,
-        options.max_num_rows,
-        batch_invariant=options.batch_invariant,
-        quantization=options.quantization,
-    )
+    return TritonKernels.of(options, torch.device("cpu"))
 
 
 @cache

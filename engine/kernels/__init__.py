@@ -211,14 +211,7 @@ def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels |
         triton.runtime.driver.active.get_current_target()  # which needs a C compiler
     except (ImportError, OSError, RuntimeError) as error:
         return f"Triton does not work here: {error}"
-    return TritonKernels(
-        device,
-        options.dtype,
-        options.max_num_rows,
-        batch_invariant=options.batch_invariant,
-        enforce_eager=options.enforce_eager,
-        quantization=options.quantization,
-    )
+    return TritonKernels.of(options, device)
 
 
 def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:

@@ -93,7 +93,7 @@ class TorchKernels:
 
     def pack(self, parts: Sequence[Weight]) -> Tensor:
         tensors = [part if isinstance(part, Tensor) else part.dequantize(self.dtype) for part in parts]
-        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(self.device)
 
     def linear(self, matrix: Tensor, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         key = (matrix.shape, bias is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs, Lengths
-from engine.kernels import LayerCache, LinearOp
+from engine.kernels import KernelOptions, LayerCache, LinearOp
 from engine.kernels.gpu import attention, rows
 from engine.kernels.gpu.attention import AttentionPlan
 from engine.kernels.gpu.graphs import GraphedExecution, capture
@@ -54,12 +54,21 @@ class TritonKernels(TorchKernels):
         self.tiles = tiles_for(device, dtype)
         self.name = f"triton {triton.__version__} {card_name(device)}"
 
+    @classmethod
+    def of(cls, options: KernelOptions, device: torch.device) -> Self:
+        return cls(
+            device,
+            options.dtype,
+            options.max_num_rows,
+            batch_invariant=options.batch_invariant,
+            quantization=options.quantization,
+            enforce_eager=options.enforce_eager,
+        )
+
     def pack(self, parts: Sequence[Weight]) -> Matrix:  # type: ignore[override]
         """Successive weights of one type become one part. If some are not packed, none is."""
         if any(isinstance(part, Tensor) for part in parts):
-            tensors = (part if isinstance(part, Tensor) else part.dequantize(self.dtype) for part in parts)
-            on_device = [tensor.to(self.device) for tensor in tensors]
-            parts = [torch.cat(on_device) if len(on_device) > 1 else on_device[0]]
+            parts = [super().pack(parts)]
         groups = itertools.groupby(parts, key=lambda part: "" if isinstance(part, Tensor) else part.type_name)
         return [self._pack_part(list(group)) for _, group in groups]
 
