@@ -52,7 +52,8 @@ GGML_TYPES = frozenset(name.upper() for name in _QUANTISED if name != "int8")
 def format_of(name: str, code_path: str) -> Format:
     """On tiles, prompts are multiplied with quantised weights as with bfloat16, for which tiles are made."""
     group, group_bytes, form = (_PLAIN | _QUANTISED)[name]
-    return Format(name, group, group_bytes, form, min(form, BFLOAT16) if code_path == "amx" else form)
+    prompt_form = BFLOAT16 if code_path == "amx" and form == INT8_GROUPS else form
+    return Format(name, group, group_bytes, form, prompt_form)
 
 
 def input_row_bytes(form: int, size: int) -> int:

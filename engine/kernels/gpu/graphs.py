@@ -73,17 +73,24 @@ class GraphedExecution(EagerExecution):
         self.tables = torch.zeros((size, max_blocks), dtype=torch.int64, device=builder.device)
 
     def forward(self, batch: BatchInputs) -> None:
+        graph = self._graph_of(batch)
+        if graph is None:
+            super().forward(batch)
+        else:
+            self.hidden = graph()
+
+    def _graph_of(self, batch: BatchInputs) -> Forward | None:
+        """With the batch in its buffers; None where there is none."""
         key = self.key_of(batch)
-        if key is None or self.capture is None or (key not in self.graphs and key not in self.met):
-            if key is not None:
-                self.met.add(key)
-            super().forward(batch)
-            return
-        self._copy(batch, key[0])
-        if key not in self.graphs and not self._add(key):
-            super().forward(batch)
-            return
-        self.hidden = self.graphs[key]()
+        if key is None or self.capture is None:
+            return None
+        if key not in self.met:
+            self.met.add(key)
+            return None
+        self._copy(batch, key[0])  # first, for to capture runs it once
+        if key not in self.graphs:
+            self._add(key)
+        return self.graphs.get(key)
 
     def key_of(self, batch: BatchInputs) -> Key | None:
         """Which graph computes a batch; None where none does."""
@@ -102,7 +109,7 @@ class GraphedExecution(EagerExecution):
         self.rows[2, num_seqs:size] = NO_SLOT
         self.tables[:num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
 
-    def _add(self, key: Key) -> bool:
+    def _add(self, key: Key) -> None:
         size, num_segments = key
         ones = np.ones(size, dtype=np.int64)
         token_ids, positions, slots = self.rows[:, :size]
@@ -116,5 +123,3 @@ class GraphedExecution(EagerExecution):
         except RuntimeError as error:
             logger.warning("no CUDA graphs, steps take longer: %s", error)
             self.capture = None
-            return False
-        return True

@@ -15,6 +15,8 @@ constexpr int64_t STEPS_AT_ONCE = 9;  // whose weights, and as much of the input
 template <class Format>
 struct TileWeights {
     static_assert(std::is_same_v<Format, BFloat16>);
+    // One tile of rows by itself needs nothing twice, and would only put its sums down and take them up again.
+    static int64_t steps_at_once(int64_t num_steps, int64_t num_tiles) { return num_tiles == 1 ? num_steps : STEPS_AT_ONCE; }
     const uint8_t* steps(const uint8_t* panel, int64_t first, int64_t) { return panel + first * STEP_BYTES; }
     static Ahead ahead(const uint8_t* steps, int64_t num_steps, int64_t tile, int64_t num_tiles) {
         return Ahead::of_tile<STEP_BYTES / 64>(steps, num_steps * STEP_BYTES, tile, num_tiles);
@@ -29,6 +31,7 @@ struct TileWeights<Quantised<BITS, GROUP, Scale, ZERO_SHIFT>> {
     static constexpr int64_t BYTES_AT_ONCE = STEPS_AT_ONCE * GROUPS * Format::GROUP_BYTES;
     alignas(64) uint8_t unpacked[STEPS_AT_ONCE * STEP_BYTES];
 
+    static int64_t steps_at_once(int64_t, int64_t) { return STEPS_AT_ONCE; }
     const uint8_t* steps(const uint8_t* panel, int64_t first, int64_t num_steps) {
         for (int64_t g = 0; g < num_steps * GROUPS; g++) {
             const uint8_t* group = panel + (first * GROUPS + g) * Format::GROUP_BYTES;
@@ -100,8 +103,9 @@ struct TileProducts {
     void compute_band(const uint8_t* panel, int64_t column, int64_t start, int64_t end) {
         alignas(64) float sums[BAND][MAX_ROWS * PANEL];
         const int64_t num_tiles = divide_up(end - start, MAX_ROWS), all_steps = divide_up(p.num_inputs, NUMBERS_OF_TILE);
-        for (int64_t step = 0; step < all_steps; step += STEPS_AT_ONCE) {
-            const int64_t num_steps = min_of(STEPS_AT_ONCE, all_steps - step);
+        const int64_t steps_at_once = weights.steps_at_once(all_steps, num_tiles);
+        for (int64_t step = 0; step < all_steps; step += steps_at_once) {
+            const int64_t num_steps = min_of(steps_at_once, all_steps - step);
             const uint8_t* some = weights.steps(panel, step, num_steps);
             for (int64_t tile = 0; tile < num_tiles; tile++) {
                 const int64_t row = start + tile * MAX_ROWS;
