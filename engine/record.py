@@ -86,7 +86,7 @@ class StepClock:
     def lap(self, part: str) -> None:
         """Book the time since the last lap to `part`."""
         now = time.monotonic()
-        self.seconds[part] = now - self._last
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
 
 
