@@ -25,19 +25,37 @@ class Position:
 
 
 @dataclass(slots=True)
+class ToolCallDelta:
+    """What was added to a call of a tool. The first addition has the call's id and name."""
+
+    index: int  # which call of its choice
+    id: str  # "" after the first
+    name: str  # "" after the first
+    arguments: str  # a piece of the JSON text
+
+
+@dataclass(slots=True)
 class Delta:
     """What was added to a choice: a part of it in a stream, all of it otherwise."""
 
     index: int
-    text: str
+    text: str  # the content: without reasoning and calls
     positions: list[Position] = field(default_factory=list)  # empty unless asked for
-    finish_reason: str | None = None  # stop, length
+    finish_reason: str | None = None  # stop, length, tool_calls
+    reasoning: str = ""
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)  # one for each call that was added to, in order
 
     def add(self, other: Delta) -> None:
         """What was added to the same choice after this."""
         self.text += other.text
+        self.reasoning += other.reasoning
         self.positions += other.positions
         self.finish_reason = other.finish_reason
+        for call in other.tool_calls:
+            if self.tool_calls and self.tool_calls[-1].index == call.index:
+                self.tool_calls[-1].arguments += call.arguments
+            else:
+                self.tool_calls.append(call)
 
 
 class ChoiceState:

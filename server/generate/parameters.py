@@ -28,6 +28,7 @@ SEED_DOMAIN = b"lightwell-seed"
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -107,7 +108,6 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "parallel_tool_calls",
         "include_reasoning",
         # These only qualify what is refused above.
         "guided_decoding_backend",

@@ -7,8 +7,9 @@ from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
-from server.errors import InvalidValueError
+from server.errors import InvalidValueError, UnsupportedParameterError
 from server.schemas.common import MAX_LOGPROBS, GenerationRequest, Usage
+from server.schemas.tools import ToolChoice, Tools, check_tools
 
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of one message
@@ -92,6 +93,10 @@ class ChatCompletionRequest(GenerationRequest):
         None, description="End the prompt with what opens the assistant's turn. Default true."
     )
 
+    tools: Tools | None = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(None, description="Whether a tool is called, and which. Default auto.")
+    parallel_tool_calls: bool | None = Field(None, description="Allow several calls in an answer. Default true.")
+
     @property
     def num_prompts(self) -> int:
         return 1
@@ -115,6 +120,9 @@ class ChatCompletionRequest(GenerationRequest):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             message = "Invalid 'max_tokens': 'max_completion_tokens' is another name of it, and differs."
             raise InvalidValueError(message, param="max_tokens")
+        check_tools(self.tools, self.tool_choice)
+        if self.tools is not None:
+            raise UnsupportedParameterError("tools")
 
 
 class TopLogprob(msgspec.Struct):
