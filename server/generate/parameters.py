@@ -28,6 +28,8 @@ SEED_DOMAIN = b"lightwell-seed"
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "include_reasoning": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -107,8 +109,6 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "parallel_tool_calls",
-        "include_reasoning",
         # These only qualify what is refused above.
         "guided_decoding_backend",
         "guided_whitespace_pattern",

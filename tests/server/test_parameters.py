@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from engine.messages import SamplingParams
+from server.schemas.chat import ChatCompletionRequest
 from tests.server.asking import CHAT, COMPLETIONS, MINIMAL, ask, ask_json, shared_server
 from tests.server.conftest import StartServer
 from tests.server.serving import RunningServer, check_error
@@ -309,6 +310,8 @@ NOTHING: dict[str, list[Any]] = {name: [None] for name in UNSUPPORTED} | {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 @pytest.mark.parametrize("path", BOTH)
 def test_what_is_not_supported_yet_is_refused(server: RunningServer, path: str, name: str) -> None:
+    if path == CHAT and name in ChatCompletionRequest.model_fields:
+        return
     num_submits = len(server.engine.submits)
     for value in UNSUPPORTED[name]:
         error = check_error(ask(server.url, path, **{name: value}), 400)
@@ -324,6 +327,8 @@ def test_what_changes_nothing_passes_in_silence(start_server: StartServer, path:
     server = start_server(strict=True)
     for name, values in NOTHING.items():
         for value in values:
+            if path == CHAT and (name, value) in [("tools", []), ("tool_choice", "auto")]:
+                continue  # as at OpenAI an error there
             answer = ask(server.url, path, **{name: value})
             assert answer.status_code == 200, answer.text
             assert "x-lightwell-warnings" not in answer.headers

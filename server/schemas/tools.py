@@ -1,0 +1,174 @@
+"""The tools that a chat request offers to the model, which of them it may call, and the calls of earlier answers."""
+
+import contextlib
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from server.errors import InvalidValueError
+
+MAX_TOOLS = 128
+TOOL_NAME = "^[a-zA-Z0-9_-]{1,64}$"
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+
+ToolName = Annotated[str, Field(pattern=TOOL_NAME)]
+
+
+def _check_parameters(value: dict[str, Any]) -> dict[str, Any]:
+    if (kind := value.get("type", "object")) != "object":
+        raise ValueError(f"expected a JSON schema with 'type': 'object', but its type is {str(kind)[:64]!r}.")
+    return value
+
+
+class FunctionDefinition(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: ToolName
+    description: str | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = Field(
+        None, description="A JSON schema of type object. Default: no parameters."
+    )
+    strict: bool | None = Field(None, description="The arguments follow the schema exactly.")
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    @property
+    def name(self) -> str:
+        return self.function.name
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The JSON schema of the arguments."""
+        return self.function.parameters or NO_PARAMETERS
+
+    def for_template(self) -> dict[str, Any]:
+        """The tool as chat templates expect it."""
+        function: dict[str, Any] = {"name": self.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        return {"type": "function", "function": function | {"parameters": self.parameters}}
+
+
+class FunctionName(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """The one tool to call."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedToolsChoice(BaseModel):
+    """Some of the tools, which may or must be called."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(value: object) -> str:
+    """Which of the forms of a tool choice to judge a value by, so that one error comes of it."""
+    if not isinstance(value, dict | BaseModel):
+        return "word"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "choice-of-some" if kind == "allowed_tools" else "choice-of-one"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[NamedTool, Tag("choice-of-one")]
+    | Annotated[AllowedToolsChoice, Tag("choice-of-some")],
+    Discriminator(_kind_of_choice),
+]
+Tools = Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+def check_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
+    """Raises InvalidValueError for names that are not unique, and for a choice that does not fit the tools."""
+    names = [tool.name for tool in tools or ()]
+    if len(set(names)) < len(names):
+        name = next(name for index, name in enumerate(names) if name in names[:index])
+        raise InvalidValueError(f"Invalid 'tools': two of them have the name '{name}'.", param="tools")
+    if tools is None and choice not in (None, "none"):
+        raise InvalidValueError("Invalid 'tool_choice': only allowed when 'tools' are given.", param="tool_choice")
+    for name in chosen_names(choice):
+        if name not in names:
+            message = f"Invalid 'tool_choice': no tool of 'tools' has the name '{name[:64]}'."
+            raise InvalidValueError(message, param="tool_choice")
+
+
+def chosen_names(choice: ToolChoice | None) -> list[str]:
+    """The tools that the choice names; empty if it names none."""
+    match choice:
+        case NamedTool():
+            return [choice.function.name]
+        case AllowedToolsChoice():
+            return [tool.function.name for tool in choice.allowed_tools.tools]
+    return []
+
+
+def must_call(choice: ToolChoice | None) -> bool:
+    """Whether an answer without calls is none."""
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode == "required"
+    return choice == "required" or isinstance(choice, NamedTool)
+
+
+def offered_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
+    """The tools that the model is told about."""
+    if choice == "none":
+        return []
+    allowed = chosen_names(choice) if isinstance(choice, AllowedToolsChoice) else None
+    return [tool for tool in tools or () if allowed is None or tool.name in allowed]
+
+
+def callable_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
+    """Those of them that it may call."""
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    return [tool for tool in offered_tools(tools, choice) if named in (None, tool.name)]
+
+
+class FunctionCall(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str
+    arguments: str = Field(description="A JSON object as text.")
+
+
+class ToolCall(BaseModel):
+    """A call of an earlier answer."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+    def for_template(self) -> dict[str, Any]:
+        """The call as chat templates expect it: with the arguments as an object, if that is what they are."""
+        arguments: Any = self.function.arguments
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+            decoded = msgspec.json.decode(arguments or "{}")
+            arguments = decoded if isinstance(decoded, dict) else arguments
+        call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        return call if self.id is None else {"id": self.id} | call
