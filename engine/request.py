@@ -70,6 +70,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     drafter: Drafter | None = None  # since the first time that a draft was wanted
     int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
+    mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
 
     @property
     def num_tokens(self) -> int:
@@ -121,6 +122,10 @@ class RequestWithDraft:
     def history(self) -> array[int]:
         """Without the draft."""
         return self.request.history()
+
+    @property
+    def mirostat_mu(self) -> list[float]:
+        return self.request.mirostat_mu
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -116,6 +116,9 @@ class ModelRunner:
         copy = HostCopy(torch.stack((sampled.token_ids, sampled.is_finite.long())))
         logprobs: dict[int, TokenLogprobs] = {}
         if raw_logits is not None:
+            for place, index in enumerate(wanted):
+                if rows[index].params.post_sampling_probs:
+                    raw_logits[place] = logits[index]
             num_top = [rows[index].params.logprobs or 0 for index in wanted]
             entries = gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top)
             logprobs = dict(zip(wanted, entries, strict=True))

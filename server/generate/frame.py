@@ -26,6 +26,7 @@ from server.generate.parameters import (
     warnings_header,
 )
 from server.generate.prompts import Prompt, fit_max_tokens, vocab_size
+from server.generate.samplers import TokenizedSettings, tokenize_settings
 from server.schemas.common import GenerationRequest, Usage
 from server.sse import run_until_disconnect, sse_response
 from server.text.choice import ChoiceText
@@ -114,15 +115,19 @@ async def _start(job: _Job[Body]) -> Generation:
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
         start = time.monotonic()
-        prompts = await context.run_text_work(job.endpoint.encode, context, body)
+        prompts, tokenized = await context.run_text_work(_encode, job)
         context.metrics.observe_tokenizer(time.monotonic() - start)
-        submits = [_submit(job, prompt, index) for index, prompt in enumerate(prompts)]
+        submits = [_submit(job, prompt, index, tokenized) for index, prompt in enumerate(prompts)]
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         streams = _send(context, submits, reservation)
     return Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
 
 
-def _submit(job: _Job[Body], prompt: Prompt, index: int) -> Submit:
+def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
+    return job.endpoint.encode(job.context, job.body), tokenize_settings(job.context, job.body)
+
+
+def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings) -> Submit:
     """Raises ContextLengthExceededError, or InvalidValueError for a min_tokens that cannot be."""
     context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
     max_tokens = fit_max_tokens(
@@ -134,6 +139,7 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int) -> Submit:
     )
     params = sampling_params(
         body,
+        tokenized,
         max_tokens=max_tokens,
         seed=prompt_seed(job.seed, index),
         vocab_size=vocab_size(context),

@@ -15,11 +15,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
+from server.schemas.samplers import INT64_MAX, SamplerFields
 
-INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_STOP_TOKEN_IDS = 128
+MAX_ALLOWED_TOKEN_IDS = 1 << 18  # no vocabulary in use is larger
+MAX_BAD_WORDS = 64  # each is two token sequences: with a space before it and without
 MAX_CACHE_SALT_CHARS = 256
 MAX_PRIORITY = 1000  # of either sign
 MAX_LOGPROBS = 20  # OpenAI's completions allow 5; 20 is what vLLM and the chat endpoint allow
@@ -61,9 +64,10 @@ Stop = Annotated[
     StopStrings | None,
     BeforeValidator(_check_stop, json_schema_input_type=StopString | StopStrings | None),
 ]
-StopTokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, le=INT64_MAX)]], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
-]
+TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
+AllowedTokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True)]
+BadWords = Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS, fail_fast=True)]
 LogitBias = Annotated[
     dict[int, float] | None,
     PlainValidator(_check_logit_bias),
@@ -94,10 +98,8 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to the chunks either way.")
 
 
-class GenerationRequest(BaseModel):
-    """The parameters of both endpoints. Those that OpenAI has not are vLLM's."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
+class GenerationRequest(SamplerFields):
+    """The parameters of both endpoints. Those that OpenAI has not are vLLM's, and llama.cpp's for samplers."""
 
     model: str = Field(description="Name of the model, one of GET /v1/models.")
     n: int | None = Field(None, ge=1, le=128, description="Number of choices for each prompt. Default 1.")
@@ -135,6 +137,13 @@ class GenerationRequest(BaseModel):
         None, ge=-2, le=2, description="Subtracted from the logit of each token that is in the output. Default 0."
     )
     logit_bias: LogitBias = Field(None, description="Token id -> what is added to its logit, from -100 to 100.")
+    allowed_token_ids: AllowedTokenIds | None = Field(None, description="Only these tokens can be sampled.")
+    bad_words: BadWords | None = Field(None, description="Words that the output cannot have.")
+    post_sampling_probs: bool | None = Field(
+        None,
+        description="The log probabilities are those after all settings here, of the distribution that the token was "
+        "drawn from, and not the model's own.",
+    )
     seed: int | None = Field(
         None,
         ge=INT64_MIN,
@@ -190,6 +199,12 @@ class GenerationRequest(BaseModel):
         if self.stream_options is not None and not self.stream:
             message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
             raise InvalidValueError(message, param="stream_options")
+        if self.samplers is not None and self.mirostat:
+            message = "Invalid 'samplers': Mirostat has an order of its own, so only one of both is possible."
+            raise InvalidValueError(message, param="samplers")
+        if self.post_sampling_probs and self.num_logprobs is None:
+            message = "Invalid 'post_sampling_probs': only allowed with 'logprobs'."
+            raise InvalidValueError(message, param="post_sampling_probs")
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

@@ -235,7 +235,7 @@ def test_defaults_of_unsupported_parameters_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("use_beam_search", 0), ("dry_multiplier", False), ("functions", {}), ("best_of", True)]
+    ("name", "value"), [("use_beam_search", 0), ("smoothing_factor", False), ("functions", {}), ("best_of", True)]
 )
 def test_values_that_only_look_like_a_default(name: str, value: object) -> None:
     with pytest.raises(BadRequestError):

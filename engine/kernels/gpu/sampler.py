@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import packed_copy
+from engine.chain import GREEDY_TEMPERATURE
 from engine.kernels.gpu.tiles import LAUNCH_OPTIONS
 from engine.messages import SamplingParams
+from engine.noise import noise_keys
 from engine.request import SampledRequest
-from engine.sampler import GREEDY_TEMPERATURE, Sampler, SamplerOutput, noise_keys
+from engine.sampler import Sampler, SamplerOutput
 
 Words: TypeAlias = NDArray[np.int32]
 Records: TypeAlias = NDArray[np.void]

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.kernels.gpu import sampler
 from engine.kernels.gpu.sampler import TritonSampler
 from engine.messages import SamplingParams
+from engine.noise import gumbel_noise
 from engine.request import Request, RequestWithDraft, SampledRequest
 from engine.sampler import SamplerOutput
 from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_requests
@@ -192,7 +193,7 @@ def test_ids_beyond_the_vocabulary_are_left_out() -> None:
 def sampled_set(logits: Tensor, **settings: Any) -> set[int]:
     """What some seeds yield: for each token one whose noise is for it, so that it comes unless it is left out."""
     seeds = [make_request(seed=seed) for seed in range(3000)]
-    noise = make_sampler(len(logits))._gumbel_noise(seeds)
+    noise = gumbel_noise(make_sampler(len(logits)).hashed_ids, seeds)
     favoured = [
         int((noise[:, i] - noise.scatter(1, torch.tensor([[i]] * 3000), -9.0).amax(dim=1)).argmax())
         for i in range(len(logits))
@@ -212,7 +213,7 @@ def test_top_k_keeps_no_more_and_no_less(top_k: int, rng: np.random.Generator) -
     """The token with the highest noise comes if it is the k-th most likely, and does not if it is the next one."""
     size = SIZES[-1]
     requests = [make_request(seed=seed, top_k=top_k, temperature=1e8) for seed in range(4)]
-    favourites = make_sampler(size)._gumbel_noise(requests).argmax(dim=-1)
+    favourites = gumbel_noise(make_sampler(size).hashed_ids, requests).argmax(dim=-1)
     for place, is_kept in ((min(top_k, size), True), (min(top_k + 1, size), top_k >= size)):
         logits = torch.from_numpy(rng.permuted(np.tile(np.arange(size), (4, 1)), axis=1)).float()
         for row, favourite in zip(logits, favourites, strict=True):
@@ -260,7 +261,7 @@ def test_noise_is_that_of_torch() -> None:
     size, more = 60, 1e-5
     for seed, position in ((0, 0), (-1, 9), (2**62 + 12345, 3)):
         request = make_request(seed=seed, output=[0] * position)
-        logits = torch.eye(size) * more - make_sampler(size)._gumbel_noise([request])
+        logits = torch.eye(size) * more - gumbel_noise(make_sampler(size).hashed_ids, [request])
         assert sample(logits, [request] * size) == list(range(size))
         others = logits + (torch.eye(size) < 1) * 2 * more
         assert all(own != row for row, own in enumerate(sample(others, [request] * size)))
