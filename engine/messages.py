@@ -105,6 +105,9 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_ahead: int = 0  # choices that waited before it when it joined the queue
+    preempted_before_first_token: float = 0.0  # seconds
+    preempted_after_first_token: float = 0.0
     num_chunks: int = 0  # steps that computed prompt tokens, or again what a preemption lost
     num_accepted_tokens: int = 0  # output tokens that a draft had guessed
 

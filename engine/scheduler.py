@@ -15,7 +15,7 @@ No torch.
 from __future__ import annotations
 
 import time
-from bisect import insort
+from bisect import bisect, insort
 from collections.abc import Iterator, Sequence
 
 from engine.block_pool import BlockPool, extend_block_hashes
@@ -91,7 +91,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request of at most `max_model_len` tokens. Its siblings follow when its prompt is computed."""
         assert 0 < request.num_tokens <= self.max_model_len
-        insort(self.waiting, request, key=_by_order)
+        request.record.num_ahead = bisect(self.waiting, _by_order(request), key=_by_order)
+        self.waiting.insert(request.record.num_ahead, request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End choices of a request; unknown ones are ignored. The others go on."""
@@ -179,6 +180,8 @@ class Scheduler:
         request.status = Status.RUNNING
         if request.record.scheduled is None:
             self._record_first_schedule(request, num_cached)
+        else:
+            request.record.resumptions.append(time.monotonic())
         return True
 
     def _record_first_schedule(self, request: Request, num_cached: int) -> None:

@@ -223,3 +223,29 @@ class Usage(msgspec.Struct, frozen=True):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # of a model that thinks before it answers
+
+
+class AccountSeconds(msgspec.Struct, frozen=True):
+    """Where the time went, in seconds; the sum is `wall_s`."""
+
+    tokenizing: float  # from the request's arrival until the engine is asked
+    queue: float  # until it is in a batch
+    prefill: float  # until its first token
+    decode: float  # until its last token
+    preempted: float  # in the queue again, which counts neither as prefill nor as decode
+    detokenizing: float  # of the last tokens; what came before was done while the next were computed
+    writing: float  # between the processes, and to the client
+
+
+class Account(msgspec.Struct, frozen=True):
+    """`lightwell` in an answer, where asked for: what became of the choice that ended last."""
+
+    seed: int
+    wall_s: float
+    seconds: AccountSeconds
+    num_ahead: int  # choices that waited before it when it joined the queue
+    num_cached_tokens: int  # of the prompt
+    num_computed_tokens: int  # of the prompt
+    num_chunks: int  # steps that computed prompt tokens, or again what a preemption lost
+    num_output_tokens: int
+    num_preemptions: int
