@@ -9,6 +9,7 @@ from server.context import ServerContext
 from server.errors import BadRequestError, InvalidValueError
 from server.generate.choices import Delta, Position, json_logprob
 from server.generate.endpoint import Head
+from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt, check_text_size
 from server.schemas.chat import (
     ChatChoice,
@@ -22,7 +23,7 @@ from server.schemas.chat import (
     TokenLogprob,
     TopLogprob,
 )
-from server.schemas.common import Usage
+from server.schemas.common import StreamOptions, Usage
 from server.text.chat_template import ChatTemplateError, encode_chat
 from server.text.choice import token_text
 from server.text.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from server.text.tokenizer import Tokenizer
 
 class ChatEndpoint:
     noun = "messages"
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         if context.chat_template is None:
@@ -55,11 +56,12 @@ class ChatEndpoint:
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
     ) -> "ChatWriter":
-        return ChatWriter(context.tokenizer, head, with_logprobs=bool(body.logprobs))
+        return ChatWriter(context.tokenizer, head, body.stream_options, with_logprobs=bool(body.logprobs))
 
 
-class ChatWriter:
-    def __init__(self, tokenizer: Tokenizer, head: Head, *, with_logprobs: bool) -> None:
+class ChatWriter(ChunkWriter):
+    def __init__(self, tokenizer: Tokenizer, head: Head, options: StreamOptions | None, *, with_logprobs: bool) -> None:
+        super().__init__(options)
         self._tokenizer = tokenizer
         self._head = head
         self._with_logprobs = with_logprobs

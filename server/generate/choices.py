@@ -44,6 +44,7 @@ class Delta:
     finish_reason: str | None = None  # stop, length, tool_calls
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)  # one for each call that was added to, in order
+    stop_string: str | None = None  # the one that ended the text, if one did
 
     def add(self, other: Delta) -> None:
         """What was added to the same choice after this."""
@@ -51,6 +52,7 @@ class Delta:
         self.reasoning += other.reasoning
         self.positions += other.positions
         self.finish_reason = other.finish_reason
+        self.stop_string = other.stop_string
         for call in other.tool_calls:
             if self.tool_calls and self.tool_calls[-1].index == call.index:
                 self.tool_calls[-1].arguments += call.arguments
@@ -88,7 +90,7 @@ class ChoiceState:
             self._hold(event.token_ids[:num_new], event.logprobs, num_seen)
         self.finish_reason = self._end(event)
         self.seconds += time.perf_counter() - start
-        return Delta(self.index, text, self._release(), self.finish_reason)
+        return Delta(self.index, text, self._release(), self.finish_reason, stop_string=self._text.stopped)
 
     @property
     def stopped_by_text(self) -> bool:

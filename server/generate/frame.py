@@ -14,7 +14,7 @@ from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
 from server.generate.choices import ChoiceState, Delta
-from server.generate.endpoint import Chunk, Endpoint, Head, Writer
+from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
 from server.generate.parameters import (
     check_model,
@@ -26,14 +26,9 @@ from server.generate.parameters import (
     warnings_header,
 )
 from server.generate.prompts import Prompt, fit_max_tokens, vocab_size
-from server.schemas.common import GenerationRequest, Usage
+from server.schemas.common import GenerationRequest
 from server.sse import run_until_disconnect, sse_response
 from server.text.choice import ChoiceText
-
-DONE = b"data: [DONE]\n\n"
-
-# Some clients take these for line ends, which they are not in JSON: U+0085, U+2028, U+2029.
-LINE_ENDS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
@@ -60,7 +55,13 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
     writer = endpoint.writer(job.context, body, job.head, generation.prompts)
     if body.stream:
         events = _stream(job.context, generation, writer, body)
-        return sse_response(events, on_close=generation.close, headers=_headers(job), request_id=job.request_id)
+        return sse_response(
+            events,
+            on_close=generation.close,
+            on_error=writer.failure,
+            headers=_headers(job),
+            request_id=job.request_id,
+        )
     try:
         content = await run_until_disconnect(request, _collect(job.context, generation, writer, body))
     finally:
@@ -83,7 +84,7 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body]) -> _Job[Body]
         endpoint=endpoint,
         body=body,
         info=info,
-        head=Head(f"{endpoint.id_prefix}-{secrets.token_hex(16)}", int(time.time()), body.model, info.fingerprint),
+        head=Head(f"{endpoint.id_prefix}{secrets.token_hex(16)}", int(time.time()), body.model, info.fingerprint),
         seed=choose_seed(context.settings.seed, _next_number(request)) if body.seed is None else body.seed,
         arrival=arrival,
         request_id=request.state.request_id,
@@ -185,6 +186,7 @@ async def _collect(context: ServerContext, generation: Generation, writer: Write
                 texts[delta.index].append(delta.text)
                 wholes[delta.index].positions += delta.positions
                 wholes[delta.index].finish_reason = delta.finish_reason
+                wholes[delta.index].stop_string = delta.stop_string
     for whole, pieces in zip(wholes, texts, strict=True):
         whole.text = "".join(pieces)
 
@@ -199,15 +201,9 @@ async def _stream(
     context: ServerContext, generation: Generation, writer: Writer, body: GenerationRequest
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events; all that one step of the engine yields is one write."""
-    options = body.stream_options
-    include_usage = options is not None and bool(options.include_usage)
-    continuous = include_usage and options is not None and bool(options.continuous_usage_stats)
 
     def encode(batch: list[Delta]) -> bytes:
-        chunks = [chunk for delta in batch for chunk in writer.chunks(delta)]
-        if include_usage:
-            _set_usage(chunks, generation.usage if continuous else None)
-        return _frame(chunks)
+        return writer.events(batch, generation.usage)
 
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
@@ -215,18 +211,4 @@ async def _stream(
             in_thread = body.num_prompt_logprobs is not None
             if events := await context.run_text_work(encode, batch) if in_thread else encode(batch):
                 yield events
-    last = [writer.usage_chunk()] if include_usage else []
-    _set_usage(last, generation.usage)
-    yield _frame(last) + DONE
-
-
-def _set_usage(chunks: Sequence[Chunk], usage: Usage | None) -> None:
-    for chunk in chunks:
-        chunk.usage = usage
-
-
-def _frame(chunks: Sequence[Chunk]) -> bytes:
-    events = b"".join([b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks])
-    for char, escape in LINE_ENDS:
-        events = events.replace(char, escape)
-    return events
+    yield writer.end(generation.usage)
