@@ -29,6 +29,7 @@ from server.app import create_app
 from server.client import EngineClient
 from server.context import ServerContext
 from server.errors import EngineUnavailableError
+from server.generate.running import RunningRequests
 from server.http_protocol import HTTPProtocol
 from server.metrics import Metrics
 from server.settings import ApiProcessConfig
@@ -110,6 +111,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         model_names=config.model_names,
         created=int(time.time()),
         metrics=metrics,
+        running=RunningRequests(),
     )
 
 

@@ -14,6 +14,7 @@ from starlette.requests import Request
 if TYPE_CHECKING:
     from engine.config import ModelConfig
     from server.client import EngineClient
+    from server.generate.running import RunningRequests
     from server.metrics import Metrics
     from server.settings import Settings
     from server.text.chat_template import ChatTemplate
@@ -38,6 +39,7 @@ class ServerContext:
     model_names: tuple[str, ...]  # what the API calls the model; the first is its id
     created: int  # seconds since the epoch
     metrics: Metrics
+    running: RunningRequests
     # Texts are worked on in threads, no more than there are cores. /tokenize and /detokenize queue apart from
     # generation, which therefore never waits for them.
     text_threads: CapacityLimiter = field(default_factory=lambda: _threads(1))

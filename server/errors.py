@@ -12,6 +12,7 @@
     ├── UnauthorizedError            401
     ├── ForbiddenError               403
     ├── ModelNotFoundError           404
+    ├── RequestNotFoundError         404
     ├── InvalidURLError              404
     ├── MethodNotAllowedError        405
     ├── BodyTimeoutError             408
@@ -198,6 +199,11 @@ class ModelNotFoundError(APIError):
     def __init__(self, model: str) -> None:
         message = f"The model `{clip(model)}` does not exist or you do not have access to it."
         super().__init__(404, message, code="model_not_found", param="model")
+
+
+class RequestNotFoundError(APIError):
+    def __init__(self, request_id: str) -> None:
+        super().__init__(404, f"No request with the id '{clip(request_id)}' is running.", code="request_not_found")
 
 
 class InvalidURLError(APIError):

@@ -41,7 +41,7 @@ class Delta:
     index: int
     text: str  # the content: without reasoning and calls
     positions: list[Position] = field(default_factory=list)  # empty unless asked for
-    finish_reason: str | None = None  # stop, length, tool_calls
+    finish_reason: str | None = None  # stop, length, tool_calls, abort
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)  # one for each call that was added to, in order
     stop_string: str | None = None  # the one that ended the text, if one did
@@ -91,6 +91,13 @@ class ChoiceState:
         self.finish_reason = self._end(event)
         self.seconds += time.perf_counter() - start
         return Delta(self.index, text, self._release(), self.finish_reason, stop_string=self._text.stopped)
+
+    def abort(self) -> Delta:
+        """Ends the choice as it stands, before the model has."""
+        text = self._text.finish()
+        self._num_chars += len(text)
+        self.finish_reason = FinishReason.ABORT.value
+        return Delta(self.index, text, self._release(), self.finish_reason)
 
     @property
     def stopped_by_text(self) -> bool:

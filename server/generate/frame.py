@@ -52,12 +52,13 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
     """Raises APIError for all that goes wrong before the first byte of the answer."""
     job = _judge(request, body, endpoint)
     generation = await _start(job)
+    running = job.context.running.add(generation, job.head.id, job.request_id)
     writer = endpoint.writer(job.context, body, job.head, generation.prompts)
     if body.stream:
         events = _stream(job.context, generation, writer, body)
         return sse_response(
             events,
-            on_close=generation.close,
+            on_close=running.close,
             on_error=writer.failure,
             headers=_headers(job),
             request_id=job.request_id,
@@ -65,7 +66,7 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
     try:
         content = await run_until_disconnect(request, _collect(job.context, generation, writer, body))
     finally:
-        generation.close()
+        running.close()
     return Response(content, headers=_headers(job), media_type="application/json")
 
 
