@@ -8,11 +8,13 @@
     │   ├── InvalidValueError
     │   ├── UnknownParameterError
     │   ├── UnsupportedParameterError
-    │   └── ContextLengthExceededError
+    │   ├── ContextLengthExceededError
+    │   └── PreviousResponseNotFoundError
     ├── UnauthorizedError            401
     ├── ForbiddenError               403
     ├── ModelNotFoundError           404
     ├── RequestNotFoundError         404
+    ├── ResponseNotFoundError        404
     ├── InvalidURLError              404
     ├── MethodNotAllowedError        405
     ├── BodyTimeoutError             408
@@ -176,6 +178,14 @@ class ContextLengthExceededError(BadRequestError):
         super().__init__(limit + text, param=noun, code="context_length_exceeded")
 
 
+class PreviousResponseNotFoundError(BadRequestError):
+    """A 400, as OpenAI answers."""
+
+    def __init__(self, response_id: str) -> None:
+        message = f"Previous response with id '{clip(response_id)}' not found."
+        super().__init__(message, param="previous_response_id", code="previous_response_not_found")
+
+
 class UnauthorizedError(APIError):
     """No key, or one that is not ours. The key itself is never repeated."""
 
@@ -204,6 +214,11 @@ class ModelNotFoundError(APIError):
 class RequestNotFoundError(APIError):
     def __init__(self, request_id: str) -> None:
         super().__init__(404, f"No request with the id '{clip(request_id)}' is running.", code="request_not_found")
+
+
+class ResponseNotFoundError(APIError):
+    def __init__(self, response_id: str) -> None:
+        super().__init__(404, f"Response with id '{clip(response_id)}' not found.")
 
 
 class InvalidURLError(APIError):

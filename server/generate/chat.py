@@ -110,17 +110,23 @@ class ChatWriter(ChunkWriter):
     def _logprobs(self, positions: Sequence[Position]) -> ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        return ChatLogprobs([self._token_logprob(position) for position in positions])
+        return ChatLogprobs(token_logprobs(self._tokenizer, positions))
 
-    def _token_logprob(self, position: Position) -> TokenLogprob:
-        logprobs = position.logprobs
-        assert logprobs is not None  # only a prompt's first token has none
-        top = [
-            TopLogprob(*self._spell(token_id, logprob))
-            for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
-        ]
-        return TokenLogprob(*self._spell(position.token_id, logprobs.logprob), top)
 
-    def _spell(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-        token_bytes = list(self._tokenizer.token_bytes(token_id))
-        return token_text(self._tokenizer, token_id), json_logprob(logprob), token_bytes
+def token_logprobs(tokenizer: Tokenizer, positions: Sequence[Position]) -> list[TokenLogprob]:
+    """Of tokens of an answer, which all have them."""
+    return [_token_logprob(tokenizer, position) for position in positions]
+
+
+def _token_logprob(tokenizer: Tokenizer, position: Position) -> TokenLogprob:
+    logprobs = position.logprobs
+    assert logprobs is not None  # only a prompt's first token has none
+    top = [
+        TopLogprob(*_spell(tokenizer, token_id, logprob))
+        for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+    ]
+    return TokenLogprob(*_spell(tokenizer, position.token_id, logprobs.logprob), top)
+
+
+def _spell(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+    return token_text(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))

@@ -1,5 +1,7 @@
 """The one way from a request to its answer: judge, reserve, encode, submit, then stream or collect."""
 
+import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -13,6 +15,7 @@ from fastapi import Request, Response
 from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
+from server.errors import APIError, ServerError
 from server.generate.choices import ChoiceState, Delta
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
@@ -26,9 +29,12 @@ from server.generate.parameters import (
     warnings_header,
 )
 from server.generate.prompts import Prompt, fit_max_tokens, vocab_size
+from server.generate.running import RunningRequest
 from server.schemas.common import GenerationRequest
 from server.sse import run_until_disconnect, sse_response
 from server.text.choice import ChoiceText
+
+logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
@@ -51,13 +57,10 @@ class _Job(Generic[Body]):
 async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Response:
     """Raises APIError for all that goes wrong before the first byte of the answer."""
     job = _judge(request, body, endpoint)
-    generation = await _start(job)
-    running = job.context.running.add(generation, job.head.id, job.request_id)
-    writer = endpoint.writer(job.context, body, job.head, generation.prompts)
+    generation, running, writer = await _start(job)
     if body.stream:
-        events = _stream(job.context, generation, writer, body)
         return sse_response(
-            events,
+            _stream(job.context, generation, writer, body),
             on_close=running.close,
             on_error=writer.failure,
             headers=_headers(job),
@@ -68,6 +71,31 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
     finally:
         running.close()
     return Response(content, headers=_headers(job), media_type="application/json")
+
+
+async def start_in_background(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[Head, dict[str, str]]:
+    """Generates without the connection; the answer is the writer's to keep.
+
+    Returns the head of the answer, and headers for who asked. Raises APIError for all that goes wrong before.
+    """
+    job = _judge(request, body, endpoint)
+    generation, running, writer = await _start(job)
+
+    async def generate() -> None:
+        try:
+            await _collect(job.context, generation, writer, body)
+        except APIError as error:
+            writer.failure(error)
+        except Exception:
+            logger.exception("a request in the background failed", extra={"request_id": job.request_id})
+            writer.failure(ServerError(job.request_id))
+        finally:
+            running.close()
+
+    task = asyncio.create_task(generate())
+    job.context.background_tasks.add(task)
+    task.add_done_callback(job.context.background_tasks.discard)
+    return job.head, _headers(job)
 
 
 def _judge(request: Request, body: Body, endpoint: Endpoint[Body]) -> _Job[Body]:
@@ -109,7 +137,7 @@ def _headers(job: _Job[Body]) -> dict[str, str]:
     return headers
 
 
-async def _start(job: _Job[Body]) -> Generation:
+async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     """Slots come first, so that a request for which there is no room costs no tokenizing."""
     context, body = job.context, job.body
     param = "n" if body.num_choices > 1 else job.endpoint.noun
@@ -120,7 +148,9 @@ async def _start(job: _Job[Body]) -> Generation:
         submits = [_submit(job, prompt, index) for index, prompt in enumerate(prompts)]
         choices = [_choice(context, body, index) for index in range(len(prompts) * body.num_choices)]
         streams = _send(context, submits, reservation)
-    return Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
+    generation = Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
+    running = context.running.add(generation, job.head.id, job.request_id)
+    return generation, running, job.endpoint.writer(context, body, job.head, prompts)
 
 
 def _submit(job: _Job[Body], prompt: Prompt, index: int) -> Submit:

@@ -10,7 +10,7 @@ from server.context import ServerContext
 from server.errors import APIError, InvalidValueError, MissingParameterError
 from server.generate.chat import ChatEndpoint
 from server.generate.choices import Delta, ToolCallDelta
-from server.generate.conversion import chat_request, function_tool, text_part, tool_call, unknown_fields
+from server.generate.conversion import chat_request, function_tool, named_tool, text_part, tool_call
 from server.generate.endpoint import Head
 from server.generate.events import frame_events
 from server.generate.prompts import Prompt
@@ -74,24 +74,21 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
             "stop": body.stop_sequences or None,
             **{name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "stream")},
         }
-    return chat_request(fields, body.model_extra)
+    return chat_request(body, fields)
 
 
 def _system(system: str | list[TextBlock] | None) -> list[dict[str, Any]]:
     if not system:
         return []
-    content = system if isinstance(system, str) else [text_part(block.text, block) for block in system]
+    content = system if isinstance(system, str) else [text_part(block.text) for block in system]
     return [{"role": "system", "content": content}]
 
 
 def _messages(messages: Sequence[InputMessage]) -> Iterator[dict[str, Any]]:
     """Turns of one role that follow each other are one turn."""
-    for role, group in groupby(messages, key=lambda message: message.role):
-        turns = list(group)
+    for role, turns in groupby(messages, key=lambda message: message.role):
         blocks = [block for turn in turns for block in _blocks(turn.content)]
-        *others, last = _assistant(blocks) if role == "assistant" else _user(blocks)
-        yield from others
-        yield {name: value for turn in turns for name, value in unknown_fields(turn)} | last
+        yield from _assistant(blocks) if role == "assistant" else _user(blocks)
 
 
 def _blocks(content: str | Sequence[Part]) -> list[Part]:
@@ -104,8 +101,8 @@ def _user(blocks: Sequence[Part]) -> Iterator[dict[str, Any]]:
         if isinstance(block, ToolResultBlock):
             content: Any = block.content or ""
             if isinstance(content, list):
-                content = [text_part(part.text, part) for part in content]
-            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content, **dict(unknown_fields(block))}
+                content = [text_part(part.text) for part in content]
+            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
     if texts := [block for block in blocks if isinstance(block, TextBlock)]:
         yield {"role": "user", "content": _content(texts)}
 
@@ -124,9 +121,9 @@ def _assistant(blocks: Sequence[Part]) -> Iterator[dict[str, Any]]:
 
 def _content(texts: Sequence[TextBlock]) -> Any:
     """None where there is no text."""
-    if len(texts) == 1 and not texts[0].model_extra:
+    if len(texts) == 1:
         return texts[0].text
-    return [text_part(block.text, block) for block in texts] or None
+    return [text_part(block.text) for block in texts] or None
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
@@ -140,7 +137,7 @@ def _tool_choice(choice: ToolChoice | None) -> Any:
         return TOOL_CHOICES[choice.type]
     if choice.name is None:
         raise MissingParameterError("tool_choice.name")
-    return {"type": "function", "function": {"name": choice.name}}
+    return named_tool(choice.name)
 
 
 def _output_config(config: OutputConfig | None) -> dict[str, Any]:

@@ -12,6 +12,9 @@ class RunningRequests:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
+
     def add(self, generation: Generation, *ids: str) -> "RunningRequest":
         """To be closed, as the generation itself."""
         for request_id in ids:
