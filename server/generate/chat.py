@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 
-import msgspec
-from msgspec import UNSET
-
 from server.context import ServerContext
-from server.errors import BadRequestError, InvalidValueError
-from server.generate.choices import Delta, Position, json_logprob
+from server.generate.chat_prompt import encode_request
+from server.generate.choices import Delta, Position, ToolCallDelta, json_logprob
 from server.generate.endpoint import Head
 from server.generate.events import ChunkWriter
-from server.generate.prompts import Prompt, check_text_size
+from server.generate.prompts import Prompt
 from server.schemas.chat import (
     ChatChoice,
     ChatChunkChoice,
@@ -20,11 +17,14 @@ from server.schemas.chat import (
     ChatDelta,
     ChatLogprobs,
     ChatResponseMessage,
+    FunctionChunk,
+    ResponseFunction,
+    ResponseToolCall,
     TokenLogprob,
+    ToolCallChunk,
     TopLogprob,
 )
 from server.schemas.common import StreamOptions, Usage
-from server.text.chat_template import ChatTemplateError, encode_chat
 from server.text.choice import token_text
 from server.text.tokenizer import Tokenizer
 
@@ -34,50 +34,61 @@ class ChatEndpoint:
     id_prefix = "chatcmpl-"
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
-        if context.chat_template is None:
-            raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
-        messages = [message.for_template() for message in body.messages]
-        check_text_size(len(msgspec.json.encode(messages)), context.max_model_len, "messages")
-        try:
-            token_ids = encode_chat(
-                context.chat_template,
-                context.tokenizer,
-                messages,
-                add_generation_prompt=body.add_generation_prompt is not False,
-            )
-        except ChatTemplateError as error:
-            raise InvalidValueError(str(error), param="messages") from error
-        if not token_ids:
-            raise InvalidValueError(
-                "Invalid 'messages': the model's chat template makes nothing of them.", param="messages"
-            )
-        return [Prompt(token_ids)]
+        return [encode_request(context, body)]
 
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
     ) -> "ChatWriter":
-        return ChatWriter(context.tokenizer, head, body.stream_options, with_logprobs=bool(body.logprobs))
+        return ChatWriter(
+            context.tokenizer,
+            head,
+            body.stream_options,
+            with_logprobs=bool(body.logprobs),
+            with_reasoning=body.include_reasoning is not False,
+        )
 
 
 class ChatWriter(ChunkWriter):
-    def __init__(self, tokenizer: Tokenizer, head: Head, options: StreamOptions | None, *, with_logprobs: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        head: Head,
+        options: StreamOptions | None = None,
+        *,
+        with_logprobs: bool,
+        with_reasoning: bool = True,
+    ) -> None:
         super().__init__(options)
         self._tokenizer = tokenizer
         self._head = head
         self._with_logprobs = with_logprobs
+        self._with_reasoning = with_reasoning
         self._started: set[int] = set()  # choices that the stream has begun
 
     def chunks(self, delta: Delta) -> list[ChatCompletionChunk]:
-        """First one with the role; then at most one with text; at the end one that says why."""
+        """First one with the role; then at most one with what was added; at the end one that says why."""
         choices = []
         if delta.index not in self._started:
             self._started.add(delta.index)
             choices.append(ChatChunkChoice(delta.index, ChatDelta("assistant", "")))
-        if delta.text or delta.positions:
-            choices.append(ChatChunkChoice(delta.index, ChatDelta(UNSET, delta.text), self._logprobs(delta.positions)))
+        addition = self._addition(delta)
+        if addition != ChatDelta() or delta.positions:
+            if addition == ChatDelta():
+                addition.content = ""  # its log probabilities come before its text
+            choices.append(ChatChunkChoice(delta.index, addition, self._logprobs(delta.positions)))
         if delta.finish_reason is not None:
             choices.append(ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason))
         return [self._chunk([choice]) for choice in choices]
+
+    def _addition(self, delta: Delta) -> ChatDelta:
+        addition = ChatDelta()
+        if delta.text:
+            addition.content = delta.text
+        if delta.tool_calls:
+            addition.tool_calls = [_tool_call_chunk(call) for call in delta.tool_calls]
+        if delta.reasoning and self._with_reasoning:
+            addition.reasoning = addition.reasoning_content = delta.reasoning
+        return addition
 
     def usage_chunk(self) -> ChatCompletionChunk:
         return self._chunk([])
@@ -95,6 +106,15 @@ class ChatWriter(ChunkWriter):
 
     def _choice(self, delta: Delta) -> ChatChoice:
         message = ChatResponseMessage(content=delta.text)
+        if delta.tool_calls:
+            message.tool_calls = [
+                ResponseToolCall(id=call.id, function=ResponseFunction(call.name, call.arguments))
+                for call in delta.tool_calls
+            ]
+        if delta.reasoning and self._with_reasoning:
+            message.reasoning = message.reasoning_content = delta.reasoning
+        if not delta.text and (delta.tool_calls or delta.reasoning):
+            message.content = None
         return ChatChoice(delta.index, message, self._logprobs(delta.positions), delta.finish_reason or "")
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
@@ -130,3 +150,11 @@ def _token_logprob(tokenizer: Tokenizer, position: Position) -> TokenLogprob:
 
 def _spell(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
     return token_text(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))
+
+
+def _tool_call_chunk(call: ToolCallDelta) -> ToolCallChunk:
+    function = FunctionChunk(arguments=call.arguments)
+    chunk = ToolCallChunk(index=call.index, function=function)
+    if call.id:
+        chunk.id, chunk.type, function.name = call.id, "function", call.name
+    return chunk

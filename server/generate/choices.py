@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 
 from engine.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.text.choice import ChoiceText
+from server.text.output_parser import OutputParser
+from server.text.parts import Part, PartKind
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's word for "very unlikely"
 
@@ -60,17 +63,95 @@ class Delta:
                 self.tool_calls.append(call)
 
 
+class Whole:
+    """All additions to a choice as one. Their texts are joined once, for an answer may have very many."""
+
+    def __init__(self, index: int) -> None:
+        self._delta = Delta(index, "")
+        self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._arguments: list[list[str]] = []  # of each call
+
+    def add(self, delta: Delta) -> None:
+        self._texts.append(delta.text)
+        self._reasoning.append(delta.reasoning)
+        self._delta.positions += delta.positions
+        self._delta.finish_reason = delta.finish_reason
+        self._delta.stop_string = delta.stop_string
+        for call in delta.tool_calls:
+            if call.index == len(self._arguments):
+                self._delta.tool_calls.append(call)
+                self._arguments.append([])
+            self._arguments[call.index].append(call.arguments)
+
+    def join(self) -> Delta:
+        self._delta.text = "".join(self._texts)
+        self._delta.reasoning = "".join(self._reasoning)
+        for call, pieces in zip(self._delta.tool_calls, self._arguments, strict=True):
+            call.arguments = "".join(pieces)
+        return self._delta
+
+
+class ChoiceParts:
+    """Tells the parts of a choice's text apart, and gives its calls their ids."""
+
+    def __init__(self, parser: OutputParser, choice_id: str) -> None:
+        """`choice_id` is the choice's alone. The ids of its calls are derived from it."""
+        self._parser = parser
+        self._choice_id = choice_id
+        self._num_calls = 0
+
+    @property
+    def is_thinking(self) -> bool:
+        return self._parser.is_thinking
+
+    @property
+    def finish_reason(self) -> str:
+        """Of a choice whose model came to its end."""
+        return self._parser.format.calls_end if self._parser.ends_with_calls else FinishReason.STOP.value
+
+    def push(self, text: str, delta: Delta) -> None:
+        for part in self._parser.push(text):
+            self._write(part, delta)
+
+    def finish(self, delta: Delta) -> None:
+        for part in self._parser.finish():
+            self._write(part, delta)
+
+    def _write(self, part: Part, delta: Delta) -> None:
+        match part.kind:
+            case PartKind.REASONING:
+                delta.reasoning += part.text
+            case PartKind.CONTENT:
+                delta.text += part.text
+            case PartKind.CALL:
+                delta.tool_calls.append(ToolCallDelta(self._num_calls, self._call_id(), part.text, ""))
+                self._num_calls += 1
+            case PartKind.ARGUMENTS if delta.tool_calls:
+                delta.tool_calls[-1].arguments += part.text
+            case PartKind.ARGUMENTS:
+                delta.tool_calls.append(ToolCallDelta(self._num_calls - 1, "", "", part.text))
+
+    def _call_id(self) -> str:
+        digest = hashlib.sha256(f"{self._choice_id}-{self._num_calls}".encode()).hexdigest()
+        length = self._parser.format.tool_format.id_length
+        return f"call_{digest[:24]}" if length is None else digest[:length]
+
+
 class ChoiceState:
     """Takes in the events of one choice. A token's log probabilities are released together with its text."""
 
-    def __init__(self, index: int, text: ChoiceText, *, include_stop: bool) -> None:
+    def __init__(self, index: int, text: ChoiceText, *, include_stop: bool, parts: ChoiceParts | None = None) -> None:
+        """Without `parts` all text is content."""
         self.index = index
         self.num_tokens = 0  # up to the end of the text, a stop string and an end token included
+        self.num_reasoning_tokens = 0  # those among them after which the model was still thinking
         self.finish_reason: str | None = None
         self.seconds = 0.0  # spent on text
         self._text = text
         self._include_stop = include_stop
-        self._num_chars = 0  # released
+        self._parts = parts
+        self._num_chars = 0  # of the text, released
         self._held: list[Position] = []
 
     def push(self, event: TokenEvent) -> Delta:
@@ -79,34 +160,55 @@ class ChoiceState:
         start = time.perf_counter()
         num_seen = self._text.num_tokens
         hides_last = event.stop_token_id is not None and not self._include_stop
-        text = self._text.push(event.token_ids[:-1] if hides_last else event.token_ids)
-        ends_by_token = event.finish_reason is not None and self._text.stopped is None
-        if ends_by_token:
-            text += self._text.finish()
-        self._num_chars += len(text)
+        delta = Delta(self.index, "")
+        for token_id in event.token_ids[:-1] if hides_last else event.token_ids:
+            self._add_text(self._text.push((token_id,)), delta)
+            self.num_reasoning_tokens += self._parts is not None and self._parts.is_thinking
+            if self._text.stopped is not None:
+                break
+        self._end(event, delta)
         num_new = self._text.num_tokens - num_seen + (hides_last and self._text.stopped is None)
         self.num_tokens += num_new
         if event.logprobs is not None:
             self._hold(event.token_ids[:num_new], event.logprobs, num_seen)
-        self.finish_reason = self._end(event)
+        delta.positions = self._release()
         self.seconds += time.perf_counter() - start
-        return Delta(self.index, text, self._release(), self.finish_reason, stop_string=self._text.stopped)
+        return delta
 
     def abort(self) -> Delta:
         """Ends the choice as it stands, before the model has."""
-        text = self._text.finish()
-        self._num_chars += len(text)
-        self.finish_reason = FinishReason.ABORT.value
-        return Delta(self.index, text, self._release(), self.finish_reason)
+        delta = Delta(self.index, "", finish_reason=FinishReason.ABORT.value)
+        self._add_text(self._text.finish(), delta)
+        if self._parts is not None:
+            self._parts.finish(delta)
+        self.finish_reason = delta.finish_reason
+        delta.positions = self._release()
+        return delta
 
     @property
     def stopped_by_text(self) -> bool:
         return self._text.stopped is not None
 
-    def _end(self, event: TokenEvent) -> str | None:
+    def _add_text(self, text: str, delta: Delta) -> None:
+        self._num_chars += len(text)
+        if self._parts is None:
+            delta.text += text
+        elif text:
+            self._parts.push(text, delta)
+
+    def _end(self, event: TokenEvent, delta: Delta) -> None:
+        """The rest of the text and the finish reason, if the choice ends here."""
         if self._text.stopped is not None:
-            return FinishReason.STOP.value
-        return None if event.finish_reason is None else event.finish_reason.value
+            self.finish_reason = FinishReason.STOP.value
+        elif event.finish_reason is not None:
+            self._add_text(self._text.finish(), delta)
+            self.finish_reason = event.finish_reason.value
+        if self.finish_reason is not None and self._parts is not None:
+            self._parts.finish(delta)
+            if self.finish_reason == FinishReason.STOP:
+                self.finish_reason = self._parts.finish_reason
+        delta.finish_reason = self.finish_reason
+        delta.stop_string = self._text.stopped
 
     def _hold(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_seen: int) -> None:
         offsets = self._text.offsets[num_seen:]

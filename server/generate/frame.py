@@ -16,7 +16,7 @@ from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
 from server.errors import APIError, ServerError
-from server.generate.choices import ChoiceState, Delta
+from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
 from server.generate.parameters import (
@@ -33,6 +33,7 @@ from server.generate.running import RunningRequest
 from server.schemas.common import GenerationRequest
 from server.sse import run_until_disconnect, sse_response
 from server.text.choice import ChoiceText
+from server.text.output_parser import OutputParser
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
         prompts = await context.run_text_work(job.endpoint.encode, context, body)
         context.metrics.observe_tokenizer(time.monotonic() - start)
         submits = [_submit(job, prompt, index) for index, prompt in enumerate(prompts)]
-        choices = [_choice(context, body, index) for index in range(len(prompts) * body.num_choices)]
+        choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         streams = _send(context, submits, reservation)
     generation = Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
     running = context.running.add(generation, job.head.id, job.request_id)
@@ -194,35 +195,40 @@ def _send(context: ServerContext, submits: Sequence[Submit], reservation: Reserv
     return streams
 
 
-def _choice(context: ServerContext, body: GenerationRequest, index: int) -> ChoiceState:
+def _choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceState:
+    context, body = job.context, job.body
     include_stop = bool(body.include_stop_str_in_output)
+    skip_special_tokens = body.skip_special_tokens is not False
+    format = prompts[index // body.num_choices].output_format
+    # Control tokens that tell the parts of an answer apart are never skipped, but they are no content.
+    markers = {marker: context.tokenizer.token_id(marker) for marker in format.markers} if format is not None else {}
+    special = {marker: id for marker, id in markers.items() if id is not None and id in context.tokenizer.special_ids}
+    parts = None
+    if format is not None:
+        parser = OutputParser(format, hidden=tuple(special) if skip_special_tokens else ())
+        parts = ChoiceParts(parser, f"{job.head.id}-{index}")
     text = ChoiceText(
         context.tokenizer,
         stop=body.stop or (),
         include_stop=include_stop,
         min_tokens=body.min_tokens or 0,
-        skip_special_tokens=body.skip_special_tokens is not False,
+        skip_special_tokens=skip_special_tokens,
+        shown_ids=frozenset(special.values()),
         track_offsets=body.num_logprobs is not None,
     )
-    return ChoiceState(index, text, include_stop=include_stop)
+    return ChoiceState(index, text, include_stop=include_stop, parts=parts)
 
 
 async def _collect(context: ServerContext, generation: Generation, writer: Writer, body: GenerationRequest) -> bytes:
     """The answer as JSON."""
-    texts: list[list[str]] = [[] for _ in generation.choices]
-    wholes = [Delta(index, "") for index in range(len(generation.choices))]
+    wholes = [Whole(index) for index in range(len(generation.choices))]
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
             for delta in batch:
-                texts[delta.index].append(delta.text)
-                wholes[delta.index].positions += delta.positions
-                wholes[delta.index].finish_reason = delta.finish_reason
-                wholes[delta.index].stop_string = delta.stop_string
-    for whole, pieces in zip(wholes, texts, strict=True):
-        whole.text = "".join(pieces)
+                wholes[delta.index].add(delta)
 
     def encode() -> bytes:
-        return msgspec.json.encode(writer.answer(wholes, generation.usage))
+        return msgspec.json.encode(writer.answer([whole.join() for whole in wholes], generation.usage))
 
     # Log probabilities may be hundreds of thousands of entries.
     return encode() if body.num_logprobs is None else await context.run_text_work(encode)

@@ -5,13 +5,15 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Sequence
 
+from msgspec import UNSET, UnsetType
+
 from engine.messages import FinishReason, TokenEvent
 from server.client import RequestStream
 from server.errors import ServerError
 from server.generate.choices import ChoiceState, Delta
 from server.generate.prompts import Prompt
 from server.metrics import Metrics
-from server.schemas.common import PromptTokensDetails, Usage
+from server.schemas.common import CompletionTokensDetails, PromptTokensDetails, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,15 @@ class Generation:
             completion_tokens=num_output_tokens,
             total_tokens=num_prompt_tokens + num_output_tokens,
             prompt_tokens_details=PromptTokensDetails(num_cached_tokens),
+            completion_tokens_details=self._completion_details(),
         )
+
+    def _completion_details(self) -> CompletionTokensDetails | UnsetType:
+        """Where the model is one that thinks before it answers."""
+        formats = [prompt.output_format for prompt in self.prompts]
+        if all(format is None or format.think_tags is None for format in formats):
+            return UNSET
+        return CompletionTokensDetails(sum(choice.num_reasoning_tokens for choice in self.choices))
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """One list per batch of events, with one delta for each choice in it, until each choice has ended.

@@ -36,6 +36,7 @@ from server.schemas.messages import (
     Text,
     TextBlock,
     TextDelta,
+    Thinking,
     ThinkingBlock,
     ThinkingDelta,
     ThinkingText,
@@ -56,8 +57,9 @@ TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
     """Raises BadRequestError."""
-    if body.messages[-1].role == "assistant":
-        message = "Invalid 'messages': the last one must be the user's; going on with the assistant's is not supported."
+    final = body.messages[-1]
+    if final.role == "assistant" and any(isinstance(block, ToolUseBlock) for block in final.content):
+        message = "Invalid 'messages': the last one calls tools, so their results must follow."
         raise InvalidValueError(message, param="messages")
     choice = body.tool_choice
     fields: dict[str, Any] = {
@@ -66,7 +68,10 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
         "tools": [_tool(tool) for tool in body.tools or ()] or None,
         "tool_choice": _tool_choice(choice),
         "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
-        **_output_config(body.output_config),
+        "continue_final_message": final.role == "assistant" or None,
+        "reasoning_effort": _effort(body.thinking, body.output_config),
+        "include_reasoning": False if body.thinking is not None and body.thinking.display == "omitted" else None,
+        "response_format": _response_format(body.output_config),
     }
     if isinstance(body, MessagesRequest):
         fields |= {
@@ -115,7 +120,10 @@ def _assistant(blocks: Sequence[Part]) -> Iterator[dict[str, Any]]:
         for block in blocks
         if isinstance(block, ToolUseBlock)
     ]
-    message = {"content": _content(texts), "reasoning_content": thoughts or None, "tool_calls": calls or None}
+    content = _content(texts)
+    if content is None and not calls:
+        content = ""
+    message = {"content": content, "reasoning_content": thoughts or None, "tool_calls": calls or None}
     yield {"role": "assistant", **{name: value for name, value in message.items() if value is not None}}
 
 
@@ -140,14 +148,20 @@ def _tool_choice(choice: ToolChoice | None) -> Any:
     return named_tool(choice.name)
 
 
-def _output_config(config: OutputConfig | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    if config is not None and config.effort is not None:
-        fields["reasoning_effort"] = config.effort
-    if config is not None and config.format is not None:
-        schema = {"name": "output", "schema": config.format.json_schema, "strict": True}
-        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return fields
+def _effort(thinking: Thinking | None, config: OutputConfig | None) -> str | None:
+    """None leaves it to the model, as the effort `high` does, which is Anthropic's default."""
+    if thinking is not None and thinking.type == "disabled":
+        return "none"
+    if config is not None and config.effort not in (None, "high"):
+        return config.effort
+    return "medium" if thinking is not None and thinking.type == "enabled" else None
+
+
+def _response_format(config: OutputConfig | None) -> dict[str, Any] | None:
+    if config is None or config.format is None:
+        return None
+    schema = {"name": "output", "schema": config.format.json_schema, "strict": True}
+    return {"type": "json_schema", "json_schema": schema}
 
 
 # The answer.
@@ -163,18 +177,20 @@ class MessagesEndpoint:
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
     ) -> "MessagesWriter":
-        return MessagesWriter(head)
+        return MessagesWriter(head, with_thinking=body.include_reasoning is not False)
 
 
 class MessagesWriter:
     """One choice, as blocks of thinking, text, and calls of tools."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, *, with_thinking: bool = True) -> None:
         self._head = head
+        self._with_thinking = with_thinking
         self._has_begun = False
         self._index = 0  # of the block that is open, else of the next
         self._open: tuple[str, int] | None = None  # its kind, and which call of a tool it is
         self._last = Delta(0, "")  # says how the choice ended
+        self._has_calls = False
 
     def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
         events: list[msgspec.Struct] = []
@@ -184,10 +200,11 @@ class MessagesWriter:
         for delta in deltas:
             events += self._additions(delta)
             self._last = delta
+            self._has_calls |= bool(delta.tool_calls)
         return frame_events(events)
 
     def end(self, usage: Usage) -> bytes:
-        stop = StopDetails(*_stop(self._last))
+        stop = StopDetails(*_stop(self._last, has_calls=self._has_calls))
         return frame_events([*self._close(), MessageDelta(stop, _usage(usage)), MessageStop()])
 
     def failure(self, error: APIError) -> bytes:
@@ -196,12 +213,12 @@ class MessagesWriter:
     def answer(self, deltas: Sequence[Delta], usage: Usage) -> Message:
         (delta,) = deltas
         content: list[Block] = []
-        if delta.reasoning:
+        if delta.reasoning and self._with_thinking:
             content.append(ThinkingText(delta.reasoning))
         if delta.text:
             content.append(Text(delta.text))
         content += [ToolUse(call.id, call.name, _tool_input(call.arguments)) for call in delta.tool_calls]
-        return self._message(content, *_stop(delta), usage)
+        return self._message(content, *_stop(delta, has_calls=bool(delta.tool_calls)), usage)
 
     def _message(self, content: list[Block], reason: str | None, sequence: str | None, usage: Usage) -> Message:
         return Message(
@@ -214,7 +231,7 @@ class MessagesWriter:
         )
 
     def _additions(self, delta: Delta) -> Iterator[msgspec.Struct]:
-        if delta.reasoning:
+        if delta.reasoning and self._with_thinking:
             yield from self._switch(("thinking", 0), ThinkingText(""))
             yield BlockDelta(self._index, ThinkingDelta(delta.reasoning))
         if delta.text:
@@ -243,10 +260,11 @@ class MessagesWriter:
         return [BlockStop(self._index - 1)]
 
 
-def _stop(delta: Delta) -> tuple[str, str | None]:
+def _stop(delta: Delta, *, has_calls: bool) -> tuple[str, str | None]:
     if delta.stop_string is not None:
         return "stop_sequence", delta.stop_string
-    return STOP_REASONS[delta.finish_reason or "stop"], None
+    reason = STOP_REASONS[delta.finish_reason or "stop"]
+    return "tool_use" if reason == "end_turn" and has_calls else reason, None
 
 
 def _tool_input(arguments: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
+    "include_reasoning": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -110,7 +111,6 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "include_reasoning",
         # These only qualify what is refused above.
         "guided_decoding_backend",
         "guided_whitespace_pattern",

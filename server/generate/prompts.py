@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from engine.messages import TokenLogprobs
 from server.context import ServerContext
 from server.errors import BadRequestError, ContextLengthExceededError
+from server.text.output_parser import OutputFormat
 
 MAX_TOKEN_BYTES = 256  # no vocabulary in use has longer tokens; the longest are runs of 128 spaces
 
@@ -15,6 +16,7 @@ class Prompt:
 
     token_ids: list[int]
     text: str | None = None  # None: the client sent token ids, or messages
+    output_format: OutputFormat | None = None  # None: an answer is plain text
     num_cached_tokens: int = 0  # found in the prefix cache
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all tokens but the first, if asked for
 

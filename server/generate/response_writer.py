@@ -216,10 +216,11 @@ def _new_id(prefix: str) -> str:
 
 
 def _usage(usage: Usage) -> ResponseUsage:
+    details = usage.completion_tokens_details
     return ResponseUsage(
         input_tokens=usage.prompt_tokens,
         input_tokens_details=InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputTokensDetails(0),
+        output_tokens_details=OutputTokensDetails(details.reasoning_tokens if details else 0),
         total_tokens=usage.total_tokens,
     )

@@ -4,16 +4,17 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
-from server.errors import InvalidValueError, UnsupportedParameterError
+from server.errors import InvalidValueError
 from server.schemas.common import MAX_LOGPROBS, GenerationRequest, Usage
-from server.schemas.tools import ToolChoice, Tools, check_tools
+from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools
 
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of one message
 MAX_TOOL_CALLS = 1024  # of one message
+MAX_DOCUMENTS = 1024
 
 
 class TextPart(BaseModel):
@@ -41,7 +42,8 @@ TextParts = Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True
 Content = Annotated[
     str | TextParts | None, BeforeValidator(_check_content, json_schema_input_type=str | TextParts | None)
 ]
-ToolCalls = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)]
+ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)]
+Documents = Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail_fast=True)]
 
 
 class ChatMessage(BaseModel):
@@ -53,6 +55,8 @@ class ChatMessage(BaseModel):
     name: str | None = Field(None, description="Handed to the model's chat template.")
     tool_calls: ToolCalls | None = Field(None, description="Of an earlier answer.")
     tool_call_id: str | None = Field(None, description="Which call a message of role tool answers.")
+    reasoning_content: str | None = Field(None, description="What an assistant thought before it said the content.")
+    reasoning: str | None = Field(None, description="Another name of reasoning_content, which comes first.")
     content: Content = Field(
         None, validate_default=True, description="Text. Null only where an assistant called tools."
     )
@@ -65,17 +69,27 @@ class ChatMessage(BaseModel):
             raise PydanticKnownError("missing")
         return content
 
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
+
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it. Most know no role `developer`, OpenAI's newer name of `system`."""
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         if isinstance(self.content, list):
             message["content"] = [{"type": "text", "text": part.text} for part in self.content]
-        for name in ("name", "tool_calls", "tool_call_id"):
+        if self.tool_calls is not None:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        for name in ("name", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, name)) is not None:
                 message[name] = value
+        if self.reasoning is not None:
+            message.setdefault("reasoning_content", self.reasoning)
         return message
 
 
+TemplateOptions = dict[str, str | bool | int | FiniteFloat | None]
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
@@ -92,10 +106,28 @@ class ChatCompletionRequest(GenerationRequest):
     add_generation_prompt: bool | None = Field(
         None, description="End the prompt with what opens the assistant's turn. Default true."
     )
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message, an assistant's, whose text the answer does not repeat."
+    )
+    chat_template_kwargs: TemplateOptions | None = Field(
+        None, description="Values of variables that the model's chat template reads, such as enable_thinking."
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Handed to the chat template. Where that only knows thinking or not: none is not."
+    )
+    include_reasoning: bool | None = Field(
+        None, description="Whether answers show what the model thought first. Default true."
+    )
+    documents: Documents | None = Field(None, description="Handed to the chat template.")
 
     tools: Tools | None = Field(None, description="Functions that the model may call.")
     tool_choice: ToolChoice | None = Field(None, description="Whether a tool is called, and which. Default auto.")
     parallel_tool_calls: bool | None = Field(None, description="Allow several calls in an answer. Default true.")
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt ends with what opens the assistant's turn."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
 
     @property
     def num_prompts(self) -> int:
@@ -121,8 +153,20 @@ class ChatCompletionRequest(GenerationRequest):
             message = "Invalid 'max_tokens': 'max_completion_tokens' is another name of it, and differs."
             raise InvalidValueError(message, param="max_tokens")
         check_tools(self.tools, self.tool_choice)
-        if self.tools is not None:
-            raise UnsupportedParameterError("tools")
+        if self.continue_final_message:
+            self._check_final_message()
+
+    def _check_final_message(self) -> None:
+        if self.add_generation_prompt:
+            message = "Invalid 'continue_final_message': not allowed with 'add_generation_prompt': true."
+            raise InvalidValueError(message, param="continue_final_message")
+        final = self.messages[-1]
+        if final.role != "assistant" or final.content is None or final.tool_calls:
+            message = (
+                "Invalid 'continue_final_message': expected a last message of role 'assistant' with a content, and "
+                "without tool calls."
+            )
+            raise InvalidValueError(message, param="continue_final_message")
 
 
 class TopLogprob(msgspec.Struct):
@@ -143,10 +187,26 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class ResponseFunction(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class ResponseToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: ResponseFunction
+
+
 class ChatResponseMessage(msgspec.Struct, kw_only=True):
+    """The reasoning has two names, for clients look for one or the other."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None  # null: there is only what follows
     refusal: None = None
+    tool_calls: list[ResponseToolCall] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -166,11 +226,28 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     system_fingerprint: str
 
 
+class FunctionChunk(msgspec.Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallChunk(msgspec.Struct, kw_only=True):
+    """The first of a call has its id, its type and its name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionChunk
+
+
 class ChatDelta(msgspec.Struct):
     """The first of a choice has the role, the last is empty."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallChunk] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):

@@ -93,11 +93,11 @@ class ToolChoice(Part):
 
 
 class Thinking(Part):
-    """Accepted; whether a model thinks is up to it and its template, and how long to max_tokens."""
-
-    type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = Field(None, ge=1)
-    display: Literal["summarized", "omitted"] | None = None
+    type: Literal["enabled", "adaptive", "disabled"] = Field(description="adaptive leaves it to the model.")
+    budget_tokens: int | None = Field(None, ge=1, description="Accepted; thoughts are bounded by max_tokens.")
+    display: Literal["summarized", "omitted"] | None = Field(
+        None, description="omitted leaves thoughts out of the answer; they are never summarized."
+    )
 
 
 class OutputFormat(Part):

@@ -1,7 +1,9 @@
 """The tools that a chat request offers to the model, which of them it may call, and the calls of earlier answers."""
 
+import contextlib
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from server.errors import InvalidValueError
@@ -125,6 +127,27 @@ def chosen_names(choice: ToolChoice | None) -> list[str]:
     return []
 
 
+def must_call(choice: ToolChoice | None) -> bool:
+    """Whether an answer without calls is none."""
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode == "required"
+    return choice == "required" or isinstance(choice, NamedTool)
+
+
+def offered_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
+    """The tools that the model is told about."""
+    if choice == "none":
+        return []
+    allowed = chosen_names(choice) if isinstance(choice, AllowedToolsChoice) else None
+    return [tool for tool in tools or () if allowed is None or tool.name in allowed]
+
+
+def callable_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
+    """Those of them that it may call."""
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    return [tool for tool in offered_tools(tools, choice) if named in (None, tool.name)]
+
+
 class FunctionCall(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -140,3 +163,12 @@ class ToolCall(BaseModel):
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+
+    def for_template(self) -> dict[str, Any]:
+        """The call as chat templates expect it: with the arguments as an object, if that is what they are."""
+        arguments: Any = self.function.arguments
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+            decoded = msgspec.json.decode(arguments or "{}")
+            arguments = decoded if isinstance(decoded, dict) else arguments
+        call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        return call if self.id is None else {"id": self.id} | call

@@ -22,18 +22,23 @@ from datetime import datetime
 from typing import Any, Protocol
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
+from server.text.reasoning import detect_think_tags
+from server.text.tool_formats import detect_tool_format
+
 Message = dict[str, Any]
 
 MAX_PROMPT_CHARS = 1 << 24  # of one rendered conversation
 MAX_DEPTH = 100  # of lists and objects in a request
 MAX_REASON_CHARS = 200  # of a template's own error message
+END = "\U0010fffd"  # a private character: where the final message ends
+RESERVED_VARIABLES = frozenset(("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"))
 
 
 class ChatTemplateError(ValueError):
@@ -50,17 +55,28 @@ class ChatTokenizer(Protocol):
 
 
 class ChatTemplate:
-    """A compiled chat template. It does not change once made, so any number of threads may render at once."""
+    """A compiled chat template. It does not change once made, so any number of threads may render at once.
+
+    Attributes:
+        variables: names that the template reads.
+        options: those of them that a request may set, beside what is always there.
+        tool_format, think_tags: in which form the model calls tools and thinks, as far as the template shows it.
+    """
 
     def __init__(self, source: str, *, bos_token: str | None, eos_token: str | None) -> None:
         """Raises ChatTemplateError if the source does not compile."""
         self.source = source
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {name: token for name, token in tokens.items() if token is not None}
+        environment = _Environment()
         try:
-            self._template = _Environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except Exception as error:  # RecursionError and SyntaxError too
             raise ChatTemplateError(f"The chat template does not compile: {_reason(error)}.") from error
+        self.options = self.variables - RESERVED_VARIABLES
+        self.tool_format = detect_tool_format(source)
+        self.think_tags = detect_think_tags(source)
         self._fit_by_role = {role: self._choose_fit(role) for role in ("user", "system", "assistant")}
 
     def render(
@@ -68,25 +84,32 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> str:
         """The prompt as text; raises ChatTemplateError.
 
+        With `continue_final_message` it ends where the content of the last message ends.
+
         A content is a string or a list of text parts, and the template gets it in the form that it handles: parts are
         joined by newlines for a template that takes only strings, and a string becomes one part where it takes only
         parts. A content of None becomes the empty string. `template_kwargs` are further variables for the template.
         """
+        fitted = [self._fit_content(message) for message in messages]
+        if continue_final_message:
+            fitted[-1] = _mark_end(fitted[-1])
         variables = {
             **self._tokens,
-            "messages": [self._fit_content(message) for message in messages],
+            "messages": fitted,
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
         extra = template_kwargs or {}
         if taken := extra.keys() & variables.keys():
             raise ChatTemplateError(f"chat_template_kwargs cannot set {min(taken)!r}.")
-        return self._render({"documents": None, **extra, **variables})
+        prompt = self._render({"documents": None, **extra, **variables})
+        return _cut_at_end(prompt) if continue_final_message else prompt
 
     def _render(self, variables: dict[str, Any]) -> str:
         try:
@@ -128,6 +151,7 @@ def encode_chat(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     tools: Sequence[dict[str, Any]] | None = None,
     template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
@@ -141,6 +165,7 @@ def encode_chat(
         return template.render(
             _map_strings(guard, messages),
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             tools=_map_strings(guard, tools),
             template_kwargs=_map_strings(guard, template_kwargs),
         )
@@ -309,6 +334,20 @@ def _check_parts(parts: list[Any]) -> None:
     for part in parts:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise ChatTemplateError("content: only parts of type 'text' are supported.")
+
+
+def _mark_end(message: Message) -> Message:
+    content = message.get("content", "")
+    if isinstance(content, list):
+        *others, last = content or _to_parts("")
+        return {**message, "content": [*others, {**last, "text": last["text"] + END}]}
+    return {**message, "content": content + END}
+
+
+def _cut_at_end(prompt: str) -> str:
+    if prompt.count(END) != 1:
+        raise ChatTemplateError("The chat template does not write the final message as it is, once.")
+    return prompt[: prompt.index(END)]
 
 
 def _join_bounded(pieces: Iterable[str]) -> str:

@@ -17,14 +17,16 @@ class ChoiceText:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
         track_offsets: bool = False,
     ) -> None:
         """The text of the first `min_tokens` tokens is not searched: a stop string must begin after it.
 
-        With `track_offsets`, `offsets` holds for each consumed token how many characters of the choice's text come
-        before the token's; a token that begins inside a character has the index of that character.
+        `shown_ids` are special tokens that are never skipped. With `track_offsets`, `offsets` holds for each consumed
+        token how many characters of the choice's text come before the token's; a token that begins inside a character
+        has the index of that character.
         """
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids)
         self._matcher = StopMatcher(stop, include_stop=include_stop)
         self._min_tokens = min_tokens
         self._track_offsets = track_offsets

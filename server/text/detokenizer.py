@@ -21,9 +21,12 @@ class Detokenizer:
     Bytes that are no UTF-8 become U+FFFD, as `bytes.decode("utf-8", "replace")` would have it for the whole.
     """
 
-    def __init__(self, tokenizer: TokenBytes, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: TokenBytes, *, skip_special_tokens: bool = True, shown_ids: frozenset[int] = frozenset()
+    ) -> None:
+        """`shown_ids` are special tokens that are not skipped."""
         self._tokenizer = tokenizer
-        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped_ids = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.num_chars = 0  # characters released so far
 

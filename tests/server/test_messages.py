@@ -195,6 +195,12 @@ def test_prompts(tiny: RunningServer, fields: dict[str, Any], turns: list[tuple[
     assert response.json() == {"input_tokens": len(chatml(*turns))}
 
 
+def test_an_answer_that_was_begun(tiny: RunningServer) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel"}]
+    assert ask_json(tiny.url, messages=messages)["content"][0]["text"] == REPLY
+    assert tiny.engine.submits[-1].prompt_token_ids == [*chatml(("user", "Hi")), *b"Hel"]
+
+
 def test_parameters_reach_the_engine(tiny: RunningServer) -> None:
     ask_json(tiny.url, temperature=0.5, top_p=0.9, top_k=5, max_tokens=7, min_p=0.1, seed=3, metadata={"user_id": "x"})
     params = tiny.engine.submits[-1].params
@@ -240,7 +246,14 @@ def test_unknown_fields_are_reported(tiny: RunningServer, start_server: StartSer
             {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
             "Missing required parameter: 'messages[0].content[0].tool_use_id'.",
         ),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "Invalid 'messages': the last one must be the user's"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "x", "input": {}}]}
+                ]
+            },
+            "Invalid 'messages': the last one calls tools",
+        ),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "Invalid value: 'web_search_20250305'."),
         ({"tool_choice": {"type": "tool"}}, "Missing required parameter: 'tool_choice.name'."),
         ({"tool_choice": {"type": "some"}}, "Invalid value: 'some'. Supported values are: 'auto'"),

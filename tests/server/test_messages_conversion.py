@@ -92,6 +92,33 @@ def test_a_schema_for_the_output() -> None:
     assert fields["reasoning_effort"] == "low"
 
 
+@pytest.mark.parametrize(
+    ("fields", "effort"),
+    [
+        ({}, None),
+        ({"thinking": {"type": "adaptive"}}, None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "medium"),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}}, "none"),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, "low"),
+        ({"output_config": {"effort": "high"}}, None),
+        ({"output_config": {"effort": "max"}}, "max"),
+    ],
+)
+def test_how_much_is_thought(fields: dict[str, Any], effort: str | None) -> None:
+    assert convert(**fields).get("reasoning_effort") == effort
+
+
+def test_thoughts_that_are_left_out() -> None:
+    assert convert(thinking={"type": "adaptive", "display": "omitted"})["include_reasoning"] is False
+    stream = MessagesWriter(Head("msg_1", 1, "tiny", "fp"), with_thinking=False)
+    whole = Delta(0, "So.", reasoning="Hm.", finish_reason="stop")
+    assert [event["type"] for event in parse(stream.events([whole], USAGE))][1:] == [
+        "content_block_start",
+        "content_block_delta",
+    ]
+    assert len(stream.answer([whole], USAGE).content) == 1
+
+
 # Deltas -> events.
 
 FIELDS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
@@ -176,9 +203,19 @@ def test_the_whole_answer_has_the_same_blocks() -> None:
         ("stop", None, ("end_turn", None)),
         ("stop", "END", ("stop_sequence", "END")),
         ("length", None, ("max_tokens", None)),
+        ("tool_calls", None, ("tool_use", None)),
         ("abort", None, ("pause_turn", None)),
     ],
 )
 def test_why_it_ended(reason: str, stop_string: str | None, expected: tuple[str, str | None]) -> None:
     answer = writer().answer([Delta(0, "x", finish_reason=reason, stop_string=stop_string)], USAGE)
     assert (answer.stop_reason, answer.stop_sequence) == expected
+
+
+def test_a_call_that_had_to_be_is_why_it_ended() -> None:
+    """Which chat completions call `stop`."""
+    delta = Delta(0, "", finish_reason="stop", tool_calls=[ToolCallDelta(0, "toolu_1", "add", "{}")])
+    assert writer().answer([delta], USAGE).stop_reason == "tool_use"
+    stream = writer()
+    stream.events([delta], USAGE)
+    assert parse(stream.end(USAGE))[-2]["delta"]["stop_reason"] == "tool_use"

@@ -35,8 +35,9 @@ def cancel(server: RunningServer, request_id: str) -> httpx.Response:
 def post(threads: ThreadPoolExecutor, server: RunningServer, path: str, **fields: Any) -> Future[httpx.Response]:
     """Asks in a thread, with x-request-id `mine`, and returns once tokens come."""
     body = BODIES[path] | {"max_tokens": 1000} | fields
-    num_tokens = server.metric("lightwell_generation_tokens_total")
+    num_tokens, num_ids = server.metric("lightwell_generation_tokens_total"), len(server.context.running)
     answer = threads.submit(httpx.post, server.url + path, json=body, headers={"x-request-id": "mine"}, timeout=20)
+    wait_until(lambda: len(server.context.running) > num_ids)
     wait_until(lambda: server.metric("lightwell_generation_tokens_total") > num_tokens)
     return answer
 

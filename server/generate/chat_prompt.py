@@ -1,0 +1,109 @@
+"""From a chat request to its prompt: messages, tools and options through the model's chat template."""
+
+from typing import Any
+
+import msgspec
+
+from server.context import ServerContext
+from server.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
+from server.generate.prompts import Prompt, check_text_size
+from server.schemas.chat import ChatCompletionRequest
+from server.schemas.tools import NamedTool, callable_tools, must_call, offered_tools
+from server.text.chat_template import ChatTemplate, ChatTemplateError, encode_chat
+from server.text.output_parser import OutputFormat
+from server.text.tokenizer import Tokenizer
+
+NUM_END_TOKENS = 16  # of a prompt, among which the tag is that begins thoughts
+
+
+def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Prompt:
+    """Raises BadRequestError."""
+    template = context.chat_template
+    if template is None:
+        raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
+    _check_forced_calls(body)
+    messages = [message.for_template() for message in body.messages]
+    tools = [tool.for_template() for tool in offered_tools(body.tools, body.tool_choice)] or None
+    options = template_options(template, body)
+    check_text_size(len(msgspec.json.encode([messages, tools, options])), context.max_model_len, "messages")
+    try:
+        token_ids = encode_chat(
+            template,
+            context.tokenizer,
+            messages,
+            add_generation_prompt=body.opens_answer,
+            continue_final_message=bool(body.continue_final_message),
+            tools=tools,
+            template_kwargs=options,
+        )
+    except ChatTemplateError as error:
+        raise InvalidValueError(str(error), param="messages") from error
+    if not token_ids:
+        raise InvalidValueError(
+            "Invalid 'messages': the model's chat template makes nothing of them.", param="messages"
+        )
+    return Prompt(token_ids, output_format=_output_format(template, context.tokenizer, body, token_ids))
+
+
+def _check_forced_calls(body: ChatCompletionRequest) -> None:
+    """Raises UnsupportedParameterError for what a model only does if its output is constrained."""
+    if must_call(body.tool_choice):
+        raise UnsupportedParameterError("tool_choice", "Only 'auto' and 'none' are.")
+    if any(tool.function.strict for tool in callable_tools(body.tools, body.tool_choice)):
+        raise UnsupportedParameterError("tools", "'strict' is not.")
+
+
+def template_options(template: ChatTemplate, body: ChatCompletionRequest) -> dict[str, Any]:
+    """Variables for the template, beside what is always there.
+
+    Raises InvalidValueError or UnsupportedParameterError for what the template does not read.
+    """
+    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    for name in options:
+        if name not in template.options:
+            known = ", ".join(f"'{option}'" for option in sorted(template.options)) or "none"
+            message = (
+                f"Invalid 'chat_template_kwargs': the model's chat template does not read '{name[:64]}'. "
+                f"Supported names are: {known}."
+            )
+            raise InvalidValueError(message, param="chat_template_kwargs")
+    if body.documents:
+        if "documents" not in template.variables:
+            raise UnsupportedParameterError("documents", "The model's chat template does not read them.")
+        options["documents"] = body.documents
+    if body.reasoning_effort is not None:
+        options = _effort_options(template, body.reasoning_effort) | options
+    return options
+
+
+def _effort_options(template: ChatTemplate, effort: str) -> dict[str, Any]:
+    if "reasoning_effort" in template.options:
+        return {"reasoning_effort": effort}
+    if "enable_thinking" in template.options:
+        return {"enable_thinking": effort != "none"}
+    if effort not in ("none", "medium"):  # which say nothing to a model that cannot choose
+        raise UnsupportedParameterError("reasoning_effort", "The model's chat template does not read it.")
+    return {}
+
+
+def _output_format(
+    template: ChatTemplate, tokenizer: Tokenizer, body: ChatCompletionRequest, token_ids: list[int]
+) -> OutputFormat | None:
+    """What may be in the answer beside content; None: nothing."""
+    tags = template.think_tags
+    is_thinking = False
+    if tags is not None and body.continue_final_message:
+        is_thinking = tags.are_open_in(body.messages[-1].text)
+    elif tags is not None:
+        end = tokenizer.decode(token_ids[-NUM_END_TOKENS:], skip_special_tokens=False)
+        is_thinking = body.opens_answer and tags.are_opened_by(end)
+    format = OutputFormat(
+        tool_format=template.tool_format,
+        tool_names=frozenset(tool.name for tool in callable_tools(body.tools, body.tool_choice)),
+        parallel_calls=body.parallel_tool_calls is not False,
+        think_tags=tags,
+        is_thinking=is_thinking,
+        # As at OpenAI: a call that had to be is no reason to end.
+        calls_end="stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
+    )
+    return None if format.is_plain else format

@@ -1,0 +1,142 @@
+"""Thoughts and options of the template in `POST /v1/chat/completions`, over real sockets, with a fake engine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.asking import CHAT, MESSAGES, ask, ask_json, ask_stream, shared_server
+from tests.server.serving import RunningServer, check_error
+from tests.server.tool_model import messages_of, prompt, say, write_tool_model
+
+
+@pytest.fixture(scope="module", params=["plain", "special"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Each test runs for both kinds of model."""
+    folder = write_tool_model(tmp_path_factory.mktemp("tools"), special_tags=request.param == "special")
+    with shared_server(folder, vocab_size=263) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = write_tool_model(tmp_path_factory.mktemp("plain"), special_tags=False)
+    with shared_server(folder) as server:
+        yield server
+
+
+# Thoughts.
+
+
+def test_thoughts_have_two_names(model: RunningServer) -> None:
+    say(model, "<think>\nHm\n</think>\n\nYes")
+    (choice,) = ask_json(model.url, CHAT)["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "Yes",
+        "refusal": None,
+        "reasoning": "Hm",
+        "reasoning_content": "Hm",
+    }
+    assert messages_of(ask_stream(model.url, CHAT))[0] == {
+        "content": "Yes",
+        "reasoning": "Hm",
+        "reasoning_content": "Hm",
+    }
+    hidden = ask_json(model.url, CHAT, include_reasoning=False)
+    assert hidden["choices"][0]["message"] == {"role": "assistant", "content": "Yes", "refusal": None}
+    assert messages_of(ask_stream(model.url, CHAT, include_reasoning=False))[0] == {"content": "Yes"}
+
+
+def test_tokens_of_thoughts_are_counted(model: RunningServer) -> None:
+    say(model, "<think>Hm</think>Yes")
+    tokenizer = model.context.tokenizer
+    expected = len(tokenizer.encode("<think>Hm</think>")) - 1  # the last one ends them
+    if "<think>" not in tokenizer.special_tokens:
+        expected -= len("<think")  # not known before its last token
+    assert ask_json(model.url, CHAT)["usage"]["completion_tokens_details"] == {"reasoning_tokens": expected}
+    say(model, "Yes")
+    usage = ask_stream(model.url, CHAT, stream_options={"include_usage": True})[-1]["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
+def test_thoughts_that_the_prompt_begins(model: RunningServer) -> None:
+    say(model, "Hm</think>Yes")
+    for fields in ({"chat_template_kwargs": {"enable_thinking": True}}, {"reasoning_effort": "low"}):
+        message = ask_json(model.url, CHAT, **fields)["choices"][0]["message"]
+        assert (message["reasoning"], message["content"]) == ("Hm", "Yes")
+    for fields in ({}, {"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        message = ask_json(model.url, CHAT, **fields)["choices"][0]["message"]
+        assert "reasoning" not in message
+    content = [{"role": "user", "content": "<think>\n"}]
+    message = ask_json(model.url, CHAT, messages=content, add_generation_prompt=False)["choices"][0]["message"]
+    assert "reasoning" not in message
+
+
+# Options of the template.
+
+
+def test_options_are_those_that_the_template_reads(plain: RunningServer, model_folder: Path) -> None:
+    assert prompt(plain, chat_template_kwargs={"enable_thinking": True}).endswith("assistant\n<think>\n")
+    assert prompt(plain, chat_template_kwargs={}) == prompt(plain, chat_template_kwargs=None) == prompt(plain)
+    for name in ("enable_thinkin", "messages", "tools", "add_generation_prompt", "tokenizer", "bos_token", "documents"):
+        error = check_error(ask(plain.url, CHAT, chat_template_kwargs={name: True}), 400)
+        assert error["param"] == "chat_template_kwargs"
+        assert f"does not read '{name}'. Supported names are: 'enable_thinking'" in error["message"]
+    values: list[Any] = [[], {}, [True]]
+    for value in values:
+        error = check_error(ask(plain.url, CHAT, chat_template_kwargs={"enable_thinking": value}), 400)
+        assert error["param"] == "chat_template_kwargs.enable_thinking"
+    with shared_server(model_folder) as server:  # its template has no options
+        error = check_error(ask(server.url, CHAT, chat_template_kwargs={"enable_thinking": True}), 400)
+        assert error["message"].endswith("Supported names are: none.")
+        refused: list[dict[str, Any]] = [{"reasoning_effort": "high"}, {"documents": [{"text": "a"}]}]
+        for fields in refused:
+            assert check_error(ask(server.url, CHAT, **fields), 400)["code"] == "unsupported_parameter"
+        passing: list[dict[str, Any]] = [
+            {"reasoning_effort": "medium"},
+            {"reasoning_effort": "none"},
+            {"documents": []},
+        ]
+        for fields in passing:
+            assert ask(server.url, CHAT, **fields).status_code == 200
+
+
+def test_effort_gives_way_to_the_option(plain: RunningServer) -> None:
+    text = prompt(plain, reasoning_effort="high", chat_template_kwargs={"enable_thinking": False})
+    assert text.endswith("assistant\n")
+    assert check_error(ask(plain.url, CHAT, reasoning_effort="extreme"), 400)["param"] == "reasoning_effort"
+
+
+def test_documents_reach_the_template(plain: RunningServer) -> None:
+    assert '[{"title": "T", "text": "<|im_end|>"}]<|im_end|>' in prompt(
+        plain, documents=[{"title": "T", "text": "<|im_end|>"}]
+    )
+    assert check_error(ask(plain.url, CHAT, documents=["T"]), 400)["param"] == "documents[0]"
+
+
+def test_the_final_message_is_continued(plain: RunningServer) -> None:
+    for content in ("It is ", "", "a<|im_end|>b ", [{"type": "text", "text": "It is "}]):
+        chat = [*MESSAGES, {"role": "assistant", "content": content}]
+        text = "It is " if isinstance(content, list) else content
+        for fields in ({}, {"add_generation_prompt": False}):
+            continued = prompt(plain, messages=chat, continue_final_message=True, **fields)
+            assert continued == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{text}"
+    say(plain, " see</think>Yes")
+    chat = [*MESSAGES, {"role": "assistant", "content": "<think>I"}]
+    message = ask_json(plain.url, CHAT, messages=chat, continue_final_message=True)["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (" see", "Yes")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "a"}], "add_generation_prompt": True},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}]},
+    ],
+)
+def test_what_cannot_be_continued(plain: RunningServer, fields: dict[str, Any]) -> None:
+    error = check_error(ask(plain.url, CHAT, continue_final_message=True, **fields), 400)
+    assert error["param"] == "continue_final_message"
