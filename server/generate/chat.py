@@ -6,6 +6,7 @@ from server.context import ServerContext
 from server.generate.chat_prompt import encode_request
 from server.generate.choices import Delta, Position, ToolCallDelta, json_logprob
 from server.generate.endpoint import Head
+from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt
 from server.schemas.chat import (
     ChatChoice,
@@ -23,14 +24,14 @@ from server.schemas.chat import (
     ToolCallChunk,
     TopLogprob,
 )
-from server.schemas.common import Usage
+from server.schemas.common import StreamOptions, Usage
 from server.text.choice import token_text
 from server.text.tokenizer import Tokenizer
 
 
 class ChatEndpoint:
     noun = "messages"
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         return [encode_request(context, body)]
@@ -38,12 +39,26 @@ class ChatEndpoint:
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
     ) -> "ChatWriter":
-        with_reasoning = body.include_reasoning is not False
-        return ChatWriter(context.tokenizer, head, with_logprobs=bool(body.logprobs), with_reasoning=with_reasoning)
+        return ChatWriter(
+            context.tokenizer,
+            head,
+            body.stream_options,
+            with_logprobs=bool(body.logprobs),
+            with_reasoning=body.include_reasoning is not False,
+        )
 
 
-class ChatWriter:
-    def __init__(self, tokenizer: Tokenizer, head: Head, *, with_logprobs: bool, with_reasoning: bool = True) -> None:
+class ChatWriter(ChunkWriter):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        head: Head,
+        options: StreamOptions | None = None,
+        *,
+        with_logprobs: bool,
+        with_reasoning: bool = True,
+    ) -> None:
+        super().__init__(options)
         self._tokenizer = tokenizer
         self._head = head
         self._with_logprobs = with_logprobs
@@ -115,20 +130,26 @@ class ChatWriter:
     def _logprobs(self, positions: Sequence[Position]) -> ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        return ChatLogprobs([self._token_logprob(position) for position in positions])
+        return ChatLogprobs(token_logprobs(self._tokenizer, positions))
 
-    def _token_logprob(self, position: Position) -> TokenLogprob:
-        logprobs = position.logprobs
-        assert logprobs is not None  # only a prompt's first token has none
-        top = [
-            TopLogprob(*self._spell(token_id, logprob))
-            for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
-        ]
-        return TokenLogprob(*self._spell(position.token_id, logprobs.logprob), top)
 
-    def _spell(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-        token_bytes = list(self._tokenizer.token_bytes(token_id))
-        return token_text(self._tokenizer, token_id), json_logprob(logprob), token_bytes
+def token_logprobs(tokenizer: Tokenizer, positions: Sequence[Position]) -> list[TokenLogprob]:
+    """Of tokens of an answer, which all have them."""
+    return [_token_logprob(tokenizer, position) for position in positions]
+
+
+def _token_logprob(tokenizer: Tokenizer, position: Position) -> TokenLogprob:
+    logprobs = position.logprobs
+    assert logprobs is not None  # only a prompt's first token has none
+    top = [
+        TopLogprob(*_spell(tokenizer, token_id, logprob))
+        for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+    ]
+    return TokenLogprob(*_spell(tokenizer, position.token_id, logprobs.logprob), top)
+
+
+def _spell(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+    return token_text(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))
 
 
 def _tool_call_chunk(call: ToolCallDelta) -> ToolCallChunk:

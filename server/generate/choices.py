@@ -44,9 +44,10 @@ class Delta:
     index: int
     text: str  # the content: without reasoning and calls
     positions: list[Position] = field(default_factory=list)  # empty unless asked for
-    finish_reason: str | None = None  # stop, length, tool_calls
+    finish_reason: str | None = None  # stop, length, tool_calls, abort
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)  # one for each call that was added to, in order
+    stop_string: str | None = None  # the one that ended the text, if one did
 
     def add(self, other: Delta) -> None:
         """What was added to the same choice after this."""
@@ -54,6 +55,7 @@ class Delta:
         self.reasoning += other.reasoning
         self.positions += other.positions
         self.finish_reason = other.finish_reason
+        self.stop_string = other.stop_string
         for call in other.tool_calls:
             if self.tool_calls and self.tool_calls[-1].index == call.index:
                 self.tool_calls[-1].arguments += call.arguments
@@ -75,6 +77,7 @@ class Whole:
         self._reasoning.append(delta.reasoning)
         self._delta.positions += delta.positions
         self._delta.finish_reason = delta.finish_reason
+        self._delta.stop_string = delta.stop_string
         for call in delta.tool_calls:
             if call.index == len(self._arguments):
                 self._delta.tool_calls.append(call)
@@ -172,6 +175,16 @@ class ChoiceState:
         self.seconds += time.perf_counter() - start
         return delta
 
+    def abort(self) -> Delta:
+        """Ends the choice as it stands, before the model has."""
+        delta = Delta(self.index, "", finish_reason=FinishReason.ABORT.value)
+        self._add_text(self._text.finish(), delta)
+        if self._parts is not None:
+            self._parts.finish(delta)
+        self.finish_reason = delta.finish_reason
+        delta.positions = self._release()
+        return delta
+
     @property
     def stopped_by_text(self) -> bool:
         return self._text.stopped is not None
@@ -195,6 +208,7 @@ class ChoiceState:
             if self.finish_reason == FinishReason.STOP:
                 self.finish_reason = self._parts.finish_reason
         delta.finish_reason = self.finish_reason
+        delta.stop_string = self._text.stopped
 
     def _hold(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_seen: int) -> None:
         offsets = self._text.offsets[num_seen:]

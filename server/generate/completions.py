@@ -6,8 +6,9 @@ from server.context import ServerContext
 from server.errors import InvalidValueError, clip
 from server.generate.choices import Delta, Position, json_logprob
 from server.generate.endpoint import Head
+from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt, check_text_size, vocab_size
-from server.schemas.common import Usage
+from server.schemas.common import StreamOptions, Usage
 from server.schemas.completions import (
     Completion,
     CompletionChoice,
@@ -21,7 +22,7 @@ from server.text.tokenizer import Tokenizer
 
 class CompletionEndpoint:
     noun = "prompt"
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
 
     def encode(self, context: ServerContext, body: CompletionRequest) -> list[Prompt]:
         return [_encode(context, body, value) for value in body.prompt]
@@ -33,7 +34,7 @@ class CompletionEndpoint:
         echoes = None
         if body.echo:
             echoes = _Echoes(tokenizer, prompts, num_choices=body.num_choices, with_logprobs=with_logprobs)
-        return CompletionWriter(tokenizer, head, echoes, with_logprobs=with_logprobs)
+        return CompletionWriter(tokenizer, head, echoes, body.stream_options, with_logprobs=with_logprobs)
 
 
 def _encode(context: ServerContext, body: CompletionRequest, value: PromptInput) -> Prompt:
@@ -88,8 +89,17 @@ class _Echoes:
         return Delta(0, text, list(map(Position, prompt.token_ids, [None, *prompt.logprobs], offsets)))
 
 
-class CompletionWriter:
-    def __init__(self, tokenizer: Tokenizer, head: Head, echoes: _Echoes | None, *, with_logprobs: bool) -> None:
+class CompletionWriter(ChunkWriter):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        head: Head,
+        echoes: _Echoes | None,
+        options: StreamOptions | None = None,
+        *,
+        with_logprobs: bool,
+    ) -> None:
+        super().__init__(options)
         self._tokenizer = tokenizer
         self._head = head
         self._echoes = echoes

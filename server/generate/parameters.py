@@ -88,6 +88,8 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "mirostat_mode": (0,),
     "repetition_detection": (),
     "lora_path": (),
+    "mcp_servers": ([],),
+    "container": (),
     "kv_transfer_params": (),
 }
 

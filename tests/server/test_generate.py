@@ -15,7 +15,7 @@ from server.errors import BadRequestError, ContextLengthExceededError, UnknownPa
 from server.generate.choices import ChoiceState, Delta, json_logprob
 from server.generate.completions import CompletionWriter
 from server.generate.endpoint import Head
-from server.generate.frame import _frame
+from server.generate.events import frame_chunks
 from server.generate.generation import Generation
 from server.generate.parameters import (
     HARMLESS,
@@ -163,7 +163,7 @@ def test_a_stream_never_shows_the_beginning_of_a_stop_string(tokenizer: Tokenize
 def test_tokens_after_a_stop_string_do_not_count(tokenizer: Tokenizer) -> None:
     choice = make_choice(tokenizer, stop=["b"])
     event = TokenEvent(request_id="r", token_ids=[*b"abcd", EOS], finish_reason=FinishReason.STOP, stop_token_id=EOS)
-    assert choice.push(event) == Delta(0, "a", [], "stop")
+    assert choice.push(event) == Delta(0, "a", [], "stop", stop_string="b")
     assert choice.num_tokens == 2
 
 
@@ -197,7 +197,7 @@ def test_minus_infinity_in_an_answer(tokenizer: Tokenizer) -> None:
 def test_events_have_no_line_ends_of_any_kind(tokenizer: Tokenizer) -> None:
     writer = CompletionWriter(tokenizer, Head("cmpl-1", 1, "m", "fp"), None, with_logprobs=False)
     text = "a\u2028b\u2029c\x85d\ne\r\nf\x0b\x0c\x1c\x1d\x1e\0"
-    events = _frame(writer.chunks(Delta(0, text)))
+    events = frame_chunks(writer.chunks(Delta(0, text)))
     (line,) = [line for line in events.decode().splitlines() if line]
     assert line.startswith("data: ")
     assert events.endswith(b"}\n\n")
