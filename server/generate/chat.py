@@ -10,6 +10,7 @@ from server.errors import BadRequestError, InvalidValueError
 from server.generate.choices import Delta, Position, json_logprob
 from server.generate.endpoint import Head
 from server.generate.prompts import Prompt, check_text_size
+from server.generate.token_fields import NO_FIELDS, TokenFields
 from server.schemas.chat import (
     ChatChoice,
     ChatChunkChoice,
@@ -55,27 +56,36 @@ class ChatEndpoint:
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
     ) -> "ChatWriter":
-        return ChatWriter(context.tokenizer, head, with_logprobs=bool(body.logprobs))
+        fields = TokenFields.asked_for(body, prompts)
+        return ChatWriter(context.tokenizer, head, with_logprobs=bool(body.logprobs), fields=fields)
 
 
 class ChatWriter:
-    def __init__(self, tokenizer: Tokenizer, head: Head, *, with_logprobs: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, head: Head, *, with_logprobs: bool, fields: TokenFields = NO_FIELDS
+    ) -> None:
         self._tokenizer = tokenizer
         self._head = head
+        self._fields = fields
         self._with_logprobs = with_logprobs
         self._started: set[int] = set()  # choices that the stream has begun
 
     def chunks(self, delta: Delta) -> list[ChatCompletionChunk]:
         """First one with the role; then at most one with text; at the end one that says why."""
-        choices = []
+        chunks = []
+        token_ids = self._fields.token_ids(delta)
         if delta.index not in self._started:
             self._started.add(delta.index)
-            choices.append(ChatChunkChoice(delta.index, ChatDelta("assistant", "")))
-        if delta.text or delta.positions:
-            choices.append(ChatChunkChoice(delta.index, ChatDelta(UNSET, delta.text), self._logprobs(delta.positions)))
+            chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", ""))]))
+            chunks[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
+        if delta.text or delta.positions or token_ids:
+            logprobs = self._logprobs(delta.positions)
+            choice = ChatChunkChoice(delta.index, ChatDelta(UNSET, delta.text), logprobs, token_ids=token_ids)
+            chunks.append(self._chunk([choice]))
         if delta.finish_reason is not None:
-            choices.append(ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason))
-        return [self._chunk([choice]) for choice in choices]
+            choice = ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason)
+            chunks.append(self._chunk([choice]))
+        return chunks
 
     def usage_chunk(self) -> ChatCompletionChunk:
         return self._chunk([])
@@ -89,11 +99,14 @@ class ChatWriter:
             choices=[self._choice(delta) for delta in deltas],
             usage=usage,
             system_fingerprint=head.system_fingerprint,
+            prompt_logprobs=self._fields.prompt_logprobs(self._tokenizer, 0),
+            prompt_token_ids=self._fields.prompt_token_ids(0),
         )
 
     def _choice(self, delta: Delta) -> ChatChoice:
         message = ChatResponseMessage(content=delta.text)
-        return ChatChoice(delta.index, message, self._logprobs(delta.positions), delta.finish_reason or "")
+        logprobs, token_ids = self._logprobs(delta.positions), self._fields.token_ids(delta)
+        return ChatChoice(delta.index, message, logprobs, delta.finish_reason or "", token_ids)
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         head = self._head

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from engine.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.text.choice import ChoiceText
@@ -32,12 +34,33 @@ class Delta:
     text: str
     positions: list[Position] = field(default_factory=list)  # empty unless asked for
     finish_reason: str | None = None  # stop, length
+    token_ids: list[int] = field(default_factory=list)  # those that the usage counts
 
     def add(self, other: Delta) -> None:
         """What was added to the same choice after this."""
         self.text += other.text
         self.positions += other.positions
+        self.token_ids += other.token_ids
         self.finish_reason = other.finish_reason
+
+
+def best_choices(wholes: Sequence[Delta], num_choices: int, num_best: int) -> Sequence[Delta]:
+    """Of each prompt's `num_choices` those whose tokens have the highest mean log probability, best first, renumbered.
+
+    All of them as they are if there is nothing to choose.
+    """
+    if num_best == num_choices:
+        return wholes
+    best: list[Delta] = []
+    for first in range(0, len(wholes), num_choices):
+        ranked = sorted(wholes[first : first + num_choices], key=_mean_logprob, reverse=True)
+        best += ranked[:num_best]
+    return [replace(delta, index=index) for index, delta in enumerate(best)]
+
+
+def _mean_logprob(delta: Delta) -> float:
+    logprobs = [position.logprobs.logprob for position in delta.positions if position.logprobs is not None]
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
 
 class ChoiceState:
@@ -70,7 +93,7 @@ class ChoiceState:
             self._hold(event.token_ids[:num_new], event.logprobs, num_seen)
         self.finish_reason = self._end(event)
         self.seconds += time.perf_counter() - start
-        return Delta(self.index, text, self._release(), self.finish_reason)
+        return Delta(self.index, text, self._release(), self.finish_reason, event.token_ids[:num_new])
 
     @property
     def stopped_by_text(self) -> bool:
