@@ -16,7 +16,7 @@ from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
 from server.errors import APIError, ServerError
-from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole
+from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best_choices
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
 from server.generate.parameters import (
@@ -28,7 +28,7 @@ from server.generate.parameters import (
     unknown_parameters,
     warnings_header,
 )
-from server.generate.prompts import Prompt, fit_max_tokens, vocab_size
+from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_size
 from server.generate.running import RunningRequest
 from server.generate.samplers import TokenizedSettings, tokenize_settings
 from server.schemas.common import GenerationRequest
@@ -156,7 +156,13 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
 
 
 def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
-    return job.endpoint.encode(job.context, job.body), tokenize_settings(job.context, job.body)
+    context, body = job.context, job.body
+    prompts = job.endpoint.encode(context, body)
+    if (num_tokens := body.truncate_prompt_tokens) is not None:
+        room = context.max_model_len - (1 if body.max_output_tokens is None else body.max_output_tokens)
+        num_tokens = max(1, room) if num_tokens == -1 else num_tokens
+        prompts = [truncated(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
+    return prompts, tokenize_settings(context, body)
 
 
 def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings) -> Submit:
@@ -234,10 +240,12 @@ async def _collect(context: ServerContext, generation: Generation, writer: Write
                 wholes[delta.index].add(delta)
 
     def encode() -> bytes:
-        return msgspec.json.encode(writer.answer([whole.join() for whole in wholes], generation.usage))
+        best = best_choices([whole.join() for whole in wholes], body.num_choices, body.num_answered)
+        return msgspec.json.encode(writer.answer(best, generation.usage))
 
     # Log probabilities may be hundreds of thousands of entries.
-    return encode() if body.num_logprobs is None else await context.run_text_work(encode)
+    is_short = body.num_logprobs is None and body.num_prompt_logprobs is None
+    return encode() if is_short else await context.run_text_work(encode)
 
 
 async def _stream(

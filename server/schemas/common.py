@@ -7,11 +7,20 @@ Answers are msgspec structs, which encode in about a microsecond; their fields s
 """
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainValidator,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
@@ -58,6 +67,13 @@ def _bias(value: object) -> float:
     return float(value)
 
 
+def _check_truncated_length(value: int) -> int:
+    if value == 0:
+        raise ValueError("expected a number of at least 1, or -1.")
+    return value
+
+
+TruncatedLength = Annotated[int, Field(ge=-1, le=INT64_MAX), AfterValidator(_check_truncated_length)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[list[StopString], Field(max_length=4, fail_fast=True)]
 Stop = Annotated[
@@ -159,6 +175,19 @@ class GenerationRequest(SamplerFields):
     min_tokens: int | None = Field(None, ge=0, description="Nothing ends the text before this many tokens.")
     skip_special_tokens: bool | None = Field(None, description="Leave control tokens out of the text. Default true.")
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower runs first. Default 0.")
+    truncate_prompt_tokens: TruncatedLength | None = Field(
+        None, description="Cut the prompt to this many tokens; -1: to what the context has room for. Default: never."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Which end of the prompt truncate_prompt_tokens cuts off. Default left: the beginning."
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log probabilities of the prompt's tokens and of as many alternatives. Not with stream.",
+    )
+    return_token_ids: bool | None = Field(None, description="Answer with the token ids of prompt and output.")
     cache_salt: str | None = Field(
         None,
         max_length=MAX_CACHE_SALT_CHARS,
@@ -166,9 +195,14 @@ class GenerationRequest(SamplerFields):
     )
 
     @property
-    def num_choices(self) -> int:
-        """Choices of each prompt."""
+    def num_answered(self) -> int:
+        """Choices of each prompt in the answer."""
         return self.n or 1
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt that are generated."""
+        return self.num_answered
 
     @property
     def num_prompts(self) -> int:
@@ -199,12 +233,23 @@ class GenerationRequest(SamplerFields):
         if self.stream_options is not None and not self.stream:
             message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
             raise InvalidValueError(message, param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            message = "Invalid 'prompt_logprobs': not allowed with 'stream': true."
+            raise InvalidValueError(message, param="prompt_logprobs")
         if self.samplers is not None and self.mirostat:
             message = "Invalid 'samplers': Mirostat has an order of its own, so only one of both is possible."
             raise InvalidValueError(message, param="samplers")
         if self.post_sampling_probs and self.num_logprobs is None:
             message = "Invalid 'post_sampling_probs': only allowed with 'logprobs'."
             raise InvalidValueError(message, param="post_sampling_probs")
+
+
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """A token that could stand at a place of the prompt."""
+
+    logprob: float
+    rank: int  # 1: the most likely token
+    decoded_token: str
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

@@ -68,3 +68,35 @@ def test_probabilities_after_sampling(server: ServerProcess) -> None:
         assert list(some.values()) != list(before.values())[:3]
     greedy = complete(server, logprobs=2, temperature=0, post_sampling_probs=True)
     assert greedy["logprobs"]["token_logprobs"] == [0.0] * 20
+
+
+def test_best_of_answers_with_the_most_likely(server: ServerProcess) -> None:
+    fields: dict[str, Any] = {"prompt": ["Once upon a time", "The sky"], "max_tokens": 8, "seed": 5, "stop": ["."]}
+    every = server.complete(**fields, n=4, logprobs=0).json()
+    best = server.complete(**fields, n=2, best_of=4).json()
+
+    def mean(choice: dict[str, Any]) -> float:
+        logprobs: list[float] = choice["logprobs"]["token_logprobs"]
+        return sum(logprobs) / len(logprobs)
+
+    ranked = [sorted(every["choices"][first : first + 4], key=mean, reverse=True) for first in (0, 4)]
+    expected = [choice["text"] for choices in ranked for choice in choices[:2]]
+    assert [choice["text"] for choice in best["choices"]] == expected
+    assert [choice["index"] for choice in best["choices"]] == [0, 1, 2, 3]
+    assert [choice["logprobs"] for choice in best["choices"]] == [None] * 4
+    assert best["usage"]["completion_tokens"] == every["usage"]["completion_tokens"]
+
+
+def test_prompt_logprobs_are_those_of_an_echo(server: ServerProcess) -> None:
+    fields: dict[str, Any] = {"prompt": "The sky is blue and", "max_tokens": 1, "logprobs": 3}
+    echo = server.complete(**fields, echo=True).json()["choices"][0]["logprobs"]
+    choice = server.complete(**fields, prompt_logprobs=3, return_token_ids=True).json()["choices"][0]
+    own = [
+        some[str(token_id)]
+        for token_id, some in zip(choice["prompt_token_ids"][1:], choice["prompt_logprobs"][1:], strict=True)
+    ]
+    assert [entry["logprob"] for entry in own] == echo["token_logprobs"][1:-1]
+    assert [entry["decoded_token"] for entry in own] == echo["tokens"][1:-1]
+    for entry, some in zip(own, choice["prompt_logprobs"][1:], strict=True):
+        better = [other for other in some.values() if other["logprob"] > entry["logprob"]]
+        assert entry["rank"] == len(better) + 1 or entry["rank"] > 3
