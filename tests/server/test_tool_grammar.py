@@ -52,8 +52,7 @@ class Model:
         self.guide = LLTokenizer((folder / "tokenizer.json").read_text(), eos_token=[EOS])
 
     def special_ids(self, marks: Sequence[str]) -> dict[str, int]:
-        ids = {mark: self.tokenizer.token_id(mark) for mark in marks}
-        return {mark: token_id for mark, token_id in ids.items() if token_id in self.tokenizer.special_ids}
+        return self.tokenizer.special_ids_of(marks)
 
     def matcher(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self.guide, grammar, log_level=0)
