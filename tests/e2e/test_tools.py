@@ -47,7 +47,8 @@ def test_the_model_is_told_of_the_tools(client: OpenAI) -> None:
     def num_prompt_tokens(**fields: Any) -> int:
         usage = client.chat.completions.create(**(CHAT | fields)).usage
         assert usage is not None
-        return usage.prompt_tokens
+        num_tokens: int = usage.prompt_tokens
+        return num_tokens
 
     without = num_prompt_tokens(tools=openai.omit)
     assert num_prompt_tokens() > without + 50
