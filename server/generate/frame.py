@@ -15,7 +15,7 @@ from fastapi import Request, Response
 from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
-from server.errors import APIError, ServerError
+from server.errors import APIError, ServerError, UnsupportedParameterError
 from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best_choices
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
@@ -168,6 +168,8 @@ def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
 def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings) -> Submit:
     """Raises ContextLengthExceededError, or InvalidValueError for a min_tokens that cannot be."""
     context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
+    if prompt.call_grammar is not None:
+        raise UnsupportedParameterError("tool_choice", "A call cannot be forced, nor its form.")
     max_tokens = fit_max_tokens(
         body.max_output_tokens,
         num_prompt_tokens,
@@ -213,8 +215,7 @@ def _choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceSta
     skip_special_tokens = body.skip_special_tokens is not False
     format = prompts[index // body.num_choices].output_format
     # Control tokens that tell the parts of an answer apart are never skipped, but they are no content.
-    markers = {marker: context.tokenizer.token_id(marker) for marker in format.markers} if format is not None else {}
-    special = {marker: id for marker, id in markers.items() if id is not None and id in context.tokenizer.special_ids}
+    special = {} if format is None else context.tokenizer.special_ids_of(format.markers)
     parts = None
     if format is not None:
         parser = OutputParser(format, hidden=tuple(special) if skip_special_tokens else ())
