@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from msgspec import UNSET, UnsetType
+
 from engine.messages import TokenLogprobs
 from server.context import ServerContext
 from server.errors import InvalidValueError, clip
@@ -10,7 +12,7 @@ from server.generate.endpoint import Head
 from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt, check_text_size, vocab_size
 from server.generate.token_fields import NO_FIELDS, TokenFields
-from server.schemas.common import StreamOptions, Usage
+from server.schemas.common import Account, StreamOptions, Usage
 from server.schemas.completions import (
     Completion,
     CompletionChoice,
@@ -139,10 +141,11 @@ class CompletionWriter(ChunkWriter):
     def usage_chunk(self) -> Completion:
         return self._completion([])
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage) -> Completion:
+    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> Completion:
         placed = [self._after_echo(delta, begins=True) for delta in deltas]
         answer = self._completion([self._choice(d, self._logprobs(d.positions), d.finish_reason) for d in placed])
         answer.usage = usage
+        answer.lightwell = account
         for choice, delta in zip(answer.choices, deltas, strict=True):
             choice.prompt_logprobs = self._fields.prompt_logprobs(self._tokenizer, delta.index)
             choice.prompt_token_ids = self._fields.prompt_token_ids(delta.index)

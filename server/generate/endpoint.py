@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
+from msgspec import UnsetType
 
 from server.context import ServerContext
 from server.errors import APIError
 from server.generate.choices import Delta
 from server.generate.prompts import Prompt
-from server.schemas.common import GenerationRequest, Usage
+from server.schemas.common import Account, GenerationRequest, Usage
 
 Body_contra = TypeVar("Body_contra", bound=GenerationRequest, contravariant=True)
 
@@ -32,15 +33,15 @@ class Writer(Protocol):
         """What a stream says about additions to choices, framed; may be nothing. `usage` is that so far."""
         ...
 
-    def end(self, usage: Usage) -> bytes:
-        """The end of a stream that did not fail."""
+    def end(self, usage: Usage, account: Account | UnsetType) -> bytes:
+        """The end of a stream that did not fail. `account` is UNSET unless asked for."""
         ...
 
     def failure(self, error: APIError) -> bytes:
         """The end of one that did."""
         ...
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage) -> msgspec.Struct:
+    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType) -> msgspec.Struct:
         """The whole answer; each delta is all of a choice."""
         ...
 

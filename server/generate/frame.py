@@ -11,11 +11,13 @@ from typing import Generic, TypeVar
 
 import msgspec
 from fastapi import Request, Response
+from msgspec import UNSET, UnsetType
 
 from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
 from server.errors import APIError, ServerError, UnsupportedParameterError
+from server.generate.account import account_of
 from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best_choices
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
@@ -31,7 +33,7 @@ from server.generate.parameters import (
 from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_size
 from server.generate.running import RunningRequest
 from server.generate.samplers import TokenizedSettings, tokenize_settings
-from server.schemas.common import GenerationRequest
+from server.schemas.common import Account, GenerationRequest
 from server.sse import run_until_disconnect, sse_response
 from server.text.choice import ChoiceText
 from server.text.output_parser import OutputParser
@@ -62,14 +64,14 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
     generation, running, writer = await _start(job)
     if body.stream:
         return sse_response(
-            _stream(job.context, generation, writer, body),
+            _stream(job, generation, writer),
             on_close=running.close,
             on_error=writer.failure,
             headers=_headers(job),
             request_id=job.request_id,
         )
     try:
-        content = await run_until_disconnect(request, _collect(job.context, generation, writer, body))
+        content = await run_until_disconnect(request, _collect(job, generation, writer))
     finally:
         running.close()
     return Response(content, headers=_headers(job), media_type="application/json")
@@ -85,7 +87,7 @@ async def start_in_background(request: Request, body: Body, endpoint: Endpoint[B
 
     async def generate() -> None:
         try:
-            await _collect(job.context, generation, writer, body)
+            await _collect(job, generation, writer)
         except APIError as error:
             writer.failure(error)
         except Exception:
@@ -146,11 +148,14 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
         start = time.monotonic()
         prompts, tokenized = await context.run_text_work(_encode, job)
-        context.metrics.observe_tokenizer(time.monotonic() - start)
+        submitted = time.monotonic()
+        context.metrics.observe_tokenizer(submitted - start)
         submits = [_submit(job, prompt, index, tokenized) for index, prompt in enumerate(prompts)]
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         streams = _send(context, submits, reservation)
-    generation = Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
+    generation = Generation(
+        prompts, streams, choices, metrics=context.metrics, request_id=job.request_id, submitted=submitted
+    )
     running = context.running.add(generation, job.head.id, job.request_id)
     return generation, running, job.endpoint.writer(context, body, job.head, prompts)
 
@@ -232,8 +237,15 @@ def _choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceSta
     return ChoiceState(index, text, include_stop=include_stop, parts=parts)
 
 
-async def _collect(context: ServerContext, generation: Generation, writer: Writer, body: GenerationRequest) -> bytes:
+def _account(job: _Job[Body], generation: Generation) -> Account | UnsetType:
+    if not job.body.wants_account or generation.ending is None:
+        return UNSET
+    return account_of(generation.ending, arrival=job.arrival, submitted=generation.submitted, seed=job.seed)
+
+
+async def _collect(job: _Job[Body], generation: Generation, writer: Writer) -> bytes:
     """The answer as JSON."""
+    body = job.body
     wholes = [Whole(index) for index in range(len(generation.choices))]
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
@@ -242,16 +254,14 @@ async def _collect(context: ServerContext, generation: Generation, writer: Write
 
     def encode() -> bytes:
         best = best_choices([whole.join() for whole in wholes], body.num_choices, body.num_answered)
-        return msgspec.json.encode(writer.answer(best, generation.usage))
+        return msgspec.json.encode(writer.answer(best, generation.usage, _account(job, generation)))
 
     # Log probabilities may be hundreds of thousands of entries.
     is_short = body.num_logprobs is None and body.num_prompt_logprobs is None
-    return encode() if is_short else await context.run_text_work(encode)
+    return encode() if is_short else await job.context.run_text_work(encode)
 
 
-async def _stream(
-    context: ServerContext, generation: Generation, writer: Writer, body: GenerationRequest
-) -> AsyncGenerator[bytes, None]:
+async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> AsyncGenerator[bytes, None]:
     """Server-sent events; all that one step of the engine yields is one write."""
 
     def encode(batch: list[Delta]) -> bytes:
@@ -260,7 +270,7 @@ async def _stream(
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
             # With a prompt's log probabilities a batch may have very many.
-            in_thread = body.num_prompt_logprobs is not None
-            if events := await context.run_text_work(encode, batch) if in_thread else encode(batch):
+            in_thread = job.body.num_prompt_logprobs is not None
+            if events := await job.context.run_text_work(encode, batch) if in_thread else encode(batch):
                 yield events
-    yield writer.end(generation.usage)
+    yield writer.end(generation.usage, _account(job, generation))

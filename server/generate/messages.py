@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from server.context import ServerContext
 from server.errors import APIError, InvalidValueError, MissingParameterError
@@ -15,7 +16,7 @@ from server.generate.endpoint import Head
 from server.generate.events import frame_events
 from server.generate.prompts import Prompt
 from server.schemas.chat import ChatCompletionRequest
-from server.schemas.common import Usage
+from server.schemas.common import Account, Usage
 from server.schemas.messages import (
     Block,
     BlockDelta,
@@ -203,14 +204,14 @@ class MessagesWriter:
             self._has_calls |= bool(delta.tool_calls)
         return frame_events(events)
 
-    def end(self, usage: Usage) -> bytes:
+    def end(self, usage: Usage, account: Account | UnsetType = UNSET) -> bytes:
         stop = StopDetails(*_stop(self._last, has_calls=self._has_calls))
-        return frame_events([*self._close(), MessageDelta(stop, _usage(usage)), MessageStop()])
+        return frame_events([*self._close(), MessageDelta(stop, _usage(usage), account), MessageStop()])
 
     def failure(self, error: APIError) -> bytes:
         return b"event: error\ndata: " + error.anthropic_body() + b"\n\n"
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage) -> Message:
+    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> Message:
         (delta,) = deltas
         content: list[Block] = []
         if delta.reasoning and self._with_thinking:
@@ -218,7 +219,9 @@ class MessagesWriter:
         if delta.text:
             content.append(Text(delta.text))
         content += [ToolUse(call.id, call.name, _tool_input(call.arguments)) for call in delta.tool_calls]
-        return self._message(content, *_stop(delta, has_calls=bool(delta.tool_calls)), usage)
+        message = self._message(content, *_stop(delta, has_calls=bool(delta.tool_calls)), usage)
+        message.lightwell = account
+        return message
 
     def _message(self, content: list[Block], reason: str | None, sequence: str | None, usage: Usage) -> Message:
         return Message(

@@ -130,7 +130,8 @@ def unknown_parameters(body: BaseModel, *, strict: bool) -> list[str]:
         if name in UNSUPPORTED and not _asks_for_nothing(value, UNSUPPORTED[name]):
             raise UnsupportedParameterError(name)
     names = [name for name, _ in _extra(body) if name not in UNSUPPORTED and name not in HARMLESS]
-    names += [f"stream_options.{name}" for name, _ in _extra(getattr(body, "stream_options", None))]
+    for part in ("stream_options", "lightwell"):
+        names += [f"{part}.{name}" for name, _ in _extra(getattr(body, part, None))]
     names += dict.fromkeys(_unknown_in_messages(getattr(body, "messages", None) or ()))
     if names and strict:
         raise UnknownParameterError(clip(names[0]))

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
-from server.schemas.common import MAX_LOGPROBS, GenerationRequest, PromptLogprob, Usage
+from server.schemas.common import MAX_LOGPROBS, Account, GenerationRequest, PromptLogprob, Usage
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools
 
 MAX_MESSAGES = 10_000
@@ -225,6 +225,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
+    lightwell: Account | UnsetType = UNSET
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -269,4 +270,5 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    lightwell: Account | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET  # only at a choice's beginning

@@ -114,6 +114,14 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to the chunks either way.")
 
 
+class LightwellOptions(BaseModel):
+    """What only this server can tell."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    explain: bool | None = Field(None, description="Add what the request's time went to, as `lightwell`.")
+
+
 class GenerationRequest(SamplerFields):
     """The parameters of both endpoints. Those that OpenAI has not are vLLM's, and llama.cpp's for samplers."""
 
@@ -193,6 +201,11 @@ class GenerationRequest(SamplerFields):
         max_length=MAX_CACHE_SALT_CHARS,
         description="Only requests with the same salt share cached prefixes.",
     )
+    lightwell: LightwellOptions | None = Field(None, description="What only this server can tell.")
+
+    @property
+    def wants_account(self) -> bool:
+        return self.lightwell is not None and bool(self.lightwell.explain)
 
     @property
     def num_answered(self) -> int:
