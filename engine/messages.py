@@ -67,6 +67,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # None: none; k: of each sampled token and of the k most likely
+    logprob_token_ids: tuple[int, ...] = ()  # in the place of the k most likely
     prompt_logprobs: int | None = None  # the same for each prompt token but the first
     post_sampling_probs: bool = False  # `logprobs` are of what the token was drawn from, after all settings
 

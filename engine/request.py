@@ -70,6 +70,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     drafter: Drafter | None = None  # since the first time that a draft was wanted
     int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
+    allowed_ids: array[int] = field(default_factory=lambda: array("i"))  # params.allowed_token_ids, side by side
     mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
 
     @property
@@ -122,6 +123,10 @@ class RequestWithDraft:
     def history(self) -> array[int]:
         """Without the draft."""
         return self.request.history()
+
+    @property
+    def allowed_ids(self) -> array[int]:
+        return self.request.allowed_ids
 
     @property
     def mirostat_mu(self) -> list[float]:
@@ -212,6 +217,7 @@ def choice_seed(seed: int, index: int) -> int:
 
 def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Request:
     """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
+    allowed_ids = array("i", submit.params.allowed_token_ids)
     choices = [
         Request(
             request_id=submit.request_id,
@@ -229,6 +235,7 @@ def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Reques
                 queued=now,
                 num_prompt_tokens=len(submit.prompt_token_ids),
             ),
+            allowed_ids=allowed_ids,
         )
         for index in range(submit.n)
     ]

@@ -120,7 +120,8 @@ class ModelRunner:
                 if rows[index].params.post_sampling_probs:
                     raw_logits[place] = logits[index]
             num_top = [rows[index].params.logprobs or 0 for index in wanted]
-            entries = gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top)
+            named_ids = [rows[index].params.logprob_token_ids for index in wanted]
+            entries = gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top, named_ids)
             logprobs = dict(zip(wanted, entries, strict=True))
         clock.lap("sample")
         return PendingOutputs(step, prompt_logprobs, copy, logprobs)

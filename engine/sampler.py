@@ -80,8 +80,8 @@ class Sampler:
 
     def _allow_only(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         for row, request in enumerate(requests):
-            if request.params.allowed_token_ids:
-                ids = torch.tensor(request.params.allowed_token_ids, device=self.device)
+            if request.allowed_ids:
+                ids = torch.frombuffer(request.allowed_ids, dtype=torch.int32).to(self.device, torch.int64)
                 allowed = logits[row, ids]
                 logits[row] = float("-inf")
                 logits[row, ids] = allowed
@@ -144,10 +144,13 @@ def _waves(requests: Sequence[SampledRequest], rows: Sequence[int]) -> list[list
 # Log probabilities.
 
 
-def gather_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+def gather_logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: Sequence[int], named_ids: Sequence[Sequence[int]] = ()
+) -> list[TokenLogprobs]:
     """For each row of float32 logits [R, V]: the given token's log probability, its rank, and the most likely tokens.
 
     `num_top` says how many alternatives each row wants. Tokens of -infinity, which cannot be, are none.
+    Rows that have `named_ids` get these instead.
     """
     logprobs = logits.log_softmax(dim=-1)
     chosen = token_ids[:, None]
@@ -156,7 +159,15 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -
     top_ids = _top_ids(logits, max(num_top))
     values = logprobs.gather(1, torch.cat((chosen, top_ids), dim=1)).tolist()
     rows = zip(values, ranks.tolist(), top_ids.tolist(), num_top, strict=True)
-    return [_token_logprobs(first, rank, ids[:num], rest[:num]) for (first, *rest), rank, ids, num in rows]
+    entries = [_token_logprobs(first, rank, ids[:num], rest[:num]) for (first, *rest), rank, ids, num in rows]
+    for row, ids in enumerate(named_ids):
+        if ids:
+            named = sorted(zip((-logprobs[row, ids]).tolist(), ids, strict=True))
+            named_logprobs = [-negative for negative, _ in named]
+            entries[row] = _token_logprobs(
+                entries[row].logprob, entries[row].rank, [token_id for _, token_id in named], named_logprobs
+            )
+    return entries
 
 
 def _token_logprobs(logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]) -> TokenLogprobs:

@@ -110,7 +110,7 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body]) -> _Job[Body]
     unknown = unknown_parameters(body, strict=context.settings.strict)
     body.check()
     info = context.client.ready_info()
-    check_token_ids(body, vocab_size(context))
+    check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)
     context.metrics.count_unknown_parameters(len(unknown))
     return _Job(
         context=context,
