@@ -121,18 +121,18 @@ def test_calls_one_after_another(model: RunningServer, claude: Anthropic, client
 
 
 def test_thinking_is_asked_for(model: RunningServer) -> None:
-    body = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
     for thinking, opened in (({"type": "enabled", "budget_tokens": 1024}, True), ({"type": "disabled"}, False)):
         httpx.post(f"{model.url}/v1/messages", json=body | {"thinking": thinking}).raise_for_status()
         assert prompt(model).endswith("<think>\n") == opened
     for effort, opened in (("low", True), ("none", False)):
-        body = {"model": "tiny", "input": "Hi", "max_output_tokens": 5, "reasoning": {"effort": effort}}
-        httpx.post(f"{model.url}/v1/responses", json=body).raise_for_status()
+        asked = {"model": "tiny", "input": "Hi", "max_output_tokens": 5, "reasoning": {"effort": effort}}
+        httpx.post(f"{model.url}/v1/responses", json=asked).raise_for_status()
         assert prompt(model).endswith("<think>\n") == opened
 
 
 def test_tools_that_cannot_be(model: RunningServer) -> None:
-    body = {"model": "tiny", "input": "Hi"}
+    body: dict[str, Any] = {"model": "tiny", "input": "Hi"}
     for fields, param in (
         ({"tools": [FUNCTION, FUNCTION]}, "tools"),
         ({"tools": [FUNCTION | {"name": "a b"}]}, "tools[0].name"),
