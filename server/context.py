@@ -6,11 +6,14 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, Unpack, cast
 
 import anyio.to_thread
 from anyio import CapacityLimiter
 from starlette.requests import Request
+
+from server.text.words import SequenceBreakers
 
 if TYPE_CHECKING:
     from engine.config import ModelConfig
@@ -52,6 +55,10 @@ class ServerContext:
     async def run_text_work(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Calls `function` in a thread, for a request that generates."""
         return await anyio.to_thread.run_sync(function, *args, limiter=self.text_threads)
+
+    @cached_property
+    def sequence_breakers(self) -> SequenceBreakers:
+        return SequenceBreakers(self.tokenizer)
 
     @property
     def max_model_len(self) -> int:

@@ -8,6 +8,7 @@ from server.generate.choices import Delta, Position, ToolCallDelta, json_logprob
 from server.generate.endpoint import Head
 from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt
+from server.generate.token_fields import NO_FIELDS, TokenFields
 from server.schemas.chat import (
     ChatChoice,
     ChatChunkChoice,
@@ -45,6 +46,7 @@ class ChatEndpoint:
             body.stream_options,
             with_logprobs=bool(body.logprobs),
             with_reasoning=body.include_reasoning is not False,
+            fields=TokenFields.asked_for(body, prompts),
         )
 
 
@@ -57,28 +59,34 @@ class ChatWriter(ChunkWriter):
         *,
         with_logprobs: bool,
         with_reasoning: bool = True,
+        fields: TokenFields = NO_FIELDS,
     ) -> None:
         super().__init__(options)
         self._tokenizer = tokenizer
         self._head = head
+        self._fields = fields
         self._with_logprobs = with_logprobs
         self._with_reasoning = with_reasoning
         self._started: set[int] = set()  # choices that the stream has begun
 
     def chunks(self, delta: Delta) -> list[ChatCompletionChunk]:
         """First one with the role; then at most one with what was added; at the end one that says why."""
-        choices = []
+        chunks = []
+        token_ids = self._fields.token_ids(delta)
         if delta.index not in self._started:
             self._started.add(delta.index)
-            choices.append(ChatChunkChoice(delta.index, ChatDelta("assistant", "")))
+            chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", ""))]))
+            chunks[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
         addition = self._addition(delta)
-        if addition != ChatDelta() or delta.positions:
+        if addition != ChatDelta() or delta.positions or token_ids:
             if addition == ChatDelta():
                 addition.content = ""  # its log probabilities come before its text
-            choices.append(ChatChunkChoice(delta.index, addition, self._logprobs(delta.positions)))
+            logprobs = self._logprobs(delta.positions)
+            chunks.append(self._chunk([ChatChunkChoice(delta.index, addition, logprobs, token_ids=token_ids)]))
         if delta.finish_reason is not None:
-            choices.append(ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason))
-        return [self._chunk([choice]) for choice in choices]
+            choice = ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason)
+            chunks.append(self._chunk([choice]))
+        return chunks
 
     def _addition(self, delta: Delta) -> ChatDelta:
         addition = ChatDelta()
@@ -102,6 +110,8 @@ class ChatWriter(ChunkWriter):
             choices=[self._choice(delta) for delta in deltas],
             usage=usage,
             system_fingerprint=head.system_fingerprint,
+            prompt_logprobs=self._fields.prompt_logprobs(self._tokenizer, 0),
+            prompt_token_ids=self._fields.prompt_token_ids(0),
         )
 
     def _choice(self, delta: Delta) -> ChatChoice:
@@ -115,7 +125,8 @@ class ChatWriter(ChunkWriter):
             message.reasoning = message.reasoning_content = delta.reasoning
         if not delta.text and (delta.tool_calls or delta.reasoning):
             message.content = None
-        return ChatChoice(delta.index, message, self._logprobs(delta.positions), delta.finish_reason or "")
+        logprobs, token_ids = self._logprobs(delta.positions), self._fields.token_ids(delta)
+        return ChatChoice(delta.index, message, logprobs, delta.finish_reason or "", token_ids)
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         head = self._head

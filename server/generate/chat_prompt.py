@@ -7,11 +7,13 @@ import msgspec
 from server.context import ServerContext
 from server.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
 from server.generate.prompts import Prompt, check_text_size
+from server.generate.tool_grammar import tool_grammar
 from server.schemas.chat import ChatCompletionRequest
-from server.schemas.tools import NamedTool, callable_tools, must_call, offered_tools
+from server.schemas.tools import NamedTool, callable_tools, offered_tools
 from server.text.chat_template import ChatTemplate, ChatTemplateError, encode_chat
 from server.text.output_parser import OutputFormat
 from server.text.tokenizer import Tokenizer
+from server.text.tool_prompt import describe_tools
 
 NUM_END_TOKENS = 16  # of a prompt, among which the tag is that begins thoughts
 
@@ -21,9 +23,10 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
     template = context.chat_template
     if template is None:
         raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
-    _check_forced_calls(body)
     messages = [message.for_template() for message in body.messages]
     tools = [tool.for_template() for tool in offered_tools(body.tools, body.tool_choice)] or None
+    if tools is not None and "tools" not in template.variables:
+        messages, tools = describe_tools(messages, tools), None
     options = template_options(template, body)
     check_text_size(len(msgspec.json.encode([messages, tools, options])), context.max_model_len, "messages")
     try:
@@ -42,15 +45,9 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
         raise InvalidValueError(
             "Invalid 'messages': the model's chat template makes nothing of them.", param="messages"
         )
-    return Prompt(token_ids, output_format=_output_format(template, context.tokenizer, body, token_ids))
-
-
-def _check_forced_calls(body: ChatCompletionRequest) -> None:
-    """Raises UnsupportedParameterError for what a model only does if its output is constrained."""
-    if must_call(body.tool_choice):
-        raise UnsupportedParameterError("tool_choice", "Only 'auto' and 'none' are.")
-    if any(tool.function.strict for tool in callable_tools(body.tools, body.tool_choice)):
-        raise UnsupportedParameterError("tools", "'strict' is not.")
+    format = _output_format(template, context.tokenizer, body, token_ids)
+    grammar = _call_grammar(format, context.tokenizer, body)
+    return Prompt(token_ids, output_format=None if format.is_plain else format, call_grammar=grammar)
 
 
 def template_options(template: ChatTemplate, body: ChatCompletionRequest) -> dict[str, Any]:
@@ -88,8 +85,8 @@ def _effort_options(template: ChatTemplate, effort: str) -> dict[str, Any]:
 
 def _output_format(
     template: ChatTemplate, tokenizer: Tokenizer, body: ChatCompletionRequest, token_ids: list[int]
-) -> OutputFormat | None:
-    """What may be in the answer beside content; None: nothing."""
+) -> OutputFormat:
+    """What may be in the answer beside content."""
     tags = template.think_tags
     is_thinking = False
     if tags is not None and body.continue_final_message:
@@ -97,7 +94,7 @@ def _output_format(
     elif tags is not None:
         end = tokenizer.decode(token_ids[-NUM_END_TOKENS:], skip_special_tokens=False)
         is_thinking = body.opens_answer and tags.are_opened_by(end)
-    format = OutputFormat(
+    return OutputFormat(
         tool_format=template.tool_format,
         tool_names=frozenset(tool.name for tool in callable_tools(body.tools, body.tool_choice)),
         parallel_calls=body.parallel_tool_calls is not False,
@@ -106,4 +103,16 @@ def _output_format(
         # As at OpenAI: a call that had to be is no reason to end.
         calls_end="stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
     )
-    return None if format.is_plain else format
+
+
+def _call_grammar(format: OutputFormat, tokenizer: Tokenizer, body: ChatCompletionRequest) -> str | None:
+    """What the output must match for its calls to be as the request wants them."""
+    return tool_grammar(
+        format.tool_format,
+        body.tools,
+        body.tool_choice,
+        format.parallel_calls,
+        think_tags=format.think_tags,
+        is_thinking=format.is_thinking,
+        special_ids=tokenizer.special_ids_of(format.markers),
+    )

@@ -16,8 +16,8 @@ from fastapi import Request, Response
 from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
-from server.errors import APIError, ServerError
-from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole
+from server.errors import APIError, ServerError, UnsupportedParameterError
+from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best_choices
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
 from server.generate.parameters import (
@@ -29,8 +29,9 @@ from server.generate.parameters import (
     unknown_parameters,
     warnings_header,
 )
-from server.generate.prompts import Prompt, fit_max_tokens, vocab_size
+from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_size
 from server.generate.running import RunningRequest
+from server.generate.samplers import TokenizedSettings, tokenize_settings
 from server.schemas.common import GenerationRequest
 from server.schemas.render import RenderedPrompt
 from server.sse import run_until_disconnect, sse_response
@@ -107,9 +108,8 @@ async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tupl
     context = job.context
 
     def encode() -> list[RenderedPrompt]:
-        prompts = endpoint.encode(context, body)
-        submits = [_submit(job, prompt, index) for index, prompt in enumerate(prompts)]
-        return [_rendered(job, submit) for submit in submits]
+        prompts, tokenized = _encode(job)
+        return [_rendered(job, _submit(job, prompt, index, tokenized)) for index, prompt in enumerate(prompts)]
 
     rendered = await anyio.to_thread.run_sync(encode, limiter=context.tokenize_threads)
     headers = {name: value for name, value in _headers(job).items() if name != "x-lightwell-seed"}
@@ -177,9 +177,9 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
         start = time.monotonic()
-        prompts = await context.run_text_work(job.endpoint.encode, context, body)
+        prompts, tokenized = await context.run_text_work(_encode, job)
         context.metrics.observe_tokenizer(time.monotonic() - start)
-        submits = [_submit(job, prompt, index) for index, prompt in enumerate(prompts)]
+        submits = [_submit(job, prompt, index, tokenized) for index, prompt in enumerate(prompts)]
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         streams = _send(context, submits, reservation)
     generation = Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
@@ -187,9 +187,21 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     return generation, running, job.endpoint.writer(context, body, job.head, prompts)
 
 
-def _submit(job: _Job[Body], prompt: Prompt, index: int) -> Submit:
+def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
+    context, body = job.context, job.body
+    prompts = job.endpoint.encode(context, body)
+    if (num_tokens := body.truncate_prompt_tokens) is not None:
+        room = context.max_model_len - (1 if body.max_output_tokens is None else body.max_output_tokens)
+        num_tokens = max(1, room) if num_tokens == -1 else num_tokens
+        prompts = [truncated(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
+    return prompts, tokenize_settings(context, body)
+
+
+def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings) -> Submit:
     """Raises ContextLengthExceededError, or InvalidValueError for a min_tokens that cannot be."""
     context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
+    if prompt.call_grammar is not None:
+        raise UnsupportedParameterError("tool_choice", "A call cannot be forced, nor its form.")
     max_tokens = fit_max_tokens(
         body.max_output_tokens,
         num_prompt_tokens,
@@ -199,6 +211,7 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int) -> Submit:
     )
     params = sampling_params(
         body,
+        tokenized,
         max_tokens=max_tokens,
         seed=prompt_seed(job.seed, index),
         vocab_size=vocab_size(context),
@@ -234,8 +247,7 @@ def _choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceSta
     skip_special_tokens = body.skip_special_tokens is not False
     format = prompts[index // body.num_choices].output_format
     # Control tokens that tell the parts of an answer apart are never skipped, but they are no content.
-    markers = {marker: context.tokenizer.token_id(marker) for marker in format.markers} if format is not None else {}
-    special = {marker: id for marker, id in markers.items() if id is not None and id in context.tokenizer.special_ids}
+    special = {} if format is None else context.tokenizer.special_ids_of(format.markers)
     parts = None
     if format is not None:
         parser = OutputParser(format, hidden=tuple(special) if skip_special_tokens else ())
@@ -261,10 +273,12 @@ async def _collect(context: ServerContext, generation: Generation, writer: Write
                 wholes[delta.index].add(delta)
 
     def encode() -> bytes:
-        return msgspec.json.encode(writer.answer([whole.join() for whole in wholes], generation.usage))
+        best = best_choices([whole.join() for whole in wholes], body.num_choices, body.num_answered)
+        return msgspec.json.encode(writer.answer(best, generation.usage))
 
     # Log probabilities may be hundreds of thousands of entries.
-    return encode() if body.num_logprobs is None else await context.run_text_work(encode)
+    is_short = body.num_logprobs is None and body.num_prompt_logprobs is None
+    return encode() if is_short else await context.run_text_work(encode)
 
 
 async def _stream(

@@ -17,8 +17,16 @@ class Prompt:
     token_ids: list[int]
     text: str | None = None  # None: the client sent token ids, or messages
     output_format: OutputFormat | None = None  # None: an answer is plain text
+    call_grammar: str | None = None  # what the output must match for its calls to be as the request wants them
     num_cached_tokens: int = 0  # found in the prefix cache
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all tokens but the first, if asked for
+
+
+def truncated(prompt: Prompt, num_tokens: int, side: str) -> Prompt:
+    """The last tokens of a prompt, or with side `right` the first, where it has more than `num_tokens`."""
+    if len(prompt.token_ids) <= num_tokens:
+        return prompt
+    return Prompt(prompt.token_ids[:num_tokens] if side == "right" else prompt.token_ids[-num_tokens:])
 
 
 def vocab_size(context: ServerContext) -> int:

@@ -10,7 +10,8 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS
-from server.schemas.common import INT64_MAX, StopStrings
+from server.schemas.common import StopStrings
+from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
 # Requests.

@@ -9,7 +9,8 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, TokenLogprob
-from server.schemas.common import INT64_MAX, MAX_LOGPROBS
+from server.schemas.common import MAX_LOGPROBS
+from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
 MAX_METADATA = 16  # entries

@@ -1,6 +1,7 @@
 """The tools that a chat request offers to the model, which of them it may call, and the calls of earlier answers."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -134,7 +135,7 @@ def must_call(choice: ToolChoice | None) -> bool:
     return choice == "required" or isinstance(choice, NamedTool)
 
 
-def offered_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
+def offered_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
     """The tools that the model is told about."""
     if choice == "none":
         return []
@@ -142,7 +143,7 @@ def offered_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> list[T
     return [tool for tool in tools or () if allowed is None or tool.name in allowed]
 
 
-def callable_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
+def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
     """Those of them that it may call."""
     named = choice.function.name if isinstance(choice, NamedTool) else None
     return [tool for tool in offered_tools(tools, choice) if named in (None, tool.name)]

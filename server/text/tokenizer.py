@@ -88,9 +88,10 @@ class Tokenizer:
         known = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
         return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
-    def token_id(self, token: str) -> int | None:
-        """The id of a token by its spelling, or None if there is no such token."""
-        return self._backend.token_to_id(token)
+    def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
+        """Those of the texts that are control tokens -> their ids."""
+        ids = {text: self._backend.token_to_id(text) for text in texts}
+        return {text: token_id for text, token_id in ids.items() if token_id in self.special_ids}
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, b"" for an id outside the vocabulary.

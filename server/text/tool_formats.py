@@ -1,6 +1,6 @@
 """In which form models write the calls of tools. The chat template, which writes earlier calls, shows it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +15,13 @@ class ToolFormat:
     has_names: bool = False  # a call may also be the tool's name, followed by the arguments alone
     separator: str = ""  # may stand between two calls
     arguments_key: str = "arguments"
+    name_end: str = ""  # what ends that name
     other_markers: tuple[str, ...] = ()  # that are no content either
     id_length: int | None = None  # characters of a call's id, where the template insists on it
 
     @property
     def markers(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.start, self.end, *self.other_markers)))
+        return tuple(filter(None, (self.start, self.end, self.name_end, *self.other_markers)))
 
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>")
@@ -30,13 +31,16 @@ MISTRAL = ToolFormat(
     "[TOOL_CALLS]",
     has_arrays=True,
     has_names=True,
-    other_markers=("[ARGS]", "[CALL_ID]"),
+    name_end="[ARGS]",
+    other_markers=("[CALL_ID]",),
     id_length=9,
 )
+MISTRAL_NAMES = replace(MISTRAL, name="mistral_names", has_arrays=False)
 GENERIC = ToolFormat("generic", "<tool_call>", "</tool_call>", is_bare=True, has_arrays=True)
 
 # What a chat template has to hold -> the format; the first that fits counts.
 _SIGNS = (
+    ("[ARGS]", MISTRAL_NAMES),
     ("[TOOL_CALLS]", MISTRAL),
     ("<tool_call>", HERMES),
     ("<|python_tag|>", LLAMA3),

@@ -55,6 +55,32 @@ def test_tools_reach_the_template(plain: RunningServer) -> None:
     )
 
 
+def test_a_model_whose_template_knows_no_tools_is_told_of_them(model_folder: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "time", "arguments": '{"zone": "é"}'}}
+    history = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "noon"},
+        {"role": "assistant", "content": "Once more.", "tool_calls": [call, call]},
+    ]
+    with shared_server(model_folder) as server:
+        for system in ([], [{"role": "system", "content": "Be brief."}]):
+            text = prompt(server, messages=system + history, tools=[TIME])
+            head, turns = text.split("<|im_end|>\n", 1)
+            assert head.startswith(f"<|im_start|>system\n{'Be brief.' if system else 'You may'}")
+            assert '{"name": "time", "parameters": {"type": "object", "properties": {}}}\n' in head
+            written = '{"name": "time", "arguments": {"zone": "é"}}'
+            assert turns == (
+                f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{written}<|im_end|>\n"
+                "<|im_start|>tool\nnoon<|im_end|>\n"
+                f"<|im_start|>assistant\nOnce more.\n\n[{written}, {written}]<|im_end|>\n<|im_start|>assistant\n"
+            )
+        say(server, '[{"name": "time", "arguments": {}}, {"name": "time"}]')
+        message = ask_json(server.url, CHAT, tools=[TIME])["choices"][0]["message"]
+        assert message["content"] is None
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["time", "time"]
+
+
 def test_calls_and_results_reach_the_template(plain: RunningServer) -> None:
     def call(arguments: str) -> dict[str, Any]:
         return {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
@@ -307,3 +333,15 @@ def test_control_tokens_can_be_shown(tmp_path: Path) -> None:
             (choice,) = ask_json(server.url, CHAT, tools=TOOLS, skip_special_tokens=not shown)["choices"]
             assert choice["message"]["content"] == ("b</tool_call>" if shown else "b")
             assert choice["message"]["reasoning"] == "a"
+
+
+def test_what_only_a_grammar_brings_about_is_refused(plain: RunningServer) -> None:
+    strict = {"type": "function", "function": {"name": "time", "strict": True}}
+    named = {"type": "function", "function": {"name": "time"}}
+    for fields in (
+        {"tools": TOOLS, "tool_choice": "required"},
+        {"tools": TOOLS, "tool_choice": named},
+        {"tools": [strict]},
+    ):
+        assert check_error(ask(plain.url, CHAT, **fields), 400)["code"] == "unsupported_parameter"
+    ask_json(plain.url, CHAT, tools=[strict], tool_choice="none")

@@ -133,6 +133,7 @@ def test_thinking_is_asked_for(model: RunningServer) -> None:
 
 def test_tools_that_cannot_be(model: RunningServer) -> None:
     body: dict[str, Any] = {"model": "tiny", "input": "Hi"}
+    fields: dict[str, Any]
     for fields, param in (
         ({"tools": [FUNCTION, FUNCTION]}, "tools"),
         ({"tools": [FUNCTION | {"name": "a b"}]}, "tools[0].name"),

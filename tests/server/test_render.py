@@ -17,13 +17,14 @@ def test_a_conversation(server: RunningServer) -> None:
     ask_json(server.url, CHAT, **SETTINGS)
     (submit,) = server.engine.submits
     assert rendered.pop("request_id").startswith("chatcmpl-")
-    params = msgspec.structs.asdict(submit.params)
+    params = msgspec.json.decode(msgspec.json.encode(msgspec.structs.asdict(submit.params)))
+    assert (params["seed"], params["logit_bias"], params["stop_token_ids"]) == (7, {"65": 1.0}, [66])
     assert rendered == {
         "model": "tiny",
         "prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
         "token_ids": submit.prompt_token_ids,
         "max_tokens": submit.params.max_tokens,
-        "sampling_params": params | {"logit_bias": {"65": 1.0}, "stop_token_ids": [66]},
+        "sampling_params": params,
     }
     assert rendered["token_ids"] == chatml(("user", "Hi"))
     assert rendered["max_tokens"] == 2048 - len(rendered["token_ids"])

@@ -66,7 +66,8 @@ def test_white_space_at_the_end_is_kept() -> None:
 
 
 def test_content_in_any_form_is_continued() -> None:
-    for content in ("It is", [{"type": "text", "text": "It is"}]):
+    contents: list[Any] = ["It is", [{"type": "text", "text": "It is"}]]
+    for content in contents:
         messages = [CHAT[0], {"role": "assistant", "content": content}]
         for source in (CHATML, PARTS_ONLY):
             rendered = chat_template(source).render(messages, add_generation_prompt=False, continue_final_message=True)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from server.text.output_parser import OutputFormat, OutputParser
 from server.text.parts import PartKind
 from server.text.reasoning import ThinkTags
-from server.text.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, ToolFormat, detect_tool_format
+from server.text.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, ToolFormat, detect_tool_format
 from tests.server.text.test_tool_parser import cut
 
 TAGS = ThinkTags("<think>", "</think>")
@@ -82,6 +82,7 @@ def test_whether_an_answer_ends_with_calls(text: str, ends: bool) -> None:
     [
         ('{{ \'<tool_call>\\n{"name": "\' + call.name }}', HERMES),
         ("{{ '[TOOL_CALLS] [' }}{{ '<tool_call>' }}", MISTRAL),
+        ("{{ '[TOOL_CALLS]' + call.name + '[ARGS]' }}", MISTRAL_NAMES),
         ("{% if call.name in builtin_tools %}{{ '<|python_tag|>' }}{% endif %}", LLAMA3),
         ("""{{ 'Respond in the format {"name": function name, "parameters": dictionary of argument name' }}""", LLAMA3),
         ("{% for message in messages %}{{ message.content }}{% endfor %}", GENERIC),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.parts import PartKind
-from server.text.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, ToolFormat
+from server.text.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, ToolFormat
 from server.text.tool_parser import ToolParser
 
 NAMES = ("f", "get_weather", "a-b_C9")
@@ -168,7 +168,8 @@ def test_mistral(
     text = f"{content}[TOOL_CALLS] [{', '.join(call for call, _ in array)}]"
     assert parse(MISTRAL, cut(text, cuts), hidden=hidden) == Answer(content, [parts for _, parts in array])
     text = content + "".join(f"[TOOL_CALLS]{name}{head}{arguments}" for name, arguments in named)
-    assert parse(MISTRAL, cut(text, cuts), hidden=hidden) == Answer(content, named) == parse(MISTRAL, list(text))
+    for format in (MISTRAL, MISTRAL_NAMES):
+        assert parse(format, cut(text, cuts), hidden=hidden) == Answer(content, named) == parse(format, list(text))
 
 
 # Texts of which nothing is known.
@@ -204,7 +205,10 @@ def is_subsequence(part: str, whole: str) -> bool:
 
 
 @given(
-    st.sampled_from([HERMES, LLAMA3, MISTRAL, GENERIC]), SOUP, st.lists(st.integers(0, 200), max_size=20), st.booleans()
+    st.sampled_from([HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, GENERIC]),
+    SOUP,
+    st.lists(st.integers(0, 200), max_size=20),
+    st.booleans(),
 )
 def test_any_text_reads_the_same_in_any_pieces(format: ToolFormat, text: str, cuts: list[int], parallel: bool) -> None:
     whole = parse(format, [text], parallel=parallel)

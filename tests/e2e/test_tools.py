@@ -1,0 +1,80 @@
+"""Tools through the official client and the real model: the shape of answers, which the model itself may fill badly."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.e2e.server_process import MODEL, ServerProcess
+from tests.e2e.test_openai_client import STRICT
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Now", "parameters": PARAMETERS}}
+CHAT: dict[str, Any] = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+    "tools": [WEATHER],
+    "max_completion_tokens": 24,
+    "temperature": 0,
+}
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", **STRICT) as client:
+        yield client
+
+
+def said(message: Any) -> tuple[str, list[tuple[str, str]]]:
+    """The content and the calls."""
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return message.content or "", calls
+
+
+def test_the_stream_says_what_the_answer_says(client: OpenAI) -> None:
+    fields = CHAT | {"stop": [".", "?", "}"], "max_completion_tokens": 200}  # the helper refuses what is cut off
+    answer = client.chat.completions.create(**fields)
+    with client.chat.completions.stream(**fields) as stream:
+        streamed = stream.get_final_completion()
+    for one, other in zip(answer.choices, streamed.choices, strict=True):
+        assert said(one.message) == said(other.message) != ("", [])
+        assert one.finish_reason == other.finish_reason
+
+
+def test_the_model_is_told_of_the_tools(client: OpenAI) -> None:
+    def num_prompt_tokens(**fields: Any) -> int:
+        usage = client.chat.completions.create(**(CHAT | fields)).usage
+        assert usage is not None
+        num_tokens: int = usage.prompt_tokens
+        return num_tokens
+
+    without = num_prompt_tokens(tools=openai.omit)
+    assert num_prompt_tokens() > without + 50
+    assert num_prompt_tokens(tool_choice="none") == without
+
+
+def test_a_conversation_with_calls(client: OpenAI) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+    history = [
+        *CHAT["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": '{"sky": "clear"}'},
+    ]
+    answer = client.chat.completions.create(**(CHAT | {"messages": history}))
+    assert said(answer.choices[0].message) != ("", [])
+
+
+def test_errors_name_the_field(client: OpenAI) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"tools": []}, "tools"),
+        ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"tools": openai.omit, "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, "tool_choice"),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}, "chat_template_kwargs"),
+    ]
+    for fields, param in wrong:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**(CHAT | fields))
+        assert caught.value.param == param
