@@ -9,8 +9,11 @@ from server.errors import UnsupportedParameterError, from_validation_error
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.common import GenerationRequest
 
-# What the other APIs have under other names, or not at all.
-_OF_CHAT_ONLY = {"model", "n", "stream", "stream_options", "stop"}
+# What the other APIs have under other names, or what their answers have no place for.
+_OF_CHAT_ONLY = {
+    *("model", "n", "stream", "stream_options", "stop"),
+    *("prompt_logprobs", "return_token_ids", "logprob_token_ids", "post_sampling_probs"),
+}
 EXTENSIONS = frozenset(GenerationRequest.model_fields) - _OF_CHAT_ONLY
 
 
@@ -22,7 +25,7 @@ def chat_request(body: BaseModel, fields: Mapping[str, Any]) -> ChatCompletionRe
     """
     given = {name: value for name, value in fields.items() if value is not None}
     for name, value in (body.model_extra or {}).items():
-        if name in ChatCompletionRequest.model_fields and name not in EXTENSIONS and value is not None:
+        if name in ChatCompletionRequest.model_fields and name not in EXTENSIONS and value not in (None, False):
             raise UnsupportedParameterError(name, "It is a parameter of /v1/chat/completions.")
         given.setdefault(name, value)
     for name in type(body).model_fields:

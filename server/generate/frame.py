@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import anyio.to_thread
 import msgspec
 from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
@@ -34,6 +35,7 @@ from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_siz
 from server.generate.running import RunningRequest
 from server.generate.samplers import TokenizedSettings, tokenize_settings
 from server.schemas.common import Account, GenerationRequest
+from server.schemas.render import RenderedPrompt
 from server.sse import run_until_disconnect, sse_response
 from server.text.choice import ChoiceText
 from server.text.output_parser import OutputParser
@@ -102,8 +104,37 @@ async def start_in_background(request: Request, body: Body, endpoint: Endpoint[B
     return job.head, _headers(job)
 
 
-def _judge(request: Request, body: Body, endpoint: Endpoint[Body]) -> _Job[Body]:
-    """All that can be said without tokenizing. Raises BadRequestError, ModelNotFoundError, EngineUnavailableError."""
+async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[list[RenderedPrompt], dict[str, str]]:
+    """The prompts as the engine would get them, and headers. Nothing is generated. Raises APIError."""
+    job = _judge(request, body, endpoint, default_seed=0)  # which takes no number from those that generate
+    context = job.context
+
+    def encode() -> list[RenderedPrompt]:
+        prompts, tokenized = _encode(job)
+        return [_rendered(job, _submit(job, prompt, index, tokenized)) for index, prompt in enumerate(prompts)]
+
+    rendered = await anyio.to_thread.run_sync(encode, limiter=context.tokenize_threads)
+    headers = {name: value for name, value in _headers(job).items() if name != "x-lightwell-seed"}
+    return rendered, headers
+
+
+def _rendered(job: _Job[Body], submit: Submit) -> RenderedPrompt:
+    params = {name: getattr(submit.params, name) for name in submit.params.__struct_fields__}
+    return RenderedPrompt(
+        request_id=submit.request_id,
+        model=job.body.model,
+        prompt=job.context.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False),
+        token_ids=submit.prompt_token_ids,
+        max_tokens=submit.params.max_tokens,
+        sampling_params=params | {"seed": None if job.body.seed is None else submit.params.seed},
+    )
+
+
+def _judge(request: Request, body: Body, endpoint: Endpoint[Body], *, default_seed: int | None = None) -> _Job[Body]:
+    """All that can be said without tokenizing. Raises BadRequestError, ModelNotFoundError, EngineUnavailableError.
+
+    A request without a seed gets `default_seed`, or one that is chosen.
+    """
     arrival = time.monotonic()
     context = get_context(request)
     check_model(body.model, context.model_names)
@@ -112,13 +143,14 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body]) -> _Job[Body]
     info = context.client.ready_info()
     check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)
     context.metrics.count_unknown_parameters(len(unknown))
+    seed = default_seed if body.seed is None else body.seed
     return _Job(
         context=context,
         endpoint=endpoint,
         body=body,
         info=info,
         head=Head(f"{endpoint.id_prefix}{secrets.token_hex(16)}", int(time.time()), body.model, info.fingerprint),
-        seed=choose_seed(context.settings.seed, _next_number(request)) if body.seed is None else body.seed,
+        seed=choose_seed(context.settings.seed, _next_number(request)) if seed is None else seed,
         arrival=arrival,
         request_id=request.state.request_id,
         unknown=unknown,

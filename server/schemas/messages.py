@@ -13,8 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS
 from server.schemas.common import Account, StopStrings
 from server.schemas.samplers import INT64_MAX
-
-MAX_TOOLS = 1024
+from server.schemas.tools import MAX_TOOLS, ToolName
 
 # Requests.
 
@@ -82,7 +81,7 @@ class Tool(Part):
     """A function of the client's. Tools that run on the server are not supported."""
 
     type: Literal["custom"] | None = None
-    name: str = Field(min_length=1, max_length=128)
+    name: ToolName
     description: str | None = None
     input_schema: dict[str, Any] = Field(description="JSON schema of the tool's input.")
     strict: bool | None = None

@@ -41,7 +41,7 @@ def openai_client(url: str, **options: Any) -> Iterator[OpenAI]:
 
 def ask(url: str, path: str, **fields: Any) -> httpx.Response:
     """A minimal request with `fields` in addition, or instead."""
-    return httpx.post(url + path, json=MINIMAL[path] | fields)
+    return httpx.post(url + path, json=MINIMAL[path.removesuffix("/render")] | fields)
 
 
 def ask_json(url: str, path: str, **fields: Any) -> dict[str, Any]:

@@ -234,6 +234,7 @@ def test_unknown_fields_are_reported(tiny: RunningServer, start_server: StartSer
         ({"stop_sequences": "x"}, "Invalid type for 'stop_sequences': expected an array"),
         ({"min_p": 2}, "Invalid 'min_p'"),
         ({"n": 2}, "Unsupported parameter: 'n' is not supported yet."),
+        ({"return_token_ids": True}, "Unsupported parameter: 'return_token_ids'"),
         ({"mcp_servers": [{}]}, "Unsupported parameter: 'mcp_servers'"),
         ({"system": 5}, "Invalid type for 'system'"),
         ({"system": [{"type": "image"}]}, "Invalid value: 'image'. Supported values are: 'text'."),

@@ -107,6 +107,7 @@ def test_what_does_not_run(server: RunningServer) -> None:
 
 def test_a_request_whose_client_went_away_is_forgotten(server: RunningServer) -> None:
     with httpx.stream("POST", server.url + CHAT, json=BODIES[CHAT] | {"stream": True}, timeout=20) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held, for its end would close the connection
+        next(lines)
         assert len(server.context.running) == 2
     wait_until(lambda: len(server.context.running) == 0)
