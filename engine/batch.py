@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.request import Step
+from engine.request import Request, Step
 
 Lengths: TypeAlias = NDArray[np.int64]  # [S]
 
@@ -26,6 +26,8 @@ class BatchInputs:
     slots: Tensor  # [T] int64: block id * block size + offset, where the row's key and value go
     hidden_rows: Tensor  # [L] int64: rows whose last hidden state is wanted
     sample_rows: Tensor  # [R] int64: which of hidden_rows yield a token
+    ahead_rows: Tensor  # [A] int64: rows that read what the step before samples
+    ahead_samples: Tensor  # [A] int64: ... which of its R tokens
     block_tables: Tensor  # [S, max blocks of this step] int64, padded with block 0
     query_lens: Lengths  # rows of each sequence
     hidden_lens: Lengths  # how many of them, counted from the last, are among hidden_rows
@@ -43,24 +45,14 @@ class BatchBuilder:
         # Of rows: how many, and how many of these are of generated tokens, which come first.
         self.num_rows, self.num_hidden_rows = np.zeros((2, 2), dtype=np.int64)
         self.num_seqs = np.zeros(1, dtype=np.int64)
-        self.rows = np.zeros((5, max_num_tokens), dtype=np.int64)
+        self.rows = np.zeros((7, max_num_tokens), dtype=np.int64)
+        self.sampled: dict[Request, int] = {}  # in the step before: which of its tokens is whose
         self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
         self.query_lens, self.hidden_lens, self.seq_lens = np.zeros((3, max_num_seqs), dtype=np.int64)
 
     def buffers(self) -> BatchInputs:
         """All of the buffers, on a CPU: what batches of any size are part of."""
-        token_ids, positions, slots, hidden_rows, sample_rows = torch.from_numpy(self.rows)
-        return BatchInputs(
-            token_ids,
-            positions,
-            slots,
-            hidden_rows,
-            sample_rows,
-            torch.from_numpy(self.tables),
-            self.query_lens,
-            self.hidden_lens,
-            self.seq_lens,
-        )
+        return self._inputs([*torch.from_numpy(self.rows), torch.from_numpy(self.tables)], len(self.tables))
 
     def build(self, step: Step) -> BatchInputs:
         """What the lengths and the buffers of a CPU hold is overwritten by the next call."""
@@ -76,25 +68,41 @@ class BatchBuilder:
         self.rows[3, :num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
         sample_rows = last_rows(self.hidden_lens[:num_seqs], np.array([item.num_samples for item in step.scheduled]))
         self.rows[4, : len(sample_rows)] = sample_rows
+        num_ahead = self._fill_ahead(step)
         max_blocks = self._fill_tables(step)
         self._fill_positions(num_rows, num_seqs)
-        lengths = (num_rows, num_rows, num_rows, num_hidden_rows, len(sample_rows))
+        lengths = (num_rows, num_rows, num_rows, num_hidden_rows, len(sample_rows), num_ahead, num_ahead)
         parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         parts.append(self.tables[:num_seqs, :max_blocks])
         is_shared = self.device.type == "cpu"
         tensors = [torch.from_numpy(part) for part in parts] if is_shared else packed_copy(parts, self.device)
-        token_ids, positions, slots, hidden_rows, sampled, tables = tensors
+        return self._inputs(tensors, num_seqs)
+
+    def _inputs(self, tensors: Sequence[Tensor], num_seqs: int) -> BatchInputs:
+        token_ids, positions, slots, hidden_rows, sample_rows, ahead_rows, ahead_samples, tables = tensors
         return BatchInputs(
             token_ids,
             positions,
             slots,
             hidden_rows,
-            sampled,
+            sample_rows,
+            ahead_rows,
+            ahead_samples,
             tables,
             query_lens=self.query_lens[:num_seqs],
             hidden_lens=self.hidden_lens[:num_seqs],
             seq_lens=self.seq_lens[:num_seqs],
         )
+
+    def _fill_ahead(self, step: Step) -> int:
+        """Returns how many rows read what the step before samples."""
+        first_rows = self.query_lens[: len(step.scheduled)].cumsum() - self.query_lens[: len(step.scheduled)]
+        ahead = [index for index, item in enumerate(step.scheduled) if item.is_ahead]
+        self.rows[5, : len(ahead)] = first_rows[ahead]
+        self.rows[6, : len(ahead)] = [self.sampled[step.scheduled[index].request] for index in ahead]
+        sampled = [item.request for item in step.scheduled for _ in range(item.num_samples)]
+        self.sampled = {request: index for index, request in enumerate(sampled)}
+        return len(ahead)
 
     def _fill_tables(self, step: Step) -> int:
         """Returns the largest number of blocks."""
@@ -125,6 +133,24 @@ def packed_copy(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> li
         part[: array.size].view(array.shape).copy_(torch.from_numpy(array))
     parts = torch.split(packed.to(device, non_blocking=True), sizes)
     return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+class HostCopy:
+    """A tensor on its way to the host, which does not wait for it until it is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor
 
 
 def last_rows(lens: Lengths, nums: Lengths) -> Lengths:

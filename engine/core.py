@@ -1,25 +1,45 @@
-"""The engine: requests go in, steps run, events come out."""
+"""The engine: requests go in, steps run, events come out.
+
+On a device that works beside the host, the next step is launched before the last one's tokens are read:
+
+    host    | schedule, launch 2 | read and update 1, sample 2 | schedule, launch 3 | read and update 2, sample 3 | ...
+    device  | ... 1              | forward 2                   | sample 2           | forward 3                   | ...
+
+Step 2 reads step 1's tokens on the device. It is sampled when the host knows them too, so that what a request's
+settings say about its past needs no other code.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import time
+from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.messages import EngineStats, Submit, TokenEvent
 from engine.record import Recorder, StepClock, StepRecord
 from engine.request import Step, leader_of
-from engine.runner import LoadedModel
+from engine.runner import LoadedModel, PendingOutputs
 from engine.scheduler import Scheduler
 from engine.speculation import choose_policy
+
+
+@dataclass(slots=True)
+class RunningStep:
+    """A step that has been launched, and not been read."""
+
+    step: Step
+    outputs: PendingOutputs
+    clock: StepClock
 
 
 class Engine:
     """One model with its queue, its books and its device."""
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, *, overlaps: bool | None = None) -> None:
+        """`overlaps`: whether a step is launched before the last one is read; None: as the device suits."""
         self.runner = loaded.runner
         self.recorder = Recorder()
         # Where a row's result depends on how many there are, a draft could change the answer.
@@ -36,12 +56,16 @@ class Engine:
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             speculation=choose_policy(config.speculative, suits=is_lossless and is_cheap),
         )
+        # Behind a draft nobody knows which token comes next, nor at which position, before it has been read.
+        is_known = self.scheduler.speculation is None
+        self.overlaps = is_known and (loaded.device.type == "cuda" if overlaps is None else overlaps)
+        self.running: RunningStep | None = None
         self.enable_prefix_caching = config.enable_prefix_caching
         self.arrivals = itertools.count()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.running is not None
 
     def add(self, submit: Submit) -> None:
         """Queue a prompt of 1 to max_model_len tokens. Its choices share blocks even without prefix caching."""
@@ -53,13 +77,26 @@ class Engine:
         self.scheduler.abort(request_id, index)
 
     def step(self) -> tuple[Step | None, list[TokenEvent]]:
-        """Compute one batch. Returns what ran and what became of each request that has news."""
+        """Launch a batch. Returns the last that has been read, and what became of each request that has news."""
         clock = StepClock()
         step = self.scheduler.schedule()
         clock.lap("schedule")
-        if step is None:
+        batch = None if step is None else self.runner.forward(step, clock)
+        finished = self._finish()
+        if step is not None and batch is not None:
+            clock.lap("overlap")
+            self.running = RunningStep(step, self.runner.sample(step, batch, clock), clock)
+        return finished if self.overlaps else self._finish()
+
+    def _finish(self) -> tuple[Step | None, list[TokenEvent]]:
+        """Read the step that runs, if one does."""
+        if self.running is None:
             return None, []
-        outputs = self.runner.run(step, clock)
+        step, clock = self.running.step, self.running.clock
+        clock.lap("overlap")
+        outputs = self.running.outputs.read()
+        clock.lap("wait")
+        self.running = None
         events = self.scheduler.update(step, outputs)
         clock.lap("update")
         self._record(step, clock)

@@ -18,6 +18,32 @@ class FinishReason(StrEnum):
     ERROR = "error"  # this request failed; `TokenEvent.error` says why
 
 
+SAMPLER_ORDER = ("penalties", "dry", "top_n_sigma", "temperature", "min_p", "top_k", "typ_p", "top_p", "xtc")
+MIROSTAT_ORDER = ("penalties", "dry", "temperature", "mirostat")
+
+
+class SamplerChain(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The samplers beyond temperature, min_p, top_k and top_p, with llama.cpp's names and defaults, and their order.
+
+    What `order` does not name does not act.
+    """
+
+    order: tuple[str, ...] = SAMPLER_ORDER
+    typical_p: float = 1.0  # 1: off
+    top_n_sigma: float = 0.0  # 0 or less: off
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0  # 0: off
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1  # tokens of prompt and output, counted from the last; -1: all
+    dry_breakers: dict[int, frozenset[tuple[int, ...]]] = {}  # number of tokens -> the sequences that a repeat ends at
+    repeat_last_n: int = -1  # the same as dry_penalty_last_n, for the penalties
+    mirostat: int = 0  # which version; needs "mirostat" in the order
+    mirostat_tau: float = 5.0  # bits
+    mirostat_eta: float = 0.1
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request's own sampling settings. The defaults leave the model's distribution as it is.
 
@@ -34,15 +60,32 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     frequency_penalty: float = 0.0  # over output
     presence_penalty: float = 0.0  # over output
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()  # only these can be sampled; empty: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that the output cannot have one after the other
+    chain: SamplerChain | None = None  # None: penalties, temperature, min_p, top_k, top_p
     min_tokens: int = 0  # end tokens and stop token ids cannot be sampled before
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # None: none; k: of each sampled token and of the k most likely
     prompt_logprobs: int | None = None  # the same for each prompt token but the first
+    post_sampling_probs: bool = False  # `logprobs` are of what the token was drawn from, after all settings
+
+    @property
+    def is_special(self) -> bool:
+        """Whether this takes all samplers of `engine.chain`, one by one."""
+        return self.chain is not None or self.post_sampling_probs or bool(self.allowed_token_ids)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """In which order samplers act."""
+        return SAMPLER_ORDER if self.chain is None else self.chain.order
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities at one position, of the model's own distribution (before any sampling setting)."""
+    """Log probabilities at one position, of the model's own distribution (before any sampling setting).
+
+    With `post_sampling_probs` of the distribution after all settings; tokens that cannot be sampled are left out then.
+    """
 
     logprob: float
     rank: int  # 1: the most likely token
@@ -62,6 +105,9 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_ahead: int = 0  # choices that waited before it when it joined the queue
+    preempted_before_first_token: float = 0.0  # seconds
+    preempted_after_first_token: float = 0.0
     num_chunks: int = 0  # steps that computed prompt tokens, or again what a preemption lost
     num_accepted_tokens: int = 0  # output tokens that a draft had guessed
 

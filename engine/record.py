@@ -40,10 +40,19 @@ class RequestRecord:
     num_output_tokens: int = 0
     num_accepted_tokens: int = 0
     chunks: list[ChunkRecord] = field(default_factory=list)
+    num_ahead: int = 0  # choices that waited before it when it joined the queue
     preemptions: list[float] = field(default_factory=list)
+    resumptions: list[float] = field(default_factory=list)  # when it was in a batch again, for each preemption
 
     def times(self) -> RequestTimes:
         """The account that goes to the client with the last event."""
+        waits = zip(self.preemptions, self.resumptions, strict=False)  # it may end before the last is over
+        waited_before, waited_after = 0.0, 0.0
+        for preempted, resumed in waits:
+            if self.first_token is None or preempted < self.first_token:
+                waited_before += resumed - preempted
+            else:
+                waited_after += resumed - preempted
         return RequestTimes(
             arrival=self.arrival,
             queued=self.queued,
@@ -54,6 +63,9 @@ class RequestRecord:
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
             num_preemptions=len(self.preemptions),
+            num_ahead=self.num_ahead,
+            preempted_before_first_token=waited_before,
+            preempted_after_first_token=waited_after,
             num_chunks=len(self.chunks),
             num_accepted_tokens=self.num_accepted_tokens,
         )
@@ -86,7 +98,7 @@ class StepClock:
     def lap(self, part: str) -> None:
         """Book the time since the last lap to `part`."""
         now = time.monotonic()
-        self.seconds[part] = now - self._last
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
 
 

@@ -46,7 +46,8 @@ class Status(Enum):
 class Request:
     """One choice of a submitted prompt: a sequence that grows by a token a step, or by more, until it ends.
 
-    `num_computed` tokens have their keys and values in `blocks`; the rest of `token_ids` is still to be computed.
+    `num_computed` tokens have their keys and values in `blocks`, or will have once the steps that run are over; the
+    rest is still to be computed, up to `num_target_tokens`.
     """
 
     request_id: str
@@ -62,12 +63,14 @@ class Request:
 
     status: Status = Status.WAITING
     num_computed: int = 0
+    num_expected: int = 0  # tokens it has once the steps that run are over, as far as the next one may read them
     blocks: list[Block] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # how many of `blocks` have been offered to others
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     drafter: Drafter | None = None  # since the first time that a draft was wanted
     int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
+    mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +79,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_target_tokens(self) -> int:
+        """What `num_computed` must catch up with: tokens that are known, and the one that is being sampled."""
+        return max(len(self.token_ids), self.num_expected)
 
     @property
     def draft_token_ids(self) -> list[int]:
@@ -116,6 +124,10 @@ class RequestWithDraft:
         return self.request.history()
 
     @property
+    def mirostat_mu(self) -> list[float]:
+        return self.request.mirostat_mu
+
+    @property
     def num_prompt_tokens(self) -> int:
         return self.request.num_prompt_tokens
 
@@ -131,7 +143,8 @@ SampledRequest: TypeAlias = Request | RequestWithDraft
 class Scheduled:
     """The part of one request that a step computes: positions start .. start + num_tokens.
 
-    A draft follows the request's own tokens and is counted in `num_tokens`.
+    A draft follows the request's own tokens and is counted in `num_tokens`. Where it `is_ahead`, it has one row, which
+    reads what the step before samples.
     """
 
     request: Request
@@ -140,6 +153,7 @@ class Scheduled:
     num_samples: int  # how many rows yield a token, counted from the last: 0, or 1 and one for each draft token
     num_prompt_logprobs: int = 0  # how many rows, counted from the first, tell the probability of a prompt token
     draft_token_ids: list[int] = field(default_factory=list)
+    is_ahead: bool = False
 
     @property
     def is_prompt(self) -> bool:
@@ -153,7 +167,9 @@ class Scheduled:
 
     @property
     def token_ids(self) -> list[int]:
-        """What its rows read."""
+        """What its rows read, as far as it is known."""
+        if self.is_ahead:
+            return [0]
         num_known = self.num_tokens - len(self.draft_token_ids)
         return self.request.token_ids[self.start : self.start + num_known] + self.draft_token_ids
 

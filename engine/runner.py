@@ -1,17 +1,21 @@
-"""Owns the device: the model, the KV cache and the sampler. `run(step)` is one pass through them."""
+"""Owns the device: the model, the KV cache and the sampler. `forward`, `sample` and `read` are one pass through them.
+
+A device works off what it is told in order, and only `read` waits for it. So the next step's `forward` can be told
+before this one's tokens are read: it takes them on the device.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.batch import BatchBuilder, BatchInputs
+from engine.batch import BatchBuilder, BatchInputs, HostCopy
 from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.kernels import KernelOptions, Kernels, SamplesTokens, load_kernels
 from engine.kv_cache import KVCache, MemoryPlan, plan_memory
@@ -42,6 +46,33 @@ class Limits:
     max_num_batched_tokens: int
 
 
+@dataclass(slots=True)
+class PendingOutputs:
+    """What the model makes of a step, before the host has read it."""
+
+    step: Step
+    prompt_logprobs: list[list[TokenLogprobs]]  # of each item
+    sampled: HostCopy | None = None  # [2, R] int64: token ids, and whether their logits are finite; None: nothing is
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # of those of the R that want some
+
+    def read(self) -> list[RowOutput]:
+        """Wait for the device. One output for each of the step's items, in order."""
+        token_ids, is_finite = self.sampled.read().tolist() if self.sampled is not None else ([], [])
+        outputs: list[RowOutput] = []
+        first = 0
+        for item, prompt_logprobs in zip(self.step.scheduled, self.prompt_logprobs, strict=True):
+            last = first + item.num_samples
+            num = num_confirmed(token_ids[first:last], is_finite[first:last], item.draft_token_ids)
+            output = RowOutput(token_ids[first : first + num], prompt_logprobs=prompt_logprobs)
+            if first in self.logprobs and num:
+                output.logprobs = [self.logprobs[index] for index in range(first, first + num)]
+            if item.num_samples and not num:
+                output.error = "the model's logits are not finite"
+            outputs.append(output)
+            first = last
+        return outputs
+
+
 class ModelRunner:
     """Runs steps of one model on one device."""
 
@@ -56,50 +87,51 @@ class ModelRunner:
         with torch.inference_mode():
             self.execution = kernels.prepare(model, kv_cache, builder)
 
+        self.sampled: Tensor | None = None  # [R] int64: the tokens of the last step, on the device
+
     @torch.inference_mode()
-    def run(self, step: Step, clock: StepClock) -> list[RowOutput]:
-        """Compute what the step schedules: one output for each of its items, in order."""
+    def forward(self, step: Step, clock: StepClock) -> BatchInputs:
+        """Begin to compute what the step schedules. It may read tokens that the step before has sampled."""
         batch = self.builder.build(step)
+        if len(batch.ahead_rows):
+            assert self.sampled is not None
+            batch.token_ids[batch.ahead_rows] = self.sampled[batch.ahead_samples]
         clock.lap("prepare")
         self.execution.forward(batch)
         clock.lap("forward")
-        outputs = [RowOutput() for _ in step.scheduled]
-        self._fill_prompt_logprobs(step, outputs)
-        self._fill_samples(step, batch, outputs)
-        clock.lap("sample")
-        return outputs
+        return batch
 
-    def _fill_samples(self, step: Step, batch: BatchInputs, outputs: list[RowOutput]) -> None:
+    @torch.inference_mode()
+    def sample(self, step: Step, batch: BatchInputs, clock: StepClock) -> PendingOutputs:
+        """Begin to sample from what `forward` computes. All tokens before these must be known by now."""
+        prompt_logprobs = self._all_prompt_logprobs(step)
         rows = [row for item in step.scheduled for row in item.sampled]
         if not rows:
-            return
+            return PendingOutputs(step, prompt_logprobs)
         logits = self.execution.compute_logits(batch.sample_rows)
         wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw_logits = logits[wanted] if wanted else None  # a copy, before any setting changes them
         sampled = self.sampler.sample(logits, rows)
+        self.sampled = sampled.token_ids
+        copy = HostCopy(torch.stack((sampled.token_ids, sampled.is_finite.long())))
         logprobs: dict[int, TokenLogprobs] = {}
         if raw_logits is not None:
+            for place, index in enumerate(wanted):
+                if rows[index].params.post_sampling_probs:
+                    raw_logits[place] = logits[index]
             num_top = [rows[index].params.logprobs or 0 for index in wanted]
             entries = gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top)
             logprobs = dict(zip(wanted, entries, strict=True))
-        token_ids, is_finite = sampled.token_ids.tolist(), sampled.is_finite.tolist()
-        first = 0
-        for item, output in zip(step.scheduled, outputs, strict=True):
-            last = first + item.num_samples
-            num = num_confirmed(token_ids[first:last], is_finite[first:last], item.draft_token_ids)
-            output.token_ids = token_ids[first : first + num]
-            if first in logprobs:
-                output.logprobs = [logprobs[index] for index in range(first, first + num)]
-            if item.num_samples and not num:
-                output.error = "the model's logits are not finite"
-            first = last
+        clock.lap("sample")
+        return PendingOutputs(step, prompt_logprobs, copy, logprobs)
 
-    def _fill_prompt_logprobs(self, step: Step, outputs: list[RowOutput]) -> None:
+    def _all_prompt_logprobs(self, step: Step) -> list[list[TokenLogprobs]]:
+        found: list[list[TokenLogprobs]] = []
         first_row = 0
-        for item, output in zip(step.scheduled, outputs, strict=True):
-            if item.num_prompt_logprobs:
-                output.prompt_logprobs = self._prompt_logprobs(item, first_row)
+        for item in step.scheduled:
+            found.append(self._prompt_logprobs(item, first_row) if item.num_prompt_logprobs else [])
             first_row += item.num_hidden
+        return found
 
     def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[TokenLogprobs]:
         num_rows = item.num_prompt_logprobs

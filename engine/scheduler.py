@@ -1,17 +1,21 @@
 """Who computes what in the next step.
 
 The invariant: there is no prefill phase and no decode phase. A request has `num_computed` tokens that must catch up
-with `num_tokens`, and each step hands out a budget of tokens. Chunks of a prompt, hits in the prefix cache, resumption
-after preemption and decoding are all this one subtraction, but that a step takes either prompt tokens of a request or
-generated ones, which some kernels compute in another way. Running requests come first, then waiting ones, each in the
-order of (priority, arrival). Drafts come last: tokens taken for known until the step has shown which of them are, with
-the rows and blocks that nobody else needs. No torch.
+with `num_target_tokens`, and each step hands out a budget of tokens. Chunks of a prompt, hits in the prefix cache,
+resumption after preemption and decoding are all this one subtraction, but that a step takes either prompt tokens of a
+request or generated ones, which some kernels compute in another way. Running requests come first, then waiting ones,
+each in the order of (priority, arrival). Drafts come last: tokens taken for known until the step has shown which of
+them are, with the rows and blocks that nobody else needs.
+
+A step may be scheduled before the last one has been updated: `num_computed` counts what runs, and the row of a token
+that is still being sampled is scheduled without it. If that was the request's last, the row has been for nothing.
+No torch.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import insort
+from bisect import bisect, insort
 from collections.abc import Iterator, Sequence
 
 from engine.block_pool import BlockPool, extend_block_hashes
@@ -28,7 +32,7 @@ def _by_order(request: Request) -> tuple[int, int, int]:
 def _num_pending(request: Request, num_computed: int) -> int:
     """Tokens to compute next, all of the prompt or all of what was generated."""
     is_prompt = num_computed < request.num_prompt_tokens
-    return (request.num_prompt_tokens if is_prompt else request.num_tokens) - num_computed
+    return (request.num_prompt_tokens if is_prompt else request.num_target_tokens) - num_computed
 
 
 class Scheduler:
@@ -87,7 +91,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request of at most `max_model_len` tokens. Its siblings follow when its prompt is computed."""
         assert 0 < request.num_tokens <= self.max_model_len
-        insort(self.waiting, request, key=_by_order)
+        request.record.num_ahead = bisect(self.waiting, _by_order(request), key=_by_order)
+        self.waiting.insert(request.record.num_ahead, request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End choices of a request; unknown ones are ignored. The others go on."""
@@ -108,7 +113,7 @@ class Scheduler:
             position += 1
             num_after = len(self.running) - position  # each of them gets a token at least
             num_tokens = min(_num_pending(request, request.num_computed), self.max_chunk, budget - num_after)
-            if self._grow(request, num_tokens):
+            if num_tokens and self._grow(request, num_tokens):  # none: its last token is being sampled
                 scheduled.append(self._advance(request, num_tokens))
                 budget -= num_tokens
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
@@ -159,7 +164,9 @@ class Scheduler:
         num_tokens = min(_num_pending(request, num_cached), self.max_chunk, budget)
         # Room for all tokens that are known, its own and the others', so that requests do not take turns in
         # preempting each other.
-        num_promised = sum(self.pool.num_blocks_for(other.num_tokens) - len(other.blocks) for other in self.running)
+        num_promised = sum(
+            max(0, self.pool.num_blocks_for(other.num_tokens) - len(other.blocks)) for other in self.running
+        )
         num_needed = self.pool.num_blocks_for(request.num_tokens) - len(cached) + num_promised + self.watermark
         blocks = None
         if not self.running or num_needed <= self.pool.num_free:
@@ -173,6 +180,8 @@ class Scheduler:
         request.status = Status.RUNNING
         if request.record.scheduled is None:
             self._record_first_schedule(request, num_cached)
+        else:
+            request.record.resumptions.append(time.monotonic())
         return True
 
     def _record_first_schedule(self, request: Request, num_cached: int) -> None:
@@ -186,14 +195,22 @@ class Scheduler:
 
     def _advance(self, request: Request, num_tokens: int) -> Scheduled:
         start = request.num_computed
+        is_ahead = start == request.num_tokens
         request.num_computed += num_tokens
-        num_samples = int(request.num_computed == request.num_tokens)
+        num_samples = int(request.num_computed == request.num_target_tokens)
+        if num_samples and not self._is_last(request):
+            request.num_expected = request.num_computed + 1
         if num_tokens > 1 or start < request.num_prompt_tokens:
             request.record.chunks.append(ChunkRecord(self.stats.steps_total + 1, start, num_tokens))
         num_prompt_logprobs = 0
         if request.wants_prompt_logprobs:  # the row of one token tells the probability of the next
-            num_prompt_logprobs = min(request.num_computed, request.num_prompt_tokens - 1) - start
-        return Scheduled(request, start, num_tokens, num_samples, num_prompt_logprobs)
+            num_prompt_logprobs = max(0, min(request.num_computed, request.num_prompt_tokens - 1) - start)
+        return Scheduled(request, start, num_tokens, num_samples, num_prompt_logprobs, is_ahead=is_ahead)
+
+    def _is_last(self, request: Request) -> bool:
+        """Whether no token can follow the one that is sampled once `num_computed` are."""
+        num_tokens = request.num_computed + 1
+        return num_tokens >= min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
 
     def _add_drafts(self, policy: Policy, scheduled: list[Scheduled], budget: int) -> None:
         """Share the rows that are left evenly among the drafts; what a short one does not need is for the longer."""
@@ -297,6 +314,7 @@ class Scheduler:
     def _roll_back(self, request: Request, num_tokens: int) -> None:
         """Take the last rows for not computed. What they wrote is written again before anybody reads it."""
         request.num_computed -= num_tokens
+        request.num_expected = 0
         num_blocks = self.pool.num_blocks_for(request.num_computed)
         self.pool.release(request.blocks[num_blocks:])
         del request.blocks[num_blocks:]
@@ -366,7 +384,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
         request.blocks = []
-        request.num_computed = request.num_published = 0
+        request.num_computed = request.num_expected = request.num_published = 0
 
     def current_stats(self) -> EngineStats:
         self.stats.num_running = len(self.running)

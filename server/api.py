@@ -29,8 +29,10 @@ from server.app import create_app
 from server.client import EngineClient
 from server.context import ServerContext
 from server.errors import EngineUnavailableError
+from server.generate.running import RunningRequests
 from server.http_protocol import HTTPProtocol
 from server.metrics import Metrics
+from server.response_store import ResponseStore
 from server.settings import ApiProcessConfig
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -110,6 +112,8 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         model_names=config.model_names,
         created=int(time.time()),
         metrics=metrics,
+        running=RunningRequests(),
+        responses=ResponseStore(settings.max_stored_responses, settings.stored_responses_memory),
     )
 
 

@@ -14,7 +14,7 @@ from server.middleware import (
     HostMiddleware,
     RequestMiddleware,
 )
-from server.routes import chat, completions, health, metrics, models, tokenize
+from server.routes import chat, completions, health, messages, metrics, models, requests, responses, tokenize
 from server.settings import is_loopback
 
 
@@ -29,7 +29,7 @@ def create_app(context: ServerContext) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    for module in (completions, chat, models, tokenize, health, metrics):
+    for module in (completions, chat, messages, responses, requests, models, tokenize, health, metrics):
         app.include_router(module.router)
     install_error_handlers(app)
     _add_middleware(app, context)

@@ -374,7 +374,7 @@ class RequestStream:
     def close(self) -> None:
         """Ends what still runs, in the engine too, and drops what was not read. May be called again."""
         self._events = []
-        self._abort(FinishReason.ABORT)
+        self.abort(FinishReason.ABORT)
 
     def abort_choice(self, index: int, reason: FinishReason = FinishReason.STOP) -> None:
         """Ends one choice, in the engine too; no more events of it come. `reason` is what the metrics will say.
@@ -386,7 +386,8 @@ class RequestStream:
             self._client._send(Abort(self.request_id, index))
             self._end(index, reason, time.monotonic())
 
-    def _abort(self, reason: FinishReason) -> None:
+    def abort(self, reason: FinishReason) -> None:
+        """Ends what still runs, in the engine too. What came until now can still be read."""
         if not self._num_open:
             return
         self._client._send(Abort(self.request_id))
@@ -397,7 +398,7 @@ class RequestStream:
 
     def _fail(self, error: APIError) -> None:
         self._error = error
-        self._abort(FinishReason.ERROR)
+        self.abort(FinishReason.ERROR)
 
     def _push(self, event: TokenEvent, now: float) -> None:
         choice = self.choices[event.index]

@@ -1,4 +1,4 @@
-"""Every error that a client can see, in OpenAI's envelope.
+"""Every error that a client can see, in OpenAI's envelope, or in Anthropic's where its API was called.
 
     APIError
     ├── BadRequestError              400
@@ -8,10 +8,13 @@
     │   ├── InvalidValueError
     │   ├── UnknownParameterError
     │   ├── UnsupportedParameterError
-    │   └── ContextLengthExceededError
+    │   ├── ContextLengthExceededError
+    │   └── PreviousResponseNotFoundError
     ├── UnauthorizedError            401
     ├── ForbiddenError               403
     ├── ModelNotFoundError           404
+    ├── RequestNotFoundError         404
+    ├── ResponseNotFoundError        404
     ├── InvalidURLError              404
     ├── MethodNotAllowedError        405
     ├── BodyTimeoutError             408
@@ -35,11 +38,22 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
-from server.schemas.errors import ErrorDetail, ErrorResponse
+from server.schemas.errors import AnthropicErrorDetail, AnthropicErrorResponse, ErrorDetail, ErrorResponse
 from server.validation import describe_validation_errors
 
 INVALID_REQUEST = "invalid_request_error"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
 MAX_RETRY_AFTER = 60  # seconds; above this some clients stop to listen, and others stop to retry
 
 
@@ -66,12 +80,32 @@ class APIError(Exception):
 
     def body(self) -> bytes:
         """The JSON body, always with the four keys that OpenAI's clients read."""
-        message = self.message.encode("utf-8", "replace").decode("utf-8")
-        detail = ErrorDetail(message=message, type=self.type, param=self.param, code=self.code)
+        detail = ErrorDetail(message=self._valid_message, type=self.type, param=self.param, code=self.code)
         return msgspec.json.encode(ErrorResponse(detail))
 
-    def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers, media_type="application/json")
+    def anthropic_body(self, request_id: str | None = None) -> bytes:
+        """The same in Anthropic's envelope."""
+        detail = AnthropicErrorDetail(ANTHROPIC_TYPES.get(self.status, INVALID_REQUEST), self._valid_message)
+        return msgspec.json.encode(AnthropicErrorResponse(type="error", error=detail, request_id=request_id))
+
+    def response(self, scope: Scope | None = None) -> Response:
+        """In the envelope of the API that the request of this scope is for; None: OpenAI's."""
+        if scope is not None and is_for_anthropic(scope):
+            body = self.anthropic_body(scope.get("state", {}).get("request_id"))
+        else:
+            body = self.body()
+        return Response(body, self.status, self.headers, media_type="application/json")
+
+    @property
+    def _valid_message(self) -> str:
+        return self.message.encode("utf-8", "replace").decode("utf-8")
+
+
+def is_for_anthropic(scope: Scope) -> bool:
+    """Whether a request speaks Anthropic's API: by its path, or by the header that all of its clients send."""
+    if f"{scope['path']}/".startswith("/v1/messages/"):
+        return True
+    return any(name == b"anthropic-version" for name, _ in scope["headers"])
 
 
 class BadRequestError(APIError):
@@ -144,6 +178,14 @@ class ContextLengthExceededError(BadRequestError):
         super().__init__(limit + text, param=noun, code="context_length_exceeded")
 
 
+class PreviousResponseNotFoundError(BadRequestError):
+    """A 400, as OpenAI answers."""
+
+    def __init__(self, response_id: str) -> None:
+        message = f"Previous response with id '{clip(response_id)}' not found."
+        super().__init__(message, param="previous_response_id", code="previous_response_not_found")
+
+
 class UnauthorizedError(APIError):
     """No key, or one that is not ours. The key itself is never repeated."""
 
@@ -152,7 +194,7 @@ class UnauthorizedError(APIError):
             "Incorrect API key provided."
             if key_given
             else "You didn't provide an API key. You need to provide your API key in an Authorization header using "
-            "Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+            "Bearer auth (i.e. Authorization: Bearer YOUR_KEY), or as x-api-key."
         )
         code = "invalid_api_key" if key_given else None
         super().__init__(401, message, code=code, headers={"www-authenticate": "Bearer"})
@@ -167,6 +209,16 @@ class ModelNotFoundError(APIError):
     def __init__(self, model: str) -> None:
         message = f"The model `{clip(model)}` does not exist or you do not have access to it."
         super().__init__(404, message, code="model_not_found", param="model")
+
+
+class RequestNotFoundError(APIError):
+    def __init__(self, request_id: str) -> None:
+        super().__init__(404, f"No request with the id '{clip(request_id)}' is running.", code="request_not_found")
+
+
+class ResponseNotFoundError(APIError):
+    def __init__(self, response_id: str) -> None:
+        super().__init__(404, f"Response with id '{clip(response_id)}' not found.")
 
 
 class InvalidURLError(APIError):
@@ -286,19 +338,19 @@ def from_validation_error(errors: list[dict[str, Any]], body: object) -> BadRequ
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answers every error raised in a handler in OpenAI's envelope. What is unknown is left to the middleware."""
+    """Answers every error raised in a handler. What is unknown is left to the middleware."""
 
     async def on_api_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, APIError)
-        return exc.response()
+        return exc.response(request.scope)
 
     async def on_http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
-        return from_http_exception(exc, request.method, request.scope["path"]).response()
+        return from_http_exception(exc, request.method, request.scope["path"]).response(request.scope)
 
     async def on_validation_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)
-        return from_validation_error(list(exc.errors()), exc.body).response()
+        return from_validation_error(list(exc.errors()), exc.body).response(request.scope)
 
     app.add_exception_handler(APIError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_exception)

@@ -32,6 +32,7 @@ from server.errors import (
     ServerError,
     UnauthorizedError,
     UnsupportedMediaTypeError,
+    is_for_anthropic,
 )
 from server.metrics import Metrics
 from server.strict_json import parse_json_object
@@ -84,6 +85,8 @@ class _Exchange:
         self._headers = Headers(scope=scope)
         self._request_id = choose_request_id(self._headers.get("x-request-id"))
         self._status: int | None = None
+        # Anthropic's clients look for the second name.
+        self._id_headers = ("x-request-id", "request-id") if is_for_anthropic(scope) else ("x-request-id",)
         scope["state"]["request_id"] = self._request_id
 
     async def run(self, app: ASGIApp, receive: Receive, send: Send) -> None:
@@ -93,7 +96,8 @@ class _Exchange:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = self._request_id
+                for name in self._id_headers:
+                    MutableHeaders(scope=message)[name] = self._request_id
             await send(message)
 
         try:
@@ -103,7 +107,7 @@ class _Exchange:
         except Exception:
             logger.exception("a request failed", extra={"request_id": self._request_id})
             if self._status is None:
-                await ServerError(self._request_id).response()(self._scope, receive, send_with_id)
+                await ServerError(self._request_id).response(self._scope)(self._scope, receive, send_with_id)
             # Else the answer has begun; it stays without an end, so the server cuts the connection.
         finally:
             self._record()
@@ -151,7 +155,7 @@ class HostMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and "*" not in self._origins and (error := self._check(Headers(scope=scope))):
-            await error.response()(scope, receive, send)
+            await error.response(scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -190,7 +194,7 @@ class CrossOriginMiddleware(CORSMiddleware):
         super().__init__(
             app,
             allow_origins=[origin if origin == "*" else origin.rstrip("/") for origin in origins],
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=EXPOSED_HEADERS,
         )
@@ -203,7 +207,10 @@ class CrossOriginMiddleware(CORSMiddleware):
 
 
 class AuthMiddleware:
-    """Every path but OPEN_PATHS needs one of the keys. The path is the one that routing uses."""
+    """Every path but OPEN_PATHS needs one of the keys, as `Authorization: Bearer` or as Anthropic's `x-api-key`.
+
+    The path is the one that routing uses.
+    """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
@@ -211,9 +218,10 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = bearer_token(scope["headers"])
-            if given is None or not self._is_known(given):
-                await UnauthorizedError(key_given=given is not None).response()(scope, receive, send)
+            given = [token for token in (bearer_token(scope["headers"]), api_key(scope["headers"])) if token]
+            known = [self._is_known(token) for token in given]
+            if not any(known):
+                await UnauthorizedError(key_given=bool(given)).response(scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -233,6 +241,12 @@ def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
         return None
     scheme, _, token = values[0].strip().partition(b" ")
     return token.strip() or None if scheme.lower() == b"bearer" else None
+
+
+def api_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The value of the one x-api-key header."""
+    values = [value.strip() for name, value in headers if name == b"x-api-key"]
+    return values[0] or None if len(values) == 1 else None
 
 
 class BodyMiddleware:
@@ -258,12 +272,12 @@ class BodyMiddleware:
             async with asyncio.timeout(self._timeout):
                 body = await self._read(receive)
         except TimeoutError:
-            await BodyTimeoutError(self._timeout).response()(scope, receive, send)
+            await BodyTimeoutError(self._timeout).response(scope)(scope, receive, send)
             return
         except APIError as error:
             if "expect" not in headers:
                 await self._discard(receive)
-            await error.response()(scope, receive, send)
+            await error.response(scope)(scope, receive, send)
             return
         await self._app(scope, _replay(body, receive), send)
 

@@ -179,6 +179,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, Setting(_LIMITS, integer(1), "Requests that may wait; more are answered 429.")
     ] = 256
     max_body_size: Annotated[int, Setting(_LIMITS, size(1024), "Size of a request's body at most.")] = 10 << 20
+    max_stored_responses: Annotated[
+        int,
+        Setting(_LIMITS, integer(0), "Answers of /v1/responses that are kept in memory to be asked for; 0 keeps none."),
+    ] = 1000
+    stored_responses_memory: Annotated[
+        int, Setting(_LIMITS, size(0), "Size of them and their conversations at most; the oldest are dropped.")
+    ] = 64 << 20
     drain_timeout: Annotated[
         float, Setting(_LIMITS, seconds(0), "Seconds that running requests get to finish at shutdown.")
     ] = 30.0

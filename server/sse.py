@@ -50,28 +50,31 @@ def sse_response(
     events: AsyncGenerator[bytes, None],
     *,
     on_close: Callable[[], None] | None = None,
+    on_error: Callable[[APIError], bytes] = error_event,
     headers: Mapping[str, str] | None = None,
     request_id: str | None = None,
 ) -> EventStream:
     """Streams chunks of whole `data: ...\\n\\n` frames, with a comment now and then while there are none.
 
     When the client goes away the generator is closed, which must end its request; `on_close` is called in any case,
-    also where the generator has never run, and may be called after it. An exception ends the stream with an error
-    event and [DONE].
+    also where the generator has never run, and may be called after it. An exception ends the stream with what
+    `on_error` makes of it.
     """
-    return EventStream(_with_error_event(events, request_id), on_close, headers)
+    return EventStream(_with_error_event(events, on_error, request_id), on_close, headers)
 
 
-async def _with_error_event(events: AsyncGenerator[bytes, None], request_id: str | None) -> AsyncGenerator[bytes, None]:
+async def _with_error_event(
+    events: AsyncGenerator[bytes, None], on_error: Callable[[APIError], bytes], request_id: str | None
+) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(events):
             async for chunk in events:
                 yield chunk
     except APIError as error:
-        yield error_event(error)
+        yield on_error(error)
     except Exception:
         logger.exception("a stream failed", extra={"request_id": request_id})
-        yield error_event(ServerError(request_id))
+        yield on_error(ServerError(request_id))
 
 
 def _keep_alive() -> ServerSentEvent:

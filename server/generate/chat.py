@@ -6,7 +6,9 @@ from server.context import ServerContext
 from server.generate.chat_prompt import encode_request
 from server.generate.choices import Delta, Position, ToolCallDelta, json_logprob
 from server.generate.endpoint import Head
+from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt
+from server.generate.token_fields import NO_FIELDS, TokenFields
 from server.schemas.chat import (
     ChatChoice,
     ChatChunkChoice,
@@ -23,14 +25,14 @@ from server.schemas.chat import (
     ToolCallChunk,
     TopLogprob,
 )
-from server.schemas.common import Usage
+from server.schemas.common import StreamOptions, Usage
 from server.text.choice import token_text
 from server.text.tokenizer import Tokenizer
 
 
 class ChatEndpoint:
     noun = "messages"
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         return [encode_request(context, body)]
@@ -38,32 +40,53 @@ class ChatEndpoint:
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
     ) -> "ChatWriter":
-        with_reasoning = body.include_reasoning is not False
-        return ChatWriter(context.tokenizer, head, with_logprobs=bool(body.logprobs), with_reasoning=with_reasoning)
+        return ChatWriter(
+            context.tokenizer,
+            head,
+            body.stream_options,
+            with_logprobs=bool(body.logprobs),
+            with_reasoning=body.include_reasoning is not False,
+            fields=TokenFields.asked_for(body, prompts),
+        )
 
 
-class ChatWriter:
-    def __init__(self, tokenizer: Tokenizer, head: Head, *, with_logprobs: bool, with_reasoning: bool = True) -> None:
+class ChatWriter(ChunkWriter):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        head: Head,
+        options: StreamOptions | None = None,
+        *,
+        with_logprobs: bool,
+        with_reasoning: bool = True,
+        fields: TokenFields = NO_FIELDS,
+    ) -> None:
+        super().__init__(options)
         self._tokenizer = tokenizer
         self._head = head
+        self._fields = fields
         self._with_logprobs = with_logprobs
         self._with_reasoning = with_reasoning
         self._started: set[int] = set()  # choices that the stream has begun
 
     def chunks(self, delta: Delta) -> list[ChatCompletionChunk]:
         """First one with the role; then at most one with what was added; at the end one that says why."""
-        choices = []
+        chunks = []
+        token_ids = self._fields.token_ids(delta)
         if delta.index not in self._started:
             self._started.add(delta.index)
-            choices.append(ChatChunkChoice(delta.index, ChatDelta("assistant", "")))
+            chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", ""))]))
+            chunks[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
         addition = self._addition(delta)
-        if addition != ChatDelta() or delta.positions:
+        if addition != ChatDelta() or delta.positions or token_ids:
             if addition == ChatDelta():
                 addition.content = ""  # its log probabilities come before its text
-            choices.append(ChatChunkChoice(delta.index, addition, self._logprobs(delta.positions)))
+            logprobs = self._logprobs(delta.positions)
+            chunks.append(self._chunk([ChatChunkChoice(delta.index, addition, logprobs, token_ids=token_ids)]))
         if delta.finish_reason is not None:
-            choices.append(ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason))
-        return [self._chunk([choice]) for choice in choices]
+            choice = ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason)
+            chunks.append(self._chunk([choice]))
+        return chunks
 
     def _addition(self, delta: Delta) -> ChatDelta:
         addition = ChatDelta()
@@ -87,6 +110,8 @@ class ChatWriter:
             choices=[self._choice(delta) for delta in deltas],
             usage=usage,
             system_fingerprint=head.system_fingerprint,
+            prompt_logprobs=self._fields.prompt_logprobs(self._tokenizer, 0),
+            prompt_token_ids=self._fields.prompt_token_ids(0),
         )
 
     def _choice(self, delta: Delta) -> ChatChoice:
@@ -100,7 +125,8 @@ class ChatWriter:
             message.reasoning = message.reasoning_content = delta.reasoning
         if not delta.text and (delta.tool_calls or delta.reasoning):
             message.content = None
-        return ChatChoice(delta.index, message, self._logprobs(delta.positions), delta.finish_reason or "")
+        logprobs, token_ids = self._logprobs(delta.positions), self._fields.token_ids(delta)
+        return ChatChoice(delta.index, message, logprobs, delta.finish_reason or "", token_ids)
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         head = self._head
@@ -115,20 +141,26 @@ class ChatWriter:
     def _logprobs(self, positions: Sequence[Position]) -> ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        return ChatLogprobs([self._token_logprob(position) for position in positions])
+        return ChatLogprobs(token_logprobs(self._tokenizer, positions))
 
-    def _token_logprob(self, position: Position) -> TokenLogprob:
-        logprobs = position.logprobs
-        assert logprobs is not None  # only a prompt's first token has none
-        top = [
-            TopLogprob(*self._spell(token_id, logprob))
-            for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
-        ]
-        return TokenLogprob(*self._spell(position.token_id, logprobs.logprob), top)
 
-    def _spell(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-        token_bytes = list(self._tokenizer.token_bytes(token_id))
-        return token_text(self._tokenizer, token_id), json_logprob(logprob), token_bytes
+def token_logprobs(tokenizer: Tokenizer, positions: Sequence[Position]) -> list[TokenLogprob]:
+    """Of tokens of an answer, which all have them."""
+    return [_token_logprob(tokenizer, position) for position in positions]
+
+
+def _token_logprob(tokenizer: Tokenizer, position: Position) -> TokenLogprob:
+    logprobs = position.logprobs
+    assert logprobs is not None  # only a prompt's first token has none
+    top = [
+        TopLogprob(*_spell(tokenizer, token_id, logprob))
+        for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+    ]
+    return TokenLogprob(*_spell(tokenizer, position.token_id, logprobs.logprob), top)
+
+
+def _spell(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+    return token_text(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))
 
 
 def _tool_call_chunk(call: ToolCallDelta) -> ToolCallChunk:

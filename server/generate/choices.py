@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from engine.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.text.choice import ChoiceText
@@ -44,16 +46,20 @@ class Delta:
     index: int
     text: str  # the content: without reasoning and calls
     positions: list[Position] = field(default_factory=list)  # empty unless asked for
-    finish_reason: str | None = None  # stop, length, tool_calls
+    finish_reason: str | None = None  # stop, length, tool_calls, abort
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)  # one for each call that was added to, in order
+    stop_string: str | None = None  # the one that ended the text, if one did
+    token_ids: list[int] = field(default_factory=list)  # those that the usage counts
 
     def add(self, other: Delta) -> None:
         """What was added to the same choice after this."""
         self.text += other.text
         self.reasoning += other.reasoning
         self.positions += other.positions
+        self.token_ids += other.token_ids
         self.finish_reason = other.finish_reason
+        self.stop_string = other.stop_string
         for call in other.tool_calls:
             if self.tool_calls and self.tool_calls[-1].index == call.index:
                 self.tool_calls[-1].arguments += call.arguments
@@ -74,7 +80,9 @@ class Whole:
         self._texts.append(delta.text)
         self._reasoning.append(delta.reasoning)
         self._delta.positions += delta.positions
+        self._delta.token_ids += delta.token_ids
         self._delta.finish_reason = delta.finish_reason
+        self._delta.stop_string = delta.stop_string
         for call in delta.tool_calls:
             if call.index == len(self._arguments):
                 self._delta.tool_calls.append(call)
@@ -135,6 +143,25 @@ class ChoiceParts:
         return f"call_{digest[:24]}" if length is None else digest[:length]
 
 
+def best_choices(wholes: Sequence[Delta], num_choices: int, num_best: int) -> Sequence[Delta]:
+    """Of each prompt's `num_choices` those whose tokens have the highest mean log probability, best first, renumbered.
+
+    All of them as they are if there is nothing to choose.
+    """
+    if num_best == num_choices:
+        return wholes
+    best: list[Delta] = []
+    for first in range(0, len(wholes), num_choices):
+        ranked = sorted(wholes[first : first + num_choices], key=_mean_logprob, reverse=True)
+        best += ranked[:num_best]
+    return [replace(delta, index=index) for index, delta in enumerate(best)]
+
+
+def _mean_logprob(delta: Delta) -> float:
+    logprobs = [position.logprobs.logprob for position in delta.positions if position.logprobs is not None]
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf
+
+
 class ChoiceState:
     """Takes in the events of one choice. A token's log probabilities are released together with its text."""
 
@@ -169,7 +196,18 @@ class ChoiceState:
         if event.logprobs is not None:
             self._hold(event.token_ids[:num_new], event.logprobs, num_seen)
         delta.positions = self._release()
+        delta.token_ids = event.token_ids[:num_new]
         self.seconds += time.perf_counter() - start
+        return delta
+
+    def abort(self) -> Delta:
+        """Ends the choice as it stands, before the model has."""
+        delta = Delta(self.index, "", finish_reason=FinishReason.ABORT.value)
+        self._add_text(self._text.finish(), delta)
+        if self._parts is not None:
+            self._parts.finish(delta)
+        self.finish_reason = delta.finish_reason
+        delta.positions = self._release()
         return delta
 
     @property
@@ -195,6 +233,7 @@ class ChoiceState:
             if self.finish_reason == FinishReason.STOP:
                 self.finish_reason = self._parts.finish_reason
         delta.finish_reason = self.finish_reason
+        delta.stop_string = self._text.stopped
 
     def _hold(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_seen: int) -> None:
         offsets = self._text.offsets[num_seen:]

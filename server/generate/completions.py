@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+from engine.messages import TokenLogprobs
 from server.context import ServerContext
 from server.errors import InvalidValueError, clip
 from server.generate.choices import Delta, Position, json_logprob
 from server.generate.endpoint import Head
+from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt, check_text_size, vocab_size
-from server.schemas.common import Usage
+from server.generate.token_fields import NO_FIELDS, TokenFields
+from server.schemas.common import StreamOptions, Usage
 from server.schemas.completions import (
     Completion,
     CompletionChoice,
@@ -21,7 +24,7 @@ from server.text.tokenizer import Tokenizer
 
 class CompletionEndpoint:
     noun = "prompt"
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
 
     def encode(self, context: ServerContext, body: CompletionRequest) -> list[Prompt]:
         return [_encode(context, body, value) for value in body.prompt]
@@ -32,8 +35,10 @@ class CompletionEndpoint:
         tokenizer, with_logprobs = context.tokenizer, body.logprobs is not None
         echoes = None
         if body.echo:
-            echoes = _Echoes(tokenizer, prompts, num_choices=body.num_choices, with_logprobs=with_logprobs)
-        return CompletionWriter(tokenizer, head, echoes, with_logprobs=with_logprobs)
+            echoes = _Echoes(tokenizer, prompts, num_choices=body.num_answered, num_top=body.logprobs)
+        fields = TokenFields.asked_for(body, prompts)
+        options = body.stream_options
+        return CompletionWriter(tokenizer, head, echoes, options, with_logprobs=with_logprobs, fields=fields)
 
 
 def _encode(context: ServerContext, body: CompletionRequest, value: PromptInput) -> Prompt:
@@ -62,13 +67,13 @@ class _Echoes:
     """What the choices of each prompt begin with."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, num_choices: int, with_logprobs: bool
+        self, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, num_choices: int, num_top: int | None
     ) -> None:
-        """`num_choices` is of each prompt."""
+        """`num_choices` is of each prompt, `num_top` the alternatives of each token; None: no log probabilities."""
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._num_choices = num_choices
-        self._with_logprobs = with_logprobs
+        self._num_top = num_top
         self._made: dict[int, Delta] = {}  # by prompt, for all its choices begin alike
 
     def of_choice(self, index: int) -> Delta:
@@ -79,32 +84,56 @@ class _Echoes:
         return self._made[prompt_index]
 
     def _make(self, prompt: Prompt) -> Delta:
-        spelled = ChoiceText(self._tokenizer, skip_special_tokens=False, track_offsets=self._with_logprobs)
+        spelled = ChoiceText(self._tokenizer, skip_special_tokens=False, track_offsets=self._num_top is not None)
         tokens_text = spelled.push(prompt.token_ids) + spelled.finish()
         text = tokens_text if prompt.text is None else prompt.text
         # A BOS token, and the space that sentencepiece puts first, are not in the client's text.
         num_added = len(tokens_text) - len(text) if tokens_text.endswith(text) else 0
         offsets = [max(0, offset - num_added) for offset in spelled.offsets]
-        return Delta(0, text, list(map(Position, prompt.token_ids, [None, *prompt.logprobs], offsets)))
+        logprobs = [_with_top(entry, self._num_top or 0) for entry in prompt.logprobs]
+        return Delta(0, text, list(map(Position, prompt.token_ids, [None, *logprobs], offsets)))
 
 
-class CompletionWriter:
-    def __init__(self, tokenizer: Tokenizer, head: Head, echoes: _Echoes | None, *, with_logprobs: bool) -> None:
+def _with_top(logprobs: TokenLogprobs, num_top: int) -> TokenLogprobs:
+    """`prompt_logprobs` may have asked for more alternatives."""
+    if len(logprobs.top_token_ids) <= num_top:
+        return logprobs
+    top_token_ids, top_logprobs = logprobs.top_token_ids[:num_top], logprobs.top_logprobs[:num_top]
+    return TokenLogprobs(logprobs.logprob, logprobs.rank, top_token_ids, top_logprobs)
+
+
+class CompletionWriter(ChunkWriter):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        head: Head,
+        echoes: _Echoes | None,
+        options: StreamOptions | None = None,
+        *,
+        with_logprobs: bool,
+        fields: TokenFields = NO_FIELDS,
+    ) -> None:
+        super().__init__(options)
         self._tokenizer = tokenizer
         self._head = head
+        self._fields = fields
         self._echoes = echoes
         self._with_logprobs = with_logprobs
         self._started: set[int] = set()  # choices that the stream has begun
 
     def chunks(self, delta: Delta) -> list[Completion]:
         """At most one with text, and one that says why the choice ended."""
-        delta = self._after_echo(delta, begins=delta.index not in self._started)
+        begins = delta.index not in self._started
+        delta = self._after_echo(delta, begins=begins)
         self._started.add(delta.index)
         choices = []
-        if delta.text or delta.positions:
+        if delta.text or delta.positions or self._fields.token_ids(delta):
             choices.append(self._choice(delta, self._logprobs(delta.positions), None))
+            choices[0].token_ids = self._fields.token_ids(delta)
         if delta.finish_reason is not None:
             choices.append(self._choice(Delta(delta.index, ""), None, delta.finish_reason))
+        if begins and choices:
+            choices[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
         return [self._completion([choice]) for choice in choices]
 
     def usage_chunk(self) -> Completion:
@@ -114,6 +143,10 @@ class CompletionWriter:
         placed = [self._after_echo(delta, begins=True) for delta in deltas]
         answer = self._completion([self._choice(d, self._logprobs(d.positions), d.finish_reason) for d in placed])
         answer.usage = usage
+        for choice, delta in zip(answer.choices, deltas, strict=True):
+            choice.prompt_logprobs = self._fields.prompt_logprobs(self._tokenizer, delta.index)
+            choice.prompt_token_ids = self._fields.prompt_token_ids(delta.index)
+            choice.token_ids = self._fields.token_ids(delta)
         return answer
 
     def _after_echo(self, delta: Delta, *, begins: bool) -> Delta:
@@ -124,7 +157,8 @@ class CompletionWriter:
             position.offset += len(echo.text)
         if not begins:
             return delta
-        return Delta(delta.index, echo.text + delta.text, echo.positions + delta.positions, delta.finish_reason)
+        positions = echo.positions + delta.positions
+        return Delta(delta.index, echo.text + delta.text, positions, delta.finish_reason, token_ids=delta.token_ids)
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
         head = self._head

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
-from msgspec import UnsetType
 
 from server.context import ServerContext
+from server.errors import APIError
 from server.generate.choices import Delta
 from server.generate.prompts import Prompt
 from server.schemas.common import GenerationRequest, Usage
@@ -25,19 +25,19 @@ class Head:
     system_fingerprint: str
 
 
-class Chunk(Protocol):
-    usage: Usage | UnsetType | None
-
-
 class Writer(Protocol):
     """How an endpoint writes its answer."""
 
-    def chunks(self, delta: Delta) -> Sequence[Chunk]:
-        """What a stream says about an addition to a choice. Called in order."""
+    def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
+        """What a stream says about additions to choices, framed; may be nothing. `usage` is that so far."""
         ...
 
-    def usage_chunk(self) -> Chunk:
-        """A chunk without choices."""
+    def end(self, usage: Usage) -> bytes:
+        """The end of a stream that did not fail."""
+        ...
+
+    def failure(self, error: APIError) -> bytes:
+        """The end of one that did."""
         ...
 
     def answer(self, deltas: Sequence[Delta], usage: Usage) -> msgspec.Struct:
@@ -54,7 +54,9 @@ class Endpoint(Protocol[Body_contra]):
         ...
 
     @property
-    def id_prefix(self) -> str: ...
+    def id_prefix(self) -> str:
+        """What the ids of answers begin with."""
+        ...
 
     def encode(self, context: ServerContext, body: Body_contra) -> list[Prompt]:
         """The prompts as token ids; raises BadRequestError. Called in a thread, for it may take long."""

@@ -1,5 +1,7 @@
 """The one way from a request to its answer: judge, reserve, encode, submit, then stream or collect."""
 
+import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -13,9 +15,9 @@ from fastapi import Request, Response
 from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
-from server.errors import UnsupportedParameterError
-from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole
-from server.generate.endpoint import Chunk, Endpoint, Head, Writer
+from server.errors import APIError, ServerError, UnsupportedParameterError
+from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best_choices
+from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
 from server.generate.parameters import (
     check_model,
@@ -26,16 +28,15 @@ from server.generate.parameters import (
     unknown_parameters,
     warnings_header,
 )
-from server.generate.prompts import Prompt, fit_max_tokens, vocab_size
-from server.schemas.common import GenerationRequest, Usage
+from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_size
+from server.generate.running import RunningRequest
+from server.generate.samplers import TokenizedSettings, tokenize_settings
+from server.schemas.common import GenerationRequest
 from server.sse import run_until_disconnect, sse_response
 from server.text.choice import ChoiceText
 from server.text.output_parser import OutputParser
 
-DONE = b"data: [DONE]\n\n"
-
-# Some clients take these for line ends, which they are not in JSON: U+0085, U+2028, U+2029.
-LINE_ENDS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
+logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
@@ -58,16 +59,45 @@ class _Job(Generic[Body]):
 async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Response:
     """Raises APIError for all that goes wrong before the first byte of the answer."""
     job = _judge(request, body, endpoint)
-    generation = await _start(job)
-    writer = endpoint.writer(job.context, body, job.head, generation.prompts)
+    generation, running, writer = await _start(job)
     if body.stream:
-        events = _stream(job.context, generation, writer, body)
-        return sse_response(events, on_close=generation.close, headers=_headers(job), request_id=job.request_id)
+        return sse_response(
+            _stream(job.context, generation, writer, body),
+            on_close=running.close,
+            on_error=writer.failure,
+            headers=_headers(job),
+            request_id=job.request_id,
+        )
     try:
         content = await run_until_disconnect(request, _collect(job.context, generation, writer, body))
     finally:
-        generation.close()
+        running.close()
     return Response(content, headers=_headers(job), media_type="application/json")
+
+
+async def start_in_background(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[Head, dict[str, str]]:
+    """Generates without the connection; the answer is the writer's to keep.
+
+    Returns the head of the answer, and headers for who asked. Raises APIError for all that goes wrong before.
+    """
+    job = _judge(request, body, endpoint)
+    generation, running, writer = await _start(job)
+
+    async def generate() -> None:
+        try:
+            await _collect(job.context, generation, writer, body)
+        except APIError as error:
+            writer.failure(error)
+        except Exception:
+            logger.exception("a request in the background failed", extra={"request_id": job.request_id})
+            writer.failure(ServerError(job.request_id))
+        finally:
+            running.close()
+
+    task = asyncio.create_task(generate())
+    job.context.background_tasks.add(task)
+    task.add_done_callback(job.context.background_tasks.discard)
+    return job.head, _headers(job)
 
 
 def _judge(request: Request, body: Body, endpoint: Endpoint[Body]) -> _Job[Body]:
@@ -85,7 +115,7 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body]) -> _Job[Body]
         endpoint=endpoint,
         body=body,
         info=info,
-        head=Head(f"{endpoint.id_prefix}-{secrets.token_hex(16)}", int(time.time()), body.model, info.fingerprint),
+        head=Head(f"{endpoint.id_prefix}{secrets.token_hex(16)}", int(time.time()), body.model, info.fingerprint),
         seed=choose_seed(context.settings.seed, _next_number(request)) if body.seed is None else body.seed,
         arrival=arrival,
         request_id=request.state.request_id,
@@ -109,21 +139,33 @@ def _headers(job: _Job[Body]) -> dict[str, str]:
     return headers
 
 
-async def _start(job: _Job[Body]) -> Generation:
+async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     """Slots come first, so that a request for which there is no room costs no tokenizing."""
     context, body = job.context, job.body
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
         start = time.monotonic()
-        prompts = await context.run_text_work(job.endpoint.encode, context, body)
+        prompts, tokenized = await context.run_text_work(_encode, job)
         context.metrics.observe_tokenizer(time.monotonic() - start)
-        submits = [_submit(job, prompt, index) for index, prompt in enumerate(prompts)]
+        submits = [_submit(job, prompt, index, tokenized) for index, prompt in enumerate(prompts)]
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         streams = _send(context, submits, reservation)
-    return Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
+    generation = Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
+    running = context.running.add(generation, job.head.id, job.request_id)
+    return generation, running, job.endpoint.writer(context, body, job.head, prompts)
 
 
-def _submit(job: _Job[Body], prompt: Prompt, index: int) -> Submit:
+def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
+    context, body = job.context, job.body
+    prompts = job.endpoint.encode(context, body)
+    if (num_tokens := body.truncate_prompt_tokens) is not None:
+        room = context.max_model_len - (1 if body.max_output_tokens is None else body.max_output_tokens)
+        num_tokens = max(1, room) if num_tokens == -1 else num_tokens
+        prompts = [truncated(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
+    return prompts, tokenize_settings(context, body)
+
+
+def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings) -> Submit:
     """Raises ContextLengthExceededError, or InvalidValueError for a min_tokens that cannot be."""
     context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
     if prompt.call_grammar is not None:
@@ -137,6 +179,7 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int) -> Submit:
     )
     params = sampling_params(
         body,
+        tokenized,
         max_tokens=max_tokens,
         seed=prompt_seed(job.seed, index),
         vocab_size=vocab_size(context),
@@ -198,25 +241,21 @@ async def _collect(context: ServerContext, generation: Generation, writer: Write
                 wholes[delta.index].add(delta)
 
     def encode() -> bytes:
-        return msgspec.json.encode(writer.answer([whole.join() for whole in wholes], generation.usage))
+        best = best_choices([whole.join() for whole in wholes], body.num_choices, body.num_answered)
+        return msgspec.json.encode(writer.answer(best, generation.usage))
 
     # Log probabilities may be hundreds of thousands of entries.
-    return encode() if body.num_logprobs is None else await context.run_text_work(encode)
+    is_short = body.num_logprobs is None and body.num_prompt_logprobs is None
+    return encode() if is_short else await context.run_text_work(encode)
 
 
 async def _stream(
     context: ServerContext, generation: Generation, writer: Writer, body: GenerationRequest
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events; all that one step of the engine yields is one write."""
-    options = body.stream_options
-    include_usage = options is not None and bool(options.include_usage)
-    continuous = include_usage and options is not None and bool(options.continuous_usage_stats)
 
     def encode(batch: list[Delta]) -> bytes:
-        chunks = [chunk for delta in batch for chunk in writer.chunks(delta)]
-        if include_usage:
-            _set_usage(chunks, generation.usage if continuous else None)
-        return _frame(chunks)
+        return writer.events(batch, generation.usage)
 
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
@@ -224,18 +263,4 @@ async def _stream(
             in_thread = body.num_prompt_logprobs is not None
             if events := await context.run_text_work(encode, batch) if in_thread else encode(batch):
                 yield events
-    last = [writer.usage_chunk()] if include_usage else []
-    _set_usage(last, generation.usage)
-    yield _frame(last) + DONE
-
-
-def _set_usage(chunks: Sequence[Chunk], usage: Usage | None) -> None:
-    for chunk in chunks:
-        chunk.usage = usage
-
-
-def _frame(chunks: Sequence[Chunk]) -> bytes:
-    events = b"".join([b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks])
-    for char, escape in LINE_ENDS:
-        events = events.replace(char, escape)
-    return events
+    yield writer.end(generation.usage)

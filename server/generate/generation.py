@@ -38,10 +38,20 @@ class Generation:
         self._num_choices = len(choices) // len(prompts)  # of each prompt
         self._metrics = metrics
         self._request_id = request_id
+        self._is_aborted = False
 
     def close(self) -> None:
         for stream in self._streams:
             stream.close()
+
+    def abort(self) -> bool:
+        """Ends the choices that still run: their deltas say so. Whether there were any."""
+        if not any(stream.num_open for stream in self._streams):
+            return False
+        self._is_aborted = True
+        for stream in self._streams:
+            stream.abort(FinishReason.ABORT)
+        return True
 
     @property
     def usage(self) -> Usage:
@@ -73,6 +83,8 @@ class Generation:
             async with contextlib.aclosing(_merge(self._streams)) as batches:
                 async for batch in batches:
                     yield self._take_all(batch)
+            if self._is_aborted:
+                yield [choice.abort() for choice in self.choices if choice.finish_reason is None]
         finally:
             self.close()
 

@@ -17,6 +17,7 @@ from server.errors import (
     UnsupportedParameterError,
     clip,
 )
+from server.generate.samplers import TokenizedSettings
 from server.schemas.chat import ChatMessage
 from server.schemas.common import GenerationRequest
 
@@ -52,8 +53,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "regex": (),
     "ebnf": (),
     "stop_regex": (),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "logits_processors": ([],),
     "custom_logit_processor": (),
     "vllm_xargs": ({},),
@@ -62,15 +61,11 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "early_stopping": (False,),
-    "prompt_logprobs": (),
     "logprobs_mode": ("raw_logprobs",),
     "logprob_token_ids": ([],),
-    "post_sampling_probs": (False,),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "prompt_embeds": (),
-    "truncate_prompt_tokens": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
@@ -79,9 +74,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "add_special_tokens": (False,),
     "echo": (False,),
     "max_completion_tokens": (),
-    "typical_p": (1,),
     "top_a": (0,),
-    "top_n_sigma": (0, -1),
     "tfs_z": (1,),
     "repeat_penalty": (1,),
     "no_repeat_ngram_size": (0,),
@@ -89,12 +82,11 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "eta_cutoff": (0,),
     "smoothing_factor": (0,),
     "dynatemp_range": (0,),
-    "dry_multiplier": (0,),
-    "xtc_probability": (0,),
-    "mirostat": (0,),
     "mirostat_mode": (0,),
     "repetition_detection": (),
     "lora_path": (),
+    "mcp_servers": ([],),
+    "container": (),
     "kv_transfer_params": (),
 }
 
@@ -112,16 +104,8 @@ HARMLESS = frozenset(
         # These only qualify what is refused above.
         "guided_decoding_backend",
         "guided_whitespace_pattern",
-        "dry_base",
-        "dry_allowed_length",
-        "dry_penalty_last_n",
-        "dry_sequence_breakers",
-        "xtc_threshold",
-        "mirostat_tau",
-        "mirostat_eta",
         "dynatemp_exponent",
         "smoothing_curve",
-        "repeat_last_n",
     }
 )
 
@@ -200,14 +184,20 @@ def _derive(seed: int, index: int, domain: bytes) -> int:
 
 def check_token_ids(body: GenerationRequest, vocab_size: int) -> None:
     """Raises InvalidValueError for a token id that the model does not have."""
-    for name, token_ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
-        if too_high := [token_id for token_id in token_ids or () if token_id >= vocab_size]:
+    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+        if too_high := [token_id for token_id in getattr(body, name) or () if token_id >= vocab_size]:
             message = f"Invalid '{name}': expected token ids from 0 to {vocab_size - 1}, but got {too_high[0]} instead."
             raise InvalidValueError(message, param=name)
 
 
 def sampling_params(
-    body: GenerationRequest, *, max_tokens: int, seed: int, vocab_size: int, defaults: Mapping[str, float]
+    body: GenerationRequest,
+    tokenized: TokenizedSettings,
+    *,
+    max_tokens: int,
+    seed: int,
+    vocab_size: int,
+    defaults: Mapping[str, float],
 ) -> SamplingParams:
     """The engine's view of a request whose fields and token ids have been judged.
 
@@ -234,9 +224,13 @@ def sampling_params(
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=body.logit_bias or {},
+        allowed_token_ids=tuple(dict.fromkeys(body.allowed_token_ids or ())),
+        bad_words=tokenized.bad_words,
+        chain=tokenized.chain,
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=body.num_logprobs,
         prompt_logprobs=body.num_prompt_logprobs,
+        post_sampling_probs=bool(body.post_sampling_probs),
     )

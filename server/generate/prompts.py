@@ -22,6 +22,13 @@ class Prompt:
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all tokens but the first, if asked for
 
 
+def truncated(prompt: Prompt, num_tokens: int, side: str) -> Prompt:
+    """The last tokens of a prompt, or with side `right` the first, where it has more than `num_tokens`."""
+    if len(prompt.token_ids) <= num_tokens:
+        return prompt
+    return Prompt(prompt.token_ids[:num_tokens] if side == "right" else prompt.token_ids[-num_tokens:])
+
+
 def vocab_size(context: ServerContext) -> int:
     """Tokens that exist: the model's table may have rows beyond the tokenizer's last one."""
     return min(context.client.ready_info().vocab_size, context.tokenizer.vocab_size)

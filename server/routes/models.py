@@ -1,13 +1,14 @@
-"""`/v1/models` and `/version`: what is served, and by what."""
+"""`/v1/models` and `/version`: what is served, and by what. Anthropic's clients get models in its form."""
 
 import importlib.metadata
+from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
 
 from server.context import ServerContext, get_context
-from server.errors import ModelNotFoundError
+from server.errors import ModelNotFoundError, is_for_anthropic
 from server.responses import StructResponse
-from server.schemas.models import Model, ModelList
+from server.schemas.models import AnthropicModel, AnthropicModelList, Model, ModelList
 
 router = APIRouter()
 
@@ -15,6 +16,9 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     context = get_context(request)
+    if is_for_anthropic(request.scope):
+        models = [_anthropic_model(context, name) for name in context.model_names]
+        return StructResponse(AnthropicModelList(data=models, first_id=models[0].id, last_id=models[-1].id))
     return StructResponse(ModelList(data=[_model(context, name) for name in context.model_names]))
 
 
@@ -23,7 +27,8 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
     context = get_context(request)
     if model_id not in context.model_names:
         raise ModelNotFoundError(model_id)
-    return StructResponse(_model(context, model_id))
+    make = _anthropic_model if is_for_anthropic(request.scope) else _model
+    return StructResponse(make(context, model_id))
 
 
 @router.get("/version")
@@ -33,3 +38,8 @@ async def version() -> Response:
 
 def _model(context: ServerContext, name: str) -> Model:
     return Model(id=name, created=context.created, root=context.model_names[0], max_model_len=context.max_model_len)
+
+
+def _anthropic_model(context: ServerContext, name: str) -> AnthropicModel:
+    created_at = datetime.fromtimestamp(context.created, UTC).isoformat().replace("+00:00", "Z")
+    return AnthropicModel(id=name, display_name=name, created_at=created_at, max_input_tokens=context.max_model_len)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
-from server.schemas.common import MAX_LOGPROBS, GenerationRequest, Usage
+from server.schemas.common import MAX_LOGPROBS, GenerationRequest, PromptLogprob, Usage
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools
 
 MAX_MESSAGES = 10_000
@@ -143,7 +143,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        return None
+        return self.prompt_logprobs
 
     def check(self) -> None:
         super().check()
@@ -214,6 +214,7 @@ class ChatChoice(msgspec.Struct):
     message: ChatResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -224,6 +225,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class FunctionChunk(msgspec.Struct, kw_only=True):
@@ -255,6 +258,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct, kw_only=True):
@@ -265,3 +269,4 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # only at a choice's beginning

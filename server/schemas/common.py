@@ -7,19 +7,31 @@ Answers are msgspec structs, which encode in about a microsecond; their fields s
 """
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainValidator,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
+from server.schemas.samplers import INT64_MAX, SamplerFields
 
-INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_STOP_TOKEN_IDS = 128
+MAX_ALLOWED_TOKEN_IDS = 1 << 18  # no vocabulary in use is larger
+MAX_BAD_WORDS = 64  # each is two token sequences: with a space before it and without
 MAX_CACHE_SALT_CHARS = 256
 MAX_PRIORITY = 1000  # of either sign
 MAX_LOGPROBS = 20  # OpenAI's completions allow 5; 20 is what vLLM and the chat endpoint allow
@@ -55,15 +67,23 @@ def _bias(value: object) -> float:
     return float(value)
 
 
+def _check_truncated_length(value: int) -> int:
+    if value == 0:
+        raise ValueError("expected a number of at least 1, or -1.")
+    return value
+
+
+TruncatedLength = Annotated[int, Field(ge=-1, le=INT64_MAX), AfterValidator(_check_truncated_length)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[list[StopString], Field(max_length=4, fail_fast=True)]
 Stop = Annotated[
     StopStrings | None,
     BeforeValidator(_check_stop, json_schema_input_type=StopString | StopStrings | None),
 ]
-StopTokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, le=INT64_MAX)]], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
-]
+TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
+AllowedTokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True)]
+BadWords = Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS, fail_fast=True)]
 LogitBias = Annotated[
     dict[int, float] | None,
     PlainValidator(_check_logit_bias),
@@ -94,10 +114,8 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to the chunks either way.")
 
 
-class GenerationRequest(BaseModel):
-    """The parameters of both endpoints. Those that OpenAI has not are vLLM's."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
+class GenerationRequest(SamplerFields):
+    """The parameters of both endpoints. Those that OpenAI has not are vLLM's, and llama.cpp's for samplers."""
 
     model: str = Field(description="Name of the model, one of GET /v1/models.")
     n: int | None = Field(None, ge=1, le=128, description="Number of choices for each prompt. Default 1.")
@@ -135,6 +153,13 @@ class GenerationRequest(BaseModel):
         None, ge=-2, le=2, description="Subtracted from the logit of each token that is in the output. Default 0."
     )
     logit_bias: LogitBias = Field(None, description="Token id -> what is added to its logit, from -100 to 100.")
+    allowed_token_ids: AllowedTokenIds | None = Field(None, description="Only these tokens can be sampled.")
+    bad_words: BadWords | None = Field(None, description="Words that the output cannot have.")
+    post_sampling_probs: bool | None = Field(
+        None,
+        description="The log probabilities are those after all settings here, of the distribution that the token was "
+        "drawn from, and not the model's own.",
+    )
     seed: int | None = Field(
         None,
         ge=INT64_MIN,
@@ -150,6 +175,19 @@ class GenerationRequest(BaseModel):
     min_tokens: int | None = Field(None, ge=0, description="Nothing ends the text before this many tokens.")
     skip_special_tokens: bool | None = Field(None, description="Leave control tokens out of the text. Default true.")
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower runs first. Default 0.")
+    truncate_prompt_tokens: TruncatedLength | None = Field(
+        None, description="Cut the prompt to this many tokens; -1: to what the context has room for. Default: never."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Which end of the prompt truncate_prompt_tokens cuts off. Default left: the beginning."
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log probabilities of the prompt's tokens and of as many alternatives. Not with stream.",
+    )
+    return_token_ids: bool | None = Field(None, description="Answer with the token ids of prompt and output.")
     cache_salt: str | None = Field(
         None,
         max_length=MAX_CACHE_SALT_CHARS,
@@ -157,9 +195,14 @@ class GenerationRequest(BaseModel):
     )
 
     @property
-    def num_choices(self) -> int:
-        """Choices of each prompt."""
+    def num_answered(self) -> int:
+        """Choices of each prompt in the answer."""
         return self.n or 1
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt that are generated."""
+        return self.num_answered
 
     @property
     def num_prompts(self) -> int:
@@ -190,6 +233,23 @@ class GenerationRequest(BaseModel):
         if self.stream_options is not None and not self.stream:
             message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
             raise InvalidValueError(message, param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            message = "Invalid 'prompt_logprobs': not allowed with 'stream': true."
+            raise InvalidValueError(message, param="prompt_logprobs")
+        if self.samplers is not None and self.mirostat:
+            message = "Invalid 'samplers': Mirostat has an order of its own, so only one of both is possible."
+            raise InvalidValueError(message, param="samplers")
+        if self.post_sampling_probs and self.num_logprobs is None:
+            message = "Invalid 'post_sampling_probs': only allowed with 'logprobs'."
+            raise InvalidValueError(message, param="post_sampling_probs")
+
+
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """A token that could stand at a place of the prompt."""
+
+    logprob: float
+    rank: int  # 1: the most likely token
+    decoded_token: str
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -208,3 +268,29 @@ class Usage(msgspec.Struct, frozen=True):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # of a model that thinks before it answers
+
+
+class AccountSeconds(msgspec.Struct, frozen=True):
+    """Where the time went, in seconds; the sum is `wall_s`."""
+
+    tokenizing: float  # from the request's arrival until the engine is asked
+    queue: float  # until it is in a batch
+    prefill: float  # until its first token
+    decode: float  # until its last token
+    preempted: float  # in the queue again, which counts neither as prefill nor as decode
+    detokenizing: float  # of the last tokens; what came before was done while the next were computed
+    writing: float  # between the processes, and to the client
+
+
+class Account(msgspec.Struct, frozen=True):
+    """`lightwell` in an answer, where asked for: what became of the choice that ended last."""
+
+    seed: int
+    wall_s: float
+    seconds: AccountSeconds
+    num_ahead: int  # choices that waited before it when it joined the queue
+    num_cached_tokens: int  # of the prompt
+    num_computed_tokens: int  # of the prompt
+    num_chunks: int  # steps that computed prompt tokens, or again what a preemption lost
+    num_output_tokens: int
+    num_preemptions: int

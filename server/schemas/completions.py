@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError, UnsupportedParameterError
-from server.schemas.common import MAX_LOGPROBS, GenerationRequest, Usage
+from server.schemas.common import MAX_LOGPROBS, GenerationRequest, PromptLogprob, Usage
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
@@ -77,7 +77,13 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: bool | None = Field(
         None, description="Begin a prompt of text with the model's BOS token, if it has one. Default true."
     )
-    best_of: int | None = Field(None, ge=0, le=128, description="Only the value of n: the choices are not ranked.")
+    best_of: int | None = Field(
+        None,
+        ge=0,
+        le=128,
+        description="Of so many choices answer with the n whose tokens have the highest mean log probability. "
+        "Not with stream.",
+    )
     suffix: str | None = Field(None, description="Not supported yet: null or empty.")
 
     @property
@@ -93,12 +99,18 @@ class CompletionRequest(GenerationRequest):
         return DEFAULT_MAX_TOKENS
 
     @property
+    def num_choices(self) -> int:
+        return self.best_of or self.num_answered
+
+    @property
     def num_logprobs(self) -> int | None:
-        return self.logprobs
+        is_ranked = self.num_choices > self.num_answered
+        return 0 if self.logprobs is None and is_ranked else self.logprobs
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        return self.logprobs if self.echo else None
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((num for num in wanted if num is not None), default=None)
 
     def check(self) -> None:
         super().check()
@@ -107,10 +119,19 @@ class CompletionRequest(GenerationRequest):
                 "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 without 'echo', but got 0."
             )
             raise InvalidValueError(message, param="max_tokens", code="integer_below_min_value")
-        if self.best_of not in (None, self.num_choices):
-            raise UnsupportedParameterError("best_of", "Only the value of 'n' is.")
+        self._check_best_of()
         if self.suffix:
             raise UnsupportedParameterError("suffix")
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            return
+        if self.best_of < self.num_answered:
+            message = f"Invalid 'best_of': expected a value >= {self.num_answered} (n), but got {self.best_of} instead."
+            raise InvalidValueError(message, param="best_of")
+        if self.stream and self.best_of > self.num_answered:
+            message = "Invalid 'best_of': the choices cannot be ranked with 'stream': true."
+            raise InvalidValueError(message, param="best_of")
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -127,6 +148,9 @@ class CompletionChoice(msgspec.Struct):
     index: int
     logprobs: CompletionLogprobs | None
     finish_reason: str | None  # null only in a stream
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # in a stream only at a choice's beginning
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):

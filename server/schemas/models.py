@@ -1,4 +1,4 @@
-"""`GET /v1/models`: OpenAI's fields, and vLLM's `root`, `parent` and `max_model_len`."""
+"""`GET /v1/models`: OpenAI's fields, and vLLM's `root`, `parent` and `max_model_len`; or Anthropic's fields."""
 
 from typing import Literal
 
@@ -18,3 +18,18 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class AnthropicModel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="model"):
+    id: str
+    display_name: str
+    created_at: str  # RFC 3339
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int
+
+
+class AnthropicModelList(msgspec.Struct, frozen=True, kw_only=True):
+    data: list[AnthropicModel]
+    has_more: Literal[False] = False
+    first_id: str
+    last_id: str

@@ -121,6 +121,19 @@ def test_a_seed_that_was_reported_gives_the_same_answer(client: OpenAI) -> None:
     assert [choice.text for choice in again.choices] == [choice.text for choice in raw.parse().choices]
 
 
+def test_a_request_is_cancelled_from_outside(client: OpenAI, server: ServerProcess) -> None:
+    chunks = iter(
+        client.chat.completions.create(
+            **(CHAT | {"max_completion_tokens": 3000, "stream": True}), extra_body={"ignore_eos": True}
+        )
+    )
+    first = next(chunks)
+    assert server.http.post(f"/v1/requests/{first.id}/cancel").json() == {"id": first.id, "cancelled": True}
+    *_, last = chunks
+    assert last.choices[0].finish_reason == "abort"
+    assert server.http.post(f"/v1/requests/{first.id}/cancel").status_code == 404
+
+
 def test_models(strict_client: OpenAI) -> None:
     assert [model.id for model in strict_client.models.list()] == [MODEL]
     assert strict_client.models.retrieve(MODEL).id == MODEL

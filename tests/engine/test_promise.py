@@ -16,13 +16,18 @@ import pytest
 from engine.batch import BatchBuilder
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.messages import SamplingParams, Submit, TokenLogprobs
+from engine.messages import MIROSTAT_ORDER, SamplerChain, SamplingParams, Submit, TokenLogprobs
 from engine.runner import LoadedModel, ModelRunner, load_model
 from tests.choice import choose_kernels, code_paths
 
 SEED = 20
 MAX_MODEL_LEN = 1024
 LENGTHS = [5, 8, 17, 31, 32, 33, 64, 100, 128, 200, 255, 256, 257, 400, 700, 900]
+CHAINS = {
+    4: SamplerChain(top_n_sigma=2.0, typical_p=0.9, xtc_probability=0.5, xtc_threshold=0.05, dry_multiplier=0.8),
+    10: SamplerChain(order=MIROSTAT_ORDER, mirostat=1, mirostat_tau=4.0),
+    13: SamplerChain(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=4.0),
+}
 
 Answer = tuple[list[int], list[TokenLogprobs]]
 
@@ -54,6 +59,8 @@ def submits() -> list[Submit]:
         )
         if number == 7:
             params = msgspec.structs.replace(params, repetition_penalty=1.2, frequency_penalty=0.5, top_k=40)
+        if number in CHAINS:
+            params = msgspec.structs.replace(params, chain=CHAINS[number])
         # Some prompts share a prefix, so that the cache has something to give.
         prompt = [rng.randrange(1000, 40000) for _ in range(length)]
         if number % 4 == 3:

@@ -46,7 +46,9 @@ def test_the_account_of_a_request() -> None:
     record.scheduled, record.first_token, record.finished = 3.0, 4.0, 5.0
     record.num_cached_tokens, record.num_output_tokens, record.num_accepted_tokens = 2, 7, 3
     record.chunks += [ChunkRecord(1, 2, 2), ChunkRecord(2, 4, 1)]
-    record.preemptions.append(4.5)
+    record.num_ahead = 6
+    record.preemptions += [3.25, 4.25, 4.75]
+    record.resumptions += [3.75, 4.5]  # it ended while it waited
     assert record.times() == RequestTimes(
         arrival=1.0,
         queued=2.0,
@@ -56,7 +58,10 @@ def test_the_account_of_a_request() -> None:
         num_prompt_tokens=5,
         num_cached_tokens=2,
         num_output_tokens=7,
-        num_preemptions=1,
+        num_preemptions=3,
+        num_ahead=6,
+        preempted_before_first_token=0.5,
+        preempted_after_first_token=0.25,
         num_chunks=2,
         num_accepted_tokens=3,
     )

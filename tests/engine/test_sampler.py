@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import engine.noise
 from engine.messages import SamplingParams, Submit, TokenLogprobs
-from engine.request import Request, leader_of
+from engine.request import Request, RequestWithDraft, leader_of
 from engine.sampler import Sampler, gather_logprobs
 
 CPU = torch.device("cpu")
@@ -71,6 +72,21 @@ def ban_stop_tokens(logits: Floats, request: Request) -> Floats:
         if not request.params.ignore_eos:
             result[list(EOS_TOKEN_IDS)] = -np.inf
     return result
+
+
+def ban_bad_words(logits: Floats, request: Request) -> Floats:
+    """A token after which the output would end with a bad word."""
+    result = logits.copy()
+    output = request.token_ids[request.num_prompt_tokens :]
+    for word in request.params.bad_words:
+        if tuple([*output, word[-1]][-len(word) :]) == word:
+            result[word[-1]] = -np.inf
+    return result
+
+
+def allow_only(logits: Floats, params: SamplingParams) -> Floats:
+    is_allowed = np.isin(np.arange(len(logits)), params.allowed_token_ids or np.arange(len(logits)))
+    return np.where(is_allowed, logits, -np.inf)
 
 
 def penalise_repetition(logits: Floats, request: Request) -> Floats:
@@ -151,13 +167,16 @@ def gumbel_noise(vocab_size: int, request: Request) -> Floats:
 
 def final_logits(logits: Floats, request: Request) -> Floats:
     """What the settings that change single tokens make of the model's logits."""
-    x = ban_stop_tokens(add_logit_bias(logits, request.params), request)
+    x = ban_bad_words(ban_stop_tokens(add_logit_bias(logits, request.params), request), request)
+    x = allow_only(x, request.params)
     return penalise_frequency_and_presence(penalise_repetition(x, request), request)
 
 
 def is_right(token_id: int, logits: Floats, request: Request) -> bool:
     """Whether a token is the one that the definition yields, or cannot be told from it in float32."""
     x, is_greedy = final_logits(logits, request), request.params.temperature < 1e-5
+    if not np.isfinite(x).any():
+        return True  # nothing is allowed
     x = x if is_greedy else x / request.params.temperature
     scores = x if is_greedy else x + gumbel_noise(len(x), request)
     params = SamplingParams(max_tokens=1) if is_greedy else request.params
@@ -189,6 +208,8 @@ def params_for(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
         min_tokens=draw(st.integers(0, 6)),
         ignore_eos=draw(st.booleans()),
         stop_token_ids=tuple(draw(st.lists(token_ids, max_size=3))),
+        bad_words=tuple(draw(st.lists(st.tuples(token_ids) | st.tuples(token_ids, token_ids), max_size=3))),
+        allowed_token_ids=tuple(draw(st.just([]) | st.lists(token_ids, min_size=1, max_size=30, unique=True))),
     )
 
 
@@ -376,6 +397,60 @@ def test_min_tokens_ends_once_reached() -> None:
     assert sample(logits, [make_request(output=[1], ignore_eos=True, **settings)]) == [7]
 
 
+def test_bad_words_end_where_they_began_in_the_output() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]])
+
+    def token_after(prompt: Sequence[int], output: Sequence[int], *words: tuple[int, ...]) -> int:
+        return sample(logits, [make_request(None, prompt, output, temperature=0.0, bad_words=words)])[0]
+
+    assert token_after([0], [], (4,)) == 3
+    assert token_after([0], [], (4,), (3,)) == 2
+    assert token_after([0], [1], (1, 4)) == 3
+    assert token_after([0], [2, 1], (1, 4), (2, 1, 3)) == 2
+    assert token_after([0], [1, 2], (1, 4)) == 4
+    assert token_after([1], [], (1, 4)) == 4, "the prompt is not judged"
+    assert token_after([2], [1], (2, 1, 4)) == 4
+
+
+def test_bad_words_see_the_draft() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]])
+    request = make_request(temperature=0.0, bad_words=((1, 2, 4),), output=[1])
+    assert make_sampler(5).sample(logits.clone(), [RequestWithDraft(request, [2])]).token_ids.tolist() == [3]
+    assert make_sampler(5).sample(logits.clone(), [RequestWithDraft(request, [3])]).token_ids.tolist() == [4]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+def test_allowed_token_ids(temperature: float) -> None:
+    """Whatever else is asked for; the others in the batch have all tokens."""
+    logits = random_logits(np.random.default_rng(6), 40, 500)
+    requests = [
+        make_request(seed=seed, temperature=temperature, allowed_token_ids=(3, 499, 17) if seed % 2 else ())
+        for seed in range(40)
+    ]
+    token_ids = sample(logits, requests)
+    assert set(token_ids[1::2]) <= {3, 17, 499}
+    assert token_ids[::2] == sample(logits[::2], requests[::2])
+    if temperature == 0:
+        assert token_ids[1::2] == [max((3, 17, 499), key=row.__getitem__) for row in logits[1::2].tolist()]
+
+
+def test_what_a_token_was_drawn_from() -> None:
+    """Of a row that asks for it; its top_k leaves three, its bias changes one of them."""
+    logits = random_logits(np.random.default_rng(7), 2, 50)
+    processed = logits.clone()
+    settings: dict[str, Any] = {"temperature": 0.5, "top_k": 3, "logit_bias": {5: 50.0}}
+    request = make_request(post_sampling_probs=True, **settings)
+    output = make_sampler(50).sample(processed, [make_request(), request])
+    expected = (logits[1] + 50 * (torch.arange(50) == 5)) / 0.5
+    kept = expected.topk(3).indices
+    assert set(torch.isfinite(processed[1]).nonzero().flatten().tolist()) == set(kept.tolist())
+    assert torch.equal(processed[1][kept], expected[kept])
+    (entry,) = gather_logprobs(processed[1:], output.token_ids[1:], [20])
+    assert entry.top_token_ids == kept.tolist()
+    assert entry.top_logprobs == pytest.approx(expected[kept].log_softmax(dim=-1).tolist(), abs=1e-6)
+    assert output.token_ids.tolist() == sample(logits, [make_request(), make_request(**settings)])
+
+
 # The noise.
 
 
@@ -386,7 +461,7 @@ def test_noise_is_what_the_reference_has() -> None:
     requests = [
         make_request(seed=seed, output=[0] * position) for seed in (0, -1, 2**62 + 12345) for position in (0, 9)
     ]
-    noise = make_sampler(5000)._gumbel_noise(requests).double().numpy()
+    noise = engine.noise.gumbel_noise(make_sampler(5000).hashed_ids, requests).double().numpy()
     for row, request in zip(noise, requests, strict=True):
         expected = gumbel_noise(5000, request)
         np.testing.assert_allclose(row, expected, rtol=0, atol=1e-3)

@@ -15,7 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.messages import FinishReason, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.messages import (
+    MIROSTAT_ORDER,
+    FinishReason,
+    SamplerChain,
+    SamplingParams,
+    Submit,
+    TokenEvent,
+    TokenLogprobs,
+)
 from engine.request import Status
 from engine.runner import LoadedModel, load_model
 from engine.speculation import AUTO, MAX_RESTS, NGRAM, START_LENGTH, Drafter, Policy, choose_policy, num_confirmed
@@ -399,6 +407,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return loaded
 
 
+MIROSTAT = SamplerChain(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=1.0, mirostat_eta=0.3)
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.0, "ignore_eos": True},
     {"temperature": 0.0, "min_tokens": 40, "logprobs": 3},
@@ -410,6 +419,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.3, "logit_bias": {2: 2.0, 11: -1.5}, "prompt_logprobs": 1, "ignore_eos": True},
     {"temperature": 0.2, "max_tokens": 500, "ignore_eos": True},  # to the end of the context
     {"temperature": 0.0, "max_tokens": 3, "ignore_eos": True},
+    {"temperature": 0.4, "bad_words": ((3,), (7, 8), (1, 2, 4)), "ignore_eos": True},
+    {"temperature": 0.3, "chain": SamplerChain(dry_multiplier=0.2, xtc_probability=0.2), "ignore_eos": True},
+    {"temperature": 0.5, "chain": MIROSTAT, "ignore_eos": True, "post_sampling_probs": True, "logprobs": 1},
 ]
 
 

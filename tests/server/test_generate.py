@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from engine.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.errors import BadRequestError, ContextLengthExceededError, UnknownParameterError
-from server.generate.choices import ChoiceState, Delta, json_logprob
+from server.generate.choices import ChoiceState, Delta, Position, best_choices, json_logprob
 from server.generate.completions import CompletionWriter
 from server.generate.endpoint import Head
-from server.generate.frame import _frame
+from server.generate.events import frame_chunks
 from server.generate.generation import Generation
 from server.generate.parameters import (
     HARMLESS,
@@ -163,7 +163,7 @@ def test_a_stream_never_shows_the_beginning_of_a_stop_string(tokenizer: Tokenize
 def test_tokens_after_a_stop_string_do_not_count(tokenizer: Tokenizer) -> None:
     choice = make_choice(tokenizer, stop=["b"])
     event = TokenEvent(request_id="r", token_ids=[*b"abcd", EOS], finish_reason=FinishReason.STOP, stop_token_id=EOS)
-    assert choice.push(event) == Delta(0, "a", [], "stop")
+    assert choice.push(event) == Delta(0, "a", [], "stop", stop_string="b", token_ids=[*b"ab"])
     assert choice.num_tokens == 2
 
 
@@ -191,13 +191,34 @@ def test_minus_infinity_in_an_answer(tokenizer: Tokenizer) -> None:
     }
 
 
+# The best of several.
+
+
+def whole(index: int, *logprobs: float) -> Delta:
+    positions = [Position(65, TokenLogprobs(logprob, 1, [], []), 0) for logprob in logprobs]
+    return Delta(index, f"text {index}", positions)
+
+
+def test_best_choices_have_the_highest_mean() -> None:
+    """Of each prompt, best first; of equal ones the first."""
+    wholes = [whole(0, -3.0), whole(1, -1.0, -2.0), whole(2, -1.0), whole(3, -9.0), whole(4), whole(5, -9.0, -9.0)]
+    best = best_choices(wholes, 3, 2)
+    assert [(delta.index, delta.text) for delta in best] == [
+        (0, "text 2"),
+        (1, "text 1"),
+        (2, "text 3"),
+        (3, "text 5"),
+    ]
+    assert best_choices(wholes, 3, 3) is wholes
+
+
 # Events.
 
 
 def test_events_have_no_line_ends_of_any_kind(tokenizer: Tokenizer) -> None:
     writer = CompletionWriter(tokenizer, Head("cmpl-1", 1, "m", "fp"), None, with_logprobs=False)
     text = "a\u2028b\u2029c\x85d\ne\r\nf\x0b\x0c\x1c\x1d\x1e\0"
-    events = _frame(writer.chunks(Delta(0, text)))
+    events = frame_chunks(writer.chunks(Delta(0, text)))
     (line,) = [line for line in events.decode().splitlines() if line]
     assert line.startswith("data: ")
     assert events.endswith(b"}\n\n")
@@ -235,7 +256,7 @@ def test_defaults_of_unsupported_parameters_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("use_beam_search", 0), ("dry_multiplier", False), ("functions", {}), ("best_of", True)]
+    ("name", "value"), [("use_beam_search", 0), ("smoothing_factor", False), ("functions", {}), ("best_of", True)]
 )
 def test_values_that_only_look_like_a_default(name: str, value: object) -> None:
     with pytest.raises(BadRequestError):

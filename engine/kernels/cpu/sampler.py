@@ -1,22 +1,27 @@
-"""The sampler in C++: what engine.sampler does on any device, in a few passes over each row of logits."""
+"""The sampler in C++: what engine.sampler does on any device, in a few passes over each row of logits.
+
+Special rows, which are rare, go through that sampler itself.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int64, c_uint64, c_void_p
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.chain import GREEDY_TEMPERATURE, has_penalty
 from engine.kernels.cpu.library import Library, Team
 from engine.kernels.cpu.program import Program
 from engine.memory import lazy_zeros
 from engine.messages import SamplingParams
 from engine.request import SampledRequest
-from engine.sampler import GREEDY_TEMPERATURE, SamplerOutput
+from engine.sampler import Sampler, SamplerOutput, banned_token_ids
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -85,7 +90,10 @@ class CpuSampler:
         self._program_of_one.add("sample", self._parameters)
 
     def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
-        """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
+        """The next token of each request from its row of logits, float32 [R, V], which may be changed in place.
+
+        Special rows of them become what their token was drawn from.
+        """
         num_rows = len(requests)
         assert logits.shape == (num_rows, self.vocab_size)
         assert logits.dtype == torch.float32
@@ -101,7 +109,15 @@ class CpuSampler:
         ids, biases = self._fill_rows(requests)
         parameters.ids, parameters.biases = ids.ctypes.data, biases.ctypes.data
         (self._program if num_rows > 1 else self._program_of_one).run()
+        if special := [row for row, request in enumerate(requests) if request.params.is_special]:
+            part = logits[special]  # the program has left them as they were
+            output.token_ids[special] = self._any_sampler.sample(part, [requests[row] for row in special]).token_ids
+            logits[special] = part
         return output
+
+    @cached_property
+    def _any_sampler(self) -> Sampler:
+        return Sampler(self.vocab_size, self.eos_token_ids, torch.device("cpu"))
 
     def _fill_rows(self, requests: Sequence[SampledRequest]) -> tuple[IntArray, FloatArray]:
         """Returns the lists of all rows, one after the other: token ids, and biases."""
@@ -113,9 +129,11 @@ class CpuSampler:
         biases: list[float] = []
         for index, request in enumerate(requests):
             params = request.params
+            if params.is_special:
+                continue
             if params.temperature >= GREEDY_TEMPERATURE:
                 _set_sampling(self._rows[index], request, params)
-            if params.logit_bias or params.min_tokens or _has_penalty(params):
+            if params.logit_bias or params.min_tokens or params.bad_words or has_penalty(params):
                 self._set_changes(self._rows[index], request, ids, biases)
         return np.fromiter(ids, np.int32, len(ids)), np.fromiter(biases, np.float32, len(biases))
 
@@ -124,11 +142,10 @@ class CpuSampler:
         row.first_id, row.first_bias, row.num_biased = len(ids), len(biases), len(params.logit_bias)
         ids += params.logit_bias.keys()
         biases += params.logit_bias.values()
-        if request.num_output_tokens < params.min_tokens:
-            banned = [*([] if params.ignore_eos else self.eos_token_ids), *params.stop_token_ids]
-            row.num_banned = len(banned)
-            ids += banned
-        if _has_penalty(params):
+        banned = banned_token_ids(request, self.eos_token_ids)
+        row.num_banned = len(banned)
+        ids += banned
+        if has_penalty(params):
             row.history, row.num_history = request.history().buffer_info()
             row.num_prompt_tokens, row.num_drafted = request.num_prompt_tokens, len(request.draft_token_ids)
             ids += request.draft_token_ids
@@ -144,7 +161,3 @@ def _set_sampling(row: SampledRow, request: SampledRequest, params: SamplingPara
     row.top_k = params.top_k
     row.top_p = params.top_p
     row.min_p = params.min_p
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0

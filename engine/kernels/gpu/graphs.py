@@ -115,7 +115,17 @@ class GraphedExecution(EagerExecution):
         token_ids, positions, slots = self.rows[:, :size]
         rows, tables = self.all_rows[:size], self.tables[:size]
         inputs = BatchInputs(
-            token_ids, positions, slots, rows, rows, tables, ones, ones, ones * num_segments * self.segment
+            token_ids,
+            positions,
+            slots,
+            hidden_rows=rows,
+            sample_rows=rows,
+            ahead_rows=rows[:0],
+            ahead_samples=rows[:0],
+            block_tables=tables,
+            query_lens=ones,
+            hidden_lens=ones,
+            seq_lens=ones * num_segments * self.segment,
         )
         assert self.capture is not None
         try:

@@ -19,6 +19,7 @@ from engine.kernels.gpu.attention import AttentionPlan
 from engine.kernels.gpu.graphs import GraphedExecution, capture
 from engine.kernels.gpu.linear import linear
 from engine.kernels.gpu.packed import READERS, PackedMatrix, from_ggml, to_int8
+from engine.kernels.gpu.sampler import TritonSampler
 from engine.kernels.gpu.tiles import card_name, tiles_for
 from engine.kernels.reference import EagerExecution, TorchKernels, adding
 from engine.kv_cache import KVCache
@@ -115,6 +116,9 @@ class TritonKernels(TorchKernels):
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LayerCache
     ) -> Tensor:
         return rows.rope_and_store_kv(q, k, v, cos, sin, slots, cache)
+
+    def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> TritonSampler:  # type: ignore[override]
+        return TritonSampler(vocab_size, eos_token_ids, self.device)
 
     def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> EagerExecution:
         if self.device.type != "cuda" or self.enforce_eager:

@@ -115,7 +115,7 @@ class Paged:
         lens = [end - start for _, start, end in spans]
         nothing = torch.empty(0, dtype=torch.int64)  # attention reads only what follows
         query_lens, seq_lens = np.array(lens), np.array([end for *_, end in spans])
-        rows = (nothing, nothing, nothing, nothing, nothing)
+        rows = (nothing,) * 7
         batch = BatchInputs(*rows, torch.tensor(tables), query_lens, query_lens, seq_lens)
         q = torch.cat([self.q[sequence][start:end] for sequence, start, end in spans])
         shape = self.shape

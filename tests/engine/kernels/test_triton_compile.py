@@ -24,7 +24,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from engine.kernels.gpu import attention, linear, rows
+from engine.kernels.gpu import attention, linear, rows, sampler
 from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, SMALLEST, TABLE
 
 kind, version = sys.argv[1].split()
@@ -75,6 +75,15 @@ for dtype in ("*fp16", "*bf16", "*fp32"):
         compile(attention._attend, constants | {"IS_SPLIT": True}, sizes.num_warps, sizes.num_stages, **types)
         constants |= {"IS_SPLIT": False, "partial": None, "states": None}
         compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types)
+dtype = "*fp32"  # of logits
+types = dict.fromkeys(("logits", "highest", "found", "states"), dtype) | {"token_ids": "*i64", "is_finite": "*u8"}
+types |= dict.fromkeys(("counts", "changes", "lists", "draws", "nums_found"), "*i32")
+for kernel in (sampler._collect, sampler._draw):
+    compile(kernel, {"PIECE": sampler.PIECE}, sampler.NUM_WARPS, 2, **types)
+for kernel in (sampler._add_biases, sampler._penalise):
+    compile(kernel, {"PIECE": sampler.ID_PIECE}, sampler.NUM_WARPS, 2, **types)
+for is_changed in (False, True):
+    compile(sampler._top, {"PIECE": sampler.PIECE, "IS_CHANGED": is_changed}, sampler.NUM_WARPS, 2, **types)
 print(json.dumps(shared))
 """
 
@@ -86,7 +95,7 @@ def test_kernels_compile(target: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     shared = json.loads(done.stdout)
-    assert len(shared) == 66
+    assert len(shared) == 72
     assert max(shared.values()) <= TARGETS[target], shared
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from engine.kernels.cpu.build import build
 from engine.kernels.cpu.library import Library, Team
 from engine.kernels.cpu.sampler import CpuSampler
-from engine.messages import SamplingParams
+from engine.messages import MIROSTAT_ORDER, SamplerChain, SamplingParams
+from engine.noise import gumbel_noise
 from engine.request import Request, RequestWithDraft, SampledRequest
 from tests.engine.kernels.cpu.sanitizer import run_sanitized
 from tests.engine.test_sampler import (
@@ -47,6 +48,13 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 0.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": -0.2},
     {"repetition_penalty": 0.9, "min_tokens": 50, "stop_token_ids": (3, 5), "top_p": 0.6},
     {"logit_bias": {0: 5.0, 9: -3.5}, "min_tokens": 50, "ignore_eos": True},
+    {"bad_words": ((1,), (6, 8), (5, 6, 9), (7, 9)), "top_k": 300},
+]
+SPECIAL: list[dict[str, Any]] = [
+    {"allowed_token_ids": (3, 9, 12), "top_p": 0.8},
+    {"post_sampling_probs": True, "repetition_penalty": 1.5, "min_p": 0.1},
+    {"chain": SamplerChain(typical_p=0.8, dry_multiplier=1.0), "temperature": 0.7},
+    {"chain": SamplerChain(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=2.0), "logit_bias": {4: 9.0}},
 ]
 
 
@@ -157,6 +165,23 @@ def test_calls_leave_nothing_behind(machine: Machine, rng: np.random.Generator) 
     for first, last in ((0, 1), (3, 20), (0, 44), (8, 10), (0, 0), (0, 44)):
         output = sampler.sample(logits[first:last].clone(), requests[first:last])
         assert output.token_ids.tolist() == expected[first:last]
+
+
+def test_special_rows_go_through_the_sampler_in_torch(machine: Machine, rng: np.random.Generator) -> None:
+    """Bit for bit, and those beside them do not notice."""
+    logits = random_logits(rng, 40, 3001, spread=2.0)
+    settings = [mix for index in range(20) for mix in (MIXED[index % len(MIXED)], SPECIAL[index % len(SPECIAL)])]
+    processed, expected = logits.clone(), logits.clone()
+    output = machine.sampler(3001).sample(processed, requests_of(settings))
+    special = make_sampler(3001).sample(expected, requests_of(settings))
+    assert torch.equal(output.token_ids[1::2], special.token_ids[1::2])
+    assert torch.equal(processed[1::2], expected[1::2])
+    assert output.token_ids[::2].tolist() == machine.sample(logits[::2], requests_of(settings)[::2])
+    assert output.is_finite.all()
+
+
+def requests_of(settings: Sequence[dict[str, Any]]) -> list[Request]:
+    return [make_request(None, [1, 4, 4], [], seed=seed, **some) for seed, some in enumerate(settings)]
 
 
 def test_row_of_a_draft(machine: Machine, rng: np.random.Generator) -> None:
@@ -283,7 +308,7 @@ def test_top_k_keeps_no_more_and_no_less(machine: Machine, top_k: int, rng: np.r
     """The token with the highest noise comes if it is the k-th most likely, and does not if it is the next one."""
     size = 5003
     requests = [make_request(seed=seed, top_k=top_k, temperature=1e8) for seed in range(20)]
-    favourites = make_sampler(size)._gumbel_noise(requests).argmax(dim=-1)
+    favourites = gumbel_noise(make_sampler(size).hashed_ids, requests).argmax(dim=-1)
     for place, is_kept in ((top_k, True), (top_k + 1, False)):
         logits = torch.from_numpy(rng.permuted(np.tile(np.arange(size), (20, 1)), axis=1)).float()
         for row, favourite in zip(logits, favourites, strict=True):
@@ -354,7 +379,7 @@ def test_noise_is_that_of_torch(machine: Machine) -> None:
     size, more = 400, 1e-5
     for seed, position in ((0, 0), (-1, 9), (2**62 + 12345, 3)):
         request = make_request(seed=seed, output=[0] * position)
-        noise = make_sampler(size)._gumbel_noise([request])
+        noise = gumbel_noise(make_sampler(size).hashed_ids, [request])
         logits = torch.eye(size) * more - noise
         assert machine.sample(logits, [request] * size) == list(range(size))
         others = logits + (torch.eye(size) < 1) * 2 * more

@@ -1,0 +1,65 @@
+"""The responses that can be asked for again: in memory, the latest ones, gone with the process."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from server.schemas.responses import ResponseObject
+
+
+@dataclass(slots=True)
+class StoredResponse:
+    """A response and the conversation that it is the end of. Items are of OpenAI's form."""
+
+    response: ResponseObject
+    input_items: list[dict[str, Any]]
+    earlier_items: list[dict[str, Any]] = field(default_factory=list)  # of the responses that it follows
+    num_bytes: int = 0  # of the whole conversation as JSON
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """The whole conversation, but for instructions."""
+        return [*self.earlier_items, *self.input_items, *msgspec.to_builtins(self.response.output)]
+
+
+class ResponseStore:
+    """At most so many responses and bytes; those that were not used for longest are dropped first.
+
+    A conversation counts in full for each response of it: items that several share stay until the last one goes.
+    """
+
+    def __init__(self, max_responses: int, max_bytes: int) -> None:
+        self._max_responses = max_responses
+        self._max_bytes = max_bytes
+        self._by_id: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    def get(self, response_id: str) -> StoredResponse | None:
+        if response_id in self._by_id:
+            self._by_id.move_to_end(response_id)
+        return self._by_id.get(response_id)
+
+    def put(self, stored: StoredResponse) -> None:
+        """Adds a response, or counts anew one that has grown."""
+        self.delete(stored.response.id)
+        stored.num_bytes = len(msgspec.json.encode((stored.items, stored.response)))
+        self._by_id[stored.response.id] = stored
+        self._num_bytes += stored.num_bytes
+        while len(self._by_id) > self._max_responses or self._num_bytes > self._max_bytes:
+            self.delete(next(iter(self._by_id)))
+
+    def delete(self, response_id: str) -> bool:
+        """Whether it was there."""
+        stored = self._by_id.pop(response_id, None)
+        if stored is not None:
+            self._num_bytes -= stored.num_bytes
+        return stored is not None

@@ -1,0 +1,120 @@
+"""`/v1/responses`: create, ask for again, cancel, delete. Responses are kept by this process, in memory."""
+
+from fastapi import APIRouter, Request, Response
+
+from server.context import ServerContext, get_context
+from server.errors import (
+    BadRequestError,
+    InvalidValueError,
+    PreviousResponseNotFoundError,
+    ResponseNotFoundError,
+    UnsupportedParameterError,
+)
+from server.generate.frame import respond, start_in_background
+from server.generate.responses import ResponsesEndpoint, check, input_items, to_chat
+from server.middleware import StrictJSONRoute
+from server.response_store import StoredResponse
+from server.responses import StructResponse
+from server.schemas.responses import DeletedResponse, ItemList, ResponsesRequest
+
+router = APIRouter()
+json_router = APIRouter(route_class=StrictJSONRoute)
+
+MAX_PAGE, DEFAULT_PAGE = 100, 20
+
+
+@json_router.post("/v1/responses")
+async def create_response(request: Request, body: ResponsesRequest) -> Response:
+    """Answers a conversation, which may go on from a stored one."""
+    context = get_context(request)
+    check(body)
+    previous = None if body.previous_response_id is None else _previous(context, body.previous_response_id)
+    items = input_items(body)
+    chat = to_chat(body, [*(previous.items if previous else ()), *items])
+    endpoint = ResponsesEndpoint(body, items, previous)
+    if not body.background:
+        return await respond(request, chat, endpoint)
+    head, headers = await start_in_background(request, chat, endpoint)
+    return StructResponse(_find(context, head.id).response, headers=headers)
+
+
+@router.get("/v1/responses/{response_id}")
+async def retrieve_response(request: Request, response_id: str) -> Response:
+    """A stored response, as far as it is generated."""
+    if request.query_params.get("stream") == "true":
+        raise UnsupportedParameterError("stream", "Only a new response is streamed.")
+    return StructResponse(_find(get_context(request), response_id).response)
+
+
+@router.get("/v1/responses/{response_id}/input_items")
+async def list_input_items(request: Request, response_id: str) -> Response:
+    """What the response was asked with, the latest item first; without what came before in its conversation."""
+    items = _find(get_context(request), response_id).input_items
+    query = request.query_params
+    if query.get("order", "desc") not in ("asc", "desc"):
+        raise InvalidValueError("Invalid 'order': expected 'asc' or 'desc'.", param="order")
+    if query.get("order") != "asc":
+        items = items[::-1]
+    if (after := query.get("after")) is not None:
+        items = items[_position(items, after) + 1 :]
+    limit = _limit(query.get("limit", str(DEFAULT_PAGE)))
+    page = items[:limit]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else ("", "")
+    return StructResponse(ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit))
+
+
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel_response(request: Request, response_id: str) -> Response:
+    """Ends a response that is being generated; what it has so far stays."""
+    context = get_context(request)
+    response = _find(context, response_id).response
+    if context.running.cancel(response_id):
+        response.status = "cancelled"
+    elif not response.background:
+        raise BadRequestError("Cannot cancel a synchronous response.")
+    return StructResponse(response)
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(request: Request, response_id: str) -> Response:
+    """Forgets a response; if it is being generated, that ends. Those that go on from it keep its items."""
+    context = get_context(request)
+    if not context.responses.delete(response_id):
+        raise ResponseNotFoundError(response_id)
+    context.running.cancel(response_id)
+    return StructResponse(DeletedResponse(response_id))
+
+
+def _find(context: ServerContext, response_id: str) -> StoredResponse:
+    stored = context.responses.get(response_id)
+    if stored is None:
+        raise ResponseNotFoundError(response_id)
+    if stored.response.status == "in_progress" and response_id not in context.running:
+        stored.response.status = "cancelled"  # its client went away
+    return stored
+
+
+def _previous(context: ServerContext, response_id: str) -> StoredResponse:
+    if context.responses.get(response_id) is None:
+        raise PreviousResponseNotFoundError(response_id)
+    stored = _find(context, response_id)
+    if stored.response.status == "in_progress":
+        message = "Invalid 'previous_response_id': that response is still being generated."
+        raise InvalidValueError(message, param="previous_response_id")
+    return stored
+
+
+def _position(items: list[dict[str, object]], item_id: str) -> int:
+    for index, item in enumerate(items):
+        if item["id"] == item_id:
+            return index
+    raise InvalidValueError("Invalid 'after': the response has no item of that id.", param="after")
+
+
+def _limit(value: str) -> int:
+    if not (value.isascii() and value.isdigit() and 1 <= int(value[:4]) <= MAX_PAGE):
+        raise InvalidValueError(f"Invalid 'limit': expected an integer from 1 to {MAX_PAGE}.", param="limit")
+    return int(value)
+
+
+router.include_router(json_router)

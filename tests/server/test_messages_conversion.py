@@ -1,0 +1,221 @@
+"""Anthropic's messages as those of chat completions, and what a generation adds as Anthropic's events."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from anthropic.types import Message, RawMessageStreamEvent
+from pydantic import TypeAdapter
+
+from server.generate.choices import Delta, ToolCallDelta
+from server.generate.endpoint import Head
+from server.generate.messages import MessagesWriter, to_chat
+from server.schemas.common import PromptTokensDetails, Usage
+from server.schemas.messages import MessagesRequest
+
+USAGE = Usage(10, 5, 15, PromptTokensDetails(4))
+EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object", "properties": {}}}
+CALL = {"type": "tool_use", "id": "toolu_1", "name": "add", "input": {"a": 1, "b": "é"}}
+
+
+def convert(**fields: Any) -> dict[str, Any]:
+    """What of a chat request is set."""
+    minimal = {"model": "tiny", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    chat = to_chat(MessagesRequest.model_validate(minimal | fields))
+    return chat.model_dump(exclude_unset=True)
+
+
+def test_a_conversation_with_tools() -> None:
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "3"}]}
+    other = {"type": "tool_result", "tool_use_id": "toolu_2", "is_error": True}
+    thoughts = {"type": "thinking", "thinking": "Hm.", "signature": "x"}
+    messages = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": [thoughts, {"type": "text", "text": "Well:"}, CALL]},
+        {"role": "assistant", "content": [CALL | {"id": "toolu_2"}]},
+        {"role": "user", "content": [{"type": "text", "text": "So?"}, result, other]},
+    ]
+    first, assistant, *rest = convert(messages=messages)["messages"]
+    assert first == {"role": "user", "content": "Add."}
+    assert (assistant["role"], assistant["content"]) == ("assistant", "Well:")
+    assert assistant["reasoning_content"] == "Hm."
+    assert [call["id"] for call in assistant["tool_calls"]] == ["toolu_1", "toolu_2"]
+    for call in assistant["tool_calls"]:
+        assert (call["type"], call["function"]["name"]) == ("function", "add")
+        assert json.loads(call["function"]["arguments"]) == CALL["input"]
+    assert rest == [
+        {"role": "tool", "tool_call_id": "toolu_1", "content": [{"type": "text", "text": "3"}]},
+        {"role": "tool", "tool_call_id": "toolu_2", "content": ""},
+        {"role": "user", "content": "So?"},
+    ]
+
+
+def test_a_call_without_text() -> None:
+    messages = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": [CALL]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "3"}]},
+    ]
+    _, assistant, result = convert(messages=messages)["messages"]
+    assert "content" not in assistant
+    assert result["content"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"type": "auto"}, {"tool_choice": "auto"}),
+        ({"type": "any"}, {"tool_choice": "required"}),
+        ({"type": "none"}, {"tool_choice": "none"}),
+        ({"type": "tool", "name": "add"}, {"tool_choice": {"type": "function", "function": {"name": "add"}}}),
+        ({"type": "auto", "disable_parallel_tool_use": True}, {"tool_choice": "auto", "parallel_tool_calls": False}),
+    ],
+)
+def test_tools(choice: dict[str, Any], expected: dict[str, Any]) -> None:
+    fields = convert(tools=[TOOL, {"type": "custom", **TOOL, "name": "sub", "strict": True}], tool_choice=choice)
+    function = {"name": "add", "description": "Adds.", "parameters": TOOL["input_schema"]}
+    assert fields["tools"] == [
+        {"type": "function", "function": function},
+        {"type": "function", "function": function | {"name": "sub", "strict": True}},
+    ]
+    assert {name: fields.get(name) for name in expected} == expected
+    assert ("parallel_tool_calls" in fields) == ("parallel_tool_calls" in expected)
+
+
+def test_a_schema_for_the_output() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    fields = convert(output_config={"format": {"type": "json_schema", "schema": schema}, "effort": "low"})
+    assert fields["response_format"]["type"] == "json_schema"
+    assert fields["response_format"]["json_schema"]["schema"] == schema
+    assert fields["reasoning_effort"] == "low"
+
+
+@pytest.mark.parametrize(
+    ("fields", "effort"),
+    [
+        ({}, None),
+        ({"thinking": {"type": "adaptive"}}, None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "medium"),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}}, "none"),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, "low"),
+        ({"output_config": {"effort": "high"}}, None),
+        ({"output_config": {"effort": "max"}}, "max"),
+    ],
+)
+def test_how_much_is_thought(fields: dict[str, Any], effort: str | None) -> None:
+    assert convert(**fields).get("reasoning_effort") == effort
+
+
+def test_thoughts_that_are_left_out() -> None:
+    assert convert(thinking={"type": "adaptive", "display": "omitted"})["include_reasoning"] is False
+    stream = MessagesWriter(Head("msg_1", 1, "tiny", "fp"), with_thinking=False)
+    whole = Delta(0, "So.", reasoning="Hm.", finish_reason="stop")
+    assert [event["type"] for event in parse(stream.events([whole], USAGE))][1:] == [
+        "content_block_start",
+        "content_block_delta",
+    ]
+    assert len(stream.answer([whole], USAGE).content) == 1
+
+
+# Deltas -> events.
+
+FIELDS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+
+DELTAS = [
+    Delta(0, "", reasoning="Hm"),
+    Delta(0, "", reasoning="."),
+    Delta(0, "So: ", reasoning=" Yes."),
+    Delta(0, "", tool_calls=[ToolCallDelta(0, "toolu_1", "add", ""), ToolCallDelta(1, "toolu_2", "sub", '{"a"')]),
+    Delta(0, "", tool_calls=[ToolCallDelta(1, "", "", ": 1}")]),
+    Delta(0, "", finish_reason="tool_calls"),
+]
+
+
+def writer() -> MessagesWriter:
+    return MessagesWriter(Head("msg_1", 1, "tiny", "fp"))
+
+
+def parse(data: bytes) -> list[dict[str, Any]]:
+    events = []
+    for event in data.decode().split("\n\n")[:-1]:
+        name, line = event.split("\n")
+        events.append(json.loads(line.removeprefix("data: ")))
+        EVENT.validate_python(events[-1])
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
+def test_events_of_thoughts_text_and_calls() -> None:
+    stream = writer()
+    events = parse(b"".join([*(stream.events([delta], USAGE) for delta in DELTAS), stream.end(USAGE)]))
+    assert [event["type"].removeprefix("content_block_") for event in events] == [
+        "message_start",
+        *("start", "delta", "delta", "delta", "stop"),
+        *("start", "delta", "stop"),
+        *("start", "stop"),
+        *("start", "delta", "delta", "stop"),
+        "message_delta",
+        "message_stop",
+    ]
+    starts = [event["content_block"] for event in events if event["type"] == "content_block_start"]
+    assert [(start["type"], start.get("id"), start.get("name")) for start in starts] == [
+        ("thinking", None, None),
+        ("text", None, None),
+        ("tool_use", "toolu_1", "add"),
+        ("tool_use", "toolu_2", "sub"),
+    ]
+    added = ["", "", "", ""]
+    for event in events:
+        if event["type"] == "content_block_delta":
+            (_, kind), (field, text) = event["delta"].items()
+            assert FIELDS[kind] == field
+            added[event["index"]] += text
+    assert added == ["Hm. Yes.", "So: ", "", '{"a": 1}']
+    assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1, 2, 3]
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+    assert events[-2]["usage"] == {
+        "input_tokens": 6,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 4,
+        "output_tokens": 5,
+    }
+
+
+def test_the_whole_answer_has_the_same_blocks() -> None:
+    calls = [ToolCallDelta(0, "toolu_1", "add", '{"a": 1}'), ToolCallDelta(1, "toolu_2", "sub", '{"a": ')]
+    whole = Delta(0, "So: ", reasoning="Hm.", finish_reason="tool_calls", tool_calls=calls)
+    answer = json.loads(msgspec.json.encode(writer().answer([whole], USAGE)))
+    Message.model_validate(answer, strict=True)
+    assert answer["content"] == [
+        {"type": "thinking", "thinking": "Hm.", "signature": ""},
+        {"type": "text", "text": "So: ", "citations": None},
+        {"type": "tool_use", "id": "toolu_1", "name": "add", "input": {"a": 1}},
+        {"type": "tool_use", "id": "toolu_2", "name": "sub", "input": {"arguments": '{"a": '}},
+    ]
+    assert answer["stop_reason"] == "tool_use"
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop_string", "expected"),
+    [
+        ("stop", None, ("end_turn", None)),
+        ("stop", "END", ("stop_sequence", "END")),
+        ("length", None, ("max_tokens", None)),
+        ("tool_calls", None, ("tool_use", None)),
+        ("abort", None, ("pause_turn", None)),
+    ],
+)
+def test_why_it_ended(reason: str, stop_string: str | None, expected: tuple[str, str | None]) -> None:
+    answer = writer().answer([Delta(0, "x", finish_reason=reason, stop_string=stop_string)], USAGE)
+    assert (answer.stop_reason, answer.stop_sequence) == expected
+
+
+def test_a_call_that_had_to_be_is_why_it_ended() -> None:
+    """Which chat completions call `stop`."""
+    delta = Delta(0, "", finish_reason="stop", tool_calls=[ToolCallDelta(0, "toolu_1", "add", "{}")])
+    assert writer().answer([delta], USAGE).stop_reason == "tool_use"
+    stream = writer()
+    stream.events([delta], USAGE)
+    assert parse(stream.end(USAGE))[-2]["delta"]["stop_reason"] == "tool_use"
