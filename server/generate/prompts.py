@@ -1,6 +1,6 @@
 """What a request's input becomes, and whether it fits."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.messages import TokenLogprobs
 from server.context import ServerContext
@@ -26,7 +26,8 @@ def truncated(prompt: Prompt, num_tokens: int, side: str) -> Prompt:
     """The last tokens of a prompt, or with side `right` the first, where it has more than `num_tokens`."""
     if len(prompt.token_ids) <= num_tokens:
         return prompt
-    return Prompt(prompt.token_ids[:num_tokens] if side == "right" else prompt.token_ids[-num_tokens:])
+    token_ids = prompt.token_ids[:num_tokens] if side == "right" else prompt.token_ids[-num_tokens:]
+    return replace(prompt, token_ids=token_ids, text=None)
 
 
 def vocab_size(context: ServerContext) -> int:
