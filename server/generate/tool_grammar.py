@@ -29,6 +29,7 @@ def tool_grammar(
     think_tags: ThinkTags | None = None,
     is_thinking: bool = False,
     special_ids: Mapping[str, int] | None = None,
+    has_content_grammar: bool = False,
 ) -> str | None:
     """What the whole output must match, or None where it may be any text.
 
@@ -37,19 +38,25 @@ def tool_grammar(
         parallel: whether several calls may follow one another. A tool that is named is called once.
         think_tags: of a model that may think before it answers, or does so (`is_thinking`: the prompt has begun it).
         special_ids: tags and markers that are control tokens, which no text spells -> their token ids.
+        has_content_grammar: what is said without calls must match a grammar `@content`, which is to be put beside it.
     """
     allowed = callable_tools(tools, tool_choice)
     is_forced = must_call(tool_choice)
-    if not is_forced and not any(tool.function.strict for tool in allowed):
+    if not is_forced and not has_content_grammar and not any(tool.function.strict for tool in allowed):
         return None
     marks = _Marks(special_ids or {})
     no_thoughts = "" if think_tags is None or is_thinking else marks.without(think_tags.start)
     rules = [
         "%llguidance {}",
         *_thoughts(marks, think_tags, is_thinking),
-        *_answer(marks, format, is_forced, parallel and not isinstance(tool_choice, NamedTool)),
         f"FIRST: TEXT{no_thoughts}",
         f"TEXT: /{ANYTHING}/",
+    ]
+    if not allowed:
+        return "\n".join([*rules, "answer: @content"]) + "\n"
+    several = parallel and not isinstance(tool_choice, NamedTool)
+    rules += [
+        *_answer(marks, format, is_forced, several, has_content_grammar),
         f"tool: {' | '.join(f'tool_{index}' for index in range(len(allowed)))}",
         *(_tool(marks, format, index, tool) for index, tool in enumerate(allowed)),
     ]
@@ -86,11 +93,13 @@ def _thoughts(marks: _Marks, tags: ThinkTags | None, is_thinking: bool) -> list[
     return [f"start: {start}", 'thoughts: thoughts_end ("\\n" "\\n"?)?', marks.up_to("thoughts_end", "TEXT", tags.end)]
 
 
-def _answer(marks: _Marks, format: ToolFormat, is_forced: bool, several: bool) -> list[str]:
+def _answer(marks: _Marks, format: ToolFormat, is_forced: bool, several: bool, has_content_grammar: bool) -> list[str]:
     """The rule `answer`: calls, or text that may end with calls."""
     start, calls = _calls(marks, format, several)
     if is_forced:
         return [f"answer: {start} {calls}"]
+    if has_content_grammar:
+        return [f"answer: {start} {calls} | @content"]
     if start:
         return [f"answer: begin_calls {calls} | FIRST", marks.up_to("begin_calls", "FIRST", format.start)]
     # Only calls begin with a bracket.
