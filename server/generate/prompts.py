@@ -17,7 +17,6 @@ class Prompt:
     token_ids: list[int]
     text: str | None = None  # None: the client sent token ids, or messages
     output_format: OutputFormat | None = None  # None: an answer is plain text
-    call_grammar: str | None = None  # what the output must match for its calls to be as the request wants them
     num_cached_tokens: int = 0  # found in the prefix cache
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all tokens but the first, if asked for
 

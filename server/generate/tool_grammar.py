@@ -1,4 +1,4 @@
-"""The grammar of an answer with calls that are forced or strict, or of one that else is JSON: in llguidance's Lark.
+"""The grammar of an answer that has to call tools, or that calls them strictly, in llguidance's dialect of Lark.
 
 The calls that it allows are some of those that `server.text.tool_parser` reads, in the form in which models learn to
 write them. All is literal but the arguments, which follow the tool's JSON schema with a space after commas and colons.
@@ -15,9 +15,7 @@ from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, mu
 from server.text.reasoning import ThinkTags
 from server.text.tool_formats import ToolFormat
 
-# No white space but this: a model could fill an answer with it.
-SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANYTHING = r"(.|\n)*"
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -28,10 +26,10 @@ def tool_grammar(
     tool_choice: ToolChoice | None,
     parallel: bool,
     *,
-    content_schema: Mapping[str, Any] | None = None,
     think_tags: ThinkTags | None = None,
     is_thinking: bool = False,
     special_ids: Mapping[str, int] | None = None,
+    has_content_grammar: bool = False,
 ) -> str | None:
     """What the whole output must match, or None where it may be any text.
 
@@ -40,22 +38,22 @@ def tool_grammar(
     Args:
         tools: those of the request, judged.
         parallel: whether several calls may follow one another. A tool that is named is called once.
-        content_schema: the answer is JSON of this schema, unless it is calls. None: it may be any text.
         think_tags: of a model that may think before it answers, or does so (`is_thinking`: the prompt has begun it).
         special_ids: tags and markers that are control tokens, which no text spells -> their token ids.
+        has_content_grammar: an answer without calls must match a grammar `@content`, which is to be put beside it.
     """
     allowed = callable_tools(tools, tool_choice)
     is_forced = must_call(tool_choice)
-    if not is_forced and content_schema is None and not any(tool.function.strict for tool in allowed):
+    if not is_forced and not has_content_grammar and not any(tool.function.strict for tool in allowed):
         return None
     marks = _Marks(special_ids or {})
     begin, calls = _calls(marks, format, parallel and not isinstance(tool_choice, NamedTool))
     if is_forced:
         answer = [f"answer: {begin} {calls}"]
-    elif content_schema is None:
-        answer = _calls_or_text(marks, format, calls)
+    elif has_content_grammar:
+        answer = [f"answer: {begin} {calls} | @content" if allowed else "answer: @content"]
     else:
-        answer = [f"answer: {begin} {calls} | content" if allowed else "answer: content", _content(content_schema)]
+        answer = _calls_or_text(marks, format, calls)
     no_thoughts = "" if think_tags is None or is_thinking else marks.without(think_tags.start)
     rules = [
         "%llguidance {}",
@@ -132,16 +130,9 @@ def _tools(marks: _Marks, format: ToolFormat, tools: Sequence[Tool], *, is_force
             call = f'{" ".join(map(_literal, pieces))} arguments_{index} "}}"'
         parameters = tool.function.parameters or NO_ARGUMENTS
         schema = parameters if is_forced or tool.function.strict else {}
-        rules += [f"tool_{index}: {call}", _json(f"arguments_{index}", {"type": "object", **schema}, SPACED)]
+        arguments = json.dumps({"type": "object", **schema, "x-guidance": SPACING})
+        rules += [f"tool_{index}: {call}", f"arguments_{index}: %json {arguments}"]
     return rules
-
-
-def _content(schema: Mapping[str, Any]) -> str:
-    return _json("content", schema, COMPACT)
-
-
-def _json(rule: str, schema: Mapping[str, Any], spacing: Mapping[str, Any]) -> str:
-    return f"{rule}: %json {json.dumps({**schema, 'x-guidance': spacing})}"
 
 
 def _literal(text: str) -> str:

@@ -25,6 +25,7 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.samplers import INT64_MAX, SamplerFields
+from server.schemas.structured import StructuredOutputs
 
 INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string
@@ -194,6 +195,8 @@ class GenerationRequest(SamplerFields):
         description="Only requests with the same salt share cached prefixes.",
     )
 
+    structured_outputs: StructuredOutputs | None = Field(None, description="What form the answer must have.")
+
     @property
     def num_answered(self) -> int:
         """Choices of each prompt in the answer."""
@@ -242,6 +245,8 @@ class GenerationRequest(SamplerFields):
         if self.post_sampling_probs and self.num_logprobs is None:
             message = "Invalid 'post_sampling_probs': only allowed with 'logprobs'."
             raise InvalidValueError(message, param="post_sampling_probs")
+        if self.structured_outputs is not None:
+            self.structured_outputs.check()
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):

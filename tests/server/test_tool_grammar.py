@@ -11,6 +11,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from pydantic import TypeAdapter
 
+from server.generate.constraints import COMPACT
 from server.generate.tool_grammar import tool_grammar
 from server.schemas.tools import Tool, ToolChoice
 from server.text.output_parser import OutputFormat, OutputParser
@@ -161,16 +162,22 @@ def test_thoughts_come_first(model: Model) -> None:
 
 
 @FORMATS
-def test_content_that_is_json_unless_there_are_calls(model: Model, format: ToolFormat) -> None:
+def test_content_has_a_grammar_of_its_own(model: Model, format: ToolFormat) -> None:
     properties = {"name": {"type": "string"}, "answer": {"type": "integer"}}
     schema = {"type": "object", "properties": properties, "required": ["answer"], "additionalProperties": False}
+    schema["x-guidance"] = COMPACT
+
+    def grammar(choice: str, **more: Any) -> str:
+        calls = grammar_of(model, format, choice, has_content_grammar=True, **more)
+        parts = [{"name": "answer", "lark_grammar": calls}, {"name": "content", "json_schema": schema}]
+        return json.dumps({"grammars": parts})
+
     call = write(format, ("time", '{"a": 1}'))
-    grammar = grammar_of(model, format, content_schema=schema)
-    assert all(model.accepts(grammar, text) for text in ('{"answer":42}', '{"name":"time","answer":42}', call))
-    assert not any(model.accepts(grammar, text) for text in ("Hi", '{"answer":"x"}', "", call + '{"answer":42}'))
-    forced = grammar_of(model, format, "required", content_schema=schema)
+    free, forced, alone = grammar("auto"), grammar("required"), grammar("none", think_tags=THINK)
+    assert all(model.accepts(free, text) for text in ('{"answer":42}', '{"name":"time","answer":42}', call))
+    assert not any(model.accepts(free, text) for text in ("Hi", '{"answer":"x"}', "", call + '{"answer":42}'))
     assert not model.accepts(forced, '{"answer":42}')
-    alone = grammar_of(model, format, "none", content_schema=schema, think_tags=THINK)
+    assert model.accepts(forced, write(format, ("time", "{}")))
     assert model.accepts(alone, '{"answer":42}')
     assert model.accepts(alone, '<think>\nHm\n</think>\n\n{"answer":42}')
     assert not model.accepts(alone, call)
