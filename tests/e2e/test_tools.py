@@ -1,6 +1,5 @@
 """Tools through the official client and the real model: the shape of answers, which the model itself may fill badly."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,27 +41,6 @@ def test_the_stream_says_what_the_answer_says(client: OpenAI) -> None:
     for one, other in zip(answer.choices, streamed.choices, strict=True):
         assert said(one.message) == said(other.message) != ("", [])
         assert one.finish_reason == other.finish_reason
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-def test_a_forced_call_follows_its_schema(client: OpenAI, choice: Any) -> None:
-    properties = {"city": {"type": "string", "enum": ["Paris", "Rome"]}, "days": {"type": "integer", "maximum": 9}}
-    schema = {"type": "object", "properties": properties, "required": ["city"], "additionalProperties": False}
-    tool = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
-    fields: dict[str, Any] = {"tools": [tool], "tool_choice": choice, "parallel_tool_calls": False, "n": 2, "seed": 5}
-    fields |= {"temperature": 1.5, "max_completion_tokens": 100}
-    answer = client.chat.completions.create(**(CHAT | fields))
-    with client.chat.completions.stream(**(CHAT | fields)) as stream:
-        streamed = stream.get_final_completion()
-    for one, other in zip(answer.choices, streamed.choices, strict=True):
-        assert said(one.message) == said(other.message)
-        content, ((name, arguments),) = said(one.message)
-        assert (content, name) == ("", "get_weather")
-        found = json.loads(arguments)
-        assert found.keys() <= properties.keys()
-        assert found["city"] in ("Paris", "Rome")
-        assert found.get("days", 0) <= 9
-        assert one.finish_reason == other.finish_reason == ("tool_calls" if choice == "required" else "stop")
 
 
 def test_the_model_is_told_of_the_tools(client: OpenAI) -> None:

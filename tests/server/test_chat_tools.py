@@ -336,52 +336,13 @@ def test_control_tokens_can_be_shown(tmp_path: Path) -> None:
             assert choice["message"]["reasoning"] == "a"
 
 
-NAMED: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
-STRICT = {"type": "function", "function": {"name": "time", "strict": True}}
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"tool_choice": "required"}, "tool_calls"),
-        ({"tool_choice": NAMED}, "stop"),
-        (
-            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}},
-            "tool_calls",
-        ),
-        ({"tools": [STRICT]}, "tool_calls"),
-    ],
-)
-def test_calls_that_are_forced_or_strict_have_a_grammar(
-    model: RunningServer, fields: dict[str, Any], reason: str
-) -> None:
-    """What it allows is tested elsewhere; here, that the engine gets it, and what the answer says."""
-    say(model, '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>')
-    (choice,) = ask_json(model.url, CHAT, **({"tools": TOOLS} | fields))["choices"]
-    grammar = model.engine.submits[-1].params.grammar
-    assert grammar is not None
-    assert '"x-guidance"' in grammar
-    assert choice["finish_reason"] == reason
-    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["time"]
-
-
-def test_free_calls_have_no_grammar(plain: RunningServer) -> None:
+def test_what_only_a_grammar_brings_about_is_refused(plain: RunningServer) -> None:
+    strict = {"type": "function", "function": {"name": "time", "strict": True}}
+    named = {"type": "function", "function": {"name": "time"}}
     for fields in (
-        {"tools": TOOLS},
-        {"tools": TOOLS, "tool_choice": "auto"},
-        {"tools": [STRICT], "tool_choice": "none"},
+        {"tools": TOOLS, "tool_choice": "required"},
+        {"tools": TOOLS, "tool_choice": named},
+        {"tools": [strict]},
     ):
-        ask_json(plain.url, CHAT, **fields)
-        assert plain.engine.submits[-1].params.grammar is None
-
-
-def test_schemas_that_no_grammar_can_follow(plain: RunningServer) -> None:
-    def with_schema(schema: Any) -> dict[str, Any]:
-        properties = {"a": schema}
-        parameters = {"type": "object", "properties": properties}
-        return {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
-
-    for schema in ({"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}, {"type": "nonsense"}):
-        error = check_error(ask(plain.url, CHAT, tools=[with_schema(schema)]), 400)
-        assert error["param"].startswith("tools")
-    ask_json(plain.url, CHAT, tools=[with_schema({"$ref": "#/nowhere"})], tool_choice="none")
+        assert check_error(ask(plain.url, CHAT, **fields), 400)["code"] == "unsupported_parameter"
+    ask_json(plain.url, CHAT, tools=[strict], tool_choice="none")
