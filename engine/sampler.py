@@ -12,7 +12,7 @@ all samplers of `engine.chain` in an order of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +139,25 @@ def _waves(requests: Sequence[SampledRequest], rows: Sequence[int]) -> list[list
         depth = len(requests[row].draft_token_ids) if "mirostat" in order else 0
         waves.setdefault((depth, order), []).append(row)
     return [waves[key] for key in sorted(waves)]
+
+
+# Grammars.
+
+
+def apply_masks(logits: Tensor, masks: Mapping[int, bytes]) -> None:
+    """Leave in some rows of float32 logits [R, V] only the tokens that their mask allows: bit i of byte j is 8 j + i.
+
+    An empty mask leaves nothing, so the row counts as one without numbers.
+    """
+    if not masks:
+        return
+    num_bytes = -(-logits.shape[1] // 8)
+    packed = bytearray(b"".join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values()))
+    bits = torch.frombuffer(packed, dtype=torch.uint8).view(len(masks), num_bytes, 1).to(logits.device)
+    places = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
+    forbidden = ((bits & places) == 0).view(len(masks), -1)[:, : logits.shape[1]]
+    rows = torch.tensor(list(masks), device=logits.device)
+    logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))
 
 
 # Log probabilities.

@@ -7,6 +7,7 @@ from msgspec import UNSET, UnsetType
 from server.context import ServerContext
 from server.generate.chat_prompt import encode_request
 from server.generate.choices import Delta, Position, ToolCallDelta, json_logprob
+from server.generate.constraints import Constraint, chat_constraint
 from server.generate.endpoint import Head
 from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt
@@ -38,6 +39,9 @@ class ChatEndpoint:
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         return [encode_request(context, body)]
+
+    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
+        return chat_constraint(context, body, prompt)
 
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]

@@ -10,6 +10,7 @@ from msgspec import UnsetType
 from server.context import ServerContext
 from server.errors import APIError
 from server.generate.choices import Delta
+from server.generate.constraints import Constraint
 from server.generate.prompts import Prompt
 from server.schemas.common import Account, GenerationRequest, Usage
 
@@ -61,6 +62,10 @@ class Endpoint(Protocol[Body_contra]):
 
     def encode(self, context: ServerContext, body: Body_contra) -> list[Prompt]:
         """The prompts as token ids; raises BadRequestError. Called in a thread, for it may take long."""
+        ...
+
+    def constraint(self, context: ServerContext, body: Body_contra, prompt: Prompt) -> Constraint | None:
+        """What the answer to a prompt must match; raises BadRequestError. Called in a thread."""
         ...
 
     def writer(self, context: ServerContext, body: Body_contra, head: Head, prompts: Sequence[Prompt]) -> Writer: ...

@@ -17,9 +17,10 @@ from msgspec import UNSET, UnsetType
 from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
-from server.errors import APIError, ServerError, UnsupportedParameterError
+from server.errors import APIError, ServerError
 from server.generate.account import account_of
 from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best_choices
+from server.generate.constraints import check_constraint
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
 from server.generate.parameters import (
@@ -110,8 +111,7 @@ async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tupl
     context = job.context
 
     def encode() -> list[RenderedPrompt]:
-        prompts, tokenized = _encode(job)
-        return [_rendered(job, _submit(job, prompt, index, tokenized)) for index, prompt in enumerate(prompts)]
+        return [_rendered(job, submit) for submit in _prepare(job).submits]
 
     rendered = await anyio.to_thread.run_sync(encode, limiter=context.tokenize_threads)
     headers = {name: value for name, value in _headers(job).items() if name != "x-lightwell-seed"}
@@ -178,18 +178,35 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     context, body = job.context, job.body
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
-        start = time.monotonic()
-        prompts, tokenized = await context.run_text_work(_encode, job)
-        submitted = time.monotonic()
-        context.metrics.observe_tokenizer(submitted - start)
-        submits = [_submit(job, prompt, index, tokenized) for index, prompt in enumerate(prompts)]
+        prepared = await context.run_text_work(_prepare, job)
+        context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
+        prompts, submitted = prepared.prompts, time.monotonic()
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
-        streams = _send(context, submits, reservation)
+        streams = _send(context, prepared.submits, reservation)
     generation = Generation(
         prompts, streams, choices, metrics=context.metrics, request_id=job.request_id, submitted=submitted
     )
     running = context.running.add(generation, job.head.id, job.request_id)
     return generation, running, job.endpoint.writer(context, body, job.head, prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A request as the engine gets it."""
+
+    prompts: list[Prompt]
+    submits: list[Submit]  # one for each prompt
+    tokenizer_seconds: float
+
+
+def _prepare(job: _Job[Body]) -> _Prepared:
+    """What takes long: the prompts, what else the tokenizer makes, and what answers must match."""
+    start = time.monotonic()
+    prompts, tokenized = _encode(job)
+    seconds = time.monotonic() - start
+    grammar = _grammar(job, prompts)
+    submits = [_submit(job, prompt, index, tokenized, grammar) for index, prompt in enumerate(prompts)]
+    return _Prepared(prompts, submits, seconds)
 
 
 def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
@@ -202,11 +219,18 @@ def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
     return prompts, tokenize_settings(context, body)
 
 
-def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings) -> Submit:
+def _grammar(job: _Job[Body], prompts: Sequence[Prompt]) -> str | None:
+    """Of all prompts: only the one of a chat has a part in it. Raises BadRequestError for what cannot be followed."""
+    constraint = job.endpoint.constraint(job.context, job.body, prompts[0])
+    if constraint is None:
+        return None
+    check_constraint(job.context, constraint, job.body)
+    return constraint.grammar
+
+
+def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings, grammar: str | None) -> Submit:
     """Raises ContextLengthExceededError, or InvalidValueError for a min_tokens that cannot be."""
     context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
-    if prompt.call_grammar is not None:
-        raise UnsupportedParameterError("tool_choice", "A call cannot be forced, nor its form.")
     max_tokens = fit_max_tokens(
         body.max_output_tokens,
         num_prompt_tokens,
@@ -225,7 +249,7 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSet
     return Submit(
         request_id=f"{job.head.id}-{index}",
         prompt_token_ids=prompt.token_ids,
-        params=params,
+        params=msgspec.structs.replace(params, grammar=grammar),
         arrival=job.arrival,
         n=body.num_choices,
         priority=body.priority or 0,

@@ -11,6 +11,7 @@ from server.context import ServerContext
 from server.errors import APIError, InvalidValueError, MissingParameterError
 from server.generate.chat import ChatEndpoint
 from server.generate.choices import Delta, ToolCallDelta
+from server.generate.constraints import Constraint, chat_constraint
 from server.generate.conversion import chat_request, function_tool, named_tool, text_part, tool_call
 from server.generate.endpoint import Head
 from server.generate.events import frame_events
@@ -174,6 +175,9 @@ class MessagesEndpoint:
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         return ChatEndpoint().encode(context, body)
+
+    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
+        return chat_constraint(context, body, prompt)
 
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]

@@ -42,7 +42,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "verbosity": ("medium",),
     "reasoning_effort": ("none", "medium"),
     "thinking_token_budget": (),
-    "structured_outputs": (),
     "structural_tag": (),
     "guided_json": (),
     "guided_regex": (),

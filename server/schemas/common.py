@@ -25,6 +25,7 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.samplers import INT64_MAX, SamplerFields
+from server.schemas.structured import StructuredOutputs
 
 INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string
@@ -206,6 +207,7 @@ class GenerationRequest(SamplerFields):
         max_length=MAX_CACHE_SALT_CHARS,
         description="Only requests with the same salt share cached prefixes.",
     )
+    structured_outputs: StructuredOutputs | None = Field(None, description="What form the answer must have.")
     lightwell: LightwellOptions | None = Field(None, description="What only this server can tell.")
 
     @property
@@ -267,6 +269,8 @@ class GenerationRequest(SamplerFields):
         for name in ("post_sampling_probs", "logprob_token_ids"):
             if getattr(self, name) and self.num_logprobs is None:
                 raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
+        if self.structured_outputs is not None:
+            self.structured_outputs.check()
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):

@@ -69,7 +69,9 @@ def test_the_last_chunk_of_a_stream_has_it(server: ServerProcess) -> None:
 def test_nothing_unless_it_is_asked_for(server: ServerProcess) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 3}
     for options in (None, {}, {"explain": False}):
-        response = httpx.post(f"{server.url}/v1/completions", json=body | {"lightwell": options}, timeout=REQUEST_SECONDS)
+        response = httpx.post(
+            f"{server.url}/v1/completions", json=body | {"lightwell": options}, timeout=REQUEST_SECONDS
+        )
         assert "lightwell" not in response.json()
 
 

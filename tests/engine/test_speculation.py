@@ -85,8 +85,6 @@ def test_what_is_guessed(token_ids: list[int], draft: list[int]) -> None:
     assert drafter.draft(token_ids, 100) == draft
     assert drafter.draft(token_ids, 2) == draft[:2]
     assert drafter.draft(token_ids, 0) == []
-    drafter.stop()
-    assert drafter.draft(token_ids, 100) == []
 
 
 def test_each_token_is_taken_in_once() -> None:
