@@ -4,7 +4,7 @@ JSON has one compact form, without white space between its parts: a model could 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,22 +147,27 @@ def schema_constraint(schema: Mapping[str, Any], param: str) -> Constraint:
 
 
 def check_schema(schema: Mapping[str, Any], param: str) -> None:
+    """Raises InvalidValueError."""
     if is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise _invalid(param, f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep")
     num_bytes = len(msgspec.json.encode(schema))
     if num_bytes > MAX_SCHEMA_BYTES:
         raise _invalid(param, f"expected a schema of at most {MAX_SCHEMA_BYTES} bytes, but got {num_bytes}")
-    if (num_keys := _most_keys(schema)) > MAX_SCHEMA_KEYS:
+    values = list(_values(schema))
+    if (num_keys := max(len(value) for value in values if isinstance(value, dict))) > MAX_SCHEMA_KEYS:
         raise _invalid(param, f"expected objects of at most {MAX_SCHEMA_KEYS} keys, but got one with {num_keys}")
+    if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values):
+        raise _invalid(param, "integers beyond 64 bits are not supported")  # they would be rounded
     if OPTIONS in schema:
         raise _invalid(param, f"the key '{OPTIONS}' is not supported")
 
 
-def _most_keys(value: object) -> int:
-    """Of all objects within a value."""
-    if isinstance(value, dict):
-        return max(len(value), *map(_most_keys, value.values()), 0)
-    return max(map(_most_keys, value), default=0) if isinstance(value, list) else 0
+def _values(value: object) -> Iterator[object]:
+    """A value and all within it."""
+    yield value
+    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for child in children:
+        yield from _values(child)
 
 
 def _invalid(param: str, problem: str) -> InvalidValueError:
