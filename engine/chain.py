@@ -273,7 +273,7 @@ SAMPLERS = {
     "penalties": _Sampler(has_penalty, penalise),
     "dry": _Sampler(_if_chain(lambda chain: chain.dry_multiplier > 0), _penalise_repeats),
     "top_n_sigma": _Sampler(_if_chain(lambda chain: chain.top_n_sigma > 0), _keep_top_n_sigma),
-    "temperature": _Sampler(lambda params: params.temperature != 1, _divide_by_temperature),
+    "temperature": _Sampler(lambda params: True, _divide_by_temperature),
     "min_p": _Sampler(lambda params: params.min_p > 0, _keep_min_p),
     "top_k": _Sampler(lambda params: params.top_k > 0, _keep_top_k),
     "typ_p": _Sampler(_if_chain(lambda chain: chain.typical_p < 1), _keep_typical),

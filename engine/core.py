@@ -18,12 +18,15 @@ from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
+from engine.grammar import Grammars
 from engine.messages import EngineStats, Submit, TokenEvent
 from engine.record import Recorder, StepClock, StepRecord
-from engine.request import Step, leader_of
+from engine.request import Step, leader_of, without_early_end
 from engine.runner import LoadedModel, PendingOutputs
 from engine.scheduler import Scheduler
 from engine.speculation import choose_policy
+
+GRAMMAR_WAIT = 0.02  # seconds; meanwhile no message is read
 
 
 @dataclass(slots=True)
@@ -59,7 +62,9 @@ class Engine:
         # Behind a draft nobody knows which token comes next, nor at which position, before it has been read.
         is_known = self.scheduler.speculation is None
         self.overlaps = is_known and (loaded.device.type == "cuda" if overlaps is None else overlaps)
+        self.scheduler.drafts_forced = not self.overlaps
         self.running: RunningStep | None = None
+        self.grammars = Grammars(loaded.config.eos_token_ids)
         self.enable_prefix_caching = config.enable_prefix_caching
         self.arrivals = itertools.count()
 
@@ -70,7 +75,16 @@ class Engine:
     def add(self, submit: Submit) -> None:
         """Queue a prompt of 1 to max_model_len tokens. Its choices share blocks even without prefix caching."""
         salt = submit.cache_salt.encode() if self.enable_prefix_caching else os.urandom(16)
-        self.scheduler.add(leader_of(submit, salt=salt, number=next(self.arrivals), now=time.monotonic()))
+        leader = leader_of(submit, salt=salt, number=next(self.arrivals), now=time.monotonic())
+        if submit.params.grammar is not None:
+            for choice in (leader, *leader.siblings):
+                choice.matcher = self.grammars.new_matcher(choice.params)
+                choice.params = without_early_end(choice.params)
+        self.scheduler.add(leader)
+
+    def learn(self, tokenizer: str) -> None:
+        """Take the text of a tokenizer.json, which requests with a grammar need. It takes a moment."""
+        self.grammars.learn(tokenizer)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End choices of a request without an event; unknown ones are ignored."""
@@ -79,7 +93,7 @@ class Engine:
     def step(self) -> tuple[Step | None, list[TokenEvent]]:
         """Launch a batch. Returns the last that has been read, and what became of each request that has news."""
         clock = StepClock()
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule() or self._wait_for_grammar()
         clock.lap("schedule")
         batch = None if step is None else self.runner.forward(step, clock)
         finished = self._finish()
@@ -101,6 +115,13 @@ class Engine:
         clock.lap("update")
         self._record(step, clock)
         return step, events
+
+    def _wait_for_grammar(self) -> Step | None:
+        """Where nothing runs, whatever waits does so for its grammar."""
+        if self.scheduler.running or not self.scheduler.waiting:
+            return None
+        self.scheduler.waiting[0].wait_for_grammar(GRAMMAR_WAIT)
+        return self.scheduler.schedule()
 
     def stats(self) -> EngineStats:
         return self.scheduler.current_stats()

@@ -67,7 +67,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # None: none; k: of each sampled token and of the k most likely
+    logprob_token_ids: tuple[int, ...] = ()  # in the place of the k most likely
     prompt_logprobs: int | None = None  # the same for each prompt token but the first
+    grammar: str | None = None  # what the output must match, as engine.grammar reads it; needs a `Vocabulary`
     post_sampling_probs: bool = False  # `logprobs` are of what the token was drawn from, after all settings
 
     @property
@@ -169,6 +171,12 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """First message of an API process; answered with `Ready` once the model is loaded."""
 
 
+class Vocabulary(msgspec.Struct, frozen=True, tag=True):
+    """What token ids stand for, for requests with a grammar. Sent once, before the first of them."""
+
+    tokenizer: str  # the text of a tokenizer.json
+
+
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """A prompt of at least one token and n choices of its continuation."""
 
@@ -206,7 +214,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     num_step_tokens: int = 0  # tokens that the step computed, 0 where there was no step
 
 
-ToEngine = Hello | Submit | Abort
+ToEngine = Hello | Vocabulary | Submit | Abort
 FromEngine = Ready | Outputs
 
 HEARTBEAT_SECONDS = 1.0

@@ -39,6 +39,7 @@ from engine.messages import (
     Submit,
     ToEngine,
     TokenEvent,
+    Vocabulary,
 )
 from engine.record import StepClock
 from engine.runner import LoadedModel, Progress, load_model
@@ -130,6 +131,8 @@ class EngineLoop:
         elif isinstance(message, Abort):
             self.engine.abort(message.request_id, message.index)
             self.clients.forget(message.request_id, message.index)
+        elif isinstance(message, Vocabulary):
+            self.engine.learn(message.tokenizer)
         else:
             self.clients.identities.add(identity)
             self.clients.send(identity, Ready(self.info))

@@ -16,6 +16,7 @@ from engine.record import RequestRecord
 
 if TYPE_CHECKING:
     from engine.block_pool import Block
+    from engine.grammar import Matcher
     from engine.speculation import Drafter
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "TokenLogprobs",
     "choice_seed",
     "leader_of",
+    "without_early_end",
 ]
 
 
@@ -69,7 +71,10 @@ class Request:
     num_published: int = 0  # how many of `blocks` have been offered to others
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     drafter: Drafter | None = None  # since the first time that a draft was wanted
+    can_draft: bool = True  # False once a draft has spoilt the rows before it
+    matcher: Matcher | None = None  # of params.grammar
     int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
+    allowed_ids: array[int] = field(default_factory=lambda: array("i"))  # params.allowed_token_ids, side by side
     mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
 
     @property
@@ -86,6 +91,10 @@ class Request:
         return max(len(self.token_ids), self.num_expected)
 
     @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
     def draft_token_ids(self) -> list[int]:
         return []
 
@@ -93,6 +102,16 @@ class Request:
         """`token_ids` as 32-bit integers side by side, to which each call adds what is new."""
         self.int32_token_ids.extend(self.token_ids[len(self.int32_token_ids) :])
         return self.int32_token_ids
+
+    @property
+    def can_start(self) -> bool:
+        """Whether its grammar has been compiled, if it has one."""
+        return self.matcher is None or self.matcher.is_ready
+
+    def wait_for_grammar(self, timeout: float) -> None:
+        """Until `can_start`, for so many seconds at most."""
+        if self.matcher is not None:
+            self.matcher.wait(timeout)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -122,6 +141,10 @@ class RequestWithDraft:
     def history(self) -> array[int]:
         """Without the draft."""
         return self.request.history()
+
+    @property
+    def allowed_ids(self) -> array[int]:
+        return self.request.allowed_ids
 
     @property
     def mirostat_mu(self) -> list[float]:
@@ -212,6 +235,7 @@ def choice_seed(seed: int, index: int) -> int:
 
 def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Request:
     """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
+    allowed_ids = array("i", submit.params.allowed_token_ids)
     choices = [
         Request(
             request_id=submit.request_id,
@@ -229,11 +253,17 @@ def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Reques
                 queued=now,
                 num_prompt_tokens=len(submit.prompt_token_ids),
             ),
+            allowed_ids=allowed_ids,
         )
         for index in range(submit.n)
     ]
     choices[0].siblings = choices[1:]
     return choices[0]
+
+
+def without_early_end(params: SamplingParams) -> SamplingParams:
+    """For a request whose grammar's masks say what may not end it too early."""
+    return msgspec.structs.replace(params, ignore_eos=False, min_tokens=0)
 
 
 def _without_prompt_logprobs(params: SamplingParams) -> SamplingParams:

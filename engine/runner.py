@@ -17,13 +17,14 @@ from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs, HostCopy
 from engine.config import EngineConfig, ModelConfig, load_model_config
+from engine.grammar import step_masks
 from engine.kernels import KernelOptions, Kernels, SamplesTokens, load_kernels
 from engine.kv_cache import KVCache, MemoryPlan, plan_memory
 from engine.messages import TokenLogprobs
 from engine.model import CausalLM, Parameters
 from engine.record import StepClock
 from engine.request import RowOutput, Scheduled, Step
-from engine.sampler import gather_logprobs
+from engine.sampler import apply_masks, gather_logprobs
 from engine.speculation import num_confirmed
 from engine.weights import load_weights
 
@@ -111,6 +112,7 @@ class ModelRunner:
         logits = self.execution.compute_logits(batch.sample_rows)
         wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw_logits = logits[wanted] if wanted else None  # a copy, before any setting changes them
+        apply_masks(logits, step_masks(step))
         sampled = self.sampler.sample(logits, rows)
         self.sampled = sampled.token_ids
         copy = HostCopy(torch.stack((sampled.token_ids, sampled.is_finite.long())))
@@ -120,7 +122,8 @@ class ModelRunner:
                 if rows[index].params.post_sampling_probs:
                     raw_logits[place] = logits[index]
             num_top = [rows[index].params.logprobs or 0 for index in wanted]
-            entries = gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top)
+            named_ids = [rows[index].params.logprob_token_ids for index in wanted]
+            entries = gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top, named_ids)
             logprobs = dict(zip(wanted, entries, strict=True))
         clock.lap("sample")
         return PendingOutputs(step, prompt_logprobs, copy, logprobs)

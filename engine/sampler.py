@@ -12,7 +12,7 @@ all samplers of `engine.chain` in an order of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +80,8 @@ class Sampler:
 
     def _allow_only(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         for row, request in enumerate(requests):
-            if request.params.allowed_token_ids:
-                ids = torch.tensor(request.params.allowed_token_ids, device=self.device)
+            if request.allowed_ids:
+                ids = torch.frombuffer(request.allowed_ids, dtype=torch.int32).to(self.device, torch.int64)
                 allowed = logits[row, ids]
                 logits[row] = float("-inf")
                 logits[row, ids] = allowed
@@ -141,13 +141,35 @@ def _waves(requests: Sequence[SampledRequest], rows: Sequence[int]) -> list[list
     return [waves[key] for key in sorted(waves)]
 
 
+# Grammars.
+
+
+def apply_masks(logits: Tensor, masks: Mapping[int, bytes]) -> None:
+    """Leave in some rows of float32 logits [R, V] only the tokens that their mask allows: bit i of byte j is 8 j + i.
+
+    An empty mask leaves nothing, so the row counts as one without numbers.
+    """
+    if not masks:
+        return
+    num_bytes = -(-logits.shape[1] // 8)
+    packed = bytearray(b"".join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values()))
+    bits = torch.frombuffer(packed, dtype=torch.uint8).view(len(masks), num_bytes, 1).to(logits.device)
+    places = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
+    forbidden = ((bits & places) == 0).view(len(masks), -1)[:, : logits.shape[1]]
+    rows = torch.tensor(list(masks), device=logits.device)
+    logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))
+
+
 # Log probabilities.
 
 
-def gather_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+def gather_logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: Sequence[int], named_ids: Sequence[Sequence[int]] = ()
+) -> list[TokenLogprobs]:
     """For each row of float32 logits [R, V]: the given token's log probability, its rank, and the most likely tokens.
 
     `num_top` says how many alternatives each row wants. Tokens of -infinity, which cannot be, are none.
+    Rows that have `named_ids` get these instead.
     """
     logprobs = logits.log_softmax(dim=-1)
     chosen = token_ids[:, None]
@@ -156,7 +178,15 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -
     top_ids = _top_ids(logits, max(num_top))
     values = logprobs.gather(1, torch.cat((chosen, top_ids), dim=1)).tolist()
     rows = zip(values, ranks.tolist(), top_ids.tolist(), num_top, strict=True)
-    return [_token_logprobs(first, rank, ids[:num], rest[:num]) for (first, *rest), rank, ids, num in rows]
+    entries = [_token_logprobs(first, rank, ids[:num], rest[:num]) for (first, *rest), rank, ids, num in rows]
+    for row, ids in enumerate(named_ids):
+        if ids:
+            named = sorted(zip((-logprobs[row, ids]).tolist(), ids, strict=True))
+            named_logprobs = [-negative for negative, _ in named]
+            entries[row] = _token_logprobs(
+                entries[row].logprob, entries[row].rank, [token_id for _, token_id in named], named_logprobs
+            )
+    return entries
 
 
 def _token_logprobs(logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]) -> TokenLogprobs:

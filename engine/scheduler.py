@@ -72,7 +72,8 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_chunk = long_prefill_token_threshold or max_num_batched_tokens
-        self.speculation = speculation  # None: no drafts
+        self.speculation = speculation  # None: no guesses
+        self.drafts_forced = True  # whether what a grammar forces is drafted
         self.watermark = pool.num_blocks // 100  # blocks kept free for running requests to grow into
         self.running: list[Request] = []  # sorted by order
         self.waiting: list[Request] = []  # sorted by order
@@ -117,9 +118,11 @@ class Scheduler:
                 scheduled.append(self._advance(request, num_tokens))
                 budget -= num_tokens
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            if self.stats.preemptions_total > num_preempted or not self._admit(self.waiting[0], budget):
+            first = next((waiting for waiting in self.waiting if waiting.can_start), None)
+            if first is None or self.stats.preemptions_total > num_preempted or not self._admit(first, budget):
                 break
-            request = self.waiting.pop(0)
+            request = first
+            self.waiting.remove(request)
             insort(self.running, request, key=_by_order)
             num_tokens = min(_num_pending(request, request.num_computed), self.max_chunk, budget)
             scheduled.append(self._advance(request, num_tokens))
@@ -127,8 +130,7 @@ class Scheduler:
         if not scheduled:
             return None
         scheduled.sort(key=lambda item: item.is_prompt)
-        if self.speculation is not None:
-            self._add_drafts(self.speculation, scheduled, budget)
+        self._add_drafts(scheduled, budget)
         self.stats.steps_total += 1
         return Step(self.stats.steps_total, scheduled)
 
@@ -212,26 +214,44 @@ class Scheduler:
         num_tokens = request.num_computed + 1
         return num_tokens >= min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
 
-    def _add_drafts(self, policy: Policy, scheduled: list[Scheduled], budget: int) -> None:
+    def _add_drafts(self, scheduled: list[Scheduled], budget: int) -> None:
+        """What a grammar forces is drafted wherever there is room for it, guesses as the policy allows."""
+        generating = [item for item in scheduled if item.num_samples and not item.is_prompt and item.request.can_draft]
+        for item in generating if self.drafts_forced else ():
+            budget -= self._add_draft(item, self._forced(item.request)[:budget])
+        if self.speculation is not None:
+            guessing = [item for item in generating if not item.draft_token_ids]
+            self._add_guesses(self.speculation, guessing, sum(item.num_tokens for item in scheduled), budget)
+
+    def _add_guesses(self, policy: Policy, generating: list[Scheduled], num_rows: int, budget: int) -> None:
         """Share the rows that are left evenly among the drafts; what a short one does not need is for the longer."""
-        num_spare = policy.num_spare_rows(sum(item.num_tokens for item in scheduled), budget)
+        num_spare = policy.num_spare_rows(num_rows, budget)
         if num_spare < 1:
             return
-        generating = [item for item in scheduled if item.num_samples and not item.is_prompt]
-        drafts = [(item, self._draft(policy, item.request)) for item in generating]
+        drafts = [(item, self._guess(policy, item.request)) for item in generating]
         drafts = sorted((pair for pair in drafts if pair[1]), key=lambda pair: len(pair[1]))
         for position, (item, draft) in enumerate(drafts):
             share = -(-num_spare // (len(drafts) - position))
             num_spare -= self._add_draft(item, draft[:share])
 
-    def _draft(self, policy: Policy, request: Request) -> list[int]:
-        """A guess of what follows. Behind it comes a token that it does not foretell, for which there must be room."""
-        room = min(request.params.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens) - 1
+    def _forced(self, request: Request) -> list[int]:
+        room = self._room_for_draft(request)
+        if request.matcher is None or room < 1:
+            return []
+        return request.matcher.forced_tokens(request.output_token_ids)[:room]
+
+    def _guess(self, policy: Policy, request: Request) -> list[int]:
+        room = self._room_for_draft(request)
         if room < 1:
             return []
         if request.drafter is None:
             request.drafter = Drafter(policy)
-        return request.drafter.draft(request.token_ids, room)
+        guess = request.drafter.draft(request.token_ids, room)
+        return guess if request.matcher is None else request.matcher.cut(request.output_token_ids, guess)
+
+    def _room_for_draft(self, request: Request) -> int:
+        """Behind a draft comes a token that it does not foretell, for which there must be room."""
+        return min(request.params.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens) - 1
 
     def _add_draft(self, item: Scheduled, draft: list[int]) -> int:
         """Let a step compute a draft too, unless a block is missing; returns how many rows it took."""
@@ -298,17 +318,17 @@ class Scheduler:
     def _settle_draft(self, item: Scheduled, num_accepted: int) -> None:
         """Tell the drafter how its draft fared. What was not right has not been computed."""
         request, num_drafted = item.request, len(item.draft_token_ids)
-        if request.drafter is None or not num_drafted:
+        if not num_drafted:
             return
-        request.drafter.learn(num_drafted, num_accepted)
+        if request.drafter is not None:
+            request.drafter.learn(num_drafted, num_accepted)
         request.record.num_accepted_tokens += num_accepted
         self.stats.accepted_tokens_total += num_accepted
         self._roll_back(request, num_drafted - num_accepted)
 
     def _try_without_draft(self, item: Scheduled) -> None:
         """Compute the rows again, alone: a draft that has no numbers can spoil those of the rows before it."""
-        assert item.request.drafter is not None
-        item.request.drafter.stop()
+        item.request.can_draft = False
         self._roll_back(item.request, item.num_tokens)
 
     def _roll_back(self, request: Request, num_tokens: int) -> None:

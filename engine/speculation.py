@@ -128,7 +128,3 @@ class Drafter:
         else:
             self.num_rests = self.next_rests
             self.next_rests = min(2 * self.next_rests + 1, MAX_RESTS)
-
-    def stop(self) -> None:
-        """Make no drafts any more."""
-        self.length = 0

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,8 +23,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from engine.config import load_model_config
+from engine.grammar import GrammarCompiler
 from engine.lifeline import die_with_parent
 from engine.logs import configure_logging
+from engine.messages import Vocabulary
 from server.app import create_app
 from server.client import EngineClient
 from server.context import ServerContext
@@ -95,6 +97,8 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
     settings = config.settings
     path = Path(config.model_path)
     tokenizer = Tokenizer.from_model(path)
+    model_config = load_model_config(path)
+    grammars, vocabulary = make_grammars(tokenizer, model_config.eos_token_ids)
     metrics = Metrics(settings.metrics_prefix, config.model_names[0])
     client = EngineClient(
         config.engine_address,
@@ -102,19 +106,33 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         step_timeout=settings.step_timeout,
         engine_pid=config.engine_pid,
         metrics=metrics,
+        vocabulary=vocabulary,
     )
     return ServerContext(
         settings=settings,
         client=client,
         tokenizer=tokenizer,
         chat_template=make_chat_template(tokenizer),
-        model_config=load_model_config(path),
+        grammars=grammars,
+        model_config=model_config,
         model_names=config.model_names,
         created=int(time.time()),
         metrics=metrics,
         running=RunningRequests(),
         responses=ResponseStore(settings.max_stored_responses, settings.stored_responses_memory),
     )
+
+
+def make_grammars(
+    tokenizer: Tokenizer, eos_token_ids: Sequence[int]
+) -> tuple[GrammarCompiler, Vocabulary] | tuple[None, None]:
+    """What judges grammars here, and what the engine needs to follow them. It takes a moment, so it is done at once."""
+    text = tokenizer.to_json()
+    try:
+        return GrammarCompiler(text, eos_token_ids), Vocabulary(text)
+    except ValueError as error:
+        logger.warning("answers cannot be constrained to a form: %s", error)
+        return None, None
 
 
 def make_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -34,6 +34,7 @@ from engine.messages import (
     Submit,
     ToEngine,
     TokenEvent,
+    Vocabulary,
 )
 from server.errors import APIError, EngineDeadError, EngineUnavailableError, InvalidValueError, QueueFullError
 
@@ -57,6 +58,7 @@ class EngineClient:
         step_timeout: float,
         engine_pid: int | None = None,
         metrics: Metrics | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """With `engine_pid` the engine's death is noticed while it still loads; otherwise only once it was ready."""
         self.info: EngineInfo | None = None
@@ -71,6 +73,7 @@ class EngineClient:
         self._last_heartbeat = 0.0
         self._engine_pid = engine_pid
         self._metrics = metrics
+        self._vocabulary = vocabulary  # None: no request has a grammar
         if metrics is not None:
             metrics.set_stats_source(lambda: self.stats)
         self._streams: dict[str, RequestStream] = {}  # request_id -> stream
@@ -90,6 +93,8 @@ class EngineClient:
             self._socket.setsockopt(option, 0)
         self._socket.connect(self._address)
         self._send(Hello())
+        if self._vocabulary is not None:
+            self._send(self._vocabulary)
         if self._engine_pid is not None:
             self._watch_process(self._engine_pid)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch_heartbeat())]

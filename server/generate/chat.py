@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+from msgspec import UNSET, UnsetType
+
 from server.context import ServerContext
 from server.generate.chat_prompt import encode_request
 from server.generate.choices import Delta, Position, ToolCallDelta, json_logprob
+from server.generate.constraints import Constraint, chat_constraint
 from server.generate.endpoint import Head
 from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt
@@ -25,7 +28,7 @@ from server.schemas.chat import (
     ToolCallChunk,
     TopLogprob,
 )
-from server.schemas.common import StreamOptions, Usage
+from server.schemas.common import Account, StreamOptions, Usage
 from server.text.choice import token_text
 from server.text.tokenizer import Tokenizer
 
@@ -36,6 +39,9 @@ class ChatEndpoint:
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         return [encode_request(context, body)]
+
+    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
+        return chat_constraint(context, body, prompt)
 
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
@@ -101,7 +107,7 @@ class ChatWriter(ChunkWriter):
     def usage_chunk(self) -> ChatCompletionChunk:
         return self._chunk([])
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage) -> ChatCompletion:
+    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> ChatCompletion:
         head = self._head
         return ChatCompletion(
             id=head.id,
@@ -112,6 +118,7 @@ class ChatWriter(ChunkWriter):
             system_fingerprint=head.system_fingerprint,
             prompt_logprobs=self._fields.prompt_logprobs(self._tokenizer, 0),
             prompt_token_ids=self._fields.prompt_token_ids(0),
+            lightwell=account,
         )
 
     def _choice(self, delta: Delta) -> ChatChoice:

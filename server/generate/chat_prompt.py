@@ -7,7 +7,6 @@ import msgspec
 from server.context import ServerContext
 from server.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
 from server.generate.prompts import Prompt, check_text_size
-from server.generate.tool_grammar import tool_grammar
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.tools import NamedTool, callable_tools, offered_tools
 from server.text.chat_template import ChatTemplate, ChatTemplateError, encode_chat
@@ -46,8 +45,7 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
             "Invalid 'messages': the model's chat template makes nothing of them.", param="messages"
         )
     format = _output_format(template, context.tokenizer, body, token_ids)
-    grammar = _call_grammar(format, context.tokenizer, body)
-    return Prompt(token_ids, output_format=None if format.is_plain else format, call_grammar=grammar)
+    return Prompt(token_ids, output_format=None if format.is_plain else format)
 
 
 def template_options(template: ChatTemplate, body: ChatCompletionRequest) -> dict[str, Any]:
@@ -102,17 +100,4 @@ def _output_format(
         is_thinking=is_thinking,
         # As at OpenAI: a call that had to be is no reason to end.
         calls_end="stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
-    )
-
-
-def _call_grammar(format: OutputFormat, tokenizer: Tokenizer, body: ChatCompletionRequest) -> str | None:
-    """What the output must match for its calls to be as the request wants them."""
-    return tool_grammar(
-        format.tool_format,
-        body.tools,
-        body.tool_choice,
-        format.parallel_calls,
-        think_tags=format.think_tags,
-        is_thinking=format.is_thinking,
-        special_ids=tokenizer.special_ids_of(format.markers),
     )

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 
+from msgspec import UNSET, UnsetType
+
 from engine.messages import TokenLogprobs
 from server.context import ServerContext
 from server.errors import InvalidValueError, clip
 from server.generate.choices import Delta, Position, json_logprob
+from server.generate.constraints import Constraint, structured_outputs_constraint
 from server.generate.endpoint import Head
 from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt, check_text_size, vocab_size
 from server.generate.token_fields import NO_FIELDS, TokenFields
-from server.schemas.common import StreamOptions, Usage
+from server.schemas.common import Account, StreamOptions, Usage
 from server.schemas.completions import (
     Completion,
     CompletionChoice,
@@ -28,6 +31,9 @@ class CompletionEndpoint:
 
     def encode(self, context: ServerContext, body: CompletionRequest) -> list[Prompt]:
         return [_encode(context, body, value) for value in body.prompt]
+
+    def constraint(self, context: ServerContext, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
+        return structured_outputs_constraint(body)
 
     def writer(
         self, context: ServerContext, body: CompletionRequest, head: Head, prompts: Sequence[Prompt]
@@ -139,10 +145,11 @@ class CompletionWriter(ChunkWriter):
     def usage_chunk(self) -> Completion:
         return self._completion([])
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage) -> Completion:
+    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> Completion:
         placed = [self._after_echo(delta, begins=True) for delta in deltas]
         answer = self._completion([self._choice(d, self._logprobs(d.positions), d.finish_reason) for d in placed])
         answer.usage = usage
+        answer.lightwell = account
         for choice, delta in zip(answer.choices, deltas, strict=True):
             choice.prompt_logprobs = self._fields.prompt_logprobs(self._tokenizer, delta.index)
             choice.prompt_token_ids = self._fields.prompt_token_ids(delta.index)

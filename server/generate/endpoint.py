@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
+from msgspec import UnsetType
 
 from server.context import ServerContext
 from server.errors import APIError
 from server.generate.choices import Delta
+from server.generate.constraints import Constraint
 from server.generate.prompts import Prompt
-from server.schemas.common import GenerationRequest, Usage
+from server.schemas.common import Account, GenerationRequest, Usage
 
 Body_contra = TypeVar("Body_contra", bound=GenerationRequest, contravariant=True)
 
@@ -32,15 +34,15 @@ class Writer(Protocol):
         """What a stream says about additions to choices, framed; may be nothing. `usage` is that so far."""
         ...
 
-    def end(self, usage: Usage) -> bytes:
-        """The end of a stream that did not fail."""
+    def end(self, usage: Usage, account: Account | UnsetType) -> bytes:
+        """The end of a stream that did not fail. `account` is UNSET unless asked for."""
         ...
 
     def failure(self, error: APIError) -> bytes:
         """The end of one that did."""
         ...
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage) -> msgspec.Struct:
+    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType) -> msgspec.Struct:
         """The whole answer; each delta is all of a choice."""
         ...
 
@@ -60,6 +62,10 @@ class Endpoint(Protocol[Body_contra]):
 
     def encode(self, context: ServerContext, body: Body_contra) -> list[Prompt]:
         """The prompts as token ids; raises BadRequestError. Called in a thread, for it may take long."""
+        ...
+
+    def constraint(self, context: ServerContext, body: Body_contra, prompt: Prompt) -> Constraint | None:
+        """What the answer to a prompt must match; raises BadRequestError. Called in a thread."""
         ...
 
     def writer(self, context: ServerContext, body: Body_contra, head: Head, prompts: Sequence[Prompt]) -> Writer: ...

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
 from server.errors import APIError, error_event
 from server.generate.choices import Delta
-from server.schemas.common import StreamOptions, Usage
+from server.schemas.common import Account, StreamOptions, Usage
 
 DONE = b"data: [DONE]\n\n"
 
@@ -19,6 +19,7 @@ LINE_ENDS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\
 
 class Chunk(Protocol):
     usage: Usage | UnsetType | None
+    lightwell: Account | UnsetType
 
 
 class ChunkWriter(ABC):
@@ -42,10 +43,13 @@ class ChunkWriter(ABC):
             _set_usage(chunks, usage if self._continuous else None)
         return frame_chunks(chunks)
 
-    def end(self, usage: Usage) -> bytes:
-        last = [self.usage_chunk()] if self._include_usage else []
-        _set_usage(last, usage)
-        return frame_chunks(last) + DONE
+    def end(self, usage: Usage, account: Account | UnsetType = UNSET) -> bytes:
+        if not self._include_usage and account is UNSET:
+            return DONE
+        last = self.usage_chunk()
+        last.usage = usage if self._include_usage else UNSET
+        last.lightwell = account
+        return frame_chunks([last]) + DONE
 
     def failure(self, error: APIError) -> bytes:
         return error_event(error)

@@ -12,12 +12,15 @@ from typing import Generic, TypeVar
 import anyio.to_thread
 import msgspec
 from fastapi import Request, Response
+from msgspec import UNSET, UnsetType
 
 from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
-from server.errors import APIError, ServerError, UnsupportedParameterError
+from server.errors import APIError, ServerError
+from server.generate.account import account_of
 from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best_choices
+from server.generate.constraints import check_constraint
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
 from server.generate.parameters import (
@@ -32,7 +35,7 @@ from server.generate.parameters import (
 from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_size
 from server.generate.running import RunningRequest
 from server.generate.samplers import TokenizedSettings, tokenize_settings
-from server.schemas.common import GenerationRequest
+from server.schemas.common import Account, GenerationRequest
 from server.schemas.render import RenderedPrompt
 from server.sse import run_until_disconnect, sse_response
 from server.text.choice import ChoiceText
@@ -64,14 +67,14 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
     generation, running, writer = await _start(job)
     if body.stream:
         return sse_response(
-            _stream(job.context, generation, writer, body),
+            _stream(job, generation, writer),
             on_close=running.close,
             on_error=writer.failure,
             headers=_headers(job),
             request_id=job.request_id,
         )
     try:
-        content = await run_until_disconnect(request, _collect(job.context, generation, writer, body))
+        content = await run_until_disconnect(request, _collect(job, generation, writer))
     finally:
         running.close()
     return Response(content, headers=_headers(job), media_type="application/json")
@@ -87,7 +90,7 @@ async def start_in_background(request: Request, body: Body, endpoint: Endpoint[B
 
     async def generate() -> None:
         try:
-            await _collect(job.context, generation, writer, body)
+            await _collect(job, generation, writer)
         except APIError as error:
             writer.failure(error)
         except Exception:
@@ -108,8 +111,7 @@ async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tupl
     context = job.context
 
     def encode() -> list[RenderedPrompt]:
-        prompts, tokenized = _encode(job)
-        return [_rendered(job, _submit(job, prompt, index, tokenized)) for index, prompt in enumerate(prompts)]
+        return [_rendered(job, submit) for submit in _prepare(job).submits]
 
     rendered = await anyio.to_thread.run_sync(encode, limiter=context.tokenize_threads)
     headers = {name: value for name, value in _headers(job).items() if name != "x-lightwell-seed"}
@@ -139,7 +141,7 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body], *, default_se
     unknown = unknown_parameters(body, strict=context.settings.strict)
     body.check()
     info = context.client.ready_info()
-    check_token_ids(body, vocab_size(context))
+    check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)
     context.metrics.count_unknown_parameters(len(unknown))
     seed = default_seed if body.seed is None else body.seed
     return _Job(
@@ -176,15 +178,35 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     context, body = job.context, job.body
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
-        start = time.monotonic()
-        prompts, tokenized = await context.run_text_work(_encode, job)
-        context.metrics.observe_tokenizer(time.monotonic() - start)
-        submits = [_submit(job, prompt, index, tokenized) for index, prompt in enumerate(prompts)]
+        prepared = await context.run_text_work(_prepare, job)
+        context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
+        prompts, submitted = prepared.prompts, time.monotonic()
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
-        streams = _send(context, submits, reservation)
-    generation = Generation(prompts, streams, choices, metrics=context.metrics, request_id=job.request_id)
+        streams = _send(context, prepared.submits, reservation)
+    generation = Generation(
+        prompts, streams, choices, metrics=context.metrics, request_id=job.request_id, submitted=submitted
+    )
     running = context.running.add(generation, job.head.id, job.request_id)
     return generation, running, job.endpoint.writer(context, body, job.head, prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A request as the engine gets it."""
+
+    prompts: list[Prompt]
+    submits: list[Submit]  # one for each prompt
+    tokenizer_seconds: float
+
+
+def _prepare(job: _Job[Body]) -> _Prepared:
+    """What takes long: the prompts, what else the tokenizer makes, and what answers must match."""
+    start = time.monotonic()
+    prompts, tokenized = _encode(job)
+    seconds = time.monotonic() - start
+    grammar = _grammar(job, prompts)
+    submits = [_submit(job, prompt, index, tokenized, grammar) for index, prompt in enumerate(prompts)]
+    return _Prepared(prompts, submits, seconds)
 
 
 def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
@@ -197,11 +219,18 @@ def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
     return prompts, tokenize_settings(context, body)
 
 
-def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings) -> Submit:
+def _grammar(job: _Job[Body], prompts: Sequence[Prompt]) -> str | None:
+    """Of all prompts: only the one of a chat has a part in it. Raises BadRequestError for what cannot be followed."""
+    constraint = job.endpoint.constraint(job.context, job.body, prompts[0])
+    if constraint is None:
+        return None
+    check_constraint(job.context, constraint, job.body)
+    return constraint.grammar
+
+
+def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings, grammar: str | None) -> Submit:
     """Raises ContextLengthExceededError, or InvalidValueError for a min_tokens that cannot be."""
     context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
-    if prompt.call_grammar is not None:
-        raise UnsupportedParameterError("tool_choice", "A call cannot be forced, nor its form.")
     max_tokens = fit_max_tokens(
         body.max_output_tokens,
         num_prompt_tokens,
@@ -220,7 +249,7 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSet
     return Submit(
         request_id=f"{job.head.id}-{index}",
         prompt_token_ids=prompt.token_ids,
-        params=params,
+        params=msgspec.structs.replace(params, grammar=grammar),
         arrival=job.arrival,
         n=body.num_choices,
         priority=body.priority or 0,
@@ -264,8 +293,15 @@ def _choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceSta
     return ChoiceState(index, text, include_stop=include_stop, parts=parts)
 
 
-async def _collect(context: ServerContext, generation: Generation, writer: Writer, body: GenerationRequest) -> bytes:
+def _account(job: _Job[Body], generation: Generation) -> Account | UnsetType:
+    if not job.body.wants_account or generation.ending is None:
+        return UNSET
+    return account_of(generation.ending, arrival=job.arrival, submitted=generation.submitted, seed=job.seed)
+
+
+async def _collect(job: _Job[Body], generation: Generation, writer: Writer) -> bytes:
     """The answer as JSON."""
+    body = job.body
     wholes = [Whole(index) for index in range(len(generation.choices))]
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
@@ -274,16 +310,14 @@ async def _collect(context: ServerContext, generation: Generation, writer: Write
 
     def encode() -> bytes:
         best = best_choices([whole.join() for whole in wholes], body.num_choices, body.num_answered)
-        return msgspec.json.encode(writer.answer(best, generation.usage))
+        return msgspec.json.encode(writer.answer(best, generation.usage, _account(job, generation)))
 
     # Log probabilities may be hundreds of thousands of entries.
     is_short = body.num_logprobs is None and body.num_prompt_logprobs is None
-    return encode() if is_short else await context.run_text_work(encode)
+    return encode() if is_short else await job.context.run_text_work(encode)
 
 
-async def _stream(
-    context: ServerContext, generation: Generation, writer: Writer, body: GenerationRequest
-) -> AsyncGenerator[bytes, None]:
+async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> AsyncGenerator[bytes, None]:
     """Server-sent events; all that one step of the engine yields is one write."""
 
     def encode(batch: list[Delta]) -> bytes:
@@ -292,7 +326,7 @@ async def _stream(
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
             # With a prompt's log probabilities a batch may have very many.
-            in_thread = body.num_prompt_logprobs is not None
-            if events := await context.run_text_work(encode, batch) if in_thread else encode(batch):
+            in_thread = job.body.num_prompt_logprobs is not None
+            if events := await job.context.run_text_work(encode, batch) if in_thread else encode(batch):
                 yield events
-    yield writer.end(generation.usage)
+    yield writer.end(generation.usage, _account(job, generation))

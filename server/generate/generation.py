@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 
 from msgspec import UNSET, UnsetType
@@ -10,6 +11,7 @@ from msgspec import UNSET, UnsetType
 from engine.messages import FinishReason, TokenEvent
 from server.client import RequestStream
 from server.errors import ServerError
+from server.generate.account import Ending
 from server.generate.choices import ChoiceState, Delta
 from server.generate.prompts import Prompt
 from server.metrics import Metrics
@@ -29,11 +31,14 @@ class Generation:
         *,
         metrics: Metrics,
         request_id: str,
+        submitted: float,
     ) -> None:
-        """`streams` are those of the prompts, `choices` those of all prompts."""
+        """`streams` are those of the prompts, `choices` those of all prompts; `submitted` is of `time.monotonic()`."""
         assert len(choices) % len(prompts) == 0
         self.prompts = prompts
         self.choices = choices
+        self.submitted = submitted  # a little before the engine was asked
+        self.ending: Ending | None = None  # of the choice that ended last
         self._streams = streams
         self._num_choices = len(choices) // len(prompts)  # of each prompt
         self._metrics = metrics
@@ -107,11 +112,14 @@ class Generation:
             raise ServerError(self._request_id)
         if event.index == 0:  # the others share its prompt
             self._take_prompt(self.prompts[prompt_index], event)
+        received = time.monotonic()
         delta = choice.push(event)
         if choice.stopped_by_text:
             self._streams[prompt_index].abort_choice(event.index)
         if choice.finish_reason is not None:
             self._metrics.observe_detokenizer(choice.seconds)
+            times = self._streams[prompt_index].choices[event.index].times
+            self.ending = Ending(times, choice.num_tokens, received, time.monotonic())
         return delta
 
     def _take_prompt(self, prompt: Prompt, event: TokenEvent) -> None:

@@ -5,17 +5,19 @@ from itertools import groupby
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from server.context import ServerContext
 from server.errors import APIError, InvalidValueError, MissingParameterError
 from server.generate.chat import ChatEndpoint
 from server.generate.choices import Delta, ToolCallDelta
+from server.generate.constraints import Constraint, chat_constraint
 from server.generate.conversion import chat_request, function_tool, named_tool, text_part, tool_call
 from server.generate.endpoint import Head
 from server.generate.events import frame_events
 from server.generate.prompts import Prompt
 from server.schemas.chat import ChatCompletionRequest
-from server.schemas.common import Usage
+from server.schemas.common import Account, Usage
 from server.schemas.messages import (
     Block,
     BlockDelta,
@@ -174,6 +176,9 @@ class MessagesEndpoint:
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         return ChatEndpoint().encode(context, body)
 
+    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
+        return chat_constraint(context, body, prompt)
+
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
     ) -> "MessagesWriter":
@@ -203,14 +208,14 @@ class MessagesWriter:
             self._has_calls |= bool(delta.tool_calls)
         return frame_events(events)
 
-    def end(self, usage: Usage) -> bytes:
+    def end(self, usage: Usage, account: Account | UnsetType = UNSET) -> bytes:
         stop = StopDetails(*_stop(self._last, has_calls=self._has_calls))
-        return frame_events([*self._close(), MessageDelta(stop, _usage(usage)), MessageStop()])
+        return frame_events([*self._close(), MessageDelta(stop, _usage(usage), account), MessageStop()])
 
     def failure(self, error: APIError) -> bytes:
         return b"event: error\ndata: " + error.anthropic_body() + b"\n\n"
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage) -> Message:
+    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> Message:
         (delta,) = deltas
         content: list[Block] = []
         if delta.reasoning and self._with_thinking:
@@ -218,7 +223,9 @@ class MessagesWriter:
         if delta.text:
             content.append(Text(delta.text))
         content += [ToolUse(call.id, call.name, _tool_input(call.arguments)) for call in delta.tool_calls]
-        return self._message(content, *_stop(delta, has_calls=bool(delta.tool_calls)), usage)
+        message = self._message(content, *_stop(delta, has_calls=bool(delta.tool_calls)), usage)
+        message.lightwell = account
+        return message
 
     def _message(self, content: list[Block], reason: str | None, sequence: str | None, usage: Usage) -> Message:
         return Message(

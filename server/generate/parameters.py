@@ -42,7 +42,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "verbosity": ("medium",),
     "reasoning_effort": ("none", "medium"),
     "thinking_token_budget": (),
-    "structured_outputs": (),
     "structural_tag": (),
     "guided_json": (),
     "guided_regex": (),
@@ -62,7 +61,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (False,),
     "logprobs_mode": ("raw_logprobs",),
-    "logprob_token_ids": ([],),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "prompt_embeds": (),
@@ -76,7 +74,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "max_completion_tokens": (),
     "top_a": (0,),
     "tfs_z": (1,),
-    "repeat_penalty": (1,),
     "no_repeat_ngram_size": (0,),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
@@ -130,7 +127,8 @@ def unknown_parameters(body: BaseModel, *, strict: bool) -> list[str]:
         if name in UNSUPPORTED and not _asks_for_nothing(value, UNSUPPORTED[name]):
             raise UnsupportedParameterError(name)
     names = [name for name, _ in _extra(body) if name not in UNSUPPORTED and name not in HARMLESS]
-    names += [f"stream_options.{name}" for name, _ in _extra(getattr(body, "stream_options", None))]
+    for part in ("stream_options", "lightwell"):
+        names += [f"{part}.{name}" for name, _ in _extra(getattr(body, part, None))]
     names += dict.fromkeys(_unknown_in_messages(getattr(body, "messages", None) or ()))
     if names and strict:
         raise UnknownParameterError(clip(names[0]))
@@ -182,12 +180,16 @@ def _derive(seed: int, index: int, domain: bytes) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def check_token_ids(body: GenerationRequest, vocab_size: int) -> None:
-    """Raises InvalidValueError for a token id that the model does not have."""
-    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+def check_token_ids(body: GenerationRequest, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    """Raises InvalidValueError for a token id that the model does not have, or if none that is allowed can be."""
+    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
         if too_high := [token_id for token_id in getattr(body, name) or () if token_id >= vocab_size]:
             message = f"Invalid '{name}': expected token ids from 0 to {vocab_size - 1}, but got {too_high[0]} instead."
             raise InvalidValueError(message, param=name)
+    ends = {*(body.stop_token_ids or ()), *(() if body.ignore_eos else eos_token_ids)}
+    if body.min_tokens and body.allowed_token_ids and ends.issuperset(body.allowed_token_ids):
+        message = "Invalid 'allowed_token_ids': all of them would end the text before 'min_tokens'."
+        raise InvalidValueError(message, param="allowed_token_ids")
 
 
 def sampling_params(
@@ -220,7 +222,7 @@ def sampling_params(
         top_k=top_k if 0 < top_k < vocab_size else 0,
         top_p=choose("top_p", body.top_p, 1.0),
         min_p=choose("min_p", body.min_p, 0.0),
-        repetition_penalty=choose("repetition_penalty", body.repetition_penalty, 1.0),
+        repetition_penalty=choose("repetition_penalty", body.chosen_repetition_penalty, 1.0),
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=body.logit_bias or {},
@@ -230,7 +232,8 @@ def sampling_params(
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
-        logprobs=body.num_logprobs,
+        logprobs=0 if body.logprob_token_ids else body.num_logprobs,
+        logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
         prompt_logprobs=body.num_prompt_logprobs,
         post_sampling_probs=bool(body.post_sampling_probs),
     )

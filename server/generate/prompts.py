@@ -1,6 +1,6 @@
 """What a request's input becomes, and whether it fits."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.messages import TokenLogprobs
 from server.context import ServerContext
@@ -17,7 +17,6 @@ class Prompt:
     token_ids: list[int]
     text: str | None = None  # None: the client sent token ids, or messages
     output_format: OutputFormat | None = None  # None: an answer is plain text
-    call_grammar: str | None = None  # what the output must match for its calls to be as the request wants them
     num_cached_tokens: int = 0  # found in the prefix cache
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all tokens but the first, if asked for
 
@@ -26,7 +25,8 @@ def truncated(prompt: Prompt, num_tokens: int, side: str) -> Prompt:
     """The last tokens of a prompt, or with side `right` the first, where it has more than `num_tokens`."""
     if len(prompt.token_ids) <= num_tokens:
         return prompt
-    return Prompt(prompt.token_ids[:num_tokens] if side == "right" else prompt.token_ids[-num_tokens:])
+    token_ids = prompt.token_ids[:num_tokens] if side == "right" else prompt.token_ids[-num_tokens:]
+    return replace(prompt, token_ids=token_ids, text=None)
 
 
 def vocab_size(context: ServerContext) -> int:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
+from msgspec import UNSET, UnsetType
+
 from server.errors import APIError
 from server.generate.chat import token_logprobs
 from server.generate.choices import Delta, ToolCallDelta
 from server.generate.events import frame_events
 from server.response_store import ResponseStore, StoredResponse
-from server.schemas.common import Usage
+from server.schemas.common import Account, Usage
 from server.schemas.response_events import (
     ArgumentsDelta,
     ArgumentsDone,
@@ -78,13 +80,15 @@ class ResponseWriter:
     def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
         return self._frame(chain(self._begin(), self._grow(deltas)))
 
-    def end(self, usage: Usage) -> bytes:
+    def end(self, usage: Usage, account: Account | UnsetType = UNSET) -> bytes:
+        self.response.lightwell = account
         return self._frame(chain(self._begin(), self._finish(usage), self._last()))
 
     def failure(self, error: APIError) -> bytes:
         return self._frame(chain(self._begin(), self._fail(error)))
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage) -> ResponseObject:
+    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> ResponseObject:
+        self.response.lightwell = account
         for _ in chain(self._grow(deltas), self._finish(usage)):
             pass
         return self.response

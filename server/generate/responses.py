@@ -8,6 +8,7 @@ from typing import Any
 from server.context import ServerContext
 from server.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
 from server.generate.chat import ChatEndpoint
+from server.generate.constraints import Constraint, chat_constraint
 from server.generate.conversion import chat_request, function_tool, named_tool, text_part, tool_call
 from server.generate.endpoint import Head
 from server.generate.prompts import Prompt
@@ -209,6 +210,9 @@ class ResponsesEndpoint:
         except BadRequestError as error:
             error.param = self.noun if error.param == ChatEndpoint.noun else error.param
             raise
+
+    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
+        return chat_constraint(context, body, prompt)
 
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]

@@ -29,29 +29,39 @@ def tool_grammar(
     think_tags: ThinkTags | None = None,
     is_thinking: bool = False,
     special_ids: Mapping[str, int] | None = None,
+    has_content_grammar: bool = False,
 ) -> str | None:
     """What the whole output must match, or None where it may be any text.
+
+    Where calls are forced, the arguments of all tools follow their schemas; elsewhere those of strict tools do.
 
     Args:
         tools: those of the request, judged.
         parallel: whether several calls may follow one another. A tool that is named is called once.
         think_tags: of a model that may think before it answers, or does so (`is_thinking`: the prompt has begun it).
         special_ids: tags and markers that are control tokens, which no text spells -> their token ids.
+        has_content_grammar: an answer without calls must match a grammar `@content`, which is to be put beside it.
     """
     allowed = callable_tools(tools, tool_choice)
     is_forced = must_call(tool_choice)
-    if not is_forced and not any(tool.function.strict for tool in allowed):
+    if not is_forced and not has_content_grammar and not any(tool.function.strict for tool in allowed):
         return None
     marks = _Marks(special_ids or {})
+    begin, calls = _calls(marks, format, parallel and not isinstance(tool_choice, NamedTool))
+    if is_forced:
+        answer = [f"answer: {begin} {calls}"]
+    elif has_content_grammar:
+        answer = [f"answer: {begin} {calls} | @content" if allowed else "answer: @content"]
+    else:
+        answer = _calls_or_text(marks, format, calls)
     no_thoughts = "" if think_tags is None or is_thinking else marks.without(think_tags.start)
     rules = [
         "%llguidance {}",
         *_thoughts(marks, think_tags, is_thinking),
-        *_answer(marks, format, is_forced, parallel and not isinstance(tool_choice, NamedTool)),
+        *answer,
+        *_tools(marks, format, allowed, is_forced=is_forced),
         f"FIRST: TEXT{no_thoughts}",
         f"TEXT: /{ANYTHING}/",
-        f"tool: {' | '.join(f'tool_{index}' for index in range(len(allowed)))}",
-        *(_tool(marks, format, index, tool) for index, tool in enumerate(allowed)),
     ]
     return "\n".join(rules) + "\n"
 
@@ -86,12 +96,9 @@ def _thoughts(marks: _Marks, tags: ThinkTags | None, is_thinking: bool) -> list[
     return [f"start: {start}", 'thoughts: thoughts_end ("\\n" "\\n"?)?', marks.up_to("thoughts_end", "TEXT", tags.end)]
 
 
-def _answer(marks: _Marks, format: ToolFormat, is_forced: bool, several: bool) -> list[str]:
+def _calls_or_text(marks: _Marks, format: ToolFormat, calls: str) -> list[str]:
     """The rule `answer`: calls, or text that may end with calls."""
-    start, calls = _calls(marks, format, several)
-    if is_forced:
-        return [f"answer: {start} {calls}"]
-    if start:
+    if not format.is_bare:
         return [f"answer: begin_calls {calls} | FIRST", marks.up_to("begin_calls", "FIRST", format.start)]
     # Only calls begin with a bracket.
     plain = r"PLAIN: FIRST & /([^{\[ \t\r\n](.|\n)*)?/" + marks.without(format.start, anywhere=True)
@@ -111,15 +118,21 @@ def _calls(marks: _Marks, format: ToolFormat, several: bool) -> tuple[str, str]:
     return start, f"{call} ({between} {start} {call})*" if several else call
 
 
-def _tool(marks: _Marks, format: ToolFormat, index: int, tool: Tool) -> str:
-    """The rules of one tool: its name, and its arguments."""
-    if format.has_names and not format.has_arrays:
-        call = f"{_literal(tool.name)} {marks.write(format.name_end)} arguments_{index}"
-    else:
-        head = f'{{"name": "{tool.name}", "{format.arguments_key}": '
-        call = f'{_literal(head)} arguments_{index} "}}"'
-    schema = {"type": "object", **(tool.function.parameters or NO_ARGUMENTS), "x-guidance": SPACING}
-    return f"tool_{index}: {call}\narguments_{index}: %json {json.dumps(schema)}"
+def _tools(marks: _Marks, format: ToolFormat, tools: Sequence[Tool], *, is_forced: bool) -> list[str]:
+    """The rule `tool`, which is any of them, with its name and its arguments."""
+    rules = [f"tool: {' | '.join(f'tool_{index}' for index in range(len(tools)))}"] if tools else []
+    for index, tool in enumerate(tools):
+        if format.has_names and not format.has_arrays:
+            call = f"{_literal(tool.name)} {marks.write(format.name_end)} arguments_{index}"
+        else:
+            # In the pieces that JSON is read in, for content may be JSON and begin alike.
+            pieces = ["{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{format.arguments_key}"', ": "]
+            call = f'{" ".join(map(_literal, pieces))} arguments_{index} "}}"'
+        parameters = tool.function.parameters or NO_ARGUMENTS
+        schema = parameters if is_forced or tool.function.strict else {}
+        arguments = json.dumps({"type": "object", **schema, "x-guidance": SPACING})
+        rules += [f"tool_{index}: {call}", f"arguments_{index}: %json {arguments}"]
+    return rules
 
 
 def _literal(text: str) -> str:

@@ -8,7 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
-from server.schemas.common import MAX_LOGPROBS, GenerationRequest, PromptLogprob, Usage
+from server.schemas.common import MAX_LOGPROBS, Account, GenerationRequest, PromptLogprob, Usage
+from server.schemas.structured import ResponseFormat
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools
 
 MAX_MESSAGES = 10_000
@@ -118,6 +119,7 @@ class ChatCompletionRequest(GenerationRequest):
     include_reasoning: bool | None = Field(
         None, description="Whether answers show what the model thought first. Default true."
     )
+    response_format: ResponseFormat | None = Field(None, description="What form the answer must have. Default text.")
     documents: Documents | None = Field(None, description="Handed to the chat template.")
 
     tools: Tools | None = Field(None, description="Functions that the model may call.")
@@ -147,6 +149,8 @@ class ChatCompletionRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
+        if self.response_format is not None:
+            self.response_format.check()
         if self.top_logprobs and not self.logprobs:
             raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
@@ -225,6 +229,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
+    lightwell: Account | UnsetType = UNSET
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -269,4 +274,5 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    lightwell: Account | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET  # only at a choice's beginning

@@ -25,12 +25,14 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.samplers import INT64_MAX, SamplerFields
+from server.schemas.structured import StructuredOutputs
 
 INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_STOP_TOKEN_IDS = 128
 MAX_ALLOWED_TOKEN_IDS = 1 << 18  # no vocabulary in use is larger
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 64  # each is two token sequences: with a space before it and without
 MAX_CACHE_SALT_CHARS = 256
 MAX_PRIORITY = 1000  # of either sign
@@ -83,6 +85,7 @@ Stop = Annotated[
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
 AllowedTokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True)]
+LogprobTokenIds = Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKEN_IDS, fail_fast=True)]
 BadWords = Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS, fail_fast=True)]
 LogitBias = Annotated[
     dict[int, float] | None,
@@ -112,6 +115,14 @@ class StreamOptions(BaseModel):
         None, description="With include_usage: every chunk says the usage so far."
     )
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to the chunks either way.")
+
+
+class LightwellOptions(BaseModel):
+    """What only this server can tell."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    explain: bool | None = Field(None, description="Add what the request's time went to, as `lightwell`.")
 
 
 class GenerationRequest(SamplerFields):
@@ -187,12 +198,21 @@ class GenerationRequest(SamplerFields):
         le=MAX_LOGPROBS,
         description="Log probabilities of the prompt's tokens and of as many alternatives. Not with stream.",
     )
+    logprob_token_ids: LogprobTokenIds | None = Field(
+        None, description="With logprobs: the alternatives are these tokens, and not the most likely ones."
+    )
     return_token_ids: bool | None = Field(None, description="Answer with the token ids of prompt and output.")
     cache_salt: str | None = Field(
         None,
         max_length=MAX_CACHE_SALT_CHARS,
         description="Only requests with the same salt share cached prefixes.",
     )
+    structured_outputs: StructuredOutputs | None = Field(None, description="What form the answer must have.")
+    lightwell: LightwellOptions | None = Field(None, description="What only this server can tell.")
+
+    @property
+    def wants_account(self) -> bool:
+        return self.lightwell is not None and bool(self.lightwell.explain)
 
     @property
     def num_answered(self) -> int:
@@ -203,6 +223,10 @@ class GenerationRequest(SamplerFields):
     def num_choices(self) -> int:
         """Choices of each prompt that are generated."""
         return self.num_answered
+
+    @property
+    def chosen_repetition_penalty(self) -> float | None:
+        return self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
 
     @property
     def num_prompts(self) -> int:
@@ -236,12 +260,17 @@ class GenerationRequest(SamplerFields):
         if self.prompt_logprobs is not None and self.stream:
             message = "Invalid 'prompt_logprobs': not allowed with 'stream': true."
             raise InvalidValueError(message, param="prompt_logprobs")
+        if self.repeat_penalty not in (None, self.chosen_repetition_penalty):
+            message = "Invalid 'repeat_penalty': 'repetition_penalty' is another name of it, and differs."
+            raise InvalidValueError(message, param="repeat_penalty")
         if self.samplers is not None and self.mirostat:
             message = "Invalid 'samplers': Mirostat has an order of its own, so only one of both is possible."
             raise InvalidValueError(message, param="samplers")
-        if self.post_sampling_probs and self.num_logprobs is None:
-            message = "Invalid 'post_sampling_probs': only allowed with 'logprobs'."
-            raise InvalidValueError(message, param="post_sampling_probs")
+        for name in ("post_sampling_probs", "logprob_token_ids"):
+            if getattr(self, name) and self.num_logprobs is None:
+                raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
+        if self.structured_outputs is not None:
+            self.structured_outputs.check()
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):

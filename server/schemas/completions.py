@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError, UnsupportedParameterError
-from server.schemas.common import MAX_LOGPROBS, GenerationRequest, PromptLogprob, Usage
+from server.schemas.common import MAX_LOGPROBS, Account, GenerationRequest, PromptLogprob, Usage
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
@@ -163,3 +163,4 @@ class Completion(msgspec.Struct, kw_only=True):
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str
+    lightwell: Account | UnsetType = UNSET

@@ -7,10 +7,11 @@ citations, metadata) is accepted and has no effect: prefixes are cached in any c
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS
-from server.schemas.common import StopStrings
+from server.schemas.common import Account, StopStrings
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
@@ -178,6 +179,7 @@ class Message(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
     stop_reason: str | None
     stop_sequence: str | None
     usage: MessageUsage
+    lightwell: Account | UnsetType = UNSET
 
 
 # The events of a stream.
@@ -221,6 +223,7 @@ class StopDetails(msgspec.Struct):
 class MessageDelta(msgspec.Struct, tag_field="type", tag="message_delta"):
     delta: StopDetails
     usage: MessageUsage
+    lightwell: Account | UnsetType = UNSET
 
 
 class MessageStop(msgspec.Struct, tag_field="type", tag="message_stop"):

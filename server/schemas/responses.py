@@ -6,10 +6,11 @@ https://platform.openai.com/docs/api-reference/responses. The events of its stre
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, TokenLogprob
-from server.schemas.common import MAX_LOGPROBS
+from server.schemas.common import MAX_LOGPROBS, Account
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
@@ -281,6 +282,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
     metadata: dict[str, str]
+    lightwell: Account | UnsetType = UNSET
 
 
 class DeletedResponse(msgspec.Struct, frozen=True):

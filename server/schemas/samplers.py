@@ -66,6 +66,7 @@ class SamplerFields(BaseModel):
     dry_sequence_breakers: Breakers | None = Field(
         None, description='A repeat does not reach back beyond one of these. Default: "\\n", ":", "\\"" and "*".'
     )
+    repeat_penalty: FiniteFloat | None = Field(None, ge=0.01, le=10, description="Another name of repetition_penalty.")
     repeat_last_n: int | None = Field(
         None, ge=-1, le=INT64_MAX, description="How many of the last tokens the penalties see; -1: all, the default."
     )

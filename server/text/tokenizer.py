@@ -93,6 +93,10 @@ class Tokenizer:
         ids = {text: self._backend.token_to_id(text) for text in texts}
         return {text: token_id for text, token_id in ids.items() if token_id in self.special_ids}
 
+    def to_json(self) -> str:
+        """As the text of a tokenizer.json."""
+        return self._backend.to_str()
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, b"" for an id outside the vocabulary.
 

@@ -100,3 +100,17 @@ def test_prompt_logprobs_are_those_of_an_echo(server: ServerProcess) -> None:
     for entry, some in zip(own, choice["prompt_logprobs"][1:], strict=True):
         better = [other for other in some.values() if other["logprob"] > entry["logprob"]]
         assert entry["rank"] == len(better) + 1 or entry["rank"] > 3
+
+
+def test_logprobs_of_named_tokens(server: ServerProcess) -> None:
+    fields: dict[str, Any] = {"logprobs": 20, "max_tokens": 3}
+    top = complete(server, **fields)["logprobs"]
+    ids = complete(server, **fields, return_token_ids=True)["token_ids"]
+    named = complete(server, **fields, logprob_token_ids=[*ids, 5])["logprobs"]
+    assert named["token_logprobs"] == top["token_logprobs"]
+    for place, (some, before) in enumerate(zip(named["top_logprobs"], top["top_logprobs"], strict=True)):
+        assert len(some) == len({*ids, 5})
+        assert some[named["tokens"][place]] == named["token_logprobs"][place]
+        assert [some[token] for token in some if token in before] == [
+            before[token] for token in some if token in before
+        ]

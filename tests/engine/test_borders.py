@@ -20,10 +20,27 @@ SOURCES = sorted(
 ENGINE, SERVER = ([path for path in SOURCES if path.startswith(room)] for room in ("engine/", "server/"))
 
 # The books and the contract: plain Python.
-ENGINE_WITHOUT_TORCH = ["messages", "config", "gguf", "request", "record", "block_pool", "speculation", "scheduler"]
+ENGINE_WITHOUT_TORCH = [
+    "messages",
+    "config",
+    "gguf",
+    "grammar",
+    "request",
+    "record",
+    "block_pool",
+    "speculation",
+    "scheduler",
+]
 HEAVY = ["torch", "numpy", "transformers", "huggingface_hub"]
 WEB = {"server", "fastapi", "pydantic", "starlette", "uvicorn"}
-ENGINE_FOR_SERVER = {"engine.messages", "engine.config", "engine.gguf", "engine.lifeline", "engine.logs"}
+ENGINE_FOR_SERVER = {
+    "engine.messages",
+    "engine.grammar",
+    "engine.config",
+    "engine.gguf",
+    "engine.lifeline",
+    "engine.logs",
+}
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60

@@ -386,3 +386,24 @@ def test_each_row_alone_as_in_the_batch(vocab_size: int, rng: np.random.Generato
         assert alone.mirostat_mu == together[row].mirostat_mu
         if alone.params.is_special:
             assert torch.equal(one[0], processed[row])
+
+
+def test_rows_without_numbers_disturb_nobody(rng: np.random.Generator) -> None:
+    """Whatever they ask for: each is flagged, and the others have their tokens."""
+    size, all_on = 1500, {"typical_p": 0.9, "top_n_sigma": 2.0, "xtc_probability": 1.0, "dry_multiplier": 1.0}
+    every: list[dict[str, Any]] = [all_on, *({"order": MIROSTAT_ORDER, "mirostat": version} for version in (1, 2))]
+
+    def make_requests() -> list[SampledRequest]:
+        return [chained([1, 2, 1], seed=row, **every[row % 3]) for row in range(6)]
+
+    logits = random_logits(rng, 6, size)
+    expected = make_sampler(size).sample(logits.clone(), make_requests()).token_ids.tolist()
+    for bad in range(6):
+        for damage in (math.nan, math.inf, -math.inf):
+            damaged = logits.clone()
+            damaged[bad, : size if damage < 0 else 1] = damage
+            output = make_sampler(size).sample(damaged, make_requests())
+            assert output.is_finite.tolist() == [row != bad for row in range(6)]
+            tokens = output.token_ids.tolist()
+            assert 0 <= tokens.pop(bad) < size
+            assert tokens == expected[:bad] + expected[bad + 1 :]

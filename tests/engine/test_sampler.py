@@ -571,6 +571,20 @@ def test_logprobs(num_top: list[int], vocab_size: int, spread: float, seed: int)
         assert entry.top_logprobs == pytest.approx([logprobs[i] for i in entry.top_token_ids], rel=1e-5, abs=1e-5)
 
 
+def test_logprobs_of_named_tokens() -> None:
+    """Most likely first; beside rows that have none."""
+    logits = random_logits(np.random.default_rng(8), 3, 3000)
+    chosen = torch.tensor([5, 6, 7])
+    plain = gather_logprobs(logits, chosen, [2, 0, 3])
+    entries = gather_logprobs(logits, chosen, [2, 0, 3], [(), (17, 2999, 6), ()])
+    assert [entries[0], entries[2]] == [plain[0], plain[2]]
+    named = entries[1]
+    assert (named.logprob, named.rank) == (plain[1].logprob, plain[1].rank)
+    assert named.top_token_ids == sorted((17, 2999, 6), key=lambda i: -logits[1, i].item())
+    expected = log_softmax(logits)[1]
+    assert named.top_logprobs == pytest.approx([expected[i] for i in named.top_token_ids], abs=1e-5)
+
+
 @pytest.mark.parametrize("vocab_size", [577, 5003, 49152])
 def test_logprobs_of_a_row_do_not_depend_on_the_others(vocab_size: int) -> None:
     rng = np.random.default_rng(vocab_size)

@@ -85,8 +85,6 @@ def test_what_is_guessed(token_ids: list[int], draft: list[int]) -> None:
     assert drafter.draft(token_ids, 100) == draft
     assert drafter.draft(token_ids, 2) == draft[:2]
     assert drafter.draft(token_ids, 0) == []
-    drafter.stop()
-    assert drafter.draft(token_ids, 100) == []
 
 
 def test_each_token_is_taken_in_once() -> None:
@@ -420,6 +418,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.2, "max_tokens": 500, "ignore_eos": True},  # to the end of the context
     {"temperature": 0.0, "max_tokens": 3, "ignore_eos": True},
     {"temperature": 0.4, "bad_words": ((3,), (7, 8), (1, 2, 4)), "ignore_eos": True},
+    {"temperature": 0.4, "allowed_token_ids": (2, 4, 5, 9, 11), "min_tokens": 50},
     {"temperature": 0.3, "chain": SamplerChain(dry_multiplier=0.2, xtc_probability=0.2), "ignore_eos": True},
     {"temperature": 0.5, "chain": MIROSTAT, "ignore_eos": True, "post_sampling_probs": True, "logprobs": 1},
 ]

@@ -242,6 +242,7 @@ ANSWERS: list[tuple[str, dict[str, Any], str, list[tuple[str, str]], str]] = [
     (CALL, {}, "", [("weather", '{"city": "東京"}')], "tool_calls"),
     (f"{CALL}\n{CALL}", {"n": 3}, "", [("weather", '{"city": "東京"}')] * 2, "tool_calls"),
     (f"{TIME_CALL}{TIME_CALL}", {"parallel_tool_calls": False}, TIME_CALL, [("time", "{}")], "tool_calls"),
+    (TIME_CALL, {"truncate_prompt_tokens": 5}, "", [("time", "{}")], "tool_calls"),
     ("Hello", {}, "Hello", [], "stop"),
     (CALL, {"tool_choice": "none"}, CALL, [], "stop"),
     (CALL, {"tools": None}, CALL, [], "stop"),

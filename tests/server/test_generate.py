@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -121,6 +122,7 @@ class Events:
 
     def __init__(self, batches: list[list[TokenEvent]]) -> None:
         self._batches = batches
+        self.choices = [SimpleNamespace(times=None)] * 9
 
     async def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
         for batch in self._batches:
@@ -142,7 +144,7 @@ async def test_events_of_a_choice_that_come_together_are_one_addition(tokenizer:
     batches = [[event(0, "a")], [event(0, "b"), event(1, "x"), event(0, "cd", FinishReason.LENGTH), event(1, "y")]]
     choices = [make_choice(tokenizer, index=index) for index in range(2)]
     streams: Any = [Events(batches)]
-    generation = Generation([Prompt([1])], streams, choices, metrics=Metrics("", "m"), request_id="r")
+    generation = Generation([Prompt([1])], streams, choices, metrics=Metrics("", "m"), request_id="r", submitted=0.0)
     found = [
         [(delta.index, delta.text, len(delta.positions), delta.finish_reason) for delta in deltas]
         async for deltas in generation.deltas()

@@ -24,7 +24,7 @@ def convert(**fields: Any) -> dict[str, Any]:
     """What of a chat request is set."""
     minimal = {"model": "tiny", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
     chat = to_chat(MessagesRequest.model_validate(minimal | fields))
-    return chat.model_dump(exclude_unset=True)
+    return chat.model_dump(exclude_unset=True, by_alias=True)
 
 
 def test_a_conversation_with_tools() -> None:

@@ -141,6 +141,14 @@ def test_chain_of_samplers(
     assert chain == (None if expected is None else SamplerChain(**expected))
 
 
+@pytest.mark.parametrize("path", BOTH)
+def test_repeat_penalty_is_repetition_penalty(server: RunningServer, path: str) -> None:
+    for fields in ({"repeat_penalty": 1.5}, {"repeat_penalty": 1.5, "repetition_penalty": 1.5}):
+        assert ask(server.url, path, **fields).status_code == 200
+        params = server.engine.submits[-1].params
+        assert (params.repetition_penalty, params.chain) == (1.5, None)
+
+
 def test_probabilities_after_sampling(server: RunningServer) -> None:
     for path, logprobs in ((COMPLETIONS, 2), (CHAT, True)):
         for value in (True, False, None):
@@ -148,9 +156,23 @@ def test_probabilities_after_sampling(server: RunningServer) -> None:
             assert server.engine.submits[-1].params.post_sampling_probs == bool(value)
 
 
+def test_named_tokens_take_the_place_of_the_most_likely(server: RunningServer) -> None:
+    for path, fields in ((COMPLETIONS, {"logprobs": 5}), (CHAT, {"logprobs": True, "top_logprobs": 5})):
+        for value, expected in (([3, 258, 3], (0, (3, 258))), ([], (5, ())), (None, (5, ()))):
+            assert ask(server.url, path, logprob_token_ids=value, **fields).status_code == 200
+            params = server.engine.submits[-1].params
+            assert (params.logprobs, params.logprob_token_ids) == expected
+
+
 @pytest.mark.parametrize("path", BOTH)
 def test_what_excludes_another(server: RunningServer, path: str) -> None:
-    for fields in ({"samplers": ["min_p"], "mirostat": 1}, {"post_sampling_probs": True}):
+    for fields in (
+        {"samplers": ["min_p"], "mirostat": 1},
+        {"repeat_penalty": 1.1, "repetition_penalty": 1.2},
+        {"post_sampling_probs": True},
+        {"logprob_token_ids": [1]},
+        {"allowed_token_ids": [3, 256], "stop_token_ids": [3], "min_tokens": 1},
+    ):
         error = check_error(ask(server.url, path, **fields), 400)
         assert error["param"] == next(iter(fields))
 
@@ -203,6 +225,7 @@ BAD: dict[str, list[Any]] = {
     "dry_allowed_length": [0, 257, *NOT_AN_INTEGER],
     "dry_penalty_last_n": [-2, 2**63, *NOT_AN_INTEGER],
     "dry_sequence_breakers": [[""], ["x" * 41], ["a"] * 33, [5], "a", 5, ["\ud800"]],
+    "repeat_penalty": [0, -1, 10.1, *NOT_A_NUMBER],
     "repeat_last_n": [-2, 2**63, *NOT_AN_INTEGER],
     "mirostat": [-1, 3, *NOT_AN_INTEGER],
     "mirostat_tau": [-1, 1001, *NOT_A_NUMBER],
@@ -210,6 +233,7 @@ BAD: dict[str, list[Any]] = {
     "truncate_prompt_tokens": [-2, 0, 2**63, *NOT_AN_INTEGER],
     "prompt_logprobs": [-1, 21, *NOT_AN_INTEGER],
     "return_token_ids": ["true", 1, []],
+    "logprob_token_ids": [[-1], [259], [2**80], ["1"], [1.0], [True], 5, "a", [1] * 129],
     "ignore_eos": ["true", 1, []],
     "include_stop_str_in_output": ["true", 1],
     "skip_special_tokens": ["true", 0],
@@ -373,12 +397,10 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
     "functions": [[{"name": "f"}]],
     "function_call": [{"name": "f"}],
-    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text", {}],
     "audio": [{"voice": "alloy", "format": "wav"}],
     "modalities": [["text", "audio"], ["audio"], []],
     "prediction": [{"type": "content", "content": "a"}],
     "web_search_options": [{}],
-    "structured_outputs": [{"regex": "a"}],
     "guided_json": [{}],
     "guided_regex": ["a"],
     "guided_choice": [["a"]],

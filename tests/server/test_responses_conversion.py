@@ -31,7 +31,7 @@ def request(**fields: Any) -> ResponsesRequest:
 def convert(**fields: Any) -> dict[str, Any]:
     """What of a chat request is set."""
     body = request(**fields)
-    return to_chat(body, input_items(body)).model_dump(exclude_unset=True)
+    return to_chat(body, input_items(body)).model_dump(exclude_unset=True, by_alias=True)
 
 
 def test_a_conversation_with_tools() -> None:

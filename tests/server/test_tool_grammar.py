@@ -11,6 +11,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from pydantic import TypeAdapter
 
+from server.generate.constraints import COMPACT
 from server.generate.tool_grammar import tool_grammar
 from server.schemas.tools import Tool, ToolChoice
 from server.text.output_parser import OutputFormat, OutputParser
@@ -82,11 +83,11 @@ def grammar_of(
     *,
     parallel: bool = True,
     strict: bool = False,
-    **thoughts: Any,
+    **more: Any,
 ) -> str:
     judged: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
     special_ids = model.special_ids([*format.markers, THINK.start, THINK.end])
-    grammar = tool_grammar(format, make_tools(strict=strict), judged, parallel, special_ids=special_ids, **thoughts)
+    grammar = tool_grammar(format, make_tools(strict=strict), judged, parallel, special_ids=special_ids, **more)
     assert grammar is not None
     return grammar
 
@@ -140,6 +141,7 @@ def test_strict_calls_of_an_answer_that_is_free(model: Model, format: ToolFormat
     if not format.is_bare:
         assert model.accepts(grammar, f"One moment.\n{one}")
         assert not model.accepts(grammar, f"One moment.\n{wrong}")
+    assert model.accepts(grammar, write(format, ("time", '{"a": 1}')))  # which is not strict
     two = write(format, ("weather", BERN), ("time", "{}"))
     assert model.accepts(grammar, two)
     assert not model.accepts(grammar_of(model, format, strict=True, parallel=False), two)
@@ -157,6 +159,28 @@ def test_thoughts_come_first(model: Model) -> None:
                 assert model.accepts(grammar, start + text) == (choice is None)
             assert not model.accepts(grammar, f"{start}Hm</think>{other}")
             assert model.accepts(grammar, call) != is_thinking
+
+
+@FORMATS
+def test_content_has_a_grammar_of_its_own(model: Model, format: ToolFormat) -> None:
+    properties = {"name": {"type": "string"}, "answer": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["answer"], "additionalProperties": False}
+    schema["x-guidance"] = COMPACT
+
+    def grammar(choice: str, **more: Any) -> str:
+        calls = grammar_of(model, format, choice, has_content_grammar=True, **more)
+        parts = [{"name": "answer", "lark_grammar": calls}, {"name": "content", "json_schema": schema}]
+        return json.dumps({"grammars": parts})
+
+    call = write(format, ("time", '{"a": 1}'))
+    free, forced, alone = grammar("auto"), grammar("required"), grammar("none", think_tags=THINK)
+    assert all(model.accepts(free, text) for text in ('{"answer":42}', '{"name":"time","answer":42}', call))
+    assert not any(model.accepts(free, text) for text in ("Hi", '{"answer":"x"}', "", call + '{"answer":42}'))
+    assert not model.accepts(forced, '{"answer":42}')
+    assert model.accepts(forced, write(format, ("time", "{}")))
+    assert model.accepts(alone, '{"answer":42}')
+    assert model.accepts(alone, '<think>\nHm\n</think>\n\n{"answer":42}')
+    assert not model.accepts(alone, call)
 
 
 def test_what_needs_no_grammar() -> None:

@@ -106,10 +106,11 @@ class CpuSampler:
         parameters.logits_stride = logits.stride(0)
         parameters.token_ids = output.token_ids.data_ptr()
         parameters.is_finite = output.is_finite.data_ptr()
-        ids, biases = self._fill_rows(requests)
+        special = [row for row, request in enumerate(requests) if request.params.is_special]
+        ids, biases = self._fill_rows(requests, special)
         parameters.ids, parameters.biases = ids.ctypes.data, biases.ctypes.data
         (self._program if num_rows > 1 else self._program_of_one).run()
-        if special := [row for row, request in enumerate(requests) if request.params.is_special]:
+        if special:
             part = logits[special]  # the program has left them as they were
             output.token_ids[special] = self._any_sampler.sample(part, [requests[row] for row in special]).token_ids
             logits[special] = part
@@ -119,8 +120,8 @@ class CpuSampler:
     def _any_sampler(self) -> Sampler:
         return Sampler(self.vocab_size, self.eos_token_ids, torch.device("cpu"))
 
-    def _fill_rows(self, requests: Sequence[SampledRequest]) -> tuple[IntArray, FloatArray]:
-        """Returns the lists of all rows, one after the other: token ids, and biases."""
+    def _fill_rows(self, requests: Sequence[SampledRequest], special: Sequence[int]) -> tuple[IntArray, FloatArray]:
+        """Returns the lists of all rows, one after the other: token ids, and biases. Special rows change nothing."""
         if len(requests) > len(self._rows):
             self._rows = (SampledRow * (2 * len(requests)))()
             self._parameters.rows = ctypes.addressof(self._rows)
@@ -129,7 +130,7 @@ class CpuSampler:
         biases: list[float] = []
         for index, request in enumerate(requests):
             params = request.params
-            if params.is_special:
+            if index in special:
                 continue
             if params.temperature >= GREEDY_TEMPERATURE:
                 _set_sampling(self._rows[index], request, params)

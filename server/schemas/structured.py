@@ -1,0 +1,69 @@
+"""What a request says about the form of its answer: OpenAI's `response_format`, and vLLM's `structured_outputs`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.errors import InvalidValueError, MissingParameterError
+
+MAX_CHOICES = 1000
+MAX_CHOICE_CHARS = 4096
+MAX_REGEX_CHARS = 8192
+MAX_LARK_CHARS = 16_384
+
+JSONSchema = dict[str, Any]
+KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+class JSONSchemaFormat(BaseModel):
+    """Every schema is followed strictly, whatever `strict` says. Name and description are not shown to the model."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: JSONSchema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = Field(None, description="Only with type json_schema.")
+
+    def check(self) -> None:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise MissingParameterError("response_format.json_schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            message = "Invalid 'response_format.json_schema': only allowed with 'type': 'json_schema'."
+            raise InvalidValueError(message, param="response_format.json_schema")
+
+
+Choice = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARS)]
+
+
+class StructuredOutputs(BaseModel):
+    """Exactly one of these."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_: JSONSchema | str | None = Field(None, alias="json", description="A JSON schema, or the text of one.")
+    json_object: bool | None = Field(None, description="Any JSON object.")
+    regex: str | None = Field(
+        None, min_length=1, max_length=MAX_REGEX_CHARS, description="The whole answer matches it."
+    )
+    choice: Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | None = Field(
+        None, description="The answer is one of these."
+    )
+    grammar: str | None = Field(
+        None, min_length=1, max_length=MAX_LARK_CHARS, description="A grammar in Lark's notation, from its rule start."
+    )
+
+    def check(self) -> None:
+        values = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        given = [name for name, value in values.items() if value is not None] + ["json_object"] * bool(self.json_object)
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            message = f"Invalid 'structured_outputs': expected exactly one of {', '.join(KINDS)}, but got {got}."
+            raise InvalidValueError(message, param="structured_outputs")

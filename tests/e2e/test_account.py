@@ -1,0 +1,131 @@
+"""`"lightwell": {"explain": true}` on a real server: where the time of a request went, and that nothing is left out."""
+
+import concurrent.futures
+import json
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import StartServer
+from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
+
+EXPLAIN = {"lightwell": {"explain": True}}
+MESSAGES = [{"role": "user", "content": "Tell me about light."}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "Once upon a time", "max_tokens": 24, "n": 2, "ignore_eos": True},
+    "/v1/chat/completions": {"messages": MESSAGES, "max_completion_tokens": 24, "ignore_eos": True},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 24, "ignore_eos": True},
+    "/v1/responses": {"input": "Tell me about light.", "max_output_tokens": 24, "ignore_eos": True},
+}
+
+
+def ask(server: ServerProcess, path: str, **body: Any) -> tuple[dict[str, Any], float]:
+    """The account, and the seconds that the client waited."""
+    start = time.monotonic()
+    response = httpx.post(f"{server.url}{path}", json={"model": MODEL, **EXPLAIN, **body}, timeout=REQUEST_SECONDS)
+    seconds = time.monotonic() - start
+    assert response.status_code == 200, response.text
+    if not body.get("stream"):
+        return response.json()["lightwell"], seconds
+    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    with_account = [event for event in map(json.loads, events) if "lightwell" in (event.get("response") or event)]
+    (last,) = with_account
+    return (last.get("response") or last)["lightwell"], seconds
+
+
+def check(account: dict[str, Any], seconds: float) -> None:
+    assert sum(account["seconds"].values()) == pytest.approx(account["wall_s"], rel=0.02)
+    assert all(part >= 0 for part in account["seconds"].values()), account
+    assert account["wall_s"] <= seconds
+    assert account["wall_s"] > seconds - 0.5
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_parts_add_up(server: ServerProcess, path: str, stream: bool) -> None:
+    account, seconds = ask(server, path, **BODIES[path], stream=stream)
+    check(account, seconds)
+    assert account["num_output_tokens"] == 24
+    assert account["seconds"]["decode"] > account["seconds"]["detokenizing"]
+    assert account["num_chunks"] >= 1
+    assert account["num_preemptions"] == account["seconds"]["preempted"] == 0
+
+
+def test_the_last_chunk_of_a_stream_has_it(server: ServerProcess) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 3, "stream": True, **EXPLAIN}
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        text = httpx.post(f"{server.url}/v1/completions", json=body | options, timeout=REQUEST_SECONDS).text
+        *chunks, last, done, _ = text.split("\n\n")
+        assert done == "data: [DONE]"
+        chunk = json.loads(last.removeprefix("data: "))
+        assert chunk["choices"] == []
+        assert chunk["lightwell"]["num_output_tokens"] == 3
+        assert ("usage" in chunk) == bool(options)
+        assert not any("lightwell" in json.loads(chunk.removeprefix("data: ")) for chunk in chunks)
+
+
+def test_nothing_unless_it_is_asked_for(server: ServerProcess) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 3}
+    for options in (None, {}, {"explain": False}):
+        response = httpx.post(
+            f"{server.url}/v1/completions", json=body | {"lightwell": options}, timeout=REQUEST_SECONDS
+        )
+        assert "lightwell" not in response.json()
+
+
+def test_the_seed_that_was_used(server: ServerProcess) -> None:
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": 20, "temperature": 1.5, **EXPLAIN}
+    first = httpx.post(f"{server.url}/v1/completions", json=body, timeout=REQUEST_SECONDS).json()
+    seed = first["lightwell"]["seed"]
+    again = httpx.post(f"{server.url}/v1/completions", json=body | {"seed": seed}, timeout=REQUEST_SECONDS).json()
+    assert again["lightwell"]["seed"] == seed
+    assert again["choices"] == first["choices"]
+
+
+def test_what_the_cache_gave(server: ServerProcess) -> None:
+    body = {"prompt": "What was here before? " * 40, "max_tokens": 2}
+    first, _ = ask(server, "/v1/completions", **body, cache_salt="account")
+    second, _ = ask(server, "/v1/completions", **body, cache_salt="account")
+    assert first["num_cached_tokens"] == 0
+    assert second["num_cached_tokens"] >= 32
+    num_tokens = first["num_computed_tokens"]
+    assert second["num_cached_tokens"] + second["num_computed_tokens"] == num_tokens
+
+
+def test_an_end_by_a_stop_string(server: ServerProcess) -> None:
+    account, seconds = ask(server, "/v1/completions", prompt="1, 2, 3, 4,", max_tokens=200, stop=[" 9"], temperature=0)
+    check(account, seconds)
+    assert account["num_output_tokens"] < 200
+
+
+def test_who_was_ahead(start_server: StartServer) -> None:
+    server = start_server("--max-num-seqs=1")
+    body = {"prompt": "Light", "max_tokens": 60, "ignore_eos": True}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = []
+        for _ in range(4):
+            futures.append(pool.submit(ask, server, "/v1/completions", **body))
+            time.sleep(0.05)
+        accounts = [future.result() for future in futures]
+    for account, seconds in accounts:
+        check(account, seconds)
+    assert [account["num_ahead"] for account, _ in accounts] == [0, 0, 1, 2]
+    queues = [account["seconds"]["queue"] for account, _ in accounts]
+    assert queues == sorted(queues)
+    assert queues[3] > accounts[0][0]["seconds"]["decode"]
+
+
+def test_waiting_while_preempted(start_server: StartServer) -> None:
+    """Two that together need more blocks than there are: the later one waits until the first has ended."""
+    server = start_server("--max-model-len=512", "--kv-cache-memory=12MiB", "--speculative=off")
+    body = {"prompt": "Light", "max_tokens": 480, "ignore_eos": True}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: ask(server, "/v1/completions", **body), range(2))
+    accounts = sorted((first, second), key=lambda answer: answer[0]["num_preemptions"])
+    for account, seconds in accounts:
+        check(account, seconds)
+    assert [account["num_preemptions"] for account, _ in accounts] == [0, 1]
+    assert accounts[0][0]["seconds"]["preempted"] == 0
+    assert accounts[1][0]["seconds"]["preempted"] > 0.05

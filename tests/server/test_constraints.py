@@ -1,0 +1,239 @@
+"""What a request says about the form of its answer: what the engine is asked for, and what is refused, and how soon."""
+
+import json
+import re
+import time
+from typing import Any
+
+import pytest
+
+from engine.grammar import GrammarCompiler
+from engine.messages import Submit, Vocabulary
+from server.generate.constraints import MAX_SCHEMA_KEYS
+from tests.server.asking import CHAT, COMPLETIONS, ask
+from tests.server.serving import RunningServer, check_error
+from tests.server.tiny_model import END_OF_TEXT_ID
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def json_schema(schema: object, **fields: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True} | fields}
+
+
+def grammar_of(server: RunningServer, path: str, **fields: Any) -> str | None:
+    """The grammar that the engine gets."""
+    assert ask(server.url, path, max_tokens=3, **fields).status_code == 200
+    submit = [message for message in server.engine.received if isinstance(message, Submit)][-1]
+    return submit.params.grammar
+
+
+def matches(server: RunningServer, grammar: str | None, text: str) -> bool:
+    """Whether the grammar, followed from byte to byte, allows the text and then the end."""
+    (vocabulary,) = [message for message in server.engine.received if isinstance(message, Vocabulary)]
+    assert grammar is not None
+    matcher = GrammarCompiler(vocabulary.tokenizer, [END_OF_TEXT_ID]).compile(grammar)
+    return matcher.try_consume_tokens([*text.encode()]) == len(text.encode()) and matcher.is_accepting()
+
+
+# What the engine is asked for.
+
+COMPACT, SPACED = '{"name":"Jo","age":3}', '{"name": "Jo", "age": 3}'
+ACCEPTED: list[tuple[dict[str, Any], list[str], list[str]]] = [
+    ({"json": SCHEMA}, [COMPACT], [SPACED, "{}", COMPACT + " ", COMPACT[:-1]]),
+    ({"json": json.dumps(SCHEMA)}, [COMPACT], [SPACED]),
+    ({"json": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}}, ["[]", "[1,2]"], ["[1, 2]", "[1,2,3]"]),
+    ({"json_object": True}, ["{}", COMPACT, '{"a":[null,{"b":1e5}]}'], ["[]", "1", "{ }", ""]),
+    ({"regex": "[a-c]+(/|\\n)x?"}, ["a/", "abc\nx"], ["", "a", "d/"]),
+    ({"regex": "^(a|bc)$"}, ["a", "bc"], ["abc"]),
+    ({"choice": ["yes", "no", "no!", 'a "b" \\ /c/\n\x85\x7f😀 ü.*']}, ["yes", "no", "no!"], ["", "y", "yesno"]),
+    ({"choice": ['a "b" \\ /c/\n\x85\x7f\u2028😀 ü.*']}, ['a "b" \\ /c/\n\x85\x7f\u2028😀 ü.*'], ['a "b" \\ /c/\n']),
+    ({"grammar": 'start: "<" name ">" start | ""\nname: /[a-z]+/'}, ["", "<ab>", "<a><b>"], ["<>", "<a"]),
+]
+
+
+@pytest.mark.parametrize(("wanted", "good", "bad"), ACCEPTED)
+def test_structured_outputs(
+    shared_server: RunningServer, wanted: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    for path in (CHAT, COMPLETIONS):
+        grammar = grammar_of(shared_server, path, structured_outputs=wanted)
+        assert [text for text in good if not matches(shared_server, grammar, text)] == []
+        assert [text for text in bad if matches(shared_server, grammar, text)] == []
+
+
+def test_response_format(shared_server: RunningServer) -> None:
+    grammar = grammar_of(shared_server, CHAT, response_format=json_schema(SCHEMA))
+    assert matches(shared_server, grammar, COMPACT)
+    assert not matches(shared_server, grammar, SPACED)
+    grammar = grammar_of(shared_server, CHAT, response_format={"type": "json_object"})
+    assert matches(shared_server, grammar, '{"a":[]}')
+    for same in ({"type": "text"}, None):
+        assert grammar_of(shared_server, CHAT, response_format=same) is None
+    assert grammar_of(shared_server, CHAT, structured_outputs=None) is None
+
+
+def test_the_vocabulary_is_sent_once_and_first(shared_server: RunningServer) -> None:
+    ask(shared_server.url, CHAT, max_tokens=1)
+    kinds = [type(message).__name__ for message in shared_server.engine.received]
+    assert kinds[:2] == ["Hello", "Vocabulary"]
+    assert kinds.count("Vocabulary") == 1
+
+
+# What is refused.
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def wide(num_keys: int, value: object = True) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {f"p{index}": {} for index in range(num_keys)},
+        "additionalProperties": value,
+    }
+
+
+HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
+    (nested(70), "the schema is nested more than 64 levels deep."),
+    (wide(MAX_SCHEMA_KEYS + 1), "expected objects of at most 200 keys, but got one with 201."),
+    ({"enum": [f"value {index}" for index in range(10_000)]}, "expected a schema of at most 65536 bytes, but got "),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no text matches it."),
+    ({"$ref": "https://example.com/schema.json"}, "Default retriever does not fetch resources."),
+    ({"$ref": "file:///etc/passwd"}, "Default retriever does not fetch resources."),
+    ({"$ref": "#/$defs/none"}, "Pointer '/$defs/none' does not exist."),
+    ({"allOf": [{"anyOf": [wide(4, i + j) for j in range(4)]} for i in range(9)]}, ""),
+    ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+    ({"type": "string", "pattern": "(a"}, "unclosed group."),
+    ({"type": "string", "format": "nosuch"}, "Unknown format: nosuch."),
+    ({"type": "strin"}, "Invalid type: strin."),
+    ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum (5) is greater than maximum (3)."),
+    ({"type": "object", "x-guidance": {"lenient": True}}, "the key 'x-guidance' is not supported."),
+    ({"oneOf": [wide(1), wide(2)]}, "oneOf constraints are not supported."),
+]
+UNSUPPORTED_KEYWORDS: list[dict[str, Any]] = [
+    {"uniqueItems": True},
+    {"contains": {"type": "string"}},
+    {"dependentRequired": {"a": ["b"]}},
+    {"dependentSchemas": {"a": {}}},
+    {"propertyNames": {"pattern": "a"}},
+    {"unevaluatedProperties": False},
+    {"unevaluatedItems": False},
+    {"not": {"type": "string"}},
+    {"if": {"type": "string"}, "then": {"minLength": 3}},
+    {"$dynamicRef": "#a"},
+]
+
+
+def refuse(server: RunningServer, path: str, param: str, **fields: Any) -> str:
+    """The message of a 400 about `param`, which came within a second."""
+    start = time.monotonic()
+    error = check_error(ask(server.url, path, **fields), 400)
+    assert time.monotonic() - start < 1
+    assert error["param"] == param
+    assert error["message"].startswith(f"Invalid '{param}': ")
+    return str(error["message"])
+
+
+@pytest.mark.parametrize(("schema", "problem"), HOSTILE_SCHEMAS)
+def test_schemas_that_cannot_be_followed(shared_server: RunningServer, schema: Any, problem: str) -> None:
+    param = "response_format.json_schema.schema"
+    assert problem in refuse(shared_server, CHAT, param, response_format=json_schema(schema))
+    if "nested" not in problem:
+        wanted = {"json": schema}
+        assert problem in refuse(shared_server, COMPLETIONS, "structured_outputs.json", structured_outputs=wanted)
+
+
+@pytest.mark.parametrize("schema", UNSUPPORTED_KEYWORDS, ids=lambda schema: next(iter(schema)))
+def test_keywords_are_followed_or_refused(shared_server: RunningServer, schema: dict[str, Any]) -> None:
+    message = refuse(shared_server, COMPLETIONS, "structured_outputs.json", structured_outputs={"json": schema})
+    assert re.search(r"Unimplemented keys: \[.*" + re.escape(next(iter(schema))), message)
+
+
+OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
+    ({"regex": "a("}, "regex", "unclosed group."),
+    ({"regex": "(?=a)b"}, "regex", "look-around"),
+    ({"regex": "(.*)\\1"}, "regex", "backreferences are not supported"),
+    ({"regex": "a" * 9000}, "regex", "string too long"),
+    ({"choice": []}, "choice", "empty array"),
+    ({"choice": [""]}, "choice[0]", "empty string"),
+    ({"choice": ["a"] * 1001}, "choice", "array too long"),
+    ({"grammar": "nonsense"}, "grammar", ""),
+    ({"grammar": 'begin: "a"'}, "grammar", ""),
+    ({"grammar": "start: a\na: b\nb: a"}, "grammar", "no text matches it."),
+    ({"grammar": "x" * 20_000}, "grammar", "string too long"),
+    ({"json": "{"}, "json", "the text is not valid JSON."),
+    ({"json": "[1]"}, "json", "the text must hold a JSON object."),
+    ({"json": "[" * 100_000}, "json", "the text is not valid JSON."),
+]
+
+
+@pytest.mark.parametrize(("wanted", "field", "problem"), OTHER_REFUSALS)
+def test_other_grammars_that_cannot_be_followed(
+    shared_server: RunningServer, wanted: dict[str, Any], field: str, problem: str
+) -> None:
+    param = f"structured_outputs.{field}"
+    assert problem in refuse(shared_server, COMPLETIONS, param, structured_outputs=wanted)
+
+
+def test_the_slowest_schema_that_is_compiled(shared_server: RunningServer) -> None:
+    schema = {"anyOf": [wide(200, {"const": index}) for index in range(30)]}
+    start = time.monotonic()
+    ask(shared_server.url, COMPLETIONS, max_tokens=1, structured_outputs={"json": schema})
+    assert time.monotonic() - start < 2
+
+
+def test_the_widest_object(shared_server: RunningServer) -> None:
+    grammar = grammar_of(shared_server, COMPLETIONS, structured_outputs={"json": wide(MAX_SCHEMA_KEYS)})
+    assert matches(shared_server, grammar, '{"p7":1,"p188":{"a":[]},"q":null}')
+
+
+def test_exactly_one(shared_server: RunningServer) -> None:
+    expected = "expected exactly one of json, regex, choice, grammar, json_object, but got "
+    for wanted, got in (({}, "none."), ({"regex": "a", "json_object": True}, "regex and json_object.")):
+        message = refuse(shared_server, CHAT, "structured_outputs", structured_outputs=wanted)
+        assert message == f"Invalid 'structured_outputs': {expected}{got}"
+    both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    message = refuse(shared_server, CHAT, "structured_outputs.regex", **both)
+    assert message == "Invalid 'structured_outputs.regex': not allowed with 'response_format'."
+
+
+@pytest.mark.parametrize(
+    ("wanted", "param", "code"),
+    [
+        ({"type": "json_schema"}, "response_format.json_schema", "missing_required_parameter"),
+        ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema", None),
+        (json_schema(SCHEMA, name="a b"), "response_format.json_schema.name", "invalid_value"),
+        (json_schema([]), "response_format.json_schema.schema", "invalid_type"),
+        ({"type": "json_object", "json_schema": {"name": "a", "schema": {}}}, "response_format.json_schema", None),
+        ({"type": "xml"}, "response_format.type", "invalid_value"),
+        ("json", "response_format", "invalid_type"),
+    ],
+)
+def test_wrong_shapes(shared_server: RunningServer, wanted: Any, param: str, code: str | None) -> None:
+    error = check_error(ask(shared_server.url, CHAT, response_format=wanted), 400)
+    assert error["param"] == param
+    assert code in (None, error["code"])
+
+
+def test_fields_that_nobody_knows_are_refused(shared_server: RunningServer) -> None:
+    for fields in (
+        {"response_format": {"type": "json_object", "schema": {}}},
+        {"structured_outputs": {"json_object": True, "whitespace_pattern": " *"}},
+    ):
+        error = check_error(ask(shared_server.url, CHAT, **fields), 400)
+        assert error["message"].startswith("Unrecognized request argument supplied: ")
+
+
+def test_a_tokenizer_that_does_not_suit(shared_server: RunningServer) -> None:
+    with pytest.raises(ValueError, match="eos_token"):
+        GrammarCompiler(shared_server.context.tokenizer.to_json(), [])
