@@ -14,6 +14,7 @@ from server.middleware import (
     HostMiddleware,
     RequestMiddleware,
 )
+from server.openapi import install_document
 from server.routes import chat, completions, health, messages, metrics, models, requests, responses, tokenize
 from server.settings import is_loopback
 
@@ -27,7 +28,16 @@ def create_app(context: ServerContext) -> FastAPI:
         yield
         await context.client.close()
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    with_docs = context.settings.enable_docs
+    app = FastAPI(
+        lifespan=lifespan,
+        openapi_url="/openapi.json" if with_docs else None,
+        docs_url="/docs" if with_docs else None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+    )
+    install_document(app, context.model_names[0], needs_key=bool(context.settings.api_key))
     app.state.context = context
     for module in (completions, chat, messages, responses, requests, models, tokenize, health, metrics):
         app.include_router(module.router)

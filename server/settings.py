@@ -173,6 +173,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             _API, texts("NAME"), "Name of the model in the API. May be given again. Unset: alias or last part of MODEL."
         ),
     ] = ()
+    enable_docs: Annotated[
+        bool,
+        Setting(_API, BOOLEAN, "Serve /openapi.json, and at /docs a page of it that loads its scripts from a CDN."),
+    ] = False
     strict: Annotated[bool, Setting(_API, BOOLEAN, "Refuse request fields that are unknown.")] = False
 
     max_queued_requests: Annotated[

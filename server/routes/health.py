@@ -13,21 +13,24 @@ from server.responses import StructResponse
 router = APIRouter()
 
 
-@router.api_route("/health", methods=["GET", "HEAD"])
+@router.head("/health", include_in_schema=False)
+@router.get("/health")
 async def health(request: Request) -> Response:
     """200 while the engine's step loop moves. What load balancers made for vLLM ask for."""
     client = get_context(request).client
     return _answer(client, is_well=client.is_healthy)
 
 
-@router.api_route("/healthz", methods=["GET", "HEAD"])
+@router.head("/healthz", include_in_schema=False)
+@router.get("/healthz")
 async def alive(request: Request) -> Response:
     """200 also while the model is loaded; 503 once the engine is dead or hangs."""
     client = get_context(request).client
     return _answer(client, is_well=client.is_alive)
 
 
-@router.api_route("/readyz", methods=["GET", "HEAD"])
+@router.head("/readyz", include_in_schema=False)
+@router.get("/readyz")
 async def ready(request: Request) -> Response:
     """200 while new requests are taken."""
     client = get_context(request).client

@@ -1,0 +1,151 @@
+"""The OpenAPI document: FastAPI's, of routes and requests, with examples that work and what comes back.
+
+Requests are pydantic models, which FastAPI describes; answers are msgspec structs, which are described here.
+"""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from server.schemas import response_events as events
+from server.schemas.chat import ChatCompletion, ChatCompletionChunk
+from server.schemas.completions import Completion
+from server.schemas.errors import AnthropicErrorResponse, ErrorResponse
+from server.schemas.messages import (
+    BlockDelta,
+    BlockStart,
+    BlockStop,
+    CountTokensResponse,
+    Message,
+    MessageDelta,
+    MessageStart,
+    MessageStop,
+)
+from server.schemas.models import Model, ModelList
+from server.schemas.render import RenderedPrompt
+from server.schemas.requests import CancelResponse
+from server.schemas.responses import DeletedResponse, ItemList, ResponseObject
+from server.schemas.tokenize import DetokenizeResponse, TokenizeResponse
+
+PREFIX = "answer."  # of names, for requests may have the same ones
+DESCRIPTION = "Language models over HTTP, in the forms that the clients of OpenAI and Anthropic speak."
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What FastAPI cannot know of one. The example is a body that any model answers."""
+
+    answer: Any  # a type that msgspec encodes
+    example: Mapping[str, Any] | None = None
+    events: Any = None  # the data of a stream's events
+
+    @property
+    def types(self) -> list[Any]:
+        return [self.answer] if self.events is None else [self.answer, self.events]
+
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+CHAT = {"messages": MESSAGES, "max_completion_tokens": 20}
+COMPLETION = {"prompt": "Once upon a time", "max_tokens": 20}
+RESPONSE_EVENTS = (
+    *(events.Created, events.InProgress, events.ItemAdded, events.PartAdded, events.TextDelta, events.TextDone),
+    *(events.ReasoningDelta, events.ReasoningDone, events.ArgumentsDelta, events.ArgumentsDone, events.PartDone),
+    *(events.ItemDone, events.Completed, events.Incomplete, events.Failed),
+)
+
+
+def _any_of(types: tuple[Any, ...]) -> Any:
+    union = types[0]
+    for each in types[1:]:
+        union |= each
+    return union
+
+
+OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    ("/v1/chat/completions", "post"): Operation(ChatCompletion, CHAT, ChatCompletionChunk),
+    ("/v1/chat/completions/render", "post"): Operation(RenderedPrompt, CHAT),
+    ("/v1/completions", "post"): Operation(Completion, COMPLETION, Completion),
+    ("/v1/completions/render", "post"): Operation(list[RenderedPrompt], COMPLETION),
+    ("/v1/messages", "post"): Operation(
+        Message,
+        {"messages": MESSAGES, "max_tokens": 20},
+        _any_of((MessageStart, BlockStart, BlockDelta, BlockStop, MessageDelta, MessageStop)),
+    ),
+    ("/v1/messages/count_tokens", "post"): Operation(CountTokensResponse, {"messages": MESSAGES}),
+    ("/v1/responses", "post"): Operation(
+        ResponseObject,
+        {"input": "What is the capital of France?", "max_output_tokens": 20},
+        _any_of(RESPONSE_EVENTS),
+    ),
+    ("/v1/responses/{response_id}", "get"): Operation(ResponseObject),
+    ("/v1/responses/{response_id}", "delete"): Operation(DeletedResponse),
+    ("/v1/responses/{response_id}/input_items", "get"): Operation(ItemList),
+    ("/v1/responses/{response_id}/cancel", "post"): Operation(ResponseObject),
+    ("/v1/requests/{request_id}/cancel", "post"): Operation(CancelResponse),
+    ("/v1/models", "get"): Operation(ModelList),
+    ("/v1/models/{model_id}", "get"): Operation(Model),
+    ("/version", "get"): Operation(dict[str, str]),
+    ("/tokenize", "post"): Operation(TokenizeResponse, {"prompt": "Once upon a time"}),
+    ("/detokenize", "post"): Operation(DetokenizeResponse, {"tokens": [10, 11, 12]}),
+    ("/health", "get"): Operation(dict[str, str]),
+    ("/healthz", "get"): Operation(dict[str, str]),
+    ("/readyz", "get"): Operation(dict[str, str]),
+    ("/metrics", "get"): Operation(str),
+}
+
+
+def install_document(app: FastAPI, model: str, *, needs_key: bool) -> None:
+    """Makes FastAPI's routes for the document answer with this one, made once. `model` is what its examples name."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = make_document(app, model, needs_key=needs_key)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any]:
+    version = importlib.metadata.version("lightwell")
+    document = get_openapi(title="Lightwell", version=version, description=DESCRIPTION, routes=app.routes)
+    types = [type for operation in OPERATIONS.values() for type in operation.types]
+    template = "#/components/schemas/" + PREFIX + "{name}"
+    schemas, components = msgspec.json.schema_components(
+        [*types, ErrorResponse, AnthropicErrorResponse], ref_template=template
+    )
+    described = {repr(type): schema for type, schema in zip(types, schemas, strict=False)}
+    openai_error, anthropic_error = schemas[-2:]
+    for path, methods in document["paths"].items():
+        error = anthropic_error if path.startswith("/v1/messages") else openai_error
+        for method, described_operation in methods.items():
+            operation = OPERATIONS[path, method]
+            described_operation["responses"] = _responses(operation, described, error)
+            if operation.example is not None:
+                content = described_operation["requestBody"]["content"]["application/json"]
+                content["example"] = {"model": model, **operation.example}
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, which no answer is
+        del document["components"]["schemas"][name]
+    document["components"]["schemas"] |= {PREFIX + name: schema for name, schema in components.items()}
+    if needs_key:
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+        document["security"] = [{"bearer": []}, {"x-api-key": []}]
+    return document
+
+
+def _responses(operation: Operation, described: Mapping[str, Any], error: Mapping[str, Any]) -> dict[str, Any]:
+    kind = "text/plain" if operation.answer is str else "application/json"
+    content = {kind: {"schema": described[repr(operation.answer)]}}
+    description = "The answer."
+    if operation.events is not None:
+        content["text/event-stream"] = {"schema": described[repr(operation.events)]}
+        description = "The answer; with `stream` server-sent events, each with such data."
+    wrong = {"description": "An error.", "content": {"application/json": {"schema": error}}}
+    return {"200": {"description": description, "content": content}, "4XX": wrong, "5XX": wrong}

@@ -1,0 +1,90 @@
+"""The OpenAPI document: it names every route, its examples work, and answers are as it says."""
+
+import json
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+from tests.server.conftest import StartServer
+from tests.server.serving import RunningServer
+
+
+@pytest.fixture
+def server(start_server: StartServer) -> RunningServer:
+    return start_server(enable_docs=True)
+
+
+def document(server: RunningServer) -> dict[str, Any]:
+    content: dict[str, Any] = httpx.get(f"{server.url}/openapi.json").json()
+    return content
+
+
+def check(value: object, schema: dict[str, Any], whole: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator({**schema, "components": whole["components"]}).validate(value)
+
+
+def test_every_reference_leads_somewhere(server: RunningServer) -> None:
+    whole = document(server)
+    assert whole["openapi"].startswith("3.1")
+    text = json.dumps(whole)
+    names = {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}
+    assert names <= set(whole["components"]["schemas"])
+    for schema in whole["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    assert "ValidationError" not in text  # of FastAPI, in whose form no error is
+
+
+def test_the_examples_work_and_answers_are_as_described(server: RunningServer) -> None:
+    whole = document(server)
+    posts = {path: methods["post"] for path, methods in whole["paths"].items() if "post" in methods}
+    assert len(posts) > 8
+    for path, operation in posts.items():
+        if "requestBody" not in operation:
+            continue
+        content = operation["requestBody"]["content"]["application/json"]
+        check(content["example"], content["schema"], whole)
+        response = httpx.post(server.url + path, json=content["example"])
+        assert response.status_code == 200, (path, response.text)
+        answers = operation["responses"]["200"]["content"]
+        check(response.json(), answers["application/json"]["schema"], whole)
+        refused = httpx.post(server.url + path, json=content["example"] | {"model": "other"})
+        check(refused.json(), operation["responses"]["4XX"]["content"]["application/json"]["schema"], whole)
+        if "text/event-stream" in answers:
+            stream = httpx.post(server.url + path, json=content["example"] | {"stream": True}).text
+            data = [line.removeprefix("data: ") for line in stream.split("\n") if line.startswith("data: {")]
+            assert data
+            for event in data:
+                check(json.loads(event), answers["text/event-stream"]["schema"], whole)
+
+
+def test_what_is_asked_for_without_a_body(server: RunningServer) -> None:
+    whole = document(server)
+    created = httpx.post(f"{server.url}/v1/responses", json={"model": "tiny", "input": "Hi"}).json()
+    values = {"{response_id}": created["id"], "{model_id}": "tiny"}
+    for path, methods in whole["paths"].items():
+        for method in set(methods) & {"get", "delete"}:
+            filled = path
+            for name, value in values.items():
+                filled = filled.replace(name, value)
+            if method == "delete":
+                continue
+            response = httpx.get(server.url + filled)
+            assert response.status_code == 200, path
+            content = methods[method]["responses"]["200"]["content"]
+            if "application/json" in content:
+                check(response.json(), content["application/json"]["schema"], whole)
+
+
+def test_the_page(server: RunningServer) -> None:
+    page = httpx.get(f"{server.url}/docs")
+    assert (page.status_code, "/openapi.json" in page.text) == (200, True)
+
+
+def test_keys(start_server: StartServer) -> None:
+    server = start_server(enable_docs=True, api_key=("key",))
+    for path in ("/docs", "/openapi.json"):
+        assert httpx.get(server.url + path).status_code == 401
+    whole = httpx.get(f"{server.url}/openapi.json", headers={"x-api-key": "key"}).json()
+    assert {name for each in whole["security"] for name in each} == set(whole["components"]["securitySchemes"])
