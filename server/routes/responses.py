@@ -10,8 +10,9 @@ from server.errors import (
     ResponseNotFoundError,
     UnsupportedParameterError,
 )
+from server.generate.conversion import renamed_errors
 from server.generate.frame import respond, start_in_background
-from server.generate.responses import ResponsesEndpoint, check, input_items, to_chat
+from server.generate.responses import NAMES, ResponsesEndpoint, check, input_items, to_chat
 from server.middleware import StrictJSONRoute
 from server.response_store import StoredResponse
 from server.responses import StructResponse
@@ -30,11 +31,12 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     check(body)
     previous = None if body.previous_response_id is None else _previous(context, body.previous_response_id)
     items = input_items(body)
-    chat = to_chat(body, [*(previous.items if previous else ()), *items])
     endpoint = ResponsesEndpoint(body, items, previous)
-    if not body.background:
-        return await respond(request, chat, endpoint)
-    head, headers = await start_in_background(request, chat, endpoint)
+    with renamed_errors(NAMES):
+        chat = to_chat(body, [*(previous.items if previous else ()), *items])
+        if not body.background:
+            return await respond(request, chat, endpoint)
+        head, headers = await start_in_background(request, chat, endpoint)
     return StructResponse(_find(context, head.id).response, headers=headers)
 
 
