@@ -15,6 +15,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -152,12 +154,25 @@ def apply_masks(logits: Tensor, masks: Mapping[int, bytes]) -> None:
     if not masks:
         return
     num_bytes = -(-logits.shape[1] // 8)
-    packed = bytearray(b"".join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values()))
-    bits = torch.frombuffer(packed, dtype=torch.uint8).view(len(masks), num_bytes, 1).to(logits.device)
+    joined = b"".join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values())
+    packed = ~np.frombuffer(joined, dtype=np.uint8).reshape(len(masks), num_bytes)  # now a bit forbids
+    forbid = _forbid_on_host if logits.is_cpu else _forbid_on_device
+    forbid(logits, list(masks), packed)
+
+
+def _forbid_on_host(logits: Tensor, rows: Sequence[int], packed: npt.NDArray[np.uint8]) -> None:
+    forbidden = np.unpackbits(packed, axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+    for row, forbidden_ids in zip(rows, forbidden, strict=True):
+        np.copyto(logits[row].numpy(), -np.inf, where=forbidden_ids)
+
+
+def _forbid_on_device(logits: Tensor, rows: Sequence[int], packed: npt.NDArray[np.uint8]) -> None:
+    """The bits are unpacked there, so that there are few to copy."""
+    bits = torch.from_numpy(packed).to(logits.device).unsqueeze(-1)
     places = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
-    forbidden = ((bits & places) == 0).view(len(masks), -1)[:, : logits.shape[1]]
-    rows = torch.tensor(list(masks), device=logits.device)
-    logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))
+    forbidden = (bits & places).view(len(rows), -1)[:, : logits.shape[1]].bool()
+    index = torch.tensor(rows, device=logits.device)
+    logits[index] = logits[index].masked_fill(forbidden, float("-inf"))
 
 
 # Log probabilities.

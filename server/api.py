@@ -34,6 +34,7 @@ from server.errors import EngineUnavailableError
 from server.generate.running import RunningRequests
 from server.http_protocol import HTTPProtocol
 from server.metrics import Metrics
+from server.recordings import Recordings
 from server.response_store import ResponseStore
 from server.settings import ApiProcessConfig
 from server.text.chat_template import ChatTemplate
@@ -119,6 +120,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         created=int(time.time()),
         metrics=metrics,
         running=RunningRequests(),
+        recordings=Recordings(settings.record_requests),
         responses=ResponseStore(settings.max_stored_responses, settings.stored_responses_memory),
     )
 

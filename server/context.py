@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from server.client import EngineClient
     from server.generate.running import RunningRequests
     from server.metrics import Metrics
+    from server.recordings import Recordings
     from server.response_store import ResponseStore
     from server.settings import Settings
     from server.text.chat_template import ChatTemplate
@@ -48,6 +49,7 @@ class ServerContext:
     metrics: Metrics
     running: RunningRequests
     responses: ResponseStore
+    recordings: Recordings
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # held until they end
     # Texts are worked on in threads, no more than there are cores. /tokenize and /detokenize queue apart from
     # generation, which therefore never waits for them.

@@ -216,6 +216,14 @@ class RequestNotFoundError(APIError):
         super().__init__(404, f"No request with the id '{clip(request_id)}' is running.", code="request_not_found")
 
 
+class RecordingNotFoundError(APIError):
+    def __init__(self, request_id: str, *, num_kept: int) -> None:
+        message = "No requests are recorded: start the server with --record-requests."
+        if num_kept:
+            message = f"No ended request with the id '{clip(request_id)}' is among the last {num_kept} recorded ones."
+        super().__init__(404, message, code="request_not_found")
+
+
 class ResponseNotFoundError(APIError):
     def __init__(self, response_id: str) -> None:
         super().__init__(404, f"Response with id '{clip(response_id)}' not found.")

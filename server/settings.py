@@ -190,6 +190,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stored_responses_memory: Annotated[
         int, Setting(_LIMITS, size(0), "Size of them and their conversations at most; the oldest are dropped.")
     ] = 64 << 20
+    record_requests: Annotated[
+        int,
+        Setting(
+            _LIMITS,
+            integer(0),
+            "Ended requests that are kept in memory for /v1/requests/{id}/replay; 0 keeps none. Else all requests "
+            "compute log probabilities, asked for or not.",
+        ),
+    ] = 0
     drain_timeout: Annotated[
         float, Setting(_LIMITS, seconds(0), "Seconds that running requests get to finish at shutdown.")
     ] = 30.0

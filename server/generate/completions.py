@@ -33,7 +33,7 @@ class CompletionEndpoint:
         return [_encode(context, body, value) for value in body.prompt]
 
     def constraint(self, context: ServerContext, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
-        return structured_outputs_constraint(body)
+        return structured_outputs_constraint(context, body)
 
     def writer(
         self, context: ServerContext, body: CompletionRequest, head: Head, prompts: Sequence[Prompt]

@@ -4,23 +4,26 @@ JSON has one compact form, without white space between its parts: a model could 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from llguidance import LLMatcher
+from pydantic import ValidationError
 
 from engine.grammar import GrammarError
 from server.context import ServerContext
 from server.errors import BadRequestError, InvalidValueError
 from server.generate.prompts import Prompt
+from server.generate.tag_grammar import tag_grammar, trigger_of
 from server.generate.tool_grammar import tool_grammar
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.common import GenerationRequest
-from server.schemas.structured import ResponseFormat, StructuredOutputs
+from server.schemas.structured import ResponseFormat, StructuralTag, Structure, StructuredOutputs
 from server.strict_json import is_deeper
 from server.text.output_parser import OutputFormat
+from server.validation import format_path
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # arrays and objects within each other
@@ -53,15 +56,15 @@ def check_constraint(context: ServerContext, constraint: Constraint, body: Gener
         raise _invalid(constraint.param, str(error)) from error
 
 
-def structured_outputs_constraint(body: GenerationRequest) -> Constraint | None:
+def structured_outputs_constraint(context: ServerContext, body: GenerationRequest) -> Constraint | None:
     wanted = body.structured_outputs
-    return None if wanted is None else _of_structured_outputs(wanted, "structured_outputs")
+    return None if wanted is None else _of_structured_outputs(context, wanted, "structured_outputs")
 
 
 def chat_constraint(context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
     """What the answer's content must match, and its calls of tools; before both there may be thoughts."""
-    content = _of_response_format(body.response_format)
-    other = structured_outputs_constraint(body)
+    content = _of_response_format(context, body.response_format)
+    other = structured_outputs_constraint(context, body)
     if content is not None and other is not None:
         raise _invalid(other.param, f"not allowed with '{content.param.partition('.')[0]}'")
     content = content or other
@@ -101,15 +104,35 @@ def _as_part(grammar: str) -> dict[str, Any]:
     return part
 
 
-def _of_response_format(wanted: ResponseFormat | None) -> Constraint | None:
+def _of_response_format(context: ServerContext, wanted: ResponseFormat | None) -> Constraint | None:
     if wanted is None or wanted.type == "text":
         return None
+    if wanted.structures is not None and wanted.triggers is not None:
+        return _of_tags(context, wanted.structures, wanted.triggers, "response_format")
     if wanted.json_schema is None:
         return schema_constraint({"type": "object"}, "response_format")
     return schema_constraint(wanted.json_schema.schema_, "response_format.json_schema.schema")
 
 
-def _of_structured_outputs(wanted: StructuredOutputs, param: str) -> Constraint:
+def _of_tags(
+    context: ServerContext, structures: Sequence[Structure], triggers: Sequence[str], param: str
+) -> Constraint:
+    for index, structure in enumerate(structures):
+        check_schema(structure.schema_, f"{param}.structures[{index}].schema")
+        if trigger_of(structure, triggers) is None:
+            raise _invalid(f"{param}.structures[{index}].begin", "expected it to begin with one of the triggers")
+    for index, trigger in enumerate(triggers):
+        if all(trigger_of(structure, triggers) != trigger for structure in structures):
+            raise _invalid(f"{param}.triggers[{index}]", "no structure begins with it, or another trigger comes before")
+    marks = [*triggers, *(structure.end for structure in structures)]
+    special_ids = context.tokenizer.special_ids_of(marks)
+    return Constraint(tag_grammar(structures, triggers, special_ids, {OPTIONS: COMPACT}), param)
+
+
+def _of_structured_outputs(context: ServerContext, wanted: StructuredOutputs, param: str) -> Constraint:
+    if wanted.structural_tag is not None:
+        tag = _parse_tag(wanted.structural_tag, f"{param}.structural_tag")
+        return _of_tags(context, tag.structures, tag.triggers, f"{param}.structural_tag")
     if wanted.regex is not None:
         return Constraint(LLMatcher.grammar_from_regex(wanted.regex), f"{param}.regex")
     if wanted.choice is not None:
@@ -127,6 +150,16 @@ def _of_structured_outputs(wanted: StructuredOutputs, param: str) -> Constraint:
 def _any_of(texts: Sequence[str]) -> str:
     """A regular expression of literal texts."""
     return "|".join("".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text) for text in texts)
+
+
+def _parse_tag(tag: StructuralTag | str, param: str) -> StructuralTag:
+    if isinstance(tag, StructuralTag):
+        return tag
+    try:
+        return StructuralTag.model_validate(_parse(tag, param))
+    except ValidationError as error:
+        place = format_path(error.errors()[0]["loc"])
+        raise _invalid(f"{param}.{place}", error.errors()[0]["msg"]) from error
 
 
 def _parse(text: str, param: str) -> dict[str, Any]:
@@ -147,22 +180,27 @@ def schema_constraint(schema: Mapping[str, Any], param: str) -> Constraint:
 
 
 def check_schema(schema: Mapping[str, Any], param: str) -> None:
+    """Raises InvalidValueError."""
     if is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise _invalid(param, f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep")
     num_bytes = len(msgspec.json.encode(schema))
     if num_bytes > MAX_SCHEMA_BYTES:
         raise _invalid(param, f"expected a schema of at most {MAX_SCHEMA_BYTES} bytes, but got {num_bytes}")
-    if (num_keys := _most_keys(schema)) > MAX_SCHEMA_KEYS:
+    values = list(_values(schema))
+    if (num_keys := max(len(value) for value in values if isinstance(value, dict))) > MAX_SCHEMA_KEYS:
         raise _invalid(param, f"expected objects of at most {MAX_SCHEMA_KEYS} keys, but got one with {num_keys}")
+    if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values):
+        raise _invalid(param, "integers beyond 64 bits are not supported")  # they would be rounded
     if OPTIONS in schema:
         raise _invalid(param, f"the key '{OPTIONS}' is not supported")
 
 
-def _most_keys(value: object) -> int:
-    """Of all objects within a value."""
-    if isinstance(value, dict):
-        return max(len(value), *map(_most_keys, value.values()), 0)
-    return max(map(_most_keys, value), default=0) if isinstance(value, list) else 0
+def _values(value: object) -> Iterator[object]:
+    """A value and all within it."""
+    yield value
+    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for child in children:
+        yield from _values(child)
 
 
 def _invalid(param: str, problem: str) -> InvalidValueError:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import anyio.to_thread
@@ -35,6 +36,7 @@ from server.generate.parameters import (
 from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_size
 from server.generate.running import RunningRequest
 from server.generate.samplers import TokenizedSettings, tokenize_settings
+from server.recordings import Recording
 from server.schemas.common import Account, GenerationRequest
 from server.schemas.render import RenderedPrompt
 from server.sse import run_until_disconnect, sse_response
@@ -182,11 +184,21 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
         context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         prompts, submitted = prepared.prompts, time.monotonic()
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
-        streams = _send(context, prepared.submits, reservation)
+        recording = None
+        if context.recordings.max_requests:
+            recording = Recording(prepared.submits, ids=(job.head.id, job.request_id))
+        streams = _send(context, prepared.submits if recording is None else recording.submits, reservation)
     generation = Generation(
-        prompts, streams, choices, metrics=context.metrics, request_id=job.request_id, submitted=submitted
+        prompts,
+        streams,
+        choices,
+        metrics=context.metrics,
+        request_id=job.request_id,
+        submitted=submitted,
+        recording=recording,
     )
-    running = context.running.add(generation, job.head.id, job.request_id)
+    on_close = None if recording is None else partial(context.recordings.add, recording)
+    running = context.running.add(generation, job.head.id, job.request_id, on_close=on_close)
     return generation, running, job.endpoint.writer(context, body, job.head, prompts)
 
 

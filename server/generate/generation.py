@@ -15,6 +15,7 @@ from server.generate.account import Ending
 from server.generate.choices import ChoiceState, Delta
 from server.generate.prompts import Prompt
 from server.metrics import Metrics
+from server.recordings import Recording
 from server.schemas.common import CompletionTokensDetails, PromptTokensDetails, Usage
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Generation:
         metrics: Metrics,
         request_id: str,
         submitted: float,
+        recording: Recording | None = None,
     ) -> None:
         """`streams` are those of the prompts, `choices` those of all prompts; `submitted` is of `time.monotonic()`."""
         assert len(choices) % len(prompts) == 0
@@ -44,6 +46,7 @@ class Generation:
         self._metrics = metrics
         self._request_id = request_id
         self._is_aborted = False
+        self._recording = recording
 
     def close(self) -> None:
         for stream in self._streams:
@@ -112,6 +115,8 @@ class Generation:
             raise ServerError(self._request_id)
         if event.index == 0:  # the others share its prompt
             self._take_prompt(self.prompts[prompt_index], event)
+        if self._recording is not None:
+            self._recording.take(prompt_index, event)
         received = time.monotonic()
         delta = choice.push(event)
         if choice.stopped_by_text:

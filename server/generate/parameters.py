@@ -25,7 +25,8 @@ GREEDY_TEMPERATURE = 1e-5  # below it the noise would decide nothing but ties
 MAX_WARNINGS_CHARS = 1024  # of the header
 SEED_DOMAIN = b"lightwell-seed"
 
-# Parameters that change an answer and are not supported yet -> the values, beside null, that ask for nothing.
+# Parameters that change an answer and are not supported yet, or not by every endpoint -> the values, beside null, that
+# ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -64,6 +65,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "prompt_embeds": (),
+    "truncate_prompt_tokens": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),

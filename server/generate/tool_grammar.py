@@ -46,7 +46,7 @@ def tool_grammar(
     is_forced = must_call(tool_choice)
     if not is_forced and not has_content_grammar and not any(tool.function.strict for tool in allowed):
         return None
-    marks = _Marks(special_ids or {})
+    marks = Marks(special_ids or {})
     begin, calls = _calls(marks, format, parallel and not isinstance(tool_choice, NamedTool))
     if is_forced:
         answer = [f"answer: {begin} {calls}"]
@@ -67,7 +67,7 @@ def tool_grammar(
 
 
 @dataclass(frozen=True, slots=True)
-class _Marks:
+class Marks:
     """Writes tags and markers: as a control token where it is one, as text elsewhere."""
 
     special_ids: Mapping[str, int]
@@ -88,7 +88,7 @@ class _Marks:
         return f" & ~/{before}{re.escape(mark)}{ANYTHING}/"
 
 
-def _thoughts(marks: _Marks, tags: ThinkTags | None, is_thinking: bool) -> list[str]:
+def _thoughts(marks: Marks, tags: ThinkTags | None, is_thinking: bool) -> list[str]:
     """The rule `start`: what `answer` is, after thoughts if there may be any."""
     if tags is None:
         return ["start: answer"]
@@ -96,7 +96,7 @@ def _thoughts(marks: _Marks, tags: ThinkTags | None, is_thinking: bool) -> list[
     return [f"start: {start}", 'thoughts: thoughts_end ("\\n" "\\n"?)?', marks.up_to("thoughts_end", "TEXT", tags.end)]
 
 
-def _calls_or_text(marks: _Marks, format: ToolFormat, calls: str) -> list[str]:
+def _calls_or_text(marks: Marks, format: ToolFormat, calls: str) -> list[str]:
     """The rule `answer`: calls, or text that may end with calls."""
     if not format.is_bare:
         return [f"answer: begin_calls {calls} | FIRST", marks.up_to("begin_calls", "FIRST", format.start)]
@@ -105,7 +105,7 @@ def _calls_or_text(marks: _Marks, format: ToolFormat, calls: str) -> list[str]:
     return [f"answer: {calls} | PLAIN", plain]
 
 
-def _calls(marks: _Marks, format: ToolFormat, several: bool) -> tuple[str, str]:
+def _calls(marks: Marks, format: ToolFormat, several: bool) -> tuple[str, str]:
     """What begins calls, or nothing if they begin by themselves; and one call, or several of them."""
     array = '"[" tool (", " tool)* "]"' if several else '"[" tool "]"'
     if format.is_bare and format.has_arrays:
@@ -118,7 +118,7 @@ def _calls(marks: _Marks, format: ToolFormat, several: bool) -> tuple[str, str]:
     return start, f"{call} ({between} {start} {call})*" if several else call
 
 
-def _tools(marks: _Marks, format: ToolFormat, tools: Sequence[Tool], *, is_forced: bool) -> list[str]:
+def _tools(marks: Marks, format: ToolFormat, tools: Sequence[Tool], *, is_forced: bool) -> list[str]:
     """The rule `tool`, which is any of them, with its name and its arguments."""
     rules = [f"tool: {' | '.join(f'tool_{index}' for index in range(len(tools)))}"] if tools else []
     for index, tool in enumerate(tools):

@@ -80,7 +80,7 @@ class ChatMessage(BaseModel):
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         if isinstance(self.content, list):
             message["content"] = [{"type": "text", "text": part.text} for part in self.content]
-        if self.tool_calls is not None:
+        if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         for name in ("name", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, name)) is not None:

@@ -10,9 +10,12 @@ MAX_CHOICES = 1000
 MAX_CHOICE_CHARS = 4096
 MAX_REGEX_CHARS = 8192
 MAX_LARK_CHARS = 16_384
+MAX_STRUCTURES = 128
+MAX_MARK_CHARS = 256
+MAX_TAG_CHARS = 128 * 1024
 
 JSONSchema = dict[str, Any]
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
+KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 class JSONSchemaFormat(BaseModel):
@@ -26,13 +29,49 @@ class JSONSchemaFormat(BaseModel):
     strict: bool | None = None
 
 
+Mark = Annotated[str, Field(min_length=1, max_length=MAX_MARK_CHARS)]
+
+
+class Structure(BaseModel):
+    """A part of a text: JSON between two marks."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    begin: Mark
+    schema_: JSONSchema = Field(alias="schema")
+    end: Annotated[str, Field(max_length=MAX_MARK_CHARS)]
+
+
+Structures = Annotated[list[Structure], Field(min_length=1, max_length=MAX_STRUCTURES, fail_fast=True)]
+Triggers = Annotated[list[Mark], Field(min_length=1, max_length=MAX_STRUCTURES, fail_fast=True)]
+
+
+class StructuralTag(BaseModel):
+    """Any text, but each trigger in it begins one of the structures."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["structural_tag"]
+    structures: Structures
+    triggers: Triggers
+
+
 class ResponseFormat(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchemaFormat | None = Field(None, description="Only with type json_schema.")
+    structures: Structures | None = Field(None, description="Only with type structural_tag.")
+    triggers: Triggers | None = Field(None, description="What each structure begins with.")
 
     def check(self) -> None:
+        if self.type == "structural_tag":
+            for name in ("structures", "triggers"):
+                if getattr(self, name) is None:
+                    raise MissingParameterError(f"response_format.{name}")
+        elif self.structures is not None or self.triggers is not None:
+            message = "Invalid 'response_format.structures': only allowed with 'type': 'structural_tag'."
+            raise InvalidValueError(message, param="response_format.structures")
         if self.type == "json_schema" and self.json_schema is None:
             raise MissingParameterError("response_format.json_schema")
         if self.type != "json_schema" and self.json_schema is not None:
@@ -60,9 +99,13 @@ class StructuredOutputs(BaseModel):
         None, min_length=1, max_length=MAX_LARK_CHARS, description="A grammar in Lark's notation, from its rule start."
     )
 
+    structural_tag: StructuralTag | Annotated[str, Field(max_length=MAX_TAG_CHARS)] | None = Field(
+        None, description="Text with parts of a given form, or the text of such an object."
+    )
+
     def check(self) -> None:
-        values = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
-        given = [name for name, value in values.items() if value is not None] + ["json_object"] * bool(self.json_object)
+        fields = type(self).model_fields.items()
+        given = [field.alias or name for name, field in fields if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             got = " and ".join(given) or "none"
             message = f"Invalid 'structured_outputs': expected exactly one of {', '.join(KINDS)}, but got {got}."

@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -30,6 +30,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
 from server.text.reasoning import detect_think_tags
+from server.text.template_options import find_options, find_variables
 from server.text.tool_formats import detect_tool_format
 
 Message = dict[str, Any]
@@ -38,7 +39,6 @@ MAX_PROMPT_CHARS = 1 << 24  # of one rendered conversation
 MAX_DEPTH = 100  # of lists and objects in a request
 MAX_REASON_CHARS = 200  # of a template's own error message
 END = "\U0010fffd"  # a private character: where the final message ends
-RESERVED_VARIABLES = frozenset(("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"))
 
 
 class ChatTemplateError(ValueError):
@@ -71,10 +71,10 @@ class ChatTemplate:
         environment = _Environment()
         try:
             self._template = environment.from_string(source)
-            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+            parsed = environment.parse(source)
+            self.variables, self.options = find_variables(parsed), find_options(parsed)
         except Exception as error:  # RecursionError and SyntaxError too
             raise ChatTemplateError(f"The chat template does not compile: {_reason(error)}.") from error
-        self.options = self.variables - RESERVED_VARIABLES
         self.tool_format = detect_tool_format(source)
         self.think_tags = detect_think_tags(source)
         self._fit_by_role = {role: self._choose_fit(role) for role in ("user", "system", "assistant")}

@@ -19,9 +19,11 @@ from server.text.markers import Markers
 from server.text.parts import Part, PartKind
 from server.text.tool_formats import ToolFormat
 
-MAX_HEAD_CHARS = 256  # of what stands before arguments without an object around them
+MAX_HEAD_CHARS = 256  # up to the arguments that follow a bare name, or up to the end of an object's first key
 
 _NAME = r"[a-zA-Z0-9_-]{1,64}"
+_FIRST_KEY = re.compile(r'\{\s*(?:"([^"]*)"|[^"\s])')
+_KEYS = ("name", "type", "arguments", "parameters", None)  # None: there is no key
 # An object up to the brace that begins its arguments.
 _HEADER = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?'
@@ -105,7 +107,7 @@ class ToolParser:
         in_array = self._closers[-1:] == ["]"]
         if char == "{":
             self._scanner = JSONScanner()
-            self._state = self._header
+            self._state = self._first_key
         elif char == "[" and self._format.has_arrays and not in_array:
             self._held.append(self._read(1))
             self._closers.append("]")
@@ -118,14 +120,25 @@ class ToolParser:
     def _named_head(self) -> bool:
         """A name, up to the brace of the arguments."""
         end = self._buffer.find("{")
-        if end < 0:
-            return self._give_up() if len(self._buffer) > MAX_HEAD_CHARS else False
-        head = _NAMED_HEAD.fullmatch(self._buffer[: min(end, MAX_HEAD_CHARS)])
+        if end < 0 and len(self._buffer) <= MAX_HEAD_CHARS:
+            return False
+        head = _NAMED_HEAD.fullmatch(self._buffer[:end]) if 0 < end <= MAX_HEAD_CHARS else None
         if head is None or head[1] not in self._names:
             return self._give_up()
         self._read(end)
         self._scanner = JSONScanner()
         self._begin_call(head[1])
+        return True
+
+    def _first_key(self) -> bool:
+        """The first key of an object, which often shows that it is no call."""
+        key = _FIRST_KEY.match(self._buffer)
+        if key is None and len(self._buffer) <= MAX_HEAD_CHARS:
+            return False
+        if key is not None and key.end() <= MAX_HEAD_CHARS and key[1] not in _KEYS:
+            self._object.append(self._read(key.end()))
+            return self._give_up()
+        self._state = self._header
         return True
 
     def _header(self) -> bool:

@@ -4,12 +4,14 @@ For chat it is strict about every answer. For completions its schema does not kn
 reason in a chunk, no log probability of the first token.
 """
 
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
 
 from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
 
@@ -157,3 +159,34 @@ def test_errors(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as too_long:
         client.completions.create(**fields)
     assert too_long.value.code == "context_length_exceeded"
+
+
+class Animal(BaseModel):
+    name: str = Field(max_length=20)
+    legs: int = Field(ge=0, le=100)
+    sound: Literal["meow", "woof"] | None
+    friends: list[Literal["cat", "dog"]] = Field(max_length=2)
+
+
+def test_an_answer_becomes_an_object(strict_client: OpenAI) -> None:
+    fields: dict[str, Any] = {"max_completion_tokens": 400, "temperature": 1.2, "seed": 2, "n": 3}
+    messages: Any = [{"role": "user", "content": "Invent an animal."}]
+    completion = strict_client.chat.completions.parse(model=MODEL, messages=messages, response_format=Animal, **fields)
+    assert all(isinstance(choice.message.parsed, Animal) for choice in completion.choices)
+    with strict_client.chat.completions.stream(
+        model=MODEL, messages=messages, response_format=Animal, **(fields | {"n": 1})
+    ) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert final.message.content == completion.choices[0].message.content
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"uniqueItems": True}}}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+        strict_client.chat.completions.create(model=MODEL, messages=messages, response_format=wrong)
+    assert caught.value.param == "response_format.json_schema.schema"
+
+
+def test_a_completion_of_a_given_form(client: OpenAI) -> None:
+    for outputs, form in (({"regex": r"[0-9]{2}:[0-9]{2}"}, r"\d\d:\d\d"), ({"choice": ["yes", "no"]}, "yes|no")):
+        fields = COMPLETION | {"temperature": 1.5, "extra_body": {"structured_outputs": outputs}}
+        answer = client.completions.create(**fields)
+        assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
+        assert all(re.fullmatch(form, choice.text) for choice in answer.choices)

@@ -1,5 +1,6 @@
 """Tools through the official client and the real model: the shape of answers, which the model itself may fill badly."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +65,20 @@ def test_a_conversation_with_calls(client: OpenAI) -> None:
     ]
     answer = client.chat.completions.create(**(CHAT | {"messages": history}))
     assert said(answer.choices[0].message) != ("", [])
+
+
+def test_a_call_that_must_be(client: OpenAI) -> None:
+    """Whatever the model would have said, and as hot as it gets."""
+    city = {"type": "string", "maxLength": 12}
+    parameters = PARAMETERS | {"properties": {"city": city}, "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    fixed = {"tools": [tool], "temperature": 1.5, "seed": 3, "max_completion_tokens": 60, "parallel_tool_calls": False}
+    for choice, reason in (("required", "tool_calls"), (named, "stop")):
+        (answer,) = client.chat.completions.create(**(CHAT | fixed | {"tool_choice": choice})).choices
+        content, ((name, arguments),) = said(answer.message)
+        assert (content, name, answer.finish_reason) == ("", "get_weather", reason)
+        assert len(json.loads(arguments)["city"]) <= 12
 
 
 def test_errors_name_the_field(client: OpenAI) -> None:

@@ -97,6 +97,7 @@ def of_regex(pattern: str) -> str:
 
 NAMES = st.text("abcdxyz_ é", min_size=1, max_size=6)
 SIZES = st.integers(0, 5)
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
 
 
 def texts(low: int, span: int) -> dict[str, Any]:
@@ -120,7 +121,10 @@ LEAVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.builds(texts, SIZES, SIZES),
     st.builds(integers, st.integers(-99, 99), st.integers(0, 9999)),
     st.builds(lambda high: {"type": "number", "exclusiveMinimum": 0, "maximum": high}, st.integers(1, 50)),
-    st.builds(lambda values: {"enum": values}, st.lists(NAMES | st.integers() | st.none(), min_size=1, max_size=4)),
+    st.builds(
+        lambda values: {"enum": values},
+        st.lists(NAMES | st.integers(-(2**63), 2**63 - 1) | st.none(), min_size=1, max_size=4),
+    ),
     st.builds(lambda value: {"const": value}, NAMES | st.lists(st.booleans(), max_size=2)),
     st.sampled_from(
         [

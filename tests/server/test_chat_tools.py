@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
+from engine.grammar import GrammarCompiler
 from tests.server.asking import CHAT, MESSAGES, ask, ask_json, ask_stream, finish_reasons, openai_client, shared_server
 from tests.server.serving import RunningServer, check_error
+from tests.server.tiny_model import END_OF_TEXT_ID
 from tests.server.tool_model import messages_of, prompt, say, write_tool_model
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -336,13 +338,49 @@ def test_control_tokens_can_be_shown(tmp_path: Path) -> None:
             assert choice["message"]["reasoning"] == "a"
 
 
-def test_what_only_a_grammar_brings_about_is_refused(plain: RunningServer) -> None:
+def matches(server: RunningServer, text: str, **fields: Any) -> bool:
+    """Whether the engine is told to let the model answer so."""
+    ask_json(server.url, CHAT, **fields)
+    grammar = server.engine.submits[-1].params.grammar
+    assert grammar is not None
+    tokenizer = server.context.tokenizer
+    matcher = GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID]).compile(grammar)
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+
+def test_calls_that_must_be_and_how_they_must_be(model: RunningServer) -> None:
     strict = {"type": "function", "function": {"name": "time", "strict": True}}
-    named = {"type": "function", "function": {"name": "time"}}
-    for fields in (
-        {"tools": TOOLS, "tool_choice": "required"},
-        {"tools": TOOLS, "tool_choice": named},
-        {"tools": [strict]},
+    named = {"type": "function", "function": {"name": "weather"}}
+    thought, said = "<think>Hm.</think>\n\n" + CALL, "It is hot."
+    for fields, calls, says in (
+        ({"tools": TOOLS, "tool_choice": "required"}, True, False),
+        ({"tools": TOOLS, "tool_choice": named}, True, False),
+        ({"tools": [WEATHER, strict]}, True, True),
+        ({"tools": [strict]}, False, True),
     ):
-        assert check_error(ask(plain.url, CHAT, **fields), 400)["code"] == "unsupported_parameter"
-    ask_json(plain.url, CHAT, tools=[strict], tool_choice="none")
+        assert matches(model, CALL, **fields) == matches(model, thought, **fields) == calls
+        assert matches(model, said, **fields) == says
+    ask_json(model.url, CHAT, tools=[strict], tool_choice="none")
+    assert model.engine.submits[-1].params.grammar is None
+    unsupported = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": unsupported, "strict": True}}]
+    error = check_error(ask(model.url, CHAT, tools=tools), 400)
+    assert error["param"] == "tools"
+    assert "uniqueItems" in error["message"]
+
+
+def test_content_of_a_given_form_beside_calls_and_thoughts(model: RunningServer) -> None:
+    wanted = {"response_format": {"type": "json_object"}}
+    for fields, calls in ((wanted, False), (wanted | {"tools": TOOLS}, True)):
+        assert matches(model, CALL, **fields) == matches(model, f"<think>a</think>\n{CALL}", **fields) == calls
+        assert matches(model, '<think>{"a": 1} no</think>\n{"a":1}', **fields)
+        assert matches(model, '{"a":1}', **fields)
+        assert not matches(model, "It is hot.", **fields)
+        assert not matches(model, '<think>a</think>{"a":1', **fields)
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}  # the prompt has the first tag
+    for content, good in ({"regex": "[0-9]+"}, "12"), ({"grammar": 'start: "a" b?\nb: "b"'}, "ab"):
+        for tools in ({}, {"tools": TOOLS}):
+            asked: dict[str, Any] = tools | thinking | {"structured_outputs": content}
+            assert matches(model, f"Well.</think>\n{good}", **asked)
+            assert not matches(model, good, **asked)

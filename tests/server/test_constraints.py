@@ -22,6 +22,13 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
 def json_schema(schema: object, **fields: object) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True} | fields}
 
@@ -78,6 +85,62 @@ def test_response_format(shared_server: RunningServer) -> None:
     assert grammar_of(shared_server, CHAT, structured_outputs=None) is None
 
 
+TAG: dict[str, Any] = {
+    "type": "structural_tag",
+    "structures": [
+        {"begin": "<f=age>", "schema": {"type": "integer", "maximum": 99, "minimum": 0}, "end": "</f>"},
+        {"begin": "<f=name>", "schema": {"enum": ["Jo", "Al"]}, "end": ""},
+        {"begin": "[1]", "schema": SCHEMA, "end": "<|im_end|>"},
+    ],
+    "triggers": ["<f=", "[1]"],
+}
+
+
+def test_structural_tags(shared_server: RunningServer) -> None:
+    """Free text, in which a trigger begins what it has to."""
+    tokenizer = shared_server.context.tokenizer
+    for path, wanted in (
+        (CHAT, {"response_format": TAG}),
+        (COMPLETIONS, {"structured_outputs": {"structural_tag": TAG}}),
+        (COMPLETIONS, {"structured_outputs": {"structural_tag": json.dumps(TAG)}}),
+    ):
+        grammar = grammar_of(shared_server, path, **wanted)
+        assert grammar is not None
+        for text, good in (
+            ("", True),
+            ("No <f> in\n[it] at all.", True),
+            ('Old: <f=age>7</f>, <f=name>"Jo"!', True),
+            (f"[1]{COMPACT}<|im_end|><f=age>12</f><f=age>3</f>", True),
+            ("<f=age>7", False),
+            ("<f=age>100</f>", False),
+            ("<f=size>", False),
+            ("a[1]{}", False),
+        ):
+            compiler = shared_server.context.grammars
+            assert compiler is not None
+            matcher, token_ids = compiler.compile(grammar), tokenizer.encode(text, add_special_tokens=False)
+            is_allowed = matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+            assert is_allowed == good, text
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"triggers": ["[1]"]}, "response_format.structures[0].begin"),
+        ({"triggers": ["<f=", "[1]", "<f=age"]}, "response_format.triggers[2]"),
+        ({"triggers": []}, "response_format.triggers"),
+        ({"triggers": None}, "response_format.triggers"),
+        ({"structures": [{"begin": "[1]", "schema": nested(70), "end": ""}]}, "response_format.structures[0].schema"),
+        ({"structures": [{"begin": "[1]", "schema": {"not": {}}, "end": ""}], "triggers": ["["]}, "response_format"),
+        ({"type": "json_object"}, "response_format.structures"),
+    ],
+)
+def test_structural_tags_that_cannot_be_followed(
+    shared_server: RunningServer, changes: dict[str, Any], param: str
+) -> None:
+    assert check_error(ask(shared_server.url, CHAT, response_format=TAG | changes), 400)["param"] == param
+
+
 def test_the_vocabulary_is_sent_once_and_first(shared_server: RunningServer) -> None:
     ask(shared_server.url, CHAT, max_tokens=1)
     kinds = [type(message).__name__ for message in shared_server.engine.received]
@@ -86,13 +149,6 @@ def test_the_vocabulary_is_sent_once_and_first(shared_server: RunningServer) -> 
 
 
 # What is refused.
-
-
-def nested(depth: int) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "string"}
-    for _ in range(depth):
-        schema = {"type": "array", "items": schema}
-    return schema
 
 
 def wide(num_keys: int, value: object = True) -> dict[str, Any]:
@@ -107,6 +163,7 @@ HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     (nested(70), "the schema is nested more than 64 levels deep."),
     (wide(MAX_SCHEMA_KEYS + 1), "expected objects of at most 200 keys, but got one with 201."),
     ({"enum": [f"value {index}" for index in range(10_000)]}, "expected a schema of at most 65536 bytes, but got "),
+    ({"enum": [1, -(2**63) - 1]}, "integers beyond 64 bits are not supported."),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no text matches it."),
     ({"$ref": "https://example.com/schema.json"}, "Default retriever does not fetch resources."),
     ({"$ref": "file:///etc/passwd"}, "Default retriever does not fetch resources."),
@@ -168,12 +225,14 @@ OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"choice": [""]}, "choice[0]", "empty string"),
     ({"choice": ["a"] * 1001}, "choice", "array too long"),
     ({"grammar": "nonsense"}, "grammar", ""),
+    ({"grammar": ' {"grammars": []}'}, "grammar", "expected a grammar in Lark's notation, but got JSON."),
     ({"grammar": 'begin: "a"'}, "grammar", ""),
     ({"grammar": "start: a\na: b\nb: a"}, "grammar", "no text matches it."),
     ({"grammar": "x" * 20_000}, "grammar", "string too long"),
     ({"json": "{"}, "json", "the text is not valid JSON."),
     ({"json": "[1]"}, "json", "the text must hold a JSON object."),
     ({"json": "[" * 100_000}, "json", "the text is not valid JSON."),
+    ({"structural_tag": "{}"}, "structural_tag.type", "Field required."),
 ]
 
 
@@ -198,8 +257,8 @@ def test_the_widest_object(shared_server: RunningServer) -> None:
 
 
 def test_exactly_one(shared_server: RunningServer) -> None:
-    expected = "expected exactly one of json, regex, choice, grammar, json_object, but got "
-    for wanted, got in (({}, "none."), ({"regex": "a", "json_object": True}, "regex and json_object.")):
+    expected = "expected exactly one of json, regex, choice, grammar, json_object, structural_tag, but got "
+    for wanted, got in (({}, "none."), ({"regex": "a", "json_object": True}, "json_object and regex.")):
         message = refuse(shared_server, CHAT, "structured_outputs", structured_outputs=wanted)
         assert message == f"Invalid 'structured_outputs': {expected}{got}"
     both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}

@@ -25,19 +25,20 @@ from tests.server.text.test_chat_template import (
 OPTIONS = """\
 {%- if not date is defined %}{%- set date = strftime_now("%Y") %}{%- endif %}
 {%- macro shout(text) %}{{ text | upper }}{{ mark }}{% endmacro %}
-{%- set ns = namespace(found=false) %}
+{%- set ns = namespace(found=false) %}{%- set unit = unit | default('m') %}
 {%- for message in messages %}
     {%- if enable_thinking is defined and enable_thinking is false %}{{ range(2) | list }}{% endif %}
+    {%- if loop.first %}{%- set own = '' %}{%- endif %}{{ own }}
     {%- if false %}{{ raise_exception('no') }}{% endif %}{{ shout(message.content) }}{{ '<tool_call>' + '</think>' }}
 {%- endfor %}{{ bos_token }}{{ documents }}{% if add_generation_prompt %}{{ tools }}{% endif %}{{ date }}"""
 
 
 def test_options_are_what_the_template_reads() -> None:
     template = chat_template(OPTIONS)
-    assert template.options == {"date", "mark", "enable_thinking"}
+    assert template.options == {"date", "mark", "enable_thinking", "unit"}
     assert template.variables > {"messages", "tools", "documents", "add_generation_prompt", "bos_token"}
     assert chat_template(CHATML).options == frozenset()
-    assert "date_string" in chat_template(LLAMA3).options
+    assert chat_template(LLAMA3).options == {"date_string"}
 
 
 def test_what_a_template_shows_of_the_model() -> None:

@@ -267,6 +267,32 @@ def test_json_answers_are_content(format: ToolFormat) -> None:
         assert parse(format, list(text)) == Answer(text)
 
 
+def test_json_answers_are_streamed_once_their_first_key_is_known() -> None:
+    parser = ToolParser(GENERIC, NAMES)
+    assert [[part.text for part in parser.push(piece)] for piece in [" {", '"answ', 'er"', ': "', "4"]] == [
+        [],
+        [],
+        [' {"answer"'],
+        [': "'],
+        ["4"],
+    ]
+
+
+@pytest.mark.parametrize("num_spaces", [0, 200, 251, 252, 253, 300, 600])
+def test_what_is_too_long_is_content_in_any_pieces(num_spaces: int) -> None:
+    space = " " * num_spaces
+    for text in (
+        f"[TOOL_CALLS]f{space}{{}}",
+        f"[TOOL_CALLS]f{space}x{{}}",
+        f'[TOOL_CALLS]{{{space}"name": "f"}}',
+        f'[TOOL_CALLS]{{{space}"a": "[TOOL_CALLS]{{"}}',
+        f"[TOOL_CALLS]{{{space}}}",
+    ):
+        answer = parse(MISTRAL, [text])
+        assert parse(MISTRAL, list(text)) == answer
+        assert answer.calls == [("f", "{}")] or answer.content == text
+
+
 def test_without_parallel_calls_the_second_is_content() -> None:
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     assert parse(HERMES, list(call + "\n" + call), parallel=False) == Answer("\n" + call, [("f", "{}")])
