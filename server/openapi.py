@@ -28,8 +28,8 @@ from server.schemas.messages import (
 )
 from server.schemas.models import Model, ModelList
 from server.schemas.render import RenderedPrompt
-from server.schemas.requests import CancelResponse
-from server.schemas.responses import DeletedResponse, ItemList, ResponseObject
+from server.schemas.requests import CancelResponse, Replay
+from server.schemas.responses import DeletedResponse, InputTokens, ItemList, ResponseObject
 from server.schemas.tokenize import DetokenizeResponse, TokenizeResponse
 
 PREFIX = "answer."  # of names, for requests may have the same ones
@@ -86,7 +86,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/v1/responses/{response_id}", "delete"): Operation(DeletedResponse),
     ("/v1/responses/{response_id}/input_items", "get"): Operation(ItemList),
     ("/v1/responses/{response_id}/cancel", "post"): Operation(ResponseObject),
+    ("/v1/responses/input_tokens", "post"): Operation(InputTokens, {"input": "What is the capital of France?"}),
     ("/v1/requests/{request_id}/cancel", "post"): Operation(CancelResponse),
+    ("/v1/requests/{request_id}/replay", "post"): Operation(Replay),
     ("/v1/models", "get"): Operation(ModelList),
     ("/v1/models/{model_id}", "get"): Operation(Model),
     ("/version", "get"): Operation(dict[str, str]),

@@ -291,6 +291,11 @@ class DeletedResponse(msgspec.Struct, frozen=True):
     deleted: Literal[True] = True
 
 
+class InputTokens(msgspec.Struct, frozen=True):
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
 class ItemList(msgspec.Struct, frozen=True, kw_only=True):
     """A page of the items that a response was made of."""
 
