@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine.batch import Lengths
 from engine.kernels import LayerCache
+from engine.kernels.gpu.prompts import PromptPlan
 from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, AttentionTiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -277,6 +278,7 @@ class AttentionPlan:
     block_tables: Tensor
     packed_rows: int
     num_segments: int  # of the longest; 0: every tile goes through its own segments
+    prompts: PromptPlan | None = None  # where torch's attention may take the batch instead
 
 
 def plan_attention(

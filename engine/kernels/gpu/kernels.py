@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Self, TypeAlias
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs, Lengths
 from engine.kernels import KernelOptions, LayerCache, LinearOp
-from engine.kernels.gpu import attention, rows
+from engine.kernels.gpu import attention, prompts, rows
 from engine.kernels.gpu.attention import AttentionPlan
 from engine.kernels.gpu.graphs import GraphedExecution, capture
 from engine.kernels.gpu.linear import linear
@@ -33,7 +34,7 @@ class TritonKernels(TorchKernels):
     """Kernels in Triton, whose results depend on no other row.
 
     If they need not, products are the library's, which chooses another order of additions for another number of rows;
-    those of packed weights stay.
+    those of packed weights stay. So is the attention of batches of whole prompts.
 
     A KV cache of 8 bits holds int8 with a scale for each token and head, as on a CPU, rather than float8: any card can
     load it, and it is several times as exact, for float8 has three bits after the point whatever the head's range is.
@@ -56,6 +57,8 @@ class TritonKernels(TorchKernels):
         self.cache_dtype = torch.int8 if kv_cache_dtype == "int8" else dtype
         self.to_int8 = quantization == "int8"
         self.enforce_eager = enforce_eager
+        can_attend = prompts.can_attend(device, dtype) and self.cache_dtype == dtype
+        self.attends_to_prompts = can_attend and not batch_invariant
         self.weight_formats: list[str] = []  # that were met, in order
         self.tiles = tiles_for(device, dtype)
         self.name = f"triton {triton.__version__} {card_name(device)}"
@@ -152,7 +155,7 @@ class TritonKernels(TorchKernels):
         self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
     ) -> AttentionPlan:
         is_decode = len(query_lens) == len(batch.token_ids) and bool((query_lens == 1).all())
-        return attention.plan_attention(
+        plan = attention.plan_attention(
             query_lens,
             batch.seq_lens,
             batch.block_tables,
@@ -161,8 +164,12 @@ class TritonKernels(TorchKernels):
             self.tiles.attention,
             positions=batch.positions if is_decode else None,
         )
+        whole = prompts.plan_prompts(batch, query_lens, cache) if self.attends_to_prompts else None
+        return replace(plan, prompts=whole)
 
     def paged_attention(  # type: ignore[override]
         self, q: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float, window: int | None
     ) -> Tensor:
+        if plan.prompts is not None and window is None:
+            return prompts.prompt_attention(q, cache, plan.prompts, scale)
         return attention.paged_attention(q.contiguous(), cache, plan, scale, window, self.tiles.attention)
