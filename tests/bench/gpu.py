@@ -3,8 +3,9 @@
 The model is random, in the shape of Llama-3-8B and bfloat16, and made on the spot: it takes 16 GB of disk. What the
 card can do at most is measured in the same run: the bandwidth of a large copy, and the rate of a large product in
 bfloat16. Decoding reads all weights and the keys and values of all tokens in each step; a prompt's work is two
-operations for each weight and token, and those of attention. Both modes are measured: the default, in which answers do
-not depend on the batch, and `--no-batch-invariant`.
+operations for each weight and token, and those of attention. The floor of a time follows from these. Both modes are
+measured: the default, in which answers do not depend on the batch, and `--no-batch-invariant`; then attention alone,
+and `generate` of transformers with the same weights.
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Column, Table
 from safetensors.torch import save_file
 
+from engine.batch import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.kernels.reference import TorchKernels
 from engine.messages import SamplingParams, Submit
 from engine.runner import LoadedModel, load_model
 
 REPEATS = 20
+NUM_GENERATED = 64  # tokens of a stream
 WEIGHTS_OF_A_FILE = 9
 
 
@@ -77,7 +83,7 @@ class Figure(msgspec.Struct, frozen=True):
     name: str
     mode: str
     seconds: float
-    share_of_limit: float
+    floor: float  # seconds
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +92,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     copy_bytes_per_second: float
     product_operations_per_second: float
     figures: list[Figure]
+    decode_speedup: float  # how many times as fast as transformers the most streams are decoded
 
 
 def main() -> None:
@@ -99,22 +106,35 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens; default: %(default)s")
     parser.add_argument("--prompt", type=int, default=8192, metavar="N", help="tokens; default: %(default)s")
+    parser.add_argument(
+        "--attention",
+        type=int,
+        nargs=2,
+        default=[64, 4096],
+        metavar=("STREAMS", "TOKENS"),
+        help="decoded with attention alone; default: 64 4096",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
     device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
     limits = copy_rate(device), product_rate(device)
     figures: list[Figure] = []
+    num_streams, context = max(arguments.streams), arguments.context
     with tempfile.TemporaryDirectory() as folder:
-        save_model(shape, Path(folder), arguments.prompt + 64, device)
+        save_model(shape, Path(folder), max(arguments.prompt, context) + 64, device)
         for is_invariant in (True, False):
             loaded = load_model(
                 EngineConfig(model_path=folder, device=arguments.device, dtype="bfloat16", batch_invariant=is_invariant)
             )
             mode = "default" if is_invariant else "--no-batch-invariant"
-            decodings = [decode(loaded, shape, limits[0], mode, n, arguments.context) for n in arguments.streams]
-            figures += [*decodings, prefill(loaded, shape, limits[1], mode, arguments.prompt)]
+            figures += [decode(loaded, shape, limits[0], mode, n, context) for n in arguments.streams]
+            figures.append(prefill(loaded, shape, limits[1], mode, arguments.prompt))
+            if is_invariant:
+                figures.append(attention(loaded, shape, limits[0], *arguments.attention))
             del loaded
-            gc.collect()
+            free_memory(device)
+        figures.append(transformers_decode(Path(folder), shape, limits[0], num_streams, context, device))
+    ours = next(figure for figure in figures if figure.name == decode_name(num_streams, context))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     results = Results(
         device=name,
@@ -122,6 +142,7 @@ def main() -> None:
         copy_bytes_per_second=limits[0],
         product_operations_per_second=limits[1],
         figures=figures,
+        decode_speedup=figures[-1].seconds / ours.seconds,
     )
     if arguments.json:
         print(msgspec.json.encode(results).decode())
@@ -162,15 +183,72 @@ def save_model(shape: Shape, folder: Path, max_model_len: int, device: torch.dev
         }
         save_file(tensors, folder / file)
         files |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def decode_name(num_streams: int, context: int) -> str:
+    return f"decode, {num_streams} streams of {context} tokens"
+
+
+def decode_floor(shape: Shape, copy: float, num_streams: int, context: int) -> float:
+    """Seconds in which a copy moves what a step reads, half of the generated tokens in."""
+    kv_bytes = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+    return (2 * shape.num_weights_read + kv_bytes * num_streams * (context + NUM_GENERATED // 2)) / copy
 
 
 def decode(loaded: LoadedModel, shape: Shape, copy: float, mode: str, num_streams: int, context: int) -> Figure:
-    """The median step in which all streams decode, and the bytes that it reads over what a copy moves in that time."""
-    seconds = statistics.median(step_times(loaded, num_streams, context, max_tokens=64, num_tokens=num_streams))
-    kv_bytes = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
-    num_bytes = 2 * shape.num_weights_read + kv_bytes * num_streams * (context + 32)
-    return Figure(f"decode, {num_streams} streams of {context} tokens", mode, seconds, num_bytes / seconds / copy)
+    """The median step in which all streams decode."""
+    times = step_times(loaded, num_streams, context, max_tokens=NUM_GENERATED, num_tokens=num_streams)
+    floor = decode_floor(shape, copy, num_streams, context)
+    return Figure(decode_name(num_streams, context), mode, statistics.median(times), floor)
+
+
+def transformers_decode(
+    folder: Path, shape: Shape, copy: float, num_streams: int, context: int, device: torch.device
+) -> Figure:
+    """The mean step of `generate` after the first, which computes the prompts. The second of two runs each."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.to(device)
+    prompts = torch.randint(shape.vocab_size, (num_streams, context), device=device)
+    seconds = {1: 0.0, NUM_GENERATED: 0.0}
+    for num_tokens in (*seconds, *seconds):
+        started = time.perf_counter()
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            pad_token_id=0,
+        )
+        assert out.shape == (num_streams, context + num_tokens)
+        out.cpu()  # waits for it
+        seconds[num_tokens] = time.perf_counter() - started
+    step = (seconds[NUM_GENERATED] - seconds[1]) / (NUM_GENERATED - 1)
+    name = decode_name(num_streams, context)
+    return Figure(name, "generate of transformers", step, decode_floor(shape, copy, num_streams, context))
+
+
+def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, context: int) -> Figure:
+    """One layer, with a row for each stream. On a CPU, where this is only tried, plain torch's."""
+    device, kernels = loaded.device, loaded.runner.kernels
+    if device.type == "cpu":
+        kernels = TorchKernels(device, torch.bfloat16)
+    blocks_of_one = -(-context // loaded.memory.block_size)
+    num_blocks = num_streams * blocks_of_one
+    cache = kernels.new_layer_cache(num_blocks, loaded.memory.block_size, shape.num_kv_heads, shape.head_dim)
+    tables = torch.randperm(num_blocks, device=device).view(num_streams, blocks_of_one)
+    rows = torch.arange(num_streams, device=device)
+    ones = np.ones(num_streams, dtype=np.int64)
+    positions = torch.full_like(rows, context - 1)
+    batch = BatchInputs(rows, positions, rows, rows, rows, tables, ones, ones, ones * context)
+    plan = kernels.plan_attention(batch, ones, shape.num_heads, shape.num_kv_heads, cache)
+    q = torch.randn((num_streams, shape.num_heads, shape.head_dim), device=device).to(torch.bfloat16)
+    with torch.inference_mode():
+        seconds = seconds_of(lambda: kernels.paged_attention(q, cache, plan, shape.head_dim**-0.5, None), device)
+    num_bytes = 2 * 2 * shape.num_kv_heads * shape.head_dim * num_streams * context
+    return Figure(f"attention of a layer, {num_streams} rows of {context} tokens", "default", seconds, num_bytes / copy)
 
 
 def prefill(loaded: LoadedModel, shape: Shape, rate: float, mode: str, num_tokens: int) -> Figure:
@@ -179,7 +257,7 @@ def prefill(loaded: LoadedModel, shape: Shape, rate: float, mode: str, num_token
         seconds = sum(step_times(loaded, 1, num_tokens, max_tokens=1))
     attention = 2 * 2 * shape.num_layers * shape.num_heads * shape.head_dim * num_tokens**2 / 2
     operations = 2 * (shape.num_weights_read - shape.vocab_size * shape.hidden_size) * num_tokens + attention
-    return Figure(f"prefill, {num_tokens} tokens", mode, seconds, operations / seconds / rate)
+    return Figure(f"prefill, {num_tokens} tokens", mode, seconds, operations / rate)
 
 
 def step_times(
@@ -199,6 +277,12 @@ def step_times(
         if num_tokens in (None, engine.recorder.steps[-1].num_tokens):
             found.append(time.perf_counter() - started)
     return found
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def copy_rate(device: torch.device) -> float:
@@ -228,14 +312,16 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 
 def print_table(results: Results) -> None:
-    table = Table("what", "mode", Column("ms", justify="right"), Column("of the limit", justify="right"))
+    table = Table("what", "mode", *(Column(name, justify="right") for name in ("ms", "floor", "share")))
     table.title = (
         f"{results.model} on {results.device}: {results.copy_bytes_per_second / 1e9:.0f} GB/s of a copy, "
         f"{results.product_operations_per_second / 1e12:.1f} T operations/s of a product"
     )
     for figure in results.figures:
-        table.add_row(figure.name, figure.mode, f"{1000 * figure.seconds:.2f}", f"{figure.share_of_limit:.0%}")
+        times = (f"{1000 * seconds:.2f}" for seconds in (figure.seconds, figure.floor))
+        table.add_row(figure.name, figure.mode, *times, f"{figure.floor / figure.seconds:.0%}")
     Console().print(table)
+    Console().print(f"{results.decode_speedup:.1f} times as fast as transformers")
 
 
 if __name__ == "__main__":
