@@ -5,13 +5,15 @@ card can do at most is measured in the same run: the bandwidth of a large copy, 
 bfloat16. Decoding reads all weights and the keys and values of all tokens in each step; a prompt's work is two
 operations for each weight and token, and those of attention. The floor of a time follows from these. Both modes are
 measured: the default, in which answers do not depend on the batch, and `--no-batch-invariant`; then attention alone,
-and `generate` of transformers with the same weights.
+`generate` of transformers with the same weights, and how much of the host's work the device's hides.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
+import itertools
 import json
 import random
 import statistics
@@ -20,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -34,11 +36,15 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.kernels.reference import TorchKernels
 from engine.messages import SamplingParams, Submit
-from engine.runner import LoadedModel, load_model
+from engine.record import StepClock
+from engine.request import Step
+from engine.runner import LoadedModel, ModelRunner, PendingOutputs, load_model
 
 REPEATS = 20
 NUM_GENERATED = 64  # tokens of a stream
 WEIGHTS_OF_A_FILE = 9
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     product_operations_per_second: float
     figures: list[Figure]
     decode_speedup: float  # how many times as fast as transformers the most streams are decoded
+    hidden_share: float  # of the host's time while these are decoded, behind the device's
 
 
 def main() -> None:
@@ -119,6 +126,7 @@ def main() -> None:
     device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
     limits = copy_rate(device), product_rate(device)
     figures: list[Figure] = []
+    hidden = 0.0
     num_streams, context = max(arguments.streams), arguments.context
     with tempfile.TemporaryDirectory() as folder:
         save_model(shape, Path(folder), max(arguments.prompt, context) + 64, device)
@@ -131,6 +139,7 @@ def main() -> None:
             figures.append(prefill(loaded, shape, limits[1], mode, arguments.prompt))
             if is_invariant:
                 figures.append(attention(loaded, shape, limits[0], *arguments.attention))
+                hidden = hidden_share(loaded, num_streams, context)
             del loaded
             free_memory(device)
         figures.append(transformers_decode(Path(folder), shape, limits[0], num_streams, context, device))
@@ -143,6 +152,7 @@ def main() -> None:
         product_operations_per_second=limits[1],
         figures=figures,
         decode_speedup=figures[-1].seconds / ours.seconds,
+        hidden_share=hidden,
     )
     if arguments.json:
         print(msgspec.json.encode(results).decode())
@@ -242,7 +252,8 @@ def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, 
     rows = torch.arange(num_streams, device=device)
     ones = np.ones(num_streams, dtype=np.int64)
     positions = torch.full_like(rows, context - 1)
-    batch = BatchInputs(rows, positions, rows, rows, rows, tables, ones, ones, ones * context)
+    none = rows[:0]
+    batch = BatchInputs(rows, positions, rows, rows, rows, none, none, tables, ones, ones, ones * context)
     plan = kernels.plan_attention(batch, ones, shape.num_heads, shape.num_kv_heads, cache)
     q = torch.randn((num_streams, shape.num_heads, shape.head_dim), device=device).to(torch.bfloat16)
     with torch.inference_mode():
@@ -264,19 +275,83 @@ def step_times(
     loaded: LoadedModel, num_streams: int, context: int, *, max_tokens: int, num_tokens: int | None = None
 ) -> list[float]:
     """Seconds of each step, or of those with `num_tokens` rows."""
+    engine = engine_with(loaded, num_streams, context, max_tokens)
+    found: list[float] = []
+    while engine.has_work:
+        started = time.perf_counter()
+        step, _ = engine.step()
+        if num_tokens is None or (step is not None and step.num_tokens == num_tokens):
+            found.append(time.perf_counter() - started)
+    return found
+
+
+def engine_with(loaded: LoadedModel, num_streams: int, context: int, max_tokens: int) -> Engine:
+    """With so many random prompts."""
     engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), loaded)
     rng = random.Random(0)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
     for number in range(num_streams):
         prompt = [rng.randrange(loaded.config.num_token_ids) for _ in range(context)]
         engine.add(Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0))
-    found: list[float] = []
+    return engine
+
+
+class Marks:
+    """A runner that marks in the device's queue where the work of each step begins and ends."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.kernels = runner.kernels
+        self.spans: list[tuple[Any, Any]] = []  # events
+
+    def forward(self, step: Step, clock: StepClock) -> BatchInputs:
+        return self._between(lambda: self._runner.forward(step, clock))
+
+    def sample(self, step: Step, batch: BatchInputs, clock: StepClock) -> PendingOutputs:
+        return self._between(lambda: self._runner.sample(step, batch, clock))
+
+    def _between(self, work: Callable[[], T]) -> T:
+        first, last = new_event(), new_event()
+        first.record()
+        result = work()
+        last.record()
+        self.spans.append((first, last))
+        return result
+
+    def idle_seconds(self, num_spans: int) -> float:
+        """Between the last so many spans."""
+        spans = self.spans[-num_spans:]
+        gaps = [last.elapsed_time(first) for (_, last), (first, _) in itertools.pairwise(spans)]
+        return float(sum(gaps)) / 1000
+
+
+class HostEvent:
+    """What stands in for an event of a device on a CPU, which is done with what it was told."""
+
+    def record(self) -> None:
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, other: HostEvent) -> float:
+        return 1000 * (other._time - self._time)
+
+
+def new_event() -> Any:
+    if not torch.cuda.is_available():
+        return HostEvent()
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def hidden_share(loaded: LoadedModel, num_streams: int, context: int) -> float:
+    """How much of the host's time in steps that decode is spent while the device computes. On a CPU it says nothing."""
+    marks: Any = Marks(loaded.runner)
+    engine = engine_with(dataclasses.replace(loaded, runner=marks), num_streams, context, NUM_GENERATED)
     while engine.has_work:
-        started = time.perf_counter()
         engine.step()
-        if num_tokens in (None, engine.recorder.steps[-1].num_tokens):
-            found.append(time.perf_counter() - started)
-    return found
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize(loaded.device)
+    steps = list(engine.recorder.steps)[-NUM_GENERATED // 2 :]  # all streams decode, and graphs are there
+    host = sum(seconds for step in steps for part, seconds in step.seconds.items() if part not in ("overlap", "wait"))
+    return max(0.0, 1.0 - float(marks.idle_seconds(2 * len(steps))) / host)
 
 
 def free_memory(device: torch.device) -> None:
@@ -321,7 +396,10 @@ def print_table(results: Results) -> None:
         times = (f"{1000 * seconds:.2f}" for seconds in (figure.seconds, figure.floor))
         table.add_row(figure.name, figure.mode, *times, f"{figure.floor / figure.seconds:.0%}")
     Console().print(table)
-    Console().print(f"{results.decode_speedup:.1f} times as fast as transformers")
+    Console().print(
+        f"{results.decode_speedup:.1f} times as fast as transformers; {results.hidden_share:.0%} of the host's time is "
+        "hidden behind the device's"
+    )
 
 
 if __name__ == "__main__":
