@@ -60,13 +60,17 @@ def test_same_as_transformers(name: str, tmp_path: Path) -> None:
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
+def _rounded(x: Tensor) -> Tensor:
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
 class RoundedCache(DynamicCache):
     """Keys and values [.., KV heads, tokens, head size] are codes of -127 .. 127 times the scale of their head."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        scales = [x.abs().amax(dim=-1, keepdim=True) / 127 for x in (key_states, value_states)]
-        rounded = ((x / scale).round() * scale for x, scale in zip((key_states, value_states), scales, strict=True))
-        stored: tuple[Tensor, Tensor] = super().update(*rounded, *args, **kwargs)
+        keys, values = (_rounded(x) for x in (key_states, value_states))
+        stored: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)
         return stored
 
 
