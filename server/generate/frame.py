@@ -24,6 +24,7 @@ from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best
 from server.generate.constraints import check_constraint
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
+from server.generate.pacing import paced
 from server.generate.parameters import (
     check_model,
     check_token_ids,
@@ -335,7 +336,8 @@ async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> As
     def encode(batch: list[Delta]) -> bytes:
         return writer.events(batch, generation.usage)
 
-    async with aclosing(generation.deltas()) as batches:
+    interval = job.body.stream_interval or 1
+    async with aclosing(generation.deltas()) as deltas, aclosing(paced(deltas, interval)) as batches:
         async for batch in batches:
             # With a prompt's log probabilities a batch may have very many.
             in_thread = job.body.num_prompt_logprobs is not None

@@ -132,6 +132,12 @@ class GenerationRequest(SamplerFields):
     n: int | None = Field(None, ge=1, le=128, description="Number of choices for each prompt. Default 1.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    stream_interval: int | None = Field(
+        None,
+        ge=1,
+        le=INT64_MAX,
+        description="With stream: tokens of a choice that make a chunk; its first and its last do not wait. Default 1.",
+    )
 
     temperature: FiniteFloat | None = Field(
         None,

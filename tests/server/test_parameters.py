@@ -240,6 +240,7 @@ BAD: dict[str, list[Any]] = {
     "priority": [1001, -1001, 2**63, -(2**63), *NOT_AN_INTEGER],
     "cache_salt": [5, [], "x" * 257],
     "stream": ["true", 1, {}],
+    "stream_interval": [0, -1, 2**63, *NOT_AN_INTEGER],
 }
 
 

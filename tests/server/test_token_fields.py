@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 
-from tests.server.asking import CHAT, COMPLETIONS, ask, ask_json, ask_stream, shared_server
-from tests.server.fake_engine import EOS_TOKEN_ID
+from tests.server.asking import (
+    CHAT,
+    COMPLETIONS,
+    ask,
+    ask_json,
+    ask_stream,
+    finish_reasons,
+    shared_server,
+    stream_texts,
+)
+from tests.server.conftest import StartServer
+from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine
 from tests.server.serving import RunningServer, check_error
 
 BOTH = (COMPLETIONS, CHAT)
@@ -157,3 +167,23 @@ def test_minus_one_is_what_there_is_room_for(server: RunningServer) -> None:
     assert error["code"] == "context_length_exceeded"
     error = check_error(ask(server.url, COMPLETIONS, **long | {"truncate_prompt_tokens": MAX_MODEL_LEN + 1}), 400)
     assert error["code"] == "context_length_exceeded"
+
+
+# stream_interval
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_a_chunk_every_so_many_tokens(start_server: StartServer, fake_engine: FakeEngine, path: str) -> None:
+    """The first token is not kept waiting, nor the end."""
+    fake_engine.config.step_seconds = 0.01  # so that no two tokens come at once
+    server = start_server()
+    fields = {"return_token_ids": True, "n": 2, "logprobs": 1 if path == COMPLETIONS else True}
+    for interval, expected in ((None, [1] * 14), (1, [1] * 14), (5, [1, 5, 5, 3]), (10**18, [1, 13])):
+        chunks = ask_stream(server.url, path, stream_interval=interval, **fields)
+        for index in range(2):
+            choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+            parts = [choice["token_ids"] for choice in choices if choice.get("token_ids")]
+            assert [len(part) for part in parts] == expected
+            assert [token_id for part in parts for token_id in part] == [*REPLY, EOS_TOKEN_ID]
+        assert stream_texts(chunks) == {0: "Hello, world!", 1: "Hello, world!"}
+        assert finish_reasons(chunks) == {0: ["stop"], 1: ["stop"]}
