@@ -1,6 +1,6 @@
 """What is special about `POST /v1/chat/completions`: messages through the model's template, and roles in the answer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import UNSET, UnsetType
 
@@ -29,7 +29,6 @@ from server.schemas.chat import (
     TopLogprob,
 )
 from server.schemas.common import Account, StreamOptions, Usage
-from server.text.choice import token_text
 from server.text.tokenizer import Tokenizer
 
 
@@ -148,26 +147,25 @@ class ChatWriter(ChunkWriter):
     def _logprobs(self, positions: Sequence[Position]) -> ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        return ChatLogprobs(token_logprobs(self._tokenizer, positions))
+        return ChatLogprobs(token_logprobs(self._tokenizer, positions, self._fields))
 
 
-def token_logprobs(tokenizer: Tokenizer, positions: Sequence[Position]) -> list[TokenLogprob]:
+def token_logprobs(
+    tokenizer: Tokenizer, positions: Sequence[Position], fields: TokenFields = NO_FIELDS
+) -> list[TokenLogprob]:
     """Of tokens of an answer, which all have them."""
-    return [_token_logprob(tokenizer, position) for position in positions]
+
+    def spell(token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+        return fields.spell(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))
+
+    return [_token_logprob(spell, position) for position in positions]
 
 
-def _token_logprob(tokenizer: Tokenizer, position: Position) -> TokenLogprob:
+def _token_logprob(spell: Callable[[int, float], tuple[str, float, list[int]]], position: Position) -> TokenLogprob:
     logprobs = position.logprobs
     assert logprobs is not None  # only a prompt's first token has none
-    top = [
-        TopLogprob(*_spell(tokenizer, token_id, logprob))
-        for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
-    ]
-    return TokenLogprob(*_spell(tokenizer, position.token_id, logprobs.logprob), top)
-
-
-def _spell(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-    return token_text(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))
+    top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+    return TokenLogprob(*spell(position.token_id, logprobs.logprob), [TopLogprob(*spell(*entry)) for entry in top])
 
 
 def _tool_call_chunk(call: ToolCallDelta) -> ToolCallChunk:

@@ -62,7 +62,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (False,),
     "logprobs_mode": ("raw_logprobs",),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "prompt_embeds": (),
     "truncate_prompt_tokens": (),

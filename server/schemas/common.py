@@ -208,6 +208,9 @@ class GenerationRequest(SamplerFields):
         None, description="With logprobs: the alternatives are these tokens, and not the most likely ones."
     )
     return_token_ids: bool | None = Field(None, description="Answer with the token ids of prompt and output.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="With logprobs: tokens read 'token_id:5' and not as their text."
+    )
     cache_salt: str | None = Field(
         None,
         max_length=MAX_CACHE_SALT_CHARS,

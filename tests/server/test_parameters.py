@@ -233,6 +233,7 @@ BAD: dict[str, list[Any]] = {
     "truncate_prompt_tokens": [-2, 0, 2**63, *NOT_AN_INTEGER],
     "prompt_logprobs": [-1, 21, *NOT_AN_INTEGER],
     "return_token_ids": ["true", 1, []],
+    "return_tokens_as_token_ids": ["true", 1, []],
     "logprob_token_ids": [[-1], [259], [2**80], ["1"], [1.0], [True], 5, "a", [1] * 129],
     "ignore_eos": ["true", 1, []],
     "include_stop_str_in_output": ["true", 1],

@@ -187,3 +187,22 @@ def test_a_chunk_every_so_many_tokens(start_server: StartServer, fake_engine: Fa
             assert [token_id for part in parts for token_id in part] == [*REPLY, EOS_TOKEN_ID]
         assert stream_texts(chunks) == {0: "Hello, world!", 1: "Hello, world!"}
         assert finish_reasons(chunks) == {0: ["stop"], 1: ["stop"]}
+
+
+# return_tokens_as_token_ids
+
+
+def test_tokens_in_log_probabilities_as_their_ids(server: RunningServer) -> None:
+    """The bytes that the chat has beside them stay the token's own."""
+    ids = [f"token_id:{token_id}" for token_id in (*REPLY, EOS_TOKEN_ID)]
+    fields = {"return_tokens_as_token_ids": True}
+    logprobs = ask_json(server.url, COMPLETIONS, logprobs=2, **fields)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ids
+    assert logprobs["top_logprobs"][0] == {"token_id:72": -0.5, "token_id:73": -1.5}
+    content = ask_json(server.url, CHAT, logprobs=True, top_logprobs=2, **fields)["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == ids
+    assert content[0]["bytes"] == [72]
+    assert [entry["token"] for entry in content[0]["top_logprobs"]] == ["token_id:72", "token_id:73"]
+    chunks = ask_stream(server.url, CHAT, logprobs=True, **fields)
+    parts = [choice["logprobs"]["content"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+    assert [entry["token"] for part in parts for entry in part] == ids
