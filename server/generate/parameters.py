@@ -44,10 +44,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "reasoning_effort": ("none", "medium"),
     "thinking_token_budget": (),
     "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
     "json_schema": (),
     "grammar": ("",),
     "regex": (),
@@ -88,6 +85,15 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "kv_transfer_params": (),
 }
 
+# What other servers call parts of one parameter -> what to send instead.
+INSTEAD: Mapping[str, str] = {
+    "json_schema": "structured_outputs.json",
+    "regex": "structured_outputs.regex",
+    "grammar": "structured_outputs.grammar, which is in Lark's notation",
+    "ebnf": "structured_outputs.grammar, which is in Lark's notation",
+    "structural_tag": "structured_outputs.structural_tag",
+}
+
 # Known parameters that change no text.
 HARMLESS = frozenset(
     {
@@ -99,9 +105,8 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        # These only qualify what is refused above.
         "guided_decoding_backend",
-        "guided_whitespace_pattern",
+        # These only qualify what is refused above.
         "dynatemp_exponent",
         "smoothing_curve",
     }
@@ -126,7 +131,7 @@ def unknown_parameters(body: BaseModel, *, strict: bool) -> list[str]:
     """
     for name, value in _extra(body):
         if name in UNSUPPORTED and not _asks_for_nothing(value, UNSUPPORTED[name]):
-            raise UnsupportedParameterError(name)
+            raise UnsupportedParameterError(name, f"Use {INSTEAD[name]}." if name in INSTEAD else None)
     names = [name for name, _ in _extra(body) if name not in UNSUPPORTED and name not in HARMLESS]
     for part in ("stream_options", "lightwell"):
         names += [f"{part}.{name}" for name, _ in _extra(getattr(body, part, None))]

@@ -25,7 +25,7 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.samplers import INT64_MAX, SamplerFields
-from server.schemas.structured import StructuredOutputs
+from server.schemas.structured import GuidedFields, StructuredOutputs
 
 INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string
@@ -125,7 +125,7 @@ class LightwellOptions(BaseModel):
     explain: bool | None = Field(None, description="Add what the request's time went to, as `lightwell`.")
 
 
-class GenerationRequest(SamplerFields):
+class GenerationRequest(SamplerFields, GuidedFields):
     """The parameters of both endpoints. Those that OpenAI has not are vLLM's, and llama.cpp's for samplers."""
 
     model: str = Field(description="Name of the model, one of GET /v1/models.")
@@ -278,6 +278,9 @@ class GenerationRequest(SamplerFields):
         for name in ("post_sampling_probs", "logprob_token_ids"):
             if getattr(self, name) and self.num_logprobs is None:
                 raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
+        wanted = [*self.guided_names, *(("structured_outputs",) if self.structured_outputs is not None else ())]
+        if len(wanted) > 1:
+            raise InvalidValueError(f"Invalid '{wanted[0]}': not allowed with '{wanted[1]}'.", param=wanted[0])
         if self.structured_outputs is not None:
             self.structured_outputs.check()
 
