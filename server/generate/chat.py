@@ -51,6 +51,7 @@ class ChatEndpoint:
             body.stream_options,
             with_logprobs=bool(body.logprobs),
             with_reasoning=body.include_reasoning is not False,
+            echoed=body.echoed,
             fields=TokenFields.asked_for(body, prompts),
         )
 
@@ -64,6 +65,7 @@ class ChatWriter(ChunkWriter):
         *,
         with_logprobs: bool,
         with_reasoning: bool = True,
+        echoed: str = "",
         fields: TokenFields = NO_FIELDS,
     ) -> None:
         super().__init__(options)
@@ -72,6 +74,7 @@ class ChatWriter(ChunkWriter):
         self._fields = fields
         self._with_logprobs = with_logprobs
         self._with_reasoning = with_reasoning
+        self._echoed = echoed
         self._started: set[int] = set()  # choices that the stream has begun
 
     def chunks(self, delta: Delta) -> list[ChatCompletionChunk]:
@@ -80,7 +83,7 @@ class ChatWriter(ChunkWriter):
         token_ids = self._fields.token_ids(delta)
         if delta.index not in self._started:
             self._started.add(delta.index)
-            chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", ""))]))
+            chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", self._echoed))]))
             chunks[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
         addition = self._addition(delta)
         if addition != ChatDelta() or delta.positions or token_ids:
@@ -121,7 +124,7 @@ class ChatWriter(ChunkWriter):
         )
 
     def _choice(self, delta: Delta) -> ChatChoice:
-        message = ChatResponseMessage(content=delta.text)
+        message = ChatResponseMessage(content=self._echoed + delta.text)
         if delta.tool_calls:
             message.tool_calls = [
                 ResponseToolCall(id=call.id, function=ResponseFunction(call.name, call.arguments))
@@ -129,7 +132,7 @@ class ChatWriter(ChunkWriter):
             ]
         if delta.reasoning and self._with_reasoning:
             message.reasoning = message.reasoning_content = delta.reasoning
-        if not delta.text and (delta.tool_calls or delta.reasoning):
+        if not message.content and (delta.tool_calls or delta.reasoning):
             message.content = None
         logprobs, token_ids = self._logprobs(delta.positions), self._fields.token_ids(delta)
         return ChatChoice(delta.index, message, logprobs, delta.finish_reason or "", token_ids)

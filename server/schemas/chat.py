@@ -110,6 +110,14 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: bool | None = Field(
         None, description="Go on with the last message, an assistant's, whose text the answer does not repeat."
     )
+    echo: bool | None = Field(
+        None, description="Begin the answer with the text of the last message, if that is an assistant's."
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Put the model's BOS token, if it has one, before what the chat template makes. Default false, for "
+        "templates write it where it is wanted.",
+    )
     chat_template_kwargs: TemplateOptions | None = Field(
         None, description="Values of variables that the model's chat template reads, such as enable_thinking."
     )
@@ -130,6 +138,12 @@ class ChatCompletionRequest(GenerationRequest):
     def opens_answer(self) -> bool:
         """Whether the prompt ends with what opens the assistant's turn."""
         return self.add_generation_prompt is not False and not self.continue_final_message
+
+    @property
+    def echoed(self) -> str:
+        """What the answer begins with, before the model's own words."""
+        final = self.messages[-1]
+        return final.text if self.echo and final.role == "assistant" else ""
 
     @property
     def num_prompts(self) -> int:
