@@ -33,6 +33,7 @@ from server.generate.parameters import (
     sampling_params,
     unknown_parameters,
     warnings_header,
+    with_num_logprobs,
 )
 from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_size
 from server.generate.running import RunningRequest
@@ -145,6 +146,7 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body], *, default_se
     body.check()
     info = context.client.ready_info()
     check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)
+    body = with_num_logprobs(body, context.settings.max_logprobs, vocab_size(context))
     context.metrics.count_unknown_parameters(len(unknown))
     seed = default_seed if body.seed is None else body.seed
     return _Job(

@@ -5,6 +5,7 @@ import re
 import secrets
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -20,6 +21,8 @@ from server.errors import (
 from server.generate.samplers import TokenizedSettings
 from server.schemas.chat import ChatMessage
 from server.schemas.common import GenerationRequest
+
+Body = TypeVar("Body", bound=GenerationRequest)
 
 GREEDY_TEMPERATURE = 1e-5  # below it the noise would decide nothing but ties
 MAX_WARNINGS_CHARS = 1024  # of the header
@@ -196,6 +199,26 @@ def check_token_ids(body: GenerationRequest, vocab_size: int, eos_token_ids: Seq
     if body.min_tokens and body.allowed_token_ids and ends.issuperset(body.allowed_token_ids):
         message = "Invalid 'allowed_token_ids': all of them would end the text before 'min_tokens'."
         raise InvalidValueError(message, param="allowed_token_ids")
+
+
+def with_num_logprobs(body: Body, max_logprobs: int, vocab_size: int) -> Body:
+    """The request with the size of the vocabulary in the place of -1, where `max_logprobs` is -1 too.
+
+    Raises InvalidValueError if it asks for more than is allowed.
+    """
+    limit = vocab_size if max_logprobs == -1 else max_logprobs
+    fields = {name: getattr(body, name, None) for name in ("logprobs", "top_logprobs", "prompt_logprobs")}
+    for name, number in fields.items():
+        if number == -1 and max_logprobs != -1:
+            message = f"Invalid '{name}': all tokens were asked for, but the server allows {max_logprobs} at most."
+            raise InvalidValueError(message, param=name, code="integer_below_min_value")
+        if number is not None and number is not True and number > limit:
+            message = (
+                f"Invalid '{name}': integer above maximum value. Expected a value <= {limit}, but got "
+                f"{clip(str(number))} instead."
+            )
+            raise InvalidValueError(message, param=name, code="integer_above_max_value")
+    return body.model_copy(update={name: vocab_size for name, number in fields.items() if number == -1})
 
 
 def sampling_params(

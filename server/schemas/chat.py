@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
-from server.schemas.common import MAX_LOGPROBS, Account, GenerationRequest, PromptLogprob, Usage
+from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
 from server.schemas.structured import ResponseFormat
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools
 
@@ -101,8 +101,8 @@ class ChatCompletionRequest(GenerationRequest):
     )
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     logprobs: bool | None = Field(None, description="Answer with the log probability of each token.")
-    top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="With logprobs: how many alternatives of each token."
+    top_logprobs: NumLogprobs | None = Field(
+        None, description="With logprobs: how many alternatives of each token; -1: all tokens."
     )
     add_generation_prompt: bool | None = Field(
         None, description="End the prompt with what opens the assistant's turn. Default true."

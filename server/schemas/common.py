@@ -36,7 +36,6 @@ MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 64  # each is two token sequences: with a space before it and without
 MAX_CACHE_SALT_CHARS = 256
 MAX_PRIORITY = 1000  # of either sign
-MAX_LOGPROBS = 20  # OpenAI's completions allow 5; 20 is what vLLM and the chat endpoint allow
 
 
 def _check_stop(value: object) -> object:
@@ -75,6 +74,7 @@ def _check_truncated_length(value: int) -> int:
     return value
 
 
+NumLogprobs = Annotated[int, Field(ge=-1, le=INT64_MAX)]  # the server's setting is the limit
 TruncatedLength = Annotated[int, Field(ge=-1, le=INT64_MAX), AfterValidator(_check_truncated_length)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[list[StopString], Field(max_length=4, fail_fast=True)]
@@ -198,11 +198,10 @@ class GenerationRequest(SamplerFields, GuidedFields):
     truncation_side: Literal["left", "right"] | None = Field(
         None, description="Which end of the prompt truncate_prompt_tokens cuts off. Default left: the beginning."
     )
-    prompt_logprobs: int | None = Field(
+    prompt_logprobs: NumLogprobs | None = Field(
         None,
-        ge=0,
-        le=MAX_LOGPROBS,
-        description="Log probabilities of the prompt's tokens and of as many alternatives. Not with stream.",
+        description="Log probabilities of the prompt's tokens and of as many alternatives; -1: all tokens. Not with "
+        "stream.",
     )
     logprob_token_ids: LogprobTokenIds | None = Field(
         None, description="With logprobs: the alternatives are these tokens, and not the most likely ones."

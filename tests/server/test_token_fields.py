@@ -206,3 +206,40 @@ def test_tokens_in_log_probabilities_as_their_ids(server: RunningServer) -> None
     chunks = ask_stream(server.url, CHAT, logprobs=True, **fields)
     parts = [choice["logprobs"]["content"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
     assert [entry["token"] for part in parts for entry in part] == ids
+
+
+# --max-logprobs
+
+ASKING: list[tuple[str, str, dict[str, Any]]] = [
+    (COMPLETIONS, "logprobs", {}),
+    (COMPLETIONS, "prompt_logprobs", {}),
+    (CHAT, "top_logprobs", {"logprobs": True}),
+    (CHAT, "prompt_logprobs", {}),
+]
+
+
+@pytest.mark.parametrize(("path", "name", "fields"), ASKING)
+def test_how_many_alternatives_are_allowed(
+    start_server: StartServer, path: str, name: str, fields: dict[str, Any]
+) -> None:
+    def num_asked(server: RunningServer) -> int | None:
+        params = server.engine.submits[-1].params
+        return params.prompt_logprobs if name == "prompt_logprobs" else params.logprobs
+
+    for limit, allowed, refused in ((20, [0, 20], [-1, 21]), (3, [3], [-1, 4, 20]), (-1, [-1, 200, 259], [-2, 260])):
+        server = start_server(max_logprobs=limit)
+        for number in allowed:
+            answer = ask_json(server.url, path, **fields, **{name: number})
+            assert num_asked(server) == (259 if number == -1 else number)
+            if name == "prompt_logprobs" and path == CHAT:
+                assert all(len(entry) >= min(number, 256) for entry in answer["prompt_logprobs"][1:])
+        for number in refused:
+            error = check_error(ask(server.url, path, **fields, **{name: number}), 400)
+            assert error["param"] == name
+            assert str(number) in error["message"] or str(limit) in error["message"]
+
+
+def test_all_tokens_for_an_echoed_prompt(start_server: StartServer) -> None:
+    server = start_server(max_logprobs=-1)
+    answer = ask_json(server.url, COMPLETIONS, prompt="ab", echo=True, logprobs=-1, max_tokens=1)
+    assert [len(top or ()) for top in answer["choices"][0]["logprobs"]["top_logprobs"]] == [0, 256, 256]
