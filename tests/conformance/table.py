@@ -56,7 +56,10 @@ class Client:
         return set(re.findall(r'"(.+?)"', " ".join(re.findall(r"\bexercises\((.*?)\)", source))))
 
 
-CLIENTS = (Client("openai", "openai_client.py"),)
+CLIENTS = (
+    Client("openai", "openai_client.py"),
+    Client("openai", "openai_client.mjs"),
+)
 
 
 def markdown_table() -> str:
