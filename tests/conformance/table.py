@@ -59,6 +59,7 @@ class Client:
 CLIENTS = (
     Client("openai", "openai_client.py"),
     Client("openai", "openai_client.mjs"),
+    Client("anthropic", "anthropic_client.py"),
 )
 
 
