@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.messages import FinishReason, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.record import RequestRecord
+from engine.repetition import RepetitionDetector
 
 if TYPE_CHECKING:
     from engine.block_pool import Block
@@ -76,6 +77,7 @@ class Request:
     can_draft: bool = True  # False once a draft has spoilt the rows before it
     matcher: Matcher | None = None  # of params.grammar
     max_forced: int = 16  # tokens that its grammar forces are drafted so many at a time
+    repetition: RepetitionDetector | None = None  # of params.repetition_detection
     int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
     allowed_ids: array[int] = field(default_factory=lambda: array("i"))  # params.allowed_token_ids, side by side
     mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
@@ -248,6 +250,7 @@ def choice_seed(seed: int, index: int) -> int:
 def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Request:
     """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
     allowed_ids = array("i", submit.params.allowed_token_ids)
+    detection = submit.params.repetition_detection
     choices = [
         Request(
             request_id=submit.request_id,
@@ -266,6 +269,7 @@ def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Reques
                 num_prompt_tokens=len(submit.prompt_token_ids),
             ),
             allowed_ids=allowed_ids,
+            repetition=None if detection is None else RepetitionDetector(detection, submit.params.min_tokens),
         )
         for index in range(submit.n)
     ]

@@ -366,6 +366,7 @@ class Scheduler:
             self.add(sibling)
 
     def _finish_reason(self, request: Request, event: TokenEvent) -> FinishReason | None:
+        """To be asked once for each token."""
         last = event.token_ids[-1] if event.token_ids else None
         if last is not None and request.num_output_tokens >= request.params.min_tokens:
             is_eos = last in self.eos_token_ids and not request.params.ignore_eos
@@ -374,6 +375,8 @@ class Scheduler:
                 return FinishReason.STOP
         if request.num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.max_model_len:
             return FinishReason.LENGTH
+        if request.repetition is not None and request.repetition.push(request.token_ids, request.num_output_tokens):
+            return FinishReason.REPETITION
         return None
 
     def _end(self, request: Request, event: TokenEvent, reason: FinishReason) -> TokenEvent:
