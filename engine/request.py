@@ -10,14 +10,15 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from engine.messages import FinishReason, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.record import RequestRecord
 from engine.repetition import RepetitionDetector
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from engine.block_pool import Block
     from engine.grammar import Matcher
     from engine.speculation import Drafter
@@ -81,7 +82,7 @@ class Request:
     int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
     allowed_ids: array[int] = field(default_factory=lambda: array("i"))  # params.allowed_token_ids, side by side
     mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
-    repeat_lengths: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # as engine.dry keeps them
+    repeat_lengths: NDArray[np.int32] | None = None  # as engine.dry keeps them
 
     @property
     def num_tokens(self) -> int:
@@ -157,11 +158,11 @@ class RequestWithDraft:
         return self.request.mirostat_mu
 
     @property
-    def repeat_lengths(self) -> NDArray[np.int32]:
+    def repeat_lengths(self) -> NDArray[np.int32] | None:
         return self.request.repeat_lengths
 
     @repeat_lengths.setter
-    def repeat_lengths(self, lengths: NDArray[np.int32]) -> None:
+    def repeat_lengths(self, lengths: NDArray[np.int32] | None) -> None:
         self.request.repeat_lengths = lengths
 
     @property
