@@ -60,6 +60,7 @@ CLIENTS = (
     Client("openai", "openai_client.py"),
     Client("openai", "openai_client.mjs"),
     Client("anthropic", "anthropic_client.py"),
+    Client("langchain-openai", "langchain_client.py"),
 )
 
 
