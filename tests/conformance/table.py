@@ -61,6 +61,7 @@ CLIENTS = (
     Client("openai", "openai_client.mjs"),
     Client("anthropic", "anthropic_client.py"),
     Client("langchain-openai", "langchain_client.py"),
+    Client("litellm", "litellm_client.py"),
 )
 
 
