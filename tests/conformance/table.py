@@ -62,6 +62,7 @@ CLIENTS = (
     Client("anthropic", "anthropic_client.py"),
     Client("langchain-openai", "langchain_client.py"),
     Client("litellm", "litellm_client.py"),
+    Client("instructor", "instructor_client.py", lock="instructor"),
 )
 
 
