@@ -63,6 +63,7 @@ CLIENTS = (
     Client("langchain-openai", "langchain_client.py"),
     Client("litellm", "litellm_client.py"),
     Client("instructor", "instructor_client.py", lock="instructor"),
+    Client("pydantic-ai-slim", "pydantic_ai_client.py"),
 )
 
 
