@@ -64,6 +64,7 @@ CLIENTS = (
     Client("litellm", "litellm_client.py"),
     Client("instructor", "instructor_client.py", lock="instructor"),
     Client("pydantic-ai-slim", "pydantic_ai_client.py"),
+    Client("@ai-sdk/openai-compatible", "ai_sdk_client.mjs"),
 )
 
 
