@@ -8,8 +8,8 @@ from anthropic import Anthropic, AsyncAnthropic
 from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
 
 SHORT: dict[str, Any] = {
-    "system": "You answer in one short sentence.",
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "system": "You tell stories.",
+    "messages": [{"role": "user", "content": "Tell me a long story."}],
     "max_tokens": 8,
     "extra_body": {"temperature": 0.8, "seed": 4},
 }
