@@ -19,7 +19,7 @@ const provider = (apiKey) =>
 const lightwell = provider(server.key);
 const short = {
   model: lightwell(server.model),
-  prompt: "What is the capital of France?",
+  prompt: "Tell me a long story.",
   maxOutputTokens: 8,
   temperature: 0.8,
   seed: 4,
@@ -43,7 +43,7 @@ await exercises("chat", "streaming", "usage")(async function answerAndStream() {
 });
 
 await exercises("structured output", "streaming")(async function structuredOutput() {
-  const fields = { ...short, schema: Animal, maxOutputTokens: 80 };
+  const fields = { ...short, schema: Animal, maxOutputTokens: 120 };
   const { object } = await generateObject(fields);
   assert.deepEqual(Animal.parse(object), object);
   let last;
@@ -56,12 +56,14 @@ await exercises("structured output", "streaming")(async function structuredOutpu
 await exercises("tools", "streaming")(async function tools() {
   const execute = async ({ city }) => `Rain in ${city}.`;
   const weather = tool({ description: "Now", inputSchema: z.object({ city: z.enum(cities) }), execute });
-  const fields = { ...short, tools: { weather }, maxOutputTokens: 60, stopWhen: stepCountIs(1) };
+  const providerOptions = { lightwell: { parallel_tool_calls: false } };
+  const fields = { ...short, tools: { weather }, maxOutputTokens: 60, stopWhen: stepCountIs(1), providerOptions };
   for (const toolChoice of ["required", { type: "tool", toolName: "weather" }]) {
     const answer = await generateText({ ...fields, toolChoice });
     const streamed = await streamText({ ...fields, toolChoice }).toolCalls;
     assert.ok(cities.includes(answer.toolCalls[0].input.city));
     assert.equal(answer.toolResults[0].output, `Rain in ${answer.toolCalls[0].input.city}.`);
+    assert.equal(answer.toolCalls.length, 1);
     assert.deepEqual(streamed[0].input, answer.toolCalls[0].input);
   }
 });

@@ -1,21 +1,30 @@
 """Anthropic's official client, strict about every answer."""
 
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 from anthropic import Anthropic, AsyncAnthropic
+from pydantic import BaseModel
 
 from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
 
 SHORT: dict[str, Any] = {
-    "system": "You answer in one short sentence.",
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "system": "You tell stories.",
+    "messages": [{"role": "user", "content": "Tell me a long story."}],
     "max_tokens": 8,
     "extra_body": {"temperature": 0.8, "seed": 4},
 }
 CITY = {"type": "string", "enum": ["Paris", "Rome"]}
 SCHEMA = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
 TOOLS = {"tools": [{"name": "get_weather", "input_schema": SCHEMA}], "max_tokens": 60}
+
+
+class Animal(BaseModel):
+    """Without limits of lengths and numbers, which the client leaves out of the schema that it sends."""
+
+    kind: Literal["cat", "hen"]
+    legs: Literal[2, 4]
+    is_tame: bool
 
 
 def options(server: Server) -> dict[str, Any]:
@@ -72,6 +81,20 @@ def tools(server: Server) -> None:
     ]
     answered = client.messages.create(**(fields | {"messages": history, "tool_choice": {"type": "none"}}))
     assert answered.content[0].type == "text"
+
+
+@exercises("messages", "structured output")
+def structured_output(server: Server) -> None:
+    fields: Any = SHORT | {"model": server.model, "max_tokens": 120, "output_format": Animal}
+    assert isinstance(Anthropic(**options(server)).messages.parse(**fields).parsed_output, Animal)
+
+
+@exercises("messages", "usage")
+def counted_tokens(server: Server) -> None:
+    client = Anthropic(**options(server))
+    counted = client.messages.count_tokens(model=server.model, system=SHORT["system"], messages=SHORT["messages"])
+    usage = client.messages.create(**(SHORT | {"model": server.model})).usage
+    assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens > 0
 
 
 @exercises("models")

@@ -26,7 +26,7 @@ def options(server: Server) -> dict[str, Any]:
 
 def request(server: Server) -> dict[str, Any]:
     messages = [{"role": "user", "content": "Invent an animal."}]
-    fixed = {"max_tokens": 80, "temperature": 0.8, "seed": 4, "max_retries": 0}
+    fixed = {"max_tokens": 120, "temperature": 0.8, "seed": 4, "max_retries": 0}
     return {"model": server.model, "messages": messages, "response_model": Animal, **fixed}
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Tell me a long story."
 
 
 class Animal(BaseModel):
@@ -45,8 +45,8 @@ def model_of(server: Server, **fields: Any) -> Any:
 @exercises("chat", "streaming", "usage")
 def answer_and_stream(server: Server) -> None:
     model = model_of(server, stream_usage=True)
-    answer = model.invoke([("system", "You answer in one short sentence."), ("human", QUESTION)])
-    chunks = list(model.stream([("system", "You answer in one short sentence."), ("human", QUESTION)]))
+    answer = model.invoke([("system", "You tell stories."), ("human", QUESTION)])
+    chunks = list(model.stream([("system", "You tell stories."), ("human", QUESTION)]))
     whole = sum(chunks[1:], chunks[0])
     assert answer.content == whole.content != ""
     assert answer.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"] == 8
@@ -63,7 +63,7 @@ async def asynchronous(server: Server) -> None:
 def tools(server: Server) -> None:
     model = model_of(server, max_tokens=60)
     for tool_choice in ("any", "GetWeather"):
-        bound = model.bind_tools([GetWeather], tool_choice=tool_choice, parallel_tool_calls=False)
+        bound = model.bind_tools([GetWeather], tool_choice=tool_choice, parallel_tool_calls=False, strict=True)
         answer = bound.invoke(QUESTION)
         chunks = list(bound.stream(QUESTION))
         (call,), (streamed,) = answer.tool_calls, sum(chunks[1:], chunks[0]).tool_calls
@@ -76,7 +76,9 @@ def tools(server: Server) -> None:
 @exercises("structured output", "tools")
 def structured_output(server: Server) -> None:
     for method in ("json_schema", "function_calling"):
-        model = model_of(server, max_tokens=80).with_structured_output(Animal, method=method, include_raw=True)
+        model = model_of(server, max_tokens=120).with_structured_output(
+            Animal, method=method, strict=True, include_raw=True
+        )
         answer = model.invoke("Invent an animal.")
         assert isinstance(answer["parsed"], Animal), answer
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
 
-QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "Tell me a long story."}]
 CITY = {"type": "string", "enum": ["Paris", "Rome"]}
 PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
@@ -63,7 +63,7 @@ def tools(server: Server) -> None:
 
 @exercises("structured output")
 def structured_output(server: Server) -> None:
-    fields = options(server) | {"response_format": Animal, "max_tokens": 80}
+    fields = options(server) | {"response_format": Animal, "max_tokens": 120}
     Animal.model_validate_json(litellm.completion(**fields).choices[0].message.content)
 
 

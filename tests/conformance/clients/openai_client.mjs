@@ -12,7 +12,7 @@ const options = { baseURL: server.baseURL, apiKey: server.key, maxRetries: 0 };
 const client = new OpenAI(options);
 const short = {
   model: server.model,
-  messages: [{ role: "user", content: "What is the capital of France?" }],
+  messages: [{ role: "user", content: "Tell me a long story." }],
   max_completion_tokens: 8,
   temperature: 0.8,
   seed: 4,
@@ -75,7 +75,7 @@ await exercises("tools")(async function toolsThatAreRun() {
 });
 
 await exercises("structured output", "streaming")(async function structuredOutput() {
-  const fields = { ...short, max_completion_tokens: 80, response_format: zodResponseFormat(Animal, "animal") };
+  const fields = { ...short, max_completion_tokens: 120, response_format: zodResponseFormat(Animal, "animal") };
   const animal = (await client.chat.completions.parse(fields)).choices[0].message.parsed;
   assert.deepEqual(Animal.parse(animal), animal);
   const streamed = await client.chat.completions.stream(fields).finalChatCompletion();
