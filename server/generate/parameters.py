@@ -46,7 +46,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "web_search_options": (),
     "verbosity": ("medium",),
     "reasoning_effort": ("none", "medium"),
-    "thinking_token_budget": (),
     "structural_tag": (),
     "guided_whitespace_pattern": (),
     "json_schema": (),
