@@ -124,6 +124,10 @@ class Matcher:
         """Until it is ready, for so many seconds at most."""
         wait([self._compiled], timeout)
 
+    def cancel(self) -> None:
+        """Compile it no more, if that has not begun. None of the other calls may follow."""
+        self._compiled.cancel()
+
     def masks(self, output: Sequence[int], draft: Sequence[int] = ()) -> list[bytes]:
         """For the token behind the output, and behind each token of a draft, one bit for each token that may come.
 
@@ -160,7 +164,10 @@ class Matcher:
     def _at(self, output: Sequence[int]) -> LLMatcher:
         """The matcher behind the output."""
         if self._matcher is None:
-            self._matcher, self._num_consumed = self._compiled.result().deep_copy(), 0
+            try:
+                self._matcher, self._num_consumed = self._compiled.result().deep_copy(), 0
+            except Exception as error:  # of llguidance, whatever it may be: it ends this request alone
+                raise GrammarError(f"it cannot be compiled: {error}") from error
         if not self._matcher.consume_tokens(list(output[self._num_consumed :])):
             raise GrammarError(_reason(self._matcher))
         self._num_consumed = len(output)

@@ -10,6 +10,8 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.messages import FinishReason, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.record import RequestRecord
@@ -75,9 +77,11 @@ class Request:
     can_draft: bool = True  # False once a draft has spoilt the rows before it
     matcher: Matcher | None = None  # of params.grammar
     repetition: RepetitionDetector | None = None  # of params.repetition_detection
+    max_forced: int = 16  # tokens that its grammar forces are drafted so many at a time
     int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
     allowed_ids: array[int] = field(default_factory=lambda: array("i"))  # params.allowed_token_ids, side by side
     mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
+    repeat_lengths: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # as engine.dry keeps them
 
     @property
     def num_tokens(self) -> int:
@@ -151,6 +155,14 @@ class RequestWithDraft:
     @property
     def mirostat_mu(self) -> list[float]:
         return self.request.mirostat_mu
+
+    @property
+    def repeat_lengths(self) -> NDArray[np.int32]:
+        return self.request.repeat_lengths
+
+    @repeat_lengths.setter
+    def repeat_lengths(self, lengths: NDArray[np.int32]) -> None:
+        self.request.repeat_lengths = lengths
 
     @property
     def num_prompt_tokens(self) -> int:

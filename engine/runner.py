@@ -68,7 +68,7 @@ class PendingOutputs:
             if first in self.logprobs and num:
                 output.logprobs = [self.logprobs[index] for index in range(first, first + num)]
             if item.num_samples and not num:
-                output.error = "the model's logits are not finite"
+                output.error = "the model's logits are not finite, or allow no token"
             outputs.append(output)
             first = last
         return outputs

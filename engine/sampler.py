@@ -31,7 +31,7 @@ class SamplerOutput:
     """On the device: one entry for each row."""
 
     token_ids: Tensor  # [R] int64
-    is_finite: Tensor  # [R] bool: False where the model gave no numbers
+    is_finite: Tensor  # [R] bool: False where the model gave no numbers, or nothing can be sampled
 
 
 class Sampler:
@@ -59,6 +59,7 @@ class Sampler:
         for rows in _waves(requests, special):
             some = [requests[row] for row in rows]
             token_ids[rows], logits[rows] = self._sample_special(logits[rows], some)
+            is_finite[rows] &= torch.isfinite(logits[rows].amax(dim=-1))  # unless the settings leave nothing
         return SamplerOutput(token_ids, is_finite)
 
     # What changes single tokens of a request.

@@ -238,7 +238,7 @@ class Scheduler:
         room = self._room_for_draft(request)
         if request.matcher is None or room < 1:
             return []
-        return request.matcher.forced_tokens(request.output_token_ids)[:room]
+        return request.matcher.forced_tokens(request.output_token_ids)[: min(room, request.max_forced)]
 
     def _guess(self, policy: Policy, request: Request) -> list[int]:
         room = self._room_for_draft(request)
@@ -322,6 +322,8 @@ class Scheduler:
             return
         if request.drafter is not None:
             request.drafter.learn(num_drafted, num_accepted)
+        if request.matcher is not None:  # the model may spell what is forced in other tokens
+            request.max_forced = 2 * request.max_forced if num_accepted == num_drafted else max(4, 2 * num_accepted)
         request.record.num_accepted_tokens += num_accepted
         self.stats.accepted_tokens_total += num_accepted
         self._roll_back(request, num_drafted - num_accepted)
@@ -396,6 +398,8 @@ class Scheduler:
             heir.siblings, request.siblings = heir_siblings, []
             self.add(heir)
         self._release(request)
+        if request.matcher is not None:
+            request.matcher.cancel()
         request.status = Status.FINISHED
         request.record.finished = time.monotonic()
         request.record.finish_reason = reason.value

@@ -194,8 +194,16 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
         raise _invalid(param, f"expected objects of at most {MAX_SCHEMA_KEYS} keys, but got one with {num_keys}")
     if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values):
         raise _invalid(param, "integers beyond 64 bits are not supported")  # they would be rounded
+    if any(isinstance(value, dict) and _counts_names(value) for value in values):
+        raise _invalid(param, "'minProperties' is not supported above the number of required properties")
     if OPTIONS in schema:
         raise _invalid(param, f"the key '{OPTIONS}' is not supported")
+
+
+def _counts_names(schema: Mapping[str, Any]) -> bool:
+    """Whether an answer could fail it by saying a name twice, which no grammar keeps it from."""
+    minimum, required = schema.get("minProperties"), schema.get("required")
+    return isinstance(minimum, int) and minimum > (len(required) if isinstance(required, list) else 0)
 
 
 def _values(value: object) -> Iterator[object]:

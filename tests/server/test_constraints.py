@@ -186,6 +186,7 @@ HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     ({"type": "string", "pattern": "(a"}, "unclosed group."),
     ({"type": "string", "format": "nosuch"}, "Unknown format: nosuch."),
     ({"type": "strin"}, "Invalid type: strin."),
+    ({"type": "object", "minProperties": 2, "required": ["a"]}, "'minProperties' is not supported above the number"),
     ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum (5) is greater than maximum (3)."),
     ({"type": "object", "x-guidance": {"lenient": True}}, "the key 'x-guidance' is not supported."),
     ({"oneOf": [wide(1), wide(2)]}, "oneOf constraints are not supported."),
