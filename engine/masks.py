@@ -1,15 +1,31 @@
-"""The limit of what a model thinks before it answers. No torch."""
+"""Which tokens a step's rows may yield, by their requests' grammars and limits of thoughts. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.request import Scheduled, Status
+from engine.request import Scheduled, Status, Step
 
 NUM_FIRST_TOKENS = 16  # of the output, among which the tag is that begins thoughts
 
 
-def forced_ends(item: Scheduled) -> Iterator[tuple[int, bytes]]:
+def step_masks(step: Step) -> dict[int, bytes]:
+    """The masks of a step's constrained rows: which of the rows that yield a token -> which tokens it may be.
+
+    A grammar lets thoughts end anywhere.
+    """
+    masks: dict[int, bytes] = {}
+    first = 0
+    for item in step.scheduled:
+        if item.request.matcher is not None and item.num_samples and item.request.status is Status.RUNNING:
+            of_item = item.request.matcher.masks(item.request.output_token_ids, item.draft_token_ids)
+            masks.update(enumerate(of_item, start=first))
+        masks.update((first + row, mask) for row, mask in _forced_ends(item))
+        first += item.num_samples
+    return masks
+
+
+def _forced_ends(item: Scheduled) -> Iterator[tuple[int, bytes]]:
     """The rows that yield a token, counted from 0, at which thoughts are as long as they may be -> a mask of their end.
 
     This depends on the output alone, so it survives preemption and drafts. An end that is forced can only be at one
@@ -17,6 +33,8 @@ def forced_ends(item: Scheduled) -> Iterator[tuple[int, bytes]]:
     """
     request, limit = item.request, item.request.params.thinking
     if limit is None or not item.num_samples or request.status is not Status.RUNNING:
+        return
+    if request.num_output_tokens > NUM_FIRST_TOKENS + limit.max_tokens:
         return
     output = request.output_token_ids + item.draft_token_ids
     first = 0
