@@ -71,6 +71,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "add_special_tokens": (False,),
+    "return_prompt_text": (False,),
     "echo": (False,),
     "max_completion_tokens": (),
     "top_a": (0,),

@@ -207,7 +207,15 @@ def test_the_last_message_before_the_answer(plain: RunningServer) -> None:
         assert stream_texts(ask_stream(plain.url, CHAT, **fields)) == {0: expected, 1: expected}
 
 
-@pytest.mark.parametrize("name", ["echo", "add_special_tokens"])
+def test_the_prompt_as_text(plain: RunningServer) -> None:
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert ask_json(plain.url, CHAT, return_prompt_text=True)["prompt_text"] == text
+    chunks = ask_stream(plain.url, CHAT, return_prompt_text=True)
+    assert [chunk.get("prompt_text") for chunk in chunks] == [text] + [None] * (len(chunks) - 1)
+    assert "prompt_text" not in ask_json(plain.url, CHAT, return_prompt_text=False)
+
+
+@pytest.mark.parametrize("name", ["echo", "add_special_tokens", "return_prompt_text"])
 def test_switches_are_true_or_false(plain: RunningServer, name: str) -> None:
     wrong: list[Any] = ["true", 1, []]
     for value in wrong:
