@@ -53,6 +53,15 @@ class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
     min_count: int  # at least 2
 
 
+class ThinkingLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """Behind so many tokens of thoughts, not counting their tags, comes nothing but the end tag."""
+
+    max_tokens: int
+    start_id: int  # the token that is the tag
+    end_id: int
+    is_open: bool  # whether the prompt ends with the first tag
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request's own sampling settings. The defaults leave the model's distribution as it is.
 
@@ -80,6 +89,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprob_token_ids: tuple[int, ...] = ()  # in the place of the k most likely
     prompt_logprobs: int | None = None  # the same for each prompt token but the first
     grammar: str | None = None  # what the output must match, as engine.grammar reads it; needs a `Vocabulary`
+    thinking: ThinkingLimit | None = None
     post_sampling_probs: bool = False  # `logprobs` are of what the token was drawn from, after all settings
 
     @property

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs, HostCopy
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.grammar import step_masks
 from engine.kernels import KernelOptions, Kernels, SamplesTokens, load_kernels
 from engine.kv_cache import KVCache, MemoryPlan, plan_memory
+from engine.masks import step_masks
 from engine.messages import TokenLogprobs
 from engine.model import CausalLM, Parameters
 from engine.record import StepClock

@@ -214,6 +214,12 @@ class GenerationRequest(SamplerFields, GuidedFields):
     repetition_detection: RepetitionDetection | None = Field(
         None, description="When to end an answer that repeats itself. Default: never."
     )
+    thinking_token_budget: int | None = Field(
+        None,
+        ge=-1,
+        le=INT64_MAX,
+        description="Tokens that a model which thinks before it answers may think at most; -1: any number.",
+    )
     skip_special_tokens: bool | None = Field(None, description="Leave control tokens out of the text. Default true.")
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower runs first. Default 0.")
     truncate_prompt_tokens: TruncatedLength | None = Field(

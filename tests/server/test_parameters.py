@@ -269,6 +269,7 @@ BAD: dict[str, list[Any]] = {
         {"max_pattern_size": 2, "min_count": 2, "min_pattern_size": 3},
         {"min_pattern_size": 1},
     ],
+    "thinking_token_budget": [0, 5, -2, 2**63, *NOT_AN_INTEGER],  # of a model that does not think
     "priority": [1001, -1001, 2**63, -(2**63), *NOT_AN_INTEGER],
     "cache_salt": [5, [], "x" * 257],
     "stream": ["true", 1, {}],
