@@ -4,7 +4,7 @@ JSON has one compact form, without white space between its parts: a model could 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from engine.grammar import GrammarError
 from server.context import ServerContext
 from server.errors import BadRequestError, InvalidValueError
 from server.generate.prompts import Prompt
+from server.generate.regex_size import problem_of_lark, problem_of_regex
 from server.generate.tag_grammar import tag_grammar, trigger_of
 from server.generate.tool_grammar import tool_grammar
 from server.schemas.chat import ChatCompletionRequest
@@ -137,12 +138,14 @@ def _of_structured_outputs(context: ServerContext, wanted: StructuredOutputs, pr
         tag = _parse_tag(wanted.structural_tag, f"{prefix}structural_tag")
         return _of_tags(context, tag.structures, tag.triggers, f"{prefix}structural_tag")
     if wanted.regex is not None:
+        _refuse(problem_of_regex(wanted.regex), f"{prefix}regex")
         return Constraint(LLMatcher.grammar_from_regex(wanted.regex), f"{prefix}regex")
     if wanted.choice is not None:
         return Constraint(LLMatcher.grammar_from_regex(_any_of(wanted.choice)), f"{prefix}choice")
     if wanted.grammar is not None:
         if wanted.grammar.lstrip().startswith("{"):
             raise _invalid(f"{prefix}grammar", "expected a grammar in Lark's notation, but got JSON")
+        _refuse(problem_of_lark(wanted.grammar), f"{prefix}grammar")
         return Constraint(wanted.grammar, f"{prefix}grammar")
     if wanted.json_ is None:
         return schema_constraint({"type": "object"}, f"{prefix}json_object")
@@ -196,6 +199,8 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
         raise _invalid(param, "integers beyond 64 bits are not supported")  # they would be rounded
     if any(isinstance(value, dict) and _counts_names(value) for value in values):
         raise _invalid(param, "'minProperties' is not supported above the number of required properties")
+    for pattern in _patterns(values):
+        _refuse(problem_of_regex(pattern), param)
     if OPTIONS in schema:
         raise _invalid(param, f"the key '{OPTIONS}' is not supported")
 
@@ -206,12 +211,28 @@ def _counts_names(schema: Mapping[str, Any]) -> bool:
     return isinstance(minimum, int) and minimum > (len(required) if isinstance(required, list) else 0)
 
 
+def _patterns(values: Iterable[object]) -> Iterator[str]:
+    """The regular expressions in what a schema consists of."""
+    for value in values:
+        if not isinstance(value, dict):
+            continue
+        if isinstance(pattern := value.get("pattern"), str):
+            yield pattern
+        if isinstance(properties := value.get("patternProperties"), dict):
+            yield from properties
+
+
 def _values(value: object) -> Iterator[object]:
     """A value and all within it."""
     yield value
     children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     for child in children:
         yield from _values(child)
+
+
+def _refuse(problem: str | None, param: str) -> None:
+    if problem is not None:
+        raise _invalid(param, problem)
 
 
 def _invalid(param: str, problem: str) -> InvalidValueError:
