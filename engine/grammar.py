@@ -57,6 +57,10 @@ class GrammarCompiler:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __contains__(self, grammar: str) -> bool:
+        """Whether it is kept."""
+        return grammar in self._compiled
+
     def compile(self, grammar: str) -> LLMatcher:
         """A matcher at the beginning of the grammar. Raises GrammarError. Other Python threads run meanwhile."""
         with self._lock:

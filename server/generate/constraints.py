@@ -6,6 +6,7 @@ JSON has one compact form, without white space between its parts: a model could 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from server.generate.tool_grammar import tool_grammar
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.common import GenerationRequest
 from server.schemas.structured import ResponseFormat, StructuralTag, Structure, StructuredOutputs
+from server.schemas.tools import callable_tools, must_call
 from server.strict_json import is_deeper
 from server.text.output_parser import OutputFormat
 from server.validation import format_path
@@ -40,6 +42,7 @@ EXCLUSIVE = ("allowed_token_ids", "bad_words")
 class Constraint:
     grammar: str  # as engine.grammar reads it
     param: str  # the field that asks for it
+    parts: Sequence["Constraint"] = ()  # of other fields, which are judged first and by themselves
 
 
 def check_constraint(context: ServerContext, constraint: Constraint, body: GenerationRequest) -> None:
@@ -51,10 +54,12 @@ def check_constraint(context: ServerContext, constraint: Constraint, body: Gener
         if getattr(body, name, None):
             message = f"Invalid '{name}': not allowed with '{constraint.param}'."
             raise InvalidValueError(message, param=name)
-    try:
-        context.grammars.compile(constraint.grammar)
-    except GrammarError as error:
-        raise _invalid(constraint.param, str(error)) from error
+    parts = () if constraint.grammar in context.grammars else constraint.parts
+    for part in (*parts, constraint):
+        try:
+            context.grammars.compile(part.grammar)
+        except GrammarError as error:
+            raise _invalid(part.param, str(error)) from error
 
 
 def structured_outputs_constraint(context: ServerContext, body: GenerationRequest) -> Constraint | None:
@@ -76,12 +81,22 @@ def chat_constraint(context: ServerContext, body: ChatCompletionRequest, prompt:
     grammar = _call_grammar(context, body, prompt.output_format, has_content_grammar=content is not None)
     if grammar is None:
         return content
-    for index, tool in enumerate(body.tools or ()):
-        check_schema(tool.parameters, f"tools[{index}].function.parameters")
+    parameters = _parameters(body)
     if content is None:
-        return Constraint(grammar, "tools")
+        return Constraint(grammar, "tools", parameters)
     parts = [{"name": "answer", "lark_grammar": grammar}, {**_as_part(content.grammar), "name": "content"}]
-    return Constraint(msgspec.json.encode({"grammars": parts}).decode(), content.param)
+    return Constraint(msgspec.json.encode({"grammars": parts}).decode(), content.param, parameters)
+
+
+def _parameters(body: ChatCompletionRequest) -> list[Constraint]:
+    """The schemas of tools, of those that the arguments have to follow."""
+    schemas = [
+        schema_constraint({"type": "object", **tool.parameters}, f"tools[{index}].function.parameters")
+        for index, tool in enumerate(body.tools or ())
+    ]
+    allowed, is_forced = callable_tools(body.tools, body.tool_choice), must_call(body.tool_choice)
+    is_followed = [tool in allowed and (is_forced or tool.function.strict) for tool in body.tools or ()]
+    return list(compress(schemas, is_followed))
 
 
 def _call_grammar(
