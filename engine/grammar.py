@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 MAX_GRAMMAR_BYTES = 128 * 1024
 NUM_KEPT = 64  # compiled grammars
 NUM_ERROR_CHARS = 200
+MAX_FORCED_TOKENS = 2048  # at the beginning
+MAX_CHECK_SECONDS = 0.5  # of processor time; most take a few milliseconds, and the engine would stand still for longer
 
 # What one grammar may take: some milliseconds for a mask, some hundred for compiling.
 LIMITS = LLParserLimits(
@@ -53,6 +56,10 @@ class GrammarCompiler:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __contains__(self, grammar: str) -> bool:
+        """Whether it is kept."""
+        return grammar in self._compiled
+
     def compile(self, grammar: str) -> LLMatcher:
         """A matcher at the beginning of the grammar. Raises GrammarError. Other Python threads run meanwhile."""
         with self._lock:
@@ -71,10 +78,15 @@ class GrammarCompiler:
 
 
 def _check(matcher: LLMatcher) -> None:
-    """Raise GrammarError unless it allows something, as it begins and behind what it forces."""
+    """Raise GrammarError unless it allows something, as it begins and behind what it forces, and tells so soon."""
+    start = time.thread_time()
     for _ in range(2):
         _compute_mask(matcher)
-        matcher.consume_tokens(matcher.compute_ff_tokens())
+        if len(forced := matcher.compute_ff_tokens()) > MAX_FORCED_TOKENS:
+            raise GrammarError(f"more than {MAX_FORCED_TOKENS} tokens are forced at its beginning")
+        matcher.consume_tokens(forced)
+        if time.thread_time() - start > MAX_CHECK_SECONDS:
+            raise GrammarError("following it takes too long")
     matcher.reset()
 
 
