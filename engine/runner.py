@@ -24,7 +24,7 @@ from engine.messages import TokenLogprobs
 from engine.model import CausalLM, Parameters
 from engine.record import StepClock
 from engine.request import RowOutput, Scheduled, Step
-from engine.sampler import apply_masks, gather_logprobs
+from engine.sampler import gather_logprobs
 from engine.speculation import num_confirmed
 from engine.weights import load_weights
 
@@ -112,8 +112,7 @@ class ModelRunner:
         logits = self.execution.compute_logits(batch.sample_rows)
         wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw_logits = logits[wanted] if wanted else None  # a copy, before any setting changes them
-        apply_masks(logits, step_masks(step))
-        sampled = self.sampler.sample(logits, rows)
+        sampled = self.sampler.sample(logits, rows, step_masks(step))
         self.sampled = sampled.token_ids
         copy = HostCopy(torch.stack((sampled.token_ids, sampled.is_finite.long())))
         logprobs: dict[int, TokenLogprobs] = {}

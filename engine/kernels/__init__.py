@@ -10,7 +10,7 @@ heads that share a KV head (grouped-query attention), D: head size, B: blocks, N
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -78,7 +78,9 @@ class Execution(Protocol):
 class SamplesTokens(Protocol):
     """`engine.sampler.Sampler`, or what does the same."""
 
-    def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
+    def sample(
+        self, logits: Tensor, requests: Sequence[SampledRequest], masks: Mapping[int, bytes] = ...
+    ) -> SamplerOutput:
         """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
         ...
 
