@@ -6,6 +6,8 @@
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 BIN := .venv/bin
+CONFORMANCE := tests/conformance
+CLIENTS := .venv-clients/clients/installed .venv-clients/instructor/installed $(CONFORMANCE)/node_modules/installed
 ARGS ?=
 
 help: ## List the commands
@@ -16,7 +18,7 @@ install: .venv/installed ## Make .venv and install the project in it
 serve: .venv/installed ## Serve the default model, or the one in ARGS
 	@$(BIN)/lightwell serve $(ARGS)
 
-test: .venv/installed-test ## Run all tests
+test: .venv/installed-test $(CLIENTS) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/installed-test ## Check style and types
@@ -41,7 +43,7 @@ test-image: ## Build the container image and try it
 	deploy/test-image.sh
 
 clean: ## Remove .venv and all caches
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients $(CONFORMANCE)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made anew only when the dependencies change, so that the second time needs no network.
@@ -52,6 +54,17 @@ clean: ## Remove .venv and all caches
 .venv/installed-test: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test]'
 	@touch .venv/installed $@
+
+# Clients that the tests try, exactly as the lock files have them.
+.venv-clients/%/installed: $(CONFORMANCE)/requirements/%.txt | .venv/bin/python
+	@$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -m pip --disable-pip-version-check --python $(@D) install --no-deps --no-compile --require-hashes -r $<
+	@touch $@
+
+# Without npm, the tests that need it say so.
+$(CONFORMANCE)/node_modules/installed: $(CONFORMANCE)/package-lock.json
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix $(CONFORMANCE) --ignore-scripts --no-audit --no-fund --no-update-notifier && touch $@; fi
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Lightwell needs Python 3.11 or newer: install it, or say make PYTHON=..." >&2; exit 1; }

@@ -14,6 +14,7 @@
     ├── ForbiddenError               403
     ├── ModelNotFoundError           404
     ├── RequestNotFoundError         404
+    ├── RecordingNotFoundError       404
     ├── ResponseNotFoundError        404
     ├── InvalidURLError              404
     ├── MethodNotAllowedError        405

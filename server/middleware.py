@@ -44,6 +44,7 @@ OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz"})
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # asked for every few seconds
 EXPOSED_HEADERS = (
     "x-request-id",
+    "request-id",
     "x-lightwell-seed",
     "x-lightwell-deterministic",
     "x-lightwell-warnings",

@@ -12,6 +12,8 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from server.generate.endpoint import Head
+from server.generate.responses import new_response
 from server.schemas import response_events as events
 from server.schemas.chat import ChatCompletion, ChatCompletionChunk
 from server.schemas.completions import Completion
@@ -26,11 +28,24 @@ from server.schemas.messages import (
     MessageDelta,
     MessageStart,
     MessageStop,
+    MessageUsage,
+    Text,
 )
 from server.schemas.models import Model, ModelList
 from server.schemas.render import RenderedPrompt
-from server.schemas.requests import CancelResponse
-from server.schemas.responses import DeletedResponse, ItemList, ResponseObject
+from server.schemas.requests import CancelResponse, Replay
+from server.schemas.responses import (
+    DeletedResponse,
+    InputTokens,
+    InputTokensDetails,
+    ItemList,
+    MessageItem,
+    OutputText,
+    OutputTokensDetails,
+    ResponseObject,
+    ResponsesRequest,
+    ResponseUsage,
+)
 from server.schemas.tokenize import DetokenizeResponse, TokenizeResponse
 
 PREFIX = "answer."  # of names, for requests may have the same ones
@@ -39,11 +54,12 @@ DESCRIPTION = "Language models over HTTP, in the forms that the clients of OpenA
 
 @dataclass(frozen=True)
 class Operation:
-    """What FastAPI cannot know of one. The example is a body that any model answers."""
+    """What FastAPI cannot know of one. `example` is a body that any model answers."""
 
     answer: Any  # a type that msgspec encodes
     example: Mapping[str, Any] | None = None
     events: Any = None  # the data of a stream's events
+    shown: Any = None  # an answer, as an example
 
     @property
     def types(self) -> list[Any]:
@@ -60,6 +76,45 @@ RESPONSE_EVENTS = (
 )
 
 
+NAME, ID = "smollm2-135m", "0f" * 16
+SHOWN_MESSAGE = Message(
+    id=f"msg_{ID}",
+    model=NAME,
+    content=[Text("Paris.")],
+    stop_reason="end_turn",
+    stop_sequence=None,
+    usage=MessageUsage(input_tokens=37, cache_read_input_tokens=0, output_tokens=4),
+)
+SHOWN_PROMPT = RenderedPrompt(
+    request_id=f"cmpl-{ID}-0",
+    model=NAME,
+    prompt="Once upon a time",
+    token_ids=[6403, 2980, 253, 655],
+    max_tokens=20,
+    sampling_params={"max_tokens": 20, "temperature": 1.0, "seed": None},
+)
+
+
+def _shown_response() -> ResponseObject:
+    request = ResponsesRequest.model_validate({"model": NAME, "input": "What is the capital of France?"})
+    response = new_response(request, Head(f"resp_{ID}", 1_764_000_000, NAME, ""), {})
+    response.status = "completed"
+    response.output.append(MessageItem(id=f"msg_{ID}", status="completed", content=[OutputText("Paris.")]))
+    response.usage = ResponseUsage(37, InputTokensDetails(0), 4, OutputTokensDetails(0), 41)
+    return response
+
+
+SHOWN_RESPONSE = _shown_response()
+SHOWN_ITEM = {
+    "id": f"msg_{ID}",
+    "type": "message",
+    "status": "completed",
+    "role": "user",
+    "content": [{"type": "input_text", "text": "What is the capital of France?"}],
+}
+SHOWN_ITEMS = ItemList(data=[SHOWN_ITEM], first_id=f"msg_{ID}", last_id=f"msg_{ID}", has_more=False)
+
+
 def _any_of(types: tuple[Any, ...]) -> Any:
     union = types[0]
     for each in types[1:]:
@@ -69,26 +124,34 @@ def _any_of(types: tuple[Any, ...]) -> Any:
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/v1/chat/completions", "post"): Operation(ChatCompletion, CHAT, ChatCompletionChunk),
-    ("/v1/chat/completions/render", "post"): Operation(RenderedPrompt, CHAT),
+    ("/v1/chat/completions/render", "post"): Operation(RenderedPrompt, CHAT, shown=SHOWN_PROMPT),
     ("/v1/completions", "post"): Operation(Completion, COMPLETION, Completion),
-    ("/v1/completions/render", "post"): Operation(list[RenderedPrompt], COMPLETION),
+    ("/v1/completions/render", "post"): Operation(list[RenderedPrompt], COMPLETION, shown=[SHOWN_PROMPT]),
     ("/v1/embeddings", "post"): Operation(EmbeddingList, {"input": "Once upon a time"}),
     ("/v1/messages", "post"): Operation(
         Message,
         {"messages": MESSAGES, "max_tokens": 20},
         _any_of((MessageStart, BlockStart, BlockDelta, BlockStop, MessageDelta, MessageStop)),
+        SHOWN_MESSAGE,
     ),
-    ("/v1/messages/count_tokens", "post"): Operation(CountTokensResponse, {"messages": MESSAGES}),
+    ("/v1/messages/count_tokens", "post"): Operation(
+        CountTokensResponse, {"messages": MESSAGES}, shown=CountTokensResponse(37)
+    ),
     ("/v1/responses", "post"): Operation(
         ResponseObject,
         {"input": "What is the capital of France?", "max_output_tokens": 20},
         _any_of(RESPONSE_EVENTS),
+        SHOWN_RESPONSE,
     ),
-    ("/v1/responses/{response_id}", "get"): Operation(ResponseObject),
-    ("/v1/responses/{response_id}", "delete"): Operation(DeletedResponse),
-    ("/v1/responses/{response_id}/input_items", "get"): Operation(ItemList),
-    ("/v1/responses/{response_id}/cancel", "post"): Operation(ResponseObject),
-    ("/v1/requests/{request_id}/cancel", "post"): Operation(CancelResponse),
+    ("/v1/responses/{response_id}", "get"): Operation(ResponseObject, shown=SHOWN_RESPONSE),
+    ("/v1/responses/{response_id}", "delete"): Operation(DeletedResponse, shown=DeletedResponse(f"resp_{ID}")),
+    ("/v1/responses/{response_id}/input_items", "get"): Operation(ItemList, shown=SHOWN_ITEMS),
+    ("/v1/responses/{response_id}/cancel", "post"): Operation(ResponseObject, shown=SHOWN_RESPONSE),
+    ("/v1/responses/input_tokens", "post"): Operation(
+        InputTokens, {"input": "What is the capital of France?"}, shown=InputTokens(37)
+    ),
+    ("/v1/requests/{request_id}/cancel", "post"): Operation(CancelResponse, shown=CancelResponse(f"chatcmpl-{ID}")),
+    ("/v1/requests/{request_id}/replay", "post"): Operation(Replay),
     ("/v1/models", "get"): Operation(ModelList),
     ("/v1/models/{model_id}", "get"): Operation(Model),
     ("/version", "get"): Operation(dict[str, str]),
@@ -145,6 +208,8 @@ def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any
 def _responses(operation: Operation, described: Mapping[str, Any], error: Mapping[str, Any]) -> dict[str, Any]:
     kind = "text/plain" if operation.answer is str else "application/json"
     content = {kind: {"schema": described[repr(operation.answer)]}}
+    if operation.shown is not None:
+        content[kind]["example"] = msgspec.to_builtins(operation.shown)
     description = "The answer."
     if operation.events is not None:
         content["text/event-stream"] = {"schema": described[repr(operation.events)]}

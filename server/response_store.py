@@ -1,5 +1,6 @@
 """The responses that can be asked for again: in memory, the latest ones, gone with the process."""
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class ResponseStore:
         self._max_bytes = max_bytes
         self._by_id: OrderedDict[str, StoredResponse] = OrderedDict()
         self._num_bytes = 0
+        self._lock = threading.RLock()  # an answer with log probabilities is made in a thread
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -44,22 +46,26 @@ class ResponseStore:
         return self._num_bytes
 
     def get(self, response_id: str) -> StoredResponse | None:
-        if response_id in self._by_id:
-            self._by_id.move_to_end(response_id)
-        return self._by_id.get(response_id)
+        with self._lock:
+            if response_id in self._by_id:
+                self._by_id.move_to_end(response_id)
+            return self._by_id.get(response_id)
 
     def put(self, stored: StoredResponse) -> None:
         """Adds a response, or counts anew one that has grown."""
-        self.delete(stored.response.id)
-        stored.num_bytes = len(msgspec.json.encode((stored.items, stored.response)))
-        self._by_id[stored.response.id] = stored
-        self._num_bytes += stored.num_bytes
-        while len(self._by_id) > self._max_responses or self._num_bytes > self._max_bytes:
-            self.delete(next(iter(self._by_id)))
+        num_bytes = len(msgspec.json.encode((stored.items, stored.response)))
+        with self._lock:
+            self.delete(stored.response.id)
+            stored.num_bytes = num_bytes
+            self._by_id[stored.response.id] = stored
+            self._num_bytes += num_bytes
+            while len(self._by_id) > self._max_responses or self._num_bytes > self._max_bytes:
+                self.delete(next(iter(self._by_id)))
 
     def delete(self, response_id: str) -> bool:
         """Whether it was there."""
-        stored = self._by_id.pop(response_id, None)
-        if stored is not None:
-            self._num_bytes -= stored.num_bytes
-        return stored is not None
+        with self._lock:
+            stored = self._by_id.pop(response_id, None)
+            if stored is not None:
+                self._num_bytes -= stored.num_bytes
+            return stored is not None

@@ -207,6 +207,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "compute log probabilities, asked for or not.",
         ),
     ] = 0
+    max_logprobs: Annotated[
+        int, Setting(_LIMITS, integer(-1), "Alternatives of a token in log probabilities at most; -1: all tokens.")
+    ] = 20
     drain_timeout: Annotated[
         float, Setting(_LIMITS, seconds(0), "Seconds that running requests get to finish at shutdown.")
     ] = 30.0

@@ -190,17 +190,12 @@ def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
     Raises:
         ValueError: an option that this device does not have.
     """
-    kernels = _load_cpu_kernels(options) if device.type == "cpu" else "they are for CPUs"
+    kernels = _load_cpu_kernels(options) if device.type == "cpu" else _load_gpu_kernels(device, options)
     if not isinstance(kernels, str):
         return kernels
-    if options.kv_cache_dtype == "int8":
-        raise ValueError(f"--kv-cache-dtype int8 needs the C++ kernels, but {kernels}")
-    if device.type == "cuda":
-        kernels = _load_gpu_kernels(device, options)
-        if not isinstance(kernels, str):
-            return kernels
-    if options.quantization == "int8":
-        raise ValueError(f"--quantization int8 needs kernels of its own, but {kernels}")
+    for flag, value in (("--quantization", options.quantization), ("--kv-cache-dtype", options.kv_cache_dtype)):
+        if value == "int8":
+            raise ValueError(f"{flag} int8 needs kernels of its own, but {kernels}")
     logger.warning("kernels: plain torch, which is slower, because %s", kernels)
     from engine.kernels.reference import TorchKernels
 

@@ -1,6 +1,6 @@
 """What is special about `POST /v1/chat/completions`: messages through the model's template, and roles in the answer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import UNSET, UnsetType
 
@@ -29,7 +29,6 @@ from server.schemas.chat import (
     TopLogprob,
 )
 from server.schemas.common import Account, StreamOptions, Usage
-from server.text.choice import token_text
 from server.text.tokenizer import Tokenizer
 
 
@@ -52,6 +51,7 @@ class ChatEndpoint:
             body.stream_options,
             with_logprobs=bool(body.logprobs),
             with_reasoning=body.include_reasoning is not False,
+            echoed=body.echoed,
             fields=TokenFields.asked_for(body, prompts),
         )
 
@@ -65,6 +65,7 @@ class ChatWriter(ChunkWriter):
         *,
         with_logprobs: bool,
         with_reasoning: bool = True,
+        echoed: str = "",
         fields: TokenFields = NO_FIELDS,
     ) -> None:
         super().__init__(options)
@@ -73,6 +74,7 @@ class ChatWriter(ChunkWriter):
         self._fields = fields
         self._with_logprobs = with_logprobs
         self._with_reasoning = with_reasoning
+        self._echoed = echoed
         self._started: set[int] = set()  # choices that the stream has begun
 
     def chunks(self, delta: Delta) -> list[ChatCompletionChunk]:
@@ -81,7 +83,7 @@ class ChatWriter(ChunkWriter):
         token_ids = self._fields.token_ids(delta)
         if delta.index not in self._started:
             self._started.add(delta.index)
-            chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", ""))]))
+            chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", self._echoed))]))
             chunks[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
         addition = self._addition(delta)
         if addition != ChatDelta() or delta.positions or token_ids:
@@ -122,7 +124,7 @@ class ChatWriter(ChunkWriter):
         )
 
     def _choice(self, delta: Delta) -> ChatChoice:
-        message = ChatResponseMessage(content=delta.text)
+        message = ChatResponseMessage(content=self._echoed + delta.text)
         if delta.tool_calls:
             message.tool_calls = [
                 ResponseToolCall(id=call.id, function=ResponseFunction(call.name, call.arguments))
@@ -130,7 +132,7 @@ class ChatWriter(ChunkWriter):
             ]
         if delta.reasoning and self._with_reasoning:
             message.reasoning = message.reasoning_content = delta.reasoning
-        if not delta.text and (delta.tool_calls or delta.reasoning):
+        if not message.content and (delta.tool_calls or delta.reasoning):
             message.content = None
         logprobs, token_ids = self._logprobs(delta.positions), self._fields.token_ids(delta)
         return ChatChoice(delta.index, message, logprobs, delta.finish_reason or "", token_ids)
@@ -148,26 +150,25 @@ class ChatWriter(ChunkWriter):
     def _logprobs(self, positions: Sequence[Position]) -> ChatLogprobs | None:
         if not self._with_logprobs:
             return None
-        return ChatLogprobs(token_logprobs(self._tokenizer, positions))
+        return ChatLogprobs(token_logprobs(self._tokenizer, positions, self._fields))
 
 
-def token_logprobs(tokenizer: Tokenizer, positions: Sequence[Position]) -> list[TokenLogprob]:
+def token_logprobs(
+    tokenizer: Tokenizer, positions: Sequence[Position], fields: TokenFields = NO_FIELDS
+) -> list[TokenLogprob]:
     """Of tokens of an answer, which all have them."""
-    return [_token_logprob(tokenizer, position) for position in positions]
+
+    def spell(token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+        return fields.spell(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))
+
+    return [_token_logprob(spell, position) for position in positions]
 
 
-def _token_logprob(tokenizer: Tokenizer, position: Position) -> TokenLogprob:
+def _token_logprob(spell: Callable[[int, float], tuple[str, float, list[int]]], position: Position) -> TokenLogprob:
     logprobs = position.logprobs
     assert logprobs is not None  # only a prompt's first token has none
-    top = [
-        TopLogprob(*_spell(tokenizer, token_id, logprob))
-        for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
-    ]
-    return TokenLogprob(*_spell(tokenizer, position.token_id, logprobs.logprob), top)
-
-
-def _spell(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-    return token_text(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))
+    top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+    return TokenLogprob(*spell(position.token_id, logprobs.logprob), [TopLogprob(*spell(*entry)) for entry in top])
 
 
 def _tool_call_chunk(call: ToolCallDelta) -> ToolCallChunk:

@@ -40,6 +40,8 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
         )
     except ChatTemplateError as error:
         raise InvalidValueError(str(error), param="messages") from error
+    if body.add_special_tokens and context.tokenizer.add_bos and context.tokenizer.bos_token_id is not None:
+        token_ids = [context.tokenizer.bos_token_id, *token_ids]
     if not token_ids:
         raise InvalidValueError(
             "Invalid 'messages': the model's chat template makes nothing of them.", param="messages"

@@ -19,7 +19,7 @@ from server.schemas.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from server.text.choice import ChoiceText, token_text
+from server.text.choice import ChoiceText
 from server.text.tokenizer import Tokenizer
 
 
@@ -165,7 +165,7 @@ class CompletionWriter(ChunkWriter):
             token_logprobs=[
                 None if position.logprobs is None else json_logprob(position.logprobs.logprob) for position in positions
             ],
-            tokens=[token_text(self._tokenizer, position.token_id) for position in positions],
+            tokens=[self._fields.spell(self._tokenizer, position.token_id) for position in positions],
             top_logprobs=[self._top_logprobs(position) for position in positions],
         )
 
@@ -176,6 +176,6 @@ class CompletionWriter(ChunkWriter):
         top: dict[str, float] = {}
         logprobs = position.logprobs
         for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True):
-            top.setdefault(token_text(self._tokenizer, token_id), json_logprob(logprob))
-        top.setdefault(token_text(self._tokenizer, position.token_id), json_logprob(logprobs.logprob))
+            top.setdefault(self._fields.spell(self._tokenizer, token_id), json_logprob(logprob))
+        top.setdefault(self._fields.spell(self._tokenizer, position.token_id), json_logprob(logprobs.logprob))
         return top

@@ -57,8 +57,10 @@ def check_constraint(context: ServerContext, constraint: Constraint, body: Gener
 
 
 def structured_outputs_constraint(context: ServerContext, body: GenerationRequest) -> Constraint | None:
+    if body.guided_names:
+        return _of_structured_outputs(context, body.guided, "guided_")
     wanted = body.structured_outputs
-    return None if wanted is None else _of_structured_outputs(context, wanted, "structured_outputs")
+    return None if wanted is None else _of_structured_outputs(context, wanted, "structured_outputs.")
 
 
 def chat_constraint(context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
@@ -129,22 +131,23 @@ def _of_tags(
     return Constraint(tag_grammar(structures, triggers, special_ids, {OPTIONS: COMPACT}), param)
 
 
-def _of_structured_outputs(context: ServerContext, wanted: StructuredOutputs, param: str) -> Constraint:
+def _of_structured_outputs(context: ServerContext, wanted: StructuredOutputs, prefix: str) -> Constraint:
+    """`prefix` is what the names of its parts have before them in the request."""
     if wanted.structural_tag is not None:
-        tag = _parse_tag(wanted.structural_tag, f"{param}.structural_tag")
-        return _of_tags(context, tag.structures, tag.triggers, f"{param}.structural_tag")
+        tag = _parse_tag(wanted.structural_tag, f"{prefix}structural_tag")
+        return _of_tags(context, tag.structures, tag.triggers, f"{prefix}structural_tag")
     if wanted.regex is not None:
-        return Constraint(LLMatcher.grammar_from_regex(wanted.regex), f"{param}.regex")
+        return Constraint(LLMatcher.grammar_from_regex(wanted.regex), f"{prefix}regex")
     if wanted.choice is not None:
-        return Constraint(LLMatcher.grammar_from_regex(_any_of(wanted.choice)), f"{param}.choice")
+        return Constraint(LLMatcher.grammar_from_regex(_any_of(wanted.choice)), f"{prefix}choice")
     if wanted.grammar is not None:
         if wanted.grammar.lstrip().startswith("{"):
-            raise _invalid(f"{param}.grammar", "expected a grammar in Lark's notation, but got JSON")
-        return Constraint(wanted.grammar, f"{param}.grammar")
+            raise _invalid(f"{prefix}grammar", "expected a grammar in Lark's notation, but got JSON")
+        return Constraint(wanted.grammar, f"{prefix}grammar")
     if wanted.json_ is None:
-        return schema_constraint({"type": "object"}, f"{param}.json_object")
-    schema = _parse(wanted.json_, f"{param}.json") if isinstance(wanted.json_, str) else wanted.json_
-    return schema_constraint(schema, f"{param}.json")
+        return schema_constraint({"type": "object"}, f"{prefix}json_object")
+    schema = _parse(wanted.json_, f"{prefix}json") if isinstance(wanted.json_, str) else wanted.json_
+    return schema_constraint(schema, f"{prefix}json")
 
 
 def _any_of(texts: Sequence[str]) -> str:
@@ -191,8 +194,16 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
         raise _invalid(param, f"expected objects of at most {MAX_SCHEMA_KEYS} keys, but got one with {num_keys}")
     if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values):
         raise _invalid(param, "integers beyond 64 bits are not supported")  # they would be rounded
+    if any(isinstance(value, dict) and _counts_names(value) for value in values):
+        raise _invalid(param, "'minProperties' is not supported above the number of required properties")
     if OPTIONS in schema:
         raise _invalid(param, f"the key '{OPTIONS}' is not supported")
+
+
+def _counts_names(schema: Mapping[str, Any]) -> bool:
+    """Whether an answer could fail it by saying a name twice, which no grammar keeps it from."""
+    minimum, required = schema.get("minProperties"), schema.get("required")
+    return isinstance(minimum, int) and minimum > (len(required) if isinstance(required, list) else 0)
 
 
 def _values(value: object) -> Iterator[object]:

@@ -1,11 +1,13 @@
 """From a request of another API to one of chat completions, which is then judged and answered as any other."""
 
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from server.errors import UnsupportedParameterError, from_validation_error
+from server.errors import BadRequestError, UnsupportedParameterError, from_validation_error
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.common import GenerationRequest
 
@@ -17,16 +19,36 @@ _OF_CHAT_ONLY = {
 EXTENSIONS = frozenset(GenerationRequest.model_fields) - _OF_CHAT_ONLY
 
 
+@contextmanager
+def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors name what the client sent. `names` are patterns of chat completions' names, and what they are here."""
+    try:
+        yield
+    except BadRequestError as error:
+        given = error.param or ""
+        for pattern, name in names.items():
+            if re.match(pattern, given):
+                error.param = re.sub(pattern, name, given, count=1)
+                error.message = error.message.replace(f"'{given}'", f"'{error.param}'")
+                break
+        raise
+
+
+def check_extra(body: BaseModel) -> None:
+    """Raises UnsupportedParameterError for what only chat completions have."""
+    for name, value in (body.model_extra or {}).items():
+        if name in ChatCompletionRequest.model_fields and name not in EXTENSIONS and value not in (None, False):
+            raise UnsupportedParameterError(name, "It is a parameter of /v1/chat/completions.")
+
+
 def chat_request(body: BaseModel, fields: Mapping[str, Any]) -> ChatCompletionRequest:
     """`fields` are what the declared fields of `body` are in chat completions; null ones are left out.
 
     Of its others, parameters of sampling mean what they mean in chat completions, and what nobody knows is left to
-    the frame. Raises BadRequestError for a value that cannot be, and for what only chat completions have.
+    the frame. Raises BadRequestError for a value that cannot be.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     for name, value in (body.model_extra or {}).items():
-        if name in ChatCompletionRequest.model_fields and name not in EXTENSIONS and value not in (None, False):
-            raise UnsupportedParameterError(name, "It is a parameter of /v1/chat/completions.")
         given.setdefault(name, value)
     for name in type(body).model_fields:
         given.update(dict.fromkeys(_unknown_fields(getattr(body, name), name), True))

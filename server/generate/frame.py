@@ -24,6 +24,7 @@ from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best
 from server.generate.constraints import check_constraint
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
+from server.generate.pacing import paced
 from server.generate.parameters import (
     check_model,
     check_token_ids,
@@ -32,6 +33,7 @@ from server.generate.parameters import (
     sampling_params,
     unknown_parameters,
     warnings_header,
+    with_num_logprobs,
 )
 from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_size
 from server.generate.running import RunningRequest
@@ -144,6 +146,7 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body], *, default_se
     body.check()
     info = context.client.ready_info()
     check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)
+    body = with_num_logprobs(body, context.settings.max_logprobs, vocab_size(context))
     context.metrics.count_unknown_parameters(len(unknown))
     seed = default_seed if body.seed is None else body.seed
     return _Job(
@@ -335,7 +338,8 @@ async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> As
     def encode(batch: list[Delta]) -> bytes:
         return writer.events(batch, generation.usage)
 
-    async with aclosing(generation.deltas()) as batches:
+    interval = job.body.stream_interval or 1
+    async with aclosing(generation.deltas()) as deltas, aclosing(paced(deltas, interval)) as batches:
         async for batch in batches:
             # With a prompt's log probabilities a batch may have very many.
             in_thread = job.body.num_prompt_logprobs is not None

@@ -51,6 +51,13 @@ from server.schemas.messages import (
 
 # Why a choice ended -> Anthropic's word. A request that was cancelled can be sent again to go on with.
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "abort": "pause_turn"}
+NAMES = {  # of chat completions, in errors
+    r"response_format(\.json_schema)?": "output_config.format",
+    r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
+    r"(tools\[\d+\])\.function": r"\1",
+    "max_completion_tokens": "max_tokens",
+    "reasoning_effort": "output_config.effort",
+}
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 

@@ -5,6 +5,7 @@ import re
 import secrets
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -20,6 +21,8 @@ from server.errors import (
 from server.generate.samplers import TokenizedSettings
 from server.schemas.chat import ChatMessage
 from server.schemas.common import GenerationRequest
+
+Body = TypeVar("Body", bound=GenerationRequest)
 
 GREEDY_TEMPERATURE = 1e-5  # below it the noise would decide nothing but ties
 MAX_WARNINGS_CHARS = 1024  # of the header
@@ -44,10 +47,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "reasoning_effort": ("none", "medium"),
     "thinking_token_budget": (),
     "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
     "json_schema": (),
     "grammar": ("",),
     "regex": (),
@@ -62,7 +62,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (False,),
     "logprobs_mode": ("raw_logprobs",),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "prompt_embeds": (),
     "truncate_prompt_tokens": (),
@@ -89,6 +88,15 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "kv_transfer_params": (),
 }
 
+# What other servers call parts of one parameter -> what to send instead.
+INSTEAD: Mapping[str, str] = {
+    "json_schema": "structured_outputs.json",
+    "regex": "structured_outputs.regex",
+    "grammar": "structured_outputs.grammar, which is in Lark's notation",
+    "ebnf": "structured_outputs.grammar, which is in Lark's notation",
+    "structural_tag": "structured_outputs.structural_tag",
+}
+
 # Known parameters that change no text.
 HARMLESS = frozenset(
     {
@@ -100,9 +108,8 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        # These only qualify what is refused above.
         "guided_decoding_backend",
-        "guided_whitespace_pattern",
+        # These only qualify what is refused above.
         "dynatemp_exponent",
         "smoothing_curve",
     }
@@ -127,7 +134,7 @@ def unknown_parameters(body: BaseModel, *, strict: bool) -> list[str]:
     """
     for name, value in _extra(body):
         if name in UNSUPPORTED and not _asks_for_nothing(value, UNSUPPORTED[name]):
-            raise UnsupportedParameterError(name)
+            raise UnsupportedParameterError(name, f"Use {INSTEAD[name]}." if name in INSTEAD else None)
     names = [name for name, _ in _extra(body) if name not in UNSUPPORTED and name not in HARMLESS]
     for part in ("stream_options", "lightwell"):
         names += [f"{part}.{name}" for name, _ in _extra(getattr(body, part, None))]
@@ -192,6 +199,26 @@ def check_token_ids(body: GenerationRequest, vocab_size: int, eos_token_ids: Seq
     if body.min_tokens and body.allowed_token_ids and ends.issuperset(body.allowed_token_ids):
         message = "Invalid 'allowed_token_ids': all of them would end the text before 'min_tokens'."
         raise InvalidValueError(message, param="allowed_token_ids")
+
+
+def with_num_logprobs(body: Body, max_logprobs: int, vocab_size: int) -> Body:
+    """The request with the size of the vocabulary in the place of -1, where `max_logprobs` is -1 too.
+
+    Raises InvalidValueError if it asks for more than is allowed.
+    """
+    limit = vocab_size if max_logprobs == -1 else max_logprobs
+    fields = {name: getattr(body, name, None) for name in ("logprobs", "top_logprobs", "prompt_logprobs")}
+    for name, number in fields.items():
+        if number == -1 and max_logprobs != -1:
+            message = f"Invalid '{name}': all tokens were asked for, but the server allows {max_logprobs} at most."
+            raise InvalidValueError(message, param=name, code="integer_below_min_value")
+        if number is not None and number is not True and number > limit:
+            message = (
+                f"Invalid '{name}': integer above maximum value. Expected a value <= {limit}, but got "
+                f"{clip(str(number))} instead."
+            )
+            raise InvalidValueError(message, param=name, code="integer_above_max_value")
+    return body.model_copy(update={name: vocab_size for name, number in fields.items() if number == -1})
 
 
 def sampling_params(

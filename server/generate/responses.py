@@ -6,10 +6,10 @@ from itertools import groupby
 from typing import Any
 
 from server.context import ServerContext
-from server.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
+from server.errors import InvalidValueError, UnsupportedParameterError
 from server.generate.chat import ChatEndpoint
 from server.generate.constraints import Constraint, chat_constraint
-from server.generate.conversion import chat_request, function_tool, named_tool, text_part, tool_call
+from server.generate.conversion import chat_request, check_extra, function_tool, named_tool, text_part, tool_call
 from server.generate.endpoint import Head
 from server.generate.prompts import Prompt
 from server.generate.response_writer import ResponseWriter
@@ -30,6 +30,14 @@ from server.schemas.responses import (
     TextConfig,
 )
 
+NAMES = {  # of chat completions, in errors
+    "messages": "input",
+    r"response_format(\.json_schema)?": "text.format",
+    r"(tools\[\d+\])\.function": r"\1",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "verbosity": "text.verbosity",
+}
 LOGPROBS = "message.output_text.logprobs"
 NOT_SUPPORTED = ("conversation", "prompt", "context_management")
 ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
@@ -40,6 +48,7 @@ ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output"
 
 def check(body: ResponsesRequest) -> None:
     """What one field says about another, and what cannot be done. Raises BadRequestError."""
+    check_extra(body)
     for name in NOT_SUPPORTED:
         if (body.model_extra or {}).get(name) is not None:
             raise UnsupportedParameterError(name)
@@ -205,11 +214,7 @@ class ResponsesEndpoint:
         self._previous = previous
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
-        try:
-            return ChatEndpoint().encode(context, body)
-        except BadRequestError as error:
-            error.param = self.noun if error.param == ChatEndpoint.noun else error.param
-            raise
+        return ChatEndpoint().encode(context, body)
 
     def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
         return chat_constraint(context, body, prompt)

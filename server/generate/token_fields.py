@@ -23,11 +23,22 @@ class TokenFields:
     prompts: Sequence[Prompt] = ()
     num_choices: int = 1  # of each prompt
     with_ids: bool = False
+    as_ids: bool = False  # whether tokens with log probabilities are spelled as their ids
     num_top: int | None = None  # alternatives of each prompt token; None: no log probabilities
 
     @classmethod
     def asked_for(cls, body: GenerationRequest, prompts: Sequence[Prompt]) -> Self:
-        return cls(prompts, body.num_answered, bool(body.return_token_ids), body.prompt_logprobs)
+        return cls(
+            prompts,
+            body.num_answered,
+            bool(body.return_token_ids),
+            bool(body.return_tokens_as_token_ids),
+            body.prompt_logprobs,
+        )
+
+    def spell(self, tokenizer: Tokenizer, token_id: int) -> str:
+        """A token in a list of log probabilities."""
+        return f"token_id:{token_id}" if self.as_ids else token_text(tokenizer, token_id)
 
     def token_ids(self, delta: Delta) -> list[int] | UnsetType:
         return delta.token_ids if self.with_ids else UNSET

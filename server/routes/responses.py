@@ -10,12 +10,14 @@ from server.errors import (
     ResponseNotFoundError,
     UnsupportedParameterError,
 )
+from server.generate.conversion import renamed_errors
+from server.generate.counting import count_prompt_tokens
 from server.generate.frame import respond, start_in_background
-from server.generate.responses import ResponsesEndpoint, check, input_items, to_chat
+from server.generate.responses import NAMES, ResponsesEndpoint, check, input_items, to_chat
 from server.middleware import StrictJSONRoute
 from server.response_store import StoredResponse
 from server.responses import StructResponse
-from server.schemas.responses import DeletedResponse, ItemList, ResponsesRequest
+from server.schemas.responses import DeletedResponse, InputTokens, ItemList, ResponsesRequest
 
 router = APIRouter()
 json_router = APIRouter(route_class=StrictJSONRoute)
@@ -30,12 +32,25 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     check(body)
     previous = None if body.previous_response_id is None else _previous(context, body.previous_response_id)
     items = input_items(body)
-    chat = to_chat(body, [*(previous.items if previous else ()), *items])
     endpoint = ResponsesEndpoint(body, items, previous)
-    if not body.background:
-        return await respond(request, chat, endpoint)
-    head, headers = await start_in_background(request, chat, endpoint)
+    with renamed_errors(NAMES):
+        chat = to_chat(body, [*(previous.items if previous else ()), *items])
+        if not body.background:
+            return await respond(request, chat, endpoint)
+        head, headers = await start_in_background(request, chat, endpoint)
     return StructResponse(_find(context, head.id).response, headers=headers)
+
+
+@json_router.post("/v1/responses/input_tokens")
+async def count_input_tokens(request: Request, body: ResponsesRequest) -> Response:
+    """How many tokens the conversation is as a prompt. Nothing is generated or kept."""
+    check(body)
+    previous = None if body.previous_response_id is None else _previous(get_context(request), body.previous_response_id)
+    items = input_items(body)
+    with renamed_errors(NAMES):
+        chat = to_chat(body, [*(previous.items if previous else ()), *items])
+        num_tokens, headers = await count_prompt_tokens(request, chat, ResponsesEndpoint(body, items, previous))
+    return StructResponse(InputTokens(num_tokens), headers=headers)
 
 
 @router.get("/v1/responses/{response_id}")

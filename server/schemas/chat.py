@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
-from server.schemas.common import MAX_LOGPROBS, Account, GenerationRequest, PromptLogprob, Usage
+from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
 from server.schemas.structured import ResponseFormat
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools
 
@@ -101,14 +101,22 @@ class ChatCompletionRequest(GenerationRequest):
     )
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     logprobs: bool | None = Field(None, description="Answer with the log probability of each token.")
-    top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="With logprobs: how many alternatives of each token."
+    top_logprobs: NumLogprobs | None = Field(
+        None, description="With logprobs: how many alternatives of each token; -1: all tokens."
     )
     add_generation_prompt: bool | None = Field(
         None, description="End the prompt with what opens the assistant's turn. Default true."
     )
     continue_final_message: bool | None = Field(
         None, description="Go on with the last message, an assistant's, whose text the answer does not repeat."
+    )
+    echo: bool | None = Field(
+        None, description="Begin the answer with the text of the last message, if that is an assistant's."
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Put the model's BOS token, if it has one, before what the chat template makes. Default false, for "
+        "templates write it where it is wanted.",
     )
     chat_template_kwargs: TemplateOptions | None = Field(
         None, description="Values of variables that the model's chat template reads, such as enable_thinking."
@@ -130,6 +138,12 @@ class ChatCompletionRequest(GenerationRequest):
     def opens_answer(self) -> bool:
         """Whether the prompt ends with what opens the assistant's turn."""
         return self.add_generation_prompt is not False and not self.continue_final_message
+
+    @property
+    def echoed(self) -> str:
+        """What the answer begins with, before the model's own words."""
+        final = self.messages[-1]
+        return final.text if self.echo and final.role == "assistant" else ""
 
     @property
     def num_prompts(self) -> int:

@@ -25,7 +25,7 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.samplers import INT64_MAX, SamplerFields
-from server.schemas.structured import StructuredOutputs
+from server.schemas.structured import GuidedFields, StructuredOutputs
 
 INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string
@@ -36,7 +36,6 @@ MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 64  # each is two token sequences: with a space before it and without
 MAX_CACHE_SALT_CHARS = 256
 MAX_PRIORITY = 1000  # of either sign
-MAX_LOGPROBS = 20  # OpenAI's completions allow 5; 20 is what vLLM and the chat endpoint allow
 
 
 def _check_stop(value: object) -> object:
@@ -75,6 +74,7 @@ def _check_truncated_length(value: int) -> int:
     return value
 
 
+NumLogprobs = Annotated[int, Field(ge=-1, le=INT64_MAX)]  # the server's setting is the limit
 TruncatedLength = Annotated[int, Field(ge=-1, le=INT64_MAX), AfterValidator(_check_truncated_length)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[list[StopString], Field(max_length=4, fail_fast=True)]
@@ -125,13 +125,19 @@ class LightwellOptions(BaseModel):
     explain: bool | None = Field(None, description="Add what the request's time went to, as `lightwell`.")
 
 
-class GenerationRequest(SamplerFields):
+class GenerationRequest(SamplerFields, GuidedFields):
     """The parameters of both endpoints. Those that OpenAI has not are vLLM's, and llama.cpp's for samplers."""
 
     model: str = Field(description="Name of the model, one of GET /v1/models.")
     n: int | None = Field(None, ge=1, le=128, description="Number of choices for each prompt. Default 1.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    stream_interval: int | None = Field(
+        None,
+        ge=1,
+        le=INT64_MAX,
+        description="With stream: tokens of a choice that make a chunk; its first and its last do not wait. Default 1.",
+    )
 
     temperature: FiniteFloat | None = Field(
         None,
@@ -192,16 +198,18 @@ class GenerationRequest(SamplerFields):
     truncation_side: Literal["left", "right"] | None = Field(
         None, description="Which end of the prompt truncate_prompt_tokens cuts off. Default left: the beginning."
     )
-    prompt_logprobs: int | None = Field(
+    prompt_logprobs: NumLogprobs | None = Field(
         None,
-        ge=0,
-        le=MAX_LOGPROBS,
-        description="Log probabilities of the prompt's tokens and of as many alternatives. Not with stream.",
+        description="Log probabilities of the prompt's tokens and of as many alternatives; -1: all tokens. Not with "
+        "stream.",
     )
     logprob_token_ids: LogprobTokenIds | None = Field(
         None, description="With logprobs: the alternatives are these tokens, and not the most likely ones."
     )
     return_token_ids: bool | None = Field(None, description="Answer with the token ids of prompt and output.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="With logprobs: tokens read 'token_id:5' and not as their text."
+    )
     cache_salt: str | None = Field(
         None,
         max_length=MAX_CACHE_SALT_CHARS,
@@ -269,6 +277,9 @@ class GenerationRequest(SamplerFields):
         for name in ("post_sampling_probs", "logprob_token_ids"):
             if getattr(self, name) and self.num_logprobs is None:
                 raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
+        wanted = [*self.guided_names, *(("structured_outputs",) if self.structured_outputs is not None else ())]
+        if len(wanted) > 1:
+            raise InvalidValueError(f"Invalid '{wanted[0]}': not allowed with '{wanted[1]}'.", param=wanted[0])
         if self.structured_outputs is not None:
             self.structured_outputs.check()
 

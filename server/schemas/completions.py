@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError, UnsupportedParameterError
-from server.schemas.common import MAX_LOGPROBS, Account, GenerationRequest, PromptLogprob, Usage
+from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
@@ -67,11 +67,10 @@ class CompletionRequest(GenerationRequest):
         None, ge=0, description="Default 16, or what the context has room for. 0, with echo: only the prompt."
     )
     echo: bool | None = Field(None, description="Answer with the prompt before the completion.")
-    logprobs: int | None = Field(
+    logprobs: NumLogprobs | None = Field(
         None,
-        ge=0,
-        le=MAX_LOGPROBS,
-        description="Log probabilities of the tokens (with echo, of the prompt's too) and of as many alternatives.",
+        description="Log probabilities of the tokens (with echo, of the prompt's too) and of as many alternatives; "
+        "-1: all tokens.",
     )
 
     add_special_tokens: bool | None = Field(

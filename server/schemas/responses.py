@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, TokenLogprob
-from server.schemas.common import MAX_LOGPROBS, Account
+from server.schemas.common import Account
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
@@ -172,7 +172,7 @@ class ResponsesRequest(BaseModel):
     top_p: FiniteFloat | None = Field(None, gt=0, le=1, description="Default: the model's, or 1.")
     include: Annotated[list[Included], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Alternatives of each token; include message.output_text.logprobs."
+        None, ge=0, le=20, description="Alternatives of each token; include message.output_text.logprobs."
     )
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
@@ -289,6 +289,11 @@ class DeletedResponse(msgspec.Struct, frozen=True):
     id: str
     object: Literal["response"] = "response"
     deleted: Literal[True] = True
+
+
+class InputTokens(msgspec.Struct, frozen=True):
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
 
 
 class ItemList(msgspec.Struct, frozen=True, kw_only=True):

@@ -80,6 +80,9 @@ class ResponseFormat(BaseModel):
 
 
 Choice = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARS)]
+Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+Regex = Annotated[str, Field(min_length=1, max_length=MAX_REGEX_CHARS)]
+Lark = Annotated[str, Field(min_length=1, max_length=MAX_LARK_CHARS)]
 
 
 class StructuredOutputs(BaseModel):
@@ -89,16 +92,9 @@ class StructuredOutputs(BaseModel):
 
     json_: JSONSchema | str | None = Field(None, alias="json", description="A JSON schema, or the text of one.")
     json_object: bool | None = Field(None, description="Any JSON object.")
-    regex: str | None = Field(
-        None, min_length=1, max_length=MAX_REGEX_CHARS, description="The whole answer matches it."
-    )
-    choice: Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | None = Field(
-        None, description="The answer is one of these."
-    )
-    grammar: str | None = Field(
-        None, min_length=1, max_length=MAX_LARK_CHARS, description="A grammar in Lark's notation, from its rule start."
-    )
-
+    regex: Regex | None = Field(None, description="The whole answer matches it.")
+    choice: Choices | None = Field(None, description="The answer is one of these.")
+    grammar: Lark | None = Field(None, description="A grammar in Lark's notation, from its rule start.")
     structural_tag: StructuralTag | Annotated[str, Field(max_length=MAX_TAG_CHARS)] | None = Field(
         None, description="Text with parts of a given form, or the text of such an object."
     )
@@ -110,3 +106,24 @@ class StructuredOutputs(BaseModel):
             got = " and ".join(given) or "none"
             message = f"Invalid 'structured_outputs': expected exactly one of {', '.join(KINDS)}, but got {got}."
             raise InvalidValueError(message, param="structured_outputs")
+
+
+class GuidedFields(BaseModel):
+    """vLLM's older names, each for a part of `structured_outputs`."""
+
+    guided_json: JSONSchema | str | None = Field(None, description="Older name of structured_outputs.json.")
+    guided_regex: Regex | None = Field(None, description="Older name of structured_outputs.regex.")
+    guided_choice: Choices | None = Field(None, description="Older name of structured_outputs.choice.")
+    guided_grammar: Lark | None = Field(None, description="Older name of structured_outputs.grammar.")
+
+    @property
+    def guided_names(self) -> list[str]:
+        """Those that are given."""
+        return [name for name in GuidedFields.model_fields if getattr(self, name) is not None]
+
+    @property
+    def guided(self) -> StructuredOutputs:
+        """What they ask for."""
+        return StructuredOutputs.model_construct(
+            json_=self.guided_json, regex=self.guided_regex, choice=self.guided_choice, grammar=self.guided_grammar
+        )

@@ -3,14 +3,17 @@
 The model is random, in the shape of Llama-3-8B and bfloat16, and made on the spot: it takes 16 GB of disk. What the
 card can do at most is measured in the same run: the bandwidth of a large copy, and the rate of a large product in
 bfloat16. Decoding reads all weights and the keys and values of all tokens in each step; a prompt's work is two
-operations for each weight and token, and those of attention. Both modes are measured: the default, in which answers do
-not depend on the batch, and `--no-batch-invariant`.
+operations for each weight and token, and those of attention. The floor of a time follows from these. Both modes are
+measured: the default, in which answers do not depend on the batch, and `--no-batch-invariant`; then attention alone,
+`generate` of transformers with the same weights, and how much of the host's work the device's hides.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
+import itertools
 import json
 import random
 import statistics
@@ -19,20 +22,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Column, Table
 from safetensors.torch import save_file
 
+from engine.batch import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.kernels.reference import TorchKernels
 from engine.messages import SamplingParams, Submit
-from engine.runner import LoadedModel, load_model
+from engine.record import StepClock
+from engine.request import Step
+from engine.runner import LoadedModel, ModelRunner, PendingOutputs, load_model
 
 REPEATS = 20
+NUM_GENERATED = 64  # tokens of a stream
 WEIGHTS_OF_A_FILE = 9
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class Figure(msgspec.Struct, frozen=True):
     name: str
     mode: str
     seconds: float
-    share_of_limit: float
+    floor: float  # seconds
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +98,8 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     copy_bytes_per_second: float
     product_operations_per_second: float
     figures: list[Figure]
+    decode_speedup: float  # how many times as fast as transformers the most streams are decoded
+    hidden_share: float  # of the host's time while these are decoded, behind the device's
 
 
 def main() -> None:
@@ -99,22 +113,37 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens; default: %(default)s")
     parser.add_argument("--prompt", type=int, default=8192, metavar="N", help="tokens; default: %(default)s")
+    parser.add_argument(
+        "--attention",
+        type=int,
+        nargs=2,
+        default=[64, 4096],
+        metavar=("STREAMS", "TOKENS"),
+        help="decoded with attention alone; default: 64 4096",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
     device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
     limits = copy_rate(device), product_rate(device)
     figures: list[Figure] = []
+    hidden = 0.0
+    num_streams, context = max(arguments.streams), arguments.context
     with tempfile.TemporaryDirectory() as folder:
-        save_model(shape, Path(folder), arguments.prompt + 64, device)
+        save_model(shape, Path(folder), max(arguments.prompt, context) + 64, device)
         for is_invariant in (True, False):
             loaded = load_model(
                 EngineConfig(model_path=folder, device=arguments.device, dtype="bfloat16", batch_invariant=is_invariant)
             )
             mode = "default" if is_invariant else "--no-batch-invariant"
-            decodings = [decode(loaded, shape, limits[0], mode, n, arguments.context) for n in arguments.streams]
-            figures += [*decodings, prefill(loaded, shape, limits[1], mode, arguments.prompt)]
+            figures += [decode(loaded, shape, limits[0], mode, n, context) for n in arguments.streams]
+            figures.append(prefill(loaded, shape, limits[1], mode, arguments.prompt))
+            if is_invariant:
+                figures.append(attention(loaded, shape, limits[0], *arguments.attention))
+                hidden = hidden_share(loaded, num_streams, context)
             del loaded
-            gc.collect()
+            free_memory(device)
+        figures.append(transformers_decode(Path(folder), shape, limits[0], num_streams, context, device))
+    ours = next(figure for figure in figures if figure.name == decode_name(num_streams, context))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     results = Results(
         device=name,
@@ -122,6 +151,8 @@ def main() -> None:
         copy_bytes_per_second=limits[0],
         product_operations_per_second=limits[1],
         figures=figures,
+        decode_speedup=figures[-1].seconds / ours.seconds,
+        hidden_share=hidden,
     )
     if arguments.json:
         print(msgspec.json.encode(results).decode())
@@ -162,15 +193,73 @@ def save_model(shape: Shape, folder: Path, max_model_len: int, device: torch.dev
         }
         save_file(tensors, folder / file)
         files |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def decode_name(num_streams: int, context: int) -> str:
+    return f"decode, {num_streams} streams of {context} tokens"
+
+
+def decode_floor(shape: Shape, copy: float, num_streams: int, context: int) -> float:
+    """Seconds in which a copy moves what a step reads, half of the generated tokens in."""
+    kv_bytes = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+    return (2 * shape.num_weights_read + kv_bytes * num_streams * (context + NUM_GENERATED // 2)) / copy
 
 
 def decode(loaded: LoadedModel, shape: Shape, copy: float, mode: str, num_streams: int, context: int) -> Figure:
-    """The median step in which all streams decode, and the bytes that it reads over what a copy moves in that time."""
-    seconds = statistics.median(step_times(loaded, num_streams, context, max_tokens=64, num_tokens=num_streams))
-    kv_bytes = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
-    num_bytes = 2 * shape.num_weights_read + kv_bytes * num_streams * (context + 32)
-    return Figure(f"decode, {num_streams} streams of {context} tokens", mode, seconds, num_bytes / seconds / copy)
+    """The median step in which all streams decode."""
+    times = step_times(loaded, num_streams, context, max_tokens=NUM_GENERATED, num_tokens=num_streams)
+    floor = decode_floor(shape, copy, num_streams, context)
+    return Figure(decode_name(num_streams, context), mode, statistics.median(times), floor)
+
+
+def transformers_decode(
+    folder: Path, shape: Shape, copy: float, num_streams: int, context: int, device: torch.device
+) -> Figure:
+    """The mean step of `generate` after the first, which computes the prompts. The second of two runs each."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.to(device)
+    prompts = torch.randint(shape.vocab_size, (num_streams, context), device=device)
+    seconds = {1: 0.0, NUM_GENERATED: 0.0}
+    for num_tokens in (*seconds, *seconds):
+        started = time.perf_counter()
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            pad_token_id=0,
+        )
+        assert out.shape == (num_streams, context + num_tokens)
+        out.cpu()  # waits for it
+        seconds[num_tokens] = time.perf_counter() - started
+    step = (seconds[NUM_GENERATED] - seconds[1]) / (NUM_GENERATED - 1)
+    name = decode_name(num_streams, context)
+    return Figure(name, "generate of transformers", step, decode_floor(shape, copy, num_streams, context))
+
+
+def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, context: int) -> Figure:
+    """One layer, with a row for each stream. On a CPU, where this is only tried, plain torch's."""
+    device, kernels = loaded.device, loaded.runner.kernels
+    if device.type == "cpu":
+        kernels = TorchKernels(device, torch.bfloat16)
+    blocks_of_one = -(-context // loaded.memory.block_size)
+    num_blocks = num_streams * blocks_of_one
+    cache = kernels.new_layer_cache(num_blocks, loaded.memory.block_size, shape.num_kv_heads, shape.head_dim)
+    tables = torch.randperm(num_blocks, device=device).view(num_streams, blocks_of_one)
+    rows = torch.arange(num_streams, device=device)
+    ones = np.ones(num_streams, dtype=np.int64)
+    positions = torch.full_like(rows, context - 1)
+    none = rows[:0]
+    batch = BatchInputs(rows, positions, rows, rows, rows, none, none, tables, ones, ones, ones * context)
+    plan = kernels.plan_attention(batch, ones, shape.num_heads, shape.num_kv_heads, cache)
+    q = torch.randn((num_streams, shape.num_heads, shape.head_dim), device=device).to(torch.bfloat16)
+    with torch.inference_mode():
+        seconds = seconds_of(lambda: kernels.paged_attention(q, cache, plan, shape.head_dim**-0.5, None), device)
+    num_bytes = 2 * 2 * shape.num_kv_heads * shape.head_dim * num_streams * context
+    return Figure(f"attention of a layer, {num_streams} rows of {context} tokens", "default", seconds, num_bytes / copy)
 
 
 def prefill(loaded: LoadedModel, shape: Shape, rate: float, mode: str, num_tokens: int) -> Figure:
@@ -179,26 +268,96 @@ def prefill(loaded: LoadedModel, shape: Shape, rate: float, mode: str, num_token
         seconds = sum(step_times(loaded, 1, num_tokens, max_tokens=1))
     attention = 2 * 2 * shape.num_layers * shape.num_heads * shape.head_dim * num_tokens**2 / 2
     operations = 2 * (shape.num_weights_read - shape.vocab_size * shape.hidden_size) * num_tokens + attention
-    return Figure(f"prefill, {num_tokens} tokens", mode, seconds, operations / seconds / rate)
+    return Figure(f"prefill, {num_tokens} tokens", mode, seconds, operations / rate)
 
 
 def step_times(
     loaded: LoadedModel, num_streams: int, context: int, *, max_tokens: int, num_tokens: int | None = None
 ) -> list[float]:
     """Seconds of each step, or of those with `num_tokens` rows."""
+    engine = engine_with(loaded, num_streams, context, max_tokens)
+    found: list[float] = []
+    while engine.has_work:
+        started = time.perf_counter()
+        step, _ = engine.step()
+        if num_tokens is None or (step is not None and step.num_tokens == num_tokens):
+            found.append(time.perf_counter() - started)
+    return found
+
+
+def engine_with(loaded: LoadedModel, num_streams: int, context: int, max_tokens: int) -> Engine:
+    """With so many random prompts."""
     engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), loaded)
     rng = random.Random(0)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
     for number in range(num_streams):
         prompt = [rng.randrange(loaded.config.num_token_ids) for _ in range(context)]
         engine.add(Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0))
-    found: list[float] = []
+    return engine
+
+
+class Marks:
+    """A runner that marks in the device's queue where the work of each step begins and ends."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.kernels = runner.kernels
+        self.spans: list[tuple[Any, Any]] = []  # events
+
+    def forward(self, step: Step, clock: StepClock) -> BatchInputs:
+        return self._between(lambda: self._runner.forward(step, clock))
+
+    def sample(self, step: Step, batch: BatchInputs, clock: StepClock) -> PendingOutputs:
+        return self._between(lambda: self._runner.sample(step, batch, clock))
+
+    def _between(self, work: Callable[[], T]) -> T:
+        first, last = new_event(), new_event()
+        first.record()
+        result = work()
+        last.record()
+        self.spans.append((first, last))
+        return result
+
+    def idle_seconds(self, num_spans: int) -> float:
+        """Between the last so many spans."""
+        spans = self.spans[-num_spans:]
+        gaps = [last.elapsed_time(first) for (_, last), (first, _) in itertools.pairwise(spans)]
+        return float(sum(gaps)) / 1000
+
+
+class HostEvent:
+    """What stands in for an event of a device on a CPU, which is done with what it was told."""
+
+    def record(self) -> None:
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, other: HostEvent) -> float:
+        return 1000 * (other._time - self._time)
+
+
+def new_event() -> Any:
+    if not torch.cuda.is_available():
+        return HostEvent()
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def hidden_share(loaded: LoadedModel, num_streams: int, context: int) -> float:
+    """How much of the host's time in steps that decode is spent while the device computes. On a CPU it says nothing."""
+    marks: Any = Marks(loaded.runner)
+    engine = engine_with(dataclasses.replace(loaded, runner=marks), num_streams, context, NUM_GENERATED)
     while engine.has_work:
-        started = time.perf_counter()
         engine.step()
-        if num_tokens in (None, engine.recorder.steps[-1].num_tokens):
-            found.append(time.perf_counter() - started)
-    return found
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize(loaded.device)
+    steps = list(engine.recorder.steps)[-NUM_GENERATED // 2 :]  # all streams decode, and graphs are there
+    host = sum(seconds for step in steps for part, seconds in step.seconds.items() if part not in ("overlap", "wait"))
+    return max(0.0, 1.0 - float(marks.idle_seconds(2 * len(steps))) / host)
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def copy_rate(device: torch.device) -> float:
@@ -228,14 +387,19 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 
 def print_table(results: Results) -> None:
-    table = Table("what", "mode", Column("ms", justify="right"), Column("of the limit", justify="right"))
+    table = Table("what", "mode", *(Column(name, justify="right") for name in ("ms", "floor", "share")))
     table.title = (
         f"{results.model} on {results.device}: {results.copy_bytes_per_second / 1e9:.0f} GB/s of a copy, "
         f"{results.product_operations_per_second / 1e12:.1f} T operations/s of a product"
     )
     for figure in results.figures:
-        table.add_row(figure.name, figure.mode, f"{1000 * figure.seconds:.2f}", f"{figure.share_of_limit:.0%}")
+        times = (f"{1000 * seconds:.2f}" for seconds in (figure.seconds, figure.floor))
+        table.add_row(figure.name, figure.mode, *times, f"{figure.floor / figure.seconds:.0%}")
     Console().print(table)
+    Console().print(
+        f"{results.decode_speedup:.1f} times as fast as transformers; {results.hidden_share:.0%} of the host's time is "
+        "hidden behind the device's"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Anthropic's official Python client, strict about every answer."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import anthropic
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
+from anthropic.types import ToolUseBlock
 
 from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
 
@@ -92,3 +94,38 @@ def test_errors(client: Anthropic) -> None:
     assert not_found.value.body["error"]["type"] == "not_found_error"
     with pytest.raises(anthropic.BadRequestError, match="maximum context length"):
         client.messages.create(**(REQUEST | {"max_tokens": 5000}))
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+
+
+def test_a_tool_that_has_to_be_used(client: Anthropic) -> None:
+    request: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+        "tools": [{"name": "weather", "description": "The weather of a city", "input_schema": CITY}],
+        "tool_choice": {"type": "any"},
+        "max_tokens": 100,
+        "extra_body": {"temperature": 0},
+    }
+    message = client.messages.create(**request)
+    with client.messages.stream(**request) as stream:
+        streamed = stream.get_final_message()
+    for answer in (message, streamed):
+        (block,) = answer.content
+        assert isinstance(block, ToolUseBlock)
+        assert (block.name, list(block.input), answer.stop_reason) == ("weather", ["city"], "tool_use")
+    call: Any = message.content[0]
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny, 25 degrees."}
+    turns = [{"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
+    request |= {"messages": [*request["messages"], *turns], "tool_choice": {"type": "none"}}
+    (said,) = client.messages.create(**request).content
+    assert said.type == "text"
+    assert said.text
+
+
+def test_an_answer_by_a_schema(client: Anthropic) -> None:
+    fields: dict[str, Any] = {"output_config": {"format": {"type": "json_schema", "schema": CITY}}, "max_tokens": 100}
+    (block,) = client.messages.create(**(REQUEST | fields)).content
+    assert block.type == "text"
+    assert isinstance(json.loads(block.text)["city"], str)

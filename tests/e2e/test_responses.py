@@ -1,11 +1,12 @@
 """`/v1/responses` through the official Python client, strict about every answer."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
 
 from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
 from tests.server.serving import wait_until
@@ -95,3 +96,31 @@ async def test_the_asynchronous_client(server: ServerProcess) -> None:
         assert [event.sequence_number for event in events] == list(range(len(events)))
         assert events[-1].type == "response.incomplete"
         assert (await client.responses.retrieve(events[-1].response.id)).output == events[-1].response.output
+
+
+class Weather(BaseModel):
+    city: Annotated[str, Field(max_length=20)]
+    is_hot: bool
+
+
+def test_an_answer_by_a_schema(client: OpenAI) -> None:
+    response = client.responses.parse(
+        model=MODEL, input="Paris is hot.", text_format=Weather, temperature=0, max_output_tokens=100
+    )
+    assert isinstance(response.output_parsed, Weather)
+
+
+def test_a_tool_that_has_to_be_used(client: OpenAI) -> None:
+    tool: Any = openai.pydantic_function_tool(Weather, name="report")
+    function: Any = {"type": "function", **tool["function"]}
+    request: dict[str, Any] = {"model": MODEL, "tools": [function], "temperature": 0, "max_output_tokens": 100}
+    response = client.responses.create(input="How is Paris?", tool_choice="required", **request)
+    with client.responses.stream(input="How is Paris?", tool_choice="required", **request) as stream:
+        streamed = stream.get_final_response()
+    (call,), (other,) = response.output, streamed.output
+    assert call.type == other.type == "function_call"
+    assert call.arguments == other.arguments
+    assert Weather.model_validate_json(call.arguments)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "Noted."}
+    last = client.responses.create(input=[result], previous_response_id=response.id, tool_choice="none", **request)
+    assert last.output_text

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,17 +63,23 @@ class Model:
     def run(self, submits: Sequence[Submit], engine: Engine | None = None) -> list[list[Answer]]:
         """The choices of each, all in one batch."""
         engine = engine or self.engine()
-        answers = {submit.request_id: [Answer() for _ in range(submit.n)] for submit in submits}
         for submit in submits:
             engine.add(submit)
-        while engine.has_work:
+        answers = self.finish(engine, *submits)
+        engine.scheduler.check()
+        return answers
+
+    def finish(self, engine: Engine, *submits: Submit) -> list[list[Answer]]:
+        """Step until all choices of these have ended."""
+        answers = {submit.request_id: [Answer() for _ in range(submit.n)] for submit in submits}
+        choices = [answer for of_one in answers.values() for answer in of_one]
+        while any(answer.finish_reason is None for answer in choices):
             for event in engine.step()[1]:
                 answer = answers[event.request_id][event.index]
                 answer.token_ids += event.token_ids
                 answer.logprobs += event.logprobs or []
                 answer.finish_reason, answer.error = event.finish_reason, event.error
-        engine.scheduler.check()
-        for answer in (answer for choices in answers.values() for answer in choices):
+        for answer in choices:
             answer.text = self.tokenizer.decode(answer.token_ids)
         return list(answers.values())
 
@@ -152,8 +159,8 @@ def outside_strings(text: str) -> str:
     return re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
 
 
-@settings(max_examples=4, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(schemas=st.lists(SCHEMAS, min_size=24, max_size=24))
+@settings(max_examples=3, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(schemas=st.lists(SCHEMAS, min_size=20, max_size=20))
 def test_whatever_the_schema_the_answer_is_valid(model: Model, schemas: list[dict[str, Any]]) -> None:
     submits = [model.submit(of_schema(schema), seed=index) for index, schema in enumerate(schemas)]
     answers = [choices[0] for choices in model.run(submits)]
@@ -172,9 +179,9 @@ def test_whatever_the_schema_the_answer_is_valid(model: Model, schemas: list[dic
 def test_an_open_object_stays_valid(model: Model) -> None:
     """What may be said beside the properties that are named, and of any depth."""
     schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]}
-    submits = [model.submit(of_schema(schema), seed=seed, max_tokens=120) for seed in range(12)]
+    submits = [model.submit(of_schema(schema), seed=seed, max_tokens=80) for seed in range(12)]
     ended = [choices[0] for choices in model.run(submits) if choices[0].finish_reason == FinishReason.STOP]
-    assert len(ended) > 2
+    assert len(ended) > 1
     for answer in ended:
         Draft202012Validator(schema).validate(json.loads(answer.text))
 
@@ -209,9 +216,9 @@ def mixed_submits(model: Model) -> list[Submit]:
     grammars = [of_schema(SCHEMA), of_regex("([a-z]{1,9} ){4}end"), None, of_schema({"type": "object"})]
     submits = [
         model.submit(
-            grammar, n=1 + index % 2, seed=index, temperature=(0.0, 1.5)[index % 3 > 0], max_tokens=40, logprobs=2
+            grammar, n=1 + index % 2, seed=index, temperature=(0.0, 1.5)[index % 3 > 0], max_tokens=30, logprobs=2
         )
-        for index, grammar in enumerate(grammars * 2)
+        for index, grammar in enumerate([*grammars, grammars[0]])
     ]
     submits[1] = msgspec.structs.replace(
         submits[1], params=msgspec.structs.replace(submits[1].params, repetition_penalty=1.3, logit_bias={105: 3.0})
@@ -223,12 +230,12 @@ def test_the_same_bits_however_they_are_computed(model: Model) -> None:
     """Alone or in a batch, with drafts or without, launched ahead, and after preemption."""
     submits = mixed_submits(model)
     alone = [model.run([submit])[0] for submit in submits]
-    assert len({answer.text for choices in alone for answer in choices}) > 8
-    for mode in ("off", "ngram", "auto"):
+    assert len({answer.text for choices in alone for answer in choices}) > 4
+    for mode in ("off", "auto"):
         assert model.run(submits, model.engine(speculative=mode)) == alone
     assert model.run(submits, model.engine(speculative="off", overlaps=True)) == alone
     small = model.engine()
-    small.scheduler.pool.allocate(small.scheduler.pool.num_free - 9)
+    small.scheduler.pool.allocate(small.scheduler.pool.num_free - 6)
     small.scheduler.check = lambda: None  # type: ignore[method-assign]  # the blocks above are nobody's
     assert model.run(submits, small) == alone
     assert small.stats().preemptions_total > 0
@@ -275,6 +282,28 @@ def test_where_a_grammar_cannot_be_followed_the_request_fails(model: Model) -> N
     failed, (answer,) = model.run([never, good])
     assert [(choice.finish_reason, choice.token_ids) for choice in failed] == [(FinishReason.ERROR, [])] * 2
     assert answer.finish_reason == FinishReason.STOP
+
+
+def test_who_waits_for_a_grammar_holds_up_nobody(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, gate = model.engine(), threading.Event()
+    compiler = engine.grammars._compiler
+    assert compiler is not None
+    compile_soon = compiler.compile
+
+    def compile_late(grammar: str) -> LLMatcher:
+        assert gate.wait(30)
+        return compile_soon(grammar)
+
+    monkeypatch.setattr(compiler, "compile", compile_late)
+    waiting = model.submit(of_schema(SCHEMA), n=2)
+    engine.add(waiting)
+    for _ in range(3):
+        assert engine.step() == (None, [])
+    assert model.answer(None, engine, max_tokens=5).finish_reason == FinishReason.LENGTH
+    assert engine.stats().num_waiting == 2
+    gate.set()
+    ((first, second),) = model.finish(engine, waiting)
+    assert first.finish_reason == second.finish_reason == FinishReason.STOP
 
 
 def test_who_leaves_while_the_grammar_is_compiled(model: Model) -> None:

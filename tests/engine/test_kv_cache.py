@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from engine import kv_cache
 from engine.config import EngineConfig, ModelConfig
 from engine.kernels import KernelOptions, Kernels, load_kernels
+from engine.kernels.gpu.kernels import TritonKernels
 from engine.kernels.reference import TorchKernels
 from engine.kv_cache import MIB, KVCache, MemoryPlan, available_memory, bytes_per_block, plan_memory
 
@@ -58,6 +59,12 @@ def test_bytes_of_the_kernels_of_this_processor(dtype: str, kv_cache_dtype: str,
     assert_bytes_are_those_of_the_tensors(kernels, block_size, stored)
     scale_bytes = 4 if kv_cache_dtype == "int8" else 0
     assert bytes_per_block(MODEL, block_size, kernels) == 2 * 3 * block_size * 2 * (16 * stored.itemsize + scale_bytes)
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "dtype"), [("auto", torch.float16), ("int8", torch.int8)])
+def test_bytes_of_the_kernels_of_a_gpu(kv_cache_dtype: str, dtype: torch.dtype) -> None:
+    kernels = TritonKernels(CPU, torch.float16, kv_cache_dtype=kv_cache_dtype)
+    assert_bytes_are_those_of_the_tensors(kernels, 16, dtype)
 
 
 def assert_bytes_are_those_of_the_tensors(kernels: Kernels, block_size: int, dtype: torch.dtype) -> None:

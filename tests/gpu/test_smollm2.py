@@ -22,7 +22,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SETTINGS: list[dict[str, Any]] = [{}, {"quantization": "none"}, {"quantization": "int8"}, {"enforce_eager": True}]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"quantization": "none"},
+    {"quantization": "int8"},
+    {"kv_cache_dtype": "int8"},
+    {"enforce_eager": True},
+]
 each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
 

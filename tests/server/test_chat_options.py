@@ -1,13 +1,17 @@
 """Thoughts and options of the template in `POST /v1/chat/completions`, over real sockets, with a fake engine."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
-from tests.server.asking import CHAT, MESSAGES, ask, ask_json, ask_stream, shared_server
+from tests.server.asking import CHAT, MESSAGES, ask, ask_json, ask_stream, shared_server, stream_texts
 from tests.server.serving import RunningServer, check_error
+from tests.server.tiny_model import IM_START, IM_START_ID, write_tiny_model
 from tests.server.tool_model import messages_of, prompt, say, write_tool_model
 
 
@@ -140,3 +144,52 @@ def test_the_final_message_is_continued(plain: RunningServer) -> None:
 def test_what_cannot_be_continued(plain: RunningServer, fields: dict[str, Any]) -> None:
     error = check_error(ask(plain.url, CHAT, continue_final_message=True, **fields), 400)
     assert error["param"] == "continue_final_message"
+
+
+# What stands before the prompt and before the answer.
+
+
+def write_model_with_bos(folder: Path) -> tokenizers.Tokenizer:
+    write_tiny_model(folder)
+    path = str(folder / "tokenizer.json")
+    backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(path)
+    backend.post_processor = TemplateProcessing(f"{IM_START} $A", special_tokens=[(IM_START, IM_START_ID)])
+    backend.save(path)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": IM_START}))
+    return backend
+
+
+def test_special_tokens_before_the_prompt(tmp_path: Path, plain: RunningServer) -> None:
+    backend = write_model_with_bos(tmp_path)
+    with shared_server(tmp_path) as server:
+        for value in (True, False, None):
+            ask_json(server.url, CHAT, add_special_tokens=value)
+            token_ids = server.engine.submits[-1].prompt_token_ids
+            text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+            assert token_ids == backend.encode(text, add_special_tokens=bool(value)).ids
+    ask_json(plain.url, CHAT, add_special_tokens=True)  # of a model without BOS
+    without = prompt(plain)
+    ask_json(plain.url, CHAT)
+    assert without == prompt(plain)
+
+
+def test_the_last_message_before_the_answer(plain: RunningServer) -> None:
+    say(plain, "the sea.")
+    begun = [*MESSAGES, {"role": "assistant", "content": "I see "}]
+    for messages, echo, expected in (
+        (begun, True, "I see the sea."),
+        (begun, False, "the sea."),
+        (MESSAGES, True, "the sea."),
+    ):
+        fields = {"messages": messages, "echo": echo, "n": 2, "continue_final_message": messages is begun}
+        choices = ask_json(plain.url, CHAT, **fields)["choices"]
+        assert [choice["message"]["content"] for choice in choices] == [expected] * 2
+        assert stream_texts(ask_stream(plain.url, CHAT, **fields)) == {0: expected, 1: expected}
+
+
+@pytest.mark.parametrize("name", ["echo", "add_special_tokens"])
+def test_switches_are_true_or_false(plain: RunningServer, name: str) -> None:
+    wrong: list[Any] = ["true", 1, []]
+    for value in wrong:
+        assert check_error(ask(plain.url, CHAT, **{name: value}), 400)["param"] == name

@@ -74,6 +74,19 @@ def test_structured_outputs(
         assert [text for text in bad if matches(shared_server, grammar, text)] == []
 
 
+@pytest.mark.parametrize(("wanted", "good", "bad"), ACCEPTED)
+def test_the_older_names(shared_server: RunningServer, wanted: dict[str, Any], good: list[str], bad: list[str]) -> None:
+    ((kind, value),) = wanted.items()
+    if kind == "json_object":
+        return
+    for path in (CHAT, COMPLETIONS):
+        fields = {f"guided_{kind}": value, "guided_decoding_backend": "auto"}
+        grammar = grammar_of(shared_server, path, **fields)
+        assert grammar == grammar_of(shared_server, path, structured_outputs=wanted)
+        assert [text for text in good if not matches(shared_server, grammar, text)] == []
+        assert [text for text in bad if matches(shared_server, grammar, text)] == []
+
+
 def test_response_format(shared_server: RunningServer) -> None:
     grammar = grammar_of(shared_server, CHAT, response_format=json_schema(SCHEMA))
     assert matches(shared_server, grammar, COMPACT)
@@ -173,6 +186,7 @@ HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     ({"type": "string", "pattern": "(a"}, "unclosed group."),
     ({"type": "string", "format": "nosuch"}, "Unknown format: nosuch."),
     ({"type": "strin"}, "Invalid type: strin."),
+    ({"type": "object", "minProperties": 2, "required": ["a"]}, "'minProperties' is not supported above the number"),
     ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum (5) is greater than maximum (3)."),
     ({"type": "object", "x-guidance": {"lenient": True}}, "the key 'x-guidance' is not supported."),
     ({"oneOf": [wide(1), wide(2)]}, "oneOf constraints are not supported."),
@@ -264,6 +278,9 @@ def test_exactly_one(shared_server: RunningServer) -> None:
     both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
     message = refuse(shared_server, CHAT, "structured_outputs.regex", **both)
     assert message == "Invalid 'structured_outputs.regex': not allowed with 'response_format'."
+    for other in ({"guided_choice": ["b"]}, {"structured_outputs": {"json_object": True}}):
+        message = refuse(shared_server, CHAT, "guided_regex", guided_regex="a", **other)
+        assert message == f"Invalid 'guided_regex': not allowed with '{next(iter(other))}'."
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,10 @@ def test_tools_that_cannot_be(model: RunningServer) -> None:
     for fields, param in (
         ({"tools": [FUNCTION, FUNCTION]}, "tools"),
         ({"tools": [FUNCTION | {"name": "a b"}]}, "tools[0].name"),
+        ({"tools": [FUNCTION | {"parameters": {"type": "string"}}]}, "tools[0].parameters"),
+        ({"text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}}, "text.format.name"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "x"}}}}, "text.format.schema"),
+        ({"reasoning": {"effort": "some"}}, "reasoning.effort"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "time"}}, "tool_choice"),
     ):
@@ -145,6 +149,11 @@ def test_tools_that_cannot_be(model: RunningServer) -> None:
     for fields, message in (
         ({"tools": [TOOL, TOOL]}, "Invalid 'tools': two of them"),
         ({"tools": [TOOL | {"name": "a b"}]}, "Invalid 'tools[0].name'"),
+        ({"tools": [TOOL | {"input_schema": {"type": "string"}}]}, "Invalid 'tools[0].input_schema'"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}},
+            "Invalid 'output_config.format.schema'",
+        ),
         ({"tool_choice": {"type": "any"}}, "Invalid 'tool_choice'"),
     ):
         response = httpx.post(f"{model.url}/v1/messages", json=body | fields)

@@ -199,6 +199,8 @@ def test_preflight_passes_without_key_only_with_cors(start_server: StartServer) 
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "https://page.example"
     assert response.headers["x-request-id"]
+    deleting = headers | {"access-control-request-method": "DELETE"}
+    assert httpx.options(server.url + "/v1/responses/resp_1", headers=deleting).status_code == 200
     check_error(httpx.options(server.url + "/v1/models", headers={"origin": "https://page.example"}), 401)
 
     answer = httpx.get(server.url + "/v1/models", headers={"origin": "https://page.example"})

@@ -59,6 +59,18 @@ def test_the_examples_work_and_answers_are_as_described(server: RunningServer) -
                 check(json.loads(event), answers["text/event-stream"]["schema"], whole)
 
 
+def test_the_answers_that_are_shown_are_as_described(server: RunningServer) -> None:
+    whole = document(server)
+    num_shown = 0
+    for methods in whole["paths"].values():
+        for operation in methods.values():
+            for content in operation["responses"]["200"]["content"].values():
+                if "example" in content:
+                    check(content["example"], content["schema"], whole)
+                    num_shown += 1
+    assert num_shown > 9
+
+
 def test_what_is_asked_for_without_a_body(server: RunningServer) -> None:
     whole = document(server)
     created = httpx.post(f"{server.url}/v1/responses", json={"model": "tiny", "input": "Hi"}).json()

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from engine.messages import MIROSTAT_ORDER, SamplerChain, SamplingParams
+from server.generate.parameters import INSTEAD
 from server.schemas.chat import ChatCompletionRequest
 from tests.server.asking import CHAT, COMPLETIONS, MINIMAL, ask, ask_json, shared_server
 from tests.server.conftest import StartServer
@@ -233,6 +234,11 @@ BAD: dict[str, list[Any]] = {
     "truncate_prompt_tokens": [-2, 0, 2**63, *NOT_AN_INTEGER],
     "prompt_logprobs": [-1, 21, *NOT_AN_INTEGER],
     "return_token_ids": ["true", 1, []],
+    "return_tokens_as_token_ids": ["true", 1, []],
+    "guided_json": [5, True, [], "{", "[]", {"type": "strin"}],
+    "guided_regex": ["", "a(", 5, ["a"], "a" * 8193],
+    "guided_choice": [[], [""], ["a", 5], "a", ["a"] * 1001],
+    "guided_grammar": ["", "nonsense", 5, {}],
     "logprob_token_ids": [[-1], [259], [2**80], ["1"], [1.0], [True], 5, "a", [1] * 129],
     "ignore_eos": ["true", 1, []],
     "include_stop_str_in_output": ["true", 1],
@@ -240,6 +246,7 @@ BAD: dict[str, list[Any]] = {
     "priority": [1001, -1001, 2**63, -(2**63), *NOT_AN_INTEGER],
     "cache_salt": [5, [], "x" * 257],
     "stream": ["true", 1, {}],
+    "stream_interval": [0, -1, 2**63, *NOT_AN_INTEGER],
 }
 
 
@@ -401,10 +408,10 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "modalities": [["text", "audio"], ["audio"], []],
     "prediction": [{"type": "content", "content": "a"}],
     "web_search_options": [{}],
-    "guided_json": [{}],
-    "guided_regex": ["a"],
-    "guided_choice": [["a"]],
-    "guided_grammar": ["a"],
+    "json_schema": [{}],
+    "regex": ["a"],
+    "ebnf": ["a"],
+    "grammar": ["root ::= a"],
     "suffix": ["a"],
     "use_beam_search": [True],
     "chat_template": ["a", ""],
@@ -453,6 +460,7 @@ def test_what_is_not_supported_yet_is_refused(server: RunningServer, path: str, 
         assert error["param"] == name
         assert "supported" in error["message"]
         assert error["code"] == "unsupported_parameter"
+        assert ("Use structured_outputs." in error["message"]) == (name in INSTEAD)
     assert len(server.engine.submits) == num_submits
 
 

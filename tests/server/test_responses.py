@@ -194,6 +194,22 @@ def test_a_conversation_goes_on(tiny: RunningServer) -> None:
     assert tiny.engine.submits[-1].prompt_token_ids == chatml(*turns, ("assistant", REPLY), ("user", "Still"))
 
 
+def test_input_tokens(tiny: RunningServer) -> None:
+    first = ask_json(tiny)
+    with openai_client(tiny.url) as client:
+        for fields, turns in (
+            ({}, [("user", "Why?")]),
+            (
+                {"previous_response_id": first["id"], "instructions": "I"},
+                [("system", "I"), ("user", "Hi"), ("assistant", REPLY), ("user", "Why?")],
+            ),
+        ):
+            counted = client.responses.input_tokens.count(model="tiny", input="Why?", **fields)
+            assert counted.input_tokens == len(chatml(*turns))
+    error = check_error(httpx.post(f"{tiny.url}{PATH}/input_tokens", json=MINIMAL | {"model": "x"}), 404)
+    assert error["code"] == "model_not_found"
+
+
 def test_what_came_out_goes_in_again(tiny: RunningServer) -> None:
     first = ask_json(tiny)
     ask_json(tiny, input=[{"role": "user", "content": "Hi"}, *first["output"], {"role": "user", "content": "So?"}])

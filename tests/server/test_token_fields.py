@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 
-from tests.server.asking import CHAT, COMPLETIONS, ask, ask_json, ask_stream, shared_server
-from tests.server.fake_engine import EOS_TOKEN_ID
+from tests.server.asking import (
+    CHAT,
+    COMPLETIONS,
+    ask,
+    ask_json,
+    ask_stream,
+    finish_reasons,
+    shared_server,
+    stream_texts,
+)
+from tests.server.conftest import StartServer
+from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine
 from tests.server.serving import RunningServer, check_error
 
 BOTH = (COMPLETIONS, CHAT)
@@ -157,3 +167,79 @@ def test_minus_one_is_what_there_is_room_for(server: RunningServer) -> None:
     assert error["code"] == "context_length_exceeded"
     error = check_error(ask(server.url, COMPLETIONS, **long | {"truncate_prompt_tokens": MAX_MODEL_LEN + 1}), 400)
     assert error["code"] == "context_length_exceeded"
+
+
+# stream_interval
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_a_chunk_every_so_many_tokens(start_server: StartServer, fake_engine: FakeEngine, path: str) -> None:
+    """The first token is not kept waiting, nor the end."""
+    fake_engine.config.step_seconds = 0.01  # so that no two tokens come at once
+    server = start_server()
+    fields = {"return_token_ids": True, "n": 2, "logprobs": 1 if path == COMPLETIONS else True}
+    for interval, expected in ((None, [1] * 14), (1, [1] * 14), (5, [1, 5, 5, 3]), (10**18, [1, 13])):
+        chunks = ask_stream(server.url, path, stream_interval=interval, **fields)
+        for index in range(2):
+            choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+            parts = [choice["token_ids"] for choice in choices if choice.get("token_ids")]
+            assert [len(part) for part in parts] == expected
+            assert [token_id for part in parts for token_id in part] == [*REPLY, EOS_TOKEN_ID]
+        assert stream_texts(chunks) == {0: "Hello, world!", 1: "Hello, world!"}
+        assert finish_reasons(chunks) == {0: ["stop"], 1: ["stop"]}
+
+
+# return_tokens_as_token_ids
+
+
+def test_tokens_in_log_probabilities_as_their_ids(server: RunningServer) -> None:
+    """The bytes that the chat has beside them stay the token's own."""
+    ids = [f"token_id:{token_id}" for token_id in (*REPLY, EOS_TOKEN_ID)]
+    fields = {"return_tokens_as_token_ids": True}
+    logprobs = ask_json(server.url, COMPLETIONS, logprobs=2, **fields)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ids
+    assert logprobs["top_logprobs"][0] == {"token_id:72": -0.5, "token_id:73": -1.5}
+    content = ask_json(server.url, CHAT, logprobs=True, top_logprobs=2, **fields)["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == ids
+    assert content[0]["bytes"] == [72]
+    assert [entry["token"] for entry in content[0]["top_logprobs"]] == ["token_id:72", "token_id:73"]
+    chunks = ask_stream(server.url, CHAT, logprobs=True, **fields)
+    parts = [choice["logprobs"]["content"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+    assert [entry["token"] for part in parts for entry in part] == ids
+
+
+# --max-logprobs
+
+ASKING: list[tuple[str, str, dict[str, Any]]] = [
+    (COMPLETIONS, "logprobs", {}),
+    (COMPLETIONS, "prompt_logprobs", {}),
+    (CHAT, "top_logprobs", {"logprobs": True}),
+    (CHAT, "prompt_logprobs", {}),
+]
+
+
+@pytest.mark.parametrize(("path", "name", "fields"), ASKING)
+def test_how_many_alternatives_are_allowed(
+    start_server: StartServer, path: str, name: str, fields: dict[str, Any]
+) -> None:
+    def num_asked(server: RunningServer) -> int | None:
+        params = server.engine.submits[-1].params
+        return params.prompt_logprobs if name == "prompt_logprobs" else params.logprobs
+
+    for limit, allowed, refused in ((20, [0, 20], [-1, 21]), (3, [3], [-1, 4, 20]), (-1, [-1, 200, 259], [-2, 260])):
+        server = start_server(max_logprobs=limit)
+        for number in allowed:
+            answer = ask_json(server.url, path, **fields, **{name: number})
+            assert num_asked(server) == (259 if number == -1 else number)
+            if name == "prompt_logprobs" and path == CHAT:
+                assert all(len(entry) >= min(number, 256) for entry in answer["prompt_logprobs"][1:])
+        for number in refused:
+            error = check_error(ask(server.url, path, **fields, **{name: number}), 400)
+            assert error["param"] == name
+            assert str(number) in error["message"] or str(limit) in error["message"]
+
+
+def test_all_tokens_for_an_echoed_prompt(start_server: StartServer) -> None:
+    server = start_server(max_logprobs=-1)
+    answer = ask_json(server.url, COMPLETIONS, prompt="ab", echo=True, logprobs=-1, max_tokens=1)
+    assert [len(top or ()) for top in answer["choices"][0]["logprobs"]["top_logprobs"]] == [0, 256, 256]

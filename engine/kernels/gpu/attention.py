@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine.batch import Lengths
 from engine.kernels import LayerCache
+from engine.kernels.gpu.prompts import PromptPlan
 from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, AttentionTiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -75,11 +76,20 @@ def _merge(highest, total, weighted, other_highest, other_total, other_weighted)
 
 
 @triton.jit
+def _capped(scores, softcap):
+    # tanh(x) = 1 - 2 / (e^2x + 1)
+    bounded = tl.minimum(scores * (2.0 * LOG2_E / softcap), LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return softcap * (1.0 - 2.0 / (tl.exp2(bounded) + 1.0))
+
+
+@triton.jit
 def _segment(
     q,
     positions,
     keys,
     values,
+    key_scales,
+    value_scales,
     table,
     kv_head,
     start,
@@ -88,6 +98,7 @@ def _segment(
     scale,
     softcap,
     window,
+    HAS_SCALES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
@@ -102,20 +113,20 @@ def _segment(
     Scores are in units of log2(e). `end` is the position after the tile's last row.
     """
     columns = tl.arange(0, BLOCK)
-    has_column = columns < SIZE
     highest, total, weighted = _nothing(PACKED, BLOCK)
     for offset in range(start, tl.minimum(start + SEGMENT, end), KEYS):
         tokens = offset + tl.arange(0, KEYS)
         has_token = tokens < end
         blocks = tl.load(table + tokens // TOKENS, mask=has_token, other=0).to(tl.int64)
         places = ((blocks * TOKENS + tokens % TOKENS) * num_kv_heads + kv_head) * SIZE
-        mask = has_token[:, None] & has_column[None, :]
-        k = tl.load(keys + places[:, None] + columns[None, :], mask=mask, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (e^2x + 1)
-            bounded = tl.minimum(scores * (2.0 * LOG2_E / softcap), LARGEST, propagate_nan=tl.PropagateNan.ALL)
-            scores = softcap * (1.0 - 2.0 / (tl.exp2(bounded) + 1.0))
+        scale_places = (blocks * num_kv_heads + kv_head) * TOKENS + tokens % TOKENS
+        mask = has_token[:, None] & (columns < SIZE)[None, :]
+        k = tl.load(keys + places[:, None] + columns[None, :], mask=mask, other=0).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if HAS_SCALES:
+            scores *= tl.load(key_scales + scale_places, mask=has_token, other=0.0)[None, :]
+        scores *= scale
+        scores = _capped(scores, softcap) if HAS_SOFTCAP else scores
         scores *= LOG2_E
         visible = tokens[None, :] <= positions[:, None]
         if HAS_WINDOW:
@@ -125,7 +136,9 @@ def _segment(
         pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shrink = tl.exp2(highest - pivot)
         weights = tl.exp2(scores - pivot[:, None])
-        v = tl.load(values + places[:, None] + columns[None, :], mask=mask, other=0.0)
+        v = tl.load(values + places[:, None] + columns[None, :], mask=mask, other=0)
+        if HAS_SCALES:  # not the weights, of which float16 would lose the small ones
+            v = v.to(tl.float32) * tl.load(value_scales + scale_places, mask=has_token, other=0.0)[:, None]
         total = total * shrink + tl.sum(weights, axis=1)
         weighted = weighted * shrink[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         highest = new_highest
@@ -174,6 +187,8 @@ def _attend(
     tables,
     keys,
     values,
+    key_scales,
+    value_scales,
     q_stride,
     table_stride,
     group_size,
@@ -182,6 +197,7 @@ def _attend(
     softcap,
     window,
     IS_SPLIT: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
@@ -208,8 +224,8 @@ def _attend(
     highest, total, weighted = _nothing(PACKED, BLOCK)
     for start in range(first, last, SEGMENT):
         state = _segment(
-            queries, positions, keys, values, table, kv_head, start, end, num_kv_heads, scale, softcap, window,
-            HAS_SOFTCAP, HAS_WINDOW, PACKED, KEYS, SEGMENT, SIZE, BLOCK, TOKENS
+            queries, positions, keys, values, key_scales, value_scales, table, kv_head, start, end, num_kv_heads,
+            scale, softcap, window, HAS_SCALES, HAS_SOFTCAP, HAS_WINDOW, PACKED, KEYS, SEGMENT, SIZE, BLOCK, TOKENS
         )  # fmt: skip
         highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
     if IS_SPLIT:
@@ -262,6 +278,7 @@ class AttentionPlan:
     block_tables: Tensor
     packed_rows: int
     num_segments: int  # of the longest; 0: every tile goes through its own segments
+    prompts: PromptPlan | None = None  # where torch's attention may take the batch instead
 
 
 def plan_attention(
@@ -317,8 +334,9 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of q [T, H, D], rows side by side, to the keys and values [B, N, KH, D] in each row's blocks.
 
-    A row at position p sees positions max(0, p - window + 1) .. p. Scores are softcap * tanh(score / softcap) unless
-    that is 0 (Gemma 2). Returns [T, H, D].
+    Those of int8 are codes, to be multiplied by scales [B, KH, N]. A row at position p sees positions
+    max(0, p - window + 1) .. p. Scores are softcap * tanh(score / softcap) unless that is 0 (Gemma 2).
+    Returns [T, H, D].
     """
     _, num_heads, size = q.shape
     num_kv_heads = cache.keys.shape[2]
@@ -331,10 +349,12 @@ def paged_attention(
     assert cache.values.is_contiguous()
     block = max(16, triton.next_power_of_2(size))
     strides = (q.stride(0), plan.block_tables.stride(0), num_heads // num_kv_heads, num_kv_heads)
-    inputs = (plan.tiles, plan.block_tables, cache.keys, cache.values, *strides, scale, softcap, window or 0)
+    stored = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    inputs = (plan.tiles, plan.block_tables, *stored, *strides, scale, softcap, window or 0)
     flags = {"HAS_WINDOW": window is not None, "PACKED": plan.packed_rows, "SIZE": size, "BLOCK": block}
     flags |= {"SEGMENT": sizes.segment}
-    attend_flags = flags | {"HAS_SOFTCAP": softcap != 0, "KEYS": sizes.keys, "TOKENS": cache.keys.shape[1]}
+    attend_flags = flags | {"HAS_SOFTCAP": softcap != 0, "HAS_SCALES": cache.key_scales is not None}
+    attend_flags |= {"KEYS": sizes.keys, "TOKENS": cache.keys.shape[1]}
     options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, **LAUNCH_OPTIONS}
     shape = (num_tiles, num_kv_heads, plan.num_segments, plan.packed_rows)
     if not 0 < math.prod(shape) * block * 4 <= MAX_PARTIAL_BYTES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Self, TypeAlias
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs, Lengths
 from engine.kernels import KernelOptions, LayerCache, LinearOp
-from engine.kernels.gpu import attention, rows
+from engine.kernels.gpu import attention, prompts, rows
 from engine.kernels.gpu.attention import AttentionPlan
 from engine.kernels.gpu.graphs import GraphedExecution, capture
 from engine.kernels.gpu.linear import linear
@@ -33,7 +34,10 @@ class TritonKernels(TorchKernels):
     """Kernels in Triton, whose results depend on no other row.
 
     If they need not, products are the library's, which chooses another order of additions for another number of rows;
-    those of packed weights stay.
+    those of packed weights stay. So is the attention of batches of whole prompts.
+
+    A KV cache of 8 bits holds int8 with a scale for each token and head, as on a CPU, rather than float8: any card can
+    load it, and it is several times as exact, for float8 has three bits after the point whatever the head's range is.
     """
 
     def __init__(
@@ -44,13 +48,17 @@ class TritonKernels(TorchKernels):
         *,
         batch_invariant: bool = True,
         quantization: str = "none",
+        kv_cache_dtype: str = "auto",
         enforce_eager: bool = False,
     ) -> None:
         super().__init__(device, dtype, max_num_rows)
         self.deterministic = batch_invariant
         self.keep_packed = frozenset(READERS) if quantization == "auto" else frozenset()
+        self.cache_dtype = torch.int8 if kv_cache_dtype == "int8" else dtype
         self.to_int8 = quantization == "int8"
         self.enforce_eager = enforce_eager
+        can_attend = prompts.can_attend(device, dtype) and self.cache_dtype == dtype
+        self.attends_to_prompts = can_attend and not batch_invariant
         self.weight_formats: list[str] = []  # that were met, in order
         self.tiles = tiles_for(device, dtype)
         self.name = f"triton {triton.__version__} {card_name(device)}"
@@ -63,6 +71,7 @@ class TritonKernels(TorchKernels):
             options.max_num_rows,
             batch_invariant=options.batch_invariant,
             quantization=options.quantization,
+            kv_cache_dtype=options.kv_cache_dtype,
             enforce_eager=options.enforce_eager,
         )
 
@@ -79,7 +88,7 @@ class TritonKernels(TorchKernels):
         name = packed[0].type_name if packed else "int8" if self.to_int8 else str(self.dtype).removeprefix("torch.")
         if name.lower() not in self.weight_formats:
             self.weight_formats.append(name.lower())
-            cache = str(self.dtype).removeprefix("torch.")
+            cache = str(self.cache_dtype).removeprefix("torch.")
             self.formats = f"weights {', '.join(self.weight_formats)}, KV cache {cache}"
         if packed:
             return from_ggml(concatenate(packed), self.device)
@@ -93,14 +102,17 @@ class TritonKernels(TorchKernels):
             return adding(lambda x: F.linear(x, weights, bias).to(dtype))
         sizes = [len(part) for part in matrix]
         biases = [None] * len(matrix) if bias is None else torch.split(bias, sizes)
+        tiles = [self.tiles.linear_for(*part.shape) for part in matrix]
 
-        def product(x: Tensor) -> Tensor:
-            out = torch.empty((len(x), sum(sizes)), dtype=dtype, device=x.device)
-            for part, part_bias, columns in zip(matrix, biases, torch.split(out, sizes, dim=1), strict=True):
-                linear(x, part, part_bias, self.tiles.linear, columns)
+        def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            adds = residual is not None
+            out = torch.empty((len(x), sum(sizes)), dtype=dtype, device=x.device) if residual is None else residual
+            columns = torch.split(out, sizes, dim=1)
+            for part, part_bias, part_tiles, some in zip(matrix, biases, tiles, columns, strict=True):
+                linear(x, part, part_bias, part_tiles, some, adds=adds)
             return out
 
-        return adding(product)
+        return product
 
     def embed(self, token_ids: Tensor, matrix: Matrix) -> Tensor:  # type: ignore[override]
         (table,) = matrix
@@ -111,6 +123,19 @@ class TritonKernels(TorchKernels):
 
     def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         return rows.act_and_mul(gate_up, activation)
+
+    def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        head_bytes = head_dim + 4 if self.cache_dtype == torch.int8 else head_dim * self.dtype.itemsize
+        return 2 * block_size * num_kv_heads * head_bytes
+
+    def new_layer_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
+        """Keys and values [B, N, KH, D]; scales of int8 [B, KH, N]."""
+        if self.cache_dtype != torch.int8:
+            return super().new_layer_cache(num_blocks, block_size, num_kv_heads, head_dim)
+        shape = (2, num_blocks, block_size, num_kv_heads, head_dim)
+        keys, values = torch.zeros(shape, dtype=torch.int8, device=self.device)
+        scales = torch.zeros((2, num_blocks, num_kv_heads, block_size), device=self.device)
+        return LayerCache(keys, values, *scales)
 
     def rope_and_store_kv(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LayerCache
@@ -130,7 +155,7 @@ class TritonKernels(TorchKernels):
         self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
     ) -> AttentionPlan:
         is_decode = len(query_lens) == len(batch.token_ids) and bool((query_lens == 1).all())
-        return attention.plan_attention(
+        plan = attention.plan_attention(
             query_lens,
             batch.seq_lens,
             batch.block_tables,
@@ -139,8 +164,12 @@ class TritonKernels(TorchKernels):
             self.tiles.attention,
             positions=batch.positions if is_decode else None,
         )
+        whole = prompts.plan_prompts(batch, query_lens, cache) if self.attends_to_prompts else None
+        return replace(plan, prompts=whole)
 
     def paged_attention(  # type: ignore[override]
         self, q: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float, window: int | None
     ) -> Tensor:
+        if plan.prompts is not None and window is None:
+            return prompts.prompt_attention(q, cache, plan.prompts, scale)
         return attention.paged_attention(q.contiguous(), cache, plan, scale, window, self.tiles.attention)

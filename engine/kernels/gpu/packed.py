@@ -34,6 +34,10 @@ class PackedMatrix:
         return len(self.codes)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.codes), self.num_inputs
+
+    @property
     def bits(self) -> int:
         return 4 if self.codes.dtype == torch.uint8 else 8
 

@@ -11,6 +11,8 @@ from engine.kernels import LayerCache
 from engine.kernels.gpu.tiles import LAUNCH_OPTIONS
 
 ACT_COLUMNS = 1024  # of a program
+SMALLEST = tl.constexpr(1e-30)  # what is smaller counts as 0
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: next to it float32 has whole numbers only
 LARGEST = tl.constexpr(80.0)  # e to the power of which is finite, and as good as infinite where it is used
 
 
@@ -66,39 +68,75 @@ def act_and_mul(gate_up: Tensor, activation: str) -> Tensor:
 
 
 @triton.jit
-def _rotate(x, out, cos, sin, half, BLOCK: tl.constexpr):
-    """The pairs (i, i + half) of one head."""
+def _rotated(x, cos, sin, half, BLOCK: tl.constexpr):
+    """One head, whose pairs are (i, i + half)."""
     columns = tl.arange(0, BLOCK)
-    mask = columns < half
-    first = tl.load(x + columns, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(x + half + columns, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(cos + columns, mask=mask, other=0.0)
-    s = tl.load(sin + columns, mask=mask, other=0.0)
-    tl.store(out + columns, (first * c - second * s).to(out.dtype.element_ty), mask=mask)
-    tl.store(out + half + columns, (second * c + first * s).to(out.dtype.element_ty), mask=mask)
+    mask = columns < 2 * half
+    is_first = columns < half
+    angles = tl.where(is_first, columns, columns - half)
+    values = tl.load(x + columns, mask=mask, other=0.0).to(tl.float32)
+    others = tl.load(x + tl.where(is_first, columns + half, columns - half), mask=mask, other=0.0).to(tl.float32)
+    turned = others * tl.load(sin + angles, mask=mask, other=0.0)
+    return values * tl.load(cos + angles, mask=mask, other=0.0) + tl.where(is_first, -turned, turned)
+
+
+@triton.jit
+def _store_head(values, heads, place, scales, scale_place, size, HAS_SCALES: tl.constexpr, BLOCK: tl.constexpr):
+    """One head [BLOCK] as it is, or as codes of -127 .. 127 and a scale, which is a NaN if a number is not finite."""
+    columns = tl.arange(0, BLOCK)
+    if HAS_SCALES:
+        sizes = tl.abs(values)
+        are_finite = tl.min((sizes < float("inf")).to(tl.int32), axis=0) > 0
+        largest = tl.max(sizes, axis=0)
+        tl.store(scales + scale_place, tl.where(are_finite, tl.div_rn(largest, 127.0), float("nan")))
+        has_codes = are_finite & (largest > SMALLEST)
+        codes = tl.where(has_codes, values, 0.0) * tl.div_rn(127.0, tl.where(has_codes, largest, 1.0))
+        values = (codes + ROUNDER) - ROUNDER
+    tl.store(heads + place * size + columns, values.to(heads.dtype.element_ty), mask=columns < size)
 
 
 @triton.jit
 def _rope_and_store_kv(
-    q, k, v, out, cos, sin, slots, keys, values, row_stride, num_heads, num_kv_heads, half, BLOCK: tl.constexpr
+    q,
+    k,
+    v,
+    out,
+    cos,
+    sin,
+    slots,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    row_stride,
+    num_heads,
+    num_kv_heads,
+    half,
+    HAS_SCALES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     size = 2 * half
+    columns = tl.arange(0, BLOCK)
     cos += row * half
     sin += row * half
     if head < num_heads:
-        _rotate(q + row * row_stride + head * size, out + (row * num_heads + head) * size, cos, sin, half, BLOCK)
+        rotated = _rotated(q + row * row_stride + head * size, cos, sin, half, BLOCK)
+        place = out + (row * num_heads + head) * size + columns
+        tl.store(place, rotated.to(out.dtype.element_ty), mask=columns < size)
     else:
         slot = tl.load(slots + row)
         if slot >= 0:
             kv_head = head - num_heads
-            place = (slot * num_kv_heads + kv_head) * size
-            _rotate(k + row * row_stride + kv_head * size, keys + place, cos, sin, half, BLOCK)
-            columns = tl.arange(0, 2 * BLOCK)
-            mask = columns < size
-            value = tl.load(v + row * row_stride + kv_head * size + columns, mask=mask)
-            tl.store(values + place + columns, value.to(values.dtype.element_ty), mask=mask)
+            first = row * row_stride + kv_head * size
+            place = slot * num_kv_heads + kv_head
+            scale_place = (slot // TOKENS * num_kv_heads + kv_head) * TOKENS + slot % TOKENS
+            key = _rotated(k + first, cos, sin, half, BLOCK)
+            value = tl.load(v + first + columns, mask=columns < size, other=0.0).to(tl.float32)
+            _store_head(key, keys, place, key_scales, scale_place, size, HAS_SCALES, BLOCK)
+            _store_head(value, values, place, value_scales, scale_place, size, HAS_SCALES, BLOCK)
 
 
 def rope_and_store_kv(
@@ -107,7 +145,7 @@ def rope_and_store_kv(
     """Rotate q [T, H, D] and k [T, KH, D] (Su et al. 2021), store k and v at `slots` [T] unless they are negative, and
     return the rotated q.
 
-    cos and sin are float32 [T, D / 2]; the cache's keys and values are [B, N, KH, D].
+    cos and sin are float32 [T, D / 2]; the cache's keys and values are [B, N, KH, D], with scales [B, KH, N] for int8.
     """
     num_rows, num_heads, size = q.shape
     num_kv_heads = k.shape[1]
@@ -125,11 +163,15 @@ def rope_and_store_kv(
             slots,
             cache.keys,
             cache.values,
+            cache.key_scales,
+            cache.value_scales,
             q.stride(0),
             num_heads,
             num_kv_heads,
             size // 2,
-            BLOCK=triton.next_power_of_2(size // 2),
+            HAS_SCALES=cache.key_scales is not None,
+            TOKENS=cache.keys.shape[1],
+            BLOCK=triton.next_power_of_2(size),
             **LAUNCH_OPTIONS,
         )
     return out

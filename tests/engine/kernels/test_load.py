@@ -90,8 +90,7 @@ def test_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: 
     ],
 )
 def test_int8_is_not_left_out_in_silence(options: KernelOptions, flag: str, no_compiler: None) -> None:
-    needed = r"(the C\+\+ kernels|kernels of its own)"
-    with pytest.raises(ValueError, match=f"{flag} needs {needed}, but there is no compiler"):
+    with pytest.raises(ValueError, match=f"{flag} needs kernels of its own, but there is no compiler"):
         load_kernels(CPU, options)
 
 

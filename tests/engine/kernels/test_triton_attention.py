@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.kernels import LayerCache
 from engine.kernels.gpu import attention
 from engine.kernels.gpu.kernels import TritonKernels
 from engine.kernels.gpu.tiles import TABLE, AttentionTiles, Tiles
@@ -143,6 +144,36 @@ def test_it_does_not_depend_on_the_batch(shape: Shape) -> None:
         spans = [(0, start, min(start + chunk, 1100)) for start in range(1080, 1100, chunk)]
         (_, *mixed) = attend(paged, [(1, 0, 37), *spans, (2, 0, 1)])
         assert torch.equal(torch.cat(mixed[:-1]), whole), f"chunks of {chunk}"
+
+
+def stored_in_int8(paged: Paged) -> Paged:
+    """The same with codes and scales in the cache; its keys and values are the numbers that these stand for."""
+    codes, scales = [], []
+    for stored in (paged.cache.keys, paged.cache.values):
+        largest = stored.float().abs().amax(dim=-1, keepdim=True)
+        codes.append((stored.float() * 127 / largest).round().to(torch.int8))
+        scales.append((largest / 127).squeeze(-1).transpose(1, 2).contiguous())
+    paged.cache = LayerCache(*codes, *scales)
+    for of_sequences, its_codes, its_scales in zip((paged.k, paged.v), codes, scales, strict=True):
+        numbers = (its_codes.double() * its_scales.transpose(1, 2).unsqueeze(-1)).flatten(0, 1)
+        for sequence, ids in enumerate(paged.block_ids):
+            of_sequences[sequence] = numbers[paged._slots(ids, len(of_sequences[sequence]))]
+    return paged
+
+
+@pytest.mark.parametrize("garbage", [1e4, float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 300])
+def test_codes_of_8_bits(window: int | None, dtype: torch.dtype, garbage: float) -> None:
+    paged = stored_in_int8(Paged(Shape(2, 3, 80, 32, window, dtype), [600, 37], 8, garbage, TritonKernels))
+    assert_as_in_the_textbook(paged, [(0, 590, 600), (1, 0, 37), (0, 599, 600)])
+
+
+def test_codes_of_8_bits_do_not_depend_on_the_batch() -> None:
+    paged = stored_in_int8(Paged(Shape(1, 3, 64, 32, None, torch.float16), [600, 37], 9, kernels=TritonKernels))
+    (whole,) = attend(paged, [(0, 580, 600)])
+    (_, *mixed) = attend(paged, [(1, 0, 37), (0, 580, 587), (0, 587, 600)])
+    assert torch.equal(torch.cat(mixed), whole)
 
 
 def test_what_lies_in_other_slots_does_not_matter() -> None:

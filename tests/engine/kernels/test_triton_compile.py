@@ -46,24 +46,36 @@ def compile(fn, constants, num_warps, num_stages, **types):
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     compiled = triton.compile(ASTSource(fn, signature, constexprs, attributes), target=target, options=options)
     assert compiled.asm["cubin" if is_cuda else "hsaco"]
-    shared[f"{fn.__name__} {dtype} {constants}"] = compiled.metadata.shared
+    shared[f"{len(shared)} {fn.__name__} {dtype} {constants}"] = compiled.metadata.shared
 
 
 for dtype in ("*fp16", "*bf16", "*fp32"):
     tiles = SMALLEST if dtype == "*fp32" else tiles_of_card
     x = dict.fromkeys(("x", "weights", "bias", "out", "weight", "gate_up", "q", "k", "v", "keys", "values"), dtype)
-    sizes = tiles.linear
-    constants = {"ROWS": sizes.rows, "COLUMNS": sizes.columns, "INPUTS": sizes.inputs, "GROUP": linear.ROW_GROUP}
-    for has_bias, bits, group, has_minimum in (
-        (False, 16, 1, False), (True, 16, 1, False), (True, 4, 32, True), (False, 8, 32, False), (False, 8, 16, True)
+    for shape, is_split, formats in (
+        ((128256, 4096), False, ((False, 16, 1, False), (True, 4, 32, True), (False, 8, 32, False))),
+        ((4096, 4096), False, ((False, 16, 1, False), (False, 8, 16, True))),
+        ((4096, 4096), True, ((False, 16, 1, False), (True, 4, 32, True))),
     ):
-        flags = {"HAS_BIAS": has_bias, "BITS": bits, "SCALE_INPUTS": group, "HAS_MINIMUM": has_minimum}
-        types = x | {"weights": {16: dtype, 8: "*i8", 4: "*u8"}[bits], "scales": "*fp16", "minima": "*fp32"}
-        compile(linear._linear, flags | constants, sizes.num_warps, sizes.num_stages, **types)
+        sizes = tiles.linear_for(*shape)
+        constants = {"ROWS": sizes.rows, "COLUMNS": sizes.columns, "INPUTS": sizes.inputs, "GROUP": linear.ROW_GROUP}
+        constants |= {"SPLITS": sizes.splits, "IS_SPLIT": is_split}
+        for has_bias, bits, group, has_minimum in formats:
+            flags = {"HAS_BIAS": has_bias, "BITS": bits, "SCALE_INPUTS": group, "HAS_MINIMUM": has_minimum}
+            types = x | {"weights": {16: dtype, 8: "*i8", 4: "*u8"}[bits], "scales": "*fp16", "minima": "*fp32"}
+            flags |= {"ADDS": not has_bias}
+            compile(linear._linear, flags | constants, sizes.num_warps, sizes.num_stages, partial="*fp32", **types)
+    constants = {"HAS_BIAS": True, "ADDS": True, "SPLITS": 4, "COLUMNS": linear.SUM_COLUMNS}
+    compile(linear._add_splits, constants, 4, 2, partial="*fp32", **x)
     compile(rows._rms_norm, {"BLOCK": 4096}, 4, 2, eps="fp32", **x)
     for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
         compile(rows._act_and_mul, {"ACTIVATION": activation, "BLOCK": rows.ACT_COLUMNS}, 4, 2, **x)
-    compile(rows._rope_and_store_kv, {"BLOCK": 64}, 4, 2, cos="*fp32", sin="*fp32", slots="*i64", **x)
+    numbers = {"keys": "*i8", "values": "*i8", "key_scales": "*fp32", "value_scales": "*fp32"}
+    for scales in (None, numbers):
+        types = x | {"cos": "*fp32", "sin": "*fp32", "slots": "*i64"} | (scales or {})
+        constants = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": scales is not None}
+        constants |= {} if scales else {"key_scales": None, "value_scales": None}
+        compile(rows._rope_and_store_kv, constants, 4, 2, **types)
     sizes = tiles.attention
     types = {"tiles": "*i32", "tables": "*i64", "scale": "fp32", "softcap": "fp32", "partial": "*fp32"}
     types |= {"states": "*fp32"} | x
@@ -71,8 +83,11 @@ for dtype in ("*fp16", "*bf16", "*fp32"):
         constants = {"HAS_WINDOW": has_window, "PACKED": sizes.packed_rows, "SEGMENT": sizes.segment}
         constants |= {"SIZE": size, "BLOCK": block}
         compile(attention._reduce, constants, sizes.num_warps, 2, **types)
-        constants |= {"HAS_SOFTCAP": has_window, "KEYS": sizes.keys}
-        compile(attention._attend, constants | {"IS_SPLIT": True}, sizes.num_warps, sizes.num_stages, **types)
+        constants |= {"HAS_SOFTCAP": has_window, "KEYS": sizes.keys, "TOKENS": 32}
+        constants |= {"HAS_SCALES": True, "IS_SPLIT": True}
+        compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types | numbers)
+        constants |= {"HAS_SCALES": False, "key_scales": None, "value_scales": None}
+        compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types)
         constants |= {"IS_SPLIT": False, "partial": None, "states": None}
         compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types)
 dtype = "*fp32"  # of logits
@@ -95,7 +110,7 @@ def test_kernels_compile(target: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     shared = json.loads(done.stdout)
-    assert len(shared) == 72
+    assert len(shared) == 96
     assert max(shared.values()) <= TARGETS[target], shared
 
 

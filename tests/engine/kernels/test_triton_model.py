@@ -2,11 +2,13 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from engine.config import EngineConfig
 from engine.core import Engine
@@ -32,11 +34,9 @@ def models() -> dict[str, PreTrainedModel]:
     }
 
 
-def load(folder: Path, dtype: str = "float32", *, batch_invariant: bool = True) -> LoadedModel:
+def load(folder: Path, dtype: str = "float32", **settings: Any) -> LoadedModel:
     with choose_kernels("triton"):
-        loaded = load_model(
-            EngineConfig(model_path=str(folder), device="cpu", dtype=dtype, batch_invariant=batch_invariant)
-        )
+        loaded = load_model(EngineConfig(model_path=str(folder), device="cpu", dtype=dtype, **settings))
     assert loaded.runner.kernels.name == f"triton {triton.__version__} interpreter"
     return loaded
 
@@ -60,10 +60,41 @@ def test_same_as_transformers(name: str, tmp_path: Path) -> None:
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_same_request_gets_the_same_answer(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _rounded(x: Tensor) -> Tensor:
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+class RoundedCache(DynamicCache):
+    """Keys and values [.., KV heads, tokens, head size] are codes of -127 .. 127 times the scale of their head."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (_rounded(x) for x in (key_states, value_states))
+        stored: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)
+        return stored
+
+
+def test_a_cache_of_8_bits(tmp_path: Path) -> None:
+    model = models()["llama"]
+    loaded = load(save_random_model(model, tmp_path, SEED), kv_cache_dtype="int8")
+    assert loaded.runner.kernels.formats == "weights float32, KV cache int8"
+    prompt = prompt_of(60)
+    with torch.inference_mode():
+        exact, rounded = (
+            model(torch.tensor([prompt]), None, None, cache).logits[0] for cache in (DynamicCache(), RoundedCache())
+        )
+    assert float((exact - rounded).abs().max()) > 0.05
+    errors = (all_logits(loaded, prompt) - rounded).abs()
+    assert float(errors.max()) < 0.02, errors.max()  # a few codes are another, by rounding before
+    assert float(errors.mean()) < 0.001
+
+
+@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "int8"), ("float16", "auto")])
+def test_the_same_request_gets_the_same_answer(
+    dtype: str, kv_cache_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Alone on the grid split over keys; on the other among others, in chunks, with a cached prefix: the same bits."""
-    loaded = load(save_random_model(models()["llama"], tmp_path, SEED), dtype)
+    loaded = load(save_random_model(models()["llama"], tmp_path, SEED), dtype, kv_cache_dtype=kv_cache_dtype)
 
     def answers(engine: Engine, lengths: tuple[int, ...]) -> dict[int, tuple[list[int], list[TokenLogprobs]]]:
         for length in lengths:

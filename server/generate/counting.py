@@ -1,0 +1,22 @@
+"""How many tokens a conversation is as a prompt."""
+
+import anyio.to_thread
+from fastapi import Request
+
+from server.context import get_context
+from server.generate.endpoint import Endpoint
+from server.generate.parameters import check_model, unknown_parameters, warnings_header
+from server.schemas.chat import ChatCompletionRequest
+
+
+async def count_prompt_tokens(
+    request: Request, body: ChatCompletionRequest, endpoint: Endpoint[ChatCompletionRequest]
+) -> tuple[int, dict[str, str]]:
+    """The number, and headers of the answer. Raises BadRequestError or ModelNotFoundError."""
+    context = get_context(request)
+    check_model(body.model, context.model_names)
+    unknown = unknown_parameters(body, strict=context.settings.strict)
+    body.check()
+    context.metrics.count_unknown_parameters(len(unknown))
+    (prompt,) = await anyio.to_thread.run_sync(endpoint.encode, context, body, limiter=context.tokenize_threads)
+    return len(prompt.token_ids), {"x-lightwell-warnings": warnings_header(unknown)} if unknown else {}

@@ -1,0 +1,18 @@
+// Runs what one client's file checks: `node openai_client.mjs URL KEY MODEL` prints a line of JSON for each check, as
+// harness.py does.
+
+const [url, key, model] = process.argv.slice(2);
+export const server = { url, baseURL: `${url}/v1`, key, model };
+
+// Run a check that has a name, and say what of the server it uses: `await exercises("chat")(async function plain() {})`.
+export const exercises =
+  (...capabilities) =>
+  async (check) => {
+    let failure = null;
+    try {
+      await check();
+    } catch (error) {
+      failure = error.stack ?? String(error);
+    }
+    console.log(JSON.stringify({ check: check.name, exercises: capabilities, failure }));
+  };

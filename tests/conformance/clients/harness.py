@@ -1,0 +1,82 @@
+"""Runs what one client's file checks, in the environment that the client is installed in: needs no other package.
+
+    python -m tests.conformance.clients.harness openai_client URL KEY MODEL
+
+prints a line of JSON for each check: its name, what it exercises, and where it failed.
+"""
+
+import asyncio
+import importlib
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Check = TypeVar("Check", bound=Callable[..., Any])
+Refusal = TypeVar("Refusal", bound=Exception)
+
+SECONDS = 300.0  # that a client waits for an answer; bounds hangs only
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a client is told of the server: `url` is without `/v1`."""
+
+    url: str
+    key: str
+    model: str
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.url}/v1"
+
+
+def exercises(*capabilities: str) -> Callable[[Check], Check]:
+    """Say what of the server a check uses. The README's table is made of the words in these brackets."""
+
+    def mark(check: Check) -> Check:
+        check.__dict__["exercises"] = capabilities
+        return check
+
+    return mark
+
+
+def refused(kind: type[Refusal], ask: Callable[..., object], **fields: Any) -> Refusal:
+    """The error of the client's own kind that `ask(**fields)` raises."""
+    try:
+        ask(**fields)
+    except kind as error:
+        return error
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def main(module: str, *server: str) -> None:
+    for check in vars(importlib.import_module(f"{__package__}.{module}")).values():
+        if capabilities := getattr(check, "__dict__", {}).get("exercises"):
+            with redirect_stdout(sys.stderr):
+                failed = failure(check, Server(*server))
+            line = {"check": check.__name__, "exercises": capabilities, "failure": failed}
+            print(json.dumps(line), flush=True)
+
+
+def failure(check: Callable[[Server], Any], server: Server) -> str | None:
+    """The traceback, or None where all is as it should be."""
+    try:
+        result = check(server)
+        if inspect.isawaitable(result):
+            asyncio.run(awaited(result))
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+async def awaited(result: Any) -> None:
+    await result
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+"""The clients that are tried, at which versions, and what of the server each check says it exercises."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+ENVIRONMENTS = FOLDER.parents[1] / ".venv-clients"
+
+# In the order of the README's table.
+CAPABILITIES = (
+    "chat",
+    "streaming",
+    "async",
+    "usage",
+    "tools",
+    "structured output",
+    "logprobs",
+    "completions",
+    "responses",
+    "messages",
+    "models",
+    "errors",
+)
+
+
+@dataclass(frozen=True)
+class Client:
+    """A package for Python or, where its file is JavaScript, from npm. `lock` names its environment for Python."""
+
+    package: str
+    file: str
+    lock: str = "clients"
+
+    @property
+    def is_javascript(self) -> bool:
+        return self.file.endswith(".mjs")
+
+    @property
+    def name(self) -> str:
+        return f"`{self.package}`, {'JavaScript' if self.is_javascript else 'Python'}"
+
+    @property
+    def version(self) -> str:
+        if self.is_javascript:
+            packages = json.loads((FOLDER / "package-lock.json").read_text(encoding="utf-8"))["packages"]
+            return str(packages[f"node_modules/{self.package}"]["version"])
+        lock = (FOLDER / "requirements" / f"{self.lock}.txt").read_text(encoding="utf-8")
+        (version,) = re.findall(rf"^{re.escape(self.package)}==(\S+)", lock, re.MULTILINE)
+        return str(version)
+
+    @property
+    def exercises(self) -> set[str]:
+        source = (FOLDER / "clients" / self.file).read_text(encoding="utf-8")
+        return set(re.findall(r'"(.+?)"', " ".join(re.findall(r"\bexercises\((.*?)\)", source))))
+
+
+CLIENTS = (Client("openai", "openai_client.py"),)
+
+
+def markdown_table() -> str:
+    lines = ["| Client | version | what is exercised |", "|---|---|---|"]
+    for client in CLIENTS:
+        exercised = [capability for capability in CAPABILITIES if capability in client.exercises]
+        lines.append(f"| {client.name} | {client.version} | {', '.join(exercised)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")

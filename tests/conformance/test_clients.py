@@ -1,0 +1,70 @@
+"""What users of each client do, done by the client itself against one real server.
+
+The clients live in environments of their own, which `make test` makes from the lock files here.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conformance.table import CAPABILITIES, CLIENTS, ENVIRONMENTS, FOLDER, Client, markdown_table
+from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess, shared_server
+
+ROOT = FOLDER.parents[1]
+KEY = "sk-conformance"
+OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it is fetched at import
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_path: Path) -> Iterator[ServerProcess]:
+    flags = ("--max-num-seqs=16", "--max-model-len=4096", "--kv-cache-memory=256MiB")
+    with shared_server(smollm2_path, *flags, LIGHTWELL_API_KEY=KEY) as server:
+        yield server
+
+
+def command(client: Client) -> list[str]:
+    """That runs the client's checks, without what they need to know of the server."""
+    if client.is_javascript:
+        assert shutil.which("npm"), "this test needs node and npm (on Debian and Ubuntu: the package npm)"
+        assert (FOLDER / "node_modules" / client.package).exists(), "`make test` installs the clients from npm"
+        return ["node", str(FOLDER / "clients" / client.file)]
+    python = ENVIRONMENTS / client.lock / "bin" / "python"
+    assert python.exists(), "`make test` installs the clients"
+    return [str(python), "-m", "tests.conformance.clients.harness", client.file.removesuffix(".py")]
+
+
+@pytest.mark.parametrize("client", CLIENTS, ids=[client.file for client in CLIENTS])
+def test_client(client: Client, server: ServerProcess) -> None:
+    process = subprocess.run(
+        [*command(client), server.url, KEY, MODEL],
+        cwd=ROOT,
+        env=os.environ | OFFLINE,
+        capture_output=True,
+        text=True,
+        timeout=2 * REQUEST_SECONDS,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    checks: list[dict[str, Any]] = [json.loads(line) for line in process.stdout.splitlines()]
+    failures = [f"{check['check']}: {check['failure']}" for check in checks if check["failure"]]
+    assert not failures, "\n".join(failures)
+    exercised = {capability for check in checks for capability in check["exercises"]}
+    assert exercised == client.exercises != set()
+    assert exercised <= set(CAPABILITIES)
+
+
+def test_readme_has_the_table() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    between = readme.partition("<!-- clients:begin -->")[2].partition("<!-- clients:end -->")[0]
+    assert between.strip() == markdown_table().strip(), "put the output of `python -m tests.conformance.table` there"
+
+
+def test_every_file_is_run() -> None:
+    files = {path.name for path in (FOLDER / "clients").glob("*_client.*")}
+    assert files == {client.file for client in CLIENTS}

@@ -1,0 +1,69 @@
+"""The store of responses against a plain model of it: how many and how large, and which go first."""
+
+import random
+
+import msgspec
+import pytest
+
+from server.generate.endpoint import Head
+from server.generate.responses import new_response
+from server.response_store import ResponseStore, StoredResponse
+from server.schemas.responses import MessageItem, OutputText, ResponsesRequest
+
+
+def make(number: int, size: int, earlier: StoredResponse | None = None) -> StoredResponse:
+    request = ResponsesRequest.model_validate({"model": "m", "input": "x"})
+    stored = StoredResponse(
+        new_response(request, Head(f"resp_{number}", 1, "m", "fp"), {}),
+        [{"id": f"msg_{number}", "type": "message", "role": "user", "content": "x" * size}],
+        earlier.items if earlier else [],
+    )
+    stored.response.output.append(MessageItem(id=f"out_{number}", content=[OutputText("y")]))
+    return stored
+
+
+def size_of(stored: StoredResponse) -> int:
+    return len(msgspec.json.encode((stored.items, stored.response)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_against_a_list(seed: int) -> None:
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    store, model = ResponseStore(8, 20_000), list[StoredResponse]()
+    for number in range(300):
+        action, target = rng.random(), f"resp_{rng.randrange(number + 1)}"
+        found = next((each for each in model if each.response.id == target), None)
+        if action < 0.2:
+            assert store.get(target) is found
+            model += [model.pop(model.index(found))] if found else []
+        elif action < 0.3:
+            assert store.delete(target) is (found is not None)
+            model = [each for each in model if each is not found]
+        else:
+            stored = make(number, rng.randrange(4000), found)
+            store.put(stored)
+            model.append(stored)
+            while len(model) > 8 or sum(map(size_of, model)) > 20_000:
+                del model[0]
+        assert (len(store), store.num_bytes) == (len(model), sum(map(size_of, model)))
+
+
+def test_a_conversation() -> None:
+    first = make(1, 1)
+    second = make(2, 1, first)
+    third = make(3, 1, second)
+    assert [item["id"] for item in third.items] == ["msg_1", "out_1", "msg_2", "out_2", "msg_3", "out_3"]
+
+
+def test_a_response_that_grows_is_counted_anew() -> None:
+    store, stored = ResponseStore(2, 10_000), make(1, 10)
+    store.put(stored)
+    before = store.num_bytes
+    stored.response.output.append(MessageItem(id="more", content=[OutputText("z" * 100)]))
+    store.put(stored)
+    assert (len(store), store.num_bytes) == (1, size_of(stored))
+    assert store.num_bytes > before + 200  # it is in the response and in the conversation
+    stored.response.output.append(MessageItem(id="more", content=[OutputText("z" * 20_000)]))
+    store.put(stored)
+    assert (len(store), store.num_bytes) == (0, 0)
