@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from engine.messages import FinishReason, Pooling, SamplingParams, Submit
 from engine.runner import LoadedModel, load_model
 from tests.choice import choose_kernels
 from tests.engine.test_promise import make_engine
-from tests.parity.test_transformers import reference  # noqa: F401
+from tests.reference_model import load_reference
 
 SEED = 4
 MAX_MODEL_LEN = 1024
@@ -32,11 +33,16 @@ def prompts() -> list[list[int]]:
     return [longest[: length // 2] + [rng.randrange(1000, 40000) for _ in range(-(-length // 2))] for length in LENGTHS]
 
 
-def load(path: Path, kernels: str = "default", **settings: str) -> LoadedModel:
+def load(path: Path, kernels: str = "default", **settings: Any) -> LoadedModel:
     with choose_kernels(kernels):
         return load_model(
             EngineConfig(model_path=str(path), max_model_len=MAX_MODEL_LEN, kv_cache_memory=96 << 20, **settings)
-        )  # type: ignore[arg-type]
+        )
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_path: Path) -> LlamaForCausalLM:
+    return load_reference(smollm2_path)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +87,11 @@ def submits_of(prompts: list[list[int]]) -> list[Submit]:
 
 
 @pytest.mark.parametrize("kernels", ["default", "torch"])
-def test_transformers(
-    smollm2_path: Path, prompts: list[list[int]], request: pytest.FixtureRequest, kernels: str
-) -> None:
-    model: LlamaForCausalLM = request.getfixturevalue("reference")
+def test_transformers(smollm2_path: Path, prompts: list[list[int]], reference: LlamaForCausalLM, kernels: str) -> None:
     found = run(make_engine(load(smollm2_path, kernels, dtype="float32", quantization="none")), submits_of(prompts))
     for prompt in prompts:
         with torch.inference_mode():
-            hidden = model.model(torch.tensor([prompt])).last_hidden_state[0].double()
+            hidden = reference.model(torch.tensor([prompt])).last_hidden_state[0].double()
         for pooling, pooled in ((Pooling.MEAN, hidden.mean(dim=0)), (Pooling.LAST, hidden[-1])):
             expected = torch.nn.functional.normalize(pooled, dim=0)
             actual = torch.tensor(found[f"{pooling} {len(prompt)}"], dtype=torch.float64)

@@ -16,7 +16,7 @@ UNKNOWN = "positive_data_acceptance"
 
 def test_what_the_document_says(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(enable_docs=True, record_requests=100)
-    command = [Path(sys.executable).parent / "schemathesis", "run", f"{server.url}/openapi.json", f"--seed={SEED}"]
+    command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json", f"--seed={SEED}"]
     command += [f"--max-examples={MAX_EXAMPLES}", "--phases=examples,fuzzing", "--mode=all", "--no-shrink"]
     command += ["--continue-on-failure", f"--exclude-checks={UNKNOWN}", "--generation-database=none", "--no-color"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
