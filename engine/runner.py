@@ -34,7 +34,8 @@ QUANTIZATIONS = ("auto", "none", "int8")
 KV_CACHE_DTYPES = ("auto", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGPROB_ROWS = 64  # rows whose logits are held at once for the log probabilities of a prompt
-POOLED_UNIT = 1 << 24  # as fine as float32 near 1; leaves room for sums of 2**39
+POOLED_UNIT = 1 << 24  # as fine as float32 near 1
+MAX_POOLED = 1 << 24  # so that 64 bits hold the sum of any step's rows
 
 Progress = Callable[[int, int], None]
 
@@ -165,14 +166,14 @@ class ModelRunner:
         return pooled
 
     def _pool(self, rows: Tensor) -> list[int]:
-        """The sum of some rows' last hidden states in units of 1 / POOLED_UNIT; empty where one is not finite.
+        """The sum of some rows' last hidden states in units of 1 / POOLED_UNIT; empty where one is not finite, or huge.
 
         Sums of integers are exact, so they do not depend on how a prompt is cut.
         """
         total: Tensor | None = None
         for some in torch.split(rows, LOGPROB_ROWS):
             hidden = self.execution.compute_hidden(some).double()
-            if not bool(hidden.isfinite().all()):
+            if not bool((hidden.abs() < MAX_POOLED).all()):  # nor is it where one is not a number
                 return []
             part = (hidden * POOLED_UNIT).round().long().sum(dim=0)
             total = part if total is None else total + part

@@ -106,10 +106,18 @@ def alone(loaded: LoadedModel, prompts: list[list[int]]) -> Embeddings:
     return found
 
 
+def overlapping(loaded: LoadedModel) -> Engine:
+    """A step is launched before the last one is read."""
+    engine = make_engine(loaded, chunk=7)
+    engine.overlaps = True
+    return engine
+
+
 WAYS: dict[str, Callable[[LoadedModel], Engine]] = {
     "one batch": make_engine,
     "chunks of one": lambda loaded: make_engine(loaded, chunk=1),
     "chunks of seven": lambda loaded: make_engine(loaded, chunk=7),
+    "overlapping": overlapping,
     "few at a time": lambda loaded: make_engine(loaded, chunk=60, seqs=3),
 }
 
