@@ -13,7 +13,8 @@ from engine.messages import SamplerChain
 from engine.request import SampledRequest
 
 MAX_REPEAT = 256  # tokens; a longer repeat counts as this long, so that a text of one word does not hold up the step
-MAX_LOG = 88.72  # of a float32
+MAX_LOG = 69.0  # of a penalty
+MAX_PENALTY = 1e30  # stays finite in float32, also when it is divided by the lowest temperature
 
 IntArray = npt.NDArray[np.int32]
 
@@ -24,13 +25,13 @@ def repeat_penalties(request: SampledRequest, chain: SamplerChain) -> dict[int, 
     A repeat is a run of tokens at the end of the text that stands in it before, and the token is what followed there.
     It does not reach back beyond the last sequence breaker. A token that is a breaker by itself has no penalty.
     """
-    ids = np.array(request.history(), dtype=np.int32)
-    if request.draft_token_ids:
-        ids = np.concatenate((ids, np.array(request.draft_token_ids, dtype=np.int32)))
-    if chain.dry_penalty_last_n >= 0:
-        ids = ids[max(0, len(ids) - chain.dry_penalty_last_n) :]
-    followers, lengths = _repeats(ids, _longest(ids, chain))
-    is_long = lengths >= chain.dry_allowed_length
+    ids = np.array([*request.history(), *request.draft_token_ids], dtype=np.int32)
+    first = max(0, len(ids) - chain.dry_penalty_last_n) if chain.dry_penalty_last_n >= 0 else 0
+    window = ids[first:]
+    lengths = _repeat_lengths(request, ids)[first:]
+    lengths = np.minimum(lengths, np.minimum(np.arange(1, len(lengths) + 1), _longest(window, chain)))
+    followers = window[1:]
+    is_long = lengths >= max(1, chain.dry_allowed_length)
     order = np.argsort(lengths[is_long])  # of a token that followed several repeats the longest comes last, and stays
     longest = dict(zip(followers[is_long][order].tolist(), lengths[is_long][order].tolist(), strict=True))
     single = chain.dry_breakers.get(1, frozenset())
@@ -41,7 +42,7 @@ def _penalty(length: int, chain: SamplerChain) -> float:
     exponent = length - chain.dry_allowed_length
     if chain.dry_base > 1:
         exponent = min(exponent, int(MAX_LOG / math.log(chain.dry_base)))
-    return float(chain.dry_multiplier * chain.dry_base**exponent)
+    return min(chain.dry_multiplier * chain.dry_base**exponent, MAX_PENALTY)
 
 
 def _longest(ids: IntArray, chain: SamplerChain) -> int:
@@ -57,18 +58,37 @@ def _longest(ids: IntArray, chain: SamplerChain) -> int:
     return MAX_REPEAT
 
 
-def _repeats(ids: IntArray, longest: int) -> tuple[IntArray, IntArray]:
-    """Of each place where the last tokens stand before: what follows there, and how many they are, up to `longest`."""
+def _repeat_lengths(request: SampledRequest, ids: IntArray) -> IntArray:
+    """Of each place but the last: how many tokens up to it are those at the end, up to `MAX_REPEAT`.
+
+    What is known of the text without its last tokens says it of the text with them. So a request keeps the lengths of
+    its own tokens, and what a draft adds is not kept.
+    """
+    num_known = len(ids) - len(request.draft_token_ids)
+    known = request.repeat_lengths
+    if known is None or not 0 < len(known) < num_known:
+        known = _scan(ids[:num_known])
+    known = request.repeat_lengths = _extend(known, ids[:num_known])
+    return _extend(known, ids)
+
+
+def _extend(lengths: IntArray, ids: IntArray) -> IntArray:
+    """The lengths of all of `ids`, from those of their beginning."""
+    for last in range(len(lengths) + 1, len(ids)):
+        longer = np.minimum(np.concatenate((np.zeros(1, dtype=np.int32), lengths)) + 1, MAX_REPEAT)
+        lengths = np.where(ids[:last] == ids[last], longer, 0).astype(np.int32)
+    return lengths
+
+
+def _scan(ids: IntArray) -> IntArray:
+    """The lengths of a text of which nothing is known: one pass over the places that are left for each length."""
     last = len(ids) - 1
-    if last < 1 or longest < 1:
-        return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32)
-    ends = np.flatnonzero(ids[:last] == ids[last])
-    lengths = np.ones(len(ends), dtype=np.int32)
-    alive = np.arange(len(ends))
-    for distance in range(1, longest):
-        alive = alive[ends[alive] >= distance]
-        alive = alive[ids[ends[alive] - distance] == ids[last - distance]]
+    lengths = np.zeros(max(0, last), dtype=np.int32)
+    alive = np.arange(len(lengths))
+    for distance in range(MAX_REPEAT):
+        alive = alive[alive >= distance]
+        alive = alive[ids[alive - distance] == ids[last - distance]]
         if not len(alive):
             break
         lengths[alive] += 1
-    return ids[ends + 1], lengths
+    return lengths

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,13 +19,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.messages import SamplingParams
-from engine.request import Status, Step
 
 logger = logging.getLogger(__name__)
 
 MAX_GRAMMAR_BYTES = 128 * 1024
 NUM_KEPT = 64  # compiled grammars
 NUM_ERROR_CHARS = 200
+MAX_FORCED_TOKENS = 2048  # at the beginning
+MAX_CHECK_SECONDS = 0.5  # of processor time; most take a few milliseconds, and the engine would stand still for longer
 
 # What one grammar may take: some milliseconds for a mask, some hundred for compiling.
 LIMITS = LLParserLimits(
@@ -54,6 +56,10 @@ class GrammarCompiler:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __contains__(self, grammar: str) -> bool:
+        """Whether it is kept."""
+        return grammar in self._compiled
+
     def compile(self, grammar: str) -> LLMatcher:
         """A matcher at the beginning of the grammar. Raises GrammarError. Other Python threads run meanwhile."""
         with self._lock:
@@ -72,10 +78,15 @@ class GrammarCompiler:
 
 
 def _check(matcher: LLMatcher) -> None:
-    """Raise GrammarError unless it allows something, as it begins and behind what it forces."""
+    """Raise GrammarError unless it allows something, as it begins and behind what it forces, and tells so soon."""
+    start = time.thread_time()
     for _ in range(2):
         _compute_mask(matcher)
-        matcher.consume_tokens(matcher.compute_ff_tokens())
+        if len(forced := matcher.compute_ff_tokens()) > MAX_FORCED_TOKENS:
+            raise GrammarError(f"more than {MAX_FORCED_TOKENS} tokens are forced at its beginning")
+        matcher.consume_tokens(forced)
+        if time.thread_time() - start > MAX_CHECK_SECONDS:
+            raise GrammarError("following it takes too long")
     matcher.reset()
 
 
@@ -123,6 +134,10 @@ class Matcher:
         """Until it is ready, for so many seconds at most."""
         wait([self._compiled], timeout)
 
+    def cancel(self) -> None:
+        """Compile it no more, if that has not begun. None of the other calls may follow."""
+        self._compiled.cancel()
+
     def masks(self, output: Sequence[int], draft: Sequence[int] = ()) -> list[bytes]:
         """For the token behind the output, and behind each token of a draft, one bit for each token that may come.
 
@@ -159,7 +174,10 @@ class Matcher:
     def _at(self, output: Sequence[int]) -> LLMatcher:
         """The matcher behind the output."""
         if self._matcher is None:
-            self._matcher, self._num_consumed = self._compiled.result().deep_copy(), 0
+            try:
+                self._matcher, self._num_consumed = self._compiled.result().deep_copy(), 0
+            except Exception as error:  # of llguidance, whatever it may be: it ends this request alone
+                raise GrammarError(f"it cannot be compiled: {error}") from error
         if not self._matcher.consume_tokens(list(output[self._num_consumed :])):
             raise GrammarError(_reason(self._matcher))
         self._num_consumed = len(output)
@@ -200,15 +218,3 @@ class Grammars:
         assert self._compiler is not None
         assert params.grammar is not None
         return Matcher(self._thread.submit(self._compiler.compile, params.grammar), params, self._eos_token_ids)
-
-
-def step_masks(step: Step) -> dict[int, bytes]:
-    """The masks of a step's constrained rows: which of the rows that yield a token -> which tokens it may be."""
-    masks: dict[int, bytes] = {}
-    first = 0
-    for item in step.scheduled:
-        if item.request.matcher is not None and item.num_samples and item.request.status is Status.RUNNING:
-            of_item = item.request.matcher.masks(item.request.output_token_ids, item.draft_token_ids)
-            masks.update(enumerate(of_item, start=first))
-        first += item.num_samples
-    return masks

@@ -14,6 +14,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end token, a stop token id
     LENGTH = "length"  # max_tokens or the end of the context
+    REPETITION = "repetition"  # the output repeated itself, and the request said not to wait for more of that
     ABORT = "abort"  # the client went away, or asked for it
     ERROR = "error"  # this request failed; `TokenEvent.error` says why
 
@@ -51,6 +52,23 @@ class SamplerChain(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     mirostat_eta: float = 0.1
 
 
+class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
+    """An output ends where its last tokens are `min_count` copies of one pattern. Sizes are tokens."""
+
+    min_pattern_size: int  # at least 1
+    max_pattern_size: int
+    min_count: int  # at least 2
+
+
+class ThinkingLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """Behind so many tokens of thoughts, not counting their tags, comes nothing but the end tag."""
+
+    max_tokens: int
+    start_id: int  # the token that is the tag
+    end_id: int
+    is_open: bool  # whether the prompt ends with the first tag
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request's own sampling settings. The defaults leave the model's distribution as it is.
 
@@ -74,10 +92,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0  # end tokens and stop token ids cannot be sampled before
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    repetition_detection: RepetitionDetection | None = None  # nothing ends before min_tokens
     logprobs: int | None = None  # None: none; k: of each sampled token and of the k most likely
     logprob_token_ids: tuple[int, ...] = ()  # in the place of the k most likely
     prompt_logprobs: int | None = None  # the same for each prompt token but the first
     grammar: str | None = None  # what the output must match, as engine.grammar reads it; needs a `Vocabulary`
+    thinking: ThinkingLimit | None = None
     post_sampling_probs: bool = False  # `logprobs` are of what the token was drawn from, after all settings
 
     @property

@@ -14,8 +14,12 @@ import msgspec
 
 from engine.messages import FinishReason, Pooling, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.record import RequestRecord
+from engine.repetition import RepetitionDetector
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from engine.block_pool import Block
     from engine.grammar import Matcher
     from engine.speculation import Drafter
@@ -75,9 +79,12 @@ class Request:
     drafter: Drafter | None = None  # since the first time that a draft was wanted
     can_draft: bool = True  # False once a draft has spoilt the rows before it
     matcher: Matcher | None = None  # of params.grammar
+    max_forced: int = 16  # tokens that its grammar forces are drafted so many at a time
+    repetition: RepetitionDetector | None = None  # of params.repetition_detection
     int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
     allowed_ids: array[int] = field(default_factory=lambda: array("i"))  # params.allowed_token_ids, side by side
     mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
+    repeat_lengths: NDArray[np.int32] | None = None  # as engine.dry keeps them
 
     @property
     def num_tokens(self) -> int:
@@ -161,6 +168,14 @@ class RequestWithDraft:
     @property
     def mirostat_mu(self) -> list[float]:
         return self.request.mirostat_mu
+
+    @property
+    def repeat_lengths(self) -> NDArray[np.int32] | None:
+        return self.request.repeat_lengths
+
+    @repeat_lengths.setter
+    def repeat_lengths(self, lengths: NDArray[np.int32] | None) -> None:
+        self.request.repeat_lengths = lengths
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -256,6 +271,7 @@ def choice_seed(seed: int, index: int) -> int:
 def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Request:
     """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
     allowed_ids = array("i", submit.params.allowed_token_ids)
+    detection = submit.params.repetition_detection
     choices = [
         Request(
             request_id=submit.request_id,
@@ -274,6 +290,7 @@ def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Reques
                 num_prompt_tokens=len(submit.prompt_token_ids),
             ),
             allowed_ids=allowed_ids,
+            repetition=None if detection is None else RepetitionDetector(detection, submit.params.min_tokens),
         )
         for index in range(submit.n)
     ]

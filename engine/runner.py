@@ -17,9 +17,9 @@ from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs, HostCopy
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.grammar import step_masks
 from engine.kernels import KernelOptions, Kernels, SamplesTokens, load_kernels
 from engine.kv_cache import KVCache, MemoryPlan, plan_memory
+from engine.masks import step_masks
 from engine.messages import TokenLogprobs
 from engine.model import CausalLM, Parameters
 from engine.record import StepClock
@@ -72,7 +72,7 @@ class PendingOutputs:
             if first in self.logprobs and num:
                 output.logprobs = [self.logprobs[index] for index in range(first, first + num)]
             if item.num_samples and not num:
-                output.error = "the model's logits are not finite"
+                output.error = "the model's logits are not finite, or allow no token"
             if item.num_pooled and not output.pooled:
                 output.error = "the model's hidden states are not finite"
             outputs.append(output)

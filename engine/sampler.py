@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.batch import packed_copy
 from engine.chain import GREEDY_TEMPERATURE, apply_chain, remember_surprise
 from engine.messages import TokenLogprobs
 from engine.noise import gumbel_noise, hash_token_ids
@@ -31,7 +32,7 @@ class SamplerOutput:
     """On the device: one entry for each row."""
 
     token_ids: Tensor  # [R] int64
-    is_finite: Tensor  # [R] bool: False where the model gave no numbers
+    is_finite: Tensor  # [R] bool: False where the model gave no numbers, or nothing can be sampled
 
 
 class Sampler:
@@ -59,6 +60,7 @@ class Sampler:
         for rows in _waves(requests, special):
             some = [requests[row] for row in rows]
             token_ids[rows], logits[rows] = self._sample_special(logits[rows], some)
+            is_finite[rows] &= torch.isfinite(logits[rows].amax(dim=-1))  # unless the settings leave nothing
         return SamplerOutput(token_ids, is_finite)
 
     # What changes single tokens of a request.
@@ -167,11 +169,13 @@ def _forbid_on_host(logits: Tensor, rows: Sequence[int], packed: npt.NDArray[np.
 
 
 def _forbid_on_device(logits: Tensor, rows: Sequence[int], packed: npt.NDArray[np.uint8]) -> None:
-    """The bits are unpacked there, so that there are few to copy."""
-    bits = torch.from_numpy(packed).to(logits.device).unsqueeze(-1)
+    """The bits are unpacked there, so that there are few to copy, for which the host does not wait."""
+    num_bytes = packed.shape[1]
+    words = np.pad(packed, ((0, 0), (0, -num_bytes % 8))).view(np.int64)
+    on_device, index = packed_copy([words, np.array(rows)], logits.device)
+    bits = on_device.view(torch.uint8)[:, :num_bytes].unsqueeze(-1)
     places = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
     forbidden = (bits & places).view(len(rows), -1)[:, : logits.shape[1]].bool()
-    index = torch.tensor(rows, device=logits.device)
     logits[index] = logits[index].masked_fill(forbidden, float("-inf"))
 
 

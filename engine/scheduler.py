@@ -239,7 +239,7 @@ class Scheduler:
         room = self._room_for_draft(request)
         if request.matcher is None or room < 1:
             return []
-        return request.matcher.forced_tokens(request.output_token_ids)[:room]
+        return request.matcher.forced_tokens(request.output_token_ids)[: min(room, request.max_forced)]
 
     def _guess(self, policy: Policy, request: Request) -> list[int]:
         room = self._room_for_draft(request)
@@ -326,6 +326,8 @@ class Scheduler:
             return
         if request.drafter is not None:
             request.drafter.learn(num_drafted, num_accepted)
+        if request.matcher is not None:  # the model may spell what is forced in other tokens
+            request.max_forced = 2 * request.max_forced if num_accepted == num_drafted else max(4, 2 * num_accepted)
         request.record.num_accepted_tokens += num_accepted
         self.stats.accepted_tokens_total += num_accepted
         self._roll_back(request, num_drafted - num_accepted)
@@ -370,6 +372,7 @@ class Scheduler:
             self.add(sibling)
 
     def _finish_reason(self, request: Request, event: TokenEvent) -> FinishReason | None:
+        """To be asked once for each token."""
         last = event.token_ids[-1] if event.token_ids else None
         if last is not None and request.num_output_tokens >= request.params.min_tokens:
             is_eos = last in self.eos_token_ids and not request.params.ignore_eos
@@ -378,6 +381,8 @@ class Scheduler:
                 return FinishReason.STOP
         if request.num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.max_model_len:
             return FinishReason.LENGTH
+        if request.repetition is not None and request.repetition.push(request.token_ids, request.num_output_tokens):
+            return FinishReason.REPETITION
         return None
 
     def _end(self, request: Request, event: TokenEvent, reason: FinishReason) -> TokenEvent:
@@ -399,6 +404,8 @@ class Scheduler:
             heir.siblings, request.siblings = heir_siblings, []
             self.add(heir)
         self._release(request)
+        if request.matcher is not None:
+            request.matcher.cancel()
         request.status = Status.FINISHED
         request.record.finished = time.monotonic()
         request.record.finish_reason = reason.value

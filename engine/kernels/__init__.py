@@ -204,12 +204,12 @@ def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
 
 def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels | str:
     """The kernels in Triton, or why they cannot be used."""
+    torch.cuda.set_device(device)  # for this thread: kernels run on the current device, wherever their tensors are
     try:
         import triton
 
         from engine.kernels.gpu.kernels import TritonKernels
 
-        torch.cuda.set_device(device)  # for this thread: kernels run on the current device, wherever their tensors are
         triton.runtime.driver.active.get_current_target()  # which needs a C compiler
     except (ImportError, OSError, RuntimeError) as error:
         return f"Triton does not work here: {error}"

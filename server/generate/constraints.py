@@ -4,8 +4,9 @@ JSON has one compact form, without white space between its parts: a model could 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import msgspec
@@ -16,11 +17,13 @@ from engine.grammar import GrammarError
 from server.context import ServerContext
 from server.errors import BadRequestError, InvalidValueError
 from server.generate.prompts import Prompt
+from server.generate.regex_size import problem_of_lark, problem_of_regex
 from server.generate.tag_grammar import tag_grammar, trigger_of
 from server.generate.tool_grammar import tool_grammar
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.common import GenerationRequest
 from server.schemas.structured import ResponseFormat, StructuralTag, Structure, StructuredOutputs
+from server.schemas.tools import callable_tools, must_call
 from server.strict_json import is_deeper
 from server.text.output_parser import OutputFormat
 from server.validation import format_path
@@ -39,6 +42,7 @@ EXCLUSIVE = ("allowed_token_ids", "bad_words")
 class Constraint:
     grammar: str  # as engine.grammar reads it
     param: str  # the field that asks for it
+    parts: Sequence["Constraint"] = ()  # of other fields, which are judged first and by themselves
 
 
 def check_constraint(context: ServerContext, constraint: Constraint, body: GenerationRequest) -> None:
@@ -50,10 +54,12 @@ def check_constraint(context: ServerContext, constraint: Constraint, body: Gener
         if getattr(body, name, None):
             message = f"Invalid '{name}': not allowed with '{constraint.param}'."
             raise InvalidValueError(message, param=name)
-    try:
-        context.grammars.compile(constraint.grammar)
-    except GrammarError as error:
-        raise _invalid(constraint.param, str(error)) from error
+    parts = () if constraint.grammar in context.grammars else constraint.parts
+    for part in (*parts, constraint):
+        try:
+            context.grammars.compile(part.grammar)
+        except GrammarError as error:
+            raise _invalid(part.param, str(error)) from error
 
 
 def structured_outputs_constraint(context: ServerContext, body: GenerationRequest) -> Constraint | None:
@@ -75,12 +81,22 @@ def chat_constraint(context: ServerContext, body: ChatCompletionRequest, prompt:
     grammar = _call_grammar(context, body, prompt.output_format, has_content_grammar=content is not None)
     if grammar is None:
         return content
-    for index, tool in enumerate(body.tools or ()):
-        check_schema(tool.parameters, f"tools[{index}].function.parameters")
+    parameters = _parameters(body)
     if content is None:
-        return Constraint(grammar, "tools")
+        return Constraint(grammar, "tools", parameters)
     parts = [{"name": "answer", "lark_grammar": grammar}, {**_as_part(content.grammar), "name": "content"}]
-    return Constraint(msgspec.json.encode({"grammars": parts}).decode(), content.param)
+    return Constraint(msgspec.json.encode({"grammars": parts}).decode(), content.param, parameters)
+
+
+def _parameters(body: ChatCompletionRequest) -> list[Constraint]:
+    """The schemas of tools, of those that the arguments have to follow."""
+    schemas = [
+        schema_constraint({"type": "object", **tool.parameters}, f"tools[{index}].function.parameters")
+        for index, tool in enumerate(body.tools or ())
+    ]
+    allowed, is_forced = callable_tools(body.tools, body.tool_choice), must_call(body.tool_choice)
+    is_followed = [tool in allowed and (is_forced or tool.function.strict) for tool in body.tools or ()]
+    return list(compress(schemas, is_followed))
 
 
 def _call_grammar(
@@ -137,12 +153,14 @@ def _of_structured_outputs(context: ServerContext, wanted: StructuredOutputs, pr
         tag = _parse_tag(wanted.structural_tag, f"{prefix}structural_tag")
         return _of_tags(context, tag.structures, tag.triggers, f"{prefix}structural_tag")
     if wanted.regex is not None:
+        _refuse(problem_of_regex(wanted.regex), f"{prefix}regex")
         return Constraint(LLMatcher.grammar_from_regex(wanted.regex), f"{prefix}regex")
     if wanted.choice is not None:
         return Constraint(LLMatcher.grammar_from_regex(_any_of(wanted.choice)), f"{prefix}choice")
     if wanted.grammar is not None:
         if wanted.grammar.lstrip().startswith("{"):
             raise _invalid(f"{prefix}grammar", "expected a grammar in Lark's notation, but got JSON")
+        _refuse(problem_of_lark(wanted.grammar), f"{prefix}grammar")
         return Constraint(wanted.grammar, f"{prefix}grammar")
     if wanted.json_ is None:
         return schema_constraint({"type": "object"}, f"{prefix}json_object")
@@ -196,6 +214,8 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
         raise _invalid(param, "integers beyond 64 bits are not supported")  # they would be rounded
     if any(isinstance(value, dict) and _counts_names(value) for value in values):
         raise _invalid(param, "'minProperties' is not supported above the number of required properties")
+    for pattern in _patterns(values):
+        _refuse(problem_of_regex(pattern), param)
     if OPTIONS in schema:
         raise _invalid(param, f"the key '{OPTIONS}' is not supported")
 
@@ -206,12 +226,28 @@ def _counts_names(schema: Mapping[str, Any]) -> bool:
     return isinstance(minimum, int) and minimum > (len(required) if isinstance(required, list) else 0)
 
 
+def _patterns(values: Iterable[object]) -> Iterator[str]:
+    """The regular expressions in what a schema consists of."""
+    for value in values:
+        if not isinstance(value, dict):
+            continue
+        if isinstance(pattern := value.get("pattern"), str):
+            yield pattern
+        if isinstance(properties := value.get("patternProperties"), dict):
+            yield from properties
+
+
 def _values(value: object) -> Iterator[object]:
     """A value and all within it."""
     yield value
     children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     for child in children:
         yield from _values(child)
+
+
+def _refuse(problem: str | None, param: str) -> None:
+    if problem is not None:
+        raise _invalid(param, problem)
 
 
 def _invalid(param: str, problem: str) -> InvalidValueError:

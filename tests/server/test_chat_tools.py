@@ -366,7 +366,7 @@ def test_calls_that_must_be_and_how_they_must_be(model: RunningServer) -> None:
     unsupported = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": unsupported, "strict": True}}]
     error = check_error(ask(model.url, CHAT, tools=tools), 400)
-    assert error["param"] == "tools"
+    assert error["param"] == "tools[0].function.parameters"
     assert "uniqueItems" in error["message"]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import engine.grammar
 from engine.grammar import GrammarCompiler
 from engine.messages import Submit, Vocabulary
 from server.generate.constraints import MAX_SCHEMA_KEYS
@@ -191,6 +192,24 @@ HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     ({"type": "object", "x-guidance": {"lenient": True}}, "the key 'x-guidance' is not supported."),
     ({"oneOf": [wide(1), wide(2)]}, "oneOf constraints are not supported."),
 ]
+TOO_MANY_COPIES = [
+    "(a{1000}){1000}",
+    "((x|a{ 99 })[)]){99,}{2}",
+    r"^(?:\\d{101}[a-z\\]{1}]){100}$",
+    "a{1000}{1000}b?",
+]
+FEW_COPIES = [
+    "^[0-9]{4}-[0-9]{2}$",
+    "(a{10}){10}",
+    "[a-z]{1,1000}",
+    r"\\x{61}{1,100}([]{9}]{100})[^]{101}]",
+    "[^{]{1,500}{1,20}",
+]
+HOSTILE_SCHEMAS += [({"items": {"type": "string", "pattern": text}}, "repeats a part") for text in TOO_MANY_COPIES]
+HOSTILE_SCHEMAS += [
+    ({"patternProperties": {"^(a{1000}){1000}": {}}}, "the regular expression '^(a{1000}){1000}' repeats a part of it"),
+    ({"const": "ab" * 9000}, "more than 2048 tokens are forced at its beginning."),
+]
 UNSUPPORTED_KEYWORDS: list[dict[str, Any]] = [
     {"uniqueItems": True},
     {"contains": {"type": "string"}},
@@ -243,6 +262,12 @@ OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"grammar": 'begin: "a"'}, "grammar", ""),
     ({"grammar": "start: a\na: b\nb: a"}, "grammar", "no text matches it."),
     ({"grammar": "x" * 20_000}, "grammar", "string too long"),
+    *(({"regex": text}, "regex", "more than 10000 times.") for text in TOO_MANY_COPIES),
+    *(({"grammar": f"start: /{text}/"}, "grammar", "more than 10000 times.") for text in TOO_MANY_COPIES),
+    ({"grammar": 'start: T\nT: "\\\\\\"" (/a{1000}/ "b" ){1000} // no'}, "grammar", "more than 10000 times."),
+    ({"grammar": "start: T\nT: /a{1000}/ ~ 2..1000"}, "grammar", "more than 10000 times."),
+    ({"grammar": 'start: %json {"pattern": "(a{1000}){1000}"}'}, "grammar", "more than 10000 times."),
+    ({"grammar": "start: U\nU: T{100}\nT: /a{1000}/"}, "grammar", "more than 2048 tokens are forced"),
     ({"json": "{"}, "json", "the text is not valid JSON."),
     ({"json": "[1]"}, "json", "the text must hold a JSON object."),
     ({"json": "[" * 100_000}, "json", "the text is not valid JSON."),
@@ -256,6 +281,18 @@ def test_other_grammars_that_cannot_be_followed(
 ) -> None:
     param = f"structured_outputs.{field}"
     assert problem in refuse(shared_server, COMPLETIONS, param, structured_outputs=wanted)
+
+
+@pytest.mark.parametrize("pattern", FEW_COPIES)
+def test_ordinary_counts(shared_server: RunningServer, pattern: str) -> None:
+    for wanted in ({"regex": pattern}, {"json": {"pattern": pattern}}, {"grammar": f"start: /{pattern}/"}):
+        assert grammar_of(shared_server, COMPLETIONS, structured_outputs=wanted)
+
+
+def test_what_takes_too_long_to_check(shared_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.grammar, "MAX_CHECK_SECONDS", 0)
+    message = refuse(shared_server, COMPLETIONS, "guided_regex", guided_regex="[a-z]+ and as much as this")
+    assert message.endswith(": following it takes too long.")
 
 
 def test_the_slowest_schema_that_is_compiled(shared_server: RunningServer) -> None:

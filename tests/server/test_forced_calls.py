@@ -61,10 +61,13 @@ def test_free_calls_have_no_grammar(server: RunningServer) -> None:
 def test_schemas_that_no_grammar_can_follow(server: RunningServer) -> None:
     def with_schema(schema: Any) -> dict[str, Any]:
         properties = {"a": schema}
-        parameters = {"type": "object", "properties": properties}
+        parameters = {"type": "object", "properties": properties, "required": ["a"]}
         return {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
 
-    for schema in ({"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}, {"type": "nonsense"}):
-        error = check_error(ask(server.url, CHAT, tools=[with_schema(schema)]), 400)
-        assert error["param"].startswith("tools")
+    impossible = {"type": "array", "items": False, "minItems": 2}  # which shows where the arguments begin
+    bad_schemas = ({"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}, {"type": "nonsense"}, impossible)
+    for schema in (*bad_schemas, {"type": "string", "pattern": "(a{1000}){1000}"}, {"const": "ab" * 9000}):
+        error = check_error(ask(server.url, CHAT, tools=[*TOOLS, with_schema(schema)]), 400)
+        assert error["param"] == f"tools[{len(TOOLS)}].function.parameters"
+        assert error["message"].startswith(f"Invalid '{error['param']}': ")
     ask_json(server.url, CHAT, tools=[with_schema({"$ref": "#/nowhere"})], tool_choice="none")

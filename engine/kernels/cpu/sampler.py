@@ -112,7 +112,8 @@ class CpuSampler:
         (self._program if num_rows > 1 else self._program_of_one).run()
         if special:
             part = logits[special]  # the program has left them as they were
-            output.token_ids[special] = self._any_sampler.sample(part, [requests[row] for row in special]).token_ids
+            sampled = self._any_sampler.sample(part, [requests[row] for row in special])
+            output.token_ids[special], output.is_finite[special] = sampled.token_ids, sampled.is_finite
             logits[special] = part
         return output
 

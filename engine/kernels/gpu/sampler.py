@@ -38,6 +38,7 @@ NUM_WARPS = 16
 # Settings that have a pass here, or change no distribution. A request with any other goes to engine.sampler.
 KNOWN = {"temperature", "seed", "min_p", "top_k", "top_p", "logit_bias", "ignore_eos", "stop_token_ids", "min_tokens"}
 KNOWN |= {"repetition_penalty", "frequency_penalty", "presence_penalty", "max_tokens", "logprobs", "prompt_logprobs"}
+KNOWN |= {"logprob_token_ids", "grammar"}
 OTHERS = {  # with what they are where they are off
     name: getattr(SamplingParams(max_tokens=0), name) for name in SamplingParams.__struct_fields__ if name not in KNOWN
 }
@@ -332,7 +333,7 @@ class TritonSampler:
         if requests:
             self._launch(_top, len(requests), logits, token_ids, highest, is_finite, is_finite, IS_CHANGED=False)
             self._sample_known(logits, requests, token_ids, highest)
-            self._sample_others(logits, requests, token_ids)
+            self._sample_others(logits, requests, token_ids, is_finite)
         return SamplerOutput(token_ids, is_finite.view(torch.bool))
 
     def _launch(self, kernel: Any, num_programs: int, *arguments: Tensor, **constants: int) -> None:
@@ -391,11 +392,16 @@ class TritonSampler:
             return []
         return [*([] if params.ignore_eos else self.plain.eos_token_ids), *params.stop_token_ids]
 
-    def _sample_others(self, logits: Tensor, requests: Sequence[SampledRequest], token_ids: Tensor) -> None:
+    def _sample_others(
+        self, logits: Tensor, requests: Sequence[SampledRequest], token_ids: Tensor, is_finite: Tensor
+    ) -> None:
         rows = [row for row, request in enumerate(requests) if not is_known(request.params)]
         if rows:
             (index,) = packed_copy([np.array(rows)], self.device)
-            token_ids[index] = self.plain.sample(logits[index], [requests[row] for row in rows]).token_ids
+            part = logits[index]
+            sampled = self.plain.sample(part, [requests[row] for row in rows])
+            token_ids[index], is_finite[index] = sampled.token_ids, sampled.is_finite.to(is_finite.dtype)
+            logits[index] = part
 
 
 def is_known(params: SamplingParams) -> bool:

@@ -180,6 +180,12 @@ def test_special_rows_go_through_the_sampler_in_torch(machine: Machine, rng: np.
     assert output.is_finite.all()
 
 
+def test_a_row_that_settings_leave_nothing_of_is_one_without_numbers(machine: Machine) -> None:
+    nothing = {"allowed_token_ids": (5,), "bad_words": ((5,),)}
+    output = machine.sampler(3001).sample(torch.zeros(3, 3001), requests_of([{}, nothing, {}]))
+    assert output.is_finite.tolist() == [True, False, True]
+
+
 def requests_of(settings: Sequence[dict[str, Any]]) -> list[Request]:
     return [make_request(None, [1, 4, 4], [], seed=seed, **some) for seed, some in enumerate(settings)]
 
