@@ -19,6 +19,13 @@ class FinishReason(StrEnum):
     ERROR = "error"  # this request failed; `TokenEvent.error` says why
 
 
+class Pooling(StrEnum):
+    """Which last hidden states of a prompt become its embedding."""
+
+    MEAN = "mean"  # all of them
+    LAST = "last"  # that of the last token
+
+
 SAMPLER_ORDER = ("penalties", "dry", "top_n_sigma", "temperature", "min_p", "top_k", "typ_p", "top_p", "xtc")
 MIROSTAT_ORDER = ("penalties", "dry", "temperature", "mirostat")
 
@@ -69,6 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """
 
     max_tokens: int  # 0: only the prompt is computed
+    pooling: Pooling | None = None  # make an embedding of the prompt; needs max_tokens = 0
     seed: int = 0  # any int64; choice i of a request uses a seed derived from (seed, i)
     temperature: float = 1.0  # 0: greedy decoding
     top_k: int = 0  # 0: off
@@ -142,6 +150,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # for prompt tokens 1.., once, with choice 0's first event
+    embedding: list[float] | None = None  # of length 1, if asked for
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache, in a choice's first event
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the token that ended it, where one did

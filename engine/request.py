@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from array import array
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
-from engine.messages import FinishReason, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.messages import FinishReason, Pooling, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.record import RequestRecord
 from engine.repetition import RepetitionDetector
 
@@ -74,6 +75,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # how many of `blocks` have been offered to others
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: list[int] = field(default_factory=list)  # of the prompt as far as it is computed, see RowOutput
     drafter: Drafter | None = None  # since the first time that a draft was wanted
     can_draft: bool = True  # False once a draft has spoilt the rows before it
     matcher: Matcher | None = None  # of params.grammar
@@ -119,6 +121,16 @@ class Request:
         """Until `can_start`, for so many seconds at most."""
         if self.matcher is not None:
             self.matcher.wait(timeout)
+
+    @property
+    def reads_all_rows(self) -> bool:
+        """Whether what the model makes of each prompt token is wanted, of which the prefix cache knows nothing."""
+        return self.wants_prompt_logprobs or self.params.pooling is Pooling.MEAN
+
+    def embedding(self) -> list[float]:
+        """Of length 1 (L2), in the direction of `pooled`. The sum is that of the mean."""
+        norm = math.sqrt(sum(value * value for value in self.pooled)) or 1.0
+        return [value / norm for value in self.pooled]
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -199,9 +211,16 @@ class Scheduled:
         return self.start < self.request.num_prompt_tokens
 
     @property
+    def num_pooled(self) -> int:
+        """How many rows, counted from the last, are part of an embedding."""
+        if self.request.params.pooling is None:
+            return 0
+        return self.num_tokens if self.request.params.pooling is Pooling.MEAN else self.num_samples
+
+    @property
     def num_hidden(self) -> int:
         """How many rows, counted from the last, whose last hidden state is wanted."""
-        return self.num_tokens if self.num_prompt_logprobs else self.num_samples
+        return self.num_tokens if self.num_prompt_logprobs else max(self.num_samples, self.num_pooled)
 
     @property
     def token_ids(self) -> list[int]:
@@ -237,6 +256,7 @@ class RowOutput:
     token_ids: list[int] = field(default_factory=list)  # the draft as far as it is right, and the token that follows
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # for positions start + 1 ..
+    pooled: list[int] = field(default_factory=list)  # [hidden_size], the sum of rows in fixed point; empty: none
     error: str | None = None
 
 

@@ -70,6 +70,13 @@ class Execution(Protocol):
         """Compute the last hidden states of the batch's `hidden_rows`, and store every row's keys and values."""
         ...
 
+    def compute_hidden(self, rows: Tensor) -> Tensor:
+        """The last hidden states [R, hidden_size] of some (int64 [R]) of the last batch's `hidden_rows`, normalised.
+
+        Until the next call.
+        """
+        ...
+
     def compute_logits(self, rows: Tensor) -> Tensor:
         """float32 logits [R, V] of some (int64 [R]) of the last batch's `hidden_rows`, until the next call."""
         ...

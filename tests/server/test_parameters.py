@@ -576,3 +576,9 @@ def test_prompts_have_seeds_of_their_own(server: RunningServer) -> None:
     assert len(set(first)) == 3
     assert seeds(11) == first
     assert not set(seeds(12)) & set(first)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n", "é"])
+def test_a_field_of_any_name_is_named_in_a_header(start_server: StartServer, name: str) -> None:
+    answer = httpx.post(start_server().url + "/tokenize", json={"prompt": "Hi", name: 1})
+    assert answer.headers["x-lightwell-warnings"] == "ignored unknown parameters: ?"
