@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from tests.bench.serve import MODEL_NAME, running_server
 
 NUM_TOKENS = 64
-NAME = {"type": "string", "minLength": 12, "maxLength": 24}
+NAME = {"type": "string"}
 PERSON = {
     "type": "object",
     "properties": {"name": NAME, "age": {"type": "integer"}, "city": NAME},
