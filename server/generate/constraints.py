@@ -62,7 +62,16 @@ def check_constraint(context: ServerContext, constraint: Constraint, body: Gener
             raise _invalid(part.param, str(error)) from error
 
 
-def structured_outputs_constraint(context: ServerContext, body: GenerationRequest) -> Constraint | None:
+def content_constraint(context: ServerContext, body: GenerationRequest) -> Constraint | None:
+    """What the answer's content must match."""
+    content = _of_response_format(context, body.response_format)
+    other = _wanted_structure(context, body)
+    if content is not None and other is not None:
+        raise _invalid(other.param, f"not allowed with '{content.param.partition('.')[0]}'")
+    return content or other
+
+
+def _wanted_structure(context: ServerContext, body: GenerationRequest) -> Constraint | None:
     if body.guided_names:
         return _of_structured_outputs(context, body.guided, "guided_")
     wanted = body.structured_outputs
@@ -71,11 +80,7 @@ def structured_outputs_constraint(context: ServerContext, body: GenerationReques
 
 def chat_constraint(context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
     """What the answer's content must match, and its calls of tools; before both there may be thoughts."""
-    content = _of_response_format(context, body.response_format)
-    other = structured_outputs_constraint(context, body)
-    if content is not None and other is not None:
-        raise _invalid(other.param, f"not allowed with '{content.param.partition('.')[0]}'")
-    content = content or other
+    content = content_constraint(context, body)
     if prompt.output_format is None:
         return content
     grammar = _call_grammar(context, body, prompt.output_format, has_content_grammar=content is not None)

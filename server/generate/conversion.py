@@ -13,7 +13,7 @@ from server.schemas.common import GenerationRequest
 
 # What the other APIs have under other names, or what their answers have no place for.
 _OF_CHAT_ONLY = {
-    *("model", "n", "stream", "stream_options", "stop"),
+    *("model", "n", "stream", "stream_options", "stop", "response_format"),
     *("prompt_logprobs", "return_token_ids", "logprob_token_ids", "post_sampling_probs"),
 }
 EXTENSIONS = frozenset(GenerationRequest.model_fields) - _OF_CHAT_ONLY

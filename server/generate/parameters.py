@@ -37,7 +37,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "include_reasoning": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "audio": (),
     "modalities": (["text"],),
     "moderation": (),

@@ -7,7 +7,7 @@ from server.errors import clip
 MAX_COPIES = 10_000  # of one part; with a million, one mask takes ten seconds
 
 # An escape, the beginning of a class, something in braces, or a character. Bounded, so that this is linear.
-_TOKEN = re.compile(r"\\[pPxuU]\{[^}]{0,40}\}|\\.|\[\^?\]?|\{[\d\s,]{1,40}\}|.", re.DOTALL)
+_TOKEN = re.compile(r"\\[pPxuU]\{[^}]{0,40}\}|\\.|\[\^?\]?|\{[\d\s,]{1,4000}\}|.", re.DOTALL)
 _LARK_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|\\.|//[^\n]*|/(?:\\.|[^/\\])+/|\s+', re.DOTALL)
 _LARK_COUNT = re.compile(r"~(\d{1,20})(?:\.\.(\d{1,20}))?")
 

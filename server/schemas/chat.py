@@ -9,7 +9,6 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
-from server.schemas.structured import ResponseFormat
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools
 
 MAX_MESSAGES = 10_000
@@ -127,7 +126,6 @@ class ChatCompletionRequest(GenerationRequest):
     include_reasoning: bool | None = Field(
         None, description="Whether answers show what the model thought first. Default true."
     )
-    response_format: ResponseFormat | None = Field(None, description="What form the answer must have. Default text.")
     documents: Documents | None = Field(None, description="Handed to the chat template.")
 
     tools: Tools | None = Field(None, description="Functions that the model may call.")
@@ -163,8 +161,6 @@ class ChatCompletionRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
-        if self.response_format is not None:
-            self.response_format.check()
         if self.top_logprobs and not self.logprobs:
             raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):

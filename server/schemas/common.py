@@ -25,7 +25,7 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.samplers import INT64_MAX, SamplerFields
-from server.schemas.structured import GuidedFields, StructuredOutputs
+from server.schemas.structured import GuidedFields, ResponseFormat, StructuredOutputs
 
 INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string
@@ -215,6 +215,7 @@ class GenerationRequest(SamplerFields, GuidedFields):
         max_length=MAX_CACHE_SALT_CHARS,
         description="Only requests with the same salt share cached prefixes.",
     )
+    response_format: ResponseFormat | None = Field(None, description="What form the answer must have. Default text.")
     structured_outputs: StructuredOutputs | None = Field(None, description="What form the answer must have.")
     lightwell: LightwellOptions | None = Field(None, description="What only this server can tell.")
 
@@ -277,6 +278,8 @@ class GenerationRequest(SamplerFields, GuidedFields):
         for name in ("post_sampling_probs", "logprob_token_ids"):
             if getattr(self, name) and self.num_logprobs is None:
                 raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
+        if self.response_format is not None:
+            self.response_format.check()
         wanted = [*self.guided_names, *(("structured_outputs",) if self.structured_outputs is not None else ())]
         if len(wanted) > 1:
             raise InvalidValueError(f"Invalid '{wanted[0]}': not allowed with '{wanted[1]}'.", param=wanted[0])

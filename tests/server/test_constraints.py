@@ -89,12 +89,14 @@ def test_the_older_names(shared_server: RunningServer, wanted: dict[str, Any], g
 
 
 def test_response_format(shared_server: RunningServer) -> None:
-    grammar = grammar_of(shared_server, CHAT, response_format=json_schema(SCHEMA))
-    assert matches(shared_server, grammar, COMPACT)
-    assert not matches(shared_server, grammar, SPACED)
     grammar = grammar_of(shared_server, CHAT, response_format={"type": "json_object"})
     assert matches(shared_server, grammar, '{"a":[]}')
+    for path in (CHAT, COMPLETIONS):
+        grammar = grammar_of(shared_server, path, response_format=json_schema(SCHEMA))
+        assert matches(shared_server, grammar, COMPACT)
+        assert not matches(shared_server, grammar, SPACED)
     for same in ({"type": "text"}, None):
+        assert grammar_of(shared_server, COMPLETIONS, response_format=same) is None
         assert grammar_of(shared_server, CHAT, response_format=same) is None
     assert grammar_of(shared_server, CHAT, structured_outputs=None) is None
 
@@ -333,9 +335,10 @@ def test_exactly_one(shared_server: RunningServer) -> None:
     ],
 )
 def test_wrong_shapes(shared_server: RunningServer, wanted: Any, param: str, code: str | None) -> None:
-    error = check_error(ask(shared_server.url, CHAT, response_format=wanted), 400)
-    assert error["param"] == param
-    assert code in (None, error["code"])
+    for path in (CHAT, COMPLETIONS):
+        error = check_error(ask(shared_server.url, path, response_format=wanted), 400)
+        assert error["param"] == param
+        assert code in (None, error["code"])
 
 
 def test_fields_that_nobody_knows_are_refused(shared_server: RunningServer) -> None:

@@ -426,7 +426,6 @@ NOTHING: dict[str, list[Any]] = {name: [None] for name in UNSUPPORTED} | {
     "tool_choice": [None, "none", "auto"],
     "functions": [None, []],
     "function_call": [None, "none", "auto"],
-    "response_format": [None, {"type": "text"}],
     "modalities": [None, ["text"]],
     "best_of": [None, 1],
     "suffix": [None, ""],
