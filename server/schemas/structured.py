@@ -94,7 +94,9 @@ class StructuredOutputs(BaseModel):
     json_object: bool | None = Field(None, description="Any JSON object.")
     regex: Regex | None = Field(None, description="The whole answer matches it.")
     choice: Choices | None = Field(None, description="The answer is one of these.")
-    grammar: Lark | None = Field(None, description="A grammar in Lark's notation, from its rule start.")
+    grammar: Lark | None = Field(
+        None, description="A grammar in Lark's notation, from its rule start, or GBNF, from root."
+    )
     structural_tag: StructuralTag | Annotated[str, Field(max_length=MAX_TAG_CHARS)] | None = Field(
         None, description="Text with parts of a given form, or the text of such an object."
     )
