@@ -352,12 +352,30 @@ def test_wrong_shapes(shared_server: RunningServer, wanted: Any, param: str, cod
 
 
 def test_fields_that_nobody_knows_are_refused(shared_server: RunningServer) -> None:
-    for fields in (
-        {"response_format": {"type": "json_object", "schema": {}}},
-        {"structured_outputs": {"json_object": True, "whitespace_pattern": " *"}},
+    for param, fields in (
+        ("response_format.schema", {"response_format": {"type": "json_object", "schema": {}}}),
+        ("structured_outputs.size", {"structured_outputs": {"json_object": True, "size": 2}}),
     ):
         error = check_error(ask(shared_server.url, CHAT, **fields), 400)
-        assert error["message"].startswith("Unrecognized request argument supplied: ")
+        assert error["message"] == f"Unrecognized request argument supplied: {param}"
+        assert error["param"] == param
+
+
+def test_options_of_other_servers(shared_server: RunningServer) -> None:
+    wanted = {"json": SCHEMA}
+    plain = grammar_of(shared_server, CHAT, structured_outputs=wanted)
+    harmless = {"disable_any_whitespace": True, "disable_fallback": True, "disable_additional_properties": False}
+    for options in (harmless, dict.fromkeys([*harmless, "whitespace_pattern"])):
+        assert grammar_of(shared_server, CHAT, structured_outputs=wanted | options) == plain
+    refuse(
+        shared_server,
+        CHAT,
+        "structured_outputs.disable_any_whitespace",
+        structured_outputs=wanted | {"disable_any_whitespace": False},
+    )
+    for name, value in (("disable_additional_properties", True), ("whitespace_pattern", ""), ("disable_fallback", 1)):
+        error = check_error(ask(shared_server.url, CHAT, structured_outputs=wanted | {name: value}), 400)
+        assert error["param"] == f"structured_outputs.{name}"
 
 
 def test_a_tokenizer_that_does_not_suit(shared_server: RunningServer) -> None:
