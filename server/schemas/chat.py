@@ -9,7 +9,7 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
-from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools
+from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools, must_call
 
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of one message
@@ -167,6 +167,10 @@ class ChatCompletionRequest(GenerationRequest):
             message = "Invalid 'max_tokens': 'max_completion_tokens' is another name of it, and differs."
             raise InvalidValueError(message, param="max_tokens")
         check_tools(self.tools, self.tool_choice)
+        if self.structure_names and must_call(self.tool_choice):
+            (name,) = self.structure_names
+            message = f"Invalid '{name}': not allowed where 'tool_choice' asks for a call, which has a form of its own."
+            raise InvalidValueError(message, param=name)
         if self.continue_final_message:
             self._check_final_message()
 

@@ -234,6 +234,11 @@ class GenerationRequest(SamplerFields, GuidedFields):
         return self.num_answered
 
     @property
+    def structure_names(self) -> list[str]:
+        """The fields, one if they are right, by which the answer has a form as vLLM says it."""
+        return [*self.guided_names, *(("structured_outputs",) if self.structured_outputs is not None else ())]
+
+    @property
     def chosen_repetition_penalty(self) -> float | None:
         return self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
 
@@ -280,8 +285,7 @@ class GenerationRequest(SamplerFields, GuidedFields):
                 raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
         if self.response_format is not None:
             self.response_format.check()
-        wanted = [*self.guided_names, *(("structured_outputs",) if self.structured_outputs is not None else ())]
-        if len(wanted) > 1:
+        if len(wanted := self.structure_names) > 1:
             raise InvalidValueError(f"Invalid '{wanted[0]}': not allowed with '{wanted[1]}'.", param=wanted[0])
         if self.structured_outputs is not None:
             self.structured_outputs.check()
