@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 BIN := .venv/bin
 CONFORMANCE := tests/conformance
-CLIENTS := .venv-clients/clients/installed .venv-clients/instructor/installed $(CONFORMANCE)/node_modules/installed
+CLIENTS := $(patsubst %,.venv-clients/%/installed,clients instructor lm-eval) $(CONFORMANCE)/node_modules/installed
 ARGS ?=
 
 help: ## List the commands

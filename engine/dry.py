@@ -66,7 +66,7 @@ def _repeat_lengths(request: SampledRequest, ids: IntArray) -> IntArray:
     """
     num_known = len(ids) - len(request.draft_token_ids)
     known = request.repeat_lengths
-    if not 0 < len(known) < num_known:
+    if known is None or not 0 < len(known) < num_known:
         known = _scan(ids[:num_known])
     known = request.repeat_lengths = _extend(known, ids[:num_known])
     return _extend(known, ids)

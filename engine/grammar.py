@@ -19,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.messages import SamplingParams
-from engine.request import Status, Step
 
 logger = logging.getLogger(__name__)
 
@@ -222,15 +221,3 @@ class Grammars:
         assert self._compiler is not None
         assert params.grammar is not None
         return Matcher(self._thread.submit(self._compiler.compile, params.grammar), params, self._eos_token_ids)
-
-
-def step_masks(step: Step) -> dict[int, bytes]:
-    """The masks of a step's constrained rows: which of the rows that yield a token -> which tokens it may be."""
-    masks: dict[int, bytes] = {}
-    first = 0
-    for item in step.scheduled:
-        if item.request.matcher is not None and item.num_samples and item.request.status is Status.RUNNING:
-            of_item = item.request.matcher.masks(item.request.output_token_ids, item.draft_token_ids)
-            masks.update(enumerate(of_item, start=first))
-        first += item.num_samples
-    return masks

@@ -14,8 +14,16 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end token, a stop token id
     LENGTH = "length"  # max_tokens or the end of the context
+    REPETITION = "repetition"  # the output repeated itself, and the request said not to wait for more of that
     ABORT = "abort"  # the client went away, or asked for it
     ERROR = "error"  # this request failed; `TokenEvent.error` says why
+
+
+class Pooling(StrEnum):
+    """Which last hidden states of a prompt become its embedding."""
+
+    MEAN = "mean"  # all of them
+    LAST = "last"  # that of the last token
 
 
 SAMPLER_ORDER = ("penalties", "dry", "top_n_sigma", "temperature", "min_p", "top_k", "typ_p", "top_p", "xtc")
@@ -44,6 +52,23 @@ class SamplerChain(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     mirostat_eta: float = 0.1
 
 
+class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
+    """An output ends where its last tokens are `min_count` copies of one pattern. Sizes are tokens."""
+
+    min_pattern_size: int  # at least 1
+    max_pattern_size: int
+    min_count: int  # at least 2
+
+
+class ThinkingLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """Behind so many tokens of thoughts, not counting their tags, comes nothing but the end tag."""
+
+    max_tokens: int
+    start_id: int  # the token that is the tag
+    end_id: int
+    is_open: bool  # whether the prompt ends with the first tag
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request's own sampling settings. The defaults leave the model's distribution as it is.
 
@@ -51,6 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """
 
     max_tokens: int  # 0: only the prompt is computed
+    pooling: Pooling | None = None  # make an embedding of the prompt; needs max_tokens = 0
     seed: int = 0  # any int64; choice i of a request uses a seed derived from (seed, i)
     temperature: float = 1.0  # 0: greedy decoding
     top_k: int = 0  # 0: off
@@ -66,10 +92,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0  # end tokens and stop token ids cannot be sampled before
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    repetition_detection: RepetitionDetection | None = None  # nothing ends before min_tokens
     logprobs: int | None = None  # None: none; k: of each sampled token and of the k most likely
     logprob_token_ids: tuple[int, ...] = ()  # in the place of the k most likely
     prompt_logprobs: int | None = None  # the same for each prompt token but the first
     grammar: str | None = None  # what the output must match, as engine.grammar reads it; needs a `Vocabulary`
+    thinking: ThinkingLimit | None = None
     post_sampling_probs: bool = False  # `logprobs` are of what the token was drawn from, after all settings
 
     @property
@@ -122,6 +150,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # for prompt tokens 1.., once, with choice 0's first event
+    embedding: list[float] | None = None  # of length 1, if asked for
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache, in a choice's first event
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the token that ended it, where one did

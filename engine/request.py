@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from array import array
 from dataclasses import dataclass, field
@@ -10,13 +11,15 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from engine.messages import FinishReason, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.messages import FinishReason, Pooling, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.record import RequestRecord
+from engine.repetition import RepetitionDetector
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from engine.block_pool import Block
     from engine.grammar import Matcher
     from engine.speculation import Drafter
@@ -72,14 +75,16 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # how many of `blocks` have been offered to others
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: list[int] = field(default_factory=list)  # of the prompt as far as it is computed, see RowOutput
     drafter: Drafter | None = None  # since the first time that a draft was wanted
     can_draft: bool = True  # False once a draft has spoilt the rows before it
     matcher: Matcher | None = None  # of params.grammar
     max_forced: int = 16  # tokens that its grammar forces are drafted so many at a time
+    repetition: RepetitionDetector | None = None  # of params.repetition_detection
     int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
     allowed_ids: array[int] = field(default_factory=lambda: array("i"))  # params.allowed_token_ids, side by side
     mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
-    repeat_lengths: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # as engine.dry keeps them
+    repeat_lengths: NDArray[np.int32] | None = None  # as engine.dry keeps them
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +121,16 @@ class Request:
         """Until `can_start`, for so many seconds at most."""
         if self.matcher is not None:
             self.matcher.wait(timeout)
+
+    @property
+    def reads_all_rows(self) -> bool:
+        """Whether what the model makes of each prompt token is wanted, of which the prefix cache knows nothing."""
+        return self.wants_prompt_logprobs or self.params.pooling is Pooling.MEAN
+
+    def embedding(self) -> list[float]:
+        """Of length 1 (L2), in the direction of `pooled`. The sum is that of the mean."""
+        norm = math.sqrt(sum(value * value for value in self.pooled)) or 1.0
+        return [value / norm for value in self.pooled]
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -155,11 +170,11 @@ class RequestWithDraft:
         return self.request.mirostat_mu
 
     @property
-    def repeat_lengths(self) -> NDArray[np.int32]:
+    def repeat_lengths(self) -> NDArray[np.int32] | None:
         return self.request.repeat_lengths
 
     @repeat_lengths.setter
-    def repeat_lengths(self, lengths: NDArray[np.int32]) -> None:
+    def repeat_lengths(self, lengths: NDArray[np.int32] | None) -> None:
         self.request.repeat_lengths = lengths
 
     @property
@@ -196,9 +211,16 @@ class Scheduled:
         return self.start < self.request.num_prompt_tokens
 
     @property
+    def num_pooled(self) -> int:
+        """How many rows, counted from the last, are part of an embedding."""
+        if self.request.params.pooling is None:
+            return 0
+        return self.num_tokens if self.request.params.pooling is Pooling.MEAN else self.num_samples
+
+    @property
     def num_hidden(self) -> int:
         """How many rows, counted from the last, whose last hidden state is wanted."""
-        return self.num_tokens if self.num_prompt_logprobs else self.num_samples
+        return self.num_tokens if self.num_prompt_logprobs else max(self.num_samples, self.num_pooled)
 
     @property
     def token_ids(self) -> list[int]:
@@ -234,6 +256,7 @@ class RowOutput:
     token_ids: list[int] = field(default_factory=list)  # the draft as far as it is right, and the token that follows
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # for positions start + 1 ..
+    pooled: list[int] = field(default_factory=list)  # [hidden_size], the sum of rows in fixed point; empty: none
     error: str | None = None
 
 
@@ -248,6 +271,7 @@ def choice_seed(seed: int, index: int) -> int:
 def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Request:
     """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
     allowed_ids = array("i", submit.params.allowed_token_ids)
+    detection = submit.params.repetition_detection
     choices = [
         Request(
             request_id=submit.request_id,
@@ -266,6 +290,7 @@ def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Reques
                 num_prompt_tokens=len(submit.prompt_token_ids),
             ),
             allowed_ids=allowed_ids,
+            repetition=None if detection is None else RepetitionDetector(detection, submit.params.min_tokens),
         )
         for index in range(submit.n)
     ]

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs, HostCopy
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.grammar import step_masks
 from engine.kernels import KernelOptions, Kernels, SamplesTokens, load_kernels
 from engine.kv_cache import KVCache, MemoryPlan, plan_memory
+from engine.masks import step_masks
 from engine.messages import TokenLogprobs
 from engine.model import CausalLM, Parameters
 from engine.record import StepClock
 from engine.request import RowOutput, Scheduled, Step
-from engine.sampler import apply_masks, gather_logprobs
+from engine.sampler import gather_logprobs
 from engine.speculation import num_confirmed
 from engine.weights import load_weights
 
@@ -34,6 +34,8 @@ QUANTIZATIONS = ("auto", "none", "int8")
 KV_CACHE_DTYPES = ("auto", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGPROB_ROWS = 64  # rows whose logits are held at once for the log probabilities of a prompt
+POOLED_UNIT = 1 << 24  # as fine as float32 near 1
+MAX_POOLED = 1 << 24  # so that 64 bits hold the sum of any step's rows
 
 Progress = Callable[[int, int], None]
 
@@ -53,6 +55,7 @@ class PendingOutputs:
 
     step: Step
     prompt_logprobs: list[list[TokenLogprobs]]  # of each item
+    pooled: dict[int, list[int]]  # of those of the items that want it; empty: it is not finite
     sampled: HostCopy | None = None  # [2, R] int64: token ids, and whether their logits are finite; None: nothing is
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # of those of the R that want some
 
@@ -61,14 +64,17 @@ class PendingOutputs:
         token_ids, is_finite = self.sampled.read().tolist() if self.sampled is not None else ([], [])
         outputs: list[RowOutput] = []
         first = 0
-        for item, prompt_logprobs in zip(self.step.scheduled, self.prompt_logprobs, strict=True):
+        for place, (item, prompt_logprobs) in enumerate(zip(self.step.scheduled, self.prompt_logprobs, strict=True)):
             last = first + item.num_samples
             num = num_confirmed(token_ids[first:last], is_finite[first:last], item.draft_token_ids)
             output = RowOutput(token_ids[first : first + num], prompt_logprobs=prompt_logprobs)
+            output.pooled = self.pooled.get(place, [])
             if first in self.logprobs and num:
                 output.logprobs = [self.logprobs[index] for index in range(first, first + num)]
             if item.num_samples and not num:
                 output.error = _problem(item)
+            if item.num_pooled and not output.pooled:
+                output.error = "the model's hidden states are not finite"
             outputs.append(output)
             first = last
         return outputs
@@ -113,15 +119,14 @@ class ModelRunner:
     @torch.inference_mode()
     def sample(self, step: Step, batch: BatchInputs, clock: StepClock) -> PendingOutputs:
         """Begin to sample from what `forward` computes. All tokens before these must be known by now."""
-        prompt_logprobs = self._all_prompt_logprobs(step)
+        prompt_logprobs, pooled = self._all_prompt_logprobs(step), self._all_pooled(step)
         rows = [row for item in step.scheduled for row in item.sampled]
         if not rows:
-            return PendingOutputs(step, prompt_logprobs)
+            return PendingOutputs(step, prompt_logprobs, pooled)
         logits = self.execution.compute_logits(batch.sample_rows)
         wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw_logits = logits[wanted] if wanted else None  # a copy, before any setting changes them
-        apply_masks(logits, step_masks(step))
-        sampled = self.sampler.sample(logits, rows)
+        sampled = self.sampler.sample(logits, rows, step_masks(step))
         self.sampled = sampled.token_ids
         copy = HostCopy(torch.stack((sampled.token_ids, sampled.is_finite.long())))
         logprobs: dict[int, TokenLogprobs] = {}
@@ -134,7 +139,7 @@ class ModelRunner:
             entries = gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top, named_ids)
             logprobs = dict(zip(wanted, entries, strict=True))
         clock.lap("sample")
-        return PendingOutputs(step, prompt_logprobs, copy, logprobs)
+        return PendingOutputs(step, prompt_logprobs, pooled, copy, logprobs)
 
     def _all_prompt_logprobs(self, step: Step) -> list[list[TokenLogprobs]]:
         found: list[list[TokenLogprobs]] = []
@@ -156,6 +161,30 @@ class ModelRunner:
                 gather_logprobs(self.execution.compute_logits(some), ids, [num_top] * len(ids)) for some, ids in chunks
             )
         )
+
+    def _all_pooled(self, step: Step) -> dict[int, list[int]]:
+        pooled: dict[int, list[int]] = {}
+        last_row = 0
+        for place, item in enumerate(step.scheduled):
+            last_row += item.num_hidden
+            if item.num_pooled:
+                first_row = last_row - item.num_pooled
+                pooled[place] = self._pool(torch.arange(first_row, last_row, device=self.builder.device))
+        return pooled
+
+    def _pool(self, rows: Tensor) -> list[int]:
+        """The sum of some rows' last hidden states in units of 1 / POOLED_UNIT; empty where one is not finite, or huge.
+
+        Sums of integers are exact, so they do not depend on how a prompt is cut.
+        """
+        total: Tensor | None = None
+        for some in torch.split(rows, LOGPROB_ROWS):
+            hidden = self.execution.compute_hidden(some).double()
+            if not bool((hidden.abs() < MAX_POOLED).all()):  # nor is it where one is not a number
+                return []
+            part = (hidden * POOLED_UNIT).round().long().sum(dim=0)
+            total = part if total is None else total + part
+        return [] if total is None else total.tolist()
 
 
 @dataclass(frozen=True)

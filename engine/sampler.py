@@ -20,10 +20,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.batch import packed_copy
 from engine.chain import GREEDY_TEMPERATURE, apply_chain, remember_surprise
 from engine.messages import TokenLogprobs
 from engine.noise import gumbel_noise, hash_token_ids
 from engine.request import SampledRequest
+
+NO_MASKS: Mapping[int, bytes] = {}
 
 
 @dataclass(slots=True)
@@ -42,11 +45,14 @@ class Sampler:
         self.device = device
         self.hashed_ids = hash_token_ids(vocab_size, device)
 
-    def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
+    def sample(
+        self, logits: Tensor, requests: Sequence[SampledRequest], masks: Mapping[int, bytes] = NO_MASKS
+    ) -> SamplerOutput:
         """The next token of each request from its row of logits, float32 [R, V], which may be changed in place.
 
-        Special rows of them become what their token was drawn from.
+        Special rows of them become what their token was drawn from. `masks` are those of `apply_masks`.
         """
+        apply_masks(logits, masks)
         is_finite = torch.isfinite(logits.amax(dim=-1))
         self._apply_bias(logits, requests)
         self._ban_tokens(logits, requests)
@@ -154,26 +160,22 @@ def apply_masks(logits: Tensor, masks: Mapping[int, bytes]) -> None:
     """
     if not masks:
         return
-    num_bytes = -(-logits.shape[1] // 8)
-    joined = b"".join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values())
-    packed = ~np.frombuffer(joined, dtype=np.uint8).reshape(len(masks), num_bytes)  # now a bit forbids
-    forbid = _forbid_on_host if logits.is_cpu else _forbid_on_device
-    forbid(logits, list(masks), packed)
-
-
-def _forbid_on_host(logits: Tensor, rows: Sequence[int], packed: npt.NDArray[np.uint8]) -> None:
-    forbidden = np.unpackbits(packed, axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
-    for row, forbidden_ids in zip(rows, forbidden, strict=True):
-        np.copyto(logits[row].numpy(), -np.inf, where=forbidden_ids)
-
-
-def _forbid_on_device(logits: Tensor, rows: Sequence[int], packed: npt.NDArray[np.uint8]) -> None:
-    """The bits are unpacked there, so that there are few to copy."""
-    bits = torch.from_numpy(packed).to(logits.device).unsqueeze(-1)
+    packed = packed_masks(masks, logits.shape[1])
+    num_bytes = packed.shape[1]
+    words = np.pad(packed, ((0, 0), (0, -num_bytes % 8))).view(np.int64)
+    # The bits are unpacked on the device, so that there are few to copy, for which the host does not wait.
+    on_device, index = packed_copy([words, np.array(list(masks))], logits.device)
+    bits = on_device.view(torch.uint8)[:, :num_bytes].unsqueeze(-1)
     places = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
-    forbidden = (bits & places).view(len(rows), -1)[:, : logits.shape[1]].bool()
-    index = torch.tensor(rows, device=logits.device)
+    forbidden = ((bits & places) == 0).view(len(masks), -1)[:, : logits.shape[1]]
     logits[index] = logits[index].masked_fill(forbidden, float("-inf"))
+
+
+def packed_masks(masks: Mapping[int, bytes], vocab_size: int) -> npt.NDArray[np.uint8]:
+    """One after the other, [masks, V / 8]: what is beyond a mask's end is forbidden."""
+    num_bytes = -(-vocab_size // 8)
+    joined = b"".join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values())
+    return np.frombuffer(joined, dtype=np.uint8).reshape(len(masks), num_bytes)
 
 
 # Log probabilities.

@@ -153,6 +153,7 @@ class Scheduler:
         request.record.preemptions.append(time.monotonic())
         if request.wants_prompt_logprobs:
             request.prompt_logprobs.clear()
+        request.pooled.clear()
         self.stats.preemptions_total += 1
         insort(self.waiting, request, key=_by_order)
 
@@ -160,7 +161,7 @@ class Scheduler:
         """Give the first waiting request its cached prefix and blocks for its first chunk, or nothing."""
         self._extend_hashes(request)
         # The last token is always computed, for its logits are needed.
-        num_usable = 0 if request.wants_prompt_logprobs else (request.num_tokens - 1) // self.pool.block_size
+        num_usable = 0 if request.reads_all_rows else (request.num_tokens - 1) // self.pool.block_size
         cached = self.pool.acquire(request.block_hashes[:num_usable])
         num_cached = len(cached) * self.pool.block_size
         num_tokens = min(_num_pending(request, num_cached), self.max_chunk, budget)
@@ -191,7 +192,7 @@ class Scheduler:
         request.record.num_cached_tokens = num_cached
         self.stats.prompt_tokens_total += request.num_prompt_tokens
         self.stats.prompt_tokens_cached_total += num_cached
-        if not request.wants_prompt_logprobs:
+        if not request.reads_all_rows:
             self.stats.prefix_cache_queries_total += request.num_prompt_tokens
             self.stats.prefix_cache_hits_total += num_cached
 
@@ -291,6 +292,9 @@ class Scheduler:
             self.pool.unpublish(request.blocks)
             return self._end(request, event, FinishReason.ERROR)
         request.prompt_logprobs += output.prompt_logprobs
+        if output.pooled:
+            before = request.pooled or [0] * len(output.pooled)
+            request.pooled = [old + new for old, new in zip(before, output.pooled, strict=True)]
         if not item.num_samples:
             self._publish(request)
             return None
@@ -361,11 +365,14 @@ class Scheduler:
         event.times = request.record.times()
         if request.params.prompt_logprobs is not None:
             event.prompt_logprobs = request.prompt_logprobs
+        if request.params.pooling is not None:
+            event.embedding = request.embedding()
         siblings, request.siblings = request.siblings, []
         for sibling in siblings:
             self.add(sibling)
 
     def _finish_reason(self, request: Request, event: TokenEvent) -> FinishReason | None:
+        """To be asked once for each token."""
         last = event.token_ids[-1] if event.token_ids else None
         if last is not None and request.num_output_tokens >= request.params.min_tokens:
             is_eos = last in self.eos_token_ids and not request.params.ignore_eos
@@ -374,6 +381,8 @@ class Scheduler:
                 return FinishReason.STOP
         if request.num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.max_model_len:
             return FinishReason.LENGTH
+        if request.repetition is not None and request.repetition.push(request.token_ids, request.num_output_tokens):
+            return FinishReason.REPETITION
         return None
 
     def _end(self, request: Request, event: TokenEvent, reason: FinishReason) -> TokenEvent:

@@ -15,7 +15,18 @@ from server.middleware import (
     RequestMiddleware,
 )
 from server.openapi import install_document
-from server.routes import chat, completions, health, messages, metrics, models, requests, responses, tokenize
+from server.routes import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    metrics,
+    models,
+    requests,
+    responses,
+    tokenize,
+)
 from server.settings import is_loopback
 
 
@@ -39,7 +50,8 @@ def create_app(context: ServerContext) -> FastAPI:
     )
     install_document(app, context.model_names[0], needs_key=bool(context.settings.api_key))
     app.state.context = context
-    for module in (completions, chat, messages, responses, requests, models, tokenize, health, metrics):
+    generating = (completions, chat, messages, responses, embeddings)
+    for module in (*generating, requests, models, tokenize, health, metrics):
         app.include_router(module.router)
     install_error_handlers(app)
     _add_middleware(app, context)

@@ -17,6 +17,7 @@ from server.generate.responses import new_response
 from server.schemas import response_events as events
 from server.schemas.chat import ChatCompletion, ChatCompletionChunk
 from server.schemas.completions import Completion
+from server.schemas.embeddings import EmbeddingList
 from server.schemas.errors import AnthropicErrorResponse, ErrorResponse
 from server.schemas.messages import (
     BlockDelta,
@@ -126,6 +127,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/v1/chat/completions/render", "post"): Operation(RenderedPrompt, CHAT, shown=SHOWN_PROMPT),
     ("/v1/completions", "post"): Operation(Completion, COMPLETION, Completion),
     ("/v1/completions/render", "post"): Operation(list[RenderedPrompt], COMPLETION, shown=[SHOWN_PROMPT]),
+    ("/v1/embeddings", "post"): Operation(EmbeddingList, {"input": "Once upon a time"}),
     ("/v1/messages", "post"): Operation(
         Message,
         {"messages": MESSAGES, "max_tokens": 20},

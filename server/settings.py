@@ -139,6 +139,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "How weights are kept: as the model's file has them, unpacked to dtype, or in 8 bits with a scale for 32.",
         ),
     ] = "auto"
+    pooling: Annotated[
+        str,
+        Setting(
+            _ENGINE,
+            choice("HOW", "mean", "last"),
+            "What /v1/embeddings makes of a text's last hidden states: their mean, or that of the last token.",
+        ),
+    ] = "mean"
     seed: Annotated[
         int | None,
         Setting(_ENGINE, INT64, "Seed of requests that bring none. Unset: a random one for each."),

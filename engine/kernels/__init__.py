@@ -10,7 +10,7 @@ heads that share a KV head (grouped-query attention), D: head size, B: blocks, N
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -70,6 +70,13 @@ class Execution(Protocol):
         """Compute the last hidden states of the batch's `hidden_rows`, and store every row's keys and values."""
         ...
 
+    def compute_hidden(self, rows: Tensor) -> Tensor:
+        """The last hidden states [R, hidden_size] of some (int64 [R]) of the last batch's `hidden_rows`, normalised.
+
+        Until the next call.
+        """
+        ...
+
     def compute_logits(self, rows: Tensor) -> Tensor:
         """float32 logits [R, V] of some (int64 [R]) of the last batch's `hidden_rows`, until the next call."""
         ...
@@ -78,7 +85,9 @@ class Execution(Protocol):
 class SamplesTokens(Protocol):
     """`engine.sampler.Sampler`, or what does the same."""
 
-    def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
+    def sample(
+        self, logits: Tensor, requests: Sequence[SampledRequest], masks: Mapping[int, bytes] = ...
+    ) -> SamplerOutput:
         """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
         ...
 

@@ -404,6 +404,10 @@ class EagerExecution:
     def forward(self, batch: BatchInputs) -> None:
         self.hidden = self.model.forward(batch, self.kv_cache)
 
+    def compute_hidden(self, rows: Tensor) -> Tensor:
+        assert self.hidden is not None
+        return self.model.compute_hidden(self.hidden, rows)
+
     def compute_logits(self, rows: Tensor) -> Tensor:
         assert self.hidden is not None
         return self.model.compute_logits(self.hidden, rows)

@@ -156,7 +156,10 @@ class CausalLM:
             last(hidden, q, last_cache, plan)
         return hidden
 
+    def compute_hidden(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Final norm: some rows (int64 [R]) of the hidden states as the LM head reads them, [R, hidden_size]."""
+        return self.kernels.rms_norm(self.kernels.gather(hidden, rows), self.norm, self.config.rms_norm_eps)
+
     def compute_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Final norm and LM head: logits [R, num_token_ids] of some rows (int64 [R]) of the hidden states."""
-        x = self.kernels.rms_norm(self.kernels.gather(hidden, rows), self.norm, self.config.rms_norm_eps)
-        return self.lm_head(x)[:, : self.config.num_token_ids]
+        return self.lm_head(self.compute_hidden(hidden, rows))[:, : self.config.num_token_ids]

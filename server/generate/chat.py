@@ -45,6 +45,9 @@ class ChatEndpoint:
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
     ) -> "ChatWriter":
+        prompt_text: str | UnsetType = UNSET
+        if body.return_prompt_text:
+            prompt_text = context.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
         return ChatWriter(
             context.tokenizer,
             head,
@@ -52,6 +55,7 @@ class ChatEndpoint:
             with_logprobs=bool(body.logprobs),
             with_reasoning=body.include_reasoning is not False,
             echoed=body.echoed,
+            prompt_text=prompt_text,
             fields=TokenFields.asked_for(body, prompts),
         )
 
@@ -66,6 +70,7 @@ class ChatWriter(ChunkWriter):
         with_logprobs: bool,
         with_reasoning: bool = True,
         echoed: str = "",
+        prompt_text: str | UnsetType = UNSET,
         fields: TokenFields = NO_FIELDS,
     ) -> None:
         super().__init__(options)
@@ -75,6 +80,7 @@ class ChatWriter(ChunkWriter):
         self._with_logprobs = with_logprobs
         self._with_reasoning = with_reasoning
         self._echoed = echoed
+        self._prompt_text = prompt_text
         self._started: set[int] = set()  # choices that the stream has begun
 
     def chunks(self, delta: Delta) -> list[ChatCompletionChunk]:
@@ -85,6 +91,7 @@ class ChatWriter(ChunkWriter):
             self._started.add(delta.index)
             chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", self._echoed))]))
             chunks[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
+            chunks[0].prompt_text = self._prompt_text
         addition = self._addition(delta)
         if addition != ChatDelta() or delta.positions or token_ids:
             if addition == ChatDelta():
@@ -120,6 +127,7 @@ class ChatWriter(ChunkWriter):
             system_fingerprint=head.system_fingerprint,
             prompt_logprobs=self._fields.prompt_logprobs(self._tokenizer, 0),
             prompt_token_ids=self._fields.prompt_token_ids(0),
+            prompt_text=self._prompt_text,
             lightwell=account,
         )
 

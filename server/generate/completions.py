@@ -6,12 +6,11 @@ from msgspec import UNSET, UnsetType
 
 from engine.messages import TokenLogprobs
 from server.context import ServerContext
-from server.errors import InvalidValueError, clip
 from server.generate.choices import Delta, Position, json_logprob
 from server.generate.constraints import Constraint, content_constraint
 from server.generate.endpoint import Head
 from server.generate.events import ChunkWriter
-from server.generate.prompts import Prompt, check_text_size, vocab_size
+from server.generate.prompts import Prompt, encode_prompt
 from server.generate.token_fields import NO_FIELDS, TokenFields
 from server.schemas.common import Account, StreamOptions, Usage
 from server.schemas.completions import (
@@ -19,7 +18,6 @@ from server.schemas.completions import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
-    PromptInput,
 )
 from server.text.choice import ChoiceText
 from server.text.tokenizer import Tokenizer
@@ -30,7 +28,8 @@ class CompletionEndpoint:
     id_prefix = "cmpl-"
 
     def encode(self, context: ServerContext, body: CompletionRequest) -> list[Prompt]:
-        return [_encode(context, body, value) for value in body.prompt]
+        with_special = body.add_special_tokens is not False
+        return [encode_prompt(context, value, add_special_tokens=with_special) for value in body.prompt]
 
     def constraint(self, context: ServerContext, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
         return content_constraint(context, body)
@@ -45,28 +44,6 @@ class CompletionEndpoint:
         fields = TokenFields.asked_for(body, prompts)
         options = body.stream_options
         return CompletionWriter(tokenizer, head, echoes, options, with_logprobs=with_logprobs, fields=fields)
-
-
-def _encode(context: ServerContext, body: CompletionRequest, value: PromptInput) -> Prompt:
-    if isinstance(value, str):
-        check_text_size(len(value.encode()), context.max_model_len, "prompt")
-        token_ids = context.tokenizer.encode(value, add_special_tokens=body.add_special_tokens is not False)
-        prompt = Prompt(token_ids, value)
-    else:
-        _check_range(value, vocab_size(context))
-        prompt = Prompt(value)
-    if not prompt.token_ids:
-        raise InvalidValueError("Invalid 'prompt': expected at least one token, but got none.", param="prompt")
-    return prompt
-
-
-def _check_range(token_ids: list[int], size: int) -> None:
-    """Raises InvalidValueError for a token id that the model does not have."""
-    smallest, largest = min(token_ids, default=0), max(token_ids, default=0)
-    if smallest < 0 or largest >= size:
-        wrong = smallest if smallest < 0 else largest
-        message = f"Invalid 'prompt': expected token ids from 0 to {size - 1}, but got {clip(str(wrong))} instead."
-        raise InvalidValueError(message, param="prompt")
 
 
 class _Echoes:

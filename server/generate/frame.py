@@ -38,6 +38,7 @@ from server.generate.parameters import (
 from server.generate.prompts import Prompt, fit_max_tokens, truncated, vocab_size
 from server.generate.running import RunningRequest
 from server.generate.samplers import TokenizedSettings, tokenize_settings
+from server.generate.thinking import thinking_limit
 from server.recordings import Recording
 from server.schemas.common import Account, GenerationRequest
 from server.schemas.render import RenderedPrompt
@@ -264,7 +265,7 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSet
     return Submit(
         request_id=f"{job.head.id}-{index}",
         prompt_token_ids=prompt.token_ids,
-        params=msgspec.structs.replace(params, grammar=grammar),
+        params=msgspec.structs.replace(params, grammar=grammar, thinking=thinking_limit(context, body, prompt)),
         arrival=job.arrival,
         n=body.num_choices,
         priority=body.priority or 0,

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from engine.messages import SamplingParams
+from engine.messages import RepetitionDetection, SamplingParams
 from server.errors import (
     InvalidValueError,
     MissingParameterError,
@@ -21,6 +21,7 @@ from server.errors import (
 from server.generate.samplers import TokenizedSettings
 from server.schemas.chat import ChatMessage
 from server.schemas.common import GenerationRequest
+from server.schemas.common import RepetitionDetection as RepetitionFields
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
@@ -44,7 +45,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "web_search_options": (),
     "verbosity": ("medium",),
     "reasoning_effort": ("none", "medium"),
-    "thinking_token_budget": (),
     "structural_tag": (),
     "guided_whitespace_pattern": (),
     "json_schema": (),
@@ -70,6 +70,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "add_special_tokens": (False,),
+    "return_prompt_text": (False,),
     "echo": (False,),
     "max_completion_tokens": (),
     "top_a": (0,),
@@ -80,7 +81,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "smoothing_factor": (0,),
     "dynatemp_range": (0,),
     "mirostat_mode": (0,),
-    "repetition_detection": (),
     "lora_path": (),
     "mcp_servers": ([],),
     "container": (),
@@ -168,7 +168,7 @@ def _asks_for_nothing(value: object, passing: tuple[object, ...]) -> bool:
 
 def warnings_header(names: Sequence[str]) -> str:
     """One line of harmless characters, whatever the names are."""
-    shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 64)) for name in names]
+    shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 64)) or "?" for name in names]
     text = f"ignored unknown parameters: {', '.join(shown)}"
     return text if len(text) <= MAX_WARNINGS_CHARS else f"{text[:MAX_WARNINGS_CHARS].rsplit(', ', 1)[0]}, ..."
 
@@ -260,8 +260,19 @@ def sampling_params(
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        repetition_detection=_repetition_detection(body.repetition_detection),
         logprobs=0 if body.logprob_token_ids else body.num_logprobs,
         logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
         prompt_logprobs=body.num_prompt_logprobs,
         post_sampling_probs=bool(body.post_sampling_probs),
+    )
+
+
+def _repetition_detection(wanted: RepetitionFields | None) -> RepetitionDetection | None:
+    if wanted is None or not wanted.max_pattern_size:
+        return None
+    return RepetitionDetection(
+        min_pattern_size=wanted.min_pattern_size or 1,
+        max_pattern_size=wanted.max_pattern_size,
+        min_count=wanted.min_count or 2,
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.messages import TokenLogprobs
 from server.context import ServerContext
-from server.errors import BadRequestError, ContextLengthExceededError
+from server.errors import BadRequestError, ContextLengthExceededError, InvalidValueError, clip
 from server.text.output_parser import OutputFormat
 
 MAX_TOKEN_BYTES = 256  # no vocabulary in use has longer tokens; the longest are runs of 128 spaces
@@ -42,6 +42,30 @@ def check_text_size(num_bytes: int, max_model_len: int, noun: str) -> None:
             f"than {max_model_len} tokens. Please reduce the length of the {noun}."
         )
         raise BadRequestError(message, param=noun, code="context_length_exceeded")
+
+
+def encode_prompt(
+    context: ServerContext, value: str | list[int], *, noun: str = "prompt", add_special_tokens: bool = True
+) -> Prompt:
+    """A prompt as text or token ids. Raises BadRequestError, in which the field is called `noun`."""
+    if isinstance(value, str):
+        check_text_size(len(value.encode()), context.max_model_len, noun)
+        prompt = Prompt(context.tokenizer.encode(value, add_special_tokens=add_special_tokens), value)
+    else:
+        _check_range(value, vocab_size(context), noun)
+        prompt = Prompt(value)
+    if not prompt.token_ids:
+        raise InvalidValueError(f"Invalid '{noun}': expected at least one token, but got none.", param=noun)
+    return prompt
+
+
+def _check_range(token_ids: list[int], size: int, noun: str) -> None:
+    """Raises InvalidValueError for a token id that the model does not have."""
+    smallest, largest = min(token_ids, default=0), max(token_ids, default=0)
+    if smallest < 0 or largest >= size:
+        wrong = smallest if smallest < 0 else largest
+        message = f"Invalid '{noun}': expected token ids from 0 to {size - 1}, but got {clip(str(wrong))} instead."
+        raise InvalidValueError(message, param=noun)
 
 
 def fit_max_tokens(

@@ -103,6 +103,9 @@ class ChatCompletionRequest(GenerationRequest):
     top_logprobs: NumLogprobs | None = Field(
         None, description="With logprobs: how many alternatives of each token; -1: all tokens."
     )
+    return_prompt_text: bool | None = Field(
+        None, description="Answer with the prompt that the chat template makes, as prompt_text."
+    )
     add_generation_prompt: bool | None = Field(
         None, description="End the prompt with what opens the assistant's turn. Default true."
     )
@@ -246,6 +249,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     lightwell: Account | UnsetType = UNSET
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_text: str | UnsetType = UNSET
 
 
 class FunctionChunk(msgspec.Struct, kw_only=True):
@@ -290,3 +294,4 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     lightwell: Account | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET  # only at a choice's beginning
+    prompt_text: str | UnsetType = UNSET  # the same

@@ -34,6 +34,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_ALLOWED_TOKEN_IDS = 1 << 18  # no vocabulary in use is larger
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 64  # each is two token sequences: with a space before it and without
+MAX_PATTERN_SIZE = 256  # tokens; each size is compared at every token
 MAX_CACHE_SALT_CHARS = 256
 MAX_PRIORITY = 1000  # of either sign
 
@@ -117,6 +118,26 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to the chunks either way.")
 
 
+class RepetitionDetection(BaseModel):
+    """An answer ends with finish_reason `repetition` where its last tokens are copies of one pattern."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    max_pattern_size: int | None = Field(
+        None, ge=0, le=MAX_PATTERN_SIZE, description="Tokens of the pattern at most. Default 0, which is off."
+    )
+    min_pattern_size: int | None = Field(None, ge=0, description="Tokens of the pattern at least. Default 1.")
+    min_count: int | None = Field(None, ge=0, le=INT64_MAX, description="Copies at least: 2 or more.")
+
+    def check(self) -> None:
+        if (self.min_pattern_size or 0) > (self.max_pattern_size or 0):
+            param = "repetition_detection.min_pattern_size"
+            raise InvalidValueError(f"Invalid '{param}': expected a value <= max_pattern_size.", param=param)
+        if self.max_pattern_size and (self.min_count or 0) < 2:
+            param = "repetition_detection.min_count"
+            raise InvalidValueError(f"Invalid '{param}': expected a value >= 2 with max_pattern_size.", param=param)
+
+
 class LightwellOptions(BaseModel):
     """What only this server can tell."""
 
@@ -190,6 +211,15 @@ class GenerationRequest(SamplerFields, GuidedFields):
     stop_token_ids: StopTokenIds | None = Field(None, description="Tokens that end the text, beside the model's own.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's end token.")
     min_tokens: int | None = Field(None, ge=0, description="Nothing ends the text before this many tokens.")
+    repetition_detection: RepetitionDetection | None = Field(
+        None, description="When to end an answer that repeats itself. Default: never."
+    )
+    thinking_token_budget: int | None = Field(
+        None,
+        ge=-1,
+        le=INT64_MAX,
+        description="Tokens that a model which thinks before it answers may think at most; -1: any number.",
+    )
     skip_special_tokens: bool | None = Field(None, description="Leave control tokens out of the text. Default true.")
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower runs first. Default 0.")
     truncate_prompt_tokens: TruncatedLength | None = Field(
@@ -289,6 +319,8 @@ class GenerationRequest(SamplerFields, GuidedFields):
             raise InvalidValueError(f"Invalid '{wanted[0]}': not allowed with '{wanted[1]}'.", param=wanted[0])
         if self.structured_outputs is not None:
             self.structured_outputs.check()
+        if self.repetition_detection is not None:
+            self.repetition_detection.check()
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):

@@ -56,7 +56,16 @@ class Client:
         return set(re.findall(r'"(.+?)"', " ".join(re.findall(r"\bexercises\((.*?)\)", source))))
 
 
-CLIENTS = (Client("openai", "openai_client.py"),)
+CLIENTS = (
+    Client("openai", "openai_client.py"),
+    Client("openai", "openai_client.mjs"),
+    Client("anthropic", "anthropic_client.py"),
+    Client("langchain-openai", "langchain_client.py"),
+    Client("litellm", "litellm_client.py"),
+    Client("instructor", "instructor_client.py", lock="instructor"),
+    Client("pydantic-ai-slim", "pydantic_ai_client.py"),
+    Client("@ai-sdk/openai-compatible", "ai_sdk_client.mjs"),
+)
 
 
 def markdown_table() -> str:

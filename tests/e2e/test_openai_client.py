@@ -4,6 +4,8 @@ For chat it is strict about every answer. For completions its schema does not kn
 reason in a chunk, no log probability of the first token.
 """
 
+import math
+import operator
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -190,3 +192,20 @@ def test_a_completion_of_a_given_form(client: OpenAI) -> None:
         answer = client.completions.create(**fields)
         assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
         assert all(re.fullmatch(form, choice.text) for choice in answer.choices)
+
+
+def test_embeddings(client: OpenAI) -> None:
+    """Of texts that mean nearly the same, the angle is smaller. Alone or in a list, in either form: the same."""
+    texts = ["The cat sleeps on the sofa.", "A cat is asleep on the couch.", "Interest rates rose by 2% in 1994."]
+    decoded = client.embeddings.create(model=MODEL, input=texts, user="somebody")
+    plain = client.embeddings.create(model=MODEL, input=texts[0], encoding_format="float").data[0].embedding
+    vectors = [item.embedding for item in decoded.data]
+    assert vectors[0] == pytest.approx(plain, abs=1e-7)
+    assert [len(vector) for vector in vectors] == [576] * 3
+    near, far = (sum(map(operator.mul, vectors[0], other)) for other in vectors[1:])
+    assert far < near < 1
+    assert sum(value * value for value in plain) == pytest.approx(1)
+    shorter = client.embeddings.create(model=MODEL, input=texts[0], dimensions=64, encoding_format="float")
+    norm = math.hypot(*plain[:64])
+    assert shorter.data[0].embedding == pytest.approx([value / norm for value in plain[:64]])
+    assert decoded.usage.prompt_tokens == decoded.usage.total_tokens > 20

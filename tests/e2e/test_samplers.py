@@ -44,6 +44,15 @@ def test_dry_breaks_a_repeat(server: ServerProcess) -> None:
     assert broken.startswith(" swims home.")
 
 
+def test_an_answer_that_repeats_itself_ends(server: ServerProcess) -> None:
+    fields: dict[str, Any] = {"temperature": 0, "logit_bias": {"260": 100}, "return_token_ids": True}
+    detection = {"max_pattern_size": 10, "min_pattern_size": 3, "min_count": 2}
+    choice = complete(server, **fields, repetition_detection=detection)
+    assert (choice["token_ids"], choice["finish_reason"]) == ([260] * 6, "repetition")
+    choice = complete(server, **fields)
+    assert (choice["token_ids"], choice["finish_reason"]) == ([260] * 20, "length")
+
+
 def test_penalties_see_the_last_tokens(server: ServerProcess) -> None:
     penalised: dict[str, Any] = {"prompt": REPEAT, "temperature": 0, "repetition_penalty": 10}
     assert "swims home" not in complete(server, **penalised)["text"]

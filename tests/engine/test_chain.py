@@ -190,10 +190,33 @@ def test_dry_sees_the_draft() -> None:
 
 
 def test_dry_of_a_text_of_one_word_is_finite_and_quick() -> None:
-    request = chained([3] * 30_000, dry_multiplier=5.0, dry_base=4.0)
+    request = chained([3] * 30_000, dry_multiplier=1000.0, dry_base=1000.0)
     penalty = applied("dry", torch.zeros(5), request)[3]
-    assert penalty == -math.inf or penalty < -1e37
+    assert -1.1e30 < penalty < -0.9e30  # finite too once it is divided by the lowest temperature
     assert applied("dry", torch.zeros(5), request)[[0, 1, 2, 4]].tolist() == [0.0] * 4
+
+
+def test_dry_while_the_text_grows(rng: np.random.Generator) -> None:
+    """What a request keeps of its own tokens gives what a look at the whole text gives, drafts between or not."""
+    ids = rng.integers(0, 2, 120).tolist()
+    growing = chained(ids[:20], [], dry_multiplier=1.0, dry_allowed_length=1)
+    for end in range(20, 110, 3):
+        growing.token_ids = ids[:end]
+        with_draft = RequestWithDraft(growing, ids[end : end + 4])
+        for request, text in ((with_draft, ids[: end + 4]), (growing, ids[:end])):
+            fresh = chained(text, [], dry_multiplier=1.0, dry_allowed_length=1)
+            assert torch.equal(
+                torch.as_tensor(applied("dry", torch.zeros(2), request)),
+                torch.as_tensor(applied("dry", torch.zeros(2), fresh)),
+            )
+
+
+def test_nothing_is_sampled_where_nothing_is_allowed() -> None:
+    """The first id would be as good as any other."""
+    requests = [make_request(allowed_token_ids=(5,), bad_words=((5,),)), make_request(allowed_token_ids=(5,))]
+    output = make_sampler(9).sample(torch.zeros(2, 9), requests)
+    assert output.is_finite.tolist() == [False, True]
+    assert output.token_ids[1] == 5
 
 
 # The penalties' window.

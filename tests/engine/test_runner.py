@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig, ModelConfig
 from engine.core import Engine
-from engine.messages import FinishReason, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.messages import FinishReason, Pooling, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.runner import LoadedModel, choose_device, choose_dtype, choose_limits, load_model
 from tests.choice import choose_kernels
 from tests.tiny_models import save_random_model
@@ -139,7 +139,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return ids
 
 
-def submit(name: str, prompt: list[int], max_tokens: int = 5, **settings: float) -> Submit:
+def submit(name: str, prompt: list[int], max_tokens: int = 5, **settings: float | Pooling) -> Submit:
     params = SamplingParams(max_tokens=max_tokens, **settings)  # type: ignore[arg-type]
     return Submit(request_id=name, prompt_token_ids=prompt, params=params, arrival=0.0)
 
@@ -281,6 +281,20 @@ def test_logits_that_are_not_finite_end_that_request_alone(broken: LoadedModel, 
     again = run(engine, [msgspec.structs.replace(one, request_id=f"{one.request_id} again") for one in good])
     for one in good:
         assert again[f"{one.request_id} again"].token_ids == alone[one.request_id].token_ids
+
+
+@pytest.mark.parametrize("pooling", list(Pooling))
+def test_hidden_states_that_are_not_finite_end_that_request_alone(broken: LoadedModel, pooling: Pooling) -> None:
+    engine = make_engine(clean(broken))
+    good = submit("good", prompt_of(300), 0, pooling=pooling)
+    bad = submit("bad", [*prompt_of(50), NAN_TOKEN, *prompt_of(50)], 0, pooling=pooling)
+    answers = run(engine, [bad, good])
+    assert answers["bad"].finish_reason is FinishReason.ERROR
+    assert answers["bad"].error == "the model's hidden states are not finite"
+    assert answers["bad"].embedding is None
+    embedding = answers["good"].embedding
+    assert embedding is not None
+    assert math.hypot(*embedding) == pytest.approx(1)
 
 
 def clean(loaded: LoadedModel) -> LoadedModel:

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.block_pool import BlockPool
-from engine.messages import FinishReason, RequestTimes, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.messages import (
+    FinishReason,
+    RepetitionDetection,
+    RequestTimes,
+    SamplingParams,
+    Submit,
+    TokenEvent,
+    TokenLogprobs,
+)
 from engine.record import Recorder
 from engine.request import Request, RowOutput, Scheduled, Status, Step, choice_seed, leader_of
 from engine.scheduler import Scheduler
@@ -26,6 +34,11 @@ from engine.speculation import Policy
 EOS = 5
 OUTPUT_IDS = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4, EOS]  # what the fake model says, as often as that
 PROMPT = [0, 1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0]  # long beginnings to share
+
+DETECTIONS = [
+    RepetitionDetection(min_pattern_size=first, max_pattern_size=last, min_count=count)
+    for first, last, count in ((1, 1, 4), (1, 3, 2), (2, 5, 2), (3, 4, 3))
+]
 
 NextToken = Callable[[Sequence[int], int], int]
 
@@ -61,7 +74,18 @@ def solo_answer(submit: Submit, index: int, max_model_len: int, next_token: Next
         may_stop = len(output) >= params.min_tokens
         if may_stop and (token_id in params.stop_token_ids or (token_id == EOS and not params.ignore_eos)):
             return Answer(output, FinishReason.STOP, token_id)
+        is_last = len(output) == params.max_tokens or len(submit.prompt_token_ids) + len(output) >= max_model_len
+        if may_stop and not is_last and repeats_itself(output, params.repetition_detection):
+            return Answer(output, FinishReason.REPETITION)
     return Answer(output, FinishReason.LENGTH)
+
+
+def repeats_itself(output: list[int], detection: RepetitionDetection | None) -> bool:
+    if detection is None:
+        return False
+    sizes = range(detection.min_pattern_size, detection.max_pattern_size + 1)
+    copies = [(output[-size:] * detection.min_count) for size in sizes]
+    return any(output[-len(copy) :] == copy for copy in copies)
 
 
 class FakeModel:
@@ -179,6 +203,7 @@ def submits(draw: st.DrawFn) -> Submit:
             min_tokens=draw(st.sampled_from([0, 0, 2, 4])),
             stop_token_ids=draw(st.sampled_from([(), (), (4,), (3, 4)])),
             ignore_eos=draw(st.booleans()),
+            repetition_detection=draw(st.sampled_from([None, None, None, *DETECTIONS])),
             logprobs=draw(st.sampled_from([None, 0])),
             prompt_logprobs=prompt_logprobs,
             seed=draw(st.integers(-2, 2)),
@@ -1000,6 +1025,27 @@ def test_stop_tokens(params: dict[str, Any], num_tokens: int, stop_token_id: int
     assert request.num_output_tokens == num_tokens
     assert event.stop_token_id == stop_token_id
     assert event.finish_reason is (FinishReason.LENGTH if stop_token_id is None else FinishReason.STOP)
+
+
+@pytest.mark.parametrize(
+    ("params", "num_tokens", "reason"),
+    [
+        ({}, 6, FinishReason.REPETITION),
+        ({"min_tokens": 6}, 6, FinishReason.REPETITION),
+        ({"min_tokens": 7}, 7, FinishReason.REPETITION),
+        ({"max_tokens": 6}, 6, FinishReason.LENGTH),
+        ({"stop_token_ids": (2,)}, 4, FinishReason.STOP),
+        ({"repetition_detection": None}, 9, FinishReason.STOP),
+    ],
+)
+def test_an_output_that_repeats_itself(params: dict[str, Any], num_tokens: int, reason: FinishReason) -> None:
+    detection = RepetitionDetection(min_pattern_size=2, max_pattern_size=3, min_count=2)
+    rig = Rig(next_token=says(3, 1, 1, 2, 1, 2, 1, 2, EOS, num_prompt_tokens=3))
+    fields: dict[str, Any] = {"max_tokens": 20, "repetition_detection": detection} | params
+    request = rig.add(prompt(3), **fields)
+    rig.run()
+    assert request.num_output_tokens == num_tokens
+    assert rig.last_event(request).finish_reason is reason
 
 
 @pytest.mark.parametrize(("num_prompt_tokens", "num_output_tokens"), [(1, 31), (29, 3), (31, 1), (32, 1)])

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from engine.config import EngineConfig
 from engine.runner import LoadedModel, load_model
 from tests.choice import choose_kernels
 from tests.parity.outputs import all_logits, greedy_outputs
+from tests.reference_model import load_reference
 
 MAX_MODEL_LEN = 1024
 NUM_OUTPUT_TOKENS = 64
@@ -49,16 +49,7 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def reference(smollm2_path: Path) -> LlamaForCausalLM:
-    """As `from_pretrained(gguf_file=...)` does it, which insists on one more package."""
-    config = AutoConfig.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-    model = LlamaForCausalLM(config)
-    read: Any = load_gguf_checkpoint
-    weights = read(smollm2_path, return_tensors=True, model_to_load=model, torch_dtype=torch.float32)
-    result = model.load_state_dict(weights["tensors"], strict=False)
-    assert result.missing_keys == ["lm_head.weight"]  # tied
-    assert result.unexpected_keys == []
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    return model
+    return load_reference(smollm2_path)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from engine.messages import ThinkingLimit
 from tests.server.asking import CHAT, MESSAGES, ask, ask_json, ask_stream, shared_server, stream_texts
 from tests.server.serving import RunningServer, check_error
 from tests.server.tiny_model import IM_START, IM_START_ID, write_tiny_model
@@ -76,6 +77,24 @@ def test_thoughts_that_the_prompt_begins(model: RunningServer) -> None:
     content = [{"role": "user", "content": "<think>\n"}]
     message = ask_json(model.url, CHAT, messages=content, add_generation_prompt=False)["choices"][0]["message"]
     assert "reasoning" not in message
+
+
+def test_a_limit_of_thoughts(model: RunningServer) -> None:
+    tokenizer = model.context.tokenizer
+    if "<think>" not in tokenizer.special_tokens:
+        error = check_error(ask(model.url, CHAT, thinking_token_budget=5), 400)
+        assert (error["param"], error["code"]) == ("thinking_token_budget", "unsupported_parameter")
+        return
+    start_id, end_id = (tokenizer.special_ids_of([tag])[tag] for tag in ("<think>", "</think>"))
+    for budget, is_open in ((0, False), (7, True)):
+        ask_json(model.url, CHAT, thinking_token_budget=budget, chat_template_kwargs={"enable_thinking": is_open})
+        expected = ThinkingLimit(max_tokens=budget, start_id=start_id, end_id=end_id, is_open=is_open)
+        assert model.engine.submits[-1].params.thinking == expected
+    for nothing in (None, -1):
+        ask_json(model.url, CHAT, thinking_token_budget=nothing)
+        assert model.engine.submits[-1].params.thinking is None
+    fields = {"thinking_token_budget": 5, "bad_words": ["a"]}
+    assert check_error(ask(model.url, CHAT, **fields), 400)["param"] == "bad_words"
 
 
 # Options of the template.
@@ -188,7 +207,15 @@ def test_the_last_message_before_the_answer(plain: RunningServer) -> None:
         assert stream_texts(ask_stream(plain.url, CHAT, **fields)) == {0: expected, 1: expected}
 
 
-@pytest.mark.parametrize("name", ["echo", "add_special_tokens"])
+def test_the_prompt_as_text(plain: RunningServer) -> None:
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert ask_json(plain.url, CHAT, return_prompt_text=True)["prompt_text"] == text
+    chunks = ask_stream(plain.url, CHAT, return_prompt_text=True)
+    assert [chunk.get("prompt_text") for chunk in chunks] == [text] + [None] * (len(chunks) - 1)
+    assert "prompt_text" not in ask_json(plain.url, CHAT, return_prompt_text=False)
+
+
+@pytest.mark.parametrize("name", ["echo", "add_special_tokens", "return_prompt_text"])
 def test_switches_are_true_or_false(plain: RunningServer, name: str) -> None:
     wrong: list[Any] = ["true", 1, []]
     for value in wrong:

@@ -1,6 +1,7 @@
 """Each parameter, over HTTP: good values reach the engine or act, bad ones are a 400 that names them."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.messages import MIROSTAT_ORDER, SamplerChain, SamplingParams
+from engine.messages import MIROSTAT_ORDER, RepetitionDetection, SamplerChain, SamplingParams
 from server.generate.parameters import INSTEAD
 from server.schemas.chat import ChatCompletionRequest
 from tests.server.asking import CHAT, COMPLETIONS, MINIMAL, ask, ask_json, shared_server
@@ -41,6 +42,19 @@ REACHING: dict[str, list[tuple[Any, Any]]] = {
     "stop_token_ids": [([0, 258], (0, 258)), ([], ()), (None, ())],
     "max_tokens": [(1, 1), (100, 100)],
     "allowed_token_ids": [([258, 0, 258], (258, 0)), (None, ())],
+    "repetition_detection": [
+        (
+            {"max_pattern_size": 5, "min_pattern_size": 2, "min_count": 3},
+            RepetitionDetection(min_pattern_size=2, max_pattern_size=5, min_count=3),
+        ),
+        (
+            {"max_pattern_size": 256, "min_pattern_size": 0, "min_count": 2},
+            RepetitionDetection(min_pattern_size=1, max_pattern_size=256, min_count=2),
+        ),
+        ({"max_pattern_size": 0, "min_count": 3}, None),
+        ({}, None),
+        (None, None),
+    ],
     "bad_words": [(["ab", " c"], ((97, 98), (32, 97, 98), (99,), (32, 99))), ([" "], ((32,),)), ([], ()), (None, ())],
 }
 
@@ -243,6 +257,19 @@ BAD: dict[str, list[Any]] = {
     "ignore_eos": ["true", 1, []],
     "include_stop_str_in_output": ["true", 1],
     "skip_special_tokens": ["true", 0],
+    "repetition_detection": [
+        5,
+        [],
+        {"max_pattern_size": 257, "min_count": 2},
+        {"max_pattern_size": -1},
+        {"max_pattern_size": 2.0, "min_count": 2},
+        {"max_pattern_size": 2},
+        {"max_pattern_size": 2, "min_count": 1},
+        {"max_pattern_size": 2, "min_count": 2**63},
+        {"max_pattern_size": 2, "min_count": 2, "min_pattern_size": 3},
+        {"min_pattern_size": 1},
+    ],
+    "thinking_token_budget": [0, 5, -2, 2**63, *NOT_AN_INTEGER],  # of a model that does not think
     "priority": [1001, -1001, 2**63, -(2**63), *NOT_AN_INTEGER],
     "cache_salt": [5, [], "x" * 257],
     "stream": ["true", 1, {}],
@@ -264,7 +291,7 @@ def test_bad_value_is_refused_by_name(server: RunningServer, path: str, name: st
         error = check_error(post(server.url, path, {name: value}), 400)
         assert error["type"] == "invalid_request_error"
         if error["code"] != "context_length_exceeded":
-            assert error["param"].split("[")[0] == name, error
+            assert re.split(r"[.\[]", error["param"])[0] == name, error
             assert f"'{error['param']}'" in error["message"], error
         assert len(error["message"]) < 400
     assert len(server.engine.submits) == num_submits
@@ -549,3 +576,9 @@ def test_prompts_have_seeds_of_their_own(server: RunningServer) -> None:
     assert len(set(first)) == 3
     assert seeds(11) == first
     assert not set(seeds(12)) & set(first)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n", "é"])
+def test_a_field_of_any_name_is_named_in_a_header(start_server: StartServer, name: str) -> None:
+    answer = httpx.post(start_server().url + "/tokenize", json={"prompt": "Hi", name: 1})
+    assert answer.headers["x-lightwell-warnings"] == "ignored unknown parameters: ?"

@@ -1,4 +1,4 @@
-"""A model as two programs: one computes the hidden states of a batch, the other the logits of some of its rows."""
+"""A model as programs: one computes the hidden states of a batch, two others the logits or the norms of some rows."""
 
 from __future__ import annotations
 
@@ -40,17 +40,27 @@ class CpuExecution:
         index_rows = {self.logit_rows.data_ptr(): self.num_logit_rows.ctypes.data}
         with kernels.recording(self.logits_program, builder, index_rows):
             self.logits = model.compute_logits(hidden, self.logit_rows)
+        self.hidden_program = Program(kernels.library, kernels.team)
+        with kernels.recording(self.hidden_program, builder, index_rows):
+            self.hidden = model.compute_hidden(hidden, self.logit_rows)
         self.forward_program.keep.append(builder)
 
     def forward(self, batch: BatchInputs) -> None:
         self.forward_program.run()
 
+    def compute_hidden(self, rows: Tensor) -> Tensor:
+        return self._compute(self.hidden_program, self.hidden, rows)
+
     def compute_logits(self, rows: Tensor) -> Tensor:
-        """Of any number of rows; those that a step samples fit into the buffer."""
+        return self._compute(self.logits_program, self.logits, rows)
+
+    def _compute(self, program: Program, out: Tensor, rows: Tensor) -> Tensor:
+        """What `program` writes to `out`, of any number of rows; those that a step samples fit into the buffer."""
         if len(rows) > len(self.logit_rows):
-            return torch.cat([self.compute_logits(some).clone() for some in torch.split(rows, len(self.logit_rows))])
+            parts = torch.split(rows, len(self.logit_rows))
+            return torch.cat([self._compute(program, out, some).clone() for some in parts])
         num_rows = len(rows)
         self.logit_rows[:num_rows] = rows
         self.num_logit_rows[:] = num_rows  # all as if they were of generated tokens
-        self.logits_program.run()
-        return self.logits[:num_rows]
+        program.run()
+        return out[:num_rows]

@@ -6,7 +6,7 @@ Special rows, which are rare, go through that sampler itself.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import Structure, c_float, c_int64, c_uint64, c_void_p
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from engine.kernels.cpu.program import Program
 from engine.memory import lazy_zeros
 from engine.messages import SamplingParams
 from engine.request import SampledRequest
-from engine.sampler import Sampler, SamplerOutput, banned_token_ids
+from engine.sampler import NO_MASKS, Sampler, SamplerOutput, banned_token_ids, packed_masks
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -43,6 +43,7 @@ class SampledRow(Structure):
         ("history", c_void_p),
         ("num_history", c_int64),
         ("num_prompt_tokens", c_int64),
+        ("allowed", c_void_p),
         ("top_k", c_int64),
         ("temperature", c_float),
         ("top_p", c_float),
@@ -89,10 +90,12 @@ class CpuSampler:
         self._program_of_one = Program(library, library.new_team(1))
         self._program_of_one.add("sample", self._parameters)
 
-    def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
+    def sample(
+        self, logits: Tensor, requests: Sequence[SampledRequest], masks: Mapping[int, bytes] = NO_MASKS
+    ) -> SamplerOutput:
         """The next token of each request from its row of logits, float32 [R, V], which may be changed in place.
 
-        Special rows of them become what their token was drawn from.
+        Special rows of them become what their token was drawn from. `masks` are those of `engine.sampler.apply_masks`.
         """
         num_rows = len(requests)
         assert logits.shape == (num_rows, self.vocab_size)
@@ -109,6 +112,9 @@ class CpuSampler:
         special = [row for row, request in enumerate(requests) if request.params.is_special]
         ids, biases = self._fill_rows(requests, special)
         parameters.ids, parameters.biases = ids.ctypes.data, biases.ctypes.data
+        packed = packed_masks(masks, self.vocab_size)
+        for row, mask in zip(masks, packed, strict=True):
+            self._rows[row].allowed = mask.ctypes.data
         (self._program if num_rows > 1 else self._program_of_one).run()
         if special:
             part = logits[special]  # the program has left them as they were

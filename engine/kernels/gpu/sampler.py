@@ -10,7 +10,7 @@ kernel only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +26,7 @@ from engine.kernels.gpu.tiles import LAUNCH_OPTIONS
 from engine.messages import SamplingParams
 from engine.noise import noise_keys
 from engine.request import SampledRequest
-from engine.sampler import Sampler, SamplerOutput
+from engine.sampler import NO_MASKS, Sampler, SamplerOutput, apply_masks
 
 Words: TypeAlias = NDArray[np.int32]
 Records: TypeAlias = NDArray[np.void]
@@ -322,8 +322,11 @@ class TritonSampler:
         self.plain = Sampler(vocab_size, eos_token_ids, device)
         self.piece = min(PIECE, triton.next_power_of_2(vocab_size))
 
-    def sample(self, logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
+    def sample(
+        self, logits: Tensor, requests: Sequence[SampledRequest], masks: Mapping[int, bytes] = NO_MASKS
+    ) -> SamplerOutput:
         """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
+        apply_masks(logits, masks)
         assert logits.shape == (len(requests), self.vocab_size)
         assert logits.stride(1) == 1
         token_ids, is_finite, highest = (

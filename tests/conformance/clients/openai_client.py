@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
 
-QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION: Any = [{"role": "user", "content": "Tell me a long story."}]
 SHORT: dict[str, Any] = {"messages": QUESTION, "max_completion_tokens": 8, "temperature": 0.8, "seed": 4}
 CITY = {"type": "string", "enum": ["Paris", "Rome"]}
 PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
@@ -96,7 +96,7 @@ def streamed_tools(server: Server) -> None:
 
 @exercises("structured output", "streaming")
 def structured_output(server: Server) -> None:
-    fields: Any = SHORT | {"model": server.model, "max_completion_tokens": 80, "response_format": Animal}
+    fields: Any = SHORT | {"model": server.model, "max_completion_tokens": 120, "response_format": Animal}
     client = client_of(server)
     (choice,) = client.chat.completions.parse(**fields).choices
     assert isinstance(choice.message.parsed, Animal)

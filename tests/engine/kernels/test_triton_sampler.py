@@ -265,3 +265,26 @@ def test_noise_is_that_of_torch() -> None:
         assert sample(logits, [request] * size) == list(range(size))
         others = logits + (torch.eye(size) < 1) * 2 * more
         assert all(own != row for row, own in enumerate(sample(others, [request] * size)))
+
+
+def test_special_rows_become_what_was_drawn_from(rng: np.random.Generator) -> None:
+    """As in the sampler in torch; a row that settings leave nothing of is one without numbers."""
+    logits = random_logits(rng, 3, 60, spread=2.0)
+    requests = [
+        make_request(post_sampling_probs=True, top_k=3, temperature=0.5, seed=1),
+        make_request(seed=2),
+        make_request(allowed_token_ids=(5,), bad_words=((5,),)),
+    ]
+    processed, expected = logits.clone(), logits.clone()
+    output = TritonSampler(60, EOS_TOKEN_IDS, CPU).sample(processed, requests)
+    plain = make_sampler(60).sample(expected, requests)
+    assert torch.equal(processed[0], expected[0])
+    assert torch.isfinite(processed[0]).sum() == 3
+    assert output.is_finite.tolist() == plain.is_finite.tolist() == [True, True, False]
+    assert output.token_ids[:2].tolist() == plain.token_ids[:2].tolist()
+
+
+@pytest.mark.parametrize("settings", [{"grammar": "start: TEXT"}, {"logprob_token_ids": (3,)}])
+def test_settings_that_change_no_distribution_need_no_other_sampler(settings: dict[str, Any]) -> None:
+    assert sampler.is_known(SamplingParams(max_tokens=1, **settings))
+    assert not sampler.is_known(SamplingParams(max_tokens=1, post_sampling_probs=True))

@@ -30,6 +30,7 @@ struct SampledRow {
     const int32_t* history;  // prompt and output without the draft, if there are penalties
     int64_t num_history;
     int64_t num_prompt_tokens;
+    const uint8_t* allowed;  // bit i of byte j: whether token 8 j + i may be sampled; null: all may
     int64_t top_k;
     float temperature;  // 0: greedy
     float top_p;
@@ -425,6 +426,19 @@ int64_t RowSampler::draw(float lowest) const {
     return id;
 }
 
+inline void keep_allowed(const uint8_t* allowed, int64_t size, float* x) {
+    for (int64_t i = 0; i < size; i += 8) {
+        const uint8_t bits = allowed[i / 8];
+        if (bits == 0xff) continue;
+        if (bits == 0 && size - i >= 8) {
+            for (int64_t j = 0; j < 8; j++) x[i + j] = -INFINITY;
+            continue;
+        }
+        for (int64_t j = 0; j < 8 && i + j < size; j++)
+            if (!(bits >> j & 1)) x[i + j] = -INFINITY;
+    }
+}
+
 void sample(const void* parameters, const Worker& worker) {
     const SampleParameters& p = *(const SampleParameters*)parameters;
     const int64_t num_values = (divide_up(p.vocab_size, LANES) + 2) * LANES;
@@ -434,6 +448,7 @@ void sample(const void* parameters, const Worker& worker) {
         const int64_t r = tasks.first;
         const SampledRow& row = p.rows[r];
         float* x = p.logits + r * p.logits_stride;
+        if (row.allowed != nullptr) keep_allowed(row.allowed, p.vocab_size, x);
         Top top = find_top(x, p.vocab_size);
         p.is_finite[r] = !top.has_nan && isfinite(top.value);
         if (p.is_finite[r] && change_tokens(p, row, counts, x)) top = find_top(x, p.vocab_size);

@@ -18,6 +18,7 @@ from engine.kernels.cpu.sampler import CpuSampler
 from engine.messages import MIROSTAT_ORDER, SamplerChain, SamplingParams
 from engine.noise import gumbel_noise
 from engine.request import Request, RequestWithDraft, SampledRequest
+from engine.sampler import apply_masks
 from tests.engine.kernels.cpu.sanitizer import run_sanitized
 from tests.engine.test_sampler import (
     EOS_TOKEN_IDS,
@@ -178,6 +179,30 @@ def test_special_rows_go_through_the_sampler_in_torch(machine: Machine, rng: np.
     assert torch.equal(processed[1::2], expected[1::2])
     assert output.token_ids[::2].tolist() == machine.sample(logits[::2], requests_of(settings)[::2])
     assert output.is_finite.all()
+
+
+@pytest.mark.parametrize("vocab_size", [64, 3001])
+def test_masks(machine: Machine, rng: np.random.Generator, vocab_size: int) -> None:
+    """The same as if the logits of forbidden tokens were -infinity; rows of any kind, and masks that are too short."""
+    logits = random_logits(rng, 24, vocab_size, spread=2.0)
+    requests = requests_of([mix for index in range(12) for mix in (MIXED[index % 5], SPECIAL[index % len(SPECIAL)])])
+    num_bytes = -(-vocab_size // 8)
+    masks = {row: rng.bytes(num_bytes - row % 3) for row in range(0, 24, 3)}
+    masks[1], masks[2], masks[5] = b"\xff" * num_bytes, b"", bytes(num_bytes - 1) + b"\x01"
+    masked = logits.clone()
+    apply_masks(masked, masks)
+    expected = machine.sampler(vocab_size).sample(masked, requests)
+    output = machine.sampler(vocab_size).sample(logits.clone(), requests, masks)
+    assert torch.equal(output.is_finite, expected.is_finite)
+    assert torch.equal(output.token_ids[output.is_finite], expected.token_ids[output.is_finite])
+    assert not output.is_finite[2]
+    assert output.token_ids[5] == 8 * (num_bytes - 1)
+
+
+def test_a_row_that_settings_leave_nothing_of_is_one_without_numbers(machine: Machine) -> None:
+    nothing = {"allowed_token_ids": (5,), "bad_words": ((5,),)}
+    output = machine.sampler(3001).sample(torch.zeros(3, 3001), requests_of([{}, nothing, {}]))
+    assert output.is_finite.tolist() == [True, False, True]
 
 
 def requests_of(settings: Sequence[dict[str, Any]]) -> list[Request]:
@@ -412,6 +437,7 @@ import numpy as np
 import torch
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.sampler import CpuSampler
+from engine.sampler import apply_masks
 from pathlib import Path
 from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_requests
 

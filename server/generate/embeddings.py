@@ -1,0 +1,98 @@
+"""From a request for embeddings to its answer: each input is a prompt of which the engine is asked for no token."""
+
+import base64
+import math
+import secrets
+import struct
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+import msgspec
+from fastapi import Request
+
+from engine.messages import FinishReason, Pooling, SamplingParams, Submit
+from server.client import RequestStream
+from server.context import ServerContext, get_context
+from server.errors import InvalidValueError, ServerError
+from server.generate.parameters import check_model, unknown_parameters, warnings_header
+from server.generate.prompts import encode_prompt, fit_max_tokens
+from server.schemas.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
+
+
+def judge(context: ServerContext, body: EmbeddingRequest) -> dict[str, str]:
+    """The headers of the answer. Raises BadRequestError, ModelNotFoundError, EngineUnavailableError."""
+    check_model(body.model, context.model_names)
+    unknown = unknown_parameters(body, strict=context.settings.strict)
+    size = context.model_config.hidden_size
+    if body.dimensions is not None and body.dimensions > size:
+        message = (
+            f"Invalid 'dimensions': integer above maximum value. Expected a value <= {size}, "
+            f"but got {body.dimensions} instead."
+        )
+        raise InvalidValueError(message, param="dimensions", code="integer_above_max_value")
+    is_deterministic = context.client.ready_info().deterministic
+    context.metrics.count_unknown_parameters(len(unknown))
+    headers = {"x-lightwell-deterministic": "true" if is_deterministic else "false"}
+    if unknown:
+        headers["x-lightwell-warnings"] = warnings_header(unknown)
+    return headers
+
+
+async def embed(request: Request, body: EmbeddingRequest) -> bytes:
+    """The answer as JSON. Raises APIError. Cancelled, it ends what runs in the engine."""
+    context, arrival, name = get_context(request), time.monotonic(), f"embd-{secrets.token_hex(16)}"
+    async with AsyncExitStack() as stack:
+        with context.client.reserve(len(body.input), param="input") as reservation:
+            prompts = await context.run_text_work(_encode, context, body)
+            streams: list[RequestStream] = []
+            for index, prompt in enumerate(prompts):
+                params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling(context.settings.pooling))
+                submit = Submit(request_id=f"{name}-{index}", prompt_token_ids=prompt, params=params, arrival=arrival)
+                streams.append(await stack.enter_async_context(context.client.submit(submit, reservation)))
+        embeddings = [await _read(stream, request.state.request_id) for stream in streams]
+    num_tokens = sum(map(len, prompts))
+    return await context.run_text_work(_answer, body, embeddings, num_tokens)
+
+
+def _encode(context: ServerContext, body: EmbeddingRequest) -> list[list[int]]:
+    """Token ids of each input. Raises BadRequestError."""
+    prompts = [encode_prompt(context, value, noun="input").token_ids for value in body.input]
+    for prompt in prompts:
+        fit_max_tokens(0, len(prompt), context.max_model_len, "input")
+    return prompts
+
+
+async def _read(stream: RequestStream, request_id: str) -> list[float]:
+    embedding: list[float] | None = None
+    async for events in stream:
+        for event in events:
+            if event.finish_reason is not FinishReason.LENGTH:
+                raise ServerError(request_id)
+            embedding = event.embedding
+    if embedding is None:
+        raise ServerError(request_id)
+    return embedding
+
+
+def _answer(body: EmbeddingRequest, embeddings: Sequence[list[float]], num_tokens: int) -> bytes:
+    data = [
+        Embedding(embedding=_formatted(shortened(embedding, body.dimensions), body.encoding_format), index=index)
+        for index, embedding in enumerate(embeddings)
+    ]
+    return msgspec.json.encode(EmbeddingList(data=data, model=body.model, usage=EmbeddingUsage(num_tokens, num_tokens)))
+
+
+def shortened(embedding: list[float], num_dimensions: int | None) -> list[float]:
+    """The first numbers, scaled to length 1."""
+    if num_dimensions is None or num_dimensions == len(embedding):
+        return embedding
+    first = embedding[:num_dimensions]
+    norm = math.hypot(*first) or 1.0
+    return [value / norm for value in first]
+
+
+def _formatted(embedding: list[float], encoding_format: str | None) -> list[float] | str:
+    if encoding_format != "base64":
+        return embedding
+    return base64.b64encode(struct.pack(f"<{len(embedding)}f", *embedding)).decode()

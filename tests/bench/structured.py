@@ -1,0 +1,89 @@
+"""What a JSON schema on all streams costs: `python -m tests.bench.structured [MODEL] [--streams 32]`.
+
+So many clients ask for a chat answer of 64 tokens, in turn as free text and as JSON of a schema that goes on for as
+long as they are allowed. The same server, rounds of both in turn, and the median of what each round yields.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import statistics
+import sys
+import time
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Column, Table
+
+from tests.bench.serve import MODEL_NAME, running_server
+
+NUM_TOKENS = 64
+NAME = {"type": "string", "minLength": 12, "maxLength": 24}
+PERSON = {
+    "type": "object",
+    "properties": {"name": NAME, "age": {"type": "integer"}, "city": NAME},
+    "required": ["name", "age", "city"],
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "array", "items": PERSON, "minItems": 20}
+FORMS: dict[str, dict[str, Any]] = {
+    "free text": {"ignore_eos": True},
+    "JSON schema": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "people", "schema": SCHEMA, "strict": True}}
+    },
+}
+
+
+def round_of(client: httpx.Client, url: str, form: str, num_streams: int, seed: int) -> float:
+    """Tokens in a second."""
+
+    def ask(number: int) -> int:
+        body = {
+            "model": MODEL_NAME,
+            "messages": [{"role": "user", "content": f"Invent {20 + number} people who live in a small town."}],
+            "max_completion_tokens": NUM_TOKENS,
+            "temperature": 1.0,
+            "seed": 1000 * seed + number,
+            **FORMS[form],
+        }
+        response = client.post(f"{url}/v1/chat/completions", json=body)
+        num_tokens: int = response.raise_for_status().json()["usage"]["completion_tokens"]
+        return num_tokens
+
+    start = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(num_streams) as pool:
+        num_tokens = sum(pool.map(ask, range(num_streams)))
+    return num_tokens / (time.perf_counter() - start)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="*", metavar="MODEL", help="what to serve, if not the default model")
+    parser.add_argument("--streams", type=int, default=32, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each form; default: %(default)s")
+    arguments = parser.parse_args()
+    rates: dict[str, list[float]] = {form: [] for form in FORMS}
+    limits = httpx.Limits(max_connections=arguments.streams)
+    with (
+        running_server(arguments.model) as (url, _),
+        httpx.Client(timeout=300, trust_env=False, limits=limits) as client,
+    ):
+        for number in range(arguments.rounds + 1):  # the first is not counted
+            for form, found in rates.items():
+                found.append(round_of(client, url, form, arguments.streams, number))
+    free = statistics.median(rates["free text"][1:])
+    table = Table("answers", Column("tokens/s", justify="right"), Column("to free text", justify="right"))
+    for form, found in rates.items():
+        rate = statistics.median(found[1:])
+        table.add_row(form, f"{rate:.0f}", f"{rate / free:.1%}")
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")

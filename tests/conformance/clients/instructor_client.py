@@ -1,0 +1,68 @@
+"""Instructor, which makes objects of answers, in the ways it has to ask for them. Without retries."""
+
+from typing import Any, Literal
+
+import instructor
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, ConfigDict, Field
+
+from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
+
+
+class Animal(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # else the model may go on to invent members
+
+    name: str = Field(max_length=12)
+    legs: int = Field(ge=0, le=9)
+    sound: Literal["meow", "woof"]
+
+
+MODES = (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS_STRICT)
+
+
+def options(server: Server) -> dict[str, Any]:
+    return {"base_url": server.base_url, "api_key": server.key, "max_retries": 0, "timeout": SECONDS}
+
+
+def request(server: Server) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Invent an animal."}]
+    fixed = {"max_tokens": 120, "temperature": 0.8, "seed": 4, "max_retries": 0}
+    return {"model": server.model, "messages": messages, "response_model": Animal, **fixed}
+
+
+def client_of(server: Server, mode: Any, **fields: Any) -> Any:
+    return instructor.from_openai(OpenAI(**(options(server) | fields)), mode=mode)
+
+
+@exercises("structured output", "tools", "usage")
+def an_object(server: Server) -> None:
+    for mode in MODES:
+        animal, completion = client_of(server, mode).chat.completions.create_with_completion(**request(server))
+        assert isinstance(animal, Animal)
+        assert completion.usage.completion_tokens > 0
+
+
+@exercises("async", "structured output", "tools")
+async def asynchronous(server: Server) -> None:
+    async with AsyncOpenAI(**options(server)) as client:
+        animal = await instructor.from_openai(client).chat.completions.create(**request(server))
+    assert isinstance(animal, Animal)
+
+
+@exercises("streaming", "structured output", "tools")
+def parts_of_an_object(server: Server) -> None:
+    for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
+        *_, last = client_of(server, mode).chat.completions.create_partial(**request(server))
+        assert Animal(**last.model_dump())
+
+
+@exercises("errors")
+def errors(server: Server) -> None:
+    wrong: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"api_key": "wrong"}, {}, "401"),
+        ({}, {"model": "gpt-4"}, "gpt-4"),
+        ({}, {"temperature": 3}, "temperature"),
+    ]
+    for fields, changed, said in wrong:
+        create = client_of(server, instructor.Mode.TOOLS, **fields).chat.completions.create
+        assert said in str(refused(Exception, create, **(request(server) | changed)))

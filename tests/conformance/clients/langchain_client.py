@@ -1,0 +1,116 @@
+"""LangChain's ChatOpenAI."""
+
+from typing import Any, Literal
+
+import openai
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel, Field
+
+from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
+
+QUESTION = "Tell me a long story."
+
+
+class Animal(BaseModel):
+    """An animal."""
+
+    name: str = Field(max_length=12)
+    legs: int = Field(ge=0, le=9)
+
+
+class GetWeather(BaseModel):
+    """The weather now."""
+
+    city: Literal["Paris", "Rome"]
+
+
+def options(server: Server) -> dict[str, Any]:
+    return {
+        "model": server.model,
+        "base_url": server.base_url,
+        "api_key": server.key,
+        "max_retries": 0,
+        "timeout": SECONDS,
+        "temperature": 0.8,
+        "seed": 4,
+        "max_tokens": 8,
+    }
+
+
+def model_of(server: Server, **fields: Any) -> Any:
+    return ChatOpenAI(**(options(server) | fields))
+
+
+@exercises("chat", "streaming", "usage")
+def answer_and_stream(server: Server) -> None:
+    model = model_of(server, stream_usage=True)
+    answer = model.invoke([("system", "You tell stories."), ("human", QUESTION)])
+    chunks = list(model.stream([("system", "You tell stories."), ("human", QUESTION)]))
+    whole = sum(chunks[1:], chunks[0])
+    assert answer.content == whole.content != ""
+    assert answer.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"] == 8
+
+
+@exercises("async", "streaming")
+async def asynchronous(server: Server) -> None:
+    model = model_of(server)
+    answer = await model.ainvoke(QUESTION)
+    assert "".join([chunk.content async for chunk in model.astream(QUESTION)]) == answer.content != ""
+
+
+@exercises("tools", "streaming")
+def tools(server: Server) -> None:
+    model = model_of(server, max_tokens=60)
+    for tool_choice in ("any", "GetWeather"):
+        bound = model.bind_tools([GetWeather], tool_choice=tool_choice, parallel_tool_calls=False, strict=True)
+        answer = bound.invoke(QUESTION)
+        chunks = list(bound.stream(QUESTION))
+        (call,), (streamed,) = answer.tool_calls, sum(chunks[1:], chunks[0]).tool_calls
+        assert (call["name"], call["args"]) == (streamed["name"], streamed["args"])
+        assert (call["name"], call["args"]["city"] in ("Paris", "Rome")) == ("GetWeather", True)
+    history = [HumanMessage(QUESTION), answer, ToolMessage("Rain.", tool_call_id=call["id"])]
+    assert model.bind_tools([GetWeather], tool_choice="none").invoke(history).content
+
+
+@exercises("structured output", "tools")
+def structured_output(server: Server) -> None:
+    for method in ("json_schema", "function_calling"):
+        model = model_of(server, max_tokens=120).with_structured_output(
+            Animal, method=method, strict=True, include_raw=True
+        )
+        answer = model.invoke("Invent an animal.")
+        assert isinstance(answer["parsed"], Animal), answer
+
+
+@exercises("logprobs")
+def logprobs(server: Server) -> None:
+    answer = model_of(server, logprobs=True, top_logprobs=2).invoke(QUESTION)
+    tokens = answer.response_metadata["logprobs"]["content"]
+    assert "".join(token["token"] for token in tokens) == answer.content
+    assert all(len(token["top_logprobs"]) == 2 for token in tokens)
+
+
+@exercises("completions", "streaming")
+def completions(server: Server) -> None:
+    model = OpenAI(**options(server))
+    assert model.invoke("Once upon a time") == "".join(model.stream("Once upon a time")) != ""
+
+
+@exercises("responses", "streaming")
+def responses(server: Server) -> None:
+    fields = {"use_responses_api": True, "max_tokens": 16, "seed": None}
+    model = model_of(server, temperature=0, **fields)
+    chunks = list(model.stream(QUESTION))
+    assert model.invoke(QUESTION).text == sum(chunks[1:], chunks[0]).text != ""
+
+
+@exercises("errors")
+def errors(server: Server) -> None:
+    wrong: list[tuple[dict[str, Any], type[openai.APIStatusError], str | None]] = [
+        ({"api_key": "wrong"}, openai.AuthenticationError, None),
+        ({"model": "gpt-4"}, openai.NotFoundError, "model"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature"),
+    ]
+    for fields, kind, param in wrong:
+        assert refused(kind, model_of(server, **fields).invoke, input=QUESTION).param == param

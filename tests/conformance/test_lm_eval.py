@@ -1,0 +1,64 @@
+"""lm-eval scores the served model, and transformers with the same weights: every log probability is the same.
+
+Its client for completions asks with `echo` and `logprobs`, for prompts of token ids, some in one request and some at
+the same time.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.conformance.lm_eval_tool import evaluate
+from tests.e2e.server_process import COMPLETIONS, MODEL, running_server
+from tests.reference_model import load_reference
+
+TASKS = ("lightwell_choice", "lightwell_perplexity")
+MAX_LENGTH = 96  # tokens of a window: one of the texts takes three
+
+
+@pytest.fixture(scope="module")
+def exported(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of the GGUF file in float32, as transformers reads them, in its own format."""
+    folder = tmp_path_factory.mktemp("exported")
+    load_reference(smollm2_path).save_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("expected")
+    given = {"pretrained": exported, "dtype": "float32", "max_length": MAX_LENGTH}
+    return evaluate(folder, "hf", ",".join(TASKS), **given)
+
+
+def loglikelihoods(samples: list[dict[str, Any]]) -> list[list[Any]]:
+    """Of each document: [[log probability, "True" if it is the likeliest], ...] or, of a whole text, one number."""
+    return [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+
+
+def test_the_same_as_transformers(smollm2_path: Path, exported: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    flags = ("--quantization=none", "--dtype=float32", "--max-model-len=1024", "--kv-cache-memory=64MiB")
+    with running_server(smollm2_path, *flags) as server:
+        asked = {"model": MODEL, "base_url": server.url + COMPLETIONS, "tokenizer": exported}
+        asked |= {"num_concurrent": 2, "max_length": MAX_LENGTH + 2}  # its windows are two tokens shorter
+        found = evaluate(tmp_path, "local-completions", ",".join(TASKS), **asked)
+        assert server.metric("lightwell_unknown_parameters_total") == 0
+    for task in TASKS:
+        ours, theirs = (loglikelihoods(each["samples"][task]) for each in (found, expected))
+        assert len(ours) == len(theirs) >= 5
+        for our_document, their_document in zip(ours, theirs, strict=True):
+            for our_number, their_number in zip(our_document, their_document, strict=True):
+                check_same(our_number, their_number)
+    accuracy = [each["results"]["lightwell_choice"]["acc,none"] for each in (found, expected)]
+    assert accuracy[0] == accuracy[1] > 0.5
+
+
+def check_same(ours: Any, theirs: Any) -> None:
+    if isinstance(ours, list):
+        assert ours[1] == theirs[1]
+        ours, theirs = ours[0], theirs[0]
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-4, abs=1e-3)
