@@ -124,6 +124,7 @@ class Matcher:
         self._eos_token_ids = eos_token_ids
         self._matcher: LLMatcher | None = None
         self._num_consumed = 0
+        self.problem: str | None = None  # why the last masks ended early
 
     @property
     def is_ready(self) -> bool:
@@ -145,6 +146,7 @@ class Matcher:
         cannot be followed any further, because it takes too much, or because no text can match it, a mask is empty.
         """
         masks: list[bytes] = []
+        self.problem = None
         try:
             matcher = self._at(output)
             masks.append(self._mask(matcher, len(output)))
@@ -153,6 +155,7 @@ class Matcher:
             if not matcher.rollback(len(masks) - 1):
                 raise GrammarError(_reason(matcher))
         except GrammarError as error:
+            self.problem = str(error)
             logger.warning("a grammar cannot be followed: %s", error)
             self._matcher = None  # it would never recover, and the draft may have been wrong
         return masks + [b""] * (len(draft) + 1 - len(masks))  # behind a token that cannot be, nothing counts

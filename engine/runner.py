@@ -72,12 +72,20 @@ class PendingOutputs:
             if first in self.logprobs and num:
                 output.logprobs = [self.logprobs[index] for index in range(first, first + num)]
             if item.num_samples and not num:
-                output.error = "the model's logits are not finite, or allow no token"
+                output.error = _problem(item)
             if item.num_pooled and not output.pooled:
                 output.error = "the model's hidden states are not finite"
             outputs.append(output)
             first = last
         return outputs
+
+
+def _problem(item: Scheduled) -> str:
+    """Why no token could be sampled."""
+    matcher = item.request.matcher
+    if matcher is not None and matcher.problem is not None:
+        return f"the grammar cannot be followed: {matcher.problem}"
+    return "the model's logits are not finite, or allow no token"
 
 
 class ModelRunner:

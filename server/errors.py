@@ -145,10 +145,11 @@ class InvalidValueError(BadRequestError):
 
 
 class UnknownParameterError(BadRequestError):
-    """Raised with --strict; otherwise unknown fields are ignored and counted."""
+    """Raised with --strict, and in objects that allow no others; elsewhere unknown fields are ignored and counted."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"Unrecognized request argument supplied: {name}")
+        is_inner = "." in name  # of one of the body's own fields OpenAI says no `param`
+        super().__init__(f"Unrecognized request argument supplied: {name}", param=name if is_inner else None)
 
 
 class UnsupportedParameterError(BadRequestError):

@@ -7,7 +7,7 @@ from msgspec import UNSET, UnsetType
 from engine.messages import TokenLogprobs
 from server.context import ServerContext
 from server.generate.choices import Delta, Position, json_logprob
-from server.generate.constraints import Constraint, structured_outputs_constraint
+from server.generate.constraints import Constraint, content_constraint
 from server.generate.endpoint import Head
 from server.generate.events import ChunkWriter
 from server.generate.prompts import Prompt, encode_prompt
@@ -32,7 +32,7 @@ class CompletionEndpoint:
         return [encode_prompt(context, value, add_special_tokens=with_special) for value in body.prompt]
 
     def constraint(self, context: ServerContext, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
-        return structured_outputs_constraint(context, body)
+        return content_constraint(context, body)
 
     def writer(
         self, context: ServerContext, body: CompletionRequest, head: Head, prompts: Sequence[Prompt]

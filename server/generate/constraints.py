@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 from pydantic import ValidationError
 
 from engine.grammar import GrammarError
@@ -62,7 +63,16 @@ def check_constraint(context: ServerContext, constraint: Constraint, body: Gener
             raise _invalid(part.param, str(error)) from error
 
 
-def structured_outputs_constraint(context: ServerContext, body: GenerationRequest) -> Constraint | None:
+def content_constraint(context: ServerContext, body: GenerationRequest) -> Constraint | None:
+    """What the answer's content must match."""
+    content = _of_response_format(context, body.response_format)
+    other = _wanted_structure(context, body)
+    if content is not None and other is not None:
+        raise _invalid(other.param, f"not allowed with '{content.param.partition('.')[0]}'")
+    return content or other
+
+
+def _wanted_structure(context: ServerContext, body: GenerationRequest) -> Constraint | None:
     if body.guided_names:
         return _of_structured_outputs(context, body.guided, "guided_")
     wanted = body.structured_outputs
@@ -71,11 +81,7 @@ def structured_outputs_constraint(context: ServerContext, body: GenerationReques
 
 def chat_constraint(context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
     """What the answer's content must match, and its calls of tools; before both there may be thoughts."""
-    content = _of_response_format(context, body.response_format)
-    other = structured_outputs_constraint(context, body)
-    if content is not None and other is not None:
-        raise _invalid(other.param, f"not allowed with '{content.param.partition('.')[0]}'")
-    content = content or other
+    content = content_constraint(context, body)
     if prompt.output_format is None:
         return content
     grammar = _call_grammar(context, body, prompt.output_format, has_content_grammar=content is not None)
@@ -160,12 +166,26 @@ def _of_structured_outputs(context: ServerContext, wanted: StructuredOutputs, pr
     if wanted.grammar is not None:
         if wanted.grammar.lstrip().startswith("{"):
             raise _invalid(f"{prefix}grammar", "expected a grammar in Lark's notation, but got JSON")
-        _refuse(problem_of_lark(wanted.grammar), f"{prefix}grammar")
-        return Constraint(wanted.grammar, f"{prefix}grammar")
+        grammar = _as_lark(wanted.grammar, f"{prefix}grammar")
+        _refuse(problem_of_lark(grammar), f"{prefix}grammar")
+        return Constraint(grammar, f"{prefix}grammar")
     if wanted.json_ is None:
         return schema_constraint({"type": "object"}, f"{prefix}json_object")
     schema = _parse(wanted.json_, f"{prefix}json") if isinstance(wanted.json_, str) else wanted.json_
     return schema_constraint(schema, f"{prefix}json")
+
+
+def _as_lark(grammar: str, param: str) -> str:
+    """A grammar in llama.cpp's notation, whose rules are `name ::= ...`, in Lark's."""
+    if not re.search(r"^[ \t]*[\w-]+[ \t]*::=", grammar, re.MULTILINE):
+        return grammar
+    try:
+        return gbnf_to_lark(grammar)
+    except GbnfToLarkError as error:
+        raise _invalid(param, str(error)) from error
+    except Exception as error:  # of the translator: bare ones for missing rules, others where the text ends too early
+        problem = str(error) if type(error) is Exception else "it ends too early, or is nested too deep"
+        raise _invalid(param, problem) from error
 
 
 def _any_of(texts: Sequence[str]) -> str:

@@ -11,9 +11,11 @@ from server.errors import BadRequestError, UnsupportedParameterError, from_valid
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.common import GenerationRequest
 
+CHAT = "/v1/chat/completions"
+
 # What the other APIs have under other names, or what their answers have no place for.
 _OF_CHAT_ONLY = {
-    *("model", "n", "stream", "stream_options", "stop"),
+    *("model", "n", "stream", "stream_options", "stop", "response_format"),
     *("prompt_logprobs", "return_token_ids", "logprob_token_ids", "post_sampling_probs"),
 }
 EXTENSIONS = frozenset(GenerationRequest.model_fields) - _OF_CHAT_ONLY
@@ -34,11 +36,14 @@ def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def check_extra(body: BaseModel) -> None:
-    """Raises UnsupportedParameterError for what only chat completions have."""
+def check_extra(body: BaseModel, path: str = CHAT, model: type[BaseModel] = ChatCompletionRequest) -> None:
+    """Raises UnsupportedParameterError for what chat completions have, and no endpoint of the other API but perhaps
+    `path`, whose requests are of `model`.
+    """
     for name, value in (body.model_extra or {}).items():
         if name in ChatCompletionRequest.model_fields and name not in EXTENSIONS and value not in (None, False):
-            raise UnsupportedParameterError(name, "It is a parameter of /v1/chat/completions.")
+            owner = path if name in model.model_fields else CHAT
+            raise UnsupportedParameterError(name, f"It is a parameter of {owner}.")
 
 
 def chat_request(body: BaseModel, fields: Mapping[str, Any]) -> ChatCompletionRequest:

@@ -51,8 +51,9 @@ from server.schemas.messages import (
 
 # Why a choice ended -> Anthropic's word. A request that was cancelled can be sent again to go on with.
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "abort": "pause_turn"}
+RESPONSE_FORMAT = r"response_format(\.json_schema)?"
 NAMES = {  # of chat completions, in errors
-    r"response_format(\.json_schema)?": "output_config.format",
+    RESPONSE_FORMAT: "output_config.format",
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
     r"(tools\[\d+\])\.function": r"\1",
     "max_completion_tokens": "max_tokens",
@@ -62,6 +63,10 @@ TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 # The request.
+
+
+def error_names(body: CountTokensRequest) -> dict[str, str]:
+    return NAMES if body.output_format is None else NAMES | {RESPONSE_FORMAT: "output_format"}
 
 
 def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
@@ -80,7 +85,7 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
         "continue_final_message": final.role == "assistant" or None,
         "reasoning_effort": _effort(body.thinking, body.output_config),
         "include_reasoning": False if body.thinking is not None and body.thinking.display == "omitted" else None,
-        "response_format": _response_format(body.output_config),
+        "response_format": _response_format(body),
     }
     if isinstance(body, MessagesRequest):
         fields |= {
@@ -166,10 +171,15 @@ def _effort(thinking: Thinking | None, config: OutputConfig | None) -> str | Non
     return "medium" if thinking is not None and thinking.type == "enabled" else None
 
 
-def _response_format(config: OutputConfig | None) -> dict[str, Any] | None:
-    if config is None or config.format is None:
+def _response_format(body: CountTokensRequest) -> dict[str, Any] | None:
+    format = body.output_config.format if body.output_config is not None else None
+    if format is not None and body.output_format is not None:
+        message = "Invalid 'output_format': not allowed with 'output_config.format', whose older name it is."
+        raise InvalidValueError(message, param="output_format")
+    format = format or body.output_format
+    if format is None:
         return None
-    schema = {"name": "output", "schema": config.format.json_schema, "strict": True}
+    schema = {"name": "output", "schema": format.json_schema, "strict": True}
     return {"type": "json_schema", "json_schema": schema}
 
 

@@ -38,7 +38,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "include_reasoning": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "audio": (),
     "modalities": (["text"],),
     "moderation": (),
@@ -92,8 +91,8 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 INSTEAD: Mapping[str, str] = {
     "json_schema": "structured_outputs.json",
     "regex": "structured_outputs.regex",
-    "grammar": "structured_outputs.grammar, which is in Lark's notation",
-    "ebnf": "structured_outputs.grammar, which is in Lark's notation",
+    "grammar": "structured_outputs.grammar",
+    "ebnf": "structured_outputs.grammar",
     "structural_tag": "structured_outputs.structural_tag",
 }
 

@@ -7,9 +7,13 @@ from server.errors import clip
 MAX_COPIES = 10_000  # of one part; with a million, one mask takes ten seconds
 
 # An escape, the beginning of a class, something in braces, or a character. Bounded, so that this is linear.
-_TOKEN = re.compile(r"\\[pPxuU]\{[^}]{0,40}\}|\\.|\[\^?\]?|\{[\d\s,]{1,40}\}|.", re.DOTALL)
+_TOKEN = re.compile(r"\\[pPxuU]\{[^}]{0,40}\}|\\.|\[\^?\]?|\{[\d\s,]{1,4000}\}|.", re.DOTALL)
+# Of Lark's notation: a string, an escape, a comment, a regular expression, or space.
 _LARK_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|\\.|//[^\n]*|/(?:\\.|[^/\\])+/|\s+', re.DOTALL)
-_LARK_COUNT = re.compile(r"~(\d{1,20})(?:\.\.(\d{1,20}))?")
+_LARK_COUNT = re.compile(r"~\s*(\d{1,4000})(?:\s*\.\.\s*(\d{1,4000}))?")
+_TERMINAL = re.compile(r"\b[A-Z_][A-Z0-9_]*\b")
+_DEFINITION = re.compile(r"^[ \t]*[?!]?([A-Za-z_]\w*)(?:\.-?\d+)?(?:\[[^\]\n]*\])?\s*:", re.MULTILINE)
+_MAX_ROUNDS = 20  # far more than terminals are defined within each other, whatever their order
 
 
 def num_copies(pattern: str) -> int:
@@ -43,19 +47,40 @@ def problem_of_regex(pattern: str) -> str | None:
 
 
 def problem_of_lark(grammar: str) -> str | None:
-    """The same of a grammar in Lark's notation: of its expressions between slashes with the counts around them, and of
-    its strings, for they may be part of a JSON schema.
+    """The same of a grammar in Lark's notation: of its terminals, which are regular expressions out of others, and of
+    what stands between slashes or quotes anywhere, for strings may be part of a JSON schema.
     """
-    strings = [token for token in _LARK_TOKEN.findall(grammar) if token[0] == '"']
-    whole = _LARK_COUNT.sub(r"{\1,\2}", _LARK_TOKEN.sub(_as_regex, grammar))
-    if all(num_copies(text) <= MAX_COPIES for text in (whole, *strings)):
+    parts = [token.strip('/"') for token in _LARK_TOKEN.findall(grammar) if token[0] in '/"']
+    if all(num_copies(part) <= MAX_COPIES for part in parts) and _copies_in_terminals(grammar) <= MAX_COPIES:
         return None
     return f"it repeats a part of a regular expression more than {MAX_COPIES} times"
 
 
-def _as_regex(token: re.Match[str]) -> str:
-    """A part of a grammar, as part of one large expression: neither space nor comments, a string as one character."""
-    text = token[0]
+def _copies_in_terminals(grammar: str) -> int:
+    """As `num_copies`, or as far as a few rounds come."""
+    text = _LARK_COUNT.sub(r"{\1,\2}", _LARK_TOKEN.sub(_as_copies, grammar))
+    names, bodies = _DEFINITION.split(text)[1::2], _DEFINITION.split(text)[2::2]
+    terminals = [(name, body) for name, body in zip(names, bodies, strict=True) if _TERMINAL.fullmatch(name)]
+    copies = {name: 1 for name, _ in terminals}
+    for _ in range(_MAX_ROUNDS):
+        before = dict(copies)
+        for name, body in terminals:
+            copies[name] = num_copies(_TERMINAL.sub(lambda found: _repeated(copies.get(found[0], 1)), body))
+        if copies == before or max(copies.values()) > MAX_COPIES:
+            break
+        terminals.reverse()
+    return max(copies.values(), default=1)
+
+
+def _as_copies(token: re.Match[str]) -> str:
+    """A part of a grammar as something repeated as often as its own parts; no comment, nor space before a count."""
+    text, after = token[0], token.string[token.end() : token.end() + 1]
+    if text.isspace():
+        return "" if after in "{~*+?" else "\n" if "\n" in text else " "
     if text[0] == '"':
-        return '"'
-    return f"({text[1:-1]})" if text[0] == "/" and text[1] != "/" else ""
+        return _repeated(1)
+    return _repeated(num_copies(text[1:-1])) if text[0] == "/" and text[1] != "/" else ""
+
+
+def _repeated(count: int) -> str:
+    return f"#{{{count}}}"

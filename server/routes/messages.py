@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 from server.generate.conversion import check_extra, renamed_errors
 from server.generate.counting import count_prompt_tokens
 from server.generate.frame import respond
-from server.generate.messages import NAMES, MessagesEndpoint, to_chat
+from server.generate.messages import MessagesEndpoint, error_names, to_chat
 from server.middleware import StrictJSONRoute
 from server.responses import StructResponse
 from server.schemas.messages import CountTokensRequest, CountTokensResponse, MessagesRequest
@@ -17,14 +17,14 @@ router = APIRouter(route_class=StrictJSONRoute)
 async def create_message(request: Request, body: MessagesRequest) -> Response:
     """Answers a conversation."""
     check_extra(body)
-    with renamed_errors(NAMES):
+    with renamed_errors(error_names(body)):
         return await respond(request, to_chat(body), MessagesEndpoint())
 
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
     """How many tokens the conversation is as a prompt. Nothing is generated."""
-    check_extra(body)
-    with renamed_errors(NAMES):
+    check_extra(body, "/v1/messages", MessagesRequest)
+    with renamed_errors(error_names(body)):
         num_tokens, headers = await count_prompt_tokens(request, to_chat(body), MessagesEndpoint())
     return StructResponse(CountTokensResponse(num_tokens), headers=headers)

@@ -9,8 +9,7 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
-from server.schemas.structured import ResponseFormat
-from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools
+from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools, must_call
 
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of one message
@@ -130,7 +129,6 @@ class ChatCompletionRequest(GenerationRequest):
     include_reasoning: bool | None = Field(
         None, description="Whether answers show what the model thought first. Default true."
     )
-    response_format: ResponseFormat | None = Field(None, description="What form the answer must have. Default text.")
     documents: Documents | None = Field(None, description="Handed to the chat template.")
 
     tools: Tools | None = Field(None, description="Functions that the model may call.")
@@ -166,14 +164,16 @@ class ChatCompletionRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
-        if self.response_format is not None:
-            self.response_format.check()
         if self.top_logprobs and not self.logprobs:
             raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             message = "Invalid 'max_tokens': 'max_completion_tokens' is another name of it, and differs."
             raise InvalidValueError(message, param="max_tokens")
         check_tools(self.tools, self.tool_choice)
+        if self.structure_names and must_call(self.tool_choice):
+            (name,) = self.structure_names
+            message = f"Invalid '{name}': not allowed where 'tool_choice' asks for a call, which has a form of its own."
+            raise InvalidValueError(message, param=name)
         if self.continue_final_message:
             self._check_final_message()
 

@@ -25,7 +25,7 @@ from pydantic_core import PydanticKnownError
 
 from server.errors import InvalidValueError
 from server.schemas.samplers import INT64_MAX, SamplerFields
-from server.schemas.structured import GuidedFields, StructuredOutputs
+from server.schemas.structured import GuidedFields, ResponseFormat, StructuredOutputs
 
 INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string
@@ -245,6 +245,7 @@ class GenerationRequest(SamplerFields, GuidedFields):
         max_length=MAX_CACHE_SALT_CHARS,
         description="Only requests with the same salt share cached prefixes.",
     )
+    response_format: ResponseFormat | None = Field(None, description="What form the answer must have. Default text.")
     structured_outputs: StructuredOutputs | None = Field(None, description="What form the answer must have.")
     lightwell: LightwellOptions | None = Field(None, description="What only this server can tell.")
 
@@ -261,6 +262,11 @@ class GenerationRequest(SamplerFields, GuidedFields):
     def num_choices(self) -> int:
         """Choices of each prompt that are generated."""
         return self.num_answered
+
+    @property
+    def structure_names(self) -> list[str]:
+        """The fields, one if they are right, by which the answer has a form as vLLM says it."""
+        return [*self.guided_names, *(("structured_outputs",) if self.structured_outputs is not None else ())]
 
     @property
     def chosen_repetition_penalty(self) -> float | None:
@@ -307,8 +313,9 @@ class GenerationRequest(SamplerFields, GuidedFields):
         for name in ("post_sampling_probs", "logprob_token_ids"):
             if getattr(self, name) and self.num_logprobs is None:
                 raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
-        wanted = [*self.guided_names, *(("structured_outputs",) if self.structured_outputs is not None else ())]
-        if len(wanted) > 1:
+        if self.response_format is not None:
+            self.response_format.check()
+        if len(wanted := self.structure_names) > 1:
             raise InvalidValueError(f"Invalid '{wanted[0]}': not allowed with '{wanted[1]}'.", param=wanted[0])
         if self.structured_outputs is not None:
             self.structured_outputs.check()

@@ -79,7 +79,7 @@ class CompletionRequest(GenerationRequest):
     best_of: int | None = Field(
         None,
         ge=0,
-        le=128,
+        le=20,
         description="Of so many choices answer with the n whose tokens have the highest mean log probability. "
         "Not with stream.",
     )

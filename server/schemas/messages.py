@@ -123,6 +123,7 @@ class CountTokensRequest(BaseModel):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = Field(None, description="Older name of output_config.format.")
 
 
 class MessagesRequest(CountTokensRequest):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.errors import InvalidValueError, MissingParameterError
+from server.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError
 
 MAX_CHOICES = 1000
 MAX_CHOICE_CHARS = 4096
@@ -86,7 +86,7 @@ Lark = Annotated[str, Field(min_length=1, max_length=MAX_LARK_CHARS)]
 
 
 class StructuredOutputs(BaseModel):
-    """Exactly one of these."""
+    """Exactly one of the KINDS, and vLLM's options, as far as they ask for what is done anyway."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -94,14 +94,27 @@ class StructuredOutputs(BaseModel):
     json_object: bool | None = Field(None, description="Any JSON object.")
     regex: Regex | None = Field(None, description="The whole answer matches it.")
     choice: Choices | None = Field(None, description="The answer is one of these.")
-    grammar: Lark | None = Field(None, description="A grammar in Lark's notation, from its rule start.")
+    grammar: Lark | None = Field(
+        None, description="A grammar in Lark's notation, from its rule start, or GBNF, from root."
+    )
     structural_tag: StructuralTag | Annotated[str, Field(max_length=MAX_TAG_CHARS)] | None = Field(
         None, description="Text with parts of a given form, or the text of such an object."
     )
+    disable_any_whitespace: bool | None = Field(None, description="True: JSON never has white space between its parts.")
+    disable_fallback: bool | None = Field(None, description="Accepted; there is nothing to fall back to.")
+    disable_additional_properties: bool | None = Field(None, description="Not supported yet: null or false.")
+    whitespace_pattern: str | None = Field(None, description="Not supported yet: null.")
 
     def check(self) -> None:
-        fields = type(self).model_fields.items()
-        given = [field.alias or name for name, field in fields if getattr(self, name) not in (None, False)]
+        for name in ("disable_additional_properties", "whitespace_pattern"):
+            if getattr(self, name) not in (None, False):
+                raise UnsupportedParameterError(f"structured_outputs.{name}")
+        if self.disable_any_whitespace is False:
+            param = "structured_outputs.disable_any_whitespace"
+            message = f"Invalid '{param}': JSON never has white space between its parts, so only true is possible."
+            raise InvalidValueError(message, param=param)
+        fields = [(field.alias or name, getattr(self, name)) for name, field in type(self).model_fields.items()]
+        given = [name for name, value in fields if name in KINDS and value not in (None, False)]
         if len(given) != 1:
             got = " and ".join(given) or "none"
             message = f"Invalid 'structured_outputs': expected exactly one of {', '.join(KINDS)}, but got {got}."

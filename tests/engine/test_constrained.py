@@ -281,6 +281,8 @@ def test_where_a_grammar_cannot_be_followed_the_request_fails(model: Model) -> N
     never, good = model.submit("start: a\na: a", n=2), model.submit(of_regex("[0-9]{3}"))
     failed, (answer,) = model.run([never, good])
     assert [(choice.finish_reason, choice.token_ids) for choice in failed] == [(FinishReason.ERROR, [])] * 2
+    problem = "the grammar cannot be followed: it cannot be compiled: no text matches it"
+    assert {choice.error for choice in failed} == {problem}
     assert answer.finish_reason == FinishReason.STOP
 
 

@@ -378,9 +378,16 @@ def test_content_of_a_given_form_beside_calls_and_thoughts(model: RunningServer)
         assert matches(model, '{"a":1}', **fields)
         assert not matches(model, "It is hot.", **fields)
         assert not matches(model, '<think>a</think>{"a":1', **fields)
+    asked: dict[str, Any]
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        for name, value in (("structured_outputs", {"regex": "a"}), ("guided_choice", ["a"])):
+            asked = {"tools": TOOLS, "tool_choice": choice, name: value}
+            error = check_error(ask(model.url, CHAT, **asked), 400)
+            assert error["param"] == name
     thinking = {"chat_template_kwargs": {"enable_thinking": True}}  # the prompt has the first tag
     for content, good in ({"regex": "[0-9]+"}, "12"), ({"grammar": 'start: "a" b?\nb: "b"'}, "ab"):
         for tools in ({}, {"tools": TOOLS}):
-            asked: dict[str, Any] = tools | thinking | {"structured_outputs": content}
+            asked = tools | thinking | {"structured_outputs": content}
             assert matches(model, f"Well.</think>\n{good}", **asked)
             assert not matches(model, good, **asked)

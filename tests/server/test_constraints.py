@@ -62,6 +62,8 @@ ACCEPTED: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"choice": ["yes", "no", "no!", 'a "b" \\ /c/\n\x85\x7f😀 ü.*']}, ["yes", "no", "no!"], ["", "y", "yesno"]),
     ({"choice": ['a "b" \\ /c/\n\x85\x7f\u2028😀 ü.*']}, ['a "b" \\ /c/\n\x85\x7f\u2028😀 ü.*'], ['a "b" \\ /c/\n']),
     ({"grammar": 'start: "<" name ">" start | ""\nname: /[a-z]+/'}, ["", "<ab>", "<a><b>"], ["<>", "<a"]),
+    ({"grammar": 'root ::= "yes" | "no"'}, ["yes", "no"], ["", "yesno", "root"]),
+    ({"grammar": '# two\nroot ::= my-word (","\n my-word){2}\nmy-word ::= [a-c/]+ # a'}, ["a,b,c/"], ["a,b", "A,a,a"]),
 ]
 
 
@@ -89,12 +91,14 @@ def test_the_older_names(shared_server: RunningServer, wanted: dict[str, Any], g
 
 
 def test_response_format(shared_server: RunningServer) -> None:
-    grammar = grammar_of(shared_server, CHAT, response_format=json_schema(SCHEMA))
-    assert matches(shared_server, grammar, COMPACT)
-    assert not matches(shared_server, grammar, SPACED)
     grammar = grammar_of(shared_server, CHAT, response_format={"type": "json_object"})
     assert matches(shared_server, grammar, '{"a":[]}')
+    for path in (CHAT, COMPLETIONS):
+        grammar = grammar_of(shared_server, path, response_format=json_schema(SCHEMA))
+        assert matches(shared_server, grammar, COMPACT)
+        assert not matches(shared_server, grammar, SPACED)
     for same in ({"type": "text"}, None):
+        assert grammar_of(shared_server, COMPLETIONS, response_format=same) is None
         assert grammar_of(shared_server, CHAT, response_format=same) is None
     assert grammar_of(shared_server, CHAT, structured_outputs=None) is None
 
@@ -261,13 +265,21 @@ OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"grammar": ' {"grammars": []}'}, "grammar", "expected a grammar in Lark's notation, but got JSON."),
     ({"grammar": 'begin: "a"'}, "grammar", ""),
     ({"grammar": "start: a\na: b\nb: a"}, "grammar", "no text matches it."),
+    ({"grammar": 'root ::= "a" b'}, "grammar", "Rule 'b' not found."),
+    ({"grammar": 'x ::= "a"'}, "grammar", "No 'root' rule found."),
+    ({"grammar": 'root ::= ("a"'}, "grammar", "Expected ')' at line 1"),
+    ({"grammar": 'root ::= "a\\'}, "grammar", "it ends too early, or is nested too deep."),
+    ({"grammar": "root ::= " + "(" * 8000}, "grammar", "it ends too early, or is nested too deep."),
+    ({"grammar": "root ::= a root\na ::= b{1000}\nb ::= d{1000}\nd ::= [a]"}, "grammar", "more than 10000 times."),
     ({"grammar": "x" * 20_000}, "grammar", "string too long"),
     *(({"regex": text}, "regex", "more than 10000 times.") for text in TOO_MANY_COPIES),
     *(({"grammar": f"start: /{text}/"}, "grammar", "more than 10000 times.") for text in TOO_MANY_COPIES),
     ({"grammar": 'start: T\nT: "\\\\\\"" (/a{1000}/ "b" ){1000} // no'}, "grammar", "more than 10000 times."),
     ({"grammar": "start: T\nT: /a{1000}/ ~ 2..1000"}, "grammar", "more than 10000 times."),
     ({"grammar": 'start: %json {"pattern": "(a{1000}){1000}"}'}, "grammar", "more than 10000 times."),
-    ({"grammar": "start: U\nU: T{100}\nT: /a{1000}/"}, "grammar", "more than 2048 tokens are forced"),
+    ({"grammar": "start: U\nU: T{100}\nT: /a{1000}/"}, "grammar", "more than 10000 times."),
+    ({"grammar": "T: /a{50}/ {9}\nstart: U\nU.2: V \nV: (T\n | V{2}){30} // no"}, "grammar", "more than 10000 times."),
+    ({"grammar": "start: U\nU: T{100}\nT: /a{90}/"}, "grammar", "more than 2048 tokens are forced"),
     ({"json": "{"}, "json", "the text is not valid JSON."),
     ({"json": "[1]"}, "json", "the text must hold a JSON object."),
     ({"json": "[" * 100_000}, "json", "the text is not valid JSON."),
@@ -333,18 +345,37 @@ def test_exactly_one(shared_server: RunningServer) -> None:
     ],
 )
 def test_wrong_shapes(shared_server: RunningServer, wanted: Any, param: str, code: str | None) -> None:
-    error = check_error(ask(shared_server.url, CHAT, response_format=wanted), 400)
-    assert error["param"] == param
-    assert code in (None, error["code"])
+    for path in (CHAT, COMPLETIONS):
+        error = check_error(ask(shared_server.url, path, response_format=wanted), 400)
+        assert error["param"] == param
+        assert code in (None, error["code"])
 
 
 def test_fields_that_nobody_knows_are_refused(shared_server: RunningServer) -> None:
-    for fields in (
-        {"response_format": {"type": "json_object", "schema": {}}},
-        {"structured_outputs": {"json_object": True, "whitespace_pattern": " *"}},
+    for param, fields in (
+        ("response_format.schema", {"response_format": {"type": "json_object", "schema": {}}}),
+        ("structured_outputs.size", {"structured_outputs": {"json_object": True, "size": 2}}),
     ):
         error = check_error(ask(shared_server.url, CHAT, **fields), 400)
-        assert error["message"].startswith("Unrecognized request argument supplied: ")
+        assert error["message"] == f"Unrecognized request argument supplied: {param}"
+        assert error["param"] == param
+
+
+def test_options_of_other_servers(shared_server: RunningServer) -> None:
+    wanted = {"json": SCHEMA}
+    plain = grammar_of(shared_server, CHAT, structured_outputs=wanted)
+    harmless = {"disable_any_whitespace": True, "disable_fallback": True, "disable_additional_properties": False}
+    for options in (harmless, dict.fromkeys([*harmless, "whitespace_pattern"])):
+        assert grammar_of(shared_server, CHAT, structured_outputs=wanted | options) == plain
+    refuse(
+        shared_server,
+        CHAT,
+        "structured_outputs.disable_any_whitespace",
+        structured_outputs=wanted | {"disable_any_whitespace": False},
+    )
+    for name, value in (("disable_additional_properties", True), ("whitespace_pattern", ""), ("disable_fallback", 1)):
+        error = check_error(ask(shared_server.url, CHAT, structured_outputs=wanted | {name: value}), 400)
+        assert error["param"] == f"structured_outputs.{name}"
 
 
 def test_a_tokenizer_that_does_not_suit(shared_server: RunningServer) -> None:

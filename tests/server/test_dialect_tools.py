@@ -146,14 +146,17 @@ def test_tools_that_cannot_be(model: RunningServer) -> None:
     ):
         assert check_error(httpx.post(f"{model.url}/v1/responses", json=body | fields), 400)["param"] == param
     body = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
+    schema = {"type": "json_schema", "schema": {"type": "x"}}
     for fields, message in (
         ({"tools": [TOOL, TOOL]}, "Invalid 'tools': two of them"),
         ({"tools": [TOOL | {"name": "a b"}]}, "Invalid 'tools[0].name'"),
         ({"tools": [TOOL | {"input_schema": {"type": "string"}}]}, "Invalid 'tools[0].input_schema'"),
+        ({"output_format": schema}, "Invalid 'output_format.schema'"),
         (
-            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}},
-            "Invalid 'output_config.format.schema'",
+            {"output_format": schema, "output_config": {"format": schema}},
+            "Invalid 'output_format': not allowed with 'output_config.format'",
         ),
+        ({"output_config": {"format": schema}}, "Invalid 'output_config.format.schema'"),
         ({"tool_choice": {"type": "any"}}, "Invalid 'tool_choice'"),
     ):
         response = httpx.post(f"{model.url}/v1/messages", json=body | fields)

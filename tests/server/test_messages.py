@@ -215,6 +215,13 @@ def test_unknown_fields_are_reported(tiny: RunningServer, start_server: StartSer
     assert (response.status_code, response.headers["x-lightwell-warnings"]) == (200, warnings)
     counted = ask(tiny.url, f"{PATH}/count_tokens", max_tokens=..., messages=messages, wish=2)
     assert counted.headers["x-lightwell-warnings"] == warnings
+    for name, value, owner in (
+        ("max_tokens", 5, "messages"),
+        ("n", 2, "chat/completions"),
+        ("stream", True, "messages"),
+    ):
+        _, message = error_of(ask(tiny.url, f"{PATH}/count_tokens", **({"max_tokens": ...} | {name: value})), 400)
+        assert message == f"Unsupported parameter: '{name}' is not supported yet. It is a parameter of /v1/{owner}."
     strict = start_server(strict=True)
     for path in (PATH, f"{PATH}/count_tokens"):
         message = "Unrecognized request argument supplied: wish"

@@ -90,6 +90,8 @@ def test_a_schema_for_the_output() -> None:
     assert fields["response_format"]["type"] == "json_schema"
     assert fields["response_format"]["json_schema"]["schema"] == schema
     assert fields["reasoning_effort"] == "low"
+    older = convert(output_format={"type": "json_schema", "schema": schema})
+    assert older["response_format"] == fields["response_format"]
 
 
 @pytest.mark.parametrize(
