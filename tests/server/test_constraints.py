@@ -279,6 +279,8 @@ OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"grammar": 'start: %json {"pattern": "(a{1000}){1000}"}'}, "grammar", "more than 10000 times."),
     ({"grammar": "start: U\nU: T{100}\nT: /a{1000}/"}, "grammar", "more than 10000 times."),
     ({"grammar": "T: /a{50}/ {9}\nstart: U\nU.2: V \nV: (T\n | V{2}){30} // no"}, "grammar", "more than 10000 times."),
+    ({"grammar": "start: T\nT: /a{" + "9" * 4000 + "}{" + "9" * 4000 + "}/"}, "grammar", "more than 10000 times."),
+    ({"grammar": "start: T{10000}\nT: /a{1000}/"}, "grammar", "more than 10000 times."),
     ({"grammar": "start: U\nU: T{100}\nT: /a{90}/"}, "grammar", "more than 2048 tokens are forced"),
     ({"json": "{"}, "json", "the text is not valid JSON."),
     ({"json": "[1]"}, "json", "the text must hold a JSON object."),
@@ -299,6 +301,8 @@ def test_other_grammars_that_cannot_be_followed(
 def test_ordinary_counts(shared_server: RunningServer, pattern: str) -> None:
     for wanted in ({"regex": pattern}, {"json": {"pattern": pattern}}, {"grammar": f"start: /{pattern}/"}):
         assert grammar_of(shared_server, COMPLETIONS, structured_outputs=wanted)
+    lines = {"grammar": "start: (LINE | list){1,500}\nlist: start{1,100}\nLINE: /[^\\n]{1,100}/ /\\n/"}
+    assert grammar_of(shared_server, COMPLETIONS, structured_outputs=lines)
 
 
 def test_what_takes_too_long_to_check(shared_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
