@@ -41,6 +41,7 @@ def create_app(context: ServerContext) -> FastAPI:
 
     with_docs = context.settings.enable_docs
     app = FastAPI(
+        title="Lightwell",
         lifespan=lifespan,
         openapi_url="/openapi.json" if with_docs else None,
         docs_url="/docs" if with_docs else None,

@@ -65,6 +65,11 @@ class Operation:
     def types(self) -> list[Any]:
         return [self.answer] if self.events is None else [self.answer, self.events]
 
+    @property
+    def is_of_engine(self) -> bool:
+        """Whether it asks the engine for something, or says what it would ask."""
+        return self.events is not None or self.answer in (RenderedPrompt, list[RenderedPrompt], EmbeddingList)
+
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 CHAT = {"messages": MESSAGES, "max_completion_tokens": 20}
@@ -205,6 +210,22 @@ def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any
     return document
 
 
+def _header(description: str, *, required: bool = False, **schema: Any) -> dict[str, Any]:
+    return {"description": description, "required": required, "schema": {"type": "string", **schema}}
+
+
+REQUEST_ID = {"x-request-id": _header("The request's own, or one that the server has made up.", required=True)}
+GENERATION = {
+    "x-lightwell-seed": _header("The seed that was used.", pattern="^-?[0-9]+$"),
+    "x-lightwell-deterministic": _header("Whether the answer is the same at any load.", enum=["true", "false"]),
+    "x-lightwell-warnings": _header("Parameters that were ignored because they are unknown."),
+}
+OF_ERRORS = {
+    "retry-after": _header("With 429 and 503: seconds after which to try again.", pattern="^[0-9]+$"),
+    "www-authenticate": _header("With 401: how to send a key."),
+}
+
+
 def _responses(operation: Operation, described: Mapping[str, Any], error: Mapping[str, Any]) -> dict[str, Any]:
     kind = "text/plain" if operation.answer is str else "application/json"
     content = {kind: {"schema": described[repr(operation.answer)]}}
@@ -214,5 +235,11 @@ def _responses(operation: Operation, described: Mapping[str, Any], error: Mappin
     if operation.events is not None:
         content["text/event-stream"] = {"schema": described[repr(operation.events)]}
         description = "The answer; with `stream` server-sent events, each with such data."
-    wrong = {"description": "An error.", "content": {"application/json": {"schema": error}}}
-    return {"200": {"description": description, "content": content}, "4XX": wrong, "5XX": wrong}
+    headers = REQUEST_ID | GENERATION if operation.is_of_engine else REQUEST_ID
+    wrong = {
+        "description": "An error.",
+        "headers": REQUEST_ID | OF_ERRORS,
+        "content": {"application/json": {"schema": error}},
+    }
+    right = {"description": description, "headers": headers, "content": content}
+    return {"200": right, "4XX": wrong, "5XX": wrong}

@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.conftest import StartServer
 from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
+from tests.server.serving import wait_until
 
 EXPLAIN = {"lightwell": {"explain": True}}
 MESSAGES = [{"role": "user", "content": "Tell me about light."}]
@@ -102,12 +103,12 @@ def test_an_end_by_a_stop_string(server: ServerProcess) -> None:
 
 def test_who_was_ahead(start_server: StartServer) -> None:
     server = start_server("--max-num-seqs=1")
-    body = {"prompt": "Light", "max_tokens": 60, "ignore_eos": True}
+    body = {"prompt": "Light", "max_tokens": 400, "ignore_eos": True}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         futures = []
-        for _ in range(4):
+        for num_before in range(4):
             futures.append(pool.submit(ask, server, "/v1/completions", **body))
-            time.sleep(0.05)
+            wait_until(lambda num=num_before + 1: (server.num_running, server.num_waiting) == (1, num - 1))
         accounts = [future.result() for future in futures]
     for account, seconds in accounts:
         check(account, seconds)

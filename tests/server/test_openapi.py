@@ -25,6 +25,15 @@ def check(value: object, schema: dict[str, Any], whole: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator({**schema, "components": whole["components"]}).validate(value)
 
 
+def check_headers(response: httpx.Response, headers: dict[str, Any]) -> None:
+    """Those that have to be there are, and no other of the server's own is."""
+    for name, header in headers.items():
+        assert name in response.headers or not header["required"]
+        if name in response.headers:
+            jsonschema.validate(response.headers[name], header["schema"])
+    assert {name for name in response.headers if name.startswith("x-lightwell")} <= set(headers)
+
+
 def test_every_reference_leads_somewhere(server: RunningServer) -> None:
     whole = document(server)
     assert whole["openapi"].startswith("3.1")
@@ -47,9 +56,11 @@ def test_the_examples_work_and_answers_are_as_described(server: RunningServer) -
         check(content["example"], content["schema"], whole)
         response = httpx.post(server.url + path, json=content["example"])
         assert response.status_code == 200, (path, response.text)
+        check_headers(response, operation["responses"]["200"]["headers"])
         answers = operation["responses"]["200"]["content"]
         check(response.json(), answers["application/json"]["schema"], whole)
         refused = httpx.post(server.url + path, json=content["example"] | {"model": "other"})
+        check_headers(refused, operation["responses"]["4XX"]["headers"])
         check(refused.json(), operation["responses"]["4XX"]["content"]["application/json"]["schema"], whole)
         if "text/event-stream" in answers:
             stream = httpx.post(server.url + path, json=content["example"] | {"stream": True}).text
