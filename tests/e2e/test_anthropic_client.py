@@ -88,7 +88,7 @@ def test_models(client: Anthropic) -> None:
 
 def test_errors(client: Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError) as not_found:
-        client.messages.create(**(REQUEST | {"model": "claude"}))
+        client.messages.create(**(REQUEST | {"model": "other"}))
     assert not_found.value.request_id
     assert isinstance(not_found.value.body, dict)
     assert not_found.value.body["error"]["type"] == "not_found_error"

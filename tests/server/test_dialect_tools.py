@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def claude(model: RunningServer) -> Iterator[Anthropic]:
+def anthropic_client(model: RunningServer) -> Iterator[Anthropic]:
     with Anthropic(base_url=model.url, api_key="none", max_retries=0, _strict_response_validation=True) as client:
         yield client
 
@@ -46,10 +46,10 @@ def prompt(model: RunningServer) -> str:
     return model.context.tokenizer.decode(model.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
 
 
-def test_messages(model: RunningServer, claude: Anthropic) -> None:
+def test_messages(model: RunningServer, anthropic_client: Anthropic) -> None:
     request: dict[str, Any] = {"model": "tiny", "max_tokens": 500, "tools": [TOOL], "tool_choice": {"type": "auto"}}
     messages: list[Any] = [{"role": "user", "content": "Hi"}]
-    message = claude.messages.create(messages=messages, **request)
+    message = anthropic_client.messages.create(messages=messages, **request)
     assert (message.stop_reason, [block.type for block in message.content]) == (
         "tool_use",
         ["thinking", "text", "tool_use", "tool_use"],
@@ -57,7 +57,7 @@ def test_messages(model: RunningServer, claude: Anthropic) -> None:
     first, second = (block for block in message.content if block.type == "tool_use")
     assert (first.name, first.input) == (second.name, second.input) == ("weather", CITY)
     assert first.id != second.id
-    with claude.messages.stream(messages=messages, **request) as stream:
+    with anthropic_client.messages.stream(messages=messages, **request) as stream:
         streamed = stream.get_final_message()
     without_id = [block.model_dump(exclude={"id"}) for block in streamed.content]
     assert without_id == [block.model_dump(exclude={"id"}) for block in message.content]
@@ -66,7 +66,7 @@ def test_messages(model: RunningServer, claude: Anthropic) -> None:
     results = [{"type": "tool_result", "tool_use_id": call.id, "content": "sunny"} for call in (first, second)]
     blocks = [block.model_dump(exclude_none=True) for block in message.content]
     messages += [{"role": "assistant", "content": blocks}, {"role": "user", "content": results}]
-    claude.messages.create(messages=messages, **request)
+    anthropic_client.messages.create(messages=messages, **request)
     call = f'\n<tool_call>{{"name": "weather", "arguments": {json.dumps(CITY, ensure_ascii=False)}}}</tool_call>'
     assert prompt(model) == (
         f"{before}<think>Hm.</think>Let me see.{call}{call}<|im_end|>\n"
@@ -107,8 +107,8 @@ def test_responses(model: RunningServer, client: OpenAI) -> None:
     assert prompt(model) == expected
 
 
-def test_calls_one_after_another(model: RunningServer, claude: Anthropic, client: OpenAI) -> None:
-    message = claude.messages.create(
+def test_calls_one_after_another(model: RunningServer, anthropic_client: Anthropic, client: OpenAI) -> None:
+    message = anthropic_client.messages.create(
         model="tiny",
         max_tokens=500,
         messages=[{"role": "user", "content": "Hi"}],

@@ -107,7 +107,7 @@ def errors(server: Server) -> None:
     client = Anthropic(**options(server))
     wrong: list[tuple[Anthropic, dict[str, Any], type[anthropic.APIStatusError], str]] = [
         (client.with_options(api_key="wrong"), {}, anthropic.AuthenticationError, ""),
-        (client, {"model": "claude"}, anthropic.NotFoundError, "claude"),
+        (client, {"model": "other"}, anthropic.NotFoundError, "other"),
         (client, {"extra_body": {"temperature": 3}}, anthropic.BadRequestError, "temperature"),
     ]
     for asked, fields, kind, said in wrong:
