@@ -236,8 +236,7 @@ class Scheduler:
             num_spare -= self._add_draft(item, draft[:share])
 
     def _forced(self, request: Request) -> list[int]:
-        room = self._room_for_draft(request)
-        if request.matcher is None or room < 1:
+        if request.matcher is None or (room := self._room_for_draft(request)) < 1:
             return []
         return request.matcher.forced_tokens(request.output_token_ids)[: min(room, request.max_forced)]
 

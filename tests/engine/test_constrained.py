@@ -258,6 +258,27 @@ def test_what_is_forced_takes_one_step(model: Model, mode: str) -> None:
     assert engine.stats().steps_total <= 4
 
 
+def test_forced_tokens_are_drafted_within_bounds(model: Model) -> None:
+    """Few at first, and twice as many after each draft that was right."""
+    text = " ".join(f"word{number}" for number in range(60))
+    engine = model.engine(speculative="off")
+    engine.add(model.submit(of_regex(text), max_tokens=400))
+    drafts, accepted = [], []
+    while engine.has_work:
+        step, events = engine.step()
+        assert step is not None
+        for item, event in zip(step.scheduled, events, strict=True):
+            drafts.append(len(item.draft_token_ids))
+            accepted.append(max(0, len(event.token_ids) - 1))
+    limit = 16
+    for num_drafted, num_accepted in zip(drafts, accepted, strict=True):
+        assert num_drafted <= limit
+        if num_drafted:
+            limit = 2 * limit if num_accepted == num_drafted else max(4, 2 * num_accepted)
+    assert max(drafts) >= 16
+    assert sum(accepted) > 0
+
+
 def test_log_probabilities_are_the_models_own(model: Model) -> None:
     free = model.answer(None, temperature=0.0, max_tokens=1, logprobs=5).logprobs[0]
     bound = model.answer(of_schema(SCHEMA), temperature=0.0, logprobs=5).logprobs[0]

@@ -109,15 +109,15 @@ class CpuSampler:
         parameters.logits_stride = logits.stride(0)
         parameters.token_ids = output.token_ids.data_ptr()
         parameters.is_finite = output.is_finite.data_ptr()
-        special = [row for row, request in enumerate(requests) if request.params.is_special]
-        ids, biases = self._fill_rows(requests, special)
+        ids, biases = self._fill_rows(requests)
         parameters.ids, parameters.biases = ids.ctypes.data, biases.ctypes.data
         packed = packed_masks(masks, self.vocab_size)
         for row, mask in zip(masks, packed, strict=True):
             self._rows[row].allowed = mask.ctypes.data
         (self._program if num_rows > 1 else self._program_of_one).run()
+        special = [row for row, request in enumerate(requests) if request.params.is_special]
         if special:
-            part = logits[special]  # the program has left them as they were
+            part = logits[special]  # the program has done no more than mask them
             sampled = self._any_sampler.sample(part, [requests[row] for row in special])
             output.token_ids[special], output.is_finite[special] = sampled.token_ids, sampled.is_finite
             logits[special] = part
@@ -127,7 +127,7 @@ class CpuSampler:
     def _any_sampler(self) -> Sampler:
         return Sampler(self.vocab_size, self.eos_token_ids, torch.device("cpu"))
 
-    def _fill_rows(self, requests: Sequence[SampledRequest], special: Sequence[int]) -> tuple[IntArray, FloatArray]:
+    def _fill_rows(self, requests: Sequence[SampledRequest]) -> tuple[IntArray, FloatArray]:
         """Returns the lists of all rows, one after the other: token ids, and biases. Special rows change nothing."""
         if len(requests) > len(self._rows):
             self._rows = (SampledRow * (2 * len(requests)))()
@@ -137,7 +137,7 @@ class CpuSampler:
         biases: list[float] = []
         for index, request in enumerate(requests):
             params = request.params
-            if index in special:
+            if params.is_special:
                 continue
             if params.temperature >= GREEDY_TEMPERATURE:
                 _set_sampling(self._rows[index], request, params)

@@ -9,6 +9,7 @@ kernel only.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -335,8 +336,12 @@ class TritonSampler:
         )
         if requests:
             self._launch(_top, len(requests), logits, token_ids, highest, is_finite, is_finite, IS_CHANGED=False)
-            self._sample_known(logits, requests, token_ids, highest)
-            self._sample_others(logits, requests, token_ids, is_finite)
+            rows = list(enumerate(requests))
+            known = [is_known(request.params) for request in requests]
+            self._sample_known(logits, list(itertools.compress(rows, known)), token_ids, highest)
+            if not all(known):
+                others = [row for row in rows if not known[row[0]]]
+                self._sample_others(logits, others, token_ids, is_finite)
         return SamplerOutput(token_ids, is_finite.view(torch.bool))
 
     def _launch(self, kernel: Any, num_programs: int, *arguments: Tensor, **constants: int) -> None:
@@ -346,9 +351,8 @@ class TritonSampler:
             kernel[(num_programs,)](*arguments, *sizes, **constants, **LAUNCH_OPTIONS)
 
     def _sample_known(
-        self, logits: Tensor, requests: Sequence[SampledRequest], token_ids: Tensor, highest: Tensor
+        self, logits: Tensor, rows: Sequence[tuple[int, SampledRequest]], token_ids: Tensor, highest: Tensor
     ) -> None:
-        rows = [(row, request) for row, request in enumerate(requests) if is_known(request.params)]
         changes, lists, num_penalised = self._changes(rows)
         draws, num_limited = _draws(rows, self.vocab_size)
         if not len(changes) + len(draws):
@@ -396,15 +400,13 @@ class TritonSampler:
         return [*([] if params.ignore_eos else self.plain.eos_token_ids), *params.stop_token_ids]
 
     def _sample_others(
-        self, logits: Tensor, requests: Sequence[SampledRequest], token_ids: Tensor, is_finite: Tensor
+        self, logits: Tensor, rows: Sequence[tuple[int, SampledRequest]], token_ids: Tensor, is_finite: Tensor
     ) -> None:
-        rows = [row for row, request in enumerate(requests) if not is_known(request.params)]
-        if rows:
-            (index,) = packed_copy([np.array(rows)], self.device)
-            part = logits[index]
-            sampled = self.plain.sample(part, [requests[row] for row in rows])
-            token_ids[index], is_finite[index] = sampled.token_ids, sampled.is_finite.to(is_finite.dtype)
-            logits[index] = part
+        (index,) = packed_copy([np.array([row for row, _ in rows])], self.device)
+        part = logits[index]
+        sampled = self.plain.sample(part, [request for _, request in rows])
+        token_ids[index], is_finite[index] = sampled.token_ids, sampled.is_finite.to(is_finite.dtype)
+        logits[index] = part
 
 
 def is_known(params: SamplingParams) -> bool:
