@@ -1,9 +1,9 @@
 """Token bytes in, masks out: which tokens may come next in the output of a constrained request. No torch.
 
 A grammar is a text that llguidance reads: Lark with its extensions, or a JSON object that holds a JSON schema or a
-regular expression. Both processes compile it with the same code: the API process to judge it before admission, the
-engine to follow it. llguidance computes a mask by walking the tree of all tokens along a lexer of regular expressions'
-derivatives and an Earley parser (https://github.com/guidance-ai/llguidance).
+regular expression. It is compiled before admission, in a process that may be killed (`server.grammar_judge`), and again
+in the engine, to be followed. llguidance computes a mask by walking the tree of all tokens along a lexer of regular
+expressions' derivatives and an Earley parser (https://github.com/guidance-ai/llguidance).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -55,10 +56,6 @@ class GrammarCompiler:
         self._tokenizer = LLTokenizer(tokenizer, eos_token=list(eos_token_ids))
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
-
-    def __contains__(self, grammar: str) -> bool:
-        """Whether it is kept."""
-        return grammar in self._compiled
 
     def compile(self, grammar: str) -> LLMatcher:
         """A matcher at the beginning of the grammar. Raises GrammarError. Other Python threads run meanwhile."""
@@ -212,9 +209,13 @@ class Grammars:
         self._compiler: GrammarCompiler | None = None
 
     def learn(self, tokenizer: str) -> None:
-        """Take the text of a tokenizer.json as the vocabulary. Only the first counts: all are of the same model."""
+        """Take the text of a tokenizer.json as the vocabulary. Only the first counts: all are of the same model.
+
+        Where llguidance cannot use it, no request may have a grammar.
+        """
         if self._compiler is None:
-            self._compiler = GrammarCompiler(tokenizer, self._eos_token_ids)
+            with suppress(ValueError):
+                self._compiler = GrammarCompiler(tokenizer, self._eos_token_ids)
 
     def new_matcher(self, params: SamplingParams) -> Matcher:
         """The matcher of `params.grammar`, once the vocabulary is known."""

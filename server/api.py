@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -23,7 +23,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from engine.config import load_model_config
-from engine.grammar import GrammarCompiler
 from engine.lifeline import die_with_parent
 from engine.logs import configure_logging
 from engine.messages import Vocabulary
@@ -32,6 +31,7 @@ from server.client import EngineClient
 from server.context import ServerContext
 from server.errors import EngineUnavailableError
 from server.generate.running import RunningRequests
+from server.grammar_judge import GrammarJudge
 from server.http_protocol import HTTPProtocol
 from server.metrics import Metrics
 from server.recordings import Recordings
@@ -48,10 +48,25 @@ KEEP_ALIVE = 75  # seconds; longer than load balancers keep a connection that th
 MAX_CONNECTIONS = 4096
 SPARE_FILES = 128  # open files that are no connections
 BACKLOG = 2048
+TICK = 1.0  # seconds
 
 
 class APIServer(uvicorn.Server):
-    """uvicorn without its signal handlers, which end the process by the signal once more."""
+    """uvicorn without its signal handlers, which end the process by the signal once more, and idle when it is idle."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self._stopping.set()
+
+    async def main_loop(self) -> None:
+        """Until `stop`. Once a second answers get a new date; uvicorn's own loop runs ten times a second."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), TICK)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -99,7 +114,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
     path = Path(config.model_path)
     tokenizer = Tokenizer.from_model(path)
     model_config = load_model_config(path)
-    grammars, vocabulary = make_grammars(tokenizer, model_config.eos_token_ids)
+    vocabulary = tokenizer.to_json()
     metrics = Metrics(settings.metrics_prefix, config.model_names[0])
     client = EngineClient(
         config.engine_address,
@@ -107,14 +122,14 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         step_timeout=settings.step_timeout,
         engine_pid=config.engine_pid,
         metrics=metrics,
-        vocabulary=vocabulary,
+        vocabulary=Vocabulary(vocabulary),
     )
     return ServerContext(
         settings=settings,
         client=client,
         tokenizer=tokenizer,
         chat_template=make_chat_template(tokenizer),
-        grammars=grammars,
+        grammar_judge=GrammarJudge(vocabulary, model_config.eos_token_ids),
         model_config=model_config,
         model_names=config.model_names,
         created=int(time.time()),
@@ -123,18 +138,6 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         recordings=Recordings(settings.record_requests),
         responses=ResponseStore(settings.max_stored_responses, settings.stored_responses_memory),
     )
-
-
-def make_grammars(
-    tokenizer: Tokenizer, eos_token_ids: Sequence[int]
-) -> tuple[GrammarCompiler, Vocabulary] | tuple[None, None]:
-    """What judges grammars here, and what the engine needs to follow them. It takes a moment, so it is done at once."""
-    text = tokenizer.to_json()
-    try:
-        return GrammarCompiler(text, eos_token_ids), Vocabulary(text)
-    except ValueError as error:
-        logger.warning("answers cannot be constrained to a form: %s", error)
-        return None, None
 
 
 def make_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -184,7 +187,7 @@ class Life:
         for task in events:
             task.cancel()
         self._client.fail_streams(EngineUnavailableError("The server is shutting down.", close=True))
-        self._server.should_exit = True
+        self._server.stop()
         await serving
         return 0 if self._terminated.is_set() and not self._client.on_death.is_set() else 1
 

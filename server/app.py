@@ -38,6 +38,7 @@ def create_app(context: ServerContext) -> FastAPI:
         await context.client.start()
         yield
         await context.client.close()
+        await context.grammar_judge.close()
 
     with_docs = context.settings.enable_docs
     app = FastAPI(

@@ -17,9 +17,9 @@ from server.text.words import SequenceBreakers
 
 if TYPE_CHECKING:
     from engine.config import ModelConfig
-    from engine.grammar import GrammarCompiler
     from server.client import EngineClient
     from server.generate.running import RunningRequests
+    from server.grammar_judge import GrammarJudge
     from server.metrics import Metrics
     from server.recordings import Recordings
     from server.response_store import ResponseStore
@@ -42,7 +42,7 @@ class ServerContext:
     client: EngineClient
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None  # None: the model has none, and chat is refused
-    grammars: GrammarCompiler | None  # None: the tokenizer does not suit, and constraints are refused
+    grammar_judge: GrammarJudge
     model_config: ModelConfig
     model_names: tuple[str, ...]  # what the API calls the model; the first is its id
     created: int  # seconds since the epoch

@@ -4,7 +4,7 @@ JSON has one compact form, without white space between its parts: a model could 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -14,11 +14,9 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 from pydantic import ValidationError
 
-from engine.grammar import GrammarError
 from server.context import ServerContext
-from server.errors import BadRequestError, InvalidValueError
+from server.errors import InvalidValueError
 from server.generate.prompts import Prompt
-from server.generate.regex_size import problem_of_lark, problem_of_regex
 from server.generate.tag_grammar import tag_grammar, trigger_of
 from server.generate.tool_grammar import tool_grammar
 from server.schemas.chat import ChatCompletionRequest
@@ -31,7 +29,6 @@ from server.validation import format_path
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # arrays and objects within each other
-MAX_SCHEMA_KEYS = 200  # of one object; what compiling takes grows with their square
 OPTIONS = "x-guidance"  # where a schema would tell llguidance how to read it
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
@@ -46,21 +43,16 @@ class Constraint:
     parts: Sequence["Constraint"] = ()  # of other fields, which are judged first and by themselves
 
 
-def check_constraint(context: ServerContext, constraint: Constraint, body: GenerationRequest) -> None:
-    """Raises BadRequestError unless the engine can follow the grammar. May take a few hundred milliseconds."""
-    if context.grammars is None:
-        message = f"Invalid '{constraint.param}': the tokenizer of this model is of a kind that cannot be constrained."
-        raise BadRequestError(message, param=constraint.param)
+async def check_constraint(context: ServerContext, constraint: Constraint, body: GenerationRequest) -> None:
+    """Raises InvalidValueError unless the engine can follow the grammar. May take most of a second."""
     for name in EXCLUSIVE:
         if getattr(body, name, None):
             message = f"Invalid '{name}': not allowed with '{constraint.param}'."
             raise InvalidValueError(message, param=name)
-    parts = () if constraint.grammar in context.grammars else constraint.parts
-    for part in (*parts, constraint):
-        try:
-            context.grammars.compile(part.grammar)
-        except GrammarError as error:
-            raise _invalid(part.param, str(error)) from error
+    judged = (*constraint.parts, constraint)
+    problem = await context.grammar_judge.problem([each.grammar for each in judged])
+    if problem is not None:
+        raise _invalid(judged[problem.index].param, problem.message)
 
 
 def content_constraint(context: ServerContext, body: GenerationRequest) -> Constraint | None:
@@ -159,16 +151,13 @@ def _of_structured_outputs(context: ServerContext, wanted: StructuredOutputs, pr
         tag = _parse_tag(wanted.structural_tag, f"{prefix}structural_tag")
         return _of_tags(context, tag.structures, tag.triggers, f"{prefix}structural_tag")
     if wanted.regex is not None:
-        _refuse(problem_of_regex(wanted.regex), f"{prefix}regex")
         return Constraint(LLMatcher.grammar_from_regex(wanted.regex), f"{prefix}regex")
     if wanted.choice is not None:
         return Constraint(LLMatcher.grammar_from_regex(_any_of(wanted.choice)), f"{prefix}choice")
     if wanted.grammar is not None:
         if wanted.grammar.lstrip().startswith("{"):
             raise _invalid(f"{prefix}grammar", "expected a grammar in Lark's notation, but got JSON")
-        grammar = _as_lark(wanted.grammar, f"{prefix}grammar")
-        _refuse(problem_of_lark(grammar), f"{prefix}grammar")
-        return Constraint(grammar, f"{prefix}grammar")
+        return Constraint(_as_lark(wanted.grammar, f"{prefix}grammar"), f"{prefix}grammar")
     if wanted.json_ is None:
         return schema_constraint({"type": "object"}, f"{prefix}json_object")
     schema = _parse(wanted.json_, f"{prefix}json") if isinstance(wanted.json_, str) else wanted.json_
@@ -214,7 +203,7 @@ def _parse(text: str, param: str) -> dict[str, Any]:
 
 
 def schema_constraint(schema: Mapping[str, Any], param: str) -> Constraint:
-    """Raises InvalidValueError for a schema that would take long to compile."""
+    """Raises InvalidValueError."""
     check_schema(schema, param)
     grammar = {"grammars": [{"json_schema": {**schema, OPTIONS: COMPACT}}]}
     return Constraint(msgspec.json.encode(grammar).decode(), param)
@@ -228,14 +217,10 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
     if num_bytes > MAX_SCHEMA_BYTES:
         raise _invalid(param, f"expected a schema of at most {MAX_SCHEMA_BYTES} bytes, but got {num_bytes}")
     values = list(_values(schema))
-    if (num_keys := max(len(value) for value in values if isinstance(value, dict))) > MAX_SCHEMA_KEYS:
-        raise _invalid(param, f"expected objects of at most {MAX_SCHEMA_KEYS} keys, but got one with {num_keys}")
     if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values):
         raise _invalid(param, "integers beyond 64 bits are not supported")  # they would be rounded
     if any(isinstance(value, dict) and _counts_names(value) for value in values):
         raise _invalid(param, "'minProperties' is not supported above the number of required properties")
-    for pattern in _patterns(values):
-        _refuse(problem_of_regex(pattern), param)
     if OPTIONS in schema:
         raise _invalid(param, f"the key '{OPTIONS}' is not supported")
 
@@ -246,28 +231,12 @@ def _counts_names(schema: Mapping[str, Any]) -> bool:
     return isinstance(minimum, int) and minimum > (len(required) if isinstance(required, list) else 0)
 
 
-def _patterns(values: Iterable[object]) -> Iterator[str]:
-    """The regular expressions in what a schema consists of."""
-    for value in values:
-        if not isinstance(value, dict):
-            continue
-        if isinstance(pattern := value.get("pattern"), str):
-            yield pattern
-        if isinstance(properties := value.get("patternProperties"), dict):
-            yield from properties
-
-
 def _values(value: object) -> Iterator[object]:
     """A value and all within it."""
     yield value
     children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     for child in children:
         yield from _values(child)
-
-
-def _refuse(problem: str | None, param: str) -> None:
-    if problem is not None:
-        raise _invalid(param, problem)
 
 
 def _invalid(param: str, problem: str) -> InvalidValueError:

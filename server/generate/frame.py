@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 import anyio.to_thread
 import msgspec
+from anyio import CapacityLimiter
 from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
@@ -21,7 +22,7 @@ from server.context import ServerContext, get_context
 from server.errors import APIError, ServerError
 from server.generate.account import account_of
 from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best_choices
-from server.generate.constraints import check_constraint
+from server.generate.constraints import Constraint, check_constraint
 from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
 from server.generate.pacing import paced
@@ -115,8 +116,10 @@ async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tupl
     job = _judge(request, body, endpoint, default_seed=0)  # which takes no number from those that generate
     context = job.context
 
+    prepared = await _prepare(job, context.tokenize_threads)
+
     def encode() -> list[RenderedPrompt]:
-        return [_rendered(job, submit) for submit in _prepare(job).submits]
+        return [_rendered(job, submit) for submit in prepared.submits]
 
     rendered = await anyio.to_thread.run_sync(encode, limiter=context.tokenize_threads)
     headers = {name: value for name, value in _headers(job).items() if name != "x-lightwell-seed"}
@@ -184,7 +187,7 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     context, body = job.context, job.body
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
-        prepared = await context.run_text_work(_prepare, job)
+        prepared = await _prepare(job, context.text_threads)
         context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         prompts, submitted = prepared.prompts, time.monotonic()
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
@@ -212,17 +215,30 @@ class _Prepared:
 
     prompts: list[Prompt]
     submits: list[Submit]  # one for each prompt
+    constraint: Constraint | None  # of all of them
     tokenizer_seconds: float
 
 
-def _prepare(job: _Job[Body]) -> _Prepared:
-    """What takes long: the prompts, what else the tokenizer makes, and what answers must match."""
+async def _prepare(job: _Job[Body], threads: CapacityLimiter) -> _Prepared:
+    """What takes long: the prompts, what else the tokenizer makes, and what answers must match.
+
+    Raises BadRequestError.
+    """
+    prepared = await anyio.to_thread.run_sync(_tokenize, job, limiter=threads)
+    if prepared.constraint is not None:
+        await check_constraint(job.context, prepared.constraint, job.body)
+    return prepared
+
+
+def _tokenize(job: _Job[Body]) -> _Prepared:
     start = time.monotonic()
     prompts, tokenized = _encode(job)
     seconds = time.monotonic() - start
-    grammar = _grammar(job, prompts)
+    # Of several prompts none has a part in it: only the one of a chat has.
+    constraint = job.endpoint.constraint(job.context, job.body, prompts[0])
+    grammar = None if constraint is None else constraint.grammar
     submits = [_submit(job, prompt, index, tokenized, grammar) for index, prompt in enumerate(prompts)]
-    return _Prepared(prompts, submits, seconds)
+    return _Prepared(prompts, submits, constraint, seconds)
 
 
 def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
@@ -233,15 +249,6 @@ def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
         num_tokens = max(1, room) if num_tokens == -1 else num_tokens
         prompts = [truncated(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
     return prompts, tokenize_settings(context, body)
-
-
-def _grammar(job: _Job[Body], prompts: Sequence[Prompt]) -> str | None:
-    """Of all prompts: only the one of a chat has a part in it. Raises BadRequestError for what cannot be followed."""
-    constraint = job.endpoint.constraint(job.context, job.body, prompts[0])
-    if constraint is None:
-        return None
-    check_constraint(job.context, constraint, job.body)
-    return constraint.grammar
 
 
 def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings, grammar: str | None) -> Submit:

@@ -20,6 +20,15 @@ SEED = 9
 EOS_TOKEN_IDS = (2, 0)
 PATTERNS = [r"([a-z]{2,9} ){1,3}[0-9]+", r'(yes|no|not "sure"|n[oa]+h?)', r"(\w|, )*[.!?]", r"[^\x00-\x7f]{1,3}x?"]
 
+COUNTING = [
+    "(a{1000}){1000}",
+    "[a-z]{1,1000000}",
+    "(a|b)*a(a|b){100000}",
+    "(a?){5000}a{5000}",
+    "(\\w+ ){1000000}",
+    "(.*a){300}",
+]
+
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_path: Path) -> Tokenizer:
@@ -154,6 +163,28 @@ def test_what_takes_too_much(compiler: GrammarCompiler, tokenizer: Tokenizer, ca
     assert time.monotonic() - start < 2
     assert "a grammar cannot be followed: " in caplog.text
     assert matcher.masks([]) == masks[:1]
+
+
+@pytest.mark.parametrize("pattern", COUNTING)
+@pytest.mark.parametrize(
+    "grammar", ['start: ("x"|"y") /P/', 'start: ("x"|"y") T\nT: (/P/){100}', 'start: ("x"|"y") t\nt: /P/ ~ 1000']
+)
+def test_counts_behind_the_beginning_take_a_bounded_time(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: str, pattern: str
+) -> None:
+    """The masks of some random output, or up to where it becomes too much."""
+    matcher = new_matcher(compiler, grammar.replace("P", pattern))
+    draw = random.Random(SEED)
+    output: list[int] = []
+    while len(output) < 20:
+        start = time.thread_time()
+        (mask,) = matcher.masks(output)
+        matcher.forced_tokens(output)
+        assert time.thread_time() - start < 0.3
+        if not mask:
+            break
+        output.append(draw.choice(sorted(allowed(mask))))
+    assert output
 
 
 def test_compiled_grammars_are_kept_within_bounds(compiler: GrammarCompiler) -> None:

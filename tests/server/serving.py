@@ -82,7 +82,13 @@ def running_server(
     """Serves until the end of the context."""
     server = make_server(app or create_app(context), max_connections=max_connections, protocol=protocol)
     sockets = bind("127.0.0.1", 0)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)), name="server")
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.serve(sockets)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")
     thread.start()
     try:
         wait_until(lambda: server.started)
@@ -90,7 +96,7 @@ def running_server(
             wait_until(lambda: context.client.is_ready)
         yield RunningServer(url(sockets[0]), context, engine)
     finally:
-        server.should_exit = True
+        loops[0].call_soon_threadsafe(server.stop)
         thread.join(timeout=10)
         assert not thread.is_alive()
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-import engine.grammar
 from engine.grammar import GrammarCompiler
 from engine.messages import Submit, Vocabulary
-from server.generate.constraints import MAX_SCHEMA_KEYS
 from tests.server.asking import CHAT, COMPLETIONS, ask
 from tests.server.serving import RunningServer, check_error
 from tests.server.tiny_model import END_OF_TEXT_ID
@@ -117,6 +115,7 @@ TAG: dict[str, Any] = {
 def test_structural_tags(shared_server: RunningServer) -> None:
     """Free text, in which a trigger begins what it has to."""
     tokenizer = shared_server.context.tokenizer
+    compiler = GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID])
     for path, wanted in (
         (CHAT, {"response_format": TAG}),
         (COMPLETIONS, {"structured_outputs": {"structural_tag": TAG}}),
@@ -134,9 +133,8 @@ def test_structural_tags(shared_server: RunningServer) -> None:
             ("<f=size>", False),
             ("a[1]{}", False),
         ):
-            compiler = shared_server.context.grammars
-            assert compiler is not None
-            matcher, token_ids = compiler.compile(grammar), tokenizer.encode(text, add_special_tokens=False)
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            matcher = compiler.compile(grammar)
             is_allowed = matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
             assert is_allowed == good, text
 
@@ -179,7 +177,7 @@ def wide(num_keys: int, value: object = True) -> dict[str, Any]:
 
 HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     (nested(70), "the schema is nested more than 64 levels deep."),
-    (wide(MAX_SCHEMA_KEYS + 1), "expected objects of at most 200 keys, but got one with 201."),
+    (wide(2000), "Current row has 8007 items; max is 1000"),
     ({"enum": [f"value {index}" for index in range(10_000)]}, "expected a schema of at most 65536 bytes, but got "),
     ({"enum": [1, -(2**63) - 1]}, "integers beyond 64 bits are not supported."),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no text matches it."),
@@ -196,23 +194,19 @@ HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     ({"type": "object", "x-guidance": {"lenient": True}}, "the key 'x-guidance' is not supported."),
     ({"oneOf": [wide(1), wide(2)]}, "oneOf constraints are not supported."),
 ]
-TOO_MANY_COPIES = [
-    "(a{1000}){1000}",
-    "((x|a{ 99 })[)]){99,}{2}",
-    r"^(?:\\d{101}[a-z\\]{1}]){100}$",
-    "a{1000}{1000}b?",
-]
-FEW_COPIES = [
+# What is forced takes longest to follow. Elsewhere the limits of engine.grammar.LIMITS hold.
+SLOW_PATTERNS = ["(a{1000}){1000}", "a{1000}{1000}b?", "(?x)a { 1 0 0 0 0 0 0 }", "(a?){5000}a{5000}"]
+COUNTING_PATTERNS = [
     "^[0-9]{4}-[0-9]{2}$",
     "(a{10}){10}",
     "[a-z]{1,1000}",
     r"\\x{61}{1,100}([]{9}]{100})[^]{101}]",
     "[^{]{1,500}{1,20}",
+    "(a|b){1000000}",
 ]
-HOSTILE_SCHEMAS += [({"items": {"type": "string", "pattern": text}}, "repeats a part") for text in TOO_MANY_COPIES]
 HOSTILE_SCHEMAS += [
-    ({"patternProperties": {"^(a{1000}){1000}": {}}}, "the regular expression '^(a{1000}){1000}' repeats a part of it"),
     ({"const": "ab" * 9000}, "more than 2048 tokens are forced at its beginning."),
+    ({"type": "string", "pattern": "^(?x)a { 1 0 0 0 0 0 0 }$"}, "following it takes too long."),
 ]
 UNSUPPORTED_KEYWORDS: list[dict[str, Any]] = [
     {"uniqueItems": True},
@@ -270,18 +264,13 @@ OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"grammar": 'root ::= ("a"'}, "grammar", "Expected ')' at line 1"),
     ({"grammar": 'root ::= "a\\'}, "grammar", "it ends too early, or is nested too deep."),
     ({"grammar": "root ::= " + "(" * 8000}, "grammar", "it ends too early, or is nested too deep."),
-    ({"grammar": "root ::= a root\na ::= b{1000}\nb ::= d{1000}\nd ::= [a]"}, "grammar", "more than 10000 times."),
     ({"grammar": "x" * 20_000}, "grammar", "string too long"),
-    *(({"regex": text}, "regex", "more than 10000 times.") for text in TOO_MANY_COPIES),
-    *(({"grammar": f"start: /{text}/"}, "grammar", "more than 10000 times.") for text in TOO_MANY_COPIES),
-    ({"grammar": 'start: T\nT: "\\\\\\"" (/a{1000}/ "b" ){1000} // no'}, "grammar", "more than 10000 times."),
-    ({"grammar": "start: T\nT: /a{1000}/ ~ 2..1000"}, "grammar", "more than 10000 times."),
-    ({"grammar": 'start: %json {"pattern": "(a{1000}){1000}"}'}, "grammar", "more than 10000 times."),
-    ({"grammar": "start: U\nU: T{100}\nT: /a{1000}/"}, "grammar", "more than 10000 times."),
-    ({"grammar": "T: /a{50}/ {9}\nstart: U\nU.2: V \nV: (T\n | V{2}){30} // no"}, "grammar", "more than 10000 times."),
-    ({"grammar": "start: T\nT: /a{" + "9" * 4000 + "}{" + "9" * 4000 + "}/"}, "grammar", "more than 10000 times."),
-    ({"grammar": "start: T{10000}\nT: /a{1000}/"}, "grammar", "more than 10000 times."),
+    *(({"regex": text}, "regex", "following it takes too long.") for text in SLOW_PATTERNS),
+    *(({"grammar": f"start: /{text}/"}, "grammar", "following it takes too long.") for text in SLOW_PATTERNS),
+    ({"grammar": r'start: %json {"type": "string", "pattern": "^a\u007b1000000}$"}'}, "grammar", "takes too long."),
+    ({"grammar": "start: T{10000}\nT: /a{1000}/"}, "grammar", "following it takes too long."),
     ({"grammar": "start: U\nU: T{100}\nT: /a{90}/"}, "grammar", "more than 2048 tokens are forced"),
+    ({"grammar": "start: /a{" + "9" * 4000 + "}/"}, "grammar", "decimal literal invalid."),
     ({"json": "{"}, "json", "the text is not valid JSON."),
     ({"json": "[1]"}, "json", "the text must hold a JSON object."),
     ({"json": "[" * 100_000}, "json", "the text is not valid JSON."),
@@ -297,18 +286,12 @@ def test_other_grammars_that_cannot_be_followed(
     assert problem in refuse(shared_server, COMPLETIONS, param, structured_outputs=wanted)
 
 
-@pytest.mark.parametrize("pattern", FEW_COPIES)
-def test_ordinary_counts(shared_server: RunningServer, pattern: str) -> None:
+@pytest.mark.parametrize("pattern", COUNTING_PATTERNS)
+def test_counts(shared_server: RunningServer, pattern: str) -> None:
     for wanted in ({"regex": pattern}, {"json": {"pattern": pattern}}, {"grammar": f"start: /{pattern}/"}):
         assert grammar_of(shared_server, COMPLETIONS, structured_outputs=wanted)
     lines = {"grammar": "start: (LINE | list){1,500}\nlist: start{1,100}\nLINE: /[^\\n]{1,100}/ /\\n/"}
     assert grammar_of(shared_server, COMPLETIONS, structured_outputs=lines)
-
-
-def test_what_takes_too_long_to_check(shared_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.grammar, "MAX_CHECK_SECONDS", 0)
-    message = refuse(shared_server, COMPLETIONS, "guided_regex", guided_regex="[a-z]+ and as much as this")
-    assert message.endswith(": following it takes too long.")
 
 
 def test_the_slowest_schema_that_is_compiled(shared_server: RunningServer) -> None:
@@ -319,7 +302,7 @@ def test_the_slowest_schema_that_is_compiled(shared_server: RunningServer) -> No
 
 
 def test_the_widest_object(shared_server: RunningServer) -> None:
-    grammar = grammar_of(shared_server, COMPLETIONS, structured_outputs={"json": wide(MAX_SCHEMA_KEYS)})
+    grammar = grammar_of(shared_server, COMPLETIONS, structured_outputs={"json": wide(200)})
     assert matches(shared_server, grammar, '{"p7":1,"p188":{"a":[]},"q":null}')
 
 
@@ -380,8 +363,3 @@ def test_options_of_other_servers(shared_server: RunningServer) -> None:
     for name, value in (("disable_additional_properties", True), ("whitespace_pattern", ""), ("disable_fallback", 1)):
         error = check_error(ask(shared_server.url, CHAT, structured_outputs=wanted | {name: value}), 400)
         assert error["param"] == f"structured_outputs.{name}"
-
-
-def test_a_tokenizer_that_does_not_suit(shared_server: RunningServer) -> None:
-    with pytest.raises(ValueError, match="eos_token"):
-        GrammarCompiler(shared_server.context.tokenizer.to_json(), [])
