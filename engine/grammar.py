@@ -29,6 +29,10 @@ NUM_ERROR_CHARS = 200
 MAX_FORCED_TOKENS = 2048  # at the beginning
 MAX_CHECK_SECONDS = 0.5  # of processor time; most take a few milliseconds, and the engine would stand still for longer
 
+# Tokens that llguidance allows in one go where a string of JSON has room for all of them. Without the short ones each
+# mask of a string whose length has a bound is a walk along nearly all tokens.
+SLICES = tuple(r'[^"\\\x00-\x1F\x7F]' + count for count in ("{1,4}", "{1,8}", "{1,12}", "{1,16}", "{1,20}", "{1,30}", "+"))
+
 # What one grammar may take: some milliseconds for a mask, some hundred for compiling.
 LIMITS = LLParserLimits(
     max_grammar_size=100_000,
@@ -53,7 +57,7 @@ class GrammarCompiler:
         """`tokenizer` is the text of a tokenizer.json. This takes a quarter of a second for 49,000 tokens, in which no
         other Python thread runs. Raises ValueError where llguidance cannot use the tokenizer.
         """
-        self._tokenizer = LLTokenizer(tokenizer, eos_token=list(eos_token_ids))
+        self._tokenizer = LLTokenizer(tokenizer, eos_token=list(eos_token_ids), slices=list(SLICES))
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -20,19 +20,25 @@ from rich.table import Column, Table
 from tests.bench.serve import MODEL_NAME, running_server
 
 NUM_TOKENS = 64
-NAME = {"type": "string"}
-PERSON = {
-    "type": "object",
-    "properties": {"name": NAME, "age": {"type": "integer"}, "city": NAME},
-    "required": ["name", "age", "city"],
-    "additionalProperties": False,
-}
-SCHEMA = {"type": "array", "items": PERSON, "minItems": 20}
+
+
+def people(name: dict[str, Any]) -> dict[str, Any]:
+    """Asks for people whose names are of a schema."""
+    person = {
+        "type": "object",
+        "properties": {"name": name, "age": {"type": "integer"}, "city": name},
+        "required": ["name", "age", "city"],
+        "additionalProperties": False,
+    }
+    schema = {"type": "array", "items": person, "minItems": 20}
+    json_schema = {"name": "people", "schema": schema, "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
+
+
 FORMS: dict[str, dict[str, Any]] = {
     "free text": {"ignore_eos": True},
-    "JSON schema": {
-        "response_format": {"type": "json_schema", "json_schema": {"name": "people", "schema": SCHEMA, "strict": True}}
-    },
+    "JSON of a schema": people({"type": "string"}),
+    "the same, strings of 2 to 40 characters": people({"type": "string", "minLength": 2, "maxLength": 40}),
 }
 
 
