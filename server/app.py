@@ -52,9 +52,13 @@ def create_app(context: ServerContext) -> FastAPI:
     )
     install_document(app, context.model_names[0], needs_key=bool(context.settings.api_key))
     app.state.context = context
-    generating = (completions, chat, messages, responses, embeddings)
-    for module in (*generating, requests, models, tokenize, health, metrics):
-        app.include_router(module.router)
+    for tag, modules in (
+        ("OpenAI", (completions, chat, responses, embeddings, models)),
+        ("Anthropic", (messages,)),
+        ("Lightwell", (requests, tokenize, health, metrics)),
+    ):
+        for module in modules:
+            app.include_router(module.router, tags=[tag])
     install_error_handlers(app)
     _add_middleware(app, context)
     return app
