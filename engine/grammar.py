@@ -31,7 +31,8 @@ MAX_CHECK_SECONDS = 0.5  # of processor time; most take a few milliseconds, and 
 
 # Tokens that llguidance allows in one go where a string of JSON has room for all of them. Without the short ones each
 # mask of a string whose length has a bound is a walk along nearly all tokens.
-SLICES = tuple(r'[^"\\\x00-\x1F\x7F]' + count for count in ("{1,4}", "{1,8}", "{1,12}", "{1,16}", "{1,20}", "{1,30}", "+"))
+_LENGTHS = ("{1,4}", "{1,8}", "{1,12}", "{1,16}", "{1,20}", "{1,30}", "+")
+SLICES = tuple(r'[^"\\\x00-\x1F\x7F]' + length for length in _LENGTHS)
 
 # What one grammar may take: some milliseconds for a mask, some hundred for compiling.
 LIMITS = LLParserLimits(

@@ -6,25 +6,24 @@ before this one's tokens are read: it takes them on the device.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import BatchBuilder, BatchInputs, HostCopy
+from engine.batch import BatchBuilder, BatchInputs, HostCopy, packed_copy
 from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.kernels import KernelOptions, Kernels, SamplesTokens, load_kernels
 from engine.kv_cache import KVCache, MemoryPlan, plan_memory
+from engine.logprobs import PendingLogprobs, gather_logprobs
 from engine.masks import step_masks
-from engine.messages import TokenLogprobs
 from engine.model import CausalLM, Parameters
 from engine.record import StepClock
 from engine.request import RowOutput, Scheduled, Step
-from engine.sampler import gather_logprobs
 from engine.speculation import num_confirmed
 from engine.weights import load_weights
 
@@ -54,23 +53,27 @@ class PendingOutputs:
     """What the model makes of a step, before the host has read it."""
 
     step: Step
-    prompt_logprobs: list[list[TokenLogprobs]]  # of each item
+    prompt_logprobs: list[list[PendingLogprobs]]  # of each item
     pooled: dict[int, list[int]]  # of those of the items that want it; empty: it is not finite
     sampled: HostCopy | None = None  # [2, R] int64: token ids, and whether their logits are finite; None: nothing is
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # of those of the R that want some
+    wanted: Sequence[int] = ()  # those of the R that want log probabilities
+    logprobs: PendingLogprobs | None = None  # of these
 
     def read(self) -> list[RowOutput]:
         """Wait for the device. One output for each of the step's items, in order."""
         token_ids, is_finite = self.sampled.read().tolist() if self.sampled is not None else ([], [])
+        entries = self.logprobs.read() if self.logprobs is not None else []
+        logprobs = dict(zip(self.wanted, entries, strict=True))
         outputs: list[RowOutput] = []
         first = 0
         for place, (item, prompt_logprobs) in enumerate(zip(self.step.scheduled, self.prompt_logprobs, strict=True)):
             last = first + item.num_samples
             num = num_confirmed(token_ids[first:last], is_finite[first:last], item.draft_token_ids)
-            output = RowOutput(token_ids[first : first + num], prompt_logprobs=prompt_logprobs)
+            output = RowOutput(token_ids[first : first + num])
+            output.prompt_logprobs = [entry for some in prompt_logprobs for entry in some.read()]
             output.pooled = self.pooled.get(place, [])
-            if first in self.logprobs and num:
-                output.logprobs = [self.logprobs[index] for index in range(first, first + num)]
+            if first in logprobs and num:
+                output.logprobs = [logprobs[index] for index in range(first, first + num)]
             if item.num_samples and not num:
                 output.error = _problem(item)
             if item.num_pooled and not output.pooled:
@@ -125,42 +128,41 @@ class ModelRunner:
             return PendingOutputs(step, prompt_logprobs, pooled)
         logits = self.execution.compute_logits(batch.sample_rows)
         wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-        raw_logits = logits[wanted] if wanted else None  # a copy, before any setting changes them
+        places = raw_logits = None
+        if wanted:
+            (places,) = packed_copy([np.array(wanted, dtype=np.int64)], logits.device)
+            raw_logits = logits[places]  # a copy, before any setting changes them
         sampled = self.sampler.sample(logits, rows, step_masks(step))
         self.sampled = sampled.token_ids
         copy = HostCopy(torch.stack((sampled.token_ids, sampled.is_finite.long())))
-        logprobs: dict[int, TokenLogprobs] = {}
+        logprobs = None
         if raw_logits is not None:
             for place, index in enumerate(wanted):
                 if rows[index].params.post_sampling_probs:
                     raw_logits[place] = logits[index]
             num_top = [rows[index].params.logprobs or 0 for index in wanted]
             named_ids = [rows[index].params.logprob_token_ids for index in wanted]
-            entries = gather_logprobs(raw_logits, sampled.token_ids[wanted], num_top, named_ids)
-            logprobs = dict(zip(wanted, entries, strict=True))
+            logprobs = gather_logprobs(raw_logits, sampled.token_ids[places], num_top, named_ids)
         clock.lap("sample")
-        return PendingOutputs(step, prompt_logprobs, pooled, copy, logprobs)
+        return PendingOutputs(step, prompt_logprobs, pooled, copy, wanted, logprobs)
 
-    def _all_prompt_logprobs(self, step: Step) -> list[list[TokenLogprobs]]:
-        found: list[list[TokenLogprobs]] = []
+    def _all_prompt_logprobs(self, step: Step) -> list[list[PendingLogprobs]]:
+        found: list[list[PendingLogprobs]] = []
         first_row = 0
         for item in step.scheduled:
             found.append(self._prompt_logprobs(item, first_row) if item.num_prompt_logprobs else [])
             first_row += item.num_hidden
         return found
 
-    def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[TokenLogprobs]:
+    def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[PendingLogprobs]:
         num_rows = item.num_prompt_logprobs
         rows = torch.arange(first_row, first_row + num_rows, device=self.builder.device)
         first = item.start + 1  # a row tells the probability of the token after it
-        token_ids = torch.tensor(item.request.token_ids[first : first + num_rows], device=rows.device)
+        next_ids = np.array(item.request.token_ids[first : first + num_rows], dtype=np.int64)
+        (token_ids,) = packed_copy([next_ids], rows.device)
         num_top = item.request.params.prompt_logprobs or 0
         chunks = zip(torch.split(rows, LOGPROB_ROWS), torch.split(token_ids, LOGPROB_ROWS), strict=True)
-        return list(
-            itertools.chain.from_iterable(
-                gather_logprobs(self.execution.compute_logits(some), ids, [num_top] * len(ids)) for some, ids in chunks
-            )
-        )
+        return [gather_logprobs(self.execution.compute_logits(some), ids, [num_top] * len(ids)) for some, ids in chunks]
 
     def _all_pooled(self, step: Step) -> dict[int, list[int]]:
         pooled: dict[int, list[int]] = {}

@@ -11,7 +11,6 @@ all samplers of `engine.chain` in an order of their own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from engine.batch import packed_copy
 from engine.chain import GREEDY_TEMPERATURE, apply_chain, remember_surprise
-from engine.messages import TokenLogprobs
 from engine.noise import gumbel_noise, hash_token_ids
 from engine.request import SampledRequest
 
@@ -176,54 +174,3 @@ def packed_masks(masks: Mapping[int, bytes], vocab_size: int) -> npt.NDArray[np.
     num_bytes = -(-vocab_size // 8)
     joined = b"".join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values())
     return np.frombuffer(joined, dtype=np.uint8).reshape(len(masks), num_bytes)
-
-
-# Log probabilities.
-
-
-def gather_logprobs(
-    logits: Tensor, token_ids: Tensor, num_top: Sequence[int], named_ids: Sequence[Sequence[int]] = ()
-) -> list[TokenLogprobs]:
-    """For each row of float32 logits [R, V]: the given token's log probability, its rank, and the most likely tokens.
-
-    `num_top` says how many alternatives each row wants. Tokens of -infinity, which cannot be, are none.
-    Rows that have `named_ids` get these instead.
-    """
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = token_ids[:, None]
-    # Order is that of the logits: log_softmax can round different ones to the same number.
-    ranks = (logits > logits.gather(1, chosen)).sum(dim=-1) + 1
-    top_ids = _top_ids(logits, max(num_top))
-    values = logprobs.gather(1, torch.cat((chosen, top_ids), dim=1)).tolist()
-    rows = zip(values, ranks.tolist(), top_ids.tolist(), num_top, strict=True)
-    entries = [_token_logprobs(first, rank, ids[:num], rest[:num]) for (first, *rest), rank, ids, num in rows]
-    for row, ids in enumerate(named_ids):
-        if ids:
-            named = sorted(zip((-logprobs[row, ids]).tolist(), ids, strict=True))
-            named_logprobs = [-negative for negative, _ in named]
-            entries[row] = _token_logprobs(
-                entries[row].logprob, entries[row].rank, [token_id for _, token_id in named], named_logprobs
-            )
-    return entries
-
-
-def _token_logprobs(logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]) -> TokenLogprobs:
-    num = top_logprobs.index(-math.inf) if -math.inf in top_logprobs else len(top_ids)  # they are in descending order
-    return TokenLogprobs(logprob, rank, top_ids[:num], top_logprobs[:num])
-
-
-def _top_ids(x: Tensor, num_top: int) -> Tensor:
-    """Ids of the largest values of each row [R, num_top], in descending order; ties go to the lowest id.
-
-    torch.topk leaves the order of equal values open, also which of them are taken, so all that are as large as the
-    last are put in order.
-    """
-    num_top = min(num_top, x.shape[1])
-    if num_top == 0:
-        return torch.empty((len(x), 0), dtype=torch.int64, device=x.device)
-    smallest = x.topk(num_top, dim=-1).values[:, -1:]
-    rows, ids = (~(x < smallest)).nonzero(as_tuple=True)  # in ascending order; a NaN counts as large
-    order = x[rows, ids].sort(descending=True, stable=True).indices
-    order = order[rows[order].sort(stable=True).indices]
-    starts = torch.searchsorted(rows, torch.arange(len(x), device=x.device))
-    return ids[order][starts[:, None] + torch.arange(num_top, device=x.device)]

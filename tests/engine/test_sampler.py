@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import engine.noise
+from engine.logprobs import gather_logprobs
 from engine.messages import SamplingParams, Submit, TokenLogprobs
 from engine.request import Request, RequestWithDraft, leader_of
-from engine.sampler import Sampler, gather_logprobs
+from engine.sampler import Sampler
 
 CPU = torch.device("cpu")
 EOS_TOKEN_IDS = (2, 7)
@@ -446,7 +447,7 @@ def test_what_a_token_was_drawn_from() -> None:
     kept = expected.topk(3).indices
     assert set(torch.isfinite(processed[1]).nonzero().flatten().tolist()) == set(kept.tolist())
     assert torch.equal(processed[1][kept], expected[kept])
-    (entry,) = gather_logprobs(processed[1:], output.token_ids[1:], [20])
+    (entry,) = gather_logprobs(processed[1:], output.token_ids[1:], [20]).read()
     assert entry.top_token_ids == kept.tolist()
     assert entry.top_logprobs == pytest.approx(expected[kept].log_softmax(dim=-1).tolist(), abs=1e-6)
     assert output.token_ids.tolist() == sample(logits, [make_request(), make_request(**settings)])
@@ -564,7 +565,7 @@ def test_logprobs(num_top: list[int], vocab_size: int, spread: float, seed: int)
     rng = np.random.default_rng(seed)
     logits = random_logits(rng, len(num_top), vocab_size, spread)
     chosen = rng.integers(0, vocab_size, len(num_top))
-    entries = gather_logprobs(logits, torch.from_numpy(chosen), num_top)
+    entries = gather_logprobs(logits, torch.from_numpy(chosen), num_top).read()
     for entry, row, logprobs, token_id, num in zip(entries, logits, log_softmax(logits), chosen, num_top, strict=True):
         assert entry.logprob == pytest.approx(logprobs[token_id], rel=1e-5, abs=1e-5)
         assert entry.rank == 1 + int((row > row[token_id]).sum())
@@ -576,8 +577,8 @@ def test_logprobs_of_named_tokens() -> None:
     """Most likely first; beside rows that have none."""
     logits = random_logits(np.random.default_rng(8), 3, 3000)
     chosen = torch.tensor([5, 6, 7])
-    plain = gather_logprobs(logits, chosen, [2, 0, 3])
-    entries = gather_logprobs(logits, chosen, [2, 0, 3], [(), (17, 2999, 6), ()])
+    plain = gather_logprobs(logits, chosen, [2, 0, 3]).read()
+    entries = gather_logprobs(logits, chosen, [2, 0, 3], [(), (17, 2999, 6), ()]).read()
     assert [entries[0], entries[2]] == [plain[0], plain[2]]
     named = entries[1]
     assert (named.logprob, named.rank) == (plain[1].logprob, plain[1].rank)
@@ -593,10 +594,13 @@ def test_logprobs_of_a_row_do_not_depend_on_the_others(vocab_size: int) -> None:
     token_ids = torch.from_numpy(rng.integers(0, vocab_size, 40))
     num_top = [row % 7 for row in range(39)] + [100]
     alone = [
-        gather_logprobs(logits[row : row + 1], token_ids[row : row + 1], num_top[row : row + 1])[0] for row in range(40)
+        gather_logprobs(logits[row : row + 1], token_ids[row : row + 1], num_top[row : row + 1]).read()[0]
+        for row in range(40)
     ]
     for num_rows in (2, 3, 17, 40):
-        together: list[TokenLogprobs] = gather_logprobs(logits[:num_rows], token_ids[:num_rows], num_top[:num_rows])
+        together: list[TokenLogprobs] = gather_logprobs(
+            logits[:num_rows], token_ids[:num_rows], num_top[:num_rows]
+        ).read()
         assert together == alone[:num_rows]
 
 
@@ -606,21 +610,21 @@ def test_order_of_logits_that_differ_in_their_last_bits() -> None:
     logits[0, 5] = 1e-8
     logits[0, 3] = 5e-9
     token_ids = make_sampler(20_000).sample(logits.clone(), [make_request(temperature=0.0)]).token_ids
-    (entry,) = gather_logprobs(logits, token_ids, [3])
+    (entry,) = gather_logprobs(logits, token_ids, [3]).read()
     assert entry.top_token_ids == [5, 3, 0]
     assert entry.rank == 1
-    (entry,) = gather_logprobs(logits, torch.tensor([3]), [0])
+    (entry,) = gather_logprobs(logits, torch.tensor([3]), [0]).read()
     assert entry.rank == 2
     assert entry.top_token_ids == entry.top_logprobs == []
 
 
 def test_minus_zero_equals_zero() -> None:
     logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0]])
-    (entry,) = gather_logprobs(logits, torch.tensor([2]), [4])
+    (entry,) = gather_logprobs(logits, torch.tensor([2]), [4]).read()
     assert entry.top_token_ids == [0, 1, 2, 3]
     assert entry.rank == 1
 
 
 def test_more_alternatives_than_tokens() -> None:
-    (entry,) = gather_logprobs(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0]), [20])
+    (entry,) = gather_logprobs(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0]), [20]).read()
     assert entry.top_token_ids == [1, 2, 0]

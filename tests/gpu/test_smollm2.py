@@ -9,6 +9,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.kernels.gpu.graphs import GraphedExecution
+from engine.logprobs import gather_logprobs
 from engine.messages import Submit
 from engine.runner import LoadedModel, load_model
 from server.text.tokenizer import Tokenizer
@@ -64,3 +65,20 @@ def test_the_same_answer_in_any_company(
     assert engine.stats().preemptions_total > 0
     assert_same(run(engine, submits), expected)
     assert isinstance(engine.runner.execution, GraphedExecution) != settings.get("enforce_eager", False)
+
+
+def test_log_probabilities_are_those_of_the_cpu_and_do_not_wait() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(9, 49_152, generator=generator).round(decimals=2)  # with many ties
+    token_ids = torch.randint(49_152, (9,), generator=generator)
+    num_top, named_ids = [20, 0, 5, 1, 2, 3, 4, 5, 20], [(), (7, 9), (), (), (), (), (), (), ()]
+    expected = gather_logprobs(logits, token_ids, num_top, named_ids).read()
+    on_device = logits.cuda(), token_ids.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = gather_logprobs(*on_device, num_top, named_ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for entry, found in zip(expected, pending.read(), strict=True):
+        assert (found.rank, found.top_token_ids) == (entry.rank, entry.top_token_ids)
+        assert [found.logprob, *found.top_logprobs] == pytest.approx([entry.logprob, *entry.top_logprobs], abs=1e-4)
