@@ -58,6 +58,7 @@ NAMES = {  # of chat completions, in errors
     r"(tools\[\d+\])\.function": r"\1",
     "max_completion_tokens": "max_tokens",
     "reasoning_effort": "output_config.effort",
+    "thinking_token_budget": "thinking.budget_tokens",
 }
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -69,8 +70,8 @@ def error_names(body: CountTokensRequest) -> dict[str, str]:
     return NAMES if body.output_format is None else NAMES | {RESPONSE_FORMAT: "output_format"}
 
 
-def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
-    """Raises BadRequestError."""
+def to_chat(body: CountTokensRequest, *, can_limit_thoughts: bool) -> ChatCompletionRequest:
+    """Raises BadRequestError. Where thoughts cannot be limited, their budget is left to `max_tokens`."""
     final = body.messages[-1]
     if final.role == "assistant" and any(isinstance(block, ToolUseBlock) for block in final.content):
         message = "Invalid 'messages': the last one calls tools, so their results must follow."
@@ -90,6 +91,7 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
     if isinstance(body, MessagesRequest):
         fields |= {
             "max_completion_tokens": body.max_tokens,
+            "thinking_token_budget": _budget(body.thinking) if can_limit_thoughts else None,
             "stop": body.stop_sequences or None,
             **{name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "stream")},
         }
@@ -169,6 +171,10 @@ def _effort(thinking: Thinking | None, config: OutputConfig | None) -> str | Non
     if config is not None and config.effort not in (None, "high"):
         return config.effort
     return "medium" if thinking is not None and thinking.type == "enabled" else None
+
+
+def _budget(thinking: Thinking | None) -> int | None:
+    return thinking.budget_tokens if thinking is not None and thinking.type == "enabled" else None
 
 
 def _response_format(body: CountTokensRequest) -> dict[str, Any] | None:

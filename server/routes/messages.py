@@ -2,12 +2,15 @@
 
 from fastapi import APIRouter, Request, Response
 
+from server.context import get_context
 from server.generate.conversion import check_extra, renamed_errors
 from server.generate.counting import count_prompt_tokens
 from server.generate.frame import respond
 from server.generate.messages import MessagesEndpoint, error_names, to_chat
+from server.generate.thinking import can_limit_thoughts
 from server.middleware import StrictJSONRoute
 from server.responses import StructResponse
+from server.schemas.chat import ChatCompletionRequest
 from server.schemas.messages import CountTokensRequest, CountTokensResponse, MessagesRequest
 
 router = APIRouter(route_class=StrictJSONRoute)
@@ -18,7 +21,7 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
     """Answers a conversation."""
     check_extra(body)
     with renamed_errors(error_names(body)):
-        return await respond(request, to_chat(body), MessagesEndpoint())
+        return await respond(request, _to_chat(request, body), MessagesEndpoint())
 
 
 @router.post("/v1/messages/count_tokens")
@@ -26,5 +29,9 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
     """How many tokens the conversation is as a prompt. Nothing is generated."""
     check_extra(body, "/v1/messages", MessagesRequest)
     with renamed_errors(error_names(body)):
-        num_tokens, headers = await count_prompt_tokens(request, to_chat(body), MessagesEndpoint())
+        num_tokens, headers = await count_prompt_tokens(request, _to_chat(request, body), MessagesEndpoint())
     return StructResponse(CountTokensResponse(num_tokens), headers=headers)
+
+
+def _to_chat(request: Request, body: CountTokensRequest) -> ChatCompletionRequest:
+    return to_chat(body, can_limit_thoughts=can_limit_thoughts(get_context(request)))

@@ -95,7 +95,11 @@ class ToolChoice(Part):
 
 class Thinking(Part):
     type: Literal["enabled", "adaptive", "disabled"] = Field(description="adaptive leaves it to the model.")
-    budget_tokens: int | None = Field(None, ge=1, description="Accepted; thoughts are bounded by max_tokens.")
+    budget_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of thoughts at most, where the model's tags of thoughts are tokens; else max_tokens.",
+    )
     display: Literal["summarized", "omitted"] | None = Field(
         None, description="omitted leaves thoughts out of the answer; they are never summarized."
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -80,10 +81,12 @@ def test_thoughts_that_the_prompt_begins(model: RunningServer) -> None:
 
 
 def test_a_limit_of_thoughts(model: RunningServer) -> None:
+    body = {"model": "tiny", "max_tokens": 9, "messages": MESSAGES, "thinking": {"type": "enabled", "budget_tokens": 7}}
     tokenizer = model.context.tokenizer
     if "<think>" not in tokenizer.special_tokens:
         error = check_error(ask(model.url, CHAT, thinking_token_budget=5), 400)
         assert (error["param"], error["code"]) == ("thinking_token_budget", "unsupported_parameter")
+        assert httpx.post(f"{model.url}/v1/messages", json=body).status_code == 200
         return
     start_id, end_id = (tokenizer.special_ids_of([tag])[tag] for tag in ("<think>", "</think>"))
     for budget, is_open in ((0, False), (7, True)):
@@ -93,6 +96,8 @@ def test_a_limit_of_thoughts(model: RunningServer) -> None:
     for nothing in (None, -1):
         ask_json(model.url, CHAT, thinking_token_budget=nothing)
         assert model.engine.submits[-1].params.thinking is None
+    assert httpx.post(f"{model.url}/v1/messages", json=body).status_code == 200
+    assert model.engine.submits[-1].params.thinking == expected
     fields = {"thinking_token_budget": 5, "bad_words": ["a"]}
     assert check_error(ask(model.url, CHAT, **fields), 400)["param"] == "bad_words"
 

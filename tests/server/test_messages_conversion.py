@@ -20,10 +20,10 @@ TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object"
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "add", "input": {"a": 1, "b": "é"}}
 
 
-def convert(**fields: Any) -> dict[str, Any]:
+def convert(*, can_limit_thoughts: bool = True, **fields: Any) -> dict[str, Any]:
     """What of a chat request is set."""
     minimal = {"model": "tiny", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
-    chat = to_chat(MessagesRequest.model_validate(minimal | fields))
+    chat = to_chat(MessagesRequest.model_validate(minimal | fields), can_limit_thoughts=can_limit_thoughts)
     return chat.model_dump(exclude_unset=True, by_alias=True)
 
 
@@ -108,6 +108,13 @@ def test_a_schema_for_the_output() -> None:
 )
 def test_how_much_is_thought(fields: dict[str, Any], effort: str | None) -> None:
     assert convert(**fields).get("reasoning_effort") == effort
+
+
+def test_a_budget_of_thoughts() -> None:
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    assert convert(thinking=thinking)["thinking_token_budget"] == 1024
+    assert "thinking_token_budget" not in convert(thinking=thinking, can_limit_thoughts=False)
+    assert "thinking_token_budget" not in convert(thinking=thinking | {"type": "adaptive"})
 
 
 def test_thoughts_that_are_left_out() -> None:
