@@ -72,7 +72,8 @@ def describe_validation_errors(errors: Sequence[dict[str, Any]], body: object) -
 def resolve_location(error: dict[str, Any], body: object) -> list[int | str]:
     """Where an error is, without the names of union members, which pydantic puts into the location.
 
-    What cannot be an index into the value there is such a name, but for the last part if a field is missing.
+    What cannot be an index into the value there is such a name, but for the last part if a field is missing. So is a
+    name behind which the location goes on in this value, not in the one that it would be an index of.
     """
     source: str
     parts: list[int | str]
@@ -82,7 +83,8 @@ def resolve_location(error: dict[str, Any], body: object) -> list[int | str]:
     path: list[int | str] = []
     value: Any = body
     for position, part in enumerate(parts, start=1):
-        if _has_item(value, part):
+        following = parts[position] if position < len(parts) else None
+        if _has_item(value, part) and (_has_item(value[part], following) or not _has_item(value, following)):
             value = value[part]
             path.append(part)
         elif error["type"] == "missing" and position == len(parts):
@@ -121,7 +123,7 @@ def echo(value: object) -> str:
     return text if len(text) <= MAX_ECHO else text[:MAX_ECHO] + "..."
 
 
-def _has_item(value: Any, part: int | str) -> bool:
+def _has_item(value: Any, part: int | str | None) -> bool:
     if isinstance(part, int):
         return isinstance(value, list) and part < len(value)
     return isinstance(value, dict) and part in value

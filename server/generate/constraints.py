@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from server.context import ServerContext
 from server.errors import InvalidValueError
 from server.generate.prompts import Prompt
-from server.generate.tag_grammar import tag_grammar, trigger_of
-from server.generate.tool_grammar import tool_grammar
+from server.generate.tag_grammar import StructuralTagError, TagGrammar
+from server.generate.tool_grammar import Marks, tool_grammar
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.common import GenerationRequest
-from server.schemas.structured import ResponseFormat, StructuralTag, Structure, StructuredOutputs
+from server.schemas.structural_tag import Format, StructuralTag
+from server.schemas.structured import ResponseFormat, StructuredOutputs
 from server.schemas.tools import callable_tools, must_call
 from server.strict_json import is_deeper
 from server.text.output_parser import OutputFormat
@@ -123,33 +124,54 @@ def _as_part(grammar: str) -> dict[str, Any]:
 def _of_response_format(context: ServerContext, wanted: ResponseFormat | None) -> Constraint | None:
     if wanted is None or wanted.type == "text":
         return None
-    if wanted.structures is not None and wanted.triggers is not None:
-        return _of_tags(context, wanted.structures, wanted.triggers, "response_format")
+    if wanted.structural_tag is not None:
+        return _of_tag(context, wanted.structural_tag, "response_format")
     if wanted.json_schema is None:
         return schema_constraint({"type": "object"}, "response_format")
     return schema_constraint(wanted.json_schema.schema_, "response_format.json_schema.schema")
 
 
-def _of_tags(
-    context: ServerContext, structures: Sequence[Structure], triggers: Sequence[str], param: str
-) -> Constraint:
-    for index, structure in enumerate(structures):
+def _of_tag(context: ServerContext, tag: StructuralTag, param: str) -> Constraint:
+    format = tag.parts(param)
+    for index, structure in enumerate(tag.structures or ()):
         check_schema(structure.schema_, f"{param}.structures[{index}].schema")
-        if trigger_of(structure, triggers) is None:
-            raise _invalid(f"{param}.structures[{index}].begin", "expected it to begin with one of the triggers")
-    for index, trigger in enumerate(triggers):
-        if all(trigger_of(structure, triggers) != trigger for structure in structures):
-            raise _invalid(f"{param}.triggers[{index}]", "no structure begins with it, or another trigger comes before")
-    marks = [*triggers, *(structure.end for structure in structures)]
-    special_ids = context.tokenizer.special_ids_of(marks)
-    return Constraint(tag_grammar(structures, triggers, special_ids, {OPTIONS: COMPACT}), param)
+    _check_parts(format, f"{param}.format")
+    special_ids = context.tokenizer.special_ids_of(context.tokenizer.special_tokens)
+    writer = TagGrammar(Marks(special_ids), {OPTIONS: COMPACT}, _terminal)
+    try:
+        grammar = writer.write(format)
+    except StructuralTagError as error:
+        place = error.place.removeprefix("format.").replace("tags", "structures") if tag.structures else error.place
+        raise _invalid(f"{param}.{place}", str(error)) from error
+    if not writer.grammars:
+        return Constraint(grammar, param)
+    parts = [{"name": "answer", "lark_grammar": grammar}]
+    parts += [{"name": name, "lark_grammar": _as_lark(text, param)} for name, text in writer.grammars.items()]
+    return Constraint(msgspec.json.encode({"grammars": parts}).decode(), param)
+
+
+def _check_parts(format: Format, place: str) -> None:
+    """Raises InvalidValueError for a tree that is too deep, and for a schema in it."""
+    tree = format.model_dump()
+    if is_deeper(tree, MAX_SCHEMA_DEPTH):
+        raise _invalid(place, f"it is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+    for part in _values(tree):
+        if isinstance(part, dict) and isinstance(schema := part.get("json_schema"), dict):
+            check_schema(schema, place)
+
+
+def _terminal(pattern: str) -> str:
+    """A regular expression in Lark's notation."""
+    grammar = msgspec.json.decode(LLMatcher.grammar_from_regex(pattern))
+    lark: str = grammar["grammars"][0]["lark_grammar"]
+    return lark.removeprefix("start: ")
 
 
 def _of_structured_outputs(context: ServerContext, wanted: StructuredOutputs, prefix: str) -> Constraint:
     """`prefix` is what the names of its parts have before them in the request."""
     if wanted.structural_tag is not None:
         tag = _parse_tag(wanted.structural_tag, f"{prefix}structural_tag")
-        return _of_tags(context, tag.structures, tag.triggers, f"{prefix}structural_tag")
+        return _of_tag(context, tag, f"{prefix}structural_tag")
     if wanted.regex is not None:
         return Constraint(LLMatcher.grammar_from_regex(wanted.regex), f"{prefix}regex")
     if wanted.choice is not None:

@@ -68,17 +68,33 @@ def tool_grammar(
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Writes tags and markers: as a control token where it is one, as text elsewhere."""
+    """Writes tags and markers: control tokens in them as such, all else as text."""
 
     special_ids: Mapping[str, int]
 
     def write(self, mark: str) -> str:
-        return f"<[{self.special_ids[mark]}]>" if mark in self.special_ids else _literal(mark)
+        return " ".join(map(self._write_piece, self._pieces(mark)))
 
     def up_to(self, rule: str, text: str, mark: str) -> str:
         """A rule for text up to the first such mark, with it."""
-        laziness = "" if mark in self.special_ids else "[lazy]"
-        return f"{rule}{laziness}: {text} {self.write(mark)}"
+        first, *others = self._pieces(mark)
+        if first in self.special_ids:
+            return f"{rule}: {text} {self.write(mark)}"
+        if not others:
+            return f"{rule}[lazy]: {text} {_literal(mark)}"
+        # What comes before its first control token ends with what it has before it.
+        before = f"{rule.upper()}: {text} & /{ANYTHING}{re.escape(first)}/"
+        return f"{before}\n{rule}: {rule.upper()} {self.write(mark[len(first) :])}"
+
+    def _write_piece(self, piece: str) -> str:
+        return f"<[{self.special_ids[piece]}]>" if piece in self.special_ids else _literal(piece)
+
+    def _pieces(self, mark: str) -> list[str]:
+        """Cut at its control tokens."""
+        if not self.special_ids:
+            return [mark]
+        cuts = "|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True)))
+        return [piece for piece in re.split(f"({cuts})", mark) if piece] or [mark]
 
     def without(self, mark: str, *, anywhere: bool = False) -> str:
         """What keeps a lexeme from having the mark at its beginning, or anywhere."""

@@ -1,20 +1,18 @@
 """What a request says about the form of its answer: OpenAI's `response_format`, and vLLM's `structured_outputs`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError
+from server.schemas.structural_tag import Format, JSONSchema, StructuralTag, Structures, Triggers
 
 MAX_CHOICES = 1000
 MAX_CHOICE_CHARS = 4096
 MAX_REGEX_CHARS = 8192
 MAX_LARK_CHARS = 16_384
-MAX_STRUCTURES = 128
-MAX_MARK_CHARS = 256
 MAX_TAG_CHARS = 128 * 1024
 
-JSONSchema = dict[str, Any]
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -29,49 +27,26 @@ class JSONSchemaFormat(BaseModel):
     strict: bool | None = None
 
 
-Mark = Annotated[str, Field(min_length=1, max_length=MAX_MARK_CHARS)]
-
-
-class Structure(BaseModel):
-    """A part of a text: JSON between two marks."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    begin: Mark
-    schema_: JSONSchema = Field(alias="schema")
-    end: Annotated[str, Field(max_length=MAX_MARK_CHARS)]
-
-
-Structures = Annotated[list[Structure], Field(min_length=1, max_length=MAX_STRUCTURES, fail_fast=True)]
-Triggers = Annotated[list[Mark], Field(min_length=1, max_length=MAX_STRUCTURES, fail_fast=True)]
-
-
-class StructuralTag(BaseModel):
-    """Any text, but each trigger in it begins one of the structures."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    type: Literal["structural_tag"]
-    structures: Structures
-    triggers: Triggers
-
-
 class ResponseFormat(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchemaFormat | None = Field(None, description="Only with type json_schema.")
-    structures: Structures | None = Field(None, description="Only with type structural_tag.")
+    format: Format | None = Field(None, description="Only with type structural_tag.")
+    structures: Structures | None = Field(None, description="Only with type structural_tag, instead of a format.")
     triggers: Triggers | None = Field(None, description="What each structure begins with.")
 
+    @property
+    def structural_tag(self) -> StructuralTag | None:
+        if self.type != "structural_tag":
+            return None
+        return StructuralTag.model_construct(format=self.format, structures=self.structures, triggers=self.triggers)
+
     def check(self) -> None:
-        if self.type == "structural_tag":
-            for name in ("structures", "triggers"):
-                if getattr(self, name) is None:
-                    raise MissingParameterError(f"response_format.{name}")
-        elif self.structures is not None or self.triggers is not None:
-            message = "Invalid 'response_format.structures': only allowed with 'type': 'structural_tag'."
-            raise InvalidValueError(message, param="response_format.structures")
+        for name in ("format", "structures", "triggers"):
+            if self.type != "structural_tag" and getattr(self, name) is not None:
+                message = f"Invalid 'response_format.{name}': only allowed with 'type': 'structural_tag'."
+                raise InvalidValueError(message, param=f"response_format.{name}")
         if self.type == "json_schema" and self.json_schema is None:
             raise MissingParameterError("response_format.json_schema")
         if self.type != "json_schema" and self.json_schema is not None:

@@ -101,62 +101,6 @@ def test_response_format(shared_server: RunningServer) -> None:
     assert grammar_of(shared_server, CHAT, structured_outputs=None) is None
 
 
-TAG: dict[str, Any] = {
-    "type": "structural_tag",
-    "structures": [
-        {"begin": "<f=age>", "schema": {"type": "integer", "maximum": 99, "minimum": 0}, "end": "</f>"},
-        {"begin": "<f=name>", "schema": {"enum": ["Jo", "Al"]}, "end": ""},
-        {"begin": "[1]", "schema": SCHEMA, "end": "<|im_end|>"},
-    ],
-    "triggers": ["<f=", "[1]"],
-}
-
-
-def test_structural_tags(shared_server: RunningServer) -> None:
-    """Free text, in which a trigger begins what it has to."""
-    tokenizer = shared_server.context.tokenizer
-    compiler = GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID])
-    for path, wanted in (
-        (CHAT, {"response_format": TAG}),
-        (COMPLETIONS, {"structured_outputs": {"structural_tag": TAG}}),
-        (COMPLETIONS, {"structured_outputs": {"structural_tag": json.dumps(TAG)}}),
-    ):
-        grammar = grammar_of(shared_server, path, **wanted)
-        assert grammar is not None
-        for text, good in (
-            ("", True),
-            ("No <f> in\n[it] at all.", True),
-            ('Old: <f=age>7</f>, <f=name>"Jo"!', True),
-            (f"[1]{COMPACT}<|im_end|><f=age>12</f><f=age>3</f>", True),
-            ("<f=age>7", False),
-            ("<f=age>100</f>", False),
-            ("<f=size>", False),
-            ("a[1]{}", False),
-        ):
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
-            matcher = compiler.compile(grammar)
-            is_allowed = matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
-            assert is_allowed == good, text
-
-
-@pytest.mark.parametrize(
-    ("changes", "param"),
-    [
-        ({"triggers": ["[1]"]}, "response_format.structures[0].begin"),
-        ({"triggers": ["<f=", "[1]", "<f=age"]}, "response_format.triggers[2]"),
-        ({"triggers": []}, "response_format.triggers"),
-        ({"triggers": None}, "response_format.triggers"),
-        ({"structures": [{"begin": "[1]", "schema": nested(70), "end": ""}]}, "response_format.structures[0].schema"),
-        ({"structures": [{"begin": "[1]", "schema": {"not": {}}, "end": ""}], "triggers": ["["]}, "response_format"),
-        ({"type": "json_object"}, "response_format.structures"),
-    ],
-)
-def test_structural_tags_that_cannot_be_followed(
-    shared_server: RunningServer, changes: dict[str, Any], param: str
-) -> None:
-    assert check_error(ask(shared_server.url, CHAT, response_format=TAG | changes), 400)["param"] == param
-
-
 def test_the_vocabulary_is_sent_once_and_first(shared_server: RunningServer) -> None:
     ask(shared_server.url, CHAT, max_tokens=1)
     kinds = [type(message).__name__ for message in shared_server.engine.received]
