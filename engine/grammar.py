@@ -27,7 +27,7 @@ MAX_GRAMMAR_BYTES = 128 * 1024
 NUM_KEPT = 64  # compiled grammars
 NUM_ERROR_CHARS = 200
 MAX_FORCED_TOKENS = 2048  # at the beginning
-MAX_CHECK_SECONDS = 0.5  # of processor time; most take a few milliseconds, and the engine would stand still for longer
+MAX_CHECK_SECONDS = 0.4  # of processor time; most take a few milliseconds, and the engine would stand still for longer
 
 # Tokens that llguidance allows in one go where a string of JSON has room for all of them. Without the short ones each
 # mask of a string whose length has a bound is a walk along nearly all tokens.

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MISSED_HEARTBEATS = 3  # beyond the longest step
+REFILL_SECONDS = 0.02  # between looks for free slots
 RATE_WINDOW = 30.0  # seconds of the recent past that Retry-After is computed from
 
 
@@ -156,6 +157,14 @@ class EngineClient:
             self._throughput.start(time.monotonic())
         self.num_in_flight += count
         return Reservation(self, count)
+
+    async def refill(self, reservation: Reservation, count: int) -> None:
+        """Waits for `count` more slots, for a request that has been admitted already. Raises EngineUnavailableError."""
+        while self.num_in_flight + count > self.max_in_flight:
+            self.ready_info()
+            await asyncio.sleep(REFILL_SECONDS)
+        self.num_in_flight += count
+        reservation.count += count
 
     def _admit(self, count: int, param: str) -> None:
         if self.draining:

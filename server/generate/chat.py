@@ -100,6 +100,7 @@ class ChatWriter(ChunkWriter):
             chunks.append(self._chunk([ChatChunkChoice(delta.index, addition, logprobs, token_ids=token_ids)]))
         if delta.finish_reason is not None:
             choice = ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason)
+            choice.stop_reason = delta.stop_reason
             chunks.append(self._chunk([choice]))
         return chunks
 
@@ -143,7 +144,7 @@ class ChatWriter(ChunkWriter):
         if not message.content and (delta.tool_calls or delta.reasoning):
             message.content = None
         logprobs, token_ids = self._logprobs(delta.positions), self._fields.token_ids(delta)
-        return ChatChoice(delta.index, message, logprobs, delta.finish_reason or "", token_ids)
+        return ChatChoice(delta.index, message, logprobs, delta.finish_reason or "", delta.stop_reason, token_ids)
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         head = self._head

@@ -3,6 +3,7 @@
 from typing import Any
 
 import msgspec
+from pydantic import BaseModel
 
 from server.context import ServerContext
 from server.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
@@ -51,19 +52,12 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
 
 
 def template_options(template: ChatTemplate, body: ChatCompletionRequest) -> dict[str, Any]:
-    """Variables for the template, beside what is always there.
+    """Variables for the template, beside what is always there; those of the request that it reads.
 
-    Raises InvalidValueError or UnsupportedParameterError for what the template does not read.
+    Raises UnsupportedParameterError for documents that the template does not read.
     """
-    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    for name in options:
-        if name not in template.options:
-            known = ", ".join(f"'{option}'" for option in sorted(template.options)) or "none"
-            message = (
-                f"Invalid 'chat_template_kwargs': the model's chat template does not read '{name[:64]}'. "
-                f"Supported names are: {known}."
-            )
-            raise InvalidValueError(message, param="chat_template_kwargs")
+    given = body.chat_template_kwargs or {}
+    options: dict[str, Any] = {name: value for name, value in given.items() if name in template.options}
     if body.documents:
         if "documents" not in template.variables:
             raise UnsupportedParameterError("documents", "The model's chat template does not read them.")
@@ -78,9 +72,18 @@ def _effort_options(template: ChatTemplate, effort: str) -> dict[str, Any]:
         return {"reasoning_effort": effort}
     if "enable_thinking" in template.options:
         return {"enable_thinking": effort != "none"}
-    if effort not in ("none", "medium"):  # which say nothing to a model that cannot choose
-        raise UnsupportedParameterError("reasoning_effort", "The model's chat template does not read it.")
     return {}
+
+
+def unread_options(template: ChatTemplate | None, body: BaseModel) -> list[str]:
+    """Parameters of a chat that only advise the template, and that it does not read."""
+    if template is None or not isinstance(body, ChatCompletionRequest):
+        return []
+    names = [f"chat_template_kwargs.{name}" for name in body.chat_template_kwargs or {} if name not in template.options]
+    # The others say nothing to a model that cannot choose.
+    if body.reasoning_effort not in (None, "none", "medium") and not _effort_options(template, body.reasoning_effort):
+        names.append("reasoning_effort")
+    return names
 
 
 def _output_format(

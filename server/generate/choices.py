@@ -50,7 +50,13 @@ class Delta:
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)  # one for each call that was added to, in order
     stop_string: str | None = None  # the one that ended the text, if one did
+    stop_token_id: int | None = None  # the same of the request's stop_token_ids
     token_ids: list[int] = field(default_factory=list)  # those that the usage counts
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """What of the request's own ended the choice."""
+        return self.stop_token_id if self.stop_string is None else self.stop_string
 
     def add(self, other: Delta) -> None:
         """What was added to the same choice after this."""
@@ -59,7 +65,7 @@ class Delta:
         self.positions += other.positions
         self.token_ids += other.token_ids
         self.finish_reason = other.finish_reason
-        self.stop_string = other.stop_string
+        self.stop_string, self.stop_token_id = other.stop_string, other.stop_token_id
         for call in other.tool_calls:
             if self.tool_calls and self.tool_calls[-1].index == call.index:
                 self.tool_calls[-1].arguments += call.arguments
@@ -82,7 +88,7 @@ class Whole:
         self._delta.positions += delta.positions
         self._delta.token_ids += delta.token_ids
         self._delta.finish_reason = delta.finish_reason
-        self._delta.stop_string = delta.stop_string
+        self._delta.stop_string, self._delta.stop_token_id = delta.stop_string, delta.stop_token_id
         for call in delta.tool_calls:
             if call.index == len(self._arguments):
                 self._delta.tool_calls.append(call)
@@ -165,8 +171,16 @@ def _mean_logprob(delta: Delta) -> float:
 class ChoiceState:
     """Takes in the events of one choice. A token's log probabilities are released together with its text."""
 
-    def __init__(self, index: int, text: ChoiceText, *, include_stop: bool, parts: ChoiceParts | None = None) -> None:
-        """Without `parts` all text is content."""
+    def __init__(
+        self,
+        index: int,
+        text: ChoiceText,
+        *,
+        include_stop: bool,
+        stop_token_ids: Sequence[int] = (),
+        parts: ChoiceParts | None = None,
+    ) -> None:
+        """`stop_token_ids` are the request's, beside the model's own. Without `parts` all text is content."""
         self.index = index
         self.num_tokens = 0  # up to the end of the text, a stop string and an end token included
         self.num_reasoning_tokens = 0  # those among them after which the model was still thinking
@@ -174,6 +188,7 @@ class ChoiceState:
         self.seconds = 0.0  # spent on text
         self._text = text
         self._include_stop = include_stop
+        self._stop_token_ids = frozenset(stop_token_ids)
         self._parts = parts
         self._num_chars = 0  # of the text, released
         self._held: list[Position] = []
@@ -234,6 +249,8 @@ class ChoiceState:
                 self.finish_reason = self._parts.finish_reason
         delta.finish_reason = self.finish_reason
         delta.stop_string = self._text.stopped
+        if delta.stop_string is None and event.stop_token_id in self._stop_token_ids:
+            delta.stop_token_id = event.stop_token_id
 
     def _hold(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_seen: int) -> None:
         offsets = self._text.offsets[num_seen:]

@@ -1,6 +1,7 @@
 """What is special about `POST /v1/completions`: its prompts, echo, and the older form of log probabilities."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from msgspec import UNSET, UnsetType
 
@@ -115,6 +116,7 @@ class CompletionWriter(ChunkWriter):
             choices[0].token_ids = self._fields.token_ids(delta)
         if delta.finish_reason is not None:
             choices.append(self._choice(Delta(delta.index, ""), None, delta.finish_reason))
+            choices[-1].stop_reason = delta.stop_reason
         if begins and choices:
             choices[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
         return [self._completion([choice]) for choice in choices]
@@ -131,6 +133,7 @@ class CompletionWriter(ChunkWriter):
             choice.prompt_logprobs = self._fields.prompt_logprobs(self._tokenizer, delta.index)
             choice.prompt_token_ids = self._fields.prompt_token_ids(delta.index)
             choice.token_ids = self._fields.token_ids(delta)
+            choice.stop_reason = delta.stop_reason
         return answer
 
     def _after_echo(self, delta: Delta, *, begins: bool) -> Delta:
@@ -142,7 +145,7 @@ class CompletionWriter(ChunkWriter):
         if not begins:
             return delta
         positions = echo.positions + delta.positions
-        return Delta(delta.index, echo.text + delta.text, positions, delta.finish_reason, token_ids=delta.token_ids)
+        return replace(delta, text=echo.text + delta.text, positions=positions)
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
         head = self._head

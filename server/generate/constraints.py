@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from server.context import ServerContext
 from server.errors import InvalidValueError
+from server.generate.json_schema import followable
 from server.generate.prompts import Prompt
 from server.generate.tag_grammar import StructuralTagError, TagGrammar
 from server.generate.tool_grammar import Marks, tool_grammar
@@ -126,6 +127,8 @@ def _of_response_format(context: ServerContext, wanted: ResponseFormat | None) -
         return None
     if wanted.structural_tag is not None:
         return _of_tag(context, wanted.structural_tag, "response_format")
+    if wanted.schema_ is not None:
+        return schema_constraint(wanted.schema_, "response_format.schema")
     if wanted.json_schema is None:
         return schema_constraint({"type": "object"}, "response_format")
     return schema_constraint(wanted.json_schema.schema_, "response_format.json_schema.schema")
@@ -227,7 +230,7 @@ def _parse(text: str, param: str) -> dict[str, Any]:
 def schema_constraint(schema: Mapping[str, Any], param: str) -> Constraint:
     """Raises InvalidValueError."""
     check_schema(schema, param)
-    grammar = {"grammars": [{"json_schema": {**schema, OPTIONS: COMPACT}}]}
+    grammar = {"grammars": [{"json_schema": {**followable(schema), OPTIONS: COMPACT}}]}
     return Constraint(msgspec.json.encode(grammar).decode(), param)
 
 

@@ -4,6 +4,7 @@ import anyio.to_thread
 from fastapi import Request
 
 from server.context import get_context
+from server.generate.chat_prompt import unread_options
 from server.generate.endpoint import Endpoint
 from server.generate.parameters import check_model, unknown_parameters, warnings_header
 from server.schemas.chat import ChatCompletionRequest
@@ -15,7 +16,8 @@ async def count_prompt_tokens(
     """The number, and headers of the answer. Raises BadRequestError or ModelNotFoundError."""
     context = get_context(request)
     check_model(body.model, context.model_names)
-    unknown = unknown_parameters(body, strict=context.settings.strict)
+    unread = unread_options(context.chat_template, body)
+    unknown = unknown_parameters(body, strict=context.settings.strict, unread=unread)
     body.check()
     context.metrics.count_unknown_parameters(len(unknown))
     (prompt,) = await anyio.to_thread.run_sync(endpoint.encode, context, body, limiter=context.tokenize_threads)

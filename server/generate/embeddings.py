@@ -12,11 +12,11 @@ import msgspec
 from fastapi import Request
 
 from engine.messages import FinishReason, Pooling, SamplingParams, Submit
-from server.client import RequestStream
+from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
 from server.errors import InvalidValueError, ServerError
 from server.generate.parameters import check_model, unknown_parameters, warnings_header
-from server.generate.prompts import encode_prompt, fit_max_tokens
+from server.generate.prompts import encode_prompt, fit_max_tokens, truncated
 from server.schemas.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 
 
@@ -42,25 +42,50 @@ def judge(context: ServerContext, body: EmbeddingRequest) -> dict[str, str]:
 async def embed(request: Request, body: EmbeddingRequest) -> bytes:
     """The answer as JSON. Raises APIError. Cancelled, it ends what runs in the engine."""
     context, arrival, name = get_context(request), time.monotonic(), f"embd-{secrets.token_hex(16)}"
-    async with AsyncExitStack() as stack:
-        with context.client.reserve(len(body.input), param="input") as reservation:
-            prompts = await context.run_text_work(_encode, context, body)
-            streams: list[RequestStream] = []
-            for index, prompt in enumerate(prompts):
-                params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling(context.settings.pooling))
-                submit = Submit(request_id=f"{name}-{index}", prompt_token_ids=prompt, params=params, arrival=arrival)
-                streams.append(await stack.enter_async_context(context.client.submit(submit, reservation)))
-        embeddings = [await _read(stream, request.state.request_id) for stream in streams]
+    # As many at a time as the engine runs; the others need no slots yet.
+    size = min(len(body.input), context.client.ready_info().max_num_seqs, context.client.max_in_flight)
+    embeddings: list[list[float]] = []
+    with context.client.reserve(size, param="input") as reservation:
+        prompts = await context.run_text_work(_encode, context, body)
+        submits = [_submit(context, body, f"{name}-{i}", prompt, arrival) for i, prompt in enumerate(prompts)]
+        for first in range(0, len(submits), size):
+            window = submits[first : first + size]
+            if first:
+                await context.client.refill(reservation, len(window))
+            embeddings += await _run(context, window, reservation, request.state.request_id)
     num_tokens = sum(map(len, prompts))
     return await context.run_text_work(_answer, body, embeddings, num_tokens)
 
 
+def _submit(
+    context: ServerContext, body: EmbeddingRequest, request_id: str, prompt: list[int], arrival: float
+) -> Submit:
+    params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling(context.settings.pooling))
+    return Submit(
+        request_id=request_id, prompt_token_ids=prompt, params=params, arrival=arrival, priority=body.priority or 0
+    )
+
+
+async def _run(
+    context: ServerContext, submits: Sequence[Submit], reservation: Reservation, request_id: str
+) -> list[list[float]]:
+    async with AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(context.client.submit(submit, reservation)) for submit in submits]
+        return [await _read(stream, request_id) for stream in streams]
+
+
 def _encode(context: ServerContext, body: EmbeddingRequest) -> list[list[int]]:
     """Token ids of each input. Raises BadRequestError."""
-    prompts = [encode_prompt(context, value, noun="input").token_ids for value in body.input]
+    prompts = [
+        encode_prompt(context, value, noun="input", add_special_tokens=body.add_special_tokens is not False)
+        for value in body.input
+    ]
+    if (num_tokens := body.truncate_prompt_tokens) is not None:
+        num_tokens = context.max_model_len if num_tokens == -1 else num_tokens
+        prompts = [truncated(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
     for prompt in prompts:
-        fit_max_tokens(0, len(prompt), context.max_model_len, "input")
-    return prompts
+        fit_max_tokens(0, len(prompt.token_ids), context.max_model_len, "input")
+    return [prompt.token_ids for prompt in prompts]
 
 
 async def _read(stream: RequestStream, request_id: str) -> list[float]:

@@ -21,6 +21,7 @@ from server.client import RequestStream, Reservation
 from server.context import ServerContext, get_context
 from server.errors import APIError, ServerError
 from server.generate.account import account_of
+from server.generate.chat_prompt import unread_options
 from server.generate.choices import ChoiceParts, ChoiceState, Delta, Whole, best_choices
 from server.generate.constraints import Constraint, check_constraint
 from server.generate.endpoint import Endpoint, Head, Writer
@@ -65,6 +66,12 @@ class _Job(Generic[Body]):
     arrival: float  # of time.monotonic()
     request_id: str  # for logs and errors
     unknown: list[str]  # fields that are ignored
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """By which it can be cancelled and replayed."""
+        own = () if self.body.request_id is None else (self.body.request_id,)
+        return self.head.id, self.request_id, *own
 
 
 async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Response:
@@ -134,7 +141,7 @@ def _rendered(job: _Job[Body], submit: Submit) -> RenderedPrompt:
         prompt=job.context.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False),
         token_ids=submit.prompt_token_ids,
         max_tokens=submit.params.max_tokens,
-        sampling_params=params | {"seed": None if job.body.seed is None else submit.params.seed},
+        sampling_params=params | {"seed": None if job.body.chosen_seed is None else submit.params.seed},
     )
 
 
@@ -146,13 +153,14 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body], *, default_se
     arrival = time.monotonic()
     context = get_context(request)
     check_model(body.model, context.model_names)
-    unknown = unknown_parameters(body, strict=context.settings.strict)
+    unread = unread_options(context.chat_template, body)
+    unknown = unknown_parameters(body, strict=context.settings.strict, unread=unread)
     body.check()
     info = context.client.ready_info()
     check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)
     body = with_num_logprobs(body, context.settings.max_logprobs, vocab_size(context))
     context.metrics.count_unknown_parameters(len(unknown))
-    seed = default_seed if body.seed is None else body.seed
+    seed = default_seed if body.chosen_seed is None else body.chosen_seed
     return _Job(
         context=context,
         endpoint=endpoint,
@@ -193,7 +201,7 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         recording = None
         if context.recordings.max_requests:
-            recording = Recording(prepared.submits, ids=(job.head.id, job.request_id))
+            recording = Recording(prepared.submits, ids=job.ids)
         streams = _send(context, prepared.submits if recording is None else recording.submits, reservation)
     generation = Generation(
         prompts,
@@ -205,7 +213,7 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
         recording=recording,
     )
     on_close = None if recording is None else partial(context.recordings.add, recording)
-    running = context.running.add(generation, job.head.id, job.request_id, on_close=on_close)
+    running = context.running.add(generation, *job.ids, on_close=on_close)
     return generation, running, job.endpoint.writer(context, body, job.head, prompts)
 
 
@@ -313,7 +321,8 @@ def _choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceSta
         shown_ids=frozenset(special.values()),
         track_offsets=body.num_logprobs is not None,
     )
-    return ChoiceState(index, text, include_stop=include_stop, parts=parts)
+    stop_token_ids = body.stop_token_ids or ()
+    return ChoiceState(index, text, include_stop=include_stop, stop_token_ids=stop_token_ids, parts=parts)
 
 
 def _account(job: _Job[Body], generation: Generation) -> Account | UnsetType:

@@ -58,7 +58,6 @@ NAMES = {  # of chat completions, in errors
     r"(tools\[\d+\])\.function": r"\1",
     "max_completion_tokens": "max_tokens",
     "reasoning_effort": "output_config.effort",
-    "thinking_token_budget": "thinking.budget_tokens",
 }
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -67,7 +66,12 @@ TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def error_names(body: CountTokensRequest) -> dict[str, str]:
-    return NAMES if body.output_format is None else NAMES | {RESPONSE_FORMAT: "output_format"}
+    names = dict(NAMES)
+    if body.output_format is not None:
+        names[RESPONSE_FORMAT] = "output_format"
+    if body.thinking is not None:
+        names["thinking_token_budget"] = "thinking.budget_tokens"
+    return names
 
 
 def to_chat(body: CountTokensRequest, *, can_limit_thoughts: bool) -> ChatCompletionRequest:

@@ -43,7 +43,12 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "moderation": (),
     "prediction": (),
     "web_search_options": (),
-    "verbosity": ("medium",),
+    "n_predict": (-1,),
+    "n_probs": (0,),
+    "t_max_predict_ms": (0, -1),
+    "thinking_budget_tokens": (-1,),
+    "reasoning_budget_tokens": (-1,),
+    "reasoning_format": ("auto", "deepseek"),
     "reasoning_effort": ("none", "medium"),
     "structural_tag": (),
     "guided_whitespace_pattern": (),
@@ -61,7 +66,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (False,),
     "logprobs_mode": ("raw_logprobs",),
-    "spaces_between_special_tokens": (True,),
     "prompt_embeds": (),
     "truncate_prompt_tokens": (),
     "chat_template": (),
@@ -94,6 +98,10 @@ INSTEAD: Mapping[str, str] = {
     "grammar": "structured_outputs.grammar",
     "ebnf": "structured_outputs.grammar",
     "structural_tag": "structured_outputs.structural_tag",
+    "n_predict": "max_tokens",
+    "n_probs": "logprobs",
+    "thinking_budget_tokens": "thinking_token_budget",
+    "reasoning_budget_tokens": "thinking_token_budget",
 }
 
 # Known parameters that change no text.
@@ -108,6 +116,7 @@ HARMLESS = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "guided_decoding_backend",
+        "spaces_between_special_tokens",  # there are none that the text has not
         # These only qualify what is refused above.
         "dynatemp_exponent",
         "smoothing_curve",
@@ -126,8 +135,8 @@ def check_model(model: str, model_names: Sequence[str]) -> None:
         raise ModelNotFoundError(model)
 
 
-def unknown_parameters(body: BaseModel, *, strict: bool) -> list[str]:
-    """The fields that are ignored because nobody knows them.
+def unknown_parameters(body: BaseModel, *, strict: bool, unread: Sequence[str] = ()) -> list[str]:
+    """The fields that are ignored because nobody knows them; `unread` are more of them.
 
     Raises UnsupportedParameterError for one that cannot be ignored, UnknownParameterError for any if `strict`.
     """
@@ -137,7 +146,9 @@ def unknown_parameters(body: BaseModel, *, strict: bool) -> list[str]:
     names = [name for name, _ in _extra(body) if name not in UNSUPPORTED and name not in HARMLESS]
     for part in ("stream_options", "lightwell"):
         names += [f"{part}.{name}" for name, _ in _extra(getattr(body, part, None))]
-    names += dict.fromkeys(_unknown_in_messages(getattr(body, "messages", None) or ()))
+    if "messages" in type(body).model_fields:
+        names += dict.fromkeys(_unknown_in_messages(getattr(body, "messages", None) or ()))
+    names += unread
     if names and strict:
         raise UnknownParameterError(clip(names[0]))
     return names
@@ -155,8 +166,9 @@ def _unknown_in_messages(messages: Sequence[ChatMessage]) -> Iterator[str]:
                     yield f"messages[].content[].{name}"
 
 
-def _extra(model: BaseModel | None) -> Iterator[tuple[str, object]]:
-    extra = model.model_extra if model is not None else None
+def _extra(model: object) -> Iterator[tuple[str, object]]:
+    """Nothing of what the endpoint's model does not declare, which is named as a whole."""
+    extra = model.model_extra if isinstance(model, BaseModel) else None
     yield from (extra or {}).items()
 
 
@@ -206,7 +218,8 @@ def with_num_logprobs(body: Body, max_logprobs: int, vocab_size: int) -> Body:
     Raises InvalidValueError if it asks for more than is allowed.
     """
     limit = vocab_size if max_logprobs == -1 else max_logprobs
-    fields = {name: getattr(body, name, None) for name in ("logprobs", "top_logprobs", "prompt_logprobs")}
+    names = ("logprobs", "top_logprobs", "prompt_logprobs")
+    fields = {name: getattr(body, name) for name in names if name in type(body).model_fields}
     for name, number in fields.items():
         if number == -1 and max_logprobs != -1:
             message = f"Invalid '{name}': all tokens were asked for, but the server allows {max_logprobs} at most."

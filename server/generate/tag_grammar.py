@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from server.generate.json_schema import followable
 from server.generate.tool_grammar import ANYTHING, Marks
 from server.schemas.structural_tag import (
     AnyText,
@@ -107,7 +108,7 @@ class TagGrammar:
         """A part that ends by itself."""
         match format:
             case JSONSchemaPart():
-                return self._rule(f"%json {json.dumps({**format.json_schema, **self.json_options})}")
+                return self._rule(f"%json {json.dumps({**followable(format.json_schema), **self.json_options})}")
             case RegexPart():
                 return self._rule(self.regex(format.pattern))
             case GrammarPart():

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from server.generate.json_schema import followable
 from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, must_call
 from server.text.reasoning import ThinkTags
 from server.text.tool_formats import ToolFormat
@@ -146,7 +147,7 @@ def _tools(marks: Marks, format: ToolFormat, tools: Sequence[Tool], *, is_forced
             call = f'{" ".join(map(_literal, pieces))} arguments_{index} "}}"'
         parameters = tool.function.parameters or NO_ARGUMENTS
         schema = parameters if is_forced or tool.function.strict else {}
-        arguments = json.dumps({"type": "object", **schema, "x-guidance": SPACING})
+        arguments = json.dumps({"type": "object", **followable(schema), "x-guidance": SPACING})
         rules += [f"tool_{index}: {call}", f"arguments_{index}: %json {arguments}"]
     return rules
 

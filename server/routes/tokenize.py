@@ -7,12 +7,12 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.context import ServerContext, get_context
-from server.errors import BadRequestError, InvalidValueError
+from server.errors import InvalidValueError
+from server.generate.chat_prompt import encode_request
 from server.generate.parameters import check_model, unknown_parameters, warnings_header
 from server.generate.prompts import vocab_size
 from server.middleware import StrictJSONRoute
 from server.schemas.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from server.text.chat_template import ChatTemplateError, encode_chat
 
 router = APIRouter(route_class=StrictJSONRoute)
 
@@ -55,7 +55,9 @@ def _detokenize(context: ServerContext, body: DetokenizeRequest) -> bytes:
 
 
 def _tokenize(context: ServerContext, body: TokenizeRequest, max_model_len: int) -> bytes:
-    token_ids = _encode_prompt(context, body) if body.messages is None else _encode_messages(context, body)
+    token_ids = (
+        _encode_prompt(context, body) if body.messages is None else encode_request(context, body.chat()).token_ids
+    )
     token_strs = None
     if body.return_token_strs:
         token_strs = [context.tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
@@ -66,23 +68,6 @@ def _encode_prompt(context: ServerContext, body: TokenizeRequest) -> list[int]:
     prompt = body.prompt or ""
     _check_size(prompt, "prompt")
     return context.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
-
-
-def _encode_messages(context: ServerContext, body: TokenizeRequest) -> list[int]:
-    if context.chat_template is None:
-        raise BadRequestError("The model has no chat template; use 'prompt'.", param="messages")
-    messages = [message.for_template() for message in body.messages or ()]
-    _check_size("".join(str(message["content"]) for message in messages), "messages")
-    try:
-        token_ids = encode_chat(
-            context.chat_template,
-            context.tokenizer,
-            messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
-        )
-    except ChatTemplateError as error:
-        raise InvalidValueError(str(error), param="messages") from error
-    return token_ids
 
 
 def _check_size(text: str, param: str) -> None:

@@ -58,14 +58,14 @@ class ChatMessage(BaseModel):
     reasoning_content: str | None = Field(None, description="What an assistant thought before it said the content.")
     reasoning: str | None = Field(None, description="Another name of reasoning_content, which comes first.")
     content: Content = Field(
-        None, validate_default=True, description="Text. Null only where an assistant called tools."
+        None, validate_default=True, description="Text. Null only where an assistant called tools, or only thought."
     )
 
     @field_validator("content")
     @classmethod
     def _check_presence(cls, content: str | list[TextPart] | None, info: ValidationInfo) -> str | list[TextPart] | None:
-        called_tools = info.data.get("role") == "assistant" and info.data.get("tool_calls")
-        if content is None and not called_tools:
+        others = (info.data.get(name) for name in ("tool_calls", "reasoning_content", "reasoning"))
+        if content is None and not (info.data.get("role") == "assistant" and any(others)):
             raise PydanticKnownError("missing")
         return content
 
@@ -235,6 +235,7 @@ class ChatChoice(msgspec.Struct):
     message: ChatResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
+    stop_reason: str | int | None  # the stop string or stop token id that it was
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -281,6 +282,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | UnsetType | None = UNSET  # only at the end
     token_ids: list[int] | UnsetType = UNSET
 
 

@@ -36,7 +36,7 @@ MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 64  # each is two token sequences: with a space before it and without
 MAX_PATTERN_SIZE = 256  # tokens; each size is compared at every token
 MAX_CACHE_SALT_CHARS = 256
-MAX_PRIORITY = 1000  # of either sign
+REQUEST_ID = "^[A-Za-z0-9._-]{1,128}$"
 
 
 def _check_stop(value: object) -> object:
@@ -77,6 +77,7 @@ def _check_truncated_length(value: int) -> int:
 
 NumLogprobs = Annotated[int, Field(ge=-1, le=INT64_MAX)]  # the server's setting is the limit
 TruncatedLength = Annotated[int, Field(ge=-1, le=INT64_MAX), AfterValidator(_check_truncated_length)]
+TruncationSide = Literal["left", "right"]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[list[StopString], Field(max_length=4, fail_fast=True)]
 Stop = Annotated[
@@ -202,7 +203,7 @@ class GenerationRequest(SamplerFields, GuidedFields):
         None,
         ge=INT64_MIN,
         le=INT64_MAX,
-        description="The same request with the same seed gets the same answer. Default: random; the header "
+        description="The same request with the same seed gets the same answer. Default, and -1: random; the header "
         "x-lightwell-seed says which seed was used.",
     )
 
@@ -221,11 +222,11 @@ class GenerationRequest(SamplerFields, GuidedFields):
         description="Tokens that a model which thinks before it answers may think at most; -1: any number.",
     )
     skip_special_tokens: bool | None = Field(None, description="Leave control tokens out of the text. Default true.")
-    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Lower runs first. Default 0.")
+    priority: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX, description="Lower runs first. Default 0.")
     truncate_prompt_tokens: TruncatedLength | None = Field(
         None, description="Cut the prompt to this many tokens; -1: to what the context has room for. Default: never."
     )
-    truncation_side: Literal["left", "right"] | None = Field(
+    truncation_side: TruncationSide | None = Field(
         None, description="Which end of the prompt truncate_prompt_tokens cuts off. Default left: the beginning."
     )
     prompt_logprobs: NumLogprobs | None = Field(
@@ -240,6 +241,11 @@ class GenerationRequest(SamplerFields, GuidedFields):
     return_tokens_as_token_ids: bool | None = Field(
         None, description="With logprobs: tokens read 'token_id:5' and not as their text."
     )
+    request_id: str | None = Field(
+        None,
+        pattern=REQUEST_ID,
+        description="A name of the client's, by which the request can be cancelled or replayed, too.",
+    )
     cache_salt: str | None = Field(
         None,
         max_length=MAX_CACHE_SALT_CHARS,
@@ -248,6 +254,11 @@ class GenerationRequest(SamplerFields, GuidedFields):
     response_format: ResponseFormat | None = Field(None, description="What form the answer must have. Default text.")
     structured_outputs: StructuredOutputs | None = Field(None, description="What form the answer must have.")
     lightwell: LightwellOptions | None = Field(None, description="What only this server can tell.")
+
+    @property
+    def chosen_seed(self) -> int | None:
+        """None where the server is to choose, which other servers' clients ask for with -1."""
+        return None if self.seed == -1 else self.seed
 
     @property
     def wants_account(self) -> bool:

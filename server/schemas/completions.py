@@ -1,6 +1,7 @@
 """`POST /v1/completions`: its request, its answer, and the chunks of its stream, which have one shape."""
 
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -16,7 +17,7 @@ DEFAULT_MAX_TOKENS = 16
 PromptInput = str | list[int]  # text, or token ids
 
 
-def _check_prompts(value: object) -> list[PromptInput]:
+def read_prompts(value: object, *, max_prompts: int) -> list[PromptInput]:
     """One prompt or a list of prompts, each text or token ids; lists must be of one kind.
 
     A union of pydantic would try each member on every one of, perhaps, a hundred thousand ids.
@@ -29,8 +30,8 @@ def _check_prompts(value: object) -> list[PromptInput]:
         raise ValueError("the array is empty.")
     if _is_token_ids(value):
         return [value]
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"expected at most {MAX_PROMPTS} prompts, but got {len(value)}.")
+    if len(value) > max_prompts:
+        raise ValueError(f"expected at most {max_prompts} prompts, but got {len(value)}.")
     if not all(isinstance(item, str) for item in value) and not all(map(_is_token_ids, value)):
         raise ValueError("an array must hold either strings, or integers (tokens), or arrays of integers; not a mix.")
     return value
@@ -40,24 +41,22 @@ def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
+def prompts_schema(max_prompts: int) -> dict[str, Any]:
+    token_ids = {"type": "array", "items": {"type": "integer"}}
+    return {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": max_prompts},
+            token_ids | {"minItems": 1},
+            {"type": "array", "items": token_ids, "minItems": 1, "maxItems": max_prompts},
+        ]
+    }
+
+
 Prompts = Annotated[
     list[PromptInput],
-    PlainValidator(_check_prompts),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
-                {"type": "array", "items": {"type": "integer"}, "minItems": 1},
-                {
-                    "type": "array",
-                    "items": {"type": "array", "items": {"type": "integer"}},
-                    "minItems": 1,
-                    "maxItems": MAX_PROMPTS,
-                },
-            ]
-        }
-    ),
+    PlainValidator(partial(read_prompts, max_prompts=MAX_PROMPTS)),
+    WithJsonSchema(prompts_schema(MAX_PROMPTS)),
 ]
 
 
@@ -147,6 +146,7 @@ class CompletionChoice(msgspec.Struct):
     index: int
     logprobs: CompletionLogprobs | None
     finish_reason: str | None  # null only in a stream
+    stop_reason: str | int | UnsetType | None = UNSET  # the stop string or stop token id that it was; only at the end
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET  # in a stream only at a choice's beginning
     token_ids: list[int] | UnsetType = UNSET

@@ -1,21 +1,42 @@
 """`POST /v1/embeddings`: its request and its answer."""
 
-from typing import Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from server.schemas.completions import Prompts
+from server.schemas.common import INT64_MIN, TruncatedLength, TruncationSide
+from server.schemas.completions import PromptInput, prompts_schema, read_prompts
+from server.schemas.samplers import INT64_MAX
+
+MAX_INPUTS = 2048  # OpenAI's limit
+
+Inputs = Annotated[
+    list[PromptInput],
+    PlainValidator(partial(read_prompts, max_prompts=MAX_INPUTS)),
+    WithJsonSchema(prompts_schema(MAX_INPUTS)),
+]
 
 
 class EmbeddingRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str = Field(description="Name of the model, one of GET /v1/models.")
-    input: Prompts = Field(description="One text or several, each as text or as token ids.")
+    input: Inputs = Field(description="One text or several, each as text or as token ids.")
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="Numbers, or base64 of their 32-bit floats, lowest byte first. Default float."
     )
+    add_special_tokens: bool | None = Field(
+        None, description="Put around a text the special tokens that the model wants there. Default true."
+    )
+    truncate_prompt_tokens: TruncatedLength | None = Field(
+        None, description="Cut each input to this many tokens; -1: to what the model can take. Default: never."
+    )
+    truncation_side: TruncationSide | None = Field(
+        None, description="Which end of an input truncate_prompt_tokens cuts off. Default left: the beginning."
+    )
+    priority: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX, description="Lower runs first. Default 0.")
     dimensions: int | None = Field(
         None, ge=1, description="Only so many of the numbers, scaled to length 1 again. Default: as the model has."
     )

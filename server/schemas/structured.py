@@ -32,6 +32,9 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchemaFormat | None = Field(None, description="Only with type json_schema.")
+    schema_: JSONSchema | None = Field(
+        None, alias="schema", description="llama.cpp's place of a schema, with type json_schema or json_object."
+    )
     format: Format | None = Field(None, description="Only with type structural_tag.")
     structures: Structures | None = Field(None, description="Only with type structural_tag, instead of a format.")
     triggers: Triggers | None = Field(None, description="What each structure begins with.")
@@ -47,7 +50,10 @@ class ResponseFormat(BaseModel):
             if self.type != "structural_tag" and getattr(self, name) is not None:
                 message = f"Invalid 'response_format.{name}': only allowed with 'type': 'structural_tag'."
                 raise InvalidValueError(message, param=f"response_format.{name}")
-        if self.type == "json_schema" and self.json_schema is None:
+        if self.schema_ is not None and (self.json_schema is not None or not self.type.startswith("json")):
+            message = "Invalid 'response_format.schema': only allowed in the place of 'json_schema'."
+            raise InvalidValueError(message, param="response_format.schema")
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
             raise MissingParameterError("response_format.json_schema")
         if self.type != "json_schema" and self.json_schema is not None:
             message = "Invalid 'response_format.json_schema': only allowed with 'type': 'json_schema'."

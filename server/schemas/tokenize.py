@@ -6,9 +6,11 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.errors import InvalidValueError, MissingParameterError
-from server.schemas.chat import Messages
+from server.schemas.chat import ChatCompletionRequest, Messages, TemplateOptions
+from server.schemas.tools import Tools
 
 MAX_TOKENS = 1 << 20
+CHAT_FIELDS = frozenset(ChatCompletionRequest.model_fields) - {"prompt"}
 
 
 class TokenizeRequest(BaseModel):
@@ -21,6 +23,9 @@ class TokenizeRequest(BaseModel):
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = Field(None, description="Only for messages. Default true.")
+    continue_final_message: bool | None = Field(None, description="Only for messages, with an assistant's at the end.")
+    chat_template_kwargs: TemplateOptions | None = Field(None, description="Only for messages.")
+    tools: Tools | None = Field(None, description="Only for messages.")
     return_token_strs: bool | None = None
 
     def check(self) -> None:
@@ -29,6 +34,13 @@ class TokenizeRequest(BaseModel):
             raise MissingParameterError("prompt")
         if self.prompt is not None and self.messages is not None:
             raise InvalidValueError("Expected either 'prompt' or 'messages', but got both.", param="messages")
+        if self.messages is not None:
+            self.chat().check()
+
+    def chat(self) -> ChatCompletionRequest:
+        """The request whose prompt is asked for, if there are messages."""
+        shared = {name: getattr(self, name) for name in type(self).model_fields if name in CHAT_FIELDS}
+        return ChatCompletionRequest.model_construct(**shared)
 
 
 class TokenizeResponse(msgspec.Struct, frozen=True):

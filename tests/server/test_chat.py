@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from tests.server.asking import (
     CHAT,
+    COMPLETIONS,
     MESSAGES,
     ask,
     ask_json,
@@ -24,7 +25,7 @@ from tests.server.asking import (
 from tests.server.conftest import StartServer
 from tests.server.fake_engine import FakeEngine
 from tests.server.serving import RunningServer, check_error, raw_request, wait_until
-from tests.server.tiny_model import IM_END_ID, IM_START_ID
+from tests.server.tiny_model import END_OF_TEXT_ID, IM_END_ID, IM_START_ID
 
 REPLY = "Hello, world!"
 MAX_MODEL_LEN = 2048
@@ -95,7 +96,8 @@ def test_schema_of_the_answer(tiny: RunningServer) -> None:
     answer = ask_json(tiny.url, CHAT, max_tokens=1)
     assert list(answer) == ["id", "object", "created", "model", "choices", "usage", "system_fingerprint"]
     message = {"role": "assistant", "content": "H", "refusal": None}
-    assert answer["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}]
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    assert answer["choices"] == [choice]
 
 
 def test_sequence_of_chunks(tiny: RunningServer) -> None:
@@ -129,10 +131,26 @@ def test_stop(tiny: RunningServer, stop: Any) -> None:
     found = min((REPLY.find(item) for item in ([stop] if isinstance(stop, str) else stop) if item in REPLY), default=13)
     assert answer["choices"][0]["message"]["content"] == REPLY[:found]
     assert answer["choices"][0]["finish_reason"] == "stop"
+    candidates = [item for item in ([stop] if isinstance(stop, str) else stop) if item in REPLY]
+    assert answer["choices"][0]["stop_reason"] == (candidates[0] if candidates else None)
     chunks = ask_stream(tiny.url, CHAT, stop=stop, stream_options={"include_usage": True})
+    assert chunks[-2]["choices"][0]["stop_reason"] == answer["choices"][0]["stop_reason"]
     assert stream_texts(chunks) == {0: REPLY[:found]}
     assert finish_reasons(chunks) == {0: ["stop"]}
     assert chunks[-1]["usage"] == answer["usage"]
+
+
+def test_what_stopped_it_where_that_was_a_token(tiny: RunningServer) -> None:
+    tiny.engine.config.reply = [*b"Hello", END_OF_TEXT_ID]
+    try:
+        for path, stop_token_ids, expected in ((CHAT, [111, 7], 111), (COMPLETIONS, [111], 111), (CHAT, [], None)):
+            fields: dict[str, Any] = {"stop_token_ids": stop_token_ids}
+            assert ask_json(tiny.url, path, **fields)["choices"][0]["stop_reason"] == expected
+            chunks = ask_stream(tiny.url, path, **fields)
+            reasons = [chunk["choices"][0].get("stop_reason", "none yet") for chunk in chunks]
+            assert reasons == ["none yet"] * (len(chunks) - 1) + [expected]
+    finally:
+        tiny.engine.config.reply = list(REPLY.encode())
 
 
 # Log probabilities.

@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from engine.messages import ThinkingLimit
 from tests.server.asking import CHAT, MESSAGES, ask, ask_json, ask_stream, shared_server, stream_texts
+from tests.server.conftest import StartServer
 from tests.server.serving import RunningServer, check_error
 from tests.server.tiny_model import IM_START, IM_START_ID, write_tiny_model
 from tests.server.tool_model import messages_of, prompt, say, write_tool_model
@@ -109,26 +110,53 @@ def test_options_are_those_that_the_template_reads(plain: RunningServer, model_f
     assert prompt(plain, chat_template_kwargs={"enable_thinking": True}).endswith("assistant\n<think>\n")
     assert prompt(plain, chat_template_kwargs={}) == prompt(plain, chat_template_kwargs=None) == prompt(plain)
     for name in ("enable_thinkin", "messages", "tools", "add_generation_prompt", "tokenizer", "bos_token", "documents"):
-        error = check_error(ask(plain.url, CHAT, chat_template_kwargs={name: True}), 400)
-        assert error["param"] == "chat_template_kwargs"
-        assert f"does not read '{name}'. Supported names are: 'enable_thinking'" in error["message"]
+        answer = ask(plain.url, CHAT, chat_template_kwargs={name: True, "enable_thinking": True})
+        assert answer.headers["x-lightwell-warnings"] == f"ignored unknown parameters: chat_template_kwargs.{name}"
+        token_ids = plain.engine.submits[-1].prompt_token_ids
+        text = plain.context.tokenizer.decode(token_ids, skip_special_tokens=False)
+        assert text == prompt(plain, chat_template_kwargs={"enable_thinking": True})
     values: list[Any] = [[], {}, [True]]
     for value in values:
         error = check_error(ask(plain.url, CHAT, chat_template_kwargs={"enable_thinking": value}), 400)
         assert error["param"] == "chat_template_kwargs.enable_thinking"
     with shared_server(model_folder) as server:  # its template has no options
-        error = check_error(ask(server.url, CHAT, chat_template_kwargs={"enable_thinking": True}), 400)
-        assert error["message"].endswith("Supported names are: none.")
-        refused: list[dict[str, Any]] = [{"reasoning_effort": "high"}, {"documents": [{"text": "a"}]}]
-        for fields in refused:
-            assert check_error(ask(server.url, CHAT, **fields), 400)["code"] == "unsupported_parameter"
+        assert check_error(ask(server.url, CHAT, documents=[{"text": "a"}]), 400)["code"] == "unsupported_parameter"
+        for name, fields in (
+            ("chat_template_kwargs.enable_thinking", {"chat_template_kwargs": {"enable_thinking": True}}),
+            ("reasoning_effort", {"reasoning_effort": "high"}),
+            ("verbosity", {"verbosity": "low"}),
+        ):
+            answer = ask(server.url, CHAT, **fields)
+            assert answer.headers["x-lightwell-warnings"] == f"ignored unknown parameters: {name}"
         passing: list[dict[str, Any]] = [
             {"reasoning_effort": "medium"},
             {"reasoning_effort": "none"},
             {"documents": []},
         ]
         for fields in passing:
-            assert ask(server.url, CHAT, **fields).status_code == 200
+            answer = ask(server.url, CHAT, **fields)
+            assert answer.status_code == 200
+            assert "x-lightwell-warnings" not in answer.headers
+
+
+def test_options_that_the_template_does_not_read_in_strict_mode(start_server: StartServer) -> None:
+    server = start_server(strict=True)
+    for name, fields in (
+        ("chat_template_kwargs.thinking", {"chat_template_kwargs": {"thinking": True}}),
+        ("reasoning_effort", {"reasoning_effort": "low"}),
+    ):
+        error = check_error(ask(server.url, CHAT, **fields), 400)
+        assert error["message"] == f"Unrecognized request argument supplied: {name}"
+
+
+def test_an_answer_that_is_nothing_but_thoughts_can_be_sent_back(plain: RunningServer) -> None:
+    say(plain, "<think>Hm, let me")
+    message = ask_json(plain.url, CHAT)["choices"][0]["message"]
+    assert (message["content"], message["reasoning"]) == (None, "Hm, let me")
+    assert "assistant\n<think>Hm, let me</think><|im_end|>" in prompt(plain, messages=[*MESSAGES, message, *MESSAGES])
+    for role, fields in (("user", {"reasoning": "Hm"}), ("assistant", {"reasoning": ""}), ("assistant", {})):
+        bad = {"role": role, "content": None} | fields
+        assert check_error(ask(plain.url, CHAT, messages=[bad]), 400)["param"] == "messages[0].content"
 
 
 def test_effort_gives_way_to_the_option(plain: RunningServer) -> None:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from engine.grammar import GrammarCompiler
 from engine.messages import Submit, Vocabulary
@@ -157,7 +158,8 @@ UNSUPPORTED_KEYWORDS: list[dict[str, Any]] = [
     {"contains": {"type": "string"}},
     {"dependentRequired": {"a": ["b"]}},
     {"dependentSchemas": {"a": {}}},
-    {"propertyNames": {"pattern": "a"}},
+    {"propertyNames": {"minLength": 3}},
+    {"propertyNames": {"enum": ["a"]}, "properties": {"a": {}}},
     {"unevaluatedProperties": False},
     {"unevaluatedItems": False},
     {"not": {"type": "string"}},
@@ -250,6 +252,57 @@ def test_the_widest_object(shared_server: RunningServer) -> None:
     assert matches(shared_server, grammar, '{"p7":1,"p188":{"a":[]},"q":null}')
 
 
+def test_where_llama_cpp_has_a_schema(shared_server: RunningServer) -> None:
+    expected = grammar_of(shared_server, CHAT, response_format=json_schema(SCHEMA))
+    for kind in ("json_schema", "json_object"):
+        assert grammar_of(shared_server, CHAT, response_format={"type": kind, "schema": SCHEMA}) == expected
+    for wanted in (json_schema(SCHEMA) | {"schema": SCHEMA}, {"type": "text", "schema": SCHEMA}):
+        refuse(shared_server, CHAT, "response_format.schema", response_format=wanted)
+    bad = {"type": "json_object", "schema": {"type": "strin"}}
+    refuse(shared_server, CHAT, "response_format.schema", response_format=bad)
+
+
+NAMES = {"enum": ["a", "b"]}
+SAID_OTHERWISE: list[tuple[dict[str, Any], list[str], list[str]]] = [
+    ({"type": "object", "propertyNames": {"type": "string"}}, ['{"x":1}'], []),
+    ({"type": "object", "propertyNames": NAMES}, ["{}", '{"b":[1]}', '{"a":1,"b":2}'], ['{"c":1}']),
+    (
+        {"type": "object", "propertyNames": NAMES | {"type": "string"}, "additionalProperties": {"type": "integer"}},
+        ['{"a":1}'],
+        ['{"a":"1"}', '{"c":1}'],
+    ),
+    (
+        {"type": "object", "propertyNames": {"pattern": "^x+$"}, "additionalProperties": {"type": "integer"}},
+        ['{"xx":1}'],
+        ['{"y":1}', '{"x":""}'],
+    ),
+    ({"type": "array", "items": {"type": "integer"}, "uniqueItems": False}, ["[1,1]"], ['["1"]']),
+    (
+        {"type": "object", "properties": {"propertyNames": {"type": "string"}}, "required": ["propertyNames"]},
+        ['{"propertyNames":""}'],
+        ["{}", '{"propertyNames":1}'],
+    ),
+    (
+        {"anyOf": [{"$ref": "#/$defs/m"}], "$defs": {"m": {"type": "object", "propertyNames": NAMES}}},
+        ['{"a":1}'],
+        ['{"c":1}'],
+    ),
+    ({"enum": [{"uniqueItems": False}]}, ['{"uniqueItems":false}'], ["{}"]),
+]
+
+
+@pytest.mark.parametrize(("schema", "good", "bad"), SAID_OTHERWISE)
+def test_keywords_that_are_said_otherwise(
+    shared_server: RunningServer, schema: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    validator = Draft202012Validator(schema)
+    for text in good + bad:
+        assert validator.is_valid(json.loads(text)) == (text in good)
+    grammar = grammar_of(shared_server, CHAT, response_format=json_schema(schema))
+    assert [text for text in good if not matches(shared_server, grammar, text)] == []
+    assert [text for text in bad if matches(shared_server, grammar, text)] == []
+
+
 def test_exactly_one(shared_server: RunningServer) -> None:
     expected = "expected exactly one of json, regex, choice, grammar, json_object, structural_tag, but got "
     for wanted, got in (({}, "none."), ({"regex": "a", "json_object": True}, "json_object and regex.")):
@@ -284,7 +337,7 @@ def test_wrong_shapes(shared_server: RunningServer, wanted: Any, param: str, cod
 
 def test_fields_that_nobody_knows_are_refused(shared_server: RunningServer) -> None:
     for param, fields in (
-        ("response_format.schema", {"response_format": {"type": "json_object", "schema": {}}}),
+        ("response_format.size", {"response_format": {"type": "json_object", "size": {}}}),
         ("structured_outputs.size", {"structured_outputs": {"json_object": True, "size": 2}}),
     ):
         error = check_error(ask(shared_server.url, CHAT, **fields), 400)

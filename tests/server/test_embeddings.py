@@ -125,7 +125,7 @@ def test_the_official_client(server: RunningServer) -> None:
         ({"dimensions": 0}, "dimensions", "integer_below_min_value"),
         ({"dimensions": SIZE + 1}, "dimensions", "integer_above_max_value"),
         ({"dimensions": 2.5}, "dimensions", "invalid_type"),
-        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "unsupported_parameter"),
+        ({"input": ["a"] * 2049}, "input", "invalid_value"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -148,10 +148,31 @@ def test_the_longest_input(server: RunningServer) -> None:
 
 
 def test_more_inputs_than_slots(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    """They take turns, and leave room for others."""
     server = start_server(max_queued_requests=1)
-    error = check_error(ask(server, ["a"] * 1000), 400)
-    assert error["param"] == "input"
-    assert fake_engine.submits == []
+    texts = [f"{number}" for number in range(2048)]
+    answer = ask(server, texts)
+    assert [item["index"] for item in answer.json()["data"]] == list(range(2048))
+    assert vectors(answer) == [vectors(ask(server, text))[0] for text in texts[:3]] + vectors(answer)[3:]
+    assert [bytes(submit.prompt_token_ids).decode() for submit in fake_engine.submits[:2048]] == texts
+    assert server.context.client.num_in_flight == 0
+
+
+def test_how_texts_become_tokens(server: RunningServer) -> None:
+    def prompts(**fields: Any) -> list[list[int]]:
+        answer = ask(server, **({"input": ["Hello", "Hi"]} | fields))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["prompt_tokens"] == sum(
+            len(submit.prompt_token_ids) for submit in server.engine.submits[-2:]
+        )
+        return [submit.prompt_token_ids for submit in server.engine.submits[-2:]]
+
+    for same in (True, False, None):  # the tokenizer adds none
+        assert prompts(add_special_tokens=same) == [[*b"Hello"], [*b"Hi"]]
+    assert prompts(truncate_prompt_tokens=3) == [[*b"llo"], [*b"Hi"]]
+    assert prompts(truncate_prompt_tokens=3, truncation_side="right") == [[*b"Hel"], [*b"Hi"]]
+    long = "a" * (MAX_MODEL_LEN + 7)
+    assert prompts(input=[long, "b"], truncate_prompt_tokens=-1) == [[97] * MAX_MODEL_LEN, [98]]
 
 
 def test_an_engine_that_fails(server: RunningServer) -> None:

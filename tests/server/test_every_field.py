@@ -33,6 +33,7 @@ SCHEMA: Fields = {"type": "object", "properties": {"city": {"type": "string"}}, 
 TOOL: Fields = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
 FORMAT: Fields = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 
+CHAT_PROMPT: Fields = {"prompt": None, "messages": MESSAGES}
 BEGUN: Fields = {"messages": [*MESSAGES, {"role": "assistant", "content": "A"}], "add_generation_prompt": False}
 
 # Of requests that generate. Field -> a value that acts, or what else the request must have, and the value.
@@ -191,12 +192,27 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
     EMBEDDINGS: (
         EmbeddingRequest,
         {"model": "tiny", "input": "Hi"},
-        {"model": "org/tiny", "input": "Ho", "encoding_format": "base64", "dimensions": 2},
+        {
+            "model": "org/tiny",
+            "input": "Ho",
+            "encoding_format": "base64",
+            "dimensions": 2,
+            "truncate_prompt_tokens": 1,
+            "truncation_side": ({"truncate_prompt_tokens": 1}, "right"),
+            "priority": 3,
+        },
     ),
     TOKENIZE: (
         TokenizeRequest,
         {"prompt": "Hi"},
-        {"prompt": "Ho", "return_token_strs": True},
+        {
+            "prompt": "Ho",
+            "return_token_strs": True,
+            "tools": (CHAT_PROMPT, [TOOL]),
+            "chat_template_kwargs": (CHAT_PROMPT, {"enable_thinking": True}),
+            "add_generation_prompt": (CHAT_PROMPT, False),
+            "continue_final_message": ({"prompt": None} | BEGUN, True),
+        },
     ),
     DETOKENIZE: (DetokenizeRequest, {"tokens": [72]}, {"tokens": [73]}),
 }
@@ -205,12 +221,14 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
 ELSEWHERE: dict[str, dict[str, str]] = {
     COMPLETIONS: {
         "suffix": "only empty",
+        "request_id": "a name for cancel and replay; test_requests",
         "add_special_tokens": "the tokenizer adds none; test_completions has one that does",
         "thinking_token_budget": "a completion has no thoughts; refused",
     },
     CHAT: {
         "add_special_tokens": "the tokenizer adds none; test_chat_options has one that does",
         "reasoning_effort": "the template knows none; test_chat_options has one that does",
+        "request_id": "a name for cancel and replay; test_requests",
     },
     RESPONSES: {
         "previous_response_id": "test_responses",
@@ -223,12 +241,11 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "output_format": "the prompt is the same",
     },
     ANTHROPIC: {"metadata": "accepted", "service_tier": "accepted"},
-    EMBEDDINGS: {},
+    EMBEDDINGS: {"add_special_tokens": "the tokenizer adds none"},
     TOKENIZE: {
         "model": "any of the names",
         "messages": "instead of a prompt; test_tokenize",
         "add_special_tokens": "the tokenizer adds none; test_tokenize has one that does",
-        "add_generation_prompt": "only with messages; test_tokenize",
     },
     DETOKENIZE: {"model": "any of the names"},
 }
@@ -302,3 +319,15 @@ def test_every_field_refuses_what_is_wrong(server: RunningServer, path: str, nam
 def test_no_field_is_forgotten() -> None:
     for path, (model, _, acting) in ACTING.items():
         assert set(model.model_fields) == set(acting) | set(ELSEWHERE[path]), path
+
+
+@pytest.mark.parametrize("path", ACTING)
+def test_fields_of_other_endpoints_are_ignored_or_refused(server: RunningServer, path: str) -> None:
+    own, base, _ = ACTING[path]
+    names = {name for model, _, _ in ACTING.values() for name in model.model_fields}
+    for name in sorted(names - set(own.model_fields)):
+        for value in (True, "a", [{"role": {"explain": True}}]):
+            answer = post(server, path, base | {name: value})
+            assert answer.status_code in (200, 400), (name, value, answer.text)
+            if answer.status_code == 400:
+                assert name in f"{answer.json()['error'].get('param')} {answer.json()['error']['message']}"

@@ -69,7 +69,7 @@ def test_what_takes_too_long_is_stopped(tokenizer: Tokenizer) -> None:
     async def ask(judge: GrammarJudge) -> None:
         assert await judge.problem([GOOD[0]]) is None
         start = time.monotonic()
-        assert await judge.problem([GOOD[0], SLOW]) == Problem(1, TOO_SLOW)
+        assert await judge.problem([GOOD[0], SLOW, GOOD[1]]) == Problem(1, TOO_SLOW)
         assert time.monotonic() - start >= MAX_PROCESSOR_SECONDS
         slow = [judge.problem([SLOW]) for _ in range(32)]
         assert set(await asyncio.gather(*slow)) == {Problem(0, TOO_SLOW)}
@@ -118,7 +118,7 @@ grammar_judge.main()
     monkeypatch.setattr(grammar_judge, "COMMAND", (grammar_judge.COMMAND[0], "-c", crashing))
 
     async def ask(judge: GrammarJudge) -> None:
-        assert await judge.problem([GOOD[0], 'start: "crash"']) == Problem(1, CRASHED)
+        assert await judge.problem([GOOD[0], 'start: "crash"', GOOD[1]]) == Problem(1, CRASHED)
         assert await judge.problem([GOOD[0]]) is None
 
     judged(tokenizer, ask, eos_token_ids=[END_OF_TEXT_ID])

@@ -36,7 +36,7 @@ REACHING: dict[str, list[tuple[Any, Any]]] = {
     "frequency_penalty": [(-2, -2.0), (2, 2.0), (0.5, 0.5), (None, 0.0)],
     "presence_penalty": [(-2, -2.0), (2, 2.0), (0.5, 0.5), (None, 0.0)],
     "logit_bias": [({"0": -100, "258": 100.0, "7": 0.5}, {0: -100.0, 258: 100.0, 7: 0.5}), ({}, {}), (None, {})],
-    "seed": [(0, 0), (-1, -1), (2**63 - 1, 2**63 - 1), (-(2**63), -(2**63))],
+    "seed": [(0, 0), (-2, -2), (2**63 - 1, 2**63 - 1), (-(2**63), -(2**63))],
     "min_tokens": [(0, 0), (5, 5), (None, 0)],
     "ignore_eos": [(True, True), (False, False), (None, False)],
     "stop_token_ids": [([0, 258], (0, 258)), ([], ()), (None, ())],
@@ -270,8 +270,9 @@ BAD: dict[str, list[Any]] = {
         {"min_pattern_size": 1},
     ],
     "thinking_token_budget": [0, 5, -2, 2**63, *NOT_AN_INTEGER],  # of a model that does not think
-    "priority": [1001, -1001, 2**63, -(2**63), *NOT_AN_INTEGER],
+    "priority": [2**63, -(2**63) - 1, *NOT_AN_INTEGER],
     "cache_salt": [5, [], "x" * 257],
+    "request_id": [5, [], "", "a b", "x" * 129],
     "stream": ["true", 1, {}],
     "stream_interval": [0, -1, 2**63, *NOT_AN_INTEGER],
 }
@@ -446,6 +447,11 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "chat_template_kwargs": [{"a": 1}, "bad"],
     "continue_final_message": [True],
     "reasoning_effort": ["low", "high"],
+    "n_predict": [5],
+    "n_probs": [5],
+    "t_max_predict_ms": [5],
+    "thinking_budget_tokens": [5],
+    "reasoning_format": ["none"],
 }
 
 # What asks for nothing: the default of each
@@ -487,7 +493,7 @@ def test_what_is_not_supported_yet_is_refused(server: RunningServer, path: str, 
         assert error["param"] == name
         assert "supported" in error["message"]
         assert error["code"] == "unsupported_parameter"
-        assert ("Use structured_outputs." in error["message"]) == (name in INSTEAD)
+        assert (f"Use {INSTEAD.get(name)}" in error["message"]) == (name in INSTEAD)
     assert len(server.engine.submits) == num_submits
 
 
@@ -551,7 +557,8 @@ def test_seed_is_random_and_reported(server: RunningServer, path: str) -> None:
             assert seed == server.engine.submits[-1].params.seed
             assert -(2**63) <= seed < 2**63
             seeds.add(seed)
-    assert len(seeds) == 4
+            seeds.add(int(ask(server.url, path, seed=-1).headers["x-lightwell-seed"]))
+    assert len(seeds) == 8
     assert ask(server.url, path, seed=-5).headers["x-lightwell-seed"] == "-5"
     assert answer.headers["x-lightwell-deterministic"] == "true"
 

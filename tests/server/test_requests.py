@@ -111,3 +111,11 @@ def test_a_request_whose_client_went_away_is_forgotten(server: RunningServer) ->
         next(lines)
         assert len(server.context.running) == 2
     wait_until(lambda: len(server.context.running) == 0)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_by_a_name_of_the_clients(server: RunningServer, threads: ThreadPoolExecutor, path: str) -> None:
+    answer = post(threads, server, path, request_id="job-7")
+    assert cancel(server, "job-7").json() == {"id": "job-7", "cancelled": True}
+    assert answer.result().headers["x-request-id"] == "mine"
+    assert cancel(server, "job-7").status_code == 404

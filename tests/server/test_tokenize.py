@@ -65,7 +65,7 @@ def test_there_and_back(shared_server: RunningServer) -> None:
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role"),
         ({"prompt": "x", "model": "other"}, 404, "model"),
-        ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools[0].type"),
         ({"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 1 }}"}, 400, "chat_template"),
         ({"prompt": "x", "mm_processor_kwargs": {"a": 1}}, 400, "mm_processor_kwargs"),
         ({"prompt": "x", "truncate_prompt_tokens": 1}, 400, "truncate_prompt_tokens"),
@@ -89,7 +89,7 @@ def test_too_many_tokens(shared_server: RunningServer) -> None:
 
 
 BODIES: dict[str, dict[str, object]] = {
-    "/tokenize": {"messages": [{"role": "user", "content": "x", "mood": 1}], "tools": [], "promt": 1},
+    "/tokenize": {"messages": [{"role": "user", "content": "x", "mood": 1}], "promt": 1},
     "/detokenize": {"tokens": [120], "promt": 1},
 }
 
