@@ -81,12 +81,12 @@ class APIError(Exception):
 
     def body(self) -> bytes:
         """The JSON body, always with the four keys that OpenAI's clients read."""
-        detail = ErrorDetail(message=self._valid_message, type=self.type, param=self.param, code=self.code)
+        detail = ErrorDetail(message=_valid(self.message), type=self.type, param=self.param, code=self.code)
         return msgspec.json.encode(ErrorResponse(detail))
 
     def anthropic_body(self, request_id: str | None = None) -> bytes:
         """The same in Anthropic's envelope."""
-        detail = AnthropicErrorDetail(ANTHROPIC_TYPES.get(self.status, INVALID_REQUEST), self._valid_message)
+        detail = AnthropicErrorDetail(ANTHROPIC_TYPES.get(self.status, INVALID_REQUEST), _valid(self.anthropic_message))
         return msgspec.json.encode(AnthropicErrorResponse(type="error", error=detail, request_id=request_id))
 
     def response(self, scope: Scope | None = None) -> Response:
@@ -98,8 +98,13 @@ class APIError(Exception):
         return Response(body, self.status, self.headers, media_type="application/json")
 
     @property
-    def _valid_message(self) -> str:
-        return self.message.encode("utf-8", "replace").decode("utf-8")
+    def anthropic_message(self) -> str:
+        """Anthropic's envelope has no `param`, so the message names the field."""
+        return self.message if self.param is None or self.param in self.message else f"{self.param}: {self.message}"
+
+
+def _valid(message: str) -> str:
+    return message.encode("utf-8", "replace").decode("utf-8")
 
 
 def is_for_anthropic(scope: Scope) -> bool:
@@ -163,21 +168,38 @@ class UnsupportedParameterError(BadRequestError):
 class ContextLengthExceededError(BadRequestError):
     """The prompt, or prompt and completion together, do not fit. All numbers are tokens.
 
-    `noun` is what the endpoint calls its input: "messages" or "prompt".
+    `noun` is what the endpoint calls its input: "messages" or "prompt". With `at_least` the prompt's tokens are not
+    counted: they may be more. Clients of Anthropic's look for its words, to know by how much to shorten.
     """
 
     def __init__(
-        self, max_model_len: int, num_prompt_tokens: int, max_tokens: int | None = None, *, noun: str = "messages"
+        self,
+        max_model_len: int,
+        num_prompt_tokens: int,
+        max_tokens: int | None = None,
+        *,
+        noun: str = "messages",
+        at_least: bool = False,
     ) -> None:
         limit = f"This model's maximum context length is {max_model_len} tokens. However, "
         if max_tokens is None:
-            text = f"your {noun} resulted in {num_prompt_tokens} tokens. Please reduce the length of the {noun}."
+            number = f"at least {num_prompt_tokens}" if at_least else str(num_prompt_tokens)
+            text = f"your {noun} resulted in {number} tokens. Please reduce the length of the {noun}."
+            self._anthropic_message = f"prompt is too long: {number} tokens > {max_model_len} maximum"
         else:
+            self._anthropic_message = (
+                f"input length and `max_tokens` exceed context limit: {num_prompt_tokens} + {max_tokens} > "
+                f"{max_model_len}, decrease input length or `max_tokens` and try again"
+            )
             text = (
                 f"you requested {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the {noun}, "
                 f"{max_tokens} in the completion). Please reduce the length of the {noun} or completion."
             )
         super().__init__(limit + text, param=noun, code="context_length_exceeded")
+
+    @property
+    def anthropic_message(self) -> str:
+        return self._anthropic_message
 
 
 class PreviousResponseNotFoundError(BadRequestError):

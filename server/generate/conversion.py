@@ -18,7 +18,8 @@ _OF_CHAT_ONLY = {
     *("model", "n", "stream", "stream_options", "stop", "response_format"),
     *("prompt_logprobs", "return_token_ids", "logprob_token_ids", "post_sampling_probs"),
 }
-EXTENSIONS = frozenset(GenerationRequest.model_fields) - _OF_CHAT_ONLY
+_OF_CHAT = {"chat_template_kwargs"}  # as vLLM takes it, too
+EXTENSIONS = (frozenset(GenerationRequest.model_fields) | _OF_CHAT) - _OF_CHAT_ONLY
 
 
 @contextmanager
@@ -46,8 +47,11 @@ def check_extra(body: BaseModel, path: str = CHAT, model: type[BaseModel] = Chat
             raise UnsupportedParameterError(name, f"It is a parameter of {owner}.")
 
 
-def chat_request(body: BaseModel, fields: Mapping[str, Any]) -> ChatCompletionRequest:
-    """`fields` are what the declared fields of `body` are in chat completions; null ones are left out.
+def chat_request(
+    body: BaseModel, fields: Mapping[str, Any], model: type[ChatCompletionRequest] = ChatCompletionRequest
+) -> ChatCompletionRequest:
+    """`fields` are what the declared fields of `body` are in chat completions; null ones are left out. `model` may
+    have other limits than these.
 
     Of its others, parameters of sampling mean what they mean in chat completions, and what nobody knows is left to
     the frame. Raises BadRequestError for a value that cannot be.
@@ -58,7 +62,7 @@ def chat_request(body: BaseModel, fields: Mapping[str, Any]) -> ChatCompletionRe
     for name in type(body).model_fields:
         given.update(dict.fromkeys(_unknown_fields(getattr(body, name), name), True))
     try:
-        return ChatCompletionRequest.model_validate(given)
+        return model.model_validate(given)
     except ValidationError as error:
         errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
         raise from_validation_error(errors, given) from None

@@ -1,7 +1,8 @@
 """What is special about `POST /v1/messages`: Anthropic's messages as those of chat completions, and its answers."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, takewhile
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from server.generate.conversion import chat_request, function_tool, named_tool, 
 from server.generate.endpoint import Head
 from server.generate.events import frame_events
 from server.generate.prompts import Prompt
+from server.generate.thinking import can_limit_thoughts
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.common import Account, Usage
 from server.schemas.messages import (
@@ -24,6 +26,7 @@ from server.schemas.messages import (
     BlockStart,
     BlockStop,
     CountTokensRequest,
+    DocumentBlock,
     InputJSONDelta,
     InputMessage,
     Message,
@@ -34,7 +37,10 @@ from server.schemas.messages import (
     MessageUsage,
     OutputConfig,
     Part,
+    PlainText,
     StopDetails,
+    StopSequences,
+    SystemMessage,
     Text,
     TextBlock,
     TextDelta,
@@ -47,10 +53,17 @@ from server.schemas.messages import (
     ToolResultBlock,
     ToolUse,
     ToolUseBlock,
+    UserMessage,
 )
 
 # Why a choice ended -> Anthropic's word. A request that was cancelled can be sent again to go on with.
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "abort": "pause_turn"}
+STOP_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "repetition": "end_turn",
+    "abort": "pause_turn",
+}
 RESPONSE_FORMAT = r"response_format(\.json_schema)?"
 NAMES = {  # of chat completions, in errors
     RESPONSE_FORMAT: "output_config.format",
@@ -58,108 +71,174 @@ NAMES = {  # of chat completions, in errors
     r"(tools\[\d+\])\.function": r"\1",
     "max_completion_tokens": "max_tokens",
     "reasoning_effort": "output_config.effort",
+    "thinking_token_budget": "thinking.budget_tokens",
 }
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+EFFORT_OPTIONS = {"reasoning_effort", "enable_thinking"}  # of chat templates
+ERROR_MARK = "Error: "  # before the result of a tool that failed
 
 
 # The request.
 
 
+class Chat(ChatCompletionRequest):
+    """With as many stop strings as this API allows."""
+
+    stop: StopSequences | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What of this API the model and its chat template can do."""
+
+    can_limit_thoughts: bool = True
+    reads_effort: bool = True
+    places_system: bool = True  # it writes a system message where it stands
+
+    @classmethod
+    def of(cls, context: ServerContext) -> "Abilities":
+        template = context.chat_template
+        return cls(
+            can_limit_thoughts=can_limit_thoughts(context),
+            reads_effort=template is not None and not EFFORT_OPTIONS.isdisjoint(template.options),
+            places_system=template is not None and template.places_system,
+        )
+
+
 def error_names(body: CountTokensRequest) -> dict[str, str]:
-    names = dict(NAMES)
-    if body.output_format is not None:
-        names[RESPONSE_FORMAT] = "output_format"
-    if body.thinking is not None:
-        names["thinking_token_budget"] = "thinking.budget_tokens"
-    return names
+    """What a client sent under a name of chat completions keeps it."""
+    names = NAMES if body.output_format is None else NAMES | {RESPONSE_FORMAT: "output_format"}
+    return {pattern: name for pattern, name in names.items() if pattern not in (body.model_extra or {})}
 
 
-def to_chat(body: CountTokensRequest, *, can_limit_thoughts: bool) -> ChatCompletionRequest:
-    """Raises BadRequestError. Where thoughts cannot be limited, their budget is left to `max_tokens`."""
+def to_chat(body: CountTokensRequest, abilities: Abilities) -> ChatCompletionRequest:
+    """Raises BadRequestError. What is only advice, and the model cannot follow, is left out."""
     final = body.messages[-1]
     if final.role == "assistant" and any(isinstance(block, ToolUseBlock) for block in final.content):
         message = "Invalid 'messages': the last one calls tools, so their results must follow."
         raise InvalidValueError(message, param="messages")
+    _check_thinking(body)
     choice = body.tool_choice
     fields: dict[str, Any] = {
         "model": body.model,
-        "messages": [*_system(body.system), *_messages(body.messages)],
+        "messages": list(_turns(body, places_system=abilities.places_system)),
         "tools": [_tool(tool) for tool in body.tools or ()] or None,
-        "tool_choice": _tool_choice(choice),
+        "tool_choice": _tool_choice(choice, has_tools=bool(body.tools)),
         "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
         "continue_final_message": final.role == "assistant" or None,
-        "reasoning_effort": _effort(body.thinking, body.output_config),
+        "reasoning_effort": _effort(body.thinking, body.output_config) if abilities.reads_effort else None,
         "include_reasoning": False if body.thinking is not None and body.thinking.display == "omitted" else None,
         "response_format": _response_format(body),
     }
     if isinstance(body, MessagesRequest):
         fields |= {
             "max_completion_tokens": body.max_tokens,
-            "thinking_token_budget": _budget(body.thinking) if can_limit_thoughts else None,
+            "thinking_token_budget": _budget(body.thinking) if abilities.can_limit_thoughts else None,
             "stop": body.stop_sequences or None,
             **{name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "stream")},
         }
-    return chat_request(body, fields)
+    return chat_request(body, fields, Chat)
 
 
-def _system(system: str | list[TextBlock] | None) -> list[dict[str, Any]]:
-    if not system:
-        return []
-    content = system if isinstance(system, str) else [text_part(block.text) for block in system]
-    return [{"role": "system", "content": content}]
+def _check_thinking(body: CountTokensRequest) -> None:
+    if body.thinking is None or body.thinking.type != "enabled":
+        return
+    if body.thinking.budget_tokens is None:
+        raise MissingParameterError("thinking.budget_tokens")
+    if isinstance(body, MessagesRequest) and body.thinking.budget_tokens >= body.max_tokens:
+        message = "`max_tokens` must be greater than `thinking.budget_tokens`."
+        raise InvalidValueError(message, param="thinking.budget_tokens")
 
 
-def _messages(messages: Sequence[InputMessage]) -> Iterator[dict[str, Any]]:
-    """Turns of one role that follow each other are one turn."""
-    for role, turns in groupby(messages, key=lambda message: message.role):
-        blocks = [block for turn in turns for block in _blocks(turn.content)]
-        yield from _assistant(blocks) if role == "assistant" else _user(blocks)
+def _turns(body: CountTokensRequest, *, places_system: bool) -> Iterator[dict[str, Any]]:
+    """System messages at the beginning belong to the system prompt. What follows each other between two turns of the
+    assistant's is one turn, as is what the assistant said, but for system messages that the template can place.
+    """
+    messages = _shown(body.messages)
+    first = list(takewhile(lambda message: message.role == "system", messages))
+    system = [*(_blocks(body.system) if body.system else ()), *_blocks_of(first)]
+    if system:
+        yield {"role": "system", "content": _content(system)}
+    for by_assistant, group in groupby(messages[len(first) :], key=lambda message: message.role == "assistant"):
+        turns = list(group)
+        yield from _assistant(_blocks_of(turns)) if by_assistant else _input(turns, places_system=places_system)
+
+
+def _shown(messages: Sequence[InputMessage]) -> list[InputMessage]:
+    """Without system messages that were for a turn which is over."""
+    last_user = max((index for index, each in enumerate(messages) if isinstance(each, UserMessage)), default=-1)
+    return [
+        message
+        for index, message in enumerate(messages)
+        if not (isinstance(message, SystemMessage) and message.clear_at == "next_user_message" and index < last_user)
+    ]
 
 
 def _blocks(content: str | Sequence[Part]) -> list[Part]:
     return [TextBlock(type="text", text=content)] if isinstance(content, str) else list(content)
 
 
-def _user(blocks: Sequence[Part]) -> Iterator[dict[str, Any]]:
-    """Results of tools come first: they answer the assistant's turn before."""
-    for block in blocks:
-        if isinstance(block, ToolResultBlock):
-            content: Any = block.content or ""
-            if isinstance(content, list):
-                content = [text_part(part.text) for part in content]
-            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
-    if texts := [block for block in blocks if isinstance(block, TextBlock)]:
-        yield {"role": "user", "content": _content(texts)}
+def _blocks_of(messages: Iterable[InputMessage]) -> list[Part]:
+    return [block for message in messages for block in _blocks(message.content)]
+
+
+def _input(messages: Sequence[InputMessage], *, places_system: bool) -> Iterator[dict[str, Any]]:
+    """Results of tools come first: they answer the assistant's turn before.
+
+    Many templates refuse a system message in the middle, leave it out, or move it to the beginning, where it would
+    change the prefix that is cached. For these it is text of the user's turn.
+    """
+    yield from (_result(block) for block in _blocks_of(messages) if isinstance(block, ToolResultBlock))
+    for by_system, turns in groupby(messages, key=lambda message: places_system and message.role == "system"):
+        content = _content([block for block in _blocks_of(turns) if not isinstance(block, ToolResultBlock)])
+        if content is not None:
+            yield {"role": "system" if by_system else "user", "content": content}
+
+
+def _result(block: ToolResultBlock) -> dict[str, Any]:
+    parts = _blocks(block.content or "")
+    if block.is_error:
+        parts = [TextBlock(type="text", text=ERROR_MARK + _text(parts[0])), *parts[1:]]
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": _content(parts)}
 
 
 def _assistant(blocks: Sequence[Part]) -> Iterator[dict[str, Any]]:
-    texts = [block for block in blocks if isinstance(block, TextBlock)]
     thoughts = "".join([block.thinking for block in blocks if isinstance(block, ThinkingBlock)])
     calls = [
         tool_call(block.id, block.name, msgspec.json.encode(block.input).decode())
         for block in blocks
         if isinstance(block, ToolUseBlock)
     ]
-    content = _content(texts)
+    content = _content([block for block in blocks if isinstance(block, TextBlock)])
     if content is None and not calls:
         content = ""
     message = {"content": content, "reasoning_content": thoughts or None, "tool_calls": calls or None}
     yield {"role": "assistant", **{name: value for name, value in message.items() if value is not None}}
 
 
-def _content(texts: Sequence[TextBlock]) -> Any:
+def _content(blocks: Sequence[Part]) -> Any:
     """None where there is no text."""
-    if len(texts) == 1:
-        return texts[0].text
-    return [text_part(block.text) for block in texts] or None
+    texts = [_text(block) for block in blocks]
+    return texts[0] if len(texts) == 1 else [text_part(text) for text in texts] or None
+
+
+def _text(block: Part) -> str:
+    """Of a block of text, or of a document."""
+    if isinstance(block, TextBlock):
+        return block.text
+    assert isinstance(block, DocumentBlock)
+    source = block.source
+    text = source.data if isinstance(source, PlainText) else "\n".join(_text(part) for part in _blocks(source.content))
+    title = f"Document: {block.title}" if block.title else None
+    return "\n".join(part for part in (title, block.context, text) if part)
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
     return function_tool(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
 
 
-def _tool_choice(choice: ToolChoice | None) -> Any:
-    if choice is None:
+def _tool_choice(choice: ToolChoice | None, *, has_tools: bool) -> Any:
+    if choice is None or (choice.type in ("auto", "none") and not has_tools):  # which says nothing
         return None
     if choice.type != "tool":
         return TOOL_CHOICES[choice.type]

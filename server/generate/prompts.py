@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.messages import TokenLogprobs
 from server.context import ServerContext
-from server.errors import BadRequestError, ContextLengthExceededError, InvalidValueError, clip
+from server.errors import ContextLengthExceededError, InvalidValueError, clip
 from server.text.output_parser import OutputFormat
 
 MAX_TOKEN_BYTES = 256  # no vocabulary in use has longer tokens; the longest are runs of 128 spaces
@@ -35,13 +35,10 @@ def vocab_size(context: ServerContext) -> int:
 
 
 def check_text_size(num_bytes: int, max_model_len: int, noun: str) -> None:
-    """Raises BadRequestError for a text that cannot fit, whatever its tokens are; tokenizing it would take long."""
+    """Raises ContextLengthExceededError for a text that cannot fit, whatever its tokens are: they would take long."""
     if num_bytes > max_model_len * MAX_TOKEN_BYTES:
-        message = (
-            f"This model's maximum context length is {max_model_len} tokens. However, your {noun} resulted in more "
-            f"than {max_model_len} tokens. Please reduce the length of the {noun}."
-        )
-        raise BadRequestError(message, param=noun, code="context_length_exceeded")
+        num_tokens = -(-num_bytes // MAX_TOKEN_BYTES)
+        raise ContextLengthExceededError(max_model_len, num_tokens, noun=noun, at_least=True)
 
 
 def encode_prompt(

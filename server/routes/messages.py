@@ -6,8 +6,7 @@ from server.context import get_context
 from server.generate.conversion import check_extra, renamed_errors
 from server.generate.counting import count_prompt_tokens
 from server.generate.frame import respond
-from server.generate.messages import MessagesEndpoint, error_names, to_chat
-from server.generate.thinking import can_limit_thoughts
+from server.generate.messages import Abilities, MessagesEndpoint, error_names, to_chat
 from server.middleware import StrictJSONRoute
 from server.responses import StructResponse
 from server.schemas.chat import ChatCompletionRequest
@@ -34,4 +33,4 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
 
 
 def _to_chat(request: Request, body: CountTokensRequest) -> ChatCompletionRequest:
-    return to_chat(body, can_limit_thoughts=can_limit_thoughts(get_context(request)))
+    return to_chat(body, Abilities.of(get_context(request)))

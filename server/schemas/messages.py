@@ -11,9 +11,11 @@ from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS
-from server.schemas.common import Account, StopStrings
+from server.schemas.common import Account, StopString
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
+
+MAX_STOP_SEQUENCES = 64
 
 # Requests.
 
@@ -32,6 +34,30 @@ class TextBlock(Part):
     citations: list[Any] | None = None
 
 
+class PlainText(Part):
+    type: Literal["text"]
+    media_type: Literal["text/plain"]
+    data: str
+
+
+class TextContent(Part):
+    type: Literal["content"]
+    content: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
+class DocumentBlock(Part):
+    """A document that is text. The model is shown its title, its context and its text."""
+
+    type: Literal["document"]
+    source: Annotated[PlainText | TextContent, Field(discriminator="type")]
+    title: str | None = None
+    context: str | None = Field(None, description="What else the model is told of the document.")
+    citations: dict[str, Any] | None = Field(None, description="Accepted; answers cite nothing.")
+
+
+ReadableBlock = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
+
+
 class ToolUseBlock(Part):
     type: Literal["tool_use"]
     id: str = Field(min_length=1)
@@ -43,8 +69,8 @@ class ToolUseBlock(Part):
 class ToolResultBlock(Part):
     type: Literal["tool_result"]
     tool_use_id: str = Field(min_length=1)
-    content: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    is_error: bool | None = Field(None, description="Accepted; the model is shown the content alone.")
+    content: str | Annotated[list[ReadableBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    is_error: bool | None = Field(None, description="The tool failed: the model is told so before the content.")
 
 
 class ThinkingBlock(Part):
@@ -58,14 +84,14 @@ class RedactedThinkingBlock(Part):
     data: str
 
 
-UserBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
+UserBlock = Annotated[TextBlock | DocumentBlock | ToolResultBlock, Field(discriminator="type")]
 AssistantBlock = Annotated[
     TextBlock | ToolUseBlock | ThinkingBlock | RedactedThinkingBlock, Field(discriminator="type")
 ]
 
 
 class UserMessage(Part):
-    role: Literal["user"]
+    role: Literal["user", "ctx", "msg"] = Field(description="ctx and msg, which some clients send, are a user's.")
     content: str | Annotated[list[UserBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
@@ -74,7 +100,18 @@ class AssistantMessage(Part):
     content: str | Annotated[list[AssistantBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-InputMessage = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
+class SystemMessage(Part):
+    """An instruction that holds from its place on."""
+
+    role: Literal["system"]
+    content: str | Annotated[list[TextBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+    clear_at: Literal["next_user_message", "never"] | None = Field(
+        None, description="With next_user_message it is not shown where a user's message follows."
+    )
+
+
+InputMessage = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
+StopSequences = Annotated[list[StopString], Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)]
 
 
 class Tool(Part):
@@ -98,7 +135,8 @@ class Thinking(Part):
     budget_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens of thoughts at most, where the model's tags of thoughts are tokens; else max_tokens.",
+        description="Tokens of thoughts at most, where the model's tags of thoughts are tokens; else max_tokens. With "
+        "type enabled it must be there, and less than max_tokens.",
     )
     display: Literal["summarized", "omitted"] | None = Field(
         None, description="omitted leaves thoughts out of the answer; they are never summarized."
@@ -112,7 +150,9 @@ class OutputFormat(Part):
 
 class OutputConfig(Part):
     format: OutputFormat | None = None
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Handed to the chat template; has no effect where that reads none."
+    )
 
 
 class CountTokensRequest(BaseModel):
@@ -135,7 +175,9 @@ class MessagesRequest(CountTokensRequest):
     temperature: FiniteFloat | None = Field(None, ge=0, le=1, description="Default: the model's, or 1.")
     top_p: FiniteFloat | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=INT64_MAX)
-    stop_sequences: StopStrings | None = Field(None, description="Up to four strings that end the text.")
+    stop_sequences: StopSequences | None = Field(
+        None, description=f"Up to {MAX_STOP_SEQUENCES} strings that end the text."
+    )
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted; has no effect.")
     service_tier: str | None = Field(None, description="Accepted; has no effect.")

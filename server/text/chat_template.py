@@ -61,6 +61,7 @@ class ChatTemplate:
         variables: names that the template reads.
         options: those of them that a request may set, beside what is always there.
         tool_format, think_tags: in which form the model calls tools and thinks, as far as the template shows it.
+        places_system: whether a system message between other turns is written where it stands.
     """
 
     def __init__(self, source: str, *, bos_token: str | None, eos_token: str | None) -> None:
@@ -78,6 +79,7 @@ class ChatTemplate:
         self.tool_format = detect_tool_format(source)
         self.think_tags = detect_think_tags(source)
         self._fit_by_role = {role: self._choose_fit(role) for role in ("user", "system", "assistant")}
+        self.places_system = self._probe_system()
 
     def render(
         self,
@@ -134,6 +136,18 @@ class ChatTemplate:
         if text in from_string:
             return _keep if from_parts == from_string else _to_string
         return _to_parts if text in from_parts else _to_string
+
+    def _probe_system(self) -> bool:
+        """Some templates refuse it there, leave it out, or move it to the beginning."""
+        roles = ("system", "user", "system", "assistant", "system", "user", "system")
+        texts = [f"lightwell-{index}" for index in range(len(roles))]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        try:
+            prompt = self.render(messages, add_generation_prompt=False)
+        except ChatTemplateError:
+            return False
+        places = [prompt.find(text) for text in texts]
+        return -1 not in places and places == sorted(places)
 
     def _probe(self, role: str, content: Any) -> str:
         roles = {"user": ("user",), "system": ("system", "user"), "assistant": ("user", "assistant")}[role]

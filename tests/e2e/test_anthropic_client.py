@@ -92,7 +92,7 @@ def test_errors(client: Anthropic) -> None:
     assert not_found.value.request_id
     assert isinstance(not_found.value.body, dict)
     assert not_found.value.body["error"]["type"] == "not_found_error"
-    with pytest.raises(anthropic.BadRequestError, match="maximum context length"):
+    with pytest.raises(anthropic.BadRequestError, match=r"exceed context limit: \d+ \+ 5000 > 4096, "):
         client.messages.create(**(REQUEST | {"max_tokens": 5000}))
 
 

@@ -122,7 +122,7 @@ def test_calls_one_after_another(model: RunningServer, anthropic_client: Anthrop
 
 def test_thinking_is_asked_for(model: RunningServer) -> None:
     body: dict[str, Any] = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
-    for thinking, opened in (({"type": "enabled", "budget_tokens": 1024}, True), ({"type": "disabled"}, False)):
+    for thinking, opened in (({"type": "enabled", "budget_tokens": 4}, True), ({"type": "disabled"}, False)):
         httpx.post(f"{model.url}/v1/messages", json=body | {"thinking": thinking}).raise_for_status()
         assert prompt(model).endswith("<think>\n") == opened
     for effort, opened in (("low", True), ("none", False)):

@@ -9,6 +9,7 @@ import pytest
 from server import errors
 from server.errors import (
     APIError,
+    BadRequestError,
     BodyTooLargeError,
     ContextLengthExceededError,
     EngineDeadError,
@@ -47,6 +48,39 @@ def test_context_length_in_openais_words() -> None:
     )
     assert (alone.code, alone.param) == ("context_length_exceeded", "messages")
     assert ContextLengthExceededError(1, 2, noun="prompt").param == "prompt"
+    assert (
+        "your messages resulted in at least 4294 tokens." in ContextLengthExceededError(7, 4294, at_least=True).message
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ContextLengthExceededError(4097, 4294), "prompt is too long: 4294 tokens > 4097 maximum"),
+        (
+            ContextLengthExceededError(4097, 4294, at_least=True),
+            "prompt is too long: at least 4294 tokens > 4097 maximum",
+        ),
+        (
+            ContextLengthExceededError(4097, 3120, 1000),
+            "input length and `max_tokens` exceed context limit: 3120 + 1000 > 4097, decrease input length or "
+            "`max_tokens` and try again",
+        ),
+        (BadRequestError("Not so.", param="tools[0].type"), "tools[0].type: Not so."),
+        (
+            InvalidTypeError("n", "an integer", "null"),
+            "Invalid type for 'n': expected an integer, but got null instead.",
+        ),
+        (APIError(400, "a\ud800b"), "a?b"),
+    ],
+)
+def test_what_anthropics_clients_read(error: APIError, message: str) -> None:
+    body = json.loads(error.anthropic_body("req_1"))
+    assert body == {
+        "type": "error",
+        "error": {"type": "invalid_request_error", "message": message},
+        "request_id": "req_1",
+    }
 
 
 @pytest.mark.parametrize(

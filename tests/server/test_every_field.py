@@ -178,7 +178,7 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
             "system": "Be brief.",
             "tools": [{"name": "weather", "input_schema": SCHEMA}],
             "tool_choice": ({"tools": [{"name": "weather", "input_schema": SCHEMA}]}, {"type": "any"}),
-            "thinking": {"type": "enabled", "budget_tokens": 1024},
+            "thinking": {"type": "enabled", "budget_tokens": 5},
             "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
             "output_format": {"type": "json_schema", "schema": SCHEMA},
             "max_tokens": 5,

@@ -235,7 +235,11 @@ def test_unknown_fields_are_reported(tiny: RunningServer, start_server: StartSer
         ({"max_tokens": ...}, "Missing required parameter: 'max_tokens'."),
         ({"messages": ...}, "Missing required parameter: 'messages'."),
         ({"max_tokens": 0}, "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, but got 0"),
-        ({"max_tokens": 5000}, "This model's maximum context length is 2048 tokens."),
+        (
+            {"max_tokens": 5000},
+            f"input length and `max_tokens` exceed context limit: {len(chatml(('user', 'Hi')))} + 5000 > 2048, "
+            "decrease input length or `max_tokens` and try again",
+        ),
         ({"temperature": 1.5}, "Invalid 'temperature': decimal above maximum value. Expected a value <= 1"),
         ({"temperature": "1"}, "Invalid type for 'temperature'"),
         ({"stop_sequences": "x"}, "Invalid type for 'stop_sequences': expected an array"),
@@ -244,12 +248,15 @@ def test_unknown_fields_are_reported(tiny: RunningServer, start_server: StartSer
         ({"return_token_ids": True}, "Unsupported parameter: 'return_token_ids'"),
         ({"mcp_servers": [{}]}, "Unsupported parameter: 'mcp_servers'"),
         ({"system": 5}, "Invalid type for 'system'"),
-        ({"system": [{"type": "image"}]}, "Invalid value: 'image'. Supported values are: 'text'."),
+        ({"system": [{"type": "image"}]}, "system[0].type: Invalid value: 'image'. Supported values are: 'text'."),
         ({"messages": []}, "Invalid 'messages': empty array"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "Invalid value: 'system'. Supported values are"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: Invalid value: 'tool'. Supported values"),
         ({"messages": [{"role": "user"}]}, "Missing required parameter: 'messages[0].content'."),
         ({"messages": [{"role": "user", "content": []}]}, "Invalid 'messages[0].content': empty array"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "Invalid value: 'image'. Supported values"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "messages[0].content[0].type: Invalid value: 'image'. Supported values",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
             "Missing required parameter: 'messages[0].content[0].tool_use_id'.",
@@ -262,10 +269,17 @@ def test_unknown_fields_are_reported(tiny: RunningServer, start_server: StartSer
             },
             "Invalid 'messages': the last one calls tools",
         ),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "Invalid value: 'web_search_20250305'."),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type: Invalid value: 'web_"),
         ({"tool_choice": {"type": "tool"}}, "Missing required parameter: 'tool_choice.name'."),
-        ({"tool_choice": {"type": "some"}}, "Invalid value: 'some'. Supported values are: 'auto'"),
-        ({"thinking": {"type": "perhaps"}}, "Invalid value: 'perhaps'."),
+        ({"tool_choice": {"type": "some"}}, "tool_choice.type: Invalid value: 'some'. Supported values are: 'auto'"),
+        ({"tool_choice": {"type": "any"}}, "Invalid 'tool_choice': only allowed when 'tools' are given."),
+        ({"tool_choice": {"type": "tool", "name": "x"}}, "Invalid 'tool_choice': only allowed when 'tools' are given."),
+        ({"thinking": {"type": "perhaps"}}, "thinking.type: Invalid value: 'perhaps'."),
+        ({"thinking": {"type": "enabled"}}, "Missing required parameter: 'thinking.budget_tokens'."),
+        (
+            {"thinking": {"type": "enabled", "budget_tokens": 100}},
+            "`max_tokens` must be greater than `thinking.budget_tokens`.",
+        ),
     ],
 )
 def test_what_cannot_be(tiny: RunningServer, fields: dict[str, Any], message: str) -> None:

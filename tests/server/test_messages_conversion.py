@@ -1,29 +1,31 @@
 """Anthropic's messages as those of chat completions, and what a generation adds as Anthropic's events."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types import DocumentBlockParam, Message, RawMessageStreamEvent, StopReason
 from pydantic import TypeAdapter
 
 from server.generate.choices import Delta, ToolCallDelta
 from server.generate.endpoint import Head
-from server.generate.messages import MessagesWriter, to_chat
+from server.generate.messages import Abilities, MessagesWriter, to_chat
 from server.schemas.common import PromptTokensDetails, Usage
 from server.schemas.messages import MessagesRequest
 
 USAGE = Usage(10, 5, 15, PromptTokensDetails(4))
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+DOCUMENT: TypeAdapter[Any] = TypeAdapter(DocumentBlockParam)
+ABLE = Abilities()
 TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object", "properties": {}}}
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "add", "input": {"a": 1, "b": "é"}}
 
 
-def convert(*, can_limit_thoughts: bool = True, **fields: Any) -> dict[str, Any]:
+def convert(abilities: Abilities = ABLE, **fields: Any) -> dict[str, Any]:
     """What of a chat request is set."""
-    minimal = {"model": "tiny", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
-    chat = to_chat(MessagesRequest.model_validate(minimal | fields), can_limit_thoughts=can_limit_thoughts)
+    minimal = {"model": "tiny", "max_tokens": 2000, "messages": [{"role": "user", "content": "Hi"}]}
+    chat = to_chat(MessagesRequest.model_validate(minimal | fields), abilities)
     return chat.model_dump(exclude_unset=True, by_alias=True)
 
 
@@ -46,8 +48,8 @@ def test_a_conversation_with_tools() -> None:
         assert (call["type"], call["function"]["name"]) == ("function", "add")
         assert json.loads(call["function"]["arguments"]) == CALL["input"]
     assert rest == [
-        {"role": "tool", "tool_call_id": "toolu_1", "content": [{"type": "text", "text": "3"}]},
-        {"role": "tool", "tool_call_id": "toolu_2", "content": ""},
+        {"role": "tool", "tool_call_id": "toolu_1", "content": "3"},
+        {"role": "tool", "tool_call_id": "toolu_2", "content": "Error: "},
         {"role": "user", "content": "So?"},
     ]
 
@@ -61,6 +63,85 @@ def test_a_call_without_text() -> None:
     _, assistant, result = convert(messages=messages)["messages"]
     assert "content" not in assistant
     assert result["content"] == "3"
+
+
+@pytest.mark.parametrize("places_system", [True, False])
+def test_results_follow_their_calls(places_system: bool) -> None:
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "3"}
+    messages = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": [CALL]},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [result, {"type": "text", "text": "So?"}]},
+        {"role": "system", "content": [{"type": "text", "text": "In French."}]},
+    ]
+    _, _, *rest = convert(Abilities(places_system=places_system), messages=messages)["messages"]
+    parts = [{"type": "text", "text": text} for text in ("Be brief.", "So?", "In French.")]
+    placed = [("system", "Be brief."), ("user", "So?"), ("system", "In French.")]
+    expected = placed if places_system else [("user", parts)]
+    assert [(message["role"], message["content"]) for message in rest] == [("tool", "3"), *expected]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("no such file", "Error: no such file"),
+        ([{"type": "text", "text": "no"}], "Error: no"),
+        ([], "Error: "),
+        (None, "Error: "),
+        (
+            [{"type": "text", "text": "no"}, {"type": "text", "text": "file"}],
+            [{"type": "text", "text": "Error: no"}, {"type": "text", "text": "file"}],
+        ),
+    ],
+)
+def test_a_tool_that_failed(content: Any, expected: Any) -> None:
+    for is_error in (True, False, None):
+        result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": content, "is_error": is_error}
+        messages = [
+            {"role": "user", "content": "Add."},
+            {"role": "assistant", "content": [CALL]},
+            {"role": "user", "content": [result]},
+        ]
+        shown = convert(messages=messages)["messages"][-1]["content"]
+        assert (shown == expected) is bool(is_error)
+        assert ("Error: " in json.dumps(shown)) is bool(is_error)
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ({"source": {"type": "text", "media_type": "text/plain", "data": "A"}}, "A"),
+        ({"source": {"type": "content", "content": "A"}, "title": None, "citations": {"enabled": True}}, "A"),
+        (
+            {
+                "source": {
+                    "type": "content",
+                    "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}],
+                },
+                "title": "T",
+                "context": "C",
+                "cache_control": {"type": "ephemeral"},
+            },
+            "Document: T\nC\nA\nB",
+        ),
+    ],
+)
+def test_documents_are_text(document: dict[str, Any], text: str) -> None:
+    document = {"type": "document", **document}
+    DOCUMENT.validate_python(document)
+    content = [document, {"type": "text", "text": "So?"}]
+    (message,) = convert(messages=[{"role": "user", "content": content}])["messages"]
+    assert message["content"] == [{"type": "text", "text": text}, {"type": "text", "text": "So?"}]
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [document]}
+    messages = [{"role": "assistant", "content": [CALL]}, {"role": "user", "content": [result]}]
+    assert convert(messages=messages)["messages"][-1] == {"role": "tool", "tool_call_id": "toolu_1", "content": text}
+
+
+@pytest.mark.parametrize("kind", ["auto", "none"])
+def test_a_choice_without_tools_says_nothing(kind: str) -> None:
+    assert "tool_choice" not in convert(tool_choice={"type": kind})
+    assert "tool_choice" not in convert(tools=[], tool_choice={"type": kind})
 
 
 @pytest.mark.parametrize(
@@ -108,12 +189,13 @@ def test_a_schema_for_the_output() -> None:
 )
 def test_how_much_is_thought(fields: dict[str, Any], effort: str | None) -> None:
     assert convert(**fields).get("reasoning_effort") == effort
+    assert "reasoning_effort" not in convert(Abilities(reads_effort=False), **fields)
 
 
 def test_a_budget_of_thoughts() -> None:
     thinking = {"type": "enabled", "budget_tokens": 1024}
     assert convert(thinking=thinking)["thinking_token_budget"] == 1024
-    assert "thinking_token_budget" not in convert(thinking=thinking, can_limit_thoughts=False)
+    assert "thinking_token_budget" not in convert(Abilities(can_limit_thoughts=False), thinking=thinking)
     assert "thinking_token_budget" not in convert(thinking=thinking | {"type": "adaptive"})
 
 
@@ -214,11 +296,16 @@ def test_the_whole_answer_has_the_same_blocks() -> None:
         ("length", None, ("max_tokens", None)),
         ("tool_calls", None, ("tool_use", None)),
         ("abort", None, ("pause_turn", None)),
+        ("repetition", None, ("end_turn", None)),
     ],
 )
 def test_why_it_ended(reason: str, stop_string: str | None, expected: tuple[str, str | None]) -> None:
-    answer = writer().answer([Delta(0, "x", finish_reason=reason, stop_string=stop_string)], USAGE)
-    assert (answer.stop_reason, answer.stop_sequence) == expected
+    assert expected[0] in get_args(StopReason)
+    delta = Delta(0, "x", finish_reason=reason, stop_string=stop_string)
+    answer, stream = writer().answer([delta], USAGE), writer()
+    stream.events([delta], USAGE)
+    end = parse(stream.end(USAGE))[-2]["delta"]
+    assert (answer.stop_reason, answer.stop_sequence) == (end["stop_reason"], end["stop_sequence"]) == expected
 
 
 def test_a_call_that_had_to_be_is_why_it_ended() -> None:

@@ -247,6 +247,26 @@ def test_form_is_chosen_for_each_role() -> None:
     assert rendered == "<|im_start|>system:a\nb<|im_end|><|im_start|>user:ab<|im_end|>"
 
 
+EACH = "{{% for message in messages %}}{{% set late = message.role == 'system' and loop.index0 > 0 %}}{}{{% endfor %}}"
+
+
+@pytest.mark.parametrize(
+    ("source", "is_placed"),
+    [
+        (CHATML, True),
+        (PARTS_ONLY, True),
+        (LLAMA3, True),
+        (MISTRAL, False),  # which knows none at all
+        (EACH.format("{{ raise_exception('Only first.') if late else message.content }}"), False),
+        (EACH.format("{% if not late %}{{ message.content }}{% endif %}"), False),
+        (EACH.format("{{ message.content }}"), True),
+        ("{{ messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join }}" + CHATML, False),
+    ],
+)
+def test_where_system_messages_are_written(source: str, is_placed: bool) -> None:
+    assert chat_template(source).places_system is is_placed
+
+
 def test_content_of_none_is_empty() -> None:
     rendered = chat_template(CHATML).render([{"role": "assistant", "content": None}], add_generation_prompt=False)
     assert rendered == "<|im_start|>assistant\n<|im_end|>\n"
