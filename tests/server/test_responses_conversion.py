@@ -186,6 +186,19 @@ def test_the_whole_answer_has_the_same_items(tokenizer: Tokenizer) -> None:
     ]
 
 
+def test_text_that_comes_with_the_end_of_a_call(tokenizer: Tokenizer) -> None:
+    writer = make_writer(tokenizer)
+    writer.events([Delta(0, "", tool_calls=[ToolCallDelta(0, "call_1", "add", '{"a"')])], USAGE)
+    last, other = ToolCallDelta(0, "", "", ": 1}"), ToolCallDelta(1, "call_2", "sub", "{}")
+    writer.events([Delta(0, "Then", tool_calls=[last, other], finish_reason="tool_calls")], USAGE)
+    *_, end = parse(writer.end(USAGE))
+    assert [(item["type"], item.get("arguments")) for item in end["response"]["output"]] == [
+        ("function_call", '{"a": 1}'),
+        ("message", None),
+        ("function_call", "{}"),
+    ]
+
+
 def test_the_request_is_echoed(tokenizer: Tokenizer) -> None:
     tool = {"type": "function", "name": "add", "description": None, "parameters": PARAMETERS, "strict": None}
     choice = {"type": "function", "name": "add"}

@@ -73,17 +73,6 @@ def test_streamed_as_whole(
             assert spoken == (item_text(item) if include else "")
 
 
-def test_text_after_a_call_that_came_with_its_end(tools: RunningServer) -> None:
-    """Several steps may be one addition: its text then comes after the rest of the call, which stays one call."""
-    say(tools, CALL + "Done")
-    for interval in (1, 2, 3, 5, 30, 60):
-        output = ask_events(tools, tools=TOOLS, include=LOGPROBS, stream_interval=interval)[-1]["response"]["output"]
-        assert [(item["type"], item_text(item)) for item in output if item["type"] == "function_call"] == [
-            ("function_call", '{"city": "Paris"}')
-        ]
-        assert [item_text(item) for item in output if item["type"] == "message"] == ["Done"]
-
-
 @pytest.mark.parametrize("reason", FinishReason)
 def test_every_reason_to_end(server: RunningServer, fake_engine: FakeEngine, reason: FinishReason) -> None:
     fake_engine.config.last_reason = reason
