@@ -1,7 +1,7 @@
 """From a request of another API to one of chat completions, which is then judged and answered as any other."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,8 +46,9 @@ def check_extra(body: BaseModel, path: str = CHAT, model: type[BaseModel] = Chat
             raise UnsupportedParameterError(name, f"It is a parameter of {owner}.")
 
 
-def chat_request(body: BaseModel, fields: Mapping[str, Any]) -> ChatCompletionRequest:
-    """`fields` are what the declared fields of `body` are in chat completions; null ones are left out.
+def chat_request(body: BaseModel, fields: Mapping[str, Any], ignored: Sequence[str] = ()) -> ChatCompletionRequest:
+    """`fields` are what the declared fields of `body` are in chat completions; null ones are left out. `ignored` are
+    names of those without effect, which are reported as unknown ones are.
 
     Of its others, parameters of sampling mean what they mean in chat completions, and what nobody knows is left to
     the frame. Raises BadRequestError for a value that cannot be.
@@ -57,6 +58,7 @@ def chat_request(body: BaseModel, fields: Mapping[str, Any]) -> ChatCompletionRe
         given.setdefault(name, value)
     for name in type(body).model_fields:
         given.update(dict.fromkeys(_unknown_fields(getattr(body, name), name), True))
+    given.update(dict.fromkeys(ignored, True))
     try:
         return ChatCompletionRequest.model_validate(given)
     except ValidationError as error:

@@ -11,6 +11,7 @@ from server.errors import APIError
 from server.generate.chat import token_logprobs
 from server.generate.choices import Delta, Position, ToolCallDelta
 from server.generate.events import frame_events
+from server.generate.token_fields import NO_FIELDS, TokenFields
 from server.response_store import ResponseStore, StoredResponse
 from server.schemas.chat import TokenLogprob
 from server.schemas.common import Account, Usage
@@ -63,13 +64,20 @@ class ResponseWriter:
     """One choice. The output's last item is the one that grows; a whole answer is a stream whose events nobody sees."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stored: StoredResponse, store: ResponseStore | None, *, with_logprobs: bool
+        self,
+        tokenizer: Tokenizer,
+        stored: StoredResponse,
+        store: ResponseStore | None,
+        *,
+        with_logprobs: bool,
+        fields: TokenFields = NO_FIELDS,
     ) -> None:
         """`store` is None where the response is not to be kept."""
         self._tokenizer = tokenizer
         self._stored = stored
         self._store = store
         self._with_logprobs = with_logprobs
+        self._fields = fields
         self._was_stored = store is not None and store.get(stored.response.id) is not None
         self._num_events = 0
         self._open: tuple[str, int] | None = None  # kind of the last item and which call it is; None: it is done
@@ -167,7 +175,7 @@ class ResponseWriter:
         self._positions += positions
         num_known = next((i for i, each in enumerate(self._positions) if each.is_content is None), len(self._positions))
         known, self._positions = self._positions[:num_known], self._positions[num_known:]
-        return token_logprobs(self._tokenizer, [each for each in known if each.is_content])
+        return token_logprobs(self._tokenizer, [each for each in known if each.is_content], self._fields)
 
     def _write(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[Event]:
         yield from self._switch(("message", 0), lambda: MessageItem(id=_new_id("msg_"), content=[]), OutputText)
