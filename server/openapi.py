@@ -218,7 +218,7 @@ REQUEST_ID = {"x-request-id": _header("The request's own, or one that the server
 GENERATION = {
     "x-lightwell-seed": _header("The seed that was used.", pattern="^-?[0-9]+$"),
     "x-lightwell-deterministic": _header("Whether the answer is the same at any load.", enum=["true", "false"]),
-    "x-lightwell-warnings": _header("Parameters that were ignored because they are unknown."),
+    "x-lightwell-warnings": _header("Parameters that were ignored: unknown ones, and those without effect."),
 }
 OF_ERRORS = {
     "retry-after": _header("With 429 and 503: seconds after which to try again.", pattern="^[0-9]+$"),

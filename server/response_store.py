@@ -18,11 +18,17 @@ class StoredResponse:
     input_items: list[dict[str, Any]]
     earlier_items: list[dict[str, Any]] = field(default_factory=list)  # of the responses that it follows
     num_bytes: int = 0  # of the whole conversation as JSON
+    item_ids: list[str] = field(default_factory=list)  # of its own items, when it was stored
+
+    @property
+    def own_items(self) -> list[dict[str, Any]]:
+        """What was asked, and the answer."""
+        return [*self.input_items, *msgspec.to_builtins(self.response.output)]
 
     @property
     def items(self) -> list[dict[str, Any]]:
         """The whole conversation, but for instructions."""
-        return [*self.earlier_items, *self.input_items, *msgspec.to_builtins(self.response.output)]
+        return [*self.earlier_items, *self.own_items]
 
 
 class ResponseStore:
@@ -35,6 +41,9 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._by_id: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._holders: dict[
+            str, list[str]
+        ] = {}  # id of an item -> those of the responses that have it, the latest last
         self._num_bytes = 0
         self._lock = threading.RLock()  # an answer with log probabilities is made in a thread
 
@@ -51,12 +60,23 @@ class ResponseStore:
                 self._by_id.move_to_end(response_id)
             return self._by_id.get(response_id)
 
+    def item(self, item_id: str) -> dict[str, Any] | None:
+        """An item of one of the responses, of its input or of its output."""
+        with self._lock:
+            holders = self._holders.get(item_id)
+            stored = self.get(holders[-1]) if holders else None
+            own_items = stored.own_items if stored is not None else []
+            return next((item for item in own_items if item["id"] == item_id), None)
+
     def put(self, stored: StoredResponse) -> None:
         """Adds a response, or counts anew one that has grown."""
         num_bytes = len(msgspec.json.encode((stored.items, stored.response)))
         with self._lock:
             self.delete(stored.response.id)
             stored.num_bytes = num_bytes
+            stored.item_ids = list(dict.fromkeys(item["id"] for item in stored.own_items))
+            for item_id in stored.item_ids:
+                self._holders.setdefault(item_id, []).append(stored.response.id)
             self._by_id[stored.response.id] = stored
             self._num_bytes += num_bytes
             while len(self._by_id) > self._max_responses or self._num_bytes > self._max_bytes:
@@ -68,4 +88,12 @@ class ResponseStore:
             stored = self._by_id.pop(response_id, None)
             if stored is not None:
                 self._num_bytes -= stored.num_bytes
+                for item_id in stored.item_ids:
+                    self._drop_holder(item_id, response_id)
             return stored is not None
+
+    def _drop_holder(self, item_id: str, response_id: str) -> None:
+        holders = self._holders[item_id]
+        holders.remove(response_id)
+        if not holders:
+            del self._holders[item_id]

@@ -27,6 +27,7 @@ class Position:
     token_id: int
     logprobs: TokenLogprobs | None  # None: a prompt's first token, which follows nothing
     offset: int  # characters of the choice's text before the token
+    is_content: bool | None = True  # None: not known yet, as where "<" may begin a tag; it is set once it is
 
 
 @dataclass(slots=True)
@@ -111,6 +112,7 @@ class ChoiceParts:
         self._parser = parser
         self._choice_id = choice_id
         self._num_calls = 0
+        self.last_is_content = False  # of what came so far
 
     @property
     def is_thinking(self) -> bool:
@@ -121,13 +123,20 @@ class ChoiceParts:
         """Of a choice whose model came to its end."""
         return self._parser.format.calls_end if self._parser.ends_with_calls else FinishReason.STOP.value
 
-    def push(self, text: str, delta: Delta) -> None:
-        for part in self._parser.push(text):
-            self._write(part, delta)
+    def push(self, text: str, delta: Delta) -> bool | None:
+        """Whether what was not known until now is content; None: it still is not known."""
+        return self._write_all(self._parser.push(text), delta)
 
     def finish(self, delta: Delta) -> None:
-        for part in self._parser.finish():
+        self._write_all(self._parser.finish(), delta)
+
+    def _write_all(self, parts: Sequence[Part], delta: Delta) -> bool | None:
+        for part in parts:
             self._write(part, delta)
+        if not parts:
+            return None if self._parser.is_holding else False  # a tag, or layout
+        self.last_is_content = parts[-1].kind is PartKind.CONTENT
+        return any(part.kind is PartKind.CONTENT for part in parts)
 
     def _write(self, part: Part, delta: Delta) -> None:
         match part.kind:
@@ -192,6 +201,7 @@ class ChoiceState:
         self._parts = parts
         self._num_chars = 0  # of the text, released
         self._held: list[Position] = []
+        self._unknown: list[Position] = []  # of which it is not known whether they are content
 
     def push(self, event: TokenEvent) -> Delta:
         """`event` must not be an error, nor follow the end."""
@@ -200,16 +210,20 @@ class ChoiceState:
         num_seen = self._text.num_tokens
         hides_last = event.stop_token_id is not None and not self._include_stop
         delta = Delta(self.index, "")
-        for token_id in event.token_ids[:-1] if hides_last else event.token_ids:
-            self._add_text(self._text.push((token_id,)), delta)
+        for number, token_id in enumerate(event.token_ids[:-1] if hides_last else event.token_ids):
+            text = self._text.push((token_id,))
+            if event.logprobs is not None:
+                self._hold(token_id, event.logprobs[number], self._text.offsets[-1])
+            self._add_text(text, delta)
             self.num_reasoning_tokens += self._parts is not None and self._parts.is_thinking
             if self._text.stopped is not None:
                 break
+        ends_hidden = hides_last and self._text.stopped is None
         self._end(event, delta)
-        num_new = self._text.num_tokens - num_seen + (hides_last and self._text.stopped is None)
+        if ends_hidden and event.logprobs is not None:
+            self._hold(event.token_ids[-1], event.logprobs[-1], self._num_chars)
+        num_new = self._text.num_tokens - num_seen + ends_hidden
         self.num_tokens += num_new
-        if event.logprobs is not None:
-            self._hold(event.token_ids[:num_new], event.logprobs, num_seen)
         delta.positions = self._release()
         delta.token_ids = event.token_ids[:num_new]
         self.seconds += time.perf_counter() - start
@@ -234,7 +248,14 @@ class ChoiceState:
         if self._parts is None:
             delta.text += text
         elif text:
-            self._parts.push(text, delta)
+            self._judge(self._parts.push(text, delta))
+
+    def _judge(self, is_content: bool | None) -> None:
+        """Says of the tokens whether they are content, as soon as it is known."""
+        if is_content is not None:
+            for position in self._unknown:
+                position.is_content = is_content
+            self._unknown.clear()
 
     def _end(self, event: TokenEvent, delta: Delta) -> None:
         """The rest of the text and the finish reason, if the choice ends here."""
@@ -252,13 +273,17 @@ class ChoiceState:
         if delta.stop_string is None and event.stop_token_id in self._stop_token_ids:
             delta.stop_token_id = event.stop_token_id
 
-    def _hold(self, token_ids: list[int], logprobs: list[TokenLogprobs], num_seen: int) -> None:
-        offsets = self._text.offsets[num_seen:]
-        offsets += [self._num_chars] * (len(token_ids) - len(offsets))  # an end token that is not in the text
-        self._held += map(Position, token_ids, logprobs, offsets)
+    def _hold(self, token_id: int, logprobs: TokenLogprobs, offset: int) -> None:
+        position = Position(token_id, logprobs, offset)
+        self._held.append(position)
+        if self._parts is not None:
+            position.is_content = None
+            self._unknown.append(position)
 
     def _release(self) -> list[Position]:
         """At the end all that is held, but for the tokens of a stop string that is not in the text."""
+        if self.finish_reason is not None and self._parts is not None:
+            self._judge(self._parts.last_is_content)
         if self.finish_reason is not None and not (self.stopped_by_text and not self._include_stop):
             num_free = len(self._held)
         else:

@@ -1,7 +1,7 @@
 """From a request of another API to one of chat completions, which is then judged and answered as any other."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,10 +48,14 @@ def check_extra(body: BaseModel, path: str = CHAT, model: type[BaseModel] = Chat
 
 
 def chat_request(
-    body: BaseModel, fields: Mapping[str, Any], model: type[ChatCompletionRequest] = ChatCompletionRequest
+    body: BaseModel,
+    fields: Mapping[str, Any],
+    model: type[ChatCompletionRequest] = ChatCompletionRequest,
+    *,
+    ignored: Sequence[str] = (),
 ) -> ChatCompletionRequest:
-    """`fields` are what the declared fields of `body` are in chat completions; null ones are left out. `model` may
-    have other limits than these.
+    """`fields` are what the declared fields of `body` are in chat completions; null ones are left out. `ignored` are
+    names of those without effect, which are reported as unknown ones are. `model` may have other limits.
 
     Of its others, parameters of sampling mean what they mean in chat completions, and what nobody knows is left to
     the frame. Raises BadRequestError for a value that cannot be.
@@ -61,6 +65,7 @@ def chat_request(
         given.setdefault(name, value)
     for name in type(body).model_fields:
         given.update(dict.fromkeys(_unknown_fields(getattr(body, name), name), True))
+    given.update(dict.fromkeys(ignored, True))
     try:
         return model.model_validate(given)
     except ValidationError as error:

@@ -31,7 +31,10 @@ class Writer(Protocol):
     """How an endpoint writes its answer."""
 
     def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
-        """What a stream says about additions to choices, framed; may be nothing. `usage` is that so far."""
+        """What a stream says about additions to choices, framed; may be nothing. `usage` is that so far.
+
+        Called first without additions, for what comes before the first token.
+        """
         ...
 
     def end(self, usage: Usage, account: Account | UnsetType) -> bytes:

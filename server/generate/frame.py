@@ -355,6 +355,8 @@ async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> As
     def encode(batch: list[Delta]) -> bytes:
         return writer.events(batch, generation.usage)
 
+    if opening := encode([]):  # what names the answer does not wait for its first token
+        yield opening
     interval = job.body.stream_interval or 1
     async with aclosing(generation.deltas()) as deltas, aclosing(paced(deltas, interval)) as batches:
         async for batch in batches:

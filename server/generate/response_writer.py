@@ -9,9 +9,11 @@ from msgspec import UNSET, UnsetType
 
 from server.errors import APIError
 from server.generate.chat import token_logprobs
-from server.generate.choices import Delta, ToolCallDelta
+from server.generate.choices import Delta, Position, ToolCallDelta
 from server.generate.events import frame_events
+from server.generate.token_fields import NO_FIELDS, TokenFields
 from server.response_store import ResponseStore, StoredResponse
+from server.schemas.chat import TokenLogprob
 from server.schemas.common import Account, Usage
 from server.schemas.response_events import (
     ArgumentsDelta,
@@ -52,6 +54,7 @@ from server.text.tokenizer import Tokenizer
 STATUSES: Mapping[str, Literal["completed", "incomplete", "cancelled"]] = {
     "stop": "completed",
     "tool_calls": "completed",
+    "repetition": "completed",
     "length": "incomplete",
     "abort": "cancelled",
 }
@@ -61,17 +64,25 @@ class ResponseWriter:
     """One choice. The output's last item is the one that grows; a whole answer is a stream whose events nobody sees."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stored: StoredResponse, store: ResponseStore | None, *, with_logprobs: bool
+        self,
+        tokenizer: Tokenizer,
+        stored: StoredResponse,
+        store: ResponseStore | None,
+        *,
+        with_logprobs: bool,
+        fields: TokenFields = NO_FIELDS,
     ) -> None:
         """`store` is None where the response is not to be kept."""
         self._tokenizer = tokenizer
         self._stored = stored
         self._store = store
         self._with_logprobs = with_logprobs
+        self._fields = fields
         self._was_stored = store is not None and store.get(stored.response.id) is not None
         self._num_events = 0
         self._open: tuple[str, int] | None = None  # kind of the last item and which call it is; None: it is done
         self._finish_reason = "stop"
+        self._positions: list[Position] = []  # from the first one on of which it is not known whether it is content
 
     @property
     def response(self) -> ResponseObject:
@@ -110,8 +121,9 @@ class ResponseWriter:
             yield InProgress(response=self.response)
 
     def _finish(self, usage: Usage) -> Iterator[Event]:
-        yield from self._close("completed" if self._finish_reason in ("stop", "tool_calls") else "incomplete")
-        self.response.status = STATUSES[self._finish_reason]
+        status = STATUSES[self._finish_reason]
+        yield from self._close("completed" if status == "completed" else "incomplete")
+        self.response.status = status
         if self._finish_reason == "length":
             self.response.incomplete_details = IncompleteDetails("max_output_tokens")
         self.response.usage = _usage(usage)
@@ -136,11 +148,16 @@ class ResponseWriter:
 
     def _grow(self, deltas: Sequence[Delta]) -> Iterator[Event]:
         for delta in deltas:
+            calls = delta.tool_calls
+            if calls and self._open == ("function_call", calls[0].index):  # text of the same delta comes after it
+                yield from self._call(calls[0])
+                calls = calls[1:]
             if delta.reasoning:
                 yield from self._think(delta.reasoning)
-            if delta.text or delta.positions:
-                yield from self._write(delta)
-            for call in delta.tool_calls:
+            logprobs = self._take_logprobs(delta.positions)
+            if delta.text or (logprobs and self._open == ("message", 0)):
+                yield from self._write(delta.text, logprobs)
+            for call in calls:
                 yield from self._call(call)
             self._finish_reason = delta.finish_reason or "stop"
 
@@ -151,14 +168,22 @@ class ResponseWriter:
         item.content[0].text += text
         yield ReasoningDelta(**self._place(), delta=text)
 
-    def _write(self, delta: Delta) -> Iterator[Event]:
+    def _take_logprobs(self, positions: Sequence[Position]) -> list[TokenLogprob]:
+        """Those of the tokens that are known to be content; they are known together with their text."""
+        if not self._with_logprobs:
+            return []
+        self._positions += positions
+        num_known = next((i for i, each in enumerate(self._positions) if each.is_content is None), len(self._positions))
+        known, self._positions = self._positions[:num_known], self._positions[num_known:]
+        return token_logprobs(self._tokenizer, [each for each in known if each.is_content], self._fields)
+
+    def _write(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[Event]:
         yield from self._switch(("message", 0), lambda: MessageItem(id=_new_id("msg_"), content=[]), OutputText)
         item = self._item
         assert isinstance(item, MessageItem)
-        logprobs = token_logprobs(self._tokenizer, delta.positions) if self._with_logprobs else []
-        item.content[0].text += delta.text
+        item.content[0].text += text
         item.content[0].logprobs += logprobs
-        yield TextDelta(**self._place(), delta=delta.text, logprobs=logprobs)
+        yield TextDelta(**self._place(), delta=text, logprobs=logprobs)
 
     def _call(self, call: ToolCallDelta) -> Iterator[Event]:
         def make() -> FunctionCallItem:

@@ -6,21 +6,26 @@ from itertools import groupby
 from typing import Any
 
 from server.context import ServerContext
-from server.errors import InvalidValueError, UnsupportedParameterError
+from server.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError, clip
 from server.generate.chat import ChatEndpoint
 from server.generate.constraints import Constraint, chat_constraint
 from server.generate.conversion import chat_request, check_extra, function_tool, named_tool, text_part, tool_call
 from server.generate.endpoint import Head
 from server.generate.prompts import Prompt
 from server.generate.response_writer import ResponseWriter
-from server.response_store import StoredResponse
+from server.generate.token_fields import TokenFields
+from server.generate.truncation import encode_newest
+from server.response_store import ResponseStore, StoredResponse
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.responses import (
     AllowedTools,
     CallOutput,
-    InputItem,
+    FunctionTool,
+    GivenItem,
     InputMessage,
+    ItemReference,
     NamedTool,
+    OtherTool,
     PastCall,
     PastReasoning,
     Reasoning,
@@ -29,15 +34,16 @@ from server.schemas.responses import (
     SchemaFormat,
     TextConfig,
 )
+from server.text.chat_template import ChatTemplate
 
-NAMES = {  # of chat completions, in errors
+_NAMES = {  # of chat completions, in errors
     "messages": "input",
     r"response_format(\.json_schema)?": "text.format",
-    r"(tools\[\d+\])\.function": r"\1",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
-    "verbosity": "text.verbosity",
 }
+EFFORT_OPTIONS = frozenset(("reasoning_effort", "enable_thinking"))  # of templates
+NO_CHOICES = ("none", "auto")  # what a choice may be where there are no tools
 LOGPROBS = "message.output_text.logprobs"
 NOT_SUPPORTED = ("conversation", "prompt", "context_management")
 ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
@@ -46,14 +52,20 @@ ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output"
 # The request.
 
 
+def error_names(body: ResponsesRequest) -> dict[str, str]:
+    """Patterns of what errors of chat completions name, and what that is here, where tools may have been left out."""
+    left = [index for index, tool in enumerate(body.tools or ()) if isinstance(tool, FunctionTool)]
+    return {rf"tools\[{number}\]\.function": f"tools[{index}]" for number, index in enumerate(left)} | _NAMES
+
+
 def check(body: ResponsesRequest) -> None:
     """What one field says about another, and what cannot be done. Raises BadRequestError."""
     check_extra(body)
     for name in NOT_SUPPORTED:
         if (body.model_extra or {}).get(name) is not None:
             raise UnsupportedParameterError(name)
-    if body.truncation == "auto":
-        raise UnsupportedParameterError("truncation", "Nothing is ever cut: only 'disabled' is.")
+    if body.input is None and body.previous_response_id is None:
+        raise MissingParameterError("input")
     if body.top_logprobs and LOGPROBS not in (body.include or ()):
         message = f"Invalid 'top_logprobs': only allowed with '{LOGPROBS}' in 'include'."
         raise InvalidValueError(message, param="top_logprobs")
@@ -66,14 +78,30 @@ def check(body: ResponsesRequest) -> None:
         raise InvalidValueError(message, param="stream_options")
 
 
-def input_items(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """The request's own items in OpenAI's full form, each with an id."""
+def input_items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, Any]]:
+    """The request's own items in OpenAI's full form, each with an id. Raises InvalidValueError.
+
+    References are to items of responses in `store`.
+    """
     if isinstance(body.input, str):
         return [_full_item(InputMessage(role="user", content=body.input))]
-    return [_full_item(item) for item in body.input]
+    return [
+        _referenced(item.id, f"input[{index}].id", store) if isinstance(item, ItemReference) else _full_item(item)
+        for index, item in enumerate(body.input or ())
+    ]
 
 
-def _full_item(item: InputItem) -> dict[str, Any]:
+def _referenced(item_id: str, param: str, store: ResponseStore) -> dict[str, Any]:
+    item = store.item(item_id)
+    if item is None:
+        message = (
+            f"Item with id '{clip(item_id)}' not found. Items are kept as long as a stored response that has them."
+        )
+        raise InvalidValueError(message, param=param)
+    return item
+
+
+def _full_item(item: GivenItem) -> dict[str, Any]:
     full: dict[str, Any] = {
         "id": item.id or ID_PREFIXES[item.type] + secrets.token_hex(16),
         "type": item.type,
@@ -99,29 +127,46 @@ def _full_parts(content: str | list[Any], kind: str) -> list[dict[str, Any]]:
     return [{"type": kind, "text": text, **more} for text in texts]
 
 
-def to_chat(body: ResponsesRequest, items: Sequence[dict[str, Any]]) -> ChatCompletionRequest:
-    """`items` are the whole conversation. Raises BadRequestError."""
+def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> list[str]:
+    """What is of no effect here: tools that cannot be called, and advice that the model cannot be given."""
+    tools = enumerate(body.tools or ())
+    names = [f"tools[{index}].{tool.type}" for index, tool in tools if isinstance(tool, OtherTool)]
+    options = frozenset() if template is None else template.options
+    effort = body.reasoning.effort if body.reasoning else None
+    if effort not in (None, "none", "medium") and not options & EFFORT_OPTIONS:
+        names.append("reasoning.effort")
+    if body.text is not None and body.text.verbosity not in (None, "medium"):
+        names.append("text.verbosity")
+    return names
+
+
+def to_chat(
+    body: ResponsesRequest, items: Sequence[dict[str, Any]], ignored: Sequence[str] = ()
+) -> ChatCompletionRequest:
+    """`items` are the whole conversation, `ignored` the `ignored_fields`. Raises BadRequestError."""
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     with_logprobs = LOGPROBS in (body.include or ())
+    tools = [function_tool(**_tool_fields(tool)) for tool in _tools(body)]
     fields = {
         "model": body.model,
         "messages": [*system, *_messages(items)],
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
+        "stop": body.stop,
         "stream": body.stream,
         "logprobs": with_logprobs or None,
         "top_logprobs": body.top_logprobs if with_logprobs else None,
-        "tools": [function_tool(**_tool_fields(tool)) for tool in _tools(body)] or None,
-        "tool_choice": _tool_choice(body.tool_choice),
+        "tools": tools or None,
+        "tool_choice": None if not tools and body.tool_choice in NO_CHOICES else _tool_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
-        "reasoning_effort": body.reasoning.effort if body.reasoning else None,
-        "verbosity": body.text.verbosity if body.text else None,
+        "reasoning_effort": body.reasoning.effort if body.reasoning and "reasoning.effort" not in ignored else None,
+        "chat_template_kwargs": body.chat_template_kwargs,
         "response_format": _response_format(body.text),
         "metadata": body.metadata,
         "store": body.store,
     }
-    return chat_request(body, fields)
+    return chat_request(body, fields, ignored=ignored)
 
 
 def _messages(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -166,10 +211,17 @@ def _content(texts: Sequence[str]) -> str | list[dict[str, Any]]:
 
 
 def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """The tools as they are answered with."""
+    """The tools as they are answered with: those that can be called."""
     return [
-        {"type": "function", **{name: getattr(tool, name) for name in ("name", "description", "parameters", "strict")}}
+        {
+            "type": "function",
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": tool.parameters,
+            "strict": bool(tool.strict),
+        }
         for tool in body.tools or ()
+        if isinstance(tool, FunctionTool)
     ]
 
 
@@ -214,6 +266,8 @@ class ResponsesEndpoint:
         self._previous = previous
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
+        if self._body.truncation == "auto":
+            return [encode_newest(context, body)]
         return ChatEndpoint().encode(context, body)
 
     def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
@@ -229,7 +283,13 @@ class ResponsesEndpoint:
         store = None if asked.store is False else context.responses
         if store is not None and (asked.stream or asked.background):
             store.put(stored)
-        return ResponseWriter(context.tokenizer, stored, store, with_logprobs=bool(body.logprobs))
+        return ResponseWriter(
+            context.tokenizer,
+            stored,
+            store,
+            with_logprobs=bool(body.logprobs),
+            fields=TokenFields.asked_for(body, prompts),
+        )
 
 
 def new_response(body: ResponsesRequest, head: Head, defaults: Any) -> ResponseObject:
@@ -253,5 +313,9 @@ def new_response(body: ResponsesRequest, head: Head, defaults: Any) -> ResponseO
         tools=_tools(body),
         top_logprobs=body.top_logprobs or 0,
         top_p=defaults.get("top_p", 1.0) if body.top_p is None else body.top_p,
+        truncation=body.truncation or "disabled",
         metadata=body.metadata or {},
+        user=body.user,
+        safety_identifier=body.safety_identifier,
+        prompt_cache_key=body.prompt_cache_key,
     )

@@ -13,10 +13,11 @@ from server.errors import (
 from server.generate.conversion import renamed_errors
 from server.generate.counting import count_prompt_tokens
 from server.generate.frame import respond, start_in_background
-from server.generate.responses import NAMES, ResponsesEndpoint, check, input_items, to_chat
+from server.generate.responses import ResponsesEndpoint, check, error_names, ignored_fields, input_items, to_chat
 from server.middleware import StrictJSONRoute
 from server.response_store import StoredResponse
 from server.responses import StructResponse
+from server.schemas.chat import ChatCompletionRequest
 from server.schemas.responses import DeletedResponse, InputTokens, ItemList, ResponsesRequest
 
 router = APIRouter()
@@ -30,11 +31,8 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """Answers a conversation, which may go on from a stored one."""
     context = get_context(request)
     check(body)
-    previous = None if body.previous_response_id is None else _previous(context, body.previous_response_id)
-    items = input_items(body)
-    endpoint = ResponsesEndpoint(body, items, previous)
-    with renamed_errors(NAMES):
-        chat = to_chat(body, [*(previous.items if previous else ()), *items])
+    chat, endpoint = _converted(context, body)
+    with renamed_errors(error_names(body)):
         if not body.background:
             return await respond(request, chat, endpoint)
         head, headers = await start_in_background(request, chat, endpoint)
@@ -45,12 +43,20 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
 async def count_input_tokens(request: Request, body: ResponsesRequest) -> Response:
     """How many tokens the conversation is as a prompt. Nothing is generated or kept."""
     check(body)
-    previous = None if body.previous_response_id is None else _previous(get_context(request), body.previous_response_id)
-    items = input_items(body)
-    with renamed_errors(NAMES):
-        chat = to_chat(body, [*(previous.items if previous else ()), *items])
-        num_tokens, headers = await count_prompt_tokens(request, chat, ResponsesEndpoint(body, items, previous))
+    chat, endpoint = _converted(get_context(request), body)
+    with renamed_errors(error_names(body)):
+        num_tokens, headers = await count_prompt_tokens(request, chat, endpoint)
     return StructResponse(InputTokens(num_tokens), headers=headers)
+
+
+def _converted(context: ServerContext, body: ResponsesRequest) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
+    """The request as one of chat completions, with the conversation that it goes on from. Raises BadRequestError."""
+    previous = None if body.previous_response_id is None else _previous(context, body.previous_response_id)
+    items = input_items(body, context.responses)
+    with renamed_errors(error_names(body)):
+        conversation = [*(previous.items if previous else ()), *items]
+        chat = to_chat(body, conversation, ignored_fields(body, context.chat_template))
+    return chat, ResponsesEndpoint(body, items, previous)
 
 
 @router.get("/v1/responses/{response_id}")

@@ -7,14 +7,15 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag
 
-from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, TokenLogprob
-from server.schemas.common import Account
+from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, TemplateOptions, TokenLogprob
+from server.schemas.common import Account, Stop
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
 MAX_METADATA = 16  # entries
+MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters
 
 # Requests.
 
@@ -39,7 +40,18 @@ class PastText(Part):
     logprobs: list[Any] | None = None
 
 
-TextPart = Annotated[InputText | PastText, Field(discriminator="type")]
+class PastRefusal(Part):
+    """What an earlier answer, of another model, said instead. It is text as any other."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+TextPart = Annotated[InputText | PastText | PastRefusal, Field(discriminator="type")]
 TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
@@ -84,13 +96,24 @@ class PastReasoning(Item):
     encrypted_content: str | None = None
 
 
+class ItemReference(Part):
+    """An item of a stored response."""
+
+    type: Literal["item_reference"]
+    id: str = Field(min_length=1)
+
+
 def _name_type(value: object) -> object:
-    """Messages may leave out their type."""
-    return {"type": "message"} | value if isinstance(value, dict) else value
+    """Messages may leave out their type, and so may references, which are nothing but an id."""
+    if not isinstance(value, dict) or value.get("type") is not None:
+        return value
+    is_reference = value.keys() - {"type"} == {"id"}
+    return value | {"type": "item_reference" if is_reference else "message"}
 
 
+GivenItem = InputMessage | PastCall | CallOutput | PastReasoning
 InputItem = Annotated[
-    Annotated[InputMessage | PastCall | CallOutput | PastReasoning, Field(discriminator="type")],
+    Annotated[GivenItem | ItemReference, Field(discriminator="type")],
     BeforeValidator(_name_type),
 ]
 
@@ -101,6 +124,25 @@ class FunctionTool(Part):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+class OtherTool(BaseModel):
+    """A tool that the server of the model would have to run, or of a form that it does not know. It is left out."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: str
+
+
+def _kind_of_tool(value: object) -> str:
+    kind = value.get("type", "function") if isinstance(value, dict) else getattr(value, "type", "function")
+    return "function-tool" if kind == "function" else "other-tool"
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("function-tool")] | Annotated[OtherTool, Tag("other-tool")],
+    Discriminator(_kind_of_tool),
+]
 
 
 class NamedTool(Part):
@@ -114,7 +156,15 @@ class AllowedTools(Part):
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
-ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
+def _kind_of_choice(value: object) -> str:
+    return "choice-of-tools" if isinstance(value, dict | BaseModel) else "choice-word"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("choice-word")]
+    | Annotated[Annotated[NamedTool | AllowedTools, Field(discriminator="type")], Tag("choice-of-tools")],
+    Discriminator(_kind_of_choice),
+]
 
 
 class PlainFormat(Part):
@@ -131,11 +181,15 @@ class SchemaFormat(Part):
 
 class TextConfig(Part):
     format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        None, description="Without effect; other values than medium are reported."
+    )
 
 
 class Reasoning(Part):
-    effort: str | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Handed to the chat template. Without effect, and reported, where that reads none."
+    )
     summary: Literal["auto", "concise", "detailed"] | None = Field(
         None, description="Accepted; thoughts are answered with as they are, not summarized."
     )
@@ -158,11 +212,26 @@ class ResponseStreamOptions(Part):
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to the events either way.")
 
 
+def _check_metadata(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if len(name) > MAX_METADATA_KEY:
+            raise ValueError(f"expected keys of at most {MAX_METADATA_KEY} characters, but got one of {len(name)}.")
+        if len(text) > MAX_METADATA_VALUE:
+            limit = f"at most {MAX_METADATA_VALUE} characters"
+            raise ValueError(f"expected values of {limit}, but that of '{name}' has {len(text)}.")
+    return value
+
+
+Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), AfterValidator(_check_metadata)]
+
+
 class ResponsesRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str = Field(description="Name of the model, one of GET /v1/models.")
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = (
+        Field(None, description="What the model answers. Optional only with previous_response_id.")
+    )
     instructions: str | None = Field(None, description="A system message before all else. Holds for this request.")
     previous_response_id: str | None = Field(None, description="A stored response whose conversation goes on.")
     max_output_tokens: int | None = Field(
@@ -174,14 +243,30 @@ class ResponsesRequest(BaseModel):
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="Alternatives of each token; include message.output_text.logprobs."
     )
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    stop: Stop = Field(None, description="Up to four strings that end the text; they are not part of it.")
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description="Functions that the model may call. Tools of other types are left out, and reported."
+    )
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = Field(None, ge=1, description="Accepted; there are no built-in tools to count.")
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    truncation: Literal["disabled", "auto"] | None = Field(None, description="Only disabled: nothing is ever cut.")
-    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
+    chat_template_kwargs: TemplateOptions | None = Field(
+        None, description="Values of variables that the model's chat template reads, such as enable_thinking."
+    )
+    truncation: Literal["disabled", "auto"] | None = Field(
+        None,
+        description="auto: where the conversation is too long, its oldest turns are left out, but no instructions. "
+        "Default disabled: it is refused.",
+    )
+    metadata: Metadata | None = Field(None, description="Answered with.")
+    user: str | None = Field(None, description="Answered with.")
+    safety_identifier: str | None = Field(None, description="Answered with.")
+    prompt_cache_key: str | None = Field(None, description="Answered with; prefixes are found without it.")
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
+        None, description="Accepted; there is one tier, default."
+    )
     store: bool | None = Field(None, description="Keep the response for a while, to be asked for. Default true.")
     background: bool | None = Field(None, description="Answer at once, and generate without a connection.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
@@ -279,9 +364,13 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     tools: list[dict[str, Any]]
     top_logprobs: int
     top_p: float
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["disabled", "auto"] = "disabled"
     usage: ResponseUsage | None = None
     metadata: dict[str, str]
+    service_tier: Literal["default"] = "default"
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     lightwell: Account | UnsetType = UNSET
 
 

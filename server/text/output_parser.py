@@ -49,6 +49,11 @@ class OutputParser:
         return self._reasoning is not None and self._reasoning.is_inside
 
     @property
+    def is_holding(self) -> bool:
+        """Whether there is text of which it is not known yet what it is."""
+        return self._tools.is_holding or (self._reasoning is not None and self._reasoning.is_holding)
+
+    @property
     def ends_with_calls(self) -> bool:
         """Whether tools are to be called now: there are calls, and none is broken off."""
         return self._tools.num_calls > 0 and self._tools.is_complete

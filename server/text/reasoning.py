@@ -56,6 +56,11 @@ class ReasoningParser:
     def is_inside(self) -> bool:
         return self._state is _State.INSIDE
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether there is text of which it is not known yet what it is."""
+        return bool(self._held)
+
     def push(self, text: str) -> tuple[str, str]:
         """What can be released as reasoning and as content."""
         text, self._held = self._held + text, ""

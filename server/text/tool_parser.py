@@ -60,6 +60,11 @@ class ToolParser:
         self._is_blank = True  # there was nothing but white space since the start or the last call
         self._parts: list[Part] = []
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether there is text of which it is not known yet what it is."""
+        return bool(self._buffer or self._held or self._object)
+
     def push(self, text: str) -> list[Part]:
         self._buffer += text
         while self._state():

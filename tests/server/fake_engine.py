@@ -52,7 +52,7 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     hang_after_steps: int | None = None  # no step, no heartbeat, nothing read from then on
     exit_after_steps: int | None = None  # of the process; only for FakeEngineProcess
     fail_request: bool = False  # each choice ends with an error
-    end_reason: FinishReason = FinishReason.STOP  # why a choice ends with the end token
+    last_reason: FinishReason = FinishReason.STOP  # what a choice ends with at its end token
     num_cached_tokens: int = 0
     max_model_len: int = 2048
     max_num_seqs: int = 8
@@ -225,7 +225,8 @@ class _Loop:
         if params.logprobs is not None:
             event.logprobs = [_logprobs(token_id, params.logprobs)]
         if token_id in params.stop_token_ids or (token_id == EOS_TOKEN_ID and not params.ignore_eos):
-            event.finish_reason, event.stop_token_id = self.config.end_reason, token_id
+            event.finish_reason = self.config.last_reason
+            event.stop_token_id = token_id if event.finish_reason is FinishReason.STOP else None
         elif choice.num_output_tokens == params.max_tokens or not choice.reply:
             event.finish_reason = FinishReason.LENGTH
 

@@ -144,6 +144,12 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
             "max_output_tokens": 5,
             "temperature": 0.5,
             "top_p": 0.5,
+            "stop": "wor",
+            "chat_template_kwargs": {"enable_thinking": True},
+            "truncation": "auto",
+            "user": "me",
+            "safety_identifier": "me",
+            "prompt_cache_key": "a",
             "include": ["message.output_text.logprobs"],
             "top_logprobs": ({"include": ["message.output_text.logprobs"]}, 2),
             "tools": [{"type": "function", "name": "weather", "parameters": SCHEMA}],
@@ -232,7 +238,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     },
     RESPONSES: {
         "previous_response_id": "test_responses",
-        "truncation": "only what is done anyway",
+        "service_tier": "there is one tier",
         "stream_options": "nothing is obfuscated",
     },
     COUNT: {

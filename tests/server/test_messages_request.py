@@ -160,7 +160,7 @@ def test_a_context_that_is_too_long(tiny: RunningServer) -> None:
 
 @pytest.mark.parametrize("reason", FinishReason)
 def test_every_end_has_a_reason(server: RunningServer, fake_engine: FakeEngine, reason: FinishReason) -> None:
-    fake_engine.config.end_reason = reason
+    fake_engine.config.last_reason = reason
     if reason in (FinishReason.ERROR, FinishReason.ABORT):  # which here means that the engine gave up
         assert error_of(ask(server.url), 500)[0] == "api_error"
         assert ask_events(server.url)[-1]["error"]["type"] == "api_error"

@@ -37,7 +37,12 @@ def test_against_a_list(seed: int) -> None:
         if action < 0.2:
             assert store.get(target) is found
             model += [model.pop(model.index(found))] if found else []
-        elif action < 0.3:
+        elif action < 0.25:
+            kind = rng.choice(("msg", "out"))
+            item = store.item(f"{kind}_{target.removeprefix('resp_')}")
+            assert item == (found and found.own_items[kind == "out"])
+            model += [model.pop(model.index(found))] if found else []
+        elif action < 0.35:
             assert store.delete(target) is (found is not None)
             model = [each for each in model if each is not found]
         else:
@@ -47,6 +52,28 @@ def test_against_a_list(seed: int) -> None:
             while len(model) > 8 or sum(map(size_of, model)) > 20_000:
                 del model[0]
         assert (len(store), store.num_bytes) == (len(model), sum(map(size_of, model)))
+
+
+def test_an_item_of_several_responses_stays_until_the_last_one_goes() -> None:
+    store, (first, second) = ResponseStore(2, 10_000), (make(1, 1), make(2, 1))
+    second.input_items.insert(0, first.input_items[0])
+    store.put(first)
+    store.put(second)
+    for response_id in ("resp_2", "resp_1"):
+        assert store.item("msg_1") == first.input_items[0]
+        store.delete(response_id)
+    assert store.item("msg_1") is None
+
+
+def test_an_item_of_an_answer_is_there_once_it_is_stored() -> None:
+    store, stored = ResponseStore(2, 10_000), make(1, 1)
+    output = stored.response.output
+    stored.response.output = []
+    store.put(stored)
+    stored.response.output = output
+    assert store.item("out_1") is None
+    store.put(stored)
+    assert (store.item("out_1") or {})["content"][0]["text"] == "y"
 
 
 def test_a_conversation() -> None:

@@ -22,6 +22,7 @@ EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 ITEM: TypeAdapter[Any] = TypeAdapter(ResponseItem)
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
 CALL = {"type": "function_call", "call_id": "call_1", "name": "add", "arguments": '{"a": 1}'}
+NOTHING = ResponseStore(0, 0)
 
 
 def request(**fields: Any) -> ResponsesRequest:
@@ -31,7 +32,7 @@ def request(**fields: Any) -> ResponsesRequest:
 def convert(**fields: Any) -> dict[str, Any]:
     """What of a chat request is set."""
     body = request(**fields)
-    return to_chat(body, input_items(body)).model_dump(exclude_unset=True, by_alias=True)
+    return to_chat(body, input_items(body, NOTHING)).model_dump(exclude_unset=True, by_alias=True)
 
 
 def test_a_conversation_with_tools() -> None:
@@ -64,7 +65,7 @@ def test_a_conversation_with_tools() -> None:
     assert another == {"role": "assistant", "tool_calls": calls[2:]}
     assert last_result["content"] == ""
     assert last == {"role": "user", "content": [{"type": "text", "text": text} for text in "AB"]}
-    for item in input_items(request(input=items)):
+    for item in input_items(request(input=items), NOTHING):
         ITEM.validate_python(item)
         assert item["id"]
 
@@ -186,8 +187,21 @@ def test_the_whole_answer_has_the_same_items(tokenizer: Tokenizer) -> None:
     ]
 
 
+def test_text_that_comes_with_the_end_of_a_call(tokenizer: Tokenizer) -> None:
+    writer = make_writer(tokenizer)
+    writer.events([Delta(0, "", tool_calls=[ToolCallDelta(0, "call_1", "add", '{"a"')])], USAGE)
+    last, other = ToolCallDelta(0, "", "", ": 1}"), ToolCallDelta(1, "call_2", "sub", "{}")
+    writer.events([Delta(0, "Then", tool_calls=[last, other], finish_reason="tool_calls")], USAGE)
+    *_, end = parse(writer.end(USAGE))
+    assert [(item["type"], item.get("arguments")) for item in end["response"]["output"]] == [
+        ("function_call", '{"a": 1}'),
+        ("message", None),
+        ("function_call", "{}"),
+    ]
+
+
 def test_the_request_is_echoed(tokenizer: Tokenizer) -> None:
-    tool = {"type": "function", "name": "add", "description": None, "parameters": PARAMETERS, "strict": None}
+    tool = {"type": "function", "name": "add", "description": None, "parameters": PARAMETERS, "strict": False}
     choice = {"type": "function", "name": "add"}
     text = {"format": {"type": "json_schema", "name": "x", "schema": PARAMETERS}}
     writer = make_writer(

@@ -1,0 +1,57 @@
+"""Conversations that are longer than the context, and whose client agrees that the oldest is left out."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from server.context import ServerContext
+from server.errors import BadRequestError
+from server.generate.chat_prompt import encode_request
+from server.generate.prompts import Prompt
+from server.schemas.chat import ChatCompletionRequest, ChatMessage
+
+SYSTEM = ("system", "developer")
+
+
+def encode_newest(context: ServerContext, body: ChatCompletionRequest) -> Prompt:
+    """The prompt without as many of the oldest messages as it takes to fit; messages of the system all stay.
+
+    Where even the last of them is too long, it is the prompt of all: who asks is told its length. Raises
+    BadRequestError.
+    """
+    room = context.max_model_len - (body.max_output_tokens or 1)
+    whole = _encode(context, body)
+    if whole is not None and len(whole.token_ids) <= room:
+        return whole
+
+    def fitting(start: int) -> Prompt | None:
+        kept = [message for index, message in enumerate(body.messages) if index >= start or message.role in SYSTEM]
+        prompt = _encode(context, body.model_copy(update={"messages": kept}), is_cut=True)
+        return prompt if prompt is not None and len(prompt.token_ids) <= room else None
+
+    starts = _starts(body.messages)
+    first = bisect_left(starts, True, key=lambda start: fitting(start) is not None)
+    prompt = fitting(starts[first]) if first < len(starts) else whole
+    return encode_request(context, body) if prompt is None else prompt
+
+
+def _starts(messages: Sequence[ChatMessage]) -> list[int]:
+    """Where what is kept may begin: with a user's message, as templates expect; of the last turn also within, but not
+    between a call and its result.
+    """
+    others = [index for index, message in enumerate(messages) if message.role not in SYSTEM]
+    last_user = max((index for index in others if messages[index].role == "user"), default=-1)
+    return [
+        index
+        for index in others[1:]
+        if messages[index].role == "user" or (index > last_user and messages[index].role != "tool")
+    ]
+
+
+def _encode(context: ServerContext, body: ChatCompletionRequest, *, is_cut: bool = False) -> Prompt | None:
+    """None: it is far too long, or it is cut where the template does not allow it."""
+    try:
+        return encode_request(context, body)
+    except BadRequestError as error:
+        if not is_cut and error.code != "context_length_exceeded":
+            raise
+        return None
