@@ -87,7 +87,7 @@ def test_errors_name_the_field(client: OpenAI) -> None:
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": openai.omit, "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, "tool_choice"),
-        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}, "chat_template_kwargs"),
+        ({"extra_body": {"chat_template_kwargs": []}}, "chat_template_kwargs"),
     ]
     for fields, param in wrong:
         with pytest.raises(openai.BadRequestError) as caught:
