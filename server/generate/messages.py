@@ -344,13 +344,17 @@ class MessagesWriter:
         )
 
     def _additions(self, delta: Delta) -> Iterator[msgspec.Struct]:
+        calls = delta.tool_calls
+        if calls and self._open == ("tool_use", calls[0].index):  # text of the same delta comes after it
+            yield from self._call(calls[0])
+            calls = calls[1:]
         if delta.reasoning and self._with_thinking:
             yield from self._switch(("thinking", 0), ThinkingText(""))
             yield BlockDelta(self._index, ThinkingDelta(delta.reasoning))
         if delta.text:
             yield from self._switch(("text", 0), Text(""))
             yield BlockDelta(self._index, TextDelta(delta.text))
-        for call in delta.tool_calls:
+        for call in calls:
             yield from self._call(call)
 
     def _call(self, call: ToolCallDelta) -> Iterator[msgspec.Struct]:

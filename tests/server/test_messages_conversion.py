@@ -274,6 +274,18 @@ def test_events_of_thoughts_text_and_calls() -> None:
     }
 
 
+def test_the_rest_of_a_call_comes_before_text_of_the_same_delta() -> None:
+    begun = Delta(0, "", tool_calls=[ToolCallDelta(0, "toolu_1", "add", '{"a')])
+    rest = [ToolCallDelta(0, "", "", '": 1}'), ToolCallDelta(1, "toolu_2", "sub", "{}")]
+    last = Delta(0, "So.", finish_reason="tool_calls", tool_calls=rest)
+    stream = writer()
+    events = parse(stream.events([begun], USAGE) + stream.events([last], USAGE) + stream.end(USAGE))
+    starts = [event["content_block"] for event in events if event["type"] == "content_block_start"]
+    assert [start.get("id") for start in starts] == ["toolu_1", None, "toolu_2"]
+    arguments = [event["delta"].get("partial_json") for event in events if event["type"] == "content_block_delta"]
+    assert arguments == ['{"a', '": 1}', None, "{}"]
+
+
 def test_the_whole_answer_has_the_same_blocks() -> None:
     calls = [ToolCallDelta(0, "toolu_1", "add", '{"a": 1}'), ToolCallDelta(1, "toolu_2", "sub", '{"a": ')]
     whole = Delta(0, "So: ", reasoning="Hm.", finish_reason="tool_calls", tool_calls=calls)
