@@ -358,7 +358,9 @@ async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> As
     if opening := encode([]):  # what names the answer does not wait for its first token
         yield opening
     interval = job.body.stream_interval or 1
-    async with aclosing(generation.deltas()) as deltas, aclosing(paced(deltas, interval)) as batches:
+    deltas = generation.deltas()
+    batches = deltas if interval == 1 else paced(deltas, interval)
+    async with aclosing(deltas), aclosing(batches):
         async for batch in batches:
             # With a prompt's log probabilities a batch may have very many.
             in_thread = job.body.num_prompt_logprobs is not None

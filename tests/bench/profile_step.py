@@ -133,7 +133,7 @@ def print_table(columns: dict[str, list[Milliseconds]]) -> None:
     print(f"{'ms in a step, medians':<26}" + "".join(f"{title:>12}" for title in medians))
     for name in next(iter(medians.values())):
         part, operation = name
-        values = "".join(f"{values[name]:>12.2f}" for values in medians.values())
+        values = "".join(f"{values.get(name, 0.0):>12.2f}" for values in medians.values())  # a prompt samples nothing
         print(f"{f'  {operation}' if operation else part:<26}{values}")
 
 
