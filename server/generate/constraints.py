@@ -22,7 +22,7 @@ from server.generate.tag_grammar import StructuralTagError, TagGrammar
 from server.generate.tool_grammar import Marks, tool_grammar
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.common import GenerationRequest
-from server.schemas.structural_tag import Format, StructuralTag
+from server.schemas.structural_tag import Format, JSONSchemaPart, StructuralTag, inner_parts
 from server.schemas.structured import ResponseFormat, StructuredOutputs
 from server.schemas.tools import callable_tools, must_call
 from server.strict_json import is_deeper
@@ -31,6 +31,7 @@ from server.validation import format_path
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # arrays and objects within each other
+MAX_TAG_PARTS = 512  # of a structural tag; each may have to say what comes after it
 OPTIONS = "x-guidance"  # where a schema would tell llguidance how to read it
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
@@ -153,14 +154,19 @@ def _of_tag(context: ServerContext, tag: StructuralTag, param: str) -> Constrain
     return Constraint(msgspec.json.encode({"grammars": parts}).decode(), param)
 
 
-def _check_parts(format: Format, place: str) -> None:
-    """Raises InvalidValueError for a tree that is too deep, and for a schema in it."""
-    tree = format.model_dump()
-    if is_deeper(tree, MAX_SCHEMA_DEPTH):
-        raise _invalid(place, f"it is nested more than {MAX_SCHEMA_DEPTH} levels deep")
-    for part in _values(tree):
-        if isinstance(part, dict) and isinstance(schema := part.get("json_schema"), dict):
-            check_schema(schema, place)
+def _check_parts(format: Format, param: str) -> None:
+    """Raises InvalidValueError for a tree that is too deep or too large, and for a schema in it."""
+    num_parts, level, depth = 0, [format], 0
+    while level:
+        num_parts, depth = num_parts + len(level), depth + 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise _invalid(param, f"it is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+        if num_parts > MAX_TAG_PARTS:
+            raise _invalid(param, f"expected at most {MAX_TAG_PARTS} parts")
+        for part in level:
+            if isinstance(part, JSONSchemaPart):
+                check_schema(part.json_schema, param)
+        level = [inner for part in level for inner in inner_parts(part)]
 
 
 def _terminal(pattern: str) -> str:

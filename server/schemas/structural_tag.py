@@ -136,6 +136,18 @@ Format = Annotated[
 Parts = Annotated[list[Format], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
+def inner_parts(part: Format) -> list[Format]:
+    """The parts that it consists of."""
+    match part:
+        case SequencePart() | OrPart():
+            return part.elements
+        case OptionalPart() | PlusPart() | StarPart() | TagPart():
+            return [part.content]
+        case TriggeredTags() | TagsWithSeparator():
+            return list(part.tags)
+    return []
+
+
 class Structure(Part):
     """JSON between two marks."""
 

@@ -1,6 +1,7 @@
 """Structural tags: answers whose form is a tree of parts, in the form of XGrammar and in the older one."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -131,6 +132,25 @@ def test_a_tree_that_is_too_deep(shared_server: RunningServer) -> None:
         format = {"type": "optional", "content": format}
     wanted = {"type": "structural_tag", "format": format}
     assert check_error(ask(shared_server.url, CHAT, response_format=wanted), 400)["param"].startswith("response_format")
+
+
+def test_a_tree_that_is_too_large(shared_server: RunningServer) -> None:
+    """Each of its parts would say which of all the others may come next."""
+    rows = [parts("sequence", *[{"type": "optional", "content": text("a")}] * 128) for _ in range(10)]
+    wanted = {"type": "structural_tag", "format": parts("sequence", *rows)}
+    for fields in ({"response_format": wanted}, {"structured_outputs": {"structural_tag": json.dumps(wanted)}}):
+        start = time.monotonic()
+        error = check_error(ask(shared_server.url, CHAT, **fields), 400)
+        assert time.monotonic() - start < 1
+        assert error["message"].endswith("expected at most 512 parts.")
+
+
+@pytest.mark.parametrize("depth", [70, 300, 900])
+def test_a_text_that_is_too_deep(shared_server: RunningServer, depth: int) -> None:
+    nested_text = '{"type":"optional","content":' * depth + json.dumps(NUMBER) + "}" * depth
+    wanted = {"structural_tag": f'{{"type":"structural_tag","format":{nested_text}}}'}
+    error = check_error(ask(shared_server.url, COMPLETIONS, structured_outputs=wanted), 400)
+    assert error["param"].startswith("structured_outputs.structural_tag")
 
 
 # The older form.
