@@ -1,7 +1,7 @@
 """Token bytes in, masks out: which tokens may come next in the output of a constrained request. No torch.
 
 A grammar is a text that llguidance reads: Lark with its extensions, or a JSON object that holds a JSON schema or a
-regular expression. It is compiled before admission, in a process that may be killed (`server.grammar_judge`), and again
+regular expression. It is compiled before admission, in a process that may be killed (`grammar_process.py`), and again
 in the engine, to be followed. llguidance computes a mask by walking the tree of all tokens along a lexer of regular
 expressions' derivatives and an Earley parser (https://github.com/guidance-ai/llguidance).
 """

@@ -158,13 +158,17 @@ class EngineClient:
         self.num_in_flight += count
         return Reservation(self, count)
 
-    async def refill(self, reservation: Reservation, count: int) -> None:
-        """Waits for `count` more slots, for a request that has been admitted already. Raises EngineUnavailableError."""
-        while self.num_in_flight + count > self.max_in_flight:
+    async def refill(self, reservation: Reservation, count: int) -> int:
+        """Waits for more slots for a request that has been admitted already. Takes up to `count`.
+
+        Returns how many. Raises EngineUnavailableError.
+        """
+        while (num_free := min(count, self.max_in_flight - self.num_in_flight)) <= 0:
             self.ready_info()
             await asyncio.sleep(REFILL_SECONDS)
-        self.num_in_flight += count
-        reservation.count += count
+        self.num_in_flight += num_free
+        reservation.count += num_free
+        return num_free
 
     def _admit(self, count: int, param: str) -> None:
         if self.draining:

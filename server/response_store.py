@@ -1,5 +1,6 @@
 """The responses that can be asked for again: in memory, the latest ones, gone with the process."""
 
+import re
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from typing import Any
 import msgspec
 
 from server.schemas.responses import ResponseObject
+
+ITEM_ID = re.compile("[a-z]+_[0-9a-f]{32}")  # as they are made here
 
 
 @dataclass(slots=True)
@@ -18,7 +21,7 @@ class StoredResponse:
     input_items: list[dict[str, Any]]
     earlier_items: list[dict[str, Any]] = field(default_factory=list)  # of the responses that it follows
     num_bytes: int = 0  # of the whole conversation as JSON
-    item_ids: list[str] = field(default_factory=list)  # of its own items, when it was stored
+    items_by_id: dict[str, dict[str, Any]] = field(default_factory=dict)  # its own, when it was stored
 
     @property
     def own_items(self) -> list[dict[str, Any]]:
@@ -41,9 +44,7 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._by_id: OrderedDict[str, StoredResponse] = OrderedDict()
-        self._holders: dict[
-            str, list[str]
-        ] = {}  # id of an item -> those of the responses that have it, the latest last
+        self._holders: dict[str, list[str]] = {}  # id of an item -> those of its responses, the latest last
         self._num_bytes = 0
         self._lock = threading.RLock()  # an answer with log probabilities is made in a thread
 
@@ -61,21 +62,22 @@ class ResponseStore:
             return self._by_id.get(response_id)
 
     def item(self, item_id: str) -> dict[str, Any] | None:
-        """An item of one of the responses, of its input or of its output."""
+        """An item of a response's input or output. Its id must have been made here, for no other is secret."""
         with self._lock:
             holders = self._holders.get(item_id)
             stored = self.get(holders[-1]) if holders else None
-            own_items = stored.own_items if stored is not None else []
-            return next((item for item in own_items if item["id"] == item_id), None)
+            return None if stored is None else stored.items_by_id[item_id]
 
     def put(self, stored: StoredResponse) -> None:
         """Adds a response, or counts anew one that has grown."""
         num_bytes = len(msgspec.json.encode((stored.items, stored.response)))
         with self._lock:
             self.delete(stored.response.id)
+            if num_bytes > self._max_bytes:
+                return  # all others would have to go, and then it
             stored.num_bytes = num_bytes
-            stored.item_ids = list(dict.fromkeys(item["id"] for item in stored.own_items))
-            for item_id in stored.item_ids:
+            stored.items_by_id = {item["id"]: item for item in stored.own_items if ITEM_ID.fullmatch(item["id"])}
+            for item_id in stored.items_by_id:
                 self._holders.setdefault(item_id, []).append(stored.response.id)
             self._by_id[stored.response.id] = stored
             self._num_bytes += num_bytes
@@ -88,7 +90,7 @@ class ResponseStore:
             stored = self._by_id.pop(response_id, None)
             if stored is not None:
                 self._num_bytes -= stored.num_bytes
-                for item_id in stored.item_ids:
+                for item_id in stored.items_by_id:
                     self._drop_holder(item_id, response_id)
             return stored is not None
 

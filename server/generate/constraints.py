@@ -27,7 +27,7 @@ from server.schemas.structured import ResponseFormat, StructuredOutputs
 from server.schemas.tools import callable_tools, must_call
 from server.strict_json import is_deeper
 from server.text.output_parser import OutputFormat
-from server.validation import format_path
+from server.validation import format_path, resolve_location
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # arrays and objects within each other
@@ -47,7 +47,9 @@ class Constraint:
 
 
 async def check_constraint(context: ServerContext, constraint: Constraint, body: GenerationRequest) -> None:
-    """Raises InvalidValueError unless the engine can follow the grammar. May take most of a second."""
+    """Raises InvalidValueError unless the engine can follow the grammar, QueueFullError or EngineUnavailableError where
+    that cannot be found out now. May take most of a second, after those that came before.
+    """
     for name in EXCLUSIVE:
         if getattr(body, name, None):
             message = f"Invalid '{name}': not allowed with '{constraint.param}'."
@@ -216,11 +218,13 @@ def _any_of(texts: Sequence[str]) -> str:
 def _parse_tag(tag: StructuralTag | str, param: str) -> StructuralTag:
     if isinstance(tag, StructuralTag):
         return tag
+    value = _parse(tag, param)
     try:
-        return StructuralTag.model_validate(_parse(tag, param))
+        return StructuralTag.model_validate(value)
     except ValidationError as error:
-        place = format_path(error.errors()[0]["loc"])
-        raise _invalid(f"{param}.{place}", error.errors()[0]["msg"]) from error
+        first = error.errors()[0]
+        place = format_path(resolve_location({**first, "loc": ("body", *first["loc"])}, value))
+        raise _invalid(f"{param}.{place}".rstrip("."), first["msg"]) from error
 
 
 def _parse(text: str, param: str) -> dict[str, Any]:

@@ -48,11 +48,10 @@ async def embed(request: Request, body: EmbeddingRequest) -> bytes:
     with context.client.reserve(size, param="input") as reservation:
         prompts = await context.run_text_work(_encode, context, body)
         submits = [_submit(context, body, f"{name}-{i}", prompt, arrival) for i, prompt in enumerate(prompts)]
-        for first in range(0, len(submits), size):
-            window = submits[first : first + size]
-            if first:
-                await context.client.refill(reservation, len(window))
-            embeddings += await _run(context, window, reservation, request.state.request_id)
+        while len(embeddings) < len(submits):
+            waiting = submits[len(embeddings) :]
+            num_slots = reservation.count or await context.client.refill(reservation, min(size, len(waiting)))
+            embeddings += await _run(context, waiting[:num_slots], reservation, request.state.request_id)
     num_tokens = sum(map(len, prompts))
     return await context.run_text_work(_answer, body, embeddings, num_tokens)
 

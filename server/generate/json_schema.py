@@ -1,5 +1,6 @@
 """JSON schemas in words that llguidance knows: what says nothing left out, what it does not know said otherwise."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,11 @@ def followable(schema: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def escaped(text: str) -> str:
+    """A regular expression of the text alone, also between slashes."""
+    return re.sub(r"\W", lambda found: f"\\x{{{ord(found[0]):x}}}", text)
+
+
 def _within(key: str, value: Any) -> Any:
     if key in ONE and isinstance(value, Mapping):
         return followable(value)
@@ -39,7 +45,8 @@ def _of_names(names: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
     value = schema.get("additionalProperties", True)
     match {key: names[key] for key in names if key not in ("type", "title", "description")}:
         case {"enum": [*allowed], **others} if not others and all(isinstance(name, str) for name in allowed):
-            return {"properties": dict.fromkeys(allowed, value), "additionalProperties": False}
+            pattern = "|".join(map(escaped, allowed))  # which has the schema of their values once
+            return {"patternProperties": {f"^({pattern})$": value}, "additionalProperties": False}
         case {"pattern": str(pattern), **others} if not others:
             return {"patternProperties": {pattern: value}, "additionalProperties": False}
     return {"propertyNames": names}

@@ -181,7 +181,7 @@ def _asks_for_nothing(value: object, passing: tuple[object, ...]) -> bool:
 def warnings_header(names: Sequence[str]) -> str:
     """One line of harmless characters, whatever the names are."""
     shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 64)) or "?" for name in names]
-    text = f"ignored unknown parameters: {', '.join(shown)}"
+    text = f"ignored parameters: {', '.join(shown)}"
     return text if len(text) <= MAX_WARNINGS_CHARS else f"{text[:MAX_WARNINGS_CHARS].rsplit(', ', 1)[0]}, ..."
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+import msgspec
+
 from server.context import ServerContext
 from server.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError, clip
 from server.generate.chat import ChatEndpoint
@@ -46,6 +48,7 @@ EFFORT_OPTIONS = frozenset(("reasoning_effort", "enable_thinking"))  # of templa
 NO_CHOICES = ("none", "auto")  # what a choice may be where there are no tools
 LOGPROBS = "message.output_text.logprobs"
 NOT_SUPPORTED = ("conversation", "prompt", "context_management")
+MAX_REFERENCED_BYTES = 10 << 20  # in one request
 ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
 
 
@@ -85,10 +88,19 @@ def input_items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, 
     """
     if isinstance(body.input, str):
         return [_full_item(InputMessage(role="user", content=body.input))]
-    return [
-        _referenced(item.id, f"input[{index}].id", store) if isinstance(item, ItemReference) else _full_item(item)
-        for index, item in enumerate(body.input or ())
-    ]
+    items: list[dict[str, Any]] = []
+    num_bytes = 0  # of those that are referred to
+    for index, item in enumerate(body.input or ()):
+        if isinstance(item, ItemReference):
+            items.append(_referenced(item.id, f"input[{index}].id", store))
+            num_bytes += len(msgspec.json.encode(items[-1]))
+        else:
+            items.append(_full_item(item))
+        if num_bytes > MAX_REFERENCED_BYTES:
+            param = f"input[{index}].id"
+            message = f"Invalid '{param}': the items referred to are larger than {MAX_REFERENCED_BYTES} bytes."
+            raise InvalidValueError(message, param=param)
+    return items
 
 
 def _referenced(item_id: str, param: str, store: ResponseStore) -> dict[str, Any]:

@@ -5,12 +5,12 @@ follows it. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from server.generate.json_schema import followable
+from engine.grammar import MAX_GRAMMAR_BYTES
+from server.generate.json_schema import escaped, followable
 from server.generate.tool_grammar import ANYTHING, Marks
 from server.schemas.structural_tag import (
     AnyText,
@@ -45,7 +45,7 @@ class Head(NamedTuple):
     rest: str
 
 
-Following = Sequence[Head]  # the ways in which what follows may begin; empty: nothing follows
+Following = tuple[Head, ...]  # the ways in which what follows may begin; empty: nothing follows
 ANYTHING_ELSE: Following = (Head(None, ""),)  # it is not known what follows
 
 
@@ -65,28 +65,40 @@ class TagGrammar:
     regex: Callable[[str], str]
     grammars: dict[str, str] = field(default_factory=dict)
     rules: list[str] = field(default_factory=list)
+    _names: dict[str, str] = field(default_factory=dict)  # body of a rule -> its name
+    _tags: dict[tuple[int, Following], str] = field(default_factory=dict)  # a tag and what follows -> its inside
+    _num_chars: int = 0  # of the rules
 
     def write(self, format: Format) -> str:
         """Raises StructuralTagError."""
         start = _either(self._heads(format, (), "format"), self.marks)
         return "\n".join(["%llguidance {}", f"start: {start}", *self.rules]) + "\n"
 
+    def _add(self, rule: str) -> None:
+        """Raises StructuralTagError where the grammar becomes larger than any that is taken."""
+        self.rules.append(rule)
+        self._num_chars += len(rule)
+        if self._num_chars > MAX_GRAMMAR_BYTES:
+            raise StructuralTagError("format", "its grammar would be too large")
+
     def _rule(self, body: str) -> str:
         """The name of a rule for it, so that what stands in several places is written once."""
-        if not body:
-            return ""
-        name = f"part_{len(self.rules)}"
-        self.rules.append(f"{name}: {body}")
-        return name
+        if body and body not in self._names:
+            self._names[body] = f"part_{len(self.rules)}"
+            self._add(f"{self._names[body]}: {body}")
+        return self._names.get(body, "")
 
-    def _heads(self, format: Format, following: Following, place: str) -> list[Head]:
-        """The ways in which the part may begin, with all that follows."""
+    def _heads(self, format: Format, following: Following, place: str) -> Following:
+        """The ways in which the part may begin, with all that follows, each once."""
+        return tuple(dict.fromkeys(self._all_heads(format, following, place)))
+
+    def _all_heads(self, format: Format, following: Following, place: str) -> Sequence[Head]:
         match format:
             case ConstString():
                 rest = self._rule(_either(following, self.marks))
-                return [Head(format.value, rest)] if format.value else list(following) or [Head(None, "")]
+                return [Head(format.value, rest)] if format.value else following or ANYTHING_ELSE
             case SequencePart():
-                heads = list(following)
+                heads = following
                 for index in reversed(range(len(format.elements))):
                     heads = self._heads(format.elements[index], heads, f"{place}.elements[{index}]")
                 return heads
@@ -94,7 +106,7 @@ class TagGrammar:
                 parts = enumerate(format.elements)
                 return [head for i, part in parts for head in self._heads(part, following, f"{place}.elements[{i}]")]
             case OptionalPart():
-                return [*self._heads(format.content, following, f"{place}.content"), *(following or [Head(None, "")])]
+                return [*self._heads(format.content, following, f"{place}.content"), *(following or ANYTHING_ELSE)]
             case TagPart():
                 return [Head(format.begin, self._rule(self._inside(format, following, place)))]
             case AnyText():
@@ -124,11 +136,15 @@ class TagGrammar:
 
     def _inside(self, tag: TagPart, following: Following, place: str) -> str:
         """A tag without its beginning."""
-        rest = self._rule(_either(following, self.marks))
-        ends = [head for end in tag.ends for head in ([Head(end, rest)] if end else following or [Head(None, "")])]
-        if not any(tag.ends) and not following:
-            ends = []
-        return _either(self._heads(tag.content, ends, f"{place}.content"), self.marks)
+        key = (id(tag), following)
+        if key not in self._tags:
+            rest = self._rule(_either(following, self.marks))
+            ends = [head for end in tag.ends for head in ((Head(end, rest),) if end else following or ANYTHING_ELSE)]
+            if not any(tag.ends) and not following:
+                ends = []
+            heads = self._heads(tag.content, tuple(dict.fromkeys(ends)), f"{place}.content")
+            self._tags[key] = _either(heads, self.marks)
+        return self._tags[key]
 
     def _text(self, excludes: Sequence[str], following: Following, place: str) -> str:
         """Any text up to what follows."""
@@ -142,19 +158,19 @@ class TagGrammar:
             if mark is None:
                 raise StructuralTagError(place, "what follows any text has to begin with a text that ends it")
             name = f"up_to_{len(self.rules)}"
-            self.rules.append(self.marks.up_to(name, text, mark))
+            self._add(self.marks.up_to(name, text, mark))
             yield name, rest
 
     def _terminal(self, excludes: Sequence[str]) -> str:
         name = f"TEXT_{len(self.rules)}"
-        without = f" & ~/{ANYTHING}({'|'.join(map(_escaped, excludes))}){ANYTHING}/" if excludes else ""
-        self.rules.append(f"{name}: /{ANYTHING}/{without}")
+        without = f" & ~/{ANYTHING}({'|'.join(map(escaped, excludes))}){ANYTHING}/" if excludes else ""
+        self._add(f"{name}: /{ANYTHING}/{without}")
         return name
 
     def _triggered(self, format: TriggeredTags, following: Following, place: str) -> str:
         """Tags in any text; one that has to be is the beginning."""
         text = self._terminal(format.excludes)
-        by_trigger = list(self._by_trigger(format, place))
+        by_trigger = tuple(self._by_trigger(format, place))
         tag = self._rule(" | ".join(map(" ".join, self._texts_up_to(text, by_trigger, place))))
         rest = self._rule(_either(following, self.marks))
         end = self._text(format.excludes, following, place)
@@ -191,7 +207,7 @@ class TagGrammar:
     def _first_of(self, tags: Sequence[TagPart], place: str) -> str:
         """Any of the tags, without text before."""
         heads = [self._heads(tag, ANYTHING_ELSE, f"{place}.tags[{index}]") for index, tag in enumerate(tags)]
-        return self._rule(_either([head for of_tag in heads for head in of_tag], self.marks))
+        return self._rule(_either(tuple(head for of_tag in heads for head in of_tag), self.marks))
 
 
 def _either(heads: Following, marks: Marks) -> str:
@@ -204,7 +220,3 @@ def _either(heads: Following, marks: Marks) -> str:
 def _trigger_of(tag: TagPart, triggers: Sequence[str]) -> str | None:
     """The first trigger that it begins with."""
     return next((trigger for trigger in triggers if tag.begin.startswith(trigger)), None)
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"[\W]", lambda found: f"\\x{{{ord(found[0]):x}}}", text)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.generate.json_schema import followable
+from server.generate.json_schema import escaped, followable
 from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, must_call
 from server.text.reasoning import ThinkTags
 from server.text.tool_formats import ToolFormat
@@ -84,7 +84,7 @@ class Marks:
         if not others:
             return f"{rule}[lazy]: {text} {_literal(mark)}"
         # What comes before its first control token ends with what it has before it.
-        before = f"{rule.upper()}: {text} & /{ANYTHING}{re.escape(first)}/"
+        before = f"{rule.upper()}: {text} & /{ANYTHING}{escaped(first)}/"
         return f"{before}\n{rule}: {rule.upper()} {self.write(mark[len(first) :])}"
 
     def _write_piece(self, piece: str) -> str:
@@ -102,7 +102,7 @@ class Marks:
         if mark in self.special_ids:
             return ""
         before = ANYTHING if anywhere else ""
-        return f" & ~/{before}{re.escape(mark)}{ANYTHING}/"
+        return f" & ~/{before}{escaped(mark)}{ANYTHING}/"
 
 
 def _thoughts(marks: Marks, tags: ThinkTags | None, is_thinking: bool) -> list[str]:

@@ -28,23 +28,22 @@ def encode_newest(context: ServerContext, body: ChatCompletionRequest) -> Prompt
         prompt = _encode(context, body.model_copy(update={"messages": kept}), is_cut=True)
         return prompt if prompt is not None and len(prompt.token_ids) <= room else None
 
-    starts = _starts(body.messages)
-    first = bisect_left(starts, True, key=lambda start: fitting(start) is not None)
-    prompt = fitting(starts[first]) if first < len(starts) else whole
-    return encode_request(context, body) if prompt is None else prompt
+    for starts in _starts(body.messages):
+        # What is kept fits from some place on, if the template takes all that begin so.
+        first = bisect_left(starts, True, key=lambda start: fitting(start) is not None)
+        if first < len(starts) and (prompt := fitting(starts[first])) is not None:
+            return prompt
+    return encode_request(context, body) if whole is None else whole
 
 
-def _starts(messages: Sequence[ChatMessage]) -> list[int]:
-    """Where what is kept may begin: with a user's message, as templates expect; of the last turn also within, but not
-    between a call and its result.
+def _starts(messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
+    """Where what is kept may begin: with a user's message, as templates expect; else within the last turn, but not
+    between a call and its result, if the template takes that.
     """
     others = [index for index, message in enumerate(messages) if message.role not in SYSTEM]
-    last_user = max((index for index in others if messages[index].role == "user"), default=-1)
-    return [
-        index
-        for index in others[1:]
-        if messages[index].role == "user" or (index > last_user and messages[index].role != "tool")
-    ]
+    users = [index for index in others if messages[index].role == "user"]
+    within = [index for index in others if index > max(users, default=-1) and messages[index].role != "tool"]
+    return [index for index in users if index != others[0]], [index for index in within if index != others[0]]
 
 
 def _encode(context: ServerContext, body: ChatCompletionRequest, *, is_cut: bool = False) -> Prompt | None:

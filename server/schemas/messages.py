@@ -11,11 +11,12 @@ from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS
-from server.schemas.common import Account, StopString
+from server.schemas.common import Account
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
 MAX_STOP_SEQUENCES = 64
+MAX_STOP_SEQUENCE_CHARS = 128  # together they make an automaton of so many states
 
 # Requests.
 
@@ -111,7 +112,8 @@ class SystemMessage(Part):
 
 
 InputMessage = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
-StopSequences = Annotated[list[StopString], Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)]
+StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_SEQUENCE_CHARS)]
+StopSequences = Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)]
 
 
 class Tool(Part):

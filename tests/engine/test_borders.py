@@ -36,6 +36,7 @@ WEB = {"server", "fastapi", "pydantic", "starlette", "uvicorn"}
 ENGINE_FOR_SERVER = {
     "engine.messages",
     "engine.grammar",
+    "engine.grammar_process",
     "engine.config",
     "engine.gguf",
     "engine.lifeline",

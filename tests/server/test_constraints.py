@@ -303,6 +303,16 @@ def test_keywords_that_are_said_otherwise(
     assert [text for text in bad if matches(shared_server, grammar, text)] == []
 
 
+def test_names_within_names(shared_server: RunningServer) -> None:
+    """Each level has the schema of its values once."""
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(25):
+        schema = {"type": "object", "propertyNames": NAMES, "additionalProperties": schema}
+    grammar = grammar_of(shared_server, CHAT, response_format=json_schema(schema))
+    assert len(grammar or "") < 5_000
+    assert matches(shared_server, grammar, '{"a":' * 25 + "7" + "}" * 25)
+
+
 def test_exactly_one(shared_server: RunningServer) -> None:
     expected = "expected exactly one of json, regex, choice, grammar, json_object, structural_tag, but got "
     for wanted, got in (({}, "none."), ({"regex": "a", "json_object": True}, "json_object and regex.")):

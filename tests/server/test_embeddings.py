@@ -4,6 +4,7 @@ import base64
 import math
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,21 @@ def test_more_inputs_than_slots(start_server: StartServer, fake_engine: FakeEngi
     assert vectors(answer) == [vectors(ask(server, text))[0] for text in texts[:3]] + vectors(answer)[3:]
     assert [bytes(submit.prompt_token_ids).decode() for submit in fake_engine.submits[:2048]] == texts
     assert server.context.client.num_in_flight == 0
+
+
+def test_what_others_leave_is_enough(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    """One slot is, of many that are taken for long."""
+    server = start_server(max_queued_requests=1)
+    client = server.context.client
+    fake_engine.pause()
+    with ThreadPoolExecutor() as threads:
+        embeddings = threads.submit(ask, server, [f"{number}" for number in range(30)])
+        wait_until(lambda: client.num_in_flight == 8)
+        client.num_in_flight += client.max_in_flight - 1 - 8  # of requests that do not end
+        fake_engine.resume()
+        assert len(vectors(embeddings.result(timeout=30))) == 30
+    client.num_in_flight -= client.max_in_flight - 1 - 8
+    assert client.num_in_flight == 0
 
 
 def test_how_texts_become_tokens(server: RunningServer) -> None:

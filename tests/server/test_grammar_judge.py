@@ -11,8 +11,10 @@ import psutil
 import pytest
 
 from engine.grammar import GrammarCompiler, GrammarError
+from engine.grammar_process import CRASHED, MAX_PROCESSOR_SECONDS, TOO_SLOW
 from server import grammar_judge
-from server.grammar_judge import CRASHED, MAX_PROCESSOR_SECONDS, TOO_SLOW, UNSUITABLE, GrammarJudge, Problem
+from server.errors import EngineUnavailableError, QueueFullError
+from server.grammar_judge import MAX_WAITING, UNSUITABLE, GrammarJudge, Problem
 from server.text.tokenizer import Tokenizer
 from tests.server.tiny_model import END_OF_TEXT_ID
 
@@ -79,6 +81,46 @@ def test_what_takes_too_long_is_stopped(tokenizer: Tokenizer) -> None:
     judged(tokenizer, ask, eos_token_ids=[END_OF_TEXT_ID])
 
 
+def test_what_was_judged_before_does_not_wait(tokenizer: Tokenizer) -> None:
+    async def ask(judge: GrammarJudge) -> None:
+        assert await judge.problem([GOOD[0]]) is None
+        slow = asyncio.create_task(judge.problem([SLOW]))
+        await asyncio.sleep(0.05)
+        start = time.monotonic()
+        assert await judge.problem([GOOD[0]]) is None
+        assert time.monotonic() - start < MAX_PROCESSOR_SECONDS / 2
+        assert not slow.done()
+        assert await slow == Problem(0, TOO_SLOW)
+
+    judged(tokenizer, ask, eos_token_ids=[END_OF_TEXT_ID])
+
+
+def test_no_more_wait_than_may(tokenizer: Tokenizer) -> None:
+    async def ask(judge: GrammarJudge) -> None:
+        questions = [judge.problem([f'{GOOD[0]} | "{number}"']) for number in range(MAX_WAITING + 5)]
+        answers = await asyncio.gather(*questions, return_exceptions=True)
+        assert answers[:MAX_WAITING] == [None] * MAX_WAITING
+        assert [type(answer) for answer in answers[MAX_WAITING:]] == [QueueFullError] * 5
+        assert await judge.problem([GOOD[1]]) is None
+
+    judged(tokenizer, ask, eos_token_ids=[END_OF_TEXT_ID])
+
+
+def test_a_process_that_cannot_live(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of the grammar, and nothing is remembered of it."""
+
+    async def ask(judge: GrammarJudge) -> None:
+        monkeypatch.setattr(grammar_judge, "COMMAND", ("false",))
+        for _ in range(2):
+            with pytest.raises(EngineUnavailableError):
+                await judge.problem([GOOD[0]])
+        monkeypatch.undo()
+        assert await judge.problem([BAD[1]]) is not None
+        assert await judge.problem([GOOD[0]]) is None
+
+    judged(tokenizer, ask, eos_token_ids=[END_OF_TEXT_ID])
+
+
 def test_who_goes_away_leaves_no_answer_to_others(tokenizer: Tokenizer) -> None:
     async def ask(judge: GrammarJudge) -> None:
         gone = asyncio.create_task(judge.problem([SLOW]))
@@ -105,15 +147,15 @@ def test_a_process_that_was_killed_is_started_anew(tokenizer: Tokenizer) -> None
 def test_a_grammar_that_crashes_the_compiler_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     crashing = """
 import os
+from engine import grammar_process
 from engine.grammar import GrammarCompiler
-from server import grammar_judge
 
 class Crashing(GrammarCompiler):
     def compile(self, grammar):
         return os.abort() if "crash" in grammar else super().compile(grammar)
 
-grammar_judge.GrammarCompiler = Crashing
-grammar_judge.main()
+grammar_process.GrammarCompiler = Crashing
+grammar_process.main()
 """
     monkeypatch.setattr(grammar_judge, "COMMAND", (grammar_judge.COMMAND[0], "-c", crashing))
 

@@ -15,11 +15,16 @@ def make(number: int, size: int, earlier: StoredResponse | None = None) -> Store
     request = ResponsesRequest.model_validate({"model": "m", "input": "x"})
     stored = StoredResponse(
         new_response(request, Head(f"resp_{number}", 1, "m", "fp"), {}),
-        [{"id": f"msg_{number}", "type": "message", "role": "user", "content": "x" * size}],
+        [{"id": item_id("msg", number), "type": "message", "role": "user", "content": "x" * size}],
         earlier.items if earlier else [],
     )
-    stored.response.output.append(MessageItem(id=f"out_{number}", content=[OutputText("y")]))
+    stored.response.output.append(MessageItem(id=item_id("out", number), content=[OutputText("y")]))
     return stored
+
+
+def item_id(kind: str, number: int) -> str:
+    """Of the form of those that are made here."""
+    return f"{kind}_{number:032x}"
 
 
 def size_of(stored: StoredResponse) -> int:
@@ -39,7 +44,7 @@ def test_against_a_list(seed: int) -> None:
             model += [model.pop(model.index(found))] if found else []
         elif action < 0.25:
             kind = rng.choice(("msg", "out"))
-            item = store.item(f"{kind}_{target.removeprefix('resp_')}")
+            item = store.item(item_id(kind, int(target.removeprefix("resp_"))))
             assert item == (found and found.own_items[kind == "out"])
             model += [model.pop(model.index(found))] if found else []
         elif action < 0.35:
@@ -49,6 +54,8 @@ def test_against_a_list(seed: int) -> None:
             stored = make(number, rng.randrange(4000), found)
             store.put(stored)
             model.append(stored)
+            if size_of(stored) > 20_000:
+                model.remove(stored)
             while len(model) > 8 or sum(map(size_of, model)) > 20_000:
                 del model[0]
         assert (len(store), store.num_bytes) == (len(model), sum(map(size_of, model)))
@@ -60,9 +67,9 @@ def test_an_item_of_several_responses_stays_until_the_last_one_goes() -> None:
     store.put(first)
     store.put(second)
     for response_id in ("resp_2", "resp_1"):
-        assert store.item("msg_1") == first.input_items[0]
+        assert store.item(item_id("msg", 1)) == first.input_items[0]
         store.delete(response_id)
-    assert store.item("msg_1") is None
+    assert store.item(item_id("msg", 1)) is None
 
 
 def test_an_item_of_an_answer_is_there_once_it_is_stored() -> None:
@@ -71,16 +78,36 @@ def test_an_item_of_an_answer_is_there_once_it_is_stored() -> None:
     stored.response.output = []
     store.put(stored)
     stored.response.output = output
-    assert store.item("out_1") is None
+    assert store.item(item_id("out", 1)) is None
     store.put(stored)
-    assert (store.item("out_1") or {})["content"][0]["text"] == "y"
+    assert (store.item(item_id("out", 1)) or {})["content"][0]["text"] == "y"
+
+
+def test_ids_that_clients_choose_are_not_found() -> None:
+    """Others could guess them."""
+    store, stored = ResponseStore(2, 10_000), make(1, 1)
+    stored.input_items[0]["id"] = "msg_1"
+    store.put(stored)
+    assert store.item("msg_1") is None
+    assert store.item(item_id("out", 1)) is not None
+
+
+def test_what_is_too_large_drops_nothing_else() -> None:
+    store = ResponseStore(3, 5_000)
+    store.put(make(1, 1))
+    store.put(make(2, 6_000))
+    assert [store.get(f"resp_{number}") is None for number in (1, 2)] == [False, True]
+    grown = make(1, 6_000)
+    store.put(grown)
+    assert (len(store), store.num_bytes) == (0, 0)
 
 
 def test_a_conversation() -> None:
     first = make(1, 1)
     second = make(2, 1, first)
     third = make(3, 1, second)
-    assert [item["id"] for item in third.items] == ["msg_1", "out_1", "msg_2", "out_2", "msg_3", "out_3"]
+    expected = [item_id(kind, number) for number in (1, 2, 3) for kind in ("msg", "out")]
+    assert [item["id"] for item in third.items] == expected
 
 
 def test_a_response_that_grows_is_counted_anew() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.generate import responses
 from server.generate.conversion import EXTENSIONS
 from server.schemas.responses import ResponsesRequest
 from tests.server.asking import openai_client, shared_server
@@ -57,7 +58,7 @@ def test_tools_of_other_types_are_left_out(tiny: RunningServer, start_server: St
     expected = prompt_of(tiny)
     response = ask(tiny, tools=[*OTHERS, FUNCTION])
     assert response.headers[WARNINGS] == (
-        "ignored unknown parameters: tools[0].web_search, tools[1].namespace, tools[2].custom, tools[3].local_shell"
+        "ignored parameters: tools[0].web_search, tools[1].namespace, tools[2].custom, tools[3].local_shell"
     )
     assert prompt_of(tiny) == expected
     assert response.json()["tools"] == alone.json()["tools"] == [FUNCTION | {"description": None, "strict": False}]
@@ -121,6 +122,15 @@ def test_items_by_reference(tools: RunningServer) -> None:
     assert prompt_of(tools) == expected  # items of the input can be referred to as well
     httpx.delete(f"{tools.url}{PATH}/{first['id']}")
     ask_json(tools, tools=[FUNCTION], input=[user, *references, result])  # the second response has them, too
+
+
+def test_references_to_more_than_a_request_may_hold(tiny: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = ask_json(tiny)["output"][0]
+    monkeypatch.setattr(responses, "MAX_REFERENCED_BYTES", 5 * len(json.dumps(item)))
+    reference = {"type": "item_reference", "id": item["id"]}
+    assert ask(tiny, input=[reference] * 4 + [{"role": "user", "content": "Hi"}]).status_code == 200
+    error = check_error(ask(tiny, input=[reference] * 40), 400)
+    assert error["message"].startswith(f"Invalid '{error['param']}': the items referred to are larger than ")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -214,6 +224,26 @@ def test_calls_and_their_results_are_left_out_together(tools: RunningServer) -> 
     assert (text.count(LONG), "last" in text) == (2, True)
 
 
+def test_a_template_that_wants_a_user_first(tmp_path: Path) -> None:
+    """Though the last turn has many places at which this one cannot begin."""
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('A user first!') }}{% endif %}"
+    folder = write_tool_model(tmp_path, special_tags=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = strict + settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    items: list[dict[str, Any]] = [{"role": role, "content": LONG} for role in ("user", "assistant", "user")]
+    items += [{"role": "assistant", "content": "b"}, {"role": "user", "content": "Go"}]
+    for number in range(6):
+        call_id = f"call_{number}"
+        items += [{"type": "function_call", "name": "weather", "arguments": "{}", "call_id": call_id}]
+        items += [{"type": "function_call_output", "call_id": call_id, "output": "Rain"}]
+    with shared_server(folder, vocab_size=263) as server:
+        ask_json(server, input=items, truncation="auto", max_output_tokens=10)
+        text = server.context.tokenizer.decode(prompt_of(server), skip_special_tokens=False)
+    assert text.startswith(f"<|im_start|>user\n{LONG}<|im_end|>\n<|im_start|>assistant\nb")
+    assert text.count("Rain") == 6
+
+
 def test_what_is_too_long_by_itself(tiny: RunningServer) -> None:
     for text in ("x" * 3000, "x" * 3_000_000):
         items = [{"role": "user", "content": "a"}, {"role": "user", "content": text}]
@@ -237,7 +267,7 @@ def test_template_options(tools: RunningServer) -> None:
     ask_json(tools, chat_template_kwargs={"enable_thinking": True})
     assert tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False).endswith("<think>\n")
     answer = ask(tools, chat_template_kwargs={"mood": 1})
-    assert answer.headers[WARNINGS] == "ignored unknown parameters: chat_template_kwargs.mood"
+    assert answer.headers[WARNINGS] == "ignored parameters: chat_template_kwargs.mood"
 
 
 def test_what_is_answered_with(tiny: RunningServer) -> None:
@@ -262,7 +292,7 @@ def test_advice_that_the_model_cannot_be_given(
     tiny: RunningServer, start_server: StartServer, fields: dict[str, Any], name: str
 ) -> None:
     response = ask(tiny, **fields)
-    assert (response.status_code, response.headers[WARNINGS]) == (200, f"ignored unknown parameters: {name}")
+    assert (response.status_code, response.headers[WARNINGS]) == (200, f"ignored parameters: {name}")
     assert prompt_of(tiny) == chatml(("user", "Hi"))
     assert check_error(ask(start_server(strict=True), **fields), 400)["param"] == name
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,6 +81,7 @@ FORMATS: list[tuple[Fields, list[str], list[str]]] = [
 # Marks with control tokens in them, as tools of many models have.
 SPECIAL: list[tuple[Fields, list[str], list[str]]] = [
     (tag("<|im_start|>a\n", ANY, "<|im_end|>"), ["<|im_start|>a\nb<|im_end|>"], ["a\nb", "<|im_start|>b<|im_end|>"]),
+    (tag("<x>", ANY, "</x>\n<|im_end|>"), ["<x>q</x>\n<|im_end|>"], ["<x>q<|im_end|>", "<x>q</x>"]),
     (tag("a<|im_start|>", ANY, "b<|im_end|>"), ["a<|im_start|>qb<|im_end|>"], ["a<|im_start|>q<|im_end|>"]),
     (
         triggered(triggers=["<|im_start|>"], tags=[tag("<|im_start|>f ", NUMBER, "<|im_end|>")]),
@@ -126,6 +128,13 @@ def test_formats_that_cannot_be_followed(
     assert problem in error["message"]
 
 
+def test_a_text_names_its_parts_too(shared_server: RunningServer) -> None:
+    wanted = {"type": "structural_tag", "format": parts("sequence", NUMBER, text("a"), {"type": "regex"})}
+    fields = {"structured_outputs": {"structural_tag": json.dumps(wanted)}}
+    error = check_error(ask(shared_server.url, COMPLETIONS, **fields), 400)
+    assert error["param"] == "structured_outputs.structural_tag.format.elements[2].pattern"
+
+
 def test_a_tree_that_is_too_deep(shared_server: RunningServer) -> None:
     format: Fields = NUMBER
     for _ in range(70):
@@ -143,6 +152,32 @@ def test_a_tree_that_is_too_large(shared_server: RunningServer) -> None:
         error = check_error(ask(shared_server.url, CHAT, **fields), 400)
         assert time.monotonic() - start < 1
         assert error["message"].endswith("expected at most 512 parts.")
+
+
+EMPTY = text("")
+
+
+def nested_in(depth: int, wrap: Callable[[Fields], Fields], format: Fields = NUMBER) -> Fields:
+    for _ in range(depth):
+        format = wrap(format)
+    return format
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        parts("sequence", *[parts("or", EMPTY, EMPTY)] * 60, NUMBER),
+        nested_in(20, lambda inner: tag("<a>", inner, ["", ""])),
+        nested_in(15, lambda inner: triggered(tags=[tag("<f>", inner, "</f>")], at_least_one=True)),
+        parts("sequence", *[parts("sequence", *[{"type": "optional", "content": text("a")}] * 100)] * 3),
+    ],
+    ids=["alternatives", "ends", "triggers", "optional parts"],
+)
+def test_what_could_grow_without_end(shared_server: RunningServer, format: Fields) -> None:
+    start = time.monotonic()
+    answer = ask(shared_server.url, CHAT, max_tokens=1, response_format={"type": "structural_tag", "format": format})
+    assert answer.status_code in (200, 400), answer.text
+    assert time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize("depth", [70, 300, 900])
