@@ -2,7 +2,10 @@
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
+import httpx
 import psutil
 import pytest
 
@@ -10,7 +13,7 @@ from tests.e2e.conftest import StartServer
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.streams import Stream, start_streams
 from tests.server.processes import wait_for_end_of
-from tests.server.serving import check_error
+from tests.server.serving import check_error, wait_until
 
 NUM_STREAMS = 64
 NOTICED = 1.5  # seconds: one, and what 64 threads of the test need to see it
@@ -75,6 +78,24 @@ def test_the_supervisor_is_killed(start_server: StartServer) -> None:
     wait_for_end_of(*(each.pid for each in server.family), seconds=GONE)
     assert all(stream.result().is_cut for stream in streams)
     assert server.status("/healthz") == 0
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_the_process_that_judges_grammars_ends_with_the_others(start_server: StartServer, end: signal.Signals) -> None:
+    """Also in the middle of a grammar that takes long."""
+    server = start_server()
+    assert server.complete(structured_outputs={"regex": "[a-z]+"}, max_tokens=3).status_code == 200
+    (judge,) = server.api.children()
+    assert "engine.grammar_process" in judge.cmdline()
+    with ThreadPoolExecutor() as threads:
+        hostile = threads.submit(server.complete, structured_outputs={"regex": "(a?){5000}a{5000}"})
+        wait_until(lambda: len(judge.children()) == 1)
+        (worker,) = judge.children()
+        server.signal(end) if end is signal.SIGTERM else server.api.kill()
+        server.wait(GONE)
+        with suppress(httpx.HTTPError):
+            assert hostile.result().status_code in (400, 503)
+    wait_for_end_of(judge.pid, worker.pid, seconds=GONE)
 
 
 def test_the_engine_hangs(start_server: StartServer) -> None:
