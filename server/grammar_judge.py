@@ -125,7 +125,8 @@ class GrammarJudge:
             return
         assert process.stdin is not None
         process.stdin.close()
-        # Process.kill() could take the exit code away from the event loop.
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+        if process.returncode is None:
+            # Process.kill() could take the exit code away from the event loop.
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
         await process.wait()

@@ -360,10 +360,9 @@ async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> As
     interval = job.body.stream_interval or 1
     deltas = generation.deltas()
     batches = deltas if interval == 1 else paced(deltas, interval)
+    in_thread = job.body.num_prompt_logprobs is not None  # a batch may have very many then
     async with aclosing(deltas), aclosing(batches):
         async for batch in batches:
-            # With a prompt's log probabilities a batch may have very many.
-            in_thread = job.body.num_prompt_logprobs is not None
             if events := await job.context.run_text_work(encode, batch) if in_thread else encode(batch):
                 yield events
     yield writer.end(generation.usage, _account(job, generation))

@@ -47,6 +47,10 @@ class Generation:
         self._request_id = request_id
         self._is_aborted = False
         self._recording = recording
+        # Said with each piece of a stream, so what stays the same is counted once.
+        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        formats = [prompt.output_format for prompt in prompts]
+        self._thinks = any(format is not None and format.think_tags is not None for format in formats)
 
     def close(self) -> None:
         for stream in self._streams:
@@ -64,23 +68,18 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        num_output_tokens = sum(choice.num_tokens for choice in self.choices)
-        num_cached_tokens = sum(prompt.num_cached_tokens for prompt in self.prompts)
+        num_prompt_tokens = self._num_prompt_tokens
+        num_output_tokens = sum([choice.num_tokens for choice in self.choices])
+        details: CompletionTokensDetails | UnsetType = UNSET
+        if self._thinks:
+            details = CompletionTokensDetails(sum(choice.num_reasoning_tokens for choice in self.choices))
         return Usage(
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=num_output_tokens,
-            total_tokens=num_prompt_tokens + num_output_tokens,
-            prompt_tokens_details=PromptTokensDetails(num_cached_tokens),
-            completion_tokens_details=self._completion_details(),
+            num_prompt_tokens,
+            num_output_tokens,
+            num_prompt_tokens + num_output_tokens,
+            PromptTokensDetails(sum([prompt.num_cached_tokens for prompt in self.prompts])),
+            details,
         )
-
-    def _completion_details(self) -> CompletionTokensDetails | UnsetType:
-        """Where the model is one that thinks before it answers."""
-        formats = [prompt.output_format for prompt in self.prompts]
-        if all(format is None or format.think_tags is None for format in formats):
-            return UNSET
-        return CompletionTokensDetails(sum(choice.num_reasoning_tokens for choice in self.choices))
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """One list per batch of events, with one delta for each choice in it, until each choice has ended.
