@@ -15,6 +15,8 @@ from server.text.output_parser import OutputFormat
 from server.text.tokenizer import Tokenizer
 from server.text.tool_prompt import describe_tools
 
+EFFORT_OPTIONS = frozenset(("reasoning_effort", "enable_thinking"))  # of templates
+NO_EFFORT = (None, "none", "medium")  # which ask nothing of a model that cannot choose
 NUM_END_TOKENS = 16  # of a prompt, among which the tag is that begins thoughts
 
 
@@ -75,13 +77,17 @@ def _effort_options(template: ChatTemplate, effort: str) -> dict[str, Any]:
     return {}
 
 
+def reads_effort(template: ChatTemplate | None) -> bool:
+    """Whether a `reasoning_effort` says anything to the model."""
+    return template is not None and not EFFORT_OPTIONS.isdisjoint(template.options)
+
+
 def unread_options(template: ChatTemplate | None, body: BaseModel) -> list[str]:
     """Parameters of a chat that only advise the template, and that it does not read."""
     if template is None or not isinstance(body, ChatCompletionRequest):
         return []
     names = [f"chat_template_kwargs.{name}" for name in body.chat_template_kwargs or {} if name not in template.options]
-    # The others say nothing to a model that cannot choose.
-    if body.reasoning_effort not in (None, "none", "medium") and not _effort_options(template, body.reasoning_effort):
+    if body.reasoning_effort not in NO_EFFORT and not reads_effort(template):
         names.append("reasoning_effort")
     return names
 

@@ -9,6 +9,7 @@ ONE = ("items", "additionalProperties", "additionalItems", "propertyNames", "not
 LISTS = ("prefixItems", "anyOf", "oneOf", "allOf", "items")
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
+NOTES = ("title", "description")
 ANY_NAME: tuple[Any, ...] = (True, {}, {"type": "string"})
 
 
@@ -43,7 +44,7 @@ def _of_names(names: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
     if {"properties", "patternProperties"} & schema.keys() or not isinstance(names, Mapping):
         return {"propertyNames": names}
     value = schema.get("additionalProperties", True)
-    match {key: names[key] for key in names if key not in ("type", "title", "description")}:
+    match {key: value for key, value in names.items() if (key, value) != ("type", "string") and key not in NOTES}:
         case {"enum": [*allowed], **others} if not others and all(isinstance(name, str) for name in allowed):
             pattern = "|".join(map(escaped, allowed))  # which has the schema of their values once
             return {"patternProperties": {f"^({pattern})$": value}, "additionalProperties": False}

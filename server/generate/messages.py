@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 from server.context import ServerContext
 from server.errors import APIError, InvalidValueError, MissingParameterError
 from server.generate.chat import ChatEndpoint
+from server.generate.chat_prompt import reads_effort
 from server.generate.choices import Delta, ToolCallDelta
 from server.generate.constraints import Constraint, chat_constraint
 from server.generate.conversion import chat_request, function_tool, named_tool, text_part, tool_call
@@ -74,7 +75,6 @@ NAMES = {  # of chat completions, in errors
     "thinking_token_budget": "thinking.budget_tokens",
 }
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-EFFORT_OPTIONS = {"reasoning_effort", "enable_thinking"}  # of chat templates
 ERROR_MARK = "Error: "  # before the result of a tool that failed
 
 
@@ -100,7 +100,7 @@ class Abilities:
         template = context.chat_template
         return cls(
             can_limit_thoughts=can_limit_thoughts(context),
-            reads_effort=template is not None and not EFFORT_OPTIONS.isdisjoint(template.options),
+            reads_effort=reads_effort(template),
             places_system=template is not None and template.places_system,
         )
 

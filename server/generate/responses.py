@@ -10,6 +10,7 @@ import msgspec
 from server.context import ServerContext
 from server.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError, clip
 from server.generate.chat import ChatEndpoint
+from server.generate.chat_prompt import NO_EFFORT, reads_effort
 from server.generate.constraints import Constraint, chat_constraint
 from server.generate.conversion import chat_request, check_extra, function_tool, named_tool, text_part, tool_call
 from server.generate.endpoint import Head
@@ -44,7 +45,6 @@ _NAMES = {  # of chat completions, in errors
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
 }
-EFFORT_OPTIONS = frozenset(("reasoning_effort", "enable_thinking"))  # of templates
 NO_CHOICES = ("none", "auto")  # what a choice may be where there are no tools
 LOGPROBS = "message.output_text.logprobs"
 NOT_SUPPORTED = ("conversation", "prompt", "context_management")
@@ -143,9 +143,8 @@ def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> lis
     """What is of no effect here: tools that cannot be called, and advice that the model cannot be given."""
     tools = enumerate(body.tools or ())
     names = [f"tools[{index}].{tool.type}" for index, tool in tools if isinstance(tool, OtherTool)]
-    options = frozenset() if template is None else template.options
     effort = body.reasoning.effort if body.reasoning else None
-    if effort not in (None, "none", "medium") and not options & EFFORT_OPTIONS:
+    if effort not in NO_EFFORT and not reads_effort(template):
         names.append("reasoning.effort")
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         names.append("text.verbosity")

@@ -159,6 +159,7 @@ UNSUPPORTED_KEYWORDS: list[dict[str, Any]] = [
     {"dependentRequired": {"a": ["b"]}},
     {"dependentSchemas": {"a": {}}},
     {"propertyNames": {"minLength": 3}},
+    {"propertyNames": {"type": "integer", "enum": ["a"]}},
     {"propertyNames": {"enum": ["a"]}, "properties": {"a": {}}},
     {"unevaluatedProperties": False},
     {"unevaluatedItems": False},
@@ -275,6 +276,11 @@ SAID_OTHERWISE: list[tuple[dict[str, Any], list[str], list[str]]] = [
         {"type": "object", "propertyNames": {"pattern": "^x+$"}, "additionalProperties": {"type": "integer"}},
         ['{"xx":1}'],
         ['{"y":1}', '{"x":""}'],
+    ),
+    (
+        {"type": "object", "propertyNames": NAMES, "required": ["b"], "additionalProperties": {"type": "integer"}},
+        ['{"b":1}'],
+        ["{}", '{"a":1}', '{"b":""}'],
     ),
     ({"type": "array", "items": {"type": "integer"}, "uniqueItems": False}, ["[1,1]"], ['["1"]']),
     (
