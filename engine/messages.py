@@ -175,6 +175,17 @@ class EngineStats(msgspec.Struct, kw_only=True, array_like=True):
     drafts_total: int = 0
     draft_tokens_total: int = 0
     accepted_tokens_total: int = 0  # draft tokens that became output
+    running_adapters: list[str] = []  # LoRA adapters of requests that run
+    waiting_adapters: list[str] = []  # ... that wait
+
+
+class LoraAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter that is loaded."""
+
+    name: str  # what requests call it
+    path: str
+    rank: int  # the largest of its matrices
+    fingerprint: str  # hexadecimal; names its weights
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +202,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str  # which implementation of engine/kernels runs
     deterministic: bool  # whether the same request gets the same answer, bit for bit, in any batch
     fingerprint: str  # names weights, version and settings that influence the output
+    max_loras: int = 0  # LoRA adapters that can be loaded at a time
 
 
 # From the API process to the engine.
@@ -216,6 +228,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     n: int = 1
     priority: int = 0  # lower runs first, as in vLLM
     cache_salt: str = ""  # requests share cached prefixes only with those of the same salt
+    lora_name: str = ""  # the LoRA adapter to answer with; empty: none
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -225,11 +238,41 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     index: int | None = None  # None: all of them
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Load a LoRA adapter, while steps run. Answered with `AdapterDone`."""
+
+    request_id: str
+    name: str
+    path: str  # a folder with adapter_config.json and adapter_model.safetensors, or a GGUF file
+    replaces: bool = False  # whether one of that name may be loaded already
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget a LoRA adapter; requests that use it go on. Answered with `AdapterDone`."""
+
+    request_id: str
+    name: str
+
+
 # From the engine to the API process.
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     info: EngineInfo
+    adapters: list[LoraAdapter] = []
+
+
+class Adapters(msgspec.Struct, frozen=True, tag=True):
+    """Those that are loaded now, to every API process whenever that changes."""
+
+    adapters: list[LoraAdapter]
+
+
+class AdapterDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answers `LoadAdapter` and `UnloadAdapter`, after `Adapters`."""
+
+    request_id: str
+    error: str = ""  # for the client that asked; empty: it is done
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -243,7 +286,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     num_step_tokens: int = 0  # tokens that the step computed, 0 where there was no step
 
 
-ToEngine = Hello | Vocabulary | Submit | Abort
-FromEngine = Ready | Outputs
+ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter
+FromEngine = Ready | Outputs | Adapters | AdapterDone
 
 HEARTBEAT_SECONDS = 1.0

@@ -21,6 +21,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     speculative: str = "auto"  # auto, ngram, off
     enforce_eager: bool = False  # no CUDA graphs
     batch_invariant: bool = True  # False: faster kernels where they exist, whose answers vary with the batch
+    lora_modules: dict[str, str] = {}  # LoRA adapters to load at start: name -> folder or GGUF file
+    max_loras: int = 0  # adapters that can be loaded at a time
+    max_lora_rank: int | None = None  # of their matrices; None: the largest of lora_modules, at least 16
     step_timeout: float = 60.0  # seconds; a step that takes longer is a hang
 
 

@@ -43,6 +43,21 @@ class KernelOptions:
     block_size: int = 32
     batch_invariant: bool = True
     enforce_eager: bool = False
+    max_loras: int = 0  # places for LoRA adapters
+    max_lora_rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """What LoRA adapters (Hu et al. 2021) add to one product: y += B (A x), in P places for one adapter each.
+
+    The M outputs are those of several parts, one after the other, of which each has an A of its own.
+    """
+
+    a: Tensor  # [P, parts, R, K]
+    b: Tensor  # [P, R, M], scaled
+    ranks: Tensor  # int64 [P, parts], at most R; 0: nothing is added to the part
+    sizes: tuple[int, ...]  # outputs of each part
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +133,17 @@ class Kernels(Protocol):
 
     def linear(self, matrix: Any, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         """Prepare y = x W^T + b, in the type of x or in float32, to which torch's own products are widened."""
+        ...
+
+    def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
+        """Empty places for adapters of a product whose parts have so many outputs; None where there are no places."""
+        ...
+
+    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor) -> None:
+        """Add to each row of out [T, M], in place, what its adapter makes of its row of x [T, K].
+
+        `adapters`, int64 [T], are places, or -1 for rows that have none. Sums are float32.
+        """
         ...
 
     def embed(self, token_ids: Tensor, matrix: Any) -> Tensor:
