@@ -32,6 +32,8 @@ class BatchInputs:
     query_lens: Lengths  # rows of each sequence
     hidden_lens: Lengths  # how many of them, counted from the last, are among hidden_rows
     seq_lens: Lengths  # tokens of each sequence up to and including its last row here
+    adapters: Tensor  # [T] int64: the place of each row's LoRA adapter, -1: none
+    hidden_adapters: Tensor  # [L] int64: the same for hidden_rows
 
 
 class BatchBuilder:
@@ -45,7 +47,7 @@ class BatchBuilder:
         # Of rows: how many, and how many of these are of generated tokens, which come first.
         self.num_rows, self.num_hidden_rows = np.zeros((2, 2), dtype=np.int64)
         self.num_seqs = np.zeros(1, dtype=np.int64)
-        self.rows = np.zeros((7, max_num_tokens), dtype=np.int64)
+        self.rows = np.zeros((9, max_num_tokens), dtype=np.int64)
         self.sampled: dict[Request, int] = {}  # in the step before: which of its tokens is whose
         self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
         self.query_lens, self.hidden_lens, self.seq_lens = np.zeros((3, max_num_seqs), dtype=np.int64)
@@ -68,10 +70,14 @@ class BatchBuilder:
         self.rows[3, :num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
         sample_rows = last_rows(self.hidden_lens[:num_seqs], np.array([item.num_samples for item in step.scheduled]))
         self.rows[4, : len(sample_rows)] = sample_rows
+        adapters = [item.request.adapter for item in step.scheduled]
+        self.rows[7, :num_rows] = np.repeat(adapters, self.query_lens[:num_seqs])
+        self.rows[8, :num_hidden_rows] = np.repeat(adapters, self.hidden_lens[:num_seqs])
         num_ahead = self._fill_ahead(step)
         max_blocks = self._fill_tables(step)
         self._fill_positions(num_rows, num_seqs)
-        lengths = (num_rows, num_rows, num_rows, num_hidden_rows, len(sample_rows), num_ahead, num_ahead)
+        of_rows, of_hidden_rows = (num_rows,) * 3, (num_hidden_rows, len(sample_rows), num_ahead, num_ahead)
+        lengths = (*of_rows, *of_hidden_rows, num_rows, num_hidden_rows)
         parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         parts.append(self.tables[:num_seqs, :max_blocks])
         is_shared = self.device.type == "cpu"
@@ -79,7 +85,8 @@ class BatchBuilder:
         return self._inputs(tensors, num_seqs)
 
     def _inputs(self, tensors: Sequence[Tensor], num_seqs: int) -> BatchInputs:
-        token_ids, positions, slots, hidden_rows, sample_rows, ahead_rows, ahead_samples, tables = tensors
+        *rows, adapters, hidden_adapters, tables = tensors
+        token_ids, positions, slots, hidden_rows, sample_rows, ahead_rows, ahead_samples = rows
         return BatchInputs(
             token_ids,
             positions,
@@ -92,6 +99,8 @@ class BatchBuilder:
             query_lens=self.query_lens[:num_seqs],
             hidden_lens=self.hidden_lens[:num_seqs],
             seq_lens=self.seq_lens[:num_seqs],
+            adapters=adapters,
+            hidden_adapters=hidden_adapters,
         )
 
     def _fill_ahead(self, step: Step) -> int:

@@ -15,6 +15,10 @@ import os
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -27,25 +31,33 @@ from engine.core import Engine
 from engine.kv_cache import MIB
 from engine.lifeline import die_with_parent
 from engine.logs import configure_logging
+from engine.lora import read_adapter
 from engine.messages import (
     HEARTBEAT_SECONDS,
     Abort,
+    AdapterDone,
+    Adapters,
     EngineInfo,
     EngineStats,
+    FinishReason,
     FromEngine,
+    LoadAdapter,
     Outputs,
     Ready,
     SamplingParams,
     Submit,
     ToEngine,
     TokenEvent,
+    UnloadAdapter,
     Vocabulary,
 )
 from engine.record import StepClock
 from engine.runner import LoadedModel, Progress, load_model
+from engine.weights.lora import LoraCheckpoint
 
 logger = logging.getLogger("lightwell.engine")
 
+LOAD_WAIT = 0.02  # seconds between looks at what is being read
 FINGERPRINT_BYTES = 1024 * 1024  # read at the start, in the middle and at the end of each file of weights
 
 
@@ -110,24 +122,35 @@ class EngineLoop:
         self.engine = engine
         self.info = info
         self.clients = clients
+        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter")  # of files, which may take long
+        self.loads: deque[tuple[bytes, LoadAdapter, Future[LoraCheckpoint]]] = deque()
+        self.refused: list[TokenEvent] = []  # of choices that never came to run
 
     def run(self, step_timeout: float) -> None:
         """For ever. Where there is nothing to do, it waits for messages and sends a heartbeat."""
         while True:
             faulthandler.dump_traceback_later(step_timeout + HEARTBEAT_SECONDS, exit=True)
-            self.turn(0.0 if self.engine.has_work else HEARTBEAT_SECONDS)
+            idle = LOAD_WAIT if self.loads else HEARTBEAT_SECONDS
+            self.turn(0.0 if self.engine.has_work else idle)
 
     def turn(self, timeout: float) -> None:
         """Messages in, at most one step, events out."""
         for identity, message in self.clients.receive(timeout):
             self.handle(identity, message)
+        self.take_in_adapters()
         step, events = self.engine.step()
-        self.clients.send_outputs(events, self.engine.stats(), step.num_tokens if step else 0)
+        refused, self.refused = self.refused, []
+        self.clients.send_outputs(refused + events, self.engine.stats(), step.num_tokens if step else 0)
 
     def handle(self, identity: bytes, message: ToEngine) -> None:
         if isinstance(message, Submit):
             self.clients.remember(identity, message)
-            self.engine.add(message)
+            self.add(message)
+        elif isinstance(message, LoadAdapter):
+            read = self.reader.submit(read_adapter, message.name, message.path, self.engine.model_config)
+            self.loads.append((identity, message, read))
+        elif isinstance(message, UnloadAdapter):
+            self.change_adapters(identity, message.request_id, partial(self.engine.adapters.unload, message.name))
         elif isinstance(message, Abort):
             self.engine.abort(message.request_id, message.index)
             self.clients.forget(message.request_id, message.index)
@@ -135,7 +158,37 @@ class EngineLoop:
             self.engine.learn(message.tokenizer)
         else:
             self.clients.identities.add(identity)
-            self.clients.send(identity, Ready(self.info))
+            self.clients.send(identity, Ready(self.info, self.engine.adapters.loaded()))
+
+    def add(self, submit: Submit) -> None:
+        """Its adapter may have been unloaded while the request was on its way."""
+        if submit.lora_name in self.engine.adapters:
+            self.engine.add(submit)
+            return
+        error = f"no LoRA adapter called {submit.lora_name} is loaded"
+        for index in range(submit.n):
+            event = TokenEvent(request_id=submit.request_id, index=index, finish_reason=FinishReason.ERROR, error=error)
+            self.refused.append(event)
+
+    def take_in_adapters(self) -> None:
+        """Those that have been read, in the order in which they were asked for."""
+        while self.loads and self.loads[0][2].done():
+            identity, message, read = self.loads.popleft()
+            self.change_adapters(identity, message.request_id, partial(self._load, message, read))
+
+    def _load(self, message: LoadAdapter, read: Future[LoraCheckpoint]) -> None:
+        self.engine.load_adapter(message.name, message.path, read.result(), replaces=message.replaces)
+
+    def change_adapters(self, identity: bytes, request_id: str, change: Callable[[], None]) -> None:
+        """Tell all API processes which adapters there are now, and the one that asked how it went."""
+        error = ""
+        try:
+            change()
+        except ValueError as problem:
+            error = str(problem)
+        for client in self.clients.identities:
+            self.clients.send(client, Adapters(self.engine.adapters.loaded()))
+        self.clients.send(identity, AdapterDone(request_id=request_id, error=error))
 
 
 def leave(_signal: int, _frame: FrameType | None) -> None:
@@ -157,6 +210,7 @@ def engine_info(engine: Engine, loaded: LoadedModel, model_path: str) -> EngineI
         kernels=loaded.runner.kernels.name,
         deterministic=deterministic,
         fingerprint=fingerprint(model_path, loaded),
+        max_loras=loaded.adapters.num_places,
     )
 
 
@@ -205,6 +259,10 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
         memory.num_tokens,
         memory.num_full_length_requests,
     )
+    if adapters := loaded.adapters:
+        names = ", ".join(adapter.name for adapter in adapters.loaded()) or "none yet"
+        size = (adapters.num_places, adapters.max_rank, adapters.num_bytes / MIB)
+        logger.info("LoRA adapters: %s; %d places of rank %d, %.0f MiB", names, *size)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from engine.speculation import Drafter
 
 __all__ = [
+    "NO_ADAPTER",
     "FinishReason",
     "Request",
     "RequestTimes",
@@ -41,6 +42,9 @@ __all__ = [
     "leader_of",
     "without_early_end",
 ]
+
+
+NO_ADAPTER = -1  # the place of the LoRA adapter of a request that has none
 
 
 class Status(Enum):
@@ -65,6 +69,8 @@ class Request:
     seed: int  # of this choice
     salt: bytes  # blocks are shared only between requests of the same salt
     order: tuple[int, int]  # (priority, number of arrival): who comes first
+    lora_name: str  # its LoRA adapter; empty: none
+    adapter: int  # ... and where that lies; -1: nowhere
     record: RequestRecord
     siblings: list[Request] = field(default_factory=list)  # choices that start once this one's prompt is computed
 
@@ -268,7 +274,7 @@ def choice_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Request:
+def leader_of(submit: Submit, *, salt: bytes, number: int, now: float, adapter: int = NO_ADAPTER) -> Request:
     """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
     allowed_ids = array("i", submit.params.allowed_token_ids)
     detection = submit.params.repetition_detection
@@ -282,6 +288,8 @@ def leader_of(submit: Submit, *, salt: bytes, number: int, now: float) -> Reques
             seed=choice_seed(submit.params.seed, index),
             salt=salt,
             order=(submit.priority, number),
+            lora_name=submit.lora_name,
+            adapter=adapter,
             record=RequestRecord(
                 request_id=submit.request_id,
                 index=index,

@@ -20,6 +20,7 @@ from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.kernels import KernelOptions, Kernels, SamplesTokens, load_kernels
 from engine.kv_cache import KVCache, MemoryPlan, plan_memory
 from engine.logprobs import PendingLogprobs, gather_logprobs
+from engine.lora import LoraAdapters, choose_lora_rank, read_adapter
 from engine.masks import step_masks
 from engine.model import CausalLM, Parameters
 from engine.record import StepClock
@@ -200,6 +201,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     weight_bytes: int
+    adapters: LoraAdapters
 
 
 def load_model(config: EngineConfig, clock: StepClock | None = None, progress: Progress | None = None) -> LoadedModel:
@@ -213,7 +215,9 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
-    kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits))
+    checkpoints = {name: read_adapter(name, path, model_config) for name, path in config.lora_modules.items()}
+    max_rank = choose_lora_rank(config, checkpoints)
+    kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits, max_rank))
     clock.lap("kernels")
     with torch.inference_mode():
         weights = load_weights(
@@ -233,6 +237,10 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
         weight_bytes = parameters.num_bytes
         model = CausalLM(model_config, parameters, kernels, max_model_len=limits.max_model_len, device=device)
     clock.lap("model")
+    adapters = LoraAdapters(model.linears, config.max_loras, max_rank)
+    for name, checkpoint in checkpoints.items():
+        adapters.load(name, config.lora_modules[name], checkpoint)
+    clock.lap("adapters")
     memory = plan_memory(model_config, config, limits.max_model_len, kernels, device)
     runner = ModelRunner(
         model,
@@ -244,11 +252,11 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
         kernels,
     )
     clock.lap("KV cache")
-    return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes)
+    return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters)
 
 
 def kernel_options(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits, max_lora_rank: int
 ) -> KernelOptions:
     for name, value, choices in (
         ("--quantization", config.quantization, QUANTIZATIONS),
@@ -265,6 +273,8 @@ def kernel_options(
         block_size=config.block_size,
         batch_invariant=config.batch_invariant,
         enforce_eager=config.enforce_eager,
+        max_loras=config.max_loras,
+        max_lora_rank=max_lora_rank,
     )
 
 

@@ -35,6 +35,10 @@ def _num_pending(request: Request, num_computed: int) -> int:
     return (request.num_prompt_tokens if is_prompt else request.num_target_tokens) - num_computed
 
 
+def _adapters_of(requests: Sequence[Request]) -> list[str]:
+    return sorted({request.lora_name for request in requests if request.lora_name})
+
+
 class Scheduler:
     """The queue, the running requests, and their blocks."""
 
@@ -423,6 +427,8 @@ class Scheduler:
         self.stats.num_waiting = sum(1 + len(request.siblings) for request in self.waiting)
         self.stats.num_waiting += sum(len(request.siblings) for request in self.running)
         self.stats.num_blocks_used = self.pool.num_used
+        self.stats.running_adapters = _adapters_of(self.running)
+        self.stats.waiting_adapters = _adapters_of(self.waiting)
         return self.stats
 
     def check(self) -> None:

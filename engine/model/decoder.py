@@ -16,19 +16,43 @@ from torch import Tensor
 
 from engine.batch import BatchInputs
 from engine.config import ModelConfig
-from engine.kernels import Kernels, LayerCache, LinearOp
+from engine.kernels import Kernels, LayerCache
 from engine.kv_cache import KVCache
 from engine.model.parameters import Parameters
 from engine.model.rotary import RotaryEmbedding
 
 
-def linear(
-    kernels: Kernels, parameters: Parameters, parts: list[tuple[str, int]], num_inputs: int, *, has_bias: bool
-) -> LinearOp:
-    """One product of the weights of several parts, each with its name and number of outputs."""
-    weights = [parameters.take_weight(f"{name}.weight", size, num_inputs) for name, size in parts]
-    biases = [parameters.take(f"{name}.bias", size) for name, size in parts] if has_bias else []
-    return kernels.linear(kernels.pack(weights), torch.cat(biases) if biases else None)
+class Linear:
+    """One product of the weights of several parts, each with its name and number of outputs.
+
+    A row that has a LoRA adapter gets what that adds.
+    """
+
+    def __init__(
+        self, kernels: Kernels, parameters: Parameters, parts: list[tuple[str, int]], num_inputs: int, *, has_bias: bool
+    ) -> None:
+        weights = [parameters.take_weight(f"{name}.weight", size, num_inputs) for name, size in parts]
+        biases = [parameters.take(f"{name}.bias", size) for name, size in parts] if has_bias else []
+        self.kernels = kernels
+        self.names = [name for name, _ in parts]
+        self.product = kernels.linear(kernels.pack(weights), torch.cat(biases) if biases else None)
+        self.lora = kernels.new_lora_weights([size for _, size in parts], num_inputs)
+
+    def __call__(self, x: Tensor, adapters: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = self.product(x, residual)
+        if self.lora is not None:
+            self.kernels.add_lora(x, out, self.lora, adapters)
+        return out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What rows of a batch bring along."""
+
+    cos: Tensor  # float32 [T, D / 2], of each row's position
+    sin: Tensor
+    slots: Tensor  # int64 [T], where its key and value go
+    adapters: Tensor  # int64 [T], the place of its LoRA adapter; -1: none
 
 
 class Attention:
@@ -43,20 +67,20 @@ class Attention:
         self.window = config.sliding_window
         size, sizes = self.num_heads * self.head_dim, (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv = [(f"{prefix}.{name}_proj", heads * self.head_dim) for name, heads in zip("qkv", sizes, strict=True)]
-        self.qkv_proj = linear(kernels, parameters, qkv, config.hidden_size, has_bias=config.attention_bias)
+        self.qkv_proj = Linear(kernels, parameters, qkv, config.hidden_size, has_bias=config.attention_bias)
         o = [(f"{prefix}.o_proj", config.hidden_size)]
-        self.o_proj = linear(kernels, parameters, o, size, has_bias=config.attention_output_bias)
+        self.o_proj = Linear(kernels, parameters, o, size, has_bias=config.attention_output_bias)
 
-    def project(self, x: Tensor, rotation: "Rotation", slots: Tensor, cache: LayerCache) -> Tensor:
+    def project(self, x: Tensor, rows: Rows, cache: LayerCache) -> Tensor:
         """The queries of all rows [T, H * D]. Their keys and values go into the cache."""
-        heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        heads = self.qkv_proj(x, rows.adapters).view(len(x), -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self.kernels.rope_and_store_kv(q, k, v, rotation.cos, rotation.sin, slots, cache).flatten(1)
+        return self.kernels.rope_and_store_kv(q, k, v, rows.cos, rows.sin, rows.slots, cache).flatten(1)
 
-    def __call__(self, q: Tensor, cache: LayerCache, plan: Any, residual: Tensor) -> None:
+    def __call__(self, q: Tensor, cache: LayerCache, plan: Any, adapters: Tensor, residual: Tensor) -> None:
         q = q.view(len(q), self.num_heads, self.head_dim)
         out = self.kernels.paged_attention(q, cache, plan, self.scale, self.window)
-        self.o_proj(out.flatten(1), residual)
+        self.o_proj(out.flatten(1), adapters, residual)
 
 
 class MLP:
@@ -65,14 +89,15 @@ class MLP:
     def __init__(self, config: ModelConfig, parameters: Parameters, prefix: str, kernels: Kernels) -> None:
         size, hidden_size = config.intermediate_size, config.hidden_size
         gate_up = [(f"{prefix}.{name}_proj", size) for name in ("gate", "up")]
-        self.gate_up_proj = linear(kernels, parameters, gate_up, hidden_size, has_bias=config.mlp_bias)
+        self.gate_up_proj = Linear(kernels, parameters, gate_up, hidden_size, has_bias=config.mlp_bias)
         down = [(f"{prefix}.down_proj", hidden_size)]
-        self.down_proj = linear(kernels, parameters, down, size, has_bias=config.mlp_bias)
+        self.down_proj = Linear(kernels, parameters, down, size, has_bias=config.mlp_bias)
         self.kernels = kernels
         self.activation = config.hidden_act
 
-    def __call__(self, x: Tensor, residual: Tensor) -> None:
-        self.down_proj(self.kernels.act_and_mul(self.gate_up_proj(x), self.activation), residual)
+    def __call__(self, x: Tensor, adapters: Tensor, residual: Tensor) -> None:
+        hidden = self.kernels.act_and_mul(self.gate_up_proj(x, adapters), self.activation)
+        self.down_proj(hidden, adapters, residual)
 
 
 class DecoderLayer:
@@ -86,23 +111,20 @@ class DecoderLayer:
         self.post_attention_layernorm = parameters.take(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
         self.mlp = MLP(config, parameters, f"{prefix}.mlp", kernels)
 
-    def project(self, residual: Tensor, rotation: "Rotation", slots: Tensor, cache: LayerCache) -> Tensor:
+    def project(self, residual: Tensor, rows: Rows, cache: LayerCache) -> Tensor:
         """What comes before attention: the queries of all rows. Their keys and values go into the cache."""
         x = self.kernels.rms_norm(residual, self.input_layernorm, self.eps)
-        return self.self_attn.project(x, rotation, slots, cache)
+        return self.self_attn.project(x, rows, cache)
 
-    def __call__(self, residual: Tensor, q: Tensor, cache: LayerCache, plan: Any) -> None:
-        self.self_attn(q, cache, plan, residual)
+    def __call__(self, residual: Tensor, q: Tensor, cache: LayerCache, plan: Any, adapters: Tensor) -> None:
+        self.self_attn(q, cache, plan, adapters, residual)
         x = self.kernels.rms_norm(residual, self.post_attention_layernorm, self.eps)
-        self.mlp(x, residual)
+        self.mlp(x, adapters, residual)
 
-
-@dataclass(frozen=True)
-class Rotation:
-    """cos and sin, float32 [T, D / 2], of each row's position."""
-
-    cos: Tensor
-    sin: Tensor
+    @property
+    def linears(self) -> list[Linear]:
+        """All products with weights."""
+        return [self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj]
 
 
 class CausalLM:
@@ -140,21 +162,29 @@ class CausalLM:
         kernels, config = self.kernels, self.config
         heads = (config.num_attention_heads, config.num_key_value_heads)
         x = kernels.embed(batch.token_ids, self.embed_tokens)
-        rotation = Rotation(
-            cos=kernels.gather(self.rotary.cos, batch.positions), sin=kernels.gather(self.rotary.sin, batch.positions)
+        rows = Rows(
+            cos=kernels.gather(self.rotary.cos, batch.positions),
+            sin=kernels.gather(self.rotary.sin, batch.positions),
+            slots=batch.slots,
+            adapters=batch.adapters,
         )
         *layers, (last, last_cache) = zip(self.layers, kv_cache.layers, strict=True)
         plan = kernels.plan_attention(batch, batch.query_lens, *heads, last_cache)
         for layer, cache in layers:
             with kernels.temporaries():
-                layer(x, layer.project(x, rotation, batch.slots, cache), cache, plan)
+                layer(x, layer.project(x, rows, cache), cache, plan, rows.adapters)
         # After the last layer's keys and values, nobody reads what becomes of the other rows.
         hidden = kernels.gather(x, batch.hidden_rows)
         plan = kernels.plan_attention(batch, batch.hidden_lens, *heads, last_cache)
         with kernels.temporaries():
-            q = kernels.gather(last.project(x, rotation, batch.slots, last_cache), batch.hidden_rows)
-            last(hidden, q, last_cache, plan)
+            q = kernels.gather(last.project(x, rows, last_cache), batch.hidden_rows)
+            last(hidden, q, last_cache, plan, batch.hidden_adapters)
         return hidden
+
+    @property
+    def linears(self) -> list[Linear]:
+        """All products with weights of all layers."""
+        return [linear for layer in self.layers for linear in layer.linears]
 
     def compute_hidden(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Final norm: some rows (int64 [R]) of the hidden states as the LM head reads them, [R, hidden_size]."""

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.kv_cache import MemoryPlan
+from engine.lora import LoraAdapters
 from engine.messages import FinishReason, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from engine.record import StepClock
 from engine.request import RowOutput, Scheduled, Step, choice_seed
@@ -118,7 +119,7 @@ def engine_on(device: FakeDevice, *, num_blocks: int, limits: Limits, chunk: int
     runner: Any = device
     memory = MemoryPlan(num_blocks, device.block_size, 1, limits.max_model_len)
     cuda = torch.device("cuda")
-    loaded = LoadedModel(runner, shape, limits, memory, cuda, torch.float16, 0)
+    loaded = LoadedModel(runner, shape, limits, memory, cuda, torch.float16, 0, LoraAdapters([], 0, 0))
     return Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk), loaded)
 
 

@@ -14,10 +14,11 @@ from engine.request import Scheduled, Step, leader_of
 from engine.runner import LoadedModel, ModelRunner
 
 
-def all_logits(loaded: LoadedModel, prompt: Sequence[int]) -> Tensor:
+def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") -> Tensor:
     """Logits of every position [n, V] from one forward pass over a whole prompt."""
     submit = Submit(request_id="r", prompt_token_ids=list(prompt), params=SamplingParams(max_tokens=1), arrival=0.0)
-    request = leader_of(submit, salt=b"", number=0, now=0.0)
+    place, _ = loaded.adapters.find(lora_name)
+    request = leader_of(submit, salt=b"", number=0, now=0.0, adapter=place)
     block_size = loaded.memory.block_size
     request.blocks = [Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))]
     # Of the prompt's size, which may exceed what the engine computes in one step.
@@ -29,12 +30,15 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int]) -> Tensor:
         return execution.compute_logits(torch.arange(len(prompt))).clone()
 
 
-def greedy_outputs(loaded: LoadedModel, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+def greedy_outputs(
+    loaded: LoadedModel, prompts: Sequence[list[int]], num_tokens: int, lora_names: Sequence[str] = ()
+) -> list[list[int]]:
     """So many tokens after each prompt, all prompts together, through the engine."""
     engine = Engine(EngineConfig(model_path=""), loaded)
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    for number, prompt in enumerate(prompts):
-        engine.add(Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0))
+    for number, (prompt, name) in enumerate(zip(prompts, lora_names or [""] * len(prompts), strict=True)):
+        submit = Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0, lora_name=name)
+        engine.add(submit)
     outputs: list[list[int]] = [[] for _ in prompts]
     while engine.has_work:
         for event in engine.step()[1]:

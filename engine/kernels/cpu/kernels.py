@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs, Lengths
-from engine.kernels import KernelOptions, LayerCache, LinearOp
+from engine.kernels import KernelOptions, LayerCache, LinearOp, LoraWeights
 from engine.kernels.cpu import program as calls
 from engine.kernels.cpu.execution import CpuExecution
 from engine.kernels.cpu.library import Library
@@ -89,6 +89,8 @@ class CpuKernels:
         self.cache_dtype = torch.int8 if options.kv_cache_dtype == "int8" else options.dtype
         self.keep_packed = GGML_TYPES if options.quantization == "auto" else frozenset()
         self.packer = Packer(library, self.team, options.dtype, to_int8=options.quantization == "int8")
+        self.dtype = options.dtype
+        self.max_loras, self.max_lora_rank = options.max_loras, options.max_lora_rank
         self.program = Program(library, self.team)
         self.builder: BatchBuilder | None = None
         self._buffers: dict[int, Buffer] = {}  # by the address of the storage, the newest of each
@@ -168,6 +170,43 @@ class CpuKernels:
         self.program.keep.append(rows)
         source.prepared = prepared
         return prepared
+
+    def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
+        """Rows of A are filled up to whole vectors, those of B by more than one, so that any vector can be read."""
+        if not self.max_loras:
+            return None
+        num_outputs, rank, places = sum(sizes), self.max_lora_rank, (self.max_loras, len(sizes))
+        a = lazy_zeros((*places, rank, -(-num_inputs // LANES) * LANES), self.dtype)
+        b = lazy_zeros((self.max_loras, rank, num_outputs + LANES), self.dtype)
+        ranks = torch.zeros(places, dtype=torch.int64)
+        return LoraWeights(a[..., :num_inputs], b[..., :num_outputs], ranks, tuple(sizes))
+
+    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor) -> None:
+        source = self._buffer(x)
+        part_ends = torch.tensor(weights.sizes).cumsum(0)
+        shrunk = self._temporary(torch.Size((len(x), len(part_ends), self.max_lora_rank)), torch.float32)
+        self.program.add(
+            f"add_lora_{str(self.dtype).removeprefix('torch.')}",
+            calls.AddLora(
+                num_rows=source.num_rows,
+                adapters=adapters.data_ptr(),
+                input=self._read(x),
+                input_stride=x.stride(0),
+                num_inputs=x.shape[1],
+                a=weights.a.data_ptr(),
+                a_stride=weights.a.stride(2),
+                b=weights.b.data_ptr(),
+                b_stride=weights.b.stride(1),
+                ranks=weights.ranks.data_ptr(),
+                part_ends=part_ends.data_ptr(),
+                num_parts=len(part_ends),
+                max_rank=self.max_lora_rank,
+                shrunk=shrunk.data_ptr(),
+                output=out.data_ptr(),
+                output_stride=out.stride(0),
+            ),
+        )
+        self.program.keep += [weights, part_ends, shrunk]
 
     def embed(self, token_ids: Tensor, matrix: Matrix) -> Tensor:
         (part,) = matrix.parts

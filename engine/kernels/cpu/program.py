@@ -95,6 +95,27 @@ class Linear(Structure):
     ]
 
 
+class AddLora(Structure):
+    _fields_ = [
+        ("num_rows", c_void_p),
+        ("adapters", c_void_p),
+        ("input", c_void_p),
+        ("input_stride", c_int64),
+        ("num_inputs", c_int64),
+        ("a", c_void_p),
+        ("a_stride", c_int64),
+        ("b", c_void_p),
+        ("b_stride", c_int64),
+        ("ranks", c_void_p),
+        ("part_ends", c_void_p),
+        ("num_parts", c_int64),
+        ("max_rank", c_int64),
+        ("shrunk", c_void_p),
+        ("output", c_void_p),
+        ("output_stride", c_int64),
+    ]
+
+
 class Embed(Structure):
     _fields_ = [
         ("num_rows", c_void_p),

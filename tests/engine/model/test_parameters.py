@@ -10,7 +10,7 @@ from engine.config import ModelConfig, RopeScaling
 from engine.kernels import KernelOptions, load_kernels
 from engine.kernels.reference import TorchKernels
 from engine.model import CausalLM, Parameters
-from engine.model.decoder import linear
+from engine.model.decoder import Linear
 from engine.weights import PackedTensor
 
 CPU = torch.device("cpu")
@@ -126,8 +126,8 @@ def test_fused_tensors_keep_their_order() -> None:
         "a.weight": torch.ones(2, 3),
     }
     parameters = Parameters(tensors.items())
-    fused = linear(TorchKernels(CPU, torch.float32), parameters, [("a", 2), ("b", 1)], 3, has_bias=True)
-    assert fused(torch.eye(3)[:1]).tolist() == [[11.0, 21.0, 32.0]]
+    fused = Linear(TorchKernels(CPU, torch.float32), parameters, [("a", 2), ("b", 1)], 3, has_bias=True)
+    assert fused(torch.eye(3)[:1], torch.tensor([-1])).tolist() == [[11.0, 21.0, 32.0]]
     parameters.finish()
 
 

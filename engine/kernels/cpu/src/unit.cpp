@@ -9,6 +9,7 @@ using lightwell::Worker;
 
 #include "attention.h"
 #include "linear.h"
+#include "lora.h"
 #include "pack.h"
 #include "rows.h"
 #include "sampler.h"
@@ -30,6 +31,8 @@ constexpr lightwell::NamedFunction FUNCTIONS[] = {
     {"plan_attention", plan_attention},
     {"paged_attention", paged_attention},
     {"sample", sample},
+    {"add_lora_float32", add_lora<float>},
+    {"add_lora_bfloat16", add_lora<uint16_t>},
 #define FORMAT(NAME, FORMAT, PACK) {"linear_" NAME, linear<FORMAT>}, {"embed_" NAME, embed<FORMAT>}, {"pack_" NAME, PACK}
     FORMAT("float32", Float32, (pack_plain<Float32, 4>)),
     FORMAT("bfloat16", BFloat16, (pack_plain<BFloat16, 2>)),

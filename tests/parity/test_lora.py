@@ -1,0 +1,84 @@
+"""The real model with LoRA adapters against PEFT, both in float32, in one batch with and without adapters."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from engine.config import EngineConfig
+from engine.runner import LoadedModel, load_model
+from tests.choice import choose_kernels
+from tests.lora_adapters import save_random_adapter, with_adapters
+from tests.parity.outputs import all_logits, greedy_outputs
+from tests.reference_model import load_reference
+
+NUM_OUTPUT_TOKENS = 24
+TEXTS = [
+    "The capital of France is",
+    "def fibonacci(n: int) -> int:\n",
+    "<|im_start|>user\nGive me three tips for a good night's sleep.<|im_end|>\n<|im_start|>assistant\n",
+    "The ship left the harbour at dawn, and the captain wrote in his log what the wind had to tell. " * 15,
+]
+ADAPTERS = ["", "all", "attention", "rank-stabilised"]
+
+
+@pytest.fixture(scope="module")
+def folders(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    model, folder = load_reference(smollm2_path), tmp_path_factory.mktemp("adapters")
+    save_random_adapter(model, folder / "all", 1, rank=16)
+    save_random_adapter(model, folder / "attention", 2, rank=5, modules=("q_proj", "v_proj"), strength=1.5)
+    save_random_adapter(model, folder / "rank-stabilised", 3, rank=8, use_rslora=True, rank_pattern={"up_proj": 3})
+    return {name: folder / name for name in ADAPTERS if name}
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_path: Path, folders: dict[str, Path]) -> PeftModel:
+    return with_adapters(load_reference(smollm2_path), folders)
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2_path: Path) -> list[list[int]]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize("kernels", ["default", "torch"])
+def test_logits_and_greedy_tokens(
+    kernels: str, smollm2_path: Path, folders: dict[str, Path], reference: PeftModel, prompts: list[list[int]]
+) -> None:
+    loaded = load(smollm2_path, folders, kernels)
+    pairs = [(prompt, name) for prompt in prompts for name in ADAPTERS]
+    outputs = greedy_outputs(loaded, [prompt for prompt, _ in pairs], NUM_OUTPUT_TOKENS, [name for _, name in pairs])
+    assert len({tuple(output) for output in outputs}) > len(pairs) // 2  # adapters make a difference
+    for (prompt, name), output in zip(pairs, outputs, strict=True):
+        expected = logits_of(reference, name, prompt + output)
+        torch.testing.assert_close(all_logits(loaded, prompt, name), expected[: len(prompt)], rtol=0, atol=1e-3)
+        assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+def load(path: Path, folders: dict[str, Path], kernels: str) -> LoadedModel:
+    with choose_kernels(kernels):
+        return load_model(
+            EngineConfig(
+                model_path=str(path),
+                dtype="float32",
+                quantization="none",
+                max_model_len=1024,
+                lora_modules={name: str(folder) for name, folder in folders.items()},
+                max_loras=len(folders),
+            )
+        )
+
+
+@torch.inference_mode()
+def logits_of(reference: PeftModel, name: str, token_ids: list[int]) -> torch.Tensor:
+    """With the adapter of a name; an empty one is none."""
+    ids = torch.tensor([token_ids])
+    if not name:
+        with reference.disable_adapter():
+            return reference(ids).logits[0]  # type: ignore[no-any-return]
+    reference.set_adapter(name)
+    return reference(ids).logits[0]  # type: ignore[no-any-return]
