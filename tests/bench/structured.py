@@ -7,17 +7,14 @@ long as they are allowed. The same server, rounds of both in turn, and the media
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import statistics
 import sys
-import time
+from functools import partial
 from typing import Any
 
 import httpx
-from rich.console import Console
-from rich.table import Column, Table
 
 from tests.bench.serve import MODEL_NAME, running_server
+from tests.bench.streams import Body, compare, tokens_per_second
 
 NUM_TOKENS = 64
 
@@ -42,11 +39,9 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def round_of(client: httpx.Client, url: str, form: str, num_streams: int, seed: int) -> float:
-    """Tokens in a second."""
-
-    def ask(number: int) -> int:
-        body = {
+def bodies_of(form: str, num_streams: int, seed: int) -> list[Body]:
+    return [
+        {
             "model": MODEL_NAME,
             "messages": [{"role": "user", "content": f"Invent {20 + number} people who live in a small town."}],
             "max_completion_tokens": NUM_TOKENS,
@@ -54,14 +49,8 @@ def round_of(client: httpx.Client, url: str, form: str, num_streams: int, seed: 
             "seed": 1000 * seed + number,
             **FORMS[form],
         }
-        response = client.post(f"{url}/v1/chat/completions", json=body)
-        num_tokens: int = response.raise_for_status().json()["usage"]["completion_tokens"]
-        return num_tokens
-
-    start = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(num_streams) as pool:
-        num_tokens = sum(pool.map(ask, range(num_streams)))
-    return num_tokens / (time.perf_counter() - start)
+        for number in range(num_streams)
+    ]
 
 
 def main() -> int:
@@ -70,21 +59,17 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=32, metavar="N", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each form; default: %(default)s")
     arguments = parser.parse_args()
-    rates: dict[str, list[float]] = {form: [] for form in FORMS}
     limits = httpx.Limits(max_connections=arguments.streams)
     with (
         running_server(arguments.model) as (url, _),
         httpx.Client(timeout=300, trust_env=False, limits=limits) as client,
     ):
-        for number in range(arguments.rounds + 1):  # the first is not counted
-            for form, found in rates.items():
-                found.append(round_of(client, url, form, arguments.streams, number))
-    free = statistics.median(rates["free text"][1:])
-    table = Table("answers", Column("tokens/s", justify="right"), Column("to free text", justify="right"))
-    for form, found in rates.items():
-        rate = statistics.median(found[1:])
-        table.add_row(form, f"{rate:.0f}", f"{rate / free:.1%}")
-    Console().print(table)
+
+        def rate_of(form: str, number: int) -> float:
+            bodies = bodies_of(form, arguments.streams, number)
+            return tokens_per_second(client, f"{url}/v1/chat/completions", bodies)
+
+        compare({form: partial(rate_of, form) for form in FORMS}, arguments.rounds)
     return 0
 
 
