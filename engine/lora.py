@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from engine.config import EngineConfig, ModelConfig
 from engine.kernels import LoraWeights
 from engine.messages import LoraAdapter
@@ -92,6 +94,7 @@ class LoraAdapters:
             raise ValueError(f"no LoRA adapter called {name} is loaded")
 
 
+@torch.inference_mode()
 def _fill(weights: LoraWeights, place: int, names: Sequence[str], checkpoint: LoraCheckpoint) -> None:
     """Write the matrices of one product's parts. What an adapter leaves out has rank 0."""
     first = 0

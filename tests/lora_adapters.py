@@ -1,44 +1,63 @@
-"""Random LoRA adapters for tests, made and saved by PEFT."""
+"""Random LoRA adapters for tests and benchmarks, written as PEFT writes them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
 
-ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from engine.config import ModelConfig
+
+
+def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the products of a layer."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
 
 
 def save_random_adapter(
-    model: PreTrainedModel,
     folder: Path,
+    config: ModelConfig,
     seed: int,
     *,
-    rank: int = 8,
-    modules: tuple[str, ...] = ALL_MODULES,
+    ranks: dict[str, int],
     strength: float = 0.3,
     **settings: Any,
 ) -> Path:
-    """An adapter of a model, which stays as it is. `strength` is about how much it changes each product."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), **settings)
-    adapted = get_peft_model(model, config)
+    """An adapter of some products of all layers: `ranks` by the last part of their names, or of all under "".
+
+    `strength` is about how much it changes each product. `settings` go into adapter_config.json.
+    """
+    folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                size = parameter.shape[1] if "lora_A" in name else rank * rank * 4
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise * (strength if "lora_B" in name else 1.0) / size**0.5)
-    adapted.save_pretrained(str(folder))
-    adapted.unload()
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for module, (num_outputs, num_inputs) in module_shapes(config).items():
+            if rank := ranks.get(module.rpartition(".")[2], ranks.get("", 0)):
+                name = f"base_model.model.model.layers.{layer}.{module}"
+                a = torch.randn((rank, num_inputs), generator=generator)
+                b = torch.randn((num_outputs, rank), generator=generator)
+                tensors[f"{name}.lora_A.weight"] = a / num_inputs**0.5
+                tensors[f"{name}.lora_B.weight"] = b * (strength / (2 * rank))
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    rank = max(ranks.values())
+    names = [module.rpartition(".")[2] for module in module_shapes(config)]
+    written = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": [name for name in names if name in ranks] or names,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(written | settings))
     return folder
-
-
-def with_adapters(model: PreTrainedModel, folders: dict[str, Path]) -> PeftModel:
-    """The model as PEFT runs it, with adapters by name."""
-    (first, folder), *others = folders.items()
-    adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
-    for name, other in others:
-        adapted.load_adapter(str(other), adapter_name=name)
-    return adapted.eval()

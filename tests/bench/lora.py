@@ -9,50 +9,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
-import torch
-from safetensors.torch import save_file
 
-from engine.config import ModelConfig, load_model_config
+from engine.config import load_model_config
 from server.models import resolve_model
 from tests.bench.serve import MODEL_NAME, running_server
 from tests.bench.streams import compare, tokens_per_second
+from tests.lora_adapters import save_random_adapter
 
 NUM_TOKENS = 64
 NUM_ADAPTERS = 8
 DEFAULT_MODEL = "smollm2-135m"
 TEXT = (Path(__file__).parent / "english.txt").read_text().split()
-
-
-def save_adapter(folder: Path, config: ModelConfig, rank: int) -> None:
-    """In PEFT's format."""
-    folder.mkdir()
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    shapes = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    tensors = {}
-    for layer in range(config.num_hidden_layers):
-        for module, (num_outputs, num_inputs) in shapes.items():
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, num_inputs) / num_inputs**0.5
-            tensors[f"{name}.lora_B.weight"] = torch.randn(num_outputs, rank) * 0.01
-    save_file(tensors, str(folder / "adapter_model.safetensors"))
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def main() -> int:
@@ -69,7 +42,7 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         modules: list[str] = []
         for name in names:
-            save_adapter(folder / name, config, arguments.rank)
+            save_random_adapter(folder / name, config, len(modules), ranks={"": arguments.rank})
             modules += ["--lora-modules", f"{name}={folder / name}"]
         plain, _ = stack.enter_context(running_server([arguments.model]))
         adapted, _ = stack.enter_context(running_server([arguments.model, *modules]))

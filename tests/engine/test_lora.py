@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -16,7 +17,6 @@ from engine.weights.lora import LoraCheckpoint, LoraMatrices, load_lora
 from tests.choice import choose_kernels, code_paths
 from tests.engine.test_promise import Answer, assert_same, make_engine, run
 from tests.lora_adapters import save_random_adapter
-from tests.reference_model import load_reference
 
 SEED = 31
 NAMES = ["", "strong", "weak"]
@@ -26,10 +26,10 @@ LENGTHS = [1, 5, 31, 32, 33, 64, 100, 200, 257]
 @pytest.fixture(scope="module")
 def folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of adapters: strong, weak and another."""
-    model, folder = load_reference(smollm2_path), tmp_path_factory.mktemp("adapters")
-    save_random_adapter(model, folder / "strong", 1, rank=16)
-    save_random_adapter(model, folder / "weak", 2, rank=3, modules=("q_proj", "down_proj"), strength=0.5)
-    save_random_adapter(model, folder / "another", 3, rank=8)
+    config, folder = load_model_config(smollm2_path), tmp_path_factory.mktemp("adapters")
+    save_random_adapter(folder / "strong", config, 1, ranks={"": 16})
+    save_random_adapter(folder / "weak", config, 2, ranks={"q_proj": 3, "down_proj": 2}, strength=0.5, r=3)
+    save_random_adapter(folder / "another", config, 3, ranks={"": 8})
     return folder
 
 
@@ -109,32 +109,27 @@ def test_on_other_kernels(kernels: str, smollm2_path: Path, folder: Path, submit
 
 def test_prefixes_are_shared_by_requests_of_one_adapter_only(loaded: LoadedModel) -> None:
     engine = make_engine(loaded)
-    prompt = list(range(1000, 1100))
+    prompt, params = list(range(1000, 1100)), SamplingParams(max_tokens=1)
+    for expected in (0, 96):
+        submits = [submit_of(name, prompt, name, params) for name in NAMES]
+        assert num_cached_tokens(engine, submits) == {name: expected for name in NAMES}
+    # No salt leads into an adapter's blocks.
     fingerprint = loaded.adapters.loaded()[0].fingerprint
-    num_cached = {}
-    for order in ("first", "again"):
-        for name in NAMES:
-            submit = submit_of(f"{order} {name}", prompt, name, SamplingParams(max_tokens=1))
-            num_cached[order, name] = num_cached_tokens(engine, submit)
-    assert num_cached == {("first", name): 0 for name in NAMES} | {("again", name): 96 for name in NAMES}
-    # No salt leads into another's.
-    for salt in (fingerprint, "\xff" + fingerprint, bytes.fromhex(fingerprint).decode("latin-1")):
-        submit = Submit(
-            request_id=f"salt {salt}",
-            prompt_token_ids=prompt,
-            params=SamplingParams(max_tokens=1),
-            arrival=0.0,
-            cache_salt=salt,
-        )
-        assert num_cached_tokens(engine, submit) == 0
+    salts = (fingerprint, "\xff" + fingerprint, bytes.fromhex(fingerprint).decode("latin-1"))
+    submits = [msgspec.structs.replace(submit_of(salt, prompt, "", params), cache_salt=salt) for salt in salts]
+    assert num_cached_tokens(engine, submits) == {salt: 0 for salt in salts}
 
 
-def num_cached_tokens(engine: Engine, submit: Submit) -> int:
-    engine.add(submit)
-    events = [event for _ in iter(lambda: engine.has_work, False) for event in engine.step()[1]]
-    times = events[-1].times
-    assert times is not None
-    return times.num_cached_tokens
+def num_cached_tokens(engine: Engine, submits: Sequence[Submit]) -> dict[str, int]:
+    """Of each request, all at once."""
+    for submit in submits:
+        engine.add(submit)
+    found: dict[str, int] = {}
+    while engine.has_work:
+        for event in engine.step()[1]:
+            assert event.times is not None
+            found[event.request_id] = event.times.num_cached_tokens
+    return found
 
 
 # Loading while requests run.

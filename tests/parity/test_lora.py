@@ -8,10 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, load_model_config
 from engine.runner import LoadedModel, load_model
 from tests.choice import choose_kernels
-from tests.lora_adapters import save_random_adapter, with_adapters
+from tests.lora_adapters import save_random_adapter
 from tests.parity.outputs import all_logits, greedy_outputs
 from tests.reference_model import load_reference
 
@@ -27,16 +27,22 @@ ADAPTERS = ["", "all", "attention", "rank-stabilised"]
 
 @pytest.fixture(scope="module")
 def folders(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    model, folder = load_reference(smollm2_path), tmp_path_factory.mktemp("adapters")
-    save_random_adapter(model, folder / "all", 1, rank=16)
-    save_random_adapter(model, folder / "attention", 2, rank=5, modules=("q_proj", "v_proj"), strength=1.5)
-    save_random_adapter(model, folder / "rank-stabilised", 3, rank=8, use_rslora=True, rank_pattern={"up_proj": 3})
+    config, folder = load_model_config(smollm2_path), tmp_path_factory.mktemp("adapters")
+    save_random_adapter(folder / "all", config, 1, ranks={"": 16})
+    save_random_adapter(folder / "attention", config, 2, ranks={"q_proj": 5, "v_proj": 5}, strength=1.5)
+    own_ranks, pattern = {"": 8, "up_proj": 3}, {"up_proj": 3}
+    settings = {"use_rslora": True, "rank_pattern": pattern, "target_modules": "all-linear"}
+    save_random_adapter(folder / "rank-stabilised", config, 3, ranks=own_ranks, strength=0.1, **settings)
     return {name: folder / name for name in ADAPTERS if name}
 
 
 @pytest.fixture(scope="module")
 def reference(smollm2_path: Path, folders: dict[str, Path]) -> PeftModel:
-    return with_adapters(load_reference(smollm2_path), folders)
+    (first, folder), *others = folders.items()
+    adapted = PeftModel.from_pretrained(load_reference(smollm2_path), str(folder), adapter_name=first)
+    for name, other in others:
+        adapted.load_adapter(str(other), adapter_name=name)
+    return adapted.eval()
 
 
 @pytest.fixture(scope="module")
