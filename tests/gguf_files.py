@@ -39,6 +39,12 @@ def write_gguf(
     return path
 
 
+def interleave(rows: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
+    """The order in which converters write q and k: row i of a head's first half is followed by that of the second."""
+    halves = [np.split(head, 2) for head in np.split(rows, num_heads)]
+    return np.array([row for first, second in halves for pair in zip(first, second, strict=True) for row in pair])
+
+
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)

@@ -6,18 +6,23 @@ Hugging Face's names. No torch.
 
 from pathlib import Path
 
-from engine.config.gguf import load_gguf
-from engine.config.huggingface import load_folder, refuse_pickle
+from engine.config.fields import Fields, shown
+from engine.config.gguf import GGUF_ARCHITECTURES, load_gguf
+from engine.config.huggingface import load_folder, read_json, refuse_pickle
 from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, RopeScaling
 from engine.gguf import GGUFFile
 
 __all__ = [
+    "GGUF_ARCHITECTURES",
     "EngineConfig",
     "EngineProcessConfig",
+    "Fields",
     "ModelConfig",
     "RopeScaling",
     "load_model_config",
+    "read_json",
     "refuse_pickle",
+    "shown",
 ]
 
 

@@ -40,13 +40,14 @@ def load_folder(folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json in this folder")
     refuse_pickle(folder)
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     empty = Fields(str(generation), {})
-    return _load_config_json(folder, fields, _read_json(generation) if generation.is_file() else empty)
+    return _load_config_json(folder, fields, read_json(generation) if generation.is_file() else empty)
 
 
-def _read_json(path: Path) -> Fields:
+def read_json(path: Path) -> Fields:
+    """The object that a JSON file holds."""
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

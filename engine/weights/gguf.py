@@ -71,11 +71,7 @@ def _load_tensor(
 ) -> tuple[str, Weight]:
     is_rope_factors = tensor.name == ROPE_FACTORS
     name = "rope_factors" if is_rope_factors else huggingface_name(tensor.name)
-    data: memoryview | bytes = file.tensor_data(tensor)
-    if ".q_proj." in name:
-        data = undo_permutation(data, tensor.shape[0], config.num_attention_heads)
-    elif ".k_proj." in name:
-        data = undo_permutation(data, tensor.shape[0], config.num_key_value_heads)
+    data = in_huggingface_order(name, file.tensor_data(tensor), tensor.shape[0], config)
     type_name = GGML_TYPES[tensor.ggml_type].name
     if type_name in keep_packed and len(tensor.shape) == 2:
         return name, PackedTensor(type_name, (tensor.shape[0], tensor.shape[1]), np.frombuffer(data, dtype=np.uint8))
@@ -92,6 +88,15 @@ def huggingface_name(name: str) -> str:
         if match and match[2] in LAYER_TENSOR_NAMES:
             return f"model.layers.{match[1]}.{LAYER_TENSOR_NAMES[match[2]]}.{kind}"
     raise ValueError("no place for this tensor in a llama model")
+
+
+def in_huggingface_order(name: str, data: memoryview | bytes, num_rows: int, config: ModelConfig) -> memoryview | bytes:
+    """The rows of what has Hugging Face's name, packed as they are: those of q and k are permuted in the file."""
+    if ".q_proj." in name:
+        return undo_permutation(data, num_rows, config.num_attention_heads)
+    if ".k_proj." in name:
+        return undo_permutation(data, num_rows, config.num_key_value_heads)
+    return data
 
 
 def undo_permutation(data: memoryview | bytes, num_rows: int, num_heads: int) -> bytes:

@@ -28,7 +28,7 @@ def load_safetensors(
     num_bytes_of_shards = 0
     for shard, expected in shards.items():
         num_bytes_done = num_bytes_of_shards
-        for name, tensor in _read_shard(shard, expected):
+        for name, tensor in read_tensors(shard, expected):
             num_bytes_done += tensor.nbytes
             if not _is_redundant(name, config):
                 yield name, tensor.to(dtype if tensor.ndim > 1 else vector_dtype or dtype)
@@ -71,7 +71,8 @@ def _read_weight_map(index: Path) -> dict[str, Any]:
     return weight_map
 
 
-def _read_shard(shard: Path, expected: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(shard: Path, expected: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of one file, which must hold the expected ones. They may be views of the mapped file."""
     try:
         with safe_open(shard, framework="pt") as file:
             names = list(file.keys())

@@ -28,7 +28,7 @@ def folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Of adapters: strong, weak and another."""
     config, folder = load_model_config(smollm2_path), tmp_path_factory.mktemp("adapters")
     save_random_adapter(folder / "strong", config, 1, ranks={"": 16})
-    save_random_adapter(folder / "weak", config, 2, ranks={"q_proj": 3, "down_proj": 2}, strength=0.5, r=3)
+    save_random_adapter(folder / "weak", config, 2, ranks={"q_proj": 3, "down_proj": 3}, strength=0.5)
     save_random_adapter(folder / "another", config, 3, ranks={"": 8})
     return folder
 

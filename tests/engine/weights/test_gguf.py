@@ -15,7 +15,7 @@ from engine.gguf import GGUFFile
 from engine.weights import PackedTensor, Weight, concatenate, load_weights
 from engine.weights import gguf as gguf_weights
 from engine.weights.gguf import huggingface_name
-from tests.gguf_files import LLAMA, write_gguf
+from tests.gguf_files import LLAMA, interleave, write_gguf
 
 Array = np.ndarray[Any, Any]
 Type = GGMLQuantizationType
@@ -100,12 +100,6 @@ def test_rounding(ggml_type: GGMLQuantizationType, dtype: torch.dtype, tmp_path:
     assert name == "lm_head.weight"
     assert isinstance(tensor, torch.Tensor)
     assert torch.equal(tensor, torch.from_numpy(dequantize(data, ggml_type)).to(dtype))
-
-
-def interleave(rows: Array, num_heads: int) -> Array:
-    """The order in which converters write q and k: row i of a head's first half is followed by that of the second."""
-    halves = [np.split(head, 2) for head in np.split(rows, num_heads)]
-    return np.array([row for first, second in halves for pair in zip(first, second, strict=True) for row in pair])
 
 
 @pytest.mark.parametrize("ggml_type", [Type.F32, Type.Q4_1])
