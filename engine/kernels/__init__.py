@@ -227,7 +227,13 @@ def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
     logger.warning("kernels: plain torch, which is slower, because %s", kernels)
     from engine.kernels.reference import TorchKernels
 
-    return TorchKernels(device, options.dtype, options.max_num_rows)
+    return TorchKernels(
+        device,
+        options.dtype,
+        options.max_num_rows,
+        max_loras=options.max_loras,
+        max_lora_rank=options.max_lora_rank,
+    )
 
 
 def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels | str:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import BatchInputs, Lengths
-from engine.kernels import LayerCache, LinearOp
+from engine.kernels import LayerCache, LinearOp, LoraWeights
 from engine.memory import lazy_zeros
 from engine.sampler import Sampler
 from engine.weights import Weight
@@ -44,6 +44,7 @@ PROBE_MAX_ROWS = 192
 PROBE_TILES = (1, 2, 3, 16)  # products that attention computes in one call
 PROBE_RESULTS = 2**18  # numbers that are compared for each number of rows
 PROBE_MAX_RESULTS = 2**25  # numbers in the largest product that is tried
+LORA_NUMBERS = 2**20  # that are multiplied at once and then added up
 
 
 # Written out, in float32. What F.silu and F.gelu make of an element depends on its place, for they compute what is left
@@ -78,10 +79,20 @@ class TorchKernels:
     name = "torch"
     keep_packed: frozenset[str] = frozenset()
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, max_num_rows: int = 0) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_num_rows: int = 0,
+        *,
+        max_loras: int = 0,
+        max_lora_rank: int = 0,
+    ) -> None:
         self.device = device
         self.dtype = self.vector_dtype = dtype
         self.max_num_rows = max_num_rows
+        self.max_loras = max_loras
+        self.max_lora_rank = max_lora_rank
         self.formats = f"weights and KV cache {str(dtype).removeprefix('torch.')}"
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
         self.deterministic = True
@@ -128,6 +139,26 @@ class TorchKernels:
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+
+    def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
+        if not self.max_loras:
+            return None
+        return LoraWeights(
+            a=lazy_zeros((self.max_loras, len(sizes), self.max_lora_rank, num_inputs), self.dtype, self.device),
+            b=lazy_zeros((self.max_loras, self.max_lora_rank, sum(sizes)), self.dtype, self.device),
+            ranks=torch.zeros((self.max_loras, len(sizes)), dtype=torch.int64, device=self.device),
+            sizes=tuple(sizes),
+        )
+
+    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor) -> None:
+        sizes = list(weights.sizes)
+        for place in set(adapters.tolist()) - {-1}:
+            rows = (adapters == place).nonzero()[:, 0]
+            columns, b = torch.split(out, sizes, dim=1), torch.split(weights.b[place], sizes, dim=1)
+            parts = zip(columns, weights.ranks[place].tolist(), weights.a[place], b, strict=True)
+            for some_columns, rank, some_a, some_b in parts:
+                if rank:
+                    _add_low_rank(x, some_columns, some_a[:rank].float(), some_b[:rank].float(), rows)
 
     # Rows.
 
@@ -362,6 +393,27 @@ def _packed_product(weight: Tensor, bias: Tensor | None) -> Product:
 
 def _plain_product(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: F.linear(x, weight, bias)
+
+
+def _add_low_rank(x: Tensor, out: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> None:
+    """Add B (A x), rounded as products are, to some rows of out [T, M], for A [r, K] and B^T [r, M] in float32.
+
+    Not by a library's products, whose order of additions may depend on the number of rows: that costs time, not probes.
+    """
+    rows_at_once = max(1, LORA_NUMBERS // max(a.numel(), b.numel()))
+    for some in torch.split(rows, rows_at_once):
+        inner = _sum_by_halves(x[some, None].float() * a, dim=2)
+        out[some] += _sum_by_halves(inner[:, :, None] * b, dim=1).to(out.dtype)
+
+
+def _sum_by_halves(numbers: Tensor, dim: int) -> Tensor:
+    """Their sum, for which they are overwritten: the second half is added to the first until one is left."""
+    size = numbers.shape[dim]
+    while size > 1:
+        half = size // 2
+        numbers.narrow(dim, 0, half).add_(numbers.narrow(dim, size - half, half))
+        size -= half
+    return numbers.select(dim, 0)
 
 
 def _padded(product: Product, multiple: int) -> Product:

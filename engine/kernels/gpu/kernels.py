@@ -14,8 +14,8 @@ import triton
 from torch import Tensor
 
 from engine.batch import BatchBuilder, BatchInputs, Lengths
-from engine.kernels import KernelOptions, LayerCache, LinearOp
-from engine.kernels.gpu import attention, prompts, rows
+from engine.kernels import KernelOptions, LayerCache, LinearOp, LoraWeights
+from engine.kernels.gpu import attention, lora, prompts, rows
 from engine.kernels.gpu.attention import AttentionPlan
 from engine.kernels.gpu.graphs import GraphedExecution, capture
 from engine.kernels.gpu.linear import linear
@@ -50,8 +50,10 @@ class TritonKernels(TorchKernels):
         quantization: str = "none",
         kv_cache_dtype: str = "auto",
         enforce_eager: bool = False,
+        max_loras: int = 0,
+        max_lora_rank: int = 0,
     ) -> None:
-        super().__init__(device, dtype, max_num_rows)
+        super().__init__(device, dtype, max_num_rows, max_loras=max_loras, max_lora_rank=max_lora_rank)
         self.deterministic = batch_invariant
         self.keep_packed = frozenset(READERS) if quantization == "auto" else frozenset()
         self.cache_dtype = torch.int8 if kv_cache_dtype == "int8" else dtype
@@ -61,6 +63,7 @@ class TritonKernels(TorchKernels):
         self.attends_to_prompts = can_attend and not batch_invariant
         self.weight_formats: list[str] = []  # that were met, in order
         self.tiles = tiles_for(device, dtype)
+        self.lora_tiles: dict[tuple[int, ...], Tensor] = {}  # by the sizes of a product's parts
         self.name = f"triton {triton.__version__} {card_name(device)}"
 
     @classmethod
@@ -73,6 +76,8 @@ class TritonKernels(TorchKernels):
             quantization=options.quantization,
             kv_cache_dtype=options.kv_cache_dtype,
             enforce_eager=options.enforce_eager,
+            max_loras=options.max_loras,
+            max_lora_rank=options.max_lora_rank,
         )
 
     def pack(self, parts: Sequence[Weight]) -> Matrix:  # type: ignore[override]
@@ -113,6 +118,11 @@ class TritonKernels(TorchKernels):
             return out
 
         return product
+
+    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor) -> None:
+        if weights.sizes not in self.lora_tiles:
+            self.lora_tiles[weights.sizes] = lora.column_tiles(weights.sizes, self.device)
+        lora.add_lora(x, out, weights, adapters, self.lora_tiles[weights.sizes])
 
     def embed(self, token_ids: Tensor, matrix: Matrix) -> Tensor:  # type: ignore[override]
         (table,) = matrix

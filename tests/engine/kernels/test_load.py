@@ -102,3 +102,13 @@ def test_what_stays_packed() -> None:
             assert load_kernels(CPU, options).keep_packed == frozenset()
     if code_paths():
         assert {"Q4_1", "Q6_K"} <= load_kernels(CPU, KernelOptions(torch.float32)).keep_packed
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_places_for_adapters(name: str) -> None:
+    with choose_kernels(name):
+        assert load_kernels(CPU, KernelOptions(torch.float32)).new_lora_weights((5,), 7) is None
+        kernels = load_kernels(CPU, KernelOptions(torch.float32, max_loras=2, max_lora_rank=3))
+    weights = kernels.new_lora_weights((5,), 7)
+    assert weights is not None
+    assert weights.a.shape == (2, 1, 3, 7)

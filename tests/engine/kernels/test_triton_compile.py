@@ -24,7 +24,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from engine.kernels.gpu import attention, linear, rows, sampler
+from engine.kernels.gpu import attention, linear, lora, rows, sampler
 from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, SMALLEST, TABLE
 
 kind, version = sys.argv[1].split()
@@ -76,6 +76,10 @@ for dtype in ("*fp16", "*bf16", "*fp32"):
         constants = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": scales is not None}
         constants |= {} if scales else {"key_scales": None, "value_scales": None}
         compile(rows._rope_and_store_kv, constants, 4, 2, **types)
+    types = x | {"ranks": "*i64", "adapters": "*i64", "tiles": "*i32", "inner": "*fp32", "a": dtype, "b": dtype}
+    compile(lora._shrink, {"RANKS": lora.SHRINK_RANKS, "INPUTS": lora.SHRINK_INPUTS}, 4, 2, **types)
+    constants = {"UNIT": 16, "RANKS": lora.EXPAND_RANKS, "COLUMNS": lora.EXPAND_COLUMNS}
+    compile(lora._expand, constants, 4, 2, **types)
     sizes = tiles.attention
     types = {"tiles": "*i32", "tables": "*i64", "scale": "fp32", "softcap": "fp32", "partial": "*fp32"}
     types |= {"states": "*fp32"} | x
@@ -110,7 +114,7 @@ def test_kernels_compile(target: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     shared = json.loads(done.stdout)
-    assert len(shared) == 96
+    assert len(shared) == 102
     assert max(shared.values()) <= TARGETS[target], shared
 
 
