@@ -100,7 +100,7 @@ def test_the_same_answer_in_any_mix(
 @pytest.mark.parametrize("kernels", [*code_paths()[1:], "torch"])
 def test_on_other_kernels(kernels: str, smollm2_path: Path, folder: Path, submits: list[Submit]) -> None:
     loaded = load(smollm2_path, folder, kernels, num_threads=2)
-    some = submits[6:15]
+    some = submits[6:12]
     answers: dict[tuple[str, int], Answer] = {}
     for submit in some:
         answers |= run(make_engine(loaded), [submit])

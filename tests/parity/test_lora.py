@@ -20,7 +20,7 @@ TEXTS = [
     "The capital of France is",
     "def fibonacci(n: int) -> int:\n",
     "<|im_start|>user\nGive me three tips for a good night's sleep.<|im_end|>\n<|im_start|>assistant\n",
-    "The ship left the harbour at dawn, and the captain wrote in his log what the wind had to tell. " * 15,
+    "The ship left the harbour at dawn, and the captain wrote in his log what the wind had to tell. " * 8,
 ]
 ADAPTERS = ["", "all", "attention", "rank-stabilised"]
 
@@ -56,7 +56,8 @@ def test_logits_and_greedy_tokens(
     kernels: str, smollm2_path: Path, folders: dict[str, Path], reference: PeftModel, prompts: list[list[int]]
 ) -> None:
     loaded = load(smollm2_path, folders, kernels)
-    pairs = [(prompt, name) for prompt in prompts for name in ADAPTERS]
+    some = prompts if kernels == "default" else prompts[:2]
+    pairs = [(prompt, name) for prompt in some for name in ADAPTERS]
     outputs = greedy_outputs(loaded, [prompt for prompt, _ in pairs], NUM_OUTPUT_TOKENS, [name for _, name in pairs])
     assert len({tuple(output) for output in outputs}) > len(pairs) // 2  # adapters make a difference
     for (prompt, name), output in zip(pairs, outputs, strict=True):

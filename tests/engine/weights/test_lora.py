@@ -83,9 +83,7 @@ LORA_SETTINGS = st.fixed_dictionaries(
 )
 
 
-@settings(
-    max_examples=90, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=90, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LORA_SETTINGS, st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
 @example(
     {
