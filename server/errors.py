@@ -248,6 +248,26 @@ class RecordingNotFoundError(APIError):
         super().__init__(404, message, code="request_not_found")
 
 
+class RecordedAdapterError(APIError):
+    """A recorded request cannot be run again: its LoRA adapter has been unloaded, or replaced by another one."""
+
+    def __init__(self, name: str) -> None:
+        message = f"The LoRA adapter '{clip(name)}' that answered the recorded request is no longer loaded."
+        super().__init__(404, message, code="model_not_found")
+
+
+class AdapterNotFoundError(APIError):
+    def __init__(self, name: str) -> None:
+        message = f"The lora adapter '{clip(name)}' cannot be found."
+        super().__init__(404, message, code="model_not_found", param="lora_name")
+
+
+class UpdatesNotAllowedError(APIError):
+    def __init__(self) -> None:
+        message = "LoRA adapters stay as they are: start the server with --allow-runtime-lora-updating to change them."
+        super().__init__(404, message, code="not_enabled")
+
+
 class ResponseNotFoundError(APIError):
     def __init__(self, response_id: str) -> None:
         super().__init__(404, f"Response with id '{clip(response_id)}' not found.")

@@ -12,7 +12,7 @@ import msgspec
 from engine.messages import FinishReason, Submit, TokenLogprobs
 from server.client import RequestStream
 from server.context import ServerContext
-from server.errors import ServerError
+from server.errors import RecordedAdapterError, ServerError
 from server.generate.choices import json_logprob
 from server.recordings import RecordedChoice, Recording
 from server.schemas.requests import Alternative, Difference, Distribution, Replay, ReplayedChoice
@@ -21,7 +21,10 @@ from server.text.tokenizer import Tokenizer
 
 
 async def replay(context: ServerContext, request_id: str, recording: Recording) -> Replay:
-    """Raises APIError where the engine has no room, or fails."""
+    """Raises APIError where the engine has no room, or fails, or no longer has the adapter."""
+    adapter = recording.adapter
+    if adapter is not None and context.client.adapters.get(adapter.name) != adapter:
+        raise RecordedAdapterError(adapter.name)
     again = [_again(submit, choices) for submit, choices in zip(recording.submits, recording.choices, strict=True)]
     with contextlib.ExitStack() as stack:
         reservation = stack.enter_context(context.client.reserve(sum(submit.n for submit in again)))

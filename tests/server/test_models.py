@@ -27,6 +27,7 @@ from server.models import (
     resolve_adapter,
     resolve_model,
 )
+from tests.server.asking import write_adapter
 
 PYTHON = sys.executable
 CONTENT = b"GGUF" + bytes(range(256)) * 10
@@ -300,13 +301,6 @@ def test_failures_of_hugging_face_are_one_line(monkeypatch: pytest.MonkeyPatch, 
 
 
 # LoRA adapters.
-
-
-def write_adapter(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    for name in ADAPTER_FILES:
-        (folder / name).write_text("{}")
-    return folder
 
 
 def test_adapters_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

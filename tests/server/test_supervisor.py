@@ -18,10 +18,11 @@ import pytest
 
 from engine.config import EngineProcessConfig
 from server import supervisor
-from server.models import ADAPTER_FILES, ModelError
+from server.models import ModelError
 from server.setting_kinds import SettingsError
 from server.settings import ApiProcessConfig, Settings
 from server.supervisor import child_environment
+from tests.server.asking import write_adapter
 from tests.server.processes import is_running, wait_for_end_of
 
 STUB = Path(__file__).with_name("stub_child.py")
@@ -158,10 +159,7 @@ def test_names_of_the_model(start: Start) -> None:
 
 
 def test_adapters_are_found_before_the_engine_starts(start: Start, tmp_path: Path) -> None:
-    adapter = tmp_path / "sql"
-    adapter.mkdir()
-    for name in ADAPTER_FILES:
-        (adapter / name).touch()
+    adapter = write_adapter(tmp_path / "sql")
     running = start(lora_modules=[f"sql={adapter}/"], max_lora_rank=8)
     running.pid("engine")
     engine = msgspec.json.decode((running.folder / "engine.json").read_bytes(), type=EngineProcessConfig)
