@@ -15,6 +15,9 @@
     ├── ModelNotFoundError           404
     ├── RequestNotFoundError         404
     ├── RecordingNotFoundError       404
+    ├── RecordedAdapterError         404
+    ├── AdapterNotFoundError         404
+    ├── UpdatesNotAllowedError       404
     ├── ResponseNotFoundError        404
     ├── InvalidURLError              404
     ├── MethodNotAllowedError        405

@@ -70,10 +70,10 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     ignores_adapters: bool = False  # loads and unloads are never answered
 
 
-def make_adapter(name: str, path: str = "", version: int = 0) -> LoraAdapter:
-    """The fingerprint says name and version."""
-    fingerprint = hashlib.sha256(f"{name} {version}".encode()).hexdigest()
-    return LoraAdapter(name=name, path=path or f"/adapters/{name}", rank=8, fingerprint=fingerprint)
+def make_adapter(name: str, path: str = "") -> LoraAdapter:
+    """The path decides about the fingerprint."""
+    path = path or f"/adapters/{name}"
+    return LoraAdapter(name=name, path=path, rank=8, fingerprint=hashlib.sha256(path.encode()).hexdigest())
 
 
 class _Running(msgspec.Struct):
@@ -105,7 +105,6 @@ class _Loop:
         self._clients: set[bytes] = set()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
-        self._num_loads = 0
         self._num_steps = 0
         self._next_step = 0.0
         self._last_sent = 0.0
@@ -173,8 +172,7 @@ class _Loop:
             return f"adapter {message.name} is loaded already"
         if message.name not in self.adapters and len(self.adapters) >= self.config.max_loras:
             return f"{self.config.max_loras} adapters are loaded already"
-        self._num_loads += 1
-        self.adapters[message.name] = make_adapter(message.name, message.path, self._num_loads)
+        self.adapters[message.name] = make_adapter(message.name, message.path)
         return ""
 
     def _unload(self, message: UnloadAdapter) -> str:

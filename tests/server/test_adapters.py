@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from engine.messages import LoadAdapter, Submit, UnloadAdapter
 from server.generate import frame
+from server.routes import adapters
 from tests.server.asking import CHAT, COMPLETIONS, MESSAGES, openai_client, parse_events, write_adapter
 from tests.server.conftest import StartServer
 from tests.server.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess, make_adapter
@@ -212,6 +213,27 @@ def test_one_in_the_place_of_another(updatable: RunningServer, tmp_path: Path) -
     assert ask(updatable, CHAT, "chess").json()["system_fingerprint"] != before
 
 
+def test_others_are_served_while_an_adapter_is_fetched(
+    updatable: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, fetched = threading.Event(), threading.Event()
+
+    def fetch(name: str) -> Path:
+        asked.set()
+        assert fetched.wait(10)
+        return Path("/cache") / name
+
+    monkeypatch.setattr(adapters, "resolve_adapter", fetch)
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(load, updatable, lora_name="go", lora_path="org/go@main")
+        assert asked.wait(10)
+        assert ask(updatable, CHAT, "chess").status_code == 200
+        check_error(ask(updatable, CHAT, "go"), 404)
+        fetched.set()
+        assert answer.result().status_code == 200
+    assert httpx.get(f"{updatable.url}/v1/models/go").json()["root"] == "/cache/org/go@main"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
@@ -342,19 +364,20 @@ def replay(server: RunningServer, answer: httpx.Response) -> httpx.Response:
 
 def test_replay(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(record_requests=9, allow_runtime_lora_updating=True)
-    of_chess, of_sql, of_model = (ask(server, CHAT, name) for name in ("chess", "org/sql", "tiny"))
-    assert replay(server, of_chess).json()["bit_equal"]
-    assert server.engine.submits[-1].lora_name == "chess"
-    assert unload(server, "chess").status_code == 200
-    error = check_error(replay(server, of_chess), 404)
-    assert error["message"] == "The LoRA adapter 'chess' that answered the recorded request is no longer loaded."
-    path = str(write_adapter(tmp_path / "other"))
-    assert load(server, lora_name="chess", lora_path=path).status_code == 200
-    check_error(replay(server, of_chess), 404)  # of that name, but another one
+    paths = [str(write_adapter(tmp_path / name)) for name in ("one", "two")]
+    assert load(server, lora_name="go", lora_path=paths[0]).status_code == 200
+    of_go, of_sql, of_model = (ask(server, CHAT, name) for name in ("go", "org/sql", "tiny"))
+    assert replay(server, of_go).json()["bit_equal"]
+    assert server.engine.submits[-1].lora_name == "go"
+    assert unload(server, "go").status_code == 200
+    error = check_error(replay(server, of_go), 404)
+    assert error["message"] == "The LoRA adapter 'go' that answered the recorded request is no longer loaded."
+    assert load(server, lora_name="go", lora_path=paths[1]).status_code == 200
+    check_error(replay(server, of_go), 404)  # of that name, but another one
+    assert load(server, lora_name="go", lora_path=paths[0], load_inplace=True).status_code == 200
     num_submits = len(server.engine.submits)
-    assert replay(server, of_sql).json()["bit_equal"]
-    assert replay(server, of_model).json()["bit_equal"]
-    assert [submit.lora_name for submit in server.engine.submits[num_submits:]] == ["org/sql", ""]
+    assert [replay(server, answer).json()["bit_equal"] for answer in (of_go, of_sql, of_model)] == [True] * 3
+    assert [submit.lora_name for submit in server.engine.submits[num_submits:]] == ["go", "org/sql", ""]
     assert server.context.client.num_in_flight == 0
 
 
