@@ -16,6 +16,7 @@ from server.middleware import (
 )
 from server.openapi import install_document
 from server.routes import (
+    adapters,
     chat,
     completions,
     embeddings,
@@ -55,7 +56,7 @@ def create_app(context: ServerContext) -> FastAPI:
     for tag, modules in (
         ("OpenAI", (completions, chat, responses, embeddings, models)),
         ("Anthropic", (messages,)),
-        ("Lightwell", (requests, tokenize, health, metrics)),
+        ("Lightwell", (requests, adapters, tokenize, health, metrics)),
     ):
         for module in modules:
             app.include_router(module.router, tags=[tag])

@@ -13,8 +13,8 @@ from importlib.metadata import version
 from typing import Any, NoReturn, TypeAlias
 
 from server.remote import DEFAULT_URL, RemoteError, base_url
-from server.setting_kinds import INT64, Kind, integer, number, seconds
-from server.settings import ENV_PREFIX, SETTINGS, Setting, SettingsError, load_settings
+from server.setting_kinds import ENV_PREFIX, INT64, Kind, Setting, SettingsError, integer, number, seconds
+from server.settings import SETTINGS, load_settings
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 

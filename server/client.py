@@ -1,18 +1,16 @@
 """The API process's end of the line to the engine: requests go out, streams of their events come back.
 
 One receive task decodes each message once, which is once per step and not per token, and hands its events to the
-streams of their requests. Three books are kept here and nowhere else: which choices hold a slot, whether the engine
-still lives, and when it last moved.
+streams of their requests. Four books are kept here and nowhere else: which choices hold a slot, which LoRA adapters
+are loaded, whether the engine still lives, and when it last moved.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,11 +21,14 @@ import zmq.asyncio
 from engine.messages import (
     HEARTBEAT_SECONDS,
     Abort,
+    AdapterDone,
+    Adapters,
     EngineInfo,
     EngineStats,
     FinishReason,
     FromEngine,
     Hello,
+    LoraAdapter,
     Outputs,
     Ready,
     RequestTimes,
@@ -36,7 +37,16 @@ from engine.messages import (
     TokenEvent,
     Vocabulary,
 )
-from server.errors import APIError, EngineDeadError, EngineUnavailableError, InvalidValueError, QueueFullError
+from server.adapters import AdapterBook
+from server.errors import (
+    APIError,
+    EngineDeadError,
+    EngineUnavailableError,
+    InvalidValueError,
+    ModelNotFoundError,
+    QueueFullError,
+)
+from server.throughput import Throughput
 
 if TYPE_CHECKING:
     from server.metrics import Metrics
@@ -45,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 MISSED_HEARTBEATS = 3  # beyond the longest step
 REFILL_SECONDS = 0.02  # between looks for free slots
-RATE_WINDOW = 30.0  # seconds of the recent past that Retry-After is computed from
 
 
 class EngineClient:
@@ -78,7 +87,8 @@ class EngineClient:
         if metrics is not None:
             metrics.set_stats_source(lambda: self.stats)
         self._streams: dict[str, RequestStream] = {}  # request_id -> stream
-        self._throughput = _Throughput()
+        self._adapters = AdapterBook(self._send)
+        self._throughput = Throughput()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._tasks: list[asyncio.Task[None]] = []
@@ -195,26 +205,45 @@ class EngineClient:
     def submit(self, message: Submit, reservation: Reservation | None = None) -> RequestStream:
         """Sends a request whose n choices take over n slots of `reservation` (None: slots are reserved now).
 
-        From here on the stream owns the slots: each is free when its choice ends, or when the stream is closed.
+        From here on the stream owns the slots: each is free when its choice ends, or when the stream is closed. Raises
+        ModelNotFoundError if its adapter is not loaded.
         """
         if reservation is None:
             with self.reserve(message.n) as own_reservation:
                 return self.submit(message, own_reservation)
         self.ready_info()
+        if message.lora_name and message.lora_name not in self.adapters:  # unloaded since the request was judged
+            raise ModelNotFoundError(message.lora_name)
         assert message.request_id not in self._streams
         self._send(message)
         reservation.hand_over(message.n)
         stream = self._streams[message.request_id] = RequestStream(self, message)
         return stream
 
+    @property
+    def adapters(self) -> dict[str, LoraAdapter]:
+        """Those that are loaded, by name."""
+        return self._adapters.loaded
+
+    async def load_adapter(self, name: str, path: str, replaces: bool) -> None:
+        """Raises BadRequestError in the engine's words, EngineUnavailableError, or EngineDeadError."""
+        self.ready_info()
+        await self._adapters.load(name, path, replaces=replaces)
+
+    async def unload_adapter(self, name: str) -> None:
+        """As `load_adapter`. From now on no request can be submitted that uses it; those that do go on."""
+        self.ready_info()
+        await self._adapters.unload(name)
+
     def drain(self) -> None:
         """From now on no new work is accepted; what runs, runs on."""
         self.draining = True
 
     def fail_streams(self, error: APIError) -> None:
-        """Ends every open stream with `error`, and their requests in the engine."""
+        """Ends every open stream with `error`, and their requests in the engine; nor are adapters waited for."""
         for stream in list(self._streams.values()):
             stream._fail(error)
+        self._adapters.fail(error)
 
     def _send(self, message: ToEngine) -> None:
         """Never blocks: there is no high-water mark, and what waits is bounded by the slots."""
@@ -230,11 +259,19 @@ class EngineClient:
             logger.exception("cannot read from the engine")
             self._die("its messages cannot be read")
 
-    def _handle(self, message: Ready | Outputs) -> None:
+    def _handle(self, message: FromEngine) -> None:
         now = self._last_heartbeat = time.monotonic()
-        if isinstance(message, Ready):
-            self._on_ready(message.info)
-            return
+        match message:
+            case Outputs():
+                self._on_outputs(message, now)
+            case Ready():
+                self._on_ready(message)
+            case Adapters():
+                self._adapters.take(message.adapters)
+            case AdapterDone():
+                self._adapters.finish(message)
+
+    def _on_outputs(self, message: Outputs, now: float) -> None:
         self.stats = message.stats
         if self._metrics is not None and message.num_step_tokens:
             self._metrics.observe_step(message.num_step_tokens)
@@ -242,14 +279,15 @@ class EngineClient:
             if stream := self._streams.get(event.request_id):
                 stream._push(event, now)
 
-    def _on_ready(self, info: EngineInfo) -> None:
+    def _on_ready(self, message: Ready) -> None:
         if self.info is not None:
             return
-        self.info = info
+        self.info = message.info
+        self._adapters.take(message.adapters)
         if self._metrics is not None:
-            self._metrics.set_engine_info(info)
+            self._metrics.set_engine_info(self.info)
         if self._pidfd is None:
-            self._watch_process(info.pid)
+            self._watch_process(self.info.pid)
 
     def _watch_process(self, pid: int) -> None:
         try:
@@ -278,7 +316,9 @@ class EngineClient:
             return
         logger.error("the engine is gone: %s", reason)
         self.dead_reason = reason
-        self.stats = msgspec.structs.replace(self.stats, num_running=0, num_waiting=0, num_blocks_used=0)
+        self.stats = msgspec.structs.replace(
+            self.stats, num_running=0, num_waiting=0, num_blocks_used=0, running_adapters=[], waiting_adapters=[]
+        )
         self.fail_streams(EngineDeadError())
         self.on_death.set()
 
@@ -450,25 +490,3 @@ class RequestStream:
         if not self._num_open:
             self._client._end_stream(self)
         self._changed.set()
-
-
-class _Throughput:
-    """How fast choices ended lately, to tell those that find the queue full when to come back."""
-
-    def __init__(self) -> None:
-        self._ends: deque[float] = deque(maxlen=4096)
-        self._busy_since = 0.0
-
-    def start(self, now: float) -> None:
-        """The server had nothing to do until now."""
-        self._busy_since = now
-
-    def add(self, now: float) -> None:
-        self._ends.append(now)
-
-    def seconds_until(self, count: int, now: float) -> float:
-        """Seconds that `count` choices need to end; if none ended yet, as long as it already lasts."""
-        since = max(self._busy_since, now - RATE_WINDOW)
-        while self._ends and self._ends[0] < since:
-            self._ends.popleft()
-        return math.ceil((now - since) * count / max(1, len(self._ends)))

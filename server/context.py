@@ -13,10 +13,12 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 from starlette.requests import Request
 
+from server.errors import MissingParameterError, ModelNotFoundError
 from server.text.words import SequenceBreakers
 
 if TYPE_CHECKING:
     from engine.config import ModelConfig
+    from engine.messages import LoraAdapter
     from server.client import EngineClient
     from server.generate.running import RunningRequests
     from server.grammar_judge import GrammarJudge
@@ -34,6 +36,23 @@ Ts = TypeVarTuple("Ts")
 def _threads(share: int) -> CapacityLimiter:
     """One thread for each `share` cores."""
     return CapacityLimiter(max(1, (os.cpu_count() or 1) // share))
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a name of a model in a request stands for: the model itself, or a LoRA adapter of it."""
+
+    name: str
+    adapter: LoraAdapter | None = None
+
+    @property
+    def lora_name(self) -> str:
+        """What the engine calls the adapter; empty: none."""
+        return "" if self.adapter is None else self.adapter.name
+
+    def fingerprint(self, base: str) -> str:
+        """Names all that influences the output, of which `base` is the engine's part."""
+        return base if self.adapter is None else f"{base}-{self.adapter.fingerprint[:12]}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,27 @@ class ServerContext:
     async def run_text_work(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Calls `function` in a thread, for a request that generates."""
         return await anyio.to_thread.run_sync(function, *args, limiter=self.text_threads)
+
+    @property
+    def served_models(self) -> list[ServedModel]:
+        """The model under each of its names, then the adapters that are loaded."""
+        adapters = self.client.adapters.items()
+        return [*map(ServedModel, self.model_names), *(ServedModel(name, adapter) for name, adapter in adapters)]
+
+    def find_model(self, name: str) -> ServedModel:
+        """What `model` names. Raises MissingParameterError, or ModelNotFoundError.
+
+        Of an adapter that is still to be loaded with the engine: EngineUnavailableError.
+        """
+        if not name:
+            raise MissingParameterError("model")
+        if name in self.model_names:
+            return ServedModel(name)
+        if name in self.client.adapters:
+            return ServedModel(name, self.client.adapters[name])
+        if self.client.info is None and name in self.settings.lora_paths:
+            self.client.ready_info()
+        raise ModelNotFoundError(name)
 
     @cached_property
     def sequence_breakers(self) -> SequenceBreakers:

@@ -15,6 +15,9 @@
     ├── ModelNotFoundError           404
     ├── RequestNotFoundError         404
     ├── RecordingNotFoundError       404
+    ├── RecordedAdapterError         404
+    ├── AdapterNotFoundError         404
+    ├── UpdatesNotAllowedError       404
     ├── ResponseNotFoundError        404
     ├── InvalidURLError              404
     ├── MethodNotAllowedError        405
@@ -246,6 +249,26 @@ class RecordingNotFoundError(APIError):
         if num_kept:
             message = f"No ended request with the id '{clip(request_id)}' is among the last {num_kept} recorded ones."
         super().__init__(404, message, code="request_not_found")
+
+
+class RecordedAdapterError(APIError):
+    """A recorded request cannot be run again: its LoRA adapter has been unloaded, or replaced by another one."""
+
+    def __init__(self, name: str) -> None:
+        message = f"The LoRA adapter '{clip(name)}' that answered the recorded request is no longer loaded."
+        super().__init__(404, message, code="model_not_found")
+
+
+class AdapterNotFoundError(APIError):
+    def __init__(self, name: str) -> None:
+        message = f"The lora adapter '{clip(name)}' cannot be found."
+        super().__init__(404, message, code="model_not_found", param="lora_name")
+
+
+class UpdatesNotAllowedError(APIError):
+    def __init__(self) -> None:
+        message = "LoRA adapters stay as they are: start the server with --allow-runtime-lora-updating to change them."
+        super().__init__(404, message, code="not_enabled")
 
 
 class ResponseNotFoundError(APIError):

@@ -2,12 +2,13 @@
 
 Names, types, labels and buckets are vLLM's, so that its dashboards work with another prefix. Counters and gauges of the
 engine are read from its latest statistics at scrape time; histograms are observed as events arrive. No label ever takes
-its value from a request.
+its value from a request, but for names of LoRA adapters, of which there are few at a time.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,7 @@ class Metrics:
             "request_prefill_kv_computed_tokens", buckets, "Prompt tokens computed, without those from the cache."
         )
         self._params_n = self._histogram("request_params_n", (1, 2, 5, 10, 20), "The n parameter.")
+        self._engine.max_loras = info.max_loras
         self._add_cache_config(info)
         ProcessCollector(namespace=f"{self._prefix}engine", pid=lambda: info.pid, registry=self.registry)
 
@@ -217,6 +219,7 @@ class _EngineCollector(Collector):
 
     def __init__(self, prefix: str, label_values: list[str]) -> None:
         self.stats: Callable[[], EngineStats] = EngineStats
+        self.max_loras = 0
         self._prefix = prefix
         self._label_values = label_values
 
@@ -224,6 +227,8 @@ class _EngineCollector(Collector):
         stats = self.stats()
         yield from self._gauges(stats)
         yield from self._counters(stats)
+        if self.max_loras:
+            yield self._adapters(stats)
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
         usage = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
@@ -256,6 +261,14 @@ class _EngineCollector(Collector):
         yield self._counter("spec_decode_num_drafts", "Guesses of next tokens.", stats.drafts_total)
         yield self._counter("spec_decode_num_draft_tokens", "Tokens guessed.", stats.draft_tokens_total)
         yield self._counter("spec_decode_num_accepted_tokens", "Tokens guessed right.", stats.accepted_tokens_total)
+
+    def _adapters(self, stats: EngineStats) -> Metric:
+        """Names as labels, and when they were so as the value; vLLM keeps earlier ones as well."""
+        labels = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+        names = [",".join(sorted(adapters)) for adapters in (stats.waiting_adapters, stats.running_adapters)]
+        family = GaugeMetricFamily(f"{self._prefix}lora_requests_info", "LoRA adapters that are in use.", labels=labels)
+        family.add_metric([str(self.max_loras), *names], time.time())
+        return family
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"{self._prefix}{name}", help, labels=LABELS)

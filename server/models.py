@@ -1,4 +1,4 @@
-"""From what a user calls a model to a path on disk: aliases, files, folders and Hugging Face ids.
+"""From what a user calls a model or a LoRA adapter to a path on disk: aliases, files, folders and Hugging Face ids.
 
 Nothing here loads a model, and a path that exists is used as it is, without the network.
 """
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -23,7 +23,7 @@ PICKLE_REFUSED = "Reading a pickle runs whatever code it contains, so only safet
 
 
 class ModelError(Exception):
-    """A model that cannot be had; the message is one line for the user."""
+    """A model or an adapter that cannot be had; the message is one line for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,8 @@ ALIASES = {
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.gguf))?", re.ASCII
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of PEFT
+
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
@@ -73,6 +75,42 @@ def resolve_model(name: str) -> ResolvedModel:
     )
 
 
+def resolve_adapter(name: str) -> Path:
+    """A GGUF file, or a folder with `ADAPTER_FILES`, which is fetched where it is not on this machine yet.
+
+    Raises ModelError.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    if os.path.exists(path):
+        _check_adapter(path, name)
+        return path
+    match = _HUB_ID.fullmatch(name)
+    if match is None or name.startswith((".", "~")):
+        raise ModelError(f"adapter {name!r} is neither an existing file or folder, nor a Hugging Face id (org/name)")
+    path = _download(match["repo"], match["revision"], match["file"], ADAPTER_FILES)
+    if match["file"] is None:
+        _check_adapter(path, match["repo"])
+    return path
+
+
+def _check_adapter(path: Path, name: str) -> None:
+    try:
+        problem = _problem_with_file(path, _ADAPTER_FOLDER) if path.is_file() else _problem_with_adapter_folder(path)
+    except OSError as error:
+        problem = error.strerror or "cannot be read"
+    if problem:
+        raise ModelError(f"adapter {name}: {problem}")
+
+
+def _problem_with_adapter_folder(path: Path) -> str | None:
+    missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
+    if not missing:
+        return None
+    if missing[0] == ADAPTER_FILES[1] and any(file.name.endswith(PICKLE_SUFFIXES) for file in path.iterdir()):
+        return f"only pickle files there. {PICKLE_REFUSED}"
+    return f"no {missing[0]} there (for GGUF give the file itself: path/to/file.gguf or org/name:file.gguf)"
+
+
 def cache_folder() -> Path:
     """Where fetched models are kept."""
     if chosen := os.environ.get("LIGHTWELL_CACHE"):
@@ -82,7 +120,7 @@ def cache_folder() -> Path:
 
 def _local(path: Path, name: str) -> ResolvedModel:
     try:
-        problem = _problem_with_file(path) if path.is_file() else _problem_with_folder(path)
+        problem = _problem_with_file(path, _MODEL_FOLDER) if path.is_file() else _problem_with_folder(path)
     except OSError as error:
         problem = error.strerror or "cannot be read"
     if problem:
@@ -90,13 +128,18 @@ def _local(path: Path, name: str) -> ResolvedModel:
     return ResolvedModel(path, path.name)
 
 
-def _problem_with_file(path: Path) -> str | None:
+_MODEL_FOLDER = "a model in safetensors is given as the folder that holds its config.json"
+_ADAPTER_FOLDER = f"an adapter in safetensors is given as the folder that holds its {ADAPTER_FILES[0]}"
+
+
+def _problem_with_file(path: Path, instead: str) -> str | None:
+    """`instead` says what else there is than a file."""
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
             return None
     if path.name.endswith(PICKLE_SUFFIXES):
         return f"a pickle file. {PICKLE_REFUSED}"
-    return "not a GGUF file (a model in safetensors is given as the folder that holds its config.json)"
+    return f"not a GGUF file ({instead})"
 
 
 def _problem_with_folder(path: Path) -> str | None:
@@ -199,16 +242,23 @@ def _spinner(message: str) -> Iterator[None]:
 
 def _from_hub(repo: str, revision: str | None, file: str | None) -> ResolvedModel:
     """One revision of a repository: safetensors with what describes them, or one GGUF file."""
+    path = _download(repo, revision, file, _HUB_PATTERNS)
+    if file:
+        return ResolvedModel(path, Path(file).name)
+    _local(path, repo)
+    return ResolvedModel(path, repo.split("/")[1])
+
+
+def _download(repo: str, revision: str | None, file: str | None, patterns: Sequence[str]) -> Path:
+    """One file of a repository, or what fits the patterns in its top folder. Raises ModelError."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
         if file:
-            return ResolvedModel(Path(hf_hub_download(repo, file, revision=revision)), Path(file).name)
-        folder = snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=["*/*"])
+            return Path(hf_hub_download(repo, file, revision=revision))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except Exception as error:  # errors of its HTTP client come through, and which client that is has changed
         raise ModelError(f"cannot fetch {repo} from Hugging Face: {_hub_error(error)}") from None
-    _local(Path(folder), repo)
-    return ResolvedModel(Path(folder), repo.split("/")[1])
 
 
 def _hub_error(error: Exception) -> str:

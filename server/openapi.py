@@ -54,12 +54,13 @@ DESCRIPTION = "Language models over HTTP, in the forms that the clients of OpenA
 
 @dataclass(frozen=True)
 class Operation:
-    """What FastAPI cannot know of one. `example` is a body that any model answers."""
+    """What FastAPI cannot know of one. `example` is a body that any model answers, if that is named first."""
 
     answer: Any  # a type that msgspec encodes
     example: Mapping[str, Any] | None = None
     events: Any = None  # the data of a stream's events
     shown: Any = None  # an answer, as an example
+    has_model: bool = True  # whether a request names one
 
     @property
     def types(self) -> list[Any]:
@@ -74,6 +75,8 @@ class Operation:
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 CHAT = {"messages": MESSAGES, "max_completion_tokens": 20}
 COMPLETION = {"prompt": "Once upon a time", "max_tokens": 20}
+ADAPTER = {"lora_name": "sql"}
+ADAPTER_DONE = "Success: LoRA adapter 'sql' {} successfully."
 RESPONSE_EVENTS = (
     *(events.Created, events.InProgress, events.ItemAdded, events.PartAdded, events.TextDelta, events.TextDone),
     *(events.ReasoningDelta, events.ReasoningDone, events.ArgumentsDelta, events.ArgumentsDone, events.PartDone),
@@ -157,6 +160,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("/v1/requests/{request_id}/cancel", "post"): Operation(CancelResponse, shown=CancelResponse(f"chatcmpl-{ID}")),
     ("/v1/requests/{request_id}/replay", "post"): Operation(Replay),
+    ("/v1/load_lora_adapter", "post"): Operation(
+        str, ADAPTER | {"lora_path": "./adapters/sql"}, shown=ADAPTER_DONE.format("added"), has_model=False
+    ),
+    ("/v1/unload_lora_adapter", "post"): Operation(str, ADAPTER, shown=ADAPTER_DONE.format("removed"), has_model=False),
     ("/v1/models", "get"): Operation(ModelList),
     ("/v1/models/{model_id}", "get"): Operation(Model),
     ("/version", "get"): Operation(dict[str, str]),
@@ -197,7 +204,7 @@ def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any
             described_operation["responses"] = _responses(operation, described, error)
             if operation.example is not None:
                 content = described_operation["requestBody"]["content"]["application/json"]
-                content["example"] = {"model": model, **operation.example}
+                content["example"] = {**({"model": model} if operation.has_model else {}), **operation.example}
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, which no answer is
         del document["components"]["schemas"][name]
     document["components"]["schemas"] |= {PREFIX + name: schema for name, schema in components.items()}

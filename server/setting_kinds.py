@@ -1,4 +1,4 @@
-"""How the values of settings are read: kinds of values and their limits.
+"""What a setting is, and how its values are read: kinds of values and their limits.
 
 Each parser takes text (flags, environment) and what YAML makes of the same text.
 """
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Num = TypeVar("Num", int, float)
+
+ENV_PREFIX = "LIGHTWELL_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,3 +160,59 @@ def text(metavar: str) -> Kind:
 
 def texts(metavar: str, expected: str = "text that is not empty") -> Kind:
     return Kind(expected, _texts, metavar, is_list=True)
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be: the message names it, where it came from, and what it may be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the table. `name` and `default` are taken from the field of `Settings`."""
+
+    group: str
+    kind: Kind
+    help: str
+    secret: bool = False  # the value is never shown
+    positional: bool = False
+    name: str = ""
+    default: Any = None
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("_", "-")
+
+    @property
+    def flag(self) -> str:
+        return self.name.upper() if self.positional else f"--{self.key}"
+
+    @property
+    def is_switch(self) -> bool:
+        return isinstance(self.default, bool)
+
+    @property
+    def variable(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def text(self) -> str:
+        """What it means, as one phrase."""
+        options = f": {', '.join(self.kind.options)}" if self.kind.options else ""
+        return self.help.removesuffix(".") + options
+
+    @property
+    def default_text(self) -> str:
+        """The default as a reader would write it; empty where there is none."""
+        if self.default is None or self.default == ():
+            return ""
+        if self.kind.metavar == "SIZE":
+            return format_size(self.default)
+        return str(self.default).lower() if self.is_switch else str(self.default).removesuffix(".0")
+
+    def read(self, value: object, source: str) -> Any:
+        """Parse a value that came from `source`. Raises SettingsError."""
+        try:
+            return self.kind.parse(value)
+        except ValueError:
+            got = "" if self.secret else f", got {value!r}"
+            raise SettingsError(f"{source}: expected {self.kind.expected}{got}") from None

@@ -10,18 +10,19 @@ import dataclasses
 import ipaddress
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import msgspec
 
 from server.setting_kinds import (
     BOOLEAN,
+    ENV_PREFIX,
     INT64,
-    Kind,
+    Setting,
+    SettingsError,
     choice,
-    format_size,
     int_choice,
     integer,
     pattern,
@@ -34,7 +35,6 @@ from server.setting_kinds import (
 if TYPE_CHECKING:
     from engine.config import EngineConfig
 
-ENV_PREFIX = "LIGHTWELL_"
 CONFIG_VARIABLE = "LIGHTWELL_CONFIG"
 
 OTHER_VARIABLES = {
@@ -44,64 +44,11 @@ OTHER_VARIABLES = {
 }
 
 
-class SettingsError(ValueError):
-    """A setting that cannot be: the message names it, where it came from, and what it may be."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One row of the table. `name` and `default` are taken from the field of `Settings`."""
-
-    group: str
-    kind: Kind
-    help: str
-    secret: bool = False  # the value is never shown
-    positional: bool = False
-    name: str = ""
-    default: Any = None
-
-    @property
-    def key(self) -> str:
-        return self.name.replace("_", "-")
-
-    @property
-    def flag(self) -> str:
-        return self.name.upper() if self.positional else f"--{self.key}"
-
-    @property
-    def is_switch(self) -> bool:
-        return isinstance(self.default, bool)
-
-    @property
-    def variable(self) -> str:
-        return ENV_PREFIX + self.name.upper()
-
-    @property
-    def text(self) -> str:
-        """What it means, as one phrase."""
-        options = f": {', '.join(self.kind.options)}" if self.kind.options else ""
-        return self.help.removesuffix(".") + options
-
-    @property
-    def default_text(self) -> str:
-        """The default as a reader would write it; empty where there is none."""
-        if self.default is None or self.default == ():
-            return ""
-        if self.kind.metavar == "SIZE":
-            return format_size(self.default)
-        return str(self.default).lower() if self.is_switch else str(self.default).removesuffix(".0")
-
-    def read(self, value: object, source: str) -> Any:
-        """Parse a value that came from `source`. Raises SettingsError."""
-        try:
-            return self.kind.parse(value)
-        except ValueError:
-            got = "" if self.secret else f", got {value!r}"
-            raise SettingsError(f"{source}: expected {self.kind.expected}{got}") from None
-
+ADAPTER_NAME = r"[\w./:@+-]{1,128}"  # no comma and no =, which would end it in lists of adapters
 
 _ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
 _API, _LIMITS, _ENGINE, _MEMORY, _LOGS = "API", "Limits", "Engine", "Memory and scheduling", "Logs and metrics"
+_LORA = "LoRA adapters"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -266,6 +213,34 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = True
 
+    lora_modules: Annotated[
+        tuple[str, ...],
+        Setting(
+            _LORA,
+            pattern(
+                "NAME=PATH, the name of letters, digits and _./:@+-", rf"{ADAPTER_NAME}=.+", "NAME=PATH", is_list=True
+            ),
+            "NAME=PATH of a LoRA adapter to load at start: its name in the API, and a folder in PEFT's format, a GGUF "
+            "file, or a Hugging Face id of either. May be given again.",
+        ),
+    ] = ()
+    max_loras: Annotated[
+        int, Setting(_LORA, integer(1, 1024), "Adapters loaded at a time at most. One step may hold all of them.")
+    ] = 8
+    max_lora_rank: Annotated[
+        int | None,
+        Setting(_LORA, integer(1, 4096), "Rank of adapters at most. Unset: that of --lora-modules, at least 16."),
+    ] = None
+    allow_runtime_lora_updating: Annotated[
+        bool,
+        Setting(
+            _LORA,
+            BOOLEAN,
+            "Let clients load and unload adapters, from any folder that the server can read: "
+            "/v1/load_lora_adapter, /v1/unload_lora_adapter.",
+        ),
+    ] = False
+
     log_level: Annotated[
         str, Setting(_LOGS, choice("LEVEL", "debug", "info", "warning", "error"), "Least severity that is logged.")
     ] = "info"
@@ -279,10 +254,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "lightwell_"
 
+    @property
+    def lora_paths(self) -> dict[str, str]:
+        """The adapters to load at start: name -> where it is."""
+        return dict(_name_and_path(module) for module in self.lora_modules)
+
+    @property
+    def num_lora_places(self) -> int:
+        """Adapters that may be loaded at a time: none where nobody could load one."""
+        return self.max_loras if self.lora_modules or self.allow_runtime_lora_updating else 0
+
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in self.__struct_fields__}
         shown["api_key"] = f"<{len(self.api_key)} keys>"
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _name_and_path(module: str) -> tuple[str, str]:
+    name, _, path = module.partition("=")
+    return name, path
 
 
 class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -396,6 +386,21 @@ def _check(settings: Settings) -> None:
             f"--host {settings.host} is reachable from other machines: "
             "set --api-key, or --allow-unauthenticated if everyone may use this server"
         )
+    check_adapter_names(settings, settings.served_model_name)
+    if len(settings.lora_modules) > settings.max_loras:
+        raise SettingsError(
+            f"--lora-modules names {len(settings.lora_modules)} adapters, but --max-loras is {settings.max_loras}"
+        )
+
+
+def check_adapter_names(settings: Settings, model_names: Collection[str]) -> None:
+    """Raises SettingsError for an adapter that is called what another one or the model is called."""
+    names = [_name_and_path(module)[0] for module in settings.lora_modules]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise SettingsError(f"--lora-modules: two adapters are called {name}")
+        if name in model_names:
+            raise SettingsError(f"--lora-modules: {name} is the name of the model; call the adapter something else")
 
 
 def is_loopback(host: str) -> bool:
@@ -406,8 +411,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def engine_config(settings: Settings, model_path: Path) -> "EngineConfig":
-    """What the engine needs to know of the settings."""
+def engine_config(settings: Settings, model_path: Path, lora_paths: Mapping[str, Path]) -> "EngineConfig":
+    """What the engine needs to know of the settings. `lora_paths` is where the adapters of --lora-modules are."""
     from engine.config import EngineConfig
 
     return EngineConfig(
@@ -426,6 +431,9 @@ def engine_config(settings: Settings, model_path: Path) -> "EngineConfig":
         speculative=settings.speculative,
         batch_invariant=settings.batch_invariant,
         enforce_eager=settings.enforce_eager,
+        lora_modules={name: str(path) for name, path in lora_paths.items()},
+        max_loras=settings.num_lora_places,
+        max_lora_rank=settings.max_lora_rank,
         step_timeout=settings.step_timeout,
     )
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from types import FrameType
 import msgspec
 
 from engine.lifeline import die_with_parent
-from server.models import ResolvedModel, resolve_model
-from server.settings import ApiProcessConfig, Settings, engine_config
+from server.models import ModelError, ResolvedModel, resolve_adapter, resolve_model
+from server.settings import ApiProcessConfig, Settings, check_adapter_names, engine_config
 
 DEATH_GRACE_SECONDS = 3.0  # for the API to end its streams with an error once the engine is gone
 DRAIN_GRACE_SECONDS = 2.5  # for the API to leave after --drain-timeout
@@ -260,22 +260,42 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
     commands = commands or Commands()
     with _ends_at_once():
         model = resolve_model(settings.model)
+        check_adapter_names(settings, _model_names(settings, model))
+        lora_paths = _resolve_adapters(settings)
         with (
             ipc_address() as address,
             StopSignals() as signals,
             Supervisor(signals, settings) as supervisor,
         ):
-            engine = supervisor.start("engine", commands.engine, _engine_config(settings, model, address))
+            engine_process_config = _engine_config(settings, model, lora_paths, address)
+            engine = supervisor.start("engine", commands.engine, engine_process_config)
             api = supervisor.start("API", commands.api, _api_config(settings, model, address, engine.pid))
             return supervisor.watch(engine, api)
 
 
-def _engine_config(settings: Settings, model: ResolvedModel, address: str) -> msgspec.Struct:
+def _model_names(settings: Settings, model: ResolvedModel) -> tuple[str, ...]:
+    return settings.served_model_name or (model.name,)
+
+
+def _resolve_adapters(settings: Settings) -> dict[str, Path]:
+    """Where the adapters of --lora-modules are, by name. Raises ModelError."""
+    paths = {}
+    for name, path in settings.lora_paths.items():
+        try:
+            paths[name] = resolve_adapter(path)
+        except ModelError as error:
+            raise ModelError(f"--lora-modules {name}: {error}") from None
+    return paths
+
+
+def _engine_config(
+    settings: Settings, model: ResolvedModel, lora_paths: Mapping[str, Path], address: str
+) -> msgspec.Struct:
     from engine.config import EngineProcessConfig
 
     return EngineProcessConfig(
         address=address,
-        config=engine_config(settings, model.path),
+        config=engine_config(settings, model.path, lora_paths),
         log_level=settings.log_level,
         log_format=settings.log_format,
     )
@@ -286,7 +306,7 @@ def _api_config(settings: Settings, model: ResolvedModel, address: str, engine_p
         settings=settings,
         engine_address=address,
         model_path=str(model.path),
-        model_names=settings.served_model_name or (model.name,),
+        model_names=_model_names(settings, model),
         engine_pid=engine_pid,
     )
 

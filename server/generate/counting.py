@@ -6,7 +6,7 @@ from fastapi import Request
 from server.context import get_context
 from server.generate.chat_prompt import unread_options
 from server.generate.endpoint import Endpoint
-from server.generate.parameters import check_model, unknown_parameters, warnings_header
+from server.generate.parameters import unknown_parameters, warnings_header
 from server.schemas.chat import ChatCompletionRequest
 
 
@@ -15,7 +15,7 @@ async def count_prompt_tokens(
 ) -> tuple[int, dict[str, str]]:
     """The number, and headers of the answer. Raises BadRequestError or ModelNotFoundError."""
     context = get_context(request)
-    check_model(body.model, context.model_names)
+    context.find_model(body.model)
     unread = unread_options(context.chat_template, body)
     unknown = unknown_parameters(body, strict=context.settings.strict, unread=unread)
     body.check()

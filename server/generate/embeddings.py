@@ -13,16 +13,16 @@ from fastapi import Request
 
 from engine.messages import FinishReason, Pooling, SamplingParams, Submit
 from server.client import RequestStream, Reservation
-from server.context import ServerContext, get_context
+from server.context import ServedModel, ServerContext, get_context
 from server.errors import InvalidValueError, ServerError
-from server.generate.parameters import check_model, unknown_parameters, warnings_header
+from server.generate.parameters import unknown_parameters, warnings_header
 from server.generate.prompts import encode_prompt, fit_max_tokens, truncated
 from server.schemas.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 
 
-def judge(context: ServerContext, body: EmbeddingRequest) -> dict[str, str]:
-    """The headers of the answer. Raises BadRequestError, ModelNotFoundError, EngineUnavailableError."""
-    check_model(body.model, context.model_names)
+def judge(context: ServerContext, body: EmbeddingRequest) -> tuple[ServedModel, dict[str, str]]:
+    """What to ask, and headers of the answer. Raises BadRequestError, ModelNotFoundError, EngineUnavailableError."""
+    model = context.find_model(body.model)
     unknown = unknown_parameters(body, strict=context.settings.strict)
     size = context.model_config.hidden_size
     if body.dimensions is not None and body.dimensions > size:
@@ -36,10 +36,10 @@ def judge(context: ServerContext, body: EmbeddingRequest) -> dict[str, str]:
     headers = {"x-lightwell-deterministic": "true" if is_deterministic else "false"}
     if unknown:
         headers["x-lightwell-warnings"] = warnings_header(unknown)
-    return headers
+    return model, headers
 
 
-async def embed(request: Request, body: EmbeddingRequest) -> bytes:
+async def embed(request: Request, body: EmbeddingRequest, model: ServedModel) -> bytes:
     """The answer as JSON. Raises APIError. Cancelled, it ends what runs in the engine."""
     context, arrival, name = get_context(request), time.monotonic(), f"embd-{secrets.token_hex(16)}"
     # As many at a time as the engine runs; the others need no slots yet.
@@ -47,7 +47,7 @@ async def embed(request: Request, body: EmbeddingRequest) -> bytes:
     embeddings: list[list[float]] = []
     with context.client.reserve(size, param="input") as reservation:
         prompts = await context.run_text_work(_encode, context, body)
-        submits = [_submit(context, body, f"{name}-{i}", prompt, arrival) for i, prompt in enumerate(prompts)]
+        submits = [_submit(context, body, model, f"{name}-{i}", prompt, arrival) for i, prompt in enumerate(prompts)]
         while len(embeddings) < len(submits):
             waiting = submits[len(embeddings) :]
             num_slots = reservation.count or await context.client.refill(reservation, min(size, len(waiting)))
@@ -57,11 +57,21 @@ async def embed(request: Request, body: EmbeddingRequest) -> bytes:
 
 
 def _submit(
-    context: ServerContext, body: EmbeddingRequest, request_id: str, prompt: list[int], arrival: float
+    context: ServerContext,
+    body: EmbeddingRequest,
+    model: ServedModel,
+    request_id: str,
+    prompt: list[int],
+    arrival: float,
 ) -> Submit:
     params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling(context.settings.pooling))
     return Submit(
-        request_id=request_id, prompt_token_ids=prompt, params=params, arrival=arrival, priority=body.priority or 0
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        params=params,
+        arrival=arrival,
+        priority=body.priority or 0,
+        lora_name=model.lora_name,
     )
 
 

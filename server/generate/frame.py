@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 
 from engine.messages import EngineInfo, Submit
 from server.client import RequestStream, Reservation
-from server.context import ServerContext, get_context
+from server.context import ServedModel, ServerContext, get_context
 from server.errors import APIError, ServerError
 from server.generate.account import account_of
 from server.generate.chat_prompt import unread_options
@@ -28,7 +28,6 @@ from server.generate.endpoint import Endpoint, Head, Writer
 from server.generate.generation import Generation
 from server.generate.pacing import paced
 from server.generate.parameters import (
-    check_model,
     check_token_ids,
     choose_seed,
     prompt_seed,
@@ -60,6 +59,7 @@ class _Job(Generic[Body]):
     context: ServerContext
     endpoint: Endpoint[Body]
     body: Body
+    model: ServedModel
     info: EngineInfo
     head: Head
     seed: int
@@ -137,7 +137,7 @@ def _rendered(job: _Job[Body], submit: Submit) -> RenderedPrompt:
     params = {name: getattr(submit.params, name) for name in submit.params.__struct_fields__}
     return RenderedPrompt(
         request_id=submit.request_id,
-        model=job.body.model,
+        model=job.model.name,
         prompt=job.context.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False),
         token_ids=submit.prompt_token_ids,
         max_tokens=submit.params.max_tokens,
@@ -152,7 +152,7 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body], *, default_se
     """
     arrival = time.monotonic()
     context = get_context(request)
-    check_model(body.model, context.model_names)
+    model = context.find_model(body.model)
     unread = unread_options(context.chat_template, body)
     unknown = unknown_parameters(body, strict=context.settings.strict, unread=unread)
     body.check()
@@ -165,8 +165,14 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body], *, default_se
         context=context,
         endpoint=endpoint,
         body=body,
+        model=model,
         info=info,
-        head=Head(f"{endpoint.id_prefix}{secrets.token_hex(16)}", int(time.time()), body.model, info.fingerprint),
+        head=Head(
+            f"{endpoint.id_prefix}{secrets.token_hex(16)}",
+            int(time.time()),
+            model.name,
+            model.fingerprint(info.fingerprint),
+        ),
         seed=choose_seed(context.settings.seed, _next_number(request)) if seed is None else seed,
         arrival=arrival,
         request_id=request.state.request_id,
@@ -201,7 +207,7 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         recording = None
         if context.recordings.max_requests:
-            recording = Recording(prepared.submits, ids=job.ids)
+            recording = Recording(prepared.submits, ids=job.ids, adapter=job.model.adapter)
         streams = _send(context, prepared.submits if recording is None else recording.submits, reservation)
     generation = Generation(
         prompts,
@@ -285,6 +291,7 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSet
         n=body.num_choices,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        lora_name=job.model.lora_name,
     )
 
 

@@ -12,8 +12,6 @@ from pydantic import BaseModel
 from engine.messages import RepetitionDetection, SamplingParams
 from server.errors import (
     InvalidValueError,
-    MissingParameterError,
-    ModelNotFoundError,
     UnknownParameterError,
     UnsupportedParameterError,
     clip,
@@ -86,6 +84,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "dynatemp_range": (0,),
     "mirostat_mode": (0,),
     "lora_path": (),
+    "lora": ([],),
     "mcp_servers": ([],),
     "container": (),
     "kv_transfer_params": (),
@@ -102,6 +101,8 @@ INSTEAD: Mapping[str, str] = {
     "n_probs": "logprobs",
     "thinking_budget_tokens": "thinking_token_budget",
     "reasoning_budget_tokens": "thinking_token_budget",
+    "lora_path": "the adapter's name as model",
+    "lora": "the adapter's name as model",
 }
 
 # Known parameters that change no text.
@@ -125,14 +126,6 @@ HARMLESS = frozenset(
 
 # What OpenAI's clients send back of an earlier answer; it was never shown to the model as text.
 HARMLESS_IN_MESSAGES = frozenset(("refusal", "annotations"))
-
-
-def check_model(model: str, model_names: Sequence[str]) -> None:
-    """Raises BadRequestError or ModelNotFoundError unless this server has the model."""
-    if not model:
-        raise MissingParameterError("model")
-    if model not in model_names:
-        raise ModelNotFoundError(model)
 
 
 def unknown_parameters(body: BaseModel, *, strict: bool, unread: Sequence[str] = ()) -> list[str]:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from engine.messages import FinishReason, Submit, TokenLogprobs
+from engine.messages import FinishReason, LoraAdapter, Submit, TokenLogprobs
 from server.client import RequestStream
 from server.context import ServerContext
-from server.errors import ServerError
+from server.errors import RecordedAdapterError, ServerError
 from server.generate.choices import json_logprob
 from server.recordings import RecordedChoice, Recording
 from server.schemas.requests import Alternative, Difference, Distribution, Replay, ReplayedChoice
@@ -21,7 +21,8 @@ from server.text.tokenizer import Tokenizer
 
 
 async def replay(context: ServerContext, request_id: str, recording: Recording) -> Replay:
-    """Raises APIError where the engine has no room, or fails."""
+    """Raises APIError where the engine has no room, or fails, or no longer has the adapter."""
+    _check_adapter(context, recording.adapter)
     again = [_again(submit, choices) for submit, choices in zip(recording.submits, recording.choices, strict=True)]
     with contextlib.ExitStack() as stack:
         reservation = stack.enter_context(context.client.reserve(sum(submit.n for submit in again)))
@@ -36,6 +37,15 @@ async def replay(context: ServerContext, request_id: str, recording: Recording) 
             difference = _difference(context.tokenizer, submit.prompt_token_ids, old, new)
             choices.append(ReplayedChoice(len(choices), len(old.token_ids), difference is None, difference))
     return Replay(id=request_id, bit_equal=all(choice.bit_equal for choice in choices), choices=choices)
+
+
+def _check_adapter(context: ServerContext, adapter: LoraAdapter | None) -> None:
+    """Raises RecordedAdapterError if it is not loaded, or another one of its name is."""
+    if adapter is None:
+        return
+    loaded = context.client.adapters.get(adapter.name)
+    if loaded is None or loaded.fingerprint != adapter.fingerprint:
+        raise RecordedAdapterError(adapter.name)
 
 
 def _again(submit: Submit, choices: Sequence[RecordedChoice]) -> Submit:

@@ -14,6 +14,6 @@ router = APIRouter(route_class=StrictJSONRoute)
 @router.post("/v1/embeddings")
 async def create_embedding(request: Request, body: EmbeddingRequest) -> Response:
     """What the model makes of one or several texts, as vectors."""
-    headers = judge(get_context(request), body)
-    content = await run_until_disconnect(request, embed(request, body))
+    model, headers = judge(get_context(request), body)
+    content = await run_until_disconnect(request, embed(request, body, model))
     return Response(content, headers=headers, media_type="application/json")

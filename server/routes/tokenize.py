@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from server.context import ServerContext, get_context
 from server.errors import InvalidValueError
 from server.generate.chat_prompt import encode_request
-from server.generate.parameters import check_model, unknown_parameters, warnings_header
+from server.generate.parameters import unknown_parameters, warnings_header
 from server.generate.prompts import vocab_size
 from server.middleware import StrictJSONRoute
 from server.schemas.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
@@ -43,7 +43,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 def _judge(context: ServerContext, body: TokenizeRequest | DetokenizeRequest) -> dict[str, str]:
     """The headers of the answer. Raises BadRequestError or ModelNotFoundError."""
     if body.model is not None:
-        check_model(body.model, context.model_names)
+        context.find_model(body.model)
     unknown = unknown_parameters(body, strict=context.settings.strict)
     context.metrics.count_unknown_parameters(len(unknown))
     return {"x-lightwell-warnings": warnings_header(unknown)} if unknown else {}

@@ -10,8 +10,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["model"] = "model"
     created: int  # seconds since the epoch
     owned_by: str = "lightwell"
-    root: str
-    parent: None = None
+    root: str  # of a LoRA adapter its path
+    parent: str | None = None  # of a LoRA adapter the model
     max_model_len: int  # tokens
 
 

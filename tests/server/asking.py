@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
+from server.models import ADAPTER_FILES
 from tests.server.fake_engine import FakeEngine, FakeEngineConfig
 from tests.server.serving import RunningServer, make_test_context, running_server
 
@@ -21,13 +22,23 @@ MINIMAL: dict[str, dict[str, Any]] = {
 }
 
 
+def write_adapter(folder: Path) -> Path:
+    """A folder that looks like a LoRA adapter to the server, which does not read it."""
+    folder.mkdir(parents=True)
+    for name in ADAPTER_FILES:
+        (folder / name).write_text("{}")
+    return folder
+
+
 @contextmanager
-def shared_server(model_folder: Path, **engine: Any) -> Iterator[RunningServer]:
-    """A server with default settings before a fake engine, for more than one test."""
+def shared_server(
+    model_folder: Path, *, settings: dict[str, Any] | None = None, **engine: Any
+) -> Iterator[RunningServer]:
+    """A server, with default settings if not said otherwise, before a fake engine, for more than one test."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lw-"))
         fake_engine = stack.enter_context(FakeEngine(FakeEngineConfig(address=f"ipc://{folder}/engine", **engine)))
-        context = make_test_context(fake_engine.config.address, model_folder)
+        context = make_test_context(fake_engine.config.address, model_folder, **(settings or {}))
         yield stack.enter_context(running_server(context, fake_engine))
 
 

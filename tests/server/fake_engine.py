@@ -6,6 +6,7 @@ killed. Both follow a `FakeEngineConfig`. Each step gives every running choice o
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -19,11 +20,15 @@ import zmq
 from engine.messages import (
     HEARTBEAT_SECONDS,
     Abort,
+    AdapterDone,
+    Adapters,
     EngineInfo,
     EngineStats,
     FinishReason,
     FromEngine,
     Hello,
+    LoadAdapter,
+    LoraAdapter,
     Outputs,
     Ready,
     RequestTimes,
@@ -31,6 +36,7 @@ from engine.messages import (
     ToEngine,
     TokenEvent,
     TokenLogprobs,
+    UnloadAdapter,
 )
 
 EOS_TOKEN_ID = 256  # of the tiny tokenizer in conftest.py
@@ -58,6 +64,16 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     max_num_seqs: int = 8
     num_blocks: int = 256
     vocab_size: int = 260
+    adapters: list[LoraAdapter] = []  # that are loaded at the start
+    max_loras: int = 0
+    adapter_error: str = ""  # what a load ends with
+    ignores_adapters: bool = False  # loads and unloads are never answered
+
+
+def make_adapter(name: str, path: str = "") -> LoraAdapter:
+    """The path decides about the fingerprint."""
+    path = path or f"/adapters/{name}"
+    return LoraAdapter(name=name, path=path, rank=8, fingerprint=hashlib.sha256(path.encode()).hexdigest())
 
 
 class _Running(msgspec.Struct):
@@ -83,6 +99,7 @@ class _Loop:
         self.hung = threading.Event()
         self.running: list[_Running] = []
         self.waiting: list[_Running] = []
+        self.adapters = {adapter.name: adapter for adapter in config.adapters}
         self.stats = EngineStats(num_blocks=config.num_blocks)
         self._on_message = on_message
         self._clients: set[bytes] = set()
@@ -133,13 +150,33 @@ class _Loop:
                 while not self._is_ready():
                     if self.stop.wait(0.01):
                         return
-                self._send(identity, Ready(self._info()))
+                self._send(identity, Ready(self._info(), list(self.adapters.values())))
             case Submit():
                 self._add(identity, message)
                 self._send_outputs({})
             case Abort():
                 self._abort(message)
                 self._send_outputs({})
+            case LoadAdapter() | UnloadAdapter() if not self.config.ignores_adapters:
+                error = self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
+                if not error:
+                    for client in self._clients:
+                        self._send(client, Adapters(list(self.adapters.values())))
+                self._send(identity, AdapterDone(request_id=message.request_id, error=error))
+
+    def _load(self, message: LoadAdapter) -> str:
+        """What is wrong with it, if anything."""
+        if self.config.adapter_error:
+            return self.config.adapter_error
+        if message.name in self.adapters and not message.replaces:
+            return f"adapter {message.name} is loaded already"
+        if message.name not in self.adapters and len(self.adapters) >= self.config.max_loras:
+            return f"{self.config.max_loras} adapters are loaded already"
+        self.adapters[message.name] = make_adapter(message.name, message.path)
+        return ""
+
+    def _unload(self, message: UnloadAdapter) -> str:
+        return "" if self.adapters.pop(message.name, None) else f"no adapter is called {message.name}"
 
     def _info(self) -> EngineInfo:
         config = self.config
@@ -155,6 +192,7 @@ class _Loop:
             kernels="none",
             deterministic=True,
             fingerprint="fp_fake",
+            max_loras=config.max_loras,
         )
 
     def _add(self, identity: bytes, submit: Submit) -> None:
@@ -247,6 +285,8 @@ class _Loop:
         self.stats.num_running = len(self.running)
         self.stats.num_waiting = len(self.waiting)
         self.stats.num_blocks_used = len(self.running)
+        self.stats.running_adapters = _adapters_of(self.running)
+        self.stats.waiting_adapters = _adapters_of(self.waiting)
         for identity in self._clients:
             outputs = Outputs(stats=self.stats, events=events.get(identity, []), num_step_tokens=num_step_tokens)
             self._send(identity, outputs)
@@ -254,6 +294,10 @@ class _Loop:
 
     def _send(self, identity: bytes, message: FromEngine) -> None:
         self._socket.send_multipart([identity, self._encoder.encode(message)])
+
+
+def _adapters_of(choices: list[_Running]) -> list[str]:
+    return list(dict.fromkeys(choice.submit.lora_name for choice in choices if choice.submit.lora_name))
 
 
 def _embedding(token_ids: list[int]) -> list[float]:
@@ -293,6 +337,11 @@ class FakeEngine:
     @property
     def aborts(self) -> list[Abort]:
         return [message for message in self.received if isinstance(message, Abort)]
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of those that are loaded."""
+        return list(self._loop.adapters)
 
     @property
     def num_choices(self) -> int:

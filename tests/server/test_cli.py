@@ -13,7 +13,8 @@ import pytest
 
 from server import models, supervisor
 from server.cli import main, make_parser
-from server.settings import SETTINGS, Setting, Settings
+from server.setting_kinds import Setting
+from server.settings import SETTINGS, Settings
 from tests.server.processes import wait_for_end_of
 
 

@@ -8,13 +8,34 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
-from engine.messages import Abort, FinishReason, Hello, SamplingParams, Submit, TokenEvent
-from server.client import EngineClient, RequestStream, _Throughput
-from server.errors import APIError, EngineDeadError, EngineUnavailableError, InvalidValueError, QueueFullError
+from engine.messages import (
+    Abort,
+    AdapterDone,
+    FinishReason,
+    Hello,
+    SamplingParams,
+    Submit,
+    ToEngine,
+    TokenEvent,
+    UnloadAdapter,
+)
+from server.adapters import AdapterBook
+from server.client import EngineClient, RequestStream
+from server.errors import (
+    APIError,
+    BadRequestError,
+    EngineDeadError,
+    EngineUnavailableError,
+    InvalidValueError,
+    ModelNotFoundError,
+    QueueFullError,
+)
 from server.metrics import Metrics
-from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine, FakeEngineConfig, FakeEngineProcess
+from server.throughput import Throughput
+from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine, FakeEngineConfig, FakeEngineProcess, make_adapter
 
 pytestmark = pytest.mark.anyio
 
@@ -347,6 +368,119 @@ async def test_close_ends_streams(fake_engine: FakeEngine) -> None:
         await read(stream)
 
 
+def of_adapter(name: str) -> Submit:
+    return msgspec.structs.replace(request(), lora_name=name)
+
+
+async def test_adapters(address: str) -> None:
+    """They are there from the start, and known once a load is done, in every client."""
+    chess = make_adapter("chess")
+    with FakeEngine(FakeEngineConfig(address=address, adapters=[chess], max_loras=2)) as engine:
+        async with ready(address) as client, ready(address) as other:
+            assert client.adapters == {"chess": chess}
+            await client.load_adapter("go", "/go", False)
+            assert {name: adapter.path for name, adapter in client.adapters.items()} == {
+                "chess": chess.path,
+                "go": "/go",
+            }
+            await until(lambda: other.adapters == client.adapters)
+            await read(client.submit(of_adapter("go")))
+            assert engine.submits[-1].lora_name == "go"
+            with pytest.raises(BadRequestError, match="adapter go is loaded already"):
+                await client.load_adapter("go", "/other", False)
+            await client.load_adapter("go", "/other", True)
+            assert client.adapters["go"].path == "/other"
+            await other.unload_adapter("go")
+            await until(lambda: list(client.adapters) == ["chess"])
+            with pytest.raises(BadRequestError, match="no adapter is called go"):
+                await client.unload_adapter("go")
+
+
+async def test_nothing_is_submitted_behind_an_unload(address: str) -> None:
+    config = FakeEngineConfig(address=address, adapters=[make_adapter("chess"), make_adapter("go")], max_loras=3)
+    with FakeEngine(config) as engine:
+        async with ready(address) as client:
+            stream = client.submit(of_adapter("chess"))
+            unloading = asyncio.create_task(client.unload_adapter("chess"))
+            loading = asyncio.create_task(client.load_adapter("sql", "/sql", False))
+            await asyncio.sleep(0)
+            with pytest.raises(ModelNotFoundError):
+                client.submit(of_adapter("chess"))
+            assert client.num_in_flight == 1
+            await unloading
+            await loading
+            assert list(client.adapters) == ["go", "sql"]
+            assert tokens(await read(stream))[:-1] == config.reply
+            assert [submit.lora_name for submit in engine.submits] == ["chess"]
+
+
+async def test_what_the_engine_said_before_it_read_of_an_unload() -> None:
+    sent: list[ToEngine] = []
+    book = AdapterBook(sent.append)
+    chess, go = make_adapter("chess"), make_adapter("go")
+    book.take([chess])
+    unloading = asyncio.create_task(book.unload("chess"))
+    await asyncio.sleep(0)
+    book.take([chess, go])
+    assert list(book.loaded) == ["go"]
+    (message,) = sent
+    assert isinstance(message, UnloadAdapter)
+    book.finish(AdapterDone(request_id=message.request_id))
+    await unloading
+    book.take([go, chess])
+    assert list(book.loaded) == ["go", "chess"]  # loaded again by another process
+
+
+async def test_whoever_waits_for_an_adapter_may_leave(address: str) -> None:
+    with FakeEngine(FakeEngineConfig(address=address, max_loras=2)) as engine:
+        async with ready(address) as client:
+            loading = asyncio.create_task(client.load_adapter("go", "/go", False))
+            await asyncio.sleep(0)
+            loading.cancel()
+            await until(lambda: "go" in client.adapters)
+            await client.unload_adapter("go")
+            assert engine.adapters == []
+            assert client.is_healthy
+
+
+async def test_death_of_the_engine_while_adapters_change(address: str) -> None:
+    config = FakeEngineConfig(address=address, adapters=[make_adapter("chess")], ignores_adapters=True)
+    with FakeEngineProcess(config) as engine:
+        async with ready(address) as client:
+            changes = [
+                asyncio.create_task(client.load_adapter("go", "/go", False)),
+                asyncio.create_task(client.unload_adapter("chess")),
+            ]
+            await asyncio.sleep(0.1)
+            os.kill(engine.pid, signal.SIGKILL)
+            results = await asyncio.gather(*changes, return_exceptions=True)
+            assert [type(result) for result in results] == [EngineDeadError] * 2
+            with pytest.raises(EngineUnavailableError):
+                await client.load_adapter("go", "/go", False)
+
+
+async def test_an_answer_that_comes_too_late(address: str) -> None:
+    with FakeEngine(FakeEngineConfig(address=address, max_loras=2)):
+        async with ready(address) as client:
+            loading = asyncio.create_task(client.load_adapter("go", "/go", False))
+            await asyncio.sleep(0)
+            client.fail_streams(EngineUnavailableError("over"))
+            with pytest.raises(EngineUnavailableError, match="over"):
+                await loading
+            await client.load_adapter("chess", "/chess", False)
+            assert list(client.adapters) == ["go", "chess"]
+            assert client.is_healthy
+
+
+async def test_close_ends_the_wait_for_adapters(address: str) -> None:
+    with FakeEngine(FakeEngineConfig(address=address, ignores_adapters=True)):
+        async with ready(address) as client:
+            loading = asyncio.create_task(client.load_adapter("go", "/go", False))
+            await asyncio.sleep(0.05)
+    with pytest.raises(EngineUnavailableError):
+        await loading
+
+
 async def test_metrics_follow_events(fake_engine: FakeEngine) -> None:
     metrics = Metrics("lightwell_", "m")
     labels = {"model_name": "m", "engine": "0"}
@@ -394,7 +528,7 @@ async def test_metrics_follow_events(fake_engine: FakeEngine) -> None:
     ],
 )
 async def test_retry_after_follows_throughput(ends: list[float], count: int, now: float, expected: float) -> None:
-    throughput = _Throughput()
+    throughput = Throughput()
     throughput.start(100.0)
     for end in ends:
         throughput.add(end)

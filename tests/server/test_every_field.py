@@ -14,13 +14,14 @@ import msgspec
 import pytest
 from pydantic import BaseModel
 
+from server.schemas.adapters import LoadAdapterRequest
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.embeddings import EmbeddingRequest
 from server.schemas.messages import CountTokensRequest, MessagesRequest
 from server.schemas.responses import ResponsesRequest
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
-from tests.server.asking import CHAT, COMPLETIONS, MESSAGES, shared_server
+from tests.server.asking import CHAT, COMPLETIONS, MESSAGES, shared_server, write_adapter
 from tests.server.serving import RunningServer
 from tests.server.tool_model import say, write_tool_model
 
@@ -28,6 +29,7 @@ Fields = dict[str, Any]
 
 RESPONSES, ANTHROPIC, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
 EMBEDDINGS, TOKENIZE, DETOKENIZE = "/v1/embeddings", "/tokenize", "/detokenize"
+LOAD = "/v1/load_lora_adapter"
 
 SCHEMA: Fields = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL: Fields = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
@@ -221,6 +223,11 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
         },
     ),
     DETOKENIZE: (DetokenizeRequest, {"tokens": [72]}, {"tokens": [73]}),
+    LOAD: (
+        LoadAdapterRequest,
+        {"lora_name": "sql", "lora_path": "./sql", "load_inplace": True},
+        {"lora_name": "chess"},
+    ),
 }
 
 # Fields that cannot be seen to act here, and why.
@@ -254,6 +261,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "add_special_tokens": "the tokenizer adds none; test_tokenize has one that does",
     },
     DETOKENIZE: {"model": "any of the names"},
+    LOAD: {"lora_path": "test_adapters", "load_inplace": "test_adapters"},
 }
 # Values of which at least one is wrong for any field.
 WRONG: list[Any] = [{"?": "?"}, [5.5], "\ud800", -7.5, True, "?"]
@@ -262,7 +270,13 @@ WRONG: list[Any] = [{"?": "?"}, [5.5], "\ud800", -7.5, True, "?"]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = write_tool_model(tmp_path_factory.mktemp("model"), special_tags=True)
-    with shared_server(folder, vocab_size=263) as server:
+    write_adapter(folder / "sql")
+    settings = {"allow_runtime_lora_updating": True}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        shared_server(folder, settings=settings, vocab_size=263, max_loras=8) as server,
+    ):
+        patch.chdir(folder)
         say(server, "<think>Hm.</think>Hello, <|im_end|>world, hello, world!")
         yield server
 

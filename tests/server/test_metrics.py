@@ -3,6 +3,7 @@
 import time
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -134,6 +135,28 @@ def test_values_of_the_engine_are_those_of_the_latest_statistics() -> None:
     assert value("x_spec_decode_num_accepted_tokens_total") == 5
     stats.num_running = 0
     assert value("x_num_requests_running") == 0
+
+
+@pytest.mark.parametrize("max_loras", [0, 3])
+def test_adapters_in_use(max_loras: int) -> None:
+    """vLLM's labels, in one order, of the latest statistics only, where there can be adapters."""
+    metrics = Metrics("vllm:", "m")
+    stats = EngineStats(running_adapters=["b", "a"], waiting_adapters=["c"])
+    metrics.set_stats_source(lambda: stats)
+    metrics.set_engine_info(msgspec.structs.replace(INFO, max_loras=max_loras))
+
+    def labels() -> list[dict[str, str]]:
+        families = {family.name: family for family in parse_text(metrics.exposition()[0].decode())}
+        family = families.get("vllm:lora_requests_info")
+        assert family is None or family.type == "gauge"
+        assert family is None or all(abs(sample.value - time.time()) < 5 for sample in family.samples)
+        return [] if family is None else [sample.labels for sample in family.samples]
+
+    first = {"max_lora": "3", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
+    assert labels() == ([first] if max_loras else [])
+    stats.running_adapters, stats.waiting_adapters = ["c"], []
+    second = {"max_lora": "3", "running_lora_adapters": "c", "waiting_lora_adapters": ""}
+    assert labels() == ([second] if max_loras else [])
 
 
 def test_page_over_http(server: RunningServer) -> None:

@@ -17,7 +17,17 @@ from huggingface_hub import errors
 from engine.config import refuse_pickle
 from engine.config.huggingface import PICKLE_SUFFIXES
 from server import models
-from server.models import ALIASES, PICKLE_REFUSED, Alias, ModelError, cache_folder, resolve_model
+from server.models import (
+    ADAPTER_FILES,
+    ALIASES,
+    PICKLE_REFUSED,
+    Alias,
+    ModelError,
+    cache_folder,
+    resolve_adapter,
+    resolve_model,
+)
+from tests.server.asking import write_adapter
 
 PYTHON = sys.executable
 CONTENT = b"GGUF" + bytes(range(256)) * 10
@@ -288,6 +298,64 @@ def test_failures_of_hugging_face_are_one_line(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ModelError, match=f"cannot fetch org/name from Hugging Face: .*{message}") as caught:
         resolve_model("org/name")
     assert "\n" not in str(caught.value)
+
+
+# LoRA adapters.
+
+
+def test_adapters_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_adapter(tmp_path / "org" / "sql")
+    gguf = tmp_path / "sql.gguf"
+    gguf.write_bytes(CONTENT)
+    assert resolve_adapter(f"{folder}/") == folder
+    assert resolve_adapter(str(gguf)) == gguf
+    monkeypatch.chdir(tmp_path)
+    assert resolve_adapter("org/sql") == folder  # a folder goes before Hugging Face
+    assert resolve_adapter("./sql.gguf") == gguf
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        (["notes.txt"], "notes.txt", r"not a GGUF file \(an adapter .* its adapter_config.json\)"),
+        (["adapter_model.bin"], "adapter_model.bin", PICKLE_REFUSED),
+        (["adapter_config.json", "adapter_model.bin"], "", PICKLE_REFUSED),
+        (["adapter_config.json"], "", "no adapter_model.safetensors there"),
+        (["adapter_model.safetensors"], "", "no adapter_config.json there"),
+        (["config.json", "model.safetensors"], "", "no adapter_config.json there"),
+    ],
+)
+def test_what_is_no_adapter(tmp_path: Path, files: list[str], name: str, message: str) -> None:
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ModelError, match=f"^adapter {tmp_path}.*: .*{message}") as caught:
+        resolve_adapter(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nothing", "./org/name", "/org/name", "a/b/c", "smollm2-135m", "x\0y", "x" * 5000])
+def test_what_adapter_is_not_there(name: str) -> None:
+    with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
+        resolve_adapter(name)
+
+
+def test_an_adapter_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str | None, list[str]]] = []
+
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        calls.append((repo, revision, allow_patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: f"/{repo}/{revision}/{file}")
+    (tmp_path / "snapshot").mkdir()
+    with pytest.raises(ModelError, match=r"adapter org/sql: no adapter_config\.json there"):
+        resolve_adapter("org/sql")
+    for name in ADAPTER_FILES:
+        (tmp_path / "snapshot" / name).touch()
+    assert resolve_adapter("org/sql@v1") == tmp_path / "snapshot"
+    assert calls == [("org/sql", None, list(ADAPTER_FILES)), ("org/sql", "v1", list(ADAPTER_FILES))]
+    assert resolve_adapter("org/sql:a/x.gguf") == Path("/org/sql/None/a/x.gguf")
 
 
 def test_a_local_path_needs_neither_network_nor_its_library(tmp_path: Path) -> None:

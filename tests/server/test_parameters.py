@@ -452,6 +452,8 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "t_max_predict_ms": [5],
     "thinking_budget_tokens": [5],
     "reasoning_format": ["none"],
+    "lora_path": ["/adapters/sql", ["sql"]],
+    "lora": [[{"id": 0, "scale": 0.5}]],
 }
 
 # What asks for nothing: the default of each
@@ -463,6 +465,7 @@ NOTHING: dict[str, list[Any]] = {name: [None] for name in UNSUPPORTED} | {
     "modalities": [None, ["text"]],
     "best_of": [None, 1],
     "suffix": [None, ""],
+    "lora": [None, []],
     "use_beam_search": [None, False],
     "chat_template_kwargs": [None, {}],
     "continue_final_message": [None, False],

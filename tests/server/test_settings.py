@@ -9,11 +9,10 @@ import pytest
 
 from engine.config import EngineConfig
 from server.cli import make_parser
-from server.setting_kinds import format_size, parse_size
+from server.setting_kinds import SettingsError, format_size, parse_size
 from server.settings import (
     SETTINGS,
     Settings,
-    SettingsError,
     engine_config,
     is_loopback,
     load_settings,
@@ -55,6 +54,10 @@ VALID: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     "speculative": (("off", "off"), ("ngram", "ngram")),
     "enforce_eager": (("true", True), ("on", True)),
     "batch_invariant": (("false", False), ("off", False)),
+    "lora_modules": (("sql=/a/sql", ("sql=/a/sql",)), ("a/b@1=org/name:x.gguf", ("a/b@1=org/name:x.gguf",))),
+    "max_loras": (("3", 3), ("1", 1)),
+    "max_lora_rank": (("64", 64), ("1", 1)),
+    "allow_runtime_lora_updating": (("true", True), ("on", True)),
     "log_level": (("debug", "debug"), ("error", "error")),
     "log_format": (("json", "json"), ("json", "json")),
     "metrics_prefix": (("vllm:", "vllm:"), ("a_1", "a_1")),
@@ -93,6 +96,10 @@ INVALID: dict[str, list[str]] = {
     "speculative": ["on", "false", "", "OFF"],
     "enforce_eager": ["none"],
     "batch_invariant": ["none"],
+    "lora_modules": ["", "/a/sql", "=/a/sql", "sql=", "s q=/a", "a" * 129 + "=/a"],
+    "max_loras": ["0", "1025", "all"],
+    "max_lora_rank": ["0", "4097"],
+    "allow_runtime_lora_updating": ["maybe", "2"],
     "log_level": ["INFO", "trace"],
     "log_format": ["text"],
     "metrics_prefix": ["1a", "a-b", ""],
@@ -297,11 +304,36 @@ def test_settings_cross_the_process_border() -> None:
 def test_engine_config_has_everything_the_engine_asks_for() -> None:
     """Settings of the same name are handed on, and none of the engine's is forgotten."""
     changed = {name: cases[0][1] for name, cases in VALID.items()}
-    config = engine_config(Settings(**changed), Path("/m.gguf"))
+    config = engine_config(Settings(**changed), Path("/m.gguf"), {"sql": Path("/a/sql")})
     assert config.model_path == "/m.gguf"
+    assert config.lora_modules == {"sql": "/a/sql"}
     for field in msgspec.structs.fields(EngineConfig):
-        if field.name != "model_path":
+        if field.name not in ("model_path", "lora_modules"):
             assert getattr(config, field.name) == changed[field.name] != field.default
+
+
+def test_adapters_have_names_of_their_own() -> None:
+    settings = from_flags("--lora-modules", "a=/x,y=z", "--lora-modules", "b=org/name")
+    assert settings.lora_paths == {"a": "/x,y=z", "b": "org/name"}
+    assert load_settings(environ={"LIGHTWELL_LORA_MODULES": "a=/x,b=/y"}).lora_paths == {"a": "/x", "b": "/y"}
+    with pytest.raises(SettingsError, match="--lora-modules: two adapters are called a"):
+        from_flags("--lora-modules", "a=/x", "--lora-modules", "a=/y")
+    with pytest.raises(SettingsError, match="--lora-modules: gpt is the name of the model"):
+        from_flags("--lora-modules", "gpt=/x", "--served-model-name", "other", "--served-model-name", "gpt")
+
+
+def test_places_for_adapters() -> None:
+    two = ("--lora-modules", "a=/x", "--lora-modules", "b=/y")
+    for flags, num_places in (
+        ((), 0),
+        (("--max-loras", "3"), 0),
+        (two, 8),
+        ((*two, "--max-loras", "2"), 2),
+        (("--allow-runtime-lora-updating", "--max-loras", "3"), 3),
+    ):
+        assert engine_config(from_flags(*flags), Path("/m"), {}).max_loras == num_places
+    with pytest.raises(SettingsError, match="--lora-modules names 2 adapters, but --max-loras is 1"):
+        from_flags(*two, "--max-loras", "1")
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 1023, 1024, 10 << 20, 3 << 29, 1 << 40])

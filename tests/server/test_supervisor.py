@@ -18,8 +18,11 @@ import pytest
 
 from engine.config import EngineProcessConfig
 from server import supervisor
+from server.models import ModelError
+from server.setting_kinds import SettingsError
 from server.settings import ApiProcessConfig, Settings
 from server.supervisor import child_environment
+from tests.server.asking import write_adapter
 from tests.server.processes import is_running, wait_for_end_of
 
 STUB = Path(__file__).with_name("stub_child.py")
@@ -153,6 +156,29 @@ def test_names_of_the_model(start: Start) -> None:
     running.pid("api")
     api = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig)
     assert api.model_names == ("a", "b")
+
+
+def test_adapters_are_found_before_the_engine_starts(start: Start, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "sql")
+    running = start(lora_modules=[f"sql={adapter}/"], max_lora_rank=8)
+    running.pid("engine")
+    engine = msgspec.json.decode((running.folder / "engine.json").read_bytes(), type=EngineProcessConfig)
+    assert engine.config.lora_modules == {"sql": str(adapter)}
+    assert (engine.config.max_loras, engine.config.max_lora_rank) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("sql=/nothing/there", "--lora-modules sql: adapter '/nothing/there' is neither"),
+        ("model.gguf=/nothing", "--lora-modules: model.gguf is the name of the model"),
+    ],
+)
+def test_adapters_that_cannot_be(tmp_path: Path, module: str, message: str) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    with pytest.raises((ModelError, SettingsError), match=message):
+        supervisor.supervise(Settings(model=str(model), lora_modules=(module,)))
 
 
 def test_idle_costs_nothing(start: Start) -> None:
