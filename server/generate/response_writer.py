@@ -48,6 +48,7 @@ from server.schemas.responses import (
     ResponseUsage,
     Status,
 )
+from server.text.parts import PartKind
 from server.text.tokenizer import Tokenizer
 
 # Why a choice ended -> what becomes of the response.
@@ -82,7 +83,7 @@ class ResponseWriter:
         self._num_events = 0
         self._open: tuple[str, int] | None = None  # kind of the last item and which call it is; None: it is done
         self._finish_reason = "stop"
-        self._positions: list[Position] = []  # from the first one on of which it is not known whether it is content
+        self._positions: list[Position] = []  # of tokens whose log probabilities are not in the output yet
 
     @property
     def response(self) -> ResponseObject:
@@ -148,17 +149,17 @@ class ResponseWriter:
 
     def _grow(self, deltas: Sequence[Delta]) -> Iterator[Event]:
         for delta in deltas:
-            calls = delta.tool_calls
-            if calls and self._open == ("function_call", calls[0].index):  # text of the same delta comes after it
-                yield from self._call(calls[0])
-                calls = calls[1:]
-            if delta.reasoning:
-                yield from self._think(delta.reasoning)
-            logprobs = self._take_logprobs(delta.positions)
-            if delta.text or (logprobs and self._open == ("message", 0)):
-                yield from self._write(delta.text, logprobs)
-            for call in calls:
-                yield from self._call(call)
+            if self._with_logprobs:
+                self._positions += delta.positions
+            for part in delta.parts:
+                if isinstance(part, ToolCallDelta):
+                    yield from self._call(part)
+                elif part.kind is PartKind.REASONING:
+                    yield from self._think(part.text)
+                else:
+                    yield from self._write(part.text)
+            if self._open == ("message", 0) and (logprobs := self._take_logprobs()):  # of tokens without a text
+                yield self._text_delta("", logprobs)
             self._finish_reason = delta.finish_reason or "stop"
 
     def _think(self, text: str) -> Iterator[Event]:
@@ -168,22 +169,30 @@ class ResponseWriter:
         item.content[0].text += text
         yield ReasoningDelta(**self._place(), delta=text)
 
-    def _take_logprobs(self, positions: Sequence[Position]) -> list[TokenLogprob]:
-        """Those of the tokens that are known to be content; they are known together with their text."""
-        if not self._with_logprobs:
+    def _take_logprobs(self) -> list[TokenLogprob]:
+        """Those of the tokens that are known to be content, up to the end of the last message."""
+        if not self._positions:
             return []
-        self._positions += positions
-        num_known = next((i for i, each in enumerate(self._positions) if each.is_content is None), len(self._positions))
-        known, self._positions = self._positions[:num_known], self._positions[num_known:]
-        return token_logprobs(self._tokenizer, [each for each in known if each.is_content], self._fields)
+        last = sum(isinstance(item, MessageItem) for item in self.response.output) - 1
 
-    def _write(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[Event]:
+        def is_later(position: Position) -> bool:
+            return position.is_content is None or (position.is_content and position.content_index > last)
+
+        num_taken = next((i for i, each in enumerate(self._positions) if is_later(each)), len(self._positions))
+        taken, self._positions = self._positions[:num_taken], self._positions[num_taken:]
+        return token_logprobs(self._tokenizer, [each for each in taken if each.is_content], self._fields)
+
+    def _write(self, text: str) -> Iterator[Event]:
+        """Log probabilities of tokens are known together with their text."""
         yield from self._switch(("message", 0), lambda: MessageItem(id=_new_id("msg_"), content=[]), OutputText)
+        yield self._text_delta(text, self._take_logprobs())
+
+    def _text_delta(self, text: str, logprobs: list[TokenLogprob]) -> Event:
         item = self._item
         assert isinstance(item, MessageItem)
         item.content[0].text += text
         item.content[0].logprobs += logprobs
-        yield TextDelta(**self._place(), delta=text, logprobs=logprobs)
+        return TextDelta(**self._place(), delta=text, logprobs=logprobs)
 
     def _call(self, call: ToolCallDelta) -> Iterator[Event]:
         def make() -> FunctionCallItem:
