@@ -68,7 +68,8 @@ class Operation:
     @property
     def is_of_engine(self) -> bool:
         """Whether it asks the engine for something, or says what it would ask."""
-        return self.events is not None or self.answer in (RenderedPrompt, list[RenderedPrompt], EmbeddingList)
+        generates = self.events is not None and self.example is not None
+        return generates or self.answer in (RenderedPrompt, list[RenderedPrompt], EmbeddingList)
 
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -77,7 +78,7 @@ COMPLETION = {"prompt": "Once upon a time", "max_tokens": 20}
 RESPONSE_EVENTS = (
     *(events.Created, events.InProgress, events.ItemAdded, events.PartAdded, events.TextDelta, events.TextDone),
     *(events.ReasoningDelta, events.ReasoningDone, events.ArgumentsDelta, events.ArgumentsDone, events.PartDone),
-    *(events.ItemDone, events.Completed, events.Incomplete, events.Failed),
+    *(events.ItemDone, events.Completed, events.Incomplete, events.Failed, events.ErrorEvent),
 )
 
 
@@ -148,7 +149,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         _any_of(RESPONSE_EVENTS),
         SHOWN_RESPONSE,
     ),
-    ("/v1/responses/{response_id}", "get"): Operation(ResponseObject, shown=SHOWN_RESPONSE),
+    ("/v1/responses/{response_id}", "get"): Operation(
+        ResponseObject, events=_any_of(RESPONSE_EVENTS), shown=SHOWN_RESPONSE
+    ),
     ("/v1/responses/{response_id}", "delete"): Operation(DeletedResponse, shown=DeletedResponse(f"resp_{ID}")),
     ("/v1/responses/{response_id}/input_items", "get"): Operation(ItemList, shown=SHOWN_ITEMS),
     ("/v1/responses/{response_id}/cancel", "post"): Operation(ResponseObject, shown=SHOWN_RESPONSE),

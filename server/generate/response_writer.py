@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, UnsetType
 
-from server.errors import APIError
+from server.errors import APIError, ResponseGoneError
 from server.generate.chat import token_logprobs
 from server.generate.choices import Delta, Position, ToolCallDelta
 from server.generate.events import frame_events
@@ -20,6 +20,7 @@ from server.schemas.response_events import (
     ArgumentsDone,
     Completed,
     Created,
+    ErrorEvent,
     Event,
     Failed,
     Incomplete,
@@ -90,7 +91,11 @@ class ResponseWriter:
         return self._stored.response
 
     def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
-        return self._frame(chain(self._begin(), self._grow(deltas)))
+        """Raises ResponseGoneError where events are kept for others, and none of these can come any more."""
+        events = self._frame(chain(self._begin(), self._grow(deltas)))
+        if self._stored.events is not None and self._stored.events.is_dropped:
+            raise ResponseGoneError(self.response.id)
+        return events
 
     def end(self, usage: Usage, account: Account | UnsetType = UNSET) -> bytes:
         self.response.lightwell = account
@@ -112,6 +117,9 @@ class ResponseWriter:
             event.sequence_number = self._num_events
             self._num_events += 1
             frames.append(frame_events([event]))
+        if self._stored.events is not None and self._store is not None:
+            self._store.count_events(self._stored)  # first, so that those who were not behind can read these
+            self._stored.events.append(frames)
         return b"".join(frames)
 
     # The response as a whole.
@@ -247,6 +255,12 @@ class ResponseWriter:
             case FunctionCallItem():
                 yield ArgumentsDone(**place, arguments=item.arguments)
         yield ItemDone(output_index=place["output_index"], item=item)
+
+
+def error_event(error: APIError, sequence_number: int) -> bytes:
+    """The end of a stream that cannot be read on."""
+    event = ErrorEvent(sequence_number=sequence_number, code=error.code, message=error.message, param=error.param)
+    return frame_events([event])
 
 
 def _new_id(prefix: str) -> str:

@@ -386,7 +386,6 @@ def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
         ({"conversation": "conv_1"}, "conversation", "Unsupported parameter: 'conversation'"),
         ({"prompt": {"id": "x"}}, "prompt", "Unsupported parameter: 'prompt'"),
         ({"top_logprobs": 2}, "top_logprobs", "Invalid 'top_logprobs': only allowed with"),
-        ({"background": True, "stream": True}, "background", "Unsupported parameter: 'background'"),
         ({"background": True, "store": False}, "background", "Invalid 'background'"),
         ({"stream_options": {}}, "stream_options", "The 'stream_options' parameter is only allowed"),
         ({"n": 2}, "n", "Unsupported parameter: 'n'"),
