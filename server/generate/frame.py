@@ -258,13 +258,18 @@ def _tokenize(job: _Job[Body]) -> _Prepared:
 
 
 def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
-    context, body = job.context, job.body
-    prompts = job.endpoint.encode(context, body)
+    prompts = encode_prompts(job.context, job.body, job.endpoint)
+    return prompts, tokenize_settings(job.context, job.body)
+
+
+def encode_prompts(context: ServerContext, body: Body, endpoint: Endpoint[Body]) -> list[Prompt]:
+    """As the engine gets them. Raises BadRequestError."""
+    prompts = endpoint.encode(context, body)
     if (num_tokens := body.truncate_prompt_tokens) is not None:
         room = context.max_model_len - (1 if body.max_output_tokens is None else body.max_output_tokens)
         num_tokens = max(1, room) if num_tokens == -1 else num_tokens
         prompts = [truncated(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
-    return prompts, tokenize_settings(context, body)
+    return prompts
 
 
 def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings, grammar: str | None) -> Submit:

@@ -22,7 +22,7 @@ from server.middleware import StrictJSONRoute
 from server.response_store import StoredResponse
 from server.responses import StructResponse
 from server.schemas.chat import ChatCompletionRequest
-from server.schemas.responses import DeletedResponse, InputTokens, ItemList, ResponsesRequest
+from server.schemas.responses import DeletedResponse, InputTokens, InputTokensRequest, ItemList, ResponsesRequest
 from server.sse import sse_response
 
 router = APIRouter()
@@ -53,10 +53,13 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
 
 
 @json_router.post("/v1/responses/input_tokens")
-async def count_input_tokens(request: Request, body: ResponsesRequest) -> Response:
+async def count_input_tokens(request: Request, body: InputTokensRequest) -> Response:
     """How many tokens the conversation is as a prompt. Nothing is generated or kept."""
+    context = get_context(request)
     check(body)
-    chat, endpoint = _converted(get_context(request), body)
+    if body.model is None:
+        body.model = context.model_names[0]
+    chat, endpoint = _converted(context, body)
     with renamed_errors(error_names(body)):
         num_tokens, headers = await count_prompt_tokens(request, chat, endpoint)
     return StructResponse(InputTokens(num_tokens), headers=headers)

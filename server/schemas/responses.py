@@ -273,6 +273,12 @@ class ResponsesRequest(BaseModel):
     stream_options: ResponseStreamOptions | None = None
 
 
+class InputTokensRequest(ResponsesRequest):
+    """A request whose prompt is counted. What has no part in the prompt is judged all the same."""
+
+    model: str | None = Field(None, description="One of GET /v1/models. Default: the first.")  # type: ignore[assignment]
+
+
 # Answers.
 
 Status = Literal["in_progress", "completed", "incomplete"]
