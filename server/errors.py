@@ -19,6 +19,7 @@
     ├── AdapterNotFoundError         404
     ├── UpdatesNotAllowedError       404
     ├── ResponseNotFoundError        404
+    │   └── ResponseGoneError
     ├── InvalidURLError              404
     ├── MethodNotAllowedError        405
     ├── BodyTimeoutError             408
@@ -274,6 +275,17 @@ class UpdatesNotAllowedError(APIError):
 class ResponseNotFoundError(APIError):
     def __init__(self, response_id: str) -> None:
         super().__init__(404, f"Response with id '{clip(response_id)}' not found.")
+
+
+class ResponseGoneError(ResponseNotFoundError):
+    """It was there when it began to be read."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(response_id)
+        self.message = (
+            f"Response with id '{response_id}' is no longer kept: it was deleted, or dropped to make room for others "
+            "(--max-stored-responses, --stored-responses-memory)."
+        )
 
 
 class InvalidURLError(APIError):

@@ -69,7 +69,8 @@ class Operation:
     @property
     def is_of_engine(self) -> bool:
         """Whether it asks the engine for something, or says what it would ask."""
-        return self.events is not None or self.answer in (RenderedPrompt, list[RenderedPrompt], EmbeddingList)
+        generates = self.events is not None and self.example is not None
+        return generates or self.answer in (RenderedPrompt, list[RenderedPrompt], EmbeddingList)
 
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -80,7 +81,7 @@ ADAPTER_DONE = "Success: LoRA adapter 'sql' {} successfully."
 RESPONSE_EVENTS = (
     *(events.Created, events.InProgress, events.ItemAdded, events.PartAdded, events.TextDelta, events.TextDone),
     *(events.ReasoningDelta, events.ReasoningDone, events.ArgumentsDelta, events.ArgumentsDone, events.PartDone),
-    *(events.ItemDone, events.Completed, events.Incomplete, events.Failed),
+    *(events.ItemDone, events.Completed, events.Incomplete, events.Failed, events.ErrorEvent),
 )
 
 
@@ -151,7 +152,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         _any_of(RESPONSE_EVENTS),
         SHOWN_RESPONSE,
     ),
-    ("/v1/responses/{response_id}", "get"): Operation(ResponseObject, shown=SHOWN_RESPONSE),
+    ("/v1/responses/{response_id}", "get"): Operation(
+        ResponseObject, events=_any_of(RESPONSE_EVENTS), shown=SHOWN_RESPONSE
+    ),
     ("/v1/responses/{response_id}", "delete"): Operation(DeletedResponse, shown=DeletedResponse(f"resp_{ID}")),
     ("/v1/responses/{response_id}/input_items", "get"): Operation(ItemList, shown=SHOWN_ITEMS),
     ("/v1/responses/{response_id}/cancel", "post"): Operation(ResponseObject, shown=SHOWN_RESPONSE),

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from server.event_log import EventLog
 from server.schemas.responses import ResponseObject
 
 ITEM_ID = re.compile("[a-z]+_[0-9a-f]{32}")  # as they are made here
@@ -20,7 +21,9 @@ class StoredResponse:
     response: ResponseObject
     input_items: list[dict[str, Any]]
     earlier_items: list[dict[str, Any]] = field(default_factory=list)  # of the responses that it follows
-    num_bytes: int = 0  # of the whole conversation as JSON
+    events: EventLog | None = None  # of its stream, where that is generated in the background
+    num_json_bytes: int = 0  # of the whole conversation, when it was stored
+    num_bytes: int = 0  # that count in the store: those, and what the events take
     items_by_id: dict[str, dict[str, Any]] = field(default_factory=dict)  # its own, when it was stored
 
     @property
@@ -70,29 +73,46 @@ class ResponseStore:
 
     def put(self, stored: StoredResponse) -> None:
         """Adds a response, or counts anew one that has grown."""
-        num_bytes = len(msgspec.json.encode((stored.items, stored.response)))
+        num_json_bytes = len(msgspec.json.encode((stored.items, stored.response)))
         with self._lock:
-            self.delete(stored.response.id)
-            if num_bytes > self._max_bytes:
-                return  # all others would have to go, and then it
-            stored.num_bytes = num_bytes
+            self._remove(stored.response.id)
+            stored.num_json_bytes, stored.num_bytes = num_json_bytes, 0
             stored.items_by_id = {item["id"]: item for item in stored.own_items if ITEM_ID.fullmatch(item["id"])}
             for item_id in stored.items_by_id:
                 self._holders.setdefault(item_id, []).append(stored.response.id)
             self._by_id[stored.response.id] = stored
-            self._num_bytes += num_bytes
-            while len(self._by_id) > self._max_responses or self._num_bytes > self._max_bytes:
-                self.delete(next(iter(self._by_id)))
+            self._count(stored)
+
+    def count_events(self, stored: StoredResponse) -> None:
+        """Says that a response's events have become more, which is a use of it. It may be gone."""
+        with self._lock:
+            if self.get(stored.response.id) is stored:
+                self._count(stored)
 
     def delete(self, response_id: str) -> bool:
         """Whether it was there."""
         with self._lock:
-            stored = self._by_id.pop(response_id, None)
-            if stored is not None:
-                self._num_bytes -= stored.num_bytes
-                for item_id in stored.items_by_id:
-                    self._drop_holder(item_id, response_id)
+            stored = self._remove(response_id)
+            if stored is not None and stored.events is not None:
+                stored.events.drop()
             return stored is not None
+
+    def _count(self, stored: StoredResponse) -> None:
+        num_bytes = stored.num_json_bytes + (0 if stored.events is None else stored.events.num_bytes)
+        self._num_bytes += num_bytes - stored.num_bytes
+        stored.num_bytes = num_bytes
+        if num_bytes > self._max_bytes:
+            self.delete(stored.response.id)  # all others would have to go, and then it
+        while len(self._by_id) > self._max_responses or self._num_bytes > self._max_bytes:
+            self.delete(next(iter(self._by_id)))
+
+    def _remove(self, response_id: str) -> StoredResponse | None:
+        stored = self._by_id.pop(response_id, None)
+        if stored is not None:
+            self._num_bytes -= stored.num_bytes
+            for item_id in stored.items_by_id:
+                self._drop_holder(item_id, response_id)
+        return stored
 
     def _drop_holder(self, item_id: str, response_id: str) -> None:
         holders = self._holders[item_id]

@@ -143,7 +143,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(_LIMITS, integer(0), "Answers of /v1/responses that are kept in memory to be asked for; 0 keeps none."),
     ] = 1000
     stored_responses_memory: Annotated[
-        int, Setting(_LIMITS, size(0), "Size of them and their conversations at most; the oldest are dropped.")
+        int,
+        Setting(
+            _LIMITS,
+            size(0),
+            "Size of them, their conversations and their events at most; those unused for longest are dropped.",
+        ),
     ] = 64 << 20
     record_requests: Annotated[
         int,

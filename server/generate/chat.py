@@ -106,12 +106,12 @@ class ChatWriter(ChunkWriter):
 
     def _addition(self, delta: Delta) -> ChatDelta:
         addition = ChatDelta()
-        if delta.text:
-            addition.content = delta.text
-        if delta.tool_calls:
-            addition.tool_calls = [_tool_call_chunk(call) for call in delta.tool_calls]
-        if delta.reasoning and self._with_reasoning:
-            addition.reasoning = addition.reasoning_content = delta.reasoning
+        if text := delta.text:
+            addition.content = text
+        if calls := delta.tool_calls:
+            addition.tool_calls = [_tool_call_chunk(call) for call in calls]
+        if self._with_reasoning and (reasoning := delta.reasoning):
+            addition.reasoning = addition.reasoning_content = reasoning
         return addition
 
     def usage_chunk(self) -> ChatCompletionChunk:

@@ -28,6 +28,7 @@ class Position:
     logprobs: TokenLogprobs | None  # None: a prompt's first token, which follows nothing
     offset: int  # characters of the choice's text before the token
     is_content: bool | None = True  # None: not known yet, as where "<" may begin a tag; it is set once it is
+    content_index: int = 0  # which content it is part of, for there may be calls between them; set at the same time
 
 
 @dataclass(slots=True)
@@ -40,67 +41,99 @@ class ToolCallDelta:
     arguments: str  # a piece of the JSON text
 
 
+Addition = Part | ToolCallDelta  # to a thought or to content, or to a call
+
+
 @dataclass(slots=True)
 class Delta:
     """What was added to a choice: a part of it in a stream, all of it otherwise."""
 
     index: int
-    text: str  # the content: without reasoning and calls
+    parts: list[Addition] = field(default_factory=list)  # in the order in which the model wrote them
     positions: list[Position] = field(default_factory=list)  # empty unless asked for
     finish_reason: str | None = None  # stop, length, tool_calls, abort
-    reasoning: str = ""
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)  # one for each call that was added to, in order
     stop_string: str | None = None  # the one that ended the text, if one did
     stop_token_id: int | None = None  # the same of the request's stop_token_ids
     token_ids: list[int] = field(default_factory=list)  # those that the usage counts
+
+    @property
+    def text(self) -> str:
+        """The content: without reasoning and calls."""
+        return self._text_of(PartKind.CONTENT)
+
+    @property
+    def reasoning(self) -> str:
+        return self._text_of(PartKind.REASONING)
+
+    def _text_of(self, kind: PartKind) -> str:
+        return "".join([part.text for part in self.parts if isinstance(part, Part) and part.kind is kind])
+
+    @property
+    def tool_calls(self) -> list[ToolCallDelta]:
+        """One for each call that was added to."""
+        return [part for part in self.parts if isinstance(part, ToolCallDelta)]
 
     @property
     def stop_reason(self) -> str | int | None:
         """What of the request's own ended the choice."""
         return self.stop_token_id if self.stop_string is None else self.stop_string
 
+    def write(self, part: Addition) -> None:
+        """Adds what the model wrote next."""
+        if not (self.parts and _goes_on(self.parts[-1], part)):
+            self.parts.append(part)
+            return
+        last = self.parts[-1]
+        if isinstance(last, Part):
+            self.parts[-1] = Part(last.kind, last.text + _text(part))
+        else:
+            last.arguments += _text(part)
+
     def add(self, other: Delta) -> None:
         """What was added to the same choice after this."""
-        self.text += other.text
-        self.reasoning += other.reasoning
+        for part in other.parts:
+            self.write(part)
         self.positions += other.positions
         self.token_ids += other.token_ids
         self.finish_reason = other.finish_reason
         self.stop_string, self.stop_token_id = other.stop_string, other.stop_token_id
-        for call in other.tool_calls:
-            if self.tool_calls and self.tool_calls[-1].index == call.index:
-                self.tool_calls[-1].arguments += call.arguments
-            else:
-                self.tool_calls.append(call)
+
+
+def _goes_on(last: Addition, part: Addition) -> bool:
+    """Whether two additions that follow each other are to the same thing."""
+    if isinstance(last, Part):
+        return isinstance(part, Part) and last.kind is part.kind
+    return isinstance(part, ToolCallDelta) and last.index == part.index
+
+
+def _text(part: Addition) -> str:
+    return part.text if isinstance(part, Part) else part.arguments
 
 
 class Whole:
     """All additions to a choice as one. Their texts are joined once, for an answer may have very many."""
 
     def __init__(self, index: int) -> None:
-        self._delta = Delta(index, "")
-        self._texts: list[str] = []
-        self._reasoning: list[str] = []
-        self._arguments: list[list[str]] = []  # of each call
+        self._delta = Delta(index)
+        self._texts: list[list[str]] = []  # of each part
 
     def add(self, delta: Delta) -> None:
-        self._texts.append(delta.text)
-        self._reasoning.append(delta.reasoning)
+        parts = self._delta.parts
+        for part in delta.parts:
+            if not (parts and _goes_on(parts[-1], part)):
+                parts.append(part)
+                self._texts.append([])
+            self._texts[-1].append(_text(part))
         self._delta.positions += delta.positions
         self._delta.token_ids += delta.token_ids
         self._delta.finish_reason = delta.finish_reason
         self._delta.stop_string, self._delta.stop_token_id = delta.stop_string, delta.stop_token_id
-        for call in delta.tool_calls:
-            if call.index == len(self._arguments):
-                self._delta.tool_calls.append(call)
-                self._arguments.append([])
-            self._arguments[call.index].append(call.arguments)
 
     def join(self) -> Delta:
-        self._delta.text = "".join(self._texts)
-        self._delta.reasoning = "".join(self._reasoning)
-        for call, pieces in zip(self._delta.tool_calls, self._arguments, strict=True):
-            call.arguments = "".join(pieces)
+        joined = zip(self._delta.parts, map("".join, self._texts), strict=True)
+        self._delta.parts = [
+            Part(part.kind, text) if isinstance(part, Part) else replace(part, arguments=text) for part, text in joined
+        ]
         return self._delta
 
 
@@ -112,6 +145,7 @@ class ChoiceParts:
         self._parser = parser
         self._choice_id = choice_id
         self._num_calls = 0
+        self.num_contents = 0  # with thoughts or calls between them
         self.last_is_content = False  # of what came so far
 
     @property
@@ -123,34 +157,38 @@ class ChoiceParts:
         """Of a choice whose model came to its end."""
         return self._parser.format.calls_end if self._parser.ends_with_calls else FinishReason.STOP.value
 
+    @property
+    def num_held(self) -> int:
+        """Characters at the end of which it is not known yet what they are."""
+        return self._parser.num_held
+
     def push(self, text: str, delta: Delta) -> bool | None:
         """Whether what was not known until now is content; None: it still is not known."""
-        return self._write_all(self._parser.push(text), delta)
+        parts = self._parser.push(text)
+        self._write_all(parts, delta)
+        if not parts:
+            return None if self._parser.is_holding else False  # a tag, or layout
+        return any(part.kind is PartKind.CONTENT for part in parts)
 
     def finish(self, delta: Delta) -> None:
         self._write_all(self._parser.finish(), delta)
 
-    def _write_all(self, parts: Sequence[Part], delta: Delta) -> bool | None:
+    def _write_all(self, parts: Sequence[Part], delta: Delta) -> None:
         for part in parts:
             self._write(part, delta)
-        if not parts:
-            return None if self._parser.is_holding else False  # a tag, or layout
-        self.last_is_content = parts[-1].kind is PartKind.CONTENT
-        return any(part.kind is PartKind.CONTENT for part in parts)
 
     def _write(self, part: Part, delta: Delta) -> None:
+        is_content = part.kind is PartKind.CONTENT
+        self.num_contents += is_content and not self.last_is_content
+        self.last_is_content = is_content
         match part.kind:
-            case PartKind.REASONING:
-                delta.reasoning += part.text
-            case PartKind.CONTENT:
-                delta.text += part.text
             case PartKind.CALL:
-                delta.tool_calls.append(ToolCallDelta(self._num_calls, self._call_id(), part.text, ""))
+                delta.write(ToolCallDelta(self._num_calls, self._call_id(), part.text, ""))
                 self._num_calls += 1
-            case PartKind.ARGUMENTS if delta.tool_calls:
-                delta.tool_calls[-1].arguments += part.text
             case PartKind.ARGUMENTS:
-                delta.tool_calls.append(ToolCallDelta(self._num_calls - 1, "", "", part.text))
+                delta.write(ToolCallDelta(self._num_calls - 1, "", "", part.text))
+            case _:
+                delta.write(part)
 
     def _call_id(self) -> str:
         digest = hashlib.sha256(f"{self._choice_id}-{self._num_calls}".encode()).hexdigest()
@@ -209,7 +247,7 @@ class ChoiceState:
         start = time.perf_counter()
         num_seen = self._text.num_tokens
         hides_last = event.stop_token_id is not None and not self._include_stop
-        delta = Delta(self.index, "")
+        delta = Delta(self.index)
         for number, token_id in enumerate(event.token_ids[:-1] if hides_last else event.token_ids):
             text = self._text.push((token_id,))
             if event.logprobs is not None:
@@ -231,7 +269,7 @@ class ChoiceState:
 
     def abort(self) -> Delta:
         """Ends the choice as it stands, before the model has."""
-        delta = Delta(self.index, "", finish_reason=FinishReason.ABORT.value)
+        delta = Delta(self.index, finish_reason=FinishReason.ABORT.value)
         self._add_text(self._text.finish(), delta)
         if self._parts is not None:
             self._parts.finish(delta)
@@ -245,17 +283,20 @@ class ChoiceState:
 
     def _add_text(self, text: str, delta: Delta) -> None:
         self._num_chars += len(text)
-        if self._parts is None:
-            delta.text += text
-        elif text:
-            self._judge(self._parts.push(text, delta))
+        if text and self._parts is None:
+            delta.write(Part(PartKind.CONTENT, text))
+        elif text and self._parts is not None:
+            is_content = self._parts.push(text, delta)
+            if is_content is not None and self._unknown:
+                self._judge(is_content, self._num_chars - self._parts.num_held)
 
-    def _judge(self, is_content: bool | None) -> None:
-        """Says of the tokens whether they are content, as soon as it is known."""
-        if is_content is not None:
-            for position in self._unknown:
-                position.is_content = is_content
-            self._unknown.clear()
+    def _judge(self, is_content: bool, end: int | None = None) -> None:
+        """Says of the tokens that begin before the character `end` whether they are content, and which."""
+        assert self._parts is not None
+        known = [position for position in self._unknown if end is None or position.offset < end]
+        for position in known:
+            position.is_content, position.content_index = is_content, self._parts.num_contents - 1
+        del self._unknown[: len(known)]
 
     def _end(self, event: TokenEvent, delta: Delta) -> None:
         """The rest of the text and the finish reason, if the choice ends here."""

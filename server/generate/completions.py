@@ -21,6 +21,7 @@ from server.schemas.completions import (
     CompletionRequest,
 )
 from server.text.choice import ChoiceText
+from server.text.parts import Part, PartKind
 from server.text.tokenizer import Tokenizer
 
 
@@ -75,7 +76,8 @@ class _Echoes:
         num_added = len(tokens_text) - len(text) if tokens_text.endswith(text) else 0
         offsets = [max(0, offset - num_added) for offset in spelled.offsets]
         logprobs = [_with_top(entry, self._num_top or 0) for entry in prompt.logprobs]
-        return Delta(0, text, list(map(Position, prompt.token_ids, [None, *logprobs], offsets)))
+        positions = list(map(Position, prompt.token_ids, [None, *logprobs], offsets))
+        return Delta(0, [Part(PartKind.CONTENT, text)], positions)
 
 
 def _with_top(logprobs: TokenLogprobs, num_top: int) -> TokenLogprobs:
@@ -115,7 +117,7 @@ class CompletionWriter(ChunkWriter):
             choices.append(self._choice(delta, self._logprobs(delta.positions), None))
             choices[0].token_ids = self._fields.token_ids(delta)
         if delta.finish_reason is not None:
-            choices.append(self._choice(Delta(delta.index, ""), None, delta.finish_reason))
+            choices.append(self._choice(Delta(delta.index), None, delta.finish_reason))
             choices[-1].stop_reason = delta.stop_reason
         if begins and choices:
             choices[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
@@ -145,7 +147,7 @@ class CompletionWriter(ChunkWriter):
         if not begins:
             return delta
         positions = echo.positions + delta.positions
-        return replace(delta, text=echo.text + delta.text, positions=positions)
+        return replace(delta, parts=echo.parts + delta.parts, positions=positions)
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
         head = self._head

@@ -6,6 +6,7 @@ from fastapi import Request
 from server.context import get_context
 from server.generate.chat_prompt import unread_options
 from server.generate.endpoint import Endpoint
+from server.generate.frame import encode_prompts
 from server.generate.parameters import unknown_parameters, warnings_header
 from server.schemas.chat import ChatCompletionRequest
 
@@ -20,5 +21,6 @@ async def count_prompt_tokens(
     unknown = unknown_parameters(body, strict=context.settings.strict, unread=unread)
     body.check()
     context.metrics.count_unknown_parameters(len(unknown))
-    (prompt,) = await anyio.to_thread.run_sync(endpoint.encode, context, body, limiter=context.tokenize_threads)
+    limiter = context.tokenize_threads
+    (prompt,) = await anyio.to_thread.run_sync(encode_prompts, context, body, endpoint, limiter=limiter)
     return len(prompt.token_ids), {"x-lightwell-warnings": warnings_header(unknown)} if unknown else {}

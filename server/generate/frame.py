@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -93,17 +93,24 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
     return Response(content, headers=_headers(job), media_type="application/json")
 
 
-async def start_in_background(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[Head, dict[str, str]]:
-    """Generates without the connection; the answer is the writer's to keep.
+async def start_in_background(
+    request: Request, body: Body, endpoint: Endpoint[Body], on_end: Callable[[], None]
+) -> tuple[Head, dict[str, str]]:
+    """Generates without the connection; the answer, or its stream, is the writer's to keep.
 
-    Returns the head of the answer, and headers for who asked. Raises APIError for all that goes wrong before.
+    `on_end` is called when that is done. Returns the head of the answer, and headers for who asked. Raises APIError for
+    all that goes wrong before.
     """
     job = _judge(request, body, endpoint)
     generation, running, writer = await _start(job)
 
     async def generate() -> None:
         try:
-            await _collect(job, generation, writer)
+            if body.stream:
+                async for _ in _stream(job, generation, writer):
+                    pass
+            else:
+                await _collect(job, generation, writer)
         except APIError as error:
             writer.failure(error)
         except Exception:
@@ -111,6 +118,7 @@ async def start_in_background(request: Request, body: Body, endpoint: Endpoint[B
             writer.failure(ServerError(job.request_id))
         finally:
             running.close()
+            on_end()
 
     task = asyncio.create_task(generate())
     job.context.background_tasks.add(task)
@@ -256,13 +264,18 @@ def _tokenize(job: _Job[Body]) -> _Prepared:
 
 
 def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
-    context, body = job.context, job.body
-    prompts = job.endpoint.encode(context, body)
+    prompts = encode_prompts(job.context, job.body, job.endpoint)
+    return prompts, tokenize_settings(job.context, job.body)
+
+
+def encode_prompts(context: ServerContext, body: Body, endpoint: Endpoint[Body]) -> list[Prompt]:
+    """As the engine gets them. Raises BadRequestError."""
+    prompts = endpoint.encode(context, body)
     if (num_tokens := body.truncate_prompt_tokens) is not None:
         room = context.max_model_len - (1 if body.max_output_tokens is None else body.max_output_tokens)
         num_tokens = max(1, room) if num_tokens == -1 else num_tokens
         prompts = [truncated(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
-    return prompts, tokenize_settings(context, body)
+    return prompts
 
 
 def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings, grammar: str | None) -> Submit:

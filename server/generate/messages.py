@@ -12,7 +12,7 @@ from server.context import ServerContext
 from server.errors import APIError, InvalidValueError, MissingParameterError
 from server.generate.chat import ChatEndpoint
 from server.generate.chat_prompt import reads_effort
-from server.generate.choices import Delta, ToolCallDelta
+from server.generate.choices import Addition, Delta, ToolCallDelta
 from server.generate.constraints import Constraint, chat_constraint
 from server.generate.conversion import chat_request, function_tool, named_tool, text_part, tool_call
 from server.generate.endpoint import Head
@@ -56,6 +56,7 @@ from server.schemas.messages import (
     ToolUseBlock,
     UserMessage,
 )
+from server.text.parts import PartKind
 
 # Why a choice ended -> Anthropic's word. A request that was cancelled can be sent again to go on with.
 STOP_REASONS = {
@@ -300,7 +301,7 @@ class MessagesWriter:
         self._has_begun = False
         self._index = 0  # of the block that is open, else of the next
         self._open: tuple[str, int] | None = None  # its kind, and which call of a tool it is
-        self._last = Delta(0, "")  # says how the choice ended
+        self._last = Delta(0)  # says how the choice ended
         self._has_calls = False
 
     def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
@@ -323,15 +324,15 @@ class MessagesWriter:
 
     def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> Message:
         (delta,) = deltas
-        content: list[Block] = []
-        if delta.reasoning and self._with_thinking:
-            content.append(ThinkingText(delta.reasoning))
-        if delta.text:
-            content.append(Text(delta.text))
-        content += [ToolUse(call.id, call.name, _tool_input(call.arguments)) for call in delta.tool_calls]
-        message = self._message(content, *_stop(delta, has_calls=bool(delta.tool_calls)), usage)
+        shown = Delta(0)
+        for part in filter(self._is_shown, delta.parts):
+            shown.write(part)
+        message = self._message(list(map(_block, shown.parts)), *_stop(delta, has_calls=bool(delta.tool_calls)), usage)
         message.lightwell = account
         return message
+
+    def _is_shown(self, part: Addition) -> bool:
+        return self._with_thinking or isinstance(part, ToolCallDelta) or part.kind is not PartKind.REASONING
 
     def _message(self, content: list[Block], reason: str | None, sequence: str | None, usage: Usage) -> Message:
         return Message(
@@ -344,18 +345,15 @@ class MessagesWriter:
         )
 
     def _additions(self, delta: Delta) -> Iterator[msgspec.Struct]:
-        calls = delta.tool_calls
-        if calls and self._open == ("tool_use", calls[0].index):  # text of the same delta comes after it
-            yield from self._call(calls[0])
-            calls = calls[1:]
-        if delta.reasoning and self._with_thinking:
-            yield from self._switch(("thinking", 0), ThinkingText(""))
-            yield BlockDelta(self._index, ThinkingDelta(delta.reasoning))
-        if delta.text:
-            yield from self._switch(("text", 0), Text(""))
-            yield BlockDelta(self._index, TextDelta(delta.text))
-        for call in calls:
-            yield from self._call(call)
+        for part in filter(self._is_shown, delta.parts):
+            if isinstance(part, ToolCallDelta):
+                yield from self._call(part)
+            elif part.kind is PartKind.REASONING:
+                yield from self._switch(("thinking", 0), ThinkingText(""))
+                yield BlockDelta(self._index, ThinkingDelta(part.text))
+            else:
+                yield from self._switch(("text", 0), Text(""))
+                yield BlockDelta(self._index, TextDelta(part.text))
 
     def _call(self, call: ToolCallDelta) -> Iterator[msgspec.Struct]:
         yield from self._switch(("tool_use", call.index), ToolUse(call.id, call.name, {}))
@@ -382,6 +380,12 @@ def _stop(delta: Delta, *, has_calls: bool) -> tuple[str, str | None]:
         return "stop_sequence", delta.stop_string
     reason = STOP_REASONS[delta.finish_reason or "stop"]
     return "tool_use" if reason == "end_turn" and has_calls else reason, None
+
+
+def _block(part: Addition) -> Block:
+    if isinstance(part, ToolCallDelta):
+        return ToolUse(part.id, part.name, _tool_input(part.arguments))
+    return ThinkingText(part.text) if part.kind is PartKind.REASONING else Text(part.text)
 
 
 def _tool_input(arguments: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, UnsetType
 
-from server.errors import APIError
+from server.errors import APIError, ResponseGoneError
 from server.generate.chat import token_logprobs
 from server.generate.choices import Delta, Position, ToolCallDelta
 from server.generate.events import frame_events
@@ -20,6 +20,7 @@ from server.schemas.response_events import (
     ArgumentsDone,
     Completed,
     Created,
+    ErrorEvent,
     Event,
     Failed,
     Incomplete,
@@ -48,6 +49,7 @@ from server.schemas.responses import (
     ResponseUsage,
     Status,
 )
+from server.text.parts import PartKind
 from server.text.tokenizer import Tokenizer
 
 # Why a choice ended -> what becomes of the response.
@@ -82,14 +84,18 @@ class ResponseWriter:
         self._num_events = 0
         self._open: tuple[str, int] | None = None  # kind of the last item and which call it is; None: it is done
         self._finish_reason = "stop"
-        self._positions: list[Position] = []  # from the first one on of which it is not known whether it is content
+        self._positions: list[Position] = []  # of tokens whose log probabilities are not in the output yet
 
     @property
     def response(self) -> ResponseObject:
         return self._stored.response
 
     def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
-        return self._frame(chain(self._begin(), self._grow(deltas)))
+        """Raises ResponseGoneError where events are kept for others, and none of these can come any more."""
+        events = self._frame(chain(self._begin(), self._grow(deltas)))
+        if self._stored.events is not None and self._stored.events.is_dropped:
+            raise ResponseGoneError(self.response.id)
+        return events
 
     def end(self, usage: Usage, account: Account | UnsetType = UNSET) -> bytes:
         self.response.lightwell = account
@@ -111,6 +117,9 @@ class ResponseWriter:
             event.sequence_number = self._num_events
             self._num_events += 1
             frames.append(frame_events([event]))
+        if self._stored.events is not None and self._store is not None:
+            self._store.count_events(self._stored)  # first, so that those who were not behind can read these
+            self._stored.events.append(frames)
         return b"".join(frames)
 
     # The response as a whole.
@@ -148,17 +157,17 @@ class ResponseWriter:
 
     def _grow(self, deltas: Sequence[Delta]) -> Iterator[Event]:
         for delta in deltas:
-            calls = delta.tool_calls
-            if calls and self._open == ("function_call", calls[0].index):  # text of the same delta comes after it
-                yield from self._call(calls[0])
-                calls = calls[1:]
-            if delta.reasoning:
-                yield from self._think(delta.reasoning)
-            logprobs = self._take_logprobs(delta.positions)
-            if delta.text or (logprobs and self._open == ("message", 0)):
-                yield from self._write(delta.text, logprobs)
-            for call in calls:
-                yield from self._call(call)
+            if self._with_logprobs:
+                self._positions += delta.positions
+            for part in delta.parts:
+                if isinstance(part, ToolCallDelta):
+                    yield from self._call(part)
+                elif part.kind is PartKind.REASONING:
+                    yield from self._think(part.text)
+                else:
+                    yield from self._write(part.text)
+            if self._open == ("message", 0) and (logprobs := self._take_logprobs()):  # of tokens without a text
+                yield self._text_delta("", logprobs)
             self._finish_reason = delta.finish_reason or "stop"
 
     def _think(self, text: str) -> Iterator[Event]:
@@ -168,22 +177,30 @@ class ResponseWriter:
         item.content[0].text += text
         yield ReasoningDelta(**self._place(), delta=text)
 
-    def _take_logprobs(self, positions: Sequence[Position]) -> list[TokenLogprob]:
-        """Those of the tokens that are known to be content; they are known together with their text."""
-        if not self._with_logprobs:
+    def _take_logprobs(self) -> list[TokenLogprob]:
+        """Those of the tokens that are known to be content, up to the end of the last message."""
+        if not self._positions:
             return []
-        self._positions += positions
-        num_known = next((i for i, each in enumerate(self._positions) if each.is_content is None), len(self._positions))
-        known, self._positions = self._positions[:num_known], self._positions[num_known:]
-        return token_logprobs(self._tokenizer, [each for each in known if each.is_content], self._fields)
+        last = sum(isinstance(item, MessageItem) for item in self.response.output) - 1
 
-    def _write(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[Event]:
+        def is_later(position: Position) -> bool:
+            return position.is_content is None or (position.is_content and position.content_index > last)
+
+        num_taken = next((i for i, each in enumerate(self._positions) if is_later(each)), len(self._positions))
+        taken, self._positions = self._positions[:num_taken], self._positions[num_taken:]
+        return token_logprobs(self._tokenizer, [each for each in taken if each.is_content], self._fields)
+
+    def _write(self, text: str) -> Iterator[Event]:
+        """Log probabilities of tokens are known together with their text."""
         yield from self._switch(("message", 0), lambda: MessageItem(id=_new_id("msg_"), content=[]), OutputText)
+        yield self._text_delta(text, self._take_logprobs())
+
+    def _text_delta(self, text: str, logprobs: list[TokenLogprob]) -> Event:
         item = self._item
         assert isinstance(item, MessageItem)
         item.content[0].text += text
         item.content[0].logprobs += logprobs
-        yield TextDelta(**self._place(), delta=text, logprobs=logprobs)
+        return TextDelta(**self._place(), delta=text, logprobs=logprobs)
 
     def _call(self, call: ToolCallDelta) -> Iterator[Event]:
         def make() -> FunctionCallItem:
@@ -238,6 +255,12 @@ class ResponseWriter:
             case FunctionCallItem():
                 yield ArgumentsDone(**place, arguments=item.arguments)
         yield ItemDone(output_index=place["output_index"], item=item)
+
+
+def error_event(error: APIError, sequence_number: int) -> bytes:
+    """The end of a stream that cannot be read on."""
+    event = ErrorEvent(sequence_number=sequence_number, code=error.code, message=error.message, param=error.param)
+    return frame_events([event])
 
 
 def _new_id(prefix: str) -> str:

@@ -9,6 +9,7 @@ import msgspec
 
 from server.context import ServerContext
 from server.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError, clip
+from server.event_log import EventLog
 from server.generate.chat import ChatEndpoint
 from server.generate.chat_prompt import NO_EFFORT, reads_effort
 from server.generate.constraints import Constraint, chat_constraint
@@ -72,8 +73,6 @@ def check(body: ResponsesRequest) -> None:
     if body.top_logprobs and LOGPROBS not in (body.include or ()):
         message = f"Invalid 'top_logprobs': only allowed with '{LOGPROBS}' in 'include'."
         raise InvalidValueError(message, param="top_logprobs")
-    if body.background and body.stream:
-        raise UnsupportedParameterError("background", "It cannot be combined with 'stream'.")
     if body.background and body.store is False:
         raise InvalidValueError("Invalid 'background': only allowed when responses are stored.", param="background")
     if body.stream_options is not None and not body.stream:
@@ -275,6 +274,7 @@ class ResponsesEndpoint:
         self._body = body
         self._items = items
         self._previous = previous
+        self._stored: StoredResponse | None = None
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         if self._body.truncation == "auto":
@@ -290,7 +290,8 @@ class ResponsesEndpoint:
         asked = self._body
         response = new_response(asked, head, context.model_config.default_sampling)
         earlier = [] if self._previous is None else self._previous.items
-        stored = StoredResponse(response, self._items, earlier)
+        events = EventLog(head.id) if asked.background and asked.stream else None
+        stored = self._stored = StoredResponse(response, self._items, earlier, events)
         store = None if asked.store is False else context.responses
         if store is not None and (asked.stream or asked.background):
             store.put(stored)
@@ -301,6 +302,12 @@ class ResponsesEndpoint:
             with_logprobs=bool(body.logprobs),
             fields=TokenFields.asked_for(body, prompts),
         )
+
+    def end(self, store: ResponseStore) -> None:
+        """What was generated in the background has ended, in whatever way: there are no more events."""
+        if self._stored is not None and self._stored.events is not None:
+            self._stored.events.close()
+            store.count_events(self._stored)
 
 
 def new_response(body: ResponsesRequest, head: Head, defaults: Any) -> ResponseObject:

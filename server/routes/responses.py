@@ -1,6 +1,9 @@
 """`/v1/responses`: create, ask for again, cancel, delete. Responses are kept by this process, in memory."""
 
-from fastapi import APIRouter, Request, Response
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
 
 from server.context import ServerContext, get_context
 from server.errors import (
@@ -8,17 +11,19 @@ from server.errors import (
     InvalidValueError,
     PreviousResponseNotFoundError,
     ResponseNotFoundError,
-    UnsupportedParameterError,
 )
+from server.event_log import EventLog
 from server.generate.conversion import renamed_errors
 from server.generate.counting import count_prompt_tokens
 from server.generate.frame import respond, start_in_background
+from server.generate.response_writer import error_event
 from server.generate.responses import ResponsesEndpoint, check, error_names, ignored_fields, input_items, to_chat
 from server.middleware import StrictJSONRoute
 from server.response_store import StoredResponse
 from server.responses import StructResponse
 from server.schemas.chat import ChatCompletionRequest
-from server.schemas.responses import DeletedResponse, InputTokens, ItemList, ResponsesRequest
+from server.schemas.responses import DeletedResponse, InputTokens, InputTokensRequest, ItemList, ResponsesRequest
+from server.sse import sse_response
 
 router = APIRouter()
 json_router = APIRouter(route_class=StrictJSONRoute)
@@ -35,15 +40,26 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     with renamed_errors(error_names(body)):
         if not body.background:
             return await respond(request, chat, endpoint)
-        head, headers = await start_in_background(request, chat, endpoint)
-    return StructResponse(_find(context, head.id).response, headers=headers)
+        on_end = partial(endpoint.end, context.responses)
+        head, headers = await start_in_background(request, chat, endpoint, on_end)
+    stored = context.responses.get(head.id)
+    if stored is None:
+        context.running.cancel(head.id)
+        message = "Invalid 'background': the response is larger than what this server keeps of responses."
+        raise InvalidValueError(message, param="background")
+    if stored.events is not None:
+        return _follow(request, stored.events, headers=headers)
+    return StructResponse(stored.response, headers=headers)
 
 
 @json_router.post("/v1/responses/input_tokens")
-async def count_input_tokens(request: Request, body: ResponsesRequest) -> Response:
+async def count_input_tokens(request: Request, body: InputTokensRequest) -> Response:
     """How many tokens the conversation is as a prompt. Nothing is generated or kept."""
+    context = get_context(request)
     check(body)
-    chat, endpoint = _converted(get_context(request), body)
+    if body.model is None:
+        body.model = context.model_names[0]
+    chat, endpoint = _converted(context, body)
     with renamed_errors(error_names(body)):
         num_tokens, headers = await count_prompt_tokens(request, chat, endpoint)
     return StructResponse(InputTokens(num_tokens), headers=headers)
@@ -60,11 +76,43 @@ def _converted(context: ServerContext, body: ResponsesRequest) -> tuple[ChatComp
 
 
 @router.get("/v1/responses/{response_id}")
-async def retrieve_response(request: Request, response_id: str) -> Response:
-    """A stored response, as far as it is generated."""
-    if request.query_params.get("stream") == "true":
-        raise UnsupportedParameterError("stream", "Only a new response is streamed.")
-    return StructResponse(_find(get_context(request), response_id).response)
+async def retrieve_response(
+    request: Request,
+    response_id: str,
+    stream: Annotated[bool, Query(description="Its events, of a response with `background` and `stream`.")] = False,
+    starting_after: Annotated[
+        int | None, Query(ge=0, description="The `sequence_number` of the last event that is not sent again.")
+    ] = None,
+    include_obfuscation: Annotated[
+        bool, Query(description="Accepted; nothing is added to the events either way.")
+    ] = False,
+) -> Response:
+    """A stored response, as far as it is generated; with `stream` its events from the first one on, up to the end."""
+    stored = _find(get_context(request), response_id)
+    if not stream and starting_after is not None:
+        message = "The 'starting_after' parameter is only allowed when 'stream' is enabled."
+        raise InvalidValueError(message, param="starting_after")
+    if not stream:
+        return StructResponse(stored.response)
+    if stored.events is None:
+        message = "Invalid 'stream': the response was not created with both 'background' and 'stream'."
+        raise InvalidValueError(message, param="stream")
+    return _follow(request, stored.events, starting_after)
+
+
+def _follow(
+    request: Request, events: EventLog, starting_after: int | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    """Streams what is kept of the events, and then those that come."""
+    if starting_after is not None and starting_after >= events.num_events:
+        message = f"Invalid 'starting_after': the latest event is number {events.num_events - 1}."
+        raise InvalidValueError(message, param="starting_after")
+    return sse_response(
+        events.read(0 if starting_after is None else starting_after + 1),
+        on_error=lambda error: error_event(error, events.num_events),
+        headers=headers,
+        request_id=request.state.request_id,
+    )
 
 
 @router.get("/v1/responses/{response_id}/input_items")

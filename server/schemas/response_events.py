@@ -33,6 +33,14 @@ class Incomplete(ResponseEvent, kw_only=True, tag="response.incomplete"): ...
 class Failed(ResponseEvent, kw_only=True, tag="response.failed"): ...
 
 
+class ErrorEvent(Event, kw_only=True, tag="error"):
+    """A stream cannot go on, whatever becomes of the response."""
+
+    code: str | None
+    message: str
+    param: str | None = None
+
+
 class ItemEvent(Event, kw_only=True):
     output_index: int
     item: OutputItem

@@ -268,9 +268,17 @@ class ResponsesRequest(BaseModel):
         None, description="Accepted; there is one tier, default."
     )
     store: bool | None = Field(None, description="Keep the response for a while, to be asked for. Default true.")
-    background: bool | None = Field(None, description="Answer at once, and generate without a connection.")
+    background: bool | None = Field(
+        None, description="Answer at once, and generate without a connection. With stream the events are kept."
+    )
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
     stream_options: ResponseStreamOptions | None = None
+
+
+class InputTokensRequest(ResponsesRequest):
+    """A request whose prompt is counted. What has no part in the prompt is judged all the same."""
+
+    model: str | None = Field(None, description="One of GET /v1/models. Default: the first.")  # type: ignore[assignment]
 
 
 # Answers.

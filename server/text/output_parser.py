@@ -54,6 +54,11 @@ class OutputParser:
         return self._tools.is_holding or (self._reasoning is not None and self._reasoning.is_holding)
 
     @property
+    def num_held(self) -> int:
+        """Characters of that text."""
+        return self._tools.num_held + (0 if self._reasoning is None else self._reasoning.num_held)
+
+    @property
     def ends_with_calls(self) -> bool:
         """Whether tools are to be called now: there are calls, and none is broken off."""
         return self._tools.num_calls > 0 and self._tools.is_complete

@@ -61,6 +61,11 @@ class ReasoningParser:
         """Whether there is text of which it is not known yet what it is."""
         return bool(self._held)
 
+    @property
+    def num_held(self) -> int:
+        """Characters of that text."""
+        return len(self._held)
+
     def push(self, text: str) -> tuple[str, str]:
         """What can be released as reasoning and as content."""
         text, self._held = self._held + text, ""

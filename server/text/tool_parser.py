@@ -65,6 +65,11 @@ class ToolParser:
         """Whether there is text of which it is not known yet what it is."""
         return bool(self._buffer or self._held or self._object)
 
+    @property
+    def num_held(self) -> int:
+        """Characters of that text."""
+        return sum(map(len, [self._buffer, *self._held, *self._object]))
+
     def push(self, text: str) -> list[Part]:
         self._buffer += text
         while self._state():

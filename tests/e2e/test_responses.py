@@ -88,6 +88,27 @@ def test_in_the_background(client: OpenAI) -> None:
     assert client.responses.retrieve(cancelled.id).status == "cancelled"
 
 
+def test_a_stream_in_the_background(client: OpenAI) -> None:
+    """Its client leaves and comes back, and misses nothing."""
+    stream = client.responses.create(**REQUEST, background=True, stream=True)
+    first = [next(stream) for _ in range(5)]
+    stream.close()
+    assert first[0].type == "response.created"
+    response_id = first[0].response.id
+    rest = list(client.responses.retrieve(response_id, stream=True, starting_after=4))
+    text = "".join(event.delta for event in [*first, *rest] if event.type == "response.output_text.delta")
+    last = rest[-1]
+    assert last.type == "response.incomplete"
+    assert text == last.response.output_text == client.responses.create(**REQUEST).output_text
+    assert [event.sequence_number for event in [*first, *rest]] == list(range(len(first) + len(rest)))
+    assert list(client.responses.retrieve(response_id, stream=True)) == [*first, *rest]
+    counted = client.responses.input_tokens.count(
+        model=MODEL, instructions=REQUEST["instructions"], input=REQUEST["input"]
+    )
+    assert last.response.usage is not None
+    assert counted.input_tokens == last.response.usage.input_tokens
+
+
 @pytest.mark.anyio
 async def test_the_asynchronous_client(server: ServerProcess) -> None:
     async with AsyncOpenAI(base_url=f"{server.url}/v1", **OPTIONS) as client:

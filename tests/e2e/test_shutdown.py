@@ -3,11 +3,13 @@
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
+from openai import OpenAI
 
 from tests.e2e.conftest import StartServer
-from tests.e2e.server_process import REQUEST_SECONDS
+from tests.e2e.server_process import MODEL, REQUEST_SECONDS
 from tests.e2e.streams import merge, start_streams
 from tests.server.serving import check_error, wait_until
 
@@ -58,6 +60,30 @@ def test_what_does_not_end_in_time_gets_an_error(start_server: StartServer) -> N
         assert stream.is_done
     assert server.wait(10) == 0, server.last_words()
     assert time.monotonic() - terminated < 0.5 + 5
+    server.assert_nothing_is_left()
+
+
+def test_readers_of_a_response_in_the_background_get_its_end(start_server: StartServer) -> None:
+    server = start_server("--drain-timeout=0.5")
+    request: dict[str, Any] = {
+        "model": MODEL,
+        "input": "Hi",
+        "max_output_tokens": 900,
+        "extra_body": {"ignore_eos": True},
+    }
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS) as client:
+        stream: Any = client.responses.create(**request, background=True, stream=True)
+        first = next(stream)
+        assert first.type == "response.created"
+        reader: Any = client.responses.retrieve(first.response.id, stream=True)
+        next(reader)
+        server.signal(signal.SIGTERM)
+        for each in (stream, reader):
+            *_, last = each
+            assert last.type == "response.failed"
+            assert last.response.error is not None
+            assert "shutting down" in last.response.error.message
+    assert server.wait(10) == 0, server.last_words()
     server.assert_nothing_is_left()
 
 

@@ -19,7 +19,7 @@ from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.embeddings import EmbeddingRequest
 from server.schemas.messages import CountTokensRequest, MessagesRequest
-from server.schemas.responses import ResponsesRequest
+from server.schemas.responses import InputTokensRequest, ResponsesRequest
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.server.asking import CHAT, COMPLETIONS, MESSAGES, shared_server, write_adapter
 from tests.server.serving import RunningServer
@@ -27,7 +27,8 @@ from tests.server.tool_model import say, write_tool_model
 
 Fields = dict[str, Any]
 
-RESPONSES, ANTHROPIC, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
+RESPONSES, INPUT_TOKENS = "/v1/responses", "/v1/responses/input_tokens"
+ANTHROPIC, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 EMBEDDINGS, TOKENIZE, DETOKENIZE = "/v1/embeddings", "/tokenize", "/detokenize"
 LOAD = "/v1/load_lora_adapter"
 
@@ -166,6 +167,17 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
             "stream": True,
         },
     ),
+    INPUT_TOKENS: (
+        InputTokensRequest,
+        {"model": "tiny", "input": "Hi"},
+        {
+            "input": "Hello",
+            "instructions": "Be brief.",
+            "chat_template_kwargs": {"enable_thinking": True},
+            "tools": [{"type": "function", "name": "weather", "parameters": SCHEMA}],
+            "reasoning": {"effort": "low"},
+        },
+    ),
     COUNT: (
         CountTokensRequest,
         {"model": "tiny", "messages": MESSAGES},
@@ -247,6 +259,19 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "previous_response_id": "test_responses",
         "service_tier": "there is one tier",
         "stream_options": "nothing is obfuscated",
+    },
+    INPUT_TOKENS: {
+        "model": "any of the names, or none",
+        "previous_response_id": "test_responses",
+        "truncation": "test_responses_fields",
+        **dict.fromkeys(
+            (
+                *("max_output_tokens", "temperature", "top_p", "include", "top_logprobs", "stop", "tool_choice"),
+                *("parallel_tool_calls", "max_tool_calls", "text", "metadata", "user", "safety_identifier"),
+                *("prompt_cache_key", "service_tier", "store", "background", "stream", "stream_options"),
+            ),
+            "the prompt is the same",
+        ),
     },
     COUNT: {
         "model": "any of the names",

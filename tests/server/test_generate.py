@@ -33,6 +33,7 @@ from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.text.choice import ChoiceText
 from server.text.tokenizer import Tokenizer
+from tests.server.deltas import content
 
 EOS = 256
 NO_LOGPROBS = TokenLogprobs(-1.0, 1, [], [])
@@ -165,7 +166,7 @@ def test_a_stream_never_shows_the_beginning_of_a_stop_string(tokenizer: Tokenize
 def test_tokens_after_a_stop_string_do_not_count(tokenizer: Tokenizer) -> None:
     choice = make_choice(tokenizer, stop=["b"])
     event = TokenEvent(request_id="r", token_ids=[*b"abcd", EOS], finish_reason=FinishReason.STOP, stop_token_id=EOS)
-    assert choice.push(event) == Delta(0, "a", [], "stop", stop_string="b", token_ids=[*b"ab"])
+    assert choice.push(event) == Delta(0, [content("a")], [], "stop", stop_string="b", token_ids=[*b"ab"])
     assert choice.num_tokens == 2
 
 
@@ -198,7 +199,7 @@ def test_minus_infinity_in_an_answer(tokenizer: Tokenizer) -> None:
 
 def whole(index: int, *logprobs: float) -> Delta:
     positions = [Position(65, TokenLogprobs(logprob, 1, [], []), 0) for logprob in logprobs]
-    return Delta(index, f"text {index}", positions)
+    return Delta(index, [content(f"text {index}")], positions)
 
 
 def test_best_choices_have_the_highest_mean() -> None:
@@ -220,7 +221,7 @@ def test_best_choices_have_the_highest_mean() -> None:
 def test_events_have_no_line_ends_of_any_kind(tokenizer: Tokenizer) -> None:
     writer = CompletionWriter(tokenizer, Head("cmpl-1", 1, "m", "fp"), None, with_logprobs=False)
     text = "a\u2028b\u2029c\x85d\ne\r\nf\x0b\x0c\x1c\x1d\x1e\0"
-    events = frame_chunks(writer.chunks(Delta(0, text)))
+    events = frame_chunks(writer.chunks(Delta(0, [content(text)])))
     (line,) = [line for line in events.decode().splitlines() if line]
     assert line.startswith("data: ")
     assert events.endswith(b"}\n\n")

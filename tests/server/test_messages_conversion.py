@@ -8,11 +8,12 @@ import pytest
 from anthropic.types import DocumentBlockParam, Message, RawMessageStreamEvent, StopReason
 from pydantic import TypeAdapter
 
-from server.generate.choices import Delta, ToolCallDelta
+from server.generate.choices import ToolCallDelta
 from server.generate.endpoint import Head
 from server.generate.messages import Abilities, MessagesWriter, to_chat
 from server.schemas.common import PromptTokensDetails, Usage
 from server.schemas.messages import MessagesRequest
+from tests.server.deltas import content, delta, thought
 
 USAGE = Usage(10, 5, 15, PromptTokensDetails(4))
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
@@ -202,7 +203,7 @@ def test_a_budget_of_thoughts() -> None:
 def test_thoughts_that_are_left_out() -> None:
     assert convert(thinking={"type": "adaptive", "display": "omitted"})["include_reasoning"] is False
     stream = MessagesWriter(Head("msg_1", 1, "tiny", "fp"), with_thinking=False)
-    whole = Delta(0, "So.", reasoning="Hm.", finish_reason="stop")
+    whole = delta(thought("Hm."), content("So."), finish_reason="stop")
     assert [event["type"] for event in parse(stream.events([whole], USAGE))][1:] == [
         "content_block_start",
         "content_block_delta",
@@ -215,12 +216,12 @@ def test_thoughts_that_are_left_out() -> None:
 FIELDS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
 
 DELTAS = [
-    Delta(0, "", reasoning="Hm"),
-    Delta(0, "", reasoning="."),
-    Delta(0, "So: ", reasoning=" Yes."),
-    Delta(0, "", tool_calls=[ToolCallDelta(0, "toolu_1", "add", ""), ToolCallDelta(1, "toolu_2", "sub", '{"a"')]),
-    Delta(0, "", tool_calls=[ToolCallDelta(1, "", "", ": 1}")]),
-    Delta(0, "", finish_reason="tool_calls"),
+    delta(thought("Hm")),
+    delta(thought(".")),
+    delta(thought(" Yes."), content("So: ")),
+    delta(ToolCallDelta(0, "toolu_1", "add", ""), ToolCallDelta(1, "toolu_2", "sub", '{"a"')),
+    delta(ToolCallDelta(1, "", "", ": 1}")),
+    delta(finish_reason="tool_calls"),
 ]
 
 
@@ -240,7 +241,7 @@ def parse(data: bytes) -> list[dict[str, Any]]:
 
 def test_events_of_thoughts_text_and_calls() -> None:
     stream = writer()
-    events = parse(b"".join([*(stream.events([delta], USAGE) for delta in DELTAS), stream.end(USAGE)]))
+    events = parse(b"".join([*(stream.events([each], USAGE) for each in DELTAS), stream.end(USAGE)]))
     assert [event["type"].removeprefix("content_block_") for event in events] == [
         "message_start",
         *("start", "delta", "delta", "delta", "stop"),
@@ -274,10 +275,10 @@ def test_events_of_thoughts_text_and_calls() -> None:
     }
 
 
-def test_the_rest_of_a_call_comes_before_text_of_the_same_delta() -> None:
-    begun = Delta(0, "", tool_calls=[ToolCallDelta(0, "toolu_1", "add", '{"a')])
-    rest = [ToolCallDelta(0, "", "", '": 1}'), ToolCallDelta(1, "toolu_2", "sub", "{}")]
-    last = Delta(0, "So.", finish_reason="tool_calls", tool_calls=rest)
+def test_parts_of_the_same_delta_come_in_their_order() -> None:
+    begun = delta(ToolCallDelta(0, "toolu_1", "add", '{"a'))
+    rest, other = ToolCallDelta(0, "", "", '": 1}'), ToolCallDelta(1, "toolu_2", "sub", "{}")
+    last = delta(rest, content("So."), other, finish_reason="tool_calls")
     stream = writer()
     events = parse(stream.events([begun], USAGE) + stream.events([last], USAGE) + stream.end(USAGE))
     starts = [event["content_block"] for event in events if event["type"] == "content_block_start"]
@@ -288,7 +289,7 @@ def test_the_rest_of_a_call_comes_before_text_of_the_same_delta() -> None:
 
 def test_the_whole_answer_has_the_same_blocks() -> None:
     calls = [ToolCallDelta(0, "toolu_1", "add", '{"a": 1}'), ToolCallDelta(1, "toolu_2", "sub", '{"a": ')]
-    whole = Delta(0, "So: ", reasoning="Hm.", finish_reason="tool_calls", tool_calls=calls)
+    whole = delta(thought("Hm."), content("So: "), *calls, finish_reason="tool_calls")
     answer = json.loads(msgspec.json.encode(writer().answer([whole], USAGE)))
     Message.model_validate(answer, strict=True)
     assert answer["content"] == [
@@ -313,17 +314,17 @@ def test_the_whole_answer_has_the_same_blocks() -> None:
 )
 def test_why_it_ended(reason: str, stop_string: str | None, expected: tuple[str, str | None]) -> None:
     assert expected[0] in get_args(StopReason)
-    delta = Delta(0, "x", finish_reason=reason, stop_string=stop_string)
-    answer, stream = writer().answer([delta], USAGE), writer()
-    stream.events([delta], USAGE)
+    said = delta(content("x"), finish_reason=reason, stop_string=stop_string)
+    answer, stream = writer().answer([said], USAGE), writer()
+    stream.events([said], USAGE)
     end = parse(stream.end(USAGE))[-2]["delta"]
     assert (answer.stop_reason, answer.stop_sequence) == (end["stop_reason"], end["stop_sequence"]) == expected
 
 
 def test_a_call_that_had_to_be_is_why_it_ended() -> None:
     """Which chat completions call `stop`."""
-    delta = Delta(0, "", finish_reason="stop", tool_calls=[ToolCallDelta(0, "toolu_1", "add", "{}")])
-    assert writer().answer([delta], USAGE).stop_reason == "tool_use"
+    said = delta(ToolCallDelta(0, "toolu_1", "add", "{}"), finish_reason="stop")
+    assert writer().answer([said], USAGE).stop_reason == "tool_use"
     stream = writer()
-    stream.events([delta], USAGE)
+    stream.events([said], USAGE)
     assert parse(stream.end(USAGE))[-2]["delta"]["stop_reason"] == "tool_use"

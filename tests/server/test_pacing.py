@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 from server.generate.choices import Delta
 from server.generate.pacing import paced
+from tests.server.deltas import content
 
 
 def chunks(batches: list[list[Delta]], num_tokens: int) -> list[list[tuple[int, str]]]:
@@ -20,7 +21,7 @@ def chunks(batches: list[list[Delta]], num_tokens: int) -> list[list[tuple[int, 
 
 def said(index: int, text: str, end: str | None = None) -> Delta:
     """A token for each letter."""
-    return Delta(index, text, finish_reason=end, token_ids=[*text.encode()])
+    return Delta(index, [content(text)], finish_reason=end, token_ids=[*text.encode()])
 
 
 def test_the_first_and_the_last_do_not_wait() -> None:

@@ -5,6 +5,7 @@ import random
 import msgspec
 import pytest
 
+from server.event_log import EventLog
 from server.generate.endpoint import Head
 from server.generate.responses import new_response
 from server.response_store import ResponseStore, StoredResponse
@@ -17,6 +18,7 @@ def make(number: int, size: int, earlier: StoredResponse | None = None) -> Store
         new_response(request, Head(f"resp_{number}", 1, "m", "fp"), {}),
         [{"id": item_id("msg", number), "type": "message", "role": "user", "content": "x" * size}],
         earlier.items if earlier else [],
+        EventLog(f"resp_{number}") if number % 3 == 0 else None,
     )
     stored.response.output.append(MessageItem(id=item_id("out", number), content=[OutputText("y")]))
     return stored
@@ -28,14 +30,15 @@ def item_id(kind: str, number: int) -> str:
 
 
 def size_of(stored: StoredResponse) -> int:
-    return len(msgspec.json.encode((stored.items, stored.response)))
+    num_event_bytes = stored.events.num_bytes if stored.events is not None else 0
+    return len(msgspec.json.encode((stored.items, stored.response))) + num_event_bytes
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_against_a_list(seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
-    store, model = ResponseStore(8, 20_000), list[StoredResponse]()
+    store, model, made = ResponseStore(8, 20_000), list[StoredResponse](), list[StoredResponse]()
     for number in range(300):
         action, target = rng.random(), f"resp_{rng.randrange(number + 1)}"
         found = next((each for each in model if each.response.id == target), None)
@@ -50,15 +53,28 @@ def test_against_a_list(seed: int) -> None:
         elif action < 0.35:
             assert store.delete(target) is (found is not None)
             model = [each for each in model if each is not found]
+        elif action < 0.6 and found is not None and found.events is not None:
+            found.events.append([rng.randbytes(rng.randrange(100)) for _ in range(rng.choice((1, 10, 200)))])
+            store.count_events(found)
+            model.remove(found)
+            model = fit([*model, found])
         else:
             stored = make(number, rng.randrange(4000), found)
+            made.append(stored)
             store.put(stored)
-            model.append(stored)
-            if size_of(stored) > 20_000:
-                model.remove(stored)
-            while len(model) > 8 or sum(map(size_of, model)) > 20_000:
-                del model[0]
+            model = fit([*model, stored])
         assert (len(store), store.num_bytes) == (len(model), sum(map(size_of, model)))
+        for each in made:
+            assert each.events is None or each.events.is_dropped is (each not in model)
+
+
+def fit(model: list[StoredResponse]) -> list[StoredResponse]:
+    """What is kept after the last one was used."""
+    if size_of(model[-1]) > 20_000:
+        return model[:-1]
+    while len(model) > 8 or sum(map(size_of, model)) > 20_000:
+        model = model[1:]
+    return model
 
 
 def test_an_item_of_several_responses_stays_until_the_last_one_goes() -> None:

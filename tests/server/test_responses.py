@@ -199,19 +199,36 @@ def test_a_conversation_goes_on(tiny: RunningServer) -> None:
 
 
 def test_input_tokens(tiny: RunningServer) -> None:
+    """As many as the prompt of the same request has, whatever it is made of."""
     first = ask_json(tiny)
+    tool = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
+    requests: list[dict[str, Any]] = [
+        {"input": "Why?"},
+        {"input": [{"role": "user", "content": "Why?"}], "instructions": "I"},
+        {"input": "Why?", "previous_response_id": first["id"], "instructions": "I"},
+        {"previous_response_id": first["id"]},
+        {"input": "Why?", "tools": [tool], "tool_choice": "auto", "parallel_tool_calls": False},
+        {"input": "Why?", "text": {"format": {"type": "json_object"}}, "reasoning": {"effort": "low"}},
+        {"input": [{"role": "user", "content": "x" * 700}] * 5, "truncation": "auto"},
+        {"input": "Why?", "extra_body": {"truncate_prompt_tokens": 7}},
+    ]
     with openai_client(tiny.url) as client:
-        for fields, turns in (
-            ({}, [("user", "Why?")]),
-            (
-                {"previous_response_id": first["id"], "instructions": "I"},
-                [("system", "I"), ("user", "Hi"), ("assistant", REPLY), ("user", "Why?")],
-            ),
-        ):
-            counted = client.responses.input_tokens.count(model="tiny", input="Why?", **fields)
-            assert counted.input_tokens == len(chatml(*turns))
+        for fields in requests:
+            counted = client.responses.input_tokens.count(model="tiny", **fields)
+            asked = client.responses.create(model="tiny", **fields)
+            assert asked.usage is not None
+            assert counted.input_tokens == asked.usage.input_tokens == len(tiny.engine.submits[-1].prompt_token_ids)
+            assert counted.object == "response.input_tokens"
+            given = {name: value for name, value in fields.items() if name != "extra_body"}
+            if given == fields:
+                assert client.responses.input_tokens.count(**given) == counted  # of the server's model
     error = check_error(httpx.post(f"{tiny.url}{PATH}/input_tokens", json=MINIMAL | {"model": "x"}), 404)
     assert error["code"] == "model_not_found"
+    error = check_error(httpx.post(f"{tiny.url}{PATH}/input_tokens", json={"model": None}), 400)
+    assert error["param"] == "input"
+    num_submits = len(tiny.engine.submits)
+    httpx.post(f"{tiny.url}{PATH}/input_tokens", json=MINIMAL | {"background": True, "stream": True})
+    assert len(tiny.engine.submits) == num_submits
 
 
 def test_what_came_out_goes_in_again(tiny: RunningServer) -> None:
@@ -386,7 +403,6 @@ def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
         ({"conversation": "conv_1"}, "conversation", "Unsupported parameter: 'conversation'"),
         ({"prompt": {"id": "x"}}, "prompt", "Unsupported parameter: 'prompt'"),
         ({"top_logprobs": 2}, "top_logprobs", "Invalid 'top_logprobs': only allowed with"),
-        ({"background": True, "stream": True}, "background", "Unsupported parameter: 'background'"),
         ({"background": True, "store": False}, "background", "Invalid 'background'"),
         ({"stream_options": {}}, "stream_options", "The 'stream_options' parameter is only allowed"),
         ({"n": 2}, "n", "Unsupported parameter: 'n'"),

@@ -8,7 +8,7 @@ import pytest
 from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from server.generate.choices import Delta, ToolCallDelta
+from server.generate.choices import ToolCallDelta
 from server.generate.endpoint import Head
 from server.generate.response_writer import ResponseWriter
 from server.generate.responses import input_items, new_response, to_chat
@@ -16,6 +16,7 @@ from server.response_store import ResponseStore, StoredResponse
 from server.schemas.common import PromptTokensDetails, Usage
 from server.schemas.responses import ResponsesRequest
 from server.text.tokenizer import Tokenizer
+from tests.server.deltas import content, delta, thought
 
 USAGE = Usage(10, 5, 15, PromptTokensDetails(4))
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -109,11 +110,11 @@ def test_formats(text: dict[str, Any], expected: dict[str, Any]) -> None:
 
 CALLS = [ToolCallDelta(0, "call_1", "add", ""), ToolCallDelta(1, "call_2", "sub", '{"a"')]
 DELTAS = [
-    Delta(0, "", reasoning="Hm"),
-    Delta(0, "So: ", reasoning="."),
-    Delta(0, "", tool_calls=CALLS),
-    Delta(0, "", tool_calls=[ToolCallDelta(1, "", "", ": 1}")]),
-    Delta(0, "", finish_reason="tool_calls"),
+    delta(thought("Hm")),
+    delta(thought("."), content("So: ")),
+    delta(*CALLS),
+    delta(ToolCallDelta(1, "", "", ": 1}")),
+    delta(finish_reason="tool_calls"),
 ]
 
 
@@ -131,7 +132,7 @@ def parse(data: bytes) -> list[dict[str, Any]]:
 
 def test_events_of_thoughts_text_and_calls(tokenizer: Tokenizer) -> None:
     writer = make_writer(tokenizer)
-    events = parse(b"".join([*(writer.events([delta], USAGE) for delta in DELTAS), writer.end(USAGE)]))
+    events = parse(b"".join([*(writer.events([each], USAGE) for each in DELTAS), writer.end(USAGE)]))
     assert [event["type"].removeprefix("response.") for event in events] == [
         *("created", "in_progress"),
         *("output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.delta"),
@@ -162,11 +163,11 @@ def without_ids(items: list[Any]) -> list[Any]:
 
 def test_the_whole_answer_has_the_same_items(tokenizer: Tokenizer) -> None:
     streamed = make_writer(tokenizer)
-    for delta in DELTAS:
-        streamed.events([delta], USAGE)
+    for each in DELTAS:
+        streamed.events([each], USAGE)
     *_, last = parse(streamed.end(USAGE))
     calls = [ToolCallDelta(0, "call_1", "add", ""), ToolCallDelta(1, "call_2", "sub", '{"a": 1}')]
-    whole = Delta(0, "So: ", reasoning="Hm.", finish_reason="tool_calls", tool_calls=calls)
+    whole = delta(thought("Hm."), content("So: "), *calls, finish_reason="tool_calls")
     answer = msgspec.to_builtins(make_writer(tokenizer).answer([whole], USAGE))
     assert without_ids(answer["output"]) == without_ids(last["response"]["output"])
     assert without_ids(answer["output"]) == [
@@ -189,9 +190,9 @@ def test_the_whole_answer_has_the_same_items(tokenizer: Tokenizer) -> None:
 
 def test_text_that_comes_with_the_end_of_a_call(tokenizer: Tokenizer) -> None:
     writer = make_writer(tokenizer)
-    writer.events([Delta(0, "", tool_calls=[ToolCallDelta(0, "call_1", "add", '{"a"')])], USAGE)
+    writer.events([delta(ToolCallDelta(0, "call_1", "add", '{"a"'))], USAGE)
     last, other = ToolCallDelta(0, "", "", ": 1}"), ToolCallDelta(1, "call_2", "sub", "{}")
-    writer.events([Delta(0, "Then", tool_calls=[last, other], finish_reason="tool_calls")], USAGE)
+    writer.events([delta(last, content("Then"), other, finish_reason="tool_calls")], USAGE)
     *_, end = parse(writer.end(USAGE))
     assert [(item["type"], item.get("arguments")) for item in end["response"]["output"]] == [
         ("function_call", '{"a": 1}'),
@@ -207,7 +208,7 @@ def test_the_request_is_echoed(tokenizer: Tokenizer) -> None:
     writer = make_writer(
         tokenizer, tools=[tool], tool_choice=choice, text=text, reasoning={"effort": "low"}, top_p=0.5, instructions="I"
     )
-    echoed = msgspec.to_builtins(writer.answer([Delta(0, "x", finish_reason="stop")], USAGE))
+    echoed = msgspec.to_builtins(writer.answer([delta(content("x"), finish_reason="stop")], USAGE))
     Response.model_validate(echoed, strict=True)
     assert (echoed["tools"], echoed["tool_choice"], echoed["text"]) == ([tool], choice, text)
     assert echoed["reasoning"] == {"effort": "low", "summary": None}

@@ -28,6 +28,16 @@ OUTPUTS: list[tuple[str, list[tuple[str, str]]]] = [
         f"<think>t < h</think>So <t: é <tool\n{CALL}",
         [("reasoning", "t < h"), ("message", "So <t: é <tool\n"), ("function_call", '{"city": "Paris"}')],
     ),
+    (
+        f"So{CALL}\nNow <<{OTHER_CALL}Then",
+        [
+            ("message", "So"),
+            ("function_call", '{"city": "Paris"}'),
+            ("message", "\nNow <<"),
+            ("function_call", '{"zone": 1}'),
+            ("message", "Then"),
+        ],
+    ),
     ("{<tool_cal", [("message", "{<tool_cal")]),
     ("<think>never ends", [("reasoning", "never ends")]),
 ]
@@ -65,7 +75,8 @@ def test_streamed_as_whole(
         deltas = [event for event in events if event["type"] == "response.output_text.delta"]
         for item in output:
             if item["type"] == "message":
-                assert [each for event in deltas for each in event["logprobs"]] == item["content"][0]["logprobs"]
+                of_item = [event for event in deltas if event["item_id"] == item["id"]]
+                assert [each for event in of_item for each in event["logprobs"]] == item["content"][0]["logprobs"]
     for item in whole:
         if item["type"] == "message":
             tokens = [bytes(each["bytes"]) for each in item["content"][0]["logprobs"]]
