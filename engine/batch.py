@@ -32,6 +32,8 @@ class BatchInputs:
     query_lens: Lengths  # rows of each sequence
     hidden_lens: Lengths  # how many of them, counted from the last, are among hidden_rows
     seq_lens: Lengths  # tokens of each sequence up to and including its last row here
+    adapters: Tensor  # [T] int64: the place of each row's LoRA adapter, -1: none
+    hidden_adapters: Tensor  # [L] int64: the same for hidden_rows
 
 
 class BatchBuilder:
@@ -92,6 +94,8 @@ class BatchBuilder:
             query_lens=self.query_lens[:num_seqs],
             hidden_lens=self.hidden_lens[:num_seqs],
             seq_lens=self.seq_lens[:num_seqs],
+            adapters=torch.full_like(token_ids, -1),
+            hidden_adapters=torch.full_like(hidden_rows, -1),
         )
 
     def _fill_ahead(self, step: Step) -> int:
