@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sequences
 NO_SLOT = -1  # where the keys of a row go that nobody reads
+NO_ADAPTER = -1
 
 Key: TypeAlias = tuple[int, int]  # sequences, segments of keys of the longest
 Forward: TypeAlias = Callable[[], Tensor]
@@ -68,7 +69,7 @@ class GraphedExecution(EagerExecution):
         self.met: set[Key] = set()
         max_num_seqs, max_blocks = builder.tables.shape
         size = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
-        self.rows = torch.zeros((3, size), dtype=torch.int64, device=builder.device)
+        self.rows = torch.zeros((4, size), dtype=torch.int64, device=builder.device)
         self.all_rows = torch.arange(size, device=builder.device)
         self.tables = torch.zeros((size, max_blocks), dtype=torch.int64, device=builder.device)
 
@@ -103,16 +104,16 @@ class GraphedExecution(EagerExecution):
 
     def _copy(self, batch: BatchInputs, size: int) -> None:
         num_seqs = len(batch.query_lens)
-        for row, values in zip(self.rows, (batch.token_ids, batch.positions, batch.slots), strict=True):
+        rows = (batch.token_ids, batch.positions, batch.slots, batch.adapters)
+        for row, values, padding in zip(self.rows, rows, (0, 0, NO_SLOT, NO_ADAPTER), strict=True):
             row[:num_seqs] = values
-        self.rows[:2, num_seqs:size] = 0
-        self.rows[2, num_seqs:size] = NO_SLOT
+            row[num_seqs:size] = padding
         self.tables[:num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
 
     def _add(self, key: Key) -> None:
         size, num_segments = key
         ones = np.ones(size, dtype=np.int64)
-        token_ids, positions, slots = self.rows[:, :size]
+        token_ids, positions, slots, adapters = self.rows[:, :size]
         rows, tables = self.all_rows[:size], self.tables[:size]
         inputs = BatchInputs(
             token_ids,
@@ -126,6 +127,8 @@ class GraphedExecution(EagerExecution):
             query_lens=ones,
             hidden_lens=ones,
             seq_lens=ones * num_segments * self.segment,
+            adapters=adapters,
+            hidden_adapters=adapters,  # hidden_rows are all rows
         )
         assert self.capture is not None
         try:

@@ -4,9 +4,9 @@ One launch makes t = A x, float32, and one adds B t. A program takes one row aft
 the bits of a row depend on that row and its adapter alone. Nothing is done for rows that have none.
 
 There are no products of tiles of rows here, for neighbours may have different adapters: each row reads all of its
-adapter. Where many rows of a prompt share one, caches serve most of it. Of rank 16 for all of Llama-3-8B, which is 84
-MB, a decoded token reads half a percent of what the model's weights are, and a prompt takes about half as long again.
-That is arithmetic from an H100's figures; nobody has measured it.
+adapter. Where many rows of a prompt share one, caches serve most of it. For all of Llama-3-8B, rank 16 is 84 MB: half a
+percent of the weights for each token decoded, besides 256 launches a step, and about half as long again for a prompt.
+That is arithmetic from an H100's figures, not measured.
 """
 
 from __future__ import annotations

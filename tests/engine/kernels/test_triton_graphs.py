@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engine.batch import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.kernels.gpu.graphs import NO_SLOT, SIZES, GraphedExecution
+from engine.kernels.gpu.graphs import NO_ADAPTER, NO_SLOT, SIZES, GraphedExecution
+from engine.kv_cache import KVCache
 from engine.messages import SamplingParams, Submit
 from engine.runner import LoadedModel, load_model
 from tests.choice import choose_kernels
@@ -108,13 +110,35 @@ def test_rows_that_fill_a_batch_up_write_nothing(folder: Path) -> None:
     assert execution.rows[2, 3] == NO_SLOT
 
 
+def test_adapters_of_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the batch, and none for rows that fill it up, whatever was there before."""
+    loaded = load(folder)
+    with_graphs(loaded, Device().capture)
+    seen: list[list[int]] = []
+
+    def forward(inputs: BatchInputs, kv_cache: KVCache) -> Tensor:
+        assert inputs.hidden_adapters.tolist() == inputs.adapters.tolist()
+        seen.append(inputs.adapters.tolist())
+        return torch.empty(0)
+
+    monkeypatch.setattr(loaded.runner.model, "forward", forward)
+    for adapters in ([1, 1, 1], [0, -1, 2, 1], [0, -1, 2]):
+        batch = loaded.runner.builder.buffers()
+        batch.token_ids = batch.positions = batch.slots = batch.hidden_rows = torch.zeros(len(adapters)).long()
+        batch.adapters = batch.hidden_adapters = torch.tensor(adapters)
+        batch.block_tables = batch.block_tables[: len(adapters)]
+        batch.query_lens = batch.seq_lens = np.ones(len(adapters), dtype=np.int64)
+        loaded.runner.execution.forward(batch)
+        assert seen[-1] == adapters + [NO_ADAPTER] * (len(seen) > 1 and 4 - len(adapters))
+
+
 @pytest.mark.parametrize(("max_num_seqs", "size"), [(1, 1), (3, 4), (8, 8), (100, 128), (300, 256)])
 def test_sizes(folder: Path, max_num_seqs: int, size: int) -> None:
     loaded = load(folder, max_num_seqs)
     with_graphs(loaded, Device().capture)
     execution = loaded.runner.execution
     assert isinstance(execution, GraphedExecution)
-    assert execution.rows.shape == (3, size)
+    assert execution.rows.shape == (4, size)
     builder = loaded.runner.builder
     batch = builder.buffers()
 
