@@ -19,12 +19,12 @@ from engine.batch import BatchBuilder, BatchInputs
 from engine.kernels.reference import EagerExecution
 from engine.kv_cache import KVCache
 from engine.model import CausalLM
+from engine.request import NO_ADAPTER
 
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sequences
 NO_SLOT = -1  # where the keys of a row go that nobody reads
-NO_ADAPTER = -1
 
 Key: TypeAlias = tuple[int, int]  # sequences, segments of keys of the longest
 Forward: TypeAlias = Callable[[], Tensor]
