@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.batch import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.kernels.gpu.graphs import NO_ADAPTER, NO_SLOT, SIZES, GraphedExecution
+from engine.kernels.gpu.graphs import NO_SLOT, SIZES, GraphedExecution
 from engine.kv_cache import KVCache
 from engine.messages import SamplingParams, Submit
+from engine.request import NO_ADAPTER
 from engine.runner import LoadedModel, load_model
 from tests.choice import choose_kernels
 from tests.engine.kernels.test_triton_model import SEED, prompt_of
