@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, load_model_config
 from engine.kernels.gpu.graphs import GraphedExecution
 from engine.logprobs import gather_logprobs
 from engine.messages import Submit
@@ -15,6 +16,7 @@ from engine.runner import LoadedModel, load_model
 from server.text.tokenizer import Tokenizer
 from tests.bench.quality import TEXT
 from tests.engine.test_promise import MAX_MODEL_LEN, assert_same, make_engine, run, run_alone, submits
+from tests.lora_adapters import save_random_adapter
 from tests.parity.outputs import all_logits
 
 __all__ = ["submits"]  # the fixture
@@ -65,6 +67,22 @@ def test_the_same_answer_in_any_company(
     assert engine.stats().preemptions_total > 0
     assert_same(run(engine, submits), expected)
     assert isinstance(engine.runner.execution, GraphedExecution) != settings.get("enforce_eager", False)
+
+
+def test_adapters_in_any_company(smollm2_path: Path, tmp_path: Path, submits: Sequence[Submit]) -> None:
+    """Of rows that have one of two, or none; in graphs and in steps with prompts."""
+    config = load_model_config(smollm2_path)
+    modules = {
+        name: str(save_random_adapter(tmp_path / name, config, seed, ranks={"": rank}))
+        for seed, (name, rank) in enumerate({"a": 16, "b": 5}.items())
+    }
+    loaded = load(smollm2_path, device="cuda", lora_modules=modules, max_loras=2)
+    names = ("", "a", "b")
+    mixed = [msgspec.structs.replace(submit, lora_name=names[i % 3]) for i, submit in enumerate(submits)]
+    expected = run_alone(loaded, mixed)
+    assert run_alone(loaded, submits) != expected
+    for _ in range(2):
+        assert_same(run(make_engine(loaded, chunk=60), mixed), expected)
 
 
 def test_log_probabilities_are_those_of_the_cpu_and_do_not_wait() -> None:

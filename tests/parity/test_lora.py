@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from engine.config import EngineConfig, load_model_config
 from engine.runner import LoadedModel, load_model
@@ -38,8 +38,12 @@ def folders(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture(scope="module")
 def reference(smollm2_path: Path, folders: dict[str, Path]) -> PeftModel:
+    return with_adapters(load_reference(smollm2_path), folders)
+
+
+def with_adapters(model: PreTrainedModel, folders: dict[str, Path]) -> PeftModel:
     (first, folder), *others = folders.items()
-    adapted = PeftModel.from_pretrained(load_reference(smollm2_path), str(folder), adapter_name=first)
+    adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
     for name, other in others:
         adapted.load_adapter(str(other), adapter_name=name)
     return adapted.eval()

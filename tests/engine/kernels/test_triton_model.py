@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
 from engine.kernels.gpu import attention
 from engine.kernels.gpu.kernels import TritonKernels
@@ -19,8 +19,10 @@ from engine.messages import SamplingParams, Submit, TokenLogprobs
 from engine.process import fingerprint
 from engine.runner import LoadedModel, load_model
 from tests.choice import choose_kernels
+from tests.lora_adapters import save_random_adapter
 from tests.parity.outputs import all_logits, greedy_outputs
 from tests.parity.test_families import SHAPE, VOCAB_SIZE
+from tests.parity.test_lora import logits_of, with_adapters
 from tests.tiny_models import save_random_model
 
 SEED = 11
@@ -57,6 +59,26 @@ def test_same_as_transformers(name: str, tmp_path: Path) -> None:
         with torch.inference_mode():
             expected = model(torch.tensor([prompt + output])).logits[0]
         torch.testing.assert_close(all_logits(loaded, prompt), expected[: len(prompt)], rtol=0, atol=1e-3)
+        assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+def test_adapters_are_those_of_peft(tmp_path: Path) -> None:
+    """In one batch, with rows that have none."""
+    model = models()["llama"]
+    folder = save_random_model(model, tmp_path / "model", SEED)
+    config = load_model_config(folder)
+    folders = {
+        "all": save_random_adapter(tmp_path / "all", config, 1, ranks={"": 5}),
+        "some": save_random_adapter(tmp_path / "some", config, 2, ranks={"k_proj": 16, "down_proj": 16}),
+    }
+    paths = {name: str(path) for name, path in folders.items()}
+    loaded = load(folder, lora_modules=paths, max_loras=2)
+    pairs = [(prompt_of(length), name) for length in (1, 9, 40) for name in ("all", "", "some")]
+    outputs = greedy_outputs(loaded, [prompt for prompt, _ in pairs], 4, [name for _, name in pairs])
+    reference = with_adapters(model, folders)
+    for (prompt, name), output in zip(pairs, outputs, strict=True):
+        expected = logits_of(reference, name, prompt + output)
+        torch.testing.assert_close(all_logits(loaded, prompt, name), expected[: len(prompt)], rtol=0, atol=1e-3)
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
