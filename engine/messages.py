@@ -229,6 +229,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     priority: int = 0  # lower runs first, as in vLLM
     cache_salt: str = ""  # requests share cached prefixes only with those of the same salt
     lora_name: str = ""  # the LoRA adapter to answer with; empty: none
+    lora_fingerprint: str = ""  # of its weights: another adapter may have got the name meanwhile
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -236,6 +237,11 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     index: int | None = None  # None: all of them
+
+
+class AdapterField(StrEnum):
+    NAME = "name"
+    PATH = "path"
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -273,6 +279,8 @@ class AdapterDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request_id: str
     error: str = ""  # for the client that asked; empty: it is done
+    field: AdapterField | None = None  # which of the message's fields is wrong; None: neither
+    is_temporary: bool = False  # whether it may go well later
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
