@@ -24,7 +24,9 @@ class BatchInputs:
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64: block id * block size + offset, where the row's key and value go
+    lora_places: Tensor  # [T] int64: where the row's LoRA adapter lies, -1: nowhere
     hidden_rows: Tensor  # [L] int64: rows whose last hidden state is wanted
+    hidden_lora_places: Tensor  # [L] int64: lora_places of these
     sample_rows: Tensor  # [R] int64: which of hidden_rows yield a token
     ahead_rows: Tensor  # [A] int64: rows that read what the step before samples
     ahead_samples: Tensor  # [A] int64: ... which of its R tokens
@@ -32,8 +34,6 @@ class BatchInputs:
     query_lens: Lengths  # rows of each sequence
     hidden_lens: Lengths  # how many of them, counted from the last, are among hidden_rows
     seq_lens: Lengths  # tokens of each sequence up to and including its last row here
-    adapters: Tensor  # [T] int64: the place of each row's LoRA adapter, -1: none
-    hidden_adapters: Tensor  # [L] int64: the same for hidden_rows
 
 
 class BatchBuilder:
@@ -67,17 +67,16 @@ class BatchBuilder:
             counts[:] = lens[:num_seqs].sum(), lens[:num_generating].sum()
         num_rows, num_hidden_rows, self.num_seqs[0] = int(self.num_rows[0]), int(self.num_hidden_rows[0]), num_seqs
         self.rows[0, :num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
-        self.rows[3, :num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
+        lora_places = [item.request.lora_place for item in step.scheduled]
+        self.rows[3, :num_rows] = np.repeat(lora_places, self.query_lens[:num_seqs])
+        self.rows[4, :num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
+        self.rows[5, :num_hidden_rows] = np.repeat(lora_places, self.hidden_lens[:num_seqs])
         sample_rows = last_rows(self.hidden_lens[:num_seqs], np.array([item.num_samples for item in step.scheduled]))
-        self.rows[4, : len(sample_rows)] = sample_rows
-        adapters = [item.request.adapter for item in step.scheduled]
-        self.rows[7, :num_rows] = np.repeat(adapters, self.query_lens[:num_seqs])
-        self.rows[8, :num_hidden_rows] = np.repeat(adapters, self.hidden_lens[:num_seqs])
+        self.rows[6, : len(sample_rows)] = sample_rows
         num_ahead = self._fill_ahead(step)
         max_blocks = self._fill_tables(step)
         self._fill_positions(num_rows, num_seqs)
-        of_rows, of_hidden_rows = (num_rows,) * 3, (num_hidden_rows, len(sample_rows), num_ahead, num_ahead)
-        lengths = (*of_rows, *of_hidden_rows, num_rows, num_hidden_rows)
+        lengths = (*[num_rows] * 4, *[num_hidden_rows] * 2, len(sample_rows), num_ahead, num_ahead)
         parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         parts.append(self.tables[:num_seqs, :max_blocks])
         is_shared = self.device.type == "cpu"
@@ -85,13 +84,15 @@ class BatchBuilder:
         return self._inputs(tensors, num_seqs)
 
     def _inputs(self, tensors: Sequence[Tensor], num_seqs: int) -> BatchInputs:
-        *rows, adapters, hidden_adapters, tables = tensors
-        token_ids, positions, slots, hidden_rows, sample_rows, ahead_rows, ahead_samples = rows
+        token_ids, positions, slots, lora_places, *others, tables = tensors
+        hidden_rows, hidden_lora_places, sample_rows, ahead_rows, ahead_samples = others
         return BatchInputs(
             token_ids,
             positions,
             slots,
+            lora_places,
             hidden_rows,
+            hidden_lora_places,
             sample_rows,
             ahead_rows,
             ahead_samples,
@@ -99,16 +100,14 @@ class BatchBuilder:
             query_lens=self.query_lens[:num_seqs],
             hidden_lens=self.hidden_lens[:num_seqs],
             seq_lens=self.seq_lens[:num_seqs],
-            adapters=adapters,
-            hidden_adapters=hidden_adapters,
         )
 
     def _fill_ahead(self, step: Step) -> int:
         """Returns how many rows read what the step before samples."""
         first_rows = self.query_lens[: len(step.scheduled)].cumsum() - self.query_lens[: len(step.scheduled)]
         ahead = [index for index, item in enumerate(step.scheduled) if item.is_ahead]
-        self.rows[5, : len(ahead)] = first_rows[ahead]
-        self.rows[6, : len(ahead)] = [self.sampled[step.scheduled[index].request] for index in ahead]
+        self.rows[7, : len(ahead)] = first_rows[ahead]
+        self.rows[8, : len(ahead)] = [self.sampled[step.scheduled[index].request] for index in ahead]
         sampled = [item.request for item in step.scheduled for _ in range(item.num_samples)]
         self.sampled = {request: index for index, request in enumerate(sampled)}
         return len(ahead)

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.grammar import Grammars
+from engine.lora import prefix_salt
 from engine.messages import EngineStats, Submit, TokenEvent
 from engine.record import Recorder, StepClock, StepRecord
 from engine.request import Step, leader_of, without_early_end
 from engine.runner import LoadedModel, PendingOutputs
 from engine.scheduler import Scheduler
 from engine.speculation import choose_policy
-from engine.weights.lora import LoraCheckpoint
 
 GRAMMAR_WAIT = 0.02  # seconds; meanwhile no message is read
 
@@ -76,13 +76,14 @@ class Engine:
         return self.scheduler.has_work or self.running is not None
 
     def add(self, submit: Submit) -> None:
-        """Queue a prompt of 1 to max_model_len tokens, for an adapter that is loaded if it names one.
+        """Queue a prompt of 1 to max_model_len tokens. Its choices share blocks even without prefix caching.
 
-        Its choices share blocks even without prefix caching.
+        Raises KeyError where it names weights of an adapter that are not here.
         """
-        place, fingerprint = self.adapters.find(submit.lora_name)
-        salt = fingerprint + submit.cache_salt.encode() if self.enable_prefix_caching else os.urandom(16)
-        leader = leader_of(submit, salt=salt, number=next(self.arrivals), now=time.monotonic(), adapter=place)
+        place = self.adapters.find(submit.lora_fingerprint)
+        salt = prefix_salt(submit.lora_fingerprint) + submit.cache_salt.encode()
+        salt = salt if self.enable_prefix_caching else os.urandom(16)
+        leader = leader_of(submit, salt=salt, number=next(self.arrivals), now=time.monotonic(), lora_place=place)
         if submit.params.grammar is not None:
             for choice in (leader, *leader.siblings):
                 choice.matcher = self.grammars.new_matcher(choice.params)
@@ -92,11 +93,6 @@ class Engine:
     def learn(self, tokenizer: str) -> None:
         """Take the text of a tokenizer.json, which requests with a grammar need. It takes a moment."""
         self.grammars.learn(tokenizer)
-
-    def load_adapter(self, name: str, path: str, checkpoint: LoraCheckpoint, *, replaces: bool = False) -> None:
-        """Take in a LoRA adapter; ValueError where it does not fit. Requests that use the one it replaces keep that."""
-        in_use = {request.adapter for request in self.scheduler.requests()}
-        self.adapters.load(name, path, checkpoint, in_use, replaces=replaces)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End choices of a request without an event; unknown ones are ignored."""

@@ -52,16 +52,21 @@ def bytes_per_block(config: ModelConfig, block_size: int, kernels: Kernels) -> i
 
 
 def plan_memory(
-    config: ModelConfig, engine_config: EngineConfig, max_model_len: int, kernels: Kernels, device: torch.device
+    config: ModelConfig,
+    engine_config: EngineConfig,
+    max_model_len: int,
+    kernels: Kernels,
+    device: torch.device,
+    promised: int = 0,
 ) -> MemoryPlan:
-    """Size the KV cache by `kv_cache_memory`, or by the memory that is free.
+    """Size the KV cache by `kv_cache_memory`, or by the memory that is free, less what is `promised` to others.
 
     Raises ValueError, with what would fit, if not even one request of `max_model_len` tokens has room.
     """
     block_size = engine_config.block_size
     block_bytes = bytes_per_block(config, block_size, kernels)
     blocks_of_one = -(-max_model_len // block_size)
-    budget = _budget(engine_config.kv_cache_memory, device, blocks_of_one * block_bytes)
+    budget = _budget(engine_config.kv_cache_memory, device, blocks_of_one * block_bytes, free_memory(device) - promised)
     num_blocks = budget // block_bytes
     if num_blocks < blocks_of_one:
         shorter = f"--max-model-len {num_blocks * block_size} or less, or " if num_blocks else ""
@@ -73,16 +78,20 @@ def plan_memory(
     return MemoryPlan(num_blocks, block_size, block_bytes, max_model_len)
 
 
-def _budget(wanted: int | None, device: torch.device, full_length_bytes: int) -> int:
-    is_cuda = device.type == "cuda"
-    if is_cuda:
-        torch.cuda.empty_cache()  # what packing has freed counts as used until then
-    free = torch.cuda.mem_get_info(device)[0] if is_cuda else available_memory()
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type != "cuda":
+        return available_memory()
+    torch.cuda.empty_cache()  # what packing has freed counts as used until then
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _budget(wanted: int | None, device: torch.device, full_length_bytes: int, free: int) -> int:
     if wanted is not None:
         if wanted > free:
             raise ValueError(f"--kv-cache-memory {wanted // MIB}MiB: only {free // MIB} MiB are free")
         return wanted
-    if is_cuda:
+    if device.type == "cuda":
         return int(free * GPU_MEMORY_SHARE)
     return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(free * CPU_MEMORY_SHARE))
 

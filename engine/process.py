@@ -15,10 +15,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -31,10 +27,10 @@ from engine.core import Engine
 from engine.kv_cache import MIB
 from engine.lifeline import die_with_parent
 from engine.logs import configure_logging
-from engine.lora import read_adapter
+from engine.lora import num_places
+from engine.lora_changes import AdapterChanges
 from engine.messages import (
     HEARTBEAT_SECONDS,
-    Abort,
     AdapterDone,
     Adapters,
     EngineInfo,
@@ -49,15 +45,13 @@ from engine.messages import (
     ToEngine,
     TokenEvent,
     UnloadAdapter,
-    Vocabulary,
 )
 from engine.record import StepClock
 from engine.runner import LoadedModel, Progress, load_model
-from engine.weights.lora import LoraCheckpoint
 
 logger = logging.getLogger("lightwell.engine")
 
-LOAD_WAIT = 0.02  # seconds between looks at what is being read
+CHANGE_WAIT = 0.005  # seconds between looks at adapters that are being loaded, where nothing else is done
 FINGERPRINT_BYTES = 1024 * 1024  # read at the start, in the middle and at the end of each file of weights
 
 
@@ -122,22 +116,22 @@ class EngineLoop:
         self.engine = engine
         self.info = info
         self.clients = clients
-        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter")  # of files, which may take long
-        self.loads: deque[tuple[bytes, LoadAdapter, Future[LoraCheckpoint]]] = deque()
+        self.changes = AdapterChanges(engine.adapters, engine.model_config, engine.scheduler)
         self.refused: list[TokenEvent] = []  # of choices that never came to run
 
     def run(self, step_timeout: float) -> None:
         """For ever. Where there is nothing to do, it waits for messages and sends a heartbeat."""
         while True:
             faulthandler.dump_traceback_later(step_timeout + HEARTBEAT_SECONDS, exit=True)
-            idle = LOAD_WAIT if self.loads else HEARTBEAT_SECONDS
+            idle = CHANGE_WAIT if self.changes else HEARTBEAT_SECONDS
             self.turn(0.0 if self.engine.has_work else idle)
 
     def turn(self, timeout: float) -> None:
         """Messages in, at most one step, events out."""
         for identity, message in self.clients.receive(timeout):
             self.handle(identity, message)
-        self.take_in_adapters()
+        for identity, done in self.changes.advance():
+            self.tell_of_adapters(identity, done)
         step, events = self.engine.step()
         refused, self.refused = self.refused, []
         self.clients.send_outputs(refused + events, self.engine.stats(), step.num_tokens if step else 0)
@@ -146,49 +140,30 @@ class EngineLoop:
         if isinstance(message, Submit):
             self.clients.remember(identity, message)
             self.add(message)
-        elif isinstance(message, LoadAdapter):
-            read = self.reader.submit(read_adapter, message.name, message.path, self.engine.model_config)
-            self.loads.append((identity, message, read))
-        elif isinstance(message, UnloadAdapter):
-            self.change_adapters(identity, message.request_id, partial(self.engine.adapters.unload, message.name))
-        elif isinstance(message, Abort):
-            self.engine.abort(message.request_id, message.index)
-            self.clients.forget(message.request_id, message.index)
-        elif isinstance(message, Vocabulary):
-            self.engine.learn(message.tokenizer)
+        elif isinstance(message, LoadAdapter | UnloadAdapter):
+            if (refusal := self.changes.add(identity, message)) is not None:
+                self.clients.send(identity, refusal)
         else:
             self.clients.identities.add(identity)
             self.clients.send(identity, Ready(self.info, self.engine.adapters.loaded()))
 
     def add(self, submit: Submit) -> None:
-        """Its adapter may have been unloaded while the request was on its way."""
-        if submit.lora_name in self.engine.adapters:
-            self.engine.add(submit)
-            return
-        error = f"no LoRA adapter called {submit.lora_name} is loaded"
-        for index in range(submit.n):
-            event = TokenEvent(request_id=submit.request_id, index=index, finish_reason=FinishReason.ERROR, error=error)
-            self.refused.append(event)
-
-    def take_in_adapters(self) -> None:
-        """Those that have been read, in the order in which they were asked for."""
-        while self.loads and self.loads[0][2].done():
-            identity, message, read = self.loads.popleft()
-            self.change_adapters(identity, message.request_id, partial(self._load, message, read))
-
-    def _load(self, message: LoadAdapter, read: Future[LoraCheckpoint]) -> None:
-        self.engine.load_adapter(message.name, message.path, read.result(), replaces=message.replaces)
-
-    def change_adapters(self, identity: bytes, request_id: str, change: Callable[[], None]) -> None:
-        """Tell all API processes which adapters there are now, and the one that asked how it went."""
-        error = ""
+        """The adapter may have gone, and others have come, while the request was on its way."""
         try:
-            change()
-        except ValueError as problem:
-            error = str(problem)
+            self.engine.add(submit)
+        except KeyError:
+            error = f"the LoRA adapter {submit.lora_name} is not loaded any more"
+            for index in range(submit.n):
+                event = TokenEvent(
+                    request_id=submit.request_id, index=index, finish_reason=FinishReason.ERROR, error=error
+                )
+                self.refused.append(event)
+
+    def tell_of_adapters(self, identity: bytes, done: AdapterDone) -> None:
+        """All API processes which there are now, then the one that asked how it went."""
         for client in self.clients.identities:
             self.clients.send(client, Adapters(self.engine.adapters.loaded()))
-        self.clients.send(identity, AdapterDone(request_id=request_id, error=error))
+        self.clients.send(identity, done)
 
 
 def leave(_signal: int, _frame: FrameType | None) -> None:
@@ -210,7 +185,7 @@ def engine_info(engine: Engine, loaded: LoadedModel, model_path: str) -> EngineI
         kernels=loaded.runner.kernels.name,
         deterministic=deterministic,
         fingerprint=fingerprint(model_path, loaded),
-        max_loras=loaded.adapters.num_places,
+        max_loras=loaded.adapters.max_loras,
     )
 
 
@@ -259,9 +234,10 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
         memory.num_tokens,
         memory.num_full_length_requests,
     )
-    if adapters := loaded.adapters:
+    adapters = loaded.adapters
+    if adapters.max_loras:
         names = ", ".join(adapter.name for adapter in adapters.loaded()) or "none yet"
-        size = (adapters.num_places, adapters.max_rank, adapters.num_bytes / MIB)
+        size = (num_places(adapters.max_loras), adapters.max_rank, adapters.num_bytes / MIB)
         logger.info("LoRA adapters: %s; %d places of rank %d, %.0f MiB", names, *size)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engine.speculation import Drafter
 
 __all__ = [
-    "NO_ADAPTER",
+    "NO_PLACE",
     "FinishReason",
     "Request",
     "RequestTimes",
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-NO_ADAPTER = -1  # the place of the LoRA adapter of a request that has none
+NO_PLACE = -1  # of the LoRA adapter of a request that has none
 
 
 class Status(Enum):
@@ -70,7 +70,7 @@ class Request:
     salt: bytes  # blocks are shared only between requests of the same salt
     order: tuple[int, int]  # (priority, number of arrival): who comes first
     lora_name: str  # its LoRA adapter; empty: none
-    adapter: int  # ... and where that lies; -1: nowhere
+    lora_place: int  # where that lies; -1: nowhere
     record: RequestRecord
     siblings: list[Request] = field(default_factory=list)  # choices that start once this one's prompt is computed
 
@@ -274,7 +274,7 @@ def choice_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def leader_of(submit: Submit, *, salt: bytes, number: int, now: float, adapter: int = NO_ADAPTER) -> Request:
+def leader_of(submit: Submit, *, salt: bytes, number: int, now: float, lora_place: int = NO_PLACE) -> Request:
     """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
     allowed_ids = array("i", submit.params.allowed_token_ids)
     detection = submit.params.repetition_detection
@@ -289,7 +289,7 @@ def leader_of(submit: Submit, *, salt: bytes, number: int, now: float, adapter: 
             salt=salt,
             order=(submit.priority, number),
             lora_name=submit.lora_name,
-            adapter=adapter,
+            lora_place=lora_place,
             record=RequestRecord(
                 request_id=submit.request_id,
                 index=index,

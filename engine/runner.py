@@ -18,9 +18,9 @@ from torch import Tensor
 from engine.batch import BatchBuilder, BatchInputs, HostCopy, packed_copy
 from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.kernels import KernelOptions, Kernels, SamplesTokens, load_kernels
-from engine.kv_cache import KVCache, MemoryPlan, plan_memory
+from engine.kv_cache import KVCache, MemoryPlan, free_memory, plan_memory
 from engine.logprobs import PendingLogprobs, gather_logprobs
-from engine.lora import LoraAdapters, choose_lora_rank, read_adapter
+from engine.lora import LoraAdapters, check_lora_memory, choose_lora_rank, num_places, read_adapter
 from engine.masks import step_masks
 from engine.model import CausalLM, Parameters
 from engine.record import StepClock
@@ -215,8 +215,11 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
-    checkpoints = {name: read_adapter(name, path, model_config) for name, path in config.lora_modules.items()}
+    checkpoints = {
+        name: read_adapter(name, path, model_config, config.max_lora_rank) for name, path in config.lora_modules.items()
+    }
     max_rank = choose_lora_rank(config, checkpoints)
+    check_lora_memory(model_config, config.max_loras, max_rank, dtype.itemsize, free_memory(device))
     kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits, max_rank))
     clock.lap("kernels")
     with torch.inference_mode():
@@ -241,7 +244,9 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     for name, checkpoint in checkpoints.items():
         adapters.load(name, config.lora_modules[name], checkpoint)
     clock.lap("adapters")
-    memory = plan_memory(model_config, config, limits.max_model_len, kernels, device)
+    # What a CPU's memory has not provided yet, for nothing has been written to it.
+    promised = adapters.num_bytes if device.type == "cpu" else 0
+    memory = plan_memory(model_config, config, limits.max_model_len, kernels, device, promised)
     runner = ModelRunner(
         model,
         KVCache(model_config, memory.num_blocks, memory.block_size, kernels),
@@ -273,7 +278,7 @@ def kernel_options(
         block_size=config.block_size,
         batch_invariant=config.batch_invariant,
         enforce_eager=config.enforce_eager,
-        max_loras=config.max_loras,
+        num_lora_places=num_places(config.max_loras),
         max_lora_rank=max_lora_rank,
     )
 

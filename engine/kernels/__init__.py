@@ -43,7 +43,7 @@ class KernelOptions:
     block_size: int = 32
     batch_invariant: bool = True
     enforce_eager: bool = False
-    max_loras: int = 0  # places for LoRA adapters
+    num_lora_places: int = 0  # places for LoRA adapters
     max_lora_rank: int = 0
 
 
@@ -139,10 +139,10 @@ class Kernels(Protocol):
         """Empty places for adapters of a product whose parts have so many outputs; None where there are no places."""
         ...
 
-    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor) -> None:
+    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, places: Tensor) -> None:
         """Add to each row of out [T, M], in place, what its adapter makes of its row of x [T, K].
 
-        `adapters`, int64 [T], are places, or -1 for rows that have none. Sums are float32.
+        `places`, int64 [T], say where each row's adapter lies, -1: nowhere. Sums are float32.
         """
         ...
 
@@ -231,7 +231,7 @@ def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
         device,
         options.dtype,
         options.max_num_rows,
-        max_loras=options.max_loras,
+        num_lora_places=options.num_lora_places,
         max_lora_rank=options.max_lora_rank,
     )
 

@@ -85,13 +85,13 @@ class TorchKernels:
         dtype: torch.dtype,
         max_num_rows: int = 0,
         *,
-        max_loras: int = 0,
+        num_lora_places: int = 0,
         max_lora_rank: int = 0,
     ) -> None:
         self.device = device
         self.dtype = self.vector_dtype = dtype
         self.max_num_rows = max_num_rows
-        self.max_loras = max_loras
+        self.num_lora_places = num_lora_places
         self.max_lora_rank = max_lora_rank
         self.formats = f"weights and KV cache {str(dtype).removeprefix('torch.')}"
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
@@ -141,19 +141,19 @@ class TorchKernels:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
 
     def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
-        if not self.max_loras:
+        if not self.num_lora_places:
             return None
         return LoraWeights(
-            a=lazy_zeros((self.max_loras, len(sizes), self.max_lora_rank, num_inputs), self.dtype, self.device),
-            b=lazy_zeros((self.max_loras, self.max_lora_rank, sum(sizes)), self.dtype, self.device),
-            ranks=torch.zeros((self.max_loras, len(sizes)), dtype=torch.int64, device=self.device),
+            a=lazy_zeros((self.num_lora_places, len(sizes), self.max_lora_rank, num_inputs), self.dtype, self.device),
+            b=lazy_zeros((self.num_lora_places, self.max_lora_rank, sum(sizes)), self.dtype, self.device),
+            ranks=torch.zeros((self.num_lora_places, len(sizes)), dtype=torch.int64, device=self.device),
             sizes=tuple(sizes),
         )
 
-    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor) -> None:
+    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, places: Tensor) -> None:
         sizes = list(weights.sizes)
-        for place in set(adapters.tolist()) - {-1}:
-            rows = (adapters == place).nonzero()[:, 0]
+        for place in set(places.tolist()) - {-1}:
+            rows = (places == place).nonzero()[:, 0]
             columns, b = torch.split(out, sizes, dim=1), torch.split(weights.b[place], sizes, dim=1)
             parts = zip(columns, weights.ranks[place].tolist(), weights.a[place], b, strict=True)
             for some_columns, rank, some_a, some_b in parts:

@@ -38,10 +38,10 @@ class Linear:
         self.product = kernels.linear(kernels.pack(weights), torch.cat(biases) if biases else None)
         self.lora = kernels.new_lora_weights([size for _, size in parts], num_inputs)
 
-    def __call__(self, x: Tensor, adapters: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, lora_places: Tensor, residual: Tensor | None = None) -> Tensor:
         out = self.product(x, residual)
         if self.lora is not None:
-            self.kernels.add_lora(x, out, self.lora, adapters)
+            self.kernels.add_lora(x, out, self.lora, lora_places)
         return out
 
 
@@ -52,7 +52,7 @@ class Rows:
     cos: Tensor  # float32 [T, D / 2], of each row's position
     sin: Tensor
     slots: Tensor  # int64 [T], where its key and value go
-    adapters: Tensor  # int64 [T], the place of its LoRA adapter; -1: none
+    lora_places: Tensor  # int64 [T], the place of its LoRA adapter; -1: none
 
 
 class Attention:
@@ -73,14 +73,14 @@ class Attention:
 
     def project(self, x: Tensor, rows: Rows, cache: LayerCache) -> Tensor:
         """The queries of all rows [T, H * D]. Their keys and values go into the cache."""
-        heads = self.qkv_proj(x, rows.adapters).view(len(x), -1, self.head_dim)
+        heads = self.qkv_proj(x, rows.lora_places).view(len(x), -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return self.kernels.rope_and_store_kv(q, k, v, rows.cos, rows.sin, rows.slots, cache).flatten(1)
 
-    def __call__(self, q: Tensor, cache: LayerCache, plan: Any, adapters: Tensor, residual: Tensor) -> None:
+    def __call__(self, q: Tensor, cache: LayerCache, plan: Any, lora_places: Tensor, residual: Tensor) -> None:
         q = q.view(len(q), self.num_heads, self.head_dim)
         out = self.kernels.paged_attention(q, cache, plan, self.scale, self.window)
-        self.o_proj(out.flatten(1), adapters, residual)
+        self.o_proj(out.flatten(1), lora_places, residual)
 
 
 class MLP:
@@ -95,9 +95,9 @@ class MLP:
         self.kernels = kernels
         self.activation = config.hidden_act
 
-    def __call__(self, x: Tensor, adapters: Tensor, residual: Tensor) -> None:
-        hidden = self.kernels.act_and_mul(self.gate_up_proj(x, adapters), self.activation)
-        self.down_proj(hidden, adapters, residual)
+    def __call__(self, x: Tensor, lora_places: Tensor, residual: Tensor) -> None:
+        hidden = self.kernels.act_and_mul(self.gate_up_proj(x, lora_places), self.activation)
+        self.down_proj(hidden, lora_places, residual)
 
 
 class DecoderLayer:
@@ -116,10 +116,10 @@ class DecoderLayer:
         x = self.kernels.rms_norm(residual, self.input_layernorm, self.eps)
         return self.self_attn.project(x, rows, cache)
 
-    def __call__(self, residual: Tensor, q: Tensor, cache: LayerCache, plan: Any, adapters: Tensor) -> None:
-        self.self_attn(q, cache, plan, adapters, residual)
+    def __call__(self, residual: Tensor, q: Tensor, cache: LayerCache, plan: Any, lora_places: Tensor) -> None:
+        self.self_attn(q, cache, plan, lora_places, residual)
         x = self.kernels.rms_norm(residual, self.post_attention_layernorm, self.eps)
-        self.mlp(x, adapters, residual)
+        self.mlp(x, lora_places, residual)
 
     @property
     def linears(self) -> list[Linear]:
@@ -166,19 +166,19 @@ class CausalLM:
             cos=kernels.gather(self.rotary.cos, batch.positions),
             sin=kernels.gather(self.rotary.sin, batch.positions),
             slots=batch.slots,
-            adapters=batch.adapters,
+            lora_places=batch.lora_places,
         )
         *layers, (last, last_cache) = zip(self.layers, kv_cache.layers, strict=True)
         plan = kernels.plan_attention(batch, batch.query_lens, *heads, last_cache)
         for layer, cache in layers:
             with kernels.temporaries():
-                layer(x, layer.project(x, rows, cache), cache, plan, rows.adapters)
+                layer(x, layer.project(x, rows, cache), cache, plan, rows.lora_places)
         # After the last layer's keys and values, nobody reads what becomes of the other rows.
         hidden = kernels.gather(x, batch.hidden_rows)
         plan = kernels.plan_attention(batch, batch.hidden_lens, *heads, last_cache)
         with kernels.temporaries():
             q = kernels.gather(last.project(x, rows, last_cache), batch.hidden_rows)
-            last(hidden, q, last_cache, plan, batch.hidden_adapters)
+            last(hidden, q, last_cache, plan, batch.hidden_lora_places)
         return hidden
 
     @property

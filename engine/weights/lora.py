@@ -153,7 +153,7 @@ def _read_gguf_tensor(file: GGUFFile, tensor: TensorInfo, key: tuple[str, str], 
     return dequantize(data, tensor.ggml_type, tensor.shape, torch.float32)
 
 
-def _module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """[M, K] of the products of a layer."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -170,7 +170,7 @@ def _module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def _check_shape(module: str, half: str, shape: tuple[int, ...], config: ModelConfig) -> None:
     """The rank may be any, but 0."""
-    shapes = _module_shapes(config)
+    shapes = module_shapes(config)
     match = MODULE_NAME.fullmatch(module)
     if not match or match[2] not in shapes:
         raise ValueError(f"only adapters of {', '.join(shapes)} are supported")

@@ -253,9 +253,8 @@ def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, 
     ones = np.ones(num_streams, dtype=np.int64)
     positions = torch.full_like(rows, context - 1)
     none = rows[:0]
-    batch = BatchInputs(
-        rows, positions, rows, rows, rows, none, none, tables, ones, ones, ones * context, none - 1, none - 1
-    )
+    inputs = (rows, positions, rows, none, rows, none, rows, none, none)  # of which attention reads some
+    batch = BatchInputs(*inputs, tables, ones, ones, ones * context)
     plan = kernels.plan_attention(batch, ones, shape.num_heads, shape.num_kv_heads, cache)
     q = torch.randn((num_streams, shape.num_heads, shape.head_dim), device=device).to(torch.bfloat16)
     with torch.inference_mode():

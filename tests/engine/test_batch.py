@@ -36,7 +36,7 @@ def steps(draw: st.DrawFn, block_size: int) -> Step:
             num_samples, draft = 1 + num_draft, token_ids[end - num_draft : end]
             del token_ids[end - num_draft :]
         request = make_request(token_ids, block_ids)
-        request.adapter = draw(st.integers(-1, 3))
+        request.lora_place = draw(st.integers(-1, 3))
         num_prompt_logprobs = draw(st.just(0) | st.integers(0, end - start))
         scheduled.append(Scheduled(request, start, end - start, num_samples, num_prompt_logprobs, draft))
     return Step(1, scheduled)
@@ -70,8 +70,8 @@ def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
         ]
         assert batch.hidden_rows.tolist() == [row for rows in wanted for row in rows]
         assert batch.hidden_lens.tolist() == [len(rows) for rows in wanted]
-        assert batch.adapters.tolist() == [item.request.adapter for item, _ in rows]
-        assert batch.hidden_adapters.tolist() == batch.adapters[batch.hidden_rows].tolist()
+        assert batch.lora_places.tolist() == [item.request.lora_place for item, _ in rows]
+        assert batch.hidden_lora_places.tolist() == batch.lora_places[batch.hidden_rows].tolist()
         assert batch.query_lens.tolist() == [item.num_tokens for item in step.scheduled]
         assert batch.seq_lens.tolist() == [item.start + item.num_tokens for item in step.scheduled]
         most = max(len(item.request.blocks) for item in step.scheduled)

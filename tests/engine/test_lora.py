@@ -3,20 +3,24 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 
-from engine.config import EngineConfig, load_model_config
+from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.core import Engine
-from engine.lora import LoraAdapters, choose_lora_rank, read_adapter
-from engine.messages import SamplingParams, Submit
+from engine.kernels import LoraWeights
+from engine.kernels.reference import TorchKernels
+from engine.lora import AdapterError, LoraAdapters, check_lora_memory, choose_lora_rank, num_places, read_adapter
+from engine.messages import AdapterField, SamplingParams, Submit
 from engine.runner import LoadedModel, load_model
 from engine.weights.lora import LoraCheckpoint, LoraMatrices, load_lora
 from tests.choice import choose_kernels, code_paths
 from tests.engine.test_promise import Answer, assert_same, make_engine, run
 from tests.lora_adapters import save_random_adapter
+from tests.parity.outputs import fingerprint_of
 
 SEED = 31
 NAMES = ["", "strong", "weak"]
@@ -46,7 +50,7 @@ def load(path: Path, folder: Path, kernels: str = "default", num_threads: int | 
 
 
 @pytest.fixture(scope="module")
-def submits() -> list[Submit]:
+def submits(loaded: LoadedModel) -> list[Submit]:
     """Each prompt with each adapter, greedy or sampled."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
@@ -56,12 +60,13 @@ def submits() -> list[Submit]:
         for name in NAMES:
             seed, temperature = rng.randrange(2**63), rng.choice([0.0, 0.9])
             params = SamplingParams(max_tokens=12, seed=seed, temperature=temperature, logprobs=3, ignore_eos=True)
-            submits.append(submit_of(f"{length} {name}", prompt, name, params))
+            submits.append(submit_of(loaded, f"{length} {name}", prompt, name, params))
     return submits
 
 
-def submit_of(request_id: str, prompt: list[int], name: str, params: SamplingParams) -> Submit:
-    return Submit(request_id=request_id, prompt_token_ids=prompt, params=params, arrival=0.0, lora_name=name, n=1)
+def submit_of(loaded: LoadedModel, request_id: str, prompt: list[int], name: str, params: SamplingParams) -> Submit:
+    submit = Submit(request_id=request_id, prompt_token_ids=prompt, params=params, arrival=0.0)
+    return msgspec.structs.replace(submit, lora_name=name, lora_fingerprint=fingerprint_of(loaded, name))
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +116,12 @@ def test_prefixes_are_shared_by_requests_of_one_adapter_only(loaded: LoadedModel
     engine = make_engine(loaded)
     prompt, params = list(range(1000, 1100)), SamplingParams(max_tokens=1)
     for expected in (0, 96):
-        submits = [submit_of(name, prompt, name, params) for name in NAMES]
+        submits = [submit_of(loaded, name, prompt, name, params) for name in NAMES]
         assert num_cached_tokens(engine, submits) == {name: expected for name in NAMES}
     # No salt leads into an adapter's blocks.
     fingerprint = loaded.adapters.loaded()[0].fingerprint
     salts = (fingerprint, "\xff" + fingerprint, bytes.fromhex(fingerprint).decode("latin-1"))
-    submits = [msgspec.structs.replace(submit_of(salt, prompt, "", params), cache_salt=salt) for salt in salts]
+    submits = [msgspec.structs.replace(submit_of(loaded, salt, prompt, "", params), cache_salt=salt) for salt in salts]
     assert num_cached_tokens(engine, submits) == {salt: 0 for salt in salts}
 
 
@@ -132,107 +137,119 @@ def num_cached_tokens(engine: Engine, submits: Sequence[Submit]) -> dict[str, in
     return found
 
 
-# Loading while requests run.
+# Which are loaded, and where.
 
 
-@pytest.fixture
-def own(smollm2_path: Path, folder: Path) -> LoadedModel:
-    """Whose adapters a test may change: strong and weak, and one free place."""
-    return load(smollm2_path, folder)
+@pytest.fixture(scope="module")
+def shape(smollm2_path: Path) -> ModelConfig:
+    return load_model_config(smollm2_path)
 
 
-def answer_of(engine: Engine, submit: Submit) -> list[int]:
-    ((token_ids, _),) = run(engine, [submit]).values()
-    return token_ids
+class Part:
+    """Of a model: its products that can be adapted."""
+
+    def __init__(self, shape: ModelConfig, num_lora_places: int, rank: int) -> None:
+        kernels = TorchKernels(torch.device("cpu"), torch.float32, num_lora_places=num_lora_places, max_lora_rank=rank)
+        q, kv = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+        self.lora = kernels.new_lora_weights((q, kv, kv), shape.hidden_size)
+        self.names = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
 
-def test_a_request_keeps_its_adapter(own: LoadedModel, folder: Path) -> None:
-    """Unloading or replacing it changes no answer that has begun, and its place is taken only after that."""
-    config = own.config
-    another = read_adapter("another", str(folder / "another"), config)
-    greedy = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
-    prompt = list(range(2000, 2050))
-    expected = {name: answer_of(make_engine(own), submit_of("r", prompt, name, greedy)) for name in NAMES}
-    engine = make_engine(own)
-    engine.load_adapter("another", "path", another)
-    expected["another"] = answer_of(engine, submit_of("another", prompt, "another", greedy))
-    assert len({tuple(answer) for answer in expected.values()}) == 4
-    engine.adapters.unload("another")
+def books(shape: ModelConfig, max_loras: int, rank: int = 16) -> tuple[LoraAdapters, LoraWeights]:
+    part: Any = Part(shape, num_places(max_loras), rank)
+    return LoraAdapters([part], max_loras, rank), part.lora
 
-    engine.add(submit_of("old", prompt, "strong", greedy))
-    outputs: dict[str, list[int]] = {"old": [], "new": []}
 
-    def step(times: int) -> None:
-        for _ in range(times):
-            for event in engine.step()[1]:
-                outputs[event.request_id] += event.token_ids
-
-    step(5)
-    engine.load_adapter("strong", "elsewhere", another, replaces=True)  # takes the free place
-    engine.add(submit_of("new", prompt, "strong", greedy))
-    step(3)
-    with pytest.raises(ValueError, match="all 3 places of --max-loras are taken"):
-        engine.load_adapter("third", "path", another)
-    engine.adapters.unload("strong")
-    assert "strong" not in engine.adapters
-    with pytest.raises(ValueError, match="all 3 places of --max-loras are taken"):
-        engine.load_adapter("third", "path", another)
-    while engine.has_work:
-        step(1)
-    assert outputs == {"old": expected["strong"], "new": expected["another"]}
-    engine.load_adapter("third", "path", another)
-    assert answer_of(engine, submit_of("r", prompt, "third", greedy)) == expected["another"]
-    assert answer_of(engine, submit_of("weak", prompt, "weak", greedy)) == expected["weak"]
-    assert [(adapter.name, adapter.path, adapter.rank) for adapter in engine.adapters.loaded()] == [
-        ("weak", str(folder / "weak"), 3),
-        ("third", "path", 8),
+def test_what_is_written_is_what_the_file_holds(folder: Path, shape: ModelConfig) -> None:
+    adapters, weights = books(shape, 2)
+    strong, weak = (load_lora(folder / name, shape) for name in ("strong", "weak"))
+    adapters.load("strong", "path", strong)
+    adapters.load("weak", "elsewhere", weak)
+    assert [(adapter.name, adapter.path, adapter.rank) for adapter in adapters.loaded()] == [
+        ("strong", "path", 16),
+        ("weak", "elsewhere", 3),
     ]
+    for checkpoint, ranks in ((strong, [16, 16, 16]), (weak, [3, 0, 0])):
+        place = adapters.find(checkpoint.fingerprint)
+        assert weights.ranks[place].tolist() == ranks
+        ends = torch.tensor(weights.sizes).cumsum(0).tolist()
+        for part, (name, rank) in enumerate(zip(Part(shape, 0, 0).names, ranks, strict=True)):
+            if rank:
+                matrices = checkpoint.modules[name]
+                columns = slice(ends[part] - weights.sizes[part], ends[part])
+                assert torch.equal(weights.a[place, part, :rank], matrices.a)
+                assert torch.equal(weights.b[place, :rank, columns], matrices.b.T)
 
 
-def test_a_smaller_adapter_leaves_nothing_of_the_one_before(own: LoadedModel, folder: Path) -> None:
-    greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=2)
-    prompt = list(range(3000, 3040))
-    expected = run(make_engine(own), [submit_of("r", prompt, "weak", greedy)])
-    engine = make_engine(own)
-    weak = load_lora(folder / "weak", own.config)
-    engine.load_adapter("strong", "path", weak, replaces=True)  # where the strong one was
-    engine.load_adapter("strong", "path", weak, replaces=True)
-    engine.load_adapter("strong", "path", weak, replaces=True)
-    for name in ("weak", "strong"):
-        assert run(engine, [submit_of("r", prompt, name, greedy)]) == expected
-
-
-def test_what_cannot_be_loaded(own: LoadedModel, folder: Path, smollm2_path: Path) -> None:
-    strong = load_lora(folder / "strong", own.config)
-    adapters = own.adapters
-    with pytest.raises(ValueError, match="a LoRA adapter called weak is loaded already"):
-        adapters.load("weak", "path", strong)
-    with pytest.raises(ValueError, match="no LoRA adapter called none is loaded"):
-        adapters.unload("none")
+def test_a_place_is_free_when_nobody_needs_what_lies_there() -> None:
+    adapters = LoraAdapters([], 2, 16)
+    for name in "ab":
+        adapters.load(name, "path", checkpoint_of(name))
+    with pytest.raises(AdapterError, match="2 adapters are loaded, as many as --max-loras allows"):
+        adapters.check("c", replaces=False)
+    a, b = (adapters.find(fingerprint_of_name(name)) for name in "ab")
+    (spare,) = {0, 1, 2} - {a, b}
+    adapters.unload("a")
+    assert adapters.find(fingerprint_of_name("a")) == a  # for requests that were promised it
+    assert [adapter.name for adapter in adapters.loaded()] == ["b"]
+    assert adapters.reserve(in_use={spare, a}) is None
+    assert adapters.reserve(in_use={spare}) == a
     with pytest.raises(KeyError):
-        adapters.find("none")
-    high = checkpoint_of(rank=17)
-    with pytest.raises(ValueError, match="LoRA adapter high: rank 17 is more than the 16 of --max-lora-rank"):
-        adapters.load("high", "path", high)
-    with pytest.raises(ValueError, match=r"LoRA adapter absent: .*absent"):
-        read_adapter("absent", str(folder / "absent"), load_model_config(smollm2_path))
-    assert [adapter.name for adapter in adapters.loaded()] == ["strong", "weak"]
+        adapters.find(fingerprint_of_name("a"))
+    assert adapters.reserve(in_use=()) == spare  # it has been empty for longer
+    adapters.publish("b", "path", spare, checkpoint_of("c"))
+    assert adapters.find(fingerprint_of_name("c")) == spare
+    assert adapters.find(fingerprint_of_name("b")) == b
+    assert adapters.reserve(in_use={a}) == b
 
 
-def checkpoint_of(rank: int) -> LoraCheckpoint:
-    return LoraCheckpoint({"x": LoraMatrices(torch.zeros(rank, 4), torch.zeros(4, rank))}, "00")
+def test_what_cannot_be_loaded(folder: Path, shape: ModelConfig) -> None:
+    adapters = LoraAdapters([], 2, 16)
+    adapters.load("a", "path", checkpoint_of("a"))
+    adapters.check("a", replaces=True)
+    with pytest.raises(AdapterError, match="a LoRA adapter called a is loaded already") as error:
+        adapters.check("a", replaces=False)
+    assert error.value.field is AdapterField.NAME
+    with pytest.raises(AdapterError, match="no LoRA adapter called b is loaded"):
+        adapters.unload("b")
+    with pytest.raises(AdapterError, match=r"LoRA adapter absent: .*absent") as error:
+        read_adapter("absent", str(folder / "absent"), shape, 16)
+    assert error.value.field is AdapterField.PATH
+    with pytest.raises(AdapterError, match=r"LoRA adapter strong: .*rank 16 is more than the 15 of --max-lora-rank"):
+        read_adapter("strong", str(folder / "strong"), shape, 15)
+
+
+def fingerprint_of_name(name: str) -> str:
+    return name.encode().hex()
+
+
+def checkpoint_of(name: str, rank: int = 1) -> LoraCheckpoint:
+    matrices = LoraMatrices(torch.zeros(rank, 4), torch.zeros(4, rank))
+    return LoraCheckpoint({"x": matrices}, fingerprint_of_name(name))
 
 
 @pytest.mark.parametrize(("ranks", "wanted", "expected"), [((), None, 16), ((3, 64), None, 64), ((3, 64), 8, 8)])
 def test_the_rank_that_places_have_room_for(ranks: Sequence[int], wanted: int | None, expected: int) -> None:
     config = EngineConfig(model_path="", max_lora_rank=wanted)
-    assert choose_lora_rank(config, {str(rank): checkpoint_of(rank) for rank in ranks}) == expected
+    assert choose_lora_rank(config, {str(rank): checkpoint_of("x", rank) for rank in ranks}) == expected
+
+
+def test_memory_of_places(loaded: LoadedModel, smollm2_path: Path) -> None:
+    config, adapters = loaded.config, loaded.adapters
+    itemsize = loaded.dtype.itemsize
+    check_lora_memory(config, 3, 16, itemsize, adapters.num_bytes)
+    with pytest.raises(
+        ValueError, match=r"--max-loras 3 of --max-lora-rank 16 take \d+ MiB, but only \d+ MiB are free"
+    ):
+        check_lora_memory(config, 3, 16, itemsize, adapters.num_bytes - 2**20)
+    with pytest.raises(ValueError, match=r"--max-loras 65536 of --max-lora-rank 4096 take"):
+        load_model(EngineConfig(model_path=str(smollm2_path), max_loras=65536, max_lora_rank=4096))
 
 
 def test_without_places() -> None:
     adapters = LoraAdapters([], 0, 16)
-    assert not adapters
-    assert "" in adapters
-    assert "any" not in adapters
-    assert adapters.find("") == (-1, b"")
+    assert adapters.find("") == -1
     assert adapters.num_bytes == 0
+    assert adapters.reserve(in_use=()) is None
+    with pytest.raises(AdapterError, match="0 adapters are loaded"):
+        adapters.check("a", replaces=False)

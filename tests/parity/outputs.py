@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from engine.runner import LoadedModel, ModelRunner
 def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") -> Tensor:
     """Logits of every position [n, V] from one forward pass over a whole prompt."""
     submit = Submit(request_id="r", prompt_token_ids=list(prompt), params=SamplingParams(max_tokens=1), arrival=0.0)
-    place, _ = loaded.adapters.find(lora_name)
-    request = leader_of(submit, salt=b"", number=0, now=0.0, adapter=place)
+    place = loaded.adapters.find(fingerprint_of(loaded, lora_name))
+    request = leader_of(submit, salt=b"", number=0, now=0.0, lora_place=place)
     block_size = loaded.memory.block_size
     request.blocks = [Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))]
     # Of the prompt's size, which may exceed what the engine computes in one step.
@@ -30,6 +31,12 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") 
         return execution.compute_logits(torch.arange(len(prompt))).clone()
 
 
+def fingerprint_of(loaded: LoadedModel, lora_name: str) -> str:
+    """What a request for an adapter calls its weights."""
+    adapters = {adapter.name: adapter.fingerprint for adapter in loaded.adapters.loaded()}
+    return adapters[lora_name] if lora_name else ""
+
+
 def greedy_outputs(
     loaded: LoadedModel, prompts: Sequence[list[int]], num_tokens: int, lora_names: Sequence[str] = ()
 ) -> list[list[int]]:
@@ -37,8 +44,9 @@ def greedy_outputs(
     engine = Engine(EngineConfig(model_path=""), loaded)
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     for number, (prompt, name) in enumerate(zip(prompts, lora_names or [""] * len(prompts), strict=True)):
-        submit = Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0, lora_name=name)
-        engine.add(submit)
+        submit = Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0)
+        fingerprint = fingerprint_of(loaded, name)
+        engine.add(msgspec.structs.replace(submit, lora_name=name, lora_fingerprint=fingerprint))
     outputs: list[list[int]] = [[] for _ in prompts]
     while engine.has_work:
         for event in engine.step()[1]:

@@ -90,7 +90,7 @@ class CpuKernels:
         self.keep_packed = GGML_TYPES if options.quantization == "auto" else frozenset()
         self.packer = Packer(library, self.team, options.dtype, to_int8=options.quantization == "int8")
         self.dtype = options.dtype
-        self.max_loras, self.max_lora_rank = options.max_loras, options.max_lora_rank
+        self.num_lora_places, self.max_lora_rank = options.num_lora_places, options.max_lora_rank
         self.program = Program(library, self.team)
         self.builder: BatchBuilder | None = None
         self._buffers: dict[int, Buffer] = {}  # by the address of the storage, the newest of each
@@ -173,15 +173,15 @@ class CpuKernels:
 
     def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
         """Rows of A are filled up to whole vectors, those of B by more than one, so that any vector can be read."""
-        if not self.max_loras:
+        if not self.num_lora_places:
             return None
-        num_outputs, rank, places = sum(sizes), self.max_lora_rank, (self.max_loras, len(sizes))
+        num_outputs, rank, places = sum(sizes), self.max_lora_rank, (self.num_lora_places, len(sizes))
         a = lazy_zeros((*places, rank, -(-num_inputs // LANES) * LANES), self.dtype)
-        b = lazy_zeros((self.max_loras, rank, num_outputs + LANES), self.dtype)
+        b = lazy_zeros((self.num_lora_places, rank, num_outputs + LANES), self.dtype)
         ranks = torch.zeros(places, dtype=torch.int64)
         return LoraWeights(a[..., :num_inputs], b[..., :num_outputs], ranks, tuple(sizes))
 
-    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor) -> None:
+    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, places: Tensor) -> None:
         source = self._buffer(x)
         part_ends = torch.tensor(weights.sizes).cumsum(0)
         shrunk = self._temporary(torch.Size((len(x), len(part_ends), self.max_lora_rank)), torch.float32)
@@ -189,7 +189,7 @@ class CpuKernels:
             f"add_lora_{str(self.dtype).removeprefix('torch.')}",
             calls.AddLora(
                 num_rows=source.num_rows,
-                adapters=adapters.data_ptr(),
+                places=places.data_ptr(),
                 input=self._read(x),
                 input_stride=x.stride(0),
                 num_inputs=x.shape[1],

@@ -98,7 +98,7 @@ class Linear(Structure):
 class AddLora(Structure):
     _fields_ = [
         ("num_rows", c_void_p),
-        ("adapters", c_void_p),
+        ("places", c_void_p),
         ("input", c_void_p),
         ("input_stride", c_int64),
         ("num_inputs", c_int64),

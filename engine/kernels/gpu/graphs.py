@@ -19,7 +19,7 @@ from engine.batch import BatchBuilder, BatchInputs
 from engine.kernels.reference import EagerExecution
 from engine.kv_cache import KVCache
 from engine.model import CausalLM
-from engine.request import NO_ADAPTER
+from engine.request import NO_PLACE
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ class GraphedExecution(EagerExecution):
 
     def _copy(self, batch: BatchInputs, size: int) -> None:
         num_seqs = len(batch.query_lens)
-        rows = (batch.token_ids, batch.positions, batch.slots, batch.adapters)
-        for row, values, padding in zip(self.rows, rows, (0, 0, NO_SLOT, NO_ADAPTER), strict=True):
+        rows = (batch.token_ids, batch.positions, batch.slots, batch.lora_places)
+        for row, values, padding in zip(self.rows, rows, (0, 0, NO_SLOT, NO_PLACE), strict=True):
             row[:num_seqs] = values
             row[num_seqs:size] = padding
         self.tables[:num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
@@ -113,13 +113,15 @@ class GraphedExecution(EagerExecution):
     def _add(self, key: Key) -> None:
         size, num_segments = key
         ones = np.ones(size, dtype=np.int64)
-        token_ids, positions, slots, adapters = self.rows[:, :size]
+        token_ids, positions, slots, lora_places = self.rows[:, :size]
         rows, tables = self.all_rows[:size], self.tables[:size]
         inputs = BatchInputs(
             token_ids,
             positions,
             slots,
-            hidden_rows=rows,
+            lora_places,
+            hidden_rows=rows,  # all
+            hidden_lora_places=lora_places,
             sample_rows=rows,
             ahead_rows=rows[:0],
             ahead_samples=rows[:0],
@@ -127,8 +129,6 @@ class GraphedExecution(EagerExecution):
             query_lens=ones,
             hidden_lens=ones,
             seq_lens=ones * num_segments * self.segment,
-            adapters=adapters,
-            hidden_adapters=adapters,  # hidden_rows are all rows
         )
         assert self.capture is not None
         try:

@@ -50,10 +50,10 @@ class TritonKernels(TorchKernels):
         quantization: str = "none",
         kv_cache_dtype: str = "auto",
         enforce_eager: bool = False,
-        max_loras: int = 0,
+        num_lora_places: int = 0,
         max_lora_rank: int = 0,
     ) -> None:
-        super().__init__(device, dtype, max_num_rows, max_loras=max_loras, max_lora_rank=max_lora_rank)
+        super().__init__(device, dtype, max_num_rows, num_lora_places=num_lora_places, max_lora_rank=max_lora_rank)
         self.deterministic = batch_invariant
         self.keep_packed = frozenset(READERS) if quantization == "auto" else frozenset()
         self.cache_dtype = torch.int8 if kv_cache_dtype == "int8" else dtype
@@ -76,7 +76,7 @@ class TritonKernels(TorchKernels):
             quantization=options.quantization,
             kv_cache_dtype=options.kv_cache_dtype,
             enforce_eager=options.enforce_eager,
-            max_loras=options.max_loras,
+            num_lora_places=options.num_lora_places,
             max_lora_rank=options.max_lora_rank,
         )
 
@@ -119,10 +119,10 @@ class TritonKernels(TorchKernels):
 
         return product
 
-    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor) -> None:
+    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, places: Tensor) -> None:
         if weights.sizes not in self.lora_tiles:
             self.lora_tiles[weights.sizes] = lora.column_tiles(weights.sizes, self.device)
-        lora.add_lora(x, out, weights, adapters, self.lora_tiles[weights.sizes])
+        lora.add_lora(x, out, weights, places, self.lora_tiles[weights.sizes])
 
     def embed(self, token_ids: Tensor, matrix: Matrix) -> Tensor:  # type: ignore[override]
         (table,) = matrix

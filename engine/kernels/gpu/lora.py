@@ -29,18 +29,18 @@ MAX_GROUP = 16  # ... up to this
 
 
 @triton.jit
-def _rank(ranks, adapters, row, part, num_parts):
+def _rank(ranks, places, row, part, num_parts):
     """The place of a row's adapter and its rank for a part, which is 0 where there is none."""
-    place = tl.load(adapters + row)
+    place = tl.load(places + row)
     return place, tl.load(ranks + place * num_parts + part, mask=place >= 0, other=0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["adapters"])
+@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["places"])
 def _shrink(
     x,
     a,
     ranks,
-    adapters,
+    places,
     inner,
     num_rows,
     group,
@@ -56,7 +56,7 @@ def _shrink(
     rows_of_a = first_rank + tl.arange(0, RANKS)
     first_row = tl.program_id(0).to(tl.int64) * group
     for row in range(first_row, tl.minimum(first_row + group, num_rows)):
-        place, rank = _rank(ranks, adapters, row, part, num_parts)
+        place, rank = _rank(ranks, places, row, part, num_parts)
         if first_rank < rank:
             has_rank = rows_of_a < rank
             weights = a + ((place * num_parts + part) * max_rank + rows_of_a)[:, None] * num_inputs
@@ -71,12 +71,12 @@ def _shrink(
             tl.store(place_of_sums, tl.sum(products, axis=1), mask=has_rank)
 
 
-@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["adapters"])
+@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["places"])
 def _expand(
     inner,
     b,
     ranks,
-    adapters,
+    places,
     tiles,
     out,
     num_rows,
@@ -96,7 +96,7 @@ def _expand(
     has_column = columns < tl.multiple_of(tl.load(tile + 2), UNIT)
     first_row = tl.program_id(0).to(tl.int64) * group
     for row in range(first_row, tl.minimum(first_row + group, num_rows)):
-        place, rank = _rank(ranks, adapters, row, part, num_parts)
+        place, rank = _rank(ranks, places, row, part, num_parts)
         if rank > 0:
             sums = tl.zeros((COLUMNS,), dtype=tl.float32)
             for start in range(0, rank, RANKS):
@@ -121,14 +121,14 @@ def column_tiles(sizes: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(tiles, dtype=torch.int32, device=device)
 
 
-def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor, tiles: Tensor) -> None:
+def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, places: Tensor, tiles: Tensor) -> None:
     """Add to each row of out [T, M], in place, what its adapter makes of its row of x [T, K].
 
     `tiles` are `column_tiles` of the parts. The host waits for nothing, and the grids depend on shapes alone.
     """
     num_rows, num_inputs = x.shape
     _, num_parts, max_rank, _ = weights.a.shape
-    assert x.stride(1) == out.stride(1) == adapters.stride(0) == 1
+    assert x.stride(1) == out.stride(1) == places.stride(0) == 1
     assert all(tensor.is_contiguous() for tensor in (weights.a, weights.b, weights.ranks))
     if not num_rows:
         return
@@ -139,7 +139,7 @@ def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor, til
         x,
         weights.a,
         weights.ranks,
-        adapters,
+        places,
         inner,
         num_rows,
         group,
@@ -154,7 +154,7 @@ def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, adapters: Tensor, til
         inner,
         weights.b,
         weights.ranks,
-        adapters,
+        places,
         tiles,
         out,
         num_rows,

@@ -21,15 +21,15 @@ class LoraCase:
     sizes: tuple[int, ...]  # outputs of each part
     max_rank: int
     ranks: tuple[tuple[int, ...], ...]  # of each place's parts
-    adapters: tuple[int, ...]  # of each row
+    places: tuple[int, ...]  # of each row
     seed: int
 
     def x(self) -> Tensor:
-        return random_tensor(self.seed, len(self.adapters), self.num_inputs, dtype=self.dtype)
+        return random_tensor(self.seed, len(self.places), self.num_inputs, dtype=self.dtype)
 
     def out(self) -> Tensor:
         """With zeros that are negative, which adding a zero would change."""
-        out = random_tensor(self.seed + 1, len(self.adapters), sum(self.sizes), dtype=self.out_dtype)
+        out = random_tensor(self.seed + 1, len(self.places), sum(self.sizes), dtype=self.out_dtype)
         out[:, ::3] = -0.0
         return out
 
@@ -64,7 +64,7 @@ class LoraCase:
         x, a, b = (tensor.double().numpy() for tensor in (self.x(), weights.a, weights.b))
         added, size = np.zeros((2, len(x), sum(self.sizes)))
         ends = np.cumsum(self.sizes)
-        for row, place in enumerate(self.adapters):
+        for row, place in enumerate(self.places):
             if place < 0:
                 continue
             for part, rank in enumerate(self.ranks[place]):
@@ -101,19 +101,19 @@ def lora_cases(
 
 def check_company(kernels: Kernels, case: LoraCase, rows: Sequence[int]) -> None:
     """Some rows have the same bits alone, and among all others when these are others and have other adapters."""
-    x, before, weights, adapters = case.x(), case.out(), case.weights(kernels), torch.tensor(case.adapters)
+    x, before, weights, places = case.x(), case.out(), case.weights(kernels), torch.tensor(case.places)
     whole = before.clone()
-    kernels.add_lora(x, whole, weights, adapters)
+    kernels.add_lora(x, whole, weights, places)
     case.check(whole, weights)
     for row in rows:
         alone = before[row : row + 1].clone()
-        kernels.add_lora(x[row : row + 1], alone, weights, adapters[row : row + 1])
+        kernels.add_lora(x[row : row + 1], alone, weights, places[row : row + 1])
         assert torch.equal(bits(alone[0]), bits(whole[row]))
     last = rows[-1]
     others = x.flip(0) * 3
     others[last] = x[last]
-    other_adapters = (adapters + 1) % len(case.ranks)
-    other_adapters[last] = adapters[last]
+    other_places = (places + 1) % len(case.ranks)
+    other_places[last] = places[last]
     among_others = before.clone()
-    kernels.add_lora(others, among_others, weights, other_adapters)
+    kernels.add_lora(others, among_others, weights, other_places)
     assert torch.equal(bits(among_others[last]), bits(whole[last]))

@@ -108,7 +108,7 @@ def test_what_stays_packed() -> None:
 def test_places_for_adapters(name: str) -> None:
     with choose_kernels(name):
         assert load_kernels(CPU, KernelOptions(torch.float32)).new_lora_weights((5,), 7) is None
-        kernels = load_kernels(CPU, KernelOptions(torch.float32, max_loras=2, max_lora_rank=3))
+        kernels = load_kernels(CPU, KernelOptions(torch.float32, num_lora_places=2, max_lora_rank=3))
     weights = kernels.new_lora_weights((5,), 7)
     assert weights is not None
     assert weights.a.shape == (2, 1, 3, 7)

@@ -18,13 +18,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def kernels_for(case: LoraCase) -> TorchKernels:
-    return TorchKernels(CPU, case.dtype, max_loras=len(case.ranks), max_lora_rank=case.max_rank)
+    return TorchKernels(CPU, case.dtype, num_lora_places=len(case.ranks), max_lora_rank=case.max_rank)
 
 
 @settings(max_examples=200, deadline=None)
 @given(case=lora_cases(DTYPES, max_rows=40, max_inputs=300, max_outputs=70, max_rank=20))
 def test_add_lora(case: LoraCase) -> None:
-    check_company(kernels_for(case), case, range(len(case.adapters)))
+    check_company(kernels_for(case), case, range(len(case.places)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -33,7 +33,7 @@ def test_neither_threads_nor_pieces_show(dtype: torch.dtype, num_threads: int, m
     case = LoraCase(dtype, dtype, 577, (900, 61), 9, ((9, 4), (0, 7)), (0, 1, -1, 1, 0) * 20, seed=1)
     check_company(kernels_for(case), case, range(0, 100, 7))
     kernels, whole, in_pieces = kernels_for(case), case.out(), case.out()
-    inputs = (case.weights(kernels), torch.tensor(case.adapters))
+    inputs = (case.weights(kernels), torch.tensor(case.places))
     kernels.add_lora(case.x(), whole, *inputs)
     monkeypatch.setattr(reference, "LORA_NUMBERS", 3 * 9 * 900)
     kernels.add_lora(case.x(), in_pieces, *inputs)
@@ -55,16 +55,16 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_many_rows_take_no_more_memory() -> None:
     case = LoraCase(torch.float32, torch.float32, 500, (10000,), 4, ((4,),), (0,) * 400, seed=0)
     kernels, x, out = kernels_for(case), case.x(), case.out()
-    weights, adapters = case.weights(kernels), torch.tensor(case.adapters)
+    weights, places = case.weights(kernels), torch.tensor(case.places)
     with Largest() as largest:  # type: ignore[no-untyped-call]
-        kernels.add_lora(x, out, weights, adapters)
+        kernels.add_lora(x, out, weights, places)
     assert 0 < largest.num_bytes <= 4 * reference.LORA_NUMBERS < out.nbytes
     case.check(out, weights)
 
 
 def test_places() -> None:
     assert TorchKernels(CPU, torch.bfloat16).new_lora_weights((5, 3), 7) is None
-    weights = TorchKernels(CPU, torch.bfloat16, max_loras=3, max_lora_rank=2).new_lora_weights([5, 3], 7)
+    weights = TorchKernels(CPU, torch.bfloat16, num_lora_places=3, max_lora_rank=2).new_lora_weights([5, 3], 7)
     assert weights is not None
     assert (weights.a.shape, weights.b.shape, weights.ranks.shape) == ((3, 2, 2, 7), (3, 2, 8), (3, 2))
     assert (weights.a.dtype, weights.b.dtype, weights.ranks.dtype) == (torch.bfloat16, torch.bfloat16, torch.int64)

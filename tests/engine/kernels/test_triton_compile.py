@@ -76,7 +76,7 @@ for dtype in ("*fp16", "*bf16", "*fp32"):
         constants = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": scales is not None}
         constants |= {} if scales else {"key_scales": None, "value_scales": None}
         compile(rows._rope_and_store_kv, constants, 4, 2, **types)
-    types = x | {"ranks": "*i64", "adapters": "*i64", "tiles": "*i32", "inner": "*fp32", "a": dtype, "b": dtype}
+    types = x | {"ranks": "*i64", "places": "*i64", "tiles": "*i32", "inner": "*fp32", "a": dtype, "b": dtype}
     compile(lora._shrink, {"RANKS": lora.SHRINK_RANKS, "INPUTS": lora.SHRINK_INPUTS}, 4, 2, **types)
     constants = {"UNIT": 16, "RANKS": lora.EXPAND_RANKS, "COLUMNS": lora.EXPAND_COLUMNS}
     compile(lora._expand, constants, 4, 2, **types)

@@ -15,7 +15,7 @@ from engine.core import Engine
 from engine.kernels.gpu.graphs import NO_SLOT, SIZES, GraphedExecution
 from engine.kv_cache import KVCache
 from engine.messages import SamplingParams, Submit
-from engine.request import NO_ADAPTER
+from engine.request import NO_PLACE
 from engine.runner import LoadedModel, load_model
 from tests.choice import choose_kernels
 from tests.engine.kernels.test_triton_model import SEED, prompt_of
@@ -118,19 +118,19 @@ def test_adapters_of_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     seen: list[list[int]] = []
 
     def forward(inputs: BatchInputs, kv_cache: KVCache) -> Tensor:
-        assert inputs.hidden_adapters.tolist() == inputs.adapters.tolist()
-        seen.append(inputs.adapters.tolist())
+        assert inputs.hidden_lora_places.tolist() == inputs.lora_places.tolist()
+        seen.append(inputs.lora_places.tolist())
         return torch.empty(0)
 
     monkeypatch.setattr(loaded.runner.model, "forward", forward)
-    for adapters in ([1, 1, 1], [0, -1, 2, 1], [0, -1, 2]):
+    for lora_places in ([1, 1, 1], [0, -1, 2, 1], [0, -1, 2]):
         batch = loaded.runner.builder.buffers()
-        batch.token_ids = batch.positions = batch.slots = batch.hidden_rows = torch.zeros(len(adapters)).long()
-        batch.adapters = batch.hidden_adapters = torch.tensor(adapters)
-        batch.block_tables = batch.block_tables[: len(adapters)]
-        batch.query_lens = batch.seq_lens = np.ones(len(adapters), dtype=np.int64)
+        batch.token_ids = batch.positions = batch.slots = batch.hidden_rows = torch.zeros(len(lora_places)).long()
+        batch.lora_places = batch.hidden_lora_places = torch.tensor(lora_places)
+        batch.block_tables = batch.block_tables[: len(lora_places)]
+        batch.query_lens = batch.seq_lens = np.ones(len(lora_places), dtype=np.int64)
         loaded.runner.execution.forward(batch)
-        assert seen[-1] == adapters + [NO_ADAPTER] * (len(seen) > 1 and 4 - len(adapters))
+        assert seen[-1] == lora_places + [NO_PLACE] * (len(seen) > 1 and 4 - len(lora_places))
 
 
 @pytest.mark.parametrize(("max_num_seqs", "size"), [(1, 1), (3, 4), (8, 8), (100, 128), (300, 256)])

@@ -13,21 +13,24 @@ from tests.engine.kernels.test_triton_rows import DTYPES, assert_close, each_dty
 
 
 def kernels_for(case: LoraCase) -> TritonKernels:
-    return TritonKernels(CPU, case.dtype, max_loras=len(case.ranks), max_lora_rank=case.max_rank)
+    return TritonKernels(CPU, case.dtype, num_lora_places=len(case.ranks), max_lora_rank=case.max_rank)
 
 
 @settings(max_examples=15, deadline=None)
 @given(case=lora_cases(DTYPES, max_rows=40, max_inputs=90, max_outputs=40, max_rank=10))
 def test_add_lora(case: LoraCase) -> None:
-    check_company(kernels_for(case), case, range(0, len(case.adapters), 4))
+    check_company(kernels_for(case), case, range(0, len(case.places), 4))
 
 
 @each_dtype
 def test_as_in_plain_torch(dtype: torch.dtype) -> None:
     case = LoraCase(dtype, dtype, 70, (33, 9, 17), 8, ((8, 0, 3), (1, 2, 8)), (0, 0, -1, 1, 1, 0), seed=5)
     out, expected = case.out(), case.out()
-    for kernels, some in ((kernels_for(case), out), (TorchKernels(CPU, dtype, max_loras=2, max_lora_rank=8), expected)):
-        kernels.add_lora(case.x(), some, case.weights(kernels), torch.tensor(case.adapters))
+    for kernels, some in (
+        (kernels_for(case), out),
+        (TorchKernels(CPU, dtype, num_lora_places=2, max_lora_rank=8), expected),
+    ):
+        kernels.add_lora(case.x(), some, case.weights(kernels), torch.tensor(case.places))
     assert_close(out, expected)
 
 
@@ -42,19 +45,19 @@ def test_beyond_one_tile(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("num_rows", [2 * ROWS_PER_GROUP, 3 * ROWS_PER_GROUP + 2])
 def test_many_rows_are_taken_in_groups(num_rows: int) -> None:
-    adapters = tuple(row % 3 - 1 for row in range(num_rows))
-    case = LoraCase(torch.float32, torch.float32, 40, (30,), 3, ((3,), (2,)), adapters, seed=3)
+    places = tuple(row % 3 - 1 for row in range(num_rows))
+    case = LoraCase(torch.float32, torch.float32, 40, (30,), 3, ((3,), (2,)), places, seed=3)
     check_company(kernels_for(case), case, [0, 1, 2, num_rows - 2, num_rows - 1])
 
 
 def test_rows_that_do_not_lie_side_by_side() -> None:
     case = LoraCase(torch.float16, torch.float16, 40, (30, 5), 3, ((3, 1),), (0, -1, 0, 0, 0), seed=4)
     kernels = kernels_for(case)
-    weights, adapters = case.weights(kernels), torch.tensor(case.adapters)
+    weights, places = case.weights(kernels), torch.tensor(case.places)
     x, out = random_tensor(1, 5, 60).half(), random_tensor(2, 5, 50).half()
     x[:, 7:47], out[:, 6:41] = case.x(), case.out()
     before = out.clone()
-    kernels.add_lora(x[:, 7:47], out[:, 6:41], weights, adapters)
+    kernels.add_lora(x[:, 7:47], out[:, 6:41], weights, places)
     case.check(out[:, 6:41], weights)
     assert torch.equal(bits(out[:, :6]), bits(before[:, :6]))
     assert torch.equal(bits(out[:, 41:]), bits(before[:, 41:]))

@@ -10,7 +10,7 @@ namespace {
 
 struct AddLoraParameters {
     const RowCounts* num_rows;
-    const int64_t* adapters;  // the place of each row's, -1 where it has none
+    const int64_t* places;  // where each row's adapter lies, -1: nowhere
     const float* input;
     int64_t input_stride;  // floats
     int64_t num_inputs;
@@ -56,8 +56,8 @@ INLINE void shrink_tile(const AddLoraParameters& p, const Weight* a, int64_t row
 
 template <class Weight, int ROWS>
 void shrink_rows(const AddLoraParameters& p, int64_t row, int64_t part) {
-    const int64_t place = p.adapters[row] * p.num_parts + part, num_ranks = p.ranks[place];
-    const Weight* a = (const Weight*)p.a + place * p.max_rank * p.a_stride;
+    const int64_t of_part = p.places[row] * p.num_parts + part, num_ranks = p.ranks[of_part];
+    const Weight* a = (const Weight*)p.a + of_part * p.max_rank * p.a_stride;
     int64_t rank = 0;
     for (; rank + SHRINK_RANKS <= num_ranks; rank += SHRINK_RANKS) shrink_tile<Weight, ROWS, SHRINK_RANKS>(p, a, row, part, rank);
     for (; rank < num_ranks; rank++) shrink_tile<Weight, ROWS, 1>(p, a, row, part, rank);
@@ -66,11 +66,11 @@ void shrink_rows(const AddLoraParameters& p, int64_t row, int64_t part) {
 // Up to SHRINK_ROWS rows: all at once where they share an adapter, else one by one.
 template <class Weight>
 void shrink(const AddLoraParameters& p, int64_t first, int64_t last, int64_t part) {
-    bool is_shared = last - first == SHRINK_ROWS && p.adapters[first] >= 0;
-    for (int64_t row = first; row < last; row++) is_shared &= p.adapters[row] == p.adapters[first];
+    bool is_shared = last - first == SHRINK_ROWS && p.places[first] >= 0;
+    for (int64_t row = first; row < last; row++) is_shared &= p.places[row] == p.places[first];
     if (is_shared) return shrink_rows<Weight, SHRINK_ROWS>(p, first, part);
     for (int64_t row = first; row < last; row++)
-        if (p.adapters[row] >= 0) shrink_rows<Weight, 1>(p, row, part);
+        if (p.places[row] >= 0) shrink_rows<Weight, 1>(p, row, part);
 }
 
 template <class Weight, int VECTORS>
@@ -93,11 +93,11 @@ constexpr int EXPAND_VECTORS = 4;
 // The outputs start..end of a row, which may be of several parts.
 template <class Weight>
 void expand(const AddLoraParameters& p, int64_t row, int64_t start, int64_t end) {
-    const int64_t adapter = p.adapters[row];
-    const Weight* b = (const Weight*)p.b + adapter * p.max_rank * p.b_stride;
+    const int64_t place = p.places[row];
+    const Weight* b = (const Weight*)p.b + place * p.max_rank * p.b_stride;
     float* out = p.output + row * p.output_stride;
     for (int64_t part = 0, column = start; column < end; part++) {
-        const int64_t last = min_of(end, p.part_ends[part]), num_ranks = p.ranks[adapter * p.num_parts + part];
+        const int64_t last = min_of(end, p.part_ends[part]), num_ranks = p.ranks[place * p.num_parts + part];
         const float* shrunk = p.shrunk_row(row, part);
         if (num_ranks == 0 && column < last) column = last;
         for (; column + EXPAND_VECTORS * LANES <= last; column += EXPAND_VECTORS * LANES)
@@ -112,7 +112,7 @@ void add_lora(const void* parameters, const Worker& worker) {
     const AddLoraParameters& p = *(const AddLoraParameters*)parameters;
     const int64_t num_rows = p.num_rows->all, num_outputs = p.part_ends[p.num_parts - 1];
     int64_t first = 0;  // that has an adapter; all threads find the same
-    while (first < num_rows && p.adapters[first] < 0) first++;
+    while (first < num_rows && p.places[first] < 0) first++;
     if (first == num_rows) return;
     const int64_t num_tiles = divide_up(num_rows, SHRINK_ROWS), num_shrinks = num_tiles * p.num_parts;
     for (Tasks tasks(worker, num_shrinks, grain_of(worker, num_shrinks)); tasks.next();)
@@ -125,7 +125,7 @@ void add_lora(const void* parameters, const Worker& worker) {
     for (Tasks tasks(worker, num_expands, grain_of(worker, num_expands)); tasks.next();)
         for (int64_t task = tasks.first; task < tasks.last; task++) {
             const int64_t row = task / num_pieces, start = task % num_pieces * EXPAND_PIECE;
-            if (p.adapters[row] >= 0) expand<Weight>(p, row, start, min_of(start + EXPAND_PIECE, num_outputs));
+            if (p.places[row] >= 0) expand<Weight>(p, row, start, min_of(start + EXPAND_PIECE, num_outputs));
         }
 }
 

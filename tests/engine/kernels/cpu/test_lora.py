@@ -25,7 +25,7 @@ class Adapted:
     """Adds to rows of `base` what the adapters make of rows of `x`; row i has adapter i % (places + 1) - 1."""
 
     def __init__(self, code_path: str, num_threads: int, dtype: torch.dtype, sizes: tuple[int, ...], size: int) -> None:
-        options = KernelOptions(dtype, max_loras=NUM_PLACES, max_lora_rank=MAX_RANK)
+        options = KernelOptions(dtype, num_lora_places=NUM_PLACES, max_lora_rank=MAX_RANK)
         kernels = make_kernels(code_path, num_threads, options)
         weights = kernels.new_lora_weights(sizes, size)
         assert weights is not None
@@ -33,17 +33,17 @@ class Adapted:
         fill(weights)
         self.x, self.base = random_tensor(1, MAX_ROWS, size), random_tensor(2, MAX_ROWS, sum(sizes))
         self.places = torch.arange(MAX_ROWS) % (NUM_PLACES + 1) - 1
-        self.adapters = torch.full((MAX_ROWS,), NUM_PLACES + 7)  # what is left of it after the last row is not read
+        self.places = torch.full((MAX_ROWS,), NUM_PLACES + 7)  # what is left of it after the last row is not read
 
         def operation(rows: Tensor, x: Tensor, base: Tensor) -> Tensor:
-            kernels.add_lora(x, base, weights, self.adapters)
+            kernels.add_lora(x, base, weights, self.places)
             return base
 
         self.rows = Rows(kernels, [self.x, self.base], operation)
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
-        self.adapters.fill_(NUM_PLACES + 7)
-        self.adapters[: len(rows)] = self.places[list(rows)]
+        self.places.fill_(NUM_PLACES + 7)
+        self.places[: len(rows)] = self.places[list(rows)]
         return self.rows(rows)
 
 
