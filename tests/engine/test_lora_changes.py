@@ -1,6 +1,8 @@
 """Adapters that come and go while requests run: what running requests get, whose turn it is, and what can go wrong."""
 
-import os
+import itertools
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from engine import lora_changes
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
-from engine.lora import LoraAdapters
+from engine.lora import LoraAdapters, read_adapter
 from engine.lora_changes import MAX_CHANGES, AdapterChanges
 from engine.messages import AdapterDone, AdapterField, LoadAdapter, SamplingParams, Submit, UnloadAdapter
 from engine.runner import LoadedModel, load_model
@@ -47,6 +49,7 @@ class Machine:
         self.changes = AdapterChanges(loaded.adapters, loaded.config, self.engine.scheduler)
         self.outputs: dict[str, list[int]] = {}
         self.answers: dict[str, AdapterDone] = {}
+        self.numbers = itertools.count()
 
     def ask(self, request_id: str, name: str) -> None:
         """For the adapter that has the name now."""
@@ -58,7 +61,8 @@ class Machine:
         self.outputs[request_id] = []
 
     def load(self, name: str, path: Path, **more: Any) -> str:
-        return self.change(LoadAdapter(request_id=f"load {len(self.answers)}", name=name, path=str(path), **more))
+        request_id = f"load {next(self.numbers)}"
+        return self.change(LoadAdapter(request_id=request_id, name=name, path=str(path), **more))
 
     def change(self, message: LoadAdapter | UnloadAdapter) -> str:
         assert self.changes.add(CLIENT, message) is None
@@ -172,17 +176,17 @@ def test_what_cannot_be_loaded_changes_nothing(
 
 
 def test_a_file_that_does_not_come(machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps go on meanwhile, others wait their turn, and it is given up."""
+    """Steps go on meanwhile, another waits its turn, and it is given up."""
     come = threading.Event()
-    read = lora_changes.read_adapter
 
     def slowly(name: str, path: str, *others: Any) -> Any:
         if path == "slow":
             come.wait(60)
-        return read(name, path, *others)
+        return read_adapter(name, path, *others)
 
     monkeypatch.setattr(lora_changes, "read_adapter", slowly)
-    slow, next_one = machine.load("a", Path("slow"), replaces=True), machine.load("a", folder / "b", replaces=True)
+    slow = machine.load("a", Path("slow"), replaces=True)
+    waiting = machine.change(UnloadAdapter(request_id="unload", name="a"))
     machine.ask("running", "a")
     assert len(machine.output("running")) == 20
     assert not machine.answers
@@ -190,8 +194,9 @@ def test_a_file_that_does_not_come(machine: Machine, folder: Path, monkeypatch: 
     answer = machine.until_answered(slow)
     assert answer.is_temporary
     assert "reading it has taken more than 0 seconds" in answer.error
+    assert not machine.until_answered(waiting).error
     monkeypatch.setattr(lora_changes, "READ_SECONDS", 60.0)
-    assert not machine.until_answered(next_one).error
+    assert not machine.until_answered(machine.load("a", folder / "b")).error
     come.set()
 
 
@@ -209,9 +214,5 @@ def test_not_too_many_wait(machine: Machine, folder: Path) -> None:
 
 
 def test_the_end_of_the_process_does_not_wait_for_a_file() -> None:
-    """Nor does a thread that reads it keep the process alive."""
-    read = lora_changes.in_thread(lambda: time.sleep(60))  # type: ignore[arg-type, return-value]
-    assert not read.done()
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "adapter" and thread.is_alive())
-    assert thread.daemon
-    assert os.getpid() > 0
+    code = "import time; from engine.lora_changes import in_thread; in_thread(lambda: time.sleep(90))"
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)

@@ -32,7 +32,7 @@ class Adapted:
         self.weights = weights
         fill(weights)
         self.x, self.base = random_tensor(1, MAX_ROWS, size), random_tensor(2, MAX_ROWS, sum(sizes))
-        self.places = torch.arange(MAX_ROWS) % (NUM_PLACES + 1) - 1
+        self.place_of = torch.arange(MAX_ROWS) % (NUM_PLACES + 1) - 1
         self.places = torch.full((MAX_ROWS,), NUM_PLACES + 7)  # what is left of it after the last row is not read
 
         def operation(rows: Tensor, x: Tensor, base: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Adapted:
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
         self.places.fill_(NUM_PLACES + 7)
-        self.places[: len(rows)] = self.places[list(rows)]
+        self.places[: len(rows)] = self.place_of[list(rows)]
         return self.rows(rows)
 
 
@@ -72,7 +72,7 @@ def test_against_float64(
     out = adapted(range(MAX_ROWS))
     weights, x = adapted.weights, adapted.x.double()
     expected, bound = adapted.base.double(), adapted.base.double().abs()
-    for row, place in enumerate(adapted.places.tolist()):
+    for row, place in enumerate(adapted.place_of.tolist()):
         if place < 0:
             assert torch.equal(out[row], adapted.base[row])
             continue
