@@ -193,6 +193,20 @@ def test_nobody_waits_for_adapters(start_api: StartApi, tmp_path: Path) -> None:
     assert "shutting down" in check_error(load.result(), 503)["message"]
 
 
+def test_nobody_waits_for_what_is_fetched(start_api: StartApi) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:  # which never answers
+        endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        environment = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        api = start_api({"max_loras": 2}, environment=environment, allow_runtime_lora_updating=True)
+        body = {"lora_name": "go", "lora_path": "org/go"}
+        load = Background(lambda: httpx.post(f"{api.url}/v1/load_lora_adapter", json=body, timeout=20))
+        hub.settimeout(20)
+        with hub.accept()[0]:
+            api.process.terminate()
+            assert api.wait(3) == 0
+        assert "shutting down" in check_error(load.result(), 503)["message"]
+
+
 def test_a_second_sigterm_ends_it_at_once(start_api: StartApi) -> None:
     api = start_api(SLOW)
     Background(lambda: api.complete(max_tokens=2000, stream=True))
