@@ -6,8 +6,12 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 
-from engine.messages import AdapterDone, LoadAdapter, LoraAdapter, ToEngine, UnloadAdapter
-from server.errors import APIError, BadRequestError
+from engine.messages import AdapterDone, AdapterField, LoadAdapter, LoraAdapter, ToEngine, UnloadAdapter
+from server.errors import AdapterNotFoundError, AdaptersBusyError, APIError, BadRequestError, InvalidValueError
+
+PARAMS = {AdapterField.NAME: "lora_name", AdapterField.PATH: "lora_path"}  # what the API calls them
+
+Change = LoadAdapter | UnloadAdapter
 
 
 class AdapterBook:
@@ -16,18 +20,21 @@ class AdapterBook:
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
         self.loaded: dict[str, LoraAdapter] = {}  # by name
         self._send = send
-        self._changes: dict[str, tuple[LoadAdapter | UnloadAdapter, asyncio.Future[None]]] = {}  # by request_id
+        self._changes: dict[str, tuple[Change, asyncio.Future[None]]] = {}  # by request_id
 
     async def load(self, name: str, path: str, *, replaces: bool) -> None:
-        """Returns once requests can use it. Raises BadRequestError in the engine's words, or what `fail` is given."""
+        """Returns once requests can use it.
+
+        Raises BadRequestError or AdaptersBusyError in the engine's words, or what `fail` is given.
+        """
         await self._change(LoadAdapter(request_id=secrets.token_hex(16), name=name, path=path, replaces=replaces))
 
     async def unload(self, name: str) -> None:
-        """As `load`. It is out of the book at once, so that nothing is submitted behind the message."""
+        """As `load`, and AdapterNotFoundError. It is out of the book at once: no request finds it from now on."""
         self.loaded.pop(name, None)
         await self._change(UnloadAdapter(request_id=secrets.token_hex(16), name=name))
 
-    async def _change(self, message: LoadAdapter | UnloadAdapter) -> None:
+    async def _change(self, message: Change) -> None:
         done = asyncio.get_running_loop().create_future()
         self._changes[message.request_id] = message, done
         self._send(message)
@@ -40,17 +47,28 @@ class AdapterBook:
 
     def finish(self, message: AdapterDone) -> None:
         """A change is made, or cannot be."""
-        _, done = self._changes.pop(message.request_id, (None, None))
-        if done is None or done.done():  # nobody waits any more
+        change, done = self._changes.pop(message.request_id, (None, None))
+        if change is None or done is None or done.done():  # nobody waits any more
             return
         if message.error:
-            done.set_exception(BadRequestError(message.error))
+            done.set_exception(_error(change, message))
         else:
             done.set_result(None)
 
     def fail(self, error: APIError) -> None:
-        """Nothing more will come of the engine."""
+        """What is asked for now will not be waited for."""
         for _, done in self._changes.values():
             if not done.done():
                 done.set_exception(error)
         self._changes.clear()
+
+
+def _error(change: Change, message: AdapterDone) -> APIError:
+    """As it would be were it judged here."""
+    if message.is_temporary:
+        return AdaptersBusyError(message.error)
+    if message.field is None:
+        return BadRequestError(message.error)
+    if isinstance(change, UnloadAdapter) and message.field is AdapterField.NAME:
+        return AdapterNotFoundError(change.name)
+    return InvalidValueError(message.error, param=PARAMS[message.field])

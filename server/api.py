@@ -80,7 +80,7 @@ def main() -> None:
     flush_logs = configure_logging(config.settings.log_level, config.settings.log_format)
     exit_code = run(config, flush_logs)
     flush_logs()
-    sys.exit(exit_code)
+    os._exit(exit_code)  # rather than wait for threads that fetch an adapter
 
 
 def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:

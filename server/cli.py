@@ -14,9 +14,14 @@ from typing import Any, NoReturn, TypeAlias
 
 from server.remote import DEFAULT_URL, RemoteError, base_url
 from server.setting_kinds import ENV_PREFIX, INT64, Kind, Setting, SettingsError, integer, number, seconds
-from server.settings import SETTINGS, load_settings
+from server.settings import REPEAT_LORA_MODULES, SETTINGS, load_settings
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+INSTEAD = {  # vLLM's flags
+    "--enable-lora": "adapters are on with --lora-modules or --allow-runtime-lora-updating",
+    "--max-cpu-loras": "--max-loras is the number of adapters that are loaded, and there are no others",
+}
 
 Command = Callable[[argparse.Namespace], int]
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -58,7 +63,10 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 def _unknown_arguments(unknown: list[str]) -> str:
     """Names flags without their values, which might be secrets."""
     flags = [argument.split("=")[0] for argument in unknown if argument.startswith("-")]
-    return f"unknown flag {flags[0]}" if flags else f"unexpected argument {unknown[0]!r}"
+    if flags:
+        return f"unknown flag {flags[0]}" + (f": {INSTEAD[flags[0]]}" if flags[0] in INSTEAD else "")
+    is_adapter = "=" in unknown[0] or unknown[0].startswith("{")
+    return f"unexpected argument {unknown[0]!r}" + (f": {REPEAT_LORA_MODULES}" if is_adapter else "")
 
 
 class Parser(argparse.ArgumentParser):

@@ -43,7 +43,6 @@ from server.errors import (
     EngineDeadError,
     EngineUnavailableError,
     InvalidValueError,
-    ModelNotFoundError,
     QueueFullError,
 )
 from server.throughput import Throughput
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MISSED_HEARTBEATS = 3  # beyond the longest step
+SHUTTING_DOWN = "The server is shutting down. Please retry later."
 REFILL_SECONDS = 0.02  # between looks for free slots
 
 
@@ -74,9 +74,9 @@ class EngineClient:
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.dead_reason: str | None = None
-        self.draining = False
         self.num_in_flight = 0
         self.on_death = asyncio.Event()
+        self.on_drain = asyncio.Event()
         self._address = address
         self._max_queued_requests = max_queued_requests
         self._heartbeat_limit = step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
@@ -146,6 +146,16 @@ class EngineClient:
             raise EngineUnavailableError("The model is still being loaded. Please retry later.")
         return self.info
 
+    def check_open(self) -> None:
+        """Raises EngineUnavailableError where no new work is accepted."""
+        if self.draining:
+            raise EngineUnavailableError(SHUTTING_DOWN, close=True)
+        self.ready_info()
+
+    @property
+    def draining(self) -> bool:
+        return self.on_drain.is_set()
+
     @property
     def max_in_flight(self) -> int:
         """How many choices may be in flight at a time: what the engine runs, and what may wait."""
@@ -181,9 +191,7 @@ class EngineClient:
         return num_free
 
     def _admit(self, count: int, param: str) -> None:
-        if self.draining:
-            raise EngineUnavailableError("The server is shutting down. Please retry later.", close=True)
-        self.ready_info()
+        self.check_open()
         if count > self.max_in_flight:
             message = (
                 f"The request asks for {count} choices (n for each prompt), "
@@ -205,15 +213,13 @@ class EngineClient:
     def submit(self, message: Submit, reservation: Reservation | None = None) -> RequestStream:
         """Sends a request whose n choices take over n slots of `reservation` (None: slots are reserved now).
 
-        From here on the stream owns the slots: each is free when its choice ends, or when the stream is closed. Raises
-        ModelNotFoundError if its adapter is not loaded.
+        From here on the stream owns the slots: each is free when its choice ends, or when the stream is closed. The
+        engine finds an adapter by its fingerprint, so one that has been unloaded meanwhile is no error here.
         """
         if reservation is None:
             with self.reserve(message.n) as own_reservation:
                 return self.submit(message, own_reservation)
         self.ready_info()
-        if message.lora_name and message.lora_name not in self.adapters:  # unloaded since the request was judged
-            raise ModelNotFoundError(message.lora_name)
         assert message.request_id not in self._streams
         self._send(message)
         reservation.hand_over(message.n)
@@ -226,18 +232,19 @@ class EngineClient:
         return self._adapters.loaded
 
     async def load_adapter(self, name: str, path: str, replaces: bool) -> None:
-        """Raises BadRequestError in the engine's words, EngineUnavailableError, or EngineDeadError."""
-        self.ready_info()
+        """Raises BadRequestError in the engine's words, or EngineUnavailableError."""
+        self.check_open()
         await self._adapters.load(name, path, replaces=replaces)
 
     async def unload_adapter(self, name: str) -> None:
-        """As `load_adapter`. From now on no request can be submitted that uses it; those that do go on."""
-        self.ready_info()
+        """As `load_adapter`, and AdapterNotFoundError. Requests that found it before are answered to their end."""
+        self.check_open()
         await self._adapters.unload(name)
 
     def drain(self) -> None:
-        """From now on no new work is accepted; what runs, runs on."""
-        self.draining = True
+        """From now on no new work is accepted; what runs, runs on. Only for adapters nobody waits any more."""
+        self.on_drain.set()
+        self._adapters.fail(EngineUnavailableError(SHUTTING_DOWN, close=True))
 
     def fail_streams(self, error: APIError) -> None:
         """Ends every open stream with `error`, and their requests in the engine; nor are adapters waited for."""

@@ -50,6 +50,11 @@ class ServedModel:
         """What the engine calls the adapter; empty: none."""
         return "" if self.adapter is None else self.adapter.name
 
+    @property
+    def lora_fingerprint(self) -> str:
+        """Of the adapter's weights, since another one may get its name; empty: no adapter."""
+        return "" if self.adapter is None else self.adapter.fingerprint
+
     def fingerprint(self, base: str) -> str:
         """Names all that influences the output, of which `base` is the engine's part."""
         return base if self.adapter is None else f"{base}-{self.adapter.fingerprint[:12]}"

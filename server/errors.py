@@ -28,7 +28,8 @@
     ├── QueueFullError               429
     ├── ServerError                  500
     └── EngineUnavailableError       503
-        └── EngineDeadError
+        ├── EngineDeadError
+        └── AdaptersBusyError
 
 The text of an exception that is not in this tree never reaches a client. Clients retry 408, 429 and 5xx, so what a
 client did wrong is never one of these.
@@ -360,6 +361,13 @@ class EngineDeadError(EngineUnavailableError):
 
     def __init__(self) -> None:
         super().__init__("The engine stopped while it was processing your request. Please retry later.", close=True)
+
+
+class AdaptersBusyError(EngineUnavailableError):
+    """The engine cannot take a LoRA adapter now, but may later. The message is its own."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="adapters_busy")
 
 
 def retry_headers(seconds: float) -> dict[str, str]:

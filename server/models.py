@@ -63,8 +63,7 @@ def resolve_model(name: str) -> ResolvedModel:
     """Find the model called `name`, fetching it where it is not on this machine yet. Raises ModelError."""
     if name in ALIASES:
         return ResolvedModel(_fetch_alias(name, ALIASES[name]), name)
-    path = Path(os.path.abspath(os.path.expanduser(name)))  # symbolic links keep their names
-    if path.exists():
+    if path := _existing_path(name):
         return _local(path, name)
     match = _HUB_ID.fullmatch(name)
     if match and not name.startswith((".", "~")):
@@ -80,8 +79,7 @@ def resolve_adapter(name: str) -> Path:
 
     Raises ModelError.
     """
-    path = Path(os.path.abspath(os.path.expanduser(name)))
-    if os.path.exists(path):
+    if path := _existing_path(name):
         _check_adapter(path, name)
         return path
     match = _HUB_ID.fullmatch(name)
@@ -91,6 +89,15 @@ def resolve_adapter(name: str) -> Path:
     if match["file"] is None:
         _check_adapter(path, match["repo"])
     return path
+
+
+def _existing_path(name: str) -> Path | None:
+    """What is called so on this machine. Symbolic links keep their names."""
+    try:
+        path = os.path.abspath(os.path.expanduser(name))
+    except ValueError:  # a NUL in the name of a user
+        return None
+    return Path(path) if os.path.exists(path) else None
 
 
 def _check_adapter(path: Path, name: str) -> None:

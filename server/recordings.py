@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from engine.messages import LoraAdapter, Submit, TokenEvent, TokenLogprobs
+from engine.messages import Submit, TokenEvent, TokenLogprobs
 
 NUM_TOP = 5  # alternatives that are recorded of a token, if the request asks for none
 MAX_TOKENS = 200_000  # prompts and outputs together, which are some hundred bytes each
@@ -31,12 +31,9 @@ class RecordedChoice:
 class Recording:
     """One request: a submit for each prompt, and what came back for each choice of each."""
 
-    def __init__(
-        self, submits: Sequence[Submit], ids: Sequence[str] = (), *, adapter: LoraAdapter | None = None
-    ) -> None:
+    def __init__(self, submits: Sequence[Submit], ids: Sequence[str] = ()) -> None:
         """`ids` are those by which a client knows the request. Log probabilities are recorded in any case."""
         self.ids = ids
-        self.adapter = adapter  # that the submits name
         self.hides_logprobs = submits[0].params.logprobs is None
         self.submits = [_with_logprobs(submit) for submit in submits]
         self.choices = [[RecordedChoice() for _ in range(submit.n)] for submit in submits]

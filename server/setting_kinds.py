@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import msgspec
+
 Num = TypeVar("Num", int, float)
 
 ENV_PREFIX = "LIGHTWELL_"
@@ -148,6 +150,42 @@ def pattern(expected: str, regex: str, metavar: str, *, is_list: bool = False) -
         return tuple(parse_one(item) for item in _texts(value))
 
     return Kind(expected, parse_all if is_list else parse_one, metavar, is_list)
+
+
+class _NamedPath(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    path: str
+    base_model_name: str | None = None  # ignored: there is one
+
+
+def named_paths(expected: str, name_regex: str) -> Kind:
+    """A list of NAME=PATH, each of which may be given as vLLM's JSON: {"name": NAME, "path": PATH}."""
+
+    def parse_one(value: object) -> str:
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            name, _, path = _text(value).partition("=")
+        else:
+            name, path = _from_json(value)
+        if re.fullmatch(name_regex, name) is None:
+            raise ValueError
+        return f"{name}={_text(path)}"
+
+    def parse(value: object) -> tuple[str, ...]:
+        return tuple(parse_one(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+    return Kind(expected, parse, "NAME=PATH", is_list=True)
+
+
+def _from_json(value: object) -> tuple[str, str]:
+    try:
+        module = (
+            msgspec.json.decode(value, type=_NamedPath)
+            if isinstance(value, str)
+            else msgspec.convert(value, _NamedPath)
+        )
+    except msgspec.MsgspecError:
+        raise ValueError from None
+    return module.name, module.path
 
 
 BOOLEAN = Kind("true or false", _boolean)

@@ -25,6 +25,7 @@ from server.setting_kinds import (
     choice,
     int_choice,
     integer,
+    named_paths,
     pattern,
     seconds,
     size,
@@ -49,6 +50,7 @@ ADAPTER_NAME = r"[\w./:@+-]{1,128}"  # no comma and no =, which would end it in 
 _ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
 _API, _LIMITS, _ENGINE, _MEMORY, _LOGS = "API", "Limits", "Engine", "Memory and scheduling", "Logs and metrics"
 _LORA = "LoRA adapters"
+REPEAT_LORA_MODULES = "each adapter has a --lora-modules of its own"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,15 +224,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         Setting(
             _LORA,
-            pattern(
-                "NAME=PATH, the name of letters, digits and _./:@+-", rf"{ADAPTER_NAME}=.+", "NAME=PATH", is_list=True
-            ),
-            "NAME=PATH of a LoRA adapter to load at start: its name in the API, and a folder in PEFT's format, a GGUF "
-            "file, or a Hugging Face id of either. May be given again.",
+            named_paths("NAME=PATH, the name of letters, digits and _./:@+-", ADAPTER_NAME),
+            "NAME=PATH (or vLLM's JSON) of a LoRA adapter to load at start: its name in the API, and a folder in "
+            "PEFT's format, a GGUF file, or a Hugging Face id of either. May be given again.",
         ),
     ] = ()
     max_loras: Annotated[
-        int, Setting(_LORA, integer(1, 1024), "Adapters loaded at a time at most. One step may hold all of them.")
+        int,
+        Setting(
+            _LORA,
+            integer(1, 1024),
+            "Adapters loaded at a time at most. One step may hold all of them (vLLM's counts those of one step, and "
+            "keeps more on the CPU).",
+        ),
     ] = 8
     max_lora_rank: Annotated[
         int | None,
@@ -241,8 +247,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             _LORA,
             BOOLEAN,
-            "Let clients load and unload adapters, from any folder that the server can read: "
-            "/v1/load_lora_adapter, /v1/unload_lora_adapter.",
+            "Let clients load and unload adapters (/v1/load_lora_adapter, /v1/unload_lora_adapter), from any folder "
+            "that the server can read, or from Hugging Face, where the server downloads them.",
         ),
     ] = False
 

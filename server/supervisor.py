@@ -25,7 +25,7 @@ import msgspec
 
 from engine.lifeline import die_with_parent
 from server.models import ModelError, ResolvedModel, resolve_adapter, resolve_model
-from server.settings import ApiProcessConfig, Settings, check_adapter_names, engine_config
+from server.settings import REPEAT_LORA_MODULES, ApiProcessConfig, Settings, check_adapter_names, engine_config
 
 DEATH_GRACE_SECONDS = 3.0  # for the API to end its streams with an error once the engine is gone
 DRAIN_GRACE_SECONDS = 2.5  # for the API to leave after --drain-timeout
@@ -259,7 +259,7 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
     """Serve until a signal or a failure. Returns the exit status. Raises ModelError, SupervisorError, SettingsError."""
     commands = commands or Commands()
     with _ends_at_once():
-        model = resolve_model(settings.model)
+        model = _resolve_model(settings)
         check_adapter_names(settings, _model_names(settings, model))
         lora_paths = _resolve_adapters(settings)
         with (
@@ -271,6 +271,16 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
             engine = supervisor.start("engine", commands.engine, engine_process_config)
             api = supervisor.start("API", commands.api, _api_config(settings, model, address, engine.pid))
             return supervisor.watch(engine, api)
+
+
+def _resolve_model(settings: Settings) -> ResolvedModel:
+    """Raises ModelError."""
+    try:
+        return resolve_model(settings.model)
+    except ModelError as error:
+        if settings.lora_modules and "=" in settings.model:  # the second value after one flag
+            raise ModelError(f"{error}; {REPEAT_LORA_MODULES}") from None
+        raise
 
 
 def _model_names(settings: Settings, model: ResolvedModel) -> tuple[str, ...]:

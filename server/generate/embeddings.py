@@ -72,6 +72,7 @@ def _submit(
         arrival=arrival,
         priority=body.priority or 0,
         lora_name=model.lora_name,
+        lora_fingerprint=model.lora_fingerprint,
     )
 
 

@@ -215,7 +215,7 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
         choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         recording = None
         if context.recordings.max_requests:
-            recording = Recording(prepared.submits, ids=job.ids, adapter=job.model.adapter)
+            recording = Recording(prepared.submits, ids=job.ids)
         streams = _send(context, prepared.submits if recording is None else recording.submits, reservation)
     generation = Generation(
         prompts,
@@ -305,6 +305,7 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSet
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         lora_name=job.model.lora_name,
+        lora_fingerprint=job.model.lora_fingerprint,
     )
 
 

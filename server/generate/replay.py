@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from engine.messages import FinishReason, LoraAdapter, Submit, TokenLogprobs
+from engine.messages import FinishReason, Submit, TokenLogprobs
 from server.client import RequestStream
 from server.context import ServerContext
 from server.errors import RecordedAdapterError, ServerError
@@ -22,7 +22,7 @@ from server.text.tokenizer import Tokenizer
 
 async def replay(context: ServerContext, request_id: str, recording: Recording) -> Replay:
     """Raises APIError where the engine has no room, or fails, or no longer has the adapter."""
-    _check_adapter(context, recording.adapter)
+    _check_adapter(context, recording.submits[0])
     again = [_again(submit, choices) for submit, choices in zip(recording.submits, recording.choices, strict=True)]
     with contextlib.ExitStack() as stack:
         reservation = stack.enter_context(context.client.reserve(sum(submit.n for submit in again)))
@@ -39,13 +39,13 @@ async def replay(context: ServerContext, request_id: str, recording: Recording) 
     return Replay(id=request_id, bit_equal=all(choice.bit_equal for choice in choices), choices=choices)
 
 
-def _check_adapter(context: ServerContext, adapter: LoraAdapter | None) -> None:
-    """Raises RecordedAdapterError if it is not loaded, or another one of its name is."""
-    if adapter is None:
+def _check_adapter(context: ServerContext, submit: Submit) -> None:
+    """Raises RecordedAdapterError if its adapter is not loaded, or another one of that name is."""
+    if not submit.lora_name:
         return
-    loaded = context.client.adapters.get(adapter.name)
-    if loaded is None or loaded.fingerprint != adapter.fingerprint:
-        raise RecordedAdapterError(adapter.name)
+    loaded = context.client.adapters.get(submit.lora_name)
+    if loaded is None or loaded.fingerprint != submit.lora_fingerprint:
+        raise RecordedAdapterError(submit.lora_name)
 
 
 def _again(submit: Submit, choices: Sequence[RecordedChoice]) -> Submit:

@@ -1,6 +1,8 @@
 """`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters come and go while the server runs, if it may be."""
 
+import asyncio
 import logging
+from pathlib import Path
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
@@ -32,10 +34,7 @@ async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> Respo
             "'load_inplace' to True."
         )
         raise InvalidValueError(message, param="lora_name")
-    try:
-        path = await anyio.to_thread.run_sync(resolve_adapter, body.lora_path)
-    except ModelError as error:
-        raise InvalidValueError(f"Invalid 'lora_path': {error}.", param="lora_path") from None
+    path = await _find(context, body.lora_path)
     await context.client.load_adapter(name, str(path), replaces)
     logger.info("loaded the LoRA adapter %s from %s", name, path)
     return _done(f"Success: LoRA adapter '{name}' added successfully.", headers)
@@ -59,8 +58,24 @@ def _judge(context: ServerContext, body: BaseModel) -> dict[str, str]:
         raise UpdatesNotAllowedError
     unknown = unknown_parameters(body, strict=context.settings.strict)
     context.metrics.count_unknown_parameters(len(unknown))
-    context.client.ready_info()
+    context.client.check_open()
     return {"x-lightwell-warnings": warnings_header(unknown)} if unknown else {}
+
+
+async def _find(context: ServerContext, lora_path: str) -> Path:
+    """Fetches it if it must. Raises InvalidValueError; EngineUnavailableError as soon as the server shuts down."""
+    finding = asyncio.ensure_future(anyio.to_thread.run_sync(resolve_adapter, lora_path, abandon_on_cancel=True))
+    draining = asyncio.ensure_future(context.client.on_drain.wait())
+    try:
+        await asyncio.wait((finding, draining), return_when=asyncio.FIRST_COMPLETED)
+        if not finding.done():
+            context.client.check_open()
+        return await finding
+    except ModelError as error:
+        raise InvalidValueError(f"Invalid 'lora_path': {error}.", param="lora_path") from None
+    finally:
+        finding.cancel()
+        draining.cancel()
 
 
 def _done(text: str, headers: dict[str, str]) -> Response:

@@ -22,7 +22,10 @@ class LoadAdapterRequest(BaseModel):
         max_length=MAX_PATH_CHARS,
         description="On the server: a folder in PEFT's format or a GGUF file; or a Hugging Face id of either.",
     )
-    load_inplace: bool | None = Field(None, description="It may take the place of one of that name.")
+    load_inplace: bool | None = Field(
+        None,
+        description="It may take the place of one of that name. Running requests end with the one they began with.",
+    )
 
 
 class UnloadAdapterRequest(BaseModel):

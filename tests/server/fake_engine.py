@@ -21,6 +21,7 @@ from engine.messages import (
     HEARTBEAT_SECONDS,
     Abort,
     AdapterDone,
+    AdapterField,
     Adapters,
     EngineInfo,
     EngineStats,
@@ -66,8 +67,9 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     vocab_size: int = 260
     adapters: list[LoraAdapter] = []  # that are loaded at the start
     max_loras: int = 0
-    adapter_error: str = ""  # what a load ends with
+    adapter_error: AdapterDone | None = None  # what a load ends with, under its own id
     ignores_adapters: bool = False  # loads and unloads are never answered
+    forgets_adapters: bool = False  # weights are gone as soon as their adapter is; else they stay for ever
 
 
 def make_adapter(name: str, path: str = "") -> LoraAdapter:
@@ -87,6 +89,7 @@ class _Running(msgspec.Struct):
     scheduled: float | None = None
     first_token: float | None = None
     num_output_tokens: int = 0
+    has_weights: bool = True  # those of its adapter are there
 
 
 class _Loop:
@@ -100,6 +103,7 @@ class _Loop:
         self.running: list[_Running] = []
         self.waiting: list[_Running] = []
         self.adapters = {adapter.name: adapter for adapter in config.adapters}
+        self._weights = {adapter.fingerprint for adapter in config.adapters}
         self.stats = EngineStats(num_blocks=config.num_blocks)
         self._on_message = on_message
         self._clients: set[bytes] = set()
@@ -158,25 +162,31 @@ class _Loop:
                 self._abort(message)
                 self._send_outputs({})
             case LoadAdapter() | UnloadAdapter() if not self.config.ignores_adapters:
-                error = self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
-                if not error:
+                done = self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
+                self._weights |= {adapter.fingerprint for adapter in self.adapters.values()}
+                if self.config.forgets_adapters:
+                    self._weights = {adapter.fingerprint for adapter in self.adapters.values()}
+                if not done.error:
                     for client in self._clients:
                         self._send(client, Adapters(list(self.adapters.values())))
-                self._send(identity, AdapterDone(request_id=message.request_id, error=error))
+                self._send(identity, done)
 
-    def _load(self, message: LoadAdapter) -> str:
-        """What is wrong with it, if anything."""
-        if self.config.adapter_error:
-            return self.config.adapter_error
-        if message.name in self.adapters and not message.replaces:
-            return f"adapter {message.name} is loaded already"
-        if message.name not in self.adapters and len(self.adapters) >= self.config.max_loras:
-            return f"{self.config.max_loras} adapters are loaded already"
-        self.adapters[message.name] = make_adapter(message.name, message.path)
-        return ""
+    def _load(self, message: LoadAdapter) -> AdapterDone:
+        id, name = message.request_id, message.name
+        if self.config.adapter_error is not None:
+            return msgspec.structs.replace(self.config.adapter_error, request_id=id)
+        if name in self.adapters and not message.replaces:
+            return AdapterDone(request_id=id, error=f"adapter {name} is loaded already", field=AdapterField.NAME)
+        if name not in self.adapters and len(self.adapters) >= self.config.max_loras:
+            return AdapterDone(request_id=id, error=f"{self.config.max_loras} adapters are loaded already")
+        self.adapters[name] = make_adapter(name, message.path)
+        return AdapterDone(request_id=id)
 
-    def _unload(self, message: UnloadAdapter) -> str:
-        return "" if self.adapters.pop(message.name, None) else f"no adapter is called {message.name}"
+    def _unload(self, message: UnloadAdapter) -> AdapterDone:
+        id, name = message.request_id, message.name
+        if self.adapters.pop(name, None) is None:
+            return AdapterDone(request_id=id, error=f"no adapter is called {name}", field=AdapterField.NAME)
+        return AdapterDone(request_id=id)
 
     def _info(self) -> EngineInfo:
         config = self.config
@@ -200,8 +210,10 @@ class _Loop:
         if self.config.endless:
             reply = reply * (submit.params.max_tokens // max(1, len(reply)) + 1)
         now = time.monotonic()
+        has_weights = not submit.lora_name or submit.lora_fingerprint in self._weights
         for index in range(submit.n):
-            self.waiting.append(_Running(identity, submit, index, now, [*reply, EOS_TOKEN_ID]))
+            choice = _Running(identity, submit, index, now, [*reply, EOS_TOKEN_ID], has_weights=has_weights)
+            self.waiting.append(choice)
         self.stats.prompt_tokens_total += len(submit.prompt_token_ids) * submit.n
         self.stats.prompt_tokens_cached_total += self.config.num_cached_tokens * submit.n
         self.stats.prefix_cache_queries_total += len(submit.prompt_token_ids)
@@ -239,7 +251,7 @@ class _Loop:
         if choice.scheduled is None:
             choice.scheduled = now
             event.num_cached_tokens = self.config.num_cached_tokens
-        if self.config.fail_request:
+        if self.config.fail_request or not choice.has_weights:
             event.error, event.finish_reason = "a secret of the engine", FinishReason.ERROR
             return event
         if params.max_tokens == 0:
@@ -342,6 +354,10 @@ class FakeEngine:
     def adapters(self) -> list[str]:
         """Names of those that are loaded."""
         return list(self._loop.adapters)
+
+    def forget(self, name: str) -> None:
+        """An adapter, which clients are not told."""
+        del self._loop.adapters[name]
 
     @property
     def num_choices(self) -> int:

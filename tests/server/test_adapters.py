@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from engine.messages import LoadAdapter, Submit, UnloadAdapter
+from engine.messages import AdapterDone, AdapterField, LoadAdapter, Submit, UnloadAdapter
+from server.context import ServerContext
 from server.generate import frame
 from server.routes import adapters
 from tests.server.asking import CHAT, COMPLETIONS, MESSAGES, openai_client, parse_events, write_adapter
@@ -72,6 +73,11 @@ def model_names(server: RunningServer) -> list[str]:
     return [model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]]
 
 
+def of_thread(server: RunningServer, call: Callable[[], None]) -> None:
+    """Calls what belongs to the thread of the server."""
+    server.context.client._tasks[0].get_loop().call_soon_threadsafe(call)
+
+
 def lora_names(submits: list[Submit]) -> set[str]:
     return {submit.lora_name for submit in submits}
 
@@ -119,12 +125,14 @@ def test_official_clients(server: RunningServer) -> None:
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_the_engine_is_told_which(server: RunningServer, path: str) -> None:
-    for name, lora_name in (("org/sql", "org/sql"), ("org/tiny", ""), ("chess", "chess")):
+    for name, adapter in (("org/sql", SQL), ("org/tiny", None), ("chess", CHESS)):
         num_submits = len(server.engine.submits)
         answer = ask(server, path, name)
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == name
-        assert lora_names(server.engine.submits[num_submits:]) == {lora_name}
+        expected = ("", "") if adapter is None else (adapter.name, adapter.fingerprint)
+        submits = server.engine.submits[num_submits:]
+        assert {(submit.lora_name, submit.lora_fingerprint) for submit in submits} == {expected}
     assert server.context.client.num_in_flight == 0
 
 
@@ -250,6 +258,8 @@ def test_others_are_served_while_an_adapter_is_fetched(
         ({"lora_name": "a", "lora_path": "/nothing/there"}, "lora_path", "neither an existing file or folder"),
         ({"lora_name": "a", "lora_path": "/"}, "lora_path", "no adapter_config.json there"),
         ({"lora_name": "a", "lora_path": "x\0y"}, "lora_path", "neither an existing file or folder"),
+        ({"lora_name": "a", "lora_path": "~\0x"}, "lora_path", "neither an existing file or folder"),
+        ({"lora_name": "a", "lora_path": "~\0/x"}, "lora_path", "neither an existing file or folder"),
     ],
 )
 def test_what_cannot_be_loaded(updatable: RunningServer, body: dict[str, Any], param: str, message: str) -> None:
@@ -262,12 +272,43 @@ def test_what_cannot_be_loaded(updatable: RunningServer, body: dict[str, Any], p
 
 def test_what_the_engine_cannot_load(updatable: RunningServer, fake_engine: FakeEngine, tmp_path: Path) -> None:
     path = str(write_adapter(tmp_path / "a"))
-    fake_engine.config.adapter_error = "adapter_config.json: rank 4096 is more than --max-lora-rank 16"
-    assert check_error(load(updatable, lora_name="a", lora_path=path), 400)["message"].endswith("rank 16")
-    fake_engine.config.adapter_error = ""
+    message = "adapter_config.json: rank 4096 is more than --max-lora-rank 16"
+    for field, code, param in (
+        (AdapterField.NAME, "invalid_value", "lora_name"),
+        (AdapterField.PATH, "invalid_value", "lora_path"),
+        (None, None, None),
+    ):
+        fake_engine.config.adapter_error = AdapterDone(request_id="", error=message, field=field)
+        answer = load(updatable, lora_name="a", lora_path=path)
+        error = check_error(answer, 400)
+        assert (error["message"], error["code"], error["param"]) == (message, code, param)
+        assert "retry-after" not in answer.headers
+    fake_engine.config.adapter_error = None
     assert load(updatable, lora_name="a", lora_path=path).status_code == 200
     assert "3 adapters" in check_error(load(updatable, lora_name="b", lora_path=path), 400)["message"]
     assert model_names(updatable)[2:] == ["org/sql", "chess", "a"]
+
+
+@pytest.mark.parametrize("field", [None, AdapterField.NAME, AdapterField.PATH])
+def test_what_the_engine_cannot_load_now(
+    updatable: RunningServer, fake_engine: FakeEngine, tmp_path: Path, field: AdapterField | None
+) -> None:
+    path = str(write_adapter(tmp_path / "a"))
+    busy = AdapterDone(request_id="", error="all places are in use", field=field, is_temporary=True)
+    fake_engine.config.adapter_error = busy
+    answer = load(updatable, lora_name="a", lora_path=path)
+    error = check_error(answer, 503)
+    assert (error["type"], error["code"], error["param"]) == ("service_unavailable_error", "adapters_busy", None)
+    assert error["message"] == "all places are in use"
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+
+
+def test_what_the_engine_no_longer_has(updatable: RunningServer) -> None:
+    """As it is answered where that is known before."""
+    updatable.engine.forget("chess")
+    error = check_error(unload(updatable, "chess"), 404)
+    assert error == check_error(unload(updatable, "chess"), 404)
+    assert (error["param"], error["code"]) == ("lora_name", "model_not_found")
 
 
 def test_what_cannot_be_unloaded(updatable: RunningServer) -> None:
@@ -314,38 +355,85 @@ def test_only_with_a_key(start_server: StartServer) -> None:
 # Beside requests.
 
 
+class Pause:
+    """Requests stop between judgement and submit, until they are told to go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._judged, self._go_on = threading.Event(), threading.Event()
+        run, tokenize = ServerContext.run_text_work, frame._tokenize
+
+        async def run_later(context: Any, function: Any, *args: Any) -> Any:
+            await run(context, self._wait)
+            return await run(context, function, *args)
+
+        def tokenize_later(job: Any) -> Any:
+            self._wait()
+            return tokenize(job)
+
+        monkeypatch.setattr(ServerContext, "run_text_work", run_later)
+        monkeypatch.setattr(frame, "_tokenize", tokenize_later)
+
+    def _wait(self) -> None:
+        self._judged.set()
+        assert self._go_on.wait(10)
+
+    def __enter__(self) -> None:
+        """Once there is one that stopped."""
+        assert self._judged.wait(10)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._go_on.set()
+
+
 @pytest.mark.parametrize("path", GENERATING)
-def test_unloaded_between_judgement_and_submit(
-    updatable: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str
+@pytest.mark.parametrize("replaced", [False, True])
+def test_changed_between_judgement_and_submit(
+    updatable: RunningServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, replaced: bool
 ) -> None:
-    judged, go_on = threading.Event(), threading.Event()
-    context = type(updatable.context)
-    run = context.run_text_work
-
-    def wait() -> None:
-        judged.set()
-        assert go_on.wait(10)
-
-    async def run_after(self: Any, function: Any, *args: Any) -> Any:
-        await run(self, wait)
-        return await run(self, function, *args)
-
-    def tokenize_after(job: Any, tokenize: Any = frame._tokenize) -> Any:
-        wait()
-        return tokenize(job)
-
-    monkeypatch.setattr(context, "run_text_work", run_after)
-    monkeypatch.setattr(frame, "_tokenize", tokenize_after)
+    """It is answered with the adapter that it found."""
+    pause = Pause(monkeypatch)
     with ThreadPoolExecutor() as threads:
-        answer = threads.submit(ask, updatable, path, "chess", stream=path != EMBEDDINGS)
-        assert judged.wait(10)
-        assert unload(updatable, "chess").status_code == 200
-        go_on.set()
-        response = answer.result()
-    assert response.status_code == 404
-    assert "`chess` does not exist" in response.json()["error"]["message"]
-    assert updatable.engine.submits == []
+        answer = threads.submit(ask, updatable, path, "chess")
+        with pause:
+            if replaced:
+                other = str(write_adapter(tmp_path / "chess"))
+                assert load(updatable, lora_name="chess", lora_path=other, load_inplace=True).status_code == 200
+            else:
+                assert unload(updatable, "chess").status_code == 200
+        assert answer.result().status_code == 200
+    submits = updatable.engine.submits
+    assert {(submit.lora_name, submit.lora_fingerprint) for submit in submits} == {("chess", CHESS.fingerprint)}
+    if path in (COMPLETIONS, CHAT):
+        assert answer.result().json()["system_fingerprint"] == f"fp_fake-{CHESS.fingerprint[:12]}"
     assert updatable.context.client.num_in_flight == 0
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_weights_that_are_gone_at_submit(
+    updatable: RunningServer, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    fake_engine.config.forgets_adapters = True
+    pause = Pause(monkeypatch)
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(ask, updatable, path, "chess")
+        with pause:
+            assert unload(updatable, "chess").status_code == 200
+        assert answer.result().status_code == 500 or answer.result().json()["status"] == "failed"
+    assert updatable.context.client.num_in_flight == 0
+
+
+def test_an_unload_amid_many_texts(updatable: RunningServer, fake_engine: FakeEngine) -> None:
+    """They are submitted in portions."""
+    fake_engine.pause()
+    texts = [f"{number}" for number in range(30)]
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(ask, updatable, EMBEDDINGS, "chess", input=texts)
+        wait_until(lambda: fake_engine.num_choices)
+        assert unload(updatable, "chess").status_code == 200
+        assert len(fake_engine.submits) < len(texts)
+        fake_engine.resume()
+        assert len(answer.result().json()["data"]) == len(texts)
+    assert {submit.lora_fingerprint for submit in fake_engine.submits} == {CHESS.fingerprint}
 
 
 def test_what_runs_goes_on(updatable: RunningServer, fake_engine: FakeEngine) -> None:
@@ -393,6 +481,53 @@ def test_death_of_the_engine_during_a_load(address: str, model_folder: Path, tmp
         check_error(answer.result(), 503)
         check_error(load(server, lora_name="go", lora_path=path), 503)
         assert "go" not in server.context.client.adapters
+
+
+# At shutdown.
+
+
+def check_shutting_down(answer: httpx.Response) -> None:
+    assert "shutting down" in check_error(answer, 503)["message"]
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert answer.headers["connection"] == "close"
+
+
+def test_shutdown_ends_the_wait_for_adapters(updatable: RunningServer, fake_engine: FakeEngine, tmp_path: Path) -> None:
+    path = str(write_adapter(tmp_path / "go"))
+    fake_engine.config.ignores_adapters = True
+    with ThreadPoolExecutor() as threads:
+        answers = [
+            threads.submit(load, updatable, lora_name="go", lora_path=path),
+            threads.submit(unload, updatable, "chess"),
+        ]
+        changes = (LoadAdapter, UnloadAdapter)
+        wait_until(lambda: sum(isinstance(message, changes) for message in fake_engine.received) == 2)
+        of_thread(updatable, updatable.context.client.drain)
+        for answer in answers:
+            check_shutting_down(answer.result(5))
+    check_shutting_down(load(updatable, lora_name="go", lora_path=path))
+    check_shutting_down(unload(updatable, "org/sql"))
+    assert sum(isinstance(message, changes) for message in fake_engine.received) == 2
+
+
+def test_shutdown_ends_the_wait_for_what_is_fetched(updatable: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, fetched = threading.Event(), threading.Event()
+
+    def fetch(name: str) -> Path:
+        asked.set()
+        assert fetched.wait(10)
+        return Path(name)
+
+    monkeypatch.setattr(adapters, "resolve_adapter", fetch)
+    try:
+        with ThreadPoolExecutor() as threads:
+            answer = threads.submit(load, updatable, lora_name="go", lora_path="org/go")
+            assert asked.wait(10)
+            of_thread(updatable, updatable.context.client.drain)
+            check_shutting_down(answer.result(5))
+    finally:
+        fetched.set()
+    assert not [message for message in updatable.engine.received if isinstance(message, LoadAdapter)]
 
 
 # Metrics.

@@ -24,6 +24,7 @@ import pytest
 
 from server.api import Life, bind, raise_file_limit, run, url
 from server.settings import ApiProcessConfig, Settings
+from tests.server.asking import write_adapter
 from tests.server.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.server.serving import check_envelope, check_error, wait_until
 
@@ -179,6 +180,31 @@ def test_what_does_not_finish_in_time_gets_an_error(start_api: StartApi) -> None
     assert time.monotonic() - terminated < 3
     check_error(plain.result(), 503)
     assert last_error(stream.result())["type"] == "service_unavailable_error"
+
+
+def test_nobody_waits_for_adapters(start_api: StartApi, tmp_path: Path) -> None:
+    api = start_api({"max_loras": 2, "ignores_adapters": True}, allow_runtime_lora_updating=True)
+    body = {"lora_name": "go", "lora_path": str(write_adapter(tmp_path / "go"))}
+    load = Background(lambda: httpx.post(f"{api.url}/v1/load_lora_adapter", json=body, timeout=20))
+    time.sleep(0.5)
+    assert load.response is None
+    api.process.terminate()
+    assert api.wait(3) == 0
+    assert "shutting down" in check_error(load.result(), 503)["message"]
+
+
+def test_nobody_waits_for_what_is_fetched(start_api: StartApi) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:  # which never answers
+        endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        environment = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        api = start_api({"max_loras": 2}, environment=environment, allow_runtime_lora_updating=True)
+        body = {"lora_name": "go", "lora_path": "org/go"}
+        load = Background(lambda: httpx.post(f"{api.url}/v1/load_lora_adapter", json=body, timeout=20))
+        hub.settimeout(20)
+        with hub.accept()[0]:
+            api.process.terminate()
+            assert api.wait(3) == 0
+        assert "shutting down" in check_error(load.result(), 503)["message"]
 
 
 def test_a_second_sigterm_ends_it_at_once(start_api: StartApi) -> None:

@@ -73,7 +73,18 @@ def test_help_of_serve_has_every_setting_with_its_default(
     [
         (["serve", "--prot", "1"], "unknown flag --prot"),
         (["serve", "--por", "1"], "unknown flag --por"),
-        (["serve", "a", "b"], "unexpected argument 'b'"),
+        (["serve", "a", "b"], "unexpected argument 'b' (see"),
+        (
+            ["serve", "a", "--lora-modules", "b=/b", "c=/c"],
+            "unexpected argument 'c=/c': each adapter has a --lora-modules of its own",
+        ),
+        (
+            ["serve", "a", "--lora-modules", '{"name": "b", "path": "/b"}', '{"name": "c", "path": "/c"}'],
+            "each adapter has a --lora-modules of its own",
+        ),
+        (["serve", "--lora-modules", '{"name": "b"}'], "--lora-modules: expected NAME=PATH, the name of"),
+        (["serve", "--enable-lora"], "unknown flag --enable-lora: adapters are on with --lora-modules or --allow-"),
+        (["serve", "--max-cpu-loras=4"], "unknown flag --max-cpu-loras: --max-loras is the number of adapters that"),
         (["serve", "--port"], "argument --port: expected one argument"),
         (["serve", "--port", "x"], "--port: expected an integer from 0 to 65535, got 'x'"),
         (["serve", "--block-size", "17"], "--block-size: expected one of 16, 32, 64, 128, got '17'"),
@@ -119,6 +130,9 @@ def test_variables_are_checked() -> None:
 def test_models_that_cannot_be_had_are_failures() -> None:
     assert_one_line(lightwell("serve", "nothing"), 1, "model 'nothing' is neither")
     assert_one_line(lightwell("pull", "./nothing"), 1, "model './nothing' is neither")
+    done = lightwell("serve", "--lora-modules", "a=/a", "b=/b")
+    assert_one_line(done, 1, "model 'b=/b' is neither")
+    assert done.stderr.endswith("; each adapter has a --lora-modules of its own\n")
 
 
 def test_pull_prints_the_path(smollm2_path: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from engine.messages import (
     AdapterDone,
     FinishReason,
     Hello,
+    LoraAdapter,
     SamplingParams,
     Submit,
     ToEngine,
@@ -25,16 +26,14 @@ from engine.messages import (
 from server.adapters import AdapterBook
 from server.client import EngineClient, RequestStream
 from server.errors import (
+    AdapterNotFoundError,
     APIError,
-    BadRequestError,
     EngineDeadError,
     EngineUnavailableError,
     InvalidValueError,
-    ModelNotFoundError,
     QueueFullError,
 )
 from server.metrics import Metrics
-from server.throughput import Throughput
 from tests.server.fake_engine import EOS_TOKEN_ID, FakeEngine, FakeEngineConfig, FakeEngineProcess, make_adapter
 
 pytestmark = pytest.mark.anyio
@@ -368,8 +367,8 @@ async def test_close_ends_streams(fake_engine: FakeEngine) -> None:
         await read(stream)
 
 
-def of_adapter(name: str) -> Submit:
-    return msgspec.structs.replace(request(), lora_name=name)
+def of_adapter(adapter: LoraAdapter, request_id: str = "r") -> Submit:
+    return msgspec.structs.replace(request(request_id), lora_name=adapter.name, lora_fingerprint=adapter.fingerprint)
 
 
 async def test_adapters(address: str) -> None:
@@ -384,34 +383,42 @@ async def test_adapters(address: str) -> None:
                 "go": "/go",
             }
             await until(lambda: other.adapters == client.adapters)
-            await read(client.submit(of_adapter("go")))
+            await read(client.submit(of_adapter(client.adapters["go"])))
             assert engine.submits[-1].lora_name == "go"
-            with pytest.raises(BadRequestError, match="adapter go is loaded already"):
+            with pytest.raises(InvalidValueError, match="adapter go is loaded already"):
                 await client.load_adapter("go", "/other", False)
             await client.load_adapter("go", "/other", True)
             assert client.adapters["go"].path == "/other"
             await other.unload_adapter("go")
             await until(lambda: list(client.adapters) == ["chess"])
-            with pytest.raises(BadRequestError, match="no adapter is called go"):
+            with pytest.raises(AdapterNotFoundError, match="'go' cannot be found"):
                 await client.unload_adapter("go")
 
 
-async def test_nothing_is_submitted_behind_an_unload(address: str) -> None:
-    config = FakeEngineConfig(address=address, adapters=[make_adapter("chess"), make_adapter("go")], max_loras=3)
+async def test_what_is_submitted_behind_an_unload(address: str) -> None:
+    """Nobody finds the adapter any more; who found it before gets an answer, if the engine still has the weights."""
+    chess, go = make_adapter("chess"), make_adapter("go")
+    config = FakeEngineConfig(address=address, adapters=[chess, go], max_loras=3)
     with FakeEngine(config) as engine:
         async with ready(address) as client:
-            stream = client.submit(of_adapter("chess"))
+            streams = [client.submit(of_adapter(chess, "a"))]
             unloading = asyncio.create_task(client.unload_adapter("chess"))
             loading = asyncio.create_task(client.load_adapter("sql", "/sql", False))
             await asyncio.sleep(0)
-            with pytest.raises(ModelNotFoundError):
-                client.submit(of_adapter("chess"))
-            assert client.num_in_flight == 1
+            assert list(client.adapters) == ["go"]
+            streams.append(client.submit(of_adapter(chess, "b")))
             await unloading
             await loading
             assert list(client.adapters) == ["go", "sql"]
-            assert tokens(await read(stream))[:-1] == config.reply
-            assert [submit.lora_name for submit in engine.submits] == ["chess"]
+            await client.load_adapter("chess", "/another", False)
+            streams.append(client.submit(of_adapter(chess, "c")))
+            assert [tokens(await read(stream))[:-1] for stream in streams] == [config.reply] * 3
+            assert {submit.lora_fingerprint for submit in engine.submits} == {chess.fingerprint}
+            config.forgets_adapters = True
+            await client.unload_adapter("go")
+            (event,) = await read(client.submit(of_adapter(go, "d")))
+            assert event.finish_reason is FinishReason.ERROR
+            assert client.num_in_flight == 0
 
 
 async def test_what_the_engine_said_before_it_read_of_an_unload() -> None:
@@ -515,21 +522,3 @@ async def test_metrics_follow_events(fake_engine: FakeEngine) -> None:
         with pytest.raises(InvalidValueError):
             client.reserve(1000)
         assert value("requests_rejected_total", reason="too_many_choices") == 1
-
-
-@pytest.mark.parametrize(
-    ("ends", "count", "now", "expected"),
-    [
-        ([], 1, 100.0, 0),  # just became busy
-        ([], 1, 104.0, 4),  # busy for 4 s, and none ended
-        ([101.0, 102.0, 103.0, 104.0], 1, 104.0, 1),
-        ([101.0, 102.0, 103.0, 104.0], 8, 104.0, 8),
-        ([101.0], 1, 200.0, 30),  # long ago does not count
-    ],
-)
-async def test_retry_after_follows_throughput(ends: list[float], count: int, now: float, expected: float) -> None:
-    throughput = Throughput()
-    throughput.start(100.0)
-    for end in ends:
-        throughput.add(end)
-    assert throughput.seconds_until(count, now) == expected

@@ -300,6 +300,12 @@ def test_failures_of_hugging_face_are_one_line(monkeypatch: pytest.MonkeyPatch, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["x\0y", "~\0x", "~\ud800", "~/x\0y", "x" * 5000])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(ModelError, match="is neither an existing file or folder"):
+        resolve_model(name)
+
+
 # LoRA adapters.
 
 
@@ -333,7 +339,9 @@ def test_what_is_no_adapter(tmp_path: Path, files: list[str], name: str, message
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nothing", "./org/name", "/org/name", "a/b/c", "smollm2-135m", "x\0y", "x" * 5000])
+@pytest.mark.parametrize(
+    "name", ["nothing", "./org/name", "/org/name", "a/b/c", "smollm2-135m", "x\0y", "~\0x", "~\ud800", "x" * 5000]
+)
 def test_what_adapter_is_not_there(name: str) -> None:
     with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
         resolve_adapter(name)

@@ -96,7 +96,7 @@ INVALID: dict[str, list[str]] = {
     "speculative": ["on", "false", "", "OFF"],
     "enforce_eager": ["none"],
     "batch_invariant": ["none"],
-    "lora_modules": ["", "/a/sql", "=/a/sql", "sql=", "s q=/a", "a" * 129 + "=/a"],
+    "lora_modules": ["", "/a/sql", "=/a/sql", "sql=", "sql= ", "s q=/a", "a=/\0", "a" * 129 + "=/a", "{", "{}"],
     "max_loras": ["0", "1025", "all"],
     "max_lora_rank": ["0", "4097"],
     "allow_runtime_lora_updating": ["maybe", "2"],
@@ -320,6 +320,44 @@ def test_adapters_have_names_of_their_own() -> None:
         from_flags("--lora-modules", "a=/x", "--lora-modules", "a=/y")
     with pytest.raises(SettingsError, match="--lora-modules: gpt is the name of the model"):
         from_flags("--lora-modules", "gpt=/x", "--served-model-name", "other", "--served-model-name", "gpt")
+
+
+def test_vllms_json_of_an_adapter(tmp_path: Path) -> None:
+    module = {"name": "org/sql", "path": "/a/x=y,z"}
+    for given in (module, module | {"base_model_name": "gpt"}, module | {"base_model_name": None}):
+        text = msgspec.json.encode(given).decode()
+        for settings in (
+            from_flags("--lora-modules", text),
+            load_settings(config=write(tmp_path, f"lora-modules: {text}\n")),
+            load_settings(config=write(tmp_path, f"lora-modules: [{text}]\n")),
+        ):
+            assert settings.lora_paths == {"org/sql": "/a/x=y,z"}
+    assert from_flags("--lora-modules", '{"name":"a","path":"b"}', "--lora-modules", "c=d").lora_paths == {
+        "a": "b",
+        "c": "d",
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "a"}',
+        '{"path": "/a"}',
+        '{"name": "a", "path": ""}',
+        '{"name": "", "path": "/a"}',
+        '{"name": "a=b", "path": "/a"}',
+        '{"name": "a", "path": 5}',
+        '{"name": "a", "path": "/a\\u0000"}',
+        '{"name": "a", "path": "/a", "rank": 8}',
+        '{"name": "a", "path": "/a"',
+        '[{"name": "a", "path": "/a"}]',
+        "{" * 100_000,
+        '{"a":' * 100_000,
+    ],
+)
+def test_what_is_no_adapter(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--lora-modules: expected NAME=PATH, the name of letters"):
+        from_flags("--lora-modules", text)
 
 
 def test_places_for_adapters() -> None:
