@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4
+MAX_SHOWN = 200
 DEFAULT_ALIGNMENT = 32
 
 UINT32, UINT64 = Struct("<I"), Struct("<Q")
@@ -82,21 +83,28 @@ class TensorInfo(NamedTuple):
     n_bytes: int
 
 
+def short(name: str) -> str:
+    """For messages: a file's names can be as long as the file."""
+    return name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+
+
 class _Reader:
     """Reads values one after the other. What would reach beyond the end of the file is a ValueError."""
 
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
+    def __init__(self, data: mmap.mmap | bytearray, file_size: int, path: Path) -> None:
         self._data = data
         self._size = len(data)
+        whole = self._size >= file_size
+        self._end = f"the file ends at byte {file_size}" if whole else f"the header may only reach byte {self._size}"
         self._path = path
         self.position = 0
 
     def error(self, field: str, problem: str) -> ValueError:
-        return ValueError(f"{self._path}: {field}: {problem}")
+        return ValueError(f"{self._path}: {short(field)}: {problem}")
 
     def require(self, num_bytes: int, field: str) -> None:
         if num_bytes > self._size - self.position:
-            problem = f"needs {num_bytes} bytes at byte {self.position}, but the file ends at byte {self._size}"
+            problem = f"needs {num_bytes} bytes at byte {self.position}, but {self._end}"
             raise self.error(field, problem)
 
     def number(self, layout: Struct, field: str) -> Any:
@@ -118,7 +126,7 @@ class _Reader:
                 start = position + 8
                 position = start + unpack(data, position)[0]
                 if position > size:
-                    raise self.error(field, f"string {len(values)} is longer than the rest of the file")
+                    raise self.error(field, f"string {len(values)} is longer than the rest: {self._end}")
                 values.append(data[start:position].decode())
         except UnicodeDecodeError as error:
             raise self.error(field, f"string {len(values)} is not UTF-8") from error
@@ -154,45 +162,25 @@ class _Reader:
         return self.numbers(code, count, field)
 
 
-class GGUFFile:
-    """An open GGUF file.
+class GGUFHeader:
+    """What a GGUF file says before its tensors: `data` is its beginning, or all of it, and `file_size` its size.
 
     Arrays of strings in `metadata` are lists, arrays of numbers `array.array`s (of booleans: bytes that are 0 or 1).
-    The whole file is checked on opening: every tensor of the directory lies inside it.
+    Every tensor of the directory lies inside the file.
 
     Raises:
         ValueError: not a GGUF file that this reader knows, or a truncated or inconsistent one.
-        OSError: the file cannot be read.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, data: mmap.mmap | bytearray, file_size: int) -> None:
+        self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self._data = _map(self.path)
-        try:
-            self._read()
-        except BaseException:
-            self.close()
-            raise
+        self._file_size = file_size
+        _check_magic(path, data[: len(MAGIC)])
+        self._read(_Reader(data, file_size, path))
 
-    def tensor_data(self, tensor: TensorInfo) -> memoryview:
-        """The tensor's bytes as the file holds them, read-only. To be released before `close`."""
-        return memoryview(self._data)[tensor.offset : tensor.offset + tensor.n_bytes]
-
-    def close(self) -> None:
-        self._data.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _read(self) -> None:
-        reader = _Reader(self._data, self.path)
+    def _read(self, reader: _Reader) -> None:
         num_tensors, num_keys = _read_header(reader)
         for index in range(num_keys):
             key = reader.string(f"name of metadata key {index}")
@@ -214,16 +202,51 @@ class GGUFFile:
                 raise reader.error(tensor.name, "the tensor occurs twice")
             if entry.offset % alignment:
                 raise reader.error(tensor.name, f"its offset {entry.offset} is not a multiple of {alignment}")
-            if tensor.offset + tensor.n_bytes > len(self._data):
-                end = tensor.offset + tensor.n_bytes
-                raise reader.error(tensor.name, f"ends at byte {end}, but the file ends at byte {len(self._data)}")
+            if (end := tensor.offset + tensor.n_bytes) > self._file_size:
+                raise reader.error(tensor.name, f"ends at byte {end}, but the file ends at byte {self._file_size}")
             self.tensors[tensor.name] = tensor
+
+
+class GGUFFile(GGUFHeader):
+    """An open GGUF file, memory-mapped.
+
+    Raises:
+        ValueError: as `GGUFHeader`.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._data = _map(Path(path))
+        try:
+            super().__init__(Path(path), self._data, len(self._data))
+        except BaseException:
+            self.close()
+            raise
+
+    def tensor_data(self, tensor: TensorInfo) -> memoryview:
+        """The tensor's bytes as the file holds them, read-only. To be released before `close`."""
+        return memoryview(self._data)[tensor.offset : tensor.offset + tensor.n_bytes]
+
+    def close(self) -> None:
+        self._data.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check_magic(path: Path, start: bytes | bytearray) -> None:
+    if start != MAGIC:
+        raise ValueError(f"{path}: not a GGUF file (it does not begin with {MAGIC.decode()})")
 
 
 def _map(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ValueError(f"{path}: not a GGUF file (it does not begin with {MAGIC.decode()})")
+        _check_magic(path, file.read(len(MAGIC)))
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.config.fields import Fields, shown
 from engine.config.gguf import GGUF_ARCHITECTURES, load_gguf
-from engine.config.huggingface import load_folder, read_json, refuse_pickle
+from engine.config.huggingface import load_folder, parse_json, refuse_pickle
 from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, RopeScaling
 from engine.gguf import GGUFFile
 
@@ -20,7 +20,7 @@ __all__ = [
     "ModelConfig",
     "RopeScaling",
     "load_model_config",
-    "read_json",
+    "parse_json",
     "refuse_pickle",
     "shown",
 ]

@@ -48,8 +48,13 @@ def load_folder(folder: Path) -> ModelConfig:
 
 def read_json(path: Path) -> Fields:
     """The object that a JSON file holds."""
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, data: bytes | bytearray) -> Fields:
+    """The object that a JSON file holds, of which `data` is the content."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):

@@ -1,4 +1,8 @@
-"""Reading LoRA adapters (Hu et al. 2021): PEFT's folders and llama.cpp's GGUF files."""
+"""Reading LoRA adapters (Hu et al. 2021): PEFT's folders and llama.cpp's GGUF files.
+
+Clients may name the files, and others may write them meanwhile. Of a file, its header is read first, and no matrix
+before all of them, and the file's size, have been found to be what an adapter of the model can have.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,23 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.config import GGUF_ARCHITECTURES, Fields, ModelConfig, refuse_pickle, shown
-from engine.gguf import GGUFFile, TensorInfo
+from engine.gguf import GGUFHeader, TensorInfo, short
+from engine.weights.files import RegularFile
 from engine.weights.gguf import dequantize, huggingface_name, in_huggingface_order
 from engine.weights.lora_config import read_lora_scales
-from engine.weights.safetensors import read_tensors
+from engine.weights.safetensors import StoredTensor, read_header, read_tensor
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_HEADER_BYTES = 2**22
+MAX_NUMBER_BYTES = 8
 
 # Some tools leave the adapter's name in those of the tensors, which is "default" unless someone chose another.
 PEFT_NAME = re.compile(r"base_model\.model\.(model\.layers\..+)\.(lora_[AB])(?:\.default)?\.weight")
@@ -58,28 +66,41 @@ class LoraCheckpoint:
         return max(len(matrices.a) for matrices in self.modules.values())
 
 
-Halves = dict[tuple[str, str], tuple[str, Tensor]]  # (module, lora_A or lora_B) -> name in the file, float32
+@dataclass(frozen=True)
+class _Half:
+    """One of the two matrices of a module, as a file has it."""
+
+    name: str  # in the file
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]  # in float32
 
 
-def load_lora(path: Path, config: ModelConfig) -> LoraCheckpoint:
+Halves = dict[tuple[str, str], _Half]  # by the module, and lora_A or lora_B
+Scales = Callable[[dict[str, int]], dict[str, float]]  # the modules' ranks -> what their products are multiplied by
+
+
+def load_lora(path: Path, config: ModelConfig, max_rank: int | None = None) -> LoraCheckpoint:
     """Read an adapter for a model.
 
     Raises:
-        ValueError: a missing or damaged file, pickle files, an adapter of another kind or for another model. Names it.
+        ValueError: a missing or damaged file, pickle files, an adapter of another kind, for another model, or of a
+            rank above `max_rank`. Names it. There is no other exception, whatever the files hold.
     """
     try:
         if path.is_dir():
-            modules = _load_folder(path, config)
+            modules = _load_folder(path, config, max_rank)
         elif path.is_file():
-            modules = _load_gguf(path, config)
+            modules = _load_gguf(path, config, max_rank)
         else:
             raise ValueError(f"{path}: no such adapter (expected a GGUF file, or a folder with {CONFIG_NAME})")
+        return LoraCheckpoint(modules, _fingerprint(modules))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return LoraCheckpoint(modules, _fingerprint(modules))
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError) as error:  # from torch, NumPy and `gguf`
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _load_folder(folder: Path, config: ModelConfig) -> dict[str, LoraMatrices]:
+def _load_folder(folder: Path, config: ModelConfig, max_rank: int | None) -> dict[str, LoraMatrices]:
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         refuse_pickle(folder)
@@ -88,16 +109,21 @@ def _load_folder(folder: Path, config: ModelConfig) -> dict[str, LoraMatrices]:
             raise ValueError(f"{folder}: no {path.name} in this folder")
     scales = read_lora_scales(folder / CONFIG_NAME)
     halves: Halves = {}
-    for name, tensor in read_tensors(weights, set()):
-        try:
-            key = _peft_key(name)
-            _check_shape(*key, tuple(tensor.shape), config)
-        except ValueError as error:
-            raise ValueError(f"{weights}: {name}: {error}") from error
-        if key in halves:
-            raise ValueError(f"{weights}: {name}: is there twice, also as {halves[key][0]}")
-        halves[key] = name, tensor.to(torch.float32, copy=True)  # a copy, because the file may change later
-    return _scaled_pairs(weights, halves, scales.scale)
+    with RegularFile(weights) as file:
+        for tensor in read_header(file, MAX_HEADER_BYTES):
+            try:
+                key = _peft_key(tensor.name)
+                _check_shape(*key, tensor.shape, config)
+            except ValueError as error:
+                raise ValueError(f"{weights}: {short(tensor.name)}: {error}") from error
+            if key in halves:
+                raise ValueError(f"{weights}: {tensor.name}: is there twice, also as {halves[key].name}")
+            halves[key] = _Half(tensor.name, tensor.shape, partial(_read_peft_tensor, file, tensor))
+        return _read_modules(file, halves, scales.scales, _max_size(config, max_rank), max_rank)
+
+
+def _read_peft_tensor(file: RegularFile, tensor: StoredTensor) -> Tensor:
+    return read_tensor(file, tensor).to(torch.float32)
 
 
 def _peft_key(name: str) -> tuple[str, str]:
@@ -109,23 +135,28 @@ def _peft_key(name: str) -> tuple[str, str]:
     raise ValueError("is neither lora_A nor lora_B of a layer's module")
 
 
-def _load_gguf(path: Path, config: ModelConfig) -> dict[str, LoraMatrices]:
+def _load_gguf(path: Path, config: ModelConfig, max_rank: int | None) -> dict[str, LoraMatrices]:
     halves: Halves = {}
-    with GGUFFile(path) as file:
-        alpha = _gguf_alpha(file)
-        for tensor in file.tensors.values():
+    with RegularFile(path) as file:
+        header = GGUFHeader(path, file.read(0, min(file.size, MAX_HEADER_BYTES)), file.size)
+        alpha = _gguf_alpha(header)
+        for tensor in header.tensors.values():
             try:
                 key = _gguf_key(tensor.name)
                 _check_shape(*key, tensor.shape, config)
-                halves[key] = tensor.name, _read_gguf_tensor(file, tensor, key, config)
-            except (ValueError, NotImplementedError) as error:
-                raise ValueError(f"{path}: {tensor.name}: {error}") from error
-    # As in llama.cpp, which knows neither an alpha of 0 nor rank-stabilised LoRA.
-    return _scaled_pairs(path, halves, lambda _, rank: alpha / rank if alpha else 1.0)
+            except ValueError as error:
+                raise ValueError(f"{path}: {short(tensor.name)}: {error}") from error
+            halves[key] = _Half(tensor.name, tensor.shape, partial(_read_gguf_tensor, file, tensor, key, config))
+        return _read_modules(file, halves, partial(_gguf_scales, alpha), _max_size(config, max_rank), max_rank)
 
 
-def _gguf_alpha(file: GGUFFile) -> float:
-    fields = Fields(str(file.path), file.metadata)
+def _gguf_scales(alpha: float, ranks: dict[str, int]) -> dict[str, float]:
+    """As in llama.cpp, which knows neither an alpha of 0 nor rank-stabilised LoRA."""
+    return {module: alpha / rank if alpha else 1.0 for module, rank in ranks.items()}
+
+
+def _gguf_alpha(header: GGUFHeader) -> float:
+    fields = Fields(str(header.path), header.metadata)
     if (file_type := fields.string("general.type", "not named")) != "adapter":
         raise fields.error("general.type", f"must be 'adapter', not {shown(file_type)}")
     if (adapter_type := fields.string("adapter.type", "not named")) != "lora":
@@ -144,13 +175,15 @@ def _gguf_key(name: str) -> tuple[str, str]:
     return huggingface_name(match[1]).removesuffix(".weight"), f"lora_{match[2][-1].upper()}"
 
 
-def _read_gguf_tensor(file: GGUFFile, tensor: TensorInfo, key: tuple[str, str], config: ModelConfig) -> Tensor:
+def _read_gguf_tensor(file: RegularFile, tensor: TensorInfo, key: tuple[str, str], config: ModelConfig) -> Tensor:
     module, half = key
-    with file.tensor_data(tensor) as view:
-        data = bytes(view)
-    if half == "lora_B":  # its rows are those of the product
-        data = bytes(in_huggingface_order(f"{module}.weight", data, tensor.shape[0], config))
-    return dequantize(data, tensor.ggml_type, tensor.shape, torch.float32)
+    data: memoryview | bytes = memoryview(file.read(tensor.offset, tensor.n_bytes))
+    try:
+        if half == "lora_B":  # its rows are those of the product
+            data = in_huggingface_order(f"{module}.weight", data, tensor.shape[0], config)
+        return dequantize(data, tensor.ggml_type, tensor.shape, torch.float32)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{file.path}: {tensor.name}: {error}") from error
 
 
 def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -186,27 +219,55 @@ def _check_shape(module: str, half: str, shape: tuple[int, ...], config: ModelCo
         raise ValueError(f"has shape {shape}, but the model needs {expected}")
 
 
-def _scaled_pairs(path: Path, halves: Halves, scale: Callable[[str, int], float]) -> dict[str, LoraMatrices]:
-    """`scale` is called with a module and its rank."""
+def _max_size(config: ModelConfig, max_rank: int | None) -> int:
+    """Bytes of an adapter's file at most. More than the smaller side of a weight is of no use as a rank."""
+    numbers = sum(
+        (min(sizes) if max_rank is None else max_rank) * sum(sizes) for sizes in _module_shapes(config).values()
+    )
+    return MAX_HEADER_BYTES + config.num_hidden_layers * numbers * MAX_NUMBER_BYTES
+
+
+def _read_modules(
+    file: RegularFile, halves: Halves, scales: Scales, max_size: int, max_rank: int | None
+) -> dict[str, LoraMatrices]:
+    """Judge them all, then read them."""
+    ranks = _ranks(file.path, halves)
+    if max_rank is not None and (rank := max(ranks.values())) > max_rank:
+        raise ValueError(f"{file.path}: rank {rank} is more than the {max_rank} of --max-lora-rank")
+    if file.size > max_size:
+        raise ValueError(f"{file.path}: has {file.size} bytes, but adapters of this model at most {max_size}")
+    modules: dict[str, LoraMatrices] = {}
+    for module, scale in scales(ranks).items():
+        a, b = (_read_half(file.path, halves[module, half]) for half in ("lora_A", "lora_B"))
+        if not b.mul_(scale).isfinite().all():
+            name = halves[module, "lora_B"].name
+            raise ValueError(f"{file.path}: {name}: becomes infinite where it is scaled by {scale}")
+        modules[module] = LoraMatrices(a, b)
+    return modules
+
+
+def _ranks(path: Path, halves: Halves) -> dict[str, int]:
+    """By module, in the order of their names."""
     if not halves:
         raise ValueError(f"{path}: holds no LoRA matrices")
-    for (module, half), (name, matrix) in halves.items():
+    for (module, half), matrix in halves.items():
         other = "lora_B" if half == "lora_A" else "lora_A"
         if (module, other) not in halves:
-            raise ValueError(f"{path}: {name}: has no {other} beside it")
-        if not matrix.isfinite().all():
-            raise ValueError(f"{path}: {name}: holds numbers that are infinite or not a number")
-    modules: dict[str, LoraMatrices] = {}
+            raise ValueError(f"{path}: {matrix.name}: has no {other} beside it")
+    ranks: dict[str, int] = {}
     for module in sorted({module for module, _ in halves}):
-        (_, a), (name, b) = halves[module, "lora_A"], halves[module, "lora_B"]
-        rank = len(a)
-        if rank != b.shape[1]:
-            raise ValueError(f"{path}: {name}: has rank {b.shape[1]}, but its lora_A has rank {rank}")
-        scaled = b * scale(module, rank)
-        if not scaled.isfinite().all():
-            raise ValueError(f"{path}: {name}: becomes infinite where it is scaled by {scale(module, rank)}")
-        modules[module] = LoraMatrices(a, scaled)
-    return modules
+        a, b = halves[module, "lora_A"], halves[module, "lora_B"]
+        ranks[module] = a.shape[0]
+        if b.shape[1] != ranks[module]:
+            raise ValueError(f"{path}: {b.name}: has rank {b.shape[1]}, but its lora_A has rank {ranks[module]}")
+    return ranks
+
+
+def _read_half(path: Path, half: _Half) -> Tensor:
+    matrix = half.read()
+    if not matrix.isfinite().all():
+        raise ValueError(f"{path}: {half.name}: holds numbers that are infinite or not a number")
+    return matrix
 
 
 def _fingerprint(modules: dict[str, LoraMatrices]) -> str:

@@ -1,17 +1,26 @@
 """What adapter_config.json says of a LoRA adapter, as PEFT writes it: how its matrices are scaled.
 
-What would make them something else than W + scale B A for the plain weights W of the model is refused. The rest of the
-file, as how the adapter was initialised or trained, does not matter.
+What would make them something else than W + scale B A for the plain weights W of the model is refused. What is known
+not to matter, as how the adapter was initialised or trained, is not read. A warning names what is set besides.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from engine.config import Fields, read_json, shown
+from engine.config import Fields, parse_json, shown
+from engine.weights.files import read_file
+
+log = logging.getLogger(__name__)
+
+MAX_CONFIG_BYTES = 2**20
 
 # Methods that a boolean switches on.
 REFUSED_SWITCHES = {
@@ -35,11 +44,53 @@ REFUSED_CONFIGS = {
     "monteclora_config": "MonteCLoRA, which samples its matrices, is not supported",
     "use_bdlora": "BD-LoRA, whose matrices are block-diagonal, is not supported",
 }
+# What is read besides ...
+READ_KEYS = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "bias",
+    "init_lora_weights",
+}
+# ... and what does not matter once the matrices are there: where they come from, how they began and were trained, and
+# which modules have some.
+HARMLESS_KEYS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "velora_config",
+}
+KNOWN_KEYS = READ_KEYS | HARMLESS_KEYS | REFUSED_SWITCHES.keys() | REFUSED_LISTS.keys() | REFUSED_CONFIGS.keys()
+
 # PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ replace the model's weights by others, on which the adapter depends. PEFT can
 # convert all but the last to plain LoRA when it saves them, and says "true" then.
 HARMLESS_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
-# Of regular expressions, what names of modules need, and what takes Python's backtracking matcher no long time.
+# Of regular expressions, what names of modules need, and what takes Python's backtracking matcher no long time: some
+# milliseconds for the worst. EVA writes a name for each module, without branchings.
+MAX_PATTERNS = 4096
+MAX_BRANCHING_PATTERNS = 32
+MAX_MATCH_SECONDS = 2.0  # of the processor, for all modules; that of any real adapter is a fraction of a second
 MAX_PATTERN_LENGTH = 500
 MAX_BRANCHINGS = 4  # groups, and characters that may be repeated
 MAX_ALTERNATIVES = 100
@@ -48,7 +99,16 @@ _BRANCH = rf"\^?(?:{_CHARACTER}[*+?]?|\((?:\?:)?(?:{_CHARACTER}|\|)+\))*\$?"
 PATTERN = re.compile(rf"{_BRANCH}(?:\|{_BRANCH})*")
 BRANCHINGS = re.compile(r"[*+?]|\((?!\?)")
 
-Patterns = list[tuple[re.Pattern[str], float]]
+
+class Pattern(NamedTuple):
+    """A number for the modules whose name, or its last parts, match a regular expression."""
+
+    regex: re.Pattern[str]
+    number: float
+    branches: bool
+
+
+Patterns = list[Pattern]
 
 
 @dataclass(frozen=True)
@@ -62,21 +122,39 @@ class LoraScales:
     alpha_pattern: Patterns
     use_rslora: bool
 
-    def scale(self, module: str, rank: int) -> float:
-        """For the matrices of that rank of a module."""
-        expected = _first_match(self.rank_pattern, module) or self.rank
+    def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """For modules whose matrices have these ranks."""
+        deadline = time.thread_time() + MAX_MATCH_SECONDS
+        return {module: self._scale(module, rank, deadline) for module, rank in ranks.items()}
+
+    def _scale(self, module: str, rank: int, deadline: float) -> float:
+        expected = self._first_match(self.rank_pattern, module, deadline) or self.rank
         if expected not in (None, rank):
             raise ValueError(f"{self.path}: r: is {expected:g} for {module}, whose matrices have rank {rank}")
-        alpha = _first_match(self.alpha_pattern, module) or self.alpha
+        alpha = self._first_match(self.alpha_pattern, module, deadline) or self.alpha
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _first_match(self, patterns: Patterns, module: str, deadline: float) -> float | None:
+        self._check_time(deadline)
+        for regex, number, branches in patterns:
+            if branches:
+                self._check_time(deadline)
+            if regex.match(module):
+                return number
+        return None
+
+    def _check_time(self, deadline: float) -> None:
+        if time.thread_time() > deadline:
+            raise ValueError(f"{self.path}: rank_pattern and alpha_pattern take too long to match")
 
 
 def read_lora_scales(path: Path) -> LoraScales:
     """Read adapter_config.json; ValueError for any kind of adapter that is not plain LoRA."""
-    fields = read_json(path)
+    fields = parse_json(path, read_file(path, MAX_CONFIG_BYTES))
     if (peft_type := fields.string("peft_type", "not named")) != "LORA":
         raise fields.error("peft_type", f"{shown(peft_type)} is not supported, only 'LORA'")
     _refuse_other_methods(fields)
+    _warn_of_unknown_keys(fields)
     alpha = fields.optional_number("lora_alpha", zero=False)
     if alpha is None:
         raise fields.error("lora_alpha", "is missing")
@@ -111,37 +189,51 @@ def _refuse_other_methods(fields: Fields) -> None:
         )
 
 
+def _warn_of_unknown_keys(fields: Fields) -> None:
+    if unknown := sorted(key for key, value in fields.values.items() if value and key not in KNOWN_KEYS):
+        log.warning("%s: left out of account, because it is not known here: %s", fields.source, shown(unknown))
+
+
 def _patterns(fields: Fields, key: str) -> Patterns:
-    """Numbers for modules whose name, or its last parts, match a regular expression."""
     values = fields.values.get(key)
     if values is None:
         return []
     if not isinstance(values, dict):
         raise fields.error(key, f"must be an object, not {shown(values)}")
+    if len(values) > MAX_PATTERNS:
+        raise fields.error(key, f"has {len(values)} patterns, more than {MAX_PATTERNS}")
     numbers = Fields(f"{fields.source}: {key}", values)
     patterns: Patterns = []
+    num_branching = 0
     for pattern in values:
+        branches = _branches(numbers, pattern)
+        num_branching += branches
+        if num_branching > MAX_BRANCHING_PATTERNS:
+            raise fields.error(key, f"has more than {MAX_BRANCHING_PATTERNS} patterns with repetitions or alternatives")
         number = numbers.optional_number(pattern, zero=False)
         if number is None:
             raise numbers.error(pattern, "must be a number above 0, not None")
-        patterns.append((_compile(numbers, pattern), number))
+        patterns.append(Pattern(_compile(numbers, pattern), number, branches))
     return patterns
 
 
-def _compile(numbers: Fields, pattern: str) -> re.Pattern[str]:
+def _branches(numbers: Fields, pattern: str) -> bool:
+    """Whether a matcher may have to try several ways; ValueError for a pattern where they are too many."""
+    num_alternatives = pattern.count("|") + 1
+    num_branchings = len(BRANCHINGS.findall(pattern))
     is_simple = (
         len(pattern) <= MAX_PATTERN_LENGTH
-        and pattern.count("|") < MAX_ALTERNATIVES
-        and len(BRANCHINGS.findall(pattern)) <= MAX_BRANCHINGS
+        and num_alternatives <= MAX_ALTERNATIVES
+        and num_branchings <= MAX_BRANCHINGS
         and PATTERN.fullmatch(pattern)
     )
     if not is_simple:
         raise numbers.error(shown(pattern), "is neither a module's name nor a simple regular expression for some")
+    return num_branchings > 0 or num_alternatives > 1
+
+
+def _compile(numbers: Fields, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except re.error as error:
         raise numbers.error(shown(pattern), f"is not a regular expression ({error})") from error
-
-
-def _first_match(patterns: Patterns, module: str) -> float | None:
-    return next((number for pattern, number in patterns if pattern.match(module)), None)

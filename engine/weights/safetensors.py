@@ -1,18 +1,23 @@
-"""Weights from a folder of safetensors files, in one piece or sharded."""
+"""Weights from a folder of safetensors files, in one piece or sharded, and the header of such a file."""
 
 import json
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.config import ModelConfig, refuse_pickle
+from engine.gguf import short
+from engine.weights.files import RegularFile
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_DIMS = 8
 
 
 def load_safetensors(
@@ -84,3 +89,61 @@ def read_tensors(shard: Path, expected: set[str]) -> Iterator[tuple[str, torch.T
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{shard}: not a valid safetensors file ({error})") from error
+
+
+class StoredTensor(NamedTuple):
+    """One entry of a header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte of the file
+    num_bytes: int
+
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=MAX_DIMS)]
+    data_offsets: tuple[Size, Size]
+
+
+def read_header(file: RegularFile, max_bytes: int) -> list[StoredTensor]:
+    """The tensors of a file, in its order, of whose header no more than `max_bytes` are read.
+
+    Raises:
+        ValueError: a header that is longer or damaged, or a file that does not consist of what the header names.
+    """
+    length = int.from_bytes(file.read(0, min(8, file.size)), "little")
+    if not 0 < length <= min(max_bytes, file.size - 8):
+        raise _damaged(file, f"a header of {length} bytes in a file of {file.size}, where at most {max_bytes} may be")
+    try:
+        parts = msgspec.json.decode(file.read(8, length), type=dict[str, msgspec.Raw])
+        parts.pop("__metadata__", None)
+        entries = {name: msgspec.json.decode(part, type=_Entry) for name, part in parts.items()}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _damaged(file, str(error)) from error
+    tensors: list[StoredTensor] = []
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if (dtype := FLOAT_TYPES.get(entry.dtype)) is None:
+            raise ValueError(f"{file.path}: {short(name)}: type {short(entry.dtype)} is not supported")
+        start, num_bytes = end, prod(entry.shape) * dtype.itemsize
+        end += num_bytes
+        if entry.data_offsets != (start, end):
+            raise _damaged(file, f"{short(name)} does not lie at bytes {start} to {end} of the data")
+        tensors.append(StoredTensor(name, dtype, entry.shape, 8 + length + start, num_bytes))
+    if 8 + length + end != file.size:
+        raise _damaged(file, f"its tensors end at byte {8 + length + end}, the file at byte {file.size}")
+    return tensors
+
+
+def _damaged(file: RegularFile, problem: str) -> ValueError:
+    return ValueError(f"{file.path}: not a valid safetensors file ({problem})")
+
+
+def read_tensor(file: RegularFile, tensor: StoredTensor) -> torch.Tensor:
+    """As it is stored, in memory of its own."""
+    return torch.frombuffer(file.read(tensor.start, tensor.num_bytes), dtype=tensor.dtype).view(tensor.shape)
