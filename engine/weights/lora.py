@@ -222,7 +222,7 @@ def _check_shape(module: str, half: str, shape: tuple[int, ...], config: ModelCo
 def _max_size(config: ModelConfig, max_rank: int | None) -> int:
     """Bytes of an adapter's file at most. More than the smaller side of a weight is of no use as a rank."""
     numbers = sum(
-        (min(sizes) if max_rank is None else max_rank) * sum(sizes) for sizes in _module_shapes(config).values()
+        (min(sizes) if max_rank is None else max_rank) * sum(sizes) for sizes in module_shapes(config).values()
     )
     return MAX_HEADER_BYTES + config.num_hidden_layers * numbers * MAX_NUMBER_BYTES
 
