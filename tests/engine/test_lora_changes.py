@@ -69,6 +69,7 @@ class Machine:
         return message.request_id
 
     def turn(self) -> None:
+        time.sleep(0.001)  # as the loop looks for messages, so that the thread that reads gets on
         for client, answer in self.changes.advance():
             assert client == CLIENT
             self.answers[answer.request_id] = answer
