@@ -133,7 +133,8 @@ class Scheduler:
             budget -= num_tokens
         if not scheduled:
             return None
-        scheduled.sort(key=lambda item: item.is_prompt)
+        # Rows of one adapter side by side, for they share its matrices.
+        scheduled.sort(key=lambda item: (item.is_prompt, item.request.lora_place))
         self._add_drafts(scheduled, budget)
         self.stats.steps_total += 1
         return Step(self.stats.steps_total, scheduled)

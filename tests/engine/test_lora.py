@@ -102,6 +102,15 @@ def test_the_same_answer_in_any_mix(
     assert_same(run(engine, submits), alone)  # with what the cache has kept
 
 
+def test_places_for_adapters_change_no_other_answer(
+    smollm2_path: Path, submits: list[Submit], alone: dict[tuple[str, int], Answer]
+) -> None:
+    """Those of a model without places are those of requests without an adapter."""
+    plain = load_model(EngineConfig(model_path=str(smollm2_path), max_model_len=1024))
+    without = [submit for submit in submits if not submit.lora_name]
+    assert_same(run(make_engine(plain), without), {(s.request_id, 0): alone[s.request_id, 0] for s in without})
+
+
 @pytest.mark.parametrize("kernels", [*code_paths()[1:], "torch"])
 def test_on_other_kernels(kernels: str, smollm2_path: Path, folder: Path, submits: list[Submit]) -> None:
     loaded = load(smollm2_path, folder, kernels, num_threads=2)

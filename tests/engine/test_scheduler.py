@@ -737,6 +737,17 @@ def test_a_long_prompt_leaves_a_token_for_each_that_decodes() -> None:
     assert rig.step() == {"b0": (20, 1), "a0": (5, 1), "c0": (1, 1)}
 
 
+def test_rows_of_one_adapter_come_one_after_the_other() -> None:
+    """Among those of generated tokens, and among those of prompts; else in the order in which they came."""
+    rig = Rig(max_num_seqs=8, num_blocks=32)
+    for lora_place in (1, -1, 0, 1, -1):
+        rig.add(prompt(2)).lora_place = lora_place
+    assert list(rig.step()) == ["b0", "e0", "c0", "a0", "d0"]
+    for lora_place in (0, -1):
+        rig.add(prompt(2)).lora_place = lora_place
+    assert list(rig.step()) == ["b0", "e0", "c0", "a0", "d0", "g0", "f0"]
+
+
 def test_a_limit_on_chunks_lets_a_short_prompt_pass_beside_a_long_one() -> None:
     rig = Rig(max_num_batched_tokens=8, long_prefill_token_threshold=3)
     rig.add(prompt(7, 100))

@@ -44,9 +44,13 @@ class CpuExecution:
         with kernels.recording(self.hidden_program, builder, index_rows):
             self.hidden = model.compute_hidden(hidden, self.logit_rows)
         self.forward_program.keep.append(builder)
+        self.plain_program = self.forward_program
+        if kernels.num_lora_places:  # a call that finds nothing to do still costs the threads a meeting
+            self.plain_program = self.forward_program.without("add_lora_")
 
     def forward(self, batch: BatchInputs) -> None:
-        self.forward_program.run()
+        has_adapters = self.plain_program is not self.forward_program and bool((batch.lora_places >= 0).any())
+        (self.forward_program if has_adapters else self.plain_program).run()
 
     def compute_hidden(self, rows: Tensor) -> Tensor:
         return self._compute(self.hidden_program, self.hidden, rows)

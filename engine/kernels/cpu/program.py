@@ -5,6 +5,8 @@ live as long as the program; numbers that differ from step to step are read wher
 there are: `num_rows` points to two numbers, of all rows and of those of generated tokens, which come first.
 """
 
+from __future__ import annotations
+
 import ctypes
 from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any
@@ -214,6 +216,15 @@ class Program:
         self.names.append(name)
         self.parameters.append(parameters)
         self._calls = None
+
+    def without(self, prefix: str) -> Program:
+        """The same on the same buffers, but for calls whose names begin so."""
+        program = Program(self.library, self.team)
+        for name, parameters in zip(self.names, self.parameters, strict=True):
+            if not name.startswith(prefix):
+                program.add(name, parameters)
+        program.keep = self.keep
+        return program
 
     def measure(self) -> None:
         """From now on, keep in `durations` how many nanoseconds each call has taken."""

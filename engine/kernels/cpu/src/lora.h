@@ -32,8 +32,10 @@ struct AddLoraParameters {
 INLINE Floats load_weights(const float* p) { return load(p); }
 INLINE Floats load_weights(const uint16_t* p) { return load_bfloat16(p); }
 
-constexpr int SHRINK_ROWS = NUM_REGISTERS == 32 ? 4 : 2;
+// Of tiles that stay in the registers.
+constexpr int LORA_ROWS = NUM_REGISTERS == 32 ? 4 : 2;
 constexpr int SHRINK_RANKS = NUM_REGISTERS == 32 ? 4 : 2;
+constexpr int EXPAND_VECTORS = NUM_REGISTERS == 32 ? 4 : 2;
 
 // Some ranks of A x, for rows that share A.
 template <class Weight, int ROWS, int RANKS>
@@ -63,49 +65,65 @@ void shrink_rows(const AddLoraParameters& p, int64_t row, int64_t part) {
     for (; rank < num_ranks; rank++) shrink_tile<Weight, ROWS, 1>(p, a, row, part, rank);
 }
 
-// Up to SHRINK_ROWS rows: all at once where they share an adapter, else one by one.
+template <class Weight, int ROWS, int VECTORS>
+INLINE void expand_tile(const AddLoraParameters& p, int64_t row, int64_t part, int64_t num_ranks, const Weight* b, int64_t column, int64_t left) {
+    Floats sums[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; i++)
+        for (int v = 0; v < VECTORS; v++) sums[i][v] = zero();
+    for (int64_t r = 0; r < num_ranks; r++) {
+        Floats weights[VECTORS];
+        for (int v = 0; v < VECTORS; v++) weights[v] = load_weights(b + r * p.b_stride + column + v * LANES);
+        for (int i = 0; i < ROWS; i++) {
+            const Floats x = fill(p.shrunk_row(row + i, part)[r]);
+            for (int v = 0; v < VECTORS; v++) sums[i][v] = multiply_add(weights[v], x, sums[i][v]);
+        }
+    }
+    for (int i = 0; i < ROWS; i++) {
+        float* out = p.output + (row + i) * p.output_stride + column;
+        for (int v = 0; v < VECTORS; v++) {
+            const int64_t n = left - v * LANES;
+            store_some(out + v * LANES, load_some(out + v * LANES, n) + sums[i][v], n);
+        }
+    }
+}
+
+// The outputs start..end, which may be of several parts, of rows that share B.
+template <class Weight, int ROWS>
+void expand_rows(const AddLoraParameters& p, int64_t row, int64_t start, int64_t end) {
+    const int64_t place = p.places[row];
+    const Weight* b = (const Weight*)p.b + place * p.max_rank * p.b_stride;
+    for (int64_t part = 0, column = start; column < end; part++) {
+        const int64_t last = min_of(end, p.part_ends[part]), num_ranks = p.ranks[place * p.num_parts + part];
+        if (num_ranks == 0 && column < last) column = last;
+        for (; column + EXPAND_VECTORS * LANES <= last; column += EXPAND_VECTORS * LANES)
+            expand_tile<Weight, ROWS, EXPAND_VECTORS>(p, row, part, num_ranks, b, column, last - column);
+        for (; column < last; column = min_of(column + LANES, last))
+            expand_tile<Weight, ROWS, 1>(p, row, part, num_ranks, b, column, last - column);
+    }
+}
+
+// Whether the rows first..last, which have an adapter, fill a tile and share it.
+inline bool is_tile(const AddLoraParameters& p, int64_t first, int64_t last) {
+    bool is_shared = last - first == LORA_ROWS && p.places[first] >= 0;
+    for (int64_t row = first; row < last; row++) is_shared &= p.places[row] == p.places[first];
+    return is_shared;
+}
+
 template <class Weight>
 void shrink(const AddLoraParameters& p, int64_t first, int64_t last, int64_t part) {
-    bool is_shared = last - first == SHRINK_ROWS && p.places[first] >= 0;
-    for (int64_t row = first; row < last; row++) is_shared &= p.places[row] == p.places[first];
-    if (is_shared) return shrink_rows<Weight, SHRINK_ROWS>(p, first, part);
+    if (is_tile(p, first, last)) return shrink_rows<Weight, LORA_ROWS>(p, first, part);
     for (int64_t row = first; row < last; row++)
         if (p.places[row] >= 0) shrink_rows<Weight, 1>(p, row, part);
 }
 
-template <class Weight, int VECTORS>
-INLINE void expand_vectors(const AddLoraParameters& p, const float* shrunk, int64_t num_ranks, const Weight* b, float* out, int64_t left) {
-    Floats sums[VECTORS];
-    for (int v = 0; v < VECTORS; v++) sums[v] = zero();
-    for (int64_t r = 0; r < num_ranks; r++) {
-        const Floats x = fill(shrunk[r]);
-        for (int v = 0; v < VECTORS; v++) sums[v] = multiply_add(load_weights(b + r * p.b_stride + v * LANES), x, sums[v]);
-    }
-    for (int v = 0; v < VECTORS; v++) {
-        const int64_t n = left - v * LANES;
-        store_some(out + v * LANES, load_some(out + v * LANES, n) + sums[v], n);
-    }
+template <class Weight>
+void expand(const AddLoraParameters& p, int64_t first, int64_t last, int64_t start, int64_t end) {
+    if (is_tile(p, first, last)) return expand_rows<Weight, LORA_ROWS>(p, first, start, end);
+    for (int64_t row = first; row < last; row++)
+        if (p.places[row] >= 0) expand_rows<Weight, 1>(p, row, start, end);
 }
 
 constexpr int64_t EXPAND_PIECE = 512;  // outputs
-constexpr int EXPAND_VECTORS = 4;
-
-// The outputs start..end of a row, which may be of several parts.
-template <class Weight>
-void expand(const AddLoraParameters& p, int64_t row, int64_t start, int64_t end) {
-    const int64_t place = p.places[row];
-    const Weight* b = (const Weight*)p.b + place * p.max_rank * p.b_stride;
-    float* out = p.output + row * p.output_stride;
-    for (int64_t part = 0, column = start; column < end; part++) {
-        const int64_t last = min_of(end, p.part_ends[part]), num_ranks = p.ranks[place * p.num_parts + part];
-        const float* shrunk = p.shrunk_row(row, part);
-        if (num_ranks == 0 && column < last) column = last;
-        for (; column + EXPAND_VECTORS * LANES <= last; column += EXPAND_VECTORS * LANES)
-            expand_vectors<Weight, EXPAND_VECTORS>(p, shrunk, num_ranks, b + column, out + column, last - column);
-        for (; column < last; column = min_of(column + LANES, last))
-            expand_vectors<Weight, 1>(p, shrunk, num_ranks, b + column, out + column, last - column);
-    }
-}
 
 template <class Weight>
 void add_lora(const void* parameters, const Worker& worker) {
@@ -114,18 +132,18 @@ void add_lora(const void* parameters, const Worker& worker) {
     int64_t first = 0;  // that has an adapter; all threads find the same
     while (first < num_rows && p.places[first] < 0) first++;
     if (first == num_rows) return;
-    const int64_t num_tiles = divide_up(num_rows, SHRINK_ROWS), num_shrinks = num_tiles * p.num_parts;
+    const int64_t num_tiles = divide_up(num_rows, LORA_ROWS), num_shrinks = num_tiles * p.num_parts;
     for (Tasks tasks(worker, num_shrinks, grain_of(worker, num_shrinks)); tasks.next();)
         for (int64_t task = tasks.first; task < tasks.last; task++) {
-            const int64_t row = task / p.num_parts * SHRINK_ROWS;
-            shrink<Weight>(p, row, min_of(row + SHRINK_ROWS, num_rows), task % p.num_parts);
+            const int64_t row = task / p.num_parts * LORA_ROWS;
+            shrink<Weight>(p, row, min_of(row + LORA_ROWS, num_rows), task % p.num_parts);
         }
     barrier(worker);
-    const int64_t num_pieces = divide_up(num_outputs, EXPAND_PIECE), num_expands = num_rows * num_pieces;
+    const int64_t num_pieces = divide_up(num_outputs, EXPAND_PIECE), num_expands = num_tiles * num_pieces;
     for (Tasks tasks(worker, num_expands, grain_of(worker, num_expands)); tasks.next();)
         for (int64_t task = tasks.first; task < tasks.last; task++) {
-            const int64_t row = task / num_pieces, start = task % num_pieces * EXPAND_PIECE;
-            if (p.places[row] >= 0) expand<Weight>(p, row, start, min_of(start + EXPAND_PIECE, num_outputs));
+            const int64_t row = task / num_pieces * LORA_ROWS, start = task % num_pieces * EXPAND_PIECE;
+            expand<Weight>(p, row, min_of(row + LORA_ROWS, num_rows), start, min_of(start + EXPAND_PIECE, num_outputs));
         }
 }
 
