@@ -78,7 +78,7 @@ class Engine:
     def add(self, submit: Submit) -> None:
         """Queue a prompt of 1 to max_model_len tokens. Its choices share blocks even without prefix caching.
 
-        Raises KeyError where it names weights of an adapter that are not here.
+        Raises AdapterGoneError.
         """
         place = self.adapters.find(submit.lora_fingerprint)
         salt = prefix_salt(submit.lora_fingerprint) + submit.cache_salt.encode()

@@ -38,6 +38,10 @@ class AdapterError(ValueError):
         self.is_temporary = is_temporary
 
 
+class AdapterGoneError(LookupError):
+    """The weights that a request was promised lie nowhere any more."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     place: int
@@ -69,11 +73,14 @@ class LoraAdapters:
         return sum(weights.a.nbytes + weights.b.nbytes for _, weights in self._linears)
 
     def find(self, fingerprint: str) -> int:
-        """Where those weights lie; none lie nowhere. KeyError if they do not, or no longer."""
+        """Where those weights lie; none lie nowhere. Raises AdapterGoneError."""
         if not fingerprint:
             return NO_PLACE
+        for loaded in self._loaded.values():  # first, so that the others come free
+            if loaded.adapter.fingerprint == fingerprint:
+                return loaded.place
         if fingerprint not in self._contents:
-            raise KeyError(fingerprint)
+            raise AdapterGoneError(fingerprint)
         return self._contents.index(fingerprint)
 
     def check(self, name: str, *, replaces: bool) -> None:

@@ -27,10 +27,11 @@ from engine.core import Engine
 from engine.kv_cache import MIB
 from engine.lifeline import die_with_parent
 from engine.logs import configure_logging
-from engine.lora import num_places
+from engine.lora import AdapterGoneError, num_places
 from engine.lora_changes import AdapterChanges
 from engine.messages import (
     HEARTBEAT_SECONDS,
+    Abort,
     AdapterDone,
     Adapters,
     EngineInfo,
@@ -45,6 +46,7 @@ from engine.messages import (
     ToEngine,
     TokenEvent,
     UnloadAdapter,
+    Vocabulary,
 )
 from engine.record import StepClock
 from engine.runner import LoadedModel, Progress, load_model
@@ -143,6 +145,11 @@ class EngineLoop:
         elif isinstance(message, LoadAdapter | UnloadAdapter):
             if (refusal := self.changes.add(identity, message)) is not None:
                 self.clients.send(identity, refusal)
+        elif isinstance(message, Abort):
+            self.engine.abort(message.request_id, message.index)
+            self.clients.forget(message.request_id, message.index)
+        elif isinstance(message, Vocabulary):
+            self.engine.learn(message.tokenizer)
         else:
             self.clients.identities.add(identity)
             self.clients.send(identity, Ready(self.info, self.engine.adapters.loaded()))
@@ -151,7 +158,7 @@ class EngineLoop:
         """The adapter may have gone, and others have come, while the request was on its way."""
         try:
             self.engine.add(submit)
-        except KeyError:
+        except AdapterGoneError:
             error = f"the LoRA adapter {submit.lora_name} is not loaded any more"
             for index in range(submit.n):
                 event = TokenEvent(

@@ -13,7 +13,15 @@ from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.core import Engine
 from engine.kernels import LoraWeights
 from engine.kernels.reference import TorchKernels
-from engine.lora import AdapterError, LoraAdapters, check_lora_memory, choose_lora_rank, num_places, read_adapter
+from engine.lora import (
+    AdapterError,
+    AdapterGoneError,
+    LoraAdapters,
+    check_lora_memory,
+    choose_lora_rank,
+    num_places,
+    read_adapter,
+)
 from engine.messages import AdapterField, SamplingParams, Submit
 from engine.runner import LoadedModel, load_model
 from engine.weights.lora import LoraCheckpoint, LoraMatrices, load_lora
@@ -203,13 +211,24 @@ def test_a_place_is_free_when_nobody_needs_what_lies_there() -> None:
     assert [adapter.name for adapter in adapters.loaded()] == ["b"]
     assert adapters.reserve(in_use={spare, a}) is None
     assert adapters.reserve(in_use={spare}) == a
-    with pytest.raises(KeyError):
+    with pytest.raises(AdapterGoneError):
         adapters.find(fingerprint_of_name("a"))
     assert adapters.reserve(in_use=()) == spare  # it has been empty for longer
     adapters.publish("b", "path", spare, checkpoint_of("c"))
     assert adapters.find(fingerprint_of_name("c")) == spare
     assert adapters.find(fingerprint_of_name("b")) == b
     assert adapters.reserve(in_use={a}) == b
+
+
+def test_weights_that_lie_twice_are_found_where_they_have_a_name() -> None:
+    """So that the other place, where requests that run may use them, comes free."""
+    adapters = LoraAdapters([], 2, 16)
+    for name in "ab":
+        adapters.load(name, "path", checkpoint_of("same"))
+    first, second = (place for place in range(3) if place != adapters.reserve(in_use=()))
+    assert adapters.find(fingerprint_of_name("same")) == first
+    adapters.unload("a")
+    assert adapters.find(fingerprint_of_name("same")) == second
 
 
 def test_what_cannot_be_loaded(folder: Path, shape: ModelConfig) -> None:

@@ -14,7 +14,7 @@ import pytest
 from engine import lora_changes
 from engine.config import EngineConfig, load_model_config
 from engine.core import Engine
-from engine.lora import LoraAdapters, read_adapter
+from engine.lora import AdapterGoneError, LoraAdapters, read_adapter
 from engine.lora_changes import MAX_CHANGES, AdapterChanges
 from engine.messages import AdapterDone, AdapterField, LoadAdapter, SamplingParams, Submit, UnloadAdapter
 from engine.runner import LoadedModel, load_model
@@ -117,7 +117,7 @@ def test_a_request_keeps_the_weights_it_was_promised(machine: Machine, folder: P
     assert not machine.until_answered(third).error
     machine.ask("newest", "a")
     assert machine.output("newest") not in expected.values()
-    with pytest.raises(KeyError):
+    with pytest.raises(AdapterGoneError):
         machine.submit("too late", promised)
     assert not machine.until_answered(machine.load("a", folder / "a", replaces=True)).error
     machine.ask("again", "a")
