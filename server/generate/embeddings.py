@@ -15,9 +15,12 @@ from engine.messages import FinishReason, Pooling, SamplingParams, Submit
 from server.client import RequestStream, Reservation
 from server.context import ServedModel, ServerContext, get_context
 from server.errors import InvalidValueError, ServerError
+from server.generate.account import Ending, account_of
 from server.generate.parameters import unknown_parameters, warnings_header
 from server.generate.prompts import encode_prompt, fit_max_tokens, truncated
 from server.schemas.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
+
+NO_SEED = 0  # nothing is sampled
 
 
 def judge(context: ServerContext, body: EmbeddingRequest) -> tuple[ServedModel, dict[str, str]]:
@@ -45,15 +48,27 @@ async def embed(request: Request, body: EmbeddingRequest, model: ServedModel) ->
     # As many at a time as the engine runs; the others need no slots yet.
     size = min(len(body.input), context.client.ready_info().max_num_seqs, context.client.max_in_flight)
     embeddings: list[list[float]] = []
+    endings: list[Ending] = []
     with context.client.reserve(size, param="input") as reservation:
         prompts = await context.run_text_work(_encode, context, body)
+        submitted = time.monotonic()
         submits = [_submit(context, body, model, f"{name}-{i}", prompt, arrival) for i, prompt in enumerate(prompts)]
         while len(embeddings) < len(submits):
             waiting = submits[len(embeddings) :]
             num_slots = reservation.count or await context.client.refill(reservation, min(size, len(waiting)))
-            embeddings += await _run(context, waiting[:num_slots], reservation, request.state.request_id)
-    num_tokens = sum(map(len, prompts))
-    return await context.run_text_work(_answer, body, embeddings, num_tokens)
+            for embedding, ending in await _run(context, waiting[:num_slots], reservation, request.state.request_id):
+                embeddings.append(embedding)
+                endings.append(ending)
+    answer = await context.run_text_work(_answer, body, embeddings, sum(map(len, prompts)))
+    if not body.explain:
+        return answer
+    last = max(endings, key=_finished)
+    account = account_of(last, arrival=arrival, submitted=submitted, seed=NO_SEED)
+    return answer[:-1] + b',"lightwell":' + msgspec.json.encode(account) + b"}"
+
+
+def _finished(ending: Ending) -> float:
+    return (ending.times and ending.times.finished) or ending.received
 
 
 def _submit(
@@ -78,7 +93,7 @@ def _submit(
 
 async def _run(
     context: ServerContext, submits: Sequence[Submit], reservation: Reservation, request_id: str
-) -> list[list[float]]:
+) -> list[tuple[list[float], Ending]]:
     async with AsyncExitStack() as stack:
         streams = [await stack.enter_async_context(context.client.submit(submit, reservation)) for submit in submits]
         return [await _read(stream, request_id) for stream in streams]
@@ -98,16 +113,16 @@ def _encode(context: ServerContext, body: EmbeddingRequest) -> list[list[int]]:
     return [prompt.token_ids for prompt in prompts]
 
 
-async def _read(stream: RequestStream, request_id: str) -> list[float]:
-    embedding: list[float] | None = None
-    async for events in stream:
-        for event in events:
-            if event.finish_reason is not FinishReason.LENGTH:
-                raise ServerError(request_id)
-            embedding = event.embedding
-    if embedding is None:
+async def _read(stream: RequestStream, request_id: str) -> tuple[list[float], Ending]:
+    """The embedding, and how it came to its end."""
+    events = [event async for batch in stream for event in batch]
+    received = time.monotonic()
+    if not events or any(event.finish_reason is not FinishReason.LENGTH for event in events):
         raise ServerError(request_id)
-    return embedding
+    last = events[-1]
+    if last.embedding is None:
+        raise ServerError(request_id)
+    return last.embedding, Ending(last.times, num_output_tokens=0, received=received, detokenized=received)
 
 
 def _answer(body: EmbeddingRequest, embeddings: Sequence[list[float]], num_tokens: int) -> bytes:

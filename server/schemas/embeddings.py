@@ -4,9 +4,10 @@ from functools import partial
 from typing import Annotated, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from server.schemas.common import INT64_MIN, TruncatedLength, TruncationSide
+from server.schemas.common import INT64_MIN, Account, LightwellOptions, TruncatedLength, TruncationSide
 from server.schemas.completions import PromptInput, prompts_schema, read_prompts
 from server.schemas.samplers import INT64_MAX
 
@@ -40,6 +41,12 @@ class EmbeddingRequest(BaseModel):
     dimensions: int | None = Field(
         None, ge=1, description="Only so many of the numbers, scaled to length 1 again. Default: as the model has."
     )
+    lightwell: LightwellOptions | None = Field(None, description="What only this server can tell.")
+
+    @property
+    def explain(self) -> bool:
+        """Whether an account of its time is wanted."""
+        return self.lightwell is not None and bool(self.lightwell.explain)
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,3 +67,4 @@ class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
+    lightwell: Account | UnsetType = UNSET

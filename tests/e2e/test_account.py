@@ -54,6 +54,18 @@ def test_the_parts_add_up(server: ServerProcess, path: str, stream: bool) -> Non
     assert account["num_preemptions"] == account["seconds"]["preempted"] == 0
 
 
+def test_embeddings(server: ServerProcess) -> None:
+    """Of the input that ended last, which waited until the engine had room."""
+    inputs = [f"Sentence number {number} is about light." for number in range(150)]
+    account, seconds = ask(server, "/v1/embeddings", input=inputs)
+    check(account, seconds)
+    assert account["num_output_tokens"] == account["seconds"]["decode"] == 0
+    assert account["num_computed_tokens"] > 5
+    assert account["seconds"]["queue"] > account["seconds"]["prefill"] > 0
+    body = {"model": MODEL, "input": inputs[0]}
+    assert "lightwell" not in server.answer("/v1/embeddings", body)
+
+
 def test_the_last_chunk_of_a_stream_has_it(server: ServerProcess) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 3, "stream": True, **EXPLAIN}
     for options in ({}, {"stream_options": {"include_usage": True}}):

@@ -220,6 +220,7 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
             "truncate_prompt_tokens": 1,
             "truncation_side": ({"truncate_prompt_tokens": 1}, "right"),
             "priority": 3,
+            "lightwell": {"explain": True},
         },
     ),
     TOKENIZE: (
