@@ -128,7 +128,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         settings=settings,
         client=client,
         tokenizer=tokenizer,
-        chat_template=make_chat_template(tokenizer),
+        chat_template=make_chat_template(tokenizer, settings.chat_template),
         grammar_judge=GrammarJudge(vocabulary, model_config.eos_token_ids),
         model_config=model_config,
         model_names=config.model_names,
@@ -140,10 +140,19 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
     )
 
 
-def make_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    if tokenizer.chat_template is None:
-        return None
-    return ChatTemplate(tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:
+    """The template in a file, or else the model's own. Raises ValueError where that is none."""
+    if file is None:
+        return None if tokenizer.chat_template is None else _compiled(tokenizer, tokenizer.chat_template)
+    try:
+        return _compiled(tokenizer, Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"--chat-template {file}: {reason}") from error
+
+
+def _compiled(tokenizer: Tokenizer, source: str) -> ChatTemplate:
+    return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
 def make_server(app: FastAPI, *, max_connections: int, protocol: type[HTTPProtocol] = HTTPProtocol) -> APIServer:

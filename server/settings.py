@@ -130,6 +130,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             _API, texts("NAME"), "Name of the model in the API. May be given again. Unset: alias or last part of MODEL."
         ),
     ] = ()
+    chat_template: Annotated[
+        str | None,
+        Setting(_API, text("FILE"), "Jinja template of chat prompts, in the place of the model's own."),
+    ] = None
     enable_docs: Annotated[
         bool,
         Setting(_API, BOOLEAN, "Serve /openapi.json, and at /docs a page of it that loads its scripts from a CDN."),

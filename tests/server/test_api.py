@@ -292,6 +292,35 @@ def test_a_port_in_use_is_one_line(model_folder: Path, address: str, tmp_path: P
     assert f"cannot listen on 127.0.0.1 port {port}" in lines[0]
 
 
+def test_a_chat_template_of_ones_own(start_api: StartApi, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    api = start_api(chat_template=str(file))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hé"}, {"role": "user", "content": "b"}]}
+    prompt = httpx.post(f"{api.url}/v1/chat/completions/render", json=body, timeout=30).json()["prompt"]
+    assert prompt == "<Hé><b>"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "No such file or directory"),
+        (b"{% if %}", "The chat template does not compile"),
+        (b"\xff", "invalid start byte"),
+    ],
+)
+def test_a_chat_template_that_is_none(content: bytes | None, text: str, start_api: StartApi, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    api = start_api(chat_template=str(file), wait_ready=False)
+    assert api.wait(20) == 1
+    log = api.log.read_text()
+    assert f"--chat-template {file}: " in log
+    assert text in log
+    assert "Traceback" not in log
+
+
 def test_a_model_that_is_not_there_is_one_line(address: str, tmp_path: Path) -> None:
     lines = failed_start(tmp_path, port=0, address=address, model_path=tmp_path / "nowhere.gguf")
     assert len(lines) == 1
