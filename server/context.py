@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,10 +56,6 @@ class ServedModel:
         """Of the adapter's weights, since another one may get its name; empty: no adapter."""
         return "" if self.adapter is None else self.adapter.fingerprint
 
-    def fingerprint(self, base: str) -> str:
-        """Names all that influences the output, of which `base` is the engine's part."""
-        return base if self.adapter is None else f"{base}-{self.adapter.fingerprint[:12]}"
-
 
 @dataclass(frozen=True)
 class ServerContext:
@@ -104,6 +101,20 @@ class ServerContext:
         if self.client.info is None and name in self.settings.lora_paths:
             self.client.ready_info()
         raise ModelNotFoundError(name)
+
+    def fingerprint(self, model: ServedModel) -> str:
+        """Names all that influences the output: what the engine says of itself, the adapter, a template of one's own."""
+        parts = [self.client.ready_info().fingerprint]
+        if model.adapter is not None:
+            parts.append(model.adapter.fingerprint[:12])
+        if self.settings.chat_template is not None:
+            parts.append(self._template_fingerprint)
+        return "-".join(parts)
+
+    @cached_property
+    def _template_fingerprint(self) -> str:
+        source = "" if self.chat_template is None else self.chat_template.source
+        return hashlib.sha256(source.encode()).hexdigest()[:12]
 
     @cached_property
     def sequence_breakers(self) -> SequenceBreakers:

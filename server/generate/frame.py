@@ -179,7 +179,7 @@ def _judge(request: Request, body: Body, endpoint: Endpoint[Body], *, default_se
             f"{endpoint.id_prefix}{secrets.token_hex(16)}",
             int(time.time()),
             model.name,
-            model.fingerprint(info.fingerprint),
+            context.fingerprint(model),
         ),
         seed=choose_seed(context.settings.seed, _next_number(request)) if seed is None else seed,
         arrival=arrival,

@@ -1,6 +1,7 @@
 """`python -m server.api` as a process: how it starts, how it ends, and what its clients see of that."""
 
 import gc
+import hashlib
 import json
 import os
 import select
@@ -299,6 +300,8 @@ def test_a_chat_template_of_ones_own(start_api: StartApi, tmp_path: Path) -> Non
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hé"}, {"role": "user", "content": "b"}]}
     prompt = httpx.post(f"{api.url}/v1/chat/completions/render", json=body, timeout=30).json()["prompt"]
     assert prompt == "<Hé><b>"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    assert api.complete().json()["system_fingerprint"] == f"fp_fake-{digest}"
 
 
 @pytest.mark.parametrize(
