@@ -103,7 +103,7 @@ class ServerContext:
         raise ModelNotFoundError(name)
 
     def fingerprint(self, model: ServedModel) -> str:
-        """Names all that influences the output: what the engine says of itself, the adapter, a template of one's own."""
+        """Names all that influences the output: the engine, the adapter, a template that is not the model's."""
         parts = [self.client.ready_info().fingerprint]
         if model.adapter is not None:
             parts.append(model.adapter.fingerprint[:12])
