@@ -47,8 +47,10 @@ class AdapterBook:
 
     def finish(self, message: AdapterDone) -> None:
         """A change is made, or cannot be."""
-        change, done = self._changes.pop(message.request_id, (None, None))
-        if change is None or done is None or done.done():  # nobody waits any more
+        if (waiting := self._changes.pop(message.request_id, None)) is None:
+            return
+        change, done = waiting
+        if done.done():  # whoever waited has gone away
             return
         if message.error:
             done.set_exception(_error(change, message))
@@ -56,7 +58,7 @@ class AdapterBook:
             done.set_result(None)
 
     def fail(self, error: APIError) -> None:
-        """What is asked for now will not be waited for."""
+        """Whoever waits for a change gets the error instead."""
         for _, done in self._changes.values():
             if not done.done():
                 done.set_exception(error)
