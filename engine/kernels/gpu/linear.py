@@ -50,11 +50,16 @@ def _load_weights(
     else:
         codes = tl.load(weights + columns[:, None] * weights_stride + k[None, :], mask=mask, other=0)
     if BITS < 16:
-        place = columns[:, None] * scales_stride + k[None, :] // SCALE_INPUTS
-        numbers = codes.to(tl.float32) * tl.load(scales + place, mask=mask, other=0.0).to(tl.float32)
+        # One scale for a group, not one for each input, or their loads would be most of the work.
+        groups = start // SCALE_INPUTS + tl.arange(0, INPUTS // SCALE_INPUTS)
+        place = columns[:, None] * scales_stride + groups[None, :]
+        has_group = has_column & (groups[None, :] * SCALE_INPUTS < num_inputs)
+        shape: tl.constexpr = (columns.shape[0], INPUTS // SCALE_INPUTS, SCALE_INPUTS)
+        numbers = tl.reshape(codes.to(tl.float32), shape)
+        numbers *= tl.load(scales + place, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
         if HAS_MINIMUM:
-            numbers += tl.load(minima + place, mask=mask, other=0.0).to(tl.float32)
-        codes = numbers.to(dtype)
+            numbers += tl.load(minima + place, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
+        codes = tl.reshape(numbers, (columns.shape[0], INPUTS)).to(dtype)
     return codes
 
 
@@ -182,6 +187,7 @@ def linear(
         codes, scales, minima, bits, group = weights, weights, None, 16, 1
     assert x.stride(1) == codes.stride(1) == scales.stride(1) == out.stride(1) == 1
     assert minima is None or minima.stride() == scales.stride()
+    assert tiles.inputs % group == 0
     if not num_rows:
         return
     num_tiles = triton.cdiv(num_rows, tiles.rows) * triton.cdiv(num_columns, tiles.columns)

@@ -172,6 +172,7 @@ def rope_and_store_kv(
             HAS_SCALES=cache.key_scales is not None,
             TOKENS=cache.keys.shape[1],
             BLOCK=triton.next_power_of_2(size),
+            num_warps=1,  # four numbers of a head of 128 for each lane, rather than one
             **LAUNCH_OPTIONS,
         )
     return out

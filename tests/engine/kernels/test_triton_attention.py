@@ -58,9 +58,9 @@ def assert_as_in_the_textbook(paged: Paged, spans: list[Span]) -> None:
     [
         ([1] * 4, [1000] * 4, True),
         ([1] * 4, [100] * 4, False),  # there is nothing to split
-        ([1] * 600, [1000] * 600, False),
+        ([1] * 1100, [1000] * 1100, False),
         ([1] * 600, [100] * 599 + [30000], True),  # all would wait for the one
-        ([8192], [8192], False),
+        ([16384], [16384], False),
     ],
 )
 def test_segments_get_programs_of_their_own_where_some_would_wait(

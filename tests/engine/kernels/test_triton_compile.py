@@ -1,4 +1,7 @@
-"""The kernels in Triton compile for real cards, for which no card is needed, and fit into their shared memory."""
+"""The kernels in Triton compile for real cards, for which no card is needed, and what comes out is as it was meant.
+
+They fit into the shared memory of a program and into its registers, and memory is read ahead of what is computed.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ import pytest
 
 from engine.kernels.gpu.tiles import TABLE
 
+MOST_SPILLED = 128  # bytes of a thread
 # Bytes of shared memory that one program may have: NVIDIA's tables of compute capabilities; AMD's CDNA 3 manual.
 TARGETS = {
     "cuda 8.0": 163 * 1024,
@@ -19,8 +23,8 @@ TARGETS = {
 }
 
 # In a process of its own, for a kernel is either compiled or interpreted from its definition on.
-COMPILE = """
-import json, sys
+COMPILE = r"""
+import json, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -31,7 +35,7 @@ kind, version = sys.argv[1].split()
 is_cuda = kind == "cuda"
 target = GPUTarget("cuda", int(version.replace(".", "")), 32) if is_cuda else GPUTarget("hip", version, 64)
 tiles_of_card = TABLE[tuple(map(int, version.split(".")))] if is_cuda else SMALLEST
-shared = {}
+found = {}
 STRIDES = ("x_stride", "weights_stride", "scales_stride", "out_stride", "q_stride", "row_stride", "stride")
 ALIGNED = (*STRIDES, "num_inputs", "num_columns", "size")
 
@@ -46,7 +50,23 @@ def compile(fn, constants, num_warps, num_stages, **types):
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     compiled = triton.compile(ASTSource(fn, signature, constexprs, attributes), target=target, options=options)
     assert compiled.asm["cubin" if is_cuda else "hsaco"]
-    shared[f"{len(shared)} {fn.__name__} {dtype} {constants}"] = compiled.metadata.shared
+    name = f"{len(found)} {fn.__name__} {dtype} {constants}"
+    found[name] = {"shared": compiled.metadata.shared, "spilled": 0, "copies_under_way": 0}
+    if is_cuda:
+        found[name]["spilled"] = spilled_bytes(compiled.asm["cubin"])
+        waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])
+        found[name]["copies_under_way"] = max(map(int, waits), default=0)
+
+
+def spilled_bytes(cubin):
+    # Of each thread, in memory for want of registers.
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (stack,) = re.findall(r"STACK:(\d+)", done.stdout + done.stderr)
+    return int(stack)
 
 
 for dtype in ("*fp16", "*bf16", "*fp32"):
@@ -103,7 +123,7 @@ for kernel in (sampler._add_biases, sampler._penalise):
     compile(kernel, {"PIECE": sampler.ID_PIECE}, sampler.NUM_WARPS, 2, **types)
 for is_changed in (False, True):
     compile(sampler._top, {"PIECE": sampler.PIECE, "IS_CHANGED": is_changed}, sampler.NUM_WARPS, 2, **types)
-print(json.dumps(shared))
+print(json.dumps(found))
 """
 
 
@@ -113,9 +133,18 @@ def test_kernels_compile(target: str) -> None:
     command = [sys.executable, "-c", COMPILE, target]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    shared = json.loads(done.stdout)
-    assert len(shared) == 102
-    assert max(shared.values()) <= TARGETS[target], shared
+    found = json.loads(done.stdout)
+    assert len(found) == 102
+    too_large = {name: kernel for name, kernel in found.items() if kernel["shared"] > TARGETS[target]}
+    assert not too_large
+    if target.startswith("cuda"):
+        usual = {name: kernel for name, kernel in found.items() if "*fp32" not in name}
+        spilling = {name: kernel for name, kernel in usual.items() if kernel["spilled"] > MOST_SPILLED}
+        assert not spilling
+        reading = [name for name in usual if "_linear" in name or "_attend" in name]
+        waiting = [name for name in reading if not found[name]["copies_under_way"]]
+        assert not waiting
+        assert len(reading) > 30
 
 
 def test_segments_are_whole_steps() -> None:
