@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 from torch import Tensor
 
 from engine.request import Request, Step
@@ -141,6 +141,12 @@ def packed_copy(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> li
         part[: array.size].view(array.shape).copy_(torch.from_numpy(array))
     parts = torch.split(packed.to(device, non_blocking=True), sizes)
     return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def to_device(values: ArrayLike, dtype: DTypeLike, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, for which the host does not wait."""
+    tensor = torch.from_numpy(np.asarray(values, dtype))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class HostCopy:

@@ -18,17 +18,16 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch import Lengths
+from engine.batch import Lengths, to_device
 from engine.kernels import LayerCache
 from engine.kernels.gpu.prompts import PromptPlan
 from engine.kernels.gpu.tiles import LAUNCH_OPTIONS, AttentionTiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(100.0)  # 2 to the power of which is finite, and as good as infinite where it is used
-TARGET_PROGRAMS = 256  # that are at work at the same time
+TARGET_PROGRAMS = 1024  # 2.6 times as many as an H100 runs at a time, or the last of them would leave it half idle
 MAX_PARTIAL_BYTES = 128 * 2**20  # of what waits to be merged
 
 
@@ -40,10 +39,10 @@ def _nothing(PACKED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _place(kv_head, num_kv_heads, segment, num_segments, PACKED: tl.constexpr):
+def _place(kv_head, num_kv_heads, segment, num_segments, held_rows, PACKED: tl.constexpr):
     """Which rows of `partial` and `states` hold a segment of this program's tile."""
     index = (tl.program_id(0) * num_kv_heads + kv_head) * num_segments + segment
-    return index.to(tl.int64) * PACKED + tl.arange(0, PACKED)
+    return index.to(tl.int64) * held_rows + tl.arange(0, PACKED)
 
 
 @triton.jit
@@ -177,7 +176,7 @@ def _seen(tile, window, HAS_WINDOW: tl.constexpr, SEGMENT: tl.constexpr):
     return first, first_position + tl.load(tile + 2)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "held_rows"])
 def _attend(
     q,
     out,
@@ -196,6 +195,7 @@ def _attend(
     scale,
     softcap,
     window,
+    held_rows,
     IS_SPLIT: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -229,15 +229,17 @@ def _attend(
         )  # fmt: skip
         highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
     if IS_SPLIT:
-        place = _place(kv_head, num_kv_heads, tl.program_id(2), tl.num_programs(2), PACKED)
-        tl.store(states + 2 * place, highest)
-        tl.store(states + 2 * place + 1, total)
-        tl.store(partial + place[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], weighted)
+        if first < last:
+            place = _place(kv_head, num_kv_heads, tl.program_id(2), tl.num_programs(2), held_rows, PACKED)
+            columns = tl.arange(0, BLOCK)
+            tl.store(states + 2 * place, highest, mask=has_row)
+            tl.store(states + 2 * place + 1, total, mask=has_row)
+            tl.store(partial + place[:, None] * BLOCK + columns[None, :], weighted, mask=has_row[:, None])
     else:
         _store(out, offsets, has_row, weighted / total[:, None], SIZE, BLOCK)
 
 
-@triton.jit(do_not_specialize=["num_segments"])
+@triton.jit(do_not_specialize=["num_segments", "held_rows"])
 def _reduce(
     partial,
     states,
@@ -248,6 +250,7 @@ def _reduce(
     num_kv_heads,
     num_segments,
     window,
+    held_rows,
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -262,10 +265,11 @@ def _reduce(
     columns = tl.arange(0, BLOCK)
     highest, total, weighted = _nothing(PACKED, BLOCK)
     for start in range(first, end, SEGMENT):
-        place = _place(kv_head, num_kv_heads, start // SEGMENT, num_segments, PACKED)
-        other_highest = tl.load(states + 2 * place)
-        other_total = tl.load(states + 2 * place + 1)
-        other_weighted = tl.load(partial + place[:, None] * BLOCK + columns[None, :])
+        place = _place(kv_head, num_kv_heads, start // SEGMENT, num_segments, held_rows, PACKED)
+        other_highest = tl.load(states + 2 * place, mask=has_row, other=0.0)
+        other_total = tl.load(states + 2 * place + 1, mask=has_row, other=1.0)
+        partial_rows = partial + place[:, None] * BLOCK + columns[None, :]
+        other_weighted = tl.load(partial_rows, mask=has_row[:, None], other=0.0)
         highest, total, weighted = _merge(highest, total, weighted, other_highest, other_total, other_weighted)
     _store(out, offsets, has_row, weighted / total[:, None], SIZE, BLOCK)
 
@@ -277,6 +281,7 @@ class AttentionPlan:
     tiles: Tensor  # int32 [A, 4]
     block_tables: Tensor
     packed_rows: int
+    held_rows: int  # packed rows that the largest tile has
     num_segments: int  # of the longest; 0: every tile goes through its own segments
     prompts: PromptPlan | None = None  # where torch's attention may take the batch instead
 
@@ -312,15 +317,10 @@ def plan_attention(
         tiles = torch.stack((sequence, sequence, torch.ones_like(sequence), positions), dim=1).to(torch.int32)
     else:
         first_rows = (query_lens.cumsum() - query_lens)[sequences] + offsets
-        on_host = np.stack((sequences, first_rows, num_rows, first_positions), axis=1).astype(np.int32)
-        tiles = _on(block_tables.device, on_host)
-    return AttentionPlan(tiles, block_tables, packed_rows, num_segments)
-
-
-def _on(device: torch.device, array: NDArray[np.int32]) -> Tensor:
-    """Without waiting for what the device does now."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        on_host = np.stack((sequences, first_rows, num_rows, first_positions), axis=1)
+        tiles = to_device(on_host, np.int32, block_tables.device)
+    held_rows = int(num_rows.max(initial=1)) * group_size
+    return AttentionPlan(tiles, block_tables, packed_rows, held_rows, num_segments)
 
 
 def paged_attention(
@@ -350,13 +350,13 @@ def paged_attention(
     block = max(16, triton.next_power_of_2(size))
     strides = (q.stride(0), plan.block_tables.stride(0), num_heads // num_kv_heads, num_kv_heads)
     stored = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-    inputs = (plan.tiles, plan.block_tables, *stored, *strides, scale, softcap, window or 0)
+    inputs = (plan.tiles, plan.block_tables, *stored, *strides, scale, softcap, window or 0, plan.held_rows)
     flags = {"HAS_WINDOW": window is not None, "PACKED": plan.packed_rows, "SIZE": size, "BLOCK": block}
     flags |= {"SEGMENT": sizes.segment}
     attend_flags = flags | {"HAS_SOFTCAP": softcap != 0, "HAS_SCALES": cache.key_scales is not None}
     attend_flags |= {"KEYS": sizes.keys, "TOKENS": cache.keys.shape[1]}
     options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, **LAUNCH_OPTIONS}
-    shape = (num_tiles, num_kv_heads, plan.num_segments, plan.packed_rows)
+    shape = (num_tiles, num_kv_heads, plan.num_segments, plan.held_rows)
     if not 0 < math.prod(shape) * block * 4 <= MAX_PARTIAL_BYTES:
         _attend[shape[:2]](q, out, None, None, *inputs, IS_SPLIT=False, **attend_flags, **options)
         return out
@@ -373,6 +373,7 @@ def paged_attention(
         num_kv_heads,
         plan.num_segments,
         window or 0,
+        plan.held_rows,
         **flags,
         num_warps=sizes.num_warps,
         **LAUNCH_OPTIONS,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from engine.batch import BatchInputs, Lengths
+from engine.batch import BatchInputs, Lengths, to_device
 from engine.kernels import LayerCache
 
 MAX_HEAD_DIM = 256
@@ -42,9 +42,7 @@ def plan_prompts(batch: BatchInputs, query_lens: Lengths, cache: LayerCache) -> 
         return None
     starts = np.zeros((2, len(query_lens) + 1), dtype=np.int32)
     np.cumsum((query_lens, batch.seq_lens), axis=1, out=starts[:, 1:])
-    on_host = torch.from_numpy(starts)
-    is_cuda = batch.slots.is_cuda
-    query_starts, key_starts = on_host.pin_memory().to(batch.slots.device, non_blocking=True) if is_cuda else on_host
+    query_starts, key_starts = to_device(starts, np.int32, batch.slots.device)
     return PromptPlan(batch.slots, query_starts, key_starts, int(query_lens.max()), int(batch.seq_lens.max()))
 
 
