@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from engine.batch import to_device
 from engine.dry import repeat_penalties
 from engine.messages import SamplerChain, SamplingParams
 from engine.noise import coins
@@ -37,14 +39,19 @@ def apply_chain(x: Tensor, requests: Sequence[SampledRequest], order: Sequence[s
         if len(rows) == len(requests):
             x = sampler.apply(x, requests)
         elif rows:
-            index = torch.tensor(rows, device=x.device)
+            index = to_device(rows, np.int64, x.device)
             x[index] = sampler.apply(x[index], [requests[row] for row in rows])
     return x
 
 
 def column(values: Sequence[float], x: Tensor) -> Tensor:
     """float32 [R, 1] beside `x`."""
-    return torch.tensor(values, dtype=torch.float32, device=x.device)[:, None]
+    return to_device(values, np.float32, x.device)[:, None]
+
+
+def _places(rows: ArrayLike, ids: ArrayLike, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where tokens stand in [R, V], beside `x`."""
+    return to_device(rows, np.int64, x.device), to_device(ids, np.int64, x.device)
 
 
 def _chain(request: SampledRequest) -> SamplerChain:
@@ -87,8 +94,7 @@ def _count(token_ids: Sequence[Sequence[int]], x: Tensor) -> Tensor:
     counts = torch.zeros((len(token_ids), x.shape[1]), device=x.device)
     rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
     ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in token_ids])
-    index = (torch.from_numpy(rows).to(x.device), torch.from_numpy(ids).to(x.device))
-    return counts.index_put_(index, torch.ones((), device=x.device), accumulate=True)
+    return counts.index_put_(_places(rows, ids, x), torch.ones((), device=x.device), accumulate=True)
 
 
 def _penalise_repeats(x: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
@@ -99,8 +105,7 @@ def _penalise_repeats(x: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
     ]
     if penalties:
         rows, ids, values = zip(*penalties, strict=True)
-        index = (torch.tensor(rows, device=x.device), torch.tensor(ids, device=x.device))
-        x[index] -= torch.tensor(values, dtype=torch.float32, device=x.device)
+        x[_places(rows, ids, x)] -= to_device(values, np.float32, x.device)
     return x
 
 
@@ -113,10 +118,11 @@ def _divide_by_temperature(x: Tensor, requests: Sequence[SampledRequest]) -> Ten
     greedy = [row for row, temperature in enumerate(temperatures) if temperature < GREEDY_TEMPERATURE]
     if not greedy:
         return x / column(temperatures, x)
-    most_likely = x[greedy].argmax(dim=-1, keepdim=True)
+    index = to_device(greedy, np.int64, x.device)
+    most_likely = x[index].argmax(dim=-1, keepdim=True)
     x = x / column([max(temperature, GREEDY_TEMPERATURE) for temperature in temperatures], x)
-    alone = torch.full_like(x[greedy], float("-inf"))
-    x[greedy] = alone.scatter_(1, most_likely, 0.0)
+    alone = torch.full_like(x[index], float("-inf"))
+    x[index] = alone.scatter_(1, most_likely, 0.0)
     return x
 
 
@@ -134,7 +140,7 @@ def keep_largest(x: Tensor, nums: Sequence[int]) -> Tensor:
     """Keep what is at least as large as the last of its row's `num` largest."""
     nums = [min(num, x.shape[1]) for num in nums]
     largest = x.topk(max(nums), dim=-1).values
-    threshold = largest.gather(1, torch.tensor(nums, device=x.device)[:, None] - 1)
+    threshold = largest.gather(1, to_device(nums, np.int64, x.device)[:, None] - 1)
     return x.masked_fill(x < threshold, float("-inf"))
 
 
@@ -204,7 +210,7 @@ def _exclude_top_choices(x: Tensor, requests: Sequence[SampledRequest]) -> Tenso
     thresholds = [math.log(chain.xtc_threshold) if chain.xtc_threshold > 0 else -math.inf for chain in chains]
     is_likely = (x.log_softmax(dim=-1) >= column(thresholds, x)) & (x > float("-inf"))
     least = x.masked_fill(~is_likely, float("inf")).amin(dim=-1, keepdim=True)
-    return x.masked_fill((x > least) & torch.tensor(acts, device=x.device)[:, None], float("-inf"))
+    return x.masked_fill((x > least) & to_device(acts, np.bool_, x.device)[:, None], float("-inf"))
 
 
 # Mirostat (Basu et al. 2021): the truncation follows how surprising the tokens were that it let through.

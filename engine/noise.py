@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.batch import to_device
 from engine.request import SampledRequest
 
 COIN_DOMAIN = np.uint64(0x636F696E2D786374)  # so that coins tell nothing about the noise of tokens
@@ -34,7 +35,7 @@ def hash_token_ids(vocab_size: int, device: torch.device) -> Tensor:
 def gumbel_noise(hashed_ids: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
     """float32 [R, V]: -log(-log(u)) of a uniform u that is a hash of seed, position in the output, and token id."""
     keys = noise_keys(*_seeds_and_positions(requests))
-    first, second = torch.from_numpy(keys.view(np.int32)).to(hashed_ids.device).unsqueeze(-1).unbind(dim=1)
+    first, second = to_device(keys.view(np.int32), np.int32, hashed_ids.device).unsqueeze(-1).unbind(dim=1)
     bits = _mix(_mix(hashed_ids ^ first) ^ second)
     # 31 bits; exponential noise close to 0, which decides, keeps its full precision.
     uniform = ((bits & 0x7FFFFFFF).to(torch.float32) + 0.5) * 2.0**-31

@@ -55,7 +55,7 @@ class PendingOutputs:
 
     step: Step
     prompt_logprobs: list[list[PendingLogprobs]]  # of each item
-    pooled: dict[int, list[int]]  # of those of the items that want it; empty: it is not finite
+    pooled: dict[int, HostCopy]  # of those of the items that want it: see ModelRunner._pool
     sampled: HostCopy | None = None  # [2, R] int64: token ids, and whether their logits are finite; None: nothing is
     wanted: Sequence[int] = ()  # those of the R that want log probabilities
     logprobs: PendingLogprobs | None = None  # of these
@@ -72,7 +72,9 @@ class PendingOutputs:
             num = num_confirmed(token_ids[first:last], is_finite[first:last], item.draft_token_ids)
             output = RowOutput(token_ids[first : first + num])
             output.prompt_logprobs = [entry for some in prompt_logprobs for entry in some.read()]
-            output.pooled = self.pooled.get(place, [])
+            if place in self.pooled:
+                *total, num_bad = self.pooled[place].read().tolist()
+                output.pooled = [] if num_bad else total
             if first in logprobs and num:
                 output.logprobs = [logprobs[index] for index in range(first, first + num)]
             if item.num_samples and not num:
@@ -165,29 +167,29 @@ class ModelRunner:
         chunks = zip(torch.split(rows, LOGPROB_ROWS), torch.split(token_ids, LOGPROB_ROWS), strict=True)
         return [gather_logprobs(self.execution.compute_logits(some), ids, [num_top] * len(ids)) for some, ids in chunks]
 
-    def _all_pooled(self, step: Step) -> dict[int, list[int]]:
-        pooled: dict[int, list[int]] = {}
+    def _all_pooled(self, step: Step) -> dict[int, HostCopy]:
+        pooled: dict[int, HostCopy] = {}
         last_row = 0
         for place, item in enumerate(step.scheduled):
             last_row += item.num_hidden
             if item.num_pooled:
                 first_row = last_row - item.num_pooled
-                pooled[place] = self._pool(torch.arange(first_row, last_row, device=self.builder.device))
+                pooled[place] = HostCopy(self._pool(torch.arange(first_row, last_row, device=self.builder.device)))
         return pooled
 
-    def _pool(self, rows: Tensor) -> list[int]:
-        """The sum of some rows' last hidden states in units of 1 / POOLED_UNIT; empty where one is not finite, or huge.
+    def _pool(self, rows: Tensor) -> Tensor:
+        """The sum of some rows' last hidden states in units of 1 / POOLED_UNIT, and after it how many of their numbers
+        are not finite, or huge: int64 [H + 1].
 
         Sums of integers are exact, so they do not depend on how a prompt is cut.
         """
-        total: Tensor | None = None
+        total = torch.zeros(1, dtype=torch.int64, device=rows.device)
         for some in torch.split(rows, LOGPROB_ROWS):
             hidden = self.execution.compute_hidden(some).double()
-            if not bool((hidden.abs() < MAX_POOLED).all()):  # nor is it where one is not a number
-                return []
-            part = (hidden * POOLED_UNIT).round().long().sum(dim=0)
-            total = part if total is None else total + part
-        return [] if total is None else total.tolist()
+            is_good = hidden.abs() < MAX_POOLED  # which what is not a number is not, either
+            units = torch.where(is_good, hidden * POOLED_UNIT, 0.0).round().long()
+            total = total + torch.cat((units.sum(dim=0), (~is_good).sum(dim=(0, 1))[None]))
+        return total
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.batch import packed_copy
+from engine.batch import packed_copy, to_device
 from engine.chain import GREEDY_TEMPERATURE, apply_chain, remember_surprise
 from engine.noise import gumbel_noise, hash_token_ids
 from engine.request import SampledRequest
@@ -59,9 +59,10 @@ class Sampler:
             return SamplerOutput(self._sample_plain(logits, requests), is_finite)
         token_ids = torch.empty(len(requests), dtype=torch.int64, device=self.device)
         if plain := [row for row, request in enumerate(requests) if not request.params.is_special]:
-            token_ids[plain] = self._sample_plain(logits[plain], [requests[row] for row in plain])
-        for rows in _waves(requests, special):
-            some = [requests[row] for row in rows]
+            index = to_device(plain, np.int64, self.device)
+            token_ids[index] = self._sample_plain(logits[index], [requests[row] for row in plain])
+        for wave in _waves(requests, special):
+            rows, some = to_device(wave, np.int64, self.device), [requests[row] for row in wave]
             token_ids[rows], logits[rows] = self._sample_special(logits[rows], some)
             is_finite[rows] &= torch.isfinite(logits[rows].amax(dim=-1))  # unless the settings leave nothing
         return SamplerOutput(token_ids, is_finite)
@@ -72,8 +73,8 @@ class Sampler:
         entries = [(row, *item) for row, request in enumerate(requests) for item in request.params.logit_bias.items()]
         if entries:
             rows, ids, values = zip(*entries, strict=True)
-            index = (torch.tensor(rows, device=self.device), torch.tensor(ids, device=self.device))
-            logits.index_put_(index, torch.tensor(values, dtype=torch.float32, device=self.device), accumulate=True)
+            places = to_device((rows, ids), np.int64, self.device).unbind()
+            logits.index_put_(places, to_device(values, np.float32, self.device), accumulate=True)
 
     def _ban_tokens(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         entries = [
@@ -82,13 +83,13 @@ class Sampler:
             for token_id in banned_token_ids(request, self.eos_token_ids)
         ]
         if entries:
-            rows, ids = torch.tensor(entries, device=self.device).T
+            rows, ids = to_device(entries, np.int64, self.device).T
             logits[rows, ids] = float("-inf")
 
     def _allow_only(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         for row, request in enumerate(requests):
             if request.allowed_ids:
-                ids = torch.frombuffer(request.allowed_ids, dtype=torch.int32).to(self.device, torch.int64)
+                ids = to_device(np.frombuffer(request.allowed_ids, np.int32), np.int64, self.device)
                 allowed = logits[row, ids]
                 logits[row] = float("-inf")
                 logits[row, ids] = allowed
@@ -101,7 +102,7 @@ class Sampler:
         token_ids = logits.argmax(dim=-1)  # the first of equal ones
         sampled = [row for row, request in enumerate(requests) if request.params.temperature >= GREEDY_TEMPERATURE]
         if sampled:
-            rows = torch.tensor(sampled, device=self.device)
+            rows = to_device(sampled, np.int64, self.device)
             some = [requests[row] for row in sampled]
             x = apply_chain(logits[rows], some, ("temperature", "min_p", "top_k", "top_p"))
             token_ids[rows] = (x + gumbel_noise(self.hashed_ids, some)).argmax(dim=-1)

@@ -270,7 +270,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
         eos_token_id=7,
     )
     folder: Path = save_random_model(LlamaForCausalLM(shape), tmp_path_factory.mktemp("model"), seed=1)
-    return load_model(EngineConfig(model_path=str(folder), block_size=16, max_num_seqs=8, kv_cache_memory=1 << 20))
+    return load_model(EngineConfig(model_path=str(folder), block_size=16, max_num_seqs=8, kv_cache_memory=1 << 21))
 
 
 def mixed_submits() -> list[Submit]:
