@@ -54,6 +54,10 @@ from engine.runner import LoadedModel, Progress, load_model
 logger = logging.getLogger("lightwell.engine")
 
 CHANGE_WAIT = 0.005  # seconds between looks at adapters that are being loaded, where nothing else is done
+WARM_UP = SamplingParams(max_tokens=2, ignore_eos=True)
+WARM_UP_SAMPLING = SamplingParams(  # by all passes of a sampler
+    max_tokens=2, ignore_eos=True, temperature=1.0, top_p=0.9, repetition_penalty=1.1, logit_bias={0: 1.0}
+)
 FINGERPRINT_BYTES = 1024 * 1024  # read at the start, in the middle and at the end of each file of weights
 
 
@@ -280,7 +284,7 @@ def start(process_config: EngineProcessConfig) -> EngineLoop:
     loaded = load_model(config, clock, progress_bar())
     # The kernels have threads of their own, and torch's would wait for work on the same cores.
     torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
-    warm_up(Engine(config, loaded))  # its own books; the real ones start at zero
+    warm_up(Engine(config, loaded), loaded.limits.max_model_len)  # its own books; the real ones start at zero
     clock.lap("warm-up")
     engine = Engine(config, loaded)
     log_plan(loaded, config)
@@ -300,10 +304,17 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
 
 
-def warm_up(engine: Engine) -> None:
-    """Generate a few tokens, so that what libraries do at the first call does not wait for the first request."""
-    params = SamplingParams(max_tokens=2, ignore_eos=True)
-    engine.add(Submit(request_id="warm-up", prompt_token_ids=[0, 0], params=params, arrival=time.monotonic()))
+def warm_up(engine: Engine, max_model_len: int) -> None:
+    """Generate a few tokens, so that what is done at the first call, as compiling, does not wait for a request."""
+    num_tokens = min(engine.runner.kernels.num_warm_up_tokens, max_model_len - WARM_UP.max_tokens)
+    for number, params in enumerate((WARM_UP, WARM_UP_SAMPLING)):
+        submit = Submit(
+            request_id=f"warm-up {number}",
+            prompt_token_ids=[0] * max(1, num_tokens),
+            params=params,
+            arrival=time.monotonic(),
+        )
+        engine.add(submit)
     while engine.has_work:
         engine.step()
 

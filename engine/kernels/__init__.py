@@ -10,6 +10,7 @@ heads that share a KV head (grouped-query attention), D: head size, B: blocks, N
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class Kernels(Protocol):
     vector_dtype: torch.dtype  # of norms and biases
     num_threads: int  # that compute
     num_torch_threads: int  # how many of torch's own are wanted
+    num_warm_up_tokens: int  # of a prompt with which all kernels are used that most requests need
 
     @property
     def separates_prompts(self) -> bool:
@@ -245,7 +247,7 @@ def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels |
         from engine.kernels.gpu.kernels import TritonKernels
 
         triton.runtime.driver.active.get_current_target()  # which needs a C compiler
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError, subprocess.SubprocessError) as error:
         return f"Triton does not work here: {error}"
     return TritonKernels.of(options, device)
 

@@ -95,6 +95,7 @@ class TorchKernels:
         self.max_lora_rank = max_lora_rank
         self.formats = f"weights and KV cache {str(dtype).removeprefix('torch.')}"
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
+        self.num_warm_up_tokens = 2
         self.deterministic = True
         self.separates_prompts = False
         self._invariants: dict[tuple[torch.Size, bool], Invariant] = {}  # by weight shape and whether there is a bias
@@ -377,7 +378,8 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    is_bfloat16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return is_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _packed_product(weight: Tensor, bias: Tensor | None) -> Product:

@@ -48,7 +48,7 @@ def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_device_number_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0)  # torch asks for a number
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="--device cuda:2"):
         choose_device("cuda:2")

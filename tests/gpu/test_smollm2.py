@@ -1,6 +1,6 @@
 """SmolLM2 on a GPU: the distributions of the CPU engine, and promise 1 with the kernels and graphs of a real card."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from server.text.tokenizer import Tokenizer
 from tests.bench.quality import TEXT
 from tests.engine.test_promise import MAX_MODEL_LEN, assert_same, make_engine, run, run_alone, submits
 from tests.lora_adapters import save_random_adapter
-from tests.parity.outputs import all_logits
+from tests.parity.outputs import all_logits, fingerprint_of
 
 __all__ = ["submits"]  # the fixture
 
@@ -78,11 +78,38 @@ def test_adapters_in_any_company(smollm2_path: Path, tmp_path: Path, submits: Se
     }
     loaded = load(smollm2_path, device="cuda", lora_modules=modules, max_loras=2)
     names = ("", "a", "b")
-    mixed = [msgspec.structs.replace(submit, lora_name=names[i % 3]) for i, submit in enumerate(submits)]
+    fingerprints = {name: fingerprint_of(loaded, name) for name in names}
+    mixed = [
+        msgspec.structs.replace(submit, lora_name=names[i % 3], lora_fingerprint=fingerprints[names[i % 3]])
+        for i, submit in enumerate(submits)
+    ]
     expected = run_alone(loaded, mixed)
     assert run_alone(loaded, submits) != expected
     for _ in range(2):
         assert_same(run(make_engine(loaded, chunk=60), mixed), expected)
+
+
+def test_steps_are_launched_without_a_wait(
+    smollm2_path: Path, submits: Sequence[Submit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once kernels are compiled and graphs are there. tests/engine/kernels/test_triton_waits.py knows all settings."""
+    loaded = load(smollm2_path, device="cuda")
+    expected = run(make_engine(loaded), submits)
+    run(make_engine(loaded), submits)
+    for name in ("forward", "sample"):
+        monkeypatch.setattr(loaded.runner, name, without_waits(getattr(loaded.runner, name)))
+    assert_same(run(make_engine(loaded), submits), expected)
+
+
+def without_waits(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return method(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return call
 
 
 def test_log_probabilities_are_those_of_the_cpu_and_do_not_wait() -> None:
