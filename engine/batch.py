@@ -145,7 +145,11 @@ def packed_copy(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> li
 
 def to_device(values: ArrayLike, dtype: DTypeLike, device: torch.device) -> Tensor:
     """Numbers of the host on a device, for which the host does not wait."""
-    tensor = torch.from_numpy(np.asarray(values, dtype))
+    return send(torch.from_numpy(np.asarray(values, dtype)), device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, for which the host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from engine.batch import to_device
 from engine.dry import repeat_penalties
+from engine.logprobs import log_softmax
 from engine.messages import SamplerChain, SamplingParams
 from engine.noise import coins
 from engine.request import SampledRequest
 
 GREEDY_TEMPERATURE = 1e-5  # below it the division would overflow; the result is greedy decoding anyway
 NUM_CANDIDATES = 1024  # most likely tokens that are tried first for top-p, before a whole row is sorted
+SUMMED_ROWS = 4
 MIROSTAT_CANDIDATES = 100  # most likely tokens that tell version 1 how steep the distribution is
 
 NO_CHAIN = SamplerChain()
@@ -58,9 +60,15 @@ def _chain(request: SampledRequest) -> SamplerChain:
     return request.params.chain or NO_CHAIN
 
 
+def _running_sums(x: Tensor) -> Tensor:
+    """Along each row of [R, V], of so many rows at a time, because CUDA adds up others for another number of them."""
+    padded = F.pad(x, (0, 0, 0, -len(x) % SUMMED_ROWS))
+    return torch.cat([rows.cumsum(dim=-1) for rows in torch.split(padded, SUMMED_ROWS)])[: len(x)]
+
+
 def _row_sums(x: Tensor) -> Tensor:
     """[R, 1]"""
-    return F.pad(x, (0, 0, 0, 1)).cumsum(dim=-1)[:-1, -1:]
+    return _running_sums(x)[:, -1:]
 
 
 # What changes single tokens.
@@ -150,7 +158,7 @@ def _keep_top_p(x: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
     Tokens as likely as the last of the set are kept too, so the order of equal ones does not matter.
     """
     top_p = column([request.params.top_p for request in requests], x)
-    logprobs = x.log_softmax(dim=-1)
+    logprobs = log_softmax(x)
     num_candidates = min(NUM_CANDIDATES, x.shape[1]) if x.device.type == "cpu" else x.shape[1]
     threshold, found = _nucleus_threshold(logprobs.topk(num_candidates, dim=-1).values, top_p)
     if x.device.type == "cpu" and num_candidates < x.shape[1]:  # elsewhere looking would be a sync
@@ -172,15 +180,14 @@ def _nucleus_threshold(ordered: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
 
 def _num_below(probabilities: Tensor, mass: Tensor) -> Tensor:
     """[R, 1]: how many of [R, n] come before the one with which their sum reaches `mass` [R, 1]."""
-    sums = F.pad(probabilities, (0, 0, 0, 1)).cumsum(dim=-1)[:-1]  # CUDA adds up a single row in another order
-    return (sums < mass).sum(dim=-1, keepdim=True)
+    return (_running_sums(probabilities) < mass).sum(dim=-1, keepdim=True)
 
 
 def _keep_typical(x: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
     """Locally typical sampling (Meister et al. 2022): keep the smallest set that has probability typical_p, of those
     tokens whose surprise is closest to what is expected.
     """
-    logprobs = x.log_softmax(dim=-1)
+    logprobs = log_softmax(x)
     probabilities = logprobs.exp()
     is_possible = probabilities > 0
     entropy = -_row_sums(torch.where(is_possible, probabilities * logprobs, 0.0))
@@ -208,7 +215,7 @@ def _exclude_top_choices(x: Tensor, requests: Sequence[SampledRequest]) -> Tenso
     chains = [_chain(request) for request in requests]
     acts = [coin < chain.xtc_probability for coin, chain in zip(coins(requests), chains, strict=True)]
     thresholds = [math.log(chain.xtc_threshold) if chain.xtc_threshold > 0 else -math.inf for chain in chains]
-    is_likely = (x.log_softmax(dim=-1) >= column(thresholds, x)) & (x > float("-inf"))
+    is_likely = (log_softmax(x) >= column(thresholds, x)) & (x > float("-inf"))
     least = x.masked_fill(~is_likely, float("inf")).amin(dim=-1, keepdim=True)
     return x.masked_fill((x > least) & to_device(acts, np.bool_, x.device)[:, None], float("-inf"))
 
@@ -219,7 +226,7 @@ def _exclude_top_choices(x: Tensor, requests: Sequence[SampledRequest]) -> Tenso
 def _mirostat(x: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
     """Version 2 keeps what surprises by mu bits at most. Version 1 has a top-k that would do so for a Zipf curve."""
     mus = [_mu(request) for request in requests]
-    logprobs = x.log_softmax(dim=-1)
+    logprobs = log_softmax(x)
     candidates = logprobs.topk(min(MIROSTAT_CANDIDATES, x.shape[1]), dim=-1).values.tolist()
     nums = [
         _zipf_top_k(ordered, mu, x.shape[1]) if _chain(request).mirostat == 1 else x.shape[1]
@@ -258,7 +265,7 @@ def remember_surprise(x: Tensor, token_ids: Tensor, requests: Sequence[SampledRe
     Every position is sampled after the one before it, and again if it was not kept. So the entries up to a position
     are always those of the tokens before it, however drafts and steps went.
     """
-    logprobs = x.log_softmax(dim=-1).gather(1, token_ids[:, None]).squeeze(1).tolist()
+    logprobs = log_softmax(x).gather(1, token_ids[:, None]).squeeze(1).tolist()
     for request, logprob in zip(requests, logprobs, strict=True):
         chain, position = _chain(request), request.num_output_tokens
         error = -logprob / math.log(2) - chain.mirostat_tau

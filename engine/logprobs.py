@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import HostCopy, packed_copy
@@ -52,7 +53,7 @@ def gather_logprobs(
     `num_top` says how many alternatives each row wants. Tokens of -infinity, which cannot be, are none.
     Rows that have `named_ids` get these instead.
     """
-    logprobs = logits.log_softmax(dim=-1)
+    logprobs = log_softmax(logits)
     chosen = token_ids[:, None]
     # Order is that of the logits: log_softmax can round different ones to the same number.
     ranks = (logits > logits.gather(1, chosen)).sum(dim=-1, keepdim=True) + 1
@@ -62,6 +63,16 @@ def gather_logprobs(
         wanted.append(_padded(named_ids, logits.device))
     values = logprobs.gather(1, torch.cat(wanted, dim=1))
     return PendingLogprobs(HostCopy(values), HostCopy(torch.cat((ranks, top_ids), dim=1)), num_top, named_ids)
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """Log probabilities of float32 logits [R, V].
+
+    CUDA begins a row where its 16 bytes do, and adds up in another order for it, unless all rows begin there.
+    """
+    missing = -x.shape[1] % 4
+    padded = F.pad(x, (0, missing), value=-math.inf) if missing else x
+    return padded.log_softmax(dim=-1)[:, : x.shape[1]]
 
 
 def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:

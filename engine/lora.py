@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from engine.batch import send, to_device
 from engine.config import EngineConfig, ModelConfig
 from engine.kernels import LoraWeights
 from engine.kv_cache import MIB
@@ -141,15 +143,16 @@ class LoraAdapters:
 @torch.inference_mode()
 def _write(weights: LoraWeights, place: int, names: Sequence[str], checkpoint: LoraCheckpoint) -> None:
     """The matrices of one product's parts. What an adapter leaves out has rank 0."""
+    device = weights.ranks.device
     first = 0
+    ranks = [0] * len(names)
     for part, (name, size) in enumerate(zip(names, weights.sizes, strict=True)):
-        matrices = checkpoint.modules.get(name)
-        rank = 0 if matrices is None else len(matrices.a)
-        weights.ranks[place, part] = rank
-        if matrices is not None:
-            weights.a[place, part, :rank] = matrices.a
-            weights.b[place, :rank, first : first + size] = matrices.b.T
+        if (matrices := checkpoint.modules.get(name)) is not None:
+            rank = ranks[part] = len(matrices.a)
+            weights.a[place, part, :rank] = send(matrices.a, device)
+            weights.b[place, :rank, first : first + size] = send(matrices.b, device).T
         first += size
+    weights.ranks[place] = to_device(ranks, np.int64, device)
 
 
 def num_places(max_loras: int) -> int:

@@ -84,7 +84,7 @@ class Sampler:
         ]
         if entries:
             rows, ids = to_device(entries, np.int64, self.device).T
-            logits[rows, ids] = float("-inf")
+            logits.index_put_((rows, ids), logits.new_full((), float("-inf")))  # an assignment would wait for a copy
 
     def _allow_only(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         for row, request in enumerate(requests):
