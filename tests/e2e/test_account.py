@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.conftest import StartServer
 from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
+from tests.server.memory import kv_cache_flag
 from tests.server.serving import wait_until
 
 EXPLAIN = {"lightwell": {"explain": True}}
@@ -132,7 +133,7 @@ def test_who_was_ahead(start_server: StartServer) -> None:
 
 def test_waiting_while_preempted(start_server: StartServer) -> None:
     """Two that together need more blocks than there are: the later one waits until the first has ended."""
-    server = start_server("--max-model-len=512", "--kv-cache-memory=12MiB", "--speculative=off")
+    server = start_server("--max-model-len=512", kv_cache_flag(12), "--speculative=off")
     body = {"prompt": "Light", "max_tokens": 480, "ignore_eos": True}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: ask(server, "/v1/completions", **body), range(2))

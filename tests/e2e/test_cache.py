@@ -7,6 +7,7 @@ from tests.choice import code_paths
 from tests.e2e.conftest import StartServer
 from tests.e2e.server_process import COMPLETIONS, ServerProcess, running_server
 from tests.e2e.streams import Stream, merge
+from tests.server.memory import kv_cache_flag
 
 BLOCK_SIZE = 32
 PROMPT = "In the year of the great flood, " + "the people of the valley built boats of reed and clay. " * 12
@@ -65,7 +66,7 @@ def test_a_salt_separates(server: ServerProcess) -> None:
 
 def test_preempted_and_uncached_answers_are_the_same(smollm2_path: Path, server: ServerProcess) -> None:
     """A cache of 11 blocks of 16 tokens for six requests that end with four blocks each."""
-    flags = ("--block-size=16", "--max-model-len=128", "--kv-cache-memory=4MiB", "--no-enable-prefix-caching")
+    flags = ("--block-size=16", "--max-model-len=128", kv_cache_flag(4), "--no-enable-prefix-caching")
     bodies: list[dict[str, Any]] = [
         {
             "prompt": f"Chapter {number}: the",

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.server_process import CHAT, COMPLETIONS, MODEL, ServerProcess, seconds_until, shared_server
 from tests.e2e.streams import Stream
+from tests.server.memory import kv_cache_flag
 from tests.server.serving import wait_until
 
 WITHIN = 1.0  # second
@@ -75,7 +76,7 @@ def test_at_random_moments(server: ServerProcess) -> None:
 @pytest.fixture(scope="module")
 def narrow_server(smollm2_path: Path) -> Iterator[ServerProcess]:
     """Runs one request at a time. A request that is aborted ends with the step that runs."""
-    flags = ("--max-num-seqs=1", "--max-model-len=4096", "--kv-cache-memory=128MiB")
+    flags = ("--max-num-seqs=1", "--max-model-len=4096", kv_cache_flag(128))
     with shared_server(smollm2_path, *flags) as server:
         yield server
 

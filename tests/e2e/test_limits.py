@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.server_process import CHAT, COMPLETIONS, ServerProcess, shared_server
+from tests.server.memory import kv_cache_flag
 from tests.server.serving import check_error
 
 MAX_MODEL_LEN = 96
@@ -15,7 +16,7 @@ MAX_MODEL_LEN = 96
 @pytest.fixture(scope="module")
 def short_server(smollm2_path: Path) -> Iterator[ServerProcess]:
     """Its cache holds exactly one request of full length, beside a block or so."""
-    flags = (f"--max-model-len={MAX_MODEL_LEN}", "--kv-cache-memory=3MiB")
+    flags = (f"--max-model-len={MAX_MODEL_LEN}", kv_cache_flag(3))
     with shared_server(smollm2_path, *flags) as server:
         yield server
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.server_process import COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess, shared_server
 from tests.e2e.streams import Stream
+from tests.server.memory import kv_cache_flag
 from tests.server.serving import check_error, wait_until
 
 REFUSED_WITHIN = 0.05  # seconds
@@ -20,7 +21,7 @@ LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 500, "ignore
 @pytest.fixture(scope="module")
 def small_server(smollm2_path: Path) -> Iterator[ServerProcess]:
     """Holds four requests: two run, two wait."""
-    flags = ("--max-num-seqs=2", "--max-queued-requests=2", "--max-model-len=1024", "--kv-cache-memory=64MiB")
+    flags = ("--max-num-seqs=2", "--max-queued-requests=2", "--max-model-len=1024", kv_cache_flag(64))
     with shared_server(smollm2_path, *flags) as server:
         yield server
 

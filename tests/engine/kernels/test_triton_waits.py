@@ -44,7 +44,7 @@ class Waits(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in READS or func in COPIES or (func in INDEXES and reads_index(args[1])):
+        if func in READS or func in COPIES or (func in INDEXES and reads_index(*args[1:])):
             self._note(func.__name__)
         is_copy = func is Tensor.to and torch.device in map(type, [*args, *kwargs.values()])
         if is_copy and not kwargs.get("non_blocking"):
@@ -56,13 +56,14 @@ class Waits(TorchFunctionMode):
         self.found.append(f"{name} in {caller.name}, line {caller.lineno}")
 
 
-def reads_index(index: Any) -> bool:
-    """Lists are copied to the device, and of masks the host must know how many they let through."""
+def reads_index(index: Any, value: Any = None) -> bool:
+    """Lists are copied to the device, of masks the host must know how many they let through, and a number that is to
+    stand at places that the device knows is copied there, too.
+    """
     parts = index if isinstance(index, tuple) else (index,)
-    return any(
-        isinstance(part, list) or (isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8))
-        for part in parts
-    )
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    has_mask = any(part.dtype in (torch.bool, torch.uint8) for part in tensors)
+    return has_mask or any(isinstance(part, list) for part in parts) or bool(tensors and isinstance(value, int | float))
 
 
 @pytest.fixture
@@ -158,6 +159,7 @@ def test_mirostat_waits(loaded: LoadedModel, waits: Waits) -> None:
         lambda x: x.tolist(),
         lambda x: bool((x > 0).all()),
         lambda x: x[[0, 1]],
+        lambda x: x.__setitem__(x.argmax(), 1.0),
         lambda x: x[x > 0],
         lambda x: x.nonzero(),
         lambda x: torch.tensor([1], device=x.device),
