@@ -20,7 +20,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.messages import FinishReason, SamplingParams, Submit, TokenLogprobs
 from engine.runner import load_model
-from server.generate.constraints import schema_constraint
+from server.generate.constraints import MAX_INTEGER, MIN_INTEGER, schema_constraint
 from server.text.tokenizer import Tokenizer
 
 SEED = 3
@@ -104,7 +104,7 @@ def of_regex(pattern: str) -> str:
 
 NAMES = st.text("abcdxyz_ é", min_size=1, max_size=6)
 SIZES = st.integers(0, 5)
-INTEGERS = st.integers(-(2**63), 2**63 - 1)
+INTEGERS = st.integers(MIN_INTEGER, MAX_INTEGER)
 
 
 def texts(low: int, span: int) -> dict[str, Any]:
@@ -130,7 +130,7 @@ LEAVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.builds(lambda high: {"type": "number", "exclusiveMinimum": 0, "maximum": high}, st.integers(1, 50)),
     st.builds(
         lambda values: {"enum": values},
-        st.lists(NAMES | st.integers(-(2**63), 2**63 - 1) | st.none(), min_size=1, max_size=4),
+        st.lists(NAMES | INTEGERS | st.none(), min_size=1, max_size=4),
     ),
     st.builds(lambda value: {"const": value}, NAMES | st.lists(st.booleans(), max_size=2)),
     st.sampled_from(

@@ -63,9 +63,7 @@ class TritonKernels(TorchKernels):
         self.attends_to_prompts = can_attend and not batch_invariant
         self.weight_formats: list[str] = []  # that were met, in order
         self.tiles = tiles_for(device, dtype)
-        self.num_warm_up_tokens = (
-            2 * self.tiles.attention.segment + 1
-        )  # keys are split, products not
+        self.num_warm_up_tokens = 2 * self.tiles.attention.segment + 1  # keys are split, products not
         self.lora_tiles: dict[tuple[int, ...], Tensor] = {}  # by the sizes of a product's parts
         self.name = f"triton {triton.__version__} {card_name(device)}"
 
