@@ -31,7 +31,7 @@ from server.validation import format_path, resolve_location
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # arrays and objects within each other
-MIN_INTEGER, MAX_INTEGER = -(2**63 - 808), 2**63 - 1  # llguidance never comes to an end with lower ones in 64 bits
+MAX_INTEGER = 2**63 - 1
 MAX_TAG_PARTS = 512  # of a structural tag; each may have to say what comes after it
 OPTIONS = "x-guidance"  # where a schema would tell llguidance how to read it
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
@@ -253,12 +253,19 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
     if num_bytes > MAX_SCHEMA_BYTES:
         raise _invalid(param, f"expected a schema of at most {MAX_SCHEMA_BYTES} bytes, but got {num_bytes}")
     values = list(_values(schema))
-    if any(isinstance(value, int) and not MIN_INTEGER <= value <= MAX_INTEGER for value in values):
-        raise _invalid(param, f"integers below {MIN_INTEGER} or above {MAX_INTEGER} are not supported")
+    if (
+        rounded := next((value for value in values if isinstance(value, int) and not _is_exact(value)), None)
+    ) is not None:
+        raise _invalid(param, f"the integer {rounded} is not supported, because it would be rounded")
     if any(isinstance(value, dict) and _counts_names(value) for value in values):
         raise _invalid(param, "'minProperties' is not supported above the number of required properties")
     if OPTIONS in schema:
         raise _invalid(param, f"the key '{OPTIONS}' is not supported")
+
+
+def _is_exact(value: int) -> bool:
+    """Whether llguidance, which has floats of 64 bits, says this very number. At -2^63 it never comes to an end."""
+    return value == MAX_INTEGER or (abs(value) < 2**63 and int(float(value)) == value)
 
 
 def _counts_names(schema: Mapping[str, Any]) -> bool:

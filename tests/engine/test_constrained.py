@@ -20,7 +20,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.messages import FinishReason, SamplingParams, Submit, TokenLogprobs
 from engine.runner import load_model
-from server.generate.constraints import MAX_INTEGER, MIN_INTEGER, schema_constraint
+from server.generate.constraints import schema_constraint
 from server.text.tokenizer import Tokenizer
 
 SEED = 3
@@ -104,7 +104,7 @@ def of_regex(pattern: str) -> str:
 
 NAMES = st.text("abcdxyz_ é", min_size=1, max_size=6)
 SIZES = st.integers(0, 5)
-INTEGERS = st.integers(MIN_INTEGER, MAX_INTEGER)
+INTEGERS = st.integers(-(2**53), 2**53) | st.sampled_from([2**63 - 1, -(2**63) + 1024, 2**60, -(10**18)])
 
 
 def texts(low: int, span: int) -> dict[str, Any]:

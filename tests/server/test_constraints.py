@@ -10,7 +10,6 @@ from jsonschema import Draft202012Validator
 
 from engine.grammar import GrammarCompiler
 from engine.messages import Submit, Vocabulary
-from server.generate.constraints import MAX_INTEGER, MIN_INTEGER
 from tests.server.asking import CHAT, COMPLETIONS, ask
 from tests.server.serving import RunningServer, check_error
 from tests.server.tiny_model import END_OF_TEXT_ID
@@ -125,9 +124,10 @@ HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     (nested(70), "the schema is nested more than 64 levels deep."),
     (wide(2000), "Current row has 8007 items; max is 1000"),
     ({"enum": [f"value {index}" for index in range(10_000)]}, "expected a schema of at most 65536 bytes, but got "),
-    ({"enum": [1, -(2**63)]}, f"integers below {MIN_INTEGER} or above {MAX_INTEGER} are not supported."),
-    ({"properties": {"a": {"const": MIN_INTEGER - 1}}}, f"integers below {MIN_INTEGER} or above {MAX_INTEGER} are"),
-    ({"maximum": 2**63}, f"integers below {MIN_INTEGER} or above {MAX_INTEGER} are not supported."),
+    ({"enum": [1, -(2**63)]}, "the integer -9223372036854775808 is not supported, because it would be rounded."),
+    ({"properties": {"a": {"const": 2**53 + 1}}}, "the integer 9007199254740993 is not supported, because"),
+    ({"maximum": 2**63}, "the integer 9223372036854775808 is not supported, because it would be rounded."),
+    ({"minimum": 10**400}, "is not supported, because it would be rounded."),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no text matches it."),
     ({"$ref": "https://example.com/schema.json"}, "Default retriever does not fetch resources."),
     ({"$ref": "file:///etc/passwd"}, "Default retriever does not fetch resources."),
