@@ -27,7 +27,7 @@ from engine.request import SampledRequest
 
 GREEDY_TEMPERATURE = 1e-5  # below it the division would overflow; the result is greedy decoding anyway
 NUM_CANDIDATES = 1024  # most likely tokens that are tried first for top-p, before a whole row is sorted
-SUMMED_ROWS = 4
+SUMMED_ROWS = 4  # at a time
 MIROSTAT_CANDIDATES = 100  # most likely tokens that tell version 1 how steep the distribution is
 
 NO_CHAIN = SamplerChain()
@@ -51,8 +51,8 @@ def column(values: Sequence[float], x: Tensor) -> Tensor:
     return to_device(values, np.float32, x.device)[:, None]
 
 
-def _places(rows: ArrayLike, ids: ArrayLike, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where tokens stand in [R, V], beside `x`."""
+def places(rows: ArrayLike, ids: ArrayLike, x: Tensor) -> tuple[Tensor, Tensor]:
+    """An index of tokens in `x` [R, V]."""
     return to_device(rows, np.int64, x.device), to_device(ids, np.int64, x.device)
 
 
@@ -61,7 +61,7 @@ def _chain(request: SampledRequest) -> SamplerChain:
 
 
 def _running_sums(x: Tensor) -> Tensor:
-    """Along each row of [R, V], of so many rows at a time, because CUDA adds up others for another number of them."""
+    """Along each row of [R, V], of a fixed number of rows at a time, with which CUDA's order of additions changes."""
     padded = F.pad(x, (0, 0, 0, -len(x) % SUMMED_ROWS))
     return torch.cat([rows.cumsum(dim=-1) for rows in torch.split(padded, SUMMED_ROWS)])[: len(x)]
 
@@ -102,7 +102,7 @@ def _count(token_ids: Sequence[Sequence[int]], x: Tensor) -> Tensor:
     counts = torch.zeros((len(token_ids), x.shape[1]), device=x.device)
     rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
     ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in token_ids])
-    return counts.index_put_(_places(rows, ids, x), torch.ones((), device=x.device), accumulate=True)
+    return counts.index_put_(places(rows, ids, x), torch.ones((), device=x.device), accumulate=True)
 
 
 def _penalise_repeats(x: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
@@ -113,7 +113,7 @@ def _penalise_repeats(x: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
     ]
     if penalties:
         rows, ids, values = zip(*penalties, strict=True)
-        x[_places(rows, ids, x)] -= to_device(values, np.float32, x.device)
+        x[places(rows, ids, x)] -= to_device(values, np.float32, x.device)
     return x
 
 

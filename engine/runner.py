@@ -286,20 +286,19 @@ def kernel_options(
 
 
 def choose_device(name: str) -> torch.device:
+    """A GPU by its number, without which torch does not make it the current one."""
     if name == "auto":
-        return with_index(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
     device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    index = device.index or 0
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= num_devices:
+    if index >= num_devices:
         raise ValueError(f"--device {name}: torch finds {num_devices} CUDA devices here")
-    return with_index(device)
-
-
-def with_index(device: torch.device) -> torch.device:
-    """A GPU by its number, which torch asks for where one is to be the current one."""
-    return torch.device(device.type, device.index or 0) if device.type == "cuda" else device
+    return torch.device("cuda", index)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

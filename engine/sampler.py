@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import packed_copy, to_device
-from engine.chain import GREEDY_TEMPERATURE, apply_chain, remember_surprise
+from engine.chain import GREEDY_TEMPERATURE, apply_chain, places, remember_surprise
 from engine.noise import gumbel_noise, hash_token_ids
 from engine.request import SampledRequest
 
@@ -73,8 +73,8 @@ class Sampler:
         entries = [(row, *item) for row, request in enumerate(requests) for item in request.params.logit_bias.items()]
         if entries:
             rows, ids, values = zip(*entries, strict=True)
-            places = to_device((rows, ids), np.int64, self.device).unbind()
-            logits.index_put_(places, to_device(values, np.float32, self.device), accumulate=True)
+            changes = to_device(values, np.float32, self.device)
+            logits.index_put_(places(rows, ids, logits), changes, accumulate=True)
 
     def _ban_tokens(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         entries = [
@@ -83,8 +83,9 @@ class Sampler:
             for token_id in banned_token_ids(request, self.eos_token_ids)
         ]
         if entries:
-            rows, ids = to_device(entries, np.int64, self.device).T
-            logits.index_put_((rows, ids), logits.new_full((), float("-inf")))  # an assignment would wait for a copy
+            rows, ids = zip(*entries, strict=True)
+            # An assignment would wait for a copy of the number.
+            logits.index_put_(places(rows, ids, logits), logits.new_full((), float("-inf")))
 
     def _allow_only(self, logits: Tensor, requests: Sequence[SampledRequest]) -> None:
         for row, request in enumerate(requests):

@@ -31,7 +31,7 @@ from server.validation import format_path, resolve_location
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # arrays and objects within each other
-MAX_INTEGER = 2**63 - 1
+NUMBERS = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 MAX_TAG_PARTS = 512  # of a structural tag; each may have to say what comes after it
 OPTIONS = "x-guidance"  # where a schema would tell llguidance how to read it
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
@@ -253,10 +253,11 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
     if num_bytes > MAX_SCHEMA_BYTES:
         raise _invalid(param, f"expected a schema of at most {MAX_SCHEMA_BYTES} bytes, but got {num_bytes}")
     values = list(_values(schema))
-    if (
-        rounded := next((value for value in values if isinstance(value, int) and not _is_exact(value)), None)
-    ) is not None:
-        raise _invalid(param, f"the integer {rounded} is not supported, because it would be rounded")
+    if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values):
+        raise _invalid(param, "integers beyond 64 bits are not supported")
+    for number in _values([value.get(key) for value in values if isinstance(value, dict) for key in NUMBERS]):
+        if isinstance(number, int) and not _is_exact(number):
+            raise _invalid(param, f"the integer {number} is not supported, because it could not be kept exactly")
     if any(isinstance(value, dict) and _counts_names(value) for value in values):
         raise _invalid(param, "'minProperties' is not supported above the number of required properties")
     if OPTIONS in schema:
@@ -264,8 +265,8 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
 
 
 def _is_exact(value: int) -> bool:
-    """Whether llguidance, which has floats of 64 bits, says this very number. At -2^63 it never comes to an end."""
-    return value == MAX_INTEGER or (abs(value) < 2**63 and int(float(value)) == value)
+    """Whether llguidance, which has floats of 64 bits, keeps this very number. At -2^63 it never comes to an end."""
+    return value == 2**63 - 1 or (value > -(2**63) and int(float(value)) == value)
 
 
 def _counts_names(schema: Mapping[str, Any]) -> bool:
