@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from server.models import ModelError, resolve_model
+from server.model_paths import ModelError, resolve_model
 
 
 def bake(folder: Path, model: str) -> None:

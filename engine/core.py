@@ -16,16 +16,17 @@ import os
 import time
 from dataclasses import dataclass
 
-from engine.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.grammar import Grammars
-from engine.lora import prefix_salt
-from engine.messages import EngineStats, Submit, TokenEvent
-from engine.record import Recorder, StepClock, StepRecord
-from engine.request import Step, leader_of, without_early_end
-from engine.runner import LoadedModel, PendingOutputs
-from engine.scheduler import Scheduler
-from engine.speculation import choose_policy
+from engine.grammar.matcher import Grammars
+from engine.loading import LoadedModel
+from engine.lora.slots import prefix_salt
+from engine.runner import PendingOutputs
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.record import Recorder, StepClock, StepRecord
+from engine.scheduling.request import Step, leader_of, without_early_end
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import choose_policy
+from engine.shared.messages import EngineStats, Submit, TokenEvent
 
 GRAMMAR_WAIT = 0.02  # seconds; meanwhile no message is read
 

@@ -24,12 +24,13 @@ import zmq
 
 from engine.config import EngineConfig, EngineProcessConfig
 from engine.core import Engine
-from engine.kv_cache import MIB
-from engine.lifeline import die_with_parent
-from engine.logs import configure_logging
-from engine.lora import AdapterGoneError, num_places
-from engine.lora_changes import AdapterChanges
-from engine.messages import (
+from engine.loading import LoadedModel, Progress, load_model
+from engine.lora.slots import AdapterGoneError, num_places
+from engine.lora.updates import AdapterChanges
+from engine.model.kv_cache import MIB
+from engine.scheduling.record import StepClock
+from engine.shared.logs import configure_logging
+from engine.shared.messages import (
     HEARTBEAT_SECONDS,
     Abort,
     AdapterDone,
@@ -48,8 +49,7 @@ from engine.messages import (
     UnloadAdapter,
     Vocabulary,
 )
-from engine.record import StepClock
-from engine.runner import LoadedModel, Progress, load_model
+from engine.shared.parent_death import die_with_parent
 
 logger = logging.getLogger("lightwell.engine")
 

@@ -5,30 +5,23 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from server.api.admin import health, lora_adapters, metrics_page, models, requests, tokenize
+from server.api.chat import routes as chat
+from server.api.completions import routes as completions
+from server.api.embeddings import routes as embeddings
+from server.api.messages import routes as messages
+from server.api.openapi import install_document
+from server.api.responses import routes as responses
 from server.context import ServerContext
-from server.errors import install_error_handlers
-from server.middleware import (
+from server.http.errors import install_error_handlers
+from server.http.middleware import (
     AuthMiddleware,
     BodyMiddleware,
     CrossOriginMiddleware,
     HostMiddleware,
     RequestMiddleware,
 )
-from server.openapi import install_document
-from server.routes import (
-    adapters,
-    chat,
-    completions,
-    embeddings,
-    health,
-    messages,
-    metrics,
-    models,
-    requests,
-    responses,
-    tokenize,
-)
-from server.settings import is_loopback
+from server.settings.table import is_loopback
 
 
 def create_app(context: ServerContext) -> FastAPI:
@@ -56,7 +49,7 @@ def create_app(context: ServerContext) -> FastAPI:
     for tag, modules in (
         ("OpenAI", (completions, chat, responses, embeddings, models)),
         ("Anthropic", (messages,)),
-        ("Lightwell", (requests, adapters, tokenize, health, metrics)),
+        ("Lightwell", (requests, lora_adapters, tokenize, health, metrics_page)),
     ):
         for module in modules:
             app.include_router(module.router, tags=[tag])

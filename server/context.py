@@ -14,19 +14,19 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 from starlette.requests import Request
 
-from server.errors import MissingParameterError, ModelNotFoundError
+from server.http.errors import MissingParameterError, ModelNotFoundError
 from server.text.words import SequenceBreakers
 
 if TYPE_CHECKING:
     from engine.config import ModelConfig
-    from engine.messages import LoraAdapter
-    from server.client import EngineClient
-    from server.generate.running import RunningRequests
-    from server.grammar_judge import GrammarJudge
+    from engine.shared.messages import LoraAdapter
+    from server.api.responses.store import ResponseStore
+    from server.constrained.grammar_checker import GrammarJudge
+    from server.engine_client.client import EngineClient
+    from server.generation.recordings import Recordings
+    from server.generation.registry import RunningRequests
     from server.metrics import Metrics
-    from server.recordings import Recordings
-    from server.response_store import ResponseStore
-    from server.settings import Settings
+    from server.settings.table import Settings
     from server.text.chat_template import ChatTemplate
     from server.text.tokenizer import Tokenizer
 

@@ -17,10 +17,10 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.messages import EngineInfo, EngineStats, FinishReason
+from engine.shared.messages import EngineInfo, EngineStats, FinishReason
 
 if TYPE_CHECKING:
-    from server.client import Choice
+    from server.engine_client.client import Choice
 
 LABELS = ("model_name", "engine")
 

@@ -23,9 +23,9 @@ from types import FrameType
 
 import msgspec
 
-from engine.lifeline import die_with_parent
-from server.models import ModelError, ResolvedModel, resolve_adapter, resolve_model
-from server.settings import REPEAT_LORA_MODULES, ApiProcessConfig, Settings, check_adapter_names, engine_config
+from engine.shared.parent_death import die_with_parent
+from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
+from server.settings.table import REPEAT_LORA_MODULES, ApiProcessConfig, Settings, check_adapter_names, engine_config
 
 DEATH_GRACE_SECONDS = 3.0  # for the API to end its streams with an error once the engine is gone
 DRAIN_GRACE_SECONDS = 2.5  # for the API to leave after --drain-timeout
@@ -48,7 +48,7 @@ class Commands:
     """How the children are started. With -P the folder that the user stands in cannot stand in for our packages."""
 
     engine: Sequence[str] = (sys.executable, "-P", "-m", "engine.process")
-    api: Sequence[str] = (sys.executable, "-P", "-m", "server.api")
+    api: Sequence[str] = (sys.executable, "-P", "-m", "server.main")
 
 
 class SupervisorError(Exception):

@@ -27,6 +27,6 @@ def smollm2_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct (Q4_1), fetched on first use."""
     if path := os.environ.get("LIGHTWELL_TEST_MODEL"):
         return Path(path)
-    from server.models import resolve_model
+    from server.model_paths import resolve_model
 
     return resolve_model("smollm2-135m").path

@@ -10,7 +10,7 @@ from engine.config.fields import Fields, shown
 from engine.config.gguf import GGUF_ARCHITECTURES, load_gguf
 from engine.config.huggingface import load_folder, parse_json, refuse_pickle
 from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, RopeScaling
-from engine.gguf import GGUFFile
+from engine.shared.gguf import GGUFFile
 
 __all__ = [
     "GGUF_ARCHITECTURES",

@@ -2,7 +2,7 @@
 
 from engine.config.fields import Fields, checked, head_dim
 from engine.config.structs import ModelConfig, RopeScaling
-from engine.gguf import GGUFFile
+from engine.shared.gguf import GGUFFile
 
 GGUF_ARCHITECTURES = ("llama",)  # Mistral and SmolLM2 are stored as llama
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch import BatchInputs
+from engine.batch.inputs import BatchInputs
 from engine.config import ModelConfig
-from engine.kernels import Kernels, LayerCache
-from engine.kv_cache import KVCache
+from engine.kernels.interface import Kernels, LayerCache
+from engine.model.kv_cache import KVCache
 from engine.model.parameters import Parameters
 from engine.model.rotary import RotaryEmbedding
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.config import ModelConfig
-from engine.gguf import GGML_TYPES, GGUFFile, TensorInfo
+from engine.shared.gguf import GGML_TYPES, GGUFFile, TensorInfo
 from engine.weights.packed import PackedTensor, Weight
 
 TENSOR_NAMES = {

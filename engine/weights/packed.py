@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.gguf import GGML_TYPES
+from engine.shared.gguf import GGML_TYPES
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.config import ModelConfig, refuse_pickle
-from engine.gguf import short
+from engine.shared.gguf import short
 from engine.weights.files import RegularFile
 
 WEIGHTS_NAME = "model.safetensors"

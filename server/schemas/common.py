@@ -23,9 +23,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from server.errors import InvalidValueError
+from server.http.errors import InvalidValueError
 from server.schemas.samplers import INT64_MAX, SamplerFields
-from server.schemas.structured import GuidedFields, ResponseFormat, StructuredOutputs
+from server.schemas.structured_outputs import GuidedFields, ResponseFormat, StructuredOutputs
 
 INT64_MIN = -(2**63)
 MAX_STOP_CHARS = 1024  # of one stop string

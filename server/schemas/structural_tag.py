@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.errors import InvalidValueError, MissingParameterError
+from server.http.errors import InvalidValueError, MissingParameterError
 
 MAX_PARTS = 128  # of one part
 MAX_MARK_CHARS = 256

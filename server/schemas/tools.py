@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from server.errors import InvalidValueError
+from server.http.errors import InvalidValueError
 
 MAX_TOOLS = 128
 TOOL_NAME = "^[a-zA-Z0-9_-]{1,64}$"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 import tokenizers
 from tokenizers import AddedToken
 
-from engine.gguf import GGUFFile
+from engine.shared.gguf import GGUFFile
 from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -31,14 +31,15 @@ from rich.console import Console
 from rich.table import Column, Table
 from safetensors.torch import save_file
 
-from engine.batch import BatchInputs
+from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.kernels.reference import TorchKernels
-from engine.messages import SamplingParams, Submit
-from engine.record import StepClock
-from engine.request import Step
-from engine.runner import LoadedModel, ModelRunner, PendingOutputs, load_model
+from engine.kernels.torch.kernels import TorchKernels
+from engine.loading import LoadedModel, load_model
+from engine.runner import ModelRunner, PendingOutputs
+from engine.scheduling.record import StepClock
+from engine.scheduling.request import Step
+from engine.shared.messages import SamplingParams, Submit
 
 REPEATS = 20
 NUM_GENERATED = 64  # tokens of a stream

@@ -17,10 +17,10 @@ from pathlib import Path
 import httpx
 
 from engine.config import load_model_config
-from server.models import resolve_model
+from server.model_paths import resolve_model
 from tests.bench.serve import MODEL_NAME, running_server
 from tests.bench.streams import compare, tokens_per_second
-from tests.lora_adapters import save_random_adapter
+from tests.support.lora_adapters import save_random_adapter
 
 NUM_TOKENS = 64
 NUM_ADAPTERS = 8

@@ -21,9 +21,9 @@ import msgspec
 from msgspec.structs import replace as replace_fields
 from rich.console import Console
 
-from server.bench import Report
-from server.load import Load
-from server.models import ModelError
+from server.cli.bench import Report
+from server.cli.load_generator import Load
+from server.model_paths import ModelError
 from tests.bench.peers_results import Outcome, Results, make_rows, print_results
 from tests.bench.peers_setup import setup
 from tests.bench.peers_targets import (

@@ -7,7 +7,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
-from server.bench import Report, Summary
+from server.cli.bench import Report, Summary
 
 SAME_PROMPTS = 1.02  # how far the counts of the same prompts' tokens may be apart, as a ratio
 COLUMNS = ("range", "to best peer", "first token (ms)", "token (ms)", "memory (GB)", "ready (s)")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.models import resolve_model
+from server.model_paths import resolve_model
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -20,9 +20,9 @@ import httpx
 import msgspec
 import psutil
 
-from server.bench import Report, make_report, run_benchmark
-from server.load import Exchange, Load, make_prompts
-from server.remote import RemoteError, Usage
+from server.cli.bench import Report, make_report, run_benchmark
+from server.cli.http_client import RemoteError, Usage
+from server.cli.load_generator import Exchange, Load, make_prompts
 from tests.bench.peers_setup import GGUF_NAME
 from tests.bench.serve import free_port
 

@@ -18,11 +18,11 @@ from collections import defaultdict
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.kernels.cpu.execution import CpuExecution
+from engine.execution.cpu_program import CpuExecution
 from engine.kernels.cpu.program import Program
-from engine.messages import SamplingParams, Submit
-from engine.runner import LoadedModel, load_model
-from server.models import resolve_model
+from engine.loading import LoadedModel, load_model
+from engine.shared.messages import SamplingParams, Submit
+from server.model_paths import resolve_model
 
 PROMPT_STEPS = 4
 REST = "rest"

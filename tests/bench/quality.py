@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from engine.block_pool import Block
 from engine.config import EngineConfig
-from engine.messages import SamplingParams, Submit
-from engine.request import Request, Scheduled, Step, leader_of
-from engine.runner import LoadedModel, load_model
-from server.models import ModelError, resolve_model
+from engine.loading import LoadedModel, load_model
+from engine.scheduling.block_pool import Block
+from engine.scheduling.request import Request, Scheduled, Step, leader_of
+from engine.shared.messages import SamplingParams, Submit
+from server.model_paths import ModelError, resolve_model
 from server.text.tokenizer import Tokenizer
 
 TEXT = Path(__file__).with_name("english.txt")

@@ -21,8 +21,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
-from server.bench import Report, Summary, run_benchmark
-from server.load import Load
+from server.cli.bench import Report, Summary, run_benchmark
+from server.cli.load_generator import Load
 
 READY_SECONDS = 300.0
 MODEL_NAME = "m"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from server.load import Load
+from server.cli.load_generator import Load
 from tests.bench.peers import Comparison, Workload, compare, measure_target, parse_arguments
 from tests.bench.peers_results import Outcome, different_prompts, make_rows, print_results
 from tests.bench.peers_targets import MemoryWatch, Target

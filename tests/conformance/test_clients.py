@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from tests.conformance.table import CAPABILITIES, CLIENTS, ENVIRONMENTS, FOLDER, Client, markdown_table
-from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess, shared_server
+from tests.support.paths import ROOT
+from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess, shared_server
 
-ROOT = FOLDER.parents[1]
 KEY = "sk-conformance"
 OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it is fetched at import
 

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.conformance.lm_eval_tool import evaluate
-from tests.e2e.server_process import COMPLETIONS, MODEL, running_server
-from tests.reference_model import load_reference
+from tests.support.reference_model import load_reference
+from tests.support.server_process import COMPLETIONS, MODEL, running_server
 
 TASKS = ("lightwell_choice", "lightwell_perplexity")
 MAX_LENGTH = 96  # tokens of a window: one of the texts takes three

@@ -21,13 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from deploy.bake_model import bake
 from deploy.check_dashboard import load_dashboard, queries
-from engine.messages import EngineInfo, EngineStats
+from engine.shared.messages import EngineInfo, EngineStats
 from server.metrics import Metrics
-from server.models import resolve_model
-from server.settings import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS, load_settings
+from server.model_paths import resolve_model
+from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS, load_settings
 from server.supervisor import DRAIN_GRACE_SECONDS, KILL_SECONDS, STOP_SECONDS
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 INFO = EngineInfo(
     pid=os.getpid(),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server_process import ServerProcess, running_server, shared_server
+from tests.support.server_process import ServerProcess, running_server, shared_server
 
 StartServer = Callable[..., ServerProcess]
 

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import StartServer
-from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
-from tests.server.memory import kv_cache_flag
-from tests.server.serving import wait_until
+from tests.support.kv_cache_memory import kv_cache_flag
+from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess
+from tests.support.serving import wait_until
 
 EXPLAIN = {"lightwell": {"explain": True}}
 MESSAGES = [{"role": "user", "content": "Tell me about light."}]

@@ -9,7 +9,7 @@ import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from anthropic.types import ToolUseBlock
 
-from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
+from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess
 
 OPTIONS: dict[str, Any] = {
     "api_key": "none",

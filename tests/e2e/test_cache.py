@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from tests.choice import code_paths
 from tests.e2e.conftest import StartServer
-from tests.e2e.server_process import COMPLETIONS, ServerProcess, running_server
-from tests.e2e.streams import Stream, merge
-from tests.server.memory import kv_cache_flag
+from tests.support.kernel_choice import code_paths
+from tests.support.kv_cache_memory import kv_cache_flag
+from tests.support.server_process import COMPLETIONS, ServerProcess, running_server
+from tests.support.streams import Stream, merge
 
 BLOCK_SIZE = 32
 PROMPT = "In the year of the great flood, " + "the people of the valley built boats of reed and clay. " * 12

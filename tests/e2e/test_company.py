@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from tests.e2e.server_process import CHAT, COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess
-from tests.e2e.streams import Choice, merge
+from tests.support.server_process import CHAT, COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess
+from tests.support.streams import Choice, merge
 
 NUM_STREAMS = 64
 SEED = 2

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.server_process import ServerProcess
-from tests.server.serving import wait_until
+from tests.support.server_process import ServerProcess
+from tests.support.serving import wait_until
 
 IDLE_SECONDS = 5.0
 MAX_IDLE_SHARE = 0.01  # of a core

@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import StartServer
-from tests.e2e.server_process import ServerProcess
-from tests.e2e.streams import Stream, start_streams
-from tests.server.processes import wait_for_end_of
-from tests.server.serving import check_error, wait_until
+from tests.support.processes import wait_for_end_of
+from tests.support.server_process import ServerProcess
+from tests.support.serving import check_error, wait_until
+from tests.support.streams import Stream, start_streams
 
 NUM_STREAMS = 64
 NOTICED = 1.5  # seconds: one, and what 64 threads of the test need to see it
@@ -86,7 +86,7 @@ def test_the_process_that_judges_grammars_ends_with_the_others(start_server: Sta
     server = start_server()
     assert server.complete(structured_outputs={"regex": "[a-z]+"}, max_tokens=3).status_code == 200
     (judge,) = server.api.children()
-    assert "engine.grammar_process" in judge.cmdline()
+    assert "engine.grammar.checker" in judge.cmdline()
     with ThreadPoolExecutor() as threads:
         hostile = threads.submit(server.complete, structured_outputs={"regex": "(a?){5000}a{5000}"})
         wait_until(lambda: len(judge.children()) == 1)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.server_process import CHAT, COMPLETIONS, MODEL, ServerProcess, seconds_until, shared_server
-from tests.e2e.streams import Stream
-from tests.server.memory import kv_cache_flag
-from tests.server.serving import wait_until
+from tests.support.kv_cache_memory import kv_cache_flag
+from tests.support.server_process import CHAT, COMPLETIONS, MODEL, ServerProcess, seconds_until, shared_server
+from tests.support.serving import wait_until
+from tests.support.streams import Stream
 
 WITHIN = 1.0  # second
 START = 60.0  # seconds; bounds hangs only

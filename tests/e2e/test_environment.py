@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import StartServer
-from tests.e2e.server_process import CHAT, COMPLETIONS, ServerProcess, starting_server
-from tests.e2e.streams import Stream
-from tests.server.serving import check_error
+from tests.support.server_process import CHAT, COMPLETIONS, ServerProcess, starting_server
+from tests.support.serving import check_error
+from tests.support.streams import Stream
 
 KEY, OTHER_KEY = "key-canary-1", "key-canary-2"
 ROUTES = [

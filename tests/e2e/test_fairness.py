@@ -4,8 +4,8 @@ import random
 import time
 from itertools import pairwise
 
-from tests.e2e.server_process import ServerProcess
-from tests.e2e.streams import Stream, start_streams
+from tests.support.server_process import ServerProcess
+from tests.support.streams import Stream, start_streams
 
 NUM_PROMPT_TOKENS = 3600
 CHUNK = 512  # tokens of a step, on a CPU

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.server_process import CHAT, COMPLETIONS, ServerProcess, shared_server
-from tests.server.memory import kv_cache_flag
-from tests.server.serving import check_error
+from tests.support.kv_cache_memory import kv_cache_flag
+from tests.support.server_process import CHAT, COMPLETIONS, ServerProcess, shared_server
+from tests.support.serving import check_error
 
 MAX_MODEL_LEN = 96
 

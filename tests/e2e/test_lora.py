@@ -12,8 +12,8 @@ from openai import OpenAI
 
 from engine.config import load_model_config
 from tests.e2e.conftest import StartServer
-from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
-from tests.lora_adapters import save_random_adapter
+from tests.support.lora_adapters import save_random_adapter
+from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess
 
 PROMPTS = ["The capital of France is", "Once upon a time", "def add(a, b):"]
 

@@ -4,9 +4,9 @@ import random
 from typing import Any
 
 from tests.e2e.conftest import StartServer
-from tests.e2e.server_process import COMPLETIONS, MODEL, ServerProcess
-from tests.e2e.streams import Stream, start_streams
-from tests.server.serving import wait_until
+from tests.support.server_process import COMPLETIONS, MODEL, ServerProcess
+from tests.support.serving import wait_until
+from tests.support.streams import Stream, start_streams
 
 LATENCIES = (
     "time_to_first_token_seconds",

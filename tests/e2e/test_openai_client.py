@@ -15,7 +15,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
 
-from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
+from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess
 
 CHAT: dict[str, Any] = {
     "model": MODEL,

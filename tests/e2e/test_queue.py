@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.server_process import COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess, shared_server
-from tests.e2e.streams import Stream
-from tests.server.memory import kv_cache_flag
-from tests.server.serving import check_error, wait_until
+from tests.support.kv_cache_memory import kv_cache_flag
+from tests.support.server_process import COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess, shared_server
+from tests.support.serving import check_error, wait_until
+from tests.support.streams import Stream
 
 REFUSED_WITHIN = 0.05  # seconds
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True}

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.e2e.readme import readme_example
-from tests.e2e.server_process import COMPLETIONS, MODEL, ServerProcess
+from tests.support.readme import readme_example
+from tests.support.server_process import COMPLETIONS, MODEL, ServerProcess
 
 SECONDS = 120.0  # bounds hangs only
 

@@ -4,8 +4,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.e2e.readme import readme_example
-from tests.e2e.server_process import ServerProcess
+from tests.support.readme import readme_example
+from tests.support.server_process import ServerProcess
 
 
 def run(folder: Path, *command: str) -> str:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import StartServer
-from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
+from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess
 
 SAMPLED = {"model": MODEL, "max_tokens": 40, "temperature": 1.2}
 REQUESTS: list[tuple[str, dict[str, Any]]] = [

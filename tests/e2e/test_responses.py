@@ -8,8 +8,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
 
-from tests.e2e.server_process import MODEL, REQUEST_SECONDS, ServerProcess
-from tests.server.serving import wait_until
+from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess
+from tests.support.serving import wait_until
 
 OPTIONS: dict[str, Any] = {
     "api_key": "none",

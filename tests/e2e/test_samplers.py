@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 
 REPEAT = "One fish swims home. " * 3 + "One fish"
 

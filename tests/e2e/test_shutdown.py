@@ -9,9 +9,9 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.conftest import StartServer
-from tests.e2e.server_process import MODEL, REQUEST_SECONDS
-from tests.e2e.streams import merge, start_streams
-from tests.server.serving import check_error, wait_until
+from tests.support.server_process import MODEL, REQUEST_SECONDS
+from tests.support.serving import check_error, wait_until
+from tests.support.streams import merge, start_streams
 
 AT_ONCE = 1.0  # second
 NO_ECHO = 0.5  # seconds; of two signals that come together the second is taken for an echo

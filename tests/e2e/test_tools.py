@@ -8,8 +8,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.e2e.server_process import MODEL, ServerProcess
 from tests.e2e.test_openai_client import STRICT
+from tests.support.server_process import MODEL, ServerProcess
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Now", "parameters": PARAMETERS}}

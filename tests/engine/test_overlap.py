@@ -20,15 +20,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.kv_cache import MemoryPlan
-from engine.lora import LoraAdapters
-from engine.messages import FinishReason, SamplingParams, Submit, TokenEvent, TokenLogprobs
-from engine.record import StepClock
-from engine.request import RowOutput, Scheduled, Step, choice_seed
-from engine.runner import Limits, LoadedModel, ModelRunner, load_model
+from engine.loading import Limits, LoadedModel, load_model
+from engine.lora.slots import LoraAdapters
+from engine.model.kv_cache import MemoryPlan
+from engine.runner import ModelRunner
+from engine.scheduling.record import StepClock
+from engine.scheduling.request import RowOutput, Scheduled, Step, choice_seed
+from engine.shared.messages import FinishReason, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from tests.engine.scheduling.test_scheduler import EOS, PROMPT, logprob_of, random_token, solo_answer, submits
 from tests.engine.test_runner import MODEL
-from tests.engine.test_scheduler import EOS, PROMPT, logprob_of, random_token, solo_answer, submits
-from tests.tiny_models import save_random_model
+from tests.support.tiny_models import save_random_model
 
 Key = tuple[bytes, list[int]]  # salt, and the tokens up to this one
 Batch = list[tuple[Scheduled, list[int], list[int] | int]]  # with block ids, and token ids or whose sample it reads

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig, ModelConfig
 from engine.core import Engine
-from engine.messages import FinishReason, Pooling, SamplingParams, Submit, TokenEvent, TokenLogprobs
-from engine.runner import LoadedModel, choose_device, choose_dtype, choose_limits, load_model
-from tests.choice import choose_kernels
-from tests.tiny_models import save_random_model
+from engine.loading import LoadedModel, choose_device, choose_dtype, choose_limits, load_model
+from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from tests.support.kernel_choice import choose_kernels
+from tests.support.tiny_models import save_random_model
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 300

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from engine.config import EngineConfig, load_model_config
-from engine.kernels.gpu.graphs import GraphedExecution
-from engine.logprobs import gather_logprobs
-from engine.messages import Submit
-from engine.runner import LoadedModel, load_model
+from engine.execution.cuda_graphs import GraphedExecution
+from engine.loading import LoadedModel, load_model
+from engine.sampling.logprobs import gather_logprobs
+from engine.shared.messages import Submit
 from server.text.tokenizer import Tokenizer
 from tests.bench.quality import TEXT
-from tests.engine.test_promise import MAX_MODEL_LEN, assert_same, make_engine, run, run_alone, submits
-from tests.lora_adapters import save_random_adapter
-from tests.parity.outputs import all_logits, fingerprint_of
+from tests.engine.test_batch_invariance import MAX_MODEL_LEN, assert_same, make_engine, run, run_alone, submits
+from tests.support.lora_adapters import save_random_adapter
+from tests.support.outputs import all_logits, fingerprint_of
 
 __all__ = ["submits"]  # the fixture
 
@@ -92,7 +92,7 @@ def test_adapters_in_any_company(smollm2_path: Path, tmp_path: Path, submits: Se
 def test_steps_are_launched_without_a_wait(
     smollm2_path: Path, submits: Sequence[Submit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once kernels are compiled and graphs are there. tests/engine/kernels/test_triton_waits.py knows all settings."""
+    """Once kernels are compiled and graphs are there. tests/engine/kernels/triton/test_waits.py knows all settings."""
     loaded = load(smollm2_path, device="cuda")
     expected = run(make_engine(loaded), submits)
     run(make_engine(loaded), submits)

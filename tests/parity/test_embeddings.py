@@ -11,11 +11,11 @@ from transformers import LlamaForCausalLM
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.messages import FinishReason, Pooling, SamplingParams, Submit
-from engine.runner import LoadedModel, load_model
-from tests.choice import choose_kernels
-from tests.engine.test_promise import make_engine
-from tests.reference_model import load_reference
+from engine.loading import LoadedModel, load_model
+from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit
+from tests.engine.test_batch_invariance import make_engine
+from tests.support.kernel_choice import choose_kernels
+from tests.support.reference_model import load_reference
 
 SEED = 4
 MAX_MODEL_LEN = 1024

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from engine.config import EngineConfig
-from engine.runner import LoadedModel, load_model
-from tests.choice import choose_kernels, code_paths
-from tests.parity.outputs import all_logits, greedy_outputs
-from tests.tiny_models import save_random_model
+from engine.loading import LoadedModel, load_model
+from tests.support.kernel_choice import choose_kernels, code_paths
+from tests.support.outputs import all_logits, greedy_outputs
+from tests.support.tiny_models import save_random_model
 
 SEED = 7
 VOCAB_SIZE = 256

@@ -9,11 +9,11 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from engine.config import EngineConfig, load_model_config
-from engine.runner import LoadedModel, load_model
-from tests.choice import choose_kernels
-from tests.lora_adapters import save_random_adapter
-from tests.parity.outputs import all_logits, greedy_outputs
-from tests.reference_model import load_reference
+from engine.loading import LoadedModel, load_model
+from tests.support.kernel_choice import choose_kernels
+from tests.support.lora_adapters import save_random_adapter
+from tests.support.outputs import all_logits, greedy_outputs
+from tests.support.reference_model import load_reference
 
 NUM_OUTPUT_TOKENS = 24
 TEXTS = [

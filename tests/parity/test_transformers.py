@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from engine.config import EngineConfig
-from engine.runner import LoadedModel, load_model
-from tests.choice import choose_kernels
-from tests.parity.outputs import all_logits, greedy_outputs
-from tests.reference_model import load_reference
+from engine.loading import LoadedModel, load_model
+from tests.support.kernel_choice import choose_kernels
+from tests.support.outputs import all_logits, greedy_outputs
+from tests.support.reference_model import load_reference
 
 MAX_MODEL_LEN = 1024
 NUM_OUTPUT_TOKENS = 64

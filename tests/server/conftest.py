@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from server.text.tokenizer import Tokenizer
-from tests.server.fake_engine import FakeEngine, FakeEngineConfig
-from tests.server.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
-from tests.server.tiny_model import write_tiny_model
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from tests.support.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
+from tests.support.tiny_tokenizer_model import write_tiny_model
 
 StartServer = Callable[..., RunningServer]
 

@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from tests.server.conftest import StartServer
-from tests.server.fake_engine import FakeEngine
-from tests.server.serving import RunningServer, check_error, raw_request, wait_until
-from tests.server.tiny_model import MAX_MODEL_LEN
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, check_error, raw_request, wait_until
+from tests.support.tiny_tokenizer_model import MAX_MODEL_LEN
 
 JSON_TYPE = {"content_type": "application/json"}
 
@@ -172,7 +172,7 @@ def test_no_secret_is_logged_at_any_level(start_server: StartServer, caplog: pyt
     assert "canary" not in text
 
 
-@pytest.mark.parametrize("module", ["server.api", "server.app", "server.client"])
+@pytest.mark.parametrize("module", ["server.main", "server.app", "server.engine_client.client"])
 def test_the_api_process_imports_nothing_heavy(module: str) -> None:
     heavy = ("torch", "numpy", "transformers", "huggingface_hub", "gguf", "safetensors", "rich")
     code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"

@@ -7,11 +7,11 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from engine.messages import EngineInfo, EngineStats
+from engine.shared.messages import EngineInfo, EngineStats
 from server.metrics import Metrics, buckets_1_2_5
 from tests.server.conftest import StartServer
-from tests.server.fake_engine import FakeEngine
-from tests.server.serving import RunningServer, wait_until
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, wait_until
 
 INFO = EngineInfo(
     pid=1,

@@ -18,12 +18,12 @@ import pytest
 
 from engine.config import EngineProcessConfig
 from server import supervisor
-from server.models import ModelError
-from server.setting_kinds import SettingsError
-from server.settings import ApiProcessConfig, Settings
+from server.model_paths import ModelError
+from server.settings.kinds import SettingsError
+from server.settings.table import ApiProcessConfig, Settings
 from server.supervisor import child_environment
-from tests.server.asking import write_adapter
-from tests.server.processes import is_running, wait_for_end_of
+from tests.support.clients import write_adapter
+from tests.support.processes import is_running, wait_for_end_of
 
 STUB = Path(__file__).with_name("stub_child.py")
 
@@ -31,7 +31,7 @@ STUB = Path(__file__).with_name("stub_child.py")
 DRIVER = """
 import json, sys
 from server import supervisor
-from server.settings import Settings
+from server.settings.table import Settings
 settings, grace, engine, api = json.loads(sys.argv[1])
 supervisor.DEATH_GRACE_SECONDS, supervisor.DRAIN_GRACE_SECONDS, supervisor.STOP_SECONDS = grace, 0.4, 0.3
 status = supervisor.supervise(Settings(**settings), supervisor.Commands(engine=engine, api=api))

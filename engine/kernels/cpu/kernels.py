@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.batch import BatchBuilder, BatchInputs, Lengths
-from engine.kernels import KernelOptions, LayerCache, LinearOp, LoraWeights
+from engine.batch.builder import BatchBuilder
+from engine.batch.inputs import BatchInputs, Lengths
 from engine.kernels.cpu import program as calls
-from engine.kernels.cpu.execution import CpuExecution
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
 from engine.kernels.cpu.sampler import CpuSampler
@@ -31,9 +30,8 @@ from engine.kernels.cpu.weights import (
     Packer,
     input_row_bytes,
 )
-from engine.kv_cache import KVCache
-from engine.memory import lazy_zeros
-from engine.model import CausalLM
+from engine.kernels.interface import ExecutionKind, KernelOptions, LayerCache, LinearOp, LoraWeights
+from engine.kernels.lazy_memory import lazy_zeros
 from engine.weights import Weight
 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
@@ -77,6 +75,7 @@ class CpuKernels:
     """C++ kernels for x86-64, with AVX2, AVX-512 or AMX."""
 
     deterministic = True
+    execution: ExecutionKind = "program"
     vector_dtype = torch.float32
     num_warm_up_tokens = 2
     num_torch_threads = 1
@@ -400,9 +399,6 @@ class CpuKernels:
 
     def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> CpuSampler:
         return CpuSampler(self.library, self.team, vocab_size, eos_token_ids)
-
-    def prepare(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> CpuExecution:
-        return CpuExecution(self, model, kv_cache, builder)
 
     @contextmanager
     def recording(self, program: Program, builder: BatchBuilder, index_rows: dict[int, int]) -> Iterator[None]:

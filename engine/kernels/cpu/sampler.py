@@ -15,13 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.chain import GREEDY_TEMPERATURE, has_penalty
 from engine.kernels.cpu.library import Library, Team
 from engine.kernels.cpu.program import Program
-from engine.memory import lazy_zeros
-from engine.messages import SamplingParams
-from engine.request import SampledRequest
-from engine.sampler import NO_MASKS, Sampler, SamplerOutput, banned_token_ids, packed_masks
+from engine.kernels.lazy_memory import lazy_zeros
+from engine.sampling.ops import GREEDY_TEMPERATURE, has_penalty
+from engine.sampling.sampler import NO_MASKS, Sampler, SamplerOutput, banned_token_ids, packed_masks
+from engine.scheduling.request import SampledRequest
+from engine.shared.messages import SamplingParams
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]

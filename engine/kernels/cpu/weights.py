@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.kernels.cpu.library import Library, Team
 from engine.kernels.cpu.program import Pack, Program
-from engine.memory import Arena
+from engine.kernels.lazy_memory import Arena
 from engine.weights import PackedTensor, Weight, concatenate
 
 PANEL = 32  # outputs

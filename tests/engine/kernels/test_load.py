@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels import KernelOptions, load_kernels
 from engine.kernels.cpu import build as build_module
 from engine.kernels.cpu import library
 from engine.kernels.cpu.build import BuildError
-from tests.choice import choose_kernels, code_paths
+from engine.kernels.interface import KernelOptions
+from engine.kernels.load import load_kernels
+from tests.support.kernel_choice import choose_kernels, code_paths
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.kernels import reference
-from engine.kernels.reference import TorchKernels
-from tests.engine.kernels.lora import LoraCase, bits, check_company, lora_cases
-from tests.engine.kernels.test_reference import CPU, num_threads
+from engine.kernels.torch import kernels as reference
+from engine.kernels.torch.kernels import TorchKernels
+from tests.engine.kernels.torch.test_kernels import CPU, num_threads
+from tests.support.lora_products import LoraCase, bits, check_company, lora_cases
 
 __all__ = ["num_threads"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig, RopeScaling
-from engine.kernels import KernelOptions, load_kernels
-from engine.kernels.reference import TorchKernels
+from engine.kernels.interface import KernelOptions
+from engine.kernels.load import load_kernels
+from engine.kernels.torch.kernels import TorchKernels
 from engine.model import CausalLM, Parameters
 from engine.model.decoder import Linear
 from engine.weights import PackedTensor

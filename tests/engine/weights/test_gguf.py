@@ -11,11 +11,11 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from engine.config import ModelConfig, RopeScaling, load_model_config
-from engine.gguf import GGUFFile
+from engine.shared.gguf import GGUFFile
 from engine.weights import PackedTensor, Weight, concatenate, load_weights
 from engine.weights import gguf as gguf_weights
 from engine.weights.gguf import huggingface_name
-from tests.gguf_files import LLAMA, interleave, write_gguf
+from tests.support.gguf_files import LLAMA, interleave, write_gguf
 
 Array = np.ndarray[Any, Any]
 Type = GGMLQuantizationType

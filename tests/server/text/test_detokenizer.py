@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.text.detokenizer import Detokenizer
-from tests.server.text.fakes import BytesTokenizer, split_at
+from tests.support.byte_tokenizer import BytesTokenizer, split_at
 
 # Bytes that make broken and half characters likely: leads, continuations, overlong forms, surrogates.
 tricky_bytes = st.lists(st.sampled_from(b"\x00a\x80\x8f\x90\x9f\xa0\xbf\xc0\xc2\xe0\xe2\xed\xef\xf0\xf4\xf5\xff")).map(

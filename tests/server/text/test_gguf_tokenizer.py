@@ -16,10 +16,10 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     get_gguf_tokenizer,
 )
 
-from engine.gguf import GGUFFile
+from engine.shared.gguf import GGUFFile
 from server.text.gguf_tokenizer import PRE_TOKENIZERS, GGUFVocabulary, build_tokenizer
 from server.text.tokenizer import Tokenizer, byte_alphabet
-from tests.gguf_files import write_gguf
+from tests.support.gguf_files import write_gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 CORPUS = [

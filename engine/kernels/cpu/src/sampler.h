@@ -1,4 +1,4 @@
-// From logits to tokens. What each setting means is told by engine/sampler.py, whose answers these are.
+// From logits to tokens. What each setting means is told by engine/sampling/sampler.py, whose answers these are.
 //
 // A row is one task, so what comes of it depends on that row alone. It is gone through in vectors a few times, and what
 // cannot be chosen is left out as early as it is known. Nothing is sorted: of the values that may be the threshold of a

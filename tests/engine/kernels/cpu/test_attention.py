@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import KernelOptions, LinearOp
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.program import PagedAttention
-from tests.choice import code_paths
-from tests.engine.kernels.cpu.packed import random_weight
-from tests.engine.kernels.cpu.recorded import Rows, Sequences, assert_close, make_kernels, random_tensor, slots_of
+from engine.kernels.interface import KernelOptions, LinearOp
+from tests.support.kernel_choice import code_paths
+from tests.support.packed_weights import random_weight
+from tests.support.recorded_kernels import Rows, Sequences, assert_close, make_kernels, random_tensor, slots_of
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 each_code_path = pytest.mark.parametrize("code_path", code_paths())

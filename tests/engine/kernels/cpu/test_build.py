@@ -23,11 +23,10 @@ import pytest
 
 from engine.kernels.cpu import build as build_module
 from engine.kernels.cpu.build import CODE_PATHS, COMMON_FLAGS, PACKAGE, BuildError, build_package, find_compiler
-from server import models
-from tests.engine.kernels.cpu.sanitizer import run_sanitized
-from tests.server.processes import wait_for_end_of
-
-ROOT = Path(__file__).parents[4]
+from server import model_paths as models
+from tests.support.paths import ROOT
+from tests.support.processes import wait_for_end_of
+from tests.support.sanitizer import run_sanitized
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64")
 has_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

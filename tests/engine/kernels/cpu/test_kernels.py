@@ -14,8 +14,8 @@ from torch import Tensor
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.weights import FORMATS
 from engine.weights import PackedTensor
-from tests.choice import code_paths
-from tests.engine.kernels.cpu.packed import (
+from tests.support.kernel_choice import code_paths
+from tests.support.packed_weights import (
     inputs_of,
     numbers_of,
     options_of,
@@ -25,7 +25,7 @@ from tests.engine.kernels.cpu.packed import (
     rounded_to_bfloat16,
     rounded_to_int8,
 )
-from tests.engine.kernels.cpu.recorded import (
+from tests.support.recorded_kernels import (
     MAX_ROWS,
     Rows,
     assert_close,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import KernelOptions, LoraWeights
-from tests.choice import code_paths
-from tests.engine.kernels.cpu.recorded import MAX_ROWS, Rows, assert_close, make_kernels, random_tensor
+from engine.kernels.interface import KernelOptions, LoraWeights
+from tests.support.kernel_choice import code_paths
+from tests.support.recorded_kernels import MAX_ROWS, Rows, assert_close, make_kernels, random_tensor
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 each_code_path = pytest.mark.parametrize("code_path", code_paths())

@@ -6,8 +6,8 @@ lie in large mappings, where it would not be.
 
 import pytest
 
-from tests.choice import code_paths
-from tests.engine.kernels.cpu.sanitizer import run_sanitized
+from tests.support.kernel_choice import code_paths
+from tests.support.sanitizer import run_sanitized
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 

@@ -15,12 +15,11 @@ from torch import Tensor
 from engine.kernels.cpu.build import build
 from engine.kernels.cpu.library import Library, Team
 from engine.kernels.cpu.sampler import CpuSampler
-from engine.messages import MIROSTAT_ORDER, SamplerChain, SamplingParams
-from engine.noise import gumbel_noise
-from engine.request import Request, RequestWithDraft, SampledRequest
-from engine.sampler import apply_masks
-from tests.engine.kernels.cpu.sanitizer import run_sanitized
-from tests.engine.test_sampler import (
+from engine.sampling.rng import gumbel_noise
+from engine.sampling.sampler import apply_masks
+from engine.scheduling.request import Request, RequestWithDraft, SampledRequest
+from engine.shared.messages import MIROSTAT_ORDER, SamplerChain, SamplingParams
+from tests.engine.sampling.test_sampler import (
     EOS_TOKEN_IDS,
     batches,
     final_logits,
@@ -30,6 +29,7 @@ from tests.engine.test_sampler import (
     make_sampler,
     random_logits,
 )
+from tests.support.sanitizer import run_sanitized
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64"),
@@ -437,7 +437,7 @@ import numpy as np
 import torch
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.sampler import CpuSampler
-from engine.sampler import apply_masks
+from engine.sampling.sampler import apply_masks
 from pathlib import Path
 from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_requests
 

@@ -1,0 +1,27 @@
+"""Run a model operation by operation."""
+
+from torch import Tensor
+
+from engine.batch.inputs import BatchInputs
+from engine.model.decoder import CausalLM
+from engine.model.kv_cache import KVCache
+
+
+class EagerExecution:
+    """Runs the model's code for every batch."""
+
+    def __init__(self, model: CausalLM, kv_cache: KVCache) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.hidden: Tensor | None = None
+
+    def forward(self, batch: BatchInputs) -> None:
+        self.hidden = self.model.forward(batch, self.kv_cache)
+
+    def compute_hidden(self, rows: Tensor) -> Tensor:
+        assert self.hidden is not None
+        return self.model.compute_hidden(self.hidden, rows)
+
+    def compute_logits(self, rows: Tensor) -> Tensor:
+        assert self.hidden is not None
+        return self.model.compute_logits(self.hidden, rows)

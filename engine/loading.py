@@ -1,0 +1,174 @@
+"""Load a model: its weights, the kernels for its device, and a KV cache of the size that fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.batch.builder import BatchBuilder
+from engine.config import EngineConfig, ModelConfig, load_model_config
+from engine.kernels.interface import KernelOptions
+from engine.kernels.load import load_kernels
+from engine.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_places, read_adapter
+from engine.model import CausalLM, Parameters
+from engine.model.kv_cache import KVCache, MemoryPlan, free_memory, plan_memory
+from engine.runner import ModelRunner
+from engine.scheduling.record import StepClock
+from engine.weights import load_weights
+
+CPU_NUM_BATCHED_TOKENS = 256  # larger steps compute little faster, and everybody waits for the end of a step
+GPU_NUM_BATCHED_TOKENS = 8192
+QUANTIZATIONS = ("auto", "none", "int8")
+KV_CACHE_DTYPES = ("auto", "int8")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The numbers of `EngineConfig`, chosen for this model and device."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A runner and what was chosen for it."""
+
+    runner: ModelRunner
+    config: ModelConfig
+    limits: Limits
+    memory: MemoryPlan
+    device: torch.device
+    dtype: torch.dtype
+    weight_bytes: int
+    adapters: LoraAdapters
+
+
+def load_model(config: EngineConfig, clock: StepClock | None = None, progress: Progress | None = None) -> LoadedModel:
+    """Load weights, size the KV cache and make a runner. ValueError where the model or a setting does not fit.
+
+    `clock` is told how long each part took.
+    """
+    clock = clock or StepClock()
+    path = Path(config.model_path)
+    model_config = load_model_config(path)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    limits = choose_limits(config, model_config, device)
+    checkpoints = {
+        name: read_adapter(name, path, model_config, config.max_lora_rank) for name, path in config.lora_modules.items()
+    }
+    max_rank = choose_lora_rank(config, checkpoints)
+    check_lora_memory(model_config, config.max_loras, max_rank, dtype.itemsize, free_memory(device))
+    kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits, max_rank))
+    clock.lap("kernels")
+    with torch.inference_mode():
+        weights = load_weights(
+            path,
+            model_config,
+            dtype,
+            progress,
+            vector_dtype=kernels.vector_dtype,
+            keep_packed=kernels.keep_packed,
+        )
+        # Matrices are packed first, so that a device never holds them twice.
+        parameters = Parameters(
+            (name, weight.to(device) if isinstance(weight, Tensor) and weight.ndim == 1 else weight)
+            for name, weight in weights
+        )
+        clock.lap("weights")
+        weight_bytes = parameters.num_bytes
+        model = CausalLM(model_config, parameters, kernels, max_model_len=limits.max_model_len, device=device)
+    clock.lap("model")
+    adapters = LoraAdapters(model.linears, config.max_loras, max_rank)
+    for name, checkpoint in checkpoints.items():
+        adapters.load(name, config.lora_modules[name], checkpoint)
+    clock.lap("adapters")
+    # What a CPU's memory has not provided yet, for nothing has been written to it.
+    promised = adapters.num_bytes if device.type == "cpu" else 0
+    memory = plan_memory(model_config, config, limits.max_model_len, kernels, device, promised)
+    runner = ModelRunner(
+        model,
+        KVCache(model_config, memory.num_blocks, memory.block_size, kernels),
+        BatchBuilder(
+            limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, memory.block_size, device
+        ),
+        kernels.new_sampler(model_config.num_token_ids, model_config.eos_token_ids),
+        kernels,
+    )
+    clock.lap("KV cache")
+    return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters)
+
+
+def kernel_options(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits, max_lora_rank: int
+) -> KernelOptions:
+    for name, value, choices in (
+        ("--quantization", config.quantization, QUANTIZATIONS),
+        ("--kv-cache-dtype", config.kv_cache_dtype, KV_CACHE_DTYPES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value}: must be {', '.join(choices[:-1])} or {choices[-1]}")
+    return KernelOptions(
+        dtype=dtype,
+        quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
+        max_num_rows=limits.max_num_batched_tokens,
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+        batch_invariant=config.batch_invariant,
+        enforce_eager=config.enforce_eager,
+        num_lora_places=num_places(config.max_loras),
+        max_lora_rank=max_lora_rank,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """A GPU by its number, without which torch does not make it the current one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    index = device.index or 0
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= num_devices:
+        raise ValueError(f"--device {name}: torch finds {num_devices} CUDA devices here")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the processor multiplies it, else float16 on a GPU and float32 on a CPU."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"--dtype {name}: must be auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def choose_limits(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> Limits:
+    trained = model_config.max_position_embeddings
+    max_model_len = config.max_model_len or trained
+    if max_model_len > trained:
+        raise ValueError(f"--max-model-len {max_model_len}: the model was trained for {trained} tokens")
+    default = CPU_NUM_BATCHED_TOKENS if device.type == "cpu" else GPU_NUM_BATCHED_TOKENS
+    max_num_batched_tokens = config.max_num_batched_tokens or max(default, config.max_num_seqs)
+    if max_num_batched_tokens < config.max_num_seqs:
+        raise ValueError(
+            f"--max-num-batched-tokens {max_num_batched_tokens} must be at least --max-num-seqs {config.max_num_seqs}, "
+            "so that every running request gets a token in each step"
+        )
+    return Limits(max_model_len, config.max_num_seqs, max_num_batched_tokens)

@@ -1,0 +1,103 @@
+"""Log probabilities of tokens, computed on the device and put into words once the host reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch.transfer import HostCopy, packed_copy
+from engine.shared.messages import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLogprobs:
+    """Of some rows, before the host has read them."""
+
+    values: HostCopy  # [R, 1 + T + N] float32: of the given token, of the T most likely, of those that are named
+    integers: HostCopy  # [R, 1 + T] int64: the given token's rank, the ids of the most likely
+    num_top: Sequence[int]
+    named_ids: Sequence[Sequence[int]]  # of each row, or of none
+
+    def read(self) -> list[TokenLogprobs]:
+        """Wait for the device. One entry for each row."""
+        values, integers = self.values.read().tolist(), self.integers.read().tolist()
+        rows = zip(values, integers, self.num_top, self.named_ids or [()] * len(values), strict=True)
+        return [_entry(numbers, rank, top_ids, num, named) for numbers, (rank, *top_ids), num, named in rows]
+
+
+def _entry(values: list[float], rank: int, top_ids: list[int], num_top: int, named_ids: Sequence[int]) -> TokenLogprobs:
+    logprob, *others = values
+    if not named_ids:
+        return _token_logprobs(logprob, rank, top_ids[:num_top], others[:num_top])
+    of_named = others[len(top_ids) : len(top_ids) + len(named_ids)]
+    named = sorted(zip((-value for value in of_named), named_ids, strict=True))
+    return _token_logprobs(logprob, rank, [token_id for _, token_id in named], [-negative for negative, _ in named])
+
+
+def _token_logprobs(logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]) -> TokenLogprobs:
+    num = top_logprobs.index(-math.inf) if -math.inf in top_logprobs else len(top_ids)  # they are in descending order
+    return TokenLogprobs(logprob, rank, top_ids[:num], top_logprobs[:num])
+
+
+def gather_logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: Sequence[int], named_ids: Sequence[Sequence[int]] = ()
+) -> PendingLogprobs:
+    """For each row of float32 logits [R, V]: the given token's log probability, its rank, and the most likely tokens.
+
+    `num_top` says how many alternatives each row wants. Tokens of -infinity, which cannot be, are none.
+    Rows that have `named_ids` get these instead.
+    """
+    logprobs = log_softmax(logits)
+    chosen = token_ids[:, None]
+    # Order is that of the logits: log_softmax can round different ones to the same number.
+    ranks = (logits > logits.gather(1, chosen)).sum(dim=-1, keepdim=True) + 1
+    top_ids = _top_ids(logits, max(num_top))
+    wanted = [chosen, top_ids]
+    if any(named_ids):
+        wanted.append(_padded(named_ids, logits.device))
+    values = logprobs.gather(1, torch.cat(wanted, dim=1))
+    return PendingLogprobs(HostCopy(values), HostCopy(torch.cat((ranks, top_ids), dim=1)), num_top, named_ids)
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """Log probabilities of float32 logits [R, V].
+
+    CUDA begins a row where its 16 bytes do, and adds up in another order for it, unless all rows begin there.
+    """
+    missing = -x.shape[1] % 4
+    padded = F.pad(x, (0, missing), value=-math.inf) if missing else x
+    return padded.log_softmax(dim=-1)[:, : x.shape[1]]
+
+
+def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Lists of token ids as one tensor [R, N] int64, with zeros behind the shorter ones."""
+    padded = np.zeros((len(lists), max(map(len, lists))), dtype=np.int64)
+    for row, ids in zip(padded, lists, strict=True):
+        row[: len(ids)] = ids
+    (tensor,) = packed_copy([padded], device)
+    return tensor
+
+
+def _top_ids(x: Tensor, num_top: int) -> Tensor:
+    """Ids of the largest values of each row [R, num_top], in descending order; ties go to the lowest id.
+
+    torch.topk leaves the order of equal values open, also which of them are taken, so all that are as large as the
+    last are put in order. How many these are, a device need not tell the host: it sorts whole rows.
+    """
+    num_top = min(num_top, x.shape[1])
+    if num_top == 0:
+        return torch.empty((len(x), 0), dtype=torch.int64, device=x.device)
+    if x.device.type != "cpu":
+        return x.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
+    smallest = x.topk(num_top, dim=-1).values[:, -1:]
+    rows, ids = (~(x < smallest)).nonzero(as_tuple=True)  # in ascending order; a NaN counts as large
+    order = x[rows, ids].sort(descending=True, stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]
+    starts = torch.searchsorted(rows, torch.arange(len(x)))
+    return ids[order][starts[:, None] + torch.arange(num_top)]

@@ -1,0 +1,116 @@
+"""What happened: a record of each step and of each request, in bounded ring buffers.
+
+The account of a request that goes out with its events, and that metrics are made of, is read from its record; the
+rings keep the records for whoever wants to look. Times are seconds of `time.monotonic()`.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from engine.shared.messages import RequestTimes
+
+NUM_STEPS_KEPT = 4096
+NUM_REQUESTS_KEPT = 1024
+
+
+@dataclass(slots=True)
+class ChunkRecord:
+    """Prompt tokens (or, after a preemption, lost tokens) that one step computed for a request."""
+
+    step_id: int
+    start: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """The life of one choice."""
+
+    request_id: str
+    index: int
+    arrival: float  # when the API process received it
+    queued: float  # when the engine received it
+    num_prompt_tokens: int
+    scheduled: float | None = None  # first time in a batch
+    first_token: float | None = None
+    finished: float | None = None
+    finish_reason: str | None = None
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    num_accepted_tokens: int = 0
+    chunks: list[ChunkRecord] = field(default_factory=list)
+    num_ahead: int = 0  # choices that waited before it when it joined the queue
+    preemptions: list[float] = field(default_factory=list)
+    resumptions: list[float] = field(default_factory=list)  # when it was in a batch again, for each preemption
+
+    def times(self) -> RequestTimes:
+        """The account that goes to the client with the last event."""
+        waits = zip(self.preemptions, self.resumptions, strict=False)  # it may end before the last is over
+        waited_before, waited_after = 0.0, 0.0
+        for preempted, resumed in waits:
+            if self.first_token is None or preempted < self.first_token:
+                waited_before += resumed - preempted
+            else:
+                waited_after += resumed - preempted
+        return RequestTimes(
+            arrival=self.arrival,
+            queued=self.queued,
+            scheduled=self.scheduled,
+            first_token=self.first_token,
+            finished=self.finished,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
+            num_preemptions=len(self.preemptions),
+            num_ahead=self.num_ahead,
+            preempted_before_first_token=waited_before,
+            preempted_after_first_token=waited_after,
+            num_chunks=len(self.chunks),
+            num_accepted_tokens=self.num_accepted_tokens,
+        )
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One step: what ran, how many tokens of whom, and how long each part took, in seconds."""
+
+    step_id: int
+    started: float
+    scheduled: list[tuple[str, int, int, int]]  # (request_id, index, first position, number of tokens)
+    num_running: int
+    num_waiting: int
+    num_blocks_used: int
+    seconds: dict[str, float] = field(default_factory=dict)  # part -> duration
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(num_tokens for *_, num_tokens in self.scheduled)
+
+
+class StepClock:
+    """Takes the time of each part of a step."""
+
+    def __init__(self) -> None:
+        self.started = self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        """Book the time since the last lap to `part`."""
+        now = time.monotonic()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+
+class Recorder:
+    """The last steps and the last finished requests; living requests carry their own record."""
+
+    def __init__(self, num_steps: int = NUM_STEPS_KEPT, num_requests: int = NUM_REQUESTS_KEPT) -> None:
+        self.steps: deque[StepRecord] = deque(maxlen=num_steps)
+        self.requests: deque[RequestRecord] = deque(maxlen=num_requests)
+
+    def add_step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def add_request(self, record: RequestRecord) -> None:
+        self.requests.append(record)

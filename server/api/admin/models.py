@@ -1,0 +1,57 @@
+"""`/v1/models` and `/version`: what is served, and by what. Anthropic's clients get models in its form.
+
+LoRA adapters are models, too, which come after the model that they adapt.
+"""
+
+import importlib.metadata
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.admin.model_schemas import AnthropicModel, AnthropicModelList, Model, ModelList
+from server.context import ServedModel, ServerContext, get_context
+from server.http.errors import ModelNotFoundError, is_for_anthropic
+from server.http.json_response import StructResponse
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    context = get_context(request)
+    if is_for_anthropic(request.scope):
+        models = [_anthropic_model(context, model) for model in context.served_models]
+        return StructResponse(AnthropicModelList(data=models, first_id=models[0].id, last_id=models[-1].id))
+    return StructResponse(ModelList(data=[_model(context, model) for model in context.served_models]))
+
+
+@router.get("/v1/models/{model_id:path}")
+async def retrieve_model(request: Request, model_id: str) -> Response:
+    context = get_context(request)
+    if not model_id:
+        raise ModelNotFoundError(model_id)
+    make = _anthropic_model if is_for_anthropic(request.scope) else _model
+    return StructResponse(make(context, context.find_model(model_id)))
+
+
+@router.get("/version")
+async def version() -> Response:
+    return StructResponse({"version": importlib.metadata.version("lightwell")})
+
+
+def _model(context: ServerContext, model: ServedModel) -> Model:
+    base, adapter = context.model_names[0], model.adapter
+    return Model(
+        id=model.name,
+        created=context.created,
+        root=base if adapter is None else adapter.path,
+        parent=None if adapter is None else base,
+        max_model_len=context.max_model_len,
+    )
+
+
+def _anthropic_model(context: ServerContext, model: ServedModel) -> AnthropicModel:
+    created_at = datetime.fromtimestamp(context.created, UTC).isoformat().replace("+00:00", "Z")
+    return AnthropicModel(
+        id=model.name, display_name=model.name, created_at=created_at, max_input_tokens=context.max_model_len
+    )

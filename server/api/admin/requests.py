@@ -1,0 +1,30 @@
+"""`POST /v1/requests/{id}/cancel` ends a request from outside of its connection, `.../replay` runs one again."""
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.admin.replay import replay
+from server.api.admin.request_schemas import CancelResponse
+from server.context import get_context
+from server.http.errors import RecordingNotFoundError, RequestNotFoundError
+from server.http.json_response import StructResponse
+from server.http.sse import run_until_disconnect
+
+router = APIRouter()
+
+
+@router.post("/v1/requests/{request_id}/cancel")
+async def cancel_request(request: Request, request_id: str) -> Response:
+    """Ends a request by the id of its answer or by its x-request-id; its answer gets the finish reason `abort`."""
+    if not get_context(request).running.cancel(request_id):
+        raise RequestNotFoundError(request_id)
+    return StructResponse(CancelResponse(request_id))
+
+
+@router.post("/v1/requests/{request_id}/replay")
+async def replay_request(request: Request, request_id: str) -> Response:
+    """Runs a recorded request again, by the id of its answer or by its x-request-id, and compares the answers."""
+    context = get_context(request)
+    recording = context.recordings.get(request_id)
+    if recording is None:
+        raise RecordingNotFoundError(request_id, num_kept=context.recordings.max_requests)
+    return StructResponse(await run_until_disconnect(request, replay(context, request_id, recording)))

@@ -1,0 +1,82 @@
+"""`POST /tokenize` and `POST /detokenize`. The work is done in threads, so that long texts hold up nobody."""
+
+import time
+
+import anyio.to_thread
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.api.admin.tokenize_schemas import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from server.api.chat.prompt import encode_request
+from server.context import ServerContext, get_context
+from server.generation.parameters import unknown_parameters, warnings_header
+from server.generation.prompts import vocab_size
+from server.http.errors import InvalidValueError
+from server.http.middleware import StrictJSONRoute
+
+router = APIRouter(route_class=StrictJSONRoute)
+
+MAX_TEXT_BYTES = 1 << 20
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    context = get_context(request)
+    headers = _judge(context, body)
+    body.check()
+    max_model_len = context.max_model_len
+    start = time.monotonic()
+    answer = await anyio.to_thread.run_sync(_tokenize, context, body, max_model_len, limiter=context.tokenize_threads)
+    context.metrics.observe_tokenizer(time.monotonic() - start)
+    return Response(answer, headers=headers, media_type="application/json")
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    context = get_context(request)
+    headers = _judge(context, body)
+    _check_token_ids(body.tokens, vocab_size(context))
+    answer = await anyio.to_thread.run_sync(_detokenize, context, body, limiter=context.tokenize_threads)
+    return Response(answer, headers=headers, media_type="application/json")
+
+
+def _judge(context: ServerContext, body: TokenizeRequest | DetokenizeRequest) -> dict[str, str]:
+    """The headers of the answer. Raises BadRequestError or ModelNotFoundError."""
+    if body.model is not None:
+        context.find_model(body.model)
+    unknown = unknown_parameters(body, strict=context.settings.strict)
+    context.metrics.count_unknown_parameters(len(unknown))
+    return {"x-lightwell-warnings": warnings_header(unknown)} if unknown else {}
+
+
+def _detokenize(context: ServerContext, body: DetokenizeRequest) -> bytes:
+    text = context.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return msgspec.json.encode(DetokenizeResponse(text))
+
+
+def _tokenize(context: ServerContext, body: TokenizeRequest, max_model_len: int) -> bytes:
+    token_ids = (
+        _encode_prompt(context, body) if body.messages is None else encode_request(context, body.chat()).token_ids
+    )
+    token_strs = None
+    if body.return_token_strs:
+        token_strs = [context.tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
+    return msgspec.json.encode(TokenizeResponse(len(token_ids), max_model_len, token_ids, token_strs))
+
+
+def _encode_prompt(context: ServerContext, body: TokenizeRequest) -> list[int]:
+    prompt = body.prompt or ""
+    _check_size(prompt, "prompt")
+    return context.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+
+
+def _check_size(text: str, param: str) -> None:
+    if (num_bytes := len(text.encode())) > MAX_TEXT_BYTES:
+        message = f"Invalid '{param}': text too long. Expected at most {MAX_TEXT_BYTES} bytes, but got {num_bytes}."
+        raise InvalidValueError(message, param=param, code="string_above_max_length")
+
+
+def _check_token_ids(token_ids: list[int], size: int) -> None:
+    if token_ids and (largest := max(token_ids)) >= size:
+        message = f"Invalid 'tokens': expected token ids from 0 to {size - 1}, but got {largest} instead."
+        raise InvalidValueError(message, param="tokens")

@@ -1,0 +1,299 @@
+"""`POST /v1/chat/completions`: its request, its answer, and the chunks of its stream."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
+
+from server.http.errors import InvalidValueError
+from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
+from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools, must_call
+
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000  # of one message
+MAX_TOOL_CALLS = 1024  # of one message
+MAX_DOCUMENTS = 1024
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["text"]
+    text: str
+
+
+def _check_content(value: object) -> object:
+    """Says what is wrong with a content in one sentence, where a union would have several."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticKnownError("string_type")
+    if not value:
+        raise ValueError("expected a string, or an array of at least one part.")
+    for part in value:
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise ValueError("only parts of type 'text' are supported so far.")
+    return value
+
+
+TextParts = Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+Content = Annotated[
+    str | TextParts | None, BeforeValidator(_check_content, json_schema_input_type=str | TextParts | None)
+]
+ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)]
+Documents = Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail_fast=True)]
+
+
+class ChatMessage(BaseModel):
+    """One turn of the conversation. What it holds beyond these fields is not shown to the model."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    name: str | None = Field(None, description="Handed to the model's chat template.")
+    tool_calls: ToolCalls | None = Field(None, description="Of an earlier answer.")
+    tool_call_id: str | None = Field(None, description="Which call a message of role tool answers.")
+    reasoning_content: str | None = Field(None, description="What an assistant thought before it said the content.")
+    reasoning: str | None = Field(None, description="Another name of reasoning_content, which comes first.")
+    content: Content = Field(
+        None, validate_default=True, description="Text. Null only where an assistant called tools, or only thought."
+    )
+
+    @field_validator("content")
+    @classmethod
+    def _check_presence(cls, content: str | list[TextPart] | None, info: ValidationInfo) -> str | list[TextPart] | None:
+        others = (info.data.get(name) for name in ("tool_calls", "reasoning_content", "reasoning"))
+        if content is None and not (info.data.get("role") == "assistant" and any(others)):
+            raise PydanticKnownError("missing")
+        return content
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it. Most know no role `developer`, OpenAI's newer name of `system`."""
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if isinstance(self.content, list):
+            message["content"] = [{"type": "text", "text": part.text} for part in self.content]
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        if self.reasoning is not None:
+            message.setdefault("reasoning_content", self.reasoning)
+        return message
+
+
+TemplateOptions = dict[str, str | bool | int | FiniteFloat | None]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: Messages = Field(description="The conversation so far.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="Tokens of the answer at most. Default: what the context has room for."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    logprobs: bool | None = Field(None, description="Answer with the log probability of each token.")
+    top_logprobs: NumLogprobs | None = Field(
+        None, description="With logprobs: how many alternatives of each token; -1: all tokens."
+    )
+    return_prompt_text: bool | None = Field(
+        None, description="Answer with the prompt that the chat template makes, as prompt_text."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="End the prompt with what opens the assistant's turn. Default true."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message, an assistant's, whose text the answer does not repeat."
+    )
+    echo: bool | None = Field(
+        None, description="Begin the answer with the text of the last message, if that is an assistant's."
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Put the model's BOS token, if it has one, before what the chat template makes. Default false, for "
+        "templates write it where it is wanted.",
+    )
+    chat_template_kwargs: TemplateOptions | None = Field(
+        None, description="Values of variables that the model's chat template reads, such as enable_thinking."
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Handed to the chat template. Where that only knows thinking or not: none is not."
+    )
+    include_reasoning: bool | None = Field(
+        None, description="Whether answers show what the model thought first. Default true."
+    )
+    documents: Documents | None = Field(None, description="Handed to the chat template.")
+
+    tools: Tools | None = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(None, description="Whether a tool is called, and which. Default auto.")
+    parallel_tool_calls: bool | None = Field(None, description="Allow several calls in an answer. Default true.")
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt ends with what opens the assistant's turn."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
+
+    @property
+    def echoed(self) -> str:
+        """What the answer begins with, before the model's own words."""
+        final = self.messages[-1]
+        return final.text if self.echo and final.role == "assistant" else ""
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            message = "Invalid 'max_tokens': 'max_completion_tokens' is another name of it, and differs."
+            raise InvalidValueError(message, param="max_tokens")
+        check_tools(self.tools, self.tool_choice)
+        if self.structure_names and must_call(self.tool_choice):
+            (name,) = self.structure_names
+            message = f"Invalid '{name}': not allowed where 'tool_choice' asks for a call, which has a form of its own."
+            raise InvalidValueError(message, param=name)
+        if self.continue_final_message:
+            self._check_final_message()
+
+    def _check_final_message(self) -> None:
+        if self.add_generation_prompt:
+            message = "Invalid 'continue_final_message': not allowed with 'add_generation_prompt': true."
+            raise InvalidValueError(message, param="continue_final_message")
+        final = self.messages[-1]
+        if final.role != "assistant" or final.content is None or final.tool_calls:
+            message = (
+                "Invalid 'continue_final_message': expected a last message of role 'assistant' with a content, and "
+                "without tool calls."
+            )
+            raise InvalidValueError(message, param="continue_final_message")
+
+
+class TopLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ResponseFunction(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class ResponseToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: ResponseFunction
+
+
+class ChatResponseMessage(msgspec.Struct, kw_only=True):
+    """The reasoning has two names, for clients look for one or the other."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None  # null: there is only what follows
+    refusal: None = None
+    tool_calls: list[ResponseToolCall] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ChatResponseMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+    stop_reason: str | int | None  # the stop string or stop token id that it was
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+    lightwell: Account | UnsetType = UNSET
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_text: str | UnsetType = UNSET
+
+
+class FunctionChunk(msgspec.Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallChunk(msgspec.Struct, kw_only=True):
+    """The first of a call has its id, its type and its name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionChunk
+
+
+class ChatDelta(msgspec.Struct):
+    """The first of a choice has the role, the last is empty."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallChunk] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | UnsetType | None = UNSET  # only at the end
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletionChunk(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    lightwell: Account | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # only at a choice's beginning
+    prompt_text: str | UnsetType = UNSET  # the same

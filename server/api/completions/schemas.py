@@ -1,0 +1,165 @@
+"""`POST /v1/completions`: its request, its answer, and the chunks of its stream, which have one shape."""
+
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticKnownError
+
+from server.http.errors import InvalidValueError, UnsupportedParameterError
+from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
+
+MAX_PROMPTS = 1024
+DEFAULT_MAX_TOKENS = 16
+
+PromptInput = str | list[int]  # text, or token ids
+
+
+def read_prompts(value: object, *, max_prompts: int) -> list[PromptInput]:
+    """One prompt or a list of prompts, each text or token ids; lists must be of one kind.
+
+    A union of pydantic would try each member on every one of, perhaps, a hundred thousand ids.
+    """
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise PydanticKnownError("string_type")
+    if not value:
+        raise ValueError("the array is empty.")
+    if _is_token_ids(value):
+        return [value]
+    if len(value) > max_prompts:
+        raise ValueError(f"expected at most {max_prompts} prompts, but got {len(value)}.")
+    if not all(isinstance(item, str) for item in value) and not all(map(_is_token_ids, value)):
+        raise ValueError("an array must hold either strings, or integers (tokens), or arrays of integers; not a mix.")
+    return value
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def prompts_schema(max_prompts: int) -> dict[str, Any]:
+    token_ids = {"type": "array", "items": {"type": "integer"}}
+    return {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": max_prompts},
+            token_ids | {"minItems": 1},
+            {"type": "array", "items": token_ids, "minItems": 1, "maxItems": max_prompts},
+        ]
+    }
+
+
+Prompts = Annotated[
+    list[PromptInput],
+    PlainValidator(partial(read_prompts, max_prompts=MAX_PROMPTS)),
+    WithJsonSchema(prompts_schema(MAX_PROMPTS)),
+]
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompts = Field(description="One prompt or several, each as text or as token ids.")
+    max_tokens: int | None = Field(
+        None, ge=0, description="Default 16, or what the context has room for. 0, with echo: only the prompt."
+    )
+    echo: bool | None = Field(None, description="Answer with the prompt before the completion.")
+    logprobs: NumLogprobs | None = Field(
+        None,
+        description="Log probabilities of the tokens (with echo, of the prompt's too) and of as many alternatives; "
+        "-1: all tokens.",
+    )
+
+    add_special_tokens: bool | None = Field(
+        None, description="Begin a prompt of text with the model's BOS token, if it has one. Default true."
+    )
+    best_of: int | None = Field(
+        None,
+        ge=0,
+        le=20,
+        description="Of so many choices answer with the n whose tokens have the highest mean log probability. "
+        "Not with stream.",
+    )
+    suffix: str | None = Field(None, description="Not supported yet: null or empty.")
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def default_max_output_tokens(self) -> int | None:
+        return DEFAULT_MAX_TOKENS
+
+    @property
+    def num_choices(self) -> int:
+        return self.best_of or self.num_answered
+
+    @property
+    def num_logprobs(self) -> int | None:
+        is_ranked = self.num_choices > self.num_answered
+        return 0 if self.logprobs is None and is_ranked else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((num for num in wanted if num is not None), default=None)
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            message = (
+                "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 without 'echo', but got 0."
+            )
+            raise InvalidValueError(message, param="max_tokens", code="integer_below_min_value")
+        self._check_best_of()
+        if self.suffix:
+            raise UnsupportedParameterError("suffix")
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            return
+        if self.best_of < self.num_answered:
+            message = f"Invalid 'best_of': expected a value >= {self.num_answered} (n), but got {self.best_of} instead."
+            raise InvalidValueError(message, param="best_of")
+        if self.stream and self.best_of > self.num_answered:
+            message = "Invalid 'best_of': the choices cannot be ranked with 'stream': true."
+            raise InvalidValueError(message, param="best_of")
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Four lists of one entry per token. With echo, the very first token has none: it follows nothing."""
+
+    text_offset: list[int] = []  # characters of the choice's text before the token
+    token_logprobs: list[float | None] = []
+    tokens: list[str] = []
+    top_logprobs: list[dict[str, float] | None] = []
+
+
+class CompletionChoice(msgspec.Struct):
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None  # null only in a stream
+    stop_reason: str | int | UnsetType | None = UNSET  # the stop string or stop token id that it was; only at the end
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # in a stream only at a choice's beginning
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """A whole answer, or a chunk of a stream. Chunks have `usage` only if it was asked for."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: str
+    lightwell: Account | UnsetType = UNSET

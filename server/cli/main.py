@@ -1,0 +1,319 @@
+"""The command `lightwell`: serve, pull, chat, bench, build-kernels.
+
+Flags of `serve` come from the table in `server.settings`. Each command imports what it needs when it runs, so that help
+and usage errors are immediate.
+"""
+
+import argparse
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, NoReturn, TypeAlias
+
+from server.cli.http_client import DEFAULT_URL, RemoteError, base_url
+from server.settings.kinds import ENV_PREFIX, INT64, Kind, Setting, SettingsError, integer, number, seconds
+from server.settings.table import REPEAT_LORA_MODULES, SETTINGS, load_settings
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+INSTEAD = {  # vLLM's flags
+    "--enable-lora": "adapters are on with --lora-modules or --allow-runtime-lora-updating",
+    "--max-cpu-loras": "--max-loras is the number of adapters that are loaded, and there are no others",
+}
+
+Command = Callable[[argparse.Namespace], int]
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+SERVE_EPILOG = f"""\
+Each flag is also a variable of the environment (--max-num-seqs is {ENV_PREFIX}MAX_NUM_SEQS; values of a list are
+separated by commas) and a key of the file given with --config (max-num-seqs: 64). A flag wins over the environment,
+the environment over the file.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parse(make_parser(), sys.argv[1:] if argv is None else argv)
+    command: Command = arguments.run
+    try:
+        return command(arguments)
+    except SettingsError as error:
+        return _fail(str(error), USAGE_ERROR)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `lightwell bench | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+
+
+def _fail(message: str, status: int = FAILURE) -> int:
+    print(f"lightwell: error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown_arguments(unknown))
+    return arguments
+
+
+def _unknown_arguments(unknown: list[str]) -> str:
+    """Names flags without their values, which might be secrets."""
+    flags = [argument.split("=")[0] for argument in unknown if argument.startswith("-")]
+    if flags:
+        return f"unknown flag {flags[0]}" + (f": {INSTEAD[flags[0]]}" if flags[0] in INSTEAD else "")
+    is_adapter = "=" in unknown[0] or unknown[0].startswith("{")
+    return f"unexpected argument {unknown[0]!r}" + (f": {REPEAT_LORA_MODULES}" if is_adapter else "")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, like all others; help as wide as the terminal, within reason."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=_Formatter)
+
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message} (see {self.prog} --help)")
+        raise SystemExit(USAGE_ERROR)
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """A switch that is off by default is shown without the flag that turns it off."""
+        is_off = isinstance(action, argparse.BooleanOptionalAction) and SETTINGS[action.dest].default is False
+        return action.option_strings[0] if is_off else super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        has_default = action.option_strings and action.default not in (None, argparse.SUPPRESS, False, True)
+        return f"{text} [%(default)s]" if has_default else text
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="lightwell", description="Serve language models over an OpenAI-compatible API.")
+    parser.add_argument("--version", action="version", version=f"lightwell {version('lightwell')}")
+    parser.set_defaults(run=_no_command)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    _add_serve(commands)
+    _add_pull(commands)
+    _add_chat(commands)
+    _add_bench(commands)
+    _add_build_kernels(commands)
+    return parser
+
+
+def _no_command(arguments: argparse.Namespace) -> int:
+    make_parser().print_help(sys.stderr)
+    return USAGE_ERROR
+
+
+def _kind(kind: Kind) -> Callable[[str], Any]:
+    """An argparse type out of a kind of the settings table."""
+
+    def parse(text: str) -> Any:
+        try:
+            return kind.parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {kind.expected}, got {text!r}") from None
+
+    return parse
+
+
+# serve
+
+
+def _add_serve(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model",
+        usage="%(prog)s [MODEL] [FLAGS]",
+        description="Serve a model over an OpenAI-compatible API.",
+        epilog=SERVE_EPILOG,
+    )
+    parser.set_defaults(run=_serve)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for setting in SETTINGS.values():
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        _add_setting(groups[setting.group], setting)
+
+
+def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    """A flag that hands on text; the table judges it, as it does for the other sources."""
+    text = (setting.text + (f" [{setting.default_text}]" if setting.default_text else "")).replace("%", "%%")
+    names = [setting.name] if setting.positional else [setting.flag]
+    if setting.is_switch:
+        group.add_argument(*names, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+    elif setting.positional:
+        group.add_argument(*names, nargs="?", metavar=setting.kind.metavar, default=argparse.SUPPRESS, help=text)
+    else:
+        action = "append" if setting.kind.is_list else "store"
+        group.add_argument(*names, action=action, metavar=setting.kind.metavar, default=argparse.SUPPRESS, help=text)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from server.model_paths import ModelError
+    from server.supervisor import SupervisorError, supervise
+
+    settings = load_settings(vars(arguments), os.environ, arguments.config)
+    try:
+        return supervise(settings)
+    except (ModelError, SupervisorError) as error:
+        return _fail(str(error))
+
+
+# pull
+
+
+def _add_pull(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "pull",
+        help="fetch a model and print its path",
+        description="Fetch a model, unless it is there, and print its path.",
+    )
+    parser.set_defaults(run=_pull)
+    parser.add_argument("model", metavar="MODEL", help=SETTINGS["model"].text)
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from server.model_paths import ModelError, resolve_model
+
+    try:
+        print(resolve_model(arguments.model).path)
+    except ModelError as error:
+        return _fail(str(error))
+    return 0
+
+
+# chat and bench
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", type=_url, default=DEFAULT_URL, help="The server's address")
+    parser.add_argument("--api-key", metavar="KEY", help="Its key; unset: the first one of LIGHTWELL_API_KEY")
+    parser.add_argument("--model", metavar="NAME", help="Name of the model; unset: the first one of the server")
+
+
+def _url(text: str) -> str:
+    try:
+        return base_url(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an address such as {DEFAULT_URL}, got {text!r}") from None
+
+
+def _options(arguments: argparse.Namespace, *apart: str) -> dict[str, Any]:
+    """The flags as keyword arguments, without the command itself and those in `apart`."""
+    options = {name: value for name, value in vars(arguments).items() if name not in ("run", *apart)}
+    options["api_key"] = options["api_key"] or os.environ.get("LIGHTWELL_API_KEY", "").split(",")[0] or None
+    return options
+
+
+def _add_chat(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "chat", help="talk to a served model", description="Talk to a model that an OpenAI-compatible server runs."
+    )
+    parser.set_defaults(run=_chat)
+    _add_server(parser)
+    parser.add_argument("--system", metavar="TEXT", help="System message")
+    parser.add_argument("--temperature", type=_kind(number(0, 2)), metavar="X", help="0 takes the likeliest token")
+    parser.add_argument(
+        "--top-p", type=_kind(number(0, 1)), metavar="X", help="Share of the likeliest tokens to take from"
+    )
+    parser.add_argument("--max-tokens", type=_kind(integer(1)), metavar="N", help="Tokens of one answer at most")
+    parser.add_argument("--seed", type=_kind(INT64), metavar="N", help="The same seed gives the same answers")
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from server.cli.chat import ChatOptions, chat
+
+    return _remote(lambda: chat(ChatOptions(**_options(arguments))))
+
+
+def _remote(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except RemoteError as error:
+        return _fail(str(error))
+
+
+def _add_bench(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure a server under load",
+        description="Put load on an OpenAI-compatible server and measure it.",
+    )
+    parser.set_defaults(run=_bench)
+    _add_server(parser)
+    load = parser.add_argument_group("Load")
+    load.add_argument("--num-requests", type=_kind(integer(1)), default=64, metavar="N", help="How many requests")
+    pace = load.add_mutually_exclusive_group()
+    pace.add_argument("--concurrency", type=_kind(integer(1, 65536)), default=8, metavar="N", help="Requests at a time")
+    pace.add_argument(
+        "--rate", type=_kind(number(0.001, 1e6)), metavar="R", help="Requests a second, at random moments"
+    )
+    load.add_argument(
+        "--warmup", type=_kind(integer(0)), default=0, metavar="N", help="Requests before the measured ones"
+    )
+    load.add_argument("--timeout", type=_kind(seconds(0.1)), default=600, metavar="SECONDS", help="For one request")
+    requests = parser.add_argument_group("Requests")
+    requests.add_argument("--endpoint", choices=["completions", "chat"], default="completions", help="What is asked")
+    requests.add_argument("--input-len", type=_kind(integer(1)), default=128, metavar="N", help="Words of a prompt")
+    requests.add_argument("--output-len", type=_kind(integer(1)), default=64, metavar="N", help="Tokens of an answer")
+    requests.add_argument(
+        "--shared-prefix-len", type=_kind(integer(0)), default=0, metavar="N", help="Words that all prompts begin with"
+    )
+    requests.add_argument("--temperature", type=_kind(number(0, 2)), default=0.0, metavar="X", help="Of sampling")
+    requests.add_argument(
+        "--no-ignore-eos", dest="ignore_eos", action="store_false", help="Let answers end before --output-len"
+    )
+    requests.add_argument(
+        "--seed", type=_kind(INT64), metavar="N", help="Of prompts and moments; unset: a new one each time"
+    )
+    parser.add_argument("--json", action="store_true", help="Print the results as JSON")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from server.cli.bench import bench
+    from server.cli.load_generator import Load
+
+    options = _options(arguments, "json")
+    if options["seed"] is None:
+        options["seed"] = secrets.randbits(32)
+    return _remote(lambda: bench(Load(**options), as_json=arguments.json))
+
+
+# build-kernels
+
+BUILD_KERNELS_DESCRIPTION = """\
+Compile the kernels for the CPU, unless they are there, and print the library's path. The server does so by itself at
+its first start, where it finds a C++ compiler: that of CXX, g++, c++ or clang++.
+"""
+
+
+def _add_build_kernels(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "build-kernels", help="compile the kernels for the CPU ahead", description=BUILD_KERNELS_DESCRIPTION
+    )
+    parser.set_defaults(run=_build_kernels)
+    parser.add_argument(
+        "--in-package",
+        action="store_true",
+        help="Keep the library beside the sources rather than in the cache folder: for images without a compiler",
+    )
+
+
+def _build_kernels(arguments: argparse.Namespace) -> NoReturn:
+    """In the place of this process: the engine's packages import torch."""
+    flags = ["--in-package"] if arguments.in_package else []
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "engine.kernels.cpu.build", *flags])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The choices of one request while they run: engine events in, additions to the answer out."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+
+from msgspec import UNSET, UnsetType
+
+from engine.shared.messages import FinishReason, TokenEvent
+from server.engine_client.client import RequestStream
+from server.generation.choice_state import ChoiceState, Delta
+from server.generation.prompts import Prompt
+from server.generation.recordings import Recording
+from server.generation.timings import Ending
+from server.http.errors import ServerError
+from server.metrics import Metrics
+from server.schemas.common import CompletionTokensDetails, PromptTokensDetails, Usage
+
+logger = logging.getLogger(__name__)
+
+
+class Generation:
+    """Choice j of prompt i is number i * n + j of the answer. To be closed, which ends what still runs."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        streams: Sequence[RequestStream],
+        choices: Sequence[ChoiceState],
+        *,
+        metrics: Metrics,
+        request_id: str,
+        submitted: float,
+        recording: Recording | None = None,
+    ) -> None:
+        """`streams` are those of the prompts, `choices` those of all prompts; `submitted` is of `time.monotonic()`."""
+        assert len(choices) % len(prompts) == 0
+        self.prompts = prompts
+        self.choices = choices
+        self.submitted = submitted  # a little before the engine was asked
+        self.ending: Ending | None = None  # of the choice that ended last
+        self._streams = streams
+        self._num_choices = len(choices) // len(prompts)  # of each prompt
+        self._metrics = metrics
+        self._request_id = request_id
+        self._is_aborted = False
+        self._recording = recording
+        # Said with each piece of a stream, so what stays the same is counted once.
+        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        formats = [prompt.output_format for prompt in prompts]
+        self._thinks = any(format is not None and format.think_tags is not None for format in formats)
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.close()
+
+    def abort(self) -> bool:
+        """Ends the choices that still run: their deltas say so. Whether there were any."""
+        if not any(stream.num_open for stream in self._streams):
+            return False
+        self._is_aborted = True
+        for stream in self._streams:
+            stream.abort(FinishReason.ABORT)
+        return True
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        num_prompt_tokens = self._num_prompt_tokens
+        num_output_tokens = sum([choice.num_tokens for choice in self.choices])
+        details: CompletionTokensDetails | UnsetType = UNSET
+        if self._thinks:
+            details = CompletionTokensDetails(sum(choice.num_reasoning_tokens for choice in self.choices))
+        return Usage(
+            num_prompt_tokens,
+            num_output_tokens,
+            num_prompt_tokens + num_output_tokens,
+            PromptTokensDetails(sum([prompt.num_cached_tokens for prompt in self.prompts])),
+            details,
+        )
+
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
+        """One list per batch of events, with one delta for each choice in it, until each choice has ended.
+
+        Raises EngineDeadError, or ServerError if the engine failed on one of the choices.
+        """
+        try:
+            async with contextlib.aclosing(_merge(self._streams)) as batches:
+                async for batch in batches:
+                    yield self._take_all(batch)
+            if self._is_aborted:
+                yield [choice.abort() for choice in self.choices if choice.finish_reason is None]
+        finally:
+            self.close()
+
+    def _take_all(self, batch: Sequence[tuple[int, TokenEvent]]) -> list[Delta]:
+        """Where a choice has got several events since the last batch, they are one addition."""
+        deltas: dict[int, Delta] = {}
+        for prompt_index, event in batch:
+            delta = self._take(prompt_index, event)
+            if delta is not None and deltas.setdefault(delta.index, delta) is not delta:
+                deltas[delta.index].add(delta)
+        return list(deltas.values())
+
+    def _take(self, prompt_index: int, event: TokenEvent) -> Delta | None:
+        """None for an event that comes after a stop string."""
+        choice = self.choices[prompt_index * self._num_choices + event.index]
+        if choice.finish_reason is not None:
+            return None
+        if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            logger.error("the engine failed: %s", event.error, extra={"request_id": self._request_id})
+            raise ServerError(self._request_id)
+        if event.index == 0:  # the others share its prompt
+            self._take_prompt(self.prompts[prompt_index], event)
+        if self._recording is not None:
+            self._recording.take(prompt_index, event)
+        received = time.monotonic()
+        delta = choice.push(event)
+        if choice.stopped_by_text:
+            self._streams[prompt_index].abort_choice(event.index)
+        if choice.finish_reason is not None:
+            self._metrics.observe_detokenizer(choice.seconds)
+            times = self._streams[prompt_index].choices[event.index].times
+            self.ending = Ending(times, choice.num_tokens, received, time.monotonic())
+        return delta
+
+    def _take_prompt(self, prompt: Prompt, event: TokenEvent) -> None:
+        if event.num_cached_tokens:
+            prompt.num_cached_tokens = event.num_cached_tokens
+        if event.prompt_logprobs is not None:
+            prompt.logprobs = event.prompt_logprobs
+
+
+async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[list[tuple[int, TokenEvent]], None]:
+    """The events of all streams, each with its stream's index: in batches of what came since the last."""
+    if len(streams) == 1:
+        async for batch in streams[0]:
+            yield [(0, event) for event in batch]
+        return
+    ready: list[tuple[int, TokenEvent]] = []
+    changed = asyncio.Event()
+
+    async def pump(index: int, stream: RequestStream) -> None:
+        async for batch in stream:
+            ready.extend((index, event) for event in batch)
+            changed.set()
+
+    pumps = asyncio.gather(*(pump(index, stream) for index, stream in enumerate(streams)))
+    pumps.add_done_callback(lambda _: changed.set())
+    try:
+        while not pumps.done() or ready:
+            await changed.wait()
+            changed.clear()
+            if ready:
+                batch_of_all = ready.copy()
+                ready.clear()
+                yield batch_of_all
+        await pumps
+    finally:
+        pumps.cancel()

@@ -1,0 +1,152 @@
+"""HTTP/1.1 as uvicorn speaks it with h11, with the limits in time and number that uvicorn lacks.
+
+A connection is cut when the head of a request takes too long to arrive, or when its reader has stopped reading. Where
+there are too many connections the one that has been idle longest makes room. Broken HTTP is answered as all errors are.
+"""
+
+import asyncio
+import sys
+import time
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from server.http.errors import APIError, EngineUnavailableError
+from server.http.middleware import choose_request_id
+
+SLICE_BYTES = 16 << 10
+
+
+class StrictConnection(h11.Connection):
+    """Refuses a request whose body has two lengths, as proxies may disagree on where it ends."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+        return event
+
+
+class HTTPProtocol(H11Protocol):
+    """One connection. uvicorn's `limit_concurrency` is read as the number of connections."""
+
+    head_timeout = 30.0  # seconds from a request's first byte to the end of its head
+    write_timeout = 30.0  # seconds that a reader may leave a full buffer full
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = StrictConnection(h11.SERVER)
+        self._max_connections = self.limit_concurrency or sys.maxsize
+        self.limit_concurrency = None  # the base class would count idle connections, too, and answer in plain text
+        self._idle_since = 0.0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._idle_since = time.monotonic()
+        self._watch_head()
+        if len(self.connections) > self._max_connections:
+            self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """In slices, since h11 limits only heads that do not arrive in one piece."""
+        for start in range(0, len(data), SLICE_BYTES):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[start : start + SLICE_BYTES])
+        self._watch_head()
+
+    def on_response_complete(self) -> None:
+        self._idle_since = time.monotonic()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        if self.transport.get_write_buffer_size():  # closing would wait for a reader that does not read
+            self.loop.call_later(self.write_timeout, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where what came is no HTTP; h11's own error says what is wrong with it."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        hint = getattr(sys.exc_info()[1], "error_status_hint", 400)
+        too_large = "The head of your request is too large."
+        self._refuse(APIError(hint, too_large if hint == 431 else "We could not parse your HTTP request."))
+
+    def _watch_head(self) -> None:
+        """The time-out runs from the first byte on while no request is complete; uvicorn's keep-alive before that."""
+        if not self.is_idle or self.transport.is_closing():
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_timeout, self._cut_head)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _cut_head(self) -> None:
+        self._head_timer = None
+        if self.is_idle:
+            self.transport.abort()
+
+    def _make_room(self) -> None:
+        others = [other for other in self._open_connections() if other is not self]
+        if len(others) < self._max_connections:
+            return
+        idle = [other for other in others if other.is_idle]
+        if idle:
+            min(idle, key=lambda other: other._idle_since).transport.abort()
+        else:
+            self._refuse(EngineUnavailableError("The server has too many connections.", code="server_is_overloaded"))
+
+    def _open_connections(self) -> list["HTTPProtocol"]:
+        """Without those that were aborted and wait for the event loop to tell them."""
+        connections = (other for other in self.connections if isinstance(other, HTTPProtocol))
+        return [other for other in connections if not other.transport.is_closing()]
+
+    def _refuse(self, error: APIError) -> None:
+        """Answers without the application, and closes."""
+        body = error.body()
+        headers = {
+            **error.headers,
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "x-request-id": choose_request_id(None),
+            "connection": "close",
+        }
+        raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        response = h11.Response(
+            status_code=error.status, headers=raw_headers, reason=STATUS_PHRASES.get(error.status, b"")
+        )
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

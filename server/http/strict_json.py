@@ -1,0 +1,117 @@
+"""The one reading of a request's body.
+
+Stricter than JSON parsers in general: UTF-8 only, no NaN or Infinity, no number beyond float64, no lone surrogates, an
+object at the top, bounded depth and number of values. Of keys that stand twice the last one counts.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from server.http.errors import InvalidJSONError, InvalidValueError
+from server.http.validation import format_path
+
+MAX_DEPTH = 100
+MAX_NODES = 100_000  # arrays, objects and keys
+MAX_ELEMENTS = 1 << 20  # of all arrays and objects together; a prompt may be several hundred thousand token ids
+MAX_SEARCHED = 1 << 20  # bytes of a body that is searched for what is wrong with it
+
+# One that does not end is a string, too: every byte is looked at once.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """Raises InvalidJSONError, or InvalidValueError that names the field of a lone surrogate."""
+    check_size(body)
+    try:
+        value = msgspec.json.decode(body)
+    except UnicodeDecodeError:
+        raise InvalidJSONError("the body is not valid UTF-8.") from None
+    except RecursionError:
+        raise InvalidJSONError(f"the body is nested more than {MAX_DEPTH} levels deep.") from None
+    except msgspec.DecodeError:
+        check_surrogates(body)
+        raise InvalidJSONError("the body is not valid JSON.") from None
+    if not isinstance(value, dict):
+        raise InvalidJSONError("the body must be a JSON object.")
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
+        raise InvalidJSONError(f"the body is nested more than {MAX_DEPTH} levels deep.")
+    return value
+
+
+def check_size(body: bytes) -> None:
+    """Raises InvalidJSONError where parsing alone would hold up everybody else."""
+    if _count_nodes(body) <= MAX_NODES and _count_elements(body) <= MAX_ELEMENTS:
+        return
+    bare = _STRING.sub(b"", body)
+    if _count_nodes(bare) > MAX_NODES:
+        raise InvalidJSONError(f"the body has more than {MAX_NODES} arrays, objects and keys.")
+    if _count_elements(bare) > MAX_ELEMENTS:
+        raise InvalidJSONError(f"the arrays of the body have more than {MAX_ELEMENTS} elements.")
+
+
+def _count_elements(body: bytes) -> int:
+    """But for the first of each array or object."""
+    return body.count(b",")
+
+
+def _count_nodes(body: bytes) -> int:
+    return body.count(b"[") + body.count(b"{") + body.count(b":")
+
+
+def is_deeper(value: object, limit: int) -> bool:
+    """Whether arrays and objects are nested in more than `limit` levels."""
+    level = [value]
+    for _ in range(limit):
+        level = [child for parent in level for child in _children(parent) if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+
+
+def check_surrogates(body: bytes) -> None:
+    """Raises InvalidValueError with the path of a string that holds half a character.
+
+    Only to say where: a body that comes here is refused in any case.
+    """
+    if len(body) > MAX_SEARCHED or not _SURROGATE_ESCAPE.search(body):
+        return
+    try:
+        path = find_surrogate(json.loads(body))
+    except (ValueError, RecursionError):
+        return
+    if path is not None:
+        param = format_path(path)
+        raise InvalidValueError(f"Invalid '{param}': the string holds a lone surrogate.", param=param or None)
+
+
+def find_surrogate(value: object) -> list[int | str] | None:
+    """The path of the first string, or of the object with the first key, that UTF-8 cannot encode."""
+    if isinstance(value, str):
+        return None if _is_encodable(value) else []
+    if isinstance(value, dict) and not all(map(_is_encodable, value)):
+        return []
+    items: Iterable[tuple[int | str, object]] = value.items() if isinstance(value, dict) else ()
+    for key, child in enumerate(value) if isinstance(value, list) else items:
+        if (path := find_surrogate(child)) is not None:
+            return [key, *path]
+    return None
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

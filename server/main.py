@@ -1,0 +1,290 @@
+"""The API process: `python -m server.main`, with an `ApiProcessConfig` as JSON on standard input.
+
+SIGTERM drains: no new work, what runs may finish, then exit code 0; a second one ends it at once. When the engine dies,
+its requests fail, probes see it for a moment, and the exit code is 1. Standard input decides, not the environment.
+"""
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import uvicorn
+from fastapi import FastAPI
+
+from engine.config import load_model_config
+from engine.shared.logs import configure_logging
+from engine.shared.messages import Vocabulary
+from engine.shared.parent_death import die_with_parent
+from server.api.responses.store import ResponseStore
+from server.app import create_app
+from server.constrained.grammar_checker import GrammarJudge
+from server.context import ServerContext
+from server.engine_client.client import EngineClient
+from server.generation.recordings import Recordings
+from server.generation.registry import RunningRequests
+from server.http.errors import EngineUnavailableError
+from server.http.protocol import HTTPProtocol
+from server.metrics import Metrics
+from server.settings.table import ApiProcessConfig
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("lightwell.api")  # by its own name this module is __main__
+
+DEATH_GRACE = 2.0  # seconds in which probes and clients get to see that the engine is dead
+CLOSE_TIMEOUT = 2  # seconds that connections get to take their last bytes
+KEEP_ALIVE = 75  # seconds; longer than load balancers keep a connection that they may use again
+MAX_CONNECTIONS = 4096
+SPARE_FILES = 128  # open files that are no connections
+BACKLOG = 2048
+TICK = 1.0  # seconds
+
+
+class APIServer(uvicorn.Server):
+    """uvicorn without its signal handlers, which end the process by the signal once more, and idle when it is idle."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self._stopping.set()
+
+    async def main_loop(self) -> None:
+        """Until `stop`. Once a second answers get a new date; uvicorn's own loop runs ten times a second."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), TICK)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the supervisor decides what it means
+    die_with_parent(os.getppid())
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=ApiProcessConfig)
+    flush_logs = configure_logging(config.settings.log_level, config.settings.log_format)
+    exit_code = run(config, flush_logs)
+    flush_logs()
+    os._exit(exit_code)  # rather than wait for threads that fetch an adapter
+
+
+def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
+    """Serves until it is told to stop; returns the exit code."""
+    try:
+        sockets, context = prepare(config)
+    except (OSError, ValueError) as error:  # what the user can mend
+        logger.error("%s", error)
+        return 1
+    try:
+        server = make_server(create_app(context), max_connections=raise_file_limit())
+        logger.info("listening on %s", url(sockets[0]))
+        return asyncio.run(Life(server, context, flush_logs).live(sockets))
+    except Exception:
+        logger.exception("the server failed")
+        return 1
+
+
+def prepare(config: ApiProcessConfig) -> tuple[list[socket.socket], ServerContext]:
+    """Takes the port and reads what the API needs of the model. Raises OSError or ValueError if it cannot."""
+    sockets = bind(config.settings.host, config.settings.port)
+    context = make_context(config)
+    gc.collect()
+    gc.freeze()  # what was loaded stays; the collector need not look at it again
+    return sockets, context
+
+
+def make_context(config: ApiProcessConfig) -> ServerContext:
+    """Reads what the API needs of the model. Raises ValueError if that is not there or not valid."""
+    settings = config.settings
+    path = Path(config.model_path)
+    tokenizer = Tokenizer.from_model(path)
+    model_config = load_model_config(path)
+    vocabulary = tokenizer.to_json()
+    metrics = Metrics(settings.metrics_prefix, config.model_names[0])
+    client = EngineClient(
+        config.engine_address,
+        max_queued_requests=settings.max_queued_requests,
+        step_timeout=settings.step_timeout,
+        engine_pid=config.engine_pid,
+        metrics=metrics,
+        vocabulary=Vocabulary(vocabulary),
+    )
+    return ServerContext(
+        settings=settings,
+        client=client,
+        tokenizer=tokenizer,
+        chat_template=make_chat_template(tokenizer, settings.chat_template),
+        grammar_judge=GrammarJudge(vocabulary, model_config.eos_token_ids),
+        model_config=model_config,
+        model_names=config.model_names,
+        created=int(time.time()),
+        metrics=metrics,
+        running=RunningRequests(),
+        recordings=Recordings(settings.record_requests),
+        responses=ResponseStore(settings.max_stored_responses, settings.stored_responses_memory),
+    )
+
+
+def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:
+    """The template in a file, or else the model's own. Raises ValueError where that is none."""
+    if file is None:
+        return None if tokenizer.chat_template is None else _compiled(tokenizer, tokenizer.chat_template)
+    try:
+        return _compiled(tokenizer, Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"--chat-template {file}: {reason}") from error
+
+
+def _compiled(tokenizer: Tokenizer, source: str) -> ChatTemplate:
+    return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+
+def make_server(app: FastAPI, *, max_connections: int, protocol: type[HTTPProtocol] = HTTPProtocol) -> APIServer:
+    config = uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=max_connections,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=CLOSE_TIMEOUT,
+        backlog=BACKLOG,
+    )
+    return APIServer(config)
+
+
+class Life:
+    """What ends the process: a signal, the engine's death, or a failure of the server itself."""
+
+    def __init__(self, server: APIServer, context: ServerContext, flush_logs: Callable[[], None]) -> None:
+        self._server = server
+        self._client = context.client
+        self._drain_timeout = context.settings.drain_timeout
+        self._flush_logs = flush_logs
+        self._terminated = asyncio.Event()
+
+    async def live(self, sockets: list[socket.socket]) -> int:
+        """Returns the exit code."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        serving = asyncio.create_task(self._server.serve(sockets))
+        events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._client.on_death)]
+        await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
+        if self._terminated.is_set():
+            await self._drain()
+        if self._client.on_death.is_set():
+            await self._mourn()
+        for task in events:
+            task.cancel()
+        self._client.fail_streams(EngineUnavailableError("The server is shutting down.", close=True))
+        self._server.stop()
+        await serving
+        return 0 if self._terminated.is_set() and not self._client.on_death.is_set() else 1
+
+    def _on_sigterm(self) -> None:
+        if self._terminated.is_set():
+            self._flush_logs()
+            os._exit(1)
+        self._terminated.set()
+
+    async def _drain(self) -> None:
+        """Until the requests that are here now have been answered, for --drain-timeout at most."""
+        self._client.drain()
+        requests = set(self._server.server_state.tasks)
+        logger.info("draining: %d requests are running", len(requests))
+        if requests:
+            death = asyncio.create_task(self._client.on_death.wait())
+            finished = asyncio.create_task(_finish(requests))
+            waiting = {death, finished}
+            await asyncio.wait(waiting, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+            death.cancel()
+            finished.cancel()
+
+    async def _mourn(self) -> None:
+        """Its requests have failed already. Where it never was ready nobody waits for an answer."""
+        if self._client.info is not None:
+            await asyncio.sleep(DEATH_GRACE)
+
+
+async def _finish(requests: set[asyncio.Task[None]]) -> None:
+    await asyncio.wait(requests)
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of the host, all with the same port. Raises OSError with a sentence for the user."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}: {error.strerror}") from error
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, _, _, _, address in addresses:
+        chosen = port or (sockets[0].getsockname()[1] if sockets else 0)
+        try:
+            sockets.append(_bind_one(family, (address[0], chosen, *address[2:])))
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a machine without IPv6, say
+                _close(sockets)
+                raise OSError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from error
+            missing = error
+    if not sockets:
+        raise OSError(f"cannot listen on {host}: this machine has no such address") from missing
+    return sockets
+
+
+def _bind_one(family: int, address: tuple[str | int, ...]) -> socket.socket:
+    # With the protocol named, asyncio turns off Nagle's algorithm, which would hold back small writes for 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _close(sockets: list[socket.socket]) -> None:
+    for listener in sockets:
+        listener.close()
+
+
+def url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def raise_file_limit() -> int:
+    """Allows this process as many open files as it may have; returns how many connections that is enough for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - SPARE_FILES))
+
+
+if __name__ == "__main__":
+    main()

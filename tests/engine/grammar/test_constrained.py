@@ -1,0 +1,338 @@
+"""Answers of the real model to requests with a grammar, against jsonschema and regular expressions."""
+
+import json
+import random
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from llguidance import LLMatcher
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.loading import load_model
+from engine.shared.messages import FinishReason, SamplingParams, Submit, TokenLogprobs
+from server.constrained.constraints import schema_constraint
+from server.text.tokenizer import Tokenizer
+
+SEED = 3
+PROMPT = "<|im_start|>user\nDescribe a cat as JSON.<|im_end|>\n<|im_start|>assistant\n"
+
+
+@dataclass
+class Answer:
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    text: str = ""
+
+
+class Model:
+    """The loaded model, and engines of it that know its tokenizer."""
+
+    def __init__(self, path: Path) -> None:
+        self.config = EngineConfig(model_path=str(path), max_model_len=1024)
+        self.loaded = load_model(self.config)
+        self.tokenizer = Tokenizer.from_model(path)
+        self.vocabulary = self.tokenizer.to_json()
+
+    def engine(self, *, overlaps: bool = False, **options: Any) -> Engine:
+        engine = Engine(msgspec.structs.replace(self.config, **options), self.loaded, overlaps=overlaps)
+        engine.learn(self.vocabulary)
+        return engine
+
+    def submit(self, grammar: str | None, *, n: int = 1, prompt: str = PROMPT, **params: Any) -> Submit:
+        fields = {"max_tokens": 150, "temperature": 1.5, "seed": SEED} | params
+        return Submit(
+            request_id=f"r{random.randrange(2**63)}",
+            prompt_token_ids=self.tokenizer.encode(prompt),
+            params=SamplingParams(grammar=grammar, **fields),
+            arrival=0.0,
+            n=n,
+        )
+
+    def run(self, submits: Sequence[Submit], engine: Engine | None = None) -> list[list[Answer]]:
+        """The choices of each, all in one batch."""
+        engine = engine or self.engine()
+        for submit in submits:
+            engine.add(submit)
+        answers = self.finish(engine, *submits)
+        engine.scheduler.check()
+        return answers
+
+    def finish(self, engine: Engine, *submits: Submit) -> list[list[Answer]]:
+        """Step until all choices of these have ended."""
+        answers = {submit.request_id: [Answer() for _ in range(submit.n)] for submit in submits}
+        choices = [answer for of_one in answers.values() for answer in of_one]
+        while any(answer.finish_reason is None for answer in choices):
+            for event in engine.step()[1]:
+                answer = answers[event.request_id][event.index]
+                answer.token_ids += event.token_ids
+                answer.logprobs += event.logprobs or []
+                answer.finish_reason, answer.error = event.finish_reason, event.error
+        for answer in choices:
+            answer.text = self.tokenizer.decode(answer.token_ids)
+        return list(answers.values())
+
+    def answer(self, grammar: str | None, engine: Engine | None = None, **fields: Any) -> Answer:
+        return self.run([self.submit(grammar, **fields)], engine)[0][0]
+
+
+@pytest.fixture(scope="module")
+def model(smollm2_path: Path) -> Model:
+    return Model(smollm2_path)
+
+
+def of_schema(schema: Mapping[str, Any]) -> str:
+    return schema_constraint(schema, "schema").grammar
+
+
+def of_regex(pattern: str) -> str:
+    return LLMatcher.grammar_from_regex(pattern)
+
+
+# Schemas whose answers are short, so that most of them end.
+
+NAMES = st.text("abcdxyz_ é", min_size=1, max_size=6)
+SIZES = st.integers(0, 5)
+INTEGERS = st.integers(-(2**53), 2**53) | st.sampled_from([2**63 - 1, -(2**63) + 1024, 2**60, -(10**18)])
+
+
+def texts(low: int, span: int) -> dict[str, Any]:
+    return {"type": "string", "minLength": low, "maxLength": low + span}
+
+
+def integers(low: int, span: int) -> dict[str, Any]:
+    return {"type": "integer", "minimum": low, "maximum": low + span}
+
+
+def objects(properties: dict[str, Any], num_required: int) -> dict[str, Any]:
+    required = list(properties)[:num_required]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def arrays(items: dict[str, Any], low: int, span: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": low, "maxItems": low + span}
+
+
+LEAVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.builds(texts, SIZES, SIZES),
+    st.builds(integers, st.integers(-99, 99), st.integers(0, 9999)),
+    st.builds(lambda high: {"type": "number", "exclusiveMinimum": 0, "maximum": high}, st.integers(1, 50)),
+    st.builds(
+        lambda values: {"enum": values},
+        st.lists(NAMES | INTEGERS | st.none(), min_size=1, max_size=4),
+    ),
+    st.builds(lambda value: {"const": value}, NAMES | st.lists(st.booleans(), max_size=2)),
+    st.sampled_from(
+        [
+            {"type": "boolean"},
+            {"type": ["null", "boolean"]},
+            {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,3}$"},
+            {"type": "string", "format": "date"},
+            {"$ref": "#/$defs/item"},
+        ]
+    ),
+)
+PARTS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.builds(objects, st.dictionaries(NAMES, inner, max_size=3), SIZES),
+        st.builds(arrays, inner, st.integers(0, 2), st.integers(0, 2)),
+        st.builds(lambda members: {"anyOf": members}, st.lists(inner, min_size=1, max_size=3)),
+    ),
+    max_leaves=5,
+)
+SCHEMAS = st.builds(lambda part, size: part | {"$defs": {"item": texts(1, size)}}, PARTS, SIZES)
+
+
+def outside_strings(text: str) -> str:
+    return re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+
+
+@settings(max_examples=3, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(schemas=st.lists(SCHEMAS, min_size=20, max_size=20))
+def test_whatever_the_schema_the_answer_is_valid(model: Model, schemas: list[dict[str, Any]]) -> None:
+    submits = [model.submit(of_schema(schema), seed=index) for index, schema in enumerate(schemas)]
+    answers = [choices[0] for choices in model.run(submits)]
+    assert {answer.error for answer in answers} == {None}
+    ended = [pair for pair in zip(schemas, answers, strict=True) if pair[1].finish_reason == FinishReason.STOP]
+    assert len(ended) > len(schemas) / 2
+    for schema, answer in ended:
+        Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(
+            json.loads(answer.text)
+        )
+        assert re.search(r"\s", outside_strings(answer.text)) is None
+    for answer in answers:
+        assert answer.finish_reason == FinishReason.STOP or len(answer.token_ids) == 150
+
+
+def test_an_open_object_stays_valid(model: Model) -> None:
+    """What may be said beside the properties that are named, and of any depth."""
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]}
+    submits = [model.submit(of_schema(schema), seed=seed, max_tokens=80) for seed in range(12)]
+    ended = [choices[0] for choices in model.run(submits) if choices[0].finish_reason == FinishReason.STOP]
+    assert len(ended) > 1
+    for answer in ended:
+        Draft202012Validator(schema).validate(json.loads(answer.text))
+
+
+def test_regular_expressions_and_choices(model: Model) -> None:
+    patterns = [
+        r"[A-Z][a-z]{2,8}( [a-z]{1,6}){0,3}\.",
+        r"\d{4}-\d\d",
+        r"(ja|nein|да|いいえ)!?",
+        r"[^a-z\s]{1,6}",
+        r"a?b?c?",
+    ]
+    submits = [model.submit(of_regex(pattern), seed=seed) for pattern in patterns for seed in range(4)]
+    for (answer,), pattern in zip(model.run(submits), [p for p in patterns for _ in range(4)], strict=True):
+        assert answer.finish_reason == FinishReason.STOP
+        assert re.fullmatch(pattern, answer.text), (pattern, answer.text)
+        assert answer.token_ids[-1] in (0, 2)
+
+
+SCHEMA = objects(
+    {
+        "name": {"type": "string", "maxLength": 12},
+        "customer_identifier": {"type": "integer", "minimum": 0, "maximum": 9999},
+        "is_active_member": {"type": "boolean"},
+        "favourite_colours": arrays({"enum": ["red", "green", "blue"]}, 1, 2),
+    },
+    4,
+)
+
+
+def mixed_submits(model: Model) -> list[Submit]:
+    grammars = [of_schema(SCHEMA), of_regex("([a-z]{1,9} ){4}end"), None, of_schema({"type": "object"})]
+    submits = [
+        model.submit(
+            grammar, n=1 + index % 2, seed=index, temperature=(0.0, 1.5)[index % 3 > 0], max_tokens=30, logprobs=2
+        )
+        for index, grammar in enumerate([*grammars, grammars[0]])
+    ]
+    submits[1] = msgspec.structs.replace(
+        submits[1], params=msgspec.structs.replace(submits[1].params, repetition_penalty=1.3, logit_bias={105: 3.0})
+    )
+    return submits
+
+
+def test_the_same_bits_however_they_are_computed(model: Model) -> None:
+    """Alone or in a batch, with drafts or without, launched ahead, and after preemption."""
+    submits = mixed_submits(model)
+    alone = [model.run([submit])[0] for submit in submits]
+    assert len({answer.text for choices in alone for answer in choices}) > 4
+    for mode in ("off", "auto"):
+        assert model.run(submits, model.engine(speculative=mode)) == alone
+    assert model.run(submits, model.engine(speculative="off", overlaps=True)) == alone
+    small = model.engine()
+    small.scheduler.pool.allocate(small.scheduler.pool.num_free - 6)
+    small.scheduler.check = lambda: None  # type: ignore[method-assign]  # the blocks above are nobody's
+    assert model.run(submits, small) == alone
+    assert small.stats().preemptions_total > 0
+
+
+def test_choices_are_drawn_apart(model: Model) -> None:
+    (choices,) = model.run([model.submit(of_schema(SCHEMA), n=4)])
+    assert len({answer.text for answer in choices}) > 1
+    for answer in choices:
+        Draft202012Validator(SCHEMA).validate(json.loads(answer.text))
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_what_is_forced_takes_one_step(model: Model, mode: str) -> None:
+    text = '{"kind":"a sentence that nobody would have guessed","of":["seventeen","tokens","or","more"]}'
+    engine = model.engine(speculative=mode)
+    answer = model.answer(of_schema({"const": json.loads(text)}), engine)
+    assert answer.text == text
+    assert len(answer.token_ids) > 25
+    assert engine.stats().steps_total <= 4
+
+
+def test_forced_tokens_are_drafted_within_bounds(model: Model) -> None:
+    """Few at first, and twice as many after each draft that was right."""
+    text = " ".join(f"word{number}" for number in range(60))
+    engine = model.engine(speculative="off")
+    engine.add(model.submit(of_regex(text), max_tokens=400))
+    drafts, accepted = [], []
+    while engine.has_work:
+        step, events = engine.step()
+        assert step is not None
+        for item, event in zip(step.scheduled, events, strict=True):
+            drafts.append(len(item.draft_token_ids))
+            accepted.append(max(0, len(event.token_ids) - 1))
+    limit = 16
+    for num_drafted, num_accepted in zip(drafts, accepted, strict=True):
+        assert num_drafted <= limit
+        if num_drafted:
+            limit = 2 * limit if num_accepted == num_drafted else max(4, 2 * num_accepted)
+    assert max(drafts) >= 16
+    assert sum(accepted) > 0
+
+
+def test_log_probabilities_are_the_models_own(model: Model) -> None:
+    free = model.answer(None, temperature=0.0, max_tokens=1, logprobs=5).logprobs[0]
+    bound = model.answer(of_schema(SCHEMA), temperature=0.0, logprobs=5).logprobs[0]
+    assert (bound.top_token_ids, bound.top_logprobs) == (free.top_token_ids, free.top_logprobs)
+    assert bound.logprob < free.logprob
+
+
+def test_the_end_of_the_grammar_overrules(model: Model) -> None:
+    for params in ({"ignore_eos": True}, {"min_tokens": 20}, {"logit_bias": {0: -100.0, 2: -100.0}}):
+        answer = model.answer(of_regex("[0-9]{3}"), **params)
+        assert answer.finish_reason == FinishReason.STOP
+        assert re.fullmatch("[0-9]{3}", answer.text)
+    answer = model.answer(of_regex("[0-9]{3,}"), ignore_eos=True, max_tokens=12)
+    assert (answer.finish_reason, len(answer.token_ids)) == (FinishReason.LENGTH, 12)
+    answer = model.answer(of_regex("[0-9]*"), min_tokens=9, max_tokens=40)
+    assert len(answer.token_ids) >= 9
+
+
+def test_where_a_grammar_cannot_be_followed_the_request_fails(model: Model) -> None:
+    """The server lets no such grammar through; others do not suffer from it in any case."""
+    never, good = model.submit("start: a\na: a", n=2), model.submit(of_regex("[0-9]{3}"))
+    failed, (answer,) = model.run([never, good])
+    assert [(choice.finish_reason, choice.token_ids) for choice in failed] == [(FinishReason.ERROR, [])] * 2
+    problem = "the grammar cannot be followed: it cannot be compiled: no text matches it"
+    assert {choice.error for choice in failed} == {problem}
+    assert answer.finish_reason == FinishReason.STOP
+
+
+def test_who_waits_for_a_grammar_holds_up_nobody(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, gate = model.engine(), threading.Event()
+    compiler = engine.grammars._compiler
+    assert compiler is not None
+    compile_soon = compiler.compile
+
+    def compile_late(grammar: str) -> LLMatcher:
+        assert gate.wait(30)
+        return compile_soon(grammar)
+
+    monkeypatch.setattr(compiler, "compile", compile_late)
+    waiting = model.submit(of_schema(SCHEMA), n=2)
+    engine.add(waiting)
+    for _ in range(3):
+        assert engine.step() == (None, [])
+    assert model.answer(None, engine, max_tokens=5).finish_reason == FinishReason.LENGTH
+    assert engine.stats().num_waiting == 2
+    gate.set()
+    ((first, second),) = model.finish(engine, waiting)
+    assert first.finish_reason == second.finish_reason == FinishReason.STOP
+
+
+def test_who_leaves_while_the_grammar_is_compiled(model: Model) -> None:
+    engine = model.engine()
+    submit = model.submit(of_schema(SCHEMA), n=2)
+    engine.add(submit)
+    engine.abort(submit.request_id)
+    assert not engine.has_work
+    assert model.answer(of_regex("[0-9]{3}"), engine).finish_reason == FinishReason.STOP

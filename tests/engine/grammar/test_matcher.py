@@ -1,0 +1,212 @@
+"""Masks against what regular expressions say about every token of a real vocabulary."""
+
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import regex
+import torch
+from llguidance import LLMatcher
+
+from engine.grammar.matcher import NUM_KEPT, GrammarCompiler, GrammarError, Matcher
+from engine.sampling.sampler import apply_masks
+from engine.shared.messages import SamplingParams
+from server.text.tokenizer import Tokenizer
+
+SEED = 9
+EOS_TOKEN_IDS = (2, 0)
+PATTERNS = [r"([a-z]{2,9} ){1,3}[0-9]+", r'(yes|no|not "sure"|n[oa]+h?)', r"(\w|, )*[.!?]", r"[^\x00-\x7f]{1,3}x?"]
+
+COUNTING = [
+    "(a{1000}){1000}",
+    "[a-z]{1,1000000}",
+    "(a|b)*a(a|b){100000}",
+    "(a?){5000}a{5000}",
+    "(\\w+ ){1000000}",
+    "(.*a){300}",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_path: Path) -> Tokenizer:
+    return Tokenizer.from_model(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer.to_json(), EOS_TOKEN_IDS)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer: Tokenizer) -> list[str | None]:
+    """The text of each token; None for what is no text of its own: control tokens, and parts of characters."""
+    texts: list[str | None] = []
+    for token_id in range(tokenizer.vocab_size):
+        try:
+            texts.append(None if token_id in tokenizer.special_ids else tokenizer.token_bytes(token_id).decode())
+        except UnicodeDecodeError:
+            texts.append(None)
+    return texts
+
+
+def of_regex(pattern: str) -> str:
+    return LLMatcher.grammar_from_regex(pattern)
+
+
+def new_matcher(compiler: GrammarCompiler, grammar: str, **params: object) -> Matcher:
+    compiled: Future[LLMatcher] = Future()
+    compiled.set_result(compiler.compile(grammar))
+    return Matcher(compiled, SamplingParams(max_tokens=100, **params), EOS_TOKEN_IDS)  # type: ignore[arg-type]
+
+
+def allowed(mask: bytes) -> set[int]:
+    bits = int.from_bytes(mask, "little")
+    return {token_id for token_id in range(8 * len(mask)) if bits >> token_id & 1}
+
+
+def test_every_token_of_every_mask(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, vocabulary: list[str | None]
+) -> None:
+    """Along random walks. What is no text of its own is passed over; ends are checked apart."""
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    for pattern in PATTERNS:
+        matcher, output, text = new_matcher(compiler, of_regex(pattern)), list[int](), ""
+        for _ in range(3):
+            (mask,) = matcher.masks(output)
+            token_ids = allowed(mask)
+            right = {
+                token_id
+                for token_id, piece in enumerate(vocabulary)
+                if piece and regex.fullmatch(pattern, text + piece, partial=True)
+            }
+            can_end = regex.fullmatch(pattern, text) is not None
+            assert {token_id in token_ids for token_id in EOS_TOKEN_IDS} == {can_end}
+            found = {token_id for token_id in token_ids - set(EOS_TOKEN_IDS) if vocabulary[token_id] is not None}
+            forced = matcher.forced_tokens(output)
+            assert found == (set(forced[:1]) or right)
+            assert found <= right
+            if not found:
+                break
+            output.append(rng.choice(sorted(found)))
+            text += vocabulary[output[-1]] or ""
+
+
+def test_what_is_forced_is_spelled_as_the_tokenizer_does(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    text = '{"temperature_celsius":20,"conversation_history":[]}'
+    matcher = new_matcher(compiler, of_regex(regex.escape(text, special_only=True) + "x?y"))
+    forced = matcher.forced_tokens([])
+    spelled = tokenizer.encode(text, add_special_tokens=False)
+    assert spelled[: len(forced)] == forced
+    assert len(forced) >= len(spelled) - 2  # the last may be spelled together with what follows
+    for position, mask in enumerate(matcher.masks([], forced)[:-1]):
+        assert allowed(mask) == {forced[position]}
+
+
+def test_a_draft_leaves_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    grammar = of_regex("[a-z ]+[.!]( [A-Z][a-z ]+[.!])*")
+    output, draft, wrong = encode("the cat"), encode(" sat down. The"), encode("9")
+    matcher = new_matcher(compiler, grammar)
+    apart = [new_matcher(compiler, grammar).masks(output + draft[:length])[0] for length in range(len(draft) + 1)]
+    before = matcher.masks(output)
+    for _ in range(2):
+        assert matcher.masks(output, draft) == apart
+        assert matcher.masks(output, [*draft[:2], *wrong, *draft[2:]]) == apart[:3] + [b""] * (len(draft) - 1)
+        assert matcher.cut(output, [*draft[:2], *wrong]) == draft[:2]
+        assert matcher.cut(output, draft) == draft
+    assert matcher.masks(output) == before
+    assert matcher.masks(output + draft) == apart[-1:]
+
+
+def test_ends_that_come_too_early(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    (a,) = tokenizer.encode("a", add_special_tokens=False)
+    (b,) = tokenizer.encode("b", add_special_tokens=False)
+
+    def ends(grammar: str, output: Sequence[int], **params: object) -> set[int]:
+        (mask,) = new_matcher(compiler, of_regex(grammar), **params).masks(output)
+        return allowed(mask) & {*EOS_TOKEN_IDS, a, b}
+
+    assert ends("(a|b)*", [a]) == {0, 2, a, b}
+    assert ends("(a|b)*", [a], ignore_eos=True) == {a, b}
+    assert ends("(a|b)*", [a], min_tokens=1, stop_token_ids=(b,)) == {0, 2, a, b}
+    assert ends("(a|b)*", [a], min_tokens=2, stop_token_ids=(b,)) == {a}
+    assert ends("(a|b)*", [a], min_tokens=2, stop_token_ids=(b, 10**9), ignore_eos=True) == {a}
+    # The grammar wins where it leaves no choice.
+    assert ends("a?", [a], min_tokens=9, ignore_eos=True) == {0, 2}
+    assert ends("ab", [a], min_tokens=9, stop_token_ids=(b,)) == {b}
+
+
+def test_control_tokens_are_no_text(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    (mask,) = new_matcher(compiler, of_regex(r"(.|\n)*")).masks([])
+    assert allowed(mask) & tokenizer.special_ids == set(EOS_TOKEN_IDS)
+    (mask,) = new_matcher(compiler, 'start: <|im_start|> "a"').masks([])
+    assert allowed(mask) == {1}
+
+
+def test_what_takes_too_much(compiler: GrammarCompiler, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    """Such a grammar is refused, or ends in an empty mask; neither takes long."""
+    start = time.monotonic()
+    with pytest.raises(GrammarError, match="larger than"):
+        compiler.compile("start: " + "a" * 200_000)
+    matcher = new_matcher(compiler, 'start: s{1,300}\ns: s s | "a" | "b" s "c" | ""')
+    output = tokenizer.encode("a", add_special_tokens=False) * 20
+    assert len(output) == 20
+    masks = matcher.masks([], output)
+    assert masks[0] != b""
+    assert masks[-1] == b""
+    assert time.monotonic() - start < 2
+    assert "a grammar cannot be followed: " in caplog.text
+    assert matcher.masks([]) == masks[:1]
+
+
+@pytest.mark.parametrize("pattern", COUNTING)
+@pytest.mark.parametrize(
+    "grammar", ['start: ("x"|"y") /P/', 'start: ("x"|"y") T\nT: (/P/){100}', 'start: ("x"|"y") t\nt: /P/ ~ 1000']
+)
+def test_counts_behind_the_beginning_take_a_bounded_time(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: str, pattern: str
+) -> None:
+    """The masks of some random output, or up to where it becomes too much."""
+    matcher = new_matcher(compiler, grammar.replace("P", pattern))
+    draw = random.Random(SEED)
+    output: list[int] = []
+    while len(output) < 20:
+        start = time.thread_time()
+        (mask,) = matcher.masks(output)
+        matcher.forced_tokens(output)
+        assert time.thread_time() - start < 0.3
+        if not mask:
+            break
+        output.append(draw.choice(sorted(allowed(mask))))
+    assert output
+
+
+def test_compiled_grammars_are_kept_within_bounds(compiler: GrammarCompiler) -> None:
+    for number in range(NUM_KEPT + 10):
+        compiler.compile(f'start: "{number}"')
+    assert len(compiler._compiled) == NUM_KEPT
+    first, again = compiler.compile('start: "a" "b"'), compiler.compile('start: "a" "b"')
+    first.consume_tokens(first.compute_ff_tokens())
+    assert not again.is_accepting()
+
+
+def test_masks_on_logits() -> None:
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    for vocab_size, num_bytes in ((64, 8), (300, 38), (300, 40), (300, 20)):
+        logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(SEED))
+        expected = logits.clone()
+        masks = {1: rng.randbytes(num_bytes), 3: b"", 4: rng.randbytes(num_bytes)}
+        for row, mask in masks.items():
+            for token_id in set(range(vocab_size)) - allowed(mask):
+                expected[row, token_id] = float("-inf")
+        apply_masks(logits, masks)
+        assert torch.equal(logits, expected)
+        apply_masks(logits, {})
+        assert torch.equal(logits, expected)

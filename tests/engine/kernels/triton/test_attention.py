@@ -1,0 +1,207 @@
+"""Paged attention in Triton, in its interpreter: against the textbook in float64, and promise 1.
+
+The two grids must agree to the bit: one program for all segments of keys, and one for each with a merge after it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.kernels.interface import LayerCache
+from engine.kernels.triton import attention
+from engine.kernels.triton.kernels import TritonKernels
+from engine.kernels.triton.tiles import TABLE, AttentionTiles, Tiles
+from tests.engine.kernels.torch.test_kernels import Paged, Shape
+
+DTYPES = [torch.float32, torch.float16]
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
+GRIDS = {"2D": 0, "3D": 10**9}  # programs that are at work at the same time
+
+Span = tuple[int, int, int]  # sequence, start, end
+
+
+@contextmanager
+def grid(name: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "TARGET_PROGRAMS", GRIDS[name])
+        yield
+
+
+def attend(paged: Paged, spans: list[Span]) -> list[Tensor]:
+    """In both grids, which agree."""
+    with grid("2D"):
+        outs = paged.attend(spans)
+    with grid("3D"):
+        assert all(torch.equal(a, b) for a, b in zip(paged.attend(spans), outs, strict=True))
+    return outs
+
+
+def assert_as_in_the_textbook(paged: Paged, spans: list[Span]) -> None:
+    for out, (sequence, start, end) in zip(attend(paged, spans), spans, strict=True):
+        tolerance = TOLERANCES[out.dtype]
+        assert len(out) == end - start
+        some = {(start, min(start + 4, end)), (max(start, end - 8), end)} if start < end else set()
+        for first, last in some:  # the textbook is slow
+            expected = paged.expected(sequence, first, last)
+            found = out[first - start : last - start].double()
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "is_split"),
+    [
+        ([1] * 4, [1000] * 4, True),
+        ([1] * 4, [100] * 4, False),  # there is nothing to split
+        ([1] * 1100, [1000] * 1100, False),
+        ([1] * 600, [100] * 599 + [30000], True),  # all would wait for the one
+        ([16384], [16384], False),
+    ],
+)
+def test_segments_get_programs_of_their_own_where_some_would_wait(
+    query_lens: list[int], seq_lens: list[int], is_split: bool
+) -> None:
+    tables = torch.zeros((len(seq_lens), 1), dtype=torch.int64)
+    sizes = AttentionTiles(packed_rows=16, keys=64, segment=256, num_warps=4, num_stages=2)
+    plan = attention.plan_attention(np.array(query_lens), np.array(seq_lens), tables, 2, 1, sizes)
+    assert plan.num_segments == (-(-max(seq_lens) // 256) if is_split else 0)
+    assert int(plan.tiles[:, 2].sum()) == sum(query_lens)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Shape, list[int], list[Span]]:
+    """A shape, lengths of some sequences, and some rows of each."""
+    shape = Shape(
+        num_kv_heads=draw(st.integers(1, 2)),
+        group_size=draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16, 20])),
+        head_dim=draw(st.sampled_from([64, 80, 96, 128, 256])),
+        block_size=draw(st.sampled_from([16, 32, 64, 128])),
+        window=draw(st.none() | st.integers(1, 1500)),
+        dtype=draw(st.sampled_from(DTYPES)),
+    )
+    seq_lens = draw(st.lists(st.integers(1, 1200) | st.sampled_from([511, 512, 513, 1024]), min_size=1, max_size=3))
+    spans = []
+    for sequence, seq_len in enumerate(seq_lens):
+        num_rows = draw(st.sampled_from([0, 1, 1, 2, 5, 40]))
+        spans.append((sequence, max(0, seq_len - num_rows), seq_len))
+    return shape, seq_lens, spans
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=cases(), seed=st.integers(0, 2**32))
+def test_ragged_batches(case: tuple[Shape, list[int], list[Span]], seed: int) -> None:
+    shape, seq_lens, spans = case
+    assert_as_in_the_textbook(Paged(shape, seq_lens, seed, kernels=TritonKernels), spans)
+
+
+def test_a_long_context() -> None:
+    paged = Paged(Shape(1, 4, 64, 32, None, torch.float32), [4096], 1, kernels=TritonKernels)
+    assert_as_in_the_textbook(paged, [(0, 4093, 4096)])
+
+
+@pytest.mark.parametrize("tiles", TABLE.values(), ids=map(str, TABLE))
+def test_tiles_of_all_cards(tiles: Tiles) -> None:
+    paged = Paged(Shape(1, 4, 64, 32, None, torch.float16), [600, 70], 6, kernels=TritonKernels)
+    assert isinstance(paged.kernels, TritonKernels)
+    paged.kernels.tiles = tiles
+    assert_as_in_the_textbook(paged, [(0, 590, 600), (1, 69, 70)])
+
+
+def test_more_than_may_wait_to_be_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then every tile goes through its own segments."""
+    paged = Paged(Shape(1, 4, 64, 32, None, torch.float32), [600], 6, kernels=TritonKernels)
+    with grid("3D"):
+        (expected,) = paged.attend([(0, 599, 600)])
+        monkeypatch.setattr(attention, "MAX_PARTIAL_BYTES", 1000)
+        monkeypatch.setattr(attention, "_reduce", None)
+        assert torch.equal(paged.attend([(0, 599, 600)])[0], expected)
+
+
+@pytest.mark.parametrize("window", [1, 16, 256, 257, 700])
+def test_windows_that_skip_segments(window: int) -> None:
+    paged = Paged(Shape(1, 3, 64, 32, window, torch.float32), [1300, 20], 3, kernels=TritonKernels)
+    spans = [(0, 1299, 1300), (0, 1290, 1300), (0, 1023, 1025), (1, 0, 20)]
+    assert_as_in_the_textbook(paged, spans)
+    alone = [paged.attend([span])[0] for span in spans]
+    assert all(torch.equal(a, b) for a, b in zip(attend(paged, spans), alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(1, 3, 64, 32, None, torch.float16), Shape(1, 16, 80, 64, 300, torch.float32)],
+    ids=str,
+)
+def test_it_does_not_depend_on_the_batch(shape: Shape) -> None:
+    """Some rows at once, in chunks of any size, alone and among others, in both grids: the same bits."""
+    paged = Paged(shape, [1100, 37, 1], seed=1, kernels=TritonKernels)
+    (whole,) = attend(paged, [(0, 1080, 1100)])
+    for chunk in (1, 7, 17):
+        spans = [(0, start, min(start + chunk, 1100)) for start in range(1080, 1100, chunk)]
+        (_, *mixed) = attend(paged, [(1, 0, 37), *spans, (2, 0, 1)])
+        assert torch.equal(torch.cat(mixed[:-1]), whole), f"chunks of {chunk}"
+
+
+def stored_in_int8(paged: Paged) -> Paged:
+    """The same with codes and scales in the cache; its keys and values are the numbers that these stand for."""
+    codes, scales = [], []
+    for stored in (paged.cache.keys, paged.cache.values):
+        largest = stored.float().abs().amax(dim=-1, keepdim=True)
+        codes.append((stored.float() * 127 / largest).round().to(torch.int8))
+        scales.append((largest / 127).squeeze(-1).transpose(1, 2).contiguous())
+    paged.cache = LayerCache(*codes, *scales)
+    for of_sequences, its_codes, its_scales in zip((paged.k, paged.v), codes, scales, strict=True):
+        numbers = (its_codes.double() * its_scales.transpose(1, 2).unsqueeze(-1)).flatten(0, 1)
+        for sequence, ids in enumerate(paged.block_ids):
+            of_sequences[sequence] = numbers[paged._slots(ids, len(of_sequences[sequence]))]
+    return paged
+
+
+@pytest.mark.parametrize("garbage", [1e4, float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 300])
+def test_codes_of_8_bits(window: int | None, dtype: torch.dtype, garbage: float) -> None:
+    paged = stored_in_int8(Paged(Shape(2, 3, 80, 32, window, dtype), [600, 37], 8, garbage, TritonKernels))
+    assert_as_in_the_textbook(paged, [(0, 590, 600), (1, 0, 37), (0, 599, 600)])
+
+
+def test_codes_of_8_bits_do_not_depend_on_the_batch() -> None:
+    paged = stored_in_int8(Paged(Shape(1, 3, 64, 32, None, torch.float16), [600, 37], 9, kernels=TritonKernels))
+    (whole,) = attend(paged, [(0, 580, 600)])
+    (_, *mixed) = attend(paged, [(1, 0, 37), (0, 580, 587), (0, 587, 600)])
+    assert torch.equal(torch.cat(mixed), whole)
+
+
+def test_what_lies_in_other_slots_does_not_matter() -> None:
+    shape = Shape(2, 3, 64, 32, None, torch.float32)
+    spans = [(0, 100, 130), (1, 0, 40), (2, 699, 700)]
+    first, second = (
+        attend(Paged(shape, [140, 45, 700], 4, garbage, TritonKernels), spans) for garbage in (0.0, float("nan"))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_capped_scores() -> None:
+    """As Gemma 2 caps them."""
+    paged = Paged(Shape(1, 2, 64, 32, None, torch.float32), [600], 5, kernels=TritonKernels)
+    kernels = paged.kernels
+    assert isinstance(kernels, TritonKernels)
+    sizes = kernels.tiles.attention
+    softcap, scale = 0.5, paged.shape.scale
+    tables = torch.tensor([paged.block_ids[0]])
+    lens = torch.tensor([2]).numpy(), torch.tensor([600]).numpy()
+    q = paged.q[0][598:600]
+    k, v = (x.double().repeat_interleave(2, dim=1) for x in (paged.k[0], paged.v[0]))
+    scores = torch.einsum("qhd,nhd->hqn", q.double(), k) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    scores[:, 0, 599] = float("-inf")
+    expected = torch.einsum("hqn,nhd->qhd", scores.softmax(dim=-1), v)
+    for name in GRIDS:
+        with grid(name):
+            plan = attention.plan_attention(*lens, tables, 2, 1, sizes)
+        out = attention.paged_attention(q, paged.cache, plan, scale, None, sizes, softcap)
+        torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)

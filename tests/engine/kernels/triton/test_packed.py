@@ -1,0 +1,140 @@
+"""Packed weights on the kernels in Triton, in its interpreter: against `gguf` and float64, and promise 1."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.config import EngineConfig
+from engine.kernels.triton.kernels import TritonKernels
+from engine.kernels.triton.packed import READERS, from_ggml, to_int8
+from engine.kernels.triton.tiles import TABLE, Tiles
+from engine.loading import load_model
+from tests.engine.kernels.torch.test_kernels import CPU, random_tensor
+from tests.parity.test_families import SHAPE, VOCAB_SIZE
+from tests.support.kernel_choice import choose_kernels
+from tests.support.outputs import all_logits, greedy_outputs
+from tests.support.packed_weights import inputs_of, numbers_of, random_packed, rounded_to_int8
+from tests.support.tiny_models import save_random_model
+
+PRODUCT_DTYPES = [torch.float32, torch.float16]  # what the interpreter makes of products in bfloat16 is wrong
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
+BITS = dict.fromkeys(READERS, 8) | dict.fromkeys(("Q4_0", "Q4_1", "Q4_K"), 4)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_packed_weights_stand_for_the_same_numbers(name: str) -> None:
+    unit = inputs_of(name)
+    for num_rows, num_inputs in ((1, unit), (7, 3 * unit)):
+        packed = random_packed(name, num_rows, num_inputs, seed=num_rows)
+        matrix = from_ggml(packed, CPU)
+        assert (len(matrix), matrix.num_inputs, matrix.bits) == (num_rows, num_inputs, BITS[name])
+        assert matrix.codes.nbytes == num_rows * num_inputs * matrix.bits // 8
+        expected = numbers_of(packed)
+        numbers = matrix.rows(torch.arange(num_rows), torch.float32)
+        torch.testing.assert_close(numbers, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+        assert torch.equal(matrix.rows(torch.tensor([num_rows - 1]), torch.float16), numbers[-1:].half())
+
+
+@pytest.mark.parametrize("num_inputs", [1, 16, 31, 32, 33, 48, 100, 577])
+def test_int8(num_inputs: int) -> None:
+    weights = random_tensor(0, 5, num_inputs)
+    matrix = to_int8(weights)
+    assert (matrix.bits, matrix.group) == (8, 32)
+    assert torch.equal(matrix.rows(torch.arange(5), torch.float32).double(), rounded_to_int8(weights))
+    assert not to_int8(torch.zeros(2, num_inputs)).rows(torch.arange(2), torch.float32).any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_weight_shows(value: float) -> None:
+    weights = random_tensor(0, 5, 70)
+    weights[3, 40] = value
+    numbers = to_int8(weights).rows(torch.arange(5), torch.float32)
+    assert numbers[3, 32:64].isnan().all()
+    assert numbers[3, :32].isfinite().all()
+    assert numbers[[0, 1, 2, 4]].isfinite().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from([*READERS, "int8"]),
+    num_rows=st.integers(1, 70),
+    num_columns=st.integers(1, 140),
+    num_units=st.integers(1, 3),
+    dtype=st.sampled_from(PRODUCT_DTYPES),
+    seed=st.integers(0, 2**32),
+)
+def test_linear(name: str, num_rows: int, num_columns: int, num_units: int, dtype: torch.dtype, seed: int) -> None:
+    kernels = TritonKernels(CPU, dtype, quantization="int8" if name == "int8" else "auto")
+    if name == "int8":
+        num_inputs = 1 + seed % 90
+        weights = random_tensor(seed, num_columns, num_inputs, dtype=dtype)
+        matrix, numbers = kernels.pack([weights]), rounded_to_int8(weights)
+    else:
+        num_inputs = num_units * inputs_of(name)
+        packed = random_packed(name, num_columns, num_inputs, seed)
+        matrix, numbers = kernels.pack([packed]), numbers_of(packed).double()
+    x = random_tensor(seed + 1, num_rows, num_inputs, dtype=dtype)
+    product = kernels.linear(matrix)
+    out = product(x)
+    expected = x.double() @ numbers.to(dtype).double().T
+    size = x.double().abs() @ numbers.abs().T
+    assert ((out.double() - expected).abs() <= TOLERANCES[dtype] * size + 1e-6).all()
+    rows = torch.cat([product(x[row : row + 1]) for row in range(0, num_rows, 9)])
+    assert torch.equal(rows, out[::9])
+
+
+@pytest.mark.parametrize("tiles", TABLE.values(), ids=map(str, TABLE))
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K"])
+def test_linear_does_not_depend_on_the_batch(name: str, tiles: Tiles) -> None:
+    kernels = TritonKernels(CPU, torch.float16, quantization="auto")
+    kernels.tiles = tiles
+    linear = kernels.linear(kernels.pack([random_packed(name, 170, 256, seed=1)]))
+    x = random_tensor(2, 150, 256, dtype=torch.float16)
+    whole = linear(x)
+    for num_rows in (1, 2, 63, 64, 65):
+        assert torch.equal(linear(x[:num_rows]), whole[:num_rows]), f"{num_rows} rows"
+        assert torch.equal(linear(x[150 - num_rows :]), whole[150 - num_rows :]), f"the last {num_rows} rows"
+
+
+def test_parts_of_several_types_with_bias_and_residual() -> None:
+    kernels = TritonKernels(CPU, torch.float32, quantization="auto")
+    parts = [random_packed(name, size, 256, size) for name, size in [("Q4_1", 33), ("Q4_1", 9), ("Q6_K", 17)]]
+    matrix, numbers = kernels.pack(parts), torch.cat([numbers_of(part) for part in parts])
+    assert [len(part) for part in matrix] == [42, 17]
+    assert kernels.formats == "weights q4_1, q6_k, KV cache float32"
+    x, bias, residual = random_tensor(0, 9, 256), random_tensor(1, 59), random_tensor(2, 9, 59)
+    out = kernels.linear(matrix, bias)(x, residual.clone())
+    torch.testing.assert_close(out, residual + x @ numbers.T + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_that_is_not_packed() -> None:
+    kernels = TritonKernels(CPU, torch.float32, quantization="auto")
+    packed, plain = random_packed("Q5_1", 40, 64, 1), random_tensor(2, 20, 64)
+    (matrix,) = kernels.pack([packed, plain])
+    assert isinstance(matrix, Tensor)
+    assert torch.equal(matrix, torch.cat([numbers_of(packed), plain]))
+
+
+def test_a_whole_model(tmp_path: Path) -> None:
+    """Its answers are those of the weights that the codes stand for, and the same in any company."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    folder = save_random_model(model, tmp_path, seed=3)
+    with choose_kernels("triton"):
+        loaded = load_model(EngineConfig(model_path=str(folder), device="cpu", dtype="float32", quantization="int8"))
+    assert loaded.runner.kernels.formats == "weights int8, KV cache float32"
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in (1, 30, 70)]
+    with torch.inference_mode():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                module.weight.copy_(rounded_to_int8(module.weight))
+        for prompt in prompts:
+            expected = model(torch.tensor([prompt])).logits[0]
+            torch.testing.assert_close(all_logits(loaded, prompt), expected, rtol=0, atol=1e-3)
+    together = greedy_outputs(loaded, prompts, 4)
+    assert together == [greedy_outputs(loaded, [prompt], 4)[0] for prompt in prompts]

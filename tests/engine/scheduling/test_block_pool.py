@@ -1,0 +1,370 @@
+"""The block pool against plain lists and dicts, its hashes against hashlib, and its check against broken books."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.scheduling.block_pool import Block, BlockPool, extend_block_hashes
+
+HASHES = [bytes([number]) * 32 for number in range(8)]
+
+
+def expected_hashes(token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> list[bytes]:
+    """The chain of a prompt, written out byte by byte."""
+    hashes = []
+    parent = hashlib.sha256(b"lightwell.prefix" + salt).digest()
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        digest = hashlib.sha256(parent)
+        for token_id in token_ids[start : start + block_size]:
+            digest.update(token_id.to_bytes(4, "little"))
+        parent = digest.digest()
+        hashes.append(parent)
+    return hashes
+
+
+def chain(token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> list[bytes]:
+    hashes: list[bytes] = []
+    extend_block_hashes(hashes, token_ids, block_size, salt)
+    return hashes
+
+
+class BlockPoolMachine(RuleBasedStateMachine):
+    """A pool beside a model of it: lists of block ids, the hash of each, and the free ones in their three classes."""
+
+    @initialize(num_blocks=st.integers(1, 12))
+    def start(self, num_blocks: int) -> None:
+        self.pool = BlockPool(num_blocks, block_size=2)
+        self.holders: list[list[Block]] = []
+        self.hash_of: dict[int, bytes] = {}
+        self.plain: set[int] = set()  # free, used before, without a hash
+        self.hashed: list[int] = []  # free, with a hash, least recently used first
+        self.fresh = set(range(num_blocks))  # never used
+
+    def count(self, block_id: int) -> int:
+        return sum(block.block_id == block_id for blocks in self.holders for block in blocks)
+
+    def holder(self, number: int) -> list[Block]:
+        return self.holders[number % len(self.holders)]
+
+    @rule(num_blocks=st.integers(0, 13))
+    def allocate(self, num_blocks: int) -> None:
+        free_before = list(self.pool.free_blocks)
+        blocks = self.pool.allocate(num_blocks)
+        if num_blocks > len(self.plain) + len(self.hashed) + len(self.fresh):
+            assert blocks is None
+            assert list(self.pool.free_blocks) == free_before
+            return
+        assert blocks is not None
+        assert len(blocks) == num_blocks
+        for block in blocks:
+            self.expect_handed_out(block)
+        self.holders.append(blocks)
+
+    def expect_handed_out(self, block: Block) -> None:
+        block_id = block.block_id
+        if self.plain:
+            self.plain.remove(block_id)
+        elif self.hashed:
+            assert self.hashed.pop(0) == block_id
+            del self.hash_of[block_id]
+        else:
+            self.fresh.remove(block_id)
+        assert (block.ref_count, block.block_hash) == (1, None)
+
+    @rule(hashes=st.lists(st.sampled_from(HASHES), unique=True))
+    def acquire(self, hashes: list[bytes]) -> None:
+        by_hash = {block_hash: block_id for block_id, block_hash in self.hash_of.items()}
+        expected = []
+        for block_hash in hashes:
+            if block_hash not in by_hash:
+                break
+            expected.append(by_hash[block_hash])
+        blocks = self.pool.acquire(hashes)
+        assert [block.block_id for block in blocks] == expected
+        self.hashed = [block_id for block_id in self.hashed if block_id not in expected]
+        self.holders.append(blocks)
+
+    @precondition(lambda self: any(self.holders))
+    @rule(number=st.integers(0, 99), position=st.integers(0, 99), block_hash=st.sampled_from(HASHES))
+    def publish(self, number: int, position: int, block_hash: bytes) -> None:
+        blocks = [block for held in self.holders for block in held]
+        block = blocks[(number + position) % len(blocks)]
+        self.pool.publish(block, block_hash)
+        if block.block_id not in self.hash_of and block_hash not in self.hash_of.values():
+            self.hash_of[block.block_id] = block_hash
+
+    @precondition(lambda self: self.holders)
+    @rule(number=st.integers(0, 99), num_kept=st.integers(0, 3))
+    def release(self, number: int, num_kept: int) -> None:
+        """Let go of a holder's blocks, or of its last ones."""
+        held = self.holder(number)
+        released = held[num_kept:]
+        self.pool.release(released)
+        del held[num_kept:]
+        for block in reversed(released):
+            if self.count(block.block_id) == 0:
+                if block.block_id in self.hash_of:
+                    self.hashed.append(block.block_id)
+                else:
+                    self.plain.add(block.block_id)
+
+    @invariant()
+    def books_agree(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check(self.holders)
+        assert [block.ref_count for block in self.pool.blocks] == [self.count(i) for i in range(self.pool.num_blocks)]
+        assert {block.block_id: block.block_hash for block in self.pool.blocks if block.block_hash} == self.hash_of
+        num_free = len(self.plain) + len(self.hashed) + len(self.fresh)
+        assert (self.pool.num_free, self.pool.num_used) == (num_free, self.pool.num_blocks - num_free)
+
+    def teardown(self) -> None:
+        """Once everybody has let go, all blocks are free, and each can be had exactly once."""
+        if not hasattr(self, "pool"):
+            return
+        while self.holders:
+            self.release(0, 0)
+            self.holders.pop(0)
+        assert self.pool.num_used == 0
+        self.allocate(self.pool.num_blocks)
+        assert len({block.block_id for block in self.holders[0]}) == self.pool.num_blocks
+        assert not self.pool.published
+
+
+TestBlockPool = BlockPoolMachine.TestCase
+TestBlockPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_handed_out_in_the_order_without_hash_then_least_recently_used_then_never_used() -> None:
+    pool = BlockPool(num_blocks=6, block_size=1)
+    blocks = pool.allocate(4)
+    assert blocks is not None
+    for block, block_hash in zip(blocks[:3], HASHES, strict=False):
+        pool.publish(block, block_hash)
+    pool.release([blocks[1]])
+    pool.release([blocks[0], blocks[2]])  # the last of these is reused first
+    pool.release([blocks[3]])
+    assert [block.block_id for block in pool.allocate(6) or []] == [3, 1, 2, 0, 4, 5]
+
+
+def test_being_found_makes_a_block_recently_used() -> None:
+    pool = BlockPool(num_blocks=2, block_size=1)
+    first, second = pool.allocate(2) or []
+    pool.publish(first, HASHES[0])
+    pool.publish(second, HASHES[1])
+    pool.release([first])
+    pool.release([second])
+    pool.release(pool.acquire([HASHES[0]]))
+    assert pool.allocate(1) == [second]
+
+
+def test_allocation_takes_all_or_nothing() -> None:
+    pool = BlockPool(num_blocks=3, block_size=1)
+    assert pool.allocate(4) is None
+    assert pool.num_free == 3
+    assert pool.num_touched == 0
+    assert pool.allocate(0) == []
+    assert len(pool.allocate(3) or []) == 3
+    assert pool.allocate(1) is None
+    assert pool.allocate(0) == []
+
+
+def test_a_block_of_two_holders_is_free_when_both_have_let_go() -> None:
+    pool = BlockPool(num_blocks=1, block_size=1)
+    [block] = pool.allocate(1) or []
+    pool.publish(block, HASHES[0])
+    assert pool.acquire([HASHES[0]]) == [block]
+    pool.release([block])
+    assert pool.allocate(1) is None
+    pool.release([block])
+    assert pool.allocate(1) == [block]
+
+
+def test_releasing_what_nobody_holds_is_a_programmer_error() -> None:
+    pool = BlockPool(num_blocks=1, block_size=1)
+    [block] = pool.allocate(1) or []
+    pool.release([block])
+    with pytest.raises(AssertionError):
+        pool.release([block])
+    assert pool.num_free == 1
+
+
+@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_blocks_that_so_many_tokens_need(num_tokens: int, num_blocks: int) -> None:
+    assert BlockPool(num_blocks=1, block_size=4).num_blocks_for(num_tokens) == num_blocks
+
+
+tokens = st.lists(st.integers(0, 2**32 - 1), max_size=20)
+salts = st.sampled_from([b"", b"a", b"ab"])
+
+
+@given(token_ids=tokens, block_size=st.integers(1, 5), salt=salts)
+def test_hashes_are_a_sha256_chain(token_ids: list[int], block_size: int, salt: bytes) -> None:
+    assert chain(token_ids, block_size, salt) == expected_hashes(token_ids, block_size, salt)
+
+
+@given(token_ids=tokens, cut=st.integers(0, 20), block_size=st.integers(1, 5), salt=salts)
+def test_hashes_grow_with_the_tokens(token_ids: list[int], cut: int, block_size: int, salt: bytes) -> None:
+    hashes = chain(token_ids[:cut], block_size, salt)
+    extend_block_hashes(hashes, token_ids, block_size, salt)
+    assert hashes == chain(token_ids, block_size, salt)
+
+
+@given(token_ids=st.lists(st.integers(0, 3), min_size=1, max_size=20), data=st.data(), block_size=st.integers(1, 5))
+def test_one_other_token_changes_its_block_and_all_later_ones(
+    token_ids: list[int], data: st.DataObject, block_size: int
+) -> None:
+    position = data.draw(st.integers(0, len(token_ids) - 1))
+    other = list(token_ids)
+    other[position] += 1
+    same = [a == b for a, b in zip(chain(token_ids, block_size), chain(other, block_size), strict=True)]
+    assert same == [index < position // block_size for index in range(len(token_ids) // block_size)]
+
+
+def test_another_salt_changes_all_hashes() -> None:
+    chains = [set(chain(range(12), 3, salt)) for salt in (b"", b"a", b"ab", b"\0")]
+    assert len(set.union(*chains)) == 4 * len(chains)
+
+
+@given(
+    first=st.lists(st.integers(0, 1), max_size=8),
+    second=st.lists(st.integers(0, 1), max_size=8),
+    salt_pair=st.tuples(salts, salts),
+)
+def test_requests_share_the_full_blocks_of_their_common_prefix(
+    first: list[int], second: list[int], salt_pair: tuple[bytes, bytes]
+) -> None:
+    pool = BlockPool(num_blocks=8, block_size=2)
+    hashes = chain(first, 2, salt_pair[0])
+    blocks = pool.allocate(len(hashes)) or []
+    for block, block_hash in zip(blocks, hashes, strict=True):
+        pool.publish(block, block_hash)
+    num_common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+    if num_common is None:
+        num_common = min(len(first), len(second))
+    num_shared = num_common // 2 if salt_pair[0] == salt_pair[1] else 0
+    assert pool.acquire(chain(second, 2, salt_pair[1])) == blocks[:num_shared]
+
+
+def test_a_published_block_is_found_until_it_is_reused() -> None:
+    pool = BlockPool(num_blocks=2, block_size=1)
+    [block] = pool.allocate(1) or []
+    assert pool.acquire([HASHES[0]]) == []
+    pool.publish(block, HASHES[0])
+    pool.release([block])
+    for _ in range(3):
+        assert pool.acquire([HASHES[0]]) == [block]
+        pool.release([block])
+    assert pool.allocate(1) == [block]
+    assert pool.acquire([HASHES[0]]) == []
+
+
+def test_the_first_of_equal_blocks_is_kept_and_a_block_keeps_its_first_hash() -> None:
+    pool = BlockPool(num_blocks=2, block_size=1)
+    first, second = pool.allocate(2) or []
+    pool.publish(first, HASHES[0])
+    pool.publish(second, HASHES[0])
+    pool.publish(first, HASHES[1])
+    assert (first.block_hash, second.block_hash) == (HASHES[0], None)
+    assert pool.acquire([HASHES[0]]) == [first]
+    assert pool.acquire([HASHES[1]]) == []
+
+
+def pool_in_use() -> tuple[BlockPool, list[Block]]:
+    """Block 0 held and published, 1 held, 2 free with a hash, 3 free without, 4 and 5 never used."""
+    pool = BlockPool(num_blocks=6, block_size=1)
+    blocks = pool.allocate(4) or []
+    pool.publish(blocks[0], HASHES[0])
+    pool.publish(blocks[2], HASHES[2])
+    pool.release(blocks[2:])
+    return pool, blocks[:2]
+
+
+def lose_a_free_block(pool: BlockPool) -> None:
+    pool.free_blocks.popitem()
+
+
+def free_a_held_block(pool: BlockPool) -> None:
+    pool.free_blocks[0] = pool.blocks[0]
+
+
+def free_a_never_used_block_twice(pool: BlockPool) -> None:
+    pool.free_blocks[5] = pool.blocks[5]
+
+
+def file_a_free_block_under_another_id(pool: BlockPool) -> None:
+    pool.free_blocks[2] = pool.blocks[3]
+
+
+def forget_a_use(pool: BlockPool) -> None:
+    pool.num_touched -= 1
+
+
+def touch_without_use(pool: BlockPool) -> None:
+    pool.num_touched += 1
+
+
+def count_a_reference_too_many(pool: BlockPool) -> None:
+    pool.blocks[1].ref_count += 1
+
+
+def count_a_reference_too_few(pool: BlockPool) -> None:
+    pool.blocks[1].ref_count -= 1
+
+
+def forget_a_published_hash(pool: BlockPool) -> None:
+    del pool.published[HASHES[0]]
+
+
+def forget_the_hash_of_a_published_block(pool: BlockPool) -> None:
+    pool.blocks[2].block_hash = None
+
+
+def lead_a_hash_elsewhere(pool: BlockPool) -> None:
+    pool.published[HASHES[0]] = pool.blocks[1]
+
+
+def swap_two_hashes(pool: BlockPool) -> None:
+    first, second = pool.published[HASHES[0]], pool.published[HASHES[2]]
+    pool.published[HASHES[0]], pool.published[HASHES[2]] = second, first
+
+
+def test_check_accepts_true_books() -> None:
+    pool, held = pool_in_use()
+    pool.check([held])
+    pool.check([held[:1], [], held[1:]])
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        lose_a_free_block,
+        free_a_held_block,
+        free_a_never_used_block_twice,
+        file_a_free_block_under_another_id,
+        forget_a_use,
+        touch_without_use,
+        count_a_reference_too_many,
+        count_a_reference_too_few,
+        forget_a_published_hash,
+        forget_the_hash_of_a_published_block,
+        lead_a_hash_elsewhere,
+        swap_two_hashes,
+    ],
+)
+def test_check_refuses_broken_books(corrupt: Callable[[BlockPool], None]) -> None:
+    pool, held = pool_in_use()
+    corrupt(pool)
+    with pytest.raises(RuntimeError, match=r"block|hash"):
+        pool.check([held])
+
+
+@pytest.mark.parametrize("holders", [[], [[0]], [[0, 1], [0]], [[0, 1, 2]], [[0, 1], [4]]])
+def test_check_refuses_holders_that_do_not_match(holders: list[list[int]]) -> None:
+    pool, _ = pool_in_use()
+    with pytest.raises(RuntimeError, match="references"):
+        pool.check([[pool.blocks[block_id] for block_id in block_ids] for block_ids in holders])

@@ -1,0 +1,91 @@
+"""Records are bounded, and the account of a request says what its record says."""
+
+import time
+
+import pytest
+
+from engine.scheduling.record import (
+    NUM_REQUESTS_KEPT,
+    NUM_STEPS_KEPT,
+    ChunkRecord,
+    Recorder,
+    RequestRecord,
+    StepClock,
+    StepRecord,
+)
+from engine.shared.messages import RequestTimes
+
+
+def request_record(index: int = 0) -> RequestRecord:
+    return RequestRecord("r", index, arrival=1.0, queued=2.0, num_prompt_tokens=5)
+
+
+def step_record(step_id: int = 1) -> StepRecord:
+    return StepRecord(step_id, 1.0, [("a", 0, 0, 7), ("b", 1, 9, 1)], num_running=2, num_waiting=3, num_blocks_used=4)
+
+
+def test_the_recorder_keeps_the_last_steps_and_requests() -> None:
+    recorder = Recorder(num_steps=3, num_requests=2)
+    for number in range(5):
+        recorder.add_step(step_record(number))
+        recorder.add_request(request_record(number))
+    assert [record.step_id for record in recorder.steps] == [2, 3, 4]
+    assert [record.index for record in recorder.requests] == [3, 4]
+
+
+def test_the_recorder_is_bounded_unless_told_otherwise() -> None:
+    assert (Recorder().steps.maxlen, Recorder().requests.maxlen) == (NUM_STEPS_KEPT, NUM_REQUESTS_KEPT)
+
+
+def test_a_step_counts_its_tokens() -> None:
+    assert step_record().num_tokens == 8
+
+
+def test_the_account_of_a_request() -> None:
+    record = request_record()
+    record.scheduled, record.first_token, record.finished = 3.0, 4.0, 5.0
+    record.num_cached_tokens, record.num_output_tokens, record.num_accepted_tokens = 2, 7, 3
+    record.chunks += [ChunkRecord(1, 2, 2), ChunkRecord(2, 4, 1)]
+    record.num_ahead = 6
+    record.preemptions += [3.25, 4.25, 4.75]
+    record.resumptions += [3.75, 4.5]  # it ended while it waited
+    assert record.times() == RequestTimes(
+        arrival=1.0,
+        queued=2.0,
+        scheduled=3.0,
+        first_token=4.0,
+        finished=5.0,
+        num_prompt_tokens=5,
+        num_cached_tokens=2,
+        num_output_tokens=7,
+        num_preemptions=3,
+        num_ahead=6,
+        preempted_before_first_token=0.5,
+        preempted_after_first_token=0.25,
+        num_chunks=2,
+        num_accepted_tokens=3,
+    )
+
+
+def test_the_account_of_a_request_that_never_ran() -> None:
+    times = request_record().times()
+    assert (times.scheduled, times.first_token, times.num_chunks, times.num_preemptions) == (None, None, 0, 0)
+
+
+def test_records_share_no_lists() -> None:
+    first, second = request_record(), request_record(1)
+    first.chunks.append(ChunkRecord(1, 0, 5))
+    first.preemptions.append(1.0)
+    assert second.chunks == []
+    assert second.preemptions == []
+    assert step_record().seconds is not step_record().seconds
+
+
+def test_the_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([10.0, 10.5, 12.5, 13.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(moments))
+    clock = StepClock()
+    for part in ("schedule", "forward", "update"):
+        clock.lap(part)
+    assert clock.started == 10.0
+    assert clock.seconds == {"schedule": 0.5, "forward": 2.0, "update": 0.5}

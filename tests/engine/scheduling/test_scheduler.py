@@ -1,0 +1,1190 @@
+"""The scheduler with a fake model: a state machine over everything that can happen, then one example for each rule.
+
+The fake model keeps what a real one keeps in its KV cache: for each slot of each block, the tokens that its key and
+value depend on. A request that would read anything but its own prefix, at its own position and under its own salt,
+fails at once, so wrong sharing, a position computed twice or never, and a block handed out too early all show.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.record import Recorder
+from engine.scheduling.request import Request, RowOutput, Scheduled, Status, Step, choice_seed, leader_of
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import Policy
+from engine.shared.messages import (
+    FinishReason,
+    RepetitionDetection,
+    RequestTimes,
+    SamplingParams,
+    Submit,
+    TokenEvent,
+    TokenLogprobs,
+)
+
+EOS = 5
+OUTPUT_IDS = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4, EOS]  # what the fake model says, as often as that
+PROMPT = [0, 1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0]  # long beginnings to share
+
+DETECTIONS = [
+    RepetitionDetection(min_pattern_size=first, max_pattern_size=last, min_count=count)
+    for first, last, count in ((1, 1, 4), (1, 3, 2), (2, 5, 2), (3, 4, 3))
+]
+
+NextToken = Callable[[Sequence[int], int], int]
+
+
+def random_token(prefix: Sequence[int], seed: int) -> int:
+    """A token that depends on every token before it and on the seed."""
+    return OUTPUT_IDS[hashlib.sha256(repr((list(prefix), seed)).encode()).digest()[0] % len(OUTPUT_IDS)]
+
+
+def logprob_of(prefix: Sequence[int], token_id: int) -> TokenLogprobs:
+    digest = hashlib.sha256(repr((list(prefix), token_id)).encode()).digest()
+    return TokenLogprobs(-digest[0] / 16, 1 + digest[1], [], [])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a choice ends if nothing disturbs it."""
+
+    token_ids: list[int]
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+def solo_answer(submit: Submit, index: int, max_model_len: int, next_token: NextToken = random_token) -> Answer:
+    """What the fake model says to this prompt alone, by the plain rules of the API."""
+    params, seed = submit.params, choice_seed(submit.params.seed, index)
+    output: list[int] = []
+    while len(output) < params.max_tokens and (
+        not output or len(submit.prompt_token_ids) + len(output) < max_model_len
+    ):
+        token_id = next_token([*submit.prompt_token_ids, *output], seed)
+        output.append(token_id)
+        may_stop = len(output) >= params.min_tokens
+        if may_stop and (token_id in params.stop_token_ids or (token_id == EOS and not params.ignore_eos)):
+            return Answer(output, FinishReason.STOP, token_id)
+        is_last = len(output) == params.max_tokens or len(submit.prompt_token_ids) + len(output) >= max_model_len
+        if may_stop and not is_last and repeats_itself(output, params.repetition_detection):
+            return Answer(output, FinishReason.REPETITION)
+    return Answer(output, FinishReason.LENGTH)
+
+
+def repeats_itself(output: list[int], detection: RepetitionDetection | None) -> bool:
+    if detection is None:
+        return False
+    sizes = range(detection.min_pattern_size, detection.max_pattern_size + 1)
+    copies = [(output[-size:] * detection.min_count) for size in sizes]
+    return any(output[-len(copy) :] == copy for copy in copies)
+
+
+class FakeModel:
+    """Says `next_token` of what it reads, and reads only what it has written."""
+
+    def __init__(
+        self, block_size: int, next_token: NextToken = random_token, *, separates_prompts: bool = False
+    ) -> None:
+        self.block_size = block_size
+        self.next_token = next_token
+        self.separates_prompts = separates_prompts
+        # (block id, offset) -> what lies there; None: written by a row that failed
+        self.slots: dict[tuple[int, int], tuple[list[int], int, bytes] | None] = {}
+
+    def run(self, step: Step, failing: int | None = None) -> list[RowOutput]:
+        """One output for each part of the step; the part number `failing` goes wrong."""
+        for item in step.scheduled:
+            self._read(item.request, item.start)
+        written: set[tuple[int, int]] = set()
+        outputs = []
+        for number, item in enumerate(step.scheduled):
+            request, end = item.request, item.start + item.num_tokens
+            assert not item.is_prompt or end <= request.num_prompt_tokens, "rows of two kinds"
+            for position in range(item.start, end):
+                slot = self._slot(request, position)
+                assert request.blocks[position // self.block_size].ref_count == 1, "a row writes into a shared block"
+                assert slot not in written, "two rows write into one slot"
+                written.add(slot)
+                token_ids = request.token_ids + item.draft_token_ids
+                self.slots[slot] = None if number == failing else self._keys(request, token_ids, position)
+            outputs.append(RowOutput(error="broken") if number == failing else self._output(item))
+        return outputs
+
+    def _keys(self, request: Request, token_ids: list[int], position: int) -> tuple[list[int], int, bytes]:
+        """What they depend on: the tokens so far, how many of these are of the prompt if that counts, and the salt."""
+        num_prompt_tokens = min(position + 1, request.num_prompt_tokens) if self.separates_prompts else 0
+        return (token_ids[: position + 1], num_prompt_tokens, request.salt)
+
+    def _slot(self, request: Request, position: int) -> tuple[int, int]:
+        return request.blocks[position // self.block_size].block_id, position % self.block_size
+
+    def _read(self, request: Request, end: int) -> None:
+        for position in range(end):
+            expected = self._keys(request, request.token_ids, position)
+            assert self.slots.get(self._slot(request, position)) == expected, f"position {position} holds other keys"
+
+    def _output(self, item: Scheduled) -> RowOutput:
+        request, output, tokens = item.request, RowOutput(), item.request.token_ids
+        if item.num_samples and request.params.logprobs is not None:
+            output.logprobs = []
+        for num_right in range(item.num_samples):
+            prefix = tokens + item.draft_token_ids[:num_right]
+            output.token_ids.append(self.next_token(prefix, request.seed))
+            if output.logprobs is not None:
+                output.logprobs.append(logprob_of(prefix, output.token_ids[-1]))
+            if output.token_ids != item.draft_token_ids[: num_right + 1]:
+                break
+        for position in range(item.start + 1, item.start + 1 + item.num_prompt_logprobs):
+            output.prompt_logprobs.append(logprob_of(tokens[:position], tokens[position]))
+        return output
+
+
+def full_block_hashes(
+    token_ids: Sequence[int], salt: bytes, block_size: int, num_prompt_tokens: int | None = None
+) -> list[bytes]:
+    """The chain of sha256 over the full blocks, with a mark where the prompt ends if that counts."""
+    hashes = [hashlib.sha256(b"lightwell.prefix" + salt).digest()]
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        block = b"".join(token_id.to_bytes(4, "little") for token_id in token_ids[start : start + block_size])
+        if num_prompt_tokens is not None and start <= num_prompt_tokens < start + block_size:
+            block = (num_prompt_tokens - start).to_bytes(4, "little") + block
+        hashes.append(hashlib.sha256(hashes[-1] + block).digest())
+    return hashes[1:]
+
+
+def num_missing(request: Request, num_computed: int) -> int:
+    """Tokens that a request wants in a step: of its prompt, and then of what followed."""
+    if num_computed < request.num_prompt_tokens:
+        return request.num_prompt_tokens - num_computed
+    return request.num_tokens - num_computed
+
+
+@dataclass(eq=False)
+class Choice:
+    """What the test knows of one choice."""
+
+    submit: Submit
+    request: Request
+    answer: Answer
+    token_ids: list[int] = field(default_factory=list)  # received so far
+    num_events: int = 0
+    num_computed: int | None = None  # None: not running
+    num_cached: int | None = None  # prompt tokens not computed when it first ran
+    num_preemptions: int = 0
+    num_chunks: int = 0
+    num_accepted: int = 0  # draft tokens that became output
+    prompt_is_computed: bool = False
+    ended: bool = False
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return (*self.request.order, self.request.index)
+
+
+@st.composite
+def submits(draw: st.DrawFn) -> Submit:
+    """Prompts that often share a prefix, with all settings that the scheduler looks at."""
+    shared = PROMPT[: draw(st.integers(0, 8) | st.integers(0, len(PROMPT)))]
+    prompt_logprobs = draw(st.sampled_from([None, None, None, 0]))
+    return Submit(
+        request_id="",
+        prompt_token_ids=[*shared, *draw(st.lists(st.integers(0, 2), max_size=5))] or [0],
+        params=SamplingParams(
+            max_tokens=draw(st.integers(1 if prompt_logprobs is None else 0, 24)),
+            min_tokens=draw(st.sampled_from([0, 0, 2, 4])),
+            stop_token_ids=draw(st.sampled_from([(), (), (4,), (3, 4)])),
+            ignore_eos=draw(st.booleans()),
+            repetition_detection=draw(st.sampled_from([None, None, None, *DETECTIONS])),
+            logprobs=draw(st.sampled_from([None, 0])),
+            prompt_logprobs=prompt_logprobs,
+            seed=draw(st.integers(-2, 2)),
+        ),
+        arrival=0.0,
+        n=draw(st.sampled_from([1, 1, 1, 2, 3])),
+        priority=draw(st.sampled_from([0, 0, 0, -1, 1])),
+        cache_salt=draw(st.sampled_from(["", "", "", "a"])),
+    )
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come, run, fail and go away; after each rule the books are true."""
+
+    shares_prefixes = True
+    policies: Sequence[Policy | None] = [None]
+    next_token = staticmethod(random_token)
+
+    @initialize(
+        block_size=st.integers(1, 4),
+        num_blocks=st.integers(3, 12),
+        max_num_seqs=st.integers(1, 5),
+        spare_tokens=st.integers(0, 9),
+        spare_blocks=st.integers(0, 3),
+        threshold=st.sampled_from([0, 0, 1, 3]),
+        watermark=st.sampled_from([0, 0, 1]),
+        kind=st.tuples(st.integers(0, 99), st.booleans()),
+    )
+    def start(
+        self,
+        *,
+        block_size: int,
+        num_blocks: int,
+        max_num_seqs: int,
+        spare_tokens: int,
+        spare_blocks: int,
+        threshold: int,
+        watermark: int,
+        kind: tuple[int, bool],
+    ) -> None:
+        policy, separates_prompts = kind
+        self.policy = self.policies[policy % len(self.policies)]
+        self.num_drafts = self.num_draft_tokens = 0
+        self.block_size = block_size
+        self.max_model_len = min(len(PROMPT), max(1, num_blocks - spare_blocks) * block_size)
+        self.budget = max_num_seqs + spare_tokens
+        self.max_chunk = threshold or self.budget
+        self.recorder = Recorder()
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, block_size, separates_prompts=separates_prompts),
+            self.recorder,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.budget,
+            max_model_len=self.max_model_len,
+            eos_token_ids=[EOS],
+            long_prefill_token_threshold=threshold,
+            speculation=self.policy,
+        )
+        self.scheduler.watermark = watermark
+        self.model = FakeModel(block_size, self.next_token, separates_prompts=separates_prompts)
+        self.choices: list[Choice] = []
+        self.by_request: dict[Request, Choice] = {}
+        self.num_submitted = 0
+        self.step: Step | None = None
+        self.num_steps = 0
+        self.num_steps_at_abort = 0  # when there last was one; they are kept rare, for much to happen in between
+        self.num_steps_of_head = 0  # steps that the first of the queue has waited as the first
+
+    def living(self) -> list[Choice]:
+        return [choice for choice in self.choices if not choice.ended]
+
+    # Rules.
+
+    @rule(drawn=submits())
+    def add(self, drawn: Submit) -> None:
+        prompt = drawn.prompt_token_ids[: self.max_model_len]
+        submit = msgspec.structs.replace(drawn, request_id=f"r{self.num_submitted}", prompt_token_ids=prompt)
+        salt = submit.cache_salt.encode() if self.shares_prefixes else b"unique %d" % self.num_submitted
+        leader = leader_of(submit, salt=salt, number=self.num_submitted, now=0.0)
+        self.num_submitted += 1
+        for request in (leader, *leader.siblings):
+            choice = Choice(submit, request, solo_answer(submit, request.index, self.max_model_len, self.next_token))
+            self.choices.append(choice)
+            self.by_request[request] = choice
+        self.scheduler.add(leader)
+
+    @precondition(lambda self: self.living() and self.num_steps >= self.num_steps_at_abort + 4)
+    @rule(number=st.integers(0, 99), all_choices=st.booleans())
+    def abort(self, number: int, all_choices: bool) -> None:
+        """May come while a step runs; the step then has no news of the choice."""
+        living = self.living()
+        chosen = living[number % len(living)]
+        request_id, index = chosen.submit.request_id, chosen.request.index
+        self.scheduler.abort(request_id, None if all_choices else index)
+        for choice in living:
+            if choice.submit is chosen.submit and (all_choices or choice is chosen):
+                self.end(choice, FinishReason.ABORT)
+        self.num_steps_of_head = 0
+        self.num_steps_at_abort = self.num_steps
+
+    @rule(index=st.sampled_from([None, 0, 7]))
+    def abort_unknown(self, index: int | None) -> None:
+        self.scheduler.abort("unknown", index)
+
+    @precondition(lambda self: self.step is None)
+    @rule()
+    def schedule(self) -> None:
+        running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
+        demand, num_free = self.demand_of_running(), self.scheduler.pool.num_free
+        self.step = self.scheduler.schedule()
+        if self.step is None:
+            assert not running
+            assert not waiting
+            return
+        self.num_steps += 1
+        assert self.step.step_id == self.num_steps
+        preempted = [request for request in running if request.status is Status.WAITING]
+        assert bool(preempted) == (demand > num_free), "preempts just when blocks are short"
+        kept = running[: len(running) - len(preempted)]
+        assert running == kept + preempted, "the newest are preempted"
+        assert kept or not running, "the only one goes on"
+        admitted = waiting[: len(self.step.scheduled) - len(kept)]
+        requests = {item.request: item.is_prompt for item in self.step.scheduled}
+        assert set(requests) == {*kept, *admitted}, "every running request gets tokens, and nobody is overtaken"
+        in_order = sorted([*kept, *admitted], key=lambda request: requests[request])
+        assert list(requests) == in_order, "what was generated comes before prompts"
+        assert not (preempted and admitted)
+        self.expect_shares(is_whole=not preempted)
+        for request in preempted:
+            self.preempt(self.by_request[request])
+        for item in self.step.scheduled:
+            self.advance(self.by_request[item.request], item)
+        self.expect_drafts()
+        self.expect_admission(bool(preempted))
+        self.watch_head(waiting, admitted)
+
+    @precondition(lambda self: self.step is not None)
+    @rule(failing=st.sampled_from([None, None, None, None, None, 0, 1]))
+    def update(self, failing: int | None) -> None:
+        assert self.step is not None
+        step, self.step = self.step, None
+        # A real model does not look at the requests again once the step has been launched.
+        living = [item for item in step.scheduled if not self.by_request[item.request].ended]
+        outputs = iter(self.model.run(Step(step.step_id, living), failing))
+        rows = [RowOutput() if self.by_request[item.request].ended else next(outputs) for item in step.scheduled]
+        events = iter(self.scheduler.update(step, rows))
+        for item, output in zip(step.scheduled, rows, strict=True):
+            choice = self.by_request[item.request]
+            if choice.ended:
+                continue
+            if output.error is not None and item.draft_token_ids:
+                choice.num_computed = item.start  # the same again without a draft
+            elif item.num_samples or output.error is not None:
+                self.receive(choice, next(events), output, item)
+        assert next(events, None) is None, "there is news of a choice that has none"
+
+    @precondition(lambda self: self.step is None)
+    @rule(num_steps=st.integers(1, 6))
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.schedule()
+            if self.step is not None:
+                self.update(None)
+                self.books_are_true()
+
+    # What the rules must have done.
+
+    def demand_of_running(self) -> int:
+        """Blocks that the running requests need for their next step, if none of them is preempted."""
+        running, budget, demand = self.scheduler.running, self.budget, 0
+        for position, request in enumerate(running):
+            missing = num_missing(request, request.num_computed)
+            share = min(missing, self.max_chunk, budget - (len(running) - position - 1))
+            demand += -(-(request.num_computed + share) // self.block_size) - len(request.blocks)
+            budget -= share
+        return demand
+
+    def expect_shares(self, is_whole: bool) -> None:
+        """The budget holds, and is used up before somebody gets less than he could use."""
+        assert self.step is not None
+        assert self.step.num_tokens <= self.budget
+        assert len(self.step.scheduled) <= self.scheduler.max_num_seqs
+        for item in self.step.scheduled:
+            missing, num_tokens = num_missing(item.request, item.start), item.num_tokens - len(item.draft_token_ids)
+            assert 1 <= num_tokens <= min(missing, self.max_chunk)
+            if is_whole and num_tokens < min(missing, self.max_chunk):
+                assert self.step.num_tokens == self.budget
+                assert not any(other.draft_token_ids for other in self.step.scheduled), "a draft took his place"
+
+    def expect_drafts(self) -> None:
+        """They begin where the known tokens end, and are no longer than the policy and the request allow."""
+        assert self.step is not None
+        drafts = [item for item in self.step.scheduled if item.draft_token_ids]
+        self.num_drafts += len(drafts)
+        self.num_draft_tokens += sum(len(item.draft_token_ids) for item in drafts)
+        assert self.policy is not None or not drafts
+        for item in drafts:
+            assert self.policy is not None
+            request, length = item.request, len(item.draft_token_ids)
+            assert not item.is_prompt
+            assert item.start + item.num_tokens == request.num_tokens + length < self.max_model_len
+            assert length <= self.policy.max_length
+            assert length < request.params.max_tokens - request.num_output_tokens
+            assert self.policy.max_rows is None or self.step.num_tokens <= self.policy.max_rows
+
+    def preempt(self, choice: Choice) -> None:
+        choice.num_computed = None
+        choice.num_preemptions += 1
+
+    def advance(self, choice: Choice, item: Scheduled) -> None:
+        request, start, num_draft = choice.request, item.start, len(item.draft_token_ids)
+        if choice.num_computed is None:
+            self.expect_cached(request, start)
+            if choice.num_cached is None:
+                choice.num_cached = start
+        else:
+            assert start == choice.num_computed
+        choice.num_computed = start + item.num_tokens
+        assert item.num_samples == (1 + num_draft if choice.num_computed - num_draft == request.num_tokens else 0)
+        choice.num_chunks += item.num_tokens - num_draft > 1 or start < request.num_prompt_tokens
+
+    def expect_cached(self, request: Request, num_cached: int) -> None:
+        """All of the prefix that can be found is used, but for the last token. (The fake model reads what it is.)"""
+        assert num_cached % self.block_size == 0
+        assert num_cached < request.num_tokens
+        if request.wants_prompt_logprobs:
+            assert num_cached == 0
+            return
+        num_prompt_tokens = request.num_prompt_tokens if self.model.separates_prompts else None
+        hashes = full_block_hashes(request.token_ids[:-1], request.salt, self.block_size, num_prompt_tokens)
+        next_block = num_cached // self.block_size
+        assert next_block >= len(hashes) or hashes[next_block] not in self.scheduler.pool.published
+
+    def expect_admission(self, has_preempted: bool) -> None:
+        """Whoever waits lacks a seat, tokens or blocks."""
+        assert self.step is not None
+        pool, running, waiting = self.scheduler.pool, self.scheduler.running, self.scheduler.waiting
+        num_known = sum(item.num_tokens - len(item.draft_token_ids) for item in self.step.scheduled)
+        has_budget = num_known < self.budget and len(running) < self.scheduler.max_num_seqs
+        if not waiting or has_preempted or not has_budget:
+            return
+        # Counted as if nothing of the first one were cached.
+        lacking = sum(pool.num_blocks_for(request.num_tokens) - len(request.blocks) for request in running)
+        assert pool.num_blocks_for(waiting[0].num_tokens) + self.scheduler.watermark + lacking > pool.num_free
+
+    def watch_head(self, waiting: list[Request], admitted: list[Request]) -> None:
+        """While one is the first of the queue, only requests that already run go on, and each ends in time."""
+        is_same_head = bool(waiting) and not admitted and self.scheduler.waiting[0] is waiting[0]
+        self.num_steps_of_head = self.num_steps_of_head + 1 if is_same_head else 0
+        num_steps = self.max_model_len + 1 + (self.policy is not None)  # one step more where a draft failed
+        assert self.num_steps_of_head <= num_steps, "the first of the queue starves"
+
+    def receive(self, choice: Choice, event: TokenEvent, output: RowOutput, item: Scheduled) -> None:
+        request, answer = choice.request, choice.answer
+        assert (event.request_id, event.index) == (request.request_id, request.index)
+        assert not choice.ended
+        if output.error is not None:
+            assert (event.error, event.finish_reason) == ("broken", FinishReason.ERROR)
+            assert not event.token_ids
+            self.end(choice, FinishReason.ERROR, event.times)
+            return
+        if choice.num_events == 0:
+            self.receive_first(choice, event)
+        else:
+            assert event.prompt_logprobs is None
+        choice.num_events += 1
+        self.expect_logprobs(choice, event)
+        num_right = min(len(output.token_ids) - 1, len(event.token_ids))
+        choice.num_accepted += num_right
+        choice.num_computed = item.start + item.num_tokens - len(item.draft_token_ids) + num_right
+        choice.token_ids += event.token_ids
+        assert choice.token_ids == answer.token_ids[: len(choice.token_ids)]
+        assert event.error is None
+        if event.finish_reason is None:
+            assert len(choice.token_ids) < len(answer.token_ids)
+            assert event.stop_token_id is None
+            assert (event.times is not None) == (choice.num_events == 1)
+            return
+        assert choice.token_ids == answer.token_ids
+        assert (event.finish_reason, event.stop_token_id) == (answer.reason, answer.stop_token_id)
+        self.end(choice, answer.reason, event.times)
+
+    def receive_first(self, choice: Choice, event: TokenEvent) -> None:
+        choice.prompt_is_computed = True
+        assert event.num_cached_tokens == choice.num_cached
+        prompt = choice.submit.prompt_token_ids
+        if choice.submit.params.prompt_logprobs is None or choice.request.index > 0:
+            assert event.prompt_logprobs is None
+        else:
+            assert event.prompt_logprobs == [logprob_of(prompt[:i], prompt[i]) for i in range(1, len(prompt))]
+
+    def expect_logprobs(self, choice: Choice, event: TokenEvent) -> None:
+        if choice.submit.params.logprobs is None:
+            assert event.logprobs is None
+            return
+        prefix = [*choice.submit.prompt_token_ids, *choice.token_ids]
+        assert event.logprobs == [
+            logprob_of(prefix + event.token_ids[:number], token_id) for number, token_id in enumerate(event.token_ids)
+        ]
+
+    def end(self, choice: Choice, reason: FinishReason, times: RequestTimes | None = None) -> None:
+        choice.ended = True
+        choice.num_computed = None
+        assert choice.request.status is Status.FINISHED
+        assert choice.request.blocks == []
+        record = next(record for record in self.recorder.requests if record is choice.request.record)
+        assert record.finish_reason == reason
+        if times is None:
+            assert reason is FinishReason.ABORT
+            times = record.times()
+        self.expect_account(choice, times)
+
+    def expect_account(self, choice: Choice, times: RequestTimes) -> None:
+        assert times.num_prompt_tokens == len(choice.submit.prompt_token_ids)
+        assert times.num_cached_tokens == (choice.num_cached or 0)
+        assert times.num_output_tokens == len(choice.token_ids)
+        assert times.num_preemptions == choice.num_preemptions
+        assert times.num_chunks == choice.num_chunks
+        assert times.num_accepted_tokens == choice.num_accepted
+        assert (times.scheduled is None) == (choice.num_cached is None)
+        assert times.first_token is None or choice.num_events > 0
+        assert times.first_token is not None or not choice.token_ids
+        moments = [times.arrival, times.queued, times.scheduled, times.first_token, times.finished]
+        reached = [moment for moment in moments if moment is not None]
+        assert reached == sorted(reached)
+
+    # What is always so.
+
+    @invariant()
+    def books_are_true(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        scheduler = self.scheduler
+        scheduler.check()
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        for queue in (scheduler.running, scheduler.waiting):
+            orders = [self.by_request[request].order for request in queue]
+            assert orders == sorted(orders)
+        for request in scheduler.running:
+            assert request.status is Status.RUNNING
+            assert len(request.blocks) == -(-request.num_computed // self.block_size)
+            assert request.num_computed == self.by_request[request].num_computed
+        for request in scheduler.waiting:
+            assert (request.status, request.blocks, request.num_computed) == (Status.WAITING, [], 0)
+        requests = list(scheduler.requests())
+        assert len(requests) == len(set(requests))
+        assert set(requests) == {choice.request for choice in self.living()}
+        assert scheduler.has_work == bool(requests)
+
+    @invariant()
+    def siblings_follow_their_leader(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        queued = {*self.scheduler.running, *self.scheduler.waiting}
+        leaders = {choice.submit.request_id: choice for choice in self.choices if choice.request.index == 0}
+        for choice in self.living():
+            leader = leaders[choice.submit.request_id]
+            if choice.request in queued and choice is not leader:
+                assert leader.prompt_is_computed or leader.ended
+            if leader.prompt_is_computed:
+                assert choice.request in queued
+
+    @invariant()
+    def counters_agree(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        stats = self.scheduler.current_stats()
+        started = [choice for choice in self.choices if choice.num_cached is not None]
+        asked = [c for c in started if c.request.params.prompt_logprobs is None or len(c.submit.prompt_token_ids) == 1]
+        assert stats.num_running == len(self.scheduler.running)
+        assert stats.num_running + stats.num_waiting == len(self.living())
+        assert stats.num_blocks_used == len({b.block_id for r in self.scheduler.running for b in r.blocks})
+        assert stats.prompt_tokens_total == sum(len(choice.submit.prompt_token_ids) for choice in started)
+        assert stats.prompt_tokens_cached_total == sum(choice.num_cached or 0 for choice in started)
+        assert stats.prefix_cache_queries_total == sum(len(choice.submit.prompt_token_ids) for choice in asked)
+        assert stats.prefix_cache_hits_total == stats.prompt_tokens_cached_total
+        assert stats.generation_tokens_total == sum(len(choice.token_ids) for choice in self.choices)
+        assert stats.preemptions_total == sum(choice.num_preemptions for choice in self.choices)
+        assert stats.steps_total == self.num_steps
+        assert (stats.drafts_total, stats.draft_tokens_total) == (self.num_drafts, self.num_draft_tokens)
+        assert stats.accepted_tokens_total == sum(choice.num_accepted for choice in self.choices)
+        assert len(self.recorder.requests) == sum(choice.ended for choice in self.choices)
+
+    def teardown(self) -> None:
+        """Left alone, everything ends in time, and nothing is left in the books."""
+        if not hasattr(self, "scheduler"):
+            return
+        # The first in order runs after at most max_model_len + 1 steps, and then ends in as many.
+        num_steps_left = 2 * (self.max_model_len + 2) * len(self.living())
+        if self.step is not None:
+            self.update(None)
+        while self.scheduler.has_work:
+            assert num_steps_left, "it does not end"
+            num_steps_left -= 1
+            self.schedule()
+            self.update(None)
+            self.books_are_true()
+            self.siblings_follow_their_leader()
+        assert all(choice.ended for choice in self.choices)
+        self.counters_agree()
+        stats = self.scheduler.current_stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
+        assert self.scheduler.pool.num_used == 0
+        assert self.scheduler.schedule() is None
+
+
+class UniqueSaltMachine(SchedulerMachine):
+    """Without prefix caching each submitted prompt has a salt of its own, which only its choices share."""
+
+    shares_prefixes = False
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=200, stateful_step_count=50, deadline=None, print_blob=True)
+TestSchedulerWithoutPrefixCaching = UniqueSaltMachine.TestCase
+TestSchedulerWithoutPrefixCaching.settings = settings(TestScheduler.settings, max_examples=60)
+
+
+# One example for each rule.
+
+
+class Rig:
+    """A scheduler with a fake model that says token 9, and a record of what each step computed."""
+
+    def __init__(
+        self,
+        *,
+        next_token: NextToken = lambda prefix, seed: 9,
+        speculation: Policy | None = None,
+        separates_prompts: bool = False,
+        **limits: int,
+    ) -> None:
+        self.block_size = limits.pop("block_size", 4)
+        self.recorder = Recorder()
+        self.scheduler = Scheduler(
+            BlockPool(limits.pop("num_blocks", 16), self.block_size, separates_prompts=separates_prompts),
+            self.recorder,
+            max_num_seqs=limits.pop("max_num_seqs", 4),
+            max_num_batched_tokens=limits.pop("max_num_batched_tokens", 16),
+            max_model_len=limits.pop("max_model_len", 32),
+            eos_token_ids=[EOS],
+            speculation=speculation,
+            **limits,
+        )
+        self.model = FakeModel(self.block_size, next_token, separates_prompts=separates_prompts)
+        self.num_submitted = 0
+        self.events: list[TokenEvent] = []
+
+    def add(self, prompt: Sequence[int], n: int = 1, priority: int = 0, salt: bytes = b"", **params: Any) -> Request:
+        """Submit a prompt, named by a letter: a, b, c ..."""
+        submit = Submit(
+            request_id="abcdefgh"[self.num_submitted],
+            prompt_token_ids=list(prompt),
+            params=SamplingParams(**{"max_tokens": 8, **params}),
+            arrival=0.0,
+            n=n,
+            priority=priority,
+        )
+        request = leader_of(submit, salt=salt, number=self.num_submitted, now=0.0)
+        self.num_submitted += 1
+        self.scheduler.add(request)
+        return request
+
+    def step(self, failing: int | None = None) -> dict[str, tuple[int, int]]:
+        """Run a step. What it computed: letter of the request and number of the choice -> (start, number of tokens)."""
+        step = self.scheduler.schedule()
+        assert step is not None
+        computed = {name(item.request): (item.start, item.num_tokens) for item in step.scheduled}
+        self.events = self.scheduler.update(step, self.model.run(step, failing))
+        self.scheduler.check()
+        return computed
+
+    def run(self) -> list[dict[str, tuple[int, int]]]:
+        """Run until everything has ended."""
+        steps: list[dict[str, tuple[int, int]]] = []
+        events: list[TokenEvent] = []
+        while self.scheduler.has_work:
+            assert len(steps) < 1000
+            steps.append(self.step())
+            events += self.events
+        self.events = events
+        return steps
+
+    def last_event(self, request: Request) -> TokenEvent:
+        return [e for e in self.events if (e.request_id, e.index) == (request.request_id, request.index)][-1]
+
+
+def rig_with(limits: dict[str, int]) -> Rig:
+    return Rig(next_token=random_token, speculation=None, separates_prompts=False, **limits)
+
+
+def name(request: Request) -> str:
+    return f"{request.request_id}{request.index}"
+
+
+def prompt(num_tokens: int, first: int = 100) -> range:
+    """Tokens that no other prompt with another `first` shares."""
+    return range(first, first + num_tokens)
+
+
+def says(*token_ids: int, num_prompt_tokens: int) -> NextToken:
+    return lambda prefix, seed: token_ids[len(prefix) - num_prompt_tokens]
+
+
+def test_first_come_first_served() -> None:
+    rig = Rig(max_num_seqs=2)
+    for first in (100, 200, 300, 400):
+        rig.add(prompt(3, first), max_tokens=2)
+    assert [list(step) for step in rig.run()] == [["a0", "b0"], ["a0", "b0"], ["c0", "d0"], ["c0", "d0"]]
+
+
+def test_the_lower_priority_number_comes_first_and_does_not_evict_who_runs() -> None:
+    rig = Rig(max_num_seqs=1)
+    rig.add(prompt(3), max_tokens=2, priority=5)
+    assert list(rig.step()) == ["a0"]
+    for priority in (1, 0, -7, 0):
+        rig.add(prompt(3), max_tokens=1, priority=priority)
+    assert [list(step) for step in rig.run()] == [["a0"], ["d0"], ["c0"], ["e0"], ["b0"]]
+    assert rig.scheduler.stats.preemptions_total == 0
+
+
+def test_a_long_prompt_leaves_a_token_for_each_that_decodes() -> None:
+    rig = Rig(max_num_batched_tokens=8, max_num_seqs=3)
+    rig.add(prompt(2, 100), priority=0)
+    rig.step()
+    rig.add(prompt(20, 200), priority=-1)
+    rig.add(prompt(2, 300), priority=2)
+    assert rig.step() == {"a0": (2, 1), "b0": (0, 7)}
+    assert rig.step() == {"b0": (7, 7), "a0": (3, 1)}
+    assert rig.step() == {"b0": (14, 6), "a0": (4, 1), "c0": (0, 1)}
+    assert rig.step() == {"b0": (20, 1), "a0": (5, 1), "c0": (1, 1)}
+
+
+def test_rows_of_one_adapter_come_one_after_the_other() -> None:
+    """Among those of generated tokens, and among those of prompts; else in the order in which they came."""
+    rig = Rig(max_num_seqs=8, num_blocks=32)
+    for lora_place in (1, -1, 0, 1, -1):
+        rig.add(prompt(2)).lora_place = lora_place
+    assert list(rig.step()) == ["b0", "e0", "c0", "a0", "d0"]
+    for lora_place in (0, -1):
+        rig.add(prompt(2)).lora_place = lora_place
+    assert list(rig.step()) == ["b0", "e0", "c0", "a0", "d0", "g0", "f0"]
+
+
+def test_a_limit_on_chunks_lets_a_short_prompt_pass_beside_a_long_one() -> None:
+    rig = Rig(max_num_batched_tokens=8, long_prefill_token_threshold=3)
+    rig.add(prompt(7, 100))
+    rig.add(prompt(2, 200))
+    assert rig.step() == {"a0": (0, 3), "b0": (0, 2)}
+    assert rig.step() == {"a0": (3, 3), "b0": (2, 1)}
+    assert rig.step() == {"a0": (6, 1), "b0": (3, 1)}
+
+
+def test_a_step_without_a_sample_has_no_news() -> None:
+    rig = Rig(max_num_batched_tokens=4)
+    rig.add(prompt(9), max_tokens=1)
+    lengths = []
+    for _ in range(3):
+        rig.step()
+        lengths.append(len(rig.events))
+    assert lengths == [0, 0, 1]
+
+
+def test_nothing_to_do() -> None:
+    rig = Rig()
+    assert not rig.scheduler.has_work
+    assert rig.scheduler.schedule() is None
+    assert rig.scheduler.current_stats().steps_total == 0
+
+
+# Preemption.
+
+
+def test_the_newest_is_preempted_and_resumes_from_what_is_still_cached() -> None:
+    rig = Rig(num_blocks=8, max_num_batched_tokens=32)
+    first = rig.add(prompt(11, 100), max_tokens=8)  # 3 blocks, 5 in the end
+    second = rig.add(prompt(15, 200), max_tokens=8)  # 4 blocks, 6 in the end
+    assert rig.step() == {"a0": (0, 11), "b0": (0, 15)}
+    assert rig.step() == {"a0": (11, 1), "b0": (15, 1)}
+    assert rig.step() == {"a0": (12, 1)}  # takes the last block; the second has none for its token 16
+    assert (second.status, second.blocks, second.num_computed) == (Status.WAITING, [], 0)
+    steps = rig.run()
+    assert steps[:5] == [{"a0": (position, 1)} for position in range(13, 18)]
+    assert steps[5:7] == [{"b0": (12, 3)}, {"b0": (15, 2)}]  # the first took only the last of its blocks
+    assert rig.last_event(first).times == first.record.times()
+    assert [first.record.times().num_preemptions, second.record.times().num_preemptions] == [0, 1]
+    assert rig.scheduler.stats.preemptions_total == 1
+    assert rig.scheduler.stats.prompt_tokens_total == 26
+    assert rig.scheduler.stats.prompt_tokens_cached_total == 0
+    assert [chunk.start for chunk in second.record.chunks] == [0, 12, 15]
+
+
+@pytest.mark.parametrize("separates_prompts", [False, True])
+def test_where_prompts_are_computed_in_another_way_an_answer_is_not_found_as_part_of_one(
+    separates_prompts: bool,
+) -> None:
+    rig = Rig(num_blocks=20, max_model_len=48, max_num_batched_tokens=48, separates_prompts=separates_prompts)
+    first = rig.add(prompt(10), max_tokens=8)
+    rig.run()
+    rig.add([*first.token_ids, 1, 2, 3], max_tokens=1)
+    assert rig.step() == {"b0": (8, 13) if separates_prompts else (16, 5)}
+    rig.add([*first.token_ids[:8], 1, 2, 3], max_tokens=1)
+    assert rig.step() == {"c0": (8, 3)}
+
+
+def test_where_prompts_are_computed_in_another_way_whoever_is_preempted_finds_his_own_answer() -> None:
+    rig = Rig(num_blocks=8, max_num_batched_tokens=32, separates_prompts=True)
+    rig.add(prompt(2, 100), max_tokens=20)
+    second = rig.add(prompt(2, 200), max_tokens=20)
+    while second.status is not Status.WAITING:
+        rig.step()
+    num_computed = second.num_tokens - 1
+    rig.scheduler.abort("a")
+    assert rig.step() == {"b0": (num_computed // 4 * 4, num_computed % 4 + 1)}
+
+
+def test_the_newest_goes_by_priority_first() -> None:
+    rig = Rig(num_blocks=8, max_num_batched_tokens=32)
+    late = rig.add(prompt(15, 100), priority=1)
+    rig.step()
+    rig.add(prompt(11, 200), priority=0)
+    assert [list(rig.step()) for _ in range(3)] == [["a0", "b0"], ["b0", "a0"], ["b0"]]
+    assert late.status is Status.WAITING
+
+
+def test_whoever_is_preempted_keeps_his_place_in_the_queue() -> None:
+    rig = Rig(num_blocks=8, max_num_batched_tokens=32, max_num_seqs=2)
+    for first in (100, 200, 300):
+        rig.add(prompt(15, first), max_tokens=9)
+    rig.step()
+    rig.step()
+    assert list(rig.step()) == ["a0"]
+    assert [name(request) for request in rig.scheduler.waiting] == ["b0", "c0"]
+
+
+def test_the_only_request_may_fill_the_whole_cache() -> None:
+    rig = Rig(num_blocks=5, block_size=2, max_model_len=10, max_num_batched_tokens=4)
+    request = rig.add(prompt(3), max_tokens=100)
+    rig.run()
+    assert rig.last_event(request).finish_reason is FinishReason.LENGTH
+    assert request.num_tokens == 10
+    assert request.record.preemptions == []
+
+
+def test_who_does_not_fit_beside_the_others_waits() -> None:
+    rig = Rig(num_blocks=8, max_num_batched_tokens=12)
+    rig.add(prompt(16, 100), max_tokens=3)
+    rig.add(prompt(20, 200), max_tokens=1)  # its first chunk would have room, its whole has none
+    rig.add(prompt(1, 300), max_tokens=1)
+    assert [list(step) for step in rig.run()] == [["a0"], ["a0"], ["a0"], ["a0"], ["b0"], ["b0", "c0"]]
+    assert rig.scheduler.stats.preemptions_total == 0
+
+
+def test_of_a_large_cache_one_hundredth_is_kept_for_who_runs() -> None:
+    rig = Rig(num_blocks=200, block_size=1, max_model_len=200, max_num_batched_tokens=200)
+    rig.add(prompt(100, 100))
+    rig.add(prompt(98, 300))
+    rig.add(prompt(1, 400))
+    assert rig.step() == {"a0": (0, 100), "b0": (0, 98)}
+
+
+def test_alone_a_request_may_have_all_of_a_large_cache() -> None:
+    rig = Rig(num_blocks=100, block_size=1, max_model_len=100, max_num_batched_tokens=60)
+    rig.add(prompt(100), max_tokens=1)
+    assert rig.run() == [{"a0": (0, 60)}, {"a0": (60, 40)}]
+
+
+# The prefix cache.
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "num_cached"),
+    [
+        (prompt(12), 8),  # the last token is always computed, for its logits are needed
+        (prompt(13), 12),
+        (prompt(20), 12),
+        (prompt(11), 8),
+        (prompt(3), 0),
+        ([*prompt(7), 7, *prompt(8)], 4),
+        ([7, *prompt(12)], 0),
+    ],
+)
+def test_a_prefix_is_computed_once(token_ids: Sequence[int], num_cached: int) -> None:
+    rig = Rig(max_num_batched_tokens=32)
+    rig.add(prompt(12), max_tokens=1)
+    assert rig.step() == {"a0": (0, 12)}
+    rig.add(token_ids, max_tokens=1)
+    assert rig.step() == {"b0": (num_cached, len(token_ids) - num_cached)}
+    assert rig.events[0].num_cached_tokens == num_cached
+    stats = rig.scheduler.stats
+    assert stats.prompt_tokens_total == stats.prefix_cache_queries_total == 12 + len(token_ids)
+    assert stats.prompt_tokens_cached_total == stats.prefix_cache_hits_total == num_cached
+
+
+def test_output_is_cached_like_a_prompt() -> None:
+    rig = Rig()
+    rig.add(prompt(3), max_tokens=6)
+    rig.run()
+    rig.add([*prompt(3), 9, 9, 9, 9, 9, 9, 1], max_tokens=1)
+    assert rig.step() == {"b0": (8, 2)}
+
+
+def test_another_salt_shares_nothing() -> None:
+    rig = Rig()
+    rig.add(prompt(9), max_tokens=1)
+    rig.step()
+    rig.add(prompt(9), max_tokens=1, salt=b"other")
+    assert rig.step() == {"b0": (0, 9)}
+
+
+def test_equal_prompts_in_one_step_do_not_read_what_is_not_computed() -> None:
+    rig = Rig()
+    first, second = rig.add(prompt(8)), rig.add(prompt(8))
+    assert rig.step() == {"a0": (0, 8), "b0": (0, 8)}
+    assert not set(first.blocks) & set(second.blocks)
+
+
+# The choices of one prompt.
+
+
+@pytest.mark.parametrize("salt", [b"", b"unique"])
+def test_siblings_start_when_the_prompt_is_computed_and_share_its_blocks(salt: bytes) -> None:
+    rig = Rig(max_num_batched_tokens=6)
+    leader = rig.add(prompt(9), n=3, salt=salt, max_tokens=2)
+    siblings = list(leader.siblings)
+    assert rig.scheduler.current_stats().num_waiting == 3
+    assert rig.step() == {"a0": (0, 6)}
+    assert rig.scheduler.current_stats().num_waiting == 2
+    assert rig.step() == {"a0": (6, 3)}
+    assert rig.step() == {"a0": (9, 1), "a1": (8, 1), "a2": (8, 1)}
+    assert siblings[0].blocks[:2] == siblings[1].blocks[:2]
+    assert [event.index for event in rig.events if event.num_cached_tokens == 8] == [1, 2]
+    rig.run()
+    assert [record.index for record in rig.recorder.requests] == [0, 1, 2]
+
+
+def test_siblings_find_the_blocks_of_a_leader_that_ends_with_its_first_token() -> None:
+    rig = Rig(max_num_batched_tokens=12)
+    rig.add(prompt(9), n=2, max_tokens=1)
+    assert rig.run() == [{"a0": (0, 9)}, {"a1": (8, 1)}]
+
+
+def test_siblings_go_on_when_their_leader_fails_or_goes_away() -> None:
+    rig = Rig(max_num_batched_tokens=6)
+    rig.add(prompt(9), n=2, max_tokens=1)
+    rig.step()
+    rig.step(failing=0)
+    assert [(event.index, event.finish_reason) for event in rig.events] == [(0, FinishReason.ERROR)]
+    rig.add(prompt(5, 200), n=2, max_tokens=1)
+    rig.scheduler.abort("b", 0)
+    rig.run()
+    assert [(e.request_id, e.index, e.finish_reason) for e in rig.events] == [("a", 1, "length"), ("b", 1, "length")]
+
+
+def test_choices_that_wait_for_their_leader_can_be_aborted() -> None:
+    rig = Rig(max_num_batched_tokens=6)
+    rig.add(prompt(9), n=3, max_tokens=1)
+    rig.step()
+    rig.scheduler.abort("a", 1)
+    assert rig.scheduler.current_stats().num_waiting == 1
+    rig.run()
+    assert [event.index for event in rig.events] == [0, 2]
+
+
+# How a choice ends.
+
+
+def test_max_tokens() -> None:
+    rig = Rig()
+    request = rig.add(prompt(3), max_tokens=3)
+    rig.run()
+    assert [event.token_ids for event in rig.events] == [[9], [9], [9]]
+    assert [event.finish_reason for event in rig.events] == [None, None, FinishReason.LENGTH]
+    assert rig.events[-1].times == request.record.times()
+    assert request.record.times().num_output_tokens == 3
+
+
+def test_no_output_but_the_logprobs_of_the_prompt() -> None:
+    rig = Rig(max_num_batched_tokens=4)
+    rig.add(prompt(9), max_tokens=0, prompt_logprobs=0, logprobs=0)
+    assert rig.run() == [{"a0": (0, 4)}, {"a0": (4, 4)}, {"a0": (8, 1)}]
+    [event] = rig.events
+    assert (event.token_ids, event.logprobs, event.finish_reason) == ([], [], FinishReason.LENGTH)
+    assert event.prompt_logprobs == [logprob_of(prompt(i), prompt(9)[i]) for i in range(1, 9)]
+    assert rig.scheduler.stats.generation_tokens_total == 0
+
+
+def test_the_logprobs_of_a_prompt_are_not_in_the_cache() -> None:
+    rig = Rig()
+    rig.add(prompt(9), max_tokens=1)
+    rig.step()
+    request = rig.add(prompt(9), max_tokens=1, prompt_logprobs=0)
+    assert rig.step() == {"b0": (0, 9)}
+    assert len(rig.events[0].prompt_logprobs or []) == 8
+    assert rig.scheduler.stats.prefix_cache_queries_total == 9
+    assert request.record.num_cached_tokens == 0
+
+
+def test_preemption_in_the_middle_of_a_prompt_loses_no_logprob_and_counts_none_twice() -> None:
+    rig = Rig(num_blocks=6, block_size=2, max_model_len=12, max_num_batched_tokens=4, max_num_seqs=2)
+    rig.add(prompt(3, 100), max_tokens=6)
+    rig.step()
+    request = rig.add(prompt(8, 200), max_tokens=2, prompt_logprobs=0)
+    rig.run()
+    assert len(request.record.preemptions) == 1
+    first_event = next(event for event in rig.events if event.request_id == "b")
+    tokens = prompt(8, 200)
+    assert first_event.prompt_logprobs == [logprob_of(tokens[:i], tokens[i]) for i in range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("params", "num_tokens", "stop_token_id"),
+    [
+        ({}, 3, EOS),
+        ({"min_tokens": 3}, 3, EOS),
+        ({"min_tokens": 4}, 6, None),
+        ({"ignore_eos": True}, 6, None),
+        ({"ignore_eos": True, "stop_token_ids": (EOS,)}, 3, EOS),
+        ({"stop_token_ids": (2,)}, 2, 2),
+        ({"stop_token_ids": (2,), "min_tokens": 3}, 3, EOS),
+        ({"stop_token_ids": (4,), "min_tokens": 4}, 5, 4),
+        ({"stop_token_ids": (3,), "ignore_eos": True}, 6, 3),
+    ],
+)
+def test_stop_tokens(params: dict[str, Any], num_tokens: int, stop_token_id: int | None) -> None:
+    rig = Rig(next_token=says(1, 2, EOS, 1, 4, 3, num_prompt_tokens=3))
+    request = rig.add(prompt(3), max_tokens=6, **params)
+    rig.run()
+    event = rig.last_event(request)
+    assert request.num_output_tokens == num_tokens
+    assert event.stop_token_id == stop_token_id
+    assert event.finish_reason is (FinishReason.LENGTH if stop_token_id is None else FinishReason.STOP)
+
+
+@pytest.mark.parametrize(
+    ("params", "num_tokens", "reason"),
+    [
+        ({}, 6, FinishReason.REPETITION),
+        ({"min_tokens": 6}, 6, FinishReason.REPETITION),
+        ({"min_tokens": 7}, 7, FinishReason.REPETITION),
+        ({"max_tokens": 6}, 6, FinishReason.LENGTH),
+        ({"stop_token_ids": (2,)}, 4, FinishReason.STOP),
+        ({"repetition_detection": None}, 9, FinishReason.STOP),
+    ],
+)
+def test_an_output_that_repeats_itself(params: dict[str, Any], num_tokens: int, reason: FinishReason) -> None:
+    detection = RepetitionDetection(min_pattern_size=2, max_pattern_size=3, min_count=2)
+    rig = Rig(next_token=says(3, 1, 1, 2, 1, 2, 1, 2, EOS, num_prompt_tokens=3))
+    fields: dict[str, Any] = {"max_tokens": 20, "repetition_detection": detection} | params
+    request = rig.add(prompt(3), **fields)
+    rig.run()
+    assert request.num_output_tokens == num_tokens
+    assert rig.last_event(request).finish_reason is reason
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "num_output_tokens"), [(1, 31), (29, 3), (31, 1), (32, 1)])
+def test_the_end_of_the_context(num_prompt_tokens: int, num_output_tokens: int) -> None:
+    rig = Rig(max_model_len=32)
+    request = rig.add(prompt(num_prompt_tokens), max_tokens=100)
+    rig.run()
+    assert request.num_output_tokens == num_output_tokens
+    assert rig.last_event(request).finish_reason is FinishReason.LENGTH
+
+
+def test_one_row_fails_and_the_others_go_on() -> None:
+    rig = Rig()
+    rig.add(prompt(9, 100), max_tokens=2)
+    rig.add(prompt(5, 200), max_tokens=2)
+    rig.step(failing=0)
+    assert [(event.request_id, event.error, event.finish_reason) for event in rig.events] == [
+        ("a", "broken", FinishReason.ERROR),
+        ("b", None, None),
+    ]
+    rig.add(prompt(9, 100), max_tokens=2)
+    assert rig.step() == {"b0": (5, 1), "c0": (0, 9)}, "what failed is not cached"
+
+
+def test_abort_frees_the_blocks_at_once_and_the_running_step_has_no_news_of_it() -> None:
+    rig = Rig()
+    request = rig.add(prompt(9, 100))
+    rig.add(prompt(5, 200))
+    step = rig.scheduler.schedule()
+    assert step is not None
+    outputs = rig.model.run(step)
+    rig.scheduler.abort("a")
+    stats = rig.scheduler.current_stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (1, 0, 2)
+    assert [event.request_id for event in rig.scheduler.update(step, outputs)] == ["b"]
+    assert (request.status, request.num_output_tokens) == (Status.FINISHED, 0)
+    assert [record.finish_reason for record in rig.recorder.requests] == ["abort"]
+    rig.scheduler.abort("a")
+    rig.scheduler.abort("b", 1)
+    assert list(rig.step()) == ["b0"]
+
+
+def test_abort_of_who_waits() -> None:
+    rig = Rig(max_num_seqs=1)
+    rig.add(prompt(3, 100), max_tokens=2)
+    waiting = rig.add(prompt(3, 200))
+    rig.step()
+    rig.scheduler.abort("b", 0)
+    assert rig.scheduler.current_stats().num_waiting == 0
+    assert waiting.record.times().scheduled is None
+    rig.run()
+    assert rig.scheduler.stats.prompt_tokens_total == 3
+
+
+# Limits.
+
+
+@pytest.mark.parametrize(
+    ("limits", "numbers"),
+    [
+        ({"max_num_batched_tokens": 7, "max_num_seqs": 8}, ["max_num_batched_tokens (7)", "max_num_seqs (8)"]),
+        ({"num_blocks": 7, "block_size": 4, "max_model_len": 29}, ["28 tokens", "max_model_len (29)"]),
+    ],
+)
+def test_limits_that_cannot_work_are_refused_with_both_numbers(limits: dict[str, int], numbers: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        rig_with(limits)
+    assert all(number in str(error.value) for number in numbers)
+
+
+@pytest.mark.parametrize("limits", [{"max_num_batched_tokens": 4, "max_num_seqs": 4}, {"max_model_len": 64}])
+def test_limits_that_just_work(limits: dict[str, int]) -> None:
+    rig = rig_with(limits)
+    for first in (100, 200, 300, 400):
+        rig.add(prompt(5, first), max_tokens=3)
+    rig.run()
+    assert sum(event.finish_reason is not None for event in rig.events) == 4
+
+
+def test_a_prompt_beyond_the_context_is_a_programmer_error() -> None:
+    rig = Rig(max_model_len=8)
+    with pytest.raises(AssertionError):
+        rig.add(prompt(9))
+    with pytest.raises(AssertionError):
+        rig.add([])
+
+
+def test_siblings_share_one_prefill_when_their_leader_goes_away() -> None:
+    rig = Rig(max_num_batched_tokens=36)
+    rig.add(prompt(9), n=4, max_tokens=1)
+    rig.scheduler.abort("a", 0)
+    assert rig.run() == [{"a1": (0, 9)}, {"a2": (8, 1), "a3": (8, 1)}]
+
+
+def test_admission_counts_what_who_runs_still_needs() -> None:
+    rig = Rig(num_blocks=8, long_prefill_token_threshold=4)
+    rig.add(prompt(20, 100), max_tokens=1)
+    rig.add(prompt(20, 200), max_tokens=1)
+    rig.run()
+    assert rig.scheduler.stats.preemptions_total == 0
+
+
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 0}, {"long_prefill_token_threshold": -1}, {"max_model_len": 0}])
+def test_limits_that_make_no_sense(limits: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        Rig(**limits)  # type: ignore[arg-type]
+
+
+def test_an_error_as_first_event_tells_what_was_cached() -> None:
+    rig = Rig(max_num_batched_tokens=32)
+    rig.add(prompt(9), max_tokens=1)
+    rig.step()
+    rig.add(prompt(9), max_tokens=1)
+    rig.step(failing=0)
+    assert rig.events[0].num_cached_tokens == 8
+
+
+def test_without_a_token_there_is_no_time_of_the_first() -> None:
+    rig = Rig()
+    request = rig.add(prompt(9), max_tokens=0, prompt_logprobs=0)
+    rig.run()
+    assert request.record.times().first_token is None
+
+
+def test_blocks_of_a_failed_request_are_not_found() -> None:
+    rig = Rig(max_num_batched_tokens=8)
+    rig.add(prompt(12), max_tokens=1)
+    rig.step()
+    rig.step(failing=0)
+    rig.add(prompt(12), max_tokens=1)
+    assert rig.step() == {"b0": (0, 8)}

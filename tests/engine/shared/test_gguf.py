@@ -1,0 +1,208 @@
+"""The GGUF reader against the `gguf` package, and against files that lie."""
+
+import contextlib
+import gc
+import struct
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.shared.gguf import GGML_TYPES, GGUFFile
+from tests.support.gguf_files import write_gguf
+
+METADATA: dict[str, Any] = {
+    "a.number": 7,
+    "a.negative": -3,
+    "a.float": 0.5,
+    "a.flag": True,
+    "a.text": "grüße 😀",
+    "a.strings": ["", "a", "é" * 300, "\u2581"],
+    "a.integers": [1, 2, 3],
+    "a.floats": [0.25, -1.0],
+    "a.flags": [True, False],
+}
+
+
+def small_file(path: Path) -> Path:
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        "token_embd.weight": np.arange(32, dtype=np.float32).reshape(2, 16),
+        "blk.0.ffn_up.weight": np.arange(2 * 18, dtype=np.uint8).reshape(2, 18),
+        "bias": np.arange(3, dtype=np.float16),
+    }
+    return write_gguf(path, METADATA, tensors, {"blk.0.ffn_up.weight": gguf.GGMLQuantizationType.Q4_0})
+
+
+@pytest.fixture(scope="session")
+def small_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return small_file(tmp_path_factory.mktemp("gguf") / "small.gguf").read_bytes()
+
+
+def header(num_tensors: int = 0, num_keys: int = 0, version: int = 3) -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", version, num_tensors, num_keys)
+
+
+def text(value: str | bytes) -> bytes:
+    data = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(data)) + data
+
+
+def tensor(name: str, shape: tuple[int, ...] = (32,), ggml_type: int = 0, offset: int = 0) -> bytes:
+    dims = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return text(name) + dims + struct.pack("<IQ", ggml_type, offset)
+
+
+def read(path: Path, data: bytes) -> GGUFFile:
+    path.write_bytes(data)
+    with GGUFFile(path) as file:
+        return file
+
+
+def test_metadata(tmp_path: Path) -> None:
+    with GGUFFile(small_file(tmp_path / "small.gguf")) as file:
+        values = {key: list(value) if isinstance(value, array) else value for key, value in file.metadata.items()}
+    assert values == METADATA | {"general.architecture": "llama"}
+    assert values["a.flag"] is True
+
+
+def test_tensors(tmp_path: Path) -> None:
+    with GGUFFile(small_file(tmp_path / "small.gguf")) as file:
+        embedding, packed = file.tensors["token_embd.weight"], file.tensors["blk.0.ffn_up.weight"]
+        assert (embedding.shape, embedding.ggml_type, embedding.n_bytes) == ((2, 16), 0, 128)
+        assert (packed.shape, packed.ggml_type, packed.n_bytes) == ((2, 32), 2, 36)
+        with file.tensor_data(embedding) as data:
+            assert np.frombuffer(data, dtype=np.float32).tolist() == list(range(32))
+        with file.tensor_data(packed) as data:
+            assert bytes(data) == bytes(range(36))
+            with pytest.raises(TypeError):
+                data[0] = 1
+
+
+def test_real_file_reads_as_the_gguf_package_does(smollm2_path: Path) -> None:
+    expected = gguf.GGUFReader(smollm2_path)
+    with GGUFFile(smollm2_path) as file:
+        for key, value in file.metadata.items():
+            field = expected.fields[key].contents()
+            assert (list(value) if isinstance(value, array) else value) == field, key
+        assert len(file.metadata) == len([key for key in expected.fields if not key.startswith("GGUF.")])
+        for info, tensor in zip(file.tensors.values(), expected.tensors, strict=True):
+            assert info.name == tensor.name
+            assert info.shape == tuple(reversed(tensor.shape.tolist()))
+            assert info.ggml_type == tensor.tensor_type
+            assert (info.offset, info.n_bytes) == (tensor.data_offset, tensor.n_bytes)
+
+
+def test_table_of_types() -> None:
+    expected = {int(kind): (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    common = GGML_TYPES.keys() & expected.keys()
+    assert len(common) > 25
+    assert {key: tuple(GGML_TYPES[key]) for key in common} == {key: expected[key] for key in common}
+
+
+def test_alignment(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "aligned.gguf", "llama")
+    writer.add_custom_alignment(256)
+    for name in ("a", "b"):
+        writer.add_tensor(name, np.full(5, ord(name), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with GGUFFile(tmp_path / "aligned.gguf") as file, file.tensor_data(file.tensors["b"]) as data:
+        assert file.tensors["b"].offset % 256 == 0
+        assert np.frombuffer(data, dtype=np.float32).tolist() == [ord("b")] * 5
+
+
+def test_version_2(tmp_path: Path) -> None:
+    key = text("answer") + struct.pack("<Ii", 5, 42)
+    assert read(tmp_path / "v2.gguf", header(num_keys=1, version=2) + key).metadata == {"answer": 42}
+
+
+def test_no_warning_when_it_is_not_closed(small_bytes: bytes, tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").write_bytes(small_bytes)
+    file = GGUFFile(tmp_path / "small.gguf")
+    del file
+    gc.collect()
+
+
+def test_imports_neither_torch_nor_numpy() -> None:
+    code = "import sys, engine.gguf; assert not {'torch', 'numpy', 'gguf'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+UINT32, STRING, ARRAY = struct.pack("<I", 4), struct.pack("<I", 8), struct.pack("<I", 9)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a GGUF file"),
+        (b"GGUF", "version: needs 4 bytes"),
+        (b"PK\x03\x04" + bytes(100), "not a GGUF file"),
+        (header(version=1), "version 1 is not supported"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+        (header(num_keys=1), "metadata key 0"),
+        (header(num_keys=2**63), "metadata key 0"),
+        (header(num_tensors=2**63), "name of tensor 0"),
+        (header(num_keys=1) + struct.pack("<Q", 2**64 - 1) + b"abc", "longer than the rest"),
+        (header(num_keys=1) + text("k") + struct.pack("<I", 99), "k: unknown value type 99"),
+        (header(num_keys=1) + text("k") + STRING + struct.pack("<Q", 2**62), "k: string 0"),
+        (header(num_keys=1) + text("k") + STRING + text(b"\xff"), "k: string 0 is not UTF-8"),
+        (header(num_keys=1) + text("k") + ARRAY + UINT32 + struct.pack("<Q", 2**61), "k: needs"),
+        (header(num_keys=1) + text("k") + ARRAY + STRING + struct.pack("<Q", 2**61), "k: needs"),
+        (header(num_keys=1) + text("k") + ARRAY + ARRAY + struct.pack("<Q", 1), "k: arrays of value type 9"),
+        (header(num_keys=1) + text("k") + ARRAY + STRING + struct.pack("<Q", 2) + text("x" * 9), "inside the length"),
+        (header(num_keys=2) + (text("k") + UINT32 + bytes(4)) * 2, "k: the key occurs twice"),
+        (header(num_keys=1) + text("general.alignment") + UINT32 + struct.pack("<I", 3), "power of two"),
+        (header(num_keys=1) + text("general.alignment") + UINT32 + bytes(4), "power of two"),
+        (header(1) + tensor("t"), "t: ends at byte"),
+        (header(1) + tensor("t", (2**40, 2**20)), "t: ends at byte"),
+        (header(1) + tensor("t", (1,) * 5), "t: has 5 dimensions"),
+        (header(1) + tensor("t", ()), "t: has 0 dimensions"),
+        (header(1) + tensor("t", (0, 32)), "t: shape"),
+        (header(1) + tensor("t", (31,), ggml_type=2), "t: shape .* Q4_0"),
+        (header(1) + tensor("t", ggml_type=77), "t: unknown tensor type 77"),
+        (header(1) + tensor("t", offset=8) + bytes(500), "t: its offset 8"),
+        (header(2) + tensor("t") * 2 + bytes(500), "t: the tensor occurs twice"),
+    ],
+)
+def test_refused(data: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"lying\.gguf: .*{message}"):
+        read(tmp_path / "lying.gguf", data)
+
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(data=st.data())
+def test_truncated_anywhere(data: st.DataObject, small_bytes: bytes, tmp_path: Path) -> None:
+    # The last tensor is followed by padding, which may be missing.
+    end = data.draw(st.integers(0, len(small_bytes) - 32))
+    with pytest.raises(ValueError, match=r"cut\.gguf"):
+        read(tmp_path / "cut.gguf", small_bytes[:end])
+
+
+@FUZZ
+@given(data=st.data())
+def test_damaged_anywhere(data: st.DataObject, small_bytes: bytes, tmp_path: Path) -> None:
+    damaged = bytearray(small_bytes)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ValueError):  # and nothing else
+        file = read(tmp_path / "damaged.gguf", bytes(damaged))
+        assert all(info.offset + info.n_bytes <= len(damaged) for info in file.tensors.values())
+
+
+@FUZZ
+@given(noise=st.binary(max_size=300))
+def test_noise(noise: bytes, tmp_path: Path) -> None:
+    with contextlib.suppress(ValueError):  # and nothing else
+        read(tmp_path / "noise.gguf", header(num_tensors=1, num_keys=1) + noise)

@@ -1,0 +1,113 @@
+"""Log lines for people and for machines; a log that cannot be written holds up nobody."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from engine.shared.logs import MAX_WAITING_RECORDS, HumanFormatter, JSONFormatter, configure_logging, escape
+
+logger = logging.getLogger("tests.logs")
+
+
+@pytest.fixture
+def root_logger() -> Iterator[logging.Logger]:
+    """Puts back what `configure_logging` changes."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield root
+    root.handlers[:], root.level = handlers, level
+
+
+def record(message: str, *args: object, **extra: object) -> logging.LogRecord:
+    made = logging.LogRecord("server.x", logging.INFO, "x.py", 1, message, args, None)
+    made.__dict__.update(extra)
+    return made
+
+
+def test_human_line() -> None:
+    line = HumanFormatter().format(record("%s done", "it", fields={"status": 200}, request_id="r1"))
+    assert line.endswith(" INFO    server.x: it done status=200 request_id=r1")
+
+
+def test_json_line() -> None:
+    line = json.loads(JSONFormatter().format(record("%s done", "it", fields={"status": 200})))
+    assert line.pop("time") == pytest.approx(time.time(), abs=10)
+    assert line == {"level": "info", "logger": "server.x", "message": "it done", "status": 200}
+
+
+NASTY = "a\nb\r\x1b[31m\x00\x7f\x9b\u2028 ü\ud800"
+
+
+@pytest.mark.parametrize("formatter", [HumanFormatter(), JSONFormatter()])
+def test_a_line_stays_one_line(formatter: logging.Formatter) -> None:
+    line = formatter.format(record("%s", NASTY, fields={"path": NASTY}))
+    assert len(line.splitlines()) == 1
+    assert "\x1b" not in line
+    assert escape("ü 世界") == "ü 世界"
+
+
+@pytest.mark.parametrize("formatter", [HumanFormatter(), JSONFormatter()])
+def test_tracebacks_cannot_pass_for_records(formatter: logging.Formatter) -> None:
+    made = record("failed")
+    try:
+        raise ValueError("x\n12:00:00 INFO server: all is well\x1b[0m")
+    except ValueError as error:
+        made.exc_info = (ValueError, error, error.__traceback__)
+    first, *rest = formatter.format(made).splitlines()
+    assert "failed" in first
+    assert all(line.startswith("  | ") for line in rest)
+    assert "\x1b" not in "".join(rest)
+
+
+def read_all(fd: int) -> str:
+    data = b""
+    while chunk := os.read(fd, 65536):
+        data += chunk
+    return data.decode()
+
+
+def test_lines_are_written_in_order(root_logger: logging.Logger) -> None:
+    reader, writer = os.pipe()
+    close = configure_logging("info", "json", writer)
+    for number in range(100):
+        logger.info("line %d", number)
+    logger.debug("too much")
+    close()
+    os.close(writer)
+    messages = [json.loads(line)["message"] for line in read_all(reader).splitlines()]
+    os.close(reader)
+    assert messages == [f"line {number}" for number in range(100)]
+
+
+def test_what_others_would_tell_of_requests_is_not_logged(root_logger: logging.Logger) -> None:
+    configure_logging("debug", "human", os.open(os.devnull, os.O_WRONLY))()
+    for name in ("sse_starlette.sse", "httpx", "httpcore.http11", "uvicorn.error"):
+        assert not logging.getLogger(name).isEnabledFor(logging.INFO)
+
+
+def full_pipe() -> tuple[int, Callable[[], None]]:
+    reader, writer = os.pipe()
+    return writer, lambda: os.close(reader)
+
+
+def test_a_log_that_nobody_reads_stops_nobody(root_logger: logging.Logger) -> None:
+    writer, close_reader = full_pipe()
+    close = configure_logging("info", "human", writer)
+    start = time.monotonic()
+    for _ in range(MAX_WAITING_RECORDS + 2000):
+        logger.info("x" * 100)
+    assert time.monotonic() - start < 5
+    start = time.monotonic()
+    close()
+    assert time.monotonic() - start < 3
+    close_reader()  # the writer's thread gets an error, and goes on
+
+
+def test_a_full_disk_is_ignored(root_logger: logging.Logger) -> None:
+    close = configure_logging("info", "human", os.open("/dev/full", os.O_WRONLY))
+    logger.info("lost")
+    close()

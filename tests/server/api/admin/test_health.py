@@ -1,0 +1,100 @@
+"""What probes see in each state of the engine and of the server."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
+from tests.support.serving import RunningServer, check_error, make_test_context, running_server, wait_until
+
+PROBES = ("/health", "/healthz", "/readyz")
+
+
+def statuses(server: RunningServer) -> tuple[int, ...]:
+    """Of PROBES."""
+    result = []
+    for path in PROBES:
+        response = httpx.get(server.url + path)
+        if response.status_code != 200:
+            error = check_error(response, 503)
+            assert error["type"] == "service_unavailable_error"
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+        result.append(response.status_code)
+    return tuple(result)
+
+
+@pytest.fixture
+def loading(address: str, model_folder: Path) -> Iterator[RunningServer]:
+    context = make_test_context(address, model_folder)
+    engine = FakeEngine(FakeEngineConfig(address=address, load_seconds=0.5))
+    with engine, running_server(context, engine, wait_ready=False) as server:
+        yield server
+
+
+def test_ready(server: RunningServer) -> None:
+    assert statuses(server) == (200, 200, 200)
+    for path in PROBES:
+        assert httpx.head(server.url + path).status_code == 200
+
+
+def test_probes_are_fast(server: RunningServer) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        for path in PROBES:
+            assert min(seconds(client, path) for _ in range(5)) < 0.1
+
+
+def seconds(client: httpx.Client, path: str) -> float:
+    start = time.perf_counter()
+    client.get(path)
+    return time.perf_counter() - start
+
+
+def test_loading(loading: RunningServer) -> None:
+    assert statuses(loading) == (503, 200, 503)
+    check_error(httpx.post(loading.url + "/v1/completions", json={"model": "tiny", "prompt": "x"}), 503)
+    check_error(httpx.get(loading.url + "/v1/models"), 503)
+    assert "num_requests_running" in httpx.get(loading.url + "/metrics").text
+    wait_until(lambda: statuses(loading) == (200, 200, 200))
+
+
+def test_draining(server: RunningServer) -> None:
+    server.context.client.drain()
+    assert statuses(server) == (200, 200, 503)
+    response = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "x"})
+    check_error(response, 503)
+    assert response.headers["connection"] == "close"
+
+
+def test_hanging(fake_engine: FakeEngine, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine_client.client.MISSED_HEARTBEATS", 0.5)
+    context = make_test_context(fake_engine.config.address, model_folder, step_timeout=0.7)
+    with running_server(context, fake_engine) as server:
+        assert statuses(server) == (200, 200, 200)
+        fake_engine.hang()
+        wait_until(lambda: statuses(server) == (503, 503, 503))
+
+
+def test_dead(address: str, model_folder: Path) -> None:
+    context = make_test_context(address, model_folder)
+    with FakeEngineProcess(FakeEngineConfig(address=address)) as engine, running_server(context) as server:
+        assert statuses(server) == (200, 200, 200)
+        os.kill(engine.pid, signal.SIGKILL)
+        wait_until(lambda: statuses(server) == (503, 503, 503), timeout=1.0)
+        response = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "x"})
+        check_error(response, 503)
+
+
+def test_probes_answer_under_load(server: RunningServer, fake_engine: FakeEngine) -> None:
+    """The queue is full, and probes do not stand in it."""
+    fake_engine.pause()
+    reservation = server.context.client.reserve(server.context.client.max_in_flight)
+    try:
+        check_error(httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "x"}), 429)
+        assert statuses(server) == (200, 200, 200)
+    finally:
+        reservation.release()

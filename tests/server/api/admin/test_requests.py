@@ -1,0 +1,121 @@
+"""`POST /v1/requests/{id}/cancel` over real sockets, with a fake engine whose reply has no end."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.clients import CHAT, COMPLETIONS, MINIMAL
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, check_error, wait_until
+
+MESSAGES = "/v1/messages"
+BODIES = {**MINIMAL, MESSAGES: MINIMAL[CHAT] | {"max_tokens": 1000}}
+
+
+@pytest.fixture(autouse=True)
+def _endless(fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless = True
+    fake_engine.config.step_seconds = 0.01
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as threads:
+        yield threads
+
+
+def cancel(server: RunningServer, request_id: str) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/requests/{request_id}/cancel")
+
+
+def post(threads: ThreadPoolExecutor, server: RunningServer, path: str, **fields: Any) -> Future[httpx.Response]:
+    """Asks in a thread, with x-request-id `mine`, and returns once tokens come."""
+    body = BODIES[path] | {"max_tokens": 1000} | fields
+    num_tokens, num_ids = server.metric("lightwell_generation_tokens_total"), len(server.context.running)
+    answer = threads.submit(httpx.post, server.url + path, json=body, headers={"x-request-id": "mine"}, timeout=20)
+    wait_until(lambda: len(server.context.running) > num_ids)
+    wait_until(lambda: server.metric("lightwell_generation_tokens_total") > num_tokens)
+    return answer
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_whole_answer(server: RunningServer, threads: ThreadPoolExecutor, path: str) -> None:
+    answer = post(threads, server, path, n=2, logprobs={CHAT: True, COMPLETIONS: 0}[path])
+    response = cancel(server, "mine")
+    assert (response.status_code, response.json()) == (200, {"id": "mine", "cancelled": True})
+    body = answer.result().json()
+    for choice in body["choices"]:
+        text = choice["text"] if path == COMPLETIONS else choice["message"]["content"]
+        assert text.startswith("H")
+        assert choice["finish_reason"] == "abort"
+    assert 2 <= body["usage"]["completion_tokens"] < 2000
+    wait_until(lambda: server.engine.num_choices == 0)
+    assert server.context.client.num_in_flight == 0
+    wait_until(lambda: len(server.context.running) == 0)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, MESSAGES])
+def test_a_stream_by_the_id_of_its_answer(server: RunningServer, path: str) -> None:
+    body = BODIES[path] | {"max_tokens": 1000, "stream": True}
+    with httpx.stream("POST", server.url + path, json=body, timeout=20) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+        first = json.loads(next(lines))
+        assert cancel(server, first.get("id") or first["message"]["id"]).status_code == 200
+        *events, last = lines
+    if path == MESSAGES:
+        assert json.loads(events[-1])["delta"]["stop_reason"] == "pause_turn"
+        assert json.loads(last) == {"type": "message_stop"}
+    else:
+        assert json.loads(events[-1])["choices"][0]["finish_reason"] == "abort"
+        assert last == "[DONE]"
+    wait_until(lambda: server.context.client.num_in_flight == 0)
+    wait_until(lambda: len(server.context.running) == 0)
+
+
+def test_one_id_of_two_requests(server: RunningServer, threads: ThreadPoolExecutor) -> None:
+    answers = [post(threads, server, CHAT) for _ in range(2)]
+    other = threads.submit(httpx.post, server.url + CHAT, json=BODIES[CHAT] | {"max_tokens": 100}, timeout=20)
+    assert cancel(server, "mine").status_code == 200
+    assert [answer.result().json()["choices"][0]["finish_reason"] for answer in answers] == ["abort", "abort"]
+    assert other.result().json()["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_request_that_waits_for_its_turn(
+    server: RunningServer, fake_engine: FakeEngine, threads: ThreadPoolExecutor
+) -> None:
+    fake_engine.pause()
+    answer = threads.submit(
+        httpx.post, server.url + CHAT, json=BODIES[CHAT], headers={"x-request-id": "mine"}, timeout=20
+    )
+    wait_until(lambda: len(server.context.running) == 2)
+    assert cancel(server, "mine").status_code == 200
+    (choice,) = answer.result().json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("", "abort")
+
+
+def test_what_does_not_run(server: RunningServer) -> None:
+    done = httpx.post(server.url + CHAT, json=BODIES[CHAT] | {"max_tokens": 1}).json()
+    for request_id in (done["id"], "unknown", "x" * 1000):
+        error = check_error(cancel(server, request_id), 404)
+        assert (error["code"], error["param"]) == ("request_not_found", None)
+        assert error["message"].startswith(f"No request with the id '{request_id[:128]}")
+
+
+def test_a_request_whose_client_went_away_is_forgotten(server: RunningServer) -> None:
+    with httpx.stream("POST", server.url + CHAT, json=BODIES[CHAT] | {"stream": True}, timeout=20) as response:
+        lines = response.iter_lines()  # held, for its end would close the connection
+        next(lines)
+        assert len(server.context.running) == 2
+    wait_until(lambda: len(server.context.running) == 0)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_by_a_name_of_the_clients(server: RunningServer, threads: ThreadPoolExecutor, path: str) -> None:
+    answer = post(threads, server, path, request_id="job-7")
+    assert cancel(server, "job-7").json() == {"id": "job-7", "cancelled": True}
+    assert answer.result().headers["x-request-id"] == "mine"
+    assert cancel(server, "job-7").status_code == 404

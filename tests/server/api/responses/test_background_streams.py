@@ -1,0 +1,387 @@
+"""Streams of `/v1/responses` in the background: their events are kept, and read from any one on, by many readers."""
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.server.api.responses.test_responses import (
+    EVENT,
+    MINIMAL,
+    PATH,
+    REPLY,
+    ask,
+    ask_events,
+    ask_json,
+    cancel,
+    get,
+    parse,
+    text_of,
+)
+from tests.server.conftest import StartServer
+from tests.support.clients import openai_client
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, check_error, raw_request, wait_until
+
+STREAM = {"background": True, "stream": True}
+
+
+@pytest.fixture
+def slow(start_server: StartServer, fake_engine: FakeEngine) -> RunningServer:
+    """It answers up to `max_output_tokens`, a token every five milliseconds."""
+    fake_engine.config.endless = True
+    fake_engine.config.step_seconds = 0.005
+    return start_server()
+
+
+class Reader:
+    """Reads a stream in a thread."""
+
+    def __init__(self, url: str, method: str = "GET", body: Any = None) -> None:
+        self.text = ""
+        self._thread = threading.Thread(target=self._read, args=(method, url, body))
+        self._thread.start()
+
+    def _read(self, method: str, url: str, body: Any) -> None:
+        with httpx.stream(method, url, json=body, timeout=20) as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            for text in response.iter_text():
+                self.text += text
+
+    def join(self) -> str:
+        self._thread.join(timeout=20)
+        assert not self._thread.is_alive(), "the stream does not end"
+        return self.text
+
+
+def url(server: RunningServer, response_id: str, starting_after: int | None = None) -> str:
+    rest = "" if starting_after is None else f"&starting_after={starting_after}"
+    return f"{server.url}{PATH}/{response_id}?stream=true{rest}"
+
+
+def last_of(text: str) -> dict[str, Any]:
+    last: dict[str, Any] = json.loads(text.rpartition("\ndata: ")[2])
+    return last
+
+
+def check_gone(last: dict[str, Any]) -> None:
+    """The end of a stream whose response is deleted: a reader that is behind only gets an error."""
+    EVENT.validate_python(last)
+    assert last["type"] in ("response.failed", "error")
+    error = last if last["type"] == "error" else last["response"]["error"]
+    assert "is no longer kept" in error["message"]
+
+
+@contextmanager
+def begun(server: RunningServer, **fields: Any) -> Iterator[str]:
+    """The id of a response in the background whose client reads its beginning, and goes away at the end."""
+    with httpx.stream("POST", server.url + PATH, json=MINIMAL | STREAM | fields, timeout=20) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["x-lightwell-seed"]
+        line = next(line for line in response.iter_lines() if line.startswith("data: "))
+        yield json.loads(line.removeprefix("data: "))["response"]["id"]
+
+
+def begin(server: RunningServer, **fields: Any) -> str:
+    with begun(server, **fields) as response_id:
+        return response_id
+
+
+def is_done(server: RunningServer, response_id: str) -> bool:
+    return bool(get(server, response_id).json()["status"] != "in_progress")
+
+
+# Events.
+
+
+def joined(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without ids and numbers, and with pieces of a text as one, however the engine's steps came."""
+    found: list[dict[str, Any]] = []
+    for event in events:
+        text = re.sub(r'"(resp|msg)_[0-9a-f]{32}"', "null", json.dumps(event | {"sequence_number": 0}))
+        if found and "delta" in event and found[-1]["type"] == event["type"]:
+            found[-1]["delta"] += event["delta"]
+        else:
+            found.append(json.loads(text))
+    return found
+
+
+def test_the_events_are_those_of_any_stream(server: RunningServer) -> None:
+    kept, other = ask_events(server, background=True), ask_events(server)
+    for event in [*kept, *other]:
+        if "response" in event:
+            event["response"]["background"] = event["response"]["created_at"] = None
+    assert joined(kept) == joined(other)
+    assert text_of(kept[-1]["response"]) == REPLY
+    stored = get(server, kept[-1]["response"]["id"]).json()
+    assert (stored["status"], stored["output"]) == ("completed", kept[-1]["response"]["output"])
+
+
+def test_what_is_kept_is_read_from_any_event_on(server: RunningServer) -> None:
+    text = ask(server, **STREAM).text
+    events = text.split("\n\n")[:-1]
+    response_id = parse(text)[0]["response"]["id"]
+    assert httpx.get(url(server, response_id)).text == text
+    for number in range(len(events)):
+        rest = httpx.get(url(server, response_id, number)).text
+        assert rest == "".join(f"{event}\n\n" for event in events[number + 1 :])
+    with (
+        openai_client(server.url) as client,
+        client.responses.stream(response_id=response_id, starting_after=3) as stream,
+    ):
+        assert [event.sequence_number for event in stream] == list(range(4, len(events)))
+        assert stream.get_final_response().output_text == REPLY
+
+
+def test_a_client_that_comes_back(slow: RunningServer) -> None:
+    """The official one: it leaves, the answer goes on, and it reads on from where it was."""
+    with openai_client(slow.url) as client:
+        stream = client.responses.create(model="tiny", input="Hi", max_output_tokens=60, background=True, stream=True)
+        first = []
+        for event in stream:
+            first.append(event)
+            if len(first) == 8:
+                break
+        stream.close()
+        assert first[0].type == "response.created"
+        response = first[0].response
+        assert (response.background, response.status) == (True, "in_progress")
+        rest = list(client.responses.retrieve(response.id, stream=True, starting_after=7))
+        assert [event.sequence_number for event in [*first, *rest]] == list(range(len(first) + len(rest)))
+        deltas = [event.delta for event in [*first, *rest] if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == (REPLY * 5)[:60]
+        last = rest[-1]
+        assert last.type == "response.incomplete"
+        assert client.responses.retrieve(response.id) == last.response
+        assert list(client.responses.retrieve(response.id, stream=True))[8:] == rest
+    wait_until(lambda: not slow.context.background_tasks and len(slow.context.running) == 0)
+
+
+def test_several_readers(slow: RunningServer) -> None:
+    """Each from its own event on; those that come late catch up."""
+    with begun(slow, max_output_tokens=200) as response_id:
+        readers: list[tuple[int | None, Reader]] = []
+        for starting_after in (None, 0, 1, 2):
+            readers.append((starting_after, Reader(url(slow, response_id, starting_after))))
+            time.sleep(0.1)
+        assert not is_done(slow, response_id)
+        texts = [(starting_after, reader.join()) for starting_after, reader in readers]
+    whole = texts[0][1]
+    events = parse(whole)
+    assert text_of(events[-1]["response"]) == (REPLY * 20)[:200]
+    for starting_after, text in texts:
+        first = 0 if starting_after is None else starting_after + 1
+        assert text == "".join(f"{event}\n\n" for event in whole.split("\n\n")[first:-1])
+
+
+def test_a_reader_that_does_not_read(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    """The generation and the others do not wait for it, and it gets all in the end."""
+    fake_engine.config.endless = True
+    server = start_server()
+    path = f"{PATH}/%s?stream=true"
+    response_id = ""
+    with socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.settimeout(20)
+        stalled.connect(("127.0.0.1", server.port))
+        fake_engine.pause()
+        response_id = begin(server, max_output_tokens=1900, include=["message.output_text.logprobs"], top_logprobs=20)
+        stalled.sendall(raw_request("GET", path % response_id, connection="close"))
+        fake_engine.resume()
+        text = Reader(url(server, response_id)).join()
+        assert len(text) > 3_000_000  # more than the buffers of a connection
+        assert is_done(server, response_id)
+        received = b""
+        while data := stalled.recv(1 << 16):
+            received += data
+    assert unchunked(received.partition(b"\r\n\r\n")[2]).decode() == text
+
+
+def unchunked(body: bytes) -> bytes:
+    """A body of HTTP/1.1 in chunks."""
+    found = []
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        length = int(size, 16)
+        found.append(body[:length])
+        body = body[length + 2 :]
+    return b"".join(found)
+
+
+# Ends.
+
+
+def test_cancel(slow: RunningServer) -> None:
+    with begun(slow) as response_id:
+        readers = [Reader(url(slow, response_id)) for _ in range(2)]
+        readers.append(Reader(slow.url + PATH, "POST", MINIMAL | STREAM))
+        wait_until(lambda: all(reader.text.count("delta") > 2 for reader in readers))
+        other_id = parse(readers[2].text.partition("\n\n")[0] + "\n\n")[0]["response"]["id"]
+        for each in (response_id, other_id):
+            assert cancel(slow, each).json()["status"] == "cancelled"
+        texts = [reader.join() for reader in readers]
+    assert texts[0] == texts[1]
+    for text in texts:
+        *_, item_done, last = parse(text)
+        assert (last["type"], last["response"]["status"]) == ("response.incomplete", "cancelled")
+        assert last["response"]["output"] == [item_done["item"]]
+        assert get(slow, last["response"]["id"]).json() == last["response"]
+    assert httpx.get(url(slow, response_id)).text == texts[0]
+    wait_until(lambda: slow.engine.num_choices == 0 and not slow.context.background_tasks)
+
+
+def test_cancel_through_the_official_client(slow: RunningServer) -> None:
+    with openai_client(slow.url) as client:
+        stream = client.responses.create(model="tiny", input="Hi", background=True, stream=True)
+        first = next(stream)
+        assert first.type == "response.created"
+        assert client.responses.cancel(first.response.id).status == "cancelled"
+        *_, last = stream
+        assert last.type == "response.incomplete"
+        assert last.response.status == "cancelled"
+
+
+def test_cancel_before_the_first_token(server: RunningServer, fake_engine: FakeEngine) -> None:
+    fake_engine.pause()
+    with begun(server) as response_id:
+        reader = Reader(url(server, response_id))
+        wait_until(lambda: "in_progress" in reader.text)
+        cancel(server, response_id)
+        assert [event["type"].removeprefix("response.") for event in parse(reader.join())] == [
+            *("created", "in_progress", "incomplete"),
+        ]
+    fake_engine.resume()
+
+
+def test_delete(slow: RunningServer) -> None:
+    with begun(slow) as response_id:
+        reader = Reader(url(slow, response_id))
+        wait_until(lambda: reader.text.count("delta") > 2)
+        assert httpx.delete(f"{slow.url}{PATH}/{response_id}").status_code == 200
+        check_gone(last_of(reader.join()))
+    check_error(httpx.get(url(slow, response_id)), 404)
+    wait_until(lambda: slow.engine.num_choices == 0 and not slow.context.background_tasks)
+    assert slow.context.responses.num_bytes == 0
+
+
+def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
+    fake_engine.config.fail_request = True
+    events = ask_events(server, background=True)
+    assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
+    response = events[-1]["response"]
+    assert response["error"]["code"] == "server_error"
+    assert parse(httpx.get(url(server, response["id"])).text) == events
+    assert get(server, response["id"]).json() == response
+
+
+# How much is kept.
+
+
+def test_events_count(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    """Streams that were kept make room for others, as responses do."""
+    fake_engine.config.endless = True
+    fake_engine.config.step_seconds = 0.001
+    server = start_server(stored_responses_memory=20_000)
+    num_kept = []
+    for background in (False, True):
+        ids = []
+        for _ in range(20):
+            ids.append(ask_events(server, background=background, max_output_tokens=100)[-1]["response"]["id"])
+            assert 0 < server.context.responses.num_bytes <= 20_000
+        kept = [get(server, each).status_code == 200 for each in ids]
+        assert kept == sorted(kept)
+        num_kept.append(sum(kept))
+    assert 0 < num_kept[1] < num_kept[0] < 20
+    for each in ids:
+        httpx.delete(f"{server.url}{PATH}/{each}")
+    assert server.context.responses.num_bytes == 0
+
+
+def test_a_stream_that_is_larger_than_what_is_kept(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    """It fails, and says why, rather than go on for nobody."""
+    fake_engine.config.endless = True
+    fake_engine.config.step_seconds = 0.001
+    server = start_server(stored_responses_memory=6_000)
+    text = ask(server, **STREAM, max_output_tokens=1900, include=["message.output_text.logprobs"]).text
+    check_gone(last_of(text))
+    assert len("".join(re.findall(r'"delta":"([^"]*)"', text))) < 500  # of 1900
+    wait_until(lambda: server.engine.num_choices == 0 and not server.context.background_tasks)
+    assert server.context.responses.num_bytes == 0
+    response_id = parse(text.partition("\n\n")[0] + "\n\n")[0]["response"]["id"]
+    check_error(get(server, f"{response_id}?stream=true"), 404)
+    assert get(server, ask_json(server, max_output_tokens=5)["id"]).status_code == 200
+
+
+def test_a_stream_that_makes_room_for_others(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless = True
+    fake_engine.config.step_seconds = 0.005
+    server = start_server(max_stored_responses=1)
+    with begun(server) as response_id:
+        reader = Reader(url(server, response_id))
+        wait_until(lambda: reader.text.count("delta") > 2)
+        kept = ask_json(server, max_output_tokens=5)["id"]
+        check_gone(last_of(reader.join()))
+    wait_until(lambda: server.engine.num_choices == 0 and not server.context.background_tasks)
+    assert get(server, kept).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_generated_that_could_not_be_asked_for(
+    start_server: StartServer, fake_engine: FakeEngine, stream: bool
+) -> None:
+    fake_engine.config.endless = True
+    fake_engine.config.step_seconds = 0.01
+    for settings, fields in (
+        ({"max_stored_responses": 0}, {}),
+        ({"stored_responses_memory": 2_000}, {"input": "x" * 2_000, "max_output_tokens": 20}),
+    ):
+        server = start_server(**settings)
+        error = check_error(ask(server, background=True, stream=stream, **fields), 400)
+        assert error["param"] == "background"
+        wait_until(lambda: fake_engine.num_choices == 0)
+
+
+# What cannot be.
+
+
+def test_what_cannot_be(server: RunningServer) -> None:
+    response_id = ask_events(server, background=True)[-1]["response"]["id"]
+    last = parse(httpx.get(url(server, response_id)).text)[-1]["sequence_number"]
+    for query, param in (
+        ("stream=maybe", "stream"),
+        ("starting_after=1", "starting_after"),
+        ("stream=false&starting_after=1", "starting_after"),
+        ("stream=true&starting_after=-1", "starting_after"),
+        ("stream=true&starting_after=x", "starting_after"),
+        ("stream=true&starting_after=1.5", "starting_after"),
+        ("stream=true&starting_after=", "starting_after"),
+        (f"stream=true&starting_after={last + 1}", "starting_after"),
+        (f"stream=true&starting_after={'9' * 100}", "starting_after"),
+        ("include_obfuscation=maybe", "include_obfuscation"),
+    ):
+        error = check_error(get(server, f"{response_id}?{query}"), 400)
+        assert (error["param"], f"'{param}'" in error["message"]) == (param, True), query
+    accepted = f"{response_id}?stream=true&include_obfuscation=true&include[]=message.output_text.logprobs"
+    assert get(server, accepted).text == get(server, f"{response_id}?stream=true").text
+    for path in (response_id, f"{response_id}?stream=false"):
+        assert get(server, path).json()["status"] == "completed"
+    check_error(get(server, "resp_unknown?stream=true"), 404)
+
+
+def test_streams_that_are_not_kept(server: RunningServer) -> None:
+    streamed = ask_events(server)[-1]["response"]["id"]
+    in_background = ask_json(server, background=True)["id"]
+    for response_id in (streamed, in_background, ask_json(server)["id"]):
+        error = check_error(get(server, f"{response_id}?stream=true"), 400)
+        assert error["param"] == "stream"
+    with openai_client(server.url) as client, pytest.raises(openai.BadRequestError):
+        client.responses.retrieve(streamed, stream=True)

@@ -1,0 +1,359 @@
+"""What `/v1/responses` does with what its clients send beside a text: tools of other kinds, references to items,
+conversations that are too long, advice, and the parameters that OpenAI has not.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.chat.conversion import EXTENSIONS
+from server.api.responses import conversion as responses
+from server.api.responses.schemas import ResponsesRequest
+from tests.server.api.chat.test_chat import chatml
+from tests.server.api.responses.test_responses import (
+    MINIMAL,
+    PATH,
+    REPLY,
+    ask,
+    ask_events,
+    ask_json,
+    cancel,
+    get,
+    text_of,
+)
+from tests.server.api.test_every_field import RESPONSES, SAMPLING, WRONG, post, seen
+from tests.server.conftest import StartServer
+from tests.support.clients import openai_client, shared_server
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, check_error, wait_until
+from tests.support.tool_model import say, write_tool_model
+
+FUNCTION: dict[str, Any] = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+WARNINGS = "x-lightwell-warnings"
+
+
+@pytest.fixture(scope="module")
+def tiny(model_folder: Path) -> Iterator[RunningServer]:
+    with shared_server(model_folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = write_tool_model(tmp_path_factory.mktemp("model"), special_tags=True)
+    with shared_server(folder, vocab_size=263) as server:
+        yield server
+
+
+def prompt_of(server: RunningServer) -> list[int]:
+    return server.engine.submits[-1].prompt_token_ids
+
+
+# Tools.
+
+OTHERS: list[dict[str, Any]] = [
+    {"type": "web_search", "external_web_access": True},
+    {"type": "namespace", "name": "mcp", "tools": [FUNCTION]},
+    {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+    {"type": "local_shell"},
+]
+
+
+def test_tools_of_other_types_are_left_out(tiny: RunningServer, start_server: StartServer) -> None:
+    alone = ask(tiny, tools=[FUNCTION])
+    expected = prompt_of(tiny)
+    response = ask(tiny, tools=[*OTHERS, FUNCTION])
+    assert response.headers[WARNINGS] == (
+        "ignored parameters: tools[0].web_search, tools[1].namespace, tools[2].custom, tools[3].local_shell"
+    )
+    assert prompt_of(tiny) == expected
+    assert response.json()["tools"] == alone.json()["tools"] == [FUNCTION | {"description": None, "strict": False}]
+    with openai_client(tiny.url) as client:
+        answer = client.responses.create(model="tiny", input="Hi", tools=[{"type": "web_search"}, FUNCTION])  # type: ignore[list-item]
+        assert [tool.type for tool in answer.tools] == ["function"]
+    error = check_error(ask(start_server(strict=True), tools=[FUNCTION, *OTHERS]), 400)
+    assert (error["param"], error["message"]) == (
+        "tools[1].web_search",
+        "Unrecognized request argument supplied: tools[1].web_search",
+    )
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        ({"type": "web_search"}, "tool_choice.type"),
+        ({"type": "custom", "name": "apply_patch"}, "tool_choice.type"),
+        ({"type": "function", "name": "apply_patch"}, "tool_choice"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}, "tool_choice.tools[0].type"),
+    ],
+)
+def test_a_choice_of_a_tool_that_is_left_out(tiny: RunningServer, choice: dict[str, Any], param: str) -> None:
+    error = check_error(ask(tiny, tools=[*OTHERS, FUNCTION], tool_choice=choice), 400)
+    assert error["param"] == param
+
+
+def test_errors_name_tools_by_their_place_in_the_request(tiny: RunningServer) -> None:
+    wrong = FUNCTION | {"parameters": {"type": "array"}}
+    error = check_error(ask(tiny, tools=[FUNCTION, *OTHERS, wrong]), 400)
+    assert error["param"] == "tools[5].parameters"
+    assert "'tools[5].parameters'" in error["message"]
+
+
+@pytest.mark.parametrize("tools", [None, [], [{"type": "web_search"}]])
+def test_a_choice_without_tools(tiny: RunningServer, tools: list[Any] | None) -> None:
+    for choice in ("auto", "none"):
+        assert ask_json(tiny, tools=tools, tool_choice=choice)["tool_choice"] == choice
+    for wrong in ("required", {"type": "function", "name": "weather"}):
+        assert check_error(ask(tiny, tools=tools, tool_choice=wrong), 400)["param"] == "tool_choice"
+
+
+# Items.
+
+
+def test_items_by_reference(tools: RunningServer) -> None:
+    say(tools, '<think>Hm.</think>So<tool_call>{"name": "weather", "arguments": {}}</tool_call>')
+    first = ask_json(tools, tools=[FUNCTION])
+    result = {"type": "function_call_output", "call_id": first["output"][2]["call_id"], "output": "Rain"}
+    user = {"role": "user", "content": "Hi"}
+    ask_json(tools, tools=[FUNCTION], input=[user, *first["output"], result])
+    expected = prompt_of(tools)
+    assert "<think>Hm.</think>So" in tools.context.tokenizer.decode(expected, skip_special_tokens=False)
+    references: list[dict[str, Any]] = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    references[1] = {"id": references[1]["id"]}  # its type may be left out
+    second = ask_json(tools, tools=[FUNCTION], input=[user, *references, result])
+    assert prompt_of(tools) == expected
+    items = get(tools, f"{second['id']}/input_items?order=asc").json()["data"]
+    assert items[1:4] == first["output"]
+    ask_json(tools, tools=[FUNCTION], input=[{"type": "item_reference", "id": item["id"]} for item in items])
+    assert prompt_of(tools) == expected  # items of the input can be referred to as well
+    httpx.delete(f"{tools.url}{PATH}/{first['id']}")
+    ask_json(tools, tools=[FUNCTION], input=[user, *references, result])  # the second response has them, too
+
+
+def test_references_to_more_than_a_request_may_hold(tiny: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = ask_json(tiny)["output"][0]
+    monkeypatch.setattr(responses, "MAX_REFERENCED_BYTES", 5 * len(json.dumps(item)))
+    reference = {"type": "item_reference", "id": item["id"]}
+    assert ask(tiny, input=[reference] * 4 + [{"role": "user", "content": "Hi"}]).status_code == 200
+    error = check_error(ask(tiny, input=[reference] * 40), 400)
+    assert error["message"].startswith(f"Invalid '{error['param']}': the items referred to are larger than ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reference_to_what_is_not_there(tiny: RunningServer, stream: bool) -> None:
+    def refer(item: dict[str, Any]) -> httpx.Response:
+        return ask(tiny, input=[{"role": "user", "content": "Hi"}, {"type": "item_reference", "id": item["id"]}])
+
+    def answer(**fields: Any) -> dict[str, Any]:
+        response = ask_events(tiny, **fields)[-1]["response"] if stream else ask_json(tiny, **fields)
+        assert isinstance(response, dict)
+        return response
+
+    kept, unkept = answer(), answer(store=False)
+    follower = refer(kept["output"][0]).json()
+    for response in (kept, follower):
+        httpx.delete(f"{tiny.url}{PATH}/{response['id']}")
+    for item in ({"id": "msg_1"}, unkept["output"][0], kept["output"][0]):
+        error = check_error(refer(item), 400)
+        assert error["param"] == "input[1].id"
+        assert error["message"].startswith(f"Item with id '{item['id']}' not found.")
+
+
+def test_a_response_goes_on_without_input(tiny: RunningServer) -> None:
+    first = ask_json(tiny)
+    body = {"model": "tiny", "previous_response_id": first["id"]}
+    assert httpx.post(tiny.url + PATH, json=body).status_code == 200
+    assert prompt_of(tiny) == chatml(("user", "Hi"), ("assistant", REPLY))
+    assert httpx.post(f"{tiny.url}{PATH}/input_tokens", json=body).json()["input_tokens"] == len(prompt_of(tiny))
+
+
+def test_a_refusal_of_an_earlier_answer_is_text(tiny: RunningServer) -> None:
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    ask_json(tiny, input=[{"role": "user", "content": "Hi"}, refusal, {"role": "user", "content": "Why?"}])
+    assert prompt_of(tiny) == chatml(("user", "Hi"), ("assistant", "No."), ("user", "Why?"))
+
+
+# What is too long.
+
+LONG = "x" * 700  # of 2048 tokens
+
+
+def user(text: str) -> tuple[str, str]:
+    return "user", text
+
+
+@pytest.mark.parametrize(
+    ("turns", "kept"),
+    [
+        ([user("a"), ("assistant", "b"), user("c")], [0, 1, 2]),
+        ([user(LONG), ("assistant", LONG), user(LONG)], [2]),
+        ([user(LONG), ("assistant", "b"), user(LONG), ("assistant", "d"), user(LONG)], [2, 3, 4]),
+        ([("system", "s"), user(LONG), ("developer", "t"), user(LONG), user(LONG)], [0, 2, 3, 4]),
+        ([user(LONG * 1000), user("b")], [1]),
+    ],
+)
+def test_the_oldest_turns_are_left_out(tiny: RunningServer, turns: list[tuple[str, str]], kept: list[int]) -> None:
+    items = [{"role": role, "content": text} for role, text in turns]
+    fields: dict[str, Any] = {"input": items, "instructions": "Brief.", "max_output_tokens": 20}
+    answer = ask_json(tiny, truncation="auto", **fields)
+    roles = {"developer": "system"}
+    expected = chatml(("system", "Brief."), *((roles.get(*[turns[i][0]] * 2), turns[i][1]) for i in kept))
+    assert prompt_of(tiny) == expected
+    assert (answer["truncation"], answer["usage"]["input_tokens"]) == ("auto", len(expected))
+    assert len(get(tiny, f"{answer['id']}/input_items").json()["data"]) == len(turns)  # what was asked stays
+    counted = httpx.post(f"{tiny.url}{PATH}/input_tokens", json=MINIMAL | {"truncation": "auto"} | fields)
+    assert counted.json()["input_tokens"] == len(expected)
+    if len(kept) < len(turns):
+        assert check_error(ask(tiny, truncation="disabled", **fields), 400)["code"] == "context_length_exceeded"
+
+
+def test_room_for_the_answer_counts(tiny: RunningServer) -> None:
+    items = [{"role": "user", "content": text} for text in ("x" * 1000, "b")]
+    assert len(prompt_for(tiny, items, 500)) > 1000
+    assert prompt_for(tiny, items, 1500) == chatml(("user", "b"))
+
+
+def prompt_for(server: RunningServer, items: list[Any], max_output_tokens: int) -> list[int]:
+    ask_json(server, input=items, truncation="auto", max_output_tokens=max_output_tokens)
+    return prompt_of(server)
+
+
+def test_calls_and_their_results_are_left_out_together(tools: RunningServer) -> None:
+    call = {"type": "function_call", "name": "weather", "arguments": "{}"}
+    items: list[dict[str, Any]] = [{"role": "user", "content": "Go"}]
+    for number, output in enumerate((LONG, LONG, LONG, "last")):
+        items += [call | {"call_id": f"call_{number}"}]
+        items += [{"type": "function_call_output", "call_id": f"call_{number}", "output": output}]
+    ask_json(tools, input=items, truncation="auto")
+    text = tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False)
+    assert (text.count("<tool_call>"), text.count("<|im_start|>tool\n")) == (3, 3)
+    assert (text.count(LONG), "last" in text) == (2, True)
+
+
+def test_a_template_that_wants_a_user_first(tmp_path: Path) -> None:
+    """Though the last turn has many places at which this one cannot begin."""
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('A user first!') }}{% endif %}"
+    folder = write_tool_model(tmp_path, special_tags=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = strict + settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    items: list[dict[str, Any]] = [{"role": role, "content": LONG} for role in ("user", "assistant", "user")]
+    items += [{"role": "assistant", "content": "b"}, {"role": "user", "content": "Go"}]
+    for number in range(6):
+        call_id = f"call_{number}"
+        items += [{"type": "function_call", "name": "weather", "arguments": "{}", "call_id": call_id}]
+        items += [{"type": "function_call_output", "call_id": call_id, "output": "Rain"}]
+    with shared_server(folder, vocab_size=263) as server:
+        ask_json(server, input=items, truncation="auto", max_output_tokens=10)
+        text = server.context.tokenizer.decode(prompt_of(server), skip_special_tokens=False)
+    assert text.startswith(f"<|im_start|>user\n{LONG}<|im_end|>\n<|im_start|>assistant\nb")
+    assert text.count("Rain") == 6
+
+
+def test_what_is_too_long_by_itself(tiny: RunningServer) -> None:
+    for text in ("x" * 3000, "x" * 3_000_000):
+        items = [{"role": "user", "content": "a"}, {"role": "user", "content": text}]
+        error = check_error(ask(tiny, input=items, truncation="auto"), 400)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
+
+
+# Fields.
+
+
+def test_text_that_stops(tiny: RunningServer) -> None:
+    for fields, text in (
+        ({"stop": "wor"}, "Hello, "),
+        ({"stop": ["zz", "o,"], "include_stop_str_in_output": True}, "Hello,"),
+    ):
+        for response in (ask_json(tiny, **fields), ask_events(tiny, **fields)[-1]["response"]):
+            assert (text_of(response), response["status"]) == (text, "completed")
+
+
+def test_template_options(tools: RunningServer) -> None:
+    ask_json(tools, chat_template_kwargs={"enable_thinking": True})
+    assert tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False).endswith("<think>\n")
+    answer = ask(tools, chat_template_kwargs={"mood": 1})
+    assert answer.headers[WARNINGS] == "ignored parameters: chat_template_kwargs.mood"
+
+
+def test_what_is_answered_with(tiny: RunningServer) -> None:
+    named = {"user": "me", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"k" * 64: "v" * 512}}
+    response = ask(tiny, service_tier="flex", **named)
+    assert {name: response.json()[name] for name in named} == named
+    assert response.json()["service_tier"] == "default"
+    assert WARNINGS not in response.headers
+    with openai_client(tiny.url) as client:
+        assert client.responses.retrieve(response.json()["id"]).prompt_cache_key == "k"
+
+
+ADVICE = [
+    ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+    ({"reasoning": {"effort": "minimal", "summary": "auto"}}, "reasoning.effort"),
+    ({"text": {"verbosity": "low"}}, "text.verbosity"),
+]
+
+
+@pytest.mark.parametrize(("fields", "name"), ADVICE)
+def test_advice_that_the_model_cannot_be_given(
+    tiny: RunningServer, start_server: StartServer, fields: dict[str, Any], name: str
+) -> None:
+    response = ask(tiny, **fields)
+    assert (response.status_code, response.headers[WARNINGS]) == (200, f"ignored parameters: {name}")
+    assert prompt_of(tiny) == chatml(("user", "Hi"))
+    assert check_error(ask(start_server(strict=True), **fields), 400)["param"] == name
+
+
+def test_advice_that_says_nothing_or_is_followed(tiny: RunningServer, tools: RunningServer) -> None:
+    for fields in ({"reasoning": {"effort": "none"}}, {"reasoning": {"effort": "medium"}, "text": {}}):
+        assert WARNINGS not in ask(tiny, **fields).headers
+    for effort, end in (("high", "<think>\n"), ("none", "assistant\n")):
+        assert WARNINGS not in ask(tools, reasoning={"effort": effort}).headers
+        assert tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False).endswith(end)
+
+
+# The beginning of a stream.
+
+
+def test_a_stream_that_waits_has_begun(server: RunningServer, fake_engine: FakeEngine) -> None:
+    fake_engine.pause()
+    with httpx.stream("POST", server.url + PATH, json=MINIMAL | {"stream": True}, timeout=5) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+        created, in_progress = json.loads(next(lines)), json.loads(next(lines))
+        assert (created["type"], in_progress["type"]) == ("response.created", "response.in_progress")
+        assert cancel(server, created["response"]["id"]).json()["status"] == "cancelled"
+        last = json.loads(next(lines))
+        assert (last["type"], last["response"]["status"], last["sequence_number"]) == (
+            "response.incomplete",
+            "cancelled",
+            2,
+        )
+    fake_engine.resume()
+    wait_until(lambda: fake_engine.num_choices == 0)
+
+
+# The parameters that OpenAI has not.
+
+INCLUDED = {"include": ["message.output_text.logprobs"]}
+ACTING: dict[str, Any] = SAMPLING | {
+    "thinking_token_budget": 5,
+    "return_tokens_as_token_ids": (INCLUDED, True),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXTENSIONS - set(ResponsesRequest.model_fields) - {"request_id"}))
+def test_extensions_act_and_are_judged(tools: RunningServer, name: str) -> None:
+    say(tools, "<think>Hm.</think>Hello, <|im_end|>world, hello, world!")
+    value = ACTING[name]
+    others, value = value if isinstance(value, tuple) else ({}, value)
+    base = {"model": "tiny", "input": "Hi", "seed": 7} | others
+    tools.engine.config.step_seconds = 0.005 if name == "stream_interval" else 0.0
+    assert seen(tools, RESPONSES, base | {name: value}) != seen(tools, RESPONSES, base)
+    refused = [post(tools, RESPONSES, base | {name: wrong}) for wrong in WRONG]
+    errors = [check_error(answer, 400) for answer in refused if answer.status_code != 200]
+    assert len(errors) >= 3
+    for error in errors:
+        assert name in str(error["param"])

@@ -1,0 +1,139 @@
+"""The store of responses against a plain model of it: how many and how large, and which go first."""
+
+import random
+
+import msgspec
+import pytest
+
+from server.api.responses.conversion import new_response
+from server.api.responses.event_log import EventLog
+from server.api.responses.schemas import MessageItem, OutputText, ResponsesRequest
+from server.api.responses.store import ResponseStore, StoredResponse
+from server.generation.endpoint import Head
+
+
+def make(number: int, size: int, earlier: StoredResponse | None = None) -> StoredResponse:
+    request = ResponsesRequest.model_validate({"model": "m", "input": "x"})
+    stored = StoredResponse(
+        new_response(request, Head(f"resp_{number}", 1, "m", "fp"), {}),
+        [{"id": item_id("msg", number), "type": "message", "role": "user", "content": "x" * size}],
+        earlier.items if earlier else [],
+        EventLog(f"resp_{number}") if number % 3 == 0 else None,
+    )
+    stored.response.output.append(MessageItem(id=item_id("out", number), content=[OutputText("y")]))
+    return stored
+
+
+def item_id(kind: str, number: int) -> str:
+    """Of the form of those that are made here."""
+    return f"{kind}_{number:032x}"
+
+
+def size_of(stored: StoredResponse) -> int:
+    num_event_bytes = stored.events.num_bytes if stored.events is not None else 0
+    return len(msgspec.json.encode((stored.items, stored.response))) + num_event_bytes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_against_a_list(seed: int) -> None:
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    store, model, made = ResponseStore(8, 20_000), list[StoredResponse](), list[StoredResponse]()
+    for number in range(300):
+        action, target = rng.random(), f"resp_{rng.randrange(number + 1)}"
+        found = next((each for each in model if each.response.id == target), None)
+        if action < 0.2:
+            assert store.get(target) is found
+            model += [model.pop(model.index(found))] if found else []
+        elif action < 0.25:
+            kind = rng.choice(("msg", "out"))
+            item = store.item(item_id(kind, int(target.removeprefix("resp_"))))
+            assert item == (found and found.own_items[kind == "out"])
+            model += [model.pop(model.index(found))] if found else []
+        elif action < 0.35:
+            assert store.delete(target) is (found is not None)
+            model = [each for each in model if each is not found]
+        elif action < 0.6 and found is not None and found.events is not None:
+            found.events.append([rng.randbytes(rng.randrange(100)) for _ in range(rng.choice((1, 10, 200)))])
+            store.count_events(found)
+            model.remove(found)
+            model = fit([*model, found])
+        else:
+            stored = make(number, rng.randrange(4000), found)
+            made.append(stored)
+            store.put(stored)
+            model = fit([*model, stored])
+        assert (len(store), store.num_bytes) == (len(model), sum(map(size_of, model)))
+        for each in made:
+            assert each.events is None or each.events.is_dropped is (each not in model)
+
+
+def fit(model: list[StoredResponse]) -> list[StoredResponse]:
+    """What is kept after the last one was used."""
+    if size_of(model[-1]) > 20_000:
+        return model[:-1]
+    while len(model) > 8 or sum(map(size_of, model)) > 20_000:
+        model = model[1:]
+    return model
+
+
+def test_an_item_of_several_responses_stays_until_the_last_one_goes() -> None:
+    store, (first, second) = ResponseStore(2, 10_000), (make(1, 1), make(2, 1))
+    second.input_items.insert(0, first.input_items[0])
+    store.put(first)
+    store.put(second)
+    for response_id in ("resp_2", "resp_1"):
+        assert store.item(item_id("msg", 1)) == first.input_items[0]
+        store.delete(response_id)
+    assert store.item(item_id("msg", 1)) is None
+
+
+def test_an_item_of_an_answer_is_there_once_it_is_stored() -> None:
+    store, stored = ResponseStore(2, 10_000), make(1, 1)
+    output = stored.response.output
+    stored.response.output = []
+    store.put(stored)
+    stored.response.output = output
+    assert store.item(item_id("out", 1)) is None
+    store.put(stored)
+    assert (store.item(item_id("out", 1)) or {})["content"][0]["text"] == "y"
+
+
+def test_ids_that_clients_choose_are_not_found() -> None:
+    """Others could guess them."""
+    store, stored = ResponseStore(2, 10_000), make(1, 1)
+    stored.input_items[0]["id"] = "msg_1"
+    store.put(stored)
+    assert store.item("msg_1") is None
+    assert store.item(item_id("out", 1)) is not None
+
+
+def test_what_is_too_large_drops_nothing_else() -> None:
+    store = ResponseStore(3, 5_000)
+    store.put(make(1, 1))
+    store.put(make(2, 6_000))
+    assert [store.get(f"resp_{number}") is None for number in (1, 2)] == [False, True]
+    grown = make(1, 6_000)
+    store.put(grown)
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_a_conversation() -> None:
+    first = make(1, 1)
+    second = make(2, 1, first)
+    third = make(3, 1, second)
+    expected = [item_id(kind, number) for number in (1, 2, 3) for kind in ("msg", "out")]
+    assert [item["id"] for item in third.items] == expected
+
+
+def test_a_response_that_grows_is_counted_anew() -> None:
+    store, stored = ResponseStore(2, 10_000), make(1, 10)
+    store.put(stored)
+    before = store.num_bytes
+    stored.response.output.append(MessageItem(id="more", content=[OutputText("z" * 100)]))
+    store.put(stored)
+    assert (len(store), store.num_bytes) == (1, size_of(stored))
+    assert store.num_bytes > before + 200  # it is in the response and in the conversation
+    stored.response.output.append(MessageItem(id="more", content=[OutputText("z" * 20_000)]))
+    store.put(stored)
+    assert (len(store), store.num_bytes) == (0, 0)

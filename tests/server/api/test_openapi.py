@@ -1,0 +1,125 @@
+"""The OpenAPI document: it names every route, its examples work, and answers are as it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+from tests.server.conftest import StartServer
+from tests.support.clients import write_adapter
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer
+
+
+@pytest.fixture
+def server(
+    start_server: StartServer, fake_engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunningServer:
+    """Where the examples find what they name."""
+    write_adapter(tmp_path / "adapters" / "sql")
+    monkeypatch.chdir(tmp_path)
+    fake_engine.config.max_loras = 1
+    return start_server(enable_docs=True, allow_runtime_lora_updating=True)
+
+
+def document(server: RunningServer) -> dict[str, Any]:
+    content: dict[str, Any] = httpx.get(f"{server.url}/openapi.json").json()
+    return content
+
+
+def check(value: object, schema: dict[str, Any], whole: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator({**schema, "components": whole["components"]}).validate(value)
+
+
+def check_headers(response: httpx.Response, headers: dict[str, Any]) -> None:
+    """Those that have to be there are, and no other of the server's own is."""
+    for name, header in headers.items():
+        assert name in response.headers or not header["required"]
+        if name in response.headers:
+            jsonschema.validate(response.headers[name], header["schema"])
+    assert {name for name in response.headers if name.startswith("x-lightwell")} <= set(headers)
+
+
+def test_every_reference_leads_somewhere(server: RunningServer) -> None:
+    whole = document(server)
+    assert whole["openapi"].startswith("3.1")
+    text = json.dumps(whole)
+    names = {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}
+    assert names <= set(whole["components"]["schemas"])
+    for schema in whole["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    assert "ValidationError" not in text  # of FastAPI, in whose form no error is
+
+
+def test_the_examples_work_and_answers_are_as_described(server: RunningServer) -> None:
+    whole = document(server)
+    posts = {path: methods["post"] for path, methods in whole["paths"].items() if "post" in methods}
+    assert len(posts) > 8
+    for path, operation in posts.items():
+        if "requestBody" not in operation:
+            continue
+        content = operation["requestBody"]["content"]["application/json"]
+        check(content["example"], content["schema"], whole)
+        response = httpx.post(server.url + path, json=content["example"])
+        assert response.status_code == 200, (path, response.text)
+        check_headers(response, operation["responses"]["200"]["headers"])
+        answers = operation["responses"]["200"]["content"]
+        if "application/json" in answers:
+            check(response.json(), answers["application/json"]["schema"], whole)
+        else:
+            assert response.text == answers["text/plain"]["example"]
+        refused = httpx.post(server.url + path, json=content["example"] | {"model": "other"})
+        check_headers(refused, operation["responses"]["4XX"]["headers"])
+        check(refused.json(), operation["responses"]["4XX"]["content"]["application/json"]["schema"], whole)
+        if "text/event-stream" in answers:
+            stream = httpx.post(server.url + path, json=content["example"] | {"stream": True}).text
+            data = [line.removeprefix("data: ") for line in stream.split("\n") if line.startswith("data: {")]
+            assert data
+            for event in data:
+                check(json.loads(event), answers["text/event-stream"]["schema"], whole)
+
+
+def test_the_answers_that_are_shown_are_as_described(server: RunningServer) -> None:
+    whole = document(server)
+    num_shown = 0
+    for methods in whole["paths"].values():
+        for operation in methods.values():
+            for content in operation["responses"]["200"]["content"].values():
+                if "example" in content:
+                    check(content["example"], content["schema"], whole)
+                    num_shown += 1
+    assert num_shown > 9
+
+
+def test_what_is_asked_for_without_a_body(server: RunningServer) -> None:
+    whole = document(server)
+    created = httpx.post(f"{server.url}/v1/responses", json={"model": "tiny", "input": "Hi"}).json()
+    values = {"{response_id}": created["id"], "{model_id}": "tiny"}
+    for path, methods in whole["paths"].items():
+        for method in set(methods) & {"get", "delete"}:
+            filled = path
+            for name, value in values.items():
+                filled = filled.replace(name, value)
+            if method == "delete":
+                continue
+            response = httpx.get(server.url + filled)
+            assert response.status_code == 200, path
+            content = methods[method]["responses"]["200"]["content"]
+            if "application/json" in content:
+                check(response.json(), content["application/json"]["schema"], whole)
+
+
+def test_the_page(server: RunningServer) -> None:
+    page = httpx.get(f"{server.url}/docs")
+    assert (page.status_code, "/openapi.json" in page.text) == (200, True)
+
+
+def test_keys(start_server: StartServer) -> None:
+    server = start_server(enable_docs=True, api_key=("key",))
+    for path in ("/docs", "/openapi.json"):
+        assert httpx.get(server.url + path).status_code == 401
+    whole = httpx.get(f"{server.url}/openapi.json", headers={"x-api-key": "key"}).json()
+    assert {name for each in whole["security"] for name in each} == set(whole["components"]["securitySchemes"])

@@ -1,0 +1,170 @@
+"""What a model writes, in any order and however its tokens come: a whole answer has the items that its stream has."""
+
+import json
+from typing import Any
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
+from server.api.messages.conversion import MessagesWriter
+from server.api.responses.conversion import new_response
+from server.api.responses.schemas import ResponsesRequest
+from server.api.responses.store import StoredResponse
+from server.api.responses.writer import ResponseWriter
+from server.generation.choice_state import ChoiceParts, ChoiceState, Delta, Whole
+from server.generation.endpoint import Head
+from server.schemas.common import PromptTokensDetails, Usage
+from server.text.choice_text import ChoiceText
+from server.text.output_parser import OutputFormat, OutputParser
+from server.text.reasoning import ThinkTags
+from server.text.tokenizer import Tokenizer
+from server.text.tool_formats import HERMES
+
+EOS = 256
+USAGE = Usage(1, 1, 2, PromptTokensDetails(0))
+FORMAT = OutputFormat(HERMES, frozenset(["add"]), think_tags=ThinkTags("<think>", "</think>"))
+NO_LOGPROBS = TokenLogprobs(-1.0, 1, [], [])
+
+# What is written: contents, and arguments of calls.
+CONTENT = st.text("ab é\n<t", max_size=8).map(lambda text: f"x{text}")
+CALL = st.dictionaries(st.text("aé", max_size=2), st.integers(0, 9), max_size=2)
+PARTS = st.lists(CONTENT | CALL, max_size=6)
+THOUGHT = st.none() | st.text("ab é", max_size=6).map(lambda text: f"x{text}")
+
+
+def spell(thought: str | None, parts: list[str | dict[str, int]]) -> str:
+    calls = (part if isinstance(part, str) else json.dumps({"name": "add", "arguments": part}) for part in parts)
+    texts = [
+        text if isinstance(part, str) else f"<tool_call>{text}</tool_call>"
+        for part, text in zip(parts, calls, strict=True)
+    ]
+    return ("" if thought is None else f"<think>{thought}</think>") + "".join(texts)
+
+
+def expected_of(thought: str | None, parts: list[str | dict[str, int]]) -> list[tuple[str, Any]]:
+    """By kind; contents that follow each other are one."""
+    items: list[tuple[str, Any]] = [] if thought is None else [("thought", thought)]
+    for part in parts:
+        if isinstance(part, dict):
+            items.append(("call", part))
+        elif items and items[-1][0] == "content":
+            items[-1] = ("content", items[-1][1] + part)
+        else:
+            items.append(("content", part))
+    return items
+
+
+def deltas_of(tokenizer: Tokenizer, token_ids: list[int], cuts: list[int]) -> list[Delta]:
+    text = ChoiceText(tokenizer, track_offsets=True)
+    choice = ChoiceState(0, text, include_stop=False, parts=ChoiceParts(OutputParser(FORMAT), "id"))
+    ends = sorted({min(cut, len(token_ids)) for cut in cuts} | {len(token_ids)})
+    deltas = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        batch = token_ids[start:end]
+        event = TokenEvent(request_id="r", token_ids=batch, logprobs=[NO_LOGPROBS] * len(batch))
+        if end == len(token_ids):
+            event.finish_reason, event.stop_token_id = FinishReason.STOP, EOS
+        deltas.append(choice.push(event))
+    return deltas
+
+
+def joined(deltas: list[Delta], joins: list[bool]) -> list[Delta]:
+    """As events that came together, and a `stream_interval`, join them."""
+    groups: list[Delta] = []
+    for index, delta in enumerate(deltas):
+        if groups and joins[index % len(joins)]:
+            groups[-1].add(delta)
+        else:
+            groups.append(delta)
+    return groups
+
+
+def whole_of(deltas: list[Delta]) -> Delta:
+    whole = Whole(0)
+    for delta in deltas:
+        whole.add(delta)
+    return whole.join()
+
+
+def parse(data: bytes) -> list[dict[str, Any]]:
+    return [json.loads(event.split("\ndata: ")[1]) for event in data.decode().split("\n\n")[:-1]]
+
+
+def response_writer(tokenizer: Tokenizer) -> ResponseWriter:
+    request = ResponsesRequest.model_validate({"model": "tiny", "input": "Hi"})
+    response = new_response(request, Head("resp_1", 1, "tiny", "fp"), {})
+    return ResponseWriter(tokenizer, StoredResponse(response, []), None, with_logprobs=True)
+
+
+def item_of(item: dict[str, Any]) -> tuple[str, Any]:
+    if item["type"] == "function_call":
+        return "call", json.loads(item["arguments"])
+    (part,) = item["content"]
+    if item["type"] == "reasoning":
+        return "thought", part["text"]
+    tokens = b"".join(bytes(each["bytes"]) for each in part["logprobs"])
+    assert tokens.removesuffix(b"<|endoftext|>").decode() == part["text"]
+    return "content", part["text"]
+
+
+def without_ids(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in item.items() if name != "id"} for item in items]
+
+
+@given(
+    thought=THOUGHT,
+    parts=PARTS,
+    cuts=st.lists(st.integers(1, 200), max_size=12),
+    joins=st.lists(st.booleans(), min_size=1, max_size=8),
+)
+def test_whole_as_streamed(
+    tokenizer: Tokenizer, thought: str | None, parts: list[str | dict[str, int]], cuts: list[int], joins: list[bool]
+) -> None:
+    token_ids = [*spell(thought, parts).encode(), EOS]
+    expected = expected_of(thought, parts)
+    for each_cuts in (cuts, list(range(len(token_ids)))):
+
+        def arrive(cuts: list[int] = each_cuts) -> list[Delta]:
+            return joined(deltas_of(tokenizer, token_ids, cuts), joins)
+
+        # Responses.
+        whole = msgspec.to_builtins(response_writer(tokenizer).answer([whole_of(arrive())], USAGE))["output"]
+        assert [item_of(item) for item in whole] == expected
+        stream = response_writer(tokenizer)
+        events = parse(b"".join([*(stream.events([delta], USAGE) for delta in arrive()), stream.end(USAGE)]))
+        assert without_ids(events[-1]["response"]["output"]) == without_ids(whole)
+        # Messages.
+        for with_thinking in (True, False):
+            writer = MessagesWriter(Head("msg_1", 1, "tiny", "fp"), with_thinking=with_thinking)
+            message = msgspec.to_builtins(writer.answer([whole_of(arrive())], USAGE))["content"]
+            assert [block_of(block) for block in message] == [
+                item for item in expected if with_thinking or item[0] != "thought"
+            ]
+            data = b"".join([*(writer.events([delta], USAGE) for delta in arrive()), writer.end(USAGE)])
+            assert streamed_blocks(parse(data)) == [block_of(block) for block in message]
+
+
+def block_of(block: dict[str, Any]) -> tuple[str, Any]:
+    match block["type"]:
+        case "thinking":
+            return "thought", block["thinking"]
+        case "text":
+            return "content", block["text"]
+    return "call", block["input"]
+
+
+def streamed_blocks(events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    blocks: list[tuple[str, str]] = []
+    for event in events:
+        if event["type"] == "content_block_start":
+            kind = {"thinking": "thought", "text": "content", "tool_use": "call"}[event["content_block"]["type"]]
+            assert event["index"] == len(blocks)
+            blocks.append((kind, ""))
+        elif event["type"] == "content_block_delta":
+            kind, text = blocks[event["index"]]
+            assert event["index"] == len(blocks) - 1
+            added = {name: value for name, value in event["delta"].items() if name != "type"}
+            blocks[-1] = (kind, text + "".join(added.values()))
+    return [(kind, json.loads(text) if kind == "call" else text) for kind, text in blocks]

@@ -1,0 +1,390 @@
+"""What a request says about the form of its answer: what the engine is asked for, and what is refused, and how soon."""
+
+import json
+import re
+import time
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from engine.grammar.matcher import GrammarCompiler
+from engine.shared.messages import Submit, Vocabulary
+from tests.support.clients import CHAT, COMPLETIONS, ask
+from tests.support.serving import RunningServer, check_error
+from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def json_schema(schema: object, **fields: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True} | fields}
+
+
+def grammar_of(server: RunningServer, path: str, **fields: Any) -> str | None:
+    """The grammar that the engine gets."""
+    assert ask(server.url, path, max_tokens=3, **fields).status_code == 200
+    submit = [message for message in server.engine.received if isinstance(message, Submit)][-1]
+    return submit.params.grammar
+
+
+def matches(server: RunningServer, grammar: str | None, text: str) -> bool:
+    """Whether the grammar, followed from byte to byte, allows the text and then the end."""
+    (vocabulary,) = [message for message in server.engine.received if isinstance(message, Vocabulary)]
+    assert grammar is not None
+    matcher = GrammarCompiler(vocabulary.tokenizer, [END_OF_TEXT_ID]).compile(grammar)
+    return matcher.try_consume_tokens([*text.encode()]) == len(text.encode()) and matcher.is_accepting()
+
+
+# What the engine is asked for.
+
+COMPACT, SPACED = '{"name":"Jo","age":3}', '{"name": "Jo", "age": 3}'
+ACCEPTED: list[tuple[dict[str, Any], list[str], list[str]]] = [
+    ({"json": SCHEMA}, [COMPACT], [SPACED, "{}", COMPACT + " ", COMPACT[:-1]]),
+    ({"json": json.dumps(SCHEMA)}, [COMPACT], [SPACED]),
+    ({"json": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}}, ["[]", "[1,2]"], ["[1, 2]", "[1,2,3]"]),
+    ({"json_object": True}, ["{}", COMPACT, '{"a":[null,{"b":1e5}]}'], ["[]", "1", "{ }", ""]),
+    ({"regex": "[a-c]+(/|\\n)x?"}, ["a/", "abc\nx"], ["", "a", "d/"]),
+    ({"regex": "^(a|bc)$"}, ["a", "bc"], ["abc"]),
+    ({"choice": ["yes", "no", "no!", 'a "b" \\ /c/\n\x85\x7f😀 ü.*']}, ["yes", "no", "no!"], ["", "y", "yesno"]),
+    ({"choice": ['a "b" \\ /c/\n\x85\x7f\u2028😀 ü.*']}, ['a "b" \\ /c/\n\x85\x7f\u2028😀 ü.*'], ['a "b" \\ /c/\n']),
+    ({"grammar": 'start: "<" name ">" start | ""\nname: /[a-z]+/'}, ["", "<ab>", "<a><b>"], ["<>", "<a"]),
+    ({"grammar": 'root ::= "yes" | "no"'}, ["yes", "no"], ["", "yesno", "root"]),
+    ({"grammar": '# two\nroot ::= my-word (","\n my-word){2}\nmy-word ::= [a-c/]+ # a'}, ["a,b,c/"], ["a,b", "A,a,a"]),
+]
+
+
+@pytest.mark.parametrize(("wanted", "good", "bad"), ACCEPTED)
+def test_structured_outputs(
+    shared_server: RunningServer, wanted: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    for path in (CHAT, COMPLETIONS):
+        grammar = grammar_of(shared_server, path, structured_outputs=wanted)
+        assert [text for text in good if not matches(shared_server, grammar, text)] == []
+        assert [text for text in bad if matches(shared_server, grammar, text)] == []
+
+
+@pytest.mark.parametrize(("wanted", "good", "bad"), ACCEPTED)
+def test_the_older_names(shared_server: RunningServer, wanted: dict[str, Any], good: list[str], bad: list[str]) -> None:
+    ((kind, value),) = wanted.items()
+    if kind == "json_object":
+        return
+    for path in (CHAT, COMPLETIONS):
+        fields = {f"guided_{kind}": value, "guided_decoding_backend": "auto"}
+        grammar = grammar_of(shared_server, path, **fields)
+        assert grammar == grammar_of(shared_server, path, structured_outputs=wanted)
+        assert [text for text in good if not matches(shared_server, grammar, text)] == []
+        assert [text for text in bad if matches(shared_server, grammar, text)] == []
+
+
+def test_response_format(shared_server: RunningServer) -> None:
+    grammar = grammar_of(shared_server, CHAT, response_format={"type": "json_object"})
+    assert matches(shared_server, grammar, '{"a":[]}')
+    for path in (CHAT, COMPLETIONS):
+        grammar = grammar_of(shared_server, path, response_format=json_schema(SCHEMA))
+        assert matches(shared_server, grammar, COMPACT)
+        assert not matches(shared_server, grammar, SPACED)
+    for same in ({"type": "text"}, None):
+        assert grammar_of(shared_server, COMPLETIONS, response_format=same) is None
+        assert grammar_of(shared_server, CHAT, response_format=same) is None
+    assert grammar_of(shared_server, CHAT, structured_outputs=None) is None
+
+
+def test_the_vocabulary_is_sent_once_and_first(shared_server: RunningServer) -> None:
+    ask(shared_server.url, CHAT, max_tokens=1)
+    kinds = [type(message).__name__ for message in shared_server.engine.received]
+    assert kinds[:2] == ["Hello", "Vocabulary"]
+    assert kinds.count("Vocabulary") == 1
+
+
+# What is refused.
+
+
+def wide(num_keys: int, value: object = True) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {f"p{index}": {} for index in range(num_keys)},
+        "additionalProperties": value,
+    }
+
+
+HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
+    (nested(70), "the schema is nested more than 64 levels deep."),
+    (wide(2000), "Current row has 8007 items; max is 1000"),
+    ({"enum": [f"value {index}" for index in range(10_000)]}, "expected a schema of at most 65536 bytes, but got "),
+    ({"enum": [1, -(2**63) - 1]}, "integers beyond 64 bits are not supported."),
+    (
+        {"enum": [1, -(2**63)]},
+        "the integer -9223372036854775808 is not supported, because it could not be kept exactly.",
+    ),
+    ({"properties": {"a": {"const": {"b": 2**53 + 1}}}}, "the integer 9007199254740993 is not supported, because"),
+    ({"type": "integer", "minimum": -(2**53) - 1}, "the integer -9007199254740993 is not supported, because"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no text matches it."),
+    ({"$ref": "https://example.com/schema.json"}, "Default retriever does not fetch resources."),
+    ({"$ref": "file:///etc/passwd"}, "Default retriever does not fetch resources."),
+    ({"$ref": "#/$defs/none"}, "Pointer '/$defs/none' does not exist."),
+    ({"allOf": [{"anyOf": [wide(4, i + j) for j in range(4)]} for i in range(9)]}, ""),
+    ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+    ({"type": "string", "pattern": "(a"}, "unclosed group."),
+    ({"type": "string", "format": "nosuch"}, "Unknown format: nosuch."),
+    ({"type": "strin"}, "Invalid type: strin."),
+    ({"type": "object", "minProperties": 2, "required": ["a"]}, "'minProperties' is not supported above the number"),
+    ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum (5) is greater than maximum (3)."),
+    ({"type": "object", "x-guidance": {"lenient": True}}, "the key 'x-guidance' is not supported."),
+    ({"oneOf": [wide(1), wide(2)]}, "oneOf constraints are not supported."),
+]
+# What is forced takes longest to follow. Elsewhere the limits of engine.grammar.LIMITS hold.
+SLOW_PATTERNS = ["(a{1000}){1000}", "a{1000}{1000}b?", "(?x)a { 1 0 0 0 0 0 0 }", "(a?){5000}a{5000}"]
+COUNTING_PATTERNS = [
+    "^[0-9]{4}-[0-9]{2}$",
+    "(a{10}){10}",
+    "[a-z]{1,1000}",
+    r"\\x{61}{1,100}([]{9}]{100})[^]{101}]",
+    "[^{]{1,500}{1,20}",
+    "(a|b){1000000}",
+]
+HOSTILE_SCHEMAS += [
+    ({"const": "ab" * 9000}, "more than 2048 tokens are forced at its beginning."),
+    ({"type": "string", "pattern": "^(?x)a { 1 0 0 0 0 0 0 }$"}, "following it takes too long."),
+]
+UNSUPPORTED_KEYWORDS: list[dict[str, Any]] = [
+    {"uniqueItems": True},
+    {"contains": {"type": "string"}},
+    {"dependentRequired": {"a": ["b"]}},
+    {"dependentSchemas": {"a": {}}},
+    {"propertyNames": {"minLength": 3}},
+    {"propertyNames": {"type": "integer", "enum": ["a"]}},
+    {"propertyNames": {"enum": ["a"]}, "properties": {"a": {}}},
+    {"unevaluatedProperties": False},
+    {"unevaluatedItems": False},
+    {"not": {"type": "string"}},
+    {"if": {"type": "string"}, "then": {"minLength": 3}},
+    {"$dynamicRef": "#a"},
+]
+
+
+def refuse(server: RunningServer, path: str, param: str, **fields: Any) -> str:
+    """The message of a 400 about `param`, which came within a second."""
+    start = time.monotonic()
+    error = check_error(ask(server.url, path, **fields), 400)
+    assert time.monotonic() - start < 1
+    assert error["param"] == param
+    assert error["message"].startswith(f"Invalid '{param}': ")
+    return str(error["message"])
+
+
+@pytest.mark.parametrize(("schema", "problem"), HOSTILE_SCHEMAS)
+def test_schemas_that_cannot_be_followed(shared_server: RunningServer, schema: Any, problem: str) -> None:
+    param = "response_format.json_schema.schema"
+    assert problem in refuse(shared_server, CHAT, param, response_format=json_schema(schema))
+    if "nested" not in problem:
+        wanted = {"json": schema}
+        assert problem in refuse(shared_server, COMPLETIONS, "structured_outputs.json", structured_outputs=wanted)
+
+
+def test_integers_that_are_kept_exactly_or_only_noted(shared_server: RunningServer) -> None:
+    schema = {"type": "integer", "default": -(2**63), "examples": [2**53 + 1], "enum": [5, 2**60, 2**63 - 1]}
+    answer = ask(shared_server.url, CHAT, response_format=json_schema(schema), max_tokens=1)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("schema", UNSUPPORTED_KEYWORDS, ids=lambda schema: next(iter(schema)))
+def test_keywords_are_followed_or_refused(shared_server: RunningServer, schema: dict[str, Any]) -> None:
+    message = refuse(shared_server, COMPLETIONS, "structured_outputs.json", structured_outputs={"json": schema})
+    assert re.search(r"Unimplemented keys: \[.*" + re.escape(next(iter(schema))), message)
+
+
+OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
+    ({"regex": "a("}, "regex", "unclosed group."),
+    ({"regex": "(?=a)b"}, "regex", "look-around"),
+    ({"regex": "(.*)\\1"}, "regex", "backreferences are not supported"),
+    ({"regex": "a" * 9000}, "regex", "string too long"),
+    ({"choice": []}, "choice", "empty array"),
+    ({"choice": [""]}, "choice[0]", "empty string"),
+    ({"choice": ["a"] * 1001}, "choice", "array too long"),
+    ({"grammar": "nonsense"}, "grammar", ""),
+    ({"grammar": ' {"grammars": []}'}, "grammar", "expected a grammar in Lark's notation, but got JSON."),
+    ({"grammar": 'begin: "a"'}, "grammar", ""),
+    ({"grammar": "start: a\na: b\nb: a"}, "grammar", "no text matches it."),
+    ({"grammar": 'root ::= "a" b'}, "grammar", "Rule 'b' not found."),
+    ({"grammar": 'x ::= "a"'}, "grammar", "No 'root' rule found."),
+    ({"grammar": 'root ::= ("a"'}, "grammar", "Expected ')' at line 1"),
+    ({"grammar": 'root ::= "a\\'}, "grammar", "it ends too early, or is nested too deep."),
+    ({"grammar": "root ::= " + "(" * 8000}, "grammar", "it ends too early, or is nested too deep."),
+    ({"grammar": "x" * 20_000}, "grammar", "string too long"),
+    *(({"regex": text}, "regex", "following it takes too long.") for text in SLOW_PATTERNS),
+    *(({"grammar": f"start: /{text}/"}, "grammar", "following it takes too long.") for text in SLOW_PATTERNS),
+    ({"grammar": r'start: %json {"type": "string", "pattern": "^a\u007b1000000}$"}'}, "grammar", "takes too long."),
+    ({"grammar": "start: T{10000}\nT: /a{1000}/"}, "grammar", "following it takes too long."),
+    ({"grammar": "start: U\nU: T{100}\nT: /a{90}/"}, "grammar", "more than 2048 tokens are forced"),
+    ({"grammar": "start: /a{" + "9" * 4000 + "}/"}, "grammar", "decimal literal invalid."),
+    ({"json": "{"}, "json", "the text is not valid JSON."),
+    ({"json": "[1]"}, "json", "the text must hold a JSON object."),
+    ({"json": "[" * 100_000}, "json", "the text is not valid JSON."),
+    ({"structural_tag": "{}"}, "structural_tag.type", "Field required."),
+]
+
+
+@pytest.mark.parametrize(("wanted", "field", "problem"), OTHER_REFUSALS)
+def test_other_grammars_that_cannot_be_followed(
+    shared_server: RunningServer, wanted: dict[str, Any], field: str, problem: str
+) -> None:
+    param = f"structured_outputs.{field}"
+    assert problem in refuse(shared_server, COMPLETIONS, param, structured_outputs=wanted)
+
+
+@pytest.mark.parametrize("pattern", COUNTING_PATTERNS)
+def test_counts(shared_server: RunningServer, pattern: str) -> None:
+    for wanted in ({"regex": pattern}, {"json": {"pattern": pattern}}, {"grammar": f"start: /{pattern}/"}):
+        assert grammar_of(shared_server, COMPLETIONS, structured_outputs=wanted)
+    lines = {"grammar": "start: (LINE | list){1,500}\nlist: start{1,100}\nLINE: /[^\\n]{1,100}/ /\\n/"}
+    assert grammar_of(shared_server, COMPLETIONS, structured_outputs=lines)
+
+
+def test_the_slowest_schema_that_is_compiled(shared_server: RunningServer) -> None:
+    schema = {"anyOf": [wide(200, {"const": index}) for index in range(30)]}
+    start = time.monotonic()
+    ask(shared_server.url, COMPLETIONS, max_tokens=1, structured_outputs={"json": schema})
+    assert time.monotonic() - start < 2
+
+
+def test_the_widest_object(shared_server: RunningServer) -> None:
+    grammar = grammar_of(shared_server, COMPLETIONS, structured_outputs={"json": wide(200)})
+    assert matches(shared_server, grammar, '{"p7":1,"p188":{"a":[]},"q":null}')
+
+
+def test_where_llama_cpp_has_a_schema(shared_server: RunningServer) -> None:
+    expected = grammar_of(shared_server, CHAT, response_format=json_schema(SCHEMA))
+    for kind in ("json_schema", "json_object"):
+        assert grammar_of(shared_server, CHAT, response_format={"type": kind, "schema": SCHEMA}) == expected
+    for wanted in (json_schema(SCHEMA) | {"schema": SCHEMA}, {"type": "text", "schema": SCHEMA}):
+        refuse(shared_server, CHAT, "response_format.schema", response_format=wanted)
+    bad = {"type": "json_object", "schema": {"type": "strin"}}
+    refuse(shared_server, CHAT, "response_format.schema", response_format=bad)
+
+
+NAMES = {"enum": ["a", "b"]}
+SAID_OTHERWISE: list[tuple[dict[str, Any], list[str], list[str]]] = [
+    ({"type": "object", "propertyNames": {"type": "string"}}, ['{"x":1}'], []),
+    ({"type": "object", "propertyNames": NAMES}, ["{}", '{"b":[1]}', '{"a":1,"b":2}'], ['{"c":1}']),
+    (
+        {"type": "object", "propertyNames": NAMES | {"type": "string"}, "additionalProperties": {"type": "integer"}},
+        ['{"a":1}'],
+        ['{"a":"1"}', '{"c":1}'],
+    ),
+    (
+        {"type": "object", "propertyNames": {"pattern": "^x+$"}, "additionalProperties": {"type": "integer"}},
+        ['{"xx":1}'],
+        ['{"y":1}', '{"x":""}'],
+    ),
+    (
+        {"type": "object", "propertyNames": NAMES, "required": ["b"], "additionalProperties": {"type": "integer"}},
+        ['{"b":1}'],
+        ["{}", '{"a":1}', '{"b":""}'],
+    ),
+    ({"type": "array", "items": {"type": "integer"}, "uniqueItems": False}, ["[1,1]"], ['["1"]']),
+    (
+        {"type": "object", "properties": {"propertyNames": {"type": "string"}}, "required": ["propertyNames"]},
+        ['{"propertyNames":""}'],
+        ["{}", '{"propertyNames":1}'],
+    ),
+    (
+        {"anyOf": [{"$ref": "#/$defs/m"}], "$defs": {"m": {"type": "object", "propertyNames": NAMES}}},
+        ['{"a":1}'],
+        ['{"c":1}'],
+    ),
+    ({"enum": [{"uniqueItems": False}]}, ['{"uniqueItems":false}'], ["{}"]),
+]
+
+
+@pytest.mark.parametrize(("schema", "good", "bad"), SAID_OTHERWISE)
+def test_keywords_that_are_said_otherwise(
+    shared_server: RunningServer, schema: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    validator = Draft202012Validator(schema)
+    for text in good + bad:
+        assert validator.is_valid(json.loads(text)) == (text in good)
+    grammar = grammar_of(shared_server, CHAT, response_format=json_schema(schema))
+    assert [text for text in good if not matches(shared_server, grammar, text)] == []
+    assert [text for text in bad if matches(shared_server, grammar, text)] == []
+
+
+def test_names_within_names(shared_server: RunningServer) -> None:
+    """Each level has the schema of its values once."""
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(25):
+        schema = {"type": "object", "propertyNames": NAMES, "additionalProperties": schema}
+    grammar = grammar_of(shared_server, CHAT, response_format=json_schema(schema))
+    assert len(grammar or "") < 5_000
+    assert matches(shared_server, grammar, '{"a":' * 25 + "7" + "}" * 25)
+
+
+def test_exactly_one(shared_server: RunningServer) -> None:
+    expected = "expected exactly one of json, regex, choice, grammar, json_object, structural_tag, but got "
+    for wanted, got in (({}, "none."), ({"regex": "a", "json_object": True}, "json_object and regex.")):
+        message = refuse(shared_server, CHAT, "structured_outputs", structured_outputs=wanted)
+        assert message == f"Invalid 'structured_outputs': {expected}{got}"
+    both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    message = refuse(shared_server, CHAT, "structured_outputs.regex", **both)
+    assert message == "Invalid 'structured_outputs.regex': not allowed with 'response_format'."
+    for other in ({"guided_choice": ["b"]}, {"structured_outputs": {"json_object": True}}):
+        message = refuse(shared_server, CHAT, "guided_regex", guided_regex="a", **other)
+        assert message == f"Invalid 'guided_regex': not allowed with '{next(iter(other))}'."
+
+
+@pytest.mark.parametrize(
+    ("wanted", "param", "code"),
+    [
+        ({"type": "json_schema"}, "response_format.json_schema", "missing_required_parameter"),
+        ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema", None),
+        (json_schema(SCHEMA, name="a b"), "response_format.json_schema.name", "invalid_value"),
+        (json_schema([]), "response_format.json_schema.schema", "invalid_type"),
+        ({"type": "json_object", "json_schema": {"name": "a", "schema": {}}}, "response_format.json_schema", None),
+        ({"type": "xml"}, "response_format.type", "invalid_value"),
+        ("json", "response_format", "invalid_type"),
+    ],
+)
+def test_wrong_shapes(shared_server: RunningServer, wanted: Any, param: str, code: str | None) -> None:
+    for path in (CHAT, COMPLETIONS):
+        error = check_error(ask(shared_server.url, path, response_format=wanted), 400)
+        assert error["param"] == param
+        assert code in (None, error["code"])
+
+
+def test_fields_that_nobody_knows_are_refused(shared_server: RunningServer) -> None:
+    for param, fields in (
+        ("response_format.size", {"response_format": {"type": "json_object", "size": {}}}),
+        ("structured_outputs.size", {"structured_outputs": {"json_object": True, "size": 2}}),
+    ):
+        error = check_error(ask(shared_server.url, CHAT, **fields), 400)
+        assert error["message"] == f"Unrecognized request argument supplied: {param}"
+        assert error["param"] == param
+
+
+def test_options_of_other_servers(shared_server: RunningServer) -> None:
+    wanted = {"json": SCHEMA}
+    plain = grammar_of(shared_server, CHAT, structured_outputs=wanted)
+    harmless = {"disable_any_whitespace": True, "disable_fallback": True, "disable_additional_properties": False}
+    for options in (harmless, dict.fromkeys([*harmless, "whitespace_pattern"])):
+        assert grammar_of(shared_server, CHAT, structured_outputs=wanted | options) == plain
+    refuse(
+        shared_server,
+        CHAT,
+        "structured_outputs.disable_any_whitespace",
+        structured_outputs=wanted | {"disable_any_whitespace": False},
+    )
+    for name, value in (("disable_additional_properties", True), ("whitespace_pattern", ""), ("disable_fallback", 1)):
+        error = check_error(ask(shared_server.url, CHAT, structured_outputs=wanted | {name: value}), 400)
+        assert error["param"] == f"structured_outputs.{name}"

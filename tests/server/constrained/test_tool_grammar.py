@@ -1,0 +1,239 @@
+"""Grammars of calls: llguidance compiles them, and what they allow is what the parser reads as calls."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from pydantic import TypeAdapter
+
+from server.constrained.constraints import COMPACT
+from server.constrained.tool_grammar import tool_grammar
+from server.schemas.tools import Tool, ToolChoice
+from server.text.output_parser import OutputFormat, OutputParser
+from server.text.parts import PartKind
+from server.text.reasoning import ThinkTags
+from server.text.tokenizer import Tokenizer
+from server.text.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, ToolFormat
+from tests.support.tool_model import write_tool_model
+
+THINK = ThinkTags("<think>", "</think>")
+EOS = 256
+CITY = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/name"}, "days": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"name": {"type": "string", "pattern": "^[a-z]{1,5}$"}},
+}
+PARIS, BERN = '{"city": "paris"}', '{"city": "bern", "days": 3}'
+
+
+class _City(msgspec.Struct, forbid_unknown_fields=True):
+    city: str
+    days: int = 0
+
+
+class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
+    pass
+
+
+ARGUMENTS: dict[str, type[msgspec.Struct]] = {"weather": _City, "time": _Nothing}
+
+
+class Model:
+    """A vocabulary of bytes, in which the tags may be control tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.from_model(folder)
+        self.guide = LLTokenizer((folder / "tokenizer.json").read_text(), eos_token=[EOS])
+
+    def special_ids(self, marks: Sequence[str]) -> dict[str, int]:
+        return self.tokenizer.special_ids_of(marks)
+
+    def matcher(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self.guide, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher
+
+    def accepts(self, grammar: str, text: str) -> bool:
+        """Whether it is a whole output."""
+        matcher, token_ids = self.matcher(grammar), self.tokenizer.encode(text, add_special_tokens=False)
+        return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+
+@pytest.fixture(scope="module", params=["plain", "special"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(write_tool_model(tmp_path_factory.mktemp("grammar"), special_tags=request.param == "special"))
+
+
+def make_tools(*, strict: bool = False) -> list[Tool]:
+    functions = [{"name": "weather", "parameters": CITY, "strict": strict}, {"name": "time"}]
+    return [Tool.model_validate({"type": "function", "function": function}) for function in functions]
+
+
+def grammar_of(
+    model: Model,
+    format: ToolFormat,
+    choice: Any = None,
+    *,
+    parallel: bool = True,
+    strict: bool = False,
+    **more: Any,
+) -> str:
+    judged: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
+    special_ids = model.special_ids([*format.markers, THINK.start, THINK.end])
+    grammar = tool_grammar(format, make_tools(strict=strict), judged, parallel, special_ids=special_ids, **more)
+    assert grammar is not None
+    return grammar
+
+
+def write(format: ToolFormat, *calls: tuple[str, str]) -> str:
+    """Calls as models write them."""
+    if format.name == "mistral_names":
+        return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in calls)
+    key = "parameters" if format is LLAMA3 else "arguments"
+    objects = [f'{{"name": "{name}", "{key}": {arguments}}}' for name, arguments in calls]
+    return {
+        "hermes": "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in objects),
+        "llama3": "; ".join(objects),
+        "mistral": f"[TOOL_CALLS][{', '.join(objects)}]",
+        "generic": objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]",
+    }[format.name]
+
+
+FORMATS = pytest.mark.parametrize("format", [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, GENERIC], ids=lambda f: f.name)
+WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
+
+
+@FORMATS
+def test_forced_calls(model: Model, format: ToolFormat) -> None:
+    one, other = ("weather", PARIS), ("time", "{}")
+    wrong = ["", "Hello", write(format, ("weather", "{}")), write(format, ("zzz", "{}")), write(format, one) + "x"]
+    wrong += [write(format, ("weather", '{"city": "paris", "x": 1}')), write(format, ("time", '{"a": 1}'))]
+    for choice, parallel, allowed, refused in [
+        ("required", True, [[one], [other], [one, other, one]], []),
+        ("required", False, [[one], [other]], [[one, other]]),
+        (WEATHER, True, [[one], [("weather", BERN)]], [[other], [one, one]]),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [WEATHER]}},
+            True,
+            [[one], [one, one]],
+            [[other]],
+        ),
+    ]:
+        grammar = grammar_of(model, format, choice, parallel=parallel)
+        assert all(model.accepts(grammar, write(format, *calls)) for calls in allowed), (choice, allowed)
+        assert not any(model.accepts(grammar, write(format, *calls)) for calls in refused), (choice, refused)
+        assert not any(model.accepts(grammar, text) for text in wrong), choice
+
+
+@FORMATS
+def test_strict_calls_of_an_answer_that_is_free(model: Model, format: ToolFormat) -> None:
+    grammar = grammar_of(model, format, strict=True)
+    one, wrong = write(format, ("weather", PARIS)), write(format, ("weather", "{}"))
+    assert all(model.accepts(grammar, text) for text in ("", "Hello, world!\n", "<b>", one))
+    assert not any(model.accepts(grammar, text) for text in (wrong, one + "x", one[:-1]))
+    if not format.is_bare:
+        assert model.accepts(grammar, f"One moment.\n{one}")
+        assert not model.accepts(grammar, f"One moment.\n{wrong}")
+    assert model.accepts(grammar, write(format, ("time", '{"a": 1}')))  # which is not strict
+    two = write(format, ("weather", BERN), ("time", "{}"))
+    assert model.accepts(grammar, two)
+    assert not model.accepts(grammar_of(model, format, strict=True, parallel=False), two)
+
+
+def test_thoughts_come_first(model: Model) -> None:
+    call, other = write(HERMES, ("weather", PARIS)), "<tool_call>\nhm\n</tool_call>"
+    for strict, choice in [(False, "required"), (True, None)]:
+        for is_thinking in (False, True):
+            grammar = grammar_of(model, HERMES, choice, strict=strict, think_tags=THINK, is_thinking=is_thinking)
+            start = "" if is_thinking else "<think>"
+            could = "" if model.special_ids(["<tool_call>"]) else other  # control tokens are no text
+            for text in ("</think>\n\n", f"I could {could}</think>", "\n</think>\n"):
+                assert model.accepts(grammar, start + text + call)
+                assert model.accepts(grammar, start + text) == (choice is None)
+            assert not model.accepts(grammar, f"{start}Hm</think>{other}")
+            assert model.accepts(grammar, call) != is_thinking
+
+
+@FORMATS
+def test_content_has_a_grammar_of_its_own(model: Model, format: ToolFormat) -> None:
+    properties = {"name": {"type": "string"}, "answer": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["answer"], "additionalProperties": False}
+    schema["x-guidance"] = COMPACT
+
+    def grammar(choice: str, **more: Any) -> str:
+        calls = grammar_of(model, format, choice, has_content_grammar=True, **more)
+        parts = [{"name": "answer", "lark_grammar": calls}, {"name": "content", "json_schema": schema}]
+        return json.dumps({"grammars": parts})
+
+    call = write(format, ("time", '{"a": 1}'))
+    free, forced, alone = grammar("auto"), grammar("required"), grammar("none", think_tags=THINK)
+    assert all(model.accepts(free, text) for text in ('{"answer":42}', '{"name":"time","answer":42}', call))
+    assert not any(model.accepts(free, text) for text in ("Hi", '{"answer":"x"}', "", call + '{"answer":42}'))
+    assert not model.accepts(forced, '{"answer":42}')
+    assert model.accepts(forced, write(format, ("time", "{}")))
+    assert model.accepts(alone, '{"answer":42}')
+    assert model.accepts(alone, '<think>\nHm\n</think>\n\n{"answer":42}')
+    assert not model.accepts(alone, call)
+
+
+def test_what_needs_no_grammar() -> None:
+    assert tool_grammar(HERMES, make_tools(), None, True) is None
+    assert tool_grammar(HERMES, make_tools(), "auto", False) is None
+    assert tool_grammar(HERMES, make_tools(strict=True), "none", True) is None
+    assert tool_grammar(HERMES, None, None, True) is None
+
+
+@FORMATS
+def test_the_parser_reads_what_the_grammar_allows(model: Model, format: ToolFormat) -> None:
+    """Random outputs: the grammar's masks are followed with random choices among the tokens that they leave."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for choice, parallel in [("required", True), ("required", False), (WEATHER, True)] * 3:
+        grammar = grammar_of(model, format, choice, parallel=parallel)
+        text = _walk(model, model.matcher(grammar), rng)
+        parser = OutputParser(OutputFormat(format, frozenset(ARGUMENTS), parallel_calls=parallel))
+        parts = parser.push(text) + parser.finish()
+        assert not any(part.kind is PartKind.CONTENT for part in parts), text
+        assert parser.ends_with_calls
+        names = [part.text for part in parts if part.kind is PartKind.CALL]
+        pieces = iter(parts[1:])
+        for name in names:
+            arguments = ""
+            for part in pieces:
+                if part.kind is PartKind.CALL:
+                    break
+                arguments += part.text
+            msgspec.json.decode(arguments, type=ARGUMENTS[name])
+        assert len(names) == 1 or (parallel and choice is not WEATHER)
+
+
+def _walk(model: Model, matcher: LLMatcher, rng: random.Random) -> str:
+    token_ids: list[int] = []
+    while not matcher.is_stopped():
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [token_id for token_id in range(model.tokenizer.vocab_size) if mask >> token_id & 1]
+        token_id = EOS if EOS in allowed and rng.random() < 0.5 else rng.choice(allowed)
+        matcher.consume_token(token_id)
+        token_ids.append(token_id)
+    return model.tokenizer.decode([t for t in token_ids if t != EOS], skip_special_tokens=False)
+
+
+def test_grammars_are_text_that_json_cannot_break(model: Model) -> None:
+    """Whatever is in a schema stays within its JSON."""
+    schema = {"type": "object", "properties": {'a"\n/\\': {"enum": ['x"\nstart: y', "é", "</tool_call>"]}}}
+    function = {"name": "f", "parameters": schema}
+    tools = [Tool.model_validate({"type": "function", "function": function})]
+    grammar = tool_grammar(HERMES, tools, "required", True)
+    assert grammar is not None
+    for value in ('x"\nstart: y', "é"):
+        arguments = json.dumps({'a"\n/\\': value}, ensure_ascii=False)
+        if not model.special_ids(["<tool_call>"]):
+            assert model.accepts(grammar, write(HERMES, ("f", arguments)))

@@ -1,0 +1,149 @@
+"""The reading of a body: what is refused, in which words, and how fast."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.http.errors import BadRequestError, InvalidJSONError, InvalidValueError
+from server.http.strict_json import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, parse_json_object
+
+CASES = [
+    b"",
+    b"   ",
+    b"{",
+    b'{"a":1',
+    b'{"a":1}x',
+    b"hello",
+    b"[1]",
+    b'"x"',
+    b"5",
+    b"null",
+    b"{'a': 1}",
+    b'{"a":NaN}',
+    b'{"a":Infinity}',
+    b'{"a":-Infinity}',
+    b'{"a":1e999}',
+    b'{"a":-1e999}',
+    b'{"a":01}',
+    b'{"a":"\n"}',
+    b'{"a":"\xff"}',
+    b'{"\xff":1}',
+    b'{"a":"\xed\xa0\x80"}',  # a surrogate in UTF-8
+    '{"a":1}'.encode("utf-16"),
+    '{"a":1}'.encode("utf-32"),
+    b"\xef\xbb\xbf{}",
+    b'{"a":' + b"9" * 100_000 + b"}",
+    b'{"a":1,}',
+]
+
+
+@pytest.mark.parametrize("body", CASES, ids=lambda body: repr(body[:20]))
+def test_refused_in_openais_words(body: bytes) -> None:
+    with pytest.raises(InvalidJSONError) as caught:
+        parse_json_object(body)
+    error = caught.value
+    assert error.message.startswith("We could not parse the JSON body of your request.")
+    assert (error.status, error.code, error.param) == (400, None, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"prompt":"\\ud800"}', "prompt"),
+        (b'{"messages":[{"content":"a"},{"content":"x\\udfffy"}]}', "messages[1].content"),
+        (b'{"stop":["ok","\\uD83d"]}', "stop[1]"),
+        (b'{"a":{"\\ud800":1}}', "a"),
+        (b'{"a":"\\ud83d\\u0041"}', "a"),
+    ],
+)
+def test_lone_surrogates_are_named(body: bytes, param: str) -> None:
+    with pytest.raises(InvalidValueError) as caught:
+        parse_json_object(body)
+    assert caught.value.param == param
+    caught.value.body().decode("utf-8")
+
+
+def test_of_keys_that_stand_twice_the_last_counts() -> None:
+    assert parse_json_object(b'{"n":1,"n":9999}') == {"n": 9999}
+
+
+def test_pairs_of_surrogates_are_characters() -> None:
+    assert parse_json_object(b'{"a":"\\ud83d\\ude00"}') == {"a": "😀"}
+
+
+def test_depth_has_a_limit() -> None:
+    assert parse_json_object(nested(MAX_DEPTH))
+    with pytest.raises(InvalidJSONError, match="nested"):
+        parse_json_object(nested(MAX_DEPTH + 1))
+
+
+def nested(depth: int) -> bytes:
+    return b'{"a":' * depth + b"1" + b"}" * depth
+
+
+BOMBS: list[Callable[[], bytes]] = [
+    lambda: b"[" * 100_000,
+    lambda: b'{"a":' * 100_000,
+    lambda: b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    lambda: b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    lambda: b'{"a":[' + b"[]," * 3_000_000 + b"1]}",
+    lambda: b'{"a":[' + b"{}," * 3_000_000 + b"1]}",
+    lambda: b'{"a":[' + b"1," * 4_000_000 + b"1]}",
+    lambda: b'{"a":[' + b'"",' * (MAX_ELEMENTS + 1) + b'""]}',
+    lambda: b'{"' + b'":0,"'.join(b"%d" % i for i in range(800_000)) + b'":0}',
+    lambda: b'{"a":"' + b'\\"' * 3_000_000 + b":" * MAX_NODES * 2,  # a string that does not end
+    lambda: b'"' * 5_000_001 + b"[" * (MAX_NODES + 1),
+    lambda: b"\\" * 5_000_001 + b"[" * (MAX_NODES + 1),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BOMBS)))
+def test_bombs_are_refused_at_once(number: int) -> None:
+    body = BOMBS[number]()
+    start = time.process_time()
+    with pytest.raises(InvalidJSONError):
+        parse_json_object(body)
+    assert time.process_time() - start < (0.1 if len(body) < 2_000_000 else 0.5)
+
+
+def test_a_long_text_of_brackets_is_no_bomb() -> None:
+    text = '{"a": [1, 2, 3, 4]}\n' * 400_000
+    assert parse_json_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+def test_a_long_prompt_of_ids_is_no_bomb() -> None:
+    ids = list(range(800_000))
+    assert parse_json_object(json.dumps({"prompt": ids}).encode()) == {"prompt": ids}
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4))
+def test_valid_bodies_are_read_as_by_the_standard_library(value: dict[str, Any]) -> None:
+    for ensure_ascii in (False, True):
+        body = json.dumps(value, ensure_ascii=ensure_ascii).encode()
+        assert parse_json_object(body) == json.loads(body)
+
+
+@given(st.binary(max_size=50) | st.text(alphabet='{}[]":,\\u0d8ae1.-', max_size=30).map(str.encode))
+def test_anything_else_is_a_bad_request(body: bytes) -> None:
+    try:
+        value = parse_json_object(body)
+    except BadRequestError as error:
+        json.loads(error.body())
+    else:
+        assert value == json.loads(body)

@@ -1,0 +1,490 @@
+"""`python -m server.main` as a process: how it starts, how it ends, and what its clients see of that."""
+
+import gc
+import hashlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+import pytest
+
+from server.main import Life, bind, raise_file_limit, run, url
+from server.settings.table import ApiProcessConfig, Settings
+from tests.support.clients import write_adapter
+from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
+from tests.support.serving import check_envelope, check_error, wait_until
+
+COMMAND = [sys.executable, "-m", "server.main"]
+MAX_RSS = 150 << 20
+
+
+@dataclass
+class Api:
+    """A running API process with a fake engine beside it."""
+
+    process: subprocess.Popen[bytes]
+    engine: FakeEngineProcess
+    url: str
+    log: Path
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=5)
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return httpx.post(self.url + "/v1/completions", json={"model": "tiny", "prompt": "x"} | body, timeout=30)
+
+    def is_ready(self) -> bool:
+        try:
+            return self.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait(self, timeout: float) -> int:
+        return self.process.wait(timeout)
+
+
+StartApi = Callable[..., Api]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def start_process(config: ApiProcessConfig, log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stderr=stderr, env=os.environ | environment)
+    assert process.stdin is not None
+    with process.stdin as stdin:
+        stdin.write(msgspec.json.encode(config))
+    return process
+
+
+@pytest.fixture
+def start_api(address: str, model_folder: Path, tmp_path: Path) -> Iterator[StartApi]:
+    """`start_api({engine settings}, **settings)`; waits until it is ready."""
+    with ExitStack() as stack:
+
+        def start(
+            engine: dict[str, Any] | None = None,
+            *,
+            model_path: Path = model_folder,
+            wait_ready: bool = True,
+            environment: dict[str, str] | None = None,
+            **settings: Any,
+        ) -> Api:
+            fake = stack.enter_context(FakeEngineProcess(FakeEngineConfig(address=address, **(engine or {}))))
+            port = free_port()
+            config = ApiProcessConfig(
+                settings=Settings(port=port, **settings),
+                engine_address=address,
+                model_path=str(model_path),
+                model_names=("tiny",),
+                engine_pid=fake.pid,
+            )
+            log = tmp_path / "api.log"
+            api = Api(start_process(config, log, **(environment or {})), fake, f"http://127.0.0.1:{port}", log)
+            stack.callback(api.process.wait)
+            stack.callback(api.process.kill)
+            if wait_ready:
+                wait_until(api.is_ready, timeout=20)
+            return api
+
+        yield start
+
+
+class Background:
+    """A request in a thread: what came of it, and when."""
+
+    def __init__(self, call: Callable[[], httpx.Response]) -> None:
+        self._call = call
+        self.response: httpx.Response | None = None  # None also where the connection was cut
+        self.ended = 0.0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with suppress(httpx.TransportError):
+            self.response = self._call()
+        self.ended = time.monotonic()
+
+    def result(self) -> httpx.Response:
+        self._thread.join(20)
+        assert self.response is not None
+        return self.response
+
+
+def running(api: Api) -> int:
+    lines = api.get("/metrics").text.splitlines()
+    (value,) = [line.split()[-1] for line in lines if line.startswith("lightwell_num_requests_running{")]
+    return round(float(value))
+
+
+def last_error(response: httpx.Response) -> dict[str, Any]:
+    """The error event at the end of a stream that had begun."""
+    *_, error, done, end = response.content.split(b"\n\n")
+    assert (done, end) == (b"data: [DONE]", b"")
+    return check_envelope(error.removeprefix(b"data: "))
+
+
+SLOW = {"step_seconds": 0.05, "endless": True}
+
+
+def test_sigterm_when_idle(start_api: StartApi) -> None:
+    api = start_api()
+    assert api.complete().json()["choices"][0]["text"] == "Hello, world!"
+    api.process.terminate()
+    assert api.wait(2) == 0
+
+
+def test_sigterm_lets_running_requests_finish(start_api: StartApi) -> None:
+    api = start_api(SLOW)
+    plain = Background(lambda: api.complete(max_tokens=30))
+    stream = Background(lambda: api.complete(max_tokens=30, stream=True))
+    wait_until(lambda: running(api) == 2)
+    api.process.terminate()
+    wait_until(lambda: api.get("/readyz").status_code == 503, timeout=0.5)
+    refused = api.complete()
+    check_error(refused, 503)
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.headers["connection"] == "close"
+    assert plain.result().json()["usage"]["completion_tokens"] == 30
+    assert stream.result().text.endswith("data: [DONE]\n\n")
+    assert "error" not in stream.result().text
+    assert api.wait(3) == 0
+
+
+def test_what_does_not_finish_in_time_gets_an_error(start_api: StartApi) -> None:
+    api = start_api(SLOW, drain_timeout=0.5)
+    plain = Background(lambda: api.complete(max_tokens=2000))
+    stream = Background(lambda: api.complete(max_tokens=2000, stream=True))
+    wait_until(lambda: running(api) == 2)
+    terminated = time.monotonic()
+    api.process.terminate()
+    assert api.wait(5) == 0
+    assert time.monotonic() - terminated < 3
+    check_error(plain.result(), 503)
+    assert last_error(stream.result())["type"] == "service_unavailable_error"
+
+
+def test_nobody_waits_for_adapters(start_api: StartApi, tmp_path: Path) -> None:
+    api = start_api({"max_loras": 2, "ignores_adapters": True}, allow_runtime_lora_updating=True)
+    body = {"lora_name": "go", "lora_path": str(write_adapter(tmp_path / "go"))}
+    load = Background(lambda: httpx.post(f"{api.url}/v1/load_lora_adapter", json=body, timeout=20))
+    time.sleep(0.5)
+    assert load.response is None
+    api.process.terminate()
+    assert api.wait(3) == 0
+    assert "shutting down" in check_error(load.result(), 503)["message"]
+
+
+def test_nobody_waits_for_what_is_fetched(start_api: StartApi) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:  # which never answers
+        endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        environment = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        api = start_api({"max_loras": 2}, environment=environment, allow_runtime_lora_updating=True)
+        body = {"lora_name": "go", "lora_path": "org/go"}
+        load = Background(lambda: httpx.post(f"{api.url}/v1/load_lora_adapter", json=body, timeout=20))
+        hub.settimeout(20)
+        with hub.accept()[0]:
+            api.process.terminate()
+            assert api.wait(3) == 0
+        assert "shutting down" in check_error(load.result(), 503)["message"]
+
+
+def test_a_second_sigterm_ends_it_at_once(start_api: StartApi) -> None:
+    api = start_api(SLOW)
+    Background(lambda: api.complete(max_tokens=2000, stream=True))
+    wait_until(lambda: running(api) == 1)
+    api.process.terminate()
+    wait_until(lambda: api.get("/readyz").status_code == 503)
+    api.process.terminate()
+    assert api.wait(1) == 1
+
+
+def test_sigint_is_the_supervisors(start_api: StartApi) -> None:
+    api = start_api()
+    api.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert api.complete().status_code == 200
+
+
+def test_death_of_the_engine(start_api: StartApi) -> None:
+    api = start_api(SLOW)
+    plain = Background(lambda: api.complete(max_tokens=2000))
+    stream = Background(lambda: api.complete(max_tokens=2000, stream=True))
+    wait_until(lambda: running(api) == 2)
+    os.kill(api.engine.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    check_error(plain.result(), 503)
+    assert last_error(stream.result())["code"] == "engine_unavailable"
+    assert max(plain.ended, stream.ended) - killed < 1
+    check_error(api.get("/health"), 503)
+    check_error(api.get("/healthz"), 503)
+    check_error(api.complete(), 503)
+    assert api.wait(5) == 1
+    assert time.monotonic() - killed < 5
+    assert "the engine is gone" in api.log.read_text()
+
+
+def test_death_of_an_engine_that_was_never_ready(start_api: StartApi) -> None:
+    api = start_api({"never_ready": True}, wait_ready=False)
+    wait_until(lambda: b"listening" in api.log.read_bytes(), timeout=10)
+    api.engine.kill()
+    assert api.wait(2) == 1
+
+
+def test_sigterm_while_the_engine_loads(start_api: StartApi) -> None:
+    api = start_api({"never_ready": True}, wait_ready=False)
+    wait_until(lambda: b"listening" in api.log.read_bytes(), timeout=10)
+    wait_until(lambda: _status(api, "/healthz") == 200)
+    api.process.terminate()
+    assert api.wait(2) == 0
+
+
+def _status(api: Api, path: str) -> int:
+    try:
+        return api.get(path).status_code
+    except httpx.TransportError:
+        return 0
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_logs_hold_no_prompt_and_no_key(start_api: StartApi, level: str, log_format: str) -> None:
+    settings = {"api_key": ("key-canary",), "log_level": level, "log_format": log_format}
+    api = start_api({"reply": list(b"reply-canary")}, wait_ready=True, **settings)
+    headers = {"authorization": "Bearer key-canary"}
+    for stream in (False, True):
+        body = {"model": "tiny", "prompt": "prompt-canary", "stream": stream}
+        response = httpx.post(api.url + "/v1/completions", json=body, headers=headers)
+        assert "reply-canary" in response.text or stream
+    httpx.post(api.url + "/v1/completions", content=b"\x00canary", headers=headers)
+    api.process.terminate()
+    assert api.wait(3) == 0
+    log = api.log.read_text()
+    assert "/v1/completions" in log
+    assert "canary" not in log
+    if log_format == "json":
+        assert all(json.loads(line)["level"] for line in log.splitlines())
+
+
+def test_a_port_in_use_is_one_line(model_folder: Path, address: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        lines = failed_start(tmp_path, port=port, address=address, model_path=model_folder)
+    assert len(lines) == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in lines[0]
+
+
+def test_a_chat_template_of_ones_own(start_api: StartApi, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    api = start_api(chat_template=str(file))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hé"}, {"role": "user", "content": "b"}]}
+    prompt = httpx.post(f"{api.url}/v1/chat/completions/render", json=body, timeout=30).json()["prompt"]
+    assert prompt == "<Hé><b>"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    assert api.complete().json()["system_fingerprint"] == f"fp_fake-{digest}"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "No such file or directory"),
+        (b"{% if %}", "The chat template does not compile"),
+        (b"\xff", "invalid start byte"),
+    ],
+)
+def test_a_chat_template_that_is_none(content: bytes | None, text: str, start_api: StartApi, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    api = start_api(chat_template=str(file), wait_ready=False)
+    assert api.wait(20) == 1
+    log = api.log.read_text()
+    assert f"--chat-template {file}: " in log
+    assert text in log
+    assert "Traceback" not in log
+
+
+def test_a_model_that_is_not_there_is_one_line(address: str, tmp_path: Path) -> None:
+    lines = failed_start(tmp_path, port=0, address=address, model_path=tmp_path / "nowhere.gguf")
+    assert len(lines) == 1
+    assert "nowhere.gguf" in lines[0]
+
+
+def failed_start(tmp_path: Path, *, port: int, address: str, model_path: Path) -> list[str]:
+    config = ApiProcessConfig(
+        settings=Settings(port=port), engine_address=address, model_path=str(model_path), model_names=("m",)
+    )
+    process = start_process(config, tmp_path / "log")
+    assert process.wait(10) == 1
+    return (tmp_path / "log").read_text().splitlines()
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONOPTIMIZE": "1"}, {"LC_ALL": "C", "PYTHONHASHSEED": "7"}])
+def test_environments(start_api: StartApi, environment: dict[str, str]) -> None:
+    api = start_api({"reply": list("Grüße 世界".encode())}, environment=environment)
+    assert api.complete().json()["choices"][0]["text"] == "Grüße 世界"
+    check_error(api.complete(n=0), 400)
+    api.process.terminate()
+    assert api.wait(2) == 0
+
+
+def test_it_does_not_outlive_its_parent(model_folder: Path, address: str, tmp_path: Path) -> None:
+    config = ApiProcessConfig(
+        settings=Settings(port=0), engine_address=address, model_path=str(model_folder), model_names=("m",)
+    )
+    log = tmp_path / "log"
+    code = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen({COMMAND!r}, stdin=subprocess.PIPE, stderr=open({str(log)!r}, 'wb'))\n"
+        f"child.stdin.write({msgspec.json.encode(config)!r})\n"
+        "child.stdin.close()\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pidfd = os.pidfd_open(int(parent.stdout.readline()))
+        wait_until(lambda: b"listening" in log.read_bytes(), timeout=20)
+        assert not select.select([pidfd], [], [], 0)[0]
+        parent.kill()
+        assert select.select([pidfd], [], [], 2)[0]
+        os.close(pidfd)
+
+
+def test_memory_and_sockets(start_api: StartApi, smollm2_path: Path) -> None:
+    """With a real tokenizer, after some requests; nothing listens but the port."""
+    api = start_api({"vocab_size": 49152}, model_path=smollm2_path)
+    for _ in range(20):
+        assert api.complete(stream=True).status_code == 200
+    process = psutil.Process(api.process.pid)
+    assert process.memory_info().rss < MAX_RSS
+    listening = [each for each in process.net_connections(kind="inet") if each.status == psutil.CONN_LISTEN]
+    assert [each.laddr.ip for each in listening] == ["127.0.0.1"]
+
+
+def test_a_long_text_holds_up_nobody(start_api: StartApi) -> None:
+    """The worst case: each byte is a token. Probes are answered meanwhile."""
+    api = start_api()
+    body = json.dumps({"prompt": "a" * (1 << 20)}).encode()
+    headers = {"content-type": "application/json"}
+    request = Background(lambda: httpx.post(api.url + "/tokenize", content=body, headers=headers, timeout=30))
+    lags = []
+    with httpx.Client(base_url=api.url) as client:
+        while not request.ended:
+            start = time.perf_counter()
+            client.get("/healthz")
+            lags.append(time.perf_counter() - start)
+    assert request.result().status_code == 200
+    lags.sort()
+    assert lags[int(len(lags) * 0.9)] < 0.05, lags[-5:]
+
+
+ONES = "[" + "1," * 4_000_000 + "1]"
+FEWER_ONES = "[" + "1," * 1_000_000 + "1]"
+EMPTY_STRINGS = "[" + '"",' * 1_000_000 + '""]'
+
+# path, body with % for a list, lists. All of them would be a million errors or more.
+WRONG_LISTS = [
+    ("/v1/chat/completions", '{"model":"tiny","messages":%}', (ONES, FEWER_ONES)),
+    ("/v1/chat/completions", '{"model":"tiny","messages":[{"role":"user","content":%}]}', (ONES, FEWER_ONES)),
+    (
+        "/v1/chat/completions",
+        '{"model":"tiny","messages":[{"role":"assistant","content":"a","tool_calls":%}]}',
+        (ONES, FEWER_ONES),
+    ),
+    ("/v1/completions", '{"model":"tiny","prompt":"a","stop_token_ids":%}', (EMPTY_STRINGS,)),
+    ("/v1/completions", '{"model":"tiny","prompt":"a","stop":%}', (FEWER_ONES,)),
+    ("/v1/completions", '{"model":"tiny","prompt":%}', (ONES, EMPTY_STRINGS)),
+    ("/tokenize", '{"messages":%}', (ONES, FEWER_ONES)),
+    ("/detokenize", '{"tokens":%}', (ONES, EMPTY_STRINGS)),
+]
+
+
+def test_wrong_lists_hold_up_nobody(start_api: StartApi) -> None:
+    """Each is refused at once, probes are answered meanwhile, and no memory stays taken."""
+    api = start_api()
+    headers = {"content-type": "application/json"}
+    bodies = [(path, body.replace("%", items)) for path, body, lists in WRONG_LISTS for items in lists]
+    with httpx.Client(base_url=api.url) as client:
+        for path, body in bodies:
+            start = time.perf_counter()
+            request = Background(partial(httpx.post, api.url + path, content=body, headers=headers, timeout=30))
+            lags = []
+            while not request.ended:
+                probe = time.perf_counter()
+                assert client.get("/healthz").status_code == 200
+                lags.append(time.perf_counter() - probe)
+            check_error(request.result(), 400)
+            assert time.perf_counter() - start < 1.5, path
+            assert max(lags) < 1, path
+    assert psutil.Process(api.process.pid).memory_info().rss < 2 * MAX_RSS
+
+
+def test_a_failure_of_the_running_server_is_logged_whole(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, model_folder: Path, address: str
+) -> None:
+    async def fail(life: Life, sockets: list[socket.socket]) -> int:
+        for each in sockets:
+            each.close()
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Life, "live", fail)
+    settings = Settings(port=0)
+    config = ApiProcessConfig(
+        settings=settings, engine_address=address, model_path=str(model_folder), model_names=("tiny",)
+    )
+    assert run(config, lambda: None) == 1
+    gc.unfreeze()
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.name == "lightwell.api"
+    assert record.exc_info is not None
+
+
+def test_small_answers_are_not_held_back(start_api: StartApi) -> None:
+    """As they are where Nagle's algorithm meets delayed acknowledgements: 40 ms each."""
+    api = start_api()
+    with httpx.Client(base_url=api.url) as client:
+        client.get("/healthz")
+        start = time.perf_counter()
+        for _ in range(20):
+            client.get("/healthz")
+        assert (time.perf_counter() - start) / 20 < 0.02
+
+
+def test_bind() -> None:
+    (first,) = bind("127.0.0.1", 0)
+    with first:
+        port = first.getsockname()[1]
+        assert url(first) == f"http://127.0.0.1:{port}"
+        with pytest.raises(OSError, match=f"port {port}: Address already in use"):
+            bind("127.0.0.1", port)
+    with pytest.raises(OSError, match=r"cannot listen on no\.such\.host\.invalid"):
+        bind("no.such.host.invalid", 0)
+    sockets = bind("localhost", 0)
+    assert len({each.getsockname()[1] for each in sockets}) == 1
+    for each in sockets:
+        each.close()
+
+
+def test_there_are_files_for_connections() -> None:
+    assert raise_file_limit() >= 16

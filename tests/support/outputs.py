@@ -1,0 +1,57 @@
+"""What our engine makes of prompts, for comparison with another implementation."""
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+from torch import Tensor
+
+from engine.batch.builder import BatchBuilder
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.loading import LoadedModel
+from engine.runner import ModelRunner
+from engine.scheduling.block_pool import Block
+from engine.scheduling.request import Scheduled, Step, leader_of
+from engine.shared.messages import SamplingParams, Submit
+
+
+def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") -> Tensor:
+    """Logits of every position [n, V] from one forward pass over a whole prompt."""
+    submit = Submit(request_id="r", prompt_token_ids=list(prompt), params=SamplingParams(max_tokens=1), arrival=0.0)
+    place = loaded.adapters.find(fingerprint_of(loaded, lora_name))
+    request = leader_of(submit, salt=b"", number=0, now=0.0, lora_place=place)
+    block_size = loaded.memory.block_size
+    request.blocks = [Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))]
+    # Of the prompt's size, which may exceed what the engine computes in one step.
+    builder = BatchBuilder(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.device)
+    runner = loaded.runner
+    execution = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels).execution
+    with torch.inference_mode():
+        execution.forward(builder.build(Step(1, [Scheduled(request, 0, len(prompt), num_samples=len(prompt))])))
+        return execution.compute_logits(torch.arange(len(prompt))).clone()
+
+
+def fingerprint_of(loaded: LoadedModel, lora_name: str) -> str:
+    """What a request for an adapter calls its weights."""
+    adapters = {adapter.name: adapter.fingerprint for adapter in loaded.adapters.loaded()}
+    return adapters[lora_name] if lora_name else ""
+
+
+def greedy_outputs(
+    loaded: LoadedModel, prompts: Sequence[list[int]], num_tokens: int, lora_names: Sequence[str] = ()
+) -> list[list[int]]:
+    """So many tokens after each prompt, all prompts together, through the engine."""
+    engine = Engine(EngineConfig(model_path=""), loaded)
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    for number, (prompt, name) in enumerate(zip(prompts, lora_names or [""] * len(prompts), strict=True)):
+        submit = Submit(request_id=str(number), prompt_token_ids=prompt, params=params, arrival=0.0)
+        fingerprint = fingerprint_of(loaded, name)
+        engine.add(msgspec.structs.replace(submit, lora_name=name, lora_fingerprint=fingerprint))
+    outputs: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for event in engine.step()[1]:
+            assert event.error is None
+            outputs[int(event.request_id)] += event.token_ids
+    assert all(len(output) == num_tokens for output in outputs)
+    return outputs

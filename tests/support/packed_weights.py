@@ -1,0 +1,101 @@
+"""Random weights in every format, with the numbers that they stand for."""
+
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu.weights import FORMATS
+from engine.kernels.interface import KernelOptions
+from engine.weights import PackedTensor, Weight
+from tests.support.recorded_kernels import random_tensor
+
+Array = np.ndarray[Any, Any]
+
+# Where half-precision scales and minima lie in a block.
+SCALES = {
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q8_0": [0],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
+GROUP = 32  # inputs that share a scale
+
+
+def inputs_of(name: str) -> int:
+    """What the number of inputs must be a multiple of."""
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][0] if name.upper() in SCALES else 1
+
+
+def options_of(name: str) -> KernelOptions:
+    """Those with which a checkpoint's weights end in this format."""
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    return KernelOptions(dtype, quantization="int8" if name == "int8" else "auto")
+
+
+def random_weight(name: str, num_outputs: int, num_inputs: int, seed: int) -> tuple[Weight, Tensor]:
+    """A weight for a format, and its numbers in float64 as they are once it is packed."""
+    assert name in FORMATS
+    if name.upper() in SCALES:
+        packed = random_packed(name.upper(), num_outputs, num_inputs, seed)
+        return packed, numbers_of(packed).double()
+    weight = random_tensor(seed, num_outputs, num_inputs)
+    if name == "int8":
+        return weight, rounded_to_int8(weight)
+    weight = weight.to(options_of(name).dtype)
+    return weight, weight.double()
+
+
+def random_packed(type_name: str, num_outputs: int, num_inputs: int, seed: int) -> PackedTensor:
+    """Codes of all values, scales of both signs."""
+    rng = np.random.default_rng(seed)
+    block_size, type_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
+    data = rng.integers(0, 256, (num_outputs * num_inputs // block_size, type_size), dtype=np.uint8)
+    for offset in SCALES[type_name]:
+        scales = rng.uniform(0.005, 0.02, len(data)) * rng.choice([-1, 1], len(data))
+        data[:, offset : offset + 2] = scales.astype(np.float16)[:, None].view(np.uint8)
+    return PackedTensor(type_name, (num_outputs, num_inputs), data.reshape(-1))
+
+
+def numbers_of(packed: PackedTensor) -> Tensor:
+    """As the `gguf` package reads them."""
+    numbers: Array = gguf.dequantize(
+        packed.data.reshape(packed.shape[0], -1), gguf.GGMLQuantizationType[packed.type_name]
+    )
+    return torch.from_numpy(numbers)
+
+
+def rounded_to_int8(weight: Tensor) -> Tensor:
+    """Codes of -127..127 times a half-precision scale for each output and 32 inputs. float64."""
+    groups = grouped(weight)
+    scales = (groups.abs().amax(dim=-1, keepdim=True) / 127).half().float()
+    codes = (groups * (1 / scales)).round().clamp(-127, 127)
+    return (codes.double() * scales).flatten(1)[:, : weight.shape[1]]
+
+
+def rounded_input(name: str, x: Tensor) -> Tensor:
+    """Inputs [T, K] as a product in this format takes them, in float64."""
+    if name == "float32":
+        return x.double()
+    if name == "bfloat16":
+        return x.bfloat16().double()
+    groups = grouped(x)
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    codes = (groups * torch.where(largest > 0, 127 / largest, 0.0)).round()
+    return (codes.double() * (largest / 127)).flatten(1)[:, : x.shape[1]]
+
+
+def rounded_to_bfloat16(x: Tensor) -> Tensor:
+    """To the nearest, of two that are as near the one away from zero. float64."""
+    return ((x.float().view(torch.int32) + 0x8000) & ~0xFFFF).view(torch.float32).double()
+
+
+def grouped(x: Tensor) -> Tensor:
+    """[n, K] -> [n, groups, 32], filled up with zeros."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)

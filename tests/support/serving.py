@@ -1,0 +1,160 @@
+"""A real server on a free port, in a thread, with a fake engine behind it."""
+
+import asyncio
+import json
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from server.app import create_app
+from server.context import ServerContext
+from server.http.protocol import HTTPProtocol
+from server.main import bind, make_context, make_server, url
+from server.settings.table import ApiProcessConfig, Settings
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+
+MODEL_NAMES = ("tiny", "org/tiny")
+
+
+class RunningServer:
+    """Where it is, and what is inside."""
+
+    def __init__(self, url: str, context: ServerContext, engine: FakeEngine | None) -> None:
+        self.url = url
+        self.context = context
+        self._engine = engine
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    @property
+    def engine(self) -> FakeEngine:
+        assert self._engine is not None
+        return self._engine
+
+    def connect(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        connection.settimeout(10)
+        return connection
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one sample as a scrape would see it now."""
+        own = {"model_name": MODEL_NAMES[0], "engine": "0"}
+        registry = self.context.metrics.registry
+        value = registry.get_sample_value(name, own | labels)
+        return value if value is not None else registry.get_sample_value(name, labels) or 0.0
+
+
+def wait_until(condition: Any, timeout: float = 5.0) -> None:
+    """Polls until `condition()` is true; fails after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def make_test_context(address: str, model_folder: Path, **settings: Any) -> ServerContext:
+    config = ApiProcessConfig(
+        settings=Settings(**settings), engine_address=address, model_path=str(model_folder), model_names=MODEL_NAMES
+    )
+    return make_context(config)
+
+
+@contextmanager
+def running_server(
+    context: ServerContext,
+    engine: FakeEngine | None = None,
+    *,
+    app: FastAPI | None = None,
+    wait_ready: bool = True,
+    max_connections: int = 256,
+    protocol: type[HTTPProtocol] = HTTPProtocol,
+) -> Iterator[RunningServer]:
+    """Serves until the end of the context."""
+    server = make_server(app or create_app(context), max_connections=max_connections, protocol=protocol)
+    sockets = bind("127.0.0.1", 0)
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.serve(sockets)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        if wait_ready:
+            wait_until(lambda: context.client.is_ready)
+        yield RunningServer(url(sockets[0]), context, engine)
+    finally:
+        loops[0].call_soon_threadsafe(server.stop)
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def own_address() -> Iterator[str]:
+    """A ZeroMQ address that nobody else has. Paths of sockets must be short."""
+    with tempfile.TemporaryDirectory(prefix="lw-") as folder:
+        yield f"ipc://{folder}/engine"
+
+
+@contextmanager
+def fresh_server(model_folder: Path, **settings: Any) -> Iterator[RunningServer]:
+    """A server with a fake engine of its own."""
+    with own_address() as address, FakeEngine(FakeEngineConfig(address=address)) as engine:
+        context = make_test_context(address, model_folder, **settings)
+        with running_server(context, engine) as server:
+            yield server
+
+
+def raw_request(method: str, path: str, body: bytes = b"", /, **headers: str) -> bytes:
+    """HTTP/1.1 as bytes. Header names are written with _ for -."""
+    lines = [f"{method} {path} HTTP/1.1"]
+    fields = {"host": "localhost", "content_length": str(len(body))} | headers
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of one answer with a Content-Length, or of all until the end."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        chunk = connection.recv(65536)
+        assert chunk, f"the connection ended after {data!r}"
+        data += chunk
+    head, _, body = data.partition(b"\r\n\r\n")
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    while len(body) < int(headers.get("content-length", 1 << 30)) and (chunk := connection.recv(65536)):
+        body += chunk
+    return int(status_line.split()[1]), headers, body
+
+
+def check_error(response: httpx.Response, status: int) -> dict[str, Any]:
+    """Asserts that the answer is an error in OpenAI's envelope, and returns its four fields."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    return check_envelope(response.content)
+
+
+def check_envelope(body: bytes) -> dict[str, Any]:
+    content = json.loads(body)
+    assert list(content) == ["error"]
+    error: dict[str, Any] = content["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert isinstance(error["type"], str)
+    assert error["code"] is None or isinstance(error["code"], str)
+    assert error["param"] is None or isinstance(error["param"], str)
+    return error

@@ -1,0 +1,119 @@
+"""Streaming requests, many at a time, and what their clients see: what came, when, and how it ended."""
+
+import json
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tests.support.clients import choice_text
+from tests.support.server_process import COMPLETIONS, MODEL, ServerProcess
+from tests.support.serving import check_envelope
+
+JOIN_SECONDS = 300.0  # bounds hangs only
+
+
+class Stream:
+    """One request in a thread of its own."""
+
+    def __init__(self, server: ServerProcess, body: dict[str, Any], path: str = COMPLETIONS) -> None:
+        self.chunks: list[dict[str, Any]] = []
+        self.times: list[float] = []  # of `time.monotonic()`, when each chunk came
+        self.error: dict[str, Any] | None = None  # from an error event, or from an answer that is no stream
+        self.status: int | None = None  # None: no answer
+        self.is_done = False  # [DONE] came
+        self.is_cut = False  # the connection broke
+        self.ended = 0.0
+        self._http = server.http
+        self._path = path
+        self._body = {"model": MODEL, "stream": True} | body
+        self._begun = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def wait_for_begin(self) -> None:
+        """Until the first chunk is there."""
+        assert self._begun.wait(JOIN_SECONDS)
+        assert self.chunks, (self.status, self.error)
+
+    def result(self) -> "Stream":
+        """Itself, once it has ended."""
+        self._thread.join(JOIN_SECONDS)
+        assert not self._thread.is_alive()
+        return self
+
+    @property
+    def is_complete(self) -> bool:
+        """Every choice has an end, and [DONE] came last."""
+        reasons = [choice.finish_reason for choice in merge(self.chunks).values()]
+        return self.is_done and not self.is_cut and self.error is None and bool(reasons) and None not in reasons
+
+    @property
+    def has_failed(self) -> bool:
+        """Its client knows: an error event came, or the connection broke. An end without [DONE] looks like success."""
+        return self.is_cut or self.error is not None
+
+    def _run(self) -> None:
+        try:
+            with self._http.stream("POST", self._path, json=self._body) as response:
+                self.status = response.status_code
+                if self.status == 200:
+                    self._read(response.iter_lines())
+                else:
+                    self.error = check_envelope(response.read())
+        except httpx.TransportError:
+            self.is_cut = True
+        finally:
+            self.ended = time.monotonic()
+            self._begun.set()
+
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            if not line or line.startswith(":"):
+                continue
+            assert not self.is_done
+            data = line.removeprefix("data: ")
+            if data == "[DONE]":
+                self.is_done = True
+            elif "error" in json.loads(data):
+                self.error = check_envelope(data.encode())
+            else:
+                self.chunks.append(json.loads(data))
+                self.times.append(time.monotonic())
+                self._begun.set()
+
+
+def start_streams(server: ServerProcess, num_streams: int, **fields: Any) -> list[Stream]:
+    """Streams that have all begun, each with a short prompt of its own."""
+    prompts = [f"Once upon a time there were {number} cats, and" for number in range(num_streams)]
+    streams = [Stream(server, {"prompt": prompt, "ignore_eos": True} | fields) for prompt in prompts]
+    for stream in streams:
+        stream.wait_for_begin()
+    return streams
+
+
+@dataclass
+class Choice:
+    """All of one choice, of either endpoint, streamed or not."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def merge(answers: Iterable[dict[str, Any]]) -> dict[int, Choice]:
+    """The choices, by index, of a whole answer or of the chunks of a stream."""
+    choices: dict[int, Choice] = {}
+    for answer in answers:
+        for part in answer["choices"]:
+            choice = choices.setdefault(part["index"], Choice())
+            assert choice.finish_reason is None, "something came after the end"
+            choice.text += choice_text(part)
+            choice.finish_reason = part["finish_reason"]
+            for name, values in (part.get("logprobs") or {}).items():
+                if values:
+                    choice.logprobs.setdefault(name, []).extend(values)
+    return choices

@@ -1,0 +1,79 @@
+"""A model folder whose chat template writes tools, calls and thoughts as Qwen's do, and what tests do with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from tests.support.clients import CHAT, ask_json
+from tests.support.serving import RunningServer
+from tests.support.tiny_tokenizer_model import END_OF_TEXT, write_tiny_model
+
+TEMPLATE = r"""
+{%- if tools %}
+    {{- '<|im_start|>tools' }}
+    {%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.reasoning_content is defined %}{{- '<think>' + message.reasoning_content + '</think>' }}{%- endif %}
+    {{- message.content }}
+    {%- for call in message.tool_calls %}
+        {{- '\n<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- call.function.arguments | tojson }}
+        {{- '}</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if documents %}{{- '<|im_start|>' + (documents | tojson) + '<|im_end|>\n' }}{%- endif %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking %}{{- '<think>\n' }}{%- endif %}
+{%- endif %}"""
+TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+
+
+def write_tool_model(folder: Path, *, special_tags: bool) -> Path:
+    """With `special_tags` the tags are control tokens, as they are in some models."""
+    write_tiny_model(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_TEXT, "chat_template": TEMPLATE}))
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    if special_tags:
+        tokenizer.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in TAGS])
+    tokenizer.save(path)
+    return folder
+
+
+def say(server: RunningServer, text: str) -> None:
+    """What the model answers from now on."""
+    server.engine.config.reply = server.context.tokenizer.encode(text, add_special_tokens=False)
+
+
+def prompt(server: RunningServer, **fields: Any) -> str:
+    """The prompt that a request becomes, as text."""
+    ask_json(server.url, CHAT, **fields)
+    return server.context.tokenizer.decode(server.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
+
+
+def messages_of(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The messages that a stream adds up to, as OpenAI's clients add it up."""
+    messages: dict[int, dict[str, Any]] = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        message = messages.setdefault(choice["index"], {"content": ""})
+        delta = choice["delta"]
+        message["content"] += delta.get("content") or ""
+        for name in ("reasoning", "reasoning_content"):
+            if name in delta:
+                message[name] = message.get(name, "") + delta[name]
+        for call in delta.get("tool_calls", ()):
+            calls = message.setdefault("tool_calls", [])
+            if call["index"] == len(calls):
+                calls.append({"type": call["type"], "id": call["id"], "function": dict(call["function"])})
+            else:
+                assert set(call) == {"index", "function"}
+                assert set(call["function"]) == {"arguments"}
+                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    return messages

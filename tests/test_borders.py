@@ -1,0 +1,198 @@
+"""Who may import whom, what is never called, and how long a file or a function may be.
+
+Imports are tried in fresh processes; what stands in the source is read from its syntax tree.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix() for room in ("engine", "server") for path in ROOT.glob(f"{room}/**/*.py")
+)
+ENGINE, SERVER = ([path for path in SOURCES if path.startswith(room)] for room in ("engine/", "server/"))
+
+# The books and the contract: plain Python.
+ENGINE_WITHOUT_TORCH = ["shared", "config", "grammar", "scheduling"]
+HEAVY = ["torch", "numpy", "transformers", "huggingface_hub"]
+WEB = {"server", "fastapi", "pydantic", "starlette", "uvicorn"}
+ENGINE_FOR_SERVER = {
+    "engine.shared",
+    "engine.config",
+    "engine.grammar",
+}
+
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+
+PROBE = """
+import importlib, json, pkgutil, sys
+
+names, unwanted = json.loads(sys.argv[1])
+found = {}
+for name in names:
+    package = importlib.import_module(name)
+    below = pkgutil.walk_packages(getattr(package, "__path__", []), name + ".")
+    for module in [name, *(info.name for info in below)]:
+        importlib.import_module(module)
+        for other in sorted(sys.modules.keys() & set(unwanted)):
+            found.setdefault(other, module)
+print(json.dumps(found))
+"""
+
+
+def imported_along(names: list[str], unwanted: list[str]) -> dict[str, str]:
+    """Import modules and all below in a fresh process; the unwanted ones that come along: name -> with whom first."""
+    command = [sys.executable, "-c", PROBE, json.dumps([names, unwanted])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    found: dict[str, str] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", ENGINE_WITHOUT_TORCH)
+def test_the_books_of_the_engine_import_no_torch_and_no_server(name: str) -> None:
+    assert imported_along([f"engine.{name}"], ["torch", *WEB]) == {}
+
+
+def test_the_server_imports_nothing_heavy() -> None:
+    assert imported_along(["server"], HEAVY) == {}
+
+
+@cache
+def tree(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def imports(path: str) -> Iterator[str]:
+    """The full names that a file imports anywhere: modules, and what it takes from them."""
+    package = Path(path).parent.parts
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else ())))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def first_part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def is_below(name: str, modules: set[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+@pytest.mark.parametrize("path", ENGINE)
+def test_the_engine_knows_nothing_of_the_web(path: str) -> None:
+    assert [name for name in imports(path) if first_part(name) in WEB] == []
+
+
+@pytest.mark.parametrize("path", SERVER)
+def test_the_server_knows_only_the_contract_of_the_engine(path: str) -> None:
+    names = list(imports(path))
+    assert [name for name in names if first_part(name) == "torch"] == []
+    of_engine = [name for name in names if first_part(name) == "engine"]
+    assert [name for name in of_engine if not is_below(name, ENGINE_FOR_SERVER)] == []
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_files_and_functions_are_short(path: str) -> None:
+    num_lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_FILE_LINES
+    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in functions]
+    assert [(name, length) for name, length in lengths if length > MAX_FUNCTION_LINES] == []
+
+
+def test_every_folder_is_a_package() -> None:
+    """Otherwise its files are not installed, and the tests above do not see them."""
+    folders = {Path(path).parent for path in SOURCES}
+    assert [folder for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
+
+
+def dangers(module: ast.Module) -> Iterator[str]:
+    """What can run code that comes from a file or from the network."""
+    for node in ast.walk(module):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names if first_part(alias.name) in PICKLES)
+            case ast.ImportFrom(module=str(name)) if first_part(name) in PICKLES:
+                yield name
+            case ast.ImportFrom(module="torch", names=names) if any(alias.name == "load" for alias in names):
+                yield "torch.load"
+            case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
+                yield "torch.load"
+            case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
+                yield name
+            case ast.keyword(arg="trust_remote_code" | "allow_pickle" as name, value=value) if not is_false(value):
+                yield name
+            case ast.Dict(keys=keys, values=values):
+                yield from (
+                    "trust_remote_code"
+                    for key, value in zip(keys, values, strict=True)
+                    if isinstance(key, ast.Constant) and key.value == "trust_remote_code" and not is_false(value)
+                )
+
+
+PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+
+
+def is_false(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is False
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_no_code_is_run_that_comes_from_outside(path: str) -> None:
+    assert list(dangers(tree(path))) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "num_dangers"),
+    [
+        ("import pickle", 1),
+        ("import json, pickle as p", 1),
+        ("from pickle import loads", 1),
+        ("def f():\n    from cloudpickle import loads", 1),
+        ("import torch\nx = torch.load(path)", 1),
+        ("from torch import load", 1),
+        ("eval(text)", 1),
+        ("exec(text)", 1),
+        ("Model.from_pretrained(path, trust_remote_code=True)", 1),
+        ("Model.from_pretrained(path, trust_remote_code=flag)", 1),
+        ("options = {'trust_remote_code': True}", 1),
+        ("np.load(path, allow_pickle=True)", 1),
+        ("Model.from_pretrained(path, trust_remote_code=False)", 0),
+        ("model.eval()", 0),
+        ("json.load(file); safetensors.torch.load(data); literal_eval(text)", 0),
+        ("'pickle, torch.load, eval(x)'  # pickle", 0),
+    ],
+)
+def test_the_search_for_dangers_finds_them(source: str, num_dangers: int) -> None:
+    assert len(list(dangers(ast.parse(source)))) == num_dangers
+
+
+def test_the_search_for_imports_finds_them() -> None:
+    assert len(ENGINE) > len(ENGINE_WITHOUT_TORCH)
+    assert set(imports("engine/scheduling/scheduler.py")) >= {
+        "time",
+        "engine.scheduling.block_pool.BlockPool",
+        "engine.scheduling.request.Step",
+    }
+    assert imported_along(["engine.scheduling.request"], ["msgspec", "torch"]) == {
+        "msgspec": "engine.scheduling.request"
+    }
+    server_modules = [path.removesuffix(".py").replace("/", ".") for path in SERVER if not path.endswith("__init__.py")]
+    assert sorted(imported_along(["server"], server_modules)) == server_modules
+    assert is_below("engine.shared.messages.Submit", ENGINE_FOR_SERVER)
+    assert not is_below("engine.messages_of_another", ENGINE_FOR_SERVER)
+    assert not is_below("engine", ENGINE_FOR_SERVER)
