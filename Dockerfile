@@ -1,15 +1,15 @@
-# The image of the server. deploy/README.md says how to run it.
+# The image of the server; see deploy/README.md.
 #
-#   PIP_ARGS      handed to pip where it installs torch, to choose one for the CPU or for a release of CUDA
-#   BAKE_MODEL    a model (alias or Hugging Face id) that the image carries and serves by default
-#   BASE_IMAGE    any Debian or Ubuntu with Python 3.11 or newer and its venv module
+#   PIP_ARGS      arguments of pip when it installs torch, to choose a build for the CPU or for a version of CUDA
+#   BAKE_MODEL    a model (alias or Hugging Face id) to include in the image and serve by default
+#   BASE_IMAGE    a Debian or Ubuntu image with Python 3.11 or newer and its venv module
 #
-# A pip.conf for all of pip, which the image does not keep: docker build --secret id=pip,src=pip.conf
+# To configure pip for the build only: docker build --secret id=pip,src=pip.conf
 
 ARG PYTHON_VERSION=3.13
 ARG BASE_IMAGE=python:${PYTHON_VERSION}-slim-trixie
 
-# What the project depends on: made anew only when pyproject.toml changes.
+# The dependencies of the project: rebuilt only when pyproject.toml changes.
 FROM ${BASE_IMAGE} AS dependencies
 ARG PIP_ARGS=""
 ENV PATH=/opt/lightwell/venv/bin:$PATH \
@@ -24,7 +24,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install ${PIP_ARGS} "$(grep '^torch[^a-z]' requirements.txt)" \
     && pip install --requirement requirements.txt
 
-# The wheel holds the compiled kernels too: the image has no compiler, and its cache folder is a volume.
+# The wheel includes the compiled kernels, because the image has no compiler and its cache folder is a volume.
 FROM dependencies AS wheel
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends g++ \
@@ -47,12 +47,12 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 FROM ${BASE_IMAGE}
 ARG REVISION=""
 LABEL org.opencontainers.image.title="Lightwell" \
-      org.opencontainers.image.description="An OpenAI-compatible LLM inference server whose inside anyone can see" \
+      org.opencontainers.image.description="An OpenAI-compatible LLM inference server whose answers do not depend on the batch" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# Caches are all that is written: fetched models, and whatever a library keeps in its home.
+# The server writes caches only: downloaded models, and files that libraries keep in the home folder.
 ENV PATH=/opt/lightwell/venv/bin:$PATH \
     HOME=/var/cache/lightwell \
     HF_HOME=/var/cache/lightwell/huggingface \
@@ -66,7 +66,7 @@ RUN groupadd --gid 10001 lightwell \
         --shell /usr/sbin/nologin lightwell \
     && install --directory --owner=lightwell --group=lightwell /var/cache/lightwell
 
-# From what changes least to what changes most. The model lies outside the volume, which would hide it.
+# The layers that change least come first. The model is outside the volume, which would hide it.
 COPY --from=dependencies /opt/lightwell/venv /opt/lightwell/venv
 COPY --from=model /opt/lightwell/models /opt/lightwell/models
 COPY deploy/healthcheck.py /opt/lightwell/

@@ -1,7 +1,7 @@
-"""Puts a model into the image: `python bake_model.py FOLDER [MODEL]`, run by the Dockerfile.
+"""Include a model in the image: `python bake_model.py FOLDER [MODEL]`, run by the Dockerfile.
 
-The model's files lie where LIGHTWELL_CACHE and HF_HOME say. FOLDER gets a link to them, and a config.yaml that makes it
-the default model; without MODEL that file is empty.
+The model is downloaded to the folders set by LIGHTWELL_CACHE and HF_HOME. FOLDER gets a link to it, and a config.yaml
+that makes it the default model; without MODEL, that file is empty.
 """
 
 import json
@@ -12,7 +12,7 @@ from server.model_paths import ModelError, resolve_model
 
 
 def bake(folder: Path, model: str) -> None:
-    """Fetch `model` and make it the default. Raises ModelError."""
+    """Download `model` and make it the default. Raises ModelError."""
     folder.mkdir(parents=True, exist_ok=True)
     config = ""
     if model:

@@ -1,6 +1,6 @@
-"""Evaluates every query of the dashboard on a Prometheus that scrapes a server: `python3 check_dashboard.py URL`.
+"""Evaluate every query of the dashboard on a Prometheus that scrapes a server: `python3 check_dashboard.py URL`.
 
-Fails if one is refused or finds nothing. `test-image.sh` runs it; the tests take the queries from here.
+Exits with 1 if a query is refused or returns nothing. `test-image.sh` runs this; the tests import `queries`.
 """
 
 import json
@@ -22,7 +22,7 @@ def load_dashboard() -> dict[str, Any]:
 
 
 def queries(dashboard: dict[str, Any], variables: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Title of the panel and PromQL of each query, with values for Grafana's variables (`prefix`, `model_name` ...)."""
+    """Yield panel title and PromQL of each query, with Grafana's variables (`prefix`, `model_name` ...) substituted."""
     for panel in dashboard["panels"]:
         for target in panel.get("targets", []):
             yield panel["title"], _substitute(target["expr"], variables)
@@ -35,7 +35,7 @@ def _substitute(expression: str, variables: dict[str, str]) -> str:
 
 
 def evaluate(url: str, query: str) -> list[Any]:
-    """What an instant query finds. Raises ValueError with Prometheus' message if it refuses the query."""
+    """Return the result of an instant query. Raises ValueError with Prometheus' message if it refuses the query."""
     address = f"{url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response:
@@ -47,18 +47,18 @@ def evaluate(url: str, query: str) -> list[Any]:
 
 def _problem(url: str, query: str) -> str | None:
     try:
-        return None if evaluate(url, query) else "finds nothing"
+        return None if evaluate(url, query) else "returns nothing"
     except ValueError as error:
         return str(error)
 
 
 def main(url: str) -> int:
     variables = {"prefix": "lightwell_", "model_name": ".*", "__rate_interval": "1m"}
-    found = list(queries(load_dashboard(), variables))
-    problems = [(title, query, problem) for title, query in found if (problem := _problem(url, query))]
+    all_queries = list(queries(load_dashboard(), variables))
+    problems = [(title, query, problem) for title, query in all_queries if (problem := _problem(url, query))]
     for title, query, problem in problems:
         print(f"{title}: {problem}: {query}", file=sys.stderr)
-    print(f"{len(found) - len(problems)} of {len(found)} queries of the dashboard find what they ask for")
+    print(f"{len(all_queries) - len(problems)} of {len(all_queries)} queries of the dashboard return data")
     return 1 if problems else 0
 
 

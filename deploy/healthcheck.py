@@ -1,4 +1,4 @@
-"""The image's healthcheck: exit code 0 if the server of this container takes requests, 1 if not."""
+"""The healthcheck of the image: exits with 0 if the server in this container accepts requests, else with 1."""
 
 import http.client
 import os
@@ -9,7 +9,7 @@ TIMEOUT_SECONDS = 4
 
 def main() -> int:
     port = int(os.environ["LIGHTWELL_PORT"])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)  # asks no proxy
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)  # ignores proxy settings
     try:
         connection.request("GET", "/readyz")
         response = connection.getresponse()

@@ -1,7 +1,7 @@
-"""Writes what pip is set up for on this machine as one pip.conf, and prints the local paths that it names.
+"""Write pip's configuration on this machine to one pip.conf, and print the local paths in it: `pip_config.py FILE`.
 
-`python3 pip_config.py FILE`, run by `test-image.sh`: what pip needs here (certificates, a folder of wheels, another
-index) it needs in the build too.
+`test-image.sh` runs this, because what pip needs here (certificates, a folder of wheels, another index) it also needs
+in the build of the image.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def read_config() -> configparser.RawConfigParser:
-    """All sources of `pip config list` in one; the environment goes before files."""
+    """Merge all sources of `pip config list`; environment variables override files."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     config = configparser.RawConfigParser()
@@ -28,6 +28,7 @@ def read_config() -> configparser.RawConfigParser:
 
 
 def local_paths(config: configparser.RawConfigParser) -> Iterator[str]:
+    """Return the existing absolute paths among the values, sorted."""
     values = [value for section in config.sections() for _, value in config.items(section)]
     words = {word for value in values for word in value.split()}
     return (word for word in sorted(words) if word.startswith("/") and Path(word).exists())

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the image and tries it: in containers of an unprivileged user on a read-only root, as docker-compose.yml makes
-# them, with a completion, a crash, SIGTERM, and a Prometheus that scrapes it. For root on Debian, where it installs the
-# packages that it needs. No Docker engine is needed: podman builds and runs.
+# Build the image and test it in containers like those of docker-compose.yml (unprivileged user, read-only root): a
+# completion, a crash, SIGTERM, and a Prometheus that scrapes the server. Must run as root on Debian, and installs the
+# packages it needs. No Docker engine is needed: podman builds and runs the image.
 #
-#   BASE_IMAGE, PIP_ARGS, BAKE_MODEL   as in the Dockerfile; BAKE_MODEL is smollm2-135m here
-#   WORK                               a folder that keeps layers for the next time; without it nothing is left
+#   BASE_IMAGE, PIP_ARGS, BAKE_MODEL   as in the Dockerfile; BAKE_MODEL defaults to smollm2-135m
+#   WORK                               folder that keeps layers for the next run; without it nothing is kept
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +14,7 @@ if [[ $EUID != 0 ]]; then
     echo "test-image: must run as root" >&2
     exit 1
 fi
-if [[ -z ${IN_MOUNT_NAMESPACE:-} ]]; then # what is mounted ends with the namespace
+if [[ -z ${IN_MOUNT_NAMESPACE:-} ]]; then # mounts disappear with the namespace
     IN_MOUNT_NAMESPACE=1 exec unshare --mount "$PWD/deploy/test-image.sh"
 fi
 
@@ -64,7 +64,7 @@ install_tools() {
     fi
 }
 
-# Not installed: Debian's package would start one.
+# Prometheus is unpacked but not installed, because Debian's package would start it.
 unpack_prometheus() {
     local package
     mkdir -p "$1"
@@ -74,7 +74,7 @@ unpack_prometheus() {
     done
 }
 
-# crun wants version 2 of the control groups, which some hosts mount beside version 1.
+# crun needs control groups version 2, which some hosts mount beside version 1.
 mount_cgroups() {
     if [[ $(stat --file-system --format %T /sys/fs/cgroup) != cgroup2fs ]]; then
         umount --recursive /sys/fs/cgroup
@@ -96,14 +96,14 @@ choose_base_image() {
     if ! pod image exists "$base" \
         && ! timeout 300 "${podman[@]}" pull --quiet --retry 0 "$base" >/dev/null 2>"$work/pull.log"; then
         tail -n 1 "$work/pull.log"
-        say "$base cannot be pulled: the base image is made from this machine's Python"
+        say "$base cannot be pulled: making a base image from this machine's Python"
         base=localhost/lightwell-base:test
         pod image exists "$base" || make_base_image
     fi
     say "base image: $base"
 }
 
-# Debian's smallest system, and in /usr/local the Python that is python3 here. Tests and static libraries stay behind.
+# Debian's minimal system, with this machine's python3 in /usr/local, without its tests and static libraries.
 make_base_image() {
     local root=$work/base suite prefix packages
     suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
@@ -126,13 +126,13 @@ make_base_image() {
     rm -rf "$root"
 }
 
-# Debian packages with the shared libraries that the Python in $1 and its modules load.
+# Print the Debian packages of the shared libraries that the Python in $1 and its modules load.
 packages_of_libraries() {
     local libraries
     libraries=$(find "$1/bin" "$1/lib" \( -name 'python3*' -o -name '*.so*' \) -type f -not -path '*/site-packages/*' \
         -not -name '_tkinter*' -exec ldd {} \; 2>/dev/null \
         | sed -n 's/.* => \(\/[^ ]*\) .*/\1/p' | sort -u | xargs realpath)
-    # Those of Python itself are in no package.
+    # The libraries of that Python belong to no package.
     { xargs dpkg-query --search <<<"$libraries" 2>/dev/null || true; } | cut -d: -f1 | sort -u
 }
 
@@ -140,7 +140,7 @@ build_image() {
     local arguments=(--build-arg "BASE_IMAGE=$base" --build-arg "PIP_ARGS=${PIP_ARGS:-}"
         --build-arg "BAKE_MODEL=${BAKE_MODEL:-smollm2-135m}" --secret "id=pip,src=$work/pip.conf") path
     python3 deploy/pip_config.py "$work/pip.conf" >"$work/pip-paths"
-    while read -r path; do # files that this machine's pip is told to use
+    while read -r path; do # files that this machine's pip configuration names
         [[ -z $path ]] || arguments+=(--volume "$path:$path:ro")
     done <"$work/pip-paths"
     pod build --quiet --format docker --network host --ulimit "nofile=$(ulimit -n):$(ulimit -n)" \
@@ -150,7 +150,7 @@ build_image() {
 
 # Containers
 
-# As in docker-compose.yml. The host's network serves Prometheus; the server keeps to loopback there.
+# As in docker-compose.yml, but in the host's network, where Prometheus reaches the server on loopback.
 run() {
     pod run --name server --cgroups disabled --log-driver k8s-file --read-only --tmpfs /tmp \
         --volume cache:/var/cache/lightwell --cap-drop all --security-opt no-new-privileges "$@"
@@ -165,7 +165,7 @@ wait_until() {
     local what=$1 end=$((SECONDS + WAIT_SECONDS))
     shift
     until "$@" >/dev/null 2>&1; do
-        ((SECONDS < end)) || fail "$what: not within $WAIT_SECONDS s"
+        ((SECONDS < end)) || fail "$what: timed out after $WAIT_SECONDS s"
         sleep 0.2
     done
 }
@@ -182,7 +182,7 @@ stop_server() {
 
 http_status() { curl --silent --output /dev/null --write-out '%{http_code}' "$@"; }
 
-# Processes of the container whose command matches $1, as the host counts them.
+# Print the ids, on the host, of the container's processes whose command matches $1.
 processes() { pgrep --full --ns "$(pod inspect --format '{{.State.Pid}}' server)" --nslist pid "$1"; }
 
 check_confinement() {
@@ -212,25 +212,25 @@ check_api() {
     answer=$(curl --fail --silent --oauth2-bearer "$KEY" "$url/v1/completions" --json \
         "{\"model\": \"$model\", \"prompt\": \"The capital of France is\", \"max_tokens\": 16, \"temperature\": 0}" \
         | python3 -c 'import json, sys; print(json.load(sys.stdin)["choices"][0]["text"].split("\n")[0])')
-    [[ -n $answer ]] || fail "an empty completion"
+    [[ -n $answer ]] || fail "the completion is empty"
     echo "$model: The capital of France is$answer"
 }
 
 check_kernels() {
     [[ $(uname -m) == x86_64 ]] || return 0
     local library
-    library=$(pod exec server lightwell build-kernels) || fail "no kernels, and no compiler in the image"
-    [[ $library == */prebuilt/* ]] || fail "the kernels are not those of the image: $library"
+    library=$(pod exec server lightwell build-kernels) || fail "the image has no compiled kernels"
+    [[ $library == */prebuilt/* ]] || fail "the kernels are not the prebuilt ones of the image: $library"
     echo "kernels: $library"
 }
 
 check_nothing_fetched() {
     local files
     files=$(find "$(pod volume inspect --format '{{.Mountpoint}}' cache)" -type f)
-    [[ -z $files ]] || fail "model and kernels are in the image, and yet there are in the volume: $files"
+    [[ -z $files ]] || fail "model and kernels are in the image, but the volume contains: $files"
 }
 
-# The engine dies, the server ends, the restart policy starts it again.
+# Kill the engine: the server exits, and the restart policy starts it again.
 check_crash() {
     kill -KILL "$(processes 'engine\.process')"
     wait_until "restart after a crash" restarted
@@ -238,7 +238,7 @@ check_crash() {
 }
 restarted() { [[ $(pod inspect --format '{{.RestartCount}}' server) -gt 0 ]]; }
 
-# Prometheus: the files of deploy/prometheus with the address, the key's file and the pace of this test.
+# Prometheus with the files of deploy/prometheus, but another address, key file and scrape interval.
 
 check_prometheus() {
     local folder=$work/scrape url=http://127.0.0.1:$prometheus_port
@@ -257,10 +257,10 @@ check_prometheus() {
 import json, sys
 names = [name for name in json.load(sys.stdin)["data"] if name.startswith("lightwell_")]
 assert len(names) > 50, names
-print(f"{len(names)} names of series begin with lightwell_")'
+print(f"{len(names)} series names start with lightwell_")'
     python3 deploy/check_dashboard.py "$url"
     kill "$prometheus_pid"
-    wait "$prometheus_pid" || fail "Prometheus ended badly"
+    wait "$prometheus_pid" || fail "Prometheus exited with an error"
     prometheus_pid=""
 }
 finds() {
@@ -285,12 +285,12 @@ build_image
 port=$(free_port)
 prometheus_port=$(free_port)
 
-say "without a key"
+say "start without a key"
 status=0
 run --rm --network none "$IMAGE" || status=$?
 [[ $status == 2 ]] || fail "expected exit code 2, got $status"
 
-say "as docker-compose.yml runs it"
+say "start as in docker-compose.yml"
 run_server --init --restart unless-stopped
 if is_healthy >/dev/null 2>&1; then
     fail "healthy before it is ready"
@@ -306,14 +306,14 @@ check_nothing_fetched
 say "Prometheus"
 check_prometheus
 
-say "a crash"
+say "crash of the engine"
 check_crash
 check_api
 stop_server
 
-say "without an init, and with no network but loopback"
+say "start without an init process, and with loopback only"
 run --detach --network none --env LIGHTWELL_API_KEY="$KEY" "$IMAGE" >/dev/null
 wait_until "ready" is_healthy
 stop_server
 
-say "All is well."
+say "All checks passed."

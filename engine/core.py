@@ -1,12 +1,12 @@
 """The engine: requests go in, steps run, events come out.
 
-On a device that works beside the host, the next step is launched before the last one's tokens are read:
+On a GPU, the next step is launched before the tokens of the previous one are read:
 
     host    | schedule, launch 2 | read and update 1, sample 2 | schedule, launch 3 | read and update 2, sample 3 | ...
     device  | ... 1              | forward 2                   | sample 2           | forward 3                   | ...
 
-Step 2 reads step 1's tokens on the device. It is sampled when the host knows them too, so that what a request's
-settings say about its past needs no other code.
+Step 2 reads step 1's tokens on the device. It is sampled only after the host has read them too, so that settings that
+depend on earlier tokens (penalties, grammars) need no separate implementation.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import time
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
-from engine.grammar.matcher import Grammars
+from engine.grammar.matcher import GrammarManager
 from engine.loading import LoadedModel
 from engine.lora.slots import prefix_salt
 from engine.runner import PendingOutputs
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.record import Recorder, StepClock, StepRecord
-from engine.scheduling.request import Step, leader_of, without_early_end
+from engine.scheduling.request import Step, new_request, without_early_end
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import choose_policy
 from engine.shared.messages import EngineStats, Submit, TokenEvent
 
-GRAMMAR_WAIT = 0.02  # seconds; meanwhile no message is read
+GRAMMAR_WAIT = 0.02  # seconds to wait for a grammar if nothing else runs; no message is read meanwhile
 
 
 @dataclass(slots=True)
-class RunningStep:
-    """A step that has been launched, and not been read."""
+class StepInFlight:
+    """A step that has been launched, and whose results have not been read."""
 
     step: Step
     outputs: PendingOutputs
@@ -41,15 +41,15 @@ class RunningStep:
 
 
 class Engine:
-    """One model with its queue, its books and its device."""
+    """One model with its scheduler and its runner."""
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel, *, overlaps: bool | None = None) -> None:
-        """`overlaps`: whether a step is launched before the last one is read; None: as the device suits."""
+        """`overlaps`: whether a step is launched before the previous one is read; None: on a GPU only."""
         self.runner = loaded.runner
         self.model_config = loaded.config
         self.adapters = loaded.adapters
         self.recorder = Recorder()
-        # Where a row's result depends on how many there are, a draft could change the answer.
+        # If a row's result depends on the number of rows, a draft could change the answer.
         is_lossless = loaded.runner.kernels.deterministic
         is_cheap = loaded.device.type == "cpu"
         separates_prompts = loaded.runner.kernels.separates_prompts
@@ -63,44 +63,46 @@ class Engine:
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             speculation=choose_policy(config.speculative, suits=is_lossless and is_cheap),
         )
-        # Behind a draft nobody knows which token comes next, nor at which position, before it has been read.
-        is_known = self.scheduler.speculation is None
-        self.overlaps = is_known and (loaded.device.type == "cuda" if overlaps is None else overlaps)
-        self.scheduler.drafts_forced = not self.overlaps
-        self.running: RunningStep | None = None
-        self.grammars = Grammars(loaded.config.eos_token_ids)
+        # With drafts, neither the next token nor its position is known before the step has been read.
+        can_overlap = self.scheduler.drafting.policy is None
+        self.overlaps = can_overlap and (loaded.device.type == "cuda" if overlaps is None else overlaps)
+        self.scheduler.drafting.drafts_forced = not self.overlaps
+        self.in_flight: StepInFlight | None = None
+        self.grammars = GrammarManager(loaded.config.eos_token_ids)
         self.enable_prefix_caching = config.enable_prefix_caching
         self.arrivals = itertools.count()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self.running is not None
+        return self.scheduler.has_work or self.in_flight is not None
 
     def add(self, submit: Submit) -> None:
         """Queue a prompt of 1 to max_model_len tokens. Its choices share blocks even without prefix caching.
 
-        Raises AdapterGoneError.
+        Raises AdapterGoneError if its adapter is no longer loaded.
         """
-        place = self.adapters.find(submit.lora_fingerprint)
+        slot = self.adapters.find(submit.lora_fingerprint)
         salt = prefix_salt(submit.lora_fingerprint) + submit.cache_salt.encode()
         salt = salt if self.enable_prefix_caching else os.urandom(16)
-        leader = leader_of(submit, salt=salt, number=next(self.arrivals), now=time.monotonic(), lora_place=place)
+        parent = new_request(
+            submit, salt=salt, arrival_number=next(self.arrivals), now=time.monotonic(), lora_slot=slot
+        )
         if submit.params.grammar is not None:
-            for choice in (leader, *leader.siblings):
+            for choice in (parent, *parent.children):
                 choice.matcher = self.grammars.new_matcher(choice.params)
                 choice.params = without_early_end(choice.params)
-        self.scheduler.add(leader)
+        self.scheduler.add(parent)
 
-    def learn(self, tokenizer: str) -> None:
-        """Take the text of a tokenizer.json, which requests with a grammar need. It takes a moment."""
-        self.grammars.learn(tokenizer)
+    def set_tokenizer(self, tokenizer: str) -> None:
+        """Set the text of the tokenizer.json, which requests with a grammar need. This takes a fraction of a second."""
+        self.grammars.set_tokenizer(tokenizer)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """End choices of a request without an event; unknown ones are ignored."""
+        """End choice `index` of a request, or all its choices, without an event. Unknown ids are ignored."""
         self.scheduler.abort(request_id, index)
 
     def step(self) -> tuple[Step | None, list[TokenEvent]]:
-        """Launch a batch. Returns the last that has been read, and what became of each request that has news."""
+        """Launch a step. Return the step that has been read, if any, and its events."""
         clock = StepClock()
         step = self.scheduler.schedule() or self._wait_for_grammar()
         clock.lap("schedule")
@@ -108,25 +110,25 @@ class Engine:
         finished = self._finish()
         if step is not None and batch is not None:
             clock.lap("overlap")
-            self.running = RunningStep(step, self.runner.sample(step, batch, clock), clock)
+            self.in_flight = StepInFlight(step, self.runner.sample(step, batch, clock), clock)
         return finished if self.overlaps else self._finish()
 
     def _finish(self) -> tuple[Step | None, list[TokenEvent]]:
-        """Read the step that runs, if one does."""
-        if self.running is None:
+        """Read the step in flight, if any, and update the scheduler."""
+        if self.in_flight is None:
             return None, []
-        step, clock = self.running.step, self.running.clock
+        step, clock = self.in_flight.step, self.in_flight.clock
         clock.lap("overlap")
-        outputs = self.running.outputs.read()
+        outputs = self.in_flight.outputs.read()
         clock.lap("wait")
-        self.running = None
+        self.in_flight = None
         events = self.scheduler.update(step, outputs)
         clock.lap("update")
         self._record(step, clock)
         return step, events
 
     def _wait_for_grammar(self) -> Step | None:
-        """Where nothing runs, whatever waits does so for its grammar."""
+        """If nothing runs, wait briefly for a grammar and schedule again: all waiting requests wait for theirs."""
         if self.scheduler.running or not self.scheduler.waiting:
             return None
         self.scheduler.waiting[0].wait_for_grammar(GRAMMAR_WAIT)

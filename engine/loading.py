@@ -12,16 +12,17 @@ from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
 from engine.config import EngineConfig, ModelConfig, load_model_config
-from engine.kernels.interface import KernelOptions
+from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
-from engine.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_places, read_adapter
+from engine.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_lora_slots, read_adapter
 from engine.model import CausalLM, Parameters
-from engine.model.kv_cache import KVCache, MemoryPlan, free_memory, plan_memory
+from engine.model.kv_cache import KVCache
+from engine.model.memory_plan import MemoryPlan, free_memory, plan_memory
 from engine.runner import ModelRunner
 from engine.scheduling.record import StepClock
 from engine.weights import load_weights
 
-CPU_NUM_BATCHED_TOKENS = 256  # larger steps compute little faster, and everybody waits for the end of a step
+CPU_NUM_BATCHED_TOKENS = 256  # larger steps gain little throughput, and all requests wait for the end of a step
 GPU_NUM_BATCHED_TOKENS = 8192
 QUANTIZATIONS = ("auto", "none", "int8")
 KV_CACHE_DTYPES = ("auto", "int8")
@@ -32,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers of `EngineConfig`, chosen for this model and device."""
+    """The limits of `EngineConfig`, with defaults chosen for this model and device."""
 
     max_model_len: int
     max_num_seqs: int
@@ -41,7 +42,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A runner and what was chosen for it."""
+    """A runner, and the configuration that was chosen for it."""
 
     runner: ModelRunner
     config: ModelConfig
@@ -54,64 +55,82 @@ class LoadedModel:
 
 
 def load_model(config: EngineConfig, clock: StepClock | None = None, progress: Progress | None = None) -> LoadedModel:
-    """Load weights, size the KV cache and make a runner. ValueError where the model or a setting does not fit.
+    """Load the weights and adapters, size the KV cache and make a runner.
 
-    `clock` is told how long each part took.
+    `clock` records the time of each part; `progress` is called with the bytes of weights read so far and the total.
+
+    Raises ValueError if there is no such model, or the model or a setting is not supported or does not fit in memory.
     """
     clock = clock or StepClock()
-    path = Path(config.model_path)
-    model_config = load_model_config(path)
+    model_config = load_model_config(Path(config.model_path))
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
     checkpoints = {
         name: read_adapter(name, path, model_config, config.max_lora_rank) for name, path in config.lora_modules.items()
     }
-    max_rank = choose_lora_rank(config, checkpoints)
-    check_lora_memory(model_config, config.max_loras, max_rank, dtype.itemsize, free_memory(device))
-    kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits, max_rank))
+    max_lora_rank = choose_lora_rank(config, checkpoints)
+    check_lora_memory(model_config, config.max_loras, max_lora_rank, dtype.itemsize, free_memory(device))
+    kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits, max_lora_rank))
     clock.lap("kernels")
+    parameters = load_parameters(Path(config.model_path), model_config, dtype, kernels, device, progress)
+    weight_bytes = parameters.num_bytes
+    clock.lap("weights")
     with torch.inference_mode():
-        weights = load_weights(
-            path,
-            model_config,
-            dtype,
-            progress,
-            vector_dtype=kernels.vector_dtype,
-            keep_packed=kernels.keep_packed,
-        )
-        # Matrices are packed first, so that a device never holds them twice.
-        parameters = Parameters(
-            (name, weight.to(device) if isinstance(weight, Tensor) and weight.ndim == 1 else weight)
-            for name, weight in weights
-        )
-        clock.lap("weights")
-        weight_bytes = parameters.num_bytes
         model = CausalLM(model_config, parameters, kernels, max_model_len=limits.max_model_len, device=device)
     clock.lap("model")
-    adapters = LoraAdapters(model.linears, config.max_loras, max_rank)
+    adapters = LoraAdapters(model.linears, config.max_loras, max_lora_rank)
     for name, checkpoint in checkpoints.items():
         adapters.load(name, config.lora_modules[name], checkpoint)
     clock.lap("adapters")
-    # What a CPU's memory has not provided yet, for nothing has been written to it.
-    promised = adapters.num_bytes if device.type == "cpu" else 0
-    memory = plan_memory(model_config, config, limits.max_model_len, kernels, device, promised)
-    runner = ModelRunner(
+    # On a CPU, slots take memory only when they are first written to, so it still counts as free.
+    reserved = adapters.num_bytes if device.type == "cpu" else 0
+    memory = plan_memory(model_config, config, limits.max_model_len, kernels, device, reserved)
+    runner = new_runner(model, limits, memory, device)
+    clock.lap("KV cache")
+    return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters)
+
+
+def load_parameters(
+    path: Path,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    device: torch.device,
+    progress: Progress | None,
+) -> Parameters:
+    """Read the weights: vectors go to the device, matrices stay in host memory until the kernels pack them.
+
+    So a device never holds a matrix twice.
+    """
+    with torch.inference_mode():
+        weights = load_weights(
+            path, model_config, dtype, progress, vector_dtype=kernels.vector_dtype, keep_packed=kernels.keep_packed
+        )
+        return Parameters(
+            (name, weight.to(device) if isinstance(weight, Tensor) and weight.ndim == 1 else weight)
+            for name, weight in weights
+        )
+
+
+def new_runner(model: CausalLM, limits: Limits, memory: MemoryPlan, device: torch.device) -> ModelRunner:
+    """Allocate the KV cache and the buffers of batches, and return a runner with them."""
+    config, kernels = model.config, model.kernels
+    return ModelRunner(
         model,
-        KVCache(model_config, memory.num_blocks, memory.block_size, kernels),
+        KVCache(config, memory.num_blocks, memory.block_size, kernels),
         BatchBuilder(
             limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, memory.block_size, device
         ),
-        kernels.new_sampler(model_config.num_token_ids, model_config.eos_token_ids),
+        kernels.new_sampler(config.num_token_ids, config.eos_token_ids),
         kernels,
     )
-    clock.lap("KV cache")
-    return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters)
 
 
 def kernel_options(
     config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, limits: Limits, max_lora_rank: int
 ) -> KernelOptions:
+    """Return the options of the kernels for this model. Raises ValueError for an invalid setting."""
     for name, value, choices in (
         ("--quantization", config.quantization, QUANTIZATIONS),
         ("--kv-cache-dtype", config.kv_cache_dtype, KV_CACHE_DTYPES),
@@ -127,13 +146,16 @@ def kernel_options(
         block_size=config.block_size,
         batch_invariant=config.batch_invariant,
         enforce_eager=config.enforce_eager,
-        num_lora_places=num_places(config.max_loras),
+        num_lora_slots=num_lora_slots(config.max_loras),
         max_lora_rank=max_lora_rank,
     )
 
 
 def choose_device(name: str) -> torch.device:
-    """A GPU by its number, without which torch does not make it the current one."""
+    """Return the device called `name` (auto, cpu, cuda or cuda:N), a GPU always with its index.
+
+    Raises ValueError if there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -145,11 +167,14 @@ def choose_device(name: str) -> torch.device:
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= num_devices:
         raise ValueError(f"--device {name}: torch finds {num_devices} CUDA devices here")
-    return torch.device("cuda", index)
+    return torch.device("cuda", index)  # without an index, torch does not make it the current device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the processor multiplies it, else float16 on a GPU and float32 on a CPU."""
+    """Return the dtype called `name`; for auto, bfloat16 if the device has products in it, else float16 or float32.
+
+    Without bfloat16, a GPU gets float16 and a CPU float32. Raises ValueError for another name.
+    """
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
@@ -160,6 +185,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_limits(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> Limits:
+    """Fill in the defaults of the limits. Raises ValueError if they do not fit the model or each other."""
     trained = model_config.max_position_embeddings
     max_model_len = config.max_model_len or trained
     if max_model_len > trained:

@@ -1,7 +1,7 @@
-"""Owns the device: the model, the KV cache and the sampler. `forward`, `sample` and `read` are one pass through them.
+"""Execution of steps on the device. `forward`, `sample` and `read` together are one pass through the model.
 
-A device works off what it is told in order, and only `read` waits for it. So the next step's `forward` can be told
-before this one's tokens are read: it takes them on the device.
+A device executes operations in the order they are launched, and only `read` waits for it. So the next step's `forward`
+can be launched before this step's tokens are read: it takes them on the device.
 """
 
 from __future__ import annotations
@@ -17,50 +17,50 @@ from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
 from engine.batch.transfer import HostCopy, packed_copy
 from engine.execution.load import prepare_execution
-from engine.kernels.interface import Kernels, SamplesTokens
+from engine.kernels.interface import Kernels, TokenSampler
 from engine.model import CausalLM
 from engine.model.kv_cache import KVCache
 from engine.sampling.logprobs import PendingLogprobs, gather_logprobs
 from engine.sampling.masks import step_masks
 from engine.scheduling.record import StepClock
-from engine.scheduling.request import RowOutput, Scheduled, Step
+from engine.scheduling.request import Scheduled, ScheduledOutput, Step
 from engine.scheduling.speculation import num_confirmed
 
-LOGPROB_ROWS = 64  # rows whose logits are held at once for the log probabilities of a prompt
-POOLED_UNIT = 1 << 24  # as fine as float32 near 1
-MAX_POOLED = 1 << 24  # so that 64 bits hold the sum of any step's rows
+LOGPROB_ROWS = 64  # rows per chunk for prompt log probabilities and pooling; bounds the memory for logits
+POOLED_UNIT = 1 << 24  # fixed-point resolution, that of float32 near 1
+MAX_POOLED = 1 << 24  # bound on hidden states, so that 64 bits hold the sum of any step's rows
 
 
 @dataclass(slots=True)
 class PendingOutputs:
-    """What the model makes of a step, before the host has read it."""
+    """The results of a step, before the host has read them."""
 
     step: Step
-    prompt_logprobs: list[list[PendingLogprobs]]  # of each item
-    pooled: dict[int, HostCopy]  # of those of the items that want it: see ModelRunner._pool
-    sampled: HostCopy | None = None  # [2, R] int64: token ids, and whether their logits are finite; None: nothing is
-    wanted: Sequence[int] = ()  # those of the R that want log probabilities
-    logprobs: PendingLogprobs | None = None  # of these
+    prompt_logprobs: list[list[PendingLogprobs]]  # for each of the step's items
+    pooled: dict[int, HostCopy]  # index of an item with pooling -> result of ModelRunner._pool
+    sampled: HostCopy | None = None  # [2, R] int64: token ids, and whether their logits are finite; None: no rows
+    logprob_rows: Sequence[int] = ()  # indices of the R rows with log probabilities
+    logprobs: PendingLogprobs | None = None  # of logprob_rows
 
-    def read(self) -> list[RowOutput]:
-        """Wait for the device. One output for each of the step's items, in order."""
+    def read(self) -> list[ScheduledOutput]:
+        """Wait for the device, and return one output for each of the step's items, in order."""
         token_ids, is_finite = self.sampled.read().tolist() if self.sampled is not None else ([], [])
         entries = self.logprobs.read() if self.logprobs is not None else []
-        logprobs = dict(zip(self.wanted, entries, strict=True))
-        outputs: list[RowOutput] = []
+        logprobs = dict(zip(self.logprob_rows, entries, strict=True))
+        outputs: list[ScheduledOutput] = []
         first = 0
-        for place, (item, prompt_logprobs) in enumerate(zip(self.step.scheduled, self.prompt_logprobs, strict=True)):
+        for index, (item, prompt_logprobs) in enumerate(zip(self.step.scheduled, self.prompt_logprobs, strict=True)):
             last = first + item.num_samples
             num = num_confirmed(token_ids[first:last], is_finite[first:last], item.draft_token_ids)
-            output = RowOutput(token_ids[first : first + num])
-            output.prompt_logprobs = [entry for some in prompt_logprobs for entry in some.read()]
-            if place in self.pooled:
-                *total, num_bad = self.pooled[place].read().tolist()
+            output = ScheduledOutput(token_ids[first : first + num])
+            output.prompt_logprobs = [entry for chunk in prompt_logprobs for entry in chunk.read()]
+            if index in self.pooled:
+                *total, num_bad = self.pooled[index].read().tolist()
                 output.pooled = [] if num_bad else total
             if first in logprobs and num:
-                output.logprobs = [logprobs[index] for index in range(first, first + num)]
+                output.logprobs = [logprobs[row] for row in range(first, first + num)]
             if item.num_samples and not num:
-                output.error = _problem(item)
+                output.error = _sampling_error(item)
             if item.num_pooled and not output.pooled:
                 output.error = "the model's hidden states are not finite"
             outputs.append(output)
@@ -68,8 +68,8 @@ class PendingOutputs:
         return outputs
 
 
-def _problem(item: Scheduled) -> str:
-    """Why no token could be sampled."""
+def _sampling_error(item: Scheduled) -> str:
+    """Return the reason why no token could be sampled."""
     matcher = item.request.matcher
     if matcher is not None and matcher.problem is not None:
         return f"the grammar cannot be followed: {matcher.problem}"
@@ -77,10 +77,10 @@ def _problem(item: Scheduled) -> str:
 
 
 class ModelRunner:
-    """Runs steps of one model on one device."""
+    """Runs the steps of one model on one device. Owns the model, the KV cache and the sampler."""
 
     def __init__(
-        self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder, sampler: SamplesTokens, kernels: Kernels
+        self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder, sampler: TokenSampler, kernels: Kernels
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
@@ -89,11 +89,11 @@ class ModelRunner:
         self.kernels = kernels
         with torch.inference_mode():
             self.execution = prepare_execution(kernels, model, kv_cache, builder)
-        self.sampled: Tensor | None = None  # [R] int64: the tokens of the last step, on the device
+        self.sampled: Tensor | None = None  # [R] int64: the tokens of the previous step, on the device
 
     @torch.inference_mode()
     def forward(self, step: Step, clock: StepClock) -> BatchInputs:
-        """Begin to compute what the step schedules. It may read tokens that the step before has sampled."""
+        """Launch the model on a step. It may read tokens that the previous step has sampled on the device."""
         batch = self.builder.build(step)
         if len(batch.ahead_rows):
             assert self.sampled is not None
@@ -105,43 +105,44 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample(self, step: Step, batch: BatchInputs, clock: StepClock) -> PendingOutputs:
-        """Begin to sample from what `forward` computes. All tokens before these must be known by now."""
+        """Launch the sampling of a step after its `forward`. The tokens of all earlier steps must have been read."""
         prompt_logprobs, pooled = self._all_prompt_logprobs(step), self._all_pooled(step)
-        rows = [row for item in step.scheduled for row in item.sampled]
+        rows = [row for item in step.scheduled for row in item.sampling_rows]
         if not rows:
             return PendingOutputs(step, prompt_logprobs, pooled)
         logits = self.execution.compute_logits(batch.sample_rows)
-        wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-        places = raw_logits = None
-        if wanted:
-            (places,) = packed_copy([np.array(wanted, dtype=np.int64)], logits.device)
-            raw_logits = logits[places]  # a copy, before any setting changes them
+        logprob_rows = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+        on_device = raw_logits = None
+        if logprob_rows:
+            (on_device,) = packed_copy([np.array(logprob_rows, dtype=np.int64)], logits.device)
+            raw_logits = logits[on_device]  # a copy, before the sampler changes the logits
         sampled = self.sampler.sample(logits, rows, step_masks(step))
         self.sampled = sampled.token_ids
         copy = HostCopy(torch.stack((sampled.token_ids, sampled.is_finite.long())))
         logprobs = None
         if raw_logits is not None:
-            for place, index in enumerate(wanted):
+            for number, index in enumerate(logprob_rows):
                 if rows[index].params.post_sampling_probs:
-                    raw_logits[place] = logits[index]
-            num_top = [rows[index].params.logprobs or 0 for index in wanted]
-            named_ids = [rows[index].params.logprob_token_ids for index in wanted]
-            logprobs = gather_logprobs(raw_logits, sampled.token_ids[places], num_top, named_ids)
+                    raw_logits[number] = logits[index]
+            num_top = [rows[index].params.logprobs or 0 for index in logprob_rows]
+            named_ids = [rows[index].params.logprob_token_ids for index in logprob_rows]
+            logprobs = gather_logprobs(raw_logits, sampled.token_ids[on_device], num_top, named_ids)
         clock.lap("sample")
-        return PendingOutputs(step, prompt_logprobs, pooled, copy, wanted, logprobs)
+        return PendingOutputs(step, prompt_logprobs, pooled, copy, logprob_rows, logprobs)
 
     def _all_prompt_logprobs(self, step: Step) -> list[list[PendingLogprobs]]:
-        found: list[list[PendingLogprobs]] = []
+        """Compute the prompt log probabilities of each item, in chunks of rows."""
+        results: list[list[PendingLogprobs]] = []
         first_row = 0
         for item in step.scheduled:
-            found.append(self._prompt_logprobs(item, first_row) if item.num_prompt_logprobs else [])
+            results.append(self._prompt_logprobs(item, first_row) if item.num_prompt_logprobs else [])
             first_row += item.num_hidden
-        return found
+        return results
 
     def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[PendingLogprobs]:
         num_rows = item.num_prompt_logprobs
         rows = torch.arange(first_row, first_row + num_rows, device=self.builder.device)
-        first = item.start + 1  # a row tells the probability of the token after it
+        first = item.start + 1  # a row gives the probability of the token after it
         next_ids = np.array(item.request.token_ids[first : first + num_rows], dtype=np.int64)
         (token_ids,) = packed_copy([next_ids], rows.device)
         num_top = item.request.params.prompt_logprobs or 0
@@ -151,23 +152,23 @@ class ModelRunner:
     def _all_pooled(self, step: Step) -> dict[int, HostCopy]:
         pooled: dict[int, HostCopy] = {}
         last_row = 0
-        for place, item in enumerate(step.scheduled):
+        for index, item in enumerate(step.scheduled):
             last_row += item.num_hidden
             if item.num_pooled:
                 first_row = last_row - item.num_pooled
-                pooled[place] = HostCopy(self._pool(torch.arange(first_row, last_row, device=self.builder.device)))
+                pooled[index] = HostCopy(self._pool(torch.arange(first_row, last_row, device=self.builder.device)))
         return pooled
 
     def _pool(self, rows: Tensor) -> Tensor:
-        """The sum of some rows' last hidden states in units of 1 / POOLED_UNIT, and after it how many of their numbers
-        are not finite, or huge: int64 [H + 1].
+        """Return the sum of the rows' last hidden states, and the number of elements that are not finite or too large.
 
-        Sums of integers are exact, so they do not depend on how a prompt is cut.
+        The result is int64 [H + 1]: the sum in units of 1 / POOLED_UNIT, then the number. Integer sums are exact, so
+        they do not depend on how the prompt was split into chunks.
         """
         total = torch.zeros(1, dtype=torch.int64, device=rows.device)
-        for some in torch.split(rows, LOGPROB_ROWS):
-            hidden = self.execution.compute_hidden(some).double()
-            is_good = hidden.abs() < MAX_POOLED  # which what is not a number is not, either
+        for chunk in torch.split(rows, LOGPROB_ROWS):
+            hidden = self.execution.compute_hidden(chunk).double()
+            is_good = hidden.abs() < MAX_POOLED  # False for NaN
             units = torch.where(is_good, hidden * POOLED_UNIT, 0.0).round().long()
             total = total + torch.cat((units.sum(dim=0), (~is_good).sum(dim=(0, 1))[None]))
         return total

@@ -1,1 +1,1 @@
-"""The server of Lightwell: text and HTTP around the engine. Never imports torch."""
+"""The API server: HTTP, text processing and the command line around the engine. Does not import torch."""

@@ -1,4 +1,4 @@
-"""The web application: routes, and what every request passes on its way to them. No state but the context."""
+"""The web application: routes, error handlers and middleware around one `ServerContext`."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,27 +12,24 @@ from server.api.embeddings import routes as embeddings
 from server.api.messages import routes as messages
 from server.api.openapi import install_document
 from server.api.responses import routes as responses
+from server.api.responses.store import ResponseStore
 from server.context import ServerContext
-from server.http.errors import install_error_handlers
-from server.http.middleware import (
-    AuthMiddleware,
-    BodyMiddleware,
-    CrossOriginMiddleware,
-    HostMiddleware,
-    RequestMiddleware,
-)
-from server.settings.table import is_loopback
+from server.http.access_control import AuthMiddleware, CrossOriginMiddleware, HostMiddleware
+from server.http.body_middleware import BodyMiddleware
+from server.http.error_handlers import install_error_handlers
+from server.http.request_middleware import RequestMiddleware
+from server.settings.load import is_loopback
 
 
 def create_app(context: ServerContext) -> FastAPI:
-    """An application that answers for one engine. Its lifespan is that of the engine client's connection."""
+    """Create the application. Its lifespan opens and closes the connection to the engine."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await context.client.start()
         yield
         await context.client.close()
-        await context.grammar_judge.close()
+        await context.grammar_checker.close()
 
     with_docs = context.settings.enable_docs
     app = FastAPI(
@@ -46,6 +43,9 @@ def create_app(context: ServerContext) -> FastAPI:
     )
     install_document(app, context.model_names[0], needs_key=bool(context.settings.api_key))
     app.state.context = context
+    app.state.response_store = ResponseStore(
+        context.settings.max_stored_responses, context.settings.stored_responses_memory
+    )
     for tag, modules in (
         ("OpenAI", (completions, chat, responses, embeddings, models)),
         ("Anthropic", (messages,)),
@@ -59,7 +59,7 @@ def create_app(context: ServerContext) -> FastAPI:
 
 
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
-    """The last one added is the first that a request meets."""
+    """Add the middleware, innermost first: a request passes the last one added first."""
     settings = context.settings
     app.add_middleware(BodyMiddleware, max_body_size=settings.max_body_size)
     if settings.api_key:

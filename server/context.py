@@ -1,6 +1,4 @@
-"""What every handler needs, made once at start and handed to `create_app`."""
-
-from __future__ import annotations
+"""The objects that all handlers share, created once at start-up and passed to `create_app`."""
 
 import asyncio
 import hashlib
@@ -8,89 +6,89 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, Unpack, cast
+from typing import TypeVar, TypeVarTuple, Unpack, cast
 
 import anyio.to_thread
 from anyio import CapacityLimiter
 from starlette.requests import Request
 
+from engine.config import ModelConfig
+from engine.shared.messages import LoraAdapter
+from server.constrained.grammar_checker import GrammarChecker
+from server.engine_client.client import EngineClient
 from server.http.errors import MissingParameterError, ModelNotFoundError
-from server.text.words import SequenceBreakers
-
-if TYPE_CHECKING:
-    from engine.config import ModelConfig
-    from engine.shared.messages import LoraAdapter
-    from server.api.responses.store import ResponseStore
-    from server.constrained.grammar_checker import GrammarJudge
-    from server.engine_client.client import EngineClient
-    from server.generation.recordings import Recordings
-    from server.generation.registry import RunningRequests
-    from server.metrics import Metrics
-    from server.settings.table import Settings
-    from server.text.chat_template import ChatTemplate
-    from server.text.tokenizer import Tokenizer
+from server.metrics import Metrics
+from server.recordings import Recordings
+from server.running_requests import RunningRequests
+from server.settings.table import Settings
+from server.text.templates.chat_template import ChatTemplate
+from server.text.token_sequences import SequenceBreakers
+from server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-def _threads(share: int) -> CapacityLimiter:
-    """One thread for each `share` cores."""
-    return CapacityLimiter(max(1, (os.cpu_count() or 1) // share))
+def _limiter(cores_per_thread: int) -> CapacityLimiter:
+    return CapacityLimiter(max(1, (os.cpu_count() or 1) // cores_per_thread))
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a name of a model in a request stands for: the model itself, or a LoRA adapter of it."""
+    """The base model or a LoRA adapter, as selected by a request's `model` field."""
 
     name: str
     adapter: LoraAdapter | None = None
 
     @property
     def lora_name(self) -> str:
-        """What the engine calls the adapter; empty: none."""
+        """Name of the adapter, or "" for the base model."""
         return "" if self.adapter is None else self.adapter.name
 
     @property
     def lora_fingerprint(self) -> str:
-        """Of the adapter's weights, since another one may get its name; empty: no adapter."""
+        """Hash of the adapter's weights, or "" for the base model. A name can be reused for other weights."""
         return "" if self.adapter is None else self.adapter.fingerprint
 
 
 @dataclass(frozen=True)
 class ServerContext:
+    """Settings, the model's text tools, the engine client and the state shared by all requests."""
+
     settings: Settings
     client: EngineClient
     tokenizer: Tokenizer
-    chat_template: ChatTemplate | None  # None: the model has none, and chat is refused
-    grammar_judge: GrammarJudge
+    chat_template: ChatTemplate | None  # None: the model has none, and chat requests are rejected
+    grammar_checker: GrammarChecker
     model_config: ModelConfig
-    model_names: tuple[str, ...]  # what the API calls the model; the first is its id
-    created: int  # seconds since the epoch
+    model_names: tuple[str, ...]  # accepted in `model`; the first is the id in responses
+    created: int  # Unix time in seconds
     metrics: Metrics
     running: RunningRequests
-    responses: ResponseStore
     recordings: Recordings
-    background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # held until they end
-    # Texts are worked on in threads, no more than there are cores. /tokenize and /detokenize queue apart from
-    # generation, which therefore never waits for them.
-    text_threads: CapacityLimiter = field(default_factory=lambda: _threads(1))
-    tokenize_threads: CapacityLimiter = field(default_factory=lambda: _threads(2))
+    background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
+    # CPU-bound text processing runs in at most one thread per core. /tokenize and /detokenize have a limiter of their
+    # own, so that generation requests never queue behind them.
+    text_threads: CapacityLimiter = field(default_factory=lambda: _limiter(1))
+    tokenize_threads: CapacityLimiter = field(default_factory=lambda: _limiter(2))
 
     async def run_text_work(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
-        """Calls `function` in a thread, for a request that generates."""
+        """Run `function` in a thread, with the limiter of generation requests."""
         return await anyio.to_thread.run_sync(function, *args, limiter=self.text_threads)
 
     @property
     def served_models(self) -> list[ServedModel]:
-        """The model under each of its names, then the adapters that are loaded."""
+        """The base model under each of its names, then the loaded adapters."""
         adapters = self.client.adapters.items()
         return [*map(ServedModel, self.model_names), *(ServedModel(name, adapter) for name, adapter in adapters)]
 
     def find_model(self, name: str) -> ServedModel:
-        """What `model` names. Raises MissingParameterError, or ModelNotFoundError.
+        """Return the model or adapter with this name.
 
-        Of an adapter that is still to be loaded with the engine: EngineUnavailableError.
+        Raises:
+            MissingParameterError: The name is empty.
+            ModelNotFoundError: There is no such model or adapter.
+            EngineUnavailableError: The adapter is loaded at start-up, and the engine is not ready yet.
         """
         if not name:
             raise MissingParameterError("model")
@@ -102,8 +100,12 @@ class ServerContext:
             self.client.ready_info()
         raise ModelNotFoundError(name)
 
-    def fingerprint(self, model: ServedModel) -> str:
-        """Names all that influences the output: the engine, the adapter, a template that is not the model's."""
+    def system_fingerprint(self, model: ServedModel) -> str:
+        """Return an id of everything outside the request that affects the output.
+
+        It covers the engine, the adapter and a chat template given by --chat-template. Raises EngineUnavailableError
+        while the engine is not ready.
+        """
         parts = [self.client.ready_info().fingerprint]
         if model.adapter is not None:
             parts.append(model.adapter.fingerprint[:12])
@@ -122,9 +124,10 @@ class ServerContext:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of prompt and completion together; EngineUnavailableError before the engine is ready."""
+        """Maximum tokens of prompt and output together. Raises EngineUnavailableError while the engine is not ready."""
         return self.client.ready_info().max_model_len
 
 
 def get_context(request: Request) -> ServerContext:
+    """Return the context of the application that handles the request."""
     return cast("ServerContext", request.app.state.context)

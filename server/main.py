@@ -1,7 +1,8 @@
 """The API process: `python -m server.main`, with an `ApiProcessConfig` as JSON on standard input.
 
-SIGTERM drains: no new work, what runs may finish, then exit code 0; a second one ends it at once. When the engine dies,
-its requests fail, probes see it for a moment, and the exit code is 1. Standard input decides, not the environment.
+SIGTERM drains the server: it accepts no new work, finishes running requests and exits with code 0. A second SIGTERM
+ends it at once. If the engine dies, running requests fail, probes report it for `DEATH_GRACE` seconds, and the exit
+code is 1. The configuration comes from standard input only, never from environment variables.
 """
 
 import asyncio
@@ -26,33 +27,32 @@ from engine.config import load_model_config
 from engine.shared.logs import configure_logging
 from engine.shared.messages import Vocabulary
 from engine.shared.parent_death import die_with_parent
-from server.api.responses.store import ResponseStore
 from server.app import create_app
-from server.constrained.grammar_checker import GrammarJudge
+from server.constrained.grammar_checker import GrammarChecker
 from server.context import ServerContext
 from server.engine_client.client import EngineClient
-from server.generation.recordings import Recordings
-from server.generation.registry import RunningRequests
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol
 from server.metrics import Metrics
-from server.settings.table import ApiProcessConfig
-from server.text.chat_template import ChatTemplate
+from server.recordings import Recordings
+from server.running_requests import RunningRequests
+from server.settings.process_configs import ApiProcessConfig
+from server.text.templates.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
-logger = logging.getLogger("lightwell.api")  # by its own name this module is __main__
+logger = logging.getLogger("lightwell.api")  # __name__ is __main__ here
 
-DEATH_GRACE = 2.0  # seconds in which probes and clients get to see that the engine is dead
-CLOSE_TIMEOUT = 2  # seconds that connections get to take their last bytes
-KEEP_ALIVE = 75  # seconds; longer than load balancers keep a connection that they may use again
+DEATH_GRACE = 2.0  # seconds between the engine's death and the exit, in which probes and clients can notice it
+CLOSE_TIMEOUT = 2  # seconds for connections to receive their last bytes
+KEEP_ALIVE = 75  # seconds; longer than load balancers keep idle connections open (often 60)
 MAX_CONNECTIONS = 4096
-SPARE_FILES = 128  # open files that are no connections
+SPARE_FILES = 128  # file descriptors for everything but connections
 BACKLOG = 2048
-TICK = 1.0  # seconds
+TICK = 1.0  # seconds between updates of the Date header
 
 
 class APIServer(uvicorn.Server):
-    """uvicorn without its signal handlers, which end the process by the signal once more, and idle when it is idle."""
+    """uvicorn without its signal handlers, which re-raise the signal at the end, and with fewer wake-ups when idle."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -63,7 +63,7 @@ class APIServer(uvicorn.Server):
         self._stopping.set()
 
     async def main_loop(self) -> None:
-        """Until `stop`. Once a second answers get a new date; uvicorn's own loop runs ten times a second."""
+        """Run until `stop`, updating the Date header every second. uvicorn's own loop wakes up ten times a second."""
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), TICK)
@@ -74,42 +74,45 @@ class APIServer(uvicorn.Server):
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the supervisor decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is handled by the supervisor
     die_with_parent(os.getppid())
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=ApiProcessConfig)
     flush_logs = configure_logging(config.settings.log_level, config.settings.log_format)
     exit_code = run(config, flush_logs)
     flush_logs()
-    os._exit(exit_code)  # rather than wait for threads that fetch an adapter
+    os._exit(exit_code)  # sys.exit would wait for threads that download an adapter
 
 
 def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
-    """Serves until it is told to stop; returns the exit code."""
+    """Serve until the process is asked to stop or the engine dies. Return the exit code."""
     try:
         sockets, context = prepare(config)
-    except (OSError, ValueError) as error:  # what the user can mend
+    except (OSError, ValueError) as error:  # errors in the configuration, which need no traceback
         logger.error("%s", error)
         return 1
     try:
         server = make_server(create_app(context), max_connections=raise_file_limit())
         logger.info("listening on %s", url(sockets[0]))
-        return asyncio.run(Life(server, context, flush_logs).live(sockets))
+        return asyncio.run(Lifecycle(server, context, flush_logs).run(sockets))
     except Exception:
         logger.exception("the server failed")
         return 1
 
 
 def prepare(config: ApiProcessConfig) -> tuple[list[socket.socket], ServerContext]:
-    """Takes the port and reads what the API needs of the model. Raises OSError or ValueError if it cannot."""
+    """Bind the port and load the tokenizer, the chat template and the model's configuration.
+
+    Raises OSError if the port cannot be bound, ValueError if the model's files are missing or invalid.
+    """
     sockets = bind(config.settings.host, config.settings.port)
     context = make_context(config)
     gc.collect()
-    gc.freeze()  # what was loaded stays; the collector need not look at it again
+    gc.freeze()  # keeps the collector from scanning the objects loaded so far, which live as long as the process
     return sockets, context
 
 
 def make_context(config: ApiProcessConfig) -> ServerContext:
-    """Reads what the API needs of the model. Raises ValueError if that is not there or not valid."""
+    """Create the context from the model's files. Raises ValueError if they are missing or invalid."""
     settings = config.settings
     path = Path(config.model_path)
     tokenizer = Tokenizer.from_model(path)
@@ -129,29 +132,31 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         client=client,
         tokenizer=tokenizer,
         chat_template=make_chat_template(tokenizer, settings.chat_template),
-        grammar_judge=GrammarJudge(vocabulary, model_config.eos_token_ids),
+        grammar_checker=GrammarChecker(vocabulary, model_config.eos_token_ids),
         model_config=model_config,
         model_names=config.model_names,
         created=int(time.time()),
         metrics=metrics,
         running=RunningRequests(),
         recordings=Recordings(settings.record_requests),
-        responses=ResponseStore(settings.max_stored_responses, settings.stored_responses_memory),
     )
 
 
 def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:
-    """The template in a file, or else the model's own. Raises ValueError where that is none."""
+    """Compile the chat template in `file`, or the model's own if `file` is None.
+
+    Returns None if there is neither. Raises ValueError if the template is invalid or the file cannot be read.
+    """
     if file is None:
-        return None if tokenizer.chat_template is None else _compiled(tokenizer, tokenizer.chat_template)
+        return None if tokenizer.chat_template is None else _compile(tokenizer, tokenizer.chat_template)
     try:
-        return _compiled(tokenizer, Path(file).expanduser().read_text(encoding="utf-8"))
+        return _compile(tokenizer, Path(file).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"--chat-template {file}: {reason}") from error
 
 
-def _compiled(tokenizer: Tokenizer, source: str) -> ChatTemplate:
+def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
     return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
@@ -173,8 +178,8 @@ def make_server(app: FastAPI, *, max_connections: int, protocol: type[HTTPProtoc
     return APIServer(config)
 
 
-class Life:
-    """What ends the process: a signal, the engine's death, or a failure of the server itself."""
+class Lifecycle:
+    """Runs the server until a signal, the engine's death or a failure of the server ends it."""
 
     def __init__(self, server: APIServer, context: ServerContext, flush_logs: Callable[[], None]) -> None:
         self._server = server
@@ -183,22 +188,22 @@ class Life:
         self._flush_logs = flush_logs
         self._terminated = asyncio.Event()
 
-    async def live(self, sockets: list[socket.socket]) -> int:
-        """Returns the exit code."""
+    async def run(self, sockets: list[socket.socket]) -> int:
+        """Serve until the end. Return the exit code: 0 after SIGTERM, otherwise 1."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
         serving = asyncio.create_task(self._server.serve(sockets))
-        events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._client.on_death)]
+        events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._client.died)]
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
         if self._terminated.is_set():
             await self._drain()
-        if self._client.on_death.is_set():
-            await self._mourn()
+        if self._client.died.is_set():
+            await self._on_engine_death()
         for task in events:
             task.cancel()
         self._client.fail_streams(EngineUnavailableError("The server is shutting down.", close=True))
         self._server.stop()
         await serving
-        return 0 if self._terminated.is_set() and not self._client.on_death.is_set() else 1
+        return 0 if self._terminated.is_set() and not self._client.died.is_set() else 1
 
     def _on_sigterm(self) -> None:
         if self._terminated.is_set():
@@ -207,20 +212,20 @@ class Life:
         self._terminated.set()
 
     async def _drain(self) -> None:
-        """Until the requests that are here now have been answered, for --drain-timeout at most."""
+        """Accept no new work and wait for the current requests, but at most --drain-timeout seconds."""
         self._client.drain()
         requests = set(self._server.server_state.tasks)
-        logger.info("draining: %d requests are running", len(requests))
+        logger.info("draining: waiting for %d running requests", len(requests))
         if requests:
-            death = asyncio.create_task(self._client.on_death.wait())
+            death = asyncio.create_task(self._client.died.wait())
             finished = asyncio.create_task(_finish(requests))
             waiting = {death, finished}
             await asyncio.wait(waiting, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
             death.cancel()
             finished.cancel()
 
-    async def _mourn(self) -> None:
-        """Its requests have failed already. Where it never was ready nobody waits for an answer."""
+    async def _on_engine_death(self) -> None:
+        """Keep serving for `DEATH_GRACE` seconds if the engine had been ready. Its requests have already failed."""
         if self._client.info is not None:
             await asyncio.sleep(DEATH_GRACE)
 
@@ -230,7 +235,10 @@ async def _finish(requests: set[asyncio.Task[None]]) -> None:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of the host, all with the same port. Raises OSError with a sentence for the user."""
+    """Return a listening socket for each address of the host, all with the same port (0 chooses a free one).
+
+    Raises OSError with a message for the user.
+    """
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -238,11 +246,11 @@ def bind(host: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     missing: OSError | None = None
     for family, _, _, _, address in addresses:
-        chosen = port or (sockets[0].getsockname()[1] if sockets else 0)
+        chosen_port = port or (sockets[0].getsockname()[1] if sockets else 0)
         try:
-            sockets.append(_bind_one(family, (address[0], chosen, *address[2:])))
+            sockets.append(_bind_one(family, (address[0], chosen_port, *address[2:])))
         except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a machine without IPv6, say
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # for example, no IPv6
                 _close(sockets)
                 raise OSError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from error
             missing = error
@@ -252,7 +260,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def _bind_one(family: int, address: tuple[str | int, ...]) -> socket.socket:
-    # With the protocol named, asyncio turns off Nagle's algorithm, which would hold back small writes for 40 ms.
+    # asyncio disables Nagle's algorithm, which delays small writes by up to 40 ms, only if the protocol is explicit.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -277,11 +285,11 @@ def url(listener: socket.socket) -> str:
 
 
 def raise_file_limit() -> int:
-    """Allows this process as many open files as it may have; returns how many connections that is enough for."""
+    """Raise the soft limit of open files as far as needed and allowed. Return the number of connections it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    needed = MAX_CONNECTIONS + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - SPARE_FILES))
 

@@ -1,8 +1,8 @@
-"""What Prometheus scrapes: vLLM's core metrics under our prefix, and a few that vLLM lacks.
+"""Prometheus metrics: vLLM's core metrics under another prefix, and a few additional ones.
 
-Names, types, labels and buckets are vLLM's, so that its dashboards work with another prefix. Counters and gauges of the
-engine are read from its latest statistics at scrape time; histograms are observed as events arrive. No label ever takes
-its value from a request, but for names of LoRA adapters, of which there are few at a time.
+Names, types, labels and buckets are vLLM's, so that its dashboards work once the prefix is replaced. Counters and
+gauges of the engine are read from its latest statistics at scrape time; histograms are updated as events arrive. To
+bound the number of time series, no label value comes from a request, except the names of loaded LoRA adapters.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -18,9 +17,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.shared.messages import EngineInfo, EngineStats, FinishReason
-
-if TYPE_CHECKING:
-    from server.engine_client.client import Choice
+from server.choice_stats import ChoiceStats
 
 LABELS = ("model_name", "engine")
 
@@ -46,13 +43,13 @@ METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 
 
 def buckets_1_2_5(max_value: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50 ... up to `max_value`."""
+    """Return the buckets 1, 2, 5, 10, 20, 50 ... up to `max_value`."""
     values = (mantissa * 10**exponent for exponent in itertools.count() for mantissa in (1, 2, 5))
     return list(itertools.takewhile(lambda value: value <= max_value, values))
 
 
 class Metrics:
-    """All metrics of one API process, in a registry of their own. Used on the event loop only."""
+    """All metrics of one API process, in a registry of their own. Not thread-safe: for the event loop only."""
 
     def __init__(self, prefix: str, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -71,39 +68,56 @@ class Metrics:
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", TOKEN_BUCKETS, "Mean time per output token after the first."
         )
-        self._end_to_end = self._histogram("e2e_request_latency_seconds", REQUEST_BUCKETS, "From arrival to the end.")
-        self._queue = self._histogram("request_queue_time_seconds", REQUEST_BUCKETS, "Time spent waiting.")
-        self._inference = self._histogram("request_inference_time_seconds", REQUEST_BUCKETS, "Time spent running.")
-        self._prefill = self._histogram("request_prefill_time_seconds", REQUEST_BUCKETS, "Time to compute the prompt.")
-        self._decode = self._histogram("request_decode_time_seconds", REQUEST_BUCKETS, "From first to last token.")
-        self._iteration = self._histogram("iteration_tokens_total", ITERATION_BUCKETS, "Tokens computed in a step.")
+        self._end_to_end = self._histogram(
+            "e2e_request_latency_seconds", REQUEST_BUCKETS, "Time from arrival to the end."
+        )
+        self._queue = self._histogram("request_queue_time_seconds", REQUEST_BUCKETS, "Time spent in the queue.")
+        self._inference = self._histogram(
+            "request_inference_time_seconds", REQUEST_BUCKETS, "Time from scheduling to the end."
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", REQUEST_BUCKETS, "Time from scheduling to the first token."
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", REQUEST_BUCKETS, "Time from the first to the last token."
+        )
+        self._iteration = self._histogram(
+            "iteration_tokens_total", ITERATION_BUCKETS, "Tokens computed per engine step."
+        )
 
     def _add_server_metrics(self) -> None:
-        success = self._counter("request_success", "Choices that ended.", "finished_reason")
+        success = self._counter("request_success", "Finished choices by finish reason.", "finished_reason")
         self._finished = {
             reason: success.labels(**self._labels, finished_reason=reason.value) for reason in FinishReason
         }
-        rejected = self._counter("requests_rejected", "Requests that were not admitted.", "reason")
+        rejected = self._counter("requests_rejected", "Requests rejected by admission control.", "reason")
         self._rejected = {reason: rejected.labels(**self._labels, reason=reason) for reason in REJECTION_REASONS}
-        self._unknown = self._counter("unknown_parameters", "Fields of requests that nobody knows.").labels(
+        self._unknown_parameters = self._counter(
+            "unknown_parameters", "Unknown request fields, which were ignored."
+        ).labels(**self._labels)
+        self._retries = self._counter("retried_requests", "Requests that an SDK marked as a retry.").labels(
             **self._labels
         )
-        self._retried = self._counter("retried_requests", "Requests that a client sent again.").labels(**self._labels)
-        self._tokenizer = self._histogram("tokenizer_seconds", TEXT_BUCKETS, "Time to tokenize a prompt.")
+        self._tokenizer = self._histogram(
+            "tokenizer_seconds", TEXT_BUCKETS, "Time to tokenize the prompts of a request."
+        )
         self._detokenizer = self._histogram("detokenizer_seconds", TEXT_BUCKETS, "Time to detokenize one choice.")
         self._http = Counter(
-            "http_requests", "Answers by route.", ("handler", "method", "status"), registry=self.registry
+            "http_requests", "HTTP responses by route.", ("handler", "method", "status"), registry=self.registry
         )
         self._http_seconds = Histogram(
             "http_request_duration_seconds",
-            "From the request's head to the answer's end.",
+            "Time from the request headers to the end of the response.",
             ("handler", "method"),
             buckets=HTTP_BUCKETS,
             registry=self.registry,
         )
 
     def set_engine_info(self, info: EngineInfo) -> None:
-        """Adds what can only be known once the engine is ready: token counts with buckets up to the context length."""
+        """Add the metrics that depend on the engine, such as token counts with buckets up to the context length.
+
+        Calls after the first are ignored.
+        """
         if self._info is not None:
             return
         self._info = info
@@ -111,11 +125,13 @@ class Metrics:
         self._prompt_tokens = self._histogram("request_prompt_tokens", buckets, "Prompt tokens.")
         self._generation_tokens = self._histogram("request_generation_tokens", buckets, "Output tokens.")
         self._max_generation_tokens = self._histogram(
-            "request_max_num_generation_tokens", buckets, "Output tokens of a request's longest choice."
+            "request_max_num_generation_tokens", buckets, "Output tokens of the longest choice of a request."
         )
         self._params_max_tokens = self._histogram("request_params_max_tokens", buckets, "The max_tokens parameter.")
         self._computed_tokens = self._histogram(
-            "request_prefill_kv_computed_tokens", buckets, "Prompt tokens computed, without those from the cache."
+            "request_prefill_kv_computed_tokens",
+            buckets,
+            "Prompt tokens computed rather than read from the prefix cache.",
         )
         self._params_n = self._histogram("request_params_n", (1, 2, 5, 10, 20), "The n parameter.")
         self._engine.max_loras = info.max_loras
@@ -131,12 +147,12 @@ class Metrics:
             "engine": "0",
         }
         gauge = Gauge(
-            f"{self._prefix}cache_config_info", "How the KV cache is set up.", tuple(config), registry=self.registry
+            f"{self._prefix}cache_config_info", "Configuration of the KV cache.", tuple(config), registry=self.registry
         )
         gauge.labels(**config).set(1)
 
     def set_stats_source(self, stats: Callable[[], EngineStats]) -> None:
-        """`stats` is called at each scrape."""
+        """Set the function that returns the engine's statistics; each scrape calls it."""
         self._engine.stats = stats
 
     def observe_step(self, num_tokens: int) -> None:
@@ -148,8 +164,8 @@ class Metrics:
     def observe_inter_token(self, seconds: float) -> None:
         self._inter_token.observe(seconds)
 
-    def observe_choice(self, choice: Choice, reason: FinishReason, now: float) -> None:
-        """A choice ended, in the engine or, by a stop string or an abort, here."""
+    def observe_choice(self, choice: ChoiceStats, reason: FinishReason, now: float) -> None:
+        """Record the end of a choice, in the engine or in this process (stop string, abort)."""
         self._finished[reason].inc()
         self._end_to_end.observe(now - choice.arrival)
         self._prompt_tokens.observe(choice.num_prompt_tokens)
@@ -170,39 +186,40 @@ class Metrics:
         if num_tokens > 1:
             self._per_token.observe(seconds / (num_tokens - 1))
 
-    def observe_request(self, choices: Sequence[Choice]) -> None:
-        """All choices of a request ended."""
+    def observe_request(self, choices: Sequence[ChoiceStats]) -> None:
+        """Record the end of all choices of a request."""
         self._params_n.observe(len(choices))
         self._max_generation_tokens.observe(max(choice.num_output_tokens for choice in choices))
 
     def observe_tokenizer(self, seconds: float) -> None:
-        """Time to render and tokenize one request's prompts."""
+        """Record the time to render and tokenize the prompts of one request."""
         self._tokenizer.observe(seconds)
 
     def observe_detokenizer(self, seconds: float) -> None:
-        """Time to detokenize one choice, all of its tokens together."""
+        """Record the total time to detokenize one choice."""
         self._detokenizer.observe(seconds)
 
     def count_rejection(self, reason: str) -> None:
-        """`reason` is one of REJECTION_REASONS."""
+        """Count a request that was not admitted. `reason` is one of `REJECTION_REASONS`."""
         self._rejected[reason].inc()
 
     def count_unknown_parameters(self, num_parameters: int) -> None:
-        self._unknown.inc(num_parameters)
+        self._unknown_parameters.inc(num_parameters)
 
     def count_retry(self) -> None:
-        self._retried.inc()
+        self._retries.inc()
 
     def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """`handler` is a route of ours, never a path that a client made up."""
+        """Record an HTTP response. `handler` must be a route, not the requested path, to bound the label values."""
         method = method if method in METHODS else "other"
         self._http.labels(handler, method, status).inc()
         self._http_seconds.labels(handler, method).observe(seconds)
 
     def exposition(self) -> tuple[bytes, str]:
-        """The page and its content type.
+        """Return the metrics page and its content type.
 
-        Always Prometheus' text format: the library's OpenMetrics page writes the colons of vLLM's names as underscores.
+        The format is always Prometheus text: the library's OpenMetrics format replaces the colon in a prefix such as
+        `vllm:` with an underscore.
         """
         return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
@@ -215,7 +232,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads the engine's statistics when it is asked, so that a gauge is never older than the last message."""
+    """Reads the engine's statistics at scrape time, so that gauges are as recent as the engine's last message."""
 
     def __init__(self, prefix: str, label_values: list[str]) -> None:
         self.stats: Callable[[], EngineStats] = EngineStats
@@ -232,21 +249,27 @@ class _EngineCollector(Collector):
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
         usage = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
-        yield self._gauge("num_requests_running", "Choices in the batch.", stats.num_running)
-        yield self._gauge("num_requests_waiting", "Choices that wait.", stats.num_waiting)
+        yield self._gauge("num_requests_running", "Choices in the engine's batch.", stats.num_running)
+        yield self._gauge("num_requests_waiting", "Choices in the queue.", stats.num_waiting)
         by_reason = GaugeMetricFamily(
-            f"{self._prefix}num_requests_waiting_by_reason", "Choices that wait.", labels=(*LABELS, "reason")
+            f"{self._prefix}num_requests_waiting_by_reason",
+            "Choices in the queue by reason.",
+            labels=(*LABELS, "reason"),
         )
         by_reason.add_metric([*self._label_values, "capacity"], stats.num_waiting)
         by_reason.add_metric([*self._label_values, "deferred"], 0)
         yield by_reason
-        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", usage)
+        yield self._gauge("kv_cache_usage_perc", "Fraction of the KV cache in use, 0 to 1.", usage)
 
     def _counters(self, stats: EngineStats) -> Iterator[Metric]:
         cached = stats.prompt_tokens_cached_total
-        yield self._counter("prefix_cache_queries", "Tokens looked up.", stats.prefix_cache_queries_total)
-        yield self._counter("prefix_cache_hits", "Tokens found.", stats.prefix_cache_hits_total)
-        yield self._counter("num_preemptions", "Preemptions.", stats.preemptions_total)
+        yield self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries_total
+        )
+        yield self._counter(
+            "prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits_total
+        )
+        yield self._counter("num_preemptions", "Preemptions of choices.", stats.preemptions_total)
         yield self._counter("prompt_tokens", "Prompt tokens.", stats.prompt_tokens_total)
         yield self._counter("prompt_tokens_cached", "Prompt tokens from the prefix cache.", cached)
         by_source = CounterMetricFamily(
@@ -257,16 +280,19 @@ class _EngineCollector(Collector):
         by_source.add_metric([*self._label_values, "external_kv_transfer"], 0)
         yield by_source
         yield self._counter("generation_tokens", "Output tokens.", stats.generation_tokens_total)
-        yield self._counter("engine_steps", "Steps of the engine.", stats.steps_total)
-        yield self._counter("spec_decode_num_drafts", "Guesses of next tokens.", stats.drafts_total)
-        yield self._counter("spec_decode_num_draft_tokens", "Tokens guessed.", stats.draft_tokens_total)
-        yield self._counter("spec_decode_num_accepted_tokens", "Tokens guessed right.", stats.accepted_tokens_total)
+        yield self._counter("engine_steps", "Engine steps.", stats.steps_total)
+        yield self._counter("spec_decode_num_drafts", "Drafts of speculative decoding.", stats.drafts_total)
+        yield self._counter("spec_decode_num_draft_tokens", "Draft tokens.", stats.draft_tokens_total)
+        yield self._counter("spec_decode_num_accepted_tokens", "Accepted draft tokens.", stats.accepted_tokens_total)
 
     def _adapters(self, stats: EngineStats) -> Metric:
-        """Names as labels, and when they were so as the value; vLLM keeps earlier ones as well."""
+        """Return the adapters in use: names as labels and the current time as the value.
+
+        vLLM keeps a sample of each earlier combination of names, too.
+        """
         labels = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
         names = [",".join(sorted(adapters)) for adapters in (stats.waiting_adapters, stats.running_adapters)]
-        family = GaugeMetricFamily(f"{self._prefix}lora_requests_info", "LoRA adapters that are in use.", labels=labels)
+        family = GaugeMetricFamily(f"{self._prefix}lora_requests_info", "LoRA adapters in use.", labels=labels)
         family.add_metric([str(self.max_loras), *names], time.time())
         return family
 

@@ -1,6 +1,6 @@
-"""From what a user calls a model or a LoRA adapter to a path on disk: aliases, files, folders and Hugging Face ids.
+"""Resolves the names of models and LoRA adapters to local paths: aliases, files, folders and Hugging Face ids.
 
-Nothing here loads a model, and a path that exists is used as it is, without the network.
+A path that exists is returned as it is, without access to the network. Anything else is downloaded. No model is loaded.
 """
 
 import dataclasses
@@ -17,27 +17,32 @@ from pathlib import Path
 from typing import IO
 
 from engine.config.huggingface import PICKLE_SUFFIXES
+from engine.shared.paths import cache_folder
 
 CHUNK_BYTES = 1 << 20
+GIVE_GGUF_FILE = "for GGUF, give the file itself: path/to/file.gguf or org/name:file.gguf"
+ONLY_PICKLES = "only pickle files in the folder"
 PICKLE_REFUSED = "Reading a pickle runs whatever code it contains, so only safetensors and GGUF are supported"
 
 
 class ModelError(Exception):
-    """A model or an adapter that cannot be had; the message is one line for the user."""
+    """A model or an adapter that cannot be resolved. The message is one line for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedModel:
+    """A model on disk."""
+
     path: Path  # a GGUF file, or a folder with config.json and safetensors
-    name: str  # what the model is called in the API unless the user says otherwise
+    name: str  # default name in the API
 
 
 @dataclasses.dataclass(frozen=True)
 class Alias:
-    """A GGUF file that a Python package carries."""
+    """A short name for a GGUF file that a Python package contains."""
 
     requirement: str
-    member: str  # its path inside the wheel
+    member: str  # path inside the wheel
     num_bytes: int
     sha256: str
 
@@ -54,13 +59,13 @@ ALIASES = {
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.gguf))?", re.ASCII
 )
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of PEFT
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as written by PEFT
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
 def resolve_model(name: str) -> ResolvedModel:
-    """Find the model called `name`, fetching it where it is not on this machine yet. Raises ModelError."""
+    """Return the model called `name`, downloading it if necessary. Raises ModelError."""
     if name in ALIASES:
         return ResolvedModel(_fetch_alias(name, ALIASES[name]), name)
     if path := _existing_path(name):
@@ -75,7 +80,7 @@ def resolve_model(name: str) -> ResolvedModel:
 
 
 def resolve_adapter(name: str) -> Path:
-    """A GGUF file, or a folder with `ADAPTER_FILES`, which is fetched where it is not on this machine yet.
+    """Return the path of an adapter, downloading it if necessary: a GGUF file, or a folder with `ADAPTER_FILES`.
 
     Raises ModelError.
     """
@@ -92,10 +97,10 @@ def resolve_adapter(name: str) -> Path:
 
 
 def _existing_path(name: str) -> Path | None:
-    """What is called so on this machine. Symbolic links keep their names."""
+    """Return the absolute path if it exists. Symbolic links are not resolved, so that the model keeps their name."""
     try:
         path = os.path.abspath(os.path.expanduser(name))
-    except ValueError:  # a NUL in the name of a user
+    except ValueError:  # a NUL in a user name (~name)
         return None
     return Path(path) if os.path.exists(path) else None
 
@@ -114,15 +119,8 @@ def _problem_with_adapter_folder(path: Path) -> str | None:
     if not missing:
         return None
     if missing[0] == ADAPTER_FILES[1] and any(file.name.endswith(PICKLE_SUFFIXES) for file in path.iterdir()):
-        return f"only pickle files there. {PICKLE_REFUSED}"
-    return f"no {missing[0]} there (for GGUF give the file itself: path/to/file.gguf or org/name:file.gguf)"
-
-
-def cache_folder() -> Path:
-    """Where fetched models are kept."""
-    if chosen := os.environ.get("LIGHTWELL_CACHE"):
-        return Path(os.path.expanduser(chosen))
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lightwell"
+        return f"{ONLY_PICKLES}. {PICKLE_REFUSED}"
+    return f"no {missing[0]} in the folder ({GIVE_GGUF_FILE})"
 
 
 def _local(path: Path, name: str) -> ResolvedModel:
@@ -135,30 +133,30 @@ def _local(path: Path, name: str) -> ResolvedModel:
     return ResolvedModel(path, path.name)
 
 
-_MODEL_FOLDER = "a model in safetensors is given as the folder that holds its config.json"
-_ADAPTER_FOLDER = f"an adapter in safetensors is given as the folder that holds its {ADAPTER_FILES[0]}"
+_MODEL_FOLDER = "for a model in safetensors, give the folder that contains config.json"
+_ADAPTER_FOLDER = f"for an adapter in safetensors, give the folder that contains {ADAPTER_FILES[0]}"
 
 
-def _problem_with_file(path: Path, instead: str) -> str | None:
-    """`instead` says what else there is than a file."""
+def _problem_with_file(path: Path, hint: str) -> str | None:
+    """Return why the file is not a GGUF file, or None if it is one. `hint` says what to give for safetensors."""
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
             return None
     if path.name.endswith(PICKLE_SUFFIXES):
         return f"a pickle file. {PICKLE_REFUSED}"
-    return f"not a GGUF file ({instead})"
+    return f"not a GGUF file ({hint})"
 
 
 def _problem_with_folder(path: Path) -> str | None:
     if not (path / "config.json").is_file():
-        return "no config.json there (for GGUF give the file itself: path/to/file.gguf or org/name:file.gguf)"
+        return f"no config.json in the folder ({GIVE_GGUF_FILE})"
     if not any(path.glob("*.safetensors")):
         has_pickles = any(file.name.endswith(PICKLE_SUFFIXES) for file in path.iterdir())
-        return f"only pickle files there. {PICKLE_REFUSED}" if has_pickles else "no safetensors there"
+        return f"{ONLY_PICKLES}. {PICKLE_REFUSED}" if has_pickles else "no safetensors files in the folder"
     return None
 
 
-# Aliases: a wheel from the package index that pip is set up for.
+# Aliases: wheels from the package index that pip is configured for.
 
 
 def _fetch_alias(name: str, alias: Alias) -> Path:
@@ -175,7 +173,7 @@ def _fetch_alias(name: str, alias: Alias) -> Path:
             unpacked.replace(path)
     except OSError as error:
         raise ModelError(
-            f"cannot keep {name} in {folder}: {error.strerror or error} (LIGHTWELL_CACHE moves it)"
+            f"cannot write {name} to {folder}: {error.strerror or error} (LIGHTWELL_CACHE sets another folder)"
         ) from None
     return path
 
@@ -184,41 +182,44 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), requirement]
     try:
-        with _spinner(f"Fetching {requirement}"):
+        with _spinner(f"Downloading {requirement}"):
             pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     except OSError as error:
-        raise ModelError(f"cannot fetch {requirement}: pip cannot run: {error.strerror}") from None
+        raise ModelError(f"cannot download {requirement}: pip cannot run: {error.strerror}") from None
     wheels = list(folder.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:
         raise ModelError(
-            f"cannot fetch {requirement}: {_pip_error((pip.stdout + pip.stderr).decode(errors='replace'))}"
+            f"cannot download {requirement}: {_pip_error((pip.stdout + pip.stderr).decode(errors='replace'))}"
         )
     return wheels[0]
 
 
 def _pip_error(output: str) -> str:
+    """Return the reason for a failure of pip in one line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     if "No module named pip" in output:
         return "this Python has no pip"
     if "connection broken" in output:
         return f"pip cannot reach the package index ({errors[-1]})" if errors else "pip cannot reach the package index"
-    return errors[-1] if errors else f"pip says: {lines[-1]}" if lines else "pip failed"
+    return errors[-1] if errors else f"pip failed: {lines[-1]}" if lines else "pip failed"
 
 
 def _unpack(wheel: Path, alias: Alias, target: Path) -> None:
-    """Write the member of the wheel to `target`, which stays only if its hash is right."""
+    """Extract the GGUF file from the wheel to `target`. Raises ModelError if it is missing or has the wrong hash."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(alias.member) as source, target.open("wb") as sink:
             sha256 = _copy(source, sink, alias)
     except (zipfile.BadZipFile, KeyError):
-        raise ModelError(f"{wheel.name} does not hold {alias.member}") from None
+        raise ModelError(f"{wheel.name} does not contain {alias.member}") from None
     if sha256 != alias.sha256:
-        raise ModelError(f"{target.name} of {alias.requirement} has the wrong SHA-256: {sha256} and not {alias.sha256}")
+        raise ModelError(
+            f"{target.name} of {alias.requirement} has the wrong SHA-256: {sha256} instead of {alias.sha256}"
+        )
 
 
 def _copy(source: IO[bytes], sink: IO[bytes], alias: Alias) -> str:
-    """Copy with a progress bar; returns the SHA-256."""
+    """Copy with a progress bar. Return the SHA-256 as a hexadecimal string."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -248,7 +249,7 @@ def _spinner(message: str) -> Iterator[None]:
 
 
 def _from_hub(repo: str, revision: str | None, file: str | None) -> ResolvedModel:
-    """One revision of a repository: safetensors with what describes them, or one GGUF file."""
+    """Download a model: one GGUF file, or the safetensors, configuration and tokenizer files of a repository."""
     path = _download(repo, revision, file, _HUB_PATTERNS)
     if file:
         return ResolvedModel(path, Path(file).name)
@@ -257,24 +258,25 @@ def _from_hub(repo: str, revision: str | None, file: str | None) -> ResolvedMode
 
 
 def _download(repo: str, revision: str | None, file: str | None, patterns: Sequence[str]) -> Path:
-    """One file of a repository, or what fits the patterns in its top folder. Raises ModelError."""
+    """Download one file, or the files that match `patterns` in the top folder of the repository. Raises ModelError."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
         if file:
             return Path(hf_hub_download(repo, file, revision=revision))
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
-    except Exception as error:  # errors of its HTTP client come through, and which client that is has changed
-        raise ModelError(f"cannot fetch {repo} from Hugging Face: {_hub_error(error)}") from None
+    except Exception as error:  # includes errors of its HTTP client, which differs between versions
+        raise ModelError(f"cannot download {repo} from Hugging Face: {_hub_error(error)}") from None
 
 
 def _hub_error(error: Exception) -> str:
+    """Return the reason for a failed download in one line."""
     from huggingface_hub import errors
 
     reasons: dict[type[Exception], str] = {
-        errors.LocalEntryNotFoundError: "it cannot be reached, and the model is not cached",
-        errors.GatedRepoError: "access must be requested on the model's page, and HF_TOKEN set",
-        errors.RepositoryNotFoundError: "no such model, or a private one (HF_TOKEN)",
+        errors.LocalEntryNotFoundError: "the hub cannot be reached, and the model is not cached",
+        errors.GatedRepoError: "access is restricted: request it on the model's page and set HF_TOKEN",
+        errors.RepositoryNotFoundError: "no such model (a private one needs HF_TOKEN)",
         errors.RevisionNotFoundError: "no such revision",
         errors.EntryNotFoundError: "no such file",
     }

@@ -1,8 +1,7 @@
-"""`lightwell serve`: runs the engine process and the API process, and ends both when either ends.
+"""The supervisor of `lightwell serve`: runs the engine process and the API process, and ends both when either ends.
 
-It sleeps until a child ends or a signal comes, and imports nothing heavy. Whatever happens, no child outlives it: each
-has a process group of its own, so that the terminal's Ctrl-C reaches the supervisor alone and helpers of a child end
-with it.
+It sleeps until a child ends or a signal arrives, and imports nothing heavy. No child outlives it. Each child has its
+own process group, so that Ctrl-C in the terminal reaches only the supervisor, and a child's subprocesses end with it.
 """
 
 import dataclasses
@@ -25,57 +24,59 @@ import msgspec
 
 from engine.shared.parent_death import die_with_parent
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
-from server.settings.table import REPEAT_LORA_MODULES, ApiProcessConfig, Settings, check_adapter_names, engine_config
+from server.settings.load import check_adapter_names
+from server.settings.process_configs import ApiProcessConfig, engine_config
+from server.settings.table import REPEAT_LORA_MODULES, Settings
 
-DEATH_GRACE_SECONDS = 3.0  # for the API to end its streams with an error once the engine is gone
-DRAIN_GRACE_SECONDS = 2.5  # for the API to leave after --drain-timeout
+DEATH_GRACE_SECONDS = 3.0  # for the API process to end its streams with an error after the engine's death
+DRAIN_GRACE_SECONDS = 2.5  # for the API process to exit after --drain-timeout
 STOP_SECONDS = 1.5  # from SIGTERM to SIGKILL for a child that has nothing to finish
-ECHO_SECONDS = 0.1  # some who send a signal (timeout, say) send it to the process and to its group: that is one signal
+ECHO_SECONDS = 0.1  # signals closer together count as one: `timeout`, for example, signals the process and its group
 KILL_SECONDS = 1.0  # for the kernel to end a child after SIGKILL
 MAX_IPC_PATH_BYTES = 100
 SHOW_CURSOR = "\x1b[?25h"
 
-# How often OpenMP's threads look before they sleep while they wait for each other. By default they look for so long
-# that they take the cores from the API process and from whatever else runs there, and a step lasts many times as long.
+# Iterations that a waiting OpenMP thread spins before it sleeps. With the default, spinning threads take the cores from
+# the API process and other processes, and a step takes many times as long.
 SPIN_COUNT = {"GOMP_SPINCOUNT": "1000"}
-SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # either of them is the user's decision
+SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # if the user sets one of them, SPIN_COUNT does not apply
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)
 class Commands:
-    """How the children are started. With -P the folder that the user stands in cannot stand in for our packages."""
+    """Command lines of the children. -P keeps packages in the current folder from shadowing the installed ones."""
 
     engine: Sequence[str] = (sys.executable, "-P", "-m", "engine.process")
     api: Sequence[str] = (sys.executable, "-P", "-m", "server.main")
 
 
 class SupervisorError(Exception):
-    """The server cannot be started; the message is one line for the user."""
+    """The server cannot be started. The message is one line for the user."""
 
 
 class StopNowError(Exception):
-    """A second signal: the user wants no more waiting."""
+    """A second signal arrived: stop at once instead of waiting."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
 
 
 class Child:
-    """A child process that has been given its configuration."""
+    """A child process, which gets its configuration on standard input."""
 
     def __init__(self, name: str, command: Sequence[str], config: bytes) -> None:
         self.name = name
         self.has_ended = False
-        # The child cannot see to its own end before it has imported what it needs, so that begins before its program.
-        lifeline = partial(die_with_parent, os.getpid())
+        # Set before exec, so that the child also ends with its parent while it is still importing modules.
+        set_parent_death_signal = partial(die_with_parent, os.getpid())
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             env=child_environment(),
             process_group=0,
-            preexec_fn=lifeline,  # noqa: PLW1509  (this process has one thread)
+            preexec_fn=set_parent_death_signal,  # noqa: PLW1509  (this process has one thread)
         )
         self._pidfd = os.pidfd_open(self.pid)
         assert self._process.stdin is not None
@@ -87,7 +88,7 @@ class Child:
         return self._process.pid
 
     def fileno(self) -> int:
-        """A descriptor that is readable once the process has ended."""
+        """Return a file descriptor that becomes readable when the process ends."""
         return self._pidfd
 
     def terminate(self) -> None:
@@ -95,11 +96,11 @@ class Child:
             signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the process, if it still runs, and its helpers. It is reaped only here: until then its pid is ours."""
+        """Kill the process group and reap the process. Until it is reaped here, its pid cannot be reused."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # a driver that hangs can hold it back
+            with suppress(subprocess.TimeoutExpired):  # a process that hangs in a driver cannot be killed
                 self._process.wait(KILL_SECONDS)
 
     def close(self) -> None:
@@ -108,31 +109,33 @@ class Child:
 
     @property
     def ended_well(self) -> bool:
-        """Whether it ended by itself without an error, or as SIGTERM asked."""
+        """True if the process ended by itself without an error, or by SIGTERM."""
         return self._process.returncode in (0, -signal.SIGTERM)
 
     @property
     def outcome(self) -> str:
+        """Description of the end of the process, for the log."""
         code = self._process.returncode
         if code is None:
-            return f"the {self.name} process cannot be ended"
+            return f"the {self.name} process cannot be killed"
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         return f"the {self.name} process {how}"
 
 
 def child_environment() -> dict[str, str]:
-    decided = any(name in os.environ for name in SPIN_VARIABLES)
-    return {**os.environ, **({} if decided else SPIN_COUNT)}
+    """Return the environment of the children: this process's, with `SPIN_COUNT` unless the user has set it."""
+    is_set = any(name in os.environ for name in SPIN_VARIABLES)
+    return {**os.environ, **({} if is_set else SPIN_COUNT)}
 
 
 class StopSignals:
-    """The signals that ask for an end, as a descriptor to wait on."""
+    """Receives `STOP_SIGNALS` through a file descriptor that a selector can wait for."""
 
     def __enter__(self) -> "StopSignals":
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._last = -ECHO_SECONDS
-        # Under nohup SIGHUP is ignored and stays so.
+        # nohup ignores SIGHUP; that must stay.
         signums = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
         self._handlers = {signum: signal.signal(signum, lambda *_: None) for signum in signums}
         self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno())
@@ -149,7 +152,7 @@ class StopSignals:
         return self._reader.fileno()
 
     def take(self) -> int | None:
-        """The number of the next signal; None if it is another kind of signal or an echo."""
+        """Read a signal. Return its number, or None if it is no stop signal or follows one within `ECHO_SECONDS`."""
         signum = self._reader.recv(1)[0]
         now = time.monotonic()
         if signum not in self._handlers or now - self._last < ECHO_SECONDS:
@@ -159,7 +162,7 @@ class StopSignals:
 
 
 class Supervisor:
-    """Two running children and the rules for their end. A context manager: on leaving it, both are gone."""
+    """The engine and API processes, and the order in which they are stopped. Leaving its context kills both."""
 
     def __init__(self, signals: StopSignals, settings: Settings) -> None:
         self._signals = signals
@@ -177,10 +180,10 @@ class Supervisor:
         for child in self._children:
             child.close()
         if sys.stderr.isatty():
-            sys.stderr.write(SHOW_CURSOR)  # a child that was ended over its progress bar has left it hidden
+            sys.stderr.write(SHOW_CURSOR)  # a child killed while it shows a progress bar leaves it hidden
 
     def start(self, name: str, command: Sequence[str], config: msgspec.Struct) -> Child:
-        """Start a child and hand it its configuration. Raises SupervisorError."""
+        """Start a child process with its configuration. Raises SupervisorError."""
         try:
             child = Child(name, command, msgspec.json.encode(config))
         except (OSError, subprocess.SubprocessError) as error:
@@ -190,7 +193,7 @@ class Supervisor:
         return child
 
     def watch(self, engine: Child, api: Child) -> int:
-        """Wait for the end and see to it. Returns the exit status of the whole."""
+        """Wait until a signal arrives or a child ends, then stop both. Return the supervisor's exit status."""
         try:
             event = self._wait(None)
             while event is None:
@@ -202,16 +205,16 @@ class Supervisor:
             return 128 + stop.signum
 
     def _after_death(self, dead: Child, engine: Child, api: Child) -> int:
-        """A child ended by itself. An engine that is to be started again would be started again here."""
+        """Stop the other child after one has ended by itself. The engine is not restarted."""
         if dead is engine:
-            self._wait_for(api, DEATH_GRACE_SECONDS)  # it ends its streams with an error, then leaves
+            self._wait_for(api, DEATH_GRACE_SECONDS)  # it ends its streams with an error and exits
         self._stop(api, STOP_SECONDS)
         self._stop(engine, STOP_SECONDS)
         self._report(dead)
         return 1
 
     def _after_signal(self, engine: Child, api: Child) -> int:
-        """Drain: the API finishes what runs, and the engine goes last."""
+        """Drain: the API process finishes the running requests, then the engine is stopped."""
         self._stop(api, self._drain_timeout + DRAIN_GRACE_SECONDS)
         self._stop(engine, STOP_SECONDS)
         failed = [child for child in (engine, api) if not child.ended_well]
@@ -220,7 +223,7 @@ class Supervisor:
         return 1 if failed else 0
 
     def _report(self, child: Child) -> None:
-        """The last line that the user sees; what led to it the child has said itself."""
+        """Print how a child ended, as the last line. The child itself has logged the cause."""
         line = f"lightwell: error: {child.outcome}"
         if self._log_format == "json":
             record = {"time": time.time(), "level": "error", "logger": __name__, "message": child.outcome}
@@ -233,7 +236,10 @@ class Supervisor:
         child.kill()
 
     def _wait_for(self, child: Child, seconds: float) -> None:
-        """Wait until the child has ended; shorter if the other one dies meanwhile. Raises StopNowError on a signal."""
+        """Wait for the child to end, at most `seconds`, or `DEATH_GRACE_SECONDS` from the death of the other child.
+
+        Raises StopNowError on a signal.
+        """
         deadline = time.monotonic() + seconds
         while not child.has_ended and (left := deadline - time.monotonic()) > 0:
             event = self._wait(left)
@@ -243,7 +249,7 @@ class Supervisor:
                 deadline = min(deadline, time.monotonic() + DEATH_GRACE_SECONDS)
 
     def _wait(self, seconds: float | None) -> "Child | int | None":
-        """Sleep until a signal comes (its number) or a child ends (that child); None: neither did."""
+        """Sleep until something happens. Return the ended child, the number of a stop signal, or None for neither."""
         ready = [key.fileobj for key, _ in self._selector.select(seconds)]
         if self._signals in ready:
             return self._signals.take()
@@ -256,9 +262,9 @@ class Supervisor:
 
 
 def supervise(settings: Settings, commands: Commands | None = None) -> int:
-    """Serve until a signal or a failure. Returns the exit status. Raises ModelError, SupervisorError, SettingsError."""
+    """Serve until a signal or a failure. Return the exit status. Raises ModelError, SupervisorError, SettingsError."""
     commands = commands or Commands()
-    with _ends_at_once():
+    with _exit_on_sigterm():
         model = _resolve_model(settings)
         check_adapter_names(settings, _model_names(settings, model))
         lora_paths = _resolve_adapters(settings)
@@ -274,11 +280,11 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
 
 
 def _resolve_model(settings: Settings) -> ResolvedModel:
-    """Raises ModelError."""
+    """Resolve --model. Raises ModelError."""
     try:
         return resolve_model(settings.model)
     except ModelError as error:
-        if settings.lora_modules and "=" in settings.model:  # the second value after one flag
+        if settings.lora_modules and "=" in settings.model:  # it is the second value after one --lora-modules
             raise ModelError(f"{error}; {REPEAT_LORA_MODULES}") from None
         raise
 
@@ -288,7 +294,7 @@ def _model_names(settings: Settings, model: ResolvedModel) -> tuple[str, ...]:
 
 
 def _resolve_adapters(settings: Settings) -> dict[str, Path]:
-    """Where the adapters of --lora-modules are, by name. Raises ModelError."""
+    """Return the paths of the adapters of --lora-modules by name, downloading them if necessary. Raises ModelError."""
     paths = {}
     for name, path in settings.lora_paths.items():
         try:
@@ -322,13 +328,13 @@ def _api_config(settings: Settings, model: ResolvedModel, address: str, engine_p
 
 
 @contextmanager
-def _ends_at_once() -> Iterator[None]:
-    """While a model is fetched, SIGTERM ends the process (as PID 1 of a container it would be ignored otherwise)."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Exit at once on SIGTERM, for example during a download. By default, PID 1 of a container ignores it."""
 
-    def leave(signum: int, frame: FrameType | None) -> None:
+    def exit_now(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(0)
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    previous = signal.signal(signal.SIGTERM, exit_now)
     try:
         yield
     finally:
@@ -337,13 +343,16 @@ def _ends_at_once() -> Iterator[None]:
 
 @contextmanager
 def ipc_address() -> Iterator[str]:
-    """A socket path in a folder that no other user can enter, short enough for the kernel."""
+    """Create a folder for the engine's socket and yield its ZeroMQ address; remove the folder at the end.
+
+    Only this user can enter the folder. The path is within the kernel's limit for socket paths. Raises SupervisorError.
+    """
     name = "engine.sock"
     too_long = len(os.fsencode(tempfile.gettempdir())) + len("/lightwell-XXXXXXXX/") + len(name) > MAX_IPC_PATH_BYTES
     try:
         folder = Path(tempfile.mkdtemp(prefix="lightwell-", dir="/tmp" if too_long else None))
     except OSError as error:
-        raise SupervisorError(f"cannot make a folder for the engine's socket: {error}") from None
+        raise SupervisorError(f"cannot create a folder for the engine's socket: {error}") from None
     try:
         yield f"ipc://{folder / name}"
     finally:

@@ -1,4 +1,4 @@
-"""Who may import whom, what is never called, and how long a file or a function may be.
+"""Who may import whom, and what is never called.
 
 Imports are tried in fresh processes; what stands in the source is read from its syntax tree.
 """
@@ -29,9 +29,6 @@ ENGINE_FOR_SERVER = {
     "engine.config",
     "engine.grammar",
 }
-
-MAX_FILE_LINES = 500
-MAX_FUNCTION_LINES = 60
 
 PROBE = """
 import importlib, json, pkgutil, sys
@@ -105,13 +102,55 @@ def test_the_server_knows_only_the_contract_of_the_engine(path: str) -> None:
     assert [name for name in of_engine if not is_below(name, ENGINE_FOR_SERVER)] == []
 
 
-@pytest.mark.parametrize("path", SOURCES)
-def test_files_and_functions_are_short(path: str) -> None:
-    num_lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-    assert num_lines <= MAX_FILE_LINES
-    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in functions]
-    assert [(name, length) for name, length in lengths if length > MAX_FUNCTION_LINES] == []
+def module_name(path: str) -> str:
+    """Return the dotted name of a source file; a package's is that of its folder."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Return the modules that each module imports, wherever in the file: under TYPE_CHECKING and in functions too."""
+    modules = {module_name(path): path for path in SOURCES}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = set(imports(path))
+        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} & modules.keys()
+    return graph
+
+
+def folder_graph() -> dict[str, set[str]]:
+    """Return the folders that the modules of each folder import from; a folder of an API counts by itself."""
+
+    def folder(module: str) -> str:
+        parts = module.split(".")
+        return ".".join(parts[: 3 if parts[:2] == ["server", "api"] else 2])
+
+    graph: dict[str, set[str]] = {}
+    for module, imported in import_graph().items():
+        graph.setdefault(folder(module), set()).update(folder(name) for name in imported)
+    return {name: imported - {name} for name, imported in graph.items()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return what is left of a graph when nodes that import nothing are taken away, one after the other."""
+    left = {node: set(targets) for node, targets in graph.items()}
+    while leaves := [node for node, targets in left.items() if not targets & left.keys()]:
+        for node in leaves:
+            del left[node]
+    return sorted(left)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(import_graph()) == []
+
+
+def test_no_folders_import_each_other_in_a_circle() -> None:
+    assert circle(folder_graph()) == []
+
+
+def test_the_search_for_circles_finds_them() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert import_graph()["engine.core"] >= {"engine.runner", "engine.scheduling.scheduler"}
 
 
 def test_every_folder_is_a_package() -> None:

@@ -1,4 +1,4 @@
-"""Lay a `Step` out as flat tensors, in buffers that live as long as the engine."""
+"""Construction of `BatchInputs` from a `Step`, in buffers that live as long as the engine."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from engine.scheduling.request import Request, Step
 
 
 class BatchBuilder:
-    """Fills the buffers of a batch, which the next batch uses again."""
+    """Fills buffers that each batch reuses."""
 
     def __init__(
         self, max_num_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
     ) -> None:
         self.block_size = block_size
         self.device = device
-        # Of rows: how many, and how many of these are of generated tokens, which come first.
+        # [all rows, rows of generating requests]; the latter come first.
         self.num_rows, self.num_hidden_rows = np.zeros((2, 2), dtype=np.int64)
         self.num_seqs = np.zeros(1, dtype=np.int64)
         self.rows = np.zeros((9, max_num_tokens), dtype=np.int64)
-        self.sampled: dict[Request, int] = {}  # in the step before: which of its tokens is whose
+        self.sampled: dict[Request, int] = {}  # request -> index of its token among those sampled by the previous step
         self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
         self.query_lens, self.hidden_lens, self.seq_lens = np.zeros((3, max_num_seqs), dtype=np.int64)
 
     def buffers(self) -> BatchInputs:
-        """All of the buffers, on a CPU: what batches of any size are part of."""
+        """Return the whole buffers on a CPU. The batches of any step are views of them."""
         return self._inputs([*torch.from_numpy(self.rows), torch.from_numpy(self.tables)], len(self.tables))
 
     def build(self, step: Step) -> BatchInputs:
-        """What the lengths and the buffers of a CPU hold is overwritten by the next call."""
+        """Return the inputs of a step. The next call overwrites the lengths and, on a CPU, the tensors."""
         num_seqs = len(step.scheduled)
         self.query_lens[:num_seqs] = [item.num_tokens for item in step.scheduled]
         self.hidden_lens[:num_seqs] = [item.num_hidden for item in step.scheduled]
@@ -45,10 +45,10 @@ class BatchBuilder:
             counts[:] = lens[:num_seqs].sum(), lens[:num_generating].sum()
         num_rows, num_hidden_rows, self.num_seqs[0] = int(self.num_rows[0]), int(self.num_hidden_rows[0]), num_seqs
         self.rows[0, :num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
-        lora_places = [item.request.lora_place for item in step.scheduled]
-        self.rows[3, :num_rows] = np.repeat(lora_places, self.query_lens[:num_seqs])
+        lora_slots = [item.request.lora_slot for item in step.scheduled]
+        self.rows[3, :num_rows] = np.repeat(lora_slots, self.query_lens[:num_seqs])
         self.rows[4, :num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
-        self.rows[5, :num_hidden_rows] = np.repeat(lora_places, self.hidden_lens[:num_seqs])
+        self.rows[5, :num_hidden_rows] = np.repeat(lora_slots, self.hidden_lens[:num_seqs])
         sample_rows = last_rows(self.hidden_lens[:num_seqs], np.array([item.num_samples for item in step.scheduled]))
         self.rows[6, : len(sample_rows)] = sample_rows
         num_ahead = self._fill_ahead(step)
@@ -62,15 +62,15 @@ class BatchBuilder:
         return self._inputs(tensors, num_seqs)
 
     def _inputs(self, tensors: Sequence[Tensor], num_seqs: int) -> BatchInputs:
-        token_ids, positions, slots, lora_places, *others, tables = tensors
-        hidden_rows, hidden_lora_places, sample_rows, ahead_rows, ahead_samples = others
+        token_ids, positions, slot_mapping, lora_slots, *others, tables = tensors
+        hidden_rows, hidden_lora_slots, sample_rows, ahead_rows, ahead_samples = others
         return BatchInputs(
             token_ids,
             positions,
-            slots,
-            lora_places,
+            slot_mapping,
+            lora_slots,
             hidden_rows,
-            hidden_lora_places,
+            hidden_lora_slots,
             sample_rows,
             ahead_rows,
             ahead_samples,
@@ -81,7 +81,7 @@ class BatchBuilder:
         )
 
     def _fill_ahead(self, step: Step) -> int:
-        """Returns how many rows read what the step before samples."""
+        """Fill ahead_rows and ahead_samples, and return their length."""
         first_rows = self.query_lens[: len(step.scheduled)].cumsum() - self.query_lens[: len(step.scheduled)]
         ahead = [index for index, item in enumerate(step.scheduled) if item.is_ahead]
         self.rows[7, : len(ahead)] = first_rows[ahead]
@@ -91,27 +91,27 @@ class BatchBuilder:
         return len(ahead)
 
     def _fill_tables(self, step: Step) -> int:
-        """Returns the largest number of blocks."""
+        """Fill the block tables, and return the largest number of blocks of a sequence."""
         max_blocks = 0
         for index, item in enumerate(step.scheduled):
-            blocks = item.request.blocks
+            blocks = item.request.kv.blocks
             self.tables[index, : len(blocks)] = [block.block_id for block in blocks]
             self.tables[index, len(blocks) :] = 0
             max_blocks = max(max_blocks, len(blocks))
         return max_blocks
 
     def _fill_positions(self, num_rows: int, num_seqs: int) -> None:
-        """Positions and slots of all rows, from the lengths and the tables."""
+        """Fill positions and slot_mapping from the lengths and the block tables."""
         query_lens, seq_lens = self.query_lens[:num_seqs], self.seq_lens[:num_seqs]
         sequences = np.repeat(np.arange(num_seqs), query_lens)
         positions = self.rows[1, :num_rows]
-        # A row's position counts back from the end of its sequence as the row does from the end of its rows.
+        # A row is as far from the end of its sequence as it is from the sequence's last row.
         np.add(np.arange(num_rows), np.repeat(seq_lens - query_lens.cumsum(), query_lens), out=positions)
         blocks, offsets = np.divmod(positions, self.block_size)
         np.add(self.tables[sequences, blocks] * self.block_size, offsets, out=self.rows[2, :num_rows])
 
 
 def last_rows(lens: Lengths, nums: Lengths) -> Lengths:
-    """Of runs of so many rows, one after the other, the last few of each: where they are."""
+    """Return the row indices of the last `nums[i]` rows of each run of `lens[i]` rows."""
     rows: Lengths = np.arange(nums.sum()) + np.repeat(lens.cumsum() - nums.cumsum(), nums)
     return rows

@@ -1,4 +1,4 @@
-"""Copies between host and device for which the host does not wait."""
+"""Asynchronous copies between host and device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def packed_copy(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
-    """The arrays on a device, in one copy for which the host does not wait."""
-    sizes = [-(-array.size // 2) * 2 for array in arrays]  # whole 16 bytes, for kernels are compiled for these
+    """Copy arrays to a device, in one asynchronous copy."""
+    sizes = [-(-array.size // 2) * 2 for array in arrays]  # kernels are compiled for 16-byte alignment
     packed = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
     for part, array in zip(torch.split(packed, sizes), arrays, strict=True):
         part[: array.size].view(array.shape).copy_(torch.from_numpy(array))
@@ -21,17 +21,17 @@ def packed_copy(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> li
 
 
 def to_device(values: ArrayLike, dtype: DTypeLike, device: torch.device) -> Tensor:
-    """Numbers of the host on a device, for which the host does not wait."""
+    """Copy host numbers to a device asynchronously."""
     return send(torch.from_numpy(np.asarray(values, dtype)), device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, for which the host does not wait."""
+    """Copy a host tensor to a device asynchronously."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class HostCopy:
-    """A tensor on its way to the host, which does not wait for it until it is read."""
+    """An asynchronous copy of a tensor to the host. Reading it waits."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.cuda.Event | None = None

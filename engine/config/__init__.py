@@ -1,7 +1,7 @@
-"""What the engine and the model are set to. All reading of model metadata happens here, so the model never guesses.
+"""The configuration of the engine and of the model. All model metadata is read here, so the model need not guess.
 
-`load_model_config` turns the metadata of a GGUF file or of a folder with `config.json` into a `ModelConfig`, under
-Hugging Face's names. No torch.
+`load_model_config` turns the metadata of a GGUF file, or of a folder with `config.json`, into a `ModelConfig` with
+Hugging Face's names. Nothing here imports torch.
 """
 
 from pathlib import Path
@@ -27,10 +27,10 @@ __all__ = [
 
 
 def load_model_config(path: Path) -> ModelConfig:
-    """Read the shape of the model at `path`: a GGUF file, or a folder with config.json.
+    """Read the configuration of the model at `path`: a GGUF file, or a folder with config.json.
 
     Raises:
-        ValueError: no model there, an unsupported one, or metadata that is missing, malformed or contradictory. The
+        ValueError: there is no model, it is not supported, or its metadata is missing, malformed or contradictory. The
             message names the file and the key.
     """
     if path.is_dir():

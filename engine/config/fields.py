@@ -1,4 +1,4 @@
-"""Typed, range-checked access to model metadata, whatever file it comes from."""
+"""Typed, range-checked access to model metadata, from GGUF or JSON."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ MAX_FLOAT = 1e30
 
 
 class Fields:
-    """Typed, range-checked access to one source of metadata. Null means absent; errors name source and key."""
+    """The values of one source of metadata. Null counts as missing; errors (ValueError) name the source and the key."""
 
     def __init__(self, source: str, values: Mapping[str, Any]) -> None:
         self.source = source
@@ -40,7 +40,7 @@ class Fields:
         return default if value is None else value
 
     def optional_number(self, key: str, *, maximum: float = MAX_FLOAT, zero: bool = True) -> float | None:
-        """A number from 0, or from just above it, to maximum."""
+        """Return a number from 0 to `maximum` as a float, None if it is missing. 0 itself is allowed only if `zero`."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -67,7 +67,7 @@ class Fields:
         return value
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        """One id or a list of them."""
+        """Return the token ids of a field that holds one id or a list of ids, all below `vocab_size`."""
         value = self.values.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in ids:
@@ -77,12 +77,13 @@ class Fields:
 
 
 def shown(value: object) -> str:
+    """Format a value for an error message, cut to 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def checked(config: ModelConfig, source: str) -> ModelConfig:
-    """What must hold between the fields, whatever they were read from."""
+    """Return the configuration if its fields fit each other. Raises ValueError, with the name of the source."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"{source}: the number of attention heads ({config.num_attention_heads}) is not a multiple of the number "
@@ -94,6 +95,7 @@ def checked(config: ModelConfig, source: str) -> ModelConfig:
 
 
 def head_dim(fields: Fields, key: str, hidden_size: int, num_heads: int) -> int:
+    """Return the head size stored under `key`, or else `hidden_size / num_heads`."""
     if (head_dim := fields.optional_integer(key)) is not None:
         return head_dim
     if hidden_size % num_heads:

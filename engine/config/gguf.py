@@ -1,4 +1,4 @@
-"""The shape of a model in a GGUF file, from its metadata."""
+"""Read the configuration of a model from the metadata of a GGUF file."""
 
 from engine.config.fields import Fields, checked, head_dim
 from engine.config.structs import ModelConfig, RopeScaling
@@ -9,16 +9,17 @@ END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>",
 
 
 def load_gguf(file: GGUFFile) -> ModelConfig:
+    """Read the configuration of a model. Raises ValueError, as `engine.config.load_model_config` says."""
     fields = Fields(str(file.path), file.metadata)
-    arch = _gguf_architecture(fields)
+    arch = _architecture(fields)
     vocab_size, hidden_size = _embedding_shape(fields, file, arch)
     num_heads = fields.integer(f"{arch}.attention.head_count")
-    size = _gguf_head_dim(fields, arch, hidden_size, num_heads)
+    size = _head_dim(fields, arch, hidden_size, num_heads)
     bos_token_ids = fields.token_ids("tokenizer.ggml.bos_token_id", vocab_size)
     config = ModelConfig(
         architecture=arch,
         vocab_size=vocab_size,
-        num_token_ids=len(_gguf_tokens(fields)) or vocab_size,
+        num_token_ids=len(_tokens(fields)) or vocab_size,
         hidden_size=hidden_size,
         intermediate_size=fields.integer(f"{arch}.feed_forward_length"),
         num_hidden_layers=fields.integer(f"{arch}.block_count"),
@@ -28,19 +29,19 @@ def load_gguf(file: GGUFFile) -> ModelConfig:
         max_position_embeddings=fields.integer(f"{arch}.context_length"),
         rms_norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5, zero=False),
         rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0, zero=False),
-        rope_scaling=_gguf_rope_scaling(fields, file, arch, size),
+        rope_scaling=_rope_scaling(fields, file, arch, size),
         sliding_window=fields.optional_integer(f"{arch}.attention.sliding_window", minimum=0) or None,
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         attention_output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
-        eos_token_ids=_gguf_eos_token_ids(fields, vocab_size),
+        eos_token_ids=_eos_token_ids(fields, vocab_size),
     )
     return checked(config, fields.source)
 
 
-def _gguf_architecture(fields: Fields) -> str:
+def _architecture(fields: Fields) -> str:
     arch = fields.string("general.architecture", "not named")
     if arch not in GGUF_ARCHITECTURES:
         supported = ", ".join(GGUF_ARCHITECTURES)
@@ -53,21 +54,21 @@ def _gguf_architecture(fields: Fields) -> str:
 
 
 def _embedding_shape(fields: Fields, file: GGUFFile, arch: str) -> tuple[int, int]:
-    """(vocab_size, hidden_size). The rows of the embedding count, which may be padded beyond the vocabulary."""
+    """Return (vocab_size, hidden_size) from the embedding, which may have more rows than the vocabulary has tokens."""
     hidden_size = fields.integer(f"{arch}.embedding_length")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise fields.error("token_embd.weight", "the tensor is missing")
     if len(embedding.shape) != 2 or embedding.shape[1] != hidden_size:
         raise fields.error("token_embd.weight", f"shape {embedding.shape} does not fit hidden size {hidden_size}")
-    num_tokens = len(_gguf_tokens(fields))
+    num_tokens = len(_tokens(fields))
     if num_tokens > embedding.shape[0]:
         problem = f"has {num_tokens} tokens, but the embedding has {embedding.shape[0]} rows"
         raise fields.error("tokenizer.ggml.tokens", problem)
     return embedding.shape[0], hidden_size
 
 
-def _gguf_head_dim(fields: Fields, arch: str, hidden_size: int, num_heads: int) -> int:
+def _head_dim(fields: Fields, arch: str, hidden_size: int, num_heads: int) -> int:
     size = head_dim(fields, f"{arch}.attention.key_length", hidden_size, num_heads)
     for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         if (value := fields.integer(key, size)) != size:
@@ -75,8 +76,8 @@ def _gguf_head_dim(fields: Fields, arch: str, hidden_size: int, num_heads: int) 
     return size
 
 
-def _gguf_rope_scaling(fields: Fields, file: GGUFFile, arch: str, head_dim: int) -> RopeScaling:
-    """A factor without a type means linear, as in llama.cpp. Llama 3's scaling is a tensor of factors."""
+def _rope_scaling(fields: Fields, file: GGUFFile, arch: str, head_dim: int) -> RopeScaling:
+    """Return the scaling. As in llama.cpp, a factor without a type is linear; Llama 3's is a tensor of factors."""
     rope_type = fields.string(f"{arch}.rope.scaling.type", "linear")
     if rope_type not in ("none", "linear"):
         supported = "none, linear, or a tensor rope_freqs.weight"
@@ -95,19 +96,22 @@ def _gguf_rope_scaling(fields: Fields, file: GGUFFile, arch: str, head_dim: int)
     return RopeScaling(rope_type="factors")
 
 
-def _gguf_tokens(fields: Fields) -> list[str]:
+def _tokens(fields: Fields) -> list[str]:
     tokens = fields.values.get("tokenizer.ggml.tokens", [])
     if not isinstance(tokens, list):
         raise fields.error("tokenizer.ggml.tokens", "must be an array of strings")
     return tokens
 
 
-def _gguf_eos_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
-    """The file stores one end token, but chat models end their turn with others too: those are found by name."""
+def _eos_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    """Return the ids of the end tokens: those of the metadata, and those with the usual name of an end of turn.
+
+    Files name one end token, but chat models may end their turn with another.
+    """
     stored = [
         token_id
         for name in ("eos_token_id", "eot_token_id", "eom_token_id")
         for token_id in fields.token_ids(f"tokenizer.ggml.{name}", vocab_size)
     ]
-    named = [token_id for token_id, token in enumerate(_gguf_tokens(fields)) if token in END_OF_TURN_TOKENS]
+    named = [token_id for token_id, token in enumerate(_tokens(fields)) if token in END_OF_TURN_TOKENS]
     return tuple(dict.fromkeys(stored + named))

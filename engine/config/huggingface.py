@@ -1,4 +1,4 @@
-"""The shape of a model in a folder with `config.json`, as Hugging Face's transformers writes it."""
+"""Read the configuration of a model from a folder with `config.json`, as Hugging Face's transformers writes it."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from engine.config.fields import Fields, checked, head_dim, shown
 from engine.config.structs import ModelConfig, RopeScaling
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-HIDDEN_ACTS = {  # name in config.json -> the name that the model knows
+HIDDEN_ACTS = {  # name in config.json -> name of the activation in `Kernels.act_and_mul`
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -20,16 +20,16 @@ HIDDEN_ACTS = {  # name in config.json -> the name that the model knows
 
 
 class _FamilyDefaults(NamedTuple):
-    """What Hugging Face's config class of a family assumes where config.json is silent."""
+    """The defaults of a family's config class in transformers, for keys that config.json leaves out."""
 
     architecture: str
     max_position_embeddings: int
     num_key_value_heads: int | None  # None: as many as attention heads
     sliding_window: int | None
-    has_biases: bool  # whether attention_bias and mlp_bias mean anything
+    has_biases: bool  # whether the family reads attention_bias and mlp_bias
 
 
-# By the `architectures` of config.json.
+# `architectures` of config.json -> family.
 FAMILIES = {
     "LlamaForCausalLM": _FamilyDefaults("llama", 2048, None, None, has_biases=True),
     "MistralForCausalLM": _FamilyDefaults("mistral", 131072, 8, 4096, has_biases=False),
@@ -37,6 +37,7 @@ FAMILIES = {
 
 
 def load_folder(folder: Path) -> ModelConfig:
+    """Read the configuration of a model. Raises ValueError, as `engine.config.load_model_config` says."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json in this folder")
     refuse_pickle(folder)
@@ -47,12 +48,12 @@ def load_folder(folder: Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> Fields:
-    """The object that a JSON file holds."""
+    """Read a JSON file that holds an object. Raises ValueError if it does not."""
     return parse_json(path, path.read_bytes())
 
 
 def parse_json(path: Path, data: bytes | bytearray) -> Fields:
-    """The object that a JSON file holds, of which `data` is the content."""
+    """Parse the content of a JSON file that holds an object; `path` is for messages. Raises ValueError."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -99,7 +100,7 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
 
 
 def _num_token_ids(folder: Path) -> int | None:
-    """One more than the highest id in tokenizer.json; None where there is no such file."""
+    """Return the highest token id in tokenizer.json plus one; None if there is no such file."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
@@ -116,7 +117,7 @@ def _family(fields: Fields) -> _FamilyDefaults:
     if fields.values.get("auto_map"):
         raise fields.error(
             "auto_map",
-            "the model brings its own Python code. It is not run, because it could do anything on this machine; "
+            "the model comes with its own Python code, which is not run, because it could do anything on this machine; "
             f"supported without it: {', '.join(FAMILIES)}",
         )
     if quantization := fields.values.get("quantization_config"):
@@ -139,7 +140,7 @@ def _num_key_value_heads(fields: Fields, family: _FamilyDefaults, num_heads: int
 
 
 def _sliding_window(fields: Fields, family: _FamilyDefaults) -> int | None:
-    """Only families that have one look at the key; null switches it off."""
+    """Return the window in tokens; None (null in the file, or a family without windows) is full attention."""
     layer_types = fields.values.get("layer_types") or []
     if not isinstance(layer_types, list) or len({str(kind) for kind in layer_types}) > 1:
         raise fields.error("layer_types", "layers that differ in their attention are not supported")
@@ -157,7 +158,7 @@ def _hidden_act(fields: Fields) -> str:
 
 
 def _rope_parameters(fields: Fields, max_positions: int) -> tuple[float, RopeScaling]:
-    """Base and scaling. Newer files keep both in `rope_parameters`, older ones have `rope_theta` and `rope_scaling`."""
+    """Return base and scaling. Newer files have both in `rope_parameters`, older in `rope_theta` and `rope_scaling`."""
     key = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     values = fields.values.get(key) or {}
     if not isinstance(values, dict):
@@ -193,10 +194,9 @@ def _rope_scaling(rope: Fields, max_positions: int) -> RopeScaling:
 
 
 def _default_sampling(generation: Fields) -> dict[str, float]:
-    """The model's own sampling settings, under the API's names.
+    """Return the sampling settings of generation_config.json under the names of the API, without those it leaves out.
 
-    What the file does not set is left out, and so is everything where it asks for greedy decoding (`do_sample` false),
-    because the other settings are leftovers then.
+    If `do_sample` is false (greedy decoding) the other settings have no effect in transformers: none is returned.
     """
     if not generation.boolean("do_sample", default=True):
         return {}
@@ -211,7 +211,7 @@ def _default_sampling(generation: Fields) -> dict[str, float]:
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raise ValueError if the folder has weights only as pickle files."""
+    """Raise ValueError if the folder has pickle files of weights and no safetensors."""
     names = sorted(file.name for file in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles and not any(name.endswith(".safetensors") for name in names):

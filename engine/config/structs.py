@@ -1,34 +1,34 @@
-"""What the engine and the model are set to. Frozen; no torch."""
+"""The configuration of the engine and of the model, as frozen structs. Nothing here imports torch."""
 
 import msgspec
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How to run one model. None means: choose by device and model."""
+    """How to run one model. None means that the value is chosen for the device and the model."""
 
     model_path: str  # a GGUF file, or a folder with config.json and safetensors
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    quantization: str = "auto"  # auto: as the checkpoint has it; none: `dtype`; int8: groups of 32
-    kv_cache_dtype: str = "auto"  # auto: `dtype`; int8: with a scale for each token and head
-    max_model_len: int | None = None  # tokens; None: what the model was trained for
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int | None = None  # tokens a step computes at most
-    long_prefill_token_threshold: int = 0  # prompt tokens of one request a step computes at most; 0: no limit
-    block_size: int = 32  # tokens
+    quantization: str = "auto"  # auto: that of the checkpoint; none: all weights in `dtype`; int8: groups of 32
+    kv_cache_dtype: str = "auto"  # auto: `dtype`; int8: with a scale per token and head
+    max_model_len: int | None = None  # tokens of prompt and output; None: the context the model was trained for
+    max_num_seqs: int = 128  # choices that run at a time
+    max_num_batched_tokens: int | None = None  # token budget of a step
+    long_prefill_token_threshold: int = 0  # most prompt tokens of one request in a step; 0: no limit
+    block_size: int = 32  # tokens in a block of the KV cache
     enable_prefix_caching: bool = True
-    kv_cache_memory: int | None = None  # bytes
+    kv_cache_memory: int | None = None  # bytes; None: a share of the free memory
     speculative: str = "auto"  # auto, ngram, off
     enforce_eager: bool = False  # no CUDA graphs
-    batch_invariant: bool = True  # False: faster kernels where they exist, whose answers vary with the batch
+    batch_invariant: bool = True  # False: use faster kernels, if there are any, whose results depend on the batch
     lora_modules: dict[str, str] = {}  # LoRA adapters to load at start: name -> folder or GGUF file
-    max_loras: int = 0  # adapters that can be loaded at a time
-    max_lora_rank: int | None = None  # of their matrices; None: the largest of lora_modules, at least 16
-    step_timeout: float = 60.0  # seconds; a step that takes longer is a hang
+    max_loras: int = 0  # LoRA adapters that can be loaded at a time
+    max_lora_rank: int | None = None  # None: the largest rank of lora_modules, at least 16
+    step_timeout: float = 60.0  # seconds after which a step counts as hung
 
 
 class EngineProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the supervisor hands the engine process on its standard input, as JSON."""
+    """The configuration that the engine process reads from its standard input, as JSON from the supervisor."""
 
     address: str  # ZeroMQ address (ipc://...) that the engine binds
     config: EngineConfig
@@ -37,7 +37,10 @@ class EngineProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
-    """How rotary frequencies are stretched. `factors` (one per frequency, GGUF) stands for itself."""
+    """How rotary frequencies are scaled for contexts longer than those of the pretraining.
+
+    With type `factors`, a tensor of the GGUF file divides the frequencies, one factor each; other fields are unused.
+    """
 
     rope_type: str = "default"  # default, linear, llama3, factors
     factor: float = 1.0
@@ -47,11 +50,11 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of a decoder, under the names of Hugging Face's config.json."""
+    """The shape of a decoder, with the names of Hugging Face's config.json."""
 
     architecture: str  # the family: llama, mistral
     vocab_size: int  # rows of the embedding
-    num_token_ids: int  # ids that the tokenizer knows; rows beyond are padding and never sampled
+    num_token_ids: int  # ids of the tokenizer; further rows of the embedding are padding and never sampled
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -62,7 +65,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
-    sliding_window: int | None = None  # tokens a query sees, itself included
+    sliding_window: int | None = None  # tokens that a query attends to, its own included; None: all
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on q, k and v
     attention_output_bias: bool = False

@@ -1,8 +1,6 @@
-"""A model as programs: one computes the hidden states of a batch, two others the logits or the norms of some rows."""
+"""Run a model as recorded programs: one computes the hidden states of a batch, two more the logits or norms of rows."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,47 +8,44 @@ from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
+from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.program import Program
-from engine.model import CausalLM
+from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
 
-if TYPE_CHECKING:
-    from engine.kernels.cpu.kernels import CpuKernels
-
-
-ROWS_OF_A_SEQUENCE = 8  # that yield a token: one and its draft
+LOGIT_ROWS_PER_SEQ = 8  # a sampled token and its draft
 MIN_LOGIT_ROWS = 64
 
 
 class CpuExecution:
-    """Runs the programs on what the builder has put into its buffers."""
+    """Owns the programs of a model. They read the batch from the builder's buffers."""
 
     def __init__(self, kernels: CpuKernels, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder) -> None:
         batch = builder.buffers()
-        num_rows = builder.num_rows.ctypes.data
+        num_rows, num_seqs = builder.num_rows.ctypes.data, builder.num_seqs.ctypes.data
         self.forward_program = Program(kernels.library, kernels.team)
         index_rows = {batch.token_ids.data_ptr(): num_rows, batch.positions.data_ptr(): num_rows}
         index_rows[batch.hidden_rows.data_ptr()] = builder.num_hidden_rows.ctypes.data
-        with kernels.recording(self.forward_program, builder, index_rows):
+        with kernels.recording(self.forward_program, index_rows, num_seqs):
             hidden = model.forward(batch, kv_cache)
         max_num_seqs = len(batch.block_tables)
-        num_logit_rows = max(MIN_LOGIT_ROWS, min(len(batch.token_ids), ROWS_OF_A_SEQUENCE * max_num_seqs))
+        num_logit_rows = max(MIN_LOGIT_ROWS, min(len(batch.token_ids), LOGIT_ROWS_PER_SEQ * max_num_seqs))
         self.logit_rows = torch.zeros(num_logit_rows, dtype=torch.int64)
-        self.num_logit_rows = np.zeros(2, dtype=np.int64)
+        self.num_logit_rows = np.zeros(2, dtype=np.int64)  # RowCounts
         self.logits_program = Program(kernels.library, kernels.team)
         index_rows = {self.logit_rows.data_ptr(): self.num_logit_rows.ctypes.data}
-        with kernels.recording(self.logits_program, builder, index_rows):
+        with kernels.recording(self.logits_program, index_rows):
             self.logits = model.compute_logits(hidden, self.logit_rows)
         self.hidden_program = Program(kernels.library, kernels.team)
-        with kernels.recording(self.hidden_program, builder, index_rows):
+        with kernels.recording(self.hidden_program, index_rows):
             self.hidden = model.compute_hidden(hidden, self.logit_rows)
         self.forward_program.keep.append(builder)
         self.plain_program = self.forward_program
-        if kernels.num_lora_places:  # a call that finds nothing to do still costs the threads a meeting
+        if kernels.options.num_lora_slots:  # a call with nothing to do still costs a barrier of all threads
             self.plain_program = self.forward_program.without("add_lora_")
 
     def forward(self, batch: BatchInputs) -> None:
-        has_adapters = self.plain_program is not self.forward_program and bool((batch.lora_places >= 0).any())
+        has_adapters = self.plain_program is not self.forward_program and bool((batch.lora_slots >= 0).any())
         (self.forward_program if has_adapters else self.plain_program).run()
 
     def compute_hidden(self, rows: Tensor) -> Tensor:
@@ -60,12 +55,15 @@ class CpuExecution:
         return self._compute(self.logits_program, self.logits, rows)
 
     def _compute(self, program: Program, out: Tensor, rows: Tensor) -> Tensor:
-        """What `program` writes to `out`, of any number of rows; those that a step samples fit into the buffer."""
+        """Return the rows that `program` writes to `out`, in pieces if they do not fit into the buffer.
+
+        The rows that a step samples always fit.
+        """
         if len(rows) > len(self.logit_rows):
             parts = torch.split(rows, len(self.logit_rows))
             return torch.cat([self._compute(program, out, some).clone() for some in parts])
         num_rows = len(rows)
         self.logit_rows[:num_rows] = rows
-        self.num_logit_rows[:] = num_rows  # all as if they were of generated tokens
+        self.num_logit_rows[:] = num_rows  # all count as rows of generated tokens
         program.run()
         return out[:num_rows]

@@ -1,7 +1,7 @@
-"""Steps in which each sequence has one row, as CUDA graphs: one launch where there were hundreds.
+"""Run decode steps, in which each sequence has one row, as CUDA graphs: one launch instead of hundreds.
 
-A graph runs on fixed memory, so a batch is copied into buffers of its own and filled up to the next of some sizes with
-rows that are computed and thrown away. A batch of any other kind runs as ever, and with the same bits.
+A graph runs on fixed memory, so a batch is copied into the graph's buffers and padded to the next of a few sizes with
+rows whose results are discarded. All other batches run operation by operation, with the same bits.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor
 from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import BatchInputs
 from engine.execution.eager import EagerExecution
-from engine.model import CausalLM
+from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
-from engine.scheduling.request import NO_PLACE
+from engine.scheduling.request import NO_LORA_SLOT
 
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sequences
-NO_SLOT = -1  # where the keys of a row go that nobody reads
+PAD_SLOT_ID = -1  # in the slot mapping: the row's key and value are not stored
 
-Key: TypeAlias = tuple[int, int]  # sequences, segments of keys of the longest
+Key: TypeAlias = tuple[int, int]  # number of sequences, segments of keys of the longest
 Forward: TypeAlias = Callable[[], Tensor]
 
 
 def capture(forward: Forward, pool: tuple[int, int] | None = None) -> Forward:
-    """What does the same as `forward` on the device, again and again in the same memory.
+    """Return a function that replays what `forward` does on the device, in the same memory.
 
-    `forward` runs once before: kernels are compiled and libraries loaded when they are first used.
+    `forward` runs once before the capture: kernels are compiled and libraries loaded on first use.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -53,7 +53,7 @@ def capture(forward: Forward, pool: tuple[int, int] | None = None) -> Forward:
 
 
 class GraphedExecution(EagerExecution):
-    """Captures the graph of a size when that comes for the second time, so that nobody's first token waits for it."""
+    """Captures the graph of a size when it is needed for the second time, so that no first token waits for it."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class GraphedExecution(EagerExecution):
     ) -> None:
         super().__init__(model, kv_cache)
         self.segment = segment  # tokens
-        self.capture: Callable[[Forward], Forward] | None = capture  # None: it has failed
+        self.capture: Callable[[Forward], Forward] | None = capture  # None after a capture has failed
         self.graphs: dict[Key, Forward] = {}
-        self.met: set[Key] = set()
+        self.seen_keys: set[Key] = set()
         max_num_seqs, max_blocks = builder.tables.shape
         size = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
         self.rows = torch.zeros((4, size), dtype=torch.int64, device=builder.device)
@@ -82,20 +82,20 @@ class GraphedExecution(EagerExecution):
             self.hidden = graph()
 
     def _graph_of(self, batch: BatchInputs) -> Forward | None:
-        """With the batch in its buffers; None where there is none."""
+        """Copy the batch into the buffers of its graph and return the graph; None if there is none."""
         key = self.key_of(batch)
         if key is None or self.capture is None:
             return None
-        if key not in self.met:
-            self.met.add(key)
+        if key not in self.seen_keys:
+            self.seen_keys.add(key)
             return None
-        self._copy(batch, key[0])  # first, for to capture runs it once
+        self._copy(batch, key[0])  # before the capture, which runs the model once
         if key not in self.graphs:
             self._add(key)
         return self.graphs.get(key)
 
     def key_of(self, batch: BatchInputs) -> Key | None:
-        """Which graph computes a batch; None where none does."""
+        """Return the key of the graph that computes a batch; None if no graph can."""
         num_seqs = len(batch.query_lens)
         is_decode = len(batch.token_ids) == num_seqs == len(batch.hidden_rows) and bool((batch.query_lens == 1).all())
         if not is_decode or not 0 < num_seqs <= self.rows.shape[1]:
@@ -105,8 +105,8 @@ class GraphedExecution(EagerExecution):
 
     def _copy(self, batch: BatchInputs, size: int) -> None:
         num_seqs = len(batch.query_lens)
-        rows = (batch.token_ids, batch.positions, batch.slots, batch.lora_places)
-        for row, values, padding in zip(self.rows, rows, (0, 0, NO_SLOT, NO_PLACE), strict=True):
+        rows = (batch.token_ids, batch.positions, batch.slot_mapping, batch.lora_slots)
+        for row, values, padding in zip(self.rows, rows, (0, 0, PAD_SLOT_ID, NO_LORA_SLOT), strict=True):
             row[:num_seqs] = values
             row[num_seqs:size] = padding
         self.tables[:num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
@@ -114,15 +114,15 @@ class GraphedExecution(EagerExecution):
     def _add(self, key: Key) -> None:
         size, num_segments = key
         ones = np.ones(size, dtype=np.int64)
-        token_ids, positions, slots, lora_places = self.rows[:, :size]
+        token_ids, positions, slot_mapping, lora_slots = self.rows[:, :size]
         rows, tables = self.all_rows[:size], self.tables[:size]
         inputs = BatchInputs(
             token_ids,
             positions,
-            slots,
-            lora_places,
+            slot_mapping,
+            lora_slots,
             hidden_rows=rows,  # all
-            hidden_lora_places=lora_places,
+            hidden_lora_slots=lora_slots,
             sample_rows=rows,
             ahead_rows=rows[:0],
             ahead_samples=rows[:0],
@@ -135,5 +135,5 @@ class GraphedExecution(EagerExecution):
         try:
             self.graphs[key] = self.capture(lambda: self.model.forward(inputs, self.kv_cache))
         except RuntimeError as error:
-            logger.warning("no CUDA graphs, steps take longer: %s", error)
+            logger.warning("cannot capture a CUDA graph, steps take longer: %s", error)
             self.capture = None

@@ -1,8 +1,8 @@
-"""A process that says whether grammars can be followed: `python -m engine.grammar.checker`.
+"""The grammar checker, a process that compiles grammars before admission: `python -m engine.grammar.checker`.
 
-A `Vocabulary` and then lists of grammars come on standard input, and a verdict about each goes to standard output. For
-each list it forks another process, which may take so much time and memory: some grammars take a compiler very long, or
-crash it.
+It reads a `CheckerVocabulary` and then lists of grammars from standard input, and writes a check result for each to
+standard output. Each list is compiled in a forked process with limits on time and memory, because some grammars take
+very long to compile, or crash the compiler.
 """
 
 import mmap
@@ -16,68 +16,69 @@ from typing import BinaryIO
 
 import msgspec
 
-from engine.grammar.matcher import GrammarCompiler, GrammarError
+from engine.grammar.compiler import GrammarCompiler, GrammarError
 from engine.shared.parent_death import die_with_parent
 
-MAX_PROCESSOR_SECONDS = 0.6  # for the grammars of one request; most take a few milliseconds
-MAX_DATA_BYTES = 2 << 30
+MAX_PROCESSOR_SECONDS = 0.6  # for all grammars of one request; most take a few milliseconds
+MAX_DATA_BYTES = 2 << 30  # RLIMIT_DATA of the forked process
 TOO_SLOW = "following it takes too long"
 CRASHED = "it cannot be compiled"
 
-LENGTH = struct.Struct("<I")  # what each message begins with
-_PLACE = struct.Struct("<I")
+LENGTH = struct.Struct("<I")  # number of bytes of a message, sent before it
+_PROGRESS = struct.Struct("<I")  # index of the grammar that is being compiled
 
-Verdict = tuple[int, str] | None  # which grammar of the list cannot be followed, and why, fit for a client
+# Index of the first grammar of the list that cannot be followed, and why, in words for the client. None: all can.
+CheckResult = tuple[int, str] | None
 
 
-class JudgedVocabulary(msgspec.Struct):
-    """The first message, which is answered as if it were a grammar."""
+class CheckerVocabulary(msgspec.Struct):
+    """The first message. It is answered with a check result, too."""
 
     tokenizer: str  # the text of a tokenizer.json
     eos_token_ids: list[int]
 
 
-def framed(message: object) -> bytes:
-    """As both processes send it."""
+def encode_message(message: object) -> bytes:
+    """Return a message as both processes send it: its length, then JSON."""
     content = msgspec.json.encode(message)
     return LENGTH.pack(len(content)) + content
 
 
 def main() -> None:
-    """Until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the parent decides what it means
+    """Check grammars until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which decides
     die_with_parent(os.getppid())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    requests, verdicts = sys.stdin.buffer, sys.stdout.buffer
-    vocabulary = msgspec.json.decode(_read(requests), type=JudgedVocabulary)
+    requests, results = sys.stdin.buffer, sys.stdout.buffer
+    vocabulary = msgspec.json.decode(_read(requests), type=CheckerVocabulary)
     try:
         compiler = GrammarCompiler(vocabulary.tokenizer, vocabulary.eos_token_ids)
     except ValueError as error:
-        _write(verdicts, (0, str(error)))
+        _write(results, (0, str(error)))
         return
-    _write(verdicts, None)
-    place = mmap.mmap(-1, _PLACE.size)  # shared with the processes that are forked
+    _write(results, None)
+    progress = mmap.mmap(-1, _PROGRESS.size)  # shared with the forked processes
     while request := _read(requests):
         grammars = msgspec.json.decode(request, type=list[str])
         if (process := os.fork()) == 0:
-            verdict = _judge(compiler, grammars, place)
+            result = _check(compiler, grammars, progress)
             signal.setitimer(signal.ITIMER_PROF, 0.0)
-            _write(verdicts, verdict)
+            _write(results, result)
             os._exit(0)
         exit_code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        if exit_code == -signal.SIGKILL:  # by nothing that the grammar has done
+        if exit_code == -signal.SIGKILL:  # not caused by the grammar
             sys.exit(1)
         if exit_code != 0:
-            (index,) = _PLACE.unpack(place[:])
-            _write(verdicts, (index, TOO_SLOW if exit_code == -signal.SIGPROF else CRASHED))
+            (index,) = _PROGRESS.unpack(progress[:])
+            _write(results, (index, TOO_SLOW if exit_code == -signal.SIGPROF else CRASHED))
 
 
-def _judge(compiler: GrammarCompiler, grammars: Sequence[str], place: mmap.mmap) -> Verdict:
-    """In a process that is there for it alone. `place` says how far it is."""
+def _check(compiler: GrammarCompiler, grammars: Sequence[str], progress: mmap.mmap) -> CheckResult:
+    """Compile grammars under resource limits, which end the process if exceeded. Writes its index to `progress`."""
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
-    signal.setitimer(signal.ITIMER_PROF, MAX_PROCESSOR_SECONDS)  # the kernel then ends the process, whatever it does
+    signal.setitimer(signal.ITIMER_PROF, MAX_PROCESSOR_SECONDS)  # SIGPROF then ends the process
     for index, grammar in enumerate(grammars):
-        place[:] = _PLACE.pack(index)
+        progress[:] = _PROGRESS.pack(index)
         try:
             compiler.compile(grammar)
         except GrammarError as error:
@@ -86,13 +87,13 @@ def _judge(compiler: GrammarCompiler, grammars: Sequence[str], place: mmap.mmap)
 
 
 def _read(stream: BinaryIO) -> bytes:
-    """A message; empty where the parent has gone."""
-    head = stream.read(LENGTH.size)
-    return stream.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
+    """Return the next message, or b"" if the parent has closed the stream."""
+    length = stream.read(LENGTH.size)
+    return stream.read(LENGTH.unpack(length)[0]) if len(length) == LENGTH.size else b""
 
 
-def _write(stream: BinaryIO, verdict: Verdict) -> None:
-    stream.write(framed(verdict))
+def _write(stream: BinaryIO, result: CheckResult) -> None:
+    stream.write(encode_message(result))
     stream.flush()
 
 

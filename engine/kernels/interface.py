@@ -1,10 +1,10 @@
-"""The matrix products of a decoder and what happens between them, one signature for each operation.
+"""The operations of a decoder, with one signature for each on every device.
 
-`load_kernels` chooses an implementation once, at start. Every implementation keeps promise 1: what a row's result is
-depends on that row and on its own keys and values, never on how many rows there are or which neighbours it has.
+`engine.kernels.load` chooses an implementation once, at start. Every implementation is batch invariant: the result for
+a row depends on that row and on its sequence's keys and values, never on the number of rows or on other sequences.
 
-Shapes are named after T: rows (tokens) of the batch, S: sequences, H: query heads, KH: KV heads, G = H / KH: query
-heads that share a KV head (grouped-query attention), D: head size, B: blocks, N: tokens of a block, V: token ids.
+Shapes use these letters. T: rows (tokens) of the batch; S: sequences; H: query heads; KH: KV heads; G = H / KH: query
+heads that share a KV head (grouped-query attention); D: head size; B: blocks; N: tokens of a block; V: vocabulary size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.sampling.sampler import SamplerOutput
-from engine.scheduling.request import SampledRequest
+from engine.scheduling.request import SamplingRow
 from engine.weights import Weight
 
 ExecutionKind: TypeAlias = Literal["eager", "program", "cuda_graphs"]
@@ -27,25 +27,25 @@ ExecutionKind: TypeAlias = Literal["eager", "program", "cuda_graphs"]
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """What kernels are to be made for."""
+    """The model and settings that kernels are made for."""
 
     dtype: torch.dtype
-    quantization: str = "auto"  # auto: as the checkpoint has it; none: dtype; int8: groups of 32
+    quantization: str = "auto"  # auto: as in the checkpoint; none: dtype; int8: groups of 32
     kv_cache_dtype: str = "auto"  # auto: dtype; int8: with a scale for each token and head
     max_num_rows: int = 0  # of a batch
     head_dim: int = 64
     block_size: int = 32
     batch_invariant: bool = True
     enforce_eager: bool = False
-    num_lora_places: int = 0  # places for LoRA adapters
+    num_lora_slots: int = 0  # adapters that the device holds at once
     max_lora_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """What LoRA adapters (Hu et al. 2021) add to one product: y += B (A x), in P places for one adapter each.
+    """The LoRA adapters (Hu et al. 2021) of one product, y += B (A x), in P slots for one adapter each.
 
-    The M outputs are those of several parts, one after the other, of which each has an A of its own.
+    The M outputs are those of several parts, one after the other (q, k and v, for example). Each part has its own A.
     """
 
     a: Tensor  # [P, parts, R, K]
@@ -56,11 +56,11 @@ class LoraWeights:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Keys and values of one layer, laid out as the kernels want them."""
+    """Keys and values of one layer, in the layout of the kernels."""
 
     keys: Tensor
     values: Tensor
-    key_scales: Tensor | None = None  # float32 [B, KH, N], where keys and values are int8
+    key_scales: Tensor | None = None  # float32 [B, KH, N] if keys and values are int8
     value_scales: Tensor | None = None
 
 
@@ -68,17 +68,15 @@ class LinearOp(Protocol):
     """A matrix product with fixed weights: x [T, K] -> [T, M]."""
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The product; added to `residual`, in place, where there is one."""
+        """Return the product, or add it to `residual` in place and return that."""
         ...
 
 
-class SamplesTokens(Protocol):
-    """`engine.sampler.Sampler`, or what does the same."""
+class TokenSampler(Protocol):
+    """The sampler of `engine.sampling.sampler`, or another with the same results."""
 
-    def sample(
-        self, logits: Tensor, requests: Sequence[SampledRequest], masks: Mapping[int, bytes] = ...
-    ) -> SamplerOutput:
-        """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], masks: Mapping[int, bytes] = ...) -> SamplerOutput:
+        """Sample the next token of each row from its logits, float32 [R, V]. May change the logits in place."""
         ...
 
 
@@ -86,68 +84,68 @@ class Kernels(Protocol):
     """The operations of a decoder on one device."""
 
     name: str
-    deterministic: bool  # whether the promise is kept
-    keep_packed: frozenset[str]  # GGML types that `pack` takes as they are
+    deterministic: bool  # whether the kernels are batch invariant
+    keep_packed: frozenset[str]  # GGML types that `pack` accepts without dequantizing
     vector_dtype: torch.dtype  # of norms and biases
-    num_threads: int  # that compute
-    num_torch_threads: int  # how many of torch's own are wanted
-    execution: ExecutionKind  # how a model runs on them: see engine.execution.load
-    num_warm_up_tokens: int  # of a prompt with which all kernels are used that most requests need
+    num_threads: int  # that the kernels run on
+    num_torch_threads: int  # to set for torch's own operations
+    execution: ExecutionKind  # how a model runs on these kernels: see engine.execution.load
+    num_warm_up_tokens: int  # length of a prompt that runs every kernel most requests need
 
     @property
     def separates_prompts(self) -> bool:
-        """Whether a token's keys and values have other bits in a prompt than where they were generated."""
+        """True if a token of a prompt gets keys and values with other bits than the same token when generated."""
         ...
 
     @property
     def formats(self) -> str:
-        """Those of weights and KV cache, in words."""
+        """The number formats of weights and KV cache, for the log and the fingerprint."""
         ...
 
     def pack(self, parts: Sequence[Weight]) -> Any:
-        """Matrices of weights [M, K], one below the other, in the layout that `linear` and `embed` want."""
+        """Return weights [M, K], stacked vertically, in the layout of `linear` and `embed`."""
         ...
 
     def linear(self, matrix: Any, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
-        """Prepare y = x W^T + b, in the type of x or in float32, to which torch's own products are widened."""
+        """Prepare y = x W^T + b, in the dtype of x or in float32. (Torch's products are converted to float32.)"""
         ...
 
     def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
-        """Empty places for adapters of a product whose parts have so many outputs; None where there are no places."""
+        """Return empty adapter slots for a product whose parts have `sizes` outputs; None if there are no slots."""
         ...
 
-    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, places: Tensor) -> None:
-        """Add to each row of out [T, M], in place, what its adapter makes of its row of x [T, K].
+    def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor) -> None:
+        """Add the adapter of each row, B (A x), to out [T, M], in place, for x [T, K]. Sums are float32.
 
-        `places`, int64 [T], say where each row's adapter lies, -1: nowhere. Sums are float32.
+        `lora_slots`, int64 [T], holds the slot of each row's adapter, -1 for none.
         """
         ...
 
     def embed(self, token_ids: Tensor, matrix: Any) -> Tensor:
-        """Rows `token_ids` [T] of a packed matrix [M, K]: the residual stream [T, K]."""
+        """Return the rows `token_ids` [T] of a packed matrix [M, K]: the residual stream [T, K]."""
         ...
 
     def gather(self, table: Tensor, rows: Tensor) -> Tensor:
-        """Some rows of a table."""
+        """Return table[rows]."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [T, K] over its root mean square, times weight (Zhang and Sennrich 2019)."""
+        """Return x [T, K] divided by its root mean square, times weight (Zhang and Sennrich 2019)."""
         ...
 
     def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
-        """Bytes of one block in one layer."""
+        """Return the bytes of one block in one layer."""
         ...
 
     def new_layer_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
-        """An empty cache of one layer."""
+        """Return an empty cache of one layer."""
         ...
 
     def rope_and_store_kv(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LayerCache
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, cache: LayerCache
     ) -> Tensor:
         """Rotate q [T, H, D] and k [T, KH, D] by their positions (Su et al. 2021, halves as in Hugging Face's Llama),
-        store k and v at `slots` [T] (block id * N + offset) of the cache, and return the rotated q.
+        store k and v in the cache at `slot_mapping` [T] (block id * N + offset), and return the rotated q.
 
         cos and sin are float32 [T, D / 2].
         """
@@ -156,30 +154,27 @@ class Kernels(Protocol):
     def plan_attention(
         self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
     ) -> Any:
-        """What `paged_attention` needs to know of the last `query_lens` rows of each sequence of a batch.
-
-        It is worked out once a step rather than once a layer.
-        """
+        """Prepare `paged_attention` for the last `query_lens` rows of each sequence: once a step, not once a layer."""
         ...
 
     def paged_attention(self, q: Tensor, cache: LayerCache, plan: Any, scale: float, window: int | None) -> Tensor:
-        """Causal attention of q [T, H, D] to the keys and values that each row's sequence has in its blocks.
+        """Return causal attention of q [T, H, D] to the keys and values in each row's blocks: [T, H, D].
 
-        A row at position p sees positions max(0, p - window + 1) .. p. Softmax in float32. Returns [T, H, D].
+        A row at position p sees positions max(0, p - window + 1) .. p. The softmax is computed in float32.
         """
         ...
 
     def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
-        """act(gate) * up of gate_up [T, 2 I] -> [T, I] (GLU variants, Shazeer 2020).
+        """Return act(gate) * up of gate_up [T, 2 I]: [T, I] (GLU variants, Shazeer 2020).
 
         `activation` is silu (SwiGLU), gelu, or gelu_pytorch_tanh.
         """
         ...
 
     def temporaries(self) -> AbstractContextManager[None]:
-        """What is computed inside, all but what is added to a residual stream, is not used after it."""
+        """Return a context after which its results may be overwritten, except what it added to a residual stream."""
         ...
 
-    def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> SamplesTokens:
-        """Samples tokens of a vocabulary."""
+    def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> TokenSampler:
+        """Return a sampler for a vocabulary."""
         ...

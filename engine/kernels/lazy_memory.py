@@ -1,4 +1,4 @@
-"""Memory that the operating system provides when it is first written."""
+"""Zeroed memory that the operating system provides when it is first written."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ALIGNMENT = 64
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Zeros that take no memory yet on a CPU.
+    """Return zeros that take no memory on a CPU until they are written.
 
-    torch.zeros writes them; these come from the operating system, which provides a page when it is first written, and
-    a huge one where there is room for it.
+    torch.zeros writes its zeros. These come from the operating system, which provides a page when it is first written,
+    a huge page if there is room.
     """
     if device is not None and device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -25,16 +25,16 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device 
 
 
 class Arena:
-    """Zeroed bytes in huge pages, handed out one after the other and kept until the last of them is gone.
+    """Zeroed bytes in huge pages, handed out in order and freed together.
 
-    Reading weights page by page costs as much as the weights where pages are small.
+    With small pages, looking up the pages of weights costs as much as reading the weights.
     """
 
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def take(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes], aligned to a cache line."""
+        """Return uint8 [num_bytes], aligned to a cache line."""
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         if size > len(self._rest):
             self._rest = _huge_pages(max(size, ARENA_BYTES))

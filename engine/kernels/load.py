@@ -13,45 +13,39 @@ logger = logging.getLogger("lightwell.engine")
 
 
 def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
-    """The implementation for a device: Triton on a GPU, C++ on a CPU for which it can be compiled, else plain torch.
+    """Return the kernels for a device: Triton on a GPU, C++ on a CPU, or plain torch if those cannot run.
 
     Raises:
-        ValueError: an option that this device does not have.
+        ValueError: plain torch lacks an option.
     """
     kernels = _load_cpu_kernels(options) if device.type == "cpu" else _load_gpu_kernels(device, options)
     if not isinstance(kernels, str):
         return kernels
     for flag, value in (("--quantization", options.quantization), ("--kv-cache-dtype", options.kv_cache_dtype)):
         if value == "int8":
-            raise ValueError(f"{flag} int8 needs kernels of its own, but {kernels}")
-    logger.warning("kernels: plain torch, which is slower, because %s", kernels)
+            raise ValueError(f"{flag} int8 needs the CPU or GPU kernels, but {kernels}")
+    logger.warning("using the slower plain torch kernels: %s", kernels)
     from engine.kernels.torch.kernels import TorchKernels
 
-    return TorchKernels(
-        device,
-        options.dtype,
-        options.max_num_rows,
-        num_lora_places=options.num_lora_places,
-        max_lora_rank=options.max_lora_rank,
-    )
+    return TorchKernels(options, device)
 
 
 def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels | str:
-    """The kernels in Triton, or why they cannot be used."""
+    """Return the Triton kernels, or why they cannot be used."""
     torch.cuda.set_device(device)  # for this thread: kernels run on the current device, wherever their tensors are
     try:
         import triton
 
         from engine.kernels.triton.kernels import TritonKernels
 
-        triton.runtime.driver.active.get_current_target()  # which needs a C compiler
+        triton.runtime.driver.active.get_current_target()  # needs a C compiler
     except (ImportError, OSError, RuntimeError, AssertionError, subprocess.SubprocessError) as error:
         return f"Triton does not work here: {error}"
-    return TritonKernels.of(options, device)
+    return TritonKernels(options, device)
 
 
 def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:
-    """The C++ kernels, or why they cannot be used."""
+    """Return the C++ kernels, or why they cannot be used."""
     from engine.kernels.cpu.build import BuildError, build
     from engine.kernels.cpu.kernels import CpuKernels, why_unsupported
     from engine.kernels.cpu.library import Library

@@ -1,7 +1,7 @@
-"""What adapter_config.json says of a LoRA adapter, as PEFT writes it: how its matrices are scaled.
+"""The settings of a LoRA adapter in PEFT's adapter_config.json: how its matrices are scaled.
 
-What would make them something else than W + scale B A for the plain weights W of the model is refused. What is known
-not to matter, as how the adapter was initialised or trained, is not read. A warning names what is set besides.
+An adapter adds scale * B A to the model's own weights. Settings that mean anything else are refused. Settings that have
+no effect on a trained adapter, such as its initialisation, are ignored. All others are named in a warning.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 2**20
 
-# Methods that a boolean switches on.
+# Settings that select other methods -> why they are refused. Booleans ...
 REFUSED_SWITCHES = {
     "use_dora": "DoRA adapters are not supported",
     "use_qalora": "QA-LoRA adapters are not supported",
     "lora_bias": "biases of LoRA matrices are not supported",
     "fan_in_fan_out": "adapters of transposed weights are not supported",
 }
-# ... and that lists or objects bring along.
+# ... lists and objects, which select a method unless they are empty ...
 REFUSED_LISTS = {
     "modules_to_save": "modules that were trained as a whole are not supported",
     "trainable_token_indices": "trained embeddings are not supported",
@@ -37,14 +37,14 @@ REFUSED_LISTS = {
     "target_parameters": "only adapters of modules are supported, not of parameters",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
 }
-# ... and that PEFT switches on for an empty object, too.
+# ... and objects that select a method even if they are empty.
 REFUSED_CONFIGS = {
     "arrow_config": "Arrow, which routes between adapters, is not supported",
     "kasa_config": "KaSA, which changes the model's own weights, is not supported",
     "monteclora_config": "MonteCLoRA, which samples its matrices, is not supported",
     "use_bdlora": "BD-LoRA, whose matrices are block-diagonal, is not supported",
 }
-# What is read besides ...
+# Settings that are read.
 READ_KEYS = {
     "peft_type",
     "r",
@@ -55,8 +55,7 @@ READ_KEYS = {
     "bias",
     "init_lora_weights",
 }
-# ... and what does not matter once the matrices are there: where they come from, how they began and were trained, and
-# which modules have some.
+# Settings without an effect on a trained adapter: its origin, initialisation and training, and which modules it has.
 HARMLESS_KEYS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -82,17 +81,17 @@ HARMLESS_KEYS = {
 }
 KNOWN_KEYS = READ_KEYS | HARMLESS_KEYS | REFUSED_SWITCHES.keys() | REFUSED_LISTS.keys() | REFUSED_CONFIGS.keys()
 
-# PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ replace the model's weights by others, on which the adapter depends. PEFT can
-# convert all but the last to plain LoRA when it saves them, and says "true" then.
+# PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change the model's own weights, and the adapter depends on them. PEFT can save
+# all but LoftQ converted to plain LoRA, and writes "true" for those.
 HARMLESS_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
-# Of regular expressions, what names of modules need, and what takes Python's backtracking matcher no long time: some
-# milliseconds for the worst. EVA writes a name for each module, without branchings.
+# Regular expressions are limited to what names of modules need, so that Python's backtracking matcher takes at most
+# some milliseconds for each. EVA writes the full name of each module, without branchings.
 MAX_PATTERNS = 4096
 MAX_BRANCHING_PATTERNS = 32
-MAX_MATCH_SECONDS = 2.0  # of the processor, for all modules; that of any real adapter is a fraction of a second
+MAX_MATCH_SECONDS = 2.0  # CPU time for all modules; any real adapter takes a fraction of a second
 MAX_PATTERN_LENGTH = 500
-MAX_BRANCHINGS = 4  # groups, and characters that may be repeated
+MAX_BRANCHINGS = 4  # groups and quantifiers of a pattern
 MAX_ALTERNATIVES = 100
 _CHARACTER = r"(?:[\w-]|\\[.dw_-]|\.|\[[\w-]+\])"
 _BRANCH = rf"\^?(?:{_CHARACTER}[*+?]?|\((?:\?:)?(?:{_CHARACTER}|\|)+\))*\$?"
@@ -101,11 +100,11 @@ BRANCHINGS = re.compile(r"[*+?]|\((?!\?)")
 
 
 class Pattern(NamedTuple):
-    """A number for the modules whose name, or its last parts, match a regular expression."""
+    """A rank or an alpha for the modules whose name, or its last parts, match a regular expression."""
 
     regex: re.Pattern[str]
     number: float
-    branches: bool
+    has_branches: bool  # whether the matcher may have to backtrack
 
 
 Patterns = list[Pattern]
@@ -113,17 +112,20 @@ Patterns = list[Pattern]
 
 @dataclass(frozen=True)
 class LoraScales:
-    """What the products of an adapter's matrices are multiplied by."""
+    """The settings that determine the scale of each module of an adapter."""
 
     path: Path
     rank: int | None
     alpha: float
-    rank_pattern: Patterns
+    rank_pattern: Patterns  # of modules whose rank differs
     alpha_pattern: Patterns
-    use_rslora: bool
+    use_rslora: bool  # scale alpha / sqrt(rank), not alpha / rank (rank-stabilised LoRA, Kalajdzievski 2023)
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """For modules whose matrices have these ranks."""
+        """Return the scale of each module, given the rank of its matrices.
+
+        Raises ValueError if the settings give a module another rank, or if the patterns take too long to match.
+        """
         deadline = time.thread_time() + MAX_MATCH_SECONDS
         return {module: self._scale(module, rank, deadline) for module, rank in ranks.items()}
 
@@ -136,8 +138,8 @@ class LoraScales:
 
     def _first_match(self, patterns: Patterns, module: str, deadline: float) -> float | None:
         self._check_time(deadline)
-        for regex, number, branches in patterns:
-            if branches:
+        for regex, number, has_branches in patterns:
+            if has_branches:
                 self._check_time(deadline)
             if regex.match(module):
                 return number
@@ -149,12 +151,12 @@ class LoraScales:
 
 
 def read_lora_scales(path: Path) -> LoraScales:
-    """Read adapter_config.json; ValueError for any kind of adapter that is not plain LoRA."""
+    """Read adapter_config.json. Raises ValueError for a malformed file, or an adapter that is not plain LoRA."""
     fields = parse_json(path, read_file(path, MAX_CONFIG_BYTES))
     if (peft_type := fields.string("peft_type", "not named")) != "LORA":
         raise fields.error("peft_type", f"{shown(peft_type)} is not supported, only 'LORA'")
     _refuse_other_methods(fields)
-    _warn_of_unknown_keys(fields)
+    _warn_about_unknown_keys(fields)
     alpha = fields.optional_number("lora_alpha", zero=False)
     if alpha is None:
         raise fields.error("lora_alpha", "is missing")
@@ -189,9 +191,9 @@ def _refuse_other_methods(fields: Fields) -> None:
         )
 
 
-def _warn_of_unknown_keys(fields: Fields) -> None:
+def _warn_about_unknown_keys(fields: Fields) -> None:
     if unknown := sorted(key for key, value in fields.values.items() if value and key not in KNOWN_KEYS):
-        log.warning("%s: left out of account, because it is not known here: %s", fields.source, shown(unknown))
+        log.warning("%s: ignored unknown settings: %s", fields.source, shown(unknown))
 
 
 def _patterns(fields: Fields, key: str) -> Patterns:
@@ -206,19 +208,19 @@ def _patterns(fields: Fields, key: str) -> Patterns:
     patterns: Patterns = []
     num_branching = 0
     for pattern in values:
-        branches = _branches(numbers, pattern)
-        num_branching += branches
+        has_branches = _has_branches(numbers, pattern)
+        num_branching += has_branches
         if num_branching > MAX_BRANCHING_PATTERNS:
             raise fields.error(key, f"has more than {MAX_BRANCHING_PATTERNS} patterns with repetitions or alternatives")
         number = numbers.optional_number(pattern, zero=False)
         if number is None:
             raise numbers.error(pattern, "must be a number above 0, not None")
-        patterns.append(Pattern(_compile(numbers, pattern), number, branches))
+        patterns.append(Pattern(_compile(numbers, pattern), number, has_branches))
     return patterns
 
 
-def _branches(numbers: Fields, pattern: str) -> bool:
-    """Whether a matcher may have to try several ways; ValueError for a pattern where they are too many."""
+def _has_branches(numbers: Fields, pattern: str) -> bool:
+    """Return whether a pattern has repetitions or alternatives. Raises ValueError if it is not simple enough."""
     num_alternatives = pattern.count("|") + 1
     num_branchings = len(BRANCHINGS.findall(pattern))
     is_simple = (

@@ -1,8 +1,8 @@
-"""The LoRA adapters of a model (Hu et al. 2021): which are loaded, and in which of its places their matrices lie.
+"""The LoRA adapters of a model (Hu et al. 2021): which are loaded, and which slot holds the matrices of each.
 
-Requests with different adapters run in one step: each row of a batch says which place is its own, and each product of
-the model adds B (A x) with the matrices that lie there. A request names the weights that it was promised, by their
-fingerprint; they can be found after their name is gone, or has become another's, until the place is needed.
+Requests with different adapters run in one step: each row of a batch has the slot of its adapter, and each linear layer
+adds B (A x) with the matrices in that slot. A request identifies its adapter's weights by their fingerprint. They are
+still found after the adapter was unloaded, or its name given to other weights, until the slot is reused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,20 +18,19 @@ import torch
 from engine.batch.transfer import send, to_device
 from engine.config import EngineConfig, ModelConfig
 from engine.kernels.interface import LoraWeights
-from engine.lora.reader import LoraCheckpoint, load_lora, module_shapes
-from engine.model.kv_cache import MIB
-from engine.scheduling.request import NO_PLACE
+from engine.lora.checkpoint import LoraCheckpoint, module_shapes
+from engine.lora.reader import load_lora
+from engine.model.decoder import Linear
+from engine.model.memory_plan import MIB
+from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import AdapterField, LoraAdapter
 
-if TYPE_CHECKING:
-    from engine.model.decoder import Linear
-
 DEFAULT_MAX_RANK = 16
-NOTHING = ""  # the fingerprint of what lies in an empty place
+EMPTY = ""  # in the list of fingerprints: a slot without an adapter
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be loaded, or not now. The message is fit for the client that asked."""
+    """An adapter cannot be loaded or unloaded; the message is for the client."""
 
     def __init__(self, message: str, field: AdapterField | None = None, *, is_temporary: bool = False) -> None:
         super().__init__(message)
@@ -41,52 +39,52 @@ class AdapterError(ValueError):
 
 
 class AdapterGoneError(LookupError):
-    """The weights that a request was promised lie nowhere any more."""
+    """No slot holds the weights that a request was admitted for."""
 
 
 @dataclass(frozen=True)
-class Loaded:
-    place: int
+class LoadedAdapter:
+    slot: int
     adapter: LoraAdapter
 
 
 class LoraAdapters:
-    """Adapters by name, and what lies in each place.
+    """The loaded adapters by name, and the fingerprint of the weights in each slot.
 
-    There is a place more than adapters can be loaded, so that one can be replaced while requests use it.
+    There is one slot more than adapters can be loaded, so that an adapter can be replaced while requests use it.
     """
 
     def __init__(self, linears: Sequence[Linear], max_loras: int, max_rank: int) -> None:
         self.max_loras = max_loras
         self.max_rank = max_rank
         self._linears = [(linear.names, linear.lora) for linear in linears if linear.lora is not None]
-        self._loaded: dict[str, Loaded] = {}
-        self._contents = [NOTHING] * num_places(max_loras)  # fingerprints
-        self._left = [0] * len(self._contents)  # when its adapter was forgotten
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._fingerprints = [EMPTY] * num_lora_slots(max_loras)  # of the weights in each slot
+        self._unloaded_at = [0] * len(self._fingerprints)  # tick at which the slot's adapter was unloaded; 0: never
         self._ticks = itertools.count(1)
 
     def loaded(self) -> list[LoraAdapter]:
-        """Those that have a name, in the order in which they got it."""
+        """Return the loaded adapters, in the order in which they were loaded."""
         return [loaded.adapter for loaded in self._loaded.values()]
 
     @property
     def num_bytes(self) -> int:
-        """Of all places, whether they are taken or not."""
+        """Bytes of all slots, in use or not."""
         return sum(weights.a.nbytes + weights.b.nbytes for _, weights in self._linears)
 
     def find(self, fingerprint: str) -> int:
-        """Where those weights lie; none lie nowhere. Raises AdapterGoneError."""
+        """Return the slot with these weights, NO_LORA_SLOT for an empty fingerprint. Raises AdapterGoneError."""
         if not fingerprint:
-            return NO_PLACE
-        for loaded in self._loaded.values():  # first, so that the others come free
+            return NO_LORA_SLOT
+        for loaded in self._loaded.values():  # first, so that slots of unloaded adapters get free
             if loaded.adapter.fingerprint == fingerprint:
-                return loaded.place
-        if fingerprint not in self._contents:
+                return loaded.slot
+        if fingerprint not in self._fingerprints:
             raise AdapterGoneError(fingerprint)
-        return self._contents.index(fingerprint)
+        return self._fingerprints.index(fingerprint)
 
-    def check(self, name: str, *, replaces: bool) -> None:
-        """Raise AdapterError where an adapter of that name cannot be loaded, whatever it is."""
+    def check_name(self, name: str, *, replaces: bool) -> None:
+        """Check that an adapter can be loaded under this name, replacing one if `replaces`. Raises AdapterError."""
         if name in self._loaded and not replaces:
             raise AdapterError(f"a LoRA adapter called {name} is loaded already", AdapterField.NAME)
         if name not in self._loaded and len(self._loaded) >= self.max_loras:
@@ -95,77 +93,82 @@ class LoraAdapters:
             )
 
     def reserve(self, in_use: Collection[int]) -> int | None:
-        """A place that is no adapter's and that no request has `in_use`; None where there is none now.
+        """Empty and return a slot without a loaded adapter and not `in_use` by requests; None if there is none.
 
-        Of several, that whose adapter was forgotten first. From now on it holds nothing.
+        Slots that were never used come first, then the one whose adapter was unloaded first.
         """
-        taken = {loaded.place for loaded in self._loaded.values()}.union(in_use)
-        free = [place for place in range(len(self._contents)) if place not in taken]
+        occupied = {loaded.slot for loaded in self._loaded.values()}.union(in_use)
+        free = [slot for slot in range(len(self._fingerprints)) if slot not in occupied]
         if not free:
             return None
-        place = min(free, key=lambda place: self._left[place])
-        self._contents[place] = NOTHING
-        return place
+        slot = min(free, key=lambda slot: self._unloaded_at[slot])
+        self._fingerprints[slot] = EMPTY
+        return slot
 
-    def write(self, place: int, checkpoint: LoraCheckpoint) -> Iterator[None]:
-        """Write the matrices into a reserved place, one product at a time."""
+    def write(self, slot: int, checkpoint: LoraCheckpoint) -> Iterator[None]:
+        """Write the matrices into a reserved slot; yields after each linear layer."""
         for names, weights in self._linears:
-            _write(weights, place, names, checkpoint)
+            _write(weights, slot, names, checkpoint)
             yield
 
-    def publish(self, name: str, path: str, place: int, checkpoint: LoraCheckpoint) -> None:
-        """Give the name to what has been written to a place."""
-        self._forget(name)
-        self._contents[place] = checkpoint.fingerprint
+    def publish(self, name: str, path: str, slot: int, checkpoint: LoraCheckpoint) -> None:
+        """Make the weights that were written to a slot available under a name, in place of the name's old weights."""
+        self._remove(name)
+        self._fingerprints[slot] = checkpoint.fingerprint
         adapter = LoraAdapter(name=name, path=path, rank=checkpoint.rank, fingerprint=checkpoint.fingerprint)
-        self._loaded[name] = Loaded(place, adapter)
+        self._loaded[name] = LoadedAdapter(slot, adapter)
 
     def load(self, name: str, path: str, checkpoint: LoraCheckpoint) -> None:
-        """All of it at once, where no request runs. Raises AdapterError."""
-        self.check(name, replaces=False)
-        place = self.reserve(in_use=())
-        assert place is not None
-        for _ in self.write(place, checkpoint):
+        """Load an adapter at once, while no request runs. Raises AdapterError."""
+        self.check_name(name, replaces=False)
+        slot = self.reserve(in_use=())
+        assert slot is not None
+        for _ in self.write(slot, checkpoint):
             pass
-        self.publish(name, path, place, checkpoint)
+        self.publish(name, path, slot, checkpoint)
 
     def unload(self, name: str) -> None:
-        """Take the name away. Raises AdapterError for an unknown one."""
+        """Remove an adapter by name; its weights stay in their slot. Raises AdapterError if it is not loaded."""
         if name not in self._loaded:
             raise AdapterError(f"no LoRA adapter called {name} is loaded", AdapterField.NAME)
-        self._forget(name)
+        self._remove(name)
 
-    def _forget(self, name: str) -> None:
+    def _remove(self, name: str) -> None:
         if (loaded := self._loaded.pop(name, None)) is not None:
-            self._left[loaded.place] = next(self._ticks)
+            self._unloaded_at[loaded.slot] = next(self._ticks)
 
 
 @torch.inference_mode()
-def _write(weights: LoraWeights, place: int, names: Sequence[str], checkpoint: LoraCheckpoint) -> None:
-    """The matrices of one product's parts. What an adapter leaves out has rank 0."""
+def _write(weights: LoraWeights, slot: int, names: Sequence[str], checkpoint: LoraCheckpoint) -> None:
+    """Write the matrices of one linear layer. Projections that the adapter does not update get rank 0."""
     device = weights.ranks.device
     first = 0
     ranks = [0] * len(names)
     for part, (name, size) in enumerate(zip(names, weights.sizes, strict=True)):
         if (matrices := checkpoint.modules.get(name)) is not None:
             rank = ranks[part] = len(matrices.a)
-            weights.a[place, part, :rank] = send(matrices.a, device)
-            weights.b[place, :rank, first : first + size] = send(matrices.b, device).T
+            weights.a[slot, part, :rank] = send(matrices.a, device)
+            weights.b[slot, :rank, first : first + size] = send(matrices.b, device).T
         first += size
-    weights.ranks[place] = to_device(ranks, np.int64, device)
+    weights.ranks[slot] = to_device(ranks, np.int64, device)
 
 
-def num_places(max_loras: int) -> int:
+def num_lora_slots(max_loras: int) -> int:
+    """Return the number of slots for `max_loras` adapters: one more, or none at all."""
     return max_loras + 1 if max_loras else 0
 
 
 def prefix_salt(fingerprint: str) -> bytes:
-    """What sets the keys and values apart that are computed with an adapter. It begins with a byte that no text has."""
+    """Return the salt of an adapter's block hashes; empty for none.
+
+    Keys and values that were computed with other weights must not match. The first byte occurs in no UTF-8 text, so no
+    salt of a client (`cache_salt`) is equal.
+    """
     return b"\xff" + bytes.fromhex(fingerprint) if fingerprint else b""
 
 
 def read_adapter(name: str, path: str, config: ModelConfig, max_rank: int | None) -> LoraCheckpoint:
-    """Read an adapter's matrices, of at most that rank. Raises AdapterError, which names the adapter."""
+    """Read an adapter's matrices, of rank `max_rank` at most. Raises AdapterError, which names the adapter."""
     try:
         return load_lora(Path(path), config, max_rank)
     except ValueError as error:
@@ -173,17 +176,17 @@ def read_adapter(name: str, path: str, config: ModelConfig, max_rank: int | None
 
 
 def check_lora_memory(config: ModelConfig, max_loras: int, rank: int, itemsize: int, free: int) -> None:
-    """ValueError where places take more memory than there is. `itemsize` and `free` are bytes."""
+    """Check that the slots fit in the free memory. `itemsize` and `free` are bytes. Raises ValueError."""
     numbers = sum(num_inputs + num_outputs for num_outputs, num_inputs in module_shapes(config).values())
-    wanted = num_places(max_loras) * rank * numbers * config.num_hidden_layers * itemsize
-    if wanted > free:
+    num_bytes = num_lora_slots(max_loras) * rank * numbers * config.num_hidden_layers * itemsize
+    if num_bytes > free:
         raise ValueError(
-            f"--max-loras {max_loras} of --max-lora-rank {rank} take {wanted / MIB:.0f} MiB, but only "
+            f"--max-loras {max_loras} of --max-lora-rank {rank} take {num_bytes / MIB:.0f} MiB, but only "
             f"{free / MIB:.0f} MiB are free"
         )
 
 
 def choose_lora_rank(config: EngineConfig, checkpoints: Mapping[str, LoraCheckpoint]) -> int:
-    """What places have room for."""
+    """Return the largest rank that a slot can hold: `max_lora_rank`, or what the adapters loaded at start need."""
     largest = max((checkpoint.rank for checkpoint in checkpoints.values()), default=0)
     return config.max_lora_rank or max(DEFAULT_MAX_RANK, largest)

@@ -1,7 +1,7 @@
-"""Adapters that come and go while steps run, one after the other, in the order in which they were asked for.
+"""Loading and unloading of LoRA adapters while steps run, one after the other, in the order of the requests.
 
-A file is read in a thread, for that may take long; its matrices are written to the model between the steps, some at a
-time. So a change is a generator, which goes on a little in each pass of the engine's loop.
+Reading a file may take long, so a thread does it. The matrices are written to the model between steps, some at a time.
+So an update is a generator that advances a little in each pass of the engine's loop.
 """
 
 from __future__ import annotations
@@ -14,115 +14,116 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 from engine.config import ModelConfig
-from engine.lora.reader import LoraCheckpoint
+from engine.lora.checkpoint import LoraCheckpoint
 from engine.lora.slots import AdapterError, LoraAdapters, read_adapter
 from engine.scheduling.scheduler import Scheduler
 from engine.shared.messages import AdapterDone, LoadAdapter, UnloadAdapter
 
 logger = logging.getLogger("lightwell.engine")
 
-MAX_CHANGES = 16  # that wait
-READ_SECONDS = 120.0
-PLACE_SECONDS = 60.0
-WRITE_SECONDS = 0.005  # of one pass of the loop
+MAX_PENDING = 16  # updates
+READ_TIMEOUT = 120.0  # seconds
+SLOT_TIMEOUT = 60.0
+WRITE_SECONDS = 0.005  # in one pass of the loop
 
-Message = LoadAdapter | UnloadAdapter
+UpdateRequest = LoadAdapter | UnloadAdapter
 
 
-class AdapterChanges:
-    """What clients want changed of an engine's adapters."""
+class AdapterUpdates:
+    """The queue of loads and unloads that clients have requested. The first of them is in progress."""
 
     def __init__(self, adapters: LoraAdapters, config: ModelConfig, scheduler: Scheduler) -> None:
         self.adapters = adapters
         self.config = config
         self.scheduler = scheduler
-        self._waiting: deque[tuple[bytes, Message]] = deque()
-        self._change: Iterator[None] | None = None  # of the first that waits, once it has begun
+        self._queue: deque[tuple[bytes, UpdateRequest]] = deque()  # client, and its request
+        self._current: Iterator[None] | None = None  # the update of the first request, once it has begun
 
     def __bool__(self) -> bool:
-        """Whether there is something to go on with."""
-        return bool(self._waiting)
+        """Return whether an update is pending."""
+        return bool(self._queue)
 
-    def add(self, client: bytes, message: Message) -> AdapterDone | None:
-        """Queue a change. Returns the answer where there are too many already."""
-        if len(self._waiting) >= MAX_CHANGES:
-            problem = f"{MAX_CHANGES} changes of LoRA adapters are waiting already"
-            return AdapterDone(request_id=message.request_id, error=problem, is_temporary=True)
-        self._waiting.append((client, message))
+    def add(self, client: bytes, request: UpdateRequest) -> AdapterDone | None:
+        """Queue an update. Return a refusal if too many are pending."""
+        if len(self._queue) >= MAX_PENDING:
+            problem = f"{MAX_PENDING} changes of LoRA adapters are pending already"
+            return AdapterDone(request_id=request.request_id, error=problem, is_temporary=True)
+        self._queue.append((client, request))
         return None
 
     def advance(self) -> list[tuple[bytes, AdapterDone]]:
-        """Go on for a moment. Returns the answers of those that have come to an end, and who asked for them."""
-        answers: list[tuple[bytes, AdapterDone]] = []
-        while self._waiting:
-            client, message = self._waiting[0]
-            answer = self._advance(message)
-            if answer is None:
+        """Advance the pending updates for a moment. Return clients and replies of those that have finished."""
+        replies: list[tuple[bytes, AdapterDone]] = []
+        while self._queue:
+            client, request = self._queue[0]
+            reply = self._advance(request)
+            if reply is None:
                 break
-            self._waiting.popleft()
-            self._change = None
-            answers.append((client, answer))
-        return answers
+            self._queue.popleft()
+            self._current = None
+            replies.append((client, reply))
+        return replies
 
-    def _advance(self, message: Message) -> AdapterDone | None:
+    def _advance(self, request: UpdateRequest) -> AdapterDone | None:
+        """Begin or continue the first update. Return the reply once it has finished."""
         try:
-            self._change = self._change or self._begin(message)
-            next(self._change)
+            self._current = self._current or self._begin(request)
+            next(self._current)
         except StopIteration:
-            return AdapterDone(request_id=message.request_id)
+            return AdapterDone(request_id=request.request_id)
         except AdapterError as error:
             return AdapterDone(
-                request_id=message.request_id, error=str(error), field=error.field, is_temporary=error.is_temporary
+                request_id=request.request_id, error=str(error), field=error.field, is_temporary=error.is_temporary
             )
-        except Exception as error:  # of what reads files or of torch: it ends this change alone
+        except Exception as error:  # from reading files or from torch; only this update fails
             logger.exception("a LoRA adapter cannot be loaded")
-            problem = f"LoRA adapter {message.name}: cannot be loaded ({type(error).__name__})"
-            return AdapterDone(request_id=message.request_id, error=problem)
+            problem = f"LoRA adapter {request.name}: cannot be loaded ({type(error).__name__})"
+            return AdapterDone(request_id=request.request_id, error=problem)
         return None
 
-    def _begin(self, message: Message) -> Iterator[None]:
-        return self._load(message) if isinstance(message, LoadAdapter) else self._unload(message)
+    def _begin(self, request: UpdateRequest) -> Iterator[None]:
+        return self._load(request) if isinstance(request, LoadAdapter) else self._unload(request)
 
-    def _unload(self, message: UnloadAdapter) -> Iterator[None]:
-        self.adapters.unload(message.name)
+    def _unload(self, request: UnloadAdapter) -> Iterator[None]:
+        self.adapters.unload(request.name)
         yield from ()
 
-    def _load(self, message: LoadAdapter) -> Iterator[None]:
-        adapters, name = self.adapters, message.name
-        adapters.check(name, replaces=message.replaces)
-        read = in_thread(lambda: read_adapter(name, message.path, self.config, adapters.max_rank))
+    def _load(self, request: LoadAdapter) -> Iterator[None]:
+        adapters, name = self.adapters, request.name
+        adapters.check_name(name, replaces=request.replaces)
+        reading = run_in_thread(lambda: read_adapter(name, request.path, self.config, adapters.max_rank))
         started = time.monotonic()
-        while not read.done():
-            if time.monotonic() - started > READ_SECONDS:
-                problem = f"LoRA adapter {name}: reading it has taken more than {READ_SECONDS:.0f} seconds"
+        while not reading.done():
+            if time.monotonic() - started > READ_TIMEOUT:
+                problem = f"LoRA adapter {name}: reading it has taken more than {READ_TIMEOUT:.0f} seconds"
                 raise AdapterError(problem, is_temporary=True)
             yield
-        checkpoint = read.result()
+        checkpoint = reading.result()
         started = time.monotonic()
-        while (place := adapters.reserve(self._places_in_use())) is None:
-            if time.monotonic() - started > PLACE_SECONDS:
-                problem = f"LoRA adapter {name}: requests that run use all places of those that were loaded before"
+        while (slot := adapters.reserve(self._slots_in_use())) is None:
+            if time.monotonic() - started > SLOT_TIMEOUT:
+                problem = f"LoRA adapter {name}: all slots are in use by running requests"
                 raise AdapterError(problem, is_temporary=True)
             yield
         started = time.monotonic()
-        for _ in adapters.write(place, checkpoint):
+        for _ in adapters.write(slot, checkpoint):
             if time.monotonic() - started > WRITE_SECONDS:
                 yield
                 started = time.monotonic()
-        adapters.publish(name, message.path, place, checkpoint)
+        adapters.publish(name, request.path, slot, checkpoint)
 
-    def _places_in_use(self) -> set[int]:
-        return {request.lora_place for request in self.scheduler.requests()}
+    def _slots_in_use(self) -> set[int]:
+        return {request.lora_slot for request in self.scheduler.requests()}
 
 
-def in_thread(function: Callable[[], LoraCheckpoint]) -> Future[LoraCheckpoint]:
-    """Call it in a thread of its own, for which the end of the process does not wait."""
+def run_in_thread(function: Callable[[], LoraCheckpoint]) -> Future[LoraCheckpoint]:
+    """Call `function` in a new thread, which does not keep the process alive, and return its future result."""
     future: Future[LoraCheckpoint] = Future()
 
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # which whoever reads the result gets
+        except BaseException as error:  # raised again by `result`
             future.set_exception(error)
 
     threading.Thread(target=run, name="adapter", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The transformer: one decoder for all families."""
+"""The model: one decoder-only transformer for all families, its KV cache and the memory plan."""
 
 from engine.model.decoder import CausalLM
 from engine.model.parameters import Parameters

@@ -1,11 +1,13 @@
 """A decoder-only transformer in textbook order: embedding, layers of attention and MLP, final norm, LM head.
 
-Rows of all sequences lie in one flat batch. Names of parts and parameters are those of Hugging Face's checkpoints;
-q, k and v are one product, and so are gate and up. What a row needs of its sequence is in `BatchInputs` and in the
-KV cache; nothing is global.
+The rows (tokens) of all sequences form one flat batch. Parts and parameters have the names of Hugging Face's
+checkpoints; the projections q, k and v are computed as one product, and so are gate and up. A row finds its sequence
+through `BatchInputs` and the KV cache; there is no global state.
 
-The kernels may run this code for every batch, or once, with tensors that stand for their buffers, to learn which
-operations follow on each other. So it looks at shapes but never at numbers, and all arithmetic is the kernels'.
+The kernels may run this code for every batch, or run it once with placeholder tensors to record the sequence of
+operations. So it may depend on the shapes of tensors but never on their values, and all arithmetic is done by kernels.
+
+Shapes: T rows of the batch, L rows of `hidden_rows`, R rows with logits, H query heads, KH KV heads, D head size.
 """
 
 from dataclasses import dataclass
@@ -23,9 +25,9 @@ from engine.model.rotary import RotaryEmbedding
 
 
 class Linear:
-    """One product of the weights of several parts, each with its name and number of outputs.
+    """A linear layer (plus LoRA) that computes several projections of the same input as one matrix product.
 
-    A row that has a LoRA adapter gets what that adds.
+    `parts` are the projections: name in the checkpoint and number of outputs. The outputs are concatenated.
     """
 
     def __init__(
@@ -38,21 +40,21 @@ class Linear:
         self.product = kernels.linear(kernels.pack(weights), torch.cat(biases) if biases else None)
         self.lora = kernels.new_lora_weights([size for _, size in parts], num_inputs)
 
-    def __call__(self, x: Tensor, lora_places: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor | None = None) -> Tensor:
         out = self.product(x, residual)
         if self.lora is not None:
-            self.kernels.add_lora(x, out, self.lora, lora_places)
+            self.kernels.add_lora(x, out, self.lora, lora_slots)
         return out
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What rows of a batch bring along."""
+class RowInputs:
+    """Inputs of each layer besides the hidden states, one per row of the batch."""
 
-    cos: Tensor  # float32 [T, D / 2], of each row's position
+    cos: Tensor  # float32 [T, D / 2], of the row's position
     sin: Tensor
-    slots: Tensor  # int64 [T], where its key and value go
-    lora_places: Tensor  # int64 [T], the place of its LoRA adapter; -1: none
+    slot_mapping: Tensor  # int64 [T], the slot of the KV cache for the row's key and value
+    lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none
 
 
 class Attention:
@@ -71,16 +73,16 @@ class Attention:
         o = [(f"{prefix}.o_proj", config.hidden_size)]
         self.o_proj = Linear(kernels, parameters, o, size, has_bias=config.attention_output_bias)
 
-    def project(self, x: Tensor, rows: Rows, cache: LayerCache) -> Tensor:
-        """The queries of all rows [T, H * D]. Their keys and values go into the cache."""
-        heads = self.qkv_proj(x, rows.lora_places).view(len(x), -1, self.head_dim)
+    def project(self, x: Tensor, rows: RowInputs, cache: LayerCache) -> Tensor:
+        """Return the queries [T, H * D] of hidden states [T, hidden_size]; store their keys and values in the cache."""
+        heads = self.qkv_proj(x, rows.lora_slots).view(len(x), -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self.kernels.rope_and_store_kv(q, k, v, rows.cos, rows.sin, rows.slots, cache).flatten(1)
+        return self.kernels.rope_and_store_kv(q, k, v, rows.cos, rows.sin, rows.slot_mapping, cache).flatten(1)
 
-    def __call__(self, q: Tensor, cache: LayerCache, plan: Any, lora_places: Tensor, residual: Tensor) -> None:
+    def __call__(self, q: Tensor, cache: LayerCache, plan: Any, lora_slots: Tensor, residual: Tensor) -> None:
         q = q.view(len(q), self.num_heads, self.head_dim)
         out = self.kernels.paged_attention(q, cache, plan, self.scale, self.window)
-        self.o_proj(out.flatten(1), lora_places, residual)
+        self.o_proj(out.flatten(1), lora_slots, residual)
 
 
 class MLP:
@@ -95,13 +97,13 @@ class MLP:
         self.kernels = kernels
         self.activation = config.hidden_act
 
-    def __call__(self, x: Tensor, lora_places: Tensor, residual: Tensor) -> None:
-        hidden = self.kernels.act_and_mul(self.gate_up_proj(x, lora_places), self.activation)
-        self.down_proj(hidden, lora_places, residual)
+    def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor) -> None:
+        hidden = self.kernels.act_and_mul(self.gate_up_proj(x, lora_slots), self.activation)
+        self.down_proj(hidden, lora_slots, residual)
 
 
 class DecoderLayer:
-    """Attention, then MLP, each of the normed residual stream [rows, hidden_size] and added to it in place."""
+    """Attention, then MLP, each applied to the normed residual stream [rows, hidden_size] and added to it in place."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, prefix: str, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -111,19 +113,19 @@ class DecoderLayer:
         self.post_attention_layernorm = parameters.take(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
         self.mlp = MLP(config, parameters, f"{prefix}.mlp", kernels)
 
-    def project(self, residual: Tensor, rows: Rows, cache: LayerCache) -> Tensor:
-        """What comes before attention: the queries of all rows. Their keys and values go into the cache."""
+    def project(self, residual: Tensor, rows: RowInputs, cache: LayerCache) -> Tensor:
+        """Compute what precedes attention: return the queries [T, H * D], store keys and values in the cache."""
         x = self.kernels.rms_norm(residual, self.input_layernorm, self.eps)
         return self.self_attn.project(x, rows, cache)
 
-    def __call__(self, residual: Tensor, q: Tensor, cache: LayerCache, plan: Any, lora_places: Tensor) -> None:
-        self.self_attn(q, cache, plan, lora_places, residual)
+    def __call__(self, residual: Tensor, q: Tensor, cache: LayerCache, plan: Any, lora_slots: Tensor) -> None:
+        self.self_attn(q, cache, plan, lora_slots, residual)
         x = self.kernels.rms_norm(residual, self.post_attention_layernorm, self.eps)
-        self.mlp(x, lora_places, residual)
+        self.mlp(x, lora_slots, residual)
 
     @property
     def linears(self) -> list[Linear]:
-        """All products with weights."""
+        """The linear layers, in the order of their use."""
         return [self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj]
 
 
@@ -158,38 +160,38 @@ class CausalLM:
         parameters.finish()
 
     def forward(self, batch: BatchInputs, kv_cache: KVCache) -> Tensor:
-        """The last hidden states [L, hidden_size] of `hidden_rows`. Stores the keys and values of every row."""
+        """Return the last hidden states [L, hidden_size] of `hidden_rows`; store the keys and values of every row."""
         kernels, config = self.kernels, self.config
         heads = (config.num_attention_heads, config.num_key_value_heads)
         x = kernels.embed(batch.token_ids, self.embed_tokens)
-        rows = Rows(
+        rows = RowInputs(
             cos=kernels.gather(self.rotary.cos, batch.positions),
             sin=kernels.gather(self.rotary.sin, batch.positions),
-            slots=batch.slots,
-            lora_places=batch.lora_places,
+            slot_mapping=batch.slot_mapping,
+            lora_slots=batch.lora_slots,
         )
         *layers, (last, last_cache) = zip(self.layers, kv_cache.layers, strict=True)
         plan = kernels.plan_attention(batch, batch.query_lens, *heads, last_cache)
         for layer, cache in layers:
             with kernels.temporaries():
-                layer(x, layer.project(x, rows, cache), cache, plan, rows.lora_places)
-        # After the last layer's keys and values, nobody reads what becomes of the other rows.
+                layer(x, layer.project(x, rows, cache), cache, plan, rows.lora_slots)
+        # Once the last layer has stored keys and values, only `hidden_rows` are still needed.
         hidden = kernels.gather(x, batch.hidden_rows)
         plan = kernels.plan_attention(batch, batch.hidden_lens, *heads, last_cache)
         with kernels.temporaries():
             q = kernels.gather(last.project(x, rows, last_cache), batch.hidden_rows)
-            last(hidden, q, last_cache, plan, batch.hidden_lora_places)
+            last(hidden, q, last_cache, plan, batch.hidden_lora_slots)
         return hidden
 
     @property
     def linears(self) -> list[Linear]:
-        """All products with weights of all layers."""
+        """The linear layers of all decoder layers."""
         return [linear for layer in self.layers for linear in layer.linears]
 
     def compute_hidden(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Final norm: some rows (int64 [R]) of the hidden states as the LM head reads them, [R, hidden_size]."""
+        """Return the rows (int64 [R]) of the hidden states after the final norm, [R, hidden_size]."""
         return self.kernels.rms_norm(self.kernels.gather(hidden, rows), self.norm, self.config.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Final norm and LM head: logits [R, num_token_ids] of some rows (int64 [R]) of the hidden states."""
+        """Return the logits [R, num_token_ids] of rows (int64 [R]) of the hidden states: final norm and LM head."""
         return self.lm_head(self.compute_hidden(hidden, rows))[:, : self.config.num_token_ids]

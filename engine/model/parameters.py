@@ -1,7 +1,6 @@
-"""The named tensors of a checkpoint, handed to the parts of the model that ask for them.
+"""The named tensors of a checkpoint, which the parts of the model take one by one.
 
-A part asks by the names of Hugging Face's checkpoints. Each tensor is used exactly once and each request is met, or
-loading fails.
+Names are those of Hugging Face's checkpoints. Loading fails unless each tensor is taken, and taken once.
 """
 
 from collections.abc import Iterable
@@ -12,21 +11,21 @@ from engine.weights import Weight
 
 
 class Parameters:
-    """Tensors by name, taken out one by one."""
+    """The tensors of a checkpoint that have not been taken yet, by name."""
 
     def __init__(self, tensors: Iterable[tuple[str, Weight]]) -> None:
         self._tensors = dict(tensors)
         self.num_bytes = sum(tensor.nbytes for tensor in self._tensors.values())
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name; ValueError if it is missing, has another shape, or is packed."""
+        """Remove and return a plain tensor. Raises ValueError if it is missing, has another shape, or is packed."""
         weight = self.take_weight(name, *shape)
         if not isinstance(weight, Tensor):
-            raise ValueError(f"tensor {name} has type {weight.type_name}, which only matrices can have")
+            raise ValueError(f"tensor {name} has type {weight.type_name}, which is supported for matrices only")
         return weight
 
     def take_weight(self, name: str, *shape: int) -> Weight:
-        """The same for a matrix of weights, which may be packed."""
+        """Remove and return a weight, plain or packed. Raises ValueError if it is missing or has another shape."""
         weight = self._tensors.pop(name, None)
         if weight is None:
             raise ValueError(f"the checkpoint lacks the tensor {name} {list(shape)}")
@@ -35,7 +34,7 @@ class Parameters:
         return weight
 
     def finish(self) -> None:
-        """ValueError if a tensor was not used."""
+        """Check that all tensors have been taken. Raises ValueError if any is left."""
         if self._tensors:
             some = ", ".join(sorted(self._tensors)[:5])
             raise ValueError(f"the model has no use for {len(self._tensors)} tensors of the checkpoint: {some}")

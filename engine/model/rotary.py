@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the angle of each pair of dimensions at each position (Su et al. 2021)."""
+"""Rotary position embeddings (RoPE, Su et al. 2021): the rotation angle of each pair of dimensions at each position."""
 
 import math
 
@@ -9,7 +9,7 @@ from engine.config import ModelConfig, RopeScaling
 
 
 class RotaryEmbedding:
-    """cos and sin, float32 [max_model_len, D / 2], of every position."""
+    """Tables `cos` and `sin`, float32 [max_model_len, D / 2], one row per position."""
 
     def __init__(self, config: ModelConfig, max_model_len: int, device: torch.device, factors: Tensor | None) -> None:
         frequencies = inverse_frequencies(config, factors)
@@ -19,9 +19,9 @@ class RotaryEmbedding:
 
 
 def inverse_frequencies(config: ModelConfig, factors: Tensor | None) -> Tensor:
-    """Angle per position of each of the D / 2 pairs, stretched as the model was trained for. float32.
+    """Return the rotation of each pair of dimensions per position, in radians, after scaling: float32 [D / 2].
 
-    `factors` [D / 2] divide the frequencies; a GGUF file stores its scaling as such.
+    `factors` [D / 2] divide the frequencies; GGUF files store the scaling of Llama 3 in this form.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
@@ -36,7 +36,7 @@ def inverse_frequencies(config: ModelConfig, factors: Tensor | None) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths are stretched by `factor`, short ones left, those between blended (Llama 3.1)."""
+    """Apply the scaling of Llama 3.1: stretch long wavelengths by `factor`, keep short ones, interpolate between."""
     wavelengths = 2 * math.pi / frequencies
     context = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

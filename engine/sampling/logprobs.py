@@ -1,4 +1,4 @@
-"""Log probabilities of tokens, computed on the device and put into words once the host reads them."""
+"""Log probabilities of tokens: computed on the device, converted to `TokenLogprobs` when the host reads them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from engine.shared.messages import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class PendingLogprobs:
-    """Of some rows, before the host has read them."""
+    """Log probabilities of R rows that the host has not read yet. T: most likely tokens, N: named tokens."""
 
-    values: HostCopy  # [R, 1 + T + N] float32: of the given token, of the T most likely, of those that are named
-    integers: HostCopy  # [R, 1 + T] int64: the given token's rank, the ids of the most likely
+    values: HostCopy  # [R, 1 + T + N] float32: of the chosen token, the most likely and the named ones
+    integers: HostCopy  # [R, 1 + T] int64: rank of the chosen token, ids of the most likely
     num_top: Sequence[int]
-    named_ids: Sequence[Sequence[int]]  # of each row, or of none
+    named_ids: Sequence[Sequence[int]]  # one entry per row; empty: no row has any
 
     def read(self) -> list[TokenLogprobs]:
-        """Wait for the device. One entry for each row."""
+        """Wait for the device, and return one entry per row."""
         values, integers = self.values.read().tolist(), self.integers.read().tolist()
         rows = zip(values, integers, self.num_top, self.named_ids or [()] * len(values), strict=True)
         return [_entry(numbers, rank, top_ids, num, named) for numbers, (rank, *top_ids), num, named in rows]
@@ -41,34 +41,34 @@ def _entry(values: list[float], rank: int, top_ids: list[int], num_top: int, nam
 
 
 def _token_logprobs(logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]) -> TokenLogprobs:
-    num = top_logprobs.index(-math.inf) if -math.inf in top_logprobs else len(top_ids)  # they are in descending order
+    num = top_logprobs.index(-math.inf) if -math.inf in top_logprobs else len(top_ids)  # values are in descending order
     return TokenLogprobs(logprob, rank, top_ids[:num], top_logprobs[:num])
 
 
 def gather_logprobs(
     logits: Tensor, token_ids: Tensor, num_top: Sequence[int], named_ids: Sequence[Sequence[int]] = ()
 ) -> PendingLogprobs:
-    """For each row of float32 logits [R, V]: the given token's log probability, its rank, and the most likely tokens.
+    """Compute the log probability and rank of `token_ids` [R] in float32 logits [R, V], and the most likely tokens.
 
-    `num_top` says how many alternatives each row wants. Tokens of -infinity, which cannot be, are none.
-    Rows that have `named_ids` get these instead.
+    Row i gets its `num_top[i]` most likely tokens, or the tokens `named_ids[i]` if it has any. Tokens with a logit of
+    -infinity are left out.
     """
     logprobs = log_softmax(logits)
     chosen = token_ids[:, None]
-    # Order is that of the logits: log_softmax can round different ones to the same number.
+    # Rank by logits: log_softmax can round different logits to the same number.
     ranks = (logits > logits.gather(1, chosen)).sum(dim=-1, keepdim=True) + 1
     top_ids = _top_ids(logits, max(num_top))
-    wanted = [chosen, top_ids]
+    gathered = [chosen, top_ids]
     if any(named_ids):
-        wanted.append(_padded(named_ids, logits.device))
-    values = logprobs.gather(1, torch.cat(wanted, dim=1))
+        gathered.append(_padded(named_ids, logits.device))
+    values = logprobs.gather(1, torch.cat(gathered, dim=1))
     return PendingLogprobs(HostCopy(values), HostCopy(torch.cat((ranks, top_ids), dim=1)), num_top, named_ids)
 
 
 def log_softmax(x: Tensor) -> Tensor:
-    """Log probabilities of float32 logits [R, V].
+    """Return the log probabilities of float32 logits [R, V].
 
-    CUDA begins a row where its 16 bytes do, and adds up in another order for it, unless all rows begin there.
+    Rows are padded to whole 16 bytes: CUDA's order of additions depends on the alignment of a row's start.
     """
     missing = -x.shape[1] % 4
     padded = F.pad(x, (0, missing), value=-math.inf) if missing else x
@@ -76,7 +76,7 @@ def log_softmax(x: Tensor) -> Tensor:
 
 
 def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Lists of token ids as one tensor [R, N] int64, with zeros behind the shorter ones."""
+    """Return lists of token ids as one tensor [R, N] int64, padded with zeros at the end."""
     padded = np.zeros((len(lists), max(map(len, lists))), dtype=np.int64)
     for row, ids in zip(padded, lists, strict=True):
         row[: len(ids)] = ids
@@ -85,10 +85,10 @@ def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def _top_ids(x: Tensor, num_top: int) -> Tensor:
-    """Ids of the largest values of each row [R, num_top], in descending order; ties go to the lowest id.
+    """Return the ids of the largest values of each row [R, num_top], in descending order; ties go to the lowest id.
 
-    torch.topk leaves the order of equal values open, also which of them are taken, so all that are as large as the
-    last are put in order. How many these are, a device need not tell the host: it sorts whole rows.
+    torch.topk takes an arbitrary choice of ties in arbitrary order. So on a CPU all values as large as the last one
+    are sorted. On a GPU the host would have to wait for their number, so whole rows are sorted.
     """
     num_top = min(num_top, x.shape[1])
     if num_top == 0:

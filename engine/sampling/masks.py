@@ -1,4 +1,4 @@
-"""Which tokens a step's rows may yield, by their requests' grammars and limits of thoughts. No torch."""
+"""Token masks of a step: what grammars and reasoning budgets allow. No torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from engine.scheduling.request import Scheduled, Status, Step
 
-NUM_FIRST_TOKENS = 16  # of the output, among which the tag is that begins thoughts
+NUM_FIRST_TOKENS = 16  # the tag that begins the reasoning must be among the first tokens of the output
 
 
 def step_masks(step: Step) -> dict[int, bytes]:
-    """The masks of a step's constrained rows: which of the rows that yield a token -> which tokens it may be.
+    """Return index among the step's sampled rows -> mask, for the constrained rows; see `sampler.apply_masks`.
 
-    A grammar lets thoughts end anywhere.
+    The mask that ends the reasoning replaces that of a grammar, which allows reasoning to end anywhere.
     """
     masks: dict[int, bytes] = {}
     first = 0
@@ -26,12 +26,12 @@ def step_masks(step: Step) -> dict[int, bytes]:
 
 
 def _forced_ends(item: Scheduled) -> Iterator[tuple[int, bytes]]:
-    """The rows that yield a token, counted from 0, at which thoughts are as long as they may be -> a mask of their end.
+    """Yield the index of the sampled row at which the reasoning budget is used up, with a mask of the end tag alone.
 
-    This depends on the output alone, so it survives preemption and drafts. An end that is forced can only be at one
-    place, so no other is looked at: where as many tokens as are allowed follow the tag, or the prompt that has it.
+    This depends only on the output, so it survives preemption and drafts. The end can be forced at one position only:
+    after `max_tokens` tokens of reasoning, counted from the start tag or, if the prompt has that, from its end.
     """
-    request, limit = item.request, item.request.params.thinking
+    request, limit = item.request, item.request.params.reasoning_limit
     if limit is None or not item.num_samples or request.status is not Status.RUNNING:
         return
     if request.num_output_tokens > NUM_FIRST_TOKENS + limit.max_tokens:

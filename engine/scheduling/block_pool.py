@@ -1,9 +1,9 @@
-"""The books of the KV cache: which blocks are held, which are free, and what the full ones contain. No torch.
+"""The block pool: which blocks of the KV cache are held, which are free, and which can be found by hash. No torch.
 
-The life of a block: never used -> held by one or more requests -> free. A full block is published under a hash of
-everything up to its end, so a free block can be found again and held once more, until it is handed out for new tokens.
-Free blocks are handed out in this order: those without a hash, then the least recently used, then those never used,
-so that memory that the operating system has not yet provided is touched last.
+The life of a block: never used -> held by one or more requests -> free. A full block is published under a hash of all
+tokens up to its end, so a free block can be found and held again until it is handed out for new tokens. Free blocks
+are handed out in this order: blocks without a hash, then the least recently used, then blocks never used, so that
+memory the operating system has not provided yet is touched last.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ROOT = b"lightwell.prefix"
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """A slot for the keys and values of `block_size` tokens."""
+    """Memory for the keys and values of `block_size` tokens."""
 
     block_id: int
-    ref_count: int = 0  # requests that hold it
-    block_hash: bytes | None = None  # set while it can be found
+    ref_count: int = 0  # number of requests that hold it
+    block_hash: bytes | None = None  # set while it is published
 
 
 def extend_block_hashes(
@@ -33,10 +33,10 @@ def extend_block_hashes(
     salt: bytes = b"",
     num_prompt_tokens: int | None = None,
 ) -> None:
-    """Append the chained sha256 of each full block of `token_ids` that `block_hashes` lacks.
+    """Append the chained SHA-256 hash of each full block of `token_ids` that `block_hashes` lacks.
 
-    A hash covers the salt and all tokens up to the block's end, so equal hashes mean equal keys and values. Where these
-    depend on whether a token was generated, `num_prompt_tokens` says from which on they were, and is covered too.
+    A hash covers the salt and all tokens up to the block's end, so equal hashes mean equal keys and values. Pass
+    `num_prompt_tokens` if keys and values also depend on which tokens are prompt; the hash then covers it too.
     """
     for index in range(len(block_hashes), len(token_ids) // block_size):
         parent = block_hashes[-1] if block_hashes else hashlib.sha256(ROOT + salt).digest()
@@ -49,7 +49,8 @@ def extend_block_hashes(
 class BlockPool:
     """All blocks of the KV cache.
 
-    Where it `separates_prompts`, what was generated is not found as part of a prompt, whose keys would be others.
+    With `separates_prompts`, blocks of generated tokens are not shared with prompts of the same tokens, because the
+    kernels compute other keys and values for them.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, separates_prompts: bool = False) -> None:
@@ -57,7 +58,7 @@ class BlockPool:
         self.separates_prompts = separates_prompts
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.num_touched = 0  # blocks with lower ids have been used at least once
-        self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before; first to be handed out first
+        self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before, in the order they are handed out
         self.published: dict[bytes, Block] = {}
 
     @property
@@ -76,13 +77,13 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, num_blocks: int) -> list[Block] | None:
-        """Hold `num_blocks` blocks for new tokens, or none at all and return None."""
+        """Hold and return `num_blocks` blocks for new tokens. Return None and hold none if too few are free."""
         if num_blocks > self.num_free:
             return None
         return [self._take() for _ in range(num_blocks)]
 
     def acquire(self, block_hashes: Iterable[bytes]) -> list[Block]:
-        """Hold the published blocks of the longest known prefix of a chain of hashes."""
+        """Hold and return the published blocks of the longest prefix of `block_hashes` that has one for each hash."""
         found: list[Block] = []
         for block_hash in block_hashes:
             block = self.published.get(block_hash)
@@ -95,7 +96,7 @@ class BlockPool:
         return found
 
     def release(self, blocks: Sequence[Block]) -> None:
-        """Let go of a request's blocks, given in the order of its tokens; of the findable ones the last go first."""
+        """Release a request's blocks, given in the order of its tokens. The last ones are reused first."""
         for block in reversed(blocks):
             assert block.ref_count > 0
             block.ref_count -= 1
@@ -105,13 +106,13 @@ class BlockPool:
                     self.free_blocks.move_to_end(block.block_id, last=False)
 
     def publish(self, block: Block, block_hash: bytes) -> None:
-        """Let others find a held block whose tokens are all computed. The first of equal blocks is kept."""
+        """Publish a held block whose tokens are all computed, unless an equal block is published already."""
         if block.block_hash is None and block_hash not in self.published:
             block.block_hash = block_hash
             self.published[block_hash] = block
 
     def unpublish(self, blocks: Iterable[Block]) -> None:
-        """Let nobody find these blocks any more, because what they contain cannot be trusted."""
+        """Remove blocks from the published ones, because their contents are invalid or about to be overwritten."""
         for block in blocks:
             if block.block_hash is not None:
                 del self.published[block.block_hash]
@@ -128,7 +129,7 @@ class BlockPool:
         return block
 
     def check(self, holders: Iterable[Sequence[Block]] = ()) -> None:
-        """Raise RuntimeError unless the sums add up; `holders` are the block lists of all living requests."""
+        """Raise RuntimeError if the pool is inconsistent. `holders` are the block lists of all unfinished requests."""
         held: dict[int, int] = {}
         for blocks in holders:
             for block in blocks:
@@ -138,9 +139,9 @@ class BlockPool:
             if block.ref_count != held.get(block.block_id, 0) or free != (block.ref_count == 0):
                 raise RuntimeError(f"block {block.block_id}: {block.ref_count} references, held by {held}, free {free}")
             if block.block_hash is not None and self.published.get(block.block_hash) is not block:
-                raise RuntimeError(f"block {block.block_id} has a hash that leads elsewhere")
+                raise RuntimeError(f"block {block.block_id} has a hash that leads to another block")
         for block_id, block in self.free_blocks.items():
             if block is not self.blocks[block_id] or block_id >= self.num_touched:
-                raise RuntimeError(f"the free block {block_id} is another one, or was never used")
+                raise RuntimeError(f"free block {block_id} is another block, or was never used")
         if any(block.block_hash != block_hash for block_hash, block in self.published.items()):
-            raise RuntimeError("a published hash leads to a block that does not carry it")
+            raise RuntimeError("a published hash leads to a block with another hash")

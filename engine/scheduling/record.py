@@ -1,7 +1,7 @@
-"""What happened: a record of each step and of each request, in bounded ring buffers.
+"""Records of steps and requests, kept in bounded ring buffers.
 
-The account of a request that goes out with its events, and that metrics are made of, is read from its record; the
-rings keep the records for whoever wants to look. Times are seconds of `time.monotonic()`.
+The timings in a request's events, from which metrics are made, are read from its record. Times are seconds of
+`time.monotonic()`.
 """
 
 import time
@@ -16,7 +16,7 @@ NUM_REQUESTS_KEPT = 1024
 
 @dataclass(slots=True)
 class ChunkRecord:
-    """Prompt tokens (or, after a preemption, lost tokens) that one step computed for a request."""
+    """Prompt tokens, or tokens lost to a preemption, that one step computed for a request."""
 
     step_id: int
     start: int
@@ -25,7 +25,7 @@ class ChunkRecord:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """The life of one choice."""
+    """Times and token counts of one choice."""
 
     request_id: str
     index: int
@@ -40,13 +40,13 @@ class RequestRecord:
     num_output_tokens: int = 0
     num_accepted_tokens: int = 0
     chunks: list[ChunkRecord] = field(default_factory=list)
-    num_ahead: int = 0  # choices that waited before it when it joined the queue
+    num_ahead: int = 0  # choices ahead of it when it joined the queue
     preemptions: list[float] = field(default_factory=list)
-    resumptions: list[float] = field(default_factory=list)  # when it was in a batch again, for each preemption
+    resumptions: list[float] = field(default_factory=list)  # first time in a batch again after each preemption
 
     def times(self) -> RequestTimes:
-        """The account that goes to the client with the last event."""
-        waits = zip(self.preemptions, self.resumptions, strict=False)  # it may end before the last is over
+        """Return the timings so far, as sent with the request's events."""
+        waits = zip(self.preemptions, self.resumptions, strict=False)  # it may end while preempted
         waited_before, waited_after = 0.0, 0.0
         for preempted, resumed in waits:
             if self.first_token is None or preempted < self.first_token:
@@ -73,7 +73,7 @@ class RequestRecord:
 
 @dataclass(slots=True)
 class StepRecord:
-    """One step: what ran, how many tokens of whom, and how long each part took, in seconds."""
+    """What one step computed, and how long each part of it took."""
 
     step_id: int
     started: float
@@ -81,7 +81,7 @@ class StepRecord:
     num_running: int
     num_waiting: int
     num_blocks_used: int
-    seconds: dict[str, float] = field(default_factory=dict)  # part -> duration
+    seconds: dict[str, float] = field(default_factory=dict)  # part of the step -> duration
 
     @property
     def num_tokens(self) -> int:
@@ -89,21 +89,21 @@ class StepRecord:
 
 
 class StepClock:
-    """Takes the time of each part of a step."""
+    """Measures how long each part of a step takes."""
 
     def __init__(self) -> None:
         self.started = self._last = time.monotonic()
         self.seconds: dict[str, float] = {}
 
     def lap(self, part: str) -> None:
-        """Book the time since the last lap to `part`."""
+        """Add the time since the last lap to `part`."""
         now = time.monotonic()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
 
 
 class Recorder:
-    """The last steps and the last finished requests; living requests carry their own record."""
+    """The records of the last steps and the last finished requests. An unfinished request holds its own record."""
 
     def __init__(self, num_steps: int = NUM_STEPS_KEPT, num_requests: int = NUM_REQUESTS_KEPT) -> None:
         self.steps: deque[StepRecord] = deque(maxlen=num_steps)

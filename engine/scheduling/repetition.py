@@ -1,4 +1,4 @@
-"""Whether an output has begun to repeat itself, told token by token. No torch."""
+"""Detection of outputs that repeat themselves. No torch."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from engine.shared.messages import RepetitionDetection
 
 
 class RepetitionDetector:
-    """Counts for each size of a pattern how many tokens, up to the last, equal the one a pattern before them.
+    """Detects `min_count` adjacent copies of a pattern at the end of an output.
 
-    An output ends with `min_count` copies of a pattern where as many tokens do as all copies but the first have. So a
-    token costs one comparison for each size, however long the output and the copies are.
+    For each pattern size it counts how many of the last tokens equal the token one pattern earlier. The pattern is
+    repeated once this count covers all copies but the first. A token costs one comparison per size, whatever the
+    length of the output.
     """
 
     def __init__(self, params: RepetitionDetection, min_tokens: int) -> None:
-        """Nothing counts as found before `min_tokens` of output."""
+        """Report no repetition before the output has `min_tokens` tokens."""
         self._params = params
         self._min_tokens = min_tokens
         self._sizes = range(params.min_pattern_size, params.max_pattern_size + 1)
         self._num_equal = [0] * len(self._sizes)
 
     def push(self, token_ids: Sequence[int], num_output_tokens: int) -> bool:
-        """Take in the last of the tokens, of which `num_output_tokens` are output. Whether it completes a repetition.
+        """Process the last of `token_ids`, and return whether it completes a repetition.
 
-        To be called once for each output token.
+        `token_ids` ends with `num_output_tokens` tokens of output. Must be called exactly once for each of them.
         """
         last, found = token_ids[-1], False
         for index, size in enumerate(self._sizes):

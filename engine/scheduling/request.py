@@ -1,4 +1,9 @@
-"""The data that the engine's books are kept in: requests, steps, and what comes of them. No torch."""
+"""Requests, the steps that compute them, and the outputs of the steps. No torch.
+
+A `Request` is one choice of a submitted prompt. Each component keeps what it knows of a request in a group of its own:
+the scheduler in `Request.kv` and `Request.prompt_outputs`, drafting in `Request.drafting`, the sampler in
+`Request.sampling`.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +11,16 @@ import hashlib
 import math
 import struct
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from engine.scheduling.record import RequestRecord
 from engine.scheduling.repetition import RepetitionDetector
-from engine.shared.messages import (
-    FinishReason,
-    Pooling,
-    RequestTimes,
-    SamplingParams,
-    Submit,
-    TokenEvent,
-    TokenLogprobs,
-)
+from engine.shared.messages import Pooling, SamplingParams, Submit, TokenLogprobs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,27 +30,7 @@ if TYPE_CHECKING:
     from engine.scheduling.block_pool import Block
     from engine.scheduling.speculation import Drafter
 
-__all__ = [
-    "NO_PLACE",
-    "FinishReason",
-    "Request",
-    "RequestTimes",
-    "RequestWithDraft",
-    "RowOutput",
-    "SampledRequest",
-    "SamplingParams",
-    "Scheduled",
-    "Status",
-    "Step",
-    "TokenEvent",
-    "TokenLogprobs",
-    "choice_seed",
-    "leader_of",
-    "without_early_end",
-]
-
-
-NO_PLACE = -1  # of the LoRA adapter of a request that has none
+NO_LORA_SLOT = -1  # `Request.lora_slot` of a request without a LoRA adapter
 
 
 class Status(Enum):
@@ -61,44 +39,84 @@ class Status(Enum):
     FINISHED = auto()
 
 
+@dataclass(slots=True)
+class KVState:
+    """The tokens of a request whose keys and values are in the KV cache, and the blocks that hold them."""
+
+    salt: bytes  # only requests with the same salt share blocks
+    num_computed: int = 0  # tokens with keys and values, once the steps in flight are over
+    num_expected: int = 0  # tokens the next step may read, once the steps in flight are over; 0: as many as there are
+    blocks: list[Block] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
+    num_published: int = 0  # leading blocks that have been published for other requests
+
+
+@dataclass(slots=True)
+class PromptOutputs:
+    """Results computed from the prompt itself, accumulated chunk by chunk."""
+
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens 1..
+    pooled: list[int] = field(default_factory=list)  # sum of hidden states, see ScheduledOutput.pooled
+
+    def add_pooled(self, pooled: Sequence[int]) -> None:
+        """Add the sum of further hidden states."""
+        before = self.pooled or [0] * len(pooled)
+        self.pooled = [old + new for old, new in zip(before, pooled, strict=True)]
+
+    def embedding(self) -> list[float]:
+        """Return the L2-normalised pooled hidden state. Mean and sum have the same direction."""
+        norm = math.sqrt(sum(value * value for value in self.pooled)) or 1.0
+        return [value / norm for value in self.pooled]
+
+
+@dataclass(slots=True)
+class DraftingState:
+    """How a request's drafts are made, and how its earlier ones did."""
+
+    drafter: Drafter | None = None  # created when the first guess is needed
+    is_enabled: bool = True  # False after a draft with non-finite logits
+    max_forced: int = 16  # maximum number of tokens forced by a grammar in one draft
+
+
+@dataclass(slots=True)
+class SamplingState:
+    """What the sampler keeps of a request between tokens."""
+
+    allowed_ids: array[int]  # int32, params.allowed_token_ids
+    history: array[int] = field(default_factory=lambda: array("i"))  # int32 copy of token_ids, see Request.history
+    mirostat_mu: list[float] = field(default_factory=list)  # mu in bits, after each output token
+    repeat_lengths: NDArray[np.int32] | None = None  # see engine.sampling.dry
+
+
 @dataclass(slots=True, eq=False)
 class Request:
-    """One choice of a submitted prompt: a sequence that grows by a token a step, or by more, until it ends.
+    """One choice of a submitted prompt: a sequence that grows by one or more tokens per step until it ends.
 
-    `num_computed` tokens have their keys and values in `blocks`, or will have once the steps that run are over; the
-    rest is still to be computed, up to `num_target_tokens`.
+    `kv.num_computed` tokens have their keys and values in `kv.blocks`, or will have once the steps in flight are over.
+    The remaining tokens, up to `num_target_tokens`, are still to be computed.
     """
 
+    # Submitted.
     request_id: str
     index: int  # which of the n choices
-    token_ids: list[int]  # the prompt, then the output
     num_prompt_tokens: int
     params: SamplingParams
     seed: int  # of this choice
-    salt: bytes  # blocks are shared only between requests of the same salt
-    order: tuple[int, int]  # (priority, number of arrival): who comes first
-    lora_name: str  # its LoRA adapter; empty: none
-    lora_place: int  # where that lies; -1: nowhere
-    record: RequestRecord
-    siblings: list[Request] = field(default_factory=list)  # choices that start once this one's prompt is computed
+    order: tuple[int, int]  # (priority, arrival number): lower comes first
+    lora_name: str  # empty: no LoRA adapter
+    lora_slot: int  # slot of the adapter's weights; NO_LORA_SLOT: none
 
+    # State.
+    token_ids: list[int]  # prompt and output
+    record: RequestRecord
+    kv: KVState
+    sampling: SamplingState
+    drafting: DraftingState = field(default_factory=DraftingState)
+    prompt_outputs: PromptOutputs = field(default_factory=PromptOutputs)
     status: Status = Status.WAITING
-    num_computed: int = 0
-    num_expected: int = 0  # tokens it has once the steps that run are over, as far as the next one may read them
-    blocks: list[Block] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
-    num_published: int = 0  # how many of `blocks` have been offered to others
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    pooled: list[int] = field(default_factory=list)  # of the prompt as far as it is computed, see RowOutput
-    drafter: Drafter | None = None  # since the first time that a draft was wanted
-    can_draft: bool = True  # False once a draft has spoilt the rows before it
+    children: list[Request] = field(default_factory=list)  # choices that start once this one's prompt is computed
     matcher: Matcher | None = None  # of params.grammar
-    max_forced: int = 16  # tokens that its grammar forces are drafted so many at a time
     repetition: RepetitionDetector | None = None  # of params.repetition_detection
-    int32_token_ids: array[int] = field(default_factory=lambda: array("i"))  # as far as they were wanted
-    allowed_ids: array[int] = field(default_factory=lambda: array("i"))  # params.allowed_token_ids, side by side
-    mirostat_mu: list[float] = field(default_factory=list)  # what the sampler knows after each output token, in bits
-    repeat_lengths: NDArray[np.int32] | None = None  # as engine.dry keeps them
 
     @property
     def num_tokens(self) -> int:
@@ -110,54 +128,52 @@ class Request:
 
     @property
     def num_target_tokens(self) -> int:
-        """What `num_computed` must catch up with: tokens that are known, and the one that is being sampled."""
-        return max(len(self.token_ids), self.num_expected)
+        """Number of tokens that `kv.num_computed` must reach: all sampled ones, and the one being sampled."""
+        return max(len(self.token_ids), self.kv.num_expected)
 
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def draft_token_ids(self) -> list[int]:
-        return []
-
-    def history(self) -> array[int]:
-        """`token_ids` as 32-bit integers side by side, to which each call adds what is new."""
-        self.int32_token_ids.extend(self.token_ids[len(self.int32_token_ids) :])
-        return self.int32_token_ids
-
-    @property
     def can_start(self) -> bool:
-        """Whether its grammar has been compiled, if it has one."""
+        """True if it has no grammar, or its grammar is compiled."""
         return self.matcher is None or self.matcher.is_ready
-
-    def wait_for_grammar(self, timeout: float) -> None:
-        """Until `can_start`, for so many seconds at most."""
-        if self.matcher is not None:
-            self.matcher.wait(timeout)
 
     @property
     def reads_all_rows(self) -> bool:
-        """Whether what the model makes of each prompt token is wanted, of which the prefix cache knows nothing."""
-        return self.wants_prompt_logprobs or self.params.pooling is Pooling.MEAN
-
-    def embedding(self) -> list[float]:
-        """Of length 1 (L2), in the direction of `pooled`. The sum is that of the mean."""
-        norm = math.sqrt(sum(value * value for value in self.pooled)) or 1.0
-        return [value / norm for value in self.pooled]
+        """True if outputs of all prompt positions are needed. The prefix cache does not hold these."""
+        return self.needs_prompt_logprobs or self.params.pooling is Pooling.MEAN
 
     @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether some prompt token still lacks its log probability."""
-        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+    def needs_prompt_logprobs(self) -> bool:
+        """True while a prompt token lacks a requested log probability."""
+        has_all = len(self.prompt_outputs.logprobs) >= self.num_prompt_tokens - 1
+        return self.params.prompt_logprobs is not None and not has_all
+
+    def num_pending(self, num_computed: int) -> int:
+        """Return how many tokens to compute after the first `num_computed`: prompt or generated tokens, never both."""
+        is_prompt = num_computed < self.num_prompt_tokens
+        return (self.num_prompt_tokens if is_prompt else self.num_target_tokens) - num_computed
+
+    def history(self) -> array[int]:
+        """Return `token_ids` as an int32 array. Each call appends only the new tokens."""
+        history = self.sampling.history
+        history.extend(self.token_ids[len(history) :])
+        return history
+
+    def wait_for_grammar(self, timeout: float) -> None:
+        """Block until `can_start` is true, for at most `timeout` seconds."""
+        if self.matcher is not None:
+            self.matcher.wait(timeout)
 
 
-@dataclass(slots=True)
-class RequestWithDraft:
-    """A request as it will be if its draft is right so far: what the sampler sees at the row of a draft token."""
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """A row of logits to sample from: the request, and the draft tokens before this row, taken as accepted."""
 
     request: Request
-    draft_token_ids: list[int]
+    draft_token_ids: Sequence[int] = ()
 
     @property
     def params(self) -> SamplingParams:
@@ -168,28 +184,13 @@ class RequestWithDraft:
         return self.request.seed
 
     @property
+    def state(self) -> SamplingState:
+        return self.request.sampling
+
+    @property
     def token_ids(self) -> list[int]:
-        return self.request.token_ids + self.draft_token_ids
-
-    def history(self) -> array[int]:
-        """Without the draft."""
-        return self.request.history()
-
-    @property
-    def allowed_ids(self) -> array[int]:
-        return self.request.allowed_ids
-
-    @property
-    def mirostat_mu(self) -> list[float]:
-        return self.request.mirostat_mu
-
-    @property
-    def repeat_lengths(self) -> NDArray[np.int32] | None:
-        return self.request.repeat_lengths
-
-    @repeat_lengths.setter
-    def repeat_lengths(self, lengths: NDArray[np.int32] | None) -> None:
-        self.request.repeat_lengths = lengths
+        """Prompt, output and draft. Not a copy if there is no draft."""
+        return [*self.request.token_ids, *self.draft_token_ids] if self.draft_token_ids else self.request.token_ids
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -197,63 +198,61 @@ class RequestWithDraft:
 
     @property
     def num_output_tokens(self) -> int:
+        """Number of output tokens before this row, including the draft."""
         return self.request.num_output_tokens + len(self.draft_token_ids)
-
-
-SampledRequest: TypeAlias = Request | RequestWithDraft
 
 
 @dataclass(slots=True)
 class Scheduled:
     """The part of one request that a step computes: positions start .. start + num_tokens.
 
-    A draft follows the request's own tokens and is counted in `num_tokens`. Where it `is_ahead`, it has one row, which
-    reads what the step before samples.
+    Draft tokens come after the request's own tokens and count in `num_tokens`.
     """
 
     request: Request
     start: int
     num_tokens: int
-    num_samples: int  # how many rows yield a token, counted from the last: 0, or 1 and one for each draft token
-    num_prompt_logprobs: int = 0  # how many rows, counted from the first, tell the probability of a prompt token
+    num_samples: int  # trailing rows to sample from: 0, or 1 and one for each draft token
+    num_prompt_logprobs: int = 0  # leading rows that give the log probability of the next prompt token
     draft_token_ids: list[int] = field(default_factory=list)
-    is_ahead: bool = False
+    is_ahead: bool = False  # True if its only row reads a token that the previous step is still sampling
 
     @property
     def is_prompt(self) -> bool:
-        """Whether its rows are of the prompt: all are, or none."""
+        """True if all rows are prompt tokens, False if none is."""
         return self.start < self.request.num_prompt_tokens
 
     @property
     def num_pooled(self) -> int:
-        """How many rows, counted from the last, are part of an embedding."""
+        """Number of trailing rows whose hidden states go into an embedding."""
         if self.request.params.pooling is None:
             return 0
         return self.num_tokens if self.request.params.pooling is Pooling.MEAN else self.num_samples
 
     @property
     def num_hidden(self) -> int:
-        """How many rows, counted from the last, whose last hidden state is wanted."""
+        """Number of trailing rows whose last hidden state is needed."""
         return self.num_tokens if self.num_prompt_logprobs else max(self.num_samples, self.num_pooled)
 
     @property
     def token_ids(self) -> list[int]:
-        """What its rows read, as far as it is known."""
+        """Token ids that its rows read; 0 for a token that is not sampled yet."""
         if self.is_ahead:
             return [0]
-        num_known = self.num_tokens - len(self.draft_token_ids)
-        return self.request.token_ids[self.start : self.start + num_known] + self.draft_token_ids
+        end = self.start + self.num_tokens - len(self.draft_token_ids)
+        return self.request.token_ids[self.start : end] + self.draft_token_ids
 
     @property
-    def sampled(self) -> list[SampledRequest]:
-        """For each row that yields a token, what that token follows."""
-        drafts = (self.draft_token_ids[:length] for length in range(self.num_samples))
-        return [RequestWithDraft(self.request, draft) if draft else self.request for draft in drafts]
+    def sampling_rows(self) -> list[SamplingRow]:
+        """The trailing rows to sample from, in order."""
+        if not self.draft_token_ids:
+            return [SamplingRow(self.request)] * self.num_samples
+        return [SamplingRow(self.request, self.draft_token_ids[:length]) for length in range(self.num_samples)]
 
 
 @dataclass(slots=True)
 class Step:
-    """What one pass through the model computes, as decided by the scheduler: what was generated first, then prompts."""
+    """What one pass through the model computes: requests that generate first, then those that read their prompt."""
 
     step_id: int
     scheduled: list[Scheduled]
@@ -264,40 +263,41 @@ class Step:
 
 
 @dataclass(slots=True)
-class RowOutput:
-    """What the model made of one `Scheduled`."""
+class ScheduledOutput:
+    """The result of one `Scheduled`."""
 
-    token_ids: list[int] = field(default_factory=list)  # the draft as far as it is right, and the token that follows
+    token_ids: list[int] = field(default_factory=list)  # accepted draft tokens, then one more token
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # for positions start + 1 ..
-    pooled: list[int] = field(default_factory=list)  # [hidden_size], the sum of rows in fixed point; empty: none
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of positions start + 1 ..
+    pooled: list[int] = field(default_factory=list)  # [hidden_size] fixed-point sum of hidden states; empty: none
     error: str | None = None
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """The 64-bit seed of choice `index`. Choice 0 uses the request's own seed."""
+    """Return the 64-bit seed of choice `index`. Choice 0 uses the request's own seed."""
     if index == 0:
         return seed & 0xFFFFFFFFFFFFFFFF
     digest = hashlib.sha256(b"lightwell.choice" + struct.pack("<QQ", seed & 0xFFFFFFFFFFFFFFFF, index)).digest()
     return int.from_bytes(digest[:8], "little")
 
 
-def leader_of(submit: Submit, *, salt: bytes, number: int, now: float, lora_place: int = NO_PLACE) -> Request:
-    """Choice 0 of a submitted prompt, with choices 1.. as its siblings."""
+def new_request(
+    submit: Submit, *, salt: bytes, arrival_number: int, now: float, lora_slot: int = NO_LORA_SLOT
+) -> Request:
+    """Create choice 0 of a submitted prompt, with the other choices as its children."""
     allowed_ids = array("i", submit.params.allowed_token_ids)
     detection = submit.params.repetition_detection
     choices = [
         Request(
             request_id=submit.request_id,
             index=index,
-            token_ids=list(submit.prompt_token_ids),
             num_prompt_tokens=len(submit.prompt_token_ids),
             params=submit.params if index == 0 else _without_prompt_logprobs(submit.params),
             seed=choice_seed(submit.params.seed, index),
-            salt=salt,
-            order=(submit.priority, number),
+            order=(submit.priority, arrival_number),
             lora_name=submit.lora_name,
-            lora_place=lora_place,
+            lora_slot=lora_slot,
+            token_ids=list(submit.prompt_token_ids),
             record=RequestRecord(
                 request_id=submit.request_id,
                 index=index,
@@ -305,22 +305,23 @@ def leader_of(submit: Submit, *, salt: bytes, number: int, now: float, lora_plac
                 queued=now,
                 num_prompt_tokens=len(submit.prompt_token_ids),
             ),
-            allowed_ids=allowed_ids,
+            kv=KVState(salt),
+            sampling=SamplingState(allowed_ids),
             repetition=None if detection is None else RepetitionDetector(detection, submit.params.min_tokens),
         )
         for index in range(submit.n)
     ]
-    choices[0].siblings = choices[1:]
+    choices[0].children = choices[1:]
     return choices[0]
 
 
 def without_early_end(params: SamplingParams) -> SamplingParams:
-    """For a request whose grammar's masks say what may not end it too early."""
+    """Return `params` without ignore_eos and min_tokens, which a grammar's masks enforce instead."""
     return msgspec.structs.replace(params, ignore_eos=False, min_tokens=0)
 
 
 def _without_prompt_logprobs(params: SamplingParams) -> SamplingParams:
-    """The prompt's log probabilities are the same for all choices, so only choice 0 computes them."""
+    """Return `params` without prompt_logprobs: they are equal for all choices, so only choice 0 computes them."""
     if params.prompt_logprobs is None:
         return params
     return msgspec.structs.replace(params, prompt_logprobs=None)

@@ -1,10 +1,9 @@
-"""Guesses of the next tokens (prompt lookup, Saxena 2023): text repeats itself, so what followed the last tokens
-where they stood before may follow them again. No torch.
+"""Guesses of the next tokens by prompt lookup (Saxena 2023): what followed an n-gram before may follow it again.
 
-A step computes the rows of such a draft together with the request's own and samples all of them as it always does. Its
-tokens are kept while they equal the draft: the first that differs is still true, for all before it were, and the rows
-behind it are as if they had never been. A row's result does not depend on its neighbours (promise 1), so the answer is
-bit for bit the one without drafts, and only the number of steps changes.
+A step computes the rows of a draft together with the request's own row, and samples all of them as usual. Sampled
+tokens are accepted while they equal the draft. The first that differs is accepted too, because all tokens before it
+are right; the rows after it are dropped. A row's result does not depend on its neighbours (batch invariance), so the
+answer is bit for bit the answer without drafts, and only the number of steps changes. No torch.
 """
 
 from __future__ import annotations
@@ -12,40 +11,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NGRAM_LENGTHS = (3, 2)  # the longer one finds less, and is right more often
-START_LENGTH = 2
-MAX_RESTS = 15
+NGRAM_LENGTHS = (3, 2)  # the longer n-gram has fewer matches, but better ones
+START_LENGTH = 2  # tokens of the first draft of a policy that adapts
+MAX_RESTS = 15  # drafts skipped after repeated failures
 
 
 @dataclass(frozen=True)
-class Policy:
-    """When drafts are made, and how long they may be."""
+class SpeculationPolicy:
+    """When guesses are made, and how long they may be."""
 
-    max_length: int  # tokens of a draft
-    max_rows: int | None = None  # drafts are made for steps of up to so many rows, their own included; None: for all
-    adapts: bool = False  # whether a request's drafts follow how its last ones fared
+    max_length: int  # tokens per draft
+    max_rows: int | None = None  # drafts fill steps up to this many rows; None: up to the token budget
+    adapts: bool = False  # whether the length follows the success of earlier drafts
 
     def num_spare_rows(self, num_rows: int, budget: int) -> int:
-        """How many rows of drafts a step of `num_rows` may have, if `budget` more would fit."""
+        """Return how many draft rows a step of `num_rows` rows may add if `budget` more rows fit."""
         return budget if self.max_rows is None else min(budget, self.max_rows - num_rows)
 
 
-# What a step costs, SmolLM2-135M on two cores. All weights are read for one row as for eight, so the first rows are
-# nearly free:
+# Cost of a step, SmolLM2-135M on two cores. One row reads all weights, as eight rows do, so the first rows are nearly
+# free:
 #
 #     rows                       1     2     4     8    16    32
 #     milliseconds             4.1   4.1   4.9   6.0   9.8  16.8
-#     ... for each row more           0.0   0.4   0.3   0.5   0.4
+#     ... per additional row          0.0   0.4   0.3   0.5   0.4
 #
-# Beside one request a draft of one token always pays, beside four if it is right more than once in five times, beside
-# eight only if it is right twice in three times. So auto fills steps up to eight rows.
-AUTO = Policy(max_length=7, max_rows=8, adapts=True)
-NGRAM = Policy(max_length=4)
+# With one running request, a draft of one token always pays; with four, if more than one in five is accepted; with
+# eight, only if two in three are. So `auto` fills steps up to eight rows.
+AUTO = SpeculationPolicy(max_length=7, max_rows=8, adapts=True)
+NGRAM = SpeculationPolicy(max_length=4)
 MODES = ("auto", "ngram", "off")
 
 
-def choose_policy(mode: str, *, suits: bool) -> Policy | None:
-    """The policy of a setting; None: no drafts. `suits` says whether auto makes some here. Raises ValueError."""
+def choose_policy(mode: str, *, suits: bool) -> SpeculationPolicy | None:
+    """Return the policy of `--speculative`, or None for no guesses. `suits` says whether `auto` makes any here.
+
+    Raises ValueError if `mode` is unknown.
+    """
     if mode not in MODES:
         raise ValueError(f"--speculative {mode}: must be {', '.join(MODES)}")
     if mode == "ngram":
@@ -54,10 +56,10 @@ def choose_policy(mode: str, *, suits: bool) -> Policy | None:
 
 
 def num_confirmed(token_ids: Sequence[int], is_finite: Sequence[bool], draft_token_ids: Sequence[int]) -> int:
-    """How many of the tokens that a request's rows yielded are true: the first, and each behind a draft that is right.
+    """Return how many of a request's sampled tokens count: the first, and each after a correct draft token.
 
-    A row without numbers yields nothing. Where it is the first, none is true; otherwise the next step computes it
-    again, and it is the first there.
+    A row whose logits are not finite ends them. If it is not the first row, the next step computes it again as its
+    first row.
     """
     num = 0
     while num < len(token_ids) and is_finite[num] and (num == 0 or token_ids[num - 1] == draft_token_ids[num - 1]):
@@ -66,23 +68,23 @@ def num_confirmed(token_ids: Sequence[int], is_finite: Sequence[bool], draft_tok
 
 
 class NgramIndex:
-    """Where the n-grams of a growing sequence last stood. Taking in a token costs the same however long it is."""
+    """The last positions of the n-grams of a growing sequence. Adding a token takes constant time."""
 
     def __init__(self) -> None:
-        self.num_tokens = 0  # taken in so far
-        # For each length: n-gram -> position of the token behind its last occurrence that has one.
+        self.num_tokens = 0  # added so far
+        # For each length: n-gram -> position of the token after its last occurrence that has a next token.
         self.followers: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in NGRAM_LENGTHS}
 
     def add(self, token_ids: Sequence[int]) -> None:
-        """Take in what is new in a sequence since the last time."""
+        """Add the tokens that are new since the last call."""
         for length, followers in self.followers.items():
-            first = max(0, self.num_tokens - length)  # the first n-gram whose follower is new
+            first = max(0, self.num_tokens - length)  # start of the first n-gram whose next token is new
             ngrams = zip(*(token_ids[first + offset :] for offset in range(length)), strict=False)
             followers.update(zip(ngrams, range(first + length, len(token_ids)), strict=False))
         self.num_tokens = len(token_ids)
 
     def find(self, token_ids: Sequence[int]) -> int | None:
-        """Where what followed the last tokens begins. All of `token_ids` must have been added."""
+        """Return the position after an earlier occurrence of the last tokens. All tokens must have been added."""
         for length, followers in self.followers.items():
             position = followers.get(tuple(token_ids[-length:]))
             if position is not None:
@@ -91,17 +93,17 @@ class NgramIndex:
 
 
 class Drafter:
-    """The drafts of one request. They depend on its own tokens and on how its drafts fared, on nothing else."""
+    """Makes guesses for one request. They depend only on its tokens and on the success of its earlier drafts."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: SpeculationPolicy) -> None:
         self.policy = policy
         self.index = NgramIndex()
         self.length = START_LENGTH if policy.adapts else policy.max_length
-        self.num_rests = 0  # how many times no draft is made
-        self.next_rests = 0  # ... after the next failure
+        self.num_rests = 0  # drafts to skip
+        self.next_rests = 0  # drafts to skip after the next failure
 
     def draft(self, token_ids: Sequence[int], max_length: int) -> list[int]:
-        """Up to `max_length` tokens that may follow; none where the last tokens are new."""
+        """Return up to `max_length` tokens that may follow; none if the last tokens have not occurred before."""
         length = min(self.length, max_length)
         if self.num_rests or length < 1:
             self.num_rests = max(0, self.num_rests - 1)
@@ -111,15 +113,15 @@ class Drafter:
         if start is None:
             return []
         draft = list(token_ids[start : start + length])
-        while len(draft) < length:  # the copy has reached its own beginning: what repeats itself goes on so
+        while len(draft) < length:  # past the end of the text, the draft continues with itself
             draft.append(draft[len(draft) - (len(token_ids) - start)])
         return draft
 
-    def learn(self, num_drafted: int, num_accepted: int) -> None:
-        """Longer drafts after one that was right, shorter ones after another, rests after failures in a row."""
+    def adapt(self, num_drafted: int, num_accepted: int) -> None:
+        """Lengthen drafts after a fully accepted one, shorten them otherwise, and pause after consecutive failures."""
         if not self.policy.adapts:
             return
-        if num_accepted == num_drafted:  # it may have been shorter than allowed
+        if num_accepted == num_drafted:  # the draft may have been shorter than `length`
             self.length = max(self.length, min(2 * num_drafted, self.policy.max_length))
         else:
             self.length = max(1, num_accepted)

@@ -1,8 +1,9 @@
 """The GGUF file format: a model's metadata and the directory of its tensors, memory-mapped.
 
 Layout, all little-endian: header (magic, version, counts), key-value pairs, tensor directory, aligned tensor data.
-The metadata is read in bulk on opening, and every length is checked against the size of the file before it is used.
-Versions 2 and 3. Only the standard library, because the API process reads its tokenizer here too.
+Versions 2 and 3 are supported (specification: docs/gguf.md of ggml). The metadata is read in bulk on opening, and every
+length is checked against the size of the file before it is used. Only the standard library is imported, because the API
+process reads its tokenizer from here too.
 """
 
 import mmap
@@ -14,82 +15,38 @@ from struct import Struct
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from engine.shared.ggml import GGML_TYPES
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4
-MAX_SHOWN = 200
+MAX_SHOWN = 200  # characters of a name in an error message
 DEFAULT_ALIGNMENT = 32
 
 UINT32, UINT64 = Struct("<I"), Struct("<Q")
-BOOL, STRING, ARRAY = 7, 8, 9  # the value types that are not plain numbers
+BOOL, STRING, ARRAY = 7, 8, 9  # value types that need more than a type code
 
-# Value type -> type code of `struct` and `array`. Booleans are bytes.
+# Value type -> type code of `struct` and `array`. Booleans are stored as bytes.
 TYPE_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "B", 10: "Q", 11: "q", 12: "d"}
-
-
-class GGMLType(NamedTuple):
-    """How tensor elements are packed: rows are cut into blocks of `block_size` elements, `type_size` bytes each."""
-
-    name: str
-    block_size: int  # elements
-    type_size: int  # bytes
-
-
-GGML_TYPES = {
-    0: GGMLType("F32", 1, 4),
-    1: GGMLType("F16", 1, 2),
-    2: GGMLType("Q4_0", 32, 18),
-    3: GGMLType("Q4_1", 32, 20),
-    6: GGMLType("Q5_0", 32, 22),
-    7: GGMLType("Q5_1", 32, 24),
-    8: GGMLType("Q8_0", 32, 34),
-    9: GGMLType("Q8_1", 32, 40),
-    10: GGMLType("Q2_K", 256, 84),
-    11: GGMLType("Q3_K", 256, 110),
-    12: GGMLType("Q4_K", 256, 144),
-    13: GGMLType("Q5_K", 256, 176),
-    14: GGMLType("Q6_K", 256, 210),
-    15: GGMLType("Q8_K", 256, 292),
-    16: GGMLType("IQ2_XXS", 256, 66),
-    17: GGMLType("IQ2_XS", 256, 74),
-    18: GGMLType("IQ3_XXS", 256, 98),
-    19: GGMLType("IQ1_S", 256, 50),
-    20: GGMLType("IQ4_NL", 32, 18),
-    21: GGMLType("IQ3_S", 256, 110),
-    22: GGMLType("IQ2_S", 256, 82),
-    23: GGMLType("IQ4_XS", 256, 136),
-    24: GGMLType("I8", 1, 1),
-    25: GGMLType("I16", 1, 2),
-    26: GGMLType("I32", 1, 4),
-    27: GGMLType("I64", 1, 8),
-    28: GGMLType("F64", 1, 8),
-    29: GGMLType("IQ1_M", 256, 56),
-    30: GGMLType("BF16", 1, 2),
-    34: GGMLType("TQ1_0", 256, 54),
-    35: GGMLType("TQ2_0", 256, 66),
-    39: GGMLType("MXFP4", 32, 17),
-    40: GGMLType("NVFP4", 64, 36),
-    41: GGMLType("Q1_0", 128, 18),
-}
 
 
 class TensorInfo(NamedTuple):
     """One entry of the tensor directory."""
 
     name: str
-    shape: tuple[int, ...]  # in torch's order, the contiguous dimension last
+    shape: tuple[int, ...]  # in torch's order: the contiguous dimension is the last
     ggml_type: int  # key of GGML_TYPES
     offset: int  # bytes from the start of the file
     n_bytes: int
 
 
 def short(name: str) -> str:
-    """For messages: a file's names can be as long as the file."""
+    """Shorten a name for an error message, because names in a file can be as long as the file."""
     return name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
 
 
 class _Reader:
-    """Reads values one after the other. What would reach beyond the end of the file is a ValueError."""
+    """Reads successive values. Raises ValueError for values that would extend beyond the end of the data."""
 
     def __init__(self, data: mmap.mmap | bytearray, file_size: int, path: Path) -> None:
         self._data = data
@@ -100,9 +57,11 @@ class _Reader:
         self.position = 0
 
     def error(self, field: str, problem: str) -> ValueError:
+        """Return an error that names the file and the field."""
         return ValueError(f"{self._path}: {short(field)}: {problem}")
 
     def require(self, num_bytes: int, field: str) -> None:
+        """Check that this many bytes are left."""
         if num_bytes > self._size - self.position:
             problem = f"needs {num_bytes} bytes at byte {self.position}, but {self._end}"
             raise self.error(field, problem)
@@ -117,7 +76,7 @@ class _Reader:
         return self.strings(1, field)[0]
 
     def strings(self, count: int, field: str) -> list[str]:
-        """`count` strings, in one loop without calls: a vocabulary has hundreds of thousands."""
+        """Read `count` strings, in one loop without calls, because a vocabulary has hundreds of thousands."""
         self.require(count * UINT64.size, field)
         data, size, position, unpack = self._data, self._size, self.position, UINT64.unpack_from
         values: list[str] = []
@@ -163,13 +122,13 @@ class _Reader:
 
 
 class GGUFHeader:
-    """What a GGUF file says before its tensors: `data` is its beginning, or all of it, and `file_size` its size.
+    """The metadata and the tensor directory of a GGUF file of `file_size` bytes; `data` is its beginning or all of it.
 
-    Arrays of strings in `metadata` are lists, arrays of numbers `array.array`s (of booleans: bytes that are 0 or 1).
-    Every tensor of the directory lies inside the file.
+    In `metadata`, arrays of strings are lists and arrays of numbers are `array.array`s (booleans are bytes 0 and 1).
+    All tensors of the directory lie inside the file.
 
     Raises:
-        ValueError: not a GGUF file that this reader knows, or a truncated or inconsistent one.
+        ValueError: the file is not GGUF, has an unsupported version, or is truncated or inconsistent.
     """
 
     def __init__(self, path: Path, data: mmap.mmap | bytearray, file_size: int) -> None:
@@ -188,10 +147,10 @@ class GGUFHeader:
                 raise reader.error(key, "the key occurs twice")
             self.metadata[key] = reader.value(reader.number(UINT32, key), key)
         entries = [_read_tensor_entry(reader, index) for index in range(num_tensors)]
-        self._place_tensors(reader, entries)
+        self._locate_tensors(reader, entries)
 
-    def _place_tensors(self, reader: _Reader, entries: list[TensorInfo]) -> None:
-        """Offsets in the directory count from the start of the tensor data, which begins at the next alignment."""
+    def _locate_tensors(self, reader: _Reader, entries: list[TensorInfo]) -> None:
+        """Convert offsets from the start of the tensor data (the next aligned byte) to offsets in the file."""
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise reader.error("general.alignment", f"must be a power of two, not {alignment!r}")
@@ -224,7 +183,7 @@ class GGUFFile(GGUFHeader):
             raise
 
     def tensor_data(self, tensor: TensorInfo) -> memoryview:
-        """The tensor's bytes as the file holds them, read-only. To be released before `close`."""
+        """Return a read-only view of the tensor's bytes in the file. Release it before `close`."""
         return memoryview(self._data)[tensor.offset : tensor.offset + tensor.n_bytes]
 
     def close(self) -> None:
@@ -251,7 +210,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _read_header(reader: _Reader) -> tuple[int, int]:
-    """How many tensors and metadata keys follow."""
+    """Read the header and return the numbers of tensors and of metadata keys."""
     reader.position = len(MAGIC)
     version = reader.number(UINT32, "version")
     if version & 0xFFFF == 0:
@@ -262,7 +221,7 @@ def _read_header(reader: _Reader) -> tuple[int, int]:
 
 
 def _read_tensor_entry(reader: _Reader, index: int) -> TensorInfo:
-    """One entry, its offset still counted from the start of the tensor data."""
+    """Read one entry of the tensor directory, with its offset from the start of the tensor data."""
     name = reader.string(f"name of tensor {index}")
     num_dims = reader.number(UINT32, name)
     if not 1 <= num_dims <= MAX_DIMS:

@@ -1,6 +1,7 @@
-"""Logs for people or for machines, on standard error, from a thread that may block where the server must not.
+"""Logging to standard error, as text or JSON. A thread writes the lines, so that a slow reader never blocks the server.
 
-Records never hold prompts, outputs or keys; what a client chose (a path, say) cannot break out of its line.
+Records never contain prompts, outputs or keys. Control characters are escaped, so that text from clients (a path, say)
+cannot forge a line.
 """
 
 import contextlib
@@ -19,16 +20,16 @@ MAX_WAITING_RECORDS = 10_000
 FLUSH_SECONDS = 1.0
 STDERR_FD = 2
 
-# Loggers that would print what clients send or receive at level debug.
-TALKATIVE = ("sse_starlette", "httpx", "httpcore", "asyncio", "uvicorn")
+# Loggers that log at level debug what clients send or receive.
+VERBOSE_LOGGERS = ("sse_starlette", "httpx", "httpcore", "asyncio", "uvicorn")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def configure_logging(level: str, log_format: str, fd: int = STDERR_FD) -> Callable[[], None]:
-    """Sends all logs of this process to `fd`. Returns what writes the rest out, for the end of the process.
+    """Send all logs of this process to `fd`, formatted as "human" or "json".
 
-    `log_format` is "human" or "json".
+    Return a function that writes the remaining records; call it at the end of the process.
     """
     formatter = JSONFormatter() if log_format == "json" else HumanFormatter()
     writer = _Writer(fd)
@@ -37,7 +38,7 @@ def configure_logging(level: str, log_format: str, fd: int = STDERR_FD) -> Calla
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for name in TALKATIVE:
+    for name in VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     return writer.close
 
@@ -53,7 +54,7 @@ class HumanFormatter(logging.Formatter):
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -69,7 +70,7 @@ class JSONFormatter(logging.Formatter):
 
 
 def extra_fields(record: logging.LogRecord) -> dict[str, object]:
-    """What was passed as `extra={"fields": ...}` or as `extra={"request_id": ...}`."""
+    """Return the fields that were passed as `extra={"fields": ...}` or `extra={"request_id": ...}`."""
     fields: dict[str, object] = dict(getattr(record, "fields", {}))
     if request_id := getattr(record, "request_id", None):
         fields["request_id"] = request_id
@@ -77,7 +78,7 @@ def extra_fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def escape(text: str) -> str:
-    """Control characters as escapes, so that a line stays one line and a terminal obeys nobody."""
+    """Replace control characters by escapes, so that text cannot start a new line or control a terminal."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
@@ -88,12 +89,12 @@ def _traceback(record: logging.LogRecord) -> str:
 
 
 def _indent(text: str) -> str:
-    """Lines of a traceback, each marked, so that none can pass for a record."""
+    """Mark each line of a traceback, so that none can be mistaken for a record."""
     return "".join("\n  | " + escape(line) for line in text.splitlines())
 
 
 class _DroppingQueueHandler(QueueHandler):
-    """Formats at once, and drops a record rather than wait for a reader that does not read."""
+    """Formats records in the calling thread, and drops them when the queue is full."""
 
     def prepare(self, record: logging.LogRecord) -> str:
         return self.format(record)
@@ -104,7 +105,7 @@ class _DroppingQueueHandler(QueueHandler):
 
 
 class _Writer:
-    """Writes lines to a file descriptor in a thread of its own. Errors (a full disk) are ignored: we serve on."""
+    """Writes lines to a file descriptor in its own thread. Write errors (a full disk, say) are ignored."""
 
     def __init__(self, fd: int) -> None:
         self.records: queue.Queue[str | None] = queue.Queue(MAX_WAITING_RECORDS)
@@ -113,7 +114,7 @@ class _Writer:
         self._thread.start()
 
     def close(self) -> None:
-        """Waits a moment for what has not been written."""
+        """Write the queued lines, waiting for at most twice `FLUSH_SECONDS`."""
         try:
             self.records.put(None, timeout=FLUSH_SECONDS)
         except queue.Full:

@@ -1,7 +1,9 @@
-"""What crosses the border between the API process and the engine process.
+"""The messages between the API processes and the engine process.
 
-Everything here is a `msgspec.Struct`, sent as MessagePack over a local ZeroMQ socket. No torch, no pickle.
-Times are seconds of `time.monotonic()`, which all processes of one machine share.
+Each is a `msgspec.Struct`, sent as MessagePack over a local ZeroMQ socket. Nothing here imports torch.
+Times are seconds of `time.monotonic()`, a clock that all processes of a machine share.
+
+A request is a prompt with its parameters. It has one or more choices (`n`), each of which is a continuation.
 """
 
 from enum import StrEnum
@@ -12,28 +14,29 @@ import msgspec
 class FinishReason(StrEnum):
     """Why a choice ended. Each admitted choice ends with exactly one of these."""
 
-    STOP = "stop"  # an end token, a stop token id
-    LENGTH = "length"  # max_tokens or the end of the context
-    REPETITION = "repetition"  # the output repeated itself, and the request said not to wait for more of that
-    ABORT = "abort"  # the client went away, or asked for it
-    ERROR = "error"  # this request failed; `TokenEvent.error` says why
+    STOP = "stop"  # an end token, or one of the request's stop token ids
+    LENGTH = "length"  # max_tokens, or the end of the context
+    REPETITION = "repetition"  # the output repeats itself, as `RepetitionDetection` defines
+    ABORT = "abort"  # the client disconnected or aborted the request
+    ERROR = "error"  # the request failed; `TokenEvent.error` gives the reason
 
 
 class Pooling(StrEnum):
-    """Which last hidden states of a prompt become its embedding."""
+    """How the last layer's hidden states of a prompt become its embedding."""
 
-    MEAN = "mean"  # all of them
-    LAST = "last"  # that of the last token
+    MEAN = "mean"  # the mean over all tokens
+    LAST = "last"  # the hidden state of the last token
 
 
 SAMPLER_ORDER = ("penalties", "dry", "top_n_sigma", "temperature", "min_p", "top_k", "typ_p", "top_p", "xtc")
 MIROSTAT_ORDER = ("penalties", "dry", "temperature", "mirostat")
+GREEDY_TEMPERATURE = 1e-5  # a lower temperature means greedy decoding: dividing logits by it would overflow
 
 
-class SamplerChain(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The samplers beyond temperature, min_p, top_k and top_p, with llama.cpp's names and defaults, and their order.
+class ExtraSamplers(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Settings of the samplers beyond temperature, min_p, top_k and top_p, and the order of all of them.
 
-    What `order` does not name does not act.
+    Names and defaults are llama.cpp's. A sampler that `order` does not name is not applied.
     """
 
     order: tuple[str, ...] = SAMPLER_ORDER
@@ -44,129 +47,134 @@ class SamplerChain(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     dry_multiplier: float = 0.0  # 0: off
     dry_base: float = 1.75
     dry_allowed_length: int = 2
-    dry_penalty_last_n: int = -1  # tokens of prompt and output, counted from the last; -1: all
-    dry_breakers: dict[int, frozenset[tuple[int, ...]]] = {}  # number of tokens -> the sequences that a repeat ends at
-    repeat_last_n: int = -1  # the same as dry_penalty_last_n, for the penalties
-    mirostat: int = 0  # which version; needs "mirostat" in the order
-    mirostat_tau: float = 5.0  # bits
+    dry_penalty_last_n: int = -1  # number of last tokens of prompt and output that DRY looks at; -1: all
+    dry_breakers: dict[int, frozenset[tuple[int, ...]]] = {}  # DRY's sequence breakers: length -> token sequences
+    repeat_last_n: int = -1  # number of last tokens of prompt and output that the penalties count; -1: all
+    mirostat: int = 0  # version 1 or 2; needs "mirostat" in the order; 0: off
+    mirostat_tau: float = 5.0  # target surprise, in bits
     mirostat_eta: float = 0.1
 
 
 class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
-    """An output ends where its last tokens are `min_count` copies of one pattern. Sizes are tokens."""
+    """End an output whose last tokens are `min_count` copies of a pattern. Sizes are in tokens."""
 
     min_pattern_size: int  # at least 1
     max_pattern_size: int
     min_count: int  # at least 2
 
 
-class ThinkingLimit(msgspec.Struct, frozen=True, kw_only=True):
-    """Behind so many tokens of thoughts, not counting their tags, comes nothing but the end tag."""
+class ReasoningLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """A budget for reasoning: after `max_tokens` tokens between the tags, the end tag is the only token allowed."""
 
     max_tokens: int
-    start_id: int  # the token that is the tag
-    end_id: int
-    is_open: bool  # whether the prompt ends with the first tag
+    start_id: int  # token id of the start tag
+    end_id: int  # token id of the end tag
+    is_open: bool  # whether the prompt already contains the start tag, at its end
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One request's own sampling settings. The defaults leave the model's distribution as it is.
+    """The parameters of a request. The defaults leave the model's distribution as it is.
 
-    The values are judged by the server before admission; the engine takes them as true.
+    The server validates them before admission; the engine does not check them again.
     """
 
-    max_tokens: int  # 0: only the prompt is computed
-    pooling: Pooling | None = None  # make an embedding of the prompt; needs max_tokens = 0
+    max_tokens: int  # 0: compute the prompt only
+    pooling: Pooling | None = None  # return an embedding of the prompt; needs max_tokens = 0
     seed: int = 0  # any int64; choice i of a request uses a seed derived from (seed, i)
     temperature: float = 1.0  # 0: greedy decoding
     top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # over prompt and output
-    frequency_penalty: float = 0.0  # over output
-    presence_penalty: float = 0.0  # over output
-    logit_bias: dict[int, float] = {}
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # of tokens in prompt and output; 1: off
+    frequency_penalty: float = 0.0  # of tokens in the output; 0: off
+    presence_penalty: float = 0.0  # of tokens in the output; 0: off
+    logit_bias: dict[int, float] = {}  # token id -> number added to its logit
     allowed_token_ids: tuple[int, ...] = ()  # only these can be sampled; empty: all
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that the output cannot have one after the other
-    chain: SamplerChain | None = None  # None: penalties, temperature, min_p, top_k, top_p
-    min_tokens: int = 0  # end tokens and stop token ids cannot be sampled before
-    ignore_eos: bool = False
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that cannot occur in the output
+    extra_samplers: ExtraSamplers | None = None  # None: only penalties, temperature, min_p, top_k and top_p
+    min_tokens: int = 0  # output tokens before which no end token or stop token id can be sampled
+    ignore_eos: bool = False  # do not stop at the model's end tokens
     stop_token_ids: tuple[int, ...] = ()
-    repetition_detection: RepetitionDetection | None = None  # nothing ends before min_tokens
-    logprobs: int | None = None  # None: none; k: of each sampled token and of the k most likely
-    logprob_token_ids: tuple[int, ...] = ()  # in the place of the k most likely
-    prompt_logprobs: int | None = None  # the same for each prompt token but the first
-    grammar: str | None = None  # what the output must match, as engine.grammar reads it; needs a `Vocabulary`
-    thinking: ThinkingLimit | None = None
-    post_sampling_probs: bool = False  # `logprobs` are of what the token was drawn from, after all settings
+    repetition_detection: RepetitionDetection | None = None  # applies from min_tokens on
+    logprobs: int | None = None  # k: return log probabilities of each output token and the k most likely ones
+    logprob_token_ids: tuple[int, ...] = ()  # with `logprobs`: return those of these tokens, not of the k most likely
+    prompt_logprobs: int | None = None  # k: as `logprobs`, for each prompt token but the first
+    grammar: str | None = None  # that the output must match, in the format of engine.grammar; needs a `Vocabulary`
+    reasoning_limit: ReasoningLimit | None = None
+    post_sampling_probs: bool = False  # `logprobs` are those of the distribution after all sampling settings
 
     @property
     def is_special(self) -> bool:
-        """Whether this takes all samplers of `engine.chain`, one by one."""
-        return self.chain is not None or self.post_sampling_probs or bool(self.allowed_token_ids)
+        """True if the sampler must apply the ops of `engine.sampling.ops` one by one."""
+        return self.extra_samplers is not None or self.post_sampling_probs or bool(self.allowed_token_ids)
+
+    @property
+    def has_penalty(self) -> bool:
+        """True if a repetition, frequency or presence penalty applies."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     @property
     def order(self) -> tuple[str, ...]:
-        """In which order samplers act."""
-        return SAMPLER_ORDER if self.chain is None else self.chain.order
+        """The order in which samplers apply."""
+        return SAMPLER_ORDER if self.extra_samplers is None else self.extra_samplers.order
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities at one position, of the model's own distribution (before any sampling setting).
+    """Log probabilities at one position, of the model's distribution before any sampling setting.
 
-    With `post_sampling_probs` of the distribution after all settings; tokens that cannot be sampled are left out then.
+    With `post_sampling_probs`, of the distribution after all settings, without tokens that cannot be sampled.
     """
 
-    logprob: float
-    rank: int  # 1: the most likely token
+    logprob: float  # of the token at this position
+    rank: int  # of the token; 1: the most likely
     top_token_ids: list[int]  # most likely first; ties go to the lowest id
     top_logprobs: list[float]
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The account of one choice, sent with its first event and complete with its last."""
+    """Times and counts of one choice. Its first event has those so far; its last event has all."""
 
-    arrival: float  # when the API process received it
-    queued: float  # when the engine received it
-    scheduled: float | None = None  # first time in a batch
+    arrival: float  # the API process received the request
+    queued: float  # the engine received it
+    scheduled: float | None = None  # the choice became part of a batch for the first time
     first_token: float | None = None
     finished: float | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     num_output_tokens: int = 0
     num_preemptions: int = 0
-    num_ahead: int = 0  # choices that waited before it when it joined the queue
+    num_ahead: int = 0  # choices ahead of it in the queue when it was queued
     preempted_before_first_token: float = 0.0  # seconds
-    preempted_after_first_token: float = 0.0
-    num_chunks: int = 0  # steps that computed prompt tokens, or again what a preemption lost
-    num_accepted_tokens: int = 0  # output tokens that a draft had guessed
+    preempted_after_first_token: float = 0.0  # seconds
+    num_chunks: int = 0  # steps that computed prompt tokens, or recomputed tokens after a preemption
+    num_accepted_tokens: int = 0  # output tokens that came from accepted drafts
 
 
 class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What one step did for one choice: its new tokens, and its end if it ended."""
+    """The result of one step for one choice: its new tokens, and its end if it ended."""
 
     request_id: str
     index: int = 0  # which of the n choices
-    token_ids: list[int] = []
-    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if asked for
-    prompt_logprobs: list[TokenLogprobs] | None = None  # for prompt tokens 1.., once, with choice 0's first event
-    embedding: list[float] | None = None  # of length 1, if asked for
-    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache, in a choice's first event
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None  # the token that ended it, where one did
+    token_ids: list[int] = []  # the new tokens
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if requested
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of prompt tokens 1.., in the first event of choice 0
+    embedding: list[float] | None = None  # a unit vector (L2), if requested
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache, in the first event of a choice
+    finish_reason: FinishReason | None = None  # set in the last event of a choice
+    stop_token_id: int | None = None  # the end token or stop token id that ended the choice
     error: str | None = None  # for logs; clients get a fixed text
-    times: RequestTimes | None = None  # so far, in a choice's first event; all of it with finish_reason
+    times: RequestTimes | None = None  # in the first and the last event of a choice
 
 
 class EngineStats(msgspec.Struct, kw_only=True, array_like=True):
-    """State of the engine after a step or a message. Names that end in `_total` only grow."""
+    """Statistics of the engine. Names that end in `_total` are counters, which only grow; others are gauges."""
 
-    num_running: int = 0
-    num_waiting: int = 0
-    num_blocks: int = 0
-    num_blocks_used: int = 0  # blocks that a living request holds
-    prefix_cache_queries_total: int = 0  # tokens
-    prefix_cache_hits_total: int = 0  # tokens
+    num_running: int = 0  # choices
+    num_waiting: int = 0  # choices
+    num_blocks: int = 0  # of the KV cache
+    num_blocks_used: int = 0  # blocks held by unfinished requests
+    prefix_cache_queries_total: int = 0  # tokens looked up in the prefix cache
+    prefix_cache_hits_total: int = 0  # tokens found in the prefix cache
     preemptions_total: int = 0
     prompt_tokens_total: int = 0
     prompt_tokens_cached_total: int = 0
@@ -175,33 +183,33 @@ class EngineStats(msgspec.Struct, kw_only=True, array_like=True):
     drafts_total: int = 0
     draft_tokens_total: int = 0
     accepted_tokens_total: int = 0  # draft tokens that became output
-    running_adapters: list[str] = []  # LoRA adapters of requests that run
-    waiting_adapters: list[str] = []  # ... that wait
+    running_adapters: list[str] = []  # names of the LoRA adapters of running choices
+    waiting_adapters: list[str] = []  # names of the LoRA adapters of waiting choices
 
 
 class LoraAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """A LoRA adapter that is loaded."""
+    """A loaded LoRA adapter."""
 
-    name: str  # what requests call it
+    name: str  # by which requests select it
     path: str
-    rank: int  # the largest of its matrices
-    fingerprint: str  # hexadecimal; names its weights
+    rank: int  # the largest rank of its modules
+    fingerprint: str  # hash of its weights, hexadecimal
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine is, once it is ready."""
+    """Properties of a ready engine, which do not change."""
 
     pid: int
     max_model_len: int
     max_num_seqs: int
     block_size: int
     num_blocks: int
-    vocab_size: int  # token ids that the model can read and sample
+    vocab_size: int  # token ids that the model accepts and samples
     device: str
     dtype: str
-    kernels: str  # which implementation of engine/kernels runs
-    deterministic: bool  # whether the same request gets the same answer, bit for bit, in any batch
-    fingerprint: str  # names weights, version and settings that influence the output
+    kernels: str  # name of the implementation in engine/kernels
+    deterministic: bool  # whether a request gets the same answer, bit for bit, in any batch (batch invariance)
+    fingerprint: str  # identifies the weights, the version and the settings that affect the output
     max_loras: int = 0  # LoRA adapters that can be loaded at a time
 
 
@@ -209,52 +217,54 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """First message of an API process; answered with `Ready` once the model is loaded."""
+    """First message of an API process. The engine replies with `Ready` once the model is loaded."""
 
 
 class Vocabulary(msgspec.Struct, frozen=True, tag=True):
-    """What token ids stand for, for requests with a grammar. Sent once, before the first of them."""
+    """The tokenizer, which requests with a grammar need. Sent once, before the first such request."""
 
-    tokenizer: str  # the text of a tokenizer.json
+    tokenizer: str  # content of a tokenizer.json
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """A prompt of at least one token and n choices of its continuation."""
+    """A new request: generate n continuations (choices) of a prompt of at least one token."""
 
-    request_id: str  # unique for the life of the engine
+    request_id: str  # unique for the lifetime of the engine
     prompt_token_ids: list[int]
     params: SamplingParams
-    arrival: float
-    n: int = 1
-    priority: int = 0  # lower runs first, as in vLLM
-    cache_salt: str = ""  # requests share cached prefixes only with those of the same salt
-    lora_name: str = ""  # the LoRA adapter to answer with; empty: none
-    lora_fingerprint: str = ""  # of its weights: another adapter may have got the name meanwhile
+    arrival: float  # time at which the API process received the request
+    n: int = 1  # choices
+    priority: int = 0  # lower values run first, as in vLLM
+    cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    lora_name: str = ""  # the LoRA adapter to use; empty: none
+    lora_fingerprint: str = ""  # of the adapter's weights, because the name may have got other weights meanwhile
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """End choices of a request early; unknown ones are ignored. No event follows."""
+    """End choices of a request early. Ignored if they are unknown or finished; no event follows."""
 
     request_id: str
-    index: int | None = None  # None: all of them
+    index: int | None = None  # the choice; None: all choices
 
 
 class AdapterField(StrEnum):
+    """A field of `LoadAdapter` or `UnloadAdapter` with an invalid value."""
+
     NAME = "name"
     PATH = "path"
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Load a LoRA adapter, while steps run. Answered with `AdapterDone`."""
+    """Load a LoRA adapter while steps run. The engine replies with `AdapterDone`."""
 
     request_id: str
     name: str
     path: str  # a folder with adapter_config.json and adapter_model.safetensors, or a GGUF file
-    replaces: bool = False  # whether one of that name may be loaded already
+    replaces: bool = False  # whether to replace a loaded adapter of this name, or refuse
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Forget a LoRA adapter; requests that use it go on. Answered with `AdapterDone`."""
+    """Unload a LoRA adapter. Requests that use it continue. The engine replies with `AdapterDone`."""
 
     request_id: str
     name: str
@@ -264,34 +274,37 @@ class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Reply to `Hello`."""
+
     info: EngineInfo
     adapters: list[LoraAdapter] = []
 
 
 class Adapters(msgspec.Struct, frozen=True, tag=True):
-    """Those that are loaded now, to every API process whenever that changes."""
+    """The loaded LoRA adapters, sent to every API process after each load or unload."""
 
     adapters: list[LoraAdapter]
 
 
 class AdapterDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Answers `LoadAdapter` and `UnloadAdapter`, after `Adapters`."""
+    """Reply to `LoadAdapter` and `UnloadAdapter`, sent after `Adapters`."""
 
     request_id: str
-    error: str = ""  # for the client that asked; empty: it is done
-    field: AdapterField | None = None  # which of the message's fields is wrong; None: neither
-    is_temporary: bool = False  # whether it may go well later
+    error: str = ""  # message for the client; empty: success
+    field: AdapterField | None = None  # the field of the request with an invalid value, if one has
+    is_temporary: bool = False  # whether the same request may succeed later
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Once a step (all of a client's events in one message), after an abort, and once a second when idle.
+    """The events of all requests of one API process.
 
-    It is also the heartbeat: it is sent by the step loop and by nothing else.
+    Sent by each pass of the engine's loop: after each step, after messages, and once a second when idle. It is also the
+    heartbeat, because nothing but the loop sends it.
     """
 
     stats: EngineStats
     events: list[TokenEvent] = []
-    num_step_tokens: int = 0  # tokens that the step computed, 0 where there was no step
+    num_step_tokens: int = 0  # tokens that the step computed; 0: there was no step
 
 
 ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter

@@ -1,4 +1,4 @@
-"""Ends a child process with its parent, so that nothing is left running whichever process dies."""
+"""The parent-death signal: end a child process with its parent, so that no process is left running."""
 
 import ctypes
 import os
@@ -8,10 +8,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Asks the kernel to kill this process when its parent ends; ends it now if the parent is gone already.
+    """Have the kernel kill this process when its parent ends, and end it now if the parent has already ended.
 
-    To be called first of all. It is the thread that started this process whose end counts. Raises OSError where the
-    kernel refuses.
+    Call this before anything else. The signal is sent when the parent's thread that started this process ends, even if
+    other threads go on (see prctl(2), PR_SET_PDEATHSIG). Raises OSError if the kernel refuses.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

@@ -1,7 +1,7 @@
-"""Reading a model's weights: a stream of named tensors, whatever file they come from.
+"""Read a model's weights, from safetensors or GGUF, as a stream of named tensors.
 
-Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`). Who consumes the stream checks that every tensor
-finds its parameter and every parameter its tensor.
+Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`). `engine.model.Parameters` checks that each tensor
+is used and none is missing.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,13 +28,19 @@ def load_weights(
 ) -> Iterator[tuple[str, Weight]]:
     """Yield (name, tensor on the CPU in `dtype`) for each tensor of the model at `path`.
 
-    Vectors (norms and biases) may have a type of their own. Matrices of the GGML types in `keep_packed` stay as the
-    file has them, and mapped rather than read. `rope_factors`, which only some GGUF files have, stays float32. Tensors
-    are converted one by one, so that besides what the caller keeps there is never more than one of them in memory.
-    `progress` is called with the bytes read so far and the bytes in all, after each tensor.
+    Tensors are converted one by one, so that at most one is in memory besides those that the caller keeps.
+
+    Args:
+        path: a GGUF file, or a folder of safetensors files.
+        progress: called after each tensor with the bytes read so far and the total.
+        vector_dtype: the type of vectors (norms and biases), if it is not `dtype`. `rope_factors`, a vector that some
+            GGUF files hold, is always float32.
+        keep_packed: names of GGML types. Matrices of these types are not dequantised: they are returned as
+            `PackedTensor`, a view of the memory-mapped file.
 
     Raises:
-        ValueError: a missing or truncated file, pickle files, or a tensor of an unsupported type. Names it.
+        ValueError: a file is missing or truncated, the weights are pickle files, or a tensor has an unsupported type.
+            The message names the file and the tensor.
     """
     if path.is_dir():
         return load_safetensors(path, config, dtype, progress or _no_progress, vector_dtype)
@@ -42,4 +48,4 @@ def load_weights(
 
 
 def _no_progress(num_bytes_done: int, num_bytes: int) -> None:
-    """Where nobody wants to know."""
+    pass

@@ -1,6 +1,6 @@
-"""Files that clients may name: opened without waiting, and read piece by piece after each piece was judged.
+"""Files whose paths clients may choose: opened without blocking, and read piece by piece.
 
-Nothing is mapped. A program that cuts a file short while another reads its map kills the other.
+They are not memory-mapped: if another process truncated a mapped file, reading the map would kill this process.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Self
 
 
 class RegularFile:
-    """An open file, which others may write meanwhile.
+    """An open file, which other processes may change while it is read.
 
     Raises:
-        ValueError: a pipe, a device or a folder.
+        ValueError: the path is a pipe or a device.
         OSError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115  closed by `close`
+        self._file = open(path, "rb", opener=_open_nonblocking)  # noqa: SIM115  closed by `close`
         status = os.fstat(self._file.fileno())
         self.size = status.st_size
         if not stat.S_ISREG(status.st_mode):
@@ -30,7 +30,7 @@ class RegularFile:
             raise ValueError(f"{path}: is not a regular file")
 
     def read(self, start: int, num_bytes: int) -> bytearray:
-        """All of these bytes; ValueError where there are fewer."""
+        """Return `num_bytes` bytes from byte `start`. Raises ValueError if the file ends before."""
         data = bytearray(num_bytes)
         self._file.seek(start)
         if (num_read := self._file.readinto(data)) < num_bytes:
@@ -49,14 +49,14 @@ class RegularFile:
         self.close()
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Without waiting for someone to write to a pipe."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Open a file; return at once even if it is a pipe without a writer."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def read_file(path: Path, max_bytes: int) -> bytearray:
-    """All of a small file; ValueError if it has more bytes than that."""
+    """Return the content of a small file. Raises ValueError if it has more than `max_bytes` bytes."""
     with RegularFile(path) as file:
         if file.size > max_bytes:
-            raise ValueError(f"{path}: has {file.size} bytes, more than the {max_bytes} that are read of such a file")
+            raise ValueError(f"{path}: has {file.size} bytes, more than the {max_bytes} allowed for such a file")
         return file.read(0, file.size)

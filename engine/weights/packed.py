@@ -1,4 +1,4 @@
-"""Weights as a GGUF file packs them."""
+"""Quantised weights, packed as in a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.shared.gguf import GGML_TYPES
+from engine.shared.ggml import GGML_TYPES_BY_NAME
+from engine.weights.dequantize import dequantize
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,15 @@ class PackedTensor:
         return self.data.nbytes
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The numbers themselves."""
-        from engine.weights.gguf import dequantize
-
-        ggml_type = next(key for key, ggml in GGML_TYPES.items() if ggml.name == self.type_name)
-        return dequantize(self.data.data, ggml_type, self.shape, dtype)
+        """Return the matrix unpacked, as a tensor [rows, columns] in `dtype`."""
+        return dequantize(self.data.data, GGML_TYPES_BY_NAME[self.type_name], self.shape, dtype)
 
 
 Weight = Tensor | PackedTensor
 
 
 def concatenate(parts: list[PackedTensor]) -> PackedTensor:
-    """Matrices of one type and width, one below the other."""
+    """Stack matrices of the same type and number of columns, the first on top."""
     if len(parts) == 1:
         return parts[0]
     rows = sum(part.shape[0] for part in parts)

@@ -1,4 +1,4 @@
-"""Weights from a folder of safetensors files, in one piece or sharded, and the header of such a file."""
+"""Read safetensors files: the weights of a model, in one file or in shards, and the header of a single file."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,28 +27,28 @@ def load_safetensors(
     progress: Callable[[int, int], None],
     vector_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """See `engine.weights.load_weights`. Progress counts the bytes of the files."""
+    """Yield (name, tensor) as `engine.weights.load_weights` describes. `progress` counts the bytes of the files."""
     shards = _find_shards(folder)
     num_bytes = sum(shard.stat().st_size for shard in shards)
-    num_bytes_of_shards = 0
+    num_bytes_before = 0
     for shard, expected in shards.items():
-        num_bytes_done = num_bytes_of_shards
+        num_bytes_done = num_bytes_before
         for name, tensor in read_tensors(shard, expected):
             num_bytes_done += tensor.nbytes
             if not _is_redundant(name, config):
                 yield name, tensor.to(dtype if tensor.ndim > 1 else vector_dtype or dtype)
             progress(num_bytes_done, num_bytes)
-        num_bytes_of_shards += shard.stat().st_size
-        progress(num_bytes_of_shards, num_bytes)
+        num_bytes_before += shard.stat().st_size
+        progress(num_bytes_before, num_bytes)
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors that some files hold although the model computes or shares them."""
+    """Return whether the model computes this tensor, or shares it with another, so that the stored one is ignored."""
     return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
 def _find_shards(folder: Path) -> dict[Path, set[str]]:
-    """The files, each with the tensors that the index expects in it."""
+    """Return the files, each with the names of the tensors that the index expects in it."""
     if (folder / WEIGHTS_NAME).is_file():
         return {folder / WEIGHTS_NAME: set()}
     index = folder / INDEX_NAME
@@ -77,12 +77,15 @@ def _read_weight_map(index: Path) -> dict[str, Any]:
 
 
 def read_tensors(shard: Path, expected: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of one file, which must hold the expected ones. They may be views of the mapped file."""
+    """Yield (name, tensor) for each tensor of a file. Tensors may be views of the memory-mapped file.
+
+    Raises ValueError if a tensor of `expected` is missing, a type is not supported, or the file is damaged.
+    """
     try:
         with safe_open(shard, framework="pt") as file:
             names = list(file.keys())
             if missing := expected.difference(names):
-                raise ValueError(f"{shard}: {min(missing)} is missing, though {INDEX_NAME} places it here")
+                raise ValueError(f"{shard}: {min(missing)} is missing, though {INDEX_NAME} names this file for it")
             for name in names:
                 if (stored_type := file.get_slice(name).get_dtype()) not in FLOAT_TYPES:
                     raise ValueError(f"{shard}: {name}: type {stored_type} is not supported")
@@ -92,12 +95,12 @@ def read_tensors(shard: Path, expected: set[str]) -> Iterator[tuple[str, torch.T
 
 
 class StoredTensor(NamedTuple):
-    """One entry of a header."""
+    """One entry of a file's header."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # byte of the file
+    start: int  # offset in the file, in bytes
     num_bytes: int
 
 
@@ -111,14 +114,14 @@ class _Entry(msgspec.Struct):
 
 
 def read_header(file: RegularFile, max_bytes: int) -> list[StoredTensor]:
-    """The tensors of a file, in its order, of whose header no more than `max_bytes` are read.
+    """Read the header of a file, of at most `max_bytes` bytes, and return its tensors in the order of the file.
 
     Raises:
-        ValueError: a header that is longer or damaged, or a file that does not consist of what the header names.
+        ValueError: the header is too long or damaged, or the tensors that it lists do not make up the whole file.
     """
     length = int.from_bytes(file.read(0, min(8, file.size)), "little")
     if not 0 < length <= min(max_bytes, file.size - 8):
-        raise _damaged(file, f"a header of {length} bytes in a file of {file.size}, where at most {max_bytes} may be")
+        raise _damaged(file, f"a header of {length} bytes in a file of {file.size}; at most {max_bytes} are allowed")
     try:
         parts = msgspec.json.decode(file.read(8, length), type=dict[str, msgspec.Raw])
         parts.pop("__metadata__", None)
@@ -145,5 +148,5 @@ def _damaged(file: RegularFile, problem: str) -> ValueError:
 
 
 def read_tensor(file: RegularFile, tensor: StoredTensor) -> torch.Tensor:
-    """As it is stored, in memory of its own."""
+    """Read one tensor, in the type in which it is stored, into new memory."""
     return torch.frombuffer(file.read(tensor.start, tensor.num_bytes), dtype=tensor.dtype).view(tensor.shape)

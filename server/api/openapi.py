@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's, of routes and requests, with examples that work and what comes back.
+"""The OpenAPI document: FastAPI's description of routes and requests, completed with examples and answers.
 
 Requests are pydantic models, which FastAPI describes; answers are msgspec structs, which are described here.
 """
@@ -12,23 +12,21 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.api.admin.model_schemas import Model, ModelList
-from server.api.admin.request_schemas import CancelResponse, Replay
-from server.api.admin.tokenize_schemas import DetokenizeResponse, TokenizeResponse
+from server.api.admin.schemas import CancelResponse, DetokenizeResponse, Model, ModelList, Replay, TokenizeResponse
 from server.api.chat.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.completions.schemas import Completion
 from server.api.embeddings.schemas import EmbeddingList
 from server.api.messages.schemas import (
-    BlockDelta,
-    BlockStart,
-    BlockStop,
+    AnthropicMessage,
+    ContentBlockDelta,
+    ContentBlockStart,
+    ContentBlockStop,
     CountTokensResponse,
-    Message,
     MessageDelta,
     MessageStart,
     MessageStop,
     MessageUsage,
-    Text,
+    OutputTextBlock,
 )
 from server.api.responses import event_schemas as events
 from server.api.responses.conversion import new_response
@@ -44,31 +42,31 @@ from server.api.responses.schemas import (
     ResponsesRequest,
     ResponseUsage,
 )
-from server.generation.endpoint import Head
+from server.generation.endpoint import AnswerMetadata
 from server.http.error_schemas import AnthropicErrorResponse, ErrorResponse
 from server.schemas.render import RenderedPrompt
 
-PREFIX = "answer."  # of names, for requests may have the same ones
-DESCRIPTION = "Language models over HTTP, in the forms that the clients of OpenAI and Anthropic speak."
+PREFIX = "answer."  # of component names, which would collide with those of requests
+DESCRIPTION = "Language models over HTTP, compatible with clients of the OpenAI and Anthropic APIs."
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What FastAPI cannot know of one. `example` is a body that any model answers, if that is named first."""
+    """The parts of an operation's description that FastAPI cannot derive."""
 
     answer: Any  # a type that msgspec encodes
-    example: Mapping[str, Any] | None = None
-    events: Any = None  # the data of a stream's events
-    shown: Any = None  # an answer, as an example
-    has_model: bool = True  # whether a request names one
+    example: Mapping[str, Any] | None = None  # a body that works with any model; its `model` is added
+    events: Any = None  # type of the data of a stream's events
+    answer_example: Any = None
+    has_model: bool = True  # the body has a `model`
 
     @property
     def types(self) -> list[Any]:
         return [self.answer] if self.events is None else [self.answer, self.events]
 
     @property
-    def is_of_engine(self) -> bool:
-        """Whether it asks the engine for something, or says what it would ask."""
+    def reports_generation(self) -> bool:
+        """True if the answer has headers about generation: the operation submits to the engine, or renders a submit."""
         generates = self.events is not None and self.example is not None
         return generates or self.answer in (RenderedPrompt, list[RenderedPrompt], EmbeddingList)
 
@@ -79,22 +77,29 @@ COMPLETION = {"prompt": "Once upon a time", "max_tokens": 20}
 ADAPTER = {"lora_name": "sql"}
 ADAPTER_DONE = "Success: LoRA adapter 'sql' {} successfully."
 RESPONSE_EVENTS = (
-    *(events.Created, events.InProgress, events.ItemAdded, events.PartAdded, events.TextDelta, events.TextDone),
+    *(
+        events.Created,
+        events.InProgress,
+        events.ItemAdded,
+        events.PartAdded,
+        events.OutputTextDelta,
+        events.OutputTextDone,
+    ),
     *(events.ReasoningDelta, events.ReasoningDone, events.ArgumentsDelta, events.ArgumentsDone, events.PartDone),
     *(events.ItemDone, events.Completed, events.Incomplete, events.Failed, events.ErrorEvent),
 )
 
 
 NAME, ID = "smollm2-135m", "0f" * 16
-SHOWN_MESSAGE = Message(
+EXAMPLE_MESSAGE = AnthropicMessage(
     id=f"msg_{ID}",
     model=NAME,
-    content=[Text("Paris.")],
+    content=[OutputTextBlock("Paris.")],
     stop_reason="end_turn",
     stop_sequence=None,
     usage=MessageUsage(input_tokens=37, cache_read_input_tokens=0, output_tokens=4),
 )
-SHOWN_PROMPT = RenderedPrompt(
+EXAMPLE_PROMPT = RenderedPrompt(
     request_id=f"cmpl-{ID}-0",
     model=NAME,
     prompt="Once upon a time",
@@ -104,24 +109,24 @@ SHOWN_PROMPT = RenderedPrompt(
 )
 
 
-def _shown_response() -> ResponseObject:
+def _example_response() -> ResponseObject:
     request = ResponsesRequest.model_validate({"model": NAME, "input": "What is the capital of France?"})
-    response = new_response(request, Head(f"resp_{ID}", 1_764_000_000, NAME, ""), {})
+    response = new_response(request, AnswerMetadata(f"resp_{ID}", 1_764_000_000, NAME, ""), {})
     response.status = "completed"
     response.output.append(MessageItem(id=f"msg_{ID}", status="completed", content=[OutputText("Paris.")]))
     response.usage = ResponseUsage(37, InputTokensDetails(0), 4, OutputTokensDetails(0), 41)
     return response
 
 
-SHOWN_RESPONSE = _shown_response()
-SHOWN_ITEM = {
+EXAMPLE_RESPONSE = _example_response()
+EXAMPLE_ITEM = {
     "id": f"msg_{ID}",
     "type": "message",
     "status": "completed",
     "role": "user",
     "content": [{"type": "input_text", "text": "What is the capital of France?"}],
 }
-SHOWN_ITEMS = ItemList(data=[SHOWN_ITEM], first_id=f"msg_{ID}", last_id=f"msg_{ID}", has_more=False)
+EXAMPLE_ITEMS = ItemList(data=[EXAMPLE_ITEM], first_id=f"msg_{ID}", last_id=f"msg_{ID}", has_more=False)
 
 
 def _any_of(types: tuple[Any, ...]) -> Any:
@@ -133,40 +138,44 @@ def _any_of(types: tuple[Any, ...]) -> Any:
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/v1/chat/completions", "post"): Operation(ChatCompletion, CHAT, ChatCompletionChunk),
-    ("/v1/chat/completions/render", "post"): Operation(RenderedPrompt, CHAT, shown=SHOWN_PROMPT),
+    ("/v1/chat/completions/render", "post"): Operation(RenderedPrompt, CHAT, answer_example=EXAMPLE_PROMPT),
     ("/v1/completions", "post"): Operation(Completion, COMPLETION, Completion),
-    ("/v1/completions/render", "post"): Operation(list[RenderedPrompt], COMPLETION, shown=[SHOWN_PROMPT]),
+    ("/v1/completions/render", "post"): Operation(list[RenderedPrompt], COMPLETION, answer_example=[EXAMPLE_PROMPT]),
     ("/v1/embeddings", "post"): Operation(EmbeddingList, {"input": "Once upon a time"}),
     ("/v1/messages", "post"): Operation(
-        Message,
+        AnthropicMessage,
         {"messages": MESSAGES, "max_tokens": 20},
-        _any_of((MessageStart, BlockStart, BlockDelta, BlockStop, MessageDelta, MessageStop)),
-        SHOWN_MESSAGE,
+        _any_of((MessageStart, ContentBlockStart, ContentBlockDelta, ContentBlockStop, MessageDelta, MessageStop)),
+        EXAMPLE_MESSAGE,
     ),
     ("/v1/messages/count_tokens", "post"): Operation(
-        CountTokensResponse, {"messages": MESSAGES}, shown=CountTokensResponse(37)
+        CountTokensResponse, {"messages": MESSAGES}, answer_example=CountTokensResponse(37)
     ),
     ("/v1/responses", "post"): Operation(
         ResponseObject,
         {"input": "What is the capital of France?", "max_output_tokens": 20},
         _any_of(RESPONSE_EVENTS),
-        SHOWN_RESPONSE,
+        EXAMPLE_RESPONSE,
     ),
     ("/v1/responses/{response_id}", "get"): Operation(
-        ResponseObject, events=_any_of(RESPONSE_EVENTS), shown=SHOWN_RESPONSE
+        ResponseObject, events=_any_of(RESPONSE_EVENTS), answer_example=EXAMPLE_RESPONSE
     ),
-    ("/v1/responses/{response_id}", "delete"): Operation(DeletedResponse, shown=DeletedResponse(f"resp_{ID}")),
-    ("/v1/responses/{response_id}/input_items", "get"): Operation(ItemList, shown=SHOWN_ITEMS),
-    ("/v1/responses/{response_id}/cancel", "post"): Operation(ResponseObject, shown=SHOWN_RESPONSE),
+    ("/v1/responses/{response_id}", "delete"): Operation(DeletedResponse, answer_example=DeletedResponse(f"resp_{ID}")),
+    ("/v1/responses/{response_id}/input_items", "get"): Operation(ItemList, answer_example=EXAMPLE_ITEMS),
+    ("/v1/responses/{response_id}/cancel", "post"): Operation(ResponseObject, answer_example=EXAMPLE_RESPONSE),
     ("/v1/responses/input_tokens", "post"): Operation(
-        InputTokens, {"input": "What is the capital of France?"}, shown=InputTokens(37)
+        InputTokens, {"input": "What is the capital of France?"}, answer_example=InputTokens(37)
     ),
-    ("/v1/requests/{request_id}/cancel", "post"): Operation(CancelResponse, shown=CancelResponse(f"chatcmpl-{ID}")),
+    ("/v1/requests/{request_id}/cancel", "post"): Operation(
+        CancelResponse, answer_example=CancelResponse(f"chatcmpl-{ID}")
+    ),
     ("/v1/requests/{request_id}/replay", "post"): Operation(Replay),
     ("/v1/load_lora_adapter", "post"): Operation(
-        str, ADAPTER | {"lora_path": "./adapters/sql"}, shown=ADAPTER_DONE.format("added"), has_model=False
+        str, ADAPTER | {"lora_path": "./adapters/sql"}, answer_example=ADAPTER_DONE.format("added"), has_model=False
     ),
-    ("/v1/unload_lora_adapter", "post"): Operation(str, ADAPTER, shown=ADAPTER_DONE.format("removed"), has_model=False),
+    ("/v1/unload_lora_adapter", "post"): Operation(
+        str, ADAPTER, answer_example=ADAPTER_DONE.format("removed"), has_model=False
+    ),
     ("/v1/models", "get"): Operation(ModelList),
     ("/v1/models/{model_id}", "get"): Operation(Model),
     ("/version", "get"): Operation(dict[str, str]),
@@ -180,7 +189,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
 
 
 def install_document(app: FastAPI, model: str, *, needs_key: bool) -> None:
-    """Makes FastAPI's routes for the document answer with this one, made once. `model` is what its examples name."""
+    """Replace FastAPI's OpenAPI document by this one, which is built once. Its examples use the model `model`."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -208,7 +217,7 @@ def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any
             if operation.example is not None:
                 content = described_operation["requestBody"]["content"]["application/json"]
                 content["example"] = {**({"model": model} if operation.has_model else {}), **operation.example}
-    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, which no answer is
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's error formats, which are not used
         del document["components"]["schemas"][name]
     document["components"]["schemas"] |= {PREFIX + name: schema for name, schema in components.items()}
     if needs_key:
@@ -224,32 +233,34 @@ def _header(description: str, *, required: bool = False, **schema: Any) -> dict[
     return {"description": description, "required": required, "schema": {"type": "string", **schema}}
 
 
-REQUEST_ID = {"x-request-id": _header("The request's own, or one that the server has made up.", required=True)}
-GENERATION = {
-    "x-lightwell-seed": _header("The seed that was used.", pattern="^-?[0-9]+$"),
-    "x-lightwell-deterministic": _header("Whether the answer is the same at any load.", enum=["true", "false"]),
-    "x-lightwell-warnings": _header("Parameters that were ignored: unknown ones, and those without effect."),
+REQUEST_ID_HEADER = {"x-request-id": _header("The x-request-id of the request, or a generated one.", required=True)}
+GENERATION_HEADERS = {
+    "x-lightwell-seed": _header("The seed used for sampling.", pattern="^-?[0-9]+$"),
+    "x-lightwell-deterministic": _header(
+        "Whether the answer is independent of other requests.", enum=["true", "false"]
+    ),
+    "x-lightwell-warnings": _header("Ignored parameters: unknown ones, and those without effect."),
 }
-OF_ERRORS = {
-    "retry-after": _header("With 429 and 503: seconds after which to try again.", pattern="^[0-9]+$"),
-    "www-authenticate": _header("With 401: how to send a key."),
+ERROR_HEADERS = {
+    "retry-after": _header("With 429 and 503: seconds to wait before retrying.", pattern="^[0-9]+$"),
+    "www-authenticate": _header("With 401: the authentication scheme to use."),
 }
 
 
 def _responses(operation: Operation, described: Mapping[str, Any], error: Mapping[str, Any]) -> dict[str, Any]:
     kind = "text/plain" if operation.answer is str else "application/json"
     content = {kind: {"schema": described[repr(operation.answer)]}}
-    if operation.shown is not None:
-        content[kind]["example"] = msgspec.to_builtins(operation.shown)
+    if operation.answer_example is not None:
+        content[kind]["example"] = msgspec.to_builtins(operation.answer_example)
     description = "The answer."
     if operation.events is not None:
         content["text/event-stream"] = {"schema": described[repr(operation.events)]}
-        description = "The answer; with `stream` server-sent events, each with such data."
-    headers = REQUEST_ID | GENERATION if operation.is_of_engine else REQUEST_ID
-    wrong = {
+        description = "The answer; with `stream`, server-sent events whose data has the given schema."
+    headers = REQUEST_ID_HEADER | GENERATION_HEADERS if operation.reports_generation else REQUEST_ID_HEADER
+    error_response = {
         "description": "An error.",
-        "headers": REQUEST_ID | OF_ERRORS,
+        "headers": REQUEST_ID_HEADER | ERROR_HEADERS,
         "content": {"application/json": {"schema": error}},
     }
-    right = {"description": description, "headers": headers, "content": content}
-    return {"200": right, "4XX": wrong, "5XX": wrong}
+    response = {"description": description, "headers": headers, "content": content}
+    return {"200": response, "4XX": error_response, "5XX": error_response}

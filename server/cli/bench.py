@@ -1,7 +1,7 @@
-"""`lightwell bench`: puts load on any OpenAI-compatible server and reports what its clients see.
+"""`lightwell bench`: send load to an OpenAI-compatible server, and report throughput and latency as its clients see it.
 
-Closed loop: a fixed number of requests run at any time. Open loop: requests arrive at random moments (a Poisson
-process) whatever the server does.
+Closed loop: a fixed number of requests is in flight. Open loop: requests arrive at random times (a Poisson process),
+however slow the server is.
 """
 
 import asyncio
@@ -13,11 +13,19 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from server.cli.http_client import RemoteError, connect, find_model
-from server.cli.load_generator import Exchange, Load, Target, closed_loop, make_prompts, open_loop, poisson_arrivals
+from server.cli.load_generator import (
+    Exchange,
+    LoadOptions,
+    Target,
+    closed_loop,
+    make_prompts,
+    open_loop,
+    poisson_arrivals,
+)
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """Of a set of durations, in milliseconds."""
+    """Mean and percentiles of a set of durations, in milliseconds."""
 
     mean: float
     p50: float
@@ -26,7 +34,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What one benchmark measured. A summary is None where nothing was measured."""
+    """The results of one benchmark. A summary is None if nothing was measured."""
 
     model: str
     endpoint: str
@@ -36,7 +44,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int
     num_completed: int
     errors: dict[str, int]
-    duration: float  # seconds from the first request to the last answer
+    duration: float  # seconds from the first request to the end of the last answer
     input_tokens: int
     output_tokens: int
     input_tokens_per_second: float
@@ -47,38 +55,38 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     request_latency_ms: Summary | None
 
 
-async def _measure(load: Load, target: Target, done: Callable[[], None]) -> list[Exchange]:
-    prompts = make_prompts(load, load.seed, load.num_requests)
-    if load.warmup:
-        warmup = make_prompts(load, load.seed + 1, load.warmup)
-        await closed_loop(target, warmup, load.concurrency, lambda: None)
-    if load.rate is None:
-        return await closed_loop(target, prompts, load.concurrency, done)
-    return await open_loop(target, prompts, poisson_arrivals(load.rate, len(prompts), load.seed), done)
-
-
-def run_benchmark(load: Load, done: Callable[[], None] = lambda: None) -> Report:
-    """Run one benchmark. Raises RemoteError where no server answers."""
+def run_benchmark(load: LoadOptions, on_done: Callable[[], None] = lambda: None) -> Report:
+    """Run one benchmark; `on_done` is called after each request. Raises RemoteError if no server answers."""
     model = load.model
     if model is None:
         with connect(load.url, load.api_key) as client:
             model = find_model(client)
     target = Target(load, model)
-    exchanges = asyncio.run(_run(load, target, done))
+    exchanges = asyncio.run(_run(load, target, on_done))
     return make_report(load, model, exchanges)
 
 
-async def _run(load: Load, target: Target, done: Callable[[], None]) -> list[Exchange]:
+async def _run(load: LoadOptions, target: Target, on_done: Callable[[], None]) -> list[Exchange]:
     try:
         _, writer = await target.connect()
         writer.close()
     except OSError:
         raise RemoteError(f"no server answers at {load.url} (`lightwell serve` starts one)") from None
-    return await _measure(load, target, done)
+    return await _measure(load, target, on_done)
+
+
+async def _measure(load: LoadOptions, target: Target, on_done: Callable[[], None]) -> list[Exchange]:
+    prompts = make_prompts(load, load.seed, load.num_requests)
+    if load.warmup:
+        warmup = make_prompts(load, load.seed + 1, load.warmup)
+        await closed_loop(target, warmup, load.concurrency, lambda: None)
+    if load.rate is None:
+        return await closed_loop(target, prompts, load.concurrency, on_done)
+    return await open_loop(target, prompts, poisson_arrivals(load.rate, len(prompts), load.seed), on_done)
 
 
 def summarize(seconds: Sequence[float]) -> Summary | None:
-    """In milliseconds; percentiles are interpolated."""
+    """Summarize durations given in seconds. Percentiles are interpolated."""
     if not seconds:
         return None
     values = [1e3 * value for value in seconds]
@@ -86,7 +94,7 @@ def summarize(seconds: Sequence[float]) -> Summary | None:
     return Summary(*(round(value, 3) for value in (statistics.fmean(values), cuts[49], cuts[89], cuts[98])))
 
 
-def make_report(load: Load, model: str, exchanges: Sequence[Exchange]) -> Report:
+def make_report(load: LoadOptions, model: str, exchanges: Sequence[Exchange]) -> Report:
     completed = [exchange for exchange in exchanges if exchange.error is None]
     duration = max(e.end for e in exchanges) - min(e.start for e in exchanges)
     input_tokens = sum(e.usage.prompt_tokens for e in completed if e.usage)
@@ -112,8 +120,8 @@ def make_report(load: Load, model: str, exchanges: Sequence[Exchange]) -> Report
     )
 
 
-def bench(load: Load, *, as_json: bool) -> int:
-    """Run one benchmark and print its report. Returns the exit status: a failure where no request succeeded."""
+def bench(load: LoadOptions, *, as_json: bool) -> int:
+    """Run one benchmark, print its report and return the exit status: 1 if no request succeeded, else 0."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -133,7 +141,7 @@ def _print_report(report: Report) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    load = f"{report.concurrency} at a time" if report.rate is None else f"{report.rate:g} requests/s"
+    load = f"{report.concurrency} in flight" if report.rate is None else f"{report.rate:g} requests/s"
     title = f"{report.model}, {report.endpoint}, {report.num_requests} requests, {load}, seed {report.seed}"
     table = Table("", *(Column(name, justify="right") for name in ("mean", "p50", "p90", "p99")))
     rows = {
@@ -149,8 +157,8 @@ def _print_report(report: Report) -> None:
     console.print(table)
     console.print(
         f"{report.output_tokens_per_second:g} output tokens/s, {report.input_tokens_per_second:g} input tokens/s, "
-        f"{report.requests_per_second:g} requests/s; {report.num_completed} of {report.num_requests} requests done "
-        f"in {report.duration:g} s ({report.input_tokens} tokens in, {report.output_tokens} out)",
+        f"{report.requests_per_second:g} requests/s; {report.num_completed} of {report.num_requests} requests "
+        f"completed in {report.duration:g} s ({report.input_tokens} tokens in, {report.output_tokens} out)",
         soft_wrap=True,
     )
     for error, count in report.errors.items():

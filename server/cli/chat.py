@@ -1,6 +1,6 @@
-"""`lightwell chat`: a conversation in the terminal with any OpenAI-compatible server, over HTTP.
+"""`lightwell chat`: chat in the terminal with any OpenAI-compatible server, over HTTP.
 
-Works in a pipe as well: then each line of the input is a message, and only the answers are printed.
+When standard input is a pipe or a file, each of its lines is a message, and only the answers are printed.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from server.cli.http_client import RemoteError, check_status, connect, decode_ch
 if TYPE_CHECKING:
     import httpx
 
-HELP = "/clear forgets the conversation, /exit leaves (also Ctrl-D), Ctrl-C stops an answer."
+HELP = "/clear starts a new conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer."
 
-# A model's words must not steer the terminal.
+# Removed from answers, since a model's output must not control the terminal.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -25,7 +25,7 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 class ChatOptions:
     url: str
     api_key: str | None = None
-    model: str | None = None  # None: the first one that the server offers
+    model: str | None = None  # None: the first model that the server lists
     system: str | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -34,7 +34,7 @@ class ChatOptions:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The request fields that were set."""
+        """The request fields of the options that are set."""
         fields = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -45,7 +45,7 @@ class ChatOptions:
 
 
 class Conversation:
-    """The messages so far, and how to get the next one."""
+    """The messages so far, and the client that requests the next answer."""
 
     def __init__(self, client: "httpx.Client", model: str, options: ChatOptions) -> None:
         self._client = client
@@ -57,9 +57,9 @@ class Conversation:
         self.messages = list(self._system)
 
     def ask(self, text: str) -> Generator[str]:
-        """The pieces of the answer as they come. Raises RemoteError.
+        """Send a message and yield the answer piece by piece as it arrives. Raises RemoteError.
 
-        However it ends, what was said is remembered; a question without any answer is not.
+        The answer stays in the conversation even if it is cut off; a message without any answer is removed.
         """
         self.messages.append({"role": "user", "content": text})
         answer: list[str] = []
@@ -82,7 +82,7 @@ class Conversation:
 
 
 def _content(lines: Iterator[str]) -> Iterator[str]:
-    """Text out of server-sent events. Raises RemoteError for an error event and where the end is missing."""
+    """Yield the text of server-sent events. Raises RemoteError for an error event, and if `[DONE]` is missing."""
     for line in lines:
         data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
         if data == "[DONE]":
@@ -93,39 +93,39 @@ def _content(lines: Iterator[str]) -> Iterator[str]:
 
 
 def chat(options: ChatOptions) -> int:
-    """Talk until the end of the input. Returns the exit status. Raises RemoteError."""
+    """Chat until the end of the input and return the exit status. Raises RemoteError."""
     is_terminal = sys.stdin.isatty()
     with connect(options.url, options.api_key) as client:
         model = options.model or find_model(client)
         conversation = Conversation(client, model, options)
         if not is_terminal:
-            return _talk_in_pipe(conversation)
+            return _chat_in_pipe(conversation)
         print(f"{model} at {options.url}. {HELP}")
-        return _talk_in_terminal(conversation)
+        return _chat_in_terminal(conversation)
 
 
-def _talk_in_pipe(conversation: Conversation) -> int:
+def _chat_in_pipe(conversation: Conversation) -> int:
     for line in sys.stdin:
         if line.strip():
             _print_answer(conversation, line.strip())
     return 0
 
 
-def _talk_in_terminal(conversation: Conversation) -> int:
-    import readline  # noqa: F401  (input() edits lines and recalls them once it is imported)
+def _chat_in_terminal(conversation: Conversation) -> int:
+    import readline  # noqa: F401  (gives input() line editing and history)
 
     while (line := _read_line()) is not None:
         if line in ("/exit", "/quit"):
             break
         if line.startswith("/"):
-            _obey(conversation, line)
+            _run_command(conversation, line)
         elif line:
             _answer_in_terminal(conversation, line)
     return 0
 
 
 def _read_line() -> str | None:
-    """The next line; None at the end of the input. Ctrl-C drops what was typed."""
+    """Return the next line, or None at the end of the input. Ctrl-C discards the typed line and returns ""."""
     try:
         return input("> ").strip()
     except KeyboardInterrupt:
@@ -136,12 +136,12 @@ def _read_line() -> str | None:
         return None
 
 
-def _obey(conversation: Conversation, command: str) -> None:
+def _run_command(conversation: Conversation, command: str) -> None:
     if command == "/clear":
         conversation.clear()
-        print("The conversation starts anew.")
+        print("Started a new conversation.")
     else:
-        print(HELP if command == "/help" else f"There is no {command}. {HELP}")
+        print(HELP if command == "/help" else f"Unknown command {command}. {HELP}")
 
 
 def _answer_in_terminal(conversation: Conversation, line: str) -> None:
@@ -154,7 +154,7 @@ def _answer_in_terminal(conversation: Conversation, line: str) -> None:
 
 
 def _print_answer(conversation: Conversation, line: str) -> None:
-    """Print an answer as it comes. Leaving early closes the connection, which makes the server stop too."""
+    """Print an answer as it arrives. An exception closes the connection, so that the server stops as well."""
     with closing(conversation.ask(line)) as pieces:
         for piece in pieces:
             print(_CONTROL_CHARACTERS.sub("", piece), end="", flush=True)

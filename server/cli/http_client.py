@@ -1,4 +1,4 @@
-"""Talking to an OpenAI-compatible server from the command line: where it is, which model it has, what went wrong."""
+"""The HTTP client of the commands `chat` and `bench`, for any OpenAI-compatible server."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from server.settings.table import is_loopback
+from server.settings.load import is_loopback
 
 if TYPE_CHECKING:
     import httpx
@@ -16,62 +16,62 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class RemoteError(Exception):
-    """The server cannot be used; the message is one line for the user."""
+    """The server cannot be used. The message is one line for the user."""
 
 
-# What is read of the events of a stream; other fields are passed over.
+# The fields that are read from the events of a stream; others are ignored.
 
 
-class Usage(msgspec.Struct):
+class StreamUsage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
-class Delta(msgspec.Struct):
+class StreamDelta(msgspec.Struct):
     content: str | None = None
 
 
-class Choice(msgspec.Struct):
+class StreamChoice(msgspec.Struct):
     text: str | None = None  # completions
-    delta: Delta | None = None  # chat
+    delta: StreamDelta | None = None  # chat
     token_ids: list[int] | None = None
 
 
-class Chunk(msgspec.Struct):
-    choices: list[Choice] = []
-    usage: Usage | None = None
+class StreamChunk(msgspec.Struct):
+    choices: list[StreamChoice] = []
+    usage: StreamUsage | None = None
     error: dict[str, object] | None = None
 
     @property
     def text(self) -> str:
-        """What the first choice adds."""
+        """Text that the chunk adds to the first choice."""
         if not self.choices:
             return ""
         choice = self.choices[0]
         return choice.text or (choice.delta and choice.delta.content) or ""
 
 
-_CHUNK_DECODER = msgspec.json.Decoder(Chunk)
+_CHUNK_DECODER = msgspec.json.Decoder(StreamChunk)
 
 
-def decode_chunk(data: str | bytes) -> Chunk:
-    """The data of one event. Raises RemoteError where it reports a failure or is something else."""
+def decode_chunk(data: str | bytes) -> StreamChunk:
+    """Decode the data of one event. Raises RemoteError if it is an error event or no valid chunk."""
     try:
         chunk = _CHUNK_DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise RemoteError("the server's events are not those of the OpenAI API") from None
+        raise RemoteError("the server sent an event that is not in the OpenAI format") from None
     if chunk.error:
         raise RemoteError(f"the answer failed: {one_line(chunk.error.get('message'))}")
     return chunk
 
 
 def one_line(text: object) -> str:
-    """Foreign text, fit for a terminal."""
+    """Return text from a server as one line without control characters, safe to print in a terminal."""
     return "".join(c for c in " ".join(str(text).split()) if c.isprintable())
 
 
 def base_url(url: str) -> str:
-    """The server's address without a path that ends in /v1. Raises ValueError where it is no http(s) address."""
+    """Return the address of a server without a trailing /v1. Raises ValueError if it is not an http(s) address."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
         raise ValueError
@@ -81,7 +81,7 @@ def base_url(url: str) -> str:
 
 
 def connect(url: str, api_key: str | None, *, read_timeout: float = 600.0) -> "httpx.Client":
-    """A client for `url` as `base_url` returns it. A proxy of the environment is not asked for loopback addresses."""
+    """Return a client for `url`, as returned by `base_url`. For loopback, it ignores proxies of the environment."""
     import httpx
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -92,7 +92,7 @@ def connect(url: str, api_key: str | None, *, read_timeout: float = 600.0) -> "h
 
 @contextmanager
 def plain_errors(url: str) -> Iterator[None]:
-    """Turn httpx's errors into RemoteErrors."""
+    """Convert httpx's errors to RemoteErrors."""
     import httpx
 
     try:
@@ -102,16 +102,16 @@ def plain_errors(url: str) -> Iterator[None]:
     except httpx.TimeoutException:
         raise RemoteError(f"the server at {url} takes too long to answer") from None
     except httpx.RemoteProtocolError:
-        raise RemoteError(f"the server at {url} broke the connection off") from None
+        raise RemoteError(f"the server at {url} closed the connection early") from None
     except httpx.HTTPError as error:
         raise RemoteError(f"the server at {url}: {error}") from None
 
 
 def check_status(response: "httpx.Response") -> None:
-    """Raise RemoteError with the server's own message unless the answer is a success."""
+    """Raise RemoteError with the server's error message unless the status is 2xx."""
     if not response.is_success:
         response.read()
-        raise RemoteError(f"the server answered {response.status_code}: {_message(response)}")
+        raise RemoteError(f"the server returned status {response.status_code}: {_message(response)}")
 
 
 def _message(response: "httpx.Response") -> str:
@@ -122,11 +122,11 @@ def _message(response: "httpx.Response") -> str:
 
 
 def find_model(client: "httpx.Client") -> str:
-    """The first model that the server offers. Raises RemoteError."""
+    """Return the first model that the server lists. Raises RemoteError."""
     with plain_errors(str(client.base_url)):
         response = client.get("/v1/models")
         check_status(response)
     try:
         return str(response.json()["data"][0]["id"])
     except (ValueError, KeyError, TypeError, IndexError):
-        raise RemoteError("the server does not say which models it has: give --model") from None
+        raise RemoteError("the server lists no models: set --model") from None

@@ -1,6 +1,7 @@
-"""Requests to an OpenAI-compatible server, many at a time, and what their client sees of each.
+"""Send many concurrent requests to an OpenAI-compatible server, and time the chunks of each answer.
 
-Plain asyncio streams and as much of HTTP as is needed, so that measuring costs little beside the server.
+It uses plain asyncio streams and a minimal HTTP client, so that the load generator takes little CPU time from a server
+on the same machine.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from server.cli.http_client import RemoteError, Usage, decode_chunk, one_line
+from server.cli.http_client import RemoteError, StreamUsage, decode_chunk, one_line
 
 _WORDS = (
     "able above across after again air all along animal answer apple arm ask autumn away back bag ball bank base bed "
@@ -29,21 +30,21 @@ _WORDS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Load:
-    """What is sent where."""
+class LoadOptions:
+    """The server to send requests to, their number and pace, and their contents."""
 
     url: str
     api_key: str | None = None
-    model: str | None = None  # None: the first one that the server offers
+    model: str | None = None  # None: the first model that the server lists
     endpoint: str = "completions"  # completions, chat
     num_requests: int = 64
     concurrency: int = 8
-    rate: float | None = None  # requests a second; None: closed loop
+    rate: float | None = None  # requests per second; None: closed loop
     input_len: int = 128  # words, about one token each
     output_len: int = 64  # tokens
-    shared_prefix_len: int = 0  # words that all prompts begin with
+    shared_prefix_len: int = 0  # words that all prompts start with
     temperature: float = 0.0
-    ignore_eos: bool = True  # ask for exactly output_len tokens
+    ignore_eos: bool = True  # request exactly output_len tokens
     warmup: int = 0  # requests before the measured ones
     timeout: float = 600.0  # seconds for one request
     seed: int = 0
@@ -51,23 +52,23 @@ class Load:
 
 @dataclasses.dataclass
 class Exchange:
-    """One request as its client saw it; times are of `time.perf_counter()`."""
+    """One request and its answer as the client saw it. Times are those of `time.perf_counter()`."""
 
     start: float
     end: float = 0.0
-    chunks: list[tuple[float, int | None]] = dataclasses.field(default_factory=list)  # time, tokens if they are named
-    usage: Usage | None = None
+    chunks: list[tuple[float, int | None]] = dataclasses.field(default_factory=list)  # time, number of tokens if known
+    usage: StreamUsage | None = None
     error: str | None = None
 
     @property
     def num_output_tokens(self) -> int:
-        """As the server counts them, else as many as came."""
+        """Number of output tokens reported by the server, or counted from the chunks if it reports none."""
         return self.usage.completion_tokens if self.usage else sum(count or 1 for _, count in self.chunks)
 
     def inter_token_latencies(self) -> list[float]:
-        """Seconds between tokens. A chunk of k tokens counts as k that came evenly since the chunk before it.
+        """Return the seconds between tokens. The k tokens of a chunk are spread evenly since the previous chunk.
 
-        Where chunks do not say how many tokens they carry, all carry the same share of what the server counted.
+        If chunks do not tell their number of tokens, the tokens that the server counted are shared equally among them.
         """
         share = self.num_output_tokens / max(1, len(self.chunks))
         latencies = []
@@ -77,8 +78,8 @@ class Exchange:
         return latencies
 
 
-def make_prompts(load: Load, seed: int, num_prompts: int) -> list[str]:
-    """Prompts of random words; the same seed makes the same ones."""
+def make_prompts(load: LoadOptions, seed: int, num_prompts: int) -> list[str]:
+    """Return prompts of random words, which depend on the seed alone."""
     rng, words = random.Random(seed), _WORDS.split()
     prefix = rng.choices(words, k=min(load.shared_prefix_len, load.input_len))
     num_own = load.input_len - len(prefix)
@@ -86,9 +87,9 @@ def make_prompts(load: Load, seed: int, num_prompts: int) -> list[str]:
 
 
 class Target:
-    """Where requests go and what they ask for."""
+    """The server under load: opens connections to it, sends requests and reads answers."""
 
-    def __init__(self, load: Load, model: str) -> None:
+    def __init__(self, load: LoadOptions, model: str) -> None:
         self._load = load
         url = urlsplit(load.url)
         assert url.hostname is not None
@@ -119,7 +120,7 @@ class Target:
         return await asyncio.open_connection(self._host, self._port, ssl=self._ssl, limit=1 << 20)
 
     async def exchange(self, prompt: str, start: float) -> Exchange:
-        """Send one request, which was due at `start`, and read its answer. A failure is noted, never raised."""
+        """Send one request, which was due at `start`, and read its answer. Failures are recorded, not raised."""
         exchange = Exchange(start)
         try:
             async with asyncio.timeout(self._load.timeout):
@@ -154,11 +155,11 @@ class Target:
             if data == b"[DONE]":
                 return
             if data:
-                _note(exchange, data)
+                _record_chunk(exchange, data)
         raise RemoteError("stream cut off")
 
 
-def _note(exchange: Exchange, data: bytes) -> None:
+def _record_chunk(exchange: Exchange, data: bytes) -> None:
     chunk = decode_chunk(data)
     if chunk.usage:
         exchange.usage = chunk.usage
@@ -167,11 +168,11 @@ def _note(exchange: Exchange, data: bytes) -> None:
         exchange.chunks.append((time.perf_counter(), len(token_ids) if token_ids else None))
 
 
-# As much of HTTP/1.1 as answers to such requests use.
+# A minimal HTTP/1.1 client.
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
-    """Status, and whether the body is chunked. Raises ValueError where it is not HTTP."""
+    """Return the status, and whether the body is chunked. Raises ValueError if the answer is not HTTP."""
     lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
     return int(lines[0].split()[1]), any(b"chunked" in line for line in lines if line.startswith(b"transfer-encoding:"))
 
@@ -201,19 +202,20 @@ def _error_message(body: bytes) -> str:
     return one_line(body[:200].decode(errors="replace"))
 
 
-# The two kinds of load. `done` is called after each request.
+# The two load patterns.
 
 
 async def closed_loop(
-    target: Target, prompts: Sequence[str], concurrency: int, done: Callable[[], None]
+    target: Target, prompts: Sequence[str], concurrency: int, on_done: Callable[[], None]
 ) -> list[Exchange]:
+    """Send all prompts, keeping `concurrency` requests in flight; `on_done` is called after each request."""
     exchanges: list[Exchange] = []
     waiting = iter(prompts)
 
     async def client() -> None:
         for prompt in waiting:
             exchanges.append(await target.exchange(prompt, time.perf_counter()))
-            done()
+            on_done()
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(prompts))):
@@ -222,16 +224,16 @@ async def closed_loop(
 
 
 async def open_loop(
-    target: Target, prompts: Sequence[str], arrivals: Sequence[float], done: Callable[[], None]
+    target: Target, prompts: Sequence[str], arrivals: Sequence[float], on_done: Callable[[], None]
 ) -> list[Exchange]:
-    """`arrivals`: seconds from the start at which each prompt is due."""
+    """Send each prompt at its arrival time, in seconds from the start; `on_done` is called after each request."""
     exchanges: list[Exchange] = []
     start = time.perf_counter()
 
     async def client(prompt: str, due: float) -> None:
         await asyncio.sleep(due - time.perf_counter())
         exchanges.append(await target.exchange(prompt, due))
-        done()
+        on_done()
 
     async with asyncio.TaskGroup() as group:
         for prompt, arrival in zip(prompts, arrivals, strict=True):
@@ -240,7 +242,7 @@ async def open_loop(
 
 
 def poisson_arrivals(rate: float, num_requests: int, seed: int) -> list[float]:
-    """Times in seconds, ascending from 0, of a Poisson process of `rate` requests a second."""
+    """Return the arrival times of a Poisson process of `rate` requests per second: seconds, ascending from 0."""
     rng = random.Random(seed)
     arrivals = [0.0]
     while len(arrivals) < num_requests:

@@ -1,17 +1,18 @@
-"""The grammar of a tree of parts of an answer, vLLM's structural tags, in llguidance's dialect of Lark.
+"""The grammar of a structural tag, which describes an answer as a tree of parts, in llguidance's dialect of Lark.
 
-A lexer takes as much text as it can, so a free text has to know what ends it: each part is written together with what
-follows it. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+A lexer consumes as much text as it can, so the rule for free text must contain what ends it: each part is written
+together with the text after it. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
-from engine.grammar.matcher import MAX_GRAMMAR_BYTES
-from server.constrained.json_schema import escaped, followable
-from server.constrained.tool_grammar import ANYTHING, Marks
+from engine.grammar.compiler import MAX_GRAMMAR_BYTES
+from server.constrained.json_schema import escape_regex, normalize_schema
+from server.constrained.tool_grammar import ANYTHING, MarkerWriter
 from server.schemas.structural_tag import (
     AnyText,
     ConstString,
@@ -31,96 +32,98 @@ from server.schemas.structural_tag import (
 
 
 class StructuralTagError(ValueError):
-    """A part that cannot be followed where it stands. The message is fit for the client that sent it."""
+    """A part that no grammar can express at its position. The message may be shown to clients."""
 
-    def __init__(self, place: str, message: str) -> None:
+    def __init__(self, path: str, message: str) -> None:
         super().__init__(message)
-        self.place = place
+        self.path = path  # of the part in the structural tag
 
 
-class Head(NamedTuple):
-    """One way in which what follows may begin: with a mark, if that is a text, and then with the rest."""
+class Alternative(NamedTuple):
+    """One form of a text: the marker it begins with, unless that is not literal text, and the rest."""
 
-    mark: str | None
-    rest: str
+    marker: str | None
+    rest: str  # a grammar expression
 
 
-Following = tuple[Head, ...]  # the ways in which what follows may begin; empty: nothing follows
-ANYTHING_ELSE: Following = (Head(None, ""),)  # it is not known what follows
+Alternatives = tuple[Alternative, ...]  # of the text after a part: empty at the end of the answer
+UNKNOWN: Alternatives = (Alternative(None, ""),)  # text that the caller appends to the part's expression
 
 
 @dataclass(slots=True)
 class TagGrammar:
-    """Writes the rules of a tree of parts.
+    """Writes the rules of a structural tag.
 
     Attributes:
-        marks: writes texts in which control tokens may be.
-        json_options: how llguidance reads schemas.
-        regex: writes a regular expression as a terminal.
-        grammars: the parts that are grammars of their own, by the names under which the rules have them.
+        markers: writes texts that may contain special tokens.
+        json_options: llguidance's options for schemas.
+        regex: returns a regular expression in Lark's notation.
+        grammars: the parts that are separate grammars, by the names by which the rules refer to them.
     """
 
-    marks: Marks
+    markers: MarkerWriter
     json_options: Mapping[str, Any]
     regex: Callable[[str], str]
     grammars: dict[str, str] = field(default_factory=dict)
     rules: list[str] = field(default_factory=list)
-    _names: dict[str, str] = field(default_factory=dict)  # body of a rule -> its name
-    _tags: dict[tuple[int, Following], str] = field(default_factory=dict)  # a tag and what follows -> its inside
-    _num_chars: int = 0  # of the rules
+    _names: dict[str, str] = field(default_factory=dict)  # names of rules by their bodies
+    _tags: dict[tuple[int, Alternatives], str] = field(default_factory=dict)  # `_after_begin` by its arguments
+    _num_chars: int = 0  # total length of the rules
 
     def write(self, format: Format) -> str:
-        """Raises StructuralTagError."""
-        start = _either(self._heads(format, (), "format"), self.marks)
+        """Return the grammar of a part that is the whole answer. Raises StructuralTagError."""
+        start = _either(self._alternatives(format, (), "format"), self.markers)
         return "\n".join(["%llguidance {}", f"start: {start}", *self.rules]) + "\n"
 
     def _add(self, rule: str) -> None:
-        """Raises StructuralTagError where the grammar becomes larger than any that is taken."""
+        """Add a rule. Raises StructuralTagError if the grammar becomes larger than the engine accepts."""
         self.rules.append(rule)
         self._num_chars += len(rule)
         if self._num_chars > MAX_GRAMMAR_BYTES:
             raise StructuralTagError("format", "its grammar would be too large")
 
     def _rule(self, body: str) -> str:
-        """The name of a rule for it, so that what stands in several places is written once."""
+        """Return the name of a rule with this body, which is added once however often it is used."""
         if body and body not in self._names:
             self._names[body] = f"part_{len(self.rules)}"
             self._add(f"{self._names[body]}: {body}")
         return self._names.get(body, "")
 
-    def _heads(self, format: Format, following: Following, place: str) -> Following:
-        """The ways in which the part may begin, with all that follows, each once."""
-        return tuple(dict.fromkeys(self._all_heads(format, following, place)))
+    def _alternatives(self, format: Format, following: Alternatives, path: str) -> Alternatives:
+        """Return the distinct alternatives of a part, each with the text after the part."""
+        return tuple(dict.fromkeys(self._list_alternatives(format, following, path)))
 
-    def _all_heads(self, format: Format, following: Following, place: str) -> Sequence[Head]:
+    def _list_alternatives(self, format: Format, following: Alternatives, path: str) -> Sequence[Alternative]:
         match format:
             case ConstString():
-                rest = self._rule(_either(following, self.marks))
-                return [Head(format.value, rest)] if format.value else following or ANYTHING_ELSE
+                rest = self._rule(_either(following, self.markers))
+                return [Alternative(format.value, rest)] if format.value else following or UNKNOWN
             case SequencePart():
-                heads = following
+                alternatives = following
                 for index in reversed(range(len(format.elements))):
-                    heads = self._heads(format.elements[index], heads, f"{place}.elements[{index}]")
-                return heads
+                    alternatives = self._alternatives(format.elements[index], alternatives, f"{path}.elements[{index}]")
+                return alternatives
             case OrPart():
                 parts = enumerate(format.elements)
-                return [head for i, part in parts for head in self._heads(part, following, f"{place}.elements[{i}]")]
+                return [
+                    each for i, part in parts for each in self._alternatives(part, following, f"{path}.elements[{i}]")
+                ]
             case OptionalPart():
-                return [*self._heads(format.content, following, f"{place}.content"), *(following or ANYTHING_ELSE)]
+                return [*self._alternatives(format.content, following, f"{path}.content"), *(following or UNKNOWN)]
             case TagPart():
-                return [Head(format.begin, self._rule(self._inside(format, following, place)))]
+                return [Alternative(format.begin, self._rule(self._after_begin(format, following, path)))]
             case AnyText():
-                return [Head(None, self._text(format.excludes, following, place))]
+                return [Alternative(None, self._free_text(format.excludes, following, path))]
             case TriggeredTags():
-                return [Head(None, self._triggered(format, following, place))]
-        rest = self._rule(_either(following, self.marks))
-        return [Head(None, f"{self._alone(format, place)} {rest}")]
+                return [Alternative(None, self._triggered(format, following, path))]
+        rest = self._rule(_either(following, self.markers))
+        return [Alternative(None, f"{self._self_delimiting(format, path)} {rest}")]
 
-    def _alone(self, format: Format, place: str) -> str:
-        """A part that ends by itself."""
+    def _self_delimiting(self, format: Format, path: str) -> str:
+        """Return the expression of a part whose end does not depend on the text after it."""
         match format:
             case JSONSchemaPart():
-                return self._rule(f"%json {json.dumps({**followable(format.json_schema), **self.json_options})}")
+                return self._rule(f"%json {json.dumps({**normalize_schema(format.json_schema), **self.json_options})}")
             case RegexPart():
                 return self._rule(self.regex(format.pattern))
             case GrammarPart():
@@ -128,95 +131,95 @@ class TagGrammar:
                 self.grammars[name] = format.grammar
                 return f"@{name}"
             case PlusPart() | StarPart():
-                repeated = _either(self._heads(format.content, ANYTHING_ELSE, f"{place}.content"), self.marks)
+                repeated = _either(self._alternatives(format.content, UNKNOWN, f"{path}.content"), self.markers)
                 return f"({repeated}){'+' if isinstance(format, PlusPart) else '*'}"
             case TagsWithSeparator():
-                return self._separated(format, place)
+                return self._separated(format, path)
         raise TypeError(format)
 
-    def _inside(self, tag: TagPart, following: Following, place: str) -> str:
-        """A tag without its beginning."""
+    def _after_begin(self, tag: TagPart, following: Alternatives, path: str) -> str:
+        """Return the expression of a tag after its begin marker, with the text after it."""
         key = (id(tag), following)
         if key not in self._tags:
-            rest = self._rule(_either(following, self.marks))
-            ends = [head for end in tag.ends for head in ((Head(end, rest),) if end else following or ANYTHING_ELSE)]
+            rest = self._rule(_either(following, self.markers))
+            ends = [each for end in tag.ends for each in ((Alternative(end, rest),) if end else following or UNKNOWN)]
             if not any(tag.ends) and not following:
                 ends = []
-            heads = self._heads(tag.content, tuple(dict.fromkeys(ends)), f"{place}.content")
-            self._tags[key] = _either(heads, self.marks)
+            content = self._alternatives(tag.content, tuple(dict.fromkeys(ends)), f"{path}.content")
+            self._tags[key] = _either(content, self.markers)
         return self._tags[key]
 
-    def _text(self, excludes: Sequence[str], following: Following, place: str) -> str:
-        """Any text up to what follows."""
+    def _free_text(self, excludes: Sequence[str], following: Alternatives, path: str) -> str:
+        """Return the expression of any text up to the text after the part, which is included."""
         text = self._terminal(excludes)
         if not following:
             return text
-        return f"({' | '.join(f'{begin} {rest}' for begin, rest in self._texts_up_to(text, following, place))})"
+        return f"({' | '.join(f'{begin} {rest}' for begin, rest in self._rules_up_to(text, following, path))})"
 
-    def _texts_up_to(self, text: str, following: Following, place: str) -> Iterator[tuple[str, str]]:
-        for mark, rest in following:
-            if mark is None:
-                raise StructuralTagError(place, "what follows any text has to begin with a text that ends it")
+    def _rules_up_to(self, text: str, following: Alternatives, path: str) -> Iterator[tuple[str, str]]:
+        for marker, rest in following:
+            if marker is None:
+                raise StructuralTagError(path, "any text must be followed by a literal text, which ends it")
             name = f"up_to_{len(self.rules)}"
-            self._add(self.marks.up_to(name, text, mark))
+            self._add(self.markers.up_to(name, text, marker))
             yield name, rest
 
     def _terminal(self, excludes: Sequence[str]) -> str:
         name = f"TEXT_{len(self.rules)}"
-        without = f" & ~/{ANYTHING}({'|'.join(map(escaped, excludes))}){ANYTHING}/" if excludes else ""
+        without = f" & ~/{ANYTHING}({'|'.join(map(escape_regex, excludes))}){ANYTHING}/" if excludes else ""
         self._add(f"{name}: /{ANYTHING}/{without}")
         return name
 
-    def _triggered(self, format: TriggeredTags, following: Following, place: str) -> str:
-        """Tags in any text; one that has to be is the beginning."""
+    def _triggered(self, format: TriggeredTags, following: Alternatives, path: str) -> str:
+        """Return the expression of free text with tags in it. A required tag is at the beginning."""
         text = self._terminal(format.excludes)
-        by_trigger = tuple(self._by_trigger(format, place))
-        tag = self._rule(" | ".join(map(" ".join, self._texts_up_to(text, by_trigger, place))))
-        rest = self._rule(_either(following, self.marks))
-        end = self._text(format.excludes, following, place)
-        first = self._first_of(format.tags, place) if format.at_least_one else None
+        by_trigger = tuple(self._by_trigger(format, path))
+        tag = self._rule(" | ".join(map(" ".join, self._rules_up_to(text, by_trigger, path))))
+        rest = self._rule(_either(following, self.markers))
+        end = self._free_text(format.excludes, following, path)
+        first = self._any_of(format.tags, path) if format.at_least_one else None
         if format.stop_after_first:
             return f"({tag} {rest} | {end})" if first is None else f"{first} {rest}"
         return f"{first or ''} {tag}* {end}"
 
-    def _by_trigger(self, format: TriggeredTags, place: str) -> Iterator[Head]:
-        """Each trigger, and what its tags are without it."""
+    def _by_trigger(self, format: TriggeredTags, path: str) -> Iterator[Alternative]:
+        """Yield each trigger with the expression of its tags after the trigger."""
         triggers = [_trigger_of(tag, format.triggers) for tag in format.tags]
         for index, trigger in enumerate(triggers):
             if trigger is None:
                 raise StructuralTagError(
-                    f"{place}.tags[{index}].begin", "expected it to begin with one of the triggers"
+                    f"{path}.tags[{index}].begin", "expected text that begins with one of the triggers"
                 )
         for number, trigger in enumerate(format.triggers):
             if trigger not in triggers:
-                problem = "no tag begins with it, or another trigger comes before"
-                raise StructuralTagError(f"{place}.triggers[{number}]", problem)
+                problem = "no tag begins with it, or all of them begin with an earlier trigger"
+                raise StructuralTagError(f"{path}.triggers[{number}]", problem)
             forms = [
-                f"{self.marks.write(tag.begin[len(trigger) :])} "
-                + self._rule(self._inside(tag, ANYTHING_ELSE, f"{place}.tags[{index}]"))
+                f"{self.markers.write(tag.begin[len(trigger) :])} "
+                + self._rule(self._after_begin(tag, UNKNOWN, f"{path}.tags[{index}]"))
                 for index, tag in enumerate(format.tags)
                 if triggers[index] == trigger
             ]
-            yield Head(trigger, f"({' | '.join(forms)})")
+            yield Alternative(trigger, f"({' | '.join(forms)})")
 
-    def _separated(self, format: TagsWithSeparator, place: str) -> str:
-        tag = self._first_of(format.tags, place)
-        several = tag if format.stop_after_first else f"{tag} ({self.marks.write(format.separator)} {tag})*"
+    def _separated(self, format: TagsWithSeparator, path: str) -> str:
+        tag = self._any_of(format.tags, path)
+        several = tag if format.stop_after_first else f"{tag} ({self.markers.write(format.separator)} {tag})*"
         return f"({several})" if format.at_least_one else f"({several})?"
 
-    def _first_of(self, tags: Sequence[TagPart], place: str) -> str:
-        """Any of the tags, without text before."""
-        heads = [self._heads(tag, ANYTHING_ELSE, f"{place}.tags[{index}]") for index, tag in enumerate(tags)]
-        return self._rule(_either(tuple(head for of_tag in heads for head in of_tag), self.marks))
+    def _any_of(self, tags: Sequence[TagPart], path: str) -> str:
+        """Return the expression of any one of the tags."""
+        by_tag = [self._alternatives(tag, UNKNOWN, f"{path}.tags[{index}]") for index, tag in enumerate(tags)]
+        return self._rule(_either(tuple(chain.from_iterable(by_tag)), self.markers))
 
 
-def _either(heads: Following, marks: Marks) -> str:
-    """The ways in which something may begin, as one expression."""
-    forms = [rest if mark is None else f"{marks.write(mark)} {rest}" for mark, rest in heads]
+def _either(alternatives: Alternatives, markers: MarkerWriter) -> str:
+    """Return the alternatives as one expression."""
+    forms = [rest if marker is None else f"{markers.write(marker)} {rest}" for marker, rest in alternatives]
     forms = [form or '""' for form in dict.fromkeys(form.strip() for form in forms)]
     return forms[0] if len(forms) == 1 else f"({' | '.join(forms)})" if forms else ""
 
 
 def _trigger_of(tag: TagPart, triggers: Sequence[str]) -> str | None:
-    """The first trigger that it begins with."""
+    """Return the first trigger that a tag begins with, if any."""
     return next((trigger for trigger in triggers if tag.begin.startswith(trigger)), None)

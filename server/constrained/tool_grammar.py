@@ -1,8 +1,8 @@
-"""The grammar of an answer that has to call tools, or that calls them strictly, in llguidance's dialect of Lark.
+"""The grammar of an answer with forced or strict tool calls, in llguidance's dialect of Lark.
 
-The calls that it allows are some of those that `server.text.tool_parser` reads, in the form in which models learn to
-write them. All is literal but the arguments, which follow the tool's JSON schema with a space after commas and colons.
-https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+It allows a subset of the calls that `server.text.parsers.tool_parser` reads, in the form in which models are trained to
+write them. Everything is literal except the arguments, which follow the tool's JSON schema with a space after commas
+and colons. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.constrained.json_schema import escaped, followable
+from server.constrained.json_schema import escape_regex, normalize_schema
 from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, must_call
-from server.text.reasoning import ThinkTags
-from server.text.tool_formats import ToolFormat
+from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.tool_formats import ToolFormat
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANYTHING = r"(.|\n)*"
@@ -27,127 +27,132 @@ def tool_grammar(
     tool_choice: ToolChoice | None,
     parallel: bool,
     *,
-    think_tags: ThinkTags | None = None,
-    is_thinking: bool = False,
+    reasoning_tags: ReasoningTags | None = None,
+    is_reasoning: bool = False,
     special_ids: Mapping[str, int] | None = None,
     has_content_grammar: bool = False,
 ) -> str | None:
-    """What the whole output must match, or None where it may be any text.
+    """Return the grammar of the whole output, or None if it may be any text.
 
-    Where calls are forced, the arguments of all tools follow their schemas; elsewhere those of strict tools do.
+    The arguments of forced calls follow their tools' schemas; otherwise only those of strict tools do.
 
     Args:
-        tools: those of the request, judged.
-        parallel: whether several calls may follow one another. A tool that is named is called once.
-        think_tags: of a model that may think before it answers, or does so (`is_thinking`: the prompt has begun it).
-        special_ids: tags and markers that are control tokens, which no text spells -> their token ids.
-        has_content_grammar: an answer without calls must match a grammar `@content`, which is to be put beside it.
+        tools: the tools of the request, validated.
+        parallel: whether several calls may follow one another. A named tool is called once.
+        reasoning_tags: set for models that may reason before they answer.
+        is_reasoning: the prompt ends with the start tag.
+        special_ids: token ids of the tags and markers that are special tokens, which no text is tokenized to.
+        has_content_grammar: an answer without calls must match the grammar `@content`, which the caller adds.
     """
     allowed = callable_tools(tools, tool_choice)
     is_forced = must_call(tool_choice)
     if not is_forced and not has_content_grammar and not any(tool.function.strict for tool in allowed):
         return None
-    marks = Marks(special_ids or {})
-    begin, calls = _calls(marks, format, parallel and not isinstance(tool_choice, NamedTool))
+    markers = MarkerWriter(special_ids or {})
+    begin, calls = _call_expressions(markers, format, parallel and not isinstance(tool_choice, NamedTool))
     if is_forced:
         answer = [f"answer: {begin} {calls}"]
     elif has_content_grammar:
         answer = [f"answer: {begin} {calls} | @content" if allowed else "answer: @content"]
     else:
-        answer = _calls_or_text(marks, format, calls)
-    no_thoughts = "" if think_tags is None or is_thinking else marks.without(think_tags.start)
+        answer = _answer_rules(markers, format, calls)
+    no_reasoning = "" if reasoning_tags is None or is_reasoning else markers.without(reasoning_tags.start)
     rules = [
         "%llguidance {}",
-        *_thoughts(marks, think_tags, is_thinking),
+        *_reasoning_rules(markers, reasoning_tags, is_reasoning),
         *answer,
-        *_tools(marks, format, allowed, is_forced=is_forced),
-        f"FIRST: TEXT{no_thoughts}",
+        *_tool_rules(markers, format, allowed, is_forced=is_forced),
+        f"FIRST: TEXT{no_reasoning}",
         f"TEXT: /{ANYTHING}/",
     ]
     return "\n".join(rules) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
-    """Writes tags and markers: control tokens in them as such, all else as text."""
+class MarkerWriter:
+    """Writes tags and markers as grammar expressions: special tokens by id, everything else as literal text."""
 
     special_ids: Mapping[str, int]
 
-    def write(self, mark: str) -> str:
-        return " ".join(map(self._write_piece, self._pieces(mark)))
+    def write(self, marker: str) -> str:
+        return " ".join(map(self._write_piece, self._pieces(marker)))
 
-    def up_to(self, rule: str, text: str, mark: str) -> str:
-        """A rule for text up to the first such mark, with it."""
-        first, *others = self._pieces(mark)
+    def up_to(self, rule: str, text: str, marker: str) -> str:
+        """Return a rule named `rule` for `text` up to and including the first occurrence of the marker."""
+        first, *others = self._pieces(marker)
         if first in self.special_ids:
-            return f"{rule}: {text} {self.write(mark)}"
+            return f"{rule}: {text} {self.write(marker)}"
         if not others:
-            return f"{rule}[lazy]: {text} {_literal(mark)}"
-        # What comes before its first control token ends with what it has before it.
-        before = f"{rule.upper()}: {text} & /{ANYTHING}{escaped(first)}/"
-        return f"{before}\n{rule}: {rule.upper()} {self.write(mark[len(first) :])}"
+            return f"{rule}[lazy]: {text} {_literal(marker)}"
+        # The marker begins with text before its first special token, so the text up to that token ends with it.
+        before = f"{rule.upper()}: {text} & /{ANYTHING}{escape_regex(first)}/"
+        return f"{before}\n{rule}: {rule.upper()} {self.write(marker[len(first) :])}"
+
+    def without(self, marker: str, *, anywhere: bool = False) -> str:
+        """Return the part of a terminal that excludes the marker at the beginning of its text, or anywhere in it."""
+        if marker in self.special_ids:
+            return ""
+        before = ANYTHING if anywhere else ""
+        return f" & ~/{before}{escape_regex(marker)}{ANYTHING}/"
 
     def _write_piece(self, piece: str) -> str:
         return f"<[{self.special_ids[piece]}]>" if piece in self.special_ids else _literal(piece)
 
-    def _pieces(self, mark: str) -> list[str]:
-        """Cut at its control tokens."""
+    def _pieces(self, marker: str) -> list[str]:
+        """Split a marker at its special tokens."""
         if not self.special_ids:
-            return [mark]
-        cuts = "|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True)))
-        return [piece for piece in re.split(f"({cuts})", mark) if piece] or [mark]
-
-    def without(self, mark: str, *, anywhere: bool = False) -> str:
-        """What keeps a lexeme from having the mark at its beginning, or anywhere."""
-        if mark in self.special_ids:
-            return ""
-        before = ANYTHING if anywhere else ""
-        return f" & ~/{before}{escaped(mark)}{ANYTHING}/"
+            return [marker]
+        tokens = "|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True)))
+        return [piece for piece in re.split(f"({tokens})", marker) if piece] or [marker]
 
 
-def _thoughts(marks: Marks, tags: ThinkTags | None, is_thinking: bool) -> list[str]:
-    """The rule `start`: what `answer` is, after thoughts if there may be any."""
+def _reasoning_rules(markers: MarkerWriter, tags: ReasoningTags | None, is_reasoning: bool) -> list[str]:
+    """Return the rule `start`: an `answer`, after reasoning if the model may reason."""
     if tags is None:
         return ["start: answer"]
-    start = "thoughts answer" if is_thinking else f"{marks.write(tags.start)} thoughts answer | answer"
-    return [f"start: {start}", 'thoughts: thoughts_end ("\\n" "\\n"?)?', marks.up_to("thoughts_end", "TEXT", tags.end)]
+    start = "reasoning answer" if is_reasoning else f"{markers.write(tags.start)} reasoning answer | answer"
+    return [
+        f"start: {start}",
+        'reasoning: reasoning_end ("\\n" "\\n"?)?',
+        markers.up_to("reasoning_end", "TEXT", tags.end),
+    ]
 
 
-def _calls_or_text(marks: Marks, format: ToolFormat, calls: str) -> list[str]:
-    """The rule `answer`: calls, or text that may end with calls."""
+def _answer_rules(markers: MarkerWriter, format: ToolFormat, calls: str) -> list[str]:
+    """Return the rule `answer` for optional calls: calls alone, or text that may end with calls."""
     if not format.is_bare:
-        return [f"answer: begin_calls {calls} | FIRST", marks.up_to("begin_calls", "FIRST", format.start)]
-    # Only calls begin with a bracket.
-    plain = r"PLAIN: FIRST & /([^{\[ \t\r\n](.|\n)*)?/" + marks.without(format.start, anywhere=True)
+        return [f"answer: begin_calls {calls} | FIRST", markers.up_to("begin_calls", "FIRST", format.start)]
+    # Text that begins with a bracket must be a call.
+    plain = r"PLAIN: FIRST & /([^{\[ \t\r\n](.|\n)*)?/" + markers.without(format.start, anywhere=True)
     return [f"answer: {calls} | PLAIN", plain]
 
 
-def _calls(marks: Marks, format: ToolFormat, several: bool) -> tuple[str, str]:
-    """What begins calls, or nothing if they begin by themselves; and one call, or several of them."""
+def _call_expressions(markers: MarkerWriter, format: ToolFormat, several: bool) -> tuple[str, str]:
+    """Return the expression of the text before all calls, which may be empty, and that of one call or `several`."""
     array = '"[" tool (", " tool)* "]"' if several else '"[" tool "]"'
     if format.is_bare and format.has_arrays:
         return "", f"(tool | {array})" if several else "tool"
     if format.has_arrays:
-        return marks.write(format.start), array
-    start = "" if format.is_bare else marks.write(format.start)
-    call = f'"\\n" tool "\\n" {marks.write(format.end)}' if format.end else "tool"
+        return markers.write(format.start), array
+    start = "" if format.is_bare else markers.write(format.start)
+    call = f'"\\n" tool "\\n" {markers.write(format.end)}' if format.end else "tool"
     between = _literal(f"{format.separator} ") if format.separator else _literal("\n") if format.end else ""
     return start, f"{call} ({between} {start} {call})*" if several else call
 
 
-def _tools(marks: Marks, format: ToolFormat, tools: Sequence[Tool], *, is_forced: bool) -> list[str]:
-    """The rule `tool`, which is any of them, with its name and its arguments."""
+def _tool_rules(markers: MarkerWriter, format: ToolFormat, tools: Sequence[Tool], *, is_forced: bool) -> list[str]:
+    """Return the rule `tool` for a call of any of the tools, and the rules it refers to."""
     rules = [f"tool: {' | '.join(f'tool_{index}' for index in range(len(tools)))}"] if tools else []
     for index, tool in enumerate(tools):
         if format.has_names and not format.has_arrays:
-            call = f"{_literal(tool.name)} {marks.write(format.name_end)} arguments_{index}"
+            call = f"{_literal(tool.name)} {markers.write(format.name_end)} arguments_{index}"
         else:
-            # In the pieces that JSON is read in, for content may be JSON and begin alike.
+            # In the same lexemes as JSON schemas, because content may be JSON that begins alike.
             pieces = ["{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{format.arguments_key}"', ": "]
             call = f'{" ".join(map(_literal, pieces))} arguments_{index} "}}"'
         parameters = tool.function.parameters or NO_ARGUMENTS
         schema = parameters if is_forced or tool.function.strict else {}
-        arguments = json.dumps({"type": "object", **followable(schema), "x-guidance": SPACING})
+        arguments = json.dumps({"type": "object", **normalize_schema(schema), "x-guidance": SPACING})
         rules += [f"tool_{index}: {call}", f"arguments_{index}: %json {arguments}"]
     return rules
 

@@ -1,4 +1,4 @@
-"""The LoRA adapters that the engine has loaded, and what it was asked to change of them."""
+"""The LoRA adapters loaded in the engine, and the pending requests to load or unload one."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from collections.abc import Callable, Sequence
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, LoraAdapter, ToEngine, UnloadAdapter
 from server.http.errors import AdapterNotFoundError, AdaptersBusyError, APIError, BadRequestError, InvalidValueError
 
-PARAMS = {AdapterField.NAME: "lora_name", AdapterField.PATH: "lora_path"}  # what the API calls them
+PARAMS = {AdapterField.NAME: "lora_name", AdapterField.PATH: "lora_path"}  # names of the fields in the API
 
 Change = LoadAdapter | UnloadAdapter
 
 
-class AdapterBook:
-    """What `EngineClient` knows of adapters. It hands on what the engine says of them."""
+class LoadedAdapters:
+    """The adapters that the engine has reported as loaded, and the changes that callers wait for."""
 
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
-        self.loaded: dict[str, LoraAdapter] = {}  # by name
+        self.by_name: dict[str, LoraAdapter] = {}
         self._send = send
         self._changes: dict[str, tuple[Change, asyncio.Future[None]]] = {}  # by request_id
 
     async def load(self, name: str, path: str, *, replaces: bool) -> None:
-        """Returns once requests can use it.
+        """Load an adapter and return once requests can use it.
 
-        Raises BadRequestError or AdaptersBusyError in the engine's words, or what `fail` is given.
+        Raises BadRequestError or AdaptersBusyError with the engine's message, or the error passed to `fail`.
         """
         await self._change(LoadAdapter(request_id=secrets.token_hex(16), name=name, path=path, replaces=replaces))
 
     async def unload(self, name: str) -> None:
-        """As `load`, and AdapterNotFoundError. It is out of the book at once: no request finds it from now on."""
-        self.loaded.pop(name, None)
+        """Unload an adapter. New requests cannot use it from now on; those that already do are completed.
+
+        Raises AdapterNotFoundError, and what `load` raises.
+        """
+        self.by_name.pop(name, None)
         await self._change(UnloadAdapter(request_id=secrets.token_hex(16), name=name))
 
     async def _change(self, message: Change) -> None:
@@ -40,17 +43,17 @@ class AdapterBook:
         self._send(message)
         await done
 
-    def take(self, adapters: Sequence[LoraAdapter]) -> None:
-        """Those that are loaded. The engine may have said so before it read that one of them is to go."""
-        going = {change.name for change, _ in self._changes.values() if isinstance(change, UnloadAdapter)}
-        self.loaded = {adapter.name: adapter for adapter in adapters if adapter.name not in going}
+    def update(self, adapters: Sequence[LoraAdapter]) -> None:
+        """Set the loaded adapters, except those being unloaded: the engine may not have read that request yet."""
+        unloading = {change.name for change, _ in self._changes.values() if isinstance(change, UnloadAdapter)}
+        self.by_name = {adapter.name: adapter for adapter in adapters if adapter.name not in unloading}
 
     def finish(self, message: AdapterDone) -> None:
-        """A change is made, or cannot be."""
-        if (waiting := self._changes.pop(message.request_id, None)) is None:
+        """Complete a pending change with its result or error."""
+        if (pending := self._changes.pop(message.request_id, None)) is None:
             return
-        change, done = waiting
-        if done.done():  # whoever waited has gone away
+        change, done = pending
+        if done.done():  # the caller was cancelled
             return
         if message.error:
             done.set_exception(_error(change, message))
@@ -58,7 +61,7 @@ class AdapterBook:
             done.set_result(None)
 
     def fail(self, error: APIError) -> None:
-        """Whoever waits for a change gets the error instead."""
+        """Fail all pending changes with `error`."""
         for _, done in self._changes.values():
             if not done.done():
                 done.set_exception(error)
@@ -66,7 +69,7 @@ class AdapterBook:
 
 
 def _error(change: Change, message: AdapterDone) -> APIError:
-    """As it would be were it judged here."""
+    """Return the API error for a change that the engine rejected."""
     if message.is_temporary:
         return AdaptersBusyError(message.error)
     if message.field is None:

@@ -1,74 +1,92 @@
-"""What the frame asks of an endpoint."""
+"""The interface between the generation pipeline and the APIs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import UnsetType
 
 from server.constrained.constraints import Constraint
 from server.context import ServerContext
-from server.generation.choice_state import Delta
+from server.generation.choice_delta import ChoiceDelta
 from server.generation.prompts import Prompt
 from server.http.errors import APIError
-from server.schemas.common import Account, GenerationRequest, Usage
+from server.schemas.answers import RequestTimings, Usage
+from server.schemas.generation_request import GenerationRequest
 
 Body_contra = TypeVar("Body_contra", bound=GenerationRequest, contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """What an answer, and each chunk of it, says beside its choices."""
+class AnswerMetadata:
+    """The fields of an answer, and of each chunk of it, that do not depend on its choices."""
 
     id: str
     created: int  # seconds since the epoch
     model: str
     system_fingerprint: str
 
+    def envelope(self) -> dict[str, Any]:
+        """Return the fields as keyword arguments for OpenAI's answers and chunks."""
+        return {
+            "id": self.id,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
+
 
 class Writer(Protocol):
-    """How an endpoint writes its answer."""
+    """Writes the answer to one request in an API's format."""
 
-    def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
-        """What a stream says about additions to choices, framed; may be nothing. `usage` is that so far.
+    def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
+        """Return the server-sent events for new output, or b"" if there are none. `usage` is the usage so far.
 
-        Called first without additions, for what comes before the first token.
+        The first call has no deltas; it returns the events that precede the first token.
         """
         ...
 
-    def end(self, usage: Usage, account: Account | UnsetType) -> bytes:
-        """The end of a stream that did not fail. `account` is UNSET unless asked for."""
+    def end(self, usage: Usage, timings: RequestTimings | UnsetType) -> bytes:
+        """Return the last events of a successful stream. `timings` is UNSET unless requested."""
         ...
 
     def failure(self, error: APIError) -> bytes:
-        """The end of one that did."""
+        """Return the last events of a stream that failed."""
         ...
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType) -> msgspec.Struct:
-        """The whole answer; each delta is all of a choice."""
+    def answer(
+        self, deltas: Sequence[ChoiceDelta], usage: Usage, timings: RequestTimings | UnsetType
+    ) -> msgspec.Struct:
+        """Return the answer of a request without streaming. Each delta holds a complete choice."""
         ...
 
 
 class Endpoint(Protocol[Body_contra]):
-    """What the endpoints differ in."""
+    """The steps of the pipeline that differ between endpoints."""
 
     @property
     def noun(self) -> str:
-        """What errors call the input, and the field that holds it."""
+        """Name of the input in error messages, and of the field that holds it."""
         ...
 
     @property
     def id_prefix(self) -> str:
-        """What the ids of answers begin with."""
+        """Prefix of the ids of answers."""
+        ...
+
+    def ignored_fields(self, context: ServerContext, body: Body_contra) -> list[str]:
+        """Return the names of fields without effect, apart from undeclared top-level ones."""
         ...
 
     def encode(self, context: ServerContext, body: Body_contra) -> list[Prompt]:
-        """The prompts as token ids; raises BadRequestError. Called in a thread, for it may take long."""
+        """Return the tokenized prompts. May be slow; called in a thread. Raises BadRequestError."""
         ...
 
     def constraint(self, context: ServerContext, body: Body_contra, prompt: Prompt) -> Constraint | None:
-        """What the answer to a prompt must match; raises BadRequestError. Called in a thread."""
+        """Return the constraint on the answers to a prompt, if any. Called in a thread. Raises BadRequestError."""
         ...
 
-    def writer(self, context: ServerContext, body: Body_contra, head: Head, prompts: Sequence[Prompt]) -> Writer: ...
+    def writer(
+        self, context: ServerContext, body: Body_contra, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+    ) -> Writer: ...

@@ -1,4 +1,4 @@
-"""The server-sent events of a stream: OpenAI's chunks, which bear no name, and the events of other APIs, which do."""
+"""Encodes server-sent events: OpenAI's chunks, which have no event names, and the named events of other APIs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,49 +7,53 @@ from typing import Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.generation.choice_state import Delta
-from server.http.errors import APIError, error_event
-from server.schemas.common import Account, StreamOptions, Usage
+from server.generation.choice_delta import ChoiceDelta
+from server.http.errors import APIError
+from server.http.sse import error_event
+from server.schemas.answers import RequestTimings, Usage
+from server.schemas.request_fields import StreamOptions
 
 DONE = b"data: [DONE]\n\n"
 
-# Some clients take these for line ends, which they are not in JSON: U+0085, U+2028, U+2029.
+# Some clients split lines at U+0085, U+2028 and U+2029, which JSON allows unescaped.
 LINE_ENDS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
 
 
 class Chunk(Protocol):
+    """The fields that a ChunkWriter sets in OpenAI's chunks."""
+
     usage: Usage | UnsetType | None
-    lightwell: Account | UnsetType
+    lightwell: RequestTimings | UnsetType
 
 
 class ChunkWriter(ABC):
-    """The stream of an endpoint whose events are all of one kind: chunks, at the end one with the usage, and [DONE]."""
+    """Writes a stream of OpenAI's form: chunks, a last chunk with the usage if requested, and [DONE]."""
 
     def __init__(self, options: StreamOptions | None = None) -> None:
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous = self._include_usage and options is not None and bool(options.continuous_usage_stats)
 
     @abstractmethod
-    def chunks(self, delta: Delta) -> Sequence[Chunk]:
-        """What a stream says about an addition to a choice. Called in order."""
+    def chunks(self, delta: ChoiceDelta) -> Sequence[Chunk]:
+        """Return the chunks for new output of a choice. Called in the order of the output."""
 
     @abstractmethod
     def usage_chunk(self) -> Chunk:
-        """A chunk without choices."""
+        """Return a chunk without choices, for the usage and the timings."""
 
-    def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
+    def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
         chunks = [chunk for delta in deltas for chunk in self.chunks(delta)]
         if self._include_usage:
             _set_usage(chunks, usage if self._continuous else None)
-        return frame_chunks(chunks)
+        return encode_chunks(chunks)
 
-    def end(self, usage: Usage, account: Account | UnsetType = UNSET) -> bytes:
-        if not self._include_usage and account is UNSET:
+    def end(self, usage: Usage, timings: RequestTimings | UnsetType = UNSET) -> bytes:
+        if not self._include_usage and timings is UNSET:
             return DONE
         last = self.usage_chunk()
         last.usage = usage if self._include_usage else UNSET
-        last.lightwell = account
-        return frame_chunks([last]) + DONE
+        last.lightwell = timings
+        return encode_chunks([last]) + DONE
 
     def failure(self, error: APIError) -> bytes:
         return error_event(error)
@@ -60,12 +64,13 @@ def _set_usage(chunks: Sequence[Chunk], usage: Usage | None) -> None:
         chunk.usage = usage
 
 
-def frame_chunks(chunks: Sequence[Chunk]) -> bytes:
+def encode_chunks(chunks: Sequence[Chunk]) -> bytes:
+    """Encode events without names."""
     return _escape_line_ends(b"".join([b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks]))
 
 
-def frame_events(events: Sequence[msgspec.Struct]) -> bytes:
-    """Structs whose tag `type` is also the name of the event."""
+def encode_events(events: Sequence[msgspec.Struct]) -> bytes:
+    """Encode named events. The name of an event is the `type` tag of its struct."""
     return _escape_line_ends(
         b"".join(
             [

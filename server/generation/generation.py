@@ -1,4 +1,4 @@
-"""The choices of one request while they run: engine events in, additions to the answer out."""
+"""A running request: merges the events of its streams and converts them to deltas of its choices."""
 
 import asyncio
 import contextlib
@@ -9,20 +9,24 @@ from collections.abc import AsyncGenerator, Sequence
 from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import FinishReason, TokenEvent
-from server.engine_client.client import RequestStream
-from server.generation.choice_state import ChoiceState, Delta
+from server.engine_client.streams import RequestStream
+from server.generation.choice_delta import ChoiceDelta
+from server.generation.choice_state import ChoiceState
 from server.generation.prompts import Prompt
-from server.generation.recordings import Recording
-from server.generation.timings import Ending
+from server.generation.timings import ChoiceEnd
 from server.http.errors import ServerError
 from server.metrics import Metrics
-from server.schemas.common import CompletionTokensDetails, PromptTokensDetails, Usage
+from server.recordings import Recording
+from server.schemas.answers import CompletionTokensDetails, PromptTokensDetails, Usage
 
 logger = logging.getLogger(__name__)
 
 
 class Generation:
-    """Choice j of prompt i is number i * n + j of the answer. To be closed, which ends what still runs."""
+    """The choices of one request. Choice j of prompt i has index i * n + j in the answer.
+
+    Its owner must close it, which ends the choices that still run.
+    """
 
     def __init__(
         self,
@@ -35,29 +39,32 @@ class Generation:
         submitted: float,
         recording: Recording | None = None,
     ) -> None:
-        """`streams` are those of the prompts, `choices` those of all prompts; `submitted` is of `time.monotonic()`."""
+        """Prepare the generation, with one stream per prompt and the choices of all prompts in order.
+
+        `submitted` is the `time.monotonic()` of the submission.
+        """
         assert len(choices) % len(prompts) == 0
         self.prompts = prompts
         self.choices = choices
-        self.submitted = submitted  # a little before the engine was asked
-        self.ending: Ending | None = None  # of the choice that ended last
+        self.submitted = submitted
+        self.last_end: ChoiceEnd | None = None  # of the choice that ended last
         self._streams = streams
-        self._num_choices = len(choices) // len(prompts)  # of each prompt
+        self._num_choices = len(choices) // len(prompts)  # per prompt
         self._metrics = metrics
         self._request_id = request_id
         self._is_aborted = False
         self._recording = recording
-        # Said with each piece of a stream, so what stays the same is counted once.
+        # `usage` may be reported in every chunk of a stream, so its constant parts are computed once.
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        formats = [prompt.output_format for prompt in prompts]
-        self._thinks = any(format is not None and format.think_tags is not None for format in formats)
+        formats = [prompt.answer_format for prompt in prompts]
+        self._reports_reasoning = any(format is not None and format.reasoning_tags is not None for format in formats)
 
     def close(self) -> None:
         for stream in self._streams:
             stream.close()
 
     def abort(self) -> bool:
-        """Ends the choices that still run: their deltas say so. Whether there were any."""
+        """End the choices that still run, with the finish reason `abort`. Return whether there were any."""
         if not any(stream.num_open for stream in self._streams):
             return False
         self._is_aborted = True
@@ -67,11 +74,11 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """Token counts so far."""
         num_prompt_tokens = self._num_prompt_tokens
         num_output_tokens = sum([choice.num_tokens for choice in self.choices])
         details: CompletionTokensDetails | UnsetType = UNSET
-        if self._thinks:
+        if self._reports_reasoning:
             details = CompletionTokensDetails(sum(choice.num_reasoning_tokens for choice in self.choices))
         return Usage(
             num_prompt_tokens,
@@ -81,8 +88,8 @@ class Generation:
             details,
         )
 
-    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """One list per batch of events, with one delta for each choice in it, until each choice has ended.
+    async def deltas(self) -> AsyncGenerator[list[ChoiceDelta], None]:
+        """Yield a list for each batch of events, with one delta per choice in it, until all choices have ended.
 
         Raises EngineDeadError, or ServerError if the engine failed on one of the choices.
         """
@@ -95,24 +102,24 @@ class Generation:
         finally:
             self.close()
 
-    def _take_all(self, batch: Sequence[tuple[int, TokenEvent]]) -> list[Delta]:
-        """Where a choice has got several events since the last batch, they are one addition."""
-        deltas: dict[int, Delta] = {}
+    def _take_all(self, batch: Sequence[tuple[int, TokenEvent]]) -> list[ChoiceDelta]:
+        """Return the deltas of a batch. Several events of one choice are joined to one delta."""
+        deltas: dict[int, ChoiceDelta] = {}
         for prompt_index, event in batch:
             delta = self._take(prompt_index, event)
             if delta is not None and deltas.setdefault(delta.index, delta) is not delta:
                 deltas[delta.index].add(delta)
         return list(deltas.values())
 
-    def _take(self, prompt_index: int, event: TokenEvent) -> Delta | None:
-        """None for an event that comes after a stop string."""
+    def _take(self, prompt_index: int, event: TokenEvent) -> ChoiceDelta | None:
+        """Return the delta of an event, or None if it follows a stop string. Raises ServerError."""
         choice = self.choices[prompt_index * self._num_choices + event.index]
         if choice.finish_reason is not None:
             return None
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             logger.error("the engine failed: %s", event.error, extra={"request_id": self._request_id})
             raise ServerError(self._request_id)
-        if event.index == 0:  # the others share its prompt
+        if event.index == 0:  # other choices of the prompt report the same
             self._take_prompt(self.prompts[prompt_index], event)
         if self._recording is not None:
             self._recording.take(prompt_index, event)
@@ -123,7 +130,7 @@ class Generation:
         if choice.finish_reason is not None:
             self._metrics.observe_detokenizer(choice.seconds)
             times = self._streams[prompt_index].choices[event.index].times
-            self.ending = Ending(times, choice.num_tokens, received, time.monotonic())
+            self.last_end = ChoiceEnd(times, choice.num_tokens, received, time.monotonic())
         return delta
 
     def _take_prompt(self, prompt: Prompt, event: TokenEvent) -> None:
@@ -134,7 +141,7 @@ class Generation:
 
 
 async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[list[tuple[int, TokenEvent]], None]:
-    """The events of all streams, each with its stream's index: in batches of what came since the last."""
+    """Yield the events of all streams, each with its stream's index, in batches of those since the last batch."""
     if len(streams) == 1:
         async for batch in streams[0]:
             yield [(0, event) for event in batch]

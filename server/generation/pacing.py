@@ -1,14 +1,16 @@
-"""How often a stream says what was added to its choices."""
+"""Limits how often a stream sends new output."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from server.generation.choice_state import Delta
+from server.generation.choice_delta import ChoiceDelta
 
 
-async def paced(batches: AsyncIterator[list[Delta]], num_tokens: int) -> AsyncGenerator[list[Delta], None]:
-    """Joins the additions to each choice until they are of `num_tokens` tokens; its first and its last do not wait."""
+async def join_deltas(
+    batches: AsyncIterator[list[ChoiceDelta]], num_tokens: int
+) -> AsyncGenerator[list[ChoiceDelta], None]:
+    """Join the deltas of each choice until they hold `num_tokens` tokens. Its first and last delta do not wait."""
     started: set[int] = set()
-    held: dict[int, Delta] = {}
+    held: dict[int, ChoiceDelta] = {}
     async for batch in batches:
         for delta in batch:
             if held.setdefault(delta.index, delta) is not delta:

@@ -1,4 +1,4 @@
-"""The one way from a request to its answer: judge, reserve, encode, submit, then stream or collect."""
+"""The way from a request to its answer: validate, reserve, encode, submit, then stream or collect."""
 
 import asyncio
 import logging
@@ -17,35 +17,36 @@ from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import EngineInfo, Submit
-from server.api.chat.prompt import unread_options
 from server.constrained.constraints import Constraint, check_constraint
 from server.context import ServedModel, ServerContext, get_context
-from server.engine_client.client import RequestStream, Reservation
-from server.generation.choice_state import ChoiceParts, ChoiceState, Delta, Whole, best_choices
-from server.generation.endpoint import Endpoint, Head, Writer
+from server.engine_client.admission import Reservation
+from server.engine_client.streams import RequestStream
+from server.generation.choice_delta import ChoiceAccumulator, ChoiceDelta, best_choices
+from server.generation.choice_state import ChoiceParser, ChoiceState
+from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
 from server.generation.generation import Generation
-from server.generation.pacing import paced
+from server.generation.pacing import join_deltas
 from server.generation.parameters import (
     check_token_ids,
     choose_seed,
     prompt_seed,
+    resolve_num_logprobs,
     sampling_params,
-    unknown_parameters,
-    warnings_header,
-    with_num_logprobs,
 )
-from server.generation.prompts import Prompt, fit_max_tokens, truncated, vocab_size
-from server.generation.reasoning_budget import thinking_limit
-from server.generation.recordings import Recording
-from server.generation.registry import RunningRequest
-from server.generation.timings import account_of
+from server.generation.preamble import begin
+from server.generation.prompts import Prompt, fit_max_tokens, truncate_prompt, vocab_size
+from server.generation.reasoning_budget import reasoning_limit
+from server.generation.timings import request_timings
 from server.generation.tokenized_settings import TokenizedSettings, tokenize_settings
 from server.http.errors import APIError, ServerError
 from server.http.sse import run_until_disconnect, sse_response
-from server.schemas.common import Account, GenerationRequest
+from server.recordings import Recording
+from server.running_requests import RunningRequest
+from server.schemas.answers import RequestTimings
+from server.schemas.generation_request import GenerationRequest
 from server.schemas.render import RenderedPrompt
 from server.text.choice_text import ChoiceText
-from server.text.output_parser import OutputParser
+from server.text.parsers.answer_parser import AnswerParser
 
 logger = logging.getLogger(__name__)
 
@@ -54,29 +55,29 @@ Body = TypeVar("Body", bound=GenerationRequest)
 
 @dataclass(frozen=True, slots=True)
 class _Job(Generic[Body]):
-    """A request that has been judged."""
+    """A validated request."""
 
     context: ServerContext
     endpoint: Endpoint[Body]
     body: Body
     model: ServedModel
     info: EngineInfo
-    head: Head
+    metadata: AnswerMetadata
     seed: int
     arrival: float  # of time.monotonic()
     request_id: str  # for logs and errors
-    unknown: list[str]  # fields that are ignored
+    warnings: dict[str, str]  # response header that lists ignored fields, if there are any
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """By which it can be cancelled and replayed."""
+        """The ids by which the request can be cancelled and replayed."""
         own = () if self.body.request_id is None else (self.body.request_id,)
-        return self.head.id, self.request_id, *own
+        return self.metadata.id, self.request_id, *own
 
 
 async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Response:
-    """Raises APIError for all that goes wrong before the first byte of the answer."""
-    job = _judge(request, body, endpoint)
+    """Answer a request, as JSON or as a stream. Raises APIError for errors before the first byte of the answer."""
+    job = _validate(request, body, endpoint)
     generation, running, writer = await _start(job)
     if body.stream:
         return sse_response(
@@ -95,13 +96,13 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
 
 async def start_in_background(
     request: Request, body: Body, endpoint: Endpoint[Body], on_end: Callable[[], None]
-) -> tuple[Head, dict[str, str]]:
-    """Generates without the connection; the answer, or its stream, is the writer's to keep.
+) -> tuple[AnswerMetadata, dict[str, str]]:
+    """Answer a request in a task that outlives the connection. The writer keeps the answer or its stream.
 
-    `on_end` is called when that is done. Returns the head of the answer, and headers for who asked. Raises APIError for
-    all that goes wrong before.
+    `on_end` is called when the task is done. Returns the metadata of the answer and the headers of the response to the
+    client. Raises APIError for errors before the generation starts.
     """
-    job = _judge(request, body, endpoint)
+    job = _validate(request, body, endpoint)
     generation, running, writer = await _start(job)
 
     async def generate() -> None:
@@ -114,7 +115,7 @@ async def start_in_background(
         except APIError as error:
             writer.failure(error)
         except Exception:
-            logger.exception("a request in the background failed", extra={"request_id": job.request_id})
+            logger.exception("a background request failed", extra={"request_id": job.request_id})
             writer.failure(ServerError(job.request_id))
         finally:
             running.close()
@@ -123,14 +124,13 @@ async def start_in_background(
     task = asyncio.create_task(generate())
     job.context.background_tasks.add(task)
     task.add_done_callback(job.context.background_tasks.discard)
-    return job.head, _headers(job)
+    return job.metadata, _headers(job)
 
 
 async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[list[RenderedPrompt], dict[str, str]]:
-    """The prompts as the engine would get them, and headers. Nothing is generated. Raises APIError."""
-    job = _judge(request, body, endpoint, default_seed=0)  # which takes no number from those that generate
+    """Return the prompts as they would be sent to the engine, and response headers. Raises APIError."""
+    job = _validate(request, body, endpoint, default_seed=0)  # rendering must not change the seeds of later requests
     context = job.context
-
     prepared = await _prepare(job, context.tokenize_threads)
 
     def encode() -> list[RenderedPrompt]:
@@ -149,47 +149,46 @@ def _rendered(job: _Job[Body], submit: Submit) -> RenderedPrompt:
         prompt=job.context.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False),
         token_ids=submit.prompt_token_ids,
         max_tokens=submit.params.max_tokens,
-        sampling_params=params | {"seed": None if job.body.chosen_seed is None else submit.params.seed},
+        sampling_params=params | {"seed": None if job.body.requested_seed is None else submit.params.seed},
     )
 
 
-def _judge(request: Request, body: Body, endpoint: Endpoint[Body], *, default_seed: int | None = None) -> _Job[Body]:
-    """All that can be said without tokenizing. Raises BadRequestError, ModelNotFoundError, EngineUnavailableError.
+def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default_seed: int | None = None) -> _Job[Body]:
+    """Make all checks that need no tokenizer.
 
-    A request without a seed gets `default_seed`, or one that is chosen.
+    A request without a seed gets `default_seed`, or a seed that is chosen here. Raises BadRequestError,
+    ModelNotFoundError or EngineUnavailableError.
     """
     arrival = time.monotonic()
     context = get_context(request)
-    model = context.find_model(body.model)
-    unread = unread_options(context.chat_template, body)
-    unknown = unknown_parameters(body, strict=context.settings.strict, unread=unread)
+    preamble = begin(request, body, model=body.model, ignored=endpoint.ignored_fields(context, body))
     body.check()
     info = context.client.ready_info()
     check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)
-    body = with_num_logprobs(body, context.settings.max_logprobs, vocab_size(context))
-    context.metrics.count_unknown_parameters(len(unknown))
-    seed = default_seed if body.chosen_seed is None else body.chosen_seed
+    body = resolve_num_logprobs(body, context.settings.max_logprobs, vocab_size(context))
+    warnings = preamble.accept()
+    model, seed = preamble.model, default_seed if body.requested_seed is None else body.requested_seed
     return _Job(
         context=context,
         endpoint=endpoint,
         body=body,
         model=model,
         info=info,
-        head=Head(
-            f"{endpoint.id_prefix}{secrets.token_hex(16)}",
-            int(time.time()),
-            model.name,
-            context.fingerprint(model),
+        metadata=AnswerMetadata(
+            id=f"{endpoint.id_prefix}{secrets.token_hex(16)}",
+            created=int(time.time()),
+            model=model.name,
+            system_fingerprint=context.system_fingerprint(model),
         ),
         seed=choose_seed(context.settings.seed, _next_number(request)) if seed is None else seed,
         arrival=arrival,
         request_id=request.state.request_id,
-        unknown=unknown,
+        warnings=warnings,
     )
 
 
 def _next_number(request: Request) -> int:
-    """How many requests came before this one that brought no seed."""
+    """Return the number of earlier requests without a seed, and count this one."""
     state = request.app.state
     number: int = getattr(state, "num_unseeded_requests", 0)
     state.num_unseeded_requests = number + 1
@@ -198,25 +197,25 @@ def _next_number(request: Request) -> int:
 
 def _headers(job: _Job[Body]) -> dict[str, str]:
     deterministic = "true" if job.info.deterministic else "false"
-    headers = {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": deterministic}
-    if job.unknown:
-        headers["x-lightwell-warnings"] = warnings_header(job.unknown)
-    return headers
+    return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": deterministic, **job.warnings}
 
 
 async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
-    """Slots come first, so that a request for which there is no room costs no tokenizing."""
+    """Reserve capacity, tokenize the request and submit it to the engine.
+
+    Capacity is reserved first: a request that exceeds it must be refused before time is spent on tokenizing it.
+    """
     context, body = job.context, job.body
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
         prepared = await _prepare(job, context.text_threads)
         context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         prompts, submitted = prepared.prompts, time.monotonic()
-        choices = [_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
+        choices = [_make_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         recording = None
         if context.recordings.max_requests:
             recording = Recording(prepared.submits, ids=job.ids)
-        streams = _send(context, prepared.submits if recording is None else recording.submits, reservation)
+        streams = _submit_all(context, prepared.submits if recording is None else recording.submits, reservation)
     generation = Generation(
         prompts,
         streams,
@@ -228,27 +227,24 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     )
     on_close = None if recording is None else partial(context.recordings.add, recording)
     running = context.running.add(generation, *job.ids, on_close=on_close)
-    return generation, running, job.endpoint.writer(context, body, job.head, prompts)
+    return generation, running, job.endpoint.writer(context, body, job.metadata, prompts)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A request as the engine gets it."""
+    """A tokenized request."""
 
     prompts: list[Prompt]
-    submits: list[Submit]  # one for each prompt
-    constraint: Constraint | None  # of all of them
+    submits: list[Submit]  # one message to the engine for each prompt
+    constraint: Constraint | None  # shared by all prompts
     tokenizer_seconds: float
 
 
 async def _prepare(job: _Job[Body], threads: CapacityLimiter) -> _Prepared:
-    """What takes long: the prompts, what else the tokenizer makes, and what answers must match.
-
-    Raises BadRequestError.
-    """
+    """Tokenize the request in a thread and check its grammar. Raises BadRequestError."""
     prepared = await anyio.to_thread.run_sync(_tokenize, job, limiter=threads)
     if prepared.constraint is not None:
-        await check_constraint(job.context, prepared.constraint, job.body)
+        await check_constraint(job.context.grammar_checker, prepared.constraint, job.body)
     return prepared
 
 
@@ -256,10 +252,10 @@ def _tokenize(job: _Job[Body]) -> _Prepared:
     start = time.monotonic()
     prompts, tokenized = _encode(job)
     seconds = time.monotonic() - start
-    # Of several prompts none has a part in it: only the one of a chat has.
+    # The constraint depends on the prompt only for chats, which have a single one.
     constraint = job.endpoint.constraint(job.context, job.body, prompts[0])
     grammar = None if constraint is None else constraint.grammar
-    submits = [_submit(job, prompt, index, tokenized, grammar) for index, prompt in enumerate(prompts)]
+    submits = [_make_submit(job, prompt, index, tokenized, grammar) for index, prompt in enumerate(prompts)]
     return _Prepared(prompts, submits, constraint, seconds)
 
 
@@ -269,17 +265,22 @@ def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
 
 
 def encode_prompts(context: ServerContext, body: Body, endpoint: Endpoint[Body]) -> list[Prompt]:
-    """As the engine gets them. Raises BadRequestError."""
+    """Return the tokenized prompts, truncated if the request says so. Raises BadRequestError."""
     prompts = endpoint.encode(context, body)
     if (num_tokens := body.truncate_prompt_tokens) is not None:
         room = context.max_model_len - (1 if body.max_output_tokens is None else body.max_output_tokens)
         num_tokens = max(1, room) if num_tokens == -1 else num_tokens
-        prompts = [truncated(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
+        prompts = [truncate_prompt(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
     return prompts
 
 
-def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings, grammar: str | None) -> Submit:
-    """Raises ContextLengthExceededError, or InvalidValueError for a min_tokens that cannot be."""
+def _make_submit(
+    job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSettings, grammar: str | None
+) -> Submit:
+    """Return the engine message for the prompt at `index`.
+
+    Raises ContextLengthExceededError, or InvalidValueError for a min_tokens above max_tokens.
+    """
     context, body, num_prompt_tokens = job.context, job.body, len(prompt.token_ids)
     max_tokens = fit_max_tokens(
         body.max_output_tokens,
@@ -297,9 +298,9 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSet
         defaults=context.model_config.default_sampling,
     )
     return Submit(
-        request_id=f"{job.head.id}-{index}",
+        request_id=f"{job.metadata.id}-{index}",
         prompt_token_ids=prompt.token_ids,
-        params=msgspec.structs.replace(params, grammar=grammar, thinking=thinking_limit(context, body, prompt)),
+        params=msgspec.structs.replace(params, grammar=grammar, reasoning_limit=reasoning_limit(context, body, prompt)),
         arrival=job.arrival,
         n=body.num_choices,
         priority=body.priority or 0,
@@ -309,8 +310,8 @@ def _submit(job: _Job[Body], prompt: Prompt, index: int, tokenized: TokenizedSet
     )
 
 
-def _send(context: ServerContext, submits: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:
-    """All of them or none."""
+def _submit_all(context: ServerContext, submits: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:
+    """Submit all of the prompts or none."""
     streams: list[RequestStream] = []
     try:
         for submit in submits:
@@ -322,17 +323,17 @@ def _send(context: ServerContext, submits: Sequence[Submit], reservation: Reserv
     return streams
 
 
-def _choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceState:
+def _make_choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceState:
     context, body = job.context, job.body
     include_stop = bool(body.include_stop_str_in_output)
     skip_special_tokens = body.skip_special_tokens is not False
-    format = prompts[index // body.num_choices].output_format
-    # Control tokens that tell the parts of an answer apart are never skipped, but they are no content.
+    format = prompts[index // body.num_choices].answer_format
+    # Special tokens that delimit reasoning and tool calls are never skipped: the parser must see them to remove them.
     special = {} if format is None else context.tokenizer.special_ids_of(format.markers)
-    parts = None
+    parser = None
     if format is not None:
-        parser = OutputParser(format, hidden=tuple(special) if skip_special_tokens else ())
-        parts = ChoiceParts(parser, f"{job.head.id}-{index}")
+        output_parser = AnswerParser(format, hidden=tuple(special) if skip_special_tokens else ())
+        parser = ChoiceParser(output_parser, f"{job.metadata.id}-{index}")
     text = ChoiceText(
         context.tokenizer,
         stop=body.stop or (),
@@ -343,47 +344,49 @@ def _choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> ChoiceSta
         track_offsets=body.num_logprobs is not None,
     )
     stop_token_ids = body.stop_token_ids or ()
-    return ChoiceState(index, text, include_stop=include_stop, stop_token_ids=stop_token_ids, parts=parts)
+    return ChoiceState(index, text, include_stop=include_stop, stop_token_ids=stop_token_ids, parser=parser)
 
 
-def _account(job: _Job[Body], generation: Generation) -> Account | UnsetType:
-    if not job.body.wants_account or generation.ending is None:
+def _timings(job: _Job[Body], generation: Generation) -> RequestTimings | UnsetType:
+    if not job.body.wants_timings or generation.last_end is None:
         return UNSET
-    return account_of(generation.ending, arrival=job.arrival, submitted=generation.submitted, seed=job.seed)
+    return request_timings(generation.last_end, arrival=job.arrival, submitted=generation.submitted, seed=job.seed)
 
 
 async def _collect(job: _Job[Body], generation: Generation, writer: Writer) -> bytes:
-    """The answer as JSON."""
+    """Return the answer as JSON."""
     body = job.body
-    wholes = [Whole(index) for index in range(len(generation.choices))]
+    accumulators = [ChoiceAccumulator(index) for index in range(len(generation.choices))]
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
             for delta in batch:
-                wholes[delta.index].add(delta)
+                accumulators[delta.index].add(delta)
 
     def encode() -> bytes:
-        best = best_choices([whole.join() for whole in wholes], body.num_choices, body.num_answered)
-        return msgspec.json.encode(writer.answer(best, generation.usage, _account(job, generation)))
+        best = best_choices(
+            [accumulator.join() for accumulator in accumulators], body.num_choices, body.num_returned_choices
+        )
+        return msgspec.json.encode(writer.answer(best, generation.usage, _timings(job, generation)))
 
-    # Log probabilities may be hundreds of thousands of entries.
+    # Encoding hundreds of thousands of log probabilities would block the event loop.
     is_short = body.num_logprobs is None and body.num_prompt_logprobs is None
     return encode() if is_short else await job.context.run_text_work(encode)
 
 
 async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> AsyncGenerator[bytes, None]:
-    """Server-sent events; all that one step of the engine yields is one write."""
+    """Yield the answer as server-sent events, with one write for each step of the engine."""
 
-    def encode(batch: list[Delta]) -> bytes:
+    def encode(batch: list[ChoiceDelta]) -> bytes:
         return writer.events(batch, generation.usage)
 
-    if opening := encode([]):  # what names the answer does not wait for its first token
+    if opening := encode([]):  # sent before the first token is generated
         yield opening
     interval = job.body.stream_interval or 1
     deltas = generation.deltas()
-    batches = deltas if interval == 1 else paced(deltas, interval)
-    in_thread = job.body.num_prompt_logprobs is not None  # a batch may have very many then
+    batches = deltas if interval == 1 else join_deltas(deltas, interval)
+    in_thread = job.body.num_prompt_logprobs is not None  # they may be very many
     async with aclosing(deltas), aclosing(batches):
         async for batch in batches:
             if events := await job.context.run_text_work(encode, batch) if in_thread else encode(batch):
                 yield events
-    yield writer.end(generation.usage, _account(job, generation))
+    yield writer.end(generation.usage, _timings(job, generation))

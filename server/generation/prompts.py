@@ -1,28 +1,28 @@
-"""What a request's input becomes, and whether it fits."""
+"""Tokenized prompts, and the checks that they fit the model's context."""
 
 from dataclasses import dataclass, field, replace
 
 from engine.shared.messages import TokenLogprobs
 from server.context import ServerContext
 from server.http.errors import ContextLengthExceededError, InvalidValueError, clip
-from server.text.output_parser import OutputFormat
+from server.text.parsers.answer_parser import AnswerFormat
 
 MAX_TOKEN_BYTES = 256  # no vocabulary in use has longer tokens; the longest are runs of 128 spaces
 
 
 @dataclass(slots=True)
 class Prompt:
-    """One prompt of a request, and what becomes known of it while it runs."""
+    """One prompt of a request, with what the engine reports about it."""
 
     token_ids: list[int]
-    text: str | None = None  # None: the client sent token ids, or messages
-    output_format: OutputFormat | None = None  # None: an answer is plain text
-    num_cached_tokens: int = 0  # found in the prefix cache
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all tokens but the first, if asked for
+    text: str | None = None  # None: the client sent token ids or messages
+    answer_format: AnswerFormat | None = None  # None: answers are plain text
+    num_cached_tokens: int = 0  # taken from the prefix cache
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all tokens but the first, if requested
 
 
-def truncated(prompt: Prompt, num_tokens: int, side: str) -> Prompt:
-    """The last tokens of a prompt, or with side `right` the first, where it has more than `num_tokens`."""
+def truncate_prompt(prompt: Prompt, num_tokens: int, side: str) -> Prompt:
+    """Return the last `num_tokens` tokens of a prompt, or the first if `side`, the one to cut, is `right`."""
     if len(prompt.token_ids) <= num_tokens:
         return prompt
     token_ids = prompt.token_ids[:num_tokens] if side == "right" else prompt.token_ids[-num_tokens:]
@@ -30,12 +30,15 @@ def truncated(prompt: Prompt, num_tokens: int, side: str) -> Prompt:
 
 
 def vocab_size(context: ServerContext) -> int:
-    """Tokens that exist: the model's table may have rows beyond the tokenizer's last one."""
+    """Return the number of usable tokens: the model's embedding table may have more rows than there are tokens."""
     return min(context.client.ready_info().vocab_size, context.tokenizer.vocab_size)
 
 
 def check_text_size(num_bytes: int, max_model_len: int, noun: str) -> None:
-    """Raises ContextLengthExceededError for a text that cannot fit, whatever its tokens are: they would take long."""
+    """Raise ContextLengthExceededError for a text that cannot fit, however it is tokenized.
+
+    This saves the time to tokenize it.
+    """
     if num_bytes > max_model_len * MAX_TOKEN_BYTES:
         num_tokens = -(-num_bytes // MAX_TOKEN_BYTES)
         raise ContextLengthExceededError(max_model_len, num_tokens, noun=noun, at_least=True)
@@ -44,7 +47,7 @@ def check_text_size(num_bytes: int, max_model_len: int, noun: str) -> None:
 def encode_prompt(
     context: ServerContext, value: str | list[int], *, noun: str = "prompt", add_special_tokens: bool = True
 ) -> Prompt:
-    """A prompt as text or token ids. Raises BadRequestError, in which the field is called `noun`."""
+    """Return the prompt for a text or token ids. Raises BadRequestError, whose message calls the field `noun`."""
     if isinstance(value, str):
         check_text_size(len(value.encode()), context.max_model_len, noun)
         prompt = Prompt(context.tokenizer.encode(value, add_special_tokens=add_special_tokens), value)
@@ -57,7 +60,7 @@ def encode_prompt(
 
 
 def _check_range(token_ids: list[int], size: int, noun: str) -> None:
-    """Raises InvalidValueError for a token id that the model does not have."""
+    """Raise InvalidValueError for a token id that the model does not have."""
     smallest, largest = min(token_ids, default=0), max(token_ids, default=0)
     if smallest < 0 or largest >= size:
         wrong = smallest if smallest < 0 else largest
@@ -68,17 +71,19 @@ def _check_range(token_ids: list[int], size: int, noun: str) -> None:
 def fit_max_tokens(
     max_tokens: int | None, num_prompt_tokens: int, max_model_len: int, noun: str, *, default: int | None = None
 ) -> int:
-    """How many tokens a choice may have.
+    """Return the maximum number of tokens of a choice, which is never less than what the client requests.
 
-    Where the client did not say (None) it is `default`, or what the context has room for if that is less or `default`
-    is None; but at least 1. Raises ContextLengthExceededError: nothing that a client sent is ever cut.
+    If `max_tokens` is None, it is `default` or the rest of the context, whichever is less, and at least 1. All lengths
+    are in tokens.
+
+    Raises ContextLengthExceededError if the prompt and the requested tokens do not fit the context.
     """
     room = max_model_len - num_prompt_tokens
     if room < 0:
         raise ContextLengthExceededError(max_model_len, num_prompt_tokens, noun=noun)
-    num_wanted = 1 if max_tokens is None else max_tokens
-    if num_wanted > room:
-        raise ContextLengthExceededError(max_model_len, num_prompt_tokens, num_wanted, noun=noun)
+    num_required = 1 if max_tokens is None else max_tokens
+    if num_required > room:
+        raise ContextLengthExceededError(max_model_len, num_prompt_tokens, num_required, noun=noun)
     if max_tokens is not None:
         return max_tokens
     return room if default is None else min(default, room)

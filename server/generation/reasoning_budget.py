@@ -1,40 +1,44 @@
-"""The limit of what a model thinks before it answers."""
+"""The limit on the number of reasoning tokens."""
 
-from engine.shared.messages import ThinkingLimit
+from engine.shared.messages import ReasoningLimit
 from server.constrained.constraints import EXCLUSIVE
 from server.context import ServerContext
 from server.generation.prompts import Prompt
 from server.http.errors import InvalidValueError, UnsupportedParameterError
-from server.schemas.common import GenerationRequest
-from server.text.reasoning import ThinkTags
+from server.schemas.generation_request import GenerationRequest
+from server.text.parsers.reasoning_parser import ReasoningTags
 
 PARAM = "thinking_token_budget"
 
 
-def thinking_limit(context: ServerContext, body: GenerationRequest, prompt: Prompt) -> ThinkingLimit | None:
-    """Raises UnsupportedParameterError for a model whose thoughts have no tags, or tags of several tokens."""
+def reasoning_limit(context: ServerContext, body: GenerationRequest, prompt: Prompt) -> ReasoningLimit | None:
+    """Return the engine's limit for a request, or None if it sets none.
+
+    Raises UnsupportedParameterError for a model without reasoning tags, or whose tags are several tokens each, and
+    InvalidValueError together with a parameter that could forbid the end tag.
+    """
     if body.thinking_token_budget in (None, -1):
         return None
-    format = prompt.output_format
-    if format is None or format.think_tags is None:
-        raise UnsupportedParameterError(PARAM, "The model's chat template has no tags of thoughts.")
-    tags = _tag_ids(context, format.think_tags)
+    format = prompt.answer_format
+    if format is None or format.reasoning_tags is None:
+        raise UnsupportedParameterError(PARAM, "The model's chat template has no reasoning tags.")
+    tags = _tag_ids(context, format.reasoning_tags)
     if tags is None:
-        raise UnsupportedParameterError(PARAM, "The tags of the model's thoughts are not tokens of their own.")
+        raise UnsupportedParameterError(PARAM, "The model's reasoning tags are not single tokens.")
     for name in EXCLUSIVE:
         if getattr(body, name):
             raise InvalidValueError(f"Invalid '{name}': not allowed with '{PARAM}'.", param=name)
     max_tokens, (start_id, end_id) = body.thinking_token_budget or 0, tags
-    return ThinkingLimit(max_tokens=max_tokens, start_id=start_id, end_id=end_id, is_open=format.is_thinking)
+    return ReasoningLimit(max_tokens=max_tokens, start_id=start_id, end_id=end_id, is_open=format.is_reasoning)
 
 
-def can_limit_thoughts(context: ServerContext) -> bool:
-    """Whether a chat may have a `thinking_token_budget`."""
-    tags = None if context.chat_template is None else context.chat_template.think_tags
+def supports_reasoning_budget(context: ServerContext) -> bool:
+    """Return whether chats with this model may have a `thinking_token_budget`."""
+    tags = None if context.chat_template is None else context.chat_template.reasoning_tags
     return tags is not None and _tag_ids(context, tags) is not None
 
 
-def _tag_ids(context: ServerContext, tags: ThinkTags) -> tuple[int, int] | None:
-    """The tokens that begin and end thoughts, if that is one each."""
+def _tag_ids(context: ServerContext, tags: ReasoningTags) -> tuple[int, int] | None:
+    """Return the token ids of the start and end tags, or None if a tag is more than one token."""
     ids = [context.tokenizer.encode(tag, add_special_tokens=False) for tag in (tags.start, tags.end)]
-    return (ids[0][0], ids[1][0]) if all(len(of_tag) == 1 for of_tag in ids) else None
+    return (ids[0][0], ids[1][0]) if all(len(tag_ids) == 1 for tag_ids in ids) else None

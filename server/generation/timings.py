@@ -1,4 +1,4 @@
-"""What a request's time went to: parts that follow on each other from its arrival to now, without a gap."""
+"""Computes how long each stage of a request took. The stages follow one another without a gap."""
 
 from __future__ import annotations
 
@@ -6,43 +6,46 @@ import time
 from dataclasses import dataclass
 
 from engine.shared.messages import RequestTimes
-from server.schemas.common import Account, AccountSeconds
+from server.schemas.answers import RequestTimings, StageSeconds
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """How the choice ended that ended last. Times are of `time.monotonic()`."""
+class ChoiceEnd:
+    """The end of the choice that ended last. Times are `time.monotonic()`."""
 
-    times: RequestTimes | None  # the engine's, which do not know the end if a stop string was found here
+    times: RequestTimes | None  # from the engine; without `finished` if the server found a stop string
     num_output_tokens: int
-    received: float  # when its last event came
-    detokenized: float  # when that was text
+    received: float  # when the last event arrived
+    detokenized: float  # when its text was ready
 
 
-def account_of(ending: Ending, *, arrival: float, submitted: float, seed: int) -> Account:
-    """The account of a request that has been answered but for the account itself."""
+def request_timings(end: ChoiceEnd, *, arrival: float, submitted: float, seed: int) -> RequestTimings:
+    """Return the timings of a request whose answer is complete except for them.
+
+    `arrival` and `submitted` are `time.monotonic()` of when the request arrived and was sent to the engine.
+    """
     now = time.monotonic()
-    times = ending.times or RequestTimes(arrival=arrival, queued=submitted)
-    finished = times.finished or ending.received
+    times = end.times or RequestTimes(arrival=arrival, queued=submitted)
+    finished = times.finished or end.received
     scheduled = times.scheduled or finished
     first_token = times.first_token or finished
-    waited_before, waited_after = times.preempted_before_first_token, times.preempted_after_first_token
-    return Account(
+    preempted_before, preempted_after = times.preempted_before_first_token, times.preempted_after_first_token
+    return RequestTimings(
         seed=seed,
         wall_s=now - arrival,
-        seconds=AccountSeconds(
+        seconds=StageSeconds(
             tokenizing=submitted - arrival,
             queue=scheduled - submitted,
-            prefill=first_token - scheduled - waited_before,
-            decode=finished - first_token - waited_after,
-            preempted=waited_before + waited_after,
-            detokenizing=ending.detokenized - ending.received,
-            writing=(ending.received - finished) + (now - ending.detokenized),
+            prefill=first_token - scheduled - preempted_before,
+            decode=finished - first_token - preempted_after,
+            preempted=preempted_before + preempted_after,
+            detokenizing=end.detokenized - end.received,
+            writing=(end.received - finished) + (now - end.detokenized),
         ),
         num_ahead=times.num_ahead,
         num_cached_tokens=times.num_cached_tokens,
         num_computed_tokens=times.num_prompt_tokens - times.num_cached_tokens,
         num_chunks=times.num_chunks,
-        num_output_tokens=ending.num_output_tokens,
+        num_output_tokens=end.num_output_tokens,
         num_preemptions=times.num_preemptions,
     )

@@ -1,20 +1,20 @@
-"""The settings of a request that need its tokenizer: words that must not come, and the chain of samplers."""
+"""The sampling settings that need the tokenizer or the tokens of strings: bad words and extra samplers."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from engine.shared.messages import MIROSTAT_ORDER, SamplerChain
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers
 from server.context import ServerContext
 from server.http.errors import InvalidValueError
 from server.http.validation import echo
-from server.schemas.common import GenerationRequest
+from server.schemas.generation_request import GenerationRequest
 from server.schemas.samplers import SamplerFields
+from server.text.token_sequences import word_sequences
 from server.text.tokenizer import Tokenizer
-from server.text.words import spellings
 
-SEQUENCE_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
+SEQUENCE_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's default for DRY
 
-# sampler -> from where on it acts, and what only says how
+# Field that turns a sampler on -> the value up to which it is off, and the fields with its details.
 SAMPLERS: dict[str, tuple[float, tuple[str, ...]]] = {
     "top_n_sigma": (0, ()),
     "xtc_probability": (0, ("xtc_threshold",)),
@@ -25,23 +25,23 @@ SAMPLERS: dict[str, tuple[float, tuple[str, ...]]] = {
 
 
 class TokenizedSettings(NamedTuple):
-    """What `SamplingParams` calls by the same names."""
+    """The tokenized settings, with the field names of `SamplingParams`."""
 
     bad_words: tuple[tuple[int, ...], ...] = ()
-    chain: SamplerChain | None = None
+    extra_samplers: ExtraSamplers | None = None
 
 
 def tokenize_settings(context: ServerContext, body: GenerationRequest) -> TokenizedSettings:
-    """May take long, if `body` has such settings. Raises InvalidValueError for a bad word without tokens."""
+    """Return the settings of a request. May be slow. Raises InvalidValueError for a bad word without tokens."""
     return TokenizedSettings(
-        bad_words=_bad_words(context.tokenizer, body.bad_words or ()), chain=_sampler_chain(context, body)
+        bad_words=_bad_words(context.tokenizer, body.bad_words or ()), extra_samplers=_extra_samplers(context, body)
     )
 
 
 def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     found: list[tuple[int, ...]] = []
     for index, word in enumerate(words):
-        sequences = spellings(tokenizer, word)
+        sequences = word_sequences(tokenizer, word)
         if not sequences:
             message = f"Invalid 'bad_words[{index}]': the model has no tokens for {echo(word)}."
             raise InvalidValueError(message, param=f"bad_words[{index}]")
@@ -49,13 +49,13 @@ def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, .
     return tuple(found)
 
 
-def _sampler_chain(context: ServerContext, body: SamplerFields) -> SamplerChain | None:
-    """None where the request asks for none of its samplers, nor for an order."""
+def _extra_samplers(context: ServerContext, body: SamplerFields) -> ExtraSamplers | None:
+    """Return the samplers that the request turns on, or None if it sets neither samplers nor their order."""
     fields: dict[str, Any] = {}
     for name, (off, details) in SAMPLERS.items():
         if (value := getattr(body, name)) is not None and value > off:
-            given = {detail: getattr(body, detail) for detail in details if getattr(body, detail) is not None}
-            fields |= {name: value} | given
+            present = {detail: getattr(body, detail) for detail in details if getattr(body, detail) is not None}
+            fields |= {name: value} | present
     if body.typical_p is not None and body.typical_p < 1:
         fields["typical_p"] = body.typical_p
     if body.samplers is not None:
@@ -65,4 +65,4 @@ def _sampler_chain(context: ServerContext, body: SamplerFields) -> SamplerChain 
     if "dry_multiplier" in fields:
         strings = SEQUENCE_BREAKERS if body.dry_sequence_breakers is None else body.dry_sequence_breakers
         fields["dry_breakers"] = context.sequence_breakers.find(strings)
-    return SamplerChain(**fields) if fields else None
+    return ExtraSamplers(**fields) if fields else None

@@ -1,4 +1,4 @@
-"""The envelopes of errors. In OpenAI's all four fields are always there, and `code` is never a number."""
+"""The error envelopes. OpenAI's always has all four fields, and its `code` is a string or null."""
 
 from typing import Literal
 
@@ -22,7 +22,7 @@ class AnthropicErrorDetail(msgspec.Struct, frozen=True):
 
 
 class AnthropicErrorResponse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Anthropic's envelope. As an event of a stream it has no id: the answer's headers said it."""
+    """Anthropic's envelope. Error events of a stream have no id, which is in the headers of the response."""
 
     type: Literal["error"]
     error: AnthropicErrorDetail

@@ -1,4 +1,4 @@
-"""Every error that a client can see, in OpenAI's envelope, or in Anthropic's where its API was called.
+"""All errors that a client can see, in OpenAI's envelope, or in Anthropic's if the request uses its API.
 
     APIError
     ├── BadRequestError              400
@@ -31,23 +31,17 @@
         ├── EngineDeadError
         └── AdaptersBusyError
 
-The text of an exception that is not in this tree never reaches a client. Clients retry 408, 429 and 5xx, so what a
-client did wrong is never one of these.
+The text of an exception outside of this tree never reaches a client. Clients retry 408, 429 and 5xx, so errors of the
+client have other statuses.
 """
 
 from collections.abc import Mapping
-from http import HTTPStatus
-from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
 from server.http.error_schemas import AnthropicErrorDetail, AnthropicErrorResponse, ErrorDetail, ErrorResponse
-from server.http.validation import describe_validation_errors
 
 INVALID_REQUEST = "invalid_request_error"
 ANTHROPIC_TYPES = {
@@ -60,11 +54,11 @@ ANTHROPIC_TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
-MAX_RETRY_AFTER = 60  # seconds; above this some clients stop to listen, and others stop to retry
+MAX_RETRY_AFTER = 60  # seconds; some clients ignore longer times, and others then do not retry
 
 
 class APIError(Exception):
-    """An answer that is not 2xx. Message, type, param and code are the body, so all of them must be fit for clients."""
+    """An error response. Message, type, param and code are sent to the client, so they must not contain secrets."""
 
     def __init__(
         self,
@@ -85,17 +79,17 @@ class APIError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:
-        """The JSON body, always with the four keys that OpenAI's clients read."""
+        """Return the body in OpenAI's envelope, always with its four keys."""
         detail = ErrorDetail(message=_valid(self.message), type=self.type, param=self.param, code=self.code)
         return msgspec.json.encode(ErrorResponse(detail))
 
     def anthropic_body(self, request_id: str | None = None) -> bytes:
-        """The same in Anthropic's envelope."""
+        """Return the body in Anthropic's envelope."""
         detail = AnthropicErrorDetail(ANTHROPIC_TYPES.get(self.status, INVALID_REQUEST), _valid(self.anthropic_message))
         return msgspec.json.encode(AnthropicErrorResponse(type="error", error=detail, request_id=request_id))
 
     def response(self, scope: Scope | None = None) -> Response:
-        """In the envelope of the API that the request of this scope is for; None: OpenAI's."""
+        """Return the response, in the envelope of the API that the request uses. Without a scope, it is OpenAI's."""
         if scope is not None and is_for_anthropic(scope):
             body = self.anthropic_body(scope.get("state", {}).get("request_id"))
         else:
@@ -104,7 +98,7 @@ class APIError(Exception):
 
     @property
     def anthropic_message(self) -> str:
-        """Anthropic's envelope has no `param`, so the message names the field."""
+        """The message with the name of the field, since Anthropic's envelope has no `param`."""
         return self.message if self.param is None or self.param in self.message else f"{self.param}: {self.message}"
 
 
@@ -113,14 +107,14 @@ def _valid(message: str) -> str:
 
 
 def is_for_anthropic(scope: Scope) -> bool:
-    """Whether a request speaks Anthropic's API: by its path, or by the header that all of its clients send."""
+    """Return whether a request uses Anthropic's API, by its path or by the header that all of its clients send."""
     if f"{scope['path']}/".startswith("/v1/messages/"):
         return True
     return any(name == b"anthropic-version" for name, _ in scope["headers"])
 
 
 class BadRequestError(APIError):
-    """Something in the request that the client has to change."""
+    """The client must change the request."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(400, message, param=param, code=code)
@@ -140,7 +134,7 @@ class MissingParameterError(BadRequestError):
 
 
 class InvalidTypeError(BadRequestError):
-    """`expected` and `got` are phrases with their article: "an integer", "a string", "null"."""
+    """A value of the wrong type. `expected` and `got` are phrases such as "an integer", "a string" or "null"."""
 
     def __init__(self, param: str, expected: str, got: str) -> None:
         message = f"Invalid type for '{param}': expected {expected}, but got {got} instead."
@@ -148,22 +142,22 @@ class InvalidTypeError(BadRequestError):
 
 
 class InvalidValueError(BadRequestError):
-    """A value of the right type that cannot be meant. `code` is OpenAI's name of the limit that it breaks, if any."""
+    """An invalid value of the right type. `code` is OpenAI's name of the violated limit, if it has one."""
 
     def __init__(self, message: str, *, param: str | None, code: str | None = "invalid_value") -> None:
         super().__init__(message, param=param, code=code)
 
 
 class UnknownParameterError(BadRequestError):
-    """Raised with --strict, and in objects that allow no others; elsewhere unknown fields are ignored and counted."""
+    """An unknown field, with --strict or in an object that allows no others. Elsewhere unknown fields are ignored."""
 
     def __init__(self, name: str) -> None:
-        is_inner = "." in name  # of one of the body's own fields OpenAI says no `param`
+        is_inner = "." in name  # OpenAI gives no `param` for top-level fields
         super().__init__(f"Unrecognized request argument supplied: {name}", param=name if is_inner else None)
 
 
 class UnsupportedParameterError(BadRequestError):
-    """A field that OpenAI has and this server has not, and that would change the answer."""
+    """A field of OpenAI's API that would change the answer, but is not supported."""
 
     def __init__(self, param: str, detail: str | None = None) -> None:
         message = f"Unsupported parameter: '{param}' is not supported yet."
@@ -171,10 +165,10 @@ class UnsupportedParameterError(BadRequestError):
 
 
 class ContextLengthExceededError(BadRequestError):
-    """The prompt, or prompt and completion together, do not fit. All numbers are tokens.
+    """The prompt, or prompt and completion together, exceed the context length. All numbers are in tokens.
 
-    `noun` is what the endpoint calls its input: "messages" or "prompt". With `at_least` the prompt's tokens are not
-    counted: they may be more. Clients of Anthropic's look for its words, to know by how much to shorten.
+    `noun` is the endpoint's name for its input: "messages" or "prompt". `at_least` means that `num_prompt_tokens` is a
+    lower bound. Anthropic's clients parse its wording of the message, to know by how much to shorten the input.
     """
 
     def __init__(
@@ -208,7 +202,7 @@ class ContextLengthExceededError(BadRequestError):
 
 
 class PreviousResponseNotFoundError(BadRequestError):
-    """A 400, as OpenAI answers."""
+    """The previous response does not exist. The status is 400, as in OpenAI's API."""
 
     def __init__(self, response_id: str) -> None:
         message = f"Previous response with id '{clip(response_id)}' not found."
@@ -216,7 +210,7 @@ class PreviousResponseNotFoundError(BadRequestError):
 
 
 class UnauthorizedError(APIError):
-    """No key, or one that is not ours. The key itself is never repeated."""
+    """No API key, or an invalid one. The message never contains the key."""
 
     def __init__(self, *, key_given: bool) -> None:
         message = (
@@ -247,17 +241,17 @@ class RequestNotFoundError(APIError):
 
 class RecordingNotFoundError(APIError):
     def __init__(self, request_id: str, *, num_kept: int) -> None:
-        message = "No requests are recorded: start the server with --record-requests."
+        message = "Requests are not recorded: start the server with --record-requests."
         if num_kept:
-            message = f"No ended request with the id '{clip(request_id)}' is among the last {num_kept} recorded ones."
+            message = f"No request with the id '{clip(request_id)}' is among the last {num_kept} finished requests."
         super().__init__(404, message, code="request_not_found")
 
 
 class RecordedAdapterError(APIError):
-    """A recorded request cannot be run again: its LoRA adapter has been unloaded, or replaced by another one."""
+    """A recorded request cannot be replayed, since its LoRA adapter was unloaded or replaced."""
 
     def __init__(self, name: str) -> None:
-        message = f"The LoRA adapter '{clip(name)}' that answered the recorded request is no longer loaded."
+        message = f"The LoRA adapter '{clip(name)}' of the recorded request is not loaded any more."
         super().__init__(404, message, code="model_not_found")
 
 
@@ -269,7 +263,7 @@ class AdapterNotFoundError(APIError):
 
 class UpdatesNotAllowedError(APIError):
     def __init__(self) -> None:
-        message = "LoRA adapters stay as they are: start the server with --allow-runtime-lora-updating to change them."
+        message = "LoRA adapters cannot be changed: start the server with --allow-runtime-lora-updating."
         super().__init__(404, message, code="not_enabled")
 
 
@@ -279,12 +273,12 @@ class ResponseNotFoundError(APIError):
 
 
 class ResponseGoneError(ResponseNotFoundError):
-    """It was there when it began to be read."""
+    """The response was deleted or dropped while it was being read."""
 
     def __init__(self, response_id: str) -> None:
         super().__init__(response_id)
         self.message = (
-            f"Response with id '{response_id}' is no longer kept: it was deleted, or dropped to make room for others "
+            f"Response with id '{response_id}' is no longer stored: it was deleted, or dropped to make room for others "
             "(--max-stored-responses, --stored-responses-memory)."
         )
 
@@ -303,7 +297,7 @@ class MethodNotAllowedError(APIError):
 
 
 class BodyTimeoutError(APIError):
-    """The body did not arrive in time. 408, since the client may well try again on a better line."""
+    """The body did not arrive in time. The status is 408, since a retry may succeed."""
 
     def __init__(self, timeout: float) -> None:
         message = f"The body of your request did not arrive within {timeout:g} seconds."
@@ -322,12 +316,12 @@ class UnsupportedMediaTypeError(APIError):
 
 
 class QueueFullError(APIError):
-    """As many choices are in flight as the server holds. `retry_after` is in seconds."""
+    """The maximum number of choices is in flight. `retry_after` is in seconds."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(
             429,
-            "The server is at capacity: its queue of requests is full. Please retry later.",
+            "The server is at capacity: its request queue is full. Please retry later.",
             type="rate_limit_error",
             code="rate_limit_exceeded",
             headers=retry_headers(retry_after),
@@ -335,7 +329,7 @@ class QueueFullError(APIError):
 
 
 class ServerError(APIError):
-    """A bug, or a request that the engine could not compute. The same request would fail again, so: no retry."""
+    """A bug, or a request that the engine could not compute. Clients must not retry, since it would fail again."""
 
     def __init__(self, request_id: str | None = None) -> None:
         message = "The server had an error while processing your request."
@@ -345,7 +339,7 @@ class ServerError(APIError):
 
 
 class EngineUnavailableError(APIError):
-    """Not ready yet, draining, or dead. With `close`, the connection ends with the answer."""
+    """The engine is starting, draining or dead. With `close`, the connection is closed after the response."""
 
     def __init__(
         self, message: str, *, code: str = "engine_unavailable", retry_after: float = 5, close: bool = False
@@ -357,76 +351,24 @@ class EngineUnavailableError(APIError):
 
 
 class EngineDeadError(EngineUnavailableError):
-    """The engine stopped while the request was running, or before."""
+    """The engine stopped before or during the request."""
 
     def __init__(self) -> None:
         super().__init__("The engine stopped while it was processing your request. Please retry later.", close=True)
 
 
 class AdaptersBusyError(EngineUnavailableError):
-    """The engine cannot take a LoRA adapter now, but may later. The message is its own."""
+    """The engine cannot load a LoRA adapter at the moment. The message comes from the engine."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="adapters_busy")
 
 
 def retry_headers(seconds: float) -> dict[str, str]:
-    """A Retry-After of whole seconds between 1 and 60."""
+    """Return a Retry-After header of 1 to 60 whole seconds."""
     return {"retry-after": str(max(1, min(MAX_RETRY_AFTER, round(seconds))))}
 
 
 def clip(text: str, limit: int = 128) -> str:
-    """What a client sent, short enough to be repeated to it."""
+    """Shorten text from a client, to repeat it in a message."""
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-def error_event(error: APIError) -> bytes:
-    """The end of a stream that failed after its start: the error, then [DONE]."""
-    return b"data: " + error.body() + b"\n\ndata: [DONE]\n\n"
-
-
-def from_http_exception(exc: HTTPException, method: str, path: str) -> APIError:
-    """What the framework raises for routes that do not exist, in our words."""
-    if exc.status_code == 404:
-        return InvalidURLError(method, path)
-    if exc.status_code == 405:
-        return MethodNotAllowedError(
-            method, path, (exc.headers or {}).get("allow", (exc.headers or {}).get("Allow", ""))
-        )
-    if exc.status_code >= 500:
-        return ServerError()
-    return APIError(exc.status_code, f"{HTTPStatus(exc.status_code).phrase}.", headers=exc.headers)
-
-
-def from_validation_error(errors: list[dict[str, Any]], body: object) -> BadRequestError:
-    """Turns pydantic's errors about a body into the one that OpenAI would answer with."""
-    problem = describe_validation_errors(errors, body)
-    match problem.kind:
-        case "missing":
-            return MissingParameterError(problem.param)
-        case "type":
-            return InvalidTypeError(problem.param, problem.expected, problem.got)
-        case "unknown":
-            return UnknownParameterError(clip(problem.param))
-        case _:
-            return InvalidValueError(problem.message, param=problem.param or None, code=problem.code)
-
-
-def install_error_handlers(app: FastAPI) -> None:
-    """Answers every error raised in a handler. What is unknown is left to the middleware."""
-
-    async def on_api_error(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, APIError)
-        return exc.response(request.scope)
-
-    async def on_http_exception(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, HTTPException)
-        return from_http_exception(exc, request.method, request.scope["path"]).response(request.scope)
-
-    async def on_validation_error(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, RequestValidationError)
-        return from_validation_error(list(exc.errors()), exc.body).response(request.scope)
-
-    app.add_exception_handler(APIError, on_api_error)
-    app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(RequestValidationError, on_validation_error)

@@ -1,4 +1,4 @@
-"""Answers that are whole when they are sent."""
+"""JSON responses that are sent as a whole."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 
 class StructResponse(Response):
-    """JSON of a msgspec struct, or of anything else that msgspec encodes."""
+    """A JSON response whose content is a msgspec struct, or any other value that msgspec encodes."""
 
     media_type = "application/json"
 

@@ -1,7 +1,7 @@
-"""HTTP/1.1 as uvicorn speaks it with h11, with the limits in time and number that uvicorn lacks.
+"""uvicorn's HTTP/1.1 protocol (h11), with time limits and a limit on connections.
 
-A connection is cut when the head of a request takes too long to arrive, or when its reader has stopped reading. Where
-there are too many connections the one that has been idle longest makes room. Broken HTTP is answered as all errors are.
+A connection is closed if the head of a request takes too long to arrive, or if the client stops reading. When there are
+too many connections, the one that has been idle longest is closed. Invalid HTTP gets an error in OpenAI's envelope.
 """
 
 import asyncio
@@ -13,13 +13,13 @@ import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from server.http.errors import APIError, EngineUnavailableError
-from server.http.middleware import choose_request_id
+from server.http.request_middleware import choose_request_id
 
 SLICE_BYTES = 16 << 10
 
 
 class StrictConnection(h11.Connection):
-    """Refuses a request whose body has two lengths, as proxies may disagree on where it ends."""
+    """Rejects a request with both Content-Length and Transfer-Encoding, since proxies may disagree on its end."""
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         event = super().next_event()
@@ -31,23 +31,23 @@ class StrictConnection(h11.Connection):
 
 
 class HTTPProtocol(H11Protocol):
-    """One connection. uvicorn's `limit_concurrency` is read as the number of connections."""
+    """One connection. uvicorn's `limit_concurrency` is the maximum number of connections."""
 
     head_timeout = 30.0  # seconds from a request's first byte to the end of its head
-    write_timeout = 30.0  # seconds that a reader may leave a full buffer full
+    write_timeout = 30.0  # seconds that the write buffer may stay full
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = StrictConnection(h11.SERVER)
         self._max_connections = self.limit_concurrency or sys.maxsize
-        self.limit_concurrency = None  # the base class would count idle connections, too, and answer in plain text
+        self.limit_concurrency = None  # the base class would count idle connections too, and reply in plain text
         self._idle_since = 0.0
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
     @property
     def is_idle(self) -> bool:
-        """No request is being answered."""
+        """True if no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -63,7 +63,7 @@ class HTTPProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """In slices, since h11 limits only heads that do not arrive in one piece."""
+        """Process data in slices, since h11 only limits the size of heads that arrive in several pieces."""
         for start in range(0, len(data), SLICE_BYTES):
             if self.transport.is_closing():
                 return
@@ -84,24 +84,24 @@ class HTTPProtocol(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        if self.transport.get_write_buffer_size():  # closing would wait for a reader that does not read
+        if self.transport.get_write_buffer_size():  # closing would wait for a client that does not read
             self.loop.call_later(self.write_timeout, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        """Called where what came is no HTTP; h11's own error says what is wrong with it."""
+        """Reject invalid HTTP. The current exception is h11's error, which suggests a status."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
         hint = getattr(sys.exc_info()[1], "error_status_hint", 400)
-        too_large = "The head of your request is too large."
+        too_large = "The headers of your request are too large."
         self._refuse(APIError(hint, too_large if hint == 431 else "We could not parse your HTTP request."))
 
     def _watch_head(self) -> None:
-        """The time-out runs from the first byte on while no request is complete; uvicorn's keep-alive before that."""
+        """Start or stop the timeout of a head. It runs from its first byte; before that, uvicorn's keep-alive does."""
         if not self.is_idle or self.transport.is_closing():
             self._stop_head_timer()
         elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_timeout, self._cut_head)
+            self._head_timer = self.loop.call_later(self.head_timeout, self._on_head_timeout)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -113,7 +113,7 @@ class HTTPProtocol(H11Protocol):
             self._write_timer.cancel()
             self._write_timer = None
 
-    def _cut_head(self) -> None:
+    def _on_head_timeout(self) -> None:
         self._head_timer = None
         if self.is_idle:
             self.transport.abort()
@@ -129,12 +129,12 @@ class HTTPProtocol(H11Protocol):
             self._refuse(EngineUnavailableError("The server has too many connections.", code="server_is_overloaded"))
 
     def _open_connections(self) -> list["HTTPProtocol"]:
-        """Without those that were aborted and wait for the event loop to tell them."""
+        """Return the connections that are not closing."""
         connections = (other for other in self.connections if isinstance(other, HTTPProtocol))
         return [other for other in connections if not other.transport.is_closing()]
 
     def _refuse(self, error: APIError) -> None:
-        """Answers without the application, and closes."""
+        """Send an error without calling the application, and close the connection."""
         body = error.body()
         headers = {
             **error.headers,

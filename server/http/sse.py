@@ -1,4 +1,4 @@
-"""Answers that come in pieces, and handlers that stop when nobody listens any more."""
+"""Server-sent events, and handlers that are cancelled when the client disconnects."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from sse_starlette.sse import EventSourceResponse
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from server.http.errors import APIError, ServerError, error_event
+from server.http.errors import APIError, ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 class EventStream(EventSourceResponse):
-    """Server-sent events that are framed already.
+    """A response of server-sent events that are already encoded.
 
-    However it ends, `on_close` is called: a generator that was never started does not run its `finally`, and a client
-    may be gone before the first event.
+    It always calls `on_close` at the end. The `finally` of a generator is not enough: it does not run if the client
+    disconnects before the first event, so that the generator never starts.
     """
 
     def __init__(
@@ -42,8 +42,13 @@ class EventStream(EventSourceResponse):
                 self._on_close()
 
     async def _listen_for_exit_signal_with_grace(self) -> None:
-        """A stream outlives SIGTERM until it is drained; the server ends it through its events."""
+        """Keep the stream open on SIGTERM: the server drains it, and ends it through its events."""
         await anyio.sleep_forever()
+
+
+def error_event(error: APIError) -> bytes:
+    """Return the last events of a stream that failed: the error and `[DONE]`."""
+    return b"data: " + error.body() + b"\n\ndata: [DONE]\n\n"
 
 
 def sse_response(
@@ -54,11 +59,11 @@ def sse_response(
     headers: Mapping[str, str] | None = None,
     request_id: str | None = None,
 ) -> EventStream:
-    """Streams chunks of whole `data: ...\\n\\n` frames, with a comment now and then while there are none.
+    """Return a response that streams chunks of complete `data: ...\\n\\n` events, with keep-alive comments in pauses.
 
-    When the client goes away the generator is closed, which must end its request; `on_close` is called in any case,
-    also where the generator has never run, and may be called after it. An exception ends the stream with what
-    `on_error` makes of it.
+    When the client disconnects, the generator is closed, which must abort its request. `on_close` is always called,
+    even if the generator never ran, and possibly after it. An exception ends the stream with the events that `on_error`
+    returns for it.
     """
     return EventStream(_with_error_event(events, on_error, request_id), on_close, headers)
 
@@ -82,9 +87,9 @@ def _keep_alive() -> ServerSentEvent:
 
 
 async def run_until_disconnect(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
-    """The coroutine's result; if the client goes away first it is cancelled, and ClientDisconnect raised.
+    """Return the coroutine's result. If the client disconnects first, cancel it and raise ClientDisconnect.
 
-    Only after the request's body has been read.
+    The request's body must have been read.
     """
     work = asyncio.create_task(coroutine)
     watch = asyncio.create_task(_wait_for_disconnect(request))

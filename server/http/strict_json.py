@@ -1,7 +1,7 @@
-"""The one reading of a request's body.
+"""The parser of JSON request bodies.
 
-Stricter than JSON parsers in general: UTF-8 only, no NaN or Infinity, no number beyond float64, no lone surrogates, an
-object at the top, bounded depth and number of values. Of keys that stand twice the last one counts.
+It is stricter than most JSON parsers: UTF-8 only, no NaN or Infinity, no numbers beyond float64, no lone surrogates, an
+object at the top level, and limits on depth and number of values. The last value of a repeated key counts.
 """
 
 import json
@@ -16,16 +16,21 @@ from server.http.validation import format_path
 
 MAX_DEPTH = 100
 MAX_NODES = 100_000  # arrays, objects and keys
-MAX_ELEMENTS = 1 << 20  # of all arrays and objects together; a prompt may be several hundred thousand token ids
-MAX_SEARCHED = 1 << 20  # bytes of a body that is searched for what is wrong with it
+MAX_ELEMENTS = 1 << 20  # of all arrays and objects together; a prompt may have several hundred thousand token ids
+MAX_SEARCHED = 1 << 20  # bytes of an invalid body that is searched for lone surrogates
 
-# One that does not end is a string, too: every byte is looked at once.
+# Matches an unterminated string too, so that every byte is read once.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
-    """Raises InvalidJSONError, or InvalidValueError that names the field of a lone surrogate."""
+    """Parse a body.
+
+    Raises:
+        InvalidJSONError: the body is not valid JSON, or exceeds a limit.
+        InvalidValueError: a string contains a lone surrogate; `param` is its path.
+    """
     check_size(body)
     try:
         value = msgspec.json.decode(body)
@@ -44,7 +49,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 
 def check_size(body: bytes) -> None:
-    """Raises InvalidJSONError where parsing alone would hold up everybody else."""
+    """Raise InvalidJSONError if parsing the body would block other requests for too long."""
     if _count_nodes(body) <= MAX_NODES and _count_elements(body) <= MAX_ELEMENTS:
         return
     bare = _STRING.sub(b"", body)
@@ -55,7 +60,7 @@ def check_size(body: bytes) -> None:
 
 
 def _count_elements(body: bytes) -> int:
-    """But for the first of each array or object."""
+    """Return the number of elements, not counting the first of each array or object."""
     return body.count(b",")
 
 
@@ -64,7 +69,7 @@ def _count_nodes(body: bytes) -> int:
 
 
 def is_deeper(value: object, limit: int) -> bool:
-    """Whether arrays and objects are nested in more than `limit` levels."""
+    """Return whether arrays and objects are nested more than `limit` levels deep."""
     level = [value]
     for _ in range(limit):
         level = [child for parent in level for child in _children(parent) if isinstance(child, dict | list)]
@@ -81,9 +86,9 @@ def _children(value: object) -> Iterator[object]:
 
 
 def check_surrogates(body: bytes) -> None:
-    """Raises InvalidValueError with the path of a string that holds half a character.
+    """Raise InvalidValueError with the path of a string that contains a lone surrogate.
 
-    Only to say where: a body that comes here is refused in any case.
+    It only improves the message: the body is already known to be invalid.
     """
     if len(body) > MAX_SEARCHED or not _SURROGATE_ESCAPE.search(body):
         return
@@ -93,11 +98,11 @@ def check_surrogates(body: bytes) -> None:
         return
     if path is not None:
         param = format_path(path)
-        raise InvalidValueError(f"Invalid '{param}': the string holds a lone surrogate.", param=param or None)
+        raise InvalidValueError(f"Invalid '{param}': the string contains a lone surrogate.", param=param or None)
 
 
 def find_surrogate(value: object) -> list[int | str] | None:
-    """The path of the first string, or of the object with the first key, that UTF-8 cannot encode."""
+    """Return the path of the first string that UTF-8 cannot encode, or of the object that has it as a key."""
     if isinstance(value, str):
         return None if _is_encodable(value) else []
     if isinstance(value, dict) and not all(map(_is_encodable, value)):

@@ -1,12 +1,12 @@
-"""Pydantic's errors about a body, said as OpenAI says them: one problem, a path like `messages[0].content`, a code."""
+"""Describe pydantic's errors about a body as OpenAI does: one problem, with a path like `messages[0].content`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MAX_ECHO = 64  # characters of a client's value that are repeated to it
+MAX_ECHO = 64  # characters of a client's value that are repeated in a message
 
-# error type -> what was expected, as a phrase with its article
+# error type -> the expected type, as a phrase with its article
 EXPECTED_TYPES = {
     "int_type": "an integer",
     "int_parsing": "an integer",
@@ -28,7 +28,7 @@ EXPECTED_TYPES = {
     "none_required": "null",
 }
 
-# error type -> (is it about the upper limit, sign of the limit, key of the limit in `ctx`)
+# error type -> (is it an upper limit, sign of the limit, key of the limit in `ctx`)
 NUMBER_LIMITS = {
     "less_than_equal": (True, "<=", "le"),
     "less_than": (True, "<", "lt"),
@@ -36,7 +36,7 @@ NUMBER_LIMITS = {
     "greater_than": (False, ">", "gt"),
 }
 
-# error type -> (noun, is it about the upper limit)
+# error type -> (noun, is it an upper limit)
 LENGTH_LIMITS = {
     "string_too_long": ("string", True),
     "string_too_short": ("string", False),
@@ -46,21 +46,21 @@ LENGTH_LIMITS = {
 
 
 @dataclass(frozen=True)
-class Problem:
-    """`kind` is missing, type, unknown or value; `message` and `code` matter for value only."""
+class ValidationProblem:
+    """A problem with a body. `message` and `code` are set for kind "value", `expected` and `got` for kind "type"."""
 
-    kind: str
-    param: str  # empty: the body as a whole
+    kind: str  # missing, type, unknown, value
+    param: str  # empty: the whole body
     message: str = ""
     code: str | None = "invalid_value"
     expected: str = ""
     got: str = ""
 
 
-def describe_validation_errors(errors: Sequence[dict[str, Any]], body: object) -> Problem:
-    """The one problem worth telling: the first field that is wrong and, of a union's errors, the deepest.
+def describe_validation_errors(errors: Sequence[dict[str, Any]], body: object) -> ValidationProblem:
+    """Return the problem to report: that of the first invalid field and, among the errors of a union, the deepest.
 
-    `errors` are pydantic's, with locations that start with where the value is from ("body", "path", "query").
+    `errors` are pydantic's. Their locations start with the source of the value ("body", "path", "query").
     """
     located = [(format_path(resolve_location(error, body)), error) for error in errors]
     first = _field(located[0][0])
@@ -70,10 +70,10 @@ def describe_validation_errors(errors: Sequence[dict[str, Any]], body: object) -
 
 
 def resolve_location(error: dict[str, Any], body: object) -> list[int | str]:
-    """Where an error is, without the names of union members, which pydantic puts into the location.
+    """Return the path of an error in the body, without the names of union members that pydantic adds to its location.
 
-    What cannot be an index into the value there is such a name, but for the last part if a field is missing. So is a
-    name behind which the location goes on in this value, not in the one that it would be an index of.
+    A part of the location that is no key or index of the value there is such a name, except for the last part if a
+    field is missing. A part that is a key is a name too, if only the value itself, not its item, has the next part.
     """
     source: str
     parts: list[int | str]
@@ -99,7 +99,7 @@ def format_path(path: Sequence[int | str]) -> str:
 
 
 def json_type(value: object) -> str:
-    """A value's JSON type with its article."""
+    """Return the JSON type of a value, with its article."""
     match value:
         case None:
             return "null"
@@ -118,7 +118,7 @@ def json_type(value: object) -> str:
 
 
 def echo(value: object) -> str:
-    """A client's value, short enough to be repeated to it."""
+    """Shorten a client's value, to repeat it in a message."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= MAX_ECHO else text[:MAX_ECHO] + "..."
 
@@ -137,23 +137,23 @@ def _depth(path: str) -> int:
     return path.count(".") + path.count("[")
 
 
-def _describe(path: str, errors: list[dict[str, Any]]) -> Problem:
-    """One problem of the errors at one place; a union gives several, and a limit says more than a type."""
+def _describe(path: str, errors: list[dict[str, Any]]) -> ValidationProblem:
+    """Describe the errors at one path as one problem. A union has several errors; a limit is preferred to a type."""
     for error in errors:
         if error["type"] not in EXPECTED_TYPES:
             return _describe_one(path, error)
     expected = list(dict.fromkeys(EXPECTED_TYPES[error["type"]] for error in errors))
     phrase = expected[0] if len(expected) == 1 else "one of " + _join(expected)
-    return Problem("type", path, expected=phrase, got=json_type(errors[0]["input"]))
+    return ValidationProblem("type", path, expected=phrase, got=json_type(errors[0]["input"]))
 
 
-def _describe_one(path: str, error: dict[str, Any]) -> Problem:
+def _describe_one(path: str, error: dict[str, Any]) -> ValidationProblem:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind in ("missing", "union_tag_not_found"):
         tag = str(context.get("discriminator", "")).strip("'")
-        return Problem("missing", f"{path}.{tag}" if tag else path)
+        return ValidationProblem("missing", f"{path}.{tag}" if tag else path)
     if kind == "extra_forbidden":
-        return Problem("unknown", path)
+        return ValidationProblem("unknown", path)
     if kind in NUMBER_LIMITS:
         return _describe_number(path, error)
     if kind in LENGTH_LIMITS:
@@ -161,17 +161,19 @@ def _describe_one(path: str, error: dict[str, Any]) -> Problem:
     if kind in ("literal_error", "enum", "union_tag_invalid"):
         return _describe_choice(path, error)
     if kind in ("value_error", "assertion_error"):
-        return Problem("value", path, f"Invalid '{path}': {context['error']}" if path else str(context["error"]))
+        return ValidationProblem(
+            "value", path, f"Invalid '{path}': {context['error']}" if path else str(context["error"])
+        )
     if kind == "string_unicode":
-        return Problem("value", path, f"Invalid '{path}': the string is not valid Unicode.")
+        return ValidationProblem("value", path, f"Invalid '{path}': the string is not valid Unicode.")
     if kind == "string_pattern_mismatch":
         pattern = context["pattern"]
         message = f"Invalid '{path}': string does not match pattern. Expected a string that matches '{pattern}'."
-        return Problem("value", path, message)
-    return Problem("value", path, f"Invalid '{path}': {error['msg']}, but got {echo(value)} instead.")
+        return ValidationProblem("value", path, message)
+    return ValidationProblem("value", path, f"Invalid '{path}': {error['msg']}, but got {echo(value)} instead.")
 
 
-def _describe_number(path: str, error: dict[str, Any]) -> Problem:
+def _describe_number(path: str, error: dict[str, Any]) -> ValidationProblem:
     is_upper, sign, key = NUMBER_LIMITS[error["type"]]
     limit, value = error["ctx"][key], error["input"]
     noun = "integer" if isinstance(value, int) and isinstance(limit, int) else "decimal"
@@ -180,10 +182,10 @@ def _describe_number(path: str, error: dict[str, Any]) -> Problem:
         f"Invalid '{path}': {noun} {'above maximum' if is_upper else 'below minimum'} value. "
         f"Expected a value {sign} {limit}, but got {echo(value)} instead."
     )
-    return Problem("value", path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_value")
+    return ValidationProblem("value", path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_value")
 
 
-def _describe_length(path: str, error: dict[str, Any]) -> Problem:
+def _describe_length(path: str, error: dict[str, Any]) -> ValidationProblem:
     noun, is_upper = LENGTH_LIMITS[error["type"]]
     context = error["ctx"]
     bound, limit = ("maximum", context.get("max_length")) if is_upper else ("minimum", context.get("min_length"))
@@ -191,13 +193,13 @@ def _describe_length(path: str, error: dict[str, Any]) -> Problem:
     expected = f"Expected {'an' if noun == 'array' else 'a'} {noun} with {bound} length {limit}"
     if length == 0:
         message = f"Invalid '{path}': empty {noun}. {expected}, but got an empty {noun} instead."
-        return Problem("value", path, message, f"empty_{noun}")
+        return ValidationProblem("value", path, message, f"empty_{noun}")
     got = f"{'an' if noun == 'array' else 'a'} {noun} with length {length}"
     message = f"Invalid '{path}': {noun} too {'long' if is_upper else 'short'}. {expected}, but got {got} instead."
-    return Problem("value", path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_length")
+    return ValidationProblem("value", path, message, f"{noun}_{'above_max' if is_upper else 'below_min'}_length")
 
 
-def _describe_choice(path: str, error: dict[str, Any]) -> Problem:
+def _describe_choice(path: str, error: dict[str, Any]) -> ValidationProblem:
     context, value = error["ctx"], error["input"]
     if error["type"] == "union_tag_invalid":
         tag = context["discriminator"].strip("'")
@@ -205,8 +207,8 @@ def _describe_choice(path: str, error: dict[str, Any]) -> Problem:
     else:
         supported = context["expected"]
     if not isinstance(value, str):
-        return Problem("type", path, expected=f"one of {supported}", got=json_type(value))
-    return Problem("value", path, f"Invalid value: {echo(value)}. Supported values are: {supported}.")
+        return ValidationProblem("type", path, expected=f"one of {supported}", got=json_type(value))
+    return ValidationProblem("value", path, f"Invalid value: {echo(value)}. Supported values are: {supported}.")
 
 
 def _join(phrases: list[str]) -> str:

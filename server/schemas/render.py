@@ -1,4 +1,4 @@
-"""`.../render`, which is vLLM's: what a request becomes before the model sees it."""
+"""The answer of `.../render`, an endpoint of vLLM: a request as the model would see it."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import msgspec
 
 
 class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt of a request."""
+    """One rendered prompt of a request."""
 
     request_id: str
     model: str
-    prompt: str  # the token ids as text, control tokens included
+    prompt: str  # the token ids as text, including special tokens
     token_ids: list[int]
-    max_tokens: int  # of each choice
-    sampling_params: dict[str, Any]  # as the engine would get them; the seed is null if the request brings none
+    max_tokens: int  # per choice
+    sampling_params: dict[str, Any]  # as sent to the engine; the seed is null unless the request sets it

@@ -1,20 +1,20 @@
-"""The samplers beyond temperature, min_p, top_k and top_p: llama.cpp's parameters, with its names and defaults."""
+"""Parameters of the samplers other than temperature, min_p, top_k and top_p, with llama.cpp's names and defaults."""
 
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 INT64_MAX = 2**63 - 1
-MAX_DRY_LENGTH = 256  # tokens; longer repeats count as this long
+MAX_DRY_LENGTH = 256  # tokens; longer repetitions count as this long
 MAX_BREAKERS = 32
-MAX_BREAKER_CHARS = 40  # of one sequence breaker
+MAX_BREAKER_CHARS = 40  # per sequence breaker
 
 SamplerName = Literal["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
 
 
 def _check_order(names: list[SamplerName]) -> list[SamplerName]:
     if len(set(names)) < len(names):
-        raise ValueError("a sampler is named twice.")
+        raise ValueError("a sampler is listed twice.")
     return names
 
 
@@ -24,62 +24,66 @@ Breakers = Annotated[list[Breaker], Field(max_length=MAX_BREAKERS, fail_fast=Tru
 
 
 class SamplerFields(BaseModel):
+    """Request fields for these samplers."""
+
     model_config = ConfigDict(strict=True, extra="allow")
 
     samplers: SamplerOrder | None = Field(
         None,
-        description="Which samplers act, in this order; the others do not. Default: penalties, dry, top_n_sigma, "
+        description="Samplers to apply, in this order; others are off. Default: penalties, dry, top_n_sigma, "
         "temperature, min_p, top_k, typ_p, top_p, xtc.",
     )
     typical_p: FiniteFloat | None = Field(
         None,
         gt=0,
         le=1,
-        description="Keep the tokens whose surprise is closest to the expected one that make up this probability.",
+        description="Locally typical sampling: keep the tokens whose information content is closest to the entropy and "
+        "whose probabilities add up to this.",
     )
     top_n_sigma: FiniteFloat | None = Field(
         None,
         ge=-1,
         le=1000,
-        description="Keep logits within this many standard deviations of the largest; 0 and less: all.",
+        description="Keep tokens whose logits are within this many standard deviations of the largest; 0 or less: all.",
     )
     xtc_probability: FiniteFloat | None = Field(
-        None, ge=0, le=1, description="How often xtc_threshold acts. Default 0: never."
+        None, ge=0, le=1, description="Probability with which xtc_threshold applies to a token. Default 0: never."
     )
     xtc_threshold: FiniteFloat | None = Field(
-        None, ge=0, le=1, description="Of the tokens that are this likely only the least likely is kept. Default 0.1."
+        None,
+        ge=0,
+        le=1,
+        description="Remove all but the least likely of the tokens with at least this probability. Default 0.1.",
     )
     dry_multiplier: FiniteFloat | None = Field(
         None,
         ge=0,
         le=1000,
-        description="What would make a repeat of earlier tokens longer is less likely by "
-        "dry_multiplier * dry_base ** (length - dry_allowed_length). Default 0: off.",
+        description="DRY: subtract dry_multiplier * dry_base ** (length - dry_allowed_length) from the logits of "
+        "tokens that would extend a repetition of `length` tokens. Default 0: off.",
     )
     dry_base: FiniteFloat | None = Field(None, ge=1, le=1000, description="Default 1.75.")
     dry_allowed_length: int | None = Field(
-        None, ge=1, le=MAX_DRY_LENGTH, description="Shorter repeats are not judged. Default 2 tokens."
+        None, ge=1, le=MAX_DRY_LENGTH, description="Shorter repetitions are not penalized. Default 2 tokens."
     )
     dry_penalty_last_n: int | None = Field(
-        None, ge=-1, le=INT64_MAX, description="How many of the last tokens are searched for repeats; -1: all."
+        None, ge=-1, le=INT64_MAX, description="Number of last tokens to search for repetitions; -1: all."
     )
     dry_sequence_breakers: Breakers | None = Field(
-        None, description='A repeat does not reach back beyond one of these. Default: "\\n", ":", "\\"" and "*".'
+        None, description='Strings that repetitions cannot extend across. Default: "\\n", ":", "\\"" and "*".'
     )
-    repeat_penalty: FiniteFloat | None = Field(None, ge=0.01, le=10, description="Another name of repetition_penalty.")
+    repeat_penalty: FiniteFloat | None = Field(None, ge=0.01, le=10, description="Alias of repetition_penalty.")
     repeat_last_n: int | None = Field(
-        None, ge=-1, le=INT64_MAX, description="How many of the last tokens the penalties see; -1: all, the default."
+        None, ge=-1, le=INT64_MAX, description="Number of last tokens that the penalties consider. Default -1: all."
     )
     mirostat: int | None = Field(
         None,
         ge=0,
         le=2,
-        description="Which version of Mirostat truncates, in the place of all other samplers but penalties, dry and "
-        "temperature. Default 0: none.",
+        description="Version of Mirostat to use instead of all samplers except penalties, dry and temperature. "
+        "Default 0: off.",
     )
     mirostat_tau: FiniteFloat | None = Field(
-        None, ge=0, le=1000, description="How surprising a token shall be, in bits. Default 5."
+        None, ge=0, le=1000, description="Mirostat's target surprise, in bits. Default 5."
     )
-    mirostat_eta: FiniteFloat | None = Field(
-        None, ge=0, le=1000, description="How fast Mirostat follows what it sees. Default 0.1."
-    )
+    mirostat_eta: FiniteFloat | None = Field(None, ge=0, le=1000, description="Mirostat's learning rate. Default 0.1.")

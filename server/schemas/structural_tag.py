@@ -1,7 +1,7 @@
-"""The form of an answer as a tree of parts: vLLM's structural tags, in the form of XGrammar's.
+"""Structural tags, which describe the format of an answer as a tree of parts, as in vLLM and XGrammar.
 
-https://xgrammar.mlc.ai/docs/structural_tag/structural_tag_api.html. Parts that name tokens, and arguments in XML, are
-not supported. Beside it the older form, which is one part of this one: structures that begin with triggers.
+https://xgrammar.mlc.ai/docs/structural_tag/structural_tag_api.html. Parts that refer to tokens, and XML arguments, are
+not supported. The older form, structures that begin with triggers, is converted to this one.
 """
 
 from __future__ import annotations
@@ -12,80 +12,82 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.http.errors import InvalidValueError, MissingParameterError
 
-MAX_PARTS = 128  # of one part
-MAX_MARK_CHARS = 256
+MAX_PARTS = 128  # inner parts of one part
+MAX_MARKER_CHARS = 256
 MAX_TEXT_CHARS = 4096
 MAX_PATTERN_CHARS = 8192
 MAX_GRAMMAR_CHARS = 16_384
 
 JSONSchema = dict[str, Any]
-Mark = Annotated[str, Field(min_length=1, max_length=MAX_MARK_CHARS)]
-End = Annotated[str, Field(max_length=MAX_MARK_CHARS)]
-Marks = Annotated[list[Mark], Field(max_length=MAX_PARTS, fail_fast=True)]
+Marker = Annotated[str, Field(min_length=1, max_length=MAX_MARKER_CHARS)]
+End = Annotated[str, Field(max_length=MAX_MARKER_CHARS)]
+Markers = Annotated[list[Marker], Field(max_length=MAX_PARTS, fail_fast=True)]
 Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARS)]
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 
 
-class Part(BaseModel):
+class StructuralPart(BaseModel):
+    """Base class of the parts."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class ConstString(Part):
+class ConstString(StructuralPart):
     type: Literal["const_string"]
     value: Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
-class JSONSchemaPart(Part):
+class JSONSchemaPart(StructuralPart):
     type: Literal["json_schema"]
     json_schema: JSONSchema
     style: Literal["json"] = "json"
 
 
-class AnyText(Part):
-    """Ends where what follows begins, so that has to begin with a text."""
+class AnyText(StructuralPart):
+    """Free text. It ends where the next part begins, which must begin with a literal text."""
 
     type: Literal["any_text"]
-    excludes: Marks = Field(default=[], description="Texts that are not in it.")
+    excludes: Markers = Field(default=[], description="Texts that must not occur in it.")
 
 
-class RegexPart(Part):
+class RegexPart(StructuralPart):
     type: Literal["regex"]
     pattern: Pattern
 
 
-class GrammarPart(Part):
+class GrammarPart(StructuralPart):
     type: Literal["grammar"]
     grammar: GrammarText
 
 
-class SequencePart(Part):
+class SequencePart(StructuralPart):
     type: Literal["sequence"]
     elements: Parts
 
 
-class OrPart(Part):
+class OrPart(StructuralPart):
     type: Literal["or"]
     elements: Parts
 
 
-class OptionalPart(Part):
+class OptionalPart(StructuralPart):
     type: Literal["optional"]
     content: Format
 
 
-class PlusPart(Part):
+class PlusPart(StructuralPart):
     type: Literal["plus"]
     content: Format
 
 
-class StarPart(Part):
+class StarPart(StructuralPart):
     type: Literal["star"]
     content: Format
 
 
-class TagPart(Part):
+class TagPart(StructuralPart):
     type: Literal["tag"] = "tag"
-    begin: Mark
+    begin: Marker
     content: Format
     end: End | Annotated[list[End], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
@@ -95,21 +97,21 @@ class TagPart(Part):
 
 
 Tags = Annotated[list[TagPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
-Triggers = Annotated[list[Mark], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+Triggers = Annotated[list[Marker], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
-class TriggeredTags(Part):
-    """Any text, but each trigger in it begins one of the tags. Where one has to be, it is the beginning."""
+class TriggeredTags(StructuralPart):
+    """Free text in which each trigger begins one of the tags. With at_least_one, the text begins with a tag."""
 
     type: Literal["triggered_tags"] = "triggered_tags"
     triggers: Triggers
     tags: Tags
     at_least_one: bool = False
     stop_after_first: bool = False
-    excludes: Marks = Field(default=[], description="Texts that are not in the text between the tags.")
+    excludes: Markers = Field(default=[], description="Texts that must not occur between the tags.")
 
 
-class TagsWithSeparator(Part):
+class TagsWithSeparator(StructuralPart):
     type: Literal["tags_with_separator"]
     tags: Tags
     separator: End
@@ -137,7 +139,7 @@ Parts = Annotated[list[Format], Field(min_length=1, max_length=MAX_PARTS, fail_f
 
 
 def inner_parts(part: Format) -> list[Format]:
-    """The parts that it consists of."""
+    """Return the parts that a part directly contains."""
     match part:
         case SequencePart() | OrPart():
             return part.elements
@@ -148,10 +150,10 @@ def inner_parts(part: Format) -> list[Format]:
     return []
 
 
-class Structure(Part):
-    """JSON between two marks."""
+class Structure(StructuralPart):
+    """JSON between two markers."""
 
-    begin: Mark
+    begin: Marker
     schema_: JSONSchema = Field(alias="schema")
     end: End
 
@@ -159,16 +161,19 @@ class Structure(Part):
 Structures = Annotated[list[Structure], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
-class StructuralTag(Part):
-    """Either a format, or structures and the triggers that they begin with."""
+class StructuralTag(StructuralPart):
+    """A structural tag: either a format, or structures with the triggers that they begin with."""
 
     type: Literal["structural_tag"]
     format: Format | None = None
     structures: Structures | None = None
     triggers: Triggers | None = None
 
-    def parts(self, param: str) -> Format:
-        """The format, also of the older form. Raises BadRequestError; `param` is what the request calls this."""
+    def to_format(self, param: str) -> Format:
+        """Return the format, converted from the older form if necessary.
+
+        Raises BadRequestError, in which the tag is called `param`.
+        """
         if self.format is not None:
             if self.structures is not None or self.triggers is not None:
                 message = f"Invalid '{param}.structures': not allowed with 'format'."

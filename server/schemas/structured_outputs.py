@@ -1,4 +1,4 @@
-"""What a request says about the form of its answer: OpenAI's `response_format`, and vLLM's `structured_outputs`."""
+"""Constraints on the format of an answer: OpenAI's `response_format` and vLLM's `structured_outputs`."""
 
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 class JSONSchemaFormat(BaseModel):
-    """Every schema is followed strictly, whatever `strict` says. Name and description are not shown to the model."""
+    """A named JSON schema. It is always followed strictly; name and description are not shown to the model."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -28,16 +28,18 @@ class JSONSchemaFormat(BaseModel):
 
 
 class ResponseFormat(BaseModel):
+    """OpenAI's `response_format`, with the schema of llama.cpp and the structural tags of vLLM."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchemaFormat | None = Field(None, description="Only with type json_schema.")
     schema_: JSONSchema | None = Field(
-        None, alias="schema", description="llama.cpp's place of a schema, with type json_schema or json_object."
+        None, alias="schema", description="llama.cpp's name of the schema, with type json_schema or json_object."
     )
     format: Format | None = Field(None, description="Only with type structural_tag.")
     structures: Structures | None = Field(None, description="Only with type structural_tag, instead of a format.")
-    triggers: Triggers | None = Field(None, description="What each structure begins with.")
+    triggers: Triggers | None = Field(None, description="Only with structures: a text that each structure begins with.")
 
     @property
     def structural_tag(self) -> StructuralTag | None:
@@ -51,7 +53,7 @@ class ResponseFormat(BaseModel):
                 message = f"Invalid 'response_format.{name}': only allowed with 'type': 'structural_tag'."
                 raise InvalidValueError(message, param=f"response_format.{name}")
         if self.schema_ is not None and (self.json_schema is not None or not self.type.startswith("json")):
-            message = "Invalid 'response_format.schema': only allowed in the place of 'json_schema'."
+            message = "Invalid 'response_format.schema': only allowed instead of 'json_schema'."
             raise InvalidValueError(message, param="response_format.schema")
         if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
             raise MissingParameterError("response_format.json_schema")
@@ -67,22 +69,24 @@ Lark = Annotated[str, Field(min_length=1, max_length=MAX_LARK_CHARS)]
 
 
 class StructuredOutputs(BaseModel):
-    """Exactly one of the KINDS, and vLLM's options, as far as they ask for what is done anyway."""
+    """vLLM's `structured_outputs`: exactly one of KINDS, and options that must match what this server does anyway."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     json_: JSONSchema | str | None = Field(None, alias="json", description="A JSON schema, or the text of one.")
     json_object: bool | None = Field(None, description="Any JSON object.")
-    regex: Regex | None = Field(None, description="The whole answer matches it.")
-    choice: Choices | None = Field(None, description="The answer is one of these.")
+    regex: Regex | None = Field(None, description="A regular expression that the whole answer must match.")
+    choice: Choices | None = Field(None, description="Texts of which the answer must be one.")
     grammar: Lark | None = Field(
-        None, description="A grammar in Lark's notation, from its rule start, or GBNF, from root."
+        None, description="A grammar in Lark's notation, with the start rule `start`, or in GBNF, with `root`."
     )
     structural_tag: StructuralTag | Annotated[str, Field(max_length=MAX_TAG_CHARS)] | None = Field(
-        None, description="Text with parts of a given form, or the text of such an object."
+        None, description="A structural tag, as an object or as its JSON text."
     )
-    disable_any_whitespace: bool | None = Field(None, description="True: JSON never has white space between its parts.")
-    disable_fallback: bool | None = Field(None, description="Accepted; there is nothing to fall back to.")
+    disable_any_whitespace: bool | None = Field(
+        None, description="Null or true: JSON is always generated without white space."
+    )
+    disable_fallback: bool | None = Field(None, description="Accepted; there is no fallback.")
     disable_additional_properties: bool | None = Field(None, description="Not supported yet: null or false.")
     whitespace_pattern: str | None = Field(None, description="Not supported yet: null.")
 
@@ -92,32 +96,32 @@ class StructuredOutputs(BaseModel):
                 raise UnsupportedParameterError(f"structured_outputs.{name}")
         if self.disable_any_whitespace is False:
             param = "structured_outputs.disable_any_whitespace"
-            message = f"Invalid '{param}': JSON never has white space between its parts, so only true is possible."
+            message = f"Invalid '{param}': expected true, because JSON is always generated without white space."
             raise InvalidValueError(message, param=param)
         fields = [(field.alias or name, getattr(self, name)) for name, field in type(self).model_fields.items()]
-        given = [name for name, value in fields if name in KINDS and value not in (None, False)]
-        if len(given) != 1:
-            got = " and ".join(given) or "none"
+        present = [name for name, value in fields if name in KINDS and value not in (None, False)]
+        if len(present) != 1:
+            got = " and ".join(present) or "none"
             message = f"Invalid 'structured_outputs': expected exactly one of {', '.join(KINDS)}, but got {got}."
             raise InvalidValueError(message, param="structured_outputs")
 
 
 class GuidedFields(BaseModel):
-    """vLLM's older names, each for a part of `structured_outputs`."""
+    """vLLM's deprecated aliases of the fields of `structured_outputs`."""
 
-    guided_json: JSONSchema | str | None = Field(None, description="Older name of structured_outputs.json.")
-    guided_regex: Regex | None = Field(None, description="Older name of structured_outputs.regex.")
-    guided_choice: Choices | None = Field(None, description="Older name of structured_outputs.choice.")
-    guided_grammar: Lark | None = Field(None, description="Older name of structured_outputs.grammar.")
+    guided_json: JSONSchema | str | None = Field(None, description="Deprecated alias of structured_outputs.json.")
+    guided_regex: Regex | None = Field(None, description="Deprecated alias of structured_outputs.regex.")
+    guided_choice: Choices | None = Field(None, description="Deprecated alias of structured_outputs.choice.")
+    guided_grammar: Lark | None = Field(None, description="Deprecated alias of structured_outputs.grammar.")
 
     @property
     def guided_names(self) -> list[str]:
-        """Those that are given."""
+        """Names of the fields that the request sets."""
         return [name for name in GuidedFields.model_fields if getattr(self, name) is not None]
 
     @property
     def guided(self) -> StructuredOutputs:
-        """What they ask for."""
+        """The fields as `structured_outputs`."""
         return StructuredOutputs.model_construct(
             json_=self.guided_json, regex=self.guided_regex, choice=self.guided_choice, grammar=self.guided_grammar
         )

@@ -1,4 +1,4 @@
-"""The tools that a chat request offers to the model, which of them it may call, and the calls of earlier answers."""
+"""The tools of a chat request, the choice among them, and the tool calls of earlier answers."""
 
 import contextlib
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ def _check_parameters(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class FunctionDefinition(BaseModel):
+    """The function of a tool."""
+
     model_config = ConfigDict(strict=True, extra="allow")
 
     name: ToolName
@@ -45,11 +47,11 @@ class Tool(BaseModel):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The JSON schema of the arguments."""
+        """JSON schema of the arguments."""
         return self.function.parameters or NO_PARAMETERS
 
     def for_template(self) -> dict[str, Any]:
-        """The tool as chat templates expect it."""
+        """Return the tool as chat templates expect it."""
         function: dict[str, Any] = {"name": self.name}
         if self.function.description is not None:
             function["description"] = self.function.description
@@ -63,7 +65,7 @@ class FunctionName(BaseModel):
 
 
 class NamedTool(BaseModel):
-    """The one tool to call."""
+    """A tool choice that names the one tool to call."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -79,7 +81,7 @@ class AllowedTools(BaseModel):
 
 
 class AllowedToolsChoice(BaseModel):
-    """Some of the tools, which may or must be called."""
+    """A tool choice that allows some of the tools, which may or must be called."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -87,8 +89,8 @@ class AllowedToolsChoice(BaseModel):
     allowed_tools: AllowedTools
 
 
-def _kind_of_choice(value: object) -> str:
-    """Which of the forms of a tool choice to judge a value by, so that one error comes of it."""
+def _choice_tag(value: object) -> str:
+    """Return the tag of the union member to validate a value against, so that there is a single error."""
     if not isinstance(value, dict | BaseModel):
         return "word"
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
@@ -99,17 +101,17 @@ ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")]
     | Annotated[NamedTool, Tag("choice-of-one")]
     | Annotated[AllowedToolsChoice, Tag("choice-of-some")],
-    Discriminator(_kind_of_choice),
+    Discriminator(_choice_tag),
 ]
 Tools = Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 def check_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
-    """Raises InvalidValueError for names that are not unique, and for a choice that does not fit the tools."""
+    """Raise InvalidValueError for names that are not unique, and for a choice that does not fit the tools."""
     names = [tool.name for tool in tools or ()]
     if len(set(names)) < len(names):
         name = next(name for index, name in enumerate(names) if name in names[:index])
-        raise InvalidValueError(f"Invalid 'tools': two of them have the name '{name}'.", param="tools")
+        raise InvalidValueError(f"Invalid 'tools': the name '{name}' is not unique.", param="tools")
     if tools is None and choice not in (None, "none"):
         raise InvalidValueError("Invalid 'tool_choice': only allowed when 'tools' are given.", param="tool_choice")
     for name in chosen_names(choice):
@@ -119,7 +121,7 @@ def check_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
 
 
 def chosen_names(choice: ToolChoice | None) -> list[str]:
-    """The tools that the choice names; empty if it names none."""
+    """Return the names of the tools in a tool choice."""
     match choice:
         case NamedTool():
             return [choice.function.name]
@@ -129,14 +131,14 @@ def chosen_names(choice: ToolChoice | None) -> list[str]:
 
 
 def must_call(choice: ToolChoice | None) -> bool:
-    """Whether an answer without calls is none."""
+    """Return whether the answer must contain a tool call."""
     if isinstance(choice, AllowedToolsChoice):
         return choice.allowed_tools.mode == "required"
     return choice == "required" or isinstance(choice, NamedTool)
 
 
 def offered_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
-    """The tools that the model is told about."""
+    """Return the tools to describe to the model."""
     if choice == "none":
         return []
     allowed = chosen_names(choice) if isinstance(choice, AllowedToolsChoice) else None
@@ -144,12 +146,14 @@ def offered_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> li
 
 
 def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
-    """Those of them that it may call."""
+    """Return the tools that the model may call."""
     named = choice.function.name if isinstance(choice, NamedTool) else None
     return [tool for tool in offered_tools(tools, choice) if named in (None, tool.name)]
 
 
 class FunctionCall(BaseModel):
+    """The function of a tool call."""
+
     model_config = ConfigDict(strict=True, extra="allow")
 
     name: str
@@ -157,7 +161,7 @@ class FunctionCall(BaseModel):
 
 
 class ToolCall(BaseModel):
-    """A call of an earlier answer."""
+    """A tool call of an earlier answer."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -166,7 +170,7 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
-        """The call as chat templates expect it: with the arguments as an object, if that is what they are."""
+        """Return the call as chat templates expect it, with the arguments as an object if they are valid JSON."""
         arguments: Any = self.function.arguments
         with contextlib.suppress(msgspec.DecodeError, RecursionError):
             decoded = msgspec.json.decode(arguments or "{}")

@@ -1,13 +1,13 @@
-"""The text of one choice of a request, as its tokens arrive: detokenized, and cut at the first stop string."""
+"""Turn the tokens of one choice into text as they arrive, up to the first stop string."""
 
 from collections.abc import Sequence
 
 from server.text.detokenizer import Detokenizer, TokenBytes
-from server.text.stop import StopMatcher
+from server.text.stop_strings import StopStringMatcher
 
 
 class ChoiceText:
-    """Turns the tokens of one choice into the text that a client may see."""
+    """Detokenizes one choice and searches it for stop strings."""
 
     def __init__(
         self,
@@ -20,26 +20,32 @@ class ChoiceText:
         shown_ids: frozenset[int] = frozenset(),
         track_offsets: bool = False,
     ) -> None:
-        """The text of the first `min_tokens` tokens is not searched: a stop string must begin after it.
+        """Initialize the text of one choice.
 
-        `shown_ids` are special tokens that are never skipped. With `track_offsets`, `offsets` holds for each consumed
-        token how many characters of the choice's text come before the token's; a token that begins inside a character
-        has the index of that character.
+        Args:
+            tokenizer: maps token ids to bytes.
+            stop: stop strings.
+            include_stop: whether the text includes the stop string that ends it.
+            min_tokens: a stop string must start after the text of this many tokens.
+            skip_special_tokens: whether to leave special tokens out of the text.
+            shown_ids: special tokens that are never left out.
+            track_offsets: whether to fill `offsets`: for each consumed token, the index of its first character in the
+                text. A token that starts inside a character has the index of that character.
         """
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids)
-        self._matcher = StopMatcher(stop, include_stop=include_stop)
+        self._matcher = StopStringMatcher(stop, include_stop=include_stop)
         self._min_tokens = min_tokens
         self._track_offsets = track_offsets
-        self.num_tokens = 0  # consumed, the one that completed a stop string included
+        self.num_tokens = 0  # consumed so far, including the token that completes a stop string
         self.offsets: list[int] = []
 
     @property
     def stopped(self) -> str | None:
-        """The stop string that ended the text, if one did."""
+        """The stop string that ended the text, or None."""
         return self._matcher.matched
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text to release. Tokens after the one that completes a stop string are not consumed."""
+        """Consume tokens and return the text to send. Tokens after the end of a stop string are not consumed."""
         pieces = []
         for token_id in token_ids:
             if self.stopped is not None:
@@ -48,7 +54,7 @@ class ChoiceText:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """The text that was held back; call it after the last token. Nothing after a stop string."""
+        """Return the text that was held back, which is empty after a stop string. Call it after the last token."""
         return self._search(self._detokenizer.flush()) + self._matcher.flush()
 
     def _push_token(self, token_id: int) -> str:
@@ -62,9 +68,9 @@ class ChoiceText:
 
 
 def token_text(tokenizer: TokenBytes, token_id: int) -> str:
-    r"""A token's own text for a list of log probabilities.
+    r"""Return the text of a token for lists of log probabilities.
 
-    A token that is not valid UTF-8 by itself reads as OpenAI writes it: `bytes:\xf0\x9f`, printable ASCII as it is.
+    A token that is not valid UTF-8 is written as in OpenAI's answers: `bytes:\xf0\x9f`, with printable ASCII unescaped.
     """
     data = tokenizer.token_bytes(token_id)
     try:

@@ -1,4 +1,4 @@
-"""Token ids to text as the ids arrive: a character is released once its last byte is there, and never in part."""
+"""Convert token ids to text incrementally. A character is returned only when all of its bytes have arrived."""
 
 import codecs
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class TokenBytes(Protocol):
-    """What detokenizing needs of a tokenizer."""
+    """The part of a tokenizer that detokenization uses."""
 
     @property
     def special_ids(self) -> frozenset[int]: ...
@@ -15,38 +15,38 @@ class TokenBytes(Protocol):
 
 
 class Detokenizer:
-    """The text of one sequence of tokens.
+    """Incremental detokenizer of one sequence.
 
-    Tokens are bytes, and the bytes of all tokens together are UTF-8, so a token may begin or end inside a character.
-    Bytes that are no UTF-8 become U+FFFD, as `bytes.decode("utf-8", "replace")` would have it for the whole.
+    The bytes of all tokens together are UTF-8, so a token can start or end inside a character. Invalid bytes become
+    U+FFFD, as in `bytes.decode("utf-8", "replace")` of the whole sequence.
     """
 
     def __init__(
         self, tokenizer: TokenBytes, *, skip_special_tokens: bool = True, shown_ids: frozenset[int] = frozenset()
     ) -> None:
-        """`shown_ids` are special tokens that are not skipped."""
+        """`shown_ids` are special tokens that are never skipped."""
         self._tokenizer = tokenizer
         self._skipped_ids = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.num_chars = 0  # characters released so far
+        self.num_chars = 0  # characters returned so far
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete."""
+        """Return the text that these tokens complete."""
         return self._decode(b"".join(map(self._bytes, token_ids)))
 
     def flush(self) -> str:
-        """The rest: one U+FFFD where a character was never finished, otherwise nothing."""
+        """Return one U+FFFD if the last character is incomplete, else the empty string."""
         return self._decode(b"", final=True)
 
     def offset(self, token_id: int) -> int:
-        """Index of the character where this token's text would begin, were it pushed now.
+        """Return the index of the first character of this token's text, if the token is pushed next.
 
-        A token that begins inside a character has the index of that character.
+        A token that starts inside a character has the index of that character.
         """
         unfinished, _ = self._decoder.getstate()
         if not unfinished:
             return self.num_chars
-        # One character where the token goes on with the unfinished one, two where it breaks it off.
+        # One character if the token continues the unfinished one, two if it does not.
         chars = (unfinished + self._bytes(token_id)[:1]).decode("utf-8", "replace")
         return self.num_chars + len(chars) - 1
 

@@ -1,8 +1,8 @@
-"""Building a tokenizer from the metadata of a GGUF file.
+"""Build a tokenizer from the metadata of a GGUF file.
 
-The file holds a vocabulary, sometimes merges, and the name of one of llama.cpp's algorithms:
-`gpt2` is byte-level BPE, its text split by the patterns of `tokenizer.ggml.pre`;
-`llama` and `gemma4` are sentencepiece BPE, spaces written as U+2581 and unknown characters as bytes.
+The metadata has a vocabulary, sometimes merges, and the name of one of llama.cpp's algorithms:
+`gpt2` is byte-level BPE that splits text by the patterns of `tokenizer.ggml.pre`;
+`llama` and `gemma4` are sentencepiece BPE that writes spaces as U+2581 and unknown characters as bytes.
 """
 
 import logging
@@ -15,18 +15,18 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 logger = logging.getLogger(__name__)
 
-SPACE = "\u2581"  # how sentencepiece writes a space
+SPACE = "\u2581"  # stands for a space in sentencepiece's vocabularies
 
-# Values of tokenizer.ggml.token_type. Only pieces of the other types can come out of a merge.
+# Values of tokenizer.ggml.token_type. Only tokens of other types can be the result of a merge.
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 
 
 class PreTokenizer(NamedTuple):
-    """How a family of byte-level tokenizers cuts text before merging."""
+    """How a family of byte-level tokenizers splits text before merging."""
 
-    patterns: tuple[str, ...]  # applied one after the other, each to the pieces that the one before left
-    ignore_merges: bool = False  # a piece that is a token is that token, whatever the merges say
-    add_bos: bool = False  # where the file does not say
+    patterns: tuple[str, ...]  # applied in order, each to the pieces of the one before
+    ignore_merges: bool = False  # a piece that is in the vocabulary is not merged
+    add_bos: bool = False  # default if the file does not set it
 
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -79,12 +79,12 @@ PRE_TOKENIZERS = {name: pre_tokenizer for names, pre_tokenizer in _FAMILIES.item
 
 
 class GGUFVocabulary:
-    """The tokenizer keys of a GGUF file's metadata, checked. ValueErrors name the file and the key."""
+    """The tokenizer keys of a GGUF file's metadata, validated. ValueErrors name the file and the key."""
 
     def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
         self._metadata = metadata
         self._source = source
-        self.kind = self.text("tokenizer.ggml.model") or "missing"
+        self.algorithm = self.text("tokenizer.ggml.model") or "missing"
         self.tokens: list[str] = self._list("tokenizer.ggml.tokens", str)
         self.token_types: Sequence[int] = self._numbers("tokenizer.ggml.token_type") or [1] * len(self.tokens)
 
@@ -104,7 +104,7 @@ class GGUFVocabulary:
         return value
 
     def named_token(self, name: str) -> str | None:
-        """The text of the token whose id the file stores as bos, eos, unknown, ..."""
+        """Return the text of the token whose id is stored under a name such as bos, eos or unknown."""
         key = f"tokenizer.ggml.{name}_token_id"
         token_id = self._metadata.get(key)
         if token_id is None:
@@ -120,7 +120,7 @@ class GGUFVocabulary:
         for index, merge in enumerate(self._list("tokenizer.ggml.merges", str)):
             left, space, right = merge.partition(" ")
             if not space or " " in right:
-                raise self.error("tokenizer.ggml.merges", f"merge {index} is not two tokens with a space between them")
+                raise self.error("tokenizer.ggml.merges", f"merge {index} is not two tokens separated by a space")
             merges.append((left, right))
         return merges
 
@@ -133,7 +133,7 @@ class GGUFVocabulary:
     def _list(self, key: str, kind: type) -> list[Any]:
         value = self._metadata.get(key)
         if not isinstance(value, list) or not value or not isinstance(value[0], kind):
-            raise self.error(key, "must be an array of strings that is not empty")
+            raise self.error(key, "must be a non-empty array of strings")
         return value
 
     def _numbers(self, key: str) -> "array[Any] | None":
@@ -144,19 +144,19 @@ class GGUFVocabulary:
 
 
 def build_tokenizer(vocabulary: GGUFVocabulary, *, architecture: str) -> tokenizers.Tokenizer:
-    """The tokenizer that the vocabulary describes, its special tokens added.
+    """Build the tokenizer of a vocabulary, including its special tokens.
 
     Raises:
-        ValueError: an unknown kind, or a vocabulary and merges that do not fit together.
+        ValueError: the algorithm is unknown, or the merges do not fit the vocabulary.
     """
-    if vocabulary.kind == "gpt2":
+    if vocabulary.algorithm == "gpt2":
         tokenizer, add_bos = _byte_level_bpe(vocabulary)
-    elif vocabulary.kind in ("llama", "gemma4"):
+    elif vocabulary.algorithm in ("llama", "gemma4"):
         tokenizer = _sentencepiece_bpe(vocabulary, is_gemma=architecture.startswith("gemma"))
-        # Gemma 4's files set the flag, but its chat template writes the token itself.
-        add_bos = vocabulary.kind == "llama" and vocabulary.flag("add_bos_token", True)
+        # Gemma 4's files set add_bos_token, but its chat template writes the token itself.
+        add_bos = vocabulary.algorithm == "llama" and vocabulary.flag("add_bos_token", True)
     else:
-        problem = f"{vocabulary.kind!r} is not supported (supported: gpt2, llama, gemma4)"
+        problem = f"{vocabulary.algorithm!r} is not supported (supported: gpt2, llama, gemma4)"
         raise vocabulary.error("tokenizer.ggml.model", problem)
     _add_tokens(tokenizer, vocabulary)
     bos_token = vocabulary.named_token("bos") if add_bos else None
@@ -166,7 +166,7 @@ def build_tokenizer(vocabulary: GGUFVocabulary, *, architecture: str) -> tokeniz
 
 
 def _add_template(tokenizer: tokenizers.Tokenizer, bos_token: str | None, eos_token: str | None) -> None:
-    """Make `add_special_tokens` put these around a text."""
+    """Let `add_special_tokens` put these tokens around a text."""
     pieces = [bos_token, "$A", eos_token]
     ids = [(token, tokenizer.token_to_id(token)) for token in (bos_token, eos_token) if token is not None]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -175,9 +175,9 @@ def _add_template(tokenizer: tokenizers.Tokenizer, bos_token: str | None, eos_to
 
 
 def _byte_level_bpe(vocabulary: GGUFVocabulary) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer, and whether it begins texts with the BOS token.
+    """Return the tokenizer, and whether it prepends the BOS token to a text.
 
-    `add_space_prefix` is not looked at: llama.cpp does not use it for this kind either.
+    `add_space_prefix` is ignored, as llama.cpp does for byte-level BPE.
     """
     name = vocabulary.text("tokenizer.ggml.pre") or "default"
     if name not in PRE_TOKENIZERS:
@@ -198,11 +198,11 @@ def _byte_level_bpe(vocabulary: GGUFVocabulary) -> tuple[tokenizers.Tokenizer, b
 
 def _sentencepiece_bpe(vocabulary: GGUFVocabulary, *, is_gemma: bool) -> tokenizers.Tokenizer:
     tokens = vocabulary.tokens
-    if is_gemma:  # its runs of spaces are stored as they read, all other tokens as they are spelled
+    if is_gemma:  # stores runs of spaces as spaces, but U+2581 in all other tokens
         tokens = [SPACE * len(token) if token.strip(" ") == "" else token for token in tokens]
     merges = vocabulary.merges()
     if merges is None:
-        # Gemma's scores do not rank its merges, the positions of their results do.
+        # Gemma's merges are ranked by the token ids of their results, not by the scores.
         ranks = [-index for index in range(len(tokens))] if is_gemma else vocabulary.scores()
         merges = _rebuild_merges(tokens, vocabulary.token_types, ranks)
     unknown = vocabulary.named_token("unknown")
@@ -223,12 +223,12 @@ def _bpe(
     vocab = {token: index for index, token in enumerate(tokens)}
     try:
         return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
-    except Exception as error:  # the library has no class of its own for this
+    except Exception as error:  # the library raises plain Exception
         raise vocabulary.error("tokenizer.ggml.merges", f"do not fit the vocabulary ({error})") from error
 
 
 def _rebuild_merges(tokens: list[str], token_types: Sequence[int], ranks: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, best results first, and of one result the longer left half first."""
+    """Return every way to merge two tokens into a third, by descending rank of the result, longer left halves first."""
     pieces = {
         token: rank
         for token, token_type, rank in zip(tokens, token_types, ranks, strict=True)
@@ -245,7 +245,7 @@ def _rebuild_merges(tokens: list[str], token_types: Sequence[int], ranks: Sequen
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, vocabulary: GGUFVocabulary) -> None:
-    """Tokens that are found in a text as a whole: control tokens are special, the users' own are not."""
+    """Add the tokens that are matched in a text as a whole: control tokens are special, user-defined ones are not."""
     typed = [
         (token, token_type)
         for token, token_type in zip(vocabulary.tokens, vocabulary.token_types, strict=True)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, for the tokenizer of a GGUF file or of a Hugging Face folder."""
+"""Encode and decode text with the tokenizer of a GGUF file or a Hugging Face folder."""
 
 import json
 import logging
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-class _Settings(NamedTuple):
-    """What a model's files say besides the vocabulary."""
+class _TokenizerConfig(NamedTuple):
+    """The properties of a tokenizer that are not part of the `tokenizers` object."""
 
     bos_token: str | None
     eos_token: str | None
@@ -27,26 +27,26 @@ class _Settings(NamedTuple):
 
 
 class Tokenizer:
-    """A model's tokenizer. Safe to use from several threads.
+    """A model's tokenizer. Thread-safe.
 
     Attributes:
         vocab_size: the highest token id + 1.
-        bos_token, eos_token, bos_token_id, eos_token_id: None where the model has none.
-        add_bos: whether `encode` begins a text with the BOS token.
-        special_ids, special_tokens: control tokens, as ids and as texts.
+        bos_token, eos_token, bos_token_id, eos_token_id: None if the model has none.
+        add_bos: whether `encode` prepends the BOS token.
+        special_ids, special_tokens: ids and texts of the control tokens.
         chat_template: Jinja source, or None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: _Settings) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, config: _TokenizerConfig) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._plain_backend = _without_special_tokens(backend)
         self._to_bytes = _token_decoder(backend)
-        self.vocab_size = settings.vocab_size
-        self.chat_template = settings.chat_template
-        self.bos_token, self.bos_token_id = _find(backend, settings.bos_token)
-        self.eos_token, self.eos_token_id = _find(backend, settings.eos_token)
+        self.vocab_size = config.vocab_size
+        self.chat_template = config.chat_template
+        self.bos_token, self.bos_token_id = _find(backend, config.bos_token)
+        self.eos_token, self.eos_token_id = _find(backend, config.eos_token)
         added_tokens = backend.get_added_tokens_decoder()
         self._added_tokens = {token_id: token.content for token_id, token in added_tokens.items()}
         special = {token_id: token.content for token_id, token in added_tokens.items() if token.special}
@@ -59,48 +59,49 @@ class Tokenizer:
         """Read the tokenizer of a GGUF file, or of a folder with tokenizer.json.
 
         Raises:
-            ValueError: none there, or one of an unsupported kind. The message names the file.
+            ValueError: there is no tokenizer, or its type is not supported. The message names the file.
         """
         return cls(*(_load_folder(path) if path.is_dir() else _load_gguf(path)))
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Return the token ids of a text.
+
+        Bytes for which a byte-level vocabulary has no token are dropped, as in the models' own tokenizers.
 
         Args:
-            add_special_tokens: put BOS (and what else the model wants) around it.
-            parse_special: whether text that spells a special token becomes that token. Without, it stays plain text.
-
-        Bytes that a byte-level vocabulary has no token for are left out, as the models' own tokenizers do.
+            text: the text to encode.
+            add_special_tokens: whether to add BOS, and any other token that the model expects around a text.
+            parse_special: whether the text of a special token becomes that token; otherwise it is plain text.
 
         Raises:
-            ValueError: the text has lone surrogates.
+            ValueError: the text contains lone surrogates.
         """
         backend = self._backend if parse_special else self._plain_backend
         try:
-            # Unlike `encode`, this lets other Python threads run, in every version of the library.
+            # Unlike `encode`, this releases the GIL in every version of the library.
             (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError as error:
-            raise ValueError("the text has lone surrogates, which are not Unicode characters") from error
+            raise ValueError("the text contains lone surrogates, which are not Unicode characters") from error
         return encoding.ids
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Ids outside the vocabulary stand for nothing."""
-        known = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
-        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        """Return the text of token ids. Ids outside the vocabulary are ignored."""
+        valid = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
+        return self._backend.decode(valid, skip_special_tokens=skip_special_tokens)
 
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
-        """Those of the texts that are control tokens -> their ids."""
+        """Return the ids of those texts that are control tokens, by text."""
         ids = {text: self._backend.token_to_id(text) for text in texts}
         return {text: token_id for text, token_id in ids.items() if token_id in self.special_ids}
 
     def to_json(self) -> str:
-        """As the text of a tokenizer.json."""
+        """Return the tokenizer in the format of tokenizer.json."""
         return self._backend.to_str()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, b"" for an id outside the vocabulary.
+        """Return the bytes of a token, which may be only part of a character; b"" for an id outside the vocabulary.
 
-        They may be a part of a character only. Of special tokens it is their text.
+        The bytes of a special token are its text.
         """
         if (text := self._added_tokens.get(token_id)) is not None:
             return text.encode()
@@ -109,17 +110,17 @@ class Tokenizer:
 
 
 def _find(backend: tokenizers.Tokenizer, token: str | None) -> tuple[str | None, int | None]:
-    """The token and its id, or None twice where the vocabulary does not have it."""
+    """Return a token and its id, or (None, None) if the vocabulary does not have it."""
     token_id = None if token is None else backend.token_to_id(token)
     if token is not None and token_id is None:
-        logger.warning("the tokenizer names %r as a special token, but its vocabulary does not have it", token)
+        logger.warning("special token %r of the tokenizer is not in its vocabulary", token)
     return (None, None) if token_id is None else (token, token_id)
 
 
 def _without_special_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A second tokenizer that shares the vocabulary, but takes the text of special tokens for plain text.
+    """Return a second tokenizer that shares the vocabulary, but encodes the text of special tokens as plain text.
 
-    It is a second one because that is a switch of the whole tokenizer, which other threads would notice.
+    `encode_special_tokens` is a property of a tokenizer, so setting it on the first one would affect other threads.
     """
     plain = tokenizers.Tokenizer(backend.model)
     plain.normalizer = backend.normalizer
@@ -130,19 +131,19 @@ def _without_special_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokeniz
     return plain
 
 
-# From the spelling of a token to its bytes.
+# The bytes of a token.
 
 
 def _token_decoder(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
-    """The function for this kind of tokenizer, which shows in its decoder."""
-    kinds = _decoder_types(backend)
-    if "ByteLevel" in kinds:
+    """Return the function that converts a token to bytes, chosen by the type of the tokenizer's decoder."""
+    decoder_types = _decoder_types(backend)
+    if "ByteLevel" in decoder_types:
         alphabet = byte_alphabet()
         return lambda token: _byte_level_bytes(token, alphabet)
-    if kinds & {"ByteFallback", "Metaspace"}:
+    if decoder_types & {"ByteFallback", "Metaspace"}:
         return _sentencepiece_bytes
     raise ValueError(
-        f"tokenizers that decode with {', '.join(sorted(kinds)) or 'nothing'} are not supported "
+        f"tokenizers that decode with {', '.join(sorted(decoder_types)) or 'nothing'} are not supported "
         "(supported: byte-level, and sentencepiece with byte fallback)"
     )
 
@@ -155,9 +156,9 @@ def _decoder_types(backend: tokenizers.Tokenizer) -> set[str]:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters in which byte-level vocabularies spell bytes.
+    """Return the characters that represent bytes in byte-level vocabularies, with their bytes (GPT-2's encoding).
 
-    Printable characters of Latin-1 spell themselves, the other bytes follow from U+0100 on.
+    Printable characters of Latin-1 represent themselves; the other bytes are mapped to U+0100 and up.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)).difference(printable))
@@ -165,7 +166,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def _byte_level_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
-    """A token with a character outside the alphabet is not spelled in it: it is plain text."""
+    """Return the bytes of a token; a token with a character outside the alphabet is plain text."""
     try:
         return bytes([alphabet[character] for character in token])
     except KeyError:
@@ -177,38 +178,38 @@ def _sentencepiece_bytes(token: str) -> bytes:
         try:
             return bytes.fromhex(token[3:5])
         except ValueError:
-            pass  # it only looks like a byte
+            pass  # not a byte token
     return token.replace(SPACE, " ").encode()
 
 
 # A GGUF file.
 
 
-def _load_gguf(path: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
+def _load_gguf(path: Path) -> tuple[tokenizers.Tokenizer, _TokenizerConfig]:
     if not path.is_file():
         raise ValueError(f"{path}: no such model (expected a GGUF file, or a folder with tokenizer.json)")
     with GGUFFile(path) as file:
         vocabulary = GGUFVocabulary(file.metadata, str(path))
         architecture = vocabulary.text("general.architecture") or ""
-    settings = _Settings(
+    config = _TokenizerConfig(
         bos_token=vocabulary.named_token("bos"),
         eos_token=vocabulary.named_token("eos"),
         chat_template=vocabulary.text("tokenizer.chat_template"),
         vocab_size=len(vocabulary.tokens),
     )
-    return build_tokenizer(vocabulary, architecture=architecture), settings
+    return build_tokenizer(vocabulary, architecture=architecture), config
 
 
 # A folder with tokenizer.json.
 
 
-def _load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
-    """What `encode` puts around a text is up to tokenizer.json alone: `add_bos_token` beside it is a leftover."""
+def _load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, _TokenizerConfig]:
+    """Load a folder. tokenizer.json alone decides about BOS and EOS; `add_bos_token` in the config is ignored."""
     config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
     backend = _read_tokenizer(folder)
     _mark_special(backend, _special_tokens(config))
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    return backend, _Settings(
+    return backend, _TokenizerConfig(
         bos_token=_token_text(config.get("bos_token")),
         eos_token=_token_text(config.get("eos_token")),
         chat_template=_chat_template(folder, config),
@@ -219,10 +220,10 @@ def _load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
 def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: no tokenizer.json in this folder; transformers' save_pretrained writes one")
+        raise ValueError(f"{folder}: no tokenizer.json in this folder; save_pretrained of transformers creates it")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library has no class of its own for this
+    except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path}: not a valid tokenizer ({error})") from error
 
 
@@ -234,12 +235,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
+        raise ValueError(f"{path}: must contain a JSON object")
     return {key: value for key, value in values.items() if value is not None}
 
 
 def _token_text(token: object) -> str | None:
-    """Tokens are written as a text, or as an object with the text and how it is matched."""
+    """Return the text of a token, which is a string or an object with `content`; None if it is neither."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -253,14 +254,14 @@ def _special_tokens(config: Mapping[str, Any]) -> list[str]:
 
 
 def _mark_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:
-    """Not all tokenizer.json mark the tokens that the configuration names as special ones."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    unmarked = [token for token in tokens if token not in known and backend.token_to_id(token) is not None]
+    """Mark the tokens named in the config as special, since not every tokenizer.json does."""
+    marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    unmarked = [token for token in tokens if token not in marked and backend.token_to_id(token) is not None]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unmarked])
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """A file of its own comes before the configuration. Of several named templates it is the default one."""
+    """Return the chat template: chat_template.jinja, else that of the config, or its "default" if there are several."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -269,5 +270,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template: must be a text, or a list of named texts")
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template: must be a string or a list of named templates"
+        )
     return template

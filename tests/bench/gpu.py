@@ -1,11 +1,11 @@
-"""How near the limits of a card the engine comes: `make bench-gpu`, or `python -m tests.bench.gpu [--json]`.
+"""Measure how close the engine comes to the limits of a GPU: `make bench-gpu`, or `python -m tests.bench.gpu [--json]`.
 
-The model is random, in the shape of Llama-3-8B and bfloat16, and made on the spot: it takes 16 GB of disk. What the
-card can do at most is measured in the same run: the bandwidth of a large copy, and the rate of a large product in
-bfloat16. Decoding reads all weights and the keys and values of all tokens in each step; a prompt's work is two
-operations for each weight and token, and those of attention. The floor of a time follows from these. Both modes are
-measured: the default, in which answers do not depend on the batch, and `--no-batch-invariant`; then attention alone,
-`generate` of transformers with the same weights, and how much of the host's work the device's hides.
+The model has the shape of Llama-3-8B with random weights in bfloat16, and needs 16 GB of disk. The limits of the GPU
+are measured in the same run: the bandwidth of a large copy, and the rate of a large matrix product in bfloat16. A
+decoding step reads all weights and the keys and values of all tokens; a prompt takes two operations for each weight and
+token, and those of attention. This gives a lower bound of each time, the floor. Both modes are measured: the default,
+in which answers do not depend on the batch, and `--no-batch-invariant`; then attention alone, `generate` of
+transformers with the same weights, and the share of the host's work that overlaps with the device's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.kernels.interface import KernelOptions
 from engine.kernels.torch.kernels import TorchKernels
 from engine.loading import LoadedModel, load_model
 from engine.runner import ModelRunner, PendingOutputs
@@ -42,8 +43,8 @@ from engine.scheduling.request import Step
 from engine.shared.messages import SamplingParams, Submit
 
 REPEATS = 20
-NUM_GENERATED = 64  # tokens of a stream
-WEIGHTS_OF_A_FILE = 9
+NUM_GENERATED = 64  # tokens per stream
+WEIGHTS_PER_FILE = 9
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ class Shape:
         return self.hidden_size // self.num_heads
 
     def weights(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes, as in Hugging Face's Llama."""
+        """Return the names and shapes of the weights, as in Hugging Face's Llama."""
         size, kv_size = self.hidden_size, self.num_kv_heads * self.head_dim
         sizes = {"self_attn.q_proj": (size, size), "self_attn.k_proj": (kv_size, size)}
         sizes |= {"self_attn.v_proj": (kv_size, size), "self_attn.o_proj": (size, size)}
@@ -76,7 +77,7 @@ class Shape:
 
     @property
     def num_weights_read(self) -> int:
-        """In a step: all but the embeddings, of which a row each is."""
+        """Number of weights that a step reads: all but the embeddings, of which it reads one row per token."""
         return sum(shape[0] * shape[-1] for name, shape in self.weights().items() if "embed" not in name)
 
 
@@ -99,8 +100,8 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     copy_bytes_per_second: float
     product_operations_per_second: float
     figures: list[Figure]
-    decode_speedup: float  # how many times as fast as transformers the most streams are decoded
-    hidden_share: float  # of the host's time while these are decoded, behind the device's
+    decode_speedup: float  # ratio to the decoding speed of transformers, with the largest number of streams
+    hidden_share: float  # share of the host's time in these steps that overlaps with the device's
 
 
 def main() -> None:
@@ -112,15 +113,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
-    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens; default: %(default)s")
-    parser.add_argument("--prompt", type=int, default=8192, metavar="N", help="tokens; default: %(default)s")
+    parser.add_argument(
+        "--context", type=int, default=1024, metavar="N", help="tokens per stream; default: %(default)s"
+    )
+    parser.add_argument("--prompt", type=int, default=8192, metavar="N", help="prompt tokens; default: %(default)s")
     parser.add_argument(
         "--attention",
         type=int,
         nargs=2,
         default=[64, 4096],
         metavar=("STREAMS", "TOKENS"),
-        help="decoded with attention alone; default: 64 4096",
+        help="streams and context length of the attention measurement; default: 64 4096",
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
@@ -162,7 +165,7 @@ def main() -> None:
 
 
 def save_model(shape: Shape, folder: Path, max_model_len: int, device: torch.device) -> None:
-    """Random weights in files of one layer or so each, with the configuration that loads them."""
+    """Write random weights, in files of about one layer each, and their configuration."""
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -183,8 +186,8 @@ def save_model(shape: Shape, folder: Path, max_model_len: int, device: torch.dev
     files: dict[str, str] = {}
     weights = shape.weights()
     every = list(weights)
-    for number, first in enumerate(range(0, len(every), WEIGHTS_OF_A_FILE)):
-        names = every[first : first + WEIGHTS_OF_A_FILE]
+    for number, first in enumerate(range(0, len(every), WEIGHTS_PER_FILE)):
+        names = every[first : first + WEIGHTS_PER_FILE]
         file = f"model-{number}.safetensors"
         tensors = {
             name: (torch.randn(weights[name], generator=generator, device=device) / weights[name][-1] ** 0.5)
@@ -202,13 +205,13 @@ def decode_name(num_streams: int, context: int) -> str:
 
 
 def decode_floor(shape: Shape, copy: float, num_streams: int, context: int) -> float:
-    """Seconds in which a copy moves what a step reads, half of the generated tokens in."""
+    """Return the seconds in which a copy moves the bytes that a step reads after half of the generated tokens."""
     kv_bytes = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
     return (2 * shape.num_weights_read + kv_bytes * num_streams * (context + NUM_GENERATED // 2)) / copy
 
 
 def decode(loaded: LoadedModel, shape: Shape, copy: float, mode: str, num_streams: int, context: int) -> Figure:
-    """The median step in which all streams decode."""
+    """Measure the median step in which all streams decode."""
     times = step_times(loaded, num_streams, context, max_tokens=NUM_GENERATED, num_tokens=num_streams)
     floor = decode_floor(shape, copy, num_streams, context)
     return Figure(decode_name(num_streams, context), mode, statistics.median(times), floor)
@@ -217,7 +220,7 @@ def decode(loaded: LoadedModel, shape: Shape, copy: float, mode: str, num_stream
 def transformers_decode(
     folder: Path, shape: Shape, copy: float, num_streams: int, context: int, device: torch.device
 ) -> Figure:
-    """The mean step of `generate` after the first, which computes the prompts. The second of two runs each."""
+    """Measure the mean step of `generate` after the first, which computes the prompts, in the second of two runs."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -234,7 +237,7 @@ def transformers_decode(
             pad_token_id=0,
         )
         assert out.shape == (num_streams, context + num_tokens)
-        out.cpu()  # waits for it
+        out.cpu()  # waits for the device
         seconds[num_tokens] = time.perf_counter() - started
     step = (seconds[NUM_GENERATED] - seconds[1]) / (NUM_GENERATED - 1)
     name = decode_name(num_streams, context)
@@ -242,10 +245,10 @@ def transformers_decode(
 
 
 def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, context: int) -> Figure:
-    """One layer, with a row for each stream. On a CPU, where this is only tried, plain torch's."""
+    """Measure attention of one layer, with one row per stream. On a CPU, only for tests, it is plain torch's."""
     device, kernels = loaded.device, loaded.runner.kernels
     if device.type == "cpu":
-        kernels = TorchKernels(device, torch.bfloat16)
+        kernels = TorchKernels(KernelOptions(torch.bfloat16), device)
     blocks_of_one = -(-context // loaded.memory.block_size)
     num_blocks = num_streams * blocks_of_one
     cache = kernels.new_layer_cache(num_blocks, loaded.memory.block_size, shape.num_kv_heads, shape.head_dim)
@@ -254,7 +257,7 @@ def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, 
     ones = np.ones(num_streams, dtype=np.int64)
     positions = torch.full_like(rows, context - 1)
     none = rows[:0]
-    inputs = (rows, positions, rows, none, rows, none, rows, none, none)  # of which attention reads some
+    inputs = (rows, positions, rows, none, rows, none, rows, none, none)  # attention reads some of them
     batch = BatchInputs(*inputs, tables, ones, ones, ones * context)
     plan = kernels.plan_attention(batch, ones, shape.num_heads, shape.num_kv_heads, cache)
     q = torch.randn((num_streams, shape.num_heads, shape.head_dim), device=device).to(torch.bfloat16)
@@ -265,7 +268,7 @@ def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, 
 
 
 def prefill(loaded: LoadedModel, shape: Shape, rate: float, mode: str, num_tokens: int) -> Figure:
-    """All steps of one prompt. The second of two: kernels are compiled when they are first used."""
+    """Measure all steps of one prompt. The second of two runs counts, since kernels are compiled at their first use."""
     for _ in range(2):
         seconds = sum(step_times(loaded, 1, num_tokens, max_tokens=1))
     attention = 2 * 2 * shape.num_layers * shape.num_heads * shape.head_dim * num_tokens**2 / 2
@@ -276,7 +279,7 @@ def prefill(loaded: LoadedModel, shape: Shape, rate: float, mode: str, num_token
 def step_times(
     loaded: LoadedModel, num_streams: int, context: int, *, max_tokens: int, num_tokens: int | None = None
 ) -> list[float]:
-    """Seconds of each step, or of those with `num_tokens` rows."""
+    """Return the seconds of each step, or of the steps with `num_tokens` rows."""
     engine = engine_with(loaded, num_streams, context, max_tokens)
     found: list[float] = []
     while engine.has_work:
@@ -288,7 +291,7 @@ def step_times(
 
 
 def engine_with(loaded: LoadedModel, num_streams: int, context: int, max_tokens: int) -> Engine:
-    """With so many random prompts."""
+    """Return an engine with `num_streams` random prompts of `context` tokens."""
     engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), loaded)
     rng = random.Random(0)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
@@ -298,8 +301,8 @@ def engine_with(loaded: LoadedModel, num_streams: int, context: int, max_tokens:
     return engine
 
 
-class Marks:
-    """A runner that marks in the device's queue where the work of each step begins and ends."""
+class MarkingRunner:
+    """A runner that records events in the device's queue before and after the work of each step."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
@@ -321,14 +324,14 @@ class Marks:
         return result
 
     def idle_seconds(self, num_spans: int) -> float:
-        """Between the last so many spans."""
+        """Return the seconds between the last `num_spans` spans."""
         spans = self.spans[-num_spans:]
         gaps = [last.elapsed_time(first) for (_, last), (first, _) in itertools.pairwise(spans)]
         return float(sum(gaps)) / 1000
 
 
 class HostEvent:
-    """What stands in for an event of a device on a CPU, which is done with what it was told."""
+    """A replacement for device events on a CPU, whose work is complete when a call returns."""
 
     def record(self) -> None:
         self._time = time.perf_counter()
@@ -344,14 +347,14 @@ def new_event() -> Any:
 
 
 def hidden_share(loaded: LoadedModel, num_streams: int, context: int) -> float:
-    """How much of the host's time in steps that decode is spent while the device computes. On a CPU it says nothing."""
-    marks: Any = Marks(loaded.runner)
+    """Return the share of the host's time in decoding steps during which the device computes. Meaningless on a CPU."""
+    marks: Any = MarkingRunner(loaded.runner)
     engine = engine_with(dataclasses.replace(loaded, runner=marks), num_streams, context, NUM_GENERATED)
     while engine.has_work:
         engine.step()
     if loaded.device.type == "cuda":
         torch.cuda.synchronize(loaded.device)
-    steps = list(engine.recorder.steps)[-NUM_GENERATED // 2 :]  # all streams decode, and graphs are there
+    steps = list(engine.recorder.steps)[-NUM_GENERATED // 2 :]  # all streams decode, and the graphs are captured
     host = sum(seconds for step in steps for part, seconds in step.seconds.items() if part not in ("overlap", "wait"))
     return max(0.0, 1.0 - float(marks.idle_seconds(2 * len(steps))) / host)
 
@@ -363,21 +366,21 @@ def free_memory(device: torch.device) -> None:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes that are read or written in a second."""
+    """Return the bytes read and written per second by a large copy."""
     source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
 
 
 def product_rate(device: torch.device) -> float:
-    """Operations, an addition and a product each, in a second."""
+    """Return the operations per second of a large matrix product; a multiply-add is two operations."""
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones((size, size), dtype=torch.bfloat16, device=device) for _ in range(2))
     return 2 * size**3 / seconds_of(lambda: a @ b, device)
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """Median."""
+    """Return the median of the seconds that a call takes."""
     found = []
     for _ in range(REPEATS):
         started = time.perf_counter()
@@ -391,16 +394,16 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 def print_table(results: Results) -> None:
     table = Table("what", "mode", *(Column(name, justify="right") for name in ("ms", "floor", "share")))
     table.title = (
-        f"{results.model} on {results.device}: {results.copy_bytes_per_second / 1e9:.0f} GB/s of a copy, "
-        f"{results.product_operations_per_second / 1e12:.1f} T operations/s of a product"
+        f"{results.model} on {results.device}: copy {results.copy_bytes_per_second / 1e9:.0f} GB/s, "
+        f"matrix product {results.product_operations_per_second / 1e12:.1f} TFLOP/s"
     )
     for figure in results.figures:
         times = (f"{1000 * seconds:.2f}" for seconds in (figure.seconds, figure.floor))
         table.add_row(figure.name, figure.mode, *times, f"{figure.floor / figure.seconds:.0%}")
     Console().print(table)
     Console().print(
-        f"{results.decode_speedup:.1f} times as fast as transformers; {results.hidden_share:.0%} of the host's time is "
-        "hidden behind the device's"
+        f"{results.decode_speedup:.1f} times as fast as transformers; {results.hidden_share:.0%} of the host's time "
+        "overlaps with the device's"
     )
 
 

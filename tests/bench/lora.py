@@ -1,8 +1,8 @@
-"""What LoRA adapters cost: `python -m tests.bench.lora [MODEL] [--streams 32] [--rank 16]`.
+"""Measure the cost of LoRA adapters: `python -m tests.bench.lora [MODEL] [--streams 32] [--rank 16]`.
 
-So many clients ask for 64 tokens: of a server without places for adapters, and of one with eight random adapters of
-all products, for the model itself, for one adapter, and for all adapters in turn. Both servers run; rounds of the four
-go in turn.
+All clients request 64 tokens at once, in four cases: from a server without adapter slots; and from one with eight
+random adapters of all matrices, for the model itself, for one adapter, and for all adapters in turn. Both servers run
+at the same time, and rounds of the four cases alternate.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ TEXT = (Path(__file__).parent / "english.txt").read_text().split()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="default: %(default)s")
-    parser.add_argument("--streams", type=int, default=32, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rank", type=int, default=16, metavar="N", help="of the adapters; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each kind; default: %(default)s")
+    parser.add_argument(
+        "--streams", type=int, default=32, metavar="N", help="concurrent requests; default: %(default)s"
+    )
+    parser.add_argument("--rank", type=int, default=16, metavar="N", help="rank of the adapters; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of each case; default: %(default)s")
     arguments = parser.parse_args()
     config = load_model_config(resolve_model(arguments.model).path)
     names = [f"adapter-{number}" for number in range(NUM_ADAPTERS)]
@@ -48,7 +52,7 @@ def main() -> int:
         adapted, _ = stack.enter_context(running_server([arguments.model, *modules]))
         client = stack.enter_context(httpx.Client(timeout=300, trust_env=False, limits=limits))
 
-        def kind(url: str, models: Sequence[str]) -> Callable[[int], float]:
+        def case(url: str, models: Sequence[str]) -> Callable[[int], float]:
             return lambda seed: tokens_per_second(client, f"{url}/v1/completions", bodies_of(models, seed))
 
         def bodies_of(models: Sequence[str], seed: int) -> list[dict[str, object]]:
@@ -63,13 +67,13 @@ def main() -> int:
                 for number in range(arguments.streams)
             ]
 
-        kinds = {
-            "no places for adapters": kind(plain, [MODEL_NAME]),
-            "places that no request uses": kind(adapted, [MODEL_NAME]),
-            "one adapter": kind(adapted, names[:1]),
-            f"{NUM_ADAPTERS} adapters": kind(adapted, names),
+        cases = {
+            "no adapter slots": case(plain, [MODEL_NAME]),
+            "no adapter in use": case(adapted, [MODEL_NAME]),
+            "one adapter": case(adapted, names[:1]),
+            f"{NUM_ADAPTERS} adapters": case(adapted, names),
         }
-        compare(kinds, arguments.rounds)
+        compare(cases, arguments.rounds)
     return 0
 
 

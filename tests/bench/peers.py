@@ -1,10 +1,10 @@
-"""Other servers on this machine, the same weights and the same load, so that speed is a ratio measured in one run.
+"""Compare the speed of this server with others, on the same machine, with the same weights and the same load.
 
-    python -m tests.bench.peers setup FOLDER            install the peers (about 6 GB; minutes)
-    python -m tests.bench.peers compare FOLDER [...]    measure all in turn, some rounds, and print medians
+    python -m tests.bench.peers setup FOLDER            install the peers (about 6 GB, several minutes)
+    python -m tests.bench.peers compare FOLDER [...]    measure all targets in alternating rounds, print medians
 
-The peers are OpenVINO GenAI (int8, continuous batching in its own process, no HTTP), llama-server (the GGUF file as it
-is) and vLLM for the CPU (bfloat16). In a round all targets get the same prompts, and no prompt ever comes twice.
+The peers are OpenVINO GenAI (int8, continuous batching in its own process, no HTTP), llama-server (the GGUF file
+itself) and vLLM for the CPU (bfloat16). In a round, all targets get the same prompts; no prompt is used twice.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from msgspec.structs import replace as replace_fields
 from rich.console import Console
 
 from server.cli.bench import Report
-from server.cli.load_generator import Load
+from server.cli.load_generator import LoadOptions
 from server.model_paths import ModelError
 from tests.bench.peers_results import Outcome, Results, make_rows, print_results
 from tests.bench.peers_setup import setup
@@ -31,7 +31,7 @@ from tests.bench.peers_targets import (
     Session,
     Target,
     TargetError,
-    known_targets,
+    installed_targets,
     own_target,
     running,
 )
@@ -40,15 +40,15 @@ from tests.bench.serve import LOADS
 T = TypeVar("T")
 
 WARMUP_TOKENS = 4
-FILE_WIDTH = 120  # characters of the table where it goes to no terminal
+FILE_WIDTH = 120  # characters per line if the output is not a terminal
 TARGETS = ("openvino", "llamacpp", "vllm", "lightwell")
 
 
 @dataclass(frozen=True)
 class Workload:
     name: str
-    load: Load
-    is_prefill: bool = False  # what counts is how fast prompts are read
+    load: LoadOptions
+    is_prefill: bool = False  # measures the speed of prompt tokens
 
 
 WORKLOADS = {
@@ -61,17 +61,17 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be measured."""
+    """The targets and workloads to measure."""
 
-    folder: Path  # of the peers
+    folder: Path  # where the peers are installed
     targets: Sequence[Target]
     workloads: Sequence[Workload]
     rounds: int
     temperature: float
     seed: int
 
-    def load(self, workload: Workload, number: int, purpose: str = "") -> Load:
-        """Of one round. Its prompts depend on nothing else, so that all targets get the same."""
+    def load(self, workload: Workload, number: int, purpose: str = "") -> LoadOptions:
+        """Return the load of one round. Its prompts do not depend on the target."""
         seed = random.Random(f"{self.seed} {number} {workload.name} {purpose}").getrandbits(32)
         return replace(workload.load, temperature=self.temperature, seed=seed)
 
@@ -95,20 +95,32 @@ def parse_arguments() -> argparse.Namespace:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__, formatter_class=shape)
     commands = parser.add_subparsers(dest="command", required=True)
-    installs = commands.add_parser("setup", help="install the peers", description="Install the peers into FOLDER.")
+    installs = commands.add_parser("setup", help="install the peers", description="Install the peers in FOLDER.")
     installs.add_argument("folder", type=Path, metavar="FOLDER")
-    compares = commands.add_parser("compare", help="measure", description="Measure all targets on the same loads.")
+    compares = commands.add_parser(
+        "compare", help="measure the targets", description="Measure all targets on the same loads."
+    )
     add = compares.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="where the peers are installed; logs go there, too")
+    add("folder", type=Path, metavar="FOLDER", help="folder where the peers are installed; logs are written there too")
     names = ",".join(TARGETS)
-    add("--targets", metavar="A,B", help=f"default: {names}; with --ours not the last, which is this checkout")
-    ours_help = "a server to set against the peers; {port} in COMMAND stands for its port; may be given again"
+    add(
+        "--targets",
+        metavar="A,B",
+        help=f"servers to measure; default: {names}; with --ours, all but the last, which is this checkout",
+    )
+    ours_help = "a server to compare with the peers; {port} in COMMAND is replaced by its port; can be repeated"
     add("--ours", action="append", default=[], metavar="NAME=COMMAND", help=ours_help)
-    add("--workloads", metavar="A,B", default=",".join(WORKLOADS), help="default: %(default)s")
-    add("--rounds", type=int, default=2, metavar="N", help="default: %(default)s")
-    add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s, which is greedy")
-    add("--seed", type=int, default=1, metavar="N", help="of the prompts; default: %(default)s")
-    add("--json", action="store_true", help="print all that was measured as JSON, and the table to standard error")
+    add("--workloads", metavar="A,B", default=",".join(WORKLOADS), help="loads to measure; default: %(default)s")
+    add("--rounds", type=int, default=2, metavar="N", help="number of rounds; default: %(default)s")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; default: %(default)s (greedy)",
+    )
+    add("--seed", type=int, default=1, metavar="N", help="seed of the prompts; default: %(default)s")
+    add("--json", action="store_true", help="print all measurements as JSON, and the table to standard error")
     arguments = parser.parse_args()
     if arguments.command == "compare":
         try:
@@ -119,14 +131,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_comparison(arguments: argparse.Namespace) -> Comparison:
-    """Raises ValueError where it cannot be measured; the message is for the user."""
+    """Return the comparison that the arguments describe. Raises ValueError with a message for the user."""
     folder = arguments.folder.resolve()
-    known = {target.name: target for target in known_targets(folder, is_sampled=arguments.temperature > 0)}
+    installed = {target.name: target for target in installed_targets(folder, is_sampled=arguments.temperature > 0)}
     default = TARGETS[:-1] if arguments.ours else TARGETS
     names = default if arguments.targets is None else [name for name in arguments.targets.split(",") if name]
-    targets = [choose(name, known, "target") for name in names] + [own_target(text) for text in arguments.ours]
+    targets = [choose(name, installed, "target") for name in names] + [own_target(text) for text in arguments.ours]
     if not targets or arguments.rounds < 1:
-        raise ValueError("no target or no round")
+        raise ValueError("there must be at least one target and one round")
     if len({target.name for target in targets}) < len(targets):
         raise ValueError("two targets have the same name")
     return Comparison(
@@ -141,7 +153,7 @@ def make_comparison(arguments: argparse.Namespace) -> Comparison:
 
 def choose(name: str, among: Mapping[str, T], kind: str) -> T:
     if name not in among:
-        raise ValueError(f"no {kind} is called {name!r}: there are {', '.join(among)}")
+        raise ValueError(f"unknown {kind} {name!r}: expected one of {', '.join(among)}")
     return among[name]
 
 
@@ -164,7 +176,7 @@ def compare(comparison: Comparison, console: Console) -> Results:
 
 
 def measure_target(comparison: Comparison, target: Target, number: int) -> Iterator[Outcome]:
-    """Start it and put it under each load. What fails is an outcome like others."""
+    """Start a target and measure it under each load. A failure is an outcome too."""
     log = comparison.folder / "logs" / f"{target.name}-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     names = [workload.name for workload in comparison.workloads]
@@ -180,7 +192,7 @@ def measure_target(comparison: Comparison, target: Target, number: int) -> Itera
 
 
 def measure(comparison: Comparison, workload: Workload, session: Session, blank: Outcome) -> Outcome:
-    """Fill the outcome in. The warm-up is as many prompts of the same length as run at a time."""
+    """Measure one load and return the completed outcome. The warm-up has `concurrency` prompts of the same length."""
     load = comparison.load(workload, blank.round)
     warmup = comparison.load(workload, blank.round, "warm-up")
     try:
@@ -199,13 +211,13 @@ def measure(comparison: Comparison, workload: Workload, session: Session, blank:
     )
 
 
-def find_problem(load: Load, report: Report) -> str | None:
-    """Why the report's figures do not count: the load was another one than was asked for."""
+def find_problem(load: LoadOptions, report: Report) -> str | None:
+    """Return why a report is invalid, if requests failed or had the wrong number of tokens, else None."""
     if report.errors:
         reason = next(iter(report.errors))
         return f"{report.num_requests - report.num_completed} of {report.num_requests} requests: {reason}"
     if report.output_tokens != load.num_requests * load.output_len:
-        return f"{report.output_tokens} tokens of {load.num_requests * load.output_len} came"
+        return f"received {report.output_tokens} of {load.num_requests * load.output_len} tokens"
     return None
 
 

@@ -1,8 +1,8 @@
-"""Writes the weights of a GGUF file as a Hugging Face folder in bfloat16, for the peers that read no GGUF.
+"""Convert a GGUF file to a Hugging Face folder in bfloat16, for the peers that do not read GGUF.
 
     python peers_convert.py MODEL.gguf FOLDER
 
-Runs in an environment of its own (`peers_setup.py`) and so imports nothing of the project.
+It runs in its own environment (`peers_setup.py`), so it imports nothing of the project.
 """
 
 import sys

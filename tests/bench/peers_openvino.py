@@ -1,8 +1,8 @@
-"""OpenVINO GenAI's continuous batching behind a pipe: loads in, what came of each request out, as lines of JSON.
+"""Run OpenVINO GenAI's continuous batching on loads from standard input; write the results of each as a line of JSON.
 
     python peers_openvino.py FOLDER MAX_NUM_SEQS
 
-Runs in an environment of its own (`peers_setup.py`) and so imports nothing of the project.
+It runs in its own environment (`peers_setup.py`), so it imports nothing of the project.
 """
 
 import json
@@ -19,7 +19,7 @@ CACHE_GB = 2
 
 def main(folder: str, max_num_seqs: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the library prints to standard output, too
+    os.dup2(2, 1)  # the library prints to standard output too
     settings = ov.SchedulerConfig()
     settings.cache_size = CACHE_GB
     settings.max_num_seqs = max_num_seqs
@@ -31,7 +31,7 @@ def main(folder: str, max_num_seqs: int) -> None:
 
 
 def run(pipeline: Any, load: dict[str, Any]) -> list[dict[str, Any]]:
-    """All requests of a closed loop: as many as may run at a time are in the pipeline, and each makes room for one."""
+    """Run the requests of a closed loop, with `concurrency` requests in the pipeline, and return their results."""
     tokenizer, settings = pipeline.get_tokenizer(), generation_config(load)
     numbers, waiting = count(), list(reversed(load["prompts"]))
     running: list[tuple[Any, dict[str, Any]]] = []
@@ -42,13 +42,13 @@ def run(pipeline: Any, load: dict[str, Any]) -> list[dict[str, Any]]:
             running.append((pipeline.add_request(next(numbers), waiting.pop(), settings), requests[-1]))
         pipeline.step()
         running = [(handle, request) for handle, request in running if not take(handle, request)]
-    for request, prompt in zip(requests, load["prompts"], strict=True):  # counted when the clock no longer runs
+    for request, prompt in zip(requests, load["prompts"], strict=True):  # outside of the measured time
         request["num_prompt_tokens"] = tokenizer.encode(prompt).input_ids.shape[1]
     return requests
 
 
 def take(handle: Any, request: dict[str, Any]) -> bool:
-    """Note the tokens that a step has brought, and whether the request is done."""
+    """Record the tokens of the last step, and return whether the request is finished."""
     now = time.perf_counter()
     while handle.can_read():
         for output in handle.read().values():

@@ -1,4 +1,4 @@
-"""What `peers.py` finds: an outcome for each target, load and round, rows of medians over the rounds, and a table."""
+"""The results of `peers.py`: an outcome per target, load and round, rows of medians over the rounds, and a table."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from server.cli.bench import Report, Summary
 
-SAME_PROMPTS = 1.02  # how far the counts of the same prompts' tokens may be apart, as a ratio
+SAME_PROMPTS = 1.02  # maximum ratio between the targets' numbers of tokens for the same prompts
 COLUMNS = ("range", "to best peer", "first token (ms)", "token (ms)", "memory (GB)", "ready (s)")
 
 
@@ -19,8 +19,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     round: int
     target: str
     workload: str
-    ready_seconds: float | None = None  # of the start that this was measured after
-    tokens_per_second: float | None = None  # of output, or of input where the load is about that; None: failed
+    ready_seconds: float | None = None  # duration of the start before the measurement
+    tokens_per_second: float | None = None  # output tokens, or input tokens of a prefill workload; None: failed
     memory_gb: float | None = None
     failure: str | None = None
     report: Report | None = None
@@ -32,19 +32,19 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One target under one load in all rounds. None where no round succeeded."""
+    """One target under one load in all rounds. Figures are None if no round succeeded."""
 
     workload: str
     target: str
     num_failed: int
-    tokens_per_second: float | None  # median, as are the times; of each round's p50
+    tokens_per_second: float | None  # median over the rounds, as are the times below (of each round's p50)
     least: float | None
     most: float | None
     to_best_peer: float | None  # ratio of the medians
     first_token_ms: float | None
     token_ms: float | None
-    memory_gb: float | None  # the most
-    ready_seconds: float | None  # at the first start
+    memory_gb: float | None  # maximum
+    ready_seconds: float | None  # of the first start
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +57,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_rows(outcomes: Sequence[Outcome], workloads: Iterable[str], targets: dict[str, bool]) -> list[Row]:
-    """`targets`: names, and whether each is a peer."""
+    """Return the rows of all workloads and targets. `targets` maps names to whether the target is a peer."""
     rows = []
     for workload in workloads:
         speeds = {name: median(_speeds(outcomes, name, workload)) for name in targets}
@@ -101,13 +101,13 @@ def _p50(summaries: Iterable[Summary | None]) -> list[float]:
 
 
 def different_prompts(outcomes: Sequence[Outcome]) -> list[str]:
-    """Where the same prompts were many more tokens to one target than to another, their figures do not compare."""
+    """Return a warning for each load whose prompts have different numbers of tokens for different targets."""
     counts: dict[tuple[int, str], dict[str, int]] = {}
     for outcome in outcomes:
         if outcome.report and not outcome.failure:
             counts.setdefault((outcome.round, outcome.workload), {})[outcome.target] = outcome.report.input_tokens
     return [
-        f"round {number}, {workload}: the prompts are not the same number of tokens to all: {tokens}"
+        f"round {number}, {workload}: the number of prompt tokens differs between targets: {tokens}"
         for (number, workload), tokens in counts.items()
         if max(tokens.values()) > SAME_PROMPTS * min(tokens.values())
     ]

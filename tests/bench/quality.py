@@ -1,11 +1,11 @@
-"""How far each number format is from float32 of the same weights: `python -m tests.bench.quality [MODEL] [--json]`.
+"""Measure how far each number format is from float32 of the same weights: `python -m tests.bench.quality [MODEL]`.
 
-Reads the first 2,000 tokens of `english.txt`: the opening of chapter 1 of Lewis Carroll's Alice's Adventures in
-Wonderland (1865) and chapter 1 of Jane Austen's Pride and Prejudice (1813), both in the public domain. They are cut
-into pieces of 1,024 tokens, the last one shorter, and no piece sees another. After each token the model's
-distribution of the next is compared with the reference's: the mean of KL(reference || format), in nats, and the share
-of positions at which both hold the same token for the most likely one. Where prompts are computed in another way than
-what was generated, the text is read in both.
+The text is the first 2,000 tokens of `english.txt`: the opening of chapter 1 of Lewis Carroll's Alice's Adventures in
+Wonderland (1865) and chapter 1 of Jane Austen's Pride and Prejudice (1813), both in the public domain. It is cut into
+independent pieces of 1,024 tokens, the last one shorter. After each token, the model's distribution of the next token
+is compared with that of the reference: the mean of KL(reference || format), in nats, and the share of positions at
+which both have the same most likely token. If prompt tokens and generated tokens are computed differently, the text is
+evaluated both ways.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.loading import LoadedModel, load_model
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import Request, Scheduled, Step, leader_of
+from engine.scheduling.request import Request, Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 from server.model_paths import ModelError, resolve_model
 from server.text.tokenizer import Tokenizer
@@ -38,24 +38,24 @@ from server.text.tokenizer import Tokenizer
 TEXT = Path(__file__).with_name("english.txt")
 NUM_TOKENS = 2000
 PIECE_TOKENS = 1024
-LOGIT_ROWS = 64  # whose distributions are compared at a time
+LOGIT_ROWS = 64  # distributions that are compared at a time
 
-# Name -> (dtype, quantization). The first, with its own KV cache, is what the others are compared with.
+# Name -> (dtype, quantization). The first, with its own KV cache, is the reference.
 FORMATS = {
     "float32": ("float32", "none"),
     "bfloat16": ("bfloat16", "none"),
     "int8": ("auto", "int8"),
-    "as the file has it": ("auto", "auto"),
+    "as in the file": ("auto", "auto"),
 }
 KV_CACHE_DTYPES = ("auto", "int8")
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One format. None where it cannot be had here, and `failure` says why."""
+    """The results of one format. They are None if it is not supported here; `failure` is the reason."""
 
     weights: str
     kv_cache: str
-    tokens: str = ""  # how the text was read, where there are two ways
+    tokens: str = ""  # whether the text was computed as prompt or as generated tokens, if these differ
     mean_kl: float | None = None
     same_top_token: float | None = None  # share
     failure: str | None = None
@@ -71,16 +71,16 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Text:
-    """What is read, in token ids."""
+    """The text in token ids."""
 
-    prefix: list[int]  # what each piece begins with, which is not compared
+    prefix: list[int]  # put before each piece, and not compared
     pieces: list[list[int]]
 
     @classmethod
     def read(cls, tokenizer: Tokenizer) -> Self:
         token_ids = tokenizer.encode(TEXT.read_text(), add_special_tokens=False)[:NUM_TOKENS]
         if len(token_ids) < NUM_TOKENS:
-            raise ValueError(f"{TEXT.name} is only {len(token_ids)} tokens to this model")
+            raise ValueError(f"{TEXT.name} has only {len(token_ids)} tokens for this model")
         prefix = [tokenizer.bos_token_id] if tokenizer.add_bos and tokenizer.bos_token_id is not None else []
         return cls(prefix, [token_ids[first : first + PIECE_TOKENS] for first in range(0, NUM_TOKENS, PIECE_TOKENS)])
 
@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def measure(model: str, console: Console) -> Results:
-    """One model is in memory at a time, and the reference's logits are in a file."""
+    """Measure all formats. One model is in memory at a time; the logits of the reference are in a file."""
     path = resolve_model(model).path
     text = Text.read(Tokenizer.from_model(path))
     rows: list[Row] = []
@@ -124,7 +124,7 @@ def measure(model: str, console: Console) -> Results:
                         file.write(logits.numpy().tobytes())
                     file.flush()
                 reference = np.memmap(file, np.float32, "r").reshape(-1, loaded.config.vocab_size)
-                for tokens in ("of prompts", "generated") if loaded.runner.kernels.separates_prompts else ("",):
+                for tokens in ("prompt", "generated") if loaded.runner.kernels.separates_prompts else ("",):
                     logits_of_text = all_logits(loaded, text, are_generated=tokens == "generated")
                     mean_kl, same_top_token = compare(reference, logits_of_text)
                     results = {"tokens": tokens, "mean_kl": mean_kl, "same_top_token": same_top_token}
@@ -147,11 +147,11 @@ def load(path: Path, weights: str, kv_cache: str, text: Text) -> LoadedModel:
 
 
 def all_logits(loaded: LoadedModel, text: Text, *, are_generated: bool = False) -> Iterator[Tensor]:
-    """float32 logits [.., V] after each token of the pieces, in order; they hold until the next are taken."""
+    """Yield the float32 logits [.., V] after each token of the pieces, in order; each is valid until the next."""
     for piece in text.pieces:
         token_ids = text.prefix + piece
         submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
-        request = leader_of(submit, salt=b"", number=0, now=0.0)
+        request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
         if are_generated:
             request.num_prompt_tokens = 0
         yield from piece_logits(loaded, request, len(text.prefix))
@@ -160,7 +160,7 @@ def all_logits(loaded: LoadedModel, text: Text, *, are_generated: bool = False) 
 @torch.inference_mode()
 def piece_logits(loaded: LoadedModel, request: Request, num_skipped: int) -> Iterator[Tensor]:
     token_ids = request.token_ids
-    request.blocks = [Block(block_id) for block_id in range(-(-len(token_ids) // loaded.memory.block_size))]
+    request.kv.blocks = [Block(block_id) for block_id in range(-(-len(token_ids) // loaded.memory.block_size))]
     runner = loaded.runner
     step_tokens = loaded.limits.max_num_batched_tokens
     for start in range(0, len(token_ids), step_tokens):
@@ -172,14 +172,14 @@ def piece_logits(loaded: LoadedModel, request: Request, num_skipped: int) -> Ite
 
 
 def compare(reference: NDArray[np.float32], logits: Iterator[Tensor]) -> tuple[float, float]:
-    """Mean KL and share of same top tokens, over all rows."""
+    """Return the mean KL divergence, and the share of rows with the same top token."""
     kl, num_same, first = 0.0, 0, 0
     for some in logits:
-        wanted = torch.from_numpy(reference[first : first + len(some)].copy())
+        reference_rows = torch.from_numpy(reference[first : first + len(some)].copy())
         first += len(some)
-        expected, found = wanted.double().log_softmax(1), some.double().log_softmax(1)
+        expected, found = reference_rows.double().log_softmax(1), some.double().log_softmax(1)
         kl += float((expected.exp() * (expected - found)).sum())
-        num_same += int((wanted.argmax(1) == some.argmax(1)).sum())
+        num_same += int((reference_rows.argmax(1) == some.argmax(1)).sum())
     assert first == len(reference)
     return kl / first, num_same / first
 

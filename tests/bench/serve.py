@@ -1,8 +1,8 @@
-"""Starts `lightwell serve` on a free port, measures it at several loads, and prints a table.
+"""Start `lightwell serve` on a free port, measure it under several loads, and print a table.
 
-    python tests/bench/serve.py [MODEL] [--json] [-- FLAGS OF lightwell serve]
+    python -m tests.bench.serve [MODEL] [--json] [-- FLAGS OF lightwell serve]
 
-The loads are those of a chat (128 words in, 64 tokens out) from 1, 8 and 32 clients, and of prompts of 800 words.
+The loads are a chat (128 words in, 64 tokens out) from 1, 8 and 32 clients, and prompts of 800 words.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from server.cli.bench import Report, Summary, run_benchmark
-from server.cli.load_generator import Load
+from server.cli.load_generator import LoadOptions
 
 READY_SECONDS = 300.0
 MODEL_NAME = "m"
 
 LOADS = {
-    "1 client": Load(url="", num_requests=4, concurrency=1, input_len=128, output_len=64),
-    "8 clients": Load(url="", num_requests=24, concurrency=8, input_len=128, output_len=64),
-    "32 clients": Load(url="", num_requests=64, concurrency=32, input_len=128, output_len=64),
-    "long prompts": Load(url="", num_requests=8, concurrency=4, input_len=800, output_len=4),
+    "1 client": LoadOptions(url="", num_requests=4, concurrency=1, input_len=128, output_len=64),
+    "8 clients": LoadOptions(url="", num_requests=24, concurrency=8, input_len=128, output_len=64),
+    "32 clients": LoadOptions(url="", num_requests=64, concurrency=32, input_len=128, output_len=64),
+    "long prompts": LoadOptions(url="", num_requests=8, concurrency=4, input_len=800, output_len=4),
 }
 
 
@@ -41,7 +41,9 @@ def main() -> int:
     reports: dict[str, Report] = {}
     with running_server([*arguments.model, *arguments.flags]) as (url, start_seconds):
         console.print(f"ready after {start_seconds:.1f} s")
-        run_benchmark(Load(url=url, model=MODEL_NAME, num_requests=8, concurrency=4, input_len=64, output_len=16))
+        run_benchmark(
+            LoadOptions(url=url, model=MODEL_NAME, num_requests=8, concurrency=4, input_len=64, output_len=16)
+        )
         for seed, (name, load) in enumerate(LOADS.items(), start=arguments.seed):
             console.print(f"{name} ...")
             reports[name] = run_benchmark(replace(load, url=url, model=MODEL_NAME, seed=seed))
@@ -53,9 +55,11 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="what to serve, if not the default model")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     own, flags = split_at_dashes(sys.argv[1:])
     arguments = parser.parse_args(own)
@@ -71,7 +75,7 @@ def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
 
 @contextlib.contextmanager
 def running_server(flags: list[str]) -> Iterator[tuple[str, float]]:
-    """The address of a server that is ready, and the seconds that took. Raises RuntimeError where it does not start."""
+    """Start a server; yield its address and the seconds until it was ready. Raises RuntimeError if it fails."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("lightwell")), "serve", f"--port={port}"]
     command += [f"--served-model-name={MODEL_NAME}", "--log-level=warning", *flags]

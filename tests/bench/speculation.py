@@ -1,7 +1,7 @@
-"""What n-gram speculation is worth where text repeats itself: `python -m tests.bench.speculation [MODEL]`.
+"""Measure the speed-up by n-gram speculation on repetitive text: `python -m tests.bench.speculation [MODEL]`.
 
-One client asks for a long continuation of a passage of `english.txt` that it sends twice, and of one that it sends
-once, from servers with `--speculative off` and `auto`, greedily and at temperature 0.8. Both must answer alike.
+One client requests a long continuation of a passage of `english.txt`, which its prompt contains twice or once, with
+temperature 0 and 0.8, from servers with `--speculative off` and `auto`. Their answers must be identical.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.bench.quality import TEXT
 from tests.bench.serve import MODEL_NAME, running_server
 
 NUM_TOKENS = 256
-REPEATS = 5  # of which the median counts, after one that is not timed
+REPEATS = 5  # measured requests, after one that is not measured
 TEMPERATURES = (0.0, 0.8)
 
 
@@ -29,7 +29,7 @@ def prompts() -> dict[str, str]:
 
 
 def answer(url: str, prompt: str, temperature: float) -> tuple[str, float]:
-    """The text, and the seconds that it took."""
+    """Return the text of an answer, and the seconds that it took."""
     body = {
         "model": MODEL_NAME,
         "prompt": prompt,
@@ -46,7 +46,7 @@ def answer(url: str, prompt: str, temperature: float) -> tuple[str, float]:
 
 
 def measure(model: list[str], mode: str) -> dict[tuple[str, float], tuple[str, float]]:
-    """By prompt and temperature: the text, and the median of the seconds."""
+    """Return the text and the median of the seconds, by prompt and temperature."""
     results = {}
     with running_server([*model, "--speculative", mode]) as (url, _):
         for name, prompt in prompts().items():
@@ -58,7 +58,7 @@ def measure(model: list[str], mode: str) -> dict[tuple[str, float], tuple[str, f
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.speculation", description=__doc__)
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="what to serve, if not the default model")
+    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
     arguments = parser.parse_args()
     off, on = (measure(arguments.model, mode) for mode in ("off", "auto"))
     columns = ("off (tokens/s)", "on (tokens/s)", "ratio", "same text")

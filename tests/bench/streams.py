@@ -1,4 +1,4 @@
-"""Many requests at once to a server that runs, and the rates of several kinds of them in turn."""
+"""Send many requests at once to a running server, and compare the token rates of several cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Body = dict[str, Any]
 
 
 def tokens_per_second(client: httpx.Client, url: str, bodies: Sequence[Body]) -> float:
-    """That come out of requests which are sent together."""
+    """Send requests at the same time, and return the output tokens per second of all of them."""
 
     def ask(body: Body) -> int:
         num_tokens: int = client.post(url, json=body).raise_for_status().json()["usage"]["completion_tokens"]
@@ -28,18 +28,18 @@ def tokens_per_second(client: httpx.Client, url: str, bodies: Sequence[Body]) ->
     return num_tokens / (time.perf_counter() - start)
 
 
-def compare(kinds: dict[str, Callable[[int], float]], num_rounds: int) -> None:
-    """Rounds of all kinds in turn; print the median of what each yields, and how it is to that of the first.
+def compare(cases: dict[str, Callable[[int], float]], num_rounds: int) -> None:
+    """Run alternating rounds of all cases; print the median rate of each, and its ratio to that of the first case.
 
-    A kind is called with the number of the round, of which the first is not counted.
+    A case is a function of the round's number that returns tokens per second. Round 0 is a warm-up.
     """
-    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    rates: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(num_rounds + 1):
-        for name, rate_of in kinds.items():
+        for name, rate_of in cases.items():
             rates[name].append(rate_of(number))
     medians = {name: statistics.median(found[1:]) for name, found in rates.items()}
     first, first_rate = next(iter(medians.items()))
-    table = Table("", Column("tokens/s", justify="right"), Column(f"to {first}", justify="right"))
+    table = Table("", Column("tokens/s", justify="right"), Column(f"relative to {first}", justify="right"))
     for name, rate in medians.items():
         table.add_row(name, f"{rate:.0f}", f"{rate / first_rate:.1%}")
     Console().print(table)

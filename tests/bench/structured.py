@@ -1,7 +1,7 @@
-"""What a JSON schema on all streams costs: `python -m tests.bench.structured [MODEL] [--streams 32]`.
+"""Measure the cost of a JSON schema on all streams: `python -m tests.bench.structured [MODEL] [--streams 32]`.
 
-So many clients ask for a chat answer of 64 tokens, in turn as free text and as JSON of a schema that goes on for as
-long as they are allowed. The same server, rounds of both in turn, and the median of what each round yields.
+All clients request a chat answer of 64 tokens at once, as free text or as JSON of a schema that always needs more than
+64 tokens. Rounds of the cases alternate on the same server; the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUM_TOKENS = 64
 
 
 def people(name: dict[str, Any]) -> dict[str, Any]:
-    """Asks for people whose names are of a schema."""
+    """Return the request fields for an array of people whose names match a schema."""
     person = {
         "type": "object",
         "properties": {"name": name, "age": {"type": "integer"}, "city": name},
@@ -34,8 +34,8 @@ def people(name: dict[str, Any]) -> dict[str, Any]:
 
 FORMS: dict[str, dict[str, Any]] = {
     "free text": {"ignore_eos": True},
-    "JSON of a schema": people({"type": "string"}),
-    "the same, strings of 2 to 40 characters": people({"type": "string", "minLength": 2, "maxLength": 40}),
+    "JSON schema": people({"type": "string"}),
+    "JSON schema, strings of 2 to 40 characters": people({"type": "string", "minLength": 2, "maxLength": 40}),
 }
 
 
@@ -54,10 +54,16 @@ def bodies_of(form: str, num_streams: int, seed: int) -> list[Body]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="*", metavar="MODEL", help="what to serve, if not the default model")
-    parser.add_argument("--streams", type=int, default=32, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each form; default: %(default)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.structured",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
+    parser.add_argument(
+        "--streams", type=int, default=32, metavar="N", help="concurrent requests; default: %(default)s"
+    )
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of each case; default: %(default)s")
     arguments = parser.parse_args()
     limits = httpx.Limits(max_connections=arguments.streams)
     with (

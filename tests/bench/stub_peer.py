@@ -1,6 +1,6 @@
-"""A server for the test of `peers.py`: it answers at once, and notes the prompts.
+"""A server for the test of `peers.py`: it answers at once, and appends the prompts to a file.
 
-Its arguments: PORT FILE [TOKENS OF EACH ANSWER].
+python stub_peer.py PORT FILE [TOKENS_PER_ANSWER]
 """
 
 import json
@@ -12,7 +12,7 @@ from threading import Lock
 
 class Handler(BaseHTTPRequestHandler):
     prompts = Path()
-    num_tokens: int | None = None  # None: as many as are asked for
+    num_tokens: int | None = None  # None: as many as requested
     lock = Lock()
 
     def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""The comparison with peers, on stand-ins: what is sent, what counts as a failure, and the arithmetic."""
+"""The comparison with peers, on stub servers: the requests, the failures and the arithmetic."""
 
 import shlex
 import subprocess
@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from server.cli.load_generator import Load
+from server.cli.load_generator import LoadOptions
 from tests.bench.peers import Comparison, Workload, compare, measure_target, parse_arguments
 from tests.bench.peers_results import Outcome, different_prompts, make_rows, print_results
 from tests.bench.peers_targets import MemoryWatch, Target
 
 STUB = Path(__file__).with_name("stub_peer.py")
 WORKLOADS = (
-    Workload("talk", Load(url="", num_requests=4, concurrency=2, input_len=8, output_len=3)),
-    Workload("read", Load(url="", num_requests=2, concurrency=2, input_len=8, output_len=1), is_prefill=True),
+    Workload("talk", LoadOptions(url="", num_requests=4, concurrency=2, input_len=8, output_len=3)),
+    Workload("read", LoadOptions(url="", num_requests=2, concurrency=2, input_len=8, output_len=1), is_prefill=True),
 )
 SILENT = Console(quiet=True)
 
-# Speaks as `peers_openvino.py` does, and says that each token took a second.
+# A stub with the interface of `peers_openvino.py`, which reports that each token took a second.
 PIPED = """
 import json, sys
 print(json.dumps("ready"), flush=True)
@@ -79,7 +79,7 @@ def test_a_target_without_http(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (python("-c", "raise SystemExit('no weights')"), "the process ended with 1: no weights"),
+        (python("-c", "raise SystemExit('no weights')"), "the process exited with status 1: no weights"),
         ("/nowhere/server", "cannot be started: "),
     ],
 )
@@ -102,14 +102,14 @@ def test_a_target_that_breaks_under_load(tmp_path: Path) -> None:
         "piped", python("-c", PIPED.replace("load =", "raise SystemExit('no memory') #")), speaks_http=False
     )
     outcomes = list(measure_target(comparison(tmp_path, target), target, 1))
-    assert [outcome.failure for outcome in outcomes] == ["no answer; the process ended with 1: no memory"] * 2
+    assert [outcome.failure for outcome in outcomes] == ["no answer; the process exited with status 1: no memory"] * 2
     assert all(outcome.ready_seconds for outcome in outcomes)
 
 
 def test_short_answers_do_not_count(tmp_path: Path) -> None:
     target = stub("short", tmp_path / "prompts", "2")
     talk, _ = measure_target(comparison(tmp_path, target), target, 1)
-    assert talk.failure == "8 tokens of 12 came"
+    assert talk.failure == "received 8 of 12 tokens"
     assert talk.tokens_per_second is None
 
 
@@ -144,12 +144,12 @@ def test_rows_without_a_peer() -> None:
     assert row.to_best_peer is None
 
 
-def test_prompts_that_are_other_tokens(tmp_path: Path) -> None:
-    piped = Target("piped", python("-c", PIPED), speaks_http=False)  # says 9 tokens where the stub says 8
+def test_prompts_with_different_numbers_of_tokens(tmp_path: Path) -> None:
+    piped = Target("piped", python("-c", PIPED), speaks_http=False)  # reports 9 tokens where the stub reports 8
     results = compare(comparison(tmp_path, stub("stub", tmp_path / "prompts"), piped), SILENT)
     assert different_prompts(results.outcomes) == [
-        "round 1, talk: the prompts are not the same number of tokens to all: {'stub': 32, 'piped': 36}",
-        "round 1, read: the prompts are not the same number of tokens to all: {'stub': 16, 'piped': 18}",
+        "round 1, talk: the number of prompt tokens differs between targets: {'stub': 32, 'piped': 36}",
+        "round 1, read: the number of prompt tokens differs between targets: {'stub': 16, 'piped': 18}",
     ]
 
 
@@ -188,13 +188,13 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--targets=vlm"], "no target is called 'vlm': there are openvino, llamacpp, vllm, lightwell"),
-        (["--workloads=c1,c2"], "no workload is called 'c2'"),
-        (["--targets="], "no target or no round"),
-        (["--ours=serve {port}"], "--ours takes NAME=COMMAND with {port} in COMMAND, not 'serve {port}'"),
-        (["--ours=a=serve"], "--ours takes NAME=COMMAND"),
+        (["--targets=vlm"], "unknown target 'vlm': expected one of openvino, llamacpp, vllm, lightwell"),
+        (["--workloads=c1,c2"], "unknown workload 'c2'"),
+        (["--targets="], "at least one target and one round"),
+        (["--ours=serve {port}"], "--ours: expected NAME=COMMAND with {port} in COMMAND, got 'serve {port}'"),
+        (["--ours=a=serve"], "--ours: expected NAME=COMMAND"),
         (["--ours=vllm=serve {port}"], "two targets have the same name"),
-        (["--rounds=0"], "no target or no round"),
+        (["--rounds=0"], "at least one target and one round"),
     ],
 )
 def test_wrong_arguments(

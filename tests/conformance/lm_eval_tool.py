@@ -1,4 +1,4 @@
-"""lm-eval as a command, in an environment of its own with more packages than this project has: `make test` makes it."""
+"""Runs lm-eval in an environment of its own, which has further packages. `make test` creates it."""
 
 import json
 import os
@@ -13,9 +13,9 @@ TASKS = FOLDER / "lm_eval_tasks"
 
 
 def evaluate(output: Path, kind: str, tasks: str, **model_args: object) -> dict[str, Any]:
-    """What it writes about `tasks`: {"results": metrics by task, "samples": the numbers of each document by task}.
+    """Return lm-eval's output for `tasks`: {"results": metrics by task, "samples": values of each document by task}.
 
-    `kind` is a kind of model, `model_args` say which. torch and transformers are those of this environment.
+    `kind` is lm-eval's type of model, `model_args` its options. torch and transformers are those of the caller.
     """
     python = ENVIRONMENTS / "lm-eval" / "bin" / "python"
     assert python.exists(), "`make test` installs lm-eval"

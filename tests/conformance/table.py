@@ -1,4 +1,4 @@
-"""The clients that are tried, at which versions, and what of the server each check says it exercises."""
+"""The table of tested clients: their versions, and the features of the server that their checks exercise."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 ENVIRONMENTS = FOLDER.parents[1] / ".venv-clients"
 
-# In the order of the README's table.
+# In the order of the table.
 CAPABILITIES = (
     "chat",
     "streaming",
@@ -27,7 +27,7 @@ CAPABILITIES = (
 
 @dataclass(frozen=True)
 class Client:
-    """A package for Python or, where its file is JavaScript, from npm. `lock` names its environment for Python."""
+    """A Python package, or an npm package if its file is JavaScript. `lock` names its Python environment."""
 
     package: str
     file: str

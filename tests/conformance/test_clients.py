@@ -1,6 +1,6 @@
-"""What users of each client do, done by the client itself against one real server.
+"""Runs the checks of each client, with the real client against one real server.
 
-The clients live in environments of their own, which `make test` makes from the lock files here.
+Clients are installed in environments of their own, which `make test` creates from the lock files here.
 """
 
 import json
@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 from tests.support.server_process import MODEL, REQUEST_SECONDS, ServerProcess, shared_server
 
 KEY = "sk-conformance"
-OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it is fetched at import
+OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # otherwise fetched at import
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def server(smollm2_path: Path) -> Iterator[ServerProcess]:
 
 
 def command(client: Client) -> list[str]:
-    """That runs the client's checks, without what they need to know of the server."""
+    """Return the command that runs the client's checks, without the arguments that identify the server."""
     if client.is_javascript:
         assert shutil.which("npm"), "this test needs node and npm (on Debian and Ubuntu: the package npm)"
         assert (FOLDER / "node_modules" / client.package).exists(), "`make test` installs the clients from npm"
@@ -59,10 +59,10 @@ def test_client(client: Client, server: ServerProcess) -> None:
     assert exercised <= set(CAPABILITIES)
 
 
-def test_readme_has_the_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    between = readme.partition("<!-- clients:begin -->")[2].partition("<!-- clients:end -->")[0]
-    assert between.strip() == markdown_table().strip(), "put the output of `python -m tests.conformance.table` there"
+def test_the_documentation_has_the_table() -> None:
+    document = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    between = document.partition("<!-- clients:begin -->")[2].partition("<!-- clients:end -->")[0]
+    assert between.strip() == markdown_table().strip(), "run `python -m tests.docs.generate`"
 
 
 def test_every_file_is_run() -> None:

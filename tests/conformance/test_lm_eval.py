@@ -1,7 +1,7 @@
-"""lm-eval scores the served model, and transformers with the same weights: every log probability is the same.
+"""lm-eval scores the served model and transformers with the same weights: all log probabilities agree.
 
-Its client for completions asks with `echo` and `logprobs`, for prompts of token ids, some in one request and some at
-the same time.
+Its completions client sends token ids with `echo` and `logprobs`, several prompts per request and several requests at a
+time.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ from tests.support.reference_model import load_reference
 from tests.support.server_process import COMPLETIONS, MODEL, running_server
 
 TASKS = ("lightwell_choice", "lightwell_perplexity")
-MAX_LENGTH = 96  # tokens of a window: one of the texts takes three
+MAX_LENGTH = 96  # tokens per window; the longest text takes three windows
 
 
 @pytest.fixture(scope="module")
 def exported(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of the GGUF file in float32, as transformers reads them, in its own format."""
+    """Export the GGUF weights in float32, as transformers reads them, to a transformers folder."""
     folder = tmp_path_factory.mktemp("exported")
     load_reference(smollm2_path).save_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
@@ -36,7 +36,7 @@ def expected(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def loglikelihoods(samples: list[dict[str, Any]]) -> list[list[Any]]:
-    """Of each document: [[log probability, "True" if it is the likeliest], ...] or, of a whole text, one number."""
+    """Return per document [[log probability, "True" if greedy], ...], or one number for a whole text."""
     return [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
 

@@ -1,4 +1,4 @@
-"""What is deployed fits the server: names of metrics and settings, and what the image and the compose file promise."""
+"""The files in deploy/ match the server: names of metrics and settings, and the rules for image and compose file."""
 
 import json
 import os
@@ -24,7 +24,8 @@ from deploy.check_dashboard import load_dashboard, queries
 from engine.shared.messages import EngineInfo, EngineStats
 from server.metrics import Metrics
 from server.model_paths import resolve_model
-from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS, load_settings
+from server.settings.load import load_settings
+from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS
 from server.supervisor import DRAIN_GRACE_SECONDS, KILL_SECONDS, STOP_SECONDS
 from tests.support.paths import ROOT
 
@@ -51,11 +52,11 @@ def load_yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-# Queries against what /metrics shows.
+# Queries, compared with the metrics that the server exposes.
 
 
 def exposed_metrics(prefix: str) -> Metrics:
-    """What a server exposes once it has answered a request."""
+    """Return the metrics of a server that has answered a request."""
     metrics = Metrics(prefix, "m")
     metrics.set_engine_info(INFO)
     metrics.set_stats_source(lambda: EngineStats(num_blocks=100, num_blocks_used=3, prompt_tokens_total=9))
@@ -66,7 +67,7 @@ def exposed_metrics(prefix: str) -> Metrics:
 
 
 def exposed_labels(prefix: str) -> Labels:
-    """What a scraper sees."""
+    """Return the labels of each exposed sample, as a scraper parses them."""
     page, _ = exposed_metrics(prefix).exposition()
     return labels_on_page(page)
 
@@ -81,11 +82,11 @@ def labels_on_page(page: bytes) -> Labels:
 
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 KEYWORDS = {"and", "or", "unless"}
-ADDED_LABELS = {"job", "instance"}  # by Prometheus
+ADDED_LABELS = {"job", "instance"}  # which Prometheus adds
 
 
 def selectors(query: str) -> list[tuple[str, set[str]]]:
-    """The metrics that a PromQL query reads, each with the labels that it selects by."""
+    """Return the metrics in a PromQL query, each with the labels of its matchers."""
     query = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", query)
     found = re.findall(rf"(?<![\w:])({NAME})(?![\w:]*\s*\()(?:\{{([^}}]*)\}})?", re.sub(r"\[[^]]*\]", "", query))
     return [(name, set(re.findall(rf"({NAME})\s*[=!]", matchers))) for name, matchers in found if name not in KEYWORDS]
@@ -107,7 +108,7 @@ def problems_of(query: str, exposed: Labels) -> list[str]:
     return problems + [f"no label {label}" for label in grouping_labels(query) - known_labels]
 
 
-def test_queries_are_taken_apart() -> None:
+def test_queries_are_parsed() -> None:
     query = 'histogram_quantile(0.5, sum by (le) (rate(a:b_bucket{x=~"p_q", y!=""}[5m]))) and on (job) c > 10'
     assert selectors(query) == [("a:b_bucket", {"x", "y"}), ("c", set())]
     assert grouping_labels(query) == {"le", "job"}
@@ -191,7 +192,7 @@ def test_services_listen_on_loopback_without_privileges(services: dict[str, dict
         assert "image" not in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
 
 
-def test_server_is_locked_up(services: dict[str, dict[str, Any]]) -> None:
+def test_server_is_confined(services: dict[str, dict[str, Any]]) -> None:
     server = services["lightwell"]
     assert server["read_only"] is True
     assert server["tmpfs"] == ["/tmp"]
@@ -227,7 +228,7 @@ Instruction = tuple[str, str]
 
 @pytest.fixture(scope="module")
 def instructions() -> list[Instruction]:
-    """Instruction and its arguments, of all stages."""
+    """Return the instructions of all stages, each with its arguments."""
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     lines = re.sub(r"^\s*#.*\n", "", lines, flags=re.MULTILINE).replace("\\\n", " ")
     return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1].strip()) for line in lines.splitlines() if line]
@@ -240,7 +241,7 @@ def final_stage(instructions: list[Instruction]) -> list[Instruction]:
 
 
 def pairs(instructions: list[Instruction], name: str) -> dict[str, str]:
-    """The `key=value` pairs of all instructions of one name."""
+    """Return the `key=value` pairs of all instructions called `name`."""
     words = [word for kind, arguments in instructions if kind == name for word in shlex.split(arguments)]
     return dict(word.split("=", 1) for word in words)
 
@@ -252,7 +253,7 @@ def test_image_runs_the_server_as_a_user_who_is_not_root(final_stage: list[Instr
     assert last["STOPSIGNAL"] == "SIGTERM"
 
 
-def test_image_keeps_to_itself(instructions: list[Instruction]) -> None:
+def test_image_downloads_nothing_from_fixed_addresses(instructions: list[Instruction]) -> None:
     text = "\n".join(f"{name} {arguments}" for name, arguments in instructions)
     assert "://" not in text
     assert "ADD" not in {name for name, _ in instructions}
@@ -289,7 +290,7 @@ def test_image_is_healthy_when_it_is_ready(final_stage: list[Instruction], statu
 
 @contextmanager
 def answering(status: int | None) -> Iterator[int]:
-    """The port of a server that answers one request for /readyz with `status`; None: one where nobody listens."""
+    """Yield the port of a server that answers one request for /readyz with `status`; None: of no server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         if status is None:

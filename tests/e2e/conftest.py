@@ -1,4 +1,4 @@
-"""Real servers with the real model: one that many tests share, and ones that a test may kill."""
+"""Fixtures that run real servers with a real model: one shared by many tests, and one for a single test."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ StartServer = Callable[..., ServerProcess]
 
 @pytest.fixture(scope="session")
 def server(smollm2_path: Path) -> Iterator[ServerProcess]:
-    """For tests that change no more in it than its prefix cache and its counters, and that are not hurt by others."""
+    """A shared server, for tests that change only its prefix cache and counters and do not depend on them."""
     flags = ("--max-num-seqs=64", "--max-model-len=4096", "--kv-cache-memory=256MiB")
     with shared_server(smollm2_path, *flags) as server:
         yield server
@@ -21,7 +21,7 @@ def server(smollm2_path: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def start_server(smollm2_path: Path) -> Iterator[StartServer]:
-    """`start_server("--flag=value", VARIABLE="value")` is a server of one's own, ready."""
+    """A function that starts a server for one test and waits for it: `start_server("--flag=value", NAME="value")`."""
     with ExitStack() as stack:
 
         def start(*flags: str, **environment: str) -> ServerProcess:

@@ -1,4 +1,4 @@
-"""Anthropic's official Python client, strict about every answer."""
+"""Tests with Anthropic's official Python client and its strict response validation."""
 
 import json
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def test_messages(client: Anthropic) -> None:
         assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens > 30
 
 
-def test_it_says_what_chat_completions_say(client: Anthropic, server: ServerProcess) -> None:
+def test_the_text_is_that_of_chat_completions(client: Anthropic, server: ServerProcess) -> None:
     messages = [{"role": "system", "content": REQUEST["system"][0]["text"]}, *REQUEST["messages"]]
     fields = {"max_completion_tokens": 6, "temperature": 0.8, "seed": 4}
     chat = server.answer("/v1/chat/completions", {"messages": messages, **fields})
@@ -99,7 +99,7 @@ def test_errors(client: Anthropic) -> None:
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
 
 
-def test_a_tool_that_has_to_be_used(client: Anthropic) -> None:
+def test_a_required_tool_call(client: Anthropic) -> None:
     request: dict[str, Any] = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
@@ -119,12 +119,12 @@ def test_a_tool_that_has_to_be_used(client: Anthropic) -> None:
     result = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny, 25 degrees."}
     turns = [{"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
     request |= {"messages": [*request["messages"], *turns], "tool_choice": {"type": "none"}}
-    (said,) = client.messages.create(**request).content
-    assert said.type == "text"
-    assert said.text
+    (reply,) = client.messages.create(**request).content
+    assert reply.type == "text"
+    assert reply.text
 
 
-def test_an_answer_by_a_schema(client: Anthropic) -> None:
+def test_a_response_with_a_schema(client: Anthropic) -> None:
     fields: dict[str, Any] = {"output_config": {"format": {"type": "json_schema", "schema": CITY}}, "max_tokens": 100}
     (block,) = client.messages.create(**(REQUEST | fields)).content
     assert block.type == "text"

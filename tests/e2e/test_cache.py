@@ -1,4 +1,4 @@
-"""The KV cache: prefixes are found again, and an answer does not depend on what is cached, nor on being preempted."""
+"""Tests of the KV cache: prefixes are reused, and output depends neither on cached tokens nor on preemption."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ PROMPT = "In the year of the great flood, " + "the people of the valley built bo
 
 
 def ask(server: ServerProcess, prompt: str = PROMPT, **fields: Any) -> tuple[list[Any], int, int]:
-    """The choices, the prompt's tokens, and how many of them were cached."""
+    """Send a request. Return its choices, the number of prompt tokens and the number of cached ones."""
     body = {"prompt": prompt, "max_tokens": 12, "logprobs": 2, "seed": 1, "temperature": 0.8}
     answer = server.answer(COMPLETIONS, body | fields)
     usage = answer["usage"]
@@ -22,7 +22,7 @@ def ask(server: ServerProcess, prompt: str = PROMPT, **fields: Any) -> tuple[lis
 
 
 def num_cacheable(num_tokens: int) -> int:
-    """In full blocks; the last token is always computed."""
+    """Return the number of prompt tokens in full blocks, without the last token, which is always computed."""
     return (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
@@ -33,7 +33,7 @@ def test_the_second_time_the_prompt_is_cached(server: ServerProcess) -> None:
     again, _, num_cached = ask(server)
     assert num_cached == num_cacheable(num_tokens) >= 4 * BLOCK_SIZE
     assert again == first
-    # Of the two choices each finds it, and they are counted both.
+    # Each of the two choices finds the prefix, and both are counted.
     longer, _, num_cached = ask(server, PROMPT + " And then came a stranger", n=2)
     assert num_cached == num_cacheable(num_tokens)
     assert len(longer) == 2
@@ -41,20 +41,20 @@ def test_the_second_time_the_prompt_is_cached(server: ServerProcess) -> None:
 
 
 def test_a_conversation_is_cached_up_to_its_last_turn(server: ServerProcess) -> None:
-    """The answer's own blocks, too, but where prompts are computed in another way. Then they are found from then on."""
+    """With AMX, prompts and output are computed differently, so blocks with output tokens are not reused at first."""
     messages = [{"role": "user", "content": "Write a long letter to the sea. " * 8}]
     body: dict[str, Any] = {"messages": messages, "max_tokens": 64, "temperature": 0}
     first = server.answer("/v1/chat/completions", body)
     messages += [first["choices"][0]["message"], {"role": "user", "content": "Now a shorter one."}]
     second = server.answer("/v1/chat/completions", body | {"max_tokens": 1})
-    num_known = first["usage"]["prompt_tokens" if code_paths()[:1] == ["amx"] else "total_tokens"]
-    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= num_known - 2 * BLOCK_SIZE
+    num_reusable = first["usage"]["prompt_tokens" if code_paths()[:1] == ["amx"] else "total_tokens"]
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= num_reusable - 2 * BLOCK_SIZE
     again = server.answer("/v1/chat/completions", body | {"max_tokens": 1})
     usage = again["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] == num_cacheable(usage["prompt_tokens"])
 
 
-def test_a_salt_separates(server: ServerProcess) -> None:
+def test_a_salt_separates_prefixes(server: ServerProcess) -> None:
     plain, num_tokens, _ = ask(server)
     for salt in ("tenant-a", "tenant-b"):
         first, _, num_cached = ask(server, cache_salt=salt)
@@ -65,7 +65,7 @@ def test_a_salt_separates(server: ServerProcess) -> None:
 
 
 def test_preempted_and_uncached_answers_are_the_same(smollm2_path: Path, server: ServerProcess) -> None:
-    """A cache of 11 blocks of 16 tokens for six requests that end with four blocks each."""
+    """The cache has 11 blocks of 16 tokens for six requests that need four blocks each."""
     flags = ("--block-size=16", "--max-model-len=128", kv_cache_flag(4), "--no-enable-prefix-caching")
     bodies: list[dict[str, Any]] = [
         {

@@ -1,4 +1,4 @@
-"""What a server takes of the machine beside its answers: processor, memory, sockets."""
+"""Tests of the resources that a server uses: processor, memory, sockets, and the latency of probes."""
 
 import time
 from pathlib import Path
@@ -17,10 +17,10 @@ def cpu_seconds(server: ServerProcess) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in server.family)
 
 
-def test_idle_costs_next_to_nothing(server: ServerProcess) -> None:
+def test_an_idle_server_uses_almost_no_cpu(server: ServerProcess) -> None:
     assert server.complete(max_tokens=4).status_code == 200
-    time.sleep(1.0)  # what libraries do after the last request
-    # A machine that is busy with other things makes the same few wake-ups dearer: the least of three counts.
+    time.sleep(1.0)  # libraries may still clean up after the last request
+    # On a busy machine the same few wake-ups take longer, so the lowest of three measurements counts.
     assert min(idle_share(server) for _ in range(3)) < MAX_IDLE_SHARE
 
 
@@ -30,7 +30,7 @@ def idle_share(server: ServerProcess) -> float:
     return (cpu_seconds(server) - before) / IDLE_SECONDS
 
 
-def test_the_api_process_is_small_and_without_torch(server: ServerProcess) -> None:
+def test_the_api_process_is_small_and_does_not_load_torch(server: ServerProcess) -> None:
     assert server.complete("Some text", n=4, max_tokens=8, logprobs=5).status_code == 200
     assert server.api.memory_info().rss < MAX_API_BYTES
     maps = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in (server.api.pid, server.engine.pid)}
@@ -47,10 +47,10 @@ def test_only_the_api_listens_and_on_loopback(server: ServerProcess) -> None:
 
 
 def test_a_probe_does_not_wait_for_the_model(server: ServerProcess) -> None:
-    """Nor does a scrape, while 32 choices are made."""
+    """Probes and scrapes are fast while 32 choices are running."""
     body = {"prompt": "Once upon a time", "n": 32, "max_tokens": 1000, "ignore_eos": True, "model": "smollm2-135m"}
     with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-        lines = response.iter_lines()  # its end would close the connection
+        lines = response.iter_lines()  # closing the iterator would close the connection
         next(lines)
         wait_until(lambda: server.num_running == 32, 60)
         assert median_seconds(server, "/health") < 0.05

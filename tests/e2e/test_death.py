@@ -1,4 +1,4 @@
-"""A process of the tree dies or hangs under load: clients learn of it at once, and nothing is left running."""
+"""Tests of the death or hang of each process under load: clients get an error at once, and no process is left."""
 
 import signal
 import time
@@ -16,18 +16,18 @@ from tests.support.serving import check_error, wait_until
 from tests.support.streams import Stream, start_streams
 
 NUM_STREAMS = 64
-NOTICED = 1.5  # seconds: one, and what 64 threads of the test need to see it
-GONE = 5.0  # seconds until all have ended
+NOTICED = 1.5  # seconds until clients get an error: 1.0, and a margin for 64 threads of the test
+GONE = 5.0  # seconds until all processes have ended
 
 
 def loaded_server(start_server: StartServer) -> tuple[ServerProcess, list[Stream]]:
-    """A server in the middle of many streams that would run for long."""
+    """Start a server and many long streams."""
     server = start_server("--kv-cache-memory=256MiB")
     return server, start_streams(server, NUM_STREAMS, max_tokens=900)
 
 
-def assert_all_is_over(server: ServerProcess, since: float) -> None:
-    assert server.wait(GONE) == 1, server.last_words()
+def assert_shut_down(server: ServerProcess, since: float) -> None:
+    assert server.wait(GONE) == 1, server.end_of_log()
     assert time.monotonic() - since < GONE
     server.assert_nothing_is_left()
     assert server.status("/healthz") == 0
@@ -49,14 +49,14 @@ def test_the_engine_is_killed(start_server: StartServer) -> None:
     refused = server.complete(stream=True)
     assert check_error(refused, 503)["code"] == "engine_unavailable"
     assert refused.headers["retry-after"]
-    assert_all_is_over(server, killed)
+    assert_shut_down(server, killed)
     assert "the engine process was killed by SIGKILL" in server.log
 
 
-def test_the_engine_is_killed_before_anything_is_asked(start_server: StartServer) -> None:
+def test_the_engine_is_killed_before_any_request(start_server: StartServer) -> None:
     server = start_server()
     server.engine.kill()
-    assert_all_is_over(server, time.monotonic())
+    assert_shut_down(server, time.monotonic())
 
 
 def test_the_api_process_is_killed(start_server: StartServer) -> None:
@@ -67,7 +67,7 @@ def test_the_api_process_is_killed(start_server: StartServer) -> None:
         assert stream.result().is_cut
         assert not stream.is_done
         assert stream.ended - killed < NOTICED
-    assert_all_is_over(server, killed)
+    assert_shut_down(server, killed)
     assert "the API process was killed by SIGKILL" in server.log
 
 
@@ -81,25 +81,25 @@ def test_the_supervisor_is_killed(start_server: StartServer) -> None:
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_the_process_that_judges_grammars_ends_with_the_others(start_server: StartServer, end: signal.Signals) -> None:
-    """Also in the middle of a grammar that takes long."""
+def test_the_grammar_checker_ends_with_the_server(start_server: StartServer, end: signal.Signals) -> None:
+    """Its processes end even while they check a slow grammar."""
     server = start_server()
     assert server.complete(structured_outputs={"regex": "[a-z]+"}, max_tokens=3).status_code == 200
-    (judge,) = server.api.children()
-    assert "engine.grammar.checker" in judge.cmdline()
+    (checker,) = server.api.children()
+    assert "engine.grammar.checker" in checker.cmdline()
     with ThreadPoolExecutor() as threads:
         hostile = threads.submit(server.complete, structured_outputs={"regex": "(a?){5000}a{5000}"})
-        wait_until(lambda: len(judge.children()) == 1)
-        (worker,) = judge.children()
+        wait_until(lambda: len(checker.children()) == 1)
+        (worker,) = checker.children()
         server.signal(end) if end is signal.SIGTERM else server.api.kill()
         server.wait(GONE)
         with suppress(httpx.HTTPError):
             assert hostile.result().status_code in (400, 503)
-    wait_for_end_of(judge.pid, worker.pid, seconds=GONE)
+    wait_for_end_of(checker.pid, worker.pid, seconds=GONE)
 
 
 def test_the_engine_hangs(start_server: StartServer) -> None:
-    """Death is noticed at once, a hang after --step-timeout and three heartbeats."""
+    """A hang is noticed after --step-timeout and three heartbeats."""
     server = start_server("--step-timeout=2")
     (stream,) = start_streams(server, 1, max_tokens=900)
     server.engine.suspend()
@@ -114,7 +114,7 @@ def test_the_engine_hangs(start_server: StartServer) -> None:
     for path in ("/health", "/healthz", "/readyz"):
         check_error(server.get(path), 503)
     check_error(server.complete(), 503)
-    assert_all_is_over(server, noticed)
+    assert_shut_down(server, noticed)
 
 
 @pytest.mark.parametrize("name", ["engine", "api"])
@@ -129,4 +129,4 @@ def test_a_child_ends_while_the_server_drains(start_server: StartServer, name: s
     for stream in streams:
         assert stream.result().has_failed
         assert stream.ended - killed < NOTICED
-    assert_all_is_over(server, killed)
+    assert_shut_down(server, killed)

@@ -1,4 +1,4 @@
-"""A client that goes away frees what its request held, wherever the request was, within a second."""
+"""Tests of clients that disconnect: the resources of their requests are freed within a second, in every state."""
 
 import json
 import random
@@ -22,7 +22,7 @@ LONG_ANSWER: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 3000,
 
 
 def send(server: ServerProcess, path: str, body: dict[str, Any]) -> socket.socket:
-    """A request whose answer nobody reads; to be closed."""
+    """Send a request without reading the response. The caller closes the connection."""
     content = json.dumps({"model": MODEL} | body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port))
@@ -51,13 +51,13 @@ def test_with_several_prompts(server: ServerProcess) -> None:
 
 
 def test_at_random_moments(server: ServerProcess) -> None:
-    """Clients come and go; those that stay get what they would get alone."""
+    """While clients connect and disconnect, a client that stays gets the same output as alone."""
     seed = 11
     rng = random.Random(seed)
     body: dict[str, Any] = {"prompt": "The little dog", "max_tokens": 40, "temperature": 0, "logprobs": 1}
     alone = server.answer(COMPLETIONS, body)["choices"]
     connections: list[socket.socket] = []
-    stays = Stream(server, body)
+    staying = Stream(server, body)
     for number in range(40):
         prompt = [rng.randrange(1000, 40000) for _ in range(rng.choice([3, 40, 300]))]
         fields = {"prompt": prompt, "max_tokens": rng.choice([1, 8, 500]), "stream": number % 2 == 0}
@@ -67,7 +67,7 @@ def test_at_random_moments(server: ServerProcess) -> None:
             connections.pop(rng.randrange(len(connections))).close()
     for connection in connections:
         connection.close()
-    text = "".join(part["text"] for chunk in stays.result().chunks for part in chunk["choices"])
+    text = "".join(part["text"] for chunk in staying.result().chunks for part in chunk["choices"])
     assert text == alone[0]["text"], seed
     assert seconds_until(lambda: server.is_idle, START) < WITHIN
     assert server.answer(COMPLETIONS, body)["choices"] == alone
@@ -75,7 +75,7 @@ def test_at_random_moments(server: ServerProcess) -> None:
 
 @pytest.fixture(scope="module")
 def narrow_server(smollm2_path: Path) -> Iterator[ServerProcess]:
-    """Runs one request at a time. A request that is aborted ends with the step that runs."""
+    """A server that runs one request at a time. An aborted request ends with the current step."""
     flags = ("--max-num-seqs=1", "--max-model-len=4096", kv_cache_flag(128))
     with shared_server(smollm2_path, *flags) as server:
         yield server
@@ -88,7 +88,9 @@ def test_while_a_long_prompt_is_computed(narrow_server: ServerProcess, stream: b
     with send(narrow_server, COMPLETIONS, {"prompt": prompt, "max_tokens": 50, "stream": stream}):
         wait_until(lambda: narrow_server.metric("lightwell_kv_cache_usage_perc") > 0, START)
     assert seconds_until(lambda: narrow_server.is_idle, START) < WITHIN
-    assert narrow_server.metric("lightwell_generation_tokens_total") == num_tokens, "the prompt was complete before"
+    assert narrow_server.metric("lightwell_generation_tokens_total") == num_tokens, (
+        "the prompt was computed before the disconnect"
+    )
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
@@ -98,5 +100,5 @@ def test_while_it_waits(narrow_server: ServerProcess, stream: bool) -> None:
         with send(narrow_server, COMPLETIONS, LONG_ANSWER | {"stream": stream}):
             wait_until(lambda: narrow_server.num_waiting == 1, START)
         assert seconds_until(lambda: narrow_server.num_waiting == 0, START) < WITHIN
-        assert narrow_server.num_running == 1, "the other one goes on"
+        assert narrow_server.num_running == 1, "the other request goes on"
     assert seconds_until(lambda: narrow_server.is_idle, START) < WITHIN

@@ -1,4 +1,4 @@
-"""How it is started: keys and secrets, the interpreter's modes, and starts that cannot be."""
+"""Tests of the start of a server: API keys, modes of the interpreter, and failed starts."""
 
 import signal
 import socket
@@ -30,7 +30,7 @@ ROUTES = [
 
 
 @pytest.mark.parametrize("log_format", ["human", "json"])
-def test_keys_are_asked_for_and_no_secret_is_logged(start_server: StartServer, log_format: str) -> None:
+def test_keys_are_required_and_no_secret_is_logged(start_server: StartServer, log_format: str) -> None:
     flags = ("--log-level=debug", f"--log-format={log_format}")
     server = start_server(*flags, LIGHTWELL_API_KEY=f"{KEY},{OTHER_KEY}")
     for method, path in ROUTES:
@@ -57,7 +57,7 @@ def test_keys_are_asked_for_and_no_secret_is_logged(start_server: StartServer, l
 
 
 def test_no_key_is_in_a_command_line(start_server: StartServer) -> None:
-    """Of the children; the supervisor's own is the user's choice."""
+    """The supervisor gets the key in the environment and does not pass it to its children as an argument."""
     server = start_server(LIGHTWELL_API_KEY=KEY)
     assert all(KEY not in " ".join(each.cmdline()) for each in server.family)
 
@@ -67,8 +67,10 @@ def test_no_key_is_in_a_command_line(start_server: StartServer) -> None:
     [{"PYTHONOPTIMIZE": "1", "PYTHONHASHSEED": "7"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}],
     ids=["optimised", "ascii"],
 )
-def test_the_interpreters_modes(start_server: StartServer, server: ServerProcess, environment: dict[str, str]) -> None:
-    """The same answer as everywhere, and bad input is refused as everywhere."""
+def test_modes_of_the_interpreter(
+    start_server: StartServer, server: ServerProcess, environment: dict[str, str]
+) -> None:
+    """Responses and rejections of bad input are the same in every mode."""
     other_server = start_server(**environment)
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": "Grüße aus 東京! 🗼"}],
@@ -84,7 +86,7 @@ def test_the_interpreters_modes(start_server: StartServer, server: ServerProcess
 
 
 def failed_start(model: Path, *flags: str) -> list[str]:
-    """Its last words. It must not take long to give up."""
+    """Return the lines of the log of a server that must fail to start within 30 seconds."""
     with starting_server(model, *flags) as server:
         started = time.monotonic()
         status = server.wait(60)
@@ -100,7 +102,7 @@ def test_a_cache_that_is_too_small(smollm2_path: Path) -> None:
     assert lines[-1] == "lightwell: error: the engine process exited with code 1"
 
 
-def test_a_port_that_is_taken(smollm2_path: Path) -> None:
+def test_a_port_in_use(smollm2_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         lines = failed_start(smollm2_path, f"--port={port}")
@@ -108,7 +110,7 @@ def test_a_port_that_is_taken(smollm2_path: Path) -> None:
     assert lines[-1] == "lightwell: error: the API process exited with code 1"
 
 
-def test_a_model_that_is_none(tmp_path: Path) -> None:
+def test_a_broken_model(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     lines = failed_start(model)

@@ -1,4 +1,4 @@
-"""A long prompt beside short requests: it is computed in chunks, and they go on meanwhile."""
+"""Test of chunked prefill: short requests go on while a long prompt is computed."""
 
 import random
 import time
@@ -8,10 +8,10 @@ from tests.support.server_process import ServerProcess
 from tests.support.streams import Stream, start_streams
 
 NUM_PROMPT_TOKENS = 3600
-CHUNK = 512  # tokens of a step, on a CPU
+CHUNK = 512  # tokens per step on a CPU
 
 
-def test_a_long_prompt_does_not_hold_up_short_requests(server: ServerProcess) -> None:
+def test_a_long_prompt_does_not_block_short_requests(server: ServerProcess) -> None:
     prompt = [random.Random(7).randrange(1000, 40000) for _ in range(NUM_PROMPT_TOKENS)]
     streams = start_streams(server, 4, max_tokens=60)
     sent = time.monotonic()
@@ -20,9 +20,9 @@ def test_a_long_prompt_does_not_hold_up_short_requests(server: ServerProcess) ->
     num_chunks = NUM_PROMPT_TOKENS // CHUNK
     computed = long.times[0]
     for stream in streams:
-        assert not stream.ended, "it was over before the long prompt"
+        assert not stream.ended, "it ended before the long prompt"
         times = [moment for moment in list(stream.times) if sent <= moment <= computed]
-        assert len(times) >= num_chunks - 2, "each step has a token for each"
+        assert len(times) >= num_chunks - 2, "each step generates a token of each stream"
         longest_gap = max(later - earlier for earlier, later in pairwise([sent, *times, computed]))
         assert longest_gap < 3 * (computed - sent) / num_chunks
     for stream in streams:

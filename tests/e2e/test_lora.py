@@ -1,4 +1,4 @@
-"""A real server with LoRA adapters: chosen by `model`, in any company, and loaded and unloaded while requests run."""
+"""Tests of LoRA adapters on a real server: selected by `model`, mixed in batches, loaded and unloaded at runtime."""
 
 import concurrent.futures
 import re
@@ -33,12 +33,12 @@ def server(start_server: StartServer, folder: Path) -> ServerProcess:
     return start_server(f"--lora-modules=poet={folder / 'poet'}", *flags)
 
 
-def client_of(server: ServerProcess) -> OpenAI:
+def openai_client(server: ServerProcess) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS)
 
 
 def answer(client: OpenAI, model: str, prompt: str, **more: Any) -> tuple[str, str | None]:
-    """A text and the fingerprint of what made it."""
+    """Return the text and the system fingerprint of a completion."""
     settings: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "extra_body": {"ignore_eos": True}} | more
     completion = client.completions.create(model=model, prompt=prompt, **settings)
     assert completion.model == model
@@ -54,7 +54,7 @@ def unload(server: ServerProcess, name: str) -> httpx.Response:
 
 
 def test_adapters_from_first_to_last(server: ServerProcess, folder: Path) -> None:
-    client = client_of(server)
+    client = openai_client(server)
     assert [model.id for model in client.models.list()] == [MODEL, "poet"]
     assert load(server, "coder", folder / "coder").text == "Success: LoRA adapter 'coder' added successfully."
     models = [MODEL, "poet", "coder"]
@@ -92,8 +92,8 @@ def test_adapters_from_first_to_last(server: ServerProcess, folder: Path) -> Non
     assert answer(client, "poet", PROMPTS[0]) == alone["poet", PROMPTS[0]]
 
 
-def test_a_stream_ends_with_the_adapter_it_began_with(server: ServerProcess, folder: Path) -> None:
-    client = client_of(server)
+def test_a_stream_keeps_its_adapter(server: ServerProcess, folder: Path) -> None:
+    client = openai_client(server)
     expected, _ = answer(client, "poet", PROMPTS[1], max_tokens=200)
     pieces: list[str] = []
     for event in client.completions.create(
@@ -109,7 +109,7 @@ def test_a_stream_ends_with_the_adapter_it_began_with(server: ServerProcess, fol
 
 
 def test_chat_and_embeddings(server: ServerProcess) -> None:
-    client = client_of(server)
+    client = openai_client(server)
     messages: Any = [{"role": "user", "content": "Hi!"}]
     texts, vectors = [], []
     for model in (MODEL, "poet"):
@@ -121,7 +121,7 @@ def test_chat_and_embeddings(server: ServerProcess) -> None:
     assert vectors[0] != vectors[1]
 
 
-def test_what_cannot_be_served_is_said_at_start(start_server: StartServer, folder: Path, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_loaded_fail_the_start(start_server: StartServer, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true, "r": 4, "lora_alpha": 4}')
     (tmp_path / "adapter_model.safetensors").write_bytes((folder / "coder" / "adapter_model.safetensors").read_bytes())
     for path, text in ((tmp_path, "use_dora"), (folder / "absent", "absent")):

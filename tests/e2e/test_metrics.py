@@ -1,4 +1,4 @@
-"""What Prometheus sees: gauges that are true, counters that count, and vLLM's names where they are wanted."""
+"""Tests of the metrics of a real server: correct gauges and counters, and vLLM's names with vLLM's prefix."""
 
 import random
 from typing import Any
@@ -46,7 +46,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def samples(server: ServerProcess) -> Samples:
-    """Values of our own metrics by name and labels, without those that each sample has."""
+    """Return the server's own metrics by name and labels, without the labels that all samples have."""
     return {
         (sample.name.removeprefix("lightwell_"), labels_of(sample.labels)): sample.value
         for family in server.metrics().values()
@@ -64,8 +64,8 @@ def growth(before: Samples, after: Samples, name: str, **labels: str) -> float:
     return after[key] - before[key]
 
 
-def test_counters_equal_what_was_asked(server: ServerProcess) -> None:
-    """Three prompts with two choices each, and a stream that its stop string ends."""
+def test_counters_match_the_requests(server: ServerProcess) -> None:
+    """The requests are three prompts with two choices each, and a stream that ends at a stop string."""
     rng = random.Random(3)
     before = samples(server)
     prompts = [[rng.randrange(1000, 40000) for _ in range(length)] for length in (40, 70, 5)]
@@ -98,11 +98,11 @@ def test_counters_equal_what_was_asked(server: ServerProcess) -> None:
     assert growth(before, after, "request_params_max_tokens_sum") == 6 * 7 + 50
 
 
-def test_gauges_while_it_works_and_after(server: ServerProcess) -> None:
+def test_gauges_during_and_after_a_request(server: ServerProcess) -> None:
     aborts = samples(server)
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "n": 3, "stream": True}
     with server.http.stream("POST", COMPLETIONS, json=body) as response:
-        lines = response.iter_lines()  # its end would close the connection
+        lines = response.iter_lines()  # closing the iterator would close the connection
         next(lines)
         wait_until(lambda: server.num_running == 3, 60)
         assert 0 < server.metric("lightwell_kv_cache_usage_perc") < 1
@@ -110,8 +110,8 @@ def test_gauges_while_it_works_and_after(server: ServerProcess) -> None:
     assert growth(aborts, samples(server), "request_success_total", finished_reason="abort") == 3
 
 
-def test_more_than_can_run(start_server: StartServer) -> None:
-    """vLLM's names, on a server of which two requests use everything."""
+def test_waiting_requests_and_names_of_vllm(start_server: StartServer) -> None:
+    """The server runs at most two requests."""
     server = start_server("--metrics-prefix=vllm:", "--max-num-seqs=2")
     streams = start_streams(server, 2, max_tokens=100)
     streams.append(Stream(server, {"prompt": "wait", "max_tokens": 1}))
@@ -134,7 +134,7 @@ def test_more_than_can_run(start_server: StartServer) -> None:
             assert sample.labels["engine"] == "0"
 
 
-def test_no_label_comes_from_a_client(server: ServerProcess) -> None:
+def test_requests_do_not_create_label_values(server: ServerProcess) -> None:
     for number in range(5):
         server.ask("/v1/completions", {"model": f"canary-{number}", "prompt": "x"})
         server.get(f"/canary/{number}")

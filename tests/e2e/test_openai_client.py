@@ -1,7 +1,7 @@
-"""The official Python client, synchronous and asynchronous, streaming and not.
+"""Tests with OpenAI's official Python client, synchronous and asynchronous, with and without streaming.
 
-For chat it is strict about every answer. For completions its schema does not know what OpenAI itself sends: no finish
-reason in a chunk, no log probability of the first token.
+Chat responses are validated strictly. For completions the client's schema rejects what OpenAI itself sends: chunks
+without a finish reason, and a first token without a log probability.
 """
 
 import math
@@ -46,7 +46,7 @@ def strict_client(server: ServerProcess) -> Iterator[OpenAI]:
 
 
 def check_chat(completion: Any, chunks: list[Any]) -> None:
-    """The chunks say what the completion says."""
+    """Check that the chunks add up to the completion."""
     (choice,) = completion.choices
     *parts, end, usage = chunks
     assert completion.object == "chat.completion"
@@ -70,7 +70,7 @@ def check_completion(completion: Any, chunks: list[Any]) -> None:
 
 
 def check_usage(one: Any, other: Any) -> None:
-    """The same tokens, whatever of them was cached."""
+    """Check that the token counts are equal. Numbers of cached tokens may differ."""
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert getattr(one, name) == getattr(other, name) > 0
     assert one.total_tokens == one.prompt_tokens + one.completion_tokens
@@ -100,7 +100,7 @@ async def test_completions_async(server: ServerProcess) -> None:
         check_completion(await client.completions.create(**COMPLETION), chunks)
 
 
-def test_the_helper_for_streams(strict_client: OpenAI) -> None:
+def test_the_stream_helper(strict_client: OpenAI) -> None:
     with strict_client.chat.completions.stream(**CHAT) as stream:
         text = "".join(event.delta for event in stream if event.type == "content.delta")
         assert stream.get_final_completion().choices[0].message.content == text != ""
@@ -125,7 +125,7 @@ def test_a_seed_that_was_reported_gives_the_same_answer(client: OpenAI) -> None:
     assert [choice.text for choice in again.choices] == [choice.text for choice in raw.parse().choices]
 
 
-def test_a_request_is_cancelled_from_outside(client: OpenAI, server: ServerProcess) -> None:
+def test_cancelling_a_request_by_id(client: OpenAI, server: ServerProcess) -> None:
     chunks = iter(
         client.chat.completions.create(
             **(CHAT | {"max_completion_tokens": 3000, "stream": True}), extra_body={"ignore_eos": True}
@@ -170,7 +170,7 @@ class Animal(BaseModel):
     friends: list[Literal["cat", "dog"]] = Field(max_length=2)
 
 
-def test_an_answer_becomes_an_object(strict_client: OpenAI) -> None:
+def test_a_response_is_parsed_into_an_object(strict_client: OpenAI) -> None:
     fields: dict[str, Any] = {"max_completion_tokens": 400, "temperature": 1.2, "seed": 2, "n": 3}
     messages: Any = [{"role": "user", "content": "Invent an animal."}]
     completion = strict_client.chat.completions.parse(model=MODEL, messages=messages, response_format=Animal, **fields)
@@ -186,7 +186,7 @@ def test_an_answer_becomes_an_object(strict_client: OpenAI) -> None:
     assert caught.value.param == "response_format.json_schema.schema"
 
 
-def test_a_completion_of_a_given_form(client: OpenAI) -> None:
+def test_structured_outputs_of_completions(client: OpenAI) -> None:
     for outputs, form in (({"regex": r"[0-9]{2}:[0-9]{2}"}, r"\d\d:\d\d"), ({"choice": ["yes", "no"]}, "yes|no")):
         fields = COMPLETION | {"temperature": 1.5, "extra_body": {"structured_outputs": outputs}}
         answer = client.completions.create(**fields)
@@ -195,7 +195,7 @@ def test_a_completion_of_a_given_form(client: OpenAI) -> None:
 
 
 def test_embeddings(client: OpenAI) -> None:
-    """Of texts that mean nearly the same, the angle is smaller. Alone or in a list, in either form: the same."""
+    """Similar texts have a smaller angle. Lists and single inputs, base64 and floats, give the same vectors."""
     texts = ["The cat sleeps on the sofa.", "A cat is asleep on the couch.", "Interest rates rose by 2% in 1994."]
     decoded = client.embeddings.create(model=MODEL, input=texts, user="somebody")
     plain = client.embeddings.create(model=MODEL, input=texts[0], encoding_format="float").data[0].embedding

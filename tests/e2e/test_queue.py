@@ -1,4 +1,4 @@
-"""Where the queue is full a request is refused at once; every other one is answered."""
+"""Tests of a full queue: further requests are rejected at once, and all others are answered."""
 
 import asyncio
 import time
@@ -14,13 +14,13 @@ from tests.support.server_process import COMPLETIONS, MODEL, REQUEST_SECONDS, Se
 from tests.support.serving import check_error, wait_until
 from tests.support.streams import Stream
 
-REFUSED_WITHIN = 0.05  # seconds
+REJECTED_WITHIN = 0.05  # seconds
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def small_server(smollm2_path: Path) -> Iterator[ServerProcess]:
-    """Holds four requests: two run, two wait."""
+    """A server with capacity for four requests: two that run and two that wait."""
     flags = ("--max-num-seqs=2", "--max-queued-requests=2", "--max-model-len=1024", kv_cache_flag(64))
     with shared_server(smollm2_path, *flags) as server:
         yield server
@@ -28,7 +28,7 @@ def small_server(smollm2_path: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def full_server(small_server: ServerProcess) -> Iterator[ServerProcess]:
-    """The same with its four requests, which last longer than a test."""
+    """`small_server` with four requests that last longer than a test."""
     with httpx.Client(base_url=small_server.url, timeout=REQUEST_SECONDS, trust_env=False) as client:
         requests = [client.stream("POST", COMPLETIONS, json=LONG | {"model": MODEL, "stream": True}) for _ in range(4)]
         for request in requests:
@@ -45,7 +45,7 @@ def num_rejected(server: ServerProcess) -> float:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_the_fifth_is_refused_at_once(full_server: ServerProcess, stream: bool) -> None:
+def test_the_fifth_request_is_rejected_at_once(full_server: ServerProcess, stream: bool) -> None:
     before = num_rejected(full_server)
     durations = []
     for _ in range(21):
@@ -54,16 +54,16 @@ def test_the_fifth_is_refused_at_once(full_server: ServerProcess, stream: bool) 
         durations.append(time.monotonic() - start)
         assert check_error(response, 429)["code"] == "rate_limit_exceeded"
         assert 1 <= int(response.headers["retry-after"]) <= 60
-    assert sorted(durations)[10] < REFUSED_WITHIN
+    assert sorted(durations)[10] < REJECTED_WITHIN
     assert num_rejected(full_server) == before + 21
     assert (full_server.num_running, full_server.num_waiting) == (2, 2)
 
 
 def test_all_choices_or_none(small_server: ServerProcess) -> None:
-    """A request that finds room for some of its choices only is refused, and leaves that room to others."""
+    """A request without capacity for all of its choices is rejected and reserves nothing."""
     check_error(small_server.complete(n=5), 400)
     stream = Stream(small_server, LONG | {"n": 2, "max_tokens": 120})
-    stream.wait_for_begin()
+    stream.wait_for_start()
     check_error(small_server.complete(n=3), 429)
     check_error(small_server.complete(["one", "two", "three"]), 429)
     check_error(small_server.complete(["one", "two"], n=2), 429)
@@ -85,7 +85,7 @@ def test_a_burst_of_200(small_server: ServerProcess) -> None:
 
 
 async def burst(url: str, num_requests: int) -> list[httpx.Response]:
-    """All at once."""
+    """Send the same request many times at once."""
     body = LONG | {"model": MODEL, "max_tokens": 6, "temperature": 0}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, trust_env=False, limits=limits) as client:

@@ -1,18 +1,20 @@
-"""The README's examples, as printed; only the port is another one. And curl on its own."""
+"""The examples in the README, as printed but for the port, and further requests with curl."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.readme import readme_example
 from tests.support.server_process import COMPLETIONS, MODEL, ServerProcess
 
-SECONDS = 120.0  # bounds hangs only
+SECONDS = 120.0  # limit for hangs only
 
 
 def run(*command: str) -> str:
-    """What it prints; fails where the command fails."""
+    """Return what a command prints. Fails if the command fails or writes to stderr."""
     process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
@@ -20,11 +22,18 @@ def run(*command: str) -> str:
 
 
 def test_curl_as_printed(server: ServerProcess) -> None:
-    command = readme_example("", "curl http", server)
+    command = readme_example("sh", "The capital of France", server)
     answer = json.loads(run("sh", "-c", command.replace("curl ", "curl -sS ", 1)))
     assert answer["object"] == "text_completion"
     assert "Paris" in answer["choices"][0]["text"]
     assert answer["usage"]["completion_tokens"] == 16
+
+
+def test_explanation_as_printed(server: ServerProcess) -> None:
+    command = readme_example("sh", "explain", server)
+    timings = json.loads(run("sh", "-c", command.replace("curl ", "curl -sS ", 1)))["lightwell"]
+    assert {"seed", "num_ahead", "num_cached_tokens", "num_computed_tokens"} <= timings.keys()
+    assert sum(timings["seconds"].values()) == pytest.approx(timings["wall_s"])
 
 
 def test_python_as_printed(server: ServerProcess, tmp_path: Path) -> None:
@@ -60,5 +69,5 @@ def test_curl_gets_errors(server: ServerProcess) -> None:
         timeout=SECONDS,
         check=True,
     )
-    assert process.stdout.endswith("415"), "curl's own type is that of a form"
+    assert process.stdout.endswith("415"), "the default Content-Type of curl is that of a form"
     assert "application/json" in process.stdout

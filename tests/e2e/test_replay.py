@@ -1,4 +1,4 @@
-"""A real server that records: what ran in company runs again alone, and every bit is the same."""
+"""Tests of replays: requests that ran in a batch give bit-identical results when they run again alone."""
 
 import concurrent.futures
 from typing import Any
@@ -48,7 +48,7 @@ def test_every_bit_is_the_same(server: ServerProcess) -> None:
             assert sum(num_tokens) >= usage["completion_tokens"]
 
 
-def test_nobody_sees_what_they_did_not_ask_for(server: ServerProcess) -> None:
+def test_recorded_logprobs_are_not_returned_unrequested(server: ServerProcess) -> None:
     answers = [ask(server, number).json() for number in (0, 4, 5)]
     assert [choice["logprobs"] for choice in answers[0]["choices"]] == [None] * 4
     entries = answers[1]["choices"][0]["logprobs"]["content"]

@@ -1,4 +1,4 @@
-"""`/v1/responses` through the official Python client, strict about every answer."""
+"""Tests of `/v1/responses` with the official Python client and its strict response validation."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -34,7 +34,7 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
 
 
 def test_a_response(client: OpenAI, server: ServerProcess) -> None:
-    """It says what chat completions say."""
+    """The text is that of chat completions."""
     response = client.responses.create(**REQUEST)
     messages = [{"role": "system", "content": REQUEST["instructions"]}, {"role": "user", "content": REQUEST["input"]}]
     chat = server.answer("/v1/chat/completions", {"messages": messages, "max_tokens": 6, "temperature": 0.8, "seed": 4})
@@ -89,7 +89,7 @@ def test_in_the_background(client: OpenAI) -> None:
 
 
 def test_a_stream_in_the_background(client: OpenAI) -> None:
-    """Its client leaves and comes back, and misses nothing."""
+    """A client that disconnects and resumes gets every event."""
     stream = client.responses.create(**REQUEST, background=True, stream=True)
     first = [next(stream) for _ in range(5)]
     stream.close()
@@ -124,14 +124,14 @@ class Weather(BaseModel):
     is_hot: bool
 
 
-def test_an_answer_by_a_schema(client: OpenAI) -> None:
+def test_a_response_with_a_schema(client: OpenAI) -> None:
     response = client.responses.parse(
         model=MODEL, input="Paris is hot.", text_format=Weather, temperature=0, max_output_tokens=100
     )
     assert isinstance(response.output_parsed, Weather)
 
 
-def test_a_tool_that_has_to_be_used(client: OpenAI) -> None:
+def test_a_required_tool_call(client: OpenAI) -> None:
     tool: Any = openai.pydantic_function_tool(Weather, name="report")
     function: Any = {"type": "function", **tool["function"]}
     request: dict[str, Any] = {"model": MODEL, "tools": [function], "temperature": 0, "max_output_tokens": 100}

@@ -1,4 +1,4 @@
-"""Each sampling parameter acts on the real model through the API, and the same request gets the same answer."""
+"""Tests of the sampling parameters with a real model: each has an effect, and the output is reproducible."""
 
 import math
 from typing import Any
@@ -29,7 +29,7 @@ def complete(server: ServerProcess, prompt: str = "Once upon a time", **fields: 
         {"allowed_token_ids": [216, 260, 282, 338]},
     ],
 )
-def test_a_sampler_acts_and_its_answers_repeat(server: ServerProcess, fields: dict[str, Any]) -> None:
+def test_a_sampler_has_an_effect_and_is_reproducible(server: ServerProcess, fields: dict[str, Any]) -> None:
     plain = complete(server, temperature=1.5)["text"]
     text = complete(server, **{"temperature": 1.5} | fields)["text"]
     assert text != plain
@@ -44,7 +44,7 @@ def test_dry_breaks_a_repeat(server: ServerProcess) -> None:
     assert broken.startswith(" swims home.")
 
 
-def test_an_answer_that_repeats_itself_ends(server: ServerProcess) -> None:
+def test_repetition_detection_ends_a_choice(server: ServerProcess) -> None:
     fields: dict[str, Any] = {"temperature": 0, "logit_bias": {"260": 100}, "return_token_ids": True}
     detection = {"max_pattern_size": 10, "min_pattern_size": 3, "min_count": 2}
     choice = complete(server, **fields, repetition_detection=detection)
@@ -59,14 +59,14 @@ def test_penalties_see_the_last_tokens(server: ServerProcess) -> None:
     assert complete(server, **penalised, repeat_last_n=1)["text"].startswith(" swims home.")
 
 
-def test_bad_words_do_not_come(server: ServerProcess) -> None:
+def test_bad_words_are_not_generated(server: ServerProcess) -> None:
     prompt = "Q: What is the capital of France?\nA: The capital of France is"
     assert "Paris" in complete(server, prompt, temperature=0)["text"]
     assert "Paris" not in complete(server, prompt, temperature=0, bad_words=["Paris"])["text"]
 
 
 def test_probabilities_after_sampling(server: ServerProcess) -> None:
-    """Of what top_k leaves they add up to 1; the text and the model's own are the same without."""
+    """The probabilities of the tokens left by top_k add up to 1. The text does not change."""
     fields: dict[str, Any] = {"top_k": 3, "logprobs": 5, "temperature": 0.7}
     own, after = complete(server, **fields), complete(server, **fields, post_sampling_probs=True)
     assert own["text"] == after["text"]
@@ -79,7 +79,7 @@ def test_probabilities_after_sampling(server: ServerProcess) -> None:
     assert greedy["logprobs"]["token_logprobs"] == [0.0] * 20
 
 
-def test_best_of_answers_with_the_most_likely(server: ServerProcess) -> None:
+def test_best_of_returns_the_most_likely_choices(server: ServerProcess) -> None:
     fields: dict[str, Any] = {"prompt": ["Once upon a time", "The sky"], "max_tokens": 8, "seed": 5, "stop": ["."]}
     every = server.complete(**fields, n=4, logprobs=0).json()
     best = server.complete(**fields, n=2, best_of=4).json()
@@ -117,9 +117,9 @@ def test_logprobs_of_named_tokens(server: ServerProcess) -> None:
     ids = complete(server, **fields, return_token_ids=True)["token_ids"]
     named = complete(server, **fields, logprob_token_ids=[*ids, 5])["logprobs"]
     assert named["token_logprobs"] == top["token_logprobs"]
-    for place, (some, before) in enumerate(zip(named["top_logprobs"], top["top_logprobs"], strict=True)):
+    for index, (some, before) in enumerate(zip(named["top_logprobs"], top["top_logprobs"], strict=True)):
         assert len(some) == len({*ids, 5})
-        assert some[named["tokens"][place]] == named["token_logprobs"][place]
+        assert some[named["tokens"][index]] == named["token_logprobs"][index]
         assert [some[token] for token in some if token in before] == [
             before[token] for token in some if token in before
         ]

@@ -1,4 +1,4 @@
-"""SIGTERM drains, a second one does not wait, and Ctrl-C is as good as SIGTERM."""
+"""Tests of shutdown: SIGTERM and Ctrl-C drain the server, and a second signal ends it at once."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from tests.support.serving import check_error, wait_until
 from tests.support.streams import merge, start_streams
 
 AT_ONCE = 1.0  # second
-NO_ECHO = 0.5  # seconds; of two signals that come together the second is taken for an echo
+NO_ECHO = 0.5  # seconds; two signals in quick succession count as one
 DRAIN = f"--drain-timeout={REQUEST_SECONDS}"
 
 
@@ -28,14 +28,14 @@ def test_when_idle(start_server: StartServer) -> None:
 
 
 def test_under_load(start_server: StartServer) -> None:
-    """What runs is finished, what comes is refused."""
+    """Running requests are finished, and new ones are rejected."""
     server = start_server(DRAIN)
     streams = start_streams(server, 24, max_tokens=40)
     server.signal(signal.SIGTERM)
     terminated = time.monotonic()
     wait_until(lambda: server.status("/readyz") == 503, AT_ONCE)
     assert time.monotonic() - terminated < AT_ONCE
-    assert server.status("/health") == 200, "the engine is well"
+    assert server.status("/health") == 200, "the engine is healthy"
     for is_stream in (True, False):
         refused = server.complete(stream=is_stream)
         check_error(refused, 503)
@@ -46,11 +46,11 @@ def test_under_load(start_server: StartServer) -> None:
         assert stream.result().is_complete
         (choice,) = merge(stream.chunks).values()
         assert choice.finish_reason == "length"
-    assert server.wait(10) == 0, server.last_words()
+    assert server.wait(10) == 0, server.end_of_log()
     server.assert_nothing_is_left()
 
 
-def test_what_does_not_end_in_time_gets_an_error(start_server: StartServer) -> None:
+def test_requests_that_outlast_the_drain_timeout_fail(start_server: StartServer) -> None:
     server = start_server("--drain-timeout=0.5")
     streams = start_streams(server, 24, max_tokens=900)
     server.signal(signal.SIGTERM)
@@ -58,12 +58,12 @@ def test_what_does_not_end_in_time_gets_an_error(start_server: StartServer) -> N
     for stream in streams:
         assert stream.result().error is not None
         assert stream.is_done
-    assert server.wait(10) == 0, server.last_words()
+    assert server.wait(10) == 0, server.end_of_log()
     assert time.monotonic() - terminated < 0.5 + 5
     server.assert_nothing_is_left()
 
 
-def test_readers_of_a_response_in_the_background_get_its_end(start_server: StartServer) -> None:
+def test_readers_of_a_background_response_get_its_failure(start_server: StartServer) -> None:
     server = start_server("--drain-timeout=0.5")
     request: dict[str, Any] = {
         "model": MODEL,
@@ -83,7 +83,7 @@ def test_readers_of_a_response_in_the_background_get_its_end(start_server: Start
             assert last.type == "response.failed"
             assert last.response.error is not None
             assert "shutting down" in last.response.error.message
-    assert server.wait(10) == 0, server.last_words()
+    assert server.wait(10) == 0, server.end_of_log()
     server.assert_nothing_is_left()
 
 
@@ -103,7 +103,7 @@ def test_a_second_signal_ends_it_at_once(start_server: StartServer, second: sign
 
 
 def test_ctrl_c(start_server: StartServer) -> None:
-    """The terminal sends SIGINT to the whole group in front."""
+    """A terminal sends SIGINT to the whole foreground process group."""
     server = start_server()
     streams = start_streams(server, 8, max_tokens=40)
     os.killpg(server.process.pid, signal.SIGINT)

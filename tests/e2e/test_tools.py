@@ -1,4 +1,4 @@
-"""Tools through the official client and the real model: the shape of answers, which the model itself may fill badly."""
+"""Tests of tool calls with the official client and a real model, which may choose bad but never malformed calls."""
 
 import json
 from collections.abc import Iterator
@@ -28,23 +28,23 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
         yield client
 
 
-def said(message: Any) -> tuple[str, list[tuple[str, str]]]:
-    """The content and the calls."""
+def content_and_calls(message: Any) -> tuple[str, list[tuple[str, str]]]:
+    """Return the content and the calls (name, arguments)."""
     calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
     return message.content or "", calls
 
 
-def test_the_stream_says_what_the_answer_says(client: OpenAI) -> None:
-    fields = CHAT | {"stop": [".", "?", "}"], "max_completion_tokens": 200}  # the helper refuses what is cut off
+def test_a_stream_adds_up_to_the_response(client: OpenAI) -> None:
+    fields = CHAT | {"stop": [".", "?", "}"], "max_completion_tokens": 200}  # the helper rejects truncated responses
     answer = client.chat.completions.create(**fields)
     with client.chat.completions.stream(**fields) as stream:
         streamed = stream.get_final_completion()
     for one, other in zip(answer.choices, streamed.choices, strict=True):
-        assert said(one.message) == said(other.message) != ("", [])
+        assert content_and_calls(one.message) == content_and_calls(other.message) != ("", [])
         assert one.finish_reason == other.finish_reason
 
 
-def test_the_model_is_told_of_the_tools(client: OpenAI) -> None:
+def test_tools_are_part_of_the_prompt(client: OpenAI) -> None:
     def num_prompt_tokens(**fields: Any) -> int:
         usage = client.chat.completions.create(**(CHAT | fields)).usage
         assert usage is not None
@@ -64,11 +64,11 @@ def test_a_conversation_with_calls(client: OpenAI) -> None:
         {"role": "tool", "tool_call_id": "call_1", "content": '{"sky": "clear"}'},
     ]
     answer = client.chat.completions.create(**(CHAT | {"messages": history}))
-    assert said(answer.choices[0].message) != ("", [])
+    assert content_and_calls(answer.choices[0].message) != ("", [])
 
 
-def test_a_call_that_must_be(client: OpenAI) -> None:
-    """Whatever the model would have said, and as hot as it gets."""
+def test_a_required_call(client: OpenAI) -> None:
+    """A call is forced even at a high temperature."""
     city = {"type": "string", "maxLength": 12}
     parameters = PARAMETERS | {"properties": {"city": city}, "additionalProperties": False}
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
@@ -76,7 +76,7 @@ def test_a_call_that_must_be(client: OpenAI) -> None:
     fixed = {"tools": [tool], "temperature": 1.5, "seed": 3, "max_completion_tokens": 60, "parallel_tool_calls": False}
     for choice, reason in (("required", "tool_calls"), (named, "stop")):
         (answer,) = client.chat.completions.create(**(CHAT | fixed | {"tool_choice": choice})).choices
-        content, ((name, arguments),) = said(answer.message)
+        content, ((name, arguments),) = content_and_calls(answer.message)
         assert (content, name, answer.finish_reason) == ("", "get_weather", reason)
         assert len(json.loads(arguments)["city"]) <= 12
 

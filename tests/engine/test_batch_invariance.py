@@ -1,4 +1,4 @@
-"""Promise 1 on the real model: the same request gets the same answer, bit for bit, however it is computed.
+"""Batch invariance on the real model: the same request gets the same answer, bit for bit, however it is computed.
 
 Most tests are of the default settings, on which weights stay packed. Fewer requests go through all other kernels.
 """
@@ -18,16 +18,18 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.runner import ModelRunner
-from engine.shared.messages import MIROSTAT_ORDER, SamplerChain, SamplingParams, Submit, TokenLogprobs
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams, Submit, TokenLogprobs
+from tests.support.examples import num_examples
 from tests.support.kernel_choice import choose_kernels, code_paths
 
 SEED = 20
 MAX_MODEL_LEN = 1024
+MAX_TOKENS = num_examples(12, 48)
 LENGTHS = [5, 8, 17, 31, 32, 33, 64, 100, 128, 200, 255, 256, 257, 400, 700, 900]
-CHAINS = {
-    4: SamplerChain(top_n_sigma=2.0, typical_p=0.9, xtc_probability=0.5, xtc_threshold=0.05, dry_multiplier=0.8),
-    10: SamplerChain(order=MIROSTAT_ORDER, mirostat=1, mirostat_tau=4.0),
-    13: SamplerChain(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=4.0),
+EXTRA_SAMPLERS = {
+    4: ExtraSamplers(top_n_sigma=2.0, typical_p=0.9, xtc_probability=0.5, xtc_threshold=0.05, dry_multiplier=0.8),
+    10: ExtraSamplers(order=MIROSTAT_ORDER, mirostat=1, mirostat_tau=4.0),
+    13: ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=4.0),
 }
 
 Answer = tuple[list[int], list[TokenLogprobs]]
@@ -35,7 +37,7 @@ Answer = tuple[list[int], list[TokenLogprobs]]
 
 @pytest.fixture(scope="module")
 def loaded(smollm2_path: Path) -> LoadedModel:
-    """The model on the default settings, but for a shorter context."""
+    """Load the model with default settings, except for a shorter context."""
     return load(smollm2_path)
 
 
@@ -52,7 +54,7 @@ def submits() -> list[Submit]:
     for number, length in enumerate(LENGTHS):
         sampled = {"temperature": 1.0} if number % 3 == 1 else {"temperature": 0.8, "top_p": 0.9, "min_p": 0.02}
         params = SamplingParams(
-            max_tokens=24,
+            max_tokens=MAX_TOKENS,
             seed=rng.randrange(2**63),
             logprobs=5,
             ignore_eos=True,
@@ -60,9 +62,9 @@ def submits() -> list[Submit]:
         )
         if number == 7:
             params = msgspec.structs.replace(params, repetition_penalty=1.2, frequency_penalty=0.5, top_k=40)
-        if number in CHAINS:
-            params = msgspec.structs.replace(params, chain=CHAINS[number])
-        # Some prompts share a prefix, so that the cache has something to give.
+        if number in EXTRA_SAMPLERS:
+            params = msgspec.structs.replace(params, extra_samplers=EXTRA_SAMPLERS[number])
+        # Some prompts share a prefix, so that there are prefix cache hits.
         prompt = [rng.randrange(1000, 40000) for _ in range(length)]
         if number % 4 == 3:
             prompt[: length // 2] = submits[-1].prompt_token_ids[: length // 2]
@@ -78,7 +80,7 @@ def alone(loaded: LoadedModel, submits: list[Submit]) -> dict[tuple[str, int], A
 
 
 def run_alone(loaded: LoadedModel, submits: Sequence[Submit]) -> dict[tuple[str, int], Answer]:
-    """Each choice by itself, its prompt in one piece, with an empty cache."""
+    """Return the answer of each choice alone, its prompt in one chunk, with an empty cache."""
     answers: dict[tuple[str, int], Answer] = {}
     for submit in submits:
         answers |= run(make_engine(loaded), [submit])
@@ -93,7 +95,7 @@ def make_engine(
     seqs: int | None = None,
     speculative: str = "off",
 ) -> Engine:
-    """An engine with an empty cache over the same weights, keys and values."""
+    """Return an engine with an empty prefix cache over the same weights and KV memory."""
     config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, speculative=speculative)
     if num_blocks is not None:
         loaded = dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=num_blocks))
@@ -175,7 +177,7 @@ def test_warm_prefix_cache(loaded: LoadedModel, submits: list[Submit], alone: di
 def test_a_reply_that_comes_back_in_the_next_prompt(
     loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]
 ) -> None:
-    """Whether its blocks are found or computed again, the answer is that of a cold cache."""
+    """The answer is that of a cold cache, whether blocks are found or computed again."""
     engine = make_engine(loaded)
     short = [submit for submit, length in zip(submits, LENGTHS, strict=True) if length <= 300]
     run(engine, short)
@@ -192,9 +194,9 @@ def test_a_reply_that_comes_back_in_the_next_prompt(
 
 
 def test_preemption(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
-    """Blocks for one request of full length: several shorter ones do not have room to grow."""
+    """There are blocks for one request of full length, so several shorter ones lack room to grow."""
     engine = make_engine(loaded, num_blocks=MAX_MODEL_LEN // 32)
-    engine.scheduler.watermark = 0
+    engine.scheduler.kv.watermark = 0
     short = [submit for submit, length in zip(submits, LENGTHS, strict=True) if length <= 257]
     answers = run(engine, short)
     assert_same(answers, {key: alone[key] for key in answers})
@@ -205,7 +207,7 @@ def test_preemption(loaded: LoadedModel, submits: list[Submit], alone: dict[tupl
 def test_drafts(
     loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer], speculative: str
 ) -> None:
-    """Prompts of random tokens, then some that repeat themselves, of which many drafts are right."""
+    """Prompts of random tokens, then repetitive ones, many of whose drafts are accepted."""
     engine = make_engine(loaded, seqs=4, speculative=speculative)
     answers = run(engine, submits[:8])
     assert_same(answers, {key: alone[key] for key in answers})
@@ -221,12 +223,12 @@ def test_few_at_a_time(loaded: LoadedModel, submits: list[Submit], alone: dict[t
     assert_same(run(make_engine(loaded, seqs=3), list(reversed(submits))), alone)
 
 
-# The other kernels.
+# Other kernels.
 
 
 @pytest.fixture(scope="module")
 def few(submits: list[Submit]) -> list[Submit]:
-    """Short and long, greedy and sampled, with penalties, with a shared prefix, with two choices."""
+    """Return prompts short and long, greedy and sampled, with penalties, a shared prefix, or two choices."""
     return [submits[number] for number in (3, 4, 7, 11, 13)]
 
 
@@ -238,7 +240,7 @@ def assert_promise(loaded: LoadedModel, few: list[Submit], expected: dict[tuple[
 
 @pytest.mark.parametrize("code_path", code_paths())
 def test_code_path(smollm2_path: Path, few: list[Submit], code_path: str) -> None:
-    """One thread or two, in other words however contexts and products are cut."""
+    """The answers are equal with one thread and with two, so however the work is split."""
     single = load(smollm2_path, code_path, num_threads=1)
     assert (single.runner.kernels.name, single.runner.kernels.num_threads) == (f"cpu {code_path}", 1)
     expected = run_alone(single, few)

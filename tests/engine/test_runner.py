@@ -1,4 +1,4 @@
-"""What is chosen for a model and a device, and what the runner reports of a step, on tiny random models."""
+"""Outputs of the runner, on tiny random models."""
 
 import dataclasses
 import math
@@ -9,85 +9,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.core import Engine
-from engine.loading import LoadedModel, choose_device, choose_dtype, choose_limits, load_model
+from engine.loading import LoadedModel, load_model
 from engine.shared.messages import FinishReason, Pooling, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from tests.support.kernel_choice import choose_kernels
 from tests.support.tiny_models import save_random_model
 
-CPU = torch.device("cpu")
 VOCAB_SIZE = 300
-NAN_TOKEN = 299  # its embedding is no number, so whoever uses it gets no numbers
-
-MODEL = ModelConfig(
-    architecture="llama",
-    vocab_size=100,
-    num_token_ids=100,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=4096,
-)
-
-
-# What is chosen.
-
-
-def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == CPU
-    assert choose_device("cpu") == CPU
-    with pytest.raises(ValueError, match="--device cuda:1"):
-        choose_device("cuda:1")
-
-
-def test_device_number_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0)  # torch asks for a number
-    assert choose_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="--device cuda:2"):
-        choose_device("cuda:2")
-
-
-@pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x"])
-def test_unknown_device(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--device {name}"):
-        choose_device(name)
-
-
-def test_dtype() -> None:
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    assert {name: choose_dtype(name, CPU) for name in names} == names
-    assert choose_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
-    with pytest.raises(ValueError, match="--dtype int8"):
-        choose_dtype("int8", CPU)
-
-
-def test_limits() -> None:
-    limits = choose_limits(EngineConfig(model_path=""), MODEL, CPU)
-    assert limits.max_model_len == 4096
-    assert limits.max_num_batched_tokens == 256
-    limits = choose_limits(EngineConfig(model_path="", max_model_len=100, max_num_seqs=600), MODEL, CPU)
-    assert (limits.max_model_len, limits.max_num_seqs, limits.max_num_batched_tokens) == (100, 600, 600)
-
-
-def test_context_longer_than_the_model_was_trained_for() -> None:
-    with pytest.raises(ValueError, match=r"--max-model-len 4097.* 4096"):
-        choose_limits(EngineConfig(model_path="", max_model_len=4097), MODEL, CPU)
-
-
-def test_fewer_tokens_in_a_step_than_sequences() -> None:
-    """Said before the weights are read."""
-    with pytest.raises(ValueError, match=r"max.num.batched.tokens \(?100.*max.num.seqs \(?128"):
-        choose_limits(EngineConfig(model_path="", max_num_batched_tokens=100), MODEL, CPU)
-
-
-# What the runner reports.
+NAN_TOKEN = 299  # its embedding is NaN, so requests that read it fail
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +49,7 @@ def loaded(request: pytest.FixtureRequest, folder: Path) -> LoadedModel:
 
 
 def load(folder: Path, formats: str) -> LoadedModel:
-    """In float32 or bfloat16, or with both weights and cache in int8."""
+    """Load the model in float32 or bfloat16, or with weights and cache in int8."""
     kernels, _, dtype = formats.rpartition(" ")
     config = EngineConfig(model_path=str(folder), dtype=dtype)
     if dtype == "int8":
@@ -129,7 +59,7 @@ def load(folder: Path, formats: str) -> LoadedModel:
 
 
 def make_engine(loaded: LoadedModel, chunk: int = 0) -> Engine:
-    """With an empty cache."""
+    """Return an engine with an empty cache."""
     return Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk), loaded)
 
 
@@ -145,7 +75,7 @@ def submit(name: str, prompt: list[int], max_tokens: int = 5, **settings: float 
 
 
 def run(engine: Engine, submits: list[Submit]) -> dict[str, TokenEvent]:
-    """All that each request was told, as one event."""
+    """Return all events of each request, merged into one."""
     for one in submits:
         engine.add(one)
     answers: dict[str, TokenEvent] = {}
@@ -161,7 +91,7 @@ def run(engine: Engine, submits: list[Submit]) -> dict[str, TokenEvent]:
 
 
 def assert_logprobs(entries: list[TokenLogprobs], token_ids: list[int], logits: torch.Tensor, num_top: int) -> None:
-    """What the model's own logits [R, V] say of the tokens."""
+    """Compare reported log probabilities with those of the model's logits [R, V]."""
     expected = logits.double().log_softmax(dim=-1)
     assert len(entries) == len(token_ids) == len(logits)
     for entry, token_id, row in zip(entries, token_ids, expected, strict=True):
@@ -186,7 +116,7 @@ def test_prompt_logprobs_of_chunks_equal_those_in_one_piece(loaded: LoadedModel)
 
 
 def test_log_probabilities_of_the_prompt_change_no_token(loaded: LoadedModel) -> None:
-    """The last layer computes more rows where they are wanted."""
+    """The last layer computes more rows if they are needed."""
     lengths = (1, 64, 65, 150)
     plain = [submit(f"r{n}", prompt_of(n, n), logprobs=3, seed=5) for n in lengths]
     with_prompt = [submit(f"r{n}", prompt_of(n, n), logprobs=3, seed=5, prompt_logprobs=2) for n in lengths]
@@ -201,7 +131,7 @@ def test_log_probabilities_of_the_prompt_change_no_token(loaded: LoadedModel) ->
 def test_logprobs_are_those_of_transformers(folder: Path, model: LlamaForCausalLM, formats: str) -> None:
     loaded = load(folder, formats)
     prompt = prompt_of(100)
-    # Settings change what is sampled, not what is reported.
+    # Sampling settings do not change the reported log probabilities.
     strange = {"seed": 3, "temperature": 0.7, "repetition_penalty": 1.5, "top_k": 20}
     answer = run(make_engine(loaded), [submit("r", prompt, 20, logprobs=4, prompt_logprobs=2, **strange)])["r"]
     with torch.inference_mode():
@@ -230,7 +160,7 @@ def test_each_request_gets_the_logprobs_that_it_asked_for(loaded: LoadedModel) -
 
 
 def test_prompt_alone(loaded: LoadedModel) -> None:
-    """max_tokens 0: only the prompt's log probabilities."""
+    """With max_tokens 0, only the prompt's log probabilities are computed."""
     answer = run(make_engine(loaded), [submit("r", prompt_of(30), max_tokens=0, prompt_logprobs=1)])["r"]
     assert answer.token_ids == []
     assert answer.finish_reason is FinishReason.LENGTH
@@ -247,14 +177,14 @@ def test_what_is_loaded(loaded: LoadedModel, model: LlamaForCausalLM) -> None:
     assert loaded.memory.num_tokens >= 512
 
 
-# One request's failure is that request's event.
+# A failure affects only its own request.
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "torch bfloat16"])
 def broken(
     request: pytest.FixtureRequest, model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
 ) -> LoadedModel:
-    """The model with a token whose embedding is NaN."""
+    """Load a model with a token whose embedding is NaN."""
     folder = save_random_model(model, tmp_path_factory.mktemp("broken"), seed=1)
     with torch.no_grad():
         model.model.embed_tokens.weight[NAN_TOKEN] = math.nan
@@ -277,7 +207,7 @@ def test_logits_that_are_not_finite_end_that_request_alone(broken: LoadedModel, 
     for one in good:
         assert answers[one.request_id].token_ids == alone[one.request_id].token_ids
         assert answers[one.request_id].logprobs == alone[one.request_id].logprobs
-    # Nor does what the failed request left in its blocks reach the next ones.
+    # What the failed request left in its blocks does not reach later requests either.
     again = run(engine, [msgspec.structs.replace(one, request_id=f"{one.request_id} again") for one in good])
     for one in good:
         assert again[f"{one.request_id} again"].token_ids == alone[one.request_id].token_ids
@@ -298,7 +228,7 @@ def test_hidden_states_that_are_not_finite_end_that_request_alone(broken: Loaded
 
 
 def clean(loaded: LoadedModel) -> LoadedModel:
-    """Without what earlier tests wrote into the cache, and with few blocks, so that they are used again."""
+    """Return an engine with a clean cache and few blocks, so that blocks are reused."""
     for layer in loaded.runner.kv_cache.layers:
         for tensor in (layer.keys, layer.values, layer.key_scales, layer.value_scales):
             if tensor is not None:

@@ -1,4 +1,4 @@
-"""SmolLM2 on a GPU: the distributions of the CPU engine, and promise 1 with the kernels and graphs of a real card."""
+"""SmolLM2 on a GPU: the distributions of the CPU engine, and batch invariance with real kernels and graphs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,14 +55,14 @@ def test_distributions_of_the_cpu(smollm2_path: Path, settings: dict[str, Any]) 
 def test_the_same_answer_in_any_company(
     smollm2_path: Path, submits: Sequence[Submit], settings: dict[str, Any]
 ) -> None:
-    """Alone and together, in chunks, after preemption, from a warm cache; in graphs and without."""
+    """Answers are the same alone and together, in chunks, after preemption, with a warm cache, and in graphs."""
     loaded = load(smollm2_path, device="cuda", **settings)
     assert loaded.runner.kernels.deterministic
     expected = run_alone(loaded, submits)
     assert_same(run(make_engine(loaded), submits), expected)
     assert_same(run(make_engine(loaded, chunk=60, seqs=3), submits), expected)
     engine = make_engine(loaded, num_blocks=MAX_MODEL_LEN // 32)
-    engine.scheduler.watermark = 0
+    engine.scheduler.kv.watermark = 0
     assert_same(run(engine, submits), expected)
     assert engine.stats().preemptions_total > 0
     assert_same(run(engine, submits), expected)
@@ -70,7 +70,7 @@ def test_the_same_answer_in_any_company(
 
 
 def test_adapters_in_any_company(smollm2_path: Path, tmp_path: Path, submits: Sequence[Submit]) -> None:
-    """Of rows that have one of two, or none; in graphs and in steps with prompts."""
+    """Rows with one of two adapters and without share batches, in graphs and in steps with prompts."""
     config = load_model_config(smollm2_path)
     modules = {
         name: str(save_random_adapter(tmp_path / name, config, seed, ranks={"": rank}))
@@ -92,7 +92,7 @@ def test_adapters_in_any_company(smollm2_path: Path, tmp_path: Path, submits: Se
 def test_steps_are_launched_without_a_wait(
     smollm2_path: Path, submits: Sequence[Submit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once kernels are compiled and graphs are there. tests/engine/kernels/triton/test_waits.py knows all settings."""
+    """After kernels are compiled and graphs captured. tests/engine/kernels/triton/test_waits.py tests all settings."""
     loaded = load(smollm2_path, device="cuda")
     expected = run(make_engine(loaded), submits)
     run(make_engine(loaded), submits)

@@ -1,4 +1,4 @@
-"""Embeddings against transformers' last hidden states, and under load: the same bits however a prompt is computed."""
+"""Embeddings compared with transformers' last hidden states, and batch invariance: the same bits in any batch."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ Embeddings = dict[str, list[float]]
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Some begin alike, so that the cache has something to give."""
+    """Return random prompts; some share a prefix, which can be cached."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     longest = [rng.randrange(1000, 40000) for _ in range(max(LENGTHS))]
@@ -47,7 +47,7 @@ def reference(smollm2_path: Path) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def loaded(smollm2_path: Path) -> LoadedModel:
-    """On the default settings, on which weights stay packed."""
+    """Load the model with default settings, which keep its weights packed."""
     return load(smollm2_path)
 
 
@@ -63,7 +63,7 @@ def run(engine: Engine, submits: Sequence[Submit]) -> Embeddings:
 
 
 def collect(engine: Engine, num_steps: int | None = None) -> Embeddings:
-    """The embeddings that are made in so many steps, or until all have been."""
+    """Run `num_steps` steps, or all, and return the embeddings that they compute."""
     found: Embeddings = {}
     while engine.has_work and num_steps != 0:
         num_steps = None if num_steps is None else num_steps - 1
@@ -107,7 +107,7 @@ def alone(loaded: LoadedModel, prompts: list[list[int]]) -> Embeddings:
 
 
 def overlapping(loaded: LoadedModel) -> Engine:
-    """A step is launched before the last one is read."""
+    """Return an engine that launches each step before it reads the last one."""
     engine = make_engine(loaded, chunk=7)
     engine.overlaps = True
     return engine
@@ -124,7 +124,7 @@ WAYS: dict[str, Callable[[LoadedModel], Engine]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bits(loaded: LoadedModel, prompts: list[list[int]], alone: Embeddings, way: str) -> None:
-    """Beside requests that generate, and then once more with all prompts in the cache."""
+    """Run beside requests that generate tokens, and again when all prompts are cached."""
     engine = WAYS[way](loaded)
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     texts = [
@@ -139,13 +139,13 @@ def test_the_same_bits(loaded: LoadedModel, prompts: list[list[int]], alone: Emb
 
 
 def test_preempted(loaded: LoadedModel, prompts: list[list[int]], alone: Embeddings) -> None:
-    """Each that has begun begins again, with a part of its rows counted already."""
+    """Requests start again although some of their rows are already in the sum."""
     engine = make_engine(loaded, chunk=7)
     for each in submits_of(prompts):
         engine.add(each)
     found = collect(engine, num_steps=4)
     begun = list(engine.scheduler.running)
-    assert any(request.pooled for request in begun)
+    assert any(request.prompt_outputs.pooled for request in begun)
     for request in begun:
         engine.scheduler._preempt(request)
     assert found | collect(engine) == alone

@@ -1,6 +1,6 @@
-"""Each supported family against transformers, on small random models that transformers saves as a checkpoint.
+"""Each supported family compared with transformers, on small random models that transformers saves.
 
-In float32, by the kernels in C++, where they take the shape, and by those in plain torch.
+All in float32, with the C++ kernels if they support the shape, and with the plain torch kernels.
 """
 
 from pathlib import Path
@@ -98,7 +98,7 @@ MISTRALS: dict[str, dict[str, Any]] = {
 
 
 def prompts_for(vocab_size: int) -> list[list[int]]:
-    """One token, a few, a block, more than a key tile, and more than several."""
+    """Return prompts of one token, a few, a block, more than one tile of keys, and more than several."""
     generator = torch.Generator().manual_seed(SEED)
     lengths = (1, 9, 32, 100, 400, 700)
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
@@ -125,7 +125,7 @@ def assert_same_as_transformers(model: PreTrainedModel, loaded: LoadedModel) -> 
         with torch.inference_mode():
             expected = model(torch.tensor([prompt + output])).logits[0]
         torch.testing.assert_close(all_logits(loaded, prompt), expected[: len(prompt)], rtol=0, atol=1e-3)
-        # Greedy decoding step by step: what follows from the tokens so far is the next token.
+        # Greedy decoding, step by step: each token is the most likely one after the tokens before it.
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
@@ -143,7 +143,7 @@ def test_mistral(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
 
 @pytest.mark.parametrize("changes", [{"sliding_window": 37}, {}], ids=["mistral with a window", "llama"])
 def test_generate_of_transformers(changes: dict[str, Any], tmp_path: Path, kernels: str) -> None:
-    """Its own loop with its own cache comes to the same tokens."""
+    """Compare with transformers' own generation loop and KV cache."""
     model: Any = MistralForCausalLM(MistralConfig(**(SHAPE | changes)))
     if not changes:
         model = LlamaForCausalLM(LlamaConfig(**SHAPE))
@@ -172,7 +172,7 @@ def test_sharded_checkpoint(tied: bool, tmp_path: Path, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_mix(seed: int, tmp_path: Path, kernels: str) -> None:
+def test_random_shapes(seed: int, tmp_path: Path, kernels: str) -> None:
     print(f"seed {seed}")
     generator = torch.Generator().manual_seed(seed)
 

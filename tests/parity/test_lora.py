@@ -1,4 +1,4 @@
-"""The real model with LoRA adapters against PEFT, both in float32, in one batch with and without adapters."""
+"""The real model with LoRA adapters compared with PEFT, both in float32, in one batch with and without adapters."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import all_logits, greedy_outputs
 from tests.support.reference_model import load_reference
 
-NUM_OUTPUT_TOKENS = 24
+NUM_OUTPUT_TOKENS = 12
 TEXTS = [
     "The capital of France is",
     "def fibonacci(n: int) -> int:\n",
@@ -86,7 +86,7 @@ def load(path: Path, folders: dict[str, Path], kernels: str) -> LoadedModel:
 
 @torch.inference_mode()
 def logits_of(reference: PeftModel, name: str, token_ids: list[int]) -> torch.Tensor:
-    """With the adapter of a name; an empty one is none."""
+    """Return the logits of PEFT with the adapter called `name`, or without one if it is empty."""
     ids = torch.tensor([token_ids])
     if not name:
         with reference.disable_adapter():

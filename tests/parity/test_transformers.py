@@ -1,6 +1,6 @@
-"""The real model against transformers, both in float32 and from the same GGUF file.
+"""The real model compared with transformers, both in float32 and from the same GGUF file.
 
-The kernels in C++ compute all prompts, those in plain torch some.
+The C++ kernels compute all prompts, the plain torch kernels some.
 """
 
 from pathlib import Path
@@ -73,7 +73,7 @@ def loaded(smollm2_path: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def outputs(loaded: LoadedModel, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Greedy, all prompts as one batch."""
+    """Return the greedy output of each prompt, all computed in one batch."""
     return dict(zip(prompts, greedy_outputs(loaded, list(prompts.values()), NUM_OUTPUT_TOKENS), strict=True))
 
 
@@ -94,7 +94,7 @@ def assert_same_as_transformers(
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt + output])).logits[0]
     torch.testing.assert_close(all_logits(loaded, prompt), expected[: len(prompt)], rtol=0, atol=1e-3)
-    # Greedy decoding step by step: what follows from the tokens so far is the next token.
+    # Greedy decoding, step by step: each token is the most likely one after the tokens before it.
     assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
@@ -109,7 +109,7 @@ def test_plain_torch(smollm2_path: Path, reference: LlamaForCausalLM, prompts: d
 def test_generate_of_transformers(
     reference: LlamaForCausalLM, prompts: dict[str, list[int]], outputs: dict[str, list[int]]
 ) -> None:
-    """Its own loop with its own cache comes to the same tokens. One prompt, because it is slow."""
+    """Compare with transformers' own generation loop and KV cache, on one prompt because it is slow."""
     ids = torch.tensor([prompts["story"]])
     model: Any = reference
     generated = model.generate(

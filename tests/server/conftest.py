@@ -30,21 +30,21 @@ def tokenizer(model_folder: Path) -> Tokenizer:
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    """A ZeroMQ address of its own. Paths of sockets must be short."""
+    """A ZeroMQ address for one test."""
     with own_address() as address:
         yield address
 
 
 @pytest.fixture
 def fake_engine(address: str) -> Iterator[FakeEngine]:
-    """A fake engine with its default behaviour; change `fake_engine.config` before a request to change its replies."""
+    """A fake engine with default behaviour. Change `fake_engine.config` before a request to change its replies."""
     with FakeEngine(FakeEngineConfig(address=address)) as engine:
         yield engine
 
 
 @pytest.fixture
 def start_server(fake_engine: FakeEngine, model_folder: Path) -> Iterator[StartServer]:
-    """Starts a server with `settings` before `fake_engine`: `start_server(strict=True).url`."""
+    """A function that starts a server in front of `fake_engine`: `start_server(strict=True).url`."""
     with ExitStack() as stack:
 
         def start(*, server: dict[str, Any] | None = None, **settings: Any) -> RunningServer:
@@ -61,12 +61,12 @@ def server(start_server: StartServer) -> RunningServer:
 
 @pytest.fixture(scope="session")
 def shared_server(model_folder: Path) -> Iterator[RunningServer]:
-    """A server with default settings, for tests that change and count nothing in it."""
+    """A server with default settings, for tests that do not depend on its state."""
     with fresh_server(model_folder) as server:
         yield server
 
 
 @pytest.fixture
 def server_url(server: RunningServer) -> str:
-    """The address of a server with default settings."""
+    """The URL of a server with default settings."""
     return server.url

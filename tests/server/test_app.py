@@ -1,4 +1,4 @@
-"""The application as a whole: its routes, the model list, and many clients at once, with the official client too."""
+"""Tests of the whole application: routes, models, the official SDK, and many clients at once."""
 
 import asyncio
 import json
@@ -20,12 +20,12 @@ from tests.support.tiny_tokenizer_model import MAX_MODEL_LEN
 JSON_TYPE = {"content_type": "application/json"}
 
 
-def client_of(server: RunningServer, api_key: str = "x") -> openai.OpenAI:
+def sdk_client(server: RunningServer, api_key: str = "x") -> openai.OpenAI:
     return openai.OpenAI(base_url=server.url + "/v1", api_key=api_key)
 
 
 def test_models(server: RunningServer) -> None:
-    with client_of(server) as client:
+    with sdk_client(server) as client:
         assert [model.id for model in client.models.list()] == ["tiny", "org/tiny"]
         model = client.models.retrieve("tiny")
         with pytest.raises(openai.NotFoundError) as caught:
@@ -57,37 +57,39 @@ def test_no_documentation_routes(server: RunningServer) -> None:
         check_error(httpx.get(server.url + path), 404)
 
 
-def test_sdk_sees_our_errors(start_server: StartServer) -> None:
+def test_the_sdk_raises_its_own_errors(start_server: StartServer) -> None:
     server = start_server(api_key=("k",))
-    with client_of(server, "x") as client, pytest.raises(openai.AuthenticationError) as caught:
+    with sdk_client(server, "x") as client, pytest.raises(openai.AuthenticationError) as caught:
         client.models.list()
     assert caught.value.code == "invalid_api_key"
     assert caught.value.request_id is not None
-    with client_of(server, "k") as client, pytest.raises(openai.BadRequestError) as bad:
+    with sdk_client(server, "k") as client, pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model="tiny", messages=[])
     assert bad.value.param == "messages"
 
 
-def test_sdk_sends_a_bad_request_once(server: RunningServer) -> None:
-    with client_of(server) as client, pytest.raises(openai.BadRequestError):
+def test_the_sdk_does_not_retry_a_bad_request(server: RunningServer) -> None:
+    with sdk_client(server) as client, pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny", prompt="x", n=1000)
     labels = {"handler": "/v1/completions", "method": "POST", "status": "400"}
     wait_until(lambda: server.context.metrics.registry.get_sample_value("http_requests_total", labels) == 1)
     assert server.metric("lightwell_retried_requests_total") == 0
 
 
-def test_a_full_queue_is_429_at_once_and_retried(server: RunningServer, fake_engine: FakeEngine) -> None:
+def test_a_full_queue_is_429_without_waiting(server: RunningServer, fake_engine: FakeEngine) -> None:
     client = server.context.client
     reservation = client.reserve(client.max_in_flight)
     body = {"model": "tiny", "prompt": "x", "stream": True}
-    httpx.post(server.url + "/v1/completions", json=body)
-    start = time.perf_counter()
-    response = httpx.post(server.url + "/v1/completions", json=body)
-    assert time.perf_counter() - start < 0.05
+    durations = []
+    for _ in range(6):
+        start = time.perf_counter()
+        response = httpx.post(server.url + "/v1/completions", json=body)
+        durations.append(time.perf_counter() - start)
+    assert min(durations) < 0.05  # other jobs on the machine may delay some of them
     assert check_error(response, 429)["code"] == "rate_limit_exceeded"
     assert 1 <= int(response.headers["retry-after"]) <= 60
-    assert server.metric("lightwell_requests_rejected_total", reason="queue_full") == 2
-    assert server.metric("lightwell_tokenizer_seconds_count") == 0  # no room, no tokenizing
+    assert server.metric("lightwell_requests_rejected_total", reason="queue_full") == 6
+    assert server.metric("lightwell_tokenizer_seconds_count") == 0  # rejected before tokenizing
     assert fake_engine.submits == []
     reservation.release()
 
@@ -98,7 +100,7 @@ async def complete(client: httpx.AsyncClient, number: int) -> httpx.Response:
 
 
 @pytest.mark.anyio
-async def test_a_burst_is_answered_to_the_last(start_server: StartServer, fake_engine: FakeEngine) -> None:
+async def test_every_request_of_a_burst_is_answered(start_server: StartServer, fake_engine: FakeEngine) -> None:
     server = start_server(max_queued_requests=80, server={"max_connections": 1024})
     fake_engine.config.max_num_seqs = 64
     limits = httpx.Limits(max_connections=500)
@@ -119,27 +121,29 @@ async def test_a_burst_is_answered_to_the_last(start_server: StartServer, fake_e
 
 
 @pytest.mark.anyio
-async def test_clients_that_leave_at_any_moment_leave_nothing(
+async def test_clients_that_disconnect_at_any_time_leave_nothing_behind(
     start_server: StartServer, fake_engine: FakeEngine
 ) -> None:
     server = start_server()
     fake_engine.config.step_seconds = 0.002
 
-    async def leave(number: int) -> None:
+    async def disconnect(number: int) -> None:
         body = {"model": "tiny", "prompt": "x", "stream": number % 2 == 0, "max_tokens": 50}
         async with await anyio.connect_tcp("127.0.0.1", server.port) as stream:
             await stream.send(raw_request("POST", "/v1/completions", json.dumps(body).encode(), **JSON_TYPE))
             with anyio.move_on_after(number % 25 * 0.002):
                 await stream.receive()
 
-    await asyncio.gather(*(leave(number) for number in range(100)))
+    await asyncio.gather(*(disconnect(number) for number in range(100)))
     wait_until(lambda: server.context.client.num_in_flight == 0, timeout=1.0)
     wait_until(lambda: fake_engine.num_choices == 0, timeout=1.0)
     finished = [
         server.metric("lightwell_request_success_total", finished_reason=reason)
         for reason in ("stop", "length", "abort", "error")
     ]
-    wait_until(lambda: len(fake_engine.submits) == sum(finished), timeout=1.0)  # it may not have read the last yet
+    wait_until(
+        lambda: len(fake_engine.submits) == sum(finished), timeout=1.0
+    )  # the engine may not have read the last requests yet
     wait_until(lambda: fake_engine.num_choices == 0, timeout=1.0)
 
 
@@ -181,6 +185,6 @@ def test_the_api_process_imports_nothing_heavy(module: str) -> None:
 
 
 def test_importing_starts_nothing() -> None:
-    code = "import threading, server.api; print(threading.active_count(), hasattr(server.api, 'app'))"
+    code = "import threading, server.main; print(threading.active_count(), hasattr(server.main, 'app'))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.split() == ["1", "False"]

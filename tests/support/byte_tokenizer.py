@@ -1,10 +1,10 @@
-"""A tokenizer whose tokens are any bytes."""
+"""A tokenizer with arbitrary bytes as tokens."""
 
 from collections.abc import Iterable, Sequence
 
 
 class BytesTokenizer:
-    """Token i stands for the i-th of the given bytes."""
+    """A tokenizer whose token i is the i-th of the given byte strings."""
 
     def __init__(self, tokens: Sequence[bytes], special_ids: Iterable[int] = ()) -> None:
         self.tokens = tokens
@@ -15,6 +15,6 @@ class BytesTokenizer:
 
 
 def split_at(data: bytes, cuts: Iterable[int]) -> list[bytes]:
-    """The data in pieces, some of them empty; cuts beyond its end count as its end."""
+    """Split data at the given positions, which may repeat; those beyond its end are clipped."""
     ends = sorted(min(cut, len(data)) for cut in cuts)
     return [data[begin:end] for begin, end in zip([0, *ends], [*ends, len(data)], strict=True)]

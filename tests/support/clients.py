@@ -1,4 +1,4 @@
-"""How tests ask a running server: the official client, strict about every answer, and plain HTTP."""
+"""Clients for tests: the official SDK with strict response validation, and plain HTTP requests."""
 
 import json
 import tempfile
@@ -23,7 +23,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
 
 
 def write_adapter(folder: Path) -> Path:
-    """A folder that looks like a LoRA adapter to the server, which does not read it."""
+    """Create a folder with the file names of a LoRA adapter. The server does not read the files, which are empty."""
     folder.mkdir(parents=True)
     for name in ADAPTER_FILES:
         (folder / name).write_text("{}")
@@ -34,7 +34,7 @@ def write_adapter(folder: Path) -> Path:
 def shared_server(
     model_folder: Path, *, settings: dict[str, Any] | None = None, **engine: Any
 ) -> Iterator[RunningServer]:
-    """A server, with default settings if not said otherwise, before a fake engine, for more than one test."""
+    """Run a server with its own fake engine, for several tests. `engine` are fields of `FakeEngineConfig`."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lw-"))
         fake_engine = stack.enter_context(FakeEngine(FakeEngineConfig(address=f"ipc://{folder}/engine", **engine)))
@@ -44,18 +44,19 @@ def shared_server(
 
 @contextmanager
 def openai_client(url: str, **options: Any) -> Iterator[OpenAI]:
-    """Raises on any answer that is not of OpenAI's schema; never retries."""
+    """Open an SDK client that raises on responses that violate OpenAI's schema and never retries."""
     options = {"_strict_response_validation": True, "max_retries": 0} | options
     with OpenAI(base_url=f"{url}/v1", api_key="none", **options) as client:
         yield client
 
 
 def ask(url: str, path: str, **fields: Any) -> httpx.Response:
-    """A minimal request with `fields` in addition, or instead."""
+    """Send the minimal request of an endpoint, with `fields` added or replaced."""
     return httpx.post(url + path, json=MINIMAL[path.removesuffix("/render")] | fields)
 
 
 def ask_json(url: str, path: str, **fields: Any) -> dict[str, Any]:
+    """Send a request with `ask` and return the body of its response, which must be 200."""
     response = ask(url, path, **fields)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
@@ -63,14 +64,14 @@ def ask_json(url: str, path: str, **fields: Any) -> dict[str, Any]:
 
 
 def ask_stream(url: str, path: str, **fields: Any) -> list[dict[str, Any]]:
-    """The chunks of a stream that ends with [DONE], once."""
+    """Send a streaming request and return its chunks. The stream must end with [DONE]."""
     response = ask(url, path, stream=True, **fields)
     assert response.status_code == 200, response.text
     return parse_events(response.text)
 
 
 def parse_events(text: str) -> list[dict[str, Any]]:
-    """Comments are left out."""
+    """Parse server-sent events without comments. The last one must be [DONE], which is not returned."""
     *events, rest = text.split("\n\n")
     assert rest == ""
     data = [event.removeprefix("data: ") for event in events if not event.startswith(":")]
@@ -79,13 +80,14 @@ def parse_events(text: str) -> list[dict[str, Any]]:
 
 
 def choice_text(choice: dict[str, Any]) -> str:
-    """Of an answer or of a chunk, of either endpoint."""
+    """Return the text of a choice in a response or chunk of chat completions or completions."""
     if "text" in choice:
         return str(choice["text"])
     return str(choice.get("message", choice.get("delta", {})).get("content", ""))
 
 
 def stream_texts(chunks: list[dict[str, Any]]) -> dict[int, str]:
+    """Return the text of each choice by index."""
     texts: dict[int, str] = {}
     for chunk in chunks:
         for choice in chunk["choices"]:
@@ -94,7 +96,7 @@ def stream_texts(chunks: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def finish_reasons(chunks: list[dict[str, Any]]) -> dict[int, list[str]]:
-    """Of each choice, in order."""
+    """Return the finish reasons of each choice by index. A valid stream has one for each."""
     reasons: dict[int, list[str]] = {}
     for chunk in chunks:
         for choice in chunk["choices"]:

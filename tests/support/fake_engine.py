@@ -1,7 +1,7 @@
-"""An engine without a model: it binds the real socket, speaks the real protocol, and answers from a script.
+"""An engine without a model: it binds the real socket, speaks the real protocol, and generates configured replies.
 
-`FakeEngine` runs in a thread of the test process and can be looked into; `FakeEngineProcess` is a child that can be
-killed. Both follow a `FakeEngineConfig`. Each step gives every running choice one token, as the real engine does.
+`FakeEngine` runs in a thread of the test process, which can inspect it; `FakeEngineProcess` is a child process that can
+be killed. Both follow a `FakeEngineConfig`. As in the real engine, a step generates one token of each running choice.
 """
 
 from __future__ import annotations
@@ -40,46 +40,46 @@ from engine.shared.messages import (
     UnloadAdapter,
 )
 
-EOS_TOKEN_ID = 256  # of the tiny tokenizer in conftest.py
+EOS_TOKEN_ID = 256  # of the tokenizer in tests/support/tiny_tokenizer_model.py
 DEFAULT_REPLY = b"Hello, world!"
 
 
 class FakeEngineConfig(msgspec.Struct, kw_only=True):
-    """What the engine answers and how it behaves. Times are seconds."""
+    """Replies and behaviour of a fake engine. Times are in seconds."""
 
     address: str
     reply: list[int] = msgspec.field(
         default_factory=lambda: list(DEFAULT_REPLY)
-    )  # tokens that follow every prompt, then the end token
-    replies: list[tuple[list[int], list[int]]] = []  # prompt -> reply, before `reply`
+    )  # tokens generated for every prompt, before the end token
+    replies: list[tuple[list[int], list[int]]] = []  # (prompt, reply); other prompts get `reply`
     endless: bool = False  # repeat the reply until max_tokens
     step_seconds: float = 0.0
     load_seconds: float = 0.0
     never_ready: bool = False
-    hang_after_steps: int | None = None  # no step, no heartbeat, nothing read from then on
-    exit_after_steps: int | None = None  # of the process; only for FakeEngineProcess
+    hang_after_steps: int | None = None  # no steps, heartbeats or reads from then on
+    exit_after_steps: int | None = None  # exit of the process; only for FakeEngineProcess
     fail_request: bool = False  # each choice ends with an error
-    last_reason: FinishReason = FinishReason.STOP  # what a choice ends with at its end token
+    last_reason: FinishReason = FinishReason.STOP  # finish reason at the end token
     num_cached_tokens: int = 0
     max_model_len: int = 2048
     max_num_seqs: int = 8
     num_blocks: int = 256
     vocab_size: int = 260
-    adapters: list[LoraAdapter] = []  # that are loaded at the start
+    adapters: list[LoraAdapter] = []  # loaded at start-up
     max_loras: int = 0
-    adapter_error: AdapterDone | None = None  # what a load ends with, under its own id
-    ignores_adapters: bool = False  # loads and unloads are never answered
-    forgets_adapters: bool = False  # weights are gone as soon as their adapter is; else they stay for ever
+    adapter_error: AdapterDone | None = None  # result of every load, with its request id
+    ignores_adapters: bool = False  # loads and unloads get no reply
+    forgets_adapters: bool = False  # weights are dropped when their adapter is unloaded; otherwise they stay forever
 
 
 def make_adapter(name: str, path: str = "") -> LoraAdapter:
-    """The path decides about the fingerprint."""
+    """Return an adapter whose fingerprint is the hash of its path."""
     path = path or f"/adapters/{name}"
     return LoraAdapter(name=name, path=path, rank=8, fingerprint=hashlib.sha256(path.encode()).hexdigest())
 
 
 class _Running(msgspec.Struct):
-    """One choice of a request and what is left of its reply."""
+    """One choice of a request and the rest of its reply."""
 
     identity: bytes
     submit: Submit
@@ -89,16 +89,16 @@ class _Running(msgspec.Struct):
     scheduled: float | None = None
     first_token: float | None = None
     num_output_tokens: int = 0
-    has_weights: bool = True  # those of its adapter are there
+    has_weights: bool = True  # the weights of its adapter are loaded
 
 
 class _Loop:
-    """The step loop: one iteration reads what came and gives each running choice a token."""
+    """The step loop: an iteration reads a message or runs a step."""
 
     def __init__(self, config: FakeEngineConfig, on_message: Callable[[ToEngine], None] = lambda message: None) -> None:
         self.config = config
         self.stop = threading.Event()
-        self.paused = threading.Event()  # choices wait; heartbeats go on
+        self.paused = threading.Event()  # no steps, but heartbeats
         self.hung = threading.Event()
         self.running: list[_Running] = []
         self.waiting: list[_Running] = []
@@ -220,11 +220,11 @@ class _Loop:
         self.stats.prefix_cache_hits_total += self.config.num_cached_tokens
 
     def _abort(self, abort: Abort) -> None:
-        def is_meant(choice: _Running) -> bool:
+        def is_aborted(choice: _Running) -> bool:
             return choice.submit.request_id == abort.request_id and abort.index in (None, choice.index)
 
-        self.running = [choice for choice in self.running if not is_meant(choice)]
-        self.waiting = [choice for choice in self.waiting if not is_meant(choice)]
+        self.running = [choice for choice in self.running if not is_aborted(choice)]
+        self.waiting = [choice for choice in self.waiting if not is_aborted(choice)]
 
     def _step(self) -> None:
         self._num_steps += 1
@@ -313,20 +313,20 @@ def _adapters_of(choices: list[_Running]) -> list[str]:
 
 
 def _embedding(token_ids: list[int]) -> list[float]:
-    """Of the tiny model's size and of length 1: the first number is 0.6, and another is 0.8, which the prompt says."""
+    """Return a vector of norm 1 with 64 numbers: the first is 0.6, and one that depends on the prompt is 0.8."""
     embedding = [0.6] + [0.0] * 63
     embedding[1 + sum(token_ids) % 63] = 0.8
     return embedding
 
 
 def _logprobs(token_id: int, num_alternatives: int) -> TokenLogprobs:
-    """The token itself first, then the ids after it; the log probabilities are -0.5, -1.5, -2.5 ..."""
+    """Return log probabilities -0.5, -1.5, -2.5 ... for the token, which comes first, and the next ids."""
     top_token_ids = [(token_id + k) % 256 for k in range(num_alternatives)]
     return TokenLogprobs(-0.5, 1, top_token_ids, [-0.5 - k for k in range(num_alternatives)])
 
 
 class FakeEngine:
-    """The fake engine in a thread. `received` holds all messages in order; `config` may change between requests."""
+    """A fake engine in a thread. `received` has all messages in order; `config` may be changed between requests."""
 
     def __init__(self, config: FakeEngineConfig) -> None:
         self.config = config
@@ -352,32 +352,32 @@ class FakeEngine:
 
     @property
     def adapters(self) -> list[str]:
-        """Names of those that are loaded."""
+        """Names of the loaded adapters."""
         return list(self._loop.adapters)
 
     def forget(self, name: str) -> None:
-        """An adapter, which clients are not told."""
+        """Remove an adapter without telling the clients."""
         del self._loop.adapters[name]
 
     @property
     def num_choices(self) -> int:
-        """Choices that wait or run."""
+        """Number of choices that wait or run."""
         return len(self._loop.waiting) + len(self._loop.running)
 
     def pause(self) -> None:
-        """No steps until `resume`; the heartbeat goes on."""
+        """Stop stepping until `resume`. Heartbeats go on."""
         self._loop.paused.set()
 
     def resume(self) -> None:
         self._loop.paused.clear()
 
     def hang(self) -> None:
-        """Neither steps nor heartbeats, for ever."""
+        """Stop steps and heartbeats for good."""
         self._loop.hung.set()
 
 
 class FakeEngineProcess:
-    """The fake engine as a child process, to be killed."""
+    """A fake engine in a child process that can be killed."""
 
     def __init__(self, config: FakeEngineConfig) -> None:
         self._config = config

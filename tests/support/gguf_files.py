@@ -7,7 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-# Shape of a tiny model, for files that are about something else.
+# The shape of a tiny model, for tests of other metadata and of tensors.
 LLAMA = {
     "llama.block_count": 1,
     "llama.context_length": 128,
@@ -26,7 +26,7 @@ def write_gguf(
     types: Mapping[str, gguf.GGMLQuantizationType] | None = None,
     arch: str = "llama",
 ) -> Path:
-    """Write a file. Tensors named in `types` are given as the bytes of that type, [rows, bytes of a row]."""
+    """Write a GGUF file. Tensors named in `types` hold the packed bytes of that type, [rows, bytes of a row]."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
         _add(writer, key, value)
@@ -40,7 +40,7 @@ def write_gguf(
 
 
 def interleave(rows: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
-    """The order in which converters write q and k: row i of a head's first half is followed by that of the second."""
+    """Reorder the rows of q or k as converters do: row i of a head's first half is followed by row i of the second."""
     halves = [np.split(head, 2) for head in np.split(rows, num_heads)]
     return np.array([row for first, second in halves for pair in zip(first, second, strict=True) for row in pair])
 

@@ -1,4 +1,4 @@
-"""Which kernels a test loads: those chosen anyway, plain torch, those in Triton, or a code path of those in C++."""
+"""Choose the kernels that a test loads: the default, plain torch, Triton, or a code path of the C++ kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ from engine.kernels.interface import KernelOptions, Kernels
 
 @contextmanager
 def choose_kernels(name: str, num_threads: int | None = None) -> Iterator[None]:
-    """Kernels loaded inside are those of this name: default, torch, triton, or a code path."""
+    """Return a context that loads the kernels of this name: default, torch, triton, or a code path."""
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         if name == "torch":
-            patch.setattr(engine.kernels.load, "_load_cpu_kernels", lambda options: "this test wants it")
+            patch.setattr(engine.kernels.load, "_load_cpu_kernels", lambda options: "chosen by this test")
         elif name == "triton":
             patch.setattr(engine.kernels.load, "_load_cpu_kernels", _interpreted)
         elif name != "default":
@@ -35,15 +35,15 @@ def choose_kernels(name: str, num_threads: int | None = None) -> Iterator[None]:
 
 
 def _interpreted(options: KernelOptions) -> Kernels:
-    """The kernels of a GPU, in Triton's interpreter."""
+    """Return the GPU kernels, run by Triton's interpreter."""
     from engine.kernels.triton.kernels import TritonKernels
 
-    return TritonKernels.of(options, torch.device("cpu"))
+    return TritonKernels(options, torch.device("cpu"))
 
 
 @cache
 def library_path() -> Path:
-    """The compiled library. Skips the test where it cannot be had."""
+    """Return the path of the compiled library. Skips the test if there is none."""
     try:
         return build()
     except BuildError as error:
@@ -52,7 +52,7 @@ def library_path() -> Path:
 
 @cache
 def code_paths() -> list[str]:
-    """Those that this processor has, best first; none where there is no library."""
+    """Return the code paths of this processor, best first; none if there is no library."""
     try:
         best = Library(build()).code_path
     except (BuildError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Random LoRA adapters for tests and benchmarks, written as PEFT writes them."""
+"""Random LoRA adapters for tests and benchmarks, in PEFT's format."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from engine.config import ModelConfig
 
 
 def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the products of a layer."""
+    """Return the outputs and inputs of each projection of a layer."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     return {
@@ -34,9 +34,10 @@ def save_random_adapter(
     strength: float = 0.3,
     **settings: Any,
 ) -> Path:
-    """An adapter of some products of all layers: `ranks` by the last part of their names, or of all under "".
+    """Write an adapter that updates projections of all layers, and return its folder.
 
-    `strength` is about how much it changes each product. `settings` go into adapter_config.json.
+    `ranks` has the rank of each projection by the last part of its name, or of all others under "". `strength` is
+    roughly the relative change of an output. `settings` are added to adapter_config.json.
     """
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)

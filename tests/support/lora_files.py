@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import ModelConfig
 from engine.lora.reader import load_lora
 
-# What PEFT calls in transformers, and what it says of such settings.
+# Warnings of PEFT about its calls of transformers, and about the settings in these tests.
 PEFT_WARNINGS = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing.:FutureWarning", "ignore::UserWarning:peft.*", "ignore::RuntimeWarning:peft.*"
 )
@@ -56,7 +56,7 @@ def new_model() -> Any:
 
 
 def save_adapter(folder: Path, lora: LoraConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """Let PEFT save an adapter of random numbers; returns its model, in float32."""
+    """Save an adapter with random matrices with PEFT; return PEFT's model in float32."""
     generator = torch.Generator().manual_seed(seed)
     model: Any = get_peft_model(new_model(), lora)
     for name, parameter in model.named_parameters():
@@ -67,7 +67,7 @@ def save_adapter(folder: Path, lora: LoraConfig, dtype: torch.dtype = torch.floa
 
 
 def small_adapter(rank: int = 2) -> Tensors:
-    """Matrices of a module, named as PEFT names them."""
+    """Return the matrices of one module, under PEFT's names."""
     generator = torch.Generator().manual_seed(0)
     prefix = "base_model.model.model.layers.1.self_attn.k_proj"
     return {
@@ -81,7 +81,7 @@ SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 
 
 def write_folder(folder: Path, tensors: Tensors | None = None, **changes: Any) -> Path:
-    """An adapter that is right, but for the changes. A change to ... leaves a setting out."""
+    """Write a valid adapter with changes to its settings; a value of ... removes a setting."""
     folder.mkdir(exist_ok=True)
     values = {key: value for key, value in {**SETTINGS, **changes}.items() if value is not ...}
     (folder / "adapter_config.json").write_text(json.dumps(values))
@@ -90,7 +90,7 @@ def write_folder(folder: Path, tensors: Tensors | None = None, **changes: Any) -
 
 
 def refusal_of(path: Path) -> str | None:
-    """None where matrices come that fit the model."""
+    """Return the error when the adapter is loaded; if there is none, check that its matrices fit the model."""
     try:
         checkpoint = load_lora(path, CONFIG)
     except ValueError as error:

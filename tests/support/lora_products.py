@@ -1,4 +1,4 @@
-"""Products to which adapters are added, drawn at random, and what NumPy makes of them in float64."""
+"""Random products with LoRA adapters, and the same in NumPy's float64."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels.interface import Kernels, LoraWeights
-from tests.engine.kernels.torch.test_kernels import random_tensor
+from engine.kernels.interface import KernelOptions, Kernels, LoraWeights
+from tests.support.tensors import random_tensor
 
 
 @dataclass(frozen=True)
@@ -20,36 +20,39 @@ class LoraCase:
     num_inputs: int
     sizes: tuple[int, ...]  # outputs of each part
     max_rank: int
-    ranks: tuple[tuple[int, ...], ...]  # of each place's parts
-    places: tuple[int, ...]  # of each row
+    ranks: tuple[tuple[int, ...], ...]  # of the parts of each slot
+    lora_slots: tuple[int, ...]  # of each row
     seed: int
 
+    def options(self) -> KernelOptions:
+        return KernelOptions(self.dtype, num_lora_slots=len(self.ranks), max_lora_rank=self.max_rank)
+
     def x(self) -> Tensor:
-        return random_tensor(self.seed, len(self.places), self.num_inputs, dtype=self.dtype)
+        return random_tensor(self.seed, len(self.lora_slots), self.num_inputs, dtype=self.dtype)
 
     def out(self) -> Tensor:
-        """With zeros that are negative, which adding a zero would change."""
-        out = random_tensor(self.seed + 1, len(self.places), sum(self.sizes), dtype=self.out_dtype)
+        """Outputs with negative zeros, which adding a zero would change."""
+        out = random_tensor(self.seed + 1, len(self.lora_slots), sum(self.sizes), dtype=self.out_dtype)
         out[:, ::3] = -0.0
         return out
 
     def weights(self, kernels: Kernels) -> LoraWeights:
-        """What lies beyond a rank is NaN, which shows wherever it is read."""
+        """Random weights, with NaN beyond each rank, which would show in a result."""
         weights = kernels.new_lora_weights(self.sizes, self.num_inputs)
         assert weights is not None
         weights.a[:] = random_tensor(self.seed + 2, *weights.a.shape) / self.num_inputs**0.5
         weights.b[:] = random_tensor(self.seed + 3, *weights.b.shape)
         weights.ranks[:] = torch.tensor(self.ranks)
-        for place, ranks in enumerate(self.ranks):
-            columns = torch.split(weights.b[place], list(self.sizes), dim=1)
-            for rank, a, b in zip(ranks, weights.a[place], columns, strict=True):
+        for slot, ranks in enumerate(self.ranks):
+            columns = torch.split(weights.b[slot], list(self.sizes), dim=1)
+            for rank, a, b in zip(ranks, weights.a[slot], columns, strict=True):
                 a[rank:] = b[rank:] = torch.nan
         return weights
 
     def check(self, out: Tensor, weights: LoraWeights) -> None:
-        """Each number within its roundings: of the product, and of the sum. Those that nothing is added to are as ever.
+        """Check that each number is within its roundings, of the product and of the sum, and the others are unchanged.
 
-        The interpreter of Triton cuts bfloat16 off instead of rounding it.
+        The factor 1.01 is for Triton's interpreter, which truncates to bfloat16 instead of rounding.
         """
         before = self.out()
         added, size = self._added(weights)
@@ -60,16 +63,16 @@ class LoraCase:
         assert torch.equal(bits(out)[untouched], bits(before)[untouched])
 
     def _added(self, weights: LoraWeights) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """And the sum of the sizes of what that is the sum of."""
+        """Return what the adapters add, and the sum of the absolute values of its terms."""
         x, a, b = (tensor.double().numpy() for tensor in (self.x(), weights.a, weights.b))
         added, size = np.zeros((2, len(x), sum(self.sizes)))
         ends = np.cumsum(self.sizes)
-        for row, place in enumerate(self.places):
-            if place < 0:
+        for row, slot in enumerate(self.lora_slots):
+            if slot < 0:
                 continue
-            for part, rank in enumerate(self.ranks[place]):
+            for part, rank in enumerate(self.ranks[slot]):
                 columns = slice(ends[part] - self.sizes[part], ends[part])
-                some_a, some_b = a[place, part, :rank], b[place, :rank, columns]
+                some_a, some_b = a[slot, part, :rank], b[slot, :rank, columns]
                 added[row, columns] = (some_a @ x[row]) @ some_b
                 size[row, columns] = (np.abs(some_a) @ np.abs(x[row])) @ np.abs(some_b)
         return added, size
@@ -85,7 +88,7 @@ def lora_cases(
 ) -> LoraCase:
     dtype = draw(st.sampled_from(dtypes))
     sizes = draw(st.lists(st.integers(1, max_outputs), min_size=1, max_size=3).map(tuple))
-    rank, places, num_rows = (draw(st.integers(1, most)) for most in (max_rank, 3, max_rows))
+    rank, num_slots, num_rows = (draw(st.integers(1, most)) for most in (max_rank, 3, max_rows))
     parts = st.tuples(*[st.integers(0, rank)] * len(sizes))
     return LoraCase(
         dtype,
@@ -93,27 +96,27 @@ def lora_cases(
         draw(st.integers(1, max_inputs)),
         sizes,
         rank,
-        draw(st.tuples(*[parts] * places)),
-        draw(st.tuples(*[st.integers(-1, places - 1)] * num_rows)),
+        draw(st.tuples(*[parts] * num_slots)),
+        draw(st.tuples(*[st.integers(-1, num_slots - 1)] * num_rows)),
         draw(st.integers(0, 2**32)),
     )
 
 
 def check_company(kernels: Kernels, case: LoraCase, rows: Sequence[int]) -> None:
-    """Some rows have the same bits alone, and among all others when these are others and have other adapters."""
-    x, before, weights, places = case.x(), case.out(), case.weights(kernels), torch.tensor(case.places)
+    """Check that rows have the same bits alone, and among other rows with other adapters."""
+    x, before, weights, lora_slots = case.x(), case.out(), case.weights(kernels), torch.tensor(case.lora_slots)
     whole = before.clone()
-    kernels.add_lora(x, whole, weights, places)
+    kernels.add_lora(x, whole, weights, lora_slots)
     case.check(whole, weights)
     for row in rows:
         alone = before[row : row + 1].clone()
-        kernels.add_lora(x[row : row + 1], alone, weights, places[row : row + 1])
+        kernels.add_lora(x[row : row + 1], alone, weights, lora_slots[row : row + 1])
         assert torch.equal(bits(alone[0]), bits(whole[row]))
     last = rows[-1]
     others = x.flip(0) * 3
     others[last] = x[last]
-    other_places = (places + 1) % len(case.ranks)
-    other_places[last] = places[last]
+    other_slots = (lora_slots + 1) % len(case.ranks)
+    other_slots[last] = lora_slots[last]
     among_others = before.clone()
-    kernels.add_lora(others, among_others, weights, other_places)
+    kernels.add_lora(others, among_others, weights, other_slots)
     assert torch.equal(bits(among_others[last]), bits(whole[last]))

@@ -1,4 +1,4 @@
-"""What our engine makes of prompts, for comparison with another implementation."""
+"""Outputs of the engine, for comparison with another implementation."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,18 @@ from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.runner import ModelRunner
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import Scheduled, Step, leader_of
+from engine.scheduling.request import Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 
 
 def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") -> Tensor:
-    """Logits of every position [n, V] from one forward pass over a whole prompt."""
+    """Return the logits of every position [n, V] of a prompt, computed in one forward pass."""
     submit = Submit(request_id="r", prompt_token_ids=list(prompt), params=SamplingParams(max_tokens=1), arrival=0.0)
-    place = loaded.adapters.find(fingerprint_of(loaded, lora_name))
-    request = leader_of(submit, salt=b"", number=0, now=0.0, lora_place=place)
+    slot = loaded.adapters.find(fingerprint_of(loaded, lora_name))
+    request = new_request(submit, salt=b"", arrival_number=0, now=0.0, lora_slot=slot)
     block_size = loaded.memory.block_size
-    request.blocks = [Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))]
-    # Of the prompt's size, which may exceed what the engine computes in one step.
+    request.kv.blocks = [Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))]
+    # The prompt may be longer than the token budget of the engine's steps.
     builder = BatchBuilder(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.device)
     runner = loaded.runner
     execution = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels).execution
@@ -33,7 +33,7 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") 
 
 
 def fingerprint_of(loaded: LoadedModel, lora_name: str) -> str:
-    """What a request for an adapter calls its weights."""
+    """Return the fingerprint of a loaded adapter, by which requests identify its weights; "" for no adapter."""
     adapters = {adapter.name: adapter.fingerprint for adapter in loaded.adapters.loaded()}
     return adapters[lora_name] if lora_name else ""
 
@@ -41,7 +41,7 @@ def fingerprint_of(loaded: LoadedModel, lora_name: str) -> str:
 def greedy_outputs(
     loaded: LoadedModel, prompts: Sequence[list[int]], num_tokens: int, lora_names: Sequence[str] = ()
 ) -> list[list[int]]:
-    """So many tokens after each prompt, all prompts together, through the engine."""
+    """Return `num_tokens` greedy tokens for each prompt; the engine runs all prompts together."""
     engine = Engine(EngineConfig(model_path=""), loaded)
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     for number, (prompt, name) in enumerate(zip(prompts, lora_names or [""] * len(prompts), strict=True)):

@@ -1,4 +1,4 @@
-"""Random weights in every format, with the numbers that they stand for."""
+"""Random weights in every format, and their dequantized numbers."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from engine.kernels.cpu.weights import FORMATS
 from engine.kernels.interface import KernelOptions
 from engine.weights import PackedTensor, Weight
-from tests.support.recorded_kernels import random_tensor
+from tests.support.tensors import random_tensor
 
 Array = np.ndarray[Any, Any]
 
-# Where half-precision scales and minima lie in a block.
+# The offsets of half-precision scales and minima in a block.
 SCALES = {
     "Q4_0": [0],
     "Q4_1": [0, 2],
@@ -29,18 +29,18 @@ GROUP = 32  # inputs that share a scale
 
 
 def inputs_of(name: str) -> int:
-    """What the number of inputs must be a multiple of."""
+    """Return the number of which the number of inputs must be a multiple."""
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][0] if name.upper() in SCALES else 1
 
 
 def options_of(name: str) -> KernelOptions:
-    """Those with which a checkpoint's weights end in this format."""
+    """Return options with which the weights of a checkpoint are packed in this format."""
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
     return KernelOptions(dtype, quantization="int8" if name == "int8" else "auto")
 
 
 def random_weight(name: str, num_outputs: int, num_inputs: int, seed: int) -> tuple[Weight, Tensor]:
-    """A weight for a format, and its numbers in float64 as they are once it is packed."""
+    """Return a weight for a format, and its numbers after packing, in float64."""
     assert name in FORMATS
     if name.upper() in SCALES:
         packed = random_packed(name.upper(), num_outputs, num_inputs, seed)
@@ -53,7 +53,7 @@ def random_weight(name: str, num_outputs: int, num_inputs: int, seed: int) -> tu
 
 
 def random_packed(type_name: str, num_outputs: int, num_inputs: int, seed: int) -> PackedTensor:
-    """Codes of all values, scales of both signs."""
+    """Return packed weights with codes of all values and scales of both signs."""
     rng = np.random.default_rng(seed)
     block_size, type_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
     data = rng.integers(0, 256, (num_outputs * num_inputs // block_size, type_size), dtype=np.uint8)
@@ -64,7 +64,7 @@ def random_packed(type_name: str, num_outputs: int, num_inputs: int, seed: int) 
 
 
 def numbers_of(packed: PackedTensor) -> Tensor:
-    """As the `gguf` package reads them."""
+    """Return the numbers that the `gguf` package reads."""
     numbers: Array = gguf.dequantize(
         packed.data.reshape(packed.shape[0], -1), gguf.GGMLQuantizationType[packed.type_name]
     )
@@ -72,7 +72,7 @@ def numbers_of(packed: PackedTensor) -> Tensor:
 
 
 def rounded_to_int8(weight: Tensor) -> Tensor:
-    """Codes of -127..127 times a half-precision scale for each output and 32 inputs. float64."""
+    """Return codes of -127..127 times a half-precision scale for each output and 32 inputs, in float64."""
     groups = grouped(weight)
     scales = (groups.abs().amax(dim=-1, keepdim=True) / 127).half().float()
     codes = (groups * (1 / scales)).round().clamp(-127, 127)
@@ -80,7 +80,7 @@ def rounded_to_int8(weight: Tensor) -> Tensor:
 
 
 def rounded_input(name: str, x: Tensor) -> Tensor:
-    """Inputs [T, K] as a product in this format takes them, in float64."""
+    """Return inputs [T, K] rounded like those of a product in this format, in float64."""
     if name == "float32":
         return x.double()
     if name == "bfloat16":
@@ -92,10 +92,10 @@ def rounded_input(name: str, x: Tensor) -> Tensor:
 
 
 def rounded_to_bfloat16(x: Tensor) -> Tensor:
-    """To the nearest, of two that are as near the one away from zero. float64."""
+    """Round to the nearest, ties away from zero. Returns float64."""
     return ((x.float().view(torch.int32) + 0x8000) & ~0xFFFF).view(torch.float32).double()
 
 
 def grouped(x: Tensor) -> Tensor:
-    """[n, K] -> [n, groups, 32], filled up with zeros."""
+    """Return x [n, K] as [n, groups, 32], padded with zeros."""
     return torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)

@@ -1,12 +1,14 @@
-"""Whether processes that tests have started still run."""
+"""Helpers to check whether processes have ended, and how much processor time they take."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 
 
 def is_running(pid: int) -> bool:
-    """A process that has ended counts as ended, even before its parent or init has taken notice."""
+    """Return whether the process runs. A zombie does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -14,8 +16,29 @@ def is_running(pid: int) -> bool:
 
 
 def wait_for_end_of(*pids: int, seconds: float = 2.0) -> None:
-    """Fails if one of them still runs after that."""
+    """Wait for the processes to end. Fail if one still runs after `seconds`."""
     deadline = time.monotonic() + seconds
     while any(map(is_running, pids)):
         assert time.monotonic() < deadline, pids
         time.sleep(0.01)
+
+
+@contextmanager
+def processor_limit(seconds: float) -> Iterator[None]:
+    """Fail if the block takes more processor time than `seconds`, in this process and its descendants together.
+
+    Other work on the machine does not count, but the block must not last ten times as long either.
+    """
+    start, used = time.monotonic(), _processor_seconds()
+    yield
+    assert _processor_seconds() - used < seconds
+    assert time.monotonic() - start < 10 * seconds
+
+
+def _processor_seconds() -> float:
+    process, total = psutil.Process(), 0.0
+    for each in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = each.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total

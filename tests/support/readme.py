@@ -1,16 +1,12 @@
 """The examples in the README."""
 
-import re
-
-from tests.support.paths import ROOT
+from tests.support.documents import blocks
 from tests.support.server_process import ServerProcess
 
-README = ROOT / "README.md"
 
-
-def readme_example(language: str, start: str, server: ServerProcess) -> str:
-    """The one code block of `language` that begins with `start`, with the port of `server`."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    (block,) = (block for block in blocks if block.startswith(start))
-    assert ":8000" in block
-    return str(block).replace(":8000", f":{server.port}")
+def readme_example(language: str, part: str, server: ServerProcess) -> str:
+    """Return the one code block of `language` that contains `part`, with the port of `server`."""
+    texts = [block.text for block in blocks("README.md") if block.language == language]
+    (text,) = (text for text in texts if part in text)
+    assert ":8000" in text
+    return text.replace(":8000", f":{server.port}")

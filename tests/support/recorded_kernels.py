@@ -1,4 +1,4 @@
-"""Operations of the C++ kernels as small programs, which run on rows of tables that a test holds."""
+"""Small programs of the C++ kernels, which run on rows of a test's tables."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,26 +12,22 @@ from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
 from engine.kernels.interface import KernelOptions, LayerCache, LinearOp
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import Scheduled, Step, leader_of
+from engine.scheduling.request import Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 from tests.support.kernel_choice import library_path
+from tests.support.tensors import CPU
 
-CPU = torch.device("cpu")
 MAX_ROWS = 130
 SEED = 3
 
 
 def make_kernels(code_path: str, num_threads: int = 1, options: KernelOptions | None = None) -> CpuKernels:
-    """float32 unless `options` say otherwise."""
+    """Return kernels in float32, unless `options` say otherwise."""
     return CpuKernels(Library(library_path(), code_path), options or KernelOptions(torch.float32), num_threads)
 
 
-def random_tensor(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 class Rows:
-    """An operation that takes an index of rows, and these rows of some tables, to rows of a result."""
+    """An operation on rows of some tables, given an index of rows."""
 
     def __init__(
         self,
@@ -43,23 +39,21 @@ class Rows:
         self.program = Program(kernels.library, kernels.team)
         self.rows = torch.zeros(max_rows, dtype=torch.int64)
         self.num_rows = np.zeros(2, dtype=np.int64)
-        # What the kernels know of a step.
-        builder = BatchBuilder(max_rows, 1, max_rows, 16, CPU)
-        with kernels.recording(self.program, builder, {self.rows.data_ptr(): self.num_rows.ctypes.data}):
+        with kernels.recording(self.program, {self.rows.data_ptr(): self.num_rows.ctypes.data}):
             self.out = operation(self.rows, *(kernels.gather(table, self.rows) for table in tables))
 
     def __call__(self, rows: Sequence[int], num_prompt_rows: int = 0) -> Tensor:
-        """The last rows may be of prompts, the others are of generated tokens."""
+        """Run on rows, of which the last `num_prompt_rows` are those of prompts and the others of generated tokens."""
         self.rows[: len(rows)] = torch.tensor(rows)
         self.num_rows[:] = len(rows), len(rows) - num_prompt_rows
-        self.out.fill_(7.0)  # what is left of it after the last row must not be touched
+        self.out.fill_(7.0)  # must stay after the last row
         self.program.run()
         assert (self.out[len(rows) :] == 7.0).all()
         return self.out[: len(rows)].clone()
 
 
 def assert_rows_are_independent(rows: Rows, num_rows: int = MAX_ROWS) -> Tensor:
-    """A row of its kind has the same bits alone, at any place and in any company. Returns the result of all rows."""
+    """Check that a row has the same bits alone, at any index and among any rows. Returns the result of all rows."""
     everything = assert_rows_of_a_kind_are_independent(rows, num_rows, are_prompts=False)
     prompts = assert_rows_of_a_kind_are_independent(rows, num_rows, are_prompts=True)
     for num_prompt_rows in (1, 40, num_rows - 1):
@@ -80,15 +74,15 @@ def assert_rows_of_a_kind_are_independent(rows: Rows, num_rows: int, *, are_prom
 
 
 def assert_close(actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
-    """Within a bound of each number."""
+    """Check that each number is within its bound."""
     worst = ((actual.double() - expected).abs() / bound).nan_to_num(nan=torch.inf).max()
-    assert worst <= 1, f"{worst} times as far from what is expected as allowed"
+    assert worst <= 1, f"an error is {worst} times its bound"
 
 
 class Sequences:
-    """Rotary embedding, cache and attention of sequences whose tokens are rows of one table: q, k and v of all heads.
+    """Rotary embedding, cache and attention of sequences whose tokens are rows of a table of q, k and v of all heads.
 
-    A step computes rows (sequence, start, end); blocks lie scattered. What no token was stored in is NaN.
+    A step computes rows (sequence, start, end). Blocks are scattered, and NaN where no token is stored.
     """
 
     def __init__(
@@ -112,7 +106,7 @@ class Sequences:
         shuffled = np.random.default_rng(seed).permutation(sum(num_blocks) + 3)
         self.block_ids = [ids.tolist() for ids in np.split(shuffled, np.cumsum(num_blocks))[: len(seq_lens)]]
         self.cache = kernels.new_layer_cache(len(shuffled), block_size, self.num_kv_heads, self.head_dim)
-        self.generated: set[int] = set()  # the sequences whose tokens are not of a prompt; they come first in a step
+        self.generated: set[int] = set()  # sequences whose tokens count as generated; they come first in a step
         self.forget()
         self.builder = BatchBuilder(2048, 64, max(seq_lens), block_size, CPU)
         self._record(kernels, table, project)
@@ -123,17 +117,17 @@ class Sequences:
         num_rows = self.builder.num_rows.ctypes.data
         index_rows = {batch.token_ids.data_ptr(): num_rows, batch.positions.data_ptr(): num_rows}
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        with kernels.recording(self.program, self.builder, index_rows):
+        with kernels.recording(self.program, index_rows, self.builder.num_seqs.ctypes.data):
             heads = kernels.gather(table, batch.token_ids).view(-1, sum(sizes), self.head_dim)
             q, k, v = torch.split(heads, sizes, dim=1)
             cos, sin = (kernels.gather(angles, batch.positions) for angles in (self.cos, self.sin))
             self.plan = kernels.plan_attention(batch, batch.query_lens, self.num_heads, self.num_kv_heads, self.cache)
-            self.q = kernels.rope_and_store_kv(q, k, v, cos, sin, batch.slots, self.cache)
+            self.q = kernels.rope_and_store_kv(q, k, v, cos, sin, batch.slot_mapping, self.cache)
             out = kernels.paged_attention(self.q, self.cache, self.plan, self.head_dim**-0.5, self.window)
             self.out = out if project is None else project(out.flatten(1))
 
     def forget(self) -> None:
-        """As if nothing had been stored, and somebody else's failure had lain there before."""
+        """Fill the cache with the garbage of a failed request."""
         garbage = torch.nan if self.cache.key_scales is None else 127
         for tensor in (self.cache.keys, self.cache.values):
             tensor.fill_(garbage)
@@ -142,7 +136,7 @@ class Sequences:
                 scales.fill_(torch.nan)
 
     def step(self, *spans: tuple[int, int, int]) -> list[Tensor]:
-        """Store and attend; the result of each span [rows, query heads, head size], or its projection."""
+        """Store and attend. Returns the result of each span [rows, query heads, head size], or its projection."""
         self.builder.build(Step(1, [self._scheduled(*span) for span in spans]))
         self.program.run()
         lengths = [end - start for _, start, end in spans]
@@ -152,15 +146,15 @@ class Sequences:
         first = self.first_tokens[sequence]
         token_ids = list(range(first, first + self.seq_lens[sequence]))
         submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
-        request = leader_of(submit, salt=b"", number=0, now=0.0)
+        request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
         if sequence in self.generated:
             request.num_prompt_tokens = 0
-        request.blocks = [Block(block_id) for block_id in self.block_ids[sequence]]
+        request.kv.blocks = [Block(block_id) for block_id in self.block_ids[sequence]]
         return Scheduled(request, start, end - start, num_samples=0)
 
 
-def slots_of(cache: LayerCache, head: int, block_ids: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [tokens, head size] of one KV head, read from the layout that kv_cache.h describes."""
+def stored_heads(cache: LayerCache, head: int, block_ids: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values [tokens, head size] of one KV head, read from the layout of kv_cache.h."""
     blocks = torch.tensor(block_ids)
     keys, values = cache.keys[blocks, head], cache.values[blocks, head]
     if keys.ndim == 4:  # bfloat16 in pairs: keys [B, D / 2, N, 2], values [B, N / 2, D, 2]

@@ -1,4 +1,4 @@
-"""The real model as transformers has it, from the same GGUF file and in float32."""
+"""The real model in transformers, read from the same GGUF file, in float32."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 
 def load_reference(path: Path) -> LlamaForCausalLM:
-    """As `from_pretrained(gguf_file=...)` does it, which insists on one more package."""
+    """Load the model as `from_pretrained(gguf_file=...)` does, which would need an additional package."""
     model = LlamaForCausalLM(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     read: Any = load_gguf_checkpoint
     weights = read(path, return_tensors=True, model_to_load=model, torch_dtype=torch.float32)

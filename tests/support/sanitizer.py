@@ -1,4 +1,4 @@
-"""Runs Python code against the kernels' library with checks for errors of memory and for undefined behaviour."""
+"""Run Python code with a kernel library that checks memory accesses and undefined behaviour."""
 
 import os
 import subprocess
@@ -21,12 +21,11 @@ library = ctypes.CDLL(library_path)
 
 
 def run_sanitized(code: str, library: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own, which ends with another status than 0 at the first error that is found, and
-    says on standard error where it is. `library` (ctypes.CDLL) and `library_path` (str) are defined in it.
+    """Run `code` in a process of its own, with `library` (ctypes.CDLL) and `library_path` (str) defined.
 
-    Borders are watched of memory that comes from malloc, each piece by itself: that of numpy, torch and ctypes, but not
-    of a ctypes array of 16 bytes or less, nor between parts of one array. Skips the test where there is no compiler, or
-    one without sanitizers.
+    The process ends at the first error, with a status other than 0 and its location on standard error. Bounds are
+    checked for each piece of memory from malloc, including that of numpy, torch and ctypes, except for ctypes arrays of
+    16 bytes or less. Skips the test if there is no compiler, or one without sanitizers.
     """
     runtime = _runtime()
     path = str(library or _sanitized_library())
@@ -55,7 +54,7 @@ def _sanitized_library() -> Path:
 
 @cache
 def _runtime() -> list[str]:
-    """The sanitizers' own libraries. They must be loaded before all others, which Python alone would not do."""
+    """Return the paths of the sanitizers' libraries, which must be loaded before all others."""
     try:
         compiler = find_compiler()
     except BuildError as error:
@@ -64,7 +63,7 @@ def _runtime() -> list[str]:
     for name in ("libasan.so", "libubsan.so"):
         command = [*compiler, f"-print-file-name={name}"]
         path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        if not Path(path).is_absolute():  # the compiler answers with the bare name where it has none
+        if not Path(path).is_absolute():  # the compiler prints the bare name if it has none
             pytest.skip(f"{compiler[0]} has no {name}")
         paths.append(os.path.realpath(path))
     return paths

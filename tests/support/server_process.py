@@ -1,4 +1,4 @@
-"""`lightwell serve` as a user starts it: a tree of real processes on a free port, with the real model."""
+"""`lightwell serve` as a user starts it: real processes on a free port, with a real model."""
 
 import os
 import shutil
@@ -24,23 +24,26 @@ from tests.support.serving import wait_until
 MODEL = "smollm2-135m"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
-# These bound hangs only: whatever else runs on the machine may make the model many times slower.
+# Limits for hangs only, with a wide margin: other jobs on the machine can make the model many times slower.
 READY_SECONDS = 180.0
 REQUEST_SECONDS = 300.0
 
-# Threads that spin while they wait for each other cost most of the time where clients share the cores.
+# Without spinning OpenMP threads, which would take the cores from the clients.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class ServerProcess:
-    """The supervisor, its children, and a client to ask them with."""
+    """The supervisor, its child processes, and an HTTP client for them."""
 
     def __init__(self, model: Path, folder: Path, *flags: str, **environment: str) -> None:
-        """The process leads a group of its own, as a command in a terminal does. It finds `folder` for its files."""
+        """Start the server, with its log and temporary files in `folder`.
+
+        It leads its own process group, like a command started in a terminal.
+        """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = folder
-        self.family: list[psutil.Process] = []  # known once it is ready; the supervisor first
+        self.family: list[psutil.Process] = []  # set when it is ready; the supervisor first
         self.http = httpx.Client(
             base_url=self.url, timeout=REQUEST_SECONDS, trust_env=False, limits=httpx.Limits(max_connections=None)
         )
@@ -60,11 +63,11 @@ class ServerProcess:
 
     @property
     def log(self) -> str:
-        """What all its processes have written, to standard output or error."""
+        """Everything that its processes have written to standard output and standard error."""
         return self._log.read_text(encoding="utf-8")
 
-    def last_words(self, num_lines: int = 20) -> str:
-        """The end of the log without the requests, for the message of an assertion."""
+    def end_of_log(self, num_lines: int = 20) -> str:
+        """Return the last lines of the log without access lines, for assertion messages."""
         return "\n".join([line for line in self.log.splitlines() if "server.access" not in line][-num_lines:])
 
     @property
@@ -79,13 +82,13 @@ class ServerProcess:
         (child,) = (each for each in self.family[1:] if module in each.cmdline())
         return child
 
-    # Asking.
+    # Requests.
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         return self.http.get(path, headers=headers)
 
     def status(self, path: str) -> int:
-        """0 where there is no answer."""
+        """Return the status code, or 0 without a response."""
         with suppress(httpx.TransportError):
             return self.get(path).status_code
         return 0
@@ -103,13 +106,13 @@ class ServerProcess:
         return answer
 
     def metrics(self) -> dict[str, Metric]:
-        """The families of a scrape by name; counters without `_total`."""
+        """Return the metric families by name. Names of counters have no `_total`."""
         page = self.get("/metrics")
         assert page.status_code == 200, page.text
         return {family.name: family for family in text_string_to_metric_families(page.text)}
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of the samples that carry `labels`."""
+        """Return the sum of the samples that have `labels`."""
         samples = [sample for family in self.metrics().values() for sample in family.samples if sample.name == name]
         assert samples, name
         return float(sum(sample.value for sample in samples if labels.items() <= sample.labels.items()))
@@ -124,18 +127,18 @@ class ServerProcess:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing runs, nothing waits, and no block is held."""
+        """True if no request runs or waits and no block is in use."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         return not any(self.metric(f"lightwell_{name}") for name in names)
 
-    # Beginning and ending.
+    # Start and end.
 
     def wait_until_ready(self) -> None:
         def has_decided() -> bool:
             return self.status("/readyz") == 200 or self.process.poll() is not None
 
         wait_until(has_decided, READY_SECONDS)
-        assert self.process.poll() is None, self.last_words()
+        assert self.process.poll() is None, self.end_of_log()
         supervisor = psutil.Process(self.process.pid)
         self.family = [supervisor, *supervisor.children(recursive=True)]
 
@@ -143,17 +146,17 @@ class ServerProcess:
         self.process.send_signal(signum)
 
     def wait(self, seconds: float) -> int:
-        """Its exit status; fails if it runs on."""
+        """Return the exit status. Fail if the server still runs after `seconds`."""
         return self.process.wait(seconds)
 
     def assert_nothing_is_left(self) -> None:
-        """No process, no file."""
+        """Assert that no process and no temporary file is left."""
         assert self.family
         assert [each.cmdline() for each in self.family if is_running(each.pid)] == []
         assert list(self._temporary.iterdir()) == []
 
     def close(self) -> None:
-        """End whatever still runs. The children die with the supervisor."""
+        """Kill all processes. The children end with the supervisor."""
         self.http.close()
         self.process.kill()
         self.process.wait()
@@ -164,7 +167,7 @@ class ServerProcess:
 
 @contextmanager
 def starting_server(model: Path, *flags: str, **environment: str) -> Iterator[ServerProcess]:
-    """A server that has just been started. Paths of sockets must be short, hence the folder."""
+    """Start a server without waiting for it. Its folder has a short path, since socket paths are limited."""
     folder = Path(tempfile.mkdtemp(prefix="lw-"))
     server = ServerProcess(model, folder, *flags, **environment)
     try:
@@ -176,7 +179,7 @@ def starting_server(model: Path, *flags: str, **environment: str) -> Iterator[Se
 
 @contextmanager
 def running_server(model: Path, *flags: str, **environment: str) -> Iterator[ServerProcess]:
-    """A server that is ready."""
+    """Start a server and wait until it is ready."""
     with starting_server(model, *flags, **environment) as server:
         server.wait_until_ready()
         yield server
@@ -184,22 +187,23 @@ def running_server(model: Path, *flags: str, **environment: str) -> Iterator[Ser
 
 @contextmanager
 def shared_server(model: Path, *flags: str, **environment: str) -> Iterator[ServerProcess]:
-    """A server for several tests, which must leave nothing behind at their end, nor it at its own."""
+    """Run a server for several tests. At its end it must exit with 0 and leave nothing behind."""
     with running_server(model, *flags, **environment) as server:
         yield server
         server.signal(signal.SIGTERM)
-        assert server.wait(10) == 0, server.last_words()
+        assert server.wait(10) == 0, server.end_of_log()
         server.assert_nothing_is_left()
 
 
 def free_port() -> int:
+    """Return a TCP port that is free at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 def seconds_until(condition: Any, limit: float) -> float:
-    """How long it takes until `condition()` is true; fails after `limit`."""
+    """Wait until `condition()` is true and return the seconds it took. Fail after `limit` seconds."""
     started = time.monotonic()
     wait_until(condition, limit)
     return time.monotonic() - started

@@ -1,4 +1,4 @@
-"""A real server on a free port, in a thread, with a fake engine behind it."""
+"""A real HTTP server in a thread, on a free port, with a fake engine."""
 
 import asyncio
 import json
@@ -14,22 +14,25 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
+from server.api.responses.store import ResponseStore
 from server.app import create_app
 from server.context import ServerContext
 from server.http.protocol import HTTPProtocol
 from server.main import bind, make_context, make_server, url
-from server.settings.table import ApiProcessConfig, Settings
+from server.settings.process_configs import ApiProcessConfig
+from server.settings.table import Settings
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 
 MODEL_NAMES = ("tiny", "org/tiny")
 
 
 class RunningServer:
-    """Where it is, and what is inside."""
+    """The URL and the internal state of a running server."""
 
-    def __init__(self, url: str, context: ServerContext, engine: FakeEngine | None) -> None:
+    def __init__(self, url: str, app: FastAPI, context: ServerContext, engine: FakeEngine | None) -> None:
         self.url = url
         self.context = context
+        self._app = app
         self._engine = engine
 
     @property
@@ -41,21 +44,34 @@ class RunningServer:
         assert self._engine is not None
         return self._engine
 
+    @property
+    def response_store(self) -> ResponseStore:
+        store: ResponseStore = self._app.state.response_store
+        return store
+
     def connect(self) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port))
         connection.settimeout(10)
         return connection
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one sample as a scrape would see it now."""
+        """Return the current value of a sample."""
         own = {"model_name": MODEL_NAMES[0], "engine": "0"}
         registry = self.context.metrics.registry
         value = registry.get_sample_value(name, own | labels)
         return value if value is not None else registry.get_sample_value(name, labels) or 0.0
 
 
+def send_repeatedly(connection: socket.socket, data: bytes, *, seconds: float, pause: float = 0.0) -> None:
+    """Send data again and again. Raises OSError when the peer closes the connection."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        connection.sendall(data)
+        time.sleep(pause)
+
+
 def wait_until(condition: Any, timeout: float = 5.0) -> None:
-    """Polls until `condition()` is true; fails after `timeout` seconds."""
+    """Poll until `condition()` is true. Fail after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -79,8 +95,9 @@ def running_server(
     max_connections: int = 256,
     protocol: type[HTTPProtocol] = HTTPProtocol,
 ) -> Iterator[RunningServer]:
-    """Serves until the end of the context."""
-    server = make_server(app or create_app(context), max_connections=max_connections, protocol=protocol)
+    """Run a server for `context` in a thread. `app` replaces the application that `create_app` would create."""
+    app = app or create_app(context)
+    server = make_server(app, max_connections=max_connections, protocol=protocol)
     sockets = bind("127.0.0.1", 0)
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -94,7 +111,7 @@ def running_server(
         wait_until(lambda: server.started)
         if wait_ready:
             wait_until(lambda: context.client.is_ready)
-        yield RunningServer(url(sockets[0]), context, engine)
+        yield RunningServer(url(sockets[0]), app, context, engine)
     finally:
         loops[0].call_soon_threadsafe(server.stop)
         thread.join(timeout=10)
@@ -103,14 +120,14 @@ def running_server(
 
 @contextmanager
 def own_address() -> Iterator[str]:
-    """A ZeroMQ address that nobody else has. Paths of sockets must be short."""
+    """Yield an unused ZeroMQ address. Its path is short, since the kernel limits the length of socket paths."""
     with tempfile.TemporaryDirectory(prefix="lw-") as folder:
         yield f"ipc://{folder}/engine"
 
 
 @contextmanager
 def fresh_server(model_folder: Path, **settings: Any) -> Iterator[RunningServer]:
-    """A server with a fake engine of its own."""
+    """Run a server with its own fake engine."""
     with own_address() as address, FakeEngine(FakeEngineConfig(address=address)) as engine:
         context = make_test_context(address, model_folder, **settings)
         with running_server(context, engine) as server:
@@ -118,15 +135,15 @@ def fresh_server(model_folder: Path, **settings: Any) -> Iterator[RunningServer]
 
 
 def raw_request(method: str, path: str, body: bytes = b"", /, **headers: str) -> bytes:
-    """HTTP/1.1 as bytes. Header names are written with _ for -."""
+    """Return an HTTP/1.1 request as bytes. Header names have _ in place of -."""
     lines = [f"{method} {path} HTTP/1.1"]
     fields = {"host": "localhost", "content_length": str(len(body))} | headers
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of one answer with a Content-Length, or of all until the end."""
+def read_response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Read one response: status, headers and body. Without Content-Length, the body ends with the connection."""
     data = b""
     while b"\r\n\r\n" not in data:
         chunk = connection.recv(65536)
@@ -141,7 +158,7 @@ def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
 
 
 def check_error(response: httpx.Response, status: int) -> dict[str, Any]:
-    """Asserts that the answer is an error in OpenAI's envelope, and returns its four fields."""
+    """Assert that the response is an error in OpenAI's format. Return its four fields."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]
@@ -149,6 +166,7 @@ def check_error(response: httpx.Response, status: int) -> dict[str, Any]:
 
 
 def check_envelope(body: bytes) -> dict[str, Any]:
+    """Assert that the body is an error in OpenAI's format. Return its four fields."""
     content = json.loads(body)
     assert list(content) == ["error"]
     error: dict[str, Any] = content["error"]

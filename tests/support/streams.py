@@ -1,4 +1,4 @@
-"""Streaming requests, many at a time, and what their clients see: what came, when, and how it ended."""
+"""Concurrent streaming requests: their chunks, the times of arrival, and how they ended."""
 
 import json
 import threading
@@ -17,43 +17,46 @@ JOIN_SECONDS = 300.0  # bounds hangs only
 
 
 class Stream:
-    """One request in a thread of its own."""
+    """A streaming request in its own thread."""
 
     def __init__(self, server: ServerProcess, body: dict[str, Any], path: str = COMPLETIONS) -> None:
         self.chunks: list[dict[str, Any]] = []
-        self.times: list[float] = []  # of `time.monotonic()`, when each chunk came
-        self.error: dict[str, Any] | None = None  # from an error event, or from an answer that is no stream
-        self.status: int | None = None  # None: no answer
-        self.is_done = False  # [DONE] came
-        self.is_cut = False  # the connection broke
+        self.times: list[float] = []  # arrival of each chunk, in seconds of `time.monotonic()`
+        self.error: dict[str, Any] | None = None  # of an error event, or of a response that is not a stream
+        self.status: int | None = None  # None: no response
+        self.is_done = False  # [DONE] was received
+        self.is_cut = False  # the connection was closed early
         self.ended = 0.0
         self._http = server.http
         self._path = path
         self._body = {"model": MODEL, "stream": True} | body
-        self._begun = threading.Event()
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def wait_for_begin(self) -> None:
-        """Until the first chunk is there."""
-        assert self._begun.wait(JOIN_SECONDS)
+    def wait_for_start(self) -> None:
+        """Wait for the first chunk."""
+        assert self._started.wait(JOIN_SECONDS)
         assert self.chunks, (self.status, self.error)
 
     def result(self) -> "Stream":
-        """Itself, once it has ended."""
+        """Wait for the end and return the stream itself."""
         self._thread.join(JOIN_SECONDS)
         assert not self._thread.is_alive()
         return self
 
     @property
     def is_complete(self) -> bool:
-        """Every choice has an end, and [DONE] came last."""
+        """True if every choice has a finish reason and [DONE] came last."""
         reasons = [choice.finish_reason for choice in merge(self.chunks).values()]
         return self.is_done and not self.is_cut and self.error is None and bool(reasons) and None not in reasons
 
     @property
     def has_failed(self) -> bool:
-        """Its client knows: an error event came, or the connection broke. An end without [DONE] looks like success."""
+        """True if the client can see the failure: an error event or a closed connection.
+
+        A stream that merely ends without [DONE] would look like a success to most clients.
+        """
         return self.is_cut or self.error is not None
 
     def _run(self) -> None:
@@ -68,7 +71,7 @@ class Stream:
             self.is_cut = True
         finally:
             self.ended = time.monotonic()
-            self._begun.set()
+            self._started.set()
 
     def _read(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -83,21 +86,21 @@ class Stream:
             else:
                 self.chunks.append(json.loads(data))
                 self.times.append(time.monotonic())
-                self._begun.set()
+                self._started.set()
 
 
 def start_streams(server: ServerProcess, num_streams: int, **fields: Any) -> list[Stream]:
-    """Streams that have all begun, each with a short prompt of its own."""
+    """Start streams with different short prompts and wait for the first chunk of each."""
     prompts = [f"Once upon a time there were {number} cats, and" for number in range(num_streams)]
     streams = [Stream(server, {"prompt": prompt, "ignore_eos": True} | fields) for prompt in prompts]
     for stream in streams:
-        stream.wait_for_begin()
+        stream.wait_for_start()
     return streams
 
 
 @dataclass
 class Choice:
-    """All of one choice, of either endpoint, streamed or not."""
+    """A whole choice of either endpoint, streamed or not."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -105,12 +108,12 @@ class Choice:
 
 
 def merge(answers: Iterable[dict[str, Any]]) -> dict[int, Choice]:
-    """The choices, by index, of a whole answer or of the chunks of a stream."""
+    """Return the choices by index, from a whole response or from the chunks of a stream."""
     choices: dict[int, Choice] = {}
     for answer in answers:
         for part in answer["choices"]:
             choice = choices.setdefault(part["index"], Choice())
-            assert choice.finish_reason is None, "something came after the end"
+            assert choice.finish_reason is None, "a chunk after the finish reason"
             choice.text += choice_text(part)
             choice.finish_reason = part["finish_reason"]
             for name, values in (part.get("logprobs") or {}).items():

@@ -1,7 +1,7 @@
-"""A child process for tests of the supervisor: it speaks nothing, and ends as its arguments say.
+"""A child process for tests of the supervisor that ends as its arguments say.
 
-`stub_child.py FOLDER NAME BEHAVIOUR [ARGUMENT]` writes its configuration to FOLDER/NAME.json and its number to
-FOLDER/NAME.pid, then behaves.
+`stub_child.py FOLDER NAME BEHAVIOUR [ARGUMENT]` writes its configuration to FOLDER/NAME.json and its process id to
+FOLDER/NAME.pid, then follows BEHAVIOUR.
 """
 
 import os
@@ -34,7 +34,7 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     announce(folder, name, os.getpid())
-    if behaviour == "mourn":  # as the API process does when its engine is gone
+    if behaviour == "outlive-engine":  # like the API process when its engine dies
         wait_for_end_of(msgspec.json.decode(config)["engine_pid"])
         leave(folder, f"{name}-end", float(argument), 1)
     while True:
@@ -42,7 +42,7 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
 
 
 def announce(folder: Path, name: str, pid: int) -> None:
-    """Whole or not at all."""
+    """Write the process id atomically."""
     (folder / f"{name}.tmp").write_text(str(pid))
     (folder / f"{name}.tmp").rename(folder / f"{name}.pid")
 

@@ -10,24 +10,24 @@ from typing import Any, Self
 
 @dataclasses.dataclass
 class Script:
-    """How each answer goes."""
+    """The answers of the stub: their chunks, timing and failures."""
 
     chunks: list[list[str]] = dataclasses.field(default_factory=lambda: [["Hel"], ["lo"]])  # tokens of each chunk
     first_delay: float = 0.0  # seconds before the first chunk
-    delay: float = 0.0  # seconds before each other chunk
+    delay: float = 0.0  # seconds before each further chunk
     num_prompt_tokens: int = 5
     with_usage: bool = True
     with_token_ids: bool = False
     status: int = 200
-    error: str | None = None  # in the body of another status, or as an event after the chunks
+    error: str | None = None  # error message, in the body if status is not 200, else as an event after the chunks
     with_done: bool = True
     is_chunked: bool = True
-    close_early: bool = False  # in the middle of the answer
+    close_early: bool = False  # close the connection in the middle of the answer
     never_ends: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class SeenRequest:
     method: str
     path: str
     headers: dict[str, str]
@@ -35,16 +35,16 @@ class Seen:
 
 
 class StubServer:
-    """Runs in a thread of its own while the context is open."""
+    """The stub server. It runs in its own thread while the context is open."""
 
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or Script()
-        self.seen: list[Seen] = []
+        self.seen: list[SeenRequest] = []
         self.num_running = self.max_running = 0
         self.disconnected = threading.Event()
 
     @property
-    def requests(self) -> list[Seen]:
+    def requests(self) -> list[SeenRequest]:
         return [seen for seen in self.seen if seen.method == "POST"]
 
     def __enter__(self) -> Self:
@@ -78,7 +78,7 @@ class StubServer:
         finally:
             writer.close()
 
-    async def _answer(self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, seen: SeenRequest, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.seen.append(seen)
         if seen.path == "/v1/models":
             return _write_json(writer, 200, {"object": "list", "data": [{"id": "stub-model"}]})
@@ -87,7 +87,7 @@ class StubServer:
             return _write_json(writer, self.script.status, {"error": error})
         return await self._stream(seen, reader, writer)
 
-    async def _stream(self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _stream(self, seen: SeenRequest, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         script = self.script
         encoding = "transfer-encoding: chunked\r\n" if script.is_chunked else ""
         writer.write(f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{encoding}\r\n".encode())
@@ -99,7 +99,7 @@ class StubServer:
             self._event(writer, _chunk(seen.path, tokens, script.with_token_ids))
             await writer.drain()
         if script.never_ends:
-            await reader.readexactly(1)  # fails when the client goes
+            await reader.readexactly(1)  # raises when the client disconnects
         self.num_running -= 1
         if script.close_early:
             return
@@ -121,12 +121,12 @@ class StubServer:
         writer.write(b"%x\r\n%s\r\n" % (len(data), data) if self.script.is_chunked else data)
 
 
-async def _read_request(reader: asyncio.StreamReader) -> Seen:
+async def _read_request(reader: asyncio.StreamReader) -> SeenRequest:
     head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
     method, path, _ = head[0].split()
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
     body = await reader.readexactly(int(headers.get("content-length", 0)))
-    return Seen(method, path, headers, json.loads(body) if body else None)
+    return SeenRequest(method, path, headers, json.loads(body) if body else None)
 
 
 def _chunk(path: str, tokens: list[str], with_token_ids: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small random models for tests, made and saved by transformers."""
+"""Small random models for tests, created and saved with transformers."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def randomize(model: PreTrainedModel, seed: int) -> None:
-    """Give every parameter values that show: norms and biases start as ones and zeros, other weights close to 0."""
+    """Give all parameters random values large enough to affect outputs, unlike those of a new model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -23,7 +23,7 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
 def save_random_model(
     model: PreTrainedModel, folder: Path, seed: int, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
 ) -> Path:
-    """Randomise a model, round it to what is stored in `dtype`, and save it. `model` stays in float32."""
+    """Randomise a model and save it in `dtype`. `model` itself gets the rounded values, in float32."""
     randomize(model, seed)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

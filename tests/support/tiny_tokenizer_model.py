@@ -1,4 +1,4 @@
-"""A model folder without weights: a tokenizer whose tokens are the 256 bytes and three special ones."""
+"""A model folder without weights, whose tokenizer has the 256 bytes and three special tokens."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def write_tiny_model(folder: Path) -> None:
-    """Token id i < 256 is byte i. No BOS; the end token is <|endoftext|>."""
+    """Write the folder. Token id i < 256 is byte i; there is no BOS, and the EOS token is <|endoftext|>."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -48,3 +48,11 @@ TINY_LLAMA = {
     "hidden_act": "silu",
     "eos_token_id": END_OF_TEXT_ID,
 }
+
+
+def chatml(*turns: tuple[str, str], opened: bool = True) -> list[int]:
+    """Return the tokens that the ChatML template renders."""
+    token_ids: list[int] = []
+    for role, content in turns:
+        token_ids += [IM_START_ID, *f"{role}\n{content}".encode(), IM_END_ID, ord("\n")]
+    return token_ids + ([IM_START_ID, *b"assistant\n"] if opened else [])

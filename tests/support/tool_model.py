@@ -1,4 +1,4 @@
-"""A model folder whose chat template writes tools, calls and thoughts as Qwen's do, and what tests do with it."""
+"""A model folder whose chat template writes tools, calls and reasoning as Qwen's do, and helpers for its tests."""
 
 import json
 from pathlib import Path
@@ -35,8 +35,16 @@ TEMPLATE = r"""
 TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 
 
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "How it is", "parameters": PARAMETERS}}
+TIME = {"type": "function", "function": {"name": "time"}}
+TOOLS = [WEATHER, TIME]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "東京"}}\n</tool_call>'
+TIME_CALL = '<tool_call>{"name": "time"}</tool_call>'
+
+
 def write_tool_model(folder: Path, *, special_tags: bool) -> Path:
-    """With `special_tags` the tags are control tokens, as they are in some models."""
+    """Write the model folder. With `special_tags` the tags are control tokens, as in some models."""
     write_tiny_model(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_TEXT, "chat_template": TEMPLATE}))
     path = str(folder / "tokenizer.json")
@@ -48,18 +56,18 @@ def write_tool_model(folder: Path, *, special_tags: bool) -> Path:
 
 
 def say(server: RunningServer, text: str) -> None:
-    """What the model answers from now on."""
+    """Set the text that the model generates."""
     server.engine.config.reply = server.context.tokenizer.encode(text, add_special_tokens=False)
 
 
 def prompt(server: RunningServer, **fields: Any) -> str:
-    """The prompt that a request becomes, as text."""
+    """Send a request and return its prompt as text."""
     ask_json(server.url, CHAT, **fields)
     return server.context.tokenizer.decode(server.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
 
 
 def messages_of(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The messages that a stream adds up to, as OpenAI's clients add it up."""
+    """Return the messages of a stream, accumulated as OpenAI's clients do."""
     messages: dict[int, dict[str, Any]] = {}
     for choice in (choice for chunk in chunks for choice in chunk["choices"]):
         message = messages.setdefault(choice["index"], {"content": ""})

@@ -1,14 +1,14 @@
-"""Compiles the C++ kernels into one shared library when they are first needed, and keeps it.
+"""Compile the C++ kernels into one shared library when they are first needed, and cache it.
 
-`python -m engine.kernels.cpu.build` does it ahead of time, which is what `lightwell build-kernels` runs.
+`python -m engine.kernels.cpu.build` compiles ahead of time; `lightwell build-kernels` runs it.
 
 A library is looked for in this order:
 
-1. `prebuilt/` beside the sources, under the hash of sources and flags: made with --in-package, for images that have no
-   compiler. A library of other sources or flags is not taken.
-2. The cache folder, under the hash of those and of the compiler.
+1. `prebuilt/` beside the sources, under the hash of sources and flags: made with --in-package, for images without a
+   compiler. A library of other sources or flags is ignored.
+2. The cache folder, under the hash of sources, flags and compiler.
 
-Otherwise it is compiled into the cache folder, or into one for temporary files where that cannot be written.
+Otherwise it is compiled into the cache folder, or into a temporary folder if the cache folder cannot be written.
 """
 
 import argparse
@@ -33,6 +33,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from engine.shared.paths import cache_folder
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
@@ -41,9 +43,9 @@ COMPILERS = ["g++", "c++", "clang++"]
 MAX_PROCESSES = 2
 POLL_SECONDS = 0.01
 
-# UNIT is compiled for each code path, with the macro LIGHTWELL_ISA as the name of the path; all other sources once, for
-# any processor of the machine's kind. Products and sums are not fused unless the source says so, for all code paths and
-# compilers are to round alike.
+# UNIT is compiled for each code path, with the name of the path in the macro LIGHTWELL_ISA; all other sources once, for
+# any processor of the architecture. Products and sums are fused only where the source says so, because all code paths
+# and compilers must round alike.
 UNIT = "unit.cpp"
 COMMON_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
@@ -52,7 +54,7 @@ COMMON_FLAGS = [
 ]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-CODE_PATHS = {
+UNIT_FLAGS = {
     "avx2": AVX2_FLAGS,
     "avx512": AVX512_FLAGS,
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
@@ -67,19 +69,23 @@ Command = list[str]
 
 
 class BuildError(RuntimeError):
-    """There is no library and none can be made; the message is one line for the user."""
+    """There is no library and none can be compiled. The message is one line for the user."""
 
 
 def build(*, sanitize: bool = False, in_package: bool = False) -> Path:
-    """The path of the shared library, which is compiled unless it is there. Raises BuildError.
+    """Return the path of the shared library, after compiling it if necessary.
 
-    With `sanitize` it stops the process where it reads or writes out of bounds or does what C++ leaves undefined.
+    With `sanitize`, the library aborts the process on accesses out of bounds and on undefined behavior. With
+    `in_package`, it is compiled into `prebuilt/`.
+
+    Raises:
+        BuildError: there is no library and none can be compiled.
     """
     return build_package(PACKAGE, sanitize=sanitize, in_package=in_package)
 
 
 def build_package(package: Path, *, sanitize: bool = False, in_package: bool = False) -> Path:
-    """`build` for the sources in `package`/src."""
+    """Do what `build` does, for the sources in `package`/src."""
     if platform.machine() != MACHINE:
         raise BuildError(f"the CPU kernels are for {MACHINE}, and this machine is {platform.machine()}")
     source_key = key_of_sources(package / "src", sanitize)
@@ -92,25 +98,25 @@ def build_package(package: Path, *, sanitize: bool = False, in_package: bool = F
     else:
         name = f"{_key_of_library(source_key, compiler)}.so"
         cached = _kernels_folder() / name
-        if os.path.isfile(cached):  # False also where the folder may not be read; it need not be writable
+        if os.path.isfile(cached):  # False if the folder may not be read; it need not be writable
             return cached
         library = _writable_folder() / name
     try:
         _compile(package / "src", library, compiler, sanitize)
     except OSError as error:
         problem = error.strerror or error
-        raise BuildError(f"cannot keep the compiled kernels in {library.parent}: {problem}") from None
+        raise BuildError(f"cannot store the compiled kernels in {library.parent}: {problem}") from None
     return library
 
 
-# Where libraries are kept.
+# Folders and names.
 
 
 def key_of_sources(sources: Path, sanitize: bool) -> str:
-    """Hash of all that is compiled, and of the flags."""
+    """Return the hash of all sources and flags."""
     files = sorted(path for path in sources.glob("*") if path.suffix in (".cpp", ".h"))
     contents = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    flags = [_flags(sanitize), CODE_PATHS, LINK_FLAGS, UNIT]
+    flags = [_flags(sanitize), UNIT_FLAGS, LINK_FLAGS, UNIT]
     return hashlib.sha256(json.dumps([contents, flags]).encode()).hexdigest()
 
 
@@ -123,27 +129,23 @@ def _kernels_folder() -> Path:
     return cache_folder().absolute() / "kernels"  # the compiler runs in the folder of the sources
 
 
-def cache_folder() -> Path:
-    """The same as that of `server.models`, which may not import anything of the kernels, nor they it."""
-    if chosen := os.environ.get("LIGHTWELL_CACHE"):
-        return Path(os.path.expanduser(chosen))
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lightwell"
-
-
 def _writable_folder() -> Path:
     folder = _kernels_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # some file systems deny it whatever the permissions say
+        with tempfile.TemporaryFile(dir=folder):  # some file systems deny writing despite the permissions
             return folder
     except OSError as error:
         own = _own_temporary_folder()
-        logger.warning("%s cannot be written (%s): the compiled kernels are kept in %s", folder, error.strerror, own)
+        logger.warning("%s cannot be written (%s): storing the compiled kernels in %s", folder, error.strerror, own)
         return own
 
 
 def _own_temporary_folder() -> Path:
-    """Under a name that others can guess, so one that is another user's, or open to others, is not used."""
+    """Return a temporary folder that only this user can access.
+
+    Others can guess its name, so a folder of another user, or one open to others, is refused.
+    """
     folder = Path(tempfile.gettempdir()) / f"lightwell-kernels-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -160,15 +162,19 @@ def _own_temporary_folder() -> Path:
 
 
 def find_compiler() -> Command:
-    """The compiler's full path, and what must go before its flags. Raises BuildError."""
+    """Return the compiler's full path, followed by its leading arguments from CXX.
+
+    Raises:
+        BuildError: there is no compiler.
+    """
     if chosen := os.environ.get("CXX", "").split():
         if path := shutil.which(chosen[0]):
             return [os.path.abspath(path), *chosen[1:]]
-        raise BuildError(f"the C++ compiler that CXX names is not there: {chosen[0]}")
+        raise BuildError(f"the C++ compiler named by CXX does not exist: {chosen[0]}")
     for name in COMPILERS:
         if path := shutil.which(name):
             return [os.path.abspath(path)]
-    raise BuildError(f"no C++ compiler found: {', '.join(COMPILERS)} (CXX names another)")
+    raise BuildError(f"no C++ compiler found: {', '.join(COMPILERS)} (set CXX to use another)")
 
 
 def _version(compiler: Command) -> str:
@@ -184,10 +190,15 @@ def _flags(sanitize: bool) -> list[str]:
 
 
 def _compile(sources: Path, library: Path, compiler: Command, sanitize: bool) -> None:
-    """Raises BuildError; OSError where the library cannot be kept."""
+    """Compile the library.
+
+    Raises:
+        BuildError: the compiler fails.
+        OSError: the library cannot be stored.
+    """
     library.parent.mkdir(parents=True, exist_ok=True)
     with _lock(library.parent) as is_alone:
-        if library.is_file():  # made by another process while this one waited
+        if library.is_file():  # compiled by another process while this one waited
             return
         if is_alone:
             _remove_leftovers(library.parent)
@@ -202,9 +213,9 @@ def _compile(sources: Path, library: Path, compiler: Command, sanitize: bool) ->
 
 
 def _object_commands(sources: Path, folder: Path, compiler: Command) -> dict[Path, Command]:
-    """What makes each object file. Those of the unit come first, since they take longest."""
+    """Return the command for each object file. The objects of UNIT come first, since they take longest."""
     commands: dict[Path, Command] = {}
-    for name, flags in CODE_PATHS.items():
+    for name, flags in UNIT_FLAGS.items():
         target = folder / f"{Path(UNIT).stem}.{name}.o"
         commands[target] = [*compiler, *flags, f"-DLIGHTWELL_ISA={name}", "-c", UNIT, "-o", str(target)]
     for source in sorted(path.name for path in sources.glob("*.cpp") if path.name != UNIT):
@@ -215,7 +226,7 @@ def _object_commands(sources: Path, folder: Path, compiler: Command) -> dict[Pat
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """One process at a time; where the file system has no locks (False), the last one to finish wins."""
+    """Lock a folder, and yield True. If the file system has no locks, yield False: the last process to finish wins."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -229,16 +240,16 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Of processes that were killed while they compiled."""
+    """Remove the folders of processes that were killed while they compiled."""
     for leftover in folder.glob(".build-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-# Running it.
+# Processes.
 
 
 def _run_all(commands: Sequence[Command], folder: Path, temporary: Path) -> None:
-    """A few at a time. When one fails, or this process is to end, those that run are killed."""
+    """Run the commands, MAX_PROCESSES at a time. If one fails or this process ends, kill those that run."""
     waiting = list(commands)
     running: list[_Process] = []
     with _exit_on_sigterm():
@@ -257,7 +268,7 @@ def _run_all(commands: Sequence[Command], folder: Path, temporary: Path) -> None
 
 @contextlib.contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Where the signal would end this process at once, and leave the compiler running, it is an exit meanwhile."""
+    """Turn SIGTERM into SystemExit, unless it is handled already, so that the compiler is not left running."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -274,12 +285,12 @@ def _exit(signum: int, _frame: FrameType | None) -> None:
 
 
 class _Process:
-    """One run of the compiler, with the processes that it starts itself."""
+    """A run of the compiler, in a process group of its own."""
 
     def __init__(self, command: Command, folder: Path, log: Path) -> None:
         self.command = command
         self.log = log
-        environ = {**os.environ, "LC_ALL": "C"}  # its errors are looked for by an English word
+        environ = {**os.environ, "LC_ALL": "C"}  # _first_error searches for an English word
         with log.open("wb") as output:
             try:
                 self.process = subprocess.Popen(
@@ -322,7 +333,7 @@ def _first_error(lines: list[str], status: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="build-kernels", description="Compile the kernels for the CPU.")
-    parser.add_argument("--in-package", action="store_true", help="Keep the library beside the sources")
+    parser.add_argument("--in-package", action="store_true", help="Store the library beside the sources")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.DEBUG, format="%(message)s")
     began = time.monotonic()

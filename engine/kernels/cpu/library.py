@@ -1,16 +1,31 @@
 """The compiled library: its functions, and the team of threads that runs them."""
 
+from __future__ import annotations
+
 import ctypes
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
-CODE_PATHS = ("amx", "avx512_bf16", "avx512", "avx2")  # best first
+from engine.kernels.cpu.build import UNIT_FLAGS
+from engine.kernels.cpu.parameters import STRUCTURES, Call
+
+CODE_PATHS = ("amx", *reversed(UNIT_FLAGS))  # best first; amx is compiled in the unit of avx512_bf16
 
 
-class Call(ctypes.Structure):
-    """`Call` of team.h: a function and its parameters."""
+class Field(ctypes.Structure):
+    """An entry of the library's table of struct fields, which ends with an entry of null names."""
 
-    _fields_ = [("function", ctypes.c_void_p), ("parameters", ctypes.c_void_p)]
+    _fields_ = [
+        ("struct_name", ctypes.c_char_p),
+        ("struct_size", ctypes.c_int64),
+        ("name", ctypes.c_char_p),
+        ("offset", ctypes.c_int64),
+    ]
+
+
+class LayoutError(RuntimeError):
+    """A struct of the library has another layout than its ctypes counterpart."""
 
 
 class Library:
@@ -18,11 +33,13 @@ class Library:
 
     Raises:
         ValueError: this processor lacks the code path, or has none of them.
+        LayoutError: the library does not fit engine/kernels/cpu/parameters.py.
     """
 
     def __init__(self, path: Path, code_path: str | None = None) -> None:
         self._library = ctypes.CDLL(str(path))
         self._declare()
+        check_layouts(self._library.lightwell_fields(), STRUCTURES)
         best: str = self._library.lightwell_best_isa().decode()
         available = CODE_PATHS[CODE_PATHS.index(best) :] if best else ()
         if not available:
@@ -34,6 +51,7 @@ class Library:
     def _declare(self) -> None:
         library = self._library
         library.lightwell_best_isa.restype = ctypes.c_char_p
+        library.lightwell_fields.restype = ctypes.POINTER(Field)
         library.lightwell_function.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
         library.lightwell_function.restype = ctypes.c_void_p
         library.lightwell_new_team.argtypes = [ctypes.c_int]
@@ -45,13 +63,13 @@ class Library:
         library.lightwell_run.restype = None
 
     def function(self, name: str) -> int:
-        """The address of a function of the code path; KeyError if there is none of that name."""
+        """Return the address of a function of the code path. Raises KeyError if there is none of that name."""
         address: int | None = self._library.lightwell_function(self.code_path.encode(), name.encode())
         if address is None:
             raise KeyError(name)
         return address
 
-    def new_team(self, num_threads: int) -> "Team":
+    def new_team(self, num_threads: int) -> Team:
         return Team(self._library, num_threads)
 
 
@@ -64,6 +82,29 @@ class Team:
         self.num_threads: int = library.lightwell_team_size(self._handle)
         self.close = weakref.finalize(self, library.lightwell_delete_team, self._handle)
 
-    def run(self, calls: "ctypes.Array[Call]", durations: "ctypes.Array[ctypes.c_int64] | None" = None) -> None:
-        """Run the calls in order. `durations`, one for each, grow by the nanoseconds that they take."""
+    def run(self, calls: ctypes.Array[Call], durations: ctypes.Array[ctypes.c_int64] | None = None) -> None:
+        """Run the calls in order, and add the nanoseconds that each takes to its entry of `durations`."""
         self._library.lightwell_run(self._handle, calls, len(calls), durations)
+
+
+def check_layouts(fields: ctypes._Pointer[Field], structures: Iterable[type[ctypes.Structure]]) -> None:
+    """Compare ctypes structures with the library's table of fields.
+
+    Raises:
+        LayoutError: the size of a structure, or a field's name or offset, differs from the library's.
+    """
+    compiled: dict[str, tuple[int, dict[str, int]]] = {}
+    index = 0
+    while (field := fields[index]).struct_name is not None:
+        _, offsets = compiled.setdefault(field.struct_name.decode(), (field.struct_size, {}))
+        offsets[field.name.decode()] = field.offset
+        index += 1
+    for kind in structures:
+        size, offsets = compiled.get(kind.__name__, (0, {}))
+        declared = {field[0]: getattr(kind, field[0]).offset for field in kind._fields_}
+        if (size, offsets) != (ctypes.sizeof(kind), declared):
+            differing = sorted(name for name, _ in offsets.items() ^ declared.items())
+            raise LayoutError(
+                f"{kind.__name__} has {ctypes.sizeof(kind)} bytes in engine/kernels/cpu/parameters.py and {size} in the"
+                f" compiled library; fields that differ: {', '.join(dict.fromkeys(differing)) or 'none'}"
+            )

@@ -1,4 +1,4 @@
-"""The sampler in C++: what engine.sampler does on any device, in a few passes over each row of logits.
+"""The sampler in C++: the results of `engine.sampling.sampler.Sampler`, in a few passes over each row of logits.
 
 Special rows, which are rare, go through that sampler itself.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import Structure, c_float, c_int64, c_uint64, c_void_p
 from functools import cached_property
 
 import numpy as np
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.library import Library, Team
+from engine.kernels.cpu.parameters import SampledRow, SampleParameters
 from engine.kernels.cpu.program import Program
 from engine.kernels.lazy_memory import lazy_zeros
-from engine.sampling.ops import GREEDY_TEMPERATURE, has_penalty
 from engine.sampling.sampler import NO_MASKS, Sampler, SamplerOutput, banned_token_ids, packed_masks
-from engine.scheduling.request import SampledRequest
-from engine.shared.messages import SamplingParams
+from engine.scheduling.request import SamplingRow
+from engine.shared.messages import GREEDY_TEMPERATURE
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -29,75 +28,35 @@ FloatArray = npt.NDArray[np.float32]
 LANES = 16  # as in simd.h
 
 
-class SampledRow(Structure):
-    """The settings of one row, as in sampler.h. It is greedy where all of them are 0."""
-
-    _fields_ = [
-        ("seed", c_uint64),
-        ("position", c_int64),
-        ("first_id", c_int64),
-        ("first_bias", c_int64),
-        ("num_biased", c_int64),
-        ("num_banned", c_int64),
-        ("num_drafted", c_int64),
-        ("history", c_void_p),
-        ("num_history", c_int64),
-        ("num_prompt_tokens", c_int64),
-        ("allowed", c_void_p),
-        ("top_k", c_int64),
-        ("temperature", c_float),
-        ("top_p", c_float),
-        ("min_p", c_float),
-        ("repetition_penalty", c_float),
-        ("frequency_penalty", c_float),
-        ("presence_penalty", c_float),
-    ]
-
-
-class Sample(Structure):
-    _fields_ = [
-        ("num_rows", c_int64),
-        ("logits", c_void_p),
-        ("logits_stride", c_int64),
-        ("vocab_size", c_int64),
-        ("rows", c_void_p),
-        ("ids", c_void_p),
-        ("biases", c_void_p),
-        ("token_ids", c_void_p),
-        ("is_finite", c_void_p),
-        ("scratch", c_void_p),
-        ("scratch_stride", c_int64),
-    ]
-
-
 class CpuSampler:
-    """Samples tokens of a vocabulary on the threads of a team. Not for two threads at once."""
+    """Samples tokens of a vocabulary on the threads of a team. Not thread-safe."""
 
     def __init__(self, library: Library, team: Team, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self.vocab_size = vocab_size
         self.eos_token_ids = [token_id for token_id in eos_token_ids if token_id < vocab_size]
         num_values = (-(-vocab_size // LANES) + 2) * LANES
         self._scratch = lazy_zeros((team.num_threads, 2 * num_values + vocab_size), torch.float32)
-        self._rows = (SampledRow * 0)()
-        self._parameters = Sample(
+        self._c_rows = (SampledRow * 0)()
+        self._parameters = SampleParameters(
             vocab_size=vocab_size,
             scratch=self._scratch.data_ptr(),
             scratch_stride=self._scratch.stride(0) * 4,
         )
         self._program = Program(library, team)
         self._program.add("sample", self._parameters)
-        # One row is done sooner than another thread is woken.
+        # Waking another thread takes longer than one row.
         self._program_of_one = Program(library, library.new_team(1))
         self._program_of_one.add("sample", self._parameters)
 
     def sample(
-        self, logits: Tensor, requests: Sequence[SampledRequest], masks: Mapping[int, bytes] = NO_MASKS
+        self, logits: Tensor, rows: Sequence[SamplingRow], masks: Mapping[int, bytes] = NO_MASKS
     ) -> SamplerOutput:
-        """The next token of each request from its row of logits, float32 [R, V], which may be changed in place.
+        """Sample the next token of each row from its logits, float32 [R, V]. May change the logits in place.
 
-        Special rows of them become what their token was drawn from. `masks` are those of `engine.sampler.apply_masks`.
+        The logits of special rows become those of the final distribution. `masks` are described in
+        `engine.sampling.sampler.apply_masks`.
         """
-        num_rows = len(requests)
+        num_rows = len(rows)
         assert logits.shape == (num_rows, self.vocab_size)
         assert logits.dtype == torch.float32
         assert logits.is_cpu
@@ -109,63 +68,69 @@ class CpuSampler:
         parameters.logits_stride = logits.stride(0)
         parameters.token_ids = output.token_ids.data_ptr()
         parameters.is_finite = output.is_finite.data_ptr()
-        ids, biases = self._fill_rows(requests)
+        ids, biases = self._fill_rows(rows)
         parameters.ids, parameters.biases = ids.ctypes.data, biases.ctypes.data
         packed = packed_masks(masks, self.vocab_size)
-        for row, mask in zip(masks, packed, strict=True):
-            self._rows[row].allowed = mask.ctypes.data
+        for index, mask in zip(masks, packed, strict=True):
+            self._c_rows[index].allowed = mask.ctypes.data
         (self._program if num_rows > 1 else self._program_of_one).run()
-        special = [row for row, request in enumerate(requests) if request.params.is_special]
+        special = [index for index, row in enumerate(rows) if row.params.is_special]
         if special:
-            part = logits[special]  # the program has done no more than mask them
-            sampled = self._any_sampler.sample(part, [requests[row] for row in special])
+            part = logits[special]  # a copy, to which the program has only applied the masks
+            sampled = self._reference_sampler.sample(part, [rows[index] for index in special])
             output.token_ids[special], output.is_finite[special] = sampled.token_ids, sampled.is_finite
             logits[special] = part
         return output
 
     @cached_property
-    def _any_sampler(self) -> Sampler:
+    def _reference_sampler(self) -> Sampler:
         return Sampler(self.vocab_size, self.eos_token_ids, torch.device("cpu"))
 
-    def _fill_rows(self, requests: Sequence[SampledRequest]) -> tuple[IntArray, FloatArray]:
-        """Returns the lists of all rows, one after the other: token ids, and biases. Special rows change nothing."""
-        if len(requests) > len(self._rows):
-            self._rows = (SampledRow * (2 * len(requests)))()
-            self._parameters.rows = ctypes.addressof(self._rows)
-        ctypes.memset(self._rows, 0, ctypes.sizeof(SampledRow) * len(requests))
+    def _fill_rows(self, rows: Sequence[SamplingRow]) -> tuple[IntArray, FloatArray]:
+        """Fill the C structs of all rows, and return the token ids and the biases that they refer to.
+
+        Structs of special rows stay zero, which changes no logits.
+        """
+        if len(rows) > len(self._c_rows):
+            self._c_rows = (SampledRow * (2 * len(rows)))()
+            self._parameters.rows = ctypes.addressof(self._c_rows)
+        ctypes.memset(self._c_rows, 0, ctypes.sizeof(SampledRow) * len(rows))
         ids: list[int] = []
         biases: list[float] = []
-        for index, request in enumerate(requests):
-            params = request.params
+        for row, c_row in zip(rows, self._c_rows, strict=False):
+            params = row.params
             if params.is_special:
                 continue
             if params.temperature >= GREEDY_TEMPERATURE:
-                _set_sampling(self._rows[index], request, params)
-            if params.logit_bias or params.min_tokens or params.bad_words or has_penalty(params):
-                self._set_changes(self._rows[index], request, ids, biases)
+                _set_sampling(c_row, row)
+            if params.logit_bias or params.min_tokens or params.bad_words or params.has_penalty:
+                self._set_changes(c_row, row, ids, biases)
         return np.fromiter(ids, np.int32, len(ids)), np.fromiter(biases, np.float32, len(biases))
 
-    def _set_changes(self, row: SampledRow, request: SampledRequest, ids: list[int], biases: list[float]) -> None:
-        params = request.params
-        row.first_id, row.first_bias, row.num_biased = len(ids), len(biases), len(params.logit_bias)
+    def _set_changes(self, c_row: SampledRow, row: SamplingRow, ids: list[int], biases: list[float]) -> None:
+        """Set biases, banned tokens and penalties."""
+        params = row.params
+        c_row.first_id, c_row.first_bias, c_row.num_biased = len(ids), len(biases), len(params.logit_bias)
         ids += params.logit_bias.keys()
         biases += params.logit_bias.values()
-        banned = banned_token_ids(request, self.eos_token_ids)
-        row.num_banned = len(banned)
+        banned = banned_token_ids(row, self.eos_token_ids)
+        c_row.num_banned = len(banned)
         ids += banned
-        if has_penalty(params):
-            row.history, row.num_history = request.history().buffer_info()
-            row.num_prompt_tokens, row.num_drafted = request.num_prompt_tokens, len(request.draft_token_ids)
-            ids += request.draft_token_ids
-            row.repetition_penalty = params.repetition_penalty
-            row.frequency_penalty = params.frequency_penalty
-            row.presence_penalty = params.presence_penalty
+        if params.has_penalty:
+            c_row.history, c_row.num_history = row.request.history().buffer_info()
+            c_row.num_prompt_tokens, c_row.num_drafted = row.num_prompt_tokens, len(row.draft_token_ids)
+            ids += row.draft_token_ids
+            c_row.repetition_penalty = params.repetition_penalty
+            c_row.frequency_penalty = params.frequency_penalty
+            c_row.presence_penalty = params.presence_penalty
 
 
-def _set_sampling(row: SampledRow, request: SampledRequest, params: SamplingParams) -> None:
-    row.seed = request.seed
-    row.position = request.num_output_tokens
-    row.temperature = params.temperature
-    row.top_k = params.top_k
-    row.top_p = params.top_p
-    row.min_p = params.min_p
+def _set_sampling(c_row: SampledRow, row: SamplingRow) -> None:
+    """Set what sampling needs beyond greedy decoding."""
+    params = row.params
+    c_row.seed = row.seed
+    c_row.position = row.num_output_tokens
+    c_row.temperature = params.temperature
+    c_row.top_k = params.top_k
+    c_row.top_p = params.top_p
+    c_row.min_p = params.min_p

@@ -1,4 +1,4 @@
-"""Matrices of weights in the layout of formats.h: panels of 32 outputs."""
+"""Weight matrices in the layout of formats.h: panels of 32 outputs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.library import Library, Team
-from engine.kernels.cpu.program import Pack, Program
+from engine.kernels.cpu.parameters import PackParameters
+from engine.kernels.cpu.program import Program
 from engine.kernels.lazy_memory import Arena
+from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.weights import PackedTensor, Weight, concatenate
 
 PANEL = 32  # outputs
 FLOAT32, BFLOAT16, INT8_GROUPS = 0, 1, 2  # forms of a product's input, as in activations.h
 ACTIVATION_GROUP = 32  # inputs that share a scale
 ACTIVATION_GROUP_BYTES = 48
-ROW_PADDING = 32  # numbers that rows of bfloat16 are filled up to
+ROW_PADDING = 32  # rows of bfloat16 are padded to a multiple of this number of inputs
 
 
 @dataclass(frozen=True)
@@ -27,37 +29,42 @@ class Format:
 
     name: str
     group: int  # inputs
-    group_bytes: int  # of a panel
-    form: int  # of rows of generated tokens
-    prompt_form: int
+    group_bytes: int  # one group of all outputs of a panel
+    form: int  # input form of rows of generated tokens
+    prompt_form: int  # input form of rows of prompt tokens
 
 
+# Format -> inputs in a group, bytes of a panel's group, input form.
 _PLAIN = {"float32": (1, 128, FLOAT32), "bfloat16": (ROW_PADDING, PANEL * ROW_PADDING * 2, BFLOAT16)}
-# A scale and perhaps a minimum for each output; half precision where the checkpoint has it so, else single.
-_QUANTISED = {
-    "int8": (32, PANEL * (32 + 2), INT8_GROUPS),
-    "q4_0": (32, PANEL * (16 + 2), INT8_GROUPS),
-    "q4_1": (32, PANEL * (16 + 4), INT8_GROUPS),
-    "q5_0": (32, PANEL * (20 + 2), INT8_GROUPS),
-    "q5_1": (32, PANEL * (20 + 4), INT8_GROUPS),
-    "q8_0": (32, PANEL * (32 + 2), INT8_GROUPS),
+# A panel's group holds the fields of 32 blocks, one for each output.
+_BLOCKS_OF_32 = {
+    name.lower(): (32, PANEL * GGML_TYPES_BY_NAME[name].type_size, INT8_GROUPS)
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+}
+# Blocks of 256 are unpacked to groups, whose scales and minima become single precision.
+_BLOCKS_OF_256 = {
     "q4_k": (32, PANEL * (16 + 8), INT8_GROUPS),
     "q5_k": (32, PANEL * (20 + 8), INT8_GROUPS),
     "q6_k": (16, PANEL * (12 + 4), INT8_GROUPS),
 }
-FORMATS = tuple(_PLAIN | _QUANTISED)
-GGML_TYPES = frozenset(name.upper() for name in _QUANTISED if name != "int8")
+_GGML = _BLOCKS_OF_32 | _BLOCKS_OF_256
+_LAYOUTS = _PLAIN | {"int8": _BLOCKS_OF_32["q8_0"]} | _GGML
+FORMATS = tuple(_LAYOUTS)
+PACKED_TYPES = frozenset(name.upper() for name in _GGML)  # GGML types that are packed as they are
 
 
 def format_of(name: str, code_path: str) -> Format:
-    """On tiles, prompts are multiplied with quantised weights as with bfloat16, for which tiles are made."""
-    group, group_bytes, form = (_PLAIN | _QUANTISED)[name]
+    """Return the format called `name` (one of FORMATS) on a code path.
+
+    AMX multiplies bfloat16 tiles: there, prompts are multiplied in bfloat16 even where the weights are quantised.
+    """
+    group, group_bytes, form = _LAYOUTS[name]
     prompt_form = BFLOAT16 if code_path == "amx" and form == INT8_GROUPS else form
     return Format(name, group, group_bytes, form, prompt_form)
 
 
 def input_row_bytes(form: int, size: int) -> int:
-    """Bytes of one row of `size` inputs."""
+    """Return the bytes that a row of `size` inputs takes in an input form."""
     if form == INT8_GROUPS:
         return -(-size // ACTIVATION_GROUP) * ACTIVATION_GROUP_BYTES
     return -(-size // ROW_PADDING) * ROW_PADDING * 2 if form == BFLOAT16 else size * 4
@@ -65,7 +72,7 @@ def input_row_bytes(form: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Panels:
-    """Weights of one format."""
+    """Weights in one format, as panels."""
 
     format: Format
     data: Tensor  # uint8
@@ -75,7 +82,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Weights [outputs, inputs] of one product, in one format or several, one below the other."""
+    """Weights [outputs, inputs] of one product: parts stacked along the outputs, each in a format of its own."""
 
     parts: list[Panels]
 
@@ -98,43 +105,43 @@ class Packer:
         self.to_int8 = to_int8
         self.arena = Arena()
         self.num_bytes = 0
-        self.formats: list[Format] = []  # that were met, in order
+        self.formats: list[Format] = []  # all that occur, in the order of their first use
 
     def pack(self, weights: Sequence[Weight]) -> Matrix:
-        """Successive weights of one type become one part."""
-        if any(isinstance(weight, Tensor) for weight in weights):  # one form of input for all
+        """Pack the weights of one product, stacked along the outputs. Successive weights of a type become one part."""
+        if any(isinstance(weight, Tensor) for weight in weights):  # all parts must read the same form of input
             weights = [w if isinstance(w, Tensor) else w.dequantize(self.dtype) for w in weights]
         groups = itertools.groupby(weights, key=lambda w: "" if isinstance(w, Tensor) else w.type_name)
         return Matrix([self._pack_part(list(group)) for _, group in groups])
 
     def _pack_part(self, weights: list[Weight]) -> Panels:
+        """Pack weights of one type."""
         packed = [weight for weight in weights if isinstance(weight, PackedTensor)]
         if packed:
-            one = concatenate(packed)
-            return self._run(one.type_name.lower(), one.data.ctypes.data, one.nbytes, one.shape)
-        plain = (
-            torch.cat([weight for weight in weights if isinstance(weight, Tensor)]) if len(weights) > 1 else weights[0]
-        )
-        assert isinstance(plain, Tensor)
+            whole = concatenate(packed)
+            return self._run(whole.type_name.lower(), whole.data.ctypes.data, whole.nbytes, whole.shape)
+        tensors = [weight for weight in weights if isinstance(weight, Tensor)]
+        plain = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         if self.to_int8:
             data = plain.to(torch.float32).contiguous()
-            missing = -data.shape[1] % ACTIVATION_GROUP
-            data = torch.nn.functional.pad(data, (0, missing)) if missing else data
+            padding = -data.shape[1] % ACTIVATION_GROUP
+            data = torch.nn.functional.pad(data, (0, padding)) if padding else data
             return self._run("int8", data.data_ptr(), data.nbytes, plain.shape)
         data = plain.to(self.dtype).contiguous()
         name = str(self.dtype).removeprefix("torch.")
         return self._run(name, data.data_ptr(), data.nbytes, plain.shape)
 
     def _run(self, name: str, address: int, num_bytes: int, shape: tuple[int, ...]) -> Panels:
-        form = format_of(name, self.library.code_path)
+        """Pack `num_bytes` of weights of this shape, which lie at `address`, into panels of the format `name`."""
+        weight_format = format_of(name, self.library.code_path)
         num_outputs, num_inputs = shape
-        num_groups = -(-num_inputs // form.group)
-        panels = self.arena.take(-(-num_outputs // PANEL) * num_groups * form.group_bytes)
+        num_groups = -(-num_inputs // weight_format.group)
+        panels = self.arena.take(-(-num_outputs // PANEL) * num_groups * weight_format.group_bytes)
         self.num_bytes += panels.nbytes
-        if form not in self.formats:
-            self.formats.append(form)
+        if weight_format not in self.formats:
+            self.formats.append(weight_format)
         program = Program(self.library, self.team)
         row_bytes = num_bytes // num_outputs
-        program.add(f"pack_{name}", Pack(address, row_bytes, num_inputs, num_outputs, panels.data_ptr()))
+        program.add(f"pack_{name}", PackParameters(address, row_bytes, num_inputs, num_outputs, panels.data_ptr()))
         program.run()
-        return Panels(form, panels, num_inputs, num_outputs)
+        return Panels(weight_format, panels, num_inputs, num_outputs)

@@ -1,12 +1,11 @@
 """Flash attention (Dao et al. 2022) over a paged KV cache, with a split over the keys for decoding.
 
-The query heads that share a KV head (grouped-query attention) are rows of one product, next to each other for each
-token: packed rows. Keys are cut into segments of fixed length aligned to position 0. What a packed row sees of a
-segment is worked out by itself with the running softmax, and segments are merged in ascending order. One program goes
-through all segments where there are many tiles of rows (2D grid); where there are few, or some are much longer than the
-others, each segment has its own program and a second kernel merges them (3D grid), if there is memory for what waits to
-be merged. Both run the same functions on the same numbers in the same order, so that a row gets the same bits either
-way.
+The query heads that share a KV head (grouped-query attention) are rows of one product. These rows, pairs of token and
+query head, are called packed rows. Keys are cut into segments of fixed length aligned to position 0. Each segment gets
+a running softmax of its own, and segments are merged in ascending order. With many tiles of rows, one program computes
+all segments of a tile (2D grid). With few tiles, or if some are much longer than the others, each segment has a program
+of its own and a second kernel merges them (3D grid), if there is memory for the partial results. Both grids run the
+same functions on the same numbers in the same order, so a row gets the same bits either way.
 """
 
 from __future__ import annotations
@@ -27,28 +26,28 @@ from engine.kernels.triton.prompts import PromptPlan
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS, AttentionTiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LARGEST = tl.constexpr(100.0)  # 2 to the power of which is finite, and as good as infinite where it is used
-TARGET_PROGRAMS = 1024  # 2.6 times as many as an H100 runs at a time, or the last of them would leave it half idle
-MAX_PARTIAL_BYTES = 128 * 2**20  # of what waits to be merged
+LARGEST = tl.constexpr(100.0)  # 2^100 is finite, and large enough to stand for infinity here
+TARGET_PROGRAMS = 1024  # 2.6 times as many as an H100 runs at a time; with fewer, the last ones leave it half idle
+MAX_PARTIAL_BYTES = 128 * 2**20  # of results that wait to be merged
 
 
 @triton.jit
-def _nothing(PACKED: tl.constexpr, BLOCK: tl.constexpr):
-    """A running softmax that has seen no key. Merged with another, it gives the other's bits."""
+def _empty_softmax(PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a running softmax that has seen no key. Merging it with another gives the other's bits."""
     highest = tl.full((PACKED,), float("-inf"), tl.float32)
     return highest, tl.zeros((PACKED,), tl.float32), tl.zeros((PACKED, BLOCK), tl.float32)
 
 
 @triton.jit
-def _place(kv_head, num_kv_heads, segment, num_segments, held_rows, PACKED: tl.constexpr):
-    """Which rows of `partial` and `states` hold a segment of this program's tile."""
+def _partial_rows(kv_head, num_kv_heads, segment, num_segments, held_rows, PACKED: tl.constexpr):
+    """Return the rows of `partial` and `states` that hold a segment of this program's tile."""
     index = (tl.program_id(0) * num_kv_heads + kv_head) * num_segments + segment
     return index.to(tl.int64) * held_rows + tl.arange(0, PACKED)
 
 
 @triton.jit
 def _rows(tile, kv_head, q_stride, group_size, PACKED: tl.constexpr, SIZE: tl.constexpr):
-    """For each packed row its token's number in the tile, where it lies in q and out, and whether there is one."""
+    """Return for each packed row its token's index in the tile, its offset in q and out, and whether it exists."""
     packed = tl.arange(0, PACKED)
     rows = packed // group_size
     heads = kv_head * group_size + packed % group_size
@@ -65,7 +64,7 @@ def _store(out, offsets, has_row, rows, SIZE: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def _merge(highest, total, weighted, other_highest, other_total, other_weighted):
-    """Two running softmaxes in one. Where the other has seen nothing, this one keeps its bits."""
+    """Merge two running softmaxes. If the other has seen nothing, this one keeps its bits."""
     new_highest = tl.maximum(highest, other_highest)
     pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
     shrink = tl.exp2(highest - pivot)
@@ -108,23 +107,23 @@ def _segment(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """What packed rows q [PACKED, BLOCK] see of the keys start .. end of one segment: a running softmax.
+    """Return the running softmax of packed rows q [PACKED, BLOCK] over the keys start .. end of one segment.
 
-    Scores are in units of log2(e). `end` is the position after the tile's last row.
+    Scores are multiplied by log2(e). `end` is the position after the tile's last row.
     """
     columns = tl.arange(0, BLOCK)
-    highest, total, weighted = _nothing(PACKED, BLOCK)
+    highest, total, weighted = _empty_softmax(PACKED, BLOCK)
     for offset in range(start, tl.minimum(start + SEGMENT, end), KEYS):
         tokens = offset + tl.arange(0, KEYS)
         has_token = tokens < end
         blocks = tl.load(table + tokens // TOKENS, mask=has_token, other=0).to(tl.int64)
-        places = ((blocks * TOKENS + tokens % TOKENS) * num_kv_heads + kv_head) * SIZE
-        scale_places = (blocks * num_kv_heads + kv_head) * TOKENS + tokens % TOKENS
+        offsets = ((blocks * TOKENS + tokens % TOKENS) * num_kv_heads + kv_head) * SIZE
+        scale_offsets = (blocks * num_kv_heads + kv_head) * TOKENS + tokens % TOKENS
         mask = has_token[:, None] & (columns < SIZE)[None, :]
-        k = tl.load(keys + places[:, None] + columns[None, :], mask=mask, other=0).to(q.dtype)
+        k = tl.load(keys + offsets[:, None] + columns[None, :], mask=mask, other=0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_SCALES:
-            scores *= tl.load(key_scales + scale_places, mask=has_token, other=0.0)[None, :]
+            scores *= tl.load(key_scales + scale_offsets, mask=has_token, other=0.0)[None, :]
         scores *= scale
         scores = _capped(scores, softcap) if HAS_SOFTCAP else scores
         scores *= LOG2_E
@@ -136,9 +135,9 @@ def _segment(
         pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shrink = tl.exp2(highest - pivot)
         weights = tl.exp2(scores - pivot[:, None])
-        v = tl.load(values + places[:, None] + columns[None, :], mask=mask, other=0)
-        if HAS_SCALES:  # not the weights, of which float16 would lose the small ones
-            v = v.to(tl.float32) * tl.load(value_scales + scale_places, mask=has_token, other=0.0)[:, None]
+        v = tl.load(values + offsets[:, None] + columns[None, :], mask=mask, other=0)
+        if HAS_SCALES:  # scales the values: small weights would be lost in float16
+            v = v.to(tl.float32) * tl.load(value_scales + scale_offsets, mask=has_token, other=0.0)[:, None]
         total = total * shrink + tl.sum(weights, axis=1)
         weighted = weighted * shrink[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         highest = new_highest
@@ -156,11 +155,11 @@ def _load_queries(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The packed rows of a tile (sequence, first row, number of rows, first position), and where each stands."""
+    """Return the packed rows of a tile (sequence, first row, number of rows, first position), and their positions."""
     first_position = tl.load(tile + 3)
     rows, offsets, has_row = _rows(tile, kv_head, q_stride, group_size, PACKED, SIZE)
     columns = tl.arange(0, BLOCK)
-    positions = tl.where(has_row, first_position + rows, first_position)  # what is no row sees something, too
+    positions = tl.where(has_row, first_position + rows, first_position)  # padding must see a key too
     queries = tl.load(
         q + offsets[:, None] + columns[None, :], mask=has_row[:, None] & (columns < SIZE)[None, :], other=0.0
     )
@@ -169,7 +168,7 @@ def _load_queries(
 
 @triton.jit
 def _seen(tile, window, HAS_WINDOW: tl.constexpr, SEGMENT: tl.constexpr):
-    """Where the first segment that a tile sees begins, and the position after its last row."""
+    """Return the start of the first segment that a tile sees, and the position after the tile's last row."""
     first_position = tl.load(tile + 3)
     first = 0
     if HAS_WINDOW:
@@ -208,9 +207,9 @@ def _attend(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """2D grid (tiles, KV heads): all segments of a tile, one after the other, to `out`.
+    """Compute attention to `out` on a 2D grid (tiles, KV heads): each program computes all segments of a tile in order.
 
-    3D grid (tiles, KV heads, segments), which IS_SPLIT: one segment each, which waits in `partial` and `states`.
+    With IS_SPLIT, on a 3D grid (tiles, KV heads, segments): one segment each, to `partial` and `states`, to be merged.
     """
     kv_head = tl.program_id(1)
     tile = tiles + tl.program_id(0) * 4
@@ -222,7 +221,7 @@ def _attend(
         start_of_own = tl.program_id(2) * SEGMENT
         last = tl.where(start_of_own >= first, tl.minimum(start_of_own + SEGMENT, end), 0)
         first = start_of_own
-    highest, total, weighted = _nothing(PACKED, BLOCK)
+    highest, total, weighted = _empty_softmax(PACKED, BLOCK)
     for start in range(first, last, SEGMENT):
         state = _segment(
             queries, positions, keys, values, key_scales, value_scales, table, kv_head, start, end, num_kv_heads,
@@ -231,11 +230,11 @@ def _attend(
         highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
     if IS_SPLIT:
         if first < last:
-            place = _place(kv_head, num_kv_heads, tl.program_id(2), tl.num_programs(2), held_rows, PACKED)
+            rows = _partial_rows(kv_head, num_kv_heads, tl.program_id(2), tl.num_programs(2), held_rows, PACKED)
             columns = tl.arange(0, BLOCK)
-            tl.store(states + 2 * place, highest, mask=has_row)
-            tl.store(states + 2 * place + 1, total, mask=has_row)
-            tl.store(partial + place[:, None] * BLOCK + columns[None, :], weighted, mask=has_row[:, None])
+            tl.store(states + 2 * rows, highest, mask=has_row)
+            tl.store(states + 2 * rows + 1, total, mask=has_row)
+            tl.store(partial + rows[:, None] * BLOCK + columns[None, :], weighted, mask=has_row[:, None])
     else:
         _store(out, offsets, has_row, weighted / total[:, None], SIZE, BLOCK)
 
@@ -258,33 +257,33 @@ def _reduce(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (tiles, KV heads): merges the segments of a tile in ascending order."""
+    """Merge the segments of each tile in ascending order, on a grid (tiles, KV heads)."""
     kv_head = tl.program_id(1)
     tile = tiles + tl.program_id(0) * 4
     _, offsets, has_row = _rows(tile, kv_head, q_stride, group_size, PACKED, SIZE)
     first, end = _seen(tile, window, HAS_WINDOW, SEGMENT)
     columns = tl.arange(0, BLOCK)
-    highest, total, weighted = _nothing(PACKED, BLOCK)
+    highest, total, weighted = _empty_softmax(PACKED, BLOCK)
     for start in range(first, end, SEGMENT):
-        place = _place(kv_head, num_kv_heads, start // SEGMENT, num_segments, held_rows, PACKED)
-        other_highest = tl.load(states + 2 * place, mask=has_row, other=0.0)
-        other_total = tl.load(states + 2 * place + 1, mask=has_row, other=1.0)
-        partial_rows = partial + place[:, None] * BLOCK + columns[None, :]
-        other_weighted = tl.load(partial_rows, mask=has_row[:, None], other=0.0)
+        rows = _partial_rows(kv_head, num_kv_heads, start // SEGMENT, num_segments, held_rows, PACKED)
+        other_highest = tl.load(states + 2 * rows, mask=has_row, other=0.0)
+        other_total = tl.load(states + 2 * rows + 1, mask=has_row, other=1.0)
+        weighted_rows = partial + rows[:, None] * BLOCK + columns[None, :]
+        other_weighted = tl.load(weighted_rows, mask=has_row[:, None], other=0.0)
         highest, total, weighted = _merge(highest, total, weighted, other_highest, other_total, other_weighted)
     _store(out, offsets, has_row, weighted / total[:, None], SIZE, BLOCK)
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """Tiles of consecutive rows of one sequence, as (sequence, first row, number of rows, first position)."""
+class TritonAttentionPlan:
+    """The tiles of a batch, which are consecutive rows of one sequence."""
 
-    tiles: Tensor  # int32 [A, 4]
+    tiles: Tensor  # int32 [A, 4]: sequence, first row, number of rows, first position
     block_tables: Tensor
     packed_rows: int
-    held_rows: int  # packed rows that the largest tile has
-    num_segments: int  # of the longest; 0: every tile goes through its own segments
-    prompts: PromptPlan | None = None  # where torch's attention may take the batch instead
+    held_rows: int  # packed rows of the largest tile
+    num_segments: int  # of the longest tile; 0: one program computes all segments of a tile
+    prompts: PromptPlan | None = None  # for torch's attention, if it may compute the batch instead
 
 
 def plan_attention(
@@ -295,10 +294,10 @@ def plan_attention(
     num_kv_heads: int,
     sizes: AttentionTiles,
     positions: Tensor | None = None,
-) -> AttentionPlan:
-    """Cuts the rows of each sequence into tiles, and decides for one of the two grids, which give the same bits.
+) -> TritonAttentionPlan:
+    """Cut the rows of each sequence into tiles, and choose one of the two grids, which give the same bits.
 
-    Where each sequence has one row, `positions` [S] of these rows make the tiles on the device.
+    If each sequence has one row, `positions` [S] holds their positions, and the tiles are made on the device.
     """
     packed_rows = max(sizes.packed_rows, triton.next_power_of_2(group_size))
     rows_of_tile = packed_rows // group_size
@@ -310,7 +309,7 @@ def plan_attention(
     first_positions = (seq_lens - query_lens)[sequences] + offsets
     segments = -(-(first_positions + num_rows) // sizes.segment)
     num_segments = int(segments.max(initial=0))
-    # Alone, the longest tile takes no longer than all of them together.
+    # No need to split: one program needs no longer for the longest tile than the device needs for all tiles together.
     if num_segments < 2 or num_segments * TARGET_PROGRAMS <= int(segments.sum()) * num_kv_heads:
         num_segments = 0
     if positions is not None:
@@ -321,23 +320,23 @@ def plan_attention(
         on_host = np.stack((sequences, first_rows, num_rows, first_positions), axis=1)
         tiles = to_device(on_host, np.int32, block_tables.device)
     held_rows = int(num_rows.max(initial=1)) * group_size
-    return AttentionPlan(tiles, block_tables, packed_rows, held_rows, num_segments)
+    return TritonAttentionPlan(tiles, block_tables, packed_rows, held_rows, num_segments)
 
 
 def paged_attention(
     q: Tensor,
     cache: LayerCache,
-    plan: AttentionPlan,
+    plan: TritonAttentionPlan,
     scale: float,
     window: int | None,
     sizes: AttentionTiles,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Causal attention of q [T, H, D], rows side by side, to the keys and values [B, N, KH, D] in each row's blocks.
+    """Return causal attention of q [T, H, D], contiguous, to the keys and values [B, N, KH, D] in each row's blocks.
 
-    Those of int8 are codes, to be multiplied by scales [B, KH, N]. A row at position p sees positions
-    max(0, p - window + 1) .. p. Scores are softcap * tanh(score / softcap) unless that is 0 (Gemma 2).
-    Returns [T, H, D].
+    int8 keys and values are codes, to be multiplied by scales [B, KH, N]. A row at position p sees positions
+    max(0, p - window + 1) .. p. With a softcap, scores become softcap * tanh(score / softcap) (Gemma 2).
+    The result is [T, H, D].
     """
     _, num_heads, size = q.shape
     num_kv_heads = cache.keys.shape[2]

@@ -1,10 +1,10 @@
-"""The product with fixed weights: one tile of rows, columns and inputs whatever the number of rows.
+"""The product with fixed weights: the tile of rows, columns and inputs is the same for any number of rows.
 
 A row of the result is added up along the inputs in steps of the same size, in ascending order, so its bits depend on
-that row alone (batch invariance). Some weights have their inputs split in parts, each with sums of its own that are
-added up in order: by one program, or where there are few tiles, by one for each part and a second kernel. Tiles that
-share columns are near each other in time, so that weights are read from memory once for several tiles of rows. Packed
-weights become numbers of the type of x on their way into the product.
+that row alone (batch invariance). The inputs of some weights are split into parts, each with sums of its own that are
+added up in order: by one program, or if there are few tiles, by one program for each part and a second kernel. Tiles
+that share columns run at about the same time, so that weights are read from memory once for several tiles of rows.
+Packed weights are dequantized to the dtype of x inside the kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.kernels.triton.packed import PackedMatrix
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS, LinearTiles
 
 SUM_COLUMNS = 1024  # of a program that adds up splits
-ROW_GROUP = 8  # tiles of rows that go through the columns together
+ROW_GROUP = 8  # tiles of rows that share columns at about the same time
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _load_weights(
     HAS_MINIMUM: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """Weights [COLUMNS, INPUTS] from input `start` on."""
+    """Return the weights [COLUMNS, INPUTS] from input `start` on, dequantized to `dtype`."""
     k = start + tl.arange(0, INPUTS)
     has_column = columns[:, None] < num_columns
     mask = has_column & (k[None, :] < num_inputs)
@@ -50,22 +50,22 @@ def _load_weights(
     else:
         codes = tl.load(weights + columns[:, None] * weights_stride + k[None, :], mask=mask, other=0)
     if BITS < 16:
-        # One scale for a group, not one for each input, or their loads would be most of the work.
+        # Load one scale for each group: with one for each input, the loads would be most of the work.
         groups = start // SCALE_INPUTS + tl.arange(0, INPUTS // SCALE_INPUTS)
-        place = columns[:, None] * scales_stride + groups[None, :]
+        index = columns[:, None] * scales_stride + groups[None, :]
         has_group = has_column & (groups[None, :] * SCALE_INPUTS < num_inputs)
         shape: tl.constexpr = (columns.shape[0], INPUTS // SCALE_INPUTS, SCALE_INPUTS)
         numbers = tl.reshape(codes.to(tl.float32), shape)
-        numbers *= tl.load(scales + place, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
+        numbers *= tl.load(scales + index, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
         if HAS_MINIMUM:
-            numbers += tl.load(minima + place, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
+            numbers += tl.load(minima + index, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
         codes = tl.reshape(numbers, (columns.shape[0], INPUTS)).to(dtype)
     return codes
 
 
 @triton.jit
 def _tile(num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Rows and columns of a program, of which those that share columns are near each other."""
+    """Return the rows and columns of a program. Programs that share columns have adjacent numbers."""
     program = tl.program_id(0)
     programs_of_group = GROUP * tl.cdiv(num_columns, COLUMNS)
     first_row_tile = program // programs_of_group * GROUP
@@ -81,12 +81,12 @@ def _store(sums, bias, out, rows, columns, has_row, num_columns, stride, HAS_BIA
     has_column = columns < num_columns
     if HAS_BIAS:
         sums += tl.load(bias + columns, mask=has_column, other=0.0).to(tl.float32)[None, :]
-    place = out + rows[:, None] * stride + columns[None, :]
+    pointers = out + rows[:, None] * stride + columns[None, :]
     mask = has_row & has_column[None, :]
-    if ADDS:  # the rounded product, as if it had been stored
+    if ADDS:  # the product is rounded first, as if it had been stored
         rounded = sums.to(out.dtype.element_ty).to(tl.float32)
-        sums = tl.load(place, mask=mask, other=0.0).to(tl.float32) + rounded
-    tl.store(place, sums.to(out.dtype.element_ty), mask=mask)
+        sums = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + rounded
+    tl.store(pointers, sums.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -117,9 +117,9 @@ def _linear(
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Grid (tiles): all splits of the inputs, one after the other, to `out`.
+    """Compute x W^T + b to `out`, on a grid (tiles): each program computes all splits of the inputs in order.
 
-    Grid (tiles, splits), which IS_SPLIT: one split each, to `partial` [SPLITS, T, M].
+    With IS_SPLIT, the grid is (tiles, splits): each program computes one split, to `partial` [SPLITS, T, M].
     """
     rows, columns = _tile(num_rows, num_columns, ROWS, COLUMNS, GROUP)
     inputs = tl.arange(0, INPUTS)
@@ -158,14 +158,14 @@ def _add_splits(
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Grid (rows, pieces of the columns)."""
+    """Add up the splits in `partial` to `out`, on a grid (rows, pieces of the columns)."""
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     mask = (columns < num_columns)[None, :]
     total = tl.zeros((1, COLUMNS), dtype=tl.float32)
     for split in range(SPLITS):
-        place = (split * num_rows + rows)[:, None] * num_columns + columns[None, :]
-        total += tl.load(partial + place, mask=mask, other=0.0)
+        index = (split * num_rows + rows)[:, None] * num_columns + columns[None, :]
+        total += tl.load(partial + index, mask=mask, other=0.0)
     _store(total, bias, out, rows, columns, rows[:, None] < num_rows, num_columns, out_stride, HAS_BIAS, ADDS)
 
 
@@ -178,7 +178,7 @@ def linear(
     *,
     adds: bool = False,
 ) -> None:
-    """x [T, K] W^T + b for weights [M, K], to `out` [T, M] in its type, or added to what is there; sums are float32."""
+    """Store x W^T + b for x [T, K] and weights [M, K] in `out` [T, M], or add it there. Sums are float32."""
     num_rows, num_columns = len(x), len(weights)
     if isinstance(weights, PackedMatrix):
         codes, scales, minima = weights.codes, weights.scales, weights.minima
@@ -191,7 +191,7 @@ def linear(
     if not num_rows:
         return
     num_tiles = triton.cdiv(num_rows, tiles.rows) * triton.cdiv(num_columns, tiles.columns)
-    is_split = tiles.splits > 1 and num_tiles < tiles.programs  # to the same bits
+    is_split = tiles.splits > 1 and num_tiles < tiles.programs  # both ways give the same bits
     partial = out
     if is_split:
         partial = torch.empty((tiles.splits, num_rows, num_columns), dtype=torch.float32, device=x.device)

@@ -1,12 +1,12 @@
-"""What each row's LoRA adapter adds to a product: y += B (A x) (Hu et al. 2021; for many adapters, Chen et al. 2023).
+"""LoRA: y += B (A x), with the adapter of each row (Hu et al. 2021; for many adapters, Chen et al. 2023).
 
-One launch makes t = A x, float32, and one adds B t. A program takes one row after the other, in tiles of one size, so
-the bits of a row depend on that row and its adapter alone. Nothing is done for rows that have none.
+One launch computes t = A x in float32, and one adds B t. A program takes one row after the other, in tiles of one size,
+so the bits of a row depend on that row and its adapter alone. Rows without an adapter are skipped.
 
-There are no products of tiles of rows here, for neighbours may have different adapters: each row reads all of its
-adapter. Where many rows of a prompt share one, caches serve most of it. For all of Llama-3-8B, rank 16 is 84 MB: half a
-percent of the weights for each token decoded, besides 256 launches a step, and about half as long again for a prompt.
-That is arithmetic from an H100's figures, not measured.
+Rows are not computed in tiles, because adjacent rows may have different adapters: each row reads its whole adapter. If
+many rows of a prompt share one, caches serve most of the reads. For all of Llama-3-8B, rank 16 is 84 MB: half a percent
+of the weights for each decoded token, besides 256 launches a step, and about half as long again for a prompt. These
+figures are computed for an H100, not measured.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch import Tensor
 from engine.kernels.interface import LoraWeights
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS
 
-SHRINK_RANKS, SHRINK_INPUTS = 4, 1024  # of one step of a program that makes t
-EXPAND_RANKS, EXPAND_COLUMNS = 16, 512  # ... that adds B t
-ROWS_PER_GROUP = 64  # so many rows a program takes one of, and one more for each so many more,
-MAX_GROUP = 16  # ... up to this
+SHRINK_RANKS, SHRINK_INPUTS = 4, 1024  # of one step of a program that computes t
+EXPAND_RANKS, EXPAND_COLUMNS = 16, 512  # of one step of a program that adds B t
+ROWS_PER_GROUP = 64  # the rows of a program are those of the batch divided by this,
+MAX_GROUP = 16  # between 1 and this
 
 
 @triton.jit
-def _rank(ranks, places, row, part, num_parts):
-    """The place of a row's adapter and its rank for a part, which is 0 where there is none."""
-    place = tl.load(places + row)
-    return place, tl.load(ranks + place * num_parts + part, mask=place >= 0, other=0)
+def _rank(ranks, lora_slots, row, part, num_parts):
+    """Return the slot of a row's adapter and its rank for a part, 0 if the row has no adapter."""
+    slot = tl.load(lora_slots + row)
+    return slot, tl.load(ranks + slot * num_parts + part, mask=slot >= 0, other=0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["places"])
+@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["lora_slots"])
 def _shrink(
     x,
     a,
     ranks,
-    places,
+    lora_slots,
     inner,
     num_rows,
     group,
@@ -50,16 +50,16 @@ def _shrink(
     RANKS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """Grid (groups of rows, parts, pieces of the ranks): A x, to `inner` [T, parts, R]."""
+    """Compute A x to `inner` [T, parts, R], on a grid (groups of rows, parts, pieces of the ranks)."""
     part, num_parts = tl.program_id(1), tl.num_programs(1)
     first_rank = tl.program_id(2) * RANKS
     rows_of_a = first_rank + tl.arange(0, RANKS)
     first_row = tl.program_id(0).to(tl.int64) * group
     for row in range(first_row, tl.minimum(first_row + group, num_rows)):
-        place, rank = _rank(ranks, places, row, part, num_parts)
+        slot, rank = _rank(ranks, lora_slots, row, part, num_parts)
         if first_rank < rank:
             has_rank = rows_of_a < rank
-            weights = a + ((place * num_parts + part) * max_rank + rows_of_a)[:, None] * num_inputs
+            weights = a + ((slot * num_parts + part) * max_rank + rows_of_a)[:, None] * num_inputs
             products = tl.zeros((RANKS, INPUTS), dtype=tl.float32)
             for start in range(0, num_inputs, INPUTS):
                 k = start + tl.arange(0, INPUTS)
@@ -67,16 +67,16 @@ def _shrink(
                 numbers = tl.load(x + row * x_stride + k, mask=has_input, other=0.0).to(tl.float32)
                 some = tl.load(weights + k[None, :], mask=has_rank[:, None] & has_input[None, :], other=0.0)
                 products += some.to(tl.float32) * numbers[None, :]
-            place_of_sums = inner + (row * num_parts + part) * max_rank + rows_of_a
-            tl.store(place_of_sums, tl.sum(products, axis=1), mask=has_rank)
+            pointers = inner + (row * num_parts + part) * max_rank + rows_of_a
+            tl.store(pointers, tl.sum(products, axis=1), mask=has_rank)
 
 
-@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["places"])
+@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["lora_slots"])
 def _expand(
     inner,
     b,
     ranks,
-    places,
+    lora_slots,
     tiles,
     out,
     num_rows,
@@ -89,31 +89,34 @@ def _expand(
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Grid (groups of rows, tiles of columns): B t, added to `out`. The columns of each part begin at a whole UNIT."""
+    """Add B t to `out`, on a grid (groups of rows, tiles of columns).
+
+    The first column of each part is a multiple of UNIT.
+    """
     tile = tiles + 3 * tl.program_id(1)
     part = tl.load(tile)
     columns = tl.multiple_of(tl.load(tile + 1), UNIT) + tl.arange(0, COLUMNS)
     has_column = columns < tl.multiple_of(tl.load(tile + 2), UNIT)
     first_row = tl.program_id(0).to(tl.int64) * group
     for row in range(first_row, tl.minimum(first_row + group, num_rows)):
-        place, rank = _rank(ranks, places, row, part, num_parts)
+        slot, rank = _rank(ranks, lora_slots, row, part, num_parts)
         if rank > 0:
             sums = tl.zeros((COLUMNS,), dtype=tl.float32)
             for start in range(0, rank, RANKS):
                 k = start + tl.arange(0, RANKS)
-                has_rank = k < rank  # what lies beyond may be anything
+                has_rank = k < rank  # the rest is garbage
                 t = tl.load(inner + (row * num_parts + part) * max_rank + k, mask=has_rank, other=0.0)
-                weights = b + (place * max_rank + k)[:, None] * num_columns + columns[None, :]
+                weights = b + (slot * max_rank + k)[:, None] * num_columns + columns[None, :]
                 some = tl.load(weights, mask=has_rank[:, None] & has_column[None, :], other=0.0)
                 sums += tl.sum(some.to(tl.float32) * t[:, None], axis=0)
-            place_of_sums = out + row * out_stride + columns
+            pointers = out + row * out_stride + columns
             rounded = sums.to(out.dtype.element_ty).to(tl.float32)  # as `linear` adds to a residual stream
-            sums = tl.load(place_of_sums, mask=has_column, other=0.0).to(tl.float32) + rounded
-            tl.store(place_of_sums, sums.to(out.dtype.element_ty), mask=has_column)
+            sums = tl.load(pointers, mask=has_column, other=0.0).to(tl.float32) + rounded
+            tl.store(pointers, sums.to(out.dtype.element_ty), mask=has_column)
 
 
 def column_tiles(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """int32 [tiles, 3]: the part, first column, and end of its part, of tiles that are cut part by part."""
+    """Cut the columns of each part into tiles. Returns int32 [tiles, 3]: part, first column, and end of the part."""
     tiles, first = [], 0
     for part, size in enumerate(sizes):
         tiles += [(part, column, first + size) for column in range(first, first + size, EXPAND_COLUMNS)]
@@ -121,14 +124,15 @@ def column_tiles(sizes: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(tiles, dtype=torch.int32, device=device)
 
 
-def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, places: Tensor, tiles: Tensor) -> None:
-    """Add to each row of out [T, M], in place, what its adapter makes of its row of x [T, K].
+def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor, tiles: Tensor) -> None:
+    """Add the adapter of each row, B (A x), to out [T, M], in place, for x [T, K].
 
-    `tiles` are `column_tiles` of the parts. The host waits for nothing, and the grids depend on shapes alone.
+    `lora_slots`, int64 [T], holds the slot of each row's adapter, -1 for none; `tiles` are `column_tiles` of the parts.
+    The host does not wait for the device, and the grids depend on shapes alone.
     """
     num_rows, num_inputs = x.shape
     _, num_parts, max_rank, _ = weights.a.shape
-    assert x.stride(1) == out.stride(1) == places.stride(0) == 1
+    assert x.stride(1) == out.stride(1) == lora_slots.stride(0) == 1
     assert all(tensor.is_contiguous() for tensor in (weights.a, weights.b, weights.ranks))
     if not num_rows:
         return
@@ -139,7 +143,7 @@ def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, places: Tensor, tiles
         x,
         weights.a,
         weights.ranks,
-        places,
+        lora_slots,
         inner,
         num_rows,
         group,
@@ -154,7 +158,7 @@ def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, places: Tensor, tiles
         inner,
         weights.b,
         weights.ranks,
-        places,
+        lora_slots,
         tiles,
         out,
         num_rows,

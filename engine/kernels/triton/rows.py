@@ -1,4 +1,4 @@
-"""What is done to each row between the matrix products: norm, rotation, activation. All arithmetic is float32."""
+"""The operations on each row between the matrix products: norm, activation, rotation. All arithmetic is float32."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from engine.kernels.interface import LayerCache
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS
 
 ACT_COLUMNS = 1024  # of a program
-SMALLEST = tl.constexpr(1e-30)  # what is smaller counts as 0
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: next to it float32 has whole numbers only
-LARGEST = tl.constexpr(80.0)  # e to the power of which is finite, and as good as infinite where it is used
+SMALLEST = tl.constexpr(1e-30)  # a head whose largest number is not above this is stored as zeros
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
+LARGEST = tl.constexpr(80.0)  # exp(80) is finite, and large enough to stand for infinity here
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _rms_norm(x, weight, out, x_stride, out_stride, size, eps, BLOCK: tl.constex
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, K] over its root mean square, times weight (Zhang and Sennrich 2019). One program for each row."""
+    """Return x [T, K] divided by its root mean square, times weight (Zhang and Sennrich 2019). One program per row."""
     assert x.stride(1) == 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(x):
@@ -50,13 +50,13 @@ def _act_and_mul(gate_up, out, stride, out_stride, size, ACTIVATION: tl.constexp
         activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     else:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        # tanh(x) = 1 - 2 / (e^2x + 1), which holds at both ends too
+        # tanh(x) = 1 - 2 / (e^2x + 1), also correct for large |x|
         activated = 0.5 * gate * (2.0 - 2.0 / (tl.exp(tl.minimum(2.0 * inner, LARGEST)) + 1.0))
     tl.store(out + row * out_stride + columns, (activated * up).to(out.dtype.element_ty), mask=mask)
 
 
 def act_and_mul(gate_up: Tensor, activation: str) -> Tensor:
-    """act(gate) * up of gate_up [T, 2 I] -> [T, I]; `activation` is silu, gelu or gelu_pytorch_tanh."""
+    """Return act(gate) * up of gate_up [T, 2 I]: [T, I]. `activation` is silu, gelu or gelu_pytorch_tanh."""
     num_rows, size = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
@@ -69,7 +69,7 @@ def act_and_mul(gate_up: Tensor, activation: str) -> Tensor:
 
 @triton.jit
 def _rotated(x, cos, sin, half, BLOCK: tl.constexpr):
-    """One head, whose pairs are (i, i + half)."""
+    """Return one head, rotated in the pairs (i, i + half)."""
     columns = tl.arange(0, BLOCK)
     mask = columns < 2 * half
     is_first = columns < half
@@ -81,18 +81,18 @@ def _rotated(x, cos, sin, half, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_head(values, heads, place, scales, scale_place, size, HAS_SCALES: tl.constexpr, BLOCK: tl.constexpr):
-    """One head [BLOCK] as it is, or as codes of -127 .. 127 and a scale, which is a NaN if a number is not finite."""
+def _store_head(values, heads, index, scales, scale_index, size, HAS_SCALES: tl.constexpr, BLOCK: tl.constexpr):
+    """Store one head [BLOCK], or its codes of -127 .. 127 and a scale, which is NaN if a number is not finite."""
     columns = tl.arange(0, BLOCK)
     if HAS_SCALES:
         sizes = tl.abs(values)
         are_finite = tl.min((sizes < float("inf")).to(tl.int32), axis=0) > 0
         largest = tl.max(sizes, axis=0)
-        tl.store(scales + scale_place, tl.where(are_finite, tl.div_rn(largest, 127.0), float("nan")))
+        tl.store(scales + scale_index, tl.where(are_finite, tl.div_rn(largest, 127.0), float("nan")))
         has_codes = are_finite & (largest > SMALLEST)
         codes = tl.where(has_codes, values, 0.0) * tl.div_rn(127.0, tl.where(has_codes, largest, 1.0))
         values = (codes + ROUNDER) - ROUNDER
-    tl.store(heads + place * size + columns, values.to(heads.dtype.element_ty), mask=columns < size)
+    tl.store(heads + index * size + columns, values.to(heads.dtype.element_ty), mask=columns < size)
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _rope_and_store_kv(
     out,
     cos,
     sin,
-    slots,
+    slot_mapping,
     keys,
     values,
     key_scales,
@@ -124,27 +124,27 @@ def _rope_and_store_kv(
     sin += row * half
     if head < num_heads:
         rotated = _rotated(q + row * row_stride + head * size, cos, sin, half, BLOCK)
-        place = out + (row * num_heads + head) * size + columns
-        tl.store(place, rotated.to(out.dtype.element_ty), mask=columns < size)
+        pointers = out + (row * num_heads + head) * size + columns
+        tl.store(pointers, rotated.to(out.dtype.element_ty), mask=columns < size)
     else:
-        slot = tl.load(slots + row)
+        slot = tl.load(slot_mapping + row)
         if slot >= 0:
             kv_head = head - num_heads
             first = row * row_stride + kv_head * size
-            place = slot * num_kv_heads + kv_head
-            scale_place = (slot // TOKENS * num_kv_heads + kv_head) * TOKENS + slot % TOKENS
+            index = slot * num_kv_heads + kv_head
+            scale_index = (slot // TOKENS * num_kv_heads + kv_head) * TOKENS + slot % TOKENS
             key = _rotated(k + first, cos, sin, half, BLOCK)
             value = tl.load(v + first + columns, mask=columns < size, other=0.0).to(tl.float32)
-            _store_head(key, keys, place, key_scales, scale_place, size, HAS_SCALES, BLOCK)
-            _store_head(value, values, place, value_scales, scale_place, size, HAS_SCALES, BLOCK)
+            _store_head(key, keys, index, key_scales, scale_index, size, HAS_SCALES, BLOCK)
+            _store_head(value, values, index, value_scales, scale_index, size, HAS_SCALES, BLOCK)
 
 
 def rope_and_store_kv(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: LayerCache
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, cache: LayerCache
 ) -> Tensor:
-    """Rotate q [T, H, D] and k [T, KH, D] (Su et al. 2021), store k and v at `slots` [T] unless they are negative, and
-    return the rotated q.
+    """Rotate q [T, H, D] and k [T, KH, D] (Su et al. 2021), store k and v at `slot_mapping` [T], and return q rotated.
 
+    Rows with a negative slot are not stored.
     cos and sin are float32 [T, D / 2]; the cache's keys and values are [B, N, KH, D], with scales [B, KH, N] for int8.
     """
     num_rows, num_heads, size = q.shape
@@ -160,7 +160,7 @@ def rope_and_store_kv(
             out,
             cos,
             sin,
-            slots,
+            slot_mapping,
             cache.keys,
             cache.values,
             cache.key_scales,
@@ -172,7 +172,7 @@ def rope_and_store_kv(
             HAS_SCALES=cache.key_scales is not None,
             TOKENS=cache.keys.shape[1],
             BLOCK=triton.next_power_of_2(size),
-            num_warps=1,  # four numbers of a head of 128 for each lane, rather than one
+            num_warps=1,  # a lane takes four numbers of a head of 128
             **LAUNCH_OPTIONS,
         )
     return out

@@ -1,10 +1,9 @@
-"""The sampler in Triton: what engine.sampler does on any device, without a sort and without a wait of the host.
+"""The sampler in Triton: the results of `engine.sampling.sampler.Sampler` without a sort and without a host sync.
 
-The settings of all rows reach the device in one copy. One program goes through a row, piece by piece, whatever the
-other rows are. There are programs only for the rows that need a pass: all for the most likely token, some for what
-changes their logits, some for what is sampled. A threshold is found by bisection over the numbers that float32 has,
-once what lies far below the most likely token has been left out. What one thread writes is read by another in the next
-kernel only.
+The settings of all rows reach the device in one copy. One program works through a row piece by piece, whatever the
+other rows are. Each kernel has programs only for the rows that need it: all rows for the argmax, some for biases and
+penalties, some for sampling. Thresholds of top-k and top-p are found by bisection over the float32 numbers, among the
+logits that are not far below the largest. A value written by one thread is read by others only in the next kernel.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from torch import Tensor
 
 from engine.batch.transfer import packed_copy
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS
-from engine.sampling.ops import GREEDY_TEMPERATURE
 from engine.sampling.rng import noise_keys
 from engine.sampling.sampler import NO_MASKS, Sampler, SamplerOutput, apply_masks
-from engine.scheduling.request import SampledRequest
-from engine.shared.messages import SamplingParams
+from engine.scheduling.request import SamplingRow
+from engine.shared.messages import GREEDY_TEMPERATURE, SamplingParams
 
 Words: TypeAlias = NDArray[np.int32]
 Records: TypeAlias = NDArray[np.void]
+IndexedRow: TypeAlias = tuple[int, SamplingRow]  # index of the row's logits, the row
 
-PIECE = 8192  # logits that a program takes at a time
-ID_PIECE = 1024  # token ids
+PIECE = 8192  # logits that a program loads at a time
+ID_PIECE = 1024  # token ids that a program loads at a time
 NUM_WARPS = 16
 
-# Settings that have a pass here, or change no distribution. A request with any other goes to engine.sampler.
+# Settings that the kernels implement, or that do not affect sampling. Requests with others use the reference sampler.
 KNOWN = {"temperature", "seed", "min_p", "top_k", "top_p", "logit_bias", "ignore_eos", "stop_token_ids", "min_tokens"}
 KNOWN |= {"repetition_penalty", "frequency_penalty", "presence_penalty", "max_tokens", "logprobs", "prompt_logprobs"}
 KNOWN |= {"logprob_token_ids", "grammar"}
-OTHERS = {  # with what they are where they are off
+OTHER_DEFAULTS = {  # all other settings -> the value that turns them off
     name: getattr(SamplingParams(max_tokens=0), name) for name in SamplingParams.__struct_fields__ if name not in KNOWN
 }
 
-# What a program reads of a row that is sampled, and of one whose logits change, in words of 32 bits.
+# Records, in 32-bit words, of a row that is sampled and of a row whose logits change.
 DRAW = np.dtype(
     [
         ("row", np.int32),
@@ -58,7 +57,7 @@ DRAW = np.dtype(
 CHANGE = np.dtype(
     [
         ("row", np.int32),
-        ("first", np.int32),  # where its part of the lists begins: biased ids, their biases, and tokens so far
+        ("first", np.int32),  # offset of its lists: biased ids, their biases, prompt and output
         ("num_biased", np.int32),
         ("num_tokens", np.int32),  # 0: no penalties
         ("num_prompt_tokens", np.int32),
@@ -76,7 +75,7 @@ def _load_float(words):
     return tl.load(words).to(tl.float32, bitcast=True)
 
 
-# The largest value.
+# Argmax.
 
 
 @triton.jit
@@ -87,14 +86,14 @@ def _keep_larger(best, best_ids, values, ids):
 
 @triton.jit
 def _winner(best, best_ids):
-    """Of the lanes' best: the largest, and the lowest id that has it."""
+    """Return the largest of the lanes' values, and the lowest id that has it."""
     value = tl.max(best, axis=0)
     return value, tl.min(tl.where(best == value, best_ids, 0x7FFFFFFF), axis=0)
 
 
 @triton.jit
 def _find_top(x, size, PIECE: tl.constexpr):
-    """The largest value of a row, the lowest id that has it, and whether all are numbers."""
+    """Return the largest value of a row, the lowest id that has it, and whether no value is NaN."""
     lanes = tl.arange(0, PIECE)
     best, best_ids = tl.full((PIECE,), float("-inf"), tl.float32), lanes
     numbers = tl.full((PIECE,), 1, tl.int32)
@@ -109,7 +108,7 @@ def _find_top(x, size, PIECE: tl.constexpr):
 
 @triton.jit
 def _top(logits, token_ids, highest, is_finite, changes, stride, size, IS_CHANGED: tl.constexpr, PIECE: tl.constexpr):
-    """Grid (rows), or (changed rows), where only the logits that the model gave tell whether they are finite."""
+    """Find the argmax of each row. Grid (rows), or (changed rows) if IS_CHANGED; `is_finite` is then set already."""
     row = tl.program_id(0).to(tl.int64)
     if IS_CHANGED:
         row = tl.load(changes + row * CHANGE_WORDS).to(tl.int64)
@@ -120,44 +119,45 @@ def _top(logits, token_ids, highest, is_finite, changes, stride, size, IS_CHANGE
         tl.store(is_finite + row, (are_numbers & (tl.abs(value) < float("inf"))).to(tl.uint8))
 
 
-# What changes single tokens.
+# Biases and penalties.
 
 
 @triton.jit
 def _ids(ids, start, num, size, PIECE: tl.constexpr):
-    """A piece of a list of token ids, where each stands in it, and whether it is one of the vocabulary."""
-    places = start + tl.arange(0, PIECE)
-    found = tl.load(ids + places, mask=places < num, other=-1)
-    return found, places, (found >= 0) & (found < size)
+    """Load a piece of a list of token ids. Return the ids, their indices, and which of them are in the vocabulary."""
+    indices = start + tl.arange(0, PIECE)
+    found = tl.load(ids + indices, mask=indices < num, other=-1)
+    return found, indices, (found >= 0) & (found < size)
 
 
 @triton.jit
 def _add_biases(logits, counts, changes, lists, stride, size, PIECE: tl.constexpr):
-    """Grid (changed rows): the biases, each of another token, and how often the tokens of each text occur.
+    """Add the biases of each row, and count the tokens of its text. Grid (changed rows).
 
-    A count is twice how often the output has the token, and one more where the prompt has it.
+    A row has at most one bias per token. A count is twice the number of occurrences in the output, plus one if the
+    prompt has the token.
     """
     change = changes + tl.program_id(0) * CHANGE_WORDS
     x = logits + tl.load(change).to(tl.int64) * stride
     ids = lists + tl.load(change + 1)
     num_biased = tl.load(change + 2)
     for start in range(0, num_biased, PIECE):
-        token_ids, places, are_ids = _ids(ids, start, num_biased, size, PIECE)
-        biases = tl.load(ids + num_biased + places, mask=are_ids, other=0).to(tl.float32, bitcast=True)
+        token_ids, indices, are_ids = _ids(ids, start, num_biased, size, PIECE)
+        biases = tl.load(ids + num_biased + indices, mask=are_ids, other=0).to(tl.float32, bitcast=True)
         tl.store(x + token_ids, tl.load(x + token_ids, mask=are_ids, other=0.0) + biases, mask=are_ids)
     ids += 2 * num_biased
     num_tokens = tl.load(change + 3)
     num_prompt_tokens = tl.load(change + 4)
     counts += tl.program_id(0).to(tl.int64) * size
     for start in range(0, num_tokens, PIECE):
-        token_ids, places, are_ids = _ids(ids, start, num_tokens, size, PIECE)
-        tl.atomic_or(counts + token_ids, 1, mask=are_ids & (places < num_prompt_tokens))
-        tl.atomic_add(counts + token_ids, 2, mask=are_ids & (places >= num_prompt_tokens))
+        token_ids, indices, are_ids = _ids(ids, start, num_tokens, size, PIECE)
+        tl.atomic_or(counts + token_ids, 1, mask=are_ids & (indices < num_prompt_tokens))
+        tl.atomic_add(counts + token_ids, 2, mask=are_ids & (indices >= num_prompt_tokens))
 
 
 @triton.jit
 def _penalise(logits, counts, changes, lists, stride, size, PIECE: tl.constexpr):
-    """Grid (penalised rows). A token is penalised where its count is exchanged for 0, which is once."""
+    """Apply the penalties. Grid (penalised rows). Exchanging the count for 0 ensures that a token is penalised once."""
     change = changes + tl.program_id(0) * CHANGE_WORDS
     x = logits + tl.load(change).to(tl.int64) * stride
     ids = lists + tl.load(change + 1) + 2 * tl.load(change + 2)
@@ -175,12 +175,12 @@ def _penalise(logits, counts, changes, lists, stride, size, PIECE: tl.constexpr)
         tl.store(x + token_ids, values, mask=are_first)
 
 
-# What is sampled.
+# Sampling.
 
 
 @triton.jit
 def _load_draw(logits, highest, draw, stride):
-    """A row, its temperature, its highest value over that, and the threshold of min_p."""
+    """Return a pointer to a row, its temperature, its highest scaled logit, and the threshold of min_p."""
     row = tl.load(draw).to(tl.int64)
     temperature = _load_float(draw + 3)
     top = tl.div_rn(tl.load(highest + row), temperature)
@@ -196,7 +196,10 @@ def _load_scaled(x, start, size, temperature, PIECE: tl.constexpr):
 
 @triton.jit
 def _weight(x, size, temperature, pivot, top, is_count, PIECE: tl.constexpr):
-    """What is at least the pivot: how many, or their probability over that of the top. It grows as the pivot falls."""
+    """Return the weight of all values that are at least `pivot`. It grows as the pivot falls.
+
+    The weight is their number if `is_count`, otherwise the sum of exp(value - top).
+    """
     sums = tl.zeros((PIECE,), tl.float32)
     for start in range(0, size, PIECE):
         values, _, are_ids = _load_scaled(x, start, size, temperature, PIECE)
@@ -207,9 +210,9 @@ def _weight(x, size, temperature, pivot, top, is_count, PIECE: tl.constexpr):
 
 @triton.jit
 def _collect(logits, highest, draws, found, nums_found, states, stride, size, PIECE: tl.constexpr):
-    """Grid (rows with top_k or top_p): the values that these thresholds are among, which are few as a rule.
+    """Collect the largest values of each row, among which its thresholds are. Grid (rows with top_k or top_p).
 
-    States are the lowest of them, or what is below it, and the weight of all that min_p leaves.
+    Usually these are few. `states` gets a lower bound of them, and the weight of all values that min_p keeps.
     """
     program = tl.program_id(0).to(tl.int64)
     draw = draws + program * DRAW_WORDS
@@ -227,8 +230,8 @@ def _collect(logits, highest, draws, found, nums_found, states, stride, size, PI
         for start in range(0, size, PIECE):
             values, _, are_ids = _load_scaled(x, start, size, temperature, PIECE)
             chosen = (are_ids & (values >= pivot)).to(tl.int32)
-            places = program * size + num_found + tl.cumsum(chosen, axis=0) - 1
-            tl.store(found + places, values, mask=chosen > 0)
+            indices = program * size + num_found + tl.cumsum(chosen, axis=0) - 1
+            tl.store(found + indices, values, mask=chosen > 0)
             num_found += tl.sum(chosen, axis=0)
         tl.store(nums_found + program, num_found)
         tl.store(states + 2 * program, pivot)
@@ -237,7 +240,7 @@ def _collect(logits, highest, draws, found, nums_found, states, stride, size, PI
 
 @triton.jit
 def _limit(found, num_found, top, lowest, goal, is_count, PIECE: tl.constexpr):
-    """The highest threshold, not below `lowest`, at which the weight is the goal: `lowest` where it never is."""
+    """Return the highest threshold at which the weight reaches the goal, or `lowest` if that is higher."""
     low, high = _order_of(lowest), _order_of(top)
     while low < high:
         middle = (low + high + 1) >> 1
@@ -249,7 +252,7 @@ def _limit(found, num_found, top, lowest, goal, is_count, PIECE: tl.constexpr):
 
 @triton.jit
 def _order_of(value):
-    """An integer that grows as a float32 does, and by 1 from each to the next."""
+    """Map a float32 to an integer of the same order; neighbouring numbers differ by 1."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
@@ -262,7 +265,7 @@ def _at_order(order):
 
 @triton.jit
 def _mix(x):
-    """The finaliser of MurmurHash3."""
+    """Apply the finaliser of MurmurHash3."""
     x ^= x >> 16
     x *= 0x85EBCA6B
     x ^= x >> 13
@@ -272,11 +275,11 @@ def _mix(x):
 
 @triton.jit
 def _noise(ids, first_key, second_key):
-    """That of engine.sampler for the same keys."""
+    """Return Gumbel noise as `engine.sampling.rng.gumbel_noise` does for the same keys."""
     bits = _mix(_mix((ids.to(tl.uint32) * 0x9E3779B1) ^ first_key) ^ second_key)
     uniform = ((bits & 0x7FFFFFFF).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2^-31
     uniform = tl.minimum(uniform, 0.99999994)  # 1 - 2^-24
-    # -log(1 - u), in which what 1 - u has lost of a small u is put right (Kahan).
+    # -log(1 - u), corrected for the rounding of 1 - u if u is small (Kahan).
     rest = 1.0 - uniform
     lost = tl.where(rest == 1.0, 1.0, rest - 1.0)
     return -tl.log(tl.where(rest == 1.0, uniform, tl.log(rest) * (uniform / lost)))
@@ -286,7 +289,7 @@ def _noise(ids, first_key, second_key):
 def _draw(
     logits, highest, draws, found, nums_found, states, token_ids, stride, size, PIECE: tl.constexpr
 ):  # fmt: skip
-    """Grid (sampled rows): of what no threshold leaves out, the largest of logit / temperature + noise."""
+    """Sample the argmax of logit / temperature + noise among the tokens above all thresholds. Grid (sampled rows)."""
     program = tl.program_id(0).to(tl.int64)
     draw = draws + program * DRAW_WORDS
     x, temperature, top, lowest = _load_draw(logits, highest, draw, stride)
@@ -315,32 +318,32 @@ def _draw(
 
 
 class TritonSampler:
-    """Samples tokens of a vocabulary on a GPU. What has no pass here is left to engine.sampler."""
+    """Samples tokens of a vocabulary on a GPU. Rows with settings outside KNOWN go through the reference sampler."""
 
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        self.plain = Sampler(vocab_size, eos_token_ids, device)
+        self.reference = Sampler(vocab_size, eos_token_ids, device)
         self.piece = min(PIECE, triton.next_power_of_2(vocab_size))
 
     def sample(
-        self, logits: Tensor, requests: Sequence[SampledRequest], masks: Mapping[int, bytes] = NO_MASKS
+        self, logits: Tensor, rows: Sequence[SamplingRow], masks: Mapping[int, bytes] = NO_MASKS
     ) -> SamplerOutput:
-        """The next token of each request from its row of logits, float32 [R, V], which may be changed in place."""
+        """Sample the next token of each row from its logits, float32 [R, V]. May change the logits in place."""
         apply_masks(logits, masks)
-        assert logits.shape == (len(requests), self.vocab_size)
+        assert logits.shape == (len(rows), self.vocab_size)
         assert logits.stride(1) == 1
         token_ids, is_finite, highest = (
-            torch.empty(len(requests), dtype=dtype, device=self.device)
+            torch.empty(len(rows), dtype=dtype, device=self.device)
             for dtype in (torch.int64, torch.uint8, torch.float32)
         )
-        if requests:
-            self._launch(_top, len(requests), logits, token_ids, highest, is_finite, is_finite, IS_CHANGED=False)
-            rows = list(enumerate(requests))
-            known = [is_known(request.params) for request in requests]
-            self._sample_known(logits, list(itertools.compress(rows, known)), token_ids, highest)
-            if not all(known):
-                others = [row for row in rows if not known[row[0]]]
+        if rows:
+            self._launch(_top, len(rows), logits, token_ids, highest, is_finite, is_finite, IS_CHANGED=False)
+            indexed = list(enumerate(rows))
+            supported = [is_supported(row.params) for row in rows]
+            self._sample_supported(logits, list(itertools.compress(indexed, supported)), token_ids, highest)
+            if not all(supported):
+                others = [item for item in indexed if not supported[item[0]]]
                 self._sample_others(logits, others, token_ids, is_finite)
         return SamplerOutput(token_ids, is_finite.view(torch.bool))
 
@@ -350,9 +353,7 @@ class TritonSampler:
             sizes = (arguments[0].stride(0), self.vocab_size)
             kernel[(num_programs,)](*arguments, *sizes, **constants, **LAUNCH_OPTIONS)
 
-    def _sample_known(
-        self, logits: Tensor, rows: Sequence[tuple[int, SampledRequest]], token_ids: Tensor, highest: Tensor
-    ) -> None:
+    def _sample_supported(self, logits: Tensor, rows: Sequence[IndexedRow], token_ids: Tensor, highest: Tensor) -> None:
         changes, lists, num_penalised = self._changes(rows)
         draws, num_limited = _draws(rows, self.vocab_size)
         if not len(changes) + len(draws):
@@ -371,85 +372,79 @@ class TritonSampler:
         self._launch(_collect, num_limited, *some)
         self._launch(_draw, len(draws), *some, token_ids)
 
-    def _changes(self, rows: Sequence[tuple[int, SampledRequest]]) -> tuple[Records, Words, int]:
-        """One record for each row whose logits change, their lists, and how many of them, the first, have penalties."""
+    def _changes(self, rows: Sequence[IndexedRow]) -> tuple[Records, Words, int]:
+        """Return a record per row whose logits change, their lists, and how many leading records have penalties."""
         records: list[tuple[float, ...]] = []
         lists: list[Words] = [np.zeros(0, np.int32)]
         first = 0
-        changed = [(row, request) for row, request in rows if _has_change(request)]
-        changed.sort(key=lambda item: not _has_penalty(item[1].params))
-        for row, request in changed:
-            params = request.params
-            biases, tokens = params.logit_bias | dict.fromkeys(self._banned(request), -math.inf), _tokens(request)
+        changed = [item for item in rows if _has_change(item[1])]
+        changed.sort(key=lambda item: not item[1].params.has_penalty)
+        for index, row in changed:
+            params = row.params
+            biases, tokens = params.logit_bias | dict.fromkeys(self._banned(row), -math.inf), _penalised_tokens(row)
             penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-            records.append((row, first, len(biases), len(tokens), request.num_prompt_tokens, *penalties))
+            records.append((index, first, len(biases), len(tokens), row.num_prompt_tokens, *penalties))
             lists += [
                 np.fromiter(biases, np.int32, len(biases)),
                 np.fromiter(biases.values(), np.float32, len(biases)).view(np.int32),
                 tokens,
             ]
             first += 2 * len(biases) + len(tokens)
-        num_penalised = sum(_has_penalty(request.params) for _, request in changed)
+        num_penalised = sum(row.params.has_penalty for _, row in changed)
         return np.array(records, CHANGE), np.concatenate(lists), num_penalised
 
-    def _banned(self, request: SampledRequest) -> list[int]:
-        """What would end a request before its min_tokens."""
-        params = request.params
-        if request.num_output_tokens >= params.min_tokens:
+    def _banned(self, row: SamplingRow) -> list[int]:
+        """Return the tokens that would end the request before its min_tokens."""
+        params = row.params
+        if row.num_output_tokens >= params.min_tokens:
             return []
-        return [*([] if params.ignore_eos else self.plain.eos_token_ids), *params.stop_token_ids]
+        return [*([] if params.ignore_eos else self.reference.eos_token_ids), *params.stop_token_ids]
 
-    def _sample_others(
-        self, logits: Tensor, rows: Sequence[tuple[int, SampledRequest]], token_ids: Tensor, is_finite: Tensor
-    ) -> None:
-        (index,) = packed_copy([np.array([row for row, _ in rows])], self.device)
-        part = logits[index]
-        sampled = self.plain.sample(part, [request for _, request in rows])
-        token_ids[index], is_finite[index] = sampled.token_ids, sampled.is_finite.to(is_finite.dtype)
-        logits[index] = part
+    def _sample_others(self, logits: Tensor, rows: Sequence[IndexedRow], token_ids: Tensor, is_finite: Tensor) -> None:
+        (indices,) = packed_copy([np.array([index for index, _ in rows])], self.device)
+        part = logits[indices]
+        sampled = self.reference.sample(part, [row for _, row in rows])
+        token_ids[indices], is_finite[indices] = sampled.token_ids, sampled.is_finite.to(is_finite.dtype)
+        logits[indices] = part
 
 
-def is_known(params: SamplingParams) -> bool:
-    """Whether all of a request's settings have a pass here."""
-    return all(getattr(params, name) == off for name, off in OTHERS.items())
+def is_supported(params: SamplingParams) -> bool:
+    """Return whether the kernels implement all settings that the request uses."""
+    return all(getattr(params, name) == off for name, off in OTHER_DEFAULTS.items())
 
 
-def _has_change(request: SampledRequest) -> bool:
-    params = request.params
-    return bool(params.logit_bias) or request.num_output_tokens < params.min_tokens or _has_penalty(params)
+def _has_change(row: SamplingRow) -> bool:
+    params = row.params
+    return bool(params.logit_bias) or row.num_output_tokens < params.min_tokens or params.has_penalty
 
 
-def _has_penalty(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
-
-
-def _tokens(request: SampledRequest) -> Words:
-    """Prompt and output, with a draft, where they are penalised."""
-    if not _has_penalty(request.params):
+def _penalised_tokens(row: SamplingRow) -> Words:
+    """Return prompt, output and draft if the request has a penalty, otherwise nothing."""
+    if not row.params.has_penalty:
         return np.zeros(0, np.int32)
-    history = np.frombuffer(request.history(), np.int32)
-    return np.concatenate((history, np.array(request.draft_token_ids, np.int32)))
+    history = np.frombuffer(row.request.history(), np.int32)
+    return np.concatenate((history, np.array(row.draft_token_ids, np.int32)))
 
 
-def _draws(rows: Sequence[tuple[int, SampledRequest]], vocab_size: int) -> tuple[Records, int]:
-    """One record for each row that is sampled, and how many of them, the first, have top_k or top_p."""
-    sampled = [(row, request) for row, request in rows if request.params.temperature >= GREEDY_TEMPERATURE]
+def _draws(rows: Sequence[IndexedRow], vocab_size: int) -> tuple[Records, int]:
+    """Return a record for each row that is sampled, and how many leading records have top_k or top_p."""
+    sampled = [(index, row) for index, row in rows if row.params.temperature >= GREEDY_TEMPERATURE]
     draws = np.zeros(len(sampled), DRAW)
-    draws["row"] = [row for row, _ in sampled]
+    draws["row"] = [index for index, _ in sampled]
     draws["keys"] = noise_keys(
-        np.array([request.seed for _, request in sampled], np.uint64),
-        np.array([request.num_output_tokens for _, request in sampled], np.uint64),
+        np.array([row.seed for _, row in sampled], np.uint64),
+        np.array([row.num_output_tokens for _, row in sampled], np.uint64),
     )
     for name in ("temperature", "top_k", "top_p"):
-        draws[name] = [getattr(request.params, name) for _, request in sampled]
+        draws[name] = [getattr(row.params, name) for _, row in sampled]
     with np.errstate(divide="ignore"):
-        draws["log_min_p"] = np.log(np.array([request.params.min_p for _, request in sampled], np.float32))
+        draws["log_min_p"] = np.log(np.array([row.params.min_p for _, row in sampled], np.float32))
     draws["top_k"] *= draws["top_k"] < vocab_size
     is_limited = (draws["top_k"] > 0) | (draws["top_p"] < 1)
     return draws[np.argsort(~is_limited, kind="stable")], int(is_limited.sum())
 
 
 def _whole_pairs(array: Records | Words) -> NDArray[np.int64]:
-    """Words of 32 bits, two in each number."""
+    """Return 32-bit words as 64-bit numbers, padded to an even number of words."""
     words = array.view(np.int32).ravel()
     return np.pad(words, (0, len(words) % 2)).view(np.int64)

@@ -1,6 +1,6 @@
-"""Whether the server works, for those who watch it. Answered from memory, without a key, in any state.
+"""Health endpoints for load balancers and orchestrators. They answer from memory, in any state, without an API key.
 
-`/health` and `/readyz` say whether to send requests here; `/healthz` whether to let the process live.
+`/health` and `/readyz` report whether to send requests to this server; `/healthz` whether to keep the process alive.
 """
 
 from fastapi import APIRouter, Request, Response
@@ -16,34 +16,34 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """200 while the engine's step loop moves. What load balancers made for vLLM ask for."""
+    """Return 200 while the engine's step loop makes progress. The path is vLLM's."""
     client = get_context(request).client
-    return _answer(client, is_well=client.is_healthy)
+    return _answer(client, is_ok=client.is_healthy)
 
 
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def alive(request: Request) -> Response:
-    """200 also while the model is loaded; 503 once the engine is dead or hangs."""
+    """Return 200 while the model loads or the engine runs; 503 once the engine is dead or hangs."""
     client = get_context(request).client
-    return _answer(client, is_well=client.is_alive)
+    return _answer(client, is_ok=client.is_alive)
 
 
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def ready(request: Request) -> Response:
-    """200 while new requests are taken."""
+    """Return 200 while new requests are admitted."""
     client = get_context(request).client
-    return _answer(client, is_well=client.is_healthy and not client.draining)
+    return _answer(client, is_ok=client.is_healthy and not client.drain_requested.is_set())
 
 
-def _answer(client: EngineClient, *, is_well: bool) -> Response:
-    if is_well:
+def _answer(client: EngineClient, *, is_ok: bool) -> Response:
+    if is_ok:
         return StructResponse({"status": "ok"})
     if client.dead_reason is not None:
         return EngineUnavailableError("The engine has stopped.").response()
     if not client.is_ready:
         return EngineUnavailableError("The model is still being loaded.").response()
-    if client.draining:
+    if client.drain_requested.is_set():
         return EngineUnavailableError("The server is shutting down.").response()
     return EngineUnavailableError("The engine does not respond.").response()

@@ -1,4 +1,4 @@
-"""`GET /metrics` in Prometheus' text format."""
+"""`GET /metrics` in the Prometheus text format."""
 
 from fastapi import APIRouter, Request, Response
 
@@ -9,5 +9,6 @@ router = APIRouter()
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
+    """Return the metrics for Prometheus."""
     page, content_type = get_context(request).metrics.exposition()
     return Response(page, headers={"content-type": content_type})

@@ -1,6 +1,6 @@
-"""`/v1/models` and `/version`: what is served, and by what. Anthropic's clients get models in its form.
+"""`/v1/models` and `/version`: the served models and the version of the server.
 
-LoRA adapters are models, too, which come after the model that they adapt.
+LoRA adapters are listed as models, after their base model. Anthropic clients get models in Anthropic's format.
 """
 
 import importlib.metadata
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.admin.model_schemas import AnthropicModel, AnthropicModelList, Model, ModelList
+from server.api.admin.schemas import AnthropicModel, AnthropicModelList, Model, ModelList
 from server.context import ServedModel, ServerContext, get_context
 from server.http.errors import ModelNotFoundError, is_for_anthropic
 from server.http.json_response import StructResponse
@@ -18,6 +18,7 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
+    """List the served model and its LoRA adapters."""
     context = get_context(request)
     if is_for_anthropic(request.scope):
         models = [_anthropic_model(context, model) for model in context.served_models]
@@ -27,6 +28,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/models/{model_id:path}")
 async def retrieve_model(request: Request, model_id: str) -> Response:
+    """Return one model or LoRA adapter."""
     context = get_context(request)
     if not model_id:
         raise ModelNotFoundError(model_id)
@@ -36,6 +38,7 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 
 @router.get("/version")
 async def version() -> Response:
+    """Return the version of the server."""
     return StructResponse({"version": importlib.metadata.version("lightwell")})
 
 

@@ -1,4 +1,4 @@
-"""A request that was recorded, run again: whether the answer is the same, bit for bit, and if not, from where on."""
+"""Runs a recorded request again and finds the first position at which the answers differ in any bit."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.shared.messages import FinishReason, Submit, TokenLogprobs
-from server.api.admin.request_schemas import Alternative, Difference, Distribution, Replay, ReplayedChoice
+from server.api.admin.schemas import Replay, ReplayDifference, ReplayedChoice, TokenAlternative, TokenDistribution
 from server.context import ServerContext
-from server.engine_client.client import RequestStream
-from server.generation.choice_state import json_logprob
-from server.generation.recordings import RecordedChoice, Recording
+from server.engine_client.streams import RequestStream
+from server.generation.choice_delta import json_logprob
 from server.http.errors import RecordedAdapterError, ServerError
+from server.recordings import RecordedChoice, Recording
 from server.text.choice_text import token_text
 from server.text.tokenizer import Tokenizer
 
 
 async def replay(context: ServerContext, request_id: str, recording: Recording) -> Replay:
-    """Raises APIError where the engine has no room, or fails, or no longer has the adapter."""
+    """Run a recorded request again and compare the answers.
+
+    Raises APIError if the engine is full, fails, or does not have the request's adapter loaded.
+    """
     _check_adapter(context, recording.submits[0])
-    again = [_again(submit, choices) for submit, choices in zip(recording.submits, recording.choices, strict=True)]
+    submits = [
+        _resubmission(submit, choices) for submit, choices in zip(recording.submits, recording.choices, strict=True)
+    ]
     with contextlib.ExitStack() as stack:
-        reservation = stack.enter_context(context.client.reserve(sum(submit.n for submit in again)))
+        reservation = stack.enter_context(context.client.reserve(sum(submit.n for submit in submits)))
         streams = []
-        for submit in again:
+        for submit in submits:
             streams.append(context.client.submit(submit, reservation))
             stack.callback(streams[-1].close)
-        replayed = [await _collect(stream, submit) for stream, submit in zip(streams, again, strict=True)]
+        replayed = [await _collect(stream, submit) for stream, submit in zip(streams, submits, strict=True)]
     choices: list[ReplayedChoice] = []
     for submit, olds, news in zip(recording.submits, recording.choices, replayed, strict=True):
         for old, new in zip(olds, news, strict=True):
@@ -40,7 +45,7 @@ async def replay(context: ServerContext, request_id: str, recording: Recording) 
 
 
 def _check_adapter(context: ServerContext, submit: Submit) -> None:
-    """Raises RecordedAdapterError if its adapter is not loaded, or another one of that name is."""
+    """Raise RecordedAdapterError unless the adapter that the request used is still loaded under its name."""
     if not submit.lora_name:
         return
     loaded = context.client.adapters.get(submit.lora_name)
@@ -48,8 +53,11 @@ def _check_adapter(context: ServerContext, submit: Submit) -> None:
         raise RecordedAdapterError(submit.lora_name)
 
 
-def _again(submit: Submit, choices: Sequence[RecordedChoice]) -> Submit:
-    """As far as the longest answer went: a stop string may have cut it."""
+def _resubmission(submit: Submit, choices: Sequence[RecordedChoice]) -> Submit:
+    """Return a copy of `submit` with a new id that generates as many tokens as the longest recorded choice.
+
+    Recorded choices may be shorter than `max_tokens` because a stop string ended them.
+    """
     max_tokens = max(len(choice.token_ids) for choice in choices)
     params = msgspec.structs.replace(submit.params, max_tokens=max_tokens)
     return msgspec.structs.replace(
@@ -69,15 +77,15 @@ async def _collect(stream: RequestStream, submit: Submit) -> list[RecordedChoice
 
 def _difference(
     tokenizer: Tokenizer, prompt: Sequence[int], old: RecordedChoice, new: RecordedChoice
-) -> Difference | None:
-    """The first one, in the prompt's log probabilities where these were recorded, else in the output."""
-    known = prompt[1:]
-    in_prompt = _first_difference(tokenizer, known, old.prompt_logprobs, known, new.prompt_logprobs)
+) -> ReplayDifference | None:
+    """Return the first difference: in the prompt's log probabilities if these were recorded, else in the output."""
+    scored = prompt[1:]  # the first token has no log probability
+    in_prompt = _first_difference(tokenizer, scored, old.prompt_logprobs, scored, new.prompt_logprobs)
     if in_prompt is not None:
         position, recorded, replayed = in_prompt
-        return Difference("prompt", position + 1, recorded, replayed)
+        return ReplayDifference("prompt", position + 1, recorded, replayed)
     in_output = _first_difference(tokenizer, old.token_ids, old.logprobs, new.token_ids, new.logprobs)
-    return None if in_output is None else Difference("output", *in_output)
+    return None if in_output is None else ReplayDifference("output", *in_output)
 
 
 def _first_difference(
@@ -86,8 +94,8 @@ def _first_difference(
     old_logprobs: Sequence[TokenLogprobs],
     new_ids: Sequence[int],
     new_logprobs: Sequence[TokenLogprobs],
-) -> tuple[int, Distribution, Distribution | None] | None:
-    """Its position and both distributions; the new one may have no more tokens there."""
+) -> tuple[int, TokenDistribution, TokenDistribution | None] | None:
+    """Return the position and both distributions there; the second is None if the new output is shorter."""
     new = list(zip(new_ids, new_logprobs, strict=False))
     for position, entry in enumerate(zip(old_ids, old_logprobs, strict=False)):
         other = new[position] if position < len(new) else None
@@ -97,12 +105,12 @@ def _first_difference(
     return None
 
 
-def _distribution(tokenizer: Tokenizer, token_id: int, logprobs: TokenLogprobs) -> Distribution:
+def _distribution(tokenizer: Tokenizer, token_id: int, logprobs: TokenLogprobs) -> TokenDistribution:
     top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
-    return Distribution(
+    return TokenDistribution(
         token_id=token_id,
         token=token_text(tokenizer, token_id),
         logprob=json_logprob(logprobs.logprob),
         rank=logprobs.rank,
-        top=[Alternative(id, token_text(tokenizer, id), json_logprob(logprob)) for id, logprob in top],
+        top=[TokenAlternative(id, token_text(tokenizer, id), json_logprob(logprob)) for id, logprob in top],
     )

@@ -1,9 +1,9 @@
-"""`POST /v1/requests/{id}/cancel` ends a request from outside of its connection, `.../replay` runs one again."""
+"""`POST /v1/requests/{id}/cancel` ends a request from another connection; `.../replay` runs a finished one again."""
 
 from fastapi import APIRouter, Request, Response
 
 from server.api.admin.replay import replay
-from server.api.admin.request_schemas import CancelResponse
+from server.api.admin.schemas import CancelResponse
 from server.context import get_context
 from server.http.errors import RecordingNotFoundError, RequestNotFoundError
 from server.http.json_response import StructResponse
@@ -14,7 +14,7 @@ router = APIRouter()
 
 @router.post("/v1/requests/{request_id}/cancel")
 async def cancel_request(request: Request, request_id: str) -> Response:
-    """Ends a request by the id of its answer or by its x-request-id; its answer gets the finish reason `abort`."""
+    """Cancel a request by its answer's id or its x-request-id. The answer ends with the finish reason `abort`."""
     if not get_context(request).running.cancel(request_id):
         raise RequestNotFoundError(request_id)
     return StructResponse(CancelResponse(request_id))
@@ -22,7 +22,7 @@ async def cancel_request(request: Request, request_id: str) -> Response:
 
 @router.post("/v1/requests/{request_id}/replay")
 async def replay_request(request: Request, request_id: str) -> Response:
-    """Runs a recorded request again, by the id of its answer or by its x-request-id, and compares the answers."""
+    """Run a recorded request again, found by its answer's id or its x-request-id, and compare both answers."""
     context = get_context(request)
     recording = context.recordings.get(request_id)
     if recording is None:

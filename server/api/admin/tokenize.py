@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`. The work is done in threads, so that long texts hold up nobody."""
+"""`POST /tokenize` and `POST /detokenize`. Texts are processed in threads so as not to block the event loop."""
 
 import time
 
@@ -6,13 +6,13 @@ import anyio.to_thread
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.api.admin.tokenize_schemas import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from server.api.chat.prompt import encode_request
+from server.api.admin.schemas import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from server.api.chat.conversion import encode_request, unknown_in_messages
 from server.context import ServerContext, get_context
-from server.generation.parameters import unknown_parameters, warnings_header
+from server.generation.preamble import begin
 from server.generation.prompts import vocab_size
 from server.http.errors import InvalidValueError
-from server.http.middleware import StrictJSONRoute
+from server.http.json_route import StrictJSONRoute
 
 router = APIRouter(route_class=StrictJSONRoute)
 
@@ -21,8 +21,10 @@ MAX_TEXT_BYTES = 1 << 20
 
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """Encode a prompt, or messages rendered by the chat template, as token ids."""
     context = get_context(request)
-    headers = _judge(context, body)
+    preamble = begin(request, body, model=body.model, ignored=unknown_in_messages(body.messages or ()))
+    headers = preamble.accept()
     body.check()
     max_model_len = context.max_model_len
     start = time.monotonic()
@@ -33,20 +35,12 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """Decode token ids to text."""
     context = get_context(request)
-    headers = _judge(context, body)
+    headers = begin(request, body, model=body.model).accept()
     _check_token_ids(body.tokens, vocab_size(context))
     answer = await anyio.to_thread.run_sync(_detokenize, context, body, limiter=context.tokenize_threads)
     return Response(answer, headers=headers, media_type="application/json")
-
-
-def _judge(context: ServerContext, body: TokenizeRequest | DetokenizeRequest) -> dict[str, str]:
-    """The headers of the answer. Raises BadRequestError or ModelNotFoundError."""
-    if body.model is not None:
-        context.find_model(body.model)
-    unknown = unknown_parameters(body, strict=context.settings.strict)
-    context.metrics.count_unknown_parameters(len(unknown))
-    return {"x-lightwell-warnings": warnings_header(unknown)} if unknown else {}
 
 
 def _detokenize(context: ServerContext, body: DetokenizeRequest) -> bytes:

@@ -1,104 +1,176 @@
-"""From a request of another API to one of chat completions, which is then judged and answered as any other."""
+"""Converts a chat request to its prompt: renders messages, tools and options with the model's chat template."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+import msgspec
+from msgspec import UNSET, UnsetType
 
-from server.api.chat.schemas import ChatCompletionRequest
-from server.http.errors import BadRequestError, UnsupportedParameterError, from_validation_error
-from server.schemas.common import GenerationRequest
+from server.api.chat.constraints import chat_constraint
+from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
+from server.api.chat.writer import ChatWriter
+from server.constrained.constraints import Constraint
+from server.context import ServerContext
+from server.generation.endpoint import AnswerMetadata
+from server.generation.preamble import undeclared_fields
+from server.generation.prompts import Prompt, check_text_size
+from server.generation.token_fields import TokenFields
+from server.http.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
+from server.schemas.tools import NamedTool, callable_tools, offered_tools
+from server.text.parsers.answer_parser import AnswerFormat
+from server.text.templates.chat_encoding import encode_chat
+from server.text.templates.chat_template import ChatTemplate, ChatTemplateError
+from server.text.templates.tool_prompt import describe_tools
+from server.text.tokenizer import Tokenizer
 
-CHAT = "/v1/chat/completions"
-
-# What the other APIs have under other names, or what their answers have no place for.
-_OF_CHAT_ONLY = {
-    *("model", "n", "stream", "stream_options", "stop", "response_format"),
-    *("prompt_logprobs", "return_token_ids", "logprob_token_ids", "post_sampling_probs"),
-}
-_OF_CHAT = {"chat_template_kwargs"}  # as vLLM takes it, too
-EXTENSIONS = (frozenset(GenerationRequest.model_fields) | _OF_CHAT) - _OF_CHAT_ONLY
+EFFORT_OPTIONS = frozenset(("reasoning_effort", "enable_thinking"))  # template variables that set the effort
+NEUTRAL_EFFORTS = (None, "none", "medium")  # not worth a warning if the model has no choice of efforts
+# Fields of an earlier answer that OpenAI's clients send back. The model never saw them as text.
+HARMLESS_IN_MESSAGES = frozenset(("refusal", "annotations"))
+NUM_END_TOKENS = 16  # at the end of the prompt; long enough to hold a tag that opens reasoning
 
 
-@contextmanager
-def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors name what the client sent. `names` are patterns of chat completions' names, and what they are here."""
+class ChatEndpoint:
+    """`POST /v1/chat/completions` for the generation pipeline."""
+
+    noun = "messages"
+    id_prefix = "chatcmpl-"
+
+    def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
+        return [*unknown_in_messages(body.messages), *unread_options(context.chat_template, body)]
+
+    def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
+        return [encode_request(context, body)]
+
+    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
+        return chat_constraint(context.tokenizer, body, prompt)
+
+    def writer(
+        self, context: ServerContext, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+    ) -> ChatWriter:
+        prompt_text: str | UnsetType = UNSET
+        if body.return_prompt_text:
+            prompt_text = context.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
+        return ChatWriter(
+            context.tokenizer,
+            metadata,
+            body.stream_options,
+            with_logprobs=bool(body.logprobs),
+            with_reasoning=body.include_reasoning is not False,
+            echoed=body.echoed,
+            prompt_text=prompt_text,
+            fields=TokenFields.from_request(body, prompts),
+        )
+
+
+def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Prompt:
+    """Return the prompt of a chat request. Raises BadRequestError."""
+    template = context.chat_template
+    if template is None:
+        raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
+    messages = [message.for_template() for message in body.messages]
+    tools = [tool.for_template() for tool in offered_tools(body.tools, body.tool_choice)] or None
+    if tools is not None and "tools" not in template.variables:
+        messages, tools = describe_tools(messages, tools), None
+    options = template_options(template, body)
+    check_text_size(len(msgspec.json.encode([messages, tools, options])), context.max_model_len, "messages")
     try:
-        yield
-    except BadRequestError as error:
-        given = error.param or ""
-        for pattern, name in names.items():
-            if re.match(pattern, given):
-                error.param = re.sub(pattern, name, given, count=1)
-                error.message = error.message.replace(f"'{given}'", f"'{error.param}'")
-                break
-        raise
+        token_ids = encode_chat(
+            template,
+            context.tokenizer,
+            messages,
+            add_generation_prompt=body.opens_answer,
+            continue_final_message=bool(body.continue_final_message),
+            tools=tools,
+            template_kwargs=options,
+        )
+    except ChatTemplateError as error:
+        raise InvalidValueError(str(error), param="messages") from error
+    if body.add_special_tokens and context.tokenizer.add_bos and context.tokenizer.bos_token_id is not None:
+        token_ids = [context.tokenizer.bos_token_id, *token_ids]
+    if not token_ids:
+        raise InvalidValueError(
+            "Invalid 'messages': the model's chat template renders them as an empty prompt.", param="messages"
+        )
+    format = _output_format(template, context.tokenizer, body, token_ids)
+    return Prompt(token_ids, answer_format=None if format.is_plain else format)
 
 
-def check_extra(body: BaseModel, path: str = CHAT, model: type[BaseModel] = ChatCompletionRequest) -> None:
-    """Raises UnsupportedParameterError for what chat completions have, and no endpoint of the other API but perhaps
-    `path`, whose requests are of `model`.
+def template_options(template: ChatTemplate, body: ChatCompletionRequest) -> dict[str, Any]:
+    """Return the request's optional variables that the chat template reads.
+
+    Raises UnsupportedParameterError for documents if the template does not read them.
     """
-    for name, value in (body.model_extra or {}).items():
-        if name in ChatCompletionRequest.model_fields and name not in EXTENSIONS and value not in (None, False):
-            owner = path if name in model.model_fields else CHAT
-            raise UnsupportedParameterError(name, f"It is a parameter of {owner}.")
+    kwargs = body.chat_template_kwargs or {}
+    options: dict[str, Any] = {name: value for name, value in kwargs.items() if name in template.options}
+    if body.documents:
+        if "documents" not in template.variables:
+            raise UnsupportedParameterError("documents", "The model's chat template does not read documents.")
+        options["documents"] = body.documents
+    if body.reasoning_effort is not None:
+        options = _effort_options(template, body.reasoning_effort) | options
+    return options
 
 
-def chat_request(
-    body: BaseModel,
-    fields: Mapping[str, Any],
-    model: type[ChatCompletionRequest] = ChatCompletionRequest,
-    *,
-    ignored: Sequence[str] = (),
-) -> ChatCompletionRequest:
-    """`fields` are what the declared fields of `body` are in chat completions; null ones are left out. `ignored` are
-    names of those without effect, which are reported as unknown ones are. `model` may have other limits.
+def _effort_options(template: ChatTemplate, effort: str) -> dict[str, Any]:
+    if "reasoning_effort" in template.options:
+        return {"reasoning_effort": effort}
+    if "enable_thinking" in template.options:
+        return {"enable_thinking": effort != "none"}
+    return {}
 
-    Of its others, parameters of sampling mean what they mean in chat completions, and what nobody knows is left to
-    the frame. Raises BadRequestError for a value that cannot be.
+
+def reads_effort(template: ChatTemplate | None) -> bool:
+    """Return whether the chat template depends on `reasoning_effort`."""
+    return template is not None and not EFFORT_OPTIONS.isdisjoint(template.options)
+
+
+def unknown_in_messages(messages: Sequence[ChatMessage]) -> list[str]:
+    """Return the distinct names of the undeclared fields of messages, such as `messages[].content[].x`.
+
+    Fields that are null are left out: clients send them for absent fields.
     """
-    given = {name: value for name, value in fields.items() if value is not None}
-    for name, value in (body.model_extra or {}).items():
-        given.setdefault(name, value)
-    for name in type(body).model_fields:
-        given.update(dict.fromkeys(_unknown_fields(getattr(body, name), name), True))
-    given.update(dict.fromkeys(ignored, True))
-    try:
-        return model.model_validate(given)
-    except ValidationError as error:
-        errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-        raise from_validation_error(errors, given) from None
+    return list(dict.fromkeys(_unknown_in_messages(messages)))
 
 
-def _unknown_fields(value: object, path: str) -> Iterator[str]:
-    """Where objects within a request have fields that are not declared: `messages[].content[].x`."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _unknown_fields(item, f"{path}[]")
-    elif isinstance(value, BaseModel):
-        for name, field in value:  # the undeclared ones, too
-            if name in type(value).model_fields:
-                yield from _unknown_fields(field, f"{path}.{name}")
-            elif field is not None:
-                yield f"{path}.{name}"
+def _unknown_in_messages(messages: Sequence[ChatMessage]) -> Iterator[str]:
+    for message in messages:
+        for name, value in undeclared_fields(message):
+            if value is not None and name not in HARMLESS_IN_MESSAGES:
+                yield f"messages[].{name}"
+        for part in message.content if isinstance(message.content, list) else ():
+            for name, value in undeclared_fields(part):
+                if value is not None:
+                    yield f"messages[].content[].{name}"
 
 
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
+def unread_options(template: ChatTemplate | None, body: ChatCompletionRequest) -> list[str]:
+    """Return the names of the request's template options that the template does not read."""
+    if template is None:
+        return []
+    names = [f"chat_template_kwargs.{name}" for name in body.chat_template_kwargs or {} if name not in template.options]
+    if body.reasoning_effort not in NEUTRAL_EFFORTS and not reads_effort(template):
+        names.append("reasoning_effort")
+    return names
 
 
-def function_tool(**function: Any) -> dict[str, Any]:
-    """A tool as chat completions have it: name, description, parameters, strict. Null ones are left out."""
-    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
-
-
-def named_tool(name: str) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name}}
-
-
-def tool_call(id: str, name: str, arguments: str) -> dict[str, Any]:
-    """A call of an earlier answer. `arguments` are JSON."""
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+def _output_format(
+    template: ChatTemplate, tokenizer: Tokenizer, body: ChatCompletionRequest, token_ids: list[int]
+) -> AnswerFormat:
+    """Return which parts an answer may have beside content: tool calls and reasoning."""
+    tags = template.reasoning_tags
+    is_reasoning = False
+    if tags is not None and body.continue_final_message:
+        is_reasoning = tags.are_open_in(body.messages[-1].text)
+    elif tags is not None:
+        end = tokenizer.decode(token_ids[-NUM_END_TOKENS:], skip_special_tokens=False)
+        is_reasoning = body.opens_answer and tags.are_opened_by(end)
+    return AnswerFormat(
+        tool_format=template.tool_format,
+        tool_names=frozenset(tool.name for tool in callable_tools(body.tools, body.tool_choice)),
+        parallel_calls=body.parallel_tool_calls is not False,
+        reasoning_tags=tags,
+        is_reasoning=is_reasoning,
+        # As OpenAI does: a forced call ends with `stop`.
+        calls_end="stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
+    )

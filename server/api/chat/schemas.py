@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: its request, its answer, and the chunks of its stream."""
+"""`POST /v1/chat/completions`: the request, the answer, and the chunks of its stream."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,12 +8,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
-from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
+from server.schemas.answers import PromptLogprob, RequestTimings, Usage
+from server.schemas.generation_request import GenerationRequest
+from server.schemas.request_fields import NumLogprobs
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools, must_call
 
 MAX_MESSAGES = 10_000
-MAX_PARTS = 10_000  # of one message
-MAX_TOOL_CALLS = 1024  # of one message
+MAX_PARTS = 10_000  # per message
+MAX_TOOL_CALLS = 1024  # per message
 MAX_DOCUMENTS = 1024
 
 
@@ -25,7 +27,7 @@ class TextPart(BaseModel):
 
 
 def _check_content(value: object) -> object:
-    """Says what is wrong with a content in one sentence, where a union would have several."""
+    """Raise one error for an invalid content, where pydantic's union would raise one per branch."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -34,7 +36,7 @@ def _check_content(value: object) -> object:
         raise ValueError("expected a string, or an array of at least one part.")
     for part in value:
         if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise ValueError("only parts of type 'text' are supported so far.")
+            raise ValueError("only parts of type 'text' are supported.")
     return value
 
 
@@ -47,18 +49,18 @@ Documents = Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail
 
 
 class ChatMessage(BaseModel):
-    """One turn of the conversation. What it holds beyond these fields is not shown to the model."""
+    """One turn of the conversation. Other fields are not passed to the model."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    name: str | None = Field(None, description="Handed to the model's chat template.")
-    tool_calls: ToolCalls | None = Field(None, description="Of an earlier answer.")
-    tool_call_id: str | None = Field(None, description="Which call a message of role tool answers.")
-    reasoning_content: str | None = Field(None, description="What an assistant thought before it said the content.")
-    reasoning: str | None = Field(None, description="Another name of reasoning_content, which comes first.")
+    name: str | None = Field(None, description="Passed to the model's chat template.")
+    tool_calls: ToolCalls | None = Field(None, description="Tool calls of an earlier answer.")
+    tool_call_id: str | None = Field(None, description="With role tool: id of the call whose result this is.")
+    reasoning_content: str | None = Field(None, description="Reasoning of an assistant before its content.")
+    reasoning: str | None = Field(None, description="Alias of reasoning_content, which takes precedence.")
     content: Content = Field(
-        None, validate_default=True, description="Text. Null only where an assistant called tools, or only thought."
+        None, validate_default=True, description="Text. Null only for an assistant with tool calls or reasoning."
     )
 
     @field_validator("content")
@@ -71,11 +73,14 @@ class ChatMessage(BaseModel):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """Content as a single string; parts are joined by newlines."""
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it. Most know no role `developer`, OpenAI's newer name of `system`."""
+        """Return the message as chat templates expect it.
+
+        The role `developer`, OpenAI's newer name for `system`, becomes `system`: most templates reject it.
+        """
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         if isinstance(self.content, list):
             message["content"] = [{"type": "text", "text": part.text} for part in self.content]
@@ -96,53 +101,54 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSA
 class ChatCompletionRequest(GenerationRequest):
     messages: Messages = Field(description="The conversation so far.")
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="Tokens of the answer at most. Default: what the context has room for."
+        None, ge=1, description="Maximum number of output tokens. Default: the rest of the context."
     )
-    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
-    logprobs: bool | None = Field(None, description="Answer with the log probability of each token.")
+    max_tokens: int | None = Field(None, ge=1, description="Deprecated alias of max_completion_tokens.")
+    logprobs: bool | None = Field(None, description="Return the log probability of each output token.")
     top_logprobs: NumLogprobs | None = Field(
-        None, description="With logprobs: how many alternatives of each token; -1: all tokens."
+        None, description="With logprobs: number of most likely tokens to return for each position; -1: all."
     )
     return_prompt_text: bool | None = Field(
-        None, description="Answer with the prompt that the chat template makes, as prompt_text."
+        None, description="Return the prompt that the chat template renders, as prompt_text."
     )
     add_generation_prompt: bool | None = Field(
-        None, description="End the prompt with what opens the assistant's turn. Default true."
+        None, description="End the prompt with the start of an assistant's turn. Default true."
     )
     continue_final_message: bool | None = Field(
-        None, description="Go on with the last message, an assistant's, whose text the answer does not repeat."
+        None,
+        description="Continue the last message, an assistant's. The answer does not repeat its text.",
     )
     echo: bool | None = Field(
-        None, description="Begin the answer with the text of the last message, if that is an assistant's."
+        None, description="Prepend the last message's text to the answer, if it is an assistant's."
     )
     add_special_tokens: bool | None = Field(
         None,
-        description="Put the model's BOS token, if it has one, before what the chat template makes. Default false, for "
-        "templates write it where it is wanted.",
+        description="Prepend the model's BOS token, if it has one, to the rendered prompt. Default false: chat "
+        "templates write it themselves where needed.",
     )
     chat_template_kwargs: TemplateOptions | None = Field(
-        None, description="Values of variables that the model's chat template reads, such as enable_thinking."
+        None, description="Variables for the model's chat template, such as enable_thinking."
     )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="Handed to the chat template. Where that only knows thinking or not: none is not."
+        None, description="Passed to the chat template. Where that only has enable_thinking, none turns it off."
     )
-    include_reasoning: bool | None = Field(
-        None, description="Whether answers show what the model thought first. Default true."
-    )
-    documents: Documents | None = Field(None, description="Handed to the chat template.")
+    include_reasoning: bool | None = Field(None, description="Return the model's reasoning. Default true.")
+    documents: Documents | None = Field(None, description="Passed to the chat template.")
 
     tools: Tools | None = Field(None, description="Functions that the model may call.")
-    tool_choice: ToolChoice | None = Field(None, description="Whether a tool is called, and which. Default auto.")
-    parallel_tool_calls: bool | None = Field(None, description="Allow several calls in an answer. Default true.")
+    tool_choice: ToolChoice | None = Field(
+        None, description="Whether the model calls a tool, and which one. Default auto."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Allow several tool calls in one answer. Default true.")
 
     @property
     def opens_answer(self) -> bool:
-        """Whether the prompt ends with what opens the assistant's turn."""
+        """True if the prompt ends with the start of an assistant's turn."""
         return self.add_generation_prompt is not False and not self.continue_final_message
 
     @property
     def echoed(self) -> str:
-        """What the answer begins with, before the model's own words."""
+        """Text that precedes the generated text in the answer."""
         final = self.messages[-1]
         return final.text if self.echo and final.role == "assistant" else ""
 
@@ -167,12 +173,12 @@ class ChatCompletionRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            message = "Invalid 'max_tokens': 'max_completion_tokens' is another name of it, and differs."
+            message = "Invalid 'max_tokens': it is an alias of 'max_completion_tokens', which has a different value."
             raise InvalidValueError(message, param="max_tokens")
         check_tools(self.tools, self.tool_choice)
-        if self.structure_names and must_call(self.tool_choice):
-            (name,) = self.structure_names
-            message = f"Invalid '{name}': not allowed where 'tool_choice' asks for a call, which has a form of its own."
+        if self.structured_output_fields and must_call(self.tool_choice):
+            (name,) = self.structured_output_fields
+            message = f"Invalid '{name}': not allowed with a 'tool_choice' that forces a tool call."
             raise InvalidValueError(message, param=name)
         if self.continue_final_message:
             self._check_final_message()
@@ -184,8 +190,8 @@ class ChatCompletionRequest(GenerationRequest):
         final = self.messages[-1]
         if final.role != "assistant" or final.content is None or final.tool_calls:
             message = (
-                "Invalid 'continue_final_message': expected a last message of role 'assistant' with a content, and "
-                "without tool calls."
+                "Invalid 'continue_final_message': expected the last message to have role 'assistant', content, and no "
+                "tool calls."
             )
             raise InvalidValueError(message, param="continue_final_message")
 
@@ -220,10 +226,10 @@ class ResponseToolCall(msgspec.Struct, kw_only=True):
 
 
 class ChatResponseMessage(msgspec.Struct, kw_only=True):
-    """The reasoning has two names, for clients look for one or the other."""
+    """An assistant message. Reasoning is returned under both names that clients read."""
 
     role: Literal["assistant"] = "assistant"
-    content: str | None  # null: there is only what follows
+    content: str | None  # null if there are only tool calls or reasoning
     refusal: None = None
     tool_calls: list[ResponseToolCall] | UnsetType = UNSET
     reasoning: str | UnsetType = UNSET
@@ -235,7 +241,7 @@ class ChatChoice(msgspec.Struct):
     message: ChatResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
-    stop_reason: str | int | None  # the stop string or stop token id that it was
+    stop_reason: str | int | None  # the stop string or stop token id that ended the text
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -247,7 +253,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
-    lightwell: Account | UnsetType = UNSET
+    lightwell: RequestTimings | UnsetType = UNSET
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_text: str | UnsetType = UNSET
@@ -259,7 +265,7 @@ class FunctionChunk(msgspec.Struct, kw_only=True):
 
 
 class ToolCallChunk(msgspec.Struct, kw_only=True):
-    """The first of a call has its id, its type and its name."""
+    """A piece of a tool call. The first piece of a call has its id, type and name."""
 
     index: int
     id: str | UnsetType = UNSET
@@ -268,7 +274,7 @@ class ToolCallChunk(msgspec.Struct, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct):
-    """The first of a choice has the role, the last is empty."""
+    """An addition to a message. The first of a choice has the role; the last is empty."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
@@ -282,7 +288,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
-    stop_reason: str | int | UnsetType | None = UNSET  # only at the end
+    stop_reason: str | int | UnsetType | None = UNSET  # only in the last chunk of a choice
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -294,6 +300,6 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
-    lightwell: Account | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET  # only at a choice's beginning
-    prompt_text: str | UnsetType = UNSET  # the same
+    lightwell: RequestTimings | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # only in the first chunk of a choice
+    prompt_text: str | UnsetType = UNSET  # only in the first chunk of a choice

@@ -1,16 +1,14 @@
-"""What is special about `POST /v1/chat/completions`: messages through the model's template, and roles in the answer."""
+"""Writes chat completions: whole answers, and streams of chunks."""
 
 from collections.abc import Callable, Sequence
 
 from msgspec import UNSET, UnsetType
 
-from server.api.chat.prompt import encode_request
 from server.api.chat.schemas import (
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
-    ChatCompletionRequest,
     ChatDelta,
     ChatLogprobs,
     ChatResponseMessage,
@@ -21,50 +19,22 @@ from server.api.chat.schemas import (
     ToolCallChunk,
     TopLogprob,
 )
-from server.constrained.constraints import Constraint, chat_constraint
-from server.context import ServerContext
-from server.generation.choice_state import Delta, Position, ToolCallDelta, json_logprob
-from server.generation.endpoint import Head
+from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta, json_logprob
+from server.generation.endpoint import AnswerMetadata
 from server.generation.event_writer import ChunkWriter
-from server.generation.prompts import Prompt
 from server.generation.token_fields import NO_FIELDS, TokenFields
-from server.schemas.common import Account, StreamOptions, Usage
+from server.schemas.answers import RequestTimings, Usage
+from server.schemas.request_fields import StreamOptions
 from server.text.tokenizer import Tokenizer
 
 
-class ChatEndpoint:
-    noun = "messages"
-    id_prefix = "chatcmpl-"
-
-    def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
-        return [encode_request(context, body)]
-
-    def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(context, body, prompt)
-
-    def writer(
-        self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
-    ) -> "ChatWriter":
-        prompt_text: str | UnsetType = UNSET
-        if body.return_prompt_text:
-            prompt_text = context.tokenizer.decode(prompts[0].token_ids, skip_special_tokens=False)
-        return ChatWriter(
-            context.tokenizer,
-            head,
-            body.stream_options,
-            with_logprobs=bool(body.logprobs),
-            with_reasoning=body.include_reasoning is not False,
-            echoed=body.echoed,
-            prompt_text=prompt_text,
-            fields=TokenFields.asked_for(body, prompts),
-        )
-
-
 class ChatWriter(ChunkWriter):
+    """Writes the answer or the stream of one chat request."""
+
     def __init__(
         self,
         tokenizer: Tokenizer,
-        head: Head,
+        metadata: AnswerMetadata,
         options: StreamOptions | None = None,
         *,
         with_logprobs: bool,
@@ -75,16 +45,16 @@ class ChatWriter(ChunkWriter):
     ) -> None:
         super().__init__(options)
         self._tokenizer = tokenizer
-        self._head = head
+        self._envelope = metadata.envelope()
         self._fields = fields
         self._with_logprobs = with_logprobs
         self._with_reasoning = with_reasoning
         self._echoed = echoed
         self._prompt_text = prompt_text
-        self._started: set[int] = set()  # choices that the stream has begun
+        self._started: set[int] = set()  # indices of choices whose first chunk was written
 
-    def chunks(self, delta: Delta) -> list[ChatCompletionChunk]:
-        """First one with the role; then at most one with what was added; at the end one that says why."""
+    def chunks(self, delta: ChoiceDelta) -> list[ChatCompletionChunk]:
+        """Return up to three chunks: the role (first delta of a choice only), the additions, and the finish reason."""
         chunks = []
         token_ids = self._fields.token_ids(delta)
         if delta.index not in self._started:
@@ -95,7 +65,7 @@ class ChatWriter(ChunkWriter):
         addition = self._addition(delta)
         if addition != ChatDelta() or delta.positions or token_ids:
             if addition == ChatDelta():
-                addition.content = ""  # its log probabilities come before its text
+                addition.content = ""  # log probabilities can precede the text
             logprobs = self._logprobs(delta.positions)
             chunks.append(self._chunk([ChatChunkChoice(delta.index, addition, logprobs, token_ids=token_ids)]))
         if delta.finish_reason is not None:
@@ -104,7 +74,7 @@ class ChatWriter(ChunkWriter):
             chunks.append(self._chunk([choice]))
         return chunks
 
-    def _addition(self, delta: Delta) -> ChatDelta:
+    def _addition(self, delta: ChoiceDelta) -> ChatDelta:
         addition = ChatDelta()
         if text := delta.text:
             addition.content = text
@@ -117,22 +87,20 @@ class ChatWriter(ChunkWriter):
     def usage_chunk(self) -> ChatCompletionChunk:
         return self._chunk([])
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> ChatCompletion:
-        head = self._head
+    def answer(
+        self, deltas: Sequence[ChoiceDelta], usage: Usage, timings: RequestTimings | UnsetType = UNSET
+    ) -> ChatCompletion:
         return ChatCompletion(
-            id=head.id,
-            created=head.created,
-            model=head.model,
+            **self._envelope,
             choices=[self._choice(delta) for delta in deltas],
             usage=usage,
-            system_fingerprint=head.system_fingerprint,
             prompt_logprobs=self._fields.prompt_logprobs(self._tokenizer, 0),
             prompt_token_ids=self._fields.prompt_token_ids(0),
             prompt_text=self._prompt_text,
-            lightwell=account,
+            lightwell=timings,
         )
 
-    def _choice(self, delta: Delta) -> ChatChoice:
+    def _choice(self, delta: ChoiceDelta) -> ChatChoice:
         message = ChatResponseMessage(content=self._echoed + delta.text)
         if delta.tool_calls:
             message.tool_calls = [
@@ -147,35 +115,30 @@ class ChatWriter(ChunkWriter):
         return ChatChoice(delta.index, message, logprobs, delta.finish_reason or "", delta.stop_reason, token_ids)
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
-        head = self._head
-        return ChatCompletionChunk(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            system_fingerprint=head.system_fingerprint,
-            choices=choices,
-        )
+        return ChatCompletionChunk(**self._envelope, choices=choices)
 
-    def _logprobs(self, positions: Sequence[Position]) -> ChatLogprobs | None:
+    def _logprobs(self, positions: Sequence[TokenPosition]) -> ChatLogprobs | None:
         if not self._with_logprobs:
             return None
         return ChatLogprobs(token_logprobs(self._tokenizer, positions, self._fields))
 
 
 def token_logprobs(
-    tokenizer: Tokenizer, positions: Sequence[Position], fields: TokenFields = NO_FIELDS
+    tokenizer: Tokenizer, positions: Sequence[TokenPosition], fields: TokenFields = NO_FIELDS
 ) -> list[TokenLogprob]:
-    """Of tokens of an answer, which all have them."""
+    """Return the log probabilities of output tokens. Each position must have them."""
 
     def spell(token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-        return fields.spell(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))
+        return fields.token_name(tokenizer, token_id), json_logprob(logprob), list(tokenizer.token_bytes(token_id))
 
     return [_token_logprob(spell, position) for position in positions]
 
 
-def _token_logprob(spell: Callable[[int, float], tuple[str, float, list[int]]], position: Position) -> TokenLogprob:
+def _token_logprob(
+    spell: Callable[[int, float], tuple[str, float, list[int]]], position: TokenPosition
+) -> TokenLogprob:
     logprobs = position.logprobs
-    assert logprobs is not None  # only a prompt's first token has none
+    assert logprobs is not None  # only the first token of a prompt has none
     top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
     return TokenLogprob(*spell(position.token_id, logprobs.logprob), [TopLogprob(*spell(*entry)) for entry in top])
 

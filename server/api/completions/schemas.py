@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: its request, its answer, and the chunks of its stream, which have one shape."""
+"""`POST /v1/completions`: the request, and the answer. The chunks of a stream have the form of the answer."""
 
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -9,7 +9,9 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError, UnsupportedParameterError
-from server.schemas.common import Account, GenerationRequest, NumLogprobs, PromptLogprob, Usage
+from server.schemas.answers import PromptLogprob, RequestTimings, Usage
+from server.schemas.generation_request import GenerationRequest
+from server.schemas.request_fields import NumLogprobs
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
@@ -18,9 +20,9 @@ PromptInput = str | list[int]  # text, or token ids
 
 
 def read_prompts(value: object, *, max_prompts: int) -> list[PromptInput]:
-    """One prompt or a list of prompts, each text or token ids; lists must be of one kind.
+    """Return the prompts: one or a list of them, as text or token ids. All prompts of a list must be of one kind.
 
-    A union of pydantic would try each member on every one of, perhaps, a hundred thousand ids.
+    A pydantic union would be slow: it tries each of its branches on every token id.
     """
     if isinstance(value, str):
         return [value]
@@ -61,28 +63,31 @@ Prompts = Annotated[
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Prompts = Field(description="One prompt or several, each as text or as token ids.")
+    prompt: Prompts = Field(description="One or more prompts, as text or token ids.")
     max_tokens: int | None = Field(
-        None, ge=0, description="Default 16, or what the context has room for. 0, with echo: only the prompt."
+        None,
+        ge=0,
+        description="Maximum number of output tokens. Default 16, or the rest of the context if that is less. 0, with "
+        "echo: only the prompt.",
     )
-    echo: bool | None = Field(None, description="Answer with the prompt before the completion.")
+    echo: bool | None = Field(None, description="Return the prompt before the completion.")
     logprobs: NumLogprobs | None = Field(
         None,
-        description="Log probabilities of the tokens (with echo, of the prompt's too) and of as many alternatives; "
-        "-1: all tokens.",
+        description="Return the log probabilities of output tokens (with echo, of prompt tokens too) and of this many "
+        "of the most likely tokens at each position; -1: all.",
     )
 
     add_special_tokens: bool | None = Field(
-        None, description="Begin a prompt of text with the model's BOS token, if it has one. Default true."
+        None, description="Prepend the model's BOS token, if it has one, to text prompts. Default true."
     )
     best_of: int | None = Field(
         None,
         ge=0,
         le=20,
-        description="Of so many choices answer with the n whose tokens have the highest mean log probability. "
+        description="Generate this many choices and return the n with the highest mean log probability per token. "
         "Not with stream.",
     )
-    suffix: str | None = Field(None, description="Not supported yet: null or empty.")
+    suffix: str | None = Field(None, description="Not supported: must be null or empty.")
 
     @property
     def num_prompts(self) -> int:
@@ -98,17 +103,17 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def num_choices(self) -> int:
-        return self.best_of or self.num_answered
+        return self.best_of or self.num_returned_choices
 
     @property
     def num_logprobs(self) -> int | None:
-        is_ranked = self.num_choices > self.num_answered
+        is_ranked = self.num_choices > self.num_returned_choices
         return 0 if self.logprobs is None and is_ranked else self.logprobs
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
-        return max((num for num in wanted if num is not None), default=None)
+        requested = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((num for num in requested if num is not None), default=None)
 
     def check(self) -> None:
         super().check()
@@ -124,16 +129,17 @@ class CompletionRequest(GenerationRequest):
     def _check_best_of(self) -> None:
         if self.best_of is None:
             return
-        if self.best_of < self.num_answered:
-            message = f"Invalid 'best_of': expected a value >= {self.num_answered} (n), but got {self.best_of} instead."
+        if self.best_of < self.num_returned_choices:
+            num_returned = self.num_returned_choices
+            message = f"Invalid 'best_of': expected a value >= {num_returned} (n), but got {self.best_of} instead."
             raise InvalidValueError(message, param="best_of")
-        if self.stream and self.best_of > self.num_answered:
+        if self.stream and self.best_of > self.num_returned_choices:
             message = "Invalid 'best_of': the choices cannot be ranked with 'stream': true."
             raise InvalidValueError(message, param="best_of")
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Four lists of one entry per token. With echo, the very first token has none: it follows nothing."""
+    """Four lists with an entry per token. With echo the entry of the first prompt token is null."""
 
     text_offset: list[int] = []  # characters of the choice's text before the token
     token_logprobs: list[float | None] = []
@@ -145,15 +151,15 @@ class CompletionChoice(msgspec.Struct):
     text: str
     index: int
     logprobs: CompletionLogprobs | None
-    finish_reason: str | None  # null only in a stream
-    stop_reason: str | int | UnsetType | None = UNSET  # the stop string or stop token id that it was; only at the end
+    finish_reason: str | None  # null only in chunks of a stream
+    stop_reason: str | int | UnsetType | None = UNSET  # the stop string or stop token id that ended the text
     prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET  # in a stream only at a choice's beginning
+    prompt_token_ids: list[int] | UnsetType = UNSET  # in a stream only in the first chunk of a choice
     token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
-    """A whole answer, or a chunk of a stream. Chunks have `usage` only if it was asked for."""
+    """A whole answer, or a chunk of a stream. Chunks have `usage` only if requested."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -162,4 +168,4 @@ class Completion(msgspec.Struct, kw_only=True):
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str
-    lightwell: Account | UnsetType = UNSET
+    lightwell: RequestTimings | UnsetType = UNSET

@@ -2,10 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.embeddings.pipeline import embed, judge
+from server.api.embeddings.pipeline import embed, validate
 from server.api.embeddings.schemas import EmbeddingRequest
-from server.context import get_context
-from server.http.middleware import StrictJSONRoute
+from server.http.json_route import StrictJSONRoute
 from server.http.sse import run_until_disconnect
 
 router = APIRouter(route_class=StrictJSONRoute)
@@ -13,7 +12,7 @@ router = APIRouter(route_class=StrictJSONRoute)
 
 @router.post("/v1/embeddings")
 async def create_embedding(request: Request, body: EmbeddingRequest) -> Response:
-    """What the model makes of one or several texts, as vectors."""
-    model, headers = judge(get_context(request), body)
+    """Return the embeddings of one or more texts."""
+    model, headers = validate(request, body)
     content = await run_until_disconnect(request, embed(request, body, model))
     return Response(content, headers=headers, media_type="application/json")

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: its request and its answer."""
+"""`POST /v1/embeddings`: the request and the answer."""
 
 from functools import partial
 from typing import Annotated, Literal
@@ -8,7 +8,8 @@ from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from server.api.completions.schemas import PromptInput, prompts_schema, read_prompts
-from server.schemas.common import INT64_MIN, Account, LightwellOptions, TruncatedLength, TruncationSide
+from server.schemas.answers import RequestTimings
+from server.schemas.request_fields import INT64_MIN, LightwellOptions, TruncatedLength, TruncationSide
 from server.schemas.samplers import INT64_MAX
 
 MAX_INPUTS = 2048  # OpenAI's limit
@@ -23,34 +24,38 @@ Inputs = Annotated[
 class EmbeddingRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    model: str = Field(description="Name of the model, one of GET /v1/models.")
-    input: Inputs = Field(description="One text or several, each as text or as token ids.")
+    model: str = Field(description="Name of the model, as listed by GET /v1/models.")
+    input: Inputs = Field(description="One or more inputs, as text or token ids.")
     encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="Numbers, or base64 of their 32-bit floats, lowest byte first. Default float."
+        None, description="float: a list of numbers. base64: their encoding as little-endian float32. Default float."
     )
     add_special_tokens: bool | None = Field(
-        None, description="Put around a text the special tokens that the model wants there. Default true."
+        None, description="Add the special tokens that the model expects around a text. Default true."
     )
     truncate_prompt_tokens: TruncatedLength | None = Field(
-        None, description="Cut each input to this many tokens; -1: to what the model can take. Default: never."
+        None, description="Truncate each input to this many tokens; -1: to the maximum model length. Default: never."
     )
     truncation_side: TruncationSide | None = Field(
-        None, description="Which end of an input truncate_prompt_tokens cuts off. Default left: the beginning."
+        None, description="Side from which truncate_prompt_tokens removes tokens. Default left: the beginning."
     )
-    priority: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX, description="Lower runs first. Default 0.")
+    priority: int | None = Field(
+        None, ge=INT64_MIN, le=INT64_MAX, description="Lower values are scheduled first. Default 0."
+    )
     dimensions: int | None = Field(
-        None, ge=1, description="Only so many of the numbers, scaled to length 1 again. Default: as the model has."
+        None,
+        ge=1,
+        description="Number of dimensions to keep; the result is rescaled to length 1. Default: all.",
     )
-    lightwell: LightwellOptions | None = Field(None, description="What only this server can tell.")
+    lightwell: LightwellOptions | None = Field(None, description="Options specific to this server.")
 
     @property
     def explain(self) -> bool:
-        """Whether an account of its time is wanted."""
+        """True if the answer should include the request's timings."""
         return self.lightwell is not None and bool(self.lightwell.explain)
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True):
-    """Of length 1 (L2)."""
+    """An embedding of length 1 (L2 norm)."""
 
     object: Literal["embedding"] = "embedding"
     embedding: list[float] | str
@@ -67,4 +72,4 @@ class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
-    lightwell: Account | UnsetType = UNSET
+    lightwell: RequestTimings | UnsetType = UNSET

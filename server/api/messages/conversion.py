@@ -1,4 +1,4 @@
-"""What is special about `POST /v1/messages`: Anthropic's messages as those of chat completions, and its answers."""
+"""Converts requests of Anthropic's Messages API to chat completion requests."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,68 +6,40 @@ from itertools import groupby, takewhile
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
-from server.api.chat.conversion import chat_request, function_tool, named_tool, text_part, tool_call
-from server.api.chat.prompt import reads_effort
+from server.api.chat.constraints import chat_constraint
+from server.api.chat.conversion import ChatEndpoint, reads_effort
+from server.api.chat.request_builder import build_chat_request, function_tool, named_tool, text_part, tool_call
 from server.api.chat.schemas import ChatCompletionRequest
-from server.api.chat.writer import ChatEndpoint
 from server.api.messages.schemas import (
-    Block,
-    BlockDelta,
-    BlockStart,
-    BlockStop,
     CountTokensRequest,
     DocumentBlock,
-    InputJSONDelta,
-    InputMessage,
-    Message,
-    MessageDelta,
+    MessageParam,
+    MessagesObject,
     MessagesRequest,
-    MessageStart,
-    MessageStop,
-    MessageUsage,
+    MessagesToolChoice,
     OutputConfig,
-    Part,
     PlainText,
-    StopDetails,
     StopSequences,
     SystemMessage,
-    Text,
     TextBlock,
-    TextDelta,
-    Thinking,
     ThinkingBlock,
-    ThinkingDelta,
-    ThinkingText,
-    Tool,
-    ToolChoice,
+    ThinkingConfig,
+    ToolDefinition,
     ToolResultBlock,
-    ToolUse,
     ToolUseBlock,
     UserMessage,
 )
-from server.constrained.constraints import Constraint, chat_constraint
+from server.api.messages.writer import MessagesWriter
+from server.constrained.constraints import Constraint
 from server.context import ServerContext
-from server.generation.choice_state import Addition, Delta, ToolCallDelta
-from server.generation.endpoint import Head
-from server.generation.event_writer import frame_events
+from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
-from server.generation.reasoning_budget import can_limit_thoughts
-from server.http.errors import APIError, InvalidValueError, MissingParameterError
-from server.schemas.common import Account, Usage
-from server.text.parts import PartKind
+from server.generation.reasoning_budget import supports_reasoning_budget
+from server.http.errors import InvalidValueError, MissingParameterError
 
-# Why a choice ended -> Anthropic's word. A request that was cancelled can be sent again to go on with.
-STOP_REASONS = {
-    "stop": "end_turn",
-    "length": "max_tokens",
-    "tool_calls": "tool_use",
-    "repetition": "end_turn",
-    "abort": "pause_turn",
-}
 RESPONSE_FORMAT = r"response_format(\.json_schema)?"
-NAMES = {  # of chat completions, in errors
+PARAMETER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
     RESPONSE_FORMAT: "output_config.format",
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
     r"(tools\[\d+\])\.function": r"\1",
@@ -76,69 +48,72 @@ NAMES = {  # of chat completions, in errors
     "thinking_token_budget": "thinking.budget_tokens",
 }
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-ERROR_MARK = "Error: "  # before the result of a tool that failed
+ERROR_PREFIX = "Error: "  # precedes the result of a failed tool call
 
 
-# The request.
-
-
-class Chat(ChatCompletionRequest):
-    """With as many stop strings as this API allows."""
+class MessagesChatRequest(ChatCompletionRequest):
+    """A chat request with the Messages API's limits on stop strings."""
 
     stop: StopSequences | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Abilities:
-    """What of this API the model and its chat template can do."""
+class ModelCapabilities:
+    """Features of this API that the model and its chat template support."""
 
-    can_limit_thoughts: bool = True
+    supports_reasoning_budget: bool = True
     reads_effort: bool = True
-    places_system: bool = True  # it writes a system message where it stands
+    keeps_system_position: bool = True  # renders system messages at their position in the conversation
 
     @classmethod
-    def of(cls, context: ServerContext) -> "Abilities":
+    def of(cls, context: ServerContext) -> "ModelCapabilities":
         template = context.chat_template
         return cls(
-            can_limit_thoughts=can_limit_thoughts(context),
+            supports_reasoning_budget=supports_reasoning_budget(context),
             reads_effort=reads_effort(template),
-            places_system=template is not None and template.places_system,
+            keeps_system_position=template is not None and template.keeps_system_position,
         )
 
 
 def error_names(body: CountTokensRequest) -> dict[str, str]:
-    """What a client sent under a name of chat completions keeps it."""
-    names = NAMES if body.output_format is None else NAMES | {RESPONSE_FORMAT: "output_format"}
+    """Return the parameter names to use in errors.
+
+    A field that the client sent under its chat completions name keeps that name.
+    """
+    names = PARAMETER_NAMES if body.output_format is None else PARAMETER_NAMES | {RESPONSE_FORMAT: "output_format"}
     return {pattern: name for pattern, name in names.items() if pattern not in (body.model_extra or {})}
 
 
-def to_chat(body: CountTokensRequest, abilities: Abilities) -> ChatCompletionRequest:
-    """Raises BadRequestError. What is only advice, and the model cannot follow, is left out."""
+def to_chat(body: CountTokensRequest, capabilities: ModelCapabilities) -> ChatCompletionRequest:
+    """Convert a request to a chat request. Hints that the model cannot follow are dropped.
+
+    Raises BadRequestError.
+    """
     final = body.messages[-1]
     if final.role == "assistant" and any(isinstance(block, ToolUseBlock) for block in final.content):
-        message = "Invalid 'messages': the last one calls tools, so their results must follow."
+        message = "Invalid 'messages': the last message calls tools, so their results must follow."
         raise InvalidValueError(message, param="messages")
     _check_thinking(body)
     choice = body.tool_choice
     fields: dict[str, Any] = {
         "model": body.model,
-        "messages": list(_turns(body, places_system=abilities.places_system)),
+        "messages": list(_turns(body, keeps_system_position=capabilities.keeps_system_position)),
         "tools": [_tool(tool) for tool in body.tools or ()] or None,
         "tool_choice": _tool_choice(choice, has_tools=bool(body.tools)),
         "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
         "continue_final_message": final.role == "assistant" or None,
-        "reasoning_effort": _effort(body.thinking, body.output_config) if abilities.reads_effort else None,
+        "reasoning_effort": _effort(body.thinking, body.output_config) if capabilities.reads_effort else None,
         "include_reasoning": False if body.thinking is not None and body.thinking.display == "omitted" else None,
         "response_format": _response_format(body),
     }
     if isinstance(body, MessagesRequest):
         fields |= {
             "max_completion_tokens": body.max_tokens,
-            "thinking_token_budget": _budget(body.thinking) if abilities.can_limit_thoughts else None,
+            "thinking_token_budget": _budget(body.thinking) if capabilities.supports_reasoning_budget else None,
             "stop": body.stop_sequences or None,
             **{name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "stream")},
         }
-    return chat_request(body, fields, Chat)
+    return build_chat_request(body, fields, MessagesChatRequest)
 
 
 def _check_thinking(body: CountTokensRequest) -> None:
@@ -151,22 +126,28 @@ def _check_thinking(body: CountTokensRequest) -> None:
         raise InvalidValueError(message, param="thinking.budget_tokens")
 
 
-def _turns(body: CountTokensRequest, *, places_system: bool) -> Iterator[dict[str, Any]]:
-    """System messages at the beginning belong to the system prompt. What follows each other between two turns of the
-    assistant's is one turn, as is what the assistant said, but for system messages that the template can place.
+def _turns(body: CountTokensRequest, *, keeps_system_position: bool) -> Iterator[dict[str, Any]]:
+    """Yield the chat messages.
+
+    Leading system messages join the system prompt. Consecutive messages of the assistant become one message, and so do
+    those between two turns of the assistant, except system messages that the template renders in place.
     """
-    messages = _shown(body.messages)
+    messages = _active(body.messages)
     first = list(takewhile(lambda message: message.role == "system", messages))
     system = [*(_blocks(body.system) if body.system else ()), *_blocks_of(first)]
     if system:
         yield {"role": "system", "content": _content(system)}
     for by_assistant, group in groupby(messages[len(first) :], key=lambda message: message.role == "assistant"):
         turns = list(group)
-        yield from _assistant(_blocks_of(turns)) if by_assistant else _input(turns, places_system=places_system)
+        yield from (
+            _assistant(_blocks_of(turns))
+            if by_assistant
+            else _input(turns, keeps_system_position=keeps_system_position)
+        )
 
 
-def _shown(messages: Sequence[InputMessage]) -> list[InputMessage]:
-    """Without system messages that were for a turn which is over."""
+def _active(messages: Sequence[MessageParam]) -> list[MessageParam]:
+    """Drop system messages that apply only up to a user message that has followed."""
     last_user = max((index for index, each in enumerate(messages) if isinstance(each, UserMessage)), default=-1)
     return [
         message
@@ -175,22 +156,22 @@ def _shown(messages: Sequence[InputMessage]) -> list[InputMessage]:
     ]
 
 
-def _blocks(content: str | Sequence[Part]) -> list[Part]:
+def _blocks(content: str | Sequence[MessagesObject]) -> list[MessagesObject]:
     return [TextBlock(type="text", text=content)] if isinstance(content, str) else list(content)
 
 
-def _blocks_of(messages: Iterable[InputMessage]) -> list[Part]:
+def _blocks_of(messages: Iterable[MessageParam]) -> list[MessagesObject]:
     return [block for message in messages for block in _blocks(message.content)]
 
 
-def _input(messages: Sequence[InputMessage], *, places_system: bool) -> Iterator[dict[str, Any]]:
-    """Results of tools come first: they answer the assistant's turn before.
+def _input(messages: Sequence[MessageParam], *, keeps_system_position: bool) -> Iterator[dict[str, Any]]:
+    """Yield the chat messages between two turns of the assistant. Tool results come first: they answer its calls.
 
-    Many templates refuse a system message in the middle, leave it out, or move it to the beginning, where it would
-    change the prefix that is cached. For these it is text of the user's turn.
+    Many templates reject system messages within a conversation, drop them, or move them to the beginning, which would
+    change the cached prefix. For these templates a system message becomes text of the user's turn.
     """
     yield from (_result(block) for block in _blocks_of(messages) if isinstance(block, ToolResultBlock))
-    for by_system, turns in groupby(messages, key=lambda message: places_system and message.role == "system"):
+    for by_system, turns in groupby(messages, key=lambda message: keeps_system_position and message.role == "system"):
         content = _content([block for block in _blocks_of(turns) if not isinstance(block, ToolResultBlock)])
         if content is not None:
             yield {"role": "system" if by_system else "user", "content": content}
@@ -199,12 +180,12 @@ def _input(messages: Sequence[InputMessage], *, places_system: bool) -> Iterator
 def _result(block: ToolResultBlock) -> dict[str, Any]:
     parts = _blocks(block.content or "")
     if block.is_error:
-        parts = [TextBlock(type="text", text=ERROR_MARK + _text(parts[0])), *parts[1:]]
+        parts = [TextBlock(type="text", text=ERROR_PREFIX + _text(parts[0])), *parts[1:]]
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": _content(parts)}
 
 
-def _assistant(blocks: Sequence[Part]) -> Iterator[dict[str, Any]]:
-    thoughts = "".join([block.thinking for block in blocks if isinstance(block, ThinkingBlock)])
+def _assistant(blocks: Sequence[MessagesObject]) -> Iterator[dict[str, Any]]:
+    reasoning = "".join([block.thinking for block in blocks if isinstance(block, ThinkingBlock)])
     calls = [
         tool_call(block.id, block.name, msgspec.json.encode(block.input).decode())
         for block in blocks
@@ -213,18 +194,18 @@ def _assistant(blocks: Sequence[Part]) -> Iterator[dict[str, Any]]:
     content = _content([block for block in blocks if isinstance(block, TextBlock)])
     if content is None and not calls:
         content = ""
-    message = {"content": content, "reasoning_content": thoughts or None, "tool_calls": calls or None}
+    message = {"content": content, "reasoning_content": reasoning or None, "tool_calls": calls or None}
     yield {"role": "assistant", **{name: value for name, value in message.items() if value is not None}}
 
 
-def _content(blocks: Sequence[Part]) -> Any:
-    """None where there is no text."""
+def _content(blocks: Sequence[MessagesObject]) -> Any:
+    """Return text blocks as the content of a chat message; None if there are no blocks."""
     texts = [_text(block) for block in blocks]
     return texts[0] if len(texts) == 1 else [text_part(text) for text in texts] or None
 
 
-def _text(block: Part) -> str:
-    """Of a block of text, or of a document."""
+def _text(block: MessagesObject) -> str:
+    """Return the text of a text or document block."""
     if isinstance(block, TextBlock):
         return block.text
     assert isinstance(block, DocumentBlock)
@@ -234,12 +215,12 @@ def _text(block: Part) -> str:
     return "\n".join(part for part in (title, block.context, text) if part)
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
+def _tool(tool: ToolDefinition) -> dict[str, Any]:
     return function_tool(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
 
 
-def _tool_choice(choice: ToolChoice | None, *, has_tools: bool) -> Any:
-    if choice is None or (choice.type in ("auto", "none") and not has_tools):  # which says nothing
+def _tool_choice(choice: MessagesToolChoice | None, *, has_tools: bool) -> Any:
+    if choice is None or (choice.type in ("auto", "none") and not has_tools):
         return None
     if choice.type != "tool":
         return TOOL_CHOICES[choice.type]
@@ -248,8 +229,8 @@ def _tool_choice(choice: ToolChoice | None, *, has_tools: bool) -> Any:
     return named_tool(choice.name)
 
 
-def _effort(thinking: Thinking | None, config: OutputConfig | None) -> str | None:
-    """None leaves it to the model, as the effort `high` does, which is Anthropic's default."""
+def _effort(thinking: ThinkingConfig | None, config: OutputConfig | None) -> str | None:
+    """Return the reasoning effort. None, as `high`, which is Anthropic's default, leaves it to the model."""
     if thinking is not None and thinking.type == "disabled":
         return "none"
     if config is not None and config.effort not in (None, "high"):
@@ -257,14 +238,14 @@ def _effort(thinking: Thinking | None, config: OutputConfig | None) -> str | Non
     return "medium" if thinking is not None and thinking.type == "enabled" else None
 
 
-def _budget(thinking: Thinking | None) -> int | None:
+def _budget(thinking: ThinkingConfig | None) -> int | None:
     return thinking.budget_tokens if thinking is not None and thinking.type == "enabled" else None
 
 
 def _response_format(body: CountTokensRequest) -> dict[str, Any] | None:
     format = body.output_config.format if body.output_config is not None else None
     if format is not None and body.output_format is not None:
-        message = "Invalid 'output_format': not allowed with 'output_config.format', whose older name it is."
+        message = "Invalid 'output_format': it is an alias of 'output_config.format', so only one is allowed."
         raise InvalidValueError(message, param="output_format")
     format = format or body.output_format
     if format is None:
@@ -273,134 +254,22 @@ def _response_format(body: CountTokensRequest) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": schema}
 
 
-# The answer.
-
-
 class MessagesEndpoint:
+    """`POST /v1/messages` for the generation pipeline."""
+
     noun = "messages"
     id_prefix = "msg_"
+
+    def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
+        return ChatEndpoint().ignored_fields(context, body)
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         return ChatEndpoint().encode(context, body)
 
     def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(context, body, prompt)
+        return chat_constraint(context.tokenizer, body, prompt)
 
     def writer(
-        self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
-    ) -> "MessagesWriter":
-        return MessagesWriter(head, with_thinking=body.include_reasoning is not False)
-
-
-class MessagesWriter:
-    """One choice, as blocks of thinking, text, and calls of tools."""
-
-    def __init__(self, head: Head, *, with_thinking: bool = True) -> None:
-        self._head = head
-        self._with_thinking = with_thinking
-        self._has_begun = False
-        self._index = 0  # of the block that is open, else of the next
-        self._open: tuple[str, int] | None = None  # its kind, and which call of a tool it is
-        self._last = Delta(0)  # says how the choice ended
-        self._has_calls = False
-
-    def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
-        events: list[msgspec.Struct] = []
-        if deltas and not self._has_begun:
-            self._has_begun = True
-            events.append(MessageStart(self._message([], None, None, usage)))
-        for delta in deltas:
-            events += self._additions(delta)
-            self._last = delta
-            self._has_calls |= bool(delta.tool_calls)
-        return frame_events(events)
-
-    def end(self, usage: Usage, account: Account | UnsetType = UNSET) -> bytes:
-        stop = StopDetails(*_stop(self._last, has_calls=self._has_calls))
-        return frame_events([*self._close(), MessageDelta(stop, _usage(usage), account), MessageStop()])
-
-    def failure(self, error: APIError) -> bytes:
-        return b"event: error\ndata: " + error.anthropic_body() + b"\n\n"
-
-    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> Message:
-        (delta,) = deltas
-        shown = Delta(0)
-        for part in filter(self._is_shown, delta.parts):
-            shown.write(part)
-        message = self._message(list(map(_block, shown.parts)), *_stop(delta, has_calls=bool(delta.tool_calls)), usage)
-        message.lightwell = account
-        return message
-
-    def _is_shown(self, part: Addition) -> bool:
-        return self._with_thinking or isinstance(part, ToolCallDelta) or part.kind is not PartKind.REASONING
-
-    def _message(self, content: list[Block], reason: str | None, sequence: str | None, usage: Usage) -> Message:
-        return Message(
-            id=self._head.id,
-            model=self._head.model,
-            content=content,
-            stop_reason=reason,
-            stop_sequence=sequence,
-            usage=_usage(usage),
-        )
-
-    def _additions(self, delta: Delta) -> Iterator[msgspec.Struct]:
-        for part in filter(self._is_shown, delta.parts):
-            if isinstance(part, ToolCallDelta):
-                yield from self._call(part)
-            elif part.kind is PartKind.REASONING:
-                yield from self._switch(("thinking", 0), ThinkingText(""))
-                yield BlockDelta(self._index, ThinkingDelta(part.text))
-            else:
-                yield from self._switch(("text", 0), Text(""))
-                yield BlockDelta(self._index, TextDelta(part.text))
-
-    def _call(self, call: ToolCallDelta) -> Iterator[msgspec.Struct]:
-        yield from self._switch(("tool_use", call.index), ToolUse(call.id, call.name, {}))
-        if call.arguments:
-            yield BlockDelta(self._index, InputJSONDelta(call.arguments))
-
-    def _switch(self, block: tuple[str, int], start: Block) -> Iterator[msgspec.Struct]:
-        """Only one block is open at a time."""
-        if self._open != block:
-            yield from self._close()
-            self._open = block
-            yield BlockStart(self._index, start)
-
-    def _close(self) -> list[msgspec.Struct]:
-        if self._open is None:
-            return []
-        self._open = None
-        self._index += 1
-        return [BlockStop(self._index - 1)]
-
-
-def _stop(delta: Delta, *, has_calls: bool) -> tuple[str, str | None]:
-    if delta.stop_string is not None:
-        return "stop_sequence", delta.stop_string
-    reason = STOP_REASONS[delta.finish_reason or "stop"]
-    return "tool_use" if reason == "end_turn" and has_calls else reason, None
-
-
-def _block(part: Addition) -> Block:
-    if isinstance(part, ToolCallDelta):
-        return ToolUse(part.id, part.name, _tool_input(part.arguments))
-    return ThinkingText(part.text) if part.kind is PartKind.REASONING else Text(part.text)
-
-
-def _tool_input(arguments: str) -> dict[str, Any]:
-    """What is no JSON object, perhaps cut at max_tokens, is the text that it is."""
-    try:
-        value = msgspec.json.decode(arguments)
-    except msgspec.DecodeError:
-        value = None
-    return value if isinstance(value, dict) else {"arguments": arguments}
-
-
-def _usage(usage: Usage) -> MessageUsage:
-    num_cached = usage.prompt_tokens_details.cached_tokens
-    return MessageUsage(
-        input_tokens=usage.prompt_tokens - num_cached,
-        cache_read_input_tokens=num_cached,
-        output_tokens=usage.completion_tokens,
-    )
+        self, context: ServerContext, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+    ) -> MessagesWriter:
+        return MessagesWriter(metadata, with_thinking=body.include_reasoning is not False)

@@ -1,4 +1,4 @@
-"""What is special about `POST /v1/responses`: items as messages of chat completions, and responses that are kept."""
+"""Converts requests of OpenAI's Responses API to chat completion requests, and creates their response objects."""
 
 import secrets
 from collections.abc import Iterator, Sequence
@@ -7,64 +7,68 @@ from typing import Any
 
 import msgspec
 
-from server.api.chat.conversion import chat_request, check_extra, function_tool, named_tool, text_part, tool_call
-from server.api.chat.prompt import NO_EFFORT, reads_effort
+from server.api.chat.constraints import chat_constraint
+from server.api.chat.conversion import NEUTRAL_EFFORTS, ChatEndpoint, reads_effort
+from server.api.chat.request_builder import (
+    build_chat_request,
+    function_tool,
+    named_tool,
+    reject_chat_only_fields,
+    text_part,
+    tool_call,
+)
 from server.api.chat.schemas import ChatCompletionRequest
-from server.api.chat.writer import ChatEndpoint
 from server.api.responses.event_log import EventLog
 from server.api.responses.schemas import (
-    AllowedTools,
     CallOutput,
+    FullInputItem,
     FunctionTool,
-    GivenItem,
     InputMessage,
     ItemReference,
-    NamedTool,
-    OtherTool,
     PastCall,
     PastReasoning,
-    Reasoning,
+    ReasoningConfig,
     ResponseObject,
+    ResponsesAllowedTools,
+    ResponsesNamedTool,
     ResponsesRequest,
     SchemaFormat,
     TextConfig,
+    UnsupportedTool,
 )
 from server.api.responses.store import ResponseStore, StoredResponse
 from server.api.responses.truncation import encode_newest
 from server.api.responses.writer import ResponseWriter
-from server.constrained.constraints import Constraint, chat_constraint
+from server.constrained.constraints import Constraint
 from server.context import ServerContext
-from server.generation.endpoint import Head
+from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
 from server.generation.token_fields import TokenFields
 from server.http.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError, clip
-from server.text.chat_template import ChatTemplate
+from server.text.templates.chat_template import ChatTemplate
 
-_NAMES = {  # of chat completions, in errors
+PARAMETER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
     "messages": "input",
     r"response_format(\.json_schema)?": "text.format",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
 }
-NO_CHOICES = ("none", "auto")  # what a choice may be where there are no tools
-LOGPROBS = "message.output_text.logprobs"
+NO_TOOL_CHOICES = ("none", "auto")  # tool choices allowed without tools
+LOGPROBS = "message.output_text.logprobs"  # value of `include`
 NOT_SUPPORTED = ("conversation", "prompt", "context_management")
-MAX_REFERENCED_BYTES = 10 << 20  # in one request
+MAX_REFERENCED_BYTES = 10 << 20  # per request
 ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
 
 
-# The request.
-
-
 def error_names(body: ResponsesRequest) -> dict[str, str]:
-    """Patterns of what errors of chat completions name, and what that is here, where tools may have been left out."""
-    left = [index for index, tool in enumerate(body.tools or ()) if isinstance(tool, FunctionTool)]
-    return {rf"tools\[{number}\]\.function": f"tools[{index}]" for number, index in enumerate(left)} | _NAMES
+    """Return the parameter names to use in errors. Indices of tools differ because unsupported tools are dropped."""
+    sent = [index for index, tool in enumerate(body.tools or ()) if isinstance(tool, FunctionTool)]
+    return {rf"tools\[{number}\]\.function": f"tools[{index}]" for number, index in enumerate(sent)} | PARAMETER_NAMES
 
 
 def check(body: ResponsesRequest) -> None:
-    """What one field says about another, and what cannot be done. Raises BadRequestError."""
-    check_extra(body)
+    """Raise BadRequestError if fields contradict each other or are not supported."""
+    reject_chat_only_fields(body)
     for name in NOT_SUPPORTED:
         if (body.model_extra or {}).get(name) is not None:
             raise UnsupportedParameterError(name)
@@ -81,14 +85,14 @@ def check(body: ResponsesRequest) -> None:
 
 
 def input_items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, Any]]:
-    """The request's own items in OpenAI's full form, each with an id. Raises InvalidValueError.
+    """Return the request's input items in OpenAI's full form, each with an id.
 
-    References are to items of responses in `store`.
+    References are resolved to items of responses in `store`. Raises InvalidValueError for unknown ones.
     """
     if isinstance(body.input, str):
         return [_full_item(InputMessage(role="user", content=body.input))]
     items: list[dict[str, Any]] = []
-    num_bytes = 0  # of those that are referred to
+    num_bytes = 0  # total size of referenced items
     for index, item in enumerate(body.input or ()):
         if isinstance(item, ItemReference):
             items.append(_referenced(item.id, f"input[{index}].id", store))
@@ -97,7 +101,7 @@ def input_items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, 
             items.append(_full_item(item))
         if num_bytes > MAX_REFERENCED_BYTES:
             param = f"input[{index}].id"
-            message = f"Invalid '{param}': the items referred to are larger than {MAX_REFERENCED_BYTES} bytes."
+            message = f"Invalid '{param}': the referenced items exceed {MAX_REFERENCED_BYTES} bytes."
             raise InvalidValueError(message, param=param)
     return items
 
@@ -106,13 +110,13 @@ def _referenced(item_id: str, param: str, store: ResponseStore) -> dict[str, Any
     item = store.item(item_id)
     if item is None:
         message = (
-            f"Item with id '{clip(item_id)}' not found. Items are kept as long as a stored response that has them."
+            f"Item with id '{clip(item_id)}' not found. Items are kept as long as a stored response contains them."
         )
         raise InvalidValueError(message, param=param)
     return item
 
 
-def _full_item(item: GivenItem) -> dict[str, Any]:
+def _full_item(item: FullInputItem) -> dict[str, Any]:
     full: dict[str, Any] = {
         "id": item.id or ID_PREFIXES[item.type] + secrets.token_hex(16),
         "type": item.type,
@@ -139,11 +143,11 @@ def _full_parts(content: str | list[Any], kind: str) -> list[dict[str, Any]]:
 
 
 def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> list[str]:
-    """What is of no effect here: tools that cannot be called, and advice that the model cannot be given."""
+    """Return the names of ignored fields: unsupported tools, and options that the chat template does not read."""
     tools = enumerate(body.tools or ())
-    names = [f"tools[{index}].{tool.type}" for index, tool in tools if isinstance(tool, OtherTool)]
+    names = [f"tools[{index}].{tool.type}" for index, tool in tools if isinstance(tool, UnsupportedTool)]
     effort = body.reasoning.effort if body.reasoning else None
-    if effort not in NO_EFFORT and not reads_effort(template):
+    if effort not in NEUTRAL_EFFORTS and not reads_effort(template):
         names.append("reasoning.effort")
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         names.append("text.verbosity")
@@ -153,7 +157,10 @@ def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> lis
 def to_chat(
     body: ResponsesRequest, items: Sequence[dict[str, Any]], ignored: Sequence[str] = ()
 ) -> ChatCompletionRequest:
-    """`items` are the whole conversation, `ignored` the `ignored_fields`. Raises BadRequestError."""
+    """Convert a request to a chat request.
+
+    `items` are those of the whole conversation; `ignored` is the result of `ignored_fields`. Raises BadRequestError.
+    """
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     with_logprobs = LOGPROBS in (body.include or ())
     tools = [function_tool(**_tool_fields(tool)) for tool in _tools(body)]
@@ -168,7 +175,7 @@ def to_chat(
         "logprobs": with_logprobs or None,
         "top_logprobs": body.top_logprobs if with_logprobs else None,
         "tools": tools or None,
-        "tool_choice": None if not tools and body.tool_choice in NO_CHOICES else _tool_choice(body.tool_choice),
+        "tool_choice": None if not tools and body.tool_choice in NO_TOOL_CHOICES else _tool_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning.effort if body.reasoning and "reasoning.effort" not in ignored else None,
         "chat_template_kwargs": body.chat_template_kwargs,
@@ -176,33 +183,33 @@ def to_chat(
         "metadata": body.metadata,
         "store": body.store,
     }
-    return chat_request(body, fields, ignored=ignored)
+    return build_chat_request(body, fields, ignored=ignored)
 
 
 def _messages(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What the model made between two inputs, its thoughts, text and calls, is one message."""
-    for by_model, group in groupby(items, key=_is_by_model):
-        if by_model:
+    """Yield the chat messages. Consecutive items of the model (reasoning, text, calls) become one message."""
+    for from_model, group in groupby(items, key=_is_from_model):
+        if from_model:
             yield _assistant(list(group))
         else:
             yield from map(_input_message, group)
 
 
-def _is_by_model(item: dict[str, Any]) -> bool:
+def _is_from_model(item: dict[str, Any]) -> bool:
     return item["type"] in ("reasoning", "function_call") or item.get("role") == "assistant"
 
 
 def _assistant(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     texts = [part["text"] for item in items if item["type"] == "message" for part in item["content"]]
-    thoughts = [part["text"] for item in items if item["type"] == "reasoning" for part in item["content"]]
+    reasoning = [part["text"] for item in items if item["type"] == "reasoning" for part in item["content"]]
     calls = [
         tool_call(item["call_id"], item["name"], item["arguments"]) for item in items if item["type"] == "function_call"
     ]
     message: dict[str, Any] = {"role": "assistant"}
     if texts or not calls:
         message["content"] = _content(texts)
-    if thoughts:
-        message["reasoning_content"] = "".join(thoughts)
+    if reasoning:
+        message["reasoning_content"] = "".join(reasoning)
     if calls:
         message["tool_calls"] = calls
     return message
@@ -221,7 +228,7 @@ def _content(texts: Sequence[str]) -> str | list[dict[str, Any]]:
 
 
 def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """The tools as they are answered with: those that can be called."""
+    """Return the supported tools in the form of the answer."""
     return [
         {
             "type": "function",
@@ -239,11 +246,11 @@ def _tool_fields(tool: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tool.items() if name != "type"}
 
 
-def _tool_choice(choice: str | NamedTool | AllowedTools | None) -> Any:
+def _tool_choice(choice: str | ResponsesNamedTool | ResponsesAllowedTools | None) -> Any:
     match choice:
-        case NamedTool():
+        case ResponsesNamedTool():
             return named_tool(choice.name)
-        case AllowedTools():
+        case ResponsesAllowedTools():
             tools = [named_tool(tool.name) for tool in choice.tools]
             return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": tools}}
     return choice
@@ -258,23 +265,32 @@ def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {name: value for name, value in schema.items() if name != "type"}}
 
 
-def _without_nulls(model: TextConfig | SchemaFormat | Reasoning | None) -> dict[str, Any]:
+def _without_nulls(model: TextConfig | SchemaFormat | ReasoningConfig | None) -> dict[str, Any]:
     return {} if model is None else model.model_dump(exclude_none=True, by_alias=True)
 
 
-# The answer.
-
-
 class ResponsesEndpoint:
+    """`POST /v1/responses` for the generation pipeline. Made for one request, whose response it stores."""
+
     noun = "input"
     id_prefix = "resp_"
 
-    def __init__(self, body: ResponsesRequest, items: list[dict[str, Any]], previous: StoredResponse | None) -> None:
-        """`items` are those of the request alone."""
+    def __init__(
+        self,
+        body: ResponsesRequest,
+        items: list[dict[str, Any]],
+        previous: StoredResponse | None,
+        store: ResponseStore,
+    ) -> None:
+        """`items` are those of this request, without those of the `previous` response."""
         self._body = body
         self._items = items
         self._previous = previous
+        self._store = store
         self._stored: StoredResponse | None = None
+
+    def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
+        return ChatEndpoint().ignored_fields(context, body)
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         if self._body.truncation == "auto":
@@ -282,45 +298,46 @@ class ResponsesEndpoint:
         return ChatEndpoint().encode(context, body)
 
     def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(context, body, prompt)
+        return chat_constraint(context.tokenizer, body, prompt)
 
     def writer(
-        self, context: ServerContext, body: ChatCompletionRequest, head: Head, prompts: Sequence[Prompt]
+        self, context: ServerContext, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
     ) -> ResponseWriter:
-        asked = self._body
-        response = new_response(asked, head, context.model_config.default_sampling)
+        original = self._body
+        response = new_response(original, metadata, context.model_config.default_sampling)
         earlier = [] if self._previous is None else self._previous.items
-        events = EventLog(head.id) if asked.background and asked.stream else None
+        events = EventLog(metadata.id) if original.background and original.stream else None
         stored = self._stored = StoredResponse(response, self._items, earlier, events)
-        store = None if asked.store is False else context.responses
-        if store is not None and (asked.stream or asked.background):
+        store = None if original.store is False else self._store
+        if store is not None and (original.stream or original.background):
             store.put(stored)
         return ResponseWriter(
             context.tokenizer,
             stored,
             store,
             with_logprobs=bool(body.logprobs),
-            fields=TokenFields.asked_for(body, prompts),
+            fields=TokenFields.from_request(body, prompts),
         )
 
-    def end(self, store: ResponseStore) -> None:
-        """What was generated in the background has ended, in whatever way: there are no more events."""
+    def end(self) -> None:
+        """Close the event log after generating in the background, successfully or not."""
         if self._stored is not None and self._stored.events is not None:
             self._stored.events.close()
-            store.count_events(self._stored)
+            self._store.count_events(self._stored)
 
 
-def new_response(body: ResponsesRequest, head: Head, defaults: Any) -> ResponseObject:
+def new_response(body: ResponsesRequest, metadata: AnswerMetadata, defaults: Any) -> ResponseObject:
+    """Return the response to a request before generation. `defaults` are the model's default sampling parameters."""
     choice = body.tool_choice
     text = _without_nulls(body.text)
     return ResponseObject(
-        id=head.id,
-        created_at=head.created,
+        id=metadata.id,
+        created_at=metadata.created,
         background=bool(body.background),
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
         max_tool_calls=body.max_tool_calls,
-        model=head.model,
+        model=metadata.model,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,
         reasoning={"effort": None, "summary": None} | _without_nulls(body.reasoning),

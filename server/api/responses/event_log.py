@@ -1,4 +1,4 @@
-"""The events of a stream, kept while they come, so that others can read them too: from any one on, and later again."""
+"""The events of one stream, stored as they are written so that several readers can follow it from any event on."""
 
 import asyncio
 import zlib
@@ -7,28 +7,28 @@ from collections.abc import AsyncGenerator, Sequence
 from server.http.errors import ResponseGoneError
 
 BLOCK_EVENTS = 64
-OBJECT_BYTES = 41  # that Python takes for an event's bytes, and for its place in a list
+OBJECT_BYTES = 41  # memory of a bytes object and its list entry, beside its content
 
 
 class EventLog:
-    """One task writes, and others read, each at its own pace: none waits for another.
+    """The log of one stream: one task writes, others read at their own pace without blocking it.
 
-    An event's place is its `sequence_number`. Events are very much alike, so all but the latest are kept compressed.
+    Events are indexed by their `sequence_number`. They are very similar, so all but the latest are kept compressed.
     """
 
     def __init__(self, response_id: str) -> None:
         self.num_events = 0
-        self.num_bytes = 0  # that it takes
+        self.num_bytes = 0  # memory used
         self.is_dropped = False
         self._response_id = response_id
-        self._blocks: list[bytes] = []  # of BLOCK_EVENTS events each, but for the last one of a log that is closed
+        self._blocks: list[bytes] = []  # BLOCK_EVENTS events each; the last block of a closed log may have fewer
         self._tail: list[bytes] = []
         self._is_closed = False
-        self._first = 0  # those before are not read any more
+        self._first = 0  # number of the first event that can still be read
         self._changed = asyncio.Event()
 
     def append(self, events: Sequence[bytes]) -> None:
-        """`events` are framed: each ends with an empty line, and has no other."""
+        """Append encoded events. Each must end with its only empty line."""
         for event in events:
             self._tail.append(event)
             self.num_events += 1
@@ -38,22 +38,25 @@ class EventLog:
         self._wake()
 
     def close(self) -> None:
-        """There are no more events. May be called again."""
+        """Mark the end of the log. May be called again."""
         if self._tail:
             self._compress()
         self._is_closed = True
         self._wake()
 
     def drop(self) -> None:
-        """Nobody can ask for it any more. Who has read all events so far reads on to the end; others do not.
+        """Discard the events so far. Readers that have read all of them continue to the end; others fail.
 
-        May be called in another thread.
+        May be called from another thread.
         """
         self._first = self.num_events
         self.is_dropped = True
 
     async def read(self, start: int) -> AsyncGenerator[bytes, None]:
-        """The events from number `start` on up to the last one, some at a time. Raises ResponseGoneError."""
+        """Yield the events from number `start` to the end of the log, several at a time.
+
+        Raises ResponseGoneError if they were dropped.
+        """
         while True:
             changed = self._changed
             if start < self._first:
@@ -67,7 +70,7 @@ class EventLog:
                 await changed.wait()
 
     def _from(self, start: int) -> tuple[bytes, int]:
-        """Those of the block that `start` is in, and the number of what comes after it."""
+        """Return the events from `start` to the end of its block, and the number of the event after them."""
         index, num_before = divmod(start, BLOCK_EVENTS)
         if index == len(self._blocks):
             return b"".join(self._tail[num_before:]), self.num_events

@@ -1,19 +1,19 @@
-"""The events of a stream of `POST /v1/responses`, numbered in their order."""
+"""The events of a `POST /v1/responses` stream. `sequence_number` counts them."""
 
 import msgspec
 
 from server.api.chat.schemas import TokenLogprob
 from server.api.responses.schemas import OutputItem, OutputText, ReasoningText, ResponseObject
 
-TextPart = OutputText | ReasoningText
+OutputTextPart = OutputText | ReasoningText
 
 
-class Event(msgspec.Struct, kw_only=True, tag_field="type"):
+class StreamEvent(msgspec.Struct, kw_only=True, tag_field="type"):
     sequence_number: int = 0
 
 
-class ResponseEvent(Event, kw_only=True):
-    """About the response as a whole."""
+class ResponseEvent(StreamEvent, kw_only=True):
+    """An event about the response as a whole."""
 
     response: ResponseObject
 
@@ -33,15 +33,15 @@ class Incomplete(ResponseEvent, kw_only=True, tag="response.incomplete"): ...
 class Failed(ResponseEvent, kw_only=True, tag="response.failed"): ...
 
 
-class ErrorEvent(Event, kw_only=True, tag="error"):
-    """A stream cannot go on, whatever becomes of the response."""
+class ErrorEvent(StreamEvent, kw_only=True, tag="error"):
+    """The stream cannot be continued. The response itself may still complete."""
 
     code: str | None
     message: str
     param: str | None = None
 
 
-class ItemEvent(Event, kw_only=True):
+class ItemEvent(StreamEvent, kw_only=True):
     output_index: int
     item: OutputItem
 
@@ -52,46 +52,46 @@ class ItemAdded(ItemEvent, kw_only=True, tag="response.output_item.added"): ...
 class ItemDone(ItemEvent, kw_only=True, tag="response.output_item.done"): ...
 
 
-class InItem(Event, kw_only=True):
-    """About something in an item of the output."""
+class ItemContentEvent(StreamEvent, kw_only=True):
+    """An event about the content of an output item."""
 
     item_id: str
     output_index: int
 
 
-class InPart(InItem, kw_only=True):
+class ContentPartEvent(ItemContentEvent, kw_only=True):
     content_index: int = 0
 
 
-class PartAdded(InPart, kw_only=True, tag="response.content_part.added"):
-    part: TextPart
+class PartAdded(ContentPartEvent, kw_only=True, tag="response.content_part.added"):
+    part: OutputTextPart
 
 
-class PartDone(InPart, kw_only=True, tag="response.content_part.done"):
-    part: TextPart
+class PartDone(ContentPartEvent, kw_only=True, tag="response.content_part.done"):
+    part: OutputTextPart
 
 
-class TextDelta(InPart, kw_only=True, tag="response.output_text.delta"):
+class OutputTextDelta(ContentPartEvent, kw_only=True, tag="response.output_text.delta"):
     delta: str
     logprobs: list[TokenLogprob]
 
 
-class TextDone(InPart, kw_only=True, tag="response.output_text.done"):
+class OutputTextDone(ContentPartEvent, kw_only=True, tag="response.output_text.done"):
     text: str
     logprobs: list[TokenLogprob]
 
 
-class ReasoningDelta(InPart, kw_only=True, tag="response.reasoning_text.delta"):
+class ReasoningDelta(ContentPartEvent, kw_only=True, tag="response.reasoning_text.delta"):
     delta: str
 
 
-class ReasoningDone(InPart, kw_only=True, tag="response.reasoning_text.done"):
+class ReasoningDone(ContentPartEvent, kw_only=True, tag="response.reasoning_text.done"):
     text: str
 
 
-class ArgumentsDelta(InItem, kw_only=True, tag="response.function_call_arguments.delta"):
+class ArgumentsDelta(ItemContentEvent, kw_only=True, tag="response.function_call_arguments.delta"):
     delta: str
 
 
-class ArgumentsDone(InItem, kw_only=True, tag="response.function_call_arguments.done"):
+class ArgumentsDone(ItemContentEvent, kw_only=True, tag="response.function_call_arguments.done"):
     arguments: str

@@ -1,19 +1,18 @@
-"""`/v1/responses`: create, ask for again, cancel, delete. Responses are kept by this process, in memory."""
+"""`/v1/responses`: create, retrieve, cancel and delete responses, which are stored in the memory of this process."""
 
-from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from server.api.chat.conversion import renamed_errors
 from server.api.chat.counting import count_prompt_tokens
+from server.api.chat.request_builder import renamed_errors
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.responses.conversion import ResponsesEndpoint, check, error_names, ignored_fields, input_items, to_chat
 from server.api.responses.event_log import EventLog
 from server.api.responses.schemas import DeletedResponse, InputTokens, InputTokensRequest, ItemList, ResponsesRequest
-from server.api.responses.store import StoredResponse
+from server.api.responses.store import StoredResponse, get_response_store
 from server.api.responses.writer import error_event
-from server.context import ServerContext, get_context
+from server.context import get_context
 from server.generation.pipeline import respond, start_in_background
 from server.http.errors import (
     BadRequestError,
@@ -22,30 +21,29 @@ from server.http.errors import (
     ResponseNotFoundError,
 )
 from server.http.json_response import StructResponse
-from server.http.middleware import StrictJSONRoute
+from server.http.json_route import StrictJSONRoute
 from server.http.sse import sse_response
 
 router = APIRouter()
 json_router = APIRouter(route_class=StrictJSONRoute)
 
-MAX_PAGE, DEFAULT_PAGE = 100, 20
+MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 100, 20  # input items
 
 
 @json_router.post("/v1/responses")
 async def create_response(request: Request, body: ResponsesRequest) -> Response:
-    """Answers a conversation, which may go on from a stored one."""
+    """Generate a response, which may continue a stored conversation."""
     context = get_context(request)
     check(body)
-    chat, endpoint = _converted(context, body)
+    chat, endpoint = _to_chat(request, body)
     with renamed_errors(error_names(body)):
         if not body.background:
             return await respond(request, chat, endpoint)
-        on_end = partial(endpoint.end, context.responses)
-        head, headers = await start_in_background(request, chat, endpoint, on_end)
-    stored = context.responses.get(head.id)
+        metadata, headers = await start_in_background(request, chat, endpoint, endpoint.end)
+    stored = get_response_store(request).get(metadata.id)
     if stored is None:
-        context.running.cancel(head.id)
-        message = "Invalid 'background': the response is larger than what this server keeps of responses."
+        context.running.cancel(metadata.id)
+        message = "Invalid 'background': the response exceeds the memory limit for stored responses."
         raise InvalidValueError(message, param="background")
     if stored.events is not None:
         return _follow(request, stored.events, headers=headers)
@@ -54,41 +52,42 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
 
 @json_router.post("/v1/responses/input_tokens")
 async def count_input_tokens(request: Request, body: InputTokensRequest) -> Response:
-    """How many tokens the conversation is as a prompt. Nothing is generated or kept."""
+    """Count the prompt tokens of a conversation without generating or storing anything."""
     context = get_context(request)
     check(body)
     if body.model is None:
         body.model = context.model_names[0]
-    chat, endpoint = _converted(context, body)
+    chat, endpoint = _to_chat(request, body)
     with renamed_errors(error_names(body)):
         num_tokens, headers = await count_prompt_tokens(request, chat, endpoint)
     return StructResponse(InputTokens(num_tokens), headers=headers)
 
 
-def _converted(context: ServerContext, body: ResponsesRequest) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
-    """The request as one of chat completions, with the conversation that it goes on from. Raises BadRequestError."""
-    previous = None if body.previous_response_id is None else _previous(context, body.previous_response_id)
-    items = input_items(body, context.responses)
+def _to_chat(request: Request, body: ResponsesRequest) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
+    """Convert a request and the conversation it continues to a chat request. Raises BadRequestError."""
+    context, store = get_context(request), get_response_store(request)
+    previous = None if body.previous_response_id is None else _previous(request, body.previous_response_id)
+    items = input_items(body, store)
     with renamed_errors(error_names(body)):
         conversation = [*(previous.items if previous else ()), *items]
         chat = to_chat(body, conversation, ignored_fields(body, context.chat_template))
-    return chat, ResponsesEndpoint(body, items, previous)
+    return chat, ResponsesEndpoint(body, items, previous, store)
 
 
 @router.get("/v1/responses/{response_id}")
 async def retrieve_response(
     request: Request,
     response_id: str,
-    stream: Annotated[bool, Query(description="Its events, of a response with `background` and `stream`.")] = False,
-    starting_after: Annotated[
-        int | None, Query(ge=0, description="The `sequence_number` of the last event that is not sent again.")
-    ] = None,
-    include_obfuscation: Annotated[
-        bool, Query(description="Accepted; nothing is added to the events either way.")
+    stream: Annotated[
+        bool, Query(description="Stream the events of a response created with `background` and `stream`.")
     ] = False,
+    starting_after: Annotated[
+        int | None, Query(ge=0, description="Send only events after this `sequence_number`.")
+    ] = None,
+    include_obfuscation: Annotated[bool, Query(description="Accepted and ignored: events are never padded.")] = False,
 ) -> Response:
-    """A stored response, as far as it is generated; with `stream` its events from the first one on, up to the end."""
-    stored = _find(get_context(request), response_id)
+    """Return a stored response as generated so far; with `stream`, its events from the first to the last."""
+    stored = _find(request, response_id)
     if not stream and starting_after is not None:
         message = "The 'starting_after' parameter is only allowed when 'stream' is enabled."
         raise InvalidValueError(message, param="starting_after")
@@ -103,7 +102,7 @@ async def retrieve_response(
 def _follow(
     request: Request, events: EventLog, starting_after: int | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    """Streams what is kept of the events, and then those that come."""
+    """Stream the logged events, then those that follow."""
     if starting_after is not None and starting_after >= events.num_events:
         message = f"Invalid 'starting_after': the latest event is number {events.num_events - 1}."
         raise InvalidValueError(message, param="starting_after")
@@ -117,16 +116,16 @@ def _follow(
 
 @router.get("/v1/responses/{response_id}/input_items")
 async def list_input_items(request: Request, response_id: str) -> Response:
-    """What the response was asked with, the latest item first; without what came before in its conversation."""
-    items = _find(get_context(request), response_id).input_items
+    """List the input items of a response, the latest first, without those of previous responses."""
+    items = _find(request, response_id).input_items
     query = request.query_params
     if query.get("order", "desc") not in ("asc", "desc"):
         raise InvalidValueError("Invalid 'order': expected 'asc' or 'desc'.", param="order")
     if query.get("order") != "asc":
         items = items[::-1]
     if (after := query.get("after")) is not None:
-        items = items[_position(items, after) + 1 :]
-    limit = _limit(query.get("limit", str(DEFAULT_PAGE)))
+        items = items[_index_of(items, after) + 1 :]
+    limit = _limit(query.get("limit", str(DEFAULT_PAGE_SIZE)))
     page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else ("", "")
     return StructResponse(ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit))
@@ -134,9 +133,9 @@ async def list_input_items(request: Request, response_id: str) -> Response:
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(request: Request, response_id: str) -> Response:
-    """Ends a response that is being generated; what it has so far stays."""
+    """Cancel a response that is being generated. Its output so far stays stored."""
     context = get_context(request)
-    response = _find(context, response_id).response
+    response = _find(request, response_id).response
     if context.running.cancel(response_id):
         response.status = "cancelled"
     elif not response.background:
@@ -146,43 +145,42 @@ async def cancel_response(request: Request, response_id: str) -> Response:
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(request: Request, response_id: str) -> Response:
-    """Forgets a response; if it is being generated, that ends. Those that go on from it keep its items."""
-    context = get_context(request)
-    if not context.responses.delete(response_id):
+    """Delete a response, cancelling it if it is being generated. Responses that continue it keep its items."""
+    if not get_response_store(request).delete(response_id):
         raise ResponseNotFoundError(response_id)
-    context.running.cancel(response_id)
+    get_context(request).running.cancel(response_id)
     return StructResponse(DeletedResponse(response_id))
 
 
-def _find(context: ServerContext, response_id: str) -> StoredResponse:
-    stored = context.responses.get(response_id)
+def _find(request: Request, response_id: str) -> StoredResponse:
+    stored = get_response_store(request).get(response_id)
     if stored is None:
         raise ResponseNotFoundError(response_id)
-    if stored.response.status == "in_progress" and response_id not in context.running:
-        stored.response.status = "cancelled"  # its client went away
+    if stored.response.status == "in_progress" and response_id not in get_context(request).running:
+        stored.response.status = "cancelled"  # its client disconnected
     return stored
 
 
-def _previous(context: ServerContext, response_id: str) -> StoredResponse:
-    if context.responses.get(response_id) is None:
+def _previous(request: Request, response_id: str) -> StoredResponse:
+    if get_response_store(request).get(response_id) is None:
         raise PreviousResponseNotFoundError(response_id)
-    stored = _find(context, response_id)
+    stored = _find(request, response_id)
     if stored.response.status == "in_progress":
         message = "Invalid 'previous_response_id': that response is still being generated."
         raise InvalidValueError(message, param="previous_response_id")
     return stored
 
 
-def _position(items: list[dict[str, object]], item_id: str) -> int:
+def _index_of(items: list[dict[str, object]], item_id: str) -> int:
     for index, item in enumerate(items):
         if item["id"] == item_id:
             return index
-    raise InvalidValueError("Invalid 'after': the response has no item of that id.", param="after")
+    raise InvalidValueError("Invalid 'after': the response has no item with that id.", param="after")
 
 
 def _limit(value: str) -> int:
-    if not (value.isascii() and value.isdigit() and 1 <= int(value[:4]) <= MAX_PAGE):
-        raise InvalidValueError(f"Invalid 'limit': expected an integer from 1 to {MAX_PAGE}.", param="limit")
+    if not (value.isascii() and value.isdigit() and 1 <= int(value[:4]) <= MAX_PAGE_SIZE):
+        raise InvalidValueError(f"Invalid 'limit': expected an integer from 1 to {MAX_PAGE_SIZE}.", param="limit")
     return int(value)
 
 

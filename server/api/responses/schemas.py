@@ -1,6 +1,6 @@
-"""`POST /v1/responses`, OpenAI's newer API: its request and what it answers with.
+"""`POST /v1/responses` of OpenAI's Responses API: the request and the answer.
 
-https://platform.openai.com/docs/api-reference/responses. The events of its stream are in `response_events`.
+https://platform.openai.com/docs/api-reference/responses. The events of its stream are in `event_schemas`.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,7 +10,8 @@ from msgspec import UNSET, UnsetType
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS, TemplateOptions, TokenLogprob
-from server.schemas.common import Account, Stop
+from server.schemas.answers import RequestTimings
+from server.schemas.request_fields import Stop
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
@@ -20,19 +21,19 @@ MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters
 # Requests.
 
 
-class Part(BaseModel):
-    """Any object inside a request. Fields that no model declares are kept, and reported by their names."""
+class RequestObject(BaseModel):
+    """Base of the objects inside a request. Undeclared fields are kept, and reported by name."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class InputText(Part):
+class InputText(RequestObject):
     type: Literal["input_text"]
     text: str
 
 
-class PastText(Part):
-    """The text of an earlier answer, as it was sent."""
+class PastText(RequestObject):
+    """Text of an earlier answer."""
 
     type: Literal["output_text"]
     text: str
@@ -40,8 +41,8 @@ class PastText(Part):
     logprobs: list[Any] | None = None
 
 
-class PastRefusal(Part):
-    """What an earlier answer, of another model, said instead. It is text as any other."""
+class PastRefusal(RequestObject):
+    """Refusal of an earlier answer, from another model. It is treated as text."""
 
     type: Literal["refusal"]
     refusal: str
@@ -51,24 +52,24 @@ class PastRefusal(Part):
         return self.refusal
 
 
-TextPart = Annotated[InputText | PastText | PastRefusal, Field(discriminator="type")]
-TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+InputTextPart = Annotated[InputText | PastText | PastRefusal, Field(discriminator="type")]
+InputTextParts = Annotated[list[InputTextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
-class Item(Part):
+class RequestItem(RequestObject):
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class InputMessage(Item):
+class InputMessage(RequestItem):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | TextParts
+    content: str | InputTextParts
     phase: str | None = None
 
 
-class PastCall(Item):
-    """A call of an earlier answer."""
+class PastCall(RequestItem):
+    """A tool call of an earlier answer."""
 
     type: Literal["function_call"]
     call_id: str = Field(min_length=1)
@@ -76,19 +77,19 @@ class PastCall(Item):
     arguments: str
 
 
-class CallOutput(Item):
+class CallOutput(RequestItem):
     type: Literal["function_call_output"]
     call_id: str = Field(min_length=1)
-    output: str | TextParts
+    output: str | InputTextParts
 
 
-class PastReasoningText(Part):
+class PastReasoningText(RequestObject):
     type: Literal["reasoning_text"]
     text: str
 
 
-class PastReasoning(Item):
-    """The thoughts of an earlier answer."""
+class PastReasoning(RequestItem):
+    """Reasoning of an earlier answer."""
 
     type: Literal["reasoning"]
     content: Annotated[list[PastReasoningText], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
@@ -96,29 +97,29 @@ class PastReasoning(Item):
     encrypted_content: str | None = None
 
 
-class ItemReference(Part):
-    """An item of a stored response."""
+class ItemReference(RequestObject):
+    """A reference to an item of a stored response."""
 
     type: Literal["item_reference"]
     id: str = Field(min_length=1)
 
 
 def _name_type(value: object) -> object:
-    """Messages may leave out their type, and so may references, which are nothing but an id."""
+    """Add the type to items without one: an object with only an id is a reference, any other is a message."""
     if not isinstance(value, dict) or value.get("type") is not None:
         return value
     is_reference = value.keys() - {"type"} == {"id"}
     return value | {"type": "item_reference" if is_reference else "message"}
 
 
-GivenItem = InputMessage | PastCall | CallOutput | PastReasoning
+FullInputItem = InputMessage | PastCall | CallOutput | PastReasoning
 InputItem = Annotated[
-    Annotated[GivenItem | ItemReference, Field(discriminator="type")],
+    Annotated[FullInputItem | ItemReference, Field(discriminator="type")],
     BeforeValidator(_name_type),
 ]
 
 
-class FunctionTool(Part):
+class FunctionTool(RequestObject):
     type: Literal["function"]
     name: ToolName
     description: str | None = None
@@ -126,8 +127,8 @@ class FunctionTool(Part):
     strict: bool | None = None
 
 
-class OtherTool(BaseModel):
-    """A tool that the server of the model would have to run, or of a form that it does not know. It is left out."""
+class UnsupportedTool(BaseModel):
+    """A built-in tool, which this server cannot run, or one of an unknown type. It is ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -139,39 +140,41 @@ def _kind_of_tool(value: object) -> str:
     return "function-tool" if kind == "function" else "other-tool"
 
 
-AnyTool = Annotated[
-    Annotated[FunctionTool, Tag("function-tool")] | Annotated[OtherTool, Tag("other-tool")],
+ResponsesTool = Annotated[
+    Annotated[FunctionTool, Tag("function-tool")] | Annotated[UnsupportedTool, Tag("other-tool")],
     Discriminator(_kind_of_tool),
 ]
 
 
-class NamedTool(Part):
+class ResponsesNamedTool(RequestObject):
     type: Literal["function"]
     name: str
 
 
-class AllowedTools(Part):
+class ResponsesAllowedTools(RequestObject):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    tools: Annotated[list[ResponsesNamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 def _kind_of_choice(value: object) -> str:
     return "choice-of-tools" if isinstance(value, dict | BaseModel) else "choice-word"
 
 
-ToolChoice = Annotated[
+ResponsesToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("choice-word")]
-    | Annotated[Annotated[NamedTool | AllowedTools, Field(discriminator="type")], Tag("choice-of-tools")],
+    | Annotated[
+        Annotated[ResponsesNamedTool | ResponsesAllowedTools, Field(discriminator="type")], Tag("choice-of-tools")
+    ],
     Discriminator(_kind_of_choice),
 ]
 
 
-class PlainFormat(Part):
+class PlainFormat(RequestObject):
     type: Literal["text", "json_object"]
 
 
-class SchemaFormat(Part):
+class SchemaFormat(RequestObject):
     type: Literal["json_schema"]
     name: str
     json_schema: dict[str, Any] = Field(alias="schema")
@@ -179,25 +182,26 @@ class SchemaFormat(Part):
     strict: bool | None = None
 
 
-class TextConfig(Part):
+class TextConfig(RequestObject):
     format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
-        None, description="Without effect; other values than medium are reported."
+        None, description="Ignored. Values other than medium are reported as ignored."
     )
 
 
-class Reasoning(Part):
+class ReasoningConfig(RequestObject):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="Handed to the chat template. Without effect, and reported, where that reads none."
+        None,
+        description="Passed to the chat template. Ignored, and reported, if the template does not read it.",
     )
     summary: Literal["auto", "concise", "detailed"] | None = Field(
-        None, description="Accepted; thoughts are answered with as they are, not summarized."
+        None, description="Accepted and ignored: reasoning is returned in full."
     )
 
 
 Included = Literal[
     "message.output_text.logprobs",
-    # About tools that do not exist here, or about thoughts, which are not encrypted.
+    # Accepted and ignored: built-in tools are not supported, and reasoning is not encrypted.
     "reasoning.encrypted_content",
     "file_search_call.results",
     "web_search_call.results",
@@ -208,8 +212,8 @@ Included = Literal[
 ]
 
 
-class ResponseStreamOptions(Part):
-    include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to the events either way.")
+class ResponseStreamOptions(RequestObject):
+    include_obfuscation: bool | None = Field(None, description="Accepted and ignored: events are never padded.")
 
 
 def _check_metadata(value: dict[str, str]) -> dict[str, str]:
@@ -228,62 +232,70 @@ Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), AfterValida
 class ResponsesRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    model: str = Field(description="Name of the model, one of GET /v1/models.")
+    model: str = Field(description="Name of the model, as listed by GET /v1/models.")
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = (
-        Field(None, description="What the model answers. Optional only with previous_response_id.")
+        Field(None, description="The input of this turn. Required unless previous_response_id is set.")
     )
-    instructions: str | None = Field(None, description="A system message before all else. Holds for this request.")
-    previous_response_id: str | None = Field(None, description="A stored response whose conversation goes on.")
+    instructions: str | None = Field(None, description="System message for this request, placed first.")
+    previous_response_id: str | None = Field(
+        None, description="Id of a stored response whose conversation to continue."
+    )
     max_output_tokens: int | None = Field(
-        None, ge=1, le=INT64_MAX, description="Default: what the context has room for."
+        None, ge=1, le=INT64_MAX, description="Maximum number of output tokens. Default: the rest of the context."
     )
-    temperature: FiniteFloat | None = Field(None, ge=0, le=2, description="Default: the model's, or 1.")
-    top_p: FiniteFloat | None = Field(None, gt=0, le=1, description="Default: the model's, or 1.")
+    temperature: FiniteFloat | None = Field(None, ge=0, le=2, description="Default: the model's own, else 1.")
+    top_p: FiniteFloat | None = Field(None, gt=0, le=1, description="Default: the model's own, else 1.")
     include: Annotated[list[Included], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     top_logprobs: int | None = Field(
-        None, ge=0, le=20, description="Alternatives of each token; include message.output_text.logprobs."
+        None,
+        ge=0,
+        le=20,
+        description="Number of most likely tokens to return for each position. Requires message.output_text.logprobs "
+        "in include.",
     )
-    stop: Stop = Field(None, description="Up to four strings that end the text; they are not part of it.")
-    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
-        None, description="Functions that the model may call. Tools of other types are left out, and reported."
+    stop: Stop = Field(None, description="Up to four strings that end the text. They are not returned.")
+    tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description="Functions that the model may call. Tools of other types are ignored, and reported as such."
     )
-    tool_choice: ToolChoice | None = None
+    tool_choice: ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    max_tool_calls: int | None = Field(None, ge=1, description="Accepted; there are no built-in tools to count.")
+    max_tool_calls: int | None = Field(
+        None, ge=1, description="Accepted and ignored: it limits built-in tools, which are not supported."
+    )
     text: TextConfig | None = None
-    reasoning: Reasoning | None = None
+    reasoning: ReasoningConfig | None = None
     chat_template_kwargs: TemplateOptions | None = Field(
-        None, description="Values of variables that the model's chat template reads, such as enable_thinking."
+        None, description="Variables for the model's chat template, such as enable_thinking."
     )
     truncation: Literal["disabled", "auto"] | None = Field(
         None,
-        description="auto: where the conversation is too long, its oldest turns are left out, but no instructions. "
-        "Default disabled: it is refused.",
+        description="auto: drop the oldest turns, but no instructions, if the conversation exceeds the context. "
+        "Default disabled: return an error.",
     )
-    metadata: Metadata | None = Field(None, description="Answered with.")
-    user: str | None = Field(None, description="Answered with.")
-    safety_identifier: str | None = Field(None, description="Answered with.")
-    prompt_cache_key: str | None = Field(None, description="Answered with; prefixes are found without it.")
+    metadata: Metadata | None = Field(None, description="Returned in the response.")
+    user: str | None = Field(None, description="Returned in the response.")
+    safety_identifier: str | None = Field(None, description="Returned in the response.")
+    prompt_cache_key: str | None = Field(None, description="Returned in the response. Prefix caching does not need it.")
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
-        None, description="Accepted; there is one tier, default."
+        None, description="Accepted and ignored: the only tier is default."
     )
-    store: bool | None = Field(None, description="Keep the response for a while, to be asked for. Default true.")
+    store: bool | None = Field(None, description="Store the response for later retrieval. Default true.")
     background: bool | None = Field(
-        None, description="Answer at once, and generate without a connection. With stream the events are kept."
+        None, description="Return at once and generate in the background. With stream, the events are stored."
     )
-    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
+    stream: bool | None = Field(None, description="Stream the answer as server-sent events.")
     stream_options: ResponseStreamOptions | None = None
 
 
 class InputTokensRequest(ResponsesRequest):
-    """A request whose prompt is counted. What has no part in the prompt is judged all the same."""
+    """A request whose prompt tokens are counted. Fields that do not affect the prompt are validated too."""
 
-    model: str | None = Field(None, description="One of GET /v1/models. Default: the first.")  # type: ignore[assignment]
+    model: str | None = Field(None, description="Name of the model, as listed by GET /v1/models. Default: the first.")  # type: ignore[assignment]
 
 
 # Answers.
 
-Status = Literal["in_progress", "completed", "incomplete"]
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
 class OutputText(msgspec.Struct, tag_field="type", tag="output_text"):
@@ -298,7 +310,7 @@ class ReasoningText(msgspec.Struct, tag_field="type", tag="reasoning_text"):
 
 class MessageItem(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
     id: str
-    status: Status = "in_progress"
+    status: ItemStatus = "in_progress"
     role: Literal["assistant"] = "assistant"
     content: list[OutputText]
 
@@ -307,7 +319,7 @@ class ReasoningItem(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoni
     id: str
     summary: list[Any] = []
     content: list[ReasoningText]
-    status: Status = "in_progress"
+    status: ItemStatus = "in_progress"
 
 
 class FunctionCallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="function_call"):
@@ -315,7 +327,7 @@ class FunctionCallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="func
     call_id: str
     name: str
     arguments: str
-    status: Status = "in_progress"
+    status: ItemStatus = "in_progress"
 
 
 OutputItem = MessageItem | ReasoningItem | FunctionCallItem
@@ -348,7 +360,7 @@ class IncompleteDetails(msgspec.Struct, frozen=True):
 
 
 class ResponseObject(msgspec.Struct, kw_only=True):
-    """A response and what was asked for, with the defaults filled in."""
+    """A response with the parameters of its request, defaults filled in."""
 
     id: str
     object: Literal["response"] = "response"
@@ -379,7 +391,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    lightwell: Account | UnsetType = UNSET
+    lightwell: RequestTimings | UnsetType = UNSET
 
 
 class DeletedResponse(msgspec.Struct, frozen=True):
@@ -394,7 +406,7 @@ class InputTokens(msgspec.Struct, frozen=True):
 
 
 class ItemList(msgspec.Struct, frozen=True, kw_only=True):
-    """A page of the items that a response was made of."""
+    """A page of a response's input items."""
 
     object: Literal["list"] = "list"
     data: list[dict[str, Any]]

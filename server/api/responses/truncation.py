@@ -1,56 +1,60 @@
-"""Conversations that are longer than the context, and whose client agrees that the oldest is left out."""
+"""Shortens conversations that exceed the context (`truncation: auto`) by dropping their oldest messages."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from server.api.chat.prompt import encode_request
+from server.api.chat.conversion import encode_request
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.context import ServerContext
 from server.generation.prompts import Prompt
 from server.http.errors import BadRequestError
 
-SYSTEM = ("system", "developer")
+SYSTEM_ROLES = ("system", "developer")
 
 
 def encode_newest(context: ServerContext, body: ChatCompletionRequest) -> Prompt:
-    """The prompt without as many of the oldest messages as it takes to fit; messages of the system all stay.
+    """Return the prompt of the longest suffix of the conversation that fits. System messages are always kept.
 
-    Where even the last of them is too long, it is the prompt of all: who asks is told its length. Raises
-    BadRequestError.
+    If even the last message does not fit, return the prompt of the whole conversation; the pipeline then reports its
+    length in an error. Raises BadRequestError.
     """
     room = context.max_model_len - (body.max_output_tokens or 1)
     whole = _encode(context, body)
     if whole is not None and len(whole.token_ids) <= room:
         return whole
 
-    def fitting(start: int) -> Prompt | None:
-        kept = [message for index, message in enumerate(body.messages) if index >= start or message.role in SYSTEM]
-        prompt = _encode(context, body.model_copy(update={"messages": kept}), is_cut=True)
+    def prompt_from(start: int) -> Prompt | None:
+        kept = [
+            message for index, message in enumerate(body.messages) if index >= start or message.role in SYSTEM_ROLES
+        ]
+        prompt = _encode(context, body.model_copy(update={"messages": kept}), is_truncated=True)
         return prompt if prompt is not None and len(prompt.token_ids) <= room else None
 
     for starts in _starts(body.messages):
-        # What is kept fits from some place on, if the template takes all that begin so.
-        first = bisect_left(starts, True, key=lambda start: fitting(start) is not None)
-        if first < len(starts) and (prompt := fitting(starts[first])) is not None:
+        # Later starts give shorter prompts, so bisection applies if the template accepts every start of this kind.
+        first = bisect_left(starts, True, key=lambda start: prompt_from(start) is not None)
+        if first < len(starts) and (prompt := prompt_from(starts[first])) is not None:
             return prompt
     return encode_request(context, body) if whole is None else whole
 
 
 def _starts(messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
-    """Where what is kept may begin: with a user's message, as templates expect; else within the last turn, but not
-    between a call and its result, if the template takes that.
+    """Return the indices of messages at which the kept part may start, in two lists to try in order.
+
+    The first has the user messages, as templates expect. The second has messages within the last turn, which not all
+    templates accept, without tool results: these must follow their call.
     """
-    others = [index for index, message in enumerate(messages) if message.role not in SYSTEM]
+    others = [index for index, message in enumerate(messages) if message.role not in SYSTEM_ROLES]
     users = [index for index in others if messages[index].role == "user"]
     within = [index for index in others if index > max(users, default=-1) and messages[index].role != "tool"]
     return [index for index in users if index != others[0]], [index for index in within if index != others[0]]
 
 
-def _encode(context: ServerContext, body: ChatCompletionRequest, *, is_cut: bool = False) -> Prompt | None:
-    """None: it is far too long, or it is cut where the template does not allow it."""
+def _encode(context: ServerContext, body: ChatCompletionRequest, *, is_truncated: bool = False) -> Prompt | None:
+    """Return the prompt; None if it is far too long, or if the template rejects a truncated conversation."""
     try:
         return encode_request(context, body)
     except BadRequestError as error:
-        if not is_cut and error.code != "context_length_exceeded":
+        if not is_truncated and error.code != "context_length_exceeded":
             raise
         return None

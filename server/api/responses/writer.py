@@ -1,4 +1,4 @@
-"""A generation as OpenAI's items of output, and as the events that tell how they grow."""
+"""Writes responses: the output items of a generation, and the events that report their growth."""
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,23 +15,24 @@ from server.api.responses.event_schemas import (
     Completed,
     Created,
     ErrorEvent,
-    Event,
     Failed,
     Incomplete,
     InProgress,
     ItemAdded,
     ItemDone,
+    OutputTextDelta,
+    OutputTextDone,
     PartAdded,
     PartDone,
     ReasoningDelta,
     ReasoningDone,
-    TextDelta,
-    TextDone,
+    StreamEvent,
 )
 from server.api.responses.schemas import (
     FunctionCallItem,
     IncompleteDetails,
     InputTokensDetails,
+    ItemStatus,
     MessageItem,
     OutputItem,
     OutputText,
@@ -41,18 +42,17 @@ from server.api.responses.schemas import (
     ResponseError,
     ResponseObject,
     ResponseUsage,
-    Status,
 )
 from server.api.responses.store import ResponseStore, StoredResponse
-from server.generation.choice_state import Delta, Position, ToolCallDelta
-from server.generation.event_writer import frame_events
+from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta
+from server.generation.event_writer import encode_events
 from server.generation.token_fields import NO_FIELDS, TokenFields
 from server.http.errors import APIError, ResponseGoneError
-from server.schemas.common import Account, Usage
-from server.text.parts import PartKind
+from server.schemas.answers import RequestTimings, Usage
+from server.text.parsers.answer_parts import PartKind
 from server.text.tokenizer import Tokenizer
 
-# Why a choice ended -> what becomes of the response.
+# Finish reason -> status of the response.
 STATUSES: Mapping[str, Literal["completed", "incomplete", "cancelled"]] = {
     "stop": "completed",
     "tool_calls": "completed",
@@ -63,7 +63,10 @@ STATUSES: Mapping[str, Literal["completed", "incomplete", "cancelled"]] = {
 
 
 class ResponseWriter:
-    """One choice. The output's last item is the one that grows; a whole answer is a stream whose events nobody sees."""
+    """Writes the one choice of a response. Only the last output item grows.
+
+    A non-streamed answer goes through the same steps, with the events discarded.
+    """
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class ResponseWriter:
         with_logprobs: bool,
         fields: TokenFields = NO_FIELDS,
     ) -> None:
-        """`store` is None where the response is not to be kept."""
+        """`store` is None if the response is not to be stored."""
         self._tokenizer = tokenizer
         self._stored = stored
         self._store = store
@@ -82,54 +85,57 @@ class ResponseWriter:
         self._fields = fields
         self._was_stored = store is not None and store.get(stored.response.id) is not None
         self._num_events = 0
-        self._open: tuple[str, int] | None = None  # kind of the last item and which call it is; None: it is done
+        self._open: tuple[str, int] | None = None  # type of the growing item, and index of its tool call
         self._finish_reason = "stop"
-        self._positions: list[Position] = []  # of tokens whose log probabilities are not in the output yet
+        self._positions: list[TokenPosition] = []  # tokens whose log probabilities are not in the output yet
 
     @property
     def response(self) -> ResponseObject:
         return self._stored.response
 
-    def events(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
-        """Raises ResponseGoneError where events are kept for others, and none of these can come any more."""
-        events = self._frame(chain(self._begin(), self._grow(deltas)))
+    def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
+        """Return the encoded events. Raises ResponseGoneError if the event log was dropped, which leaves no reader."""
+        events = self._encode(chain(self._begin(), self._grow(deltas)))
         if self._stored.events is not None and self._stored.events.is_dropped:
             raise ResponseGoneError(self.response.id)
         return events
 
-    def end(self, usage: Usage, account: Account | UnsetType = UNSET) -> bytes:
-        self.response.lightwell = account
-        return self._frame(chain(self._begin(), self._finish(usage), self._last()))
+    def end(self, usage: Usage, timings: RequestTimings | UnsetType = UNSET) -> bytes:
+        self.response.lightwell = timings
+        return self._encode(chain(self._begin(), self._finish(usage), self._last()))
 
     def failure(self, error: APIError) -> bytes:
-        return self._frame(chain(self._begin(), self._fail(error)))
+        return self._encode(chain(self._begin(), self._fail(error)))
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage, account: Account | UnsetType = UNSET) -> ResponseObject:
-        self.response.lightwell = account
+    def answer(
+        self, deltas: Sequence[ChoiceDelta], usage: Usage, timings: RequestTimings | UnsetType = UNSET
+    ) -> ResponseObject:
+        self.response.lightwell = timings
         for _ in chain(self._grow(deltas), self._finish(usage)):
             pass
         return self.response
 
-    def _frame(self, events: Iterable[Event]) -> bytes:
-        """Each event is written before the next one is made, for both show the same growing objects."""
-        frames = []
+    def _encode(self, events: Iterable[StreamEvent]) -> bytes:
+        """Encode events one by one: later events contain the same objects, which have grown by then."""
+        encoded = []
         for event in events:
             event.sequence_number = self._num_events
             self._num_events += 1
-            frames.append(frame_events([event]))
+            encoded.append(encode_events([event]))
         if self._stored.events is not None and self._store is not None:
-            self._store.count_events(self._stored)  # first, so that those who were not behind can read these
-            self._stored.events.append(frames)
-        return b"".join(frames)
+            # Before `append`: this may drop the log, and readers that are up to date must still get these events.
+            self._store.count_events(self._stored)
+            self._stored.events.append(encoded)
+        return b"".join(encoded)
 
-    # The response as a whole.
+    # The response.
 
-    def _begin(self) -> Iterator[Event]:
+    def _begin(self) -> Iterator[StreamEvent]:
         if self._num_events == 0:
             yield Created(response=self.response)
             yield InProgress(response=self.response)
 
-    def _finish(self, usage: Usage) -> Iterator[Event]:
+    def _finish(self, usage: Usage) -> Iterator[StreamEvent]:
         status = STATUSES[self._finish_reason]
         yield from self._close("completed" if status == "completed" else "incomplete")
         self.response.status = status
@@ -138,24 +144,24 @@ class ResponseWriter:
         self.response.usage = _usage(usage)
         self._save()
 
-    def _last(self) -> Iterator[Event]:
+    def _last(self) -> Iterator[StreamEvent]:
         kind = Completed if self.response.status == "completed" else Incomplete
         yield kind(response=self.response)
 
-    def _fail(self, error: APIError) -> Iterator[Event]:
+    def _fail(self, error: APIError) -> Iterator[StreamEvent]:
         self.response.status = "failed"
         self.response.error = ResponseError(error.message)
         self._save()
         yield Failed(response=self.response)
 
     def _save(self) -> None:
-        """Unless it was deleted meanwhile."""
+        """Store the response, unless it was deleted meanwhile."""
         if self._store is not None and (not self._was_stored or self._store.get(self.response.id) is not None):
             self._store.put(self._stored)
 
-    # The items of its output.
+    # Its output items.
 
-    def _grow(self, deltas: Sequence[Delta]) -> Iterator[Event]:
+    def _grow(self, deltas: Sequence[ChoiceDelta]) -> Iterator[StreamEvent]:
         for delta in deltas:
             if self._with_logprobs:
                 self._positions += delta.positions
@@ -163,46 +169,49 @@ class ResponseWriter:
                 if isinstance(part, ToolCallDelta):
                     yield from self._call(part)
                 elif part.kind is PartKind.REASONING:
-                    yield from self._think(part.text)
+                    yield from self._reason(part.text)
                 else:
                     yield from self._write(part.text)
-            if self._open == ("message", 0) and (logprobs := self._take_logprobs()):  # of tokens without a text
+            if self._open == ("message", 0) and (logprobs := self._take_logprobs()):  # of tokens that add no text
                 yield self._text_delta("", logprobs)
             self._finish_reason = delta.finish_reason or "stop"
 
-    def _think(self, text: str) -> Iterator[Event]:
+    def _reason(self, text: str) -> Iterator[StreamEvent]:
         yield from self._switch(("reasoning", 0), lambda: ReasoningItem(id=_new_id("rs_"), content=[]), ReasoningText)
         item = self._item
         assert isinstance(item, ReasoningItem)
         item.content[0].text += text
-        yield ReasoningDelta(**self._place(), delta=text)
+        yield ReasoningDelta(**self._location(), delta=text)
 
     def _take_logprobs(self) -> list[TokenLogprob]:
-        """Those of the tokens that are known to be content, up to the end of the last message."""
+        """Remove and return the pending log probabilities of tokens in the message items so far.
+
+        Tokens stay pending while it is undetermined whether they are content, or if they belong to a later message.
+        """
         if not self._positions:
             return []
         last = sum(isinstance(item, MessageItem) for item in self.response.output) - 1
 
-        def is_later(position: Position) -> bool:
+        def is_later(position: TokenPosition) -> bool:
             return position.is_content is None or (position.is_content and position.content_index > last)
 
         num_taken = next((i for i, each in enumerate(self._positions) if is_later(each)), len(self._positions))
         taken, self._positions = self._positions[:num_taken], self._positions[num_taken:]
         return token_logprobs(self._tokenizer, [each for each in taken if each.is_content], self._fields)
 
-    def _write(self, text: str) -> Iterator[Event]:
-        """Log probabilities of tokens are known together with their text."""
+    def _write(self, text: str) -> Iterator[StreamEvent]:
+        """Add text to the message item, with the log probabilities of its tokens."""
         yield from self._switch(("message", 0), lambda: MessageItem(id=_new_id("msg_"), content=[]), OutputText)
         yield self._text_delta(text, self._take_logprobs())
 
-    def _text_delta(self, text: str, logprobs: list[TokenLogprob]) -> Event:
+    def _text_delta(self, text: str, logprobs: list[TokenLogprob]) -> StreamEvent:
         item = self._item
         assert isinstance(item, MessageItem)
         item.content[0].text += text
         item.content[0].logprobs += logprobs
-        return TextDelta(**self._place(), delta=text, logprobs=logprobs)
+        return OutputTextDelta(**self._location(), delta=text, logprobs=logprobs)
 
-    def _call(self, call: ToolCallDelta) -> Iterator[Event]:
+    def _call(self, call: ToolCallDelta) -> Iterator[StreamEvent]:
         def make() -> FunctionCallItem:
             return FunctionCallItem(id=_new_id("fc_"), call_id=call.id, name=call.name, arguments="")
 
@@ -211,14 +220,14 @@ class ResponseWriter:
         assert isinstance(item, FunctionCallItem)
         if call.arguments:
             item.arguments += call.arguments
-            yield ArgumentsDelta(**self._place(), delta=call.arguments)
+            yield ArgumentsDelta(**self._location(), delta=call.arguments)
 
     @property
     def _item(self) -> OutputItem:
         return self.response.output[-1]
 
-    def _place(self) -> dict[str, Any]:
-        """Where the last item is."""
+    def _location(self) -> dict[str, Any]:
+        """Return the event fields that locate the last output item."""
         return {"item_id": self._item.id, "output_index": len(self.response.output) - 1}
 
     def _switch(
@@ -226,8 +235,8 @@ class ResponseWriter:
         kind: tuple[str, int],
         make_item: Callable[[], OutputItem],
         make_part: Callable[[], OutputText | ReasoningText] | None = None,
-    ) -> Iterator[Event]:
-        """Only one item grows at a time, and has one part at most."""
+    ) -> Iterator[StreamEvent]:
+        """Finish the growing item and add a new one, unless it is of this kind already. Items have at most one part."""
         if self._open == kind:
             return
         yield from self._close("completed")
@@ -236,31 +245,31 @@ class ResponseWriter:
         yield ItemAdded(output_index=len(self.response.output) - 1, item=self._item)
         if make_part is not None:
             part: Any = make_part()
-            yield PartAdded(**self._place(), part=part)
+            yield PartAdded(**self._location(), part=part)
             self._item.content.append(part)  # type: ignore[union-attr]
 
-    def _close(self, status: Status) -> Iterator[Event]:
+    def _close(self, status: ItemStatus) -> Iterator[StreamEvent]:
         if self._open is None:
             return
         self._open = None
-        item, place = self._item, self._place()
+        item, location = self._item, self._location()
         item.status = status
         match item:
             case ReasoningItem():
-                yield ReasoningDone(**place, text=item.content[0].text)
-                yield PartDone(**place, part=item.content[0])
+                yield ReasoningDone(**location, text=item.content[0].text)
+                yield PartDone(**location, part=item.content[0])
             case MessageItem():
-                yield TextDone(**place, text=item.content[0].text, logprobs=item.content[0].logprobs)
-                yield PartDone(**place, part=item.content[0])
+                yield OutputTextDone(**location, text=item.content[0].text, logprobs=item.content[0].logprobs)
+                yield PartDone(**location, part=item.content[0])
             case FunctionCallItem():
-                yield ArgumentsDone(**place, arguments=item.arguments)
-        yield ItemDone(output_index=place["output_index"], item=item)
+                yield ArgumentsDone(**location, arguments=item.arguments)
+        yield ItemDone(output_index=location["output_index"], item=item)
 
 
 def error_event(error: APIError, sequence_number: int) -> bytes:
-    """The end of a stream that cannot be read on."""
+    """Return the encoded event that ends a stream which cannot be continued."""
     event = ErrorEvent(sequence_number=sequence_number, code=error.code, message=error.message, param=error.param)
-    return frame_events([event])
+    return encode_events([event])
 
 
 def _new_id(prefix: str) -> str:

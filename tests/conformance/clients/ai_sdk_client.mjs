@@ -1,4 +1,4 @@
-// Vercel's AI SDK with its provider for servers that speak as OpenAI does.
+// Vercel's AI SDK with its provider for OpenAI-compatible servers.
 
 import assert from "node:assert/strict";
 

@@ -20,7 +20,7 @@ TOOLS = {"tools": [{"name": "get_weather", "input_schema": SCHEMA}], "max_tokens
 
 
 class Animal(BaseModel):
-    """Without limits of lengths and numbers, which the client leaves out of the schema that it sends."""
+    """An animal, without limits on lengths and numbers: the client drops these from the schema it sends."""
 
     kind: Literal["cat", "hen"]
     legs: Literal[2, 4]

@@ -1,4 +1,4 @@
-"""Runs what one client's file checks, in the environment that the client is installed in: needs no other package.
+"""Runs the checks in one client's file, in that client's environment. Needs no other package.
 
     python -m tests.conformance.clients.harness openai_client URL KEY MODEL
 
@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 Check = TypeVar("Check", bound=Callable[..., Any])
 Refusal = TypeVar("Refusal", bound=Exception)
 
-SECONDS = 300.0  # that a client waits for an answer; bounds hangs only
+SECONDS = 300.0  # timeout for an answer; only bounds hangs
 
 
 @dataclass(frozen=True)
 class Server:
-    """What a client is told of the server: `url` is without `/v1`."""
+    """The server to check. `url` does not include `/v1`."""
 
     url: str
     key: str
@@ -36,7 +36,7 @@ class Server:
 
 
 def exercises(*capabilities: str) -> Callable[[Check], Check]:
-    """Say what of the server a check uses. The README's table is made of the words in these brackets."""
+    """Declare which features of the server a check uses. The table in the docs is made of these arguments."""
 
     def mark(check: Check) -> Check:
         check.__dict__["exercises"] = capabilities
@@ -46,7 +46,7 @@ def exercises(*capabilities: str) -> Callable[[Check], Check]:
 
 
 def refused(kind: type[Refusal], ask: Callable[..., object], **fields: Any) -> Refusal:
-    """The error of the client's own kind that `ask(**fields)` raises."""
+    """Return the client's own exception that `ask(**fields)` raises."""
     try:
         ask(**fields)
     except kind as error:
@@ -64,7 +64,7 @@ def main(module: str, *server: str) -> None:
 
 
 def failure(check: Callable[[Server], Any], server: Server) -> str | None:
-    """The traceback, or None where all is as it should be."""
+    """Run a check. Return the traceback if it failed, else None."""
     try:
         result = check(server)
         if inspect.isawaitable(result):

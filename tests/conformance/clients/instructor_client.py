@@ -1,4 +1,4 @@
-"""Instructor, which makes objects of answers, in the ways it has to ask for them. Without retries."""
+"""Instructor, which parses answers into objects, in each of its modes and without retries."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from tests.conformance.clients.harness import SECONDS, Server, exercises, refuse
 
 
 class Animal(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # else the model may go on to invent members
+    model_config = ConfigDict(extra="forbid")  # otherwise the model may invent further members
 
     name: str = Field(max_length=12)
     legs: int = Field(ge=0, le=9)

@@ -1,4 +1,4 @@
-"""LiteLLM, which sends what its users ask of any provider to one that speaks as OpenAI does."""
+"""LiteLLM, with the server as an OpenAI-compatible provider."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ class Animal(BaseModel):
 
 
 def options(server: Server) -> dict[str, Any]:
-    """Of a short answer."""
+    """Return options for a short answer."""
     fields = {"messages": QUESTION, "max_tokens": 8, "temperature": 0.8, "seed": 4, "num_retries": 0}
     return fields | {
         "model": f"openai/{server.model}",

@@ -1,4 +1,4 @@
-"""OpenAI's official client for Python, strict about every answer where its schema knows what OpenAI itself sends."""
+"""OpenAI's official client for Python, with strict validation wherever OpenAI's own answers match its schema."""
 
 import json
 from typing import Any, Literal
@@ -115,7 +115,8 @@ def logprobs(server: Server) -> None:
 
 @exercises("completions", "streaming", "logprobs")
 def completions(server: Server) -> None:
-    with OpenAI(**(options(server) | {"_strict_response_validation": False})) as client:  # OpenAI's own fail too
+    # OpenAI's own answers fail strict validation here too.
+    with OpenAI(**(options(server) | {"_strict_response_validation": False})) as client:
         fields: Any = {"model": server.model, "prompt": "Once upon a time", "max_tokens": 6, "seed": 1, "logprobs": 1}
         completion = client.completions.create(**fields)
         chunks = list(client.completions.create(**fields, stream=True))

@@ -1,4 +1,4 @@
-"""Pydantic AI: agents that answer with text, with objects in the ways it can ask for them, and by calling tools."""
+"""Pydantic AI: agents that answer with text, with objects in each output mode, and by calling tools."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""What the model reads of a step, against the same written with plain lists."""
+"""The inputs of a step against an implementation with plain lists."""
 
 import numpy as np
 import torch
@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from engine.batch.builder import BatchBuilder
 from engine.batch.transfer import packed_copy
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import Request, Scheduled, Step, leader_of
+from engine.scheduling.request import Request, Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
+from tests.support.examples import num_examples
 
 MAX_NUM_SEQS = 6
 MAX_MODEL_LEN = 200
@@ -17,14 +18,14 @@ MAX_MODEL_LEN = 200
 
 def make_request(token_ids: list[int], block_ids: list[int]) -> Request:
     submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
-    request = leader_of(submit, salt=b"", number=0, now=0.0)
-    request.blocks = [Block(block_id) for block_id in block_ids]
+    request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
+    request.kv.blocks = [Block(block_id) for block_id in block_ids]
     return request
 
 
 @st.composite
 def steps(draw: st.DrawFn, block_size: int) -> Step:
-    """Some rows of some requests, whose blocks reach at least up to their last row."""
+    """Draw steps with some rows of some requests, with enough blocks for their last row."""
     scheduled = []
     for _ in range(draw(st.integers(1, MAX_NUM_SEQS))):
         token_ids = draw(st.lists(st.integers(0, 49151), min_size=1, max_size=MAX_MODEL_LEN))
@@ -37,17 +38,17 @@ def steps(draw: st.DrawFn, block_size: int) -> Step:
             num_samples, draft = 1 + num_draft, token_ids[end - num_draft : end]
             del token_ids[end - num_draft :]
         request = make_request(token_ids, block_ids)
-        request.lora_place = draw(st.integers(-1, 3))
+        request.lora_slot = draw(st.integers(-1, 3))
         num_prompt_logprobs = draw(st.just(0) | st.integers(0, end - start))
         scheduled.append(Scheduled(request, start, end - start, num_samples, num_prompt_logprobs, draft))
     return Step(1, scheduled)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=num_examples(20, 300), deadline=None)
 @given(data=st.data(), block_size=st.sampled_from([16, 32]))
 def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
     builder = BatchBuilder(MAX_NUM_SEQS * MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_MODEL_LEN, block_size, torch.device("cpu"))
-    for _ in range(3):  # what a step leaves in the buffers must not show in the next
+    for _ in range(3):  # what one step leaves in the buffers must not affect the next
         step = data.draw(steps(block_size))
         batch = builder.build(step)
         rows = [
@@ -57,38 +58,38 @@ def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
             (item.request.token_ids + item.draft_token_ids)[position] for item, position in rows
         ]
         assert batch.positions.tolist() == [position for _, position in rows]
-        assert batch.slots.tolist() == [
-            item.request.blocks[position // block_size].block_id * block_size + position % block_size
+        assert batch.slot_mapping.tolist() == [
+            item.request.kv.blocks[position // block_size].block_id * block_size + position % block_size
             for item, position in rows
         ]
         ends = [sum(item.num_tokens for item in step.scheduled[: index + 1]) for index in range(len(step.scheduled))]
         sampling = [range(end - item.num_samples, end) for item, end in zip(step.scheduled, ends, strict=True)]
         assert batch.hidden_rows[batch.sample_rows].tolist() == [row for rows in sampling for row in rows]
-        # All rows of a prompt that wants log probabilities, else those that yield a token.
+        # All rows of a prompt with log probabilities, otherwise those to sample from.
         wanted = [
             range(end - (item.num_tokens if item.num_prompt_logprobs else item.num_samples), end)
             for item, end in zip(step.scheduled, ends, strict=True)
         ]
         assert batch.hidden_rows.tolist() == [row for rows in wanted for row in rows]
         assert batch.hidden_lens.tolist() == [len(rows) for rows in wanted]
-        assert batch.lora_places.tolist() == [item.request.lora_place for item, _ in rows]
-        assert batch.hidden_lora_places.tolist() == batch.lora_places[batch.hidden_rows].tolist()
+        assert batch.lora_slots.tolist() == [item.request.lora_slot for item, _ in rows]
+        assert batch.hidden_lora_slots.tolist() == batch.lora_slots[batch.hidden_rows].tolist()
         assert batch.query_lens.tolist() == [item.num_tokens for item in step.scheduled]
         assert batch.seq_lens.tolist() == [item.start + item.num_tokens for item in step.scheduled]
-        most = max(len(item.request.blocks) for item in step.scheduled)
+        most = max(len(item.request.kv.blocks) for item in step.scheduled)
         assert batch.block_tables.tolist() == [
-            [block.block_id for block in item.request.blocks] + [0] * (most - len(item.request.blocks))
+            [block.block_id for block in item.request.kv.blocks] + [0] * (most - len(item.request.kv.blocks))
             for item in step.scheduled
         ]
 
 
 def test_full_buffers() -> None:
-    """As many rows, all of which sample, sequences and blocks as the builder was made for."""
+    """A batch of maximum size: rows, all of which are sampled, sequences and blocks."""
     builder = BatchBuilder(MAX_NUM_SEQS, MAX_NUM_SEQS, MAX_MODEL_LEN, 16, torch.device("cpu"))
     requests = [make_request(list(range(MAX_MODEL_LEN)), list(range(13))) for _ in range(MAX_NUM_SEQS)]
     batch = builder.build(Step(1, [Scheduled(request, MAX_MODEL_LEN - 1, 1, 1) for request in requests]))
     assert batch.sample_rows.tolist() == list(range(MAX_NUM_SEQS))
-    assert batch.slots.tolist() == [12 * 16 + 7] * MAX_NUM_SEQS
+    assert batch.slot_mapping.tolist() == [12 * 16 + 7] * MAX_NUM_SEQS
     assert batch.block_tables.shape == (MAX_NUM_SEQS, 13)
 
 
@@ -104,7 +105,7 @@ def test_generated_rows_are_counted() -> None:
 
 
 def test_packed_copy() -> None:
-    """What a device gets, which here is a CPU too: the same numbers and shapes, in one piece of memory."""
+    """A device, here a CPU, gets the same numbers and shapes in one piece of memory."""
     arrays = [np.arange(5), np.arange(0), np.arange(12).reshape(3, 4)[:, :2], np.arange(7)[::2], np.zeros((0, 3), int)]
     copies = packed_copy(arrays, torch.device("cpu"))
     assert [copy.tolist() for copy in copies] == [array.tolist() for array in arrays]

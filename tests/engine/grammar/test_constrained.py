@@ -22,6 +22,7 @@ from engine.loading import load_model
 from engine.shared.messages import FinishReason, SamplingParams, Submit, TokenLogprobs
 from server.constrained.constraints import schema_constraint
 from server.text.tokenizer import Tokenizer
+from tests.support.examples import num_examples
 
 SEED = 3
 PROMPT = "<|im_start|>user\nDescribe a cat as JSON.<|im_end|>\n<|im_start|>assistant\n"
@@ -37,7 +38,7 @@ class Answer:
 
 
 class Model:
-    """The loaded model, and engines of it that know its tokenizer."""
+    """The loaded model, and engines for it with its tokenizer."""
 
     def __init__(self, path: Path) -> None:
         self.config = EngineConfig(model_path=str(path), max_model_len=1024)
@@ -47,7 +48,7 @@ class Model:
 
     def engine(self, *, overlaps: bool = False, **options: Any) -> Engine:
         engine = Engine(msgspec.structs.replace(self.config, **options), self.loaded, overlaps=overlaps)
-        engine.learn(self.vocabulary)
+        engine.set_tokenizer(self.vocabulary)
         return engine
 
     def submit(self, grammar: str | None, *, n: int = 1, prompt: str = PROMPT, **params: Any) -> Submit:
@@ -61,7 +62,7 @@ class Model:
         )
 
     def run(self, submits: Sequence[Submit], engine: Engine | None = None) -> list[list[Answer]]:
-        """The choices of each, all in one batch."""
+        """Return the choices of each request, computed in one batch."""
         engine = engine or self.engine()
         for submit in submits:
             engine.add(submit)
@@ -70,7 +71,7 @@ class Model:
         return answers
 
     def finish(self, engine: Engine, *submits: Submit) -> list[list[Answer]]:
-        """Step until all choices of these have ended."""
+        """Run steps until all choices of the requests have ended."""
         answers = {submit.request_id: [Answer() for _ in range(submit.n)] for submit in submits}
         choices = [answer for of_one in answers.values() for answer in of_one]
         while any(answer.finish_reason is None for answer in choices):
@@ -159,7 +160,9 @@ def outside_strings(text: str) -> str:
     return re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
 
 
-@settings(max_examples=3, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=num_examples(1, 20), deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 @given(schemas=st.lists(SCHEMAS, min_size=20, max_size=20))
 def test_whatever_the_schema_the_answer_is_valid(model: Model, schemas: list[dict[str, Any]]) -> None:
     submits = [model.submit(of_schema(schema), seed=index) for index, schema in enumerate(schemas)]
@@ -177,7 +180,7 @@ def test_whatever_the_schema_the_answer_is_valid(model: Model, schemas: list[dic
 
 
 def test_an_open_object_stays_valid(model: Model) -> None:
-    """What may be said beside the properties that are named, and of any depth."""
+    """The object is valid with additional properties of any depth."""
     schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]}
     submits = [model.submit(of_schema(schema), seed=seed, max_tokens=80) for seed in range(12)]
     ended = [choices[0] for choices in model.run(submits) if choices[0].finish_reason == FinishReason.STOP]
@@ -227,7 +230,7 @@ def mixed_submits(model: Model) -> list[Submit]:
 
 
 def test_the_same_bits_however_they_are_computed(model: Model) -> None:
-    """Alone or in a batch, with drafts or without, launched ahead, and after preemption."""
+    """Answers are equal alone and in a batch, with and without drafts or overlap, and after preemption."""
     submits = mixed_submits(model)
     alone = [model.run([submit])[0] for submit in submits]
     assert len({answer.text for choices in alone for answer in choices}) > 4
@@ -259,7 +262,7 @@ def test_what_is_forced_takes_one_step(model: Model, mode: str) -> None:
 
 
 def test_forced_tokens_are_drafted_within_bounds(model: Model) -> None:
-    """Few at first, and twice as many after each draft that was right."""
+    """The number of forced tokens per draft doubles after each fully accepted draft."""
     text = " ".join(f"word{number}" for number in range(60))
     engine = model.engine(speculative="off")
     engine.add(model.submit(of_regex(text), max_tokens=400))
@@ -298,7 +301,7 @@ def test_the_end_of_the_grammar_overrules(model: Model) -> None:
 
 
 def test_where_a_grammar_cannot_be_followed_the_request_fails(model: Model) -> None:
-    """The server lets no such grammar through; others do not suffer from it in any case."""
+    """The server refuses such a grammar; if one arrives anyway, other requests are not affected."""
     never, good = model.submit("start: a\na: a", n=2), model.submit(of_regex("[0-9]{3}"))
     failed, (answer,) = model.run([never, good])
     assert [(choice.finish_reason, choice.token_ids) for choice in failed] == [(FinishReason.ERROR, [])] * 2

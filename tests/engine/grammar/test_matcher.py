@@ -1,4 +1,4 @@
-"""Masks against what regular expressions say about every token of a real vocabulary."""
+"""Masks of every token of a real vocabulary, compared with partial matches of regular expressions."""
 
 import random
 import time
@@ -11,7 +11,8 @@ import regex
 import torch
 from llguidance import LLMatcher
 
-from engine.grammar.matcher import NUM_KEPT, GrammarCompiler, GrammarError, Matcher
+from engine.grammar.compiler import NUM_KEPT, GrammarCompiler, GrammarError
+from engine.grammar.matcher import Matcher
 from engine.sampling.sampler import apply_masks
 from engine.shared.messages import SamplingParams
 from server.text.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
 
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer: Tokenizer) -> list[str | None]:
-    """The text of each token; None for what is no text of its own: control tokens, and parts of characters."""
+    """Return the text of each token, or None for control tokens and parts of characters."""
     texts: list[str | None] = []
     for token_id in range(tokenizer.vocab_size):
         try:
@@ -70,7 +71,7 @@ def allowed(mask: bytes) -> set[int]:
 def test_every_token_of_every_mask(
     compiler: GrammarCompiler, tokenizer: Tokenizer, vocabulary: list[str | None]
 ) -> None:
-    """Along random walks. What is no text of its own is passed over; ends are checked apart."""
+    """Compare masks along random walks, skipping tokens that are no text. Ends are checked separately."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     for pattern in PATTERNS:
@@ -101,7 +102,7 @@ def test_what_is_forced_is_spelled_as_the_tokenizer_does(compiler: GrammarCompil
     forced = matcher.forced_tokens([])
     spelled = tokenizer.encode(text, add_special_tokens=False)
     assert spelled[: len(forced)] == forced
-    assert len(forced) >= len(spelled) - 2  # the last may be spelled together with what follows
+    assert len(forced) >= len(spelled) - 2  # the last ones may merge with what follows
     for position, mask in enumerate(matcher.masks([], forced)[:-1]):
         assert allowed(mask) == {forced[position]}
 
@@ -137,7 +138,7 @@ def test_ends_that_come_too_early(compiler: GrammarCompiler, tokenizer: Tokenize
     assert ends("(a|b)*", [a], min_tokens=1, stop_token_ids=(b,)) == {0, 2, a, b}
     assert ends("(a|b)*", [a], min_tokens=2, stop_token_ids=(b,)) == {a}
     assert ends("(a|b)*", [a], min_tokens=2, stop_token_ids=(b, 10**9), ignore_eos=True) == {a}
-    # The grammar wins where it leaves no choice.
+    # The grammar takes precedence if it leaves no choice.
     assert ends("a?", [a], min_tokens=9, ignore_eos=True) == {0, 2}
     assert ends("ab", [a], min_tokens=9, stop_token_ids=(b,)) == {b}
 
@@ -150,7 +151,7 @@ def test_control_tokens_are_no_text(compiler: GrammarCompiler, tokenizer: Tokeni
 
 
 def test_what_takes_too_much(compiler: GrammarCompiler, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    """Such a grammar is refused, or ends in an empty mask; neither takes long."""
+    """A grammar that exceeds a limit is refused, or ends in an empty mask, within a short time."""
     start = time.monotonic()
     with pytest.raises(GrammarError, match="larger than"):
         compiler.compile("start: " + "a" * 200_000)
@@ -172,7 +173,7 @@ def test_what_takes_too_much(compiler: GrammarCompiler, tokenizer: Tokenizer, ca
 def test_counts_behind_the_beginning_take_a_bounded_time(
     compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: str, pattern: str
 ) -> None:
-    """The masks of some random output, or up to where it becomes too much."""
+    """Compute the masks of a random output, up to its end or to an empty mask."""
     matcher = new_matcher(compiler, grammar.replace("P", pattern))
     draw = random.Random(SEED)
     output: list[int] = []

@@ -1,4 +1,4 @@
-"""Which kernels are loaded, and what is said where those in C++ cannot be used."""
+"""Which kernels are loaded, and the message if the C++ kernels cannot be used."""
 
 import re
 from pathlib import Path
@@ -63,13 +63,13 @@ def test_what_they_lack_is_said_and_done_by_torch(
     assert kernels.name == "torch"
     assert kernels.keep_packed == frozenset()
     (message,) = caplog.messages
-    assert re.match(f"kernels: plain torch, which is slower, because .*{reason}", message)
+    assert re.match(f"using the slower plain torch kernels: .*{reason}", message)
 
 
 def test_without_a_compiler(no_compiler: None, caplog: pytest.LogCaptureFixture) -> None:
     assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
     (message,) = caplog.messages
-    assert message.endswith("because there is no compiler")
+    assert message.endswith("kernels: there is no compiler")
 
 
 def test_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,7 +80,7 @@ def test_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setattr(library, "Library", refuse)
     assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
     (message,) = caplog.messages
-    assert message.endswith("because this processor has no AVX2")
+    assert message.endswith("kernels: this processor has no AVX2")
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: 
     ],
 )
 def test_int8_is_not_left_out_in_silence(options: KernelOptions, flag: str, no_compiler: None) -> None:
-    with pytest.raises(ValueError, match=f"{flag} needs kernels of its own, but there is no compiler"):
+    with pytest.raises(ValueError, match=f"{flag} needs the CPU or GPU kernels, but there is no compiler"):
         load_kernels(CPU, options)
 
 
 def test_what_stays_packed() -> None:
-    """Nothing where the checkpoint's own numbers are not wanted."""
+    """No weights, if the settings ask for other numbers than the checkpoint's own."""
     for quantization in ("none", "int8"):
         if quantization == "none" or code_paths():
             options = KernelOptions(torch.float32, quantization=quantization)
@@ -106,10 +106,10 @@ def test_what_stays_packed() -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_places_for_adapters(name: str) -> None:
+def test_slots_for_adapters(name: str) -> None:
     with choose_kernels(name):
         assert load_kernels(CPU, KernelOptions(torch.float32)).new_lora_weights((5,), 7) is None
-        kernels = load_kernels(CPU, KernelOptions(torch.float32, num_lora_places=2, max_lora_rank=3))
+        kernels = load_kernels(CPU, KernelOptions(torch.float32, num_lora_slots=2, max_lora_rank=3))
     weights = kernels.new_lora_weights((5,), 7)
     assert weights is not None
     assert weights.a.shape == (2, 1, 3, 7)

@@ -1,4 +1,4 @@
-"""Settings of LoRA adapters: which change what an adapter adds, which are refused, and how long they may take."""
+"""Settings in adapter_config.json: which have an effect, which are refused, and how long patterns may take to match."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from engine.lora import peft_config as lora_config
+from engine.lora import peft_config
 from engine.lora.peft_config import read_lora_scales
 from engine.lora.reader import load_lora
 from tests.support.lora_files import CONFIG, PEFT_WARNINGS, SETTINGS, refusal_of, save_adapter, write_folder
@@ -114,27 +114,27 @@ def test_malformed_settings(content: str | bytes, tmp_path: Path) -> None:
         load_lora(folder, CONFIG)
 
 
-# Which settings there are.
+# The tables of settings.
 
 
 def test_all_settings_of_peft_are_known() -> None:
-    """Whoever upgrades PEFT reads what a new setting does, and puts it into one of the tables."""
-    assert {field.name for field in dataclasses.fields(LoraConfig)} == lora_config.KNOWN_KEYS
+    """After an upgrade of PEFT, look up what a new setting does and add it to one of the tables."""
+    assert {field.name for field in dataclasses.fields(LoraConfig)} == peft_config.KNOWN_KEYS
     tables = (
-        lora_config.READ_KEYS,
-        lora_config.HARMLESS_KEYS,
-        lora_config.REFUSED_SWITCHES,
-        lora_config.REFUSED_LISTS,
-        lora_config.REFUSED_CONFIGS,
+        peft_config.READ_KEYS,
+        peft_config.HARMLESS_KEYS,
+        peft_config.REFUSED_SWITCHES,
+        peft_config.REFUSED_LISTS,
+        peft_config.REFUSED_CONFIGS,
     )
-    assert sum(len(table) for table in tables) == len(lora_config.KNOWN_KEYS)
+    assert sum(len(table) for table in tables) == len(peft_config.KNOWN_KEYS)
 
 
 def test_no_other_kind_of_lora_is_called_harmless() -> None:
-    """PEFT marks some settings as those of a variant. VeLoRA only trains in another way."""
+    """PEFT marks the settings of LoRA variants. Of these, only VeLoRA is harmless: it differs in training alone."""
     variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     assert "use_dora" in variants
-    assert variants & lora_config.HARMLESS_KEYS <= {"velora_config"}
+    assert variants & peft_config.HARMLESS_KEYS <= {"velora_config"}
 
 
 def warnings_about(caplog: pytest.LogCaptureFixture, folder: Path) -> list[str]:
@@ -157,7 +157,7 @@ def test_unknown_settings_are_named_in_one_warning(caplog: pytest.LogCaptureFixt
     assert warnings_about(caplog, tmp_path) == []
 
 
-# How many patterns there may be.
+# Limits of patterns.
 
 LARGE_MODEL = {f"model.layers.{layer}.self_attn.{part}_proj": 2 for layer in range(140) for part in "qkvo"}
 BRANCHING = [f"{'.*' * (index % 4 + 1)}x{index}" for index in range(32)] + ["a|b"]
@@ -177,7 +177,7 @@ def test_how_many_patterns(key: str, tmp_path: Path) -> None:
 
 
 def test_names_of_all_modules_as_patterns(tmp_path: Path) -> None:
-    """As EVA writes them, in time for a large model."""
+    """EVA writes a pattern for each module; even for a large model they are matched in time."""
     alphas = {name: index + 1 for index, name in enumerate(LARGE_MODEL)}
     ranks = {name: index % 5 + 1 for index, name in enumerate(LARGE_MODEL)}
     folder = write_folder(tmp_path, rank_pattern=ranks, alpha_pattern=alphas)
@@ -186,8 +186,8 @@ def test_names_of_all_modules_as_patterns(tmp_path: Path) -> None:
 
 
 def test_patterns_that_match_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are refused after a while, and other threads go on meanwhile. The worst take ten times this limit."""
-    monkeypatch.setattr(lora_config, "MAX_MATCH_SECONDS", 0.2)
+    """They are refused after the time limit; other threads run meanwhile. The worst would take ten times as long."""
+    monkeypatch.setattr(peft_config, "MAX_MATCH_SECONDS", 0.2)
     group = f"({'|'.join('.' * 33)})"
     patterns = {f".*{group * 3}x{index}": 2 for index in range(32)}
     write_folder(tmp_path, rank_pattern=patterns, alpha_pattern=patterns)
@@ -213,7 +213,7 @@ def test_patterns_that_match_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(ticks) >= 4
 
 
-# What the file may hold.
+# Limits of the file.
 
 
 @pytest.mark.parametrize("depth", [100, 900, 990, 5000])
@@ -226,7 +226,7 @@ def test_settings_of_many_levels(key: str, depth: int, tmp_path: Path) -> None:
 
 
 def test_texts_that_no_message_can_hold(tmp_path: Path) -> None:
-    """Half of a surrogate pair, which JSON may name, and UTF-8 may not hold."""
+    """JSON can escape half of a surrogate pair, which UTF-8 cannot encode."""
     for changes in ({"alpha_pattern": {"\ud800": None}}, {"bias": "\ud800"}, {"peft_type": "\ud800"}):
         refusal = refusal_of(write_folder(tmp_path, **changes))
         assert refusal is not None

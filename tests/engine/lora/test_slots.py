@@ -1,4 +1,4 @@
-"""LoRA adapters on the real model: promise 1 in any mix of adapters, what the cache shares, and loading meanwhile."""
+"""LoRA adapters on the real model: batch invariance in any mix of adapters, cached prefixes, and the state of slots."""
 
 import random
 from collections.abc import Sequence
@@ -11,17 +11,18 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig, load_model_config
 from engine.core import Engine
-from engine.kernels.interface import LoraWeights
+from engine.kernels.interface import KernelOptions, LoraWeights
 from engine.kernels.torch.kernels import TorchKernels
 from engine.loading import LoadedModel, load_model
-from engine.lora.reader import LoraCheckpoint, LoraMatrices, load_lora
+from engine.lora.checkpoint import LoraCheckpoint, LoraMatrices
+from engine.lora.reader import load_lora
 from engine.lora.slots import (
     AdapterError,
     AdapterGoneError,
     LoraAdapters,
     check_lora_memory,
     choose_lora_rank,
-    num_places,
+    num_lora_slots,
     read_adapter,
 )
 from engine.shared.messages import AdapterField, SamplingParams, Submit
@@ -37,7 +38,7 @@ LENGTHS = [1, 5, 31, 32, 33, 64, 100, 200, 257]
 
 @pytest.fixture(scope="module")
 def folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of adapters: strong, weak and another."""
+    """Return the folder of three adapters: strong, weak and another."""
     config, folder = load_model_config(smollm2_path), tmp_path_factory.mktemp("adapters")
     save_random_adapter(folder / "strong", config, 1, ranks={"": 16})
     save_random_adapter(folder / "weak", config, 2, ranks={"q_proj": 3, "down_proj": 3}, strength=0.5)
@@ -59,7 +60,7 @@ def load(path: Path, folder: Path, kernels: str = "default", num_threads: int | 
 
 @pytest.fixture(scope="module")
 def submits(loaded: LoadedModel) -> list[Submit]:
-    """Each prompt with each adapter, greedy or sampled."""
+    """Return a request for each prompt with each adapter, greedy or sampled."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     submits: list[Submit] = []
@@ -102,18 +103,18 @@ def test_the_same_answer_in_any_mix(
     submits: list[Submit],
     alone: dict[tuple[str, int], Answer],
 ) -> None:
-    """In one batch, in chunks of prompts, with guesses, and where blocks run out."""
+    """All in one batch: with whole prompts, with chunked prompts, with drafts, and with too few blocks."""
     engine = make_engine(loaded, chunk=chunk, num_blocks=num_blocks, speculative=speculative)
     shuffled = random.Random(SEED).sample(submits, len(submits))
     assert_same(run(engine, shuffled), alone)
     assert (engine.stats().preemptions_total > 0) == (num_blocks is not None)
-    assert_same(run(engine, submits), alone)  # with what the cache has kept
+    assert_same(run(engine, submits), alone)  # with cached prefixes
 
 
-def test_places_for_adapters_change_no_other_answer(
+def test_slots_for_adapters_change_no_other_answer(
     smollm2_path: Path, submits: list[Submit], alone: dict[tuple[str, int], Answer]
 ) -> None:
-    """Those of a model without places are those of requests without an adapter."""
+    """A model without slots answers as one with slots answers requests without an adapter."""
     plain = load_model(EngineConfig(model_path=str(smollm2_path), max_model_len=1024))
     without = [submit for submit in submits if not submit.lora_name]
     assert_same(run(make_engine(plain), without), {(s.request_id, 0): alone[s.request_id, 0] for s in without})
@@ -135,7 +136,7 @@ def test_prefixes_are_shared_by_requests_of_one_adapter_only(loaded: LoadedModel
     for expected in (0, 96):
         submits = [submit_of(loaded, name, prompt, name, params) for name in NAMES]
         assert num_cached_tokens(engine, submits) == {name: expected for name in NAMES}
-    # No salt leads into an adapter's blocks.
+    # No salt of a client matches an adapter's blocks.
     fingerprint = loaded.adapters.loaded()[0].fingerprint
     salts = (fingerprint, "\xff" + fingerprint, bytes.fromhex(fingerprint).decode("latin-1"))
     submits = [msgspec.structs.replace(submit_of(loaded, salt, prompt, "", params), cache_salt=salt) for salt in salts]
@@ -143,7 +144,7 @@ def test_prefixes_are_shared_by_requests_of_one_adapter_only(loaded: LoadedModel
 
 
 def num_cached_tokens(engine: Engine, submits: Sequence[Submit]) -> dict[str, int]:
-    """Of each request, all at once."""
+    """Run all requests at once and return the number of cached prompt tokens of each."""
     for submit in submits:
         engine.add(submit)
     found: dict[str, int] = {}
@@ -154,7 +155,7 @@ def num_cached_tokens(engine: Engine, submits: Sequence[Submit]) -> dict[str, in
     return found
 
 
-# Which are loaded, and where.
+# The state of slots.
 
 
 @pytest.fixture(scope="module")
@@ -162,23 +163,24 @@ def shape(smollm2_path: Path) -> ModelConfig:
     return load_model_config(smollm2_path)
 
 
-class Part:
-    """Of a model: its products that can be adapted."""
+class FakeLinear:
+    """The linear layer of q, k and v, without weights of its own."""
 
-    def __init__(self, shape: ModelConfig, num_lora_places: int, rank: int) -> None:
-        kernels = TorchKernels(torch.device("cpu"), torch.float32, num_lora_places=num_lora_places, max_lora_rank=rank)
+    def __init__(self, shape: ModelConfig, num_lora_slots: int, rank: int) -> None:
+        options = KernelOptions(torch.float32, num_lora_slots=num_lora_slots, max_lora_rank=rank)
+        kernels = TorchKernels(options, torch.device("cpu"))
         q, kv = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
         self.lora = kernels.new_lora_weights((q, kv, kv), shape.hidden_size)
         self.names = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
 
-def books(shape: ModelConfig, max_loras: int, rank: int = 16) -> tuple[LoraAdapters, LoraWeights]:
-    part: Any = Part(shape, num_places(max_loras), rank)
-    return LoraAdapters([part], max_loras, rank), part.lora
+def new_adapters(shape: ModelConfig, max_loras: int, rank: int = 16) -> tuple[LoraAdapters, LoraWeights]:
+    linear: Any = FakeLinear(shape, num_lora_slots(max_loras), rank)
+    return LoraAdapters([linear], max_loras, rank), linear.lora
 
 
 def test_what_is_written_is_what_the_file_holds(folder: Path, shape: ModelConfig) -> None:
-    adapters, weights = books(shape, 2)
+    adapters, weights = new_adapters(shape, 2)
     strong, weak = (load_lora(folder / name, shape) for name in ("strong", "weak"))
     adapters.load("strong", "path", strong)
     adapters.load("weak", "elsewhere", weak)
@@ -187,27 +189,27 @@ def test_what_is_written_is_what_the_file_holds(folder: Path, shape: ModelConfig
         ("weak", "elsewhere", 3),
     ]
     for checkpoint, ranks in ((strong, [16, 16, 16]), (weak, [3, 0, 0])):
-        place = adapters.find(checkpoint.fingerprint)
-        assert weights.ranks[place].tolist() == ranks
+        slot = adapters.find(checkpoint.fingerprint)
+        assert weights.ranks[slot].tolist() == ranks
         ends = torch.tensor(weights.sizes).cumsum(0).tolist()
-        for part, (name, rank) in enumerate(zip(Part(shape, 0, 0).names, ranks, strict=True)):
+        for part, (name, rank) in enumerate(zip(FakeLinear(shape, 0, 0).names, ranks, strict=True)):
             if rank:
                 matrices = checkpoint.modules[name]
                 columns = slice(ends[part] - weights.sizes[part], ends[part])
-                assert torch.equal(weights.a[place, part, :rank], matrices.a)
-                assert torch.equal(weights.b[place, :rank, columns], matrices.b.T)
+                assert torch.equal(weights.a[slot, part, :rank], matrices.a)
+                assert torch.equal(weights.b[slot, :rank, columns], matrices.b.T)
 
 
-def test_a_place_is_free_when_nobody_needs_what_lies_there() -> None:
+def test_a_slot_is_free_if_neither_an_adapter_nor_a_request_uses_it() -> None:
     adapters = LoraAdapters([], 2, 16)
     for name in "ab":
         adapters.load(name, "path", checkpoint_of(name))
     with pytest.raises(AdapterError, match="2 adapters are loaded, as many as --max-loras allows"):
-        adapters.check("c", replaces=False)
+        adapters.check_name("c", replaces=False)
     a, b = (adapters.find(fingerprint_of_name(name)) for name in "ab")
     (spare,) = {0, 1, 2} - {a, b}
     adapters.unload("a")
-    assert adapters.find(fingerprint_of_name("a")) == a  # for requests that were promised it
+    assert adapters.find(fingerprint_of_name("a")) == a  # for requests that were admitted for it
     assert [adapter.name for adapter in adapters.loaded()] == ["b"]
     assert adapters.reserve(in_use={spare, a}) is None
     assert adapters.reserve(in_use={spare}) == a
@@ -220,12 +222,12 @@ def test_a_place_is_free_when_nobody_needs_what_lies_there() -> None:
     assert adapters.reserve(in_use={a}) == b
 
 
-def test_weights_that_lie_twice_are_found_where_they_have_a_name() -> None:
-    """So that the other place, where requests that run may use them, comes free."""
+def test_weights_in_two_slots_are_found_in_the_one_of_a_loaded_adapter() -> None:
+    """So the other slot gets free once the requests that use it have ended."""
     adapters = LoraAdapters([], 2, 16)
     for name in "ab":
         adapters.load(name, "path", checkpoint_of("same"))
-    first, second = (place for place in range(3) if place != adapters.reserve(in_use=()))
+    first, second = (slot for slot in range(3) if slot != adapters.reserve(in_use=()))
     assert adapters.find(fingerprint_of_name("same")) == first
     adapters.unload("a")
     assert adapters.find(fingerprint_of_name("same")) == second
@@ -234,9 +236,9 @@ def test_weights_that_lie_twice_are_found_where_they_have_a_name() -> None:
 def test_what_cannot_be_loaded(folder: Path, shape: ModelConfig) -> None:
     adapters = LoraAdapters([], 2, 16)
     adapters.load("a", "path", checkpoint_of("a"))
-    adapters.check("a", replaces=True)
+    adapters.check_name("a", replaces=True)
     with pytest.raises(AdapterError, match="a LoRA adapter called a is loaded already") as error:
-        adapters.check("a", replaces=False)
+        adapters.check_name("a", replaces=False)
     assert error.value.field is AdapterField.NAME
     with pytest.raises(AdapterError, match="no LoRA adapter called b is loaded"):
         adapters.unload("b")
@@ -256,13 +258,13 @@ def checkpoint_of(name: str, rank: int = 1) -> LoraCheckpoint:
     return LoraCheckpoint({"x": matrices}, fingerprint_of_name(name))
 
 
-@pytest.mark.parametrize(("ranks", "wanted", "expected"), [((), None, 16), ((3, 64), None, 64), ((3, 64), 8, 8)])
-def test_the_rank_that_places_have_room_for(ranks: Sequence[int], wanted: int | None, expected: int) -> None:
-    config = EngineConfig(model_path="", max_lora_rank=wanted)
+@pytest.mark.parametrize(("ranks", "max_rank", "expected"), [((), None, 16), ((3, 64), None, 64), ((3, 64), 8, 8)])
+def test_the_rank_that_slots_have_room_for(ranks: Sequence[int], max_rank: int | None, expected: int) -> None:
+    config = EngineConfig(model_path="", max_lora_rank=max_rank)
     assert choose_lora_rank(config, {str(rank): checkpoint_of("x", rank) for rank in ranks}) == expected
 
 
-def test_memory_of_places(loaded: LoadedModel, smollm2_path: Path) -> None:
+def test_memory_of_slots(loaded: LoadedModel, smollm2_path: Path) -> None:
     config, adapters = loaded.config, loaded.adapters
     itemsize = loaded.dtype.itemsize
     check_lora_memory(config, 3, 16, itemsize, adapters.num_bytes)
@@ -274,10 +276,10 @@ def test_memory_of_places(loaded: LoadedModel, smollm2_path: Path) -> None:
         load_model(EngineConfig(model_path=str(smollm2_path), max_loras=65536, max_lora_rank=4096))
 
 
-def test_without_places() -> None:
+def test_without_slots() -> None:
     adapters = LoraAdapters([], 0, 16)
     assert adapters.find("") == -1
     assert adapters.num_bytes == 0
     assert adapters.reserve(in_use=()) is None
     with pytest.raises(AdapterError, match="0 adapters are loaded"):
-        adapters.check("a", replaces=False)
+        adapters.check_name("a", replaces=False)

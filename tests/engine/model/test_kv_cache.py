@@ -1,21 +1,14 @@
-"""How large the KV cache is made, and what is said where it does not fit."""
+"""The size of a block is that of the tensors that the kernels allocate."""
 
-import re
-from pathlib import Path
-
-import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import ModelConfig
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
 from engine.kernels.torch.kernels import TorchKernels
 from engine.kernels.triton.kernels import TritonKernels
-from engine.model import kv_cache
-from engine.model.kv_cache import MIB, KVCache, MemoryPlan, available_memory, bytes_per_block, plan_memory
+from engine.model.kv_cache import KVCache, bytes_per_block
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -30,24 +23,11 @@ MODEL = ModelConfig(
     head_dim=16,
     max_position_embeddings=4096,
 )
-TOKEN_BYTES = 2 * 3 * 2 * 16 * 2  # K and V, layers, KV heads, head size, bytes of bfloat16
-
-
-def plan(max_model_len: int, kv_cache_memory: int | None = None, block_size: int = 32) -> MemoryPlan:
-    config = EngineConfig(model_path="", block_size=block_size, kv_cache_memory=kv_cache_memory)
-    return plan_memory(MODEL, config, max_model_len, TorchKernels(CPU, torch.bfloat16), CPU)
-
-
-@pytest.fixture
-def free_memory(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A machine with this much memory."""
-    monkeypatch.setattr(kv_cache, "available_memory", lambda: 64 * MIB)
-    return 64 * MIB
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bytes_are_those_of_the_tensors(dtype: torch.dtype) -> None:
-    assert_bytes_are_those_of_the_tensors(TorchKernels(CPU, dtype), 16, dtype)
+    assert_bytes_are_those_of_the_tensors(TorchKernels(KernelOptions(dtype), CPU), 16, dtype)
 
 
 @pytest.mark.parametrize("block_size", [16, 256])
@@ -64,7 +44,7 @@ def test_bytes_of_the_kernels_of_this_processor(dtype: str, kv_cache_dtype: str,
 
 @pytest.mark.parametrize(("kv_cache_dtype", "dtype"), [("auto", torch.float16), ("int8", torch.int8)])
 def test_bytes_of_the_kernels_of_a_gpu(kv_cache_dtype: str, dtype: torch.dtype) -> None:
-    kernels = TritonKernels(CPU, torch.float16, kv_cache_dtype=kv_cache_dtype)
+    kernels = TritonKernels(KernelOptions(torch.float16, kv_cache_dtype=kv_cache_dtype), CPU)
     assert_bytes_are_those_of_the_tensors(kernels, 16, dtype)
 
 
@@ -78,102 +58,3 @@ def assert_bytes_are_those_of_the_tensors(kernels: Kernels, block_size: int, dty
         tensors = (layer.keys, layer.values, layer.key_scales, layer.value_scales)
         num_bytes += sum(tensor.nbytes for tensor in tensors if tensor is not None)
     assert num_bytes == 7 * bytes_per_block(MODEL, block_size, kernels)
-
-
-@given(
-    max_model_len=st.integers(1, 5000), block_size=st.sampled_from([16, 32, 64, 128]), memory=st.integers(1, 8 * MIB)
-)
-def test_given_memory_is_used_but_not_exceeded(max_model_len: int, block_size: int, memory: int) -> None:
-    block_bytes = block_size * TOKEN_BYTES
-    if memory < -(-max_model_len // block_size) * block_bytes:
-        with pytest.raises(ValueError, match="--kv-cache-memory"):
-            plan(max_model_len, memory, block_size)
-        return
-    result = plan(max_model_len, memory, block_size)
-    assert result.num_blocks == memory // block_bytes
-    assert result.kv_cache_bytes <= memory
-    assert result.num_tokens == result.num_blocks * block_size >= max_model_len
-    assert result.num_full_length_requests == pytest.approx(result.num_tokens / max_model_len)
-
-
-def test_default_holds_four_requests_of_full_length(free_memory: int) -> None:
-    result = plan(1000)
-    assert result.num_tokens == 4 * 1024  # whole blocks
-    assert result.kv_cache_bytes <= free_memory // 2
-
-
-def test_default_takes_at_most_half_of_what_is_free(free_memory: int) -> None:
-    result = plan(65536)
-    assert 1 <= result.num_full_length_requests < 4
-    assert free_memory // 2 - 32 * TOKEN_BYTES < result.kv_cache_bytes <= free_memory // 2
-
-
-def test_too_small_says_what_would_fit() -> None:
-    """Each of the two ways out that the message names works."""
-    with pytest.raises(ValueError, match="max_model_len 5000") as caught:
-        plan(5000, kv_cache_memory=MIB)
-    lens = re.search(r"--max-model-len (\d+) or less", str(caught.value))
-    memory = re.search(r"--kv-cache-memory (\d+)MiB or more", str(caught.value))
-    assert lens
-    assert memory
-    assert plan(int(lens[1]), kv_cache_memory=MIB).num_tokens >= int(lens[1])
-    assert plan(5000, kv_cache_memory=int(memory[1]) * MIB).num_tokens >= 5000
-    with pytest.raises(ValueError, match=r"--max-model-len \d+ or less"):
-        plan(int(lens[1]) + 32, kv_cache_memory=MIB)
-
-
-@pytest.mark.parametrize("memory", [0, 1000])
-def test_too_small_for_one_block_offers_no_shorter_context(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "available_memory", lambda: memory)
-    with pytest.raises(ValueError, match=r"--kv-cache-memory \d+MiB or more") as caught:
-        plan(100)
-    assert "--max-model-len" not in str(caught.value)
-
-
-def test_more_than_the_machine_has_is_refused(free_memory: int) -> None:
-    """Rather than a failed allocation, or later a kill by the operating system."""
-    with pytest.raises(ValueError, match=r"--kv-cache-memory.*64 MiB"):
-        plan(100, kv_cache_memory=65 * MIB)
-
-
-def test_available_memory_is_plausible() -> None:
-    assert MIB < available_memory() <= psutil.virtual_memory().total
-
-
-def fake_files(monkeypatch: pytest.MonkeyPatch, folder: Path, **control_group: str) -> None:
-    """A machine with 4 GiB available, in a control group with these files."""
-    (folder / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:  4194304 kB\n")
-    for name, text in control_group.items():
-        (folder / f"memory.{name}").write_text(text)
-
-    def open_fake(path: str) -> object:
-        return (folder / path.rpartition("/")[2]).open()
-
-    monkeypatch.setattr(kv_cache, "open", open_fake, raising=False)
-
-
-def test_available_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_files(monkeypatch, tmp_path)
-    assert available_memory() == 4096 * MIB
-
-
-def test_available_memory_of_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_files(monkeypatch, tmp_path, max=f"{2048 * MIB}\n", current=f"{500 * MIB}\n", stat="anon 5\ninactive_file 0\n")
-    assert available_memory() == 1548 * MIB
-
-
-def test_available_memory_of_an_unlimited_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_files(monkeypatch, tmp_path, max="max\n", current=f"{500 * MIB}\n", stat="anon 5\ninactive_file 0\n")
-    assert available_memory() == 4096 * MIB
-
-
-def test_file_cache_counts_as_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Reading the weights fills the control group with pages of the file, which the kernel gives back when needed."""
-    stat = f"anon {100 * MIB}\ninactive_file {1500 * MIB}\nactive_file {200 * MIB}\n"
-    fake_files(monkeypatch, tmp_path, max=f"{2048 * MIB}\n", current=f"{1800 * MIB}\n", stat=stat)
-    assert available_memory() == (2048 - 1800 + 1500) * MIB
-
-
-def test_use_above_the_limit_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_files(monkeypatch, tmp_path, max=f"{100 * MIB}\n", current=f"{101 * MIB}\n", stat="inactive_file 0\n")
-    assert available_memory() == 0

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint is used and every parameter filled, or loading fails with the tensor's name."""
+"""Loading fails with the name of the tensor if one of the checkpoint is missing, unused or of another shape."""
 
 import msgspec
 import numpy as np
@@ -33,7 +33,7 @@ CONFIG = ModelConfig(
 
 
 def checkpoint(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
-    """The tensors of a model whose every part has a bias, under Hugging Face's names."""
+    """Return the tensors of a model with all biases, under Hugging Face's names."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -88,7 +88,7 @@ def test_wrong_shape(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["model.layers.2.input_layernorm.weight", "model.layers.0.self_attn.q_norm.weight", "score.weight"]
 )
-def test_tensor_without_a_place(name: str) -> None:
+def test_unknown_tensor(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         build(checkpoint() | {name: torch.zeros(3)})
 
@@ -119,7 +119,7 @@ def test_bytes_are_counted() -> None:
 
 
 def test_fused_tensors_keep_their_order() -> None:
-    """Weights and biases of several parts become one product."""
+    """The weights and biases of several projections become those of one product."""
     tensors = {
         "b.weight": torch.full((1, 3), 2.0),
         "b.bias": torch.tensor([30.0]),
@@ -127,7 +127,7 @@ def test_fused_tensors_keep_their_order() -> None:
         "a.weight": torch.ones(2, 3),
     }
     parameters = Parameters(tensors.items())
-    fused = Linear(TorchKernels(CPU, torch.float32), parameters, [("a", 2), ("b", 1)], 3, has_bias=True)
+    fused = Linear(TorchKernels(KernelOptions(torch.float32), CPU), parameters, [("a", 2), ("b", 1)], 3, has_bias=True)
     assert fused(torch.eye(3)[:1], torch.tensor([-1])).tolist() == [[11.0, 21.0, 32.0]]
     parameters.finish()
 

@@ -1,4 +1,4 @@
-"""Rotary frequencies and angles against transformers'."""
+"""Rotary frequencies and angles, compared with those of transformers."""
 
 from typing import Any
 
@@ -81,8 +81,8 @@ def test_factors_divide_the_frequencies() -> None:
     torch.testing.assert_close(inverse_frequencies(config, factors), plain / factors)
 
 
-def test_llama3_as_factors_is_the_same() -> None:
-    """A GGUF file stores the scaling of Llama 3.1 as the factors that it comes to."""
+def test_llama3_as_factors_is_equal() -> None:
+    """GGUF files store the scaling of Llama 3.1 as factors of the frequencies."""
     expected = inverse_frequencies(model_config(RopeScaling(rope_type="llama3", **LLAMA3)), factors=None)
     factors = inverse_frequencies(model_config(RopeScaling()), factors=None) / expected
     assert factors.min() == 1

@@ -1,4 +1,4 @@
-"""The limit of thoughts on the real model, which any of its tokens can be told to take for the tags of thoughts."""
+"""The reasoning limit on the real model. Any tokens can serve as the tags of the reasoning."""
 
 from pathlib import Path
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.shared.messages import SamplingParams, ThinkingLimit
+from engine.shared.messages import ReasoningLimit, SamplingParams
 from tests.engine.grammar.test_constrained import Model
 
-END = 17  # a control token that the model does not say by itself
+END = 17  # a control token that the model does not sample by itself
 GRAMMAR = "start: TEXT <[17]> /[0-9]{3}/\nTEXT: /(.|\\n)*/"
 
 
@@ -18,27 +18,27 @@ def model(smollm2_path: Path) -> Model:
     return Model(smollm2_path)
 
 
-def limit(max_tokens: int, *, start_id: int | None = None, end_id: int = END) -> ThinkingLimit:
-    """Without a `start_id` the prompt has begun the thoughts."""
-    return ThinkingLimit(max_tokens=max_tokens, start_id=start_id or 0, end_id=end_id, is_open=start_id is None)
+def limit(max_tokens: int, *, start_id: int | None = None, end_id: int = END) -> ReasoningLimit:
+    """Return a limit. Without a `start_id`, the prompt has begun the reasoning."""
+    return ReasoningLimit(max_tokens=max_tokens, start_id=start_id or 0, end_id=end_id, is_open=start_id is None)
 
 
-def test_thoughts_end_where_they_must(model: Model) -> None:
+def test_reasoning_ends_where_it_must(model: Model) -> None:
     fields: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
     free = model.answer(None, **fields).token_ids
     assert len(free) == 24
     assert END not in free
-    for thinking, num_before in (
+    for reasoning_limit, num_before in (
         (limit(0), 0),
         (limit(10), 10),
         (limit(23), 23),
         (limit(24), None),
         (limit(5, start_id=free[0]), 6),
         (limit(0, start_id=free[3]), free.index(free[3]) + 1),
-        (limit(5, start_id=END), None),  # they never begin
-        (limit(10, end_id=free[9]), None),  # they end by themselves
+        (limit(5, start_id=END), None),  # the reasoning never begins
+        (limit(10, end_id=free[9]), None),  # the reasoning ends by itself
     ):
-        got = model.answer(None, **fields, thinking=thinking).token_ids
+        got = model.answer(None, **fields, reasoning_limit=reasoning_limit).token_ids
         if num_before is None:
             assert got == free
         else:
@@ -47,7 +47,7 @@ def test_thoughts_end_where_they_must(model: Model) -> None:
 
 
 def test_grammars_go_on_behind_the_end(model: Model) -> None:
-    answer = model.answer(GRAMMAR, thinking=limit(8), temperature=0.0)
+    answer = model.answer(GRAMMAR, reasoning_limit=limit(8), temperature=0.0)
     assert answer.error is None
     assert answer.token_ids.index(END) == 8
     digits = model.tokenizer.decode(answer.token_ids[9:])
@@ -57,17 +57,22 @@ def test_grammars_go_on_behind_the_end(model: Model) -> None:
 
 def test_the_answer_is_the_same_however_it_is_computed(model: Model) -> None:
     params: list[dict[str, Any]] = [
-        {"thinking": limit(12), "prompt": "one two three " * 12},  # where drafts are right, and one is cut short
-        {"thinking": limit(7), "grammar": GRAMMAR},
-        {"thinking": limit(30), "n": 2, "ignore_eos": True, "max_tokens": 100},  # too long for all to fit, below
+        {"reasoning_limit": limit(12), "prompt": "one two three " * 12},  # drafts are accepted, and one is cut short
+        {"reasoning_limit": limit(7), "grammar": GRAMMAR},
+        {
+            "reasoning_limit": limit(30),
+            "n": 2,
+            "ignore_eos": True,
+            "max_tokens": 100,
+        },  # more than the small cache below holds
         {"ignore_eos": True, "max_tokens": 100},
     ]
     submits = [model.submit(**{"grammar": None, "temperature": 0.7, "max_tokens": 40} | fields) for fields in params]
     alone = [model.run([submit])[0] for submit in submits]
     for (answer, *_), submit in zip(alone[:3], submits, strict=False):
-        thinking = submit.params.thinking
-        assert thinking is not None
-        assert END in answer.token_ids[: thinking.max_tokens + 1]
+        reasoning_limit = submit.params.reasoning_limit
+        assert reasoning_limit is not None
+        assert END in answer.token_ids[: reasoning_limit.max_tokens + 1]
     for mode in ("off", "ngram", "auto"):
         assert model.run(submits, model.engine(speculative=mode)) == alone
     assert model.run(submits, model.engine(speculative="off", overlaps=True)) == alone
@@ -79,5 +84,5 @@ def test_the_answer_is_the_same_however_it_is_computed(model: Model) -> None:
 
 
 def test_it_crosses_the_border_between_the_processes() -> None:
-    params = SamplingParams(max_tokens=1, thinking=limit(3, start_id=5))
+    params = SamplingParams(max_tokens=1, reasoning_limit=limit(3, start_id=5))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params

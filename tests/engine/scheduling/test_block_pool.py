@@ -1,4 +1,4 @@
-"""The block pool against plain lists and dicts, its hashes against hashlib, and its check against broken books."""
+"""The block pool against plain lists and dicts, its hashes against hashlib, and its check against corrupted state."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.scheduling.block_pool import Block, BlockPool, extend_block_hashes
+from tests.support.examples import num_examples
 
 HASHES = [bytes([number]) * 32 for number in range(8)]
 
 
 def expected_hashes(token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> list[bytes]:
-    """The chain of a prompt, written out byte by byte."""
+    """Return the chained hashes of a prompt, written out byte by byte."""
     hashes = []
     parent = hashlib.sha256(b"lightwell.prefix" + salt).digest()
     for start in range(0, len(token_ids) - block_size + 1, block_size):
@@ -100,7 +101,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.holders)
     @rule(number=st.integers(0, 99), num_kept=st.integers(0, 3))
     def release(self, number: int, num_kept: int) -> None:
-        """Let go of a holder's blocks, or of its last ones."""
+        """Release a holder's blocks, or its last ones."""
         held = self.holder(number)
         released = held[num_kept:]
         self.pool.release(released)
@@ -123,7 +124,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert (self.pool.num_free, self.pool.num_used) == (num_free, self.pool.num_blocks - num_free)
 
     def teardown(self) -> None:
-        """Once everybody has let go, all blocks are free, and each can be had exactly once."""
+        """Once all holders have released theirs, all blocks are free, and each can be allocated exactly once."""
         if not hasattr(self, "pool"):
             return
         while self.holders:
@@ -136,7 +137,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
 
 TestBlockPool = BlockPoolMachine.TestCase
-TestBlockPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBlockPool.settings = settings(max_examples=num_examples(50, 750), stateful_step_count=40, deadline=None)
 
 
 def test_handed_out_in_the_order_without_hash_then_least_recently_used_then_never_used() -> None:

@@ -1,4 +1,4 @@
-"""Records are bounded, and the account of a request says what its record says."""
+"""The number of records is bounded, and the timings of a request are those of its record."""
 
 import time
 
@@ -41,14 +41,14 @@ def test_a_step_counts_its_tokens() -> None:
     assert step_record().num_tokens == 8
 
 
-def test_the_account_of_a_request() -> None:
+def test_timings_of_a_request() -> None:
     record = request_record()
     record.scheduled, record.first_token, record.finished = 3.0, 4.0, 5.0
     record.num_cached_tokens, record.num_output_tokens, record.num_accepted_tokens = 2, 7, 3
     record.chunks += [ChunkRecord(1, 2, 2), ChunkRecord(2, 4, 1)]
     record.num_ahead = 6
     record.preemptions += [3.25, 4.25, 4.75]
-    record.resumptions += [3.75, 4.5]  # it ended while it waited
+    record.resumptions += [3.75, 4.5]  # it ended while preempted
     assert record.times() == RequestTimes(
         arrival=1.0,
         queued=2.0,
@@ -67,7 +67,7 @@ def test_the_account_of_a_request() -> None:
     )
 
 
-def test_the_account_of_a_request_that_never_ran() -> None:
+def test_timings_of_a_request_that_never_ran() -> None:
     times = request_record().times()
     assert (times.scheduled, times.first_token, times.num_chunks, times.num_preemptions) == (None, None, 0, 0)
 

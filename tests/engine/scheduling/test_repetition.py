@@ -1,4 +1,4 @@
-"""The detector of repetitions against a plain look at the end of the output."""
+"""The repetition detector against a direct comparison of the end of the output."""
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ def ends_with_copies(output: list[int], size: int, count: int) -> bool:
 def test_it_finds_copies_at_the_end_of_the_output(
     prompt: list[int], output: list[int], first: int, more: int, count: int, min_tokens: int
 ) -> None:
-    """After each token, and whether it was found before or not: a request may go on to its min_tokens."""
+    """Check after each token, also after a repetition was found: a request may go on to its min_tokens."""
     params = RepetitionDetection(min_pattern_size=first, max_pattern_size=first + more, min_count=count)
     detector = RepetitionDetector(params, min_tokens)
     for length in range(1, len(output) + 1):

@@ -18,9 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.record import Recorder
-from engine.scheduling.request import Request, RowOutput, Scheduled, Status, Step, choice_seed, leader_of
+from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step, choice_seed, new_request
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import Policy
+from engine.scheduling.speculation import SpeculationPolicy
 from engine.shared.messages import (
     FinishReason,
     RepetitionDetection,
@@ -30,9 +30,10 @@ from engine.shared.messages import (
     TokenEvent,
     TokenLogprobs,
 )
+from tests.support.examples import num_examples
 
 EOS = 5
-OUTPUT_IDS = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4, EOS]  # what the fake model says, as often as that
+OUTPUT_IDS = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4, EOS]  # what the fake model samples, by frequency
 PROMPT = [0, 1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0]  # long beginnings to share
 
 DETECTIONS = [
@@ -55,7 +56,7 @@ def logprob_of(prefix: Sequence[int], token_id: int) -> TokenLogprobs:
 
 @dataclass(frozen=True)
 class Answer:
-    """How a choice ends if nothing disturbs it."""
+    """The output of a choice that is not disturbed."""
 
     token_ids: list[int]
     reason: FinishReason
@@ -63,7 +64,7 @@ class Answer:
 
 
 def solo_answer(submit: Submit, index: int, max_model_len: int, next_token: NextToken = random_token) -> Answer:
-    """What the fake model says to this prompt alone, by the plain rules of the API."""
+    """Return the fake model's answer to this prompt alone, by the rules of the API."""
     params, seed = submit.params, choice_seed(submit.params.seed, index)
     output: list[int] = []
     while len(output) < params.max_tokens and (
@@ -89,7 +90,7 @@ def repeats_itself(output: list[int], detection: RepetitionDetection | None) -> 
 
 
 class FakeModel:
-    """Says `next_token` of what it reads, and reads only what it has written."""
+    """Samples `next_token` of the tokens it reads, and reads only keys that it has written."""
 
     def __init__(
         self, block_size: int, next_token: NextToken = random_token, *, separates_prompts: bool = False
@@ -97,11 +98,11 @@ class FakeModel:
         self.block_size = block_size
         self.next_token = next_token
         self.separates_prompts = separates_prompts
-        # (block id, offset) -> what lies there; None: written by a row that failed
+        # (block id, offset) -> the keys stored there; None: written by a row that failed
         self.slots: dict[tuple[int, int], tuple[list[int], int, bytes] | None] = {}
 
-    def run(self, step: Step, failing: int | None = None) -> list[RowOutput]:
-        """One output for each part of the step; the part number `failing` goes wrong."""
+    def run(self, step: Step, failing: int | None = None) -> list[ScheduledOutput]:
+        """Return one output for each item of the step. Item number `failing` fails."""
         for item in step.scheduled:
             self._read(item.request, item.start)
         written: set[tuple[int, int]] = set()
@@ -111,29 +112,29 @@ class FakeModel:
             assert not item.is_prompt or end <= request.num_prompt_tokens, "rows of two kinds"
             for position in range(item.start, end):
                 slot = self._slot(request, position)
-                assert request.blocks[position // self.block_size].ref_count == 1, "a row writes into a shared block"
+                assert request.kv.blocks[position // self.block_size].ref_count == 1, "a row writes into a shared block"
                 assert slot not in written, "two rows write into one slot"
                 written.add(slot)
                 token_ids = request.token_ids + item.draft_token_ids
                 self.slots[slot] = None if number == failing else self._keys(request, token_ids, position)
-            outputs.append(RowOutput(error="broken") if number == failing else self._output(item))
+            outputs.append(ScheduledOutput(error="broken") if number == failing else self._output(item))
         return outputs
 
     def _keys(self, request: Request, token_ids: list[int], position: int) -> tuple[list[int], int, bytes]:
-        """What they depend on: the tokens so far, how many of these are of the prompt if that counts, and the salt."""
+        """Return what keys depend on: tokens so far, number of prompt tokens if these are separated, and salt."""
         num_prompt_tokens = min(position + 1, request.num_prompt_tokens) if self.separates_prompts else 0
-        return (token_ids[: position + 1], num_prompt_tokens, request.salt)
+        return (token_ids[: position + 1], num_prompt_tokens, request.kv.salt)
 
     def _slot(self, request: Request, position: int) -> tuple[int, int]:
-        return request.blocks[position // self.block_size].block_id, position % self.block_size
+        return request.kv.blocks[position // self.block_size].block_id, position % self.block_size
 
     def _read(self, request: Request, end: int) -> None:
         for position in range(end):
             expected = self._keys(request, request.token_ids, position)
             assert self.slots.get(self._slot(request, position)) == expected, f"position {position} holds other keys"
 
-    def _output(self, item: Scheduled) -> RowOutput:
-        request, output, tokens = item.request, RowOutput(), item.request.token_ids
+    def _output(self, item: Scheduled) -> ScheduledOutput:
+        request, output, tokens = item.request, ScheduledOutput(), item.request.token_ids
         if item.num_samples and request.params.logprobs is not None:
             output.logprobs = []
         for num_right in range(item.num_samples):
@@ -151,7 +152,7 @@ class FakeModel:
 def full_block_hashes(
     token_ids: Sequence[int], salt: bytes, block_size: int, num_prompt_tokens: int | None = None
 ) -> list[bytes]:
-    """The chain of sha256 over the full blocks, with a mark where the prompt ends if that counts."""
+    """Return the chained SHA-256 of the full blocks, with a mark at the end of the prompt if prompts are separated."""
     hashes = [hashlib.sha256(b"lightwell.prefix" + salt).digest()]
     for start in range(0, len(token_ids) - block_size + 1, block_size):
         block = b"".join(token_id.to_bytes(4, "little") for token_id in token_ids[start : start + block_size])
@@ -162,7 +163,7 @@ def full_block_hashes(
 
 
 def num_missing(request: Request, num_computed: int) -> int:
-    """Tokens that a request wants in a step: of its prompt, and then of what followed."""
+    """Return how many tokens a request needs computed: prompt tokens first, then generated ones."""
     if num_computed < request.num_prompt_tokens:
         return request.num_prompt_tokens - num_computed
     return request.num_tokens - num_computed
@@ -170,7 +171,7 @@ def num_missing(request: Request, num_computed: int) -> int:
 
 @dataclass(eq=False)
 class Choice:
-    """What the test knows of one choice."""
+    """The expected state of one choice."""
 
     submit: Submit
     request: Request
@@ -216,10 +217,10 @@ def submits(draw: st.DrawFn) -> Submit:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, run, fail and go away; after each rule the books are true."""
+    """Requests are added, run, fail and are aborted. After each rule the scheduler's state is consistent."""
 
     shares_prefixes = True
-    policies: Sequence[Policy | None] = [None]
+    policies: Sequence[SpeculationPolicy | None] = [None]
     next_token = staticmethod(random_token)
 
     @initialize(
@@ -262,15 +263,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             long_prefill_token_threshold=threshold,
             speculation=self.policy,
         )
-        self.scheduler.watermark = watermark
+        self.scheduler.kv.watermark = watermark
         self.model = FakeModel(block_size, self.next_token, separates_prompts=separates_prompts)
         self.choices: list[Choice] = []
         self.by_request: dict[Request, Choice] = {}
         self.num_submitted = 0
         self.step: Step | None = None
         self.num_steps = 0
-        self.num_steps_at_abort = 0  # when there last was one; they are kept rare, for much to happen in between
-        self.num_steps_of_head = 0  # steps that the first of the queue has waited as the first
+        self.num_steps_at_abort = 0  # at the last abort; aborts are kept rare, so that much happens in between
+        self.num_steps_of_head = 0  # steps for which the first in the queue has been the first
 
     def living(self) -> list[Choice]:
         return [choice for choice in self.choices if not choice.ended]
@@ -282,18 +283,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = drawn.prompt_token_ids[: self.max_model_len]
         submit = msgspec.structs.replace(drawn, request_id=f"r{self.num_submitted}", prompt_token_ids=prompt)
         salt = submit.cache_salt.encode() if self.shares_prefixes else b"unique %d" % self.num_submitted
-        leader = leader_of(submit, salt=salt, number=self.num_submitted, now=0.0)
+        parent = new_request(submit, salt=salt, arrival_number=self.num_submitted, now=0.0)
         self.num_submitted += 1
-        for request in (leader, *leader.siblings):
+        for request in (parent, *parent.children):
             choice = Choice(submit, request, solo_answer(submit, request.index, self.max_model_len, self.next_token))
             self.choices.append(choice)
             self.by_request[request] = choice
-        self.scheduler.add(leader)
+        self.scheduler.add(parent)
 
     @precondition(lambda self: self.living() and self.num_steps >= self.num_steps_at_abort + 4)
     @rule(number=st.integers(0, 99), all_choices=st.booleans())
     def abort(self, number: int, all_choices: bool) -> None:
-        """May come while a step runs; the step then has no news of the choice."""
+        """Abort, possibly while a step runs; the step then yields no event of the choice."""
         living = self.living()
         chosen = living[number % len(living)]
         request_id, index = chosen.submit.request_id, chosen.request.index
@@ -345,17 +346,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def update(self, failing: int | None) -> None:
         assert self.step is not None
         step, self.step = self.step, None
-        # A real model does not look at the requests again once the step has been launched.
+        # A real model does not read the requests again after the launch of a step.
         living = [item for item in step.scheduled if not self.by_request[item.request].ended]
         outputs = iter(self.model.run(Step(step.step_id, living), failing))
-        rows = [RowOutput() if self.by_request[item.request].ended else next(outputs) for item in step.scheduled]
+        rows = [ScheduledOutput() if self.by_request[item.request].ended else next(outputs) for item in step.scheduled]
         events = iter(self.scheduler.update(step, rows))
         for item, output in zip(step.scheduled, rows, strict=True):
             choice = self.by_request[item.request]
             if choice.ended:
                 continue
             if output.error is not None and item.draft_token_ids:
-                choice.num_computed = item.start  # the same again without a draft
+                choice.num_computed = item.start  # computed again without a draft
             elif item.num_samples or output.error is not None:
                 self.receive(choice, next(events), output, item)
         assert next(events, None) is None, "there is news of a choice that has none"
@@ -369,20 +370,20 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.update(None)
                 self.books_are_true()
 
-    # What the rules must have done.
+    # Expectations after each rule.
 
     def demand_of_running(self) -> int:
-        """Blocks that the running requests need for their next step, if none of them is preempted."""
+        """Return how many blocks the running requests need for their next step if none is preempted."""
         running, budget, demand = self.scheduler.running, self.budget, 0
         for position, request in enumerate(running):
-            missing = num_missing(request, request.num_computed)
+            missing = num_missing(request, request.kv.num_computed)
             share = min(missing, self.max_chunk, budget - (len(running) - position - 1))
-            demand += -(-(request.num_computed + share) // self.block_size) - len(request.blocks)
+            demand += -(-(request.kv.num_computed + share) // self.block_size) - len(request.kv.blocks)
             budget -= share
         return demand
 
     def expect_shares(self, is_whole: bool) -> None:
-        """The budget holds, and is used up before somebody gets less than he could use."""
+        """The budget is kept, and no request gets fewer tokens than it could use before it is spent."""
         assert self.step is not None
         assert self.step.num_tokens <= self.budget
         assert len(self.step.scheduled) <= self.scheduler.max_num_seqs
@@ -391,10 +392,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert 1 <= num_tokens <= min(missing, self.max_chunk)
             if is_whole and num_tokens < min(missing, self.max_chunk):
                 assert self.step.num_tokens == self.budget
-                assert not any(other.draft_token_ids for other in self.step.scheduled), "a draft took his place"
+                assert not any(other.draft_token_ids for other in self.step.scheduled), "a draft took a request's rows"
 
     def expect_drafts(self) -> None:
-        """They begin where the known tokens end, and are no longer than the policy and the request allow."""
+        """Drafts follow the sampled tokens, and are no longer than the policy and the request allow."""
         assert self.step is not None
         drafts = [item for item in self.step.scheduled if item.draft_token_ids]
         self.num_drafts += len(drafts)
@@ -426,37 +427,37 @@ class SchedulerMachine(RuleBasedStateMachine):
         choice.num_chunks += item.num_tokens - num_draft > 1 or start < request.num_prompt_tokens
 
     def expect_cached(self, request: Request, num_cached: int) -> None:
-        """All of the prefix that can be found is used, but for the last token. (The fake model reads what it is.)"""
+        """The whole cached prefix is used, except for the last token. (The fake model checks its contents.)"""
         assert num_cached % self.block_size == 0
         assert num_cached < request.num_tokens
-        if request.wants_prompt_logprobs:
+        if request.needs_prompt_logprobs:
             assert num_cached == 0
             return
         num_prompt_tokens = request.num_prompt_tokens if self.model.separates_prompts else None
-        hashes = full_block_hashes(request.token_ids[:-1], request.salt, self.block_size, num_prompt_tokens)
+        hashes = full_block_hashes(request.token_ids[:-1], request.kv.salt, self.block_size, num_prompt_tokens)
         next_block = num_cached // self.block_size
         assert next_block >= len(hashes) or hashes[next_block] not in self.scheduler.pool.published
 
     def expect_admission(self, has_preempted: bool) -> None:
-        """Whoever waits lacks a seat, tokens or blocks."""
+        """A request waits only for lack of max_num_seqs, tokens or blocks."""
         assert self.step is not None
         pool, running, waiting = self.scheduler.pool, self.scheduler.running, self.scheduler.waiting
         num_known = sum(item.num_tokens - len(item.draft_token_ids) for item in self.step.scheduled)
         has_budget = num_known < self.budget and len(running) < self.scheduler.max_num_seqs
         if not waiting or has_preempted or not has_budget:
             return
-        # Counted as if nothing of the first one were cached.
-        lacking = sum(pool.num_blocks_for(request.num_tokens) - len(request.blocks) for request in running)
-        assert pool.num_blocks_for(waiting[0].num_tokens) + self.scheduler.watermark + lacking > pool.num_free
+        # As if no block of the first one were cached.
+        lacking = sum(pool.num_blocks_for(request.num_tokens) - len(request.kv.blocks) for request in running)
+        assert pool.num_blocks_for(waiting[0].num_tokens) + self.scheduler.kv.watermark + lacking > pool.num_free
 
     def watch_head(self, waiting: list[Request], admitted: list[Request]) -> None:
-        """While one is the first of the queue, only requests that already run go on, and each ends in time."""
+        """While a request is the first in the queue, no other is admitted, and the running ones end in time."""
         is_same_head = bool(waiting) and not admitted and self.scheduler.waiting[0] is waiting[0]
         self.num_steps_of_head = self.num_steps_of_head + 1 if is_same_head else 0
-        num_steps = self.max_model_len + 1 + (self.policy is not None)  # one step more where a draft failed
+        num_steps = self.max_model_len + 1 + (self.policy is not None)  # one step more if a draft failed
         assert self.num_steps_of_head <= num_steps, "the first of the queue starves"
 
-    def receive(self, choice: Choice, event: TokenEvent, output: RowOutput, item: Scheduled) -> None:
+    def receive(self, choice: Choice, event: TokenEvent, output: ScheduledOutput, item: Scheduled) -> None:
         request, answer = choice.request, choice.answer
         assert (event.request_id, event.index) == (request.request_id, request.index)
         assert not choice.ended
@@ -508,7 +509,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         choice.ended = True
         choice.num_computed = None
         assert choice.request.status is Status.FINISHED
-        assert choice.request.blocks == []
+        assert choice.request.kv.blocks == []
         record = next(record for record in self.recorder.requests if record is choice.request.record)
         assert record.finish_reason == reason
         if times is None:
@@ -530,7 +531,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         reached = [moment for moment in moments if moment is not None]
         assert reached == sorted(reached)
 
-    # What is always so.
+    # Invariants.
 
     @invariant()
     def books_are_true(self) -> None:
@@ -544,26 +545,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert orders == sorted(orders)
         for request in scheduler.running:
             assert request.status is Status.RUNNING
-            assert len(request.blocks) == -(-request.num_computed // self.block_size)
-            assert request.num_computed == self.by_request[request].num_computed
+            assert len(request.kv.blocks) == -(-request.kv.num_computed // self.block_size)
+            assert request.kv.num_computed == self.by_request[request].num_computed
         for request in scheduler.waiting:
-            assert (request.status, request.blocks, request.num_computed) == (Status.WAITING, [], 0)
+            assert (request.status, request.kv.blocks, request.kv.num_computed) == (Status.WAITING, [], 0)
         requests = list(scheduler.requests())
         assert len(requests) == len(set(requests))
         assert set(requests) == {choice.request for choice in self.living()}
         assert scheduler.has_work == bool(requests)
 
     @invariant()
-    def siblings_follow_their_leader(self) -> None:
+    def children_follow_their_parent(self) -> None:
         if not hasattr(self, "scheduler"):
             return
         queued = {*self.scheduler.running, *self.scheduler.waiting}
-        leaders = {choice.submit.request_id: choice for choice in self.choices if choice.request.index == 0}
+        parents = {choice.submit.request_id: choice for choice in self.choices if choice.request.index == 0}
         for choice in self.living():
-            leader = leaders[choice.submit.request_id]
-            if choice.request in queued and choice is not leader:
-                assert leader.prompt_is_computed or leader.ended
-            if leader.prompt_is_computed:
+            parent = parents[choice.submit.request_id]
+            if choice.request in queued and choice is not parent:
+                assert parent.prompt_is_computed or parent.ended
+            if parent.prompt_is_computed:
                 assert choice.request in queued
 
     @invariant()
@@ -575,7 +576,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         asked = [c for c in started if c.request.params.prompt_logprobs is None or len(c.submit.prompt_token_ids) == 1]
         assert stats.num_running == len(self.scheduler.running)
         assert stats.num_running + stats.num_waiting == len(self.living())
-        assert stats.num_blocks_used == len({b.block_id for r in self.scheduler.running for b in r.blocks})
+        assert stats.num_blocks_used == len({b.block_id for r in self.scheduler.running for b in r.kv.blocks})
         assert stats.prompt_tokens_total == sum(len(choice.submit.prompt_token_ids) for choice in started)
         assert stats.prompt_tokens_cached_total == sum(choice.num_cached or 0 for choice in started)
         assert stats.prefix_cache_queries_total == sum(len(choice.submit.prompt_token_ids) for choice in asked)
@@ -588,10 +589,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.recorder.requests) == sum(choice.ended for choice in self.choices)
 
     def teardown(self) -> None:
-        """Left alone, everything ends in time, and nothing is left in the books."""
+        """Without further input all requests end in time, and no block stays in use."""
         if not hasattr(self, "scheduler"):
             return
-        # The first in order runs after at most max_model_len + 1 steps, and then ends in as many.
+        # The first in order runs after at most max_model_len + 1 steps, and ends within as many more.
         num_steps_left = 2 * (self.max_model_len + 2) * len(self.living())
         if self.step is not None:
             self.update(None)
@@ -601,7 +602,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.schedule()
             self.update(None)
             self.books_are_true()
-            self.siblings_follow_their_leader()
+            self.children_follow_their_parent()
         assert all(choice.ended for choice in self.choices)
         self.counters_agree()
         stats = self.scheduler.current_stats()
@@ -611,28 +612,30 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class UniqueSaltMachine(SchedulerMachine):
-    """Without prefix caching each submitted prompt has a salt of its own, which only its choices share."""
+    """Without prefix caching each submitted prompt has its own salt, shared only by its choices."""
 
     shares_prefixes = False
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=200, stateful_step_count=50, deadline=None, print_blob=True)
+TestScheduler.settings = settings(
+    max_examples=num_examples(66, 1000), stateful_step_count=50, deadline=None, print_blob=True
+)
 TestSchedulerWithoutPrefixCaching = UniqueSaltMachine.TestCase
-TestSchedulerWithoutPrefixCaching.settings = settings(TestScheduler.settings, max_examples=60)
+TestSchedulerWithoutPrefixCaching.settings = settings(TestScheduler.settings, max_examples=num_examples(20, 300))
 
 
 # One example for each rule.
 
 
 class Rig:
-    """A scheduler with a fake model that says token 9, and a record of what each step computed."""
+    """A scheduler with a fake model that always samples token 9, and a record of what each step computed."""
 
     def __init__(
         self,
         *,
         next_token: NextToken = lambda prefix, seed: 9,
-        speculation: Policy | None = None,
+        speculation: SpeculationPolicy | None = None,
         separates_prompts: bool = False,
         **limits: int,
     ) -> None:
@@ -662,13 +665,13 @@ class Rig:
             n=n,
             priority=priority,
         )
-        request = leader_of(submit, salt=salt, number=self.num_submitted, now=0.0)
+        request = new_request(submit, salt=salt, arrival_number=self.num_submitted, now=0.0)
         self.num_submitted += 1
         self.scheduler.add(request)
         return request
 
     def step(self, failing: int | None = None) -> dict[str, tuple[int, int]]:
-        """Run a step. What it computed: letter of the request and number of the choice -> (start, number of tokens)."""
+        """Run a step. Return what it computed: request letter and choice number -> (start, number of tokens)."""
         step = self.scheduler.schedule()
         assert step is not None
         computed = {name(item.request): (item.start, item.num_tokens) for item in step.scheduled}
@@ -677,7 +680,7 @@ class Rig:
         return computed
 
     def run(self) -> list[dict[str, tuple[int, int]]]:
-        """Run until everything has ended."""
+        """Run until all requests have ended."""
         steps: list[dict[str, tuple[int, int]]] = []
         events: list[TokenEvent] = []
         while self.scheduler.has_work:
@@ -700,7 +703,7 @@ def name(request: Request) -> str:
 
 
 def prompt(num_tokens: int, first: int = 100) -> range:
-    """Tokens that no other prompt with another `first` shares."""
+    """Return a prompt that shares no tokens with prompts of another `first`."""
     return range(first, first + num_tokens)
 
 
@@ -738,13 +741,13 @@ def test_a_long_prompt_leaves_a_token_for_each_that_decodes() -> None:
 
 
 def test_rows_of_one_adapter_come_one_after_the_other() -> None:
-    """Among those of generated tokens, and among those of prompts; else in the order in which they came."""
+    """Both among generating requests and among prompts; otherwise in the order of arrival."""
     rig = Rig(max_num_seqs=8, num_blocks=32)
-    for lora_place in (1, -1, 0, 1, -1):
-        rig.add(prompt(2)).lora_place = lora_place
+    for lora_slot in (1, -1, 0, 1, -1):
+        rig.add(prompt(2)).lora_slot = lora_slot
     assert list(rig.step()) == ["b0", "e0", "c0", "a0", "d0"]
-    for lora_place in (0, -1):
-        rig.add(prompt(2)).lora_place = lora_place
+    for lora_slot in (0, -1):
+        rig.add(prompt(2)).lora_slot = lora_slot
     assert list(rig.step()) == ["b0", "e0", "c0", "a0", "d0", "g0", "f0"]
 
 
@@ -779,12 +782,12 @@ def test_nothing_to_do() -> None:
 
 def test_the_newest_is_preempted_and_resumes_from_what_is_still_cached() -> None:
     rig = Rig(num_blocks=8, max_num_batched_tokens=32)
-    first = rig.add(prompt(11, 100), max_tokens=8)  # 3 blocks, 5 in the end
-    second = rig.add(prompt(15, 200), max_tokens=8)  # 4 blocks, 6 in the end
+    first = rig.add(prompt(11, 100), max_tokens=8)  # 3 blocks, finally 5
+    second = rig.add(prompt(15, 200), max_tokens=8)  # 4 blocks, finally 6
     assert rig.step() == {"a0": (0, 11), "b0": (0, 15)}
     assert rig.step() == {"a0": (11, 1), "b0": (15, 1)}
-    assert rig.step() == {"a0": (12, 1)}  # takes the last block; the second has none for its token 16
-    assert (second.status, second.blocks, second.num_computed) == (Status.WAITING, [], 0)
+    assert rig.step() == {"a0": (12, 1)}  # takes the last block; none is left for token 16 of the second
+    assert (second.status, second.kv.blocks, second.kv.num_computed) == (Status.WAITING, [], 0)
     steps = rig.run()
     assert steps[:5] == [{"a0": (position, 1)} for position in range(13, 18)]
     assert steps[5:7] == [{"b0": (12, 3)}, {"b0": (15, 2)}]  # the first took only the last of its blocks
@@ -851,7 +854,7 @@ def test_the_only_request_may_fill_the_whole_cache() -> None:
 def test_who_does_not_fit_beside_the_others_waits() -> None:
     rig = Rig(num_blocks=8, max_num_batched_tokens=12)
     rig.add(prompt(16, 100), max_tokens=3)
-    rig.add(prompt(20, 200), max_tokens=1)  # its first chunk would have room, its whole has none
+    rig.add(prompt(20, 200), max_tokens=1)  # room for its first chunk, but not for all of it
     rig.add(prompt(1, 300), max_tokens=1)
     assert [list(step) for step in rig.run()] == [["a0"], ["a0"], ["a0"], ["a0"], ["b0"], ["b0", "c0"]]
     assert rig.scheduler.stats.preemptions_total == 0
@@ -877,7 +880,7 @@ def test_alone_a_request_may_have_all_of_a_large_cache() -> None:
 @pytest.mark.parametrize(
     ("token_ids", "num_cached"),
     [
-        (prompt(12), 8),  # the last token is always computed, for its logits are needed
+        (prompt(12), 8),  # the last token is always computed: its logits are needed
         (prompt(13), 12),
         (prompt(20), 12),
         (prompt(11), 8),
@@ -918,35 +921,35 @@ def test_equal_prompts_in_one_step_do_not_read_what_is_not_computed() -> None:
     rig = Rig()
     first, second = rig.add(prompt(8)), rig.add(prompt(8))
     assert rig.step() == {"a0": (0, 8), "b0": (0, 8)}
-    assert not set(first.blocks) & set(second.blocks)
+    assert not set(first.kv.blocks) & set(second.kv.blocks)
 
 
 # The choices of one prompt.
 
 
 @pytest.mark.parametrize("salt", [b"", b"unique"])
-def test_siblings_start_when_the_prompt_is_computed_and_share_its_blocks(salt: bytes) -> None:
+def test_children_start_when_the_prompt_is_computed_and_share_its_blocks(salt: bytes) -> None:
     rig = Rig(max_num_batched_tokens=6)
-    leader = rig.add(prompt(9), n=3, salt=salt, max_tokens=2)
-    siblings = list(leader.siblings)
+    parent = rig.add(prompt(9), n=3, salt=salt, max_tokens=2)
+    children = list(parent.children)
     assert rig.scheduler.current_stats().num_waiting == 3
     assert rig.step() == {"a0": (0, 6)}
     assert rig.scheduler.current_stats().num_waiting == 2
     assert rig.step() == {"a0": (6, 3)}
     assert rig.step() == {"a0": (9, 1), "a1": (8, 1), "a2": (8, 1)}
-    assert siblings[0].blocks[:2] == siblings[1].blocks[:2]
+    assert children[0].kv.blocks[:2] == children[1].kv.blocks[:2]
     assert [event.index for event in rig.events if event.num_cached_tokens == 8] == [1, 2]
     rig.run()
     assert [record.index for record in rig.recorder.requests] == [0, 1, 2]
 
 
-def test_siblings_find_the_blocks_of_a_leader_that_ends_with_its_first_token() -> None:
+def test_children_find_the_blocks_of_a_parent_that_ends_with_its_first_token() -> None:
     rig = Rig(max_num_batched_tokens=12)
     rig.add(prompt(9), n=2, max_tokens=1)
     assert rig.run() == [{"a0": (0, 9)}, {"a1": (8, 1)}]
 
 
-def test_siblings_go_on_when_their_leader_fails_or_goes_away() -> None:
+def test_children_go_on_when_their_parent_fails_or_is_aborted() -> None:
     rig = Rig(max_num_batched_tokens=6)
     rig.add(prompt(9), n=2, max_tokens=1)
     rig.step()
@@ -958,7 +961,7 @@ def test_siblings_go_on_when_their_leader_fails_or_goes_away() -> None:
     assert [(e.request_id, e.index, e.finish_reason) for e in rig.events] == [("a", 1, "length"), ("b", 1, "length")]
 
 
-def test_choices_that_wait_for_their_leader_can_be_aborted() -> None:
+def test_waiting_children_can_be_aborted() -> None:
     rig = Rig(max_num_batched_tokens=6)
     rig.add(prompt(9), n=3, max_tokens=1)
     rig.step()
@@ -1144,7 +1147,7 @@ def test_a_prompt_beyond_the_context_is_a_programmer_error() -> None:
         rig.add([])
 
 
-def test_siblings_share_one_prefill_when_their_leader_goes_away() -> None:
+def test_children_share_one_prefill_when_their_parent_is_aborted() -> None:
     rig = Rig(max_num_batched_tokens=36)
     rig.add(prompt(9), n=4, max_tokens=1)
     rig.scheduler.abort("a", 0)

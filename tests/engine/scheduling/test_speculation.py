@@ -1,49 +1,27 @@
-"""Drafts change the number of steps and nothing else: the search for them, the scheduler's books, and whole answers."""
+"""Prompt lookup: which tokens are guessed, and how long the guesses are."""
 
-import dataclasses
-import math
 import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import pytest
-import torch
-from hypothesis import settings
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.config import EngineConfig
-from engine.core import Engine
-from engine.loading import LoadedModel, load_model
-from engine.scheduling.request import Status
 from engine.scheduling.speculation import (
     AUTO,
     MAX_RESTS,
     NGRAM,
     START_LENGTH,
     Drafter,
-    Policy,
+    SpeculationPolicy,
     choose_policy,
     num_confirmed,
 )
-from engine.shared.messages import (
-    MIROSTAT_ORDER,
-    FinishReason,
-    SamplerChain,
-    SamplingParams,
-    Submit,
-    TokenEvent,
-    TokenLogprobs,
-)
-from tests.engine.scheduling.test_scheduler import EOS, Rig, SchedulerMachine, logprob_of, prompt, random_token, says
-from tests.support.tiny_models import save_random_model
 
 # The search.
 
 
 def naive_draft(token_ids: Sequence[int], length: int) -> list[int]:
-    """What followed where the last three tokens stood last, or else the last two; a copy may run into itself."""
+    """Return what followed the last occurrence of the last three tokens, or else two; a copy may overlap itself."""
     tokens = list(token_ids)
     for size in (3, 2):
         for position in reversed(range(size, len(tokens))):
@@ -61,11 +39,11 @@ def test_drafts_are_those_of_a_search_through_all_tokens(num_ids: int) -> None:
     rng = random.Random(seed)
     num_found = 0
     for _ in range(40):
-        drafter = Drafter(Policy(max_length=6))
+        drafter = Drafter(SpeculationPolicy(max_length=6))
         token_ids: list[int] = []
         while len(token_ids) < 150:
             new = [rng.randrange(num_ids) for _ in range(rng.choice([1, 1, 1, 2, 5, 40]))]
-            if rng.random() < 0.3 and token_ids:  # what stood before stands there again
+            if rng.random() < 0.3 and token_ids:  # repeat earlier tokens
                 start = rng.randrange(len(token_ids))
                 new = token_ids[start : start + rng.randrange(12)]
             token_ids += new
@@ -80,9 +58,9 @@ def test_drafts_are_those_of_a_search_through_all_tokens(num_ids: int) -> None:
     ("token_ids", "draft"),
     [
         ([1, 2, 3, 4, 5, 1, 2, 3], [4, 5, 1, 2]),
-        ([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], [4, 9, 2, 3]),  # three tokens before two, though further back
-        ([1, 2, 3, 4, 1, 2, 5, 7, 1, 2], [5, 7, 1, 2]),  # the last time counts
-        ([8, 1, 2, 6, 1, 2], [6, 1, 2, 6]),  # the copy goes round
+        ([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], [4, 9, 2, 3]),  # three tokens win over two, even if further back
+        ([1, 2, 3, 4, 1, 2, 5, 7, 1, 2], [5, 7, 1, 2]),  # the last occurrence counts
+        ([8, 1, 2, 6, 1, 2], [6, 1, 2, 6]),  # the copy overlaps itself
         ([7, 7, 7], [7, 7, 7, 7]),
         ([1, 2, 3, 4], []),
         ([1, 2], []),
@@ -98,7 +76,7 @@ def test_what_is_guessed(token_ids: list[int], draft: list[int]) -> None:
 
 def test_each_token_is_taken_in_once() -> None:
     class Watched(list[int]):
-        """Counts the tokens that are looked at."""
+        """Counts the tokens that are read."""
 
         num_read = 0
 
@@ -124,13 +102,13 @@ REPEATED = [1, 2, 3] * 20
 
 
 def fares(*num_accepted: int) -> list[int]:
-    """Lengths of the drafts of a request of which so many tokens were right (at most all), and of one more."""
+    """Return the lengths of drafts of which the given numbers of tokens are accepted, and of one more draft."""
     drafter = Drafter(AUTO)
     lengths = []
     for num in num_accepted:
         lengths.append(len(drafter.draft(REPEATED, 100)))
         if lengths[-1]:
-            drafter.learn(lengths[-1], min(num, lengths[-1]))
+            drafter.adapt(lengths[-1], min(num, lengths[-1]))
     return [*lengths, len(drafter.draft(REPEATED, 100))]
 
 
@@ -152,9 +130,9 @@ def test_failures_in_a_row_make_longer_and_longer_rests() -> None:
 def test_a_draft_that_was_cut_short_does_not_shrink_the_next() -> None:
     drafter = Drafter(AUTO)
     for _ in range(4):
-        drafter.learn(len(drafter.draft(REPEATED, 100)), len(drafter.draft(REPEATED, 100)))
+        drafter.adapt(len(drafter.draft(REPEATED, 100)), len(drafter.draft(REPEATED, 100)))
     assert len(drafter.draft(REPEATED, 2)) == 2
-    drafter.learn(2, 2)
+    drafter.adapt(2, 2)
     assert len(drafter.draft(REPEATED, 100)) == AUTO.max_length
 
 
@@ -162,7 +140,7 @@ def test_ngram_always_drafts() -> None:
     drafter = Drafter(NGRAM)
     for num_accepted in (0, 0, 0, 4, 1, 0):
         assert len(drafter.draft(REPEATED, 100)) == NGRAM.max_length
-        drafter.learn(NGRAM.max_length, num_accepted)
+        drafter.adapt(NGRAM.max_length, num_accepted)
 
 
 def test_policies() -> None:
@@ -193,401 +171,3 @@ def test_policies() -> None:
 )
 def test_which_tokens_are_true(token_ids: list[int], not_finite: Sequence[int], draft: list[int], num: int) -> None:
     assert num_confirmed(token_ids, [row not in not_finite for row in range(len(token_ids))], draft) == num
-
-
-# The books of the scheduler.
-
-
-def repeating_token(prefix: Sequence[int], seed: int) -> int:
-    """What stood three tokens before, most of the time."""
-    surprise = random_token(prefix, seed)
-    return prefix[-3] if len(prefix) >= 3 and surprise < 2 else surprise
-
-
-class SpeculatingMachine(SchedulerMachine):
-    """The same rules with drafts, of which many are right."""
-
-    policies = [NGRAM, AUTO, Policy(max_length=9), Policy(max_length=2, max_rows=3, adapts=True)]
-    next_token = staticmethod(repeating_token)
-
-
-class SurprisedMachine(SpeculatingMachine):
-    """With drafts of which few are right."""
-
-    shares_prefixes = False
-    next_token = staticmethod(random_token)
-
-
-TestSpeculation = SpeculatingMachine.TestCase
-TestSpeculation.settings = settings(max_examples=200, stateful_step_count=50, deadline=None, print_blob=True)
-TestWrongSpeculation = SurprisedMachine.TestCase
-TestWrongSpeculation.settings = settings(TestSpeculation.settings, max_examples=60)
-
-CYCLE = [101, 102, 103, 104] * 3
-
-
-def follows_cycle(prefix: Sequence[int], seed: int) -> int:
-    """101, 102, 103, 104, 101 ..."""
-    return prefix[-4]
-
-
-def logprobs_of(token_ids: Sequence[int], num_prompt_tokens: int) -> list[TokenLogprobs]:
-    """What the fake model says of each token of an output."""
-    return [logprob_of(token_ids[:end], token_ids[end]) for end in range(num_prompt_tokens, len(token_ids))]
-
-
-def test_a_right_draft_saves_steps() -> None:
-    rig = Rig(next_token=follows_cycle, speculation=NGRAM)
-    request = rig.add(CYCLE[:10], max_tokens=11, logprobs=0)
-    assert rig.run() == [{"a0": (0, 10)}, {"a0": (10, 5)}, {"a0": (15, 5)}]
-    assert [event.token_ids for event in rig.events] == [[103], [104, 101, 102, 103, 104], [101, 102, 103, 104, 101]]
-    assert [entry for event in rig.events for entry in event.logprobs or []] == logprobs_of(request.token_ids, 10)
-    times = rig.events[-1].times
-    assert times is not None
-    assert (times.num_output_tokens, times.num_accepted_tokens, times.num_chunks) == (11, 8, 1)
-    stats = rig.scheduler.stats
-    assert (stats.drafts_total, stats.draft_tokens_total, stats.accepted_tokens_total) == (2, 8, 8)
-    assert (stats.generation_tokens_total, stats.steps_total) == (11, 3)
-
-
-def test_a_wrong_draft_costs_nothing_but_its_rows() -> None:
-    rig = Rig(next_token=says(101, *[9] * 5, num_prompt_tokens=12), speculation=NGRAM)
-    request = rig.add(CYCLE, max_tokens=6)
-    assert rig.step() == {"a0": (0, 12)}
-    assert rig.step() == {"a0": (12, 5)}
-    assert [event.token_ids for event in rig.events] == [[9]]
-    assert (request.num_computed, len(request.blocks)) == (13, 4)
-    assert rig.step() == {"a0": (13, 1)}  # nothing has followed 101, 9 so far
-    assert rig.step() == {"a0": (14, 1)}
-    assert rig.step() == {"a0": (15, 2)}  # max_tokens leaves room for one guess
-    assert rig.events[0].token_ids == [9, 9]
-    assert rig.events[0].finish_reason is FinishReason.LENGTH
-    stats = rig.scheduler.stats
-    assert (stats.drafts_total, stats.draft_tokens_total, stats.accepted_tokens_total) == (2, 5, 1)
-
-
-def test_of_a_draft_that_is_right_in_part_that_part_is_kept() -> None:
-    rig = Rig(next_token=says(101, 102, 55, 56, 57, num_prompt_tokens=12), speculation=NGRAM)
-    rig.add(CYCLE, max_tokens=5)
-    assert rig.run() == [{"a0": (0, 12)}, {"a0": (12, 4)}, {"a0": (14, 1)}, {"a0": (15, 1)}]
-    assert [event.token_ids for event in rig.events] == [[101], [102, 55], [56], [57]]
-
-
-def test_a_draft_displaces_nobody() -> None:
-    rig = Rig(next_token=follows_cycle, speculation=NGRAM, max_num_batched_tokens=6, max_num_seqs=3)
-    rig.add(CYCLE[:5], max_tokens=40)
-    rig.step()
-    rig.add(prompt(16, 200), max_tokens=1)
-    assert rig.step() == {"a0": (5, 1), "b0": (0, 5)}
-    assert rig.step() == {"a0": (6, 1), "b0": (5, 5)}
-    assert rig.step() == {"a0": (7, 1), "b0": (10, 5)}
-    assert rig.step() == {"a0": (8, 5), "b0": (15, 1)}
-
-
-def test_rows_are_shared_among_those_who_draft() -> None:
-    rig = Rig(next_token=follows_cycle, speculation=Policy(max_length=4, max_rows=8), num_blocks=40)
-    for _ in range(3):
-        rig.add(CYCLE[:5], max_tokens=20, salt=b"%d" % rig.num_submitted)
-    assert rig.step() == {"a0": (0, 5), "b0": (0, 5), "c0": (0, 5)}  # more rows than drafts are made for
-    assert rig.step() == {"a0": (5, 3), "b0": (5, 3), "c0": (5, 2)}
-
-
-def test_no_block_for_a_draft() -> None:
-    rig = Rig(next_token=follows_cycle, speculation=NGRAM, num_blocks=8, max_num_batched_tokens=27)
-    request = rig.add(CYCLE, max_tokens=8)
-    other = rig.add(prompt(15, 200), max_tokens=2)
-    assert rig.step() == {"a0": (0, 12), "b0": (0, 15)}
-    assert rig.step() == {"a0": (12, 1), "b0": (15, 1)}  # the last block is for token 12; 16 would need another
-    assert (request.status, other.status) == (Status.RUNNING, Status.FINISHED)
-    assert rig.scheduler.stats.drafts_total == rig.scheduler.stats.preemptions_total == 0
-    assert rig.step() == {"a0": (13, 5)}
-
-
-def test_what_a_wrong_draft_took_is_there_for_the_others() -> None:
-    rig = Rig(speculation=NGRAM, num_blocks=8, max_num_batched_tokens=40)
-    rig.add(CYCLE, max_tokens=2)
-    rig.add(prompt(15, 200), max_tokens=6)
-    rig.step()
-    assert rig.scheduler.pool.num_used == 7
-
-
-def test_only_what_was_right_is_cached() -> None:
-    for next_token, num_cached in ((follows_cycle, 16), (says(101, *[9] * 6, num_prompt_tokens=12), 12)):
-        rig = Rig(next_token=next_token, speculation=NGRAM)
-        rig.add(CYCLE, max_tokens=6)
-        assert rig.step() == {"a0": (0, 12)}
-        assert rig.step() == {"a0": (12, 5)}
-        rig.run()
-        rig.add([*CYCLE, 101, 102, 103, 104, 1, 2], max_tokens=1)
-        assert rig.step() == {"b0": (num_cached, 18 - num_cached)}
-
-
-def test_a_draft_that_fails_is_tried_without() -> None:
-    rig = Rig(next_token=follows_cycle, speculation=NGRAM)
-    request = rig.add(CYCLE, max_tokens=6, prompt_logprobs=0)
-    assert rig.step() == {"a0": (0, 12)}
-    assert rig.events[0].prompt_logprobs == logprobs_of(CYCLE, 1)
-    assert rig.step(failing=0) == {"a0": (12, 5)}
-    assert rig.events == []
-    assert (request.num_computed, len(request.blocks)) == (12, 3)
-    assert rig.run() == [{"a0": (position, 1)} for position in range(12, 17)]
-    assert [event.token_ids for event in rig.events] == [[102], [103], [104], [101], [102]]
-
-
-def test_who_fails_without_a_draft_too_has_failed() -> None:
-    rig = Rig(next_token=follows_cycle, speculation=NGRAM)
-    rig.add(CYCLE, max_tokens=6)
-    rig.step()
-    rig.step(failing=0)
-    rig.step(failing=0)
-    assert [(event.error, event.finish_reason) for event in rig.events] == [("broken", FinishReason.ERROR)]
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {},
-        {"max_tokens": 1},
-        {"max_tokens": 2},
-        {"max_tokens": 4},
-        {"max_tokens": 5},
-        {"min_tokens": 2},
-        {"min_tokens": 3},
-        {"min_tokens": 7},
-        {"ignore_eos": True},
-        {"ignore_eos": True, "max_tokens": 100},
-        {"stop_token_ids": (3,)},
-        {"stop_token_ids": (8,)},
-        {"stop_token_ids": (8,), "ignore_eos": True},
-        {"stop_token_ids": (1,), "min_tokens": 5},
-    ],
-)
-@pytest.mark.parametrize("policy", [NGRAM, AUTO, Policy(max_length=9)])
-def test_the_end_is_where_it_is_without_drafts(params: dict[str, Any], policy: Policy) -> None:
-    """3, 5 (the end token), 8, 1, 2 for ever, all of which is guessed right."""
-    ends = []
-    for speculation in (policy, None):
-        rig = Rig(next_token=lambda prefix, seed: prefix[-5], max_model_len=30, speculation=speculation)
-        request = rig.add([1, 2, 3, EOS, 8, 1, 2], **{"max_tokens": 20, "logprobs": 0} | params)
-        rig.run()
-        last = rig.events[-1]
-        logprobs = [entry for event in rig.events for entry in event.logprobs or []]
-        assert [token_id for event in rig.events for token_id in event.token_ids] == request.token_ids[7:]
-        assert last.times is not None
-        assert last.times.num_output_tokens == rig.scheduler.stats.generation_tokens_total == request.num_output_tokens
-        assert rig.scheduler.pool.num_used == 0
-        ends.append((request.token_ids, logprobs, last.finish_reason, last.stop_token_id))
-    assert ends[0] == ends[1]
-
-
-# Whole answers, of a tiny random model whose few tokens repeat themselves often.
-
-SEED = 4
-NUM_IDS = 24
-NAN_TOKEN = 24  # its embedding is no number, so whoever uses it gets no numbers; it is banned by a bias
-
-Answers = dict[tuple[str, int], TokenEvent]
-
-
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=NUM_IDS + 1,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=5,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    folder = save_random_model(model, tmp_path_factory.mktemp("model"), seed=1)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[NAN_TOKEN] = math.nan
-    model.save_pretrained(folder)
-    loaded = load_model(EngineConfig(model_path=str(folder), dtype=request.param))
-    assert loaded.runner.kernels.deterministic
-    return loaded
-
-
-MIROSTAT = SamplerChain(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=1.0, mirostat_eta=0.3)
-SETTINGS: list[dict[str, Any]] = [
-    {"temperature": 0.0, "ignore_eos": True},
-    {"temperature": 0.0, "min_tokens": 40, "logprobs": 3},
-    {"temperature": 0.3, "logprobs": 0},
-    {"temperature": 0.7, "top_p": 0.9, "min_tokens": 30, "stop_token_ids": (10,)},
-    {"temperature": 0.5, "top_k": 5, "min_p": 0.05, "stop_token_ids": (3, 13), "logprobs": 2},
-    {"temperature": 0.4, "repetition_penalty": 1.3, "frequency_penalty": 0.2, "ignore_eos": True, "logprobs": 1},
-    {"temperature": 0.6, "presence_penalty": -1.0, "frequency_penalty": -0.3, "ignore_eos": True},
-    {"temperature": 0.3, "logit_bias": {2: 2.0, 11: -1.5}, "prompt_logprobs": 1, "ignore_eos": True},
-    {"temperature": 0.2, "max_tokens": 500, "ignore_eos": True},  # to the end of the context
-    {"temperature": 0.0, "max_tokens": 3, "ignore_eos": True},
-    {"temperature": 0.4, "bad_words": ((3,), (7, 8), (1, 2, 4)), "ignore_eos": True},
-    {"temperature": 0.4, "allowed_token_ids": (2, 4, 5, 9, 11), "min_tokens": 50},
-    {"temperature": 0.3, "chain": SamplerChain(dry_multiplier=0.2, xtc_probability=0.2), "ignore_eos": True},
-    {"temperature": 0.5, "chain": MIROSTAT, "ignore_eos": True, "post_sampling_probs": True, "logprobs": 1},
-]
-
-
-@pytest.fixture(scope="module")
-def submits() -> list[Submit]:
-    """Each mix of settings, with prompts that repeat themselves and share beginnings."""
-    print(f"seed {SEED}")
-    rng = random.Random(SEED)
-    shared = [rng.randrange(NUM_IDS) for _ in range(40)]
-    submits = []
-    for number, mix in enumerate(SETTINGS):
-        fields = {"max_tokens": 70, "seed": rng.randrange(2**63)} | mix
-        fields["logit_bias"] = {NAN_TOKEN: -1e9} | fields.get("logit_bias", {})
-        part = [rng.randrange(NUM_IDS) for _ in range(rng.randrange(4, 30))]
-        submits.append(
-            Submit(
-                request_id=f"r{number}",
-                prompt_token_ids=[*(shared if number % 2 else []), *part, *part],
-                params=SamplingParams(**fields),
-                arrival=0.0,
-                n=1 + number % 3,
-            )
-        )
-    return submits
-
-
-@pytest.fixture(scope="module")
-def alone(loaded: LoadedModel, submits: list[Submit]) -> Answers:
-    """Each by itself, without drafts."""
-    answers: Answers = {}
-    for submit in submits:
-        answers |= run(make_engine(loaded, "off"), [submit])
-    return answers
-
-
-def make_engine(loaded: LoadedModel, mode: str, *, chunk: int = 0, num_blocks: int | None = None) -> Engine:
-    """With an empty cache."""
-    memory = dataclasses.replace(loaded.memory, num_blocks=num_blocks or loaded.memory.num_blocks)
-    config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, speculative=mode)
-    return Engine(config, dataclasses.replace(loaded, memory=memory))
-
-
-def run(engine: Engine, submits: Sequence[Submit]) -> Answers:
-    """All that each choice was told, as one event."""
-    for submit in submits:
-        engine.add(submit)
-    answers: Answers = {}
-    deadline = time.monotonic() + 300
-    while engine.has_work:
-        assert time.monotonic() < deadline
-        for event in engine.step()[1]:
-            event.times, event.num_cached_tokens = None, 0
-            answer = answers.setdefault((event.request_id, event.index), event)
-            if answer is not event:
-                answer.token_ids += event.token_ids
-                if answer.logprobs is not None:
-                    answer.logprobs += event.logprobs or []
-                answer.finish_reason, answer.stop_token_id, answer.error = (
-                    event.finish_reason,
-                    event.stop_token_id,
-                    event.error,
-                )
-        engine.scheduler.check()
-    assert engine.stats().num_blocks_used == 0
-    return answers
-
-
-def assert_same(engine: Engine, actual: Answers, expected: Answers) -> None:
-    """And drafts had a part in it, right ones and wrong ones."""
-    assert actual.keys() == expected.keys()
-    different = [key for key in expected if actual[key] != expected[key]]
-    assert not different
-    stats = engine.stats()
-    assert 0 < stats.accepted_tokens_total < stats.draft_tokens_total
-    assert stats.accepted_tokens_total == sum(record.num_accepted_tokens for record in engine.recorder.requests)
-
-
-MODES = pytest.mark.parametrize("mode", ["auto", "ngram"])
-
-
-def test_answers_end_in_every_way(alone: Answers) -> None:
-    assert {answer.stop_token_id for answer in alone.values()} >= {None, 5, 10, 13}
-    assert len(alone["r8", 0].token_ids) > 150, "the end of the context"
-    assert all(answer.error is None for answer in alone.values())
-
-
-@MODES
-def test_same_answers_alone(loaded: LoadedModel, submits: list[Submit], alone: Answers, mode: str) -> None:
-    engine = make_engine(loaded, mode)
-    answers: Answers = {}
-    for submit in submits:
-        answers |= run(engine, [submit])
-    assert_same(engine, answers, alone)
-
-
-@MODES
-@pytest.mark.parametrize("chunk", [0, 1, 7])
-def test_same_answers_in_a_batch(
-    loaded: LoadedModel, submits: list[Submit], alone: Answers, mode: str, chunk: int
-) -> None:
-    engine = make_engine(loaded, mode, chunk=chunk)
-    assert_same(engine, run(engine, submits), alone)
-
-
-@MODES
-def test_same_answers_from_a_warm_cache(loaded: LoadedModel, submits: list[Submit], alone: Answers, mode: str) -> None:
-    """Of prompts, and of answers that drafts helped to compute and that are prompts now."""
-    longer = [
-        msgspec.structs.replace(
-            submit, prompt_token_ids=[*submit.prompt_token_ids, *alone[submit.request_id, 0].token_ids[:60]]
-        )
-        for submit in submits
-    ]
-    expected = run(make_engine(loaded, "off"), longer)
-    engine = make_engine(loaded, mode)
-    run(engine, submits)
-    num_hits = engine.stats().prefix_cache_hits_total
-    assert_same(engine, run(engine, longer), expected)
-    assert_same(engine, run(engine, submits), alone)
-    assert engine.stats().prefix_cache_hits_total > num_hits + 32 * len(submits)
-
-
-@MODES
-def test_same_answers_after_preemption(loaded: LoadedModel, submits: list[Submit], alone: Answers, mode: str) -> None:
-    engine = make_engine(loaded, mode, num_blocks=8)
-    engine.scheduler.watermark = 0
-    assert_same(engine, run(engine, submits), alone)
-    assert engine.stats().preemptions_total > 0
-
-
-@pytest.mark.parametrize("num_right", [0, 1, 3])
-def test_a_draft_without_numbers_harms_nobody(
-    loaded: LoadedModel, submits: list[Submit], alone: Answers, num_right: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its rows are not finite, nor what other rows may make of them. What it is right in need not be."""
-
-    submits = [submit for submit in submits if submit.n == 1]
-    texts = [submit.prompt_token_ids + alone[submit.request_id, 0].token_ids for submit in submits]
-
-    def draft(drafter: Drafter, token_ids: list[int], max_length: int) -> list[int]:
-        text = next(text for text in texts if text[: len(token_ids)] == token_ids)
-        right = text[len(token_ids) : len(token_ids) + num_right]
-        return [*right, NAN_TOKEN, 0][:max_length] if drafter.length else []
-
-    monkeypatch.setattr(Drafter, "draft", draft)
-    engine = make_engine(loaded, "ngram")
-    answers = run(engine, submits)
-    assert answers == {key: alone[key] for key in answers}
-    assert len(answers) == len(submits)
-    assert engine.stats().drafts_total >= len(submits)
-
-
-def test_auto_is_off_where_it_does_not_pay_or_is_not_exact(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert make_engine(loaded, "auto").scheduler.speculation is AUTO
-    on_gpu = dataclasses.replace(loaded, device=torch.device("cuda"))
-    assert make_engine(on_gpu, "auto").scheduler.speculation is None
-    assert make_engine(on_gpu, "ngram").scheduler.speculation is NGRAM
-    monkeypatch.setattr(loaded.runner.kernels, "deterministic", False)
-    assert make_engine(loaded, "auto").scheduler.speculation is None

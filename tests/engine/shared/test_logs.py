@@ -1,4 +1,4 @@
-"""Log lines for people and for machines; a log that cannot be written holds up nobody."""
+"""Log lines as text and as JSON. A log that cannot be written does not block the process."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger("tests.logs")
 
 @pytest.fixture
 def root_logger() -> Iterator[logging.Logger]:
-    """Puts back what `configure_logging` changes."""
+    """Restore what `configure_logging` changes."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield root
@@ -51,7 +51,7 @@ def test_a_line_stays_one_line(formatter: logging.Formatter) -> None:
 
 
 @pytest.mark.parametrize("formatter", [HumanFormatter(), JSONFormatter()])
-def test_tracebacks_cannot_pass_for_records(formatter: logging.Formatter) -> None:
+def test_tracebacks_cannot_be_mistaken_for_records(formatter: logging.Formatter) -> None:
     made = record("failed")
     try:
         raise ValueError("x\n12:00:00 INFO server: all is well\x1b[0m")
@@ -83,7 +83,7 @@ def test_lines_are_written_in_order(root_logger: logging.Logger) -> None:
     assert messages == [f"line {number}" for number in range(100)]
 
 
-def test_what_others_would_tell_of_requests_is_not_logged(root_logger: logging.Logger) -> None:
+def test_verbose_loggers_do_not_log_requests(root_logger: logging.Logger) -> None:
     configure_logging("debug", "human", os.open(os.devnull, os.O_WRONLY))()
     for name in ("sse_starlette.sse", "httpx", "httpcore.http11", "uvicorn.error"):
         assert not logging.getLogger(name).isEnabledFor(logging.INFO)
@@ -94,7 +94,7 @@ def full_pipe() -> tuple[int, Callable[[], None]]:
     return writer, lambda: os.close(reader)
 
 
-def test_a_log_that_nobody_reads_stops_nobody(root_logger: logging.Logger) -> None:
+def test_a_log_that_is_not_read_does_not_block(root_logger: logging.Logger) -> None:
     writer, close_reader = full_pipe()
     close = configure_logging("info", "human", writer)
     start = time.monotonic()
@@ -104,7 +104,7 @@ def test_a_log_that_nobody_reads_stops_nobody(root_logger: logging.Logger) -> No
     start = time.monotonic()
     close()
     assert time.monotonic() - start < 3
-    close_reader()  # the writer's thread gets an error, and goes on
+    close_reader()  # the writer's thread gets an error and continues
 
 
 def test_a_full_disk_is_ignored(root_logger: logging.Logger) -> None:

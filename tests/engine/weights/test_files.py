@@ -1,4 +1,4 @@
-"""Files that others may name and write: nothing is waited for, and no more is read than was asked for."""
+"""Files whose paths clients choose: opening never blocks, and no more is read than requested."""
 
 import os
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_small_files(tmp_path: Path) -> None:
         read_file(tmp_path / "file", 1000)
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     num_open = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None

@@ -1,105 +1,35 @@
-"""Weights from GGUF files, against the `gguf` package."""
+"""Weights from GGUF files: names, order of rows, and matrices that stay packed."""
 
 import gc
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 
-from engine.config import ModelConfig, RopeScaling, load_model_config
+from engine.config import RopeScaling, load_model_config
 from engine.shared.gguf import GGUFFile
-from engine.weights import PackedTensor, Weight, concatenate, load_weights
-from engine.weights import gguf as gguf_weights
+from engine.weights import PackedTensor, load_weights
 from engine.weights.gguf import huggingface_name
-from tests.support.gguf_files import LLAMA, interleave, write_gguf
-
-Array = np.ndarray[Any, Any]
-Type = GGMLQuantizationType
-
-
-def _can_dequantize(ggml_type: GGMLQuantizationType) -> bool:
-    block_size, type_size = GGML_QUANT_SIZES[ggml_type]
-    try:
-        gguf.dequantize(np.zeros((1, type_size), dtype=np.uint8), ggml_type)
-    except NotImplementedError:
-        return False
-    return block_size > 0
-
-
-DEQUANTIZABLE = [ggml_type for ggml_type in GGMLQuantizationType if _can_dequantize(ggml_type)]
-NUM_ROWS, ROW_SIZE = 70, 512  # more than one chunk, the last one not full
-
-CONFIG = ModelConfig(
-    architecture="llama",
-    vocab_size=32,
-    num_token_ids=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    max_position_embeddings=128,
-    tie_word_embeddings=True,
+from tests.engine.weights.test_dequantize import (
+    CONFIG,
+    DEQUANTIZABLE,
+    ROW_SIZE,
+    Array,
+    Type,
+    assert_same_bits,
+    dequantize,
+    random_bytes,
+    write_every_type,
 )
-
-
-def random_bytes(ggml_type: GGMLQuantizationType, seed: int) -> Array:
-    block_size, type_size = GGML_QUANT_SIZES[ggml_type]
-    shape = (NUM_ROWS, ROW_SIZE // block_size * type_size)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def dequantize(data: Array, ggml_type: GGMLQuantizationType) -> Array:
-    with np.errstate(all="ignore"):
-        values: Array = gguf.dequantize(data, ggml_type)
-    return values
-
-
-def assert_same_bits(actual: Weight, expected: Array) -> None:
-    """Equal bits, but any NaN equals any other: random bytes make many, and they carry no weight."""
-    assert isinstance(actual, torch.Tensor)
-    assert actual.dtype == torch.float32
-    assert tuple(actual.shape) == expected.shape
-    nan = np.isnan(expected)
-    np.testing.assert_array_equal(actual.isnan().numpy(), nan)
-    np.testing.assert_array_equal(actual.numpy().view(np.int32)[~nan], expected.view(np.int32)[~nan])
+from tests.support.gguf_files import LLAMA, interleave, write_gguf
 
 
 @pytest.fixture(scope="module")
 def every_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tensor of random bytes for each type, named after its place in DEQUANTIZABLE."""
-    names = [f"blk.{index}.ffn_up.weight" for index in range(len(DEQUANTIZABLE))]
-    tensors = {name: random_bytes(DEQUANTIZABLE[index], index) for index, name in enumerate(names)}
-    path = tmp_path_factory.mktemp("gguf") / "every_type.gguf"
-    return write_gguf(path, {}, tensors, dict(zip(names, DEQUANTIZABLE, strict=True)))
-
-
-@pytest.mark.parametrize("gguf_chunk_size", [2**20, 2**13])
-def test_every_type(every_type: Path, gguf_chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_weights, "GGUF_CHUNK_SIZE", gguf_chunk_size)
-    assert {Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q8_0, Type.Q6_K, Type.IQ2_XXS} <= set(DEQUANTIZABLE)
-    weights = dict(load_weights(every_type, CONFIG, torch.float32))
-    assert len(weights) == len(DEQUANTIZABLE)
-    for index, ggml_type in enumerate(DEQUANTIZABLE):
-        tensor = weights[f"model.layers.{index}.mlp.up_proj.weight"]
-        assert_same_bits(tensor, dequantize(random_bytes(ggml_type, index), ggml_type))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("ggml_type", [Type.F32, Type.F16, Type.BF16, Type.Q4_1, Type.Q8_0, Type.Q4_0, Type.Q5_1])
-def test_rounding(ggml_type: GGMLQuantizationType, dtype: torch.dtype, tmp_path: Path) -> None:
-    values = np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)
-    data = gguf.quantize(values, ggml_type)
-    path = write_gguf(tmp_path / "w.gguf", {}, {"output.weight": data}, {"output.weight": ggml_type})
-    ((name, tensor),) = load_weights(path, CONFIG, dtype)
-    assert name == "lm_head.weight"
-    assert isinstance(tensor, torch.Tensor)
-    assert torch.equal(tensor, torch.from_numpy(dequantize(data, ggml_type)).to(dtype))
+    return write_every_type(tmp_path_factory.mktemp("gguf") / "every_type.gguf")
 
 
 @pytest.mark.parametrize("ggml_type", [Type.F32, Type.Q4_1])
@@ -129,7 +59,7 @@ PACKABLE = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Ty
 
 @pytest.mark.parametrize("ggml_type", PACKABLE)
 def test_matrices_that_stay_packed(ggml_type: GGMLQuantizationType, tmp_path: Path) -> None:
-    """Rows of q and k change their order nevertheless; what the kernels do not take is unpacked."""
+    """Packed rows of q and k are reordered too; other types and vectors are dequantised."""
     data = random_bytes(ggml_type, seed=1)[:16]
     norm, up = np.ones(16, dtype=np.float32), np.ones((2, 3), dtype=np.float32)
     tensors = {
@@ -152,15 +82,7 @@ def test_matrices_that_stay_packed(ggml_type: GGMLQuantizationType, tmp_path: Pa
     assert_same_bits(weights[f"{prefix}.mlp.up_proj.weight"], up)
     del weights
     gc.collect()
-    np.testing.assert_array_equal(packed.data, data.reshape(-1))  # the file stays mapped
-
-
-def test_concatenate() -> None:
-    parts = [PackedTensor("Q8_0", (rows, 32), np.full(34 * rows, rows, dtype=np.uint8)) for rows in (1, 2)]
-    both = concatenate(parts)
-    assert (both.type_name, both.shape) == ("Q8_0", (3, 32))
-    assert both.data.tolist() == [1] * 34 + [2] * 68
-    assert concatenate(parts[:1]) is parts[0]
+    np.testing.assert_array_equal(packed.data, data.reshape(-1))  # the file is still mapped
 
 
 def test_vectors_of_another_type(tmp_path: Path) -> None:
@@ -226,7 +148,7 @@ def test_progress(every_type: Path) -> None:
     assert calls == [(sum(sizes[: index + 1]), sum(sizes)) for index in range(len(sizes))]
 
 
-def test_left_half_way(every_type: Path) -> None:
+def test_an_iterator_that_is_not_exhausted(every_type: Path) -> None:
     weights = load_weights(every_type, CONFIG, torch.bfloat16)
     next(weights)
     del weights
@@ -236,9 +158,9 @@ def test_left_half_way(every_type: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("blk.0.ffn_gate_exps.weight", np.zeros(4, dtype=np.float32), "no place for this tensor"),
-        ("blk.x.ffn_up.weight", np.zeros(4, dtype=np.float32), "no place for this tensor"),
-        ("token_embd", np.zeros(4, dtype=np.float32), "no place for this tensor"),
+        ("blk.0.ffn_gate_exps.weight", np.zeros(4, dtype=np.float32), "a llama model has no such tensor"),
+        ("blk.x.ffn_up.weight", np.zeros(4, dtype=np.float32), "a llama model has no such tensor"),
+        ("token_embd", np.zeros(4, dtype=np.float32), "a llama model has no such tensor"),
         ("output_norm.weight", np.zeros(4, dtype=np.int32), "I32"),
         ("output_norm.weight", np.zeros(4, dtype=np.float64), "F64"),
         ("blk.0.attn_q.weight", np.zeros((12, 4), dtype=np.float32), "12 rows .* 4 heads of even size"),

@@ -1,4 +1,4 @@
-"""Weights from safetensors files that transformers wrote."""
+"""Weights from safetensors files, most of them written by transformers."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from engine.weights import load_weights
 
 
 def save_model(folder: Path, *, tied: bool = False, max_shard_size: str = "1GB") -> dict[str, torch.Tensor]:
-    """Save a random tiny model, and return its tensors."""
+    """Save a tiny random model and return its tensors."""
     config: Any = LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -79,7 +79,7 @@ def test_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
     assert_equal(load(tmp_path, dtype), {name: tensor.to(dtype) for name, tensor in expected.items()})
 
 
-def test_what_is_left_out(tmp_path: Path) -> None:
+def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
     names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "something.else"]
     save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
     kept = dict(load_weights(tmp_path, tiny_config(tied=True), torch.float32))

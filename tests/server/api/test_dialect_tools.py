@@ -1,4 +1,4 @@
-"""Tools and thoughts in `/v1/messages` and `/v1/responses`, through the official clients, with a fake engine."""
+"""Tools and reasoning in `/v1/messages` and `/v1/responses`, with the official clients and a fake engine."""
 
 import json
 from collections.abc import Iterator
@@ -120,18 +120,18 @@ def test_calls_one_after_another(model: RunningServer, anthropic_client: Anthrop
     assert sum(item.type == "function_call" for item in response.output) == 1
 
 
-def test_thinking_is_asked_for(model: RunningServer) -> None:
+def test_reasoning_is_requested(model: RunningServer) -> None:
     body: dict[str, Any] = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
     for thinking, opened in (({"type": "enabled", "budget_tokens": 4}, True), ({"type": "disabled"}, False)):
         httpx.post(f"{model.url}/v1/messages", json=body | {"thinking": thinking}).raise_for_status()
         assert prompt(model).endswith("<think>\n") == opened
     for effort, opened in (("low", True), ("none", False)):
-        asked = {"model": "tiny", "input": "Hi", "max_output_tokens": 5, "reasoning": {"effort": effort}}
-        httpx.post(f"{model.url}/v1/responses", json=asked).raise_for_status()
+        requested = {"model": "tiny", "input": "Hi", "max_output_tokens": 5, "reasoning": {"effort": effort}}
+        httpx.post(f"{model.url}/v1/responses", json=requested).raise_for_status()
         assert prompt(model).endswith("<think>\n") == opened
 
 
-def test_tools_that_cannot_be(model: RunningServer) -> None:
+def test_invalid_tools(model: RunningServer) -> None:
     body: dict[str, Any] = {"model": "tiny", "input": "Hi"}
     fields: dict[str, Any]
     for fields, param in (
@@ -148,13 +148,13 @@ def test_tools_that_cannot_be(model: RunningServer) -> None:
     body = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
     schema = {"type": "json_schema", "schema": {"type": "x"}}
     for fields, message in (
-        ({"tools": [TOOL, TOOL]}, "Invalid 'tools': two of them"),
+        ({"tools": [TOOL, TOOL]}, "Invalid 'tools': the name 'weather'"),
         ({"tools": [TOOL | {"name": "a b"}]}, "Invalid 'tools[0].name'"),
         ({"tools": [TOOL | {"input_schema": {"type": "string"}}]}, "Invalid 'tools[0].input_schema'"),
         ({"output_format": schema}, "Invalid 'output_format.schema'"),
         (
             {"output_format": schema, "output_config": {"format": schema}},
-            "Invalid 'output_format': not allowed with 'output_config.format'",
+            "Invalid 'output_format': it is an alias of 'output_config.format'",
         ),
         ({"output_config": {"format": schema}}, "Invalid 'output_config.format.schema'"),
         ({"tool_choice": {"type": "any"}}, "Invalid 'tool_choice'"),

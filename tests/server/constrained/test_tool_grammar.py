@@ -1,4 +1,4 @@
-"""Grammars of calls: llguidance compiles them, and what they allow is what the parser reads as calls."""
+"""Grammars of tool calls: llguidance compiles them, and the parser reads all text that they allow as calls."""
 
 import json
 import random
@@ -14,14 +14,14 @@ from pydantic import TypeAdapter
 from server.constrained.constraints import COMPACT
 from server.constrained.tool_grammar import tool_grammar
 from server.schemas.tools import Tool, ToolChoice
-from server.text.output_parser import OutputFormat, OutputParser
-from server.text.parts import PartKind
-from server.text.reasoning import ThinkTags
+from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
+from server.text.parsers.answer_parts import PartKind
+from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, ToolFormat
 from server.text.tokenizer import Tokenizer
-from server.text.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, ToolFormat
 from tests.support.tool_model import write_tool_model
 
-THINK = ThinkTags("<think>", "</think>")
+THINK = ReasoningTags("<think>", "</think>")
 EOS = 256
 CITY = {
     "type": "object",
@@ -46,14 +46,14 @@ ARGUMENTS: dict[str, type[msgspec.Struct]] = {"weather": _City, "time": _Nothing
 
 
 class Model:
-    """A vocabulary of bytes, in which the tags may be control tokens."""
+    """A vocabulary of bytes in which the tags may be special tokens."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.from_model(folder)
         self.guide = LLTokenizer((folder / "tokenizer.json").read_text(), eos_token=[EOS])
 
-    def special_ids(self, marks: Sequence[str]) -> dict[str, int]:
-        return self.tokenizer.special_ids_of(marks)
+    def special_ids(self, markers: Sequence[str]) -> dict[str, int]:
+        return self.tokenizer.special_ids_of(markers)
 
     def matcher(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self.guide, grammar, log_level=0)
@@ -61,7 +61,7 @@ class Model:
         return matcher
 
     def accepts(self, grammar: str, text: str) -> bool:
-        """Whether it is a whole output."""
+        """Return whether the text is a whole output under the grammar."""
         matcher, token_ids = self.matcher(grammar), self.tokenizer.encode(text, add_special_tokens=False)
         return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
@@ -85,15 +85,15 @@ def grammar_of(
     strict: bool = False,
     **more: Any,
 ) -> str:
-    judged: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
+    validated: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
     special_ids = model.special_ids([*format.markers, THINK.start, THINK.end])
-    grammar = tool_grammar(format, make_tools(strict=strict), judged, parallel, special_ids=special_ids, **more)
+    grammar = tool_grammar(format, make_tools(strict=strict), validated, parallel, special_ids=special_ids, **more)
     assert grammar is not None
     return grammar
 
 
 def write(format: ToolFormat, *calls: tuple[str, str]) -> str:
-    """Calls as models write them."""
+    """Return calls as models write them."""
     if format.name == "mistral_names":
         return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in calls)
     key = "parameters" if format is LLAMA3 else "arguments"
@@ -141,24 +141,24 @@ def test_strict_calls_of_an_answer_that_is_free(model: Model, format: ToolFormat
     if not format.is_bare:
         assert model.accepts(grammar, f"One moment.\n{one}")
         assert not model.accepts(grammar, f"One moment.\n{wrong}")
-    assert model.accepts(grammar, write(format, ("time", '{"a": 1}')))  # which is not strict
+    assert model.accepts(grammar, write(format, ("time", '{"a": 1}')))  # this tool is not strict
     two = write(format, ("weather", BERN), ("time", "{}"))
     assert model.accepts(grammar, two)
     assert not model.accepts(grammar_of(model, format, strict=True, parallel=False), two)
 
 
-def test_thoughts_come_first(model: Model) -> None:
+def test_reasoning_comes_first(model: Model) -> None:
     call, other = write(HERMES, ("weather", PARIS)), "<tool_call>\nhm\n</tool_call>"
     for strict, choice in [(False, "required"), (True, None)]:
-        for is_thinking in (False, True):
-            grammar = grammar_of(model, HERMES, choice, strict=strict, think_tags=THINK, is_thinking=is_thinking)
-            start = "" if is_thinking else "<think>"
-            could = "" if model.special_ids(["<tool_call>"]) else other  # control tokens are no text
+        for is_reasoning in (False, True):
+            grammar = grammar_of(model, HERMES, choice, strict=strict, reasoning_tags=THINK, is_reasoning=is_reasoning)
+            start = "" if is_reasoning else "<think>"
+            could = "" if model.special_ids(["<tool_call>"]) else other  # special tokens do not match text
             for text in ("</think>\n\n", f"I could {could}</think>", "\n</think>\n"):
                 assert model.accepts(grammar, start + text + call)
                 assert model.accepts(grammar, start + text) == (choice is None)
             assert not model.accepts(grammar, f"{start}Hm</think>{other}")
-            assert model.accepts(grammar, call) != is_thinking
+            assert model.accepts(grammar, call) != is_reasoning
 
 
 @FORMATS
@@ -173,7 +173,7 @@ def test_content_has_a_grammar_of_its_own(model: Model, format: ToolFormat) -> N
         return json.dumps({"grammars": parts})
 
     call = write(format, ("time", '{"a": 1}'))
-    free, forced, alone = grammar("auto"), grammar("required"), grammar("none", think_tags=THINK)
+    free, forced, alone = grammar("auto"), grammar("required"), grammar("none", reasoning_tags=THINK)
     assert all(model.accepts(free, text) for text in ('{"answer":42}', '{"name":"time","answer":42}', call))
     assert not any(model.accepts(free, text) for text in ("Hi", '{"answer":"x"}', "", call + '{"answer":42}'))
     assert not model.accepts(forced, '{"answer":42}')
@@ -192,14 +192,14 @@ def test_what_needs_no_grammar() -> None:
 
 @FORMATS
 def test_the_parser_reads_what_the_grammar_allows(model: Model, format: ToolFormat) -> None:
-    """Random outputs: the grammar's masks are followed with random choices among the tokens that they leave."""
+    """Outputs are sampled at random from the tokens that the grammar's masks allow."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     rng = random.Random(seed)
     for choice, parallel in [("required", True), ("required", False), (WEATHER, True)] * 3:
         grammar = grammar_of(model, format, choice, parallel=parallel)
         text = _walk(model, model.matcher(grammar), rng)
-        parser = OutputParser(OutputFormat(format, frozenset(ARGUMENTS), parallel_calls=parallel))
+        parser = AnswerParser(AnswerFormat(format, frozenset(ARGUMENTS), parallel_calls=parallel))
         parts = parser.push(text) + parser.finish()
         assert not any(part.kind is PartKind.CONTENT for part in parts), text
         assert parser.ends_with_calls
@@ -216,6 +216,7 @@ def test_the_parser_reads_what_the_grammar_allows(model: Model, format: ToolForm
 
 
 def _walk(model: Model, matcher: LLMatcher, rng: random.Random) -> str:
+    """Return a random output that the grammar allows."""
     token_ids: list[int] = []
     while not matcher.is_stopped():
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
@@ -226,8 +227,8 @@ def _walk(model: Model, matcher: LLMatcher, rng: random.Random) -> str:
     return model.tokenizer.decode([t for t in token_ids if t != EOS], skip_special_tokens=False)
 
 
-def test_grammars_are_text_that_json_cannot_break(model: Model) -> None:
-    """Whatever is in a schema stays within its JSON."""
+def test_json_cannot_break_the_grammar(model: Model) -> None:
+    """Text in a schema cannot break out of its JSON string."""
     schema = {"type": "object", "properties": {'a"\n/\\': {"enum": ['x"\nstart: y', "é", "</tool_call>"]}}}
     function = {"name": "f", "parameters": schema}
     tools = [Tool.model_validate({"type": "function", "function": function})]

@@ -1,4 +1,4 @@
-"""What a request's time went to: parts without a gap, whatever the engine knows."""
+"""Timings of requests: the stages leave no gap, whichever times the engine reports."""
 
 import time
 
@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from engine.shared.messages import RequestTimes
-from server.generation.timings import Ending, account_of
-from server.schemas.common import Account
+from server.generation.timings import ChoiceEnd, request_timings
+from server.schemas.answers import RequestTimings
 
 TIMES = RequestTimes(
     arrival=100.0,
@@ -26,20 +26,20 @@ TIMES = RequestTimes(
 )
 
 
-def account(times: RequestTimes | None, monkeypatch: pytest.MonkeyPatch, received: float = 118.0) -> Account:
+def compute(times: RequestTimes | None, monkeypatch: pytest.MonkeyPatch, received: float = 118.0) -> RequestTimings:
     monkeypatch.setattr(time, "monotonic", lambda: 125.0)
-    ending = Ending(times, num_output_tokens=8, received=received, detokenized=received + 0.25)
-    return account_of(ending, arrival=100.0, submitted=101.0, seed=-5)
+    ending = ChoiceEnd(times, num_output_tokens=8, received=received, detokenized=received + 0.25)
+    return request_timings(ending, arrival=100.0, submitted=101.0, seed=-5)
 
 
-def check_sum(found: Account) -> None:
-    assert sum(msgspec.structs.astuple(found.seconds)) == pytest.approx(found.wall_s)
-    assert all(seconds >= 0 for seconds in msgspec.structs.astuple(found.seconds))
+def check_sum(computed: RequestTimings) -> None:
+    assert sum(msgspec.structs.astuple(computed.seconds)) == pytest.approx(computed.wall_s)
+    assert all(seconds >= 0 for seconds in msgspec.structs.astuple(computed.seconds))
 
 
 def test_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = account(TIMES, monkeypatch)
-    assert msgspec.to_builtins(found) == {
+    computed = compute(TIMES, monkeypatch)
+    assert msgspec.to_builtins(computed) == {
         "seed": -5,
         "wall_s": 25.0,
         "seconds": {
@@ -58,23 +58,23 @@ def test_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         "num_output_tokens": 8,
         "num_preemptions": 2,
     }
-    check_sum(found)
+    check_sum(computed)
 
 
 def test_an_end_that_the_engine_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop string was found: the last token is when it came here."""
-    found = account(msgspec.structs.replace(TIMES, finished=None), monkeypatch)
-    assert (found.seconds.decode, found.seconds.writing) == (8.5, 6.75)
-    check_sum(found)
+    """If the server finds a stop string, the choice ends when its last token is received."""
+    computed = compute(msgspec.structs.replace(TIMES, finished=None), monkeypatch)
+    assert (computed.seconds.decode, computed.seconds.writing) == (8.5, 6.75)
+    check_sum(computed)
 
 
 def test_a_request_that_is_only_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = account(msgspec.structs.replace(TIMES, first_token=None, preempted_after_first_token=0.0), monkeypatch)
-    assert (found.seconds.prefill, found.seconds.decode) == (13.0, 0.0)
-    check_sum(found)
+    computed = compute(msgspec.structs.replace(TIMES, first_token=None, preempted_after_first_token=0.0), monkeypatch)
+    assert (computed.seconds.prefill, computed.seconds.decode) == (13.0, 0.0)
+    check_sum(computed)
 
 
 def test_a_request_that_ended_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = account(None, monkeypatch)
-    assert (found.seconds.queue, found.seconds.prefill, found.seconds.decode) == (17.0, 0.0, 0.0)
-    check_sum(found)
+    computed = compute(None, monkeypatch)
+    assert (computed.seconds.queue, computed.seconds.prefill, computed.seconds.decode) == (17.0, 0.0, 0.0)
+    check_sum(computed)

@@ -1,4 +1,4 @@
-"""What vLLM adds to answers: token ids, log probabilities of the prompt, and prompts that are cut to a length."""
+"""vLLM's additions: token ids, and log probabilities of the prompt."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,23 +6,18 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import StartServer
 from tests.support.clients import (
     CHAT,
     COMPLETIONS,
-    ask,
     ask_json,
     ask_stream,
-    finish_reasons,
     shared_server,
-    stream_texts,
 )
-from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine
-from tests.support.serving import RunningServer, check_error
+from tests.support.fake_engine import EOS_TOKEN_ID
+from tests.support.serving import RunningServer
 
 BOTH = (COMPLETIONS, CHAT)
 REPLY = [*b"Hello, world!"]
-MAX_MODEL_LEN = 2048
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +27,7 @@ def server(model_folder: Path) -> Iterator[RunningServer]:
 
 
 def prompt_ids(server: RunningServer) -> list[int]:
-    """Of the last request, as the engine got it."""
+    """Return the prompt of the last request as the engine received it."""
     return list(server.engine.submits[-1].prompt_token_ids)
 
 
@@ -60,7 +55,7 @@ def test_nothing_is_added_unless_asked_for(server: RunningServer, path: str) -> 
 def test_token_ids_are_those_that_the_usage_counts(
     server: RunningServer, fields: dict[str, Any], expected: list[int]
 ) -> None:
-    """In streams those of all chunks together; the prompt's come once for each choice."""
+    """The chunks of a stream hold them all together, and the prompt's token ids once per choice."""
     fields = fields | {"return_token_ids": True, "n": 2}
     for path in BOTH:
         answer = ask_json(server.url, path, **fields)
@@ -97,7 +92,7 @@ def test_token_ids_of_an_echo_are_those_of_the_completion(server: RunningServer)
 
 @pytest.mark.parametrize("num", [0, 1, 3])
 def test_prompt_logprobs(server: RunningServer, num: int) -> None:
-    """The fake engine says -0.5 of each token, which it ranks first, and names the bytes after it."""
+    """The fake engine reports -0.5 and rank 1 for each token, and the bytes after it as alternatives."""
     for path in BOTH:
         answer = ask_json(server.url, path, prompt_logprobs=num, n=2)
         _, *others = prompt_ids(server)
@@ -128,73 +123,11 @@ def test_echo_has_its_own_number_of_alternatives(server: RunningServer, prompt_l
     assert [len(some or ()) for some in both["prompt_logprobs"]] == [0, *[max(1, prompt_logprobs)] * 2]
 
 
-# truncate_prompt_tokens
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"truncate_prompt_tokens": 3}, b"def"),
-        ({"truncate_prompt_tokens": 3, "truncation_side": "left"}, b"def"),
-        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, b"abc"),
-        ({"truncate_prompt_tokens": 6}, b"abcdef"),
-        ({"truncate_prompt_tokens": 7, "truncation_side": "right"}, b"abcdef"),
-        ({"truncate_prompt_tokens": -1}, b"abcdef"),
-        ({"truncate_prompt_tokens": None, "truncation_side": "right"}, b"abcdef"),
-    ],
-)
-def test_prompt_is_cut(server: RunningServer, fields: dict[str, Any], expected: bytes) -> None:
-    for prompt in ("abcdef", [*b"abcdef"]):
-        answer = ask_json(server.url, COMPLETIONS, prompt=prompt, echo=True, max_tokens=2, **fields)
-        assert prompt_ids(server) == [*expected]
-        assert answer["usage"]["prompt_tokens"] == len(expected)
-        assert answer["choices"][0]["text"] == expected.decode() + "He"
-
-
-def test_messages_are_cut(server: RunningServer) -> None:
-    ask_json(server.url, CHAT)
-    whole = prompt_ids(server)
-    ask_json(server.url, CHAT, truncate_prompt_tokens=5)
-    assert prompt_ids(server) == whole[-5:]
-
-
-def test_minus_one_is_what_there_is_room_for(server: RunningServer) -> None:
-    long: dict[str, Any] = {"prompt": [*range(256)] * 9, "truncate_prompt_tokens": -1}
-    for fields, room in (({"max_tokens": 100}, 100), ({}, 1)):
-        ask_json(server.url, COMPLETIONS, **long, **fields)
-        assert prompt_ids(server) == long["prompt"][-(MAX_MODEL_LEN - room) :]
-    error = check_error(ask(server.url, COMPLETIONS, max_tokens=MAX_MODEL_LEN, **long), 400)
-    assert error["code"] == "context_length_exceeded"
-    error = check_error(ask(server.url, COMPLETIONS, **long | {"truncate_prompt_tokens": MAX_MODEL_LEN + 1}), 400)
-    assert error["code"] == "context_length_exceeded"
-
-
-# stream_interval
-
-
-@pytest.mark.parametrize("path", BOTH)
-def test_a_chunk_every_so_many_tokens(start_server: StartServer, fake_engine: FakeEngine, path: str) -> None:
-    """Of all but the first and the last. Tokens that come at once are in one chunk in any case."""
-    fake_engine.config.step_seconds = 0.01
-    server = start_server()
-    fields = {"return_token_ids": True, "n": 2, "logprobs": 1 if path == COMPLETIONS else True}
-    for interval, max_chunks in ((None, 14), (1, 14), (5, 4), (10**18, 2)):
-        chunks = ask_stream(server.url, path, stream_interval=interval, **fields)
-        for index in range(2):
-            choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
-            parts = [choice["token_ids"] for choice in choices if choice.get("token_ids")]
-            assert len(parts) <= max_chunks
-            assert all(len(part) >= (interval or 1) for part in parts[1:-1])
-            assert [token_id for part in parts for token_id in part] == [*REPLY, EOS_TOKEN_ID]
-        assert stream_texts(chunks) == {0: "Hello, world!", 1: "Hello, world!"}
-        assert finish_reasons(chunks) == {0: ["stop"], 1: ["stop"]}
-
-
 # return_tokens_as_token_ids
 
 
 def test_tokens_in_log_probabilities_as_their_ids(server: RunningServer) -> None:
-    """The bytes that the chat has beside them stay the token's own."""
+    """The bytes in chat answers remain those of the token."""
     ids = [f"token_id:{token_id}" for token_id in (*REPLY, EOS_TOKEN_ID)]
     fields = {"return_tokens_as_token_ids": True}
     logprobs = ask_json(server.url, COMPLETIONS, logprobs=2, **fields)["choices"][0]["logprobs"]
@@ -207,40 +140,3 @@ def test_tokens_in_log_probabilities_as_their_ids(server: RunningServer) -> None
     chunks = ask_stream(server.url, CHAT, logprobs=True, **fields)
     parts = [choice["logprobs"]["content"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
     assert [entry["token"] for part in parts for entry in part] == ids
-
-
-# --max-logprobs
-
-ASKING: list[tuple[str, str, dict[str, Any]]] = [
-    (COMPLETIONS, "logprobs", {}),
-    (COMPLETIONS, "prompt_logprobs", {}),
-    (CHAT, "top_logprobs", {"logprobs": True}),
-    (CHAT, "prompt_logprobs", {}),
-]
-
-
-@pytest.mark.parametrize(("path", "name", "fields"), ASKING)
-def test_how_many_alternatives_are_allowed(
-    start_server: StartServer, path: str, name: str, fields: dict[str, Any]
-) -> None:
-    def num_asked(server: RunningServer) -> int | None:
-        params = server.engine.submits[-1].params
-        return params.prompt_logprobs if name == "prompt_logprobs" else params.logprobs
-
-    for limit, allowed, refused in ((20, [0, 20], [-1, 21]), (3, [3], [-1, 4, 20]), (-1, [-1, 200, 259], [-2, 260])):
-        server = start_server(max_logprobs=limit)
-        for number in allowed:
-            answer = ask_json(server.url, path, **fields, **{name: number})
-            assert num_asked(server) == (259 if number == -1 else number)
-            if name == "prompt_logprobs" and path == CHAT:
-                assert all(len(entry) >= min(number, 256) for entry in answer["prompt_logprobs"][1:])
-        for number in refused:
-            error = check_error(ask(server.url, path, **fields, **{name: number}), 400)
-            assert error["param"] == name
-            assert str(number) in error["message"] or str(limit) in error["message"]
-
-
-def test_all_tokens_for_an_echoed_prompt(start_server: StartServer) -> None:
-    server = start_server(max_logprobs=-1)
-    answer = ask_json(server.url, COMPLETIONS, prompt="ab", echo=True, logprobs=-1, max_tokens=1)
-    assert [len(top or ()) for top in answer["choices"][0]["logprobs"]["top_logprobs"]] == [0, 256, 256]

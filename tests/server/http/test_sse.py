@@ -1,4 +1,4 @@
-"""Streams over real sockets: their form, their end, and what happens when a client goes away or stops to read."""
+"""Streams over real sockets: their format and end, and clients that disconnect or stop reading."""
 
 import asyncio
 import re
@@ -24,7 +24,7 @@ from tests.support.serving import (
     check_envelope,
     make_test_context,
     raw_request,
-    read_answer,
+    read_response,
     running_server,
     wait_until,
 )
@@ -33,7 +33,7 @@ Events = Callable[[], AsyncGenerator[bytes, None]]
 
 
 class Stage:
-    """A server with one more route, /stream, and notes of what happened there."""
+    """The route /stream, which is added to a server, and a record of what its handler did."""
 
     def __init__(self) -> None:
         self.events: Events = three
@@ -180,7 +180,7 @@ def test_a_disconnect_closes_the_generator_at_once(
 
 
 def test_a_client_that_left_before_the_first_event(staged_server: RunningServer, stage: Stage) -> None:
-    """The generator may never have run; `on_close` is called all the same."""
+    """`on_close` is called even if the generator never ran."""
     for _ in range(20):
         stage.notes.clear()
         with staged_server.connect() as connection:
@@ -225,10 +225,10 @@ def test_a_reader_that_stops_is_cut(stage: Stage, fake_engine: FakeEngine, model
         connection.sendall(raw_request("GET", "/stream"))
         start = time.monotonic()
         wait_until(lambda: stage.num_sent > 10)
-        assert httpx.get(server.url + "/health").status_code == 200  # others are served meanwhile
+        assert httpx.get(server.url + "/health").status_code == 200  # other clients are served meanwhile
         wait_until(lambda: stage.notes == ["closed", "on_close"])
         assert 0.4 < time.monotonic() - start < 3
-        assert stage.num_sent < 2000  # what it would not read was not made
+        assert stage.num_sent < 2000  # events that it would not read were not produced
 
 
 def test_a_plain_handler_is_cancelled_when_its_client_leaves(staged_server: RunningServer, stage: Stage) -> None:
@@ -244,10 +244,10 @@ def test_a_plain_handler_answers_who_waits(staged_server: RunningServer, stage: 
     assert httpx.get(staged_server.url + "/wait?short,fail").status_code == 503
     with staged_server.connect() as connection:
         connection.sendall(raw_request("GET", "/wait?short"))
-        assert read_answer(connection)[2] == b"done"
+        assert read_response(connection)[2] == b"done"
     assert stage.notes == []
 
 
 def test_the_private_method_that_is_overridden_exists() -> None:
-    """Else the library would end all streams at SIGTERM again, and nothing would say so."""
+    """If the library renamed it, all streams would silently end at SIGTERM."""
     assert asyncio.iscoroutinefunction(EventSourceResponse._listen_for_exit_signal_with_grace)

@@ -1,4 +1,4 @@
-"""The reading of a body: what is refused, in which words, and how fast."""
+"""The parser of request bodies: what it rejects, with which message, and how fast."""
 
 import json
 import time
@@ -68,7 +68,7 @@ def test_lone_surrogates_are_named(body: bytes, param: str) -> None:
     caught.value.body().decode("utf-8")
 
 
-def test_of_keys_that_stand_twice_the_last_counts() -> None:
+def test_the_last_value_of_a_repeated_key_counts() -> None:
     assert parse_json_object(b'{"n":1,"n":9999}') == {"n": 9999}
 
 
@@ -96,7 +96,7 @@ BOMBS: list[Callable[[], bytes]] = [
     lambda: b'{"a":[' + b"1," * 4_000_000 + b"1]}",
     lambda: b'{"a":[' + b'"",' * (MAX_ELEMENTS + 1) + b'""]}',
     lambda: b'{"' + b'":0,"'.join(b"%d" % i for i in range(800_000)) + b'":0}',
-    lambda: b'{"a":"' + b'\\"' * 3_000_000 + b":" * MAX_NODES * 2,  # a string that does not end
+    lambda: b'{"a":"' + b'\\"' * 3_000_000 + b":" * MAX_NODES * 2,  # an unterminated string
     lambda: b'"' * 5_000_001 + b"[" * (MAX_NODES + 1),
     lambda: b"\\" * 5_000_001 + b"[" * (MAX_NODES + 1),
 ]

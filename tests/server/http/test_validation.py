@@ -1,15 +1,15 @@
-"""What a client is told about a body that does not fit: OpenAI's words and codes, and where it is."""
+"""Errors about invalid bodies: OpenAI's messages and codes, and the path of the field."""
 
 from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from server.http.errors import from_validation_error
+from server.http.error_handlers import from_validation_error
 from server.http.validation import echo, format_path
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     model_config = ConfigDict(strict=True)
     type: Literal["text"]
     text: str
@@ -18,7 +18,7 @@ class Part(BaseModel):
 class UserMessage(BaseModel):
     model_config = ConfigDict(strict=True)
     role: Literal["user"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
 
 
 class ToolMessage(BaseModel):
@@ -56,7 +56,7 @@ GOOD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
 
 
 def problem(**fields: Any) -> tuple[str, str | None, str | None]:
-    """Message, param and code of the answer to a good body with these fields."""
+    """Return message, param and code of the error for a valid body with these fields changed."""
     body = {key: value for key, value in (GOOD | fields).items() if value is not ...}
     with pytest.raises(ValidationError) as caught:
         Body.model_validate(body)

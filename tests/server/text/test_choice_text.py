@@ -1,4 +1,4 @@
-"""The text of one choice: tokens in, text out, with stop strings, min_tokens and offsets."""
+"""The text of one choice, with stop strings, `min_tokens` and offsets."""
 
 import pytest
 from hypothesis import given
@@ -52,9 +52,7 @@ def test_stop_inside_a_multi_byte_token_sequence() -> None:
 
 
 @pytest.mark.parametrize(("min_tokens", "text", "num_tokens"), [(0, "", 1), (1, ".a", 3), (3, ".a.b", 5), (9, None, 6)])
-def test_stop_strings_are_not_looked_for_in_the_first_tokens(
-    min_tokens: int, text: str | None, num_tokens: int
-) -> None:
+def test_stop_strings_are_not_searched_in_the_first_tokens(min_tokens: int, text: str | None, num_tokens: int) -> None:
     tokenizer = tokenizer_of(".", "a", ".", "b", ".", "c")
     choice = ChoiceText(tokenizer, stop=["."], min_tokens=min_tokens)
     released = choice.push(ids(tokenizer)) + choice.finish()
@@ -64,7 +62,7 @@ def test_stop_strings_are_not_looked_for_in_the_first_tokens(
 
 def test_stop_string_must_begin_after_the_first_tokens() -> None:
     choice = ChoiceText(tokenizer_of("a<", "/s>", "b</s>"), stop=["</s>"], min_tokens=1)
-    assert choice.push([0]) == "a<"  # not held: no stop string can begin here
+    assert choice.push([0]) == "a<"  # not held back: no stop string can start here
     assert choice.push([1, 2]) == "/s>b"
     assert choice.stopped == "</s>"
 
@@ -91,7 +89,7 @@ def test_offsets_of_tokens_that_begin_or_end_inside_a_character() -> None:
     assert choice.offsets == [0, 2, 3, 4, 5, 6]
 
 
-def test_offsets_only_where_asked_for() -> None:
+def test_offsets_are_optional() -> None:
     choice = ChoiceText(tokenizer_of("a"))
     choice.push([0])
     assert choice.offsets == []

@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF metadata, against transformers' own conversion, on small vocabularies made here."""
+"""Tokenizers built from GGUF metadata, against transformers' own conversion, on small trained vocabularies."""
 
 import logging
 import random
@@ -19,6 +19,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 from engine.shared.gguf import GGUFFile
 from server.text.gguf_tokenizer import PRE_TOKENIZERS, GGUFVocabulary, build_tokenizer
 from server.text.tokenizer import Tokenizer, byte_alphabet
+from tests.support.examples import num_examples
 from tests.support.gguf_files import write_gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -43,11 +44,11 @@ TEXTS = [
 ]
 
 texts = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("  \n\tabcETHhe123'.,_-/é日")), max_size=40)
-some_texts = settings(max_examples=60, deadline=None)
+some_texts = settings(max_examples=num_examples(20, 300), deadline=None)
 
 
 def train(is_byte_level: bool, vocab_size: int = 600) -> tuple[list[str], list[tuple[str, str]]]:
-    """Tokens in the order of their ranks, and merges, of a BPE learned from the corpus."""
+    """Train a BPE on the corpus; return its tokens in the order of their ranks, and its merges."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     if is_byte_level:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,7 +57,7 @@ def train(is_byte_level: bool, vocab_size: int = 600) -> tuple[list[str], list[t
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
         alphabet = []
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    words = [word for line in CORPUS for word in line.split(" ")]  # sentencepiece has nothing else that splits them
+    words = [word for line in CORPUS for word in line.split(" ")]  # sentencepiece splits at spaces only
     tokenizer.train_from_iterator((CORPUS if is_byte_level else words) * 3, trainer)
     model = tokenizer.model
     assert isinstance(model, models.BPE)
@@ -78,7 +79,7 @@ def byte_level_metadata(**changes: Any) -> dict[str, Any]:
 
 
 def sentencepiece_metadata(**changes: Any) -> dict[str, Any]:
-    """As Llama 2 has it: unknown, control, 256 bytes, then pieces whose scores are their ranks, without merges."""
+    """Return metadata as in Llama 2: unknown, control, 256 bytes, pieces whose scores are their ranks, no merges."""
     pieces, _ = train(is_byte_level=False)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "<think>"]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(pieces), USER_DEFINED]
@@ -87,7 +88,7 @@ def sentencepiece_metadata(**changes: Any) -> dict[str, Any]:
 
 
 def _metadata(model: str, tokens: list[str], types: list[int], more: dict[str, Any]) -> dict[str, Any]:
-    """Changes that are ... take a key away."""
+    """Write a GGUF file with changed metadata; a change to `...` removes the key."""
     ids = {"bos_token_id": tokens.index("<s>"), "eos_token_id": tokens.index("</s>")}
     values = {"model": model, "tokens": tokens, "token_type": types} | ids | more
     return {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not ...}
@@ -98,7 +99,7 @@ def write(folder: Path, metadata: dict[str, Any], arch: str = "llama") -> Path:
 
 
 def convert(path: Path, arch: str | None = None) -> tokenizers.Tokenizer:
-    """transformers' tokenizer for the file, without BOS."""
+    """Return transformers' tokenizer for the file, without BOS."""
     file_arch, vocabulary, _ = get_gguf_tokenizer(str(path))
     backend, _ = convert_gguf_tokenizer(arch or file_arch, vocabulary)
     assert isinstance(backend, tokenizers.Tokenizer)
@@ -134,7 +135,7 @@ def splits(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def both_splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[tokenizers.Tokenizer, ...]]:
-    """Ours and transformers' tokenizer for each pre-tokenizer that both know."""
+    """Return our tokenizer and that of transformers for each pre-tokenizer that both support."""
     folder = tmp_path_factory.mktemp("pre")
     pairs: dict[str, tuple[tokenizers.Tokenizer, ...]] = {}
     for pre in sorted({"gpt-2", *GGUF_PRE_TOKENIZER_SPLITS} & set(PRE_TOKENIZERS)):
@@ -183,7 +184,7 @@ MINIMAL = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "
 
 
 def _as_read(metadata: dict[str, Any]) -> dict[str, Any]:
-    """As GGUFFile gives it, as far as these tests need it."""
+    """Return the metadata as GGUFFile returns it, as far as these tests need it."""
     return {key: value for key, value in metadata.items() if not key.endswith("token_type")}
 
 
@@ -207,7 +208,7 @@ def test_whole_words_come_before_merges_in_llama_3(tmp_path: Path) -> None:
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
-    """transformers knows this form, with the space before any text, as that of Phi-3."""
+    """Compares with transformers' conversion for Phi-3, which has this form, with a space before any text."""
     path = write(tmp_path, sentencepiece_metadata())
     tokenizer, expected = Tokenizer.from_model(path), convert(path, "phi3")
     for text in [*TEXTS, "<think>hm</think> <think>", "\u2581 \u2581", "<0x41>"]:
@@ -268,7 +269,7 @@ def test_plain_text_never_merges_into_a_special_token(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["gemma", "gemma3"])
 def test_gemma(arch: str, tmp_path: Path) -> None:
-    """Scores that say nothing, and runs of spaces as tokens of their own."""
+    """Return metadata with meaningless scores, and with tokens for runs of spaces."""
     metadata = sentencepiece_metadata(add_space_prefix=False)
     for index, token in enumerate(("  ", "   ", "    ")):
         metadata["tokenizer.ggml.tokens"].insert(259 + index, token)
@@ -338,8 +339,8 @@ def test_named_tokens(tmp_path: Path) -> None:
         ({"model": "bert"}, "tokenizer.ggml.model: 'bert' is not supported .supported: gpt2, llama, gemma4"),
         ({"model": ...}, "tokenizer.ggml.model: 'missing' is not supported"),
         ({"model": 3}, "tokenizer.ggml.model: must be a string"),
-        ({"tokens": ...}, "tokenizer.ggml.tokens: must be an array of strings"),
-        ({"tokens": [1, 2]}, "tokenizer.ggml.tokens: must be an array of strings"),
+        ({"tokens": ...}, "tokenizer.ggml.tokens: must be a non-empty array of strings"),
+        ({"tokens": [1, 2]}, "tokenizer.ggml.tokens: must be a non-empty array of strings"),
         ({"token_type": [1, 2]}, "tokenizer.ggml.token_type: must be an array of"),
         ({"bos_token_id": 10**6}, "tokenizer.ggml.bos_token_id: must be a token id below"),
         ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token: must be true or false"),

@@ -1,4 +1,4 @@
-"""The tokenizer against transformers, on the real model and on folders written here."""
+"""The tokenizer against transformers, on the real model and on folders that the tests write."""
 
 import copy
 import json
@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.text.tokenizer import Tokenizer, byte_alphabet
+from tests.support.examples import num_examples
 
 TEXTS = [
     "",
@@ -36,7 +37,7 @@ TEXTS = [
     "a" * 500 + "!" * 100 + "\n" * 50 + " " * 77,
 ]
 texts = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("  \n\tabcETHhe123'.,_-/é日")), max_size=40)
-some_texts = settings(max_examples=80, deadline=None)
+some_texts = settings(max_examples=num_examples(26, 400), deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,9 @@ def transformers_smollm2(smollm2_path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def original_smollm2(transformers_smollm2: Any) -> Any:
-    """What transformers makes of the file, with the split of the model's own tokenizer.json.
+    """Return transformers' tokenizer of the file, with the pre-tokenizer of the model's own tokenizer.json.
 
-    transformers does not know `smollm` and splits as GPT-2 does. That differs in what stands before digits.
+    transformers does not support the pre-tokenizer `smollm` and splits as GPT-2 does, which differs before digits.
     """
     tokenizer = copy.deepcopy(transformers_smollm2)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,7 +90,7 @@ def test_smollm2_without_digits(text: str, smollm2: Tokenizer, transformers_smol
 
 @pytest.fixture(scope="module")
 def known_bytes(smollm2: Tokenizer) -> set[int]:
-    """This vocabulary lacks a token for some bytes that English text does not have: they are lost."""
+    """The vocabulary has no tokens for some bytes that do not occur in English text; they are dropped."""
     tokens = [smollm2.token_bytes(token_id) for token_id in range(smollm2.vocab_size)]
     return {token[0] for token in tokens if len(token) == 1}
 
@@ -182,7 +183,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def sentencepiece() -> tokenizers.Tokenizer:
-    """In the form of Llama 2's tokenizer.json."""
+    """Return a tokenizer in the form of Llama 2's tokenizer.json."""
     vocab = ["<unk>", *SPECIAL[:2], *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "H", "i", "Hi", "\u2581Hi"]
     merges = [("H", "i"), ("\u2581", "Hi")]
     model = models.BPE(
@@ -321,7 +322,7 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template"):
         Tokenizer.from_model(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: must hold a JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: must contain a JSON object"):
         Tokenizer.from_model(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: not valid JSON"):

@@ -1,11 +1,11 @@
-// Rows on their way into a matrix product: as the product wants them.
+// The input rows of a matrix product, in the form that its weights need.
 #pragma once
 
 #include "formats.h"
 
 namespace {
 
-// Which form a product reads its input in. Same numbers in kernels.py.
+// The form of a product's input. weights.py has the same numbers.
 enum InputForm : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8_GROUPS = 2 };
 
 int64_t input_row_bytes(int64_t form, int64_t size) {
@@ -16,14 +16,14 @@ int64_t input_row_bytes(int64_t form, int64_t size) {
 
 constexpr int64_t FOUR_GROUPS = 4 * ACTIVATION_GROUP;
 
-// The groups of up to 128 numbers: codes of -127..127 times a scale. One that is not finite makes its scale a NaN.
+// Quantises up to 128 numbers in groups of 32: codes of -127..127 times a scale, which is NaN if a number is not finite.
 INLINE void quantise_groups(const float* values, int64_t size, ActivationGroup* out) {
     Floats x[8];
     for (int i = 0; i < 8; i++) {
         const int64_t left = size - i * LANES;
         x[i] = left >= LANES ? load(values + i * LANES) : left > 0 ? load_some(values + i * LANES, left) : zero();
     }
-    // Without the sign, numbers and their bits have the same order, and what is not finite comes last.
+    // Without the sign, numbers have the same order as their bits, and those that are not finite come last.
     Ints bits[4];
     for (int g = 0; g < 4; g++) bits[g] = maximum(as_ints(absolute(x[2 * g])), as_ints(absolute(x[2 * g + 1])));
     const __m128i most = maxima_of_lanes(bits[0], bits[1], bits[2], bits[3]);
@@ -34,7 +34,7 @@ INLINE void quantise_groups(const float* values, int64_t size, ActivationGroup* 
     _mm_storeu_ps(inverses, _mm_and_ps(_mm_div_ps(highest_code, largest), _mm_cmpgt_ps(largest, _mm_setzero_ps())));
     Ints codes[8];
     for (int i = 0; i < 8; i++) codes[i] = to_nearest(x[i] * fill(inverses[i / 2]));
-    // The codes of what is not finite are the lowest integers, whose sums may wrap; the scale tells what they are worth.
+    // Numbers that are not finite get the lowest integer as code, so sums may wrap; the NaN of the scale covers it.
     const __m128i low = sums_of_lanes(codes[0], codes[2], codes[4], codes[6]);
     const __m128i high = sums_of_lanes(codes[1], codes[3], codes[5], codes[7]);
     int32_t negative_sums[2][4];
@@ -57,7 +57,7 @@ inline void write_bfloat16(const float* values, int64_t size, uint16_t* out) {
     for (; k < size; k++) out[k] = float_to_bfloat16(values[k]);
 }
 
-// Writes values[size] in the wanted form, filled up with zeros.
+// Writes values[size] in an input form, padded with zeros.
 inline void write_input_row(const float* values, int64_t size, int64_t form, uint8_t* out) {
     if (form == INT8_GROUPS) {
         ActivationGroup* groups = (ActivationGroup*)out;
@@ -71,18 +71,18 @@ inline void write_input_row(const float* values, int64_t size, int64_t form, uin
     }
 }
 
-// How many rows a batch has, and how many of them, the first, are of tokens that were generated; the others are of prompts.
+// The number of rows of a batch. The first `generated` rows are those of generated tokens, the others those of prompts.
 struct RowCounts {
     int64_t all, generated;
 };
 
-// The rows that a product reads.
+// The buffer for the input rows of a product.
 struct PreparedRows {
     int64_t form, prompt_form;
     uint8_t* rows;  // or null
     int64_t stride;  // bytes
 
-    // Values from `start` on, a multiple of ACTIVATION_GROUP.
+    // Writes values[size] to a row from `start` on, a multiple of ACTIVATION_GROUP.
     void write(const RowCounts& counts, int64_t row, int64_t start, const float* values, int64_t size) const {
         if (rows == nullptr) return;
         const int64_t form_of_row = row < counts.generated ? form : prompt_form;
@@ -98,8 +98,8 @@ struct PrepareParameters {
     PreparedRows output;
 };
 
-// How many of the tasks a thread takes at a time: few for balance, but asking costs a transfer between cores, and rows
-// that lie side by side share cache lines.
+// Tasks that a thread takes at a time. Few give better balance, but each request costs a transfer between cores, and
+// adjacent rows share cache lines.
 constexpr int64_t PIECES_OF_A_THREAD = 4;
 inline int64_t grain_of(const Worker& worker, int64_t num_tasks) {
     return max_of(1, num_tasks / (PIECES_OF_A_THREAD * num_threads(worker)));

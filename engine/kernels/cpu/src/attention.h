@@ -1,10 +1,10 @@
 // Flash attention (Dao et al. 2022) over a paged KV cache.
 //
 // Keys are cut into chunks of CHUNK tokens aligned to position 0. Within a chunk all scores of a query are computed at
-// once; chunks are merged in ascending order by the running softmax. Where few sequences are long, threads share them
-// chunk by chunk, and the results are merged in the same order by the same arithmetic: how the work is cut changes
-// nothing. The query heads that share a KV head (grouped-query attention) are computed together, so that a block of
-// keys or values is loaded once for several (token, head) pairs, which are called packed rows here.
+// once; chunks are merged in ascending order by the running softmax. If few sequences are long, threads share them chunk
+// by chunk, and the results are merged in the same order by the same arithmetic: the bits do not depend on how the work
+// is cut. The query heads that share a KV head (grouped-query attention) are computed together, so that a block of keys
+// or values is loaded once for several pairs of token and head. Such a pair is called a packed row.
 #pragma once
 
 #include <math.h>
@@ -14,14 +14,14 @@
 namespace {
 
 constexpr int64_t CHUNK = 256;  // tokens
-constexpr int64_t MAX_PACKED = 48;  // packed rows of an item, unless one token has more query heads to a KV head
+constexpr int64_t MAX_PACKED = 48;  // packed rows of an item, unless a KV head has more query heads than that
 constexpr int TILE_ROWS = NUM_REGISTERS == 32 ? 12 : 2;  // packed rows in registers
 constexpr int NUM_SUMS = NUM_REGISTERS == 32 ? 24 : 4;  // vectors in registers
 
-// How many vectors of values are taken together: as many as there are registers for, up to those of a common head size.
+// Vectors of values computed together: as many as fit into the registers, up to four (a head size of 64).
 constexpr int value_vectors(int num_rows) { return num_rows * 4 <= NUM_SUMS ? 4 : 2; }
 
-// What the threads share out: some consecutive rows of one sequence, over some chunks of its keys.
+// The unit of work of the threads: consecutive rows of one sequence, over some chunks of its keys.
 struct AttentionItem {
     int64_t sequence;
     int64_t first_row;
@@ -29,9 +29,10 @@ struct AttentionItem {
     int64_t first_position;
     int64_t first_chunk;
     int64_t num_chunks;
-    int64_t partial;  // where the result waits to be merged; -1: the item covers all chunks
+    int64_t partial;  // index in `partials` of the result to be merged; -1: the item covers all chunks
 };
 
+// Successive items of the same rows, one for each chunk.
 struct AttentionMerge {
     int64_t first_item;
     int64_t num_chunks;
@@ -44,11 +45,11 @@ struct AttentionPlan {
     AttentionMerge* merges;
     int64_t max_partials;
     float* partials;  // [max_partials, KH, packed rows, D + 2]: weighted values, highest score, sum of weights
-    float* scratch;  // of each thread: packed rows of D + 2, then packed rows of D
+    float* scratch;  // for each thread, packed rows of D + 2 and then of D
     int64_t scratch_stride;
 };
 
-struct PlanParameters {
+struct PlanAttentionParameters {
     const int64_t* num_seqs;
     const int64_t* query_lens;
     const int64_t* seq_lens;
@@ -59,15 +60,15 @@ struct PlanParameters {
 
 inline int64_t rows_of_item(int64_t group_size) { return max_of(1, MAX_PACKED / group_size); }
 
-// One thread works it out, once a step. A row costs as much as it has chunks.
+// Makes the plan, on one thread. The cost of a row is its number of chunks.
 void plan_attention(const void* parameters, const Worker& worker) {
     if (worker.index != 0) return;
-    const PlanParameters& p = *(const PlanParameters*)parameters;
+    const PlanAttentionParameters& p = *(const PlanAttentionParameters*)parameters;
     AttentionPlan& plan = *p.plan;
     const int64_t tile = rows_of_item(p.num_heads / p.num_kv_heads);
     int64_t total = 0;
     for (int64_t s = 0; s < *p.num_seqs; s++) total += p.query_lens[s] * divide_up(p.seq_lens[s], CHUNK);
-    // What one task, an item of one KV head, should cost at most.
+    // The maximum cost of a task, which is an item of one KV head.
     const int64_t share = total * p.num_kv_heads / (4 * num_threads(worker));
     plan.num_items = plan.num_merges = 0;
     int64_t num_partials = 0, first_row = 0;
@@ -84,36 +85,36 @@ void plan_attention(const void* parameters, const Worker& worker) {
     }
 }
 
-struct AttentionParameters {
+struct PagedAttentionParameters {
     const RowCounts* num_rows;
     const float* q;
     int64_t q_stride;  // floats
     int64_t num_heads;
     double scale;
-    int64_t window;  // tokens a query sees, itself included; 0: all
-    double softcap;  // scores become softcap * tanh(score / softcap); 0: they stay
+    int64_t window;  // tokens that a query sees, itself included; 0: all
+    double softcap;  // scores become softcap * tanh(score / softcap); 0: unchanged
     const int64_t* block_tables;
     int64_t table_stride;
     const AttentionPlan* plan;
     CacheParameters cache;
     float* output;  // or null
     int64_t output_stride;
-    PreparedRows prepared;  // the same as the next product wants it; needs D to be whole groups
+    PreparedRows prepared;  // the same rows in the input form of the next product; D must be whole groups
 };
 
-// What keys, queries, values and weights are made of.
+// The number types of keys, queries, values and weights.
 
 struct BFloat16Cache {
     using Element = uint16_t;
     using Query = uint16_t;
-    static constexpr int TOGETHER = 2;  // dimensions of a key, or tokens of a value, that a lane takes in at once
+    static constexpr int TOGETHER = 2;  // dimensions of a key, or tokens of a value, in a lane
     struct Vector { Ints v; };
     static INLINE Vector load_vector(const Element* p) { return {load_ints((const int32_t*)p)}; }
     static void write_query(const float* q, int64_t size, Query* out) { write_bfloat16(q, size, out); }
     static INLINE Vector broadcast(const Query* p) { return {fill_ints(load_int32(p))}; }
     static INLINE Floats add(Floats sum, Vector a, Vector b) { return dot_pairs(sum, a.v, b.v); }
     static INLINE Vector without_second(Vector a) { return {a.v & fill_ints(0xffff)}; }
-    static constexpr float UNIT = 1.44269504088896341f;  // of scores: weights are powers of two
+    static constexpr float UNIT = 1.44269504088896341f;  // log2(e), because weights are powers of two
     static INLINE Floats write_weight(Floats x, Query* out) { return store_rounded(out, rough_power_of_two(x)); }
 };
 
@@ -137,7 +138,7 @@ struct PlainCache {
     }
 };
 
-// One item of one KV head, over its packed rows.
+// Computes the packed rows of one item for one KV head.
 template <class Cache>
 struct Attention {
     using Element = typename Cache::Element;
@@ -145,17 +146,17 @@ struct Attention {
     static constexpr int T = Cache::TOGETHER;
     static constexpr bool HAS_SCALES = sizeof(Element) == 1;
 
-    const AttentionParameters& p;
+    const PagedAttentionParameters& p;
     const AttentionItem& item;
-    const AttentionItem* const next;  // what this thread computes after it, if that is known
+    const AttentionItem* const next;  // the item that this thread computes afterwards, or null
     const int64_t head;  // KV head
     const int64_t group_size, size, block_size;
-    const bool reads_once;  // every block, because all packed rows fit into one tile
+    const bool reads_once;  // all packed rows fit into one tile, so every block is read once
     float* const states;  // [packed rows, D + 2]
     Query* const queries;  // [packed rows, D]
     const int64_t* const table;
 
-    Attention(const AttentionParameters& p, const AttentionItem& item, const AttentionItem* next, int64_t head, float* states, float* queries)
+    Attention(const PagedAttentionParameters& p, const AttentionItem& item, const AttentionItem* next, int64_t head, float* states, float* queries)
         : p(p), item(item), next(next), head(head), group_size(p.num_heads / p.cache.num_kv_heads), size(p.cache.head_dim),
           block_size(p.cache.block_size), reads_once(item.num_rows * group_size <= TILE_ROWS), states(states), queries((Query*)queries),
           table(p.block_tables + item.sequence * p.table_stride) {}
@@ -163,13 +164,14 @@ struct Attention {
     int64_t num_packed() const { return item.num_rows * group_size; }
     int64_t position(int64_t packed) const { return item.first_position + packed / group_size; }
     int64_t first_visible(int64_t packed) const { return p.window ? max_of(0, position(packed) - p.window + 1) : 0; }
-    int64_t place(int64_t token) const { return table[token / block_size] * p.cache.num_kv_heads + head; }
+    int64_t head_block(int64_t token) const { return table[token / block_size] * p.cache.num_kv_heads + head; }
     int64_t block_bytes() const { return block_size * size * int64_t(sizeof(Element)); }
 
-    const uint8_t* keys_of(int64_t token) const { return p.cache.keys + place(token) * block_bytes(); }
-    const uint8_t* values_of(int64_t token) const { return p.cache.values + place(token) * block_bytes(); }
+    const uint8_t* keys_of(int64_t token) const { return p.cache.keys + head_block(token) * block_bytes(); }
+    const uint8_t* values_of(int64_t token) const { return p.cache.values + head_block(token) * block_bytes(); }
 
-    // The keys that lie in the chunk after the one at `start` where `token` lies in this one; null: none are known of.
+    // Returns the keys that are CHUNK tokens after `token`, or those of the next item if the chunk at `start` is the last
+    // one; null if there are none.
     const uint8_t* keys_after(int64_t start, int64_t token) const {
         const bool is_last = start / CHUNK + 1 == item.first_chunk + item.num_chunks;
         const AttentionItem* after = is_last ? next : &item;
@@ -204,7 +206,7 @@ struct Attention {
         }
     }
 
-    // The keys and values of one chunk that ROWS packed rows see.
+    // Computes ROWS packed rows over the keys and values of one chunk.
     template <int ROWS>
     void add_tile(int64_t start, int64_t packed) {
         const int64_t end = min_of(start + CHUNK, position(packed + ROWS - 1) + 1);
@@ -225,11 +227,11 @@ struct Attention {
         }
     }
 
-    // Scores of one or two vectors of tokens, which lie in one block. Returns the token after them.
+    // Computes the scores of one or two vectors of tokens of one block. Returns the token after them.
     template <int ROWS>
     int64_t add_scores(int64_t token, int64_t end, int64_t packed, float* scores) const {
         const bool two = token + LANES < end && token % block_size + LANES < block_size;
-        const int64_t base = place(token);
+        const int64_t base = head_block(token);
         const Element* keys = (const Element*)p.cache.keys + base * block_size * size + token % block_size * T;
         const float* scales = HAS_SCALES ? p.cache.key_scales + base * block_size + token % block_size : nullptr;
         const uint8_t* ahead = nullptr;
@@ -239,7 +241,7 @@ struct Attention {
         return token + (two ? 2 : 1) * LANES;
     }
 
-    // On the way, asks for the block that will be read next.
+    // Computes the scores, and prefetches the block at `ahead`, which will be read next.
     template <int ROWS, int VECTORS>
     void multiply_keys(const Element* keys, const Query* q, const float* scales, const uint8_t* ahead, float* scores) const {
         const int64_t step_bytes = block_size * T * int64_t(sizeof(Element));
@@ -261,7 +263,7 @@ struct Attention {
                 store(scores + r * CHUNK + v * LANES, HAS_SCALES ? sums[r][v] * load(scales + v * LANES) : sums[r][v]);
     }
 
-    // Weights of one packed row for the tokens begin..end; returns their sum.
+    // Computes the weights of one packed row for the tokens begin..end. Returns their sum.
     float softmax(int64_t start, int64_t begin, int64_t end, int64_t packed, float* scores, Query* weights, float& highest) const {
         const int64_t first = max_of(begin, first_visible(packed)), last = min_of(end, position(packed) + 1);
         const int64_t rounded_end = divide_up(end, LANES) * LANES;
@@ -270,7 +272,7 @@ struct Attention {
         if (p.softcap != 0) cap_scores(scores + begin - start, rounded_end - begin);
         Floats top = fill(-INFINITY);
         for (int64_t t = begin; t < rounded_end; t += LANES) top = maximum(load(scores + t - start), top);
-        // Scores are scaled on the way: they are capped already, or raw.
+        // Capped scores are scaled already; others are scaled here.
         const float scale = p.softcap != 0 ? 1.0f : float(p.scale);
         highest = max_of_lanes(top) * scale;
         const Floats unit = fill(scale * Cache::UNIT), pivot = fill(highest > -INFINITY ? -highest * Cache::UNIT : 0.0f);
@@ -290,7 +292,7 @@ struct Attention {
         }
     }
 
-    // Weighted values of some vectors of dimensions from `d`. Returns the dimension after them.
+    // Computes the weighted values of a few vectors of dimensions from `d` on. Returns the dimension after them.
     template <int ROWS>
     int64_t add_values(int64_t start, int64_t begin, int64_t end, Query (&weights)[ROWS][CHUNK], int64_t d, float (&values)[ROWS][MAX_HEAD_DIM + 2]) const {
         constexpr int VECTORS = value_vectors(ROWS);
@@ -304,7 +306,7 @@ struct Attention {
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
         for (int64_t token = begin; token < end;) {
-            const int64_t base = place(token), offset = token % block_size, block_end = min_of(end, token - offset + block_size);
+            const int64_t base = head_block(token), offset = token % block_size, block_end = min_of(end, token - offset + block_size);
             const Element* block = (const Element*)p.cache.values + base * block_size * size + d * T;
             const uint8_t* ahead = nullptr;
             if (reads_once && d == 0) ahead = keys_after(start, token);
@@ -316,7 +318,7 @@ struct Attention {
                 const Element* value = block + token % block_size / T * T * size;
                 typename Cache::Vector vectors[VECTORS];
                 for (int v = 0; v < VECTORS; v++) vectors[v] = Cache::load_vector(value + v * LANES * T);
-                if (T == 2 && token + 1 == end)  // the second of the pair may be anything
+                if (T == 2 && token + 1 == end)  // the second of the pair may hold garbage
                     for (int v = 0; v < VECTORS; v++) vectors[v] = Cache::without_second(vectors[v]);
                 for (int r = 0; r < ROWS; r++) {
                     typename Cache::Vector weight = Cache::broadcast(&weights[r][token - start]);
@@ -330,7 +332,7 @@ struct Attention {
         return d + VECTORS * LANES;
     }
 
-    // Takes one chunk's result into the running softmax. A sum of no weights is 0, and of NaN it is NaN, which stays.
+    // Merges the result of one chunk into the running softmax. The sum is 0 without weights; a NaN stays NaN.
     static void merge(const float* chunk, int64_t size, float* state) {
         if (chunk[size + 1] == 0) return;
         if (state[size + 1] == 0) {
@@ -351,7 +353,7 @@ struct Attention {
     }
 };
 
-inline void write_attention(const AttentionParameters& p, const AttentionItem& item, int64_t head, const float* states) {
+inline void write_attention(const PagedAttentionParameters& p, const AttentionItem& item, int64_t head, const float* states) {
     const int64_t group_size = p.num_heads / p.cache.num_kv_heads, size = p.cache.head_dim;
     for (int64_t i = 0; i < item.num_rows * group_size; i++) {
         const float* state = states + i * (size + 2);
@@ -365,12 +367,12 @@ inline void write_attention(const AttentionParameters& p, const AttentionItem& i
 }
 
 template <class Kernel>
-void attend(const AttentionParameters& p, const Worker& worker) {
+void attend(const PagedAttentionParameters& p, const Worker& worker) {
     const AttentionPlan& plan = *p.plan;
     const int64_t num_kv_heads = p.cache.num_kv_heads, group_size = p.num_heads / num_kv_heads, size = p.cache.head_dim;
     const int64_t num_packed = rows_of_item(group_size) * group_size, state_floats = num_packed * (size + 2);
     float* scratch = plan.scratch + worker.index * plan.scratch_stride;
-    // Head by head, so that what an item reads lies where the last one read.
+    // Head by head, so that an item reads near the one before it.
     Tasks tasks(worker, plan.num_items, 1, num_kv_heads);
     while (tasks.next())
         for (int64_t task = tasks.first; task < tasks.last; task++) {
@@ -398,7 +400,7 @@ void attend(const AttentionParameters& p, const Worker& worker) {
 }
 
 void paged_attention(const void* parameters, const Worker& worker) {
-    const AttentionParameters& p = *(const AttentionParameters*)parameters;
+    const PagedAttentionParameters& p = *(const PagedAttentionParameters*)parameters;
     if (p.cache.type == CACHE_BFLOAT16) attend<Attention<BFloat16Cache>>(p, worker);
     else if (p.cache.type == CACHE_INT8) attend<Attention<PlainCache<int8_t>>>(p, worker);
     else attend<Attention<PlainCache<float>>>(p, worker);

@@ -1,9 +1,9 @@
-// How weights lie in memory, for a matrix of N outputs (columns) and K inputs.
+// The layout of packed weights, for a matrix of N outputs (columns) and K inputs.
 //
-// Columns are taken 32 at a time, as two vectors of 16: a panel. A panel is one sequential stream of groups along K. A
-// quantised group holds GROUP inputs of each column as unsigned codes, then a scale for each column and, where the
-// format has one, a minimum: weight = scale * (code - zero) + minimum. Codes of four successive inputs of a column are
-// what one lane of a vector takes in at a time (a step). bfloat16 lies in pairs of inputs; float32 singly.
+// A panel has 32 columns, two vectors of 16. It is one sequential stream of groups along K. A quantised group holds GROUP
+// inputs of each column as unsigned codes, then a scale for each column and, if the format has one, a minimum:
+// weight = scale * (code - zero) + minimum. In one step, a lane of a vector takes in the codes of four successive inputs
+// of a column. bfloat16 is stored in pairs of inputs, float32 one by one.
 #pragma once
 
 #include "simd.h"
@@ -13,12 +13,12 @@ namespace {
 constexpr int PANEL = 2 * LANES;  // columns
 constexpr int ACTIVATION_GROUP = 32;
 
-// An input row, quantised: symmetric, one scale for each 32 inputs.
+// 32 inputs of a row, quantised symmetrically with one scale.
 struct ActivationGroup {
     int8_t codes[ACTIVATION_GROUP];
     float scale;
     float scaled_sum;  // scale * sum of codes
-    int32_t negative_sums[2];  // of each half's codes
+    int32_t negative_sums[2];  // minus the sum of the codes, for each half
 };
 static_assert(sizeof(ActivationGroup) == 48);
 
@@ -36,7 +36,7 @@ struct Single {
     static void store_one(uint8_t* p, float value) { memcpy(p, &value, 4); }
 };
 
-// BITS of a code; GROUP inputs with one scale; log2 of the zero point, or -1 where there is a minimum instead.
+// BITS of a code; GROUP inputs with one scale; log2 of the zero point, or -1 if there is a minimum instead.
 template <int BITS_, int GROUP_, class Scale_, int ZERO_SHIFT_>
 struct Quantised {
     static constexpr int BITS = BITS_, GROUP = GROUP_, ZERO_SHIFT = ZERO_SHIFT_;
@@ -51,7 +51,7 @@ struct Quantised {
     static constexpr int GROUP_BYTES = MINIMA + (HAS_MINIMUM ? PANEL * Scale::SIZE : 0);
     static constexpr int GROUPS_OF_ACTIVATION = ACTIVATION_GROUP / GROUP;
 
-    // The codes of one step, four inputs of 16 columns.
+    // Returns the codes of one step: four inputs of 16 columns.
     template <int STEP>
     static INLINE Bytes codes(const uint8_t* vector) {
         if constexpr (BITS == 8) return load_bytes(vector + 64 * STEP);
@@ -64,30 +64,30 @@ struct Quantised {
     }
 
     static int code(const uint8_t* vector, int lane, int input) {
-        int step = input / 4, place = 4 * lane + input % 4;
-        if (BITS == 8) return vector[64 * step + place];
+        int step = input / 4, index = 4 * lane + input % 4;
+        if (BITS == 8) return vector[64 * step + index];
         bool is_high = step >= STEPS / 2;
-        int nibble = vector[64 * (is_high ? step - STEPS / 2 : step) + place] >> (is_high ? 4 : 0) & 15;
-        if (BITS == 5) return nibble | (vector[NIBBLE_BYTES + 8 * step + place / 8] >> place % 8 & 1) << 4;
-        if (BITS == 6) return nibble | (vector[NIBBLE_BYTES + place] >> 2 * step & 3) << 4;
+        int nibble = vector[64 * (is_high ? step - STEPS / 2 : step) + index] >> (is_high ? 4 : 0) & 15;
+        if (BITS == 5) return nibble | (vector[NIBBLE_BYTES + 8 * step + index / 8] >> index % 8 & 1) << 4;
+        if (BITS == 6) return nibble | (vector[NIBBLE_BYTES + index] >> 2 * step & 3) << 4;
         return nibble;
     }
 
     static void set_code(uint8_t* vector, int lane, int input, int code) {  // into zeroed memory
-        int step = input / 4, place = 4 * lane + input % 4;
+        int step = input / 4, index = 4 * lane + input % 4;
         if (BITS == 8) {
-            vector[64 * step + place] = uint8_t(code);
+            vector[64 * step + index] = uint8_t(code);
             return;
         }
         bool is_high = step >= STEPS / 2;
-        vector[64 * (is_high ? step - STEPS / 2 : step) + place] |= uint8_t((code & 15) << (is_high ? 4 : 0));
-        if (BITS == 5) vector[NIBBLE_BYTES + 8 * step + place / 8] |= uint8_t((code >> 4 & 1) << place % 8);
-        if (BITS == 6) vector[NIBBLE_BYTES + place] |= uint8_t((code >> 4 & 3) << 2 * step);
+        vector[64 * (is_high ? step - STEPS / 2 : step) + index] |= uint8_t((code & 15) << (is_high ? 4 : 0));
+        if (BITS == 5) vector[NIBBLE_BYTES + 8 * step + index / 8] |= uint8_t((code >> 4 & 1) << index % 8);
+        if (BITS == 6) vector[NIBBLE_BYTES + index] |= uint8_t((code >> 4 & 3) << 2 * step);
     }
 
     static float zero_point() { return HAS_MINIMUM ? 0.0f : float(1 << (HAS_MINIMUM ? 0 : ZERO_SHIFT)); }
 
-    // Input `k` of column `column`, from the groups of the column's panel.
+    // Returns input `k` of column `column` of a panel.
     static float weight(const uint8_t* panel, int column, int64_t k) {
         const uint8_t* group = panel + k / GROUP * GROUP_BYTES;
         int vector = column / LANES, lane = column % LANES;
@@ -108,7 +108,7 @@ using Q4_K = Quantised<4, 32, Single, -1>;
 using Q5_K = Quantised<5, 32, Single, -1>;
 using Q6_K = Quantised<6, 16, Single, 5>;
 
-constexpr int64_t ROW_PADDING = 32;  // numbers that rows of bfloat16 are filled up to with zeros
+constexpr int64_t ROW_PADDING = 32;  // rows of bfloat16 are padded with zeros to a multiple of this
 
 struct BFloat16 {
     static constexpr int STEP_BYTES = PANEL * 4;  // two inputs of each column

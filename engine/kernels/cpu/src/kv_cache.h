@@ -1,9 +1,9 @@
-// The KV cache of one layer, and how keys and values get into it.
+// The KV cache of one layer: its layout, rotary embedding, and storing keys and values.
 //
 // N tokens to a block, a multiple of LANES; KH KV heads of D dimensions:
-//   bfloat16: keys [B, KH, D / 2, N, 2], values [B, KH, N / 2, D, 2], so that one lane takes in a pair
-//   float32, int8: keys [B, KH, D, N], values [B, KH, N, D]; int8 has scales [B, KH, N] of each
-// Tokens of a key lie side by side, so that scores need no sums across lanes.
+//   bfloat16: keys [B, KH, D / 2, N, 2], values [B, KH, N / 2, D, 2], so that a lane takes in a pair
+//   float32, int8: keys [B, KH, D, N], values [B, KH, N, D]; for int8, scales [B, KH, N] of both
+// A dimension of the keys of adjacent tokens is contiguous, so that scores need no sums across lanes.
 #pragma once
 
 #include "activations.h"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t MAX_HEAD_DIM = 512;
 
-enum CacheType : int64_t { CACHE_FLOAT32 = 0, CACHE_BFLOAT16 = 1, CACHE_INT8 = 2 };  // same numbers in kernels.py
+enum CacheType : int64_t { CACHE_FLOAT32 = 0, CACHE_BFLOAT16 = 1, CACHE_INT8 = 2 };  // CACHE_TYPES of attention.py
 
 struct CacheParameters {
     int64_t type;
@@ -25,7 +25,7 @@ struct CacheParameters {
     int64_t head_dim;
 };
 
-// One scale for all numbers; a NaN if one is not finite.
+// Quantises a head and returns its scale, which is NaN if a number is not finite.
 INLINE float quantise_head(const float* x, int64_t size, int8_t* out) {
     Floats largest = zero(), not_finite = zero();
     for (int64_t d = 0; d < size; d += LANES) {
@@ -51,7 +51,7 @@ INLINE float quantise_head(const float* x, int64_t size, int8_t* out) {
 
 INLINE void store_key_value(const CacheParameters& c, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t n = c.block_size, size = c.head_dim, offset = slot % n;
-    const int64_t place = slot / n * c.num_kv_heads + head, base = place * n * size;
+    const int64_t head_block = slot / n * c.num_kv_heads + head, base = head_block * n * size;
     if (c.type == CACHE_BFLOAT16) {
         uint16_t* keys = (uint16_t*)c.keys + base + offset * 2;
         uint16_t* values = (uint16_t*)c.values + base + offset / 2 * size * 2 + offset % 2;
@@ -65,15 +65,15 @@ INLINE void store_key_value(const CacheParameters& c, int64_t slot, int64_t head
         memcpy((float*)c.values + base + offset * size, v, size_t(size) * 4);
     } else {
         int8_t codes[MAX_HEAD_DIM];
-        c.key_scales[place * n + offset] = quantise_head(k, size, codes);
+        c.key_scales[head_block * n + offset] = quantise_head(k, size, codes);
         for (int64_t d = 0; d < size; d++) ((int8_t*)c.keys)[base + d * n + offset] = codes[d];
-        c.value_scales[place * n + offset] = quantise_head(v, size, (int8_t*)c.values + base + offset * size);
+        c.value_scales[head_block * n + offset] = quantise_head(v, size, (int8_t*)c.values + base + offset * size);
     }
 }
 
-struct StoreParameters {
+struct RopeAndStoreKvParameters {
     const RowCounts* num_rows;
-    const int64_t* slots;  // block id * N + offset
+    const int64_t* slot_mapping;  // [T] block id * N + offset
     float* q;  // rotated in place
     const float* k;
     const float* v;
@@ -84,7 +84,7 @@ struct StoreParameters {
     CacheParameters cache;
 };
 
-// Rotates the pairs (i, i + D / 2) (Su et al. 2021, halves as in Hugging Face's Llama).
+// Rotates the pairs (i, i + D / 2) of a head (Su et al. 2021, halves as in Hugging Face's Llama).
 INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
     for (int64_t i = 0; i < half; i += LANES) {
         int64_t n = min_of(LANES, half - i);
@@ -95,7 +95,7 @@ INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t h
     }
 }
 
-inline void rope_and_store_row(const StoreParameters& p, int64_t row) {
+inline void rope_and_store_row(const RopeAndStoreKvParameters& p, int64_t row) {
     const int64_t size = p.cache.head_dim, half = size / 2;
     const float* cos = p.cos + row * half;
     const float* sin = p.sin + row * half;
@@ -106,12 +106,12 @@ inline void rope_and_store_row(const StoreParameters& p, int64_t row) {
     for (int64_t head = 0; head < p.cache.num_kv_heads; head++) {
         float rotated[MAX_HEAD_DIM];
         rotate(p.k + row * p.row_stride + head * size, cos, sin, half, rotated);
-        store_key_value(p.cache, p.slots[row], head, rotated, p.v + row * p.row_stride + head * size);
+        store_key_value(p.cache, p.slot_mapping[row], head, rotated, p.v + row * p.row_stride + head * size);
     }
 }
 
 void rope_and_store_kv(const void* parameters, const Worker& worker) {
-    const StoreParameters& p = *(const StoreParameters*)parameters;
+    const RopeAndStoreKvParameters& p = *(const RopeAndStoreKvParameters*)parameters;
     const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
         for (int64_t row = tasks.first; row < tasks.last; row++) rope_and_store_row(p, row);

@@ -1,7 +1,7 @@
-// The library's C interface: the threads behind team.h, and the functions that a program is made of.
+// The library's C interface: the team of threads, and the functions of each code path.
 //
-// Barriers are microseconds apart when all threads run. A thread that waits looks for that long, then lets others have
-// its core, for one of them may be the thread that it waits for, and in the end it sleeps.
+// Barriers are microseconds apart when all threads run. A waiting thread spins for that long, then yields its core,
+// which the thread it waits for may need, and finally sleeps.
 
 #include "functions.h"
 
@@ -21,8 +21,8 @@ namespace lightwell {
 
 namespace {
 
-constexpr int SPINS = 512;  // some microseconds
-// Longer than it takes to wake a thread, or the others would be asleep by the time that it is awake.
+constexpr int SPINS = 512;  // a few microseconds
+// Longer than it takes to wake a thread; otherwise the other threads would be asleep by the time that it is awake.
 constexpr int64_t YIELD_NANOSECONDS = 1'000'000;
 
 void pause() {
@@ -53,8 +53,8 @@ struct alignas(64) Counter {
 
 struct Team {
     int num_threads;
-    Counter* taken;  // how many tasks of each thread's part
-    pthread_t* threads;  // the caller's own is not among them
+    Counter* taken;  // number of tasks taken from each thread's part
+    pthread_t* threads;  // without the calling thread
     const Call* calls = nullptr;
     int64_t num_calls = 0;  // -1 ends the threads
     int64_t* durations = nullptr;
@@ -117,7 +117,7 @@ void barrier(const Worker& worker) {
 namespace {
 
 void run_calls(const Worker& worker) {
-    // Copies: once a thread has passed the last barrier, the team may be given something else to run.
+    // Copied, because the team may be given another program as soon as a thread has passed the last barrier.
     const Call* const calls = worker.team->calls;
     const int64_t num_calls = worker.team->num_calls;
     int64_t* const durations = worker.index == 0 ? worker.team->durations : nullptr;
@@ -143,7 +143,7 @@ void* thread_main(void* argument) {
     Worker worker{start->team, start->index};
     delete start;
     while (true) {
-        barrier(worker);  // until there is something to run
+        barrier(worker);  // until there is a program to run
         if (worker.team->num_calls < 0) return nullptr;
         run_calls(worker);
     }
@@ -171,7 +171,7 @@ extern "C" __attribute__((visibility("default"))) int lightwell_team_size(const 
     return team->num_threads;
 }
 
-// Runs the calls one after the other. Adds the nanoseconds of each to durations[num_calls], unless that is null.
+// Runs the calls in order. Adds the nanoseconds of each to durations[num_calls] if that is not null.
 extern "C" __attribute__((visibility("default"))) void lightwell_run(
     Team* team, const Call* calls, int64_t num_calls, int64_t* durations) {
     team->calls = calls;
@@ -190,12 +190,12 @@ extern "C" __attribute__((visibility("default"))) void lightwell_delete_team(Tea
     delete team;
 }
 
-static bool has_f16c() {  // which not every compiler's __builtin_cpu_supports knows
+static bool has_f16c() {  // some compilers' __builtin_cpu_supports does not know it
     unsigned eax, ebx, ecx, edx;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
 }
 
-// Whether the processor has AMX with bfloat16, and the system lets this process use it, for which it must be asked.
+// Returns whether the processor has AMX with bfloat16 and the system permits its use, which a process must request.
 static bool may_use_amx() {
 #if defined(__x86_64__)
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
@@ -208,7 +208,7 @@ static bool may_use_amx() {
 #endif
 }
 
-// The best code path that this processor has: "amx", "avx512_bf16", "avx512", "avx2", or "" for none.
+// Returns the best code path of this processor: "amx", "avx512_bf16", "avx512", "avx2", or "" for none.
 extern "C" __attribute__((visibility("default"))) const char* lightwell_best_isa() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
@@ -221,13 +221,16 @@ extern "C" __attribute__((visibility("default"))) const char* lightwell_best_isa
     return avx512_bf16 ? "avx512_bf16" : avx512 ? "avx512" : avx2 ? "avx2" : "";
 }
 
+// Returns the fields of all structs that Python fills in, ended by a null name.
+extern "C" __attribute__((visibility("default"))) const Field* lightwell_fields() { return lightwell_field_table(); }
+
 static Function find(const NamedFunction* functions, const char* name) {
     for (; functions->name; functions++)
         if (strcmp(functions->name, name) == 0) return functions->function;
     return nullptr;
 }
 
-// The function of that name for a code path; null where there is none.
+// Returns the function of that name for a code path; null if there is none.
 extern "C" __attribute__((visibility("default"))) Function lightwell_function(const char* isa, const char* name) {
     if (strcmp(isa, "amx") == 0) {
         const Function function = find(lightwell_functions_amx(), name);

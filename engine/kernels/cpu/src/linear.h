@@ -1,7 +1,7 @@
 // Matrix products with fixed weights: out = x W^T + bias, or added to what `out` holds.
 //
-// A tile of rows x 32 columns stays in registers over all of K, so that every element is added up in the order of K
-// whatever the number of rows. Quantised groups are exact integer products; only their scaled sums round.
+// A tile of rows x 32 columns stays in registers over all of K, so that every element is added up in the order of K for
+// any number of rows. The integer products of quantised groups are exact; only their scaled sums are rounded.
 #pragma once
 
 #include "activations.h"
@@ -10,7 +10,7 @@ namespace {
 
 struct LinearParameters {
     const RowCounts* num_rows;
-    const uint8_t* input;  // in the form that the weights want
+    const uint8_t* input;  // in the input form of the weights
     int64_t input_stride;  // bytes
     const uint8_t* weights;
     int64_t num_inputs;
@@ -18,7 +18,7 @@ struct LinearParameters {
     const float* bias;  // or null
     float* output;
     int64_t output_stride;  // floats
-    int64_t accumulate;  // whether to add to what is there
+    int64_t accumulate;  // whether to add to the output
 };
 
 template <int ROWS, int VECTORS>
@@ -40,7 +40,7 @@ INLINE void store_tile(const LinearParameters& p, const Floats (&sums)[ROWS][VEC
     }
 }
 
-// Asks for what `store_tile` will write, so that it need not wait.
+// Prefetches the output that `store_tile` will write.
 template <int ROWS, int VECTORS>
 INLINE void prefetch_tile(const LinearParameters& p, int64_t row, int64_t column) {
     for (int r = 0; r < ROWS; r++)
@@ -49,22 +49,22 @@ INLINE void prefetch_tile(const LinearParameters& p, int64_t row, int64_t column
 
 constexpr int64_t STREAM_AHEAD = 4096;  // bytes
 
-// The weights that will be read next, of which some cache lines are asked for at each step of a tile: more at once than
-// the memory delivers in the meantime would keep the processor waiting.
-struct Ahead {
+// Prefetches the weights that will be read next, a few cache lines at each step of a tile: the processor would stall on
+// more lines than the memory delivers in the meantime.
+struct Prefetcher {
     const uint8_t* next;
-    int64_t lines;
+    int64_t lines;  // of a step
 
-    // One tile by itself asks for what it soon reads; several share out the panel after theirs.
+    // A single tile prefetches the weights that it reads soon; several tiles share out the next panel.
     template <int LINES_OF_STEP>
-    static Ahead of_tile(const uint8_t* panel, int64_t panel_bytes, int64_t tile, int64_t num_tiles) {
+    static Prefetcher for_tile(const uint8_t* panel, int64_t panel_bytes, int64_t tile, int64_t num_tiles) {
         if (num_tiles == 1) return {panel + STREAM_AHEAD, LINES_OF_STEP};
         const int64_t num_shares = min_of(num_tiles, LINES_OF_STEP);
         if (tile >= num_shares) return {panel, 0};
         return {panel + panel_bytes + panel_bytes * tile / num_shares, divide_up(LINES_OF_STEP, num_shares)};
     }
 
-    INLINE void ask() {
+    INLINE void step() {
         for (int64_t i = 0; i < lines; i++, next += 64) prefetch_to_l2(next);
     }
 };
@@ -85,7 +85,7 @@ INLINE void add_group(const uint8_t* group, int vector, int half, const Activati
     Ints products[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++) {
         Ints start = zero_ints();
-        if constexpr (!Format::HAS_MINIMUM) {  // codes are taken as they are; the zero point counts once
+        if constexpr (!Format::HAS_MINIMUM) {  // products use the unsigned codes; the zero point is subtracted here
             uint32_t negative = uint32_t(rows[r]->negative_sums[half]);
             if (Format::GROUP == 32) negative += uint32_t(rows[r]->negative_sums[1]);
             start = fill_ints(int32_t(negative << Format::ZERO_SHIFT));
@@ -94,7 +94,7 @@ INLINE void add_group(const uint8_t* group, int vector, int half, const Activati
     }
     const uint8_t* vectors = group + vector * Format::VECTOR_BYTES;
     const int offset = half * 16;
-    // A low and a high nibble come from the same load.
+    // In this order, so that a low and a high nibble share a load.
     add_step<Format, 0>(vectors, rows, offset, products);
     add_step<Format, Format::STEPS / 2>(vectors, rows, offset, products);
     add_step<Format, 1>(vectors, rows, offset, products);
@@ -119,7 +119,7 @@ INLINE void add_group(const uint8_t* group, int vector, int half, const Activati
     }
 }
 
-// Products of ROWS rows with VECTORS vectors of columns of one panel.
+// Multiplies ROWS rows with VECTORS vectors of columns of one panel.
 template <class Format>
 struct Tile {
     static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 6 : 2;
@@ -127,7 +127,7 @@ struct Tile {
     static constexpr int LINES = (Format::GROUP_BYTES + 63) / 64;  // of a step, which is a group
 
     template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, Ahead ahead) {
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, Prefetcher prefetcher) {
         const ActivationGroup* rows[ROWS];
         prefetch_tile<ROWS, VECTORS>(p, row, column + vector * LANES);
         for (int r = 0; r < ROWS; r++) rows[r] = (const ActivationGroup*)(p.input + (row + r) * p.input_stride);
@@ -138,7 +138,7 @@ struct Tile {
         const uint8_t* group = panel;
         for (int64_t g = 0; g < num_groups; g++) {
             for (int half = 0; half < Format::GROUPS_OF_ACTIVATION; half++) {
-                ahead.ask();
+                prefetcher.step();
                 add_group<Format, ROWS, VECTORS>(group, vector, half, rows, sums);
                 group += Format::GROUP_BYTES;
             }
@@ -155,14 +155,14 @@ struct Tile<BFloat16> {
     static constexpr int LINES = BFloat16::STEP_BYTES / 64;  // of a step
 
     template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Ahead ahead) {
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetcher prefetcher) {
         prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
         const int64_t num_pairs = divide_up(p.num_inputs, 2);
         const uint8_t* input = p.input + row * p.input_stride;
         for (int64_t k = 0; k < num_pairs; k++) {
-            ahead.ask();
+            prefetcher.step();
             const int32_t* pairs = (const int32_t*)(panel + k * BFloat16::STEP_BYTES);
             Ints low = load_ints(pairs), high = load_ints(pairs + LANES);
             for (int r = 0; r < ROWS; r++) {
@@ -182,13 +182,13 @@ struct Tile<Float32> {
     static constexpr int LINES = Float32::STEP_BYTES / 64;  // of a step
 
     template <int ROWS>
-    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Ahead ahead) {
+    static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int, Prefetcher prefetcher) {
         prefetch_tile<ROWS, VECTORS>(p, row, column);
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
         const uint8_t* input = p.input + row * p.input_stride;
         for (int64_t k = 0; k < p.num_inputs; k++) {
-            ahead.ask();
+            prefetcher.step();
             const float* weights = (const float*)(panel + k * Float32::STEP_BYTES);
             Floats low = load(weights), high = load(weights + LANES);
             for (int r = 0; r < ROWS; r++) {
@@ -201,17 +201,17 @@ struct Tile<Float32> {
     }
 };
 
-// A tile of `num_rows` <= ROWS rows.
+// Computes a tile of `num_rows` <= ROWS rows.
 template <class Format, int ROWS>
-inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int64_t num_rows, Ahead ahead) {
+inline void compute_tile(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int64_t num_rows, Prefetcher prefetcher) {
     if constexpr (ROWS > 1) {
-        if (num_rows < ROWS) return compute_tile<Format, ROWS - 1>(p, panel, row, column, num_rows, ahead);
+        if (num_rows < ROWS) return compute_tile<Format, ROWS - 1>(p, panel, row, column, num_rows, prefetcher);
     }
     for (int vector = 0; vector < 2; vector += Tile<Format>::VECTORS)
-        Tile<Format>::template compute<ROWS>(p, panel, row, column, vector, vector == 0 ? ahead : Ahead{panel, 0});
+        Tile<Format>::template compute<ROWS>(p, panel, row, column, vector, vector == 0 ? prefetcher : Prefetcher{panel, 0});
 }
 
-// The rows start..end of a panel, in tiles of nearly the same size.
+// Computes the rows start..end of a panel, in tiles of nearly the same size.
 template <class Format>
 inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start, int64_t end) {
     constexpr int MAX_ROWS = Tile<Format>::MAX_ROWS;
@@ -219,19 +219,19 @@ inline void compute_rows(const LinearParameters& p, const uint8_t* panel, int64_
     int64_t row = start;
     for (int64_t tile = 0; tile < num_tiles; tile++) {
         const int64_t num_rows = divide_up(end - row, num_tiles - tile);
-        const Ahead ahead = Ahead::of_tile<Tile<Format>::LINES>(panel, panel_bytes, tile, num_tiles);
-        compute_tile<Format, MAX_ROWS>(p, panel, row, column, num_rows, ahead);
+        const Prefetcher prefetcher = Prefetcher::for_tile<Tile<Format>::LINES>(panel, panel_bytes, tile, num_tiles);
+        compute_tile<Format, MAX_ROWS>(p, panel, row, column, num_rows, prefetcher);
         row += num_rows;
     }
 }
 
 constexpr int64_t TASKS_OF_A_THREAD = 2 * PIECES_OF_A_THREAD;
 
-// How a thread computes its rows of a panel: in the vector registers.
+// Computes a thread's rows of a panel in the vector registers.
 template <class Format>
 struct VectorProducts {
     static constexpr int64_t MAX_ROWS = Tile<Format>::MAX_ROWS;
-    static constexpr int64_t ROWS_OF_A_THREAD = 32;  // for which it pays to read all weights
+    static constexpr int64_t ROWS_OF_A_THREAD = 32;  // at which it pays that each thread reads all weights
     VectorProducts(const LinearParameters& p) : p(p) {}
     void compute(const uint8_t* panel, int64_t panel_bytes, int64_t column, int64_t start, int64_t end) const {
         compute_rows<Format>(p, panel, panel_bytes, column, start, end);
@@ -239,19 +239,19 @@ struct VectorProducts {
     const LinearParameters& p;
 };
 
-// The rows first..last.
+// Computes the rows first..last.
 template <class Format, class Products>
 void multiply_rows(const LinearParameters& p, const Worker& worker, int64_t first, int64_t last) {
     const int64_t num_rows = last - first;
     if (num_rows == 0) return;
     const int64_t num_panels = divide_up(p.num_outputs, PANEL), panel_bytes = Format::panel_bytes(p.num_inputs);
-    const int64_t threads = num_threads(worker), wanted_tasks = TASKS_OF_A_THREAD * threads;
-    // Many rows: each thread takes its own. Few: their columns are shared out, and if there are few of these, both.
-    const int64_t num_tiles = divide_up(num_rows, Products::MAX_ROWS), few = min_of(num_tiles, max_of(1, wanted_tasks / num_panels));
+    const int64_t threads = num_threads(worker), target_tasks = TASKS_OF_A_THREAD * threads;
+    // With many rows, each thread takes rows of its own. With few, threads share out the columns; with few columns, both.
+    const int64_t num_tiles = divide_up(num_rows, Products::MAX_ROWS), few = min_of(num_tiles, max_of(1, target_tasks / num_panels));
     const int64_t row_parts = num_rows >= threads * Products::ROWS_OF_A_THREAD ? threads : few;
     const int64_t num_tasks = row_parts * num_panels;
     Products products(p);
-    for (Tasks tasks(worker, num_tasks, max_of(1, num_tasks / wanted_tasks)); tasks.next();)
+    for (Tasks tasks(worker, num_tasks, max_of(1, num_tasks / target_tasks)); tasks.next();)
         for (int64_t task = tasks.first; task < tasks.last; task++) {
             const int64_t panel = task % num_panels, part = task / num_panels;
             const int64_t start = first + num_rows * part / row_parts, end = first + num_rows * (part + 1) / row_parts;
@@ -265,13 +265,13 @@ void linear(const void* parameters, const Worker& worker) {
     multiply_rows<Format, Products>(p, worker, 0, p.num_rows->all);
 }
 
-// Rows of generated tokens in one way and those of prompts in another.
+// Computes rows of generated tokens with Products and rows of prompts with PromptProducts.
 template <class Format, class Products, class PromptProducts>
 void linear_by_origin(const void* parameters, const Worker& worker) {
     const LinearParameters& p = *(const LinearParameters*)parameters;
     const RowCounts counts = *p.num_rows;
     multiply_rows<Format, Products>(p, worker, 0, counts.generated);
-    if (0 < counts.generated && counts.generated < counts.all) barrier(worker);  // tasks start anew
+    if (0 < counts.generated && counts.generated < counts.all) barrier(worker);  // resets the counters of tasks
     multiply_rows<Format, PromptProducts>(p, worker, counts.generated, counts.all);
 }
 

@@ -1,7 +1,7 @@
-// What low-rank adapters (LoRA, Hu et al. 2021) add to a product: out += B (A x), with the matrices of each row's own.
+// Low-rank adapters (LoRA, Hu et al. 2021) of a product: out += B (A x), with the adapter of each row.
 //
-// Every element is added up in one order, whichever rows are computed together: A x along the lanes, then over them; B
-// times that in the order of ranks.
+// The order of additions does not depend on the rows that are computed together: A x is added up lane by lane and then
+// across lanes; B (A x) in the order of ranks.
 #pragma once
 
 #include "activations.h"
@@ -10,16 +10,16 @@ namespace {
 
 struct AddLoraParameters {
     const RowCounts* num_rows;
-    const int64_t* places;  // where each row's adapter lies, -1: nowhere
+    const int64_t* lora_slots;  // [T] the slot of each row's adapter, -1: none
     const float* input;
     int64_t input_stride;  // floats
     int64_t num_inputs;
-    const uint8_t* a;  // [places, parts, max_rank, a_stride], filled up to whole vectors
+    const uint8_t* a;  // [slots, parts, max_rank, a_stride], rows padded to whole vectors
     int64_t a_stride;
-    const uint8_t* b;  // [places, max_rank, b_stride], filled up by more than a vector
+    const uint8_t* b;  // [slots, max_rank, b_stride], rows padded by more than a vector
     int64_t b_stride;
-    const int64_t* ranks;  // [places, parts]
-    const int64_t* part_ends;  // [parts] in the outputs
+    const int64_t* ranks;  // [slots, parts]
+    const int64_t* part_ends;  // [parts] the output after the last of each part
     int64_t num_parts;
     int64_t max_rank;
     float* shrunk;  // [rows, parts, max_rank]
@@ -32,12 +32,12 @@ struct AddLoraParameters {
 INLINE Floats load_weights(const float* p) { return load(p); }
 INLINE Floats load_weights(const uint16_t* p) { return load_bfloat16(p); }
 
-// Of tiles that stay in the registers.
+// Sizes of tiles that fit into the registers.
 constexpr int LORA_ROWS = NUM_REGISTERS == 32 ? 4 : 2;
 constexpr int SHRINK_RANKS = NUM_REGISTERS == 32 ? 4 : 2;
 constexpr int EXPAND_VECTORS = NUM_REGISTERS == 32 ? 4 : 2;
 
-// Some ranks of A x, for rows that share A.
+// Computes RANKS ranks of A x for rows that share an adapter.
 template <class Weight, int ROWS, int RANKS>
 INLINE void shrink_tile(const AddLoraParameters& p, const Weight* a, int64_t row, int64_t part, int64_t rank) {
     Floats sums[ROWS][RANKS];
@@ -58,7 +58,7 @@ INLINE void shrink_tile(const AddLoraParameters& p, const Weight* a, int64_t row
 
 template <class Weight, int ROWS>
 void shrink_rows(const AddLoraParameters& p, int64_t row, int64_t part) {
-    const int64_t of_part = p.places[row] * p.num_parts + part, num_ranks = p.ranks[of_part];
+    const int64_t of_part = p.lora_slots[row] * p.num_parts + part, num_ranks = p.ranks[of_part];
     const Weight* a = (const Weight*)p.a + of_part * p.max_rank * p.a_stride;
     int64_t rank = 0;
     for (; rank + SHRINK_RANKS <= num_ranks; rank += SHRINK_RANKS) shrink_tile<Weight, ROWS, SHRINK_RANKS>(p, a, row, part, rank);
@@ -87,13 +87,13 @@ INLINE void expand_tile(const AddLoraParameters& p, int64_t row, int64_t part, i
     }
 }
 
-// The outputs start..end, which may be of several parts, of rows that share B.
+// Adds B (A x) to the outputs start..end, which may span parts, of rows that share an adapter.
 template <class Weight, int ROWS>
 void expand_rows(const AddLoraParameters& p, int64_t row, int64_t start, int64_t end) {
-    const int64_t place = p.places[row];
-    const Weight* b = (const Weight*)p.b + place * p.max_rank * p.b_stride;
+    const int64_t slot = p.lora_slots[row];
+    const Weight* b = (const Weight*)p.b + slot * p.max_rank * p.b_stride;
     for (int64_t part = 0, column = start; column < end; part++) {
-        const int64_t last = min_of(end, p.part_ends[part]), num_ranks = p.ranks[place * p.num_parts + part];
+        const int64_t last = min_of(end, p.part_ends[part]), num_ranks = p.ranks[slot * p.num_parts + part];
         if (num_ranks == 0 && column < last) column = last;
         for (; column + EXPAND_VECTORS * LANES <= last; column += EXPAND_VECTORS * LANES)
             expand_tile<Weight, ROWS, EXPAND_VECTORS>(p, row, part, num_ranks, b, column, last - column);
@@ -102,10 +102,10 @@ void expand_rows(const AddLoraParameters& p, int64_t row, int64_t start, int64_t
     }
 }
 
-// Whether the rows first..last, which have an adapter, fill a tile and share it.
+// Returns whether the rows first..last fill a tile and share an adapter.
 inline bool is_tile(const AddLoraParameters& p, int64_t first, int64_t last) {
-    bool is_shared = last - first == LORA_ROWS && p.places[first] >= 0;
-    for (int64_t row = first; row < last; row++) is_shared &= p.places[row] == p.places[first];
+    bool is_shared = last - first == LORA_ROWS && p.lora_slots[first] >= 0;
+    for (int64_t row = first; row < last; row++) is_shared &= p.lora_slots[row] == p.lora_slots[first];
     return is_shared;
 }
 
@@ -113,14 +113,14 @@ template <class Weight>
 void shrink(const AddLoraParameters& p, int64_t first, int64_t last, int64_t part) {
     if (is_tile(p, first, last)) return shrink_rows<Weight, LORA_ROWS>(p, first, part);
     for (int64_t row = first; row < last; row++)
-        if (p.places[row] >= 0) shrink_rows<Weight, 1>(p, row, part);
+        if (p.lora_slots[row] >= 0) shrink_rows<Weight, 1>(p, row, part);
 }
 
 template <class Weight>
 void expand(const AddLoraParameters& p, int64_t first, int64_t last, int64_t start, int64_t end) {
     if (is_tile(p, first, last)) return expand_rows<Weight, LORA_ROWS>(p, first, start, end);
     for (int64_t row = first; row < last; row++)
-        if (p.places[row] >= 0) expand_rows<Weight, 1>(p, row, start, end);
+        if (p.lora_slots[row] >= 0) expand_rows<Weight, 1>(p, row, start, end);
 }
 
 constexpr int64_t EXPAND_PIECE = 512;  // outputs
@@ -129,8 +129,8 @@ template <class Weight>
 void add_lora(const void* parameters, const Worker& worker) {
     const AddLoraParameters& p = *(const AddLoraParameters*)parameters;
     const int64_t num_rows = p.num_rows->all, num_outputs = p.part_ends[p.num_parts - 1];
-    int64_t first = 0;  // that has an adapter; all threads find the same
-    while (first < num_rows && p.places[first] < 0) first++;
+    int64_t first = 0;  // row with an adapter, the same in all threads
+    while (first < num_rows && p.lora_slots[first] < 0) first++;
     if (first == num_rows) return;
     const int64_t num_tiles = divide_up(num_rows, LORA_ROWS), num_shrinks = num_tiles * p.num_parts;
     for (Tasks tasks(worker, num_shrinks, grain_of(worker, num_shrinks)); tasks.next();)

@@ -1,6 +1,6 @@
-// From a checkpoint's rows (one for each output) to panels.
+// Packs a checkpoint's rows (one for each output) into panels.
 //
-// The block types are those of GGML (ggml-common.h and ggml-quants.c of llama.cpp define them).
+// The block types are those of GGML, defined in ggml-common.h and ggml-quants.c of llama.cpp.
 #pragma once
 
 #include "activations.h"
@@ -8,7 +8,7 @@
 namespace {
 
 struct PackParameters {
-    const uint8_t* data;  // rows one after the other
+    const uint8_t* data;  // contiguous rows
     int64_t row_bytes;
     int64_t num_inputs;
     int64_t num_outputs;
@@ -17,7 +17,7 @@ struct PackParameters {
 
 inline float half_at(const uint8_t* p) { return Half::load_one(p); }
 
-// Each block reader gives the codes of BLOCK inputs, and scale and minimum of each GROUP of them.
+// Each block reader returns the codes of BLOCK inputs, and the scale and minimum of each GROUP of them.
 
 struct BlockQ4_0 {
     static constexpr int BLOCK = 32, BYTES = 18;
@@ -67,7 +67,7 @@ struct BlockQ8_0 {
     }
 };
 
-// Scales and minima of the eight groups of a Q4_K or Q5_K block: six bits each, packed in twelve bytes.
+// Reads the scales and minima of the eight groups of a Q4_K or Q5_K block: six bits each, packed in twelve bytes.
 inline void read_k_scales(const uint8_t* p, float* scales, float* minima) {
     const float scale = half_at(p), minimum = half_at(p + 2);
     const uint8_t* packed = p + 4;
@@ -115,7 +115,7 @@ struct BlockQ6_K {
     }
 };
 
-// A row of float32, quantised here as Q8_0 does. What is not finite makes the scale a NaN.
+// A row of float32, quantised like Q8_0. The scale is NaN if a number is not finite.
 struct FloatRow {
     static constexpr int BLOCK = 32, BYTES = 128;
     static void read(const uint8_t* p, uint8_t* codes, float* scales, float*) {
@@ -160,7 +160,7 @@ void pack(const void* parameters, const Worker& worker) {
     }
 }
 
-// bfloat16 or float32 rows as they are; ELEMENT bytes each.
+// Packs bfloat16 or float32 rows without conversion; a number has ELEMENT bytes.
 template <class Format, int ELEMENT>
 void pack_plain(const void* parameters, const Worker& worker) {
     const PackParameters& p = *(const PackParameters*)parameters;

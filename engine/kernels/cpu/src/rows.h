@@ -1,4 +1,4 @@
-// What is done to each row between the matrix products: norm, rotation, activation.
+// The operations on each row between the matrix products: gather, norm, activation.
 #pragma once
 
 #include "activations.h"
@@ -32,10 +32,10 @@ struct RmsNormParameters {
     double epsilon;
     float* output;  // or null
     int64_t output_stride;
-    PreparedRows prepared;  // the same as the next product wants it
+    PreparedRows prepared;  // the same rows in the input form of the next product
 };
 
-constexpr int64_t MAX_ROW_PIECE = 1024;  // floats of a row that are held at a time, a multiple of ACTIVATION_GROUP
+constexpr int64_t MAX_ROW_PIECE = 1024;  // floats of a row in a buffer on the stack, a multiple of ACTIVATION_GROUP
 
 // Root mean square norm (Zhang and Sennrich 2019).
 inline void rms_norm_row(const RmsNormParameters& p, int64_t row) {
@@ -68,7 +68,7 @@ void rms_norm(const void* parameters, const Worker& worker) {
         for (int64_t row = tasks.first; row < tasks.last; row++) rms_norm_row(p, row);
 }
 
-enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2 };  // same numbers in kernels.py
+enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2 };  // ACTIVATIONS of kernels.py
 
 INLINE Floats silu(Floats x) { return x / (fill(1.0f) + exponential(zero() - x)); }
 
@@ -95,7 +95,7 @@ INLINE Floats activate(Floats x, int64_t activation) {
 
 struct ActAndMulParameters {
     const RowCounts* num_rows;
-    const float* gate_up;  // rows of gate, then up
+    const float* gate_up;  // each row is gate, then up
     int64_t input_stride;
     int64_t size;  // of gate
     int64_t activation;
@@ -119,7 +119,7 @@ inline void act_and_mul_piece(const ActAndMulParameters& p, int64_t row, int64_t
     p.prepared.write(*p.num_rows, row, start, piece, length);
 }
 
-// act(gate) * up (GLU variants, Shazeer 2020). Rows are cut in pieces, so that threads share one row too.
+// act(gate) * up (GLU variants, Shazeer 2020). Rows are cut into pieces, so that threads can share a row.
 void act_and_mul(const void* parameters, const Worker& worker) {
     const ActAndMulParameters& p = *(const ActAndMulParameters*)parameters;
     const int64_t num_pieces = divide_up(p.size, ACT_PIECE), num_tasks = p.num_rows->all * num_pieces;

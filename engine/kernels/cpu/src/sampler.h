@@ -1,8 +1,8 @@
-// From logits to tokens. What each setting means is told by engine/sampling/sampler.py, whose answers these are.
+// The sampler: from logits to tokens, with the results of engine/sampling/sampler.py, which documents the settings.
 //
-// A row is one task, so what comes of it depends on that row alone. It is gone through in vectors a few times, and what
-// cannot be chosen is left out as early as it is known. Nothing is sorted: of the values that may be the threshold of a
-// setting, one side of a pivot is kept again and again, until one is left.
+// A row is one task, so its token depends on that row alone. A row is read in vectors a few times, and tokens that cannot
+// be chosen are skipped as early as possible. Nothing is sorted: a threshold is found by splitting the candidate values
+// at a pivot and keeping one side, until one value is left.
 #pragma once
 
 #include <float.h>
@@ -13,24 +13,24 @@
 namespace {
 
 constexpr uint32_t ALL_LANES = (1u << LANES) - 1;
-constexpr int64_t TOP_VECTORS = 16;  // how many are looked through at once for the largest value
-constexpr int64_t SUM_PIECE = 4096;  // values that are added up in float32; their sums are added up in float64
-constexpr float NUCLEUS_DEPTHS[] = {4.0f, 8.0f, 16.0f, INFINITY};  // below the largest value; few tokens often do
+constexpr int64_t TOP_VECTORS = 16;  // vectors searched at once for the largest value
+constexpr int64_t SUM_PIECE = 4096;  // values added up in float32; the sums of the pieces are added up in float64
+constexpr float NUCLEUS_DEPTHS[] = {4.0f, 8.0f, 16.0f, INFINITY};  // below the largest value; often few tokens suffice
 constexpr float HIGHEST_NOISE = 22.5f;  // -log of the smallest uniform number is 22.2
 
-// Settings of one row, which is greedy where all of them are 0. The same structure is in sampler.py.
+// The settings of one row. Sampling is greedy if all of them are 0.
 struct SampledRow {
     uint64_t seed;
     int64_t position;  // in the output
-    int64_t first_id;  // its part of `ids`: biased tokens, banned ones, then those of a draft if there are penalties
-    int64_t first_bias;  // its part of `biases`
+    int64_t first_id;  // of the row in `ids`: biased tokens, banned tokens, then the draft if there are penalties
+    int64_t first_bias;  // of the row in `biases`
     int64_t num_biased;
     int64_t num_banned;
     int64_t num_drafted;
-    const int32_t* history;  // prompt and output without the draft, if there are penalties
+    const int32_t* history;  // prompt and output without the draft; null without penalties
     int64_t num_history;
     int64_t num_prompt_tokens;
-    const uint8_t* allowed;  // bit i of byte j: whether token 8 j + i may be sampled; null: all may
+    const uint8_t* allowed;  // bit i of byte j: whether token 8 j + i may be sampled; null: all tokens may
     int64_t top_k;
     float temperature;  // 0: greedy
     float top_p;
@@ -50,13 +50,13 @@ struct SampleParameters {
     const float* biases;
     int64_t* token_ids;
     uint8_t* is_finite;
-    uint8_t* scratch;  // of each thread: values and weights with room for two more vectors, then a zero for each token
+    uint8_t* scratch;  // for each thread: values and weights with room for two more vectors, then a zero for each token
     int64_t scratch_stride;  // bytes
 };
 
-// Of vectors.
+// Vectors.
 
-inline Floats load_padded(const float* p, int64_t n) {  // -infinity where the row has ended
+inline Floats load_padded(const float* p, int64_t n) {  // -infinity after the end of the row
     if (n >= LANES) return load(p);
     float lanes[LANES];
     store(lanes, fill(-INFINITY));
@@ -64,7 +64,7 @@ inline Floats load_padded(const float* p, int64_t n) {  // -infinity where the r
     return load(lanes);
 }
 
-// Writes the lanes whose bits are set, and whatever up to a whole vector, to p. Returns how many they are.
+// Writes the lanes whose bits are set to p, followed by garbage up to a whole vector. Returns the number of lanes.
 inline int64_t store_chosen(float* p, Floats x, uint32_t chosen) {
 #ifdef __AVX512F__
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(chosen), x.v));
@@ -78,9 +78,9 @@ inline int64_t store_chosen(float* p, Floats x, uint32_t chosen) {
 #endif
 }
 
-// Natural logarithm of positive normal numbers, to about one unit in the last place (the polynomial is that of Cephes).
+// Natural logarithm of positive normal numbers, to about one unit in the last best_start, with the polynomial of Cephes.
 inline Floats logarithm(Floats x) {
-    const Ints lowest = fill_ints(0x3f3504f3);  // the mantissa is taken between the roots of 1/2 and of 2
+    const Ints lowest = fill_ints(0x3f3504f3);  // sqrt(1/2): the mantissa is reduced to sqrt(1/2)..sqrt(2)
     const Ints bits = as_ints(x) + fill_ints(0x3f800000 - 0x3f3504f3);
     const Floats exponent = to_floats(shift_right<23>(bits) + fill_ints(-127));
     const Floats f = as_floats((bits & fill_ints(0x7fffff)) + lowest) - fill(1.0f);
@@ -103,8 +103,8 @@ inline Floats logarithm(Floats x) {
 // The largest value.
 
 struct Top {
-    float value;  // -infinity where there is no number
-    int64_t id;  // the lowest of those that have it
+    float value;  // -infinity if there is no number
+    int64_t id;  // the lowest with that value
     bool has_nan;
 };
 
@@ -113,7 +113,7 @@ inline Floats maximum_of(const float* x, int64_t n, uint32_t& numbers) {
     for (int64_t i = 0; i < n; i += LANES) {
         const Floats v = load_padded(x + i, n - i);
         numbers &= equal_mask(v, v);
-        highest = maximum(v, highest);  // the second where the first is no number
+        highest = maximum(v, highest);  // returns the second operand if the first is NaN
     }
     return highest;
 }
@@ -121,31 +121,31 @@ inline Floats maximum_of(const float* x, int64_t n, uint32_t& numbers) {
 inline int64_t find_first(const float* x, int64_t n, float value) {
     for (int64_t i = 0; i < n; i += LANES)
         if (const uint32_t found = equal_mask(load_padded(x + i, n - i), fill(value))) return i + __builtin_ctz(found);
-    return 0;  // none of them is a number
+    return 0;  // all are NaN
 }
 
 Top find_top(const float* x, int64_t n) {
     constexpr int64_t PIECE = TOP_VECTORS * LANES;
     Floats best = fill(-INFINITY);
-    int64_t place = 0;
+    int64_t best_start = 0;
     uint32_t numbers = ALL_LANES;
     for (int64_t start = 0; start < n; start += PIECE) {
         const int64_t left = n - start;
-        const Floats highest = left >= PIECE ? maximum_of(x + start, PIECE, numbers)  // a constant, so it is unrolled
+        const Floats highest = left >= PIECE ? maximum_of(x + start, PIECE, numbers)  // a constant, so that the loop is unrolled
                                              : maximum_of(x + start, left, numbers);
         if (less_mask(best, highest)) {
             best = fill(max_of_lanes(highest));
-            place = start;
+            best_start = start;
         }
     }
     const float value = max_of_lanes(best);
-    return {value, place + find_first(x + place, min_of(PIECE, n - place), value), numbers != ALL_LANES};
+    return {value, best_start + find_first(x + best_start, min_of(PIECE, n - best_start), value), numbers != ALL_LANES};
 }
 
-// What changes single tokens.
+// Changes to single tokens: bias, bans and penalties.
 
 struct Counts {
-    int32_t* of_token;  // bit 0: it occurs; above: how often in the output
+    int32_t* of_token;  // bit 0: the token occurs; higher bits: its count in the output
     int64_t vocab_size;
 
     bool has(int32_t id) const { return uint64_t(id) < uint64_t(vocab_size); }
@@ -157,7 +157,7 @@ inline float penalised(float x, int32_t count, const SampledRow& row) {
     return count >> 1 ? x - row.presence_penalty : x;
 }
 
-// The first tokens are of the prompt.
+// Counts tokens, of which the first `num_prompt_tokens` belong to the prompt.
 inline void count_tokens(const int32_t* ids, int64_t num_ids, int64_t num_prompt_tokens, Counts counts) {
     for (int64_t i = 0; i < num_ids; i++)
         if (counts.has(ids[i])) {
@@ -170,11 +170,11 @@ inline void penalise_tokens(const int32_t* ids, int64_t num_ids, const SampledRo
     for (int64_t i = 0; i < num_ids; i++)
         if (counts.has(ids[i]) && counts.of_token[ids[i]]) {
             x[ids[i]] = penalised(x[ids[i]], counts.of_token[ids[i]], row);
-            counts.of_token[ids[i]] = 0;  // once each; all are 0 again for the next row
+            counts.of_token[ids[i]] = 0;  // so that each token is penalised once, and all counts are 0 for the next row
         }
 }
 
-// Repetition penalty over prompt and output (Keskar et al. 2019); OpenAI's penalties over the output.
+// Applies the repetition penalty to prompt and output (Keskar et al. 2019), OpenAI's penalties to the output.
 inline void apply_penalties(const SampledRow& row, const int32_t* drafted, Counts counts, float* x) {
     count_tokens(row.history, row.num_history, row.num_prompt_tokens, counts);
     count_tokens(drafted, row.num_drafted, 0, counts);
@@ -182,7 +182,7 @@ inline void apply_penalties(const SampledRow& row, const int32_t* drafted, Count
     penalise_tokens(drafted, row.num_drafted, row, counts, x);
 }
 
-// Returns whether there was anything to change.
+// Returns whether the row has any such change.
 inline bool change_tokens(const SampleParameters& p, const SampledRow& row, Counts counts, float* x) {
     const int32_t* ids = p.ids + row.first_id;
     const float* biases = p.biases + row.first_bias;
@@ -197,7 +197,7 @@ inline bool change_tokens(const SampleParameters& p, const SampledRow& row, Coun
 
 // Thresholds.
 
-// What is at least as large as a pivot, and what is not.
+// The values that are at least as large as a pivot (above), and the others (below).
 struct Split {
     double weight_above;
     float lowest_above;
@@ -222,8 +222,8 @@ Split split_at(const float* values, const float* weights, int64_t n, float pivot
     return {weight, 0 - max_of_lanes(zero() - lowest), max_of_lanes(highest)};
 }
 
-// Moves one side of a split to the front. Returns how many they are. The lower side may get some -infinity from behind
-// the end, which no pivot is as low as, so it never counts.
+// Moves one side of a split to the front. Returns the number of its values. The lower side may include -infinity from
+// behind the end of the row, which never counts: it is below every pivot.
 int64_t keep_side(float* values, float* weights, int64_t n, float pivot, bool is_above) {
     int64_t num = 0;
     for (int64_t i = 0; i < n; i += LANES) {
@@ -235,10 +235,10 @@ int64_t keep_side(float* values, float* weights, int64_t n, float pivot, bool is
     return num;
 }
 
-// The largest number such that the weights of all values that are not less add up to `mass`, which all together do.
-// `highest` is one of the values, `lowest` no larger than any. They are lost.
+// Returns the largest threshold such that the weights of all values not below it add up to at least `mass`; the weights
+// of all values together must. `highest` is one of the values, `lowest` no larger than any. Overwrites both arrays.
 float find_threshold(float* values, float* weights, int64_t n, double mass, float lowest, float highest) {
-    double above = 0;  // weight of what is larger than those left
+    double above = 0;  // weight of the values larger than those left
     while (lowest < highest) {
         const float middle = 0.5f * (lowest == -INFINITY ? -FLT_MAX : lowest) + 0.5f * highest;
         const float pivot = middle > lowest ? middle : highest;
@@ -255,7 +255,7 @@ float find_threshold(float* values, float* weights, int64_t n, double mass, floa
     return lowest;
 }
 
-// Picks a token of one row: of logit / temperature + Gumbel noise the largest.
+// Picks a token of one row: the one with the largest logit / temperature + Gumbel noise.
 struct RowSampler {
     const SampledRow& row;
     float* const x;
@@ -266,7 +266,7 @@ struct RowSampler {
 
     int64_t run() {
         scale();
-        float lowest = -INFINITY;  // of what is kept
+        float lowest = -INFINITY;  // of the tokens kept
         if (row.min_p > 0) lowest = highest + max_of_lanes(logarithm(fill(row.min_p)));
         if (row.top_k > 0 && row.top_k < size) lowest = keep_top_k(lowest);
         if (row.top_p < 1) lowest = keep_top_p(lowest);
@@ -283,7 +283,7 @@ struct RowSampler {
         highest /= row.temperature;
     }
 
-    // Copies what is at least `lowest` to `values`; with -infinity as the limit also some of it from behind the row.
+    // Copies the values that are at least `lowest` to `values`. If that is -infinity, padding behind the row is included.
     int64_t collect(float lowest) {
         int64_t num = 0;
         for (int64_t i = 0; i < size; i += LANES) {
@@ -294,8 +294,8 @@ struct RowSampler {
         return num;
     }
 
-    // The k-th largest of some values of the row, which that of all values cannot be less than: of each lane's largest
-    // over a few vectors.
+    // Returns a lower bound of the k-th largest value: the k-th largest of the maxima that each lane has over TOP_VECTORS
+    // vectors.
     float limit_of_top_k() {
         constexpr int64_t PIECE = TOP_VECTORS * LANES;
         const int64_t num = divide_up(size, PIECE) * LANES;
@@ -317,7 +317,7 @@ struct RowSampler {
         return num < row.top_k ? lowest : kth_largest(num, from);
     }
 
-    // The smallest set of most likely tokens that has probability top_p (Holtzman et al. 2020).
+    // Keeps the smallest set of most likely tokens with probability top_p (Holtzman et al. 2020).
     float keep_top_p(float lowest) {
         const double mass = double(row.top_p) * sum_of_exponentials(lowest);
         for (const float depth : NUCLEUS_DEPTHS) {
@@ -326,10 +326,10 @@ struct RowSampler {
             if (weigh(num) >= mass) return find_threshold(values, weights, num, mass, from, highest);
             if (limit < lowest) break;
         }
-        return lowest;  // by rounding: all of it is needed
+        return lowest;  // rounding can make all tokens necessary
     }
 
-    double weigh(int64_t num) {  // what `values` hold; returns the sum
+    double weigh(int64_t num) {  // sets the weights of `values` and returns their sum
         double total = 0;
         for (int64_t start = 0; start < num; start += SUM_PIECE) {
             const int64_t end = min_of(start + SUM_PIECE, num);
@@ -363,14 +363,14 @@ struct RowSampler {
     int64_t draw(float lowest) const;
 };
 
-// Noise.
+// Random numbers.
 
-struct NoiseKeys {
+struct RngKeys {
     uint32_t first;
     uint32_t second;
 };
 
-inline NoiseKeys noise_keys(uint64_t seed, uint64_t position) {  // the finaliser of SplitMix64 (Steele et al. 2014)
+inline RngKeys rng_keys(uint64_t seed, uint64_t position) {  // finaliser of SplitMix64 (Steele et al. 2014)
     uint64_t key = seed + (position + 1) * 0x9e3779b97f4a7c15;
     key = (key ^ key >> 30) * 0xbf58476d1ce4e5b9;
     key = (key ^ key >> 27) * 0x94d049bb133111eb;
@@ -378,14 +378,14 @@ inline NoiseKeys noise_keys(uint64_t seed, uint64_t position) {  // the finalise
     return {uint32_t(key), uint32_t(key >> 32)};
 }
 
-inline Ints mix(Ints x) {  // the finaliser of MurmurHash3
+inline Ints mix(Ints x) {  // finaliser of MurmurHash3
     x = (x ^ shift_right<16>(x)) * fill_ints(int32_t(0x85ebca6b));
     x = (x ^ shift_right<13>(x)) * fill_ints(int32_t(0xc2b2ae35));
     return x ^ shift_right<16>(x);
 }
 
-// Uniform numbers of 16 tokens from `id`, between 2^-32 and 1 - 2^-24.
-inline Floats uniform(NoiseKeys keys, int64_t id) {
+// Uniform numbers for 16 tokens from `id` on, between 2^-32 and 1 - 2^-24.
+inline Floats uniform(RngKeys keys, int64_t id) {
     alignas(64) static constexpr int32_t LANE_IDS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Ints ids = load_ints(LANE_IDS) + fill_ints(int32_t(id));
     const Ints hashed = ids * fill_ints(int32_t(0x9e3779b1));
@@ -396,19 +396,19 @@ inline Floats uniform(NoiseKeys keys, int64_t id) {
 
 inline Floats gumbel(Floats u) {  // -log(-log(1 - u))
     const Floats rest = fill(1.0f) - u;
-    const Floats lost = (fill(1.0f) - rest) - u;  // by rounding; a small u is hardly anything else
+    const Floats lost = (fill(1.0f) - rest) - u;  // by rounding, which loses most of a small u
     return zero() - logarithm(zero() - (logarithm(rest) + lost));
 }
 
-// -log(u) is larger, and with u's exponent in the place of its logarithm larger still.
+// Upper bound of `gumbel`: -log(u) is larger, and larger still with the exponent of u instead of its logarithm.
 inline Floats bound_of_gumbel(Floats u) {
     return to_floats(shift_right<23>(as_ints(u)) + fill_ints(-127)) * fill(-0.6932f);
 }
 
-// Most tokens cannot win even with the highest noise, or not with noise from their uniform number. Only those that may
-// have their noise computed, which costs most of all.
+// Most tokens cannot win even with the highest noise, or not with the bound of their noise. Gumbel noise, which costs
+// most, is computed only for the others.
 int64_t RowSampler::draw(float lowest) const {
-    const NoiseKeys keys = noise_keys(row.seed, uint64_t(row.position));
+    const RngKeys keys = rng_keys(row.seed, uint64_t(row.position));
     const Floats limit = fill(lowest);
     Floats best = fill(-INFINITY), needed = limit;
     int64_t id = 0;
@@ -452,7 +452,7 @@ void sample(const void* parameters, const Worker& worker) {
         Top top = find_top(x, p.vocab_size);
         p.is_finite[r] = !top.has_nan && isfinite(top.value);
         if (p.is_finite[r] && change_tokens(p, row, counts, x)) top = find_top(x, p.vocab_size);
-        const bool can_sample = p.is_finite[r] && isfinite(top.value);  // all tokens may be banned
+        const bool can_sample = p.is_finite[r] && isfinite(top.value);  // unless all tokens are banned
         if (row.temperature > 0 && can_sample)
             top.id = RowSampler{row, x, p.vocab_size, top.value, values, values + num_values}.run();
         p.token_ids[r] = top.id;

@@ -1,15 +1,15 @@
-// Vectors of 16 float or int32 lanes and of 64 bytes, under the same names for every code path.
+// Vectors of 16 float or int32 lanes and of 64 bytes, with the same names on every code path.
 //
 // Lanes hold independent results wherever possible, so the order of additions does not depend on the width of the
-// machine's registers. This file is included by unit.cpp, which is compiled once for each code path; everything has
-// internal linkage, so that the linker cannot take a function of one code path for that of another.
+// machine's registers. unit.cpp includes this file and is compiled once for each code path; everything has internal
+// linkage, so that the linker cannot use a function of one code path in another.
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
-// What a loop calls for each vector. Left to itself, the compiler stops inlining in a unit as large as this one.
+// For functions called for each vector: in a unit as large as this one, the compiler stops inlining by itself.
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -36,7 +36,7 @@ INLINE float bfloat16_to_float(uint16_t value) {
     return result;
 }
 
-INLINE uint16_t float_to_bfloat16(float value) {  // to nearest, ties to even; a NaN stays one
+INLINE uint16_t float_to_bfloat16(float value) {  // to nearest, ties to even; a NaN stays a NaN
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
@@ -56,7 +56,7 @@ INLINE __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
 INLINE Floats zero() { return {_mm512_setzero_ps()}; }
 INLINE Floats fill(float x) { return {_mm512_set1_ps(x)}; }
 INLINE Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
-// The first n lanes; whole vectors without a mask, for what is stored under one reaches the next load late.
+// The first n lanes. Whole vectors need no mask, which would delay the next load of a masked store.
 INLINE Floats load_some(const float* p, int64_t n) {
     return n >= LANES ? load(p) : Floats{_mm512_maskz_loadu_ps(first(n), p)};
 }
@@ -262,8 +262,8 @@ INLINE __m256i fifth_bits_of(const uint8_t* p) {  // 32 bits -> 32 bytes of 0 or
 INLINE Bytes fifth_bits(const uint8_t* p) { return {fifth_bits_of(p), fifth_bits_of(p + 4)}; }
 INLINE Bytes operator|(Bytes x, Bytes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 
-// Products of bytes are added in pairs that saturate at 16 bits. Codes of up to 7 bits cannot reach that; those of 8
-// bits are taken as twice their upper seven bits plus the lowest.
+// Products of bytes are added in pairs that saturate at 16 bits. Codes of up to 7 bits cannot reach that; a code of 8
+// bits is split into its upper seven bits, counted twice, and the lowest bit.
 INLINE __m256i dot_seven_bits(__m256i codes, __m256i four) {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, four), _mm256_set1_epi16(1));
 }
@@ -289,7 +289,7 @@ INLINE void prefetch_to_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HIN
 
 #endif
 
-// As bfloat16, to nearest, ties to even; returns what was stored.
+// Stores bfloat16, rounded to nearest, ties to even. Returns the stored numbers.
 INLINE Floats store_rounded(uint16_t* p, Floats x) {
 #ifdef __AVX512BF16__
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x.v);
@@ -297,7 +297,7 @@ INLINE Floats store_rounded(uint16_t* p, Floats x) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16))};
 #else
     const Ints bits = as_ints(x), odd = shift_right<16>(bits) & fill_ints(1);
-    // What is not finite is doubled instead, which leaves infinities and makes NaNs quiet: rounding can make any number of one.
+    // Rounding could turn a NaN into a number. Doubling instead keeps infinities and makes NaNs quiet.
     const Floats nearest = as_floats(bits + fill_ints(0x7fff) + odd);
     const Ints rounded = as_ints(where_less(absolute(x), fill(__builtin_inff()), nearest, x + x));
     store_bfloat16_bits(p, shift_right<16>(rounded));
@@ -307,7 +307,7 @@ INLINE Floats store_rounded(uint16_t* p, Floats x) {
 
 INLINE void store_bfloat16(uint16_t* p, Floats x) { store_rounded(p, x); }
 
-// Sums and maxima over lanes, always by the same tree: halves, quarters, ...
+// Sums and maxima over lanes, always in the same tree: halves, quarters, ...
 #ifdef __AVX512F__
 INLINE __m256 low_half(Floats x) { return _mm512_castps512_ps256(x.v); }
 INLINE __m256 high_half(Floats x) { return _mm512_extractf32x8_ps(x.v, 1); }
@@ -341,7 +341,7 @@ INLINE int32_t sum_of_lanes(Ints x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 }
 
-// The same of four vectors at once, in four lanes, for integers, whose sums and maxima do not depend on the order.
+// Sums and maxima of four integer vectors at once, in four lanes. With integers the order does not matter.
 INLINE __m128i sums_of_lanes(Ints a, Ints b, Ints c, Ints d) {
     __m256i ab = _mm256_hadd_epi32(_mm256_add_epi32(low_half(a), high_half(a)), _mm256_add_epi32(low_half(b), high_half(b)));
     __m256i cd = _mm256_hadd_epi32(_mm256_add_epi32(low_half(c), high_half(c)), _mm256_add_epi32(low_half(d), high_half(d)));
@@ -359,10 +359,10 @@ INLINE __m128i maxima_of_lanes(Ints a, Ints b, Ints c, Ints d) {
     return _mm_max_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
 }
 
-// e^x to about one unit in the last place; exactly 0 below -87, and for -infinity; at most e^88; NaN of NaN.
+// e^x to about one unit in the last place; exactly 0 below -87 and for -infinity; at most e^88; NaN for NaN.
 INLINE Floats exponential(Floats x) {
     const Floats lowest = fill(-87.0f);
-    Floats bounded = minimum(fill(88.0f), maximum(lowest, x));  // in this order NaN stays NaN
+    Floats bounded = minimum(fill(88.0f), maximum(lowest, x));  // in this order a NaN stays a NaN
     Ints n = to_nearest(bounded * fill(1.44269504088896341f));
     Floats whole = to_floats(n);
     Floats r = multiply_add(whole, fill(-0.693359375f), bounded);
@@ -378,10 +378,10 @@ INLINE Floats exponential(Floats x) {
     return where_less(x, lowest, zero(), p * power);
 }
 
-// 2^x to about 1e-4 of it, for weights that are rounded to bfloat16 afterwards; x at most 127; exactly 0 from -127 down,
-// and for -infinity; NaN of NaN.
+// 2^x with a relative error of about 1e-4, for weights that are rounded to bfloat16; x at most 127; exactly 0 from -127
+// down and for -infinity; NaN for NaN.
 INLINE Floats rough_power_of_two(Floats x) {
-    const Floats shift = fill(12582912.0f);  // 3 * 2^22: what is added to it is rounded, and its low bits hold the integer
+    const Floats shift = fill(12582912.0f);  // 3 * 2^22: a number added to it is rounded, and the low bits hold the integer
     Floats bounded = maximum(fill(-127.0f), x);
     Floats shifted = bounded + shift;
     Floats r = bounded - (shifted - shift);

@@ -1,4 +1,4 @@
-// A team of threads that runs a program: all of them go through the same calls and meet after each.
+// A team of threads that runs a program: all threads make the same calls, with a barrier after each.
 #pragma once
 
 #include <stdint.h>
@@ -7,7 +7,7 @@ namespace lightwell {
 
 struct Team;
 
-// What a function of the program sees of its thread.
+// The thread that a function runs on.
 struct Worker {
     Team* team;
     int index;
@@ -17,17 +17,17 @@ int num_threads(const Worker& worker);
 
 void barrier(const Worker& worker);
 
-// Shares out the tasks 0..total, a few at a time. Each thread has a part, the same for the same total: what it works on
-// in one call lies in its cache in the next. One that has finished its part helps with the others'. Where there are
-// `rounds`, all tasks of a part come once in each. Each barrier starts anew.
+// Shares out the tasks 0..total, `grain` at a time. Each thread has a part, the same for the same total, so that the
+// data of one call is in its cache in the next. A thread that has finished its part helps with the parts of others. With
+// several `rounds`, all tasks of a part run once in each round. A barrier resets the counters.
 class Tasks {
   public:
     Tasks(const Worker& worker, int64_t total, int64_t grain, int64_t rounds = 1);
 
-    // Takes what is next, first..last; false when nothing is left.
+    // Takes the next tasks, first..last. Returns false when none is left.
     bool next();
 
-    int64_t first = 0, last = 0;  // counted on from `begin`, through all rounds
+    int64_t first = 0, last = 0;  // counted from `begin` through all rounds
     int64_t task(int64_t taken) const { return begin + (taken - begin) % size; }
     int64_t round(int64_t taken) const { return (taken - begin) / size; }
     bool is_last_of_round(int64_t taken) const { return (taken - begin) % size == size - 1; }
@@ -41,9 +41,10 @@ class Tasks {
     int64_t begin = 0, size = 0;
 };
 
-// One entry of a program.
+// A function of a program.
 using Function = void (*)(const void* parameters, const Worker& worker);
 
+// An entry of a program.
 struct Call {
     Function function;
     const void* parameters;

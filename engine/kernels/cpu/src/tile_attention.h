@@ -1,4 +1,4 @@
-// Attention over a KV cache in bfloat16 on the tile registers of AMX: as in attention.h, but for the products.
+// Attention over a bfloat16 KV cache on the tile registers of AMX: the products differ from attention.h.
 #pragma once
 
 #include "attention.h"
@@ -7,7 +7,7 @@
 namespace {
 
 struct TileAttention : Attention<BFloat16Cache> {
-    // Four tiles of sums side by side; queries or weights; keys or values.
+    // Four adjacent tiles of sums; queries or weights; keys or values.
     enum { FIRST, SECOND, THIRD, FOURTH, QUERIES, WEIGHTS, KEYS, VALUES };
 
     int64_t configured_rows = 0;
@@ -15,7 +15,7 @@ struct TileAttention : Attention<BFloat16Cache> {
     using Attention::Attention;
     ~TileAttention() { tile_release(); }
 
-    static bool can_compute(const AttentionParameters& p) { return p.cache.head_dim % NUMBERS_OF_TILE == 0; }
+    static bool can_compute(const PagedAttentionParameters& p) { return p.cache.head_dim % NUMBERS_OF_TILE == 0; }
 
     void run() {
         start();
@@ -24,7 +24,7 @@ struct TileAttention : Attention<BFloat16Cache> {
                 add_rows(c * CHUNK, packed, min_of(ROWS_OF_TILE, num_packed() - packed));
     }
 
-    // As add_tile.
+    // Like add_tile.
     void add_rows(int64_t start, int64_t packed, int64_t num_rows) {
         const int64_t end = min_of(start + CHUNK, position(packed + num_rows - 1) + 1);
         const int64_t begin = max_of(start, first_visible(packed)) / NUMBERS_OF_TILE * NUMBERS_OF_TILE;
@@ -56,7 +56,7 @@ struct TileAttention : Attention<BFloat16Cache> {
         tile_configure(configuration);
     }
 
-    // Scores of up to four tiles of tokens. Returns the token after them.
+    // Computes the scores of up to four tiles of tokens. Returns the token after them.
     int64_t add_scores(int64_t token, int64_t end, int64_t packed, float* scores) const {
         const int64_t num_tiles = divide_up(end - token, LANES);
         const uint16_t* q = queries + packed * size;
@@ -88,7 +88,7 @@ struct TileAttention : Attention<BFloat16Cache> {
         return token;
     }
 
-    // Weighted values of up to four tiles of dimensions. Returns the dimension after them.
+    // Computes the weighted values of up to four tiles of dimensions. Returns the dimension after them.
     int64_t add_values(int64_t start, int64_t begin, int64_t end, uint16_t (&weights)[ROWS_OF_TILE][CHUNK], int64_t d, float (&values)[ROWS_OF_TILE][MAX_HEAD_DIM + LANES]) const {
         if (size - d >= 4 * LANES) return multiply_values<4>(start, begin, end, &weights[0][0], d, &values[0][0]);
         return multiply_values<2>(start, begin, end, &weights[0][0], d, &values[0][0]);
@@ -118,7 +118,7 @@ struct TileAttention : Attention<BFloat16Cache> {
         return d + TILES * LANES;
     }
 
-    // The values of a token and the one after it.
+    // Returns the values of a token and the one after it.
     const uint8_t* pair_of(int64_t token) const { return values_of(token) + token % block_size * size * 2; }
 
     void prefetch_keys(const uint8_t* block, int64_t token) const {
@@ -127,7 +127,7 @@ struct TileAttention : Attention<BFloat16Cache> {
         for (int64_t line = 0; line < bytes; line += 64) prefetch_to_l2(part + line);
     }
 
-    // One tile's values, of one block or several; those after the last token may be anything, and are taken as zeros.
+    // Copies the values of one tile from one block or several. Values after the last token may be garbage: zeros instead.
     template <int TILES>
     void copy_values(int64_t token, int64_t end, int64_t d, uint8_t* out) const {
         constexpr int64_t BYTES = TILES * TILE_BYTES;
@@ -137,9 +137,9 @@ struct TileAttention : Attention<BFloat16Cache> {
                 continue;
             }
             const uint8_t* values = pair_of(token) + d * 4;
-            const Ints wanted = fill_ints(token + 1 < end ? -1 : 0xffff);
+            const Ints mask = fill_ints(token + 1 < end ? -1 : 0xffff);
             for (int64_t i = 0; i < BYTES; i += TILE_BYTES)
-                store_ints((int32_t*)(out + i), load_ints((const int32_t*)(values + i)) & wanted);
+                store_ints((int32_t*)(out + i), load_ints((const int32_t*)(values + i)) & mask);
         }
     }
 
@@ -163,7 +163,7 @@ struct TileAttention : Attention<BFloat16Cache> {
 };
 
 void paged_attention_on_tiles(const void* parameters, const Worker& worker) {
-    const AttentionParameters& p = *(const AttentionParameters*)parameters;
+    const PagedAttentionParameters& p = *(const PagedAttentionParameters*)parameters;
     if (p.cache.type == CACHE_BFLOAT16 && TileAttention::can_compute(p)) attend<TileAttention>(p, worker);
     else paged_attention(parameters, worker);
 }

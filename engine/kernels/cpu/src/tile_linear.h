@@ -1,4 +1,4 @@
-// Products on the tile registers of AMX, which multiply bfloat16.
+// Matrix products on the tile registers of AMX, which multiply bfloat16.
 #pragma once
 
 #include <type_traits>
@@ -8,22 +8,22 @@
 
 namespace {
 
-constexpr int64_t STEP_BYTES = NUMBERS_OF_TILE / 2 * BFloat16::STEP_BYTES;  // weights of a tile's inputs, of a panel's columns
-constexpr int64_t STEPS_AT_ONCE = 9;  // whose weights, and as much of the input, fit into the first cache
+constexpr int64_t STEP_BYTES = NUMBERS_OF_TILE / 2 * BFloat16::STEP_BYTES;  // weights of a panel's columns for the inputs of a tile
+constexpr int64_t STEPS_AT_ONCE = 9;  // their weights and as much of the input fit into the L1 cache
 
-// Weights as tiles take them: bfloat16 as it lies there.
+// The weights that tiles load: bfloat16 directly from the panel.
 template <class Format>
 struct TileWeights {
     static_assert(std::is_same_v<Format, BFloat16>);
-    // One tile of rows by itself needs nothing twice, and would only put its sums down and take them up again.
+    // A single tile of rows reads no weights twice, so cutting its steps would only store and load its sums.
     static int64_t steps_at_once(int64_t num_steps, int64_t num_tiles) { return num_tiles == 1 ? num_steps : STEPS_AT_ONCE; }
     const uint8_t* steps(const uint8_t* panel, int64_t first, int64_t) { return panel + first * STEP_BYTES; }
-    static Ahead ahead(const uint8_t* steps, int64_t num_steps, int64_t tile, int64_t num_tiles) {
-        return Ahead::of_tile<STEP_BYTES / 64>(steps, num_steps * STEP_BYTES, tile, num_tiles);
+    static Prefetcher prefetcher(const uint8_t* steps, int64_t num_steps, int64_t tile, int64_t num_tiles) {
+        return Prefetcher::for_tile<STEP_BYTES / 64>(steps, num_steps * STEP_BYTES, tile, num_tiles);
     }
 };
 
-// Quantised weights, unpacked a few steps at a time. That takes about as long as to multiply fifty rows.
+// Quantised weights, unpacked a few steps at a time. Unpacking takes about as long as multiplying fifty rows.
 template <int BITS, int GROUP, class Scale, int ZERO_SHIFT>
 struct TileWeights<Quantised<BITS, GROUP, Scale, ZERO_SHIFT>> {
     using Format = Quantised<BITS, GROUP, Scale, ZERO_SHIFT>;
@@ -42,18 +42,18 @@ struct TileWeights<Quantised<BITS, GROUP, Scale, ZERO_SHIFT>> {
         }
         return unpacked;
     }
-    static Ahead ahead(const uint8_t* steps, int64_t, int64_t, int64_t) { return {steps, 0}; }
+    static Prefetcher prefetcher(const uint8_t* steps, int64_t, int64_t, int64_t) { return {steps, 0}; }
 
     template <int VECTOR>
     static INLINE void unpack_group(const uint8_t* group, uint8_t* out) {
-        const int64_t place = VECTOR * LANES * Scale::SIZE;
-        const Floats scale = quiet(Scale::load_vector(group + Format::SCALES + place));
+        const int64_t scale_offset = VECTOR * LANES * Scale::SIZE;
+        const Floats scale = quiet(Scale::load_vector(group + Format::SCALES + scale_offset));
         Floats offset = scale * fill(-Format::zero_point());
-        if constexpr (Format::HAS_MINIMUM) offset = quiet(Scale::load_vector(group + Format::MINIMA + place));
+        if constexpr (Format::HAS_MINIMUM) offset = quiet(Scale::load_vector(group + Format::MINIMA + scale_offset));
         unpack_steps<0>(group + VECTOR * Format::VECTOR_BYTES, scale, offset, out);
     }
 
-    // Four inputs of each column, two pairs.
+    // Unpacks four inputs of each column: two pairs.
     template <int STEP>
     static INLINE void unpack_steps(const uint8_t* vector, Floats scale, Floats offset, uint8_t* out) {
         const Ints codes = as_ints(Format::template codes<STEP>(vector)), byte = fill_ints(255);
@@ -66,13 +66,13 @@ struct TileWeights<Quantised<BITS, GROUP, Scale, ZERO_SHIFT>> {
         if constexpr (STEP + 1 < Format::STEPS) unpack_steps<STEP + 1>(vector, scale, offset, out);
     }
 
-    // The upper halves of float32 are bfloat16 once they are rounded, here with ties away from zero.
+    // Rounds to bfloat16, which is the upper half of a float32; ties go away from zero.
     static INLINE Ints pair_of(Floats low, Floats high) {
         const Ints half = fill_ints(0x8000), upper = fill_ints(int32_t(0xffff0000));
         return shift_right<16>(as_ints(low) + half) | ((as_ints(high) + half) & upper);
     }
 
-    // A NaN that rounding leaves one.
+    // Replaces NaNs by one that stays NaN when rounded.
     static INLINE Floats quiet(Floats x) {
         return {_mm512_mask_mov_ps(x.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_nanf("")))};
     }
@@ -81,10 +81,10 @@ struct TileWeights<Quantised<BITS, GROUP, Scale, ZERO_SHIFT>> {
 template <class Format>
 struct TileProducts {
     static constexpr int64_t MAX_ROWS = 2 * ROWS_OF_TILE;
-    static constexpr int64_t ROWS_OF_A_THREAD = INT32_MAX;  // that weights are read and unpacked once counts for more
+    static constexpr int64_t ROWS_OF_A_THREAD = INT32_MAX;  // never: it pays more to read and unpack weights once
     static constexpr int64_t BAND = 8;  // tiles of rows
     static constexpr int64_t SUM_BYTES = PANEL * 4;
-    // Two tiles of rows with two tiles of columns make four of sums: each tile that is loaded serves twice.
+    // Two tiles of rows times two tiles of columns make four tiles of sums: each loaded tile is used twice.
     enum { UPPER_LEFT, UPPER_RIGHT, LOWER_LEFT, LOWER_RIGHT, UPPER, LOWER, LEFT, RIGHT };
 
     const LinearParameters& p;
@@ -99,7 +99,7 @@ struct TileProducts {
             compute_band(panel, column, start, min_of(end, start + BAND * MAX_ROWS));
     }
 
-    // A few steps of all rows before the next steps, so that their weights stay in the first cache.
+    // Computes a few steps for all rows before the next steps, so that their weights stay in the L1 cache.
     void compute_band(const uint8_t* panel, int64_t column, int64_t start, int64_t end) {
         alignas(64) float sums[BAND][MAX_ROWS * PANEL];
         const int64_t num_tiles = divide_up(end - start, MAX_ROWS), all_steps = divide_up(p.num_inputs, NUMBERS_OF_TILE);
@@ -110,11 +110,11 @@ struct TileProducts {
             for (int64_t tile = 0; tile < num_tiles; tile++) {
                 const int64_t row = start + tile * MAX_ROWS;
                 const uint8_t* input = p.input + row * p.input_stride + step * TILE_BYTES;
-                const Ahead ahead = weights.ahead(some, num_steps, tile, num_tiles);
+                const Prefetcher prefetcher = weights.prefetcher(some, num_steps, tile, num_tiles);
                 const int64_t num_rows = min_of(MAX_ROWS, end - row);
                 configure(num_rows);
-                if (num_rows > ROWS_OF_TILE) multiply<true>(some, input, step == 0, num_steps, ahead, sums[tile]);
-                else multiply<false>(some, input, step == 0, num_steps, ahead, sums[tile]);
+                if (num_rows > ROWS_OF_TILE) multiply<true>(some, input, step == 0, num_steps, prefetcher, sums[tile]);
+                else multiply<false>(some, input, step == 0, num_steps, prefetcher, sums[tile]);
             }
         }
         for (int64_t row = start; row < end; row++) {
@@ -135,7 +135,7 @@ struct TileProducts {
     }
 
     template <bool HAS_LOWER>
-    INLINE void multiply(const uint8_t* weights, const uint8_t* input, bool is_first, int64_t num_steps, Ahead ahead, float* sums) const {
+    INLINE void multiply(const uint8_t* weights, const uint8_t* input, bool is_first, int64_t num_steps, Prefetcher prefetcher, float* sums) const {
         const int64_t input_stride = p.input_stride;
         const uint8_t* lower_input = input + ROWS_OF_TILE * input_stride;
         float* const lower_sums = sums + ROWS_OF_TILE * PANEL;
@@ -144,7 +144,7 @@ struct TileProducts {
         if (HAS_LOWER) begin<LOWER_LEFT>(lower_sums, is_first);
         if (HAS_LOWER) begin<LOWER_RIGHT>(lower_sums + LANES, is_first);
         for (int64_t step = 0; step < num_steps; step++) {
-            ahead.ask();
+            prefetcher.step();
             tile_load<LEFT>(weights, BFloat16::STEP_BYTES);
             tile_load<RIGHT>(weights + TILE_BYTES, BFloat16::STEP_BYTES);
             tile_load<UPPER>(input, input_stride);
@@ -165,7 +165,7 @@ struct TileProducts {
         if (HAS_LOWER) tile_store<LOWER_RIGHT>(lower_sums + LANES, SUM_BYTES);
     }
 
-    // Sums go on where they were.
+    // Zeroes the sums, or loads them from the steps before.
     template <int SUMS>
     static INLINE void begin(const float* sums, bool is_first) {
         if (is_first) tile_zero<SUMS>();

@@ -1,7 +1,8 @@
 // The tile registers of AMX: eight of up to 16 rows of 64 bytes.
 //
-// A product of tiles takes in 16 pairs of bfloat16 for each of 16 x 16 sums. The sums of a row do not depend on the number
-// of rows, but they are added up in another order than in vector registers: what uses tiles must do so for any number.
+// A product of tiles adds 16 pairs of bfloat16 to each of 16 x 16 sums. The sums of a row do not depend on the number of
+// rows, but the order of additions differs from that of vector registers: code that uses tiles must use them for any
+// number of rows.
 #pragma once
 
 #include <initializer_list>
@@ -24,7 +25,7 @@ struct alignas(64) TileConfiguration {
     }
 };
 
-// The instructions themselves: what compilers have for them leaves out that they read and write memory.
+// In assembly, because the compilers' intrinsics do not say that these instructions read and write memory.
 INLINE void tile_configure(const TileConfiguration& configuration) {
     asm volatile("ldtilecfg %0" : : "m"(configuration));
 }

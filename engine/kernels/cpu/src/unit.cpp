@@ -1,4 +1,4 @@
-// All functions of a program, for the code path that LIGHTWELL_ISA names (see build.py).
+// All functions of a program, compiled for the code path that LIGHTWELL_ISA names (see build.py).
 
 #include "team.h"
 
@@ -19,6 +19,7 @@ using lightwell::Worker;
 #endif
 
 #include "functions.h"
+#include "layouts.h"
 
 namespace {
 
@@ -49,7 +50,7 @@ constexpr lightwell::NamedFunction FUNCTIONS[] = {
     {nullptr, nullptr},
 };
 
-#ifdef __AVX512BF16__  // the processors that have AMX have that too
+#ifdef __AVX512BF16__  // every processor with AMX has it
 constexpr lightwell::NamedFunction FUNCTIONS_ON_TILES[] = {
     {"linear_bfloat16", linear<BFloat16, TileProducts<BFloat16>>},
     {"paged_attention", paged_attention_on_tiles},
@@ -74,6 +75,10 @@ constexpr lightwell::NamedFunction FUNCTIONS_ON_TILES[] = {
 #define TABLE_OF(isa) NAME_OF(isa)
 
 extern "C" const lightwell::NamedFunction* TABLE_OF(LIGHTWELL_ISA)() { return FUNCTIONS; }
+
+#ifndef __AVX512F__  // once: layouts are the same on all code paths
+extern "C" const lightwell::Field* lightwell_field_table() { return FIELDS; }
+#endif
 
 #ifdef __AVX512BF16__
 extern "C" const lightwell::NamedFunction* lightwell_functions_amx() { return FUNCTIONS_ON_TILES; }

@@ -1,4 +1,4 @@
-"""Rotary embedding, KV cache and attention in C++: against float64, and promise 1 for every way to cut the work.
+"""Rotary embedding, KV cache and attention in C++: against float64, and batch invariance however the work is cut.
 
 Every test runs on every code path that this processor has.
 """
@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.kernels import CpuKernels
-from engine.kernels.cpu.program import PagedAttention
+from engine.kernels.cpu.parameters import PagedAttentionParameters
 from engine.kernels.interface import KernelOptions, LinearOp
+from tests.support.examples import num_examples
 from tests.support.kernel_choice import code_paths
 from tests.support.packed_weights import random_weight
-from tests.support.recorded_kernels import Rows, Sequences, assert_close, make_kernels, random_tensor, slots_of
+from tests.support.recorded_kernels import Rows, Sequences, assert_close, make_kernels, stored_heads
+from tests.support.tensors import random_tensor
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 each_code_path = pytest.mark.parametrize("code_path", code_paths())
 each_cache_type = pytest.mark.parametrize("cache_type", ["float32", "bfloat16", "int8"])
 
-# What the result may be off by, for values near 1. For a cache of bfloat16, q and the weights are rounded to it too.
+# Allowed errors for values near 1. With a bfloat16 cache, q and the weights are rounded to bfloat16 too.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1.6e-2, "int8": 1e-5}
 
 Span = tuple[int, int, int]  # sequence, start, end
@@ -49,7 +51,7 @@ SHAPES = [
     Shape(2, 8, 128, 128),
     Shape(1, 3, 256, 256, window=256),
     Shape(2, 4, 96, 16, window=300),
-    Shape(1, 49, 32, 32),  # more query heads to a KV head than are computed together elsewhere
+    Shape(1, 49, 32, 32),  # more query heads to a KV head than an item has packed rows
     Shape(3, 1, 48, 256, window=1),
 ]
 
@@ -61,7 +63,7 @@ def options_of(cache_type: str) -> KernelOptions:
 
 
 class Case:
-    """Sequences of random tokens, and what their attention comes to in the textbook."""
+    """Sequences of random tokens, and their attention by the textbook."""
 
     def __init__(self, shape: Shape, cache_type: str, seq_lens: list[int], *, seed: int = 0) -> None:
         self.shape, self.cache_type, self.seq_lens, self.seed = shape, cache_type, seq_lens, seed
@@ -84,7 +86,7 @@ class Case:
         )
 
     def rotated(self, sequences: Sequences, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v [tokens, heads, head size] in float64."""
+        """Return the rotated q, k and v [tokens, heads, head size] in float64."""
         num_heads, num_kv_heads, head_dim = self.shape.heads
         first, length = sequences.first_tokens[sequence], self.seq_lens[sequence]
         heads = self.table[first : first + length].double().view(length, -1, head_dim)
@@ -93,11 +95,13 @@ class Case:
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def expected(self, sequences: Sequences, span: Span, softcap: float = 0.0) -> Tensor:
-        """What lies in the cache is taken as it is; `test_rope_and_store_kv` looks at that."""
+        """Return the attention to the keys and values in the cache, which `test_rope_and_store_kv` checks."""
         sequence, start, end = span
         q, k, v = self.rotated(sequences, sequence)
         if self.cache_type != "float32":
-            heads = [slots_of(sequences.cache, head, sequences.block_ids[sequence], end) for head in range(k.shape[1])]
+            heads = [
+                stored_heads(sequences.cache, head, sequences.block_ids[sequence], end) for head in range(k.shape[1])
+            ]
             k, v = (torch.stack(parts, dim=1).double() for parts in zip(*heads, strict=True))
         window = self.shape.window
         rows = [attention(q.numpy(), k.numpy(), v.numpy(), row, window, softcap) for row in range(start, end)]
@@ -113,7 +117,7 @@ Array = npt.NDArray[np.float64]
 
 
 def attention(q: Array, keys: Array, values: Array, position: int, window: int | None, softcap: float = 0.0) -> Array:
-    """The row at a position, of q [tokens, H, D], keys and values [tokens, KH, D]."""
+    """Return the attention of one position, for q [tokens, H, D], keys and values [tokens, KH, D]."""
     first = 0 if window is None else max(0, position - window + 1)
     group_size = q.shape[1] // keys.shape[1]
     k = np.repeat(keys[first : position + 1], group_size, axis=1)
@@ -130,7 +134,7 @@ def attention(q: Array, keys: Array, values: Array, position: int, window: int |
 @each_cache_type
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rope_and_store_kv(shape: Shape, cache_type: str, code_path: str) -> None:
-    """The rotated q, what lies where in the cache, and that nothing else was touched."""
+    """q is rotated, keys and values are stored in their slots, and nothing else changes."""
     case = Case(shape, cache_type, [70, 33])
     sequences = case.sequences(code_path)
     sequences.step((0, 0, 69), (1, 0, 33))
@@ -143,7 +147,7 @@ def test_rope_and_store_kv(shape: Shape, cache_type: str, code_path: str) -> Non
         )
         for head in range(shape.num_kv_heads):
             for stored, exact in zip(
-                slots_of(sequences.cache, head, sequences.block_ids[sequence], num_tokens),
+                stored_heads(sequences.cache, head, sequences.block_ids[sequence], num_tokens),
                 (k[:num_tokens, head], v[:num_tokens, head]),
                 strict=True,
             ):
@@ -162,7 +166,7 @@ def test_rope_and_store_kv(shape: Shape, cache_type: str, code_path: str) -> Non
 @each_cache_type
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention(shape: Shape, cache_type: str, code_path: str) -> None:
-    """Prefill, chunks and decoding of contexts around the borders of a chunk of 256 keys, in one batch."""
+    """Prefill, chunks and decoding in one batch, with contexts around multiples of a chunk of 256 keys."""
     case = Case(shape, cache_type, [1, 17, 255, 256, 257, 512, 600])
     sequences = case.sequences(code_path)
     first: list[Span] = [(0, 0, 1), (1, 0, 16), (2, 0, 254), (3, 0, 255), (4, 0, 256), (5, 0, 500), (6, 0, 512)]
@@ -183,13 +187,13 @@ def test_attention(shape: Shape, cache_type: str, code_path: str) -> None:
 @each_cache_type
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[6]], ids=str)
 def test_capped_scores(shape: Shape, cache_type: str, code_path: str) -> None:
-    """As Gemma 2 caps them; no model that is served asks for it yet."""
+    """Scores are capped as in Gemma 2. No supported model needs it."""
     case = Case(shape, cache_type, [1, 300])
-    case.table *= 2  # so that scores come near the cap
+    case.table *= 2  # so that scores are near the cap
     sequences = case.sequences(code_path)
     softcap = 3.0
     for parameters in sequences.program.parameters:
-        if isinstance(parameters, PagedAttention):
+        if isinstance(parameters, PagedAttentionParameters):
             parameters.softcap = softcap
     spans = [(0, 0, 1), (1, 0, 300)]
     for out, span in zip(sequences.step(*spans), spans, strict=True):
@@ -207,7 +211,7 @@ def in_chunks(sequence: int, end: int, size: int) -> list[Span]:
 @each_cache_type
 @pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
 def test_attention_does_not_depend_on_how_it_is_cut(shape: Shape, cache_type: str, code_path: str) -> None:
-    """Whole, in chunks, alone, among others, and by one thread or two: the same bits."""
+    """The bits are the same for whole prompts, chunks, other batches, and one thread or two."""
     case = Case(shape, cache_type, [600, 300, 41, 1])
     one = case.sequences(code_path)
     (whole,) = one.step((0, 0, 600))
@@ -217,10 +221,10 @@ def test_attention_does_not_depend_on_how_it_is_cut(shape: Shape, cache_type: st
         sequences.forget()
         if chunk > 1:
             pieces = [sequences.step(span)[0] for span in in_chunks(0, 600, chunk)]
-        else:  # decoding, of the last tokens
+        else:  # decode the last tokens
             pieces = [sequences.step((0, 0, 500))[0], *(sequences.step(span)[0] for span in in_chunks(0, 600, 1)[500:])]
         assert torch.equal(torch.cat(pieces), whole), f"chunks of {chunk}, {num_threads} threads"
-        # Rows of one sequence in several spans of one step: what a row sees is stored before any row attends.
+        # Several spans of one sequence in one step: all keys are stored before any row attends.
         sequences.forget()
         spans = in_chunks(0, 600, max(chunk, 20))
         mixed = sequences.step((1, 0, 300), *spans, (2, 0, 41), (3, 0, 1))
@@ -232,7 +236,7 @@ def test_attention_does_not_depend_on_how_it_is_cut(shape: Shape, cache_type: st
 @each_cache_type
 @pytest.mark.parametrize("window", [None, 37])
 def test_the_size_of_blocks_does_not_matter(window: int | None, cache_type: str, code_path: str) -> None:
-    """To the bit, of a prompt and of single rows after it."""
+    """The bits are the same for a prompt and for single rows after it."""
     outputs = []
     for block_size in (16, 32, 64, 256):
         sequences = Case(Shape(2, 3, 64, block_size, window), cache_type, [301, 45]).sequences(code_path, 2)
@@ -247,7 +251,7 @@ def test_the_size_of_blocks_does_not_matter(window: int | None, cache_type: str,
 @each_cache_type
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[6]], ids=str)
 def test_long_contexts_are_shared_by_threads(shape: Shape, cache_type: str, code_path: str) -> None:
-    """Few rows of long contexts: threads compute chunks of one, and merge them to the same bits."""
+    """With few rows of long contexts, threads share the chunks of a row, and merge them to the same bits."""
     case = Case(shape, cache_type, [1000, 1500, 30])
     results = []
     for num_threads in (1, 2, 3):
@@ -256,7 +260,7 @@ def test_long_contexts_are_shared_by_threads(shape: Shape, cache_type: str, code
         sequences.step((1, 0, 1496), (2, 0, 29))
         results.append(sequences.step((0, 999, 1000), (1, 1496, 1500), (2, 29, 30)))
         assert (sequences.plan.parameters.num_merges > 0) == (num_threads > 1)
-        # Alone a context is cut where it was not in company, and the other way round.
+        # A context that is cut alone is not cut in a batch, and the other way round.
         for index, span in enumerate([(0, 999, 1000), (1, 1496, 1500), (2, 29, 30)]):
             assert torch.equal(sequences.step(span)[0], results[0][index])
     for result in results[1:]:
@@ -279,7 +283,7 @@ def test_long_contexts_are_shared_by_threads(shape: Shape, cache_type: str, code
     ],
 )
 def test_product_after_attention(name: str, options: KernelOptions, shape: Shape, code_path: str) -> None:
-    """Its input may be prepared where it is made; the result is that of the two operations, one by one."""
+    """Attention may prepare the input of a product. The result is that of the two operations one by one."""
     case = Case(shape, "any", [60, 300])
     spans: list[Span] = [(1, 0, 260), (1, 260, 300), (0, 0, 60)]
     kernels = make_kernels(code_path, 2, options)
@@ -287,7 +291,7 @@ def test_product_after_attention(name: str, options: KernelOptions, shape: Shape
     linear = kernels.linear(kernels.pack([random_weight(name, 20, num_inputs, seed=1)[0]]))
     projected, plain = case.sequences_of(kernels, linear), case.sequences_of(kernels)
     projected.generated = plain.generated = {1}
-    for step, num_prompt_rows in ((spans, 60), ([(1, 299, 300)], 0)):  # the second is shared by threads
+    for step, num_prompt_rows in ((spans, 60), ([(1, 299, 300)], 0)):  # threads share the second
         both, made = torch.cat(projected.step(*step)), torch.cat(plain.step(*step)).flatten(1)
         rows = Rows(kernels, [made], lambda rows, x: linear(x), max_rows=len(made))
         assert torch.equal(both, rows(range(len(made)), num_prompt_rows))
@@ -297,7 +301,7 @@ def test_product_after_attention(name: str, options: KernelOptions, shape: Shape
 @each_cache_type
 @pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
 def test_attention_on_all_code_paths(shape: Shape, cache_type: str) -> None:
-    """The same bits, but for bfloat16, whose products the processor rounds in its own way."""
+    """The bits are the same, except for bfloat16, whose products each processor rounds in its own way."""
     case = Case(shape, cache_type, [300, 40])
     best, *others = (torch.cat(case.sequences(code_path).step((0, 0, 300), (1, 0, 40))) for code_path in code_paths())
     for other in others:
@@ -310,8 +314,8 @@ def test_attention_on_all_code_paths(shape: Shape, cache_type: str) -> None:
 @each_code_path
 @each_cache_type
 def test_any_mix(cache_type: str, code_path: str) -> None:
-    """Random shapes, sequences and spans."""
-    for seed in range(12):
+    """The result is that of the textbook for random shapes, sequences and spans."""
+    for seed in range(num_examples(3, 60)):
         print(f"seed {seed}")
         rng = np.random.default_rng(seed)
         window = None if rng.integers(2) else int(rng.integers(1, 600))
@@ -337,7 +341,7 @@ def test_any_mix(cache_type: str, code_path: str) -> None:
 @each_cache_type
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5]], ids=str)
 def test_what_lies_in_other_slots_does_not_matter(shape: Shape, cache_type: str, code_path: str) -> None:
-    """Neither NaN, which `forget` leaves, nor large numbers, in blocks of others or behind the last token."""
+    """NaN (left by `forget`) and large numbers in other blocks and after the last token do not matter."""
     case = Case(shape, cache_type, [300, 41])
     sequences = case.sequences(code_path, 2)
     spans: list[Span] = [(0, 0, 300), (1, 0, 41)]
@@ -356,14 +360,14 @@ def test_what_lies_in_other_slots_does_not_matter(shape: Shape, cache_type: str,
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", ["q", "k", "v"])
 def test_what_is_not_finite_ends_no_other_sequence(part: str, value: float, cache_type: str, code_path: str) -> None:
-    """And shows in all rows that see it."""
+    """A number that is not finite shows in all rows that see it, and in no others."""
     shape = Shape(1, 3, 64, 32)
     case = Case(shape, cache_type, [300, 41, 260])
     spans: list[Span] = [(0, 250, 300), (1, 0, 41), (2, 0, 260)]
     sequences = case.sequences(code_path)
     sequences.step((0, 0, 250))
     good = sequences.step(*spans)
-    row = 300 + 20  # of the second sequence
+    row = 300 + 20  # in the second sequence
     heads = {"q": slice(0, 3 * 64), "k": slice(3 * 64, 4 * 64), "v": slice(4 * 64, 5 * 64)}[part]
     case.table[row, heads] = value
     bad = case.sequences(code_path)
@@ -373,6 +377,6 @@ def test_what_is_not_finite_ends_no_other_sequence(part: str, value: float, cach
     assert torch.equal(out[2], good[2])
     seen = out[1][20:21] if part == "q" else out[1][20:]
     assert not seen.isfinite().all(dim=(1, 2)).any()
-    # In one piece only: rows before it are computed in the same tile.
+    # Only in one piece, because rows before it are computed in the same tile.
     before = bad.step((1, 0, 20))[0]
     assert torch.equal(before, good[1][:20])

@@ -1,6 +1,6 @@
-"""Compiling the kernels: what is compiled with which flags, what is kept where, and how it fails.
+"""Compiling the kernels: commands and flags, caching, and failures.
 
-Most tests have a stub in the place of the compiler, which writes down how it is called.
+Most tests replace the compiler by a stub that records how it is called.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 
 from engine.kernels.cpu import build as build_module
-from engine.kernels.cpu.build import CODE_PATHS, COMMON_FLAGS, PACKAGE, BuildError, build_package, find_compiler
-from server import model_paths as models
+from engine.kernels.cpu.build import COMMON_FLAGS, PACKAGE, UNIT_FLAGS, BuildError, build_package, find_compiler
+from engine.shared.paths import cache_folder
 from tests.support.paths import ROOT
 from tests.support.processes import wait_for_end_of
 from tests.support.sanitizer import run_sanitized
@@ -39,12 +39,12 @@ UNIT = """\
 #define JOIN(a, b) JOIN_(a, b)
 const char* JOIN(name_, LIGHTWELL_ISA)() { return AS_TEXT(LIGHTWELL_ISA); }
 """
-NAMES = "".join(f"const char* name_{path}();\n" for path in CODE_PATHS)
+NAMES = "".join(f"const char* name_{path}();\n" for path in UNIT_FLAGS)
 LIBRARY = f"""\
 #include "names.h"
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT const char* name_of(int index) {{
-    const char* names[] = {{{", ".join(f"name_{path}()" for path in CODE_PATHS)}}};
+    const char* names[] = {{{", ".join(f"name_{path}()" for path in UNIT_FLAGS)}}};
     return names[index];
 }}
 EXPORT float sum(const float* x, int n) {{
@@ -57,7 +57,7 @@ EXPORT int one_more(int x) {{ return x + 1; }}
 
 STUB = """\
 #!/bin/sh
-# Writes its arguments to a file, then does what the test wants, then makes what it is asked for.
+# Writes its arguments to a file, runs the commands of the test, and makes the output file.
 printf '%s\\n' "$*" >> {log}
 [ "$1" = --version ] && echo "stub {version}" && exit
 {body}
@@ -78,7 +78,7 @@ class StubCompiler:
 
     @property
     def calls(self) -> list[list[str]]:
-        """The arguments of each call that compiles or links."""
+        """Return the arguments of each call that compiles or links."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [line.split() for line in lines if line != "--version"]
 
@@ -97,7 +97,7 @@ def package(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder where compiled libraries go."""
+    """Return the folder of compiled libraries."""
     monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build_module, "POLL_SECONDS", 0.001)
     return tmp_path / "cache" / "kernels"
@@ -114,7 +114,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-# What is compiled.
+# Commands.
 
 
 def test_the_unit_is_compiled_for_each_code_path_and_the_rest_once(package: Path, compiler: StubCompiler) -> None:
@@ -127,7 +127,7 @@ def test_the_unit_is_compiled_for_each_code_path_and_the_rest_once(package: Path
     assert objects == {
         **{
             f"unit.{name}.o": [*flags, f"-DLIGHTWELL_ISA={name}", "-c", "unit.cpp"]
-            for name, flags in CODE_PATHS.items()
+            for name, flags in UNIT_FLAGS.items()
         },
         "library.o": ["-c", "library.cpp"],
         "other.o": ["-c", "other.cpp"],
@@ -141,8 +141,8 @@ def test_a_compiled_library_can_be_called(package: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", "g++")
     library = ctypes.CDLL(str(build_package(package)))
     library.name_of.restype = ctypes.c_char_p
-    assert [library.name_of(index).decode() for index in range(len(CODE_PATHS))] == list(CODE_PATHS)
-    with pytest.raises(AttributeError):  # only what is exported can be seen
+    assert [library.name_of(index).decode() for index in range(len(UNIT_FLAGS))] == list(UNIT_FLAGS)
+    with pytest.raises(AttributeError):  # only exported functions are visible
         library.name_avx2  # noqa: B018
 
 
@@ -165,7 +165,7 @@ def test_all_sources_are_installed_and_in_the_key() -> None:
     assert "prebuilt/*.so" in patterns
 
 
-# What is kept.
+# The cache.
 
 
 def test_it_is_compiled_once(package: Path, compiler: StubCompiler, cache: Path) -> None:
@@ -198,7 +198,7 @@ def test_what_changes_is_compiled_anew(
     assert is_another()
     monkeypatch.setattr(build_module, "COMMON_FLAGS", [*COMMON_FLAGS, "-DX"])
     assert is_another()
-    monkeypatch.setitem(CODE_PATHS, "avx2", ["-mavx2"])
+    monkeypatch.setitem(UNIT_FLAGS, "avx2", ["-mavx2"])
     assert is_another()
     compiler.does("", version="1.1")
     assert is_another()
@@ -219,11 +219,11 @@ def test_the_sanitized_library_is_another_one(package: Path, compiler: StubCompi
     assert all(call.index("-O1") > call.index("-O3") for call in sanitized)
 
 
-def test_the_cache_folder_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_lie_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for name, value in [("LIGHTWELL_CACHE", "~/x"), ("LIGHTWELL_CACHE", ""), ("XDG_CACHE_HOME", "/xdg")]:
         monkeypatch.setenv(name, value)
-        assert build_module.cache_folder() == models.cache_folder()
+        assert build_module._kernels_folder() == cache_folder() / "kernels"
 
 
 def test_a_cache_folder_with_a_relative_path(
@@ -244,7 +244,7 @@ def test_a_cache_that_cannot_be_written(
     assert library.parent.stat().st_mode & 0o777 == 0o700
     assert build_package(package) == library
     assert compiler.num_links == 1
-    library.parent.chmod(0o777)  # others could have put a library there
+    library.parent.chmod(0o777)  # others could have stored a library there
     with pytest.raises(BuildError, match=r"no folder for the compiled kernels: .* is open to other users"):
         build_package(package)
 
@@ -254,7 +254,7 @@ def test_a_disk_that_is_full(package: Path, compiler: StubCompiler, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(BuildError, match=r"cannot keep the compiled kernels in .*: No space left on device"):
+    with pytest.raises(BuildError, match=r"cannot store the compiled kernels in .*: No space left on device"):
         build_package(package)
 
 
@@ -278,11 +278,11 @@ def test_a_prebuilt_library_needs_no_compiler(
 
 def test_a_package_that_cannot_be_written(package: Path, compiler: StubCompiler) -> None:
     (package / "prebuilt").write_text("a file where the folder should be")
-    with pytest.raises(BuildError, match=r"cannot keep the compiled kernels in .*/prebuilt: File exists"):
+    with pytest.raises(BuildError, match=r"cannot store the compiled kernels in .*/prebuilt: File exists"):
         build_package(package, in_package=True)
 
 
-# Several processes, and processes that are ended. Threads stand in for processes: each opens its own lock.
+# Several processes, and processes that are terminated. Threads replace processes: each opens its own lock.
 
 
 def test_two_at_once_compile_once(package: Path, compiler: StubCompiler, cache: Path) -> None:
@@ -346,7 +346,7 @@ def test_the_compiler_is_found(tmp_path: Path, compiler: StubCompiler, monkeypat
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     (tmp_path / "bin").mkdir()
-    for name in ("clang++", "c++", "g++"):  # each goes before those that are there
+    for name in ("clang++", "c++", "g++"):  # each is preferred to those before it
         (tmp_path / "bin" / name).symlink_to(compiler.path)
         assert find_compiler() == [str(tmp_path / "bin" / name)]
 
@@ -354,10 +354,12 @@ def test_the_compiler_is_found(tmp_path: Path, compiler: StubCompiler, monkeypat
 def test_without_a_compiler(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BuildError, match=r"^no C\+\+ compiler found: g\+\+, c\+\+, clang\+\+ \(CXX names another\)$"):
+    with pytest.raises(
+        BuildError, match=r"^no C\+\+ compiler found: g\+\+, c\+\+, clang\+\+ \(set CXX to use another\)$"
+    ):
         build_package(package)
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    with pytest.raises(BuildError, match=r"^the C\+\+ compiler that CXX names is not there: /nonexistent/c\+\+$"):
+    with pytest.raises(BuildError, match=r"^the C\+\+ compiler named by CXX does not exist: /nonexistent/c\+\+$"):
         build_package(package)
 
 
@@ -433,11 +435,13 @@ def test_the_command_fails_in_one_line(
     assert build_module.main([]) == 1
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err == "lightwell: error: the C++ compiler that CXX names is not there: /nonexistent/c++\n"
+    assert output.err == "lightwell: error: the C++ compiler named by CXX does not exist: /nonexistent/c++\n"
 
 
 def test_nothing_but_the_standard_library_is_needed() -> None:
-    code = f"import sys; sys.path[:0] = [{str(PACKAGE)!r}]; import build; sys.exit('torch' in sys.modules)"
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import engine.kernels.cpu.build; sys.exit('torch' in sys.modules)"
+    )
     path = [sys.executable, "-I", "-S", "-c", code]
     assert subprocess.run(path, check=False).returncode == 0
 

@@ -1,4 +1,4 @@
-"""Matrix products in C++, and what happens to rows between them: against float64, and promise 1 for each operation.
+"""Matrix products and row operations in C++: against float64, and batch invariance of each operation.
 
 Every test runs on every code path that this processor has.
 """
@@ -31,8 +31,8 @@ from tests.support.recorded_kernels import (
     assert_close,
     assert_rows_are_independent,
     make_kernels,
-    random_tensor,
 )
+from tests.support.tensors import ACTIVATIONS, random_tensor
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 each_code_path = pytest.mark.parametrize("code_path", code_paths())
@@ -40,15 +40,10 @@ each_number_of_threads = pytest.mark.parametrize("num_threads", [1, 2])
 each_format = pytest.mark.parametrize("name", FORMATS)
 
 ROUNDING = 1e-6  # of a sum in float32, relative to the sum of the absolute values
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 def shapes_of(name: str) -> list[tuple[int, int]]:
-    """Outputs, which fill their panels of 32 or do not, and inputs, which fill their groups as far as they must."""
+    """Return numbers of outputs and inputs, with and without full panels of 32 outputs and full groups of inputs."""
     unit = inputs_of(name)
     if unit == 1:
         return [(70, 100), (1, 1), (32, 64), (33, 37), (15, 31)]
@@ -61,7 +56,7 @@ def shapes_of(name: str) -> list[tuple[int, int]]:
 @each_code_path
 @each_format
 def test_packed_weights_stand_for_the_same_numbers(name: str, code_path: str) -> None:
-    """To the bit, seen as embeddings."""
+    """Packed weights, read as embeddings, have the bits of the checkpoint."""
     kernels = make_kernels(code_path, options=options_of(name))
     for num_outputs, num_inputs in shapes_of(name):
         weight, numbers = random_weight(name, num_outputs, num_inputs, seed=num_outputs)
@@ -97,7 +92,7 @@ def test_linear(name: str, code_path: str, num_threads: int) -> None:
 @each_code_path
 @each_format
 def test_linear_of_prompts(name: str, code_path: str, num_threads: int) -> None:
-    """On tiles, quantised weights and their input are rounded to bfloat16. Elsewhere prompts are not told apart."""
+    """AMX rounds quantised weights and their input to bfloat16. Other code paths treat prompts like other rows."""
     kernels = make_kernels(code_path, num_threads, options_of(name))
     for index, (num_outputs, num_inputs) in enumerate([*shapes_of(name), (40, 32 * 40)]):
         weight, numbers = random_weight(name, num_outputs, num_inputs, seed=num_outputs)
@@ -111,7 +106,7 @@ def test_linear_of_prompts(name: str, code_path: str, num_threads: int) -> None:
             assert torch.equal(out, product(range(MAX_ROWS)))
             continue
         x, numbers = rounded_input("bfloat16", x), rounded_to_bfloat16(numbers)
-        # Numbers of two roundings may be a step of bfloat16 away, here and there one.
+        # Rounding twice can move a few numbers by one step of bfloat16.
         steps = 2**-8 * (x.abs()[:, None, :] * numbers.abs()).amax(dim=2)
         assert_close(out, x @ numbers.T, ROUNDING * (x.abs() @ numbers.abs().T) + steps + 1e-30)
         assert not torch.equal(out, product(range(MAX_ROWS)))
@@ -132,14 +127,14 @@ def test_linear_of_more_rows_than_are_taken_at_once(name: str, code_path: str, n
 
 
 def assert_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """x W^T, but for the rounding of float32."""
+    """Check that `out` is x W^T within the rounding of float32."""
     assert_close(out, x @ weight.T, ROUNDING * (x.abs() @ weight.abs().T) + 1e-30)
 
 
 @each_number_of_threads
 @each_code_path
 def test_parts_with_bias_and_residual(code_path: str, num_threads: int) -> None:
-    """As q, k and v have them where a checkpoint mixes types. A part ends within the vectors that hold the next."""
+    """q, k and v may have different types. A part ends inside the vectors of the next."""
     kernels = make_kernels(code_path, num_threads)
     parts = [
         random_packed(name, size, 256, size) for name, size in [("Q4_1", 33), ("Q4_1", 9), ("Q6_K", 17), ("Q8_0", 70)]
@@ -164,7 +159,7 @@ def test_parts_with_bias_and_residual(code_path: str, num_threads: int) -> None:
 
 @each_code_path
 def test_a_part_that_is_not_packed(code_path: str) -> None:
-    """Then all parts are computed in the type of the kernels."""
+    """All parts are then computed in the dtype of the kernels."""
     kernels = make_kernels(code_path)
     packed, plain = random_packed("Q5_1", 40, 64, 1), random_tensor(2, 20, 64)
     matrix = kernels.pack([packed, plain])
@@ -178,7 +173,7 @@ def test_a_part_that_is_not_packed(code_path: str) -> None:
 @each_code_path
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
 def test_largest_codes(type_name: str, code_path: str) -> None:
-    """Sums of products of the largest codes fit into what they are added up in."""
+    """Sums of products of the largest codes do not overflow."""
     kernels = make_kernels(code_path)
     packed = random_packed(type_name, 8, 256, 0)
     extremes = packed.data.reshape(8, -1).copy()
@@ -201,7 +196,7 @@ def test_largest_codes(type_name: str, code_path: str) -> None:
 
 @each_code_path
 def test_temporaries_of_one_shape_and_two_types(code_path: str) -> None:
-    """A quantised input of 64 numbers has 96 bytes, and the other product has 96 results in the same place."""
+    """A quantised input of 64 numbers has 96 bytes, and the other product writes 96 results to the same buffer."""
     kernels = make_kernels(code_path)
     quantised, first, second = (
         kernels.linear(kernels.pack([weight]))
@@ -235,7 +230,7 @@ def test_what_is_not_finite_stays_in_its_row(name: str, code_path: str) -> None:
         bad_rows, (0, 31, 32, 40, 95), (torch.nan, torch.inf, -torch.inf, -torch.nan, torch.nan), strict=True
     ):
         x[row, column] = value
-    for row, bits in ((7, -1), (8, 0x7FFFFFFF)):  # NaNs that rounding up would make numbers of
+    for row, bits in ((7, -1), (8, 0x7FFFFFFF)):  # NaNs that rounding up would turn into numbers
         x.view(torch.int32)[row, 50] = bits
         bad_rows.append(row)
     out = Rows(kernels, [x], lambda rows, x: linear(x))(range(40), num_prompt_rows)
@@ -248,7 +243,7 @@ def test_what_is_not_finite_stays_in_its_row(name: str, code_path: str) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8"])
 def test_weights_that_are_not_finite_show(name: str, value: float, code_path: str) -> None:
-    """A broken checkpoint must not answer as if it were a whole one."""
+    """A corrupt checkpoint must not give plausible answers."""
     kernels = make_kernels(code_path, options=options_of(name))
     weight, _ = random_weight(name, 40, 96, seed=1)
     assert isinstance(weight, Tensor)
@@ -272,7 +267,7 @@ def test_weights_that_are_not_finite_show(name: str, value: float, code_path: st
 
 @each_format
 def test_linear_on_all_code_paths(name: str) -> None:
-    """The same bits, but for bfloat16, whose products the processor rounds in its own way."""
+    """The bits are the same, except for bfloat16, whose products each processor rounds in its own way."""
     num_inputs = 2 * max(64, inputs_of(name))
     weight, numbers = random_weight(name, 70, num_inputs, seed=1)
     x, results = random_tensor(2, 40, num_inputs), []
@@ -286,14 +281,14 @@ def test_linear_on_all_code_paths(name: str) -> None:
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-# What a product's input is made by may prepare it at once.
+# The operation that makes a product's input may prepare it.
 
 
 @each_number_of_threads
 @each_code_path
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "q4_1", "q6_k"])
 def test_input_prepared_where_it_is_made(name: str, code_path: str, num_threads: int) -> None:
-    """Rows longer than what is computed in one piece; the result is that of the two operations, one by one."""
+    """Rows are longer than one piece. The result is that of the two operations one by one."""
     size = 1100 if inputs_of(name) == 1 else 1280
     kernels = make_kernels(code_path, num_threads, options_of(name))
     weight, norm = random_weight(name, 33, size, seed=1)[0], random_tensor(2, size)
@@ -362,7 +357,7 @@ def test_act_and_mul(activation: str, code_path: str, num_threads: int) -> None:
     out = assert_rows_are_independent(Rows(kernels, [gate_up], lambda rows, x: kernels.act_and_mul(x, activation)))
     gate, up = gate_up.double().chunk(2, dim=1)
     expected = ACTIVATIONS[activation](gate) * up
-    # Where the activation is all but 0, its error counts by the size of the gate.
+    # If the activation is nearly 0, the bound of its error grows with the gate.
     assert_close(out, expected, 2e-6 * expected.abs() + 3e-7 * (gate * up).abs().clamp(max=100) + 1e-30)
 
 

@@ -4,6 +4,7 @@ import math
 import platform
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,19 @@ from engine.kernels.cpu.library import Library, Team
 from engine.kernels.cpu.sampler import CpuSampler
 from engine.sampling.rng import gumbel_noise
 from engine.sampling.sampler import apply_masks
-from engine.scheduling.request import Request, RequestWithDraft, SampledRequest
-from engine.shared.messages import MIROSTAT_ORDER, SamplerChain, SamplingParams
+from engine.scheduling.request import SamplingRow
+from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams
 from tests.engine.sampling.test_sampler import (
     EOS_TOKEN_IDS,
     batches,
     final_logits,
     is_right,
     keep,
-    make_request,
+    make_row,
     make_sampler,
     random_logits,
 )
+from tests.support.examples import num_examples
 from tests.support.sanitizer import run_sanitized
 
 pytestmark = [
@@ -54,8 +56,8 @@ MIXED: list[dict[str, Any]] = [
 SPECIAL: list[dict[str, Any]] = [
     {"allowed_token_ids": (3, 9, 12), "top_p": 0.8},
     {"post_sampling_probs": True, "repetition_penalty": 1.5, "min_p": 0.1},
-    {"chain": SamplerChain(typical_p=0.8, dry_multiplier=1.0), "temperature": 0.7},
-    {"chain": SamplerChain(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=2.0), "logit_bias": {4: 9.0}},
+    {"extra_samplers": ExtraSamplers(typical_p=0.8, dry_multiplier=1.0), "temperature": 0.7},
+    {"extra_samplers": ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=2.0), "logit_bias": {4: 9.0}},
 ]
 
 
@@ -72,7 +74,7 @@ class Machine:
     def sampler(self, vocab_size: int, num_threads: int = 2) -> CpuSampler:
         return CpuSampler(self.library, self.teams[num_threads], vocab_size, EOS_TOKEN_IDS)
 
-    def sample(self, logits: Tensor, requests: Sequence[SampledRequest], num_threads: int = 2) -> list[int]:
+    def sample(self, logits: Tensor, requests: Sequence[SamplingRow], num_threads: int = 2) -> list[int]:
         output = self.sampler(logits.shape[1], num_threads).sample(logits.clone(), requests)
         assert output.token_ids.dtype == torch.int64
         assert output.is_finite.all()
@@ -92,25 +94,25 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def expected_tokens(logits: Tensor, requests: Sequence[SampledRequest]) -> list[int]:
+def expected_tokens(logits: Tensor, requests: Sequence[SamplingRow]) -> list[int]:
     ids: list[int] = make_sampler(logits.shape[1]).sample(logits.clone(), requests).token_ids.tolist()
     return ids
 
 
-def mixed_requests(rng: np.random.Generator, num: int, vocab_size: int) -> list[Request]:
+def mixed_rows(rng: np.random.Generator, num: int, vocab_size: int) -> list[SamplingRow]:
     def some_ids(most: int) -> list[int]:
         ids: list[int] = rng.integers(0, vocab_size, rng.integers(1, most)).tolist()
         return ids
 
-    return [make_request(None, some_ids(60), some_ids(40), seed=row, **MIXED[row % len(MIXED)]) for row in range(num)]
+    return [make_row(None, some_ids(60), some_ids(40), seed=row, **MIXED[row % len(MIXED)]) for row in range(num)]
 
 
 # The same tokens as elsewhere.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=num_examples(20, 300), deadline=None)
 @given(batch=batches())
-def test_same_token_as_the_definition(machine: Machine, batch: tuple[Tensor, list[Request]]) -> None:
+def test_same_token_as_the_definition(machine: Machine, batch: tuple[Tensor, list[SamplingRow]]) -> None:
     logits, requests = batch
     token_ids = machine.sample(logits, requests)
     expected = expected_tokens(logits, requests)
@@ -127,20 +129,20 @@ def test_same_token_as_in_torch(
 ) -> None:
     """But for rounding, which hardly ever decides."""
     logits = random_logits(rng, 60, vocab_size, spread=2.0)
-    requests = [make_request(None, [0, 4, 4], [5, 5, 6], seed=seed, **params) for seed in range(60)]
+    requests = [make_row(None, [0, 4, 4], [5, 5, 6], seed=seed, **params) for seed in range(60)]
     pairs = list(zip(machine.sample(logits, requests), expected_tokens(logits, requests), strict=True))
     num_same = sum(own == other for own, other in pairs)
     assert num_same == 60 if params.get("temperature") == 0 else num_same >= 58
 
 
 def test_code_paths_agree(rng: np.random.Generator) -> None:
-    logits, requests = random_logits(rng, 110, 5003), mixed_requests(rng, 110, 5003)
+    logits, requests = random_logits(rng, 110, 5003), mixed_rows(rng, 110, 5003)
     assert Machine("avx2").sample(logits, requests) == Machine("avx512").sample(logits, requests)
 
 
 @pytest.mark.parametrize("vocab_size", [577, 49152])
 def test_batch_and_threads_change_nothing(machine: Machine, vocab_size: int, rng: np.random.Generator) -> None:
-    logits, requests = random_logits(rng, 33, vocab_size), mixed_requests(rng, 33, vocab_size)
+    logits, requests = random_logits(rng, 33, vocab_size), mixed_rows(rng, 33, vocab_size)
     together = machine.sample(logits, requests)
     assert machine.sample(logits, requests, num_threads=1) == together
     assert machine.sample(logits[10:17], requests[10:17]) == together[10:17]
@@ -149,7 +151,7 @@ def test_batch_and_threads_change_nothing(machine: Machine, vocab_size: int, rng
 
 
 def test_rows_may_lie_apart(machine: Machine, rng: np.random.Generator) -> None:
-    logits, requests = random_logits(rng, 22, 1000), mixed_requests(rng, 22, 1000)
+    logits, requests = random_logits(rng, 22, 1000), mixed_rows(rng, 22, 1000)
     wider = torch.full((22, 1013), 1000.0)
     wider[:, 5:1005] = logits
     output = machine.sampler(1000).sample(wider[:, 5:1005], requests)
@@ -160,7 +162,7 @@ def test_rows_may_lie_apart(machine: Machine, rng: np.random.Generator) -> None:
 
 def test_calls_leave_nothing_behind(machine: Machine, rng: np.random.Generator) -> None:
     """Of any number of rows, one after the other."""
-    logits, requests = random_logits(rng, 44, 700), mixed_requests(rng, 44, 700)
+    logits, requests = random_logits(rng, 44, 700), mixed_rows(rng, 44, 700)
     expected = machine.sample(logits, requests)
     sampler = machine.sampler(700)
     for first, last in ((0, 1), (3, 20), (0, 44), (8, 10), (0, 0), (0, 44)):
@@ -173,11 +175,11 @@ def test_special_rows_go_through_the_sampler_in_torch(machine: Machine, rng: np.
     logits = random_logits(rng, 40, 3001, spread=2.0)
     settings = [mix for index in range(20) for mix in (MIXED[index % len(MIXED)], SPECIAL[index % len(SPECIAL)])]
     processed, expected = logits.clone(), logits.clone()
-    output = machine.sampler(3001).sample(processed, requests_of(settings))
-    special = make_sampler(3001).sample(expected, requests_of(settings))
+    output = machine.sampler(3001).sample(processed, rows_of(settings))
+    special = make_sampler(3001).sample(expected, rows_of(settings))
     assert torch.equal(output.token_ids[1::2], special.token_ids[1::2])
     assert torch.equal(processed[1::2], expected[1::2])
-    assert output.token_ids[::2].tolist() == machine.sample(logits[::2], requests_of(settings)[::2])
+    assert output.token_ids[::2].tolist() == machine.sample(logits[::2], rows_of(settings)[::2])
     assert output.is_finite.all()
 
 
@@ -185,7 +187,7 @@ def test_special_rows_go_through_the_sampler_in_torch(machine: Machine, rng: np.
 def test_masks(machine: Machine, rng: np.random.Generator, vocab_size: int) -> None:
     """The same as if the logits of forbidden tokens were -infinity; rows of any kind, and masks that are too short."""
     logits = random_logits(rng, 24, vocab_size, spread=2.0)
-    requests = requests_of([mix for index in range(12) for mix in (MIXED[index % 5], SPECIAL[index % len(SPECIAL)])])
+    requests = rows_of([mix for index in range(12) for mix in (MIXED[index % 5], SPECIAL[index % len(SPECIAL)])])
     num_bytes = -(-vocab_size // 8)
     masks = {row: rng.bytes(num_bytes - row % 3) for row in range(0, 24, 3)}
     masks[1], masks[2], masks[5] = b"\xff" * num_bytes, b"", bytes(num_bytes - 1) + b"\x01"
@@ -201,20 +203,20 @@ def test_masks(machine: Machine, rng: np.random.Generator, vocab_size: int) -> N
 
 def test_a_row_that_settings_leave_nothing_of_is_one_without_numbers(machine: Machine) -> None:
     nothing = {"allowed_token_ids": (5,), "bad_words": ((5,),)}
-    output = machine.sampler(3001).sample(torch.zeros(3, 3001), requests_of([{}, nothing, {}]))
+    output = machine.sampler(3001).sample(torch.zeros(3, 3001), rows_of([{}, nothing, {}]))
     assert output.is_finite.tolist() == [True, False, True]
 
 
-def requests_of(settings: Sequence[dict[str, Any]]) -> list[Request]:
-    return [make_request(None, [1, 4, 4], [], seed=seed, **some) for seed, some in enumerate(settings)]
+def rows_of(settings: Sequence[dict[str, Any]]) -> list[SamplingRow]:
+    return [make_row(None, [1, 4, 4], [], seed=seed, **some) for seed, some in enumerate(settings)]
 
 
 def test_row_of_a_draft(machine: Machine, rng: np.random.Generator) -> None:
     logits = random_logits(rng, 2, 300)
     params: dict[str, Any] = {"seed": 7, "repetition_penalty": 1.5, "frequency_penalty": 0.5}
-    drafted = RequestWithDraft(make_request(None, [1, 2], [3], **params), [4, 4])
+    drafted = replace(make_row(None, [1, 2], [3], **params), draft_token_ids=[4, 4])
     assert machine.sample(logits[:1], [drafted]) == machine.sample(
-        logits[:1], [make_request(None, [1, 2], [3, 4, 4], **params)]
+        logits[:1], [make_row(None, [1, 2], [3, 4, 4], **params)]
     )
 
 
@@ -227,13 +229,13 @@ def test_ties_go_to_the_lowest_id(machine: Machine, others: dict[str, Any], rng:
         logits = torch.from_numpy(rng.integers(-3, 1, (20, vocab_size))).float()
         logits[::2].sub_(100.0).mul_(1e30)
         expected = [row.tolist().index(max(row.tolist())) for row in logits]
-        assert machine.sample(logits, [make_request(**GREEDY, **others)] * 20) == expected
+        assert machine.sample(logits, [make_row(**GREEDY, **others)] * 20) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-40, 1e-6])
 def test_tiny_temperatures_are_greedy(machine: Machine, temperature: float, rng: np.random.Generator) -> None:
     logits = random_logits(rng, 20, 500)
-    requests = [make_request(temperature=temperature, seed=seed, top_p=0.9) for seed in range(20)]
+    requests = [make_row(temperature=temperature, seed=seed, top_p=0.9) for seed in range(20)]
     assert machine.sample(logits, requests) == logits.argmax(dim=-1).tolist()
 
 
@@ -242,7 +244,7 @@ def test_small_temperatures_still_take_the_most_likely(
     machine: Machine, temperature: float, rng: np.random.Generator
 ) -> None:
     logits = random_logits(rng, 20, 500, spread=30.0)
-    chosen = machine.sample(logits, [make_request(temperature=temperature, seed=seed) for seed in range(20)])
+    chosen = machine.sample(logits, [make_row(temperature=temperature, seed=seed) for seed in range(20)])
     assert torch.equal(logits[torch.arange(20), chosen], logits.amax(dim=-1))
 
 
@@ -250,7 +252,7 @@ def test_penalties_and_biases_round_as_in_torch(machine: Machine, rng: np.random
     """The most likely of tokens that differ in their last bits."""
     logits = 1 + torch.from_numpy(rng.integers(0, 4, (100, 50))).float() * 2.0**-22
     requests = [
-        make_request(
+        make_row(
             None,
             rng.integers(0, 50, 40).tolist(),
             rng.integers(0, 50, 40).tolist(),
@@ -270,7 +272,7 @@ def test_penalties_and_biases_round_as_in_torch(machine: Machine, rng: np.random
 
 def test_rows_that_are_not_finite_are_flagged(machine: Machine, rng: np.random.Generator) -> None:
     size = 3001
-    logits, requests = random_logits(rng, 11, size), mixed_requests(rng, 11, size)
+    logits, requests = random_logits(rng, 11, size), mixed_rows(rng, 11, size)
     expected = machine.sample(logits, requests)
     for bad in range(11):
         for damage in ([math.nan], [math.inf], [-math.inf] * size, [math.nan] * size):
@@ -288,7 +290,7 @@ def test_rows_that_are_not_finite_are_flagged(machine: Machine, rng: np.random.G
     "others", [{}, GREEDY, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.2}, {"repetition_penalty": 2.0}]
 )
 def test_a_ban_of_every_token_does_not_crash(machine: Machine, others: dict[str, Any]) -> None:
-    request = make_request(min_tokens=1, stop_token_ids=tuple(range(40)), **others)
+    request = make_row(min_tokens=1, stop_token_ids=tuple(range(40)), **others)
     assert machine.sample(torch.zeros(1, 40), [request]) == [0]
 
 
@@ -300,7 +302,7 @@ def test_ids_beyond_the_vocabulary_are_left_out(machine: Machine) -> None:
         {"min_tokens": 5, "ignore_eos": True, "stop_token_ids": (40, -1)},
         {"repetition_penalty": 0.5},
     ]
-    requests = [make_request(None, [40, -1], [2**31 - 1], **GREEDY, **setting) for setting in settings]
+    requests = [make_row(None, [40, -1], [2**31 - 1], **GREEDY, **setting) for setting in settings]
     assert machine.sample(logits, requests) == [7, 7, 7]
 
 
@@ -308,7 +310,7 @@ def test_ids_beyond_the_vocabulary_are_left_out(machine: Machine) -> None:
 def test_logits_of_minus_infinity_are_never_sampled(machine: Machine, others: dict[str, Any]) -> None:
     logits = torch.full((50, 30), -math.inf)
     logits[:, 11:13] = -50.0
-    token_ids = machine.sample(logits, [make_request(seed=seed, **others) for seed in range(50)])
+    token_ids = machine.sample(logits, [make_row(seed=seed, **others) for seed in range(50)])
     assert set(token_ids) == {11, 12}
 
 
@@ -316,7 +318,7 @@ def test_logits_of_minus_infinity_are_never_sampled(machine: Machine, others: di
 
 
 def sampled_set(machine: Machine, logits: Tensor, num_draws: int = 400, **settings: Any) -> set[int]:
-    requests = [make_request(seed=seed, **settings) for seed in range(num_draws)]
+    requests = [make_row(seed=seed, **settings) for seed in range(num_draws)]
     return set(machine.sample(logits.expand(num_draws, -1), requests))
 
 
@@ -332,7 +334,7 @@ def test_top_k_keeps_k_tokens(machine: Machine, top_k: int, vocab_size: int, rng
 def test_top_k_keeps_no_more_and_no_less(machine: Machine, top_k: int, rng: np.random.Generator) -> None:
     """The token with the highest noise comes if it is the k-th most likely, and does not if it is the next one."""
     size = 5003
-    requests = [make_request(seed=seed, top_k=top_k, temperature=1e8) for seed in range(20)]
+    requests = [make_row(seed=seed, top_k=top_k, temperature=1e8) for seed in range(20)]
     favourites = gumbel_noise(make_sampler(size).hashed_ids, requests).argmax(dim=-1)
     for place, is_kept in ((top_k, True), (top_k + 1, False)):
         logits = torch.from_numpy(rng.permuted(np.tile(np.arange(size), (20, 1)), axis=1)).float()
@@ -346,8 +348,8 @@ def test_top_k_keeps_no_more_and_no_less(machine: Machine, top_k: int, rng: np.r
 @pytest.mark.parametrize("top_k", [5003, 5004, 10**6])
 def test_top_k_of_all_tokens_changes_nothing(machine: Machine, top_k: int, rng: np.random.Generator) -> None:
     logits = random_logits(rng, 20, 5003, spread=0.5)
-    limited = machine.sample(logits, [make_request(seed=seed, top_k=top_k) for seed in range(20)])
-    assert limited == machine.sample(logits, [make_request(seed=seed) for seed in range(20)])
+    limited = machine.sample(logits, [make_row(seed=seed, top_k=top_k) for seed in range(20)])
+    assert limited == machine.sample(logits, [make_row(seed=seed) for seed in range(20)])
 
 
 def test_top_k_keeps_ties_of_the_last(machine: Machine) -> None:
@@ -386,7 +388,7 @@ def test_nucleus_of_any_width(machine: Machine, top_p: float, spread: float, rng
     logits = torch.from_numpy(rng.normal(size=5003) * spread).float()
     logits[100:200] = torch.finfo(torch.float32).min
     logits[200:210] = -math.inf
-    requests = [make_request(seed=seed, top_p=top_p) for seed in range(50)]
+    requests = [make_row(seed=seed, top_p=top_p) for seed in range(50)]
     token_ids = machine.sample(logits.expand(50, -1), requests)
     x = logits.double().numpy()
     for token_id, request in zip(token_ids, requests, strict=True):
@@ -403,7 +405,7 @@ def test_noise_is_that_of_torch(machine: Machine) -> None:
     """Logits that take the noise back leave a tie, so a little more decides, whichever token has it."""
     size, more = 400, 1e-5
     for seed, position in ((0, 0), (-1, 9), (2**62 + 12345, 3)):
-        request = make_request(seed=seed, output=[0] * position)
+        request = make_row(seed=seed, output=[0] * position)
         noise = gumbel_noise(make_sampler(size).hashed_ids, [request])
         logits = torch.eye(size) * more - noise
         assert machine.sample(logits, [request] * size) == list(range(size))
@@ -417,9 +419,9 @@ def test_frequencies(machine: Machine, params: dict[str, Any]) -> None:
     logits = random_logits(np.random.default_rng(6), 1, 37, spread=1.5)
     num_draws = 20_000
     token_ids = machine.sample(
-        logits.expand(num_draws, -1), [make_request(seed=seed, **params) for seed in range(num_draws)]
+        logits.expand(num_draws, -1), [make_row(seed=seed, **params) for seed in range(num_draws)]
     )
-    x = final_logits(logits[0].double().numpy(), make_request(**params)) / params.get("temperature", 1.0)
+    x = final_logits(logits[0].double().numpy(), make_row(**params)) / params.get("temperature", 1.0)
     kept = keep(x, SamplingParams(max_tokens=1, **params))
     expected = np.exp(x - x.max()) * kept
     expected *= num_draws / expected.sum()
@@ -439,13 +441,13 @@ from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.sampler import CpuSampler
 from engine.sampling.sampler import apply_masks
 from pathlib import Path
-from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_requests
+from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_rows
 
 for code_path in {code_paths}:
     own = Library(Path(library_path), code_path)
     for size in (11, 16, 300, 5003):
         rng = np.random.default_rng(size)
-        requests = mixed_requests(rng, 2 * len(MIXED), size)
+        requests = mixed_rows(rng, 2 * len(MIXED), size)
         sampler = CpuSampler(own, own.new_team(2), size, [2, 7])
         scratch = np.zeros_like(sampler._scratch.numpy())  # whose borders are watched
         sampler._parameters.scratch = scratch.ctypes.data

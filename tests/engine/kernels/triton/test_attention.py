@@ -1,4 +1,4 @@
-"""Paged attention in Triton, in its interpreter: against the textbook in float64, and promise 1.
+"""Paged attention in Triton's interpreter: against the textbook in float64, and batch invariance.
 
 The two grids must agree to the bit: one program for all segments of keys, and one for each with a merge after it.
 """
@@ -17,11 +17,12 @@ from engine.kernels.interface import LayerCache
 from engine.kernels.triton import attention
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.tiles import TABLE, AttentionTiles, Tiles
-from tests.engine.kernels.torch.test_kernels import Paged, Shape
+from tests.support.examples import num_examples
+from tests.support.paged_attention import Paged, Shape
 
 DTYPES = [torch.float32, torch.float16]
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
-GRIDS = {"2D": 0, "3D": 10**9}  # programs that are at work at the same time
+GRIDS = {"2D": 0, "3D": 10**9}  # values of TARGET_PROGRAMS that choose a grid
 
 Span = tuple[int, int, int]  # sequence, start, end
 
@@ -34,7 +35,7 @@ def grid(name: str) -> Iterator[None]:
 
 
 def attend(paged: Paged, spans: list[Span]) -> list[Tensor]:
-    """In both grids, which agree."""
+    """Return the result of each span, after checking that both grids give the same bits."""
     with grid("2D"):
         outs = paged.attend(spans)
     with grid("3D"):
@@ -57,9 +58,9 @@ def assert_as_in_the_textbook(paged: Paged, spans: list[Span]) -> None:
     ("query_lens", "seq_lens", "is_split"),
     [
         ([1] * 4, [1000] * 4, True),
-        ([1] * 4, [100] * 4, False),  # there is nothing to split
+        ([1] * 4, [100] * 4, False),  # one segment each
         ([1] * 1100, [1000] * 1100, False),
-        ([1] * 600, [100] * 599 + [30000], True),  # all would wait for the one
+        ([1] * 600, [100] * 599 + [30000], True),  # all would wait for the last one
         ([16384], [16384], False),
     ],
 )
@@ -75,7 +76,7 @@ def test_segments_get_programs_of_their_own_where_some_would_wait(
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Shape, list[int], list[Span]]:
-    """A shape, lengths of some sequences, and some rows of each."""
+    """Draw a shape, the lengths of a few sequences, and a span of rows of each."""
     shape = Shape(
         num_kv_heads=draw(st.integers(1, 2)),
         group_size=draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16, 20])),
@@ -92,7 +93,7 @@ def cases(draw: st.DrawFn) -> tuple[Shape, list[int], list[Span]]:
     return shape, seq_lens, spans
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=num_examples(6, 150), deadline=None)
 @given(case=cases(), seed=st.integers(0, 2**32))
 def test_ragged_batches(case: tuple[Shape, list[int], list[Span]], seed: int) -> None:
     shape, seq_lens, spans = case
@@ -113,7 +114,7 @@ def test_tiles_of_all_cards(tiles: Tiles) -> None:
 
 
 def test_more_than_may_wait_to_be_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then every tile goes through its own segments."""
+    """One program then computes all segments of a tile."""
     paged = Paged(Shape(1, 4, 64, 32, None, torch.float32), [600], 6, kernels=TritonKernels)
     with grid("3D"):
         (expected,) = paged.attend([(0, 599, 600)])
@@ -137,17 +138,17 @@ def test_windows_that_skip_segments(window: int) -> None:
     ids=str,
 )
 def test_it_does_not_depend_on_the_batch(shape: Shape) -> None:
-    """Some rows at once, in chunks of any size, alone and among others, in both grids: the same bits."""
-    paged = Paged(shape, [1100, 37, 1], seed=1, kernels=TritonKernels)
-    (whole,) = attend(paged, [(0, 1080, 1100)])
-    for chunk in (1, 7, 17):
-        spans = [(0, start, min(start + chunk, 1100)) for start in range(1080, 1100, chunk)]
+    """The bits are the same for all rows at once and chunks of any size, alone and in batches, in both grids."""
+    paged = Paged(shape, [560, 37, 1], seed=1, kernels=TritonKernels)
+    (whole,) = attend(paged, [(0, 548, 560)])
+    for chunk in (1, 5, 9):
+        spans = [(0, start, min(start + chunk, 560)) for start in range(548, 560, chunk)]
         (_, *mixed) = attend(paged, [(1, 0, 37), *spans, (2, 0, 1)])
         assert torch.equal(torch.cat(mixed[:-1]), whole), f"chunks of {chunk}"
 
 
 def stored_in_int8(paged: Paged) -> Paged:
-    """The same with codes and scales in the cache; its keys and values are the numbers that these stand for."""
+    """Quantise the cache of `paged` to int8, and set its keys and values to the dequantized numbers."""
     codes, scales = [], []
     for stored in (paged.cache.keys, paged.cache.values):
         largest = stored.float().abs().amax(dim=-1, keepdim=True)
@@ -157,7 +158,7 @@ def stored_in_int8(paged: Paged) -> Paged:
     for of_sequences, its_codes, its_scales in zip((paged.k, paged.v), codes, scales, strict=True):
         numbers = (its_codes.double() * its_scales.transpose(1, 2).unsqueeze(-1)).flatten(0, 1)
         for sequence, ids in enumerate(paged.block_ids):
-            of_sequences[sequence] = numbers[paged._slots(ids, len(of_sequences[sequence]))]
+            of_sequences[sequence] = numbers[paged.slots(ids, len(of_sequences[sequence]))]
     return paged
 
 
@@ -186,7 +187,7 @@ def test_what_lies_in_other_slots_does_not_matter() -> None:
 
 
 def test_capped_scores() -> None:
-    """As Gemma 2 caps them."""
+    """Scores are capped as in Gemma 2."""
     paged = Paged(Shape(1, 2, 64, 32, None, torch.float32), [600], 5, kernels=TritonKernels)
     kernels = paged.kernels
     assert isinstance(kernels, TritonKernels)

@@ -1,4 +1,4 @@
-"""Packed weights on the kernels in Triton, in its interpreter: against `gguf` and float64, and promise 1."""
+"""Packed weights in Triton's interpreter: against `gguf` and float64, and batch invariance."""
 
 from pathlib import Path
 
@@ -10,18 +10,20 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig
+from engine.kernels.interface import KernelOptions
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.packed import READERS, from_ggml, to_int8
 from engine.kernels.triton.tiles import TABLE, Tiles
 from engine.loading import load_model
-from tests.engine.kernels.torch.test_kernels import CPU, random_tensor
 from tests.parity.test_families import SHAPE, VOCAB_SIZE
+from tests.support.examples import num_examples
 from tests.support.kernel_choice import choose_kernels
 from tests.support.outputs import all_logits, greedy_outputs
 from tests.support.packed_weights import inputs_of, numbers_of, random_packed, rounded_to_int8
+from tests.support.tensors import CPU, random_tensor
 from tests.support.tiny_models import save_random_model
 
-PRODUCT_DTYPES = [torch.float32, torch.float16]  # what the interpreter makes of products in bfloat16 is wrong
+PRODUCT_DTYPES = [torch.float32, torch.float16]  # the interpreter's products in bfloat16 are wrong
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
 BITS = dict.fromkeys(READERS, 8) | dict.fromkeys(("Q4_0", "Q4_1", "Q4_K"), 4)
 
@@ -59,7 +61,7 @@ def test_a_broken_weight_shows(value: float) -> None:
     assert numbers[[0, 1, 2, 4]].isfinite().all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=num_examples(8, 200), deadline=None)
 @given(
     name=st.sampled_from([*READERS, "int8"]),
     num_rows=st.integers(1, 70),
@@ -69,7 +71,7 @@ def test_a_broken_weight_shows(value: float) -> None:
     seed=st.integers(0, 2**32),
 )
 def test_linear(name: str, num_rows: int, num_columns: int, num_units: int, dtype: torch.dtype, seed: int) -> None:
-    kernels = TritonKernels(CPU, dtype, quantization="int8" if name == "int8" else "auto")
+    kernels = TritonKernels(KernelOptions(dtype, quantization="int8" if name == "int8" else "auto"), CPU)
     if name == "int8":
         num_inputs = 1 + seed % 90
         weights = random_tensor(seed, num_columns, num_inputs, dtype=dtype)
@@ -91,7 +93,7 @@ def test_linear(name: str, num_rows: int, num_columns: int, num_units: int, dtyp
 @pytest.mark.parametrize("tiles", TABLE.values(), ids=map(str, TABLE))
 @pytest.mark.parametrize("name", ["Q4_1", "Q6_K"])
 def test_linear_does_not_depend_on_the_batch(name: str, tiles: Tiles) -> None:
-    kernels = TritonKernels(CPU, torch.float16, quantization="auto")
+    kernels = TritonKernels(KernelOptions(torch.float16), CPU)
     kernels.tiles = tiles
     linear = kernels.linear(kernels.pack([random_packed(name, 170, 256, seed=1)]))
     x = random_tensor(2, 150, 256, dtype=torch.float16)
@@ -102,7 +104,7 @@ def test_linear_does_not_depend_on_the_batch(name: str, tiles: Tiles) -> None:
 
 
 def test_parts_of_several_types_with_bias_and_residual() -> None:
-    kernels = TritonKernels(CPU, torch.float32, quantization="auto")
+    kernels = TritonKernels(KernelOptions(torch.float32), CPU)
     parts = [random_packed(name, size, 256, size) for name, size in [("Q4_1", 33), ("Q4_1", 9), ("Q6_K", 17)]]
     matrix, numbers = kernels.pack(parts), torch.cat([numbers_of(part) for part in parts])
     assert [len(part) for part in matrix] == [42, 17]
@@ -113,7 +115,7 @@ def test_parts_of_several_types_with_bias_and_residual() -> None:
 
 
 def test_a_part_that_is_not_packed() -> None:
-    kernels = TritonKernels(CPU, torch.float32, quantization="auto")
+    kernels = TritonKernels(KernelOptions(torch.float32), CPU)
     packed, plain = random_packed("Q5_1", 40, 64, 1), random_tensor(2, 20, 64)
     (matrix,) = kernels.pack([packed, plain])
     assert isinstance(matrix, Tensor)
@@ -121,14 +123,14 @@ def test_a_part_that_is_not_packed() -> None:
 
 
 def test_a_whole_model(tmp_path: Path) -> None:
-    """Its answers are those of the weights that the codes stand for, and the same in any company."""
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    """Its answers are those of the dequantized weights, and the same alone and in a batch."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": 1}))
     folder = save_random_model(model, tmp_path, seed=3)
     with choose_kernels("triton"):
         loaded = load_model(EngineConfig(model_path=str(folder), device="cpu", dtype="float32", quantization="int8"))
     assert loaded.runner.kernels.formats == "weights int8, KV cache float32"
     generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in (1, 30, 70)]
+    prompts = [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in (1, 20, 33)]
     with torch.inference_mode():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):

@@ -1,4 +1,4 @@
-"""Which batches go to torch's attention, and with what: on a CPU, where a plain one stands in for it."""
+"""Which batches torch's attention computes, and its arguments: on a CPU, with a plain attention instead."""
 
 import inspect
 from pathlib import Path
@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from engine.kernels.interface import KernelOptions
 from engine.kernels.triton import prompts
 from engine.kernels.triton.kernels import TritonKernels
-from tests.engine.kernels.triton.test_model import SEED, load, prompt_of
 from tests.parity.test_families import SHAPE
 from tests.support.outputs import all_logits, greedy_outputs
 from tests.support.tiny_models import save_random_model
+from tests.support.triton_models import SEED, load, prompt_of
 
 
 class Library:
-    """In the place of `varlen_attn`: keeps the lengths that it is called with."""
+    """Replaces `varlen_attn`, and records the lengths that it is called with."""
 
     def __init__(self) -> None:
         self.signature = inspect.signature(varlen.varlen_attn)
@@ -39,7 +40,7 @@ class Library:
         return torch.cat([self._one(*part, call["scale"]) for part in parts])
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The last rows of a sequence."""
+        """Return the attention of the last rows of a sequence."""
         mask = torch.ones((len(q), len(k)), dtype=torch.bool).tril(len(k) - len(q))
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(0, 1)
@@ -64,7 +65,7 @@ def test_whole_prompts(library: Library, tmp_path: Path) -> None:
     loaded = load(save_random_model(llama, tmp_path, SEED), batch_invariant=False)
     texts = [prompt_of(length) for length in (40, 9, 21)]
     outputs = greedy_outputs(loaded, texts, 3)
-    # In the last layer only rows whose logits are wanted; no step after the first is of prompts alone.
+    # The last layer computes only rows whose logits are needed; only the first step has nothing but prompts.
     *layers, last = library.calls
     assert layers == [([40, 9, 21], [40, 9, 21])] * (SHAPE["num_hidden_layers"] - 1)
     assert last == ([1, 1, 1], [40, 9, 21])
@@ -101,5 +102,5 @@ def test_only_on_a_gpu_in_half_precision(batch_invariant: bool) -> None:
     assert prompts.IS_COMPLETE
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert prompts.can_attend(torch.device("cuda"), dtype) == (dtype != torch.float32)
-        kernels = TritonKernels(torch.device("cpu"), dtype, batch_invariant=batch_invariant)
+        kernels = TritonKernels(KernelOptions(dtype, batch_invariant=batch_invariant), torch.device("cpu"))
         assert not kernels.attends_to_prompts

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,20 @@ from engine.kernels.triton import sampler
 from engine.kernels.triton.sampler import TritonSampler
 from engine.sampling.rng import gumbel_noise
 from engine.sampling.sampler import SamplerOutput
-from engine.scheduling.request import Request, RequestWithDraft, SampledRequest
+from engine.scheduling.request import SamplingRow
 from engine.shared.messages import SamplingParams
-from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_requests
+from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_rows
 from tests.engine.sampling.test_sampler import (
     CPU,
     EOS_TOKEN_IDS,
     batches,
     is_right,
     keep,
-    make_request,
+    make_row,
     make_sampler,
     random_logits,
 )
+from tests.support.examples import num_examples
 
 SIZES = (40, 577, 9001)  # the last takes two pieces
 
@@ -38,28 +40,28 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def run(logits: Tensor, requests: Sequence[SampledRequest]) -> SamplerOutput:
+def run(logits: Tensor, requests: Sequence[SamplingRow]) -> SamplerOutput:
     output = TritonSampler(logits.shape[1], EOS_TOKEN_IDS, CPU).sample(logits.clone(), requests)
     assert output.token_ids.dtype == torch.int64
     assert output.is_finite.dtype == torch.bool
     return output
 
 
-def sample(logits: Tensor, requests: Sequence[SampledRequest]) -> list[int]:
+def sample(logits: Tensor, requests: Sequence[SamplingRow]) -> list[int]:
     output = run(logits, requests)
     assert output.is_finite.all()
     ids: list[int] = output.token_ids.tolist()
     return ids
 
 
-def expected_tokens(logits: Tensor, requests: Sequence[SampledRequest]) -> list[int]:
+def expected_tokens(logits: Tensor, requests: Sequence[SamplingRow]) -> list[int]:
     ids: list[int] = make_sampler(logits.shape[1]).sample(logits.clone(), requests).token_ids.tolist()
     return ids
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=num_examples(4, 100), deadline=None)
 @given(batch=batches())
-def test_same_token_as_the_definition(batch: tuple[Tensor, list[Request]]) -> None:
+def test_same_token_as_the_definition(batch: tuple[Tensor, list[SamplingRow]]) -> None:
     logits, requests = batch
     token_ids, expected = sample(logits, requests), expected_tokens(logits, requests)
     for row, request in enumerate(requests):
@@ -71,7 +73,7 @@ def test_same_token_as_the_definition(batch: tuple[Tensor, list[Request]]) -> No
 @pytest.mark.parametrize("size", SIZES)
 def test_same_token_as_in_torch(size: int, rng: np.random.Generator) -> None:
     """But for rounding, which hardly ever decides."""
-    requests = mixed_requests(rng, 2 * len(MIXED), size)
+    requests = mixed_rows(rng, 2 * len(MIXED), size)
     logits = random_logits(rng, len(requests), size)
     pairs = list(zip(sample(logits, requests), expected_tokens(logits, requests), strict=True))
     assert sum(own == other for own, other in pairs) >= len(pairs) - 1
@@ -79,7 +81,7 @@ def test_same_token_as_in_torch(size: int, rng: np.random.Generator) -> None:
 
 def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator) -> None:
     size = SIZES[-1]
-    requests = mixed_requests(rng, len(MIXED), size)
+    requests = mixed_rows(rng, len(MIXED), size)
     logits = random_logits(rng, len(requests), size)
     together = sample(logits, requests)
     assert [sample(logits[row : row + 1], [requests[row]])[0] for row in range(len(requests))] == together
@@ -89,7 +91,7 @@ def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator) -> None:
 
 
 def test_rows_may_lie_apart(rng: np.random.Generator) -> None:
-    requests = mixed_requests(rng, len(MIXED), 577)
+    requests = mixed_rows(rng, len(MIXED), 577)
     logits = random_logits(rng, len(requests), 577)
     wider = torch.full((len(requests), 600), 1000.0)
     wider[:, 5:582] = logits
@@ -109,12 +111,12 @@ def test_only_the_passes_that_are_needed(monkeypatch: pytest.MonkeyPatch, rng: n
 
     monkeypatch.setattr(TritonSampler, "_launch", counted)
     logits = random_logits(rng, 4, 100)
-    greedy, biased = make_request(temperature=0.0), make_request(temperature=0.0, logit_bias={3: 1.0})
-    penalised = make_request(temperature=0.0, presence_penalty=1.0)
+    greedy, biased = make_row(temperature=0.0), make_row(temperature=0.0, logit_bias={3: 1.0})
+    penalised = make_row(temperature=0.0, presence_penalty=1.0)
     expected = {
         (greedy, greedy, greedy, greedy): [],
-        (greedy, make_request(), greedy, greedy): [("_draw", 1)],
-        (make_request(), make_request(top_k=3), greedy, make_request(top_p=0.5)): [("_collect", 2), ("_draw", 3)],
+        (greedy, make_row(), greedy, greedy): [("_draw", 1)],
+        (make_row(), make_row(top_k=3), greedy, make_row(top_p=0.5)): [("_collect", 2), ("_draw", 3)],
         (greedy, biased, greedy, greedy): [("_add_biases", 1), ("_top", 1)],
         (biased, greedy, penalised, greedy): [("_add_biases", 2), ("_penalise", 1), ("_top", 2)],
     }
@@ -126,12 +128,12 @@ def test_only_the_passes_that_are_needed(monkeypatch: pytest.MonkeyPatch, rng: n
 
 def test_settings_without_a_pass_go_to_torch(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     """As if there were none for top_k and top_p."""
-    requests = mixed_requests(rng, len(MIXED), 577)
+    requests = mixed_rows(rng, len(MIXED), 577)
     logits = random_logits(rng, len(requests), 577)
     logits[5, 3] = math.nan
     expected = run(logits, requests)
-    monkeypatch.setattr(sampler, "OTHERS", {"top_k": 0, "top_p": 1.0})
-    assert 0 < sum(not sampler.is_known(request.params) for request in requests) < len(requests)
+    monkeypatch.setattr(sampler, "OTHER_DEFAULTS", {"top_k": 0, "top_p": 1.0})
+    assert 0 < sum(not sampler.is_supported(request.params) for request in requests) < len(requests)
     monkeypatch.setattr(sampler, "_collect", None)
     found = run(logits, requests)
     assert torch.equal(found.is_finite, expected.is_finite)
@@ -141,8 +143,8 @@ def test_settings_without_a_pass_go_to_torch(monkeypatch: pytest.MonkeyPatch, rn
 def test_row_of_a_draft(rng: np.random.Generator) -> None:
     logits = random_logits(rng, 1, 300)
     params: dict[str, Any] = {"seed": 7, "repetition_penalty": 1.5, "frequency_penalty": 0.5}
-    drafted = RequestWithDraft(make_request(None, [1, 2], [3], **params), [4, 4])
-    assert sample(logits, [drafted]) == sample(logits, [make_request(None, [1, 2], [3, 4, 4], **params)])
+    drafted = replace(make_row(None, [1, 2], [3], **params), draft_token_ids=[4, 4])
+    assert sample(logits, [drafted]) == sample(logits, [make_row(None, [1, 2], [3, 4, 4], **params)])
 
 
 @pytest.mark.parametrize("others", [{}, {"logit_bias": {0: 0.0}}])
@@ -150,13 +152,13 @@ def test_ties_go_to_the_lowest_id(others: dict[str, Any], rng: np.random.Generat
     for size in (1, 2, 17, 257, SIZES[-1]):
         logits = torch.from_numpy(rng.integers(-3, 1, (8, size))).float()
         expected = [row.tolist().index(max(row.tolist())) for row in logits]
-        assert sample(logits, [make_request(temperature=0.0, **others)] * 8) == expected
+        assert sample(logits, [make_row(temperature=0.0, **others)] * 8) == expected
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_rows_that_are_not_finite_are_flagged(rng: np.random.Generator) -> None:
     size = 700
-    requests = mixed_requests(rng, len(MIXED), size)[2:9:2]
+    requests = mixed_rows(rng, len(MIXED), size)[2:9:2]
     logits = random_logits(rng, len(requests), size)
     expected = sample(logits, requests)
     for bad in range(len(requests)):
@@ -174,7 +176,7 @@ def test_rows_that_are_not_finite_are_flagged(rng: np.random.Generator) -> None:
     "others", [{}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 3}, {"repetition_penalty": 2.0}]
 )
 def test_a_ban_of_every_token_does_not_crash(others: dict[str, Any]) -> None:
-    request = make_request(min_tokens=1, stop_token_ids=tuple(range(40)), **others)
+    request = make_row(min_tokens=1, stop_token_ids=tuple(range(40)), **others)
     assert sample(torch.zeros(1, 40), [request]) == [0]
 
 
@@ -186,19 +188,19 @@ def test_ids_beyond_the_vocabulary_are_left_out() -> None:
         {"min_tokens": 5, "ignore_eos": True, "stop_token_ids": (40, -1)},
         {"repetition_penalty": 0.5},
     ]
-    requests = [make_request(None, [40, -1], [2**31 - 1], temperature=0.0, **setting) for setting in settings]
+    requests = [make_row(None, [40, -1], [2**31 - 1], temperature=0.0, **setting) for setting in settings]
     assert sample(logits, requests) == [7, 7, 7]
 
 
 def sampled_set(logits: Tensor, **settings: Any) -> set[int]:
     """What some seeds yield: for each token one whose noise is for it, so that it comes unless it is left out."""
-    seeds = [make_request(seed=seed) for seed in range(3000)]
+    seeds = [make_row(seed=seed) for seed in range(3000)]
     noise = gumbel_noise(make_sampler(len(logits)).hashed_ids, seeds)
     favoured = [
         int((noise[:, i] - noise.scatter(1, torch.tensor([[i]] * 3000), -9.0).amax(dim=1)).argmax())
         for i in range(len(logits))
     ]
-    return set(sample(logits.expand(len(logits), -1), [make_request(seed=seed, **settings) for seed in favoured]))
+    return set(sample(logits.expand(len(logits), -1), [make_row(seed=seed, **settings) for seed in favoured]))
 
 
 @pytest.mark.parametrize("others", [{"top_p": 0.99}, {"top_k": 5}, {"top_k": 7, "top_p": 0.99}, {"min_p": 0.5}, {}])
@@ -212,7 +214,7 @@ def test_logits_of_minus_infinity_are_never_sampled(others: dict[str, Any]) -> N
 def test_top_k_keeps_no_more_and_no_less(top_k: int, rng: np.random.Generator) -> None:
     """The token with the highest noise comes if it is the k-th most likely, and does not if it is the next one."""
     size = SIZES[-1]
-    requests = [make_request(seed=seed, top_k=top_k, temperature=1e8) for seed in range(4)]
+    requests = [make_row(seed=seed, top_k=top_k, temperature=1e8) for seed in range(4)]
     favourites = gumbel_noise(make_sampler(size).hashed_ids, requests).argmax(dim=-1)
     for place, is_kept in ((min(top_k, size), True), (min(top_k + 1, size), top_k >= size)):
         logits = torch.from_numpy(rng.permuted(np.tile(np.arange(size), (4, 1)), axis=1)).float()
@@ -248,7 +250,7 @@ def test_nucleus_of_any_width(top_p: float, spread: float, rng: np.random.Genera
     logits = torch.from_numpy(rng.normal(size=SIZES[-1]) * spread).float()
     logits[100:200] = torch.finfo(torch.float32).min
     logits[200:210] = -math.inf
-    requests = [make_request(seed=seed, top_p=top_p) for seed in range(10)]
+    requests = [make_row(seed=seed, top_p=top_p) for seed in range(10)]
     x = logits.double().numpy()
     kept = keep(x, SamplingParams(max_tokens=1, top_p=top_p), slack=1e-5)
     for token_id, request in zip(sample(logits.expand(10, -1), requests), requests, strict=True):
@@ -260,7 +262,7 @@ def test_noise_is_that_of_torch() -> None:
     """Logits that take the noise back leave a tie, so a little more decides, whichever token has it."""
     size, more = 60, 1e-5
     for seed, position in ((0, 0), (-1, 9), (2**62 + 12345, 3)):
-        request = make_request(seed=seed, output=[0] * position)
+        request = make_row(seed=seed, output=[0] * position)
         logits = torch.eye(size) * more - gumbel_noise(make_sampler(size).hashed_ids, [request])
         assert sample(logits, [request] * size) == list(range(size))
         others = logits + (torch.eye(size) < 1) * 2 * more
@@ -271,9 +273,9 @@ def test_special_rows_become_what_was_drawn_from(rng: np.random.Generator) -> No
     """As in the sampler in torch; a row that settings leave nothing of is one without numbers."""
     logits = random_logits(rng, 3, 60, spread=2.0)
     requests = [
-        make_request(post_sampling_probs=True, top_k=3, temperature=0.5, seed=1),
-        make_request(seed=2),
-        make_request(allowed_token_ids=(5,), bad_words=((5,),)),
+        make_row(post_sampling_probs=True, top_k=3, temperature=0.5, seed=1),
+        make_row(seed=2),
+        make_row(allowed_token_ids=(5,), bad_words=((5,),)),
     ]
     processed, expected = logits.clone(), logits.clone()
     output = TritonSampler(60, EOS_TOKEN_IDS, CPU).sample(processed, requests)
@@ -286,5 +288,5 @@ def test_special_rows_become_what_was_drawn_from(rng: np.random.Generator) -> No
 
 @pytest.mark.parametrize("settings", [{"grammar": "start: TEXT"}, {"logprob_token_ids": (3,)}])
 def test_settings_that_change_no_distribution_need_no_other_sampler(settings: dict[str, Any]) -> None:
-    assert sampler.is_known(SamplingParams(max_tokens=1, **settings))
-    assert not sampler.is_known(SamplingParams(max_tokens=1, post_sampling_probs=True))
+    assert sampler.is_supported(SamplingParams(max_tokens=1, **settings))
+    assert not sampler.is_supported(SamplingParams(max_tokens=1, post_sampling_probs=True))

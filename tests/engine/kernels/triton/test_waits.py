@@ -1,4 +1,4 @@
-"""A step is launched without a wait of the host, whatever its requests ask for.
+"""The host launches a step without waiting for the device, whatever the settings of its requests.
 
 On a CPU nothing tells, so what would wait on a GPU is looked for among the calls of torch: what reads a tensor's
 numbers, and what copies to a device in the simple way. What the interpreter of Triton does itself does not count.
@@ -21,10 +21,10 @@ import engine.sampling.logprobs
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel
-from engine.shared.messages import Pooling, SamplerChain, SamplingParams, Submit
-from tests.engine.kernels.triton.test_model import SEED, load, prompt_of
+from engine.shared.messages import ExtraSamplers, Pooling, SamplingParams, Submit
 from tests.parity.test_families import SHAPE
 from tests.support.tiny_models import save_random_model
+from tests.support.triton_models import SEED, load, prompt_of
 
 READS = {Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.nonzero, Tensor.equal, Tensor.unique}
 READS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.masked_select}
@@ -34,7 +34,7 @@ INDEXES = {Tensor.__getitem__, Tensor.__setitem__}
 
 
 class Waits(TorchFunctionMode):
-    """Notes what would wait."""
+    """Records the operations that would wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,8 +57,10 @@ class Waits(TorchFunctionMode):
 
 
 def reads_index(index: Any, value: Any = None) -> bool:
-    """Lists are copied to the device, of masks the host must know how many they let through, and a number that is to
-    stand at places that the device knows is copied there, too.
+    """Return whether indexing waits for the device.
+
+    Lists, and a number assigned at indices on the device, are copied to the device; of a mask, the host must know how
+    many elements it selects.
     """
     parts = index if isinstance(index, tuple) else (index,)
     tensors = [part for part in parts if isinstance(part, Tensor)]
@@ -68,7 +70,7 @@ def reads_index(index: Any, value: Any = None) -> bool:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
-    """Nothing is noted where the interpreter runs a kernel, nor of what is done in another way on a CPU only."""
+    """Return a recorder that ignores Triton's interpreter, and code that runs only on a CPU."""
 
     def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +115,7 @@ def run(loaded: LoadedModel, all_params: Sequence[SamplingParams]) -> None:
 
 SOME = partial(SamplingParams, max_tokens=3, ignore_eos=True)
 ANY = partial(SOME, temperature=0.8)
-CHAIN = SamplerChain(
+CHAIN = ExtraSamplers(
     typical_p=0.9, top_n_sigma=2.0, xtc_probability=0.5, dry_multiplier=0.8, dry_allowed_length=0, repeat_last_n=9
 )
 EVERY = [
@@ -127,8 +129,8 @@ EVERY = [
     SOME(temperature=0.0, prompt_logprobs=2),
     ANY(allowed_token_ids=[3, 4, 5, 6]),
     ANY(bad_words=[(3,), (4, 5)], logit_bias={2: 1.0}, min_tokens=2),
-    ANY(chain=CHAIN, presence_penalty=0.1),
-    SOME(temperature=0.0, chain=CHAIN, top_k=4, top_p=0.9),
+    ANY(extra_samplers=CHAIN, presence_penalty=0.1),
+    SOME(temperature=0.0, extra_samplers=CHAIN, top_k=4, top_p=0.9),
 ]
 
 
@@ -146,10 +148,10 @@ def test_embeddings_do_not_wait(loaded: LoadedModel, waits: Waits) -> None:
 
 
 def test_mirostat_waits(loaded: LoadedModel, waits: Waits) -> None:
-    """What it allows next depends on what was drawn, which the host works out."""
+    """The host computes the tokens that it allows next, which depend on the sampled token."""
     with watched(loaded, waits):
-        run(loaded, [ANY(chain=SamplerChain(mirostat=2, order=("temperature", "mirostat")))])
-    assert {found.split(", ")[0] for found in waits.found} == {"tolist in _mirostat", "tolist in remember_surprise"}
+        run(loaded, [ANY(extra_samplers=ExtraSamplers(mirostat=2, order=("temperature", "mirostat")))])
+    assert {found.split(", ")[0] for found in waits.found} == {"tolist in _mirostat", "tolist in update_mirostat"}
 
 
 @pytest.mark.parametrize(

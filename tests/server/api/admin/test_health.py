@@ -1,4 +1,4 @@
-"""What probes see in each state of the engine and of the server."""
+"""Health endpoints in each state of the engine and of the server."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ PROBES = ("/health", "/healthz", "/readyz")
 
 
 def statuses(server: RunningServer) -> tuple[int, ...]:
-    """Of PROBES."""
+    """Return the status codes of PROBES."""
     result = []
     for path in PROBES:
         response = httpx.get(server.url + path)
@@ -71,7 +71,7 @@ def test_draining(server: RunningServer) -> None:
 
 
 def test_hanging(fake_engine: FakeEngine, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine_client.client.MISSED_HEARTBEATS", 0.5)
+    monkeypatch.setattr("server.engine_client.liveness.MISSED_HEARTBEATS", 0.5)
     context = make_test_context(fake_engine.config.address, model_folder, step_timeout=0.7)
     with running_server(context, fake_engine) as server:
         assert statuses(server) == (200, 200, 200)
@@ -90,7 +90,7 @@ def test_dead(address: str, model_folder: Path) -> None:
 
 
 def test_probes_answer_under_load(server: RunningServer, fake_engine: FakeEngine) -> None:
-    """The queue is full, and probes do not stand in it."""
+    """Probes are answered while the queue is full."""
     fake_engine.pause()
     reservation = server.context.client.reserve(server.context.client.max_in_flight)
     try:

@@ -1,4 +1,4 @@
-"""LoRA adapters: models of their own for clients, which come and go while the server runs."""
+"""LoRA adapters as models, and loading and unloading them at runtime."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, Submit, UnloadAdapter
 from server.api.admin import lora_adapters as adapters
 from server.context import ServerContext
-from server.generation import pipeline as frame
+from server.generation import pipeline
 from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, openai_client, parse_events, write_adapter
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess, make_adapter
@@ -47,7 +47,7 @@ ALL = GENERATING | OTHERS
 
 @pytest.fixture
 def fake_engine(address: str) -> Iterator[FakeEngine]:
-    """With two adapters, and room for a third."""
+    """A fake engine with two adapters and room for a third."""
     with FakeEngine(FakeEngineConfig(address=address, adapters=[SQL, CHESS], max_loras=3)) as engine:
         yield engine
 
@@ -74,7 +74,7 @@ def model_names(server: RunningServer) -> list[str]:
 
 
 def of_thread(server: RunningServer, call: Callable[[], None]) -> None:
-    """Calls what belongs to the thread of the server."""
+    """Call a function in the server's event loop thread."""
     server.context.client._tasks[0].get_loop().call_soon_threadsafe(call)
 
 
@@ -82,7 +82,7 @@ def lora_names(submits: list[Submit]) -> set[str]:
     return {submit.lora_name for submit in submits}
 
 
-# As models.
+# Adapters as models.
 
 
 def test_the_list_of_models(server: RunningServer) -> None:
@@ -124,7 +124,7 @@ def test_official_clients(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("path", GENERATING)
-def test_the_engine_is_told_which(server: RunningServer, path: str) -> None:
+def test_the_engine_gets_the_adapter(server: RunningServer, path: str) -> None:
     for name, adapter in (("org/sql", SQL), ("org/tiny", None), ("chess", CHESS)):
         num_submits = len(server.engine.submits)
         answer = ask(server, path, name)
@@ -149,7 +149,7 @@ def test_every_prompt_and_the_fingerprint(server: RunningServer, path: str) -> N
 
 
 @pytest.mark.parametrize("path", OTHERS)
-def test_what_asks_the_engine_nothing(server: RunningServer, path: str) -> None:
+def test_endpoints_that_do_not_use_the_engine(server: RunningServer, path: str) -> None:
     of_adapter, of_model = ask(server, path, "chess"), ask(server, path, "tiny")
     assert (of_adapter.status_code, of_model.status_code) == (200, 200), of_adapter.text
     if path.endswith("/render"):
@@ -160,7 +160,7 @@ def test_what_asks_the_engine_nothing(server: RunningServer, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ALL)
-def test_a_name_that_nobody_has(server: RunningServer, path: str) -> None:
+def test_an_unknown_name(server: RunningServer, path: str) -> None:
     answer = ask(server, path, "checkers")
     assert answer.status_code == 404
     assert "`checkers` does not exist" in answer.json()["error"]["message"]
@@ -176,7 +176,7 @@ def test_other_ways_to_choose_are_refused(server: RunningServer) -> None:
 
 
 def test_while_the_engine_loads(address: str, model_folder: Path) -> None:
-    """What will be there is worth waiting for."""
+    """An adapter that is loaded with the engine gives 503, not 404, until then."""
     with FakeEngine(FakeEngineConfig(address=address, never_ready=True)) as engine:
         settings = {"lora_modules": ("chess=/adapters/chess",), "allow_runtime_lora_updating": True}
         context = make_test_context(address, model_folder, **settings)
@@ -208,7 +208,7 @@ def test_load_and_unload(updatable: RunningServer, tmp_path: Path) -> None:
     assert updatable.engine.submits[-1].lora_name == "go"
 
 
-def test_one_in_the_place_of_another(updatable: RunningServer, tmp_path: Path) -> None:
+def test_replace_an_adapter(updatable: RunningServer, tmp_path: Path) -> None:
     path = str(write_adapter(tmp_path / "chess"))
     before = ask(updatable, CHAT, "chess").json()["system_fingerprint"]
     error = check_error(load(updatable, lora_name="chess", lora_path=path), 400)
@@ -224,17 +224,17 @@ def test_one_in_the_place_of_another(updatable: RunningServer, tmp_path: Path) -
 def test_others_are_served_while_an_adapter_is_fetched(
     updatable: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, fetched = threading.Event(), threading.Event()
+    started, fetched = threading.Event(), threading.Event()
 
     def fetch(name: str) -> Path:
-        asked.set()
+        started.set()
         assert fetched.wait(10)
         return Path("/cache") / name
 
     monkeypatch.setattr(adapters, "resolve_adapter", fetch)
     with ThreadPoolExecutor() as threads:
         answer = threads.submit(load, updatable, lora_name="go", lora_path="org/go@main")
-        assert asked.wait(10)
+        assert started.wait(10)
         assert ask(updatable, CHAT, "chess").status_code == 200
         check_error(ask(updatable, CHAT, "go"), 404)
         fetched.set()
@@ -256,13 +256,13 @@ def test_others_are_served_while_an_adapter_is_fetched(
         ({"lora_name": "tiny", "lora_path": "/"}, "lora_name", "'tiny' is the name of the model"),
         ({"lora_name": "org/tiny", "lora_path": "/", "load_inplace": True}, "lora_name", "the name of the model"),
         ({"lora_name": "a", "lora_path": "/nothing/there"}, "lora_path", "neither an existing file or folder"),
-        ({"lora_name": "a", "lora_path": "/"}, "lora_path", "no adapter_config.json there"),
+        ({"lora_name": "a", "lora_path": "/"}, "lora_path", "no adapter_config.json in the folder"),
         ({"lora_name": "a", "lora_path": "x\0y"}, "lora_path", "neither an existing file or folder"),
         ({"lora_name": "a", "lora_path": "~\0x"}, "lora_path", "neither an existing file or folder"),
         ({"lora_name": "a", "lora_path": "~\0/x"}, "lora_path", "neither an existing file or folder"),
     ],
 )
-def test_what_cannot_be_loaded(updatable: RunningServer, body: dict[str, Any], param: str, message: str) -> None:
+def test_invalid_loads(updatable: RunningServer, body: dict[str, Any], param: str, message: str) -> None:
     error = check_error(load(updatable, **body), 400)
     assert error["param"] == param
     assert message in error["message"]
@@ -270,7 +270,7 @@ def test_what_cannot_be_loaded(updatable: RunningServer, body: dict[str, Any], p
     assert not [message for message in updatable.engine.received if isinstance(message, LoadAdapter)]
 
 
-def test_what_the_engine_cannot_load(updatable: RunningServer, fake_engine: FakeEngine, tmp_path: Path) -> None:
+def test_adapters_the_engine_cannot_load(updatable: RunningServer, fake_engine: FakeEngine, tmp_path: Path) -> None:
     path = str(write_adapter(tmp_path / "a"))
     message = "adapter_config.json: rank 4096 is more than --max-lora-rank 16"
     for field, code, param in (
@@ -303,15 +303,15 @@ def test_what_the_engine_cannot_load_now(
     assert 1 <= int(answer.headers["retry-after"]) <= 60
 
 
-def test_what_the_engine_no_longer_has(updatable: RunningServer) -> None:
-    """As it is answered where that is known before."""
+def test_adapters_the_engine_has_lost(updatable: RunningServer) -> None:
+    """The error is the same as if the server had known it before."""
     updatable.engine.forget("chess")
     error = check_error(unload(updatable, "chess"), 404)
     assert error == check_error(unload(updatable, "chess"), 404)
     assert (error["param"], error["code"]) == ("lora_name", "model_not_found")
 
 
-def test_what_cannot_be_unloaded(updatable: RunningServer) -> None:
+def test_invalid_unloads(updatable: RunningServer) -> None:
     error = check_error(unload(updatable, "checkers"), 404)
     assert (error["param"], "'checkers' cannot be found" in error["message"]) == ("lora_name", True)
     check_error(unload(updatable, "tiny"), 404)
@@ -352,15 +352,15 @@ def test_only_with_a_key(start_server: StartServer) -> None:
     assert server.engine.adapters == ["org/sql", "chess"]
 
 
-# Beside requests.
+# Concurrent requests.
 
 
 class Pause:
-    """Requests stop between judgement and submit, until they are told to go on."""
+    """Holds requests between validation and submit until it is exited."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._judged, self._go_on = threading.Event(), threading.Event()
-        run, tokenize = ServerContext.run_text_work, frame._tokenize
+        self._stopped, self._go_on = threading.Event(), threading.Event()
+        run, tokenize = ServerContext.run_text_work, pipeline._tokenize
 
         async def run_later(context: Any, function: Any, *args: Any) -> Any:
             await run(context, self._wait)
@@ -371,15 +371,15 @@ class Pause:
             return tokenize(job)
 
         monkeypatch.setattr(ServerContext, "run_text_work", run_later)
-        monkeypatch.setattr(frame, "_tokenize", tokenize_later)
+        monkeypatch.setattr(pipeline, "_tokenize", tokenize_later)
 
     def _wait(self) -> None:
-        self._judged.set()
+        self._stopped.set()
         assert self._go_on.wait(10)
 
     def __enter__(self) -> None:
-        """Once there is one that stopped."""
-        assert self._judged.wait(10)
+        """Wait until a request is held."""
+        assert self._stopped.wait(10)
 
     def __exit__(self, *exc_info: object) -> None:
         self._go_on.set()
@@ -387,10 +387,10 @@ class Pause:
 
 @pytest.mark.parametrize("path", GENERATING)
 @pytest.mark.parametrize("replaced", [False, True])
-def test_changed_between_judgement_and_submit(
+def test_changed_between_validation_and_submit(
     updatable: RunningServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, replaced: bool
 ) -> None:
-    """It is answered with the adapter that it found."""
+    """The request uses the adapter that was loaded when it was validated."""
     pause = Pause(monkeypatch)
     with ThreadPoolExecutor() as threads:
         answer = threads.submit(ask, updatable, path, "chess")
@@ -423,7 +423,7 @@ def test_weights_that_are_gone_at_submit(
 
 
 def test_an_unload_amid_many_texts(updatable: RunningServer, fake_engine: FakeEngine) -> None:
-    """They are submitted in portions."""
+    """Unload the adapter while a request for many embeddings submits its inputs in batches."""
     fake_engine.pause()
     texts = [f"{number}" for number in range(30)]
     with ThreadPoolExecutor() as threads:
@@ -436,7 +436,7 @@ def test_an_unload_amid_many_texts(updatable: RunningServer, fake_engine: FakeEn
     assert {submit.lora_fingerprint for submit in fake_engine.submits} == {CHESS.fingerprint}
 
 
-def test_what_runs_goes_on(updatable: RunningServer, fake_engine: FakeEngine) -> None:
+def test_running_requests_continue(updatable: RunningServer, fake_engine: FakeEngine) -> None:
     fake_engine.pause()
     with ThreadPoolExecutor() as threads:
         answer = threads.submit(ask, updatable, CHAT, "chess")
@@ -459,9 +459,9 @@ def test_replay(start_server: StartServer, tmp_path: Path) -> None:
     assert server.engine.submits[-1].lora_name == "go"
     assert unload(server, "go").status_code == 200
     error = check_error(replay(server, of_go), 404)
-    assert error["message"] == "The LoRA adapter 'go' that answered the recorded request is no longer loaded."
+    assert error["message"] == "The LoRA adapter 'go' of the recorded request is not loaded any more."
     assert load(server, lora_name="go", lora_path=paths[1]).status_code == 200
-    check_error(replay(server, of_go), 404)  # of that name, but another one
+    check_error(replay(server, of_go), 404)  # another adapter with the same name
     assert load(server, lora_name="go", lora_path=paths[0], load_inplace=True).status_code == 200
     num_submits = len(server.engine.submits)
     assert [replay(server, answer).json()["bit_equal"] for answer in (of_go, of_sql, of_model)] == [True] * 3
@@ -483,7 +483,7 @@ def test_death_of_the_engine_during_a_load(address: str, model_folder: Path, tmp
         assert "go" not in server.context.client.adapters
 
 
-# At shutdown.
+# Shutdown.
 
 
 def check_shutting_down(answer: httpx.Response) -> None:
@@ -511,10 +511,10 @@ def test_shutdown_ends_the_wait_for_adapters(updatable: RunningServer, fake_engi
 
 
 def test_shutdown_ends_the_wait_for_what_is_fetched(updatable: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, fetched = threading.Event(), threading.Event()
+    started, fetched = threading.Event(), threading.Event()
 
     def fetch(name: str) -> Path:
-        asked.set()
+        started.set()
         assert fetched.wait(10)
         return Path(name)
 
@@ -522,7 +522,7 @@ def test_shutdown_ends_the_wait_for_what_is_fetched(updatable: RunningServer, mo
     try:
         with ThreadPoolExecutor() as threads:
             answer = threads.submit(load, updatable, lora_name="go", lora_path="org/go")
-            assert asked.wait(10)
+            assert started.wait(10)
             of_thread(updatable, updatable.context.client.drain)
             check_shutting_down(answer.result(5))
     finally:
@@ -541,7 +541,7 @@ def lora_series(server: RunningServer) -> list[tuple[dict[str, str], float]]:
 
 
 def test_metrics(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    """vLLM's labels; of series there is one."""
+    """Metrics have vLLM's labels, and one series in total."""
     fake_engine.config.max_num_seqs = 1
     fake_engine.config.endless = True
     fake_engine.config.step_seconds = 0.01

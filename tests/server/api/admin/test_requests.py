@@ -1,4 +1,4 @@
-"""`POST /v1/requests/{id}/cancel` over real sockets, with a fake engine whose reply has no end."""
+"""`POST /v1/requests/{id}/cancel` over real sockets, with a fake engine that never finishes."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def cancel(server: RunningServer, request_id: str) -> httpx.Response:
 
 
 def post(threads: ThreadPoolExecutor, server: RunningServer, path: str, **fields: Any) -> Future[httpx.Response]:
-    """Asks in a thread, with x-request-id `mine`, and returns once tokens come."""
+    """Send a request in a thread, with x-request-id `mine`, and return once tokens arrive."""
     body = BODIES[path] | {"max_tokens": 1000} | fields
     num_tokens, num_ids = server.metric("lightwell_generation_tokens_total"), len(server.context.running)
     answer = threads.submit(httpx.post, server.url + path, json=body, headers={"x-request-id": "mine"}, timeout=20)
@@ -97,7 +97,7 @@ def test_a_request_that_waits_for_its_turn(
     assert (choice["message"]["content"], choice["finish_reason"]) == ("", "abort")
 
 
-def test_what_does_not_run(server: RunningServer) -> None:
+def test_cancel_unknown_request(server: RunningServer) -> None:
     done = httpx.post(server.url + CHAT, json=BODIES[CHAT] | {"max_tokens": 1}).json()
     for request_id in (done["id"], "unknown", "x" * 1000):
         error = check_error(cancel(server, request_id), 404)
@@ -107,7 +107,7 @@ def test_what_does_not_run(server: RunningServer) -> None:
 
 def test_a_request_whose_client_went_away_is_forgotten(server: RunningServer) -> None:
     with httpx.stream("POST", server.url + CHAT, json=BODIES[CHAT] | {"stream": True}, timeout=20) as response:
-        lines = response.iter_lines()  # held, for its end would close the connection
+        lines = response.iter_lines()  # keep a reference: dropping the iterator closes the connection
         next(lines)
         assert len(server.context.running) == 2
     wait_until(lambda: len(server.context.running) == 0)

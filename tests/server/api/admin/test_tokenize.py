@@ -1,10 +1,10 @@
-"""/tokenize and /detokenize, whose tokens are bytes here, against a real server."""
+"""/tokenize and /detokenize over real sockets, with bytes as tokens."""
 
 import httpx
 import pytest
 
+from server.api.admin.schemas import MAX_DETOKENIZE_TOKENS
 from server.api.admin.tokenize import MAX_TEXT_BYTES
-from server.api.admin.tokenize_schemas import MAX_TOKENS
 from tests.server.conftest import StartServer
 from tests.support.serving import RunningServer, check_error
 from tests.support.tiny_tokenizer_model import IM_END_ID, IM_START_ID, MAX_MODEL_LEN
@@ -84,7 +84,9 @@ def test_detokenize_refuses(shared_server: RunningServer, tokens: object) -> Non
 
 
 def test_too_many_tokens(shared_server: RunningServer) -> None:
-    error = check_error(httpx.post(shared_server.url + "/detokenize", json={"tokens": [1] * (MAX_TOKENS + 1)}), 400)
+    error = check_error(
+        httpx.post(shared_server.url + "/detokenize", json={"tokens": [1] * (MAX_DETOKENIZE_TOKENS + 1)}), 400
+    )
     assert (error["param"], error["code"]) == ("tokens", "array_above_max_length")
 
 

@@ -1,4 +1,4 @@
-"""What Anthropic's clients send to `POST /v1/messages`: each form is accepted, and acts or is refused by its name."""
+"""Request forms of `POST /v1/messages` that Anthropic's clients send: each takes effect or is rejected by name."""
 
 import json
 from collections.abc import Iterator
@@ -13,16 +13,15 @@ from anthropic.types import MessageParam
 from pydantic import TypeAdapter
 
 from engine.shared.messages import FinishReason
-from server.api.chat.conversion import EXTENSIONS
-from server.api.messages.conversion import STOP_REASONS
+from server.api.chat.request_builder import EXTENSIONS
 from server.api.messages.schemas import MAX_STOP_SEQUENCES, MessagesRequest
-from tests.server.api.chat.test_chat import chatml
-from tests.server.api.messages.test_messages import ask, ask_events, ask_json, error_of
+from server.api.messages.writer import STOP_REASONS
+from tests.server.api.messages.test_routes import ask, ask_events, ask_json, error_of
 from tests.server.api.test_every_field import ANTHROPIC, COUNT, SAMPLING, SCHEMA, WRONG, post, seen
 from tests.support.clients import MESSAGES, shared_server
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer
-from tests.support.tiny_tokenizer_model import CHAT_TEMPLATE, write_tiny_model
+from tests.support.tiny_tokenizer_model import CHAT_TEMPLATE, chatml, write_tiny_model
 from tests.support.tool_model import say, write_tool_model
 
 Fields = dict[str, Any]
@@ -38,8 +37,8 @@ def tiny(model_folder: Path) -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="module")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A model with tools and thoughts."""
+def reasoning_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server of a model with tools and reasoning."""
     folder = write_tool_model(tmp_path_factory.mktemp("model"), special_tags=True)
     with shared_server(folder, vocab_size=263) as server:
         say(server, "<think>Hm.</think>Hello, <|im_end|>world, hello, world!")
@@ -49,7 +48,7 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
 # System messages.
 
 LATE = "{% if message.role == 'system' and not loop.first %}"
-# What a template does with a system message that is not the first -> the beginning of its loop.
+# How a template treats a system message that is not the first -> the beginning of its loop.
 TEMPLATES = {
     "writes": "",
     "refuses": LATE + "{{ raise_exception('No.') }}{% endif %}",
@@ -100,7 +99,7 @@ def test_other_names_of_the_user(tiny: RunningServer, role: str) -> None:
     assert tiny.engine.submits[-1].prompt_token_ids == chatml(("user", "A\nB"))
 
 
-# What is advice, or says nothing.
+# Hints, and fields without effect.
 
 
 @pytest.mark.parametrize("effort", ["low", "medium", "high", "xhigh", "max"])
@@ -112,10 +111,10 @@ def test_effort_without_a_template_that_reads_it(tiny: RunningServer, effort: st
     assert tiny.engine.submits[-1].prompt_token_ids == chatml(("user", "Hi"))
 
 
-def test_effort_with_one_that_does(thinker: RunningServer) -> None:
-    ask_json(thinker.url, output_config={"effort": "low"})
-    tokenizer = thinker.context.tokenizer
-    prompt = tokenizer.decode(thinker.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
+def test_effort_with_one_that_does(reasoning_server: RunningServer) -> None:
+    ask_json(reasoning_server.url, output_config={"effort": "low"})
+    tokenizer = reasoning_server.context.tokenizer
+    prompt = tokenizer.decode(reasoning_server.engine.submits[-1].prompt_token_ids, skip_special_tokens=False)
     assert prompt.endswith("<think>\n")
 
 
@@ -136,7 +135,7 @@ def test_many_stop_sequences(tiny: RunningServer) -> None:
     assert httpx.post(f"{tiny.url}/v1/chat/completions", json=chat).status_code == 400
 
 
-# What is too long.
+# Length.
 
 
 def test_a_context_that_is_too_long(tiny: RunningServer) -> None:
@@ -155,13 +154,13 @@ def test_a_context_that_is_too_long(tiny: RunningServer) -> None:
             assert error_of(ask(tiny.url, messages=messages, stream=stream), 400) == ("invalid_request_error", message)
 
 
-# Why an answer ended.
+# Stop reasons.
 
 
 @pytest.mark.parametrize("reason", FinishReason)
 def test_every_end_has_a_reason(server: RunningServer, fake_engine: FakeEngine, reason: FinishReason) -> None:
     fake_engine.config.last_reason = reason
-    if reason in (FinishReason.ERROR, FinishReason.ABORT):  # which here means that the engine gave up
+    if reason in (FinishReason.ERROR, FinishReason.ABORT):  # here these mean that the engine failed
         assert error_of(ask(server.url), 500)[0] == "api_error"
         assert ask_events(server.url)[-1]["error"]["type"] == "api_error"
     else:
@@ -169,51 +168,52 @@ def test_every_end_has_a_reason(server: RunningServer, fake_engine: FakeEngine, 
         assert ask_events(server.url)[-2]["delta"]["stop_reason"] == STOP_REASONS[reason]
 
 
-# Parameters that this API has not.
+# Extensions.
 
 ACTING: Fields = {name: value for name, value in SAMPLING.items() if name in EXTENSIONS} | {
     "include_stop_str_in_output": ({"stop_sequences": ["wor"]}, True),
     "thinking_token_budget": 5,
     "chat_template_kwargs": {"enable_thinking": True},
 }
-# Not seen to act: no answer has log probabilities, and a name is for other requests.
+# Effect not visible here: answers have no log probabilities, and ids are for other requests.
 IDLE = {"return_tokens_as_token_ids", "request_id"}
 NAMES = sorted(EXTENSIONS - MessagesRequest.model_fields.keys())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_extension_acts(thinker: RunningServer, name: str) -> None:
+def test_every_extension_acts(reasoning_server: RunningServer, name: str) -> None:
     assert (name in ACTING) != (name in IDLE), "say how it acts, or that it cannot"
     others, value = given if isinstance(given := ACTING.get(name, True), tuple) else ({}, given)
     value = "mine" if name == "request_id" else value
     without = {"model": "tiny", "max_tokens": 60, "messages": MESSAGES} | others
-    thinker.engine.config.step_seconds = 0.005 if name == "stream_interval" else 0.0  # else steps may be one piece
-    is_same = seen(thinker, ANTHROPIC, without | {name: value}) == seen(thinker, ANTHROPIC, without)
+    # Without a pause several steps may arrive as one event.
+    reasoning_server.engine.config.step_seconds = 0.005 if name == "stream_interval" else 0.0
+    is_same = seen(reasoning_server, ANTHROPIC, without | {name: value}) == seen(reasoning_server, ANTHROPIC, without)
     assert is_same == (name in IDLE)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_extension_refuses_what_is_wrong(thinker: RunningServer, name: str) -> None:
+def test_every_extension_refuses_what_is_wrong(reasoning_server: RunningServer, name: str) -> None:
     others = given[0] if isinstance(given := ACTING.get(name), tuple) else {}
     num_refused = 0
     for value in WRONG:
         body = {"model": "tiny", "max_tokens": 60, "messages": MESSAGES} | others | {name: value}
-        answer = post(thinker, ANTHROPIC, body)
+        answer = post(reasoning_server, ANTHROPIC, body)
         if answer.status_code != 200:
             assert name in error_of(answer, 400)[1]
             num_refused += 1
     assert num_refused >= 3
 
 
-def test_options_of_the_template_are_counted(thinker: RunningServer) -> None:
+def test_options_of_the_template_are_counted(reasoning_server: RunningServer) -> None:
     fields: Fields = {"messages": MESSAGES, "max_tokens": ...}
-    with_thoughts = ask(thinker.url, COUNT, **fields, chat_template_kwargs={"enable_thinking": True}).json()
-    assert with_thoughts["input_tokens"] == ask(thinker.url, COUNT, **fields).json()["input_tokens"] + 2
-    unread = ask(thinker.url, COUNT, **fields, chat_template_kwargs={"wish": True})
+    with_reasoning = ask(reasoning_server.url, COUNT, **fields, chat_template_kwargs={"enable_thinking": True}).json()
+    assert with_reasoning["input_tokens"] == ask(reasoning_server.url, COUNT, **fields).json()["input_tokens"] + 2
+    unread = ask(reasoning_server.url, COUNT, **fields, chat_template_kwargs={"wish": True})
     assert unread.headers["x-lightwell-warnings"] == "ignored parameters: chat_template_kwargs.wish"
 
 
-# Values within objects.
+# Nested values.
 
 DOCUMENT: Fields = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "A"}}
 PDF: Fields = {"type": "base64", "media_type": "application/pdf", "data": "AAAA"}

@@ -1,4 +1,4 @@
-"""Streams of `/v1/responses` in the background: their events are kept, and read from any one on, by many readers."""
+"""Background streams of `/v1/responses`: several readers follow the logged events from any event on."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.api.responses.test_responses import (
+from tests.server.api.responses.test_routes import (
     EVENT,
     MINIMAL,
     PATH,
@@ -36,7 +36,7 @@ STREAM = {"background": True, "stream": True}
 
 @pytest.fixture
 def slow(start_server: StartServer, fake_engine: FakeEngine) -> RunningServer:
-    """It answers up to `max_output_tokens`, a token every five milliseconds."""
+    """A server that generates up to `max_output_tokens`, a token every five milliseconds."""
     fake_engine.config.endless = True
     fake_engine.config.step_seconds = 0.005
     return start_server()
@@ -74,16 +74,16 @@ def last_of(text: str) -> dict[str, Any]:
 
 
 def check_gone(last: dict[str, Any]) -> None:
-    """The end of a stream whose response is deleted: a reader that is behind only gets an error."""
+    """Check the end of a stream whose response is deleted: a reader that is behind gets only an error."""
     EVENT.validate_python(last)
     assert last["type"] in ("response.failed", "error")
     error = last if last["type"] == "error" else last["response"]["error"]
-    assert "is no longer kept" in error["message"]
+    assert "is no longer stored" in error["message"]
 
 
 @contextmanager
 def begun(server: RunningServer, **fields: Any) -> Iterator[str]:
-    """The id of a response in the background whose client reads its beginning, and goes away at the end."""
+    """Yield the id of a background response whose client has read its first events and disconnects at exit."""
     with httpx.stream("POST", server.url + PATH, json=MINIMAL | STREAM | fields, timeout=20) as response:
         assert response.status_code == 200, response.read()
         assert response.headers["x-lightwell-seed"]
@@ -104,7 +104,7 @@ def is_done(server: RunningServer, response_id: str) -> bool:
 
 
 def joined(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without ids and numbers, and with pieces of a text as one, however the engine's steps came."""
+    """Drop ids and numbers and join the deltas of a text, which depend on how the engine's steps arrive."""
     found: list[dict[str, Any]] = []
     for event in events:
         text = re.sub(r'"(resp|msg)_[0-9a-f]{32}"', "null", json.dumps(event | {"sequence_number": 0}))
@@ -126,7 +126,7 @@ def test_the_events_are_those_of_any_stream(server: RunningServer) -> None:
     assert (stored["status"], stored["output"]) == ("completed", kept[-1]["response"]["output"])
 
 
-def test_what_is_kept_is_read_from_any_event_on(server: RunningServer) -> None:
+def test_logged_events_can_be_read_from_any_event_on(server: RunningServer) -> None:
     text = ask(server, **STREAM).text
     events = text.split("\n\n")[:-1]
     response_id = parse(text)[0]["response"]["id"]
@@ -143,7 +143,7 @@ def test_what_is_kept_is_read_from_any_event_on(server: RunningServer) -> None:
 
 
 def test_a_client_that_comes_back(slow: RunningServer) -> None:
-    """The official one: it leaves, the answer goes on, and it reads on from where it was."""
+    """The official client disconnects, generation continues, and it resumes reading where it left."""
     with openai_client(slow.url) as client:
         stream = client.responses.create(model="tiny", input="Hi", max_output_tokens=60, background=True, stream=True)
         first = []
@@ -167,7 +167,7 @@ def test_a_client_that_comes_back(slow: RunningServer) -> None:
 
 
 def test_several_readers(slow: RunningServer) -> None:
-    """Each from its own event on; those that come late catch up."""
+    """Each reader starts at its own event; late ones catch up."""
     with begun(slow, max_output_tokens=200) as response_id:
         readers: list[tuple[int | None, Reader]] = []
         for starting_after in (None, 0, 1, 2):
@@ -184,7 +184,7 @@ def test_several_readers(slow: RunningServer) -> None:
 
 
 def test_a_reader_that_does_not_read(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    """The generation and the others do not wait for it, and it gets all in the end."""
+    """A stalled reader blocks neither the generation nor other readers, and finally gets all events."""
     fake_engine.config.endless = True
     server = start_server()
     path = f"{PATH}/%s?stream=true"
@@ -198,7 +198,7 @@ def test_a_reader_that_does_not_read(start_server: StartServer, fake_engine: Fak
         stalled.sendall(raw_request("GET", path % response_id, connection="close"))
         fake_engine.resume()
         text = Reader(url(server, response_id)).join()
-        assert len(text) > 3_000_000  # more than the buffers of a connection
+        assert len(text) > 3_000_000  # exceeds the buffers of a connection
         assert is_done(server, response_id)
         received = b""
         while data := stalled.recv(1 << 16):
@@ -207,7 +207,7 @@ def test_a_reader_that_does_not_read(start_server: StartServer, fake_engine: Fak
 
 
 def unchunked(body: bytes) -> bytes:
-    """A body of HTTP/1.1 in chunks."""
+    """Decode a chunked HTTP/1.1 body."""
     found = []
     while body:
         size, _, body = body.partition(b"\r\n")
@@ -270,7 +270,7 @@ def test_delete(slow: RunningServer) -> None:
         check_gone(last_of(reader.join()))
     check_error(httpx.get(url(slow, response_id)), 404)
     wait_until(lambda: slow.engine.num_choices == 0 and not slow.context.background_tasks)
-    assert slow.context.responses.num_bytes == 0
+    assert slow.response_store.num_bytes == 0
 
 
 def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
@@ -283,11 +283,11 @@ def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
     assert get(server, response["id"]).json() == response
 
 
-# How much is kept.
+# Memory limits.
 
 
 def test_events_count(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    """Streams that were kept make room for others, as responses do."""
+    """Event logs count as memory, and the oldest are dropped."""
     fake_engine.config.endless = True
     fake_engine.config.step_seconds = 0.001
     server = start_server(stored_responses_memory=20_000)
@@ -296,18 +296,18 @@ def test_events_count(start_server: StartServer, fake_engine: FakeEngine) -> Non
         ids = []
         for _ in range(20):
             ids.append(ask_events(server, background=background, max_output_tokens=100)[-1]["response"]["id"])
-            assert 0 < server.context.responses.num_bytes <= 20_000
+            assert 0 < server.response_store.num_bytes <= 20_000
         kept = [get(server, each).status_code == 200 for each in ids]
         assert kept == sorted(kept)
         num_kept.append(sum(kept))
     assert 0 < num_kept[1] < num_kept[0] < 20
     for each in ids:
         httpx.delete(f"{server.url}{PATH}/{each}")
-    assert server.context.responses.num_bytes == 0
+    assert server.response_store.num_bytes == 0
 
 
-def test_a_stream_that_is_larger_than_what_is_kept(start_server: StartServer, fake_engine: FakeEngine) -> None:
-    """It fails, and says why, rather than go on for nobody."""
+def test_a_stream_that_exceeds_the_memory_limit(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    """A stream that exceeds the memory limit fails with an error, since nobody could read it."""
     fake_engine.config.endless = True
     fake_engine.config.step_seconds = 0.001
     server = start_server(stored_responses_memory=6_000)
@@ -315,7 +315,7 @@ def test_a_stream_that_is_larger_than_what_is_kept(start_server: StartServer, fa
     check_gone(last_of(text))
     assert len("".join(re.findall(r'"delta":"([^"]*)"', text))) < 500  # of 1900
     wait_until(lambda: server.engine.num_choices == 0 and not server.context.background_tasks)
-    assert server.context.responses.num_bytes == 0
+    assert server.response_store.num_bytes == 0
     response_id = parse(text.partition("\n\n")[0] + "\n\n")[0]["response"]["id"]
     check_error(get(server, f"{response_id}?stream=true"), 404)
     assert get(server, ask_json(server, max_output_tokens=5)["id"]).status_code == 200
@@ -335,7 +335,7 @@ def test_a_stream_that_makes_room_for_others(start_server: StartServer, fake_eng
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nothing_is_generated_that_could_not_be_asked_for(
+def test_responses_too_large_to_store_are_not_generated(
     start_server: StartServer, fake_engine: FakeEngine, stream: bool
 ) -> None:
     fake_engine.config.endless = True
@@ -350,10 +350,10 @@ def test_nothing_is_generated_that_could_not_be_asked_for(
         wait_until(lambda: fake_engine.num_choices == 0)
 
 
-# What cannot be.
+# Invalid requests.
 
 
-def test_what_cannot_be(server: RunningServer) -> None:
+def test_invalid_requests(server: RunningServer) -> None:
     response_id = ask_events(server, background=True)[-1]["response"]["id"]
     last = parse(httpx.get(url(server, response_id)).text)[-1]["sequence_number"]
     for query, param in (
@@ -377,7 +377,7 @@ def test_what_cannot_be(server: RunningServer) -> None:
     check_error(get(server, "resp_unknown?stream=true"), 404)
 
 
-def test_streams_that_are_not_kept(server: RunningServer) -> None:
+def test_streams_without_an_event_log(server: RunningServer) -> None:
     streamed = ask_events(server)[-1]["response"]["id"]
     in_background = ask_json(server, background=True)["id"]
     for response_id in (streamed, in_background, ask_json(server)["id"]):

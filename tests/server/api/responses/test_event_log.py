@@ -1,4 +1,4 @@
-"""The log of a stream's events against a list of them: what readers get, however fast they are, and what is counted."""
+"""The event log against a plain list: what fast and slow readers get, and the memory it accounts for."""
 
 import asyncio
 import random
@@ -14,7 +14,7 @@ def event(number: int, rng: random.Random) -> bytes:
 
 
 async def read(log: EventLog, start: int, pauses: random.Random | None = None) -> bytes:
-    """All that comes, with pauses in between."""
+    """Read all events, pausing in between."""
     found = []
     async for events in log.read(start):
         found.append(events)
@@ -45,7 +45,7 @@ async def test_every_reader_gets_all_events_from_its_own_on(seed: int) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_reader_waits_for_what_comes() -> None:
+async def test_a_reader_waits_for_events() -> None:
     log = EventLog("resp_1")
     reader = asyncio.create_task(read(log, 0))
     await asyncio.sleep(0.01)
@@ -56,7 +56,7 @@ async def test_a_reader_waits_for_what_comes() -> None:
 
 
 def test_the_size() -> None:
-    """What is alike takes little room, and nothing is forgotten."""
+    """Similar events compress well, and every event is accounted for."""
     rng, log, num_bytes = random.Random(1), EventLog("resp_1"), 0
     for number in range(10 * BLOCK_EVENTS - 1):
         num_bytes += len(event(number, rng))
@@ -70,7 +70,7 @@ def test_the_size() -> None:
 
 @pytest.mark.anyio
 async def test_a_log_that_is_dropped() -> None:
-    """Who is behind is told so; who is not reads the end."""
+    """Readers that are behind get an error; others read to the end."""
     log = EventLog("resp_1")
     log.append([b"a\n\n", b"b\n\n"])
     waiting = asyncio.create_task(read(log, 1))

@@ -1,4 +1,4 @@
-"""The items of a response's output, streamed and whole: with log probabilities, thoughts and calls, however it ends."""
+"""Output items of streamed and whole responses with log probabilities, reasoning and calls, for each finish reason."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.shared.messages import FinishReason
-from tests.server.api.responses.test_responses import ask, ask_events, ask_json
+from tests.server.api.responses.test_routes import ask, ask_events, ask_json
 from tests.support.clients import shared_server
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error
@@ -17,7 +17,7 @@ CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_cal
 OTHER_CALL = '<tool_call>{"name": "time", "arguments": {"zone": 1}}</tool_call>'
 LOGPROBS = ["message.output_text.logprobs"]
 
-# What the model writes, and the output as texts by kind of item.
+# Generated text, and the output as (item type, text).
 OUTPUTS: list[tuple[str, list[tuple[str, str]]]] = [
     ("Hello", [("message", "Hello")]),
     (CALL, [("function_call", '{"city": "Paris"}')]),

@@ -1,4 +1,4 @@
-"""The store of responses against a plain model of it: how many and how large, and which go first."""
+"""The response store against a plain model: limits on number and size, and the order of eviction."""
 
 import random
 
@@ -9,13 +9,13 @@ from server.api.responses.conversion import new_response
 from server.api.responses.event_log import EventLog
 from server.api.responses.schemas import MessageItem, OutputText, ResponsesRequest
 from server.api.responses.store import ResponseStore, StoredResponse
-from server.generation.endpoint import Head
+from server.generation.endpoint import AnswerMetadata
 
 
 def make(number: int, size: int, earlier: StoredResponse | None = None) -> StoredResponse:
     request = ResponsesRequest.model_validate({"model": "m", "input": "x"})
     stored = StoredResponse(
-        new_response(request, Head(f"resp_{number}", 1, "m", "fp"), {}),
+        new_response(request, AnswerMetadata(f"resp_{number}", 1, "m", "fp"), {}),
         [{"id": item_id("msg", number), "type": "message", "role": "user", "content": "x" * size}],
         earlier.items if earlier else [],
         EventLog(f"resp_{number}") if number % 3 == 0 else None,
@@ -25,7 +25,7 @@ def make(number: int, size: int, earlier: StoredResponse | None = None) -> Store
 
 
 def item_id(kind: str, number: int) -> str:
-    """Of the form of those that are made here."""
+    """Return an item id in the form that the server generates."""
     return f"{kind}_{number:032x}"
 
 
@@ -69,7 +69,7 @@ def test_against_a_list(seed: int) -> None:
 
 
 def fit(model: list[StoredResponse]) -> list[StoredResponse]:
-    """What is kept after the last one was used."""
+    """Return the responses that remain after the last one was used."""
     if size_of(model[-1]) > 20_000:
         return model[:-1]
     while len(model) > 8 or sum(map(size_of, model)) > 20_000:
@@ -100,7 +100,7 @@ def test_an_item_of_an_answer_is_there_once_it_is_stored() -> None:
 
 
 def test_ids_that_clients_choose_are_not_found() -> None:
-    """Others could guess them."""
+    """Ids chosen by clients can be guessed by others."""
     store, stored = ResponseStore(2, 10_000), make(1, 1)
     stored.input_items[0]["id"] = "msg_1"
     store.put(stored)
@@ -108,7 +108,7 @@ def test_ids_that_clients_choose_are_not_found() -> None:
     assert store.item(item_id("out", 1)) is not None
 
 
-def test_what_is_too_large_drops_nothing_else() -> None:
+def test_too_large_responses_evict_no_others() -> None:
     store = ResponseStore(3, 5_000)
     store.put(make(1, 1))
     store.put(make(2, 6_000))
@@ -133,7 +133,7 @@ def test_a_response_that_grows_is_counted_anew() -> None:
     stored.response.output.append(MessageItem(id="more", content=[OutputText("z" * 100)]))
     store.put(stored)
     assert (len(store), store.num_bytes) == (1, size_of(stored))
-    assert store.num_bytes > before + 200  # it is in the response and in the conversation
+    assert store.num_bytes > before + 200  # counted in the response and in the conversation
     stored.response.output.append(MessageItem(id="more", content=[OutputText("z" * 20_000)]))
     store.put(stored)
     assert (len(store), store.num_bytes) == (0, 0)

@@ -1,0 +1,143 @@
+"""Record the calls of a program, and hand out the buffers that they read and write.
+
+A tensor that an operation returns while a program is recorded stands for a buffer of the largest batch. How many of its
+rows hold numbers is read at an address when the program runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu.library import Library, Team
+from engine.kernels.cpu.parameters import PreparedRows, PrepareParameters
+from engine.kernels.cpu.program import Program
+from engine.kernels.cpu.weights import FLOAT32, Format, input_row_bytes
+from engine.kernels.lazy_memory import lazy_zeros
+
+
+@dataclass
+class Buffer:
+    """A buffer that a call fills, and how other calls read it."""
+
+    num_rows: int  # address of its RowCounts
+    tensor: Tensor
+    producer: ctypes.Structure | None = None  # parameters of the call that fills it, if that can also prepare its rows
+    prepared: PreparedRows | None = None  # the same rows in the input form of a product
+    is_read: bool = False  # as float32
+
+
+class Recorder:
+    """Owns the program that is being recorded and its buffers."""
+
+    def __init__(self, library: Library, team: Team) -> None:
+        self.library = library
+        self.team = team
+        self.program = Program(library, team)
+        self.num_seqs = 0  # address of the number of sequences of a step
+        self._buffers: dict[int, Buffer] = {}  # by the address of the storage, the newest of each
+        self._prepared_only: list[Buffer] = []  # whose producer prepares the rows; unless they are read as float32 too
+        self._shared: dict[str, Tensor] = {}
+        self._index_rows: Mapping[int, int] = {}  # address of an index tensor -> address of its RowCounts
+        self._pool: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}  # temporaries, by order of creation
+        self._num_temporaries: int | None = None
+
+    @contextmanager
+    def recording(self, program: Program, index_rows: Mapping[int, int], num_seqs: int) -> Iterator[None]:
+        """Return a context in which calls are added to `program`."""
+        self.program, self.num_seqs, self._index_rows = program, num_seqs, index_rows
+        self._pool, self._shared = {}, {}
+        try:
+            yield
+            for buffer in self._prepared_only:
+                if not buffer.is_read and buffer.producer is not None:
+                    buffer.producer.output = None
+        finally:
+            program.keep += [self._pool, self._shared, self._buffers]
+            self._buffers, self._prepared_only = {}, []
+            self.program = Program(self.library, self.team)
+
+    def call(self, name: str, parameters: ctypes.Structure, *keep: Any) -> None:
+        """Add a call to the program, and keep what its parameters point to."""
+        self.program.add(name, parameters)
+        self.program.keep += keep
+
+    # Buffers.
+
+    def new(self, num_rows: int, *shape: int) -> Buffer:
+        """Return a new float32 buffer for the result of an operation."""
+        tensor = self.temporary(torch.Size(shape), torch.float32)
+        buffer = Buffer(num_rows, tensor)
+        self._buffers[tensor.untyped_storage().data_ptr()] = buffer
+        return buffer
+
+    def buffer(self, tensor: Tensor) -> Buffer:
+        """Return the buffer that a tensor is a view of."""
+        return self._buffers[tensor.untyped_storage().data_ptr()]
+
+    def read(self, tensor: Tensor) -> int:
+        """Return the address of a tensor that an operation reads as float32."""
+        if buffer := self._buffers.get(tensor.untyped_storage().data_ptr()):
+            buffer.is_read = True
+        return tensor.data_ptr()
+
+    def index_rows(self, index: Tensor) -> int:
+        """Return the address of the RowCounts of an index tensor."""
+        return self._index_rows[index.data_ptr()]
+
+    def shared(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the buffer of that name, which is made once in a recording."""
+        if name not in self._shared:
+            self._shared[name] = lazy_zeros(shape, dtype)
+        return self._shared[name]
+
+    @contextmanager
+    def temporaries(self) -> Iterator[None]:
+        """Return a context whose buffers are used again by the next such context."""
+        self._num_temporaries = 0
+        try:
+            yield
+        finally:
+            self._num_temporaries = None
+
+    def temporary(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a zeroed buffer: a new one, or inside `temporaries` one that an earlier context used."""
+        if self._num_temporaries is None:
+            return lazy_zeros(tuple(shape), dtype)
+        key = (self._num_temporaries, shape, dtype)
+        self._num_temporaries += 1
+        if key not in self._pool:
+            self._pool[key] = lazy_zeros(tuple(shape), dtype)
+        return self._pool[key]
+
+    # Rows in the input form of a product.
+
+    def prepared(self, x: Tensor, form: Format) -> tuple[int, int]:
+        """Return address and bytes of the rows of x in the input forms of a weight format."""
+        if form.form == FLOAT32:
+            return self.read(x), 4 * x.stride(0)
+        source = self.buffer(x)
+        prepared = source.prepared
+        if prepared is None or (prepared.form, prepared.prompt_form) != (form.form, form.prompt_form):
+            prepared = self._prepare(x, source, form)
+        return prepared.rows, prepared.stride
+
+    def _prepare(self, x: Tensor, source: Buffer, form: Format) -> PreparedRows:
+        """Have the producer of x prepare its rows if it can, or add a call that does."""
+        stride = max(input_row_bytes(some, x.shape[1]) for some in (form.form, form.prompt_form))
+        rows = self.temporary(torch.Size((x.shape[0], stride)), torch.uint8)
+        prepared = PreparedRows(form.form, form.prompt_form, rows.data_ptr(), stride)
+        if source.producer is not None and source.prepared is None:
+            source.producer.prepared = prepared
+            self._prepared_only.append(source)
+        else:
+            self.call("prepare", PrepareParameters(source.num_rows, self.read(x), x.stride(0), x.shape[1], prepared))
+        self.program.keep.append(rows)
+        source.prepared = prepared
+        return prepared

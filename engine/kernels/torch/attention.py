@@ -1,0 +1,194 @@
+"""Flash attention (Dao et al. 2022) over a paged KV cache, in plain torch.
+
+Keys are cut into tiles of fixed length aligned to position 0, visited in ascending order, and merged with the running
+softmax. A tile that a row does not see leaves the row's state unchanged to the bit, so the order of additions does not
+depend on the lengths of other sequences, on the size of a prompt's chunks, or on what was cached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch.inputs import Lengths
+from engine.kernels.interface import LayerCache
+from engine.kernels.lazy_memory import lazy_zeros
+from engine.kernels.torch.products import random_numbers
+
+KEY_TILE = 256  # keys that one step of the running softmax takes in
+QUERY_TILES = (1, 16, 128)  # tokens of one sequence that are computed together: the smallest size that holds them all
+ROW_MULTIPLE = 8  # the packed rows of a query tile are padded to a multiple of this
+PROBE_TILES = (1, 2, 3, 16)  # numbers of products in one call to try
+
+
+@dataclass(slots=True)
+class QueryTile:
+    """Consecutive rows of one sequence."""
+
+    sequence: int
+    first_row: int
+    num_rows: int
+    first_position: int
+
+
+@dataclass(slots=True)
+class QueryGroup:
+    """A query tiles of one size Q, sorted by number of keys, descending: the tiles that still have keys are a prefix.
+
+    A packed row is a pair of token and query head; a tile has R = Q * G of them for each KV head, padded.
+    """
+
+    rows: Tensor  # [A, Q] rows of the batch, padded with T
+    positions: Tensor  # [A, 1, R, 1] position of each packed row, -1 for padding
+    block_tables: Tensor  # [A, key tiles * blocks of a key tile]
+    num_active: list[int]  # for each key tile: number of query tiles that see some of it
+    first_positions: list[int]  # of each query tile
+    ends: Tensor  # [A, 1, 1, 1] the position after the last row of each query tile
+
+
+@dataclass(slots=True)
+class TorchAttentionPlan:
+    """The query tiles of a batch, grouped by size."""
+
+    groups: list[QueryGroup]
+
+
+def new_layer_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> LayerCache:
+    """Return empty keys and values of `shape` [B, N, KH, D]."""
+    return LayerCache(lazy_zeros(shape, dtype, device), lazy_zeros(shape, dtype, device))
+
+
+def plan_attention(
+    query_lens: Lengths,
+    seq_lens: Lengths,
+    block_tables: Tensor,
+    block_size: int,
+    group_size: int,
+    tile_sizes: tuple[int, ...],
+) -> TorchAttentionPlan:
+    """Cut the last `query_lens` rows of each sequence into query tiles of the given sizes."""
+    members: dict[int, list[QueryTile]] = {}
+    first_row = 0
+    for index, (query_len, seq_len) in enumerate(zip(query_lens.tolist(), seq_lens.tolist(), strict=True)):
+        size = next((tile for tile in tile_sizes if tile >= query_len), tile_sizes[-1])
+        for offset in range(0, query_len, size):
+            num_rows = min(size, query_len - offset)
+            position = seq_len - query_len + offset
+            members.setdefault(size, []).append(QueryTile(index, first_row + offset, num_rows, position))
+        first_row += query_len
+    tables = _pad_tables(block_tables, KEY_TILE // block_size)
+    return TorchAttentionPlan([_group(size, group, group_size, tables, first_row) for size, group in members.items()])
+
+
+def paged_attention(q: Tensor, cache: LayerCache, plan: TorchAttentionPlan, scale: float, window: int | None) -> Tensor:
+    """Return causal attention of q [T, H, D] to the keys and values in each row's blocks: [T, H, D]."""
+    num_rows, num_heads, head_dim = q.shape
+    padded = q.new_zeros((num_rows + 1, num_heads, head_dim))  # the last row stands for padding
+    padded[:num_rows] = q
+    out = torch.empty_like(padded)
+    for group in plan.groups:
+        out[group.rows] = _attend(padded[group.rows], cache, group, scale, window)
+    return out[:num_rows]
+
+
+def products_agree(
+    group_size: int, head_dim: int, tile_sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Return whether the products of `_attend`, q k^T and p v, are independent of the number of rows and of tiles."""
+    rows = [_round_up(tile * group_size, ROW_MULTIPLE) for tile in tile_sizes]
+    pages = random_numbers(PROBE_TILES[-1], KEY_TILE, head_dim, device=device, dtype=dtype).float()
+    for w in (pages.transpose(1, 2), pages):
+        x = random_numbers(len(w), rows[-1], w.shape[1], device=device, dtype=dtype).float()
+        expected = torch.bmm(x, w)
+        for num in rows:
+            some = x[:, :num].contiguous()
+            if not all(torch.equal(torch.bmm(some[:n], w[:n]), expected[:n, :num]) for n in PROBE_TILES):
+                return False
+    return True
+
+
+def _group(size: int, tiles: list[QueryTile], group_size: int, tables: Tensor, padding_row: int) -> QueryGroup:
+    tiles.sort(key=lambda tile: -(tile.first_position + tile.num_rows))
+    device = tables.device
+    offsets = torch.arange(size)
+    valid = offsets < torch.tensor([tile.num_rows for tile in tiles])[:, None]
+    rows = torch.tensor([tile.first_row for tile in tiles])[:, None] + offsets
+    positions = torch.tensor([tile.first_position for tile in tiles])[:, None] + offsets
+    packed = torch.where(valid, positions, -1).repeat_interleave(group_size, dim=1)
+    packed = F.pad(packed, (0, _round_up(packed.shape[1], ROW_MULTIPLE) - packed.shape[1]), value=-1)
+    ends = [tile.first_position + tile.num_rows for tile in tiles]
+    return QueryGroup(
+        rows=torch.where(valid, rows, padding_row).to(device),
+        positions=packed[:, None, :, None].to(device),
+        block_tables=tables[torch.tensor([tile.sequence for tile in tiles], device=device)],
+        num_active=[sum(end > start for end in ends) for start in range(0, ends[0], KEY_TILE)],
+        first_positions=[tile.first_position for tile in tiles],
+        ends=torch.tensor(ends, device=device)[:, None, None, None],
+    )
+
+
+def _attend(q: Tensor, cache: LayerCache, group: QueryGroup, scale: float, window: int | None) -> Tensor:
+    """Return flash attention of query tiles q [A, Q, H, D] over their pages."""
+    num_tiles, size, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = cache.keys.shape[1:3]
+    blocks_per_tile = KEY_TILE // block_size
+    num_rows = group.positions.shape[2]
+    num_packed = size * num_heads // num_kv_heads
+    # Query heads that share a KV head become rows of one product.
+    packed = q.new_zeros((num_tiles, num_kv_heads, num_rows, head_dim), dtype=torch.float32)
+    heads = q.view(num_tiles, size, num_kv_heads, -1, head_dim).permute(0, 2, 1, 3, 4)
+    packed[:, :, :num_packed] = heads.reshape(num_tiles, num_kv_heads, num_packed, head_dim)
+    packed *= scale
+    highest = packed.new_full((num_tiles, num_kv_heads, num_rows, 1), float("-inf"))
+    total = torch.zeros_like(highest)
+    weighted = torch.zeros_like(packed)
+    key_positions = torch.arange(KEY_TILE, device=q.device)
+    for tile, active in enumerate(group.num_active):
+        start = tile * KEY_TILE
+        if window is not None and min(group.first_positions[:active]) - window + 1 >= start + KEY_TILE:
+            continue  # no row sees this tile
+        blocks = group.block_tables[:active, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
+        keys, values = _gather(cache.keys, blocks), _gather(cache.values, blocks)
+        # A value that no row sees has weight 0, but 0 * NaN would still spread a NaN that another request left there.
+        values.masked_fill_(start + key_positions[:, None] >= group.ends[:active], 0.0)
+        distance = group.positions[:active] - (start + key_positions)  # [A, 1, R, KEY_TILE]
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        scores = _bmm(packed[:active], keys.transpose(2, 3)).masked_fill_(hidden, float("-inf"))
+        _merge(scores, values, highest[:active], total[:active], weighted[:active])
+    out = (weighted / total)[:, :, :num_packed].view(num_tiles, num_kv_heads, size, -1, head_dim)
+    return out.permute(0, 2, 1, 3, 4).reshape(q.shape).to(q.dtype)
+
+
+def _merge(scores: Tensor, values: Tensor, highest: Tensor, total: Tensor, weighted: Tensor) -> None:
+    """Merge one tile into the running softmax, in place. A row that sees nothing of the tile keeps its bits."""
+    new_highest = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
+    pivot = new_highest.clamp(min=torch.finfo(torch.float32).min)  # -inf minus -inf would be NaN
+    weights = scores.sub_(pivot).exp_()
+    shrink = (highest - pivot).exp_()
+    total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
+    weighted.mul_(shrink).add_(_bmm(weights, values))
+    highest.copy_(new_highest)
+
+
+def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
+    """Return the pages `blocks` [A, n] of a cache [B, N, KH, D] in float32: [A, KH, n * N, D]."""
+    num_tiles, num_blocks = blocks.shape
+    _, block_size, num_kv_heads, head_dim = cache.shape
+    pages = cache.flatten(1).index_select(0, blocks.flatten())
+    pages = pages.view(num_tiles, num_blocks * block_size, num_kv_heads, head_dim).transpose(1, 2)
+    return pages.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(*a.shape[:3], b.shape[3])
+
+
+def _pad_tables(tables: Tensor, multiple: int) -> Tensor:
+    return F.pad(tables, (0, _round_up(tables.shape[1], multiple) - tables.shape[1]))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,151 @@
+"""The matrices of a LoRA adapter (Hu et al. 2021), and the checks they must pass before and after they are read.
+
+Clients choose the files, which may change while they are read. So a file's header is read first, and no matrix before
+the size of the file and all entries of the header are found to fit an adapter of this model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.weights.files import RegularFile
+
+MAX_HEADER_BYTES = 2**22
+MAX_NUMBER_BYTES = 8  # a matrix may be stored in float64
+MODULE_NAME = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.(.+)")
+
+
+@dataclass(frozen=True)
+class LoraMatrices:
+    """The update of one projection with weights [M, K]: y += B (A x)."""
+
+    a: Tensor  # float32 [r, K]
+    b: Tensor  # float32 [M, r], multiplied by the adapter's scale
+
+
+@dataclass(frozen=True)
+class LoraCheckpoint:
+    """An adapter's matrices, and a fingerprint that identifies them."""
+
+    modules: dict[str, LoraMatrices]  # by Hugging Face's names: model.layers.0.self_attn.q_proj
+    fingerprint: str  # hexadecimal
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of all modules."""
+        return max(len(matrices.a) for matrices in self.modules.values())
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """One of the two matrices of a module, as an entry of a file's header."""
+
+    name: str  # in the file
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]  # reads the matrix, in float32
+
+
+MatrixKey = tuple[str, str]  # module, and lora_A or lora_B
+StoredMatrices = dict[MatrixKey, StoredMatrix]
+ComputeScales = Callable[[dict[str, int]], dict[str, float]]  # rank of each module -> factor of its B A
+
+
+def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return the shapes [M, K] of a layer's projections that an adapter can update, by name within the layer."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+
+
+def check_shape(key: MatrixKey, shape: tuple[int, ...], config: ModelConfig) -> None:
+    """Check that the model has the module, and that the matrix fits it with any rank above 0. Raises ValueError."""
+    module, half = key
+    shapes = module_shapes(config)
+    match = MODULE_NAME.fullmatch(module)
+    if not match or match[2] not in shapes:
+        raise ValueError(f"only adapters of {', '.join(shapes)} are supported")
+    if int(match[1]) >= config.num_hidden_layers:
+        raise ValueError(f"there is no layer {match[1]}: the model has {config.num_hidden_layers}")
+    num_outputs, num_inputs = shapes[match[2]]
+    fits, expected = (
+        (shape[1:] == (num_inputs,), f"(r, {num_inputs})")
+        if half == "lora_A"
+        else (len(shape) == 2 and shape[0] == num_outputs, f"({num_outputs}, r)")
+    )
+    if not fits or 0 in shape:
+        raise ValueError(f"has shape {shape}, but the model needs {expected}")
+
+
+def read_modules(
+    file: RegularFile,
+    matrices: StoredMatrices,
+    compute_scales: ComputeScales,
+    config: ModelConfig,
+    max_rank: int | None,
+) -> dict[str, LoraMatrices]:
+    """Check the ranks and the size of the file, then read the matrices and scale B.
+
+    Raises ValueError, which names the file and the matrix.
+    """
+    ranks = _ranks(file.path, matrices)
+    if max_rank is not None and (rank := max(ranks.values())) > max_rank:
+        raise ValueError(f"{file.path}: rank {rank} is more than the {max_rank} of --max-lora-rank")
+    if file.size > (max_size := _max_file_size(config, max_rank)):
+        raise ValueError(f"{file.path}: has {file.size} bytes, but adapters of this model at most {max_size}")
+    modules: dict[str, LoraMatrices] = {}
+    for module, scale in compute_scales(ranks).items():
+        a, b = (_read_matrix(file.path, matrices[module, half]) for half in ("lora_A", "lora_B"))
+        if not b.mul_(scale).isfinite().all():
+            name = matrices[module, "lora_B"].name
+            raise ValueError(f"{file.path}: {name}: becomes infinite when scaled by {scale}")
+        modules[module] = LoraMatrices(a, b)
+    return modules
+
+
+def _ranks(path: Path, matrices: StoredMatrices) -> dict[str, int]:
+    """Return the rank of each module, sorted by name. Raises ValueError if A and B are not both there or disagree."""
+    if not matrices:
+        raise ValueError(f"{path}: holds no LoRA matrices")
+    for (module, half), matrix in matrices.items():
+        other = "lora_B" if half == "lora_A" else "lora_A"
+        if (module, other) not in matrices:
+            raise ValueError(f"{path}: {matrix.name}: has no {other} beside it")
+    ranks: dict[str, int] = {}
+    for module in sorted({module for module, _ in matrices}):
+        a, b = matrices[module, "lora_A"], matrices[module, "lora_B"]
+        ranks[module] = a.shape[0]
+        if b.shape[1] != ranks[module]:
+            raise ValueError(f"{path}: {b.name}: has rank {b.shape[1]}, but its lora_A has rank {ranks[module]}")
+    return ranks
+
+
+def _max_file_size(config: ModelConfig, max_rank: int | None) -> int:
+    """Return the largest size in bytes of an adapter's file.
+
+    Without `max_rank`, a rank may be as large as the smaller side of the weights: more would add nothing.
+    """
+    numbers = sum(
+        (min(shape) if max_rank is None else max_rank) * sum(shape) for shape in module_shapes(config).values()
+    )
+    return MAX_HEADER_BYTES + config.num_hidden_layers * numbers * MAX_NUMBER_BYTES
+
+
+def _read_matrix(path: Path, stored: StoredMatrix) -> Tensor:
+    matrix = stored.read()
+    if not matrix.isfinite().all():
+        raise ValueError(f"{path}: {stored.name}: holds numbers that are infinite or not a number")
+    return matrix

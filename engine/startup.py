@@ -1,0 +1,141 @@
+"""What happens once when the engine starts: warm-up, fingerprint, and a log of the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.loading import LoadedModel, Progress
+from engine.lora.slots import num_lora_slots
+from engine.model.memory_plan import MIB
+from engine.shared.messages import EngineInfo, SamplingParams, Submit
+
+logger = logging.getLogger("lightwell.engine")
+
+WARM_UP = SamplingParams(max_tokens=2, ignore_eos=True)
+WARM_UP_SAMPLING = SamplingParams(  # runs all kernels of a sampler
+    max_tokens=2, ignore_eos=True, temperature=1.0, top_p=0.9, repetition_penalty=1.1, logit_bias={0: 1.0}
+)
+FINGERPRINT_BYTES = 1024 * 1024  # read at the start, the middle and the end of each weight file
+
+
+def engine_info(loaded: LoadedModel, model_path: str) -> EngineInfo:
+    """Return the description of the engine that API processes receive when it is ready."""
+    deterministic = loaded.runner.kernels.deterministic
+    return EngineInfo(
+        pid=os.getpid(),
+        max_model_len=loaded.limits.max_model_len,
+        max_num_seqs=loaded.limits.max_num_seqs,
+        block_size=loaded.memory.block_size,
+        num_blocks=loaded.memory.num_blocks,
+        vocab_size=loaded.config.num_token_ids,
+        device=str(loaded.device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        kernels=loaded.runner.kernels.name,
+        deterministic=deterministic,
+        fingerprint=fingerprint(model_path, loaded),
+        max_loras=loaded.adapters.max_loras,
+    )
+
+
+def fingerprint(model_path: str, loaded: LoadedModel) -> str:
+    """Return a name for all that the output depends on: weights, versions, device, formats, kernels, invariance."""
+    path = Path(model_path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:  # size, header and a sample of the weights tell models apart
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            for offset in (0, size // 2, max(0, size - FINGERPRINT_BYTES)):
+                content.seek(offset)
+                digest.update(content.read(FINGERPRINT_BYTES))
+    version = importlib.metadata.version("lightwell")
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    kernels = loaded.runner.kernels
+    digest.update(
+        f"{version} {loaded.device.type} {dtype} {kernels.name} {kernels.formats} {torch.__version__}".encode()
+    )
+    mode = "invariant" if kernels.deterministic else "varying"
+    return f"lightwell-{version}-{dtype}-{mode}-{digest.hexdigest()[:12]}"
+
+
+def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
+    """Log one line each about model, device, number formats, memory and LoRA adapters."""
+    memory, shape = loaded.memory, loaded.config
+    logger.info(
+        "model: %s, %s, %d layers, %d KV heads, %d attention heads, context %d",
+        Path(config.model_path).name,
+        shape.architecture,
+        shape.num_hidden_layers,
+        shape.num_key_value_heads,
+        shape.num_attention_heads,
+        loaded.limits.max_model_len,
+    )
+    kernels = loaded.runner.kernels
+    logger.info("device: %s, %d threads, kernels: %s", loaded.device, kernels.num_threads, kernels.name)
+    invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"
+    logger.info("formats: %s; answers are %s", kernels.formats, invariant)
+    logger.info(
+        "memory: weights %.0f MiB, KV cache %.0f MiB for %d tokens, or %.1f requests of full length",
+        loaded.weight_bytes / MIB,
+        memory.kv_cache_bytes / MIB,
+        memory.num_tokens,
+        memory.num_full_length_requests,
+    )
+    adapters = loaded.adapters
+    if adapters.max_loras:
+        names = ", ".join(adapter.name for adapter in adapters.loaded()) or "none yet"
+        size = (num_lora_slots(adapters.max_loras), adapters.max_rank, adapters.num_bytes / MIB)
+        logger.info("LoRA adapters: %s; %d slots of rank %d, %.0f MiB", names, *size)
+
+
+def process_age() -> float:
+    """Return the seconds since this process was started."""
+    with open("/proc/self/stat") as file:
+        start_ticks = int(file.read().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def warm_up(engine: Engine, max_model_len: int) -> None:
+    """Generate a few tokens, so that one-time work such as compilation does not delay the first request."""
+    num_tokens = min(engine.runner.kernels.num_warm_up_tokens, max_model_len - WARM_UP.max_tokens)
+    for number, params in enumerate((WARM_UP, WARM_UP_SAMPLING)):
+        submit = Submit(
+            request_id=f"warm-up {number}",
+            prompt_token_ids=[0] * max(1, num_tokens),
+            params=params,
+            arrival=time.monotonic(),
+        )
+        engine.add(submit)
+    while engine.has_work:
+        engine.step()
+
+
+def progress_bar() -> Progress | None:
+    """Return a progress callback that draws a bar while weights are read, or None if stderr is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(TextColumn("weights"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task("weights")
+    bar.start()
+
+    def advance(num_bytes_done: int, num_bytes: int) -> None:
+        bar.update(task, completed=num_bytes_done, total=num_bytes)
+        if num_bytes_done == num_bytes:
+            bar.stop()
+
+    return advance

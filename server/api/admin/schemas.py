@@ -1,0 +1,179 @@
+"""Requests and answers of the operational endpoints: models, adapters, tokenizer, cancellation and replay."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.api.chat.schemas import ChatCompletionRequest, Messages, TemplateOptions
+from server.http.errors import InvalidValueError, MissingParameterError
+from server.schemas.tools import Tools
+from server.settings.table import ADAPTER_NAME
+
+MAX_PATH_CHARS = 4096
+MAX_DETOKENIZE_TOKENS = 1 << 20
+CHAT_FIELDS = frozenset(ChatCompletionRequest.model_fields) - {"prompt"}
+
+# `GET /v1/models`: OpenAI's fields with vLLM's `root`, `parent` and `max_model_len`; or Anthropic's fields.
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: int  # seconds since the epoch
+    owned_by: str = "lightwell"
+    root: str  # for a LoRA adapter: its path
+    parent: str | None = None  # for a LoRA adapter: the id of its base model
+    max_model_len: int  # tokens
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class AnthropicModel(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="model"):
+    id: str
+    display_name: str
+    created_at: str  # RFC 3339
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int
+
+
+class AnthropicModelList(msgspec.Struct, frozen=True, kw_only=True):
+    data: list[AnthropicModel]
+    has_more: Literal[False] = False
+    first_id: str
+    last_id: str
+
+
+# `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`, which follow vLLM.
+
+AdapterName = Annotated[
+    str,
+    Field(
+        pattern=f"^{ADAPTER_NAME}$",
+        description="The name that requests pass as `model`: letters, digits and any of _./:@+-",
+    ),
+]
+
+
+class LoadAdapterRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    lora_name: AdapterName
+    lora_path: str = Field(
+        min_length=1,
+        max_length=MAX_PATH_CHARS,
+        description="A PEFT folder or a GGUF file on the server, or the Hugging Face id of either.",
+    )
+    load_inplace: bool | None = Field(
+        None,
+        description="Replace a loaded adapter of the same name. Running requests finish with the adapter they "
+        "started with.",
+    )
+
+
+class UnloadAdapterRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    lora_name: AdapterName
+    lora_int_id: int | None = Field(None, description="Accepted for vLLM clients and ignored.")
+
+
+# `POST /tokenize` and `POST /detokenize`, which follow vLLM.
+
+
+class TokenizeRequest(BaseModel):
+    """Either a text prompt, or messages that are rendered by the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
+    add_generation_prompt: bool | None = Field(None, description="Only with messages. Default true.")
+    continue_final_message: bool | None = Field(
+        None, description="Only with messages, the last of which must have the role assistant."
+    )
+    chat_template_kwargs: TemplateOptions | None = Field(None, description="Only with messages.")
+    tools: Tools | None = Field(None, description="Only with messages.")
+    return_token_strs: bool | None = None
+
+    def check(self) -> None:
+        """Raise BadRequestError if fields contradict each other."""
+        if self.prompt is None and self.messages is None:
+            raise MissingParameterError("prompt")
+        if self.prompt is not None and self.messages is not None:
+            raise InvalidValueError("Expected either 'prompt' or 'messages', but got both.", param="messages")
+        if self.messages is not None:
+            self.chat().check()
+
+    def chat(self) -> ChatCompletionRequest:
+        """Return the chat request with the same prompt. Requires `messages`."""
+        shared = {name: getattr(self, name) for name in type(self).model_fields if name in CHAT_FIELDS}
+        return ChatCompletionRequest.model_construct(**shared)
+
+
+class TokenizeResponse(msgspec.Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_DETOKENIZE_TOKENS, fail_fast=True)]
+
+
+class DetokenizeResponse(msgspec.Struct, frozen=True):
+    prompt: str
+
+
+# `POST /v1/requests/{id}/cancel` and `.../replay`.
+
+
+class CancelResponse(msgspec.Struct, frozen=True):
+    id: str
+    cancelled: Literal[True] = True
+
+
+class TokenAlternative(msgspec.Struct, frozen=True):
+    token_id: int
+    token: str
+    logprob: float
+
+
+class TokenDistribution(msgspec.Struct, frozen=True):
+    """The token at one position and the most likely tokens there."""
+
+    token_id: int
+    token: str
+    logprob: float
+    rank: int  # 1: the most likely token
+    top: list[TokenAlternative]
+
+
+class ReplayDifference(msgspec.Struct, frozen=True):
+    part: Literal["prompt", "output"]
+    position: int  # index of the token in its part
+    recorded: TokenDistribution
+    replayed: TokenDistribution | None  # None: the replayed output is shorter
+
+
+class ReplayedChoice(msgspec.Struct, frozen=True):
+    index: int
+    num_tokens: int  # output tokens that were compared
+    bit_equal: bool  # tokens and log probabilities are identical
+    difference: ReplayDifference | None  # the first one
+
+
+class Replay(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["replay"] = "replay"
+    bit_equal: bool
+    choices: list[ReplayedChoice]

@@ -1,0 +1,117 @@
+"""Builds chat completion requests from requests of other APIs, which are then validated and answered as such."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from server.api.chat.schemas import ChatCompletionRequest
+from server.http.error_handlers import from_validation_error
+from server.http.errors import BadRequestError, UnsupportedParameterError
+from server.schemas.generation_request import GenerationRequest
+
+CHAT = "/v1/chat/completions"
+
+# Parameters that the other APIs name differently, or whose results their answers cannot hold.
+_CHAT_ONLY = {
+    *("model", "n", "stream", "stream_options", "stop", "response_format"),
+    *("prompt_logprobs", "return_token_ids", "logprob_token_ids", "post_sampling_probs"),
+}
+_CHAT_EXTENSIONS = {"chat_template_kwargs"}  # vLLM accepts it in these APIs as well
+EXTENSIONS = (frozenset(GenerationRequest.model_fields) | _CHAT_EXTENSIONS) - _CHAT_ONLY
+
+
+@contextmanager
+def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
+    """Rename the parameters in errors raised inside to what the client sent.
+
+    `names` maps regular expressions for parameters of chat completions to their replacement.
+    """
+    try:
+        yield
+    except BadRequestError as error:
+        param = error.param or ""
+        for pattern, name in names.items():
+            if re.match(pattern, param):
+                error.param = re.sub(pattern, name, param, count=1)
+                error.message = error.message.replace(f"'{param}'", f"'{error.param}'")
+                break
+        raise
+
+
+def reject_chat_only_fields(body: BaseModel, path: str = CHAT, model: type[BaseModel] = ChatCompletionRequest) -> None:
+    """Raise UnsupportedParameterError for parameters that only chat completions have.
+
+    The error names the endpoint that has the parameter: `path` if it is a field of `model`, else chat completions.
+    """
+    for name, value in (body.model_extra or {}).items():
+        if name in ChatCompletionRequest.model_fields and name not in EXTENSIONS and value not in (None, False):
+            owner = path if name in model.model_fields else CHAT
+            raise UnsupportedParameterError(name, f"It is a parameter of {owner}.")
+
+
+def build_chat_request(
+    body: BaseModel,
+    fields: Mapping[str, Any],
+    model: type[ChatCompletionRequest] = ChatCompletionRequest,
+    *,
+    ignored: Sequence[str] = (),
+) -> ChatCompletionRequest:
+    """Return the chat request that corresponds to `body`.
+
+    Args:
+        body: The request of another API. Its undeclared fields are copied: sampling parameters mean what they mean in
+            chat completions, and the generation pipeline reports unknown ones.
+        fields: The declared fields of `body` as fields of chat completions. Those that are None are left out.
+        model: The class of the result, which may have other limits.
+        ignored: Names of fields without effect, which are reported as unknown fields are.
+
+    Raises BadRequestError for invalid values.
+    """
+    values = {name: value for name, value in fields.items() if value is not None}
+    for name, value in (body.model_extra or {}).items():
+        values.setdefault(name, value)
+    for name in type(body).model_fields:
+        values.update(dict.fromkeys(_unknown_fields(getattr(body, name), name), True))
+    values.update(dict.fromkeys(ignored, True))
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise from_validation_error(errors, values) from None
+
+
+def _unknown_fields(value: object, path: str) -> Iterator[str]:
+    """Yield the paths of undeclared fields in nested objects, such as `messages[].content[].x`."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _unknown_fields(item, f"{path}[]")
+    elif isinstance(value, BaseModel):
+        for name, field in value:  # includes undeclared fields
+            if name in type(value).model_fields:
+                yield from _unknown_fields(field, f"{path}.{name}")
+            elif field is not None:
+                yield f"{path}.{name}"
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def function_tool(**function: Any) -> dict[str, Any]:
+    """Return a tool in the form of chat completions. Fields that are None are left out.
+
+    `function` may have name, description, parameters and strict.
+    """
+    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+def named_tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def tool_call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """Return a tool call of an earlier answer. `arguments` is a JSON object as text."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}

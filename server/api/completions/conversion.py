@@ -1,0 +1,42 @@
+"""Converts a completion request to its prompts."""
+
+from collections.abc import Sequence
+
+from server.api.completions.echo import PromptEchoes
+from server.api.completions.schemas import (
+    CompletionRequest,
+)
+from server.api.completions.writer import CompletionWriter
+from server.constrained.constraints import Constraint, content_constraint
+from server.context import ServerContext
+from server.generation.endpoint import AnswerMetadata
+from server.generation.prompts import Prompt, encode_prompt
+from server.generation.token_fields import TokenFields
+
+
+class CompletionEndpoint:
+    """`POST /v1/completions` for the generation pipeline."""
+
+    noun = "prompt"
+    id_prefix = "cmpl-"
+
+    def ignored_fields(self, context: ServerContext, body: CompletionRequest) -> list[str]:
+        return []
+
+    def encode(self, context: ServerContext, body: CompletionRequest) -> list[Prompt]:
+        with_special = body.add_special_tokens is not False
+        return [encode_prompt(context, value, add_special_tokens=with_special) for value in body.prompt]
+
+    def constraint(self, context: ServerContext, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
+        return content_constraint(context.tokenizer, body)
+
+    def writer(
+        self, context: ServerContext, body: CompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+    ) -> CompletionWriter:
+        tokenizer, with_logprobs = context.tokenizer, body.logprobs is not None
+        echoes = None
+        if body.echo:
+            echoes = PromptEchoes(tokenizer, prompts, num_choices=body.num_returned_choices, num_top=body.logprobs)
+        fields = TokenFields.from_request(body, prompts)
+        options = body.stream_options
+        return CompletionWriter(tokenizer, metadata, echoes, options, with_logprobs=with_logprobs, fields=fields)

@@ -1,0 +1,40 @@
+"""Converts a request for embeddings to prompts, and each prompt to a `Submit` that generates no tokens."""
+
+from engine.shared.messages import Pooling, SamplingParams, Submit
+from server.api.embeddings.schemas import EmbeddingRequest
+from server.context import ServedModel, ServerContext
+from server.generation.prompts import encode_prompt, fit_max_tokens, truncate_prompt
+
+
+def encode_inputs(context: ServerContext, body: EmbeddingRequest) -> list[list[int]]:
+    """Return the token ids of each input. Raises BadRequestError."""
+    prompts = [
+        encode_prompt(context, value, noun="input", add_special_tokens=body.add_special_tokens is not False)
+        for value in body.input
+    ]
+    if (num_tokens := body.truncate_prompt_tokens) is not None:
+        num_tokens = context.max_model_len if num_tokens == -1 else num_tokens
+        prompts = [truncate_prompt(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
+    for prompt in prompts:
+        fit_max_tokens(0, len(prompt.token_ids), context.max_model_len, "input")
+    return [prompt.token_ids for prompt in prompts]
+
+
+def make_submit(
+    context: ServerContext,
+    body: EmbeddingRequest,
+    model: ServedModel,
+    request_id: str,
+    prompt: list[int],
+    arrival: float,
+) -> Submit:
+    params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling(context.settings.pooling))
+    return Submit(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        params=params,
+        arrival=arrival,
+        priority=body.priority or 0,
+        lora_name=model.lora_name,
+        lora_fingerprint=model.lora_fingerprint,
+    )

@@ -1,0 +1,31 @@
+"""Statistics of one choice of a request."""
+
+from dataclasses import dataclass
+
+from engine.shared.messages import RequestTimes, TokenEvent
+
+
+@dataclass(slots=True)
+class ChoiceStats:
+    """Token counts and times of one choice, from which its metrics are computed.
+
+    Times are in seconds of `time.monotonic()`.
+    """
+
+    arrival: float
+    max_tokens: int
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    first_token: float | None = None
+    last_token: float | None = None
+    times: RequestTimes | None = None  # the latest ones that the engine reported
+    has_ended: bool = False
+
+    def count_tokens(self, event: TokenEvent, now: float) -> None:
+        """Count the tokens of an event that arrived at time `now`."""
+        self.num_output_tokens += len(event.token_ids)
+        if self.first_token is None:
+            self.first_token = now
+            self.num_cached_tokens = event.num_cached_tokens
+        self.last_token = now

@@ -1,0 +1,177 @@
+"""Streams of the engine's events, one for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from engine.shared.messages import Abort, FinishReason, Submit, ToEngine, TokenEvent
+from server.choice_stats import ChoiceStats
+from server.engine_client.admission import Admission
+from server.http.errors import APIError
+from server.metrics import Metrics
+
+
+class StreamObserver(Protocol):
+    """Handles the aborts, tokens and ends of the choices of a stream."""
+
+    def on_abort(self, request_id: str, index: int | None = None) -> None:
+        """End a choice, or the whole request, in the engine."""
+
+    def on_tokens(self, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
+        """Count the tokens of an event that arrived at time `now`."""
+
+    def on_choice_end(self, stats: ChoiceStats, reason: FinishReason, now: float) -> None: ...
+
+    def on_stream_end(self, stream: RequestStream) -> None:
+        """Handle the end of the last choice."""
+
+
+class RequestStream:
+    """The events of one request, as an asynchronous iterator over batches. It ends when all n choices have ended.
+
+    A batch holds everything that arrived since the last read. Whoever holds the stream must close it (`async with` or
+    `aclose`); closing it early ends the request in the engine. If the engine dies, the iteration raises EngineDeadError
+    once.
+    """
+
+    def __init__(self, message: Submit, observer: StreamObserver) -> None:
+        self.request_id = message.request_id
+        self.choices = [
+            ChoiceStats(message.arrival, message.params.max_tokens, len(message.prompt_token_ids))
+            for _ in range(message.n)
+        ]
+        self._observer = observer
+        self._num_open = message.n
+        self._events: list[TokenEvent] = []  # bounded by max_tokens of each choice
+        self._error: APIError | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def num_open(self) -> int:
+        """Number of choices that have not ended."""
+        return self._num_open
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        while not self._events and self._num_open:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._events:
+            events, self._events = self._events, []
+            return events
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    async def aclose(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the choices that still run, in the engine too, and drop unread events. May be called again."""
+        self._events = []
+        self.abort(FinishReason.ABORT)
+
+    def abort_choice(self, index: int, reason: FinishReason = FinishReason.STOP) -> None:
+        """End one choice, in the engine too, and drop its unread events.
+
+        `reason` is counted in the metrics: STOP for a stop string, which only the caller can detect.
+        """
+        self._events = [event for event in self._events if event.index != index]
+        if not self.choices[index].has_ended:
+            self._observer.on_abort(self.request_id, index)
+            self._end(index, reason, time.monotonic())
+
+    def abort(self, reason: FinishReason) -> None:
+        """End the choices that still run, in the engine too. Unread events can still be read."""
+        if not self._num_open:
+            return
+        self._observer.on_abort(self.request_id)
+        now = time.monotonic()
+        for index, stats in enumerate(self.choices):
+            if not stats.has_ended:
+                self._end(index, reason, now)
+
+    def fail(self, error: APIError) -> None:
+        """Abort the request and raise `error` to the reader, after the unread events."""
+        self._error = error
+        self.abort(FinishReason.ERROR)
+
+    def push(self, event: TokenEvent, now: float) -> None:
+        """Add an event that arrived at time `now`. Events of ended choices are ignored."""
+        stats = self.choices[event.index]
+        if stats.has_ended:
+            return
+        stats.times = event.times or stats.times
+        if event.token_ids:
+            self._observer.on_tokens(stats, event, now)
+        self._events.append(event)
+        self._changed.set()
+        if event.finish_reason is not None:
+            self._end(event.index, event.finish_reason, now)
+
+    def _end(self, index: int, reason: FinishReason, now: float) -> None:
+        stats = self.choices[index]
+        stats.has_ended = True
+        self._num_open -= 1
+        self._observer.on_choice_end(stats, reason, now)
+        if not self._num_open:
+            self._observer.on_stream_end(self)
+        self._changed.set()
+
+
+class OpenStreams:
+    """The open streams by request id. Implements `StreamObserver`: returns capacity and records metrics."""
+
+    def __init__(self, send: Callable[[ToEngine], None], admission: Admission, metrics: Metrics) -> None:
+        self._send = send
+        self._admission = admission
+        self._metrics = metrics
+        self._streams: dict[str, RequestStream] = {}
+
+    def open(self, message: Submit) -> RequestStream:
+        """Send a request and return its stream. The request id must not be in use."""
+        assert message.request_id not in self._streams
+        self._send(message)
+        stream = self._streams[message.request_id] = RequestStream(message, self)
+        return stream
+
+    def push(self, events: Sequence[TokenEvent], now: float) -> None:
+        """Pass events to the streams of their requests. Events of closed streams are ignored."""
+        for event in events:
+            if stream := self._streams.get(event.request_id):
+                stream.push(event, now)
+
+    def fail(self, error: APIError) -> None:
+        """End all streams with `error`, and their requests in the engine."""
+        for stream in list(self._streams.values()):
+            stream.fail(error)
+
+    def on_abort(self, request_id: str, index: int | None = None) -> None:
+        self._send(Abort(request_id, index))
+
+    def on_tokens(self, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
+        if stats.last_token is None:
+            self._metrics.observe_first_token(now - stats.arrival)
+        else:
+            self._metrics.observe_inter_token(now - stats.last_token)
+        stats.count_tokens(event, now)
+
+    def on_choice_end(self, stats: ChoiceStats, reason: FinishReason, now: float) -> None:
+        self._admission.end_choice(now)
+        self._metrics.observe_choice(stats, reason, now)
+
+    def on_stream_end(self, stream: RequestStream) -> None:
+        del self._streams[stream.request_id]
+        self._metrics.observe_request(stream.choices)

@@ -1,0 +1,179 @@
+"""The first checks of every request: find its model, and refuse or report the fields that the server ignores."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from server.context import ServedModel, ServerContext, get_context
+from server.http.errors import UnknownParameterError, UnsupportedParameterError, clip
+
+MAX_WARNINGS_CHARS = 1024  # length of the response header
+
+# Parameters that change an answer and that no endpoint, or not every endpoint, supports -> values that are accepted
+# in addition to null because they leave the answer as it is.
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "include_reasoning": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "web_search_options": (),
+    "n_predict": (-1,),
+    "n_probs": (0,),
+    "t_max_predict_ms": (0, -1),
+    "thinking_budget_tokens": (-1,),
+    "reasoning_budget_tokens": (-1,),
+    "reasoning_format": ("auto", "deepseek"),
+    "reasoning_effort": ("none", "medium"),
+    "structural_tag": (),
+    "guided_whitespace_pattern": (),
+    "json_schema": (),
+    "grammar": ("",),
+    "regex": (),
+    "ebnf": (),
+    "stop_regex": (),
+    "logits_processors": ([],),
+    "custom_logit_processor": (),
+    "vllm_xargs": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "logprobs_mode": ("raw_logprobs",),
+    "prompt_embeds": (),
+    "truncate_prompt_tokens": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "add_special_tokens": (False,),
+    "return_prompt_text": (False,),
+    "echo": (False,),
+    "max_completion_tokens": (),
+    "top_a": (0,),
+    "tfs_z": (1,),
+    "no_repeat_ngram_size": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "smoothing_factor": (0,),
+    "dynatemp_range": (0,),
+    "mirostat_mode": (0,),
+    "lora_path": (),
+    "lora": ([],),
+    "mcp_servers": ([],),
+    "container": (),
+    "kv_transfer_params": (),
+}
+
+# Parameters of other servers -> the parameter to use instead.
+ALTERNATIVES: Mapping[str, str] = {
+    "json_schema": "structured_outputs.json",
+    "regex": "structured_outputs.regex",
+    "grammar": "structured_outputs.grammar",
+    "ebnf": "structured_outputs.grammar",
+    "structural_tag": "structured_outputs.structural_tag",
+    "n_predict": "max_tokens",
+    "n_probs": "logprobs",
+    "thinking_budget_tokens": "thinking_token_budget",
+    "reasoning_budget_tokens": "thinking_token_budget",
+    "lora_path": "the adapter's name as model",
+    "lora": "the adapter's name as model",
+}
+
+# Known parameters that do not change the text of an answer.
+HARMLESS = frozenset(
+    {
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "guided_decoding_backend",
+        "spaces_between_special_tokens",  # no spaces are added between special tokens
+        # These only qualify parameters in UNSUPPORTED.
+        "dynatemp_exponent",
+        "smoothing_curve",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Preamble:
+    """The result of the first checks of a request."""
+
+    context: ServerContext
+    model: ServedModel
+    ignored: list[str]  # fields without effect
+
+    def accept(self) -> dict[str, str]:
+        """Count the ignored fields, and return the response header that lists them if there are any."""
+        self.context.metrics.count_unknown_parameters(len(self.ignored))
+        return {"x-lightwell-warnings": warnings_header(self.ignored)} if self.ignored else {}
+
+
+def begin(request: Request, body: BaseModel, *, model: str | None, ignored: Sequence[str] = ()) -> Preamble:
+    """Find the model of a request and check its undeclared fields.
+
+    Args:
+        model: the name of a model or LoRA adapter; None: the server's model.
+        ignored: further fields without effect, such as options that the chat template does not read.
+
+    Raises:
+        MissingParameterError: `model` is empty.
+        ModelNotFoundError: there is no such model.
+        EngineUnavailableError: `model` is an adapter that is loaded together with the engine, which is not ready.
+        UnsupportedParameterError: a field cannot be ignored, because it would change the answer.
+        UnknownParameterError: a field is ignored, and the server is strict.
+    """
+    context = get_context(request)
+    served = ServedModel(context.model_names[0]) if model is None else context.find_model(model)
+    return Preamble(context, served, ignored_fields(body, strict=context.settings.strict, ignored=ignored))
+
+
+def ignored_fields(body: BaseModel, *, strict: bool, ignored: Sequence[str] = ()) -> list[str]:
+    """Return the names of the unknown fields of a request, followed by `ignored`.
+
+    Raises UnsupportedParameterError for a field that cannot be ignored, UnknownParameterError for any if `strict`.
+    """
+    for name, value in undeclared_fields(body):
+        if name in UNSUPPORTED and not _is_neutral(value, UNSUPPORTED[name]):
+            raise UnsupportedParameterError(name, f"Use {ALTERNATIVES[name]}." if name in ALTERNATIVES else None)
+    names = [name for name, _ in undeclared_fields(body) if name not in UNSUPPORTED and name not in HARMLESS]
+    for part in ("stream_options", "lightwell"):
+        names += [f"{part}.{name}" for name, _ in undeclared_fields(getattr(body, part, None))]
+    names += ignored
+    if names and strict:
+        raise UnknownParameterError(clip(names[0]))
+    return names
+
+
+def undeclared_fields(model: object) -> Iterator[tuple[str, object]]:
+    """Yield the fields of a request object that its model does not declare. Other values have none."""
+    extra = model.model_extra if isinstance(model, BaseModel) else None
+    yield from (extra or {}).items()
+
+
+def _is_neutral(value: object, neutral_values: tuple[object, ...]) -> bool:
+    return value is None or any(
+        value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral_values
+    )
+
+
+def warnings_header(names: Sequence[str]) -> str:
+    """Return one line of printable ASCII that lists the names, cut to about MAX_WARNINGS_CHARS."""
+    shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 64)) or "?" for name in names]
+    text = f"ignored parameters: {', '.join(shown)}"
+    return text if len(text) <= MAX_WARNINGS_CHARS else f"{text[:MAX_WARNINGS_CHARS].rsplit(', ', 1)[0]}, ..."

@@ -1,0 +1,133 @@
+"""Middleware that rejects requests by their Host, Origin or API key."""
+
+import hashlib
+import ipaddress
+import secrets
+from collections.abc import Iterable, Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError
+
+OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz"})  # no API key required
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "request-id",
+    "x-lightwell-seed",
+    "x-lightwell-deterministic",
+    "x-lightwell-warnings",
+    "retry-after",
+)
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class HostMiddleware:
+    """Protects a server on loopback from web pages that use DNS rebinding.
+
+    That attack needs a domain that resolves to this machine, so a Host with a domain must be one of `hosts`; addresses
+    and names without a dot are accepted. An Origin must be a page of this machine or one of `origins`.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], origins: Iterable[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
+        self._hosts = LOOPBACK_NAMES | {host.lower() for host in hosts} | set(map(host_of_url, self._origins))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "*" not in self._origins and (error := self._check(Headers(scope=scope))):
+            await error.response(scope)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, headers: Headers) -> APIError | None:
+        if any(self._is_foreign(host_of_url(f"//{host}")) for host in headers.getlist("host")):
+            return ForbiddenError("The Host header of your request is not allowed on this server.")
+        for origin in headers.getlist("origin"):
+            if origin.lower() not in self._origins and host_of_url(origin) not in LOOPBACK_NAMES:
+                return ForbiddenError("Web pages of this Origin may not call this server; see --allowed-origins.")
+        return None
+
+    def _is_foreign(self, host: str) -> bool:
+        return host == "" or (host not in self._hosts and "." in host and not is_address(host))
+
+
+def is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def host_of_url(url: str) -> str:
+    """Return the host of a URL in lower case, without port and brackets, or "" if there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+class CrossOriginMiddleware(CORSMiddleware):
+    """Starlette's CORS middleware, with errors in our envelope."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=[origin if origin == "*" else origin.rstrip("/") for origin in origins],
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=EXPOSED_HEADERS,
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        return BadRequestError("Web pages of this Origin may not send such a request.").response()
+
+
+class AuthMiddleware:
+    """Requires one of the API keys on all paths except OPEN_PATHS.
+
+    The key is read from `Authorization: Bearer` or from Anthropic's `x-api-key`. The path is the one that routing uses.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            tokens = [token for token in (bearer_token(scope["headers"]), api_key(scope["headers"])) if token]
+            are_valid = [self._is_valid(token) for token in tokens]
+            if not any(are_valid):
+                await UnauthorizedError(key_given=bool(tokens)).response(scope)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _is_valid(self, token: bytes) -> bool:
+        """Compare a token with every key, in a time that does not depend on which one matches."""
+        digest = hashlib.sha256(token).digest()
+        is_valid = False
+        for candidate in self._digests:
+            is_valid |= secrets.compare_digest(digest, candidate)
+        return is_valid
+
+
+def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """Return the token of the Authorization header, if there is exactly one, with the scheme Bearer in any case."""
+    values = [value for name, value in headers if name == b"authorization"]
+    if len(values) != 1:
+        return None
+    scheme, _, token = values[0].strip().partition(b" ")
+    return token.strip() or None if scheme.lower() == b"bearer" else None
+
+
+def api_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """Return the value of the x-api-key header, if there is exactly one."""
+    values = [value.strip() for name, value in headers if name == b"x-api-key"]
+    return values[0] or None if len(values) == 1 else None

@@ -1,0 +1,108 @@
+"""The outermost middleware: request ids, the access log, HTTP metrics, and status 500 for unhandled exceptions.
+
+All middleware is plain ASGI, since BaseHTTPMiddleware would hide a client's disconnect from streams. From the outside
+in: `RequestMiddleware`, `HostMiddleware` (against DNS rebinding), CORS, `AuthMiddleware`, `BodyMiddleware`.
+"""
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.http.access_control import OPEN_PATHS
+from server.http.errors import ServerError, is_for_anthropic
+from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("server.access")
+
+QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # requested every few seconds, so logged at level DEBUG
+CLIENT_CLOSED_REQUEST = 499  # in logs and metrics only
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestMiddleware:
+    """Gives each request an id, logs one line when it ends, and returns status 500 for unhandled exceptions."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            await self._app(scope, receive, send)
+            return
+        await _RequestRecord(scope, self._metrics).run(self._app, receive, send)
+
+
+class _RequestRecord:
+    """One request: runs it, and records its status and duration."""
+
+    def __init__(self, scope: Scope, metrics: Metrics) -> None:
+        self._scope = scope
+        self._metrics = metrics
+        self._start = time.monotonic()
+        self._headers = Headers(scope=scope)
+        self._request_id = choose_request_id(self._headers.get("x-request-id"))
+        self._status: int | None = None
+        # Anthropic's clients read the second name.
+        self._id_headers = ("x-request-id", "request-id") if is_for_anthropic(scope) else ("x-request-id",)
+        scope["state"]["request_id"] = self._request_id
+
+    async def run(self, app: ASGIApp, receive: Receive, send: Send) -> None:
+        if is_retry(self._headers):
+            self._metrics.count_retry()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._status = message["status"]
+                for name in self._id_headers:
+                    MutableHeaders(scope=message)[name] = self._request_id
+            await send(message)
+
+        try:
+            await app(self._scope, receive, send_with_id)
+        except ClientDisconnect:
+            pass
+        except Exception:
+            logger.exception("a request failed", extra={"request_id": self._request_id})
+            if self._status is None:
+                await ServerError(self._request_id).response(self._scope)(self._scope, receive, send_with_id)
+            # Otherwise the response has started. It stays incomplete, so uvicorn closes the connection.
+        finally:
+            self._record()
+
+    def _record(self) -> None:
+        scope = self._scope
+        status = self._status or CLIENT_CLOSED_REQUEST
+        seconds = time.monotonic() - self._start
+        self._metrics.observe_http(getattr(scope.get("route"), "path", "none"), scope["method"], status, seconds)
+        fields = {
+            "request_id": self._request_id,
+            "client": (scope.get("client") or ("-",))[0],
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+        }
+        level = logging.DEBUG if scope["path"] in QUIET_PATHS and status < 400 else logging.INFO
+        access_logger.log(level, "%s %s", scope["method"][:16], scope["path"][:256], extra={"fields": fields})
+
+
+def choose_request_id(client_id: str | None) -> str:
+    """Return the client's id if it is safe in headers and logs, else a new one."""
+    if client_id is not None and _REQUEST_ID.fullmatch(client_id):
+        return client_id
+    return f"req_{secrets.token_hex(16)}"
+
+
+def is_retry(headers: Headers) -> bool:
+    """Return whether the headers of the official SDKs mark this request as a retry."""
+    count = headers.get("x-stainless-retry-count", "")
+    return count.isascii() and count.isdigit() and count.strip("0") != ""

@@ -1,0 +1,94 @@
+"""Recordings of the latest requests and their results, so that a request can be replayed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
+
+NUM_TOP = 5  # top log probabilities recorded for each token of a request that asks for none
+MAX_TOKENS = 200_000  # tokens of prompts and outputs in all recordings, a few hundred bytes each
+
+
+@dataclass(slots=True)
+class RecordedChoice:
+    """The output of one choice. A choice that was aborted is recorded up to that point."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each token
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def take(self, event: TokenEvent) -> None:
+        """Add the tokens and log probabilities of an event."""
+        self.token_ids += event.token_ids
+        self.logprobs += event.logprobs or []
+        self.prompt_logprobs += event.prompt_logprobs or []
+
+
+class Recording:
+    """One request: a message to the engine for each prompt, and the output of each choice."""
+
+    def __init__(self, submits: Sequence[Submit], ids: Sequence[str] = ()) -> None:
+        """Start a recording of `submits`. The client may look it up by `ids`.
+
+        `self.submits` ask the engine for log probabilities even if the request does not.
+        """
+        self.ids = ids
+        self.hides_logprobs = submits[0].params.logprobs is None
+        self.submits = [_with_logprobs(submit) for submit in submits]
+        self.choices = [[RecordedChoice() for _ in range(submit.n)] for submit in submits]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of prompts and outputs."""
+        num_prompt_tokens = sum(len(submit.prompt_token_ids) for submit in self.submits)
+        return num_prompt_tokens + sum(len(choice.token_ids) for choices in self.choices for choice in choices)
+
+    def take(self, prompt_index: int, event: TokenEvent) -> None:
+        """Record an event, and remove its log probabilities if the request did not ask for them."""
+        self.choices[prompt_index][event.index].take(event)
+        if self.hides_logprobs:
+            event.logprobs = None
+
+
+def _with_logprobs(submit: Submit) -> Submit:
+    if submit.params.logprobs is not None:
+        return submit
+    return msgspec.structs.replace(submit, params=msgspec.structs.replace(submit.params, logprobs=NUM_TOP))
+
+
+class Recordings:
+    """The latest recordings, at most `max_requests` of them and `MAX_TOKENS` tokens. The oldest are dropped first."""
+
+    def __init__(self, max_requests: int) -> None:
+        self.max_requests = max_requests  # 0: nothing is recorded
+        self._recordings: OrderedDict[int, Recording] = OrderedDict()
+        self._by_id: dict[str, Recording] = {}
+        self._num_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def get(self, request_id: str) -> Recording | None:
+        """Return the latest recording with this id."""
+        return self._by_id.get(request_id)
+
+    def add(self, recording: Recording) -> None:
+        """Add the recording of a request that has ended. Adding it again has no effect."""
+        if id(recording) in self._recordings:
+            return
+        self._recordings[id(recording)] = recording
+        self._by_id.update(dict.fromkeys(recording.ids, recording))
+        self._num_tokens += recording.num_tokens
+        while len(self._recordings) > self.max_requests or self._num_tokens > MAX_TOKENS:
+            self._drop(self._recordings.popitem(last=False)[1])
+
+    def _drop(self, recording: Recording) -> None:
+        self._num_tokens -= recording.num_tokens
+        for request_id in recording.ids:
+            if self._by_id.get(request_id) is recording:
+                del self._by_id[request_id]

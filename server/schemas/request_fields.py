@@ -1,0 +1,138 @@
+"""Field types and limits that the requests of several APIs share."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticKnownError
+
+from server.http.errors import InvalidValueError
+from server.schemas.samplers import INT64_MAX
+
+INT64_MIN = -(2**63)
+MAX_STOP_CHARS = 1024  # per stop string
+MAX_LOGIT_BIAS = 1024  # entries
+MAX_STOP_TOKEN_IDS = 128
+MAX_ALLOWED_TOKEN_IDS = 1 << 18  # no vocabulary in use is larger
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_BAD_WORDS = 64  # each becomes two token sequences: with a space before it and without
+MAX_PATTERN_SIZE = 256  # tokens; every size is compared at every token
+MAX_CACHE_SALT_CHARS = 256
+REQUEST_ID = "^[A-Za-z0-9._-]{1,128}$"
+
+
+def _check_stop(value: object) -> object:
+    """Return a single stop string as a list of one."""
+    if value is not None and not isinstance(value, str | list):
+        raise PydanticKnownError("string_type")
+    return [value] if isinstance(value, str) else value
+
+
+def _check_logit_bias(value: object) -> dict[int, float] | None:
+    """Return `{"50256": -100}` with integer token ids as keys."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise PydanticKnownError("dict_type")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"expected at most {MAX_LOGIT_BIAS} entries, but got {len(value)}.")
+    return {_token_id(key): _bias(bias) for key, bias in value.items()}
+
+
+def _token_id(key: str) -> int:
+    if re.fullmatch("[0-9]{1,10}", key) is None:
+        raise ValueError("expected token ids as keys, such as '50256'.")
+    return int(key)
+
+
+def _bias(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+        raise ValueError("expected values from -100 to 100.")
+    return float(value)
+
+
+def _check_truncated_length(value: int) -> int:
+    if value == 0:
+        raise ValueError("expected a number of at least 1, or -1.")
+    return value
+
+
+NumLogprobs = Annotated[int, Field(ge=-1, le=INT64_MAX)]  # --max-logprobs is the actual limit
+TruncatedLength = Annotated[int, Field(ge=-1, le=INT64_MAX), AfterValidator(_check_truncated_length)]
+TruncationSide = Literal["left", "right"]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings = Annotated[list[StopString], Field(max_length=4, fail_fast=True)]
+Stop = Annotated[
+    StopStrings | None,
+    BeforeValidator(_check_stop, json_schema_input_type=StopString | StopStrings | None),
+]
+TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
+AllowedTokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True)]
+LogprobTokenIds = Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKEN_IDS, fail_fast=True)]
+BadWords = Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS, fail_fast=True)]
+LogitBias = Annotated[
+    dict[int, float] | None,
+    PlainValidator(_check_logit_bias),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                    "maxProperties": MAX_LOGIT_BIAS,
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+class StreamOptions(BaseModel):
+    """Extra information in a stream."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    include_usage: bool | None = Field(None, description="Send a last chunk with the usage and no choices.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: report the usage so far in every chunk."
+    )
+    include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
+
+
+class RepetitionDetection(BaseModel):
+    """End an answer with finish_reason `repetition` when its last tokens are copies of one pattern."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    max_pattern_size: int | None = Field(
+        None, ge=0, le=MAX_PATTERN_SIZE, description="Maximum number of tokens in the pattern. Default 0: off."
+    )
+    min_pattern_size: int | None = Field(None, ge=0, description="Minimum number of tokens in the pattern. Default 1.")
+    min_count: int | None = Field(None, ge=0, le=INT64_MAX, description="Minimum number of copies, at least 2.")
+
+    def check(self) -> None:
+        """Validate the fields against each other. Raises InvalidValueError."""
+        if (self.min_pattern_size or 0) > (self.max_pattern_size or 0):
+            param = "repetition_detection.min_pattern_size"
+            raise InvalidValueError(f"Invalid '{param}': expected a value <= max_pattern_size.", param=param)
+        if self.max_pattern_size and (self.min_count or 0) < 2:
+            param = "repetition_detection.min_count"
+            raise InvalidValueError(f"Invalid '{param}': expected a value >= 2 with max_pattern_size.", param=param)
+
+
+class LightwellOptions(BaseModel):
+    """Options of this server alone."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    explain: bool | None = Field(None, description="Report how long each stage of the request took, as `lightwell`.")

@@ -1,0 +1,127 @@
+"""Read the settings from flags, the environment and the config file, and check that they fit together."""
+
+import ipaddress
+import itertools
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from server.settings.setting import ENV_PREFIX, SettingsError
+from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS, Settings
+
+
+def load_settings(
+    flags: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None, config: str | None = None
+) -> Settings:
+    """Merge all sources: flags override the environment, which overrides the file `config`, which overrides defaults.
+
+    `flags` maps setting names to text (or to a bool for a switch). Raises SettingsError.
+    """
+    environ = environ or {}
+    config = config or environ.get(CONFIG_VARIABLE)
+    values = {}
+    sources = (_from_file(Path(config)) if config else (), _from_environment(environ), _from_flags(flags or {}))
+    for name, value, source in itertools.chain(*sources):
+        values[name] = SETTINGS[name].parse(value, source)
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+# Sources. Each yields (setting name, unparsed value, source as named in errors).
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
+    names = {setting.variable: name for name, setting in SETTINGS.items()}
+    ours = [variable for variable in environ if variable.startswith(ENV_PREFIX)]
+    if unknown := sorted(set(ours) - set(names) - set(OTHER_VARIABLES)):
+        raise SettingsError(_unknown_variables(unknown))
+    for variable in ours:
+        if name := names.get(variable):
+            value = environ[variable]
+            yield name, value.split(",") if SETTINGS[name].value_type.is_list else value, variable
+
+
+def _unknown_variables(variables: list[str]) -> str:
+    message = f"unknown environment variables: {', '.join(variables)}"
+    if any(re.search(r"_SERVICE_(HOST|PORT)|_PORT_\d+_", variable) for variable in variables):
+        message += " (Kubernetes sets them for a Service named lightwell; disable them with enableServiceLinks: false)"
+    return message
+
+
+def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
+    """Yield the settings of a YAML file. Keys may be in kebab or snake case; a null value leaves a setting unset."""
+    seen = set()
+    for key, value in _load_yaml(path):
+        name = key.replace("-", "_") if isinstance(key, str) else ""
+        if name not in SETTINGS:
+            raise SettingsError(f"{path}: unknown setting {key!r}")
+        if name in seen:
+            raise SettingsError(f"{path}: {key} is set twice")
+        seen.add(name)
+        if value is not None:
+            yield name, value, f"{path}: {key}"
+
+
+def _load_yaml(path: Path) -> list[tuple[object, object]]:
+    """Return the key-value pairs of the file's top-level mapping, repeated keys included."""
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise SettingsError(f"{path}: expected a mapping of settings to values")
+        return [
+            (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True))
+            for key, value in root.value
+        ]
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:  # str(error) would quote the line, which may hold an API key
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise SettingsError(f"{path}: invalid YAML: line {line}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise SettingsError(f"{path}: invalid YAML: the file contains invalid characters") from None
+
+
+def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, object, str]]:
+    for name, value in flags.items():
+        if name in SETTINGS:
+            yield name, value, SETTINGS[name].flag
+
+
+# Checks that involve more than one setting.
+
+
+def _check(settings: Settings) -> None:
+    if not (is_loopback(settings.host) or settings.api_key or settings.allow_unauthenticated):
+        raise SettingsError(
+            f"--host {settings.host} is reachable from other machines: "
+            "set --api-key, or --allow-unauthenticated if everyone may use this server"
+        )
+    check_adapter_names(settings, settings.served_model_name)
+    if len(settings.lora_modules) > settings.max_loras:
+        raise SettingsError(
+            f"--lora-modules names {len(settings.lora_modules)} adapters, but --max-loras is {settings.max_loras}"
+        )
+
+
+def check_adapter_names(settings: Settings, model_names: Collection[str]) -> None:
+    """Raise SettingsError if an adapter of --lora-modules shares its name with another one or with the model."""
+    names = settings.lora_names
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise SettingsError(f"--lora-modules: two adapters are named {name}")
+        if name in model_names:
+            raise SettingsError(f"--lora-modules: {name} is the name of the model; choose another adapter name")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach `host`. Names other than localhost count as reachable."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,49 @@
+"""The configurations of the API process and the engine, made from the settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from server.settings.table import Settings
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+
+
+class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The configuration that the supervisor writes to the API process's standard input, as JSON."""
+
+    settings: Settings
+    engine_address: str  # ZeroMQ address (ipc://...) that the engine binds
+    model_path: str
+    model_names: tuple[str, ...]  # names of the model in the API, at least one
+    engine_pid: int | None = None  # lets the API process notice the end of an engine that never became ready
+
+
+def engine_config(settings: Settings, model_path: Path, lora_paths: Mapping[str, Path]) -> "EngineConfig":
+    """Return the engine's configuration. `lora_paths` maps adapter names to the local paths of --lora-modules."""
+    from engine.config import EngineConfig
+
+    return EngineConfig(
+        model_path=str(model_path),
+        device=settings.device,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        long_prefill_token_threshold=settings.long_prefill_token_threshold,
+        block_size=settings.block_size,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        kv_cache_memory=settings.kv_cache_memory,
+        speculative=settings.speculative,
+        batch_invariant=settings.batch_invariant,
+        enforce_eager=settings.enforce_eager,
+        lora_modules={name: str(path) for name, path in lora_paths.items()},
+        max_loras=settings.num_lora_slots,
+        max_lora_rank=settings.max_lora_rank,
+        step_timeout=settings.step_timeout,
+    )

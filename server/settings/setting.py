@@ -1,0 +1,66 @@
+"""One row of the table of settings."""
+
+import dataclasses
+from typing import Any
+
+from server.settings.value_types import ValueType, format_size
+
+ENV_PREFIX = "LIGHTWELL_"
+
+
+class SettingsError(ValueError):
+    """An invalid setting. The message names the setting, its source, and the values that it accepts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the table. `name` and `default` are taken from the field of `Settings`."""
+
+    group: str
+    value_type: ValueType
+    help: str
+    secret: bool = False  # the value is never shown
+    positional: bool = False
+    name: str = ""
+    default: Any = None
+
+    @property
+    def key(self) -> str:
+        """Key in the config file."""
+        return self.name.replace("_", "-")
+
+    @property
+    def flag(self) -> str:
+        return self.name.upper() if self.positional else f"--{self.key}"
+
+    @property
+    def is_switch(self) -> bool:
+        return isinstance(self.default, bool)
+
+    @property
+    def variable(self) -> str:
+        """Name of the environment variable."""
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def description(self) -> str:
+        """The help text without its last period, followed by the accepted values if they are few."""
+        options = f" ({', '.join(self.value_type.options)})" if self.value_type.options else ""
+        return self.help.removesuffix(".") + options
+
+    @property
+    def default_text(self) -> str:
+        """The default as a user would write it; empty if there is none."""
+        if self.default is None or self.default == ():
+            return ""
+        if self.value_type.metavar == "SIZE":
+            return format_size(self.default)
+        return str(self.default).lower() if self.is_switch else str(self.default).removesuffix(".0")
+
+    def parse(self, value: object, source: str) -> Any:
+        """Parse a value from `source`, which the message of an error names. Raises SettingsError."""
+        try:
+            return self.value_type.parse(value)
+        except ValueError:
+            got = "" if self.secret else f", got {value!r}"
+            raise SettingsError(f"{source}: expected {self.value_type.expected}{got}") from None

@@ -1,0 +1,78 @@
+"""Split a model's answer into reasoning, content and tool calls in one pass, as its text arrives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from server.text.parsers.answer_parts import AnswerPart, PartKind
+from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
+from server.text.parsers.tool_formats import GENERIC, ToolFormat
+from server.text.parsers.tool_parser import ToolParser
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """The parts that the answers to a request can have, and how the model writes them."""
+
+    tool_format: ToolFormat = GENERIC
+    tool_names: frozenset[str] = field(default_factory=frozenset)  # tools of the request; if empty, calls are content
+    parallel_calls: bool = True
+    reasoning_tags: ReasoningTags | None = None  # None: reasoning is content
+    is_reasoning: bool = False  # the prompt ends inside the reasoning
+    calls_end: str = "tool_calls"  # finish reason of an answer that ends with calls
+
+    @property
+    def is_plain(self) -> bool:
+        """True if all of the text is content."""
+        return not self.markers
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Strings that delimit the parts. Some are control tokens, which must be kept in the text for the parser."""
+        tool_markers = self.tool_format.markers if self.tool_names else ()
+        tags = (self.reasoning_tags.start, self.reasoning_tags.end) if self.reasoning_tags is not None else ()
+        return (*tags, *tool_markers)
+
+
+class AnswerParser:
+    """Splits the text of one choice into its parts as it arrives."""
+
+    def __init__(self, format: AnswerFormat, *, hidden: Sequence[str] = ()) -> None:
+        """`hidden` are markers to remove from content."""
+        self.format = format
+        self._reasoning: ReasoningParser | None = None
+        if format.reasoning_tags is not None:
+            self._reasoning = ReasoningParser(format.reasoning_tags, is_open=format.is_reasoning)
+        self._tools = ToolParser(format.tool_format, format.tool_names, parallel=format.parallel_calls, hidden=hidden)
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._reasoning is not None and self._reasoning.is_inside
+
+    @property
+    def is_holding(self) -> bool:
+        """True if text is held back because its part is not determined yet."""
+        return self._tools.is_holding or (self._reasoning is not None and self._reasoning.is_holding)
+
+    @property
+    def num_held(self) -> int:
+        """Number of characters held back."""
+        return self._tools.num_held + (0 if self._reasoning is None else self._reasoning.num_held)
+
+    @property
+    def ends_with_calls(self) -> bool:
+        """True if the client should call tools: there are calls, and all are complete."""
+        return self._tools.num_calls > 0 and self._tools.is_complete
+
+    def push(self, text: str) -> list[AnswerPart]:
+        """Read the next piece of text; return the parts that it completes."""
+        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
+        return _reasoning_part(reasoning) + self._tools.push(content)
+
+    def finish(self) -> list[AnswerPart]:
+        """Return the parts of the text that was held back. Call it after the last piece of text."""
+        reasoning, content = ("", "") if self._reasoning is None else self._reasoning.finish()
+        return _reasoning_part(reasoning) + self._tools.push(content) + self._tools.finish()
+
+
+def _reasoning_part(text: str) -> list[AnswerPart]:
+    return [AnswerPart(PartKind.REASONING, text)] if text else []

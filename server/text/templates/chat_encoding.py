@@ -1,0 +1,207 @@
+"""Encode chat messages to token ids, without letting text of the request become control tokens.
+
+A chat template joins its own text and the text of the request in one string, and a tokenizer reads every `<|im_end|>`
+in it as the control token, even one that a user typed. Therefore `encode_chat` renders the template with guards: in all
+text of the request, the first and last characters of control tokens are replaced, one for one, by private-use
+characters that occur nowhere else. A control token in the rendered prompt then has its first and last character from
+the template and is meant as one; everything else is encoded as plain text. A tokenizer splits text at control tokens
+before anything else, and `encode_chat` splits it at those of the template, so the ids are those of a tokenizer for
+which the request's text is never special.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from server.text.templates.chat_template import ChatTemplate, ChatTemplateError, Message
+
+MAX_DEPTH = 100  # of lists and objects in a request
+
+
+class ChatTokenizer(Protocol):
+    """The methods of a tokenizer that `encode_chat` uses."""
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]: ...
+
+
+def encode_chat(
+    template: ChatTemplate,
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: Sequence[dict[str, Any]] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """Render and tokenize the prompt.
+
+    No text of the request (messages, tools, template_kwargs) becomes a control token. If none of it contains one, the
+    ids are those of the whole rendered prompt. No BOS token is prepended: a template that needs one writes it.
+
+    Raises:
+        ChatTemplateError: the template cannot render the request, or the request is too deeply nested.
+    """
+
+    def render(guard: Callable[[str], str]) -> str:
+        return template.render(
+            _map_strings(guard, messages),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=_map_strings(guard, tools),
+            template_kwargs=_map_strings(guard, template_kwargs),
+        )
+
+    special = _special_tokens(tokenizer.special_tokens)
+    request_text = "".join(_strings([messages, tools, template_kwargs]))
+    if not special.may_begin_or_end_in(request_text):
+        return tokenizer.encode(render(lambda text: text), add_special_tokens=False, parse_special=True)
+    guards = _Guards(special, used_chars=request_text + template.source)
+    # Templates search contents (`'</think>' in content`), so as few characters as possible are replaced at first.
+    prompt = render(guards.guard_tokens)
+    fully_guarded = render(guards.guard_ends)
+    if special.find(prompt) != special.find(fully_guarded):  # the template joined pieces of the request to a token
+        prompt = fully_guarded
+    return _encode_guarded(tokenizer, prompt, special, guards)
+
+
+@dataclass(frozen=True)
+class _SpecialTokens:
+    pattern: re.Pattern[str]  # matches any of the tokens, preferring the longest
+    ends: frozenset[str]  # first and last characters of the tokens
+    punctuation: frozenset[str]  # the characters of `ends` that are not letters, digits or white space
+
+    def find(self, text: str) -> list[str]:
+        return self.pattern.findall(text)
+
+    def may_begin_or_end_in(self, text: str) -> bool:
+        """Return whether the text could contain a token, or could form one together with other text."""
+        return any(char in text for char in self.punctuation) or self.pattern.search(text) is not None
+
+
+@functools.lru_cache(maxsize=4)  # some vocabularies have thousands of special tokens
+def _special_tokens(tokens: tuple[str, ...]) -> _SpecialTokens:
+    tokens = tuple(filter(None, tokens))
+    ends = frozenset(token[i] for token in tokens for i in (0, -1))
+    punctuation = frozenset(char for char in ends if not (char.isalnum() or char.isspace()))
+    return _SpecialTokens(re.compile(_trie_pattern(tokens) if tokens else "(?!)"), ends, punctuation)
+
+
+def _trie_pattern(words: Iterable[str]) -> str:
+    """Return a pattern that matches the longest of the words and reads each character of the text once."""
+    rests: dict[str, list[str]] = {}
+    for word in words:
+        rests.setdefault(word[:1], []).append(word[1:])
+    is_word = rests.pop("", None) is not None
+    branches = [re.escape(char) + _trie_pattern(rest) for char, rest in rests.items()]
+    if len(branches) <= 1 and not is_word:
+        return "".join(branches)
+    return f"(?:{'|'.join(branches)}){'?' if is_word else ''}"
+
+
+class _Guards:
+    """Private-use characters that replace the first and last characters of special tokens."""
+
+    def __init__(self, special: _SpecialTokens, *, used_chars: str) -> None:
+        private_use = map(chr, range(0xF0000, 0xFFFFE))
+        used = set(used_chars)
+        unused = itertools.islice((char for char in private_use if char not in used), len(special.ends))
+        self._guard_of = dict(zip(sorted(special.ends), unused, strict=False))
+        if len(self._guard_of) < len(special.ends):
+            raise ChatTemplateError("The messages contain too many different private-use characters.")
+        self._special = special
+        self._any_guard = re.compile(f"[{''.join(self._guard_of.values())}]")
+
+    def guard_tokens(self, text: str) -> str:
+        """Replace the first and last character of each special token in the text."""
+        return self._special.pattern.sub(lambda match: self._guard_token(match[0]), text)
+
+    def guard_ends(self, text: str) -> str:
+        """Replace those, and also each punctuation character with which a special token begins or ends."""
+        text = self.guard_tokens(text)
+        for char in self._special.punctuation:
+            text = text.replace(char, self._guard_of[char])
+        return text
+
+    def are_in(self, text: str) -> bool:
+        return self._any_guard.search(text) is not None
+
+    def remove(self, text: str) -> str:
+        for char, guard in self._guard_of.items():
+            text = text.replace(guard, char)
+        return text
+
+    def _guard_token(self, token: str) -> str:
+        if len(token) == 1:
+            return self._guard_of[token]
+        return self._guard_of[token[0]] + token[1:-1] + self._guard_of[token[-1]]
+
+
+def _encode_guarded(tokenizer: ChatTokenizer, prompt: str, special: _SpecialTokens, guards: _Guards) -> list[int]:
+    """Split a guarded prompt at the template's special tokens, and encode the spans with guards as plain text."""
+    token_ids: list[int] = []
+    start = 0  # index of the first character that is not encoded yet
+    for begin, end in _spans_between(prompt, special.pattern):
+        if guards.are_in(prompt[begin:end]):
+            token_ids += tokenizer.encode(prompt[start:begin], add_special_tokens=False, parse_special=True)
+            encode_plain = _encode_after_special if begin > 0 else _encode_plain
+            token_ids += encode_plain(tokenizer, guards.remove(prompt[begin:end]))
+            start = end
+    return token_ids + tokenizer.encode(prompt[start:], add_special_tokens=False, parse_special=True)
+
+
+def _spans_between(text: str, separator: re.Pattern[str]) -> Iterator[tuple[int, int]]:
+    begin = 0
+    for match in separator.finditer(text):
+        yield begin, match.start()
+        begin = match.end()
+    yield begin, len(text)
+
+
+def _encode_plain(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+
+
+def _encode_after_special(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    """Encode plain text that follows a special token.
+
+    Some tokenizers prepend a space to a text, but not after a special token. For these, the text is encoded after a
+    newline, whose tokens are then removed.
+    """
+    special_token = tokenizer.special_tokens[0]
+    after_special = tokenizer.encode(special_token + "x", add_special_tokens=False, parse_special=True)[1:]
+    if after_special != _encode_plain(tokenizer, "x"):
+        newline_ids = _encode_plain(tokenizer, "\n")
+        token_ids = _encode_plain(tokenizer, "\n" + text)
+        if token_ids[: len(newline_ids)] == newline_ids:
+            return token_ids[len(newline_ids) :]
+    return _encode_plain(tokenizer, text)
+
+
+def _strings(value: Any, depth: int = 0) -> Iterator[str]:
+    """Yield all strings in JSON-like data, keys included. Raises ChatTemplateError if it is nested too deeply."""
+    if depth > MAX_DEPTH:
+        raise ChatTemplateError(f"The messages or tools are nested more than {MAX_DEPTH} levels deep.")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings([*value.keys(), *value.values()], depth)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item, depth + 1)
+
+
+def _map_strings(function: Callable[[str], str], value: Any) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):
+        return {_map_strings(function, key): _map_strings(function, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(function, item) for item in value]
+    return value

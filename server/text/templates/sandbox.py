@@ -1,0 +1,113 @@
+"""The sandboxed Jinja environment in which chat templates run.
+
+A template comes from the model or the operator, never from a client. The sandbox blocks access to Python's internals
+and limits `range()`, powers, repetitions and the length of the output; nested loops can still take very long.
+"""
+
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
+
+MAX_PROMPT_CHARS = 1 << 24  # of one rendered conversation
+MAX_REASON_CHARS = 200  # of an error message that the template raises
+
+
+class _TemplateRefusal(jinja2.TemplateError):
+    """The exception that a template raises with `raise_exception`."""
+
+
+def describe_error(error: Exception) -> str:
+    """Describe why a template failed, without anything that a client must not see."""
+    match error:
+        case _TemplateRefusal():
+            return " ".join(str(error).split())[:MAX_REASON_CHARS].rstrip(".")
+        case jinja2.TemplateSyntaxError():
+            return f"line {error.lineno}: {error.message}".rstrip(".")
+        case SecurityError():
+            return "it does something that the sandbox forbids"
+        case jinja2.UndefinedError():
+            return "a required field is missing"
+        case RecursionError() | OverflowError() | MemoryError():
+            return "it is too large or too deeply nested"
+    return "a value does not have the expected form"
+
+
+class TemplateEnvironment(ImmutableSandboxedEnvironment):
+    """A Jinja environment with the options, filters and functions that Hugging Face's chat templates expect."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+        del self.globals["lipsum"]
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if (_product_size if operator == "*" else _power_size)(left, right) > MAX_RANGE:
+            raise OverflowError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+class _GenerationTag(Extension):
+    """The tag `{% generation %}`, which marks an assistant's turn for training. It renders its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _product_size(left: Any, right: Any) -> int:
+    """Return the number of items of a repetition, or of bits of a product of integers."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() + right.bit_length()
+    if isinstance(right, int):
+        left, right = right, left
+    return left * len(right) if isinstance(left, int) and hasattr(right, "__len__") else 0
+
+
+def _power_size(left: Any, right: Any) -> int:
+    return left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
+
+
+def _raise_exception(message: object) -> None:
+    raise _TemplateRefusal(str(message))
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Convert a value to JSON. Jinja's own filter escapes HTML, which models have not seen in training."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def join_bounded(pieces: Iterable[str]) -> str:
+    """Join strings. Raises OverflowError if they have more than MAX_PROMPT_CHARS characters."""
+    parts, num_chars = [], 0
+    for piece in pieces:
+        num_chars += len(piece)
+        if num_chars > MAX_PROMPT_CHARS:
+            raise OverflowError(f"more than {MAX_PROMPT_CHARS} characters")
+        parts.append(piece)
+    return "".join(parts)

@@ -1,0 +1,122 @@
+"""The configuration read from the metadata of GGUF files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.config import ModelConfig, RopeScaling, load_model_config
+from tests.support.gguf_files import LLAMA, write_gguf
+
+
+def gguf_config(path: Path, metadata: dict[str, Any] | None = None, *tensors: str, arch: str = "llama") -> ModelConfig:
+    """Load the file of a tiny model: 32 tokens, hidden size 16, 4 heads; additional tensors hold two numbers."""
+    data = {name: np.zeros(2, dtype=np.float32) for name in tensors}
+    values = {key: value for key, value in (LLAMA | (metadata or {})).items() if value is not ...}
+    embedding = {"token_embd.weight": np.zeros((32, 16), dtype=np.float32)}
+    return load_model_config(write_gguf(path / "tiny.gguf", values, {**embedding, **data}, arch=arch))
+
+
+def test_smollm2(smollm2_path: Path) -> None:
+    assert load_model_config(smollm2_path) == ModelConfig(
+        architecture="llama",
+        vocab_size=49152,
+        num_token_ids=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=float(np.float32(1e-5)),
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_ids=(2, 0),
+    )
+
+
+def test_gguf_defaults(tmp_path: Path) -> None:
+    config = gguf_config(tmp_path, {"llama.attention.head_count_kv": ...})
+    assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (32, 4, 4)
+    assert (config.rope_theta, config.rope_scaling, config.sliding_window) == (10000.0, RopeScaling(), None)
+    assert config.tie_word_embeddings
+    assert (config.attention_bias, config.attention_output_bias, config.mlp_bias) == (False, False, False)
+
+
+def test_gguf_keys(tmp_path: Path) -> None:
+    metadata = {
+        "llama.attention.key_length": 6,
+        "llama.attention.value_length": 6,
+        "llama.rope.dimension_count": 6,
+        "llama.rope.freq_base": 5000.0,
+        "llama.attention.sliding_window": 9,
+        "llama.vocab_size": 30,
+    }
+    config = gguf_config(tmp_path, metadata, "output.weight")
+    assert (config.head_dim, config.rope_theta, config.sliding_window, config.vocab_size) == (6, 5000.0, 9, 32)
+    assert not config.tie_word_embeddings
+
+
+def test_gguf_biases(tmp_path: Path) -> None:
+    assert gguf_config(tmp_path, None, "blk.0.attn_q.bias").attention_bias
+    assert gguf_config(tmp_path, None, "blk.0.attn_output.bias").attention_output_bias
+    assert gguf_config(tmp_path, None, "blk.0.ffn_gate.bias").mlp_bias
+
+
+def test_gguf_rope_scaling(tmp_path: Path) -> None:
+    linear = RopeScaling(rope_type="linear", factor=4.0)
+    keys = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    assert gguf_config(tmp_path, keys).rope_scaling == linear
+    assert gguf_config(tmp_path, {"llama.rope.scale_linear": 4.0}).rope_scaling == linear
+    assert gguf_config(tmp_path, keys | {"llama.rope.scaling.type": "none"}).rope_scaling == RopeScaling()
+    assert gguf_config(tmp_path, None, "rope_freqs.weight").rope_scaling == RopeScaling(rope_type="factors")
+
+
+def test_gguf_end_tokens(tmp_path: Path) -> None:
+    tokens = ["a", "<|endoftext|>", "<|im_end|>", "b", "<|eot_id|>", "<end_of_turn>", "<|eom_id|>", "</s>"]
+    config = gguf_config(tmp_path, {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": 7})
+    assert config.eos_token_ids == (7, 1, 2, 4, 5, 6)
+    stored = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.eot_token_id": 4, "tokenizer.ggml.bos_token_id": 0}
+    config = gguf_config(tmp_path, stored | {"tokenizer.ggml.tokens": tokens[:1]})
+    assert (config.eos_token_ids, config.bos_token_id) == ((3, 4), 0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "message"),
+    [
+        ({"llama.block_count": ...}, (), "llama.block_count: is missing"),
+        ({"llama.block_count": 0}, (), "llama.block_count: must be an integer from 1"),
+        ({"llama.feed_forward_length": [8, 8]}, (), "llama.feed_forward_length: must be an integer"),
+        ({"llama.embedding_length": 8}, (), r"token_embd.weight: shape \(32, 16\) does not fit hidden size 8"),
+        ({"llama.attention.head_count": 3, "llama.attention.head_count_kv": 1}, (), "key_length: is missing"),
+        ({"llama.attention.head_count_kv": 3}, (), "attention heads .4. is not a multiple"),
+        ({"llama.attention.value_length": 8}, (), "value_length: 8 differs from the head dimension 4"),
+        ({"llama.rope.dimension_count": 2}, (), "rope.dimension_count: 2 differs"),
+        ({"llama.rope.freq_base": 0.0}, (), "rope.freq_base: must be a number above 0"),
+        ({"llama.rope.scaling.type": "yarn"}, (), "'yarn' is not supported"),
+        ({"llama.rope.scaling.factor": 2.0}, ("rope_freqs.weight",), "rope_freqs.weight: .*linear factor 2.0"),
+        ({"llama.attention.key_length": 8, "llama.attention.value_length": 8}, ("rope_freqs.weight",), "expected .4,"),
+        ({"llama.expert_count": 8}, (), "mixtures of experts"),
+        ({"split.count": 3}, (), "split.count: the model is split"),
+        ({"tokenizer.ggml.tokens": [f"t{i}" for i in range(33)]}, (), "has 33 tokens, but the embedding has 32 rows"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, (), "tokens: must be an array of strings"),
+        ({"tokenizer.ggml.eos_token_id": 32}, (), "eos_token_id: must be token ids below 32"),
+    ],
+)
+def test_gguf_refused(metadata: dict[str, Any], tensors: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"tiny\.gguf: .*{message}"):
+        gguf_config(tmp_path, metadata, *tensors)
+
+
+def test_gguf_architecture_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"general\.architecture: 'mamba' is not supported \(supported: llama\)"):
+        gguf_config(tmp_path, arch="mamba")
+
+
+def test_gguf_without_embedding(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "empty.gguf", LLAMA, {"output_norm.weight": np.zeros(16, dtype=np.float32)})
+    with pytest.raises(ValueError, match=r"token_embd\.weight: the tensor is missing"):
+        load_model_config(path)

@@ -1,0 +1,214 @@
+"""The configuration read from config.json, compared with that of transformers' own config classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig, LlamaConfig, MistralConfig
+
+from engine.config import ModelConfig, RopeScaling, load_model_config
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+# config.json as transformers 4 wrote it.
+CONFIG_JSON: dict[str, Any] = SHAPE | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+COMMON_FIELDS = (*SHAPE, "head_dim", "rms_norm_eps", "tie_word_embeddings", "bos_token_id")
+
+
+def load(folder: Path, generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    """Load a config.json with changes; a value of ... removes the key."""
+    config = {key: value for key, value in (CONFIG_JSON | changes).items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return load_model_config(folder)
+
+
+def llama(**changes: Any) -> Any:
+    return LlamaConfig(**(SHAPE | changes))
+
+
+def mistral(**changes: Any) -> Any:
+    return MistralConfig(**(SHAPE | changes))
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        llama(architectures=["LlamaForCausalLM"]),
+        llama(head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        llama(num_key_value_heads=None, rms_norm_eps=1e-3, hidden_act="gelu"),
+        llama(rope_parameters={"rope_type": "default", "rope_theta": 1234.5}),
+        llama(rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}),
+        llama(rope_parameters=LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 256}),
+        mistral(architectures=["MistralForCausalLM"]),
+        mistral(sliding_window=None),
+        mistral(sliding_window=17, head_dim=16),
+    ],
+)
+def test_as_transformers_writes_it(expected: Any, tmp_path: Path) -> None:
+    expected.save_pretrained(tmp_path)
+    config = load_model_config(tmp_path)
+    assert config.architecture == expected.model_type
+    for name in COMMON_FIELDS:
+        assert getattr(config, name) == getattr(expected, name), name
+    assert config.rope_theta == expected.rope_parameters["rope_theta"]
+    for name in ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if name in expected.rope_parameters:
+            assert getattr(config.rope_scaling, name) == expected.rope_parameters[name], name
+    assert config.sliding_window == getattr(expected, "sliding_window", None)
+    assert config.attention_bias == config.attention_output_bias == getattr(expected, "attention_bias", False)
+    assert config.mlp_bias == getattr(expected, "mlp_bias", False)
+    assert (config.hidden_act, config.eos_token_ids) == (expected.hidden_act, (expected.eos_token_id,))
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig])
+def test_missing_keys_have_the_defaults_of_transformers(config_class: Any, tmp_path: Path) -> None:
+    shape = {key: SHAPE[key] for key in SHAPE if key not in ("num_key_value_heads", "max_position_embeddings")}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": config_class.model_type}))
+    config, expected = load_model_config(tmp_path), config_class(**shape)
+    for name in COMMON_FIELDS:
+        if name != "bos_token_id":  # there is no default for it
+            assert getattr(config, name) == getattr(expected, name), name
+    assert config.rope_theta == expected.rope_parameters["rope_theta"]
+    assert config.sliding_window == getattr(expected, "sliding_window", None)
+
+
+def test_older_files(tmp_path: Path) -> None:
+    scaling = {"type": "linear", "factor": 4.0}
+    config = load(tmp_path, rope_scaling=scaling, head_dim=None, num_key_value_heads=...)
+    assert (config.rope_theta, config.rope_scaling) == (500000.0, RopeScaling(rope_type="linear", factor=4.0))
+    assert (config.head_dim, config.num_key_value_heads) == (8, 8)
+
+
+def test_end_tokens_of_both_files(tmp_path: Path) -> None:
+    assert load(tmp_path).eos_token_ids == (2,)
+    assert load(tmp_path, {"eos_token_id": [7, 8]}).eos_token_ids == (7, 8, 2)
+    assert load(tmp_path, {"eos_token_id": 2}, eos_token_id=[9, 2]).eos_token_ids == (2, 9)
+    assert load(tmp_path, {}, eos_token_id=None).eos_token_ids == ()
+    assert load(tmp_path, {"bos_token_id": 5}, bos_token_id=None).bos_token_id == 5
+
+
+def test_default_sampling(tmp_path: Path) -> None:
+    settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1, "repetition_penalty": 1.05}
+    assert load(tmp_path).default_sampling == {}
+    assert load(tmp_path, settings | {"do_sample": True, "max_length": 9}).default_sampling == settings
+    assert load(tmp_path, {"temperature": 0.6, "top_k": None}).default_sampling == {"temperature": 0.6}
+    assert load(tmp_path, {"top_k": 0}).default_sampling == {"top_k": 0}
+    assert load(tmp_path, settings | {"do_sample": False}).default_sampling == {}
+
+
+def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
+    generation: Any = GenerationConfig
+    generation(do_sample=True, temperature=0.7, top_p=0.9, eos_token_id=[4, 5]).save_pretrained(tmp_path)
+    config = load(tmp_path)
+    assert {"temperature": 0.7, "top_p": 0.9}.items() <= config.default_sampling.items()
+    assert config.eos_token_ids == (4, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map: .*Python code.*anything on this machine"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM.*supported: LlamaForCausalLM, MistralForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": None, "model_type": "gpt2"}, "'gpt2'"),
+        ({"architectures": [{}]}, "architectures"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoints .awq"),
+        ({"hidden_size": ...}, "hidden_size: is missing"),
+        ({"hidden_size": "64"}, "hidden_size: must be an integer from 1 to .*, not '64'"),
+        ({"hidden_size": 64.0}, "hidden_size: must be an integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: must be an integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: must be an integer"),
+        ({"vocab_size": -1}, "vocab_size: must be an integer"),
+        ({"vocab_size": 10**400}, "vocab_size: must be an integer"),
+        ({"hidden_size": 65}, "head_dim: is missing, .* .65. is not a multiple of the 8 attention heads"),
+        ({"head_dim": 7}, "head_dim .7. must be even"),
+        ({"num_key_value_heads": 3}, "attention heads .8. is not a multiple .* heads .3."),
+        ({"rms_norm_eps": 0}, "rms_norm_eps: must be a number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: must be a number"),
+        ({"rope_theta": float("inf")}, "rope_theta: must be a number"),
+        ({"rope_theta": 10**400}, "rope_theta: must be a number"),
+        ({"rope_theta": -1.0}, "rope_theta: must be a number"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_parameters: rope_theta: must be"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: rope_type: 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "'longrope' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor: must be a number above 0"),
+        ({"rope_scaling": ["linear", 2]}, "rope_scaling: must be an object"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor: must be greater"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "relu"}, "hidden_act: 'relu' is not supported"),
+        ({"hidden_act": ["silu"]}, "hidden_act: must be a string"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: must be true or false"),
+        ({"eos_token_id": 99}, "eos_token_id: must be token ids below 99"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id: must be token ids"),
+        ({"bos_token_id": -1}, "bos_token_id: must be token ids"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window: must be an integer from 1"),
+    ],
+)
+def test_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        load(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_p": 0}, "top_p"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"do_sample": "yes"}, "do_sample"),
+        ({"eos_token_id": [1000]}, "eos_token_id"),
+    ],
+)
+def test_generation_config_refused(generation: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {message}: must be"):
+        load(tmp_path, generation)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": ' * 100_000, "null", "\ud800"])
+def test_config_that_is_not_an_object(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=r"config\.json: (not valid JSON|must hold a JSON object)"):
+        load_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickle_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"pickle files \({name}\).*runs whatever code"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert load(tmp_path).num_hidden_layers == 3
+
+
+def test_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.gguf: no such model"):
+        load_model_config(tmp_path / "nothing.gguf")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model_config(tmp_path)

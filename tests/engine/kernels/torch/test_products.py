@@ -1,0 +1,93 @@
+"""Matrix products in plain torch whose bits do not depend on the number of rows, and how such a form is found."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels.interface import KernelOptions
+from engine.kernels.torch import products
+from engine.kernels.torch.kernels import TorchKernels
+from engine.kernels.torch.products import Product
+from tests.support.tensors import CPU, assert_close, random_tensor
+
+LINEAR_SHAPES = [(576, 576), (960, 576), (576, 1536), (512, 4096), (100, 64), (33, 1000)]  # outputs, inputs
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_linear_does_not_depend_on_the_batch(kernels: TorchKernels, shape: tuple[int, int], with_bias: bool) -> None:
+    linear = kernels.linear(
+        random_tensor(0, *shape, dtype=kernels.dtype),
+        random_tensor(1, shape[0], dtype=kernels.dtype) if with_bias else None,
+    )
+    assert kernels.deterministic
+    x = random_tensor(2, 512, shape[1], dtype=kernels.dtype)
+    expected = linear(x[:192])
+    for rows in (*range(1, 193), 256, 384, 512):
+        assert torch.equal(linear(x[:rows])[:192], expected[:rows]), f"{rows} rows"
+    assert torch.equal(torch.cat([linear(row[None]) for row in x[:64]]), expected[:64])
+
+
+def test_linear_with_and_without_bias_are_probed_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library may treat products of one shape with and without bias differently."""
+
+    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
+        if bias is None:
+            return exact_product(weight)
+        return lambda x: exact_product(weight)(x) + bias + (0.5 if len(x) % 4 else 0.0)
+
+    monkeypatch.setattr(products, "_plain_product", plain_product)
+    kernels = TorchKernels(KernelOptions(torch.float32), CPU)
+    weight = random_tensor(0, 8, 16)
+    kernels.linear(weight)
+    linear = kernels.linear(weight, torch.zeros(8))
+    x = random_tensor(1, 12, 16)
+    assert torch.equal(linear(x[:3]), linear(x)[:3])
+
+
+def exact_product(weight: Tensor) -> Product:
+    """Return a product whose rows do not depend on the number of rows, because float64 is rounded to float32."""
+    return lambda x: (x.double() @ weight.double().T).float()
+
+
+def test_products_that_depend_on_the_number_of_rows_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
+        return lambda x: exact_product(weight)(x) + (0.5 if len(x) % 4 else 0.0)
+
+    monkeypatch.setattr(products, "_plain_product", plain_product)
+    kernels = TorchKernels(KernelOptions(torch.float32), CPU)
+    weight, x = random_tensor(0, 8, 16), random_tensor(1, 12, 16)
+    linear = kernels.linear(weight)
+    assert kernels.deterministic
+    for rows in range(1, 13):
+        assert torch.equal(linear(x[:rows]), exact_product(weight)(x)[:rows])
+
+
+def test_products_that_no_padding_helps_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
+        return lambda x: exact_product(weight)(x) + 1e-3 * len(x)
+
+    monkeypatch.setattr(products, "_plain_product", plain_product)
+    kernels = TorchKernels(KernelOptions(torch.float32, max_num_rows=300), CPU)
+    weight, x = random_tensor(0, 8, 16), random_tensor(1, 300, 16)
+    linear = kernels.linear(weight)
+    assert kernels.deterministic
+    for rows in (1, 63, 64, 65, 300):
+        assert torch.equal(linear(x[:rows]), linear(x)[:rows])
+        assert_close(linear(x[:rows]), exact_product(weight)(x)[:rows] + 0.064, torch.float32)
+
+
+def test_says_so_where_neither_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's result depends on its index in the batch."""
+
+    def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
+        return lambda x: exact_product(weight)(x) + 1e-3 * torch.arange(len(x))[:, None]
+
+    monkeypatch.setattr(products, "_plain_product", plain_product)
+    kernels = TorchKernels(KernelOptions(torch.float32), CPU)
+    assert kernels.deterministic
+    weight, x = random_tensor(0, 8, 16), random_tensor(1, 3, 16)
+    linear = kernels.linear(weight)
+    assert not kernels.deterministic
+    expected = exact_product(weight)(x) + 1e-3 * torch.arange(3)[:, None]
+    assert_close(linear(x), expected, torch.float32)  # the product still works

@@ -1,0 +1,71 @@
+"""The device, dtype and limits that are chosen for a model."""
+
+import pytest
+import torch
+
+from engine.config import EngineConfig, ModelConfig
+from engine.loading import choose_device, choose_dtype, choose_limits
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    architecture="llama",
+    vocab_size=100,
+    num_token_ids=100,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+)
+
+
+def test_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    assert choose_device("cpu") == CPU
+    with pytest.raises(ValueError, match="--device cuda:1"):
+        choose_device("cuda:1")
+
+
+def test_device_number_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0)  # torch needs an index
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="--device cuda:2"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x"])
+def test_unknown_device(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--device {name}"):
+        choose_device(name)
+
+
+def test_dtype() -> None:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    assert {name: choose_dtype(name, CPU) for name in names} == names
+    assert choose_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="--dtype int8"):
+        choose_dtype("int8", CPU)
+
+
+def test_limits() -> None:
+    limits = choose_limits(EngineConfig(model_path=""), MODEL, CPU)
+    assert limits.max_model_len == 4096
+    assert limits.max_num_batched_tokens == 256
+    limits = choose_limits(EngineConfig(model_path="", max_model_len=100, max_num_seqs=600), MODEL, CPU)
+    assert (limits.max_model_len, limits.max_num_seqs, limits.max_num_batched_tokens) == (100, 600, 600)
+
+
+def test_context_longer_than_the_model_was_trained_for() -> None:
+    with pytest.raises(ValueError, match=r"--max-model-len 4097.* 4096"):
+        choose_limits(EngineConfig(model_path="", max_model_len=4097), MODEL, CPU)
+
+
+def test_fewer_tokens_in_a_step_than_sequences() -> None:
+    """The error is raised before the weights are read."""
+    with pytest.raises(ValueError, match=r"max.num.batched.tokens \(?100.*max.num.seqs \(?128"):
+        choose_limits(EngineConfig(model_path="", max_num_batched_tokens=100), MODEL, CPU)

@@ -1,0 +1,255 @@
+"""Request fields of `/v1/responses`: tools of other types, item references, hints, and extensions."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.chat.request_builder import EXTENSIONS
+from server.api.responses import conversion as responses
+from server.api.responses.schemas import ResponsesRequest
+from tests.server.api.responses.test_routes import (
+    MINIMAL,
+    PATH,
+    REPLY,
+    ask,
+    ask_events,
+    ask_json,
+    cancel,
+    get,
+    prompt_of,
+    text_of,
+)
+from tests.server.api.test_every_field import RESPONSES, SAMPLING, WRONG, post, seen
+from tests.server.conftest import StartServer
+from tests.support.clients import openai_client
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, check_error, wait_until
+from tests.support.tiny_tokenizer_model import chatml
+from tests.support.tool_model import say
+
+FUNCTION: dict[str, Any] = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+WARNINGS = "x-lightwell-warnings"
+
+
+# Tools.
+
+OTHERS: list[dict[str, Any]] = [
+    {"type": "web_search", "external_web_access": True},
+    {"type": "namespace", "name": "mcp", "tools": [FUNCTION]},
+    {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+    {"type": "local_shell"},
+]
+
+
+def test_tools_of_other_types_are_left_out(tiny: RunningServer, start_server: StartServer) -> None:
+    alone = ask(tiny, tools=[FUNCTION])
+    expected = prompt_of(tiny)
+    response = ask(tiny, tools=[*OTHERS, FUNCTION])
+    assert response.headers[WARNINGS] == (
+        "ignored parameters: tools[0].web_search, tools[1].namespace, tools[2].custom, tools[3].local_shell"
+    )
+    assert prompt_of(tiny) == expected
+    assert response.json()["tools"] == alone.json()["tools"] == [FUNCTION | {"description": None, "strict": False}]
+    with openai_client(tiny.url) as client:
+        answer = client.responses.create(model="tiny", input="Hi", tools=[{"type": "web_search"}, FUNCTION])  # type: ignore[list-item]
+        assert [tool.type for tool in answer.tools] == ["function"]
+    error = check_error(ask(start_server(strict=True), tools=[FUNCTION, *OTHERS]), 400)
+    assert (error["param"], error["message"]) == (
+        "tools[1].web_search",
+        "Unrecognized request argument supplied: tools[1].web_search",
+    )
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        ({"type": "web_search"}, "tool_choice.type"),
+        ({"type": "custom", "name": "apply_patch"}, "tool_choice.type"),
+        ({"type": "function", "name": "apply_patch"}, "tool_choice"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}, "tool_choice.tools[0].type"),
+    ],
+)
+def test_a_choice_of_a_tool_that_is_left_out(tiny: RunningServer, choice: dict[str, Any], param: str) -> None:
+    error = check_error(ask(tiny, tools=[*OTHERS, FUNCTION], tool_choice=choice), 400)
+    assert error["param"] == param
+
+
+def test_errors_name_tools_by_their_index_in_the_request(tiny: RunningServer) -> None:
+    wrong = FUNCTION | {"parameters": {"type": "array"}}
+    error = check_error(ask(tiny, tools=[FUNCTION, *OTHERS, wrong]), 400)
+    assert error["param"] == "tools[5].parameters"
+    assert "'tools[5].parameters'" in error["message"]
+
+
+@pytest.mark.parametrize("tools", [None, [], [{"type": "web_search"}]])
+def test_a_choice_without_tools(tiny: RunningServer, tools: list[Any] | None) -> None:
+    for choice in ("auto", "none"):
+        assert ask_json(tiny, tools=tools, tool_choice=choice)["tool_choice"] == choice
+    for wrong in ("required", {"type": "function", "name": "weather"}):
+        assert check_error(ask(tiny, tools=tools, tool_choice=wrong), 400)["param"] == "tool_choice"
+
+
+# Items.
+
+
+def test_items_by_reference(tools: RunningServer) -> None:
+    say(tools, '<think>Hm.</think>So<tool_call>{"name": "weather", "arguments": {}}</tool_call>')
+    first = ask_json(tools, tools=[FUNCTION])
+    result = {"type": "function_call_output", "call_id": first["output"][2]["call_id"], "output": "Rain"}
+    user = {"role": "user", "content": "Hi"}
+    ask_json(tools, tools=[FUNCTION], input=[user, *first["output"], result])
+    expected = prompt_of(tools)
+    assert "<think>Hm.</think>So" in tools.context.tokenizer.decode(expected, skip_special_tokens=False)
+    references: list[dict[str, Any]] = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    references[1] = {"id": references[1]["id"]}  # the type is optional
+    second = ask_json(tools, tools=[FUNCTION], input=[user, *references, result])
+    assert prompt_of(tools) == expected
+    items = get(tools, f"{second['id']}/input_items?order=asc").json()["data"]
+    assert items[1:4] == first["output"]
+    ask_json(tools, tools=[FUNCTION], input=[{"type": "item_reference", "id": item["id"]} for item in items])
+    assert prompt_of(tools) == expected  # input items can be referenced too
+    httpx.delete(f"{tools.url}{PATH}/{first['id']}")
+    ask_json(tools, tools=[FUNCTION], input=[user, *references, result])  # the second response has these items too
+
+
+def test_references_to_more_than_a_request_may_hold(tiny: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = ask_json(tiny)["output"][0]
+    monkeypatch.setattr(responses, "MAX_REFERENCED_BYTES", 5 * len(json.dumps(item)))
+    reference = {"type": "item_reference", "id": item["id"]}
+    assert ask(tiny, input=[reference] * 4 + [{"role": "user", "content": "Hi"}]).status_code == 200
+    error = check_error(ask(tiny, input=[reference] * 40), 400)
+    assert error["message"].startswith(f"Invalid '{error['param']}': the referenced items exceed ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_reference(tiny: RunningServer, stream: bool) -> None:
+    def refer(item: dict[str, Any]) -> httpx.Response:
+        return ask(tiny, input=[{"role": "user", "content": "Hi"}, {"type": "item_reference", "id": item["id"]}])
+
+    def answer(**fields: Any) -> dict[str, Any]:
+        response = ask_events(tiny, **fields)[-1]["response"] if stream else ask_json(tiny, **fields)
+        assert isinstance(response, dict)
+        return response
+
+    kept, unkept = answer(), answer(store=False)
+    follower = refer(kept["output"][0]).json()
+    for response in (kept, follower):
+        httpx.delete(f"{tiny.url}{PATH}/{response['id']}")
+    for item in ({"id": "msg_1"}, unkept["output"][0], kept["output"][0]):
+        error = check_error(refer(item), 400)
+        assert error["param"] == "input[1].id"
+        assert error["message"].startswith(f"Item with id '{item['id']}' not found.")
+
+
+def test_a_response_goes_on_without_input(tiny: RunningServer) -> None:
+    first = ask_json(tiny)
+    body = {"model": "tiny", "previous_response_id": first["id"]}
+    assert httpx.post(tiny.url + PATH, json=body).status_code == 200
+    assert prompt_of(tiny) == chatml(("user", "Hi"), ("assistant", REPLY))
+    assert httpx.post(f"{tiny.url}{PATH}/input_tokens", json=body).json()["input_tokens"] == len(prompt_of(tiny))
+
+
+def test_a_refusal_of_an_earlier_answer_is_text(tiny: RunningServer) -> None:
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    ask_json(tiny, input=[{"role": "user", "content": "Hi"}, refusal, {"role": "user", "content": "Why?"}])
+    assert prompt_of(tiny) == chatml(("user", "Hi"), ("assistant", "No."), ("user", "Why?"))
+
+
+# Fields.
+
+
+def test_text_that_stops(tiny: RunningServer) -> None:
+    for fields, text in (
+        ({"stop": "wor"}, "Hello, "),
+        ({"stop": ["zz", "o,"], "include_stop_str_in_output": True}, "Hello,"),
+    ):
+        for response in (ask_json(tiny, **fields), ask_events(tiny, **fields)[-1]["response"]):
+            assert (text_of(response), response["status"]) == (text, "completed")
+
+
+def test_template_options(tools: RunningServer) -> None:
+    ask_json(tools, chat_template_kwargs={"enable_thinking": True})
+    assert tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False).endswith("<think>\n")
+    answer = ask(tools, chat_template_kwargs={"mood": 1})
+    assert answer.headers[WARNINGS] == "ignored parameters: chat_template_kwargs.mood"
+
+
+def test_what_is_answered_with(tiny: RunningServer) -> None:
+    named = {"user": "me", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"k" * 64: "v" * 512}}
+    response = ask(tiny, service_tier="flex", **named)
+    assert {name: response.json()[name] for name in named} == named
+    assert response.json()["service_tier"] == "default"
+    assert WARNINGS not in response.headers
+    with openai_client(tiny.url) as client:
+        assert client.responses.retrieve(response.json()["id"]).prompt_cache_key == "k"
+
+
+ADVICE = [
+    ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+    ({"reasoning": {"effort": "minimal", "summary": "auto"}}, "reasoning.effort"),
+    ({"text": {"verbosity": "low"}}, "text.verbosity"),
+]
+
+
+@pytest.mark.parametrize(("fields", "name"), ADVICE)
+def test_hints_that_the_template_does_not_read(
+    tiny: RunningServer, start_server: StartServer, fields: dict[str, Any], name: str
+) -> None:
+    response = ask(tiny, **fields)
+    assert (response.status_code, response.headers[WARNINGS]) == (200, f"ignored parameters: {name}")
+    assert prompt_of(tiny) == chatml(("user", "Hi"))
+    assert check_error(ask(start_server(strict=True), **fields), 400)["param"] == name
+
+
+def test_hints_that_are_neutral_or_followed(tiny: RunningServer, tools: RunningServer) -> None:
+    for fields in ({"reasoning": {"effort": "none"}}, {"reasoning": {"effort": "medium"}, "text": {}}):
+        assert WARNINGS not in ask(tiny, **fields).headers
+    for effort, end in (("high", "<think>\n"), ("none", "assistant\n")):
+        assert WARNINGS not in ask(tools, reasoning={"effort": effort}).headers
+        assert tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False).endswith(end)
+
+
+# Start of a stream.
+
+
+def test_a_stream_that_waits_has_begun(server: RunningServer, fake_engine: FakeEngine) -> None:
+    fake_engine.pause()
+    with httpx.stream("POST", server.url + PATH, json=MINIMAL | {"stream": True}, timeout=5) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+        created, in_progress = json.loads(next(lines)), json.loads(next(lines))
+        assert (created["type"], in_progress["type"]) == ("response.created", "response.in_progress")
+        assert cancel(server, created["response"]["id"]).json()["status"] == "cancelled"
+        last = json.loads(next(lines))
+        assert (last["type"], last["response"]["status"], last["sequence_number"]) == (
+            "response.incomplete",
+            "cancelled",
+            2,
+        )
+    fake_engine.resume()
+    wait_until(lambda: fake_engine.num_choices == 0)
+
+
+# Extensions.
+
+INCLUDED = {"include": ["message.output_text.logprobs"]}
+ACTING: dict[str, Any] = SAMPLING | {
+    "thinking_token_budget": 5,
+    "return_tokens_as_token_ids": (INCLUDED, True),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXTENSIONS - set(ResponsesRequest.model_fields) - {"request_id"}))
+def test_extensions_act_and_are_validated(tools: RunningServer, name: str) -> None:
+    say(tools, "<think>Hm.</think>Hello, <|im_end|>world, hello, world!")
+    value = ACTING[name]
+    others, value = value if isinstance(value, tuple) else ({}, value)
+    base = {"model": "tiny", "input": "Hi", "seed": 7} | others
+    tools.engine.config.step_seconds = 0.005 if name == "stream_interval" else 0.0
+    assert seen(tools, RESPONSES, base | {name: value}) != seen(tools, RESPONSES, base)
+    refused = [post(tools, RESPONSES, base | {name: wrong}) for wrong in WRONG]
+    errors = [check_error(answer, 400) for answer in refused if answer.status_code != 200]
+    assert len(errors) >= 3
+    for error in errors:
+        assert name in str(error["param"])

@@ -1,0 +1,80 @@
+"""Tests of the state of the engine: loading, ready, dead."""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from engine.shared.messages import Hello
+from server.http.errors import EngineDeadError, EngineUnavailableError
+from tests.support.engine_clients import connected, read, ready, request, until
+from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_ready_reports_the_properties_of_the_engine(fake_engine: FakeEngine) -> None:
+    async with connected(fake_engine.config.address) as client:
+        assert not client.is_ready
+        assert not client.is_healthy
+        assert client.is_alive
+        await until(lambda: client.is_healthy)
+        assert client.ready_info().max_model_len == fake_engine.config.max_model_len
+        assert isinstance(fake_engine.received[0], Hello)
+
+
+async def test_death_of_the_engine_ends_every_stream_once(address: str) -> None:
+    config = FakeEngineConfig(address=address, endless=True, step_seconds=0.01)
+    with FakeEngineProcess(config) as engine:
+        async with ready(address) as client:
+            streams = [client.submit(request(f"{i}", n=2, max_tokens=100_000)) for i in range(3)]
+            readers = [asyncio.create_task(read(stream)) for stream in streams]
+            await until(lambda: all(stream.choices[0].num_output_tokens for stream in streams))
+            os.kill(engine.pid, signal.SIGKILL)
+            killed = time.monotonic()
+            results = await asyncio.gather(*readers, return_exceptions=True)
+            assert time.monotonic() - killed < 1
+            assert all(isinstance(result, EngineDeadError) for result in results)
+            assert client.died.is_set()
+            assert not client.is_healthy
+            assert not client.is_alive
+            assert client.num_in_flight == 0
+            assert client.stats.num_running == 0
+            with pytest.raises(EngineUnavailableError):
+                client.reserve(1)
+            for stream in streams:
+                with pytest.raises(StopAsyncIteration):
+                    await anext(stream)
+
+
+async def test_death_while_loading_is_noticed_by_the_pidfd(address: str) -> None:
+    with FakeEngineProcess(FakeEngineConfig(address=address, never_ready=True)) as engine:
+        async with connected(address, engine_pid=engine.pid) as client:
+            os.kill(engine.pid, signal.SIGKILL)
+            async with asyncio.timeout(1):
+                await client.died.wait()
+
+
+async def test_a_process_that_has_already_ended_is_dead(address: str) -> None:
+    with FakeEngineProcess(FakeEngineConfig(address=address)) as engine:
+        engine.kill()
+    async with connected(address, engine_pid=engine.pid) as client:
+        assert client.died.is_set()
+
+
+async def test_an_engine_that_hangs_is_dead_after_the_step_timeout(
+    fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine_client.liveness.MISSED_HEARTBEATS", 0.5)
+    async with ready(fake_engine.config.address, step_timeout=0.7) as client:
+        fake_engine.pause()
+        stream = client.submit(request())
+        await asyncio.sleep(2)  # no steps, but heartbeats
+        assert client.is_healthy
+        fake_engine.hang()
+        await until(lambda: not client.is_healthy)
+        with pytest.raises(EngineDeadError):
+            await read(stream)
+        assert client.died.is_set()

@@ -1,0 +1,32 @@
+"""Log probabilities as JSON numbers, and the selection of the best choices."""
+
+import math
+
+import pytest
+
+from engine.shared.messages import TokenLogprobs
+from server.generation.choice_delta import ChoiceDelta, TokenPosition, best_choices, json_logprob
+from tests.support.deltas import content
+
+
+@pytest.mark.parametrize(("value", "expected"), [(-0.5, -0.5), (-math.inf, -9999.0), (-12345.0, -9999.0), (0.0, 0.0)])
+def test_log_probabilities_are_json(value: float, expected: float) -> None:
+    assert json_logprob(value) == expected
+
+
+def whole(index: int, *logprobs: float) -> ChoiceDelta:
+    positions = [TokenPosition(65, TokenLogprobs(logprob, 1, [], []), 0) for logprob in logprobs]
+    return ChoiceDelta(index, [content(f"text {index}")], positions)
+
+
+def test_best_choices_have_the_highest_mean() -> None:
+    """They are selected per prompt and sorted best first; ties keep their order."""
+    wholes = [whole(0, -3.0), whole(1, -1.0, -2.0), whole(2, -1.0), whole(3, -9.0), whole(4), whole(5, -9.0, -9.0)]
+    best = best_choices(wholes, 3, 2)
+    assert [(delta.index, delta.text) for delta in best] == [
+        (0, "text 2"),
+        (1, "text 1"),
+        (2, "text 3"),
+        (3, "text 5"),
+    ]
+    assert best_choices(wholes, 3, 3) is wholes

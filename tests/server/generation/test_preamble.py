@@ -1,0 +1,210 @@
+"""The first checks of every request: unsupported, harmless and unknown fields."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.chat.schemas import ChatCompletionRequest
+from server.api.completions.schemas import CompletionRequest
+from server.generation.preamble import (
+    ALTERNATIVES,
+    HARMLESS,
+    MAX_WARNINGS_CHARS,
+    UNSUPPORTED,
+    ignored_fields,
+    warnings_header,
+)
+from server.http.errors import BadRequestError, UnknownParameterError
+from tests.server.conftest import StartServer
+from tests.support.clients import CHAT, COMPLETIONS, ask, shared_server
+from tests.support.serving import RunningServer, check_error
+
+BOTH = (COMPLETIONS, CHAT)
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: Path) -> Iterator[RunningServer]:
+    with shared_server(model_folder) as server:
+        yield server
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "a"}]} | fields)
+
+
+def test_known_parameters_have_one_meaning() -> None:
+    assert not set(UNSUPPORTED) & HARMLESS
+    assert not HARMLESS & (set(ChatCompletionRequest.model_fields) | set(CompletionRequest.model_fields))
+
+
+def test_every_parameter_of_the_official_client_is_known() -> None:
+    from openai.types import completion_create_params
+    from openai.types.chat import completion_create_params as chat_params
+
+    known = set(UNSUPPORTED) | HARMLESS | {"verbosity"}  # no more than advice, which is ignored and named
+    chat_names = set(chat_params.CompletionCreateParamsBase.__annotations__)
+    assert chat_names <= known | set(ChatCompletionRequest.model_fields)
+    names = set(completion_create_params.CompletionCreateParamsBase.__annotations__)
+    assert names <= known | set(CompletionRequest.model_fields)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_defaults_of_unsupported_parameters_pass(name: str) -> None:
+    for value in (None, *UNSUPPORTED[name]):
+        if name not in ChatCompletionRequest.model_fields:
+            assert ignored_fields(chat(**{name: value}), strict=True) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_beam_search", 0), ("smoothing_factor", False), ("functions", {}), ("best_of", True)]
+)
+def test_values_that_only_look_like_a_default(name: str, value: object) -> None:
+    with pytest.raises(BadRequestError):
+        ignored_fields(chat(**{name: value}), strict=False)
+
+
+def test_unknown_names_in_strict_mode_are_bounded() -> None:
+    with pytest.raises(UnknownParameterError) as caught:
+        ignored_fields(chat(**{"x" * 10_000: 1}), strict=True)
+    assert len(caught.value.message) < 300
+
+
+@given(st.lists(st.text(max_size=100), min_size=1, max_size=100))
+def test_warnings_are_one_line_of_bounded_length(names: list[str]) -> None:
+    header = warnings_header(names)
+    assert header.isascii()
+    assert header.isprintable()
+    assert len(header) <= MAX_WARNINGS_CHARS + 10
+
+
+# Over HTTP.
+
+# Parameters that would change the answer -> values that request it.
+REFUSED: dict[str, list[Any]] = {
+    "tools": [[{"type": "function", "function": {"name": "f"}}], "x"],
+    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
+    "functions": [[{"name": "f"}]],
+    "function_call": [{"name": "f"}],
+    "audio": [{"voice": "alloy", "format": "wav"}],
+    "modalities": [["text", "audio"], ["audio"], []],
+    "prediction": [{"type": "content", "content": "a"}],
+    "web_search_options": [{}],
+    "json_schema": [{}],
+    "regex": ["a"],
+    "ebnf": ["a"],
+    "grammar": ["root ::= a"],
+    "suffix": ["a"],
+    "use_beam_search": [True],
+    "chat_template": ["a", ""],
+    "chat_template_kwargs": [{"a": 1}, "bad"],
+    "continue_final_message": [True],
+    "reasoning_effort": ["low", "high"],
+    "n_predict": [5],
+    "n_probs": [5],
+    "t_max_predict_ms": [5],
+    "thinking_budget_tokens": [5],
+    "reasoning_format": ["none"],
+    "lora_path": ["/adapters/sql", ["sql"]],
+    "lora": [[{"id": 0, "scale": 0.5}]],
+}
+
+# Parameters -> values that leave the answer as it is.
+NEUTRAL: dict[str, list[Any]] = {name: [None] for name in REFUSED} | {
+    "tools": [None, []],
+    "tool_choice": [None, "none", "auto"],
+    "functions": [None, []],
+    "function_call": [None, "none", "auto"],
+    "modalities": [None, ["text"]],
+    "best_of": [None, 1],
+    "suffix": [None, ""],
+    "lora": [None, []],
+    "use_beam_search": [None, False],
+    "chat_template_kwargs": [None, {}],
+    "continue_final_message": [None, False],
+    "reasoning_effort": [None, "none", "medium"],
+    "bad_words": [None, []],
+    "typical_p": [None, 1, 1.0],
+    "dry_multiplier": [None, 0],
+    "xtc_probability": [None, 0.0],
+    "mirostat": [None, 0],
+    "user": ["me"],
+    "store": [True],
+    "metadata": [{"a": "b"}],
+    "service_tier": ["auto"],
+    "safety_identifier": ["me"],
+    "prompt_cache_key": ["me"],
+    "parallel_tool_calls": [True],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("path", BOTH)
+def test_what_is_not_supported_yet_is_refused(server: RunningServer, path: str, name: str) -> None:
+    if path == CHAT and name in ChatCompletionRequest.model_fields:
+        return
+    num_submits = len(server.engine.submits)
+    for value in REFUSED[name]:
+        error = check_error(ask(server.url, path, **{name: value}), 400)
+        assert error["param"] == name
+        assert "supported" in error["message"]
+        assert error["code"] == "unsupported_parameter"
+        assert (f"Use {ALTERNATIVES.get(name)}" in error["message"]) == (name in ALTERNATIVES)
+    assert len(server.engine.submits) == num_submits
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_what_changes_nothing_passes_in_silence(start_server: StartServer, path: str) -> None:
+    server = start_server(strict=True)
+    for name, values in NEUTRAL.items():
+        for value in values:
+            if path == CHAT and (name, value) in [("tools", []), ("tool_choice", "auto")]:
+                continue  # as at OpenAI an error there
+            answer = ask(server.url, path, **{name: value})
+            assert answer.status_code == 200, answer.text
+            assert "x-lightwell-warnings" not in answer.headers
+    assert server.metric("lightwell_unknown_parameters_total") == 0
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_unknown_fields_are_ignored_counted_and_named(server: RunningServer, path: str) -> None:
+    num_before = server.metric("lightwell_unknown_parameters_total")
+    answer = ask(server.url, path, max_token=5, **{"é\r\nx-evil: 1": 2})
+    assert answer.status_code == 200
+    assert answer.headers["x-lightwell-warnings"] == "ignored parameters: max_token, ???x-evil??1"
+    assert "x-evil" not in answer.headers
+    assert server.metric("lightwell_unknown_parameters_total") == num_before + 2
+    many = ask(server.url, path, stream=True, **{f"unknown_{i}" + "x" * 500: i for i in range(200)})
+    assert len(many.headers["x-lightwell-warnings"]) < 1100
+    assert many.headers["x-lightwell-warnings"].endswith(", ...")
+
+
+def test_unknown_fields_further_down_are_named_too(server: RunningServer) -> None:
+    parts = [{"type": "text", "text": "a", "cache_control": {}}]
+    messages = [
+        {"role": "user", "content": parts, "mood": 1},
+        {"role": "assistant", "content": "b", "refusal": None, "annotations": [], "audio": None},
+        {"role": "user", "content": "c", "mood": 2},
+    ]
+    options = {"include_usage": True, "verbose": True}
+    answer = ask(server.url, CHAT, messages=messages, stream=True, stream_options=options)
+    names = "stream_options.verbose, messages[].mood, messages[].content[].cache_control"
+    assert answer.headers["x-lightwell-warnings"] == f"ignored parameters: {names}"
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_unknown_fields_are_refused_if_strict(start_server: StartServer, path: str) -> None:
+    server = start_server(strict=True)
+    error = check_error(ask(server.url, path, max_token=5), 400)
+    assert error["message"] == "Unrecognized request argument supplied: max_token"
+    assert (error["param"], error["code"]) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n", "é"])
+def test_a_field_of_any_name_is_named_in_a_header(start_server: StartServer, name: str) -> None:
+    answer = httpx.post(start_server().url + "/tokenize", json={"prompt": "Hi", name: 1})
+    assert answer.headers["x-lightwell-warnings"] == "ignored parameters: ?"

@@ -1,0 +1,87 @@
+"""Truncation of prompts, and checks that a prompt and its answer fit the context."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.generation.prompts import MAX_TOKEN_BYTES, check_text_size, fit_max_tokens
+from server.http.errors import BadRequestError, ContextLengthExceededError
+from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, shared_server
+from tests.support.serving import RunningServer, check_error
+
+MAX_MODEL_LEN = 2048
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: Path) -> Iterator[RunningServer]:
+    with shared_server(model_folder) as server:
+        yield server
+
+
+@given(
+    max_tokens=st.none() | st.integers(0, 30), num_prompt_tokens=st.integers(1, 30), max_model_len=st.integers(1, 20)
+)
+def test_what_fits_is_never_changed(max_tokens: int | None, num_prompt_tokens: int, max_model_len: int) -> None:
+    fits = num_prompt_tokens + (1 if max_tokens is None else max_tokens) <= max_model_len
+    if not fits:
+        with pytest.raises(ContextLengthExceededError) as caught:
+            fit_max_tokens(max_tokens, num_prompt_tokens, max_model_len, "prompt")
+        assert str(num_prompt_tokens) in caught.value.message
+        assert str(max_model_len) in caught.value.message
+        return
+    fitted = fit_max_tokens(max_tokens, num_prompt_tokens, max_model_len, "prompt")
+    assert fitted == (max_model_len - num_prompt_tokens if max_tokens is None else max_tokens)
+
+
+def test_cap_of_a_texts_size() -> None:
+    check_text_size(8 * MAX_TOKEN_BYTES, 8, "prompt")
+    with pytest.raises(BadRequestError) as caught:
+        check_text_size(8 * MAX_TOKEN_BYTES + 1, 8, "prompt")
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+
+
+def prompt_ids(server: RunningServer) -> list[int]:
+    """Return the prompt of the last request as the engine received it."""
+    return list(server.engine.submits[-1].prompt_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"truncate_prompt_tokens": 3}, b"def"),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "left"}, b"def"),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, b"abc"),
+        ({"truncate_prompt_tokens": 6}, b"abcdef"),
+        ({"truncate_prompt_tokens": 7, "truncation_side": "right"}, b"abcdef"),
+        ({"truncate_prompt_tokens": -1}, b"abcdef"),
+        ({"truncate_prompt_tokens": None, "truncation_side": "right"}, b"abcdef"),
+    ],
+)
+def test_prompt_is_cut(server: RunningServer, fields: dict[str, Any], expected: bytes) -> None:
+    for prompt in ("abcdef", [*b"abcdef"]):
+        answer = ask_json(server.url, COMPLETIONS, prompt=prompt, echo=True, max_tokens=2, **fields)
+        assert prompt_ids(server) == [*expected]
+        assert answer["usage"]["prompt_tokens"] == len(expected)
+        assert answer["choices"][0]["text"] == expected.decode() + "He"
+
+
+def test_messages_are_cut(server: RunningServer) -> None:
+    ask_json(server.url, CHAT)
+    whole = prompt_ids(server)
+    ask_json(server.url, CHAT, truncate_prompt_tokens=5)
+    assert prompt_ids(server) == whole[-5:]
+
+
+def test_minus_one_truncates_to_what_fits(server: RunningServer) -> None:
+    long: dict[str, Any] = {"prompt": [*range(256)] * 9, "truncate_prompt_tokens": -1}
+    for fields, room in (({"max_tokens": 100}, 100), ({}, 1)):
+        ask_json(server.url, COMPLETIONS, **long, **fields)
+        assert prompt_ids(server) == long["prompt"][-(MAX_MODEL_LEN - room) :]
+    error = check_error(ask(server.url, COMPLETIONS, max_tokens=MAX_MODEL_LEN, **long), 400)
+    assert error["code"] == "context_length_exceeded"
+    error = check_error(ask(server.url, COMPLETIONS, **long | {"truncate_prompt_tokens": MAX_MODEL_LEN + 1}), 400)
+    assert error["code"] == "context_length_exceeded"

@@ -1,0 +1,210 @@
+"""API keys, hosts and origins, over real sockets."""
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.routing import Route
+
+from server.app import create_app
+from server.http import access_control
+from server.http.access_control import OPEN_PATHS, host_of_url
+from tests.server.conftest import StartServer
+from tests.support.serving import (
+    RunningServer,
+    check_envelope,
+    check_error,
+    fresh_server,
+    raw_request,
+    read_response,
+)
+
+KEYS = ("key-one", "schlüssel-zwei")
+
+
+@pytest.fixture(scope="module")
+def guarded(model_folder: Path) -> Iterator[RunningServer]:
+    with fresh_server(model_folder, api_key=KEYS) as server:
+        yield server
+
+
+GOOD_KEYS = [b"Bearer key-one", b"bearer key-one", b"BEARER   key-one  ", "Bearer schlüssel-zwei".encode()]
+BAD_KEYS = [
+    (None, None),
+    (b"", None),
+    (b"Bearer", None),
+    (b"Bearer ", None),
+    (b"key-one", None),
+    (b"Basic key-one", None),
+    (b"Bearer key-on", "invalid_api_key"),
+    (b"Bearer key-one2", "invalid_api_key"),
+    (b"Bearer KEY-ONE", "invalid_api_key"),
+    (b"Bearer key-one key-one", "invalid_api_key"),
+    (b"Bearer \xff\xfe", "invalid_api_key"),
+    ("Bearer schlüssel-zwei".encode("latin-1"), "invalid_api_key"),
+    (b"Bearer " + hashlib.sha256(b"key-one").hexdigest().encode(), "invalid_api_key"),
+]
+
+
+def get_with_key(server: RunningServer, value: bytes | None) -> tuple[int, dict[str, str], bytes]:
+    field = b"" if value is None else b"authorization: " + value + b"\r\n"
+    with server.connect() as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n" + field + b"\r\n")
+        return read_response(connection)
+
+
+def test_each_key_opens(guarded: RunningServer) -> None:
+    for value in GOOD_KEYS:
+        assert get_with_key(guarded, value)[0] == 200, value
+
+
+def test_anything_else_is_401(guarded: RunningServer) -> None:
+    for value, code in BAD_KEYS:
+        status, headers, body = get_with_key(guarded, value)
+        assert status == 401, value
+        assert headers["www-authenticate"] == "Bearer"
+        error = check_envelope(body)
+        assert (error["type"], error["code"]) == ("invalid_request_error", code)
+        assert b"key-on" not in body
+
+
+def test_two_keys_at_once_are_no_key(guarded: RunningServer) -> None:
+    headers = [("authorization", "Bearer wrong"), ("authorization", "Bearer key-one")]
+    check_error(httpx.get(guarded.url + "/v1/models", headers=headers), 401)
+
+
+def all_routes(routes: Iterable[object]) -> Iterator[Route]:
+    """Yield all routes, including those of included routers."""
+    for route in routes:
+        if isinstance(route, Route):
+            yield route
+        else:
+            yield from all_routes(route.original_router.routes)  # type: ignore[attr-defined]
+
+
+def test_every_route_but_the_probes_needs_a_key(guarded: RunningServer) -> None:
+    routes = list(all_routes(create_app(guarded.context).routes))
+    assert {"/v1/models", "/metrics", "/tokenize"} <= {route.path for route in routes}
+    for route in routes:
+        path = route.path.replace("{model_id:path}", "tiny")
+        for method in route.methods or ():
+            response = httpx.request(method, guarded.url + path)
+            if route.path in OPEN_PATHS:
+                assert response.status_code == 200
+            else:
+                assert response.status_code == 401, route.path
+
+
+PATHS = [
+    "//v1/models",
+    "/v1/../v1/models",
+    "/health/../v1/models",
+    "/health/",
+    "//health",
+    "/health%2f..%2fv1/models",
+    "/%68ealth%00",
+    "/healthz/v1/models",
+    "/health;/v1/models",
+    "/docs",
+    "/openapi.json",
+    "/redoc",
+    "/",
+    "*",
+    "http://localhost/health/x",
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "PUT", "TRACE", "FOO"])
+def test_no_spelling_of_a_path_passes_without_key(guarded: RunningServer, method: str) -> None:
+    for path in PATHS:
+        with guarded.connect() as connection:
+            connection.sendall(raw_request(method, path, connection="close"))
+            status, headers, _ = read_response(connection)
+            assert status == 401, path
+            assert "www-authenticate" in headers
+
+
+@pytest.mark.parametrize("host", ["x/healthz?", "x/health#", "localhost/health", "health"])
+def test_the_host_does_not_decide_about_the_key(start_server: StartServer, host: str) -> None:
+    server = start_server(api_key=KEYS, allowed_origins=("*",))  # disables the check of the host
+    with server.connect() as connection:
+        connection.sendall(raw_request("GET", "/v1/models", host=host))
+        assert read_response(connection)[0] == 401
+
+
+def test_websockets_are_closed_to_all(guarded: RunningServer) -> None:
+    with guarded.connect() as connection:
+        connection.sendall(raw_request("GET", "/v1/models", upgrade="websocket", connection="upgrade"))
+        assert read_response(connection)[0] == 401
+
+
+def test_keys_are_compared_in_constant_time() -> None:
+    source = inspect.getsource(access_control.AuthMiddleware)
+    assert "compare_digest" in source
+    assert "==" not in source.split("def _is_valid")[1]
+    assert "break" not in source
+
+
+# Hosts and origins.
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:8000", "192.168.0.1", "gateway:80"]
+)
+def test_own_hosts(shared_server: RunningServer, host: str) -> None:
+    assert httpx.get(shared_server.url + "/health", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "["])
+def test_foreign_hosts_on_loopback(shared_server: RunningServer, host: str) -> None:
+    for path in ("/health", "/v1/models"):
+        check_error(httpx.get(shared_server.url + path, headers={"host": host}), 403)
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example", "https://["])
+def test_foreign_origins_on_loopback(shared_server: RunningServer, origin: str) -> None:
+    check_error(httpx.post(shared_server.url + "/tokenize", json={"prompt": "hi"}, headers={"origin": origin}), 403)
+
+
+def test_pages_of_this_machine_may_call(shared_server: RunningServer) -> None:
+    for origin in ("http://localhost:3000", "http://127.0.0.1", "http://[::1]:5"):
+        response = httpx.post(shared_server.url + "/tokenize", json={"prompt": "hi"}, headers={"origin": origin})
+        assert response.status_code == 200
+
+
+def test_preflight_passes_without_key_only_with_cors(start_server: StartServer) -> None:
+    server = start_server(api_key=KEYS, allowed_origins=("https://page.example",))
+    headers = {
+        "origin": "https://page.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-os",
+    }
+    response = httpx.options(server.url + "/v1/chat/completions", headers=headers)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == "https://page.example"
+    assert response.headers["x-request-id"]
+    deleting = headers | {"access-control-request-method": "DELETE"}
+    assert httpx.options(server.url + "/v1/responses/resp_1", headers=deleting).status_code == 200
+    check_error(httpx.options(server.url + "/v1/models", headers={"origin": "https://page.example"}), 401)
+
+    answer = httpx.get(server.url + "/v1/models", headers={"origin": "https://page.example"})
+    check_error(answer, 401)
+    assert answer.headers["access-control-allow-origin"] == "https://page.example"
+    exposed = answer.headers["access-control-expose-headers"]
+    assert {"x-request-id", "x-lightwell-seed", "x-lightwell-deterministic"} <= set(exposed.split(", "))
+
+
+def test_foreign_preflight_is_refused_in_the_envelope(start_server: StartServer) -> None:
+    server = start_server(allowed_origins=("https://page.example", "http://localhost:1"))
+    headers = {"origin": "http://localhost:2", "access-control-request-method": "POST"}
+    check_error(httpx.options(server.url + "/v1/models", headers=headers), 400)
+
+
+def test_host_of_url() -> None:
+    assert host_of_url("//[::1]:80") == "::1"
+    assert host_of_url("https://A.b:1") == "a.b"
+    assert host_of_url("null") == ""
+    assert host_of_url("//[") == ""

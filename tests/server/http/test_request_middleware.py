@@ -1,0 +1,96 @@
+"""Request ids, the access log, HTTP metrics and status 500, over real sockets."""
+
+import logging
+
+import httpx
+import pytest
+
+from server.http.request_middleware import choose_request_id
+from tests.support.serving import (
+    RunningServer,
+    check_error,
+    raw_request,
+    read_response,
+    wait_until,
+)
+
+
+@pytest.mark.parametrize("given", ["abc", "A.b_c-1", "x" * 128])
+def test_a_harmless_request_id_is_kept(shared_server: RunningServer, given: str) -> None:
+    assert httpx.get(shared_server.url + "/health", headers={"x-request-id": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a b", "a\x1b[31m", "x" * 129, "ü", "a/b", "a\r\nb", "a\n", None])
+def test_other_request_ids_are_replaced(given: str | None) -> None:
+    chosen = choose_request_id(given)
+    assert chosen.startswith("req_")
+    assert len(chosen) == 36
+
+
+def test_every_answer_has_an_id_of_its_own(shared_server: RunningServer) -> None:
+    responses = [httpx.get(shared_server.url + path) for path in ("/health", "/nowhere", "/v1/models", "/metrics") * 2]
+    assert len({response.headers["x-request-id"] for response in responses}) == 8
+
+
+def test_one_line_for_each_request(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with server.connect() as connection:
+        connection.sendall(raw_request("GET", "/x%0a%1b[31m?key=secret", x_request_id="mine", connection="close"))
+        assert read_response(connection)[0] == 404
+    wait_until(lambda: [r for r in caplog.records if r.name == "server.access"])
+    (record,) = [record for record in caplog.records if record.name == "server.access"]
+    assert record.getMessage() == "GET /x\n\x1b[31m"  # escaped by the formatter
+    fields = record.__dict__["fields"]
+    assert fields["request_id"] == "mine"
+    assert fields["status"] == 404
+    assert fields["client"] == "127.0.0.1"
+    assert "secret" not in str(record.__dict__)
+
+
+def test_frequent_requests_are_logged_at_level_debug(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    for path in ("/health", "/healthz", "/readyz", "/metrics", "/v1/models"):
+        assert httpx.get(server.url + path).status_code == 200
+    wait_until(lambda: len([r for r in caplog.records if r.name == "server.access"]) == 5)
+    levels = [record.levelname for record in caplog.records if record.name == "server.access"]
+    assert levels == ["DEBUG"] * 4 + ["INFO"]
+
+
+def test_a_bug_is_500_without_details(
+    server: RunningServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("/secret/path at 0x7f00")
+
+    monkeypatch.setattr(type(server.context.tokenizer), "encode", explode)
+    response = httpx.post(server.url + "/tokenize", json={"prompt": "hi"})
+    error = check_error(response, 500)
+    assert (error["type"], error["code"], error["param"]) == ("server_error", None, None)
+    assert response.headers["x-request-id"] in error["message"]
+    assert response.headers["x-should-retry"] == "false"
+    assert "secret" not in response.text
+    assert "RuntimeError" not in response.text
+    assert "secret" in caplog.text
+
+
+def test_http_metrics_count_routes_and_not_paths(server: RunningServer) -> None:
+    for path in ("/v1/models/tiny", "/v1/models/org/tiny", "/a", "/b"):
+        httpx.get(server.url + path)
+    httpx.request("BREW", server.url + "/c")
+    registry = server.context.metrics.registry
+
+    def count(handler: str, method: str, status: str) -> float | None:
+        labels = {"handler": handler, "method": method, "status": status}
+        return registry.get_sample_value("http_requests_total", labels)
+
+    wait_until(lambda: count("none", "other", "404"))
+    assert count("/v1/models/{model_id:path}", "GET", "200") == 2
+    assert count("none", "GET", "404") == 2
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", 1), ("2", 1), ("0", 0), ("x", 0), ("١", 0), ("", 0)])
+def test_retries_are_counted(server: RunningServer, value: str, expected: int) -> None:
+    headers = [(b"x-stainless-retry-count", value.encode())]
+    httpx.get(server.url + "/health", headers=headers)
+    wait_until(lambda: server.metric("http_request_duration_seconds_count", handler="/health", method="GET"))
+    assert server.metric("lightwell_retried_requests_total") == expected

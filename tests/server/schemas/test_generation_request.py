@@ -1,0 +1,269 @@
+"""Invalid values of the parameters that completions and chats share: each is refused by name, in OpenAI's words."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, ask, ask_json, shared_server
+from tests.support.serving import RunningServer, check_error
+
+BOTH = (COMPLETIONS, CHAT)
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: Path) -> Iterator[RunningServer]:
+    with shared_server(model_folder) as server:
+        yield server
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_what_excludes_another(server: RunningServer, path: str) -> None:
+    for fields in (
+        {"samplers": ["min_p"], "mirostat": 1},
+        {"repeat_penalty": 1.1, "repetition_penalty": 1.2},
+        {"post_sampling_probs": True},
+        {"logprob_token_ids": [1]},
+        {"allowed_token_ids": [3, 256], "stop_token_ids": [3], "min_tokens": 1},
+    ):
+        error = check_error(ask(server.url, path, **fields), 400)
+        assert error["param"] == next(iter(fields))
+
+
+NOT_A_NUMBER = ["1", True, [], {}]
+NOT_AN_INTEGER = ["1", True, 1.0, 1.5, [], {}]
+
+# parameter -> values that are refused
+BAD: dict[str, list[Any]] = {
+    "n": [0, -1, 129, 10**12, *NOT_AN_INTEGER],
+    "max_tokens": [-1, 10**18, *NOT_AN_INTEGER],
+    "temperature": [-0.1, 2.1, *NOT_A_NUMBER],
+    "top_p": [0, -0.0, 1.1, -1, *NOT_A_NUMBER],
+    "top_k": [-2, 2**63, *NOT_AN_INTEGER],
+    "min_p": [-0.1, 1.1, *NOT_A_NUMBER],
+    "repetition_penalty": [0, -1, 1e-320, 10.1, *NOT_A_NUMBER],
+    "frequency_penalty": [-2.1, 2.1, *NOT_A_NUMBER],
+    "presence_penalty": [-2.1, 2.1, *NOT_A_NUMBER],
+    "seed": [2**63, -(2**63) - 1, *NOT_AN_INTEGER],
+    "stop": ["", [""], list("abcde"), "x" * (1 << 20), 5, True, ["a", 5], {}, "\ud800", ["\ud800"]],
+    "stop_token_ids": [[-1], [259], [2**40], [2**80], ["1"], [1.0], [True], 5, "a", [1] * 129],
+    "min_tokens": [-1, 17 * 10**9, *NOT_AN_INTEGER],
+    "logit_bias": [
+        {"259": 1},
+        {"abc": 1},
+        {"-1": 1},
+        {" 1": 1},
+        {"1_0": 1},
+        {"²": 1},
+        {"1": 101},
+        {"1": -100.5},
+        {"1": "5"},
+        {"1": True},
+        {"1": None},
+        {str(i): 1 for i in range(5_000)},
+        [],
+        "a",
+        5,
+    ],
+    "allowed_token_ids": [[], [-1], [259], [2**80], ["1"], [1.0], [True], 5, "a", [1] * (2**18 + 1)],
+    "bad_words": [[""], ["x" * 1025], ["a"] * 65, [5], "a", 5, ["a", None], ["\ud800"]],
+    "post_sampling_probs": ["true", 1, []],
+    "samplers": [["min_p", "min_p"], "min_p", [1], 5, {}, [None]],
+    "typical_p": [0, -0.5, 1.1, *NOT_A_NUMBER],
+    "top_n_sigma": [-1.5, 1001, *NOT_A_NUMBER],
+    "xtc_probability": [-0.1, 1.1, *NOT_A_NUMBER],
+    "xtc_threshold": [-0.1, 1.1, *NOT_A_NUMBER],
+    "dry_multiplier": [-0.1, 1e300, *NOT_A_NUMBER],
+    "dry_base": [0.9, 1e300, *NOT_A_NUMBER],
+    "dry_allowed_length": [0, 257, *NOT_AN_INTEGER],
+    "dry_penalty_last_n": [-2, 2**63, *NOT_AN_INTEGER],
+    "dry_sequence_breakers": [[""], ["x" * 41], ["a"] * 33, [5], "a", 5, ["\ud800"]],
+    "repeat_penalty": [0, -1, 10.1, *NOT_A_NUMBER],
+    "repeat_last_n": [-2, 2**63, *NOT_AN_INTEGER],
+    "mirostat": [-1, 3, *NOT_AN_INTEGER],
+    "mirostat_tau": [-1, 1001, *NOT_A_NUMBER],
+    "mirostat_eta": [-1, 1001, *NOT_A_NUMBER],
+    "truncate_prompt_tokens": [-2, 0, 2**63, *NOT_AN_INTEGER],
+    "prompt_logprobs": [-1, 21, *NOT_AN_INTEGER],
+    "return_token_ids": ["true", 1, []],
+    "return_tokens_as_token_ids": ["true", 1, []],
+    "guided_json": [5, True, [], "{", "[]", {"type": "strin"}],
+    "guided_regex": ["", "a(", 5, ["a"], "a" * 8193],
+    "guided_choice": [[], [""], ["a", 5], "a", ["a"] * 1001],
+    "guided_grammar": ["", "nonsense", 5, {}],
+    "logprob_token_ids": [[-1], [259], [2**80], ["1"], [1.0], [True], 5, "a", [1] * 129],
+    "ignore_eos": ["true", 1, []],
+    "include_stop_str_in_output": ["true", 1],
+    "skip_special_tokens": ["true", 0],
+    "repetition_detection": [
+        5,
+        [],
+        {"max_pattern_size": 257, "min_count": 2},
+        {"max_pattern_size": -1},
+        {"max_pattern_size": 2.0, "min_count": 2},
+        {"max_pattern_size": 2},
+        {"max_pattern_size": 2, "min_count": 1},
+        {"max_pattern_size": 2, "min_count": 2**63},
+        {"max_pattern_size": 2, "min_count": 2, "min_pattern_size": 3},
+        {"min_pattern_size": 1},
+    ],
+    "thinking_token_budget": [0, 5, -2, 2**63, *NOT_AN_INTEGER],  # for a model without reasoning
+    "priority": [2**63, -(2**63) - 1, *NOT_AN_INTEGER],
+    "cache_salt": [5, [], "x" * 257],
+    "request_id": [5, [], "", "a b", "x" * 129],
+    "stream": ["true", 1, {}],
+    "stream_interval": [0, -1, 2**63, *NOT_AN_INTEGER],
+}
+
+
+def post(url: str, path: str, fields: dict[str, Any]) -> httpx.Response:
+    """Post a request whose values httpx refuses to encode."""
+    body = json.dumps(MINIMAL[path] | fields)
+    return httpx.post(url + path, content=body, headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("path", BOTH)
+def test_bad_value_is_refused_by_name(server: RunningServer, path: str, name: str) -> None:
+    num_submits = len(server.engine.submits)
+    for value in BAD[name]:
+        error = check_error(post(server.url, path, {name: value}), 400)
+        assert error["type"] == "invalid_request_error"
+        if error["code"] != "context_length_exceeded":
+            assert re.split(r"[.\[]", error["param"])[0] == name, error
+            assert f"'{error['param']}'" in error["message"], error
+        assert len(error["message"]) < 400
+    assert len(server.engine.submits) == num_submits
+    assert server.context.client.num_in_flight == 0
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_unknown_samplers_are_refused(server: RunningServer, path: str) -> None:
+    for name in ("penalty", "mirostat", "e", ""):
+        error = check_error(ask(server.url, path, samplers=["min_p", name]), 400)
+        assert error["param"] == "samplers[1]"
+        assert "'penalties', 'dry', 'top_n_sigma'" in error["message"]
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_not_a_number_is_not_json(server: RunningServer, path: str) -> None:
+    for literal in ("NaN", "Infinity", "-Infinity", "1e999"):
+        body = f'{{"model": "tiny", "prompt": "Hi", "temperature": {literal}}}'
+        headers = {"content-type": "application/json"}
+        check_error(httpx.post(server.url + path, content=body, headers=headers), 400)
+
+
+# fields -> OpenAI's message, which clients match on; param; code
+WORDING: list[tuple[dict[str, Any], str, str | None, str | None]] = [
+    (
+        {"n": 130},
+        "Invalid 'n': integer above maximum value. Expected a value <= 128, but got 130 instead.",
+        "n",
+        "integer_above_max_value",
+    ),
+    (
+        {"n": 0},
+        "Invalid 'n': integer below minimum value. Expected a value >= 1, but got 0 instead.",
+        "n",
+        "integer_below_min_value",
+    ),
+    (
+        {"max_tokens": 1.5},
+        "Invalid type for 'max_tokens': expected an integer, but got a decimal number instead.",
+        "max_tokens",
+        "invalid_type",
+    ),
+    (
+        {"temperature": 2.5},
+        "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 2.5 instead.",
+        "temperature",
+        "decimal_above_max_value",
+    ),
+    ({"model": ""}, "you must provide a model parameter", None, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "message", "param", "code"), WORDING)
+@pytest.mark.parametrize("path", BOTH)
+def test_wording_is_openais(
+    server: RunningServer, path: str, fields: dict[str, Any], message: str, param: str | None, code: str | None
+) -> None:
+    error = check_error(ask(server.url, path, **fields), 400)
+    assert (error["message"], error["param"], error["code"]) == (message, param, code)
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_missing_fields(server: RunningServer, path: str) -> None:
+    for name in MINIMAL[path]:
+        body = {key: value for key, value in MINIMAL[path].items() if key != name}
+        error = check_error(httpx.post(server.url + path, json=body), 400)
+        if name == "model":
+            assert error["message"] == "you must provide a model parameter"
+            assert (error["param"], error["code"]) == (None, None)
+        else:
+            assert error["message"] == f"Missing required parameter: '{name}'."
+            assert (error["param"], error["code"]) == (name, "missing_required_parameter")
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_model_name(server: RunningServer, path: str) -> None:
+    for name in ("tiny", "org/tiny"):
+        assert ask_json(server.url, path, model=name)["model"] == name
+    for name in ("gpt-4o", "Tiny", "tiny ", "x" * 10_000):
+        error = check_error(ask(server.url, path, model=name), 404)
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        assert "does not exist" in error["message"]
+        assert len(error["message"]) < 300
+    for wrong in (5, None, True, ["tiny"]):
+        check_error(ask(server.url, path, model=wrong), 400)
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_stream_options(server: RunningServer, path: str) -> None:
+    for fields in ({}, {"stream": False}, {"stream": None}):
+        error = check_error(ask(server.url, path, stream_options={"include_usage": True}, **fields), 400)
+        assert error["param"] == "stream_options"
+    wrong: list[Any] = [{"include_usage": 1}, {"include_usage": "true"}, [], "a", 5, {"continuous_usage_stats": []}]
+    for value in wrong:
+        error = check_error(ask(server.url, path, stream=True, stream_options=value), 400)
+        assert error["param"].split(".")[0] == "stream_options"
+    for null in (None, {}, {"include_usage": None}, {"include_obfuscation": False}):
+        assert ask(server.url, path, stream=True, stream_options=null).status_code == 200
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_min_tokens_must_fit_max_tokens(server: RunningServer, path: str) -> None:
+    error = check_error(ask(server.url, path, min_tokens=6, max_tokens=5), 400)
+    assert error["param"] == "min_tokens"
+    assert ask(server.url, path, min_tokens=5, max_tokens=5).status_code == 200
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_what_a_stream_cannot_do(server: RunningServer, path: str) -> None:
+    error = check_error(ask(server.url, path, stream=True, prompt_logprobs=0), 400)
+    assert error["param"] == "prompt_logprobs"
+    assert "'stream'" in error["message"]
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_truncation_side(server: RunningServer, path: str) -> None:
+    for value in ("middle", "", 5, True):
+        error = check_error(ask(server.url, path, truncation_side=value, truncate_prompt_tokens=3), 400)
+        assert error["param"] == "truncation_side"
+
+
+def test_best_of(server: RunningServer) -> None:
+    for fields in ({"best_of": 1, "n": 2}, {"best_of": 0}, {"best_of": 2, "stream": True}, {"best_of": 21}):
+        error = check_error(ask(server.url, COMPLETIONS, **fields), 400)
+        assert error["param"] == "best_of"
+        assert "'best_of'" in error["message"]
+    wrong: list[Any] = [*NOT_AN_INTEGER, -1]
+    for value in wrong:
+        assert check_error(ask(server.url, COMPLETIONS, best_of=value), 400)["param"] == "best_of"
+    assert ask(server.url, COMPLETIONS, best_of=20, max_tokens=1).status_code == 200
+    assert ask(server.url, COMPLETIONS, best_of=2, n=2, stream=True).status_code == 200
+    assert check_error(ask(server.url, CHAT, best_of=2), 400)["code"] == "unsupported_parameter"

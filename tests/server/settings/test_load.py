@@ -1,0 +1,243 @@
+"""Settings from every source: their precedence, and which values are rejected with which message."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from server.cli.main import make_parser
+from server.settings.load import is_loopback, load_settings
+from server.settings.setting import SettingsError
+from server.settings.table import SETTINGS, Settings
+from tests.support.settings_cases import INVALID, VALID, settings_from_flags
+
+EVERY_CASE = [(name, text, value) for name, cases in VALID.items() for text, value in cases]
+EVERY_BAD_CASE = [(name, text) for name, texts in INVALID.items() for text in texts]
+
+
+def write(path: Path, content: str) -> str:
+    file = path / "settings.yml"
+    file.write_text(content, encoding="utf-8")
+    return str(file)
+
+
+def as_flags(name: str, text: str) -> list[str]:
+    setting = SETTINGS[name]
+    if setting.positional:
+        return [text]
+    if setting.is_switch:
+        return [setting.flag if VALID[name][0][1] else f"--no-{setting.key}"]
+    return [f"{setting.flag}={text}"]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), EVERY_CASE)
+def test_every_source_means_the_same(tmp_path: Path, name: str, text: str, value: Any) -> None:
+    setting = SETTINGS[name]
+    by_flag = settings_from_flags(*as_flags(name, text))
+    by_environment = load_settings(environ={setting.variable: text})
+    by_kebab_key = load_settings(config=write(tmp_path, f"{setting.key}: {msgspec.json.encode(text).decode()}\n"))
+    by_snake_key = load_settings(config=write(tmp_path, f"{name}: {msgspec.json.encode(text).decode()}\n"))
+    for settings in (by_flag, by_environment, by_kebab_key, by_snake_key):
+        assert getattr(settings, name) == value
+        assert settings == msgspec.structs.replace(Settings(), **{name: value})
+
+
+@pytest.mark.parametrize(("name", "text", "value"), EVERY_CASE)
+def test_yaml_values_need_no_quotes(tmp_path: Path, name: str, text: str, value: Any) -> None:
+    plain = f"'{text}'" if text in ("*", "vllm:") else text
+    assert getattr(load_settings(config=write(tmp_path, f"{name}: {plain}\n")), name) == value
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_flag_before_environment_before_file_before_default(tmp_path: Path, name: str) -> None:
+    setting = SETTINGS[name]
+    (first, first_value), (second, _) = VALID[name]
+    default = str(setting.default) if setting.is_switch else second
+    environ = {setting.variable: second}
+    config = write(tmp_path, f"{name}: {msgspec.json.encode(default).decode()}\n")
+    flags = {name: [first] if setting.value_type.is_list else first}
+    assert getattr(load_settings(flags, environ, config), name) == first_value
+    assert getattr(load_settings({}, {setting.variable: first}, config), name) == first_value
+    assert getattr(load_settings({}, {}, write(tmp_path, f"{name}: {msgspec.json.encode(first).decode()}")), name) == (
+        first_value
+    )
+    assert getattr(load_settings(), name) == setting.default == getattr(Settings(), name)
+
+
+@pytest.mark.parametrize(("name", "text"), EVERY_BAD_CASE)
+def test_bad_values_are_refused_with_setting_source_and_limit(tmp_path: Path, name: str, text: str) -> None:
+    setting = SETTINGS[name]
+    expected = re.escape(setting.value_type.expected)
+    with pytest.raises(SettingsError, match=f"^{setting.variable}: expected {expected}"):
+        load_settings(environ={setting.variable: text})
+    config = write(tmp_path, f"{setting.key}: {msgspec.json.encode(text).decode()}\n")
+    with pytest.raises(SettingsError, match=f"^{re.escape(config)}: {setting.key}: expected {expected}"):
+        load_settings(config=config)
+    if not setting.is_switch:
+        with pytest.raises(SettingsError, match=f"^{re.escape(setting.flag)}: expected {expected}"):
+            load_settings({name: [text] if setting.value_type.is_list else text})
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("port: true", "port"),
+        ("port: 80.5", "port"),
+        ("port: [1, 2]", "port"),
+        ("host: 5", "host"),
+        ("strict: 3", "strict"),
+        ("api-key: [sk-secret, '']", "api-key"),
+        ("api-key: {a: sk-secret}", "api-key"),
+        ("seed: 1.0", "seed"),
+        ("drain-timeout: .nan", "drain-timeout"),
+        ("max-body-size: 2001-01-01", "max-body-size"),
+    ],
+)
+def test_bad_yaml_types(tmp_path: Path, line: str, name: str) -> None:
+    with pytest.raises(SettingsError, match=f": {name}: expected ") as caught:
+        load_settings(config=write(tmp_path, line))
+    assert "sk-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prt: 80", "unknown setting 'prt'"),
+        ("config: other.yml", "unknown setting 'config'"),
+        ("1: 80", "unknown setting 1"),
+        ("port: 80\nport: 81", "port is set twice"),
+        ("max-num-seqs: 1\nmax_num_seqs: 2", "max_num_seqs is set twice"),
+        ("- port", "expected a mapping"),
+        ("port: [", "invalid YAML"),
+        ("port: !!python/object/apply:os.system [id]", "invalid YAML"),
+        ("port: \x00", "invalid YAML"),
+        ("port: 1\napi-key: sk-secret: [", "invalid YAML: line 2: "),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
+    config = write(tmp_path, content)
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_settings(config=config)
+    assert str(caught.value).startswith(config)
+    assert "\n" not in str(caught.value)
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_missing_and_empty_files(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no\.yml: cannot be read: No such file"):
+        load_settings(config=str(tmp_path / "no.yml"))
+    with pytest.raises(SettingsError, match="cannot be read: Is a directory"):
+        load_settings(config=str(tmp_path))
+    assert load_settings(config=write(tmp_path, "# nothing\n")) == Settings()
+    assert load_settings(config=write(tmp_path, "port:\nseed: null\n")) == Settings()
+
+
+def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
+    config = write(tmp_path, "port: 81\n")
+    assert load_settings(environ={"LIGHTWELL_CONFIG": config}).port == 81
+
+
+def test_lists() -> None:
+    environ = {"LIGHTWELL_API_KEY": "one,two", "LIGHTWELL_SERVED_MODEL_NAME": "a"}
+    settings = load_settings(environ=environ)
+    assert settings.api_key == ("one", "two")
+    assert settings.served_model_name == ("a",)
+    assert settings_from_flags("--api-key", "x,y", "--api-key", "z").api_key == ("x,y", "z")
+    with pytest.raises(SettingsError, match="LIGHTWELL_API_KEY"):
+        load_settings(environ={"LIGHTWELL_API_KEY": "one,"})
+
+
+def test_switches_can_be_turned_either_way() -> None:
+    assert settings_from_flags("--no-enable-prefix-caching").enable_prefix_caching is False
+    assert settings_from_flags("--enable-prefix-caching").enable_prefix_caching is True
+    flags = vars(make_parser().parse_args(["serve", "--no-strict"]))
+    assert load_settings(flags, {"LIGHTWELL_STRICT": "true"}).strict is False
+
+
+def test_unknown_variables_are_named() -> None:
+    environ = {"LIGHTWELL_PRT": "1", "LIGHTWELL_CACHE": "/x", "LIGHTWELL_TEST_MODEL": "/y", "OTHER": "1"}
+    with pytest.raises(SettingsError, match=r"^unknown environment variables: LIGHTWELL_PRT$"):
+        load_settings(environ=environ)
+    with pytest.raises(SettingsError, match="enableServiceLinks"):
+        load_settings(environ={"LIGHTWELL_SERVICE_HOST": "10.0.0.1", "LIGHTWELL_PORT": "tcp://10.0.0.1:8000"})
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_beyond_loopback_needs_a_key(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+    assert settings_from_flags("--host", host, "--api-key", "k").host == host
+    assert settings_from_flags("--host", host, "--allow-unauthenticated").host == host
+    if expected:
+        assert settings_from_flags("--host", host).host == host
+    else:
+        with pytest.raises(SettingsError, match=f"--host {host} .*--api-key.*--allow-unauthenticated"):
+            settings_from_flags("--host", host)
+
+
+def test_errors_do_not_show_keys() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"api_key": ["sk-secret", ""]})
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_adapters_have_names_of_their_own() -> None:
+    settings = settings_from_flags("--lora-modules", "a=/x,y=z", "--lora-modules", "b=org/name")
+    assert settings.lora_paths == {"a": "/x,y=z", "b": "org/name"}
+    assert load_settings(environ={"LIGHTWELL_LORA_MODULES": "a=/x,b=/y"}).lora_paths == {"a": "/x", "b": "/y"}
+    with pytest.raises(SettingsError, match="--lora-modules: two adapters are named a"):
+        settings_from_flags("--lora-modules", "a=/x", "--lora-modules", "a=/y")
+    with pytest.raises(SettingsError, match="--lora-modules: gpt is the name of the model"):
+        settings_from_flags("--lora-modules", "gpt=/x", "--served-model-name", "other", "--served-model-name", "gpt")
+
+
+def test_vllms_json_of_an_adapter(tmp_path: Path) -> None:
+    module = {"name": "org/sql", "path": "/a/x=y,z"}
+    for given in (module, module | {"base_model_name": "gpt"}, module | {"base_model_name": None}):
+        text = msgspec.json.encode(given).decode()
+        for settings in (
+            settings_from_flags("--lora-modules", text),
+            load_settings(config=write(tmp_path, f"lora-modules: {text}\n")),
+            load_settings(config=write(tmp_path, f"lora-modules: [{text}]\n")),
+        ):
+            assert settings.lora_paths == {"org/sql": "/a/x=y,z"}
+    assert settings_from_flags("--lora-modules", '{"name":"a","path":"b"}', "--lora-modules", "c=d").lora_paths == {
+        "a": "b",
+        "c": "d",
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "a"}',
+        '{"path": "/a"}',
+        '{"name": "a", "path": ""}',
+        '{"name": "", "path": "/a"}',
+        '{"name": "a=b", "path": "/a"}',
+        '{"name": "a", "path": 5}',
+        '{"name": "a", "path": "/a\\u0000"}',
+        '{"name": "a", "path": "/a", "rank": 8}',
+        '{"name": "a", "path": "/a"',
+        '[{"name": "a", "path": "/a"}]',
+        "{" * 100_000,
+        '{"a":' * 100_000,
+    ],
+)
+def test_what_is_no_adapter(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--lora-modules: expected NAME=PATH with a NAME of letters"):
+        settings_from_flags("--lora-modules", text)

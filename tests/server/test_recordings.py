@@ -1,0 +1,101 @@
+"""Tests of recordings, and of replays that differ from them."""
+
+import httpx
+import pytest
+
+from engine.shared.messages import SamplingParams, Submit, TokenEvent, TokenLogprobs
+from server import recordings
+from server.recordings import NUM_TOP, Recording, Recordings
+from tests.server.conftest import StartServer
+from tests.support.clients import CHAT, COMPLETIONS, MINIMAL
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import check_error
+
+ENTRY = TokenLogprobs(-1.0, 2, [3], [-0.5])
+
+
+def submit(num_tokens: int = 3, **params: int) -> Submit:
+    settings = SamplingParams(max_tokens=9, **params)  # type: ignore[arg-type]
+    return Submit(request_id="r", prompt_token_ids=[1] * num_tokens, params=settings, arrival=0.0, n=2)
+
+
+def test_log_probabilities_are_always_recorded_but_returned_only_on_request() -> None:
+    for requested, recorded in ((None, NUM_TOP), (0, 0), (9, 9)):
+        recording = Recording([submit() if requested is None else submit(logprobs=requested)])
+        assert recording.submits[0].params.logprobs == recorded
+        event = TokenEvent(request_id="r", index=1, token_ids=[7], logprobs=[ENTRY], prompt_logprobs=[ENTRY, ENTRY])
+        recording.take(0, event)
+        assert event.logprobs == (None if requested is None else [ENTRY])
+        assert recording.choices[0][0].token_ids == []
+        choice = recording.choices[0][1]
+        assert (choice.token_ids, choice.logprobs, choice.prompt_logprobs) == ([7], [ENTRY], [ENTRY, ENTRY])
+
+
+def test_the_oldest_are_dropped() -> None:
+    kept = Recordings(2)
+    all_of_them = [Recording([submit()], ids=(f"r{number}", "mine")) for number in range(4)]
+    for recording in all_of_them:
+        kept.add(recording)
+        kept.add(recording)
+    assert [kept.get(f"r{number}") for number in range(4)] == [None, None, *all_of_them[2:]]
+    assert kept.get("mine") is all_of_them[3]
+    assert len(kept) == 2
+
+
+def test_many_tokens_are_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordings, "MAX_TOKENS", 100)
+    kept = Recordings(9)
+    for number, num_tokens in enumerate((60, 40, 1)):
+        kept.add(Recording([submit(num_tokens)], ids=(f"r{number}",)))
+    assert [kept.get(f"r{number}") is None for number in range(3)] == [True, False, False]
+    kept.add(Recording([submit(101)], ids=("large",)))
+    assert len(kept) == 0
+    assert kept.get("large") is None
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_replay_that_differs(start_server: StartServer, fake_engine: FakeEngine, path: str, stream: bool) -> None:
+    server = start_server(record_requests=3)
+    body = MINIMAL[path] | {"n": 2, "max_tokens": 5, "stream": stream}
+    answer = httpx.post(server.url + path, json=body, headers={"x-request-id": "mine"})
+    assert answer.status_code == 200
+    url = f"{server.url}/v1/requests/mine/replay"
+    same = httpx.post(url).json()
+    assert same == {
+        "id": "mine",
+        "object": "replay",
+        "bit_equal": True,
+        "choices": [{"index": i, "num_tokens": 5, "bit_equal": True, "difference": None} for i in range(2)],
+    }
+    fake_engine.config.reply = list(b"HelLo")
+    first, second = httpx.post(url).json()["choices"]
+    assert first["difference"] == second["difference"]
+    difference = first["difference"]
+    assert (difference["part"], difference["position"]) == ("output", 3)
+    assert (difference["recorded"]["token"], difference["replayed"]["token"]) == ("l", "L")
+    assert len(difference["recorded"]["top"]) == len(difference["replayed"]["top"]) == NUM_TOP
+    fake_engine.config.reply = list(b"He")
+    (ended, _) = httpx.post(url).json()["choices"]
+    assert ended["difference"]["replayed"]["token_id"] == 256
+    fake_engine.config.reply = []
+    assert httpx.post(url).json()["choices"][0]["difference"]["position"] == 0
+
+
+def test_requests_that_are_not_recorded(start_server: StartServer) -> None:
+    for num_kept, words in ((0, "--record-requests"), (7, "among the last 7 finished requests")):
+        server = start_server(record_requests=num_kept)
+        response = httpx.post(f"{server.url}/v1/requests/unknown/replay")
+        error = check_error(response, 404)
+        assert error["code"] == "request_not_found"
+        assert words in error["message"]
+
+
+def test_an_engine_that_fails(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    server = start_server(record_requests=3)
+    answer_id = httpx.post(server.url + COMPLETIONS, json=MINIMAL[COMPLETIONS]).json()["id"]
+    fake_engine.config.fail_request = True
+    response = httpx.post(f"{server.url}/v1/requests/{answer_id}/replay")
+    check_error(response, 500)
+    assert "secret" not in response.text
+    assert server.context.client.num_in_flight == 0

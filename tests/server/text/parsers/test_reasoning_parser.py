@@ -1,0 +1,80 @@
+"""Reasoning is separated from content, however the text was split into pieces."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags, detect_reasoning_tags
+from tests.server.text.parsers.test_tool_parser import cut
+
+TAGS = ReasoningTags("<think>", "</think>")
+
+
+def parse(pieces: list[str], *, is_open: bool = False) -> tuple[str, str]:
+    parser = ReasoningParser(TAGS, is_open=is_open)
+    found = [parser.push(piece) for piece in pieces] + [parser.finish()]
+    return "".join(reasoning for reasoning, _ in found), "".join(content for _, content in found)
+
+
+TEXTS = st.text("ab \n</think>é", max_size=20).filter(lambda text: "think>" not in text)
+LINE_BREAKS = st.sampled_from(["", "\n", "\n\n"])
+
+
+@given(TEXTS, TEXTS, LINE_BREAKS, st.booleans(), st.lists(st.integers(0, 60), max_size=8))
+def test_reasoning_and_content(reasoning: str, content: str, layout: str, is_open: bool, cuts: list[int]) -> None:
+    text = f"{'' if is_open else ' <think>'}{layout}{reasoning}{layout}</think>{layout}{content}"
+    expected = (reasoning.strip("\n"), content.lstrip("\n"))
+    assert parse(cut(text, cuts), is_open=is_open) == expected == parse(list(text), is_open=is_open)
+
+
+@given(TEXTS, st.lists(st.integers(0, 60), max_size=8))
+def test_text_without_reasoning_is_content(text: str, cuts: list[int]) -> None:
+    assert parse(cut(text, cuts)) == ("", text)
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "a", "\n", "<", " "]), max_size=10).map("".join), st.booleans())
+def test_any_text_reads_the_same_in_any_pieces(text: str, is_open: bool) -> None:
+    assert parse(list(text), is_open=is_open) == parse([text], is_open=is_open)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "expected"),
+    [
+        ("<think>a", False, ("a", "")),
+        ("<think>a\n\n</thi", False, ("a\n\n</thi", "")),
+        ("a</think>b", True, ("a", "b")),
+        ("a</think>b", False, ("", "a</think>b")),
+        ("b<think>a</think>", False, ("", "b<think>a</think>")),
+        ("<think>a</think>b<think>c</think>", False, ("a", "b<think>c</think>")),
+        ("<thin", False, ("", "<thin")),
+        ("<think>\n\n</think>\n\nb", False, ("", "b")),
+        ("\n", False, ("", "\n")),
+        (" " * 100 + "<think>a</think>", False, ("", " " * 100 + "<think>a</think>")),
+    ],
+)
+def test_single_cases(text: str, is_open: bool, expected: tuple[str, str]) -> None:
+    assert parse([text], is_open=is_open) == expected == parse(list(text), is_open=is_open)
+
+
+def test_reasoning_is_streamed() -> None:
+    parser = ReasoningParser(TAGS)
+    pieces = ["<th", "ink>\n", "Hm", "m.\n", "So", "\n", "</", "think>", "\n\n", "Yes", "\n"]
+    released = [parser.push(piece) for piece in pieces]
+    assert released == [
+        *[("", ""), ("", ""), ("Hm", ""), ("m.", ""), ("\nSo", ""), ("", ""), ("", ""), ("", ""), ("", "")],
+        *[("", "Yes"), ("", "\n")],
+    ]
+
+
+def test_tags_of_a_template() -> None:
+    assert detect_reasoning_tags("{{ content.split('</think>')[-1] }}") == TAGS
+    assert detect_reasoning_tags("{{ '[THINK]' + thoughts + '[/THINK]' }}") == ReasoningTags("[THINK]", "[/THINK]")
+    assert detect_reasoning_tags("I <think> so") is None
+
+
+def test_where_a_prompt_breaks_off() -> None:
+    assert TAGS.are_opened_by("<|im_start|>assistant\n<think>\n")
+    assert not TAGS.are_opened_by("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert TAGS.are_open_in("<think>\nLet me")
+    assert not TAGS.are_open_in("<think>\nLet me</think> Yes")
+    assert not TAGS.are_open_in("Yes")

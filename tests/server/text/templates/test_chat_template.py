@@ -1,0 +1,197 @@
+"""Chat templates render and continue messages as transformers does, and fail with an error that is safe to show."""
+
+import copy
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.tool_formats import GENERIC, HERMES
+from server.text.templates.chat_template import END, ChatTemplate, ChatTemplateError
+from tests.support.chat_templates import (
+    CHAT,
+    CHATML,
+    LLAMA3,
+    MISTRAL,
+    PARTS,
+    PARTS_ONLY,
+    REASONING,
+    ROLE_BUILT,
+    SYSTEM_CHAT,
+    TOOLS,
+    chat_template,
+    transformers_oracle,
+    user,
+)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> PreTrainedTokenizerFast:
+    return transformers_oracle()
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [
+        (CHATML, CHAT),
+        (CHATML, SYSTEM_CHAT),
+        (LLAMA3, CHAT),
+        (LLAMA3, SYSTEM_CHAT),
+        (MISTRAL, CHAT),
+        (PARTS, SYSTEM_CHAT),
+        (PARTS, user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
+        (PARTS_ONLY, user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
+        (ROLE_BUILT, CHAT),
+        (REASONING, [*CHAT, {"role": "assistant", "content": "<think>hm</think>\n\nYes"}]),
+    ],
+)
+def test_renders_as_transformers_does(
+    oracle: PreTrainedTokenizerFast,
+    source: str,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    add_generation_prompt: bool,
+) -> None:
+    expected = oracle.apply_chat_template(
+        messages, tools=tools, chat_template=source, add_generation_prompt=add_generation_prompt, tokenize=False
+    )
+    given_messages = copy.deepcopy(messages)
+    rendered = chat_template(source).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+    assert rendered == expected
+    assert messages == given_messages
+
+
+def test_template_kwargs_are_variables() -> None:
+    rendered = chat_template(LLAMA3).render(CHAT, template_kwargs={"date_string": "26 Jul 2024"})
+    assert "Today: 26 Jul 2024\n" in rendered
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token"])
+def test_template_kwargs_cannot_replace_what_we_set(name: str) -> None:
+    with pytest.raises(ChatTemplateError, match=name):
+        chat_template(CHATML).render(CHAT, template_kwargs={name: "x"})
+
+
+def test_missing_bos_token_is_undefined() -> None:
+    template = ChatTemplate("{{ bos_token }}{{ eos_token is defined }}", bos_token=None, eos_token=None)
+    assert template.render(CHAT) == "False"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (CHATML, "<|im_start|>user\na\nb<|im_end|>\n"),  # joined
+        (PARTS, "<|im_start|>user:ab<|im_end|>"),  # the template's own way
+        (PARTS_ONLY, "<|im_start|>user:ab"),
+        (MISTRAL, "<s>[INST] a\nb [/INST]"),
+    ],
+)
+def test_text_parts_come_in_the_form_that_the_template_handles(source: str, expected: str) -> None:
+    messages = user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
+    assert chat_template(source).render(messages, add_generation_prompt=False) == expected
+
+
+def test_string_becomes_a_part_where_only_parts_are_handled() -> None:
+    rendered = chat_template(PARTS_ONLY).render([{"role": "tool", "content": "x"}, *CHAT])
+    assert rendered.startswith("<|im_start|>tool:x<|im_start|>user:Hi")
+
+
+def test_form_is_chosen_for_each_role() -> None:
+    """Some templates handle parts from users but only strings in the system message."""
+    source = PARTS.replace(
+        "{%- if message.content is string", "{%- if message.role == 'system' or message.content is string"
+    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    rendered = chat_template(source).render([{"role": role, "content": parts} for role in ("system", "user")])
+    assert rendered == "<|im_start|>system:a\nb<|im_end|><|im_start|>user:ab<|im_end|>"
+
+
+EACH = "{{% for message in messages %}}{{% set late = message.role == 'system' and loop.index0 > 0 %}}{}{{% endfor %}}"
+
+
+@pytest.mark.parametrize(
+    ("source", "is_placed"),
+    [
+        (CHATML, True),
+        (PARTS_ONLY, True),
+        (LLAMA3, True),
+        (MISTRAL, False),  # which supports no system messages
+        (EACH.format("{{ raise_exception('Only first.') if late else message.content }}"), False),
+        (EACH.format("{% if not late %}{{ message.content }}{% endif %}"), False),
+        (EACH.format("{{ message.content }}"), True),
+        ("{{ messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join }}" + CHATML, False),
+    ],
+)
+def test_where_system_messages_are_written(source: str, is_placed: bool) -> None:
+    assert chat_template(source).keeps_system_position is is_placed
+
+
+def test_content_of_none_is_empty() -> None:
+    rendered = chat_template(CHATML).render([{"role": "assistant", "content": None}], add_generation_prompt=False)
+    assert rendered == "<|im_start|>assistant\n<|im_end|>\n"
+
+
+@pytest.mark.parametrize("source", [CHATML, PARTS, PARTS_ONLY])
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "http://x"}}, {"type": "text"}, "x", None])
+def test_other_parts_are_refused(source: str, part: Any) -> None:
+    with pytest.raises(ChatTemplateError, match="content"):
+        chat_template(source).render(user([{"type": "text", "text": "a"}, part]))
+
+
+def test_templates_own_refusal_reaches_the_client() -> None:
+    with pytest.raises(ChatTemplateError, match="render this request: Conversation roles must alternate"):
+        chat_template(MISTRAL).render([{"role": "assistant", "content": "x"}])
+
+
+def test_refusal_is_one_short_line() -> None:
+    with pytest.raises(ChatTemplateError) as error:
+        chat_template("{{ raise_exception(messages[0].content) }}").render(user("a\nb\x00" * 1000))
+    assert len(str(error.value)) < 300
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_template_shows_of_the_model() -> None:
+    template = chat_template(CHATML + "{{ '<tool_call>' + '</think>' }}")
+    assert (template.tool_format, template.reasoning_tags) == (HERMES, ReasoningTags("<think>", "</think>"))
+    assert (chat_template(CHATML).tool_format, chat_template(CHATML).reasoning_tags) == (GENERIC, None)
+
+
+# Continued messages.
+
+
+@pytest.mark.parametrize("source", [CHATML, LLAMA3, MISTRAL, PARTS, REASONING])
+@pytest.mark.parametrize("content", ["It is", "a <b> é", "I think, I think"])
+def test_continues_as_transformers_does(oracle: PreTrainedTokenizerFast, source: str, content: str) -> None:
+    messages: list[dict[str, Any]] = [CHAT[0], {"role": "assistant", "content": content}]
+    expected = oracle.apply_chat_template(messages, chat_template=source, continue_final_message=True, tokenize=False)
+    template = chat_template(source)
+    assert template.render(messages, add_generation_prompt=False, continue_final_message=True) == expected
+    assert str(expected).endswith(content)
+
+
+def test_white_space_at_the_end_is_kept() -> None:
+    messages = [CHAT[0], {"role": "assistant", "content": " It is \n"}]
+    rendered = chat_template(LLAMA3).render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert rendered.endswith("<|end_header_id|>\n\nIt is \n")
+
+
+def test_content_in_any_form_is_continued() -> None:
+    contents: list[Any] = ["It is", [{"type": "text", "text": "It is"}]]
+    for content in contents:
+        messages = [CHAT[0], {"role": "assistant", "content": content}]
+        for source in (CHATML, PARTS_ONLY):
+            rendered = chat_template(source).render(messages, add_generation_prompt=False, continue_final_message=True)
+            assert rendered.endswith("It is")
+
+
+def test_a_template_that_does_not_write_the_final_message_cannot_continue_it() -> None:
+    messages = [CHAT[0], {"role": "assistant", "content": "It is"}]
+    for source in ("{{ messages[0].content }}", "{{ messages[1].content }}{{ messages[1].content }}"):
+        with pytest.raises(ChatTemplateError, match="final message"):
+            chat_template(source).render(messages, continue_final_message=True)
+    messages[1]["content"] = f"It {END} is"
+    with pytest.raises(ChatTemplateError, match="final message"):
+        chat_template(CHATML).render(messages, continue_final_message=True)

@@ -1,0 +1,157 @@
+"""Chat templates of several styles, a conversation, and a byte-level tokenizer with many special tokens."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from server.text.templates.chat_template import ChatTemplate
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+LLAMA3 = """\
+{{- bos_token }}
+{%- if date_string is not defined %}{%- set date_string = strftime_now("%Y") %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\nToday: " + date_string + "\n" + system_message + "<|eot_id|>" }}
+{%- if tools is not none %}
+    {%- for tool in tools %}{{- tool | tojson(indent=4) + "\n" }}{%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+
+MISTRAL = """\
+{{ bos_token }}
+{%- for message in messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+    {%- endif -%}
+    {%- if message['role'] == 'user' -%}
+        {{ '[INST] ' + message['content'] + ' [/INST]' }}
+    {%- elif message['role'] == 'assistant' -%}
+        {% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}
+    {%- else -%}
+        {{ raise_exception('Only user and assistant roles are supported!') }}
+    {%- endif -%}
+{%- endfor -%}"""
+
+PARTS = """\
+{%- for message in messages %}
+    {%- if loop.index > 50 %}{% break %}{% endif %}
+    {{- '<|im_start|>' + message.role + ':' }}
+    {%- if message.content is string %}{{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}{%- if part.type == 'text' %}{{- part.text }}{%- endif %}{%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>' }}
+{%- endfor %}"""
+
+PARTS_ONLY = """\
+{%- for message in messages %}{{- '<|im_start|>' + message.role + ':' }}
+{%- for part in message.content %}{%- if part.type == 'text' %}{{- part.text }}{%- endif %}{%- endfor %}
+{%- endfor %}"""
+
+# Some models' templates build a control token around the role.
+ROLE_BUILT = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|im_end|>' }}{% endfor %}"
+)
+
+# Templates look into what an assistant wrote, and cut its thoughts away.
+REASONING = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' + message.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}
+{%- endfor %}"""
+
+USER = {"role": "user", "content": 'Hi <b>there</b>, it\'s 5 > 3 & "ok" \u00fc\u4e2d\n'}
+CHAT = [USER, {"role": "assistant", "content": " Hello "}, {"role": "user", "content": "Bye"}]
+SYSTEM_CHAT = [{"role": "system", "content": " Be brief. "}, *CHAT]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "<a> & 'é'", "parameters": {"type": "object"}}}]
+
+
+SPECIAL_TOKENS = (
+    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>"),
+)
+
+
+def chat_template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+
+
+def user(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+def transformers_oracle() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of transformers to compare rendered prompts with."""
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer(models.BPE()), bos_token="<s>", eos_token="</s>"
+    )
+
+
+class HFTokenizer:
+    """The methods of a tokenizer that `encode_chat` uses, implemented with `tokenizers` alone."""
+
+    def __init__(self, tokenizer: Tokenizer, special_tokens: Sequence[str]) -> None:
+        self.special_tokens = tuple(special_tokens)
+        self._parsing = tokenizer
+        self._plain = Tokenizer.from_str(tokenizer.to_str())
+        self._plain.encode_special_tokens = True
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        assert not add_special_tokens
+        tokenizer = self._parsing if parse_special else self._plain
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def tokens(self, token_ids: Iterable[int]) -> list[str]:
+        return [self._parsing.id_to_token(token_id) or "" for token_id in token_ids]
+
+
+def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, prefix_space: str | None = None) -> HFTokenizer:
+    """Return a tokenizer of bytes and a few merges. `prefix_space` is sentencepiece's scheme: "first" or "always"."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)] if prefix_space else pre_tokenizers.ByteLevel.alphabet()
+    merges = [("h", "i"), ("e", "n"), ("en", "d"), ("|", ">"), ("<", "|"), ("i", "m"), ("▁", "h")]
+    chars = ["▁", *map(chr, range(33, 127))] if prefix_space else ["▁"]
+    words = [*SPECIAL_TOKENS, *sorted(byte_tokens), *chars, *("".join(merge) for merge in merges)]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=prefix_space is not None))
+    if prefix_space:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix_space, split=False)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
+    return HFTokenizer(tokenizer, special_tokens)
+
+
+def controls(tokenizer: HFTokenizer, token_ids: list[int]) -> list[str]:
+    return [token for token in tokenizer.tokens(token_ids) if token in tokenizer.special_tokens]
+
+
+def text_of(tokenizer: HFTokenizer, token_ids: list[int]) -> str:
+    """Decode the ids of a byte-level tokenizer, special tokens included."""
+    data = b"".join(BYTES_OF.get(token, token.encode()) for token in tokenizer.tokens(token_ids))
+    return data.decode()
+
+
+def _bytes_of_tokens() -> dict[str, bytes]:
+    tokenizer = byte_tokenizer(["<s>"])
+    vocab = [tokenizer.tokens(tokenizer.encode(chr(code), add_special_tokens=False)) for code in range(128)]
+    return {token: chr(code).encode() for code, tokens in enumerate(vocab) for token in tokens}
+
+
+BYTES_OF = _bytes_of_tokens()

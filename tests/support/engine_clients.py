@@ -1,0 +1,71 @@
+"""Engine clients connected to a fake engine, and requests for them."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from engine.shared.messages import SamplingParams, Submit, TokenEvent
+from server.engine_client.client import EngineClient
+from server.engine_client.streams import RequestStream
+from server.metrics import Metrics
+
+PROMPT = list(b"hi")
+
+
+@asynccontextmanager
+async def connected(
+    address: str,
+    *,
+    max_queued_requests: int = 4,
+    step_timeout: float = 60.0,
+    engine_pid: int | None = None,
+    metrics: Metrics | None = None,
+) -> AsyncIterator[EngineClient]:
+    """Start a client, and close it at the end."""
+    client = EngineClient(
+        address,
+        max_queued_requests=max_queued_requests,
+        step_timeout=step_timeout,
+        metrics=metrics or Metrics("lightwell_", "m"),
+        engine_pid=engine_pid,
+    )
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def ready(address: str, **options: object) -> AsyncIterator[EngineClient]:
+    """Start a client and wait until its engine is ready."""
+    async with connected(address, **options) as client:  # type: ignore[arg-type]
+        await until(lambda: client.is_ready)
+        yield client
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until `condition()` is true. Fail after about five seconds."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    pytest.fail("it did not happen in time")
+
+
+def request(request_id: str = "r", *, n: int = 1, max_tokens: int = 100) -> Submit:
+    params = SamplingParams(max_tokens=max_tokens)
+    return Submit(request_id=request_id, prompt_token_ids=PROMPT, params=params, arrival=time.monotonic(), n=n)
+
+
+async def read(stream: RequestStream) -> list[TokenEvent]:
+    """Return all events of a stream."""
+    return [event async for batch in stream for event in batch]
+
+
+def tokens(events: list[TokenEvent], index: int = 0) -> list[int]:
+    """Return the token ids of one choice."""
+    return [token_id for event in events if event.index == index for token_id in event.token_ids]

@@ -1,0 +1,101 @@
+"""Accepted and rejected values of every setting, as text, and settings as the command line reads them."""
+
+from typing import Any
+
+from server.cli.main import make_parser
+from server.settings.load import load_settings
+from server.settings.table import Settings
+
+# For each setting: two texts that are accepted, the first of which is not the default, and their values.
+VALID: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
+    "model": (("org/name", "org/name"), ("/models/x.gguf", "/models/x.gguf")),
+    "device": (("cpu", "cpu"), ("cuda:1", "cuda:1")),
+    "dtype": (("bfloat16", "bfloat16"), ("float32", "float32")),
+    "quantization": (("int8", "int8"), ("none", "none")),
+    "pooling": (("last", "last"), ("mean", "mean")),
+    "seed": (("-9223372036854775808", -(2**63)), ("7", 7)),
+    "host": (("localhost", "localhost"), ("::1", "::1")),
+    "port": (("0", 0), ("65535", 65535)),
+    "api_key": (("sk-one", ("sk-one",)), ("sk two", ("sk two",))),
+    "allow_unauthenticated": (("true", True), ("yes", True)),
+    "allowed_origins": (("*", ("*",)), ("https://example.org:8443", ("https://example.org:8443",))),
+    "served_model_name": (("gpt-4", ("gpt-4",)), ("a/b", ("a/b",))),
+    "chat_template": (("/a/chat.jinja", "/a/chat.jinja"), ("b.jinja", "b.jinja")),
+    "enable_docs": (("true", True), ("on", True)),
+    "strict": (("on", True), ("True", True)),
+    "max_queued_requests": (("1", 1), ("5000", 5000)),
+    "max_body_size": (("1KiB", 1024), ("2MB", 2_000_000)),
+    "max_stored_responses": (("0", 0), ("5", 5)),
+    "stored_responses_memory": (("0", 0), ("1GiB", 1 << 30)),
+    "record_requests": (("0", 0), ("100", 100)),
+    "max_logprobs": (("-1", -1), ("0", 0)),
+    "drain_timeout": (("0", 0.0), ("2.5", 2.5)),
+    "step_timeout": (("0.5", 0.5), ("1e3", 1000.0)),
+    "max_model_len": (("1", 1), ("4096", 4096)),
+    "max_num_seqs": (("1", 1), ("256", 256)),
+    "max_num_batched_tokens": (("1", 1), ("8192", 8192)),
+    "long_prefill_token_threshold": (("512", 512), ("1", 1)),
+    "block_size": (("16", 16), ("128", 128)),
+    "enable_prefix_caching": (("false", False), ("off", False)),
+    "kv_cache_dtype": (("int8", "int8"), ("int8", "int8")),
+    "kv_cache_memory": (("1.5GiB", 3 << 29), ("1048576", 1 << 20)),
+    "speculative": (("off", "off"), ("ngram", "ngram")),
+    "enforce_eager": (("true", True), ("on", True)),
+    "batch_invariant": (("false", False), ("off", False)),
+    "lora_modules": (("sql=/a/sql", ("sql=/a/sql",)), ("a/b@1=org/name:x.gguf", ("a/b@1=org/name:x.gguf",))),
+    "max_loras": (("3", 3), ("1", 1)),
+    "max_lora_rank": (("64", 64), ("1", 1)),
+    "allow_runtime_lora_updating": (("true", True), ("on", True)),
+    "log_level": (("debug", "debug"), ("error", "error")),
+    "log_format": (("json", "json"), ("json", "json")),
+    "metrics_prefix": (("vllm:", "vllm:"), ("a_1", "a_1")),
+}
+# For each setting: texts that are rejected.
+INVALID: dict[str, list[str]] = {
+    "model": ["", " ", "a\nb"],
+    "device": ["gpu", "cuda:", "CPU"],
+    "dtype": ["fp16", ""],
+    "quantization": ["INT8", "int4", ""],
+    "pooling": ["cls", "", "MEAN"],
+    "seed": ["9223372036854775808", "1.5", "x", ""],
+    "host": ["", "\t"],
+    "port": ["-1", "65536", "8000.0", "http", "", "٣"],
+    "api_key": ["", "  "],
+    "allow_unauthenticated": ["maybe", "", "2"],
+    "allowed_origins": ["example.org", "https://example.org/", ""],
+    "served_model_name": ["", " "],
+    "chat_template": ["", " "],
+    "enable_docs": ["maybe", "2"],
+    "strict": ["strict"],
+    "max_queued_requests": ["0", "-1"],
+    "max_body_size": ["1023", "10 apples", "-1MiB", "1e9", "9999999TiB"],
+    "max_stored_responses": ["-1", "many"],
+    "stored_responses_memory": ["-1", "1GB/s"],
+    "record_requests": ["-1", "all"],
+    "max_logprobs": ["-2", "all"],
+    "drain_timeout": ["-1", "nan", "inf", "1e6", "30s"],
+    "step_timeout": ["0", "nan"],
+    "max_model_len": ["0", "2147483648"],
+    "max_num_seqs": ["0", "65537"],
+    "max_num_batched_tokens": ["0"],
+    "long_prefill_token_threshold": ["-1"],
+    "block_size": ["17", "8", "", "256"],
+    "enable_prefix_caching": ["none"],
+    "kv_cache_dtype": ["fp8", "bfloat16", ""],
+    "kv_cache_memory": ["1KiB", "1GG", ""],
+    "speculative": ["on", "false", "", "OFF"],
+    "enforce_eager": ["none"],
+    "batch_invariant": ["none"],
+    "lora_modules": ["", "/a/sql", "=/a/sql", "sql=", "sql= ", "s q=/a", "a=/\0", "a" * 129 + "=/a", "{", "{}"],
+    "max_loras": ["0", "1025", "all"],
+    "max_lora_rank": ["0", "4097"],
+    "allow_runtime_lora_updating": ["maybe", "2"],
+    "log_level": ["INFO", "trace"],
+    "log_format": ["text"],
+    "metrics_prefix": ["1a", "a-b", ""],
+}
+
+
+def settings_from_flags(*argv: str) -> Settings:
+    """Return the settings that `lightwell serve` reads from its flags alone."""
+    return load_settings(vars(make_parser().parse_args(["serve", *argv])))
