@@ -1,0 +1,27 @@
+"""The commands that the documentation shows, and why no test runs some of them."""
+
+from collections.abc import Mapping
+
+from tests.support.documents import DOCUMENTS, commands
+
+HUB = "downloads other servers from package registries, 6 GB"
+
+# The beginning of a command -> why no test runs it. All others are run by tests/e2e/test_documented_commands.py.
+EXCEPTIONS: Mapping[str, str] = {
+    "LIGHTWELL_API_KEY=choose-one docker compose up": "Docker",
+    "docker build ": "Docker",
+    "docker run ": "Docker",
+    "lightwell serve MODEL --device cuda:0": "GPU",
+    "make bench-gpu": "GPU",
+    'make peers ARGS="setup FOLDER"': HUB,
+    'make peers ARGS="compare FOLDER': HUB,
+}
+
+
+def is_exception(command: str) -> bool:
+    return command.startswith(tuple(EXCEPTIONS))
+
+
+def shown_commands() -> list[str]:
+    """Return every command that some document shows, once, in the order of the documents."""
+    return list(dict.fromkeys(command for document in DOCUMENTS for command in commands(document)))

@@ -1,0 +1,45 @@
+"""The table of the metrics that a server exposes, made from its registry."""
+
+import os
+
+from prometheus_client import Metric
+
+from engine.shared.messages import EngineInfo, EngineStats
+from server.metrics import Metrics
+
+PREFIX = "lightwell_"
+INFO = EngineInfo(
+    pid=os.getpid(),
+    max_model_len=2048,
+    max_num_seqs=8,
+    block_size=32,
+    num_blocks=100,
+    vocab_size=100,
+    device="cpu",
+    dtype="float32",
+    kernels="torch",
+    deterministic=True,
+    fingerprint="",
+    max_loras=1,
+)
+
+
+def exposed_families() -> list[Metric]:
+    """Return every family of a server whose engine is ready and which has answered a request."""
+    metrics = Metrics(PREFIX, "model")
+    metrics.set_engine_info(INFO)
+    metrics.set_stats_source(EngineStats)
+    metrics.observe_http("/v1/completions", "POST", 200, 1.0)
+    return list(metrics.registry.collect())
+
+
+def markdown_table() -> str:
+    """Return a row for each family except those of the process collectors, in alphabetical order."""
+    lines = ["| Metric | Type | Labels | |", "|---|---|---|---|"]
+    own = [family for family in exposed_families() if "process_" not in family.name]
+    for family in sorted(own, key=lambda family: family.name):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = dict.fromkeys(label for sample in family.samples for label in sample.labels if label != "le")
+        shown = ", ".join(f"`{label}`" for label in labels)
+        lines.append(f"| `{name}` | {family.type} | {shown} | {family.documentation} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,55 @@
+"""Generated tables are current, and the tables of errors and endpoints are complete."""
+
+import re
+
+import pytest
+
+from server.http import errors
+from tests.docs.generate import TABLES, with_tables
+from tests.docs.parameters import describe
+from tests.support.documents import spans, text_of
+from tests.support.paths import ROOT
+
+
+@pytest.mark.parametrize("document", TABLES)
+def test_tables_are_current(document: str) -> None:
+    assert with_tables(document) == text_of(document), "run `python -m tests.docs.generate`"
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"type": "string"}, "string"),
+        ({"type": "string", "maxLength": 2048}, "string, at most 2,048 characters"),
+        ({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}]}, "number > 0, <= 1"),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, "integer"),
+        ({"enum": ["left", "right"], "type": "string"}, "`left`, `right`"),
+        ({"anyOf": [{"type": "string"}, {"type": "array", "maxItems": 4}]}, "string or array, at most 4 entries"),
+        ({"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}]}, "object"),
+        ({"type": "object", "maxProperties": 16}, "object, at most 16 entries"),
+    ],
+)
+def test_types_in_words(schema: dict[str, object], expected: str) -> None:
+    assert describe(schema) == expected
+
+
+def test_every_error_is_listed() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "server/http").glob("*.py")]
+    codes = {code for source in sources for code in re.findall(r'\bcode(?:: str)?(?: \| None)? ?= ?"(\w+)"', source)}
+    assert len(codes) > 10
+    assert codes - set(spans("docs/api.md")) == set()
+    table = text_of("docs/api.md").partition("\n## Errors\n")[2]
+    statuses = {int(status) for status in re.findall(r"^\| (\d{3}) \|", table, re.MULTILINE)}
+    assert statuses >= set(errors.ANTHROPIC_TYPES)
+
+
+def test_every_route_is_listed() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "server/api").glob("**/*.py")]
+    routes = {
+        (method.upper(), re.sub(r"\{\w+(:\w+)?\}", "{id}", path))
+        for source in sources
+        for method, path in re.findall(r'^@\w+\.(get|post|delete)\("([^"]+)"', source, re.MULTILINE)
+    }
+    assert len(routes) > 20
+    listed = {tuple(span.split(" ", 1)) for span in spans("docs/api.md") if re.match("(GET|POST|DELETE) /", span)}
+    assert routes - listed == set()

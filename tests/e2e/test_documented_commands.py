@@ -1,0 +1,150 @@
+"""Run every command that the documentation shows, except those listed in tests/docs/commands.py.
+
+One server is started with the flags of every `lightwell serve` that is shown, and all other commands run against it.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine.config import load_model_config
+from tests.docs.commands import is_exception, shown_commands
+from tests.support.documents import DOCUMENTS, commands
+from tests.support.lora_adapters import save_random_adapter
+from tests.support.paths import ROOT
+from tests.support.server_process import READY_SECONDS, ServerProcess, free_port, shared_server
+from tests.support.serving import wait_until
+
+SECONDS = 300.0  # limit for hangs only
+
+# Stands in for `lightwell serve`, and prints its flags and environment variables.
+RECORDER = """\
+import json, os, sys
+variables = {name: value for name, value in os.environ.items() if name.startswith("LIGHTWELL_")}
+print(json.dumps([sys.argv[1:], variables]))
+"""
+
+
+def is_serve(command: str) -> bool:
+    return "lightwell serve" in command
+
+
+RUN = [document for document in DOCUMENTS if any(not is_exception(command) for command in commands(document))]
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with what the commands name: two adapters and the command `lightwell`."""
+    folder, config = tmp_path_factory.mktemp("commands"), load_model_config(smollm2_path)
+    for seed, name in enumerate(("folder", "file.gguf")):  # a folder may stand in for a GGUF file
+        save_random_adapter(folder / name, config, seed, ranks={"": 8})
+    script = folder / "bin" / "lightwell"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m server.cli.main "$@"\n')
+    script.chmod(0o755)
+    (folder / "recorder.py").write_text(RECORDER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, smollm2_path: Path) -> Iterator[ServerProcess]:
+    flags: list[str] = []
+    variables: dict[str, str] = {}
+    for command in filter(is_serve, shown_commands()):
+        if not is_exception(command):
+            some_flags, some_variables = recorded(command, folder)
+            flags += some_flags
+            variables |= some_variables
+    own = ("--allow-runtime-lora-updating", "--record-requests=100", "--max-model-len=1024", "--kv-cache-memory=128MiB")
+    with shared_server(smollm2_path, *flags, *own, **variables) as server:
+        yield server
+
+
+def recorded(command: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Run a command that starts a server, with the recorder instead of the server. Return flags and variables."""
+    recorder = f"{shlex.quote(sys.executable)} {shlex.quote(str(folder / 'recorder.py'))}"
+    printed = shell(filled_in(command, folder).replace("lightwell serve", recorder), folder)
+    flags, variables = json.loads(printed)
+    return flags, variables
+
+
+def filled_in(command: str, folder: Path) -> str:
+    for placeholder in ("folder", "file.gguf"):
+        command = command.replace(f"path/to/{placeholder}", str(folder / placeholder))
+    return command.replace("config.yaml", str(folder / "config.yaml"))
+
+
+def shell(command: str, folder: Path, environment: Mapping[str, str] | None = None, given: str = "") -> str:
+    """Return what a command prints. Fails if the command fails."""
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.run(
+        ["sh", "-c", command],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, **(environment or {})},
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert process.returncode == 0, f"{command}\n{process.stdout}{process.stderr}"
+    return process.stdout
+
+
+@pytest.mark.parametrize("document", RUN)
+def test_commands_of(document: str, server: ServerProcess, folder: Path) -> None:
+    request_id = server.complete(max_tokens=4).json()["id"]
+    for command in commands(document):
+        if not is_exception(command) and not is_serve(command) and command != "make serve":
+            own = filled_in(command, folder).replace(":8000", f":{server.port}").replace("/ID/", f"/{request_id}/")
+            assert run(own, server, folder)
+
+
+def run(command: str, server: ServerProcess, folder: Path) -> str:
+    """Run a command that is shown against `server`, and return what it prints."""
+    program, _, arguments = command.partition(" ")
+    match program:
+        case "curl":
+            return shell(f"curl -sS --fail-with-body {arguments}", folder)
+        case ".venv/bin/python":
+            return shell(f"{shlex.quote(sys.executable)} {arguments}", folder, {"OPENAI_BASE_URL": f"{server.url}/v1"})
+        case ".venv/bin/lightwell":
+            return shell(f"lightwell {arguments} --url {server.url}", folder, given="Hello!\n")
+        case "make" | "cat":
+            return shell(command, folder)
+    pytest.fail(f"no case for this command: {command}")
+
+
+def test_make_serve(folder: Path, smollm2_path: Path) -> None:
+    """`make serve`, in this environment instead of one that make would create first."""
+    assert "make serve" in shown_commands()
+    port = free_port()
+    arguments = f"ARGS={smollm2_path} --port {port} --max-model-len 256"
+    process = subprocess.Popen(
+        ["make", "--old-file=.venv/installed", f"BIN={folder / 'bin'}", "serve", arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        wait_until(lambda: is_ready(port) or process.poll() is not None, READY_SECONDS)
+        assert process.poll() is None
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def is_ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
