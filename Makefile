@@ -1,7 +1,7 @@
 # Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format bench bench-gpu peers test-image clean
+.PHONY: help install serve test test-long check format bench bench-gpu peers test-image clean
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
@@ -9,6 +9,7 @@ BIN := .venv/bin
 CONFORMANCE := tests/conformance
 CLIENTS := $(patsubst %,.venv-clients/%/installed,clients instructor lm-eval) $(CONFORMANCE)/node_modules/installed
 ARGS ?=
+WORKERS ?= auto
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +19,12 @@ install: .venv/installed ## Make .venv and install the project in it
 serve: .venv/installed ## Serve the default model, or the one in ARGS
 	@$(BIN)/lightwell serve $(ARGS)
 
-test: .venv/installed-test $(CLIENTS) ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/installed-test $(CLIENTS) ## Run the tests, one process for each core (WORKERS=0: in this one)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-long: .venv/installed-test $(CLIENTS) ## Draw many more random cases, and run what `make test` leaves out
+	TEST_LONG=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+		-m "long or hypothesis" $(ARGS)
 
 check: .venv/installed-test ## Check style and types
 	$(BIN)/ruff check

@@ -1,20 +1,50 @@
-"""Fixtures that more than one folder of tests uses."""
+"""Fixtures shared by several folders of tests."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
-# Tests, servers and clients share the cores here. Threads that spin while they wait would take them from each other,
-# and a step then lasts many times as long. Read by OpenMP when torch is loaded, here and in the servers under test.
+from tests.support.machine import machine
+from tests.support.suite import SuiteReport, in_slice
+
+# Tests, servers and clients share the cores. With spinning OpenMP threads a step would take many times as long. OpenMP
+# reads the variable when torch is loaded, here and in the servers under test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Kernels in Triton run in its interpreter, on a CPU. Read when a kernel is defined.
+# Triton kernels run in the interpreter, on the CPU. Read when a kernel is defined.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# It multiplies with NumPy, whose library has kernels for each kind of processor. With those for Haswell a row's sum
-# depends on its place in the matrix, which on a GPU it does not. Read when NumPy is loaded.
+# The interpreter multiplies with NumPy, whose OpenBLAS has kernels for each processor type. With the Haswell kernels a
+# row's result depends on its position in the matrix, unlike on a GPU. Read when NumPy is loaded.
 os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lightwell")
+    group.addoption("--slice", metavar="K/N", help="run the K-th of N parts of the tests, which depend on their names")
+    group.addoption("--report", metavar="FILE", type=Path, help="write what the run found, and its time by folder")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist leaves this to its parent
+        config.pluginmanager.register(SuiteReport(config.getoption("--report")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if part := config.getoption("--slice"):
+        selected = [item for item in items if in_slice(item.nodeid, part)]
+        config.hook.pytest_deselected(items=[item for item in items if not in_slice(item.nodeid, part)])
+        items[:] = selected
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run a test marked `alone` while no other test runs, its fixtures included."""
+    assert item.config.cache is not None
+    with machine(item.config.cache.mkdir("machine"), alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture
@@ -24,7 +54,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Q4_1), fetched on first use."""
+    """The GGUF file of SmolLM2-135M-Instruct (Q4_1), downloaded on first use."""
     if path := os.environ.get("LIGHTWELL_TEST_MODEL"):
         return Path(path)
     from server.model_paths import resolve_model

@@ -1,0 +1,68 @@
+"""Parts of the test suite, and a report of a run: what failed, and the time by folder."""
+
+import os
+import platform
+import time
+import zlib
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+NUM_FOLDERS_SHOWN = 40
+BAD = ("failed", "error")
+SHOWN_DEPTH = 4  # tests/engine/kernels/triton
+
+
+def in_slice(nodeid: str, part: str) -> bool:
+    """Return whether a test belongs to part `K/N`, where K counts from 1. Raises pytest.UsageError."""
+    try:
+        index, num_parts = map(int, part.split("/"))
+    except ValueError:
+        raise pytest.UsageError(f"--slice {part}: must be K/N") from None
+    if not 1 <= index <= num_parts:
+        raise pytest.UsageError(f"--slice {part}: K must be 1 to {num_parts}")
+    return zlib.crc32(nodeid.encode()) % num_parts == index - 1
+
+
+class SuiteReport:
+    """Collects the time of each folder and prints it at the end; with a path, writes a report there."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._started = time.monotonic()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count setup, call and teardown."""
+        folder = PurePosixPath(*PurePosixPath(report.nodeid.partition("::")[0]).parent.parts[:SHOWN_DEPTH])
+        self._seconds[str(folder)] += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the folders that took longest, and write the report."""
+        rows = sorted(self._seconds.items(), key=lambda row: -row[1])[:NUM_FOLDERS_SHOWN]
+        lines = [f"{seconds:8.1f} s  {folder}" for folder, seconds in rows]
+        terminalreporter.write_sep("=", "time by folder, added over workers")
+        for line in lines:
+            terminalreporter.write_line(line)
+        if self._path is not None:
+            stats = terminalreporter.stats
+            counts = {name: len(found) for name, found in stats.items() if name in ("passed", "skipped", *BAD)}
+            failed = [report.nodeid for name in BAD for report in stats.get(name, [])]
+            self._path.write_text("\n".join([*self._head(counts), "", *lines, "", *failed]).strip() + "\n")
+
+    def _head(self, counts: dict[str, int]) -> list[str]:
+        seconds = time.monotonic() - self._started
+        return [
+            f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            f"{', '.join(f'{num} {name}' for name, num in sorted(counts.items()))} in {seconds / 60:.1f} min",
+        ]
+
+
+def processor() -> str:
+    """Return the processor's name and the widest vector instructions it has."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    flags = set(fields.get("flags", "").split())
+    widest = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), "no AVX2")
+    return f"{fields.get('model name', platform.processor()).strip()} ({widest})"
