@@ -24,7 +24,7 @@ test: .venv/installed-test $(CLIENTS) ## Run the tests, one process for each cor
 
 test-long: .venv/installed-test $(CLIENTS) ## Draw many more random cases, and run what `make test` leaves out
 	TEST_LONG=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
-		-m "long or hypothesis" $(ARGS)
+		-m "long or hypothesis or drawn" $(ARGS)
 
 check: .venv/installed-test ## Check style and types
 	$(BIN)/ruff check

@@ -61,7 +61,7 @@ class Engine:
             max_model_len=loaded.limits.max_model_len,
             eos_token_ids=loaded.config.eos_token_ids,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
-            speculation=choose_policy(config.speculative, suits=is_lossless and is_cheap),
+            speculation=choose_policy(config.speculative, auto_enabled=is_lossless and is_cheap),
         )
         # With drafts, neither the next token nor its position is known before the step has been read.
         can_overlap = self.scheduler.drafting.policy is None

@@ -171,14 +171,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype called `name`; for auto, bfloat16 if the device has products in it, else float16 or float32.
+    """Return the dtype called `name`.
 
-    Without bfloat16, a GPU gets float16 and a CPU float32. Raises ValueError for another name.
+    For auto: bfloat16 if the device supports matrix products in it, else float16 on a GPU and float32 on a CPU.
+    Raises ValueError for another name.
     """
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
-        raise ValueError(f"--dtype {name}: must be auto, {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {name}: must be auto, float32, bfloat16 or float16")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

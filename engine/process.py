@@ -17,7 +17,7 @@ from types import FrameType
 import msgspec
 import torch
 
-from engine.clients import Clients
+from engine.api_connections import ApiConnections
 from engine.config import EngineProcessConfig
 from engine.core import Engine
 from engine.loading import load_model
@@ -51,10 +51,10 @@ ADAPTER_UPDATE_WAIT = 0.005  # seconds between checks of adapters that are loadi
 class EngineLoop:
     """Alternates between the messages of the API processes and the steps of the engine."""
 
-    def __init__(self, engine: Engine, info: EngineInfo, clients: Clients) -> None:
+    def __init__(self, engine: Engine, info: EngineInfo, connections: ApiConnections) -> None:
         self.engine = engine
         self.info = info
-        self.clients = clients
+        self.connections = connections
         self.adapter_updates = AdapterUpdates(engine.adapters, engine.model_config, engine.scheduler)
         self.refused: list[TokenEvent] = []  # of choices that were refused before they were queued
 
@@ -67,30 +67,30 @@ class EngineLoop:
 
     def run_once(self, timeout: float) -> None:
         """Receive messages, run at most one step, and send its events. Wait up to `timeout` seconds for a message."""
-        for identity, message in self.clients.receive(timeout):
+        for identity, message in self.connections.receive(timeout):
             self.handle(identity, message)
         for identity, done in self.adapter_updates.advance():
             self.announce_adapters(identity, done)
         step, events = self.engine.step()
         refused, self.refused = self.refused, []
-        self.clients.send_outputs(refused + events, self.engine.stats(), step.num_tokens if step else 0)
+        self.connections.send_outputs(refused + events, self.engine.stats(), step.num_tokens if step else 0)
 
     def handle(self, identity: bytes, message: ToEngine) -> None:
         """Act on a message of the API process `identity`."""
         if isinstance(message, Submit):
-            self.clients.remember(identity, message)
+            self.connections.remember(identity, message)
             self.add(message)
         elif isinstance(message, LoadAdapter | UnloadAdapter):
             if (refusal := self.adapter_updates.add(identity, message)) is not None:
-                self.clients.send(identity, refusal)
+                self.connections.send(identity, refusal)
         elif isinstance(message, Abort):
             self.engine.abort(message.request_id, message.index)
-            self.clients.forget(message.request_id, message.index)
+            self.connections.forget(message.request_id, message.index)
         elif isinstance(message, Vocabulary):
             self.engine.set_tokenizer(message.tokenizer)
         else:
-            self.clients.identities.add(identity)
-            self.clients.send(identity, Ready(self.info, self.engine.adapters.loaded()))
+            self.connections.identities.add(identity)
+            self.connections.send(identity, Ready(self.info, self.engine.adapters.loaded()))
 
     def add(self, submit: Submit) -> None:
         """Queue a request. It fails if its adapter was unloaded or replaced while the request was on its way."""
@@ -106,9 +106,9 @@ class EngineLoop:
 
     def announce_adapters(self, identity: bytes, done: AdapterDone) -> None:
         """Send the loaded adapters to all API processes, and then the result to the one that asked."""
-        for client in self.clients.identities:
-            self.clients.send(client, Adapters(self.engine.adapters.loaded()))
-        self.clients.send(identity, done)
+        for process in self.connections.identities:
+            self.connections.send(process, Adapters(self.engine.adapters.loaded()))
+        self.connections.send(identity, done)
 
 
 def leave(_signal: int, _frame: FrameType | None) -> None:
@@ -138,14 +138,14 @@ def main() -> None:
         sys.exit(1)
     finally:
         faulthandler.cancel_dump_traceback_later()
-        loop.clients.close()
+        loop.connections.close()
         close_log()
 
 
 def start(process_config: EngineProcessConfig) -> EngineLoop:
     """Load the model, warm it up, and return the loop, ready to run."""
     config = process_config.config
-    clients = Clients(process_config.address)
+    connections = ApiConnections(process_config.address)
     age = process_age()
     clock = StepClock()
     loaded = load_model(config, clock, progress_bar())
@@ -157,7 +157,7 @@ def start(process_config: EngineProcessConfig) -> EngineLoop:
     log_plan(loaded, config)
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in {"imports": age, **clock.seconds}.items())
     logger.info("engine: ready after %.1f s: %s", process_age(), parts)
-    loop = EngineLoop(engine, engine_info(loaded, config.model_path), clients)
+    loop = EngineLoop(engine, engine_info(loaded, config.model_path), connections)
     signal.signal(signal.SIGTERM, leave)
     gc.collect()
     gc.freeze()  # what is loaded stays, so the collector can skip it

@@ -73,7 +73,7 @@ class ServerContext:
     tokenize_threads: CapacityLimiter = field(default_factory=lambda: _limiter(2))
 
     async def run_text_work(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
-        """Run `function` in a thread, with the limiter of generation requests."""
+        """Run CPU-bound `function` in a worker thread, at most one per core."""
         return await anyio.to_thread.run_sync(function, *args, limiter=self.text_threads)
 
     @property

@@ -187,7 +187,7 @@ class Metrics:
             self._per_token.observe(seconds / (num_tokens - 1))
 
     def observe_request(self, choices: Sequence[ChoiceStats]) -> None:
-        """Record the end of all choices of a request."""
+        """Record the number of choices of a finished request, and the output tokens of its longest choice."""
         self._params_n.observe(len(choices))
         self._max_generation_tokens.observe(max(choice.num_output_tokens for choice in choices))
 

@@ -28,9 +28,9 @@ PRIVATE_WORDS = re.compile(
 
 # Modules without a test file of their own name, and where they are tested.
 TESTED_ELSEWHERE = {
+    "engine/api_connections.py": "tests/e2e/test_death.py",
     "engine/batch/inputs.py": "tests/engine/batch/test_builder.py",
     "engine/batch/transfer.py": "tests/engine/batch/test_builder.py",
-    "engine/clients.py": "tests/e2e/test_death.py",
     "engine/config/fields.py": "tests/engine/config/test_huggingface.py",
     "engine/config/structs.py": "tests/engine/config/test_huggingface.py",
     "engine/execution/cpu_program.py": "tests/engine/test_runner.py",
@@ -39,7 +39,7 @@ TESTED_ELSEWHERE = {
     "engine/execution/load.py": "tests/engine/test_runner.py",
     "engine/grammar/checker.py": "tests/server/constrained/test_grammar_checker.py",
     "engine/grammar/compiler.py": "tests/engine/grammar/test_matcher.py",
-    "engine/kernels/cpu/parameters.py": "tests/engine/kernels/cpu/test_library.py",
+    "engine/kernels/cpu/c_structs.py": "tests/engine/kernels/cpu/test_library.py",
     "engine/kernels/cpu/program.py": "tests/engine/kernels/cpu/test_kernels.py",
     "engine/kernels/cpu/recorder.py": "tests/engine/kernels/cpu/test_kernels.py",
     "engine/kernels/cpu/weights.py": "tests/engine/kernels/cpu/test_kernels.py",
@@ -74,7 +74,7 @@ TESTED_ELSEWHERE = {
     "server/http/json_response.py": "tests/server/http/test_request_middleware.py",
     "server/running_requests.py": "tests/server/api/admin/test_requests.py",
     "server/schemas/answers.py": "tests/server/generation/test_timings.py",
-    "server/schemas/render.py": "tests/server/generation/test_pipeline.py",
+    "server/schemas/rendered_prompt.py": "tests/server/generation/test_pipeline.py",
     "server/schemas/request_fields.py": "tests/server/schemas/test_generation_request.py",
     "server/schemas/samplers.py": "tests/server/schemas/test_generation_request.py",
     "server/schemas/structural_tag.py": "tests/server/constrained/test_tag_grammar.py",

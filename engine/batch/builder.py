@@ -22,7 +22,7 @@ class BatchBuilder:
     ) -> None:
         self.block_size = block_size
         self.device = device
-        # [all rows, rows of generating requests]; the latter come first.
+        # Each holds two numbers: all rows, and the rows of generating requests, which come first.
         self.num_rows, self.num_hidden_rows = np.zeros((2, 2), dtype=np.int64)
         self.num_seqs = np.zeros(1, dtype=np.int64)
         self.rows = np.zeros((9, max_num_tokens), dtype=np.int64)
@@ -105,7 +105,7 @@ class BatchBuilder:
         query_lens, seq_lens = self.query_lens[:num_seqs], self.seq_lens[:num_seqs]
         sequences = np.repeat(np.arange(num_seqs), query_lens)
         positions = self.rows[1, :num_rows]
-        # A row is as far from the end of its sequence as it is from the sequence's last row.
+        # The last row of a sequence is its last token: position = row + seq_len - end of the sequence's rows.
         np.add(np.arange(num_rows), np.repeat(seq_lens - query_lens.cumsum(), query_lens), out=positions)
         blocks, offsets = np.divmod(positions, self.block_size)
         np.add(self.tables[sequences, blocks] * self.block_size, offsets, out=self.rows[2, :num_rows])

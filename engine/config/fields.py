@@ -83,7 +83,7 @@ def shown(value: object) -> str:
 
 
 def checked(config: ModelConfig, source: str) -> ModelConfig:
-    """Return the configuration if its fields fit each other. Raises ValueError, with the name of the source."""
+    """Return the configuration if its fields are consistent. Raises ValueError, whose message begins with `source`."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"{source}: the number of attention heads ({config.num_attention_heads}) is not a multiple of the number "

@@ -194,9 +194,9 @@ def _rope_scaling(rope: Fields, max_positions: int) -> RopeScaling:
 
 
 def _default_sampling(generation: Fields) -> dict[str, float]:
-    """Return the sampling settings of generation_config.json under the names of the API, without those it leaves out.
+    """Return the sampling settings that generation_config.json has, under the names of the API.
 
-    If `do_sample` is false (greedy decoding) the other settings have no effect in transformers: none is returned.
+    If `do_sample` is false (greedy decoding), the other settings have no effect in transformers, so none is returned.
     """
     if not generation.boolean("do_sample", default=True):
         return {}

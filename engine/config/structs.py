@@ -14,7 +14,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None  # tokens of prompt and output; None: the context the model was trained for
     max_num_seqs: int = 128  # choices that run at a time
     max_num_batched_tokens: int | None = None  # token budget of a step
-    long_prefill_token_threshold: int = 0  # most prompt tokens of one request in a step; 0: no limit
+    long_prefill_token_threshold: int = 0  # maximum prompt tokens of one request in a step; 0: no limit
     block_size: int = 32  # tokens in a block of the KV cache
     enable_prefix_caching: bool = True
     kv_cache_memory: int | None = None  # bytes; None: a share of the free memory

@@ -82,7 +82,7 @@ class GraphedExecution(EagerExecution):
             self.hidden = graph()
 
     def _graph_of(self, batch: BatchInputs) -> Forward | None:
-        """Copy the batch into the buffers of its graph and return the graph; None if there is none."""
+        """Copy the batch into the buffers of its CUDA graph and return the graph; None if it must run without one."""
         key = self.key_of(batch)
         if key is None or self.capture is None:
             return None

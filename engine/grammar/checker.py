@@ -46,7 +46,7 @@ def encode_message(message: object) -> bytes:
 
 def main() -> None:
     """Check grammars until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends this process
     die_with_parent(os.getppid())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     requests, results = sys.stdin.buffer, sys.stdout.buffer
@@ -74,7 +74,10 @@ def main() -> None:
 
 
 def _check(compiler: GrammarCompiler, grammars: Sequence[str], progress: mmap.mmap) -> CheckResult:
-    """Compile grammars under resource limits, which end the process if exceeded. Writes its index to `progress`."""
+    """Compile grammars under resource limits, which end the process if exceeded.
+
+    `progress` receives the index of the grammar that is being compiled.
+    """
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
     signal.setitimer(signal.ITIMER_PROF, MAX_PROCESSOR_SECONDS)  # SIGPROF then ends the process
     for index, grammar in enumerate(grammars):

@@ -22,8 +22,8 @@ NUM_ERROR_CHARS = 200
 MAX_FORCED_TOKENS = 2048  # at the beginning of a grammar
 MAX_CHECK_SECONDS = 0.4  # of processor time. Most grammars take a few milliseconds; the engine stalls meanwhile
 
-# Sets of tokens that llguidance allows at once where a JSON string has room for all of them. Without the short ones,
-# each mask of a string with a maximum length is a walk over nearly all tokens.
+# Sets of tokens (slices). Where a JSON string may continue with any token of a set, llguidance allows the whole set
+# without trying each token. Without sets of short tokens, it would try nearly all tokens in a string of limited length.
 _LENGTHS = ("{1,4}", "{1,8}", "{1,12}", "{1,16}", "{1,20}", "{1,30}", "+")
 SLICES = tuple(r'[^"\\\x00-\x1F\x7F]' + length for length in _LENGTHS)
 

@@ -63,7 +63,7 @@ class Matcher:
         except GrammarError as error:
             self.problem = str(error)
             logger.warning("a grammar cannot be followed: %s", error)
-            self._matcher = None  # a failed matcher does not recover; the next call starts anew
+            self._matcher = None  # a failed matcher does not recover; the next call creates another
         return masks + [b""] * (len(draft) + 1 - len(masks))  # rows after a forbidden draft token are dropped
 
     def forced_tokens(self, output: Sequence[int]) -> list[int]:

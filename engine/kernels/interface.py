@@ -37,7 +37,7 @@ class KernelOptions:
     block_size: int = 32
     batch_invariant: bool = True
     enforce_eager: bool = False
-    num_lora_slots: int = 0  # adapters that the device holds at once
+    num_lora_slots: int = 0  # one more than --max-loras, so that an adapter can be replaced in use; 0: no LoRA
     max_lora_rank: int = 0
 
 
@@ -45,13 +45,13 @@ class KernelOptions:
 class LoraWeights:
     """The LoRA adapters (Hu et al. 2021) of one product, y += B (A x), in P slots for one adapter each.
 
-    The M outputs are those of several parts, one after the other (q, k and v, for example). Each part has its own A.
+    The M outputs are those of several projections, concatenated (q, k and v, for example). Each has an A of its own.
     """
 
-    a: Tensor  # [P, parts, R, K]
+    a: Tensor  # [P, projections, R, K]
     b: Tensor  # [P, R, M], scaled
-    ranks: Tensor  # int64 [P, parts], at most R; 0: nothing is added to the part
-    sizes: tuple[int, ...]  # outputs of each part
+    ranks: Tensor  # int64 [P, projections], at most R; 0: nothing is added to the projection
+    sizes: tuple[int, ...]  # outputs of each projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Kernels(Protocol):
     num_threads: int  # that the kernels run on
     num_torch_threads: int  # to set for torch's own operations
     execution: ExecutionKind  # how a model runs on these kernels: see engine.execution.load
-    num_warm_up_tokens: int  # length of a prompt that runs every kernel most requests need
+    num_warm_up_tokens: int  # length of a prompt that runs all kernels that most requests need
 
     @property
     def separates_prompts(self) -> bool:
@@ -102,16 +102,19 @@ class Kernels(Protocol):
         """The number formats of weights and KV cache, for the log and the fingerprint."""
         ...
 
-    def pack(self, parts: Sequence[Weight]) -> Any:
-        """Return weights [M, K], stacked vertically, in the layout of `linear` and `embed`."""
+    def pack(self, weights: Sequence[Weight]) -> Any:
+        """Return the weights, stacked vertically to [M, K], in the layout of `linear` and `embed`."""
         ...
 
     def linear(self, matrix: Any, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
-        """Prepare y = x W^T + b, in the dtype of x or in float32. (Torch's products are converted to float32.)"""
+        """Return an operation that computes x W^T + b, in the dtype of x or in float32.
+
+        Products of torch are computed in the dtype of x, and then converted.
+        """
         ...
 
     def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
-        """Return empty adapter slots for a product whose parts have `sizes` outputs; None if there are no slots."""
+        """Return empty adapter slots for a product of projections with `sizes` outputs; None if there are no slots."""
         ...
 
     def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor) -> None:
@@ -172,7 +175,9 @@ class Kernels(Protocol):
         ...
 
     def temporaries(self) -> AbstractContextManager[None]:
-        """Return a context after which its results may be overwritten, except what it added to a residual stream."""
+        """Return a context manager. Tensors that operations return inside it may be overwritten once it exits;
+        additions to the residual stream remain.
+        """
         ...
 
     def new_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> TokenSampler:

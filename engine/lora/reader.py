@@ -35,7 +35,7 @@ def load_lora(path: Path, config: ModelConfig, max_rank: int | None = None) -> L
 
 
 def _fingerprint(modules: dict[str, LoraMatrices]) -> str:
-    """Hash the names, shapes and numbers of all matrices, so that the same adapter in another format has the same."""
+    """Hash the names, shapes and numbers of all matrices, so that an adapter has one fingerprint in all formats."""
     digest = hashlib.sha256()
     for module, matrices in sorted(modules.items()):
         digest.update(json.dumps([module, list(matrices.a.shape), list(matrices.b.shape)]).encode())

@@ -144,10 +144,10 @@ def _write(weights: LoraWeights, slot: int, names: Sequence[str], checkpoint: Lo
     device = weights.ranks.device
     first = 0
     ranks = [0] * len(names)
-    for part, (name, size) in enumerate(zip(names, weights.sizes, strict=True)):
+    for index, (name, size) in enumerate(zip(names, weights.sizes, strict=True)):
         if (matrices := checkpoint.modules.get(name)) is not None:
-            rank = ranks[part] = len(matrices.a)
-            weights.a[slot, part, :rank] = send(matrices.a, device)
+            rank = ranks[index] = len(matrices.a)
+            weights.a[slot, index, :rank] = send(matrices.a, device)
             weights.b[slot, :rank, first : first + size] = send(matrices.b, device).T
         first += size
     weights.ranks[slot] = to_device(ranks, np.int64, device)
@@ -187,6 +187,9 @@ def check_lora_memory(config: ModelConfig, max_loras: int, rank: int, itemsize: 
 
 
 def choose_lora_rank(config: EngineConfig, checkpoints: Mapping[str, LoraCheckpoint]) -> int:
-    """Return the largest rank that a slot can hold: `max_lora_rank`, or what the adapters loaded at start need."""
+    """Return the largest rank that a slot can hold.
+
+    That is `max_lora_rank` if set, else the largest rank of the adapters loaded at start, at least DEFAULT_MAX_RANK.
+    """
     largest = max((checkpoint.rank for checkpoint in checkpoints.values()), default=0)
     return config.max_lora_rank or max(DEFAULT_MAX_RANK, largest)

@@ -30,13 +30,13 @@ UpdateRequest = LoadAdapter | UnloadAdapter
 
 
 class AdapterUpdates:
-    """The queue of loads and unloads that clients have requested. The first of them is in progress."""
+    """The queue of loads and unloads that API processes have requested. The first is in progress."""
 
     def __init__(self, adapters: LoraAdapters, config: ModelConfig, scheduler: Scheduler) -> None:
         self.adapters = adapters
         self.config = config
         self.scheduler = scheduler
-        self._queue: deque[tuple[bytes, UpdateRequest]] = deque()  # client, and its request
+        self._queue: deque[tuple[bytes, UpdateRequest]] = deque()  # API process, and its request
         self._current: Iterator[None] | None = None  # the update of the first request, once it has begun
 
     def __bool__(self) -> bool:
@@ -52,7 +52,7 @@ class AdapterUpdates:
         return None
 
     def advance(self) -> list[tuple[bytes, AdapterDone]]:
-        """Advance the pending updates for a moment. Return clients and replies of those that have finished."""
+        """Work on the pending updates for some milliseconds. Return (API process, reply) for each that has finished."""
         replies: list[tuple[bytes, AdapterDone]] = []
         while self._queue:
             client, request = self._queue[0]

@@ -27,18 +27,24 @@ from engine.model.rotary import RotaryEmbedding
 class Linear:
     """A linear layer (plus LoRA) that computes several projections of the same input as one matrix product.
 
-    `parts` are the projections: name in the checkpoint and number of outputs. The outputs are concatenated.
+    `projections` are pairs of a name in the checkpoint and a number of outputs. The outputs are concatenated.
     """
 
     def __init__(
-        self, kernels: Kernels, parameters: Parameters, parts: list[tuple[str, int]], num_inputs: int, *, has_bias: bool
+        self,
+        kernels: Kernels,
+        parameters: Parameters,
+        projections: list[tuple[str, int]],
+        num_inputs: int,
+        *,
+        has_bias: bool,
     ) -> None:
-        weights = [parameters.take_weight(f"{name}.weight", size, num_inputs) for name, size in parts]
-        biases = [parameters.take(f"{name}.bias", size) for name, size in parts] if has_bias else []
+        weights = [parameters.take_weight(f"{name}.weight", size, num_inputs) for name, size in projections]
+        biases = [parameters.take(f"{name}.bias", size) for name, size in projections] if has_bias else []
         self.kernels = kernels
-        self.names = [name for name, _ in parts]
+        self.names = [name for name, _ in projections]
         self.product = kernels.linear(kernels.pack(weights), torch.cat(biases) if biases else None)
-        self.lora = kernels.new_lora_weights([size for _, size in parts], num_inputs)
+        self.lora = kernels.new_lora_weights([size for _, size in projections], num_inputs)
 
     def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor | None = None) -> Tensor:
         out = self.product(x, residual)

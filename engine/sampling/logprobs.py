@@ -17,7 +17,10 @@ from engine.shared.messages import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class PendingLogprobs:
-    """Log probabilities of R rows that the host has not read yet. T: most likely tokens, N: named tokens."""
+    """Log probabilities of R rows that the host has not read yet.
+
+    T: number of most likely tokens; N: number of tokens of `logprob_token_ids`.
+    """
 
     values: HostCopy  # [R, 1 + T + N] float32: of the chosen token, the most likely and the named ones
     integers: HostCopy  # [R, 1 + T] int64: rank of the chosen token, ids of the most likely

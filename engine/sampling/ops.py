@@ -226,8 +226,8 @@ def _exclude_top_choices(x: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _mirostat(x: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Apply Mirostat.
 
-    Version 2 keeps tokens with a surprise of at most mu bits. Version 1 keeps the k most likely, with the k that does
-    the same for a Zipf distribution.
+    Version 2 keeps tokens with a surprise of at most mu bits. Version 1 keeps the k most likely, where k is the rank
+    with a surprise of mu bits in a Zipf distribution fitted to the row.
     """
     mus = [_mu(row) for row in rows]
     logprobs = log_softmax(x)

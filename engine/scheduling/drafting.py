@@ -1,7 +1,7 @@
 """Which drafts a step computes, and what becomes of them. No torch.
 
 A draft is a run of tokens that may follow a request's last one. There are two kinds: tokens that a grammar forces, and
-guesses by prompt lookup (engine.scheduling.speculation). Drafts only use rows and blocks that no request needs.
+n-gram drafts (engine.scheduling.speculation). Drafts only use rows and blocks that no request needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Drafting:
     """Adds drafts to the requests of a step, and settles them once the step's tokens are read."""
 
     def __init__(self, kv: KVManager, stats: EngineStats, policy: SpeculationPolicy | None, max_model_len: int) -> None:
-        """`policy` is that of guesses; None: no guesses."""
+        """`policy`: when n-gram drafts are made; None: never."""
         self.kv = kv
         self.stats = stats
         self.policy = policy
@@ -30,19 +30,19 @@ class Drafting:
     def add_drafts(self, scheduled: Sequence[Scheduled], budget: int) -> None:
         """Add drafts to scheduled requests that generate, at most `budget` rows in all.
 
-        Forced tokens are drafted wherever there is room, guesses as far as the policy allows.
+        Forced tokens are drafted wherever there is room, n-gram drafts are made as far as the policy allows.
         """
         generating = [item for item in scheduled if item.num_samples and not item.is_prompt]
         generating = [item for item in generating if item.request.drafting.is_enabled]
         for item in generating if self.drafts_forced else ():
             budget -= self._add_draft(item, self._forced_tokens(item.request)[:budget])
         if self.policy is not None:
-            guessing = [item for item in generating if not item.draft_token_ids]
+            without_draft = [item for item in generating if not item.draft_token_ids]
             num_rows = sum(item.num_tokens for item in scheduled)
-            self._add_guesses(self.policy, guessing, self.policy.num_spare_rows(num_rows, budget))
+            self._add_ngram_drafts(self.policy, without_draft, self.policy.num_spare_rows(num_rows, budget))
 
     def settle(self, item: Scheduled, num_accepted: int) -> None:
-        """Adapt the next drafts to how many tokens of this one were accepted, and truncate the others."""
+        """Adapt later drafts to how many tokens of this one were accepted, and drop the rest from the KV cache."""
         request, num_drafted = item.request, len(item.draft_token_ids)
         if not num_drafted:
             return
@@ -64,11 +64,11 @@ class Drafting:
         item.request.drafting.is_enabled = False
         self.kv.truncate(item.request, item.num_tokens)
 
-    def _add_guesses(self, policy: SpeculationPolicy, generating: Sequence[Scheduled], num_spare: int) -> None:
-        """Share `num_spare` rows evenly among the guesses. Rows that a short guess leaves go to longer ones."""
+    def _add_ngram_drafts(self, policy: SpeculationPolicy, generating: Sequence[Scheduled], num_spare: int) -> None:
+        """Share `num_spare` rows evenly among the drafts. Rows that a short draft does not use go to longer ones."""
         if num_spare < 1:
             return
-        drafts = [(item, self._guess(policy, item.request)) for item in generating]
+        drafts = [(item, self._ngram_draft(policy, item.request)) for item in generating]
         drafts = sorted((pair for pair in drafts if pair[1]), key=lambda pair: len(pair[1]))
         for index, (item, draft) in enumerate(drafts):
             share = -(-num_spare // (len(drafts) - index))
@@ -80,14 +80,14 @@ class Drafting:
         forced = request.matcher.forced_tokens(request.output_token_ids)
         return forced[: min(room, request.drafting.max_forced)]
 
-    def _guess(self, policy: SpeculationPolicy, request: Request) -> list[int]:
+    def _ngram_draft(self, policy: SpeculationPolicy, request: Request) -> list[int]:
         room = self._max_draft_length(request)
         if room < 1:
             return []
         if request.drafting.drafter is None:
             request.drafting.drafter = Drafter(policy)
-        guess = request.drafting.drafter.draft(request.token_ids, room)
-        return guess if request.matcher is None else request.matcher.cut(request.output_token_ids, guess)
+        draft = request.drafting.drafter.draft(request.token_ids, room)
+        return draft if request.matcher is None else request.matcher.cut(request.output_token_ids, draft)
 
     def _max_draft_length(self, request: Request) -> int:
         """Return how many tokens a draft may have: one token that is not drafted must fit after it."""

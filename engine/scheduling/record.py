@@ -42,11 +42,11 @@ class RequestRecord:
     chunks: list[ChunkRecord] = field(default_factory=list)
     num_ahead: int = 0  # choices ahead of it when it joined the queue
     preemptions: list[float] = field(default_factory=list)
-    resumptions: list[float] = field(default_factory=list)  # first time in a batch again after each preemption
+    resumptions: list[float] = field(default_factory=list)  # when it was scheduled again after each preemption
 
     def times(self) -> RequestTimes:
         """Return the timings so far, as sent with the request's events."""
-        waits = zip(self.preemptions, self.resumptions, strict=False)  # it may end while preempted
+        waits = zip(self.preemptions, self.resumptions, strict=False)  # a request may end while preempted
         waited_before, waited_after = 0.0, 0.0
         for preempted, resumed in waits:
             if self.first_token is None or preempted < self.first_token:

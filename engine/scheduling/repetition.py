@@ -16,7 +16,7 @@ class RepetitionDetector:
     """
 
     def __init__(self, params: RepetitionDetection, min_tokens: int) -> None:
-        """Report no repetition before the output has `min_tokens` tokens."""
+        """`min_tokens`: length of the output below which no repetition is reported."""
         self._params = params
         self._min_tokens = min_tokens
         self._sizes = range(params.min_pattern_size, params.max_pattern_size + 1)

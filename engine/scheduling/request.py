@@ -45,7 +45,8 @@ class KVState:
 
     salt: bytes  # only requests with the same salt share blocks
     num_computed: int = 0  # tokens with keys and values, once the steps in flight are over
-    num_expected: int = 0  # tokens the next step may read, once the steps in flight are over; 0: as many as there are
+    # Length of token_ids once the steps in flight are over and the token being sampled is appended; 0: none is.
+    num_expected: int = 0
     blocks: list[Block] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # leading blocks that have been published for other requests
@@ -73,7 +74,7 @@ class PromptOutputs:
 class DraftingState:
     """How a request's drafts are made, and how its earlier ones did."""
 
-    drafter: Drafter | None = None  # created when the first guess is needed
+    drafter: Drafter | None = None  # created when the first n-gram draft is needed
     is_enabled: bool = True  # False after a draft with non-finite logits
     max_forced: int = 16  # maximum number of tokens forced by a grammar in one draft
 
@@ -85,7 +86,7 @@ class SamplingState:
     allowed_ids: array[int]  # int32, params.allowed_token_ids
     history: array[int] = field(default_factory=lambda: array("i"))  # int32 copy of token_ids, see Request.history
     mirostat_mu: list[float] = field(default_factory=list)  # mu in bits, after each output token
-    repeat_lengths: NDArray[np.int32] | None = None  # see engine.sampling.dry
+    repeat_lengths: NDArray[np.int32] | None = None  # cache of engine.sampling.dry: see _repeat_lengths
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +103,7 @@ class Request:
     num_prompt_tokens: int
     params: SamplingParams
     seed: int  # of this choice
-    order: tuple[int, int]  # (priority, arrival number): lower comes first
+    queue_key: tuple[int, int]  # (priority, arrival number): lower comes first
     lora_name: str  # empty: no LoRA adapter
     lora_slot: int  # slot of the adapter's weights; NO_LORA_SLOT: none
 
@@ -294,7 +295,7 @@ def new_request(
             num_prompt_tokens=len(submit.prompt_token_ids),
             params=submit.params if index == 0 else _without_prompt_logprobs(submit.params),
             seed=choice_seed(submit.params.seed, index),
-            order=(submit.priority, arrival_number),
+            queue_key=(submit.priority, arrival_number),
             lora_name=submit.lora_name,
             lora_slot=lora_slot,
             token_ids=list(submit.prompt_token_ids),

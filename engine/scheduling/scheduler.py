@@ -28,7 +28,7 @@ from engine.shared.messages import EngineStats, FinishReason, TokenEvent
 
 
 def _sort_key(request: Request) -> tuple[int, int, int]:
-    return (*request.order, request.index)
+    return (*request.queue_key, request.index)
 
 
 def _adapter_names(requests: Sequence[Request]) -> list[str]:
@@ -50,7 +50,7 @@ class Scheduler:
         long_prefill_token_threshold: int = 0,
         speculation: SpeculationPolicy | None = None,
     ) -> None:
-        """`speculation` is the policy of guesses; None: no guesses. Raises ValueError if limits are contradictory."""
+        """`speculation`: when n-gram drafts are made; None: never. Raises ValueError if limits are contradictory."""
         if max_num_seqs < 1 or max_model_len < 1 or long_prefill_token_threshold < 0:
             raise ValueError(
                 f"max_num_seqs ({max_num_seqs}) and max_model_len ({max_model_len}) must be at least 1, "

@@ -1,4 +1,4 @@
-"""Guesses of the next tokens by prompt lookup (Saxena 2023): what followed an n-gram before may follow it again.
+"""N-gram drafts, or prompt lookup (Saxena 2023): the tokens that followed an n-gram before may follow it again.
 
 A step computes the rows of a draft together with the request's own row, and samples all of them as usual. Sampled
 tokens are accepted while they equal the draft. The first that differs is accepted too, because all tokens before it
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 NGRAM_LENGTHS = (3, 2)  # the longer n-gram has fewer matches, but better ones
 START_LENGTH = 2  # tokens of the first draft of a policy that adapts
-MAX_RESTS = 15  # drafts skipped after repeated failures
+MAX_SKIPPED = 15  # drafts skipped after a failure, at most
 
 
 @dataclass(frozen=True)
 class SpeculationPolicy:
-    """When guesses are made, and how long they may be."""
+    """When n-gram drafts are made, and how long they may be."""
 
     max_length: int  # tokens per draft
     max_rows: int | None = None  # drafts fill steps up to this many rows; None: up to the token budget
@@ -43,16 +43,16 @@ NGRAM = SpeculationPolicy(max_length=4)
 MODES = ("auto", "ngram", "off")
 
 
-def choose_policy(mode: str, *, suits: bool) -> SpeculationPolicy | None:
-    """Return the policy of `--speculative`, or None for no guesses. `suits` says whether `auto` makes any here.
+def choose_policy(mode: str, *, auto_enabled: bool) -> SpeculationPolicy | None:
+    """Return the policy of `--speculative`, or None for no n-gram drafts.
 
-    Raises ValueError if `mode` is unknown.
+    `auto_enabled`: whether `auto` makes drafts on this device. Raises ValueError if `mode` is unknown.
     """
     if mode not in MODES:
-        raise ValueError(f"--speculative {mode}: must be {', '.join(MODES)}")
+        raise ValueError(f"--speculative {mode}: must be {', '.join(MODES[:-1])} or {MODES[-1]}")
     if mode == "ngram":
         return NGRAM
-    return AUTO if mode == "auto" and suits else None
+    return AUTO if mode == "auto" and auto_enabled else None
 
 
 def num_confirmed(token_ids: Sequence[int], is_finite: Sequence[bool], draft_token_ids: Sequence[int]) -> int:
@@ -93,20 +93,20 @@ class NgramIndex:
 
 
 class Drafter:
-    """Makes guesses for one request. They depend only on its tokens and on the success of its earlier drafts."""
+    """Makes n-gram drafts for one request. They depend only on its tokens and on the success of its earlier drafts."""
 
     def __init__(self, policy: SpeculationPolicy) -> None:
         self.policy = policy
         self.index = NgramIndex()
         self.length = START_LENGTH if policy.adapts else policy.max_length
-        self.num_rests = 0  # drafts to skip
-        self.next_rests = 0  # drafts to skip after the next failure
+        self.num_to_skip = 0  # drafts to skip
+        self.next_skip = 0  # drafts to skip after the next failure
 
     def draft(self, token_ids: Sequence[int], max_length: int) -> list[int]:
         """Return up to `max_length` tokens that may follow; none if the last tokens have not occurred before."""
         length = min(self.length, max_length)
-        if self.num_rests or length < 1:
-            self.num_rests = max(0, self.num_rests - 1)
+        if self.num_to_skip or length < 1:
+            self.num_to_skip = max(0, self.num_to_skip - 1)
             return []
         self.index.add(token_ids)
         start = self.index.find(token_ids)
@@ -126,7 +126,7 @@ class Drafter:
         else:
             self.length = max(1, num_accepted)
         if num_accepted:
-            self.next_rests = 0
+            self.next_skip = 0
         else:
-            self.num_rests = self.next_rests
-            self.next_rests = min(2 * self.next_rests + 1, MAX_RESTS)
+            self.num_to_skip = self.next_skip
+            self.next_skip = min(2 * self.next_skip + 1, MAX_SKIPPED)

@@ -30,7 +30,7 @@ def _block(type_id: int, name: str, block_size: int, **sizes: int) -> GGMLType:
 
 
 def _opaque(type_id: int, name: str, block_size: int, type_size: int) -> GGMLType:
-    """Return a type of plain numbers, or one whose blocks are unpacked by the `gguf` package."""
+    """Return a type without fields: plain numbers, or blocks that only the `gguf` package unpacks."""
     return GGMLType(type_id, name, block_size, type_size, {})
 
 

@@ -91,7 +91,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logit_bias: dict[int, float] = {}  # token id -> number added to its logit
     allowed_token_ids: tuple[int, ...] = ()  # only these can be sampled; empty: all
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that cannot occur in the output
-    extra_samplers: ExtraSamplers | None = None  # None: only penalties, temperature, min_p, top_k and top_p
+    # None: only penalties, temperature, min_p, top_k and top_p. Clients read the names of fields in `.../render`.
+    extra_samplers: ExtraSamplers | None = msgspec.field(default=None, name="chain")
     min_tokens: int = 0  # output tokens before which no end token or stop token id can be sampled
     ignore_eos: bool = False  # do not stop at the model's end tokens
     stop_token_ids: tuple[int, ...] = ()
@@ -100,7 +101,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprob_token_ids: tuple[int, ...] = ()  # with `logprobs`: return those of these tokens, not of the k most likely
     prompt_logprobs: int | None = None  # k: as `logprobs`, for each prompt token but the first
     grammar: str | None = None  # that the output must match, in the format of engine.grammar; needs a `Vocabulary`
-    reasoning_limit: ReasoningLimit | None = None
+    reasoning_limit: ReasoningLimit | None = msgspec.field(default=None, name="thinking")
     post_sampling_probs: bool = False  # `logprobs` are those of the distribution after all sampling settings
 
     @property

@@ -93,7 +93,7 @@ def _float(half: Tensor) -> Tensor:
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """[n, 16] bytes -> [n, 32] float32: first all low halves, then all high ones."""
+    """Unpack bytes [n, 16] to float32 [n, 32]: first all low halves, then all high ones."""
     values = torch.empty(packed.shape[0], 32)
     values[:, :16] = packed & 15
     values[:, 16:] = packed >> 4

@@ -48,7 +48,7 @@ def _is_redundant(name: str, config: ModelConfig) -> bool:
 
 
 def _find_shards(folder: Path) -> dict[Path, set[str]]:
-    """Return the files, each with the names of the tensors that the index expects in it."""
+    """Return each safetensors file -> the tensor names that the index lists for it (none for a single file)."""
     if (folder / WEIGHTS_NAME).is_file():
         return {folder / WEIGHTS_NAME: set()}
     index = folder / INDEX_NAME

@@ -44,7 +44,7 @@ from server.api.responses.schemas import (
 )
 from server.generation.endpoint import AnswerMetadata
 from server.http.error_schemas import AnthropicErrorResponse, ErrorResponse
-from server.schemas.render import RenderedPrompt
+from server.schemas.rendered_prompt import RenderedPrompt
 
 PREFIX = "answer."  # of component names, which would collide with those of requests
 DESCRIPTION = "Language models over HTTP, compatible with clients of the OpenAI and Anthropic APIs."

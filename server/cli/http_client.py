@@ -55,7 +55,7 @@ _CHUNK_DECODER = msgspec.json.Decoder(StreamChunk)
 
 
 def decode_chunk(data: str | bytes) -> StreamChunk:
-    """Decode the data of one event. Raises RemoteError if it is an error event or no valid chunk."""
+    """Decode the data of one event. Raises RemoteError if it is an error or not in OpenAI's format."""
     try:
         chunk = _CHUNK_DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError):

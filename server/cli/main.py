@@ -8,6 +8,7 @@ import argparse
 import os
 import secrets
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn, TypeAlias
@@ -90,6 +91,10 @@ class _Formatter(argparse.HelpFormatter):
         """Return the flags of an action, without the `--no-` flag of a switch that is off by default."""
         is_off = isinstance(action, argparse.BooleanOptionalAction) and SETTINGS[action.dest].default is False
         return action.option_strings[0] if is_off else super()._format_action_invocation(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wrap help text, but do not break flags at their hyphens."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""

@@ -42,7 +42,8 @@ class Constraint:
 
     grammar: str  # in the format of engine.grammar
     param: str  # the request field it comes from, for error messages
-    parts: Sequence["Constraint"] = ()  # grammars of other fields, which are checked separately and first
+    # Schemas of tools, checked first so that an error names the tool's field.
+    checked_first: Sequence["Constraint"] = ()
 
 
 async def check_constraint(checker: GrammarChecker, constraint: Constraint, body: GenerationRequest) -> None:
@@ -57,7 +58,7 @@ async def check_constraint(checker: GrammarChecker, constraint: Constraint, body
         if getattr(body, name, None):
             message = f"Invalid '{name}': not allowed with '{constraint.param}'."
             raise InvalidValueError(message, param=name)
-    constraints = (*constraint.parts, constraint)
+    constraints = (*constraint.checked_first, constraint)
     problem = await checker.find_problem([each.grammar for each in constraints])
     if problem is not None:
         raise _invalid(constraints[problem.index].param, problem.message)

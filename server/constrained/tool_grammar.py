@@ -84,7 +84,7 @@ class MarkerWriter:
             return f"{rule}: {text} {self.write(marker)}"
         if not others:
             return f"{rule}[lazy]: {text} {_literal(marker)}"
-        # The marker begins with text before its first special token, so the text up to that token ends with it.
+        # The marker begins with plain text, `first`. The text up to the special token after it must end with `first`.
         before = f"{rule.upper()}: {text} & /{ANYTHING}{escape_regex(first)}/"
         return f"{before}\n{rule}: {rule.upper()} {self.write(marker[len(first) :])}"
 
@@ -128,7 +128,7 @@ def _answer_rules(markers: MarkerWriter, format: ToolFormat, calls: str) -> list
 
 
 def _call_expressions(markers: MarkerWriter, format: ToolFormat, several: bool) -> tuple[str, str]:
-    """Return the expression of the text before all calls, which may be empty, and that of one call or `several`."""
+    """Return two expressions: of the text before all calls, which may be empty, and of one call or `several`."""
     array = '"[" tool (", " tool)* "]"' if several else '"[" tool "]"'
     if format.is_bare and format.has_arrays:
         return "", f"(tool | {array})" if several else "tool"

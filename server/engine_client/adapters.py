@@ -30,7 +30,7 @@ class LoadedAdapters:
         await self._change(LoadAdapter(request_id=secrets.token_hex(16), name=name, path=path, replaces=replaces))
 
     async def unload(self, name: str) -> None:
-        """Unload an adapter. New requests cannot use it from now on; those that already do are completed.
+        """Unload an adapter. New requests cannot use it from now on; requests that already use it are completed.
 
         Raises AdapterNotFoundError, and what `load` raises.
         """

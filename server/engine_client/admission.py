@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from server.engine_client.liveness import EngineLiveness
-from server.engine_client.throughput import Throughput
+from server.engine_client.retry_after import Throughput
 from server.http.errors import APIError, EngineUnavailableError, InvalidValueError, QueueFullError
 from server.metrics import Metrics
 

@@ -22,7 +22,7 @@ class EngineLiveness:
     """
 
     def __init__(self, *, step_timeout: float, engine_pid: int | None, on_death: Callable[[], None]) -> None:
-        """Start in the loading state. `step_timeout` and `engine_pid` are those of `EngineClient`.
+        """Start in the loading state. `step_timeout` and `engine_pid` are as in `EngineClient`.
 
         `on_death` is called once, when the engine dies.
         """

@@ -41,7 +41,7 @@ class ChoiceParser:
     def push(self, text: str, delta: ChoiceDelta) -> bool | None:
         """Parse more text and add its parts to `delta`.
 
-        Returns whether text that was undecided until now is content, or None if it still is undecided.
+        Returns whether any of the parts is content, or None if `text` is held back because it may begin a tag.
         """
         parts = self._parser.push(text)
         self._write_all(parts, delta)
@@ -132,7 +132,7 @@ class ChoiceState:
         return delta
 
     def abort(self) -> ChoiceDelta:
-        """End the choice before the model has, and return the output that was held back."""
+        """End the choice early, and return the output that was held back."""
         delta = ChoiceDelta(self.index, finish_reason=FinishReason.ABORT.value)
         self._add_text(self._text.finish(), delta)
         if self._parser is not None:
@@ -186,7 +186,7 @@ class ChoiceState:
             self._undecided.append(position)
 
     def _release(self) -> list[TokenPosition]:
-        """Return the tokens whose text is released; at the end all tokens but those of a hidden stop string."""
+        """Return the tokens whose text is released; at the end all tokens except the tokens of a hidden stop string."""
         if self.finish_reason is not None and self._parser is not None:
             self._decide(self._parser.last_is_content)
         if self.finish_reason is not None and not (self.stopped_by_text and not self._include_stop):

@@ -65,7 +65,7 @@ def _set_usage(chunks: Sequence[Chunk], usage: Usage | None) -> None:
 
 
 def encode_chunks(chunks: Sequence[Chunk]) -> bytes:
-    """Encode events without names."""
+    """Encode chunks as server-sent events without event names."""
     return _escape_line_ends(b"".join([b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks]))
 
 

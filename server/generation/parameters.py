@@ -10,7 +10,7 @@ from engine.shared.messages import GREEDY_TEMPERATURE, RepetitionDetection, Samp
 from server.generation.tokenized_settings import TokenizedSettings
 from server.http.errors import InvalidValueError, clip
 from server.schemas.generation_request import GenerationRequest
-from server.schemas.request_fields import RepetitionDetection as RepetitionFields
+from server.schemas.request_fields import RepetitionFields
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
@@ -38,8 +38,8 @@ def _derive_seed(seed: int, index: int, domain: bytes) -> int:
 def check_token_ids(body: GenerationRequest, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
     """Check the token ids of a request against the model's vocabulary.
 
-    Raises InvalidValueError for a token id that the model does not have, and for `allowed_token_ids` that all end the
-    text while `min_tokens` forbids it.
+    Raises InvalidValueError for a token id that the model does not have, and for `allowed_token_ids` if all of them are
+    end tokens, which `min_tokens` forbids at first.
     """
     for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
         if too_high := [token_id for token_id in getattr(body, name) or () if token_id >= vocab_size]:
@@ -47,21 +47,24 @@ def check_token_ids(body: GenerationRequest, vocab_size: int, eos_token_ids: Seq
             raise InvalidValueError(message, param=name)
     ends = {*(body.stop_token_ids or ()), *(() if body.ignore_eos else eos_token_ids)}
     if body.min_tokens and body.allowed_token_ids and ends.issuperset(body.allowed_token_ids):
-        message = "Invalid 'allowed_token_ids': all of them would end the text before 'min_tokens'."
+        message = "Invalid 'allowed_token_ids': all of them are end tokens, which 'min_tokens' forbids at first."
         raise InvalidValueError(message, param="allowed_token_ids")
 
 
 def resolve_num_logprobs(body: Body, max_logprobs: int, vocab_size: int) -> Body:
     """Return the request with -1, which means all tokens, replaced by `vocab_size`.
 
-    Raises InvalidValueError for more log probabilities than `max_logprobs` (-1: no limit) allows.
+    Raises InvalidValueError for more log probabilities than `max_logprobs` (`--max-logprobs`; -1: no limit) allows.
     """
     limit = vocab_size if max_logprobs == -1 else max_logprobs
     names = ("logprobs", "top_logprobs", "prompt_logprobs")
     fields = {name: getattr(body, name) for name in names if name in type(body).model_fields}
     for name, number in fields.items():
         if number == -1 and max_logprobs != -1:
-            message = f"Invalid '{name}': -1 requests all tokens, but this server allows at most {max_logprobs}."
+            message = (
+                f"Invalid '{name}': -1 requests all tokens, but this server allows at most {max_logprobs} "
+                "(--max-logprobs)."
+            )
             raise InvalidValueError(message, param=name, code="integer_below_min_value")
         if number is not None and number is not True and number > limit:
             message = (

@@ -44,7 +44,7 @@ from server.recordings import Recording
 from server.running_requests import RunningRequest
 from server.schemas.answers import RequestTimings
 from server.schemas.generation_request import GenerationRequest
-from server.schemas.render import RenderedPrompt
+from server.schemas.rendered_prompt import RenderedPrompt
 from server.text.choice_text import ChoiceText
 from server.text.parsers.answer_parser import AnswerParser
 
@@ -64,7 +64,7 @@ class _Job(Generic[Body]):
     info: EngineInfo
     metadata: AnswerMetadata
     seed: int
-    arrival: float  # of time.monotonic()
+    arrival: float  # seconds of time.monotonic()
     request_id: str  # for logs and errors
     warnings: dict[str, str]  # response header that lists ignored fields, if there are any
 
@@ -142,7 +142,7 @@ async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tupl
 
 
 def _rendered(job: _Job[Body], submit: Submit) -> RenderedPrompt:
-    params = {name: getattr(submit.params, name) for name in submit.params.__struct_fields__}
+    params = dict(zip(submit.params.__struct_encode_fields__, msgspec.structs.astuple(submit.params), strict=True))
     return RenderedPrompt(
         request_id=submit.request_id,
         model=job.model.name,
@@ -265,7 +265,7 @@ def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
 
 
 def encode_prompts(context: ServerContext, body: Body, endpoint: Endpoint[Body]) -> list[Prompt]:
-    """Return the tokenized prompts, truncated if the request says so. Raises BadRequestError."""
+    """Return the tokenized prompts, truncated to `truncate_prompt_tokens`. Raises BadRequestError."""
     prompts = endpoint.encode(context, body)
     if (num_tokens := body.truncate_prompt_tokens) is not None:
         room = context.max_model_len - (1 if body.max_output_tokens is None else body.max_output_tokens)

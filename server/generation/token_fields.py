@@ -36,7 +36,7 @@ class TokenFields:
         )
 
     def token_name(self, tokenizer: Tokenizer, token_id: int) -> str:
-        """Return the name of a token in lists of log probabilities."""
+        """Return how a token is written in log probabilities: its text, or `token_id:N` if requested."""
         return f"token_id:{token_id}" if self.as_ids else token_text(tokenizer, token_id)
 
     def token_ids(self, delta: ChoiceDelta) -> list[int] | UnsetType:

@@ -316,7 +316,10 @@ class UnsupportedMediaTypeError(APIError):
 
 
 class QueueFullError(APIError):
-    """The maximum number of choices is in flight. `retry_after` is in seconds."""
+    """The maximum number of choices is in flight, or too many grammars wait to be checked.
+
+    `retry_after` is in seconds.
+    """
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(

@@ -40,7 +40,7 @@ class StageSeconds(msgspec.Struct, frozen=True):
     queue: float  # until its first batch
     prefill: float  # until its first token
     decode: float  # until its last token
-    preempted: float  # back in the queue; not counted as prefill or decode
+    preempted: float  # in the queue after a preemption; not counted as prefill or decode
     detokenizing: float  # of the last tokens; earlier ones were detokenized while the engine computed
     writing: float  # transfer between the processes and to the client
 

@@ -22,7 +22,7 @@ from server.schemas.request_fields import (
     LogitBias,
     LogprobTokenIds,
     NumLogprobs,
-    RepetitionDetection,
+    RepetitionFields,
     Stop,
     StopTokenIds,
     StreamOptions,
@@ -114,7 +114,7 @@ class GenerationRequest(SamplerFields, GuidedFields, ABC):
     )
     ignore_eos: bool | None = Field(None, description="Continue after the model's end-of-sequence token.")
     min_tokens: int | None = Field(None, ge=0, description="Minimum number of tokens before anything ends the text.")
-    repetition_detection: RepetitionDetection | None = Field(
+    repetition_detection: RepetitionFields | None = Field(
         None, description="When to end an answer that repeats itself. Default: never."
     )
     thinking_token_budget: int | None = Field(

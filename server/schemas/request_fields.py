@@ -109,7 +109,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
 
 
-class RepetitionDetection(BaseModel):
+class RepetitionFields(BaseModel):
     """End an answer with finish_reason `repetition` when its last tokens are copies of one pattern."""
 
     model_config = ConfigDict(strict=True, extra="forbid")

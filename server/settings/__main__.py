@@ -1,6 +1,6 @@
 """Print the table of settings in Markdown: `python -m server.settings`."""
 
-from server.settings.render import markdown_table
+from server.settings.markdown import markdown_table
 
 if __name__ == "__main__":
     print(markdown_table(), end="")

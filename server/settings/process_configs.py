@@ -43,7 +43,7 @@ def engine_config(settings: Settings, model_path: Path, lora_paths: Mapping[str,
         batch_invariant=settings.batch_invariant,
         enforce_eager=settings.enforce_eager,
         lora_modules={name: str(path) for name, path in lora_paths.items()},
-        max_loras=settings.num_lora_slots,
+        max_loras=settings.max_loaded_adapters,
         max_lora_rank=settings.max_lora_rank,
         step_timeout=settings.step_timeout,
     )

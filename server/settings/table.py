@@ -74,8 +74,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             _ENGINE,
             choice("QUANTIZATION", "auto", "none", "int8"),
-            "Format of the weights in memory: as in the model's file, unpacked to the data type of computation, or "
-            "8-bit integers with one scale per 32 weights.",
+            "Format of the weights in memory. auto: as in the file; none: unpacked to --dtype; int8: 8-bit integers "
+            "with one scale per 32 weights.",
         ),
     ] = "auto"
     pooling: Annotated[
@@ -92,7 +92,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
 
     host: Annotated[
-        str, Setting(_API, text("HOST"), "Address to listen on. Addresses other than loopback require an API key.")
+        str,
+        Setting(
+            _API,
+            text("HOST"),
+            "Address to listen on. Addresses other than loopback require an API key or --allow-unauthenticated.",
+        ),
     ] = "127.0.0.1"
     port: Annotated[int, Setting(_API, integer(0, 65535), "Port to listen on; 0 selects a free port.")] = 8000
     api_key: Annotated[
@@ -106,7 +111,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ()
     allow_unauthenticated: Annotated[
-        bool, Setting(_API, BOOLEAN, "Allow listening beyond loopback without an API key.")
+        bool, Setting(_API, BOOLEAN, "Allow listening on addresses other than loopback without an API key.")
     ] = False
     allowed_origins: Annotated[
         tuple[str, ...],
@@ -189,7 +194,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: Annotated[
         int | None,
         Setting(
-            _MEMORY, integer(1), "Maximum number of tokens computed per engine step. Unset: depends on the device."
+            _MEMORY,
+            integer(1),
+            "Maximum number of tokens computed per engine step. Unset: 256 on a CPU, 8192 on a GPU, at least "
+            "--max-num-seqs.",
         ),
     ] = None
     long_prefill_token_threshold: Annotated[
@@ -214,15 +222,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     kv_cache_memory: Annotated[
         int | None,
-        Setting(_MEMORY, size(1 << 20), "Memory for the KV cache. Unset: depends on the device and the model."),
+        Setting(
+            _MEMORY, size(1 << 20), "Memory for the KV cache, such as 2GiB. Unset: depends on the device and the model."
+        ),
     ] = None
     speculative: Annotated[
         str,
         Setting(
             _MEMORY,
             choice("MODE", "auto", "ngram", "off"),
-            "Speculative decoding: draft tokens from the text so far and verify several in one step. It changes no "
-            "answer; auto uses it where it saves time.",
+            "Speculative decoding: draft tokens from the text so far and verify several in one step. Answers are the "
+            "same with and without it while --batch-invariant is on. auto: only on a CPU; ngram: always.",
         ),
     ] = "auto"
     enforce_eager: Annotated[
@@ -298,7 +308,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return dict(zip(self.lora_names, paths, strict=True))
 
     @property
-    def num_lora_slots(self) -> int:
+    def max_loaded_adapters(self) -> int:
         """Number of adapters that can be loaded at a time: 0 if LoRA is not enabled."""
         return self.max_loras if self.lora_modules or self.allow_runtime_lora_updating else 0
 

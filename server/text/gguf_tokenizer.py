@@ -54,7 +54,7 @@ _DEEPSEEK_V3 = (
 )
 _CJK = r"[\x{4E00}-\x{9FA5}\x{0800}-\x{4E00}\x{AC00}-\x{D7FF}]+"
 
-_FAMILIES = {
+_PRE_TOKENIZERS = {  # values of tokenizer.ggml.pre that share a pre-tokenizer -> the pre-tokenizer
     ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"): PreTokenizer((_GPT2,)),
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"): PreTokenizer(
         (r"\p{N}", _GPT2)
@@ -75,7 +75,7 @@ _FAMILIES = {
         (r"\p{N}{1,3}", r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+", _DEEPSEEK_V3)
     ),
 }
-PRE_TOKENIZERS = {name: pre_tokenizer for names, pre_tokenizer in _FAMILIES.items() for name in names}
+PRE_TOKENIZERS = {name: pre_tokenizer for names, pre_tokenizer in _PRE_TOKENIZERS.items() for name in names}
 
 
 class GGUFVocabulary:

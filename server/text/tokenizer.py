@@ -261,7 +261,7 @@ def _mark_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Return the chat template: chat_template.jinja, else that of the config, or its "default" if there are several."""
+    """Return the chat template: chat_template.jinja, else the config's; of several, the one named "default"."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

@@ -11,14 +11,14 @@ from server.api.embeddings.schemas import EmbeddingRequest
 from server.api.messages.schemas import MessagesRequest
 from server.api.responses.schemas import ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
-from server.settings import render
+from server.settings import markdown
 from tests.conformance import table as clients
 from tests.docs import metrics, parameters
 from tests.support.paths import ROOT
 
 # Document -> name of a table -> what makes it.
 TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
-    "docs/settings.md": {"settings": render.markdown_table},
+    "docs/settings.md": {"settings": markdown.markdown_table},
     "docs/metrics.md": {"metrics": metrics.markdown_table},
     "docs/api.md": {
         "generation": lambda: parameters.markdown_table(GenerationRequest),

@@ -20,6 +20,8 @@ METRIC = re.compile(r"lightwell_[a-z_]+")
 OTHER_FLAGS = {
     "--max-cpu-loras",  # vLLM
     "--model",  # lm-eval
+    "--slice",  # tests/conftest.py
+    "--report",
     "--build-arg",
     "--secret",
     "--index-url",

@@ -4,6 +4,8 @@ import random
 import time
 from itertools import pairwise
 
+import pytest
+
 from tests.support.server_process import ServerProcess
 from tests.support.streams import Stream, start_streams
 
@@ -11,6 +13,7 @@ NUM_PROMPT_TOKENS = 3600
 CHUNK = 512  # tokens per step on a CPU
 
 
+@pytest.mark.alone
 def test_a_long_prompt_does_not_block_short_requests(server: ServerProcess) -> None:
     prompt = [random.Random(7).randrange(1000, 40000) for _ in range(NUM_PROMPT_TOKENS)]
     streams = start_streams(server, 4, max_tokens=60)

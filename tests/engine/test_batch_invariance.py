@@ -32,6 +32,8 @@ EXTRA_SAMPLERS = {
     13: ExtraSamplers(order=MIROSTAT_ORDER, mirostat=2, mirostat_tau=4.0),
 }
 
+pytestmark = pytest.mark.drawn
+
 Answer = tuple[list[int], list[TokenLogprobs]]
 
 

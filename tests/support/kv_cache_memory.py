@@ -6,5 +6,8 @@ from engine.loading import choose_dtype
 
 
 def kv_cache_flag(mib: int) -> str:
-    """For as many tokens as so many MiB hold in bfloat16, also where a processor computes in float32."""
+    """Return the flag for a KV cache of `mib` MiB in bfloat16.
+
+    On a processor that computes in float32, it has twice the size, and so holds the same number of tokens.
+    """
     return f"--kv-cache-memory={mib * choose_dtype('auto', torch.device('cpu')).itemsize // 2}MiB"

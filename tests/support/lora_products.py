@@ -18,9 +18,9 @@ class LoraCase:
     dtype: torch.dtype
     out_dtype: torch.dtype
     num_inputs: int
-    sizes: tuple[int, ...]  # outputs of each part
+    sizes: tuple[int, ...]  # outputs of each projection
     max_rank: int
-    ranks: tuple[tuple[int, ...], ...]  # of the parts of each slot
+    ranks: tuple[tuple[int, ...], ...]  # of the projections of each slot
     lora_slots: tuple[int, ...]  # of each row
     seed: int
 
@@ -50,7 +50,7 @@ class LoraCase:
         return weights
 
     def check(self, out: Tensor, weights: LoraWeights) -> None:
-        """Check that each number is within its roundings, of the product and of the sum, and the others are unchanged.
+        """Assert that each number is within its rounding errors, and unchanged where the adapters add nothing.
 
         The factor 1.01 is for Triton's interpreter, which truncates to bfloat16 instead of rounding.
         """

@@ -29,7 +29,7 @@ GROUP = 32  # inputs that share a scale
 
 
 def inputs_of(name: str) -> int:
-    """Return the number of which the number of inputs must be a multiple."""
+    """Return the group size, of which the number of inputs must be a multiple."""
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][0] if name.upper() in SCALES else 1
 
 
@@ -64,7 +64,7 @@ def random_packed(type_name: str, num_outputs: int, num_inputs: int, seed: int) 
 
 
 def numbers_of(packed: PackedTensor) -> Tensor:
-    """Return the numbers that the `gguf` package reads."""
+    """Return the weights as the `gguf` package unpacks them."""
     numbers: Array = gguf.dequantize(
         packed.data.reshape(packed.shape[0], -1), gguf.GGMLQuantizationType[packed.type_name]
     )

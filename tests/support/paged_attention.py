@@ -87,7 +87,7 @@ class Paged:
         return list(torch.split(out, lens))
 
     def expected(self, sequence: int, start: int, end: int) -> Tensor:
-        """Return the attention of a span by the textbook, in float64."""
+        """Return the attention of a span, computed with the textbook formula in float64."""
         k, v = self.k[sequence].double().numpy(), self.v[sequence].double().numpy()
         q = self.q[sequence].double().numpy()
         rows = [

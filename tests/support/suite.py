@@ -62,7 +62,7 @@ class SuiteReport:
 def processor() -> str:
     """Return the processor's name and the widest vector instructions it has."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = set(fields.get("flags", "").split())
     widest = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), "no AVX2")
     return f"{fields.get('model name', platform.processor()).strip()} ({widest})"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
-from engine.kernels.cpu.parameters import (
+from engine.kernels.cpu.c_structs import (
     AttentionItem,
     AttentionMerge,
     AttentionPlan,
@@ -18,7 +18,7 @@ from engine.kernels.cpu.parameters import (
     PlanAttentionParameters,
     RopeAndStoreKvParameters,
 )
-from engine.kernels.cpu.recorder import Recorder
+from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.cpu.weights import ACTIVATION_GROUP
 from engine.kernels.interface import LayerCache
 from engine.kernels.lazy_memory import lazy_zeros
@@ -62,7 +62,7 @@ def new_layer_cache(
 
 
 def rope_and_store_kv(
-    recorder: Recorder,
+    recorder: ProgramRecorder,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -89,13 +89,18 @@ def rope_and_store_kv(
 
 
 def plan_attention(
-    recorder: Recorder, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
+    recorder: ProgramRecorder,
+    batch: BatchInputs,
+    query_lens: Lengths,
+    num_heads: int,
+    num_kv_heads: int,
+    cache: LayerCache,
 ) -> CpuAttentionPlan:
-    """Add a call that shares out the attention of a step's rows between the threads."""
+    """Add a call that divides the attention of a step's rows among the threads."""
     head_dim = _cache_parameters(cache).head_dim
     group_size = num_heads // num_kv_heads
     num_packed = max(1, MAX_PACKED // group_size) * group_size
-    # All plans of a program share these: the next is made after the attention of the one before.
+    # All plans of a program share these buffers: a plan is made when the attention of the previous one is done.
     max_items = len(batch.token_ids) + MAX_PARTIALS
     items = recorder.shared("items", (max_items, ctypes.sizeof(AttentionItem)), torch.uint8)
     merges = recorder.shared("merges", (MAX_PARTIALS, ctypes.sizeof(AttentionMerge)), torch.uint8)
@@ -123,7 +128,7 @@ def plan_attention(
 
 
 def paged_attention(
-    recorder: Recorder, q: Tensor, cache: LayerCache, plan: CpuAttentionPlan, scale: float, window: int | None
+    recorder: ProgramRecorder, q: Tensor, cache: LayerCache, plan: CpuAttentionPlan, scale: float, window: int | None
 ) -> Tensor:
     """Add a call that computes the attention of q [T, H, D], and return its result."""
     num_rows = recorder.buffer(q).num_rows

@@ -213,7 +213,7 @@ def _compile(sources: Path, library: Path, compiler: Command, sanitize: bool) ->
 
 
 def _object_commands(sources: Path, folder: Path, compiler: Command) -> dict[Path, Command]:
-    """Return the command for each object file. The objects of UNIT come first, since they take longest."""
+    """Return object file -> command. Those of UNIT, one per entry of UNIT_FLAGS, come first: they take longest."""
     commands: dict[Path, Command] = {}
     for name, flags in UNIT_FLAGS.items():
         target = folder / f"{Path(UNIT).stem}.{name}.o"

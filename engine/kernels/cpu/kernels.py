@@ -16,8 +16,7 @@ from torch import Tensor
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.kernels.cpu import attention
 from engine.kernels.cpu.attention import CHUNK, LANES, MAX_HEAD_DIM, CpuAttentionPlan
-from engine.kernels.cpu.library import Library
-from engine.kernels.cpu.parameters import (
+from engine.kernels.cpu.c_structs import (
     ActAndMulParameters,
     AddLoraParameters,
     EmbedParameters,
@@ -25,8 +24,9 @@ from engine.kernels.cpu.parameters import (
     LinearParameters,
     RmsNormParameters,
 )
+from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
-from engine.kernels.cpu.recorder import Recorder
+from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.cpu.sampler import CpuSampler
 from engine.kernels.cpu.weights import PACKED_TYPES, Matrix, Packer
 from engine.kernels.interface import ExecutionKind, KernelOptions, LayerCache, LinearOp, LoraWeights
@@ -66,7 +66,7 @@ class CpuKernels:
         self.cache_dtype = torch.int8 if options.kv_cache_dtype == "int8" else options.dtype
         self.keep_packed = PACKED_TYPES if options.quantization == "auto" else frozenset()
         self.packer = Packer(library, self.team, options.dtype, to_int8=options.quantization == "int8")
-        self.recorder = Recorder(library, self.team)
+        self.recorder = ProgramRecorder(library, self.team)
 
     @property
     def formats(self) -> str:
@@ -80,7 +80,7 @@ class CpuKernels:
     def recording(
         self, program: Program, index_rows: Mapping[int, int], num_seqs: int = 0
     ) -> AbstractContextManager[None]:
-        """Return a context in which operations add their calls to `program`.
+        """Return a context manager; operations inside it add their calls to `program`.
 
         `index_rows` maps the address of each index tensor to that of its RowCounts. `num_seqs` is the address of the
         number of sequences in a step; only attention reads it.
@@ -95,8 +95,8 @@ class CpuKernels:
 
     # Weights.
 
-    def pack(self, parts: Sequence[Weight]) -> Matrix:
-        return self.packer.pack(parts)
+    def pack(self, weights: Sequence[Weight]) -> Matrix:
+        return self.packer.pack(weights)
 
     def linear(self, matrix: Matrix, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         """All results are float32."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from engine.kernels.cpu.build import UNIT_FLAGS
-from engine.kernels.cpu.parameters import STRUCTURES, Call
+from engine.kernels.cpu.c_structs import STRUCTURES, Call
 
 CODE_PATHS = ("amx", *reversed(UNIT_FLAGS))  # best first; amx is compiled in the unit of avx512_bf16
 
@@ -33,7 +33,7 @@ class Library:
 
     Raises:
         ValueError: this processor lacks the code path, or has none of them.
-        LayoutError: the library does not fit engine/kernels/cpu/parameters.py.
+        LayoutError: the library does not fit engine/kernels/cpu/c_structs.py.
     """
 
     def __init__(self, path: Path, code_path: str | None = None) -> None:
@@ -105,6 +105,6 @@ def check_layouts(fields: ctypes._Pointer[Field], structures: Iterable[type[ctyp
         if (size, offsets) != (ctypes.sizeof(kind), declared):
             differing = sorted(name for name, _ in offsets.items() ^ declared.items())
             raise LayoutError(
-                f"{kind.__name__} has {ctypes.sizeof(kind)} bytes in engine/kernels/cpu/parameters.py and {size} in the"
+                f"{kind.__name__} has {ctypes.sizeof(kind)} bytes in engine/kernels/cpu/c_structs.py and {size} in the"
                 f" compiled library; fields that differ: {', '.join(dict.fromkeys(differing)) or 'none'}"
             )

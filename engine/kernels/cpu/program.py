@@ -6,8 +6,8 @@ import ctypes
 from ctypes import Structure, c_int64
 from typing import Any
 
+from engine.kernels.cpu.c_structs import Call
 from engine.kernels.cpu.library import Library, Team
-from engine.kernels.cpu.parameters import Call
 
 
 class Program:

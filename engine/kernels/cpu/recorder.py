@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.kernels.cpu.c_structs import PreparedRows, PrepareParameters
 from engine.kernels.cpu.library import Library, Team
-from engine.kernels.cpu.parameters import PreparedRows, PrepareParameters
 from engine.kernels.cpu.program import Program
 from engine.kernels.cpu.weights import FLOAT32, Format, input_row_bytes
 from engine.kernels.lazy_memory import lazy_zeros
@@ -33,7 +33,7 @@ class Buffer:
     is_read: bool = False  # as float32
 
 
-class Recorder:
+class ProgramRecorder:
     """Owns the program that is being recorded and its buffers."""
 
     def __init__(self, library: Library, team: Team) -> None:
@@ -42,7 +42,7 @@ class Recorder:
         self.program = Program(library, team)
         self.num_seqs = 0  # address of the number of sequences of a step
         self._buffers: dict[int, Buffer] = {}  # by the address of the storage, the newest of each
-        self._prepared_only: list[Buffer] = []  # whose producer prepares the rows; unless they are read as float32 too
+        self._prepared_only: list[Buffer] = []  # whose producer prepares the rows; not filled unless `is_read`
         self._shared: dict[str, Tensor] = {}
         self._index_rows: Mapping[int, int] = {}  # address of an index tensor -> address of its RowCounts
         self._pool: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}  # temporaries, by order of creation
@@ -50,7 +50,7 @@ class Recorder:
 
     @contextmanager
     def recording(self, program: Program, index_rows: Mapping[int, int], num_seqs: int) -> Iterator[None]:
-        """Return a context in which calls are added to `program`."""
+        """Return a context manager; inside it, calls are added to `program`."""
         self.program, self.num_seqs, self._index_rows = program, num_seqs, index_rows
         self._pool, self._shared = {}, {}
         try:
@@ -82,7 +82,7 @@ class Recorder:
         return self._buffers[tensor.untyped_storage().data_ptr()]
 
     def read(self, tensor: Tensor) -> int:
-        """Return the address of a tensor that an operation reads as float32."""
+        """Return a tensor's address, and note that its buffer must hold float32."""
         if buffer := self._buffers.get(tensor.untyped_storage().data_ptr()):
             buffer.is_read = True
         return tensor.data_ptr()
@@ -92,14 +92,14 @@ class Recorder:
         return self._index_rows[index.data_ptr()]
 
     def shared(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the buffer of that name, which is made once in a recording."""
+        """Return the buffer called `name`, which is created at its first use in a recording."""
         if name not in self._shared:
             self._shared[name] = lazy_zeros(shape, dtype)
         return self._shared[name]
 
     @contextmanager
     def temporaries(self) -> Iterator[None]:
-        """Return a context whose buffers are used again by the next such context."""
+        """Return a context manager; buffers made inside it are reused by the next one."""
         self._num_temporaries = 0
         try:
             yield
@@ -129,7 +129,7 @@ class Recorder:
         return prepared.rows, prepared.stride
 
     def _prepare(self, x: Tensor, source: Buffer, form: Format) -> PreparedRows:
-        """Have the producer of x prepare its rows if it can, or add a call that does."""
+        """Convert the rows of x to a product's input form, in the call that fills x if it can, else in another call."""
         stride = max(input_row_bytes(some, x.shape[1]) for some in (form.form, form.prompt_form))
         rows = self.temporary(torch.Size((x.shape[0], stride)), torch.uint8)
         prepared = PreparedRows(form.form, form.prompt_form, rows.data_ptr(), stride)

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.kernels.cpu.c_structs import SampledRow, SampleParameters
 from engine.kernels.cpu.library import Library, Team
-from engine.kernels.cpu.parameters import SampledRow, SampleParameters
 from engine.kernels.cpu.program import Program
 from engine.kernels.lazy_memory import lazy_zeros
 from engine.sampling.sampler import NO_MASKS, Sampler, SamplerOutput, banned_token_ids, packed_masks
@@ -97,14 +97,14 @@ class CpuSampler:
         ctypes.memset(self._c_rows, 0, ctypes.sizeof(SampledRow) * len(rows))
         ids: list[int] = []
         biases: list[float] = []
-        for row, c_row in zip(rows, self._c_rows, strict=False):
-            params = row.params
+        for index, row in enumerate(rows):
+            params = row.request.params
             if params.is_special:
                 continue
             if params.temperature >= GREEDY_TEMPERATURE:
-                _set_sampling(c_row, row)
+                _set_sampling(self._c_rows[index], row)
             if params.logit_bias or params.min_tokens or params.bad_words or params.has_penalty:
-                self._set_changes(c_row, row, ids, biases)
+                self._set_changes(self._c_rows[index], row, ids, biases)
         return np.fromiter(ids, np.int32, len(ids)), np.fromiter(biases, np.float32, len(biases))
 
     def _set_changes(self, c_row: SampledRow, row: SamplingRow, ids: list[int], biases: list[float]) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.kernels.cpu.c_structs import PackParameters
 from engine.kernels.cpu.library import Library, Team
-from engine.kernels.cpu.parameters import PackParameters
 from engine.kernels.cpu.program import Program
 from engine.kernels.lazy_memory import Arena
 from engine.shared.ggml import GGML_TYPES_BY_NAME
@@ -30,8 +30,8 @@ class Format:
     name: str
     group: int  # inputs
     group_bytes: int  # one group of all outputs of a panel
-    form: int  # input form of rows of generated tokens
-    prompt_form: int  # input form of rows of prompt tokens
+    form: int  # how a product reads generated tokens: FLOAT32, BFLOAT16 or INT8_GROUPS
+    prompt_form: int  # how it reads prompt tokens
 
 
 # Format -> inputs in a group, bytes of a panel's group, input form.
@@ -72,7 +72,7 @@ def input_row_bytes(form: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Panels:
-    """Weights in one format, as panels."""
+    """Weights in one format, as panels of 32 outputs."""
 
     format: Format
     data: Tensor  # uint8

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.batch.inputs import Lengths
 from engine.kernels.interface import LayerCache
 from engine.kernels.lazy_memory import lazy_zeros
-from engine.kernels.torch.products import random_numbers
+from engine.kernels.torch.linear import random_numbers
 
 KEY_TILE = 256  # keys that one step of the running softmax takes in
 QUERY_TILES = (1, 16, 128)  # tokens of one sequence that are computed together: the smallest size that holds them all

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.kernels.interface import ExecutionKind, KernelOptions, LayerCache, LinearOp, LoraWeights
 from engine.kernels.torch import attention, lora, rows
-from engine.kernels.torch.products import Invariant, Product, adding, find_invariant, new_product, padded
+from engine.kernels.torch.linear import Invariant, Product, adding, find_invariant, new_product, padded
 from engine.sampling.sampler import Sampler
 from engine.weights import Weight
 
@@ -37,8 +37,8 @@ class TorchKernels:
         self._invariants: dict[tuple[torch.Size, bool], Invariant] = {}  # by weight shape and whether there is a bias
         self._query_tiles: dict[tuple[int, int], tuple[int, ...]] = {}  # (G, D) -> sizes that agree
 
-    def pack(self, parts: Sequence[Weight]) -> Tensor:
-        return joined(parts, self.dtype, self.device)
+    def pack(self, weights: Sequence[Weight]) -> Tensor:
+        return joined(weights, self.dtype, self.device)
 
     def linear(self, matrix: Tensor, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         key = (matrix.shape, bias is not None)
@@ -98,7 +98,7 @@ class TorchKernels:
         return attention.paged_attention(q, cache, plan, scale, window)
 
     def _agreeing_query_tiles(self, group_size: int, head_dim: int) -> tuple[int, ...]:
-        """Return sizes of query tiles whose products give a row the same bits, or one size if they do not agree."""
+        """Return all of QUERY_TILES if they give a row the same bits, else the second alone."""
         key = (group_size, head_dim)
         if key not in self._query_tiles:
             tiles: tuple[int, ...] = attention.QUERY_TILES
@@ -115,7 +115,7 @@ class TorchKernels:
         return Sampler(vocab_size, eos_token_ids, self.device)
 
 
-def joined(parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return weights [M, K], stacked vertically and dequantized, on the device."""
-    tensors = [part if isinstance(part, Tensor) else part.dequantize(dtype) for part in parts]
+def joined(weights: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the weights, stacked vertically to [M, K] and dequantized, on the device."""
+    tensors = [weight if isinstance(weight, Tensor) else weight.dequantize(dtype) for weight in weights]
     return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(device)

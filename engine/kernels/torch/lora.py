@@ -16,7 +16,7 @@ MAX_PRODUCTS = 2**20  # numbers multiplied at once before they are added up
 def new_lora_weights(
     options: KernelOptions, sizes: Sequence[int], num_inputs: int, device: torch.device
 ) -> LoraWeights | None:
-    """Return empty adapter slots for a product whose parts have `sizes` outputs; None if there are no slots."""
+    """Return empty adapter slots for a product of projections with `sizes` outputs; None if there are no slots."""
     if not options.num_lora_slots:
         return None
     num_slots, max_rank, dtype = options.num_lora_slots, options.max_lora_rank, options.dtype
@@ -34,10 +34,10 @@ def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor) -
     for slot in set(lora_slots.tolist()) - {-1}:
         rows = (lora_slots == slot).nonzero()[:, 0]
         columns, b = torch.split(out, sizes, dim=1), torch.split(weights.b[slot], sizes, dim=1)
-        parts = zip(columns, weights.ranks[slot].tolist(), weights.a[slot], b, strict=True)
-        for part_columns, rank, part_a, part_b in parts:
+        projections = zip(columns, weights.ranks[slot].tolist(), weights.a[slot], b, strict=True)
+        for some_columns, rank, some_a, some_b in projections:
             if rank:
-                _add_low_rank(x, part_columns, part_a[:rank].float(), part_b[:rank].float(), rows)
+                _add_low_rank(x, some_columns, some_a[:rank].float(), some_b[:rank].float(), rows)
 
 
 def _add_low_rank(x: Tensor, out: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.batch.inputs import Lengths
 from engine.batch.transfer import to_device
 from engine.kernels.interface import LayerCache
-from engine.kernels.triton.prompts import PromptPlan
+from engine.kernels.triton.prompt_attention import PromptPlan
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS, AttentionTiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -64,7 +64,7 @@ def _store(out, offsets, has_row, rows, SIZE: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def _merge(highest, total, weighted, other_highest, other_total, other_weighted):
-    """Merge two running softmaxes. If the other has seen nothing, this one keeps its bits."""
+    """Merge two running softmaxes. If the second has seen no keys, the first keeps its bits."""
     new_highest = tl.maximum(highest, other_highest)
     pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
     shrink = tl.exp2(highest - pivot)

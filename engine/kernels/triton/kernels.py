@@ -17,12 +17,12 @@ from engine.batch.inputs import BatchInputs, Lengths
 from engine.kernels.interface import ExecutionKind, KernelOptions, LayerCache, LinearOp, LoraWeights
 from engine.kernels.torch.attention import new_layer_cache
 from engine.kernels.torch.kernels import joined
+from engine.kernels.torch.linear import adding
 from engine.kernels.torch.lora import new_lora_weights
-from engine.kernels.torch.products import adding
-from engine.kernels.triton import attention, lora, prompts, rows
+from engine.kernels.triton import attention, lora, prompt_attention, rows
 from engine.kernels.triton.attention import TritonAttentionPlan
 from engine.kernels.triton.linear import linear
-from engine.kernels.triton.packed import READERS, PackedMatrix, from_ggml, to_int8
+from engine.kernels.triton.packed_matrix import READERS, PackedMatrix, from_ggml, to_int8
 from engine.kernels.triton.sampler import TritonSampler
 from engine.kernels.triton.tiles import card_name, tiles_for
 from engine.weights import PackedTensor, Weight, concatenate
@@ -53,28 +53,29 @@ class TritonKernels:
         self.execution: ExecutionKind = "cuda_graphs" if is_graphed else "eager"
         self.keep_packed = frozenset(READERS) if options.quantization == "auto" else frozenset()
         self.cache_dtype = torch.int8 if options.kv_cache_dtype == "int8" else options.dtype
-        can_attend = prompts.can_attend(device, options.dtype) and self.cache_dtype == options.dtype
+        can_attend = prompt_attention.can_attend(device, options.dtype) and self.cache_dtype == options.dtype
         self.attends_to_prompts = can_attend and not options.batch_invariant
         self.weight_formats: list[str] = []  # of the weights packed so far, in order
         self.tiles = tiles_for(device, options.dtype)
-        self.num_warm_up_tokens = 2 * self.tiles.attention.segment + 1  # keys are split, products are not
-        self.lora_tiles: dict[tuple[int, ...], Tensor] = {}  # by the sizes of a product's parts
+        # Enough tokens that attention splits their keys, and that products do not split their inputs.
+        self.num_warm_up_tokens = 2 * self.tiles.attention.segment + 1
+        self.lora_tiles: dict[tuple[int, ...], Tensor] = {}  # by the sizes of a product's projections
 
     @property
     def formats(self) -> str:
         cache = str(self.cache_dtype).removeprefix("torch.")
         return f"weights {', '.join(self.weight_formats)}, KV cache {cache}"
 
-    def pack(self, parts: Sequence[Weight]) -> Matrix:
+    def pack(self, weights: Sequence[Weight]) -> Matrix:
         """Successive weights of one type become one part. If one weight is not packed, all are dequantized."""
-        if any(isinstance(part, Tensor) for part in parts):
-            parts = [joined(parts, self.dtype, self.device)]
-        groups = itertools.groupby(parts, key=lambda part: "" if isinstance(part, Tensor) else part.type_name)
+        if any(isinstance(weight, Tensor) for weight in weights):
+            weights = [joined(weights, self.dtype, self.device)]
+        groups = itertools.groupby(weights, key=lambda weight: "" if isinstance(weight, Tensor) else weight.type_name)
         return [self._pack_part(list(group)) for _, group in groups]
 
-    def _pack_part(self, parts: list[Weight]) -> Tensor | PackedMatrix:
-        packed = [part for part in parts if isinstance(part, PackedTensor)]
-        plain = [part for part in parts if isinstance(part, Tensor)]
+    def _pack_part(self, weights: list[Weight]) -> Tensor | PackedMatrix:
+        packed = [weight for weight in weights if isinstance(weight, PackedTensor)]
+        plain = [weight for weight in weights if isinstance(weight, Tensor)]
         is_int8 = self.options.quantization == "int8"
         name = packed[0].type_name if packed else "int8" if is_int8 else str(self.dtype).removeprefix("torch.")
         if name.lower() not in self.weight_formats:
@@ -153,14 +154,14 @@ class TritonKernels:
             self.tiles.attention,
             positions=batch.positions if is_decode else None,
         )
-        whole = prompts.plan_prompts(batch, query_lens, cache) if self.attends_to_prompts else None
+        whole = prompt_attention.plan_prompts(batch, query_lens, cache) if self.attends_to_prompts else None
         return replace(plan, prompts=whole)
 
     def paged_attention(
         self, q: Tensor, cache: LayerCache, plan: TritonAttentionPlan, scale: float, window: int | None
     ) -> Tensor:
         if plan.prompts is not None and window is None:
-            return prompts.prompt_attention(q, cache, plan.prompts, scale)
+            return prompt_attention.prompt_attention(q, cache, plan.prompts, scale)
         return attention.paged_attention(q.contiguous(), cache, plan, scale, window, self.tiles.attention)
 
     def temporaries(self) -> AbstractContextManager[None]:

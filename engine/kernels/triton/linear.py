@@ -1,8 +1,8 @@
 """The product with fixed weights: the tile of rows, columns and inputs is the same for any number of rows.
 
 A row of the result is added up along the inputs in steps of the same size, in ascending order, so its bits depend on
-that row alone (batch invariance). The inputs of some weights are split into parts, each with sums of its own that are
-added up in order: by one program, or if there are few tiles, by one program for each part and a second kernel. Tiles
+that row alone (batch invariance). The inputs of some weights are cut into splits, each with sums of its own that are
+added up in order: by one program, or if there are few tiles, by one program for each split and a second kernel. Tiles
 that share columns run at about the same time, so that weights are read from memory once for several tiles of rows.
 Packed weights are dequantized to the dtype of x inside the kernel.
 """
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.packed import PackedMatrix
+from engine.kernels.triton.packed_matrix import PackedMatrix
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS, LinearTiles
 
 SUM_COLUMNS = 1024  # of a program that adds up splits

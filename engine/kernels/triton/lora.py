@@ -29,10 +29,10 @@ MAX_GROUP = 16  # between 1 and this
 
 
 @triton.jit
-def _rank(ranks, lora_slots, row, part, num_parts):
-    """Return the slot of a row's adapter and its rank for a part, 0 if the row has no adapter."""
+def _slot_and_rank(ranks, lora_slots, row, projection, num_projections):
+    """Return the slot of a row's adapter and its rank for a projection, 0 if the row has no adapter."""
     slot = tl.load(lora_slots + row)
-    return slot, tl.load(ranks + slot * num_parts + part, mask=slot >= 0, other=0)
+    return slot, tl.load(ranks + slot * num_projections + projection, mask=slot >= 0, other=0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["lora_slots"])
@@ -50,16 +50,16 @@ def _shrink(
     RANKS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """Compute A x to `inner` [T, parts, R], on a grid (groups of rows, parts, pieces of the ranks)."""
-    part, num_parts = tl.program_id(1), tl.num_programs(1)
+    """Compute A x to `inner` [T, projections, R], on a grid (groups of rows, projections, pieces of the ranks)."""
+    projection, num_projections = tl.program_id(1), tl.num_programs(1)
     first_rank = tl.program_id(2) * RANKS
     rows_of_a = first_rank + tl.arange(0, RANKS)
     first_row = tl.program_id(0).to(tl.int64) * group
     for row in range(first_row, tl.minimum(first_row + group, num_rows)):
-        slot, rank = _rank(ranks, lora_slots, row, part, num_parts)
+        slot, rank = _slot_and_rank(ranks, lora_slots, row, projection, num_projections)
         if first_rank < rank:
             has_rank = rows_of_a < rank
-            weights = a + ((slot * num_parts + part) * max_rank + rows_of_a)[:, None] * num_inputs
+            weights = a + ((slot * num_projections + projection) * max_rank + rows_of_a)[:, None] * num_inputs
             products = tl.zeros((RANKS, INPUTS), dtype=tl.float32)
             for start in range(0, num_inputs, INPUTS):
                 k = start + tl.arange(0, INPUTS)
@@ -67,7 +67,7 @@ def _shrink(
                 numbers = tl.load(x + row * x_stride + k, mask=has_input, other=0.0).to(tl.float32)
                 some = tl.load(weights + k[None, :], mask=has_rank[:, None] & has_input[None, :], other=0.0)
                 products += some.to(tl.float32) * numbers[None, :]
-            pointers = inner + (row * num_parts + part) * max_rank + rows_of_a
+            pointers = inner + (row * num_projections + projection) * max_rank + rows_of_a
             tl.store(pointers, tl.sum(products, axis=1), mask=has_rank)
 
 
@@ -81,7 +81,7 @@ def _expand(
     out,
     num_rows,
     group,
-    num_parts,
+    num_projections,
     max_rank,
     num_columns,
     out_stride,
@@ -91,21 +91,21 @@ def _expand(
 ):
     """Add B t to `out`, on a grid (groups of rows, tiles of columns).
 
-    The first column of each part is a multiple of UNIT.
+    The first column of each projection is a multiple of UNIT.
     """
     tile = tiles + 3 * tl.program_id(1)
-    part = tl.load(tile)
+    projection = tl.load(tile)
     columns = tl.multiple_of(tl.load(tile + 1), UNIT) + tl.arange(0, COLUMNS)
     has_column = columns < tl.multiple_of(tl.load(tile + 2), UNIT)
     first_row = tl.program_id(0).to(tl.int64) * group
     for row in range(first_row, tl.minimum(first_row + group, num_rows)):
-        slot, rank = _rank(ranks, lora_slots, row, part, num_parts)
+        slot, rank = _slot_and_rank(ranks, lora_slots, row, projection, num_projections)
         if rank > 0:
             sums = tl.zeros((COLUMNS,), dtype=tl.float32)
             for start in range(0, rank, RANKS):
                 k = start + tl.arange(0, RANKS)
                 has_rank = k < rank  # the rest is garbage
-                t = tl.load(inner + (row * num_parts + part) * max_rank + k, mask=has_rank, other=0.0)
+                t = tl.load(inner + (row * num_projections + projection) * max_rank + k, mask=has_rank, other=0.0)
                 weights = b + (slot * max_rank + k)[:, None] * num_columns + columns[None, :]
                 some = tl.load(weights, mask=has_rank[:, None] & has_column[None, :], other=0.0)
                 sums += tl.sum(some.to(tl.float32) * t[:, None], axis=0)
@@ -116,10 +116,13 @@ def _expand(
 
 
 def column_tiles(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Cut the columns of each part into tiles. Returns int32 [tiles, 3]: part, first column, and end of the part."""
+    """Cut the columns of each projection into tiles.
+
+    Returns int32 [tiles, 3]: index of the projection, first column of the tile, end of the projection.
+    """
     tiles, first = [], 0
-    for part, size in enumerate(sizes):
-        tiles += [(part, column, first + size) for column in range(first, first + size, EXPAND_COLUMNS)]
+    for projection, size in enumerate(sizes):
+        tiles += [(projection, column, first + size) for column in range(first, first + size, EXPAND_COLUMNS)]
         first += size
     return torch.tensor(tiles, dtype=torch.int32, device=device)
 
@@ -127,19 +130,19 @@ def column_tiles(sizes: Sequence[int], device: torch.device) -> Tensor:
 def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor, tiles: Tensor) -> None:
     """Add the adapter of each row, B (A x), to out [T, M], in place, for x [T, K].
 
-    `lora_slots`, int64 [T], holds the slot of each row's adapter, -1 for none; `tiles` are `column_tiles` of the parts.
+    `lora_slots`, int64 [T], holds the slot of each row's adapter, -1 for none; `tiles` are the `column_tiles`.
     The host does not wait for the device, and the grids depend on shapes alone.
     """
     num_rows, num_inputs = x.shape
-    _, num_parts, max_rank, _ = weights.a.shape
+    _, num_projections, max_rank, _ = weights.a.shape
     assert x.stride(1) == out.stride(1) == lora_slots.stride(0) == 1
     assert all(tensor.is_contiguous() for tensor in (weights.a, weights.b, weights.ranks))
     if not num_rows:
         return
     group = min(max(1, num_rows // ROWS_PER_GROUP), MAX_GROUP)
     num_groups = triton.cdiv(num_rows, group)
-    inner = torch.empty((num_rows, num_parts, max_rank), dtype=torch.float32, device=x.device)
-    _shrink[(num_groups, num_parts, triton.cdiv(max_rank, SHRINK_RANKS))](
+    inner = torch.empty((num_rows, num_projections, max_rank), dtype=torch.float32, device=x.device)
+    _shrink[(num_groups, num_projections, triton.cdiv(max_rank, SHRINK_RANKS))](
         x,
         weights.a,
         weights.ranks,
@@ -163,7 +166,7 @@ def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor, t
         out,
         num_rows,
         group,
-        num_parts,
+        num_projections,
         max_rank,
         out.shape[1],
         out.stride(0),

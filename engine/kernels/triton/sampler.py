@@ -36,11 +36,15 @@ ID_PIECE = 1024  # token ids that a program loads at a time
 NUM_WARPS = 16
 
 # Settings that the kernels implement, or that do not affect sampling. Requests with others use the reference sampler.
-KNOWN = {"temperature", "seed", "min_p", "top_k", "top_p", "logit_bias", "ignore_eos", "stop_token_ids", "min_tokens"}
-KNOWN |= {"repetition_penalty", "frequency_penalty", "presence_penalty", "max_tokens", "logprobs", "prompt_logprobs"}
-KNOWN |= {"logprob_token_ids", "grammar"}
-OTHER_DEFAULTS = {  # all other settings -> the value that turns them off
-    name: getattr(SamplingParams(max_tokens=0), name) for name in SamplingParams.__struct_fields__ if name not in KNOWN
+SUPPORTED_PARAMS = {
+    *("temperature", "seed", "min_p", "top_k", "top_p", "logit_bias", "ignore_eos", "stop_token_ids", "min_tokens"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "max_tokens", "logprobs", "prompt_logprobs"),
+    *("logprob_token_ids", "grammar"),
+}
+UNSUPPORTED_DEFAULTS = {  # all other settings -> the value that turns them off
+    name: getattr(SamplingParams(max_tokens=0), name)
+    for name in SamplingParams.__struct_fields__
+    if name not in SUPPORTED_PARAMS
 }
 
 # Records, in 32-bit words, of a row that is sampled and of a row whose logits change.
@@ -85,7 +89,7 @@ def _keep_larger(best, best_ids, values, ids):
 
 
 @triton.jit
-def _winner(best, best_ids):
+def _argmax(best, best_ids):
     """Return the largest of the lanes' values, and the lowest id that has it."""
     value = tl.max(best, axis=0)
     return value, tl.min(tl.where(best == value, best_ids, 0x7FFFFFFF), axis=0)
@@ -102,7 +106,7 @@ def _find_top(x, size, PIECE: tl.constexpr):
         values = tl.load(x + ids, mask=ids < size, other=float("-inf"))
         best, best_ids = _keep_larger(best, best_ids, values, ids)
         numbers &= ((values >= 0) | (values < 0)).to(tl.int32)
-    value, token_id = _winner(best, best_ids)
+    value, token_id = _argmax(best, best_ids)
     return value, token_id, tl.min(numbers, axis=0) > 0
 
 
@@ -252,7 +256,7 @@ def _limit(found, num_found, top, lowest, goal, is_count, PIECE: tl.constexpr):
 
 @triton.jit
 def _order_of(value):
-    """Map a float32 to an integer of the same order; neighbouring numbers differ by 1."""
+    """Map a float32 to an integer. The order is kept, and adjacent float32 numbers map to adjacent integers."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
@@ -313,12 +317,12 @@ def _draw(
             values, ids, _ = _load_scaled(x, start, size, temperature, PIECE)
             scores = tl.where(values >= lowest, values + _noise(ids, first_key, second_key), float("-inf"))
             best, best_ids = _keep_larger(best, best_ids, scores, ids)
-        _, token_id = _winner(best, best_ids)
+        _, token_id = _argmax(best, best_ids)
         tl.store(token_ids + tl.load(draw), token_id.to(tl.int64))
 
 
 class TritonSampler:
-    """Samples tokens of a vocabulary on a GPU. Rows with settings outside KNOWN go through the reference sampler."""
+    """Samples tokens of a vocabulary on a GPU. Rows with unsupported settings go through the reference sampler."""
 
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
         self.vocab_size = vocab_size
@@ -410,7 +414,7 @@ class TritonSampler:
 
 def is_supported(params: SamplingParams) -> bool:
     """Return whether the kernels implement all settings that the request uses."""
-    return all(getattr(params, name) == off for name, off in OTHER_DEFAULTS.items())
+    return all(getattr(params, name) == off for name, off in UNSUPPORTED_DEFAULTS.items())
 
 
 def _has_change(row: SamplingRow) -> bool:

@@ -21,9 +21,9 @@ MIN_SPLIT_INPUTS = 1024  # with fewer, a program ends before enough of its loads
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """The tile of a product x W^T: rows, columns and inputs of one step of a program, and parts of the inputs.
+    """The tile of a product x W^T: rows, columns and inputs of one step of a program, and splits of the inputs.
 
-    Each part is added up by itself, and then the parts in order, whether one program computes all parts or one each.
+    Each split is added up by itself, and then the splits in order, whether one program computes all splits or one each.
     """
 
     rows: int

@@ -282,7 +282,7 @@ class ResponsesEndpoint:
         previous: StoredResponse | None,
         store: ResponseStore,
     ) -> None:
-        """`items` are those of this request, without those of the `previous` response."""
+        """`items` are the input items of this request, without the items of the `previous` response."""
         self._body = body
         self._items = items
         self._previous = previous

@@ -102,7 +102,7 @@ async def retrieve_response(
 def _follow(
     request: Request, events: EventLog, starting_after: int | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    """Stream the logged events, then those that follow."""
+    """Stream the logged events, then new ones as they occur."""
     if starting_after is not None and starting_after >= events.num_events:
         message = f"Invalid 'starting_after': the latest event is number {events.num_events - 1}."
         raise InvalidValueError(message, param="starting_after")

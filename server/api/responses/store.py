@@ -24,7 +24,7 @@ class StoredResponse:
     earlier_items: list[dict[str, Any]] = field(default_factory=list)  # of the previous responses
     events: EventLog | None = None  # of its stream, if it is generated in the background
     num_json_bytes: int = 0  # size of the whole conversation when it was stored
-    num_bytes: int = 0  # size that the store accounts for: the conversation and the events
+    num_bytes: int = 0  # counted towards --stored-responses-memory: the conversation and the events
     items_by_id: dict[str, dict[str, Any]] = field(default_factory=dict)  # its own items when it was stored
 
     @property

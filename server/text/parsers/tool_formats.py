@@ -9,7 +9,7 @@ class ToolFormat:
 
     name: str
     start: str  # marker before a call or several calls
-    end: str = ""  # marker after them; empty: none
+    end: str = ""  # marker after the last call; empty: none
     is_bare: bool = False  # calls may also appear without `start`, if the answer has no other content
     has_arrays: bool = False  # several calls may be in a JSON array
     has_names: bool = False  # a call may also be the tool's name followed by its arguments

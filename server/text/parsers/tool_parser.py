@@ -25,7 +25,7 @@ MAX_HEAD_CHARS = 256  # of a bare name before its arguments, and of an object up
 _NAME = r"[a-zA-Z0-9_-]{1,64}"
 _FIRST_KEY = re.compile(r'\{\s*(?:"([^"]*)"|[^"\s])')
 _KEYS = ("name", "type", "arguments", "parameters", None)  # None: the object has no key
-# An object up to the opening brace of its arguments.
+# A call as an object, up to the opening brace of its arguments.
 _HEADER = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?'
     rf'"name"\s*:\s*"({_NAME})"\s*,\s*"(?:arguments|parameters)"\s*:\s*\{{'
@@ -247,7 +247,7 @@ class ToolParser:
         return self._buffer[:1]
 
     def _hold_object(self, *depths: int) -> bool:
-        """Read the object until it has one of these depths; return whether it was reached."""
+        """Read the object until its brackets are nested to one of `depths`; return whether that was reached."""
         end = self._scanner.advance(self._buffer, *depths)
         self._object.append(self._read(len(self._buffer) if end is None else end))
         return end is not None

@@ -123,7 +123,7 @@ class _Guards:
         return self._special.pattern.sub(lambda match: self._guard_token(match[0]), text)
 
     def guard_ends(self, text: str) -> str:
-        """Replace those, and also each punctuation character with which a special token begins or ends."""
+        """Replace what `guard_tokens` does, and each punctuation character that begins or ends a special token."""
         text = self.guard_tokens(text)
         for char in self._special.punctuation:
             text = text.replace(char, self._guard_of[char])

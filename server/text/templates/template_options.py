@@ -6,7 +6,7 @@ RESERVED = frozenset(("messages", "tools", "documents", "add_generation_prompt",
 
 
 def find_variables(template: nodes.Template) -> frozenset[str]:
-    """Return the names of the variables that the template reads and does not always set itself."""
+    """Return the names of the variables that the template reads before setting them on some path."""
     return frozenset(meta.find_undeclared_variables(template))
 
 

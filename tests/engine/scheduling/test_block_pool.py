@@ -27,7 +27,7 @@ def expected_hashes(token_ids: Sequence[int], block_size: int, salt: bytes = b""
     return hashes
 
 
-def chain(token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> list[bytes]:
+def block_hashes_of(token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> list[bytes]:
     hashes: list[bytes] = []
     extend_block_hashes(hashes, token_ids, block_size, salt)
     return hashes
@@ -205,14 +205,14 @@ salts = st.sampled_from([b"", b"a", b"ab"])
 
 @given(token_ids=tokens, block_size=st.integers(1, 5), salt=salts)
 def test_hashes_are_a_sha256_chain(token_ids: list[int], block_size: int, salt: bytes) -> None:
-    assert chain(token_ids, block_size, salt) == expected_hashes(token_ids, block_size, salt)
+    assert block_hashes_of(token_ids, block_size, salt) == expected_hashes(token_ids, block_size, salt)
 
 
 @given(token_ids=tokens, cut=st.integers(0, 20), block_size=st.integers(1, 5), salt=salts)
 def test_hashes_grow_with_the_tokens(token_ids: list[int], cut: int, block_size: int, salt: bytes) -> None:
-    hashes = chain(token_ids[:cut], block_size, salt)
+    hashes = block_hashes_of(token_ids[:cut], block_size, salt)
     extend_block_hashes(hashes, token_ids, block_size, salt)
-    assert hashes == chain(token_ids, block_size, salt)
+    assert hashes == block_hashes_of(token_ids, block_size, salt)
 
 
 @given(token_ids=st.lists(st.integers(0, 3), min_size=1, max_size=20), data=st.data(), block_size=st.integers(1, 5))
@@ -222,13 +222,14 @@ def test_one_other_token_changes_its_block_and_all_later_ones(
     position = data.draw(st.integers(0, len(token_ids) - 1))
     other = list(token_ids)
     other[position] += 1
-    same = [a == b for a, b in zip(chain(token_ids, block_size), chain(other, block_size), strict=True)]
+    hashes, other_hashes = (block_hashes_of(ids, block_size) for ids in (token_ids, other))
+    same = [a == b for a, b in zip(hashes, other_hashes, strict=True)]
     assert same == [index < position // block_size for index in range(len(token_ids) // block_size)]
 
 
 def test_another_salt_changes_all_hashes() -> None:
-    chains = [set(chain(range(12), 3, salt)) for salt in (b"", b"a", b"ab", b"\0")]
-    assert len(set.union(*chains)) == 4 * len(chains)
+    hashes_by_salt = [set(block_hashes_of(range(12), 3, salt)) for salt in (b"", b"a", b"ab", b"\0")]
+    assert len(set.union(*hashes_by_salt)) == 4 * len(hashes_by_salt)
 
 
 @given(
@@ -240,7 +241,7 @@ def test_requests_share_the_full_blocks_of_their_common_prefix(
     first: list[int], second: list[int], salt_pair: tuple[bytes, bytes]
 ) -> None:
     pool = BlockPool(num_blocks=8, block_size=2)
-    hashes = chain(first, 2, salt_pair[0])
+    hashes = block_hashes_of(first, 2, salt_pair[0])
     blocks = pool.allocate(len(hashes)) or []
     for block, block_hash in zip(blocks, hashes, strict=True):
         pool.publish(block, block_hash)
@@ -248,7 +249,7 @@ def test_requests_share_the_full_blocks_of_their_common_prefix(
     if num_common is None:
         num_common = min(len(first), len(second))
     num_shared = num_common // 2 if salt_pair[0] == salt_pair[1] else 0
-    assert pool.acquire(chain(second, 2, salt_pair[1])) == blocks[:num_shared]
+    assert pool.acquire(block_hashes_of(second, 2, salt_pair[1])) == blocks[:num_shared]
 
 
 def test_a_published_block_is_found_until_it_is_reused() -> None:

@@ -97,7 +97,7 @@ def test_a_wrong_draft_costs_nothing_but_its_rows() -> None:
     assert (request.kv.num_computed, len(request.kv.blocks)) == (13, 4)
     assert rig.step() == {"a0": (13, 1)}  # 101, 9 has not occurred before
     assert rig.step() == {"a0": (14, 1)}
-    assert rig.step() == {"a0": (15, 2)}  # max_tokens leaves room for one guess
+    assert rig.step() == {"a0": (15, 2)}  # max_tokens leaves room for a draft of one token
     assert rig.events[0].token_ids == [9, 9]
     assert rig.events[0].finish_reason is FinishReason.LENGTH
     stats = rig.scheduler.stats
@@ -202,7 +202,7 @@ def test_who_fails_without_a_draft_too_has_failed() -> None:
 )
 @pytest.mark.parametrize("policy", [NGRAM, AUTO, SpeculationPolicy(max_length=9)])
 def test_the_end_is_where_it_is_without_drafts(params: dict[str, Any], policy: SpeculationPolicy) -> None:
-    """The model repeats 3, 5 (the end token), 8, 1, 2 forever, and every guess is right."""
+    """The model repeats 3, 5 (the end token), 8, 1, 2 forever, and every draft is right."""
     ends = []
     for speculation in (policy, None):
         rig = Rig(next_token=lambda prefix, seed: prefix[-5], max_model_len=30, speculation=speculation)

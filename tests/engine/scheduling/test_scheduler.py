@@ -188,7 +188,7 @@ class Choice:
 
     @property
     def order(self) -> tuple[int, int, int]:
-        return (*self.request.order, self.request.index)
+        return (*self.request.queue_key, self.request.index)
 
 
 @st.composite

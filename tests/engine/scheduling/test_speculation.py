@@ -1,4 +1,4 @@
-"""Prompt lookup: which tokens are guessed, and how long the guesses are."""
+"""N-gram drafts: which tokens are drafted, and how long the drafts are."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import pytest
 
 from engine.scheduling.speculation import (
     AUTO,
-    MAX_RESTS,
+    MAX_SKIPPED,
     NGRAM,
     START_LENGTH,
     Drafter,
@@ -123,7 +123,7 @@ def test_drafts_shrink_to_what_was_right() -> None:
 def test_failures_in_a_row_make_longer_and_longer_rests() -> None:
     lengths = fares(*[0] * 60)
     assert lengths[:20] == [START_LENGTH, 1, 0, 1, 0, 0, 0, 1, *[0] * 7, 1, *[0] * 4]
-    assert lengths[-MAX_RESTS - 2 :].count(1) in (1, 2)
+    assert lengths[-MAX_SKIPPED - 2 :].count(1) in (1, 2)
     assert fares(0, 0, 0, 9, 0, 0) == [START_LENGTH, 1, 0, 1, 2, 1, 0]
 
 
@@ -144,12 +144,12 @@ def test_ngram_always_drafts() -> None:
 
 
 def test_policies() -> None:
-    assert choose_policy("auto", suits=True) is AUTO
-    assert choose_policy("auto", suits=False) is None
-    assert choose_policy("ngram", suits=False) is NGRAM
-    assert choose_policy("off", suits=True) is None
+    assert choose_policy("auto", auto_enabled=True) is AUTO
+    assert choose_policy("auto", auto_enabled=False) is None
+    assert choose_policy("ngram", auto_enabled=False) is NGRAM
+    assert choose_policy("off", auto_enabled=True) is None
     with pytest.raises(ValueError, match="--speculative on"):
-        choose_policy("on", suits=True)
+        choose_policy("on", auto_enabled=True)
     assert [AUTO.num_spare_rows(num, 100) for num in (1, 7, 8, 50)] == [7, 1, 0, -42]
     assert AUTO.num_spare_rows(1, 3) == 3
     assert NGRAM.num_spare_rows(1000, 3) == 3

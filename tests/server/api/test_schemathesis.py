@@ -7,14 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.server.conftest import StartServer
+from tests.support.examples import num_examples
 
 SEED = 2
-MAX_EXAMPLES = 15  # per operation
+MAX_EXAMPLES = num_examples(6, 100)  # per operation
 # Requests that match may still be rejected: the document has neither dependencies between fields nor model names.
 UNKNOWN = "positive_data_acceptance"
 
 
+@pytest.mark.drawn
 def test_answers_match_the_document(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(enable_docs=True, record_requests=100)
     command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json", f"--seed={SEED}"]

@@ -8,6 +8,11 @@ from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, ask, ask_json
 from tests.support.serving import RunningServer, check_error
 from tests.support.tiny_tokenizer_model import chatml
 
+SAMPLING_PARAMS = (
+    "max_tokens pooling seed temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty "
+    "logit_bias allowed_token_ids bad_words chain min_tokens ignore_eos stop_token_ids repetition_detection logprobs "
+    "logprob_token_ids prompt_logprobs grammar thinking post_sampling_probs"
+)
 SETTINGS = {"temperature": 0.5, "top_k": 3, "seed": 7, "logit_bias": {"65": 1}, "stop_token_ids": [66], "n": 2}
 
 
@@ -17,7 +22,9 @@ def test_a_conversation(server: RunningServer) -> None:
     ask_json(server.url, CHAT, **SETTINGS)
     (submit,) = server.engine.submits
     assert rendered.pop("request_id").startswith("chatcmpl-")
-    params = msgspec.json.decode(msgspec.json.encode(msgspec.structs.asdict(submit.params)))
+    values = msgspec.json.decode(msgspec.json.encode(msgspec.structs.astuple(submit.params)))
+    params = dict(zip(SAMPLING_PARAMS.split(), values, strict=True))
+    assert list(rendered["sampling_params"]) == SAMPLING_PARAMS.split()
     assert (params["seed"], params["logit_bias"], params["stop_token_ids"]) == (7, {"65": 1.0}, [66])
     assert rendered == {
         "model": "tiny",

@@ -20,13 +20,13 @@ def test_repr_does_not_show_keys() -> None:
 
 def test_number_of_lora_slots() -> None:
     two = ("--lora-modules", "a=/x", "--lora-modules", "b=/y")
-    for flags, num_lora_slots in (
+    for flags, max_loaded_adapters in (
         ((), 0),
         (("--max-loras", "3"), 0),
         (two, 8),
         ((*two, "--max-loras", "2"), 2),
         (("--allow-runtime-lora-updating", "--max-loras", "3"), 3),
     ):
-        assert engine_config(settings_from_flags(*flags), Path("/m"), {}).max_loras == num_lora_slots
+        assert engine_config(settings_from_flags(*flags), Path("/m"), {}).max_loras == max_loaded_adapters
     with pytest.raises(SettingsError, match="--lora-modules names 2 adapters, but --max-loras is 1"):
         settings_from_flags(*two, "--max-loras", "1")

@@ -12,7 +12,7 @@ struct NamedFunction {
     Function function;
 };
 
-// A field of a struct that Python fills in. Library in library.py compares it with its counterpart in parameters.py.
+// A field of a struct that Python fills in. Library in library.py compares it with its counterpart in c_structs.py.
 struct Field {
     const char* struct_name;
     int64_t struct_size;
@@ -27,5 +27,5 @@ const lightwell::NamedFunction* lightwell_functions_avx2();
 const lightwell::NamedFunction* lightwell_functions_avx512();
 const lightwell::NamedFunction* lightwell_functions_avx512_bf16();
 const lightwell::NamedFunction* lightwell_functions_amx();  // only those that differ from avx512_bf16
-const lightwell::Field* lightwell_field_table();
+const lightwell::Field* lightwell_fields_avx2();
 }

@@ -222,7 +222,7 @@ extern "C" __attribute__((visibility("default"))) const char* lightwell_best_isa
 }
 
 // Returns the fields of all structs that Python fills in, ended by a null name.
-extern "C" __attribute__((visibility("default"))) const Field* lightwell_fields() { return lightwell_field_table(); }
+extern "C" __attribute__((visibility("default"))) const Field* lightwell_fields() { return lightwell_fields_avx2(); }
 
 static Function find(const NamedFunction* functions, const char* name) {
     for (; functions->name; functions++)

@@ -71,14 +71,13 @@ constexpr lightwell::NamedFunction FUNCTIONS_ON_TILES[] = {
 
 }  // namespace
 
-#define NAME_OF(isa) lightwell_functions_##isa
-#define TABLE_OF(isa) NAME_OF(isa)
+#define JOIN_NAME(name, isa) name##_##isa
+#define NAME_OF(name, isa) JOIN_NAME(name, isa)
 
-extern "C" const lightwell::NamedFunction* TABLE_OF(LIGHTWELL_ISA)() { return FUNCTIONS; }
+extern "C" const lightwell::NamedFunction* NAME_OF(lightwell_functions, LIGHTWELL_ISA)() { return FUNCTIONS; }
 
-#ifndef __AVX512F__  // once: layouts are the same on all code paths
-extern "C" const lightwell::Field* lightwell_field_table() { return FIELDS; }
-#endif
+// Layouts are the same on all code paths.
+extern "C" const lightwell::Field* NAME_OF(lightwell_fields, LIGHTWELL_ISA)() { return FIELDS; }
 
 #ifdef __AVX512BF16__
 extern "C" const lightwell::NamedFunction* lightwell_functions_amx() { return FUNCTIONS_ON_TILES; }

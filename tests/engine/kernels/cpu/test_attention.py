@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.kernels.cpu.c_structs import PagedAttentionParameters
 from engine.kernels.cpu.kernels import CpuKernels
-from engine.kernels.cpu.parameters import PagedAttentionParameters
 from engine.kernels.interface import KernelOptions, LinearOp
 from tests.support.examples import num_examples
 from tests.support.kernel_choice import code_paths
@@ -313,6 +313,7 @@ def test_attention_on_all_code_paths(shape: Shape, cache_type: str) -> None:
 
 @each_code_path
 @each_cache_type
+@pytest.mark.drawn
 def test_any_mix(cache_type: str, code_path: str) -> None:
     """The result is that of the textbook for random shapes, sequences and spans."""
     for seed in range(num_examples(3, 60)):

@@ -5,8 +5,8 @@ from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
 import pytest
 
 from engine.kernels.cpu import library as library_module
+from engine.kernels.cpu.c_structs import STRUCTURES, GatherParameters, PrepareParameters
 from engine.kernels.cpu.library import CODE_PATHS, LayoutError, Library
-from engine.kernels.cpu.parameters import STRUCTURES, GatherParameters, PrepareParameters
 from tests.support.kernel_choice import code_paths, library_path
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")

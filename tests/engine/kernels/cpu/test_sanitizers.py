@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for 
 SETUP = """
 from pathlib import Path
 import numpy as np
-from engine.kernels.cpu import parameters as cpp
+from engine.kernels.cpu import c_structs as cpp
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
 from engine.kernels.cpu.weights import FORMATS, format_of, input_row_bytes

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.kernels.interface import KernelOptions
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.linear import linear
-from engine.kernels.triton.packed import PackedMatrix, from_ggml, to_int8
+from engine.kernels.triton.packed_matrix import PackedMatrix, from_ggml, to_int8
 from engine.kernels.triton.tiles import TABLE, LinearTiles
 from tests.engine.kernels.triton.test_rows import TOLERANCES, assert_close
 from tests.support.examples import num_examples
@@ -76,7 +76,7 @@ def test_inputs_in_parts(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """The bits are the same for one program for each part or one for all of them, and for a row alone."""
+    """The bits are the same for one program for each split or one for all of them, and for a row alone."""
     num_rows, num_columns, num_inputs = shape
     if name == "Q4_1":
         num_inputs = 32 * (1 + num_inputs // 32)

@@ -37,7 +37,7 @@ def test_as_in_plain_torch(dtype: torch.dtype) -> None:
 
 @each_dtype
 def test_beyond_one_tile(dtype: torch.dtype) -> None:
-    """There are several tiles of inputs, of ranks, and of the columns of a part."""
+    """There are several tiles of inputs, of ranks, and of the columns of a projection."""
     sizes, max_rank = (EXPAND_COLUMNS + 88, 2 * EXPAND_COLUMNS, 1), 2 * EXPAND_RANKS + 8
     ranks = ((max_rank, EXPAND_RANKS, 1), (EXPAND_RANKS + 1, 0, 33))
     case = LoraCase(dtype, dtype, 2 * SHRINK_INPUTS + 3, sizes, max_rank, ranks, (0, -1, 1, 0), seed=2)

@@ -132,7 +132,7 @@ def test_settings_without_a_pass_go_to_torch(monkeypatch: pytest.MonkeyPatch, rn
     logits = random_logits(rng, len(requests), 577)
     logits[5, 3] = math.nan
     expected = run(logits, requests)
-    monkeypatch.setattr(sampler, "OTHER_DEFAULTS", {"top_k": 0, "top_p": 1.0})
+    monkeypatch.setattr(sampler, "UNSUPPORTED_DEFAULTS", {"top_k": 0, "top_p": 1.0})
     assert 0 < sum(not sampler.is_supported(request.params) for request in requests) < len(requests)
     monkeypatch.setattr(sampler, "_collect", None)
     found = run(logits, requests)

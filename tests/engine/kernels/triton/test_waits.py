@@ -115,7 +115,7 @@ def run(loaded: LoadedModel, all_params: Sequence[SamplingParams]) -> None:
 
 SOME = partial(SamplingParams, max_tokens=3, ignore_eos=True)
 ANY = partial(SOME, temperature=0.8)
-CHAIN = ExtraSamplers(
+ALL_SAMPLERS = ExtraSamplers(
     typical_p=0.9, top_n_sigma=2.0, xtc_probability=0.5, dry_multiplier=0.8, dry_allowed_length=0, repeat_last_n=9
 )
 EVERY = [
@@ -129,12 +129,14 @@ EVERY = [
     SOME(temperature=0.0, prompt_logprobs=2),
     ANY(allowed_token_ids=[3, 4, 5, 6]),
     ANY(bad_words=[(3,), (4, 5)], logit_bias={2: 1.0}, min_tokens=2),
-    ANY(extra_samplers=CHAIN, presence_penalty=0.1),
-    SOME(temperature=0.0, extra_samplers=CHAIN, top_k=4, top_p=0.9),
+    ANY(extra_samplers=ALL_SAMPLERS, presence_penalty=0.1),
+    SOME(temperature=0.0, extra_samplers=ALL_SAMPLERS, top_k=4, top_p=0.9),
 ]
 
 
-@pytest.mark.parametrize("chosen", [EVERY, EVERY[-2:], EVERY[:1], EVERY[1:2]], ids=["every", "chain", "greedy", "any"])
+@pytest.mark.parametrize(
+    "chosen", [EVERY, EVERY[-2:], EVERY[:1], EVERY[1:2]], ids=["every", "samplers", "greedy", "any"]
+)
 def test_nothing_waits(loaded: LoadedModel, waits: Waits, chosen: Sequence[SamplingParams]) -> None:
     with watched(loaded, waits):
         run(loaded, chosen)

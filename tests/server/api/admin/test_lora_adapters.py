@@ -294,12 +294,12 @@ def test_what_the_engine_cannot_load_now(
     updatable: RunningServer, fake_engine: FakeEngine, tmp_path: Path, field: AdapterField | None
 ) -> None:
     path = str(write_adapter(tmp_path / "a"))
-    busy = AdapterDone(request_id="", error="all places are in use", field=field, is_temporary=True)
+    busy = AdapterDone(request_id="", error="all slots are in use", field=field, is_temporary=True)
     fake_engine.config.adapter_error = busy
     answer = load(updatable, lora_name="a", lora_path=path)
     error = check_error(answer, 503)
     assert (error["type"], error["code"], error["param"]) == ("service_unavailable_error", "adapters_busy", None)
-    assert error["message"] == "all places are in use"
+    assert error["message"] == "all slots are in use"
     assert 1 <= int(answer.headers["retry-after"]) <= 60
 
 

@@ -39,7 +39,10 @@ def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def plan_prompts(batch: BatchInputs, query_lens: Lengths, cache: LayerCache) -> PromptPlan | None:
-    """Plan the last `query_lens` rows of each sequence. Returns None if a sequence began in an earlier batch."""
+    """Return the plan of `prompt_attention` for the last `query_lens` rows of each sequence.
+
+    Returns None if the head size is not supported, there are no rows, or a sequence began in an earlier batch.
+    """
     head_dim = cache.keys.shape[3]
     is_supported = head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0 and query_lens.any()
     if not is_supported or (batch.query_lens != batch.seq_lens).any():

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from engine.kernels.interface import KernelOptions
-from engine.kernels.torch import products
+from engine.kernels.torch import linear as linear_module
 from engine.kernels.torch.kernels import TorchKernels
-from engine.kernels.torch.products import Product
+from engine.kernels.torch.linear import Product
 from tests.support.tensors import CPU, assert_close, random_tensor
 
 LINEAR_SHAPES = [(576, 576), (960, 576), (576, 1536), (512, 4096), (100, 64), (33, 1000)]  # outputs, inputs
@@ -36,7 +36,7 @@ def test_linear_with_and_without_bias_are_probed_each(monkeypatch: pytest.Monkey
             return exact_product(weight)
         return lambda x: exact_product(weight)(x) + bias + (0.5 if len(x) % 4 else 0.0)
 
-    monkeypatch.setattr(products, "_plain_product", plain_product)
+    monkeypatch.setattr(linear_module, "_plain_product", plain_product)
     kernels = TorchKernels(KernelOptions(torch.float32), CPU)
     weight = random_tensor(0, 8, 16)
     kernels.linear(weight)
@@ -54,7 +54,7 @@ def test_products_that_depend_on_the_number_of_rows_are_padded(monkeypatch: pyte
     def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
         return lambda x: exact_product(weight)(x) + (0.5 if len(x) % 4 else 0.0)
 
-    monkeypatch.setattr(products, "_plain_product", plain_product)
+    monkeypatch.setattr(linear_module, "_plain_product", plain_product)
     kernels = TorchKernels(KernelOptions(torch.float32), CPU)
     weight, x = random_tensor(0, 8, 16), random_tensor(1, 12, 16)
     linear = kernels.linear(weight)
@@ -67,7 +67,7 @@ def test_products_that_no_padding_helps_are_taken_in_pieces(monkeypatch: pytest.
     def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
         return lambda x: exact_product(weight)(x) + 1e-3 * len(x)
 
-    monkeypatch.setattr(products, "_plain_product", plain_product)
+    monkeypatch.setattr(linear_module, "_plain_product", plain_product)
     kernels = TorchKernels(KernelOptions(torch.float32, max_num_rows=300), CPU)
     weight, x = random_tensor(0, 8, 16), random_tensor(1, 300, 16)
     linear = kernels.linear(weight)
@@ -83,7 +83,7 @@ def test_says_so_where_neither_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
         return lambda x: exact_product(weight)(x) + 1e-3 * torch.arange(len(x))[:, None]
 
-    monkeypatch.setattr(products, "_plain_product", plain_product)
+    monkeypatch.setattr(linear_module, "_plain_product", plain_product)
     kernels = TorchKernels(KernelOptions(torch.float32), CPU)
     assert kernels.deterministic
     weight, x = random_tensor(0, 8, 16), random_tensor(1, 3, 16)

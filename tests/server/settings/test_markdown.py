@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.settings.render import markdown_table
+from server.settings.markdown import markdown_table
 from server.settings.table import SETTINGS
 from tests.support.paths import ROOT
 

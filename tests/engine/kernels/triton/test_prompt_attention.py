@@ -12,7 +12,7 @@ from torch.nn.attention import varlen
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from engine.kernels.interface import KernelOptions
-from engine.kernels.triton import prompts
+from engine.kernels.triton import prompt_attention
 from engine.kernels.triton.kernels import TritonKernels
 from tests.parity.test_families import SHAPE
 from tests.support.outputs import all_logits, greedy_outputs
@@ -50,7 +50,7 @@ class Library:
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     stand_in = Library()
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(prompts, "can_attend", lambda device, dtype: True)
+    monkeypatch.setattr(prompt_attention, "can_attend", lambda device, dtype: True)
     return stand_in
 
 
@@ -99,8 +99,8 @@ def test_not_with_a_window(library: Library, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch_invariant", [True, False])
 def test_only_on_a_gpu_in_half_precision(batch_invariant: bool) -> None:
-    assert prompts.IS_COMPLETE
+    assert prompt_attention.IS_COMPLETE
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert prompts.can_attend(torch.device("cuda"), dtype) == (dtype != torch.float32)
+        assert prompt_attention.can_attend(torch.device("cuda"), dtype) == (dtype != torch.float32)
         kernels = TritonKernels(KernelOptions(dtype, batch_invariant=batch_invariant), torch.device("cpu"))
         assert not kernels.attends_to_prompts

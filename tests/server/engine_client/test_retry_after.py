@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine_client.throughput import Throughput
+from server.engine_client.retry_after import Throughput
 
 
 @pytest.mark.parametrize(

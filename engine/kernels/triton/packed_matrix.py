@@ -28,7 +28,7 @@ class PackedMatrix:
 
     codes: Tensor  # uint8 [M, K / 2], the first of two inputs in the low bits; or int8 [M, K]
     scales: Tensor  # [M, K / group], in the checkpoint's precision
-    minima: Tensor | None  # [M, K / group], likewise
+    minima: Tensor | None  # [M, K / group], in the checkpoint's precision
     num_inputs: int
     group: int  # inputs that share a scale; the last group may have fewer
 
@@ -67,12 +67,12 @@ def _half(field: Tensor) -> Tensor:
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """Bytes [.., n] -> codes [.., 2 n]: all low halves, then all high ones."""
+    """Unpack bytes [.., n] to codes [.., 2 n]: all low halves, then all high ones."""
     return torch.cat((packed & 15, packed >> 4), dim=-1)
 
 
 def _bits(packed: Tensor, width: int) -> Tensor:
-    """Bytes [.., n] -> [8 / width, .., n]: their bits, `width` at a time, from the lowest."""
+    """Unpack bytes [.., n] to their bits, `width` at a time, from the lowest: [8 / width, .., n]."""
     return torch.stack([packed >> shift & (1 << width) - 1 for shift in range(0, 8, width)])
 
 

@@ -28,7 +28,7 @@ PROBE_MAX_RESULTS = 2**25  # results of the largest product to try
 
 
 def new_product(weight: Tensor, bias: Tensor | None) -> Product:
-    """Return y = x W^T + b for a weight [M, K]."""
+    """Return a function that computes x W^T + b, for a weight W [M, K]."""
     return _packed_product(weight, bias) if _can_pack(weight) else _plain_product(weight, bias)
 
 

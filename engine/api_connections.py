@@ -8,7 +8,7 @@ import zmq
 from engine.shared.messages import EngineStats, FromEngine, Outputs, Submit, ToEngine, TokenEvent
 
 
-class Clients:
+class ApiConnections:
     """The connected API processes, and the requests that each of them waits for."""
 
     def __init__(self, address: str) -> None:

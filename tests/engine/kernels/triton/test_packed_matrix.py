@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig
 from engine.kernels.interface import KernelOptions
 from engine.kernels.triton.kernels import TritonKernels
-from engine.kernels.triton.packed import READERS, from_ggml, to_int8
+from engine.kernels.triton.packed_matrix import READERS, from_ggml, to_int8
 from engine.kernels.triton.tiles import TABLE, Tiles
 from engine.loading import load_model
 from tests.parity.test_families import SHAPE, VOCAB_SIZE
