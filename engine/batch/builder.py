@@ -31,7 +31,10 @@ class BatchBuilder:
         self.query_lens, self.hidden_lens, self.seq_lens = np.zeros((3, max_num_seqs), dtype=np.int64)
 
     def buffers(self) -> BatchInputs:
-        """Return the whole buffers on a CPU. The batches of any step are views of them."""
+        """Return the buffers at full length.
+
+        On a CPU, every step's inputs are views of them, so a program recorded on these runs any step.
+        """
         return self._inputs([*torch.from_numpy(self.rows), torch.from_numpy(self.tables)], len(self.tables))
 
     def build(self, step: Step) -> BatchInputs:

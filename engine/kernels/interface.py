@@ -1,7 +1,8 @@
 """The operations of a decoder, with one signature for each on every device.
 
-`engine.kernels.load` chooses an implementation once, at start. Every implementation is batch invariant: the result for
-a row depends on that row and on its sequence's keys and values, never on the number of rows or on other sequences.
+`engine.kernels.load` chooses an implementation once, at start. An implementation whose `deterministic` is true is
+batch invariant: the result for a row depends on that row and on its sequence's keys and values, never on the number of
+rows or on other sequences.
 
 Shapes use these letters. T: rows (tokens) of the batch; S: sequences; H: query heads; KH: KV heads; G = H / KH: query
 heads that share a KV head (grouped-query attention); D: head size; B: blocks; N: tokens of a block; V: vocabulary size.
@@ -94,7 +95,7 @@ class Kernels(Protocol):
 
     @property
     def separates_prompts(self) -> bool:
-        """True if a token of a prompt gets keys and values with other bits than the same token when generated."""
+        """True if a token of a prompt gets keys and values with different bits from the same token when generated."""
         ...
 
     @property

@@ -2,7 +2,7 @@
 
 Each op maps float32 logits [R, V] to logits [R, V], all rows at once. The result for a row depends on that row alone.
 Tokens that an op removes get -infinity. Sums over a row are taken as the last of its running sums, because torch adds
-up a single row in another order than several.
+up a single row in a different order from several.
 """
 
 from __future__ import annotations

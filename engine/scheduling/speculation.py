@@ -72,7 +72,7 @@ class NgramIndex:
 
     def __init__(self) -> None:
         self.num_tokens = 0  # added so far
-        # For each length: n-gram -> position of the token after its last occurrence that has a next token.
+        # For each length: n-gram -> position after its latest occurrence, not counting one at the very end.
         self.followers: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in NGRAM_LENGTHS}
 
     def add(self, token_ids: Sequence[int]) -> None:

@@ -36,7 +36,8 @@ GREEDY_TEMPERATURE = 1e-5  # a lower temperature means greedy decoding: dividing
 class ExtraSamplers(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Settings of the samplers beyond temperature, min_p, top_k and top_p, and the order of all of them.
 
-    Names and defaults are llama.cpp's. A sampler that `order` does not name is not applied.
+    Names and defaults are llama.cpp's, except the order and `repeat_last_n`, which is unlimited. A sampler that `order`
+    does not name is not applied.
     """
 
     order: tuple[str, ...] = SAMPLER_ORDER
@@ -158,7 +159,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     index: int = 0  # which of the n choices
     token_ids: list[int] = []  # the new tokens
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if requested
-    prompt_logprobs: list[TokenLogprobs] | None = None  # of prompt tokens 1.., in the first event of choice 0
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of all prompt tokens but the first, in choice 0's first event
     embedding: list[float] | None = None  # a unit vector (L2), if requested
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache, in the first event of a choice
     finish_reason: FinishReason | None = None  # set in the last event of a choice

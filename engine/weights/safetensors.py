@@ -48,7 +48,10 @@ def _is_redundant(name: str, config: ModelConfig) -> bool:
 
 
 def _find_shards(folder: Path) -> dict[Path, set[str]]:
-    """Return each safetensors file -> the tensor names that the index lists for it (none for a single file)."""
+    """Return the safetensors files, each with the names the index lists for it (empty if there is no index).
+
+    Raises ValueError for a missing file or a malformed index.
+    """
     if (folder / WEIGHTS_NAME).is_file():
         return {folder / WEIGHTS_NAME: set()}
     index = folder / INDEX_NAME

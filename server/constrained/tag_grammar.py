@@ -71,7 +71,7 @@ class TagGrammar:
     _num_chars: int = 0  # total length of the rules
 
     def write(self, format: Format) -> str:
-        """Return the grammar of a part that is the whole answer. Raises StructuralTagError."""
+        """Return the grammar of an answer that consists of `format` alone. Raises StructuralTagError."""
         start = _either(self._alternatives(format, (), "format"), self.markers)
         return "\n".join(["%llguidance {}", f"start: {start}", *self.rules]) + "\n"
 

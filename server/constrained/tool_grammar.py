@@ -107,7 +107,10 @@ class MarkerWriter:
 
 
 def _reasoning_rules(markers: MarkerWriter, tags: ReasoningTags | None, is_reasoning: bool) -> list[str]:
-    """Return the rule `start`: an `answer`, after reasoning if the model may reason."""
+    """Return the rule `start` and those it needs: an `answer`, preceded by optional reasoning if `tags` is set.
+
+    If the prompt already opened the tag (`is_reasoning`), the reasoning is required.
+    """
     if tags is None:
         return ["start: answer"]
     start = "reasoning answer" if is_reasoning else f"{markers.write(tags.start)} reasoning answer | answer"

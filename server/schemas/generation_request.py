@@ -103,8 +103,8 @@ class GenerationRequest(SamplerFields, GuidedFields, ABC):
         None,
         ge=INT64_MIN,
         le=INT64_MAX,
-        description="The same request with the same seed gets the same answer. Default, and -1: a random seed, "
-        "reported in the header x-lightwell-seed.",
+        description="The same request with the same seed gets the same answer. Default, and -1: a random seed, or "
+        "with --seed one derived from it; the header x-lightwell-seed reports it.",
     )
 
     stop: Stop = Field(None, description="Up to four strings that end the text. They are not part of it.")

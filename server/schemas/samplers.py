@@ -1,4 +1,7 @@
-"""Parameters of the samplers other than temperature, min_p, top_k and top_p, with llama.cpp's names and defaults."""
+"""Parameters of the samplers other than temperature, min_p, top_k and top_p.
+
+Names and defaults are llama.cpp's, except the default order and `repeat_last_n`, which is unlimited.
+"""
 
 from typing import Annotated, Literal
 
@@ -62,7 +65,9 @@ class SamplerFields(BaseModel):
         description="DRY: subtract dry_multiplier * dry_base ** (length - dry_allowed_length) from the logits of "
         "tokens that would extend a repetition of `length` tokens. Default 0: off.",
     )
-    dry_base: FiniteFloat | None = Field(None, ge=1, le=1000, description="Default 1.75.")
+    dry_base: FiniteFloat | None = Field(
+        None, ge=1, le=1000, description="Base of the power in dry_multiplier. Default 1.75."
+    )
     dry_allowed_length: int | None = Field(
         None, ge=1, le=MAX_DRY_LENGTH, description="Shorter repetitions are not penalized. Default 2 tokens."
     )

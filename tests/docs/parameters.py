@@ -23,7 +23,8 @@ def markdown_table(model: type[BaseModel], *, without: type[BaseModel] | None = 
 
 def describe(schema: Schema) -> str:
     """Return the type of a JSON schema in words, with its limits. Null, which always means the default, is left out."""
-    return " or ".join(dict.fromkeys(_alternatives(schema)))
+    *others, last = dict.fromkeys(_alternatives(schema))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _alternatives(schema: Schema) -> Iterator[str]:
@@ -36,7 +37,7 @@ def _alternatives(schema: Schema) -> Iterator[str]:
     elif "$ref" in schema:
         yield "object"
     elif schema.get("type") == "array":
-        yield "array" + _at_most(schema, "maxItems", "entries")
+        yield _array(schema) + _at_most(schema, "maxItems", "entries")
     elif schema.get("type") == "object":
         yield "object" + _at_most(schema, "maxProperties", "entries")
     elif schema.get("type") == "string":
@@ -47,8 +48,20 @@ def _alternatives(schema: Schema) -> Iterator[str]:
         yield "boolean"
 
 
+def _array(schema: Schema) -> str:
+    """Return "array of strings", without the limits of the items."""
+    items = schema["items"]
+    match items.get("type"):
+        case "array":
+            return f"array of {_array(items).replace('array', 'arrays', 1)}"
+        case str(name):
+            return f"array of {name}s"
+        case _:  # a reference, or several
+            return "array of objects"
+
+
 def _at_most(schema: Schema, key: str, noun: str) -> str:
-    return f", at most {schema[key]:,} {noun}" if key in schema else ""
+    return f" (at most {schema[key]:,} {noun})" if key in schema else ""
 
 
 def _bounds(schema: Schema) -> str:
@@ -57,4 +70,4 @@ def _bounds(schema: Schema) -> str:
         for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
         if key in schema and schema[key] not in (INT64_MIN, INT64_MAX)
     ]
-    return f" {', '.join(bounds)}" if bounds else ""
+    return f" ({', '.join(bounds)})" if bounds else ""

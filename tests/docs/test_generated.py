@@ -20,13 +20,22 @@ def test_tables_are_current(document: str) -> None:
     ("schema", "expected"),
     [
         ({"type": "string"}, "string"),
-        ({"type": "string", "maxLength": 2048}, "string, at most 2,048 characters"),
-        ({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}]}, "number > 0, <= 1"),
+        ({"type": "string", "maxLength": 2048}, "string (at most 2,048 characters)"),
+        ({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}]}, "number (> 0, <= 1)"),
         ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, "integer"),
         ({"enum": ["left", "right"], "type": "string"}, "`left`, `right`"),
-        ({"anyOf": [{"type": "string"}, {"type": "array", "maxItems": 4}]}, "string or array, at most 4 entries"),
+        (
+            {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 4}]},
+            "string or array of strings (at most 4 entries)",
+        ),
+        (
+            {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 3}},
+            "array of arrays of integers",
+        ),
+        ({"type": "array", "items": {"$ref": "#/$defs/A"}}, "array of objects"),
+        ({"oneOf": [{"enum": ["a", "b"]}, {"type": "integer"}, {"$ref": "#/$defs/A"}]}, "`a`, `b`, integer or object"),
         ({"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}]}, "object"),
-        ({"type": "object", "maxProperties": 16}, "object, at most 16 entries"),
+        ({"type": "object", "maxProperties": 16}, "object (at most 16 entries)"),
     ],
 )
 def test_types_in_words(schema: dict[str, object], expected: str) -> None:

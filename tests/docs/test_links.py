@@ -104,17 +104,17 @@ def test_the_architecture_names_every_folder() -> None:
     assert folders - set(spans("docs/architecture.md")) == set()
 
 
-def test_the_architecture_has_ten_steps_and_ten_questions() -> None:
+def test_the_architecture_has_ten_steps_and_at_least_ten_questions() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     steps, questions = (
         text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-        for title in ("A request in ten steps", "Ten questions")
+        for title in ("A request in ten steps", "Questions a newcomer asks")
     )
     for step in re.split(r"^\d+\. ", steps, flags=re.MULTILINE)[1:]:
         assert PATH.search(step), step
     assert len(re.findall(r"^\d+\. ", steps, re.MULTILINE)) == 10
     rows = re.findall(r"^\| (.+?\?) \| (.+) \|$", questions, re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) >= 10
     for question, answer in rows:
         assert PATH.search(answer), question
 

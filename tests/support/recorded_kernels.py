@@ -27,7 +27,7 @@ def make_kernels(code_path: str, num_threads: int = 1, options: KernelOptions | 
 
 
 class Rows:
-    """An operation on rows of some tables, given an index of rows."""
+    """A recorded operation: call it with row numbers and it computes those rows of `tables`."""
 
     def __init__(
         self,
@@ -80,9 +80,10 @@ def assert_close(actual: Tensor, expected: Tensor, bound: Tensor | float) -> Non
 
 
 class Sequences:
-    """Rotary embedding, cache and attention of sequences whose tokens are rows of a table of q, k and v of all heads.
+    """A recorded program of rotary embedding, KV cache and attention.
 
-    A step computes rows (sequence, start, end). Blocks are scattered, and NaN where no token is stored.
+    Row i of `table` holds q, k and v of token i, sequence after sequence. A step computes rows (sequence, start, end).
+    Blocks are scattered, and NaN where no token is stored.
     """
 
     def __init__(

@@ -100,7 +100,7 @@ def start_streams(server: ServerProcess, num_streams: int, **fields: Any) -> lis
 
 @dataclass
 class Choice:
-    """A whole choice of either endpoint, streamed or not."""
+    """A whole choice of a completion or chat completion, streamed or not."""
 
     text: str = ""
     finish_reason: str | None = None

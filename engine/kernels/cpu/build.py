@@ -45,7 +45,7 @@ POLL_SECONDS = 0.01
 
 # UNIT is compiled for each code path, with the name of the path in the macro LIGHTWELL_ISA; all other sources once, for
 # any processor of the architecture. Products and sums are fused only where the source says so, because all code paths
-# and compilers must round alike.
+# and compilers must round alike, except in bfloat16 products, for which code paths have different instructions.
 UNIT = "unit.cpp"
 COMMON_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),

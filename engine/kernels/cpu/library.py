@@ -25,7 +25,7 @@ class Field(ctypes.Structure):
 
 
 class LayoutError(RuntimeError):
-    """A struct of the library has another layout than its ctypes counterpart."""
+    """A struct of the library has a different layout from its ctypes counterpart."""
 
 
 class Library:

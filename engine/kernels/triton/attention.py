@@ -207,9 +207,9 @@ def _attend(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Compute attention to `out` on a 2D grid (tiles, KV heads): each program computes all segments of a tile in order.
+    """Write attention into `out`. Each program of a 2D grid (tiles, KV heads) computes all segments of a tile in order.
 
-    With IS_SPLIT, on a 3D grid (tiles, KV heads, segments): one segment each, to `partial` and `states`, to be merged.
+    With IS_SPLIT (3D grid, third axis: segment), each writes one to `partial` and `states`, which `_reduce` merges.
     """
     kv_head = tl.program_id(1)
     tile = tiles + tl.program_id(0) * 4

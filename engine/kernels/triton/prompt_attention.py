@@ -1,7 +1,7 @@
-"""Attention of whole prompts by torch's flash attention: faster for long prompts, but with another order of additions.
+"""Attention of whole prompts by torch's flash attention.
 
-It needs contiguous keys and values, so it is used for batches in which every sequence begins: their keys and values are
-those that the batch itself stores.
+It is faster for long prompts, but adds up in a different order. It needs contiguous keys and values, so it is used for
+batches in which every sequence begins: their keys and values are those that the batch itself stores.
 """
 
 from __future__ import annotations

@@ -165,20 +165,44 @@ class CountTokensRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str = Field(description="Name of the model, as listed by GET /v1/models.")
-    messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    system: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: MessagesToolChoice | None = None
-    thinking: ThinkingConfig | None = None
-    output_config: OutputConfig | None = None
+    messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] = Field(
+        description="The conversation so far. If the last message is an assistant's, the answer continues it."
+    )
+    system: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = Field(
+        None, description="System prompt, as text or text blocks."
+    )
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description="Functions that the model may call. Tools that run on the server are not supported."
+    )
+    tool_choice: MessagesToolChoice | None = Field(
+        None, description="Whether the model calls a tool, and which one. Default auto."
+    )
+    thinking: ThinkingConfig | None = Field(
+        None,
+        description="Whether the model reasons before it answers, and at most how long. Default: the model decides.",
+    )
+    output_config: OutputConfig | None = Field(
+        None, description="Format of the answer (a JSON schema), and reasoning effort."
+    )
     output_format: OutputSchemaFormat | None = Field(None, description="Deprecated alias of output_config.format.")
 
 
 class MessagesRequest(CountTokensRequest):
     max_tokens: int = Field(ge=1, le=INT64_MAX, description="Maximum number of output tokens.")
-    temperature: FiniteFloat | None = Field(None, ge=0, le=1, description="Default: the model's own, else 1.")
-    top_p: FiniteFloat | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=INT64_MAX)
+    temperature: FiniteFloat | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: the model's, "
+        "or 1.",
+    )
+    top_p: FiniteFloat | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep the most likely tokens whose probabilities add up to this. Default: the model's, or 1.",
+    )
+    top_k: int | None = Field(None, ge=0, le=INT64_MAX, description="Keep this many of the most likely tokens; 0: all.")
     stop_sequences: StopSequences | None = Field(
         None, description=f"Up to {MAX_STOP_SEQUENCES} strings that end the text."
     )

@@ -243,9 +243,24 @@ class ResponsesRequest(BaseModel):
     max_output_tokens: int | None = Field(
         None, ge=1, le=INT64_MAX, description="Maximum number of output tokens. Default: the rest of the context."
     )
-    temperature: FiniteFloat | None = Field(None, ge=0, le=2, description="Default: the model's own, else 1.")
-    top_p: FiniteFloat | None = Field(None, gt=0, le=1, description="Default: the model's own, else 1.")
-    include: Annotated[list[Included], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    temperature: FiniteFloat | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: the model's, "
+        "or 1.",
+    )
+    top_p: FiniteFloat | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep the most likely tokens whose probabilities add up to this. Default: the model's, or 1.",
+    )
+    include: Annotated[list[Included], Field(max_length=MAX_PARTS, fail_fast=True)] | None = Field(
+        None,
+        description="message.output_text.logprobs: return the log probability of each output token. Other values "
+        "are accepted and ignored.",
+    )
     top_logprobs: int | None = Field(
         None,
         ge=0,
@@ -257,13 +272,19 @@ class ResponsesRequest(BaseModel):
     tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
         None, description="Functions that the model may call. Tools of other types are ignored, and reported as such."
     )
-    tool_choice: ResponsesToolChoice | None = None
-    parallel_tool_calls: bool | None = None
+    tool_choice: ResponsesToolChoice | None = Field(
+        None, description="Whether the model calls a tool, and which one. Default auto."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Allow several tool calls in one answer. Default true.")
     max_tool_calls: int | None = Field(
         None, ge=1, description="Accepted and ignored: it limits built-in tools, which are not supported."
     )
-    text: TextConfig | None = None
-    reasoning: ReasoningConfig | None = None
+    text: TextConfig | None = Field(
+        None, description="Format of the answer: text, any JSON object, or JSON that matches a schema. Default text."
+    )
+    reasoning: ReasoningConfig | None = Field(
+        None, description="effort is passed to the chat template; summary is ignored."
+    )
     chat_template_kwargs: TemplateOptions | None = Field(
         None, description="Variables for the model's chat template, such as enable_thinking."
     )
@@ -284,7 +305,9 @@ class ResponsesRequest(BaseModel):
         None, description="Return at once and generate in the background. With stream, the events are stored."
     )
     stream: bool | None = Field(None, description="Stream the answer as server-sent events.")
-    stream_options: ResponseStreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = Field(
+        None, description="Accepted and ignored: events are never padded."
+    )
 
 
 class InputTokensRequest(ResponsesRequest):

@@ -35,7 +35,10 @@ _NAMED_HEAD = re.compile(rf"\s*({_NAME})\s*(?:\[CALL_ID\][a-zA-Z0-9_-]{{1,64}})?
 
 
 class ToolParser:
-    """Splits text into content and tool calls. A state machine; each state is a method that reads from the buffer."""
+    """Splits text into content and tool calls.
+
+    A state machine: each state is a method that reads from the buffer. A state returns False if it needs more text.
+    """
 
     def __init__(
         self, format: ToolFormat, names: Collection[str], *, parallel: bool = True, hidden: Sequence[str] = ()
@@ -86,7 +89,7 @@ class ToolParser:
             self._add(PartKind.CONTENT, self._hidden.remove(rest))
         return self._take_parts()
 
-    # The states. Each reads from the buffer; it returns False if it needs more text, and True to run the next state.
+    # The states. Each returns False if it needs more text, and True to run the next state.
 
     def _seek(self) -> bool:
         """Read content up to the start of a call."""

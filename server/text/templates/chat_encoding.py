@@ -81,7 +81,7 @@ class _SpecialTokens:
         return self.pattern.findall(text)
 
     def may_begin_or_end_in(self, text: str) -> bool:
-        """Return whether the text could contain a token, or could form one together with other text."""
+        """Return whether the text contains a token, or a punctuation character with which one begins or ends."""
         return any(char in text for char in self.punctuation) or self.pattern.search(text) is not None
 
 

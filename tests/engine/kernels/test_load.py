@@ -96,7 +96,7 @@ def test_int8_is_not_left_out_in_silence(options: KernelOptions, flag: str, no_c
 
 
 def test_what_stays_packed() -> None:
-    """No weights, if the settings ask for other numbers than the checkpoint's own."""
+    """No weights, if the settings ask for number formats other than the checkpoint's own."""
     for quantization in ("none", "int8"):
         if quantization == "none" or code_paths():
             options = KernelOptions(torch.float32, quantization=quantization)
