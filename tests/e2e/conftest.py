@@ -7,16 +7,26 @@ from pathlib import Path
 import pytest
 
 from tests.support.server_process import ServerProcess, running_server, shared_server
+from tests.support.serving import wait_until
+
+IDLE_SECONDS = 60.0  # bounds hangs only
 
 StartServer = Callable[..., ServerProcess]
 
 
 @pytest.fixture(scope="session")
-def server(smollm2_path: Path) -> Iterator[ServerProcess]:
+def session_server(smollm2_path: Path) -> Iterator[ServerProcess]:
     """A shared server, for tests that change only its prefix cache and counters and do not depend on them."""
     flags = ("--max-num-seqs=64", "--max-model-len=4096", "--kv-cache-memory=256MiB")
     with shared_server(smollm2_path, *flags) as server:
         yield server
+
+
+@pytest.fixture
+def server(session_server: ServerProcess) -> ServerProcess:
+    """The shared server, once the requests of earlier tests have ended: their tokens would count in this one."""
+    wait_until(lambda: session_server.is_idle, IDLE_SECONDS)
+    return session_server
 
 
 @pytest.fixture
