@@ -26,6 +26,8 @@ from server.schemas.request_fields import (
     Stop,
     StopTokenIds,
     StreamOptions,
+    Temperature,
+    TopP,
     TruncatedLength,
     TruncationSide,
 )
@@ -52,19 +54,8 @@ class GenerationRequest(SamplerFields, GuidedFields, ABC):
         "last chunk are sent at once. Default 1.",
     )
 
-    temperature: FiniteFloat | None = Field(
-        None,
-        ge=0,
-        le=2,
-        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: the model's, "
-        "or 1.",
-    )
-    top_p: FiniteFloat | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Keep the most likely tokens whose probabilities add up to this. Default: the model's, or 1.",
-    )
+    temperature: Temperature = None
+    top_p: TopP = None
     top_k: int | None = Field(
         None, ge=-1, le=INT64_MAX, description="Keep this many of the most likely tokens; 0 or -1: all."
     )

@@ -9,6 +9,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     PlainValidator,
     WithJsonSchema,
 )
@@ -70,6 +71,23 @@ TruncatedLength = Annotated[int, Field(ge=-1, le=INT64_MAX), AfterValidator(_che
 TruncationSide = Literal["left", "right"]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[list[StopString], Field(max_length=4, fail_fast=True)]
+Temperature = Annotated[
+    FiniteFloat | None,
+    Field(
+        ge=0,
+        le=2,
+        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: the model's, "
+        "or 1.",
+    ),
+]
+TopP = Annotated[
+    FiniteFloat | None,
+    Field(
+        gt=0,
+        le=1,
+        description="Keep the most likely tokens whose probabilities add up to this. Default: the model's, or 1.",
+    ),
+]
 Stop = Annotated[
     StopStrings | None,
     BeforeValidator(_check_stop, json_schema_input_type=StopString | StopStrings | None),

@@ -1,7 +1,6 @@
 """The files in deploy/ match the server: names of metrics and settings, and the rules for image and compose file."""
 
 import json
-import os
 import re
 import shlex
 import socket
@@ -21,28 +20,16 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from deploy.bake_model import bake
 from deploy.check_dashboard import load_dashboard, queries
-from engine.shared.messages import EngineInfo, EngineStats
+from engine.shared.messages import EngineStats
 from server.metrics import Metrics
 from server.model_paths import resolve_model
 from server.settings.load import load_settings
 from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS
 from server.supervisor import DRAIN_GRACE_SECONDS, KILL_SECONDS, STOP_SECONDS
+from tests.support.engine_info import ENGINE_INFO
 from tests.support.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
-INFO = EngineInfo(
-    pid=os.getpid(),
-    max_model_len=2048,
-    max_num_seqs=8,
-    block_size=32,
-    num_blocks=100,
-    vocab_size=259,
-    device="cpu",
-    dtype="float32",
-    kernels="reference",
-    deterministic=True,
-    fingerprint="fp",
-)
 LIGHTWELL_VARIABLES = {setting.variable for setting in SETTINGS.values()} | set(OTHER_VARIABLES)
 
 Labels = dict[str, set[str]]  # name of a sample -> names of its labels
@@ -58,7 +45,7 @@ def load_yaml(path: Path) -> Any:
 def exposed_metrics(prefix: str) -> Metrics:
     """Return the metrics of a server that has answered a request."""
     metrics = Metrics(prefix, "m")
-    metrics.set_engine_info(INFO)
+    metrics.set_engine_info(ENGINE_INFO)
     metrics.set_stats_source(lambda: EngineStats(num_blocks=100, num_blocks_used=3, prompt_tokens_total=9))
     metrics.observe_step(9)
     metrics.observe_first_token(0.1)

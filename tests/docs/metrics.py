@@ -1,33 +1,19 @@
 """The table of the metrics that a server exposes, made from its registry."""
 
-import os
-
+import msgspec
 from prometheus_client import Metric
 
-from engine.shared.messages import EngineInfo, EngineStats
+from engine.shared.messages import EngineStats
 from server.metrics import Metrics
+from tests.support.engine_info import ENGINE_INFO
 
 PREFIX = "lightwell_"
-INFO = EngineInfo(
-    pid=os.getpid(),
-    max_model_len=2048,
-    max_num_seqs=8,
-    block_size=32,
-    num_blocks=100,
-    vocab_size=100,
-    device="cpu",
-    dtype="float32",
-    kernels="torch",
-    deterministic=True,
-    fingerprint="",
-    max_loras=1,
-)
 
 
 def exposed_families() -> list[Metric]:
     """Return every family of a server whose engine is ready and which has answered a request."""
     metrics = Metrics(PREFIX, "model")
-    metrics.set_engine_info(INFO)
+    metrics.set_engine_info(msgspec.structs.replace(ENGINE_INFO, max_loras=1))
     metrics.set_stats_source(EngineStats)
     metrics.observe_http("/v1/completions", "POST", 200, 1.0)
     return list(metrics.registry.collect())

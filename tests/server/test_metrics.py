@@ -7,25 +7,12 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from engine.shared.messages import EngineInfo, EngineStats
+from engine.shared.messages import EngineStats
 from server.metrics import Metrics, buckets_1_2_5
 from tests.server.conftest import StartServer
+from tests.support.engine_info import ENGINE_INFO
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, wait_until
-
-INFO = EngineInfo(
-    pid=1,
-    max_model_len=2048,
-    max_num_seqs=8,
-    block_size=32,
-    num_blocks=100,
-    vocab_size=259,
-    device="cpu",
-    dtype="float32",
-    kernels="reference",
-    deterministic=True,
-    fingerprint="fp",
-)
 
 # vLLM's core metrics as defined in `vllm/v1/metrics/loggers.py`: name in the text format -> type, additional labels.
 VLLM_CORE: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -65,7 +52,7 @@ VLLM_CORE: dict[str, tuple[str, tuple[str, ...]]] = {
 @pytest.mark.parametrize("prefix", ["lightwell_", "vllm:"])
 def test_vllm_names_types_and_labels(prefix: str) -> None:
     metrics = Metrics(prefix, "m")
-    metrics.set_engine_info(INFO)
+    metrics.set_engine_info(ENGINE_INFO)
     page, content_type = metrics.exposition()
     assert content_type.startswith("text/plain; version=0.0.4")
     families = {family.name: family for family in parse_text(page.decode())}
@@ -82,7 +69,7 @@ def test_vllm_names_types_and_labels(prefix: str) -> None:
 
 def test_vllm_buckets() -> None:
     metrics = Metrics("vllm:", "m")
-    metrics.set_engine_info(INFO)
+    metrics.set_engine_info(ENGINE_INFO)
     families = {family.name: family for family in parse_text(metrics.exposition()[0].decode())}
 
     def buckets(name: str) -> list[str]:
@@ -143,7 +130,7 @@ def test_adapters_in_use(max_loras: int) -> None:
     metrics = Metrics("vllm:", "m")
     stats = EngineStats(running_adapters=["b", "a"], waiting_adapters=["c"])
     metrics.set_stats_source(lambda: stats)
-    metrics.set_engine_info(msgspec.structs.replace(INFO, max_loras=max_loras))
+    metrics.set_engine_info(msgspec.structs.replace(ENGINE_INFO, max_loras=max_loras))
 
     def labels() -> list[dict[str, str]]:
         families = {family.name: family for family in parse_text(metrics.exposition()[0].decode())}

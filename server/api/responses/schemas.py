@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS, TemplateOptions, TokenLogprob
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import Stop
+from server.schemas.request_fields import Stop, Temperature, TopP
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
@@ -243,19 +243,8 @@ class ResponsesRequest(BaseModel):
     max_output_tokens: int | None = Field(
         None, ge=1, le=INT64_MAX, description="Maximum number of output tokens. Default: the rest of the context."
     )
-    temperature: FiniteFloat | None = Field(
-        None,
-        ge=0,
-        le=2,
-        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: the model's, "
-        "or 1.",
-    )
-    top_p: FiniteFloat | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Keep the most likely tokens whose probabilities add up to this. Default: the model's, or 1.",
-    )
+    temperature: Temperature = None
+    top_p: TopP = None
     include: Annotated[list[Included], Field(max_length=MAX_PARTS, fail_fast=True)] | None = Field(
         None,
         description="message.output_text.logprobs: return the log probability of each output token. Other values "
