@@ -19,6 +19,7 @@ from server.http.body_middleware import BodyMiddleware
 from server.http.error_handlers import install_error_handlers
 from server.http.request_middleware import RequestMiddleware
 from server.settings.load import is_loopback
+from server.web.pages import page_routes
 
 
 def create_app(context: ServerContext) -> FastAPI:
@@ -36,7 +37,7 @@ def create_app(context: ServerContext) -> FastAPI:
         title="Lightwell",
         lifespan=lifespan,
         openapi_url="/openapi.json" if with_docs else None,
-        docs_url="/docs" if with_docs else None,
+        docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
@@ -53,6 +54,7 @@ def create_app(context: ServerContext) -> FastAPI:
     ):
         for module in modules:
             app.include_router(module.router, tags=[tag])
+    app.router.routes.extend(page_routes(with_docs=with_docs))
     install_error_handlers(app)
     _add_middleware(app, context)
     return app

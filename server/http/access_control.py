@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError
 
-OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz"})  # no API key required
+OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
+ASSETS = "/assets/"  # nor for files of pages
 EXPOSED_HEADERS = (
     "x-request-id",
     "request-id",
@@ -91,7 +92,7 @@ class CrossOriginMiddleware(CORSMiddleware):
 
 
 class AuthMiddleware:
-    """Requires one of the API keys on all paths except OPEN_PATHS.
+    """Requires one of the API keys on all paths that are not open.
 
     The key is read from `Authorization: Bearer` or from Anthropic's `x-api-key`. The path is the one that routing uses.
     """
@@ -101,7 +102,7 @@ class AuthMiddleware:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not is_open(scope["path"]):
             tokens = [token for token in (bearer_token(scope["headers"]), api_key(scope["headers"])) if token]
             are_valid = [self._is_valid(token) for token in tokens]
             if not any(are_valid):
@@ -116,6 +117,11 @@ class AuthMiddleware:
         for candidate in self._digests:
             is_valid |= secrets.compare_digest(digest, candidate)
         return is_valid
+
+
+def is_open(path: str) -> bool:
+    """Return whether a path needs no API key: probes and pages, which hold no data."""
+    return path in OPEN_PATHS or path.startswith(ASSETS)
 
 
 def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

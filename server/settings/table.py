@@ -135,10 +135,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     enable_docs: Annotated[
         bool,
-        Setting(
-            _API, BOOLEAN, "Serve /openapi.json, and its documentation page /docs, which loads scripts from a CDN."
-        ),
-    ] = False
+        Setting(_API, BOOLEAN, "Serve /openapi.json, and the page /docs that shows it."),
+    ] = True
     strict: Annotated[bool, Setting(_API, BOOLEAN, "Reject requests that contain unknown fields.")] = False
 
     max_queued_requests: Annotated[

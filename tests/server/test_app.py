@@ -52,11 +52,6 @@ def test_version(server: RunningServer) -> None:
     assert list(httpx.get(server.url + "/version").json()) == ["version"]
 
 
-def test_no_documentation_routes(server: RunningServer) -> None:
-    for path in ("/docs", "/redoc", "/openapi.json"):
-        check_error(httpx.get(server.url + path), 404)
-
-
 def test_the_sdk_raises_its_own_errors(start_server: StartServer) -> None:
     server = start_server(api_key=("k",))
     with sdk_client(server, "x") as client, pytest.raises(openai.AuthenticationError) as caught:

@@ -20,7 +20,7 @@ UNKNOWN = "positive_data_acceptance"
 
 @pytest.mark.drawn
 def test_answers_match_the_document(start_server: StartServer, tmp_path: Path) -> None:
-    server = start_server(enable_docs=True, record_requests=100)
+    server = start_server(record_requests=100)
     command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json", f"--seed={SEED}"]
     command += [f"--max-examples={MAX_EXAMPLES}", "--phases=examples,fuzzing", "--mode=all", "--no-shrink"]
     # Generating data is slow on a machine under load, which says nothing about the server.

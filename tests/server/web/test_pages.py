@@ -1,0 +1,109 @@
+"""The pages for browsers, as HTTP clients and as Chromium see them."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.web.pages import STATIC
+from tests.server.conftest import StartServer
+from tests.support.serving import RunningServer, check_error
+
+PAGES = ("/", "/docs")
+KEY = "sk-secret"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def guarded(start_server: StartServer) -> RunningServer:
+    return start_server(api_key=(KEY,))
+
+
+def linked(page: str) -> list[str]:
+    """Return the files that a page loads, relative to it."""
+    return re.findall(r'(?:src|href)="(assets/[^"]*)"', page)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_and_their_files_are_public(guarded: RunningServer, path: str) -> None:
+    page = httpx.get(guarded.url + path)
+    assert page.status_code == 200
+    assert len(linked(page.text)) >= 3
+    for each in linked(page.text):
+        response = httpx.get(f"{guarded.url}/{each}")
+        assert (response.status_code, response.headers["x-content-type-options"]) == (200, "nosniff"), each
+    check_error(httpx.get(f"{guarded.url}/openapi.json"), 401)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_head(server: RunningServer, path: str) -> None:
+    """Clients of other servers probe `/` with HEAD."""
+    assert httpx.head(server.url + path).status_code == 200
+    check_error(httpx.post(server.url + path), 405)
+
+
+def test_the_policy_allows_nothing_but_this_server(server: RunningServer) -> None:
+    policy = httpx.get(server.url).headers["content-security-policy"]
+    sources = {source for directive in policy.split("; ") for source in directive.split()[1:]}
+    assert sources == {"'none'", "'self'", "data:"}
+    assert "default-src 'none'" in policy
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in STATIC.glob("*.*s*")))
+def test_files_need_no_other_host(file: str) -> None:
+    text = (STATIC / file).read_text(encoding="utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert re.findall(r"https?://[^\s\"'`$]+", text) == []
+
+
+def test_a_current_copy_is_not_sent_again(server: RunningServer) -> None:
+    url = f"{server.url}/assets/swagger-ui.css"
+    first = httpx.get(url)
+    second = httpx.get(url, headers={"if-none-match": first.headers["etag"]})
+    assert (second.status_code, second.content) == (304, b"")
+
+
+@pytest.mark.parametrize(
+    "path", ["/assets/", "/assets/nothing.js", "/assets/..%2fpages.py", "/assets/%2e%2e/%2e%2e/v1/models"]
+)
+def test_only_files_of_pages_are_served(guarded: RunningServer, path: str) -> None:
+    check_error(httpx.get(guarded.url + path), 404)
+
+
+def test_no_documentation(start_server: StartServer) -> None:
+    server = start_server(enable_docs=False)
+    for path in ("/docs", "/openapi.json"):
+        check_error(httpx.get(server.url + path), 404)
+    assert httpx.get(server.url).status_code == 200
+
+
+def dom(url: str, folder: Path) -> str:
+    """Return the document after its scripts have run."""
+    assert CHROMIUM is not None
+    flags = (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=4000",
+        f"--user-data-dir={folder}",
+    )
+    return subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_chromium(server: RunningServer, tmp_path: Path) -> None:
+    page = dom(server.url, tmp_path)
+    assert "<option>tiny</option>" in page
+    assert f'<code id="base-url">{server.url}/v1</code>' in page
+    assert "Create Chat Completion" in dom(f"{server.url}/docs", tmp_path)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_chromium_asks_for_the_key(guarded: RunningServer, tmp_path: Path) -> None:
+    page = dom(guarded.url, tmp_path)
+    assert 'id="key-form" class="card">' in page
+    assert "<option" not in page
