@@ -11,6 +11,7 @@ from server.api.completions import routes as completions
 from server.api.embeddings import routes as embeddings
 from server.api.messages import routes as messages
 from server.api.openapi import install_document
+from server.api.rerank import routes as rerank
 from server.api.responses import routes as responses
 from server.api.responses.store import ResponseStore
 from server.context import ServerContext
@@ -48,7 +49,7 @@ def create_app(context: ServerContext) -> FastAPI:
         context.settings.max_stored_responses, context.settings.stored_responses_memory
     )
     for tag, modules in (
-        ("OpenAI", (completions, chat, responses, embeddings, models)),
+        ("OpenAI", (completions, chat, responses, embeddings, rerank, models)),
         ("Anthropic", (messages,)),
         ("Lightwell", (requests, lora_adapters, tokenize, health, metrics_page)),
     ):

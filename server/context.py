@@ -66,6 +66,7 @@ class ServerContext:
     metrics: Metrics
     running: RunningRequests
     recordings: Recordings
+    score_token_ids: tuple[int, ...] = ()  # of --score-tokens: true, false
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
     # CPU-bound text processing runs in at most one thread per core. /tokenize and /detokenize have a limiter of their
     # own, so that generation requests never queue behind them.
@@ -112,6 +113,11 @@ class ServerContext:
         if self.settings.chat_template is not None:
             parts.append(self._template_fingerprint)
         return "-".join(parts)
+
+    @property
+    def deterministic(self) -> str:
+        """Return whether answers are the same in any batch, as a header value."""
+        return "true" if self.client.ready_info().deterministic else "false"
 
     @cached_property
     def _template_fingerprint(self) -> str:

@@ -27,6 +27,7 @@ from engine.config import load_model_config
 from engine.shared.logs import configure_logging
 from engine.shared.messages import Vocabulary
 from engine.shared.parent_death import die_with_parent
+from server.api.rerank.scorers import score_token_ids
 from server.app import create_app
 from server.constrained.grammar_checker import GrammarChecker
 from server.context import ServerContext
@@ -139,6 +140,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         metrics=metrics,
         running=RunningRequests(),
         recordings=Recordings(settings.record_requests),
+        score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
     )
 
 

@@ -23,7 +23,7 @@ MAX_FOLDER_MODULES = 15
 NAMES_A_THING = re.compile(r"(What|Whether|Of|As|Those|That|How|Where|By|Who|From|To be)\b")
 
 PRIVATE_WORDS = re.compile(
-    r"judge|verdict|lifeline|sibling|\bheir\b|leader_of|_mourn|thoughts|NO_PLACE|lora_place|\bthereof\b", re.IGNORECASE
+    r"judge[_ds]|_judge|verdict|lifeline|sibling|\bheir\b|leader_of|_mourn|thoughts|NO_PLACE|lora_place|\bthereof\b", re.IGNORECASE
 )
 
 # Modules without a test file of their own name, and where they are tested.
@@ -66,10 +66,13 @@ TESTED_ELSEWHERE = {
     "server/api/embeddings/pipeline.py": "tests/server/api/embeddings/test_routes.py",
     "server/api/embeddings/schemas.py": "tests/server/api/embeddings/test_routes.py",
     "server/api/embeddings/writer.py": "tests/server/api/embeddings/test_routes.py",
+    "server/api/rerank/schemas.py": "tests/server/api/rerank/test_routes.py",
+    "server/api/rerank/scorers.py": "tests/server/api/rerank/test_routes.py",
     "server/api/responses/event_schemas.py": "tests/server/api/responses/test_writer.py",
     "server/choice_stats.py": "tests/server/engine_client/test_client.py",
     "server/context.py": "tests/server/test_app.py",
     "server/generation/endpoint.py": "tests/server/generation/test_pipeline.py",
+    "server/generation/prompt_batch.py": "tests/server/api/embeddings/test_routes.py",
     "server/http/error_schemas.py": "tests/server/http/test_errors.py",
     "server/http/json_response.py": "tests/server/http/test_request_middleware.py",
     "server/running_requests.py": "tests/server/api/admin/test_requests.py",

@@ -28,6 +28,7 @@ from server.api.messages.schemas import (
     MessageUsage,
     OutputTextBlock,
 )
+from server.api.rerank.schemas import RerankAnswer, ScoreList
 from server.api.responses import event_schemas as events
 from server.api.responses.conversion import new_response
 from server.api.responses.schemas import (
@@ -68,9 +69,11 @@ class Operation:
     def reports_generation(self) -> bool:
         """True if the answer has headers about generation: the operation submits to the engine, or renders a submit."""
         generates = self.events is not None and self.example is not None
-        return generates or self.answer in (RenderedPrompt, list[RenderedPrompt], EmbeddingList)
+        return generates or self.answer in SAMPLE_FREE
 
 
+# Answers of requests that reach the engine, or would, without sampling.
+SAMPLE_FREE = (RenderedPrompt, list[RenderedPrompt], EmbeddingList, RerankAnswer, ScoreList)
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 CHAT = {"messages": MESSAGES, "max_completion_tokens": 20}
 COMPLETION = {"prompt": "Once upon a time", "max_tokens": 20}
@@ -142,6 +145,8 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/v1/completions", "post"): Operation(Completion, COMPLETION, Completion),
     ("/v1/completions/render", "post"): Operation(list[RenderedPrompt], COMPLETION, answer_example=[EXAMPLE_PROMPT]),
     ("/v1/embeddings", "post"): Operation(EmbeddingList, {"input": "Once upon a time"}),
+    ("/v1/rerank", "post"): Operation(RerankAnswer, {"query": "capital of France", "documents": ["Paris", "Rome"]}),
+    ("/v1/score", "post"): Operation(ScoreList, {"text_1": "capital of France", "text_2": ["Paris", "Rome"]}),
     ("/v1/messages", "post"): Operation(
         AnthropicMessage,
         {"messages": MESSAGES, "max_tokens": 20},

@@ -196,7 +196,7 @@ def _next_number(request: Request) -> int:
 
 
 def _headers(job: _Job[Body]) -> dict[str, str]:
-    deterministic = "true" if job.info.deterministic else "false"
+    deterministic = job.context.deterministic
     return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": deterministic, **job.warnings}
 
 

@@ -86,6 +86,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "How /v1/embeddings pools the last hidden states of a text: their mean, or the state of the last token.",
         ),
     ] = "mean"
+    score_tokens: Annotated[
+        str | None,
+        Setting(
+            _ENGINE,
+            pattern("two words such as yes,no", r"[^,\s]+,[^,\s]+", "TRUE,FALSE"),
+            "The two words, one token each, that a reranker answers with: /v1/rerank and /v1/score report the "
+            "probability of the first. Unset: the cosine similarity of embeddings.",
+        ),
+    ] = None
     seed: Annotated[
         int | None,
         Setting(_ENGINE, INT64, "Seed for requests that do not set one. Unset: a random seed for each request."),

@@ -273,7 +273,7 @@ class _Loop:
         event.token_ids = [token_id]
         self.stats.generation_tokens_total += 1
         if params.logprobs is not None:
-            event.logprobs = [_logprobs(token_id, params.logprobs)]
+            event.logprobs = [_logprobs(token_id, params.logprobs, params.logprob_token_ids)]
         if token_id in params.stop_token_ids or (token_id == EOS_TOKEN_ID and not params.ignore_eos):
             event.finish_reason = self.config.last_reason
             event.stop_token_id = token_id if event.finish_reason is FinishReason.STOP else None
@@ -319,10 +319,10 @@ def _embedding(token_ids: list[int]) -> list[float]:
     return embedding
 
 
-def _logprobs(token_id: int, num_alternatives: int) -> TokenLogprobs:
-    """Return log probabilities -0.5, -1.5, -2.5 ... for the token, which comes first, and the next ids."""
-    top_token_ids = [(token_id + k) % 256 for k in range(num_alternatives)]
-    return TokenLogprobs(-0.5, 1, top_token_ids, [-0.5 - k for k in range(num_alternatives)])
+def _logprobs(token_id: int, num_alternatives: int, chosen: tuple[int, ...] = ()) -> TokenLogprobs:
+    """Return log probabilities -0.5, -1.5, -2.5 ... for the token, which comes first, and the next ids, or `chosen`."""
+    top_token_ids = list(chosen) or [(token_id + k) % 256 for k in range(num_alternatives)]
+    return TokenLogprobs(-0.5, 1, top_token_ids, [-0.5 - k for k in range(len(top_token_ids))])
 
 
 class FakeEngine:

@@ -22,19 +22,21 @@ def encode_inputs(context: ServerContext, body: EmbeddingRequest) -> list[list[i
 
 def make_submit(
     context: ServerContext,
-    body: EmbeddingRequest,
     model: ServedModel,
     request_id: str,
-    prompt: list[int],
+    token_ids: list[int],
     arrival: float,
+    *,
+    priority: int = 0,
 ) -> Submit:
+    """Return the engine message that asks for the embedding of a prompt."""
     params = SamplingParams(max_tokens=0, temperature=0.0, pooling=Pooling(context.settings.pooling))
     return Submit(
         request_id=request_id,
-        prompt_token_ids=prompt,
+        prompt_token_ids=token_ids,
         params=params,
         arrival=arrival,
-        priority=body.priority or 0,
+        priority=priority,
         lora_name=model.lora_name,
         lora_fingerprint=model.lora_fingerprint,
     )

@@ -19,6 +19,7 @@ from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
 from server.api.embeddings.schemas import EmbeddingRequest
 from server.api.messages.schemas import CountTokensRequest, MessagesRequest
+from server.api.rerank.schemas import RerankRequest, ScoreRequest
 from server.api.responses.schemas import InputTokensRequest, ResponsesRequest
 from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, shared_server, write_adapter
 from tests.support.serving import RunningServer
@@ -28,6 +29,7 @@ Fields = dict[str, Any]
 
 RESPONSES, INPUT_TOKENS = "/v1/responses", "/v1/responses/input_tokens"
 ANTHROPIC, COUNT = "/v1/messages", "/v1/messages/count_tokens"
+RERANK, SCORE = "/v1/rerank", "/v1/score"
 EMBEDDINGS, TOKENIZE, DETOKENIZE = "/v1/embeddings", "/tokenize", "/detokenize"
 LOAD = "/v1/load_lora_adapter"
 
@@ -222,6 +224,24 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
             "lightwell": {"explain": True},
         },
     ),
+    RERANK: (
+        RerankRequest,
+        {"model": "tiny", "query": "a", "documents": ["a", "bc"]},
+        {
+            "model": "org/tiny",
+            "query": "b",
+            "documents": ["b"],
+            "top_n": 1,
+            "return_documents": False,
+            "max_tokens_per_doc": 1,
+            "priority": 3,
+        },
+    ),
+    SCORE: (
+        ScoreRequest,
+        {"model": "tiny", "text_1": "a", "text_2": ["a", "bc"]},
+        {"model": "org/tiny", "text_1": "b", "text_2": "b", "priority": 3},
+    ),
     TOKENIZE: (
         TokenizeRequest,
         {"prompt": "Hi"},
@@ -280,6 +300,8 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     },
     ANTHROPIC: {"metadata": "accepted", "service_tier": "accepted"},
     EMBEDDINGS: {"add_special_tokens": "the tokenizer adds none"},
+    RERANK: {"instruction": "only for rerankers; rerank/test_routes.py"},
+    SCORE: {"instruction": "only for rerankers; rerank/test_routes.py"},
     TOKENIZE: {
         "model": "any of the names",
         "messages": "instead of a prompt; test_tokenize",

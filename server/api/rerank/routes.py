@@ -1,0 +1,109 @@
+"""`POST /v1/rerank` and `POST /v1/score`, also under the paths that other servers and clients use."""
+
+import secrets
+import time
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
+
+from engine.shared.messages import Submit
+from server.api.rerank.schemas import (
+    RerankAnswer,
+    RerankRequest,
+    RerankResult,
+    Score,
+    ScoreList,
+    ScoreRequest,
+    ScoringRequest,
+    ScoringUsage,
+)
+from server.api.rerank.scorers import Pair, choose_scorer, num_prompts
+from server.context import ServedModel, get_context
+from server.generation.preamble import begin
+from server.generation.prompt_batch import run_prompts
+from server.http.json_response import StructResponse
+from server.http.json_route import StrictJSONRoute
+from server.http.sse import run_until_disconnect
+from server.text.tokenizer import Tokenizer
+
+router = APIRouter(route_class=StrictJSONRoute)
+
+
+@router.post("/v2/rerank", include_in_schema=False)
+@router.post("/rerank", include_in_schema=False)
+@router.post("/v1/rerank")
+async def rerank(request: Request, body: RerankRequest) -> Response:
+    """Return documents by their relevance to a query, best first."""
+    context = get_context(request)
+    model, headers = _begin(request, body)
+    documents = await context.run_text_work(_shorten, context.tokenizer, body.documents, body.max_tokens_per_doc)
+    pairs = [(body.query, document) for document in documents]
+    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs))
+    results = [
+        RerankResult(
+            index=index,
+            relevance_score=scores[index],
+            document=UNSET if body.return_documents is False else {"text": body.documents[index]},
+        )
+        for index in sorted(range(len(pairs)), key=lambda index: -scores[index])[: body.top_n]
+    ]
+    return StructResponse(
+        RerankAnswer(id=_new_id("rerank"), model=model.name, results=results, usage=usage), headers=headers
+    )
+
+
+@router.post("/score", include_in_schema=False)
+@router.post("/v1/score")
+async def score(request: Request, body: ScoreRequest) -> Response:
+    """Return the score of each pair of texts."""
+    body.check()
+    model, headers = _begin(request, body)
+    firsts = body.text_1 if len(body.text_1) > 1 else body.text_1 * len(body.text_2)
+    pairs = list(zip(firsts, body.text_2, strict=True))
+    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs))
+    data = [Score(index=index, score=value) for index, value in enumerate(scores)]
+    answer = ScoreList(id=_new_id("score"), created=int(time.time()), model=model.name, data=data, usage=usage)
+    return StructResponse(answer, headers=headers)
+
+
+def _begin(request: Request, body: ScoringRequest) -> tuple[ServedModel, dict[str, str]]:
+    """Return the model to use and the headers of the answer. Raises BadRequestError or ModelNotFoundError."""
+    context = get_context(request)
+    unread = body.instruction is not None and not context.score_token_ids
+    preamble = begin(request, body, model=body.model, ignored=["instruction"] if unread else [])
+    return preamble.model, {"x-lightwell-deterministic": context.deterministic, **preamble.accept()}
+
+
+async def _compute(
+    request: Request, body: ScoringRequest, model: ServedModel, pairs: Sequence[Pair]
+) -> tuple[list[float], ScoringUsage]:
+    """Return the score of each pair, and the usage. Raises APIError."""
+    context, arrival, name = get_context(request), time.monotonic(), _new_id("score")
+    scorer = choose_scorer(context, model, body.instruction)
+
+    def make_submits() -> list[Submit]:
+        return [
+            scorer.submit(f"{name}-{index}", prompt, arrival, body.priority or 0)
+            for index, prompt in enumerate(scorer.prompts(pairs))
+        ]
+
+    batch = await run_prompts(
+        context, make_submits, num_prompts(context, pairs), param="documents", request_id=request.state.request_id
+    )
+    return scorer.scores(pairs, batch.events), ScoringUsage(batch.num_prompt_tokens, batch.num_prompt_tokens)
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(16)}"
+
+
+def _shorten(tokenizer: Tokenizer, documents: list[str], num_tokens: int | None) -> list[str]:
+    """Return the first `num_tokens` tokens of each document as text."""
+    if num_tokens is None:
+        return documents
+    encoded = [tokenizer.encode(document, add_special_tokens=False, parse_special=False) for document in documents]
+    return [
+        document if len(token_ids) <= num_tokens else tokenizer.decode(token_ids[:num_tokens])
+        for document, token_ids in zip(documents, encoded, strict=True)
+    ]

@@ -1,0 +1,100 @@
+"""`/v1/rerank`, as Jina's and Cohere's clients call it, and `/v1/score`, vLLM's: the requests and the answers."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from server.http.errors import InvalidValueError
+from server.schemas.request_fields import INT64_MIN
+from server.schemas.samplers import INT64_MAX
+
+MAX_TEXTS = 2048  # the limit of inputs for embeddings
+
+
+def _plain_texts(value: object) -> object:
+    """Return the texts of documents, each a string or an object with `text`, as Cohere's clients send them."""
+    if not isinstance(value, list):
+        return value
+    return [item["text"] if isinstance(item, dict) and item.keys() == {"text"} else item for item in value]
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
+Documents = Annotated[Texts, BeforeValidator(_plain_texts)]
+TextOrTexts = Annotated[Texts, BeforeValidator(_as_list, json_schema_input_type=str | Texts)]
+
+
+class ScoringRequest(BaseModel):
+    """The parameters of both endpoints."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str = Field(description="Name of the model, as listed by GET /v1/models.")
+    instruction: str | None = Field(
+        None, description="With --score-tokens: the task, for models that read one. Default: that of a web search."
+    )
+    priority: int | None = Field(
+        None, ge=INT64_MIN, le=INT64_MAX, description="Lower values are scheduled first. Default 0."
+    )
+
+
+class RerankRequest(ScoringRequest):
+    query: str = Field(description="The text to compare the documents with.")
+    documents: Documents = Field(description="One or more documents: strings, or objects with `text`.")
+    top_n: int | None = Field(None, ge=1, le=INT64_MAX, description="Number of results. Default: all documents.")
+    return_documents: bool | None = Field(None, description="Return the text of each document. Default true.")
+    max_tokens_per_doc: int | None = Field(
+        None, ge=1, le=INT64_MAX, description="Compare only this many first tokens of each document. Default: all."
+    )
+
+
+class ScoreRequest(ScoringRequest):
+    text_1: TextOrTexts = Field(description="One text, or as many as text_2 has.")
+    text_2: TextOrTexts = Field(description="One or more texts, each compared with its counterpart in text_1.")
+
+    def check(self) -> None:
+        """Validate the fields against each other. Raises InvalidValueError."""
+        if len(self.text_1) not in (1, len(self.text_2)):
+            message = (
+                f"Invalid 'text_1': expected one text or {len(self.text_2)}, as many as 'text_2' has, "
+                f"but got {len(self.text_1)}."
+            )
+            raise InvalidValueError(message, param="text_1")
+
+
+class ScoringUsage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class RerankResult(msgspec.Struct, frozen=True, kw_only=True):
+    index: int  # of the document in the request
+    relevance_score: float
+    document: dict[str, Any] | UnsetType = UNSET
+
+
+class RerankAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    model: str
+    results: list[RerankResult]  # best first
+    usage: ScoringUsage
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreList(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["list"] = "list"
+    created: int  # Unix time in seconds
+    model: str
+    data: list[Score]
+    usage: ScoringUsage

@@ -1,0 +1,148 @@
+"""Two ways to score a query and a document: the similarity of their embeddings, or a reranker's true or false."""
+
+import math
+from collections.abc import Sequence
+from operator import mul
+from typing import Protocol
+
+from engine.shared.messages import SamplingParams, Submit, TokenEvent
+from server.api.embeddings.conversion import make_submit
+from server.context import ServedModel, ServerContext
+from server.generation.prompts import Prompt, check_text_size, encode_prompt, fit_max_tokens
+from server.http.errors import BadRequestError, InvalidValueError
+from server.text.templates.chat_encoding import encode_chat
+from server.text.templates.chat_template import ChatTemplateError
+from server.text.tokenizer import Tokenizer
+
+Pair = tuple[str, str]  # query, document
+
+# The prompt on which Qwen3-Reranker was trained (its model card); other instruction-tuned models understand it too.
+SYSTEM = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "{true}" or "{false}".'
+)
+DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+PAIR_ROLES = ('"document"', "'document'")  # in chat templates that take a query and a document as two messages
+
+
+class Scorer(Protocol):
+    """Makes the prompts for pairs of a query and a document, and scores from their last events."""
+
+    def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
+        """Return the prompts to run. May be slow; called in a thread. Raises BadRequestError."""
+        ...
+
+    def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit: ...
+
+    def scores(self, pairs: Sequence[Pair], events: Sequence[TokenEvent]) -> list[float]:
+        """Return the score of each pair. `events` are those of the prompts."""
+        ...
+
+
+def num_prompts(context: ServerContext, pairs: Sequence[Pair]) -> int:
+    return len(pairs) if context.score_token_ids else len(_texts(pairs))
+
+
+def choose_scorer(context: ServerContext, model: ServedModel, instruction: str | None) -> Scorer:
+    """Return the scorer that --score-tokens selects."""
+    if context.score_token_ids:
+        return TokenScorer(context, model, instruction or DEFAULT_INSTRUCTION)
+    return EmbeddingScorer(context, model)
+
+
+def score_token_ids(tokenizer: Tokenizer, words: str | None) -> tuple[int, ...]:
+    """Return the tokens of `--score-tokens TRUE,FALSE`, or () if it is not set.
+
+    Raises ValueError unless each of the two words is one token.
+    """
+    found = [tokenizer.encode(word, add_special_tokens=False) for word in words.split(",")] if words else []
+    if any(len(token_ids) != 1 for token_ids in found):
+        raise ValueError(f"--score-tokens {words}: expected two words that are one token each in this model")
+    return tuple(token_id for (token_id,) in found)
+
+
+class EmbeddingScorer:
+    """Scores by the cosine similarity of the two texts' embeddings. Each distinct text is computed once."""
+
+    def __init__(self, context: ServerContext, model: ServedModel) -> None:
+        self._context = context
+        self._model = model
+
+    def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
+        prompts = [encode_prompt(self._context, text, noun="documents") for text in _texts(pairs)]
+        for prompt in prompts:
+            fit_max_tokens(0, len(prompt.token_ids), self._context.max_model_len, "documents")
+        return prompts
+
+    def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit:
+        return make_submit(self._context, self._model, request_id, prompt.token_ids, arrival, priority=priority)
+
+    def scores(self, pairs: Sequence[Pair], events: Sequence[TokenEvent]) -> list[float]:
+        embeddings = {text: event.embedding or [] for text, event in zip(_texts(pairs), events, strict=True)}
+        return [sum(map(mul, embeddings[query], embeddings[document])) for query, document in pairs]
+
+
+class TokenScorer:
+    """Scores by the probability that a reranker answers with the token for true rather than that for false."""
+
+    def __init__(self, context: ServerContext, model: ServedModel, instruction: str) -> None:
+        self._context = context
+        self._model = model
+        self._instruction = instruction
+
+    def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
+        return [self._prompt(*pair) for pair in pairs]
+
+    def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit:
+        return Submit(
+            request_id=request_id,
+            prompt_token_ids=prompt.token_ids,
+            params=SamplingParams(
+                max_tokens=1, temperature=0.0, logprobs=2, logprob_token_ids=self._context.score_token_ids
+            ),
+            arrival=arrival,
+            priority=priority,
+            lora_name=self._model.lora_name,
+            lora_fingerprint=self._model.lora_fingerprint,
+        )
+
+    def scores(self, pairs: Sequence[Pair], events: Sequence[TokenEvent]) -> list[float]:
+        return [self._score(event) for event in events]
+
+    def _score(self, event: TokenEvent) -> float:
+        assert event.logprobs is not None
+        (position,) = event.logprobs
+        logprobs = dict(zip(position.top_token_ids, position.top_logprobs, strict=True))
+        true, false = (logprobs[token_id] for token_id in self._context.score_token_ids)
+        return 1 / (1 + math.exp(min(false - true, 700.0)))
+
+    def _prompt(self, query: str, document: str) -> Prompt:
+        template, max_model_len = self._context.chat_template, self._context.max_model_len
+        if template is None:
+            raise BadRequestError("This model has no chat template, which --score-tokens needs.", param="documents")
+        check_text_size(len(query.encode()) + len(document.encode()), max_model_len, "documents")
+        if any(role in template.source for role in PAIR_ROLES):
+            messages = [
+                {"role": "system", "content": self._instruction},
+                {"role": "query", "content": query},
+                {"role": "document", "content": document},
+            ]
+        else:
+            true, false = (self._context.settings.score_tokens or "").split(",")
+            text = f"<Instruct>: {self._instruction}\n<Query>: {query}\n<Document>: {document}"
+            messages = [
+                {"role": "system", "content": SYSTEM.format(true=true, false=false)},
+                {"role": "user", "content": text},
+            ]
+        options = {"enable_thinking": False} if "enable_thinking" in template.options else {}
+        try:
+            token_ids = encode_chat(template, self._context.tokenizer, messages, template_kwargs=options)
+        except ChatTemplateError as error:
+            raise InvalidValueError(str(error), param="documents") from error
+        fit_max_tokens(1, len(token_ids), max_model_len, "documents")
+        return Prompt(token_ids)
+
+
+def _texts(pairs: Sequence[Pair]) -> list[str]:
+    """Return the distinct texts of pairs, in order."""
+    return list(dict.fromkeys(text for pair in pairs for text in pair))

@@ -1,0 +1,78 @@
+"""Runs many prompts of one request in the engine, for endpoints that do not stream: embeddings, scores."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from engine.shared.messages import FinishReason, Submit, TokenEvent
+from server.context import ServerContext
+from server.engine_client.admission import Reservation
+from server.engine_client.streams import RequestStream
+from server.generation.timings import ChoiceEnd
+from server.http.errors import ServerError
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """The last event of each prompt, in order, and when they were sent to the engine and ended."""
+
+    events: list[TokenEvent]
+    endings: list[ChoiceEnd]
+    num_prompt_tokens: int
+    submitted: float  # seconds of time.monotonic()
+
+    @property
+    def last_end(self) -> ChoiceEnd:
+        return max(self.endings, key=lambda ending: (ending.times and ending.times.finished) or ending.received)
+
+
+async def run_prompts(
+    context: ServerContext,
+    make_submits: Callable[[], Sequence[Submit]],
+    num_prompts: int,
+    *,
+    param: str,
+    request_id: str,
+) -> PromptBatch:
+    """Run prompts that end with their first event. If cancelled, abort them in the engine.
+
+    Args:
+        make_submits: makes the `num_prompts` prompts; runs in a thread after capacity for them is reserved.
+        param: the field that holds the prompts, for errors.
+        request_id: for logs and errors.
+
+    Raises APIError.
+    """
+    # Reserve no more capacity than the engine can use at a time.
+    size = min(num_prompts, context.client.ready_info().max_num_seqs, context.client.max_in_flight)
+    events: list[TokenEvent] = []
+    endings: list[ChoiceEnd] = []
+    with context.client.reserve(size, param=param) as reservation:
+        submits = await context.run_text_work(make_submits)
+        submitted = time.monotonic()
+        while len(events) < len(submits):
+            waiting = submits[len(events) :]
+            num_ready = reservation.count or await context.client.refill(reservation, min(size, len(waiting)))
+            for event, ending in await _run(context, waiting[:num_ready], reservation, request_id):
+                events.append(event)
+                endings.append(ending)
+    return PromptBatch(events, endings, sum(len(submit.prompt_token_ids) for submit in submits), submitted)
+
+
+async def _run(
+    context: ServerContext, submits: Sequence[Submit], reservation: Reservation, request_id: str
+) -> list[tuple[TokenEvent, ChoiceEnd]]:
+    async with AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(context.client.submit(submit, reservation)) for submit in submits]
+        return [await _read(stream, request_id) for stream in streams]
+
+
+async def _read(stream: RequestStream, request_id: str) -> tuple[TokenEvent, ChoiceEnd]:
+    """Return the last event of a prompt, and how it ended. Raises ServerError if it failed."""
+    events = [event async for batch in stream for event in batch]
+    received = time.monotonic()
+    if not events or any(event.finish_reason not in (FinishReason.LENGTH, FinishReason.STOP) for event in events):
+        raise ServerError(request_id)
+    last = events[-1]
+    return last, ChoiceEnd(last.times, num_output_tokens=len(last.token_ids), received=received, detokenized=received)

@@ -1,0 +1,121 @@
+"""`POST /v1/rerank` and `/v1/score` with a fake engine, compared with `/v1/embeddings` of the same server."""
+
+import math
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import StartServer
+from tests.support.serving import RunningServer, check_error
+
+DOCUMENTS = ["bc", "a", "b", "ab", "z"]
+
+
+def rerank(server: RunningServer, path: str = "/v1/rerank", **fields: Any) -> httpx.Response:
+    return httpx.post(server.url + path, json={"model": "tiny", "query": "a", "documents": DOCUMENTS} | fields)
+
+
+def score(server: RunningServer, **fields: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/score", json={"model": "tiny"} | fields)
+
+
+def similarity(server: RunningServer, first: str, second: str) -> float:
+    """Return the cosine similarity of two texts, by the API for embeddings."""
+    answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": [first, second]}).json()
+    one, other = (item["embedding"] for item in answer["data"])
+    return math.fsum(a * b for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank"])
+def test_rerank_by_similarity(server: RunningServer, path: str) -> None:
+    answer = rerank(server, path).json()
+    assert answer["id"].startswith("rerank-")
+    assert answer["usage"] == {"prompt_tokens": 7, "total_tokens": 7}  # "a" is computed once
+    scores = [result["relevance_score"] for result in answer["results"]]
+    assert scores == sorted(scores, reverse=True)
+    assert answer["results"][0] == {"index": 1, "relevance_score": pytest.approx(1), "document": {"text": "a"}}
+    for result in answer["results"]:
+        document = DOCUMENTS[result["index"]]
+        assert result["document"] == {"text": document}
+        assert result["relevance_score"] == pytest.approx(similarity(server, "a", document))
+
+
+def test_fewer_results(server: RunningServer) -> None:
+    results = rerank(server, top_n=2, return_documents=False).json()["results"]
+    assert [set(result) for result in results] == [{"index", "relevance_score"}] * 2
+    assert len(rerank(server, top_n=99).json()["results"]) == len(DOCUMENTS)
+
+
+def test_documents_as_objects_and_shortened(server: RunningServer) -> None:
+    results = rerank(server, documents=[{"text": "zzz"}, {"text": "azz"}], max_tokens_per_doc=1).json()["results"]
+    assert [result["document"]["text"] for result in results] == ["azz", "zzz"]
+    assert results[0]["relevance_score"] == pytest.approx(1)
+
+
+def test_scores(server: RunningServer) -> None:
+    one_to_many = score(server, text_1="a", text_2=DOCUMENTS).json()
+    assert [item["score"] for item in one_to_many["data"]] == [
+        pytest.approx(similarity(server, "a", document)) for document in DOCUMENTS
+    ]
+    pairs = score(server, text_1=["a", "b"], text_2=["b", "b"]).json()["data"]
+    assert [item["score"] for item in pairs] == [pytest.approx(similarity(server, "a", "b")), pytest.approx(1)]
+    assert [item["index"] for item in pairs] == [0, 1]
+
+
+def test_a_reranker(start_server: StartServer) -> None:
+    server = start_server(score_tokens="y,n", chat_template=None)
+    answer = rerank(server, instruction="Find the letter")
+    (*others, submit) = server.engine.submits
+    assert len(others) == len(DOCUMENTS) - 1
+    assert (submit.params.max_tokens, submit.params.temperature) == (1, 0.0)
+    assert submit.params.logprob_token_ids == (ord("y"), ord("n"))
+    prompt = server.context.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False)
+    assert "<Instruct>: Find the letter\n<Query>: a\n<Document>: z" in prompt
+    assert 'can only be "y" or "n"' in prompt
+    # The fake engine's log probabilities are -0.5 and -1.5.
+    expected = math.exp(-0.5) / (math.exp(-0.5) + math.exp(-1.5))
+    scores = [result["relevance_score"] for result in answer.json()["results"]]
+    assert scores == [pytest.approx(expected)] * len(DOCUMENTS)
+    assert "x-lightwell-warnings" not in answer.headers
+
+
+def test_an_instruction_without_a_reranker_is_named(server: RunningServer) -> None:
+    assert rerank(server, instruction="x").headers["x-lightwell-warnings"] == "ignored parameters: instruction"
+
+
+def test_words_of_several_tokens(start_server: StartServer) -> None:
+    with pytest.raises(ValueError, match="--score-tokens yes,no: expected two words that are one token each"):
+        start_server(score_tokens="yes,no")  # the test model has a token per byte
+
+
+def test_text_of_the_request_is_never_a_control_token(start_server: StartServer) -> None:
+    server = start_server(score_tokens="y,n")
+    ordinary, special = rerank(server, documents=["x"]), rerank(server, documents=["<|im_end|>"])
+    assert ordinary.status_code == special.status_code == 200
+    first, second = (submit.prompt_token_ids for submit in server.engine.submits[-2:])
+    (end,) = server.context.tokenizer.special_ids_of(["<|im_end|>"]).values()
+    assert first.count(end) == second.count(end) > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"documents": []}, "documents"),
+        ({"documents": ["a", 5]}, "documents[1]"),
+        ({"documents": [{"text": "a", "title": "b"}]}, "documents[0]"),
+        ({"documents": ["a"] * 2049}, "documents"),
+        ({"documents": ["x" * 5000]}, "documents"),
+        ({"query": None}, "query"),
+        ({"top_n": 0}, "top_n"),
+        ({"max_tokens_per_doc": 0}, "max_tokens_per_doc"),
+    ],
+)
+def test_invalid_requests(server: RunningServer, fields: dict[str, Any], param: str) -> None:
+    assert check_error(rerank(server, **fields), 400)["param"] == param
+
+
+def test_numbers_of_texts_that_do_not_match(server: RunningServer) -> None:
+    error = check_error(score(server, text_1=["a", "b"], text_2=["a", "b", "c"]), 400)
+    assert error["param"] == "text_1"
+    assert "expected one text or 3" in error["message"]
