@@ -23,7 +23,8 @@ MAX_FOLDER_MODULES = 15
 NAMES_A_THING = re.compile(r"(What|Whether|Of|As|Those|That|How|Where|By|Who|From|To be)\b")
 
 PRIVATE_WORDS = re.compile(
-    r"judge[_ds]|_judge|verdict|lifeline|sibling|\bheir\b|leader_of|_mourn|thoughts|NO_PLACE|lora_place|\bthereof\b", re.IGNORECASE
+    r"judge[_ds]|_judge|verdict|lifeline|sibling|\bheir\b|leader_of|_mourn|thoughts|NO_PLACE|lora_place|\bthereof\b",
+    re.IGNORECASE,
 )
 
 # Modules without a test file of their own name, and where they are tested.

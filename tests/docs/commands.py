@@ -9,6 +9,8 @@ HUB = "downloads other servers from package registries, 6 GB"
 # The beginning of a command -> why no test runs it. All others are run by tests/e2e/test_documented_commands.py.
 EXCEPTIONS: Mapping[str, str] = {
     "LIGHTWELL_API_KEY=choose-one docker compose up": "Docker",
+    "LIGHTWELL_API_KEY=choose-one docker compose --profile open-webui up": "Docker",
+    'curl http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $LIGHTWELL_API_KEY"': "the server of compose",
     "docker build ": "Docker",
     "docker run ": "Docker",
     "lightwell serve MODEL --device cuda:0": "GPU",

@@ -1,13 +1,15 @@
 """Generated tables are current, and the tables of errors and endpoints are complete."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from server.http import errors
+from server.settings.load import load_settings
 from tests.docs.generate import TABLES, with_tables
 from tests.docs.parameters import describe
-from tests.support.documents import spans, text_of
+from tests.support.documents import blocks, spans, text_of
 from tests.support.paths import ROOT
 
 
@@ -50,6 +52,14 @@ def test_every_error_is_listed() -> None:
     table = text_of("docs/api.md").partition("\n## Errors\n")[2]
     statuses = {int(status) for status in re.findall(r"^\| (\d{3}) \|", table, re.MULTILINE)}
     assert statuses >= set(errors.ANTHROPIC_TYPES)
+
+
+def test_files_of_settings_are_valid(tmp_path: Path) -> None:
+    examples = [block.text for block in blocks("docs/settings.md") if block.language == "yaml"]
+    assert examples
+    for text in examples:
+        (tmp_path / "config.yaml").write_text(text)
+        load_settings(config=str(tmp_path / "config.yaml"))
 
 
 def test_every_route_is_listed() -> None:
