@@ -86,11 +86,12 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
     invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"
     logger.info("formats: %s; answers are %s", kernels.formats, invariant)
     logger.info(
-        "memory: weights %.0f MiB, KV cache %.0f MiB for %d tokens, or %.1f requests of full length",
+        "memory: weights %.0f MiB, KV cache %.0f MiB for %d tokens, or %.1f requests of full length%s",
         loaded.weight_bytes / MIB,
         memory.kv_cache_bytes / MIB,
         memory.num_tokens,
         memory.num_full_length_requests,
+        "; memory use grows up to that as requests are cached" if loaded.device.type == "cpu" else "",
     )
     adapters = loaded.adapters
     if adapters.max_loras:

@@ -2,8 +2,8 @@
 
 The life of a block: never used -> held by one or more requests -> free. A full block is published under a hash of all
 tokens up to its end, so a free block can be found and held again until it is handed out for new tokens. Free blocks
-are handed out in this order: blocks without a hash, then the least recently used, then blocks never used, so that
-memory the operating system has not provided yet is touched last.
+are handed out in this order: blocks without a hash, then blocks never used, then the least recently used, so that no
+cached prefix is lost while there is unused memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class BlockPool:
         self.separates_prompts = separates_prompts
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.num_touched = 0  # blocks with lower ids have been used at least once
-        self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before, in the order they are handed out
+        self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before: without a hash, then oldest first
         self.published: dict[bytes, Block] = {}
 
     @property
@@ -119,11 +119,12 @@ class BlockPool:
                 block.block_hash = None
 
     def _take(self) -> Block:
-        if self.free_blocks:
-            _, block = self.free_blocks.popitem(last=False)
-        else:
+        first = next(iter(self.free_blocks.values()), None)
+        if self.num_touched < self.num_blocks and (first is None or first.block_hash is not None):
             block = self.blocks[self.num_touched]
             self.num_touched += 1
+        else:
+            _, block = self.free_blocks.popitem(last=False)
         self.unpublish([block])
         block.ref_count = 1
         return block

@@ -909,6 +909,16 @@ def test_output_is_cached_like_a_prompt() -> None:
     assert rig.step() == {"b0": (8, 2)}
 
 
+def test_alternating_chats_keep_each_others_prefix() -> None:
+    """The cache holds both, and each turn computes its own tokens only. Each turn of a chat adds a block of 4."""
+    rig = Rig(max_num_batched_tokens=32)
+    for turn in range(3):
+        for first in (100, 200):
+            rig.add(prompt(13 + 4 * turn, first), max_tokens=1)
+            ((start, num_tokens),) = rig.step().values()
+            assert (start, num_tokens) == ((8 + 4 * turn, 5) if turn else (0, 13))
+
+
 def test_another_salt_shares_nothing() -> None:
     rig = Rig()
     rig.add(prompt(9), max_tokens=1)
