@@ -20,6 +20,7 @@ from server.http.errors import MissingParameterError, ModelNotFoundError
 from server.metrics import Metrics
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
+from server.schemas.default_sampling import DefaultSampling
 from server.settings.table import Settings
 from server.text.templates.chat_template import ChatTemplate
 from server.text.token_sequences import SequenceBreakers
@@ -61,6 +62,7 @@ class ServerContext:
     chat_template: ChatTemplate | None  # None: the model has none, and chat requests are rejected
     grammar_checker: GrammarChecker
     model_config: ModelConfig
+    default_sampling: DefaultSampling  # of the model and its adapters
     model_names: tuple[str, ...]  # accepted in `model`; the first is the id in responses
     created: int  # Unix time in seconds
     metrics: Metrics
@@ -104,14 +106,16 @@ class ServerContext:
     def system_fingerprint(self, model: ServedModel) -> str:
         """Return an id of everything outside the request that affects the output.
 
-        It covers the engine, the adapter and a chat template given by --chat-template. Raises EngineUnavailableError
-        while the engine is not ready.
+        It covers the engine, the adapter, a chat template given by --chat-template, and the default sampling. Raises
+        EngineUnavailableError while the engine is not ready.
         """
         parts = [self.client.ready_info().fingerprint]
         if model.adapter is not None:
             parts.append(model.adapter.fingerprint[:12])
         if self.settings.chat_template is not None:
             parts.append(self._template_fingerprint)
+        if self.default_sampling.fingerprint:
+            parts.append(self.default_sampling.fingerprint)
         return "-".join(parts)
 
     @property

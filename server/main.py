@@ -23,7 +23,7 @@ import msgspec
 import uvicorn
 from fastapi import FastAPI
 
-from engine.config import load_model_config
+from engine.config import ModelConfig, load_model_config
 from engine.shared.logs import configure_logging
 from engine.shared.messages import Vocabulary
 from engine.shared.parent_death import die_with_parent
@@ -37,6 +37,7 @@ from server.http.protocol import HTTPProtocol
 from server.metrics import Metrics
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
+from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling
 from server.settings.process_configs import ApiProcessConfig
 from server.text.templates.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -135,6 +136,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         chat_template=make_chat_template(tokenizer, settings.chat_template),
         grammar_checker=GrammarChecker(vocabulary, model_config.eos_token_ids),
         model_config=model_config,
+        default_sampling=default_sampling(config, model_config),
         model_names=config.model_names,
         created=int(time.time()),
         metrics=metrics,
@@ -142,6 +144,18 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         recordings=Recordings(settings.record_requests),
         score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
     )
+
+
+def default_sampling(config: ApiProcessConfig, model_config: ModelConfig) -> DefaultSampling:
+    """Resolve the default sampling and log it. Raises ValueError if a source has an invalid field."""
+    files = "generation_config.json" if Path(config.model_path).is_dir() else "GGUF metadata general.sampling"
+    default = resolve_default_sampling(
+        config.settings.default_sampling,
+        {config.settings.model, *config.model_names},
+        [(files, model_config.recommended_sampling), ("model card", config.model_card_sampling)],
+    )
+    logger.info("default sampling: %s; a request's own fields have precedence", default)
+    return default
 
 
 def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:

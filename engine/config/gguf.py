@@ -1,10 +1,26 @@
 """Read the configuration of a model from the metadata of a GGUF file."""
 
+from typing import Any
+
 from engine.config.fields import Fields, checked, head_dim
 from engine.config.structs import ModelConfig, RopeScaling
 from engine.shared.gguf import GGUFFile
 
 GGUF_ARCHITECTURES = ("llama",)  # Mistral and SmolLM2 are stored as llama
+SAMPLING_FIELDS = {  # `general.sampling.*` -> sampling field of the API
+    "sequence": "samplers",
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold",
+    "penalty_last_n": "repeat_last_n",
+    "penalty_repeat": "repetition_penalty",
+    "mirostat": "mirostat",
+    "mirostat_tau": "mirostat_tau",
+    "mirostat_eta": "mirostat_eta",
+}
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>")
 
 
@@ -37,6 +53,7 @@ def load_gguf(file: GGUFFile) -> ModelConfig:
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         eos_token_ids=_eos_token_ids(fields, vocab_size),
+        recommended_sampling=_recommended_sampling(fields),
     )
     return checked(config, fields.source)
 
@@ -94,6 +111,18 @@ def _rope_scaling(fields: Fields, file: GGUFFile, arch: str, head_dim: int) -> R
         )
         raise fields.error("rope_freqs.weight", problem)
     return RopeScaling(rope_type="factors")
+
+
+def _recommended_sampling(fields: Fields) -> dict[str, Any]:
+    """Return the sampling fields of the metadata. Numbers are stored in 32 bits: 0.95 reads as 0.949999988."""
+    recommended: dict[str, Any] = {}
+    for key, name in SAMPLING_FIELDS.items():
+        value = fields.values.get(f"general.sampling.{key}")
+        if value is not None:
+            recommended[name] = float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(names := recommended.get("samplers"), str):
+        recommended["samplers"] = names.split(";")
+    return recommended
 
 
 def _tokens(fields: Fields) -> list[str]:

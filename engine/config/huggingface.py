@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -17,6 +17,7 @@ HIDDEN_ACTS = {  # name in config.json -> name of the activation in `Kernels.act
     "gelu_new": "gelu_pytorch_tanh",
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
 }
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
 class _FamilyDefaults(NamedTuple):
@@ -94,7 +95,7 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         hidden_act=_hidden_act(fields),
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         eos_token_ids=tuple(dict.fromkeys(end_ids)),
-        default_sampling=_default_sampling(generation),
+        recommended_sampling=_recommended_sampling(generation),
     )
     return checked(config, fields.source)
 
@@ -193,21 +194,14 @@ def _rope_scaling(rope: Fields, max_positions: int) -> RopeScaling:
     return scaling
 
 
-def _default_sampling(generation: Fields) -> dict[str, float]:
-    """Return the sampling settings that generation_config.json has, under the names of the API.
+def _recommended_sampling(generation: Fields) -> dict[str, Any]:
+    """Return the sampling fields of generation_config.json.
 
-    If `do_sample` is false (greedy decoding), the other settings have no effect in transformers, so none is returned.
+    With `"do_sample": false`, transformers decodes greedily and ignores all other fields.
     """
     if not generation.boolean("do_sample", default=True):
-        return {}
-    settings = {
-        "temperature": generation.optional_number("temperature"),
-        "top_k": generation.optional_integer("top_k", minimum=0),
-        "top_p": generation.optional_number("top_p", maximum=1.0, zero=False),
-        "min_p": generation.optional_number("min_p", maximum=1.0),
-        "repetition_penalty": generation.optional_number("repetition_penalty", zero=False),
-    }
-    return {name: value for name, value in settings.items() if value is not None}
+        return {"temperature": 0.0}
+    return {name: generation.values[name] for name in SAMPLING_FIELDS if generation.values.get(name) is not None}
 
 
 def refuse_pickle(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The configuration of the engine and of the model, as frozen structs. Nothing here imports torch."""
 
+from typing import Any
+
 import msgspec
 
 
@@ -73,4 +75,5 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     hidden_act: str = "silu"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    default_sampling: dict[str, float] = {}  # from generation_config.json: temperature, top_k, top_p, ...
+    # Sampling fields of the API that the model's files recommend, as they are in the file: the server validates them.
+    recommended_sampling: dict[str, Any] = {}

@@ -12,7 +12,15 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.api.admin.schemas import CancelResponse, DetokenizeResponse, Model, ModelList, Replay, TokenizeResponse
+from server.api.admin.schemas import (
+    CancelResponse,
+    DetokenizeResponse,
+    Model,
+    ModelList,
+    Replay,
+    ServerVersion,
+    TokenizeResponse,
+)
 from server.api.chat.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.completions.schemas import Completion
 from server.api.embeddings.schemas import EmbeddingList
@@ -183,7 +191,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("/v1/models", "get"): Operation(ModelList),
     ("/v1/models/{model_id}", "get"): Operation(Model),
-    ("/version", "get"): Operation(dict[str, str]),
+    ("/version", "get"): Operation(ServerVersion),
     ("/tokenize", "post"): Operation(TokenizeResponse, {"prompt": "Once upon a time"}),
     ("/detokenize", "post"): Operation(DetokenizeResponse, {"tokens": [10, 11, 12]}),
     ("/health", "get"): Operation(dict[str, str]),

@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from engine.shared.messages import GREEDY_TEMPERATURE, RepetitionDetection, SamplingParams
@@ -82,30 +82,26 @@ def sampling_params(
     max_tokens: int,
     seed: int,
     vocab_size: int,
-    defaults: Mapping[str, float],
 ) -> SamplingParams:
     """Return the engine's sampling parameters for a request whose fields and token ids are valid.
 
-    `defaults` are those of the model's generation_config.json. Raises InvalidValueError if min_tokens > max_tokens.
+    The default sampling has been applied to the request. Raises InvalidValueError if min_tokens > max_tokens.
     """
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         message = f"Invalid 'min_tokens': expected a value <= {max_tokens} (max_tokens), but got {min_tokens} instead."
         raise InvalidValueError(message, param="min_tokens")
 
-    def choose(name: str, value: float | None, default: float) -> float:
-        return defaults.get(name, default) if value is None else value
-
-    temperature = choose("temperature", body.temperature, 1.0)
-    top_k = int(choose("top_k", body.top_k, 0))
+    temperature = _given(body.temperature, 1.0)
+    top_k = body.top_k or 0
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
         temperature=temperature if temperature >= GREEDY_TEMPERATURE else 0.0,
         top_k=top_k if 0 < top_k < vocab_size else 0,
-        top_p=choose("top_p", body.top_p, 1.0),
-        min_p=choose("min_p", body.min_p, 0.0),
-        repetition_penalty=choose("repetition_penalty", body.effective_repetition_penalty, 1.0),
+        top_p=_given(body.top_p, 1.0),
+        min_p=body.min_p or 0.0,
+        repetition_penalty=_given(body.effective_repetition_penalty, 1.0),
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=body.logit_bias or {},
@@ -121,6 +117,10 @@ def sampling_params(
         prompt_logprobs=body.num_prompt_logprobs,
         post_sampling_probs=bool(body.post_sampling_probs),
     )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _repetition_detection(fields: RepetitionFields | None) -> RepetitionDetection | None:

@@ -166,6 +166,7 @@ def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default
     info = context.client.ready_info()
     check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)
     body = resolve_num_logprobs(body, context.settings.max_logprobs, vocab_size(context))
+    body = context.default_sampling.apply(body)
     warnings = preamble.accept()
     model, seed = preamble.model, default_seed if body.requested_seed is None else body.requested_seed
     return _Job(
@@ -287,7 +288,7 @@ def _make_submit(
         num_prompt_tokens,
         context.max_model_len,
         job.endpoint.noun,
-        default=body.default_max_output_tokens,
+        default=context.settings.default_max_tokens or body.default_max_output_tokens,
     )
     params = sampling_params(
         body,
@@ -295,7 +296,6 @@ def _make_submit(
         max_tokens=max_tokens,
         seed=prompt_seed(job.seed, index),
         vocab_size=vocab_size(context),
-        defaults=context.model_config.default_sampling,
     )
     return Submit(
         request_id=f"{job.metadata.id}-{index}",

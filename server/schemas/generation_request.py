@@ -35,24 +35,8 @@ from server.schemas.samplers import INT64_MAX, SamplerFields
 from server.schemas.structured_outputs import GuidedFields, ResponseFormat, StructuredOutputs
 
 
-class GenerationRequest(SamplerFields, GuidedFields, ABC):
-    """The parameters shared by the generating endpoints.
-
-    Parameters that OpenAI does not have are vLLM's, and llama.cpp's for samplers. The endpoints differ in the fields
-    for prompts, output length and log probabilities, so their requests define the abstract properties.
-    """
-
-    model: str = Field(description="Name of the model, as listed by GET /v1/models.")
-    n: int | None = Field(None, ge=1, le=128, description="Number of choices for each prompt. Default 1.")
-    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
-    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    stream_interval: int | None = Field(
-        None,
-        ge=1,
-        le=INT64_MAX,
-        description="With stream: number of tokens of a choice to collect before a chunk is sent. The first and the "
-        "last chunk are sent at once. Default 1.",
-    )
+class SamplingFields(SamplerFields):
+    """The fields that have a default sampling: see `server.schemas.default_sampling`."""
 
     temperature: Temperature = None
     top_p: TopP = None
@@ -80,6 +64,27 @@ class GenerationRequest(SamplerFields, GuidedFields, ABC):
     presence_penalty: FiniteFloat | None = Field(
         None, ge=-2, le=2, description="Subtracted from the logit of each token that is in the output. Default 0."
     )
+
+
+class GenerationRequest(SamplingFields, GuidedFields, ABC):
+    """The parameters shared by the generating endpoints.
+
+    Parameters that OpenAI does not have are vLLM's, and llama.cpp's for samplers. The endpoints differ in the fields
+    for prompts, output length and log probabilities, so their requests define the abstract properties.
+    """
+
+    model: str = Field(description="Name of the model, as listed by GET /v1/models.")
+    n: int | None = Field(None, ge=1, le=128, description="Number of choices for each prompt. Default 1.")
+    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    stream_interval: int | None = Field(
+        None,
+        ge=1,
+        le=INT64_MAX,
+        description="With stream: number of tokens of a choice to collect before a chunk is sent. The first and the "
+        "last chunk are sent at once. Default 1.",
+    )
+
     logit_bias: LogitBias = Field(
         None, description="Values from -100 to 100 to add to the logits of tokens, by token id."
     )

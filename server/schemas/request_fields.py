@@ -76,8 +76,8 @@ Temperature = Annotated[
     Field(
         ge=0,
         le=2,
-        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: the model's, "
-        "or 1.",
+        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: "
+        "--default-sampling, the model's recommendation, or 1.",
     ),
 ]
 TopP = Annotated[
@@ -85,7 +85,7 @@ TopP = Annotated[
     Field(
         gt=0,
         le=1,
-        description="Keep the most likely tokens whose probabilities add up to this. Default: the model's, or 1.",
+        description="Keep the most likely tokens whose probabilities add up to this. Default: as temperature.",
     ),
 ]
 Stop = Annotated[

@@ -19,6 +19,7 @@ class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     engine_address: str  # ZeroMQ address (ipc://...) that the engine binds
     model_path: str
     model_names: tuple[str, ...]  # names of the model in the API, at least one
+    model_card_sampling: dict[str, float] = {}  # sampling fields that the card of the alias recommends
     engine_pid: int | None = None  # lets the API process notice the end of an engine that never became ready
 
 

@@ -8,7 +8,7 @@ its values and its help text. The flag `--max-num-seqs`, the variable `LIGHTWELL
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
@@ -16,6 +16,7 @@ from server.settings.setting import Setting
 from server.settings.value_types import (
     BOOLEAN,
     INT64,
+    SAMPLING,
     choice,
     int_choice,
     integer,
@@ -100,6 +101,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(_ENGINE, INT64, "Seed for requests that do not set one. Unset: a random seed for each request."),
     ] = None
 
+    default_sampling: Annotated[
+        dict[str, Any] | str | None,
+        Setting(
+            _ENGINE,
+            SAMPLING,
+            "Sampling fields for requests that do not send them, as temperature=0.2,top_p=0.9 or JSON; a config file "
+            "can also map model names to fields. none: OpenAI's defaults. Unset: as the model recommends.",
+        ),
+    ] = None
+
     host: Annotated[
         str,
         Setting(
@@ -178,6 +189,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "log probabilities for every request, even if the client does not ask for them.",
         ),
     ] = 0
+    default_max_tokens: Annotated[
+        int | None,
+        Setting(
+            _LIMITS,
+            integer(1),
+            "Maximum number of output tokens for requests that do not set one. Unset: the rest of the context, and 16 "
+            "for /v1/completions.",
+        ),
+    ] = None
     max_logprobs: Annotated[
         int,
         Setting(_LIMITS, integer(-1), "Maximum number of top log probabilities per token; -1: the whole vocabulary."),

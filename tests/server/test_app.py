@@ -1,6 +1,7 @@
 """Tests of the whole application: routes, models, the official SDK, and many clients at once."""
 
 import asyncio
+import importlib.metadata
 import json
 import logging
 import subprocess
@@ -44,12 +45,20 @@ def test_a_model_id_may_have_slashes(server: RunningServer) -> None:
         "root": "tiny",
         "parent": None,
         "max_model_len": MAX_MODEL_LEN,
+        "default_max_tokens": None,
+        "default_sampling": {},
+        "default_sampling_sources": {},
     }
     check_error(httpx.get(server.url + "/v1/models/tiny/x"), 404)
 
 
 def test_version(server: RunningServer) -> None:
-    assert list(httpx.get(server.url + "/version").json()) == ["version"]
+    answer = httpx.get(server.url + "/version").json()
+    assert answer == {
+        "version": importlib.metadata.version("lightwell"),
+        "default_sampling": {},
+        "default_sampling_sources": {},
+    }
 
 
 def test_the_sdk_raises_its_own_errors(start_server: StartServer) -> None:

@@ -23,7 +23,7 @@ import msgspec
 import psutil
 import pytest
 
-from server.main import Lifecycle, bind, raise_file_limit, run, url
+from server.main import Lifecycle, bind, make_context, raise_file_limit, run, url
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
 from tests.support.clients import write_adapter
@@ -323,6 +323,27 @@ def test_an_invalid_chat_template(content: bytes | None, text: str, start_api: S
     assert f"--chat-template {file}: " in log
     assert text in log
     assert "Traceback" not in log
+
+
+def test_an_invalid_default_sampling_is_one_line(start_api: StartApi) -> None:
+    api = start_api(default_sampling={"temperature": 5}, wait_ready=False)
+    assert api.wait(20) == 1
+    (line,) = api.log.read_text().splitlines()
+    assert "--default-sampling: Invalid 'temperature': " in line
+    assert "<= 2, but got 5" in line
+
+
+def test_a_model_card_recommends_sampling(address: str, model_folder: Path) -> None:
+    config = ApiProcessConfig(
+        settings=Settings(default_sampling={"alias": {"top_p": 0.5}}, model="alias"),
+        engine_address=address,
+        model_path=str(model_folder),
+        model_names=("m",),
+        model_card_sampling={"temperature": 0.2, "top_p": 0.9},
+    )
+    default = make_context(config).default_sampling
+    assert default.values == {"top_p": 0.5, "temperature": 0.2}
+    assert default.sources == {"top_p": "--default-sampling", "temperature": "model card"}
 
 
 def test_a_missing_model_is_one_line(address: str, tmp_path: Path) -> None:

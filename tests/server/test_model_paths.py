@@ -30,7 +30,8 @@ from tests.support.clients import write_adapter
 
 PYTHON = sys.executable
 CONTENT = b"GGUF" + bytes(range(256)) * 10
-ALIAS = Alias("tiny-pkg==1.0", "tiny_pkg/tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+ALIAS = Alias("tiny-pkg==1.0", "tiny_pkg/tiny.gguf", len(CONTENT), SHA256, {"temperature": 0.5})
 
 STUB_PIP = """\
 #!{python}
@@ -96,9 +97,14 @@ def test_the_default_alias_matches_the_real_file(smollm2_path: Path) -> None:
     assert smollm2_path.stat().st_size == alias.num_bytes
 
 
+def test_the_default_alias_has_the_sampling_of_its_card(smollm2_path: Path) -> None:
+    assert dict(ALIASES["smollm2-135m"].card_sampling) == {"temperature": 0.2, "top_p": 0.9}
+
+
 def test_an_alias_is_downloaded_once(pip: StubPip, cache: Path) -> None:
     first = resolve_model("tiny")
     assert first.name == "tiny"
+    assert first.card_sampling == {"temperature": 0.5}
     assert first.path == cache / "tiny" / "tiny.gguf"
     assert first.path.read_bytes() == CONTENT
     assert resolve_model("tiny") == first

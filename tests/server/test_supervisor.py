@@ -18,7 +18,7 @@ import pytest
 
 from engine.config import EngineProcessConfig
 from server import supervisor
-from server.model_paths import ModelError
+from server.model_paths import ModelError, ResolvedModel
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
@@ -158,6 +158,11 @@ def test_served_model_names(start: Start) -> None:
     running.pid("api")
     api = msgspec.json.decode((running.folder / "api.json").read_bytes(), type=ApiProcessConfig)
     assert api.model_names == ("a", "b")
+
+
+def test_the_sampling_of_an_alias_is_passed_on() -> None:
+    model = ResolvedModel(Path("/m.gguf"), "m", {"temperature": 0.2})
+    assert supervisor._api_config(Settings(), model, "ipc://x", 1).model_card_sampling == {"temperature": 0.2}
 
 
 def test_adapters_are_resolved_before_the_engine_starts(start: Start, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.admin.schemas import AnthropicModel, AnthropicModelList, Model, ModelList
+from server.api.admin.schemas import AnthropicModel, AnthropicModelList, Model, ModelList, ServerVersion
 from server.context import ServedModel, ServerContext, get_context
 from server.http.errors import ModelNotFoundError, is_for_anthropic
 from server.http.json_response import StructResponse
@@ -37,9 +37,11 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 
 
 @router.get("/version")
-async def version() -> Response:
-    """Return the version of the server."""
-    return StructResponse({"version": importlib.metadata.version("lightwell")})
+async def version(request: Request) -> Response:
+    """Return the version of the server, and the default sampling."""
+    sampling = get_context(request).default_sampling
+    version = importlib.metadata.version("lightwell")
+    return StructResponse(ServerVersion(version, sampling.values, sampling.sources))
 
 
 def _model(context: ServerContext, model: ServedModel) -> Model:
@@ -50,6 +52,9 @@ def _model(context: ServerContext, model: ServedModel) -> Model:
         root=base if adapter is None else adapter.path,
         parent=None if adapter is None else base,
         max_model_len=context.max_model_len,
+        default_max_tokens=context.settings.default_max_tokens,
+        default_sampling=context.default_sampling.values,
+        default_sampling_sources=context.default_sampling.sources,
     )
 
 

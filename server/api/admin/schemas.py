@@ -1,6 +1,7 @@
 """Requests and answers of the operational endpoints: models, adapters, tokenizer, cancellation and replay."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,6 +26,15 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     root: str  # for a LoRA adapter: its path
     parent: str | None = None  # for a LoRA adapter: the id of its base model
     max_model_len: int  # tokens
+    default_max_tokens: int | None  # --default-max-tokens; None: the rest of the context
+    default_sampling: Mapping[str, Any]  # for fields that requests leave out; others have OpenAI's defaults
+    default_sampling_sources: Mapping[str, str]  # where each of these comes from
+
+
+class ServerVersion(msgspec.Struct, frozen=True):
+    version: str
+    default_sampling: Mapping[str, Any]
+    default_sampling_sources: Mapping[str, str]
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

@@ -67,8 +67,8 @@ class CompletionRequest(GenerationRequest):
     max_tokens: int | None = Field(
         None,
         ge=0,
-        description="Maximum number of output tokens. Default 16, or the rest of the context if that is less. 0, with "
-        "echo: only the prompt.",
+        description="Maximum number of output tokens. Default --default-max-tokens, or 16, or the rest of the context "
+        "if that is less. 0, with echo: only the prompt.",
     )
     echo: bool | None = Field(None, description="Return the prompt before the completion.")
     logprobs: NumLogprobs | None = Field(

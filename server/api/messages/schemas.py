@@ -193,14 +193,14 @@ class MessagesRequest(CountTokensRequest):
         None,
         ge=0,
         le=1,
-        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: the model's, "
-        "or 1.",
+        description="Sampling temperature. Values below 0.00001 select the most likely token. Default: "
+        "--default-sampling, the model's recommendation, or 1.",
     )
     top_p: FiniteFloat | None = Field(
         None,
         gt=0,
         le=1,
-        description="Keep the most likely tokens whose probabilities add up to this. Default: the model's, or 1.",
+        description="Keep the most likely tokens whose probabilities add up to this. Default: as temperature.",
     )
     top_k: int | None = Field(None, ge=0, le=INT64_MAX, description="Keep this many of the most likely tokens; 0: all.")
     stop_sequences: StopSequences | None = Field(

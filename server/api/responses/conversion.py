@@ -304,7 +304,7 @@ class ResponsesEndpoint:
         self, context: ServerContext, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]
     ) -> ResponseWriter:
         original = self._body
-        response = new_response(original, metadata, context.model_config.default_sampling)
+        response = new_response(original, metadata, context.default_sampling.values)
         earlier = [] if self._previous is None else self._previous.items
         events = EventLog(metadata.id) if original.background and original.stream else None
         stored = self._stored = StoredResponse(response, self._items, earlier, events)
@@ -327,7 +327,7 @@ class ResponsesEndpoint:
 
 
 def new_response(body: ResponsesRequest, metadata: AnswerMetadata, defaults: Any) -> ResponseObject:
-    """Return the response to a request before generation. `defaults` are the model's default sampling parameters."""
+    """Return the response to a request before generation. `defaults` are the default sampling."""
     choice = body.tool_choice
     text = _without_nulls(body.text)
     return ResponseObject(

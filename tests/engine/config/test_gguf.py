@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -58,6 +59,41 @@ def test_gguf_keys(tmp_path: Path) -> None:
     config = gguf_config(tmp_path, metadata, "output.weight")
     assert (config.head_dim, config.rope_theta, config.sliding_window, config.vocab_size) == (6, 5000.0, 9, 32)
     assert not config.tie_word_embeddings
+
+
+def test_gguf_sampling(tmp_path: Path) -> None:
+    """The keys are those of the gguf package; numbers have the digits that were stored, not those of 32 bits."""
+    keys = gguf.Keys.General
+    metadata = {
+        keys.SAMPLING_SEQUENCE: "top_k;temperature",
+        keys.SAMPLING_TOP_K: 20,
+        keys.SAMPLING_TOP_P: 0.95,
+        keys.SAMPLING_MIN_P: 0.05,
+        keys.SAMPLING_XTC_PROBABILITY: 0.5,
+        keys.SAMPLING_XTC_THRESHOLD: 0.1,
+        keys.SAMPLING_TEMP: 0.7,
+        keys.SAMPLING_PENALTY_LAST_N: -1,
+        keys.SAMPLING_PENALTY_REPEAT: 1.05,
+        keys.SAMPLING_MIROSTAT: 2,
+        keys.SAMPLING_MIROSTAT_TAU: 5.0,
+        keys.SAMPLING_MIROSTAT_ETA: 0.1,
+    }
+    assert {key for name, key in vars(keys).items() if name.startswith("SAMPLING")} == metadata.keys()
+    assert gguf_config(tmp_path, metadata).recommended_sampling == {
+        "samplers": ["top_k", "temperature"],
+        "top_k": 20,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.1,
+        "temperature": 0.7,
+        "repeat_last_n": -1,
+        "repetition_penalty": 1.05,
+        "mirostat": 2,
+        "mirostat_tau": 5.0,
+        "mirostat_eta": 0.1,
+    }
+    assert gguf_config(tmp_path).recommended_sampling == {}
 
 
 def test_gguf_biases(tmp_path: Path) -> None:

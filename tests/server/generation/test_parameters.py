@@ -83,23 +83,6 @@ def test_priority_salt_and_n_reach_the_engine(server: RunningServer, path: str) 
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
 
 
-def test_the_models_own_sampling_is_the_default(start_server: StartServer, model_folder: Path) -> None:
-    path = model_folder / "generation_config.json"
-    path.write_text('{"temperature": 0.25, "top_k": 11, "top_p": 0.75, "min_p": 0.125, "repetition_penalty": 1.5}')
-    try:
-        server = start_server()
-    finally:
-        path.unlink()
-    ask_json(server.url, CHAT)
-    params = server.engine.submits[-1].params
-    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.25, 11, 0.75, 0.125)
-    assert params.repetition_penalty == 1.5
-    ask_json(server.url, CHAT, temperature=1, top_k=-1, top_p=1, min_p=0, repetition_penalty=1)
-    params = server.engine.submits[-1].params
-    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (1.0, 0, 1.0, 0.0)
-    assert params.repetition_penalty == 1.0
-
-
 def test_probabilities_after_sampling(server: RunningServer) -> None:
     for path, logprobs in ((COMPLETIONS, 2), (CHAT, True)):
         for value in (True, False, None):

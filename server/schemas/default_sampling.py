@@ -1,0 +1,115 @@
+"""Default sampling: the values of the sampling fields that a request leaves out.
+
+They come from several sources, of which the first that has a field decides: `--default-sampling`, the model's files,
+and the model's card. Fields that none of them has get OpenAI's defaults.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import ValidationError
+
+from server.http.error_handlers import from_validation_error
+from server.schemas.generation_request import GenerationRequest, SamplingFields
+
+Body = TypeVar("Body", bound=GenerationRequest)
+
+SETTING = "--default-sampling"
+NONE = "none"  # value of the setting: OpenAI's defaults
+
+# A default does not apply beside a field that replaces it.
+REPLACED_BY = {"repetition_penalty": "repeat_penalty", "samplers": "mirostat", "mirostat": "samplers"}
+
+
+@dataclass(frozen=True)
+class DefaultSampling:
+    """The values of sampling fields for requests that do not send them, and the source of each."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def apply(self, body: Body) -> Body:
+        """Return the request with the values of the fields that it leaves out."""
+        return body.model_copy(update=_missing(vars(body), self.values))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the values; empty if there are none."""
+        return hashlib.sha256(msgspec.json.encode(self.values, order="sorted")).hexdigest()[:12] if self.values else ""
+
+    def __str__(self) -> str:
+        parts = []
+        for source, names in groupby(self.values, key=self.sources.__getitem__):
+            parts.append(f"{', '.join(f'{name} {self.values[name]}' for name in names)} ({source})")
+        return ", ".join(parts) or "OpenAI's (temperature 1, top_p 1)"
+
+
+def resolve_default_sampling(
+    setting: Mapping[str, Any] | str | None,
+    model_names: Collection[str],
+    recommendations: Iterable[tuple[str, Mapping[str, Any]]],
+) -> DefaultSampling:
+    """Merge all sources field by field.
+
+    Args:
+        setting: the value of --default-sampling: fields, the fields of models by name, or `NONE`.
+        model_names: the names by which the setting may mention this model.
+        recommendations: sources and their fields, the first of them with precedence.
+
+    Raises:
+        ValueError: a field is unknown or outside the limits of a request. The message names source, field and limit.
+    """
+    layers = _layers_of_setting(setting or {}, model_names)
+    if layers is None:
+        return DefaultSampling()
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, fields in [*layers, *recommendations]:
+        found = _missing(values, _validated(source, fields))
+        values |= found
+        sources |= dict.fromkeys(found, source)
+    return DefaultSampling(values, sources)
+
+
+def _layers_of_setting(
+    setting: Mapping[str, Any] | str, model_names: Collection[str]
+) -> list[tuple[str, Mapping[str, Any]]] | None:
+    """Return the fields for this model, then those for any model; None if it gets OpenAI's defaults."""
+    if isinstance(setting, str):
+        return None
+    of_models = {name: fields for name, fields in setting.items() if isinstance(fields, Mapping | str)}
+    own = [of_models[name] for name in of_models if name in model_names]
+    if NONE in own:
+        return None
+    general = {name: value for name, value in setting.items() if name not in of_models}
+    return [(SETTING, fields) for fields in (*own, general) if isinstance(fields, Mapping)]
+
+
+def _missing(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of fields that have no value and are not replaced by another field."""
+    return {
+        name: value
+        for name, value in defaults.items()
+        if fields.get(name) is None and fields.get(REPLACED_BY.get(name, name)) in (None, 0)
+    }
+
+
+def _validated(source: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields with the types and within the limits of a request. Raises ValueError."""
+    hint = "" if source == SETTING else f" ({SETTING} none ignores it)"
+    try:
+        parsed = SamplingFields.model_validate(fields)
+    except ValidationError as error:
+        errors = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+        raise ValueError(f"{source}: {from_validation_error(errors, fields).message}{hint}") from None
+    if unknown := sorted(parsed.model_extra or {}):
+        raise ValueError(f"{source}: unknown field {unknown[0]!r} (fields: {', '.join(SamplingFields.model_fields)})")
+    values = {name: value for name, value in parsed if value is not None}
+    if "repeat_penalty" in values:
+        values.setdefault("repetition_penalty", values.pop("repeat_penalty"))
+    return values

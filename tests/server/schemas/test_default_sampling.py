@@ -1,0 +1,230 @@
+"""Default sampling: its sources and their precedence, on all endpoints, and where it is reported."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.shared.messages import SamplingParams
+from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling
+from tests.support.clients import MESSAGES
+from tests.support.serving import RunningServer, fresh_server
+
+FILE = "generation_config.json"
+Start = Callable[..., RunningServer]
+
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
+}
+
+
+@pytest.fixture
+def start(model_folder: Path, tmp_path: Path) -> Iterator[Start]:
+    """A function that starts a server whose model has this generation_config.json: `start({"top_k": 5}, seed=1)`."""
+    with ExitStack() as stack:
+
+        def start(generation: dict[str, Any] | None = None, **settings: Any) -> RunningServer:
+            folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
+            shutil.copytree(model_folder, folder)
+            if generation is not None:
+                (folder / FILE).write_text(json.dumps(generation))
+            return stack.enter_context(fresh_server(folder, **settings))
+
+        yield start
+
+
+def params(server: RunningServer, path: str = "/v1/chat/completions", **fields: Any) -> SamplingParams:
+    """Send a request and return the parameters that reached the engine."""
+    answer = httpx.post(server.url + path, json={"model": "tiny"} | ENDPOINTS[path] | fields)
+    assert answer.status_code == 200, answer.text
+    return server.engine.submits[-1].params
+
+
+def card(server: RunningServer) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{server.url}/v1/models/tiny").json()
+    return found
+
+
+def fingerprint(server: RunningServer) -> str:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "Hi"}).json()
+    return str(answer["system_fingerprint"])
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_request_before_setting_before_file_before_openai(start: Start, path: str) -> None:
+    server = start({"temperature": 0.25, "top_p": 0.5, "top_k": 11}, default_sampling={"top_p": 0.75, "min_p": 0.125})
+    for absent in ({}, {"temperature": None, "top_p": None}):
+        found = params(server, path, **absent)
+        assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.25, 0.75, 11, 0.125)
+        assert found.repetition_penalty == 1
+    found = params(server, path, temperature=1.0, top_p=1.0)
+    assert (found.temperature, found.top_p, found.top_k) == (1.0, 1.0, 11)
+
+
+def test_answers_report_what_applied(start: Start) -> None:
+    server = start({"temperature": 0.25}, default_sampling={"top_p": 0.75})
+    body = {"model": "tiny", "input": "Hi"}
+    answer = httpx.post(f"{server.url}/v1/responses", json=body).json()
+    assert (answer["temperature"], answer["top_p"]) == (0.25, 0.75)
+    answer = httpx.post(f"{server.url}/v1/responses", json=body | {"temperature": 0.5}).json()
+    assert (answer["temperature"], answer["top_p"]) == (0.5, 0.75)
+
+
+def test_where_it_comes_from_is_reported(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        server = start({"temperature": 0.25, "top_p": 0.5}, default_sampling={"top_p": 0.75, "min_p": 0.1})
+    assert (
+        "default sampling: top_p 0.75, min_p 0.1 (--default-sampling), temperature 0.25 (generation_config.json)"
+        in (caplog.text)
+    )
+    expected = {
+        "default_sampling": {"temperature": 0.25, "top_p": 0.75, "min_p": 0.1},
+        "default_sampling_sources": {
+            "temperature": "generation_config.json",
+            "top_p": "--default-sampling",
+            "min_p": "--default-sampling",
+        },
+    }
+    assert expected.items() <= card(server).items()
+    assert expected.items() <= httpx.get(f"{server.url}/version").json().items()
+
+
+def test_none_is_openais(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    recommended = {"temperature": 0.25, "top_p": 0.5, "top_k": 11, "repetition_penalty": 1.5}
+    with caplog.at_level("INFO"):
+        servers = [start(recommended, default_sampling="none"), start()]
+    for server in servers:
+        assert params(server, "/v1/completions", seed=3) == SamplingParams(max_tokens=16, seed=3)
+        assert card(server)["default_sampling"] == {}
+    assert "default sampling: OpenAI's (temperature 1, top_p 1)" in caplog.text
+    assert fingerprint(servers[0]) == fingerprint(servers[1])
+
+
+def test_other_defaults_have_another_fingerprint(start: Start) -> None:
+    settings: list[Any] = ["none", {"temperature": 0.5}, {"temperature": 0.6}, {"top_p": 0.5}]
+    fingerprints = [fingerprint(start(default_sampling=setting)) for setting in settings]
+    assert len(set(fingerprints)) == len(settings)
+    assert fingerprint(start({"temperature": 0.5})) == fingerprint(start(default_sampling={"temperature": 0.5}))
+
+
+def test_do_sample_false_is_greedy(start: Start) -> None:
+    server = start({"do_sample": False, "temperature": 0.7, "top_k": 5})
+    assert (params(server).temperature, params(server).top_k) == (0.0, 0)
+    assert params(server, temperature=0.7).temperature == 0.7
+
+
+def test_every_sampler_has_a_default(start: Start) -> None:
+    """A default is what the request's own field would be, with all that follows from it."""
+    fields: dict[str, Any] = {
+        "typical_p": 0.9,
+        "top_n_sigma": 2.0,
+        "xtc_probability": 0.5,
+        "dry_multiplier": 0.8,
+        "dry_sequence_breakers": ["a"],
+        "repeat_last_n": 64,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -0.5,
+        "samplers": ["top_k", "temperature"],
+    }
+    default, plain = start(default_sampling=fields), start()
+    assert params(default, seed=1) == params(plain, seed=1, **fields) != params(plain, seed=1)
+
+
+def test_a_default_does_not_apply_beside_the_field_that_replaces_it(start: Start) -> None:
+    server = start(default_sampling={"mirostat": 2, "repetition_penalty": 1.5})
+    assert params(server, repeat_penalty=1.1).repetition_penalty == 1.1
+    assert params(server).order[-1] == "mirostat"
+    assert params(server, samplers=["top_k"]).order == ("top_k",)
+    assert params(server, mirostat=0).extra_samplers is None
+    server = start(default_sampling={"samplers": ["top_k"], "repeat_penalty": 1.5})
+    assert params(server).repetition_penalty == 1.5
+    assert params(server, repetition_penalty=1.1).repetition_penalty == 1.1
+    assert params(server, mirostat=2).order[-1] == "mirostat"
+
+
+def test_the_prompt_can_be_rendered_with_it(start: Start) -> None:
+    url = f"{start(default_sampling={'temperature': 0.5}).url}/v1/completions/render"
+    (rendered,) = httpx.post(url, json={"model": "tiny", "prompt": ["Hi"]}).json()
+    assert rendered["sampling_params"]["temperature"] == 0.5
+
+
+def resolve(setting: Any, *recommendations: tuple[str, dict[str, Any]], name: str = "m") -> DefaultSampling:
+    return resolve_default_sampling(setting, {name}, recommendations)
+
+
+def test_settings_of_models() -> None:
+    setting = {"temperature": 0.5, "m": {"top_p": 0.9, "temperature": 0.4}, "other": {"top_k": 1}, "plain": "none"}
+    recommended = ("file", {"top_k": 7})
+    assert resolve(setting, recommended).values == {"top_p": 0.9, "temperature": 0.4, "top_k": 7}
+    assert resolve(setting, recommended, name="other").values == {"top_k": 1, "temperature": 0.5}
+    assert resolve(setting, recommended, name="plain").values == {}
+    assert resolve(setting, recommended, name="unnamed").values == {"temperature": 0.5, "top_k": 7}
+
+
+def test_the_first_recommendation_has_precedence() -> None:
+    found = resolve(None, ("file", {"top_p": 0.8}), ("card", {"temperature": 0.2, "top_p": 0.9}))
+    assert found.values == {"top_p": 0.8, "temperature": 0.2}
+    assert str(found) == "top_p 0.8 (file), temperature 0.2 (card)"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": 2.5}, "temperature': decimal above maximum value. Expected a value <= 2, but got 2.5"),
+        ({"top_p": 0}, "top_p': decimal below minimum value. Expected a value > 0"),
+        ({"top_k": 1.5}, "top_k': expected an integer, but got a decimal number"),
+        ({"samplers": ["top_x"]}, "'top_x'. Supported values are: 'penalties', 'dry'"),
+        ({"temprature": 0.5}, "unknown field 'temprature' .fields: .*temperature, top_p"),
+        ({"max_tokens": 5}, "unknown field 'max_tokens'"),
+        ({"m": {"seed": 5}}, "unknown field 'seed'"),
+    ],
+)
+def test_invalid_settings_name_field_and_limit(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^--default-sampling: .*{message}"):
+        resolve(setting)
+
+
+@pytest.mark.parametrize(
+    ("generation", "field"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_p": 0}, "top_p"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ],
+)
+def test_invalid_recommendations_can_be_ignored(generation: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"^file: Invalid .*'{field}'.*\(--default-sampling none ignores it\)"):
+        resolve(None, ("file", generation))
+    assert resolve("none", ("file", generation)) == DefaultSampling()
+
+
+# --default-max-tokens
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_default_max_tokens(start: Start, path: str) -> None:
+    server, unlimited = start(default_max_tokens=7), start()
+    name = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    assert params(server, path).max_tokens == params(server, path, **{name: None}).max_tokens == 7
+    assert params(server, path, **{name: 9}).max_tokens == 9
+    num_prompt_tokens = len(server.engine.submits[-1].prompt_token_ids)
+    assert params(unlimited, path).max_tokens == (16 if path == "/v1/completions" else 2048 - num_prompt_tokens)
+    assert (card(server)["default_max_tokens"], card(unlimited)["default_max_tokens"]) == (7, None)
+
+
+def test_default_max_tokens_are_no_more_than_fits(start: Start) -> None:
+    server = start(default_max_tokens=5000)
+    found = params(server)
+    assert found.max_tokens == 2048 - len(server.engine.submits[-1].prompt_token_ids)
