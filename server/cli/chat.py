@@ -29,7 +29,7 @@ class ChatOptions:
     system: str | None = None
     temperature: float | None = None
     top_p: float | None = None
-    max_tokens: int | None = None
+    max_tokens: int  # per answer; a small model may never end one by itself
     seed: int | None = None
 
     @property
@@ -51,6 +51,7 @@ class Conversation:
         self._client = client
         self._request = {"model": model, "stream": True, **options.sampling}
         self._system = [{"role": "system", "content": options.system}] if options.system else []
+        self.is_cut_off = False  # the last answer reached its limit of tokens
         self.clear()
 
     def clear(self) -> None:
@@ -73,22 +74,29 @@ class Conversation:
             else:
                 self.messages.pop()
 
-    def _stream(self) -> Iterator[str]:
+    def _stream(self) -> Generator[str]:
         request = self._request | {"messages": self.messages}
         stream = self._client.stream("POST", "/v1/chat/completions", json=request)
         with plain_errors(str(self._client.base_url)), stream as response:
             check_status(response)
-            yield from _content(response.iter_lines())
+            self.is_cut_off = yield from _content(response.iter_lines())
 
 
-def _content(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the text of server-sent events. Raises RemoteError for an error event, and if `[DONE]` is missing."""
+def _content(lines: Iterator[str]) -> Generator[str, None, bool]:
+    """Yield the text of server-sent events, and return whether the answer reached its limit of tokens.
+
+    Raises RemoteError for an error event, and if `[DONE]` is missing.
+    """
+    is_cut_off = False
     for line in lines:
         data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
         if data == "[DONE]":
-            return
-        if data and (text := decode_chunk(data).text):
-            yield text
+            return is_cut_off
+        if data:
+            chunk = decode_chunk(data)
+            is_cut_off |= chunk.is_cut_off
+            if chunk.text:
+                yield chunk.text
     raise RemoteError("the answer was cut off")
 
 
@@ -159,3 +167,5 @@ def _print_answer(conversation: Conversation, line: str) -> None:
         for piece in pieces:
             print(_CONTROL_CHARACTERS.sub("", piece), end="", flush=True)
     print(flush=True)
+    if conversation.is_cut_off:
+        print("(cut off at --max-tokens or at the end of the context)", file=sys.stderr, flush=True)

@@ -35,6 +35,7 @@ class StreamChoice(msgspec.Struct):
     text: str | None = None  # completions
     delta: StreamDelta | None = None  # chat
     token_ids: list[int] | None = None
+    finish_reason: str | None = None
 
 
 class StreamChunk(msgspec.Struct):
@@ -49,6 +50,11 @@ class StreamChunk(msgspec.Struct):
             return ""
         choice = self.choices[0]
         return choice.text or (choice.delta and choice.delta.content) or ""
+
+    @property
+    def is_cut_off(self) -> bool:
+        """True if the first choice ends here because it reached its limit of tokens."""
+        return bool(self.choices) and self.choices[0].finish_reason == "length"
 
 
 _CHUNK_DECODER = msgspec.json.Decoder(StreamChunk)

@@ -247,7 +247,9 @@ def _add_chat(commands: Commands) -> None:
         metavar="X",
         help="Sample from the likeliest tokens that make up this probability",
     )
-    parser.add_argument("--max-tokens", type=_type(integer(1)), metavar="N", help="Maximum number of tokens per answer")
+    parser.add_argument(
+        "--max-tokens", type=_type(integer(1)), default=1024, metavar="N", help="Maximum number of tokens per answer"
+    )
     parser.add_argument(
         "--seed", type=_type(INT64), metavar="N", help="Sampling seed; the same seed gives the same answers"
     )

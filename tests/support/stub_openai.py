@@ -19,6 +19,7 @@ class Script:
     with_usage: bool = True
     with_token_ids: bool = False
     status: int = 200
+    finish_reason: str | None = None  # sent in a chunk of its own, without text
     error: str | None = None  # error message, in the body if status is not 200, else as an event after the chunks
     with_done: bool = True
     is_chunked: bool = True
@@ -103,6 +104,8 @@ class StubServer:
         self.num_running -= 1
         if script.close_early:
             return
+        if script.finish_reason:
+            self._event(writer, {"choices": [{"index": 0, "delta": {}, "finish_reason": script.finish_reason}]})
         if script.error:
             self._event(writer, {"error": {"message": script.error, "type": "t", "param": None, "code": None}})
         if script.with_usage:

@@ -41,6 +41,7 @@ def test_each_line_is_a_message_and_the_answers_are_remembered(stub: StubServer)
     assert first == {
         "model": "stub-model",
         "stream": True,
+        "max_completion_tokens": 1024,
         "messages": [system, {"role": "user", "content": "One"}],
     }
     assert second["messages"] == [
@@ -123,6 +124,15 @@ def test_ctrl_c_in_a_pipe_ends_without_a_traceback(stub: StubServer) -> None:
     _, errors = process.communicate(timeout=10)
     assert (process.returncode, errors) == (130, "")
     assert stub.disconnected.wait(2)
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "errors"),
+    [("stop", ""), ("length", "(cut off at --max-tokens or at the end of the context)\n")],
+)
+def test_an_answer_that_is_cut_off_says_so(stub: StubServer, finish_reason: str, errors: str) -> None:
+    stub.script = Script(finish_reason=finish_reason)
+    assert talk(stub.url, "Hi\n", "--max-tokens", "2") == (0, "Hello\n", errors)
 
 
 # A terminal.
