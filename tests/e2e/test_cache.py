@@ -54,6 +54,22 @@ def test_a_conversation_is_cached_up_to_its_last_turn(server: ServerProcess) -> 
     assert usage["prompt_tokens_details"]["cached_tokens"] == num_cacheable(usage["prompt_tokens"])
 
 
+def test_alternating_chats_stay_cached(start_server: StartServer) -> None:
+    """A turn computes little more than its own message, since the other chat has not taken the blocks of this one."""
+    server = start_server()
+    chats: list[list[dict[str, str]]] = [[], []]
+    num_before = [0, 0]
+    for turn in range(3):
+        for number, messages in enumerate(chats):
+            messages.append({"role": "user", "content": f"Chat {number}, turn {turn}: count from one to ten. " * 8})
+            usage = server.answer("/v1/chat/completions", {"messages": messages, "max_tokens": 1})["usage"]
+            num_cached = usage["prompt_tokens_details"]["cached_tokens"]
+            assert num_cached > num_before[number] - 2 * BLOCK_SIZE
+            num_before[number] = usage["prompt_tokens"]
+            messages.append({"role": "assistant", "content": "One."})
+    assert num_cached > 4 * BLOCK_SIZE
+
+
 def test_a_salt_separates_prefixes(server: ServerProcess) -> None:
     plain, num_tokens, _ = ask(server)
     for salt in ("tenant-a", "tenant-b"):

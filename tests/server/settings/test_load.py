@@ -93,6 +93,11 @@ def test_bad_values_are_refused_with_setting_source_and_limit(tmp_path: Path, na
         ("seed: 1.0", "seed"),
         ("drain-timeout: .nan", "drain-timeout"),
         ("max-body-size: 2001-01-01", "max-body-size"),
+        ("default-sampling: {temperature: .nan}", "default-sampling"),
+        ("default-sampling: {temperature: true}", "default-sampling"),
+        ("default-sampling: {m: {temperature: [0.5], top_p: 2001-01-01}}", "default-sampling"),
+        ("default-sampling: {m: {1: 2}}", "default-sampling"),
+        ("default-sampling: [temperature]", "default-sampling"),
     ],
 )
 def test_bad_yaml_types(tmp_path: Path, line: str, name: str) -> None:
@@ -123,6 +128,26 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
     assert str(caught.value).startswith(config)
     assert "\n" not in str(caught.value)
     assert "sk-secret" not in str(caught.value)
+
+
+def test_default_sampling_is_a_mapping_with_one_for_each_model(tmp_path: Path) -> None:
+    content = """
+default-sampling:
+  temperature: 0.7
+  top_k: 40
+  min_p: null
+  smollm2-135m: {top_p: 0.9}
+  org/name: none
+  /models/x.gguf: temperature=0.1 samplers=["top_k"]
+"""
+    assert load_settings(config=write(tmp_path, content)).default_sampling == {
+        "temperature": 0.7,
+        "top_k": 40,
+        "smollm2-135m": {"top_p": 0.9},
+        "org/name": "none",
+        "/models/x.gguf": {"temperature": 0.1, "samplers": ["top_k"]},
+    }
+    assert load_settings(config=write(tmp_path, "default-sampling: none")).default_sampling == "none"
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
