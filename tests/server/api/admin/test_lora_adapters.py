@@ -85,6 +85,14 @@ def lora_names(submits: list[Submit]) -> set[str]:
 # Adapters as models.
 
 
+def test_adapters_have_the_default_sampling_of_their_model(start_server: StartServer) -> None:
+    server = start_server(default_sampling={"temperature": 0.5})
+    assert httpx.get(f"{server.url}/v1/models/chess").json()["default_sampling"] == {"temperature": 0.5}
+    assert ask(server, "/v1/completions", "chess").status_code == 200
+    submit = server.engine.submits[-1]
+    assert (submit.lora_name, submit.params.temperature) == ("chess", 0.5)
+
+
 def test_the_list_of_models(server: RunningServer) -> None:
     shared = {"object": "model", "created": server.context.created, "owned_by": "lightwell"}
     models = httpx.get(f"{server.url}/v1/models").json()["data"]
@@ -100,6 +108,9 @@ def test_the_list_of_models(server: RunningServer) -> None:
         "root": "/adapters/org/sql",
         "parent": "tiny",
         "max_model_len": MAX_MODEL_LEN,
+        "default_max_tokens": None,
+        "default_sampling": {},
+        "default_sampling_sources": {},
     }
     for name in ("sql", "org/sql/", ""):
         check_error(httpx.get(f"{server.url}/v1/models/{name}"), 404)
