@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from engine.config import ModelConfig
 from engine.shared.messages import LoraAdapter
+from server.constrained.constraints import ConstraintBuilder
 from server.constrained.grammar_checker import GrammarChecker
 from server.engine_client.client import EngineClient
 from server.http.errors import MissingParameterError, ModelNotFoundError
@@ -106,8 +107,8 @@ class ServerContext:
     def system_fingerprint(self, model: ServedModel) -> str:
         """Return an id of everything outside the request that affects the output.
 
-        It covers the engine, the adapter, a chat template given by --chat-template, and the default sampling. Raises
-        EngineUnavailableError while the engine is not ready.
+        It covers the engine, the adapter, a chat template given by --chat-template, the default sampling, and
+        --allow-additional-properties. Raises EngineUnavailableError while the engine is not ready.
         """
         parts = [self.client.ready_info().fingerprint]
         if model.adapter is not None:
@@ -116,6 +117,8 @@ class ServerContext:
             parts.append(self._template_fingerprint)
         if self.default_sampling.fingerprint:
             parts.append(self.default_sampling.fingerprint)
+        if self.settings.allow_additional_properties:
+            parts.append("open")
         return "-".join(parts)
 
     @property
@@ -127,6 +130,10 @@ class ServerContext:
     def _template_fingerprint(self) -> str:
         source = "" if self.chat_template is None else self.chat_template.source
         return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+    @cached_property
+    def constraint_builder(self) -> ConstraintBuilder:
+        return ConstraintBuilder(self.tokenizer, self.settings.allow_additional_properties)
 
     @cached_property
     def sequence_breakers(self) -> SequenceBreakers:

@@ -5,7 +5,8 @@ JSON is generated in compact form: with optional white space, a model could fill
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from server.constrained.grammar_checker import GrammarChecker
 from server.constrained.json_schema import normalize_schema
+from server.constrained.regex import ascii_classes, escape_regex
 from server.constrained.tag_grammar import StructuralTagError, TagGrammar
 from server.constrained.tool_grammar import MarkerWriter
 from server.http.errors import InvalidValueError
@@ -64,13 +66,88 @@ async def check_constraint(checker: GrammarChecker, constraint: Constraint, body
         raise _invalid(constraints[problem.index].param, problem.message)
 
 
-def content_constraint(tokenizer: Tokenizer, body: GenerationRequest) -> Constraint | None:
-    """Return the constraint on an answer's content, or None if it is free text. Raises InvalidValueError."""
-    of_format = _response_format_constraint(tokenizer, body.response_format)
-    other = _structured_outputs_constraint(tokenizer, body)
-    if of_format is not None and other is not None:
-        raise _invalid(other.param, f"not allowed with '{of_format.param.partition('.')[0]}'")
-    return of_format or other
+@dataclass(frozen=True, slots=True)
+class ConstraintBuilder:
+    """Makes the constraints of requests, which need the model's tokenizer and a setting of the server.
+
+    Attributes:
+        allow_additional_properties: see `normalize_schema`.
+    """
+
+    tokenizer: Tokenizer
+    allow_additional_properties: bool = False
+
+    def content(self, body: GenerationRequest) -> Constraint | None:
+        """Return the constraint on an answer's content, or None if it is free text. Raises InvalidValueError."""
+        of_format = self._response_format(body.response_format)
+        other = self._structured_outputs(body)
+        if of_format is not None and other is not None:
+            raise _invalid(other.param, f"not allowed with '{of_format.param.partition('.')[0]}'")
+        return of_format or other
+
+    def json_schema(self, schema: Mapping[str, Any], param: str) -> Constraint:
+        """Return the constraint to JSON that is valid under a schema. Raises InvalidValueError."""
+        return schema_constraint(schema, param, allow_additional_properties=self.allow_additional_properties)
+
+    def _response_format(self, format: ResponseFormat | None) -> Constraint | None:
+        if format is None or format.type == "text":
+            return None
+        if format.structural_tag is not None:
+            return self._tag(format.structural_tag, "response_format")
+        if format.schema_ is not None:
+            return self.json_schema(format.schema_, "response_format.schema")
+        if format.json_schema is None:
+            return self.json_schema({"type": "object"}, "response_format")
+        return self.json_schema(format.json_schema.schema_, "response_format.json_schema.schema")
+
+    def _structured_outputs(self, body: GenerationRequest) -> Constraint | None:
+        """Return the constraint of `structured_outputs`, or of other fields that stand for its fields."""
+        if not body.requested_outputs:
+            return None
+        param, outputs = list(body.requested_outputs.items())[-1]  # all are the same
+        if outputs is body.structured_outputs:
+            param = f"structured_outputs.{next(iter(outputs.constraints))}"
+        if outputs.disable_additional_properties is None:
+            return self._outputs(outputs, param)
+        allow = not outputs.disable_additional_properties
+        return replace(self, allow_additional_properties=allow)._outputs(outputs, param)
+
+    def _outputs(self, outputs: StructuredOutputs, param: str) -> Constraint:
+        """Return the constraint of structured outputs; `param` is the field that has it."""
+        if outputs.structural_tag is not None:
+            return self._tag(_parse_tag(outputs.structural_tag, param), param)
+        if outputs.regex is not None:
+            return Constraint(_regex_grammar(outputs.regex), param)
+        if outputs.choice is not None:
+            return Constraint(_regex_grammar("|".join(map(escape_regex, outputs.choice))), param)
+        if outputs.grammar is not None:
+            if outputs.grammar.lstrip().startswith("{"):
+                raise _invalid(param, "expected a grammar in Lark's notation, but got JSON")
+            return Constraint(_as_lark(outputs.grammar, param), param)
+        if outputs.json_ is None:
+            return self.json_schema({"type": "object"}, param)
+        return self.json_schema(
+            _parse_object(outputs.json_, param) if isinstance(outputs.json_, str) else outputs.json_, param
+        )
+
+    def _tag(self, tag: StructuralTag, param: str) -> Constraint:
+        format = tag.to_format(param)
+        for index, structure in enumerate(tag.structures or ()):
+            check_schema(structure.schema_, f"{param}.structures[{index}].schema")
+        _check_parts(format, f"{param}.format")
+        special_ids = self.tokenizer.special_ids_of(self.tokenizer.special_tokens)
+        as_schema = partial(_compact_schema, allow_additional_properties=self.allow_additional_properties)
+        writer = TagGrammar(MarkerWriter(special_ids), as_schema, _lark_terminal)
+        try:
+            grammar = writer.write(format)
+        except StructuralTagError as error:
+            path = error.path.removeprefix("format.").replace("tags", "structures") if tag.structures else error.path
+            raise _invalid(f"{param}.{path}", str(error)) from error
+        if not writer.grammars:
+            return Constraint(grammar, param)
+        parts = [{"name": "answer", "lark_grammar": grammar}]
+        parts += [{"name": name, "lark_grammar": _as_lark(text, param)} for name, text in writer.grammars.items()]
+        return Constraint(msgspec.json.encode({"grammars": parts}).decode(), param)
 
 
 def named_grammar(name: str, grammar: str) -> dict[str, Any]:
@@ -78,37 +155,6 @@ def named_grammar(name: str, grammar: str) -> dict[str, Any]:
     is_json = grammar.startswith("{")
     entry: dict[str, Any] = msgspec.json.decode(grammar)["grammars"][0] if is_json else {"lark_grammar": grammar}
     return {**entry, "name": name}
-
-
-def _response_format_constraint(tokenizer: Tokenizer, format: ResponseFormat | None) -> Constraint | None:
-    if format is None or format.type == "text":
-        return None
-    if format.structural_tag is not None:
-        return _tag_constraint(tokenizer, format.structural_tag, "response_format")
-    if format.schema_ is not None:
-        return schema_constraint(format.schema_, "response_format.schema")
-    if format.json_schema is None:
-        return schema_constraint({"type": "object"}, "response_format")
-    return schema_constraint(format.json_schema.schema_, "response_format.json_schema.schema")
-
-
-def _tag_constraint(tokenizer: Tokenizer, tag: StructuralTag, param: str) -> Constraint:
-    format = tag.to_format(param)
-    for index, structure in enumerate(tag.structures or ()):
-        check_schema(structure.schema_, f"{param}.structures[{index}].schema")
-    _check_parts(format, f"{param}.format")
-    special_ids = tokenizer.special_ids_of(tokenizer.special_tokens)
-    writer = TagGrammar(MarkerWriter(special_ids), {OPTIONS: COMPACT}, _lark_terminal)
-    try:
-        grammar = writer.write(format)
-    except StructuralTagError as error:
-        path = error.path.removeprefix("format.").replace("tags", "structures") if tag.structures else error.path
-        raise _invalid(f"{param}.{path}", str(error)) from error
-    if not writer.grammars:
-        return Constraint(grammar, param)
-    parts = [{"name": "answer", "lark_grammar": grammar}]
-    parts += [{"name": name, "lark_grammar": _as_lark(text, param)} for name, text in writer.grammars.items()]
-    return Constraint(msgspec.json.encode({"grammars": parts}).decode(), param)
 
 
 def _check_parts(format: Format, param: str) -> None:
@@ -126,38 +172,15 @@ def _check_parts(format: Format, param: str) -> None:
         level = [inner for part in level for inner in inner_parts(part)]
 
 
+def _regex_grammar(pattern: str) -> str:
+    return LLMatcher.grammar_from_regex(ascii_classes(pattern))
+
+
 def _lark_terminal(pattern: str) -> str:
     """Return a regular expression in Lark's notation."""
-    grammar = msgspec.json.decode(LLMatcher.grammar_from_regex(pattern))
+    grammar = msgspec.json.decode(_regex_grammar(pattern))
     lark: str = grammar["grammars"][0]["lark_grammar"]
     return lark.removeprefix("start: ")
-
-
-def _structured_outputs_constraint(tokenizer: Tokenizer, body: GenerationRequest) -> Constraint | None:
-    if body.guided_names:
-        return _outputs_constraint(tokenizer, body.guided, "guided_")
-    if body.structured_outputs is None:
-        return None
-    return _outputs_constraint(tokenizer, body.structured_outputs, "structured_outputs.")
-
-
-def _outputs_constraint(tokenizer: Tokenizer, outputs: StructuredOutputs, prefix: str) -> Constraint:
-    """Return the constraint of `structured_outputs`, whose fields have names with `prefix` in the request."""
-    if outputs.structural_tag is not None:
-        tag = _parse_tag(outputs.structural_tag, f"{prefix}structural_tag")
-        return _tag_constraint(tokenizer, tag, f"{prefix}structural_tag")
-    if outputs.regex is not None:
-        return Constraint(LLMatcher.grammar_from_regex(outputs.regex), f"{prefix}regex")
-    if outputs.choice is not None:
-        return Constraint(LLMatcher.grammar_from_regex(_literal_pattern(outputs.choice)), f"{prefix}choice")
-    if outputs.grammar is not None:
-        if outputs.grammar.lstrip().startswith("{"):
-            raise _invalid(f"{prefix}grammar", "expected a grammar in Lark's notation, but got JSON")
-        return Constraint(_as_lark(outputs.grammar, f"{prefix}grammar"), f"{prefix}grammar")
-    if outputs.json_ is None:
-        return schema_constraint({"type": "object"}, f"{prefix}json_object")
-    schema = _parse_object(outputs.json_, f"{prefix}json") if isinstance(outputs.json_, str) else outputs.json_
-    return schema_constraint(schema, f"{prefix}json")
 
 
 def _as_lark(grammar: str, param: str) -> str:
@@ -171,11 +194,6 @@ def _as_lark(grammar: str, param: str) -> str:
     except Exception as error:  # gbnf_to_lark raises bare Exceptions for missing rules, others for truncated text
         problem = str(error) if type(error) is Exception else "it ends too early, or is nested too deep"
         raise _invalid(param, problem) from error
-
-
-def _literal_pattern(texts: Sequence[str]) -> str:
-    """Return a regular expression that matches the texts alone."""
-    return "|".join("".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text) for text in texts)
 
 
 def _parse_tag(tag: StructuralTag | str, param: str) -> StructuralTag:
@@ -201,11 +219,17 @@ def _parse_object(text: str, param: str) -> dict[str, Any]:
     return value
 
 
-def schema_constraint(schema: Mapping[str, Any], param: str) -> Constraint:
+def schema_constraint(
+    schema: Mapping[str, Any], param: str, *, allow_additional_properties: bool = False
+) -> Constraint:
     """Return the constraint to compact JSON that is valid under a schema. Raises InvalidValueError."""
     check_schema(schema, param)
-    grammar = {"grammars": [{"json_schema": {**normalize_schema(schema), OPTIONS: COMPACT}}]}
-    return Constraint(msgspec.json.encode(grammar).decode(), param)
+    compact = _compact_schema(schema, allow_additional_properties=allow_additional_properties)
+    return Constraint(msgspec.json.encode({"grammars": [{"json_schema": compact}]}).decode(), param)
+
+
+def _compact_schema(schema: Mapping[str, Any], *, allow_additional_properties: bool) -> dict[str, Any]:
+    return {**normalize_schema(schema, allow_additional_properties=allow_additional_properties), OPTIONS: COMPACT}
 
 
 def check_schema(schema: Mapping[str, Any], param: str) -> None:

@@ -1,23 +1,37 @@
 """Rewrites JSON schemas so that llguidance can follow them: drops keys without effect, replaces unsupported ones."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-# Keys whose value is a schema, a list of schemas, or an object of schemas by name.
-SCHEMA_KEYS = frozenset(
-    ("items", "additionalProperties", "additionalItems", "propertyNames", "not", "if", "then", "else", "contains")
+from server.constrained.closed_objects import (
+    ANNOTATIONS,
+    SCHEMA_KEYS,
+    SCHEMA_LIST_KEYS,
+    SCHEMA_MAP_KEYS,
+    find_closed_objects,
 )
-SCHEMA_LIST_KEYS = ("prefixItems", "anyOf", "oneOf", "allOf", "items")
-SCHEMA_MAP_KEYS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+from server.constrained.regex import ascii_classes, escape_regex
 
-ANNOTATIONS = ("title", "description")
 ANY_NAME: tuple[Any, ...] = (True, {}, {"type": "string"})  # values of propertyNames that allow all names
 
 
-def normalize_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an equivalent schema for llguidance. Recurses, so the caller bounds the depth of `schema`."""
-    result = {key: _normalize_value(key, value) for key, value in schema.items()}
+def normalize_schema(schema: Mapping[str, Any], *, allow_additional_properties: bool = False) -> dict[str, Any]:
+    """Return the schema for llguidance. Recurses, so the caller bounds the depth of `schema`.
+
+    Args:
+        allow_additional_properties: whether objects whose schema names properties and has no `additionalProperties`
+            may have others. Otherwise they are closed (see `server.constrained.closed_objects`).
+    """
+    return _normalize(schema, frozenset() if allow_additional_properties else find_closed_objects(schema))
+
+
+def _normalize(schema: Mapping[str, Any], closed: frozenset[int]) -> dict[str, Any]:
+    """Return the schema for llguidance; `closed` has the ids of the schemas that get no further properties."""
+    result = {key: _normalize_value(key, value, closed) for key, value in schema.items()}
+    if id(schema) in closed:
+        result["additionalProperties"] = False
+    if isinstance(pattern := result.get("pattern"), str):
+        result["pattern"] = ascii_classes(pattern)
     if result.get("uniqueItems") is False:
         del result["uniqueItems"]
     names = result.pop("propertyNames", None)
@@ -26,19 +40,26 @@ def normalize_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def escape_regex(text: str) -> str:
-    """Return a regular expression that matches the text alone, also between slashes."""
-    return re.sub(r"\W", lambda found: f"\\x{{{ord(found[0]):x}}}", text)
-
-
-def _normalize_value(key: str, value: Any) -> Any:
+def _normalize_value(key: str, value: Any, closed: frozenset[int]) -> Any:
     if key in SCHEMA_KEYS and isinstance(value, Mapping):
-        return normalize_schema(value)
+        return _normalize(value, closed)
     if key in SCHEMA_LIST_KEYS and isinstance(value, list):
-        return [normalize_schema(item) if isinstance(item, Mapping) else item for item in value]
+        return [_normalize(item, closed) if isinstance(item, Mapping) else item for item in value]
     if key in SCHEMA_MAP_KEYS and isinstance(value, Mapping):
-        return {name: normalize_schema(item) if isinstance(item, Mapping) else item for name, item in value.items()}
+        result = {name: _normalize(item, closed) if isinstance(item, Mapping) else item for name, item in value.items()}
+        return _with_ascii_names(result) if key == "patternProperties" else result
     return value
+
+
+def _with_ascii_names(schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schemas of `patternProperties` with patterns for llguidance, which refuses two that are the same."""
+    result: dict[str, Any] = {}
+    for pattern, schema in schemas.items():
+        name = ascii_classes(pattern)
+        while name in result:
+            name = f"(?:{name})"
+        result[name] = schema
+    return result
 
 
 def _replace_property_names(names: Any, schema: Mapping[str, Any]) -> dict[str, Any]:

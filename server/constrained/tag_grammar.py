@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from engine.grammar.compiler import MAX_GRAMMAR_BYTES
-from server.constrained.json_schema import escape_regex, normalize_schema
+from server.constrained.regex import escape_regex
 from server.constrained.tool_grammar import ANYTHING, MarkerWriter
 from server.schemas.structural_tag import (
     AnyText,
@@ -56,13 +56,13 @@ class TagGrammar:
 
     Attributes:
         markers: writes texts that may contain special tokens.
-        json_options: llguidance's options for schemas.
+        as_schema: returns a JSON schema as llguidance reads it.
         regex: returns a regular expression in Lark's notation.
         grammars: the parts that are separate grammars, by the names by which the rules refer to them.
     """
 
     markers: MarkerWriter
-    json_options: Mapping[str, Any]
+    as_schema: Callable[[Mapping[str, Any]], dict[str, Any]]
     regex: Callable[[str], str]
     grammars: dict[str, str] = field(default_factory=dict)
     rules: list[str] = field(default_factory=list)
@@ -123,7 +123,7 @@ class TagGrammar:
         """Return the expression of a part whose end does not depend on the text after it."""
         match format:
             case JSONSchemaPart():
-                return self._rule(f"%json {json.dumps({**normalize_schema(format.json_schema), **self.json_options})}")
+                return self._rule(f"%json {json.dumps(self.as_schema(format.json_schema))}")
             case RegexPart():
                 return self._rule(self.regex(format.pattern))
             case GrammarPart():

@@ -7,12 +7,15 @@ and colons. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from server.constrained.json_schema import escape_regex, normalize_schema
+from server.constrained.json_schema import normalize_schema
+from server.constrained.regex import escape_regex
 from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, must_call
+from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import ToolFormat
 
@@ -22,46 +25,46 @@ NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalP
 
 
 def tool_grammar(
-    format: ToolFormat,
+    format: AnswerFormat,
     tools: Sequence[Tool] | None,
     tool_choice: ToolChoice | None,
-    parallel: bool,
     *,
-    reasoning_tags: ReasoningTags | None = None,
-    is_reasoning: bool = False,
     special_ids: Mapping[str, int] | None = None,
     has_content_grammar: bool = False,
+    allow_additional_properties: bool = False,
 ) -> str | None:
     """Return the grammar of the whole output, or None if it may be any text.
 
-    The arguments of forced calls follow their tools' schemas; otherwise only those of strict tools do.
+    The arguments of forced calls follow their tools' schemas; otherwise only those of strict tools do. A named tool is
+    called once.
 
     Args:
         tools: the tools of the request, validated.
-        parallel: whether several calls may follow one another. A named tool is called once.
-        reasoning_tags: set for models that may reason before they answer.
-        is_reasoning: the prompt ends with the start tag.
         special_ids: token ids of the tags and markers that are special tokens, which no text is tokenized to.
         has_content_grammar: an answer without calls must match the grammar `@content`, which the caller adds.
+        allow_additional_properties: see `normalize_schema`.
     """
     allowed = callable_tools(tools, tool_choice)
     is_forced = must_call(tool_choice)
     if not is_forced and not has_content_grammar and not any(tool.function.strict for tool in allowed):
         return None
     markers = MarkerWriter(special_ids or {})
-    begin, calls = _call_expressions(markers, format, parallel and not isinstance(tool_choice, NamedTool))
+    as_schema = partial(normalize_schema, allow_additional_properties=allow_additional_properties)
+    tool_format, tags = format.tool_format, format.reasoning_tags
+    several = format.parallel_calls and not isinstance(tool_choice, NamedTool)
+    begin, calls = _call_expressions(markers, tool_format, several)
     if is_forced:
         answer = [f"answer: {begin} {calls}"]
     elif has_content_grammar:
         answer = [f"answer: {begin} {calls} | @content" if allowed else "answer: @content"]
     else:
-        answer = _answer_rules(markers, format, calls)
-    no_reasoning = "" if reasoning_tags is None or is_reasoning else markers.without(reasoning_tags.start)
+        answer = _answer_rules(markers, tool_format, calls)
+    no_reasoning = "" if tags is None or format.is_reasoning else markers.without(tags.start)
     rules = [
         "%llguidance {}",
-        *_reasoning_rules(markers, reasoning_tags, is_reasoning),
+        *_reasoning_rules(markers, tags, format.is_reasoning),
         *answer,
-        *_tool_rules(markers, format, allowed, is_forced=is_forced),
+        *_tool_rules(markers, tool_format, allowed, is_forced=is_forced, as_schema=as_schema),
         f"FIRST: TEXT{no_reasoning}",
         f"TEXT: /{ANYTHING}/",
     ]
@@ -143,7 +146,14 @@ def _call_expressions(markers: MarkerWriter, format: ToolFormat, several: bool) 
     return start, f"{call} ({between} {start} {call})*" if several else call
 
 
-def _tool_rules(markers: MarkerWriter, format: ToolFormat, tools: Sequence[Tool], *, is_forced: bool) -> list[str]:
+def _tool_rules(
+    markers: MarkerWriter,
+    format: ToolFormat,
+    tools: Sequence[Tool],
+    *,
+    is_forced: bool,
+    as_schema: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> list[str]:
     """Return the rule `tool` for a call of any of the tools, and the rules it refers to."""
     rules = [f"tool: {' | '.join(f'tool_{index}' for index in range(len(tools)))}"] if tools else []
     for index, tool in enumerate(tools):
@@ -155,7 +165,7 @@ def _tool_rules(markers: MarkerWriter, format: ToolFormat, tools: Sequence[Tool]
             call = f'{" ".join(map(_literal, pieces))} arguments_{index} "}}"'
         parameters = tool.function.parameters or NO_ARGUMENTS
         schema = parameters if is_forced or tool.function.strict else {}
-        arguments = json.dumps({"type": "object", **normalize_schema(schema), "x-guidance": SPACING})
+        arguments = json.dumps({"type": "object", **as_schema(schema), "x-guidance": SPACING})
         rules += [f"tool_{index}: {call}", f"arguments_{index}: %json {arguments}"]
     return rules
 

@@ -77,10 +77,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 
 # Parameters of other servers -> the parameter to use instead.
 ALTERNATIVES: Mapping[str, str] = {
-    "json_schema": "structured_outputs.json",
-    "regex": "structured_outputs.regex",
-    "grammar": "structured_outputs.grammar",
-    "ebnf": "structured_outputs.grammar",
     "structural_tag": "structured_outputs.structural_tag",
     "n_predict": "max_tokens",
     "n_probs": "logprobs",

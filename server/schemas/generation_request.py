@@ -32,7 +32,7 @@ from server.schemas.request_fields import (
     TruncationSide,
 )
 from server.schemas.samplers import INT64_MAX, SamplerFields
-from server.schemas.structured_outputs import GuidedFields, ResponseFormat, StructuredOutputs
+from server.schemas.structured_outputs import ResponseFormat, StructuredOutputsFields
 
 
 class SamplingFields(SamplerFields):
@@ -66,7 +66,7 @@ class SamplingFields(SamplerFields):
     )
 
 
-class GenerationRequest(SamplingFields, GuidedFields, ABC):
+class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
     """The parameters shared by the generating endpoints.
 
     Parameters that OpenAI does not have are vLLM's, and llama.cpp's for samplers. The endpoints differ in the fields
@@ -152,7 +152,6 @@ class GenerationRequest(SamplingFields, GuidedFields, ABC):
         description="Share cached prefixes only with requests that have the same salt.",
     )
     response_format: ResponseFormat | None = Field(None, description="Format of the answer. Default text.")
-    structured_outputs: StructuredOutputs | None = Field(None, description="Constraints on the answer.")
     lightwell: LightwellOptions | None = Field(None, description="Options of this server alone.")
 
     @property
@@ -173,11 +172,6 @@ class GenerationRequest(SamplingFields, GuidedFields, ABC):
     def num_choices(self) -> int:
         """Number of choices to generate for each prompt."""
         return self.num_returned_choices
-
-    @property
-    def structured_output_fields(self) -> list[str]:
-        """Names of vLLM's fields that constrain the answer. A valid request has at most one."""
-        return [*self.guided_names, *(("structured_outputs",) if self.structured_outputs is not None else ())]
 
     @property
     def effective_repetition_penalty(self) -> float | None:
@@ -226,9 +220,6 @@ class GenerationRequest(SamplingFields, GuidedFields, ABC):
                 raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)
         if self.response_format is not None:
             self.response_format.check()
-        if len(names := self.structured_output_fields) > 1:
-            raise InvalidValueError(f"Invalid '{names[0]}': not allowed with '{names[1]}'.", param=names[0])
-        if self.structured_outputs is not None:
-            self.structured_outputs.check()
+        self.check_structured_outputs()
         if self.repetition_detection is not None:
             self.repetition_detection.check()

@@ -1,7 +1,10 @@
 """Constraints on the format of an answer: OpenAI's `response_format` and vLLM's `structured_outputs`."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Annotated, Any, Literal, Self
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.http.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError
@@ -13,6 +16,17 @@ MAX_REGEX_CHARS = 8192
 MAX_LARK_CHARS = 16_384
 MAX_TAG_CHARS = 128 * 1024
 
+# Other request fields -> the fields of `structured_outputs` that they stand for.
+ALIASES = {
+    "guided_json": "json_",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "json_schema": "json_",
+    "regex": "regex",
+    "ebnf": "grammar",
+    "grammar": "grammar",
+}
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -87,41 +101,77 @@ class StructuredOutputs(BaseModel):
         None, description="Null or true: JSON is always generated without white space."
     )
     disable_fallback: bool | None = Field(None, description="Accepted; there is no fallback.")
-    disable_additional_properties: bool | None = Field(None, description="Not supported yet: null or false.")
+    disable_additional_properties: bool | None = Field(
+        None,
+        description="Close objects for which the schema has properties, but no additionalProperties. Default true, or "
+        "false with --allow-additional-properties.",
+    )
     whitespace_pattern: str | None = Field(None, description="Not supported yet: null.")
 
     def check(self) -> None:
-        for name in ("disable_additional_properties", "whitespace_pattern"):
-            if getattr(self, name) not in (None, False):
-                raise UnsupportedParameterError(f"structured_outputs.{name}")
+        if self.whitespace_pattern is not None:
+            raise UnsupportedParameterError("structured_outputs.whitespace_pattern")
         if self.disable_any_whitespace is False:
             param = "structured_outputs.disable_any_whitespace"
             message = f"Invalid '{param}': expected true, because JSON is always generated without white space."
             raise InvalidValueError(message, param=param)
-        fields = [(field.alias or name, getattr(self, name)) for name, field in type(self).model_fields.items()]
-        present = [name for name, value in fields if name in KINDS and value not in (None, False)]
-        if len(present) != 1:
-            got = " and ".join(present) or "none"
+        if len(self.constraints) != 1:
+            got = " and ".join(self.constraints) or "none"
             message = f"Invalid 'structured_outputs': expected exactly one of {', '.join(KINDS)}, but got {got}."
             raise InvalidValueError(message, param="structured_outputs")
 
+    @property
+    def constraints(self) -> dict[str, Any]:
+        """The values of the fields in KINDS that are set, by name: one, in a valid request."""
+        fields = [(field.alias or name, getattr(self, name)) for name, field in type(self).model_fields.items()]
+        return {name: value for name, value in fields if name in KINDS and value not in (None, False)}
 
-class GuidedFields(BaseModel):
-    """vLLM's deprecated aliases of the fields of `structured_outputs`."""
+    def sets_same(self, other: Self) -> bool:
+        """Return whether both set the same constraint, of a kind that is in ALIASES."""
+        return _canonical(self.constraints) == _canonical(other.constraints)
 
+
+class StructuredOutputsFields(BaseModel):
+    """`structured_outputs`, and other fields that stand for its fields."""
+
+    structured_outputs: StructuredOutputs | None = Field(None, description="Constraints on the answer.")
     guided_json: JSONSchema | str | None = Field(None, description="Deprecated alias of structured_outputs.json.")
     guided_regex: Regex | None = Field(None, description="Deprecated alias of structured_outputs.regex.")
     guided_choice: Choices | None = Field(None, description="Deprecated alias of structured_outputs.choice.")
     guided_grammar: Lark | None = Field(None, description="Deprecated alias of structured_outputs.grammar.")
+    json_schema: JSONSchema | str | None = Field(None, description="SGLang's name of structured_outputs.json.")
+    regex: Regex | None = Field(None, description="SGLang's name of structured_outputs.regex.")
+    ebnf: Lark | None = Field(None, description="SGLang's name of structured_outputs.grammar.")
+    grammar: Annotated[str, Field(max_length=MAX_LARK_CHARS)] | None = Field(
+        None, description="llama.cpp's name of structured_outputs.grammar. Empty: none."
+    )
 
     @property
-    def guided_names(self) -> list[str]:
-        """Names of the fields that the request sets."""
-        return [name for name in GuidedFields.model_fields if getattr(self, name) is not None]
+    def requested_outputs(self) -> dict[str, StructuredOutputs]:
+        """The constraints by the names of the fields that set them. In a valid request, all are the same."""
+        requested = {
+            name: StructuredOutputs.model_construct(**{field: getattr(self, name)})
+            for name, field in ALIASES.items()
+            if getattr(self, name) not in (None, "")
+        }
+        own = self.structured_outputs
+        return requested if own is None else requested | {"structured_outputs": own}
 
-    @property
-    def guided(self) -> StructuredOutputs:
-        """The fields as `structured_outputs`."""
-        return StructuredOutputs.model_construct(
-            json_=self.guided_json, regex=self.guided_regex, choice=self.guided_choice, grammar=self.guided_grammar
-        )
+    def check_structured_outputs(self) -> None:
+        if self.structured_outputs is not None:
+            self.structured_outputs.check()
+        requested = [*self.requested_outputs.items()]
+        for name, outputs in requested[1:]:
+            first, other = requested[0]
+            if not outputs.sets_same(other):
+                message = f"Invalid '{first}': not allowed with '{name}', which sets another constraint."
+                raise InvalidValueError(message, param=first)
+
+
+def _canonical(constraints: Mapping[str, Any]) -> bytes:
+    """Return constraints in a form in which they can be compared: schemas may be given as text, too."""
+    values = dict(constraints)
+    if isinstance(text := values.get("json"), str):
+        with suppress(msgspec.DecodeError, RecursionError):
+            values["json"] = msgspec.json.decode(text)
+    return msgspec.json.encode(values, enc_hook=repr)

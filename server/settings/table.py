@@ -153,6 +153,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Setting(_API, text("FILE"), "Jinja chat template to use instead of the model's own."),
     ] = None
+    allow_additional_properties: Annotated[
+        bool,
+        Setting(
+            _API,
+            BOOLEAN,
+            "Allow properties that a JSON schema does not name in objects for which it has properties, but no "
+            "additionalProperties, as JSON Schema specifies. By default such objects are closed.",
+        ),
+    ] = False
     enable_docs: Annotated[
         bool,
         Setting(_API, BOOLEAN, "Serve /openapi.json, and the page /docs that shows it."),

@@ -43,7 +43,7 @@ class ChatEndpoint:
         return [encode_request(context, body)]
 
     def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(context.tokenizer, body, prompt)
+        return chat_constraint(context.constraint_builder, body, prompt)
 
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]

@@ -176,8 +176,8 @@ class ChatCompletionRequest(GenerationRequest):
             message = "Invalid 'max_tokens': it is an alias of 'max_completion_tokens', which has a different value."
             raise InvalidValueError(message, param="max_tokens")
         check_tools(self.tools, self.tool_choice)
-        if self.structured_output_fields and must_call(self.tool_choice):
-            (name,) = self.structured_output_fields
+        if self.requested_outputs and must_call(self.tool_choice):
+            name = next(iter(self.requested_outputs))
             message = f"Invalid '{name}': not allowed with a 'tool_choice' that forces a tool call."
             raise InvalidValueError(message, param=name)
         if self.continue_final_message:

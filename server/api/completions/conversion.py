@@ -7,7 +7,7 @@ from server.api.completions.schemas import (
     CompletionRequest,
 )
 from server.api.completions.writer import CompletionWriter
-from server.constrained.constraints import Constraint, content_constraint
+from server.constrained.constraints import Constraint
 from server.context import ServerContext
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt, encode_prompt
@@ -28,7 +28,7 @@ class CompletionEndpoint:
         return [encode_prompt(context, value, add_special_tokens=with_special) for value in body.prompt]
 
     def constraint(self, context: ServerContext, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
-        return content_constraint(context.tokenizer, body)
+        return context.constraint_builder.content(body)
 
     def writer(
         self, context: ServerContext, body: CompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]

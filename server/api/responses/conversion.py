@@ -298,7 +298,7 @@ class ResponsesEndpoint:
         return ChatEndpoint().encode(context, body)
 
     def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
-        return chat_constraint(context.tokenizer, body, prompt)
+        return chat_constraint(context.constraint_builder, body, prompt)
 
     def writer(
         self, context: ServerContext, body: ChatCompletionRequest, metadata: AnswerMetadata, prompts: Sequence[Prompt]

@@ -1,11 +1,13 @@
 """Constraints of requests become grammars for the engine, or are refused in less than a second."""
 
+import itertools
 import json
 import re
 from typing import Any
 
 import pytest
 
+from server.schemas.structured_outputs import ALIASES
 from tests.support.clients import CHAT, COMPLETIONS, ask
 from tests.support.grammars import COMPACT, SCHEMA, SPACED, grammar_of, json_schema, matches, nested
 from tests.support.processes import processor_limit
@@ -38,19 +40,34 @@ def test_structured_outputs(
         assert [text for text in bad if matches(shared_server, grammar, text)] == []
 
 
-@pytest.mark.parametrize(("constraint", "good", "bad"), ACCEPTED)
-def test_deprecated_aliases(
-    shared_server: RunningServer, constraint: dict[str, Any], good: list[str], bad: list[str]
-) -> None:
-    ((kind, value),) = constraint.items()
-    if kind == "json_object":
-        return
-    for path in (CHAT, COMPLETIONS):
-        fields = {f"guided_{kind}": value, "guided_decoding_backend": "auto"}
-        grammar = grammar_of(shared_server, path, **fields)
-        assert grammar == grammar_of(shared_server, path, structured_outputs=constraint)
+@pytest.mark.parametrize(("alias", "field"), ALIASES.items())
+def test_aliases(shared_server: RunningServer, alias: str, field: str) -> None:
+    """A field of another server, alone or beside an equal `structured_outputs`, which guidance sends too."""
+    kind = field.rstrip("_")
+    for constraint, good, bad in ACCEPTED:
+        if kind not in constraint:
+            continue
+        fields = {alias: constraint[kind], "guided_decoding_backend": "guidance"}
+        for path in (CHAT, COMPLETIONS):
+            grammar = grammar_of(shared_server, path, **fields)
+            assert grammar == grammar_of(shared_server, path, structured_outputs=constraint)
+            assert grammar == grammar_of(shared_server, path, structured_outputs=constraint, **fields)
         assert [text for text in good if not matches(shared_server, grammar, text)] == []
         assert [text for text in bad if matches(shared_server, grammar, text)] == []
+
+
+def test_schemas_are_compared_as_json(shared_server: RunningServer) -> None:
+    outputs = {"json": json.dumps(SCHEMA, indent=1), "disable_any_whitespace": True}
+    assert grammar_of(shared_server, CHAT, guided_json=SCHEMA, json_schema=SCHEMA, structured_outputs=outputs)
+    different = [SCHEMA | {"title": "a"}, {"const": True}, {"const": 1}, {"const": 1.0}, "{", '{"const":"1"}']
+    for one, other in itertools.permutations(different, 2):
+        refuse(shared_server, CHAT, "guided_json", guided_json=one, structured_outputs={"json": other})
+
+
+def test_an_empty_grammar_is_none(shared_server: RunningServer) -> None:
+    """llama.cpp's clients may send it."""
+    assert grammar_of(shared_server, CHAT, grammar="") is None
+    assert grammar_of(shared_server, CHAT, grammar="", ebnf='root ::= "a"') is not None
 
 
 def test_response_format(shared_server: RunningServer) -> None:
@@ -245,9 +262,10 @@ def test_exactly_one(shared_server: RunningServer) -> None:
     both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
     message = refuse(shared_server, CHAT, "structured_outputs.regex", **both)
     assert message == "Invalid 'structured_outputs.regex': not allowed with 'response_format'."
-    for other in ({"guided_choice": ["b"]}, {"structured_outputs": {"json_object": True}}):
+    for other in ({"guided_choice": ["b"]}, {"regex": "b"}, {"structured_outputs": {"json_object": True}}):
         message = refuse(shared_server, CHAT, "guided_regex", guided_regex="a", **other)
-        assert message == f"Invalid 'guided_regex': not allowed with '{next(iter(other))}'."
+        other_name = next(iter(other))
+        assert message == f"Invalid 'guided_regex': not allowed with '{other_name}', which sets another constraint."
 
 
 @pytest.mark.parametrize(
@@ -282,7 +300,7 @@ def test_unknown_fields_are_refused(shared_server: RunningServer) -> None:
 def test_options_of_other_servers(shared_server: RunningServer) -> None:
     constraint = {"json": SCHEMA}
     plain = grammar_of(shared_server, CHAT, structured_outputs=constraint)
-    harmless = {"disable_any_whitespace": True, "disable_fallback": True, "disable_additional_properties": False}
+    harmless = {"disable_any_whitespace": True, "disable_fallback": True, "disable_additional_properties": True}
     for options in (harmless, dict.fromkeys([*harmless, "whitespace_pattern"])):
         assert grammar_of(shared_server, CHAT, structured_outputs=constraint | options) == plain
     refuse(
@@ -291,6 +309,6 @@ def test_options_of_other_servers(shared_server: RunningServer) -> None:
         "structured_outputs.disable_any_whitespace",
         structured_outputs=constraint | {"disable_any_whitespace": False},
     )
-    for name, value in (("disable_additional_properties", True), ("whitespace_pattern", ""), ("disable_fallback", 1)):
+    for name, value in (("disable_additional_properties", 1), ("whitespace_pattern", ""), ("disable_fallback", 1)):
         error = check_error(ask(shared_server.url, CHAT, structured_outputs=constraint | {name: value}), 400)
         assert error["param"] == f"structured_outputs.{name}"

@@ -1,14 +1,18 @@
-"""Schemas that are rewritten for llguidance allow the same answers as before."""
+"""Schemas that are rewritten for llguidance allow the same answers as before, without invented properties."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
+import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.support.clients import CHAT
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, ask_json, shared_server
 from tests.support.grammars import grammar_of, json_schema, matches
 from tests.support.serving import RunningServer
+from tests.support.tool_model import write_tool_model
 
 NAMES = {"enum": ["a", "b"]}
 REWRITTEN: list[tuple[dict[str, Any], list[str], list[str]]] = [
@@ -64,3 +68,70 @@ def test_names_within_names(shared_server: RunningServer) -> None:
     grammar = grammar_of(shared_server, CHAT, response_format=json_schema(schema))
     assert len(grammar or "") < 5_000
     assert matches(shared_server, grammar, '{"a":' * 25 + "7" + "}" * 25)
+
+
+PERSON: dict[str, Any] = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+INSIDE, OUTSIDE = '{"name":"Jo"}', '{"name":"Jo","age":3}'
+TAG: dict[str, Any] = {"type": "json_schema", "json_schema": PERSON}
+FUNCTION: dict[str, Any] = {"name": "f", "parameters": PERSON}
+STRUCTURE: dict[str, Any] = {"begin": "<f>", "schema": PERSON, "end": ""}
+FORCED: dict[str, Any] = {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "required"}
+
+# Each place for a schema: path, fields, and the text before and after an object in the answer.
+EVERYWHERE: list[tuple[str, dict[str, Any], str, str]] = [
+    (CHAT, {"response_format": json_schema(PERSON)}, "", ""),
+    (CHAT, {"response_format": json_schema(PERSON, strict=False)}, "", ""),
+    (COMPLETIONS, {"response_format": {"type": "json_object", "schema": PERSON}}, "", ""),
+    (CHAT, {"structured_outputs": {"json": PERSON}}, "", ""),
+    (COMPLETIONS, {"guided_json": json.dumps(PERSON)}, "", ""),
+    (COMPLETIONS, {"json_schema": PERSON}, "", ""),
+    (CHAT, {"response_format": {"type": "structural_tag", "format": TAG}}, "", ""),
+    (
+        CHAT,
+        {"response_format": {"type": "structural_tag", "structures": [STRUCTURE], "triggers": ["<f>"]}},
+        "a<f>",
+        "b",
+    ),
+    (CHAT, FORCED, '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"),
+    ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "a", "schema": PERSON}}}, "", ""),
+    ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": PERSON}}}, "", ""),
+]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RunningServer]]:
+    """Two servers, of which the second allows additional properties."""
+    folder = write_tool_model(tmp_path_factory.mktemp("model"), special_tags=False)
+    with ExitStack() as stack:
+        settings: list[dict[str, Any]] = [{}, {"allow_additional_properties": True}]
+        yield [stack.enter_context(shared_server(folder, settings=each)) for each in settings]
+
+
+@pytest.mark.parametrize(("path", "fields", "before", "after"), EVERYWHERE)
+def test_objects_are_closed_everywhere(
+    servers: list[RunningServer], path: str, fields: dict[str, Any], before: str, after: str
+) -> None:
+    for server, allows_outside in zip(servers, (False, True), strict=True):
+        prompt = {"input": "Hi"} if path == "/v1/responses" else {"messages": MESSAGES, "max_tokens": 3}
+        prompt = {"prompt": "Hi"} if path == COMPLETIONS else prompt
+        answer = httpx.post(server.url + path, json={"model": "tiny"} | prompt | fields)
+        assert answer.status_code == 200, answer.text
+        grammar = server.engine.submits[-1].params.grammar
+        spaced = OUTSIDE.replace(":", ": ").replace(",", ", ") if fields is FORCED else OUTSIDE
+        inside = INSIDE.replace(":", ": ") if fields is FORCED else INSIDE
+        assert matches(server, grammar, before + inside + after)
+        assert matches(server, grammar, before + spaced + after) == allows_outside
+
+
+def test_a_request_overrides_the_setting(servers: list[RunningServer]) -> None:
+    for server in servers:
+        for disables in (True, False):
+            outputs = {"json": PERSON, "disable_additional_properties": disables}
+            grammar = grammar_of(server, COMPLETIONS, structured_outputs=outputs)
+            assert matches(server, grammar, INSIDE)
+            assert matches(server, grammar, OUTSIDE) == (not disables)
+
+
+def test_the_setting_is_in_the_fingerprint(servers: list[RunningServer]) -> None:
+    answers = [ask_json(server.url, COMPLETIONS, max_tokens=1) for server in servers]
+    assert [answer["system_fingerprint"] for answer in answers] == ["fp_fake", "fp_fake-open"]

@@ -83,11 +83,18 @@ def grammar_of(
     *,
     parallel: bool = True,
     strict: bool = False,
+    has_content_grammar: bool = False,
     **more: Any,
 ) -> str:
     validated: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
     special_ids = model.special_ids([*format.markers, THINK.start, THINK.end])
-    grammar = tool_grammar(format, make_tools(strict=strict), validated, parallel, special_ids=special_ids, **more)
+    grammar = tool_grammar(
+        AnswerFormat(format, parallel_calls=parallel, **more),
+        make_tools(strict=strict),
+        validated,
+        special_ids=special_ids,
+        has_content_grammar=has_content_grammar,
+    )
     assert grammar is not None
     return grammar
 
@@ -184,10 +191,10 @@ def test_content_has_a_grammar_of_its_own(model: Model, format: ToolFormat) -> N
 
 
 def test_what_needs_no_grammar() -> None:
-    assert tool_grammar(HERMES, make_tools(), None, True) is None
-    assert tool_grammar(HERMES, make_tools(), "auto", False) is None
-    assert tool_grammar(HERMES, make_tools(strict=True), "none", True) is None
-    assert tool_grammar(HERMES, None, None, True) is None
+    assert tool_grammar(AnswerFormat(HERMES), make_tools(), None) is None
+    assert tool_grammar(AnswerFormat(HERMES, parallel_calls=False), make_tools(), "auto") is None
+    assert tool_grammar(AnswerFormat(HERMES), make_tools(strict=True), "none") is None
+    assert tool_grammar(AnswerFormat(HERMES), None, None) is None
 
 
 @FORMATS
@@ -232,7 +239,7 @@ def test_json_cannot_break_the_grammar(model: Model) -> None:
     schema = {"type": "object", "properties": {'a"\n/\\': {"enum": ['x"\nstart: y', "é", "</tool_call>"]}}}
     function = {"name": "f", "parameters": schema}
     tools = [Tool.model_validate({"type": "function", "function": function})]
-    grammar = tool_grammar(HERMES, tools, "required", True)
+    grammar = tool_grammar(AnswerFormat(HERMES), tools, "required")
     assert grammar is not None
     for value in ('x"\nstart: y', "é"):
         arguments = json.dumps({'a"\n/\\': value}, ensure_ascii=False)

@@ -1,0 +1,181 @@
+"""Finds the objects of a JSON schema to close, so that they get no properties that the schema does not name.
+
+JSON Schema allows further properties in every object whose schema has no `additionalProperties`. Schemas that are made
+from classes rarely have that key and do not mean this, but models make use of it. A schema with `properties` is closed
+if it remains satisfiable, and if each answer is valid under the original schema, too:
+
+* Nothing else may name properties of the same object. So schemas stay open beside `allOf`, `$ref`, `patternProperties`
+  and the like, and where they are combined with others. The alternatives of `anyOf` and `oneOf` are closed unless there
+  are `properties` beside them; these are closed if the alternatives name no others.
+* In `oneOf`, a narrower alternative can make an answer valid that matched two of them. So these are closed only if
+  their types, or the strings that a property may have, tell them apart.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+# Keys whose value is a schema, a list of schemas, or an object of schemas by name.
+SCHEMA_KEYS = frozenset(
+    ("items", "additionalProperties", "additionalItems", "propertyNames", "not", "if", "then", "else", "contains")
+)
+SCHEMA_LIST_KEYS = ("prefixItems", "anyOf", "oneOf", "allOf", "items")
+SCHEMA_MAP_KEYS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+ANNOTATIONS = ("title", "description")
+
+# Keys whose schemas apply to the same value as the schema with the key, and those whose schemas apply to parts of it.
+_ALTERNATIVES = {"anyOf", "oneOf"}
+_COMBINED = {"allOf", "not", "if", "then", "else", "dependentSchemas", "dependencies"}
+_REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
+_INNER = {"properties", "patternProperties", "additionalProperties", "items", "prefixItems", "additionalItems"}
+# Keys that say more about an object's properties than `properties` and `required`, or list its values.
+_OTHERS = {"patternProperties", "additionalProperties", "unevaluatedProperties", "propertyNames", "dependentRequired"}
+_FIXED = {"enum", "const"}
+_CONSTRAINTS = _ALTERNATIVES | _COMBINED | _REFERENCES | _INNER | _OTHERS | _FIXED
+_CONSTRAINTS |= {"required", "minProperties", "maxProperties", "contains", "unevaluatedItems"}
+_NAMED = {"properties", "required"}
+_DEFINITIONS = {"$defs", "definitions"}  # apply where a reference leads to them
+_MAX_REFERENCES = 16  # in a chain of references
+
+Schema = Mapping[str, Any]
+
+
+def find_closed_objects(root: Schema) -> frozenset[int]:
+    """Return the ids (those of Python) of the schemas in `root`, itself included, that are to be closed."""
+    closed: set[int] = set()
+    seen: set[tuple[int, bool]] = set()
+    has_references = has_ids = False
+    pending = [(root, True)]  # schemas, and whether nothing else constrains the same values
+    while pending:
+        schema, is_alone = pending.pop()
+        if (id(schema), is_alone) in seen:
+            continue
+        seen.add((id(schema), is_alone))
+        if is_alone and _can_close(schema):
+            closed.add(id(schema))
+        for key, parts in _parts(schema):
+            are_alone = is_alone and _are_alone(key, schema, root)
+            pending += [(part, are_alone) for part in parts]
+        has_ids = has_ids or ("$id" in schema and schema is not root)
+        if schema.keys() & _REFERENCES:
+            has_references, target = True, _resolve(schema.get("$ref"), root)
+            if target is None:
+                return frozenset()  # it may be any part of the schema
+            pending.append((target, is_alone and _are_alone("$ref", schema, root)))
+    if has_references and has_ids:  # a reference is relative to the id of the schema it is in
+        return frozenset()
+    return frozenset(closed - {number for number, is_alone in seen if not is_alone})
+
+
+def _can_close(schema: Schema) -> bool:
+    """Return whether a schema can be closed, given that it alone constrains its values."""
+    if "properties" not in schema or schema.keys() & (_COMBINED | _REFERENCES | _OTHERS | _FIXED):
+        return False
+    alternatives = _alternatives(schema)
+    has_only_names = all(part.keys() & _CONSTRAINTS <= _NAMED for part in alternatives)
+    used = [name for part in (schema, *alternatives) for key in _NAMED for name in _strings(part.get(key))]
+    return has_only_names and _strings(schema["properties"]).issuperset(used)
+
+
+def _are_alone(key: str, schema: Schema, root: Schema) -> bool:
+    """Return whether the schemas at `key` alone constrain their values, given that `schema` does so."""
+    others = schema.keys() & _CONSTRAINTS - {key}
+    alternatives = _alternatives(schema)
+    match key:
+        case "anyOf" | "$ref":
+            return not others
+        case "allOf":
+            return not others and len(schema[key]) == 1
+        case "oneOf":
+            return not others and _are_distinct([_follow(part, root) for part in alternatives], root)
+        case "properties" | "patternProperties":
+            others &= _COMBINED | _REFERENCES | _FIXED | {"properties", "patternProperties"}
+        case _:
+            others &= _COMBINED | _REFERENCES | _FIXED | {"contains"}
+    has_only_required = all(part.keys() & _CONSTRAINTS <= {"required"} for part in alternatives)
+    return key in _INNER and not others and has_only_required
+
+
+def _are_distinct(schemas: Sequence[Schema], root: Schema) -> bool:
+    """Return whether no value matches two of the schemas, as far as types and the strings of a property show."""
+    types = [_types(schema) for schema in schemas]
+    objects = [schema for schema, names in zip(schemas, types, strict=True) if names == {"object"}]
+    if not _are_disjoint([names for names in types if names != {"object"}] + [{"object"}] * bool(objects)):
+        return False
+    required = [_strings(schema.get("required")) for schema in objects]
+    common = set.intersection(*required) if required else set()
+    return len(objects) < 2 or any(
+        _are_disjoint([_fixed_strings(schema, name, root) for schema in objects]) for name in common
+    )
+
+
+def _are_disjoint(sets: Sequence[set[str]]) -> bool:
+    """Return whether no element is in two of the sets. Empty ones stand for all elements."""
+    return all(sets) and len(set[str]().union(*sets)) == sum(map(len, sets))
+
+
+def _types(schema: Schema) -> set[str]:
+    types = schema.get("type")
+    return {"number" if name == "integer" else name for name in _strings([types] if isinstance(types, str) else types)}
+
+
+def _fixed_strings(schema: Schema, name: str, root: Schema) -> set[str]:
+    """Return the strings of which a property must be one, or an empty set if it may be something else."""
+    properties = schema.get("properties")
+    value = _follow(properties.get(name) if isinstance(properties, Mapping) else None, root)
+    values = [value["const"]] if "const" in value else value.get("enum")
+    return _strings(values) if isinstance(values, list) and all(isinstance(each, str) for each in values) else set()
+
+
+def _strings(names: object) -> set[str]:
+    """Return the strings in an array, or the names of an object."""
+    return {name for name in names if isinstance(name, str)} if isinstance(names, Mapping | list) else set()
+
+
+def _alternatives(schema: Schema) -> list[Schema]:
+    """Return the schemas of `anyOf` and `oneOf`. True and false stand as empty schemas."""
+    lists = [value for key in _ALTERNATIVES if isinstance(value := schema.get(key), list)]
+    return [part if isinstance(part, Mapping) else {} for parts in lists for part in parts]
+
+
+def _parts(schema: Schema) -> Iterator[tuple[str, list[Schema]]]:
+    """Yield the schemas directly within a schema, except definitions, by key. True and false are left out."""
+    for key, value in schema.items():
+        parts: list[Any] = []
+        if key in SCHEMA_LIST_KEYS and isinstance(value, list):
+            parts = value
+        elif key in SCHEMA_KEYS:
+            parts = [value]
+        elif key in SCHEMA_MAP_KEYS and key not in _DEFINITIONS and isinstance(value, Mapping):
+            parts = [*value.values()]
+        if parts:
+            yield key, [part for part in parts if isinstance(part, Mapping)]
+
+
+def _follow(schema: object, root: Schema) -> Schema:
+    """Return the schema that a schema refers to if it is a reference, which may lead to others, and else itself."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(schema, Mapping):
+            return {}
+        if "$ref" not in schema:
+            return schema
+        schema = _resolve(schema["$ref"], root)
+    return {}
+
+
+def _resolve(reference: object, root: Schema) -> Schema | None:
+    """Return the schema that a JSON pointer refers to; None if it is none, or if the reference is not a pointer."""
+    if not isinstance(reference, str) or not re.fullmatch("#(/.{0,1000})?", reference):
+        return None
+    value: object = root
+    for part in unquote(reference).split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, list) and re.fullmatch("[0-9]{1,5}", name):
+            value = dict(enumerate(value)).get(int(name))
+        elif isinstance(value, Mapping):
+            value = value.get(name)
+        else:
+            return None
+    return value if isinstance(value, Mapping) else None

@@ -1,0 +1,317 @@
+"""Objects are closed where that harms nothing: answers stay valid under the original schema, and there still are some.
+
+jsonschema is the reference. Whether a schema is satisfiable is what llguidance finds for the schema with open objects.
+"""
+
+import copy
+import json
+import random
+import time
+from collections import Counter
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from llguidance import LLMatcher
+
+from engine.grammar.compiler import GrammarCompiler, GrammarError
+from server.constrained.closed_objects import find_closed_objects
+from server.constrained.constraints import schema_constraint
+from server.constrained.json_schema import normalize_schema
+from server.text.tokenizer import Tokenizer
+from tests.support.examples import num_examples
+from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
+
+Schema = dict[str, Any]
+A: Schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+B: Schema = {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}
+CAT: Schema = {"type": "object", "properties": {"kind": {"const": "cat"}, "a": {}}, "required": ["kind"]}
+DOG: Schema = {"type": "object", "properties": {"kind": {"enum": ["dog", "wolf"]}, "b": {}}, "required": ["kind"]}
+DEFS = {"A": A, "B": B}
+TO_A = {"$ref": "#/$defs/A"}
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer.to_json(), [END_OF_TEXT_ID])
+
+
+def matcher_of(compiler: GrammarCompiler, schema: Schema, *, is_open: bool = False) -> LLMatcher:
+    return compiler.compile(schema_constraint(schema, "schema", allow_additional_properties=is_open).grammar)
+
+
+def accepts(compiler: GrammarCompiler, schema: Schema, value: object, *, is_open: bool = False) -> bool:
+    text = json.dumps(value, separators=(",", ":")).encode()
+    matcher = matcher_of(compiler, schema, is_open=is_open)
+    return matcher.try_consume_tokens([*text]) == len(text) and matcher.is_accepting()
+
+
+# Schemas, values that closed objects have, and values with properties that only open objects have.
+CLOSED: list[tuple[Schema, list[Any], list[Any]]] = [
+    (A, [{"a": 1}], [{"a": 1, "z": 1}, {"a": 1, "b": 1}]),
+    ({"properties": {"a": {}}}, [{"a": 1}, {}, 5], [{"z": 1}]),
+    ({"type": "object", "properties": {}}, [{}], [{"z": 1}]),
+    ({"type": "array", "items": A}, [[{"a": 1}]], [[{"a": 1, "z": 1}]]),
+    (
+        {"type": "array", "prefixItems": [A], "items": B},
+        [[{"a": 1}, {"b": 1}]],
+        [[{"a": 1, "z": 1}], [{"a": 1}, {"b": 1, "z": 1}]],
+    ),
+    ({"type": "object", "additionalProperties": A}, [{"x": {"a": 1}}], [{"x": {"a": 1, "z": 1}}]),
+    (
+        {"type": "object", "patternProperties": {"^x": A}, "additionalProperties": False},
+        [{"x": {"a": 1}}],
+        [{"x": {"a": 1, "z": 1}}],
+    ),
+    (
+        {"type": "object", "properties": {"properties": A}},
+        [{"properties": {"a": 1}}],
+        [{"z": 1}, {"properties": {"a": 1, "z": 1}}],
+    ),
+    ({**TO_A, "description": "an A", "$defs": DEFS}, [{"a": 1}], [{"a": 1, "z": 1}]),
+    ({"allOf": [TO_A], "default": {"a": 1}, "$defs": DEFS}, [{"a": 1}], [{"a": 1, "z": 1}]),
+    ({"$ref": "#/definitions/A", "definitions": DEFS}, [{"a": 1}], [{"a": 1, "z": 1}]),
+    ({"anyOf": [TO_A, {"type": "null"}], "$defs": DEFS}, [{"a": 1}, None], [{"a": 1, "z": 1}]),
+    ({"anyOf": [A, {"anyOf": [B, CAT]}]}, [{"a": 1}, {"b": 1}], [{"a": 1, "b": 1}]),
+    (
+        {"oneOf": [CAT, DOG, {"type": "null"}]},
+        [{"kind": "cat", "a": 1}, {"kind": "wolf"}, None],
+        [{"kind": "cat", "b": 1}],
+    ),
+    (
+        {"properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"], "title": "B"}]},
+        [{"a": 1}, {"b": 1}],
+        [{"a": 1, "z": 1}],
+    ),
+    (
+        {"properties": {"kind": {}, "a": {}}, "anyOf": [{"properties": {"kind": {"const": 1}}}, {"required": ["a"]}]},
+        [{"kind": 1}, {"kind": 2, "a": 1}],
+        [{"kind": 1, "z": 1}],
+    ),
+    (
+        {
+            "$ref": "#/$defs/tree",
+            "$defs": {"tree": {"properties": {"next": {"$ref": "#/$defs/tree"}}, "type": "object"}},
+        },
+        [{"next": {"next": {}}}],
+        [{"next": {"next": {"z": 1}}}],
+    ),
+    ({"type": "object", "properties": {"a": {"$ref": "#"}}}, [{"a": {"a": {}}}], [{"a": {"z": 1}}]),
+    ({"type": "array", "items": {"$ref": "#/$defs/A~1%20B"}, "$defs": {"A/ B": A}}, [[{"a": 1}]], [[{"a": 1, "z": 1}]]),
+    ({"anyOf": [{"$ref": "#/anyOf/1"}, A]}, [{"a": 1}], [{"a": 1, "z": 1}]),
+]
+
+# Schemas, and a value that shows that they stay open.
+OPEN: list[tuple[Schema, Any]] = [
+    ({"type": "object"}, {"z": 1}),
+    ({"type": "object", "required": ["a"]}, {"a": 1, "z": 1}),
+    (A | {"additionalProperties": True}, {"a": 1, "z": 1}),
+    (A | {"additionalProperties": {}}, {"a": 1, "z": 1}),
+    (A | {"additionalProperties": {"type": "integer"}}, {"a": 1, "z": 1}),
+    (A | {"patternProperties": {"^x": {"type": "integer"}}}, {"a": 1, "z": 1}),
+    ({"type": "object", "properties": {"a": {}}, "required": ["z"]}, {"z": 1}),
+    (A | {"enum": [{"a": 1, "z": 1}]}, {"a": 1, "z": 1}),
+    (A | {"const": {"a": 1, "z": 1}}, {"a": 1, "z": 1}),
+    (
+        {"type": "object", "properties": {"x": A}, "required": ["x"], "const": {"x": {"a": 1, "z": 1}}},
+        {"x": {"a": 1, "z": 1}},
+    ),
+    ({"allOf": [A, B]}, {"a": 1, "b": 1, "z": 1}),
+    ({"allOf": [TO_A, B], "$defs": DEFS}, {"a": 1, "b": 1}),
+    (TO_A | B | {"$defs": DEFS}, {"a": 1, "b": 1}),
+    (A | {"anyOf": [B, CAT]}, {"a": 1, "b": 1}),
+    (A | {"anyOf": [{"required": ["b"]}]}, {"a": 1, "b": 1}),
+    ({"anyOf": [A], "required": ["b"]}, {"a": 1, "b": 1}),
+    ({"anyOf": [A], "allOf": [B]}, {"a": 1, "b": 1}),
+    ({"anyOf": [A], "additionalProperties": True}, {"a": 1, "z": 1}),
+    ({"anyOf": [TO_A, {"allOf": [TO_A, B]}], "$defs": DEFS}, {"a": 1, "b": 1}),
+    ({"type": "object", "properties": {"x": A}, "anyOf": [{"properties": {"x": B}}]}, {"x": {"a": 1, "b": 1}}),
+    (
+        {"type": "object", "properties": {"x": {"allOf": [A, {"properties": {"y": A}}]}}},
+        {"x": {"a": 1, "y": {"a": 1, "z": 1}}},
+    ),
+    ({"$ref": "#x", "$defs": {"A": A | {"$anchor": "x"}}}, {"a": 1, "z": 1}),
+    (
+        {"$ref": "#/$defs/A", "$defs": {"A": A | {"$id": "https://example.com/a"}}},
+        {"a": 1, "z": 1},
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "inside", "outside"), CLOSED)
+def test_closed(compiler: GrammarCompiler, schema: Schema, inside: list[Any], outside: list[Any]) -> None:
+    before, validator = copy.deepcopy(schema), Draft202012Validator(schema)
+    for value in inside:
+        assert validator.is_valid(value)
+        assert accepts(compiler, schema, value)
+    for value in outside:
+        assert validator.is_valid(value)
+        assert not accepts(compiler, schema, value)
+        assert accepts(compiler, schema, value, is_open=True)
+    assert schema == before
+
+
+@pytest.mark.parametrize(("schema", "value"), OPEN)
+def test_open(compiler: GrammarCompiler, schema: Schema, value: Any) -> None:
+    assert Draft202012Validator(schema).is_valid(value)
+    assert accepts(compiler, schema, value)
+    assert accepts(compiler, schema, value, is_open=True)
+
+
+# Schemas that llguidance refuses, so that only what is found is tested: parts of them that must stay open.
+REFUSED: list[Schema] = [
+    {"type": "object", "properties": {"x": A}, key: value}
+    for key, value in {"not": B, "if": B, "dependentSchemas": {"x": B}, "$dynamicRef": "#x"}.items()
+]
+REFUSED += [
+    {"not": A},
+    {"if": A, "then": B, "else": A},
+    {"type": "array", "items": A, "contains": B},
+    {"oneOf": [A, {"type": "object", "properties": {"b": {}}}]},
+    {"oneOf": [CAT, CAT]},
+    {"oneOf": [CAT, DOG, {"type": "object", "properties": {"kind": {"const": "cow"}}}]},
+    {"oneOf": [{"properties": {"kind": {"const": "cat"}}, "required": ["kind"]}, DOG]},
+    {"oneOf": [{"type": "number"}, {"type": "integer"}, A]},
+    {"oneOf": [A, True]},
+    {"unevaluatedProperties": False, "anyOf": [A]},
+    {"properties": {"a": {}}, "dependentRequired": {"a": ["z"]}},
+    {"$ref": 5},
+    {"anyOf": {}, "oneOf": 5, "allOf": [5], "properties": {"a": 5}, "required": [{}], "type": [{}], "enum": 5},
+]
+
+
+@pytest.mark.parametrize("schema", REFUSED)
+def test_open_where_more_would_be_valid(schema: Schema) -> None:
+    assert find_closed_objects(schema) == frozenset()
+
+
+def test_what_only_looks_like_a_schema_is_not_touched() -> None:
+    value = {"properties": {"a": 1}, "pattern": r"\d"}
+    schema = {
+        "enum": [value],
+        "const": value,
+        "default": value,
+        "examples": [value],
+        "properties": {"pattern": {"const": value}, "default": {"type": "string"}},
+    }
+    assert normalize_schema(schema) == schema
+    schema.pop("enum"), schema.pop("const")
+    assert normalize_schema(schema) == schema | {"additionalProperties": False}
+
+
+def test_unused_and_recursive_definitions() -> None:
+    assert find_closed_objects({"type": "object", "$defs": DEFS}) == frozenset()
+    chain: Schema = {"$ref": "#/$defs/0", "$defs": {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(2000)}}
+    chain["$defs"]["2000"] = A
+    assert find_closed_objects(chain) == {id(A)}
+    chain["$defs"]["2000"] = {"$ref": "#/$defs/0"}
+    assert find_closed_objects(chain) == frozenset()
+
+
+def test_large_schemas_take_little_time() -> None:
+    many = [{"type": "object", "properties": {"k": {"const": str(n)}}, "required": ["k"]} for n in range(800)]
+    names = [f"n{n}" for n in range(2000)]
+    wide = {"type": "object", "properties": {name: {} for name in names}, "required": names}
+    long = {"$ref": "#" + "/" * 60_000}
+    for schema in ({"oneOf": many}, {"oneOf": [wide, wide, wide]}, wide | {"anyOf": many}, {"anyOf": [long] * 9}):
+        start = time.process_time()
+        find_closed_objects(schema)
+        assert time.process_time() - start < 0.3
+
+
+# Random schemas.
+
+NAMES = st.sampled_from("abc")
+LEAVES: st.SearchStrategy[Schema] = st.sampled_from(
+    [
+        {"enum": [0, 1]},
+        {"const": "x"},
+        {"enum": ["y", "z"]},
+        {"type": "null"},
+        *({"$ref": f"#/$defs/{n}"} for n in "de"),
+    ]
+)
+
+
+def objects(inner: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
+    optional = {
+        "type": st.just("object"),
+        "required": st.lists(NAMES, max_size=2, unique=True),
+        "additionalProperties": st.booleans() | inner,
+        "patternProperties": st.builds(lambda value: {"^[cx]": value}, inner),
+    }
+    keys = st.sets(st.sampled_from([*optional, "type", "required"]), max_size=3)
+    properties = st.dictionaries(NAMES, inner, max_size=3)
+    return keys.flatmap(
+        lambda chosen: st.fixed_dictionaries({"properties": properties} | {key: optional[key] for key in chosen})
+    )
+
+
+def combined(inner: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
+    parts = st.lists(inner, min_size=1, max_size=3)
+    key = st.sampled_from(["anyOf", "anyOf", "oneOf", "allOf"])
+    return st.builds(lambda key, parts, base: {**base, key: parts}, key, parts, st.just({}) | objects(inner))
+
+
+SCHEMAS = st.recursive(
+    LEAVES,
+    lambda inner: (
+        objects(inner)
+        | combined(inner)
+        | st.builds(lambda items: {"type": "array", "items": items, "maxItems": 1}, inner)
+    ),
+    max_leaves=6,
+)
+ROOTS = st.builds(lambda root, d, e: {**root, "$defs": {"d": d, "e": e}}, SCHEMAS, objects(LEAVES), SCHEMAS)
+
+
+def walk(matcher: LLMatcher, rng: random.Random) -> str | None:
+    """Return a random answer of a few characters, or None if it becomes long."""
+    output = bytearray()
+    while not matcher.is_stopped() and len(output) < 200:
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [token for token in (*b'{}[]",:01abcxyzntrufalse', END_OF_TEXT_ID) if mask >> token & 1]
+        closing = [token for token in allowed if token in [*b'"}]']]
+        token = rng.choice(closing if closing and rng.random() < 0.4 else allowed)
+        matcher.consume_token(token)
+        output += bytes([token] if token != END_OF_TEXT_ID else [])
+    return output.decode() if matcher.is_stopped() else None
+
+
+def compiled(compiler: GrammarCompiler, schema: Schema, *, is_open: bool) -> LLMatcher | None:
+    try:
+        return matcher_of(compiler, schema, is_open=is_open)
+    except GrammarError:
+        return None
+
+
+def test_random_schemas(compiler: GrammarCompiler) -> None:
+    counts: Counter[str] = Counter()
+
+    @settings(max_examples=num_examples(300, 5000), deadline=None, suppress_health_check=list(HealthCheck))
+    @given(schema=ROOTS, seed=st.integers(0, 99))
+    def check(schema: Schema, seed: int) -> None:
+        before = copy.deepcopy(schema)
+        open_matcher, matcher = (compiled(compiler, schema, is_open=is_open) for is_open in (True, False))
+        assert open_matcher is None or matcher is not None  # it does not become unsatisfiable
+        assert schema == before
+        counts["satisfiable"] += open_matcher is not None
+        counts["closed"] += open_matcher is not None and bool(find_closed_objects(schema))
+        counts["satisfiable if closed"] += open_matcher is None and matcher is not None
+        if matcher is None:
+            return
+        rng = random.Random(seed)
+        for text in [walk(matcher.deep_copy(), rng) for _ in range(4)]:
+            if text is not None:
+                counts["answers"] += 1
+                with suppress(RecursionError):  # a schema that refers to itself in place
+                    Draft202012Validator(schema).validate(json.loads(text))
+
+    check()
+    print(counts)
+    assert counts["satisfiable"] > num_examples(100, 2000)
+    assert counts["closed"] > num_examples(30, 600)
+    assert counts["answers"] > num_examples(200, 4000)
