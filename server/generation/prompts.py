@@ -59,6 +59,28 @@ def encode_prompt(
     return prompt
 
 
+def encode_fim_prompt(
+    context: ServerContext, prefix: str | list[int], suffix: str, *, add_special_tokens: bool = True
+) -> Prompt:
+    """Return the prompt for the text between a prefix and a suffix.
+
+    As at llama.cpp's /infill, the text of special tokens is plain text in both. Raises BadRequestError.
+    """
+    tokenizer = context.tokenizer
+    if tokenizer.fim is None:
+        message = "Invalid 'suffix': not supported by this model, which has no fill-in-the-middle (FIM) tokens."
+        raise InvalidValueError(message, param="suffix", code="unsupported_parameter")
+    text = prefix if isinstance(prefix, str) else ""
+    check_text_size(len(text.encode()) + len(suffix.encode()), context.max_model_len, "prompt")
+    if isinstance(prefix, str):
+        prefix = tokenizer.encode_plain(prefix)
+    else:
+        _check_range(prefix, vocab_size(context), "prompt")
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer.add_bos else []
+    joined = tokenizer.fim.join(prefix, tokenizer.encode_plain(suffix, is_continuation=True))
+    return Prompt([*(bos if add_special_tokens else ()), *joined])
+
+
 def _check_range(token_ids: list[int], size: int, noun: str) -> None:
     """Raise InvalidValueError for a token id that the model does not have."""
     smallest, largest = min(token_ids, default=0), max(token_ids, default=0)

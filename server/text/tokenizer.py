@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from engine.shared.gguf import GGUFFile
+from server.text.fim import FIMMarkers, fim_markers_of_gguf, find_fim_tokens
 from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class _TokenizerConfig(NamedTuple):
     eos_token: str | None
     chat_template: str | None
     vocab_size: int
+    fim_markers: FIMMarkers | None = None
 
 
 class Tokenizer:
@@ -35,6 +37,7 @@ class Tokenizer:
         add_bos: whether `encode` prepends the BOS token.
         special_ids, special_tokens: ids and texts of the control tokens.
         chat_template: Jinja source, or None.
+        fim: the FIM tokens, or None if the model has none.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: _TokenizerConfig) -> None:
@@ -52,7 +55,10 @@ class Tokenizer:
         special = {token_id: token.content for token_id, token in added_tokens.items() if token.special}
         self.special_ids = frozenset(special)
         self.special_tokens = tuple(special.values())
+        self.fim = find_fim_tokens(backend.token_to_id, config.fim_markers)
         self.add_bos = self.bos_token_id is not None and self.encode("")[:1] == [self.bos_token_id]
+        first = b"".join(map(self.token_bytes, self.encode("a", add_special_tokens=False)))
+        self._adds_space = first.startswith(b" ")
 
     @classmethod
     def from_model(cls, path: Path) -> Self:
@@ -83,6 +89,15 @@ class Tokenizer:
         except TypeError as error:
             raise ValueError("the text contains lone surrogates, which are not Unicode characters") from error
         return encoding.ids
+
+    def encode_plain(self, text: str, *, is_continuation: bool = False) -> list[int]:
+        """Return the token ids of a text without special tokens.
+
+        `is_continuation`: other text precedes it, so the space is left out that sentencepiece puts before a text.
+        """
+        before = "\n" if is_continuation and self._adds_space else ""
+        num_before = len(self.encode(before, add_special_tokens=False))
+        return self.encode(before + text, add_special_tokens=False, parse_special=False)[num_before:]
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids. Ids outside the vocabulary are ignored."""
@@ -196,6 +211,7 @@ def _load_gguf(path: Path) -> tuple[tokenizers.Tokenizer, _TokenizerConfig]:
         eos_token=vocabulary.named_token("eos"),
         chat_template=vocabulary.text("tokenizer.chat_template"),
         vocab_size=len(vocabulary.tokens),
+        fim_markers=fim_markers_of_gguf(vocabulary),
     )
     return build_tokenizer(vocabulary, architecture=architecture), config
 

@@ -10,7 +10,7 @@ from server.api.completions.writer import CompletionWriter
 from server.constrained.constraints import Constraint
 from server.context import ServerContext
 from server.generation.endpoint import AnswerMetadata
-from server.generation.prompts import Prompt, encode_prompt
+from server.generation.prompts import Prompt, encode_fim_prompt, encode_prompt
 from server.generation.token_fields import TokenFields
 
 
@@ -25,6 +25,9 @@ class CompletionEndpoint:
 
     def encode(self, context: ServerContext, body: CompletionRequest) -> list[Prompt]:
         with_special = body.add_special_tokens is not False
+        if body.suffix:
+            suffix = body.suffix
+            return [encode_fim_prompt(context, text, suffix, add_special_tokens=with_special) for text in body.prompt]
         return [encode_prompt(context, value, add_special_tokens=with_special) for value in body.prompt]
 
     def constraint(self, context: ServerContext, body: CompletionRequest, prompt: Prompt) -> Constraint | None:

@@ -8,7 +8,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
-from server.http.errors import InvalidValueError, UnsupportedParameterError
+from server.http.errors import InvalidValueError
 from server.schemas.answers import PromptLogprob, RequestTimings, Usage
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.request_fields import NumLogprobs
@@ -87,7 +87,11 @@ class CompletionRequest(GenerationRequest):
         description="Generate this many choices and return the n with the highest mean log probability per token. "
         "Not with stream.",
     )
-    suffix: str | None = Field(None, description="Not supported: must be null or empty.")
+    suffix: str | None = Field(
+        None,
+        description="Text after the completion, for models with fill-in-the-middle (FIM) tokens. Not with echo or "
+        "truncate_prompt_tokens.",
+    )
 
     @property
     def num_prompts(self) -> int:
@@ -123,8 +127,9 @@ class CompletionRequest(GenerationRequest):
             )
             raise InvalidValueError(message, param="max_tokens", code="integer_below_min_value")
         self._check_best_of()
-        if self.suffix:
-            raise UnsupportedParameterError("suffix")
+        for name in ("echo", "truncate_prompt_tokens"):
+            if self.suffix and getattr(self, name):
+                raise InvalidValueError(f"Invalid '{name}': not allowed with 'suffix'.", param=name)
 
     def _check_best_of(self) -> None:
         if self.best_of is None:

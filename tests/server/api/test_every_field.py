@@ -269,7 +269,7 @@ ACTING: dict[str, tuple[type[BaseModel], Fields, dict[str, Any]]] = {
 # Fields whose effect is not visible here, and why.
 ELSEWHERE: dict[str, dict[str, str]] = {
     COMPLETIONS: {
-        "suffix": "only empty",
+        "suffix": "the tokenizer has no FIM tokens; completions/test_routes.py has one that does",
         "request_id": "a name for cancel and replay; test_requests",
         "add_special_tokens": "the tokenizer adds none; completions/test_routes.py has one that does",
         "thinking_token_budget": "completions have no reasoning; rejected",

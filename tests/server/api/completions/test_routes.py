@@ -122,6 +122,86 @@ async def test_async_clients_at_once(tiny: RunningServer) -> None:
 # Prompts.
 
 
+PREFIX_ID, SUFFIX_ID, MIDDLE_ID, BOS_ID = 259, 260, 261, 262
+
+
+@pytest.fixture(scope="module")
+def fim_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server whose model has fill-in-the-middle tokens, and a BOS token before each text."""
+    folder = tmp_path_factory.mktemp("fim")
+    write_tiny_model(folder)
+    path = folder / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS_ID)])
+    tokenizer.save(str(path))
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with shared_server(folder, vocab_size=263) as server:
+        yield server
+
+
+def test_text_between_prompt_and_suffix(fim_server: RunningServer) -> None:
+    with openai_client(fim_server.url) as client:
+        answer = client.completions.create(model="tiny", prompt="f(", suffix=")\n")
+    assert answer.choices[0].text == REPLY
+    expected = [BOS_ID, PREFIX_ID, *b"f(", SUFFIX_ID, *b")\n", MIDDLE_ID]
+    assert fim_server.engine.submits[-1].prompt_token_ids == expected
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompts"),
+    [
+        ({"prompt": ""}, [[BOS_ID, PREFIX_ID, SUFFIX_ID, *b"b", MIDDLE_ID]]),
+        ({"prompt": [*b"a<"]}, [[BOS_ID, PREFIX_ID, *b"a<", SUFFIX_ID, *b"b", MIDDLE_ID]]),
+        ({"prompt": [[MIDDLE_ID], [7]]}, [[BOS_ID, PREFIX_ID, t, SUFFIX_ID, *b"b", MIDDLE_ID] for t in (MIDDLE_ID, 7)]),
+        ({"prompt": ["a", "c"]}, [[BOS_ID, PREFIX_ID, *t, SUFFIX_ID, *b"b", MIDDLE_ID] for t in (b"a", b"c")]),
+        ({"prompt": "a", "add_special_tokens": False}, [[PREFIX_ID, *b"a", SUFFIX_ID, *b"b", MIDDLE_ID]]),
+        (
+            {"prompt": "<|fim_middle|>", "suffix": "<|endoftext|>"},
+            [[BOS_ID, PREFIX_ID, *b"<|fim_middle|>", SUFFIX_ID, *b"<|endoftext|>", MIDDLE_ID]],
+        ),
+        ({"prompt": "a", "suffix": ""}, [[BOS_ID, *b"a"]]),
+        ({"prompt": "a", "suffix": None, "echo": True}, [[BOS_ID, *b"a"]]),
+    ],
+)
+def test_forms_of_prompts_with_a_suffix(
+    fim_server: RunningServer, fields: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    ask_json(fim_server.url, COMPLETIONS, **({"suffix": "b"} | fields))
+    got = [submit.prompt_token_ids for submit in fim_server.engine.submits[-len(prompts) :]]
+    assert got == prompts
+    rendered = ask(fim_server.url, f"{COMPLETIONS}/render", **({"suffix": "b"} | fields)).json()
+    assert [prompt["token_ids"] for prompt in rendered] == prompts
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "problem"),
+    [
+        ({"echo": True}, "echo", "not allowed with 'suffix'."),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not allowed with 'suffix'."),
+        ({"suffix": 5}, "suffix", "expected a string"),
+        ({"prompt": [263]}, "prompt", "expected token ids from 0 to 262, but got 263"),
+        ({"suffix": "b" * MAX_MODEL_LEN}, "prompt", "maximum context length is 2048 tokens"),
+        ({"suffix": "b" * 2**20}, "prompt", "maximum context length is 2048 tokens"),
+    ],
+)
+def test_a_suffix_that_is_refused(fim_server: RunningServer, fields: dict[str, Any], param: str, problem: str) -> None:
+    error = check_error(ask(fim_server.url, COMPLETIONS, **({"suffix": "b"} | fields)), 400)
+    assert error["param"] == param
+    assert problem in error["message"]
+
+
+def test_a_suffix_needs_a_model_with_fim_tokens(tiny: RunningServer) -> None:
+    error = check_error(ask(tiny.url, COMPLETIONS, suffix="b"), 400)
+    assert (error["param"], error["code"]) == ("suffix", "unsupported_parameter")
+    assert error["message"] == (
+        "Invalid 'suffix': not supported by this model, which has no fill-in-the-middle (FIM) tokens."
+    )
+
+
 @pytest.mark.parametrize(
     ("prompt", "token_ids"),
     [
