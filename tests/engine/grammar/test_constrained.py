@@ -179,9 +179,20 @@ def test_whatever_the_schema_the_answer_is_valid(model: Model, schemas: list[dic
         assert answer.finish_reason == FinishReason.STOP or len(answer.token_ids) == 150
 
 
+CARD = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]}
+
+
+def test_a_schema_without_additional_properties_is_closed(model: Model) -> None:
+    """Each answer ends, and has the property alone."""
+    submits = [model.submit(of_schema(CARD), seed=seed, max_tokens=80) for seed in range(12)]
+    for (answer,) in model.run(submits):
+        assert answer.finish_reason == FinishReason.STOP
+        assert json.loads(answer.text).keys() == {"name"}
+
+
 def test_an_open_object_stays_valid(model: Model) -> None:
     """The object is valid with additional properties of any depth."""
-    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]}
+    schema = CARD | {"additionalProperties": True}
     submits = [model.submit(of_schema(schema), seed=seed, max_tokens=80) for seed in range(12)]
     ended = [choices[0] for choices in model.run(submits) if choices[0].finish_reason == FinishReason.STOP]
     assert len(ended) > 1
