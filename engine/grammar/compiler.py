@@ -65,7 +65,7 @@ class GrammarCompiler:
         if len(grammar.encode()) > MAX_GRAMMAR_BYTES:
             raise GrammarError(f"it is larger than {MAX_GRAMMAR_BYTES} bytes")
         compiled = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
-        _check(compiled)
+        _check(compiled.deep_copy())  # not all grammars can be rolled back
         with self._lock:
             self._compiled[grammar] = compiled
             if len(self._compiled) > NUM_KEPT:
@@ -74,7 +74,10 @@ class GrammarCompiler:
 
 
 def _check(matcher: LLMatcher) -> None:
-    """Raise GrammarError unless masks are computed in time and allow a token, at the start and after forced tokens."""
+    """Raise GrammarError unless masks are computed in time and allow a token, at the start and after forced tokens.
+
+    The matcher is at another position afterwards.
+    """
     start = time.thread_time()
     for _ in range(2):
         compute_mask(matcher)
@@ -83,7 +86,6 @@ def _check(matcher: LLMatcher) -> None:
         matcher.consume_tokens(forced)
         if time.thread_time() - start > MAX_CHECK_SECONDS:
             raise GrammarError("following it takes too long")
-    matcher.reset()
 
 
 def compute_mask(matcher: LLMatcher) -> bytes:

@@ -29,6 +29,7 @@ class Matcher:
         self._eos_token_ids = eos_token_ids
         self._matcher: LLMatcher | None = None
         self._num_consumed = 0
+        self._can_roll_back = True  # not if the grammar limits the tokens of a part, or has stop strings of its own
         self.problem: str | None = None  # why the last masks are incomplete
 
     @property
@@ -56,9 +57,10 @@ class Matcher:
         try:
             matcher = self._at(output)
             masks.append(self._mask(matcher, len(output)))
-            while len(masks) <= len(draft) and matcher.try_consume_tokens([draft[len(masks) - 1]]):
-                masks.append(self._mask(matcher, len(output) + len(masks)))
-            if not matcher.rollback(len(masks) - 1):
+            drafted = matcher if self._can_roll_back else matcher.deep_copy()
+            while len(masks) <= len(draft) and drafted.try_consume_tokens([draft[len(masks) - 1]]):
+                masks.append(self._mask(drafted, len(output) + len(masks)))
+            if self._can_roll_back and not matcher.rollback(len(masks) - 1):
                 raise GrammarError(error_message(matcher))
         except GrammarError as error:
             self.problem = str(error)
@@ -84,7 +86,9 @@ class Matcher:
         """Return the matcher, advanced to the end of the output."""
         if self._matcher is None:
             try:
-                self._matcher, self._num_consumed = self._compiled.result().deep_copy(), 0
+                compiled = self._compiled.result()
+                self._can_roll_back = _can_roll_back(compiled.deep_copy())
+                self._matcher, self._num_consumed = compiled.deep_copy(), 0
             except Exception as error:  # any error of llguidance must end only this request
                 raise GrammarError(f"it cannot be compiled: {error}") from error
         if not self._matcher.consume_tokens(list(output[self._num_consumed :])):
@@ -98,6 +102,13 @@ class Matcher:
         ends = [*(self._eos_token_ids if is_early or params.ignore_eos else ())]
         ends += params.stop_token_ids if is_early else ()
         return _without(mask, ends) if ends else mask
+
+
+def _can_roll_back(matcher: LLMatcher) -> bool:
+    """Return whether tokens can be taken back from a new matcher, which is spent afterwards. Raises GrammarError."""
+    mask = int.from_bytes(compute_mask(matcher), "little")
+    first_allowed = (mask & -mask).bit_length() - 1
+    return matcher.try_consume_tokens([first_allowed]) == 1 and matcher.rollback(1)
 
 
 def _without(mask: bytes, token_ids: Sequence[int]) -> bytes:

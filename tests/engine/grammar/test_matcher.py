@@ -107,17 +107,29 @@ def test_what_is_forced_is_spelled_as_the_tokenizer_does(compiler: GrammarCompil
         assert allowed(mask) == {forced[position]}
 
 
-def test_a_draft_leaves_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+SENTENCES = "[a-z ]+[.!]( [A-Z][a-z ]+[.!])*"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        of_regex(SENTENCES),
+        # guidance's grammars limit tokens like this. llguidance cannot roll these back.
+        f"start: text\ntext[max_tokens=50]: /{SENTENCES}/",
+        f'start: text "!"?\ntext[stop="!", max_tokens=50]: /{SENTENCES}/',
+    ],
+)
+def test_a_draft_leaves_no_trace(compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: str) -> None:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    grammar = of_regex("[a-z ]+[.!]( [A-Z][a-z ]+[.!])*")
     output, draft, wrong = encode("the cat"), encode(" sat down. The"), encode("9")
     matcher = new_matcher(compiler, grammar)
     apart = [new_matcher(compiler, grammar).masks(output + draft[:length])[0] for length in range(len(draft) + 1)]
     before = matcher.masks(output)
     for _ in range(2):
         assert matcher.masks(output, draft) == apart
+        assert matcher.problem is None
         assert matcher.masks(output, [*draft[:2], *wrong, *draft[2:]]) == apart[:3] + [b""] * (len(draft) - 1)
         assert matcher.cut(output, [*draft[:2], *wrong]) == draft[:2]
         assert matcher.cut(output, draft) == draft
