@@ -67,6 +67,7 @@ TESTED_ELSEWHERE = {
     "server/api/embeddings/pipeline.py": "tests/server/api/embeddings/test_routes.py",
     "server/api/embeddings/schemas.py": "tests/server/api/embeddings/test_routes.py",
     "server/api/embeddings/writer.py": "tests/server/api/embeddings/test_routes.py",
+    "server/api/messages/client_tools.py": "tests/server/api/messages/test_schemas.py",
     "server/api/rerank/schemas.py": "tests/server/api/rerank/test_routes.py",
     "server/api/rerank/scorers.py": "tests/server/api/rerank/test_routes.py",
     "server/api/responses/event_schemas.py": "tests/server/api/responses/test_writer.py",

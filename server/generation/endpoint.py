@@ -75,6 +75,10 @@ class Endpoint(Protocol[Body_contra]):
         """Prefix of the ids of answers."""
         ...
 
+    def max_tokens_field(self, body: Body_contra) -> str:
+        """Return the name of the field with the maximum number of output tokens that the client sent."""
+        ...
+
     def ignored_fields(self, context: ServerContext, body: Body_contra) -> list[str]:
         """Return the names of fields without effect, apart from undeclared top-level ones."""
         ...

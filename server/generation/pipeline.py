@@ -33,8 +33,8 @@ from server.generation.parameters import (
     resolve_num_logprobs,
     sampling_params,
 )
-from server.generation.preamble import begin
-from server.generation.prompts import Prompt, fit_max_tokens, truncate_prompt, vocab_size
+from server.generation.preamble import WARNINGS, begin
+from server.generation.prompts import Prompt, fit_max_tokens, max_prompt_tokens, truncate_prompt, vocab_size
 from server.generation.reasoning_budget import reasoning_limit
 from server.generation.timings import request_timings
 from server.generation.tokenized_settings import TokenizedSettings, tokenize_settings
@@ -78,20 +78,20 @@ class _Job(Generic[Body]):
 async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Response:
     """Answer a request, as JSON or as a stream. Raises APIError for errors before the first byte of the answer."""
     job = _validate(request, body, endpoint)
-    generation, running, writer = await _start(job)
+    generation, running, writer, headers = await _start(job)
     if body.stream:
         return sse_response(
             _stream(job, generation, writer),
             on_close=running.close,
             on_error=writer.failure,
-            headers=_headers(job),
+            headers=headers,
             request_id=job.request_id,
         )
     try:
         content = await run_until_disconnect(request, _collect(job, generation, writer))
     finally:
         running.close()
-    return Response(content, headers=_headers(job), media_type="application/json")
+    return Response(content, headers=headers, media_type="application/json")
 
 
 async def start_in_background(
@@ -103,7 +103,7 @@ async def start_in_background(
     client. Raises APIError for errors before the generation starts.
     """
     job = _validate(request, body, endpoint)
-    generation, running, writer = await _start(job)
+    generation, running, writer, headers = await _start(job)
 
     async def generate() -> None:
         try:
@@ -124,7 +124,7 @@ async def start_in_background(
     task = asyncio.create_task(generate())
     job.context.background_tasks.add(task)
     task.add_done_callback(job.context.background_tasks.discard)
-    return job.metadata, _headers(job)
+    return job.metadata, headers
 
 
 async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[list[RenderedPrompt], dict[str, str]]:
@@ -137,7 +137,7 @@ async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tupl
         return [_rendered(job, submit) for submit in prepared.submits]
 
     rendered = await anyio.to_thread.run_sync(encode, limiter=context.tokenize_threads)
-    headers = {name: value for name, value in _headers(job).items() if name != "x-lightwell-seed"}
+    headers = {name: value for name, value in _headers(job, prepared).items() if name != "x-lightwell-seed"}
     return rendered, headers
 
 
@@ -196,13 +196,17 @@ def _next_number(request: Request) -> int:
     return number
 
 
-def _headers(job: _Job[Body]) -> dict[str, str]:
-    deterministic = job.context.deterministic
-    return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": deterministic, **job.warnings}
+def _headers(job: _Job[Body], prepared: "_Prepared") -> dict[str, str]:
+    warnings, requested = dict(job.warnings), job.body.max_output_tokens
+    max_tokens = min(submit.params.max_tokens for submit in prepared.submits)
+    if requested is not None and requested > max_tokens:
+        capped = f"{job.endpoint.max_tokens_field(job.body)} capped at {max_tokens}, the rest of the context"
+        warnings[WARNINGS] = "; ".join([*warnings.values(), capped])
+    return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": job.context.deterministic, **warnings}
 
 
-async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
-    """Reserve capacity, tokenize the request and submit it to the engine.
+async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer, dict[str, str]]:
+    """Reserve capacity, tokenize the request and submit it to the engine. The last of the results are its headers.
 
     Capacity is reserved first: a request that exceeds it must be refused before time is spent on tokenizing it.
     """
@@ -228,7 +232,8 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer]:
     )
     on_close = None if recording is None else partial(context.recordings.add, recording)
     running = context.running.add(generation, *job.ids, on_close=on_close)
-    return generation, running, job.endpoint.writer(context, body, job.metadata, prompts)
+    writer = job.endpoint.writer(context, body, job.metadata, prompts)
+    return generation, running, writer, _headers(job, prepared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +274,9 @@ def encode_prompts(context: ServerContext, body: Body, endpoint: Endpoint[Body])
     """Return the tokenized prompts, truncated to `truncate_prompt_tokens`. Raises BadRequestError."""
     prompts = endpoint.encode(context, body)
     if (num_tokens := body.truncate_prompt_tokens) is not None:
-        room = context.max_model_len - (1 if body.max_output_tokens is None else body.max_output_tokens)
-        num_tokens = max(1, room) if num_tokens == -1 else num_tokens
+        num_tokens = (
+            max_prompt_tokens(body.max_output_tokens, context.max_model_len) if num_tokens == -1 else num_tokens
+        )
         prompts = [truncate_prompt(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
     return prompts
 
@@ -289,6 +295,7 @@ def _make_submit(
         context.max_model_len,
         job.endpoint.noun,
         default=context.settings.default_max_tokens or body.default_max_output_tokens,
+        is_strict=context.settings.strict,
     )
     params = sampling_params(
         body,

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from server.context import ServedModel, ServerContext, get_context
 from server.http.errors import UnknownParameterError, UnsupportedParameterError, clip
 
-MAX_WARNINGS_CHARS = 1024  # length of the response header
+WARNINGS = "x-lightwell-warnings"  # response header
+MAX_WARNINGS_CHARS = 1024  # length of its list of ignored parameters
 
 # Parameters that change an answer and that no endpoint, or not every endpoint, supports -> values that are accepted
 # in addition to null because they leave the answer as it is.
@@ -24,15 +25,12 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "moderation": (),
-    "prediction": (),
-    "web_search_options": (),
     "n_predict": (-1,),
     "n_probs": (0,),
     "t_max_predict_ms": (0, -1),
     "thinking_budget_tokens": (-1,),
     "reasoning_budget_tokens": (-1,),
     "reasoning_format": ("auto", "deepseek"),
-    "reasoning_effort": ("none", "medium"),
     "structural_tag": (),
     "guided_whitespace_pattern": (),
     "json_schema": (),
@@ -46,14 +44,10 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
     "logprobs_mode": ("raw_logprobs",),
     "prompt_embeds": (),
     "truncate_prompt_tokens": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "add_special_tokens": (False,),
@@ -70,13 +64,18 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "mirostat_mode": (0,),
     "lora_path": (),
     "lora": ([],),
-    "mcp_servers": ([],),
-    "container": (),
+    "thread": (),
+    "compaction": (),
+    "conversation": (),
+    "prompt": (),
     "kv_transfer_params": (),
 }
 
 # Parameters of other servers -> the parameter to use instead.
 ALTERNATIVES: Mapping[str, str] = {
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "max_completion_tokens": "max_tokens",
     "structural_tag": "structured_outputs.structural_tag",
     "n_predict": "max_tokens",
     "n_probs": "logprobs",
@@ -84,6 +83,28 @@ ALTERNATIVES: Mapping[str, str] = {
     "reasoning_budget_tokens": "thinking_token_budget",
     "lora_path": "the adapter's name as model",
     "lora": "the adapter's name as model",
+}
+
+# Hints, and requests for what only the server of another vendor has: ignored, and named unless the value is null or one
+# of these.
+HINTS: Mapping[str, tuple[object, ...]] = {
+    "prediction": (),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none", "medium"),
+    "personality": (),
+    "image": (),
+    "access_programs": (),
+    "background_options": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "context_management": ([], {}),
+    "mcp_servers": ([],),
+    "container": (),
+    "diagnostics": (),
+    "fallbacks": ([],),
+    "inference_geo": (),
+    "speed": ("standard",),
 }
 
 # Known parameters that do not change the text of an answer.
@@ -97,9 +118,19 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
+        "cache_control",
+        "betas",
+        "anthropic_beta",
+        "anthropic_version",
+        "user_profile_id",
+        "workspace_id",
+        "billing_policy",
+        "fallback_credit_token",
         "guided_decoding_backend",
         "spaces_between_special_tokens",  # no spaces are added between special tokens
         # These only qualify parameters in UNSUPPORTED.
+        "length_penalty",
+        "early_stopping",
         "dynatemp_exponent",
         "smoothing_curve",
     }
@@ -117,7 +148,7 @@ class Preamble:
     def accept(self) -> dict[str, str]:
         """Count the ignored fields, and return the response header that lists them if there are any."""
         self.context.metrics.count_unknown_parameters(len(self.ignored))
-        return {"x-lightwell-warnings": warnings_header(self.ignored)} if self.ignored else {}
+        return {WARNINGS: warnings_header(self.ignored)} if self.ignored else {}
 
 
 def begin(request: Request, body: BaseModel, *, model: str | None, ignored: Sequence[str] = ()) -> Preamble:
@@ -147,7 +178,11 @@ def ignored_fields(body: BaseModel, *, strict: bool, ignored: Sequence[str] = ()
     for name, value in undeclared_fields(body):
         if name in UNSUPPORTED and not _is_neutral(value, UNSUPPORTED[name]):
             raise UnsupportedParameterError(name, f"Use {ALTERNATIVES[name]}." if name in ALTERNATIVES else None)
-    names = [name for name, _ in undeclared_fields(body) if name not in UNSUPPORTED and name not in HARMLESS]
+    names = [
+        name
+        for name, value in undeclared_fields(body)
+        if not (name in UNSUPPORTED or name in HARMLESS or (name in HINTS and _is_neutral(value, HINTS[name])))
+    ]
     for part in ("stream_options", "lightwell"):
         names += [f"{part}.{name}" for name, _ in undeclared_fields(getattr(body, part, None))]
     names += ignored
@@ -170,6 +205,6 @@ def _is_neutral(value: object, neutral_values: tuple[object, ...]) -> bool:
 
 def warnings_header(names: Sequence[str]) -> str:
     """Return one line of printable ASCII that lists the names, cut to about MAX_WARNINGS_CHARS."""
-    shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 64)) or "?" for name in names]
+    shown = [re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", clip(name, 80)) or "?" for name in names]
     text = f"ignored parameters: {', '.join(shown)}"
     return text if len(text) <= MAX_WARNINGS_CHARS else f"{text[:MAX_WARNINGS_CHARS].rsplit(', ', 1)[0]}, ..."

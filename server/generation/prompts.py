@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from engine.shared.messages import TokenLogprobs
 from server.context import ServerContext
 from server.http.errors import ContextLengthExceededError, InvalidValueError, clip
+from server.schemas.request_fields import NO_LIMIT
 from server.text.parsers.answer_parser import AnswerFormat
 
 MAX_TOKEN_BYTES = 256  # no vocabulary in use has longer tokens; the longest are runs of 128 spaces
@@ -90,22 +91,38 @@ def _check_range(token_ids: list[int], size: int, noun: str) -> None:
         raise InvalidValueError(message, param=noun)
 
 
+def max_prompt_tokens(max_tokens: int | None, max_model_len: int) -> int:
+    """Return how long a prompt may be that is truncated to leave room for `max_tokens`.
+
+    A number that no prompt would leave room for is no more than a wish for long answers.
+    """
+    return max_model_len - (1 if max_tokens in (None, NO_LIMIT) or max_tokens >= max_model_len else max_tokens)
+
+
 def fit_max_tokens(
-    max_tokens: int | None, num_prompt_tokens: int, max_model_len: int, noun: str, *, default: int | None = None
+    max_tokens: int | None,
+    num_prompt_tokens: int,
+    max_model_len: int,
+    noun: str,
+    *,
+    default: int | None = None,
+    is_strict: bool = False,
 ) -> int:
-    """Return the maximum number of tokens of a choice, which is never less than what the client requests.
+    """Return the maximum number of tokens of a choice: `max_tokens`, or the rest of the context if that is less.
 
-    If `max_tokens` is None, it is `default` or the rest of the context, whichever is less, and at least 1. All lengths
-    are in tokens.
+    If `max_tokens` is None, it is `default`. NO_LIMIT and None stand for the rest of the context. All lengths are in
+    tokens.
 
-    Raises ContextLengthExceededError if the prompt and the requested tokens do not fit the context.
+    Raises ContextLengthExceededError if the context has no room for a prompt and one token after it (for the prompt
+    alone, if `max_tokens` is 0), or with `is_strict` for `max_tokens`.
     """
     room = max_model_len - num_prompt_tokens
     if room < 0:
         raise ContextLengthExceededError(max_model_len, num_prompt_tokens, noun=noun)
-    num_required = 1 if max_tokens is None else max_tokens
+    num_required = 1
+    if max_tokens is not None and max_tokens != NO_LIMIT and (is_strict or max_tokens == 0):
+        num_required = max_tokens
     if num_required > room:
         raise ContextLengthExceededError(max_model_len, num_prompt_tokens, num_required, noun=noun)
-    if max_tokens is not None:
-        return max_tokens
-    return room if default is None else min(default, room)
+    limit = default if max_tokens is None else max_tokens
+    return room if limit is None or limit == NO_LIMIT else min(limit, room)

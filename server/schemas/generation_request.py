@@ -15,6 +15,7 @@ from server.http.errors import InvalidValueError
 from server.schemas.request_fields import (
     INT64_MIN,
     MAX_CACHE_SALT_CHARS,
+    MAX_STOPS,
     REQUEST_ID,
     AllowedTokenIds,
     BadWords,
@@ -103,7 +104,7 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
         "with --seed one derived from it; the header x-lightwell-seed reports it.",
     )
 
-    stop: Stop = Field(None, description="Up to four strings that end the text. They are not part of it.")
+    stop: Stop = Field(None, description=f"Up to {MAX_STOPS} strings that end the text. They are not part of it.")
     include_stop_str_in_output: bool | None = Field(None, description="Include the stop string in the text.")
     stop_token_ids: StopTokenIds | None = Field(
         None, description="Tokens that end the text, in addition to the model's own."
@@ -184,7 +185,7 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
     @property
     @abstractmethod
     def max_output_tokens(self) -> int | None:
-        """Maximum number of tokens of each choice, or None if the request does not set it."""
+        """Maximum number of tokens of each choice; NO_LIMIT, or None if the request does not set it."""
 
     @property
     def default_max_output_tokens(self) -> int | None:

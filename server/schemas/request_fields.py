@@ -19,7 +19,9 @@ from server.http.errors import InvalidValueError
 from server.schemas.samplers import INT64_MAX
 
 INT64_MIN = -(2**63)
+MAX_STOPS = 64  # stop strings
 MAX_STOP_CHARS = 1024  # per stop string
+MAX_ALL_STOP_CHARS = 8192  # the automaton that matches them has a state per character
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_STOP_TOKEN_IDS = 128
 MAX_ALLOWED_TOKEN_IDS = 1 << 18  # twice the vocabulary of Mistral Nemo, the largest of the supported families
@@ -35,6 +37,17 @@ def _check_stop(value: object) -> object:
     if value is not None and not isinstance(value, str | list):
         raise PydanticKnownError("string_type")
     return [value] if isinstance(value, str) else value
+
+
+def _without_empty(values: object) -> object:
+    """Leave out null and empty strings, which clients send for empty input fields."""
+    return [value for value in values if value not in (None, "")] if isinstance(values, list) else values
+
+
+def _check_stop_chars(values: list[str]) -> list[str]:
+    if (num_chars := sum(map(len, values))) > MAX_ALL_STOP_CHARS:
+        raise ValueError(f"expected at most {MAX_ALL_STOP_CHARS} characters in all, but got {num_chars}.")
+    return values
 
 
 def _check_logit_bias(value: object) -> dict[int, float] | None:
@@ -60,17 +73,30 @@ def _bias(value: object) -> float:
     return float(value)
 
 
+def _check_output_tokens(value: int) -> int:
+    if value == 0:
+        raise PydanticKnownError("greater_than_equal", {"ge": 1})
+    return value
+
+
 def _check_truncated_length(value: int) -> int:
     if value == 0:
         raise ValueError("expected a number of at least 1, or -1.")
     return value
 
 
+NO_LIMIT = -1  # as a number of output tokens
+MaxTokens = Annotated[int, Field(ge=NO_LIMIT, le=INT64_MAX), AfterValidator(_check_output_tokens)]
 NumLogprobs = Annotated[int, Field(ge=-1, le=INT64_MAX)]  # --max-logprobs is the actual limit
 TruncatedLength = Annotated[int, Field(ge=-1, le=INT64_MAX), AfterValidator(_check_truncated_length)]
 TruncationSide = Literal["left", "right"]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-StopStrings = Annotated[list[StopString], Field(max_length=4, fail_fast=True)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(max_length=MAX_STOPS, fail_fast=True),
+    BeforeValidator(_without_empty),
+    AfterValidator(_check_stop_chars),
+]
 Temperature = Annotated[
     FiniteFloat | None,
     Field(

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from server.http.errors import InvalidValueError
 
 MAX_TOOLS = 128
-TOOL_NAME = "^[a-zA-Z0-9_-]{1,64}$"
+TOOL_NAME = "^[a-zA-Z0-9_-]{1,128}$"
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 ToolName = Annotated[str, Field(pattern=TOOL_NAME)]
@@ -103,7 +103,7 @@ ToolChoice = Annotated[
     | Annotated[AllowedToolsChoice, Tag("choice-of-some")],
     Discriminator(_choice_tag),
 ]
-Tools = Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 def check_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
@@ -112,7 +112,7 @@ def check_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
     if len(set(names)) < len(names):
         name = next(name for index, name in enumerate(names) if name in names[:index])
         raise InvalidValueError(f"Invalid 'tools': the name '{name}' is not unique.", param="tools")
-    if tools is None and choice not in (None, "none"):
+    if not tools and choice not in (None, "none", "auto"):
         raise InvalidValueError("Invalid 'tool_choice': only allowed when 'tools' are given.", param="tool_choice")
     for name in chosen_names(choice):
         if name not in names:

@@ -6,6 +6,7 @@ constant time on average, whatever the stop strings are, and the state always te
 the text can still become a match.
 """
 
+import functools
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ class StopStringMatcher:
         """With `include_stop`, the text includes the stop string. Raises ValueError if a stop string is empty."""
         if "" in stops:
             raise ValueError("stop: a stop string must have at least one character")
-        self._automaton = _Automaton(stops) if stops else None
+        self._automaton = _automaton(tuple(stops)) if stops else None
         self._include_stop = include_stop
         self._state = 0
         self._held = ""  # the end of the text that is the start of a stop string
@@ -100,3 +101,8 @@ class _Automaton:
             for char, child in self.children[state].items():
                 self._fallbacks[child] = self._next(self._fallbacks[state], char)
                 queue.append(child)
+
+
+@functools.lru_cache(maxsize=8)  # the choices of a request share one, which may have thousands of states
+def _automaton(stops: tuple[str, ...]) -> _Automaton:
+    return _Automaton(stops)

@@ -36,6 +36,9 @@ class ChatEndpoint:
     noun = "messages"
     id_prefix = "chatcmpl-"
 
+    def max_tokens_field(self, body: ChatCompletionRequest) -> str:
+        return "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+
     def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
         return [*unknown_in_messages(body.messages), *unread_options(context.chat_template, body)]
 

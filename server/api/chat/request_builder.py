@@ -55,7 +55,6 @@ def reject_chat_only_fields(body: BaseModel, path: str = CHAT, model: type[BaseM
 def build_chat_request(
     body: BaseModel,
     fields: Mapping[str, Any],
-    model: type[ChatCompletionRequest] = ChatCompletionRequest,
     *,
     ignored: Sequence[str] = (),
 ) -> ChatCompletionRequest:
@@ -65,7 +64,6 @@ def build_chat_request(
         body: The request of another API. Its undeclared fields are copied: sampling parameters mean what they mean in
             chat completions, and the generation pipeline reports unknown ones.
         fields: The declared fields of `body` as fields of chat completions. Those that are None are left out.
-        model: The class of the result, which may have other limits.
         ignored: Names of fields without effect, which are reported as unknown fields are.
 
     Raises BadRequestError for invalid values.
@@ -77,7 +75,7 @@ def build_chat_request(
         values.update(dict.fromkeys(_unknown_fields(getattr(body, name), name), True))
     values.update(dict.fromkeys(ignored, True))
     try:
-        return model.model_validate(values)
+        return ChatCompletionRequest.model_validate(values)
     except ValidationError as error:
         errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
         raise from_validation_error(errors, values) from None

@@ -8,9 +8,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
+from server.http.validation import echo
 from server.schemas.answers import PromptLogprob, RequestTimings, Usage
 from server.schemas.generation_request import GenerationRequest
-from server.schemas.request_fields import NumLogprobs
+from server.schemas.request_fields import MaxTokens, NumLogprobs
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools, must_call
 
 MAX_MESSAGES = 10_000
@@ -26,18 +27,29 @@ class TextPart(BaseModel):
     text: str
 
 
+# Type of a part -> its field with text. Some clients send parts of the Responses API.
+PART_TEXTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+
+
 def _check_content(value: object) -> object:
-    """Raise one error for an invalid content, where pydantic's union would raise one per branch."""
+    """Return the content with all parts as parts of type `text`.
+
+    Raises one error for an invalid content, where pydantic's union would raise one per branch.
+    """
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise PydanticKnownError("string_type")
-    if not value:
-        raise ValueError("expected a string, or an array of at least one part.")
-    for part in value:
-        if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise ValueError("only parts of type 'text' are supported.")
-    return value
+    return [_text_part(part) for part in value] or ""
+
+
+def _text_part(part: object) -> object:
+    kind = part.get("type", "text") if isinstance(part, dict) else "text"
+    if not isinstance(part, dict) or kind == "text":
+        return part
+    if not isinstance(kind, str) or kind not in PART_TEXTS:
+        raise ValueError(f"the model reads only text; parts of type {echo(kind)} are not supported.")
+    return {"type": "text", "text": part.get(PART_TEXTS[kind])}
 
 
 TextParts = Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
@@ -60,16 +72,16 @@ class ChatMessage(BaseModel):
     reasoning_content: str | None = Field(None, description="Reasoning of an assistant before its content.")
     reasoning: str | None = Field(None, description="Alias of reasoning_content, which takes precedence.")
     content: Content = Field(
-        None, validate_default=True, description="Text. Null only for an assistant with tool calls or reasoning."
+        None, validate_default=True, description="Text. Null, for no text, only from an assistant or a tool."
     )
 
     @field_validator("content")
     @classmethod
     def _check_presence(cls, content: str | list[TextPart] | None, info: ValidationInfo) -> str | list[TextPart] | None:
-        others = (info.data.get(name) for name in ("tool_calls", "reasoning_content", "reasoning"))
-        if content is None and not (info.data.get("role") == "assistant" and any(others)):
+        if content is None and info.data.get("role") not in ("assistant", "tool"):
             raise PydanticKnownError("missing")
-        return content
+        others = (info.data.get(name) for name in ("tool_calls", "reasoning_content", "reasoning"))
+        return content if content is not None or any(others) else ""
 
     @property
     def text(self) -> str:
@@ -100,10 +112,10 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSA
 
 class ChatCompletionRequest(GenerationRequest):
     messages: Messages = Field(description="The conversation so far.")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="Maximum number of output tokens. Default: the rest of the context."
+    max_completion_tokens: MaxTokens | None = Field(
+        None, description="Maximum number of output tokens; -1: no limit. Default: the rest of the context."
     )
-    max_tokens: int | None = Field(None, ge=1, description="Deprecated alias of max_completion_tokens.")
+    max_tokens: MaxTokens | None = Field(None, description="Deprecated alias of max_completion_tokens.")
     logprobs: bool | None = Field(None, description="Return the log probability of each output token.")
     top_logprobs: NumLogprobs | None = Field(
         None, description="With logprobs: number of most likely tokens to return for each position; -1: all."

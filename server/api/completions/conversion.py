@@ -20,6 +20,9 @@ class CompletionEndpoint:
     noun = "prompt"
     id_prefix = "cmpl-"
 
+    def max_tokens_field(self, body: CompletionRequest) -> str:
+        return "max_tokens"
+
     def ignored_fields(self, context: ServerContext, body: CompletionRequest) -> list[str]:
         return []
 

@@ -11,7 +11,8 @@ from pydantic_core import PydanticKnownError
 from server.http.errors import InvalidValueError
 from server.schemas.answers import PromptLogprob, RequestTimings, Usage
 from server.schemas.generation_request import GenerationRequest
-from server.schemas.request_fields import NumLogprobs
+from server.schemas.request_fields import NO_LIMIT, NumLogprobs
+from server.schemas.samplers import INT64_MAX
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
@@ -20,7 +21,7 @@ PromptInput = str | list[int]  # text, or token ids
 
 
 def read_prompts(value: object, *, max_prompts: int) -> list[PromptInput]:
-    """Return the prompts: one or a list of them, as text or token ids. All prompts of a list must be of one kind.
+    """Return the prompts: one or a list of them, each as text or token ids.
 
     A pydantic union would be slow: it tries each of its branches on every token id.
     """
@@ -34,8 +35,8 @@ def read_prompts(value: object, *, max_prompts: int) -> list[PromptInput]:
         return [value]
     if len(value) > max_prompts:
         raise ValueError(f"expected at most {max_prompts} prompts, but got {len(value)}.")
-    if not all(isinstance(item, str) for item in value) and not all(map(_is_token_ids, value)):
-        raise ValueError("an array must hold either strings, or integers (tokens), or arrays of integers; not a mix.")
+    if not all(isinstance(item, str) or _is_token_ids(item) for item in value):
+        raise ValueError("an array must hold either integers (tokens), or prompts: strings and arrays of integers.")
     return value
 
 
@@ -48,9 +49,13 @@ def prompts_schema(max_prompts: int) -> dict[str, Any]:
     return {
         "anyOf": [
             {"type": "string"},
-            {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": max_prompts},
             token_ids | {"minItems": 1},
-            {"type": "array", "items": token_ids, "minItems": 1, "maxItems": max_prompts},
+            {
+                "type": "array",
+                "items": {"anyOf": [{"type": "string"}, token_ids]},
+                "minItems": 1,
+                "maxItems": max_prompts,
+            },
         ]
     }
 
@@ -66,9 +71,10 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts = Field(description="One or more prompts, as text or token ids.")
     max_tokens: int | None = Field(
         None,
-        ge=0,
-        description="Maximum number of output tokens. Default --default-max-tokens, or 16, or the rest of the context "
-        "if that is less. 0, with echo: only the prompt.",
+        ge=NO_LIMIT,
+        le=INT64_MAX,
+        description="Maximum number of output tokens; -1: no limit. Default --default-max-tokens, or 16, or the rest of "
+        "the context if that is less. 0, with echo: only the prompt.",
     )
     echo: bool | None = Field(None, description="Return the prompt before the completion.")
     logprobs: NumLogprobs | None = Field(

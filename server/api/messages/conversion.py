@@ -11,16 +11,19 @@ from server.api.chat.constraints import chat_constraint
 from server.api.chat.conversion import ChatEndpoint, reads_effort
 from server.api.chat.request_builder import build_chat_request, function_tool, named_tool, text_part, tool_call
 from server.api.chat.schemas import ChatCompletionRequest
+from server.api.messages.client_tools import CLIENT_TOOLS
 from server.api.messages.schemas import (
+    CompactionBlock,
     CountTokensRequest,
     DocumentBlock,
+    IgnoredBlock,
     MessageParam,
     MessagesObject,
     MessagesRequest,
     MessagesToolChoice,
     OutputConfig,
     PlainText,
-    StopSequences,
+    SearchResultBlock,
     SystemMessage,
     TextBlock,
     ThinkingBlock,
@@ -41,20 +44,11 @@ from server.http.errors import InvalidValueError, MissingParameterError
 RESPONSE_FORMAT = r"response_format(\.json_schema)?"
 PARAMETER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
     RESPONSE_FORMAT: "output_config.format",
-    r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
-    r"(tools\[\d+\])\.function": r"\1",
-    "max_completion_tokens": "max_tokens",
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
 }
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 ERROR_PREFIX = "Error: "  # precedes the result of a failed tool call
-
-
-class MessagesChatRequest(ChatCompletionRequest):
-    """A chat request with the Messages API's limits on stop strings."""
-
-    stop: StopSequences | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +70,45 @@ class ModelCapabilities:
 
 
 def error_names(body: CountTokensRequest) -> dict[str, str]:
-    """Return the parameter names to use in errors.
+    """Return the parameter names to use in errors. Indices of tools differ because unsupported tools are dropped.
 
     A field that the client sent under its chat completions name keeps that name.
     """
+    tools = {}
+    for number, (index, _) in enumerate(_known_tools(body)):
+        tools[rf"tools\[{number}\]\.function\.parameters"] = f"tools[{index}].input_schema"
+        tools[rf"tools\[{number}\]\.function"] = f"tools[{index}]"
     names = PARAMETER_NAMES if body.output_format is None else PARAMETER_NAMES | {RESPONSE_FORMAT: "output_format"}
-    return {pattern: name for pattern, name in names.items() if pattern not in (body.model_extra or {})}
+    return tools | {pattern: name for pattern, name in names.items() if pattern not in (body.model_extra or {})}
+
+
+def _known_tools(body: CountTokensRequest) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the tools that the model can be told, each with its index in the request."""
+    for index, tool in enumerate(body.tools or ()):
+        if isinstance(tool, ToolDefinition):
+            yield (
+                index,
+                function_tool(
+                    name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+                ),
+            )
+        elif tool.type in CLIENT_TOOLS:
+            description, schema = CLIENT_TOOLS[tool.type]
+            yield index, function_tool(name=tool.name, description=description, parameters=schema, strict=tool.strict)
+
+
+def _ignored(body: CountTokensRequest) -> Iterator[str]:
+    """Yield the names of ignored tools and blocks."""
+    known = [index for index, _ in _known_tools(body)]
+    yield from (f"tools[{index}].{tool.type}" for index, tool in enumerate(body.tools or ()) if index not in known)
+    for content in (message.content for message in body.messages):
+        for block in content if isinstance(content, list) else ():
+            if isinstance(block, IgnoredBlock):
+                yield f"messages[].content[].{block.type}"
+            parts = block.content if isinstance(block, ToolResultBlock) and isinstance(block.content, list) else ()
+            yield from (
+                f"messages[].content[].content[].{each.type}" for each in parts if isinstance(each, IgnoredBlock)
+            )
 
 
 def to_chat(body: CountTokensRequest, capabilities: ModelCapabilities) -> ChatCompletionRequest:
@@ -98,8 +125,8 @@ def to_chat(body: CountTokensRequest, capabilities: ModelCapabilities) -> ChatCo
     fields: dict[str, Any] = {
         "model": body.model,
         "messages": list(_turns(body, keeps_system_position=capabilities.keeps_system_position)),
-        "tools": [_tool(tool) for tool in body.tools or ()] or None,
-        "tool_choice": _tool_choice(choice, has_tools=bool(body.tools)),
+        "tools": [tool for _, tool in _known_tools(body)],
+        "tool_choice": _tool_choice(choice),
         "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
         "continue_final_message": final.role == "assistant" or None,
         "reasoning_effort": _effort(body.thinking, body.output_config) if capabilities.reads_effort else None,
@@ -108,12 +135,12 @@ def to_chat(body: CountTokensRequest, capabilities: ModelCapabilities) -> ChatCo
     }
     if isinstance(body, MessagesRequest):
         fields |= {
-            "max_completion_tokens": body.max_tokens,
+            "max_tokens": body.max_tokens,
             "thinking_token_budget": _budget(body.thinking) if capabilities.supports_reasoning_budget else None,
             "stop": body.stop_sequences or None,
             **{name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "stream")},
         }
-    return build_chat_request(body, fields, MessagesChatRequest)
+    return build_chat_request(body, fields, ignored=list(_ignored(body)))
 
 
 def _check_thinking(body: CountTokensRequest) -> None:
@@ -156,8 +183,11 @@ def _active(messages: Sequence[MessageParam]) -> list[MessageParam]:
     ]
 
 
-def _blocks(content: str | Sequence[MessagesObject]) -> list[MessagesObject]:
-    return [TextBlock(type="text", text=content)] if isinstance(content, str) else list(content)
+def _blocks(content: str | Sequence[MessagesObject | IgnoredBlock]) -> list[MessagesObject]:
+    """Return the blocks that the model sees."""
+    if isinstance(content, str):
+        return [TextBlock(type="text", text=content)]
+    return [block for block in content if not isinstance(block, IgnoredBlock)]
 
 
 def _blocks_of(messages: Iterable[MessageParam]) -> list[MessagesObject]:
@@ -178,7 +208,7 @@ def _input(messages: Sequence[MessageParam], *, keeps_system_position: bool) -> 
 
 
 def _result(block: ToolResultBlock) -> dict[str, Any]:
-    parts = _blocks(block.content or "")
+    parts = _blocks(block.content or "") or _blocks("")
     if block.is_error:
         parts = [TextBlock(type="text", text=ERROR_PREFIX + _text(parts[0])), *parts[1:]]
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": _content(parts)}
@@ -191,7 +221,7 @@ def _assistant(blocks: Sequence[MessagesObject]) -> Iterator[dict[str, Any]]:
         for block in blocks
         if isinstance(block, ToolUseBlock)
     ]
-    content = _content([block for block in blocks if isinstance(block, TextBlock)])
+    content = _content([block for block in blocks if isinstance(block, TextBlock | CompactionBlock)])
     if content is None and not calls:
         content = ""
     message = {"content": content, "reasoning_content": reasoning or None, "tool_calls": calls or None}
@@ -205,9 +235,13 @@ def _content(blocks: Sequence[MessagesObject]) -> Any:
 
 
 def _text(block: MessagesObject) -> str:
-    """Return the text of a text or document block."""
+    """Return the text of a block that has text."""
+    if isinstance(block, CompactionBlock):
+        return block.content or ""
     if isinstance(block, TextBlock):
         return block.text
+    if isinstance(block, SearchResultBlock):
+        return "\n".join([f"Search result: {block.title}", block.source, *map(_text, block.content)])
     assert isinstance(block, DocumentBlock)
     source = block.source
     text = source.data if isinstance(source, PlainText) else "\n".join(_text(part) for part in _blocks(source.content))
@@ -215,12 +249,8 @@ def _text(block: MessagesObject) -> str:
     return "\n".join(part for part in (title, block.context, text) if part)
 
 
-def _tool(tool: ToolDefinition) -> dict[str, Any]:
-    return function_tool(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
-
-
-def _tool_choice(choice: MessagesToolChoice | None, *, has_tools: bool) -> Any:
-    if choice is None or (choice.type in ("auto", "none") and not has_tools):
+def _tool_choice(choice: MessagesToolChoice | None) -> Any:
+    if choice is None:
         return None
     if choice.type != "tool":
         return TOOL_CHOICES[choice.type]
@@ -259,6 +289,9 @@ class MessagesEndpoint:
 
     noun = "messages"
     id_prefix = "msg_"
+
+    def max_tokens_field(self, body: ChatCompletionRequest) -> str:
+        return "max_tokens"
 
     def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
         return ChatEndpoint().ignored_fields(context, body)

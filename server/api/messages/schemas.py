@@ -8,15 +8,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS
 from server.schemas.answers import RequestTimings
+from server.schemas.request_fields import MAX_STOPS, StopStrings
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
-
-MAX_STOP_SEQUENCES = 64
-MAX_STOP_SEQUENCE_CHARS = 128  # the automaton that matches them has a state per character
 
 # Requests.
 
@@ -56,7 +54,41 @@ class DocumentBlock(MessagesObject):
     citations: dict[str, Any] | None = Field(None, description="Accepted and ignored: answers have no citations.")
 
 
-ReadableBlock = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
+class SearchResultBlock(MessagesObject):
+    """A search result of the client. The prompt contains its title, source and text."""
+
+    type: Literal["search_result"]
+    title: str
+    source: str
+    content: Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
+    citations: dict[str, Any] | None = Field(None, description="Accepted and ignored: answers have no citations.")
+
+
+class CompactionBlock(MessagesObject):
+    """A summary of earlier turns."""
+
+    type: Literal["compaction"]
+    content: str | None = None
+    encrypted_content: str | None = None
+    signature: str | None = None
+
+
+class IgnoredBlock(BaseModel):
+    """A block of a tool or service that this server does not have. The model does not see it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: (
+        Literal["server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result"]
+        | Literal[
+            "bash_code_execution_tool_result", "text_editor_code_execution_tool_result", "tool_search_tool_result"
+        ]
+        | Literal["tool_reference", "advisor_tool_result", "browser_state", "container_upload", "mcp_tool_use"]
+        | Literal["mcp_tool_result", "mcp_tool_listing", "tool_addition", "tool_removal", "fallback"]
+    )
+
+
+ReadableBlock = Annotated[TextBlock | DocumentBlock | SearchResultBlock | IgnoredBlock, Field(discriminator="type")]
 
 
 class ToolUseBlock(MessagesObject):
@@ -87,9 +119,12 @@ class RedactedThinkingBlock(MessagesObject):
     data: str
 
 
-UserBlock = Annotated[TextBlock | DocumentBlock | ToolResultBlock, Field(discriminator="type")]
+UserBlock = Annotated[
+    TextBlock | DocumentBlock | SearchResultBlock | ToolResultBlock | IgnoredBlock, Field(discriminator="type")
+]
 AssistantBlock = Annotated[
-    TextBlock | ToolUseBlock | ThinkingBlock | RedactedThinkingBlock, Field(discriminator="type")
+    TextBlock | CompactionBlock | ToolUseBlock | ThinkingBlock | RedactedThinkingBlock | IgnoredBlock,
+    Field(discriminator="type"),
 ]
 
 
@@ -114,18 +149,37 @@ class SystemMessage(MessagesObject):
 
 
 MessageParam = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
-StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_SEQUENCE_CHARS)]
-StopSequences = Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)]
 
 
 class ToolDefinition(MessagesObject):
-    """A function that the client runs. Tools that run on the server are not supported."""
+    """A function that the client runs."""
 
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any] = Field(description="JSON schema of the tool's input.")
     strict: bool | None = None
+
+
+class VendorTool(BaseModel):
+    """A tool of Anthropic's, without a schema. Those in CLIENT_TOOLS get theirs, others are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: str
+    name: ToolName | None = None
+    strict: bool | None = None
+
+
+def _kind_of_tool(value: object) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "function-tool" if kind in (None, "custom") else "vendor-tool"
+
+
+MessagesTool = Annotated[
+    Annotated[ToolDefinition, Tag("function-tool")] | Annotated[VendorTool, Tag("vendor-tool")],
+    Discriminator(_kind_of_tool),
+]
 
 
 class MessagesToolChoice(MessagesObject):
@@ -171,8 +225,10 @@ class CountTokensRequest(BaseModel):
     system: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = Field(
         None, description="System prompt, as text or text blocks."
     )
-    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
-        None, description="Functions that the model may call. Tools that run on the server are not supported."
+    tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None,
+        description="Functions that the model may call, and Anthropic's tools bash, text_editor and memory. Others are "
+        "ignored, and reported as such.",
     )
     tool_choice: MessagesToolChoice | None = Field(
         None, description="Whether the model calls a tool, and which one. Default auto."
@@ -203,9 +259,7 @@ class MessagesRequest(CountTokensRequest):
         description="Keep the most likely tokens whose probabilities add up to this. Default: as temperature.",
     )
     top_k: int | None = Field(None, ge=0, le=INT64_MAX, description="Keep this many of the most likely tokens; 0: all.")
-    stop_sequences: StopSequences | None = Field(
-        None, description=f"Up to {MAX_STOP_SEQUENCES} strings that end the text."
-    )
+    stop_sequences: StopStrings | None = Field(None, description=f"Up to {MAX_STOPS} strings that end the text.")
     stream: bool | None = Field(None, description="Stream the answer as server-sent events.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted and ignored.")
     service_tier: str | None = Field(None, description="Accepted and ignored.")

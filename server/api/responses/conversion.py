@@ -23,6 +23,7 @@ from server.api.responses.schemas import (
     CallOutput,
     FullInputItem,
     FunctionTool,
+    IgnoredItem,
     InputMessage,
     ItemReference,
     PastCall,
@@ -44,7 +45,8 @@ from server.context import ServerContext
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
 from server.generation.token_fields import TokenFields
-from server.http.errors import InvalidValueError, MissingParameterError, UnsupportedParameterError, clip
+from server.http.errors import InvalidValueError, MissingParameterError, clip
+from server.schemas.request_fields import NO_LIMIT
 from server.text.templates.chat_template import ChatTemplate
 
 PARAMETER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
@@ -53,9 +55,7 @@ PARAMETER_NAMES = {  # regular expression for a parameter of chat completions ->
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
 }
-NO_TOOL_CHOICES = ("none", "auto")  # tool choices allowed without tools
 LOGPROBS = "message.output_text.logprobs"  # value of `include`
-NOT_SUPPORTED = ("conversation", "prompt", "context_management")
 MAX_REFERENCED_BYTES = 10 << 20  # per request
 ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
 
@@ -69,9 +69,6 @@ def error_names(body: ResponsesRequest) -> dict[str, str]:
 def check(body: ResponsesRequest) -> None:
     """Raise BadRequestError if fields contradict each other or are not supported."""
     reject_chat_only_fields(body)
-    for name in NOT_SUPPORTED:
-        if (body.model_extra or {}).get(name) is not None:
-            raise UnsupportedParameterError(name)
     if body.input is None and body.previous_response_id is None:
         raise MissingParameterError("input")
     if body.top_logprobs and LOGPROBS not in (body.include or ()):
@@ -94,6 +91,8 @@ def input_items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, 
     items: list[dict[str, Any]] = []
     num_bytes = 0  # total size of referenced items
     for index, item in enumerate(body.input or ()):
+        if isinstance(item, IgnoredItem):
+            continue
         if isinstance(item, ItemReference):
             items.append(_referenced(item.id, f"input[{index}].id", store))
             num_bytes += len(msgspec.json.encode(items[-1]))
@@ -143,9 +142,10 @@ def _full_parts(content: str | list[Any], kind: str) -> list[dict[str, Any]]:
 
 
 def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> list[str]:
-    """Return the names of ignored fields: unsupported tools, and options that the chat template does not read."""
-    tools = enumerate(body.tools or ())
+    """Return the names of ignored fields: unsupported tools and items, and options that the template does not read."""
+    tools, items = enumerate(body.tools or ()), enumerate(() if isinstance(body.input, str) else body.input or ())
     names = [f"tools[{index}].{tool.type}" for index, tool in tools if isinstance(tool, UnsupportedTool)]
+    names += [f"input[{index}].{item.type}" for index, item in items if isinstance(item, IgnoredItem)]
     effort = body.reasoning.effort if body.reasoning else None
     if effort not in NEUTRAL_EFFORTS and not reads_effort(template):
         names.append("reasoning.effort")
@@ -174,8 +174,8 @@ def to_chat(
         "stream": body.stream,
         "logprobs": with_logprobs or None,
         "top_logprobs": body.top_logprobs if with_logprobs else None,
-        "tools": tools or None,
-        "tool_choice": None if not tools and body.tool_choice in NO_TOOL_CHOICES else _tool_choice(body.tool_choice),
+        "tools": tools,
+        "tool_choice": _tool_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning.effort if body.reasoning and "reasoning.effort" not in ignored else None,
         "chat_template_kwargs": body.chat_template_kwargs,
@@ -190,7 +190,7 @@ def _messages(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the chat messages. Consecutive items of the model (reasoning, text, calls) become one message."""
     for from_model, group in groupby(items, key=_is_from_model):
         if from_model:
-            yield _assistant(list(group))
+            yield from _assistant(list(group))
         else:
             yield from map(_input_message, group)
 
@@ -199,7 +199,8 @@ def _is_from_model(item: dict[str, Any]) -> bool:
     return item["type"] in ("reasoning", "function_call") or item.get("role") == "assistant"
 
 
-def _assistant(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _assistant(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the message, if there is more to it than reasoning that is encrypted."""
     texts = [part["text"] for item in items if item["type"] == "message" for part in item["content"]]
     reasoning = [part["text"] for item in items if item["type"] == "reasoning" for part in item["content"]]
     calls = [
@@ -212,7 +213,8 @@ def _assistant(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         message["reasoning_content"] = "".join(reasoning)
     if calls:
         message["tool_calls"] = calls
-    return message
+    if reasoning or calls or any(item["type"] == "message" for item in items):
+        yield message
 
 
 def _input_message(item: dict[str, Any]) -> dict[str, Any]:
@@ -289,6 +291,9 @@ class ResponsesEndpoint:
         self._store = store
         self._stored: StoredResponse | None = None
 
+    def max_tokens_field(self, body: ChatCompletionRequest) -> str:
+        return "max_output_tokens"
+
     def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
         return ChatEndpoint().ignored_fields(context, body)
 
@@ -335,7 +340,7 @@ def new_response(body: ResponsesRequest, metadata: AnswerMetadata, defaults: Any
         created_at=metadata.created,
         background=bool(body.background),
         instructions=body.instructions,
-        max_output_tokens=body.max_output_tokens,
+        max_output_tokens=None if body.max_output_tokens == NO_LIMIT else body.max_output_tokens,
         max_tool_calls=body.max_tool_calls,
         model=metadata.model,
         parallel_tool_calls=body.parallel_tool_calls is not False,

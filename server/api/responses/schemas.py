@@ -11,8 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS, TemplateOptions, TokenLogprob
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import Stop, Temperature, TopP
-from server.schemas.samplers import INT64_MAX
+from server.schemas.request_fields import MAX_STOPS, MaxTokens, Stop, Temperature, TopP
 from server.schemas.tools import MAX_TOOLS, ToolName
 
 MAX_METADATA = 16  # entries
@@ -104,18 +103,69 @@ class ItemReference(RequestObject):
     id: str = Field(min_length=1)
 
 
-def _name_type(value: object) -> object:
-    """Add the type to items without one: an object with only an id is a reference, any other is a message."""
-    if not isinstance(value, dict) or value.get("type") is not None:
+class IgnoredItem(BaseModel):
+    """An item of a tool or service that this server does not have. The model does not see it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: (
+        Literal[
+            "file_search_call", "web_search_call", "code_interpreter_call", "image_generation_call", "computer_call"
+        ]
+        | Literal["computer_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call"]
+        | Literal["tool_search_call", "tool_search_output", "additional_tools", "program", "program_output"]
+        | Literal["configuration_update"]
+    )
+
+
+# Type of a call of a tool that is no function -> the name of the function that it stands for (None: that in the item),
+# and the field with the arguments.
+OTHER_CALLS: dict[str, tuple[str | None, str]] = {
+    "custom_tool_call": (None, "input"),
+    "local_shell_call": ("local_shell", "action"),
+    "shell_call": ("shell", "action"),
+    "apply_patch_call": ("apply_patch", "operation"),
+}
+
+
+def _known_item(value: object) -> object:
+    """Return calls of tools that are no functions, and their outputs, as those of functions; name the type of others.
+
+    Without a type, an object with only an id is a reference, and any other is a message.
+    """
+    kind = value.get("type") if isinstance(value, dict) else ""
+    if not isinstance(value, dict) or not isinstance(kind, str | None):
         return value
-    is_reference = value.keys() - {"type"} == {"id"}
-    return value | {"type": "item_reference" if is_reference else "message"}
+    if kind is None:
+        return value | {"type": "item_reference" if value.keys() - {"type"} == {"id"} else "message"}
+    if kind in OTHER_CALLS:
+        return _function_call(value, *OTHER_CALLS[kind])
+    return _function_output(value) if kind.removesuffix("_output") in OTHER_CALLS else value
+
+
+def _function_call(item: dict[str, Any], name: str | None, field: str) -> dict[str, Any]:
+    arguments = {field: item[field]} if isinstance(item.get(field), str) else item.get(field)
+    if not isinstance(arguments, dict):
+        raise ValueError(f"expected '{field}' in an item of type '{item['type']}'.")
+    rest = {key: value for key, value in item.items() if key not in (field, "status")}
+    text = msgspec.json.encode(arguments).decode()
+    return rest | {"type": "function_call", "name": name or item.get("name"), "arguments": text}
+
+
+def _function_output(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the output of a call; the shell's, which is split by stream, as JSON text."""
+    output = item.get("output", item.get("status"))  # applying a patch may have no output
+    if item["type"] == "shell_call_output":
+        output = msgspec.json.encode(output).decode()
+    rest = {key: value for key, value in item.items() if key != "status"}
+    call_id = {"call_id": item["id"]} if "id" in item else {}  # the local shell's outputs have no other
+    return call_id | rest | {"type": "function_call_output", "output": output}
 
 
 FullInputItem = InputMessage | PastCall | CallOutput | PastReasoning
 InputItem = Annotated[
-    Annotated[FullInputItem | ItemReference, Field(discriminator="type")],
-    BeforeValidator(_name_type),
+    Annotated[FullInputItem | ItemReference | IgnoredItem, Field(discriminator="type")],
+    BeforeValidator(_known_item),
 ]
 
 
@@ -240,8 +290,8 @@ class ResponsesRequest(BaseModel):
     previous_response_id: str | None = Field(
         None, description="Id of a stored response whose conversation to continue."
     )
-    max_output_tokens: int | None = Field(
-        None, ge=1, le=INT64_MAX, description="Maximum number of output tokens. Default: the rest of the context."
+    max_output_tokens: MaxTokens | None = Field(
+        None, description="Maximum number of output tokens; -1: no limit. Default: the rest of the context."
     )
     temperature: Temperature = None
     top_p: TopP = None
@@ -257,7 +307,7 @@ class ResponsesRequest(BaseModel):
         description="Number of most likely tokens to return for each position. Requires message.output_text.logprobs "
         "in include.",
     )
-    stop: Stop = Field(None, description="Up to four strings that end the text. They are not returned.")
+    stop: Stop = Field(None, description=f"Up to {MAX_STOPS} strings that end the text. They are not returned.")
     tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
         None, description="Functions that the model may call. Tools of other types are ignored, and reported as such."
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from server.api.chat.conversion import encode_request
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.context import ServerContext
-from server.generation.prompts import Prompt
+from server.generation.prompts import Prompt, max_prompt_tokens
 from server.http.errors import BadRequestError
 
 SYSTEM_ROLES = ("system", "developer")
@@ -18,7 +18,7 @@ def encode_newest(context: ServerContext, body: ChatCompletionRequest) -> Prompt
     If even the last message does not fit, return the prompt of the whole conversation; the pipeline then reports its
     length in an error. Raises BadRequestError.
     """
-    room = context.max_model_len - (body.max_output_tokens or 1)
+    room = max_prompt_tokens(body.max_output_tokens, context.max_model_len)
     whole = _encode(context, body)
     if whole is not None and len(whole.token_ids) <= room:
         return whole

@@ -23,18 +23,24 @@ def server(model_folder: Path) -> Iterator[RunningServer]:
 
 
 @given(
-    max_tokens=st.none() | st.integers(0, 30), num_prompt_tokens=st.integers(1, 30), max_model_len=st.integers(1, 20)
+    max_tokens=st.none() | st.integers(-1, 30),
+    num_prompt_tokens=st.integers(1, 30),
+    max_model_len=st.integers(1, 20),
+    is_strict=st.booleans(),
 )
-def test_what_fits_is_never_changed(max_tokens: int | None, num_prompt_tokens: int, max_model_len: int) -> None:
-    fits = num_prompt_tokens + (1 if max_tokens is None else max_tokens) <= max_model_len
-    if not fits:
+def test_what_fits_is_never_changed(
+    max_tokens: int | None, num_prompt_tokens: int, max_model_len: int, is_strict: bool
+) -> None:
+    room = max_model_len - num_prompt_tokens
+    least = 1 if max_tokens in (None, -1) else max_tokens if is_strict else min(max_tokens, 1)
+    if least > room:
         with pytest.raises(ContextLengthExceededError) as caught:
-            fit_max_tokens(max_tokens, num_prompt_tokens, max_model_len, "prompt")
+            fit_max_tokens(max_tokens, num_prompt_tokens, max_model_len, "prompt", is_strict=is_strict)
         assert str(num_prompt_tokens) in caught.value.message
         assert str(max_model_len) in caught.value.message
         return
-    fitted = fit_max_tokens(max_tokens, num_prompt_tokens, max_model_len, "prompt")
-    assert fitted == (max_model_len - num_prompt_tokens if max_tokens is None else max_tokens)
+    fitted = fit_max_tokens(max_tokens, num_prompt_tokens, max_model_len, "prompt", is_strict=is_strict)
+    assert fitted == (room if max_tokens in (None, -1) else min(max_tokens, room))
 
 
 def test_cap_of_a_texts_size() -> None:
@@ -78,10 +84,8 @@ def test_messages_are_cut(server: RunningServer) -> None:
 
 def test_minus_one_truncates_to_what_fits(server: RunningServer) -> None:
     long: dict[str, Any] = {"prompt": [*range(256)] * 9, "truncate_prompt_tokens": -1}
-    for fields, room in (({"max_tokens": 100}, 100), ({}, 1)):
+    for fields, room in (({"max_tokens": 100}, 100), ({}, 1), ({"max_tokens": -1}, 1), ({"max_tokens": 2048}, 1)):
         ask_json(server.url, COMPLETIONS, **long, **fields)
         assert prompt_ids(server) == long["prompt"][-(MAX_MODEL_LEN - room) :]
-    error = check_error(ask(server.url, COMPLETIONS, max_tokens=MAX_MODEL_LEN, **long), 400)
-    assert error["code"] == "context_length_exceeded"
     error = check_error(ask(server.url, COMPLETIONS, **long | {"truncate_prompt_tokens": MAX_MODEL_LEN + 1}), 400)
     assert error["code"] == "context_length_exceeded"

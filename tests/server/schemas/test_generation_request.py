@@ -40,7 +40,7 @@ NOT_AN_INTEGER = ["1", True, 1.0, 1.5, [], {}]
 # parameter -> values that are refused
 BAD: dict[str, list[Any]] = {
     "n": [0, -1, 129, 10**12, *NOT_AN_INTEGER],
-    "max_tokens": [-1, 10**18, *NOT_AN_INTEGER],
+    "max_tokens": [-2, 10**19, *NOT_AN_INTEGER],
     "temperature": [-0.1, 2.1, *NOT_A_NUMBER],
     "top_p": [0, -0.0, 1.1, -1, *NOT_A_NUMBER],
     "top_k": [-2, 2**63, *NOT_AN_INTEGER],
@@ -49,7 +49,7 @@ BAD: dict[str, list[Any]] = {
     "frequency_penalty": [-2.1, 2.1, *NOT_A_NUMBER],
     "presence_penalty": [-2.1, 2.1, *NOT_A_NUMBER],
     "seed": [2**63, -(2**63) - 1, *NOT_AN_INTEGER],
-    "stop": ["", [""], list("abcde"), "x" * (1 << 20), 5, True, ["a", 5], {}, "\ud800", ["\ud800"]],
+    "stop": [["a"] * 65, ["x" * 1024] * 9, "x" * (1 << 20), 5, True, ["a", 5], {}, "\ud800", ["\ud800"]],
     "stop_token_ids": [[-1], [259], [2**40], [2**80], ["1"], [1.0], [True], 5, "a", [1] * 129],
     "min_tokens": [-1, 17 * 10**9, *NOT_AN_INTEGER],
     "logit_bias": [

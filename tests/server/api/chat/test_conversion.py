@@ -113,9 +113,8 @@ def test_an_answer_with_only_reasoning_can_be_sent_back(plain: RunningServer) ->
     message = ask_json(plain.url, CHAT)["choices"][0]["message"]
     assert (message["content"], message["reasoning"]) == (None, "Hm, let me")
     assert "assistant\n<think>Hm, let me</think><|im_end|>" in prompt(plain, messages=[*MESSAGES, message, *MESSAGES])
-    for role, fields in (("user", {"reasoning": "Hm"}), ("assistant", {"reasoning": ""}), ("assistant", {})):
-        bad = {"role": role, "content": None} | fields
-        assert check_error(ask(plain.url, CHAT, messages=[bad]), 400)["param"] == "messages[0].content"
+    bad = {"role": "user", "content": None, "reasoning": "Hm"}
+    assert check_error(ask(plain.url, CHAT, messages=[bad]), 400)["param"] == "messages[0].content"
 
 
 def test_effort_gives_way_to_the_option(plain: RunningServer) -> None:
@@ -276,7 +275,6 @@ def test_calls_and_results_reach_the_template(plain: RunningServer) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": []}, "tools"),
         ({"tools": {}}, "tools"),
         ({"tools": "x"}, "tools"),
         ({"tools": [5]}, "tools[0]"),
@@ -288,7 +286,7 @@ def test_calls_and_results_reach_the_template(plain: RunningServer) -> None:
         ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
         *(
             ({"tools": [{"type": "function", "function": {"name": name}}]}, "tools[0].function.name")
-            for name in ("", "a b", "é", "a" * 65, "a.b", 5, None)
+            for name in ("", "a b", "é", "a" * 129, "a.b", 5, None)
         ),
         *(
             (
@@ -298,7 +296,6 @@ def test_calls_and_results_reach_the_template(plain: RunningServer) -> None:
             for parameters in BAD_PARAMETERS
         ),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": "yes"}}]}, "tools[0].function.strict"),
-        ({"tool_choice": "auto"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "time"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),

@@ -10,6 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionChunk
 
+from server.generation.preamble import WARNINGS
 from tests.server.conftest import StartServer
 from tests.support.clients import (
     CHAT,
@@ -282,14 +283,12 @@ USER = {"role": "user"}
         ([USER | {"content": 5}], "messages[0].content"),
         ([USER | {"content": True}], "messages[0].content"),
         ([USER | {"content": {}}], "messages[0].content"),
-        ([USER | {"content": []}], "messages[0].content"),
         ([USER | {"content": ["a"]}], "messages[0].content[0]"),
         ([USER | {"content": [{"text": "a"}]}], "messages[0].content[0].type"),
         ([USER | {"content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ([USER | {"content": [{"type": "text", "text": 5}]}], "messages[0].content[0].text"),
         ([USER | {"content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}], "messages[0].content"),
-        ([MESSAGES[0], {"role": "assistant", "content": None}], "messages[1].content"),
-        ([MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": []}], "messages[1].content"),
+        ([MESSAGES[0], {"role": "developer", "content": None}], "messages[1].content"),
         ([USER | {"content": "a", "name": 5}], "messages[0].name"),
     ],
 )
@@ -308,9 +307,33 @@ def test_missing_content_has_openais_message(tiny: RunningServer) -> None:
 
 
 def test_only_text_is_supported(tiny: RunningServer) -> None:
-    for kind in ("image_url", "input_audio", "file", "refusal"):
+    for kind in ("image_url", "input_audio", "file", 5, ["text"]):
         error = check_error(ask(tiny.url, CHAT, messages=[USER | {"content": [{"type": kind}]}]), 400)
-        assert "only parts of type 'text' are supported" in error["message"]
+        assert f"the model reads only text; parts of type {kind!r} are not supported" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": "assistant", "content": None}, ""),
+        ({"role": "assistant", "content": None, "tool_calls": []}, ""),
+        ({"role": "assistant"}, ""),
+        ({"role": "assistant", "content": []}, ""),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        ({"role": "assistant", "content": [{"type": "output_text", "text": "Yes.", "annotations": []}]}, "Yes."),
+        ({"role": "tool", "tool_call_id": "1", "content": None}, ""),
+        ({"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "noon"}]}, "noon"),
+        ({"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "text", "text": "b"}]}, "a\nb"),
+        ({"role": "system", "content": [{"type": "text", "text": "Be brief."}], "name": "me"}, "Be brief."),
+    ],
+)
+def test_content_that_clients_send(start_server: StartServer, message: dict[str, Any], text: str) -> None:
+    server = start_server(strict=True)
+    no_tools: list[Any] = [[], None]
+    for tools in no_tools:
+        ask_json(server.url, CHAT, messages=[message, USER | {"content": "Go on"}], tools=tools, tool_choice="auto")
+        expected = chatml((message["role"], text), ("user", "Go on"))
+        assert server.engine.submits[-1].prompt_token_ids == expected
 
 
 def test_lone_surrogate_is_refused_by_name(tiny: RunningServer) -> None:
@@ -364,7 +387,7 @@ def test_max_tokens_has_two_names(tiny: RunningServer) -> None:
     error = check_error(ask(tiny.url, CHAT, max_tokens=7, max_completion_tokens=8), 400)
     assert error["param"] == "max_tokens"
     for name in ("max_tokens", "max_completion_tokens"):
-        for bad in (0, -1, 1.0, True, "5"):
+        for bad in (0, -2, 1.0, True, "5"):
             assert check_error(ask(tiny.url, CHAT, **{name: bad}), 400)["param"] == name
 
 
@@ -377,12 +400,12 @@ def test_context_length(tiny: RunningServer) -> None:
     ask_json(tiny.url, CHAT, messages=messages(2043), max_tokens=5)
     ask_json(tiny.url, CHAT, messages=messages(2047))
     assert tiny.engine.submits[-1].params.max_tokens == 1
+    for name in ("max_tokens", "max_completion_tokens"):
+        over = ask(tiny.url, CHAT, messages=messages(2043), **{name: 6})
+        assert over.headers[WARNINGS] == f"{name} capped at 5, the rest of the context"
+        assert WARNINGS not in ask(tiny.url, CHAT, **{name: -1}).headers
+        assert tiny.engine.submits[-1].params.max_tokens == 2048 - num_other - len("Hi")
     num_submits = len(tiny.engine.submits)
-    both = check_error(ask(tiny.url, CHAT, messages=messages(2043), max_completion_tokens=6), 400)
-    assert both["message"] == (
-        "This model's maximum context length is 2048 tokens. However, you requested 2049 tokens (2043 in the messages, "
-        "6 in the completion). Please reduce the length of the messages or completion."
-    )
     full = check_error(ask(tiny.url, CHAT, messages=messages(2048)), 400)
     assert "you requested 2049 tokens (2048 in the messages, 1 in the completion)" in full["message"]
     for num_tokens in (2049, 5000):

@@ -18,6 +18,7 @@ from openai.types import Completion
 from tokenizers import processors
 
 from engine.shared.messages import Abort
+from server.generation.preamble import WARNINGS
 from tests.server.conftest import StartServer
 from tests.support.clients import (
     COMPLETIONS,
@@ -246,7 +247,8 @@ def test_control_tokens_in_a_prompt_are_encoded_as_such(tiny: RunningServer) -> 
         [[1], [259]],
         [[1], [True]],
         ["a", 1],
-        ["a", [1]],
+        ["a", []],
+        ["a", [259]],
         [1, "a"],
         [[1], 2],
         [["a"]],
@@ -312,17 +314,32 @@ def test_cached_tokens_are_counted_once_per_prompt(server: RunningServer, fake_e
 # Length.
 
 
-def test_context_length(tiny: RunningServer) -> None:
-    at_limit = ask_json(tiny.url, COMPLETIONS, prompt="a" * (MAX_MODEL_LEN - 5), max_tokens=5)
-    assert at_limit["choices"][0]["text"] == REPLY[:5]
-    num_submits = len(tiny.engine.submits)
-    over = check_error(ask(tiny.url, COMPLETIONS, prompt="a" * (MAX_MODEL_LEN - 5), max_tokens=6), 400)
+def test_more_tokens_than_fit(tiny: RunningServer) -> None:
+    at_limit = ask(tiny.url, COMPLETIONS, prompt="a" * (MAX_MODEL_LEN - 5), max_tokens=5)
+    assert (at_limit.json()["choices"][0]["text"], WARNINGS in at_limit.headers) == (REPLY[:5], False)
+    prompts = ["a", "a" * (MAX_MODEL_LEN - 5)]
+    for stream in (False, True):
+        over = ask(tiny.url, COMPLETIONS, prompt=prompts, max_tokens=1 << 40, wish=1, stream=stream)
+        assert over.headers[WARNINGS] == "ignored parameters: wish; max_tokens capped at 5, the rest of the context"
+        assert [submit.params.max_tokens for submit in tiny.engine.submits[-2:]] == [MAX_MODEL_LEN - 1, 5]
+    unlimited = ask(tiny.url, COMPLETIONS, max_tokens=-1)
+    assert (tiny.engine.submits[-1].params.max_tokens, WARNINGS in unlimited.headers) == (MAX_MODEL_LEN - 2, False)
+
+
+def test_more_tokens_than_fit_are_refused_if_strict(start_server: StartServer) -> None:
+    url = start_server(strict=True).url
+    assert ask(url, COMPLETIONS, max_tokens=-1).status_code == 200
+    over = check_error(ask(url, COMPLETIONS, prompt="a" * (MAX_MODEL_LEN - 5), max_tokens=6), 400)
     assert (over["code"], over["param"]) == ("context_length_exceeded", "prompt")
     assert over["message"].startswith(
         "This model's maximum context length is 2048 tokens. However, you requested 2049 tokens "
         "(2043 in the prompt, 6 in the completion)."
     )
-    for fields in ({}, {"max_tokens": 1}):
+
+
+def test_context_length(tiny: RunningServer) -> None:
+    num_submits = len(tiny.engine.submits)
+    for fields in ({}, {"max_tokens": 1}, {"max_tokens": 9}, {"max_tokens": -1}):
         full = check_error(ask(tiny.url, COMPLETIONS, prompt=[1] * MAX_MODEL_LEN, **fields), 400)
         assert full["code"] == "context_length_exceeded"
         assert "you requested 2049 tokens (2048 in the prompt, 1 in the completion)" in full["message"]
@@ -500,6 +517,8 @@ STOPS: list[tuple[dict[str, Any], str, int]] = [  # fields, text, tokens used
     ({"stop": "d!?"}, REPLY, 14),  # held back as a possible stop string, released at the end
     ({"stop": []}, REPLY, 14),
     ({"stop": None}, REPLY, 14),
+    ({"stop": ""}, REPLY, 14),
+    ({"stop": ["", None, *("z" * 127 + chr(number) for number in range(200, 263)), ", w"]}, "Hello", 8),
     ({"stop": ", w", "include_stop_str_in_output": True}, "Hello, w", 8),
     ({"stop": "l", "min_tokens": 4}, "Hello, wor", 11),
     ({"stop_token_ids": [ord(",")]}, "Hello", 6),

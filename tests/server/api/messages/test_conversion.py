@@ -132,12 +132,6 @@ def test_documents_are_text(document: dict[str, Any], text: str) -> None:
     assert convert(messages=messages)["messages"][-1] == {"role": "tool", "tool_call_id": "toolu_1", "content": text}
 
 
-@pytest.mark.parametrize("kind", ["auto", "none"])
-def test_a_tool_choice_without_tools_is_dropped(kind: str) -> None:
-    assert "tool_choice" not in convert(tool_choice={"type": kind})
-    assert "tool_choice" not in convert(tools=[], tool_choice={"type": kind})
-
-
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [

@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
-import httpx
 import pytest
 from anthropic import Anthropic
-from anthropic.types import MessageParam
+from anthropic.types import ContentBlockParam, MessageParam, ToolUnionParam, tool_result_block_param
+from anthropic.types.beta import BetaContentBlockParam, BetaToolComputerUse20250124Param, BetaToolUnionParam
+from jsonschema import Draft202012Validator
 from pydantic import TypeAdapter
 
 from engine.shared.messages import FinishReason
 from server.api.chat.request_builder import EXTENSIONS
-from server.api.messages.schemas import MAX_STOP_SEQUENCES, MessagesRequest
+from server.api.messages.client_tools import CLIENT_TOOLS
+from server.api.messages.schemas import MessagesRequest
 from server.api.messages.writer import STOP_REASONS
+from server.schemas.request_fields import MAX_STOPS
 from tests.server.api.messages.test_routes import ask, ask_events, ask_json, error_of
+from tests.server.api.responses.test_schemas import types_of
 from tests.server.api.test_every_field import ANTHROPIC, COUNT, SAMPLING, SCHEMA, WRONG, post, seen
+from tests.server.conftest import StartServer
 from tests.support.clients import MESSAGES, shared_server
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer
@@ -126,13 +131,74 @@ def test_a_choice_without_tools(tiny: RunningServer, kind: str) -> None:
 
 
 def test_many_stop_sequences(tiny: RunningServer) -> None:
-    stops = [f"z{number}" for number in range(MAX_STOP_SEQUENCES - 1)]
+    stops = [f"z{number}" for number in range(MAX_STOPS - 1)]
     answer = ask_json(tiny.url, stop_sequences=[*stops, "wor"])
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "wor")
     _, message = error_of(ask(tiny.url, stop_sequences=[*stops, "a", "b"]), 400)
     assert message.startswith("Invalid 'stop_sequences': array too long. Expected an array with maximum length 64")
-    chat = {"model": "tiny", "messages": MESSAGES, "stop": stops}
-    assert httpx.post(f"{tiny.url}/v1/chat/completions", json=chat).status_code == 400
+
+
+# Tools and blocks of Anthropic's.
+
+SEARCH: Fields = {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}
+COMPUTER: Fields = {"type": "computer_20250124", "name": "computer", "display_width_px": 1, "display_height_px": 1}
+
+
+def test_tools_of_the_server_are_ignored_and_named(reasoning_server: RunningServer, start_server: StartServer) -> None:
+    ask_json(reasoning_server.url, tools=TOOLS)
+    expected = reasoning_server.engine.submits[-1].prompt_token_ids
+    for tools in ([SEARCH, COMPUTER, *TOOLS], [*TOOLS, SEARCH, COMPUTER]):
+        TypeAdapter(list[ToolUnionParam | BetaToolComputerUse20250124Param]).validate_python(tools)
+        answer = ask(reasoning_server.url, tools=tools, mcp_servers=[{"type": "url", "url": "http://x", "name": "x"}])
+        names = [f"tools[{tools.index(tool)}].{tool['type']}" for tool in (SEARCH, COMPUTER)]
+        assert answer.headers["x-lightwell-warnings"] == f"ignored parameters: mcp_servers, {', '.join(names)}"
+        assert reasoning_server.engine.submits[-1].prompt_token_ids == expected
+    wrong = TOOLS[0] | {"input_schema": {"type": "array"}}
+    _, message = error_of(ask(reasoning_server.url, tools=[SEARCH, *TOOLS, COMPUTER, wrong]), 400)
+    assert message.startswith("Invalid 'tools[3].input_schema'")
+    for choice in ({"type": "any"}, {"type": "tool", "name": "web_search"}):
+        error_of(ask(reasoning_server.url, tools=[SEARCH], tool_choice=choice), 400)
+    _, message = error_of(ask(start_server(strict=True).url, tools=[SEARCH]), 400)
+    assert message.endswith("tools[0].web_search_20250305")
+
+
+CLIENT_NAMES = {"bash": "bash", "text": "str_replace_based_edit_tool", "memory": "memory"}
+
+
+@pytest.mark.parametrize("kind", CLIENT_TOOLS)
+def test_tools_of_the_client_get_their_schema(reasoning_server: RunningServer, kind: str) -> None:
+    assert kind in types_of(BetaToolUnionParam)
+    tool = {"type": kind, "name": CLIENT_NAMES[kind.split("_", maxsplit=1)[0]], "cache_control": {"type": "ephemeral"}}
+    answer = ask(reasoning_server.url, tools=[tool], tool_choice={"type": "tool", "name": tool["name"]})
+    assert (answer.status_code, "x-lightwell-warnings" in answer.headers) == (200, False), answer.text
+    submit = reasoning_server.engine.submits[-1]
+    prompt = reasoning_server.context.tokenizer.decode(submit.prompt_token_ids, skip_special_tokens=False)
+    description, schema = CLIENT_TOOLS[kind]
+    Draft202012Validator.check_schema(schema)
+    assert f'{{"name": "{tool["name"]}", "description": "{description}"' in prompt
+    for name in schema["properties"]:
+        assert f'"{name}": {{"type"' in prompt
+        assert name in str(submit.params.grammar)
+
+
+READ_BLOCKS = {"text", "document", "search_result", "compaction", "tool_use", "tool_result", "thinking"}
+READ_BLOCKS |= {"redacted_thinking"}  # which is left out without a warning: it is unreadable for anyone
+REFUSED_BLOCKS = {"image"}  # the model would be asked about what it cannot see
+ALL_BLOCKS = types_of(ContentBlockParam) | types_of(BetaContentBlockParam) | types_of(tool_result_block_param.Content)
+
+
+@pytest.mark.parametrize("kind", sorted(ALL_BLOCKS - READ_BLOCKS - REFUSED_BLOCKS))
+def test_blocks_of_other_services_are_ignored_and_named(tiny: RunningServer, kind: str) -> None:
+    block = {"type": kind, "id": "x", "content": [], "cache_control": {"type": "ephemeral"}}
+    said = [{"type": "compaction", "content": "A"}, block, {"type": "text", "text": "B"}]
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [block], "is_error": True}
+    found = {"type": "search_result", "title": "T", "source": "S", "content": [{"type": "text", "text": "C"}]}
+    turns = [MESSAGES[0], {"role": "assistant", "content": said}, {"role": "user", "content": [block, result, found]}]
+    answer = ask(tiny.url, messages=turns)
+    names = f"messages[].content[].{kind}, messages[].content[].content[].{kind}"
+    assert answer.headers["x-lightwell-warnings"] == f"ignored parameters: {names}"
+    expected = chatml(("user", "Hi"), ("assistant", "A\nB"), ("tool", "Error: "), ("user", "Search result: T\nS\nC"))
+    assert tiny.engine.submits[-1].prompt_token_ids == expected
 
 
 # Length.
@@ -142,16 +208,22 @@ def test_a_context_that_is_too_long(tiny: RunningServer) -> None:
     num_prompt_tokens = len(chatml(("user", "x" * 2040)))
     for num_chars, message in (
         (3000, f"prompt is too long: {num_prompt_tokens + 960} tokens > 2048 maximum"),
-        (
-            2000,
-            f"input length and `max_tokens` exceed context limit: {num_prompt_tokens - 40} + 100 > 2048, decrease "
-            "input length or `max_tokens` and try again",
-        ),
         (2048 * 256, "prompt is too long: at least 2049 tokens > 2048 maximum"),
     ):
         for stream in (False, True):
             messages = [{"role": "user", "content": "x" * num_chars}]
             assert error_of(ask(tiny.url, messages=messages, stream=stream), 400) == ("invalid_request_error", message)
+
+
+def test_more_tokens_than_fit(tiny: RunningServer, start_server: StartServer) -> None:
+    num_prompt_tokens = len(chatml(("user", "Hi")))
+    over = ask(tiny.url, max_tokens=64_000)
+    rest = 2048 - num_prompt_tokens
+    assert over.headers["x-lightwell-warnings"] == f"max_tokens capped at {rest}, the rest of the context"
+    assert error_of(ask(start_server(strict=True).url, max_tokens=64_000), 400)[1] == (
+        f"input length and `max_tokens` exceed context limit: {num_prompt_tokens} + 64000 > 2048, decrease input "
+        "length or `max_tokens` and try again"
+    )
 
 
 # Stop reasons.

@@ -1,14 +1,18 @@
 """Request fields of `/v1/responses`: tools of other types, item references, hints, and extensions."""
 
 import json
-from typing import Any
+import re
+from typing import Any, get_args, get_type_hints
 
 import httpx
 import pytest
+from openai.types.responses import ResponseInputItemParam, ResponseInputParam
+from pydantic import TypeAdapter
+from typing_extensions import is_typeddict
 
 from server.api.chat.request_builder import EXTENSIONS
 from server.api.responses import conversion as responses
-from server.api.responses.schemas import ResponsesRequest
+from server.api.responses.schemas import OTHER_CALLS, ResponsesRequest
 from tests.server.api.responses.test_routes import (
     MINIMAL,
     PATH,
@@ -31,6 +35,7 @@ from tests.support.tool_model import say
 
 FUNCTION: dict[str, Any] = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
 WARNINGS = "x-lightwell-warnings"
+INPUT: TypeAdapter[Any] = TypeAdapter(ResponseInputParam)
 
 
 # Tools.
@@ -155,6 +160,80 @@ def test_a_refusal_of_an_earlier_answer_is_text(tiny: RunningServer) -> None:
     refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
     ask_json(tiny, input=[{"role": "user", "content": "Hi"}, refusal, {"role": "user", "content": "Why?"}])
     assert prompt_of(tiny) == chatml(("user", "Hi"), ("assistant", "No."), ("user", "Why?"))
+
+
+ITEM_CALLS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"type": "custom_tool_call", "name": "apply_patch", "input": "*** é"},
+        'apply_patch", "arguments": {"input": "*** é"}',
+    ),
+    (
+        {"type": "local_shell_call", "action": {"type": "exec", "command": ["ls"], "env": {}}}
+        | {"id": "lsh_1", "status": "completed"},
+        'local_shell", "arguments": {"type": "exec", "command": ["ls"], "env": {}}',
+    ),
+    ({"type": "shell_call", "action": {"commands": ["ls"]}}, 'shell", "arguments": {"commands": ["ls"]}'),
+    (
+        {"type": "apply_patch_call", "operation": {"type": "delete_file", "path": "a"}, "status": "completed"},
+        'apply_patch", "arguments": {"type": "delete_file", "path": "a"}',
+    ),
+]
+CHUNK: dict[str, Any] = {"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}
+ITEM_OUTPUTS: list[tuple[dict[str, Any], str]] = [
+    ({"type": "custom_tool_call_output", "call_id": "1", "output": "Done"}, "Done"),
+    ({"type": "custom_tool_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "Done"}]}, "Done"),
+    ({"type": "local_shell_call_output", "id": "1", "output": "Done", "status": "completed"}, "Done"),
+    ({"type": "shell_call_output", "call_id": "1", "output": [CHUNK]}, json.dumps([CHUNK], separators=(",", ":"))),
+    ({"type": "apply_patch_call_output", "call_id": "1", "status": "failed", "output": "no file"}, "no file"),
+    ({"type": "apply_patch_call_output", "call_id": "1", "status": "completed"}, "completed"),
+]
+
+
+@pytest.mark.parametrize(("call", "shown_call"), ITEM_CALLS)
+@pytest.mark.parametrize(("output", "shown_output"), ITEM_OUTPUTS)
+def test_calls_of_other_tools_are_shown_as_those_of_functions(
+    tools: RunningServer, call: dict[str, Any], shown_call: str, output: dict[str, Any], shown_output: str
+) -> None:
+    items = [{"role": "user", "content": "Hi"}, call | {"call_id": "1"}, output]
+    INPUT.validate_python(items)  # as the official client describes them
+    answer = ask(tools, input=items)
+    assert (answer.status_code, WARNINGS in answer.headers) == (200, False)
+    prompt = tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False)
+    assert f'<tool_call>{{"name": "{shown_call}}}</tool_call>' in prompt
+    assert f"<|im_start|>tool\n{shown_output}<|im_end|>" in prompt
+    stored = get(tools, f"{answer.json()['id']}/input_items").json()["data"]
+    assert [item["type"] for item in stored] == ["function_call_output", "function_call", "message"]
+
+
+# Types of items in the official client -> those that are refused, because a conversation is lost without them.
+REFUSED_ITEMS = {"compaction", "compaction_trigger"}
+
+
+def types_of(union: Any) -> set[str]:
+    """Return the values of `type` of the typed dictionaries of a union."""
+    hints = [str(get_type_hints(member)["type"]) for member in get_args(union) if is_typeddict(member)]
+    return {name for hint in hints for name in re.findall("'(.+?)'", hint)}
+
+
+def test_items_of_other_tools_are_left_out(tiny: RunningServer, start_server: StartServer) -> None:
+    read = {"message", "reasoning", "item_reference", "function_call", "function_call_output", *OTHER_CALLS}
+    read |= {f"{name}_output" for name in OTHER_CALLS}
+    others = sorted(types_of(ResponseInputItemParam) - read - REFUSED_ITEMS)
+    assert len(others) > 10
+    user = {"role": "user", "content": "Hi"}
+    answer = ask(tiny, input=[*({"type": name, "id": "x", "status": "failed"} for name in others), user])
+    expected = ", ".join(f"input[{index}].{name}" for index, name in enumerate(others))
+    assert answer.headers[WARNINGS] == f"ignored parameters: {expected}"
+    assert prompt_of(tiny) == chatml(("user", "Hi"))
+    assert len(get(tiny, f"{answer.json()['id']}/input_items").json()["data"]) == 1
+    error = check_error(ask(start_server(strict=True), input=[{"type": "web_search_call"}, user]), 400)
+    assert error["param"] == "input[0].web_search_call"
+
+
+def test_encrypted_reasoning_is_no_turn(tiny: RunningServer) -> None:
+    reasoning = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA"}
+    ask_json(tiny, input=[{"role": "user", "content": "Hi"}, reasoning, {"role": "user", "content": "So?"}])
+    assert prompt_of(tiny) == chatml(("user", "Hi"), ("user", "So?"))
 
 
 # Fields.

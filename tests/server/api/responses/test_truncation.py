@@ -57,6 +57,17 @@ def test_room_for_the_answer_counts(tiny: RunningServer) -> None:
     items = [{"role": "user", "content": text} for text in ("x" * 1000, "b")]
     assert len(prompt_for(tiny, items, 500)) > 1000
     assert prompt_for(tiny, items, 1500) == chatml(("user", "b"))
+    for no_limit in (-1, 2048, 128_000):
+        assert len(prompt_for(tiny, items, no_limit)) > 1000
+
+
+def test_more_tokens_than_fit(tiny: RunningServer) -> None:
+    rest = 2048 - len(chatml(("user", "Hi")))
+    over = ask(tiny, max_output_tokens=128_000)
+    assert over.headers["x-lightwell-warnings"] == f"max_output_tokens capped at {rest}, the rest of the context"
+    unlimited = ask(tiny, max_output_tokens=-1)
+    assert (unlimited.json()["max_output_tokens"], "x-lightwell-warnings" in unlimited.headers) == (None, False)
+    assert tiny.engine.submits[-1].params.max_tokens == rest
 
 
 def prompt_for(server: RunningServer, items: list[Any], max_output_tokens: int) -> list[int]:
