@@ -20,6 +20,7 @@ from server.api.admin.schemas import (
     Replay,
     ServerVersion,
     TokenizeResponse,
+    TokenizerInfo,
 )
 from server.api.chat.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.completions.schemas import Completion
@@ -194,6 +195,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/version", "get"): Operation(ServerVersion),
     ("/tokenize", "post"): Operation(TokenizeResponse, {"prompt": "Once upon a time"}),
     ("/detokenize", "post"): Operation(DetokenizeResponse, {"tokens": [10, 11, 12]}),
+    ("/tokenizer_info", "get"): Operation(TokenizerInfo),
     ("/health", "get"): Operation(dict[str, str]),
     ("/healthz", "get"): Operation(dict[str, str]),
     ("/readyz", "get"): Operation(dict[str, str]),

@@ -56,8 +56,9 @@ def _array(schema: Schema) -> str:
             return f"array of {_array(items).replace('array', 'arrays', 1)}"
         case str(name):
             return f"array of {name}s"
-        case _:  # a reference, or several
-            return "array of objects"
+        case _:  # a reference, or several types
+            kinds = (_array({"items": option}).removeprefix("array of ") for option in items.get("anyOf", ()))
+            return f"array of {' or '.join(dict.fromkeys(kinds)) or 'objects'}"
 
 
 def _at_most(schema: Schema, key: str, noun: str) -> str:

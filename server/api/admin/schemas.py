@@ -126,6 +126,18 @@ class TokenizeRequest(BaseModel):
         return ChatCompletionRequest.model_construct(**shared)
 
 
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What `tokenizer_config.json` says, under its names. A model from a GGUF file has no such file."""
+
+    tokenizer_class: Literal["PreTrainedTokenizerFast"] = "PreTrainedTokenizerFast"
+    model_max_length: int  # tokens
+    vocab_size: int
+    bos_token: str | None
+    eos_token: str | None
+    add_bos_token: bool
+    chat_template: str | None
+
+
 class TokenizeResponse(msgspec.Struct, frozen=True):
     count: int
     max_model_len: int

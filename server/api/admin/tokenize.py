@@ -1,4 +1,7 @@
-"""`POST /tokenize` and `POST /detokenize`. Texts are processed in threads so as not to block the event loop."""
+"""`POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info`.
+
+Texts are processed in threads so as not to block the event loop.
+"""
 
 import time
 
@@ -6,20 +9,28 @@ import anyio.to_thread
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.api.admin.schemas import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from server.api.admin.schemas import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
 from server.api.chat.conversion import encode_request, unknown_in_messages
 from server.context import ServerContext, get_context
 from server.generation.preamble import begin
 from server.generation.prompts import vocab_size
 from server.http.errors import InvalidValueError
+from server.http.json_response import StructResponse
 from server.http.json_route import StrictJSONRoute
 
-router = APIRouter(route_class=StrictJSONRoute)
+router = APIRouter()
+json_router = APIRouter(route_class=StrictJSONRoute)
 
 MAX_TEXT_BYTES = 1 << 20
 
 
-@router.post("/tokenize")
+@json_router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Encode a prompt, or messages rendered by the chat template, as token ids."""
     context = get_context(request)
@@ -33,7 +44,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     return Response(answer, headers=headers, media_type="application/json")
 
 
-@router.post("/detokenize")
+@json_router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """Decode token ids to text."""
     context = get_context(request)
@@ -41,6 +52,25 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     _check_token_ids(body.tokens, vocab_size(context))
     answer = await anyio.to_thread.run_sync(_detokenize, context, body, limiter=context.tokenize_threads)
     return Response(answer, headers=headers, media_type="application/json")
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """Return the special tokens and the chat template, for clients that render and count by themselves."""
+    context = get_context(request)
+    tokenizer, template = context.tokenizer, context.chat_template
+    info = TokenizerInfo(
+        model_max_length=context.max_model_len,
+        vocab_size=tokenizer.vocab_size,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        add_bos_token=tokenizer.add_bos,
+        chat_template=None if template is None else template.source,
+    )
+    return StructResponse(info)
+
+
+router.include_router(json_router)
 
 
 def _detokenize(context: ServerContext, body: DetokenizeRequest) -> bytes:

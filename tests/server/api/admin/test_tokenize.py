@@ -1,13 +1,21 @@
 """/tokenize and /detokenize over real sockets, with bytes as tokens."""
 
+import os
+import subprocess
+import sysconfig
+
 import httpx
+import jinja2
 import pytest
 
 from server.api.admin.schemas import MAX_DETOKENIZE_TOKENS
 from server.api.admin.tokenize import MAX_TEXT_BYTES
+from tests.conformance.table import ENVIRONMENTS
 from tests.server.conftest import StartServer
 from tests.support.serving import RunningServer, check_error
 from tests.support.tiny_tokenizer_model import IM_END_ID, IM_START_ID, MAX_MODEL_LEN
+
+LM_EVAL = ENVIRONMENTS / "lm-eval" / "bin" / "python"
 
 
 def tokenize(server: RunningServer, **body: object) -> httpx.Response:
@@ -67,7 +75,7 @@ def test_there_and_back(shared_server: RunningServer) -> None:
         ({"prompt": "x", "model": "other"}, 404, "model"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools[0].type"),
         ({"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 1 }}"}, 400, "chat_template"),
-        ({"prompt": "x", "mm_processor_kwargs": {"a": 1}}, 400, "mm_processor_kwargs"),
+        ({"prompt": "x", "logits_processors": ["a"]}, 400, "logits_processors"),
         ({"prompt": "x", "truncate_prompt_tokens": 1}, 400, "truncate_prompt_tokens"),
         ({"prompt": "x" * (MAX_TEXT_BYTES + 1)}, 400, "prompt"),
         ({"messages": [{"role": "user", "content": "ü" * (MAX_TEXT_BYTES // 2 + 1)}]}, 400, "messages"),
@@ -110,3 +118,39 @@ def test_unknown_fields(start_server: StartServer, path: str) -> None:
 def test_time_is_observed(server: RunningServer) -> None:
     tokenize(server, prompt="x")
     assert server.metric("lightwell_tokenizer_seconds_count") == 1
+
+
+def test_tokenizer_info(shared_server: RunningServer) -> None:
+    info = httpx.get(shared_server.url + "/tokenizer_info").json()
+    tokenizer = shared_server.context.tokenizer
+    assert (info["bos_token"], info["eos_token"], info["add_bos_token"]) == (None, "<|endoftext|>", False)
+    assert tokenize(shared_server, prompt=info["eos_token"]).json()["tokens"] == [tokenizer.eos_token_id]
+    assert (info["model_max_length"], info["vocab_size"]) == (MAX_MODEL_LEN, tokenizer.vocab_size)
+    messages = [{"role": "user", "content": "Hi"}]
+    rendered = jinja2.Environment().from_string(info["chat_template"]).render(messages=messages)
+    asked = tokenize(shared_server, messages=messages, add_generation_prompt=False)
+    assert tokenizer.encode(rendered) == asked.json()["tokens"]
+
+
+LM_EVAL_TOKENIZER = """
+import sys
+from lm_eval.utils import RemoteTokenizer, check_remote_tokenizer_support
+
+url = sys.argv[1] + "/v1/completions"
+assert check_remote_tokenizer_support(url)
+tokenizer = RemoteTokenizer(url)
+assert tokenizer.encode("h<|im_end|>") == [104, tokenizer.encode("<|im_end|>")[0]]
+assert tokenizer.decode(tokenizer.encode("h\\u00e9<|im_end|>")) == "h\\u00e9<|im_end|>"
+assert tokenizer.eos_token_id == tokenizer.eot_token == tokenizer.encode("<|endoftext|>")[0]
+assert (tokenizer.bos_token_id, tokenizer.pad_token) == (None, None)
+text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+assert text == "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", text
+"""
+
+
+@pytest.mark.skipif(not LM_EVAL.exists(), reason="`make test` installs lm-eval")
+def test_the_remote_tokenizer_of_lm_eval(shared_server: RunningServer) -> None:
+    environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    command = [str(LM_EVAL), "-c", LM_EVAL_TOKENIZER, shared_server.url]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
