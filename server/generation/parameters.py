@@ -15,6 +15,7 @@ from server.schemas.request_fields import RepetitionFields
 Body = TypeVar("Body", bound=GenerationRequest)
 
 SEED_DOMAIN = b"lightwell-seed"
+MIN_TOP_P = 1e-6  # less than the most likely token of any vocabulary has: only that one is kept
 
 
 def choose_seed(server_seed: int | None, number: int) -> int:
@@ -99,7 +100,7 @@ def sampling_params(
         seed=seed,
         temperature=temperature if temperature >= GREEDY_TEMPERATURE else 0.0,
         top_k=top_k if 0 < top_k < vocab_size else 0,
-        top_p=_given(body.top_p, 1.0),
+        top_p=max(_given(body.top_p, 1.0), MIN_TOP_P),
         min_p=body.min_p or 0.0,
         repetition_penalty=_given(body.effective_repetition_penalty, 1.0),
         frequency_penalty=body.frequency_penalty or 0.0,

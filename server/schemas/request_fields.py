@@ -109,9 +109,10 @@ Temperature = Annotated[
 TopP = Annotated[
     FiniteFloat | None,
     Field(
-        gt=0,
+        ge=0,
         le=1,
-        description="Keep the most likely tokens whose probabilities add up to this. Default: as temperature.",
+        description="Keep the most likely tokens whose probabilities add up to this, at least one. Default: as "
+        "temperature.",
     ),
 ]
 Stop = Annotated[

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, T
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import MAX_STOPS, StopStrings
+from server.schemas.request_fields import MAX_STOPS, StopStrings, TopP
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
@@ -189,14 +189,16 @@ class MessagesToolChoice(MessagesObject):
 
 
 class ThinkingConfig(MessagesObject):
-    type: Literal["enabled", "adaptive", "disabled"] = Field(description="adaptive: the model decides.")
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"] = Field(
+        description="adaptive, between_tools: the model decides."
+    )
     budget_tokens: int | None = Field(
         None,
         ge=1,
         description="Maximum number of reasoning tokens; ignored if the model's reasoning tags are not single tokens. "
         "Required with type enabled, and must be less than max_tokens.",
     )
-    display: Literal["summarized", "omitted"] | None = Field(
+    display: Literal["summarized", "omitted", "updates"] | None = Field(
         None, description="omitted: the answer has no thinking blocks. Thinking is never summarized."
     )
 
@@ -252,12 +254,7 @@ class MessagesRequest(CountTokensRequest):
         description="Sampling temperature. Values below 0.00001 select the most likely token. Default: "
         "--default-sampling, the model's recommendation, or 1.",
     )
-    top_p: FiniteFloat | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Keep the most likely tokens whose probabilities add up to this. Default: as temperature.",
-    )
+    top_p: TopP = None
     top_k: int | None = Field(None, ge=0, le=INT64_MAX, description="Keep this many of the most likely tokens; 0: all.")
     stop_sequences: StopStrings | None = Field(None, description=f"Up to {MAX_STOPS} strings that end the text.")
     stream: bool | None = Field(None, description="Stream the answer as server-sent events.")

@@ -336,9 +336,7 @@ class ResponsesRequest(BaseModel):
     user: str | None = Field(None, description="Returned in the response.")
     safety_identifier: str | None = Field(None, description="Returned in the response.")
     prompt_cache_key: str | None = Field(None, description="Returned in the response. Prefix caching does not need it.")
-    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
-        None, description="Accepted and ignored: the only tier is default."
-    )
+    service_tier: str | None = Field(None, description="Accepted and ignored: the only tier is default.")
     store: bool | None = Field(None, description="Store the response for later retrieval. Default true.")
     background: bool | None = Field(
         None, description="Return at once and generate in the background. With stream, the events are stored."

@@ -25,7 +25,7 @@ def server(model_folder: Path) -> Iterator[RunningServer]:
 # parameter -> JSON values and the values that the engine receives
 REACHING: dict[str, list[tuple[Any, Any]]] = {
     "temperature": [(0, 0.0), (0.7, 0.7), (2, 2.0), (1e-320, 0.0), (0.01, 0.01), (None, 1.0)],
-    "top_p": [(1, 1.0), (0.25, 0.25), (None, 1.0)],
+    "top_p": [(1, 1.0), (0.25, 0.25), (0, 1e-6), (None, 1.0)],
     "top_k": [(1, 1), (40, 40), (0, 0), (-1, 0), (10**9, 0), (None, 0)],
     "min_p": [(0, 0.0), (1, 1.0), (0.05, 0.05), (None, 0.0)],
     "repetition_penalty": [(0.01, 0.01), (1.1, 1.1), (10, 10.0), (None, 1.0)],

@@ -42,7 +42,7 @@ BAD: dict[str, list[Any]] = {
     "n": [0, -1, 129, 10**12, *NOT_AN_INTEGER],
     "max_tokens": [-2, 10**19, *NOT_AN_INTEGER],
     "temperature": [-0.1, 2.1, *NOT_A_NUMBER],
-    "top_p": [0, -0.0, 1.1, -1, *NOT_A_NUMBER],
+    "top_p": [1.1, -1, -1e-9, *NOT_A_NUMBER],
     "top_k": [-2, 2**63, *NOT_AN_INTEGER],
     "min_p": [-0.1, 1.1, *NOT_A_NUMBER],
     "repetition_penalty": [0, -1, 1e-320, 10.1, *NOT_A_NUMBER],

@@ -167,7 +167,8 @@ def test_a_schema_for_the_output() -> None:
     ("fields", "effort"),
     [
         ({}, None),
-        ({"thinking": {"type": "adaptive"}}, None),
+        ({"thinking": {"type": "adaptive", "display": "updates"}}, None),
+        ({"thinking": {"type": "between_tools"}}, None),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "medium"),
         ({"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}}, "none"),
         ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, "low"),

@@ -257,7 +257,7 @@ def test_template_options(tools: RunningServer) -> None:
 
 def test_what_is_answered_with(tiny: RunningServer) -> None:
     named = {"user": "me", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"k" * 64: "v" * 512}}
-    response = ask(tiny, service_tier="flex", **named)
+    response = ask(tiny, service_tier="ultrafast", **named)
     assert {name: response.json()[name] for name in named} == named
     assert response.json()["service_tier"] == "default"
     assert WARNINGS not in response.headers
