@@ -70,6 +70,7 @@ TESTED_ELSEWHERE = {
     "server/api/messages/client_tools.py": "tests/server/api/messages/test_schemas.py",
     "server/api/rerank/schemas.py": "tests/server/api/rerank/test_routes.py",
     "server/api/rerank/scorers.py": "tests/server/api/rerank/test_routes.py",
+    "server/api/responses/custom_tools.py": "tests/server/api/responses/test_schemas.py",
     "server/api/responses/event_schemas.py": "tests/server/api/responses/test_writer.py",
     "server/choice_stats.py": "tests/server/engine_client/test_client.py",
     "server/context.py": "tests/server/test_app.py",

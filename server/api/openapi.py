@@ -98,6 +98,7 @@ RESPONSE_EVENTS = (
         events.OutputTextDone,
     ),
     *(events.ReasoningDelta, events.ReasoningDone, events.ArgumentsDelta, events.ArgumentsDone, events.PartDone),
+    *(events.CustomInputDelta, events.CustomInputDone),
     *(events.ItemDone, events.Completed, events.Incomplete, events.Failed, events.ErrorEvent),
 )
 

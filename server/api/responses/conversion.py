@@ -18,9 +18,11 @@ from server.api.chat.request_builder import (
     tool_call,
 )
 from server.api.chat.schemas import ChatCompletionRequest
+from server.api.responses.custom_tools import CUSTOM_PARAMETERS, as_function_item
 from server.api.responses.event_log import EventLog
 from server.api.responses.schemas import (
     CallOutput,
+    CustomTool,
     FullInputItem,
     FunctionTool,
     IgnoredItem,
@@ -62,7 +64,7 @@ ID_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output"
 
 def error_names(body: ResponsesRequest) -> dict[str, str]:
     """Return the parameter names to use in errors. Indices of tools differ because unsupported tools are dropped."""
-    sent = [index for index, tool in enumerate(body.tools or ()) if isinstance(tool, FunctionTool)]
+    sent = [index for index, tool in enumerate(body.tools or ()) if not isinstance(tool, UnsupportedTool)]
     return {rf"tools\[{number}\]\.function": f"tools[{index}]" for number, index in enumerate(sent)} | PARAMETER_NAMES
 
 
@@ -145,6 +147,7 @@ def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> lis
     """Return the names of ignored fields: unsupported tools and items, and options that the template does not read."""
     tools, items = enumerate(body.tools or ()), enumerate(() if isinstance(body.input, str) else body.input or ())
     names = [f"tools[{index}].{tool.type}" for index, tool in tools if isinstance(tool, UnsupportedTool)]
+    names += [f"tools[{index}].format" for index, tool in enumerate(body.tools or ()) if _has_grammar(tool)]
     names += [f"input[{index}].{item.type}" for index, item in items if isinstance(item, IgnoredItem)]
     effort = body.reasoning.effort if body.reasoning else None
     if effort not in NEUTRAL_EFFORTS and not reads_effort(template):
@@ -152,6 +155,10 @@ def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> lis
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         names.append("text.verbosity")
     return names
+
+
+def _has_grammar(tool: object) -> bool:
+    return isinstance(tool, CustomTool) and (tool.format or {}).get("type") == "grammar"
 
 
 def to_chat(
@@ -163,7 +170,7 @@ def to_chat(
     """
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     with_logprobs = LOGPROBS in (body.include or ())
-    tools = [function_tool(**_tool_fields(tool)) for tool in _tools(body)]
+    tools = [_chat_tool(tool) for tool in body.tools or () if not isinstance(tool, UnsupportedTool)]
     fields = {
         "model": body.model,
         "messages": [*system, *_messages(items)],
@@ -188,7 +195,7 @@ def to_chat(
 
 def _messages(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the chat messages. Consecutive items of the model (reasoning, text, calls) become one message."""
-    for from_model, group in groupby(items, key=_is_from_model):
+    for from_model, group in groupby(map(as_function_item, items), key=_is_from_model):
         if from_model:
             yield from _assistant(list(group))
         else:
@@ -231,21 +238,21 @@ def _content(texts: Sequence[str]) -> str | list[dict[str, Any]]:
 
 def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
     """Return the supported tools in the form of the answer."""
-    return [
-        {
-            "type": "function",
-            "name": tool.name,
-            "description": tool.description,
-            "parameters": tool.parameters,
-            "strict": bool(tool.strict),
-        }
-        for tool in body.tools or ()
-        if isinstance(tool, FunctionTool)
-    ]
+    return [_tool(tool) for tool in body.tools or () if not isinstance(tool, UnsupportedTool)]
 
 
-def _tool_fields(tool: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in tool.items() if name != "type"}
+def _tool(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+    shared = {"type": tool.type, "name": tool.name, "description": tool.description}
+    if isinstance(tool, CustomTool):
+        return shared | {"format": tool.format or {"type": "text"}}
+    return shared | {"parameters": tool.parameters, "strict": bool(tool.strict)}
+
+
+def _chat_tool(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+    shared = {"name": tool.name, "description": tool.description}
+    if isinstance(tool, CustomTool):
+        return function_tool(**shared, parameters=CUSTOM_PARAMETERS, strict=True)
+    return function_tool(**shared, parameters=tool.parameters, strict=bool(tool.strict))
 
 
 def _tool_choice(choice: str | ResponsesNamedTool | ResponsesAllowedTools | None) -> Any:
@@ -321,6 +328,7 @@ class ResponsesEndpoint:
             stored,
             store,
             with_logprobs=bool(body.logprobs),
+            custom_tools=[tool.name for tool in original.tools or () if isinstance(tool, CustomTool)],
             fields=TokenFields.from_request(body, prompts),
         )
 

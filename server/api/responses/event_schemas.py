@@ -93,5 +93,13 @@ class ArgumentsDelta(ItemContentEvent, kw_only=True, tag="response.function_call
     delta: str
 
 
+class CustomInputDelta(ItemContentEvent, kw_only=True, tag="response.custom_tool_call_input.delta"):
+    delta: str
+
+
+class CustomInputDone(ItemContentEvent, kw_only=True, tag="response.custom_tool_call_input.done"):
+    input: str
+
+
 class ArgumentsDone(ItemContentEvent, kw_only=True, tag="response.function_call_arguments.done"):
     arguments: str

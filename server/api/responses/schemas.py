@@ -10,6 +10,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS, TemplateOptions, TokenLogprob
+from server.api.responses.custom_tools import as_function_item
 from server.schemas.answers import RequestTimings
 from server.schemas.request_fields import MAX_STOPS, MaxTokens, Stop, Temperature, TopP
 from server.schemas.tools import MAX_TOOLS, ToolName
@@ -118,54 +119,10 @@ class IgnoredItem(BaseModel):
     )
 
 
-# Type of a call of a tool that is no function -> the name of the function that it stands for (None: that in the item),
-# and the field with the arguments.
-OTHER_CALLS: dict[str, tuple[str | None, str]] = {
-    "custom_tool_call": (None, "input"),
-    "local_shell_call": ("local_shell", "action"),
-    "shell_call": ("shell", "action"),
-    "apply_patch_call": ("apply_patch", "operation"),
-}
-
-
-def _known_item(value: object) -> object:
-    """Return calls of tools that are no functions, and their outputs, as those of functions; name the type of others.
-
-    Without a type, an object with only an id is a reference, and any other is a message.
-    """
-    kind = value.get("type") if isinstance(value, dict) else ""
-    if not isinstance(value, dict) or not isinstance(kind, str | None):
-        return value
-    if kind is None:
-        return value | {"type": "item_reference" if value.keys() - {"type"} == {"id"} else "message"}
-    if kind in OTHER_CALLS:
-        return _function_call(value, *OTHER_CALLS[kind])
-    return _function_output(value) if kind.removesuffix("_output") in OTHER_CALLS else value
-
-
-def _function_call(item: dict[str, Any], name: str | None, field: str) -> dict[str, Any]:
-    arguments = {field: item[field]} if isinstance(item.get(field), str) else item.get(field)
-    if not isinstance(arguments, dict):
-        raise ValueError(f"expected '{field}' in an item of type '{item['type']}'.")
-    rest = {key: value for key, value in item.items() if key not in (field, "status")}
-    text = msgspec.json.encode(arguments).decode()
-    return rest | {"type": "function_call", "name": name or item.get("name"), "arguments": text}
-
-
-def _function_output(item: dict[str, Any]) -> dict[str, Any]:
-    """Return the output of a call; the shell's, which is split by stream, as JSON text."""
-    output = item.get("output", item.get("status"))  # applying a patch may have no output
-    if item["type"] == "shell_call_output":
-        output = msgspec.json.encode(output).decode()
-    rest = {key: value for key, value in item.items() if key != "status"}
-    call_id = {"call_id": item["id"]} if "id" in item else {}  # the local shell's outputs have no other
-    return call_id | rest | {"type": "function_call_output", "output": output}
-
-
 FullInputItem = InputMessage | PastCall | CallOutput | PastReasoning
 InputItem = Annotated[
     Annotated[FullInputItem | ItemReference | IgnoredItem, Field(discriminator="type")],
-    BeforeValidator(_known_item),
+    BeforeValidator(as_function_item),
 ]
 
 
@@ -175,6 +132,15 @@ class FunctionTool(RequestObject):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+class CustomTool(RequestObject):
+    """A tool whose input is text. The model sees a function with the parameter `input`."""
+
+    type: Literal["custom"]
+    name: ToolName
+    description: str | None = None
+    format: dict[str, Any] | None = Field(None, description="A grammar of the input is ignored, and reported as such.")
 
 
 class UnsupportedTool(BaseModel):
@@ -187,17 +153,19 @@ class UnsupportedTool(BaseModel):
 
 def _kind_of_tool(value: object) -> str:
     kind = value.get("type", "function") if isinstance(value, dict) else getattr(value, "type", "function")
-    return "function-tool" if kind == "function" else "other-tool"
+    return f"{kind}-tool" if kind in ("function", "custom") else "other-tool"
 
 
 ResponsesTool = Annotated[
-    Annotated[FunctionTool, Tag("function-tool")] | Annotated[UnsupportedTool, Tag("other-tool")],
+    Annotated[FunctionTool, Tag("function-tool")]
+    | Annotated[CustomTool, Tag("custom-tool")]
+    | Annotated[UnsupportedTool, Tag("other-tool")],
     Discriminator(_kind_of_tool),
 ]
 
 
 class ResponsesNamedTool(RequestObject):
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     name: str
 
 
@@ -309,7 +277,8 @@ class ResponsesRequest(BaseModel):
     )
     stop: Stop = Field(None, description=f"Up to {MAX_STOPS} strings that end the text. They are not returned.")
     tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
-        None, description="Functions that the model may call. Tools of other types are ignored, and reported as such."
+        None,
+        description="Functions and custom tools that the model may call. Others are ignored, and reported as such.",
     )
     tool_choice: ResponsesToolChoice | None = Field(
         None, description="Whether the model calls a tool, and which one. Default auto."
@@ -390,7 +359,15 @@ class FunctionCallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="func
     status: ItemStatus = "in_progress"
 
 
-OutputItem = MessageItem | ReasoningItem | FunctionCallItem
+class CustomCallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="custom_tool_call"):
+    id: str
+    call_id: str
+    name: str
+    input: str = ""
+    status: ItemStatus = "in_progress"
+
+
+OutputItem = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """Writes responses: the output items of a generation, and the events that report their growth."""
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -9,11 +9,14 @@ from msgspec import UNSET, UnsetType
 
 from server.api.chat.schemas import TokenLogprob
 from server.api.chat.writer import token_logprobs
+from server.api.responses.custom_tools import custom_input
 from server.api.responses.event_schemas import (
     ArgumentsDelta,
     ArgumentsDone,
     Completed,
     Created,
+    CustomInputDelta,
+    CustomInputDone,
     ErrorEvent,
     Failed,
     Incomplete,
@@ -29,6 +32,7 @@ from server.api.responses.event_schemas import (
     StreamEvent,
 )
 from server.api.responses.schemas import (
+    CustomCallItem,
     FunctionCallItem,
     IncompleteDetails,
     InputTokensDetails,
@@ -75,13 +79,16 @@ class ResponseWriter:
         store: ResponseStore | None,
         *,
         with_logprobs: bool,
+        custom_tools: Collection[str] = (),
         fields: TokenFields = NO_FIELDS,
     ) -> None:
-        """`store` is None if the response is not to be stored."""
+        """`store` is None if the response is not to be stored; `custom_tools` are names."""
         self._tokenizer = tokenizer
         self._stored = stored
         self._store = store
         self._with_logprobs = with_logprobs
+        self._custom_tools = custom_tools
+        self._arguments = ""  # of the growing call of a custom tool
         self._fields = fields
         self._was_stored = store is not None and store.get(stored.response.id) is not None
         self._num_events = 0
@@ -212,11 +219,17 @@ class ResponseWriter:
         return OutputTextDelta(**self._location(), delta=text, logprobs=logprobs)
 
     def _call(self, call: ToolCallDelta) -> Iterator[StreamEvent]:
-        def make() -> FunctionCallItem:
+        def make() -> FunctionCallItem | CustomCallItem:
+            if call.name in self._custom_tools:
+                self._arguments = ""
+                return CustomCallItem(id=_new_id("ctc_"), call_id=call.id, name=call.name)
             return FunctionCallItem(id=_new_id("fc_"), call_id=call.id, name=call.name, arguments="")
 
         yield from self._switch(("function_call", call.index), make)
         item = self._item
+        if isinstance(item, CustomCallItem):
+            self._arguments += call.arguments
+            return
         assert isinstance(item, FunctionCallItem)
         if call.arguments:
             item.arguments += call.arguments
@@ -263,6 +276,10 @@ class ResponseWriter:
                 yield PartDone(**location, part=item.content[0])
             case FunctionCallItem():
                 yield ArgumentsDone(**location, arguments=item.arguments)
+            case CustomCallItem():  # its input is known once the JSON string around it is complete
+                item.input = custom_input(self._arguments)
+                yield CustomInputDelta(**location, delta=item.input)
+                yield CustomInputDone(**location, input=item.input)
         yield ItemDone(output_index=location["output_index"], item=item)
 
 

@@ -12,7 +12,8 @@ from typing_extensions import is_typeddict
 
 from server.api.chat.request_builder import EXTENSIONS
 from server.api.responses import conversion as responses
-from server.api.responses.schemas import OTHER_CALLS, ResponsesRequest
+from server.api.responses.custom_tools import OTHER_CALLS
+from server.api.responses.schemas import ResponsesRequest
 from tests.server.api.responses.test_routes import (
     MINIMAL,
     PATH,
@@ -43,7 +44,7 @@ INPUT: TypeAdapter[Any] = TypeAdapter(ResponseInputParam)
 OTHERS: list[dict[str, Any]] = [
     {"type": "web_search", "external_web_access": True},
     {"type": "namespace", "name": "mcp", "tools": [FUNCTION]},
-    {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+    {"type": "shell"},
     {"type": "local_shell"},
 ]
 
@@ -53,7 +54,7 @@ def test_tools_of_other_types_are_left_out(tiny: RunningServer, start_server: St
     expected = prompt_of(tiny)
     response = ask(tiny, tools=[*OTHERS, FUNCTION])
     assert response.headers[WARNINGS] == (
-        "ignored parameters: tools[0].web_search, tools[1].namespace, tools[2].custom, tools[3].local_shell"
+        "ignored parameters: tools[0].web_search, tools[1].namespace, tools[2].shell, tools[3].local_shell"
     )
     assert prompt_of(tiny) == expected
     assert response.json()["tools"] == alone.json()["tools"] == [FUNCTION | {"description": None, "strict": False}]
@@ -71,7 +72,7 @@ def test_tools_of_other_types_are_left_out(tiny: RunningServer, start_server: St
     ("choice", "param"),
     [
         ({"type": "web_search"}, "tool_choice.type"),
-        ({"type": "custom", "name": "apply_patch"}, "tool_choice.type"),
+        ({"type": "custom", "name": "apply_patch"}, "tool_choice"),
         ({"type": "function", "name": "apply_patch"}, "tool_choice"),
         ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}, "tool_choice.tools[0].type"),
     ],
@@ -86,6 +87,47 @@ def test_errors_name_tools_by_their_index_in_the_request(tiny: RunningServer) ->
     error = check_error(ask(tiny, tools=[FUNCTION, *OTHERS, wrong]), 400)
     assert error["param"] == "tools[5].parameters"
     assert "'tools[5].parameters'" in error["message"]
+
+
+CUSTOM: dict[str, Any] = {"type": "custom", "name": "patch", "description": "Edits a file."}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": 'start: "a"'}
+REPLIES = [
+    ('<tool_call>{"name": "patch", "arguments": {"input": "*** \\"é\\"\\n"}}</tool_call>', '*** "é"\n'),
+    ('<tool_call>{"name": "patch", "arguments": {"input": ""}}</tool_call>', ""),
+    ('<tool_call>{"name": "patch", "arguments": {"wish": 5}}</tool_call>', '{"wish": 5}'),
+]
+
+
+@pytest.mark.parametrize(("reply", "text"), REPLIES)
+def test_calls_of_custom_tools(tools: RunningServer, reply: str, text: str) -> None:
+    say(tools, reply + '<tool_call>{"name": "weather", "arguments": {}}</tool_call>')
+    fields: dict[str, Any] = {"tools": [CUSTOM, FUNCTION], "input": [{"role": "user", "content": "Hi"}]}
+    whole = ask_json(tools, **fields)
+    call = whole["output"][0]
+    assert (call["type"], call["name"], call["input"]) == ("custom_tool_call", "patch", text)
+    assert [item["type"] for item in whole["output"]] == ["custom_tool_call", "function_call"]
+    assert whole["tools"][0] == CUSTOM | {"format": {"type": "text"}}
+    events = ask_events(tools, **fields)
+    pieces = [event for event in events if event["type"].startswith("response.custom_tool_call_input")]
+    assert [event.get("delta", event.get("input")) for event in pieces] == [text, text]
+    with openai_client(tools.url) as client:
+        answer = client.responses.create(model="tiny", **fields)
+        assert (answer.output[0].type, answer.output[0].input) == ("custom_tool_call", text)
+    results = [{"type": f"{call['type']}_output", "call_id": call["call_id"], "output": "Done"}]
+    ask_json(tools, previous_response_id=whole["id"], tools=[CUSTOM, FUNCTION], input=results)
+    expected = prompt_of(tools)
+    shown = json.dumps({"input": text}, ensure_ascii=False)
+    assert f'{{"name": "patch", "arguments": {shown}}}' in tools.context.tokenizer.decode(expected)
+    ask_json(tools, **fields | {"input": [*fields["input"], *whole["output"], *results]})
+    assert prompt_of(tools) == expected
+
+
+def test_custom_tools_are_described_and_can_be_forced(tools: RunningServer) -> None:
+    answer = ask(tools, tools=[FUNCTION, CUSTOM | {"format": GRAMMAR}], tool_choice={"type": "custom", "name": "patch"})
+    assert (answer.status_code, answer.headers[WARNINGS]) == (200, "ignored parameters: tools[1].format")
+    submit = tools.engine.submits[-1]
+    assert '{"name": "patch", "description": "Edits a file."' in tools.context.tokenizer.decode(submit.prompt_token_ids)
+    assert '"input"' in str(submit.params.grammar).replace("\\", "")
 
 
 @pytest.mark.parametrize("tools", [None, [], [{"type": "web_search"}]])
