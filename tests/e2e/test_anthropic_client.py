@@ -92,8 +92,8 @@ def test_errors(client: Anthropic) -> None:
     assert not_found.value.request_id
     assert isinstance(not_found.value.body, dict)
     assert not_found.value.body["error"]["type"] == "not_found_error"
-    with pytest.raises(anthropic.BadRequestError, match=r"exceed context limit: \d+ \+ 5000 > 4096, "):
-        client.messages.create(**(REQUEST | {"max_tokens": 5000}))
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 4096 maximum"):
+        client.messages.create(**(REQUEST | {"system": "word " * 5000}))
 
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}

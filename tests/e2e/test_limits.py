@@ -43,7 +43,7 @@ def test_scoring_up_to_the_last_token(short_server: ServerProcess) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("num_prompt_tokens", "max_tokens"),
-    [(50, MAX_MODEL_LEN - 49), (MAX_MODEL_LEN, 1), (MAX_MODEL_LEN + 1, 0), (MAX_MODEL_LEN + 1, 1), (5000, 16)],
+    [(MAX_MODEL_LEN, 1), (MAX_MODEL_LEN + 1, 0), (MAX_MODEL_LEN + 1, 1), (5000, 16)],
 )
 def test_beyond_the_context_length(
     short_server: ServerProcess, num_prompt_tokens: int, max_tokens: int, stream: bool
@@ -54,6 +54,14 @@ def test_beyond_the_context_length(
     assert str(MAX_MODEL_LEN) in error["message"]
     assert str(num_prompt_tokens) in error["message"]
     assert short_server.is_idle
+
+
+@pytest.mark.parametrize("max_tokens", [MAX_MODEL_LEN - 49, 1 << 40, -1])
+def test_more_tokens_than_fit(short_server: ServerProcess, max_tokens: int) -> None:
+    response = short_server.complete(prompt_of(50), max_tokens=max_tokens, ignore_eos=True)
+    assert response.json()["usage"]["total_tokens"] == MAX_MODEL_LEN
+    warning = None if max_tokens == -1 else f"max_tokens capped at {MAX_MODEL_LEN - 50}, the rest of the context"
+    assert response.headers.get("x-lightwell-warnings") == warning
 
 
 def test_a_chat_may_use_the_rest_of_the_context(short_server: ServerProcess) -> None:

@@ -83,7 +83,7 @@ def test_a_required_call(client: OpenAI) -> None:
 
 def test_errors_name_the_field(client: OpenAI) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"tools": []}, "tools"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": openai.omit, "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, "tool_choice"),
