@@ -405,7 +405,7 @@ def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
         ({"reasoning": {"effort": "some"}}, "reasoning.effort", "Invalid value: 'some'."),
         ({"reasoning": {"summary": "some"}}, "reasoning.summary", "Invalid value: 'some'."),
         ({"text": {"verbosity": "some"}}, "text.verbosity", "Invalid value: 'some'."),
-        ({"service_tier": "some"}, "service_tier", "Invalid value: 'some'."),
+        ({"service_tier": 5}, "service_tier", "Invalid type for 'service_tier'"),
         ({"stop": [5]}, "stop[0]", "Invalid type for 'stop[0]'"),
         ({"conversation": "conv_1"}, "conversation", "Unsupported parameter: 'conversation'"),
         ({"prompt": {"id": "x"}}, "prompt", "Unsupported parameter: 'prompt'"),
