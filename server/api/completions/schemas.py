@@ -73,8 +73,8 @@ class CompletionRequest(GenerationRequest):
         None,
         ge=NO_LIMIT,
         le=INT64_MAX,
-        description="Maximum number of output tokens; -1: no limit. Default --default-max-tokens, or 16, or the rest of "
-        "the context if that is less. 0, with echo: only the prompt.",
+        description="Maximum number of output tokens; -1: no limit. Default --default-max-tokens, or 16, or the rest "
+        "of the context if that is less. 0, with echo: only the prompt.",
     )
     echo: bool | None = Field(None, description="Return the prompt before the completion.")
     logprobs: NumLogprobs | None = Field(
