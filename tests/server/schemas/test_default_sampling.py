@@ -179,7 +179,7 @@ def test_the_first_recommendation_has_precedence() -> None:
     ("setting", "message"),
     [
         ({"temperature": 2.5}, "temperature': decimal above maximum value. Expected a value <= 2, but got 2.5"),
-        ({"top_p": 0}, "top_p': decimal below minimum value. Expected a value > 0"),
+        ({"top_p": -1}, "top_p': decimal below minimum value. Expected a value >= 0"),
         ({"top_k": 1.5}, "top_k': expected an integer, but got a decimal number"),
         ({"samplers": ["top_x"]}, "'top_x'. Supported values are: 'penalties', 'dry'"),
         ({"temprature": 0.5}, "unknown field 'temprature' .fields: .*temperature, top_p"),
@@ -199,7 +199,7 @@ def test_invalid_settings_name_field_and_limit(setting: dict[str, Any], message:
         ({"temperature": "0.5"}, "temperature"),
         ({"top_k": -2}, "top_k"),
         ({"top_p": 1.5}, "top_p"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -1}, "top_p"),
         ({"min_p": 2}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
     ],
