@@ -41,7 +41,7 @@ class Writer(Protocol):
     """Writes the answer to one request in an API's format."""
 
     def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
-        """Return the server-sent events for new output, or b"" if there are none. `usage` is the usage so far.
+        """Return the encoded events for new output, or b"" if there are none. `usage` is the usage so far.
 
         The first call has no deltas; it returns the events that precede the first token.
         """

@@ -1,4 +1,4 @@
-"""Encodes server-sent events: OpenAI's chunks, which have no event names, and the named events of other APIs."""
+"""Encodes the events of streams: OpenAI's chunks, which have no event names, named events, and lines of JSON."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -79,6 +79,11 @@ def encode_events(events: Sequence[msgspec.Struct]) -> bytes:
             ]
         )
     )
+
+
+def encode_lines(objects: Sequence[msgspec.Struct]) -> bytes:
+    """Encode objects as lines of JSON."""
+    return _escape_line_ends(b"".join([msgspec.json.encode(each) + b"\n" for each in objects]))
 
 
 def _escape_line_ends(events: bytes) -> bytes:

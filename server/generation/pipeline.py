@@ -39,7 +39,7 @@ from server.generation.reasoning_budget import reasoning_limit
 from server.generation.timings import request_timings
 from server.generation.tokenized_settings import TokenizedSettings, tokenize_settings
 from server.http.errors import APIError, ServerError
-from server.http.sse import run_until_disconnect, sse_response
+from server.http.sse import SERVER_SENT_EVENTS, StreamFormat, run_until_disconnect, sse_response
 from server.recordings import Recording
 from server.running_requests import RunningRequest
 from server.schemas.answers import RequestTimings
@@ -75,7 +75,9 @@ class _Job(Generic[Body]):
         return self.metadata.id, self.request_id, *own
 
 
-async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Response:
+async def respond(
+    request: Request, body: Body, endpoint: Endpoint[Body], *, stream_format: StreamFormat = SERVER_SENT_EVENTS
+) -> Response:
     """Answer a request, as JSON or as a stream. Raises APIError for errors before the first byte of the answer."""
     job = _validate(request, body, endpoint)
     generation, running, writer, headers = await _start(job)
@@ -86,6 +88,7 @@ async def respond(request: Request, body: Body, endpoint: Endpoint[Body]) -> Res
             on_error=writer.failure,
             headers=headers,
             request_id=job.request_id,
+            format=stream_format,
         )
     try:
         content = await run_until_disconnect(request, _collect(job, generation, writer))

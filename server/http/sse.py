@@ -1,9 +1,10 @@
-"""Server-sent events, and handlers that are cancelled when the client disconnects."""
+"""Streams of events, and handlers that are cancelled when the client disconnects."""
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
@@ -21,18 +22,42 @@ KEEP_ALIVE_SECONDS = 15.0
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class StreamFormat:
+    """How the events of a stream are delimited."""
+
+    media_type: str
+    has_comments: bool  # which keep idle connections open
+
+
+SERVER_SENT_EVENTS = StreamFormat("text/event-stream", has_comments=True)
+NDJSON = StreamFormat("application/x-ndjson", has_comments=False)  # a JSON object per line
+
+
 class EventStream(EventSourceResponse):
-    """A response of server-sent events that are already encoded.
+    """A response of events that are already encoded.
 
     It always calls `on_close` at the end. The `finally` of a generator is not enough: it does not run if the client
     disconnects before the first event, so that the generator never starts.
     """
 
     def __init__(
-        self, events: AsyncIterator[bytes], on_close: Callable[[], None] | None, headers: Mapping[str, str] | None
+        self,
+        events: AsyncIterator[bytes],
+        on_close: Callable[[], None] | None,
+        headers: Mapping[str, str] | None,
+        format: StreamFormat = SERVER_SENT_EVENTS,
     ) -> None:
-        super().__init__(events, headers=headers, ping=KEEP_ALIVE_SECONDS, ping_message_factory=_keep_alive, sep="\n")
+        super().__init__(
+            events,
+            headers=headers,
+            media_type=format.media_type,
+            ping=KEEP_ALIVE_SECONDS,
+            ping_message_factory=_keep_alive,
+            sep="\n",
+        )
         self._on_close = on_close
+        self._has_comments = format.has_comments
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -43,6 +68,11 @@ class EventStream(EventSourceResponse):
 
     async def _listen_for_exit_signal_with_grace(self) -> None:
         """Keep the stream open on SIGTERM: the server drains it, and ends it through its events."""
+        await anyio.sleep_forever()
+
+    async def _ping(self, send: Send) -> None:
+        if self._has_comments:
+            await super()._ping(send)
         await anyio.sleep_forever()
 
 
@@ -58,14 +88,15 @@ def sse_response(
     on_error: Callable[[APIError], bytes] = error_event,
     headers: Mapping[str, str] | None = None,
     request_id: str | None = None,
+    format: StreamFormat = SERVER_SENT_EVENTS,
 ) -> EventStream:
-    """Return a response that streams chunks of complete `data: ...\\n\\n` events, with keep-alive comments in pauses.
+    """Return a response that streams chunks of complete events, with keep-alive comments in pauses if it has comments.
 
     When the client disconnects, the generator is closed, which must abort its request. `on_close` is always called,
     even if the generator never ran, and possibly after it. An exception ends the stream with the events that `on_error`
     returns for it.
     """
-    return EventStream(_with_error_event(events, on_error, request_id), on_close, headers)
+    return EventStream(_with_error_event(events, on_error, request_id), on_close, headers, format)
 
 
 async def _with_error_event(

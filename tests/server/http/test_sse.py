@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from server.app import create_app
 from server.http.errors import EngineDeadError
 from server.http.protocol import HTTPProtocol
-from server.http.sse import EventStream, run_until_disconnect, sse_response
+from server.http.sse import NDJSON, SERVER_SENT_EVENTS, EventStream, StreamFormat, run_until_disconnect, sse_response
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import (
     RunningServer,
@@ -37,11 +37,14 @@ class Stage:
 
     def __init__(self) -> None:
         self.events: Events = three
+        self.format = SERVER_SENT_EVENTS
         self.notes: list[str] = []
         self.num_sent = 0
 
     async def stream(self, request: Request) -> Response:
-        return sse_response(self._noted(), on_close=lambda: self.notes.append("on_close"), request_id="r")
+        return sse_response(
+            self._noted(), on_close=lambda: self.notes.append("on_close"), request_id="r", format=self.format
+        )
 
     async def wait(self, request: Request) -> Response:
         async def work() -> Response:
@@ -149,6 +152,19 @@ def test_comments_keep_a_silent_stream_alive(
     assert re.fullmatch("(: keep-alive\n\n){2,4}data: 1\n\n", text)
 
 
+def test_a_format_without_comments(staged_server: RunningServer, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.http.sse.KEEP_ALIVE_SECONDS", 0.1)
+
+    async def late() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(0.35)
+        yield b"{}\n"
+
+    stage.events, stage.format = late, NDJSON
+    response = httpx.get(staged_server.url + "/stream")
+    assert (response.text, response.headers["content-type"]) == ("{}\n", "application/x-ndjson")
+    wait_until(lambda: stage.notes == ["closed", "on_close"])
+
+
 async def endless() -> AsyncGenerator[bytes, None]:
     while True:
         yield b"data: x\n\n"
@@ -162,10 +178,11 @@ async def silent() -> AsyncGenerator[bytes, None]:
 
 @pytest.mark.parametrize("events", [endless, silent])
 @pytest.mark.parametrize("how", ["close", "reset", "half"])
+@pytest.mark.parametrize("format", [SERVER_SENT_EVENTS, NDJSON], ids=["SSE", "NDJSON"])
 def test_a_disconnect_closes_the_generator_at_once(
-    staged_server: RunningServer, stage: Stage, events: Events, how: str
+    staged_server: RunningServer, stage: Stage, events: Events, how: str, format: StreamFormat
 ) -> None:
-    stage.events = events
+    stage.events, stage.format = events, format
     connection = staged_server.connect()
     connection.sendall(raw_request("GET", "/stream"))
     assert connection.recv(10)
