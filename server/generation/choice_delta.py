@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
 
 from engine.shared.messages import TokenLogprobs
 from server.text.parsers.answer_parts import AnswerPart, PartKind
@@ -35,6 +38,15 @@ class ToolCallDelta:
     id: str  # "" after the first delta
     name: str  # "" after the first delta
     arguments: str  # a piece of the JSON text
+
+    @property
+    def decoded_arguments(self) -> dict[str, Any]:
+        """The arguments of a whole call as an object. Other text, as of a call that was cut off, is wrapped in one."""
+        try:
+            value = msgspec.json.decode(self.arguments)
+        except msgspec.DecodeError:
+            value = None
+        return value if isinstance(value, dict) else {"arguments": self.arguments}
 
 
 DeltaPart = AnswerPart | ToolCallDelta

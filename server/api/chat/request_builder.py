@@ -1,9 +1,9 @@
-"""Builds chat completion requests from requests of other APIs, which are then validated and answered as such."""
+"""Builds requests, mostly chat completions, from those of other APIs. They are validated and answered as such."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -11,6 +11,8 @@ from server.api.chat.schemas import ChatCompletionRequest
 from server.http.error_handlers import from_validation_error
 from server.http.errors import BadRequestError, UnsupportedParameterError
 from server.schemas.generation_request import GenerationRequest
+
+Model = TypeVar("Model", bound=BaseModel)
 
 CHAT = "/v1/chat/completions"
 
@@ -52,18 +54,20 @@ def reject_chat_only_fields(body: BaseModel, path: str = CHAT, model: type[BaseM
             raise UnsupportedParameterError(name, f"It is a parameter of {owner}.")
 
 
-def build_chat_request(
+def build_request(
     body: BaseModel,
     fields: Mapping[str, Any],
+    model: type[Model],
     *,
     ignored: Sequence[str] = (),
-) -> ChatCompletionRequest:
-    """Return the chat request that corresponds to `body`.
+) -> Model:
+    """Return the request that corresponds to `body`, such as a chat request.
 
     Args:
         body: The request of another API. Its undeclared fields are copied: sampling parameters mean what they mean in
             chat completions, and the generation pipeline reports unknown ones.
-        fields: The declared fields of `body` as fields of chat completions. Those that are None are left out.
+        fields: The declared fields of `body` as fields of the result. Those that are None are left out.
+        model: The class of the result.
         ignored: Names of fields without effect, which are reported as unknown fields are.
 
     Raises BadRequestError for invalid values.
@@ -75,7 +79,7 @@ def build_chat_request(
         values.update(dict.fromkeys(_unknown_fields(getattr(body, name), name), True))
     values.update(dict.fromkeys(ignored, True))
     try:
-        return ChatCompletionRequest.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
         raise from_validation_error(errors, values) from None

@@ -2,21 +2,36 @@
 
 import secrets
 import time
+from dataclasses import dataclass
 
-import msgspec
 from fastapi import Request
 
 from engine.shared.messages import Submit
 from server.api.embeddings.conversion import encode_inputs, make_submit
 from server.api.embeddings.schemas import EmbeddingRequest
-from server.api.embeddings.writer import write_answer
 from server.context import ServedModel, get_context
 from server.generation.preamble import begin
 from server.generation.prompt_batch import run_prompts
-from server.generation.timings import request_timings
+from server.generation.timings import ChoiceEnd, request_timings
 from server.http.errors import InvalidValueError, ServerError
+from server.schemas.answers import RequestTimings
 
 NO_SEED = 0  # nothing is sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The result of a request. Times are `time.monotonic()`."""
+
+    vectors: list[list[float]]  # of length 1 (L2 norm), one for each input
+    num_tokens: int  # of all inputs
+    arrival: float
+    submitted: float
+    last_end: ChoiceEnd
+
+    def timings(self) -> RequestTimings:
+        """Return the timings of the request, to be called when its answer is complete except for them."""
+        return request_timings(self.last_end, arrival=self.arrival, submitted=self.submitted, seed=NO_SEED)
 
 
 def validate(request: Request, body: EmbeddingRequest) -> tuple[ServedModel, dict[str, str]]:
@@ -36,8 +51,8 @@ def validate(request: Request, body: EmbeddingRequest) -> tuple[ServedModel, dic
     return preamble.model, {"x-lightwell-deterministic": context.deterministic, **preamble.accept()}
 
 
-async def embed(request: Request, body: EmbeddingRequest, model: ServedModel) -> bytes:
-    """Return the answer as JSON. If cancelled, abort its prompts in the engine. Raises APIError."""
+async def embed(request: Request, body: EmbeddingRequest, model: ServedModel) -> Embeddings:
+    """Return the embeddings. If cancelled, abort the request's prompts in the engine. Raises APIError."""
     context, arrival, name = get_context(request), time.monotonic(), f"embd-{secrets.token_hex(16)}"
 
     def make_submits() -> list[Submit]:
@@ -48,11 +63,7 @@ async def embed(request: Request, body: EmbeddingRequest, model: ServedModel) ->
 
     request_id = request.state.request_id
     batch = await run_prompts(context, make_submits, len(body.input), param="input", request_id=request_id)
-    embeddings = [event.embedding for event in batch.events if event.embedding is not None]
-    if len(embeddings) < len(batch.events):
+    vectors = [event.embedding for event in batch.events if event.embedding is not None]
+    if len(vectors) < len(batch.events):
         raise ServerError(request_id)
-    answer = await context.run_text_work(write_answer, body, embeddings, batch.num_prompt_tokens)
-    if not body.explain:
-        return answer
-    timings = request_timings(batch.last_end, arrival=arrival, submitted=batch.submitted, seed=NO_SEED)
-    return answer[:-1] + b',"lightwell":' + msgspec.json.encode(timings) + b"}"
+    return Embeddings(vectors, batch.num_prompt_tokens, arrival, batch.submitted, batch.last_end)

@@ -3,20 +3,24 @@
 import base64
 import math
 import struct
-from collections.abc import Sequence
 
 import msgspec
 
+from server.api.embeddings.pipeline import Embeddings
 from server.api.embeddings.schemas import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 
 
-def write_answer(body: EmbeddingRequest, embeddings: Sequence[list[float]], num_tokens: int) -> bytes:
-    """Return the answer as JSON. `num_tokens` is the total number of prompt tokens."""
+def write_answer(body: EmbeddingRequest, embeddings: Embeddings) -> bytes:
+    """Return the answer as JSON."""
     data = [
-        Embedding(embedding=_format(shorten(embedding, body.dimensions), body.encoding_format), index=index)
-        for index, embedding in enumerate(embeddings)
+        Embedding(embedding=_format(shorten(vector, body.dimensions), body.encoding_format), index=index)
+        for index, vector in enumerate(embeddings.vectors)
     ]
-    return msgspec.json.encode(EmbeddingList(data=data, model=body.model, usage=EmbeddingUsage(num_tokens, num_tokens)))
+    usage = EmbeddingUsage(embeddings.num_tokens, embeddings.num_tokens)
+    answer = msgspec.json.encode(EmbeddingList(data=data, model=body.model, usage=usage))
+    if not body.explain:
+        return answer
+    return answer[:-1] + b',"lightwell":' + msgspec.json.encode(embeddings.timings()) + b"}"
 
 
 def shorten(embedding: list[float], num_dimensions: int | None) -> list[float]:

@@ -9,7 +9,7 @@ import msgspec
 
 from server.api.chat.constraints import chat_constraint
 from server.api.chat.conversion import ChatEndpoint, reads_effort
-from server.api.chat.request_builder import build_chat_request, function_tool, named_tool, text_part, tool_call
+from server.api.chat.request_builder import build_request, function_tool, named_tool, text_part, tool_call
 from server.api.chat.schemas import ChatCompletionRequest
 from server.api.messages.client_tools import CLIENT_TOOLS
 from server.api.messages.schemas import (
@@ -140,7 +140,7 @@ def to_chat(body: CountTokensRequest, capabilities: ModelCapabilities) -> ChatCo
             "stop": body.stop_sequences or None,
             **{name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "stream")},
         }
-    return build_chat_request(body, fields, ignored=list(_ignored(body)))
+    return build_request(body, fields, ChatCompletionRequest, ignored=list(_ignored(body)))
 
 
 def _check_thinking(body: CountTokensRequest) -> None:

@@ -1,7 +1,6 @@
 """Writes Anthropic messages: whole answers, and streams of content block events."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -137,17 +136,8 @@ def _stop(delta: ChoiceDelta, *, has_calls: bool) -> tuple[str, str | None]:
 
 def _block(part: DeltaPart) -> OutputBlock:
     if isinstance(part, ToolCallDelta):
-        return OutputToolUseBlock(part.id, part.name, _tool_input(part.arguments))
+        return OutputToolUseBlock(part.id, part.name, part.decoded_arguments)
     return OutputThinkingBlock(part.text) if part.kind is PartKind.REASONING else OutputTextBlock(part.text)
-
-
-def _tool_input(arguments: str) -> dict[str, Any]:
-    """Return the arguments as an object. Other text, such as JSON cut off at max_tokens, is wrapped in one."""
-    try:
-        value = msgspec.json.decode(arguments)
-    except msgspec.DecodeError:
-        value = None
-    return value if isinstance(value, dict) else {"arguments": arguments}
 
 
 def _usage(usage: Usage) -> MessageUsage:

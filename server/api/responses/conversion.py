@@ -10,7 +10,7 @@ import msgspec
 from server.api.chat.constraints import chat_constraint
 from server.api.chat.conversion import NEUTRAL_EFFORTS, ChatEndpoint, reads_effort
 from server.api.chat.request_builder import (
-    build_chat_request,
+    build_request,
     function_tool,
     named_tool,
     reject_chat_only_fields,
@@ -190,7 +190,7 @@ def to_chat(
         "metadata": body.metadata,
         "store": body.store,
     }
-    return build_chat_request(body, fields, ignored=ignored)
+    return build_request(body, fields, ChatCompletionRequest, ignored=ignored)
 
 
 def _messages(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
