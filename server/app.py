@@ -10,6 +10,7 @@ from server.api.chat import routes as chat
 from server.api.completions import routes as completions
 from server.api.embeddings import routes as embeddings
 from server.api.messages import routes as messages
+from server.api.ollama import routes as ollama
 from server.api.openapi import install_document
 from server.api.rerank import routes as rerank
 from server.api.responses import routes as responses
@@ -51,6 +52,7 @@ def create_app(context: ServerContext) -> FastAPI:
     for tag, modules in (
         ("OpenAI", (completions, chat, responses, embeddings, rerank, models)),
         ("Anthropic", (messages,)),
+        ("Ollama", (ollama,)),
         ("Lightwell", (requests, lora_adapters, tokenize, health, metrics_page)),
     ):
         for module in modules:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TypeVar, TypeVarTuple, Unpack, cast
 
 import anyio.to_thread
@@ -26,6 +27,7 @@ from server.settings.table import Settings
 from server.text.templates.chat_template import ChatTemplate
 from server.text.token_sequences import SequenceBreakers
 from server.text.tokenizer import Tokenizer
+from server.weight_files import WeightFiles, describe_weights
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -64,6 +66,7 @@ class ServerContext:
     grammar_checker: GrammarChecker
     model_config: ModelConfig
     default_sampling: DefaultSampling  # of the model and its adapters
+    model_path: Path
     model_names: tuple[str, ...]  # accepted in `model`; the first is the id in responses
     created: int  # Unix time in seconds
     metrics: Metrics
@@ -134,6 +137,11 @@ class ServerContext:
     @cached_property
     def constraint_builder(self) -> ConstraintBuilder:
         return ConstraintBuilder(self.tokenizer, self.settings.allow_additional_properties)
+
+    @cached_property
+    def weight_files(self) -> WeightFiles:
+        """The model's files. The first call reads their headers. Raises OSError or ValueError."""
+        return describe_weights(self.model_path)
 
     @cached_property
     def sequence_breakers(self) -> SequenceBreakers:

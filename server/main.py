@@ -137,6 +137,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         grammar_checker=GrammarChecker(vocabulary, model_config.eos_token_ids),
         model_config=model_config,
         default_sampling=default_sampling(config, model_config),
+        model_path=path,
         model_names=config.model_names,
         created=int(time.time()),
         metrics=metrics,

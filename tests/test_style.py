@@ -68,6 +68,7 @@ TESTED_ELSEWHERE = {
     "server/api/embeddings/schemas.py": "tests/server/api/embeddings/test_routes.py",
     "server/api/embeddings/writer.py": "tests/server/api/embeddings/test_routes.py",
     "server/api/messages/client_tools.py": "tests/server/api/messages/test_schemas.py",
+    "server/api/ollama/schemas.py": "tests/server/api/test_every_field.py",
     "server/api/rerank/schemas.py": "tests/server/api/rerank/test_routes.py",
     "server/api/rerank/scorers.py": "tests/server/api/rerank/test_routes.py",
     "server/api/responses/custom_tools.py": "tests/server/api/responses/test_schemas.py",

@@ -37,6 +37,15 @@ from server.api.messages.schemas import (
     MessageUsage,
     OutputTextBlock,
 )
+from server.api.ollama.schemas import (
+    OllamaChatAnswer,
+    OllamaEmbedAnswer,
+    OllamaEmbeddingsAnswer,
+    OllamaGenerateAnswer,
+    OllamaModelInfo,
+    OllamaModelList,
+    OllamaVersion,
+)
 from server.api.rerank.schemas import RerankAnswer, ScoreList
 from server.api.responses import event_schemas as events
 from server.api.responses.conversion import new_response
@@ -53,11 +62,12 @@ from server.api.responses.schemas import (
     ResponseUsage,
 )
 from server.generation.endpoint import AnswerMetadata
-from server.http.error_schemas import AnthropicErrorResponse, ErrorResponse
+from server.http.error_schemas import AnthropicErrorResponse, ErrorResponse, OllamaErrorResponse
+from server.http.sse import NDJSON, SERVER_SENT_EVENTS, StreamFormat
 from server.schemas.rendered_prompt import RenderedPrompt
 
 PREFIX = "answer."  # of component names, which would collide with those of requests
-DESCRIPTION = "Language models over HTTP, compatible with clients of the OpenAI and Anthropic APIs."
+DESCRIPTION = "Language models over HTTP, compatible with clients of the APIs of OpenAI, Anthropic and Ollama."
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Operation:
     events: Any = None  # type of the data of a stream's events
     answer_example: Any = None
     has_model: bool = True  # the body has a `model`
+    stream_format: StreamFormat = SERVER_SENT_EVENTS
 
     @property
     def types(self) -> list[Any]:
@@ -82,9 +93,11 @@ class Operation:
 
 
 # Answers of requests that reach the engine, or would, without sampling.
-SAMPLE_FREE = (RenderedPrompt, list[RenderedPrompt], EmbeddingList, RerankAnswer, ScoreList)
+EMBEDDINGS = (EmbeddingList, OllamaEmbedAnswer, OllamaEmbeddingsAnswer)
+SAMPLE_FREE = (RenderedPrompt, list[RenderedPrompt], *EMBEDDINGS, RerankAnswer, ScoreList)
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 CHAT = {"messages": MESSAGES, "max_completion_tokens": 20}
+OLLAMA = {"stream": False, "options": {"num_predict": 20}}
 COMPLETION = {"prompt": "Once upon a time", "max_tokens": 20}
 ADAPTER = {"lora_name": "sql"}
 ADAPTER_DONE = "Success: LoRA adapter 'sql' {} successfully."
@@ -166,6 +179,18 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/v1/messages/count_tokens", "post"): Operation(
         CountTokensResponse, {"messages": MESSAGES}, answer_example=CountTokensResponse(37)
     ),
+    ("/api/chat", "post"): Operation(
+        OllamaChatAnswer, {"messages": MESSAGES, **OLLAMA}, OllamaChatAnswer, stream_format=NDJSON
+    ),
+    ("/api/generate", "post"): Operation(
+        OllamaGenerateAnswer, {"prompt": "Why is the sky blue?", **OLLAMA}, OllamaGenerateAnswer, stream_format=NDJSON
+    ),
+    ("/api/embed", "post"): Operation(OllamaEmbedAnswer, {"input": "Once upon a time"}),
+    ("/api/embeddings", "post"): Operation(OllamaEmbeddingsAnswer, {"prompt": "Once upon a time"}),
+    ("/api/show", "post"): Operation(OllamaModelInfo, {}),
+    ("/api/tags", "get"): Operation(OllamaModelList),
+    ("/api/ps", "get"): Operation(OllamaModelList),
+    ("/api/version", "get"): Operation(OllamaVersion),
     ("/v1/responses", "post"): Operation(
         ResponseObject,
         {"input": "What is the capital of France?", "max_output_tokens": 20},
@@ -221,12 +246,12 @@ def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any
     types = [type for operation in OPERATIONS.values() for type in operation.types]
     template = "#/components/schemas/" + PREFIX + "{name}"
     schemas, components = msgspec.json.schema_components(
-        [*types, ErrorResponse, AnthropicErrorResponse], ref_template=template
+        [*types, ErrorResponse, AnthropicErrorResponse, OllamaErrorResponse], ref_template=template
     )
     described = {repr(type): schema for type, schema in zip(types, schemas, strict=False)}
-    openai_error, anthropic_error = schemas[-2:]
+    errors = dict(zip(("/", "/v1/messages", "/api/"), schemas[-3:], strict=True))  # by the start of the path
     for path, methods in document["paths"].items():
-        error = anthropic_error if path.startswith("/v1/messages") else openai_error
+        error = errors[max((start for start in errors if path.startswith(start)), key=len)]
         for method, described_operation in methods.items():
             operation = OPERATIONS[path, method]
             described_operation["responses"] = _responses(operation, described, error)
@@ -270,8 +295,8 @@ def _responses(operation: Operation, described: Mapping[str, Any], error: Mappin
         content[kind]["example"] = msgspec.to_builtins(operation.answer_example)
     description = "The answer."
     if operation.events is not None:
-        content["text/event-stream"] = {"schema": described[repr(operation.events)]}
-        description = "The answer; with `stream`, server-sent events whose data has the given schema."
+        content[operation.stream_format.media_type] = {"schema": described[repr(operation.events)]}
+        description = "The answer; with `stream`, events whose data has the given schema."
     headers = REQUEST_ID_HEADER | GENERATION_HEADERS if operation.reports_generation else REQUEST_ID_HEADER
     error_response = {
         "description": "An error.",

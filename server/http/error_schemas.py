@@ -1,4 +1,4 @@
-"""The error envelopes. OpenAI's always has all four fields, and its `code` is a string or null."""
+"""The error envelopes of the APIs. OpenAI's always has all four fields, and its `code` is a string or null."""
 
 from typing import Literal
 
@@ -27,3 +27,9 @@ class AnthropicErrorResponse(msgspec.Struct, frozen=True, kw_only=True, omit_def
     type: Literal["error"]
     error: AnthropicErrorDetail
     request_id: str | None = None
+
+
+class OllamaErrorResponse(msgspec.Struct, frozen=True):
+    """Ollama's envelope, also of the last line of a stream that failed."""
+
+    error: str

@@ -1,4 +1,4 @@
-"""All errors that a client can see, in OpenAI's envelope, or in Anthropic's if the request uses its API.
+"""All errors that a client can see, in the envelope of the API that is used: OpenAI's, Anthropic's or Ollama's.
 
     APIError
     ├── BadRequestError              400
@@ -27,6 +27,7 @@
     ├── UnsupportedMediaTypeError    415
     ├── QueueFullError               429
     ├── ServerError                  500
+    ├── NotImplementedAPIError       501
     └── EngineUnavailableError       503
         ├── EngineDeadError
         └── AdaptersBusyError
@@ -41,7 +42,13 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Scope
 
-from server.http.error_schemas import AnthropicErrorDetail, AnthropicErrorResponse, ErrorDetail, ErrorResponse
+from server.http.error_schemas import (
+    AnthropicErrorDetail,
+    AnthropicErrorResponse,
+    ErrorDetail,
+    ErrorResponse,
+    OllamaErrorResponse,
+)
 
 INVALID_REQUEST = "invalid_request_error"
 ANTHROPIC_TYPES = {
@@ -88,18 +95,29 @@ class APIError(Exception):
         detail = AnthropicErrorDetail(ANTHROPIC_TYPES.get(self.status, INVALID_REQUEST), _valid(self.anthropic_message))
         return msgspec.json.encode(AnthropicErrorResponse(type="error", error=detail, request_id=request_id))
 
+    def ollama_body(self) -> bytes:
+        """Return the body in Ollama's envelope."""
+        return msgspec.json.encode(OllamaErrorResponse(_valid(self.named_message)))
+
     def response(self, scope: Scope | None = None) -> Response:
         """Return the response, in the envelope of the API that the request uses. Without a scope, it is OpenAI's."""
         if scope is not None and is_for_anthropic(scope):
             body = self.anthropic_body(scope.get("state", {}).get("request_id"))
+        elif scope is not None and is_for_ollama(scope):
+            body = self.ollama_body()
         else:
             body = self.body()
         return Response(body, self.status, self.headers, media_type="application/json")
 
     @property
-    def anthropic_message(self) -> str:
-        """The message with the name of the field, since Anthropic's envelope has no `param`."""
+    def named_message(self) -> str:
+        """The message with the name of the field, for envelopes that have no `param`."""
         return self.message if self.param is None or self.param in self.message else f"{self.param}: {self.message}"
+
+    @property
+    def anthropic_message(self) -> str:
+        """The message in Anthropic's envelope."""
+        return self.named_message
 
 
 def _valid(message: str) -> str:
@@ -111,6 +129,11 @@ def is_for_anthropic(scope: Scope) -> bool:
     if f"{scope['path']}/".startswith("/v1/messages/"):
         return True
     return any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
+def is_for_ollama(scope: Scope) -> bool:
+    """Return whether a request uses Ollama's API."""
+    return str(scope["path"]).startswith("/api/")
 
 
 class BadRequestError(APIError):
@@ -339,6 +362,13 @@ class ServerError(APIError):
         if request_id is not None:
             message += f" Please include the request ID {request_id} when you report it."
         super().__init__(500, message, type="server_error", headers={"x-should-retry": "false"})
+
+
+class NotImplementedAPIError(APIError):
+    """An operation of a supported API that this server does not have. Clients must not retry it."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(501, detail, code="not_implemented", headers={"x-should-retry": "false"})
 
 
 class EngineUnavailableError(APIError):

@@ -80,6 +80,11 @@ def test_the_examples_work_and_answers_are_as_described(server: RunningServer) -
             assert data
             for event in data:
                 check(json.loads(event), answers["text/event-stream"]["schema"], whole)
+        if "application/x-ndjson" in answers:
+            lines = httpx.post(server.url + path, json=content["example"] | {"stream": True}).text.splitlines()
+            assert len(lines) > 1
+            for line in lines:
+                check(json.loads(line), answers["application/x-ndjson"]["schema"], whole)
 
 
 def test_the_answers_that_are_shown_are_as_described(server: RunningServer) -> None:

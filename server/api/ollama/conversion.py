@@ -1,0 +1,303 @@
+"""Converts requests of Ollama's API to chat completion requests, and those without a chat template to completions."""
+
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from server.api.chat.request_builder import build_request, reject_chat_only_fields, tool_call
+from server.api.chat.schemas import ChatCompletionRequest
+from server.api.completions.schemas import CompletionRequest
+from server.api.embeddings.schemas import EmbeddingRequest
+from server.api.ollama.schemas import (
+    OllamaAnswerRequest,
+    OllamaCall,
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaMessage,
+    OllamaRequest,
+)
+from server.api.ollama.writer import MakeAnswer, OllamaWriter
+from server.constrained.constraints import Constraint
+from server.context import ServerContext
+from server.generation.endpoint import AnswerMetadata, Endpoint
+from server.generation.prompts import Prompt, encode_prompt
+from server.http.errors import InvalidValueError, UnsupportedParameterError
+from server.schemas.generation_request import GenerationRequest
+
+Body = TypeVar("Body", bound=GenerationRequest)
+
+LATEST = ":latest"  # the tag of a name without one
+SAME_OPTIONS = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop"),
+    *("repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty"),
+    *("mirostat", "mirostat_tau", "mirostat_eta"),
+)
+OPTIONS: Mapping[str, str] = {"num_predict": "max_tokens", **{name: name for name in SAME_OPTIONS}}  # -> our parameter
+INTEGERS = frozenset(("num_predict", "top_k", "seed", "repeat_last_n", "mirostat"))
+OTHER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
+    r"response_format(\.json_schema)?(\.schema)?": "format",
+    "reasoning_effort": "think",
+}
+EMBED_NAMES = {"truncate_prompt_tokens": "truncate"}
+EMBEDDINGS_NAMES = {"input": "prompt"}
+NO_IMAGES = "Models of this server read text only."
+CALL_ID = "call{:05d}"  # nine letters and digits, which Mistral's templates require
+
+
+class OllamaChatCompletionRequest(ChatCompletionRequest):
+    """A chat request whose timings are always reported."""
+
+    @property
+    def wants_timings(self) -> bool:
+        return True
+
+
+class OllamaCompletionRequest(CompletionRequest):
+    """A completion request whose timings are always reported, and whose length is limited by the context alone."""
+
+    @property
+    def wants_timings(self) -> bool:
+        return True
+
+    @property
+    def default_max_output_tokens(self) -> int | None:
+        return None
+
+
+def served_name(context: ServerContext, name: str) -> str:
+    """Return the name of a served model, without the tag `:latest` unless the model is served with it."""
+    is_served = any(model.name == name for model in context.served_models)
+    return name if is_served else name.removesuffix(LATEST)
+
+
+def tagged_name(name: str) -> str:
+    """Return the name with the tag that Ollama's clients expect."""
+    return name if ":" in name.rpartition("/")[2] else name + LATEST
+
+
+def error_names(body: OllamaAnswerRequest) -> dict[str, str]:
+    """Return the parameter names to use in errors.
+
+    A field that the client sent under its chat completions name keeps that name.
+    """
+    names = OTHER_NAMES | {rf"{OPTIONS[name]}(?=$|\[)": f"options.{name}" for name in _options(body) if name in OPTIONS}
+    if isinstance(body, OllamaGenerateRequest):
+        names["messages"] = "prompt"
+    sent = body.model_extra or {}
+    return {pattern: name for pattern, name in names.items() if not any(re.match(pattern, field) for field in sent)}
+
+
+def ignored_names(body: OllamaRequest) -> list[str]:
+    """Return the names of the declared fields and options of a request that have no effect."""
+    used = OPTIONS if isinstance(body, OllamaAnswerRequest) else {}
+    options = [f"options.{name}" for name, value in _options(body).items() if name not in used and value is not None]
+    return options if body.keep_alive is None else [*options, "keep_alive"]
+
+
+def unloads(keep_alive: float | str | None) -> bool:
+    """Return whether a request without a prompt asks to unload the model: with 0, or a duration of zero as text."""
+    if isinstance(keep_alive, str):
+        digits = re.sub(r"[a-zµ]", "", keep_alive)
+        return digits != "" and digits.strip("0.") == ""
+    return keep_alive == 0
+
+
+def to_chat(body: OllamaChatRequest, model: str, *, reads_effort: bool = True) -> OllamaChatCompletionRequest:
+    """Convert a request that has messages. Raises BadRequestError."""
+    return _build(
+        body,
+        model,
+        {
+            "messages": list(_turns(body.messages or ())),
+            "tools": [{"type": "function", **tool} for tool in body.tools or ()] or None,
+        },
+        OllamaChatCompletionRequest,
+        reads_effort=reads_effort,
+    )
+
+
+def generate_to_chat(
+    body: OllamaGenerateRequest, model: str, *, reads_effort: bool = True
+) -> OllamaChatCompletionRequest:
+    """Convert a request with a prompt to a chat of one message, or two with `system`. Raises BadRequestError."""
+    _check_generate(body)
+    system = [{"role": "system", "content": body.system}] if body.system else []
+    messages = [*system, {"role": "user", "content": body.prompt}]
+    return _build(body, model, {"messages": messages}, OllamaChatCompletionRequest, reads_effort=reads_effort)
+
+
+def generate_to_completion(body: OllamaGenerateRequest, model: str) -> OllamaCompletionRequest:
+    """Convert a request whose prompt is completed as it is, or that has a suffix. Raises BadRequestError."""
+    _check_generate(body)
+    ignored = ["system"] if body.system and not body.raw else []  # models are trained to fill in without one
+    for name in ("system", "context"):
+        if getattr(body, name) and name not in ignored:
+            other = "'raw': true" if body.raw else "'suffix'"
+            raise InvalidValueError(f"Invalid '{name}': not allowed with {other}.", param=name)
+    fields: dict[str, Any] = {"prompt": body.prompt, "suffix": body.suffix or None}
+    if body.logprobs:
+        fields["logprobs"] = body.top_logprobs or 0
+    return _build(body, model, fields, OllamaCompletionRequest, reads_effort=False, ignored=ignored)
+
+
+def _check_generate(body: OllamaGenerateRequest) -> None:
+    if body.images:
+        raise UnsupportedParameterError("images", NO_IMAGES)
+    if body.template:
+        raise UnsupportedParameterError("template", "Render the prompt yourself and send it with 'raw'.")
+
+
+def _build(
+    body: OllamaAnswerRequest,
+    model: str,
+    fields: Mapping[str, Any],
+    result: type[Body],
+    *,
+    reads_effort: bool,
+    ignored: Sequence[str] = (),
+) -> Body:
+    ignored = [*ignored_names(body), *ignored, *(("think",) if body.think and not reads_effort else ())]
+    is_chat = issubclass(result, ChatCompletionRequest)
+    shared = {
+        "model": model,
+        "stream": body.stream is not False,
+        "response_format": _response_format(body.format),
+        "reasoning_effort": _effort(body.think) if reads_effort else None,
+        "logprobs": body.logprobs if is_chat else None,
+        "top_logprobs": body.top_logprobs if is_chat else None,
+        **_sampling(body),
+    }
+    reject_chat_only_fields(body)
+    return build_request(body, {**shared, **fields}, result, ignored=ignored)
+
+
+def _options(body: OllamaRequest) -> Mapping[str, Any]:
+    return body.options or {}
+
+
+def _sampling(body: OllamaRequest) -> dict[str, Any]:
+    """Return the options as parameters of this server."""
+    fields = {OPTIONS[name]: _number(name, value) for name, value in _options(body).items() if name in OPTIONS}
+    max_tokens = fields.get("max_tokens")
+    if isinstance(max_tokens, int) and max_tokens <= 0:  # as much as fits the context
+        fields["max_tokens"] = None
+    return fields
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return 40.0 as 40 for an option that is an integer, as Ollama does."""
+    return int(value) if name in INTEGERS and isinstance(value, float) and value.is_integer() else value
+
+
+def _response_format(format: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    if format in (None, ""):
+        return None
+    if isinstance(format, dict):
+        return {"type": "json_schema", "json_schema": {"name": "format", "schema": format}}
+    return {"type": "json_object"}
+
+
+def _effort(think: bool | str | None) -> str | None:
+    if isinstance(think, bool):
+        return "medium" if think else "none"
+    return think
+
+
+def _turns(messages: Sequence[OllamaMessage]) -> Iterator[dict[str, Any]]:
+    """Yield the messages of chat completions. Calls and results without ids, as most clients send them, get some."""
+    num_calls = 0
+    waiting: deque[tuple[str, str]] = deque()  # name and id of the calls whose results follow
+    for index, message in enumerate(messages):
+        if message.images:
+            raise UnsupportedParameterError(f"messages[{index}].images", NO_IMAGES)
+        calls = [_call(call, num_calls + number) for number, call in enumerate(message.tool_calls or ())]
+        num_calls += len(calls)
+        waiting.extend((call["function"]["name"], call["id"]) for call in calls)
+        turn = {
+            "content": message.content or "",
+            "name": message.tool_name,
+            "reasoning_content": message.thinking or None,
+            "tool_calls": calls or None,
+            "tool_call_id": message.tool_call_id,
+        }
+        if message.role == "tool" and message.tool_call_id is None and waiting:
+            turn["tool_call_id"] = _answered(waiting, message.tool_name)
+        yield {"role": message.role, **{name: value for name, value in turn.items() if value is not None}}
+
+
+def _call(call: OllamaCall, number: int) -> dict[str, Any]:
+    arguments = msgspec.json.encode(call.function.arguments).decode()
+    return tool_call(call.id or CALL_ID.format(number), call.function.name, arguments)
+
+
+def _answered(waiting: deque[tuple[str, str]], name: str | None) -> str:
+    """Remove the call that a result answers: the first one with its name, or the first one. Return its id."""
+    index = next((index for index, (called, _) in enumerate(waiting) if called == name), 0)
+    _, call_id = waiting[index]
+    del waiting[index]
+    return call_id
+
+
+def embed_request(body: OllamaEmbedRequest, model: str) -> EmbeddingRequest:
+    """Convert a request that has an input. Raises BadRequestError."""
+    fields = {
+        "input": body.input,
+        "dimensions": body.dimensions or None,
+        **({} if body.truncate is False else {"truncate_prompt_tokens": -1, "truncation_side": "right"}),
+    }
+    return _embedding_request(body, model, fields)
+
+
+def embeddings_request(body: OllamaEmbeddingsRequest, model: str) -> EmbeddingRequest:
+    """Convert a request of the older form that has a prompt. Raises BadRequestError."""
+    return _embedding_request(body, model, {"input": body.prompt})
+
+
+def _embedding_request(body: OllamaRequest, model: str, fields: Mapping[str, Any]) -> EmbeddingRequest:
+    return build_request(body, {"model": model, **fields}, EmbeddingRequest, ignored=ignored_names(body))
+
+
+@dataclass(frozen=True, slots=True)
+class OllamaEndpoint(Generic[Body]):
+    """An endpoint for the generation pipeline whose answers are written in Ollama's form."""
+
+    inner: Endpoint[Body]  # that of the API to which the request was converted
+    model: str  # name of the model in answers: the one that the client sent
+    noun: str
+    make_answer: MakeAnswer
+    with_logprobs: bool = False
+    context_ids: Sequence[int] | None = None  # of an earlier answer; None: the answer does not return its own
+
+    id_prefix = "ollama-"
+
+    def ignored_fields(self, context: ServerContext, body: Body) -> list[str]:
+        return self.inner.ignored_fields(context, body)
+
+    def encode(self, context: ServerContext, body: Body) -> list[Prompt]:
+        prompts = self.inner.encode(context, body)
+        if self.context_ids:
+            earlier = encode_prompt(context, list(self.context_ids), noun="context").token_ids
+            for prompt in prompts:
+                prompt.token_ids = [*earlier, *prompt.token_ids]
+        return prompts
+
+    def constraint(self, context: ServerContext, body: Body, prompt: Prompt) -> Constraint | None:
+        return self.inner.constraint(context, body, prompt)
+
+    def writer(
+        self, context: ServerContext, body: Body, metadata: AnswerMetadata, prompts: Sequence[Prompt]
+    ) -> OllamaWriter:
+        return OllamaWriter(
+            context.tokenizer,
+            self.model,
+            self.make_answer,
+            prompt_ids=None if self.context_ids is None else prompts[0].token_ids,
+            with_logprobs=self.with_logprobs,
+            explains=body.lightwell is not None and bool(body.lightwell.explain),
+        )

@@ -1,0 +1,199 @@
+"""Ollama's API, as far as its clients need it to use a model that is already loaded."""
+
+import importlib.metadata
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.api.chat.conversion import ChatEndpoint, reads_effort
+from server.api.chat.request_builder import renamed_errors
+from server.api.completions.conversion import CompletionEndpoint
+from server.api.embeddings.pipeline import Embeddings, embed, validate
+from server.api.embeddings.schemas import EmbeddingRequest
+from server.api.ollama.conversion import (
+    EMBED_NAMES,
+    EMBEDDINGS_NAMES,
+    OllamaEndpoint,
+    embed_request,
+    embeddings_request,
+    error_names,
+    generate_to_chat,
+    generate_to_completion,
+    ignored_names,
+    served_name,
+    to_chat,
+    unloads,
+)
+from server.api.ollama.models import list_loaded, list_models, show_model
+from server.api.ollama.schemas import (
+    OllamaChatRequest,
+    OllamaEmbedAnswer,
+    OllamaEmbeddingsAnswer,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaRequest,
+    OllamaShowRequest,
+    OllamaVersion,
+)
+from server.api.ollama.writer import MakeAnswer, chat_answer, generate_answer, loaded_answer, write_embeddings
+from server.context import get_context
+from server.generation.pipeline import respond
+from server.generation.preamble import begin
+from server.http.errors import NotImplementedAPIError
+from server.http.json_response import StructResponse
+from server.http.json_route import StrictJSONRoute
+from server.http.sse import NDJSON, run_until_disconnect
+
+OLLAMA_VERSION = "0.32.15"
+
+
+class OllamaRoute(StrictJSONRoute):
+    """A route for JSON bodies of any Content-Type: curl as in Ollama's documentation sends none for JSON.
+
+    A web page must say that its body is JSON, so that its browser asks first whether it may send it.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def lenient_handler(request: Request) -> Response:
+            if "origin" not in request.headers:
+                others = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
+                headers = [*others, (b"content-type", b"application/json")]
+                request = Request({**request.scope, "headers": headers}, request.receive)
+            return await handler(request)
+
+        return lenient_handler
+
+
+router = APIRouter(route_class=OllamaRoute)
+
+
+@router.post("/api/chat")
+async def chat(request: Request, body: OllamaChatRequest) -> Response:
+    """Generate the next message of a conversation."""
+    if not body.messages:
+        return _loaded(request, body, chat_answer)
+    context = get_context(request)
+    with renamed_errors(error_names(body)):
+        model = served_name(context, body.model)
+        converted = to_chat(body, model, reads_effort=reads_effort(context.chat_template))
+        endpoint = OllamaEndpoint(ChatEndpoint(), body.model, "messages", chat_answer, bool(body.logprobs))
+        return await respond(request, converted, endpoint, stream_format=NDJSON)
+
+
+@router.post("/api/generate")
+async def generate(request: Request, body: OllamaGenerateRequest) -> Response:
+    """Generate an answer to a prompt."""
+    if not body.prompt:
+        return _loaded(request, body, generate_answer)
+    context, with_logprobs = get_context(request), bool(body.logprobs)
+    model = served_name(context, body.model)
+    with renamed_errors(error_names(body)):
+        if body.raw or body.suffix:
+            completion = generate_to_completion(body, model)
+            raw = OllamaEndpoint(CompletionEndpoint(), body.model, "prompt", generate_answer, with_logprobs)
+            return await respond(request, completion, raw, stream_format=NDJSON)
+        converted = generate_to_chat(body, model, reads_effort=reads_effort(context.chat_template))
+        endpoint = OllamaEndpoint(
+            ChatEndpoint(), body.model, "prompt", generate_answer, with_logprobs, context_ids=body.context or ()
+        )
+        return await respond(request, converted, endpoint, stream_format=NDJSON)
+
+
+def _loaded(request: Request, body: OllamaRequest, make_answer: MakeAnswer) -> Response:
+    """Answer a request without a prompt, by which clients load a model or unload it."""
+    get_context(request).client.ready_info()
+    reason = "unload" if unloads(body.keep_alive) else "load"
+    return _without_input(request, body, loaded_answer(make_answer, body.model, reason=reason))
+
+
+def _without_input(request: Request, body: OllamaRequest, answer: msgspec.Struct) -> Response:
+    """Send an answer that needs no engine, if the request is valid."""
+    model = served_name(get_context(request), body.model)
+    preamble = begin(request, body, model=model, ignored=ignored_names(body))
+    return StructResponse(answer, headers=preamble.accept())
+
+
+@router.post("/api/embed")
+async def embed_texts(request: Request, body: OllamaEmbedRequest) -> Response:
+    """Return the embeddings of one or more texts."""
+    if not body.input:
+        return _without_input(request, body, OllamaEmbedAnswer(model=body.model, embeddings=[]))
+    with renamed_errors(EMBED_NAMES):
+        converted = embed_request(body, served_name(get_context(request), body.model))
+        embeddings, headers = await _embed(request, converted)
+    content = await get_context(request).run_text_work(write_embeddings, body, embeddings)
+    return Response(content, headers=headers, media_type="application/json")
+
+
+@router.post("/api/embeddings")
+async def embed_text(request: Request, body: OllamaEmbeddingsRequest) -> Response:
+    """Return the embedding of one text; the older form of /api/embed."""
+    if not body.prompt:
+        return _without_input(request, body, OllamaEmbeddingsAnswer([]))
+    with renamed_errors(EMBEDDINGS_NAMES):
+        converted = embeddings_request(body, served_name(get_context(request), body.model))
+        embeddings, headers = await _embed(request, converted)
+    return StructResponse(OllamaEmbeddingsAnswer(embeddings.vectors[0]), headers=headers)
+
+
+async def _embed(request: Request, body: EmbeddingRequest) -> tuple[Embeddings, dict[str, str]]:
+    model, headers = validate(request, body)
+    return await run_until_disconnect(request, embed(request, body, model)), headers
+
+
+@router.post("/api/show")
+async def show(request: Request, body: OllamaShowRequest) -> Response:
+    """Return the properties of a model."""
+    context = get_context(request)
+    name = body.model or body.name or ""
+    preamble = begin(request, body, model=served_name(context, name))
+    info = await context.run_text_work(show_model, context, preamble.model)
+    return StructResponse(info, headers=preamble.accept())
+
+
+@router.head("/api/tags", include_in_schema=False)
+@router.get("/api/tags")
+async def tags(request: Request) -> Response:
+    """List the served model and its LoRA adapters."""
+    context = get_context(request)
+    return StructResponse(await context.run_text_work(list_models, context))
+
+
+@router.get("/api/ps")
+async def running(request: Request) -> Response:
+    """List the loaded models, which are all of them."""
+    context = get_context(request)
+    return StructResponse(await context.run_text_work(list_loaded, context))
+
+
+@router.head("/api/version", include_in_schema=False)
+@router.get("/api/version")
+async def version() -> Response:
+    """Return the version of Ollama whose API this is, and that of the server."""
+    return StructResponse(OllamaVersion(OLLAMA_VERSION, importlib.metadata.version("lightwell")))
+
+
+file_operations = APIRouter()  # which need no valid body to be refused
+
+
+@file_operations.post("/api/pull", include_in_schema=False)
+@file_operations.post("/api/push", include_in_schema=False)
+@file_operations.post("/api/create", include_in_schema=False)
+@file_operations.post("/api/copy", include_in_schema=False)
+@file_operations.delete("/api/delete", include_in_schema=False)
+@file_operations.head("/api/blobs/{digest}", include_in_schema=False)
+@file_operations.post("/api/blobs/{digest}", include_in_schema=False)
+async def not_implemented(request: Request) -> Response:
+    """Refuse an operation on model files."""
+    name = request.url.path.removeprefix("/api/").partition("/")[0]
+    raise NotImplementedAPIError(
+        f"'{name}' is not supported: the model and its adapters are chosen when this server is started."
+    )
+
+
+router.include_router(file_operations)

@@ -1,0 +1,53 @@
+"""Describes the weights of a model from the headers of its files, without reading the weights."""
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.shared.ggml import GGML_TYPES
+from engine.shared.gguf import GGUFFile
+
+
+class WeightFiles(NamedTuple):
+    """Properties of the weights on disk. All but the format are 0 or empty if there are none."""
+
+    format: str  # gguf, safetensors
+    num_bytes: int
+    num_parameters: int
+    number_format: str  # of most of the parameters: Q4_1, BF16, ...
+
+
+def describe_weights(path: Path) -> WeightFiles:
+    """Describe a GGUF file, or the safetensors files in a folder. Raises OSError or ValueError for invalid files."""
+    files = [path] if path.is_file() else sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    sizes: Counter[str] = Counter()
+    for file in files:
+        for number_format, num_parameters in _gguf_tensors(file) if path.is_file() else _safetensors(file):
+            sizes[number_format] += num_parameters
+    return WeightFiles(
+        format="gguf" if path.is_file() else "safetensors",
+        num_bytes=sum(file.stat().st_size for file in files),
+        num_parameters=sizes.total(),
+        number_format=sizes.most_common(1)[0][0] if sizes else "",
+    )
+
+
+def _gguf_tensors(file: Path) -> Iterator[tuple[str, int]]:
+    """Yield the number format and the size of each tensor."""
+    with GGUFFile(file) as gguf:
+        for tensor in gguf.tensors.values():
+            yield GGML_TYPES[tensor.ggml_type].name, prod(tensor.shape)
+
+
+def _safetensors(file: Path) -> Iterator[tuple[str, int]]:
+    """Yield the number format and the size of each tensor. A file begins with the length of its JSON header."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            yield tensor["dtype"], prod(tensor["shape"])

@@ -1,0 +1,198 @@
+"""Conversion of Ollama's requests to chat completions, completions and embeddings."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from server.api.ollama.conversion import (
+    OPTIONS,
+    embed_request,
+    embeddings_request,
+    generate_to_chat,
+    generate_to_completion,
+    ignored_names,
+    tagged_name,
+    to_chat,
+    unloads,
+)
+from server.api.ollama.schemas import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+)
+from server.http.errors import BadRequestError
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+def fields_of(converted: BaseModel) -> dict[str, Any]:
+    """Return the fields that are set, without those that are always the same."""
+    fields = converted.model_dump(exclude_unset=True, by_alias=True)
+    del fields["model"]
+    return fields
+
+
+def chat(*, reads_effort: bool = True, **fields: Any) -> dict[str, Any]:
+    body = OllamaChatRequest.model_validate({"model": "tiny:latest", "messages": MESSAGES} | fields)
+    return fields_of(to_chat(body, "tiny", reads_effort=reads_effort))
+
+
+def generate(**fields: Any) -> OllamaGenerateRequest:
+    return OllamaGenerateRequest.model_validate({"model": "tiny", "prompt": "Hi"} | fields)
+
+
+def test_streaming_is_the_default() -> None:
+    assert chat() == {"messages": MESSAGES, "stream": True}
+    assert chat(stream=None)["stream"] is True
+    assert chat(stream=False)["stream"] is False
+
+
+def test_options_become_parameters() -> None:
+    options = {
+        "num_predict": 5,
+        "temperature": 0.5,
+        "top_k": 40.0,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "typical_p": 0.7,
+        "repeat_penalty": 1.1,
+        "repeat_last_n": -1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.3,
+        "seed": 7,
+        "stop": ["a", "b"],
+        "mirostat": 2,
+        "mirostat_tau": 3.0,
+        "mirostat_eta": 0.2,
+    }
+    assert options.keys() == OPTIONS.keys()
+    converted = chat(options=options)
+    assert (converted.pop("max_tokens"), converted["top_k"], type(converted["top_k"])) == (5, 40, int)
+    del options["num_predict"]
+    assert {name: converted[name] for name in options} == options
+
+
+@pytest.mark.parametrize("num_predict", [-1, -2, 0, None])
+def test_unlimited_answers(num_predict: int | None) -> None:
+    assert "max_tokens" not in chat(options={"num_predict": num_predict})
+
+
+def test_other_options_are_ignored_and_named() -> None:
+    options = {"num_ctx": 4096, "num_keep": 4, "tfs_z": 1.0, "num_gpu": None, "seed": 1}
+    body = OllamaChatRequest.model_validate({"model": "tiny", "options": options, "keep_alive": "5m"})
+    assert ignored_names(body) == ["options.num_ctx", "options.num_keep", "options.tfs_z", "keep_alive"]
+    assert chat(options=options, keep_alive=0)["options.num_ctx"] is True  # reported as unknown fields are
+
+
+def test_formats() -> None:
+    assert "response_format" not in chat(format="") | chat(format=None)
+    assert chat(format="json")["response_format"] == {"type": "json_object"}
+    named = chat(format=SCHEMA)["response_format"]
+    assert (named["type"], named["json_schema"]["schema"]) == ("json_schema", SCHEMA)
+    assert chat(format={})["response_format"]["json_schema"]["schema"] == {}
+
+
+@pytest.mark.parametrize(("think", "effort"), [(True, "medium"), (False, "none"), ("low", "low"), ("max", "max")])
+def test_thinking(think: bool | str, effort: str) -> None:
+    assert chat(think=think)["reasoning_effort"] == effort
+    without = chat(think=think, reads_effort=False)
+    assert "reasoning_effort" not in without
+    assert ("think" in without) == bool(think)  # named as ignored
+
+
+def test_a_conversation_with_tools() -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
+    messages = [
+        {"role": "User", "content": "Add."},
+        {"role": "assistant", "content": "", "thinking": "Hm.", "tool_calls": [call, {"function": {"name": "sub"}}]},
+        {"role": "tool", "content": "1", "tool_name": "sub"},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "tool_calls": [call | {"id": "own"}]},
+        {"role": "tool", "content": "4", "tool_call_id": "own"},
+    ]
+    user, assistant, sub, add, last, own = chat(messages=messages)["messages"]
+    assert user == {"role": "user", "content": "Add."}
+    assert (assistant["reasoning_content"], assistant["content"]) == ("Hm.", "")
+    ids = [each["id"] for each in assistant["tool_calls"]]
+    assert len(set(ids)) == 2
+    assert all(len(each) == 9 and each.isalnum() for each in ids)  # as Mistral's templates require
+    assert json.loads(assistant["tool_calls"][0]["function"]["arguments"]) == {"a": 1, "b": "é"}
+    assert json.loads(assistant["tool_calls"][1]["function"]["arguments"]) == {}
+    assert sub == {"role": "tool", "content": "1", "name": "sub", "tool_call_id": ids[1]}
+    assert add == {"role": "tool", "content": "3", "tool_call_id": ids[0]}
+    assert last["tool_calls"][0]["id"] == own["tool_call_id"] == "own"
+
+
+def test_tools() -> None:
+    function = {"name": "add", "parameters": SCHEMA}
+    assert chat(tools=[{"function": function}])["tools"] == [{"type": "function", "function": function}]
+    assert "tools" not in chat(tools=[])
+
+
+def test_a_prompt_becomes_a_chat() -> None:
+    assert generate_to_chat(generate(), "tiny").model_dump(exclude_unset=True)["messages"] == MESSAGES
+    system, user = fields_of(generate_to_chat(generate(system="Be brief."), "tiny"))["messages"]
+    assert (system, user) == ({"role": "system", "content": "Be brief."}, MESSAGES[0])
+
+
+def test_a_raw_prompt_becomes_a_completion() -> None:
+    body = generate_to_completion(generate(raw=True, logprobs=True, top_logprobs=2), "tiny")
+    assert fields_of(body) == {"prompt": ["Hi"], "stream": True, "logprobs": 2}
+    assert (body.default_max_output_tokens, body.wants_timings) == (None, True)
+    assert fields_of(generate_to_completion(generate(suffix="end", system="Be brief."), "tiny")) == {
+        **{"prompt": ["Hi"], "suffix": "end", "stream": True},
+        "system": True,  # named as ignored
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"raw": True, "system": "x"}, "system"),
+        ({"raw": True, "context": [1]}, "context"),
+        ({"suffix": "x", "context": [1]}, "context"),
+        ({"raw": True, "template": "{{ .Prompt }}"}, "template"),
+        ({"raw": True, "images": ["aGk="]}, "images"),
+    ],
+)
+def test_what_a_prompt_cannot_have(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        generate_to_completion(generate(**fields), "tiny")
+    assert caught.value.param == param
+
+
+def test_images_in_messages_are_refused() -> None:
+    with pytest.raises(BadRequestError, match="text only") as caught:
+        chat(messages=[*MESSAGES, {"role": "user", "content": "?", "images": ["aGk="]}])
+    assert caught.value.param == "messages[1].images"
+    assert chat(messages=[MESSAGES[0] | {"images": []}])["messages"] == MESSAGES
+
+
+def test_embeddings() -> None:
+    def embed(**fields: Any) -> dict[str, Any]:
+        body = OllamaEmbedRequest.model_validate({"model": "tiny", "input": "a"} | fields)
+        return fields_of(embed_request(body, "tiny"))
+
+    assert embed() == {"input": ["a"], "truncate_prompt_tokens": -1, "truncation_side": "right"}
+    assert embed(truncate=False, dimensions=3) == {"input": ["a"], "dimensions": 3}
+    assert embed(input=["a", "b"], truncate=False, dimensions=0) == {"input": ["a", "b"]}
+    assert embed(truncate=False, options={"temperature": 1})["options.temperature"] is True
+    older = OllamaEmbeddingsRequest.model_validate({"model": "tiny", "prompt": "a"})
+    assert fields_of(embeddings_request(older, "tiny")) == {"input": ["a"]}
+
+
+def test_names_get_a_tag() -> None:
+    names = ["tiny", "org/tiny", "host:80/tiny", "tiny:135m"]
+    assert [tagged_name(name) for name in names] == [
+        *("tiny:latest", "org/tiny:latest", "host:80/tiny:latest"),
+        "tiny:135m",
+    ]
+
+
+def test_when_a_model_is_unloaded() -> None:
+    assert [value for value in (0, 0.0, "0", "0s", "0h0m", "0.0s") if not unloads(value)] == []
+    assert [value for value in (None, -1, 1, "5m", "10s", "-1", "", "s", "0h1m") if unloads(value)] == []

@@ -1,0 +1,44 @@
+"""Descriptions of weight files, compared with what the packages of their formats read."""
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from server.weight_files import WeightFiles, describe_weights
+
+
+def test_a_gguf_file(smollm2_path: Path) -> None:
+    tensors = gguf.GGUFReader(smollm2_path).tensors
+    weights = describe_weights(smollm2_path)
+    assert weights.num_parameters == sum(int(tensor.n_elements) for tensor in tensors)
+    assert (weights.format, weights.number_format) == ("gguf", "Q4_1")
+    assert weights.num_bytes == smollm2_path.stat().st_size
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    parts = [{"a": torch.zeros(3, 5, dtype=torch.bfloat16)}, {"b": torch.zeros(7), "c": torch.zeros(())}]
+    for number, tensors in enumerate(parts, start=1):
+        save_file(tensors, tmp_path / f"model-{number}-of-2.safetensors", metadata={"format": "pt"})
+    save_file({"a": torch.zeros(100)}, tmp_path / "consolidated.safetensors")  # a copy in another layout
+    weights = describe_weights(tmp_path)
+    num_parameters = 0
+    for file in tmp_path.glob("model*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            num_parameters += sum(opened.get_tensor(name).numel() for name in opened.keys())  # noqa: SIM118
+    num_bytes = sum(file.stat().st_size for file in tmp_path.glob("model*"))
+    assert weights == WeightFiles("safetensors", num_bytes, num_parameters, "BF16")
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    assert describe_weights(tmp_path) == WeightFiles("safetensors", 0, 0, "")
+
+
+def test_an_invalid_header(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0" + b"{")
+    with pytest.raises(json.JSONDecodeError):
+        describe_weights(tmp_path)
