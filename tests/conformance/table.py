@@ -20,6 +20,7 @@ CAPABILITIES = (
     "completions",
     "responses",
     "messages",
+    "embeddings",
     "models",
     "errors",
 )
@@ -65,6 +66,9 @@ CLIENTS = (
     Client("instructor", "instructor_client.py", lock="instructor"),
     Client("pydantic-ai-slim", "pydantic_ai_client.py"),
     Client("@ai-sdk/openai-compatible", "ai_sdk_client.mjs"),
+    Client("ollama", "ollama_client.py"),
+    Client("ollama", "ollama_client.mjs"),
+    Client("langchain-ollama", "langchain_ollama_client.py"),
 )
 
 

@@ -1,0 +1,106 @@
+"""LangChain's ChatOllama."""
+
+from typing import Any, Literal
+
+import ollama
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
+from pydantic import BaseModel, Field
+
+from tests.conformance.clients.harness import SECONDS, Server, exercises, refused
+
+QUESTION = "Tell me a long story."
+
+
+class Animal(BaseModel):
+    """An animal."""
+
+    name: str = Field(max_length=12)
+    legs: int = Field(ge=0, le=9)
+
+
+class GetWeather(BaseModel):
+    """The weather now."""
+
+    city: Literal["Paris", "Rome"]
+
+
+class Call(BaseModel):
+    """A format that makes the model write a call, since this API has no other way to force one."""
+
+    name: Literal["GetWeather"]
+    arguments: dict[str, str]
+
+
+def connection(server: Server) -> dict[str, Any]:
+    headers = {"authorization": f"Bearer {server.key}"}
+    return {"model": server.model, "base_url": server.url, "client_kwargs": {"headers": headers, "timeout": SECONDS}}
+
+
+def model_of(server: Server, **fields: Any) -> Any:
+    options = {"temperature": 0.8, "seed": 4, "num_predict": 8, "num_ctx": 2048, "keep_alive": "5m"}
+    return ChatOllama(**(connection(server) | {"validate_model_on_init": True} | options | fields))
+
+
+@exercises("chat", "streaming", "usage")
+def answer_and_stream(server: Server) -> None:
+    model = model_of(server)
+    answer = model.invoke([("system", "You tell stories."), ("human", QUESTION)])
+    chunks = list(model.stream([("system", "You tell stories."), ("human", QUESTION)]))
+    whole = sum(chunks[1:], chunks[0])
+    assert answer.content == whole.content != ""
+    assert answer.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"] == 8
+    assert answer.response_metadata["done_reason"] == "length"
+
+
+@exercises("async", "streaming")
+async def asynchronous(server: Server) -> None:
+    model = model_of(server)
+    answer = await model.ainvoke(QUESTION)
+    assert "".join([chunk.content async for chunk in model.astream(QUESTION)]) == answer.content != ""
+
+
+@exercises("tools")
+def tools(server: Server) -> None:
+    model = model_of(server, num_predict=60, format=Call.model_json_schema())
+    history: list[Any] = [HumanMessage("What is the weather in Paris?")]
+    answer = model.bind_tools([GetWeather]).invoke(history)
+    (call,) = answer.tool_calls
+    assert (call["name"], isinstance(call["args"], dict)) == ("GetWeather", True)
+    history += [answer, ToolMessage("Rain.", tool_call_id=call["id"])]
+    assert model_of(server).bind_tools([GetWeather]).invoke(history).content
+
+
+@exercises("structured output")
+def structured_output(server: Server) -> None:
+    model = model_of(server, num_predict=120).with_structured_output(Animal, include_raw=True)
+    answer = model.invoke("Invent an animal.")
+    assert isinstance(answer["parsed"], Animal), answer
+
+
+@exercises("logprobs")
+def logprobs(server: Server) -> None:
+    answer = model_of(server, logprobs=True, top_logprobs=2).invoke(QUESTION)
+    tokens = answer.response_metadata["logprobs"]
+    assert "".join(token["token"] for token in tokens) == answer.content
+
+
+@exercises("completions", "streaming")
+def completions(server: Server) -> None:
+    model = OllamaLLM(**connection(server), seed=4, num_predict=8)
+    assert model.invoke("Once upon a time") == "".join(model.stream("Once upon a time")) != ""
+
+
+@exercises("embeddings")
+def embeddings(server: Server) -> None:
+    model = OllamaEmbeddings(**connection(server))
+    one, other = model.embed_documents(["Hello", "world"])
+    assert model.embed_query("Hello") == one != other
+
+
+@exercises("errors")
+def errors(server: Server) -> None:
+    wrong = refused(ollama.ResponseError, model_of(server, temperature=3.0).invoke, input=QUESTION)
+    assert (wrong.status_code, "options.temperature" in wrong.error) == (400, True)
+    unknown = refused(ValueError, model_of, server=server, model="gpt-4")
+    assert f"{server.model}:latest" in str(unknown)
