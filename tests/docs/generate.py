@@ -9,6 +9,7 @@ from server.api.chat.schemas import ChatCompletionRequest
 from server.api.completions.schemas import CompletionRequest
 from server.api.embeddings.schemas import EmbeddingRequest
 from server.api.messages.schemas import MessagesRequest
+from server.api.ollama.schemas import OllamaChatRequest, OllamaEmbedRequest, OllamaGenerateRequest
 from server.api.rerank.schemas import RerankRequest, ScoreRequest
 from server.api.responses.schemas import ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
@@ -27,6 +28,9 @@ TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "chat": lambda: parameters.markdown_table(ChatCompletionRequest, without=GenerationRequest),
         "responses": lambda: parameters.markdown_table(ResponsesRequest),
         "messages": lambda: parameters.markdown_table(MessagesRequest),
+        "ollama-chat": lambda: parameters.markdown_table(OllamaChatRequest),
+        "ollama-generate": lambda: parameters.markdown_table(OllamaGenerateRequest),
+        "ollama-embed": lambda: parameters.markdown_table(OllamaEmbedRequest),
         "embeddings": lambda: parameters.markdown_table(EmbeddingRequest),
         "rerank": lambda: parameters.markdown_table(RerankRequest),
         "score": lambda: parameters.markdown_table(ScoreRequest),
