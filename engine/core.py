@@ -94,8 +94,12 @@ class Engine:
         self.scheduler.add(parent)
 
     def set_tokenizer(self, tokenizer: str) -> None:
-        """Set the text of the tokenizer.json, which requests with a grammar need. This takes a fraction of a second."""
+        """Set the text of the tokenizer.json, which requests with a grammar need."""
         self.grammars.set_tokenizer(tokenizer)
+
+    def prepare_grammars(self) -> None:
+        """Do what the first request with a grammar would have to wait for: a fraction of a second, but only once."""
+        self.grammars.prepare()
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End choice `index` of a request, or all its choices, without an event. Unknown ids are ignored."""

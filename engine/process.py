@@ -1,4 +1,4 @@
-"""The engine process: a loop that receives messages, runs steps, and sends events. Run by `python -m engine.process`.
+"""The engine process: a loop that receives messages, runs steps, and sends events.
 
 Each iteration sends at most one message to each API process. The loop is its own watchdog: if an iteration takes
 longer than `step_timeout`, the stacks of all threads are written to stderr and the process exits.
@@ -7,7 +7,6 @@ longer than `step_timeout`, the stacks of all threads are written to stderr and 
 from __future__ import annotations
 
 import faulthandler
-import gc
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ from engine.loading import load_model
 from engine.lora.slots import AdapterGoneError
 from engine.lora.updates import AdapterUpdates
 from engine.scheduling.record import StepClock
+from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
 from engine.shared.messages import (
     HEARTBEAT_SECONDS,
@@ -67,8 +67,11 @@ class EngineLoop:
 
     def run_once(self, timeout: float) -> None:
         """Receive messages, run at most one step, and send its events. Wait up to `timeout` seconds for a message."""
-        for identity, message in self.connections.receive(timeout):
+        messages = self.connections.receive(timeout)
+        for identity, message in messages:
             self.handle(identity, message)
+        if timeout == HEARTBEAT_SECONDS and not messages:
+            self.engine.prepare_grammars()
         for identity, done in self.adapter_updates.advance():
             self.announce_adapters(identity, done)
         step, events = self.engine.step()
@@ -159,8 +162,7 @@ def start(process_config: EngineProcessConfig) -> EngineLoop:
     logger.info("engine: ready after %.1f s: %s", process_age(), parts)
     loop = EngineLoop(engine, engine_info(loaded, config.model_path), connections)
     signal.signal(signal.SIGTERM, leave)
-    gc.collect()
-    gc.freeze()  # what is loaded stays, so the collector can skip it
+    collect_garbage()
     return loop
 
 

@@ -1,4 +1,4 @@
-"""The API process: `python -m server.main`, with an `ApiProcessConfig` as JSON on standard input.
+"""The API process, with an `ApiProcessConfig` as JSON on standard input.
 
 SIGTERM drains the server: it accepts no new work, finishes running requests and exits with code 0. A second SIGTERM
 ends it at once. If the engine dies, running requests fail, probes report it for `DEATH_GRACE` seconds, and the exit
@@ -8,7 +8,6 @@ code is 1. The configuration comes from standard input only, never from environm
 import asyncio
 import contextlib
 import errno
-import gc
 import logging
 import os
 import resource
@@ -24,6 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from engine.config import ModelConfig, load_model_config
+from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
 from engine.shared.messages import Vocabulary
 from engine.shared.parent_death import die_with_parent
@@ -94,6 +94,7 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
         return 1
     try:
         server = make_server(create_app(context), max_connections=raise_file_limit())
+        collect_garbage()
         logger.info("listening on %s", url(sockets[0]))
         return asyncio.run(Lifecycle(server, context, flush_logs).run(sockets))
     except Exception:
@@ -107,10 +108,7 @@ def prepare(config: ApiProcessConfig) -> tuple[list[socket.socket], ServerContex
     Raises OSError if the port cannot be bound, ValueError if the model's files are missing or invalid.
     """
     sockets = bind(config.settings.host, config.settings.port)
-    context = make_context(config)
-    gc.collect()
-    gc.freeze()  # keeps the collector from scanning the objects loaded so far, which live as long as the process
-    return sockets, context
+    return sockets, make_context(config)
 
 
 def make_context(config: ApiProcessConfig) -> ServerContext:

@@ -41,6 +41,8 @@ SHOW_CURSOR = "\x1b[?25h"
 SPIN_COUNT = {"GOMP_SPINCOUNT": "1000"}
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # if the user sets one of them, SPIN_COUNT does not apply
 
+LAUNCHER = (sys.executable, "-P", "-m", "engine.shared.launcher")
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -48,8 +50,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Commands:
     """Command lines of the children. -P keeps packages in the current folder from shadowing the installed ones."""
 
-    engine: Sequence[str] = (sys.executable, "-P", "-m", "engine.process")
-    api: Sequence[str] = (sys.executable, "-P", "-m", "server.main")
+    engine: Sequence[str] = (*LAUNCHER, "engine.process")
+    api: Sequence[str] = (*LAUNCHER, "server.main")
 
 
 class SupervisorError(Exception):

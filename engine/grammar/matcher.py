@@ -126,19 +126,27 @@ class GrammarManager:
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._eos_token_ids = eos_token_ids
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._tokenizer: str | None = None  # until `prepare` has read it
         self._compiler: GrammarCompiler | None = None
 
     def set_tokenizer(self, tokenizer: str) -> None:
-        """Set the vocabulary from the text of a tokenizer.json. Later calls are ignored: all are of the same model.
+        """Set the text of the tokenizer.json. Later calls are ignored: all are of the same model."""
+        if self._compiler is None:
+            self._tokenizer = tokenizer
+
+    def prepare(self) -> None:
+        """Read the tokenizer, unless it has been read or is not set. No Python thread runs meanwhile.
 
         If llguidance does not support the tokenizer, no request may have a grammar.
         """
-        if self._compiler is None:
+        if self._tokenizer is not None:
             with suppress(ValueError):
-                self._compiler = GrammarCompiler(tokenizer, self._eos_token_ids)
+                self._compiler = GrammarCompiler(self._tokenizer, self._eos_token_ids)
+            self._tokenizer = None
 
     def new_matcher(self, params: SamplingParams) -> Matcher:
         """Return a matcher for `params.grammar`, and start to compile it. The tokenizer must have been set."""
+        self.prepare()
         assert self._compiler is not None
         assert params.grammar is not None
         return Matcher(self._thread.submit(self._compiler.compile, params.grammar), params, self._eos_token_ids)

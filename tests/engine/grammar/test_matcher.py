@@ -12,7 +12,8 @@ import torch
 from llguidance import LLMatcher
 
 from engine.grammar.compiler import NUM_KEPT, GrammarCompiler, GrammarError
-from engine.grammar.matcher import Matcher
+from engine.grammar import matcher as matcher_module
+from engine.grammar.matcher import GrammarManager, Matcher
 from engine.sampling.sampler import apply_masks
 from engine.shared.messages import SamplingParams
 from server.text.tokenizer import Tokenizer
@@ -223,3 +224,20 @@ def test_masks_on_logits() -> None:
         assert torch.equal(logits, expected)
         apply_masks(logits, {})
         assert torch.equal(logits, expected)
+
+
+def test_the_tokenizer_is_read_once_and_not_before_it_is_needed(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(matcher_module, "GrammarCompiler", lambda text, _eos: texts.append(text) or compiler)
+    manager = GrammarManager(EOS_TOKEN_IDS)
+    manager.prepare()
+    manager.set_tokenizer("a tokenizer")
+    assert texts == []
+    params = SamplingParams(grammar=of_regex("ab"))
+    assert manager.new_matcher(params).masks([])[0] != b""
+    manager.set_tokenizer("a tokenizer")
+    manager.prepare()
+    manager.new_matcher(params)
+    assert texts == ["a tokenizer"]

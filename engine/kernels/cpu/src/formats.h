@@ -73,16 +73,18 @@ struct Quantised {
         return nibble;
     }
 
-    static void set_code(uint8_t* vector, int lane, int input, int code) {  // into zeroed memory
-        int step = input / 4, index = 4 * lane + input % 4;
-        if (BITS == 8) {
-            vector[64 * step + index] = uint8_t(code);
-            return;
+    // Stores the codes of a lane's GROUP inputs into zeroed memory. Four successive inputs are one word.
+    static INLINE void set_codes(uint8_t* vector, int lane, const uint8_t* codes) {
+        constexpr int HALF = BITS == 8 ? 0 : GROUP / 2, NUM_BYTES = GROUP - HALF;
+        uint8_t bytes[NUM_BYTES];
+        for (int i = 0; i < NUM_BYTES; i++)
+            bytes[i] = BITS == 8 ? codes[i] : uint8_t((codes[i] & 15) | codes[i + HALF] << 4);
+        for (int i = 0; i < NUM_BYTES; i += 4) memcpy(vector + 16 * i + 4 * lane, bytes + i, 4);
+        for (int i = 0; i < GROUP && HIGH_BYTES > 0; i++) {
+            int step = i / 4, index = 4 * lane + i % 4;
+            if (BITS == 5) vector[NIBBLE_BYTES + 8 * step + index / 8] |= uint8_t((codes[i] >> 4 & 1) << index % 8);
+            if (BITS == 6) vector[NIBBLE_BYTES + index] |= uint8_t((codes[i] >> 4 & 3) << 2 * step);
         }
-        bool is_high = step >= STEPS / 2;
-        vector[64 * (is_high ? step - STEPS / 2 : step) + index] |= uint8_t((code & 15) << (is_high ? 4 : 0));
-        if (BITS == 5) vector[NIBBLE_BYTES + 8 * step + index / 8] |= uint8_t((code >> 4 & 1) << index % 8);
-        if (BITS == 6) vector[NIBBLE_BYTES + index] |= uint8_t((code >> 4 & 3) << 2 * step);
     }
 
     static float zero_point() { return HAS_MINIMUM ? 0.0f : float(1 << (HAS_MINIMUM ? 0 : ZERO_SHIFT)); }

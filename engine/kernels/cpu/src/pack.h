@@ -149,8 +149,7 @@ void pack(const void* parameters, const Worker& worker) {
                 for (int g = 0; g < Block::BLOCK / Format::GROUP; g++) {
                     uint8_t* group = panel + (k / Format::GROUP + g) * Format::GROUP_BYTES;
                     uint8_t* vector = group + c / LANES * Format::VECTOR_BYTES;
-                    for (int i = 0; i < Format::GROUP; i++)
-                        Format::set_code(vector, int(c % LANES), i, codes[g * Format::GROUP + i]);
+                    Format::set_codes(vector, int(c % LANES), codes + g * Format::GROUP);
                     Format::Scale::store_one(group + Format::SCALES + c * Format::Scale::SIZE, scales[g]);
                     if (Format::HAS_MINIMUM)
                         Format::Scale::store_one(group + Format::MINIMA + c * Format::Scale::SIZE, minima[g]);
