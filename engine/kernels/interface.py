@@ -141,8 +141,10 @@ class Kernels(Protocol):
         """Return the bytes of one block in one layer."""
         ...
 
-    def new_layer_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
-        """Return an empty cache of one layer."""
+    def new_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> list[LayerCache]:
+        """Return an empty cache for each layer."""
         ...
 
     def rope_and_store_kv(

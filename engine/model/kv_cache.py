@@ -10,10 +10,9 @@ class KVCache:
     """The cache of each layer, in the layout of the kernels: `num_blocks` blocks of `block_size` tokens."""
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, kernels: Kernels) -> None:
-        self.layers: list[LayerCache] = [
-            kernels.new_layer_cache(num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-            for _ in range(config.num_hidden_layers)
-        ]
+        self.layers: list[LayerCache] = kernels.new_kv_cache(
+            config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim
+        )
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, kernels: Kernels) -> int:

@@ -251,7 +251,7 @@ def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, 
         kernels = TorchKernels(KernelOptions(torch.bfloat16), device)
     blocks_of_one = -(-context // loaded.memory.block_size)
     num_blocks = num_streams * blocks_of_one
-    cache = kernels.new_layer_cache(num_blocks, loaded.memory.block_size, shape.num_kv_heads, shape.head_dim)
+    (cache,) = kernels.new_kv_cache(1, num_blocks, loaded.memory.block_size, shape.num_kv_heads, shape.head_dim)
     tables = torch.randperm(num_blocks, device=device).view(num_streams, blocks_of_one)
     rows = torch.arange(num_streams, device=device)
     ones = np.ones(num_streams, dtype=np.int64)

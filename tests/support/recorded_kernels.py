@@ -106,7 +106,8 @@ class Sequences:
         num_blocks = [-(-length // block_size) for length in seq_lens]
         shuffled = np.random.default_rng(seed).permutation(sum(num_blocks) + 3)
         self.block_ids = [ids.tolist() for ids in np.split(shuffled, np.cumsum(num_blocks))[: len(seq_lens)]]
-        self.cache = kernels.new_layer_cache(len(shuffled), block_size, self.num_kv_heads, self.head_dim)
+        # The second of three layers, whose blocks alternate.
+        _, self.cache, _ = kernels.new_kv_cache(3, len(shuffled), block_size, self.num_kv_heads, self.head_dim)
         self.generated: set[int] = set()  # sequences whose tokens count as generated; they come first in a step
         self.forget()
         self.builder = BatchBuilder(2048, 64, max(seq_lens), block_size, CPU)

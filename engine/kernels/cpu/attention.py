@@ -45,20 +45,24 @@ def kv_cache_bytes(dtype: torch.dtype, block_size: int, num_kv_heads: int, head_
     return 2 * block_size * num_kv_heads * (head_dim * dtype.itemsize + scale_bytes)
 
 
-def new_layer_cache(
-    dtype: torch.dtype, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
-) -> LayerCache:
-    """Return an empty cache in the layout of kv_cache.h."""
+def new_kv_cache(
+    dtype: torch.dtype, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+) -> list[LayerCache]:
+    """Return an empty cache for each layer, in the layout of kv_cache.h.
+
+    A block of tokens is contiguous over all layers, so that a few tokens take a page of memory, not one in each layer.
+    """
     keys_shape: tuple[int, ...] = (num_blocks, num_kv_heads, head_dim, block_size)
     values_shape: tuple[int, ...] = (num_blocks, num_kv_heads, block_size, head_dim)
     if dtype == torch.bfloat16:
         keys_shape = (num_blocks, num_kv_heads, head_dim // 2, block_size, 2)
         values_shape = (num_blocks, num_kv_heads, block_size // 2, head_dim, 2)
-    keys, values = (lazy_zeros(shape, dtype) for shape in (keys_shape, values_shape))
+    all_layers = lazy_zeros((num_blocks, num_layers, 2, num_kv_heads * head_dim * block_size), dtype)
+    pairs = [(layer[:, 0].view(keys_shape), layer[:, 1].view(values_shape)) for layer in all_layers.unbind(1)]
     if dtype != torch.int8:
-        return LayerCache(keys, values)
-    shape = (num_blocks, num_kv_heads, block_size)
-    return LayerCache(keys, values, lazy_zeros(shape, torch.float32), lazy_zeros(shape, torch.float32))
+        return [LayerCache(*pair) for pair in pairs]
+    scales = lazy_zeros((num_blocks, num_layers, 2, num_kv_heads, block_size), torch.float32)
+    return [LayerCache(*pair, *layer.unbind(1)) for pair, layer in zip(pairs, scales.unbind(1), strict=True)]
 
 
 def rope_and_store_kv(
@@ -165,4 +169,5 @@ def _cache_parameters(cache: LayerCache) -> CacheParameters:
         block_size=cache.keys.shape[3],
         num_kv_heads=cache.keys.shape[1],
         head_dim=cache.keys.shape[2] * (2 if dtype == torch.bfloat16 else 1),
+        block_stride=cache.keys.stride(0) // cache.keys.stride(1),
     )

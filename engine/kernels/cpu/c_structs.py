@@ -149,6 +149,7 @@ class CacheParameters(Structure):
         ("block_size", c_int64),
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
+        ("block_stride", c_int64),
     ]
 
 

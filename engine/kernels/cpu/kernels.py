@@ -230,8 +230,10 @@ class CpuKernels:
     def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
         return attention.kv_cache_bytes(self.cache_dtype, block_size, num_kv_heads, head_dim)
 
-    def new_layer_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
-        return attention.new_layer_cache(self.cache_dtype, num_blocks, block_size, num_kv_heads, head_dim)
+    def new_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> list[LayerCache]:
+        return attention.new_kv_cache(self.cache_dtype, num_layers, num_blocks, block_size, num_kv_heads, head_dim)
 
     def rope_and_store_kv(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, cache: LayerCache

@@ -74,8 +74,11 @@ class TorchKernels:
     def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
         return 2 * block_size * num_kv_heads * head_dim * self.dtype.itemsize
 
-    def new_layer_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
-        return attention.new_layer_cache((num_blocks, block_size, num_kv_heads, head_dim), self.dtype, self.device)
+    def new_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> list[LayerCache]:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return [attention.new_layer_cache(shape, self.dtype, self.device) for _ in range(num_layers)]
 
     def rope_and_store_kv(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, cache: LayerCache

@@ -127,12 +127,17 @@ class TritonKernels:
         head_bytes = head_dim + 4 if self.cache_dtype == torch.int8 else head_dim * self.dtype.itemsize
         return 2 * block_size * num_kv_heads * head_bytes
 
-    def new_layer_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> LayerCache:
+    def new_kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> list[LayerCache]:
+        return [self._new_layer_cache((num_blocks, block_size, num_kv_heads, head_dim)) for _ in range(num_layers)]
+
+    def _new_layer_cache(self, shape: tuple[int, int, int, int]) -> LayerCache:
         """Keys and values are [B, N, KH, D], the scales of int8 [B, KH, N]."""
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
         if self.cache_dtype != torch.int8:
             return new_layer_cache(shape, self.dtype, self.device)
         keys, values = torch.zeros((2, *shape), dtype=torch.int8, device=self.device)
+        num_blocks, block_size, num_kv_heads, _ = shape
         scales = torch.zeros((2, num_blocks, num_kv_heads, block_size), device=self.device)
         return LayerCache(keys, values, *scales)
 

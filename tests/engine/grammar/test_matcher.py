@@ -11,8 +11,8 @@ import regex
 import torch
 from llguidance import LLMatcher
 
-from engine.grammar.compiler import NUM_KEPT, GrammarCompiler, GrammarError
 from engine.grammar import matcher as matcher_module
+from engine.grammar.compiler import NUM_KEPT, GrammarCompiler, GrammarError
 from engine.grammar.matcher import GrammarManager, Matcher
 from engine.sampling.sampler import apply_masks
 from engine.shared.messages import SamplingParams
@@ -230,12 +230,17 @@ def test_the_tokenizer_is_read_once_and_not_before_it_is_needed(
     tokenizer: Tokenizer, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts: list[str] = []
-    monkeypatch.setattr(matcher_module, "GrammarCompiler", lambda text, _eos: texts.append(text) or compiler)
+
+    def read(text: str, _eos_token_ids: object) -> GrammarCompiler:
+        texts.append(text)
+        return compiler
+
+    monkeypatch.setattr(matcher_module, "GrammarCompiler", read)
     manager = GrammarManager(EOS_TOKEN_IDS)
     manager.prepare()
     manager.set_tokenizer("a tokenizer")
     assert texts == []
-    params = SamplingParams(grammar=of_regex("ab"))
+    params = SamplingParams(max_tokens=5, grammar=of_regex("ab"))
     assert manager.new_matcher(params).masks([])[0] != b""
     manager.set_tokenizer("a tokenizer")
     manager.prepare()

@@ -164,7 +164,7 @@ struct Attention {
     int64_t num_packed() const { return item.num_rows * group_size; }
     int64_t position(int64_t packed) const { return item.first_position + packed / group_size; }
     int64_t first_visible(int64_t packed) const { return p.window ? max_of(0, position(packed) - p.window + 1) : 0; }
-    int64_t head_block(int64_t token) const { return table[token / block_size] * p.cache.num_kv_heads + head; }
+    int64_t head_block(int64_t token) const { return table[token / block_size] * p.cache.block_stride + head; }
     int64_t block_bytes() const { return block_size * size * int64_t(sizeof(Element)); }
 
     const uint8_t* keys_of(int64_t token) const { return p.cache.keys + head_block(token) * block_bytes(); }
@@ -179,7 +179,7 @@ struct Attention {
         token += is_last ? after->first_chunk * CHUNK - start : CHUNK;
         if (token >= after->first_position + after->num_rows) return nullptr;
         const int64_t block = p.block_tables[after->sequence * p.table_stride + token / block_size];
-        return p.cache.keys + (block * p.cache.num_kv_heads + head) * block_bytes();
+        return p.cache.keys + (block * p.cache.block_stride + head) * block_bytes();
     }
 
     void start() {

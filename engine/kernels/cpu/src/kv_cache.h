@@ -3,7 +3,8 @@
 // N tokens to a block, a multiple of LANES; KH KV heads of D dimensions:
 //   bfloat16: keys [B, KH, D / 2, N, 2], values [B, KH, N / 2, D, 2], so that a lane takes in a pair
 //   float32, int8: keys [B, KH, D, N], values [B, KH, N, D]; for int8, scales [B, KH, N] of both
-// A dimension of the keys of adjacent tokens is contiguous, so that scores need no sums across lanes.
+// A dimension of the keys of adjacent tokens is contiguous, so that scores need no sums across lanes. The blocks of all
+// layers alternate, so B has a stride.
 #pragma once
 
 #include "activations.h"
@@ -23,6 +24,7 @@ struct CacheParameters {
     int64_t block_size;
     int64_t num_kv_heads;
     int64_t head_dim;
+    int64_t block_stride;  // heads from one block to the next
 };
 
 // Quantises a head and returns its scale, which is NaN if a number is not finite.
@@ -51,7 +53,7 @@ INLINE float quantise_head(const float* x, int64_t size, int8_t* out) {
 
 INLINE void store_key_value(const CacheParameters& c, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t n = c.block_size, size = c.head_dim, offset = slot % n;
-    const int64_t head_block = slot / n * c.num_kv_heads + head, base = head_block * n * size;
+    const int64_t head_block = slot / n * c.block_stride + head, base = head_block * n * size;
     if (c.type == CACHE_BFLOAT16) {
         uint16_t* keys = (uint16_t*)c.keys + base + offset * 2;
         uint16_t* values = (uint16_t*)c.values + base + offset / 2 * size * 2 + offset % 2;

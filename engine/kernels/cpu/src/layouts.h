@@ -55,7 +55,7 @@ constexpr lightwell::Field FIELDS[] = {
 #undef STRUCT
 #define STRUCT CacheParameters
     FIELD(type), FIELD(keys), FIELD(values), FIELD(key_scales), FIELD(value_scales), FIELD(block_size),
-    FIELD(num_kv_heads), FIELD(head_dim),
+    FIELD(num_kv_heads), FIELD(head_dim), FIELD(block_stride),
 #undef STRUCT
 #define STRUCT RopeAndStoreKvParameters
     FIELD(num_rows), FIELD(slot_mapping), FIELD(q), FIELD(k), FIELD(v), FIELD(row_stride), FIELD(num_heads),

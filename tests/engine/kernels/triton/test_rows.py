@@ -64,7 +64,7 @@ def test_rope_and_store_kv(
     angles = torch.rand(num_rows, head_dim // 2, generator=generator) * 1000
     cos, sin = angles.cos(), angles.sin()
     kernels = TritonKernels(KernelOptions(dtype), CPU)
-    cache = kernels.new_layer_cache(4, block_size, num_kv_heads, head_dim)
+    (cache,) = kernels.new_kv_cache(1, 4, block_size, num_kv_heads, head_dim)
     slot_mapping = torch.randperm(4 * block_size, generator=generator)[:num_rows]
     rotated = kernels.rope_and_store_kv(q, k, v, cos, sin, slot_mapping, cache)
     assert_close(rotated, rotate(q, cos, sin))
@@ -94,7 +94,7 @@ def test_a_cache_of_8_bits(num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     slot_mapping = torch.randperm(2 * 16, generator=generator)[:6]
     slot_mapping[2] = -1  # not stored
     kernels = TritonKernels(KernelOptions(dtype, kv_cache_dtype="int8"), CPU)
-    cache = kernels.new_layer_cache(2, 16, num_kv_heads, head_dim)
+    (cache,) = kernels.new_kv_cache(1, 2, 16, num_kv_heads, head_dim)
     kernels.rope_and_store_kv(q, k, v, angles.cos(), angles.sin(), slot_mapping, cache)
     heads = (
         (rotate(k, angles.cos(), angles.sin()), cache.keys, cache.key_scales),
@@ -127,6 +127,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def test_a_cache_without_scales() -> None:
-    cache = TritonKernels(KernelOptions(torch.float16), CPU).new_layer_cache(2, 16, 1, 16)
+    (cache,) = TritonKernels(KernelOptions(torch.float16), CPU).new_kv_cache(1, 2, 16, 1, 16)
     assert isinstance(cache, LayerCache)
     assert cache.key_scales is None

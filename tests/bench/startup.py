@@ -1,0 +1,130 @@
+"""Measure how long `lightwell serve` takes to its first token, beside a bare `import torch`, and print a table.
+
+    python -m tests.bench.startup [MODEL] [--rounds N] [-- FLAGS OF lightwell serve]
+
+A round starts `python -c "import torch"` and then the server, whose port is asked for a completion of one token every
+few milliseconds until it answers. Before the first round the server is started once: that compiles the kernels and the
+byte code, and reads the files into the page cache.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.serve import free_port, split_at_dashes
+
+MODEL = "smollm2-135m"
+BODY = json.dumps({"model": "m", "prompt": "Once upon a time", "max_tokens": 1})
+READY_SECONDS = 300.0
+POLL_SECONDS = 0.005
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+PARTS = re.compile(r"(\w[\w ]*?|warm-up) ([\d.]+) s(?:,|$)")
+
+Times = dict[str, float]  # seconds by what they end with or are spent on
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    measure_server(arguments.model, arguments.flags)
+    rounds: list[Times] = []
+    for number in range(arguments.rounds):
+        baseline = measure_import()
+        times = {"import torch": baseline} | measure_server(arguments.model, arguments.flags)
+        rounds.append(times | {"ratio of the first token to import torch": times["first token"] / baseline})
+        Console(stderr=True).print(f"round {number + 1}: first token after {times['first token']:.2f} s")
+    table = Table("", "median", "least", "most")
+    for name in rounds[0]:
+        values = [times[name] for times in rounds if name in times]
+        table.add_row(name, *(f"{some(values):.2f}" for some in (statistics.median, min, max)))
+    Console().print(table)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default=MODEL, metavar="MODEL", help="model to serve")
+    parser.add_argument("--rounds", type=int, default=7, help="number of measured starts")
+    own, flags = split_at_dashes(sys.argv[1:])
+    arguments = parser.parse_args(own)
+    arguments.flags = flags
+    return arguments
+
+
+def measure_import() -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], env=ENVIRONMENT, check=True)
+    return time.monotonic() - began
+
+
+def measure_server(model: str, flags: list[str]) -> Times:
+    """Start a server, wait for its first token, and stop it. Raises RuntimeError if it exits or is never ready."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("lightwell")), "serve", model, f"--port={port}"]
+    command += ["--served-model-name=m", "--log-format=json", *flags]
+    with tempfile.TemporaryFile() as log:
+        began = time.monotonic()
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
+        try:
+            times = wait_for_token(port, process, began)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+        return times | engine_times(log)
+
+
+def wait_for_token(port: int, process: "subprocess.Popen[bytes]", began: float) -> Times:
+    """Ask for a token until there is one. Return when the port answered, and when the token came."""
+    times: Times = {}
+    while (status := ask(port)) != 200:
+        seconds = time.monotonic() - began
+        if status is not None:
+            times.setdefault("port answers", seconds)
+        if status not in (None, 503) or process.poll() is not None or seconds > READY_SECONDS:
+            raise RuntimeError(f"no token after {seconds:.1f} s: status {status}, exit code {process.poll()}")
+        time.sleep(POLL_SECONDS)
+    return times | {"first token": time.monotonic() - began}
+
+
+def ask(port: int) -> int | None:
+    """Return the status of a request for one token, None if the port is closed."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        try:
+            connection.request("POST", "/v1/completions", BODY, {"Content-Type": "application/json"})
+            return connection.getresponse().status
+        except OSError:
+            return None
+
+
+def engine_times(log: IO[bytes]) -> Times:
+    """Return the times that the engine logs when it is ready, from its own start on."""
+    log.seek(0)
+    for line in log:
+        with contextlib.suppress(ValueError):
+            message = json.loads(line)["message"]
+            if found := re.match(r"engine: ready after ([\d.]+) s: (.*)", message):
+                parts = {f"engine: {name}": float(value) for name, value in PARTS.findall(found[2])}
+                return {"engine ready": float(found[1])} | parts
+    return {}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
