@@ -4,7 +4,7 @@
 
 A round starts `python -c "import torch"` and then the server, whose port is asked for a completion of one token every
 few milliseconds until it answers. Before the first round the server is started once: that compiles the kernels and the
-byte code, and reads the files into the page cache.
+byte code, and reads the files into the page cache. On a busy machine, compare the processor times up to the first token.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -42,9 +44,10 @@ def main() -> int:
     measure_server(arguments.model, arguments.flags)
     rounds: list[Times] = []
     for number in range(arguments.rounds):
-        baseline = measure_import()
-        times = {"import torch": baseline} | measure_server(arguments.model, arguments.flags)
-        rounds.append(times | {"ratio of the first token to import torch": times["first token"] / baseline})
+        times = measure_import() | measure_server(arguments.model, arguments.flags)
+        times["ratio: first token to import torch"] = times["first token"] / times["import torch"]
+        times["ratio: processor time of the engine"] = times["processor: engine"] / times["processor: import torch"]
+        rounds.append(times)
         Console(stderr=True).print(f"round {number + 1}: first token after {times['first token']:.2f} s")
     table = Table("", "median", "least", "most")
     for name in rounds[0]:
@@ -66,10 +69,12 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def measure_import() -> float:
-    began = time.monotonic()
+def measure_import() -> Times:
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", "import torch"], env=ENVIRONMENT, check=True)
-    return time.monotonic() - began
+    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"import torch": seconds, "processor: import torch": processor}
 
 
 def measure_server(model: str, flags: list[str]) -> Times:
@@ -81,7 +86,7 @@ def measure_server(model: str, flags: list[str]) -> Times:
         began = time.monotonic()
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
         try:
-            times = wait_for_token(port, process, began)
+            times = wait_for_token(port, process, began) | processor_times(process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
@@ -109,6 +114,15 @@ def ask(port: int) -> int | None:
             return connection.getresponse().status
         except OSError:
             return None
+
+
+def processor_times(supervisor: int) -> Times:
+    """Return the processor time that the engine, the API process and the supervisor have taken until now."""
+    parent = psutil.Process(supervisor)
+    processes = {"serve": parent}
+    for child in parent.children():
+        processes["engine" if "engine.process" in child.cmdline() else "API"] = child
+    return {f"processor: {name}": sum(each.cpu_times()[:2]) for name, each in sorted(processes.items())}
 
 
 def engine_times(log: IO[bytes]) -> Times:
