@@ -3,8 +3,8 @@
     python -m tests.bench.startup [MODEL] [--rounds N] [-- FLAGS OF lightwell serve]
 
 A round starts `python -c "import torch"` and then the server, whose port is asked for a completion of one token every
-few milliseconds until it answers. Before the first round the server is started once: that compiles the kernels and the
-byte code, and reads the files into the page cache. On a busy machine, compare the processor times up to the first token.
+few milliseconds until it answers. Before the first round the server is started once: that compiles the kernels and
+the byte code, and reads the files into the page cache. On a busy machine, compare processor times, not the clock's.
 """
 
 import argparse
