@@ -276,6 +276,9 @@ class OllamaEndpoint(Generic[Body]):
 
     id_prefix = "ollama-"
 
+    def max_tokens_field(self, body: Body) -> str:
+        return "options.num_predict"
+
     def ignored_fields(self, context: ServerContext, body: Body) -> list[str]:
         return self.inner.ignored_fields(context, body)
 

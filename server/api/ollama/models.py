@@ -96,9 +96,13 @@ def _model_info(context: ServerContext) -> dict[str, Any]:
 def _capabilities(context: ServerContext) -> list[str]:
     """Return what clients can ask of the model. Tools are described to models whose template does not know them."""
     template = context.chat_template
-    if template is None:
-        return ["completion"]
-    return ["completion", "tools", *(("thinking",) if template.reasoning_tags is not None else ())]
+    available = {
+        "completion": True,
+        "tools": template is not None,
+        "thinking": template is not None and template.reasoning_tags is not None,
+        "insert": context.tokenizer.fim is not None,
+    }
+    return [name for name, is_available in available.items() if is_available]
 
 
 def _created(context: ServerContext) -> str:

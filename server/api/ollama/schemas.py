@@ -107,7 +107,9 @@ class OllamaGenerateRequest(OllamaAnswerRequest):
         None, description="The user's message, or with raw the whole prompt. Without it, nothing is generated."
     )
     system: str | None = Field(None, description="System message.")
-    suffix: str | None = Field(None, description="Text that follows the answer.")
+    suffix: str | None = Field(
+        None, description="Text that follows the answer, for models with fill-in-the-middle tokens."
+    )
     raw: bool | None = Field(None, description="Do not apply the model's chat template.")
     context: Annotated[list[int], Field(max_length=MAX_CONTEXT, fail_fast=True)] | None = Field(
         None, description="`context` of an earlier answer, to continue its conversation."

@@ -148,6 +148,10 @@ def test_text_between_prompt_and_suffix(fim_server: RunningServer) -> None:
     assert answer.choices[0].text == REPLY
     expected = [BOS_ID, PREFIX_ID, *b"f(", SUFFIX_ID, *b")\n", MIDDLE_ID]
     assert fim_server.engine.submits[-1].prompt_token_ids == expected
+    url, body = f"{fim_server.url}/api/generate", {"model": "tiny", "prompt": "f(", "suffix": ")\n", "stream": False}
+    assert httpx.post(url, json=body).json()["response"] == answer.choices[0].text
+    assert fim_server.engine.submits[-1].prompt_token_ids == expected
+    assert "insert" in httpx.post(f"{fim_server.url}/api/show", json={"model": "tiny"}).json()["capabilities"]
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(expected)
 

@@ -120,6 +120,13 @@ def test_options_reach_the_engine(server: RunningServer) -> None:
     assert whole["message"]["content"] == "Hello, "
 
 
+def test_many_stop_strings_and_more_tokens_than_fit(server: RunningServer) -> None:
+    options = {"stop": [*"123456789", "wor"], "num_predict": 10**6}
+    response = ask(server, "chat", messages=MESSAGES, stream=False, options=options)
+    assert response.json()["message"]["content"] == "Hello, "
+    assert "options.num_predict capped at" in response.headers["x-lightwell-warnings"]
+
+
 def test_a_format_constrains_the_answer(server: RunningServer) -> None:
     schema = {"type": "object", "properties": {"city": {"const": "Rome"}}}
     for format in ("json", schema):
@@ -209,6 +216,10 @@ def test_a_context_continues_a_conversation(server: RunningServer) -> None:
     assert prompt_of(server).startswith(first + REPLY)
     assert prompt_of(server).endswith("<|im_start|>user\nHo<|im_end|>\n<|im_start|>assistant\n")
     assert "'context'" in error_of(ask(server, "generate", prompt="Ho", context=[10**6]), 400)
+
+
+def test_a_suffix_needs_a_model_that_knows_it(server: RunningServer) -> None:
+    assert "'suffix'" in error_of(ask(server, "generate", prompt="a", suffix="b"), 400)
 
 
 def test_generated_log_probabilities(server: RunningServer) -> None:
