@@ -105,7 +105,7 @@ class ServerContext:
             return ServedModel(name, self.client.adapters[name])
         if self.client.info is None and name in self.settings.lora_paths:
             self.client.ready_info()
-        raise ModelNotFoundError(name)
+        raise ModelNotFoundError(name, [model.name for model in self.served_models])
 
     def system_fingerprint(self, model: ServedModel) -> str:
         """Return an id of everything outside the request that affects the output.

@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError
+from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
 
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
 ASSETS = "/assets/"  # nor for files of pages
@@ -49,11 +49,17 @@ class HostMiddleware:
             return ForbiddenError("The Host header of your request is not allowed on this server.")
         for origin in headers.getlist("origin"):
             if origin.lower() not in self._origins and host_of_url(origin) not in LOOPBACK_NAMES:
-                return ForbiddenError("Web pages of this Origin may not call this server; see --allowed-origins.")
+                return ForbiddenError(origin_not_allowed(origin))
         return None
 
     def _is_foreign(self, host: str) -> bool:
         return host == "" or (host not in self._hosts and "." in host and not is_address(host))
+
+
+def origin_not_allowed(origin: str) -> str:
+    """Return the message for a page of another origin. Pages from files have the origin `null`."""
+    allowed = "'*'" if origin == "null" else clip(origin)
+    return f"Web pages of the origin {clip(origin)} may not call this server; --allowed-origins {allowed} allows it."
 
 
 def is_address(host: str) -> bool:
@@ -88,7 +94,10 @@ class CrossOriginMiddleware(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        return BadRequestError("Web pages of this Origin may not send such a request.").response()
+        origin = request_headers["origin"]
+        if not self.is_allowed_origin(origin):
+            return BadRequestError(origin_not_allowed(origin)).response()
+        return BadRequestError("Web pages may only send requests with the methods GET, POST and DELETE.").response()
 
 
 class AuthMiddleware:

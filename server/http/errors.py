@@ -36,7 +36,7 @@ The text of an exception outside of this tree never reaches a client. Clients re
 client have other statuses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.responses import Response
@@ -61,6 +61,7 @@ ANTHROPIC_TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
+MAX_LISTED = 8  # names of models in one message
 MAX_RETRY_AFTER = 60  # seconds; some clients ignore longer times, and others then do not retry
 
 
@@ -237,7 +238,8 @@ class UnauthorizedError(APIError):
 
     def __init__(self, *, key_given: bool) -> None:
         message = (
-            "Incorrect API key provided."
+            "Incorrect API key provided. Send one of the server's keys as 'Authorization: Bearer YOUR_KEY' or "
+            "'x-api-key: YOUR_KEY'."
             if key_given
             else "You didn't provide an API key. You need to provide your API key in an Authorization header using "
             "Bearer auth (i.e. Authorization: Bearer YOUR_KEY), or as x-api-key."
@@ -252,8 +254,14 @@ class ForbiddenError(APIError):
 
 
 class ModelNotFoundError(APIError):
-    def __init__(self, model: str) -> None:
+    """There is no such model. `available` are the names that the client may use instead."""
+
+    def __init__(self, model: str, available: Sequence[str] = ()) -> None:
         message = f"The model `{clip(model)}` does not exist or you do not have access to it."
+        if available:
+            more = f" and {len(available) - MAX_LISTED} more" if len(available) > MAX_LISTED else ""
+            names = ", ".join(f"`{clip(name)}`" for name in available[:MAX_LISTED])
+            message += f" Available models: {names}{more}."
         super().__init__(404, message, code="model_not_found", param="model")
 
 
@@ -307,16 +315,19 @@ class ResponseGoneError(ResponseNotFoundError):
 
 
 class InvalidURLError(APIError):
-    def __init__(self, method: str, path: str) -> None:
-        super().__init__(404, f"Invalid URL ({clip(method)} {clip(path)})")
+    """No route has this path. `suggestion` is a path that one has."""
+
+    def __init__(self, method: str, path: str, suggestion: str | None = None) -> None:
+        hint = f". (HINT: Did you mean {clip(suggestion)}?)" if suggestion else ""
+        super().__init__(404, f"Invalid URL ({clip(method)} {clip(path)}){hint}")
 
 
 class MethodNotAllowedError(APIError):
-    def __init__(self, method: str, path: str, allow: str) -> None:
-        message = (
-            f"Not allowed to {clip(method)} on {clip(path)}. (HINT: Perhaps you meant to use a different HTTP method?)"
-        )
-        super().__init__(405, message, code="method_not_supported", headers={"allow": allow} if allow else None)
+    """The path has routes, but only for the methods in `allowed`."""
+
+    def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
+        message = f"Not allowed to {clip(method)} on {clip(path)}. (HINT: Use {' or '.join(allowed)}.)"
+        super().__init__(405, message, code="method_not_supported", headers={"allow": ", ".join(allowed)})
 
 
 class BodyTimeoutError(APIError):

@@ -5,6 +5,7 @@ too many connections, the one that has been idle longest is closed. Invalid HTTP
 """
 
 import asyncio
+import logging
 import sys
 import time
 from typing import Any
@@ -15,7 +16,10 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from server.http.errors import APIError, EngineUnavailableError
 from server.http.request_middleware import choose_request_id
 
+logger = logging.getLogger(__name__)
+
 SLICE_BYTES = 16 << 10
+TLS_HANDSHAKE = b"\x16\x03"  # the first bytes that a client sends to an https:// address
 
 
 class StrictConnection(h11.Connection):
@@ -64,6 +68,10 @@ class HTTPProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Process data in slices, since h11 only limits the size of heads that arrive in several pieces."""
+        if self.conn.their_state is h11.IDLE and data.startswith(TLS_HANDSHAKE):
+            logger.warning("a client spoke TLS, but this server speaks plain HTTP: its address begins with http://")
+            self._refuse(APIError(400, "This server speaks plain HTTP: its address begins with http://, not https://."))
+            return
         for start in range(0, len(data), SLICE_BYTES):
             if self.transport.is_closing():
                 return

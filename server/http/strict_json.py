@@ -21,6 +21,7 @@ MAX_SEARCHED = 1 << 20  # bytes of an invalid body that is searched for lone sur
 
 # Matches an unterminated string too, so that every byte is read once.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_MALFORMED = re.compile(r"JSON is malformed: (?P<problem>.+) \(byte (?P<byte>\d+)\)")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -38,14 +39,29 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         raise InvalidJSONError("the body is not valid UTF-8.") from None
     except RecursionError:
         raise InvalidJSONError(f"the body is nested more than {MAX_DEPTH} levels deep.") from None
-    except msgspec.DecodeError:
+    except msgspec.DecodeError as error:
         check_surrogates(body)
-        raise InvalidJSONError("the body is not valid JSON.") from None
+        raise InvalidJSONError(f"the body is not valid JSON: {describe_error(str(error), body)}.") from None
     if not isinstance(value, dict):
         raise InvalidJSONError("the body must be a JSON object.")
     if body.count(b"[") + body.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         raise InvalidJSONError(f"the body is nested more than {MAX_DEPTH} levels deep.")
     return value
+
+
+def describe_error(error: str, body: bytes) -> str:
+    """Return msgspec's error about a body in words, with the line and the column, which count from 1."""
+    match = _MALFORMED.fullmatch(error)
+    if match is None:
+        return "a number is out of range" if "out of range" in error else f"it ends too early, {position(body, None)}"
+    return f"{match['problem']}, {position(body, int(match['byte']))}"
+
+
+def position(body: bytes, offset: int | None) -> str:
+    """Return the line and the column of a byte, or of the end."""
+    before = body[:offset]
+    line, start = before.count(b"\n") + 1, before.rfind(b"\n") + 1
+    return f"line {line} column {len(before[start:].decode(errors='replace')) + 1}"
 
 
 def check_size(body: bytes) -> None:

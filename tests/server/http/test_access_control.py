@@ -201,7 +201,27 @@ def test_preflight_passes_without_key_only_with_cors(start_server: StartServer) 
 def test_foreign_preflight_is_refused_in_the_envelope(start_server: StartServer) -> None:
     server = start_server(allowed_origins=("https://page.example", "http://localhost:1"))
     headers = {"origin": "http://localhost:2", "access-control-request-method": "POST"}
-    check_error(httpx.options(server.url + "/v1/models", headers=headers), 400)
+    error = check_error(httpx.options(server.url + "/v1/models", headers=headers), 400)
+    assert "--allowed-origins http://localhost:2 allows it" in error["message"]
+    headers = {"origin": "http://localhost:1", "access-control-request-method": "PUT"}
+    error = check_error(httpx.options(server.url + "/v1/models", headers=headers), 400)
+    assert "the methods GET, POST and DELETE" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "status", "flag"),
+    [
+        ("https://page.example", "127.0.0.1", 403, "--allowed-origins https://page.example"),
+        ("null", "127.0.0.1", 403, "--allowed-origins '*'"),
+        ("http://localhost:3000", "127.0.0.1", 400, "--allowed-origins http://localhost:3000"),
+        ("https://page.example", "0.0.0.0", 400, "--allowed-origins https://page.example"),
+    ],
+)
+def test_a_preflight_names_the_flag(start_server: StartServer, origin: str, host: str, status: int, flag: str) -> None:
+    server = start_server(host=host, api_key=KEYS)
+    headers = {"origin": origin, "access-control-request-method": "POST"}
+    error = check_error(httpx.options(server.url + "/v1/models", headers=headers), status)
+    assert flag in error["message"]
 
 
 def test_host_of_url() -> None:

@@ -1,6 +1,7 @@
 """Errors of the framework and of pydantic, over real sockets."""
 
 import httpx
+import pytest
 
 from tests.support.serving import RunningServer, check_error
 
@@ -12,10 +13,38 @@ def test_unknown_routes_and_methods(shared_server: RunningServer) -> None:
     response = httpx.get(shared_server.url + "/v1/completions")
     check_error(response, 405)
     assert response.headers["allow"] == "POST"
+    assert "(HINT: Use POST.)" in check_error(response, 405)["message"]
+    response = httpx.put(shared_server.url + "/v1/responses/resp_1")  # one route for each method
+    assert "(HINT: Use GET or DELETE.)" in check_error(response, 405)["message"]
+    assert response.headers["allow"] == "GET, DELETE"
     assert httpx.head(shared_server.url + "/v1/models").status_code == 405
     check_error(httpx.delete(shared_server.url + "/v1/models/tiny"), 405)
     check_error(httpx.get(shared_server.url + "/v1/models/"), 404)
     check_error(httpx.get(shared_server.url + "/" + "x" * 5000), 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/openai/v1/embeddings", "/v1/embeddings"),
+        ("//v1/completions", "/v1/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1/tokenize", None),
+        ("/v2/chat/completions", None),
+        ("/", None),
+        ("/v1", None),
+    ],
+)
+def test_a_wrong_base_url_is_recognised(shared_server: RunningServer, path: str, meant: str | None) -> None:
+    """A suggested path exists: it gets another answer than 404."""
+    error = check_error(httpx.post(shared_server.url + path, json={}), 404)
+    hint = f". (HINT: Did you mean {meant}?)" if meant else ""
+    assert error["message"] == f"Invalid URL (POST {path}){hint}"
+    if meant:
+        assert httpx.post(shared_server.url + meant, json={}).status_code in (400, 405)
 
 
 def test_validation_errors_are_400_with_a_path(shared_server: RunningServer) -> None:

@@ -114,6 +114,21 @@ def test_status_type_code_and_param(
         assert 1 <= int(error.headers["retry-after"]) <= 60
 
 
+def test_a_wrong_model_names_those_there_are() -> None:
+    assert ModelNotFoundError("m", ["a", "b"]).message == (
+        "The model `m` does not exist or you do not have access to it. Available models: `a`, `b`."
+    )
+    many = ModelNotFoundError("m", [f"model-{i}" for i in range(10)]).message
+    assert many.endswith("`model-6`, `model-7` and 2 more.")
+
+
+def test_a_401_says_how_to_send_a_key() -> None:
+    for key_given in (False, True):
+        message = UnauthorizedError(key_given=key_given).message
+        assert "Authorization: Bearer YOUR_KEY" in message
+        assert "x-api-key" in message
+
+
 @pytest.mark.parametrize(("seconds", "header"), [(0, "1"), (-5, "1"), (0.4, "1"), (17.4, "17"), (1e9, "60")])
 def test_retry_after_is_one_to_sixty_whole_seconds(seconds: float, header: str) -> None:
     assert QueueFullError(seconds).headers["retry-after"] == header

@@ -107,3 +107,15 @@ def test_idle_connections_make_room(start_server: StartServer) -> None:
     finally:
         for connection in idle:
             connection.close()
+
+
+def test_https_on_the_plain_port_is_explained(shared_server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log, and in plain text to the client, which cannot read anything else yet."""
+    with pytest.raises(httpx.ConnectError, match=r"(?i)ssl|tls"):
+        httpx.get(shared_server.url.replace("http:", "https:") + "/v1/models", verify=False)
+    assert "spoke TLS, but this server speaks plain HTTP" in caplog.text
+    with shared_server.connect() as connection:
+        connection.sendall(b"\x16\x03\x01\x00\xa5" + b"\x00" * 165)
+        status, _, body = read_response(connection)
+        assert status == 400
+        assert "begins with http://, not https://" in check_envelope(body)["message"]

@@ -1,6 +1,7 @@
 """The parser of request bodies: what it rejects, with which message, and how fast."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -147,3 +148,33 @@ def test_anything_else_is_a_bad_request(body: bytes) -> None:
         json.loads(error.body())
     else:
         assert value == json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b"", "it ends too early, line 1 column 1."),
+        (b'{"a": 1,\n', "it ends too early, line 2 column 1."),
+        (b'{"a": 1,}', "trailing comma in object, line 1 column 9."),
+        ('{\n "é": 1,\n "ü" 2}'.encode(), "expected ':', line 3 column 6."),
+        (b'{"a": 1e999}', "a number is out of range."),
+        (b'{"a": NaN}', "invalid character, line 1 column 7."),
+    ],
+)
+def test_an_invalid_body_is_located(body: bytes, problem: str) -> None:
+    with pytest.raises(InvalidJSONError) as caught:
+        parse_json_object(body)
+    assert caught.value.message.endswith(f"(HINT: the body is not valid JSON: {problem})")
+
+
+@given(st.binary(max_size=30))
+def test_the_position_is_in_the_body(body: bytes) -> None:
+    try:
+        parse_json_object(b'{"a":' + body)
+    except InvalidJSONError as error:
+        if match := re.search(r"line (\d+) column (\d+)", error.message):
+            lines = (b'{"a":' + body).split(b"\n")
+            assert 1 <= int(match[1]) <= len(lines)
+            assert 1 <= int(match[2]) <= len(lines[int(match[1]) - 1].decode(errors="replace")) + 1
+    except InvalidValueError:
+        pass
