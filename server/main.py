@@ -27,6 +27,7 @@ from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
 from engine.shared.messages import Vocabulary
 from engine.shared.parent_death import die_with_parent
+from server.announcement import announce
 from server.api.rerank.scorers import score_token_ids
 from server.app import create_app
 from server.constrained.grammar_checker import GrammarChecker
@@ -95,7 +96,7 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
     try:
         server = make_server(create_app(context), max_connections=raise_file_limit())
         collect_garbage()
-        logger.info("listening on %s", url(sockets[0]))
+        logger.debug("%s is open for health probes", url(sockets[0]))
         return asyncio.run(Lifecycle(server, context, flush_logs).run(sockets))
     except Exception:
         logger.exception("the server failed")
@@ -198,6 +199,7 @@ class Lifecycle:
 
     def __init__(self, server: APIServer, context: ServerContext, flush_logs: Callable[[], None]) -> None:
         self._server = server
+        self._context = context
         self._client = context.client
         self._drain_timeout = context.settings.drain_timeout
         self._flush_logs = flush_logs
@@ -207,13 +209,14 @@ class Lifecycle:
         """Serve until the end. Return the exit code: 0 after SIGTERM, otherwise 1."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
         serving = asyncio.create_task(self._server.serve(sockets))
+        announcing = asyncio.create_task(announce(self._context, url(sockets[0])))
         events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._client.died)]
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
         if self._terminated.is_set():
             await self._drain()
         if self._client.died.is_set():
             await self._on_engine_death()
-        for task in events:
+        for task in (announcing, *events):
             task.cancel()
         self._client.fail_streams(EngineUnavailableError("The server is shutting down.", close=True))
         self._server.stop()

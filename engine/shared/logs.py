@@ -44,13 +44,13 @@ def configure_logging(level: str, log_format: str, fd: int = STDERR_FD) -> Calla
 
 
 class HumanFormatter(logging.Formatter):
-    """`12:30:01 INFO  server.api: message`; extra fields follow as `key=value`."""
+    """`12:30:01 INFO  server.api: message`; extra fields follow as `key=value`, details in lines of their own."""
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         extra = "".join(f" {key}={value}" for key, value in extra_fields(record).items())
         line = f"{clock} {record.levelname:<7} {record.name}: {record.getMessage()}{extra}"
-        return escape(line) + _indent(_traceback(record))
+        return escape(line) + _detail_lines(record) + _indent(_traceback(record))
 
 
 class JSONFormatter(logging.Formatter):
@@ -63,6 +63,7 @@ class JSONFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **extra_fields(record),
+            **details(record),
         }
         if text := _traceback(record):
             fields["traceback"] = text
@@ -77,6 +78,11 @@ def extra_fields(record: logging.LogRecord) -> dict[str, object]:
     return fields
 
 
+def details(record: logging.LogRecord) -> dict[str, object]:
+    """Return the fields that were passed as `extra={"details": ...}`: long ones, to be read or copied."""
+    return dict(getattr(record, "details", {}))
+
+
 def escape(text: str) -> str:
     """Replace control characters by escapes, so that text cannot start a new line or control a terminal."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
@@ -86,6 +92,10 @@ def _traceback(record: logging.LogRecord) -> str:
     if not record.exc_info or record.exc_info[0] is None:
         return ""
     return "".join(traceback.format_exception(*record.exc_info)).rstrip()
+
+
+def _detail_lines(record: logging.LogRecord) -> str:
+    return "".join("\n    " + escape(f"{name}: {value}") for name, value in details(record).items())
 
 
 def _indent(text: str) -> str:

@@ -120,6 +120,11 @@ class EngineClient:
         return self._liveness.dead_reason
 
     @property
+    def became_ready(self) -> asyncio.Event:
+        """Set when the engine has loaded its model."""
+        return self._liveness.became_ready
+
+    @property
     def died(self) -> asyncio.Event:
         """Set when the engine dies."""
         return self._liveness.died

@@ -28,6 +28,7 @@ class EngineLiveness:
         """
         self.info: EngineInfo | None = None  # None while the engine loads its model
         self.dead_reason: str | None = None
+        self.became_ready = asyncio.Event()
         self.died = asyncio.Event()
         self._engine_pid = engine_pid
         self._on_death = on_death
@@ -76,6 +77,7 @@ class EngineLiveness:
 
     def set_ready(self, info: EngineInfo) -> None:
         self.info = info
+        self.became_ready.set()
         if self._pidfd is None:
             self._watch_process(info.pid)
 

@@ -88,6 +88,22 @@ class Generation:
             details,
         )
 
+    def log_fields(self) -> dict[str, object]:
+        """Return token counts and speeds so far, for the log. Speed is that of the tokens after the first ones."""
+        usage, choices = self.usage, [stats for stream in self._streams for stats in stream.choices]
+        fields: dict[str, object] = {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+        }
+        if firsts := [stats.first_token for stats in choices if stats.first_token is not None]:
+            seconds = max(stats.last_token or 0.0 for stats in choices) - min(firsts)
+            num_later = sum(stats.num_output_tokens for stats in choices) - len(firsts)
+            if seconds > 0:
+                fields["tokens_per_second"] = round(num_later / seconds, 1)
+            fields["ttft_ms"] = round(1e3 * (min(firsts) - choices[0].arrival), 1)
+        return fields
+
     async def deltas(self) -> AsyncGenerator[list[ChoiceDelta], None]:
         """Yield a list for each batch of events, with one delta per choice in it, until all choices have ended.
 

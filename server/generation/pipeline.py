@@ -39,6 +39,7 @@ from server.generation.reasoning_budget import reasoning_limit
 from server.generation.timings import request_timings
 from server.generation.tokenized_settings import TokenizedSettings, tokenize_settings
 from server.http.errors import APIError, ServerError
+from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import SERVER_SENT_EVENTS, StreamFormat, run_until_disconnect, sse_response
 from server.recordings import Recording
 from server.running_requests import RunningRequest
@@ -81,6 +82,7 @@ async def respond(
     """Answer a request, as JSON or as a stream. Raises APIError for errors before the first byte of the answer."""
     job = _validate(request, body, endpoint)
     generation, running, writer, headers = await _start(job)
+    request.scope["state"][LOG_FIELDS] = generation.log_fields
     if body.stream:
         return sse_response(
             _stream(job, generation, writer),
@@ -122,6 +124,8 @@ async def start_in_background(
             writer.failure(ServerError(job.request_id))
         finally:
             running.close()
+            fields = {**generation.log_fields(), "request_id": job.request_id}
+            logger.info("%s ended in the background", job.metadata.id, extra={"fields": fields})
             on_end()
 
     task = asyncio.create_task(generate())

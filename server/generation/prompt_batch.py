@@ -5,12 +5,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+from fastapi import Request
+
 from engine.shared.messages import FinishReason, Submit, TokenEvent
-from server.context import ServerContext
+from server.context import ServerContext, get_context
 from server.engine_client.admission import Reservation
 from server.engine_client.streams import RequestStream
 from server.generation.timings import ChoiceEnd
 from server.http.errors import ServerError
+from server.http.request_middleware import LOG_FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +31,17 @@ class PromptBatch:
 
 
 async def run_prompts(
-    context: ServerContext,
-    make_submits: Callable[[], Sequence[Submit]],
-    num_prompts: int,
-    *,
-    param: str,
-    request_id: str,
+    request: Request, make_submits: Callable[[], Sequence[Submit]], num_prompts: int, *, param: str
 ) -> PromptBatch:
     """Run prompts that end with their first event. If cancelled, abort them in the engine.
 
     Args:
         make_submits: makes the `num_prompts` prompts; runs in a thread after capacity for them is reserved.
         param: the field that holds the prompts, for errors.
-        request_id: for logs and errors.
 
     Raises APIError.
     """
+    context = get_context(request)
     # Reserve no more capacity than the engine can use at a time.
     size = min(num_prompts, context.client.ready_info().max_num_seqs, context.client.max_in_flight)
     events: list[TokenEvent] = []
@@ -54,10 +52,12 @@ async def run_prompts(
         while len(events) < len(submits):
             waiting = submits[len(events) :]
             num_ready = reservation.count or await context.client.refill(reservation, min(size, len(waiting)))
-            for event, ending in await _run(context, waiting[:num_ready], reservation, request_id):
+            for event, ending in await _run(context, waiting[:num_ready], reservation, request.state.request_id):
                 events.append(event)
                 endings.append(ending)
-    return PromptBatch(events, endings, sum(len(submit.prompt_token_ids) for submit in submits), submitted)
+    num_prompt_tokens = sum(len(submit.prompt_token_ids) for submit in submits)
+    request.scope["state"][LOG_FIELDS] = lambda: {"prompt_tokens": num_prompt_tokens}
+    return PromptBatch(events, endings, num_prompt_tokens, submitted)
 
 
 async def _run(

@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # requested every few seconds, so logged at level DEBUG
+QUIET_STATUSES = (200, 503)  # 503: the model is being loaded
+LOG_FIELDS = "log_fields"  # in the scope's state: a function that returns what else to log at the end of the request
 CLIENT_CLOSED_REQUEST = 499  # in logs and metrics only
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -85,13 +88,16 @@ class _RequestRecord:
         status = self._status or CLIENT_CLOSED_REQUEST
         seconds = time.monotonic() - self._start
         self._metrics.observe_http(getattr(scope.get("route"), "path", "none"), scope["method"], status, seconds)
+        token_fields: Callable[[], dict[str, object]] = scope["state"].get(LOG_FIELDS, dict)
         fields = {
-            "request_id": self._request_id,
-            "client": (scope.get("client") or ("-",))[0],
             "status": status,
             "ms": round(seconds * 1000, 1),
+            **token_fields(),
+            "client": (scope.get("client") or ("-",))[0],
+            "request_id": self._request_id,
         }
-        level = logging.DEBUG if scope["path"] in QUIET_PATHS and status < 400 else logging.INFO
+        is_poll = scope["path"] in QUIET_PATHS and status in QUIET_STATUSES
+        level = logging.DEBUG if is_poll else logging.INFO
         access_logger.log(level, "%s %s", scope["method"][:16], scope["path"][:256], extra={"fields": fields})
 
 

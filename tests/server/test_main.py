@@ -246,15 +246,15 @@ def test_death_of_the_engine(start_api: StartApi) -> None:
 
 def test_death_of_an_engine_that_was_never_ready(start_api: StartApi) -> None:
     api = start_api({"never_ready": True}, wait_ready=False)
-    wait_until(lambda: b"listening" in api.log.read_bytes(), timeout=10)
+    wait_until(lambda: _status(api, "/healthz") == 200, timeout=10)
     api.engine.kill()
     assert api.wait(2) == 1
 
 
 def test_sigterm_while_the_engine_loads(start_api: StartApi) -> None:
     api = start_api({"never_ready": True}, wait_ready=False)
-    wait_until(lambda: b"listening" in api.log.read_bytes(), timeout=10)
-    wait_until(lambda: _status(api, "/healthz") == 200)
+    wait_until(lambda: _status(api, "/healthz") == 200, timeout=10)
+    assert "listening" not in api.log.read_text()
     api.process.terminate()
     assert api.wait(2) == 0
 
@@ -284,6 +284,34 @@ def test_logs_contain_no_prompt_and_no_key(start_api: StartApi, level: str, log_
     assert "canary" not in log
     if log_format == "json":
         assert all(json.loads(line)["level"] for line in log.splitlines())
+
+
+@pytest.mark.parametrize("key", [(), ("key-canary",)])
+def test_the_log_of_the_start_ends_with_what_to_do_next(
+    start_api: StartApi, smollm2_path: Path, tmp_path: Path, key: tuple[str, ...]
+) -> None:
+    """The curl command works as it is, and the file for `lightwell chat` lasts as long as the server."""
+    environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    api = start_api(model_path=smollm2_path, api_key=key, log_format="json", environment=environment)
+    folder = tmp_path / "lightwell"
+    wait_until(lambda: list(folder.glob("*.json")))
+    (record,) = [record for record in map(json.loads, api.log.read_text().splitlines()) if "base_url" in record]
+    assert record["message"] == f"tiny is ready, listening on {api.url}"
+    assert (record["base_url"], record["chat"]) == (f"{api.url}/v1", f"lightwell chat --url {api.url}")
+    assert json.loads((folder / f"{api.process.pid}.json").read_text()) == {"url": api.url, "model": "tiny"}
+    done = subprocess.run(
+        ["sh", "-c", record["curl"]],
+        env=os.environ | {"LIGHTWELL_API_KEY": "".join(key)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant", done.stdout
+    assert "canary" not in api.log.read_text()
+    api.process.terminate()
+    assert api.wait(3) == 0
+    assert list(folder.iterdir()) == []
 
 
 def test_a_port_in_use_is_one_line(model_folder: Path, address: str, tmp_path: Path) -> None:
@@ -372,7 +400,10 @@ def test_environments(start_api: StartApi, environment: dict[str, str]) -> None:
 
 def test_it_does_not_outlive_its_parent(model_folder: Path, address: str, tmp_path: Path) -> None:
     config = ApiProcessConfig(
-        settings=Settings(port=0), engine_address=address, model_path=str(model_folder), model_names=("m",)
+        settings=Settings(port=0, log_level="debug"),
+        engine_address=address,
+        model_path=str(model_folder),
+        model_names=("m",),
     )
     log = tmp_path / "log"
     code = (
@@ -386,7 +417,7 @@ def test_it_does_not_outlive_its_parent(model_folder: Path, address: str, tmp_pa
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pidfd = os.pidfd_open(int(parent.stdout.readline()))
-        wait_until(lambda: b"listening" in log.read_bytes(), timeout=20)
+        wait_until(lambda: b"open for health probes" in log.read_bytes(), timeout=20)
         assert not select.select([pidfd], [], [], 0)[0]
         parent.kill()
         assert select.select([pidfd], [], [], 2)[0]

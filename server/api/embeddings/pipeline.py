@@ -61,9 +61,8 @@ async def embed(request: Request, body: EmbeddingRequest, model: ServedModel) ->
             for index, token_ids in enumerate(encode_inputs(context, body))
         ]
 
-    request_id = request.state.request_id
-    batch = await run_prompts(context, make_submits, len(body.input), param="input", request_id=request_id)
+    batch = await run_prompts(request, make_submits, len(body.input), param="input")
     vectors = [event.embedding for event in batch.events if event.embedding is not None]
     if len(vectors) < len(batch.events):
-        raise ServerError(request_id)
+        raise ServerError(request.state.request_id)
     return Embeddings(vectors, batch.num_prompt_tokens, arrival, batch.submitted, batch.last_end)

@@ -88,9 +88,7 @@ async def _compute(
             for index, prompt in enumerate(scorer.prompts(pairs))
         ]
 
-    batch = await run_prompts(
-        context, make_submits, num_prompts(context, pairs), param="documents", request_id=request.state.request_id
-    )
+    batch = await run_prompts(request, make_submits, num_prompts(context, pairs), param="documents")
     return scorer.scores(pairs, batch.events), ScoringUsage(batch.num_prompt_tokens, batch.num_prompt_tokens)
 
 

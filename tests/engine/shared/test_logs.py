@@ -39,6 +39,15 @@ def test_json_line() -> None:
     assert line == {"level": "info", "logger": "server.x", "message": "it done", "status": 200}
 
 
+def test_details_are_lines_of_their_own_or_fields() -> None:
+    made = record("ready", fields={"a": 1}, details={"curl": "curl x", "nasty": "a\n12:00:00 INFO"})
+    first, *rest = HumanFormatter().format(made).splitlines()
+    assert first.endswith("ready a=1")
+    assert rest == ["    curl: curl x", "    nasty: a\\x0a12:00:00 INFO"]
+    line = json.loads(JSONFormatter().format(made))
+    assert (line["a"], line["curl"]) == (1, "curl x")
+
+
 NASTY = "a\nb\r\x1b[31m\x00\x7f\x9b\u2028 ü\ud800"
 
 

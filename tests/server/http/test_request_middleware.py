@@ -1,16 +1,23 @@
 """Request ids, the access log, HTTP metrics and status 500, over real sockets."""
 
+import json
 import logging
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from server.http.request_middleware import choose_request_id
+from tests.server.conftest import StartServer
 from tests.support.serving import (
     RunningServer,
     check_error,
+    make_test_context,
+    own_address,
     raw_request,
     read_response,
+    running_server,
     wait_until,
 )
 
@@ -54,6 +61,63 @@ def test_frequent_requests_are_logged_at_level_debug(server: RunningServer, capl
     wait_until(lambda: len([r for r in caplog.records if r.name == "server.access"]) == 5)
     levels = [record.levelname for record in caplog.records if record.name == "server.access"]
     assert levels == ["DEBUG"] * 4 + ["INFO"]
+
+
+def test_probes_of_a_server_that_is_loading_are_quiet(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with own_address() as address:
+        context = make_test_context(address, model_folder, api_key=("k",))
+        with running_server(context, wait_ready=False) as server:
+            assert httpx.get(server.url + "/readyz").status_code == 503
+            assert httpx.get(server.url + "/metrics").status_code == 401  # a scraper without the key
+    levels = [record.levelname for record in caplog.records if record.name == "server.access"]
+    assert levels == ["DEBUG", "INFO"]
+
+
+def access_fields(caplog: pytest.LogCaptureFixture, path: str) -> dict[str, Any]:
+    """Wait for the record of a request, and return its fields."""
+
+    def records() -> list[logging.LogRecord]:
+        return [r for r in caplog.records if r.name == "server.access" and r.getMessage().endswith(path)]
+
+    wait_until(records)
+    fields: dict[str, Any] = records()[-1].__dict__["fields"]
+    return fields
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_and_speed_of_a_generation(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    """The counts are those of the answer's `usage`."""
+    caplog.set_level(logging.INFO)
+    server = start_server()
+    body = {"model": "tiny", "prompt": "Hello", "n": 2, "max_tokens": 5, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    response = httpx.post(server.url + "/v1/completions", json=body)
+    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    usage = json.loads(events[-1] if stream else response.text)["usage"]
+    fields = access_fields(caplog, "/v1/completions")
+    assert (fields["prompt_tokens"], fields["completion_tokens"]) == (
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+    )
+    assert fields["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < fields["ttft_ms"] < fields["ms"]
+    assert list(fields)[:2] == ["status", "ms"]
+    if "tokens_per_second" in fields:  # the fake engine may send all tokens at once
+        assert fields["tokens_per_second"] > (usage["completion_tokens"] - 2) / (fields["ms"] / 1000)
+
+
+def test_only_generations_have_tokens(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    httpx.post(server.url + "/v1/completions", json={"model": "x", "prompt": "Hello"})
+    assert set(access_fields(caplog, "/v1/completions")) == {"status", "ms", "client", "request_id"}
+    httpx.post(server.url + "/v1/embeddings", json={"model": "tiny", "input": ["Hello", "you"]})
+    fields = access_fields(caplog, "/v1/embeddings")
+    assert fields["prompt_tokens"] > 0
+    assert "completion_tokens" not in fields
 
 
 def test_a_bug_is_500_without_details(

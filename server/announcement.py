@@ -1,0 +1,48 @@
+"""Announces that the server is ready: in the log, and in a file by which `lightwell chat` finds it."""
+
+import asyncio
+import logging
+import shlex
+
+import msgspec
+
+from server.context import ServerContext
+from server.running_servers import DEFAULT_URL, RunningServer, registered
+
+logger = logging.getLogger("lightwell.api")
+
+WILDCARDS = {"//0.0.0.0": "//127.0.0.1", "//[::]": "//[::1]"}  # addresses to listen on, but not to call
+
+
+async def announce(context: ServerContext, url: str) -> None:
+    """Wait until the model is loaded, log how to use it, and keep the server registered until the task is cancelled."""
+    await context.client.became_ready.wait()
+    name = context.model_names[0]
+    logger.info("%s is ready, listening on %s", name, url, extra={"details": first_steps(context, client_url(url))})
+    with registered(RunningServer(url=client_url(url), model=name)):
+        await asyncio.Event().wait()
+
+
+def client_url(url: str) -> str:
+    """Return a URL by which this machine reaches a server that listens on `url`."""
+    for wildcard, address in WILDCARDS.items():
+        url = url.replace(wildcard, address)
+    return url
+
+
+def first_steps(context: ServerContext, url: str) -> dict[str, object]:
+    """Return the base URL for clients, a curl command, and the command to chat if the model can. They hold no key."""
+    body: dict[str, object] = {"model": context.model_names[0], "max_tokens": 64}
+    if context.chat_template is None:
+        path, body["prompt"] = "/v1/completions", "Once upon a time"
+    else:
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Hello"}]
+    key = ' -H "Authorization: Bearer $LIGHTWELL_API_KEY"' if context.settings.api_key else ""
+    data = shlex.quote(msgspec.json.encode(body).decode())
+    steps: dict[str, object] = {
+        "base_url": f"{url}/v1",
+        "curl": f"curl {url}{path}{key} -H 'Content-Type: application/json' -d {data}",
+    }
+    if context.chat_template is not None:
+        steps["chat"] = "lightwell chat" if url == DEFAULT_URL else f"lightwell chat --url {url}"
+    return steps

@@ -1,0 +1,36 @@
+"""Addresses in what the server announces. tests/server/test_main.py runs what it shows."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from server.announcement import client_url, first_steps
+from tests.support.serving import make_test_context
+
+
+@pytest.mark.parametrize(
+    ("listening", "url"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("http://0.0.0.0:8000", "http://127.0.0.1:8000"),
+        ("http://[::]:1", "http://[::1]:1"),
+        ("http://10.0.0.1:8000", "http://10.0.0.1:8000"),
+    ],
+)
+def test_clients_cannot_call_a_wildcard(listening: str, url: str) -> None:
+    assert client_url(listening) == url
+
+
+def test_the_default_port_needs_no_url(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    context = make_test_context("ipc:///nowhere", model_folder, chat_template=str(tmp_path / "chat.jinja"))
+    assert first_steps(context, "http://127.0.0.1:8000")["chat"] == "lightwell chat"
+    assert first_steps(context, "http://127.0.0.1:1")["chat"] == "lightwell chat --url http://127.0.0.1:1"
+
+
+def test_a_model_without_a_chat_template_completes(model_folder: Path) -> None:
+    context = dataclasses.replace(make_test_context("ipc:///nowhere", model_folder), chat_template=None)
+    steps = first_steps(context, "http://127.0.0.1:8000")
+    assert "chat" not in steps
+    assert "/v1/completions -H" in str(steps["curl"])
