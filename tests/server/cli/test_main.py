@@ -43,7 +43,7 @@ def test_version() -> None:
 def test_help_lists_the_commands() -> None:
     done = lightwell("--help")
     assert done.returncode == 0
-    for command in ("serve", "pull", "chat", "bench", "build-kernels"):
+    for command in ("run", "serve", "chat", "bench", "pull", "list", "doctor", "build-kernels"):
         assert command in done.stdout
     without = lightwell()
     assert without.returncode == 2

@@ -109,7 +109,7 @@ def test_bad_yaml_types(tmp_path: Path, line: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("prt: 80", "unknown setting 'prt'"),
+        ("prt: 80", "unknown setting 'prt' (did you mean port?)"),
         ("config: other.yml", "unknown setting 'config'"),
         ("1: 80", "unknown setting 1"),
         ("port: 80\nport: 81", "port is set twice"),
@@ -183,10 +183,25 @@ def test_switches_can_be_turned_either_way() -> None:
 
 def test_unknown_variables_are_named() -> None:
     environ = {"LIGHTWELL_PRT": "1", "LIGHTWELL_CACHE": "/x", "LIGHTWELL_TEST_MODEL": "/y", "OTHER": "1"}
-    with pytest.raises(SettingsError, match=r"^unknown environment variables: LIGHTWELL_PRT$"):
+    with pytest.raises(
+        SettingsError, match=r"^unknown environment variables: LIGHTWELL_PRT \(did you mean LIGHT.*PORT\?\)$"
+    ):
         load_settings(environ=environ)
-    with pytest.raises(SettingsError, match="enableServiceLinks"):
-        load_settings(environ={"LIGHTWELL_SERVICE_HOST": "10.0.0.1", "LIGHTWELL_PORT": "tcp://10.0.0.1:8000"})
+    with pytest.raises(SettingsError, match=r"^unknown environment variables: LIGHTWELL_ZZZZZZ$"):
+        load_settings(environ={"LIGHTWELL_ZZZZZZ": "1"})
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"LIGHTWELL_PORT": "tcp://10.0.0.1:8000"},
+        {"LIGHTWELL_SERVICE_HOST": "10.0.0.1", "LIGHTWELL_PORT": "tcp://10.0.0.1:8000"},
+        {"LIGHTWELL_PORT_8000_TCP_ADDR": "10.0.0.1"},
+    ],
+)
+def test_service_links_of_kubernetes_are_explained(environ: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match="Kubernetes .* Service named lightwell.*enableServiceLinks: false"):
+        load_settings(environ=environ)
 
 
 @pytest.mark.parametrize(

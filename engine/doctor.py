@@ -1,0 +1,89 @@
+"""Reports what this machine has for the engine, as JSON: `python -m engine.doctor`, which `lightwell doctor` runs.
+
+Nothing is compiled or downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+
+import msgspec
+
+from engine.kernels.cpu import build
+from engine.shared.machine import Gpu, Machine
+
+
+def examine() -> Machine:
+    """Return what there is on this machine."""
+    compiler, compiler_problem = _compiler()
+    code_path, kernel_problem = _kernels()
+    torch_version, cuda, gpus = _torch()
+    flags = _processor_field("flags").split()
+    return Machine(
+        processor=_processor_field("model name") or platform.machine(),
+        has_avx2="avx2" in flags,
+        num_cores=len(os.sched_getaffinity(0)),
+        available_memory=_available_memory(),
+        torch=torch_version,
+        cuda=cuda,
+        gpus=gpus,
+        has_triton=importlib.util.find_spec("triton") is not None,
+        compiler=compiler,
+        compiler_problem=compiler_problem,
+        code_path=code_path,
+        kernel_problem=kernel_problem,
+    )
+
+
+def _processor_field(name: str) -> str:
+    """Return a field of the first processor in /proc/cpuinfo, or "" if it has none."""
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            key, _, value = line.partition(":")
+            if key.strip() == name:
+                return value.strip()
+    return ""
+
+
+def _available_memory() -> int:
+    if importlib.util.find_spec("torch") is None:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    from engine.model.memory_plan import available_memory
+
+    return available_memory()
+
+
+def _torch() -> tuple[str | None, str | None, list[Gpu]]:
+    """Return torch's version, the CUDA version for which it was built, and the GPUs that it can use."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return None, None, []
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return str(torch.__version__), torch.version.cuda, [Gpu(gpu.name, gpu.total_memory) for gpu in gpus]
+
+
+def _compiler() -> tuple[str | None, str | None]:
+    """Return the compiler's name and version, or why there is none."""
+    try:
+        return build.compiler_version(build.find_compiler()).partition("\n")[0], None
+    except build.BuildError as error:
+        return None, str(error)
+
+
+def _kernels() -> tuple[str | None, str | None]:
+    """Return the code path of the compiled kernels, or why they cannot be used. Both are None if there are none."""
+    from engine.kernels.cpu.library import Library
+
+    try:
+        library = build.find_library()
+        return (None if library is None else Library(library).code_path), None
+    except (build.BuildError, OSError, ValueError) as error:
+        return None, str(error)
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(msgspec.json.encode(examine()))

@@ -1,0 +1,29 @@
+"""`lightwell build-kernels`."""
+
+import argparse
+import os
+import sys
+from typing import NoReturn
+
+from server.cli.parser import Commands
+
+DESCRIPTION = """\
+Compile the CPU kernels, unless this has been done, and print the path of the library. The server does this at its
+first start if it finds a C++ compiler: $CXX, g++, c++ or clang++.
+"""
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser("build-kernels", help="compile the CPU kernels in advance", description=DESCRIPTION)
+    parser.set_defaults(run=_build_kernels)
+    parser.add_argument(
+        "--in-package",
+        action="store_true",
+        help="Store the library next to its sources instead of in the cache folder, for images without a compiler",
+    )
+
+
+def _build_kernels(arguments: argparse.Namespace) -> NoReturn:
+    """Replace this process by the engine's build script, since this one must not import torch."""
+    flags = ["--in-package"] if arguments.in_package else []
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "engine.kernels.cpu.build", *flags])

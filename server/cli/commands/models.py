@@ -1,0 +1,39 @@
+"""`lightwell pull` and `lightwell list`: the models on this machine."""
+
+import argparse
+
+from server.cli.parser import Commands, fail
+from server.settings.table import SETTINGS
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "pull",
+        help="download a model and print its path",
+        description="Download a model, unless it is already there, and print its path.",
+    )
+    parser.set_defaults(run=_pull)
+    parser.add_argument("model", metavar="MODEL", help=SETTINGS["model"].description)
+    parser = commands.add_parser(
+        "list",
+        help="list the models on this machine",
+        description="List the aliases, and the models that have been downloaded, with size and place.",
+    )
+    parser.set_defaults(run=_list)
+    parser.add_argument("--json", action="store_true", help="Print the list as JSON")
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from server.model_paths import ModelError, resolve_model
+
+    try:
+        print(resolve_model(arguments.model).path)
+    except ModelError as error:
+        return fail(str(error))
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from server.cli.model_list import print_models
+
+    return print_models(as_json=arguments.json)

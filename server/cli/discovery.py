@@ -1,0 +1,58 @@
+"""Finds a running server for `lightwell chat` and `lightwell bench`."""
+
+import socket
+import sys
+from urllib.parse import urlsplit
+
+from server.cli.http_client import RemoteError, connect, plain_errors
+from server.running_servers import DEFAULT_URL, registered_servers
+
+CONNECT_SECONDS = 1.0
+NO_SERVER = (
+    "no server is running here: `lightwell serve` starts one, `lightwell run` starts one and a chat, and --url is the "
+    "address of a server elsewhere"
+)
+
+
+def find_server(api_key: str | None) -> str:
+    """Return the URL of the server at the default port, or else of the one of this user that started last.
+
+    Unless it is the only one and at the default port, it is named on standard error. Raises RemoteError.
+    """
+    servers = {server.url: server.model for server in registered_servers() if accepts_connections(server.url)}
+    if DEFAULT_URL not in servers and is_model_server(DEFAULT_URL, api_key):
+        servers[DEFAULT_URL] = "a server"
+    if not servers:
+        raise RemoteError(NO_SERVER)
+    url = DEFAULT_URL if DEFAULT_URL in servers else next(iter(servers))
+    if len(servers) > 1:
+        others = ", ".join(f"{model} at {other}" for other, model in servers.items() if other != url)
+        _say(f"using {servers[url]} at {url} (--url chooses another: {others})")
+    elif url != DEFAULT_URL:
+        _say(f"using {servers[url]} at {url}")
+    return url
+
+
+def _say(text: str) -> None:
+    print(f"lightwell: {text}", file=sys.stderr, flush=True)
+
+
+def accepts_connections(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 80), CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def is_model_server(url: str, api_key: str | None) -> bool:
+    """Return whether an OpenAI-compatible server answers, even if it is loading its model or refuses the key."""
+    if not accepts_connections(url):
+        return False
+    try:
+        with connect(url, api_key, read_timeout=CONNECT_SECONDS) as client, plain_errors(url):
+            answer = client.get("/v1/models").json()
+    except (RemoteError, ValueError):
+        return False
+    return isinstance(answer, dict) and bool(answer.keys() & {"data", "error"})

@@ -1,0 +1,109 @@
+"""Flags of vLLM, SGLang and llama.cpp, and what to use instead: messages for those who are used to them."""
+
+from collections.abc import Mapping
+
+# Other names of a flag, which are accepted.
+MODEL_SYNONYMS = ("--model", "-m", "--model-path")
+
+_ONE_DEVICE = "one server uses one device, which --device chooses"
+_KV_CACHE_MEMORY = "--kv-cache-memory sets the memory for the KV cache, such as 2GiB; unset, it depends on what is free"
+_DETECTED = "it is not needed: tool calls and reasoning are recognised by the chat template"
+_ALWAYS_ON = "it is not needed: this is always on"
+_DEFAULT_SAMPLING = "--default-sampling sets what requests leave out, such as temperature=0.7,top_p=0.9"
+_PROXY = "put a reverse proxy in front of the server"
+_NO_DRAFT_MODEL = "--speculative ngram drafts tokens without a second model"
+_MODEL_NAME = "give MODEL as org/name, org/name@revision or org/name:file.gguf"
+_URL = "--url is the address of the server, such as http://127.0.0.1:8000"
+
+# Flags of a row, separated by spaces -> what to use instead.
+_SERVE: Mapping[str, str] = {
+    "-c --ctx-size --context-length": "--max-model-len limits prompt and output of a request, in tokens",
+    "-np --parallel --max-running-requests": "--max-num-seqs is the number of requests that run at a time",
+    "-b --batch-size -ub --ubatch-size --chunked-prefill-size --max-prefill-tokens": "--max-num-batched-tokens is the "
+    "number of tokens of an engine step",
+    "-a --alias": "--served-model-name is the name of the model in the API",
+    "-hf -hfr --hf-repo --hf-file -hff --revision --tokenizer --tokenizer-path --tokenizer-mode --hf-config-path": (
+        _MODEL_NAME
+    ),
+    "-mu --model-url": "download the file and give its path as MODEL",
+    "--hf-token -hft": "set HF_TOKEN in the environment",
+    "--download-dir": "HF_HOME is the folder of models from Hugging Face, LIGHTWELL_CACHE that of aliases",
+    "-t --threads -tb --threads-batch --threads-http": "set OMP_NUM_THREADS in the environment",
+    "-ngl --gpu-layers --n-gpu-layers": "--device cuda runs all layers on the GPU, --device cpu none",
+    "-mg --main-gpu": "--device cuda:N chooses the GPU",
+    "-tp --tp --tp-size --tensor-parallel-size -pp --pipeline-parallel-size --pp-size -dp --data-parallel-size "
+    "--dp-size -ts --tensor-split -sm --split-mode --api-server-count": _ONE_DEVICE,
+    "--gpu-memory-utilization --mem-fraction-static --max-total-tokens --num-gpu-blocks-override "
+    "--kv-cache-memory-bytes": _KV_CACHE_MEMORY,
+    "--swap-space --cpu-offload-gb --mlock --no-mmap --numa": "it is not needed: weights and KV cache stay in the "
+    "memory of the device",
+    "-ctk --cache-type-k -ctv --cache-type-v": "--kv-cache-dtype int8 makes the KV cache smaller",
+    "-q": "--quantization chooses the format of the weights in memory",
+    "--trust-remote-code": "code from model repositories is never run",
+    "--enable-auto-tool-choice --tool-call-parser --reasoning-parser --enable-reasoning --reasoning-format --jinja": (
+        _DETECTED
+    ),
+    "--chat-template-file": "--chat-template is the file of a chat template",
+    "--guided-decoding-backend --grammar-backend --structured-outputs-config": "it is not needed: structured output "
+    "works without a choice of backend",
+    "--enable-chunked-prefill --enable-metrics --metrics -cb --cont-batching --enable-log-requests --log-requests "
+    "-fa --flash-attn": _ALWAYS_ON,
+    "--embedding --embeddings --is-embedding --task --runner": "it is not needed: /v1/embeddings works with every "
+    "model, and --pooling chooses how",
+    "--disable-radix-cache --no-cache-prompt": "--no-enable-prefix-caching turns the prefix cache off",
+    "--disable-cuda-graph": "--enforce-eager launches GPU kernels one by one",
+    "-md --model-draft --draft --draft-max --speculative-config --speculative-model --num-speculative-tokens "
+    "--speculative-algorithm": _NO_DRAFT_MODEL,
+    "--random-seed -s": "--seed is the seed of requests that send none",
+    "--lora --lora-paths --lora-scaled": "--lora-modules NAME=PATH loads an adapter",
+    "--enable-lora": "--lora-modules and --allow-runtime-lora-updating enable adapters",
+    "--max-cpu-loras": "--max-loras is the maximum number of loaded adapters, on any device",
+    "--temp --temperature --top-p --top-k --min-p --repeat-penalty --generation-config --override-generation-config": (
+        _DEFAULT_SAMPLING
+    ),
+    "-n --predict --n-predict": "--default-max-tokens limits requests that set no limit",
+    "--mmproj -mm --limit-mm-per-prompt": "images and audio are not supported",
+    "--ssl-keyfile --ssl-certfile --ssl-key-file --ssl-cert-file --root-path --api-prefix": _PROXY,
+    "--api-key-file": "set LIGHTWELL_API_KEY in the environment, or api-key in the file of --config",
+    "--allowed-methods --allowed-headers --allow-credentials": "--allowed-origins is enough for web pages",
+    "--disable-log-requests --disable-log-stats --disable-uvicorn-access-log": "--log-level warning leaves out a line "
+    "for each request",
+    "-v --verbose --log-verbose --uvicorn-log-level": "--log-level debug logs more",
+}
+
+_CLIENT: Mapping[str, str] = {"--base-url --host --port": _URL, "-m": "--model is the name of the model"}
+
+_CHAT: Mapping[str, str] = {
+    **_CLIENT,
+    "--temp": "--temperature sets the sampling temperature",
+    "-n --n-predict --predict --max-new-tokens": "--max-tokens limits an answer",
+    "--system-prompt -sys -p --prompt": "--system is the system message; a question can be piped in",
+}
+
+_BENCH: Mapping[str, str] = {
+    **_CLIENT,
+    "-n --num-prompts --num-prompt": "--num-requests is the number of requests",
+    "--max-concurrency -c": "--concurrency is the number of requests in flight",
+    "--request-rate": "--rate is the number of requests per second",
+    "--random-input-len --random-input": "--input-len is the length of prompts, in words",
+    "--random-output-len --random-output --max-tokens": "--output-len is the length of answers, in tokens",
+    "--random-prefix-len": "--shared-prefix-len is the number of words that all prompts begin with",
+    "--num-warmups --warmup-requests": "--warmup is the number of requests before the measured ones",
+    "--backend --dataset-name --dataset-path --tokenizer": "it is not needed: prompts are random words, for any "
+    "OpenAI-compatible server",
+    "--save-result --result-filename --output-file --output-json": "--json prints the report as JSON",
+    "--ignore-eos": "answers have --output-len tokens unless --no-ignore-eos is given",
+}
+
+
+def _by_flag(rows: Mapping[str, str]) -> Mapping[str, str]:
+    return {flag: text for flags, text in rows.items() for flag in flags.split()}
+
+
+# Command -> flag of another server -> what to use instead.
+FOREIGN_FLAGS: Mapping[str, Mapping[str, str]] = {
+    "serve": _by_flag(_SERVE),
+    "run": _by_flag(_SERVE),
+    "chat": _by_flag(_CHAT),
+    "bench": _by_flag(_BENCH),
+}

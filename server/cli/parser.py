@@ -1,0 +1,102 @@
+"""The argument parser of all commands: errors in one line that name what to use instead, and readable help."""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeAlias
+
+from server.cli.foreign_flags import FOREIGN_FLAGS
+from server.settings.suggestions import did_you_mean
+from server.settings.table import REPEAT_LORA_MODULES, SETTINGS
+from server.settings.value_types import ValueType
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def fail(message: str, status: int = FAILURE) -> int:
+    """Print an error and return the exit status."""
+    print(f"lightwell: error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that knows flags of other servers, and reports errors in one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=_Formatter)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse all arguments, or exit: unlike in argparse, none may be left."""
+        args = sys.argv[1:] if args is None else list(args)
+        foreign = FOREIGN_FLAGS.get(self.prog.split()[-1], {})
+        for flag in map(_flag_of, args):
+            if flag in foreign and flag not in self._option_string_actions:
+                self.error(f"unknown flag {flag}: {foreign[flag]}")
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown_arguments(unknown))
+        return namespace, unknown
+
+    def _unknown_arguments(self, unknown: list[str]) -> str:
+        """Return the usage error. It names flags without their values, which might be secrets."""
+        flags = [_flag_of(argument) for argument in unknown if argument.startswith("-")]
+        if flags:
+            return f"unknown flag {flags[0]}{did_you_mean(flags[0].replace('_', '-'), self._option_string_actions)}"
+        is_adapter = "=" in unknown[0] or unknown[0].startswith("{")
+        return f"unexpected argument {unknown[0]!r}" + (f": {REPEAT_LORA_MODULES}" if is_adapter else "")
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(fail(f"{message} (see {self.prog} --help)", USAGE_ERROR))
+
+
+def _flag_of(argument: str) -> str:
+    return argument.partition("=")[0]
+
+
+class StoreOnce(argparse.Action):
+    """Stores a value that can be given by several flags, but only once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"{self.dest.upper()} is given twice")
+        setattr(namespace, self.dest, values)
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Return the flags of an action, without the `--no-` flag of a switch that is off by default."""
+        is_off = isinstance(action, argparse.BooleanOptionalAction) and SETTINGS[action.dest].default is False
+        return action.option_strings[0] if is_off else super()._format_action_invocation(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wrap help text, but do not break flags at their hyphens."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        has_default = action.option_strings and action.default not in (None, argparse.SUPPRESS, False, True)
+        return f"{text} [%(default)s]" if has_default else text
+
+
+def argument_type(value_type: ValueType) -> Callable[[str], Any]:
+    """Return an argparse type that parses as the settings do."""
+
+    def parse(text: str) -> Any:
+        try:
+            return value_type.parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {value_type.expected}, got {text!r}") from None
+
+    return parse

@@ -1,0 +1,113 @@
+"""`lightwell doctor`, for this machine and for others that are made up."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from engine.shared.machine import Gpu, Machine
+from server.cli import doctor
+from server.cli.doctor import Finding, examine
+from server.cli.main import main
+
+GOOD = Machine(
+    processor="A Processor",
+    has_avx2=True,
+    num_cores=2,
+    available_memory=8_000_000_000,
+    torch="2.9.0+cpu",
+    cuda=None,
+    gpus=[],
+    has_triton=False,
+    compiler="g++ 12",
+    compiler_problem=None,
+    code_path="avx2",
+    kernel_problem=None,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Take the GPU's device file away; return the path at which the doctor looks for it."""
+    monkeypatch.setattr(doctor, "NVIDIA_DEVICE", tmp_path / "nvidiactl")
+    monkeypatch.setattr(doctor, "DEFAULT_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("CXX", raising=False)
+    return tmp_path / "nvidiactl"
+
+
+def findings(**changes: object) -> dict[str, Finding]:
+    return {finding.name: finding for finding in examine(msgspec.structs.replace(GOOD, **changes))}
+
+
+def test_this_machine() -> None:
+    """In ten lines and the remedies. The versions are those that the packages report."""
+    code = "import platform, torch; print(platform.python_version(), torch.__version__)"
+    known = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli.main", "doctor"], capture_output=True, text=True, timeout=60, check=False
+    )
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert len(lines) == 10
+    assert all(re.match(r"(ok|--|!!) [A-Z]\w+ +\S", line) for line in lines)
+    assert known[0] in lines[0]
+    assert known[1] in lines[1]
+    assert done.returncode == (1 if "!! " in done.stdout else 0)
+
+
+def test_a_good_machine_needs_nothing() -> None:
+    found = findings()
+    del found["Model"]  # depends on this machine's cache
+    assert [finding.remedy for finding in found.values()] == [None] * 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "text", "remedy"),
+    [
+        ({"torch": None}, "PyTorch", "missing", "pip install torch"),
+        ({"compiler": None, "code_path": None}, "Compiler", "none", "apt install g++"),
+        ({"compiler": None, "code_path": None}, "Kernels", "need a C++ compiler", None),
+        ({"compiler": None}, "Compiler", "none", None),  # the kernels are there already
+        ({"code_path": None}, "Kernels", "not compiled yet", "lightwell build-kernels"),
+        ({"code_path": None, "has_avx2": False}, "Kernels", "no AVX2", None),
+        ({"code_path": None, "kernel_problem": "bad layout"}, "Kernels", "bad layout", None),
+        ({"gpus": [Gpu("H100", 80_000_000_000)]}, "GPU", "H100 (80 GB)", "pip install triton"),
+        ({"gpus": [Gpu("H100", 80_000_000_000)], "has_triton": True}, "Result", "on H100", None),
+        ({}, "Memory", "8.0 GB free: weights of up to about 4.0 GB", None),
+        ({}, "Result", "`lightwell run` would run smollm2-135m on the processor, kernels: avx2", None),
+    ],
+)
+def test_what_is_missing(changes: dict[str, object], name: str, text: str, remedy: str | None) -> None:
+    finding = findings(**changes)[name]
+    assert text in finding.text
+    assert (finding.remedy is None) == (remedy is None)
+    assert (remedy or "") in (finding.remedy or "")
+
+
+@pytest.mark.parametrize(("cuda", "remedy"), [(None, "build for CUDA"), ("12.8", "nvidia-smi")])
+def test_a_gpu_that_torch_does_not_see(no_gpu: Path, cuda: str | None, remedy: str) -> None:
+    no_gpu.touch()
+    assert remedy in (findings(cuda=cuda)["GPU"].remedy or "")
+
+
+def test_a_model_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "new" / "cache"))
+    assert not findings()["Model"].is_fatal
+    assert "will be downloaded" in findings()["Model"].text
+    monkeypatch.setenv("LIGHTWELL_CACHE", "/proc/none")
+    found = findings()
+    assert found["Model"].is_fatal
+    assert "LIGHTWELL_CACHE" in (found["Model"].remedy or "")
+    assert found["Result"].is_fatal
+
+
+def test_json_and_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LIGHTWELL_CACHE", "/proc/none")
+    assert main(["doctor", "--json"]) == 1
+    names = [finding["name"] for finding in json.loads(capsys.readouterr().out)]
+    assert names == [
+        *("Python", "PyTorch", "Processor", "GPU", "Compiler", "Kernels", "Memory", "Model", "Port", "Result"),
+    ]

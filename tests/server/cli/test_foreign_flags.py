@@ -1,0 +1,54 @@
+"""Flags of other servers: the table is right about our flags, and each of its rows is what a user gets."""
+
+import re
+
+import pytest
+
+from server.cli.foreign_flags import FOREIGN_FLAGS, MODEL_SYNONYMS
+from server.cli.main import main, make_parser
+
+FLAGS = [(command, flag) for command, flags in FOREIGN_FLAGS.items() for flag in flags]
+
+
+def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Return the flags in the help of a command."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("command", FOREIGN_FLAGS)
+def test_what_to_use_instead_exists_and_what_not_to_use_does_not(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = flags_of(command, capsys)
+    for flag, text in FOREIGN_FLAGS[command].items():
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+        assert named <= own, (flag, named - own)
+    if command != "run":  # which has the flags of a chat too
+        assert own & FOREIGN_FLAGS[command].keys() == set()
+
+
+@pytest.mark.parametrize(("command", "flag"), FLAGS)
+def test_each_is_explained(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if command == "run" and flag in ("--temperature", "--top-p"):
+        return
+    for arguments in ([flag, "secret"], [f"{flag}=secret"], ["--seed", "1", flag]):
+        with pytest.raises(SystemExit) as ended:
+            main([command, *arguments])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert error == (
+            f"lightwell: error: unknown flag {flag}: {FOREIGN_FLAGS[command][flag]} (see lightwell {command} --help)\n"
+        )
+
+
+@pytest.mark.parametrize("flag", MODEL_SYNONYMS)
+@pytest.mark.parametrize("command", ["serve", "run"])
+def test_the_model_can_be_given_as_elsewhere(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parse = make_parser().parse_args
+    assert parse([command, flag, "m.gguf", "--port", "1"]).model == parse([command, "m.gguf"]).model == "m.gguf"
+    for arguments in (["a", flag, "b"], [flag, "a", "b"], [flag, "a", flag, "b"]):
+        with pytest.raises(SystemExit):
+            main([command, *arguments])
+        assert "MODEL is given twice" in capsys.readouterr().err

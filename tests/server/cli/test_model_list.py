@@ -1,0 +1,98 @@
+"""`lightwell list`, over folders as huggingface_hub makes them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.cli.model_list import format_bytes, hub_folder
+from server.model_paths import ALIASES
+
+ALIAS = ALIASES["smollm2-135m"]
+
+
+def snapshot(hub: Path, repo: str, revision: str, **files: int) -> Path:
+    """Make a snapshot of sparse files, linked to blobs as in the hub's cache."""
+    folder = hub / f"models--{repo.replace('/', '--')}"
+    for name, size in files.items():
+        blob = folder / "blobs" / f"{revision}-{name}"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        with blob.open("wb") as file:
+            file.truncate(size)
+        link = folder / "snapshots" / revision / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder / "snapshots" / revision
+
+
+def run(*flags: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli.main", "list", *flags],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+        env=os.environ | environment,
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {"LIGHTWELL_CACHE": str(tmp_path / "cache"), "HF_HUB_CACHE": str(tmp_path / "hub"), "HOME": str(tmp_path)}
+
+
+def test_an_alias_that_is_not_there_says_how_to_get_it(environment: dict[str, str]) -> None:
+    lines = run(**environment).splitlines()
+    assert lines[0].split() == ["MODEL", "SIZE", "PLACE"]
+    assert "not downloaded: `lightwell pull smollm2-135m`" in lines[1]
+    assert "98 MB" in lines[1]
+
+
+def test_what_has_been_downloaded(tmp_path: Path, environment: dict[str, str]) -> None:
+    gguf = tmp_path / "cache" / "smollm2-135m" / Path(ALIAS.member).name
+    gguf.parent.mkdir(parents=True)
+    gguf.write_bytes(b"")
+    hub = tmp_path / "hub"
+    snapshot(hub, "org/old-and-new", "a", **{"model.safetensors": 1, "config.json": 1})
+    newer = snapshot(hub, "org/old-and-new", "b", **{"model.safetensors": 2_500_000_000, "config.json": 1})
+    os.utime(newer.parent / "a", (1, 1))
+    packed = snapshot(hub, "org/packed", "a", **{"q4.gguf": 5_000_000, "README.md": 1})
+    snapshot(hub, "org/only-config", "a", **{"config.json": 1})
+    (hub / "models--broken").mkdir()
+    (hub / "datasets--org--x").mkdir()
+    models: list[dict[str, Any]] = json.loads(run("--json", **environment))
+    assert models == [
+        {"name": "smollm2-135m", "num_bytes": ALIAS.num_bytes, "path": str(gguf)},
+        {"name": "org/old-and-new", "num_bytes": 2_500_000_000, "path": str(newer)},
+        {"name": "org/packed:q4.gguf", "num_bytes": 5_000_000, "path": str(packed / "q4.gguf")},
+    ]
+    output = run(**environment)
+    assert "~/cache/smollm2-135m/" in output
+    assert "2.5 GB" in output
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"HF_HOME": "/a"}, {"HF_HUB_CACHE": "/b"}, {"XDG_CACHE_HOME": "/c"}, {"HF_HOME": "/a", "HF_HUB_CACHE": "/b"}],
+)
+def test_the_folder_is_that_of_huggingface_hub(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the library itself computes it."""
+    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert str(hub_folder()) == done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(98362432, "98 MB"), (1_500_000, "1.5 MB"), (2_500_000_000, "2.5 GB"), (12_000, "12 kB")]
+)
+def test_sizes(num_bytes: int, text: str) -> None:
+    assert format_bytes(num_bytes) == text

@@ -1,0 +1,88 @@
+"""`lightwell run`: its errors, its port, and what it reads of the server's log. tests/e2e/test_run.py has the rest."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from server.cli.commands.run import is_free
+from server.cli.run import parse_record
+from server.settings.table import Settings
+from tests.support.serving import wait_until
+
+COMMAND = [sys.executable, "-m", "server.cli.main", "run"]
+
+
+@pytest.mark.parametrize(
+    ("line", "record"),
+    [
+        (b'{"level":"info","message":"a","base_url":"u"}\n', {"level": "info", "message": "a", "base_url": "u"}),
+        (b"lightwell: error: no model\n", {"level": "error", "message": "no model"}),
+        (b"Downloading x\n", {"level": "info", "message": "Downloading x"}),
+        (b"\xff\n", {"level": "info", "message": "\ufffd"}),
+    ],
+)
+def test_lines_of_the_log(line: bytes, record: dict[str, object]) -> None:
+    assert parse_record(line) == record
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nothing"], 1, "model 'nothing' is neither an existing file or folder"),
+        (["--port", "x"], 2, "--port: expected an integer"),
+        (["--host", "0.0.0.0"], 2, "--host 0.0.0.0 is reachable from other machines"),
+        (["--temperature", "3"], 2, "argument --temperature: expected a number from 0 to 2"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], status: int, message: str) -> None:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith(f"lightwell: error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_cause_is_named_and_not_its_consequence(smollm2_path: Path) -> None:
+    command = [*COMMAND, str(smollm2_path), "--kv-cache-memory", "1000TiB"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("lightwell: error: --kv-cache-memory")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_taken_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        settings = Settings(port=listener.getsockname()[1])
+        assert not is_free(settings)
+    assert is_free(settings)
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
+def test_a_signal_while_the_server_starts(tmp_path: Path, signum: int, status: int) -> None:
+    """The server ends with the command. A chat template that is a pipe keeps it from becoming ready."""
+    pipe = tmp_path / "template"
+    os.mkfifo(pipe)
+    with subprocess.Popen([*COMMAND, "--chat-template", str(pipe), "--port", "0"], stderr=subprocess.PIPE) as process:
+        wait_until(lambda: children(process.pid), timeout=20)
+        (server,) = children(process.pid)
+        wait_until(lambda: len(children(server)) == 2, timeout=30)
+        family = [server, *children(server)]
+        process.send_signal(signum)
+        assert process.wait(15) == status
+        deadline = time.monotonic() + 10
+        while any(os.path.exists(f"/proc/{pid}") for pid in family):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
