@@ -270,7 +270,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # for example, no IPv6
                 _close(sockets)
-                raise OSError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from error
+                hint = " (--port 0 selects a free one)" if error.errno == errno.EADDRINUSE else ""
+                raise OSError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}{hint}") from error
             missing = error
     if not sockets:
         raise OSError(f"cannot listen on {host}: this machine has no such address") from missing

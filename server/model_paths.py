@@ -18,6 +18,7 @@ from typing import IO
 
 from engine.config.huggingface import PICKLE_SUFFIXES
 from engine.shared.paths import cache_folder
+from server.settings.suggestions import did_you_mean
 
 CHUNK_BYTES = 1 << 20
 GIVE_GGUF_FILE = "for GGUF, give the file itself: path/to/file.gguf or org/name:file.gguf"
@@ -79,7 +80,7 @@ def resolve_model(name: str) -> ResolvedModel:
         return _from_hub(match["repo"], match["revision"], match["file"])
     raise ModelError(
         f"model {name!r} is neither an existing file or folder, nor an alias ({', '.join(ALIASES)}), "
-        "nor a Hugging Face id (org/name)"
+        f"nor a Hugging Face id (org/name){did_you_mean(name, ALIASES)}"
     )
 
 

@@ -14,14 +14,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.access_control import OPEN_PATHS
 from server.http.errors import ServerError, is_for_anthropic
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
-QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # requested every few seconds, so logged at level DEBUG
+# Requested every few seconds, so logged at level DEBUG.
+QUIET_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 QUIET_STATUSES = (200, 503)  # 503: the model is being loaded
 LOG_FIELDS = "log_fields"  # in the scope's state: a function that returns what else to log at the end of the request
 CLIENT_CLOSED_REQUEST = 499  # in logs and metrics only

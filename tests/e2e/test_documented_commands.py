@@ -48,7 +48,8 @@ def folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         save_random_adapter(folder / name, config, seed, ranks={"": 8})
     script = folder / "bin" / "lightwell"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m server.cli.main "$@"\n')
+    model = f"LIGHTWELL_MODEL={shlex.quote(str(smollm2_path))}"  # the default of `lightwell run`
+    script.write_text(f'#!/bin/sh\n{model} exec {shlex.quote(sys.executable)} -m server.cli.main "$@"\n')
     script.chmod(0o755)
     (folder / "recorder.py").write_text(RECORDER)
     return folder
@@ -118,7 +119,7 @@ def run(command: str, server: ServerProcess, folder: Path) -> str:
             return shell(f"{shlex.quote(sys.executable)} {arguments}", folder, {"OPENAI_BASE_URL": f"{server.url}/v1"})
         case ".venv/bin/lightwell":
             return shell(f"lightwell {arguments} --url {server.url}", folder, given="Hello!\n")
-        case "make" | "cat":
+        case "make" | "cat" | "echo" | "lightwell":
             return shell(command, folder)
     pytest.fail(f"no case for this command: {command}")
 

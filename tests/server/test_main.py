@@ -319,7 +319,9 @@ def test_a_port_in_use_is_one_line(model_folder: Path, address: str, tmp_path: P
         port = taken.getsockname()[1]
         lines = failed_start(tmp_path, port=port, address=address, model_path=model_folder)
     assert len(lines) == 1
-    assert f"cannot listen on 127.0.0.1 port {port}" in lines[0]
+    assert lines[0].endswith(
+        f"cannot listen on 127.0.0.1 port {port}: Address already in use (--port 0 selects a free one)"
+    )
 
 
 def test_a_custom_chat_template(start_api: StartApi, tmp_path: Path) -> None:

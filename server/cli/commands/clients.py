@@ -112,6 +112,12 @@ def _add_bench(commands: Commands) -> None:
     )
     parser.set_defaults(run=_bench)
     _add_server(parser)
+    _add_load(parser)
+    _add_requests(parser)
+    parser.add_argument("--json", action="store_true", help="Print the report as JSON")
+
+
+def _add_load(parser: Parser) -> None:
     load = parser.add_argument_group("Load")
     load.add_argument(
         "--num-requests", type=argument_type(integer(1)), default=64, metavar="N", help="Number of measured requests"
@@ -140,6 +146,9 @@ def _add_bench(commands: Commands) -> None:
     load.add_argument(
         "--timeout", type=argument_type(seconds(0.1)), default=600, metavar="SECONDS", help="Time limit of one request"
     )
+
+
+def _add_requests(parser: Parser) -> None:
     requests = parser.add_argument_group("Requests")
     requests.add_argument(
         "--endpoint", choices=["completions", "chat"], default="completions", help="API endpoint to call"
@@ -169,7 +178,6 @@ def _add_bench(commands: Commands) -> None:
     requests.add_argument(
         "--seed", type=argument_type(INT64), metavar="N", help="Seed of prompts and arrival times. Unset: a random seed"
     )
-    parser.add_argument("--json", action="store_true", help="Print the report as JSON")
 
 
 def _bench(arguments: argparse.Namespace) -> int:

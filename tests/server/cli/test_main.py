@@ -131,6 +131,7 @@ def test_variables_are_checked() -> None:
 def test_models_that_cannot_be_had_are_failures() -> None:
     assert_one_line(lightwell("serve", "nothing"), 1, "model 'nothing' is neither")
     assert_one_line(lightwell("pull", "./nothing"), 1, "model './nothing' is neither")
+    assert_one_line(lightwell("pull", "smolm2-135m"), 1, "(org/name) (did you mean smollm2-135m?)")
     done = lightwell("serve", "--lora-modules", "a=/a", "b=/b")
     assert_one_line(done, 1, "model 'b=/b' is neither")
     assert done.stderr.endswith("; repeat --lora-modules for each adapter\n")

@@ -109,7 +109,7 @@ def test_bad_yaml_types(tmp_path: Path, line: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("prt: 80", "unknown setting 'prt' (did you mean port?)"),
+        ("prt: 80", r"unknown setting 'prt' \(did you mean port\?\)"),
         ("config: other.yml", "unknown setting 'config'"),
         ("1: 80", "unknown setting 1"),
         ("port: 80\nport: 81", "port is set twice"),
@@ -200,7 +200,7 @@ def test_unknown_variables_are_named() -> None:
     ],
 )
 def test_service_links_of_kubernetes_are_explained(environ: dict[str, str]) -> None:
-    with pytest.raises(SettingsError, match="Kubernetes .* Service named lightwell.*enableServiceLinks: false"):
+    with pytest.raises(SettingsError, match=r"Kubernetes .* Service named lightwell.*enableServiceLinks: false"):
         load_settings(environ=environ)
 
 
