@@ -69,7 +69,7 @@ def _torch() -> tuple[str | None, str | None, list[Gpu]]:
 def _compiler() -> tuple[str | None, str | None]:
     """Return the compiler's name and version, or why there is none."""
     try:
-        return build.compiler_version(build.find_compiler()).partition("\n")[0], None
+        return build.version_of(build.find_compiler()).partition("\n")[0], None
     except build.BuildError as error:
         return None, str(error)
 
@@ -79,8 +79,9 @@ def _kernels() -> tuple[str | None, str | None]:
     from engine.kernels.cpu.library import Library
 
     try:
-        library = build.find_library()
-        return (None if library is None else Library(library).code_path), None
+        return Library(build.build(may_compile=False)).code_path, None
+    except build.NotCompiledError:
+        return None, None
     except (build.BuildError, OSError, ValueError) as error:
         return None, str(error)
 

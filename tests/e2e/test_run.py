@@ -32,7 +32,7 @@ def test_a_chat_and_its_server(terminal: Terminal, tmp_path: Path) -> None:
     family = psutil.Process(terminal.process.pid).children(recursive=True)
     assert len(family) == 3  # supervisor, engine process, API process
     terminal.type("Count from one to a hundred in words.\n")
-    terminal.read_until(r"words\.\r\n.{20}", 60)
+    terminal.read_until(r"words\.\r\n(?s:.{20})", 60)
     terminal.type("\x03")
     terminal.read_until(rf"\(stopped\){PROMPT}", 60)
     assert all(process.is_running() for process in family)  # Ctrl-C stopped the answer only

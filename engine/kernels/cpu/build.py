@@ -72,25 +72,42 @@ class BuildError(RuntimeError):
     """There is no library and none can be compiled. The message is one line for the user."""
 
 
-def build(*, sanitize: bool = False, in_package: bool = False) -> Path:
+class NotCompiledError(BuildError):
+    """There is no library yet, and it was not to be compiled."""
+
+
+def build(*, sanitize: bool = False, in_package: bool = False, may_compile: bool = True) -> Path:
     """Return the path of the shared library, after compiling it if necessary.
 
     With `sanitize`, the library aborts the process on accesses out of bounds and on undefined behavior. With
     `in_package`, it is compiled into `prebuilt/`.
 
     Raises:
+        NotCompiledError: there is no library, and `may_compile` is False.
         BuildError: there is no library and none can be compiled.
     """
-    return build_package(PACKAGE, sanitize=sanitize, in_package=in_package)
+    return build_package(PACKAGE, sanitize=sanitize, in_package=in_package, may_compile=may_compile)
 
 
-def build_package(package: Path, *, sanitize: bool = False, in_package: bool = False) -> Path:
+def build_package(package: Path, *, sanitize: bool = False, in_package: bool = False, may_compile: bool = True) -> Path:
     """Do what `build` does, for the sources in `package`/src."""
-    if library := find_library(package, sanitize=sanitize, in_package=in_package):
-        return library
+    if platform.machine() != MACHINE:
+        raise BuildError(f"the CPU kernels are for {MACHINE}, and this machine is {platform.machine()}")
     source_key = key_of_sources(package / "src", sanitize)
-    compiler, cached = find_compiler(), not in_package
-    library = _writable_folder() / _cached_name(source_key, compiler) if cached else _prebuilt(package, source_key)
+    prebuilt = package / "prebuilt" / f"{source_key}.so"
+    if prebuilt.is_file():
+        return prebuilt
+    compiler = find_compiler()
+    if in_package:
+        library = prebuilt
+    else:
+        name = f"{_key_of_library(source_key, compiler)}.so"
+        cached = _kernels_folder() / name
+        if os.path.isfile(cached):  # False if the folder may not be read; it need not be writable
+            return cached
+        if not may_compile:
+            raise NotCompiledError("the CPU kernels are not compiled yet")
+        library = _writable_folder() / name
     try:
         _compile(package / "src", library, compiler, sanitize)
     except OSError as error:
@@ -99,24 +116,7 @@ def build_package(package: Path, *, sanitize: bool = False, in_package: bool = F
     return library
 
 
-def find_library(package: Path = PACKAGE, *, sanitize: bool = False, in_package: bool = False) -> Path | None:
-    """Return the library if it has been compiled. Raises BuildError if none can be used or compiled here."""
-    if platform.machine() != MACHINE:
-        raise BuildError(f"the CPU kernels are for {MACHINE}, and this machine is {platform.machine()}")
-    source_key = key_of_sources(package / "src", sanitize)
-    prebuilt = _prebuilt(package, source_key)
-    if prebuilt.is_file():
-        return prebuilt
-    cached = _kernels_folder() / _cached_name(source_key, find_compiler())
-    # isfile is False if the folder may not be read; it need not be writable
-    return cached if not in_package and os.path.isfile(cached) else None
-
-
 # Folders and names.
-
-
-def _prebuilt(package: Path, source_key: str) -> Path:
-    return package / "prebuilt" / f"{source_key}.so"
 
 
 def key_of_sources(sources: Path, sanitize: bool) -> str:
@@ -127,9 +127,9 @@ def key_of_sources(sources: Path, sanitize: bool) -> str:
     return hashlib.sha256(json.dumps([contents, flags]).encode()).hexdigest()
 
 
-def _cached_name(source_key: str, compiler: Command) -> str:
-    parts = [source_key, os.path.realpath(compiler[0]), *compiler, compiler_version(compiler)]
-    return f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.so"
+def _key_of_library(source_key: str, compiler: Command) -> str:
+    parts = [source_key, os.path.realpath(compiler[0]), *compiler, version_of(compiler)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _kernels_folder() -> Path:
@@ -184,7 +184,7 @@ def find_compiler() -> Command:
     raise BuildError(f"no C++ compiler found: {', '.join(COMPILERS)} (set CXX to use another)")
 
 
-def compiler_version(compiler: Command) -> str:
+def version_of(compiler: Command) -> str:
     """Return what the compiler prints about itself. Raises BuildError if it cannot run."""
     try:
         done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
