@@ -295,7 +295,7 @@ def test_errors_from_everywhere(start_server: StartServer) -> None:
         assert error_of(response, status)[0] == kind
     assert error_of(httpx.post(url, json=MINIMAL | {"model": "x"}, headers=key), 404) == (
         "not_found_error",
-        "The model `x` does not exist or you do not have access to it.",
+        "The model `x` does not exist or you do not have access to it. Available models: `tiny`, `org/tiny`.",
     )
     assert error_of(httpx.get(url, headers=key), 405)[0] == "invalid_request_error"
     assert error_of(httpx.post(f"{url}/batches", json={}, headers=key), 404)[0] == "not_found_error"
