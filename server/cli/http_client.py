@@ -126,6 +126,8 @@ def check_status(response: "httpx.Response") -> None:
     if not response.is_success:
         response.read()
         message = _message(response)
+        if response.status_code == 401:
+            message += " (--api-key or LIGHTWELL_API_KEY is the key)"
         kind = LoadingError if response.status_code == 503 and "still being loaded" in message else RemoteError
         raise kind(f"the server returned status {response.status_code}: {message}")
 

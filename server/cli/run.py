@@ -51,7 +51,8 @@ class ServerProcess:
         )
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(msgspec.json.encode(msgspec.structs.replace(settings, log_format="json")))
+            # Records of level info tell how far it is.
+            stdin.write(msgspec.json.encode(msgspec.structs.replace(settings, log_format="json", log_level="info")))
         self._ready: queue.Queue[str | None] = queue.Queue()  # the base URL; None at the end of the log
         threading.Thread(target=self._read_log, name="log of the server", daemon=True).start()
 

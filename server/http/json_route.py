@@ -43,7 +43,9 @@ def check_media_type(headers: Headers) -> None:
     """Raise UnsupportedMediaTypeError unless the Content-Type is JSON in UTF-8."""
     media_type, *parameters = headers.get("content-type", "").lower().split(";")
     if media_type.strip() != "application/json":
-        raise UnsupportedMediaTypeError("The Content-Type of your request must be application/json.")
+        raise UnsupportedMediaTypeError(
+            "The Content-Type of your request must be application/json; with curl, -H 'Content-Type: application/json'."
+        )
     for parameter in parameters:
         name, _, value = parameter.partition("=")
         if name.strip() == "charset" and value.strip().strip('"') not in ("utf-8", "utf8", "us-ascii"):

@@ -21,7 +21,7 @@ PROMPT = r"\r\n> $"
 @pytest.fixture
 def terminal(smollm2_path: Path, tmp_path: Path) -> Iterator[Terminal]:
     """`lightwell run` on a free port, at its first prompt."""
-    command = [sys.executable, "-m", "server.cli.main", "run", str(smollm2_path), "--port", "0"]
+    command = [sys.executable, "-m", "server.cli.main", "run", str(smollm2_path), "--port", "0", "--log-level=error"]
     terminal = Terminal([*command, "--temperature", "0", "--max-tokens", "400"], XDG_RUNTIME_DIR=str(tmp_path))
     terminal.read_until(PROMPT, READY_SECONDS)
     yield terminal
@@ -60,7 +60,7 @@ def test_a_server_that_dies(terminal: Terminal) -> None:
     engine.send_signal(signal.SIGKILL)
     wait_until(lambda: not supervisor.is_running() or supervisor.status() == psutil.STATUS_ZOMBIE, 20)
     terminal.type("Hi\n")
-    terminal.read_until("lightwell: error: no server answers")
+    terminal.read_until(rf"lightwell: error: no server answers.*{PROMPT}")
     terminal.type("\x04")
     terminal.read_until("lightwell: error: the engine died: its process has ended")
     assert terminal.end() == 1

@@ -85,7 +85,7 @@ def test_an_answer_cannot_steer_the_terminal(stub: StubServer) -> None:
     [
         (
             Script(status=401, error="Incorrect API key\nprovided."),
-            "the server returned status 401: Incorrect API key provided.",
+            "the server returned status 401: Incorrect API key provided. (--api-key or LIGHTWELL_API_KEY is the key)",
         ),
         (Script(error="The server had an error."), "the answer failed: The server had an error."),
         (Script(with_done=False), "the answer was cut off"),

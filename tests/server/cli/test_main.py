@@ -239,3 +239,19 @@ def test_help_is_quick_and_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from server.cli.main import main; main(['list'])",
+        "import server.cli.chat, server.cli.discovery, server.cli.run, httpx",
+        "import server.cli.doctor, httpx",
+    ],
+)
+def test_clients_do_not_import_the_server(code: str) -> None:
+    heavy = "[name for name in ('fastapi', 'pydantic', 'uvicorn', 'torch', 'huggingface_hub') if name in sys.modules]"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print({heavy})"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("[]\n")
