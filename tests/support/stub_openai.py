@@ -66,6 +66,9 @@ class StubServer:
 
     async def _stop(self) -> None:
         self._server.close()
+        await asyncio.sleep(
+            0.01
+        )  # for accepted connections to get their tasks: one cancelled before it runs closes nothing
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
