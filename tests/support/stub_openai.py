@@ -65,10 +65,8 @@ class StubServer:
         self._loop.close()
 
     async def _stop(self) -> None:
+        await asyncio.sleep(0.01)  # asyncio leaves a connection open that it accepts in the moment of `close`
         self._server.close()
-        await asyncio.sleep(
-            0.01
-        )  # for accepted connections to get their tasks: one cancelled before it runs closes nothing
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
