@@ -28,6 +28,7 @@ class TokenPosition:
     offset: int  # characters of the choice's text before the token
     is_content: bool | None = True  # None: undecided, for example while "<" may begin a tag
     content_index: int = 0  # which run of content the token is in, as calls may interrupt content; set with is_content
+    is_hidden_end: bool = False  # it ended the choice, and is not part of its text
 
 
 @dataclass(slots=True)

@@ -124,6 +124,7 @@ class ChoiceState:
         self._end(event, delta)
         if ends_hidden and event.logprobs is not None:
             self._hold(event.token_ids[-1], event.logprobs[-1], self._num_chars)
+            self._held[-1].is_hidden_end = True
         num_new = self._text.num_tokens - num_seen + ends_hidden
         self.num_tokens += num_new
         delta.positions = self._release()

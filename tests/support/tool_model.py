@@ -67,11 +67,13 @@ def prompt(server: RunningServer, **fields: Any) -> str:
 
 
 def messages_of(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Return the messages of a stream, accumulated as OpenAI's clients do."""
+    """Return the messages of a stream, accumulated as OpenAI's clients do. A delta must add to only one field."""
     messages: dict[int, dict[str, Any]] = {}
     for choice in (choice for chunk in chunks for choice in chunk["choices"]):
         message = messages.setdefault(choice["index"], {"content": ""})
         delta = choice["delta"]
+        assert len({"content", "reasoning", "tool_calls"} & delta.keys()) <= 1, delta
+        assert len(delta.get("tool_calls", ())) <= 1, delta
         message["content"] += delta.get("content") or ""
         for name in ("reasoning", "reasoning_content"):
             if name in delta:

@@ -54,7 +54,7 @@ class ChatWriter(ChunkWriter):
         self._started: set[int] = set()  # indices of choices whose first chunk was written
 
     def chunks(self, delta: ChoiceDelta) -> list[ChatCompletionChunk]:
-        """Return up to three chunks: the role (first delta of a choice only), the additions, and the finish reason."""
+        """Return the chunks for the role (first delta of a choice only), the additions, and the finish reason."""
         chunks = []
         token_ids = self._fields.token_ids(delta)
         if delta.index not in self._started:
@@ -62,27 +62,32 @@ class ChatWriter(ChunkWriter):
             chunks.append(self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", self._echoed))]))
             chunks[0].prompt_token_ids = self._fields.prompt_token_ids(delta.index)
             chunks[0].prompt_text = self._prompt_text
-        addition = self._addition(delta)
-        if addition != ChatDelta() or delta.positions or token_ids:
-            if addition == ChatDelta():
-                addition.content = ""  # log probabilities can precede the text
-            logprobs = self._logprobs(delta.positions)
-            chunks.append(self._chunk([ChatChunkChoice(delta.index, addition, logprobs, token_ids=token_ids)]))
+        num_hidden = sum(position.is_hidden_end for position in delta.positions[-1:])
+        positions = delta.positions[: len(delta.positions) - num_hidden]
+        additions = [ChatChunkChoice(delta.index, addition) for addition in self._additions(delta)]
+        if not additions and (positions or token_ids):
+            additions.append(ChatChunkChoice(delta.index, ChatDelta(content="")))  # these can precede the text
+        if additions:
+            additions[0].logprobs, additions[0].token_ids = self._logprobs(positions), token_ids
         if delta.finish_reason is not None:
-            choice = ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason)
-            choice.stop_reason = delta.stop_reason
-            chunks.append(self._chunk([choice]))
-        return chunks
+            last = ChatChunkChoice(delta.index, ChatDelta(), finish_reason=delta.finish_reason)
+            last.stop_reason = delta.stop_reason
+            last.logprobs = self._logprobs(delta.positions[-1:]) if num_hidden else None
+            additions.append(last)
+        return [*chunks, *(self._chunk([choice]) for choice in additions)]
 
-    def _addition(self, delta: ChoiceDelta) -> ChatDelta:
-        addition = ChatDelta()
-        if text := delta.text:
-            addition.content = text
-        if calls := delta.tool_calls:
-            addition.tool_calls = [_tool_call_chunk(call) for call in calls]
+    def _additions(self, delta: ChoiceDelta) -> list[ChatDelta]:
+        """Return an addition for the reasoning, one for the content and one for each tool call.
+
+        Clients that expect them apart, as OpenAI sends them, drop the calls of an addition that has content too.
+        """
+        additions = []
         if self._with_reasoning and (reasoning := delta.reasoning):
-            addition.reasoning = addition.reasoning_content = reasoning
-        return addition
+            additions.append(ChatDelta(reasoning=reasoning, reasoning_content=reasoning))
+        if text := delta.text:
+            additions.append(ChatDelta(content=text))
+        additions += [ChatDelta(tool_calls=[_tool_call_chunk(call)]) for call in delta.tool_calls]
+        return additions
 
     def usage_chunk(self) -> ChatCompletionChunk:
         return self._chunk([])

@@ -178,6 +178,18 @@ def test_logprobs(server: RunningServer, fake_engine: FakeEngine) -> None:
     assert [entry for part in parts if part for entry in part["content"]] == logprobs["content"]
 
 
+def test_logprobs_of_a_chunk_spell_its_content(server: RunningServer) -> None:
+    """Some clients take the text from them. The end token has no text and comes with the finish reason."""
+    chunks = ask_stream(server.url, CHAT, logprobs=True, max_tokens=50)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    spelled = [
+        "".join(entry["token"] for entry in (choice["logprobs"] or {"content": []})["content"]) for choice in choices
+    ]
+    assert spelled[:-1] == [choice["delta"]["content"] for choice in choices[:-1]]
+    assert "".join(spelled) == "Hello, world!<|endoftext|>"
+    assert (spelled[-1], choices[-1]["finish_reason"]) == ("<|endoftext|>", "stop")
+
+
 def test_logprobs_are_requested_by_two_fields(tiny: RunningServer) -> None:
     asking: list[tuple[dict[str, Any], int | None]] = [
         ({}, None),
