@@ -43,15 +43,11 @@ def renamed_errors(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def reject_chat_only_fields(body: BaseModel, path: str = CHAT, model: type[BaseModel] = ChatCompletionRequest) -> None:
-    """Raise UnsupportedParameterError for parameters that only chat completions have.
-
-    The error names the endpoint that has the parameter: `path` if it is a field of `model`, else chat completions.
-    """
+def reject_chat_only_fields(body: BaseModel) -> None:
+    """Raise UnsupportedParameterError for parameters that only chat completions have."""
     for name, value in (body.model_extra or {}).items():
         if name in ChatCompletionRequest.model_fields and name not in EXTENSIONS and value not in (None, False):
-            owner = path if name in model.model_fields else CHAT
-            raise UnsupportedParameterError(name, f"It is a parameter of {owner}.")
+            raise UnsupportedParameterError(name, f"It is a parameter of {CHAT}.")
 
 
 def build_request(

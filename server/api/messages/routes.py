@@ -25,8 +25,14 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
-    """Count the prompt tokens of a conversation without generating."""
-    reject_chat_only_fields(body, "/v1/messages", MessagesRequest)
+    """Count the prompt tokens of a conversation without generating.
+
+    Clients send the body of /v1/messages; its parameters that do not affect the prompt have no effect.
+    """
+    extra = body.model_extra or {}
+    for name in MessagesRequest.model_fields.keys() & extra.keys():
+        del extra[name]
+    reject_chat_only_fields(body)
     with renamed_errors(error_names(body)):
         num_tokens, headers = await count_prompt_tokens(request, _to_chat(request, body), MessagesEndpoint())
     return StructResponse(CountTokensResponse(num_tokens), headers=headers)
