@@ -7,6 +7,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 ENVIRONMENTS = FOLDER.parents[1] / ".venv-clients"
+REPLAYS = FOLDER / "replays"
+TRIED = FOLDER / "tried.json"  # by try_clients.py
 
 # In the order of the table.
 CAPABILITIES = (
@@ -80,5 +82,26 @@ def markdown_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def tried_table() -> str:
+    """Return the table of the programs of tried.json, and of those of which there are only recorded requests."""
+    lines = ["| Program | Package | Version | Requests to | Result |", "|---|---|---|---|---|"]
+    rows = json.loads(TRIED.read_text(encoding="utf-8"))
+    for name, row in rows.items():
+        result = f"fails: {row['failure']}" if row["failure"] else f"passed on {row['date']}"
+        result += ", in `make test`" if row["locked"] else ""
+        lines.append(_tried_row(name, row["package"], row["version"], row["apis"], result))
+    for path in sorted(REPLAYS.glob("*.json")):
+        replay = json.loads(path.read_text(encoding="utf-8"))
+        if replay["client"] not in {row["package"] for row in rows.values()}:
+            name, paths = path.stem.replace("-", " ").capitalize(), {request["path"] for request in replay["requests"]}
+            lines.append(_tried_row(name, replay["client"], replay["version"], sorted(paths), "replayed"))
+    return "\n".join(lines) + "\n"
+
+
+def _tried_row(name: str, package: str, version: str, paths: list[str], result: str) -> str:
+    endpoints = ", ".join(f"`{path.removeprefix('/v1/')}`" for path in paths)
+    return f"| {name} | `{package}` | {version} | {endpoints} | {result} |"
+
+
 if __name__ == "__main__":
-    print(markdown_table(), end="")
+    print(markdown_table(), tried_table(), sep="\n", end="")

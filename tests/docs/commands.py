@@ -15,6 +15,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "docker run ": "Docker",
     "lightwell serve MODEL --device cuda:0": "GPU",
     "make bench-gpu": "GPU",
+    ".venv/bin/python -m tests.conformance.try_clients": "downloads programs, 10 GB",
     'make peers ARGS="setup FOLDER"': HUB,
     'make peers ARGS="compare FOLDER': HUB,
 }

@@ -36,6 +36,7 @@ TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "score": lambda: parameters.markdown_table(ScoreRequest),
         "clients": clients.markdown_table,
     },
+    "docs/clients.md": {"tried": clients.tried_table},
 }
 
 

@@ -95,8 +95,14 @@ class _Running(msgspec.Struct):
 class _Loop:
     """The step loop: an iteration reads a message or runs a step."""
 
-    def __init__(self, config: FakeEngineConfig, on_message: Callable[[ToEngine], None] = lambda message: None) -> None:
+    def __init__(
+        self,
+        config: FakeEngineConfig,
+        on_message: Callable[[ToEngine], None] = lambda message: None,
+        reply_to: Callable[[list[int]], list[int]] | None = None,
+    ) -> None:
         self.config = config
+        self._reply_to = reply_to
         self.stop = threading.Event()
         self.paused = threading.Event()  # no steps, but heartbeats
         self.hung = threading.Event()
@@ -207,6 +213,8 @@ class _Loop:
 
     def _add(self, identity: bytes, submit: Submit) -> None:
         reply = next((r for p, r in self.config.replies if p == submit.prompt_token_ids), self.config.reply)
+        if self._reply_to is not None:
+            reply = self._reply_to(submit.prompt_token_ids)
         if self.config.endless:
             reply = reply * (submit.params.max_tokens // max(1, len(reply)) + 1)
         now = time.monotonic()
@@ -326,12 +334,15 @@ def _logprobs(token_id: int, num_alternatives: int, chosen: tuple[int, ...] = ()
 
 
 class FakeEngine:
-    """A fake engine in a thread. `received` has all messages in order; `config` may be changed between requests."""
+    """A fake engine in a thread. `received` has all messages in order; `config` may be changed between requests.
 
-    def __init__(self, config: FakeEngineConfig) -> None:
+    `reply_to` returns the reply to a prompt, instead of those of `config`.
+    """
+
+    def __init__(self, config: FakeEngineConfig, reply_to: Callable[[list[int]], list[int]] | None = None) -> None:
         self.config = config
         self.received: list[ToEngine] = []
-        self._loop = _Loop(config, self.received.append)
+        self._loop = _Loop(config, self.received.append, reply_to)
         self._thread = threading.Thread(target=self._loop.run, name="fake-engine", daemon=True)
 
     def __enter__(self) -> FakeEngine:

@@ -1,0 +1,90 @@
+"""Install each program of programs.py from its registry and hold a short conversation with it.
+
+    python -m tests.conformance.try_clients [NAME ...] [--folder FOLDER] [--record]
+
+Writes tried.json, from which `python -m tests.docs.generate` makes the table in docs/clients.md. With --record, also
+writes the requests of those that passed to replays/, reduced to what differs (reduce.py), for test_replays.py.
+Programs already installed in FOLDER are used as they are; without it, a temporary folder is used and removed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import venv
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tests.conformance.programs import PROGRAMS, Program, Trial, converse, installed_version
+from tests.conformance.reduce import write_replay
+from tests.conformance.scripted_server import ScriptedServer, scripted_server
+from tests.conformance.table import TRIED
+
+
+def install(program: Program, folder: Path) -> Path:
+    """Install the program in `folder` unless it is there, and return the folder of its commands."""
+    bin = folder / ("node_modules/.bin" if program.registry == "npm" else "bin")
+    if bin.exists():
+        return bin
+    folder.mkdir(parents=True, exist_ok=True)
+    quiet = ["--no-audit", "--no-fund", "--no-update-notifier"]
+    command = ["npm", "install", "--prefix", str(folder), *quiet]
+    if program.registry == "PyPI":
+        venv.create(folder, with_pip=True)
+        command = [str(bin / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*command, *program.packages.split()], check=True, stdout=subprocess.DEVNULL)
+    return bin
+
+
+def attempt(program: Program, folder: Path, server: ScriptedServer, *, record: bool) -> dict[str, Any]:
+    """Install and run a program, and return its row of tried.json."""
+    row: dict[str, Any] = {"package": program.package, "registry": program.registry, "locked": bool(program.locked)}
+    row["date"] = datetime.now(UTC).date().isoformat()
+    try:
+        bin = install(program, folder)
+    except subprocess.CalledProcessError as error:
+        return row | {"version": "", "apis": [], "failure": f"could not be installed: {error}"}
+    version = installed_version(program, bin)
+    with tempfile.TemporaryDirectory(prefix="lw-home-", ignore_cleanup_errors=True) as home:
+        trial = converse(program, bin, Path(home), server)
+    if trial.failure:
+        print(trial.output[-3000:], file=sys.stderr)
+    elif record:
+        write_replay(program, version, trial.exchanges)
+    return row | {"version": version, "apis": _apis(trial), "failure": trial.failure}
+
+
+def _apis(trial: Trial) -> list[str]:
+    paths = {exchange.path.partition("?")[0] for exchange in trial.exchanges}
+    return sorted(path for path in paths if path.startswith("/v1/"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="programs to try (default: all)")
+    parser.add_argument("--folder", type=Path, help="where programs are installed, and stay")
+    parser.add_argument("--record", action="store_true", help="write replays/")
+    arguments = parser.parse_args()
+    names = [program.name for program in PROGRAMS]
+    if unknown := set(arguments.names) - set(names):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}. Known: {', '.join(names)}")
+    rows: dict[str, Any] = json.loads(TRIED.read_text(encoding="utf-8")) if TRIED.exists() else {}
+    with ExitStack() as stack:
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lw-clients-")))
+        server = stack.enter_context(scripted_server())
+        for program in PROGRAMS:
+            if arguments.names and program.name not in arguments.names:
+                continue
+            rows[program.name] = attempt(program, folder.resolve() / program.slug, server, record=arguments.record)
+            print(
+                f"{program.name} {rows[program.name]['version']}: {rows[program.name]['failure'] or 'passed'}",
+                flush=True,
+            )
+            TRIED.write_text(json.dumps({name: rows[name] for name in names if name in rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
