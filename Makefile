@@ -7,7 +7,8 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 BIN := .venv/bin
 CONFORMANCE := tests/conformance
-CLIENTS := $(patsubst %,.venv-clients/%/installed,clients instructor lm-eval) $(CONFORMANCE)/node_modules/installed
+CLIENTS := $(patsubst %,.venv-clients/%/installed,agents clients instructor lm-eval) \
+	$(CONFORMANCE)/node_modules/installed $(CONFORMANCE)/npm/node_modules/installed
 ARGS ?=
 WORKERS ?= auto
 
@@ -48,7 +49,7 @@ test-image: ## Build the container image and try it
 	deploy/test-image.sh
 
 clean: ## Remove .venv and all caches
-	rm -rf .venv .venv-clients $(CONFORMANCE)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients $(CONFORMANCE)/node_modules $(CONFORMANCE)/npm/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made anew only when the dependencies change, so that the second time needs no network.
@@ -70,6 +71,12 @@ clean: ## Remove .venv and all caches
 $(CONFORMANCE)/node_modules/installed: $(CONFORMANCE)/package-lock.json
 	@if command -v npm >/dev/null; then \
 		npm ci --prefix $(CONFORMANCE) --ignore-scripts --no-audit --no-fund --no-update-notifier && touch $@; fi
+
+# The one script that is run only puts the program's binary, which is in the package, in its place.
+$(CONFORMANCE)/npm/node_modules/installed: $(CONFORMANCE)/npm/package-lock.json
+	@if command -v npm >/dev/null; then cd $(CONFORMANCE)/npm && \
+		npm ci --ignore-scripts --no-audit --no-fund --no-update-notifier && \
+		node node_modules/@anthropic-ai/claude-code/install.cjs && touch node_modules/installed; fi
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Lightwell needs Python 3.11 or newer: install it, or say make PYTHON=..." >&2; exit 1; }

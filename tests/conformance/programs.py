@@ -181,7 +181,6 @@ PROGRAMS = (
         "run_shell_command",
         {"command": COMMAND, "is_background": False},
         variables=OPENAI,
-        locked="npm",
     ),
     Program(
         "opencode",
