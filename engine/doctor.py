@@ -13,6 +13,7 @@ import sys
 import msgspec
 
 from engine.kernels.cpu import build
+from engine.kernels.cpu.processor import CPU_INFO, best_code_path, cpu_flags
 from engine.shared.machine import Gpu, Machine
 
 
@@ -21,10 +22,9 @@ def examine() -> Machine:
     compiler, compiler_problem = _compiler()
     code_path, kernel_problem = _kernels()
     torch_version, cuda, gpus = _torch()
-    flags = _processor_field("flags").split()
     return Machine(
-        processor=_processor_field("model name") or platform.machine(),
-        has_avx2="avx2" in flags,
+        processor=_processor_name() or platform.machine(),
+        has_avx2="avx2" in cpu_flags(),
         num_cores=len(os.sched_getaffinity(0)),
         available_memory=_available_memory(),
         torch=torch_version,
@@ -38,14 +38,10 @@ def examine() -> Machine:
     )
 
 
-def _processor_field(name: str) -> str:
-    """Return a field of the first processor in /proc/cpuinfo, or "" if it has none."""
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            key, _, value = line.partition(":")
-            if key.strip() == name:
-                return value.strip()
-    return ""
+def _processor_name() -> str:
+    """Return the name of the first processor, or "" if the system does not tell."""
+    with CPU_INFO.open(encoding="utf-8", errors="replace") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
 
 
 def _available_memory() -> int:
@@ -79,7 +75,8 @@ def _kernels() -> tuple[str | None, str | None]:
     from engine.kernels.cpu.library import Library
 
     try:
-        return Library(build.build(may_compile=False)).code_path, None
+        code_path = best_code_path()
+        return Library(build.build(code_path, may_compile=False), code_path).code_path, None
     except build.NotCompiledError:
         return None, None
     except (build.BuildError, OSError, ValueError) as error:

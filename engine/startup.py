@@ -132,9 +132,9 @@ def progress_bar() -> Progress | None:
 
     bar = Bar(TextColumn("weights"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True)
     task = bar.add_task("weights")
-    bar.start()
 
     def advance(num_bytes_done: int, num_bytes: int) -> None:
+        bar.start()  # not before, as the kernels may have to be compiled and that is logged
         bar.update(task, completed=num_bytes_done, total=num_bytes)
         if num_bytes_done == num_bytes:
             bar.stop()

@@ -49,11 +49,13 @@ def _load_cpu_kernels(options: KernelOptions) -> Kernels | str:
     from engine.kernels.cpu.build import BuildError, build
     from engine.kernels.cpu.kernels import CpuKernels, why_unsupported
     from engine.kernels.cpu.library import Library
+    from engine.kernels.cpu.processor import best_code_path
 
     if reason := why_unsupported(options):
         return reason
     try:
-        library = Library(build())
+        code_path = best_code_path()
+        library = Library(build(code_path), code_path)
     except (BuildError, ValueError, OSError) as error:
         return str(error)
     return CpuKernels(library, options, torch.get_num_threads())

@@ -19,6 +19,7 @@ from logging.handlers import QueueHandler
 MAX_WAITING_RECORDS = 10_000
 FLUSH_SECONDS = 1.0
 STDERR_FD = 2
+CLEAR_LINE = b"\r\x1b[K"  # of a progress bar, which this process or another may show and will draw again below
 
 # Loggers that log at level debug what clients send or receive.
 VERBOSE_LOGGERS = ("sse_starlette", "httpx", "httpcore", "asyncio", "uvicorn")
@@ -118,6 +119,7 @@ class _Writer:
     """Writes lines to a file descriptor in its own thread. Write errors (a full disk, say) are ignored."""
 
     def __init__(self, fd: int) -> None:
+        self._start_of_line = CLEAR_LINE if os.isatty(fd) else b""
         self.records: queue.Queue[str | None] = queue.Queue(MAX_WAITING_RECORDS)
         self._fd = fd
         self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
@@ -133,7 +135,7 @@ class _Writer:
 
     def _run(self) -> None:
         while (line := self.records.get()) is not None:
-            data = line.encode("utf-8", "backslashreplace") + b"\n"
+            data = self._start_of_line + line.encode("utf-8", "backslashreplace") + b"\n"
             try:
                 while data:
                     data = data[os.write(self._fd, data) :]

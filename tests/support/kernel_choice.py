@@ -1,17 +1,16 @@
 """Choose the kernels that a test loads: the default, plain torch, Triton, or a code path of the C++ kernels."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, partial
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from functools import cache
 
 import pytest
 import torch
 
 import engine.kernels.load
-from engine.kernels.cpu import library
+from engine.kernels.cpu import processor
 from engine.kernels.cpu.build import BuildError, build
-from engine.kernels.cpu.library import CODE_PATHS, Library
+from engine.kernels.cpu.library import Library
 from engine.kernels.interface import KernelOptions, Kernels
 
 
@@ -25,7 +24,7 @@ def choose_kernels(name: str, num_threads: int | None = None) -> Iterator[None]:
         elif name == "triton":
             patch.setattr(engine.kernels.load, "_load_cpu_kernels", _interpreted)
         elif name != "default":
-            patch.setattr(library, "Library", partial(Library, code_path=name))
+            patch.setattr(processor, "best_code_path", lambda: name)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         try:
@@ -42,19 +41,22 @@ def _interpreted(options: KernelOptions) -> Kernels:
 
 
 @cache
-def library_path() -> Path:
-    """Return the path of the compiled library. Skips the test if there is none."""
+def load_library(code_path: str) -> Library:
+    """Return the library of a code path. Skips the test if there is none, or the processor lacks the code path."""
+    if code_path not in processor.available_code_paths():
+        pytest.skip(f"the processor lacks {code_path}")
     try:
-        return build()
+        return Library(build(code_path), code_path)
     except BuildError as error:
         pytest.skip(str(error))
 
 
 @cache
 def code_paths() -> list[str]:
-    """Return the code paths of this processor, best first; none if there is no library."""
-    try:
-        best = Library(build()).code_path
-    except (BuildError, ValueError, OSError):
-        return []
-    return list(CODE_PATHS[CODE_PATHS.index(best) :])
+    """Return the code paths of this processor, best first; none if there is no library of the best."""
+    available = processor.available_code_paths()
+    with suppress(BuildError):
+        if available:
+            build(available[0])
+            return available
+    return []

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
 from engine.kernels.cpu.kernels import CpuKernels
-from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
 from engine.kernels.interface import KernelOptions, LayerCache, LinearOp
 from engine.scheduling.block_pool import Block
 from engine.scheduling.request import Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
-from tests.support.kernel_choice import library_path
+from tests.support.kernel_choice import load_library
 from tests.support.tensors import CPU
 
 MAX_ROWS = 130
@@ -23,7 +22,7 @@ SEED = 3
 
 def make_kernels(code_path: str, num_threads: int = 1, options: KernelOptions | None = None) -> CpuKernels:
     """Return kernels in float32, unless `options` say otherwise."""
-    return CpuKernels(Library(library_path(), code_path), options or KernelOptions(torch.float32), num_threads)
+    return CpuKernels(load_library(code_path), options or KernelOptions(torch.float32), num_threads)
 
 
 class Rows:

@@ -20,7 +20,7 @@ library = ctypes.CDLL(library_path)
 """
 
 
-def run_sanitized(code: str, library: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_sanitized(code: str, library: Path) -> subprocess.CompletedProcess[str]:
     """Run `code` in a process of its own, with `library` (ctypes.CDLL) and `library_path` (str) defined.
 
     The process ends at the first error, with a status other than 0 and its location on standard error. Bounds are
@@ -28,7 +28,6 @@ def run_sanitized(code: str, library: Path | None = None) -> subprocess.Complete
     16 bytes or less. Skips the test if there is no compiler, or one without sanitizers.
     """
     runtime = _runtime()
-    path = str(library or _sanitized_library())
     environ = {
         **os.environ,
         "LD_PRELOAD": " ".join([*runtime, *os.environ.get("LD_PRELOAD", "").split()]),
@@ -37,7 +36,7 @@ def run_sanitized(code: str, library: Path | None = None) -> subprocess.Complete
         "PYTHONMALLOC": "malloc",
     }
     return subprocess.run(
-        [sys.executable, "-c", PREAMBLE.format(path=path) + code],
+        [sys.executable, "-c", PREAMBLE.format(path=str(library)) + code],
         cwd=ROOT,
         env=environ,
         capture_output=True,
@@ -48,8 +47,9 @@ def run_sanitized(code: str, library: Path | None = None) -> subprocess.Complete
 
 
 @cache
-def _sanitized_library() -> Path:
-    return build(sanitize=True)
+def sanitized_library(code_path: str) -> Path:
+    _runtime()  # skips the test before the compiler fails
+    return build(code_path, sanitize=True)
 
 
 @cache

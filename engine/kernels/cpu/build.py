@@ -1,12 +1,12 @@
-"""Compile the C++ kernels into one shared library when they are first needed, and cache it.
+"""Compile the C++ kernels into a shared library for each code path when it is first needed, and cache it.
 
 `python -m engine.kernels.cpu.build` compiles ahead of time; `lightwell build-kernels` runs it.
 
 A library is looked for in this order:
 
-1. `prebuilt/` beside the sources, under the hash of sources and flags: made with --in-package, for images without a
-   compiler. A library of other sources or flags is ignored.
-2. The cache folder, under the hash of sources, flags and compiler.
+1. `prebuilt/` beside the sources, under the code path and the hash of sources and flags: made with --in-package, for
+   wheels, and images without a compiler. A library of other sources or flags is ignored.
+2. The cache folder, under the code path and the hash of sources, flags and compiler.
 
 Otherwise it is compiled into the cache folder, or into a temporary folder if the cache folder cannot be written.
 """
@@ -15,12 +15,12 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import stat
@@ -33,6 +33,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from engine.kernels.cpu.processor import CODE_PATHS, best_code_path
 from engine.shared.paths import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -40,26 +41,23 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parent
 MACHINE = "x86_64"
 COMPILERS = ["g++", "c++", "clang++"]
-MAX_PROCESSES = 2
+# clang++ in a Python package, which needs no root. With a target, it compiles for any processor and libc from 2018 on.
+ZIG = "ziglang"
+ZIG_ARGUMENTS = ["-P", "-m", ZIG, "c++", "-target", "x86_64-linux-gnu.2.28"]
+ZIG_LINK_FLAGS = ["-s", "-nostdlib++"]  # ziglang has the C++ runtime as sources, and the library does not need it
+MAX_PROCESSES = 4
+COMPILE_SECONDS = 18  # of one core, for one code path, by g++
+ZIG_SECONDS = 36
 POLL_SECONDS = 0.01
 
-# UNIT is compiled for each code path, with the name of the path in the macro LIGHTWELL_ISA; all other sources once, for
-# any processor of the architecture. Products and sums are fused only where the source says so, because all code paths
-# and compilers must round alike, except in bfloat16 products, for which code paths have different instructions.
-UNIT = "unit.cpp"
+# Products and sums are fused only where the source says so, because all code paths and compilers must round alike,
+# except in bfloat16 products, for which code paths have different instructions.
 COMMON_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti"),
     *("-Wall", "-Wextra", "-Werror=return-type"),
 ]
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
-AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-UNIT_FLAGS = {
-    "avx2": AVX2_FLAGS,
-    "avx512": AVX512_FLAGS,
-    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
-}
-LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined"]
+LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined", "-Wl,--as-needed"]
 SANITIZER_FLAGS = [  # -g1 is line numbers; with all of -g it takes three times as long
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     *("-fno-omit-frame-pointer", "-O1", "-g1"),
@@ -76,8 +74,8 @@ class NotCompiledError(BuildError):
     """There is no library yet, and it was not to be compiled."""
 
 
-def build(*, sanitize: bool = False, in_package: bool = False, may_compile: bool = True) -> Path:
-    """Return the path of the shared library, after compiling it if necessary.
+def build(code_path: str, *, sanitize: bool = False, in_package: bool = False, may_compile: bool = True) -> Path:
+    """Return the path of the shared library for a code path, after compiling it if necessary.
 
     With `sanitize`, the library aborts the process on accesses out of bounds and on undefined behavior. With
     `in_package`, it is compiled into `prebuilt/`.
@@ -86,22 +84,25 @@ def build(*, sanitize: bool = False, in_package: bool = False, may_compile: bool
         NotCompiledError: there is no library, and `may_compile` is False.
         BuildError: there is no library and none can be compiled.
     """
-    return build_package(PACKAGE, sanitize=sanitize, in_package=in_package, may_compile=may_compile)
+    return build_package(PACKAGE, code_path, sanitize=sanitize, in_package=in_package, may_compile=may_compile)
 
 
-def build_package(package: Path, *, sanitize: bool = False, in_package: bool = False, may_compile: bool = True) -> Path:
+def build_package(
+    package: Path, code_path: str, *, sanitize: bool = False, in_package: bool = False, may_compile: bool = True
+) -> Path:
     """Do what `build` does, for the sources in `package`/src."""
     if platform.machine() != MACHINE:
         raise BuildError(f"the CPU kernels are for {MACHINE}, and this machine is {platform.machine()}")
-    source_key = key_of_sources(package / "src", sanitize)
-    prebuilt = package / "prebuilt" / f"{source_key}.so"
+    flags = _flags(code_path, sanitize)
+    source_key = key_of_sources(package / "src", flags)
+    prebuilt = package / "prebuilt" / f"{code_path}-{source_key}.so"
     if prebuilt.is_file():
         return prebuilt
     compiler = find_compiler()
     if in_package:
         library = prebuilt
     else:
-        name = f"{_key_of_library(source_key, compiler)}.so"
+        name = f"{code_path}-{_key_of_library(source_key, compiler)}.so"
         cached = _kernels_folder() / name
         if os.path.isfile(cached):  # False if the folder may not be read; it need not be writable
             return cached
@@ -109,7 +110,7 @@ def build_package(package: Path, *, sanitize: bool = False, in_package: bool = F
             raise NotCompiledError("the CPU kernels are not compiled yet")
         library = _writable_folder() / name
     try:
-        _compile(package / "src", library, compiler, sanitize)
+        _compile(package / "src", library, [*compiler, *flags], code_path)
     except OSError as error:
         problem = error.strerror or error
         raise BuildError(f"cannot store the compiled kernels in {library.parent}: {problem}") from None
@@ -119,12 +120,11 @@ def build_package(package: Path, *, sanitize: bool = False, in_package: bool = F
 # Folders and names.
 
 
-def key_of_sources(sources: Path, sanitize: bool) -> str:
+def key_of_sources(sources: Path, flags: list[str]) -> str:
     """Return the hash of all sources and flags."""
     files = sorted(path for path in sources.glob("*") if path.suffix in (".cpp", ".h"))
     contents = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    flags = [_flags(sanitize), UNIT_FLAGS, LINK_FLAGS, UNIT]
-    return hashlib.sha256(json.dumps([contents, flags]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([contents, flags, LINK_FLAGS]).encode()).hexdigest()
 
 
 def _key_of_library(source_key: str, compiler: Command) -> str:
@@ -181,7 +181,15 @@ def find_compiler() -> Command:
     for name in COMPILERS:
         if path := shutil.which(name):
             return [os.path.abspath(path)]
-    raise BuildError(f"no C++ compiler found: {', '.join(COMPILERS)} (set CXX to use another)")
+    if importlib.util.find_spec(ZIG):
+        return [sys.executable, *ZIG_ARGUMENTS]
+    raise BuildError(
+        f"no C++ compiler found: {', '.join(COMPILERS)} (set CXX to use another, or run: pip install {ZIG})"
+    )
+
+
+def _name(compiler: Command) -> str:
+    return ZIG if ZIG in compiler else Path(compiler[0]).name
 
 
 def version_of(compiler: Command) -> str:
@@ -193,12 +201,20 @@ def version_of(compiler: Command) -> str:
     return done.stdout
 
 
-def _flags(sanitize: bool) -> list[str]:
-    return [*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else [])]
+def _flags(code_path: str, sanitize: bool) -> list[str]:
+    return [*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else []), *CODE_PATHS[code_path].compiler_flags]
 
 
-def _compile(sources: Path, library: Path, compiler: Command, sanitize: bool) -> None:
-    """Compile the library.
+def _link_flags(compiler: Command) -> list[str]:
+    return [*LINK_FLAGS, *(ZIG_LINK_FLAGS if ZIG in compiler else [])]
+
+
+def num_processes() -> int:
+    return min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+def _compile(sources: Path, library: Path, compiler: Command, code_path: str) -> None:
+    """Compile the library. `compiler` includes the flags.
 
     Raises:
         BuildError: the compiler fails.
@@ -210,26 +226,25 @@ def _compile(sources: Path, library: Path, compiler: Command, sanitize: bool) ->
             return
         if is_alone:
             _remove_leftovers(library.parent)
-        logger.info("compiling the CPU kernels with %s", shlex.join(compiler))
+        began = time.monotonic()
+        logger.info(
+            "compiling the CPU kernels for this processor, %s (once; about %d s) with %s",
+            *(code_path, (ZIG_SECONDS if ZIG in compiler else COMPILE_SECONDS) / num_processes(), _name(compiler)),
+        )
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-", ignore_cleanup_errors=True) as temporary:
             linked = Path(temporary) / library.name
-            objects = _object_commands(sources, linked.parent, [*compiler, *_flags(sanitize)])
-            link = [*compiler, *_flags(sanitize), *LINK_FLAGS, *map(str, objects), "-o", str(linked)]
+            objects = _object_commands(sources, linked.parent, compiler)
+            link = [*compiler, *_link_flags(compiler), *map(str, objects), "-o", str(linked)]
             _run_all(list(objects.values()), sources, linked.parent)
             _run_all([link], sources, linked.parent)
             linked.replace(library)
+        logger.info("compiled in %.1f s: %s", time.monotonic() - began, library)
 
 
 def _object_commands(sources: Path, folder: Path, compiler: Command) -> dict[Path, Command]:
-    """Return object file -> command. Those of UNIT, one per entry of UNIT_FLAGS, come first: they take longest."""
-    commands: dict[Path, Command] = {}
-    for name, flags in UNIT_FLAGS.items():
-        target = folder / f"{Path(UNIT).stem}.{name}.o"
-        commands[target] = [*compiler, *flags, f"-DLIGHTWELL_ISA={name}", "-c", UNIT, "-o", str(target)]
-    for source in sorted(path.name for path in sources.glob("*.cpp") if path.name != UNIT):
-        target = folder / f"{Path(source).stem}.o"
-        commands[target] = [*compiler, "-c", source, "-o", str(target)]
-    return commands
+    """Return object file -> command."""
+    names = sorted(path.stem for path in sources.glob("*.cpp"))
+    return {folder / f"{name}.o": [*compiler, "-c", f"{name}.cpp", "-o", str(folder / f"{name}.o")] for name in names}
 
 
 @contextlib.contextmanager
@@ -257,13 +272,13 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _run_all(commands: Sequence[Command], folder: Path, temporary: Path) -> None:
-    """Run the commands, MAX_PROCESSES at a time. If one fails or this process ends, kill those that run."""
+    """Run the commands, one per core at a time. If one fails or this process ends, kill those that run."""
     waiting = list(commands)
     running: list[_Process] = []
     with _exit_on_sigterm():
         try:
             while waiting or running:
-                while waiting and len(running) < MAX_PROCESSES:
+                while waiting and len(running) < num_processes():
                     running.append(_Process(waiting.pop(0), folder, temporary / f"{len(waiting)}.log"))
                 time.sleep(POLL_SECONDS)
                 for process in [process for process in running if process.has_ended]:
@@ -298,7 +313,8 @@ class _Process:
     def __init__(self, command: Command, folder: Path, log: Path) -> None:
         self.command = command
         self.log = log
-        environ = {**os.environ, "LC_ALL": "C"}  # _first_error searches for an English word
+        # _first_error searches for an English word.
+        environ = {"ZIG_GLOBAL_CACHE_DIR": str(log.parent / "zig"), **os.environ, "LC_ALL": "C"}
         with log.open("wb") as output:
             try:
                 self.process = subprocess.Popen(
@@ -320,7 +336,7 @@ class _Process:
     def check(self) -> None:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         if self.process.returncode != 0:
-            raise BuildError(f"{Path(self.command[0]).name} failed: {_first_error(lines, self.process.returncode)}")
+            raise BuildError(f"{_name(self.command)} failed: {_first_error(lines, self.process.returncode)}")
         for line in lines:
             logger.debug("%s", line)
 
@@ -341,18 +357,20 @@ def _first_error(lines: list[str], status: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="build-kernels", description="Compile the kernels for the CPU.")
-    parser.add_argument("--in-package", action="store_true", help="Store the library beside the sources")
+    parser.add_argument("--all", action="store_true", help="Compile for all processors, not only for this one")
+    parser.add_argument("--in-package", action="store_true", help="Store the libraries beside the sources")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.DEBUG, format="%(message)s")
-    began = time.monotonic()
     try:
-        library = build(in_package=arguments.in_package)
-    except BuildError as error:
+        for code_path in CODE_PATHS if arguments.all else [best_code_path()]:
+            began = time.monotonic()
+            library = build(code_path, in_package=arguments.in_package)
+            print(f"{library} ({time.monotonic() - began:.1f} s)", flush=True)
+    except (BuildError, ValueError) as error:
         print(f"lightwell: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"{library} ({time.monotonic() - began:.1f} s)")
     return 0
 
 

@@ -7,10 +7,8 @@ import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
-from engine.kernels.cpu.build import UNIT_FLAGS
 from engine.kernels.cpu.c_structs import STRUCTURES, Call
-
-CODE_PATHS = ("amx", *reversed(UNIT_FLAGS))  # best first; amx is compiled in the unit of avx512_bf16
+from engine.kernels.cpu.processor import available_code_paths
 
 
 class Field(ctypes.Structure):
@@ -29,30 +27,26 @@ class LayoutError(RuntimeError):
 
 
 class Library:
-    """One code path of a compiled library.
+    """A library compiled for one code path.
 
     Raises:
-        ValueError: this processor lacks the code path, or has none of them.
+        ValueError: this processor lacks the code path.
         LayoutError: the library does not fit engine/kernels/cpu/c_structs.py.
     """
 
-    def __init__(self, path: Path, code_path: str | None = None) -> None:
+    def __init__(self, path: Path, code_path: str) -> None:
+        available = available_code_paths()
+        if code_path not in available:
+            raise ValueError(f"code path {code_path}: this processor has {', '.join(available) or 'none'}")
+        self.code_path = code_path
         self._library = ctypes.CDLL(str(path))
         self._declare()
         check_layouts(self._library.lightwell_fields(), STRUCTURES)
-        best: str = self._library.lightwell_best_isa().decode()
-        available = CODE_PATHS[CODE_PATHS.index(best) :] if best else ()
-        if not available:
-            raise ValueError("this processor has no AVX2")
-        self.code_path = code_path or best
-        if self.code_path not in available:
-            raise ValueError(f"code path {self.code_path}: this processor has {', '.join(available)}")
 
     def _declare(self) -> None:
         library = self._library
-        library.lightwell_best_isa.restype = ctypes.c_char_p
         library.lightwell_fields.restype = ctypes.POINTER(Field)
-        library.lightwell_function.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+        library.lightwell_function.argtypes = [ctypes.c_char_p]
         library.lightwell_function.restype = ctypes.c_void_p
         library.lightwell_new_team.argtypes = [ctypes.c_int]
         library.lightwell_new_team.restype = ctypes.c_void_p
@@ -63,8 +57,8 @@ class Library:
         library.lightwell_run.restype = None
 
     def function(self, name: str) -> int:
-        """Return the address of a function of the code path. Raises KeyError if there is none of that name."""
-        address: int | None = self._library.lightwell_function(self.code_path.encode(), name.encode())
+        """Return the address of a function. Raises KeyError if there is none of that name."""
+        address: int | None = self._library.lightwell_function(name.encode())
         if address is None:
             raise KeyError(name)
         return address

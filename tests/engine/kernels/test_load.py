@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.kernels.cpu import build as build_module
-from engine.kernels.cpu import library
+from engine.kernels.cpu import processor
 from engine.kernels.cpu.build import BuildError
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
@@ -20,7 +20,7 @@ has_library = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build() -> None:
+    def build(code_path: str) -> None:
         raise BuildError("there is no compiler")
 
     monkeypatch.setattr(build_module, "build", build)
@@ -72,12 +72,16 @@ def test_without_a_compiler(no_compiler: None, caplog: pytest.LogCaptureFixture)
     assert message.endswith("kernels: there is no compiler")
 
 
+@has_library
 def test_a_library_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(path: Path) -> None:
-        raise ValueError("this processor has no AVX2")
+    monkeypatch.setattr(build_module, "build", lambda code_path: Path("/nonexistent/kernels.so"))
+    assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
+    (message,) = caplog.messages
+    assert "kernels: /nonexistent/kernels.so: cannot open shared object file" in message
 
-    monkeypatch.setattr(build_module, "build", lambda: Path("kernels.so"))
-    monkeypatch.setattr(library, "Library", refuse)
+
+def test_an_old_processor(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(processor, "cpu_flags", lambda: {"sse4_2", "avx"})
     assert load_kernels(CPU, KernelOptions(torch.bfloat16)).name == "torch"
     (message,) = caplog.messages
     assert message.endswith("kernels: this processor has no AVX2")

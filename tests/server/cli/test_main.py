@@ -221,9 +221,9 @@ def test_build_kernels_hands_on_to_the_engine(monkeypatch: pytest.MonkeyPatch) -
     seen: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, command: seen.append(command))
     main(["build-kernels"])
-    main(["build-kernels", "--in-package"])
+    main(["build-kernels", "--in-package", "--all"])
     command = [sys.executable, "-P", "-m", "engine.kernels.cpu.build"]
-    assert seen == [command, [*command, "--in-package"]]
+    assert seen == [command, [*command, "--all", "--in-package"]]
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64")

@@ -105,7 +105,7 @@ inline int64_t grain_of(const Worker& worker, int64_t num_tasks) {
     return max_of(1, num_tasks / (PIECES_OF_A_THREAD * num_threads(worker)));
 }
 
-void prepare(const void* parameters, const Worker& worker) {
+inline void prepare(const void* parameters, const Worker& worker) {
     const PrepareParameters& p = *(const PrepareParameters*)parameters;
     const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)

@@ -61,7 +61,7 @@ struct PlanAttentionParameters {
 inline int64_t rows_of_item(int64_t group_size) { return max_of(1, MAX_PACKED / group_size); }
 
 // Makes the plan, on one thread. The cost of a row is its number of chunks.
-void plan_attention(const void* parameters, const Worker& worker) {
+inline void plan_attention(const void* parameters, const Worker& worker) {
     if (worker.index != 0) return;
     const PlanAttentionParameters& p = *(const PlanAttentionParameters*)parameters;
     AttentionPlan& plan = *p.plan;
@@ -264,7 +264,7 @@ struct Attention {
     }
 
     // Computes the weights of one packed row for the tokens begin..end. Returns their sum.
-    float softmax(int64_t start, int64_t begin, int64_t end, int64_t packed, float* scores, Query* weights, float& highest) const {
+    NOT_INLINE float softmax(int64_t start, int64_t begin, int64_t end, int64_t packed, float* scores, Query* weights, float& highest) const {
         const int64_t first = max_of(begin, first_visible(packed)), last = min_of(end, position(packed) + 1);
         const int64_t rounded_end = divide_up(end, LANES) * LANES;
         for (int64_t t = begin; t < first; t++) scores[t - start] = -INFINITY;
@@ -333,7 +333,7 @@ struct Attention {
     }
 
     // Merges the result of one chunk into the running softmax. The sum is 0 without weights; a NaN stays NaN.
-    static void merge(const float* chunk, int64_t size, float* state) {
+    static NOT_INLINE void merge(const float* chunk, int64_t size, float* state) {
         if (chunk[size + 1] == 0) return;
         if (state[size + 1] == 0) {
             memcpy(state, chunk, size_t(size + 2) * 4);
@@ -399,7 +399,7 @@ void attend(const PagedAttentionParameters& p, const Worker& worker) {
     }
 }
 
-void paged_attention(const void* parameters, const Worker& worker) {
+inline void paged_attention(const void* parameters, const Worker& worker) {
     const PagedAttentionParameters& p = *(const PagedAttentionParameters*)parameters;
     if (p.cache.type == CACHE_BFLOAT16) attend<Attention<BFloat16Cache>>(p, worker);
     else if (p.cache.type == CACHE_INT8) attend<Attention<PlainCache<int8_t>>>(p, worker);

@@ -1,4 +1,4 @@
-// The tables that unit.cpp makes for library.cpp: the functions of each code path, and the layout of the structs.
+// The functions that programs call, and the layout of the structs that Python fills in: tables that library.cpp reads.
 #pragma once
 
 #include <stdint.h>
@@ -12,6 +12,9 @@ struct NamedFunction {
     Function function;
 };
 
+// Of attention.cpp, linear.cpp and rows.cpp, each ended by a null name.
+extern const NamedFunction ATTENTION_FUNCTIONS[], LINEAR_FUNCTIONS[], ROW_FUNCTIONS[];
+
 // A field of a struct that Python fills in. Library in library.py compares it with its counterpart in c_structs.py.
 struct Field {
     const char* struct_name;
@@ -20,12 +23,11 @@ struct Field {
     int64_t offset;
 };
 
+extern const Field FIELDS[];  // ended by a null name
+
 }  // namespace lightwell
 
-extern "C" {
-const lightwell::NamedFunction* lightwell_functions_avx2();
-const lightwell::NamedFunction* lightwell_functions_avx512();
-const lightwell::NamedFunction* lightwell_functions_avx512_bf16();
-const lightwell::NamedFunction* lightwell_functions_amx();  // only those that differ from avx512_bf16
-const lightwell::Field* lightwell_fields_avx2();
-}
+using lightwell::barrier;
+using lightwell::num_threads;
+using lightwell::Tasks;
+using lightwell::Worker;

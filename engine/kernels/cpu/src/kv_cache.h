@@ -112,7 +112,7 @@ inline void rope_and_store_row(const RopeAndStoreKvParameters& p, int64_t row) {
     }
 }
 
-void rope_and_store_kv(const void* parameters, const Worker& worker) {
+inline void rope_and_store_kv(const void* parameters, const Worker& worker) {
     const RopeAndStoreKvParameters& p = *(const RopeAndStoreKvParameters*)parameters;
     const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)

@@ -5,15 +5,13 @@
 
 #include "functions.h"
 
-namespace {
-
 using lightwell::Call;
 
 #define TEXT_OF(NAME) #NAME
 #define TEXT(NAME) TEXT_OF(NAME)
 #define FIELD(NAME) {TEXT(STRUCT), int64_t(sizeof(STRUCT)), #NAME, int64_t(offsetof(STRUCT, NAME))}
 
-constexpr lightwell::Field FIELDS[] = {
+const lightwell::Field lightwell::FIELDS[] = {
 #define STRUCT Call
     FIELD(function), FIELD(parameters),
 #undef STRUCT
@@ -96,5 +94,3 @@ constexpr lightwell::Field FIELDS[] = {
 #undef FIELD
 #undef TEXT
 #undef TEXT_OF
-
-}  // namespace

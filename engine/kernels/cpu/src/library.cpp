@@ -1,21 +1,22 @@
-// The library's C interface: the team of threads, and the functions of each code path.
+// The library's C interface: the team of threads, and its functions.
 //
 // Barriers are microseconds apart when all threads run. A waiting thread spins for that long, then yields its core,
 // which the thread it waits for may need, and finally sleeps.
 
 #include "functions.h"
 
-#include <cpuid.h>
-#include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <initializer_list>
+#include <new>
 
 namespace lightwell {
 
@@ -47,6 +48,14 @@ int64_t nanoseconds() {
 
 }  // namespace
 
+// Like new[], which would need the C++ runtime: the library then runs wherever there is a libc.
+template <class T>
+T* allocate(uint32_t num) {
+    T* items = static_cast<T*>(aligned_alloc(64, (num * sizeof(T) + 63) / 64 * 64));
+    for (uint32_t i = 0; i < num; i++) new (items + i) T{};
+    return items;
+}
+
 struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
 };
@@ -55,6 +64,7 @@ struct Team {
     int num_threads;
     Counter* taken;  // number of tasks taken from each thread's part
     pthread_t* threads;  // without the calling thread
+    Worker* workers;
     const Call* calls = nullptr;
     int64_t num_calls = 0;  // -1 ends the threads
     int64_t* durations = nullptr;
@@ -133,15 +143,8 @@ void run_calls(const Worker& worker) {
     }
 }
 
-struct Start {
-    Team* team;
-    int index;
-};
-
 void* thread_main(void* argument) {
-    Start* start = static_cast<Start*>(argument);
-    Worker worker{start->team, start->index};
-    delete start;
+    const Worker& worker = *static_cast<Worker*>(argument);
     while (true) {
         barrier(worker);  // until there is a program to run
         if (worker.team->num_calls < 0) return nullptr;
@@ -152,14 +155,14 @@ void* thread_main(void* argument) {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) Team* lightwell_new_team(int num_threads) {
-    Team* team = new Team;
+    Team* team = allocate<Team>(1);
     team->num_threads = num_threads;
-    team->taken = new Counter[num_threads];
-    team->threads = new pthread_t[num_threads];
+    team->taken = allocate<Counter>(uint32_t(num_threads));
+    team->threads = allocate<pthread_t>(uint32_t(num_threads));
+    team->workers = allocate<Worker>(uint32_t(num_threads));
     for (int i = 1; i < num_threads; i++) {
-        Start* start = new Start{team, i};
-        if (pthread_create(&team->threads[i], nullptr, thread_main, start) != 0) {
-            delete start;
+        team->workers[i] = {team, i};
+        if (pthread_create(&team->threads[i], nullptr, thread_main, &team->workers[i]) != 0) {
             team->num_threads = i;  // no thread has passed a barrier yet
             break;
         }
@@ -185,60 +188,18 @@ extern "C" __attribute__((visibility("default"))) void lightwell_run(
 extern "C" __attribute__((visibility("default"))) void lightwell_delete_team(Team* team) {
     lightwell_run(team, nullptr, -1, nullptr);
     for (int i = 1; i < team->num_threads; i++) pthread_join(team->threads[i], nullptr);
-    delete[] team->taken;
-    delete[] team->threads;
-    delete team;
-}
-
-static bool has_f16c() {  // some compilers' __builtin_cpu_supports does not know it
-    unsigned eax, ebx, ecx, edx;
-    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
-}
-
-// Returns whether the processor has AMX with bfloat16 and the system permits its use, which a process must request.
-static bool may_use_amx() {
-#if defined(__x86_64__)
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    unsigned eax, ebx, ecx, edx;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-    const bool has_amx_tile = edx >> 24 & 1, has_amx_bf16 = edx >> 22 & 1;
-    return has_amx_tile && has_amx_bf16 && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-#else
-    return false;
-#endif
-}
-
-// Returns the best code path of this processor: "amx", "avx512_bf16", "avx512", "avx2", or "" for none.
-extern "C" __attribute__((visibility("default"))) const char* lightwell_best_isa() {
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
-                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vnni");
-    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    if (avx512_bf16 && may_use_amx()) return "amx";
-    return avx512_bf16 ? "avx512_bf16" : avx512 ? "avx512" : avx2 ? "avx2" : "";
+    for (void* memory : {(void*)team->taken, (void*)team->threads, (void*)team->workers, (void*)team}) free(memory);
 }
 
 // Returns the fields of all structs that Python fills in, ended by a null name.
-extern "C" __attribute__((visibility("default"))) const Field* lightwell_fields() { return lightwell_fields_avx2(); }
+extern "C" __attribute__((visibility("default"))) const Field* lightwell_fields() { return FIELDS; }
 
-static Function find(const NamedFunction* functions, const char* name) {
-    for (; functions->name; functions++)
-        if (strcmp(functions->name, name) == 0) return functions->function;
+// Returns the function of that name; null if there is none.
+extern "C" __attribute__((visibility("default"))) Function lightwell_function(const char* name) {
+    for (const NamedFunction* functions : {ATTENTION_FUNCTIONS, LINEAR_FUNCTIONS, ROW_FUNCTIONS})
+        for (; functions->name; functions++)
+            if (strcmp(functions->name, name) == 0) return functions->function;
     return nullptr;
-}
-
-// Returns the function of that name for a code path; null if there is none.
-extern "C" __attribute__((visibility("default"))) Function lightwell_function(const char* isa, const char* name) {
-    if (strcmp(isa, "amx") == 0) {
-        const Function function = find(lightwell_functions_amx(), name);
-        return function ? function : lightwell_function("avx512_bf16", name);
-    }
-    if (strcmp(isa, "avx512_bf16") == 0) return find(lightwell_functions_avx512_bf16(), name);
-    if (strcmp(isa, "avx512") == 0) return find(lightwell_functions_avx512(), name);
-    return find(lightwell_functions_avx2(), name);
 }
 
 }  // namespace lightwell

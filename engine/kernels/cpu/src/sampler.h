@@ -78,7 +78,7 @@ inline int64_t store_chosen(float* p, Floats x, uint32_t chosen) {
 #endif
 }
 
-// Natural logarithm of positive normal numbers, to about one unit in the last best_start, with the polynomial of Cephes.
+// Natural logarithm of positive normal numbers, to about one unit in the last place, with the polynomial of Cephes.
 inline Floats logarithm(Floats x) {
     const Ints lowest = fill_ints(0x3f3504f3);  // sqrt(1/2): the mantissa is reduced to sqrt(1/2)..sqrt(2)
     const Ints bits = as_ints(x) + fill_ints(0x3f800000 - 0x3f3504f3);

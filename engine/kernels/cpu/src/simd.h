@@ -1,16 +1,17 @@
 // Vectors of 16 float or int32 lanes and of 64 bytes, with the same names on every code path.
 //
 // Lanes hold independent results wherever possible, so the order of additions does not depend on the width of the
-// machine's registers. unit.cpp includes this file and is compiled once for each code path; everything has internal
-// linkage, so that the linker cannot use a function of one code path in another.
+// machine's registers.
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
-// For functions called for each vector: in a unit as large as this one, the compiler stops inlining by itself.
+// For functions called for each vector: in a unit as large as these, the compiler stops inlining by itself.
 #define INLINE inline __attribute__((always_inline))
+// For longer functions that many instances of a template call, which would multiply the time to compile.
+#define NOT_INLINE __attribute__((noinline))
 
 namespace {
 

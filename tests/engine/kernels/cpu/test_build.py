@@ -5,6 +5,7 @@ Most tests replace the compiler by a stub that records how it is called.
 
 import ctypes
 import fcntl
+import importlib.util
 import os
 import platform
 import re
@@ -22,7 +23,8 @@ from pathlib import Path
 import pytest
 
 from engine.kernels.cpu import build as build_module
-from engine.kernels.cpu.build import COMMON_FLAGS, PACKAGE, UNIT_FLAGS, BuildError, build_package, find_compiler
+from engine.kernels.cpu.build import COMMON_FLAGS, PACKAGE, BuildError, find_compiler
+from engine.kernels.cpu.processor import CODE_PATHS, CodePath
 from engine.shared.paths import cache_folder
 from tests.support.paths import ROOT
 from tests.support.processes import wait_for_end_of
@@ -33,26 +35,18 @@ has_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 UNIT = """\
 #include "names.h"
-#define AS_TEXT_(x) #x
-#define AS_TEXT(x) AS_TEXT_(x)
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
-const char* JOIN(name_, LIGHTWELL_ISA)() { return AS_TEXT(LIGHTWELL_ISA); }
+int one_more_than(int x) { return x + 1; }
 """
-NAMES = "".join(f"const char* name_{path}();\n" for path in UNIT_FLAGS)
-LIBRARY = f"""\
+NAMES = "int one_more_than(int x);\n"
+LIBRARY = """\
 #include "names.h"
 #define EXPORT extern "C" __attribute__((visibility("default")))
-EXPORT const char* name_of(int index) {{
-    const char* names[] = {{{", ".join(f"name_{path}()" for path in UNIT_FLAGS)}}};
-    return names[index];
-}}
-EXPORT float sum(const float* x, int n) {{
+EXPORT float sum(const float* x, int n) {
     float result = 0;
     for (int i = 0; i < n; i++) result += x[i];
     return result;
-}}
-EXPORT int one_more(int x) {{ return x + 1; }}
+}
+EXPORT int one_more(int x) { return one_more_than(x); }
 """
 
 STUB = """\
@@ -90,7 +84,7 @@ class StubCompiler:
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     (tmp_path / "package" / "src").mkdir(parents=True)
-    for name, text in {"unit.cpp": UNIT, "library.cpp": LIBRARY, "names.h": NAMES}.items():
+    for name, text in {"other.cpp": UNIT, "library.cpp": LIBRARY, "names.h": NAMES}.items():
         (tmp_path / "package" / "src" / name).write_text(text)
     return tmp_path / "package"
 
@@ -110,6 +104,10 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubCompiler:
     return stub
 
 
+def build_package(package: Path, **options: bool) -> Path:
+    return build_module.build_package(package, "avx2", **options)
+
+
 def files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
@@ -117,42 +115,50 @@ def files_in(folder: Path) -> list[str]:
 # Commands.
 
 
-def test_the_unit_is_compiled_for_each_code_path_and_the_rest_once(package: Path, compiler: StubCompiler) -> None:
-    (package / "src" / "other.cpp").write_text("")
-    build_package(package)
-    *compiled, linked = compiler.calls
-    assert [call[: len(COMMON_FLAGS)] for call in compiler.calls] == [COMMON_FLAGS] * 6
-    extra = {call[call.index("-c") + 1 + 2]: call[len(COMMON_FLAGS) : call.index("-o")] for call in compiled}
-    objects = {Path(path).name: flags for path, flags in extra.items()}
-    assert objects == {
-        **{
-            f"unit.{name}.o": [*flags, f"-DLIGHTWELL_ISA={name}", "-c", "unit.cpp"]
-            for name, flags in UNIT_FLAGS.items()
-        },
-        "library.o": ["-c", "library.cpp"],
-        "other.o": ["-c", "other.cpp"],
-    }
-    assert "-shared" in linked
-    assert set(extra) <= set(linked)
+def test_each_source_is_compiled_for_the_code_path(package: Path, compiler: StubCompiler) -> None:
+    for name, code_path in CODE_PATHS.items():
+        compiler.log.unlink(missing_ok=True)
+        library = build_module.build_package(package, name)
+        assert library.name.startswith(f"{name}-")
+        flags = [*COMMON_FLAGS, *code_path.compiler_flags]
+        *compiled, linked = compiler.calls
+        assert [call[: len(flags)] for call in compiler.calls] == [flags] * 3
+        objects = {call[-1]: call[len(flags) : -1] for call in compiled}
+        assert {Path(path).name: rest for path, rest in objects.items()} == {
+            "library.o": ["-c", "library.cpp", "-o"],
+            "other.o": ["-c", "other.cpp", "-o"],
+        }
+        assert "-shared" in linked
+        assert set(objects) <= set(linked)
 
 
 @has_compiler
 def test_a_compiled_library_can_be_called(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "g++")
     library = ctypes.CDLL(str(build_package(package)))
-    library.name_of.restype = ctypes.c_char_p
-    assert [library.name_of(index).decode() for index in range(len(UNIT_FLAGS))] == list(UNIT_FLAGS)
+    assert library.one_more(41) == 42
     with pytest.raises(AttributeError):  # only exported functions are visible
-        library.name_avx2  # noqa: B018
+        library._Z13one_more_thani  # noqa: B018
 
 
-def test_at_most_two_at_a_time(package: Path, compiler: StubCompiler, tmp_path: Path) -> None:
-    compiler.does(f"touch {tmp_path}/running.$$; ls {tmp_path} | grep -c running >> {tmp_path}/counts; sleep 0.05; "
-                  f"rm {tmp_path}/running.$$")  # fmt: skip
+@pytest.mark.parametrize(("num_cores", "num_processes"), [(1, 1), (3, 3), (96, 4)])
+def test_one_process_for_each_core_up_to_four(
+    num_cores: int,
+    num_processes: int,
+    package: Path,
+    compiler: StubCompiler,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
+    for number in range(6):
+        (package / "src" / f"more{number}.cpp").write_text("")
+    compiler.does(f"touch {tmp_path}/running.$$; sleep 0.1; ls {tmp_path} | grep -c running >> {tmp_path}/counts; "
+                  f"sleep 0.1; rm {tmp_path}/running.$$")  # fmt: skip
     build_package(package)
     counts = list(map(int, (tmp_path / "counts").read_text().split()))
-    assert max(counts) <= 2
-    assert len(counts) == 5
+    assert max(counts) == num_processes
+    assert len(counts) == 9
 
 
 def test_all_sources_are_installed_and_in_the_key() -> None:
@@ -160,7 +166,7 @@ def test_all_sources_are_installed_and_in_the_key() -> None:
     patterns = project["tool"]["setuptools"]["package-data"]["engine.kernels.cpu"]
     installed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     assert set((PACKAGE / "src").iterdir()) <= installed
-    assert PACKAGE / "src" / "unit.cpp" in installed
+    assert PACKAGE / "src" / "library.cpp" in installed
     assert {path.suffix for path in (PACKAGE / "src").iterdir()} <= {".cpp", ".h"}
     assert "prebuilt/*.so" in patterns
 
@@ -198,7 +204,7 @@ def test_what_changes_is_compiled_anew(
     assert is_another()
     monkeypatch.setattr(build_module, "COMMON_FLAGS", [*COMMON_FLAGS, "-DX"])
     assert is_another()
-    monkeypatch.setitem(UNIT_FLAGS, "avx2", ["-mavx2"])
+    monkeypatch.setitem(CODE_PATHS, "avx2", CodePath(frozenset(), ("-mavx2",)))
     assert is_another()
     compiler.does("", version="1.1")
     assert is_another()
@@ -311,7 +317,7 @@ def test_two_at_once_without_locks_end_well(
 
 def test_leftovers_of_killed_processes_go(package: Path, compiler: StubCompiler, cache: Path) -> None:
     (cache / ".build-killed").mkdir(parents=True)
-    (cache / ".build-killed" / "unit.avx2.o").touch()
+    (cache / ".build-killed" / "library.o").touch()
     library = build_package(package)
     assert files_in(cache) == [library.name]
 
@@ -351,11 +357,33 @@ def test_the_compiler_is_found(tmp_path: Path, compiler: StubCompiler, monkeypat
         assert find_compiler() == [str(tmp_path / "bin" / name)]
 
 
+def test_ziglang_is_used_where_there_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert find_compiler()[:5] == [sys.executable, "-P", "-m", "ziglang", "c++"]
+    (tmp_path / "g++").touch(0o755)
+    assert find_compiler() == [str(tmp_path / "g++")]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="needs ziglang")
+def test_a_library_compiled_by_ziglang(package: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    path = build_package(package)
+    assert ctypes.CDLL(str(path)).one_more(41) == 42
+    assert set(re.findall(rb"lib\w+\.so[.\d]*", path.read_bytes())) <= {b"libc.so.6", b"libpthread.so.0"}
+    assert files_in(cache) == [path.name]
+
+
 def test_without_a_compiler(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        BuildError, match=r"^no C\+\+ compiler found: g\+\+, c\+\+, clang\+\+ \(set CXX to use another\)$"
+        BuildError,
+        match=r"^no C\+\+ compiler found: g\+\+, c\+\+, clang\+\+ "
+        r"\(set CXX to use another, or run: pip install ziglang\)$",
     ):
         build_package(package)
     monkeypatch.setenv("CXX", "/nonexistent/c++")
@@ -389,7 +417,7 @@ def test_a_compiler_that_fails(package: Path, compiler: StubCompiler, cache: Pat
 
 
 def test_the_first_failure_ends_the_others(package: Path, compiler: StubCompiler, tmp_path: Path) -> None:
-    compiler.does(f'case "$*" in *=avx512*) sleep 60 & echo $! > {tmp_path}/pid; wait;; esac; '
+    compiler.does(f'case "$*" in *library.cpp*) sleep 60 & echo $! > {tmp_path}/pid; wait;; esac; '
                   f"while [ ! -s {tmp_path}/pid ]; do sleep 0.01; done; exit 1")  # fmt: skip
     with pytest.raises(BuildError):
         build_package(package)
@@ -421,10 +449,25 @@ def test_the_command_prints_path_and_seconds(
     package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(build_module, "PACKAGE", package)
+    monkeypatch.setattr(build_module, "best_code_path", lambda: "avx2")
     assert build_module.main([]) == 0
     assert re.fullmatch(rf"{build_package(package)} \(\d+\.\d s\)\n", capsys.readouterr().out)
-    assert build_module.main(["--in-package"]) == 0
-    assert capsys.readouterr().out.startswith(f"{package}/prebuilt/")
+    assert build_module.main(["--in-package", "--all"]) == 0
+    printed = re.findall(rf"{package}/prebuilt/(\w+)-\w+\.so ", capsys.readouterr().out)
+    assert printed == list(CODE_PATHS)
+
+
+def test_the_log_says_what_takes_how_long_and_that_it_is_once(
+    package: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    caplog.set_level("INFO")
+    library = build_package(package)
+    first, last = caplog.messages
+    assert first == "compiling the CPU kernels for this processor, avx2 (once; about 9 s) with stub-c++"
+    assert re.fullmatch(rf"compiled in \d+\.\d s: {library}", last)
+    build_package(package)
+    assert len(caplog.messages) == 2
 
 
 def test_the_command_fails_in_one_line(
@@ -459,7 +502,7 @@ def test_sanitizers_find_errors(package: Path, monkeypatch: pytest.MonkeyPatch) 
     beyond = run_sanitized(code.format(n=10), library)
     assert beyond.returncode != 0
     assert "heap-buffer-overflow" in beyond.stderr
-    assert "library.cpp:9" in beyond.stderr
+    assert "library.cpp:5" in beyond.stderr
     overflow = run_sanitized("print(library.one_more(2**31 - 1))", library)
     assert overflow.returncode != 0
     assert "signed integer overflow" in overflow.stderr

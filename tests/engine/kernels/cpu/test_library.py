@@ -1,29 +1,25 @@
-"""The compiled library: its code paths, and the check that Python and C++ agree on the layout of structs."""
+"""The compiled library: its functions, and the check that Python and C++ agree on the layout of structs."""
 
 from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
 
 import pytest
 
 from engine.kernels.cpu import library as library_module
+from engine.kernels.cpu.build import build
 from engine.kernels.cpu.c_structs import STRUCTURES, GatherParameters, PrepareParameters
-from engine.kernels.cpu.library import CODE_PATHS, LayoutError, Library
-from tests.support.kernel_choice import code_paths, library_path
+from engine.kernels.cpu.library import LayoutError, Library
+from tests.support.kernel_choice import code_paths, load_library
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 
 
-def test_code_paths() -> None:
-    assert CODE_PATHS == ("amx", "avx512_bf16", "avx512", "avx2")
-    assert Library(library_path()).code_path == code_paths()[0]
-
-
 def test_an_unknown_code_path() -> None:
     with pytest.raises(ValueError, match=r"code path sse: this processor has .*avx2"):
-        Library(library_path(), "sse")
+        Library(build(code_paths()[0]), "sse")
 
 
 def test_functions() -> None:
-    library = Library(library_path())
+    library = load_library(code_paths()[0])
     assert library.function("gather")
     with pytest.raises(KeyError, match="scatter"):
         library.function("scatter")
@@ -56,11 +52,11 @@ def test_a_struct_with_another_layout(
     changed = structure("GatherParameters", fields)
     monkeypatch.setattr(library_module, "STRUCTURES", [PrepareParameters, changed])
     with pytest.raises(LayoutError, match=f"GatherParameters has .*{message}"):
-        Library(library_path())
+        Library(build(code_paths()[0]), code_paths()[0])
 
 
 def test_a_struct_that_the_library_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     scatter = structure("ScatterParameters", [("rows", c_int64)])
     monkeypatch.setattr(library_module, "STRUCTURES", [scatter])
     with pytest.raises(LayoutError, match=r"ScatterParameters has 8 bytes .* and 0 in the compiled library; .*: rows"):
-        Library(library_path())
+        Library(build(code_paths()[0]), code_paths()[0])

@@ -13,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from engine.kernels.cpu.build import build
-from engine.kernels.cpu.library import Library, Team
+from engine.kernels.cpu.library import Team
 from engine.kernels.cpu.sampler import CpuSampler
 from engine.sampling.rng import gumbel_noise
 from engine.sampling.sampler import apply_masks
@@ -31,7 +30,8 @@ from tests.engine.sampling.test_sampler import (
     random_logits,
 )
 from tests.support.examples import num_examples
-from tests.support.sanitizer import run_sanitized
+from tests.support.kernel_choice import code_paths, load_library
+from tests.support.sanitizer import run_sanitized, sanitized_library
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are for x86-64"),
@@ -65,10 +65,7 @@ class Machine:
     """Samplers of any vocabulary for one code path, on one thread or two."""
 
     def __init__(self, code_path: str) -> None:
-        try:
-            self.library = Library(build(), code_path)
-        except ValueError as error:
-            pytest.skip(str(error))
+        self.library = load_library(code_path)
         self.teams: dict[int, Team] = {num: self.library.new_team(num) for num in (1, 2)}
 
     def sampler(self, vocab_size: int, num_threads: int = 2) -> CpuSampler:
@@ -443,33 +440,24 @@ from engine.sampling.sampler import apply_masks
 from pathlib import Path
 from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_rows
 
-for code_path in {code_paths}:
-    own = Library(Path(library_path), code_path)
-    for size in (11, 16, 300, 5003):
-        rng = np.random.default_rng(size)
-        requests = mixed_rows(rng, 2 * len(MIXED), size)
-        sampler = CpuSampler(own, own.new_team(2), size, [2, 7])
-        scratch = np.zeros_like(sampler._scratch.numpy())  # whose borders are watched
-        sampler._parameters.scratch = scratch.ctypes.data
-        for spread in (0, 1, 5):
-            logits = (rng.normal(size=(len(requests), size)) * spread).astype(np.float32)
-            sampler.sample(torch.from_numpy(logits), requests)
-            logits[::2] = -np.inf
-            logits[1::2, -1] = np.nan
-            sampler.sample(torch.from_numpy(logits), requests)
+own = Library(Path(library_path), {code_path!r})
+for size in (11, 16, 300, 5003):
+    rng = np.random.default_rng(size)
+    requests = mixed_rows(rng, 2 * len(MIXED), size)
+    sampler = CpuSampler(own, own.new_team(2), size, [2, 7])
+    scratch = np.zeros_like(sampler._scratch.numpy())  # whose borders are watched
+    sampler._parameters.scratch = scratch.ctypes.data
+    for spread in (0, 1, 5):
+        logits = (rng.normal(size=(len(requests), size)) * spread).astype(np.float32)
+        sampler.sample(torch.from_numpy(logits), requests)
+        logits[::2] = -np.inf
+        logits[1::2, -1] = np.nan
+        sampler.sample(torch.from_numpy(logits), requests)
 print("done")
 """
 
 
-def test_memory_is_used_within_its_borders() -> None:
-    code_paths = [path for path in ("avx2", "avx512") if is_available(path)]
-    done = run_sanitized(SANITIZED.format(code_paths=code_paths))
+@pytest.mark.parametrize("code_path", [name for name in ("avx512", "avx2") if name in code_paths()])
+def test_memory_is_used_within_its_borders(code_path: str) -> None:
+    done = run_sanitized(SANITIZED.format(code_path=code_path), sanitized_library(code_path))
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-
-
-def is_available(code_path: str) -> bool:
-    try:
-        Library(build(), code_path)
-    except ValueError:
-        return False
-    return True

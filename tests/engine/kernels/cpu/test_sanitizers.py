@@ -7,7 +7,7 @@ It would not in the large mappings that the server uses.
 import pytest
 
 from tests.support.kernel_choice import code_paths
-from tests.support.sanitizer import run_sanitized
+from tests.support.sanitizer import run_sanitized, sanitized_library
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 
@@ -157,6 +157,6 @@ for cache_type, dtype in CACHE_TYPES:
 @pytest.mark.parametrize("code_path", code_paths())
 def test_no_operation_leaves_its_buffers(code_path: str, num_threads: int) -> None:
     setup = SETUP.format(code_path=code_path, num_threads=num_threads)
-    result = run_sanitized(setup + LINEAR + ROWS + ATTENTION + "print('all done')\n")
+    result = run_sanitized(setup + LINEAR + ROWS + ATTENTION + "print('all done')\n", sanitized_library(code_path))
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("all done\n")

@@ -1,0 +1,37 @@
+// Functions that take little time to compile: on rows, on the rows of packed weights, and the sampler.
+
+#include "functions.h"
+
+#include "attention.h"
+#include "linear.h"
+#include "lora.h"
+#include "pack.h"
+#include "rows.h"
+#include "sampler.h"
+
+#include "layouts.h"
+
+const lightwell::NamedFunction lightwell::ROW_FUNCTIONS[] = {
+    {"prepare", prepare},
+    {"gather", gather},
+    {"rms_norm", rms_norm},
+    {"act_and_mul", act_and_mul},
+    {"rope_and_store_kv", rope_and_store_kv},
+    {"sample", sample},
+    {"add_lora_float32", add_lora<float>},
+    {"add_lora_bfloat16", add_lora<uint16_t>},
+#define FORMAT(NAME, FORMAT, PACK) {"embed_" NAME, embed<FORMAT>}, {"pack_" NAME, PACK}
+    FORMAT("float32", Float32, (pack_plain<Float32, 4>)),
+    FORMAT("bfloat16", BFloat16, (pack_plain<BFloat16, 2>)),
+    FORMAT("int8", Q8_0, (pack<Q8_0, FloatRow>)),
+    FORMAT("q4_0", Q4_0, (pack<Q4_0, BlockQ4_0>)),
+    FORMAT("q4_1", Q4_1, (pack<Q4_1, BlockQ4_1>)),
+    FORMAT("q5_0", Q5_0, (pack<Q5_0, BlockQ5_0>)),
+    FORMAT("q5_1", Q5_1, (pack<Q5_1, BlockQ5_1>)),
+    FORMAT("q8_0", Q8_0, (pack<Q8_0, BlockQ8_0>)),
+    FORMAT("q4_k", Q4_K, (pack<Q4_K, BlockQ4_K>)),
+    FORMAT("q5_k", Q5_K, (pack<Q5_K, BlockQ5_K>)),
+    FORMAT("q6_k", Q6_K, (pack<Q6_K, BlockQ6_K>)),
+#undef FORMAT
+    {nullptr, nullptr},
+};
