@@ -1,7 +1,7 @@
 # Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-long check format bench bench-gpu peers test-image clean
+.PHONY: help install serve test test-long check format bench bench-gpu peers wheel test-image clean always
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
@@ -11,11 +11,14 @@ CLIENTS := $(patsubst %,.venv-clients/%/installed,agents clients instructor lm-e
 	$(CONFORMANCE)/node_modules/installed $(CONFORMANCE)/npm/node_modules/installed
 ARGS ?=
 WORKERS ?= auto
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+TORCH ?=
+TORCH_ARGS_cpu := --upgrade --index-url https://download.pytorch.org/whl/cpu
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: .venv/installed ## Make .venv and install the project in it
+install: .venv/installed ## Make .venv and install the project in it (TORCH=cpu or cuda: that build of PyTorch)
 
 serve: .venv/installed ## Serve the default model, or the one in ARGS
 	@$(BIN)/lightwell serve $(ARGS)
@@ -45,6 +48,10 @@ bench-gpu: .venv/installed-test ## Measure the engine against the limits of a GP
 peers: .venv/installed-test ## Measure other servers beside it, as ARGS says (default: how to)
 	$(BIN)/python -m tests.bench.peers $(or $(ARGS),--help)
 
+wheel: .venv/bin/python ## Make a wheel with compiled kernels, for any Linux on x86-64, in dist/
+	$(PIP_INSTALL) ziglang
+	$(BIN)/python deploy/make_wheel.py
+
 test-image: ## Build the container image and try it
 	deploy/test-image.sh
 
@@ -54,11 +61,21 @@ clean: ## Remove .venv and all caches
 
 # Made anew only when the dependencies change, so that the second time needs no network.
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check --editable .
+	$(if $(TORCH),$(PIP_INSTALL) $(TORCH_ARGS_$(TORCH)) "$$(grep -o 'torch>=[0-9.]*' pyproject.toml)")
+	$(PIP_INSTALL) --editable .
+	@$(BIN)/python deploy/torch_build.py $(TORCH)
 	@touch $@
 
+# A build of PyTorch that is asked for is installed even if the dependencies have not changed.
+ifneq ($(TORCH),)
+ifeq ($(filter cpu cuda,$(TORCH)),)
+$(error TORCH is $(TORCH), but must be cpu or cuda)
+endif
+.venv/installed: always
+endif
+
 .venv/installed-test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test]'
+	$(PIP_INSTALL) --editable '.[test]'
 	@touch .venv/installed $@
 
 # Clients that the tests try, exactly as the lock files have them.

@@ -134,8 +134,8 @@ def progress_bar() -> Progress | None:
     task = bar.add_task("weights")
 
     def advance(num_bytes_done: int, num_bytes: int) -> None:
-        bar.start()  # not before, as the kernels may have to be compiled and that is logged
         bar.update(task, completed=num_bytes_done, total=num_bytes)
+        bar.start()  # at the first call, because the kernels may have to be compiled before, which is logged
         if num_bytes_done == num_bytes:
             bar.stop()
 

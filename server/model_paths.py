@@ -209,7 +209,7 @@ def _pip_error(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     if "No module named pip" in output:
-        return "this Python has no pip"
+        return "this Python has no pip: install it (python -m ensurepip, or uv pip install pip)"
     if "connection broken" in output:
         return f"pip cannot reach the package index ({errors[-1]})" if errors else "pip cannot reach the package index"
     return errors[-1] if errors else f"pip failed: {lines[-1]}" if lines else "pip failed"

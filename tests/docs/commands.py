@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from tests.support.documents import DOCUMENTS, commands
 
+INSTALLS = "installs PyTorch, for which there is tests/install/try_install.py"
 HUB = "downloads other servers from package registries, 6 GB"
 
 # The beginning of a command -> why no test runs it. All others are run by tests/e2e/test_documented_commands.py.
@@ -11,11 +12,16 @@ EXCEPTIONS: Mapping[str, str] = {
     "LIGHTWELL_API_KEY=choose-one docker compose up": "Docker",
     "LIGHTWELL_API_KEY=choose-one docker compose --profile open-webui up": "Docker",
     'curl http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $LIGHTWELL_API_KEY"': "the server of compose",
+    ".venv/bin/lightwell serve": "serves in an environment that no test makes",
+    ".venv/bin/pip install": INSTALLS,
     "docker build ": "Docker",
     "docker run ": "Docker",
     "lightwell serve MODEL --device cuda:0": "GPU",
     "make bench-gpu": "GPU",
     ".venv/bin/python -m tests.conformance.try_clients": "downloads programs, 10 GB",
+    "python3 -m venv .venv": INSTALLS,
+    "uv pip install": INSTALLS,
+    "uv venv": INSTALLS,
     'make peers ARGS="setup FOLDER"': HUB,
     'make peers ARGS="compare FOLDER': HUB,
 }

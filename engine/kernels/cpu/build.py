@@ -238,7 +238,7 @@ def _compile(sources: Path, library: Path, compiler: Command, code_path: str) ->
             _run_all(list(objects.values()), sources, linked.parent)
             _run_all([link], sources, linked.parent)
             linked.replace(library)
-        logger.info("compiled in %.1f s: %s", time.monotonic() - began, library)
+        logger.info("compiled in %.1f s", time.monotonic() - began)
 
 
 def _object_commands(sources: Path, folder: Path, compiler: Command) -> dict[Path, Command]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -90,6 +91,17 @@ def test_lines_are_written_in_order(root_logger: logging.Logger) -> None:
     messages = [json.loads(line)["message"] for line in read_all(reader).splitlines()]
     os.close(reader)
     assert messages == [f"line {number}" for number in range(100)]
+
+
+def test_a_line_replaces_a_progress_bar_in_a_terminal(root_logger: logging.Logger) -> None:
+    terminal, fd = os.openpty()
+    os.write(fd, b"weights 10 %")  # by this process or another
+    close = configure_logging("info", "human", fd)
+    logger.info("loaded")
+    close()
+    assert re.fullmatch(rb"weights 10 %\r\x1b\[K[\d:]{8} INFO +tests.logs: loaded\r\n", os.read(terminal, 1000))
+    os.close(fd)
+    os.close(terminal)
 
 
 def test_verbose_loggers_do_not_log_requests(root_logger: logging.Logger) -> None:

@@ -462,10 +462,10 @@ def test_the_log_says_what_takes_how_long_and_that_it_is_once(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     caplog.set_level("INFO")
-    library = build_package(package)
+    build_package(package)
     first, last = caplog.messages
     assert first == "compiling the CPU kernels for this processor, avx2 (once; about 9 s) with stub-c++"
-    assert re.fullmatch(rf"compiled in \d+\.\d s: {library}", last)
+    assert re.fullmatch(r"compiled in \d+\.\d s", last)
     build_package(package)
     assert len(caplog.messages) == 2
 

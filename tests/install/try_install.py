@@ -1,0 +1,127 @@
+"""Install the project into fresh environments and start the server: each Python, with and without compiler and pip.
+
+    python -m tests.install.try_install python3.11 python3.13 [--wheel dist/lightwell-....whl] [--pip-args "..."]
+
+It prints a row for each case: how long the installation takes and how large it is, how long the first start takes from
+an empty cache of kernels until a request is answered, and which kernels run. Not a test, because it takes minutes and
+gigabytes. `LIGHTWELL_CACHE` names a folder that has the default model already, so that it is not downloaded each time.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.shared.paths import cache_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "smollm2-135m"
+START_SECONDS = 300.0
+BODY = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Try fresh installations.")
+    parser.add_argument("pythons", nargs="+")
+    parser.add_argument("--wheel", type=Path, help="install this instead of the sources")
+    parser.add_argument("--pip-args", default="", help="arguments of pip, such as those that choose an index")
+    arguments = parser.parse_args()
+    print("| Python | compiler | pip | installed in | size | first answer after | kernels |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for python in arguments.pythons:
+        for has_compiler in (True, False):
+            for has_pip in (True, False):
+                with tempfile.TemporaryDirectory() as folder:
+                    what = arguments.wheel.absolute() if arguments.wheel else sources(Path(folder))
+                    row = case(
+                        python, has_compiler, has_pip, Path(folder), [*shlex.split(arguments.pip_args), str(what)]
+                    )
+                print("| " + " | ".join(row) + " |", flush=True)
+
+
+def sources(folder: Path) -> Path:
+    """Return a copy of the files that git tracks."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        (folder / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "sources" / name)
+    return folder / "sources"
+
+
+def case(python: str, has_compiler: bool, has_pip: bool, folder: Path, pip_args: list[str]) -> list[str]:
+    environment = folder / "venv"
+    began = time.monotonic()
+    # uv makes environments without pip and installs from outside; so does pip --python.
+    subprocess.run([python, "-m", "venv", *([] if has_pip else ["--without-pip"]), str(environment)], check=True)
+    pip = [str(environment / "bin/pip")] if has_pip else [sys.executable, "-m", "pip", "--python", str(environment)]
+    install = [*pip, "install", "--quiet", "--disable-pip-version-check", *pip_args]
+    subprocess.run(install, check=True, env=environ(has_compiler, folder))
+    installed = time.monotonic() - began
+    size = sum(path.lstat().st_size for path in environment.rglob("*"))
+    seconds, kernels = first_answer(environment, environ(has_compiler, folder))
+    yes_no = ["yes" if value else "no" for value in (has_compiler, has_pip)]
+    return [python, *yes_no, f"{installed:.0f} s", f"{size / 1e6:,.0f} MB", f"{seconds:.1f} s", kernels]
+
+
+def environ(has_compiler: bool, folder: Path) -> dict[str, str]:
+    """Return variables with an empty cache of kernels and, without a compiler, a PATH that has no programs."""
+    cache = folder / "cache"
+    if not cache.exists():
+        shutil.copytree(cache_folder() / MODEL, cache / MODEL)
+    variables = {**os.environ, "LIGHTWELL_CACHE": str(cache)}
+    for name in ("CXX", "PYTHONPATH", "VIRTUAL_ENV"):
+        variables.pop(name, None)
+    return variables if has_compiler else variables | {"PATH": str(folder / "empty")}
+
+
+def first_answer(environment: Path, variables: dict[str, str]) -> tuple[float, str]:
+    """Return the seconds from the start of the server to an answer, and the kernels that its log names."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    with server([str(environment / "bin/lightwell"), "serve", "--port", str(port)], variables) as log:
+        while not answers(port):
+            if time.monotonic() - began > START_SECONDS:
+                raise TimeoutError(log.read_text(encoding="utf-8"))
+            time.sleep(0.2)
+        seconds = time.monotonic() - began
+        kernels = re.search(r"kernels: ([\w ]+)", log.read_text(encoding="utf-8"))
+    return seconds, kernels[1] if kernels else "?"
+
+
+@contextmanager
+def server(command: list[str], variables: dict[str, str]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=variables, cwd=folder, stdout=output, stderr=output)
+            try:
+                yield log
+            finally:
+                process.terminate()
+                process.wait()
+
+
+def answers(port: int) -> bool:
+    url, headers = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(BODY).encode(), headers)) as response:
+            return "text" in json.load(response)["choices"][0]
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
