@@ -228,7 +228,7 @@ def _compile(sources: Path, library: Path, compiler: Command, code_path: str) ->
             _remove_leftovers(library.parent)
         began = time.monotonic()
         logger.info(
-            "compiling the CPU kernels for this processor, %s (once; about %d s) with %s",
+            "compiling the CPU kernels for processors with %s (once; about %d s) with %s",
             *(code_path, (ZIG_SECONDS if ZIG in compiler else COMPILE_SECONDS) / num_processes(), _name(compiler)),
         )
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-", ignore_cleanup_errors=True) as temporary:
