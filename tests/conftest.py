@@ -5,6 +5,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.machine import machine
 from tests.support.suite import SuiteReport, in_slice
@@ -19,6 +20,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # The interpreter multiplies with NumPy, whose OpenBLAS has kernels for each processor type. With the Haswell kernels a
 # row's result depends on its position in the matrix, unlike on a GPU. Read when NumPy is loaded.
 os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
+
+settings.register_profile("no deadline", deadline=None)  # other jobs on the machine can make one example slow
+settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
