@@ -111,7 +111,7 @@ class AuthMiddleware:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope["path"]):
+        if scope["type"] == "http" and not is_open(scope):
             tokens = [token for token in (bearer_token(scope["headers"]), api_key(scope["headers"])) if token]
             are_valid = [self._is_valid(token) for token in tokens]
             if not any(are_valid):
@@ -128,9 +128,10 @@ class AuthMiddleware:
         return is_valid
 
 
-def is_open(path: str) -> bool:
-    """Return whether a path needs no API key: probes and pages, which hold no data."""
-    return path in OPEN_PATHS or path.startswith(ASSETS)
+def is_open(scope: Scope) -> bool:
+    """Return whether a request needs no API key: it reads a probe or a page, which hold no data."""
+    path = scope["path"]
+    return scope["method"] in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(ASSETS))
 
 
 def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

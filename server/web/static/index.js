@@ -1,5 +1,5 @@
 // The first page: the server's state, how to connect to it, and a box to try a prompt.
-import { authorization, forgetKey, hasKey, keepKey } from "./key.js";
+import { authorization, forgetKey, hasKey, isValidKey, keepKey } from "./key.js";
 
 const STATE_INTERVAL = 5000; // ms between two looks at the server's state
 const ENDPOINTS = {
@@ -16,7 +16,7 @@ const element = (id) => document.getElementById(id);
 const show = (id, isShown) => (element(id).hidden = !isShown);
 const baseUrl = new URL("v1", location.href).href;
 let models = []; // as the API lists them
-let isReady = false;
+let isConnected = false; // the models have been read, or the key is being asked for
 let request = null; // AbortController of the answer that is arriving
 
 async function call(path, options = {}) {
@@ -31,26 +31,27 @@ async function call(path, options = {}) {
 // State
 
 async function watchState() {
-  const state = await readState();
-  element("state").textContent = state.text;
-  element("state").className = `state ${state.isReady ? "good" : "bad"}`;
-  if (state.isReady && !isReady) await connect();
-  isReady = state.isReady;
-  setTimeout(watchState, STATE_INTERVAL);
-}
-
-async function readState() {
   try {
     await call("readyz");
-    return { isReady: true, text: "Ready" };
+    if (!isConnected) await connect();
+    showState("Ready", true);
   } catch (error) {
-    return { isReady: false, text: error.status ? error.message : "The server cannot be reached." };
+    isConnected = false;
+    showState(error.status ? error.message : "The server cannot be reached.", false);
+  } finally {
+    setTimeout(watchState, STATE_INTERVAL);
   }
+}
+
+function showState(text, isGood) {
+  element("state").textContent = text;
+  element("state").className = `state ${isGood ? "good" : "bad"}`;
 }
 
 // Connect
 
 async function connect() {
+  isConnected = true;
   try {
     models = (await (await call("v1/models")).json()).data;
   } catch (error) {
@@ -65,6 +66,14 @@ async function connect() {
   show("connect", true);
   show("try", true);
   show("forget", hasKey());
+}
+
+// Connects again after the key has changed; the state says if that fails.
+function retry() {
+  connect().catch((error) => {
+    isConnected = false;
+    showState(error.message, false);
+  });
 }
 
 function askForKey() {
@@ -167,9 +176,14 @@ async function* chunks(stream) {
 
 element("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  keepKey(element("key").value.trim());
+  const key = element("key").value.trim();
   element("key").value = "";
-  connect();
+  if (!isValidKey(key)) {
+    element("key-hint").textContent = "A key has only letters, digits and punctuation of ASCII. Enter another one.";
+    return;
+  }
+  keepKey(key);
+  retry();
 });
 element("prompt-form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -181,12 +195,13 @@ element("prompt").addEventListener("keydown", (event) => {
 element("stop").addEventListener("click", () => request?.abort());
 element("forget").addEventListener("click", () => {
   forgetKey();
-  connect();
+  retry();
 });
 element("model").addEventListener("change", showModel);
 element("copy").addEventListener("click", async () => {
   await navigator.clipboard.writeText(element("curl").textContent);
   element("copy").textContent = "Copied";
 });
+show("copy", window.isSecureContext); // elsewhere browsers offer no clipboard
 fetch("docs", { method: "HEAD" }).then(({ ok }) => show("docs", ok));
 watchState();

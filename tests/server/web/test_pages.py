@@ -45,6 +45,11 @@ def test_head(server: RunningServer, path: str) -> None:
     check_error(httpx.post(server.url + path), 405)
 
 
+@pytest.mark.parametrize("path", [*PAGES, "/assets/index.js", "/healthz"])
+def test_only_reading_needs_no_key(guarded: RunningServer, path: str) -> None:
+    check_error(httpx.post(guarded.url + path, content=b"x"), 401)
+
+
 def test_the_policy_allows_nothing_but_this_server(server: RunningServer) -> None:
     policy = httpx.get(server.url).headers["content-security-policy"]
     sources = {source for directive in policy.split("; ") for source in directive.split()[1:]}
@@ -107,3 +112,4 @@ def test_chromium_asks_for_the_key(guarded: RunningServer, tmp_path: Path) -> No
     page = dom(guarded.url, tmp_path)
     assert 'id="key-form" class="card">' in page
     assert "<option" not in page
+    assert 'id="no-key">' in dom(f"{guarded.url}/docs", tmp_path)
