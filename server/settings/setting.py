@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from server.settings.value_types import ValueType, format_size
+from server.settings.value_types import ExplainedError, ValueType, format_size
 
 ENV_PREFIX = "LIGHTWELL_"
 
@@ -61,6 +61,8 @@ class Setting:
         """Parse a value from `source`, which the message of an error names. Raises SettingsError."""
         try:
             return self.value_type.parse(value)
+        except ExplainedError as error:
+            raise SettingsError(f"{source}: {error}") from None
         except ValueError:
             got = "" if self.secret else f", got {value!r}"
             raise SettingsError(f"{source}: expected {self.value_type.expected}{got}") from None

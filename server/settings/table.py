@@ -12,11 +12,11 @@ from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
+from server.settings.sampling import SAMPLING
 from server.settings.setting import Setting
 from server.settings.value_types import (
     BOOLEAN,
     INT64,
-    SAMPLING,
     choice,
     int_choice,
     integer,

@@ -25,7 +25,13 @@ class ValueType:
     options: tuple[str, ...] = ()  # all accepted values, if they are few
 
 
+class ExplainedError(ValueError):
+    """An invalid value, with a message for the user."""
+
+
 def _text(value: object) -> str:
+    if not isinstance(value, str | list | dict | None):
+        raise ExplainedError("expected text: write this value in quotes, since YAML reads it as something else")
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError
     return value
@@ -189,42 +195,6 @@ def _from_json(value: object) -> tuple[str, str]:
     return module.name, module.path
 
 
-def _sampling(value: object) -> dict[str, Any] | str:
-    """Return `none`, or the fields of a mapping, of a JSON object, or of a list such as `temperature=0.2,top_p=0.9`."""
-    if isinstance(value, str):
-        text = value.strip()
-        if text == "none":
-            return text
-        value = _json(text) if text.startswith("{") else _pairs(text)
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ValueError
-    return {name: _sampling_item(item) for name, item in value.items() if item is not None}
-
-
-def _pairs(text: str) -> dict[str, Any]:
-    pairs = [item.partition("=") for item in re.split(r"[,\s]+", text)]
-    if len({name for name, _, _ in pairs}) < len(pairs):
-        raise ValueError
-    return {name: _json(value) for name, _, value in pairs}
-
-
-def _json(text: str) -> Any:
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        raise ValueError from None
-
-
-def _sampling_item(item: object) -> Any:
-    """Return a field's value, or the fields of one model. The values are validated as those of requests are."""
-    if isinstance(item, dict | str):
-        return _sampling(item)
-    if not isinstance(item, list):
-        _number(item)
-    return item
-
-
-SAMPLING = ValueType("none, JSON, or fields such as temperature=0.2,top_p=0.9", _sampling, "FIELDS")
 BOOLEAN = ValueType("true or false", _boolean)
 INT64 = ValueType("a 64-bit integer", _within(_int, -(2**63), 2**63 - 1), "N")
 

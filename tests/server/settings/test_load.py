@@ -93,9 +93,10 @@ def test_bad_values_are_refused_with_setting_source_and_limit(tmp_path: Path, na
         ("seed: 1.0", "seed"),
         ("drain-timeout: .nan", "drain-timeout"),
         ("max-body-size: 2001-01-01", "max-body-size"),
-        ("default-sampling: {temperature: .nan}", "default-sampling"),
-        ("default-sampling: {temperature: true}", "default-sampling"),
-        ("default-sampling: {m: {temperature: [0.5], top_p: 2001-01-01}}", "default-sampling"),
+        ("default-sampling: {temperature: .nan}", "default-sampling: temperature"),
+        ("default-sampling: {temperature: true}", "default-sampling: temperature"),
+        ("default-sampling: {m: {temperature: [0.5], top_p: 2001-01-01}}", "default-sampling: temperature"),
+        ("default-sampling: {m: {top_p: 2001-01-01}}", "default-sampling: top_p"),
         ("default-sampling: {m: {1: 2}}", "default-sampling"),
         ("default-sampling: [temperature]", "default-sampling"),
     ],
@@ -104,6 +105,16 @@ def test_bad_yaml_types(tmp_path: Path, line: str, name: str) -> None:
     with pytest.raises(SettingsError, match=f": {name}: expected ") as caught:
         load_settings(config=write(tmp_path, line))
     assert "sk-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["123", "[sk-one, 0x1f]", "1.5", "true", "2001-01-01"])
+def test_text_that_yaml_reads_as_something_else_needs_quotes(tmp_path: Path, value: str) -> None:
+    for name in ("api-key", "served-model-name"):
+        config = write(tmp_path, f"{name}: {value}\n")
+        with pytest.raises(SettingsError, match=f": {name}: expected text: write this value in quotes") as caught:
+            load_settings(config=config)
+        assert value.strip("[]") not in str(caught.value)
+    assert load_settings(config=write(tmp_path, "api-key: '123'\n")).api_key == ("123",)
 
 
 @pytest.mark.parametrize(
