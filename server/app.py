@@ -11,7 +11,7 @@ from server.api.completions import routes as completions
 from server.api.embeddings import routes as embeddings
 from server.api.messages import routes as messages
 from server.api.ollama import routes as ollama
-from server.api.openapi import install_document
+from server.api.openapi import OPERATIONS, install_document
 from server.api.rerank import routes as rerank
 from server.api.responses import routes as responses
 from server.api.responses.store import ResponseStore
@@ -58,7 +58,7 @@ def create_app(context: ServerContext) -> FastAPI:
         for module in modules:
             app.include_router(module.router, tags=[tag])
     app.router.routes.extend(page_routes(with_docs=with_docs))
-    install_error_handlers(app)
+    install_error_handlers(app, {path for path, _ in OPERATIONS if "{" not in path})
     _add_middleware(app, context)
     return app
 

@@ -45,8 +45,9 @@ class HostMiddleware:
         await self._app(scope, receive, send)
 
     def _check(self, headers: Headers) -> APIError | None:
-        if any(self._is_foreign(host_of_url(f"//{host}")) for host in headers.getlist("host")):
-            return ForbiddenError("The Host header of your request is not allowed on this server.")
+        for host in headers.getlist("host"):
+            if self._is_foreign(host_of_url(f"//{host}")):
+                return ForbiddenError(host_not_allowed(host))
         for origin in headers.getlist("origin"):
             if origin.lower() not in self._origins and host_of_url(origin) not in LOOPBACK_NAMES:
                 return ForbiddenError(origin_not_allowed(origin))
@@ -54,6 +55,14 @@ class HostMiddleware:
 
     def _is_foreign(self, host: str) -> bool:
         return host == "" or (host not in self._hosts and "." in host and not is_address(host))
+
+
+def host_not_allowed(host: str) -> str:
+    """Return the message for a Host that is not one of this machine's."""
+    if not host_of_url(f"//{host}"):
+        return "The Host header of your request is invalid."
+    host = clip(host)
+    return f"The Host {host} is not allowed on this server; --allowed-origins http://{host} allows it."
 
 
 def origin_not_allowed(origin: str) -> str:
@@ -115,7 +124,8 @@ class AuthMiddleware:
             tokens = [token for token in (bearer_token(scope["headers"]), api_key(scope["headers"])) if token]
             are_valid = [self._is_valid(token) for token in tokens]
             if not any(are_valid):
-                await UnauthorizedError(key_given=bool(tokens)).response(scope)(scope, receive, send)
+                error = UnauthorizedError(key_given=bool(tokens), scheme_missing=has_other_scheme(scope["headers"]))
+                await error.response(scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -141,6 +151,12 @@ def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
         return None
     scheme, _, token = values[0].strip().partition(b" ")
     return token.strip() or None if scheme.lower() == b"bearer" else None
+
+
+def has_other_scheme(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Return whether an Authorization header begins with something other than the scheme Bearer."""
+    values = [value.split() for name, value in headers if name == b"authorization"]
+    return any(words and words[0].lower() != b"bearer" for words in values)
 
 
 def api_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

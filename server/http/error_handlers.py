@@ -1,6 +1,8 @@
 """Convert the exceptions of the framework and of pydantic to the errors that clients see."""
 
+import difflib
 import re
+from collections.abc import Collection
 from http import HTTPStatus
 from typing import Any
 
@@ -24,14 +26,17 @@ from server.http.errors import (
 )
 from server.http.validation import describe_validation_errors
 
+BASES = {"/v1": "/v1/models", "/api": "/api/tags"}  # a base URL: what shows that it is right
+MIN_SIMILARITY = 0.8  # of a misspelled path
+MAX_PATH = 100  # longer than all routes
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD")
 
 
-def from_http_exception(exc: HTTPException, request: Request) -> APIError:
-    """Convert an exception of the framework, such as that for an unknown route."""
+def from_http_exception(exc: HTTPException, request: Request, paths: Collection[str]) -> APIError:
+    """Convert an exception of the framework, such as that for an unknown route. `paths` are those of the routes."""
     method, path = request.method, request.scope["path"]
     if exc.status_code == 404:
-        return InvalidURLError(method, path, suggested_path(request))
+        return InvalidURLError(method, path, suggested_path(request, paths))
     if exc.status_code == 405:
         return MethodNotAllowedError(method, path, allowed_methods(request, path))
     if exc.status_code >= 500:
@@ -49,11 +54,20 @@ def allowed_methods(request: Request, path: str) -> list[str]:
     return list(filter(is_allowed, METHODS))
 
 
-def suggested_path(request: Request) -> str | None:
-    """Return the path that a client with a wrong base URL means: one without /v1, or with something before it."""
+def suggested_path(request: Request, paths: Collection[str]) -> str | None:
+    """Return the path that a client means whose base URL is wrong, or whose path is misspelled."""
     path = re.sub("/+", "/", request.scope["path"]).rstrip("/")
-    candidates = (path, f"/v1{path}", "/v1/" + path.rpartition("/v1/")[2])
-    return next((candidate for candidate in candidates if allowed_methods(request, candidate)), None)
+    candidates = (path, f"/v1{path}", "/v1/" + path.rpartition("/v1/")[2], path.removeprefix("/v1"), BASES.get(path))
+    exact = (candidate for candidate in candidates if candidate and allowed_methods(request, candidate))
+    return next(exact, None) or nearest_path(path[:MAX_PATH], paths)
+
+
+def nearest_path(path: str, paths: Collection[str]) -> str | None:
+    """Return the one of `paths` that is most like `path`, with or without /v1."""
+    for spelling in (path, f"/v1{path}"):
+        if nearest := difflib.get_close_matches(spelling, paths, n=1, cutoff=MIN_SIMILARITY):
+            return nearest[0]
+    return None
 
 
 def from_validation_error(errors: list[dict[str, Any]], body: object) -> BadRequestError:
@@ -70,8 +84,11 @@ def from_validation_error(errors: list[dict[str, Any]], body: object) -> BadRequ
             return InvalidValueError(problem.message, param=problem.param or None, code=problem.code)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Install handlers for all expected errors. `RequestMiddleware` handles the rest."""
+def install_error_handlers(app: FastAPI, paths: Collection[str]) -> None:
+    """Install handlers for all expected errors. `RequestMiddleware` handles the rest.
+
+    `paths` are the paths that an error may suggest.
+    """
 
     async def on_api_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, APIError)
@@ -79,7 +96,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
-        return from_http_exception(exc, request).response(request.scope)
+        return from_http_exception(exc, request, paths).response(request.scope)
 
     async def on_validation_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)

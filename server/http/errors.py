@@ -236,7 +236,7 @@ class PreviousResponseNotFoundError(BadRequestError):
 class UnauthorizedError(APIError):
     """No API key, or an invalid one. The message never contains the key."""
 
-    def __init__(self, *, key_given: bool) -> None:
+    def __init__(self, *, key_given: bool, scheme_missing: bool = False) -> None:
         message = (
             "Incorrect API key provided. Send one of the server's keys as 'Authorization: Bearer YOUR_KEY' or "
             "'x-api-key: YOUR_KEY'."
@@ -244,6 +244,8 @@ class UnauthorizedError(APIError):
             else "You didn't provide an API key. You need to provide your API key in an Authorization header using "
             "Bearer auth (i.e. Authorization: Bearer YOUR_KEY), or as x-api-key."
         )
+        if scheme_missing and not key_given:
+            message += " (HINT: Your Authorization header does not begin with 'Bearer '.)"
         code = "invalid_api_key" if key_given else None
         super().__init__(401, message, code=code, headers={"www-authenticate": "Bearer"})
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.admin.schemas import AnthropicModel, AnthropicModelList, Model, ModelList, ServerVersion
 from server.context import ServedModel, ServerContext, get_context
-from server.http.errors import ModelNotFoundError, is_for_anthropic
+from server.http.errors import InvalidURLError, is_for_anthropic
 from server.http.json_response import StructResponse
 
 router = APIRouter()
@@ -31,7 +31,7 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
     """Return one model or LoRA adapter."""
     context = get_context(request)
     if not model_id:
-        raise ModelNotFoundError(model_id)
+        raise InvalidURLError(request.method, request.scope["path"], "/v1/models")
     make = _anthropic_model if is_for_anthropic(request.scope) else _model
     return StructResponse(make(context, context.find_model(model_id)))
 

@@ -21,6 +21,7 @@ from tests.support.serving import (
     raw_request,
     read_response,
 )
+from tests.support.settings_cases import settings_from_flags
 
 KEYS = ("key-one", "schlüssel-zwei")
 
@@ -69,6 +70,14 @@ def test_anything_else_is_401(guarded: RunningServer) -> None:
         error = check_envelope(body)
         assert (error["type"], error["code"]) == ("invalid_request_error", code)
         assert b"key-on" not in body
+
+
+def test_a_401_names_the_missing_scheme(guarded: RunningServer) -> None:
+    hint = "does not begin with 'Bearer '"
+    for value, code in BAD_KEYS:
+        message = check_envelope(get_with_key(guarded, value)[2])["message"]
+        assert (hint in message) == (value in (b"key-one", b"Basic key-one")), value
+        assert message.startswith("You didn't provide an API key." if code is None else "Incorrect API key provided.")
 
 
 def test_two_keys_at_once_are_no_key(guarded: RunningServer) -> None:
@@ -163,6 +172,17 @@ def test_own_hosts(shared_server: RunningServer, host: str) -> None:
 def test_foreign_hosts_on_loopback(shared_server: RunningServer, host: str) -> None:
     for path in ("/health", "/v1/models"):
         check_error(httpx.get(shared_server.url + path, headers={"host": host}), 403)
+
+
+def test_a_foreign_host_names_the_flag_that_allows_it(start_server: StartServer) -> None:
+    headers = {"host": "box.example:8000"}
+    error = check_error(httpx.get(start_server().url + "/v1/models", headers=headers), 403)
+    flag, _, origin = error["message"].partition("; ")[2].removesuffix(" allows it.").partition(" ")
+    assert flag == "--allowed-origins"
+    open_server = start_server(allowed_origins=settings_from_flags(flag, origin).allowed_origins)
+    assert httpx.get(open_server.url + "/v1/models", headers=headers).status_code == 200
+    error = check_error(httpx.get(open_server.url + "/v1/models", headers={"host": "["}), 403)
+    assert error["message"] == "The Host header of your request is invalid."
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example", "https://["])

@@ -19,7 +19,8 @@ def test_unknown_routes_and_methods(shared_server: RunningServer) -> None:
     assert response.headers["allow"] == "GET, DELETE"
     assert httpx.head(shared_server.url + "/v1/models").status_code == 405
     check_error(httpx.delete(shared_server.url + "/v1/models/tiny"), 405)
-    check_error(httpx.get(shared_server.url + "/v1/models/"), 404)
+    error = check_error(httpx.get(shared_server.url + "/v1/models/"), 404)
+    assert error["message"] == "Invalid URL (GET /v1/models/). (HINT: Did you mean /v1/models?)"
     check_error(httpx.get(shared_server.url + "/" + "x" * 5000), 404)
 
 
@@ -32,13 +33,22 @@ def test_unknown_routes_and_methods(shared_server: RunningServer) -> None:
         ("/openai/v1/embeddings", "/v1/embeddings"),
         ("//v1/completions", "/v1/completions"),
         ("/v1/chat/completions/", "/v1/chat/completions"),
-        ("/v1/tokenize", None),
-        ("/v2/chat/completions", None),
+        ("/v1/tokenize", "/tokenize"),
+        ("/v1/api/tags", "/api/tags"),
+        ("/v1/api/chat", "/api/chat"),
+        ("/v2/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/v1/chatcompletions", "/v1/chat/completions"),
+        ("/completion", "/v1/completions"),
+        ("/v1", "/v1/models"),
+        ("/v1/", "/v1/models"),
+        ("/api", "/api/tags"),
+        ("/v1/foo", None),
+        ("/v1/realtime", None),
         ("/x", None),
-        ("/v1", None),
     ],
 )
-def test_a_wrong_base_url_is_recognised(shared_server: RunningServer, path: str, meant: str | None) -> None:
+def test_a_wrong_base_url_or_path_is_recognised(shared_server: RunningServer, path: str, meant: str | None) -> None:
     """A suggested path exists: it gets another answer than 404."""
     error = check_error(httpx.post(shared_server.url + path, json={}), 404)
     hint = f". (HINT: Did you mean {meant}?)" if meant else ""
