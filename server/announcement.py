@@ -11,6 +11,8 @@ from server.running_servers import DEFAULT_URL, RunningServer, registered
 
 logger = logging.getLogger("lightwell.api")
 
+KEY = "YOUR_KEY"  # stands for the key, which the log must not hold
+
 WILDCARDS = {"//0.0.0.0": "//127.0.0.1", "//[::]": "//[::1]"}  # addresses to listen on, but not to call
 
 
@@ -37,12 +39,13 @@ def first_steps(context: ServerContext, url: str) -> dict[str, object]:
         path, body["prompt"] = "/v1/completions", "Once upon a time"
     else:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Hello"}]
-    key = ' -H "Authorization: Bearer $LIGHTWELL_API_KEY"' if context.settings.api_key else ""
+    key = f" -H 'Authorization: Bearer {KEY}'" if context.settings.api_key else ""
     data = shlex.quote(msgspec.json.encode(body).decode())
     steps: dict[str, object] = {
         "base_url": f"{url}/v1",
         "curl": f"curl {url}{path}{key} -H 'Content-Type: application/json' -d {data}",
     }
     if context.chat_template is not None:
-        steps["chat"] = "lightwell chat" if url == DEFAULT_URL else f"lightwell chat --url {url}"
+        flags = ("" if url == DEFAULT_URL else f" --url {url}") + (f" --api-key {KEY}" if key else "")
+        steps["chat"] = f"lightwell chat{flags}"
     return steps

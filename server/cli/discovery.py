@@ -14,21 +14,23 @@ NO_SERVER = (
 )
 
 
-def find_server(api_key: str | None) -> str:
-    """Return the URL of the server at the default port, or else of the one of this user that started last.
+def find_server() -> str:
+    """Return the URL of this user's server at the default port, or else of the one that started last.
 
-    Unless it is the only one and at the default port, it is named on standard error. Raises RemoteError.
+    Without one, any server at the default port is taken. It is named on standard error, since it will get the user's
+    key; so is every server that is not the only one and at the default port. No key is sent here. Raises RemoteError.
     """
     servers = {server.url: server.model for server in registered_servers() if accepts_connections(server.url)}
-    if DEFAULT_URL not in servers and is_model_server(DEFAULT_URL, api_key):
-        servers[DEFAULT_URL] = "a server"
+    url = DEFAULT_URL if DEFAULT_URL in servers else next(iter(servers), DEFAULT_URL)
+    is_silent = list(servers) == [DEFAULT_URL]
+    if DEFAULT_URL not in servers and is_model_server(DEFAULT_URL):
+        servers[DEFAULT_URL] = "an unknown server"
     if not servers:
         raise RemoteError(NO_SERVER)
-    url = DEFAULT_URL if DEFAULT_URL in servers else next(iter(servers))
     if len(servers) > 1:
         others = ", ".join(f"{model} at {other}" for other, model in servers.items() if other != url)
         _say(f"using {servers[url]} at {url} (--url chooses another: {others})")
-    elif url != DEFAULT_URL:
+    elif not is_silent:
         _say(f"using {servers[url]} at {url}")
     return url
 
@@ -46,12 +48,12 @@ def accepts_connections(url: str) -> bool:
     return True
 
 
-def is_model_server(url: str, api_key: str | None) -> bool:
-    """Return whether an OpenAI-compatible server answers, even if it is loading its model or refuses the key."""
+def is_model_server(url: str) -> bool:
+    """Return whether an OpenAI-compatible server answers, even if it is loading its model or requires a key."""
     if not accepts_connections(url):
         return False
     try:
-        with connect(url, api_key, read_timeout=CONNECT_SECONDS) as client, plain_errors(url):
+        with connect(url, api_key=None, read_timeout=CONNECT_SECONDS) as client, plain_errors(url):
             answer = client.get("/v1/models").json()
     except (RemoteError, ValueError):
         return False

@@ -148,7 +148,7 @@ def _port() -> Finding:
     port = SETTINGS["port"].default
     if not accepts_connections(DEFAULT_URL):
         return Finding(name="Port", text=f"{port} is free")
-    if is_model_server(DEFAULT_URL, None):
+    if is_model_server(DEFAULT_URL):
         text = f"a server answers at {DEFAULT_URL}: `lightwell chat` talks to it"
         return Finding(name="Port", text=text, remedy="for a second one: lightwell serve --port 0")
     return Finding(name="Port", text=f"another program has {port}", remedy=f"lightwell serve --port {port + 1}")

@@ -29,6 +29,17 @@ def test_the_default_port_needs_no_url(model_folder: Path, tmp_path: Path) -> No
     assert first_steps(context, "http://127.0.0.1:1")["chat"] == "lightwell chat --url http://127.0.0.1:1"
 
 
+def test_a_key_is_named_but_not_shown(model_folder: Path, tmp_path: Path) -> None:
+    """Not as a variable either: the key may come from a flag or a file, and the commands run in another shell."""
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    chat_template = str(tmp_path / "chat.jinja")
+    context = make_test_context("ipc:///nowhere", model_folder, chat_template=chat_template, api_key=("one", "two"))
+    steps = first_steps(context, "http://127.0.0.1:8000")
+    assert steps["chat"] == "lightwell chat --api-key YOUR_KEY"
+    assert " -H 'Authorization: Bearer YOUR_KEY' " in str(steps["curl"])
+    assert "one" not in str(steps)
+
+
 def test_a_model_without_a_chat_template_completes(model_folder: Path) -> None:
     context = dataclasses.replace(make_test_context("ipc:///nowhere", model_folder), chat_template=None)
     steps = first_steps(context, "http://127.0.0.1:8000")

@@ -290,18 +290,18 @@ def test_logs_contain_no_prompt_and_no_key(start_api: StartApi, level: str, log_
 def test_the_log_of_the_start_ends_with_what_to_do_next(
     start_api: StartApi, smollm2_path: Path, tmp_path: Path, key: tuple[str, ...]
 ) -> None:
-    """The curl command works as it is, and the file for `lightwell chat` lasts as long as the server."""
+    """The curl command works with the key, and the file for `lightwell chat` lasts as long as the server."""
     environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
     api = start_api(model_path=smollm2_path, api_key=key, log_format="json", environment=environment)
     folder = tmp_path / "lightwell"
     wait_until(lambda: list(folder.glob("*.json")))
     (record,) = [record for record in map(json.loads, api.log.read_text().splitlines()) if "base_url" in record]
     assert record["message"] == f"tiny is ready, listening on {api.url}"
-    assert (record["base_url"], record["chat"]) == (f"{api.url}/v1", f"lightwell chat --url {api.url}")
+    assert record["base_url"] == f"{api.url}/v1"
+    assert record["chat"] == f"lightwell chat --url {api.url}" + (" --api-key YOUR_KEY" if key else "")
     assert json.loads((folder / f"{api.process.pid}.json").read_text()) == {"url": api.url, "model": "tiny"}
     done = subprocess.run(
-        ["sh", "-c", record["curl"]],
-        env=os.environ | {"LIGHTWELL_API_KEY": "".join(key)},
+        ["sh", "-c", record["curl"].replace("YOUR_KEY", "".join(key))],
         capture_output=True,
         text=True,
         timeout=20,

@@ -21,8 +21,8 @@ def _add_server(parser: Parser) -> None:
     parser.add_argument(
         "--url",
         type=_url,
-        help=f"Address of the server. Unset: {DEFAULT_URL} if a server answers there, or else another server of this "
-        "user on this machine",
+        help=f"Address of the server. Unset: a server of this user on this machine, if possible at {DEFAULT_URL}, or "
+        "else any server that answers there",
     )
     parser.add_argument(
         "--api-key", metavar="KEY", help="API key of the server. Unset: the first key in LIGHTWELL_API_KEY"
@@ -46,7 +46,7 @@ def _options(arguments: argparse.Namespace, *apart: str) -> dict[str, Any]:
     if options["url"] is None:
         from server.cli.discovery import find_server
 
-        options["url"] = find_server(options["api_key"])
+        options["url"] = find_server()
     return options
 
 

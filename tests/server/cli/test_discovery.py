@@ -35,25 +35,38 @@ def stub() -> Iterator[StubServer]:
 
 def test_no_server_runs() -> None:
     with pytest.raises(RemoteError, match="no server is running here: `lightwell serve` starts one"):
-        find_server(None)
+        find_server()
     with registered(RunningServer(url=NOBODY, model="m")), pytest.raises(RemoteError):  # it does not answer
-        find_server(None)
+        find_server()
 
 
 def test_one_at_the_default_port_is_taken_silently(
     stub: StubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(discovery, "DEFAULT_URL", stub.url)
-    assert find_server("key") == stub.url
-    assert stub.seen[0].headers["authorization"] == "Bearer key"
     with registered(RunningServer(url=stub.url, model="m")):
-        assert find_server(None) == stub.url
+        assert find_server() == stub.url
     assert capsys.readouterr().err == ""
+
+
+def test_an_unknown_one_gets_no_key_before_it_is_named(
+    stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be any program, of any user."""
+    monkeypatch.setenv("LIGHTWELL_API_KEY", "secret")
+    monkeypatch.setattr(discovery, "DEFAULT_URL", stub.url)
+    assert find_server() == stub.url
+    assert capsys.readouterr().err == f"lightwell: using an unknown server at {stub.url}\n"
+    assert [request.headers.get("authorization") for request in stub.seen] == [None]
+    with StubServer() as own, registered(RunningServer(url=own.url, model="m")):
+        assert find_server() == own.url
+    said = capsys.readouterr().err
+    assert said == f"lightwell: using m at {own.url} (--url chooses another: an unknown server at {stub.url})\n"
 
 
 def test_one_at_another_port_is_named(stub: StubServer, capsys: pytest.CaptureFixture[str]) -> None:
     with registered(RunningServer(url=stub.url, model="m")):
-        assert find_server(None) == stub.url
+        assert find_server() == stub.url
     assert capsys.readouterr().err == f"lightwell: using m at {stub.url}\n"
 
 
@@ -66,10 +79,10 @@ def test_several_are_named(
         stack.enter_context(registered(RunningServer(url=stub.url, model="first")))
         file = tmp_path / "lightwell" / f"{os.getppid()}.json"
         file.write_text(f'{{"url": "{second.url}", "model": "second"}}')
-        assert find_server(None) in (stub.url, second.url)
+        assert find_server() in (stub.url, second.url)
         capsys.readouterr()
         monkeypatch.setattr(discovery, "DEFAULT_URL", stub.url)
-        assert find_server(None) == stub.url
+        assert find_server() == stub.url
         said = capsys.readouterr().err
         assert said == f"lightwell: using first at {stub.url} (--url chooses another: second at {second.url})\n"
 
@@ -106,10 +119,10 @@ def test_only_a_model_server_is_one(answer: bytes, is_found: bool, monkeypatch: 
     with answering(answer) as url:
         monkeypatch.setattr(discovery, "DEFAULT_URL", url)
         if is_found:
-            assert find_server(None) == url
+            assert find_server() == url
         else:
             with pytest.raises(RemoteError):
-                find_server(None)
+                find_server()
 
 
 def test_pythons_file_server_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +132,7 @@ def test_pythons_file_server_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.start()
         monkeypatch.setattr(discovery, "DEFAULT_URL", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(RemoteError):
-            find_server(None)
+            find_server()
         server.shutdown()
         thread.join()
 
