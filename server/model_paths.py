@@ -73,11 +73,19 @@ def resolve_model(name: str) -> ResolvedModel:
     if name in ALIASES:
         alias = ALIASES[name]
         return ResolvedModel(_fetch_alias(name, alias), name, alias.card_sampling)
+    source = find_source(name)
+    if isinstance(source, ResolvedModel):
+        return source
+    return _from_hub(source["repo"], source["revision"], source["file"])
+
+
+def find_source(name: str) -> ResolvedModel | re.Match[str]:
+    """Return the local model called `name`, which is no alias, or the parts of a Hugging Face id. Raises ModelError."""
     if path := _existing_path(name):
         return _local(path, name)
     match = _HUB_ID.fullmatch(name)
     if match and not name.startswith((".", "~")):
-        return _from_hub(match["repo"], match["revision"], match["file"])
+        return match
     raise ModelError(
         f"model {name!r} is neither an existing file or folder, nor an alias ({', '.join(ALIASES)}), "
         f"nor a Hugging Face id (org/name){did_you_mean(name, ALIASES)}"

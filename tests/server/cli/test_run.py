@@ -55,6 +55,21 @@ def test_the_cause_is_named_and_not_its_consequence(smollm2_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_that_it_will_be_slow_is_said_before_the_chat(smollm2_path: Path, tmp_path: Path) -> None:
+    """A compiler that does not exist leaves the plain torch kernels."""
+    done = subprocess.run(
+        [*COMMAND, str(smollm2_path), "--port", "0", "--max-tokens", "1"],
+        env=os.environ | {"LIGHTWELL_CACHE": str(tmp_path), "CXX": "/nowhere/c++"},
+        input="Hi\n",
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stderr.startswith("lightwell: warning: using the slower plain torch kernels: the C++ compiler named by")
+
+
 def test_a_taken_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         settings = Settings(port=listener.getsockname()[1])
