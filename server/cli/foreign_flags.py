@@ -48,6 +48,17 @@ _SERVE: Mapping[str, str] = {
     "works without a choice of backend",
     "--enable-chunked-prefill --enable-metrics --metrics -cb --cont-batching --enable-log-requests --log-requests "
     "-fa --flash-attn": _ALWAYS_ON,
+    "--load-format": "it is not needed: GGUF and safetensors are told apart by the files",
+    "--rope-scaling --rope-scale --rope-theta --rope-freq-base --rope-freq-scale --hf-overrides "
+    "--json-model-override-args": "it is read from the model's own configuration",
+    "--warmup --no-warmup --skip-server-warmup": "the short warm-up at start always runs",
+    "--webui --no-webui": "the page at / is always there",
+    "--rerank --reranking": "it is not needed: /v1/rerank works with every model, and --score-tokens chooses how",
+    "-to --timeout": "requests have no time limit, but end when their client disconnects; --step-timeout is for hung "
+    "engine steps",
+    "-p --prompt -f --file": "a question can be piped into `lightwell run` or `lightwell chat`",
+    "--num-prompts --num-requests --max-concurrency --concurrency --request-rate --dataset-name": "`lightwell bench` "
+    "measures a running server",
     "--embedding --embeddings --is-embedding --task --runner": "it is not needed: /v1/embeddings works with every "
     "model, and --pooling chooses how",
     "--disable-radix-cache --no-cache-prompt": "--no-enable-prefix-caching turns the prefix cache off",
@@ -68,17 +79,18 @@ _SERVE: Mapping[str, str] = {
     "--allowed-methods --allowed-headers --allow-credentials": "--allowed-origins is enough for web pages",
     "--disable-log-requests --disable-log-stats --disable-uvicorn-access-log": "--log-level warning leaves out a line "
     "for each request",
-    "-v --verbose --log-verbose --uvicorn-log-level": "--log-level debug logs more",
+    "-v --verbose --verbosity -lv --log-verbosity --log-verbose --uvicorn-log-level": "--log-level debug logs more",
 }
 
 _CLIENT: Mapping[str, str] = {"--base-url --host --port": _URL, "-m": "--model is the name of the model"}
 
-_CHAT: Mapping[str, str] = {
-    **_CLIENT,
+_CONVERSATION: Mapping[str, str] = {
     "--temp": "--temperature sets the sampling temperature",
     "-n --n-predict --predict --max-new-tokens": "--max-tokens limits an answer",
     "--system-prompt -sys -p --prompt": "--system is the system message; a question can be piped in",
 }
+
+_CHAT: Mapping[str, str] = {**_CLIENT, **_CONVERSATION}
 
 _BENCH: Mapping[str, str] = {
     **_CLIENT,
@@ -103,7 +115,14 @@ def _by_flag(rows: Mapping[str, str]) -> Mapping[str, str]:
 # Command -> flag of another server -> what to use instead.
 FOREIGN_FLAGS: Mapping[str, Mapping[str, str]] = {
     "serve": _by_flag(_SERVE),
-    "run": _by_flag(_SERVE),
+    "run": {**_by_flag(_SERVE), **_by_flag(_CONVERSATION)},
     "chat": _by_flag(_CHAT),
     "bench": _by_flag(_BENCH),
+}
+
+# Command -> what to use instead of the positional arguments that its counterpart in Ollama or vLLM has.
+FOREIGN_ARGUMENTS: Mapping[str, str] = {
+    "run": "a question can be piped in, or is asked for once the model is loaded",
+    "chat": "--model is the name of the model; a question can be piped in",
+    "bench": "--model is the name of the model",
 }

@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="lightwell", description="Serve language models over an OpenAI-compatible API.")
+    parser = Parser(
+        prog="lightwell",
+        description="Serve language models through APIs compatible with OpenAI's, Anthropic's and Ollama's.",
+    )
     parser.add_argument("--version", action="version", version=f"lightwell {version('lightwell')}")
     parser.set_defaults(run=_no_command)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
-from server.cli.foreign_flags import FOREIGN_FLAGS
+from server.cli.foreign_flags import FOREIGN_ARGUMENTS, FOREIGN_FLAGS
 from server.settings.suggestions import did_you_mean
 from server.settings.table import REPEAT_LORA_MODULES, SETTINGS
 from server.settings.value_types import ValueType
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse all arguments, or exit: unlike in argparse, none may be left."""
         args = sys.argv[1:] if args is None else list(args)
-        foreign = FOREIGN_FLAGS.get(self.prog.split()[-1], {})
+        foreign = FOREIGN_FLAGS.get(self._command, {})
         for flag in map(_flag_of, args):
             if flag in foreign and flag not in self._option_string_actions:
                 self.error(f"unknown flag {flag}: {foreign[flag]}")
@@ -46,7 +46,18 @@ class Parser(argparse.ArgumentParser):
         if flags:
             return f"unknown flag {flags[0]}{did_you_mean(flags[0].replace('_', '-'), self._option_string_actions)}"
         is_adapter = "=" in unknown[0] or unknown[0].startswith("{")
-        return f"unexpected argument {unknown[0]!r}" + (f": {REPEAT_LORA_MODULES}" if is_adapter else "")
+        hint = REPEAT_LORA_MODULES if is_adapter else FOREIGN_ARGUMENTS.get(self._command)
+        return f"unexpected argument {unknown[0]!r}" + (f": {hint}" if hint else "")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Suggest the nearest choice, and list all only if none is near."""
+        if action.choices is not None and value not in action.choices:
+            hint = did_you_mean(str(value), action.choices) or f" (choose from {', '.join(action.choices)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint}")
+
+    @property
+    def _command(self) -> str:
+        return self.prog.split()[-1]
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(fail(f"{message} (see {self.prog} --help)", USAGE_ERROR))

@@ -62,12 +62,19 @@ def _from_file(path: Path) -> Iterator[tuple[str, object, str]]:
     for key, value in _load_yaml(path):
         name = key.replace("-", "_") if isinstance(key, str) else ""
         if name not in SETTINGS:
-            raise SettingsError(f"{path}: unknown setting {key!r}{did_you_mean(name, SETTINGS)}")
+            raise SettingsError(f"{path}: unknown setting {key!r}{_suggested_key(name)}")
         if name in seen:
             raise SettingsError(f"{path}: {key} is set twice")
         seen.add(name)
         if value is not None:
             yield name, value, f"{path}: {key}"
+
+
+def _suggested_key(name: str) -> str:
+    negated = SETTINGS.get(name.removeprefix("no_"))
+    if negated and negated.is_switch:
+        return f" (write {negated.key}: false)"
+    return did_you_mean(name.replace("_", "-"), [setting.key for setting in SETTINGS.values()])
 
 
 def _load_yaml(path: Path) -> list[tuple[object, object]]:

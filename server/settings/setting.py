@@ -1,6 +1,7 @@
 """One row of the table of settings."""
 
 import dataclasses
+import datetime
 from typing import Any
 
 from server.settings.value_types import ExplainedError, ValueType, format_size
@@ -65,4 +66,20 @@ class Setting:
             raise SettingsError(f"{source}: {error}") from None
         except ValueError:
             got = "" if self.secret else f", got {value!r}"
-            raise SettingsError(f"{source}: expected {self.value_type.expected}{got}") from None
+            hint = ": put it in quotes" if self._would_accept_text_of(value) else ""
+            raise SettingsError(f"{source}: expected {self.value_type.expected}{got}{hint}") from None
+
+    def _would_accept_text_of(self, value: object) -> bool:
+        """Return whether the value would be valid if YAML had not read it as a number, a boolean or a date."""
+        text = _as_text(value)
+        try:
+            self.value_type.parse(text)
+        except ValueError:
+            return False
+        return text != value
+
+
+def _as_text(value: object) -> object:
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return str(value) if isinstance(value, int | float | datetime.date) else value

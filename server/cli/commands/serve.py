@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
         "serve",
         help="serve a model",
         usage="%(prog)s [MODEL] [FLAGS]",
-        description="Serve a model over an OpenAI-compatible API.",
+        description="Serve a model through APIs compatible with OpenAI's, Anthropic's and Ollama's.",
         epilog=EPILOG,
     )
     parser.set_defaults(run=run)

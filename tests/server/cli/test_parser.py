@@ -1,4 +1,7 @@
-"""Unknown flags: the nearest one is suggested. tests/server/cli/test_main.py has the other usage errors."""
+"""Unknown flags, arguments and commands: the nearest one, or another way, is suggested.
+
+tests/server/cli/test_main.py has the other usage errors.
+"""
 
 import pytest
 
@@ -15,10 +18,14 @@ from server.cli.main import main
         (["chat", "--modle", "x"], "unknown flag --modle (did you mean --model?) (see lightwell chat --help)"),
         (["bench", "--concurency", "3"], "unknown flag --concurency (did you mean --concurrency?)"),
         (["list", "--jsno"], "unknown flag --jsno (did you mean --json?)"),
+        (["serv"], "argument COMMAND: invalid choice: 'serv' (did you mean serve?) (see lightwell --help)"),
+        (["frobnicate"], "argument COMMAND: invalid choice: 'frobnicate' (choose from run, serve, chat, "),
+        (["run", "smollm2-135m", "hello"], "unexpected argument 'hello': a question can be piped in"),
+        (["chat", "llama"], "unexpected argument 'llama': --model is the name of the model"),
         (["--verison"], "unknown flag --verison (did you mean --version?) (see lightwell --help)"),
     ],
 )
-def test_the_nearest_flag_is_suggested(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_meant_is_suggested(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
