@@ -97,7 +97,7 @@ def first_answer(environment: Path, variables: dict[str, str]) -> tuple[float, s
                 raise TimeoutError(log.read_text(encoding="utf-8"))
             time.sleep(0.2)
         seconds = time.monotonic() - began
-        kernels = re.search(r"kernels: ([\w ]+)", log.read_text(encoding="utf-8"))
+        kernels = re.search(r"threads, kernels: ([\w ]+)", log.read_text(encoding="utf-8"))
     return seconds, kernels[1] if kernels else "?"
 
 
