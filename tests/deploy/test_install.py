@@ -19,7 +19,8 @@ has_make = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 
 
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if name != "TORCH"}
+    # Without the variables of a make that runs the tests.
+    environ = {name: value for name, value in os.environ.items() if name not in ("TORCH", "MAKEFLAGS", "MAKELEVEL")}
     command = ["make", "--dry-run", "install", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
 

@@ -251,7 +251,10 @@ def test_the_same_bits_however_they_are_computed(model: Model) -> None:
     small = model.engine()
     small.scheduler.pool.allocate(small.scheduler.pool.num_free - 6)
     small.scheduler.check = lambda: None  # type: ignore[method-assign]  # the blocks above are nobody's
-    assert model.run(submits, small) == alone
+    for submit in submits:
+        small.add(submit)
+    small.grammars._thread.submit(int).result()  # all grammars are compiled, so the requests start together
+    assert model.finish(small, *submits) == alone
     assert small.stats().preemptions_total > 0
 
 
@@ -323,6 +326,7 @@ def test_where_a_grammar_cannot_be_followed_the_request_fails(model: Model) -> N
 
 def test_who_waits_for_a_grammar_holds_up_nobody(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, gate = model.engine(), threading.Event()
+    engine.prepare_grammars()
     compiler = engine.grammars._compiler
     assert compiler is not None
     compile_soon = compiler.compile
