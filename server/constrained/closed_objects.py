@@ -8,11 +8,14 @@ if it remains satisfiable, and if each answer is valid under the original schema
   and the like, and where they are combined with others. The alternatives of `anyOf` and `oneOf` are closed unless there
   are `properties` beside them; these are closed if the alternatives name no others.
 * In `oneOf`, a narrower alternative can make an answer valid that matched two of them. So these are closed only if
-  their types, or the strings that a property may have, tell them apart.
+  their types, or the strings that a property may have, tell them apart. That property, the tag, becomes required: it
+  is optional in schemas made from classes that have a default for it, such as pydantic's.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
@@ -39,12 +42,25 @@ _NAMED = {"properties", "required"}
 _DEFINITIONS = {"$defs", "definitions"}  # apply where a reference leads to them
 _MAX_REFERENCES = 16  # in a chain of references
 
+# Keys of a schema that a tag can be made required in, and of the schema of the tag: it must remain satisfiable.
+_TAGGED = {"properties", "required", "additionalProperties"}
+_TAG = {"type", "const", "enum", "default", "examples", *ANNOTATIONS}
+
 Schema = Mapping[str, Any]
 
 
-def find_closed_objects(root: Schema) -> frozenset[int]:
-    """Return the ids (those of Python) of the schemas in `root`, itself included, that are to be closed."""
+@dataclass(frozen=True, slots=True)
+class Narrowing:
+    """What is to change in the schemas of a root; these are known by their ids (those of Python)."""
+
+    closed: frozenset[int] = frozenset()  # schemas that get no further properties
+    tags: Mapping[int, set[str]] = field(default_factory=dict)  # optional properties that become required
+
+
+def find_narrowing(root: Schema) -> Narrowing:
+    """Return which of the schemas in `root`, itself included, are to be closed, and which tags become required."""
     closed: set[int] = set()
+    tags: defaultdict[int, set[str]] = defaultdict(set)
     seen: set[tuple[int, bool]] = set()
     has_references = has_ids = False
     pending = [(root, True)]  # schemas, and whether nothing else constrains the same values
@@ -55,6 +71,8 @@ def find_closed_objects(root: Schema) -> frozenset[int]:
         seen.add((id(schema), is_alone))
         if is_alone and _can_close(schema):
             closed.add(id(schema))
+        for number, tag in _optional_tags(schema, root) if is_alone else ():
+            tags[number].add(tag)
         for key, parts in _parts(schema):
             are_alone = is_alone and _are_alone(key, schema, root)
             pending += [(part, are_alone) for part in parts]
@@ -62,11 +80,13 @@ def find_closed_objects(root: Schema) -> frozenset[int]:
         if schema.keys() & _REFERENCES:
             has_references, target = True, _resolve(schema.get("$ref"), root)
             if target is None:
-                return frozenset()  # it may be any part of the schema
+                return Narrowing()  # it may be any part of the schema
             pending.append((target, is_alone and _are_alone("$ref", schema, root)))
-    if has_references and has_ids:  # a reference is relative to the id of the schema it is in
-        return frozenset()
-    return frozenset(closed - {number for number, is_alone in seen if not is_alone})
+    constrained = {number for number, is_alone in seen if not is_alone}
+    # A reference is relative to the id of the schema it is in. Alternatives are not distinct if a tag stays optional.
+    if (has_references and has_ids) or tags.keys() & constrained:
+        return Narrowing()
+    return Narrowing(frozenset(closed - constrained), tags)
 
 
 def _can_close(schema: Schema) -> bool:
@@ -99,16 +119,46 @@ def _are_alone(key: str, schema: Schema, root: Schema) -> bool:
 
 
 def _are_distinct(schemas: Sequence[Schema], root: Schema) -> bool:
-    """Return whether no value matches two of the schemas, as far as types and the strings of a property show."""
+    """Return whether no value matches two of the schemas, as far as types and the strings of a property show.
+
+    The property may be one that `_optional_tags` makes required.
+    """
     types = [_types(schema) for schema in schemas]
     objects = [schema for schema, names in zip(schemas, types, strict=True) if names == {"object"}]
     if not _are_disjoint([names for names in types if names != {"object"}] + [{"object"}] * bool(objects)):
         return False
-    required = [_strings(schema.get("required")) for schema in objects]
-    common = set.intersection(*required) if required else set()
-    return len(objects) < 2 or any(
-        _are_disjoint([_fixed_strings(schema, name, root) for schema in objects]) for name in common
-    )
+    return len(objects) < 2 or _find_tag(objects, root) is not None
+
+
+def _optional_tags(schema: Schema, root: Schema) -> Iterator[tuple[int, str]]:
+    """Yield the alternatives of `oneOf`, by id, whose tag is not required, and the tag."""
+    if not _are_alone("oneOf", schema, root):
+        return
+    alternatives = [_follow(part, root) for part in schema.get("oneOf", ())]
+    objects = [part for part in alternatives if _types(part) == {"object"}]
+    tag = _find_tag(objects, root) if len(objects) > 1 else None
+    yield from ((id(part), tag) for part in objects if tag is not None and tag not in _strings(part.get("required")))
+
+
+def _find_tag(objects: Sequence[Schema], root: Schema) -> str | None:
+    """Return a property whose strings tell objects apart: one that all require, or else that all can require."""
+    required = set.intersection(*(_strings(schema.get("required")) for schema in objects))
+    names = set.intersection(*(_strings(schema.get("properties")) for schema in objects))
+    for name in [*sorted(required & names), *sorted(names - required)]:
+        are_disjoint = _are_disjoint([_fixed_strings(schema, name, root) for schema in objects])
+        if are_disjoint and (name in required or all(_can_require(schema, name) for schema in objects)):
+            return name
+    return None
+
+
+def _can_require(schema: Schema, name: str) -> bool:
+    """Return whether a schema remains satisfiable if it requires the property, whose values are known strings."""
+    required = schema.get("required", [])
+    if not isinstance(required, list) or name in required:
+        return isinstance(required, list)
+    value = schema["properties"][name]
+    has_strings = isinstance(value, Mapping) and value.keys() <= _TAG and _types(value) in (set(), {"string"})
+    return has_strings and schema.keys() & _CONSTRAINTS <= _TAGGED and not {"const", "enum"} <= value.keys()
 
 
 def _are_disjoint(sets: Sequence[set[str]]) -> bool:

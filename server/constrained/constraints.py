@@ -34,6 +34,12 @@ MAX_TAG_PARTS = 512  # of a structural tag; each part may repeat the grammar of 
 OPTIONS = "x-guidance"  # llguidance's own key for options in a schema
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
+# What llguidance says of a schema -> the same in words that help a client.
+PROBLEMS = {
+    "oneOf constraints are not supported": "the alternatives of 'oneOf' cannot be told apart: give each of them a "
+    "property with another string as 'const', or use 'anyOf'",
+}
+
 # Parameters that could forbid every token that a constraint allows.
 EXCLUSIVE = ("allowed_token_ids", "bad_words")
 
@@ -63,7 +69,8 @@ async def check_constraint(checker: GrammarChecker, constraint: Constraint, body
     constraints = (*constraint.checked_first, constraint)
     problem = await checker.find_problem([each.grammar for each in constraints])
     if problem is not None:
-        raise _invalid(constraints[problem.index].param, problem.message)
+        known = [text for beginning, text in PROBLEMS.items() if beginning in problem.message]
+        raise _invalid(constraints[problem.index].param, [*known, problem.message][0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from server.constrained.closed_objects import (
     SCHEMA_KEYS,
     SCHEMA_LIST_KEYS,
     SCHEMA_MAP_KEYS,
-    find_closed_objects,
+    Narrowing,
+    find_narrowing,
 )
 from server.constrained.regex import ascii_classes, escape_regex
 
@@ -22,14 +23,16 @@ def normalize_schema(schema: Mapping[str, Any], *, allow_additional_properties: 
         allow_additional_properties: whether objects whose schema names properties and has no `additionalProperties`
             may have others. Otherwise they are closed (see `server.constrained.closed_objects`).
     """
-    return _normalize(schema, frozenset() if allow_additional_properties else find_closed_objects(schema))
+    narrowing = find_narrowing(schema)
+    return _normalize(schema, Narrowing(tags=narrowing.tags) if allow_additional_properties else narrowing)
 
 
-def _normalize(schema: Mapping[str, Any], closed: frozenset[int]) -> dict[str, Any]:
-    """Return the schema for llguidance; `closed` has the ids of the schemas that get no further properties."""
-    result = {key: _normalize_value(key, value, closed) for key, value in schema.items()}
-    if id(schema) in closed:
+def _normalize(schema: Mapping[str, Any], narrowing: Narrowing) -> dict[str, Any]:
+    result = {key: _normalize_value(key, value, narrowing) for key, value in schema.items()}
+    if id(schema) in narrowing.closed:
         result["additionalProperties"] = False
+    if tags := narrowing.tags.get(id(schema)):
+        result["required"] = [*result.get("required", ()), *sorted(tags)]
     if isinstance(pattern := result.get("pattern"), str):
         result["pattern"] = ascii_classes(pattern)
     if result.get("uniqueItems") is False:
@@ -40,13 +43,15 @@ def _normalize(schema: Mapping[str, Any], closed: frozenset[int]) -> dict[str, A
     return result
 
 
-def _normalize_value(key: str, value: Any, closed: frozenset[int]) -> Any:
+def _normalize_value(key: str, value: Any, narrowing: Narrowing) -> Any:
     if key in SCHEMA_KEYS and isinstance(value, Mapping):
-        return _normalize(value, closed)
+        return _normalize(value, narrowing)
     if key in SCHEMA_LIST_KEYS and isinstance(value, list):
-        return [_normalize(item, closed) if isinstance(item, Mapping) else item for item in value]
+        return [_normalize(item, narrowing) if isinstance(item, Mapping) else item for item in value]
     if key in SCHEMA_MAP_KEYS and isinstance(value, Mapping):
-        result = {name: _normalize(item, closed) if isinstance(item, Mapping) else item for name, item in value.items()}
+        result = {
+            name: _normalize(item, narrowing) if isinstance(item, Mapping) else item for name, item in value.items()
+        }
         return _with_ascii_names(result) if key == "patternProperties" else result
     return value
 

@@ -9,16 +9,17 @@ import random
 import time
 from collections import Counter
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from engine.grammar.compiler import GrammarCompiler, GrammarError, compute_mask
-from server.constrained.closed_objects import find_closed_objects
+from server.constrained.closed_objects import Narrowing, find_narrowing
 from server.constrained.constraints import schema_constraint
 from server.constrained.json_schema import normalize_schema
 from server.text.tokenizer import Tokenizer
@@ -172,7 +173,16 @@ REFUSED += [
     {"type": "array", "items": A, "contains": B},
     {"oneOf": [A, {"type": "object", "properties": {"b": {}}}]},
     {"oneOf": [CAT, CAT]},
-    {"oneOf": [CAT, DOG, {"type": "object", "properties": {"kind": {"const": "cow"}}}]},
+    {"oneOf": [CAT, DOG, {"type": "object", "properties": {"kind": {"const": "cow"}}, "maxProperties": 0}]},
+    {"oneOf": [CAT, {"type": "object", "properties": {"kind": {"const": "cow", "minLength": 9}}}]},
+    {"oneOf": [CAT, {"type": "object", "properties": {"kind": {"const": "cow", "type": "null"}}}]},
+    {"oneOf": [CAT, {"type": "object", "properties": {"kind": {"const": "cow"}}, "required": 5}]},
+    {"oneOf": [CAT, {"type": "object", "properties": ["kind"]}]},
+    {
+        "type": "object",
+        "properties": {"x": {"oneOf": [CAT, {"$ref": "#/$defs/cow"}]}, "y": {"allOf": [{"$ref": "#/$defs/cow"}, A]}},
+        "$defs": {"cow": {"type": "object", "properties": {"kind": {"const": "cow"}}}},
+    },
     {"oneOf": [{"properties": {"kind": {"const": "cat"}}, "required": ["kind"]}, DOG]},
     {"oneOf": [{"type": "number"}, {"type": "integer"}, A]},
     {"oneOf": [A, True]},
@@ -185,7 +195,7 @@ REFUSED += [
 
 @pytest.mark.parametrize("schema", REFUSED)
 def test_open_where_more_would_be_valid(schema: Schema) -> None:
-    assert find_closed_objects(schema) == frozenset()
+    assert find_narrowing(schema) == Narrowing()
 
 
 def test_what_only_looks_like_a_schema_is_not_touched() -> None:
@@ -202,13 +212,64 @@ def test_what_only_looks_like_a_schema_is_not_touched() -> None:
     assert normalize_schema(schema) == schema | {"additionalProperties": False}
 
 
+class Cat(BaseModel):
+    kind: Literal["cat"] = "cat"
+    name: bool
+
+
+class Dog(BaseModel):
+    kind: Literal["dog", "wolf"] = "dog"
+    name: bool
+    good: bool = True
+
+
+class Cow(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["cow"] = "cow"
+    name: bool
+
+
+Animal = Annotated[Cat | Dog | Cow, Field(discriminator="kind")]
+
+
+class Farm(BaseModel):
+    animals: list[Animal]
+    favourite: Animal | None = None
+    cat: Cat
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_default_tags_of_pydantic(compiler: GrammarCompiler, is_open: bool) -> None:
+    """The tag of a discriminated union is generated although the schema does not require it; pydantic needs it."""
+    animal: TypeAdapter[Any] = TypeAdapter(Animal)
+    for value in ({"kind": "cat", "name": True}, {"kind": "wolf", "name": True}, {"kind": "cow", "name": False}):
+        assert accepts(compiler, animal.json_schema(), value, is_open=is_open)
+        farm = {"animals": [value], "favourite": value, "cat": {"kind": "cat", "name": True}}
+        assert accepts(compiler, Farm.model_json_schema(), farm, is_open=is_open)
+    for value in ({"name": True}, {"kind": "cat"}, {"kind": "hen", "name": True}):
+        assert not accepts(compiler, animal.json_schema(), value, is_open=is_open)
+    with pytest.raises(ValidationError):
+        animal.validate_python({"name": True})
+    assert accepts(compiler, animal.json_schema(), {"kind": "cat", "name": True, "z": 1}, is_open=is_open) == is_open
+
+
+def test_answers_are_valid_for_pydantic(compiler: GrammarCompiler) -> None:
+    schema = TypeAdapter(Animal).json_schema()
+    for seed in range(40):
+        text = walk(matcher_of(compiler, schema), random.Random(seed))
+        assert text is not None
+        TypeAdapter(Animal).validate_json(text)
+        Draft202012Validator(schema).validate(json.loads(text))
+
+
 def test_unused_and_recursive_definitions() -> None:
-    assert find_closed_objects({"type": "object", "$defs": DEFS}) == frozenset()
+    assert find_narrowing({"type": "object", "$defs": DEFS}) == Narrowing()
     chain: Schema = {"$ref": "#/$defs/0", "$defs": {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(2000)}}
     chain["$defs"]["2000"] = A
-    assert find_closed_objects(chain) == {id(A)}
+    assert find_narrowing(chain).closed == {id(A)}
     chain["$defs"]["2000"] = {"$ref": "#/$defs/0"}
-    assert find_closed_objects(chain) == frozenset()
+    assert find_narrowing(chain) == Narrowing()
 
 
 def test_large_schemas_take_little_time() -> None:
@@ -218,7 +279,7 @@ def test_large_schemas_take_little_time() -> None:
     long = {"$ref": "#" + "/" * 60_000}
     for schema in ({"oneOf": many}, {"oneOf": [wide, wide, wide]}, wide | {"anyOf": many}, {"anyOf": [long] * 9}):
         start = time.process_time()
-        find_closed_objects(schema)
+        find_narrowing(schema)
         assert time.process_time() - start < 0.3
 
 
@@ -273,7 +334,7 @@ def walk(matcher: LLMatcher, rng: random.Random) -> str | None:
     output = bytearray()
     while len(output) < 200:
         mask = int.from_bytes(compute_mask(matcher), "little")
-        allowed = [token for token in (*b'{}[]",:01abcxyzntrufalse', END_OF_TEXT_ID) if mask >> token & 1]
+        allowed = [token for token in (*b'{}[]",:01abcxyzntrufalsekidogwm', END_OF_TEXT_ID) if mask >> token & 1]
         closing = [token for token in allowed if token in [*b'"}]']]
         token = rng.choice(closing if closing and rng.random() < 0.4 else allowed)
         if token == END_OF_TEXT_ID:
@@ -301,7 +362,7 @@ def test_random_schemas(compiler: GrammarCompiler) -> None:
         assert open_matcher is None or matcher is not None  # it does not become unsatisfiable
         assert schema == before
         counts["satisfiable"] += open_matcher is not None
-        counts["closed"] += open_matcher is not None and bool(find_closed_objects(schema))
+        counts["closed"] += open_matcher is not None and bool(find_narrowing(schema).closed)
         counts["satisfiable if closed"] += open_matcher is None and matcher is not None
         if matcher is None:
             return
