@@ -157,6 +157,19 @@ class ConstraintBuilder:
         return Constraint(msgspec.json.encode({"grammars": parts}).decode(), param)
 
 
+def unenforced_keywords(body: GenerationRequest) -> list[str]:
+    """Return the keywords of schemas that answers need not follow, after the names of the fields with the schemas."""
+    fields = {"response_format": body.response_format, **body.requested_outputs}
+    return [f"{name}.uniqueItems" for name, value in fields.items() if value and has_unique_items(value.model_dump())]
+
+
+def has_unique_items(value: object) -> bool:
+    """Return whether schemas within a value, which may be given as text, ask for arrays without duplicates."""
+    texts = [each for each in _values(value) if isinstance(each, str)]
+    asks = any(isinstance(each, dict) and each.get("uniqueItems") is True for each in _values(value))
+    return asks or any(re.search(r'"uniqueItems"\s*:\s*true', text) for text in texts)
+
+
 def named_grammar(name: str, grammar: str) -> dict[str, Any]:
     """Return a grammar as an entry of llguidance's list of grammars, where other grammars call it `@name`."""
     is_json = grammar.startswith("{")

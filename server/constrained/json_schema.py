@@ -35,7 +35,7 @@ def _normalize(schema: Mapping[str, Any], narrowing: Narrowing) -> dict[str, Any
         result["required"] = [*result.get("required", ()), *sorted(tags)]
     if isinstance(pattern := result.get("pattern"), str):
         result["pattern"] = ascii_classes(pattern)
-    if result.get("uniqueItems") is False:
+    if isinstance(result.get("uniqueItems"), bool):  # not enforced: see `unenforced_keywords`
         del result["uniqueItems"]
     names = result.pop("propertyNames", None)
     if names is not None and names not in ANY_NAME:

@@ -1,11 +1,17 @@
 """The grammar of a chat answer: its reasoning, its tool calls and its content."""
 
-from itertools import compress
+from itertools import compress, count
 
 import msgspec
 
 from server.api.chat.schemas import ChatCompletionRequest
-from server.constrained.constraints import Constraint, ConstraintBuilder, named_grammar
+from server.constrained.constraints import (
+    Constraint,
+    ConstraintBuilder,
+    has_unique_items,
+    named_grammar,
+    unenforced_keywords,
+)
 from server.constrained.tool_grammar import tool_grammar
 from server.generation.prompts import Prompt
 from server.schemas.tools import callable_tools, must_call
@@ -42,6 +48,17 @@ def _parameter_constraints(builder: ConstraintBuilder, body: ChatCompletionReque
         builder.json_schema({"type": "object", **tool.parameters}, f"tools[{index}].function.parameters")
         for index, tool in enumerate(body.tools or ())
     ]
+    return list(compress(schemas, _are_followed(body)))
+
+
+def unenforced_in_chat(body: ChatCompletionRequest) -> list[str]:
+    """Return the keywords of schemas that neither the content nor the calls need to follow, with their fields."""
+    names = [f"tools[{index}].function.parameters.uniqueItems" for index in compress(count(), _are_followed(body))]
+    tools = [tool.parameters for tool in compress(body.tools or (), _are_followed(body))]
+    return [*unenforced_keywords(body), *compress(names, map(has_unique_items, tools))]
+
+
+def _are_followed(body: ChatCompletionRequest) -> list[bool]:
+    """Return for each tool whether its calls must follow its schema."""
     allowed, is_forced = callable_tools(body.tools, body.tool_choice), must_call(body.tool_choice)
-    is_followed = [tool in allowed and (is_forced or tool.function.strict) for tool in body.tools or ()]
-    return list(compress(schemas, is_followed))
+    return [tool in allowed and bool(is_forced or tool.function.strict) for tool in body.tools or ()]

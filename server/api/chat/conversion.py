@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.api.chat.constraints import chat_constraint
+from server.api.chat.constraints import chat_constraint, unenforced_in_chat
 from server.api.chat.schemas import ChatCompletionRequest, ChatMessage
 from server.api.chat.writer import ChatWriter
 from server.constrained.constraints import Constraint
@@ -40,7 +40,8 @@ class ChatEndpoint:
         return "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
 
     def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
-        return [*unknown_in_messages(body.messages), *unread_options(context.chat_template, body)]
+        unread = unread_options(context.chat_template, body)
+        return [*unknown_in_messages(body.messages), *unread, *unenforced_in_chat(body)]
 
     def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
         return [encode_request(context, body)]

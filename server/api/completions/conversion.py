@@ -7,7 +7,7 @@ from server.api.completions.schemas import (
     CompletionRequest,
 )
 from server.api.completions.writer import CompletionWriter
-from server.constrained.constraints import Constraint
+from server.constrained.constraints import Constraint, unenforced_keywords
 from server.context import ServerContext
 from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt, encode_fim_prompt, encode_prompt
@@ -24,7 +24,7 @@ class CompletionEndpoint:
         return "max_tokens"
 
     def ignored_fields(self, context: ServerContext, body: CompletionRequest) -> list[str]:
-        return []
+        return unenforced_keywords(body)
 
     def encode(self, context: ServerContext, body: CompletionRequest) -> list[Prompt]:
         with_special = body.add_special_tokens is not False

@@ -243,6 +243,7 @@ class Farm(BaseModel):
 def test_default_tags_of_pydantic(compiler: GrammarCompiler, is_open: bool) -> None:
     """The tag of a discriminated union is generated although the schema does not require it; pydantic needs it."""
     animal: TypeAdapter[Any] = TypeAdapter(Animal)
+    value: dict[str, Any]
     for value in ({"kind": "cat", "name": True}, {"kind": "wolf", "name": True}, {"kind": "cow", "name": False}):
         assert accepts(compiler, animal.json_schema(), value, is_open=is_open)
         farm = {"animals": [value], "favourite": value, "cat": {"kind": "cat", "name": True}}

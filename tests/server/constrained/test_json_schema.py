@@ -3,15 +3,17 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from jsonschema import Draft202012Validator
+from pydantic import BaseModel
 
-from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, ask_json, shared_server
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, ask, ask_json, shared_server
 from tests.support.grammars import grammar_of, json_schema, matches
-from tests.support.serving import RunningServer
+from tests.support.serving import RunningServer, check_error
 from tests.support.tool_model import write_tool_model
 
 NAMES = {"enum": ["a", "b"]}
@@ -130,6 +132,38 @@ def test_a_request_overrides_the_setting(servers: list[RunningServer]) -> None:
             grammar = grammar_of(server, COMPLETIONS, structured_outputs=outputs)
             assert matches(server, grammar, INSIDE)
             assert matches(server, grammar, OUTSIDE) == (not disables)
+
+
+class Tags(BaseModel):
+    tags: set[int]
+
+
+def test_sets_of_pydantic(tmp_path: Path) -> None:
+    """`uniqueItems` is ignored and named, or refused if the server is strict."""
+    schema = Tags.model_json_schema()
+    tag = TAG | {"json_schema": schema}
+    loose, strict = ({"name": name, "parameters": schema, "strict": name == "g"} for name in "fg")
+    tools = [{"type": "function", "function": function} for function in (loose, strict)]
+    requests: list[tuple[str, str, dict[str, Any]]] = [
+        (CHAT, "response_format", {"response_format": json_schema(schema)}),
+        (CHAT, "response_format", {"response_format": {"type": "structural_tag", "format": tag}}),
+        (COMPLETIONS, "structured_outputs", {"structured_outputs": {"json": json.dumps(schema)}}),
+        (COMPLETIONS, "guided_json", {"guided_json": schema}),
+        (CHAT, "tools[1].function.parameters", {"tools": tools}),
+    ]
+    folder = write_tool_model(tmp_path, special_tags=False)
+    with shared_server(folder) as server, shared_server(folder, settings={"strict": True}) as strict_server:
+        for path, field, fields in requests:
+            answer = ask(server.url, path, max_tokens=3, **fields)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-lightwell-warnings"] == f"ignored parameters: {field}.uniqueItems"
+            error = check_error(ask(strict_server.url, path, max_tokens=3, **fields), 400)
+            assert f"{field}.uniqueItems" in error["message"]
+        assert ask(strict_server.url, CHAT, tools=tools[:1], max_tokens=3).status_code == 200
+        grammar = grammar_of(server, COMPLETIONS, guided_json=schema)
+        assert matches(server, grammar, '{"tags":[1,2]}')
+        assert not matches(server, grammar, '{"tags":["a"]}')
+    Tags.model_validate_json('{"tags":[1,1]}')  # so that an answer with duplicates does no harm
 
 
 def test_the_setting_is_in_the_fingerprint(servers: list[RunningServer]) -> None:

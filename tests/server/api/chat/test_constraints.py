@@ -94,11 +94,11 @@ def test_forced_and_strict_calls(model: RunningServer) -> None:
         assert matches(model, said, **fields) == says
     ask_json(model.url, CHAT, tools=[strict], tool_choice="none")
     assert model.engine.submits[-1].params.grammar is None
-    unsupported = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    unsupported = {"type": "object", "properties": {"a": {"type": "array", "contains": {}}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": unsupported, "strict": True}}]
     error = check_error(ask(model.url, CHAT, tools=tools), 400)
     assert error["param"] == "tools[0].function.parameters"
-    assert "uniqueItems" in error["message"]
+    assert "contains" in error["message"]
 
 
 def test_structured_content_beside_calls_and_reasoning(model: RunningServer) -> None:
