@@ -88,7 +88,9 @@ class ConstraintBuilder:
         """Return the constraint on an answer's content, or None if it is free text. Raises InvalidValueError."""
         of_format = self._response_format(body.response_format)
         other = self._structured_outputs(body)
-        if of_format is not None and other is not None:
+        if of_format is not None and other is not None and of_format.grammar != other.grammar:
+            if of_format.grammar == self.json_schema({"type": "object"}, "").grammar and _is_object(other.grammar):
+                return other
             raise _invalid(other.param, f"not allowed with '{of_format.param.partition('.')[0]}'")
         return of_format or other
 
@@ -175,6 +177,12 @@ def named_grammar(name: str, grammar: str) -> dict[str, Any]:
     is_json = grammar.startswith("{")
     entry: dict[str, Any] = msgspec.json.decode(grammar)["grammars"][0] if is_json else {"lark_grammar": grammar}
     return {**entry, "name": name}
+
+
+def _is_object(grammar: str) -> bool:
+    """Return whether a grammar is that of a schema of objects."""
+    grammars = msgspec.json.decode(grammar)["grammars"] if grammar.startswith("{") else [{}]
+    return bool((grammars[0].get("json_schema") or {}).get("type") == "object")
 
 
 def _check_parts(format: Format, param: str) -> None:

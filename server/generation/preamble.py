@@ -183,7 +183,7 @@ def ignored_fields(body: BaseModel, *, strict: bool, ignored: Sequence[str] = ()
         for name, value in undeclared_fields(body)
         if not (name in UNSUPPORTED or name in HARMLESS or (name in HINTS and _is_neutral(value, HINTS[name])))
     ]
-    for part in ("stream_options", "lightwell"):
+    for part in ("stream_options", "lightwell", "structured_outputs"):
         names += [f"{part}.{name}" for name, _ in undeclared_fields(getattr(body, part, None))]
     names += ignored
     if names and strict:

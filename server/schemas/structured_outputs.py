@@ -85,7 +85,7 @@ Lark = Annotated[str, Field(min_length=1, max_length=MAX_LARK_CHARS)]
 class StructuredOutputs(BaseModel):
     """vLLM's `structured_outputs`: exactly one of KINDS, and options that must match what this server does anyway."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     json_: JSONSchema | str | None = Field(None, alias="json", description="A JSON schema, or the text of one.")
     json_object: bool | None = Field(None, description="Any JSON object.")
@@ -155,11 +155,15 @@ class StructuredOutputsFields(BaseModel):
             if getattr(self, name) not in (None, "")
         }
         own = self.structured_outputs
-        return requested if own is None else requested | {"structured_outputs": own}
+        return (
+            requested
+            if own is None or (requested and not own.model_fields_set)
+            else requested | {"structured_outputs": own}
+        )
 
     def check_structured_outputs(self) -> None:
-        if self.structured_outputs is not None:
-            self.structured_outputs.check()
+        if own := self.requested_outputs.get("structured_outputs"):
+            own.check()
         requested = [*self.requested_outputs.items()]
         for name, outputs in requested[1:]:
             first, other = requested[0]

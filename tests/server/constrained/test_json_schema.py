@@ -134,6 +134,23 @@ def test_a_request_overrides_the_setting(servers: list[RunningServer]) -> None:
             assert matches(server, grammar, OUTSIDE) == (not disables)
 
 
+def test_fields_that_agree(shared_server: RunningServer) -> None:
+    """`response_format` may say the same as another field, or less; empty or unknown options are no obstacle."""
+    url, any_object = shared_server.url, {"type": "json_object"}
+    same: dict[str, Any] = {"response_format": json_schema(PERSON), "guided_json": PERSON}
+    for fields in (same, {"response_format": any_object, "guided_json": PERSON}):
+        grammar = grammar_of(shared_server, CHAT, **fields)
+        assert matches(shared_server, grammar, INSIDE)
+        assert not matches(shared_server, grammar, '{"nam":"Jo"}')
+    for other in ({"guided_json": {"type": "array"}}, {"guided_regex": "a"}):
+        assert ask(url, CHAT, response_format=any_object, **other).status_code == 400
+    grammar = grammar_of(shared_server, CHAT, guided_choice=["a", "b"], structured_outputs={})
+    assert matches(shared_server, grammar, "b")
+    assert ask(url, CHAT, structured_outputs={}).status_code == 400
+    answer = ask(url, CHAT, structured_outputs={"regex": "a", "backend": "xgrammar"})
+    assert answer.headers["x-lightwell-warnings"] == "ignored parameters: structured_outputs.backend"
+
+
 class Tags(BaseModel):
     tags: set[int]
 
