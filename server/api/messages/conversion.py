@@ -101,6 +101,8 @@ def _ignored(body: CountTokensRequest) -> Iterator[str]:
     """Yield the names of ignored tools and blocks."""
     known = [index for index, _ in _known_tools(body)]
     yield from (f"tools[{index}].{tool.type}" for index, tool in enumerate(body.tools or ()) if index not in known)
+    if _ignores_choice(body) and body.tool_choice is not None:
+        yield f"tool_choice.{body.tool_choice.name or body.tool_choice.type}"
     for content in (message.content for message in body.messages):
         for block in content if isinstance(content, list) else ():
             if isinstance(block, IgnoredBlock):
@@ -109,6 +111,18 @@ def _ignored(body: CountTokensRequest) -> Iterator[str]:
             yield from (
                 f"messages[].content[].content[].{each.type}" for each in parts if isinstance(each, IgnoredBlock)
             )
+
+
+def _ignores_choice(body: CountTokensRequest) -> bool:
+    """Return whether only ignored tools could satisfy the tool choice."""
+    known = [index for index, _ in _known_tools(body)]
+    ignored = [tool.name for index, tool in enumerate(body.tools or ()) if index not in known]
+    match body.tool_choice:
+        case MessagesToolChoice(type="any"):
+            return bool(ignored) and not known
+        case MessagesToolChoice(type="tool", name=str(name)):
+            return name in ignored
+    return False
 
 
 def to_chat(body: CountTokensRequest, capabilities: ModelCapabilities) -> ChatCompletionRequest:
@@ -126,7 +140,7 @@ def to_chat(body: CountTokensRequest, capabilities: ModelCapabilities) -> ChatCo
         "model": body.model,
         "messages": list(_turns(body, keeps_system_position=capabilities.keeps_system_position)),
         "tools": [tool for _, tool in _known_tools(body)],
-        "tool_choice": _tool_choice(choice),
+        "tool_choice": None if _ignores_choice(body) else _tool_choice(choice),
         "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
         "continue_final_message": final.role == "assistant" or None,
         "reasoning_effort": _effort(body.thinking, body.output_config) if capabilities.reads_effort else None,

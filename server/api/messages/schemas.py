@@ -233,7 +233,9 @@ class CountTokensRequest(BaseModel):
         "ignored, and reported as such.",
     )
     tool_choice: MessagesToolChoice | None = Field(
-        None, description="Whether the model calls a tool, and which one. Default auto."
+        None,
+        description="Whether the model calls a tool, and which one. A choice of ignored tools is ignored. "
+        "Default auto.",
     )
     thinking: ThinkingConfig | None = Field(
         None,

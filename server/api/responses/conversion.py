@@ -35,6 +35,7 @@ from server.api.responses.schemas import (
     ResponsesAllowedTools,
     ResponsesNamedTool,
     ResponsesRequest,
+    ResponsesToolChoice,
     SchemaFormat,
     TextConfig,
     UnsupportedTool,
@@ -147,6 +148,8 @@ def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> lis
     """Return the names of ignored fields: unsupported tools and items, and options that the template does not read."""
     tools, items = enumerate(body.tools or ()), enumerate(() if isinstance(body.input, str) else body.input or ())
     names = [f"tools[{index}].{tool.type}" for index, tool in tools if isinstance(tool, UnsupportedTool)]
+    if (choice := _ignored_choice(body)) is not None:
+        names.append(f"tool_choice.{choice}")
     names += [f"tools[{index}].format" for index, tool in enumerate(body.tools or ()) if _has_grammar(tool)]
     names += [f"input[{index}].{item.type}" for index, item in items if isinstance(item, IgnoredItem)]
     effort = body.reasoning.effort if body.reasoning else None
@@ -155,6 +158,19 @@ def ignored_fields(body: ResponsesRequest, template: ChatTemplate | None) -> lis
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         names.append("text.verbosity")
     return names
+
+
+def _ignored_choice(body: ResponsesRequest) -> str | None:
+    """Return the name of a tool choice that only ignored tools could satisfy, or None if it has an effect."""
+    choice, tools = body.tool_choice, body.tools
+    match choice:
+        case UnsupportedTool():
+            return choice.type
+        case ResponsesAllowedTools(tools=allowed):
+            return choice.type if all(isinstance(tool, UnsupportedTool) for tool in allowed) else None
+        case "required" if tools and all(isinstance(tool, UnsupportedTool) for tool in tools):
+            return "required"
+    return None
 
 
 def _has_grammar(tool: object) -> bool:
@@ -182,7 +198,7 @@ def to_chat(
         "logprobs": with_logprobs or None,
         "top_logprobs": body.top_logprobs if with_logprobs else None,
         "tools": tools,
-        "tool_choice": _tool_choice(body.tool_choice),
+        "tool_choice": None if _ignored_choice(body) else _tool_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning.effort if body.reasoning and "reasoning.effort" not in ignored else None,
         "chat_template_kwargs": body.chat_template_kwargs,
@@ -255,12 +271,12 @@ def _chat_tool(tool: FunctionTool | CustomTool) -> dict[str, Any]:
     return function_tool(**shared, parameters=tool.parameters, strict=bool(tool.strict))
 
 
-def _tool_choice(choice: str | ResponsesNamedTool | ResponsesAllowedTools | None) -> Any:
+def _tool_choice(choice: ResponsesToolChoice | None) -> Any:
     match choice:
         case ResponsesNamedTool():
             return named_tool(choice.name)
         case ResponsesAllowedTools():
-            tools = [named_tool(tool.name) for tool in choice.tools]
+            tools = [named_tool(tool.name) for tool in choice.tools if isinstance(tool, ResponsesNamedTool)]
             return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": tools}}
     return choice
 
@@ -341,7 +357,7 @@ class ResponsesEndpoint:
 
 def new_response(body: ResponsesRequest, metadata: AnswerMetadata, defaults: Any) -> ResponseObject:
     """Return the response to a request before generation. `defaults` are the default sampling."""
-    choice = body.tool_choice
+    choice = None if _ignored_choice(body) else body.tool_choice
     text = _without_nulls(body.text)
     return ResponseObject(
         id=metadata.id,

@@ -169,21 +169,31 @@ class ResponsesNamedTool(RequestObject):
     name: str
 
 
+NamedOrIgnoredTool = Annotated[
+    Annotated[ResponsesNamedTool, Tag("function-tool")]
+    | Annotated[ResponsesNamedTool, Tag("custom-tool")]
+    | Annotated[UnsupportedTool, Tag("other-tool")],
+    Discriminator(_kind_of_tool),
+]
+
+
 class ResponsesAllowedTools(RequestObject):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[ResponsesNamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    tools: Annotated[list[NamedOrIgnoredTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 def _kind_of_choice(value: object) -> str:
-    return "choice-of-tools" if isinstance(value, dict | BaseModel) else "choice-word"
+    if not isinstance(value, dict | BaseModel):
+        return "choice-word"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "choice-of-some" if kind == "allowed_tools" else "choice-of-one"
 
 
 ResponsesToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("choice-word")]
-    | Annotated[
-        Annotated[ResponsesNamedTool | ResponsesAllowedTools, Field(discriminator="type")], Tag("choice-of-tools")
-    ],
+    | Annotated[NamedOrIgnoredTool, Tag("choice-of-one")]
+    | Annotated[ResponsesAllowedTools, Tag("choice-of-some")],
     Discriminator(_kind_of_choice),
 ]
 
@@ -281,7 +291,9 @@ class ResponsesRequest(BaseModel):
         description="Functions and custom tools that the model may call. Others are ignored, and reported as such.",
     )
     tool_choice: ResponsesToolChoice | None = Field(
-        None, description="Whether the model calls a tool, and which one. Default auto."
+        None,
+        description="Whether the model calls a tool, and which one. A choice of ignored tools is ignored. "
+        "Default auto.",
     )
     parallel_tool_calls: bool | None = Field(None, description="Allow several tool calls in one answer. Default true.")
     max_tool_calls: int | None = Field(

@@ -153,6 +153,27 @@ def test_tools(choice: dict[str, Any], expected: dict[str, Any]) -> None:
     assert ("parallel_tool_calls" in fields) == ("parallel_tool_calls" in expected)
 
 
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "name"),
+    [
+        ([SEARCH], {"type": "any"}, "any"),
+        ([SEARCH], {"type": "tool", "name": "web_search"}, "web_search"),
+        ([SEARCH, TOOL], {"type": "tool", "name": "web_search"}, "web_search"),
+    ],
+)
+def test_a_choice_of_ignored_tools_is_ignored_and_named(tools: list[Any], choice: Any, name: str) -> None:
+    fields = convert(tools=tools, tool_choice=choice)
+    assert "tool_choice" not in fields
+    assert fields["tools[0].web_search_20250305"] is fields[f"tool_choice.{name}"] is True
+
+
+def test_a_choice_of_any_tool_beside_ignored_ones() -> None:
+    assert convert(tools=[SEARCH, TOOL], tool_choice={"type": "any"})["tool_choice"] == "required"
+
+
 def test_a_schema_for_the_output() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     fields = convert(output_config={"format": {"type": "json_schema", "schema": schema}, "effort": "low"})

@@ -157,7 +157,10 @@ def test_tools_of_the_server_are_ignored_and_named(reasoning_server: RunningServ
     _, message = error_of(ask(reasoning_server.url, tools=[SEARCH, *TOOLS, COMPUTER, wrong]), 400)
     assert message.startswith("Invalid 'tools[3].input_schema'")
     for choice in ({"type": "any"}, {"type": "tool", "name": "web_search"}):
-        error_of(ask(reasoning_server.url, tools=[SEARCH], tool_choice=choice), 400)
+        answer = ask(reasoning_server.url, tools=[SEARCH], tool_choice=choice)
+        assert answer.status_code == 200
+        assert answer.headers["x-lightwell-warnings"].endswith(f", tool_choice.{choice.get('name', 'any')}")
+    error_of(ask(reasoning_server.url, tools=[SEARCH], tool_choice={"type": "tool", "name": "other"}), 400)
     _, message = error_of(ask(start_server(strict=True).url, tools=[SEARCH]), 400)
     assert message.endswith("tools[0].web_search_20250305")
 

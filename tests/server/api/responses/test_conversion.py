@@ -6,9 +6,10 @@ import pytest
 from openai.types.responses import ResponseItem
 from pydantic import TypeAdapter
 
-from server.api.responses.conversion import input_items, to_chat
+from server.api.responses.conversion import ignored_fields, input_items, new_response, to_chat
 from server.api.responses.schemas import ResponsesRequest
 from server.api.responses.store import ResponseStore
+from server.generation.endpoint import AnswerMetadata
 
 ITEM: TypeAdapter[Any] = TypeAdapter(ResponseItem)
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -77,6 +78,35 @@ def test_tools() -> None:
         ),
     ):
         assert convert(tools=[tool], tool_choice=choice)["tool_choice"] == expected
+
+
+SEARCH = {"type": "web_search"}
+ADD = {"type": "function", "name": "add"}
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "name"),
+    [
+        ([SEARCH, ADD], SEARCH, "web_search"),
+        ([SEARCH], {"type": "mcp", "server_label": "x"}, "mcp"),
+        ([SEARCH], "required", "required"),
+        ([SEARCH, ADD], {"type": "allowed_tools", "mode": "required", "tools": [SEARCH]}, "allowed_tools"),
+    ],
+)
+def test_a_choice_of_ignored_tools_is_ignored_and_named(tools: list[Any], choice: Any, name: str) -> None:
+    body = request(tools=tools, tool_choice=choice)
+    ignored = ignored_fields(body, None)
+    assert ignored == ["tools[0].web_search", f"tool_choice.{name}"]
+    fields = to_chat(body, input_items(body, NOTHING), ignored).model_dump(exclude_unset=True)
+    assert "tool_choice" not in fields
+    assert new_response(body, AnswerMetadata("resp_1", 0, "tiny", ""), {}).tool_choice == "auto"
+
+
+def test_a_choice_of_which_some_tools_are_ignored() -> None:
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [SEARCH, ADD]}
+    allowed = convert(tools=[SEARCH, ADD], tool_choice=choice)["tool_choice"]["allowed_tools"]
+    assert [tool["function"]["name"] for tool in allowed["tools"]] == ["add"]
+    assert convert(tools=[SEARCH, ADD], tool_choice="required")["tool_choice"] == "required"
 
 
 @pytest.mark.parametrize(

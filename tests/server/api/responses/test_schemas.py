@@ -71,10 +71,9 @@ def test_tools_of_other_types_are_left_out(tiny: RunningServer, start_server: St
 @pytest.mark.parametrize(
     ("choice", "param"),
     [
-        ({"type": "web_search"}, "tool_choice.type"),
         ({"type": "custom", "name": "apply_patch"}, "tool_choice"),
         ({"type": "function", "name": "apply_patch"}, "tool_choice"),
-        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}, "tool_choice.tools[0].type"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"name": "apply_patch"}]}, "tool_choice.tools[0].type"),
     ],
 )
 def test_a_choice_of_a_tool_that_is_left_out(tiny: RunningServer, choice: dict[str, Any], param: str) -> None:
@@ -134,8 +133,14 @@ def test_custom_tools_are_described_and_can_be_forced(tools: RunningServer) -> N
 def test_a_choice_without_tools(tiny: RunningServer, tools: list[Any] | None) -> None:
     for choice in ("auto", "none"):
         assert ask_json(tiny, tools=tools, tool_choice=choice)["tool_choice"] == choice
-    for wrong in ("required", {"type": "function", "name": "weather"}):
-        assert check_error(ask(tiny, tools=tools, tool_choice=wrong), 400)["param"] == "tool_choice"
+    named = {"type": "function", "name": "weather"}
+    assert check_error(ask(tiny, tools=tools, tool_choice=named), 400)["param"] == "tool_choice"
+    required = ask(tiny, tools=tools, tool_choice="required")
+    if tools:
+        assert required.json()["tool_choice"] == "auto"
+        assert required.headers[WARNINGS] == "ignored parameters: tools[0].web_search, tool_choice.required"
+    else:
+        assert check_error(required, 400)["param"] == "tool_choice"
 
 
 # Items.
