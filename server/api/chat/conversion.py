@@ -16,6 +16,7 @@ from server.generation.preamble import undeclared_fields
 from server.generation.prompts import Prompt, check_text_size
 from server.generation.token_fields import TokenFields
 from server.http.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
+from server.schemas.request_fields import NO_LIMIT
 from server.schemas.tools import NamedTool, callable_tools, offered_tools
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.templates.chat_encoding import encode_chat
@@ -37,7 +38,7 @@ class ChatEndpoint:
     id_prefix = "chatcmpl-"
 
     def max_tokens_field(self, body: ChatCompletionRequest) -> str:
-        return "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        return "max_tokens" if body.max_completion_tokens in (None, NO_LIMIT) else "max_completion_tokens"
 
     def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
         unread = unread_options(context.chat_template, body)

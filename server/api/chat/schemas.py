@@ -11,7 +11,7 @@ from server.http.errors import InvalidValueError
 from server.http.validation import echo
 from server.schemas.answers import PromptLogprob, RequestTimings, Usage
 from server.schemas.generation_request import GenerationRequest
-from server.schemas.request_fields import MaxTokens, NumLogprobs
+from server.schemas.request_fields import NO_LIMIT, MaxTokens, NumLogprobs
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools, must_call
 
 MAX_MESSAGES = 10_000
@@ -170,7 +170,8 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def max_output_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        limits = [limit for limit in (self.max_completion_tokens, self.max_tokens) if limit is not None]
+        return max(limits, default=None)  # of the two, NO_LIMIT yields
 
     @property
     def num_logprobs(self) -> int | None:
@@ -184,7 +185,7 @@ class ChatCompletionRequest(GenerationRequest):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise InvalidValueError("Invalid 'top_logprobs': only allowed with 'logprobs': true.", param="top_logprobs")
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+        if len({self.max_tokens, self.max_completion_tokens} - {None, NO_LIMIT}) > 1:
             message = "Invalid 'max_tokens': it is an alias of 'max_completion_tokens', which has a different value."
             raise InvalidValueError(message, param="max_tokens")
         check_tools(self.tools, self.tool_choice)

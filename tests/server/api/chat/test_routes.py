@@ -394,6 +394,9 @@ def test_max_tokens_has_two_names(tiny: RunningServer) -> None:
     for fields in ({"max_tokens": 7}, {"max_completion_tokens": 7}, {"max_tokens": 7, "max_completion_tokens": 7}):
         ask_json(tiny.url, CHAT, **fields)
         assert tiny.engine.submits[-1].params.max_tokens == 7
+    for fields in ({"max_tokens": -1, "max_completion_tokens": 7}, {"max_tokens": 7, "max_completion_tokens": -1}):
+        ask_json(tiny.url, CHAT, **fields)
+        assert tiny.engine.submits[-1].params.max_tokens == 7
     ask_json(tiny.url, CHAT, max_tokens=None, max_completion_tokens=None)
     assert tiny.engine.submits[-1].params.max_tokens == MAX_MODEL_LEN - len(chatml(("user", "Hi")))
     error = check_error(ask(tiny.url, CHAT, max_tokens=7, max_completion_tokens=8), 400)
