@@ -39,7 +39,7 @@ async def rerank(request: Request, body: RerankRequest) -> Response:
     model, headers = _begin(request, body)
     documents = await context.run_text_work(_shorten, context.tokenizer, body.documents, body.max_tokens_per_doc)
     pairs = [(body.query, document) for document in documents]
-    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs))
+    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs, ("query", "documents")))
     results = [
         RerankResult(
             index=index,
@@ -61,7 +61,7 @@ async def score(request: Request, body: ScoreRequest) -> Response:
     model, headers = _begin(request, body)
     firsts = body.text_1 if len(body.text_1) > 1 else body.text_1 * len(body.text_2)
     pairs = list(zip(firsts, body.text_2, strict=True))
-    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs))
+    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs, ("text_1", "text_2")))
     data = [Score(index=index, score=value) for index, value in enumerate(scores)]
     answer = ScoreList(id=_new_id("score"), created=int(time.time()), model=model.name, data=data, usage=usage)
     return StructResponse(answer, headers=headers)
@@ -76,11 +76,11 @@ def _begin(request: Request, body: ScoringRequest) -> tuple[ServedModel, dict[st
 
 
 async def _compute(
-    request: Request, body: ScoringRequest, model: ServedModel, pairs: Sequence[Pair]
+    request: Request, body: ScoringRequest, model: ServedModel, pairs: Sequence[Pair], fields: tuple[str, str]
 ) -> tuple[list[float], ScoringUsage]:
-    """Return the score of each pair, and the usage. Raises APIError."""
+    """Return the score of each pair, and the usage. `fields` hold the texts, for errors. Raises APIError."""
     context, arrival, name = get_context(request), time.monotonic(), _new_id("score")
-    scorer = choose_scorer(context, model, body.instruction)
+    scorer = choose_scorer(context, model, body.instruction, fields)
 
     def make_submits() -> list[Submit]:
         return [
@@ -88,7 +88,7 @@ async def _compute(
             for index, prompt in enumerate(scorer.prompts(pairs))
         ]
 
-    batch = await run_prompts(request, make_submits, num_prompts(context, pairs), param="documents")
+    batch = await run_prompts(request, make_submits, num_prompts(context, pairs), param=fields[1])
     return scorer.scores(pairs, batch.events), ScoringUsage(batch.num_prompt_tokens, batch.num_prompt_tokens)
 
 

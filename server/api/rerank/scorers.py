@@ -43,11 +43,13 @@ def num_prompts(context: ServerContext, pairs: Sequence[Pair]) -> int:
     return len(pairs) if context.score_token_ids else len(_texts(pairs))
 
 
-def choose_scorer(context: ServerContext, model: ServedModel, instruction: str | None) -> Scorer:
-    """Return the scorer that --score-tokens selects."""
+def choose_scorer(
+    context: ServerContext, model: ServedModel, instruction: str | None, fields: tuple[str, str]
+) -> Scorer:
+    """Return the scorer that --score-tokens selects. `fields` hold the queries and the documents, for errors."""
     if context.score_token_ids:
-        return TokenScorer(context, model, instruction or DEFAULT_INSTRUCTION)
-    return EmbeddingScorer(context, model)
+        return TokenScorer(context, model, instruction or DEFAULT_INSTRUCTION, fields)
+    return EmbeddingScorer(context, model, fields)
 
 
 def score_token_ids(tokenizer: Tokenizer, words: str | None) -> tuple[int, ...]:
@@ -64,15 +66,19 @@ def score_token_ids(tokenizer: Tokenizer, words: str | None) -> tuple[int, ...]:
 class EmbeddingScorer:
     """Scores by the cosine similarity of the two texts' embeddings. Each distinct text is computed once."""
 
-    def __init__(self, context: ServerContext, model: ServedModel) -> None:
+    def __init__(self, context: ServerContext, model: ServedModel, fields: tuple[str, str]) -> None:
         self._context = context
         self._model = model
+        self._fields = fields
 
     def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
-        prompts = [encode_prompt(self._context, text, noun="documents") for text in _texts(pairs)]
-        for prompt in prompts:
-            fit_max_tokens(0, len(prompt.token_ids), self._context.max_model_len, "documents")
-        return prompts
+        queries = {query for query, _ in pairs}
+        return [self._prompt(text, self._fields[text not in queries]) for text in _texts(pairs)]
+
+    def _prompt(self, text: str, field: str) -> Prompt:
+        prompt = encode_prompt(self._context, text, noun=field)
+        fit_max_tokens(0, len(prompt.token_ids), self._context.max_model_len, field)
+        return prompt
 
     def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit:
         return make_submit(self._context, self._model, request_id, prompt.token_ids, arrival, priority=priority)
@@ -85,9 +91,10 @@ class EmbeddingScorer:
 class TokenScorer:
     """Scores by the probability that a reranker answers with the token for true rather than that for false."""
 
-    def __init__(self, context: ServerContext, model: ServedModel, instruction: str) -> None:
+    def __init__(self, context: ServerContext, model: ServedModel, instruction: str, fields: tuple[str, str]) -> None:
         self._context = context
         self._model = model
+        self._fields = fields
         self._instruction = instruction
 
     def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
@@ -118,9 +125,10 @@ class TokenScorer:
 
     def _prompt(self, query: str, document: str) -> Prompt:
         template, max_model_len = self._context.chat_template, self._context.max_model_len
+        longer = self._fields[len(document) >= len(query)]
         if template is None:
-            raise BadRequestError("This model has no chat template, which --score-tokens needs.", param="documents")
-        check_text_size(len(query.encode()) + len(document.encode()), max_model_len, "documents")
+            raise BadRequestError("This model has no chat template, which --score-tokens needs.", param="model")
+        check_text_size(len(query.encode()) + len(document.encode()), max_model_len, longer)
         if any(role in template.source for role in PAIR_ROLES):
             messages = [
                 {"role": "system", "content": self._instruction},
@@ -138,8 +146,8 @@ class TokenScorer:
         try:
             token_ids = encode_chat(template, self._context.tokenizer, messages, template_kwargs=options)
         except ChatTemplateError as error:
-            raise InvalidValueError(str(error), param="documents") from error
-        fit_max_tokens(1, len(token_ids), max_model_len, "documents")
+            raise InvalidValueError(str(error), param=self._fields[1]) from error
+        fit_max_tokens(1, len(token_ids), max_model_len, longer)
         return Prompt(token_ids)
 
 

@@ -106,13 +106,34 @@ def test_text_of_the_request_is_never_a_control_token(start_server: StartServer)
         ({"documents": [{"text": "a", "title": "b"}]}, "documents[0]"),
         ({"documents": ["a"] * 2049}, "documents"),
         ({"documents": ["x" * 5000]}, "documents"),
+        ({"documents": ["a", ""]}, "documents"),
         ({"query": None}, "query"),
+        ({"query": ""}, "query"),
+        ({"query": "x" * 5000}, "query"),
         ({"top_n": 0}, "top_n"),
         ({"max_tokens_per_doc": 0}, "max_tokens_per_doc"),
     ],
 )
 def test_invalid_requests(server: RunningServer, fields: dict[str, Any], param: str) -> None:
     assert check_error(rerank(server, **fields), 400)["param"] == param
+
+
+@pytest.mark.parametrize("score_tokens", [None, "y,n"])
+def test_errors_name_the_field_of_the_text(start_server: StartServer, score_tokens: str | None) -> None:
+    server = start_server(score_tokens=score_tokens)
+    for names, ask in ((("text_1", "text_2"), score), (("query", "documents"), rerank)):
+        for name, other in (names, names[::-1]):
+            for num_chars in (5000, 5_000_000):
+                texts = {name: "x" * num_chars, other: "a"}
+                fields = {key: [text] if key == "documents" else text for key, text in texts.items()}
+                error = check_error(ask(server, **fields), 400)
+                assert error["param"] == name
+                assert name in error["message"]
+
+
+def test_an_empty_text(server: RunningServer) -> None:
+    assert check_error(score(server, text_1="", text_2="b"), 400)["param"] == "text_1"
+    assert check_error(score(server, text_1="b", text_2=["a", ""]), 400)["param"] == "text_2"
 
 
 def test_numbers_of_texts_that_do_not_match(server: RunningServer) -> None:
