@@ -39,9 +39,12 @@ def _function_call(item: dict[str, Any], name: str | None, field: str) -> dict[s
     arguments = {field: item[field]} if isinstance(item.get(field), str) else item.get(field)
     if not isinstance(arguments, dict):
         raise ValueError(f"expected '{field}' in an item of type '{item['type']}'.")
-    rest = {key: value for key, value in item.items() if key not in (field, "status")}
     text = msgspec.json.encode(arguments).decode()
-    return rest | {"type": "function_call", "name": name or item.get("name"), "arguments": text}
+    return _identified(item, leave_out=field) | {
+        "type": "function_call",
+        "name": name or item.get("name"),
+        "arguments": text,
+    }
 
 
 def _function_output(item: dict[str, Any]) -> dict[str, Any]:
@@ -49,9 +52,13 @@ def _function_output(item: dict[str, Any]) -> dict[str, Any]:
     output = item.get("output", item.get("status"))  # applying a patch may have no output
     if item["type"] == "shell_call_output":
         output = msgspec.json.encode(output).decode()
-    rest = {key: value for key, value in item.items() if key != "status"}
-    call_id = {"call_id": item["id"]} if "id" in item else {}  # the local shell's outputs have no other
-    return call_id | rest | {"type": "function_call_output", "output": output}
+    return _identified(item, leave_out="output") | {"type": "function_call_output", "output": output}
+
+
+def _identified(item: dict[str, Any], *, leave_out: str) -> dict[str, Any]:
+    """Return the other fields of an item. Items of the local shell may have an `id` as their only `call_id`."""
+    rest = {key: value for key, value in item.items() if key not in (leave_out, "status")}
+    return rest | {"call_id": item["id"]} if rest.get("call_id") is None and "id" in rest else rest
 
 
 def custom_input(arguments: str) -> str:

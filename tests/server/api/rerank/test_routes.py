@@ -125,7 +125,7 @@ def test_errors_name_the_field_of_the_text(start_server: StartServer, score_toke
         for name, other in (names, names[::-1]):
             for num_chars in (5000, 5_000_000):
                 texts = {name: "x" * num_chars, other: "a"}
-                fields = {key: [text] if key == "documents" else text for key, text in texts.items()}
+                fields: dict[str, Any] = {key: [text] if key == "documents" else text for key, text in texts.items()}
                 error = check_error(ask(server, **fields), 400)
                 assert error["param"] == name
                 assert name in error["message"]

@@ -252,8 +252,18 @@ def test_calls_of_other_tools_are_shown_as_those_of_functions(
     assert [item["type"] for item in stored] == ["function_call_output", "function_call", "message"]
 
 
-# Types of items in the official client -> those that are refused, because a conversation is lost without them.
-REFUSED_ITEMS = {"compaction", "compaction_trigger"}
+@pytest.mark.parametrize("missing", [{}, {"call_id": None}])
+def test_calls_of_the_local_shell_may_have_only_an_id(tools: RunningServer, missing: dict[str, Any]) -> None:
+    action = {"type": "exec", "command": ["ls"], "env": {}}
+    call = {"type": "local_shell_call", "id": "lsh_1", "status": "completed", "action": action}
+    output = {"type": "local_shell_call_output", "id": "lsh_1", "output": "Done"}
+    answer = ask_json(tools, input=[{"role": "user", "content": "Hi"}, call | missing, output | missing])
+    items = get(tools, f"{answer['id']}/input_items").json()["data"]
+    assert [item["call_id"] for item in items if item["type"] != "message"] == ["lsh_1", "lsh_1"]
+
+
+# Types of items in the official client -> those that are refused, because they ask for another answer.
+REFUSED_ITEMS = {"compaction_trigger"}
 
 
 def types_of(union: Any) -> set[str]:
