@@ -40,6 +40,17 @@ SAME_OPTIONS = (
 )
 OPTIONS: Mapping[str, str] = {"num_predict": "max_tokens", **{name: name for name in SAME_OPTIONS}}  # -> our parameter
 INTEGERS = frozenset(("num_predict", "top_k", "seed", "repeat_last_n", "mirostat"))
+# Ranges of this server, which are narrower than Ollama's. Values outside get the nearest one inside.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "typical_p": (0.01, 1),
+    "repeat_penalty": (0.01, 10),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
+NEUTRAL_ZEROS = ("typical_p", "repeat_penalty")  # 0, which is no possible value, leaves the sampler off, as 1 does
 OTHER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
     r"response_format(\.json_schema)?(\.schema)?": "format",
     "reasoning_effort": "think",
@@ -71,9 +82,16 @@ class OllamaCompletionRequest(CompletionRequest):
 
 
 def served_name(context: ServerContext, name: str) -> str:
-    """Return the name of a served model, without the tag `:latest` unless the model is served with it."""
-    is_served = any(model.name == name for model in context.served_models)
-    return name if is_served else name.removesuffix(LATEST)
+    """Return the name of a served model, without the tag `:latest` unless the model is served with it.
+
+    As in Ollama, the case of letters is irrelevant unless two served names differ by it alone.
+    """
+    for fold in (str, str.lower):
+        served = {fold(model.name): model.name for model in context.served_models}
+        wanted = fold(name)
+        if found := served.get(wanted) or served.get(wanted.removesuffix(LATEST)):
+            return found
+    return name.removesuffix(LATEST)
 
 
 def tagged_name(name: str) -> str:
@@ -97,6 +115,9 @@ def ignored_names(body: OllamaRequest) -> list[str]:
     """Return the names of the declared fields and options of a request that have no effect."""
     used = OPTIONS if isinstance(body, OllamaAnswerRequest) else {}
     options = [f"options.{name}" for name, value in _options(body).items() if name not in used and value is not None]
+    if used:
+        capped = [(name, value) for name, value in _options(body).items() if _number(name, value) != value]
+        options += [f"options.{name}.{value}" for name, value in capped]
     return options if body.keep_alive is None else [*options, "keep_alive"]
 
 
@@ -191,8 +212,15 @@ def _sampling(body: OllamaRequest) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any) -> Any:
-    """Return 40.0 as 40 for an option that is an integer, as Ollama does."""
-    return int(value) if name in INTEGERS and isinstance(value, float) and value.is_integer() else value
+    """Return an option's value within its range, and 40.0 as 40 for an option that is an integer, as Ollama does."""
+    if name in INTEGERS:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+    if name not in RANGES or isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if name in NEUTRAL_ZEROS and value == 0:
+        return 1
+    lowest, highest = RANGES[name]
+    return min(max(value, lowest), highest)
 
 
 def _response_format(format: str | dict[str, Any] | None) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from server.api.ollama.conversion import (
     OPTIONS,
+    RANGES,
     embed_request,
     embeddings_request,
     generate_to_chat,
@@ -86,6 +87,37 @@ def test_other_options_are_ignored_and_named() -> None:
     body = OllamaChatRequest.model_validate({"model": "tiny", "options": options, "keep_alive": "5m"})
     assert ignored_names(body) == ["options.num_ctx", "options.num_keep", "options.tfs_z", "keep_alive"]
     assert chat(options=options, keep_alive=0)["options.num_ctx"] is True  # reported as unknown fields are
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "used"),
+    [
+        ("temperature", 5, 2),
+        ("top_p", 1.5, 1),
+        ("min_p", -1, 0),
+        ("typical_p", 0, 1),
+        ("typical_p", -0.5, 0.01),
+        ("repeat_penalty", 0, 1),
+        ("repeat_penalty", 11.0, 10),
+        ("presence_penalty", 3, 2),
+        ("frequency_penalty", -(10**400), -2),
+    ],
+)
+def test_options_out_of_range_get_the_nearest_value_and_are_named(name: str, value: float, used: float) -> None:
+    converted = chat(options={name: value, "seed": 1})
+    assert converted[name] == used
+    assert ignored_names(
+        OllamaChatRequest.model_validate({"model": "tiny", "options": {name: value, "seed": 1.0}})
+    ) == [f"options.{name}.{value}"]
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_the_ends_of_ranges_are_valid(name: str) -> None:
+    for value in RANGES[name]:
+        assert chat(options={name: value})[name] == value
+    for wrong in (True, "1"):
+        with pytest.raises(BadRequestError, match=name):
+            chat(options={name: wrong})
 
 
 def test_formats() -> None:

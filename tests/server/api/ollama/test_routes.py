@@ -77,7 +77,7 @@ def test_a_stream_and_the_whole_answer(server: RunningServer) -> None:
 
 
 def test_names_of_models(server: RunningServer) -> None:
-    for name in ("tiny", "tiny:latest", "org/tiny:latest"):
+    for name in ("tiny", "tiny:latest", "org/tiny:latest", "Tiny", "TINY:Latest"):
         assert answer_of(server, "chat", model=name, messages=MESSAGES)["model"] == name
     assert "tiny:7b" in error_of(ask(server, "chat", model="tiny:7b", messages=MESSAGES), 404)
 
@@ -153,7 +153,7 @@ def test_what_is_ignored_is_named(server: RunningServer) -> None:
 
 def test_errors_have_ollamas_form_and_names(server: RunningServer) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"options": {"temperature": 3}}, "'options.temperature'"),
+        ({"options": {"temperature": "3"}}, "'options.temperature'"),
         ({"options": {"num_predict": "x"}}, "'options.num_predict'"),
         ({"options": {"stop": [7]}}, "'options.stop[0]'"),
         ({"think": "very"}, "very"),
@@ -390,3 +390,12 @@ def test_open_webui(server: RunningServer) -> None:
         assert unloaded["done_reason"] == "unload"
         refused = client.post("/api/pull", content=json.dumps({"model": "x", "insecure": True}))
         assert error_of(refused, 501)
+
+
+def test_options_out_of_range_are_named(server: RunningServer, start_server: StartServer) -> None:
+    fields: dict[str, Any] = {"messages": MESSAGES, "options": {"temperature": 5, "top_p": 1.5, "min_p": 0.5}}
+    answer = ask(server, "chat", **fields)
+    names = "options.temperature.5, options.top_p.1.5"
+    assert (answer.status_code, answer.headers["x-lightwell-warnings"]) == (200, f"ignored parameters: {names}")
+    assert server.engine.submits[-1].params.temperature == 2
+    assert "options.temperature.5" in error_of(ask(start_server(strict=True), "chat", **fields), 400)
