@@ -57,11 +57,9 @@ async def rerank(request: Request, body: RerankRequest) -> Response:
 @router.post("/v1/score")
 async def score(request: Request, body: ScoreRequest) -> Response:
     """Return the score of each pair of texts."""
-    body.check()
+    pairs, fields = body.pairs()
     model, headers = _begin(request, body)
-    firsts = body.text_1 if len(body.text_1) > 1 else body.text_1 * len(body.text_2)
-    pairs = list(zip(firsts, body.text_2, strict=True))
-    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs, ("text_1", "text_2")))
+    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs, fields))
     data = [Score(index=index, score=value) for index, value in enumerate(scores)]
     answer = ScoreList(id=_new_id("score"), created=int(time.time()), model=model.name, data=data, usage=usage)
     return StructResponse(answer, headers=headers)

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from server.http.errors import InvalidValueError
+from server.http.errors import InvalidValueError, MissingParameterError
 from server.schemas.request_fields import INT64_MIN
 from server.schemas.samplers import INT64_MAX
 
@@ -14,9 +14,12 @@ MAX_TEXTS = 2048  # the limit of inputs for embeddings
 
 
 def _plain_texts(value: object) -> object:
-    """Return the texts of documents, each a string or an object with `text`, as Cohere's clients send them."""
+    """Return the texts of documents, each a string or an object with `text`, as Cohere's clients send them.
+
+    A single document need not be in a list.
+    """
     if not isinstance(value, list):
-        return value
+        return _as_list(value)
     return [item["text"] if isinstance(item, dict) and item.keys() == {"text"} else item for item in value]
 
 
@@ -25,7 +28,7 @@ def _as_list(value: object) -> object:
 
 
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
-Documents = Annotated[Texts, BeforeValidator(_plain_texts)]
+Documents = Annotated[Texts, BeforeValidator(_plain_texts, json_schema_input_type=str | Texts)]
 TextOrTexts = Annotated[Texts, BeforeValidator(_as_list, json_schema_input_type=str | Texts)]
 
 
@@ -54,17 +57,35 @@ class RerankRequest(ScoringRequest):
 
 
 class ScoreRequest(ScoringRequest):
-    text_1: TextOrTexts = Field(description="One text, or as many as text_2 has.")
-    text_2: TextOrTexts = Field(description="One or more texts, each compared with its counterpart in text_1.")
+    text_1: TextOrTexts | None = Field(None, description="One text, or as many as text_2 has. Required.")
+    text_2: TextOrTexts | None = Field(
+        None, description="One or more texts, each compared with its counterpart in text_1. Required."
+    )
+    queries: TextOrTexts | None = Field(None, description="Alias of text_1.")
+    documents: TextOrTexts | None = Field(None, description="Alias of text_2.")
 
-    def check(self) -> None:
-        """Validate the fields against each other. Raises InvalidValueError."""
-        if len(self.text_1) not in (1, len(self.text_2)):
+    def pairs(self) -> tuple[list[tuple[str, str]], tuple[str, str]]:
+        """Return the pairs to score, and the names of the fields that hold them. Raises BadRequestError."""
+        first, second = self._sent("text_1", "queries"), self._sent("text_2", "documents")
+        firsts, seconds = getattr(self, first), getattr(self, second)
+        if len(firsts) not in (1, len(seconds)):
             message = (
-                f"Invalid 'text_1': expected one text or {len(self.text_2)}, as many as 'text_2' has, "
-                f"but got {len(self.text_1)}."
+                f"Invalid '{first}': expected one text or {len(seconds)}, as many as '{second}' has, "
+                f"but got {len(firsts)}."
             )
-            raise InvalidValueError(message, param="text_1")
+            raise InvalidValueError(message, param=first)
+        return list(zip(firsts if len(firsts) > 1 else firsts * len(seconds), seconds, strict=True)), (first, second)
+
+    def _sent(self, name: str, alias: str) -> str:
+        """Return which of two names of a field the client sent."""
+        sent = [each for each in (name, alias) if getattr(self, each) is not None]
+        if not sent:
+            raise MissingParameterError(name)
+        if len(sent) > 1:
+            raise InvalidValueError(
+                f"Invalid '{alias}': it is an alias of '{name}', so only one is allowed.", param=alias
+            )
+        return sent[0]
 
 
 class ScoringUsage(msgspec.Struct, frozen=True):

@@ -349,7 +349,11 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     ANTHROPIC: {"metadata": "accepted", "service_tier": "accepted"},
     EMBEDDINGS: {"add_special_tokens": "the tokenizer adds none"},
     RERANK: {"instruction": "only for rerankers; rerank/test_routes.py"},
-    SCORE: {"instruction": "only for rerankers; rerank/test_routes.py"},
+    SCORE: {
+        "instruction": "only for rerankers; rerank/test_routes.py",
+        "queries": "instead of text_1; rerank/test_routes.py",
+        "documents": "instead of text_2; rerank/test_routes.py",
+    },
     TOKENIZE: {
         "model": "any of the names",
         "messages": "instead of a prompt; test_tokenize",

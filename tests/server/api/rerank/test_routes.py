@@ -121,14 +121,33 @@ def test_invalid_requests(server: RunningServer, fields: dict[str, Any], param: 
 @pytest.mark.parametrize("score_tokens", [None, "y,n"])
 def test_errors_name_the_field_of_the_text(start_server: StartServer, score_tokens: str | None) -> None:
     server = start_server(score_tokens=score_tokens)
-    for names, ask in ((("text_1", "text_2"), score), (("query", "documents"), rerank)):
+    for names, ask in (
+        (("text_1", "text_2"), score),
+        (("queries", "documents"), score),
+        (("query", "documents"), rerank),
+    ):
         for name, other in (names, names[::-1]):
             for num_chars in (5000, 5_000_000):
-                texts = {name: "x" * num_chars, other: "a"}
-                fields: dict[str, Any] = {key: [text] if key == "documents" else text for key, text in texts.items()}
-                error = check_error(ask(server, **fields), 400)
+                texts: dict[str, Any] = {name: "x" * num_chars, other: "a"}
+                error = check_error(ask(server, **texts), 400)
                 assert error["param"] == name
                 assert name in error["message"]
+
+
+def test_other_names_of_texts(server: RunningServer) -> None:
+    expected = score(server, text_1="a", text_2=DOCUMENTS).json()["data"]
+    answer = score(server, queries="a", documents=DOCUMENTS)
+    assert answer.json()["data"] == expected
+    assert "x-lightwell-warnings" not in answer.headers
+    assert rerank(server, documents="b").json()["results"][0]["document"] == {"text": "b"}
+    for fields, param in (
+        ({"text_2": "a"}, "text_1"),
+        ({"queries": "a"}, "text_2"),
+        ({"text_1": "a", "queries": "a", "documents": "b"}, "queries"),
+        ({"queries": ["a", "b"], "documents": ["a", "b", "c"]}, "queries"),
+        ({"queries": "a", "documents": [5]}, "documents[0]"),
+    ):
+        assert check_error(score(server, **fields), 400)["param"] == param
 
 
 def test_an_empty_text(server: RunningServer) -> None:
