@@ -115,7 +115,7 @@ class IgnoredItem(BaseModel):
         ]
         | Literal["computer_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call"]
         | Literal["tool_search_call", "tool_search_output", "additional_tools", "program", "program_output"]
-        | Literal["configuration_update", "compaction"]
+        | Literal["configuration_update"]
     )
 
 

@@ -262,8 +262,8 @@ def test_calls_of_the_local_shell_may_have_only_an_id(tools: RunningServer, miss
     assert [item["call_id"] for item in items if item["type"] != "message"] == ["lsh_1", "lsh_1"]
 
 
-# Types of items in the official client -> those that are refused, because they ask for another answer.
-REFUSED_ITEMS = {"compaction_trigger"}
+# Types of items in the official client -> those that are refused, because a conversation is lost without them.
+REFUSED_ITEMS = {"compaction", "compaction_trigger"}
 
 
 def types_of(union: Any) -> set[str]:
