@@ -55,7 +55,7 @@ def refused(kind: type[Refusal], ask: Callable[..., object], **fields: Any) -> R
 
 
 def main(module: str, *server: str) -> None:
-    for check in vars(importlib.import_module(f"{__package__}.{module}")).values():
+    for check in list(vars(importlib.import_module(f"{__package__}.{module}")).values()):  # which may import more
         if capabilities := getattr(check, "__dict__", {}).get("exercises"):
             with redirect_stdout(sys.stderr):
                 failed = failure(check, Server(*server))

@@ -100,7 +100,8 @@ def embeddings(server: Server) -> None:
 
 @exercises("errors")
 def errors(server: Server) -> None:
-    wrong = refused(ollama.ResponseError, model_of(server, temperature=3.0).invoke, input=QUESTION)
-    assert (wrong.status_code, "options.temperature" in wrong.error) == (400, True)
+    stop = [f"stop {number}" for number in range(65)]
+    wrong = refused(ollama.ResponseError, model_of(server, stop=stop).invoke, input=QUESTION)
+    assert (wrong.status_code, "options.stop" in wrong.error) == (400, True)
     unknown = refused(ValueError, model_of, server=server, model="gpt-4")
     assert f"{server.model}:latest" in str(unknown)

@@ -119,8 +119,9 @@ await exercises("errors")(async function errors() {
   const stranger = new Ollama({ host: server.url, headers: { Authorization: "Bearer wrong" } });
   await assert.rejects(stranger.chat(short), refused(401, "key"));
   await assert.rejects(client.chat({ ...short, model: "gpt-4" }), refused(404, "gpt-4"));
+  const stop = Array.from({ length: 65 }, (_, number) => `stop ${number}`);
   for (const stream of [false, true]) {
-    await assert.rejects(client.chat({ ...short, options: { temperature: 3 }, stream }), refused(400, "temperature"));
+    await assert.rejects(client.chat({ ...short, options: { stop }, stream }), refused(400, "options.stop"));
   }
   await assert.rejects(client.pull({ model: "llama3.2" }), refused(501, "pull"));
 });

@@ -14,6 +14,7 @@ CALL = {  # a format that makes the model write a call, since this API has no ot
     "required": ["name", "arguments"],
 }
 OPTIONS = {"num_predict": 8, "temperature": 0.8, "seed": 4, "num_ctx": 2048}
+TOO_MANY = {"stop": [f"stop {number}" for number in range(65)]}
 
 
 class Animal(BaseModel):
@@ -142,12 +143,12 @@ def errors(server: Server) -> None:
     wrong: list[tuple[Any, dict[str, Any], int, str]] = [
         (stranger.chat, {}, 401, "key"),
         (client.chat, {"model": "gpt-4"}, 404, "gpt-4"),
-        (client.chat, {"options": {"temperature": 3}}, 400, "options.temperature"),
+        (client.chat, {"options": TOO_MANY}, 400, "options.stop"),
     ]
     for ask, fields, status, text in wrong:
         error = refused(ollama.ResponseError, ask, **({"model": server.model, "messages": MESSAGES} | fields))
         assert (error.status_code, text in error.error) == (status, True), error
-    stream = client.chat(server.model, MESSAGES, options={"temperature": 3}, stream=True)
+    stream = client.chat(server.model, MESSAGES, options=TOO_MANY, stream=True)
     assert refused(ollama.ResponseError, lambda: list(stream)).status_code == 400
     assert refused(ollama.ResponseError, client.pull, model="llama3.2").status_code == 501
     assert refused(ollama.ResponseError, client.delete, model=server.model).status_code == 501
