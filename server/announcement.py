@@ -38,7 +38,7 @@ def first_steps(context: ServerContext, url: str) -> dict[str, object]:
     if context.chat_template is None:
         path, body["prompt"] = "/v1/completions", "Once upon a time"
     else:
-        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Hello"}]
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "hello"}]
     key = f" -H 'Authorization: Bearer {KEY}'" if context.settings.api_key else ""
     data = shlex.quote(msgspec.json.encode(body).decode())
     steps: dict[str, object] = {

@@ -89,7 +89,7 @@ function showModel() {
   const { max_model_len: context } = models.find(({ id }) => id === value);
   element("context").textContent = context ? `context of ${context} tokens` : "";
   const key = hasKey() ? ` \\\n  -H "Authorization: Bearer $LIGHTWELL_API_KEY"` : "";
-  const body = JSON.stringify({ model: value, messages: [{ role: "user", content: "Hello!" }] }).replaceAll("'", "\\u0027");
+  const body = JSON.stringify({ model: value, messages: [{ role: "user", content: "hello" }] }).replaceAll("'", "\\u0027");
   element("curl").textContent =
     `curl ${baseUrl}/chat/completions${key} \\\n  -H "Content-Type: application/json" \\\n  -d '${body}'`;
 }
