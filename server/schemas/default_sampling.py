@@ -15,6 +15,7 @@ import msgspec
 from pydantic import ValidationError
 
 from server.http.error_handlers import from_validation_error
+from server.http.errors import InvalidValueError
 from server.schemas.generation_request import GenerationRequest, SamplingFields
 
 Body = TypeVar("Body", bound=GenerationRequest)
@@ -104,9 +105,12 @@ def _validated(source: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     hint = "" if source == SETTING else f" ({SETTING} none ignores it)"
     try:
         parsed = SamplingFields.model_validate(fields)
+        parsed.check_sampling()
     except ValidationError as error:
         errors = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
         raise ValueError(f"{source}: {from_validation_error(errors, fields).message}{hint}") from None
+    except InvalidValueError as error:
+        raise ValueError(f"{source}: {error.message}{hint}") from None
     if unknown := sorted(parsed.model_extra or {}):
         raise ValueError(f"{source}: unknown field {unknown[0]!r} (fields: {', '.join(SamplingFields.model_fields)})")
     values = {name: value for name, value in parsed if value is not None}

@@ -66,6 +66,19 @@ class SamplingFields(SamplerFields):
         None, ge=-2, le=2, description="Subtracted from the logit of each token that is in the output. Default 0."
     )
 
+    @property
+    def effective_repetition_penalty(self) -> float | None:
+        return self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
+
+    def check_sampling(self) -> None:
+        """Validate the fields against each other. Raises InvalidValueError."""
+        if self.repeat_penalty not in (None, self.effective_repetition_penalty):
+            message = "Invalid 'repeat_penalty': it is an alias of 'repetition_penalty', which has another value."
+            raise InvalidValueError(message, param="repeat_penalty")
+        if self.samplers is not None and self.mirostat:
+            message = "Invalid 'samplers': not allowed with 'mirostat', which has a sampler order of its own."
+            raise InvalidValueError(message, param="samplers")
+
 
 class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
     """The parameters shared by the generating endpoints.
@@ -175,10 +188,6 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
         return self.num_returned_choices
 
     @property
-    def effective_repetition_penalty(self) -> float | None:
-        return self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
-
-    @property
     @abstractmethod
     def num_prompts(self) -> int: ...
 
@@ -210,12 +219,7 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
         if self.prompt_logprobs is not None and self.stream:
             message = "Invalid 'prompt_logprobs': not allowed with 'stream': true."
             raise InvalidValueError(message, param="prompt_logprobs")
-        if self.repeat_penalty not in (None, self.effective_repetition_penalty):
-            message = "Invalid 'repeat_penalty': it is an alias of 'repetition_penalty', which has another value."
-            raise InvalidValueError(message, param="repeat_penalty")
-        if self.samplers is not None and self.mirostat:
-            message = "Invalid 'samplers': not allowed with 'mirostat', which has a sampler order of its own."
-            raise InvalidValueError(message, param="samplers")
+        self.check_sampling()
         for name in ("post_sampling_probs", "logprob_token_ids"):
             if getattr(self, name) and self.num_logprobs is None:
                 raise InvalidValueError(f"Invalid '{name}': only allowed with 'logprobs'.", param=name)

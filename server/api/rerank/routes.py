@@ -18,7 +18,7 @@ from server.api.rerank.schemas import (
     ScoringRequest,
     ScoringUsage,
 )
-from server.api.rerank.scorers import Pair, choose_scorer, num_prompts
+from server.api.rerank.scorers import Pair, choose_scorer
 from server.context import ServedModel, get_context
 from server.generation.preamble import begin
 from server.generation.prompt_batch import run_prompts
@@ -86,8 +86,9 @@ async def _compute(
             for index, prompt in enumerate(scorer.prompts(pairs))
         ]
 
-    batch = await run_prompts(request, make_submits, num_prompts(context, pairs), param=fields[1])
-    return scorer.scores(pairs, batch.events), ScoringUsage(batch.num_prompt_tokens, batch.num_prompt_tokens)
+    batch = await run_prompts(request, make_submits, scorer.num_prompts(pairs), param=fields[1])
+    scores = await context.run_text_work(scorer.scores, pairs, batch.events)
+    return scores, ScoringUsage(batch.num_prompt_tokens, batch.num_prompt_tokens)
 
 
 def _new_id(prefix: str) -> str:

@@ -28,6 +28,8 @@ PAIR_ROLES = ('"document"', "'document'")  # in chat templates that take a query
 class Scorer(Protocol):
     """Makes the prompts for pairs of a query and a document, and scores from their last events."""
 
+    def num_prompts(self, pairs: Sequence[Pair]) -> int: ...
+
     def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
         """Return the prompts to run. May be slow; called in a thread. Raises BadRequestError."""
         ...
@@ -35,12 +37,8 @@ class Scorer(Protocol):
     def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit: ...
 
     def scores(self, pairs: Sequence[Pair], events: Sequence[TokenEvent]) -> list[float]:
-        """Return the score of each pair. `events` are those of the prompts."""
+        """Return the score of each pair. `events` are those of the prompts. May be slow; called in a thread."""
         ...
-
-
-def num_prompts(context: ServerContext, pairs: Sequence[Pair]) -> int:
-    return len(pairs) if context.score_token_ids else len(_texts(pairs))
 
 
 def choose_scorer(
@@ -71,6 +69,9 @@ class EmbeddingScorer:
         self._model = model
         self._fields = fields
 
+    def num_prompts(self, pairs: Sequence[Pair]) -> int:
+        return len(_texts(pairs))
+
     def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
         queries = {query for query, _ in pairs}
         return [self._prompt(text, self._fields[text not in queries]) for text in _texts(pairs)]
@@ -96,6 +97,9 @@ class TokenScorer:
         self._model = model
         self._fields = fields
         self._instruction = instruction
+
+    def num_prompts(self, pairs: Sequence[Pair]) -> int:
+        return len(pairs)
 
     def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
         return [self._prompt(*pair) for pair in pairs]

@@ -181,6 +181,8 @@ def test_the_first_recommendation_has_precedence() -> None:
         ({"temperature": 2.5}, "temperature': decimal above maximum value. Expected a value <= 2, but got 2.5"),
         ({"top_p": -1}, "top_p': decimal below minimum value. Expected a value >= 0"),
         ({"top_k": 1.5}, "top_k': expected an integer, but got a decimal number"),
+        ({"samplers": ["top_k"], "mirostat": 2}, "'samplers': not allowed with 'mirostat'"),
+        ({"repeat_penalty": 1.1, "repetition_penalty": 1.2}, "'repeat_penalty': it is an alias"),
         ({"samplers": ["top_x"]}, "'top_x'. Supported values are: 'penalties', 'dry'"),
         ({"temprature": 0.5}, "unknown field 'temprature' .fields: .*temperature, top_p"),
         ({"max_tokens": 5}, "unknown field 'max_tokens'"),
