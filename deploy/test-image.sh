@@ -226,7 +226,8 @@ check_kernels() {
 
 check_nothing_fetched() {
     local files
-    files=$(find "$(pod volume inspect --format '{{.Mountpoint}}' cache)" -type f)
+    # The record of the running server, by which its own clients in the container find it, is not fetched.
+    files=$(find "$(pod volume inspect --format '{{.Mountpoint}}' cache)" -type f -not -path "*/servers/*")
     [[ -z $files ]] || fail "model and kernels are in the image, but the volume contains: $files"
 }
 
