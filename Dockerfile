@@ -24,7 +24,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install ${PIP_ARGS} "$(grep '^torch[^a-z]' requirements.txt)" \
     && pip install --requirement requirements.txt
 
-# The wheel includes the compiled kernels, because the image has no compiler and its cache folder is a volume.
+# The wheel includes the compiled CPU kernels, because the cache folder of the image is a volume, and without Triton
+# the image has no compiler.
 FROM dependencies AS wheel
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends g++ \
@@ -68,6 +69,16 @@ RUN groupadd --gid 10001 lightwell \
 
 # The layers that change least come first. The model is outside the volume, which would hide it.
 COPY --from=dependencies /opt/lightwell/venv /opt/lightwell/venv
+# Triton, which torch for CUDA brings, compiles a C module when the server starts. That takes gcc, the headers of libc,
+# and Python.h, which the Python of the default base image has. The headers of CUDA and ptxas are in Triton's package;
+# libcuda.so.1 comes with the container runtime, and ldconfig, which finds it, with the base image.
+RUN if pip show --quiet triton; then \
+        header="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+        && apt-get update \
+        && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+            gcc libc6-dev $(test -f "$header" || echo python3-dev) \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 COPY --from=model /opt/lightwell/models /opt/lightwell/models
 COPY deploy/healthcheck.py /opt/lightwell/
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \

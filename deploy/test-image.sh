@@ -118,7 +118,7 @@ make_base_image() {
         || fail "$(tail -n 5 "$work/debootstrap.log")"
     if [[ $prefix != /usr ]]; then
         (cd "$prefix" && tar --create --owner=0 --group=0 --exclude='__pycache__' --exclude='*.a' --exclude='*/test' \
-            --exclude='*/site-packages/*' bin/python3* lib) | tar --extract --directory "$root/usr/local"
+            --exclude='*/site-packages/*' bin/python3* include lib) | tar --extract --directory "$root/usr/local"
         chroot "$root" ldconfig
     fi
     rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
@@ -224,6 +224,16 @@ check_kernels() {
     echo "kernels: $library"
 }
 
+# With torch for CUDA, Triton must be able to compile its C module as the image's user; otherwise there is no compiler.
+check_compiler() {
+    if pod exec server python3 -c 'import triton' 2>/dev/null; then
+        pod exec --interactive --env TRITON_CACHE_DIR=/tmp/triton server python3 - <deploy/check_triton.py \
+            || fail "Triton cannot compile its C module in the image"
+    elif pod exec server sh -c 'command -v cc gcc clang'; then
+        fail "the image has a compiler, but no Triton that needs it"
+    fi
+}
+
 check_nothing_fetched() {
     local files
     # The record of the running server, by which its own clients in the container find it, is not fetched.
@@ -302,6 +312,7 @@ echo "healthy after $((SECONDS - began)) s"
 check_confinement
 check_api
 check_kernels
+check_compiler
 check_nothing_fetched
 
 say "Prometheus"

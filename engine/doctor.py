@@ -14,6 +14,7 @@ import msgspec
 
 from engine.kernels.cpu import build
 from engine.kernels.cpu.processor import CPU_INFO, best_code_path, cpu_flags
+from engine.kernels.triton.requirements import missing_requirement
 from engine.shared.machine import Gpu, Machine
 
 
@@ -30,7 +31,7 @@ def examine() -> Machine:
         torch=torch_version,
         cuda=cuda,
         gpus=gpus,
-        has_triton=importlib.util.find_spec("triton") is not None,
+        triton_problem=missing_requirement(),
         compiler=compiler,
         compiler_problem=compiler_problem,
         code_path=code_path,

@@ -146,6 +146,7 @@ def kernel_options(
         block_size=config.block_size,
         batch_invariant=config.batch_invariant,
         enforce_eager=config.enforce_eager,
+        allow_slow_kernels=config.allow_slow_kernels,
         num_lora_slots=num_lora_slots(config.max_loras),
         max_lora_rank=max_lora_rank,
     )

@@ -22,6 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory: int | None = None  # bytes; None: a share of the free memory
     speculative: str = "auto"  # auto, ngram, off
     enforce_eager: bool = False  # no CUDA graphs
+    allow_slow_kernels: bool = False  # run plain torch on a GPU if Triton does not work; False: do not start
     batch_invariant: bool = True  # False: use faster kernels, if there are any, whose results depend on the batch
     lora_modules: dict[str, str] = {}  # LoRA adapters to load at start: name -> folder or GGUF file
     max_loras: int = 0  # LoRA adapters that can be loaded at a time

@@ -38,6 +38,7 @@ class KernelOptions:
     block_size: int = 32
     batch_invariant: bool = True
     enforce_eager: bool = False
+    allow_slow_kernels: bool = False  # plain torch on a GPU, if Triton does not work
     num_lora_slots: int = 0  # one more than --max-loras, so that an adapter can be replaced in use; 0: no LoRA
     max_lora_rank: int = 0
 

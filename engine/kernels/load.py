@@ -8,6 +8,7 @@ import subprocess
 import torch
 
 from engine.kernels.interface import KernelOptions, Kernels
+from engine.kernels.triton.requirements import missing_requirement
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -16,11 +17,13 @@ def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
     """Return the kernels for a device: Triton on a GPU, C++ on a CPU, or plain torch if those cannot run.
 
     Raises:
-        ValueError: plain torch lacks an option.
+        ValueError: plain torch lacks an option, or would run on a GPU without `allow_slow_kernels`.
     """
     kernels = _load_cpu_kernels(options) if device.type == "cpu" else _load_gpu_kernels(device, options)
     if not isinstance(kernels, str):
         return kernels
+    if device.type != "cpu" and not options.allow_slow_kernels:
+        raise ValueError(f"{kernels}. With --allow-slow-kernels, the much slower plain torch kernels are used instead")
     for flag, value in (("--quantization", options.quantization), ("--kv-cache-dtype", options.kv_cache_dtype)):
         if value == "int8":
             raise ValueError(f"{flag} int8 needs the CPU or GPU kernels, but {kernels}")
@@ -32,13 +35,15 @@ def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
 
 def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels | str:
     """Return the Triton kernels, or why they cannot be used."""
+    if problem := missing_requirement():
+        return problem
     torch.cuda.set_device(device)  # for this thread: kernels run on the current device, wherever their tensors are
     try:
         import triton
 
         from engine.kernels.triton.kernels import TritonKernels
 
-        triton.runtime.driver.active.get_current_target()  # needs a C compiler
+        triton.runtime.driver.active.get_current_target()  # compiles the C module
     except (ImportError, OSError, RuntimeError, AssertionError, subprocess.SubprocessError) as error:
         return f"Triton does not work here: {error}"
     return TritonKernels(options, device)

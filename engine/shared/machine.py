@@ -18,7 +18,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     torch: str | None  # version with its build, such as 2.9.1+cpu
     cuda: str | None  # version for which torch was built
     gpus: list[Gpu]
-    has_triton: bool
+    triton_problem: str | None  # what Triton lacks to run, and how to get it
     compiler: str | None  # first line of its --version
     compiler_problem: str | None
     code_path: str | None  # of the compiled kernels

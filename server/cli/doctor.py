@@ -93,8 +93,7 @@ def _processor(machine: Machine) -> Finding:
 def _gpu(machine: Machine) -> Finding:
     if machine.gpus:
         names = ", ".join(f"{gpu.name} ({format_bytes(gpu.num_bytes)})" for gpu in machine.gpus)
-        remedy = None if machine.has_triton else "pip install triton: without it, the slower plain PyTorch kernels run"
-        return Finding(name="GPU", text=names, remedy=remedy)
+        return Finding(name="GPU", text=names, remedy=machine.triton_problem)
     if not NVIDIA_DEVICE.exists():
         return Finding(name="GPU", text="none: models run on the processor")
     if machine.cuda:
@@ -137,6 +136,9 @@ def _settings(machine: Machine, settings: Settings) -> Finding:
     if settings.device.startswith("cuda") and not machine.gpus:
         text = f"the device is {settings.device}, but PyTorch can use no GPU"
         return Finding(name="Settings", text=text, remedy="set device to auto or cpu", is_fatal=True)
+    if _uses_gpu(machine, settings) and machine.triton_problem and not settings.allow_slow_kernels:
+        remedy = "mend this, or set allow_slow_kernels to use the much slower plain PyTorch kernels"
+        return Finding(name="Settings", text="the GPU needs Triton, see above", remedy=remedy, is_fatal=True)
     names = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
     return Finding(name="Settings", text=", ".join(names) or "none in the environment")
 
@@ -188,8 +190,11 @@ def _port(settings: Settings) -> Finding:
     return Finding(name="Port", text=f"another program has {settings.port}", remedy="lightwell serve --port 0")
 
 
+def _uses_gpu(machine: Machine, settings: Settings) -> bool:
+    return bool(machine.gpus) and settings.device != "cpu"
+
+
 def _summary(machine: Machine, settings: Settings) -> Finding:
     kernels = machine.code_path or ("compiled at the first start" if machine.compiler and machine.has_avx2 else "torch")
-    uses_gpu = machine.gpus and settings.device != "cpu"
-    device = machine.gpus[0].name if uses_gpu else f"the processor, kernels: {kernels}"
+    device = machine.gpus[0].name if _uses_gpu(machine, settings) else f"the processor, kernels: {kernels}"
     return Finding(name="Result", text=f"`lightwell run` would run {settings.model} on {device}")

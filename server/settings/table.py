@@ -274,6 +274,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: Annotated[
         bool, Setting(_MEMORY, BOOLEAN, "Launch GPU kernels one by one instead of as CUDA graphs.")
     ] = False
+    allow_slow_kernels: Annotated[
+        bool,
+        Setting(
+            _MEMORY,
+            BOOLEAN,
+            "On a GPU where Triton does not work, start anyway, with plain PyTorch, which is many times slower.",
+        ),
+    ] = False
     batch_invariant: Annotated[
         bool,
         Setting(

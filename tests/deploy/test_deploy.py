@@ -1,8 +1,11 @@
 """The files in deploy/ match the server: names of metrics and settings, and the rules for image and compose file."""
 
+import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -313,6 +316,41 @@ def test_image_gets_what_it_copies(instructions: list[Instruction]) -> None:
     copied = {source for words in copies for source in words[:-1]}
     assert copied == allowed
     assert [source for source in copied if not (ROOT / source).exists()] == []
+
+
+@pytest.mark.parametrize("has_header", [True, False])
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_image_has_a_compiler_for_triton_only(
+    final_stage: list[Instruction], has_triton: bool, has_header: bool, tmp_path: Path
+) -> None:
+    """The instruction runs with programs that write down how they are called."""
+    (command,) = [arguments for name, arguments in final_stage if name == "RUN" and "gcc" in arguments]
+    assert final_stage.index(("RUN", command)) < [name for name, _ in final_stage].index("USER")
+    if has_header:
+        (tmp_path / "Python.h").touch()
+    programs = {"pip": f"exit {int(not has_triton)}", "python3": f"echo {tmp_path}"}
+    for name in ("pip", "python3", "apt-get", "rm"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/calls\n{programs.get(name, "")}\n')
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(["/bin/sh", "-ec", command], env={"PATH": str(tmp_path)}, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "pip show --quiet triton"
+    installed = [call for call in calls if "install" in call]
+    packages = "gcc libc6-dev" if has_header else "gcc libc6-dev python3-dev"
+    assert installed == ([f"apt-get install --yes --no-install-recommends {packages}"] if has_triton else [])
+
+
+def test_a_module_is_compiled_as_triton_does(tmp_path: Path) -> None:
+    if not (shutil.which("gcc") and importlib.util.find_spec("triton")):
+        pytest.skip("no gcc or no Triton")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    check = [sys.executable, str(DEPLOY / "check_triton.py")]
+    done = subprocess.run(check, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert re.search(r"headers of CUDA \d{5}$", done.stdout.strip())
+    assert list(tmp_path.glob("*/check_triton*.so"))
+    assert subprocess.run(
+        check, env=environment | {"CC": "/bin/false", "TRITON_CACHE_DIR": "/dev/null"}, check=False
+    ).returncode
 
 
 # A model in the image.

@@ -24,12 +24,14 @@ GOOD = Machine(
     torch="2.9.0+cpu",
     cuda=None,
     gpus=[],
-    has_triton=False,
+    triton_problem=None,
     compiler="g++ 12",
     compiler_problem=None,
     code_path="avx2",
     kernel_problem=None,
 )
+
+H100 = Gpu("H100", 80_000_000_000)
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +85,8 @@ def test_a_good_machine_needs_nothing() -> None:
             "bad layout",
             "mend this, then: lightwell build-kernels",
         ),
-        ({"gpus": [Gpu("H100", 80_000_000_000)]}, "GPU", "H100 (80 GB)", "pip install triton"),
-        ({"gpus": [Gpu("H100", 80_000_000_000)], "has_triton": True}, "Result", "on H100", None),
+        ({"gpus": [H100], "triton_problem": "no gcc: install it"}, "GPU", "H100 (80 GB)", "no gcc: install it"),
+        ({"gpus": [H100]}, "Result", "on H100", None),
         ({}, "Memory", "8.0 GB free: weights of up to about 4.0 GB", None),
         ({}, "Result", "`lightwell run` would run smollm2-135m on the processor, kernels: avx2", None),
     ],
@@ -133,12 +135,29 @@ def test_settings_with_which_no_server_starts(
     assert text in found[name].text
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "starts"),
+    [
+        ("DEVICE", "auto", False),
+        ("DEVICE", "cuda:0", False),
+        ("DEVICE", "cpu", True),
+        ("ALLOW_SLOW_KERNELS", "1", True),
+    ],
+)
+def test_a_gpu_without_triton(variable: str, value: str, starts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"LIGHTWELL_{variable}", value)
+    found = findings(gpus=[H100], triton_problem="no gcc: install it")
+    fatal = [finding.name for finding in found.values() if finding.is_fatal]
+    assert fatal == ([] if starts else ["Settings", "Result"])
+    assert starts or "allow_slow_kernels" in (found["Settings"].remedy or "")
+
+
 def test_settings_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their values are in what would run; a key is not shown."""
     monkeypatch.setenv("LIGHTWELL_MODEL", "org/name")
     monkeypatch.setenv("LIGHTWELL_API_KEY", "canary")
     monkeypatch.setenv("LIGHTWELL_DEVICE", "cpu")
-    found = findings(gpus=[Gpu("H100", 80_000_000_000)], has_triton=True)
+    found = findings(gpus=[H100])
     assert "LIGHTWELL_API_KEY, " in found["Settings"].text
     assert found["Result"].text.startswith("`lightwell run` would run org/name on the processor")
     assert "canary" not in str(found)
