@@ -41,7 +41,7 @@ from engine.shared.messages import (
     Vocabulary,
 )
 from engine.shared.parent_death import die_with_parent
-from engine.startup import engine_info, log_plan, process_age, progress_bar, warm_up
+from engine.startup import capture_graphs, engine_info, log_plan, process_age, progress_bar, warm_up
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -72,6 +72,7 @@ class EngineLoop:
             self.handle(identity, message)
         if timeout == HEARTBEAT_SECONDS and not messages:
             self.engine.prepare_grammars()
+            self.engine.runner.capture_next()
         for identity, done in self.adapter_updates.advance():
             self.announce_adapters(identity, done)
         step, events = self.engine.step()
@@ -151,11 +152,14 @@ def start(process_config: EngineProcessConfig) -> EngineLoop:
     connections = ApiConnections(process_config.address)
     age = process_age()
     clock = StepClock()
-    loaded = load_model(config, clock, progress_bar())
+    loaded = load_model(config, clock, progress_bar("weights", is_bytes=True))
     # The kernels have their own threads. Torch's threads would busy-wait on the same cores.
     torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
     warm_up(Engine(config, loaded), loaded.limits.max_model_len)  # a separate engine, so that statistics start at zero
     clock.lap("warm-up")
+    if loaded.runner.execution.uncaptured:
+        capture_graphs(loaded.runner, progress_bar("CUDA graphs", is_bytes=False))
+        clock.lap("CUDA graphs")
     engine = Engine(config, loaded)
     log_plan(loaded, config)
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in {"imports": age, **clock.seconds}.items())

@@ -92,6 +92,11 @@ class ModelRunner:
         self.sampled: Tensor | None = None  # [R] int64: the tokens of the previous step, on the device
 
     @torch.inference_mode()
+    def capture_next(self) -> None:
+        """Capture the CUDA graph of one more batch size, if any is left. No step may be in flight."""
+        self.execution.capture_next()
+
+    @torch.inference_mode()
     def forward(self, step: Step, clock: StepClock) -> BatchInputs:
         """Launch the model on a step. It may read tokens that the previous step has sampled on the device."""
         batch = self.builder.build(step)

@@ -17,6 +17,7 @@ from engine.core import Engine
 from engine.loading import LoadedModel, Progress
 from engine.lora.slots import num_lora_slots
 from engine.model.memory_plan import MIB
+from engine.runner import ModelRunner
 from engine.shared.messages import EngineInfo, SamplingParams, Submit
 
 logger = logging.getLogger("lightwell.engine")
@@ -25,6 +26,7 @@ WARM_UP = SamplingParams(max_tokens=2, ignore_eos=True)
 WARM_UP_SAMPLING = SamplingParams(  # runs all kernels of a sampler
     max_tokens=2, ignore_eos=True, temperature=1.0, top_p=0.9, repetition_penalty=1.1, logit_bias={0: 1.0}
 )
+MAX_CAPTURE_SECONDS = 60.0  # about 1 s, unless kernels for sizes of batches have to be compiled
 FINGERPRINT_BYTES = 1024 * 1024  # read at the start, the middle and the end of each weight file
 
 
@@ -122,21 +124,37 @@ def warm_up(engine: Engine, max_model_len: int) -> None:
         engine.step()
 
 
-def progress_bar() -> Progress | None:
-    """Return a progress callback that draws a bar while weights are read, or None if stderr is no terminal."""
+def capture_graphs(runner: ModelRunner, progress: Progress | None = None) -> None:
+    """Capture CUDA graphs for at most MAX_CAPTURE_SECONDS; the engine captures what is left when it is idle.
+
+    `progress` is called with the number of graphs that have been captured or given up, and the total.
+    """
+    end = time.monotonic() + MAX_CAPTURE_SECONDS
+    num_graphs = len(runner.execution.uncaptured)
+    while runner.execution.uncaptured and time.monotonic() < end:
+        runner.capture_next()
+        if progress is not None:
+            progress(num_graphs - len(runner.execution.uncaptured), num_graphs)
+    if num_left := len(runner.execution.uncaptured):
+        logger.info("CUDA graphs: %d of %d are left for when the engine is idle", num_left, num_graphs)
+
+
+def progress_bar(name: str, *, is_bytes: bool) -> Progress | None:
+    """Return a progress callback that draws a bar of bytes or of items, or None if stderr is no terminal."""
     if not sys.stderr.isatty():
         return None
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    bar = Bar(TextColumn("weights"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True)
-    task = bar.add_task("weights")
+    count = DownloadColumn() if is_bytes else MofNCompleteColumn()
+    bar = Bar(TextColumn(name), BarColumn(), count, console=Console(stderr=True), transient=True)
+    task = bar.add_task(name)
 
-    def advance(num_bytes_done: int, num_bytes: int) -> None:
-        bar.update(task, completed=num_bytes_done, total=num_bytes)
+    def advance(num_done: int, num: int) -> None:
+        bar.update(task, completed=num_done, total=num)
         bar.start()  # at the first call, because the kernels may have to be compiled before, which is logged
-        if num_bytes_done == num_bytes:
+        if num_done == num:
             bar.stop()
 
     return advance

@@ -43,6 +43,10 @@ class CpuExecution:
         self.plain_program = self.forward_program
         if kernels.options.num_lora_slots:  # a call with nothing to do still costs a barrier of all threads
             self.plain_program = self.forward_program.without("add_lora_")
+        self.uncaptured: list[int] = []
+
+    def capture_next(self) -> None:
+        """Do nothing: there are no graphs."""
 
     def forward(self, batch: BatchInputs) -> None:
         has_adapters = self.plain_program is not self.forward_program and bool((batch.lora_slots >= 0).any())

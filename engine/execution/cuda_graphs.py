@@ -2,17 +2,19 @@
 
 A graph runs on fixed memory, so a batch is copied into the graph's buffers and padded to the next of a few sizes with
 rows whose results are discarded. All other batches run operation by operation, with the same bits.
+
+Graphs are captured before requests come, or when there are none, the largest first: the memory that its operations
+take is enough for the others, so all graphs share it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
@@ -20,103 +22,124 @@ from engine.batch.inputs import BatchInputs
 from engine.execution.eager import EagerExecution
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
+from engine.model.memory_plan import MIB, free_memory
 from engine.scheduling.request import NO_LORA_SLOT
 
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sequences
-PAD_SLOT_ID = -1  # in the slot mapping: the row's key and value are not stored
+MAX_GRAPH_BYTES = 384 * MIB  # more is not captured: the memory plan reserves little for graphs
+PADDING = (0, 0, -1, NO_LORA_SLOT)  # token id, position, slot mapping (keys and values are not stored), LoRA slot
 
-Key: TypeAlias = tuple[int, int]  # number of sequences, segments of keys of the longest
 Forward: TypeAlias = Callable[[], Tensor]
 
 
-def capture(forward: Forward, pool: tuple[int, int] | None = None) -> Forward:
-    """Return a function that replays what `forward` does on the device, in the same memory.
+class GraphDevice(Protocol):
+    """A device that captures graphs."""
 
-    `forward` runs once before the capture: kernels are compiled and libraries loaded on first use.
-    """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        forward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
-        out = forward()
+    num_bytes: int  # that the graphs take
 
-    def replay() -> Tensor:
-        graph.replay()
-        return out
+    def capture(self, forward: Forward) -> Forward:
+        """Return a function that replays what `forward` does on the device, in the same memory.
 
-    return replay
+        Raises RuntimeError if that cannot be captured.
+        """
+        ...
+
+
+class CudaDevice:
+    """Captures CUDA graphs on one stream into one memory pool, as sharing the memory requires."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+        self.num_bytes = 0
+
+    def capture(self, forward: Forward) -> Forward:
+        """Run `forward` once, since kernels are compiled and libraries loaded on first use, and then capture it."""
+        num_free = free_memory(self.device)
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # here too, because torch stays on the stream if a capture fails
+            forward()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                out = forward()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.num_bytes += num_free - free_memory(self.device)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
 
 
 class GraphedExecution(EagerExecution):
-    """Captures the graph of a size when it is needed for the second time, so that no first token waits for it."""
+    """Runs a batch in the smallest captured graph that holds it, or operation by operation if there is none."""
 
-    def __init__(
-        self,
-        model: CausalLM,
-        kv_cache: KVCache,
-        builder: BatchBuilder,
-        segment: int,
-        capture: Callable[[Forward], Forward],
-    ) -> None:
+    def __init__(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder, device: GraphDevice) -> None:
         super().__init__(model, kv_cache)
-        self.segment = segment  # tokens
-        self.capture: Callable[[Forward], Forward] | None = capture  # None after a capture has failed
-        self.graphs: dict[Key, Forward] = {}
-        self.seen_keys: set[Key] = set()
+        self.device = device
+        self.graphs: dict[int, Forward] = {}  # by size
         max_num_seqs, max_blocks = builder.tables.shape
-        size = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
-        self.rows = torch.zeros((4, size), dtype=torch.int64, device=builder.device)
-        self.all_rows = torch.arange(size, device=builder.device)
-        self.tables = torch.zeros((size, max_blocks), dtype=torch.int64, device=builder.device)
+        largest = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
+        self.uncaptured = [size for size in SIZES if size <= largest]
+        self.max_model_len = max_blocks * builder.block_size
+        self.rows = torch.zeros((4, largest), dtype=torch.int64, device=builder.device)
+        self.all_rows = torch.arange(largest, device=builder.device)
+        self.tables = torch.zeros((largest, max_blocks), dtype=torch.int64, device=builder.device)
+
+    def capture_next(self) -> None:
+        """Capture the graph of the largest size that is left. Without it, batches run in the next larger graph."""
+        if not self.uncaptured:
+            return
+        size = self.uncaptured.pop()
+        self._pad(0, size)  # the capture runs the model, and must not change what is cached
+        inputs = self._inputs(size)
+        try:
+            self.graphs[size] = self.device.capture(lambda: self.model.forward(inputs, self.kv_cache))
+        except RuntimeError as error:
+            logger.warning("no CUDA graph for batches of %d, whose steps take longer: %s", size, first_cause(error))
+        num_mib = self.device.num_bytes // MIB
+        if self.uncaptured and self.device.num_bytes > MAX_GRAPH_BYTES:
+            logger.warning("CUDA graphs take %d MiB: no more are captured, for batches of %s", num_mib, self.uncaptured)
+            self.uncaptured = []
+        if not self.uncaptured:
+            logger.info("CUDA graphs: for batches of %s, %d MiB", ", ".join(map(str, sorted(self.graphs))), num_mib)
 
     def forward(self, batch: BatchInputs) -> None:
-        graph = self._graph_of(batch)
-        if graph is None:
+        size = self.size_of(batch)
+        if size is None:
             super().forward(batch)
         else:
-            self.hidden = graph()
+            self._copy(batch, size)
+            self.hidden = self.graphs[size]()
 
-    def _graph_of(self, batch: BatchInputs) -> Forward | None:
-        """Copy the batch into the buffers of its CUDA graph and return the graph; None if it must run without one."""
-        key = self.key_of(batch)
-        if key is None or self.capture is None:
-            return None
-        if key not in self.seen_keys:
-            self.seen_keys.add(key)
-            return None
-        self._copy(batch, key[0])  # before the capture, which runs the model once
-        if key not in self.graphs:
-            self._add(key)
-        return self.graphs.get(key)
-
-    def key_of(self, batch: BatchInputs) -> Key | None:
-        """Return the key of the graph that computes a batch; None if no graph can."""
+    def size_of(self, batch: BatchInputs) -> int | None:
+        """Return the size of the graph that computes a batch; None if no graph can."""
         num_seqs = len(batch.query_lens)
         is_decode = len(batch.token_ids) == num_seqs == len(batch.hidden_rows) and bool((batch.query_lens == 1).all())
-        if not is_decode or not 0 < num_seqs <= self.rows.shape[1]:
-            return None
-        num_segments = -(-int(batch.seq_lens.max()) // self.segment)
-        return next(size for size in SIZES if size >= num_seqs), triton.next_power_of_2(num_segments)
+        return min((size for size in self.graphs if size >= num_seqs > 0), default=None) if is_decode else None
 
     def _copy(self, batch: BatchInputs, size: int) -> None:
         num_seqs = len(batch.query_lens)
         rows = (batch.token_ids, batch.positions, batch.slot_mapping, batch.lora_slots)
-        for row, values, padding in zip(self.rows, rows, (0, 0, PAD_SLOT_ID, NO_LORA_SLOT), strict=True):
+        for row, values in zip(self.rows, rows, strict=True):
             row[:num_seqs] = values
-            row[num_seqs:size] = padding
+        self._pad(num_seqs, size)
         self.tables[:num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
 
-    def _add(self, key: Key) -> None:
-        size, num_segments = key
+    def _pad(self, first: int, last: int) -> None:
+        for row, padding in zip(self.rows, PADDING, strict=True):
+            row[first:last] = padding
+
+    def _inputs(self, size: int) -> BatchInputs:
+        """Return the buffers of a graph as a batch."""
         ones = np.ones(size, dtype=np.int64)
         token_ids, positions, slot_mapping, lora_slots = self.rows[:, :size]
-        rows, tables = self.all_rows[:size], self.tables[:size]
-        inputs = BatchInputs(
+        rows = self.all_rows[:size]
+        return BatchInputs(
             token_ids,
             positions,
             slot_mapping,
@@ -126,14 +149,15 @@ class GraphedExecution(EagerExecution):
             sample_rows=rows,
             ahead_rows=rows[:0],
             ahead_samples=rows[:0],
-            block_tables=tables,
+            block_tables=self.tables[:size],
             query_lens=ones,
             hidden_lens=ones,
-            seq_lens=ones * num_segments * self.segment,
+            seq_lens=ones * self.max_model_len,
         )
-        assert self.capture is not None
-        try:
-            self.graphs[key] = self.capture(lambda: self.model.forward(inputs, self.kv_cache))
-        except RuntimeError as error:
-            logger.warning("cannot capture a CUDA graph, steps take longer: %s", error)
-            self.capture = None
+
+
+def first_cause(error: BaseException) -> str:
+    """Return the first line of what went wrong first: an error in a capture is followed by that of ending it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0]

@@ -14,6 +14,10 @@ class EagerExecution:
         self.model = model
         self.kv_cache = kv_cache
         self.hidden: Tensor | None = None
+        self.uncaptured: list[int] = []
+
+    def capture_next(self) -> None:
+        """Do nothing: there are no graphs."""
 
     def forward(self, batch: BatchInputs) -> None:
         self.hidden = self.model.forward(batch, self.kv_cache)

@@ -10,6 +10,15 @@ from engine.batch.inputs import BatchInputs
 class Execution(Protocol):
     """A model that is ready to run step after step in the same buffers."""
 
+    uncaptured: list[int]  # batch sizes, ascending, whose CUDA graph is still to be captured
+
+    def capture_next(self) -> None:
+        """Capture the graph of the largest size of `uncaptured`, if any, which is then removed from the list.
+
+        No step may be in flight.
+        """
+        ...
+
     def forward(self, batch: BatchInputs) -> None:
         """Compute the last hidden states of the batch's `hidden_rows`, and store the keys and values of every row."""
         ...

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
-
 from engine.batch.builder import BatchBuilder
 from engine.execution.eager import EagerExecution
 from engine.execution.interface import Execution
@@ -23,10 +19,7 @@ def prepare_execution(kernels: Kernels, model: CausalLM, kv_cache: KVCache, buil
         assert isinstance(kernels, CpuKernels)
         return CpuExecution(kernels, model, kv_cache, builder)
     if kernels.execution == "cuda_graphs":
-        from engine.execution.cuda_graphs import GraphedExecution, capture
-        from engine.kernels.triton.kernels import TritonKernels
+        from engine.execution.cuda_graphs import CudaDevice, GraphedExecution
 
-        assert isinstance(kernels, TritonKernels)
-        capture_in_pool = partial(capture, pool=torch.cuda.graph_pool_handle())
-        return GraphedExecution(model, kv_cache, builder, kernels.tiles.attention.segment, capture_in_pool)
+        return GraphedExecution(model, kv_cache, builder, CudaDevice(builder.device))
     return EagerExecution(model, kv_cache)

@@ -41,6 +41,7 @@ from engine.runner import ModelRunner, PendingOutputs
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import Step
 from engine.shared.messages import SamplingParams, Submit
+from engine.startup import capture_graphs
 
 REPEATS = 20
 NUM_GENERATED = 64  # tokens per stream
@@ -138,6 +139,7 @@ def main() -> None:
             loaded = load_model(
                 EngineConfig(model_path=folder, device=arguments.device, dtype="bfloat16", batch_invariant=is_invariant)
             )
+            capture_graphs(loaded.runner)
             mode = "default" if is_invariant else "--no-batch-invariant"
             figures += [decode(loaded, shape, limits[0], mode, n, context) for n in arguments.streams]
             figures.append(prefill(loaded, shape, limits[1], mode, arguments.prompt))

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from engine.config import EngineConfig, load_model_config
-from engine.execution.cuda_graphs import GraphedExecution
+from engine.execution.cuda_graphs import SIZES, GraphedExecution
 from engine.loading import LoadedModel, load_model
 from engine.sampling.logprobs import gather_logprobs
 from engine.shared.messages import Submit
+from engine.startup import capture_graphs
 from server.text.tokenizer import Tokenizer
 from tests.bench.quality import TEXT
 from tests.engine.test_batch_invariance import MAX_MODEL_LEN, assert_same, make_engine, run, run_alone, submits
@@ -36,9 +37,11 @@ each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
 
 def load(path: Path, **settings: Any) -> LoadedModel:
-    return load_model(
+    loaded = load_model(
         EngineConfig(model_path=str(path), max_model_len=MAX_MODEL_LEN, kv_cache_memory=2**30, **settings)
     )
+    capture_graphs(loaded.runner)
+    return loaded
 
 
 @each_setting
@@ -66,7 +69,11 @@ def test_the_same_answer_in_any_company(
     assert_same(run(engine, submits), expected)
     assert engine.stats().preemptions_total > 0
     assert_same(run(engine, submits), expected)
-    assert isinstance(engine.runner.execution, GraphedExecution) != settings.get("enforce_eager", False)
+    execution = engine.runner.execution
+    assert isinstance(execution, GraphedExecution) != settings.get("enforce_eager", False)
+    if isinstance(execution, GraphedExecution):
+        assert not execution.uncaptured
+        assert sorted(execution.graphs) == [size for size in SIZES if size <= 128]  # max_num_seqs
 
 
 def test_adapters_in_any_company(smollm2_path: Path, tmp_path: Path, submits: Sequence[Submit]) -> None:

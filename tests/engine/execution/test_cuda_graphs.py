@@ -1,7 +1,9 @@
 """Which steps a graph computes, and that answers are the same: on a CPU, where a replay runs the model again."""
 
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -9,32 +11,44 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engine import startup
+from engine.api_connections import ApiConnections
 from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.execution.cuda_graphs import PAD_SLOT_ID, SIZES, GraphedExecution
+from engine.execution.cuda_graphs import MAX_GRAPH_BYTES, SIZES, Forward, GraphedExecution, first_cause
 from engine.loading import LoadedModel, load_model
 from engine.model.kv_cache import KVCache
+from engine.process import EngineLoop
 from engine.scheduling.request import NO_LORA_SLOT
-from engine.shared.messages import SamplingParams, Submit
+from engine.shared.messages import HEARTBEAT_SECONDS, SamplingParams, Submit
+from engine.startup import capture_graphs
 from tests.parity.test_families import SHAPE
+from tests.support.engine_info import ENGINE_INFO
 from tests.support.kernel_choice import choose_kernels
 from tests.support.tiny_models import save_random_model
 from tests.support.triton_models import SEED, prompt_of
 
 
 class Device:
-    """Replaces a device: keeps captured functions, and counts captures and replays."""
+    """Replaces a device: keeps captured functions, and records the sizes that are captured and replayed."""
 
-    def __init__(self) -> None:
-        self.num_captured = self.num_replayed = 0
+    def __init__(self, failing: Collection[int] = (), bytes_per_graph: int = 0) -> None:
+        self.failing = failing
+        self.bytes_per_graph = bytes_per_graph
+        self.num_bytes = 0
+        self.captured: list[int] = []
+        self.replayed: list[int] = []
 
-    def capture(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        self.num_captured += 1
-        forward()  # as a real capture does
+    def capture(self, forward: Forward) -> Forward:
+        size = len(forward())  # a real capture runs it too
+        if size in self.failing:
+            raise RuntimeError("CUDA error: out of luck\nCompile with")
+        self.captured.append(size)
+        self.num_bytes += self.bytes_per_graph
 
         def replay() -> Tensor:
-            self.num_replayed += 1
+            self.replayed.append(size)
             return forward()
 
         return replay
@@ -47,16 +61,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def load(folder: Path, max_num_seqs: int = 8) -> LoadedModel:
+def load(folder: Path, max_num_seqs: int = 4) -> LoadedModel:
+    config = EngineConfig(
+        model_path=str(folder), device="cpu", dtype="float32", max_model_len=64, max_num_seqs=max_num_seqs
+    )
     with choose_kernels("triton"):
-        return load_model(
-            EngineConfig(model_path=str(folder), device="cpu", dtype="float32", max_num_seqs=max_num_seqs)
-        )
+        return load_model(config)
 
 
-def with_graphs(loaded: LoadedModel, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]]) -> None:
+def with_graphs(loaded: LoadedModel, device: Device, num_captures: int | None = None) -> GraphedExecution:
+    """Make a model run in graphs, and capture all, or some."""
     runner = loaded.runner
-    runner.execution = GraphedExecution(runner.model, runner.kv_cache, runner.builder, 32, capture)
+    execution = runner.execution = GraphedExecution(runner.model, runner.kv_cache, runner.builder, device)
+    for _ in range(len(execution.uncaptured) if num_captures is None else num_captures):
+        runner.capture_next()
+    return execution
 
 
 def answers(loaded: LoadedModel, requests: dict[str, tuple[int, int]]) -> dict[str, list[int]]:
@@ -72,60 +91,77 @@ def answers(loaded: LoadedModel, requests: dict[str, tuple[int, int]]) -> dict[s
     return found
 
 
-REQUESTS = {"a": (5, 5), "b": (29, 7), "c": (31, 5), "d": (5, 3)}
+REQUESTS = {"a": (5, 5), "b": (29, 7), "c": (31, 6), "d": (5, 3)}
 
 
 def test_the_same_answers(folder: Path) -> None:
     """Batches shrink, prompts run in between, and the longest context grows by a segment."""
     expected = answers(load(folder), REQUESTS)
     loaded, device = load(folder), Device()
-    with_graphs(loaded, device.capture)
+    with_graphs(loaded, device)
+    assert device.captured == [4, 2, 1]
     assert answers(loaded, REQUESTS) == expected
-    assert answers(loaded, REQUESTS) == expected
-    assert 1 < device.num_captured < device.num_replayed
-    for name in ("b", "d"):
-        request = REQUESTS[name]
-        assert answers(loaded, {name: request}) == {name: expected[name]}
+    assert device.replayed == [4, 4, 4, 4, 2, 1]
+    assert len(device.captured) == 3
+    assert answers(loaded, {"d": REQUESTS["d"]}) == {"d": expected["d"]}
 
 
-def test_when_a_graph_is_captured(folder: Path) -> None:
+def test_which_batches_run_in_graphs(folder: Path) -> None:
     loaded, device = load(folder), Device()
-    with_graphs(loaded, device.capture)
-    answers(loaded, {"a": (5, 2)})
-    assert (device.num_captured, device.num_replayed) == (0, 0)  # the first step of a size is not captured
-    answers(loaded, {"a": (5, 4)})
-    assert (device.num_captured, device.num_replayed) == (1, 3)
+    with_graphs(loaded, device)
     answers(loaded, {"a": (5, 1), "b": (9, 1)})
-    assert (device.num_captured, device.num_replayed) == (1, 3)  # prompts only
+    assert device.replayed == []  # prompts only
+    answers(loaded, {"a": (5, 3)})
+    assert device.replayed == [1, 1]
+    answers(loaded, {name: (5, 2) for name in "abc"})
+    assert device.replayed == [1, 1, 4]
 
 
-def test_rows_that_fill_a_batch_up_write_nothing(folder: Path) -> None:
+def test_what_is_left_is_captured_later(folder: Path) -> None:
+    """Until then, batches run in the next larger graph, or in none."""
+    requests = {"a": (5, 3)}
+    expected = answers(load(folder), requests)
     loaded, device = load(folder), Device()
-    with_graphs(loaded, device.capture)
-    execution = loaded.runner.execution
-    assert isinstance(execution, GraphedExecution)
-    three = {name: (5, 9) for name in "abc"}
-    answers(loaded, three)
-    assert set(execution.graphs) == {(4, 1)}
+    execution = with_graphs(loaded, device, num_captures=0)
+    assert answers(loaded, requests) == expected
+    assert device.replayed == []
+    loaded.runner.capture_next()
+    assert execution.uncaptured == [1, 2]
+    assert answers(loaded, requests) == expected
+    assert device.replayed == [4] * 2
+    for _ in range(3):
+        loaded.runner.capture_next()
+    assert answers(loaded, requests) == expected
+    assert device.replayed == [4] * 2 + [1] * 2
+    assert device.captured == [4, 2, 1]
+
+
+def test_captures_and_padding_write_nothing(folder: Path) -> None:
+    """Whatever was in the buffers before."""
+    loaded = load(folder)
+    execution = with_graphs(loaded, Device(), num_captures=1)
+    answers(loaded, {name: (5, 2) for name in "abc"})
     before = [cache.keys.clone() for cache in loaded.runner.kv_cache.layers]
-    execution.rows[2, :4] = PAD_SLOT_ID
-    execution.graphs[4, 1]()
+    assert any(keys.any() for keys in before)
+    assert (execution.rows[2, :3] >= 0).all()
+    assert execution.rows[2, 3] == -1
+    loaded.runner.capture_next()
+    loaded.runner.capture_next()
     assert all(torch.equal(cache.keys, keys) for cache, keys in zip(loaded.runner.kv_cache.layers, before, strict=True))
-    assert execution.rows[2, 3] == PAD_SLOT_ID
 
 
 def test_adapters_of_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of the batch keep their adapters, and padding has none, whatever was in the buffers before."""
     loaded = load(folder)
-    with_graphs(loaded, Device().capture)
     seen: list[list[int]] = []
 
     def forward(inputs: BatchInputs, kv_cache: KVCache) -> Tensor:
         assert inputs.hidden_lora_slots.tolist() == inputs.lora_slots.tolist()
         seen.append(inputs.lora_slots.tolist())
-        return torch.empty(0)
+        return torch.empty(len(seen[-1]))
 
     monkeypatch.setattr(loaded.runner.model, "forward", forward)
+    with_graphs(loaded, Device())
     for lora_slots in ([1, 1, 1], [0, -1, 2, 1], [0, -1, 2]):
         batch = loaded.runner.builder.buffers()
         batch.token_ids = batch.positions = batch.slot_mapping = batch.hidden_rows = torch.zeros(len(lora_slots)).long()
@@ -133,45 +169,124 @@ def test_adapters_of_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         batch.block_tables = batch.block_tables[: len(lora_slots)]
         batch.query_lens = batch.seq_lens = np.ones(len(lora_slots), dtype=np.int64)
         loaded.runner.execution.forward(batch)
-        assert seen[-1] == lora_slots + [NO_LORA_SLOT] * (len(seen) > 1 and 4 - len(lora_slots))
+        assert seen[-1] == lora_slots + [NO_LORA_SLOT] * (4 - len(lora_slots))
 
 
-@pytest.mark.parametrize(("max_num_seqs", "size"), [(1, 1), (3, 4), (8, 8), (100, 128), (300, 256)])
-def test_sizes(folder: Path, max_num_seqs: int, size: int) -> None:
+@pytest.mark.parametrize(("max_num_seqs", "largest"), [(1, 1), (3, 4), (8, 8), (100, 128), (300, 256)])
+def test_sizes(folder: Path, max_num_seqs: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(folder, max_num_seqs)
-    with_graphs(loaded, Device().capture)
-    execution = loaded.runner.execution
-    assert isinstance(execution, GraphedExecution)
-    assert execution.rows.shape == (4, size)
-    builder = loaded.runner.builder
-    batch = builder.buffers()
+    monkeypatch.setattr(loaded.runner.model, "forward", lambda inputs, kv_cache: inputs.token_ids)
+    execution = with_graphs(loaded, device := Device())
+    assert device.captured == [size for size in reversed(SIZES) if size <= largest]
+    batch = loaded.runner.builder.buffers()
 
-    def key_of(num_seqs: int, longest: int) -> tuple[int, int] | None:
-        ones = np.ones(num_seqs, dtype=np.int64)
-        batch.token_ids = batch.hidden_rows = torch.zeros(num_seqs, dtype=torch.int64)
-        batch.query_lens, batch.seq_lens = ones, ones * longest
-        return execution.key_of(batch)
+    def size_of(num_seqs: int, num_rows: int) -> int | None:
+        batch.query_lens = np.ones(num_seqs, dtype=np.int64)
+        batch.token_ids = batch.hidden_rows = torch.zeros(num_rows, dtype=torch.int64)
+        return execution.size_of(batch)
 
     for num_seqs in range(1, max_num_seqs + 1):
         expected = next((some for some in SIZES if some >= num_seqs), None)
-        assert key_of(num_seqs, 1) == (None if expected is None else (expected, 1))
-    assert key_of(1, 32) == (1, 1)
-    assert key_of(1, 33) == (1, 2)
-    assert key_of(1, 70) == (1, 4)
+        assert size_of(num_seqs, num_seqs) == expected
+    assert size_of(0, 0) is None
+    assert size_of(1, 2) is None  # not one row for each sequence
 
 
-@pytest.mark.parametrize("num_graphs", [0, 1])
-def test_where_no_graph_can_be_captured(folder: Path, num_graphs: int, caplog: pytest.LogCaptureFixture) -> None:
-    """The first capture fails, or a later one."""
-    device = Device()
+@pytest.mark.parametrize(
+    ("failing", "replayed"), [({4}, [2, 1]), ({2}, [4, 4, 1]), ({1}, [4, 2, 2]), ({4, 2, 1}, [])], ids=str
+)
+def test_a_size_that_cannot_be_captured(
+    folder: Path, failing: set[int], replayed: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its batches run in the next larger graph, or operation by operation."""
+    requests = {"a": (3, 2), "b": (4, 3), "c": (5, 4)}
+    expected = answers(load(folder), requests)
+    loaded, device = load(folder), Device(failing)
+    with_graphs(loaded, device)
+    assert answers(loaded, requests) == expected
+    assert device.replayed == replayed
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    sizes = sorted(failing, reverse=True)
+    assert messages == [
+        f"no CUDA graph for batches of {size}, whose steps take longer: CUDA error: out of luck" for size in sizes
+    ]
 
-    def fails(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        if device.num_captured == num_graphs:
-            raise RuntimeError("out of memory")
-        return device.capture(forward)
 
-    expected = answers(load(folder), REQUESTS)
+def test_too_much_memory(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded, device = load(folder), Device(bytes_per_graph=MAX_GRAPH_BYTES // 2 + 1)
+    execution = with_graphs(loaded, device)
+    assert device.captured == [4, 2]
+    assert execution.uncaptured == []
+    assert "CUDA graphs take 384 MiB: no more are captured, for batches of [1]" in caplog.messages
+    answers(loaded, {"a": (5, 2)})
+    assert device.replayed == [2]
+
+
+def test_what_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with_graphs(load(folder), Device(failing={2}, bytes_per_graph=3 << 20))
+    assert caplog.messages[-1] == "CUDA graphs: for batches of 1, 4, 6 MiB"
+
+
+def test_the_first_cause() -> None:
+    """Ending a capture in which something failed fails too, with an error that says nothing."""
+
+    @contextmanager
+    def capturing() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    with pytest.raises(RuntimeError) as error, capturing():
+        raise RuntimeError("CUDA out of memory\nTried")
+    assert str(error.value) == "capture was invalidated"
+    assert first_cause(error.value) == "CUDA out of memory"
+
+
+def test_start(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """All are captured before the engine is ready, but not for ever."""
+    caplog.set_level("INFO")
+    loaded, device = load(folder), Device()
+    execution = with_graphs(loaded, device, num_captures=0)
+    seen: list[tuple[int, int]] = []
+    capture_graphs(loaded.runner, lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert device.captured == [4, 2, 1]
+    execution = with_graphs(loaded, Device(), num_captures=0)
+    monkeypatch.setattr(startup, "MAX_CAPTURE_SECONDS", 0.001)
+    capture_graphs(loaded.runner)
+    assert execution.uncaptured == [1, 2]
+    assert caplog.messages[-1] == "CUDA graphs: 2 of 3 are left for when the engine is idle"
+
+
+def test_an_idle_engine_captures_what_is_left(folder: Path) -> None:
+    """One at a time, and none while there are requests or messages."""
+
+    class Connections:
+        messages: ClassVar[list[Any]] = []
+
+        def receive(self, timeout: float) -> list[Any]:
+            return [(b"", message) for message in self.messages]
+
+        def remember(self, identity: bytes, submit: Submit) -> None: ...
+
+        def send_outputs(self, *args: Any) -> None: ...
+
     loaded = load(folder)
-    with_graphs(loaded, fails)
-    assert answers(loaded, REQUESTS) == expected
-    assert caplog.text.count("cannot capture a CUDA graph, steps take longer: out of memory") == 1
+    execution = with_graphs(loaded, Device(), num_captures=0)
+    engine = Engine(EngineConfig(model_path="", speculative="off"), loaded)
+    connections = Connections()
+    loop = EngineLoop(engine, ENGINE_INFO, cast(ApiConnections, connections))
+    loop.run_once(HEARTBEAT_SECONDS)
+    assert execution.uncaptured == [1, 2]
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    connections.messages = [Submit(request_id="a", prompt_token_ids=[1], params=params, arrival=0.0)]
+    loop.run_once(HEARTBEAT_SECONDS)
+    connections.messages.clear()
+    while engine.has_work:
+        loop.run_once(0.0)
+    assert execution.uncaptured == [1, 2]
+    for _ in range(3):
+        loop.run_once(HEARTBEAT_SECONDS)
+    assert execution.uncaptured == []
