@@ -12,16 +12,24 @@ depend on earlier tokens (penalties, grammars) need no separate implementation.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
 
 from engine.config import EngineConfig
 from engine.grammar.matcher import GrammarManager
 from engine.loading import LoadedModel
 from engine.lora.slots import prefix_salt
+from engine.model.memory_plan import release_memory
 from engine.runner import PendingOutputs
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.budget import StepBudget
 from engine.scheduling.record import Recorder, StepClock, StepRecord
 from engine.scheduling.request import Step, new_request, without_early_end
 from engine.scheduling.scheduler import Scheduler
@@ -29,6 +37,10 @@ from engine.scheduling.speculation import choose_policy
 from engine.shared.messages import EngineStats, Submit, TokenEvent
 
 GRAMMAR_WAIT = 0.02  # seconds to wait for a grammar if nothing else runs; no message is read meanwhile
+
+Launched = TypeVar("Launched")
+
+logger = logging.getLogger("lightwell.engine")
 
 
 @dataclass(slots=True)
@@ -56,8 +68,8 @@ class Engine:
         self.scheduler = Scheduler(
             BlockPool(loaded.memory.num_blocks, loaded.memory.block_size, separates_prompts=separates_prompts),
             self.recorder,
+            StepBudget(loaded.limits.max_num_batched_tokens, config.max_step_ms),
             max_num_seqs=loaded.limits.max_num_seqs,
-            max_num_batched_tokens=loaded.limits.max_num_batched_tokens,
             max_model_len=loaded.limits.max_model_len,
             eos_token_ids=loaded.config.eos_token_ids,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
@@ -67,7 +79,9 @@ class Engine:
         can_overlap = self.scheduler.drafting.policy is None
         self.overlaps = can_overlap and (loaded.device.type == "cuda" if overlaps is None else overlaps)
         self.scheduler.drafting.drafts_forced = not self.overlaps
+        self.device = loaded.device
         self.in_flight: StepInFlight | None = None
+        self.last_read = 0.0  # time of time.monotonic() when the last step was read
         self.grammars = GrammarManager(loaded.config.eos_token_ids)
         self.enable_prefix_caching = config.enable_prefix_caching
         self.arrivals = itertools.count()
@@ -106,16 +120,31 @@ class Engine:
         self.scheduler.abort(request_id, index)
 
     def step(self) -> tuple[Step | None, list[TokenEvent]]:
-        """Launch a step. Return the step that has been read, if any, and its events."""
+        """Launch a step. Return the step that has been read, if any, and its events.
+
+        A step that runs out of memory is taken back, and the next one is smaller.
+        """
         clock = StepClock()
         step = self.scheduler.schedule() or self._wait_for_grammar()
         clock.lap("schedule")
-        batch = None if step is None else self.runner.forward(step, clock)
-        finished = self._finish()
+        batch = None if step is None else self._launch(step, lambda: self.runner.forward(step, clock))
+        finished, events = self._finish()
         if step is not None and batch is not None:
             clock.lap("overlap")
-            self.in_flight = StepInFlight(step, self.runner.sample(step, batch, clock), clock)
-        return finished if self.overlaps else self._finish()
+            outputs = self._launch(step, lambda: self.runner.sample(step, batch, clock))
+            self.in_flight = None if outputs is None else StepInFlight(step, outputs, clock)
+        if step is not None and self.in_flight is None:
+            release_memory(self.device)
+            return finished, events + self.scheduler.shrink(step)
+        return (finished, events) if self.overlaps else self._finish()
+
+    def _launch(self, step: Step, launch: Callable[[], Launched]) -> Launched | None:
+        """Return what `launch` returns. If the device lacks the memory, take the step back and return None."""
+        with suppress(torch.OutOfMemoryError):
+            return launch()
+        logger.warning("a step of %d tokens needs more memory than the device has free", step.num_tokens)
+        self.scheduler.take_back(step)
+        return None
 
     def _finish(self) -> tuple[Step | None, list[TokenEvent]]:
         """Read the step in flight, if any, and update the scheduler."""
@@ -126,6 +155,9 @@ class Engine:
         outputs = self.in_flight.outputs.read()
         clock.lap("wait")
         self.in_flight = None
+        now = time.monotonic()
+        self.scheduler.budget.add_step(step.num_tokens, 1000 * (now - max(clock.started, self.last_read)))
+        self.last_read = now
         events = self.scheduler.update(step, outputs)
         clock.lap("update")
         self._record(step, clock)

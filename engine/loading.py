@@ -17,8 +17,9 @@ from engine.kernels.load import load_kernels
 from engine.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_lora_slots, read_adapter
 from engine.model import CausalLM, Parameters
 from engine.model.kv_cache import KVCache
-from engine.model.memory_plan import MemoryPlan, free_memory, plan_memory
+from engine.model.memory_plan import MIB, CudaMemory, DeviceMemory, HostMemory, MemoryPlan, free_memory, plan_memory
 from engine.runner import ModelRunner
+from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
 from engine.weights import load_weights
 
@@ -64,6 +65,7 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     clock = clock or StepClock()
     model_config = load_model_config(Path(config.model_path))
     device = choose_device(config.device)
+    card = CudaMemory(device, config.gpu_memory_utilization) if device.type == "cuda" else None
     dtype = choose_dtype(config.dtype, device)
     limits = choose_limits(config, model_config, device)
     checkpoints = {
@@ -83,9 +85,12 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     for name, checkpoint in checkpoints.items():
         adapters.load(name, config.lora_modules[name], checkpoint)
     clock.lap("adapters")
-    # On a CPU, slots take memory only when they are first written to, so it still counts as free.
-    reserved = adapters.num_bytes if device.type == "cpu" else 0
-    memory = plan_memory(model_config, config, limits.max_model_len, kernels, device, reserved)
+    device_memory: DeviceMemory = HostMemory(reserved=adapters.num_bytes)  # of the slots, until they are written to
+    if card is not None:
+        measure_activations(card, model, limits, config.block_size)
+        device_memory = card
+        clock.lap("activations")
+    memory = plan_memory(model_config, config, limits.max_model_len, kernels, device_memory)
     runner = new_runner(model, limits, memory, device)
     clock.lap("KV cache")
     return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters)
@@ -125,6 +130,30 @@ def new_runner(model: CausalLM, limits: Limits, memory: MemoryPlan, device: torc
         kernels.new_sampler(config.num_token_ids, config.eos_token_ids),
         kernels,
     )
+
+
+def measure_activations(card: CudaMemory, model: CausalLM, limits: Limits, block_size: int) -> None:
+    """Measure the memory of the largest step. Raises ValueError, with the settings that help, if it does not fit."""
+    free = free_memory(card.device)
+    try:
+        card.measure(lambda: run_largest_step(model, limits, block_size, card.device))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a step of --max-num-batched-tokens {limits.max_num_batched_tokens} and --max-num-seqs "
+            f"{limits.max_num_seqs} does not fit into {free // MIB} MiB, which is what the weights leave "
+            "free; lower either, or use --quantization int8"
+        ) from error
+
+
+def run_largest_step(model: CausalLM, limits: Limits, block_size: int, device: torch.device) -> None:
+    """Run a step with all rows and all samples that the limits allow, on a KV cache of one block.
+
+    All its sequences share the block: what is in it is of no interest.
+    """
+    step = largest_step(limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, block_size)
+    runner = new_runner(model, limits, MemoryPlan(1, block_size, 0, limits.max_model_len), device)
+    clock = StepClock()
+    runner.sample(step, runner.forward(step, clock), clock).read()
 
 
 def kernel_options(

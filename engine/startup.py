@@ -88,8 +88,9 @@ def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
     invariant = "the same in any batch" if kernels.deterministic else "NOT the same in any batch"
     logger.info("formats: %s; answers are %s", kernels.formats, invariant)
     logger.info(
-        "memory: weights %.0f MiB, KV cache %.0f MiB for %d tokens, or %.1f requests of full length%s",
+        "memory: weights %.0f MiB, %sKV cache %.0f MiB for %d tokens, or %.1f requests of full length%s",
         loaded.weight_bytes / MIB,
+        f"activations {memory.activation_bytes / MIB:.0f} MiB, " if memory.activation_bytes else "",
         memory.kv_cache_bytes / MIB,
         memory.num_tokens,
         memory.num_full_length_requests,

@@ -17,9 +17,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 128  # choices that run at a time
     max_num_batched_tokens: int | None = None  # token budget of a step
     long_prefill_token_threshold: int = 0  # maximum prompt tokens of one request in a step; 0: no limit
+    max_step_ms: float | None = None  # bound on the time of a step beside a stream; None: no bound
     block_size: int = 32  # tokens in a block of the KV cache
     enable_prefix_caching: bool = True
-    kv_cache_memory: int | None = None  # bytes; None: a share of the free memory
+    kv_cache_memory: int | None = None  # bytes; None: what is left of the memory that may be used
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory that may be used
     speculative: str = "auto"  # auto, ngram, off
     enforce_eager: bool = False  # no CUDA graphs
     allow_slow_kernels: bool = False  # run plain torch on a GPU if Triton does not work; False: do not start

@@ -56,6 +56,12 @@ class Drafting:
         self.stats.accepted_tokens_total += num_accepted
         self.kv.truncate(request, num_drafted - num_accepted)
 
+    def take_back(self, item: Scheduled) -> None:
+        """Count a draft of a step that does not run as never made."""
+        if item.draft_token_ids:
+            self.stats.drafts_total -= 1
+            self.stats.draft_tokens_total -= len(item.draft_token_ids)
+
     def retry_without_draft(self, item: Scheduled) -> None:
         """Let the next step compute the rows again, without drafts from then on.
 

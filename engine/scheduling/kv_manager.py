@@ -57,11 +57,14 @@ class KVManager:
     def truncate(self, request: Request, num_tokens: int) -> None:
         """Mark the last `num_tokens` computed tokens as not computed, and release the blocks that only they used.
 
-        What was written for them is overwritten before it is read.
+        What was written for them is overwritten before it is read, so their blocks can no longer be found.
         """
         kv = request.kv
         kv.num_computed -= num_tokens
         kv.num_expected = 0
+        num_full = kv.num_computed // self.pool.block_size
+        self.pool.unpublish(kv.blocks[num_full : kv.num_published])
+        kv.num_published = min(kv.num_published, num_full)
         num_blocks = self.pool.num_blocks_for(kv.num_computed)
         self.pool.release(kv.blocks[num_blocks:])
         del kv.blocks[num_blocks:]

@@ -19,6 +19,7 @@ from bisect import bisect, insort
 from collections.abc import Iterator, Sequence
 
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.budget import StepBudget
 from engine.scheduling.drafting import Drafting
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.record import ChunkRecord, Recorder
@@ -42,9 +43,9 @@ class Scheduler:
         self,
         pool: BlockPool,
         recorder: Recorder,
+        budget: StepBudget,
         *,
         max_num_seqs: int,
-        max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: Sequence[int] = (),
         long_prefill_token_threshold: int = 0,
@@ -56,9 +57,9 @@ class Scheduler:
                 f"max_num_seqs ({max_num_seqs}) and max_model_len ({max_model_len}) must be at least 1, "
                 f"long_prefill_token_threshold ({long_prefill_token_threshold}) at least 0"
             )
-        if max_num_batched_tokens < max_num_seqs:
+        if budget.max_num_rows < max_num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}), "
+                f"max_num_batched_tokens ({budget.max_num_rows}) must be at least max_num_seqs ({max_num_seqs}), "
                 "so that every running request gets a token in each step"
             )
         if pool.num_blocks * pool.block_size < max_model_len:
@@ -70,10 +71,10 @@ class Scheduler:
         self.kv = KVManager(pool)
         self.recorder = recorder
         self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.budget = budget
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.max_chunk = long_prefill_token_threshold or max_num_batched_tokens
+        self.max_chunk = long_prefill_token_threshold or budget.max_num_rows
         self.running: list[Request] = []  # sorted by _sort_key
         self.waiting: list[Request] = []  # sorted by _sort_key
         self.stats = EngineStats(num_blocks=pool.num_blocks)
@@ -106,7 +107,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Hand out the tokens of the next step and the blocks they need. Return None if there is nothing to compute."""
         scheduled: list[Scheduled] = []
-        budget = self.max_num_batched_tokens
+        budget = self.budget.num_rows(self.running)
         num_preempted = self.stats.preemptions_total
         num_visited = 0
         while num_visited < len(self.running):
@@ -199,6 +200,43 @@ class Scheduler:
         num_tokens = request.kv.num_computed + 1
         return num_tokens >= min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
 
+    # A step that the device has too little memory for.
+
+    def take_back(self, step: Step) -> None:
+        """Undo the last `schedule`: its tokens are still to be computed. Requests that it admitted stay admitted.
+
+        The step before it may have been updated since.
+        """
+        for item in step.scheduled:
+            request, chunks = item.request, item.request.record.chunks
+            self.drafting.take_back(item)
+            if request.status is not Status.RUNNING:  # ended by the step before
+                continue
+            self.kv.truncate(request, item.num_tokens)
+            request.kv.num_expected = item.start + 1 if item.is_ahead else 0
+            if chunks and chunks[-1].step_id == step.step_id:
+                chunks.pop()
+        self.stats.steps_total -= 1
+
+    def shrink(self, step: Step) -> list[TokenEvent]:
+        """Make the next step smaller than one that was taken back. Return the event of a request that fails, if any.
+
+        The rows are halved. If each request had only one, the newest is preempted, and if there is only one request, it
+        ends with an error.
+        """
+        requests = [item.request for item in step.scheduled if item.request.status is Status.RUNNING]
+        if step.num_tokens > len(requests):
+            self.budget.set_limit(max(step.num_tokens // 2, len(requests)))
+        elif len(requests) > 1:
+            self._preempt(max(requests, key=_sort_key))
+            self.budget.set_limit(len(requests) - 1)
+        else:
+            self.budget.set_limit(self.budget.max_num_rows)  # it was not for the others that memory was short
+            event = self._new_event(requests[0])
+            event.error = "the device has too little memory for this request"
+            return [self._end(requests[0], event, FinishReason.ERROR)]
+        return []
+
     # After a step.
 
     def update(self, step: Step, outputs: Sequence[ScheduledOutput]) -> list[TokenEvent]:
@@ -210,9 +248,7 @@ class Scheduler:
         request = item.request
         if request.status is not Status.RUNNING:  # aborted or preempted during the step
             return None
-        event = TokenEvent(request_id=request.request_id, index=request.index)
-        if request.num_output_tokens == 0:
-            event.num_cached_tokens = request.record.num_cached_tokens
+        event = self._new_event(request)
         if output.error is not None and item.draft_token_ids:
             self.drafting.retry_without_draft(item)
             return None
@@ -232,6 +268,13 @@ class Scheduler:
         self.drafting.settle(item, min(len(output.token_ids) - 1, len(event.token_ids)))
         self.kv.publish(request)
         return event if reason is None else self._end(request, event, reason)
+
+    def _new_event(self, request: Request) -> TokenEvent:
+        """Return an event without tokens. The first one of a request says how many tokens were cached."""
+        event = TokenEvent(request_id=request.request_id, index=request.index)
+        if request.num_output_tokens == 0:
+            event.num_cached_tokens = request.record.num_cached_tokens
+        return event
 
     def _append_tokens(self, request: Request, output: ScheduledOutput, event: TokenEvent) -> FinishReason | None:
         """Append sampled tokens until one ends the request, and return why it does. Tokens after it are dropped."""

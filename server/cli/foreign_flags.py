@@ -33,8 +33,8 @@ _SERVE: Mapping[str, str] = {
     "-mg --main-gpu": "--device cuda:N chooses the GPU",
     "-tp --tp --tp-size --tensor-parallel-size -pp --pipeline-parallel-size --pp-size -dp --data-parallel-size "
     "--dp-size -ts --tensor-split -sm --split-mode --api-server-count": _ONE_DEVICE,
-    "--gpu-memory-utilization --mem-fraction-static --max-total-tokens --num-gpu-blocks-override "
-    "--kv-cache-memory-bytes": _KV_CACHE_MEMORY,
+    "--mem-fraction-static": "--gpu-memory-utilization is the share of a GPU's memory that the server may use",
+    "--max-total-tokens --num-gpu-blocks-override --kv-cache-memory-bytes": _KV_CACHE_MEMORY,
     "--swap-space --cpu-offload-gb --mlock --no-mmap --numa": "it is not needed: weights and KV cache stay in the "
     "memory of the device",
     "-ctk --cache-type-k -ctv --cache-type-v": "--kv-cache-dtype int8 makes the KV cache smaller",

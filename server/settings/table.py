@@ -21,6 +21,7 @@ from server.settings.value_types import (
     int_choice,
     integer,
     named_paths,
+    number,
     pattern,
     seconds,
     size,
@@ -242,6 +243,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             _MEMORY, integer(0), "Maximum number of prompt tokens of one request per engine step; 0 means no limit."
         ),
     ] = 0
+    max_step_ms: Annotated[
+        float | None,
+        Setting(
+            _MEMORY,
+            number(1, 60_000),
+            "Time that an engine step should take at most while a stream is decoding, in milliseconds. Prompts are cut "
+            "into smaller chunks, of at least 16 tokens, by the measured time of recent steps; with --batch-invariant, "
+            "answers do not depend on the chunks. Unset: no limit.",
+        ),
+    ] = None
     block_size: Annotated[
         int, Setting(_MEMORY, int_choice(16, 32, 64, 128), "Number of tokens per block of the KV cache.")
     ] = 32
@@ -262,6 +273,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             _MEMORY, size(1 << 20), "Memory for the KV cache, such as 2GiB. Unset: depends on the device and the model."
         ),
     ] = None
+    gpu_memory_utilization: Annotated[
+        float,
+        Setting(
+            _MEMORY,
+            number(0.01, 1),
+            "Share of a GPU's memory that the server may use, for weights, activations and KV cache together. "
+            "--kv-cache-memory overrides it.",
+        ),
+    ] = 0.9
     speculative: Annotated[
         str,
         Setting(

@@ -50,9 +50,25 @@ class FakeDevice:
         self.whose: dict[int, int] = {}  # of the last launched step: id(request) -> index of its sample
         self.sampled: list[int] = []  # by the last step that the device has executed
         self.failing: int | None = None  # index of the item of the next step that fails
+        self.max_rows: int | None = None  # larger steps run out of memory
+        self.short_of_memory: str | None = None  # the next launch of this kind runs out of memory: forward, sample
+        self.failed_alone: set[tuple[str, int]] = set()  # choices whose only row ran out of memory
         self.log: list[str] = []
 
+    def launch(self, kind: str, step: Step) -> None:
+        """Raise torch.OutOfMemoryError if the step is too large, or if the next launch of its kind is to fail."""
+        is_too_large = self.max_rows is not None and step.num_tokens > self.max_rows
+        if not is_too_large and self.short_of_memory != kind:
+            return
+        if self.short_of_memory == kind:
+            self.short_of_memory = None
+        if step.num_tokens == 1:
+            (item,) = step.scheduled
+            self.failed_alone.add((item.request.request_id, item.request.index))
+        raise torch.OutOfMemoryError(f"no memory for {step.num_tokens} rows")
+
     def forward(self, step: Step, _clock: StepClock) -> Batch:
+        self.launch("forward", step)
         self.log.append(f"forward {step.step_id}")
         batch: Batch = []
         for item in step.scheduled:
@@ -79,6 +95,7 @@ class FakeDevice:
                 self.slots[slot] = None if prefix is None else (item.request.kv.salt, prefix)
 
     def sample(self, step: Step, batch: Batch, _clock: StepClock) -> "FakeOutputs":
+        self.launch("sample", step)
         self.log.append(f"sample {step.step_id}")
         for item in step.scheduled:
             known = item.request.num_tokens >= item.start + item.num_tokens
@@ -134,11 +151,15 @@ class OverlapMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         spare_tokens=st.integers(0, 9),
         chunk=st.sampled_from([0, 0, 1, 3]),
+        max_rows=st.sampled_from([None, None, None, 1, 2, 5]),
     )
-    def start(self, block_size: int, num_blocks: int, max_num_seqs: int, spare_tokens: int, chunk: int) -> None:
+    def start(
+        self, block_size: int, num_blocks: int, max_num_seqs: int, spare_tokens: int, chunk: int, max_rows: int | None
+    ) -> None:
         self.max_model_len = min(len(PROMPT), num_blocks * block_size)
         limits = Limits(self.max_model_len, max_num_seqs, max_num_seqs + spare_tokens)
         self.device = FakeDevice(block_size)
+        self.device.max_rows = max_rows
         self.engine = engine_on(self.device, num_blocks=num_blocks, limits=limits, chunk=chunk)
         assert self.engine.overlaps
         self.submits: dict[str, Submit] = {}
@@ -164,6 +185,12 @@ class OverlapMachine(RuleBasedStateMachine):
         self.engine.abort(name, index)
         self.ends[name, index] = FinishReason.ABORT
 
+    @rule(kind=st.sampled_from(["forward", "sample"]), num_steps=st.integers(1, 4))
+    def run_out_of_memory(self, kind: str, num_steps: int) -> None:
+        self.device.short_of_memory = kind
+        self.run(num_steps, None)
+        self.device.short_of_memory = None
+
     @rule(num_steps=st.integers(1, 6), failing=st.sampled_from([None, None, None, None, 0, 1]))
     def run(self, num_steps: int, failing: int | None) -> None:
         for _ in range(num_steps):
@@ -186,7 +213,7 @@ class OverlapMachine(RuleBasedStateMachine):
         if event.finish_reason is not None:
             self.ends[key] = event.finish_reason
             if event.finish_reason is FinishReason.ERROR:
-                assert self.can_fail
+                assert self.can_fail if event.error == "broken" else key in self.device.failed_alone
             else:
                 assert (token_ids, event.finish_reason) == (answer.token_ids, answer.reason)
 
@@ -262,6 +289,10 @@ MAX_MODEL_LEN = 128
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def load_tiny_model(folder: Path) -> LoadedModel:
     shape = LlamaConfig(
         vocab_size=300,
         hidden_size=64,
@@ -273,7 +304,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
         bos_token_id=None,
         eos_token_id=7,
     )
-    folder: Path = save_random_model(LlamaForCausalLM(shape), tmp_path_factory.mktemp("model"), seed=1)
+    save_random_model(LlamaForCausalLM(shape), folder, seed=1)
     return load_model(EngineConfig(model_path=str(folder), block_size=16, max_num_seqs=8, kv_cache_memory=1 << 21))
 
 

@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.kernels.interface import KernelOptions
 from engine.kernels.torch.kernels import TorchKernels
 from engine.model import memory_plan
-from engine.model.memory_plan import MIB, MemoryPlan, available_memory, plan_memory
+from engine.model.memory_plan import MIB, HostMemory, MemoryPlan, available_memory, plan_memory
 from tests.engine.model.test_kv_cache import CPU, MODEL
 
 TOKEN_BYTES = 2 * 3 * 2 * 16 * 2  # K and V, layers, KV heads, head size, bytes of bfloat16
@@ -21,7 +21,7 @@ TOKEN_BYTES = 2 * 3 * 2 * 16 * 2  # K and V, layers, KV heads, head size, bytes 
 
 def plan(max_model_len: int, kv_cache_memory: int | None = None, block_size: int = 32) -> MemoryPlan:
     config = EngineConfig(model_path="", block_size=block_size, kv_cache_memory=kv_cache_memory)
-    return plan_memory(MODEL, config, max_model_len, TorchKernels(KernelOptions(torch.bfloat16), CPU), CPU)
+    return plan_memory(MODEL, config, max_model_len, TorchKernels(KernelOptions(torch.bfloat16), CPU), HostMemory())
 
 
 @pytest.fixture

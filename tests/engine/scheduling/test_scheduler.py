@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.budget import StepBudget
 from engine.scheduling.record import Recorder
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step, choice_seed, new_request
 from engine.scheduling.scheduler import Scheduler
@@ -256,8 +257,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             BlockPool(num_blocks, block_size, separates_prompts=separates_prompts),
             self.recorder,
+            StepBudget(self.budget),
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=self.budget,
             max_model_len=self.max_model_len,
             eos_token_ids=[EOS],
             long_prefill_token_threshold=threshold,
@@ -644,8 +645,8 @@ class Rig:
         self.scheduler = Scheduler(
             BlockPool(limits.pop("num_blocks", 16), self.block_size, separates_prompts=separates_prompts),
             self.recorder,
+            StepBudget(limits.pop("max_num_batched_tokens", 16)),
             max_num_seqs=limits.pop("max_num_seqs", 4),
-            max_num_batched_tokens=limits.pop("max_num_batched_tokens", 16),
             max_model_len=limits.pop("max_model_len", 32),
             eos_token_ids=[EOS],
             speculation=speculation,
