@@ -14,6 +14,9 @@ from torch import Tensor
 from engine.batch.transfer import HostCopy, packed_copy
 from engine.shared.messages import TokenLogprobs
 
+MAX_KEYS = 1 << 23  # logits whose keys are made at once, 16 bytes each at the peak: 64 rows of 128k
+NAN_BITS = 0x7F800001  # the smallest float32 bits of a NaN, just above those of infinity
+
 
 @dataclass(frozen=True, slots=True)
 class PendingLogprobs:
@@ -90,17 +93,34 @@ def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 def _top_ids(x: Tensor, num_top: int) -> Tensor:
     """Return the ids of the largest values of each row [R, num_top], in descending order; ties go to the lowest id.
 
-    torch.topk takes an arbitrary choice of ties in arbitrary order. So on a CPU all values as large as the last one
-    are sorted. On a GPU the host would have to wait for their number, so whole rows are sorted.
+    A NaN counts as larger than all numbers. torch.topk takes an arbitrary choice of ties in arbitrary order. So on a
+    CPU all values as large as the last one are sorted. On a GPU, the host would have to wait for their number.
     """
     num_top = min(num_top, x.shape[1])
     if num_top == 0:
         return torch.empty((len(x), 0), dtype=torch.int64, device=x.device)
     if x.device.type != "cpu":
-        return x.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
+        return _top_ids_by_keys(x, num_top)
     smallest = x.topk(num_top, dim=-1).values[:, -1:]
-    rows, ids = (~(x < smallest)).nonzero(as_tuple=True)  # in ascending order; a NaN counts as large
+    rows, ids = (~(x < smallest)).nonzero(as_tuple=True)  # in ascending order
     order = x[rows, ids].sort(descending=True, stable=True).indices
     order = order[rows[order].sort(stable=True).indices]
     starts = torch.searchsorted(rows, torch.arange(len(x)))
     return ids[order][starts[:, None] + torch.arange(num_top)]
+
+
+def _top_ids_by_keys(x: Tensor, num_top: int) -> Tensor:
+    """Return what `_top_ids` does, without waiting. On a CPU this takes about three times as long.
+
+    No two values of a row have the same int64 key: the float32 mapped to an integer in the same order, then minus the
+    id.
+    """
+    ids = torch.arange(x.shape[1], device=x.device)
+    found = []
+    for some in torch.split(x, max(1, MAX_KEYS // x.shape[1])):
+        sizes = some.abs().view(torch.int32).clamp_(max=NAN_BITS)
+        keys = torch.where(some < 0, -sizes, sizes).long()  # 0.0 and -0.0 are both 0
+        keys <<= 32
+        keys -= ids
+        found.append(-keys.topk(num_top, dim=-1).values & 0xFFFFFFFF)
+    return torch.cat(found)

@@ -1,5 +1,7 @@
 """Log probabilities, ranks and most likely tokens against NumPy."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.sampling.logprobs import gather_logprobs
+from engine.sampling.logprobs import _top_ids, _top_ids_by_keys, gather_logprobs
 from engine.shared.messages import TokenLogprobs
 from tests.engine.sampling.test_sampler import Floats, make_row, make_sampler, random_logits
 from tests.support.examples import num_examples
@@ -99,3 +101,41 @@ def test_minus_zero_equals_zero() -> None:
 def test_more_alternatives_than_tokens() -> None:
     (entry,) = gather_logprobs(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0]), [20]).read()
     assert entry.top_token_ids == [1, 2, 0]
+
+
+def test_most_likely_tokens_are_those_of_a_stable_sort() -> None:
+    """Also among ties, zeros of both signs, infinities, and NaN of both signs and with any bits."""
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    logits = random_logits(rng, 6, 3000)
+    logits[2] = torch.from_numpy(rng.choice([-0.0, 0.0, 3.0, -3.0, np.inf, -np.inf], 3000))
+    logits[3, :100] = torch.from_numpy(rng.integers(-(2**31), 2**31, 100)).int().view(torch.float32)
+    logits[3, 100:120] = (
+        torch.tensor([0x7FC00000, 0x7F800001, -0x400000, -1, 1, 0x7F7FFFFF, -0x7FFFFFFF])
+        .int()
+        .view(torch.float32)[torch.from_numpy(rng.integers(0, 7, 20))]
+    )
+    logits[4] = 1.0
+    logits[5] = -torch.inf
+    for num_top in (1, 5, 20, 200, 3000):
+        expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
+        assert torch.equal(_top_ids(logits, num_top), expected)
+        assert torch.equal(_top_ids_by_keys(logits, num_top), expected)
+
+
+def test_keys_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(np.random.default_rng(3), 9, 1000)
+    expected = _top_ids_by_keys(logits, 7)
+    sizes: list[int] = []
+
+    def topk(x: Tensor, num: int, dim: int) -> Any:
+        sizes.append(x.numel())
+        return torch.topk(x, num, dim)
+
+    monkeypatch.setattr(Tensor, "topk", topk)
+    for max_keys, num_rows in ((4500, [4, 4, 1]), (100, [1] * 9), (10**6, [9])):
+        monkeypatch.setattr("engine.sampling.logprobs.MAX_KEYS", max_keys)
+        sizes.clear()
+        assert torch.equal(_top_ids_by_keys(logits, 7), expected)
+        assert sizes == [1000 * num for num in num_rows]

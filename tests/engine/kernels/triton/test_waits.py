@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from triton.runtime.interpreter import InterpretedFunction
 
-import engine.sampling.logprobs
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel
+from engine.sampling import logprobs
 from engine.shared.messages import ExtraSamplers, Pooling, SamplingParams, Submit
 from tests.parity.test_families import SHAPE
 from tests.support.tiny_models import save_random_model
@@ -70,7 +70,7 @@ def reads_index(index: Any, value: Any = None) -> bool:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
-    """Return a recorder that ignores Triton's interpreter, and code that runs only on a CPU."""
+    """Return a recorder that ignores Triton's interpreter. Log probabilities are computed as on a GPU."""
 
     def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
         return call
 
     monkeypatch.setattr(InterpretedFunction, "run", unseen(InterpretedFunction.run))
-    monkeypatch.setattr(engine.sampling.logprobs, "_top_ids", unseen(engine.sampling.logprobs._top_ids))
+    monkeypatch.setattr(logprobs, "_top_ids", logprobs._top_ids_by_keys)
     return Waits()
 
 
