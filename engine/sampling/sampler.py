@@ -163,19 +163,17 @@ def apply_masks(logits: Tensor, masks: Mapping[int, bytes]) -> None:
     """
     if not masks:
         return
-    packed = packed_masks(masks, logits.shape[1])
-    num_bytes = packed.shape[1]
-    words = np.pad(packed, ((0, 0), (0, -num_bytes % 8))).view(np.int64)
+    words = packed_masks(masks, logits.shape[1]).view(np.int64)
     # Unpacking on the device keeps the copy small.
     on_device, indices = packed_copy([words, np.array(list(masks))], logits.device)
-    as_bytes = on_device.view(torch.uint8)[:, :num_bytes].unsqueeze(-1)
+    as_bytes = on_device.view(torch.uint8).unsqueeze(-1)
     bits = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
     forbidden = ((as_bytes & bits) == 0).view(len(masks), -1)[:, : logits.shape[1]]
     logits[indices] = logits[indices].masked_fill(forbidden, float("-inf"))
 
 
 def packed_masks(masks: Mapping[int, bytes], vocab_size: int) -> npt.NDArray[np.uint8]:
-    """Return the masks as one array [masks, ceil(V / 8)]. Tokens past the end of a mask are forbidden."""
-    num_bytes = -(-vocab_size // 8)
-    joined = b"".join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values())
+    """Return the masks as one array [masks, 8 ceil(V / 64)]. Tokens past the end of a mask are forbidden."""
+    num_bytes = -(-vocab_size // 64) * 8
+    joined = bytearray().join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values())
     return np.frombuffer(joined, dtype=np.uint8).reshape(len(masks), num_bytes)

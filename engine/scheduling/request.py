@@ -20,6 +20,7 @@ import msgspec
 
 from engine.scheduling.record import RequestRecord
 from engine.scheduling.repetition import RepetitionDetector
+from engine.scheduling.token_counts import TokenCounts
 from engine.shared.messages import Pooling, SamplingParams, Submit, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class SamplingState:
 
     allowed_ids: array[int]  # int32, params.allowed_token_ids
     history: array[int] = field(default_factory=lambda: array("i"))  # int32 copy of token_ids, see Request.history
+    counts: TokenCounts = field(default_factory=TokenCounts)  # see SamplingRow.token_counts
     mirostat_mu: list[float] = field(default_factory=list)  # mu in bits, after each output token
     repeat_lengths: NDArray[np.int32] | None = None  # cache of engine.sampling.dry: see _repeat_lengths
 
@@ -192,6 +194,11 @@ class SamplingRow:
     def token_ids(self) -> list[int]:
         """Prompt, output and draft. Not a copy if there is no draft."""
         return [*self.request.token_ids, *self.draft_token_ids] if self.draft_token_ids else self.request.token_ids
+
+    def token_counts(self) -> TokenCounts:
+        """Return the counts of all tokens before this row. Each call counts only the new tokens."""
+        self.state.counts.update(self.request.token_ids, self.num_prompt_tokens)
+        return self.state.counts.with_draft(self.draft_token_ids)
 
     @property
     def num_prompt_tokens(self) -> int:

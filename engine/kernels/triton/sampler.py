@@ -8,68 +8,24 @@ logits that are not far below the largest. A value written by one thread is read
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch.transfer import packed_copy
+from engine.kernels.triton.sampler_records import CHANGE, DRAW, IndexedRow, change_records, draw_records, whole_pairs
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS
-from engine.sampling.rng import noise_keys
-from engine.sampling.sampler import NO_MASKS, Sampler, SamplerOutput, apply_masks
+from engine.sampling.sampler import NO_MASKS, Sampler, SamplerOutput, packed_masks
 from engine.scheduling.request import SamplingRow
-from engine.shared.messages import GREEDY_TEMPERATURE, SamplingParams
-
-Words: TypeAlias = NDArray[np.int32]
-Records: TypeAlias = NDArray[np.void]
-IndexedRow: TypeAlias = tuple[int, SamplingRow]  # index of the row's logits, the row
 
 PIECE = 8192  # logits that a program loads at a time
 ID_PIECE = 1024  # token ids that a program loads at a time
 NUM_WARPS = 16
-
-# Settings that the kernels implement, or that do not affect sampling. Requests with others use the reference sampler.
-SUPPORTED_PARAMS = {
-    *("temperature", "seed", "min_p", "top_k", "top_p", "logit_bias", "ignore_eos", "stop_token_ids", "min_tokens"),
-    *("repetition_penalty", "frequency_penalty", "presence_penalty", "max_tokens", "logprobs", "prompt_logprobs"),
-    *("logprob_token_ids", "grammar"),
-}
-UNSUPPORTED_DEFAULTS = {  # all other settings -> the value that turns them off
-    name: getattr(SamplingParams(max_tokens=0), name)
-    for name in SamplingParams.__struct_fields__
-    if name not in SUPPORTED_PARAMS
-}
-
-# Records, in 32-bit words, of a row that is sampled and of a row whose logits change.
-DRAW = np.dtype(
-    [
-        ("row", np.int32),
-        ("keys", np.uint32, 2),
-        ("temperature", np.float32),
-        ("log_min_p", np.float32),
-        ("top_k", np.int32),  # 0: off
-        ("top_p", np.float32),
-    ]
-)
-CHANGE = np.dtype(
-    [
-        ("row", np.int32),
-        ("first", np.int32),  # offset of its lists: biased ids, their biases, prompt and output
-        ("num_biased", np.int32),
-        ("num_tokens", np.int32),  # 0: no penalties
-        ("num_prompt_tokens", np.int32),
-        ("repetition_penalty", np.float32),
-        ("frequency_penalty", np.float32),
-        ("presence_penalty", np.float32),
-    ]
-)
 DRAW_WORDS = tl.constexpr(DRAW.itemsize // 4)
 CHANGE_WORDS = tl.constexpr(CHANGE.itemsize // 4)
 
@@ -123,11 +79,24 @@ def _top(logits, token_ids, highest, is_finite, changes, stride, size, IS_CHANGE
         tl.store(is_finite + row, (are_numbers & (tl.abs(value) < float("inf"))).to(tl.uint8))
 
 
-# Biases and penalties.
+# Changes of logits.
 
 
 @triton.jit
-def _ids(ids, start, num, size, PIECE: tl.constexpr):
+def _forbid(logits, masks, rows, stride, size, mask_bytes, PIECE: tl.constexpr):
+    """Set the logits whose bits in a mask are 0 to -infinity. Grid (rows with a mask)."""
+    program = tl.program_id(0).to(tl.int64)
+    x = logits + tl.load(rows + program) * stride
+    masks += program * mask_bytes
+    for start in range(0, size, PIECE):
+        ids = start + tl.arange(0, PIECE)
+        eight = tl.load(masks + (ids >> 3), mask=ids < size, other=0).to(tl.int32)
+        is_forbidden = ((eight >> (ids & 7)) & 1) == 0
+        tl.store(x + ids, tl.full((PIECE,), float("-inf"), tl.float32), mask=is_forbidden & (ids < size))
+
+
+@triton.jit
+def _load_ids(ids, start, num, size, PIECE: tl.constexpr):
     """Load a piece of a list of token ids. Return the ids, their indices, and which of them are in the vocabulary."""
     indices = start + tl.arange(0, PIECE)
     found = tl.load(ids + indices, mask=indices < num, other=-1)
@@ -135,48 +104,34 @@ def _ids(ids, start, num, size, PIECE: tl.constexpr):
 
 
 @triton.jit
-def _add_biases(logits, counts, changes, lists, stride, size, PIECE: tl.constexpr):
-    """Add the biases of each row, and count the tokens of its text. Grid (changed rows).
-
-    A row has at most one bias per token. A count is twice the number of occurrences in the output, plus one if the
-    prompt has the token.
-    """
+def _add_biases(logits, changes, lists, stride, size, PIECE: tl.constexpr):
+    """Add the biases of each row, at most one per token. Grid (changed rows)."""
     change = changes + tl.program_id(0) * CHANGE_WORDS
     x = logits + tl.load(change).to(tl.int64) * stride
     ids = lists + tl.load(change + 1)
     num_biased = tl.load(change + 2)
     for start in range(0, num_biased, PIECE):
-        token_ids, indices, are_ids = _ids(ids, start, num_biased, size, PIECE)
+        token_ids, indices, are_ids = _load_ids(ids, start, num_biased, size, PIECE)
         biases = tl.load(ids + num_biased + indices, mask=are_ids, other=0).to(tl.float32, bitcast=True)
         tl.store(x + token_ids, tl.load(x + token_ids, mask=are_ids, other=0.0) + biases, mask=are_ids)
-    ids += 2 * num_biased
-    num_tokens = tl.load(change + 3)
-    num_prompt_tokens = tl.load(change + 4)
-    counts += tl.program_id(0).to(tl.int64) * size
-    for start in range(0, num_tokens, PIECE):
-        token_ids, indices, are_ids = _ids(ids, start, num_tokens, size, PIECE)
-        tl.atomic_or(counts + token_ids, 1, mask=are_ids & (indices < num_prompt_tokens))
-        tl.atomic_add(counts + token_ids, 2, mask=are_ids & (indices >= num_prompt_tokens))
 
 
 @triton.jit
-def _penalise(logits, counts, changes, lists, stride, size, PIECE: tl.constexpr):
-    """Apply the penalties. Grid (penalised rows). Exchanging the count for 0 ensures that a token is penalised once."""
+def _penalise(logits, changes, lists, stride, size, PIECE: tl.constexpr):
+    """Apply the penalties. Grid (penalised rows). A count is a code of `TokenCounts`."""
     change = changes + tl.program_id(0) * CHANGE_WORDS
     x = logits + tl.load(change).to(tl.int64) * stride
     ids = lists + tl.load(change + 1) + 2 * tl.load(change + 2)
-    num_tokens = tl.load(change + 3)
-    counts += tl.program_id(0).to(tl.int64) * size
-    repetition = _load_float(change + 5)
-    for start in range(0, num_tokens, PIECE):
-        token_ids, _, are_ids = _ids(ids, start, num_tokens, size, PIECE)
-        found = tl.atomic_xchg(counts + token_ids, tl.zeros((PIECE,), tl.int32), mask=are_ids)
-        are_first = are_ids & (found > 0)
-        values = tl.load(x + token_ids, mask=are_first, other=0.0)
+    num_penalised = tl.load(change + 3)
+    repetition = _load_float(change + 4)
+    for start in range(0, num_penalised, PIECE):
+        token_ids, indices, are_ids = _load_ids(ids, start, num_penalised, size, PIECE)
+        codes = tl.load(ids + num_penalised + indices, mask=are_ids, other=0)
+        values = tl.load(x + token_ids, mask=are_ids, other=0.0)
         values = tl.where(values > 0, tl.div_rn(values, repetition), values * repetition)
-        values -= _load_float(change + 6) * (found >> 1).to(tl.float32)
-        values -= tl.where(found > 1, _load_float(change + 7), 0.0)
-        tl.store(x + token_ids, values, mask=are_first)
+        values -= _load_float(change + 5) * (codes >> 1).to(tl.float32)
+        values -= tl.where(codes > 1, _load_float(change + 6), 0.0)
+        tl.store(x + token_ids, values, mask=are_ids)
 
 
 # Sampling.
@@ -322,7 +277,7 @@ def _draw(
 
 
 class TritonSampler:
-    """Samples tokens of a vocabulary on a GPU. Rows with unsupported settings go through the reference sampler."""
+    """Samples tokens of a vocabulary on a GPU. Special rows, which are rare, go through the reference sampler."""
 
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
         self.vocab_size = vocab_size
@@ -333,22 +288,24 @@ class TritonSampler:
     def sample(
         self, logits: Tensor, rows: Sequence[SamplingRow], masks: Mapping[int, bytes] = NO_MASKS
     ) -> SamplerOutput:
-        """Sample the next token of each row from its logits, float32 [R, V]. May change the logits in place."""
-        apply_masks(logits, masks)
+        """Sample the next token of each row from its logits, float32 [R, V]. May change the logits in place.
+
+        The logits of special rows become those of the final distribution. `masks` are described in
+        `engine.sampling.sampler.apply_masks`.
+        """
         assert logits.shape == (len(rows), self.vocab_size)
         assert logits.stride(1) == 1
-        token_ids, is_finite, highest = (
-            torch.empty(len(rows), dtype=dtype, device=self.device)
-            for dtype in (torch.int64, torch.uint8, torch.float32)
-        )
-        if rows:
-            self._launch(_top, len(rows), logits, token_ids, highest, is_finite, is_finite, IS_CHANGED=False)
-            indexed = list(enumerate(rows))
-            supported = [is_supported(row.params) for row in rows]
-            self._sample_supported(logits, list(itertools.compress(indexed, supported)), token_ids, highest)
-            if not all(supported):
-                others = [item for item in indexed if not supported[item[0]]]
-                self._sample_others(logits, others, token_ids, is_finite)
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        is_finite = torch.empty(len(rows), dtype=torch.uint8, device=self.device)
+        highest = torch.empty(len(rows), dtype=torch.float32, device=self.device)
+        if masks:
+            self._apply_masks(logits, masks)
+        self._launch(_top, len(rows), logits, token_ids, highest, is_finite, is_finite, IS_CHANGED=False)
+        plain = [(index, row) for index, row in enumerate(rows) if not row.params.is_special]
+        self._sample_plain(logits, plain, token_ids, highest)
+        if len(plain) < len(rows):
+            special = [(index, row) for index, row in enumerate(rows) if row.params.is_special]
+            self._sample_special(logits, special, token_ids, is_finite)
         return SamplerOutput(token_ids, is_finite.view(torch.bool))
 
     def _launch(self, kernel: Any, num_programs: int, *arguments: Tensor, **constants: int) -> None:
@@ -357,98 +314,32 @@ class TritonSampler:
             sizes = (arguments[0].stride(0), self.vocab_size)
             kernel[(num_programs,)](*arguments, *sizes, **constants, **LAUNCH_OPTIONS)
 
-    def _sample_supported(self, logits: Tensor, rows: Sequence[IndexedRow], token_ids: Tensor, highest: Tensor) -> None:
-        changes, lists, num_penalised = self._changes(rows)
-        draws, num_limited = _draws(rows, self.vocab_size)
+    def _apply_masks(self, logits: Tensor, masks: Mapping[int, bytes]) -> None:
+        packed = packed_masks(masks, self.vocab_size)
+        words, indices = packed_copy([packed.view(np.int64), np.array(list(masks))], self.device)
+        self._launch(_forbid, len(masks), logits, words.view(torch.uint8), indices, mask_bytes=packed.shape[1])
+
+    def _sample_plain(self, logits: Tensor, rows: Sequence[IndexedRow], token_ids: Tensor, highest: Tensor) -> None:
+        changes, lists, num_penalised = change_records(rows, self.reference.eos_token_ids)
+        draws, num_limited = draw_records(rows, self.vocab_size)
         if not len(changes) + len(draws):
             return
-        arrays = [_whole_pairs(array) for array in (changes, lists, draws)]
-        on_device = [words.view(torch.int32) for words in packed_copy(arrays, self.device)]
-        counts = torch.zeros((num_penalised, self.vocab_size), dtype=torch.int32, device=self.device)
-        some = (logits, counts, *on_device[:2])
-        self._launch(_add_biases, len(changes), *some, PIECE=ID_PIECE)
-        self._launch(_penalise, num_penalised, *some, PIECE=ID_PIECE)
+        pairs = packed_copy([whole_pairs(words) for words in (changes, lists, draws)], self.device)
+        on_device = [words.view(torch.int32) for words in pairs]
+        changed = (logits, *on_device[:2])
+        self._launch(_add_biases, int(changes["num_biased"].any()) * len(changes), *changed, PIECE=ID_PIECE)
+        self._launch(_penalise, num_penalised, *changed, PIECE=ID_PIECE)
         self._launch(_top, len(changes), logits, token_ids, highest, highest, on_device[0], IS_CHANGED=True)
         found = torch.empty((num_limited, self.vocab_size), dtype=torch.float32, device=self.device)
         nums_found = torch.empty(num_limited, dtype=torch.int32, device=self.device)
         states = torch.empty((num_limited, 2), dtype=torch.float32, device=self.device)
-        some = (logits, highest, on_device[2], found, nums_found, states)
-        self._launch(_collect, num_limited, *some)
-        self._launch(_draw, len(draws), *some, token_ids)
+        drawn = (logits, highest, on_device[2], found, nums_found, states)
+        self._launch(_collect, num_limited, *drawn)
+        self._launch(_draw, len(draws), *drawn, token_ids)
 
-    def _changes(self, rows: Sequence[IndexedRow]) -> tuple[Records, Words, int]:
-        """Return a record per row whose logits change, their lists, and how many leading records have penalties."""
-        records: list[tuple[float, ...]] = []
-        lists: list[Words] = [np.zeros(0, np.int32)]
-        first = 0
-        changed = [item for item in rows if _has_change(item[1])]
-        changed.sort(key=lambda item: not item[1].params.has_penalty)
-        for index, row in changed:
-            params = row.params
-            biases, tokens = params.logit_bias | dict.fromkeys(self._banned(row), -math.inf), _penalised_tokens(row)
-            penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-            records.append((index, first, len(biases), len(tokens), row.num_prompt_tokens, *penalties))
-            lists += [
-                np.fromiter(biases, np.int32, len(biases)),
-                np.fromiter(biases.values(), np.float32, len(biases)).view(np.int32),
-                tokens,
-            ]
-            first += 2 * len(biases) + len(tokens)
-        num_penalised = sum(row.params.has_penalty for _, row in changed)
-        return np.array(records, CHANGE), np.concatenate(lists), num_penalised
-
-    def _banned(self, row: SamplingRow) -> list[int]:
-        """Return the tokens that would end the request before its min_tokens."""
-        params = row.params
-        if row.num_output_tokens >= params.min_tokens:
-            return []
-        return [*([] if params.ignore_eos else self.reference.eos_token_ids), *params.stop_token_ids]
-
-    def _sample_others(self, logits: Tensor, rows: Sequence[IndexedRow], token_ids: Tensor, is_finite: Tensor) -> None:
+    def _sample_special(self, logits: Tensor, rows: Sequence[IndexedRow], token_ids: Tensor, is_finite: Tensor) -> None:
         (indices,) = packed_copy([np.array([index for index, _ in rows])], self.device)
         part = logits[indices]
         sampled = self.reference.sample(part, [row for _, row in rows])
         token_ids[indices], is_finite[indices] = sampled.token_ids, sampled.is_finite.to(is_finite.dtype)
         logits[indices] = part
-
-
-def is_supported(params: SamplingParams) -> bool:
-    """Return whether the kernels implement all settings that the request uses."""
-    return all(getattr(params, name) == off for name, off in UNSUPPORTED_DEFAULTS.items())
-
-
-def _has_change(row: SamplingRow) -> bool:
-    params = row.params
-    return bool(params.logit_bias) or row.num_output_tokens < params.min_tokens or params.has_penalty
-
-
-def _penalised_tokens(row: SamplingRow) -> Words:
-    """Return prompt, output and draft if the request has a penalty, otherwise nothing."""
-    if not row.params.has_penalty:
-        return np.zeros(0, np.int32)
-    history = np.frombuffer(row.request.history(), np.int32)
-    return np.concatenate((history, np.array(row.draft_token_ids, np.int32)))
-
-
-def _draws(rows: Sequence[IndexedRow], vocab_size: int) -> tuple[Records, int]:
-    """Return a record for each row that is sampled, and how many leading records have top_k or top_p."""
-    sampled = [(index, row) for index, row in rows if row.params.temperature >= GREEDY_TEMPERATURE]
-    draws = np.zeros(len(sampled), DRAW)
-    draws["row"] = [index for index, _ in sampled]
-    draws["keys"] = noise_keys(
-        np.array([row.seed for _, row in sampled], np.uint64),
-        np.array([row.num_output_tokens for _, row in sampled], np.uint64),
-    )
-    for name in ("temperature", "top_k", "top_p"):
-        draws[name] = [getattr(row.params, name) for _, row in sampled]
-    with np.errstate(divide="ignore"):
-        draws["log_min_p"] = np.log(np.array([row.params.min_p for _, row in sampled], np.float32))
-    draws["top_k"] *= draws["top_k"] < vocab_size
-    is_limited = (draws["top_k"] > 0) | (draws["top_p"] < 1)
-    return draws[np.argsort(~is_limited, kind="stable")], int(is_limited.sum())
-
-
-def _whole_pairs(array: Records | Words) -> NDArray[np.int64]:
-    """Return 32-bit words as 64-bit numbers, padded to an even number of words."""
-    words = array.view(np.int32).ravel()
-    return np.pad(words, (0, len(words) % 2)).view(np.int64)

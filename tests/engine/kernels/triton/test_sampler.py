@@ -11,10 +11,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from engine.kernels.triton import sampler
 from engine.kernels.triton.sampler import TritonSampler
 from engine.sampling.rng import gumbel_noise
-from engine.sampling.sampler import SamplerOutput
+from engine.sampling.sampler import SamplerOutput, apply_masks
 from engine.scheduling.request import SamplingRow
 from engine.shared.messages import SamplingParams
 from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_rows
@@ -124,20 +123,6 @@ def test_only_the_passes_that_are_needed(monkeypatch: pytest.MonkeyPatch, rng: n
         launches.clear()
         sample(logits, requests)
         assert launches == [("_top", 4), *passes]
-
-
-def test_settings_without_a_pass_go_to_torch(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
-    """As if there were none for top_k and top_p."""
-    requests = mixed_rows(rng, len(MIXED), 577)
-    logits = random_logits(rng, len(requests), 577)
-    logits[5, 3] = math.nan
-    expected = run(logits, requests)
-    monkeypatch.setattr(sampler, "UNSUPPORTED_DEFAULTS", {"top_k": 0, "top_p": 1.0})
-    assert 0 < sum(not sampler.is_supported(request.params) for request in requests) < len(requests)
-    monkeypatch.setattr(sampler, "_collect", None)
-    found = run(logits, requests)
-    assert torch.equal(found.is_finite, expected.is_finite)
-    assert (found.token_ids != expected.token_ids)[expected.is_finite].sum() <= 1
 
 
 def test_row_of_a_draft(rng: np.random.Generator) -> None:
@@ -286,7 +271,22 @@ def test_special_rows_become_what_was_drawn_from(rng: np.random.Generator) -> No
     assert output.token_ids[:2].tolist() == plain.token_ids[:2].tolist()
 
 
-@pytest.mark.parametrize("settings", [{"grammar": "start: TEXT"}, {"logprob_token_ids": (3,)}])
-def test_settings_that_change_no_distribution_need_no_other_sampler(settings: dict[str, Any]) -> None:
-    assert sampler.is_supported(SamplingParams(max_tokens=1, **settings))
-    assert not sampler.is_supported(SamplingParams(max_tokens=1, post_sampling_probs=True))
+@pytest.mark.parametrize("num_bytes", [0, 60, 73, 80])
+def test_masks_are_those_of_torch(num_bytes: int, rng: np.random.Generator) -> None:
+    """For rows of all kinds. Masks may be shorter than the vocabulary, and longer."""
+    requests = mixed_rows(rng, len(MIXED), 577)
+    logits = random_logits(rng, len(requests), 577)
+    logits[2, 100] = math.nan
+    masks = {row: rng.integers(0, 256, num_bytes).astype(np.uint8).tobytes() for row in (7, 2, 0, 9)}
+    masks[3] = b"\x00" * 72 + b"\x03"  # allows the last token, and one that does not exist
+    found, expected = logits.clone(), logits.clone()
+    output = TritonSampler(577, EOS_TOKEN_IDS, CPU).sample(found, requests, masks)
+    apply_masks(expected, masks)
+    plain = make_sampler(577).sample(expected.clone(), requests)
+    unchanged = [row for row in masks if not requests[row].params.logit_bias and not requests[row].params.has_penalty]
+    assert len(unchanged) > 2
+    assert torch.equal(found[unchanged].nan_to_num(), expected[unchanged].nan_to_num())
+    assert torch.equal(output.is_finite, plain.is_finite)
+    assert not output.is_finite[0] if not num_bytes else output.is_finite.sum() >= len(requests) - 1
+    assert (output.token_ids != plain.token_ids)[plain.is_finite].sum() <= 1
+    assert output.token_ids[3] == 576
