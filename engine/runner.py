@@ -36,7 +36,7 @@ class PendingOutputs:
     """The results of a step, before the host has read them."""
 
     step: Step
-    prompt_logprobs: list[list[PendingLogprobs]]  # for each of the step's items
+    prompt_logprobs: dict[int, list[PendingLogprobs]]  # index of an item with prompt log probabilities -> its chunks
     pooled: dict[int, HostCopy]  # index of an item with pooling -> result of ModelRunner._pool
     sampled: HostCopy | None = None  # [2, R] int64: token ids, and whether their logits are finite; None: no rows
     logprob_rows: Sequence[int] = ()  # indices of the R rows with log probabilities
@@ -49,11 +49,11 @@ class PendingOutputs:
         logprobs = dict(zip(self.logprob_rows, entries, strict=True))
         outputs: list[ScheduledOutput] = []
         first = 0
-        for index, (item, prompt_logprobs) in enumerate(zip(self.step.scheduled, self.prompt_logprobs, strict=True)):
+        for index, item in enumerate(self.step.scheduled):
             last = first + item.num_samples
             num = num_confirmed(token_ids[first:last], is_finite[first:last], item.draft_token_ids)
             output = ScheduledOutput(token_ids[first : first + num])
-            output.prompt_logprobs = [entry for chunk in prompt_logprobs for entry in chunk.read()]
+            output.prompt_logprobs = [entry for chunk in self.prompt_logprobs.get(index, ()) for entry in chunk.read()]
             if index in self.pooled:
                 *total, num_bad = self.pooled[index].read().tolist()
                 output.pooled = [] if num_bad else total
@@ -111,7 +111,12 @@ class ModelRunner:
     @torch.inference_mode()
     def sample(self, step: Step, batch: BatchInputs, clock: StepClock) -> PendingOutputs:
         """Launch the sampling of a step after its `forward`. The tokens of all earlier steps must have been read."""
-        prompt_logprobs, pooled = self._all_prompt_logprobs(step), self._all_pooled(step)
+        first_rows = batch.hidden_lens.cumsum() - batch.hidden_lens
+        items = list(zip(step.scheduled, first_rows.tolist(), strict=True))
+        prompt_logprobs = {
+            index: self._prompt_logprobs(*item) for index, item in enumerate(items) if item[0].num_prompt_logprobs
+        }
+        pooled = {index: HostCopy(self._pool(*item)) for index, item in enumerate(items) if item[0].num_pooled}
         rows = [row for item in step.scheduled for row in item.sampling_rows]
         if not rows:
             return PendingOutputs(step, prompt_logprobs, pooled)
@@ -126,23 +131,15 @@ class ModelRunner:
         copy = HostCopy(torch.stack((sampled.token_ids, sampled.is_finite.long())))
         logprobs = None
         if raw_logits is not None:
-            for number, index in enumerate(logprob_rows):
-                if rows[index].params.post_sampling_probs:
-                    raw_logits[number] = logits[index]
+            if processed := [index for index in logprob_rows if rows[index].params.post_sampling_probs]:
+                numbers = np.searchsorted(logprob_rows, processed)
+                numbers_on_device, indices = packed_copy([numbers, np.array(processed)], logits.device)
+                raw_logits[numbers_on_device] = logits[indices]
             num_top = [rows[index].params.logprobs or 0 for index in logprob_rows]
             named_ids = [rows[index].params.logprob_token_ids for index in logprob_rows]
             logprobs = gather_logprobs(raw_logits, sampled.token_ids[on_device], num_top, named_ids)
         clock.lap("sample")
         return PendingOutputs(step, prompt_logprobs, pooled, copy, logprob_rows, logprobs)
-
-    def _all_prompt_logprobs(self, step: Step) -> list[list[PendingLogprobs]]:
-        """Compute the prompt log probabilities of each item, in chunks of rows."""
-        results: list[list[PendingLogprobs]] = []
-        first_row = 0
-        for item in step.scheduled:
-            results.append(self._prompt_logprobs(item, first_row) if item.num_prompt_logprobs else [])
-            first_row += item.num_hidden
-        return results
 
     def _prompt_logprobs(self, item: Scheduled, first_row: int) -> list[PendingLogprobs]:
         num_rows = item.num_prompt_logprobs
@@ -154,22 +151,13 @@ class ModelRunner:
         chunks = zip(torch.split(rows, LOGPROB_ROWS), torch.split(token_ids, LOGPROB_ROWS), strict=True)
         return [gather_logprobs(self.execution.compute_logits(some), ids, [num_top] * len(ids)) for some, ids in chunks]
 
-    def _all_pooled(self, step: Step) -> dict[int, HostCopy]:
-        pooled: dict[int, HostCopy] = {}
-        last_row = 0
-        for index, item in enumerate(step.scheduled):
-            last_row += item.num_hidden
-            if item.num_pooled:
-                first_row = last_row - item.num_pooled
-                pooled[index] = HostCopy(self._pool(torch.arange(first_row, last_row, device=self.builder.device)))
-        return pooled
-
-    def _pool(self, rows: Tensor) -> Tensor:
-        """Return the sum of the rows' last hidden states, and the number of elements that are not finite or too large.
+    def _pool(self, item: Scheduled, first_row: int) -> Tensor:
+        """Return the sum of an item's last hidden states, and the number of elements that are not finite or too large.
 
         The result is int64 [H + 1]: the sum in units of 1 / POOLED_UNIT, then the number. Integer sums are exact, so
         they do not depend on how the prompt was split into chunks.
         """
+        rows = torch.arange(item.num_hidden - item.num_pooled, item.num_hidden, device=self.builder.device) + first_row
         total = torch.zeros(1, dtype=torch.int64, device=rows.device)
         for chunk in torch.split(rows, LOGPROB_ROWS):
             hidden = self.execution.compute_hidden(chunk).double()

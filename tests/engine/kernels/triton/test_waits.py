@@ -7,8 +7,10 @@ numbers, and what copies to a device in the simple way. What the interpreter of 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,8 +23,11 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.sampling import logprobs
+from engine.scheduling.record import StepClock
+from engine.scheduling.request import Scheduled, Step
 from engine.shared.messages import ExtraSamplers, Pooling, SamplingParams, Submit
-from tests.parity.test_families import SHAPE
+from tests.engine.sampling.test_sampler import make_row
+from tests.parity.test_families import SHAPE, VOCAB_SIZE
 from tests.support.tiny_models import save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
@@ -100,7 +105,10 @@ def watched(loaded: LoadedModel, waits: Waits) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load(save_random_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path_factory.mktemp("model"), SEED))
+    return load(
+        save_random_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path_factory.mktemp("model"), SEED),
+        max_num_seqs=64,
+    )
 
 
 def run(loaded: LoadedModel, all_params: Sequence[SamplingParams]) -> None:
@@ -141,6 +149,30 @@ def test_nothing_waits(loaded: LoadedModel, waits: Waits, chosen: Sequence[Sampl
     with watched(loaded, waits):
         run(loaded, chosen)
     assert not waits.found
+
+
+def test_sampling_64_streams_does_not_wait(loaded: LoadedModel, waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all settings for which the sampler has kernels, log probabilities, and a mask for every other row."""
+    settings: dict[str, Any] = {
+        **{"temperature": 0.8, "min_p": 0.01, "logit_bias": {3: 2.0}, "min_tokens": 3},
+        **{"repetition_penalty": 1.1, "frequency_penalty": 0.1, "presence_penalty": 0.2, "bad_words": ((3,), (4, 5))},
+        **{"stop_token_ids": (7,), "logprobs": 5},
+    }
+    others: list[dict[str, Any]] = [{}] * 64
+    others[:3] = {"logprob_token_ids": (1, 2)}, {"post_sampling_probs": True}, {"temperature": 0.0}
+    others[3:5] = {"logprobs": 0}, {"top_k": 40, "top_p": 0.9}
+    rows = [make_row(seed=seed, **settings | other) for seed, other in enumerate(others)]
+    step = Step(0, [Scheduled(row.request, start=0, num_tokens=1, num_samples=1) for row in rows])
+    runner = copy(loaded.runner)
+    monkeypatch.setattr(runner, "execution", Mock(compute_logits=lambda rows: torch.randn(len(rows), VOCAB_SIZE)))
+    monkeypatch.setattr("engine.runner.step_masks", lambda step: {row: bytes([0x55]) * 99 for row in range(0, 64, 2)})
+    batch = runner.builder.build(step)
+    with waits:
+        outputs = runner.sample(step, batch, StepClock())
+    assert not waits.found
+    found = outputs.read()
+    assert [len(output.logprobs[0].top_token_ids) for output in found if output.logprobs] == [2, 5, 5, 0, *[5] * 60]
+    assert all(output.token_ids[0] % 2 == 0 for output in found[::2])
 
 
 def test_embeddings_do_not_wait(loaded: LoadedModel, waits: Waits) -> None:
