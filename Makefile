@@ -1,7 +1,7 @@
 # Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-long check format bench bench-gpu peers wheel test-image clean always
+.PHONY: help install serve test test-long check format bench bench-gpu bench-gpu-model peers wheel test-image clean always
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
@@ -16,7 +16,7 @@ TORCH ?=
 TORCH_ARGS_cpu := --upgrade --index-url https://download.pytorch.org/whl/cpu
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/installed ## Make .venv and install the project in it (TORCH=cpu or cuda: that build of PyTorch)
 
@@ -44,6 +44,9 @@ bench: .venv/installed ## Start a server and measure it under load
 
 bench-gpu: .venv/installed-test ## Measure the engine against the limits of a GPU
 	$(BIN)/python -m tests.bench.gpu $(ARGS)
+
+bench-gpu-model: .venv/installed-test ## Estimate the time of each step on GPUs that are not there
+	$(BIN)/python -m tests.bench.gpu_model $(ARGS)
 
 peers: .venv/installed-test ## Measure other servers beside it, as ARGS says (default: how to)
 	$(BIN)/python -m tests.bench.peers $(or $(ARGS),--help)

@@ -20,7 +20,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,50 +41,13 @@ from engine.scheduling.record import StepClock
 from engine.scheduling.request import Step
 from engine.shared.messages import SamplingParams, Submit
 from engine.startup import capture_graphs
+from tests.bench.gpu_shapes import SHAPES, Shape
 
 REPEATS = 20
 NUM_GENERATED = 64  # tokens per stream
 WEIGHTS_PER_FILE = 9
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Shape:
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        """Return the names and shapes of the weights, as in Hugging Face's Llama."""
-        size, kv_size = self.hidden_size, self.num_kv_heads * self.head_dim
-        sizes = {"self_attn.q_proj": (size, size), "self_attn.k_proj": (kv_size, size)}
-        sizes |= {"self_attn.v_proj": (kv_size, size), "self_attn.o_proj": (size, size)}
-        sizes |= {f"mlp.{name}_proj": (self.intermediate_size, size) for name in ("gate", "up")}
-        sizes |= {"mlp.down_proj": (size, self.intermediate_size)}
-        norms = {"input_layernorm": (size,), "post_attention_layernorm": (size,)}
-        layers = range(self.num_layers)
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, size)}
-        found |= {f"model.layers.{n}.{name}.weight": shape for n in layers for name, shape in (sizes | norms).items()}
-        return found | {"model.norm.weight": (size,), "lm_head.weight": (self.vocab_size, size)}
-
-    @property
-    def num_weights_read(self) -> int:
-        """Number of weights that a step reads: all but the embeddings, of which it reads one row per token."""
-        return sum(shape[0] * shape[-1] for name, shape in self.weights().items() if "embed" not in name)
-
-
-SHAPES = {
-    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
-    "tiny": Shape(256, 512, 2, 4, 2, 1024),
-}
 
 
 class Figure(msgspec.Struct, frozen=True):
@@ -206,16 +168,10 @@ def decode_name(num_streams: int, context: int) -> str:
     return f"decode, {num_streams} streams of {context} tokens"
 
 
-def decode_floor(shape: Shape, copy: float, num_streams: int, context: int) -> float:
-    """Return the seconds in which a copy moves the bytes that a step reads after half of the generated tokens."""
-    kv_bytes = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
-    return (2 * shape.num_weights_read + kv_bytes * num_streams * (context + NUM_GENERATED // 2)) / copy
-
-
 def decode(loaded: LoadedModel, shape: Shape, copy: float, mode: str, num_streams: int, context: int) -> Figure:
     """Measure the median step in which all streams decode."""
     times = step_times(loaded, num_streams, context, max_tokens=NUM_GENERATED, num_tokens=num_streams)
-    floor = decode_floor(shape, copy, num_streams, context)
+    floor = shape.decode_bytes(num_streams, context + NUM_GENERATED // 2) / copy
     return Figure(decode_name(num_streams, context), mode, statistics.median(times), floor)
 
 
@@ -243,7 +199,9 @@ def transformers_decode(
         seconds[num_tokens] = time.perf_counter() - started
     step = (seconds[NUM_GENERATED] - seconds[1]) / (NUM_GENERATED - 1)
     name = decode_name(num_streams, context)
-    return Figure(name, "generate of transformers", step, decode_floor(shape, copy, num_streams, context))
+    return Figure(
+        name, "generate of transformers", step, shape.decode_bytes(num_streams, context + NUM_GENERATED // 2) / copy
+    )
 
 
 def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, context: int) -> Figure:
@@ -273,9 +231,7 @@ def prefill(loaded: LoadedModel, shape: Shape, rate: float, mode: str, num_token
     """Measure all steps of one prompt. The second of two runs counts, since kernels are compiled at their first use."""
     for _ in range(2):
         seconds = sum(step_times(loaded, 1, num_tokens, max_tokens=1))
-    attention = 2 * 2 * shape.num_layers * shape.num_heads * shape.head_dim * num_tokens**2 / 2
-    operations = 2 * (shape.num_weights_read - shape.vocab_size * shape.hidden_size) * num_tokens + attention
-    return Figure(f"prefill, {num_tokens} tokens", mode, seconds, operations / rate)
+    return Figure(f"prefill, {num_tokens} tokens", mode, seconds, shape.prefill_operations(num_tokens) / rate)
 
 
 def step_times(

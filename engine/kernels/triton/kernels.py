@@ -24,7 +24,7 @@ from engine.kernels.triton.attention import TritonAttentionPlan
 from engine.kernels.triton.linear import linear
 from engine.kernels.triton.packed_matrix import READERS, PackedMatrix, from_ggml, to_int8
 from engine.kernels.triton.sampler import TritonSampler
-from engine.kernels.triton.tiles import card_name, tiles_for
+from engine.kernels.triton.tiles import card_name, compute_capability, tiles_for
 from engine.weights import PackedTensor, Weight, concatenate
 
 Matrix: TypeAlias = list[Tensor | PackedMatrix]  # stacked vertically
@@ -56,7 +56,7 @@ class TritonKernels:
         can_attend = prompt_attention.can_attend(device, options.dtype) and self.cache_dtype == options.dtype
         self.attends_to_prompts = can_attend and not options.batch_invariant
         self.weight_formats: list[str] = []  # of the weights packed so far, in order
-        self.tiles = tiles_for(device, options.dtype)
+        self.tiles = tiles_for(compute_capability(device), options.dtype)
         # Enough tokens that attention splits their keys, and that products do not split their inputs.
         self.num_warm_up_tokens = 2 * self.tiles.attention.segment + 1
         self.lora_tiles: dict[tuple[int, ...], Tensor] = {}  # by the sizes of a product's projections

@@ -91,11 +91,15 @@ TABLE: dict[tuple[int, int], Tiles] = {
 }
 
 
-def tiles_for(device: torch.device, dtype: torch.dtype) -> Tiles:
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Return NVIDIA's compute capability of a card; None for other devices."""
+    return torch.cuda.get_device_capability(device) if _is_nvidia(device) else None
+
+
+def tiles_for(capability: tuple[int, int] | None, dtype: torch.dtype) -> Tiles:
     """Return the tiles of a card. float32, which tensor cores would round, and other makers' cards get the smallest."""
-    if not _is_nvidia(device) or dtype == torch.float32:
+    if capability is None or dtype == torch.float32:
         return SMALLEST
-    capability = torch.cuda.get_device_capability(device)
     return TABLE[max(key for key in TABLE if key <= capability)]
 
 

@@ -1,0 +1,150 @@
+"""How many kernels a step launches and how much memory it takes, for models and cards that are not here.
+
+The engine's own code runs on torch's meta device (`tests/support/gpu_trace.py`).
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from engine.scheduling.request import NO_LORA_SLOT
+from tests.bench.gpu_shapes import SHAPES
+from tests.support.gpu_cards import CARDS
+from tests.support.gpu_trace import META, traced
+from tests.support.meta_models import (
+    CUDA_CONTEXT_BYTES,
+    MetaModel,
+    Sequence,
+    TracedStep,
+    load_meta_model,
+    model_config,
+    traced_step,
+)
+
+MIB = 2**20
+DECODE_8 = [Sequence(1024)] * 8
+DECODE_64 = [Sequence(1024)] * 64
+LONG_AMONG_SHORT = [Sequence(1024)] * 63 + [Sequence(32768)]
+PREFILL = [Sequence(0, 8192)]
+MIXED = [Sequence(1024)] * 64 + [Sequence(0, 8128)]
+
+# Of one layer; a model has two more products and norms, and the last layer gathers the rows that it still needs.
+LAYER = {"linear": 4, "rms_norm": 2, "rope_and_store_kv": 1, "attend": 1, "act_and_mul": 1}
+
+
+class Settings(NamedTuple):
+    shape: str = "llama-3-8b"
+    card: str = "h100"
+    packed: str | None = None
+    kv_cache_dtype: str = "auto"
+    max_loras: int = 0
+
+
+class Case(NamedTuple):
+    sequences: list[Sequence]
+    num_launches: int
+    peak_mib: float  # of what the step allocates
+    settings: Settings = Settings()
+    params: Mapping[str, Any] = {}
+
+
+@cache
+def model_of(settings: Settings) -> MetaModel:
+    shape, card, packed, kv_cache_dtype, max_loras = settings
+    return load_meta_model(
+        model_config(SHAPES[shape]),
+        CARDS[card],
+        packed=packed,
+        max_model_len=40960,
+        max_num_seqs=256,
+        kv_cache_dtype=kv_cache_dtype,
+        max_loras=max_loras,
+    )
+
+
+def step_of(case: Case) -> TracedStep:
+    lora_slot = 0 if case.settings.max_loras else NO_LORA_SLOT
+    return traced_step(model_of(case.settings), case.sequences, lora_slot, **case.params)
+
+
+Q4_70B = Settings("llama-3-70b", packed="Q4_K")
+LORA = Settings(max_loras=4)
+LOGPROBS = {"logprobs": 20}
+
+CASES = {
+    "decode 1": Case([Sequence(1024)], 438, 0.5),
+    "decode 8": Case(DECODE_8, 438, 4.0),
+    "decode 64": Case(DECODE_64, 438, 32.3),
+    "decode 256": Case([Sequence(1024)] * 256, 374, 129.3),
+    "decode 64 of 8k": Case([Sequence(8192)] * 64, 438, 35.7),
+    "32k among 63 of 1k": Case(LONG_AMONG_SHORT, 406, 32.8),
+    "prefill": Case(PREFILL, 303, 868.3),
+    "mixed": Case(MIXED, 305, 868.4),
+    "sampled": Case(DECODE_64, 442, 63.1, params={"temperature": 0.8, "top_p": 0.9}),
+    "log probabilities": Case(DECODE_64, 450, 188.4, params=LOGPROBS),
+    "LoRA": Case(DECODE_64, 694, 32.3, LORA),
+    "LoRA, prefill": Case(PREFILL, 559, 868.3, LORA),
+    "int8 KV": Case(DECODE_64, 438, 32.3, Settings(kv_cache_dtype="int8")),
+    "Q4_K": Case(DECODE_64, 448, 32.3, Settings(packed="Q4_K")),
+    "L4, decode 8": Case(DECODE_8, 342, 4.0, Settings(card="l4")),
+    "L4, prefill": Case(PREFILL, 301, 868.3, Settings(card="l4")),
+    "70B, decode 64": Case(DECODE_64, 1072, 33.3, Q4_70B),
+    "70B, prefill": Case(PREFILL, 745, 1732.3, Q4_70B),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launches_and_peak_of_a_step(name: str) -> None:
+    case = CASES[name]
+    step = step_of(case)
+    assert len(step.launches) == case.num_launches, step.counts()
+    assert step.peak_bytes / MIB == pytest.approx(case.peak_mib, abs=0.06)
+
+
+def test_launches_of_a_layer() -> None:
+    """No kernel is launched more often than the model's code says, but for the parts of one that is split."""
+    counts = step_of(CASES["prefill"]).counts()
+    expected = {name: number * SHAPES["llama-3-8b"].num_layers for name, number in LAYER.items()}
+    expected["linear"] += 1  # the LM head
+    expected["rms_norm"] += 1
+    assert {name: counts[name] for name in LAYER} == expected
+
+
+NOT_FITTING = pytest.mark.xfail(strict=True, reason="the KV cache takes nine tenths, whatever the activations need")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, marks=NOT_FITTING if settings.card == "l4" else (), id=str(tuple(settings)))
+        for settings in dict.fromkeys(case.settings for case in CASES.values())
+    ],
+)
+def test_weights_cache_and_activations_fit_the_card(settings: Settings) -> None:
+    model = model_of(settings)
+    steps = [step_of(Case(sequences, 0, 0, settings)) for sequences in (PREFILL, [Sequence(1024)] * 256)]
+    peak = max(step.peak_bytes for step in steps)
+    needed = CUDA_CONTEXT_BYTES + model.weight_bytes + model.memory.kv_cache_bytes + peak
+    assert needed <= model.card.memory_bytes
+
+
+def test_a_model_that_is_too_large_is_refused() -> None:
+    with pytest.raises(ValueError, match="KV cache"):
+        model_of(Settings("llama-3-70b"))
+
+
+def test_allocations_are_counted_until_they_are_freed() -> None:
+    with traced() as trace:
+        first = torch.empty((1024, 256), dtype=torch.float16, device=META)
+        second = first[:512].float().t().contiguous()  # two of half as many numbers, of twice the size
+        assert trace.live_bytes == 2 * first.nbytes
+        assert trace.peak_bytes == 3 * first.nbytes
+        view = first[:1]
+        del first, second
+        assert trace.live_bytes == 1024 * 256 * 2
+        del view
+        assert trace.live_bytes == 0
+    assert [launch.name for launch in trace.launches] == ["torch _to_copy", "torch clone"]
