@@ -3,9 +3,13 @@
 The model has the shape of Llama-3-8B with random weights in bfloat16, and needs 16 GB of disk. The limits of the GPU
 are measured in the same run: the bandwidth of a large copy, and the rate of a large matrix product in bfloat16. A
 decoding step reads all weights and the keys and values of all tokens; a prompt takes two operations for each weight and
-token, and those of attention. This gives a lower bound of each time, the floor. Both modes are measured: the default,
-in which answers do not depend on the batch, and `--no-batch-invariant`; then attention alone, `generate` of
-transformers with the same weights, and the share of the host's work that overlaps with the device's.
+token, and those of attention. This gives a lower bound of each time, the floor. Times are those between events on the
+device, or of replayed graphs.
+
+Both modes are measured: the default, in which answers do not depend on the batch, and `--no-batch-invariant`; then
+attention alone, `generate` of transformers with the same weights, the share of the host's work that overlaps with the
+device's, and with `--vllm PYTHON`, the path of an interpreter that has vLLM, vLLM with and without its batch-invariant
+mode. Beside each share of the limit are its target and what `python -m tests.bench.gpu_model` expects.
 """
 
 from __future__ import annotations
@@ -13,22 +17,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import itertools
 import json
+import os
 import random
 import statistics
+import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Column, Table
-from safetensors.torch import save_file
 
 from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
@@ -36,38 +38,95 @@ from engine.core import Engine
 from engine.kernels.interface import KernelOptions
 from engine.kernels.torch.kernels import TorchKernels
 from engine.loading import LoadedModel, load_model
-from engine.runner import ModelRunner, PendingOutputs
-from engine.scheduling.record import StepClock
-from engine.scheduling.request import Step
 from engine.shared.messages import SamplingParams, Submit
 from engine.startup import capture_graphs
-from tests.bench.gpu_shapes import SHAPES, Shape
+from tests.bench import gpu_model, gpu_vllm
+from tests.bench.gpu_shapes import SHAPES, TARGETS, Shape, decode_name, prefill_name, save_model
+from tests.bench.gpu_timing import TimedRunner, elapsed, seconds_of
+from tests.support.gpu_cards import CARDS
+from tests.support.meta_models import Sequence
 
-REPEATS = 20
 NUM_GENERATED = 64  # tokens per stream
-WEIGHTS_PER_FILE = 9
-
-T = TypeVar("T")
+OURS, FASTER = "default", "--no-batch-invariant"
+TRANSFORMERS, VLLM, VLLM_INVARIANT = "transformers", "vLLM", "vLLM, batch invariant"
 
 
 class Figure(msgspec.Struct, frozen=True):
+    """A measured time; the shares are of the limit, which takes `floor` seconds."""
+
     name: str
     mode: str
     seconds: float
-    floor: float  # seconds
+    floor: float
+    target: float | None = None
+    expected: float | None = None
+
+    @property
+    def share(self) -> float:
+        return self.floor / self.seconds
+
+
+class Ratio(msgspec.Struct, frozen=True):
+    """How many times as fast one figure is as another."""
+
+    name: str
+    value: float
+    target: float | None = None
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     model: str
+    context: int  # tokens of each decoding stream
     copy_bytes_per_second: float
     product_operations_per_second: float
     figures: list[Figure]
-    decode_speedup: float  # ratio to the decoding speed of transformers, with the largest number of streams
-    hidden_share: float  # share of the host's time in these steps that overlaps with the device's
+    ratios: list[Ratio]
+    hidden_share: float  # share of the host's time in decoding steps that overlaps with the device's
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What to measure, and the limits of the device."""
+
+    shape_name: str
+    device: torch.device
+    streams: list[int]
+    context: int
+    prompt: int
+    copy: float  # bytes per second
+    product: float  # operations per second
+
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.shape_name]
+
+    def decode_floor(self, num_streams: int) -> float:
+        """Return the seconds in which a copy moves the bytes that a step reads after half of the generated tokens."""
+        return self.shape.decode_bytes(num_streams, self.context + NUM_GENERATED // 2) / self.copy
+
+    @property
+    def prefill_floor(self) -> float:
+        return self.shape.prefill_operations(self.prompt) / self.product
 
 
 def main() -> None:
+    arguments = make_parser().parse_args()
+    results = measure(bench_of(arguments), arguments.attention, arguments.vllm)
+    if arguments.json:
+        print(msgspec.json.encode(results).decode())
+    else:
+        print_table(results)
+
+
+def bench_of(arguments: argparse.Namespace) -> Bench:
+    """Return what the arguments say to measure, with the measured limits of the device."""
+    device = torch.device(arguments.device)
+    limits = copy_rate(device), product_rate(device)
+    return Bench(arguments.shape, device, arguments.streams, arguments.context, arguments.prompt, *limits)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.gpu",
         description=__doc__,
@@ -75,7 +134,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="default: 1 8 64")
     parser.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens per stream; default: %(default)s"
     )
@@ -88,169 +147,113 @@ def main() -> None:
         metavar=("STREAMS", "TOKENS"),
         help="streams and context length of the attention measurement; default: 64 4096",
     )
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="an interpreter that has vLLM, to measure it too")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    arguments = parser.parse_args()
-    device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
-    limits = copy_rate(device), product_rate(device)
+    return parser
+
+
+def measure(bench: Bench, attention: tuple[int, int], vllm: Path | None) -> Results:
+    """Measure everything, one after the other, so that each has the memory of the device for itself."""
     figures: list[Figure] = []
     hidden = 0.0
-    num_streams, context = max(arguments.streams), arguments.context
     with tempfile.TemporaryDirectory() as folder:
-        save_model(shape, Path(folder), max(arguments.prompt, context) + 64, device)
-        for is_invariant in (True, False):
+        save_model(bench.shape, Path(folder), max(bench.prompt, bench.context) + NUM_GENERATED, bench.device)
+        for mode in (OURS, FASTER):
             loaded = load_model(
-                EngineConfig(model_path=folder, device=arguments.device, dtype="bfloat16", batch_invariant=is_invariant)
+                EngineConfig(
+                    model_path=folder, device=str(bench.device), dtype="bfloat16", batch_invariant=mode == OURS
+                )
             )
             capture_graphs(loaded.runner)
-            mode = "default" if is_invariant else "--no-batch-invariant"
-            figures += [decode(loaded, shape, limits[0], mode, n, context) for n in arguments.streams]
-            figures.append(prefill(loaded, shape, limits[1], mode, arguments.prompt))
-            if is_invariant:
-                figures.append(attention(loaded, shape, limits[0], *arguments.attention))
-                hidden = hidden_share(loaded, num_streams, context)
+            figures += [decode(bench, loaded, mode, number) for number in bench.streams]
+            figures.append(prefill(bench, loaded, mode))
+            if mode == OURS:
+                figures += [decode_attention(bench, loaded, *attention), prompt_attention(bench, loaded)]
+                hidden = hidden_share(bench, loaded, max(bench.streams))
             del loaded
-            free_memory(device)
-        figures.append(transformers_decode(Path(folder), shape, limits[0], num_streams, context, device))
-    ours = next(figure for figure in figures if figure.name == decode_name(num_streams, context))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    results = Results(
+            free_memory(bench.device)
+        figures.append(transformers_decode(bench, Path(folder), max(bench.streams)))
+        free_memory(bench.device)
+        if vllm is not None:
+            figures += [*run_vllm(bench, folder, vllm, VLLM), *run_vllm(bench, folder, vllm, VLLM_INVARIANT)]
+    name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else str(bench.device)
+    expected = expected_shares(bench, name)
+    return Results(
         device=name,
-        model=arguments.shape,
-        copy_bytes_per_second=limits[0],
-        product_operations_per_second=limits[1],
-        figures=figures,
-        decode_speedup=figures[-1].seconds / ours.seconds,
+        model=bench.shape_name,
+        context=bench.context,
+        copy_bytes_per_second=bench.copy,
+        product_operations_per_second=bench.product,
+        figures=[with_target(figure, expected) for figure in figures],
+        ratios=ratios(bench, figures),
         hidden_share=hidden,
     )
-    if arguments.json:
-        print(msgspec.json.encode(results).decode())
-    else:
-        print_table(results)
 
 
-def save_model(shape: Shape, folder: Path, max_model_len: int, device: torch.device) -> None:
-    """Write random weights, in files of about one layer each, and their configuration."""
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": max_model_len,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator(device).manual_seed(0)
-    files: dict[str, str] = {}
-    weights = shape.weights()
-    every = list(weights)
-    for number, first in enumerate(range(0, len(every), WEIGHTS_PER_FILE)):
-        names = every[first : first + WEIGHTS_PER_FILE]
-        file = f"model-{number}.safetensors"
-        tensors = {
-            name: (torch.randn(weights[name], generator=generator, device=device) / weights[name][-1] ** 0.5)
-            .to(torch.bfloat16)
-            .cpu()
-            for name in names
-        }
-        save_file(tensors, folder / file)
-        files |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+def with_target(figure: Figure, expected: dict[str, float]) -> Figure:
+    """Return a figure of the default mode with its target and what the model expects."""
+    if figure.mode != OURS:
+        return figure
+    return msgspec.structs.replace(figure, target=TARGETS.get(figure.name), expected=expected.get(figure.name))
 
 
-def decode_name(num_streams: int, context: int) -> str:
-    return f"decode, {num_streams} streams of {context} tokens"
+def expected_shares(bench: Bench, device_name: str) -> dict[str, float]:
+    """Return the share of the limit that the model of a card expects of each step; nothing for an unknown card."""
+    card = next((card for card in CARDS.values() if card.name.split()[0] in device_name), None)
+    if card is None:
+        return {}
+    half = bench.context + NUM_GENERATED // 2
+    steps = {decode_name(number): [Sequence(half)] * number for number in bench.streams}
+    steps[prefill_name(bench.prompt)] = [Sequence(0, bench.prompt)]
+    found = gpu_model.estimate(bench.shape_name, card, steps)
+    return {step.name: step.share for step in found.steps}
 
 
-def decode(loaded: LoadedModel, shape: Shape, copy: float, mode: str, num_streams: int, context: int) -> Figure:
+def ratios(bench: Bench, figures: list[Figure]) -> list[Ratio]:
+    """Return how the modes compare with transformers and vLLM, beside the targets."""
+    seconds = {(figure.name, figure.mode): figure.seconds for figure in figures}
+    decoding, prompt = decode_name(max(bench.streams)), prefill_name(bench.prompt)
+    wanted = [
+        (decoding, OURS, TRANSFORMERS, None),
+        (decoding, OURS, VLLM_INVARIANT, None),
+        (prompt, OURS, VLLM_INVARIANT, 1.5),
+        (decoding, FASTER, VLLM, 0.9),
+        (prompt, FASTER, VLLM, 0.9),
+    ]
+    return [
+        Ratio(f"{name}: {mode} beside {other}", seconds[name, other] / seconds[name, mode], target)
+        for name, mode, other, target in wanted
+        if (name, other) in seconds
+    ]
+
+
+def decode(bench: Bench, loaded: LoadedModel, mode: str, num_streams: int) -> Figure:
     """Measure the median step in which all streams decode."""
-    times = step_times(loaded, num_streams, context, max_tokens=NUM_GENERATED, num_tokens=num_streams)
-    floor = shape.decode_bytes(num_streams, context + NUM_GENERATED // 2) / copy
-    return Figure(decode_name(num_streams, context), mode, statistics.median(times), floor)
+    times = step_times(bench, loaded, num_streams, bench.context, NUM_GENERATED)
+    seconds = statistics.median(seconds for num_tokens, seconds in times if num_tokens == num_streams)
+    return Figure(decode_name(num_streams), mode, seconds, bench.decode_floor(num_streams))
 
 
-def transformers_decode(
-    folder: Path, shape: Shape, copy: float, num_streams: int, context: int, device: torch.device
-) -> Figure:
-    """Measure the mean step of `generate` after the first, which computes the prompts, in the second of two runs."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model.to(device)
-    prompts = torch.randint(shape.vocab_size, (num_streams, context), device=device)
-    seconds = {1: 0.0, NUM_GENERATED: 0.0}
-    for num_tokens in (*seconds, *seconds):
-        started = time.perf_counter()
-        out = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            pad_token_id=0,
-        )
-        assert out.shape == (num_streams, context + num_tokens)
-        out.cpu()  # waits for the device
-        seconds[num_tokens] = time.perf_counter() - started
-    step = (seconds[NUM_GENERATED] - seconds[1]) / (NUM_GENERATED - 1)
-    name = decode_name(num_streams, context)
-    return Figure(
-        name, "generate of transformers", step, shape.decode_bytes(num_streams, context + NUM_GENERATED // 2) / copy
-    )
-
-
-def attention(loaded: LoadedModel, shape: Shape, copy: float, num_streams: int, context: int) -> Figure:
-    """Measure attention of one layer, with one row per stream. On a CPU, only for tests, it is plain torch's."""
-    device, kernels = loaded.device, loaded.runner.kernels
-    if device.type == "cpu":
-        kernels = TorchKernels(KernelOptions(torch.bfloat16), device)
-    blocks_of_one = -(-context // loaded.memory.block_size)
-    num_blocks = num_streams * blocks_of_one
-    (cache,) = kernels.new_kv_cache(1, num_blocks, loaded.memory.block_size, shape.num_kv_heads, shape.head_dim)
-    tables = torch.randperm(num_blocks, device=device).view(num_streams, blocks_of_one)
-    rows = torch.arange(num_streams, device=device)
-    ones = np.ones(num_streams, dtype=np.int64)
-    positions = torch.full_like(rows, context - 1)
-    none = rows[:0]
-    inputs = (rows, positions, rows, none, rows, none, rows, none, none)  # attention reads some of them
-    batch = BatchInputs(*inputs, tables, ones, ones, ones * context)
-    plan = kernels.plan_attention(batch, ones, shape.num_heads, shape.num_kv_heads, cache)
-    q = torch.randn((num_streams, shape.num_heads, shape.head_dim), device=device).to(torch.bfloat16)
-    with torch.inference_mode():
-        seconds = seconds_of(lambda: kernels.paged_attention(q, cache, plan, shape.head_dim**-0.5, None), device)
-    num_bytes = 2 * 2 * shape.num_kv_heads * shape.head_dim * num_streams * context
-    return Figure(f"attention of a layer, {num_streams} rows of {context} tokens", "default", seconds, num_bytes / copy)
-
-
-def prefill(loaded: LoadedModel, shape: Shape, rate: float, mode: str, num_tokens: int) -> Figure:
+def prefill(bench: Bench, loaded: LoadedModel, mode: str) -> Figure:
     """Measure all steps of one prompt. The second of two runs counts, since kernels are compiled at their first use."""
     for _ in range(2):
-        seconds = sum(step_times(loaded, 1, num_tokens, max_tokens=1))
-    return Figure(f"prefill, {num_tokens} tokens", mode, seconds, shape.prefill_operations(num_tokens) / rate)
+        seconds = sum(seconds for _, seconds in step_times(bench, loaded, 1, bench.prompt, 1))
+    return Figure(prefill_name(bench.prompt), mode, seconds, bench.prefill_floor)
 
 
 def step_times(
-    loaded: LoadedModel, num_streams: int, context: int, *, max_tokens: int, num_tokens: int | None = None
-) -> list[float]:
-    """Return the seconds of each step, or of the steps with `num_tokens` rows."""
-    engine = engine_with(loaded, num_streams, context, max_tokens)
-    found: list[float] = []
-    while engine.has_work:
-        started = time.perf_counter()
-        step, _ = engine.step()
-        if num_tokens is None or (step is not None and step.num_tokens == num_tokens):
-            found.append(time.perf_counter() - started)
-    return found
+    bench: Bench, loaded: LoadedModel, num_streams: int, context: int, max_tokens: int
+) -> list[tuple[int, float]]:
+    """Return the number of tokens and the seconds of each step."""
+    runner = TimedRunner(loaded.runner, bench.device)
+    run_all(engine_with(loaded, runner, num_streams, context, max_tokens))
+    return list(zip(runner.num_tokens, runner.step_seconds(), strict=True))
 
 
-def engine_with(loaded: LoadedModel, num_streams: int, context: int, max_tokens: int) -> Engine:
+def engine_with(loaded: LoadedModel, runner: Any, num_streams: int, context: int, max_tokens: int) -> Engine:
     """Return an engine with `num_streams` random prompts of `context` tokens."""
-    engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), loaded)
+    timed = dataclasses.replace(loaded, runner=runner)
+    engine = Engine(EngineConfig(model_path="", speculative="off", enable_prefix_caching=False), timed)
     rng = random.Random(0)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
     for number in range(num_streams):
@@ -259,62 +262,96 @@ def engine_with(loaded: LoadedModel, num_streams: int, context: int, max_tokens:
     return engine
 
 
-class MarkingRunner:
-    """A runner that records events in the device's queue before and after the work of each step."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self.kernels = runner.kernels
-        self.spans: list[tuple[Any, Any]] = []  # events
-
-    def forward(self, step: Step, clock: StepClock) -> BatchInputs:
-        return self._between(lambda: self._runner.forward(step, clock))
-
-    def sample(self, step: Step, batch: BatchInputs, clock: StepClock) -> PendingOutputs:
-        return self._between(lambda: self._runner.sample(step, batch, clock))
-
-    def _between(self, work: Callable[[], T]) -> T:
-        first, last = new_event(), new_event()
-        first.record()
-        result = work()
-        last.record()
-        self.spans.append((first, last))
-        return result
-
-    def idle_seconds(self, num_spans: int) -> float:
-        """Return the seconds between the last `num_spans` spans."""
-        spans = self.spans[-num_spans:]
-        gaps = [last.elapsed_time(first) for (_, last), (first, _) in itertools.pairwise(spans)]
-        return float(sum(gaps)) / 1000
-
-
-class HostEvent:
-    """A replacement for device events on a CPU, whose work is complete when a call returns."""
-
-    def record(self) -> None:
-        self._time = time.perf_counter()
-
-    def elapsed_time(self, other: HostEvent) -> float:
-        return 1000 * (other._time - self._time)
-
-
-def new_event() -> Any:
-    if not torch.cuda.is_available():
-        return HostEvent()
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def hidden_share(loaded: LoadedModel, num_streams: int, context: int) -> float:
-    """Return the share of the host's time in decoding steps during which the device computes. Meaningless on a CPU."""
-    marks: Any = MarkingRunner(loaded.runner)
-    engine = engine_with(dataclasses.replace(loaded, runner=marks), num_streams, context, NUM_GENERATED)
+def run_all(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
-    if loaded.device.type == "cuda":
-        torch.cuda.synchronize(loaded.device)
+
+
+def hidden_share(bench: Bench, loaded: LoadedModel, num_streams: int) -> float:
+    """Return the share of the host's time in decoding steps during which the device computes. Meaningless on a CPU."""
+    runner = TimedRunner(loaded.runner, bench.device)
+    engine = engine_with(loaded, runner, num_streams, bench.context, NUM_GENERATED)
+    run_all(engine)
     steps = list(engine.recorder.steps)[-NUM_GENERATED // 2 :]  # all streams decode, and the graphs are captured
     host = sum(seconds for step in steps for part, seconds in step.seconds.items() if part not in ("overlap", "wait"))
-    return max(0.0, 1.0 - float(marks.idle_seconds(2 * len(steps))) / host)
+    return max(0.0, 1.0 - runner.idle_seconds(len(steps)) / host)
+
+
+def decode_attention(bench: Bench, loaded: LoadedModel, num_streams: int, context: int) -> Figure:
+    """Measure attention of one layer, with one row per stream."""
+    seconds = attention_seconds(bench, loaded, num_streams, 1, context)
+    shape = bench.shape
+    num_bytes = 2 * 2 * shape.num_kv_heads * shape.head_dim * num_streams * context
+    name = f"attention of a layer, {num_streams} rows of {context} tokens"
+    return Figure(name, OURS, seconds, num_bytes / bench.copy)
+
+
+def prompt_attention(bench: Bench, loaded: LoadedModel) -> Figure:
+    """Measure attention of one layer to a whole prompt."""
+    seconds = attention_seconds(bench, loaded, 1, bench.prompt, bench.prompt)
+    operations = 2 * 2 * bench.shape.num_heads * bench.shape.head_dim * bench.prompt**2 / 2
+    return Figure(f"attention of a layer, {bench.prompt} rows", OURS, seconds, operations / bench.product)
+
+
+def attention_seconds(bench: Bench, loaded: LoadedModel, num_streams: int, num_rows: int, context: int) -> float:
+    """Return the seconds of attention of one layer. On a CPU, only for tests, it is plain torch's."""
+    device, kernels, shape = bench.device, loaded.runner.kernels, bench.shape
+    if device.type == "cpu":
+        kernels = TorchKernels(KernelOptions(torch.bfloat16), device)
+    blocks_of_one = -(-context // loaded.memory.block_size)
+    num_blocks = num_streams * blocks_of_one
+    (cache,) = kernels.new_kv_cache(1, num_blocks, loaded.memory.block_size, shape.num_kv_heads, shape.head_dim)
+    for stored in (cache.keys, cache.values):
+        stored.normal_()
+    tables = torch.randperm(num_blocks, device=device).view(num_streams, blocks_of_one)
+    rows = torch.arange(num_streams * num_rows, device=device)
+    positions = (rows % num_rows) + context - num_rows
+    ones, none = np.ones(num_streams, dtype=np.int64), rows[:0]
+    inputs = (rows, positions, rows, none, rows, none, rows, none, none)  # attention reads some of them
+    batch = BatchInputs(*inputs, tables, ones * num_rows, ones * num_rows, ones * context)
+    plan = kernels.plan_attention(batch, batch.query_lens, shape.num_heads, shape.num_kv_heads, cache)
+    q = torch.randn((len(rows), shape.num_heads, shape.head_dim), device=device).to(torch.bfloat16)
+    with torch.inference_mode():
+        return seconds_of(lambda: kernels.paged_attention(q, cache, plan, shape.head_dim**-0.5, None), device)
+
+
+def transformers_decode(bench: Bench, folder: Path, num_streams: int) -> Figure:
+    """Measure the mean step of `generate` after the first, which computes the prompts, in the second of two runs."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.to(bench.device)
+    prompts = torch.randint(bench.shape.vocab_size, (num_streams, bench.context), device=bench.device)
+
+    def generate(num_tokens: int) -> None:
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            pad_token_id=0,
+        )
+        assert out.shape == (num_streams, bench.context + num_tokens)
+
+    for _ in range(2):
+        one, many = (elapsed(lambda num=num: generate(num), bench.device) for num in (1, NUM_GENERATED))  # type: ignore[misc]
+    seconds = (many - one) / (NUM_GENERATED - 1)
+    return Figure(decode_name(num_streams), TRANSFORMERS, seconds, bench.decode_floor(num_streams))
+
+
+def run_vllm(bench: Bench, folder: str, python: Path, mode: str) -> list[Figure]:
+    """Measure vLLM in a process of its own, with its own interpreter. Raises CalledProcessError if it fails."""
+    arguments = [folder, bench.shape.vocab_size, bench.streams, bench.context, bench.prompt, NUM_GENERATED]
+    environment = os.environ | {"VLLM_BATCH_INVARIANT": str(int(mode == VLLM_INVARIANT))}
+    command = [str(python), gpu_vllm.__file__, json.dumps(arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    figures = [
+        Figure(decode_name(number), mode, found["decode"][str(number)], bench.decode_floor(number))
+        for number in bench.streams
+    ]
+    return [*figures, Figure(prefill_name(bench.prompt), mode, found["prefill"], bench.prefill_floor)]
 
 
 def free_memory(device: torch.device) -> None:
@@ -324,45 +361,42 @@ def free_memory(device: torch.device) -> None:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Return the bytes read and written per second by a large copy."""
-    source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    """Return the bytes read and written per second by a large copy of random bytes."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
 
 
 def product_rate(device: torch.device) -> float:
-    """Return the operations per second of a large matrix product; a multiply-add is two operations."""
+    """Return the operations per second of a large matrix product of random numbers; a multiply-add is two.
+
+    Products of ones run up to 15 % faster, since fewer bits change.
+    """
     size = 8192 if device.type == "cuda" else 512
-    a, b = (torch.ones((size, size), dtype=torch.bfloat16, device=device) for _ in range(2))
-    return 2 * size**3 / seconds_of(lambda: a @ b, device)
-
-
-def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """Return the median of the seconds that a call takes."""
-    found = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+    a, b = (torch.randn((size, size), device=device).to(torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / seconds_of(lambda: torch.matmul(a, b, out=out), device)
 
 
 def print_table(results: Results) -> None:
-    table = Table("what", "mode", *(Column(name, justify="right") for name in ("ms", "floor", "share")))
+    columns = ("ms", "limit", "share", "target", "expected")
+    table = Table("what", "mode", *(Column(name, justify="right") for name in columns))
+    copy, product = results.copy_bytes_per_second / 1e9, results.product_operations_per_second / 1e12
     table.title = (
-        f"{results.model} on {results.device}: copy {results.copy_bytes_per_second / 1e9:.0f} GB/s, "
-        f"matrix product {results.product_operations_per_second / 1e12:.1f} TFLOP/s"
+        f"{results.model} on {results.device}: copy {copy:.0f} GB/s, matrix product {product:.1f} TFLOP/s; "
+        f"streams of {results.context} tokens"
     )
     for figure in results.figures:
         times = (f"{1000 * seconds:.2f}" for seconds in (figure.seconds, figure.floor))
-        table.add_row(figure.name, figure.mode, *times, f"{figure.floor / figure.seconds:.0%}")
-    Console().print(table)
-    Console().print(
-        f"{results.decode_speedup:.1f} times as fast as transformers; {results.hidden_share:.0%} of the host's time "
-        "overlaps with the device's"
-    )
+        shares = ("" if share is None else f"{share:.0%}" for share in (figure.share, figure.target, figure.expected))
+        table.add_row(figure.name, figure.mode, *times, *shares)
+    console = Console()
+    console.print(table)
+    for ratio in results.ratios:
+        target = "" if ratio.target is None else f" (target {ratio.target:g})"
+        console.print(f"{ratio.name}: {ratio.value:.2f} times as fast{target}")
+    console.print(f"{results.hidden_share:.0%} of the host's time overlaps with the device's")
 
 
 if __name__ == "__main__":

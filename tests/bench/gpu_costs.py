@@ -1,9 +1,9 @@
 """What each launch of a step moves and computes, from the shapes of its arguments, and how long that takes on a card.
 
 A launch takes as long as the slowest of: its bytes from memory, its bytes through the L2 cache, its operations on the
-tensor cores, its other operations, and the loads of its longest program. Memory is only as fast as the loads in flight allow (Little's law), and programs
-run in waves of as many as fit. This is a model: of what it leaves out, clocks below the boost clock, bank conflicts and
-the work of the compiler are the largest.
+tensor cores, its other operations, and the loads of its longest program. Memory is only as fast as the loads in flight
+allow (Little's law), and programs run in waves of as many as fit. This is a model: of what it leaves out, clocks below
+the boost clock, bank conflicts and the work of the compiler are the largest.
 """
 
 from __future__ import annotations

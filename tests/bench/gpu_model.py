@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from tests.bench.gpu_costs import COPY_SHARE, PRODUCT_SHARE, cost_of, eager_seconds, time_of
-from tests.bench.gpu_shapes import SHAPES, TARGETS, Shape
+from tests.bench.gpu_shapes import SHAPES, TARGETS, Shape, decode_name, prefill_name
 from tests.support.gpu_cards import CARDS, Card
 from tests.support.meta_models import MetaModel, Sequence, TracedStep, load_meta_model, model_config, traced_step
 
@@ -24,12 +24,12 @@ NUM_KINDS = 3  # kinds of launches that the table shows for a step
 
 # Steps by name, as `make bench-gpu` measures them.
 STEPS: Mapping[str, list[Sequence]] = {
-    "decode, 1 stream": [Sequence(1056)],
-    "decode, 8 streams": [Sequence(1056)] * 8,
-    "decode, 64 streams": [Sequence(1056)] * 64,
+    decode_name(1): [Sequence(1056)],
+    decode_name(8): [Sequence(1056)] * 8,
+    decode_name(64): [Sequence(1056)] * 64,
     "decode, 64 streams of 8k": [Sequence(8192)] * 64,
     "decode, 63 streams and one of 32k": [Sequence(1056)] * 63 + [Sequence(32768)],
-    "prefill, 8192 tokens": [Sequence(0, 8192)],
+    prefill_name(8192): [Sequence(0, 8192)],
     "prefill of 2048 beside 64 streams": [Sequence(1056)] * 64 + [Sequence(0, 2048)],
 }
 

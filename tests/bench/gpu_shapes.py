@@ -1,9 +1,16 @@
-"""Shapes of models that the benchmarks of GPUs run with random weights."""
+"""Models of real shapes with random weights, and what the benchmarks of GPUs call and expect of their steps."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+WEIGHTS_PER_FILE = 9
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,51 @@ SHAPES = {
     "tiny": Shape(256, 512, 2, 4, 2, 1024),
 }
 
+
+def decode_name(num_streams: int) -> str:
+    return f"decode, {num_streams} stream{'s' * (num_streams > 1)}"
+
+
+def prefill_name(num_tokens: int) -> str:
+    return f"prefill, {num_tokens} tokens"
+
+
 # Names of steps -> share of the limit to reach with a model of 8B in bfloat16 on an H100, in the default mode: of a
 # copy's bandwidth for decoding, of a large product's rate for a prompt.
-TARGETS = {
-    "decode, 1 stream": 0.80,
-    "decode, 8 streams": 0.80,
-    "decode, 64 streams": 0.85,
-    "prefill, 8192 tokens": 0.50,
-}
+TARGETS = {decode_name(1): 0.80, decode_name(8): 0.80, decode_name(64): 0.85, prefill_name(8192): 0.50}
+
+
+def save_model(shape: Shape, folder: Path, max_model_len: int, device: torch.device) -> None:
+    """Write random weights, in files of about one layer each, and their configuration."""
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": max_model_len,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator(device).manual_seed(0)
+    files: dict[str, str] = {}
+    weights = shape.weights()
+    every = list(weights)
+    for number, first in enumerate(range(0, len(every), WEIGHTS_PER_FILE)):
+        names = every[first : first + WEIGHTS_PER_FILE]
+        file = f"model-{number}.safetensors"
+        tensors = {
+            name: (torch.randn(weights[name], generator=generator, device=device) / weights[name][-1] ** 0.5)
+            .to(torch.bfloat16)
+            .cpu()
+            for name in names
+        }
+        save_file(tensors, folder / file)
+        files |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
