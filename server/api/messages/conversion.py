@@ -40,6 +40,7 @@ from server.generation.endpoint import AnswerMetadata
 from server.generation.prompts import Prompt
 from server.generation.reasoning_budget import supports_reasoning_budget
 from server.http.errors import InvalidValueError, MissingParameterError
+from server.schemas.request_fields import NO_LIMIT
 
 RESPONSE_FORMAT = r"response_format(\.json_schema)?"
 PARAMETER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
@@ -162,7 +163,8 @@ def _check_thinking(body: CountTokensRequest) -> None:
         return
     if body.thinking.budget_tokens is None:
         raise MissingParameterError("thinking.budget_tokens")
-    if isinstance(body, MessagesRequest) and body.thinking.budget_tokens >= body.max_tokens:
+    max_tokens = body.max_tokens if isinstance(body, MessagesRequest) else NO_LIMIT
+    if max_tokens != NO_LIMIT and body.thinking.budget_tokens >= max_tokens:
         message = "`max_tokens` must be greater than `thinking.budget_tokens`."
         raise InvalidValueError(message, param="thinking.budget_tokens")
 

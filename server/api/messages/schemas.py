@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, T
 
 from server.api.chat.schemas import MAX_MESSAGES, MAX_PARTS
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import MAX_STOPS, StopStrings, TopP
+from server.schemas.request_fields import MAX_STOPS, MaxTokens, StopStrings, TopP
 from server.schemas.samplers import INT64_MAX
 from server.schemas.tools import MAX_TOOLS, ToolName
 
@@ -248,7 +248,7 @@ class CountTokensRequest(BaseModel):
 
 
 class MessagesRequest(CountTokensRequest):
-    max_tokens: int = Field(ge=1, le=INT64_MAX, description="Maximum number of output tokens.")
+    max_tokens: MaxTokens = Field(description="Maximum number of output tokens; -1: no limit.")
     temperature: FiniteFloat | None = Field(
         None,
         ge=0,

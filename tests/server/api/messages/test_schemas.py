@@ -223,7 +223,12 @@ def test_more_tokens_than_fit(tiny: RunningServer, start_server: StartServer) ->
     over = ask(tiny.url, max_tokens=64_000)
     rest = 2048 - num_prompt_tokens
     assert over.headers["x-lightwell-warnings"] == f"max_tokens capped at {rest}, the rest of the context"
-    assert error_of(ask(start_server(strict=True).url, max_tokens=64_000), 400)[1] == (
+    strict = start_server(strict=True)
+    for server in (tiny, strict):
+        unlimited = ask(server.url, max_tokens=-1)
+        assert server.engine.submits[-1].params.max_tokens == rest
+        assert "x-lightwell-warnings" not in unlimited.headers
+    assert error_of(ask(strict.url, max_tokens=64_000), 400)[1] == (
         f"input length and `max_tokens` exceed context limit: {num_prompt_tokens} + 64000 > 2048, decrease input "
         "length or `max_tokens` and try again"
     )
@@ -372,4 +377,5 @@ def test_the_official_client(tiny: RunningServer) -> None:
         assert places == sorted(places)
         with pytest.raises(anthropic.BadRequestError, match=r"`max_tokens` must be greater than") as refused:
             client.messages.create(**(fields | {"max_tokens": 49}))
+        assert client.messages.create(**(fields | {"max_tokens": -1})).stop_sequence == "wor"
         assert (refused.value.type, refused.value.request_id is not None) == ("invalid_request_error", True)
