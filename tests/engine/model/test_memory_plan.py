@@ -13,7 +13,15 @@ from engine.config import EngineConfig
 from engine.kernels.interface import KernelOptions
 from engine.kernels.torch.kernels import TorchKernels
 from engine.model import memory_plan
-from engine.model.memory_plan import MIB, HostMemory, MemoryPlan, available_memory, plan_memory
+from engine.model.memory_plan import (
+    GPU_RESERVE,
+    MIB,
+    CudaMemory,
+    HostMemory,
+    MemoryPlan,
+    available_memory,
+    plan_memory,
+)
 from tests.engine.model.test_kv_cache import CPU, MODEL
 
 TOKEN_BYTES = 2 * 3 * 2 * 16 * 2  # K and V, layers, KV heads, head size, bytes of bfloat16
@@ -128,3 +136,147 @@ def test_file_cache_counts_as_available(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_use_above_the_limit_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_files(monkeypatch, tmp_path, max=f"{100 * MIB}\n", current=f"{101 * MIB}\n", stat="inactive_file 0\n")
     assert available_memory() == 0
+
+
+# A GPU, of which torch.cuda is a fake: a card whose memory this process and another one use.
+
+
+class FakeCard:
+    """What torch.cuda knows of a card. The allocator keeps freed memory until the cache is emptied."""
+
+    def __init__(self, total: int, others: int) -> None:
+        self.total = total
+        self.others = others  # bytes that other processes hold
+        self.allocated = self.reserved = self.peak = 0
+
+    def allocate(self, num_bytes: int) -> None:
+        if self.others + self.allocated + num_bytes > self.total:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.allocated += num_bytes
+        self.reserved = max(self.reserved, self.allocated)
+        self.peak = max(self.peak, self.reserved)
+
+    def release(self, num_bytes: int) -> None:
+        self.allocated -= num_bytes
+
+    def empty_cache(self) -> None:
+        self.reserved = self.allocated
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return self.total - self.others - self.reserved, self.total
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.peak = self.reserved
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return self.reserved
+
+    def max_memory_reserved(self, device: torch.device) -> int:
+        return self.peak
+
+    def synchronize(self, device: torch.device) -> None:
+        pass
+
+
+GPU = torch.device("cuda", 0)
+GIB = 1024 * MIB
+
+
+def card_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    weights: int = 16 * GIB,
+    activations: int = GIB,
+    others: int = 0,
+    utilization: float = 0.9,
+    total: int = 80 * GIB,
+) -> CudaMemory:
+    """Return the memory of a card with loaded weights, and whose largest step has been measured."""
+    card = FakeCard(total, others)
+    for name in ("mem_get_info", "empty_cache", "reset_peak_memory_stats", "memory_reserved", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, getattr(card, name))
+    monkeypatch.setattr(torch.cuda, "synchronize", card.synchronize)
+    memory = CudaMemory(GPU, utilization)
+    card.allocate(weights + GIB)
+    card.release(GIB)  # what packing has taken for a while does not count
+
+    def largest_step() -> None:
+        card.allocate(activations // 2)
+        card.allocate(activations // 2)
+        card.release(2 * (activations // 2))
+
+    memory.measure(largest_step)
+    assert card.reserved == weights, "the step leaves nothing behind"
+    return memory
+
+
+def plan_on_card(memory: CudaMemory, max_model_len: int = 1000, kv_cache_memory: int | None = None) -> MemoryPlan:
+    config = EngineConfig(model_path="", kv_cache_memory=kv_cache_memory)
+    kernels = TorchKernels(KernelOptions(torch.bfloat16), CPU)
+    return plan_memory(MODEL, config, max_model_len, kernels, memory)
+
+
+BLOCK = 32 * TOKEN_BYTES
+
+
+@pytest.mark.parametrize(
+    ("others", "utilization", "expected"),
+    [
+        (0, 0.9, 72 * GIB - 17 * GIB),
+        (0, 1.0, 80 * GIB - 17 * GIB),
+        (4 * GIB, 0.9, 72 * GIB - 17 * GIB),  # the rest of the card is larger than what others hold
+        (30 * GIB, 0.9, 50 * GIB - 17 * GIB),  # ... smaller
+        (30 * GIB, 0.5, 40 * GIB - 17 * GIB),
+    ],
+)
+def test_a_gpu_gives_what_weights_and_activations_leave_of_its_share(
+    monkeypatch: pytest.MonkeyPatch, others: int, utilization: float, expected: int
+) -> None:
+    memory = card_memory(monkeypatch, others=others, utilization=utilization)
+    result = plan_on_card(memory)
+    assert result.activation_bytes == memory.activation_bytes == GIB
+    assert expected - GPU_RESERVE - BLOCK < result.kv_cache_bytes <= expected - GPU_RESERVE
+
+
+def test_a_given_size_overrides_the_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must still fit beside what is there."""
+    memory = card_memory(monkeypatch, others=30 * GIB, utilization=0.1)
+    assert plan_on_card(memory, kv_cache_memory=20 * GIB).num_blocks == 20 * GIB // BLOCK
+    free = 50 * GIB - 17 * GIB - GPU_RESERVE
+    assert plan_on_card(memory, kv_cache_memory=free).kv_cache_bytes > free - BLOCK
+    with pytest.raises(ValueError, match=rf"--kv-cache-memory {free // MIB + 1}MiB: only {free // MIB} MiB are free"):
+        plan_on_card(memory, kv_cache_memory=free + MIB)
+
+
+def test_a_gpu_that_is_too_small_names_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = card_memory(monkeypatch, utilization=0.21)
+    with pytest.raises(ValueError, match="max_model_len 1000") as caught:
+        plan_on_card(memory)
+    text = str(caught.value)
+    for words in ("--max-num-batched-tokens", "--kv-cache-dtype int8", "--quantization int8", "weights", "16384 MiB"):
+        assert words in text
+    assert "--max-model-len" not in text  # not even one block fits
+    found = re.search(r"--gpu-memory-utilization (\d\.\d+) or more", text)
+    assert found
+    memory.utilization = float(found[1])
+    assert plan_on_card(memory).num_tokens >= 1000
+
+
+def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger share would not help."""
+    memory = card_memory(monkeypatch, others=80 * GIB - 17 * GIB - GPU_RESERVE)
+    with pytest.raises(ValueError, match="KV cache of 0 MiB holds 0 tokens") as caught:
+        plan_on_card(memory)
+    assert "or more" not in str(caught.value)
+
+
+def test_a_context_that_fits_on_the_gpu_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = card_memory(monkeypatch, utilization=0.5, weights=16 * GIB)
+    most = plan_on_card(memory).num_tokens
+    with pytest.raises(ValueError, match=rf"use --max-model-len {most} or less, or --gpu-memory-utilization 0\.\d+"):
+        plan_on_card(memory, max_model_len=most + 1)
+
+
+def test_a_step_that_does_not_fit_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        card_memory(monkeypatch, activations=65 * GIB)

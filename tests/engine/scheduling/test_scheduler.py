@@ -6,6 +6,7 @@ fails at once, so wrong sharing, a position computed twice or never, and a block
 """
 
 import hashlib
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -1202,3 +1203,108 @@ def test_blocks_of_a_failed_request_are_not_found() -> None:
     rig.step(failing=0)
     rig.add(prompt(12), max_tokens=1)
     assert rig.step() == {"b0": (0, 8)}
+
+
+# Steps that are taken back.
+
+
+def state_of(scheduler: Scheduler) -> dict[str, Any]:
+    """Return all that a step changes: of the requests and their blocks, the chunks recorded, and the counters."""
+    state: dict[str, Any] = {
+        name(request): (
+            request.status,
+            request.token_ids.copy(),
+            request.num_target_tokens,
+            request.kv.num_computed,
+            request.kv.num_published,
+            [(block.block_id, block.block_hash) for block in request.kv.blocks],
+            [(chunk.step_id, chunk.start, chunk.num_tokens) for chunk in request.record.chunks],
+        )
+        for request in scheduler.requests()
+    }
+    return state | {"stats": msgspec.structs.asdict(scheduler.current_stats())}
+
+
+@pytest.mark.parametrize("seed", range(num_examples(30, 500)))
+def test_a_step_that_is_taken_back_was_never_scheduled(seed: int) -> None:
+    """Any step of a run; the run then goes on with the same step."""
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    policy = SpeculationPolicy(max_length=3) if rng.random() < 0.5 else None
+    rig = Rig(next_token=random_token, speculation=policy, num_blocks=40, max_num_batched_tokens=rng.randint(4, 24))
+    for number in range(6):
+        rig.add(prompt(rng.randint(1, 20), 100 * (number % 4)), max_tokens=rng.randint(1, 12))
+    scheduler = rig.scheduler
+    num_compared = 0
+    while scheduler.has_work:
+        running, before = list(scheduler.running), state_of(scheduler)
+        step = scheduler.schedule()
+        assert step is not None
+        if scheduler.running == running and rng.random() < 0.5:  # nobody was admitted or preempted
+            computed = [(item.request, item.start, item.num_tokens) for item in step.scheduled]
+            scheduler.take_back(step)
+            scheduler.check()
+            assert state_of(scheduler) == before
+            num_compared += 1
+            step = scheduler.schedule()
+            assert step is not None
+            if policy is None:  # a draft that is skipped after failures is skipped only once
+                assert [(item.request, item.start, item.num_tokens) for item in step.scheduled] == computed
+        scheduler.update(step, rig.model.run(step))
+        scheduler.check()
+    assert num_compared > 0
+
+
+def test_a_step_is_taken_back_after_the_one_before_was_updated() -> None:
+    """Its blocks, which that update has published, can no longer be found; requests that ended stay so."""
+    rig = Rig(max_num_batched_tokens=32, next_token=lambda prefix, seed: EOS if prefix[0] == 200 else 9)
+    first = rig.add(prompt(7, 100))
+    ends = rig.add(prompt(3, 200))
+    scheduler = rig.scheduler
+    before, step = scheduler.schedule(), scheduler.schedule()
+    assert before is not None
+    assert step is not None
+    assert [(item.start, item.is_ahead) for item in step.scheduled] == [(7, True), (3, True)]
+    scheduler.update(before, rig.model.run(before))
+    assert first.kv.num_published == 2
+    assert ends.status is Status.FINISHED
+    scheduler.take_back(step)
+    scheduler.check()
+    assert (first.kv.num_computed, first.num_target_tokens, first.kv.num_published) == (7, 8, 1)
+    assert [block.block_hash is None for block in first.kv.blocks] == [False, True]
+    rig.add([*prompt(7, 100), 9, 1])
+    assert rig.step() == {"a0": (7, 1), "c0": (4, 5)}
+    assert rig.scheduler.stats.steps_total == 2
+
+
+def test_what_the_step_after_a_failed_one_computes() -> None:
+    """Half the rows; then, with one row each, one request less; a single row that fails ends its request."""
+    rig = Rig(max_num_batched_tokens=16)
+    rig.add(prompt(2, 100))
+    rig.add(prompt(2, 200))
+    rig.step()
+    newest = rig.add(prompt(20, 300))
+    scheduler = rig.scheduler
+
+    def fail() -> dict[str, int]:
+        step = scheduler.schedule()
+        assert step is not None
+        scheduler.take_back(step)
+        rig.events = scheduler.shrink(step)
+        scheduler.check()
+        return {name(item.request): item.num_tokens for item in step.scheduled}
+
+    assert fail() == {"a0": 1, "b0": 1, "c0": 14}
+    assert fail() == {"a0": 1, "b0": 1, "c0": 6}
+    assert fail() == {"a0": 1, "b0": 1, "c0": 2}
+    assert fail() == {"a0": 1, "b0": 1, "c0": 1}
+    assert newest.status is Status.WAITING
+    assert fail() == {"a0": 1, "b0": 1}
+    assert rig.events == []
+    assert fail() == {"a0": 1}
+    assert [(event.request_id, event.finish_reason) for event in rig.events] == [("a", FinishReason.ERROR)]
+    assert rig.events[0].error == "the device has too little memory for this request"
+    assert scheduler.stats.preemptions_total == 2
+    assert rig.step() == {"b0": (0, 2), "c0": (0, 14)}
+    rig.run()
+    assert scheduler.stats.num_blocks_used == 0

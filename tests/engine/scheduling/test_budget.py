@@ -1,0 +1,134 @@
+"""How many rows a step may have: by time beside streams, by memory after a step that ran out of it."""
+
+import random
+
+import pytest
+
+from engine.scheduling.budget import MAX_GROWTH, MIN_PROMPT_ROWS, RECOVERY_STEPS, StepBudget, StepTimes
+from engine.scheduling.request import Request, new_request
+from engine.shared.messages import SamplingParams, Submit
+from tests.support.examples import num_examples
+
+
+def new_running(num_prompt_tokens: int, num_computed: int) -> Request:
+    params = SamplingParams(max_tokens=8)
+    submit = Submit(request_id="r", prompt_token_ids=[1] * num_prompt_tokens, params=params, arrival=0.0)
+    request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
+    request.kv.num_computed = num_computed
+    return request
+
+
+STREAM = new_running(4, 5)
+PROMPT = new_running(1000, 64)
+
+
+# Times.
+
+
+@pytest.mark.parametrize("seed", range(num_examples(5, 100)))
+def test_rows_that_take_a_time(seed: int) -> None:
+    """Of steps on a line, the number of rows is that of the line, within what the times differ by."""
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    times = StepTimes()
+    base, slope, noise = rng.uniform(0, 30), rng.uniform(0.01, 2), rng.choice([0.0, 0.05])
+    for _ in range(60):
+        num_rows = rng.randint(1, 200)
+        times.add(num_rows, (base + slope * num_rows) * rng.uniform(1 - noise, 1 + noise))
+    for num_rows in (50, 100, 150):
+        ms = base + slope * num_rows
+        found = times.num_rows(ms)
+        assert base + slope * found == pytest.approx(ms, rel=0.1 + noise)
+
+
+def test_steps_of_one_size_tell_the_mean_time_of_a_row() -> None:
+    times = StepTimes()
+    for _ in range(10):
+        times.add(100, 50.0)
+    assert times.num_rows(25.0) == pytest.approx(50, abs=1)
+    assert times.num_rows(75.0) == pytest.approx(150, abs=1)
+
+
+def test_no_further_than_twice_the_largest_step() -> None:
+    """Few rows often take as long as one, so they say little about many."""
+    times = StepTimes()
+    for num_rows in (4, 8, 4, 8):
+        times.add(num_rows, 10.0)
+    assert times.num_rows(1000.0) == MAX_GROWTH * 8
+    times.add(2, 20.0)  # fewer rows took longer: a line would go down
+    assert 0 < times.num_rows(1000.0) <= MAX_GROWTH * 8
+
+
+def test_times_that_change() -> None:
+    """Old steps are forgotten within some tens of steps."""
+    times = StepTimes()
+    for ms_per_row in (1.0, 4.0):
+        for number in range(60):
+            num_rows = 20 + 10 * (number % 5)
+            times.add(num_rows, ms_per_row * num_rows)
+        assert times.num_rows(100.0) == pytest.approx(min(100 / ms_per_row, MAX_GROWTH * 60), rel=0.1)
+
+
+def test_nothing_measured() -> None:
+    times = StepTimes()
+    assert times.num_rows(100.0) == 0
+    times.add(4, 0.0)
+    assert times.num_rows(100.0) == 0
+
+
+# Budgets.
+
+
+def measured(max_ms: float | None, ms_per_row: float, max_num_rows: int = 512) -> StepBudget:
+    budget = StepBudget(max_num_rows, max_ms)
+    for num_rows in (64, 128, 256) * 5:
+        budget.add_step(num_rows, ms_per_row * num_rows)
+    return budget
+
+
+def test_time_bounds_prompts_beside_streams_only() -> None:
+    budget = measured(max_ms=100.0, ms_per_row=1.0)
+    assert budget.num_rows([STREAM, PROMPT]) == pytest.approx(100, rel=0.1)
+    assert budget.num_rows([PROMPT, PROMPT]) == budget.num_rows([]) == 512
+    assert measured(max_ms=None, ms_per_row=1.0).num_rows([STREAM, PROMPT]) == 512
+    assert measured(max_ms=1e6, ms_per_row=1.0, max_num_rows=300).num_rows([STREAM, PROMPT]) == 300
+
+
+def test_prompts_make_progress_however_slow_steps_are() -> None:
+    budget = measured(max_ms=1.0, ms_per_row=50.0)
+    assert budget.num_rows([STREAM, STREAM, PROMPT]) == 3 + MIN_PROMPT_ROWS
+    assert StepBudget(512, 100.0).num_rows([STREAM]) == 1 + MIN_PROMPT_ROWS  # nothing is measured yet
+    assert StepBudget(4, 100.0).num_rows([STREAM, PROMPT]) == 4
+
+
+def test_each_running_request_gets_a_row_whatever_the_limit() -> None:
+    budget = StepBudget(512)
+    budget.set_limit(2)
+    assert budget.num_rows([STREAM]) == 2
+    assert budget.num_rows([STREAM] * 3) == 3
+    budget.set_limit(0)
+    assert budget.num_rows([]) == 1
+
+
+def test_the_limit_doubles_until_it_is_the_first_one() -> None:
+    budget = StepBudget(100)
+    budget.set_limit(30)
+    limits = []
+    for _ in range(3 * RECOVERY_STEPS):
+        budget.add_step(1, 1.0)
+        limits.append(budget.num_rows([]))
+    assert limits[RECOVERY_STEPS - 2 :: RECOVERY_STEPS] == [30, 60, 100]
+    assert limits[RECOVERY_STEPS - 1 :: RECOVERY_STEPS] == [60, 100, 100]
+
+
+def test_a_step_that_fails_again_starts_the_count_anew() -> None:
+    budget = StepBudget(100)
+    budget.set_limit(30)
+    for _ in range(RECOVERY_STEPS - 1):
+        budget.add_step(1, 1.0)
+    budget.set_limit(15)
+    for _ in range(RECOVERY_STEPS - 1):
+        budget.add_step(1, 1.0)
+    assert budget.num_rows([]) == 15
+    budget.add_step(1, 1.0)
+    assert budget.num_rows([]) == 30
