@@ -8,7 +8,8 @@ from engine.scheduling.request import Request
 
 RECOVERY_STEPS = 32  # steps without an out-of-memory error after which the limit on rows doubles
 MIN_PROMPT_ROWS = 16  # rows that prompts get beside streams however slow a step is, so that they make progress
-DECAY = 0.95  # weight of a measured step relative to the next one
+DECAY = 0.9  # weight of a measured step relative to the next one
+AIM = 0.9  # share of the bound on time that a step should take, so that few take longer than the bound
 RIDGE = 0.25  # relative spread of rows from which on the measured slope counts more than the mean time of a row
 MAX_GROWTH = 2  # a step has at most this many times the rows of the largest step that still counts
 
@@ -67,7 +68,7 @@ class StepBudget:
         num_rows = self.limit
         is_decoding = any(request.kv.num_computed >= request.num_prompt_tokens for request in running)
         if self.max_ms is not None and is_decoding:
-            num_rows = min(num_rows, max(len(running) + MIN_PROMPT_ROWS, self.times.num_rows(self.max_ms)))
+            num_rows = min(num_rows, max(len(running) + MIN_PROMPT_ROWS, self.times.num_rows(AIM * self.max_ms)))
         return max(num_rows, len(running))
 
     def add_step(self, num_rows: int, ms: float) -> None:

@@ -1,10 +1,14 @@
 """The device, dtype and limits that are chosen for a model."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
+from engine import loading
 from engine.config import EngineConfig, ModelConfig
-from engine.loading import choose_device, choose_dtype, choose_limits
+from engine.loading import Limits, choose_device, choose_dtype, choose_limits, measure_activations
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -69,3 +73,25 @@ def test_fewer_tokens_in_a_step_than_sequences() -> None:
     """The error is raised before the weights are read."""
     with pytest.raises(ValueError, match=r"max.num.batched.tokens \(?100.*max.num.seqs \(?128"):
         choose_limits(EngineConfig(model_path="", max_num_batched_tokens=100), MODEL, CPU)
+
+
+def test_a_largest_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the limits that make it so large, and what is free for it."""
+
+    class FullCard:
+        device = torch.device("cuda", 0)
+
+        def measure(self, largest_step: Callable[[], None]) -> None:
+            largest_step()
+
+    def run_largest_step(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loading, "run_largest_step", run_largest_step)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 300 << 20)
+    card: Any = FullCard()
+    model: Any = None
+    with pytest.raises(
+        ValueError, match="--max-num-batched-tokens 8192 and --max-num-seqs 128 does not fit into 300 MiB"
+    ):
+        measure_activations(card, model, Limits(4096, 128, 8192), 32)

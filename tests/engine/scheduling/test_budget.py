@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from engine.scheduling.budget import MAX_GROWTH, MIN_PROMPT_ROWS, RECOVERY_STEPS, StepBudget, StepTimes
+from engine.scheduling.budget import AIM, MAX_GROWTH, MIN_PROMPT_ROWS, RECOVERY_STEPS, StepBudget, StepTimes
 from engine.scheduling.request import Request, new_request
 from engine.shared.messages import SamplingParams, Submit
 from tests.support.examples import num_examples
@@ -88,7 +88,7 @@ def measured(max_ms: float | None, ms_per_row: float, max_num_rows: int = 512) -
 
 def test_time_bounds_prompts_beside_streams_only() -> None:
     budget = measured(max_ms=100.0, ms_per_row=1.0)
-    assert budget.num_rows([STREAM, PROMPT]) == pytest.approx(100, rel=0.1)
+    assert budget.num_rows([STREAM, PROMPT]) == pytest.approx(AIM * 100, rel=0.1)
     assert budget.num_rows([PROMPT, PROMPT]) == budget.num_rows([]) == 512
     assert measured(max_ms=None, ms_per_row=1.0).num_rows([STREAM, PROMPT]) == 512
     assert measured(max_ms=1e6, ms_per_row=1.0, max_num_rows=300).num_rows([STREAM, PROMPT]) == 300

@@ -1,0 +1,84 @@
+"""Measure what `--max-step-ms` does to streams and to a long prompt: `python -m tests.bench.step_time [MODEL]`.
+
+It runs the engine in this process, without HTTP and speculation. Some streams decode while long prompts arrive one
+after the other. A row shows the time between two tokens of the streams while a prompt is computed, and the time to the
+first token of the prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.loading import LoadedModel, load_model
+from engine.shared.messages import SamplingParams, Submit
+from server.model_paths import resolve_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.step_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
+    add("--bounds", type=float, nargs="+", default=[0, 100, 50], metavar="MS", help="0: none; default: 0 100 50")
+    add("--streams", type=int, default=4, metavar="N", help="default: %(default)s")
+    add("--prompts", type=int, default=2, metavar="N", help="number of prompts for a row; default: %(default)s")
+    add("--length", type=int, default=2000, metavar="N", help="tokens of a prompt; default: %(default)s")
+    add("--rounds", type=int, default=2, metavar="N", help="times that all rows are measured; default: %(default)s")
+    arguments = parser.parse_args()
+    loaded = load_model(EngineConfig(model_path=str(resolve_model(arguments.model).path), speculative="off"))
+    torch.set_num_threads(loaded.runner.kernels.num_torch_threads)
+    print("bound in ms | between tokens: p50, p90, p99, max in ms | first token of a prompt in s | steps of a prompt")
+    for _ in range(arguments.rounds):
+        for bound in arguments.bounds:
+            gaps, waits, num_steps = measure(loaded, bound or None, arguments)
+            points = [statistics.quantiles(gaps, n=100)[number - 1] for number in (50, 90, 99)]
+            shown = ", ".join(f"{1000 * value:.0f}" for value in (*points, max(gaps)))
+            print(f"{bound or 'none'} | {shown} | {statistics.mean(waits):.2f} | {num_steps / len(waits):.0f}")
+
+
+def measure(
+    loaded: LoadedModel, bound: float | None, arguments: argparse.Namespace
+) -> tuple[list[float], list[float], int]:
+    """Return the seconds between steps while prompts were computed, the time of each prompt, and the number of steps.
+
+    Each stream gets a token in each step.
+    """
+    config = EngineConfig(model_path="", speculative="off", enable_prefix_caching=False, max_step_ms=bound)
+    engine = Engine(config, loaded)
+    rng = random.Random(0)
+
+    def add(name: str, length: int, max_tokens: int) -> None:
+        prompt = [rng.randrange(loaded.config.num_token_ids) for _ in range(length)]
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        engine.add(Submit(request_id=name, prompt_token_ids=prompt, params=params, arrival=0.0))
+
+    for number in range(arguments.streams):
+        add(f"stream {number}", 64, 1 << 20)
+    gaps: list[float] = []
+    waits: list[float] = []
+    for number in range(arguments.prompts):
+        for _ in range(20):  # only streams
+            engine.step()
+        add(f"prompt {number}", arguments.length, 1)
+        before = started = time.monotonic()
+        while any(request.request_id == f"prompt {number}" for request in engine.scheduler.requests()):
+            engine.step()
+            now = time.monotonic()
+            gaps.append(now - before)
+            before = now
+        waits.append(before - started)
+    return gaps, waits, len(gaps)
+
+
+if __name__ == "__main__":
+    main()
