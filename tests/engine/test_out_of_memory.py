@@ -6,7 +6,7 @@ a block that is used although it was never computed shows.
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -35,9 +35,9 @@ Fails = Callable[[str, Step], bool]  # of a launch, "forward" or "sample"
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    with choose_kernels("torch"):
-        return load_tiny_model(tmp_path_factory.mktemp("model"))
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel]:
+    with choose_kernels("torch", num_threads=1):
+        yield load_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 class SmallDevice:
@@ -134,7 +134,7 @@ def expected(loaded: LoadedModel) -> Answers:
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-@pytest.mark.parametrize("max_rows", [1, 3, 40])
+@pytest.mark.parametrize("max_rows", [1, 20])
 def test_large_steps_fail(loaded: LoadedModel, expected: Answers, max_rows: int, overlaps: bool) -> None:
     engine, device = new_engine(loaded, lambda kind, step: step.num_tokens > max_rows, overlaps=overlaps)
     assert engine.overlaps == overlaps
@@ -163,7 +163,7 @@ def test_one_request_never_fits(loaded: LoadedModel, expected: Answers, number: 
     }
 
 
-@pytest.mark.parametrize("seed", range(num_examples(10, 200)))
+@pytest.mark.parametrize("seed", range(num_examples(6, 200)))
 def test_random_launches_fail(loaded: LoadedModel, expected: Answers, seed: int) -> None:
     """With and without overlap, drafts, few blocks, and a bound on time."""
     print(f"seed {seed}")
