@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -264,7 +264,8 @@ def test_an_idle_engine_captures_what_is_left(folder: Path) -> None:
     """One at a time, and none while there are requests or messages."""
 
     class Connections:
-        messages: ClassVar[list[Any]] = []
+        def __init__(self) -> None:
+            self.messages: list[Any] = []
 
         def receive(self, timeout: float) -> list[Any]:
             return [(b"", message) for message in self.messages]
