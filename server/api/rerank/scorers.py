@@ -73,8 +73,10 @@ class EmbeddingScorer:
         return len(_texts(pairs))
 
     def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
-        queries = {query for query, _ in pairs}
-        return [self._prompt(text, self._fields[text not in queries]) for text in _texts(pairs)]
+        names: dict[str, str] = {}
+        for pair, pair_names in zip(pairs, _names(pairs, self._fields), strict=True):
+            names |= zip(pair, pair_names, strict=True)
+        return [self._prompt(text, names[text]) for text in _texts(pairs)]
 
     def _prompt(self, text: str, field: str) -> Prompt:
         prompt = encode_prompt(self._context, text, noun=field)
@@ -102,7 +104,7 @@ class TokenScorer:
         return len(pairs)
 
     def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
-        return [self._prompt(*pair) for pair in pairs]
+        return [self._prompt(*pair, names) for pair, names in zip(pairs, _names(pairs, self._fields), strict=True)]
 
     def submit(self, request_id: str, prompt: Prompt, arrival: float, priority: int) -> Submit:
         return Submit(
@@ -127,9 +129,9 @@ class TokenScorer:
         true, false = (logprobs[token_id] for token_id in self._context.score_token_ids)
         return 1 / (1 + math.exp(min(false - true, 700.0)))
 
-    def _prompt(self, query: str, document: str) -> Prompt:
+    def _prompt(self, query: str, document: str, names: tuple[str, str]) -> Prompt:
         template, max_model_len = self._context.chat_template, self._context.max_model_len
-        longer = self._fields[len(document) >= len(query)]
+        longer = names[len(document) >= len(query)]
         if template is None:
             raise BadRequestError("This model has no chat template, which --score-tokens needs.", param="model")
         check_text_size(len(query.encode()) + len(document.encode()), max_model_len, longer)
@@ -150,9 +152,16 @@ class TokenScorer:
         try:
             token_ids = encode_chat(template, self._context.tokenizer, messages, template_kwargs=options)
         except ChatTemplateError as error:
-            raise InvalidValueError(str(error), param=self._fields[1]) from error
+            raise InvalidValueError(str(error), param=names[1]) from error
         fit_max_tokens(1, len(token_ids), max_model_len, longer)
         return Prompt(token_ids)
+
+
+def _names(pairs: Sequence[Pair], fields: tuple[str, str]) -> list[tuple[str, str]]:
+    """Return how errors name the texts of each pair: by the field, with an index if its texts differ."""
+    has_index = [len(set(texts)) > 1 for texts in zip(*pairs, strict=True)]
+    query, document = (f"{field}[{{}}]" if each else field for field, each in zip(fields, has_index, strict=True))
+    return [(query.format(index), document.format(index)) for index in range(len(pairs))]
 
 
 def _texts(pairs: Sequence[Pair]) -> list[str]:

@@ -106,7 +106,7 @@ def test_text_of_the_request_is_never_a_control_token(start_server: StartServer)
         ({"documents": [{"text": "a", "title": "b"}]}, "documents[0]"),
         ({"documents": ["a"] * 2049}, "documents"),
         ({"documents": ["x" * 5000]}, "documents"),
-        ({"documents": ["a", ""]}, "documents"),
+        ({"documents": ["a", ""]}, "documents[1]"),
         ({"query": None}, "query"),
         ({"query": ""}, "query"),
         ({"query": "x" * 5000}, "query"),
@@ -134,6 +134,16 @@ def test_errors_name_the_field_of_the_text(start_server: StartServer, score_toke
                 assert name in error["message"]
 
 
+@pytest.mark.parametrize("score_tokens", [None, "y,n"])
+def test_errors_name_the_document_that_is_too_long(start_server: StartServer, score_tokens: str | None) -> None:
+    server = start_server(score_tokens=score_tokens)
+    error = check_error(rerank(server, documents=["a", "b", "x" * 5000]), 400)
+    assert (error["param"], error["code"]) == ("documents[2]", "context_length_exceeded")
+    assert "maximum context length is 2048 tokens. However, your documents[2] resulted in 5" in error["message"]
+    assert check_error(score(server, text_1=["a", "x" * 5000], text_2=["b", "c"]), 400)["param"] == "text_1[1]"
+    assert rerank(server, documents=["a", "b", "x" * 5000], max_tokens_per_doc=1500).status_code == 200
+
+
 def test_other_names_of_texts(server: RunningServer) -> None:
     expected = score(server, text_1="a", text_2=DOCUMENTS).json()["data"]
     answer = score(server, queries="a", documents=DOCUMENTS)
@@ -152,7 +162,7 @@ def test_other_names_of_texts(server: RunningServer) -> None:
 
 def test_an_empty_text(server: RunningServer) -> None:
     assert check_error(score(server, text_1="", text_2="b"), 400)["param"] == "text_1"
-    assert check_error(score(server, text_1="b", text_2=["a", ""]), 400)["param"] == "text_2"
+    assert check_error(score(server, text_1="b", text_2=["a", ""]), 400)["param"] == "text_2[1]"
 
 
 def test_numbers_of_texts_that_do_not_match(server: RunningServer) -> None:
