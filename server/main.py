@@ -38,7 +38,7 @@ from server.http.protocol import HTTPProtocol
 from server.metrics import Metrics
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
-from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling
+from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ApiProcessConfig
 from server.text.templates.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -149,9 +149,13 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
 def default_sampling(config: ApiProcessConfig, model_config: ModelConfig) -> DefaultSampling:
     """Resolve the default sampling and log it. Raises ValueError if a source has an invalid field."""
     files = "generation_config.json" if Path(config.model_path).is_dir() else "GGUF metadata general.sampling"
+    setting, names = config.settings.default_sampling, {config.settings.model, *config.model_names}
+    if unknown := unknown_models(setting, names):
+        message = "--default-sampling: no effect for %s, which is none of this model's names (%s)"
+        logger.warning(message, ", ".join(unknown), ", ".join(sorted(names)))
     default = resolve_default_sampling(
-        config.settings.default_sampling,
-        {config.settings.model, *config.model_names},
+        setting,
+        names,
         [(files, model_config.recommended_sampling), ("model card", config.model_card_sampling)],
     )
     logger.info("default sampling: %s; a request's own fields have precedence", default)

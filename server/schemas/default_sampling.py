@@ -77,13 +77,24 @@ def resolve_default_sampling(
     return DefaultSampling(values, sources)
 
 
+def unknown_models(setting: Mapping[str, Any] | str | None, model_names: Collection[str]) -> list[str]:
+    """Return the names in the setting that are not names of this model."""
+    return [name for name in _fields_of_models(setting or {}) if name not in model_names]
+
+
+def _fields_of_models(setting: Mapping[str, Any] | str) -> dict[str, Mapping[str, Any] | str]:
+    """Return the parts of the setting that apply to one model, by its name."""
+    items = {} if isinstance(setting, str) else setting
+    return {name: fields for name, fields in items.items() if isinstance(fields, Mapping | str)}
+
+
 def _layers_of_setting(
     setting: Mapping[str, Any] | str, model_names: Collection[str]
 ) -> list[tuple[str, Mapping[str, Any]]] | None:
     """Return the fields for this model, then those for any model; None if it gets OpenAI's defaults."""
     if isinstance(setting, str):
         return None
-    of_models = {name: fields for name, fields in setting.items() if isinstance(fields, Mapping | str)}
+    of_models = _fields_of_models(setting)
     own = [of_models[name] for name in of_models if name in model_names]
     if NONE in own:
         return None

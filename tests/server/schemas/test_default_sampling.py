@@ -97,6 +97,17 @@ def test_where_it_comes_from_is_reported(start: Start, caplog: pytest.LogCapture
     assert expected.items() <= httpx.get(f"{server.url}/version").json().items()
 
 
+def test_names_of_other_models_are_reported(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    fields = {"top_p": 0.5}
+    start(default_sampling={"temperature": 0.5, "tiny": fields})
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    server = start(default_sampling={"temperature": 0.5, "Tiny": fields, "other": "none"})
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("--default-sampling: no effect for Tiny, other, which is none of this model's names (")
+    assert "tiny" in warning.split("(")[1]
+    assert card(server)["default_sampling"] == {"temperature": 0.5}
+
+
 def test_none_is_openais(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     recommended = {"temperature": 0.25, "top_p": 0.5, "top_k": 11, "repetition_penalty": 1.5}
     with caplog.at_level("INFO"):
