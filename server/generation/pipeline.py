@@ -33,7 +33,7 @@ from server.generation.parameters import (
     resolve_num_logprobs,
     sampling_params,
 )
-from server.generation.preamble import WARNINGS, begin
+from server.generation.preamble import WARNINGS, begin_generation
 from server.generation.prompts import Prompt, fit_max_tokens, max_prompt_tokens, truncate_prompt, vocab_size
 from server.generation.reasoning_budget import reasoning_limit
 from server.generation.timings import request_timings
@@ -168,7 +168,7 @@ def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default
     """
     arrival = time.monotonic()
     context = get_context(request)
-    preamble = begin(request, body, model=body.model, ignored=endpoint.ignored_fields(context, body))
+    preamble = begin_generation(request, body, ignored=endpoint.ignored_fields(context, body))
     body.check()
     info = context.client.ready_info()
     check_token_ids(body, vocab_size(context), context.model_config.eos_token_ids)

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request
 from pydantic import BaseModel
 
 from server.context import ServedModel, ServerContext, get_context
-from server.http.errors import UnknownParameterError, UnsupportedParameterError, clip
+from server.http.errors import MissingParameterError, UnknownParameterError, UnsupportedParameterError, clip
+from server.schemas.generation_request import GenerationRequest
 
 WARNINGS = "x-lightwell-warnings"  # response header
 MAX_WARNINGS_CHARS = 1024  # length of its list of ignored parameters
@@ -144,11 +145,15 @@ class Preamble:
     context: ServerContext
     model: ServedModel
     ignored: list[str]  # fields without effect
+    is_model_missing: bool = False  # whether the only model is used because the request names none
 
     def accept(self) -> dict[str, str]:
-        """Count the ignored fields, and return the response header that lists them if there are any."""
+        """Count the ignored fields, and return the response header with the warnings if there are any."""
         self.context.metrics.count_unknown_parameters(len(self.ignored))
-        return {WARNINGS: warnings_header(self.ignored)} if self.ignored else {}
+        warnings = [warnings_header(self.ignored)] if self.ignored else []
+        if self.is_model_missing:
+            warnings.append("model missing: the only one is used")
+        return {WARNINGS: "; ".join(warnings)} if warnings else {}
 
 
 def begin(request: Request, body: BaseModel, *, model: str | None, ignored: Sequence[str] = ()) -> Preamble:
@@ -168,6 +173,19 @@ def begin(request: Request, body: BaseModel, *, model: str | None, ignored: Sequ
     context = get_context(request)
     served = ServedModel(context.model_names[0]) if model is None else context.find_model(model)
     return Preamble(context, served, ignored_fields(body, strict=context.settings.strict, ignored=ignored))
+
+
+def begin_generation(request: Request, body: GenerationRequest, *, ignored: Sequence[str] = ()) -> Preamble:
+    """Do as `begin` for a request that should name a model, but need not if there is only one.
+
+    Raises MissingParameterError if there are LoRA adapters too, or the server is strict.
+    """
+    context = get_context(request)
+    if body.model is not None:
+        return begin(request, body, model=body.model, ignored=ignored)
+    if context.settings.strict or context.settings.lora_paths or context.client.adapters:
+        raise MissingParameterError("model")
+    return replace(begin(request, body, model=None, ignored=ignored), is_model_missing=True)
 
 
 def ignored_fields(body: BaseModel, *, strict: bool, ignored: Sequence[str] = ()) -> list[str]:

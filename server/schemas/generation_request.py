@@ -87,7 +87,9 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
     for prompts, output length and log probabilities, so their requests define the abstract properties.
     """
 
-    model: str = Field(description="Name of the model, as listed by GET /v1/models.")
+    model: str | None = Field(
+        None, description="Name of the model, as listed by GET /v1/models. Required if there are LoRA adapters."
+    )
     n: int | None = Field(None, ge=1, le=128, description="Number of choices for each prompt. Default 1.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")

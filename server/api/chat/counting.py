@@ -7,7 +7,7 @@ from server.api.chat.schemas import ChatCompletionRequest
 from server.context import get_context
 from server.generation.endpoint import Endpoint
 from server.generation.pipeline import encode_prompts
-from server.generation.preamble import begin
+from server.generation.preamble import begin_generation
 
 
 async def count_prompt_tokens(
@@ -18,7 +18,7 @@ async def count_prompt_tokens(
     Raises BadRequestError or ModelNotFoundError.
     """
     context = get_context(request)
-    preamble = begin(request, body, model=body.model, ignored=endpoint.ignored_fields(context, body))
+    preamble = begin_generation(request, body, ignored=endpoint.ignored_fields(context, body))
     body.check()
     headers = preamble.accept()
     limiter = context.tokenize_threads

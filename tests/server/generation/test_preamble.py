@@ -28,7 +28,7 @@ from server.generation.preamble import (
 )
 from server.http.errors import BadRequestError, UnknownParameterError
 from tests.server.conftest import StartServer
-from tests.support.clients import CHAT, COMPLETIONS, ask, shared_server
+from tests.support.clients import CHAT, COMPLETIONS, MINIMAL, ask, shared_server
 from tests.support.serving import RunningServer, check_error
 
 BOTH = (COMPLETIONS, CHAT)
@@ -213,6 +213,19 @@ def test_unknown_fields_further_down_are_named_too(server: RunningServer) -> Non
     answer = ask(server.url, CHAT, messages=messages, stream=True, stream_options=options)
     names = "stream_options.verbose, messages[].mood, messages[].content[].cache_control"
     assert answer.headers["x-lightwell-warnings"] == f"ignored parameters: {names}"
+
+
+@pytest.mark.parametrize("path", [*BOTH, f"{CHAT}/render"])
+def test_the_only_model_need_not_be_named(server: RunningServer, start_server: StartServer, path: str) -> None:
+    fields = {name: value for name, value in MINIMAL[path.removesuffix("/render")].items() if name != "model"}
+    for absent in ({}, {"model": None}):
+        answer = httpx.post(server.url + path, json=fields | absent | {"hello": 1})
+        assert answer.status_code == 200
+        assert answer.headers[WARNINGS] == "ignored parameters: hello; model missing: the only one is used"
+    for name in ("", "other"):
+        assert ask(server.url, path, model=name).status_code in (400, 404)
+    error = check_error(ask(start_server(strict=True).url, path, model=None), 400)
+    assert error["message"] == "you must provide a model parameter"
 
 
 @pytest.mark.parametrize("path", BOTH)

@@ -93,6 +93,12 @@ def test_adapters_have_the_default_sampling_of_their_model(start_server: StartSe
     assert (submit.lora_name, submit.params.temperature) == ("chess", 0.5)
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_request_must_name_one_of_several_models(server: RunningServer, path: str) -> None:
+    answer = httpx.post(server.url + path, json=ALL[path])
+    assert check_error(answer, 400)["message"] == "you must provide a model parameter"
+
+
 def test_the_list_of_models(server: RunningServer) -> None:
     shared = {"object": "model", "created": server.context.created, "owned_by": "lightwell"}
     models = httpx.get(f"{server.url}/v1/models").json()["data"]
