@@ -90,7 +90,7 @@ class TritonKernels:
             return adding(lambda x: F.linear(x, weights, bias).to(dtype))
         sizes = [len(part) for part in matrix]
         biases = [None] * len(matrix) if bias is None else torch.split(bias, sizes)
-        tiles = [self.tiles.linear_for(*part.shape) for part in matrix]
+        tiles = [self.tiles.linear_for(*part.shape, is_packed=isinstance(part, PackedMatrix)) for part in matrix]
 
         def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
             adds = residual is not None

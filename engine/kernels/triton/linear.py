@@ -1,4 +1,4 @@
-"""The product with fixed weights: the tile of rows, columns and inputs is the same for any number of rows.
+"""The product with fixed weights. Few rows have smaller tiles than many, but every number is added up in the same way.
 
 A row of the result is added up along the inputs in steps of the same size, in ascending order, so its bits depend on
 that row alone (batch invariance). The inputs of some weights are cut into splits, each with sums of its own that are
@@ -22,6 +22,17 @@ ROW_GROUP = 8  # tiles of rows that share columns at about the same time
 
 
 @triton.jit
+def _float8_numbers(codes):
+    """Return the numbers that bits of float8 e4m3 stand for, exactly, on cards that have no instruction for it.
+
+    As bits of float16, whose exponent is one bit longer and biased by 15 instead of 7, they are 2^-8 of the number.
+    """
+    bits = codes.to(tl.uint16)
+    half = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).to(tl.float16, bitcast=True)
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
 def _load_weights(
     weights,
     scales,
@@ -32,8 +43,10 @@ def _load_weights(
     num_inputs,
     weights_stride,
     scales_stride,
+    group_stride,
     dtype: tl.constexpr,
-    BITS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
     SCALE_INPUTS: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -42,20 +55,24 @@ def _load_weights(
     k = start + tl.arange(0, INPUTS)
     has_column = columns[:, None] < num_columns
     mask = has_column & (k[None, :] < num_inputs)
-    if BITS == 4:
+    if FORMAT == "int4":
         byte = start // 2 + tl.arange(0, INPUTS // 2)
         has_byte = has_column & (byte[None, :] < num_inputs // 2)
         packed = tl.load(weights + columns[:, None] * weights_stride + byte[None, :], mask=has_byte, other=0)
         codes = tl.interleave(packed & 15, packed >> 4)
     else:
-        codes = tl.load(weights + columns[:, None] * weights_stride + k[None, :], mask=mask, other=0)
-    if BITS < 16:
+        codes = tl.load(weights + columns[:, None] * weights_stride + k[None, :], mask=mask, other=0.0)
+    if FORMAT != "plain":
+        if FORMAT == "float8" and weights.dtype.element_ty == tl.uint8:
+            numbers = _float8_numbers(codes)
+        else:
+            numbers = codes.to(tl.float32)
         # Load one scale for each group: with one for each input, the loads would be most of the work.
-        groups = start // SCALE_INPUTS + tl.arange(0, INPUTS // SCALE_INPUTS)
-        index = columns[:, None] * scales_stride + groups[None, :]
+        num_groups: tl.constexpr = (INPUTS + SCALE_INPUTS - 1) // SCALE_INPUTS
+        groups = start // SCALE_INPUTS + tl.arange(0, num_groups)
+        index = (columns // SCALE_COLUMNS)[:, None] * scales_stride + groups[None, :] * group_stride
         has_group = has_column & (groups[None, :] * SCALE_INPUTS < num_inputs)
-        shape: tl.constexpr = (columns.shape[0], INPUTS // SCALE_INPUTS, SCALE_INPUTS)
-        numbers = tl.reshape(codes.to(tl.float32), shape)
+        numbers = tl.reshape(numbers, (columns.shape[0], num_groups, INPUTS // num_groups))
         numbers *= tl.load(scales + index, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
         if HAS_MINIMUM:
             numbers += tl.load(minima + index, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
@@ -89,6 +106,45 @@ def _store(sums, bias, out, rows, columns, has_row, num_columns, stride, HAS_BIA
     tl.store(pointers, sums.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _sum(
+    x,
+    weights,
+    scales,
+    minima,
+    rows,
+    columns,
+    split,
+    num_rows,
+    num_columns,
+    num_inputs,
+    x_stride,
+    weights_stride,
+    scales_stride,
+    group_stride,
+    FORMAT: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    SCALE_INPUTS: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Return the sums [ROWS, COLUMNS] of one split of the inputs."""
+    inputs = tl.arange(0, INPUTS)
+    has_row = rows[:, None] < num_rows
+    split_inputs = tl.cdiv(tl.cdiv(num_inputs, INPUTS), SPLITS) * INPUTS
+    sums = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
+    for start in range(split * split_inputs, tl.minimum((split + 1) * split_inputs, num_inputs), INPUTS):
+        k = start + inputs
+        a = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=has_row & (k[None, :] < num_inputs), other=0.0)
+        b = _load_weights(
+            weights, scales, minima, columns, start, num_columns, num_inputs, weights_stride, scales_stride,
+            group_stride, x.dtype.element_ty, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, HAS_MINIMUM, INPUTS
+        )  # fmt: skip
+        sums = tl.dot(a, tl.trans(b), sums, input_precision="ieee")
+    return sums
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear(
     x,
@@ -104,8 +160,10 @@ def _linear(
     x_stride,
     weights_stride,
     scales_stride,
+    group_stride,
     out_stride,
-    BITS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
     SCALE_INPUTS: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -122,22 +180,21 @@ def _linear(
     With IS_SPLIT, the grid is (tiles, splits): each program computes one split, to `partial` [SPLITS, T, M].
     """
     rows, columns = _tile(num_rows, num_columns, ROWS, COLUMNS, GROUP)
-    inputs = tl.arange(0, INPUTS)
-    has_row = rows[:, None] < num_rows
-    split_inputs = tl.cdiv(tl.cdiv(num_inputs, INPUTS), SPLITS) * INPUTS
-    first = tl.program_id(1) if IS_SPLIT else 0
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for split in range(first, first + 1 if IS_SPLIT else SPLITS):
-        sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for start in range(split * split_inputs, tl.minimum((split + 1) * split_inputs, num_inputs), INPUTS):
-            k = start + inputs
-            a = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=has_row & (k[None, :] < num_inputs), other=0.0)
-            b = _load_weights(
-                weights, scales, minima, columns, start, num_columns, num_inputs, weights_stride, scales_stride,
-                x.dtype.element_ty, BITS, SCALE_INPUTS, HAS_MINIMUM, INPUTS
+    if IS_SPLIT or SPLITS == 1:  # a second accumulator would double the registers
+        total = _sum(
+            x, weights, scales, minima, rows, columns, tl.program_id(1), num_rows, num_columns, num_inputs, x_stride,
+            weights_stride, scales_stride, group_stride, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, HAS_MINIMUM, SPLITS,
+            INPUTS
+        )  # fmt: skip
+    else:
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for split in range(SPLITS):
+            total += _sum(
+                x, weights, scales, minima, rows, columns, split, num_rows, num_columns, num_inputs, x_stride,
+                weights_stride, scales_stride, group_stride, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, HAS_MINIMUM, SPLITS,
+                INPUTS
             )  # fmt: skip
-            sums = tl.dot(a, tl.trans(b), sums, input_precision="ieee")
-        total += sums
+    has_row = rows[:, None] < num_rows
     if IS_SPLIT:
         partial += tl.program_id(1).to(tl.int64) * num_rows * num_columns
         _store(total, bias, partial, rows, columns, has_row, num_columns, num_columns, False, False)
@@ -179,18 +236,15 @@ def linear(
     adds: bool = False,
 ) -> None:
     """Store x W^T + b for x [T, K] and weights [M, K] in `out` [T, M], or add it there. Sums are float32."""
-    num_rows, num_columns = len(x), len(weights)
-    if isinstance(weights, PackedMatrix):
-        codes, scales, minima = weights.codes, weights.scales, weights.minima
-        bits, group = weights.bits, weights.group
-    else:
-        codes, scales, minima, bits, group = weights, weights, None, 16, 1
-    assert x.stride(1) == codes.stride(1) == scales.stride(1) == out.stride(1) == 1
-    assert minima is None or minima.stride() == scales.stride()
-    assert tiles.inputs % group == 0
-    if not num_rows:
+    if not len(x):
         return
-    num_tiles = triton.cdiv(num_rows, tiles.rows) * triton.cdiv(num_columns, tiles.columns)
+    matrix = weights if isinstance(weights, PackedMatrix) else PackedMatrix.plain(weights)
+    num_rows, (num_columns, num_inputs) = len(x), matrix.shape
+    assert x.stride(1) == matrix.codes.stride(1) == out.stride(1) == 1
+    assert matrix.minima is None or matrix.minima.stride() == matrix.scales.stride()
+    assert max(matrix.group, tiles.inputs) % min(matrix.group, tiles.inputs) == 0
+    tile = tiles.tile_for(num_rows)
+    num_tiles = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_columns, tile.columns)
     is_split = tiles.splits > 1 and num_tiles < tiles.programs  # both ways give the same bits
     partial = out
     if is_split:
@@ -199,29 +253,30 @@ def linear(
     bias = bias if bias is not None else x
     _linear[(num_tiles, tiles.splits if is_split else 1)](
         x,
-        codes,
-        scales,
-        minima if minima is not None else scales,
+        matrix.codes,
+        matrix.scales,
+        matrix.scales if matrix.minima is None else matrix.minima,
         bias,
         out,
         partial,
         num_rows,
         num_columns,
-        x.shape[1],
+        num_inputs,
         x.stride(0),
-        codes.stride(0),
-        scales.stride(0),
+        matrix.codes.stride(0),
+        *matrix.scales.stride(),
         out.stride(0),
-        BITS=bits,
-        SCALE_INPUTS=group,
-        HAS_MINIMUM=minima is not None,
+        FORMAT=matrix.format,
+        SCALE_COLUMNS=matrix.group_outputs,
+        SCALE_INPUTS=matrix.group,
+        HAS_MINIMUM=matrix.minima is not None,
         IS_SPLIT=is_split,
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
         INPUTS=tiles.inputs,
         GROUP=ROW_GROUP,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         **flags,
         **LAUNCH_OPTIONS,
     )

@@ -2,13 +2,14 @@
 
 weight = scale * code + minimum. Codes of four bits lie two in a byte; those of five, six and eight bits take one each.
 GGML blocks (`engine.shared.ggml`) are repacked to this form; ggml-quants.c of llama.cpp defines what they stand for.
+So are four-bit codes with zero points (GPTQ: Frantar et al. 2022; AWQ: Lin et al. 2023) and float8 e4m3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,32 @@ from engine.weights import PackedTensor
 from engine.weights.dequantize import split_fields
 
 INT8_GROUP = 32  # inputs that share a scale
+FLOAT8_BLOCK = 128  # outputs and inputs that share a scale in a block
+GROUPS = (16, 32, 64, 128)  # inputs that share a scale; a power of two, because it must divide steps, or they it
 MAX_WEIGHTS_PER_PASS = 2**22  # quantising a weight takes several times its memory
+
+
+CodeFormat: TypeAlias = Literal["plain", "int4", "int8", "float8"]
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
     """Quantised weights [M, K]: M outputs, K inputs."""
 
-    codes: Tensor  # uint8 [M, K / 2], the first of two inputs in the low bits; or int8 [M, K]
-    scales: Tensor  # [M, K / group], in the checkpoint's precision
-    minima: Tensor | None  # [M, K / group], in the checkpoint's precision
+    format: CodeFormat
+    # plain: the weights [M, K] themselves, which need no scales. int4: uint8 [M, K / 2], the first of two inputs in the
+    # low bits. int8: int8 [M, K]. float8: float8_e4m3fn [M, K], or its bits in uint8 for cards without such numbers.
+    codes: Tensor
+    scales: Tensor  # [M / group_outputs, K / group], in the checkpoint's precision; may be expanded
+    minima: Tensor | None  # like scales
     num_inputs: int
     group: int  # inputs that share a scale; the last group may have fewer
+    group_outputs: int = 1  # outputs that share a scale; the last group may have fewer
+
+    @classmethod
+    def plain(cls, weights: Tensor) -> PackedMatrix:
+        """Return weights [M, K] as they are."""
+        return cls("plain", weights, weights, None, weights.shape[1], 1)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -39,18 +54,13 @@ class PackedMatrix:
     def shape(self) -> tuple[int, int]:
         return len(self.codes), self.num_inputs
 
-    @property
-    def bits(self) -> int:
-        """Bits that a code takes in memory."""
-        return 4 if self.codes.dtype == torch.uint8 else 8
-
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the rows with these indices (int64 [n]), dequantised to `dtype` [n, K]."""
-        codes = self.codes[index]
-        if self.bits == 4:
+        codes = self.codes[index] if self.format != "float8" else self.codes.view(torch.float8_e4m3fn)[index].float()
+        if self.format == "int4":
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
         scales, minima = (
-            part[index].float().repeat_interleave(self.group, dim=1)[:, : self.num_inputs]
+            part[index // self.group_outputs].float().repeat_interleave(self.group, dim=1)[:, : self.num_inputs]
             for part in (self.scales, self.scales if self.minima is None else self.minima)
         )
         weights = codes * scales
@@ -147,10 +157,48 @@ def from_ggml(packed: PackedTensor, device: torch.device) -> PackedMatrix:
     fields = split_fields(torch.tensor(packed.data, device=device), GGML_TYPES_BY_NAME[packed.type_name])
     codes, scales, minima = READERS[packed.type_name](fields)
     codes, scales = codes.reshape(num_rows, num_inputs), scales.reshape(num_rows, -1)
-    if codes.dtype == torch.uint8:
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
     minima = None if minima is None else minima.reshape(num_rows, -1)
-    return PackedMatrix(codes, scales, minima, num_inputs, num_inputs // scales.shape[1])
+    group = num_inputs // scales.shape[1]
+    if codes.dtype == torch.int8:
+        return PackedMatrix("int8", codes, scales, minima, num_inputs, group)
+    return PackedMatrix("int4", _paired(codes), scales, minima, num_inputs, group)
+
+
+def _paired(codes: Tensor) -> Tensor:
+    """Pack codes of four bits, uint8 [M, K], two in a byte: [M, K / 2]."""
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def from_zero_points(codes: Tensor, scales: Tensor, zero_points: Tensor) -> PackedMatrix:
+    """Pack weights (code - zero point) * scale with codes of four bits, uint8 [M, K].
+
+    Scales and zero points are [M, K / group]. The minima are exact: the product of a zero point, of at most five bits,
+    and a scale of 16 bits fits float32.
+    """
+    num_inputs, num_groups = codes.shape[1], scales.shape[1]
+    if num_inputs % num_groups or num_inputs // num_groups not in GROUPS:
+        raise ValueError(f"{num_groups} groups of {num_inputs} inputs: groups must be of {GROUPS} inputs")
+    scales = scales.contiguous()
+    minima = (-scales.float() * zero_points).contiguous()
+    return PackedMatrix("int4", _paired(codes), scales, minima, num_inputs, num_inputs // num_groups)
+
+
+def from_float8(codes: Tensor, scales: Tensor, *, is_native: bool) -> PackedMatrix:
+    """Pack weights code * scale with codes in float8_e4m3fn [M, K].
+
+    There is one scale for all ([] or [1]), for each output ([M] or [M, 1]), or for each block of 128 x 128 ([M / 128,
+    K / 128], rounded up). `is_native` says whether the card converts float8 itself.
+    """
+    num_outputs, num_inputs = codes.shape
+    codes = codes if is_native else codes.view(torch.uint8)
+    num_groups = -(-num_inputs // FLOAT8_BLOCK)
+    block_shape = (-(-num_outputs // FLOAT8_BLOCK), num_groups)
+    if scales.shape == block_shape:
+        return PackedMatrix("float8", codes, scales, None, num_inputs, FLOAT8_BLOCK, FLOAT8_BLOCK)
+    if scales.numel() not in (1, num_outputs):
+        raise ValueError(f"float8 weights {tuple(codes.shape)} cannot have scales {tuple(scales.shape)}")
+    scales = scales.reshape(-1, 1).expand(num_outputs, num_groups)
+    return PackedMatrix("float8", codes, scales, None, num_inputs, FLOAT8_BLOCK)
 
 
 def to_int8(weights: Tensor) -> PackedMatrix:
@@ -166,7 +214,7 @@ def to_int8(weights: Tensor) -> PackedMatrix:
     passes = (torch.split(tensor, rows_per_pass) for tensor in (weights, codes, scales))
     for some_weights, some_codes, some_scales in zip(*passes, strict=True):
         _quantise(some_weights, some_codes, some_scales)
-    return PackedMatrix(codes, scales, None, num_inputs, INT8_GROUP)
+    return PackedMatrix("int8", codes, scales, None, num_inputs, INT8_GROUP)
 
 
 def _quantise(weights: Tensor, codes: Tensor, scales: Tensor) -> None:

@@ -6,7 +6,8 @@ never tuned at run time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -15,24 +16,79 @@ import torch
 LAUNCH_OPTIONS = {"enable_fp_fusion": False}
 
 
-MIN_COLUMNS = 64  # of a tile; with many rows, narrower tiles read x too often
+MIN_SIDE = 64  # of a tile; with more rows than a smaller tile has rows and columns, it reads too much too often
 MIN_SPLIT_INPUTS = 1024  # with fewer, a program ends before enough of its loads are in flight
+MAX_SPLIT_SUMS = 64  # of a thread, where a program adds up several splits: it holds two sums for each number
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """Rows and columns of a program of the product x W^T, its warps, and the stages of its pipeline."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def sums_per_thread(self) -> int:
+        return self.rows * self.columns // (32 * self.num_warps)
 
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """The tile of a product x W^T: rows, columns and inputs of one step of a program, and splits of the inputs.
+    """The tiles of a product with weights of one shape: by the number of rows, in ascending order.
 
+    What adds up a number must be the same in all of them: inputs of a step, splits, and the tensor core's instruction
+    but for its size in rows and columns. On NVIDIA's 9.0 and 10.0, tiles of fewer than 64 rows or 4 warps have another.
     Each split is added up by itself, and then the splits in order, whether one program computes all splits or one each.
     """
 
-    rows: int
-    columns: int
-    inputs: int
-    num_warps: int
-    num_stages: int
-    programs: int  # number that keeps the memory busy
+    inputs: int  # of a step
+    programs: int  # that fill the card
+    tiles: tuple[tuple[int, LinearTile], ...]  # with the first number of rows that each is for
     splits: int = 1
+
+    def tile_for(self, num_rows: int) -> LinearTile:
+        return next(tile for first, tile in reversed(self.tiles) if num_rows >= first)
+
+
+@dataclass(frozen=True)
+class LinearTable:
+    """The tiles of products on one kind of card, from the smallest."""
+
+    inputs: int
+    programs: int
+    tiles: tuple[LinearTile, ...]
+
+    def tiles_for(self, num_outputs: int, num_inputs: int) -> LinearTiles:
+        """Return the tiles for weights of a shape.
+
+        A larger tile reads x and the weights less often, and is used as soon as there are enough of them to fill the
+        card; one that follows a tile narrower than 64, as soon as that would read x or the weights twice as often as
+        they are read for one row of tiles. Only weights that even the narrowest tiles leave with too few programs are
+        split: splits cost a second kernel that reads their sums.
+
+        With few rows, the time is that of reading the weights, and a program has (stages - 1) x columns x inputs of
+        them in flight. An H100's memory has a latency of about 0.7 us and moves 3.35 TB/s, so about 2.3 MB must be in
+        flight. In Llama-3-8B with bfloat16, 4096 x 4096 and 4096 x 14336 have 128 tiles of 32 columns with 28 KiB each,
+        6144 x 4096 has 96 of 64 columns with 40 KiB, 28672 x 4096 and 128256 x 4096 have 224 and 1002 of 128 columns
+        with 48 KiB, of which an SM holds two.
+        """
+        narrowest = self.tiles[0]
+        min_splits = _ceil(self.programs, _ceil(num_outputs, narrowest.columns))
+        splits = min(max(1, num_inputs // MIN_SPLIT_INPUTS), 1 << (min_splits - 1).bit_length())
+        chosen = [(1, narrowest)]
+        for smaller, tile in pairwise(self.tiles):
+            if splits > 1 and tile.sums_per_thread > MAX_SPLIT_SUMS:
+                continue
+            row_tiles = _ceil(self.programs, _ceil(num_outputs, tile.columns) * splits)
+            most_are_used = tile.rows // 2 + 1 if tile.rows > narrowest.rows else 1
+            first = max((row_tiles - 1) * tile.rows + 1, most_are_used)
+            if min(smaller.rows, smaller.columns) < MIN_SIDE:
+                first = min(first, min(smaller.rows, smaller.columns) + 1)
+            chosen = [*((rows, other) for rows, other in chosen if rows < first), (first, tile)]
+        return LinearTiles(self.inputs, self.programs, tuple(chosen), splits)
 
 
 @dataclass(frozen=True)
@@ -54,40 +110,43 @@ class AttentionTiles:
 
 @dataclass(frozen=True)
 class Tiles:
-    linear: LinearTiles
+    linear: LinearTable
+    packed_linear: LinearTable  # for packed weights, of which a stage holds fewer bytes
     attention: AttentionTiles
 
-    def linear_for(self, num_outputs: int, num_inputs: int) -> LinearTiles:
-        """Return the tile for weights of a shape, which is the same for any number of rows.
-
-        With few rows, the time is that of reading the weights, and a program has (stages - 1) x columns x inputs of
-        them in flight: 32 KiB for bfloat16 on an H100. Its memory has a latency of about 0.7 us and moves 3.35 TB/s, so
-        about 2.3 MB must be in flight: 72 programs, and more because not all start at once. In Llama-3-8B,
-        28672 x 4096 and 128256 x 4096 have that many tiles of 128 columns. 6144 x 4096 has 48, and two splits;
-        4096 x 4096 and 4096 x 14336 have 32, and four splits. Only weights with too few inputs to split get narrower
-        tiles.
-        """
-        tiles = self.linear
-        most = max(1, num_inputs // MIN_SPLIT_INPUTS)
-        columns = tiles.columns
-        while columns > MIN_COLUMNS and -(-num_outputs // columns) * most < tiles.programs:
-            columns //= 2
-        min_splits = -(-tiles.programs // -(-num_outputs // columns))
-        return replace(tiles, columns=columns, splits=min(most, 1 << (min_splits - 1).bit_length()))
+    def linear_for(self, num_outputs: int, num_inputs: int, *, is_packed: bool) -> LinearTiles:
+        """Return the tiles for weights of a shape."""
+        return (self.packed_linear if is_packed else self.linear).tiles_for(num_outputs, num_inputs)
 
 
-SMALLEST = Tiles(LinearTiles(32, 64, 32, 4, 2, programs=64), AttentionTiles(16, 16, 256, 4, 2))
+def _linear_table(programs: int, *tiles: tuple[int, int, int, int]) -> LinearTable:
+    """Return a table for tiles (rows, columns, warps, stages)."""
+    return LinearTable(64, programs, tuple(LinearTile(*tile) for tile in tiles))
+
+
+SMALLEST_LINEAR = LinearTable(32, 64, (LinearTile(32, 64, 4, 2),))
+SMALLEST = Tiles(SMALLEST_LINEAR, SMALLEST_LINEAR, AttentionTiles(16, 16, 256, 4, 2))
+
+# The largest are what registers allow: 64 sums of a thread with mma.sync, 128 with wgmma and tcgen05.
+LINEAR_8_0 = _linear_table(80, (32, 32, 4, 6), (64, 64, 4, 5), (64, 128, 4, 3), (128, 128, 8, 3))
+LINEAR_8_6 = _linear_table(64, (32, 32, 4, 5), (64, 64, 4, 4), (64, 128, 4, 3), (128, 128, 8, 3))
+LINEAR_9_0 = _linear_table(96, (64, 32, 4, 8), (64, 64, 4, 6), (64, 128, 4, 4), (128, 128, 8, 3), (128, 256, 8, 4))
+LINEAR_10_0 = _linear_table(128, (64, 32, 4, 12), (64, 64, 4, 10), (64, 128, 4, 6), (128, 128, 8, 4), (128, 256, 8, 4))
+LINEAR_12_0 = _linear_table(128, (32, 32, 4, 8), (64, 64, 4, 5), (64, 128, 4, 3), (128, 128, 8, 3))
+PACKED_8_0 = _linear_table(80, (32, 32, 4, 8), (64, 64, 4, 6), (64, 128, 4, 4), (128, 128, 8, 3))
+PACKED_8_6 = _linear_table(64, (32, 32, 4, 8), (64, 64, 4, 5), (64, 128, 4, 3), (128, 128, 8, 3))
+PACKED_9_0 = _linear_table(96, (64, 32, 4, 14), (64, 64, 4, 10), (64, 128, 4, 5), (128, 128, 8, 3))
+PACKED_10_0 = _linear_table(128, (64, 32, 4, 14), (64, 64, 4, 12), (64, 128, 4, 8), (128, 128, 8, 4))
 
 # By NVIDIA's compute capability; a card uses the newest entry that is not newer than itself.
 TABLE: dict[tuple[int, int], Tiles] = {
     (0, 0): SMALLEST,
-    (8, 0): Tiles(LinearTiles(64, 128, 64, 4, 3, programs=96), AttentionTiles(16, 64, 256, 4, 5)),
+    (8, 0): Tiles(LINEAR_8_0, PACKED_8_0, AttentionTiles(16, 64, 256, 4, 5)),
     # 8.6 and 8.9 have less shared memory.
-    (8, 6): Tiles(LinearTiles(64, 64, 64, 4, 3, programs=64), AttentionTiles(16, 32, 256, 4, 5)),
-    (9, 0): Tiles(LinearTiles(128, 128, 64, 8, 3, programs=96), AttentionTiles(16, 64, 256, 4, 5)),
-    (12, 0): Tiles(
-        LinearTiles(64, 64, 64, 4, 3, programs=96), AttentionTiles(16, 32, 256, 4, 5)
-    ),  # shared memory as on 8.6
+    (8, 6): Tiles(LINEAR_8_6, PACKED_8_6, AttentionTiles(16, 32, 256, 4, 5)),
+    (9, 0): Tiles(LINEAR_9_0, PACKED_9_0, AttentionTiles(16, 64, 256, 4, 5)),
+    (10, 0): Tiles(LINEAR_10_0, PACKED_10_0, AttentionTiles(16, 64, 256, 4, 5)),
+    (12, 0): Tiles(LINEAR_12_0, PACKED_8_6, AttentionTiles(16, 32, 256, 4, 5)),  # shared memory as on 8.6
 }
 
 
@@ -114,3 +173,7 @@ def card_name(device: torch.device) -> str:
 
 def _is_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
+
+
+def _ceil(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)

@@ -18,6 +18,7 @@ TARGETS = {
     "cuda 8.0": 163 * 1024,
     "cuda 8.6": 99 * 1024,
     "cuda 9.0": 227 * 1024,
+    "cuda 10.0": 227 * 1024,
     "cuda 12.0": 99 * 1024,
     "hip gfx942": 64 * 1024,
 }
@@ -76,19 +77,18 @@ def spilled_bytes(cubin):
 for dtype in sys.argv[2:]:
     tiles = SMALLEST if dtype == "*fp32" else tiles_of_card
     x = dict.fromkeys(("x", "weights", "bias", "out", "weight", "gate_up", "q", "k", "v", "keys", "values"), dtype)
-    for shape, is_split, formats in (
-        ((128256, 4096), False, ((False, 16, 1, False), (True, 4, 32, True), (False, 8, 32, False))),
-        ((4096, 4096), False, ((False, 16, 1, False), (False, 8, 16, True))),
-        ((4096, 4096), True, ((False, 16, 1, False), (True, 4, 32, True))),
-    ):
-        sizes = tiles.linear_for(*shape)
-        constants = {"ROWS": sizes.rows, "COLUMNS": sizes.columns, "INPUTS": sizes.inputs, "GROUP": linear.ROW_GROUP}
-        constants |= {"SPLITS": sizes.splits, "IS_SPLIT": is_split}
-        for has_bias, bits, group, has_minimum in formats:
-            flags = {"HAS_BIAS": has_bias, "BITS": bits, "SCALE_INPUTS": group, "HAS_MINIMUM": has_minimum}
-            types = x | {"weights": {16: dtype, 8: "*i8", 4: "*u8"}[bits], "scales": "*fp16", "minima": "*fp32"}
-            flags |= {"ADDS": not has_bias}
-            compile(linear._linear, flags | constants, sizes.num_warps, sizes.num_stages, partial="*fp32", **types)
+    formats = {"plain": (dtype, 1, 1, False), "int4": ("*u8", 1, 128, True), "int8": ("*i8", 1, 16, True)}
+    formats["float8"] = ("*u8", 128, 128, False)
+    for format, (weights, group_outputs, group, has_minimum) in formats.items():
+        table = tiles.linear if format == "plain" else tiles.packed_linear
+        for tile in (table.tiles[0], table.tiles[-1]):
+            constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INPUTS": table.inputs, "GROUP": linear.ROW_GROUP}
+            constants |= {"FORMAT": format, "SCALE_COLUMNS": group_outputs, "SCALE_INPUTS": group}
+            constants |= {"HAS_MINIMUM": has_minimum, "HAS_BIAS": has_minimum, "ADDS": True}
+            splits = 2 if format == "plain" and tile.sums_per_thread <= 64 else 1
+            constants |= {"SPLITS": splits, "IS_SPLIT": splits == 2 and tile is table.tiles[0]}
+            types = x | {"weights": weights, "scales": "*fp16", "minima": "*fp32", "partial": "*fp32"}
+            compile(linear._linear, constants, tile.num_warps, tile.num_stages, **types)
     constants = {"HAS_BIAS": True, "ADDS": True, "SPLITS": 4, "COLUMNS": linear.SUM_COLUMNS}
     compile(linear._add_splits, constants, 4, 2, partial="*fp32", **x)
     compile(rows._rms_norm, {"BLOCK": 4096}, 4, 2, eps="fp32", **x)

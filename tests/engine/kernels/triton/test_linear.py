@@ -1,5 +1,7 @@
 """The product in Triton's interpreter: against float64, and batch invariance."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from engine.kernels.interface import KernelOptions
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.linear import linear
 from engine.kernels.triton.packed_matrix import PackedMatrix, from_ggml, to_int8
-from engine.kernels.triton.tiles import TABLE, LinearTiles
+from engine.kernels.triton.tiles import TABLE, LinearTile, LinearTiles
 from tests.engine.kernels.triton.test_rows import TOLERANCES, assert_close
 from tests.support.examples import num_examples
 from tests.support.packed_weights import random_packed
@@ -52,9 +54,30 @@ def test_linear_does_not_depend_on_the_batch(dtype: torch.dtype, tiles: object) 
     product = kernels.linear(kernels.pack([random_tensor(1, 170, 300, dtype=dtype)]))
     x = random_tensor(2, 200, 300, dtype=dtype)
     whole = product(x)
-    for num_rows in (1, 2, 15, 63, 64, 65, 130):
+    for num_rows in (1, 2, 32, 33, 64, 65, 130):
         assert torch.equal(product(x[:num_rows]), whole[:num_rows]), f"{num_rows} rows"
         assert torch.equal(product(x[200 - num_rows :]), whole[200 - num_rows :]), f"the last {num_rows} rows"
+
+
+def all_tiles() -> set[LinearTile]:
+    """Return the tiles of all cards that add up in steps of 64 inputs."""
+    tables = [table for tiles in TABLE.values() for table in (tiles.linear, tiles.packed_linear)]
+    return {replace(tile, num_warps=4, num_stages=2) for table in tables if table.inputs == 64 for tile in table.tiles}
+
+
+@pytest.mark.parametrize(("dtype", "splits"), [(torch.float32, 1), (torch.float16, 3)])
+def test_all_tiles_give_the_same_bits(dtype: torch.dtype, splits: int) -> None:
+    tiles = all_tiles()
+    assert len(tiles) > 5
+    x, weight = random_tensor(1, 70, 300, dtype=dtype), random_tensor(2, 140, 300, dtype=dtype)
+    bias = random_tensor(3, 140, dtype=dtype)
+    results = []
+    for tile in tiles:
+        for programs in (0, 10**6):
+            results.append(torch.empty(70, 140, dtype=dtype))
+            linear(x, weight, bias, LinearTiles(64, programs, ((1, tile),), splits), results[-1])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert_close(results[0], x.double() @ weight.double().T + bias.double())
 
 
 @settings(max_examples=num_examples(5, 125), deadline=None)
@@ -92,7 +115,7 @@ def test_inputs_in_parts(
 
     def product(programs: int, first: int = 0, last: int = num_rows) -> Tensor:
         out = start[first:last].clone()
-        tiles = LinearTiles(32, 64, 32, 4, 2, programs=programs, splits=splits)
+        tiles = LinearTiles(32, programs, ((1, LinearTile(32, 64, 4, 2)),), splits)
         linear(x[first:last], weights, bias, tiles, out, adds=adds)
         return out
 

@@ -12,8 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config import EngineConfig
 from engine.kernels.interface import KernelOptions
 from engine.kernels.triton.kernels import TritonKernels
-from engine.kernels.triton.packed_matrix import READERS, from_ggml, to_int8
-from engine.kernels.triton.tiles import TABLE, Tiles
+from engine.kernels.triton.linear import linear
+from engine.kernels.triton.packed_matrix import (
+    READERS,
+    PackedMatrix,
+    from_float8,
+    from_ggml,
+    from_zero_points,
+    to_int8,
+)
+from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTiles, Tiles
 from engine.loading import load_model
 from tests.parity.test_families import SHAPE, VOCAB_SIZE
 from tests.support.examples import num_examples
@@ -25,7 +33,7 @@ from tests.support.tiny_models import save_random_model
 
 PRODUCT_DTYPES = [torch.float32, torch.float16]  # the interpreter's products in bfloat16 are wrong
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
-BITS = dict.fromkeys(READERS, 8) | dict.fromkeys(("Q4_0", "Q4_1", "Q4_K"), 4)
+FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -34,8 +42,10 @@ def test_packed_weights_stand_for_the_same_numbers(name: str) -> None:
     for num_rows, num_inputs in ((1, unit), (7, 3 * unit)):
         packed = random_packed(name, num_rows, num_inputs, seed=num_rows)
         matrix = from_ggml(packed, CPU)
-        assert (len(matrix), matrix.num_inputs, matrix.bits) == (num_rows, num_inputs, BITS[name])
-        assert matrix.codes.nbytes == num_rows * num_inputs * matrix.bits // 8
+        assert (len(matrix), matrix.num_inputs) == (num_rows, num_inputs)
+        assert (matrix.format, matrix.codes.nbytes) == (
+            ("int4", num_rows * num_inputs // 2) if name in FOUR_BITS else ("int8", num_rows * num_inputs)
+        )
         expected = numbers_of(packed)
         numbers = matrix.rows(torch.arange(num_rows), torch.float32)
         torch.testing.assert_close(numbers, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
@@ -46,7 +56,7 @@ def test_packed_weights_stand_for_the_same_numbers(name: str) -> None:
 def test_int8(num_inputs: int) -> None:
     weights = random_tensor(0, 5, num_inputs)
     matrix = to_int8(weights)
-    assert (matrix.bits, matrix.group) == (8, 32)
+    assert (matrix.format, matrix.group) == ("int8", 32)
     assert torch.equal(matrix.rows(torch.arange(5), torch.float32).double(), rounded_to_int8(weights))
     assert not to_int8(torch.zeros(2, num_inputs)).rows(torch.arange(2), torch.float32).any()
 
@@ -95,12 +105,90 @@ def test_linear(name: str, num_rows: int, num_columns: int, num_units: int, dtyp
 def test_linear_does_not_depend_on_the_batch(name: str, tiles: Tiles) -> None:
     kernels = TritonKernels(KernelOptions(torch.float16), CPU)
     kernels.tiles = tiles
-    linear = kernels.linear(kernels.pack([random_packed(name, 170, 256, seed=1)]))
+    product = kernels.linear(kernels.pack([random_packed(name, 170, 256, seed=1)]))
     x = random_tensor(2, 150, 256, dtype=torch.float16)
-    whole = linear(x)
-    for num_rows in (1, 2, 63, 64, 65):
-        assert torch.equal(linear(x[:num_rows]), whole[:num_rows]), f"{num_rows} rows"
-        assert torch.equal(linear(x[150 - num_rows :]), whole[150 - num_rows :]), f"the last {num_rows} rows"
+    whole = product(x)
+    for num_rows in (1, 32, 33, 64, 65):
+        assert torch.equal(product(x[:num_rows]), whole[:num_rows]), f"{num_rows} rows"
+        assert torch.equal(product(x[150 - num_rows :]), whole[150 - num_rows :]), f"the last {num_rows} rows"
+
+
+def zero_point_weights(num_outputs: int, num_inputs: int, group: int, seed: int) -> tuple[PackedMatrix, Tensor]:
+    """Return packed weights as GPTQ and AWQ have them, and their numbers in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (num_outputs, num_inputs), generator=generator, dtype=torch.uint8)
+    zero_points = torch.randint(0, 17, (num_outputs, num_inputs // group), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(zero_points.shape, generator=generator) * 0.02 + 0.001).half()
+    offsets = codes.double() - zero_points.double().repeat_interleave(group, dim=1)
+    numbers = offsets * scales.double().repeat_interleave(group, dim=1)
+    return from_zero_points(codes, scales, zero_points), numbers
+
+
+def float8_weights(
+    num_outputs: int, num_inputs: int, scales: str, seed: int, *, is_native: bool
+) -> tuple[PackedMatrix, Tensor]:
+    """Return packed weights in float8, and their numbers in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randn((num_outputs, num_inputs), generator=generator).to(torch.float8_e4m3fn)
+    blocks = (-(-num_outputs // 128), -(-num_inputs // 128))
+    shape = {"tensor": (), "channel": (num_outputs, 1), "block": blocks}[scales]
+    factors = torch.rand(shape, generator=generator) + 0.5
+    spread = factors
+    if scales == "block":
+        spread = factors.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)[:num_outputs, :num_inputs]
+    return from_float8(codes, factors, is_native=is_native), codes.double() * spread.double()
+
+
+def assert_products(matrix: PackedMatrix, numbers: Tensor, tiles: LinearTiles, dtype: torch.dtype, seed: int) -> None:
+    """Compare products of 1 and 40 rows with float64, and the bits of the rows with each other."""
+    assert torch.equal(matrix.rows(torch.arange(len(matrix)), torch.float32).double(), numbers.float().double())
+    x = random_tensor(seed, 40, matrix.num_inputs, dtype=dtype)
+    out, last = torch.empty(40, len(matrix), dtype=dtype), torch.empty(1, len(matrix), dtype=dtype)
+    linear(x, matrix, None, tiles, out)
+    linear(x[-1:], matrix, None, tiles, last)
+    assert torch.equal(last, out[-1:])
+    size = x.double().abs() @ numbers.abs().T
+    difference = (out.double() - x.double() @ numbers.to(dtype).double().T).abs()
+    assert (difference <= TOLERANCES[dtype] * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("table", [SMALLEST.packed_linear, TABLE[9, 0].packed_linear], ids=["smallest", "9.0"])
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+def test_zero_points(table: LinearTable, group: int, dtype: torch.dtype) -> None:
+    matrix, numbers = zero_point_weights(70, 2 * group + 256, group, seed=group)
+    assert matrix.codes.nbytes == numbers.numel() // 2
+    assert_products(matrix, numbers, table.tiles_for(*matrix.shape), dtype, seed=1)
+
+
+@pytest.mark.parametrize("table", [SMALLEST.packed_linear, TABLE[9, 0].packed_linear], ids=["smallest", "9.0"])
+@pytest.mark.parametrize("scales", ["tensor", "channel", "block"])
+@pytest.mark.parametrize("is_native", [False, True])
+def test_float8(table: LinearTable, scales: str, is_native: bool) -> None:
+    for num_outputs, num_inputs in ((150, 300), (7, 100), (130, 128)):
+        matrix, numbers = float8_weights(num_outputs, num_inputs, scales, seed=num_inputs, is_native=is_native)
+        assert matrix.codes.nbytes == numbers.numel()
+        assert_products(matrix, numbers, table.tiles_for(*matrix.shape), torch.float32, seed=2)
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+def test_all_numbers_of_float8(is_native: bool, dtype: torch.dtype) -> None:
+    """The product with 1 is each of the 256 numbers: subnormal, negative zero and NaN too."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[~codes.float().isnan()] if is_native else codes  # the interpreter's conversion knows no NaN
+    matrix = from_float8(codes[:, None].contiguous(), torch.ones(()), is_native=is_native)
+    out = torch.empty(1, len(codes), dtype=dtype)
+    linear(torch.ones(1, 1, dtype=dtype), matrix, None, SMALLEST.packed_linear.tiles_for(len(codes), 1), out)
+    torch.testing.assert_close(out[0], codes.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_scales_that_do_not_fit() -> None:
+    codes = torch.zeros(300, 200, dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"\(300, 200\) cannot have scales \(2, 3\)"):
+        from_float8(codes, torch.ones(2, 3), is_native=True)
+    with pytest.raises(ValueError, match="3 groups of 72 inputs"):
+        from_zero_points(torch.zeros(2, 72, dtype=torch.uint8), torch.ones(2, 3), torch.ones(2, 3))
 
 
 def test_parts_of_several_types_with_bias_and_residual() -> None:
