@@ -29,7 +29,8 @@ WGMMA_ROWS = 64  # fewer rows use instructions of older cards, at SMALL_PRODUCT_
 SMALL_PRODUCT_SHARE = 0.6
 MAX_PROGRAMS = 8  # of a multiprocessor, whose registers hold no more of these kernels
 
-DEQUANTIZE_OPERATIONS = {4: 6, 8: 4}  # for a weight: unpack, convert, scale, add a minimum, round
+# For a weight: unpack, convert, scale, add a minimum, round.
+DEQUANTIZE_OPERATIONS = {"plain": 0, "int4": 6, "int8": 4, "float8": 4}
 SOFTMAX_OPERATIONS = 18  # for a score: scale, mask, maximum, exp2 at a quarter of the rate, sum, round
 SORT_BYTES = 112  # for a number: four passes that read keys twice, and read and write keys and indices
 
@@ -45,6 +46,7 @@ class Cost:
     longest: float = 0  # bytes that one program loads, one step after the other
     programs: int = 0  # 0: enough
     in_flight: float = 16 * 1024  # bytes that a program loads ahead
+    in_flight_l2: float = 0  # bytes that it loads ahead through L2; 0: the same
     shared: float = 0  # bytes of shared memory that a program takes
     uses_wgmma: bool = True
 
@@ -65,9 +67,8 @@ def linear(launch: Launch, step: TracedStep, card: Card) -> Cost:
     rows, columns, inputs = (arguments[name] for name in ("ROWS", "COLUMNS", "INPUTS"))
     num_rows, num_inputs = x.shape
     row_tiles, column_tiles = -(-num_rows // rows), -(-codes.shape[0] // columns)
-    bits = arguments["BITS"]
     weight_bytes = codes.nbytes
-    if bits < 16:
+    if arguments["FORMAT"] != "plain":
         weight_bytes += arguments["scales"].nbytes + arguments["HAS_MINIMUM"] * arguments["minima"].nbytes
     fits_l2 = weight_bytes + x.nbytes < card.l2_bytes / 2
     num_reads = 1 if fits_l2 else -(-row_tiles // arguments["GROUP"])
@@ -81,9 +82,10 @@ def linear(launch: Launch, step: TracedStep, card: Card) -> Cost:
         memory=num_reads * weight_bytes + x.nbytes + out_bytes,
         l2=through_l2,
         tensor=2 * row_tiles * rows * column_tiles * columns * num_inputs,
-        other=DEQUANTIZE_OPERATIONS.get(bits, 0) * row_tiles * codes.shape[0] * num_inputs,
+        other=DEQUANTIZE_OPERATIONS[arguments["FORMAT"]] * row_tiles * codes.shape[0] * num_inputs,
         programs=math.prod(launch.grid),
         in_flight=(stages - 1) * tile_bytes,
+        in_flight_l2=(stages - 1) * (tile_bytes + min(rows, num_rows) * inputs * x.dtype.itemsize),
         shared=stages * (tile_bytes + rows * inputs * x.dtype.itemsize),
         uses_wgmma=rows >= WGMMA_ROWS,
     )
@@ -240,7 +242,7 @@ def time_of(cost: Cost, card: Card) -> Time:
     whole_waves = math.ceil(waves) / waves
     times = {
         "memory": _loading(cost.memory, COPY_SHARE * card.bytes_per_second, programs, slots, cost.in_flight),
-        "L2": _loading(cost.l2, L2_BYTES_PER_CYCLE * cycles, programs, slots, cost.in_flight),
+        "L2": _loading(cost.l2, L2_BYTES_PER_CYCLE * cycles, programs, slots, cost.in_flight_l2 or cost.in_flight),
         "tensor cores": whole_waves * cost.tensor / (share * PRODUCT_SHARE * card.bf16_per_second),
         "arithmetic": whole_waves * cost.other / (OPERATIONS_PER_CYCLE * cycles),
         "longest program": cost.longest / cost.in_flight * LATENCY,
