@@ -121,11 +121,19 @@ def load_parameters(
 def new_runner(model: CausalLM, limits: Limits, memory: MemoryPlan, device: torch.device) -> ModelRunner:
     """Allocate the KV cache and the buffers of batches, and return a runner with them."""
     config, kernels = model.config, model.kernels
+    planner = kernels.attention_planner(
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.sliding_window
+    )
     return ModelRunner(
         model,
         KVCache(config, memory.num_blocks, memory.block_size, kernels),
         BatchBuilder(
-            limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, memory.block_size, device
+            limits.max_num_batched_tokens,
+            limits.max_num_seqs,
+            limits.max_model_len,
+            memory.block_size,
+            device,
+            planner,
         ),
         kernels.new_sampler(config.num_token_ids, config.eos_token_ids),
         kernels,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.inputs import BatchInputs, Lengths
+from engine.batch.inputs import AttentionPlanner, BatchInputs, Lengths
 from engine.batch.transfer import packed_copy
 from engine.scheduling.request import Request, Step
 
@@ -18,9 +18,16 @@ class BatchBuilder:
     """Fills buffers that each batch reuses."""
 
     def __init__(
-        self, max_num_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+        self,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        planner: AttentionPlanner | None = None,
     ) -> None:
         self.block_size = block_size
+        self.planner = planner
         self.device = device
         # Each holds two numbers: all rows, and the rows of generating requests, which come first.
         self.num_rows, self.num_hidden_rows = np.zeros((2, 2), dtype=np.int64)
@@ -60,9 +67,14 @@ class BatchBuilder:
         lengths = (*[num_rows] * 4, *[num_hidden_rows] * 2, len(sample_rows), num_ahead, num_ahead)
         parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         parts.append(self.tables[:num_seqs, :max_blocks])
+        work = self.planner and self.planner.plan(self.query_lens[:num_seqs], self.seq_lens[:num_seqs])
+        parts += [work.table] if work else []
         is_shared = self.device.type == "cpu"
         tensors = [torch.from_numpy(part) for part in parts] if is_shared else packed_copy(parts, self.device)
-        return self._inputs(tensors, num_seqs)
+        batch = self._inputs(tensors[: len(lengths) + 1], num_seqs)
+        if work:
+            batch.attention_work, batch.num_partial_rows = tensors[-1], work.num_partial_rows
+        return batch
 
     def _inputs(self, tensors: Sequence[Tensor], num_seqs: int) -> BatchInputs:
         token_ids, positions, slot_mapping, lora_slots, *others, tables = tensors

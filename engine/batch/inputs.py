@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 Lengths: TypeAlias = NDArray[np.int64]  # [S]
+
+
+class WorkList(NamedTuple):
+    """What the programs of attention on a GPU compute, as in `engine.kernels.triton.attention_plan`."""
+
+    table: NDArray[np.int64]
+    num_partial_rows: int  # of results that wait to be merged
+
+
+class AttentionPlanner(Protocol):
+    """Makes the work lists of a model."""
+
+    def plan(self, query_lens: Lengths, seq_lens: Lengths) -> WorkList:
+        """Return the work list of the last `query_lens` rows of each sequence."""
+        ...
+
+    def largest(self, num_seqs: int, max_model_len: int) -> WorkList:
+        """Return an empty work list that has room for any step in which each of `num_seqs` sequences has one row."""
+        ...
 
 
 @dataclass(slots=True)
@@ -29,3 +48,5 @@ class BatchInputs:
     query_lens: Lengths  # number of rows of each sequence
     hidden_lens: Lengths  # number of trailing rows of each sequence that are in hidden_rows
     seq_lens: Lengths  # number of tokens of each sequence up to and including its last row
+    attention_work: Tensor | None = None  # of the WorkList of `query_lens`, on the device, if the kernels need one
+    num_partial_rows: int = 0

@@ -89,6 +89,9 @@ class GraphedExecution(EagerExecution):
         self.rows = torch.zeros((4, largest), dtype=torch.int64, device=builder.device)
         self.all_rows = torch.arange(largest, device=builder.device)
         self.tables = torch.zeros((largest, max_blocks), dtype=torch.int64, device=builder.device)
+        assert builder.planner is not None
+        self.planner = builder.planner
+        self.work = torch.from_numpy(self.planner.largest(largest, self.max_model_len).table).to(builder.device)
 
     def capture_next(self) -> None:
         """Capture the graph of the largest size that is left. Without it, batches run in the next larger graph."""
@@ -129,6 +132,8 @@ class GraphedExecution(EagerExecution):
             row[:num_seqs] = values
         self._pad(num_seqs, size)
         self.tables[:num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
+        assert batch.attention_work is not None
+        self.work[: len(batch.attention_work)] = batch.attention_work
 
     def _pad(self, first: int, last: int) -> None:
         for row, padding in zip(self.rows, PADDING, strict=True):
@@ -139,6 +144,7 @@ class GraphedExecution(EagerExecution):
         ones = np.ones(size, dtype=np.int64)
         token_ids, positions, slot_mapping, lora_slots = self.rows[:, :size]
         rows = self.all_rows[:size]
+        largest = self.planner.largest(size, self.max_model_len)
         return BatchInputs(
             token_ids,
             positions,
@@ -152,7 +158,9 @@ class GraphedExecution(EagerExecution):
             block_tables=self.tables[:size],
             query_lens=ones,
             hidden_lens=ones,
-            seq_lens=ones * self.max_model_len,
+            seq_lens=ones,  # those of a batch are in its attention work
+            attention_work=self.work[: len(largest.table)],
+            num_partial_rows=largest.num_partial_rows,
         )
 
 

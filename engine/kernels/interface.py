@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from engine.batch.inputs import BatchInputs, Lengths
+from engine.batch.inputs import AttentionPlanner, BatchInputs, Lengths
 from engine.sampling.sampler import SamplerOutput
 from engine.scheduling.request import SamplingRow
 from engine.weights import Weight
@@ -158,16 +158,29 @@ class Kernels(Protocol):
         """
         ...
 
+    def attention_planner(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+    ) -> AttentionPlanner | None:
+        """Return what makes the work lists of attention on the host; None if these kernels take none."""
+        ...
+
     def plan_attention(
-        self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
+        self,
+        batch: BatchInputs,
+        query_lens: Lengths,
+        num_heads: int,
+        num_kv_heads: int,
+        cache: LayerCache,
+        window: int | None,
     ) -> Any:
         """Prepare `paged_attention` for the last `query_lens` rows of each sequence: once a step, not once a layer."""
         ...
 
-    def paged_attention(self, q: Tensor, cache: LayerCache, plan: Any, scale: float, window: int | None) -> Tensor:
+    def paged_attention(self, q: Tensor, cache: LayerCache, plan: Any, scale: float) -> Tensor:
         """Return causal attention of q [T, H, D] to the keys and values in each row's blocks: [T, H, D].
 
-        A row at position p sees positions max(0, p - window + 1) .. p. The softmax is computed in float32.
+        A row at position p sees positions max(0, p - window + 1) .. p of the plan's window, all up to p if it is None.
+        The softmax is computed in float32. The result may replace q.
         """
         ...
 

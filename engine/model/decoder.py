@@ -72,7 +72,6 @@ class Attention:
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
-        self.window = config.sliding_window
         size, sizes = self.num_heads * self.head_dim, (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv = [(f"{prefix}.{name}_proj", heads * self.head_dim) for name, heads in zip("qkv", sizes, strict=True)]
         self.qkv_proj = Linear(kernels, parameters, qkv, config.hidden_size, has_bias=config.attention_bias)
@@ -87,7 +86,7 @@ class Attention:
 
     def __call__(self, q: Tensor, cache: LayerCache, plan: Any, lora_slots: Tensor, residual: Tensor) -> None:
         q = q.view(len(q), self.num_heads, self.head_dim)
-        out = self.kernels.paged_attention(q, cache, plan, self.scale, self.window)
+        out = self.kernels.paged_attention(q, cache, plan, self.scale)
         self.o_proj(out.flatten(1), lora_slots, residual)
 
 
@@ -177,13 +176,13 @@ class CausalLM:
             lora_slots=batch.lora_slots,
         )
         *layers, (last, last_cache) = zip(self.layers, kv_cache.layers, strict=True)
-        plan = kernels.plan_attention(batch, batch.query_lens, *heads, last_cache)
+        plan = kernels.plan_attention(batch, batch.query_lens, *heads, last_cache, config.sliding_window)
         for layer, cache in layers:
             with kernels.temporaries():
                 layer(x, layer.project(x, rows, cache), cache, plan, rows.lora_slots)
         # Once the last layer has stored keys and values, only `hidden_rows` are still needed.
         hidden = kernels.gather(x, batch.hidden_rows)
-        plan = kernels.plan_attention(batch, batch.hidden_lens, *heads, last_cache)
+        plan = kernels.plan_attention(batch, batch.hidden_lens, *heads, last_cache, config.sliding_window)
         with kernels.temporaries():
             q = kernels.gather(last.project(x, rows, last_cache), batch.hidden_rows)
             last(hidden, q, last_cache, plan, batch.hidden_lora_slots)

@@ -309,10 +309,10 @@ def attention_seconds(bench: Bench, loaded: LoadedModel, num_streams: int, num_r
     ones, none = np.ones(num_streams, dtype=np.int64), rows[:0]
     inputs = (rows, positions, rows, none, rows, none, rows, none, none)  # attention reads some of them
     batch = BatchInputs(*inputs, tables, ones * num_rows, ones * num_rows, ones * context)
-    plan = kernels.plan_attention(batch, batch.query_lens, shape.num_heads, shape.num_kv_heads, cache)
+    plan = kernels.plan_attention(batch, batch.query_lens, shape.num_heads, shape.num_kv_heads, cache, None)
     q = torch.randn((len(rows), shape.num_heads, shape.head_dim), device=device).to(torch.bfloat16)
     with torch.inference_mode():
-        return seconds_of(lambda: kernels.paged_attention(q, cache, plan, shape.head_dim**-0.5, None), device)
+        return seconds_of(lambda: kernels.paged_attention(q, cache, plan, shape.head_dim**-0.5), device)
 
 
 def transformers_decode(bench: Bench, folder: Path, num_streams: int) -> Figure:

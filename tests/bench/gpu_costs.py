@@ -107,14 +107,12 @@ def attend(launch: Launch, step: TracedStep, card: Card) -> Cost:
         tiles = -(-rows // rows_of_tile)
         unique += end
         seen += tiles * (end - (rows - 1) / 2)
-    longest = max(sequence.num_computed + sequence.num_rows for sequence in step.sequences)
-    if arguments["IS_SPLIT"]:
-        longest = min(longest, arguments["SEGMENT"])
+    num_segments = math.ceil(seen / arguments["SEGMENT"])
+    longest = -(-num_segments // launch.grid[0]) * arguments["SEGMENT"]  # programs have equal shares
     scale_bytes = 0 if arguments["key_scales"] is None else 4
     token_bytes = 2 * num_kv_heads * (size * keys.dtype.itemsize + scale_bytes)
-    row_bytes = 2 * q.nbytes  # q and out
-    partial = arguments.get("partial")
-    partial_bytes = 0 if partial is None else unique // arguments["SEGMENT"] * num_heads * (block + 2) * 4
+    row_bytes = 2 * q.nbytes  # read and written
+    partial_bytes = arguments["partial"].nbytes + arguments["states"].nbytes
     load_bytes = 2 * step_keys * size * keys.dtype.itemsize
     return Cost(
         memory=unique * token_bytes + row_bytes + partial_bytes,
@@ -122,7 +120,7 @@ def attend(launch: Launch, step: TracedStep, card: Card) -> Cost:
         tensor=4 * packed * block * seen * num_kv_heads,
         other=SOFTMAX_OPERATIONS * packed * seen * num_kv_heads,
         longest=longest * token_bytes / num_kv_heads,
-        programs=math.prod(launch.grid),
+        programs=min(launch.grid[0], num_segments) * num_kv_heads,
         in_flight=load_bytes,
         shared=2 * load_bytes + packed * block * q.dtype.itemsize,
         uses_wgmma=packed >= WGMMA_ROWS,
@@ -130,13 +128,8 @@ def attend(launch: Launch, step: TracedStep, card: Card) -> Cost:
 
 
 def reduce(launch: Launch, step: TracedStep, card: Card) -> Cost:
-    """Return the cost of merging the segments that `attend` has written."""
-    arguments = launch.arguments
-    num_heads = arguments["out"].shape[1]
-    segments = sum(
-        -(-(sequence.num_computed + sequence.num_rows) // arguments["SEGMENT"]) for sequence in step.sequences
-    )
-    num_bytes = segments * num_heads * (arguments["BLOCK"] + 2) * 4 + arguments["out"].nbytes
+    """Return the cost of merging the partial results that `attend` has written."""
+    num_bytes = launch.arguments["partial"].nbytes + launch.arguments["states"].nbytes
     return Cost(memory=num_bytes, l2=num_bytes, programs=math.prod(launch.grid), in_flight=2048)
 
 

@@ -70,9 +70,10 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
 
 @contextmanager
 def of_card(card: Card) -> Iterator[pytest.MonkeyPatch]:
-    """Return a context in which kernels choose the tiles of a card."""
+    """Return a context in which kernels choose the tiles and programs of a card."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.kernels.triton.kernels, "compute_capability", lambda device: card.compute_capability)
+        patch.setattr(engine.kernels.triton.kernels, "num_multiprocessors", lambda device: card.num_multiprocessors)
         patch.setattr(engine.kernels.triton.kernels, "concatenate", _concatenate)
         yield patch
 

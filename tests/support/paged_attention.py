@@ -80,8 +80,8 @@ class Paged:
         batch = BatchInputs(*rows, torch.tensor(tables), query_lens, query_lens, seq_lens)
         q = torch.cat([self.q[sequence][start:end] for sequence, start, end in spans])
         shape = self.shape
-        plan = self.kernels.plan_attention(batch, query_lens, q.shape[1], shape.num_kv_heads, self.cache)
-        out = self.kernels.paged_attention(q, self.cache, plan, shape.scale, shape.window)
+        plan = self.kernels.plan_attention(batch, query_lens, q.shape[1], shape.num_kv_heads, self.cache, shape.window)
+        out = self.kernels.paged_attention(q, self.cache, plan, shape.scale)
         assert out.shape == q.shape
         assert out.dtype == q.dtype
         return list(torch.split(out, lens))

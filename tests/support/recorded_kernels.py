@@ -122,9 +122,10 @@ class Sequences:
             heads = kernels.gather(table, batch.token_ids).view(-1, sum(sizes), self.head_dim)
             q, k, v = torch.split(heads, sizes, dim=1)
             cos, sin = (kernels.gather(angles, batch.positions) for angles in (self.cos, self.sin))
-            self.plan = kernels.plan_attention(batch, batch.query_lens, self.num_heads, self.num_kv_heads, self.cache)
+            counts = (self.num_heads, self.num_kv_heads)
+            self.plan = kernels.plan_attention(batch, batch.query_lens, *counts, self.cache, self.window)
             self.q = kernels.rope_and_store_kv(q, k, v, cos, sin, batch.slot_mapping, self.cache)
-            out = kernels.paged_attention(self.q, self.cache, self.plan, self.head_dim**-0.5, self.window)
+            out = kernels.paged_attention(self.q, self.cache, self.plan, self.head_dim**-0.5)
             self.out = out if project is None else project(out.flatten(1))
 
     def forget(self) -> None:

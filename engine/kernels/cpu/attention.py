@@ -37,6 +37,7 @@ class CpuAttentionPlan:
 
     parameters: AttentionPlan
     block_tables: Tensor
+    window: int | None
 
 
 def kv_cache_bytes(dtype: torch.dtype, block_size: int, num_kv_heads: int, head_dim: int) -> int:
@@ -99,6 +100,7 @@ def plan_attention(
     num_heads: int,
     num_kv_heads: int,
     cache: LayerCache,
+    window: int | None,
 ) -> CpuAttentionPlan:
     """Add a call that divides the attention of a step's rows among the threads."""
     head_dim = _cache_parameters(cache).head_dim
@@ -128,11 +130,11 @@ def plan_attention(
         plan=ctypes.addressof(plan),
     )
     recorder.call("plan_attention", parameters, plan)
-    return CpuAttentionPlan(plan, batch.block_tables)
+    return CpuAttentionPlan(plan, batch.block_tables, window)
 
 
 def paged_attention(
-    recorder: ProgramRecorder, q: Tensor, cache: LayerCache, plan: CpuAttentionPlan, scale: float, window: int | None
+    recorder: ProgramRecorder, q: Tensor, cache: LayerCache, plan: CpuAttentionPlan, scale: float
 ) -> Tensor:
     """Add a call that computes the attention of q [T, H, D], and return its result."""
     num_rows = recorder.buffer(q).num_rows
@@ -143,7 +145,7 @@ def paged_attention(
         q_stride=q.stride(0),
         num_heads=q.shape[1],
         scale=scale,
-        window=window or 0,
+        window=plan.window or 0,
         softcap=0.0,
         block_tables=plan.block_tables.data_ptr(),
         table_stride=plan.block_tables.stride(0),

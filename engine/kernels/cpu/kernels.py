@@ -240,12 +240,19 @@ class CpuKernels:
     ) -> Tensor:
         return attention.rope_and_store_kv(self.recorder, q, k, v, cos, sin, slot_mapping, cache)
 
-    def plan_attention(
-        self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
-    ) -> CpuAttentionPlan:
-        return attention.plan_attention(self.recorder, batch, query_lens, num_heads, num_kv_heads, cache)
+    def attention_planner(self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> None:
+        return None  # a call in the program makes the work list
 
-    def paged_attention(
-        self, q: Tensor, cache: LayerCache, plan: CpuAttentionPlan, scale: float, window: int | None
-    ) -> Tensor:
-        return attention.paged_attention(self.recorder, q, cache, plan, scale, window)
+    def plan_attention(
+        self,
+        batch: BatchInputs,
+        query_lens: Lengths,
+        num_heads: int,
+        num_kv_heads: int,
+        cache: LayerCache,
+        window: int | None,
+    ) -> CpuAttentionPlan:
+        return attention.plan_attention(self.recorder, batch, query_lens, num_heads, num_kv_heads, cache, window)
+
+    def paged_attention(self, q: Tensor, cache: LayerCache, plan: CpuAttentionPlan, scale: float) -> Tensor:
+        return attention.paged_attention(self.recorder, q, cache, plan, scale)

@@ -54,6 +54,7 @@ class TorchAttentionPlan:
     """The query tiles of a batch, grouped by size."""
 
     groups: list[QueryGroup]
+    window: int | None
 
 
 def new_layer_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> LayerCache:
@@ -68,6 +69,7 @@ def plan_attention(
     block_size: int,
     group_size: int,
     tile_sizes: tuple[int, ...],
+    window: int | None,
 ) -> TorchAttentionPlan:
     """Cut the last `query_lens` rows of each sequence into query tiles of the given sizes."""
     members: dict[int, list[QueryTile]] = {}
@@ -80,17 +82,18 @@ def plan_attention(
             members.setdefault(size, []).append(QueryTile(index, first_row + offset, num_rows, position))
         first_row += query_len
     tables = _pad_tables(block_tables, KEY_TILE // block_size)
-    return TorchAttentionPlan([_group(size, group, group_size, tables, first_row) for size, group in members.items()])
+    groups = [_group(size, group, group_size, tables, first_row) for size, group in members.items()]
+    return TorchAttentionPlan(groups, window)
 
 
-def paged_attention(q: Tensor, cache: LayerCache, plan: TorchAttentionPlan, scale: float, window: int | None) -> Tensor:
+def paged_attention(q: Tensor, cache: LayerCache, plan: TorchAttentionPlan, scale: float) -> Tensor:
     """Return causal attention of q [T, H, D] to the keys and values in each row's blocks: [T, H, D]."""
     num_rows, num_heads, head_dim = q.shape
     padded = q.new_zeros((num_rows + 1, num_heads, head_dim))  # the last row stands for padding
     padded[:num_rows] = q
     out = torch.empty_like(padded)
     for group in plan.groups:
-        out[group.rows] = _attend(padded[group.rows], cache, group, scale, window)
+        out[group.rows] = _attend(padded[group.rows], cache, group, scale, plan.window)
     return out[:num_rows]
 
 

@@ -85,20 +85,27 @@ class TorchKernels:
     ) -> Tensor:
         return rows.rope_and_store_kv(q, k, v, cos, sin, slot_mapping, cache)
 
+    def attention_planner(self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> None:
+        return None
+
     def plan_attention(
-        self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
+        self,
+        batch: BatchInputs,
+        query_lens: Lengths,
+        num_heads: int,
+        num_kv_heads: int,
+        cache: LayerCache,
+        window: int | None,
     ) -> attention.TorchAttentionPlan:
         _, block_size, _, head_dim = cache.keys.shape
         group_size = num_heads // num_kv_heads
         tile_sizes = self._agreeing_query_tiles(group_size, head_dim)
         return attention.plan_attention(
-            query_lens, batch.seq_lens, batch.block_tables, block_size, group_size, tile_sizes
+            query_lens, batch.seq_lens, batch.block_tables, block_size, group_size, tile_sizes, window
         )
 
-    def paged_attention(
-        self, q: Tensor, cache: LayerCache, plan: attention.TorchAttentionPlan, scale: float, window: int | None
-    ) -> Tensor:
-        return attention.paged_attention(q, cache, plan, scale, window)
+    def paged_attention(self, q: Tensor, cache: LayerCache, plan: attention.TorchAttentionPlan, scale: float) -> Tensor:
+        return attention.paged_attention(q, cache, plan, scale)
 
     def _agreeing_query_tiles(self, group_size: int, head_dim: int) -> tuple[int, ...]:
         """Return all of QUERY_TILES if they give a row the same bits, else the second alone."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
+from engine.batch.transfer import to_device
 from engine.kernels.interface import ExecutionKind, KernelOptions, LayerCache, LinearOp, LoraWeights
 from engine.kernels.torch.attention import new_layer_cache
 from engine.kernels.torch.kernels import joined
@@ -21,10 +22,11 @@ from engine.kernels.torch.linear import adding
 from engine.kernels.torch.lora import new_lora_weights
 from engine.kernels.triton import attention, lora, prompt_attention, rows
 from engine.kernels.triton.attention import TritonAttentionPlan
+from engine.kernels.triton.attention_plan import TritonAttentionPlanner, new_planner
 from engine.kernels.triton.linear import linear
 from engine.kernels.triton.packed_matrix import READERS, PackedMatrix, from_ggml, to_int8
 from engine.kernels.triton.sampler import TritonSampler
-from engine.kernels.triton.tiles import card_name, compute_capability, tiles_for
+from engine.kernels.triton.tiles import card_name, compute_capability, num_multiprocessors, tiles_for
 from engine.weights import PackedTensor, Weight, concatenate
 
 Matrix: TypeAlias = list[Tensor | PackedMatrix]  # stacked vertically
@@ -146,28 +148,35 @@ class TritonKernels:
     ) -> Tensor:
         return rows.rope_and_store_kv(q, k, v, cos, sin, slot_mapping, cache)
 
-    def plan_attention(
-        self, batch: BatchInputs, query_lens: Lengths, num_heads: int, num_kv_heads: int, cache: LayerCache
-    ) -> TritonAttentionPlan:
-        is_decode = len(query_lens) == len(batch.token_ids) and bool((query_lens == 1).all())
-        plan = attention.plan_attention(
-            query_lens,
-            batch.seq_lens,
-            batch.block_tables,
-            num_heads // num_kv_heads,
-            num_kv_heads,
-            self.tiles.attention,
-            positions=batch.positions if is_decode else None,
-        )
-        whole = prompt_attention.plan_prompts(batch, query_lens, cache) if self.attends_to_prompts else None
-        return replace(plan, prompts=whole)
+    def attention_planner(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+    ) -> TritonAttentionPlanner:
+        sizes = self.tiles.attention_for(head_dim)
+        num_programs = num_multiprocessors(self.device) * sizes.programs
+        return new_planner(sizes, num_heads, num_kv_heads, head_dim, window, num_programs)
 
-    def paged_attention(
-        self, q: Tensor, cache: LayerCache, plan: TritonAttentionPlan, scale: float, window: int | None
-    ) -> Tensor:
-        if plan.prompts is not None and window is None:
+    def plan_attention(
+        self,
+        batch: BatchInputs,
+        query_lens: Lengths,
+        num_heads: int,
+        num_kv_heads: int,
+        cache: LayerCache,
+        window: int | None,
+    ) -> TritonAttentionPlan:
+        planner = self.attention_planner(num_heads, num_kv_heads, cache.keys.shape[3], window)
+        table, num_partial_rows = batch.attention_work, batch.num_partial_rows
+        if table is None or not np.array_equal(query_lens, batch.query_lens):
+            work = planner.plan(query_lens, batch.seq_lens)
+            table, num_partial_rows = to_device(work.table, np.int64, self.device), work.num_partial_rows
+        may_use_torch = self.attends_to_prompts and window is None
+        prompts = prompt_attention.plan_prompts(batch, query_lens, cache) if may_use_torch else None
+        return TritonAttentionPlan(table, planner.num_programs, num_partial_rows, batch.block_tables, window, prompts)
+
+    def paged_attention(self, q: Tensor, cache: LayerCache, plan: TritonAttentionPlan, scale: float) -> Tensor:
+        if plan.prompts is not None:
             return prompt_attention.prompt_attention(q, cache, plan.prompts, scale)
-        return attention.paged_attention(q.contiguous(), cache, plan, scale, window, self.tiles.attention)
+        return attention.paged_attention(q.contiguous(), cache, plan, scale, self.tiles.attention_for(q.shape[2]))
 
     def temporaries(self) -> AbstractContextManager[None]:
         return nullcontext()

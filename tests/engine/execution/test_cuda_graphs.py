@@ -17,6 +17,7 @@ from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.execution.cuda_graphs import MAX_GRAPH_BYTES, SIZES, Forward, GraphedExecution, first_cause
+from engine.kernels.triton.attention_plan import NUM_FIELDS
 from engine.loading import LoadedModel, load_model
 from engine.model.kv_cache import KVCache
 from engine.process import EngineLoop
@@ -168,6 +169,7 @@ def test_adapters_of_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         batch.lora_slots = batch.hidden_lora_slots = torch.tensor(lora_slots)
         batch.block_tables = batch.block_tables[: len(lora_slots)]
         batch.query_lens = batch.seq_lens = np.ones(len(lora_slots), dtype=np.int64)
+        batch.attention_work = torch.zeros((1, NUM_FIELDS), dtype=torch.int64)
         loaded.runner.execution.forward(batch)
         assert seen[-1] == lora_slots + [NO_LORA_SLOT] * (4 - len(lora_slots))
 

@@ -1,6 +1,6 @@
 """Paged attention in Triton's interpreter: against the textbook in float64, and batch invariance.
 
-The two grids must agree to the bit: one program for all segments of keys, and one for each with a merge after it.
+The bits must not depend on the number of programs: one computes whole tiles, many split them and merge afterwards.
 """
 
 from collections.abc import Iterator
@@ -14,33 +14,36 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels.interface import LayerCache
-from engine.kernels.triton import attention
+from engine.kernels.triton import attention, attention_plan, kernels
+from engine.kernels.triton.attention import TritonAttentionPlan
 from engine.kernels.triton.kernels import TritonKernels
-from engine.kernels.triton.tiles import TABLE, AttentionTiles, Tiles
+from engine.kernels.triton.tiles import SMALLEST, TABLE, Tiles
 from tests.support.examples import num_examples
 from tests.support.paged_attention import Paged, Shape
 
 DTYPES = [torch.float32, torch.float16]
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
-GRIDS = {"2D": 0, "3D": 10**9}  # values of TARGET_PROGRAMS that choose a grid
+NUM_PROCESSORS = (0, 1, 5)  # of a card, which is 1, 4 and 20 programs; the last are more than there are segments
 
 Span = tuple[int, int, int]  # sequence, start, end
 
 
 @contextmanager
-def grid(name: str) -> Iterator[None]:
+def card(num_processors: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "TARGET_PROGRAMS", GRIDS[name])
+        patch.setattr(kernels, "num_multiprocessors", lambda device: num_processors)
         yield
 
 
 def attend(paged: Paged, spans: list[Span]) -> list[Tensor]:
-    """Return the result of each span, after checking that both grids give the same bits."""
-    with grid("2D"):
-        outs = paged.attend(spans)
-    with grid("3D"):
-        assert all(torch.equal(a, b) for a, b in zip(paged.attend(spans), outs, strict=True))
-    return outs
+    """Return the result of each span, after checking that the number of programs does not change the bits."""
+    found = []
+    for num_processors in NUM_PROCESSORS:
+        with card(num_processors):
+            found.append(paged.attend(spans))
+    for outs in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outs, found[0], strict=True))
+    return found[0]
 
 
 def assert_as_in_the_textbook(paged: Paged, spans: list[Span]) -> None:
@@ -52,26 +55,6 @@ def assert_as_in_the_textbook(paged: Paged, spans: list[Span]) -> None:
             expected = paged.expected(sequence, first, last)
             found = out[first - start : last - start].double()
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize(
-    ("query_lens", "seq_lens", "is_split"),
-    [
-        ([1] * 4, [1000] * 4, True),
-        ([1] * 4, [100] * 4, False),  # one segment each
-        ([1] * 1100, [1000] * 1100, False),
-        ([1] * 600, [100] * 599 + [30000], True),  # all would wait for the last one
-        ([16384], [16384], False),
-    ],
-)
-def test_segments_get_programs_of_their_own_where_some_would_wait(
-    query_lens: list[int], seq_lens: list[int], is_split: bool
-) -> None:
-    tables = torch.zeros((len(seq_lens), 1), dtype=torch.int64)
-    sizes = AttentionTiles(packed_rows=16, keys=64, segment=256, num_warps=4, num_stages=2)
-    plan = attention.plan_attention(np.array(query_lens), np.array(seq_lens), tables, 2, 1, sizes)
-    assert plan.num_segments == (-(-max(seq_lens) // 256) if is_split else 0)
-    assert int(plan.tiles[:, 2].sum()) == sum(query_lens)
 
 
 @st.composite
@@ -113,14 +96,16 @@ def test_tiles_of_all_cards(tiles: Tiles) -> None:
     assert_as_in_the_textbook(paged, [(0, 590, 600), (1, 69, 70)])
 
 
-def test_more_than_may_wait_to_be_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One program then computes all segments of a tile."""
+def test_split_tiles_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If there is no room for partial results, one program computes a whole tile."""
     paged = Paged(Shape(1, 4, 64, 32, None, torch.float32), [600], 6, kernels=TritonKernels)
-    with grid("3D"):
-        (expected,) = paged.attend([(0, 599, 600)])
-        monkeypatch.setattr(attention, "MAX_PARTIAL_BYTES", 1000)
-        monkeypatch.setattr(attention, "_reduce", None)
-        assert torch.equal(paged.attend([(0, 599, 600)])[0], expected)
+    monkeypatch.setattr(attention, "_reduce", None)
+    with card(5), pytest.raises(TypeError, match="'NoneType' object is not subscriptable"):
+        paged.attend([(0, 599, 600)])
+    monkeypatch.setattr(attention_plan, "MAX_PARTIAL_BYTES", 1000)
+    with card(5):
+        (out,) = paged.attend([(0, 599, 600)])
+    torch.testing.assert_close(out.double(), paged.expected(0, 599, 600), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("window", [1, 16, 256, 257, 700])
@@ -138,7 +123,7 @@ def test_windows_that_skip_segments(window: int) -> None:
     ids=str,
 )
 def test_it_does_not_depend_on_the_batch(shape: Shape) -> None:
-    """The bits are the same for all rows at once and chunks of any size, alone and in batches, in both grids."""
+    """The bits are the same for all rows at once and chunks of any size, alone and in batches, whole and split."""
     paged = Paged(shape, [560, 37, 1], seed=1, kernels=TritonKernels)
     (whole,) = attend(paged, [(0, 552, 560)])
     for chunk in (1, 5):
@@ -189,20 +174,20 @@ def test_what_lies_in_other_slots_does_not_matter() -> None:
 def test_capped_scores() -> None:
     """Scores are capped as in Gemma 2."""
     paged = Paged(Shape(1, 2, 64, 32, None, torch.float32), [600], 5, kernels=TritonKernels)
-    kernels = paged.kernels
-    assert isinstance(kernels, TritonKernels)
-    sizes = kernels.tiles.attention
+    sizes = SMALLEST.attention
     softcap, scale = 0.5, paged.shape.scale
-    tables = torch.tensor([paged.block_ids[0]])
-    lens = torch.tensor([2]).numpy(), torch.tensor([600]).numpy()
     q = paged.q[0][598:600]
     k, v = (x.double().repeat_interleave(2, dim=1) for x in (paged.k[0], paged.v[0]))
     scores = torch.einsum("qhd,nhd->hqn", q.double(), k) * scale
     scores = softcap * torch.tanh(scores / softcap)
     scores[:, 0, 599] = float("-inf")
     expected = torch.einsum("hqn,nhd->qhd", scores.softmax(dim=-1), v)
-    for name in GRIDS:
-        with grid(name):
-            plan = attention.plan_attention(*lens, tables, 2, 1, sizes)
-        out = attention.paged_attention(q, paged.cache, plan, scale, None, sizes, softcap)
+    for num_programs in (1, 3):
+        planner = attention_plan.new_planner(sizes, 2, 1, 64, None, num_programs)
+        work = planner.plan(np.array([2]), np.array([600]))
+        tables = torch.tensor([paged.block_ids[0]])
+        plan = TritonAttentionPlan(
+            torch.from_numpy(work.table), planner.num_programs, work.num_partial_rows, tables, None
+        )
+        out = attention.paged_attention(q, paged.cache, plan, scale, sizes, softcap)
         torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)

@@ -12,7 +12,7 @@ import pytest
 
 from engine.kernels.triton.tiles import TABLE
 
-MOST_SPILLED = 128  # bytes of a thread
+MOST_SPILLED = 256  # bytes of a thread: attention spills once an item, outside its loops over keys
 # Bytes of shared memory that one program may have: NVIDIA's tables of compute capabilities; AMD's CDNA 3 manual.
 TARGETS = {
     "cuda 8.0": 163 * 1024,
@@ -104,19 +104,16 @@ for dtype in sys.argv[2:]:
     compile(lora._shrink, {"RANKS": lora.SHRINK_RANKS, "INPUTS": lora.SHRINK_INPUTS}, 4, 2, **types)
     constants = {"UNIT": 16, "RANKS": lora.EXPAND_RANKS, "COLUMNS": lora.EXPAND_COLUMNS}
     compile(lora._expand, constants, 4, 2, **types)
-    sizes = tiles.attention
-    types = {"tiles": "*i32", "tables": "*i64", "scale": "fp32", "softcap": "fp32", "partial": "*fp32"}
+    types = {"work": "*i64", "tables": "*i64", "scale": "fp32", "softcap": "fp32", "partial": "*fp32"}
     types |= {"states": "*fp32"} | x
     for size, block, has_window in ((64, 64, True), (80, 128, False), (128, 128, False), (256, 256, False)):
-        constants = {"HAS_WINDOW": has_window, "PACKED": sizes.packed_rows, "SEGMENT": sizes.segment}
-        constants |= {"SIZE": size, "BLOCK": block}
-        compile(attention._reduce, constants, sizes.num_warps, 2, **types)
-        constants |= {"HAS_SOFTCAP": has_window, "KEYS": sizes.keys, "TOKENS": 32}
-        constants |= {"HAS_SCALES": True, "IS_SPLIT": True}
+        sizes = tiles.attention_for(size)
+        constants = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block}
+        compile(attention._reduce, constants | {"COLUMNS": 32}, sizes.num_warps, 2, **types)
+        constants |= {"HAS_WINDOW": has_window, "SEGMENT": sizes.segment, "HAS_SOFTCAP": has_window}
+        constants |= {"KEYS": sizes.keys, "TOKENS": 32, "HAS_SCALES": True}
         compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types | numbers)
         constants |= {"HAS_SCALES": False, "key_scales": None, "value_scales": None}
-        compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types)
-        constants |= {"IS_SPLIT": False, "partial": None, "states": None}
         compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types)
 dtype = "*fp32"  # of logits
 types = dict.fromkeys(("logits", "highest", "found", "states"), dtype) | {"token_ids": "*i64", "is_finite": "*u8"}
@@ -149,7 +146,7 @@ def test_kernels_compile(target: str, dtype: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) == 39
+    assert len(found) == 35
     too_large = {name: kernel for name, kernel in found.items() if kernel["shared"] > TARGETS[target]}
     assert not too_large
     if target.startswith("cuda"):
@@ -159,10 +156,11 @@ def test_kernels_compile(target: str, dtype: str) -> None:
         reading = [name for name in usual if "_linear" in name or "_attend" in name]
         waiting = [name for name in reading if not found[name]["copies_under_way"]]
         assert not waiting
-        assert len(reading) > 15 or dtype == "*fp32"
+        assert len(reading) > 12 or dtype == "*fp32"
 
 
 def test_segments_are_whole_steps() -> None:
     """Otherwise a step would cross the end of a segment, and count keys twice."""
     for tiles in TABLE.values():
-        assert tiles.attention.segment % tiles.attention.keys == 0
+        for sizes in (tiles.attention, tiles.attention_for(256)):
+            assert sizes.segment % sizes.keys == 0

@@ -1,0 +1,159 @@
+"""The work list of attention: which program computes which rows and keys. It is made on the host, once a step.
+
+The rows of a sequence are cut into tiles, and the keys that a tile sees into segments of fixed length, each of which
+takes about the same time. All segments, tile after tile, are divided evenly among a fixed number of programs (as in
+Stream-K, Osama et al. 2023). What a program computes of one tile is an item. Most items are a whole tile, whose result
+is complete; only the tiles at the borders between programs are split, and merged afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import triton
+from numpy.typing import NDArray
+
+from engine.batch.inputs import Lengths, WorkList
+from engine.kernels.triton.tiles import AttentionTiles
+
+NUM_FIELDS = 7  # columns of the table
+MAX_PARTIAL_BYTES = 128 * 2**20  # of results that wait to be merged
+# Merging costs time, so a tile is not split if it has at most this part of the segments of a program.
+SMALL_PART = 1 / 8
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Consecutive rows of one sequence, in arrays [A]. The segments of all tiles are numbered in one sequence."""
+
+    sequences: Lengths
+    first_rows: Lengths
+    num_rows: Lengths
+    first_positions: Lengths  # tokens
+    first_segments: Lengths  # of the sequence
+    starts: Lengths  # number of the first segment, and
+    ends: Lengths  # of the one after the last
+
+    @property
+    def total(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+
+@dataclass(frozen=True)
+class TritonAttentionPlanner:
+    """Makes the work lists of a model on a card."""
+
+    tile_tokens: int
+    group_size: int  # query heads of a KV head
+    segment: int  # tokens
+    num_programs: int  # for each KV head
+    max_partial_rows: int  # packed rows of results that wait to be merged
+    window: int | None
+
+    def plan(self, query_lens: Lengths, seq_lens: Lengths) -> WorkList:
+        """Return the work list of the last `query_lens` rows of each sequence.
+
+        The table [num_programs + I, NUM_FIELDS] begins with a row for each program: the row of its first item, the row
+        after its last; then what it merges afterwards: first row of the batch, number of rows, number of partial
+        results, their first row. I items follow: sequence, first row of the batch, number of rows, position of the
+        first; first segment, segment after the last; first row of its partial result, -1 if it is a whole tile. The
+        first item of a split tile has all segments up to a border, the others have one each.
+        """
+        tiles = self._tiles(query_lens, seq_lens)
+        borders = np.concatenate(([0], self._borders(tiles), [tiles.total]))
+        starts = np.union1d(tiles.starts, _split_segments(tiles, borders))
+        ends = np.append(starts[1:], tiles.total)[: len(starts)]
+        tile = np.searchsorted(tiles.ends, starts, side="right")
+        is_first = starts == tiles.starts[tile]
+        is_split = (ends - starts) < (tiles.ends - tiles.starts)[tile]
+        partial_rows = tiles.num_rows[tile] * self.group_size * is_split
+        partial_ends = partial_rows.cumsum()
+        skipped = tiles.first_segments[tile] - tiles.starts[tile]
+        table = np.zeros((self.num_programs + len(starts), NUM_FIELDS), dtype=np.int64)
+        programs, items = table[: self.num_programs], table[self.num_programs :]
+        item_rows = np.searchsorted(starts, borders) + self.num_programs
+        programs[:, 0], programs[:, 1] = item_rows[:-1], item_rows[1:]
+        columns = (tiles.sequences, tiles.first_rows, tiles.num_rows, tiles.first_positions)
+        items[:, :4] = np.stack(columns, axis=1)[tile]
+        items[:, 4], items[:, 5] = starts + skipped, ends + skipped
+        items[:, 6] = np.where(is_split, partial_ends - partial_rows, -1)
+        (firsts,) = (is_first & is_split).nonzero()
+        if len(firsts):
+            programs[: len(firsts), 2:4] = items[firsts, 1:3]
+            programs[: len(firsts), 4] = np.add.reduceat(is_split, firsts, dtype=np.int64)
+            programs[: len(firsts), 5] = items[firsts, 6]
+        return WorkList(table, int(partial_ends[-1]) if len(starts) else 0)
+
+    def largest(self, num_seqs: int, max_model_len: int) -> WorkList:
+        """Return an empty work list that has room for any step in which each of `num_seqs` sequences has one row."""
+        num_partials = min(num_seqs, self.num_programs - 1) * -(-max_model_len // self.segment)
+        num_partials = min(num_partials, self.max_partial_rows // self.group_size)
+        table = np.zeros((self.num_programs + num_seqs + num_partials, NUM_FIELDS), dtype=np.int64)
+        return WorkList(table, num_partials * self.group_size)
+
+    def _tiles(self, query_lens: Lengths, seq_lens: Lengths) -> Tiles:
+        num_tiles = -(-query_lens // self.tile_tokens)
+        sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
+        offsets = (np.arange(len(sequences)) - (num_tiles.cumsum() - num_tiles)[sequences]) * self.tile_tokens
+        num_rows = np.minimum(query_lens[sequences] - offsets, self.tile_tokens)
+        first_rows = (query_lens.cumsum() - query_lens)[sequences] + offsets
+        first_positions = (seq_lens - query_lens)[sequences] + offsets
+        first_segments = np.zeros_like(first_positions)
+        if self.window is not None:
+            first_segments = np.maximum(first_positions - self.window + 1, 0) // self.segment
+        num_segments = -(-(first_positions + num_rows) // self.segment) - first_segments
+        ends = num_segments.cumsum()
+        return Tiles(sequences, first_rows, num_rows, first_positions, first_segments, ends - num_segments, ends)
+
+    def _borders(self, tiles: Tiles) -> NDArray[np.int64]:
+        """Return the first segment of each program but the first, in ascending order.
+
+        A border that would split a small tile, or one for which there is no room, moves to the nearer end of the tile.
+        """
+        borders = np.arange(1, self.num_programs) * tiles.total // self.num_programs
+        if not tiles.total:
+            return borders
+        tile = np.searchsorted(tiles.ends, borders, side="right")
+        starts, ends = tiles.starts[tile], tiles.ends[tile]
+        is_large = ends - starts > SMALL_PART * tiles.total / self.num_programs
+        splits = is_large & (borders > starts)
+        splits &= np.isin(tile, self._splittable(tiles, tile[splits], borders[splits]))
+        return np.where(splits, borders, np.where(borders - starts < ends - borders, starts, ends))
+
+    def _splittable(self, tiles: Tiles, tile: Lengths, borders: Lengths) -> Lengths:
+        """Return the tiles that may be split at borders: short and long ones, as many as there is room for.
+
+        Tiles of few rows come first, since their results take the least room, and among them those of most segments.
+        """
+        tile, first = np.unique(tile, return_index=True)
+        rows = tiles.num_rows[tile] * self.group_size
+        partial_rows = (tiles.ends[tile] - borders[first] + 1) * rows
+        order = np.lexsort((tiles.starts[tile] - tiles.ends[tile], rows))
+        return tile[order][partial_rows[order].cumsum() <= self.max_partial_rows]
+
+
+def _split_segments(tiles: Tiles, borders: Lengths) -> Lengths:
+    """Return the segments of split tiles from the first border in each tile on."""
+    borders = borders[borders < tiles.total]
+    tile = np.searchsorted(tiles.ends, borders, side="right")
+    borders, tile = borders[borders > tiles.starts[tile]], tile[borders > tiles.starts[tile]]
+    tile, first = np.unique(tile, return_index=True)
+    lens = tiles.ends[tile] - borders[first]
+    segments: Lengths = np.arange(lens.sum()) + np.repeat(tiles.ends[tile] - lens.cumsum(), lens)
+    return segments
+
+
+def new_planner(
+    sizes: AttentionTiles, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, num_programs: int
+) -> TritonAttentionPlanner:
+    """Return the planner of a model, for a card that runs `num_programs` at a time."""
+    group_size = num_heads // num_kv_heads
+    return TritonAttentionPlanner(
+        tile_tokens=max(1, sizes.packed_rows // group_size),
+        group_size=group_size,
+        segment=sizes.segment,
+        num_programs=max(1, num_programs // num_kv_heads),
+        max_partial_rows=MAX_PARTIAL_BYTES // (4 * num_kv_heads * max(16, triton.next_power_of_2(head_dim))),
+        window=window,
+    )
