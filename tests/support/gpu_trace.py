@@ -68,6 +68,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def live_bytes(self) -> int:
         return sum(self.live.values())
 
+    def reset_peak(self) -> None:
+        self.peak_bytes = self.live_bytes
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

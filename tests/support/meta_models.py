@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import engine.kernels.triton.kernels
+import engine.loading
 import engine.model.memory_plan
 from engine.config import EngineConfig, ModelConfig
 from engine.kernels.triton.kernels import TritonKernels
-from engine.loading import DTYPES, choose_limits, kernel_options, new_runner
+from engine.loading import DTYPES, choose_limits, kernel_options, measure_activations, new_runner
 from engine.lora.slots import LoraAdapters, choose_lora_rank
 from engine.model import CausalLM, Parameters
-from engine.model.memory_plan import MemoryPlan, plan_memory
-from engine.runner import ModelRunner
+from engine.model.memory_plan import CudaMemory, MemoryPlan, plan_memory
+from engine.runner import ModelRunner, PendingOutputs
 from engine.scheduling.block_pool import Block
 from engine.scheduling.record import StepClock
 from engine.scheduling.request import NO_LORA_SLOT, Scheduled, Step, new_request
@@ -29,7 +30,7 @@ from engine.shared.messages import SamplingParams, Submit
 from engine.weights import PackedTensor, Weight
 from tests.bench.gpu_shapes import Shape
 from tests.support.gpu_cards import Card
-from tests.support.gpu_trace import META, Launch, traced
+from tests.support.gpu_trace import META, Launch, Trace, traced
 
 CUDA_CONTEXT_BYTES = 600 * 2**20  # of the driver, the loaded kernels and the libraries
 
@@ -55,27 +56,39 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
     limits = choose_limits(config, shape, META)
     rank = choose_lora_rank(config, {})
     options = kernel_options(config, shape, DTYPES[config.dtype], limits, rank)
-    with of_card(card) as patch, traced() as trace, torch.inference_mode():
+    with traced() as trace, on_card(card, trace), torch.inference_mode():
+        device_memory = CudaMemory(META, config.gpu_memory_utilization)
         kernels = TritonKernels(options, META)
         parameters = Parameters(meta_weights(shape, packed))
         model = CausalLM(shape, parameters, kernels, max_model_len=limits.max_model_len, device=META)
         LoraAdapters(model.linears, config.max_loras, rank)
         weight_bytes = trace.live_bytes
-        free = card.memory_bytes - CUDA_CONTEXT_BYTES - weight_bytes
-        patch.setattr(engine.model.memory_plan, "free_memory", lambda device: free)
-        memory = plan_memory(shape, config, limits.max_model_len, kernels, torch.device("cuda"))
+        measure_activations(device_memory, model, limits, config.block_size)
+        memory = plan_memory(shape, config, limits.max_model_len, kernels, device_memory)
         runner = new_runner(model, limits, memory, META)
     return MetaModel(runner, shape, memory, weight_bytes, card)
 
 
 @contextmanager
-def of_card(card: Card) -> Iterator[pytest.MonkeyPatch]:
-    """Return a context in which kernels choose the tiles and programs of a card."""
+def on_card(card: Card, trace: Trace) -> Iterator[None]:
+    """Return a context in which kernels choose the tiles and programs of a card, and its memory holds what the trace has seen."""
+
+    def free_memory(device: torch.device) -> int:
+        return card.memory_bytes - CUDA_CONTEXT_BYTES - trace.live_bytes
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.model.memory_plan, "free_memory", free_memory)
+        patch.setattr(engine.loading, "free_memory", free_memory)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (free_memory(device), card.memory_bytes))
+        patch.setattr(torch.cuda, "memory_reserved", lambda device: trace.live_bytes)
+        patch.setattr(torch.cuda, "max_memory_reserved", lambda device: trace.peak_bytes)
+        patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: trace.reset_peak())
+        patch.setattr(torch.cuda, "synchronize", lambda device: None)
+        patch.setattr(PendingOutputs, "read", lambda outputs: [])  # there is nothing to read
         patch.setattr(engine.kernels.triton.kernels, "compute_capability", lambda device: card.compute_capability)
         patch.setattr(engine.kernels.triton.kernels, "num_multiprocessors", lambda device: card.num_multiprocessors)
         patch.setattr(engine.kernels.triton.kernels, "concatenate", _concatenate)
-        yield patch
+        yield
 
 
 def meta_weights(shape: ModelConfig, packed: str | None) -> Iterator[tuple[str, Weight]]:

@@ -58,7 +58,7 @@ def model_of(settings: Settings) -> MetaModel:
         model_config(SHAPES[shape]),
         CARDS[card],
         packed=packed,
-        max_model_len=40960,
+        max_model_len=40960 if card == "h100" else 16384,
         max_num_seqs=256,
         kv_cache_dtype=kv_cache_dtype,
         max_loras=max_loras,
@@ -83,8 +83,8 @@ CASES = {
     "32k among 63 of 1k": Case(LONG_AMONG_SHORT, 406, 32.8),
     "prefill": Case(PREFILL, 303, 868.3),
     "mixed": Case(MIXED, 305, 868.4),
-    "sampled": Case(DECODE_64, 442, 63.1, params={"temperature": 0.8, "top_p": 0.9}),
-    "log probabilities": Case(DECODE_64, 450, 188.4, params=LOGPROBS),
+    "sampled": Case(DECODE_64, 441, 63.1, params={"temperature": 0.8, "top_p": 0.9}),
+    "log probabilities": Case(DECODE_64, 462, 220.7, params=LOGPROBS),
     "LoRA": Case(DECODE_64, 694, 32.3, LORA),
     "LoRA, prefill": Case(PREFILL, 559, 868.3, LORA),
     "int8 KV": Case(DECODE_64, 438, 32.3, Settings(kv_cache_dtype="int8")),
@@ -113,22 +113,15 @@ def test_launches_of_a_layer() -> None:
     assert {name: counts[name] for name in LAYER} == expected
 
 
-NOT_FITTING = pytest.mark.xfail(strict=True, reason="the KV cache takes nine tenths, whatever the activations need")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param(settings, marks=NOT_FITTING if settings.card == "l4" else (), id=str(tuple(settings)))
-        for settings in dict.fromkeys(case.settings for case in CASES.values())
-    ],
-)
+@pytest.mark.parametrize("settings", dict.fromkeys(case.settings for case in CASES.values()), ids=str)
 def test_weights_cache_and_activations_fit_the_card(settings: Settings) -> None:
+    """The step that is measured at start takes as much as any other, and what is left is for the KV cache."""
     model = model_of(settings)
-    steps = [step_of(Case(sequences, 0, 0, settings)) for sequences in (PREFILL, [Sequence(1024)] * 256)]
-    peak = max(step.peak_bytes for step in steps)
-    needed = CUDA_CONTEXT_BYTES + model.weight_bytes + model.memory.kv_cache_bytes + peak
-    assert needed <= model.card.memory_bytes
+    peak = max(step_of(case).peak_bytes for case in CASES.values() if case.settings == settings)
+    assert model.memory.activation_bytes >= peak
+    taken = model.weight_bytes + model.memory.kv_cache_bytes + peak
+    assert 0.85 * model.card.memory_bytes < taken <= 0.9 * model.card.memory_bytes
+    assert taken + CUDA_CONTEXT_BYTES <= model.card.memory_bytes
 
 
 def test_a_model_that_is_too_large_is_refused() -> None:
