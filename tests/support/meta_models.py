@@ -71,7 +71,7 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
 
 @contextmanager
 def on_card(card: Card, trace: Trace) -> Iterator[None]:
-    """Return a context in which kernels choose the tiles and programs of a card, and its memory holds what the trace has seen."""
+    """Return a context in which kernels choose tiles and programs for a card, whose memory holds what was traced."""
 
     def free_memory(device: torch.device) -> int:
         return card.memory_bytes - CUDA_CONTEXT_BYTES - trace.live_bytes
