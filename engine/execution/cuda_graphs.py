@@ -99,6 +99,7 @@ class GraphedExecution(EagerExecution):
             return
         size = self.uncaptured.pop()
         self._pad(0, size)  # the capture runs the model, and must not change what is cached
+        self.work.zero_()  # nor compute the attention of rows that this size does not have
         inputs = self._inputs(size)
         try:
             self.graphs[size] = self.device.capture(lambda: self.model.forward(inputs, self.kv_cache))

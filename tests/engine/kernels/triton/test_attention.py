@@ -189,5 +189,5 @@ def test_capped_scores() -> None:
         plan = TritonAttentionPlan(
             torch.from_numpy(work.table), planner.num_programs, work.num_partial_rows, tables, None
         )
-        out = attention.paged_attention(q, paged.cache, plan, scale, sizes, softcap)
+        out = attention.paged_attention(q.clone(), paged.cache, plan, scale, sizes, softcap)
         torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
