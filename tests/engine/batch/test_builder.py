@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch.builder import BatchBuilder
+from engine.batch.inputs import Lengths, WorkList
 from engine.batch.transfer import packed_copy
 from engine.scheduling.block_pool import Block
 from engine.scheduling.request import Request, Scheduled, Step, new_request
@@ -102,6 +103,25 @@ def test_generated_rows_are_counted() -> None:
     assert (builder.num_rows.tolist(), builder.num_hidden_rows.tolist()) == ([12, 5], [4, 3])
     builder.build(Step(2, items[2:]))
     assert (builder.num_rows.tolist(), builder.num_hidden_rows.tolist()) == ([7, 0], [1, 0])
+
+
+def test_attention_work() -> None:
+    """The work list of the step's lengths goes to the device with the rest."""
+
+    class Planner:
+        def plan(self, query_lens: Lengths, seq_lens: Lengths) -> WorkList:
+            return WorkList(np.stack((query_lens, seq_lens)), 7)
+
+        def largest(self, num_seqs: int, max_model_len: int) -> WorkList:
+            raise NotImplementedError
+
+    builder = BatchBuilder(40, 8, MAX_MODEL_LEN, 16, torch.device("cpu"), Planner())
+    requests = [make_request(list(range(20)), list(range(2))) for _ in range(2)]
+    batch = builder.build(Step(1, [Scheduled(requests[0], 19, 1, 1), Scheduled(requests[1], 0, 7, 1)]))
+    assert batch.attention_work is not None
+    assert batch.attention_work.tolist() == [[1, 7], [20, 7]]
+    assert batch.num_partial_rows == 7
+    assert batch.block_tables.tolist() == [[0, 1], [0, 1]]
 
 
 def test_packed_copy() -> None:

@@ -1,5 +1,6 @@
 """Which steps a graph computes, and that answers are the same: on a CPU, where a replay runs the model again."""
 
+import dataclasses
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from engine.batch.inputs import BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.execution.cuda_graphs import MAX_GRAPH_BYTES, SIZES, Forward, GraphedExecution, first_cause
+from engine.kernels.triton import tiles
 from engine.kernels.triton.attention_plan import NUM_FIELDS
 from engine.loading import LoadedModel, load_model
 from engine.model.kv_cache import KVCache
@@ -79,27 +81,30 @@ def with_graphs(loaded: LoadedModel, device: Device, num_captures: int | None = 
     return execution
 
 
-def answers(loaded: LoadedModel, requests: dict[str, tuple[int, int]]) -> dict[str, list[int]]:
-    """Return the output of each request, given as (prompt length, number of tokens)."""
+def answers(loaded: LoadedModel, requests: dict[str, tuple[int, int]]) -> dict[str, list[Any]]:
+    """Return the tokens and log probabilities of each request, given as (prompt length, number of tokens)."""
     engine = Engine(EngineConfig(model_path="", speculative="off"), loaded)
     for name, (length, max_tokens) in requests.items():
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=1)
         engine.add(Submit(request_id=name, prompt_token_ids=prompt_of(length), params=params, arrival=0.0))
-    found: dict[str, list[int]] = {name: [] for name in requests}
+    found: dict[str, list[Any]] = {name: [] for name in requests}
     while engine.has_work:
         for event in engine.step()[1]:
-            found[event.request_id] += event.token_ids
+            found[event.request_id] += [*event.token_ids, *(event.logprobs or [])]
     return found
 
 
 REQUESTS = {"a": (5, 5), "b": (29, 7), "c": (31, 6), "d": (5, 3)}
 
 
-def test_the_same_answers(folder: Path) -> None:
-    """Batches shrink, prompts run in between, and the longest context grows by a segment."""
+def test_the_same_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches shrink, prompts run in between, and contexts grow by a segment, of which some are merged."""
+    segments = dataclasses.replace(tiles.SMALLEST.attention, segment=16)
+    monkeypatch.setattr(tiles, "SMALLEST", dataclasses.replace(tiles.SMALLEST, attention=segments))
     expected = answers(load(folder), REQUESTS)
     loaded, device = load(folder), Device()
-    with_graphs(loaded, device)
+    execution = with_graphs(loaded, device)
+    assert execution.planner.plan(np.ones(1, dtype=np.int64), np.array([33])).num_partial_rows > 0
     assert device.captured == [4, 2, 1]
     assert answers(loaded, REQUESTS) == expected
     assert device.replayed == [4, 4, 4, 4, 2, 1]
