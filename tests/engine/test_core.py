@@ -6,6 +6,7 @@ prefix, with tokens that the host did not know when it launched the row.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,16 @@ class FakeOutputs:
         return self.rows
 
 
-def engine_on(device: FakeDevice, *, num_blocks: int, limits: Limits, chunk: int = 0) -> Engine:
+def engine_on(
+    device: FakeDevice, *, num_blocks: int, limits: Limits, chunk: int = 0, max_step_ms: float | None = None
+) -> Engine:
     shape = msgspec.structs.replace(MODEL, eos_token_ids=(EOS,))
     runner: Any = device
     memory = MemoryPlan(num_blocks, device.block_size, 1, limits.max_model_len)
     cuda = torch.device("cuda")
     loaded = LoadedModel(runner, shape, limits, memory, cuda, torch.float16, 0, LoraAdapters([], 0, 0))
-    return Engine(EngineConfig(model_path="", long_prefill_token_threshold=chunk), loaded)
+    config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, max_step_ms=max_step_ms)
+    return Engine(config, loaded)
 
 
 class OverlapMachine(RuleBasedStateMachine):
@@ -280,6 +284,44 @@ def test_a_row_behind_an_end_token_is_for_nothing() -> None:
     assert step is not None
     assert (step.num_tokens, events) == (1, [])
     assert [event.token_ids for event in engine.step()[1]] == [[EOS]]
+
+
+class TimedDevice(FakeDevice):
+    """A fake device on which a step takes 5 ms, and each row another half."""
+
+    seconds = 0.0
+
+    def _compute(self, batch: Batch, failing: int | None) -> None:
+        super()._compute(batch, failing)
+        self.seconds += 0.005 + 0.0005 * sum(item.num_tokens for item, *_ in batch)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_prompts_beside_streams_leave_steps_short(monkeypatch: pytest.MonkeyPatch, overlaps: bool) -> None:
+    """With a bound of 40 ms, steps with a stream take up to that; a prompt alone gets all rows."""
+    device = TimedDevice(16)
+    monkeypatch.setattr(time, "monotonic", lambda: device.seconds)
+    engine = engine_on(device, num_blocks=120, limits=Limits(700, 4, 300), max_step_ms=40.0)
+    engine.overlaps = overlaps
+
+    def step_sizes(name: str, num_tokens: int, max_tokens: int) -> list[int]:
+        """Add a request, and return the sizes of the steps until its prompt is computed."""
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        engine.add(Submit(request_id=name, prompt_token_ids=[1] * num_tokens, params=params, arrival=0.0))
+        sizes: list[int] = []
+        while True:
+            step, events = engine.step()
+            sizes += [step.num_tokens] if step is not None else []
+            if any(event.request_id == name for event in events):
+                return sizes
+
+    assert max(step_sizes("alone", 600, 1)) == 300
+    for number in range(3):
+        step_sizes(f"stream {number}", 2, 500)
+    sizes = step_sizes("long", 650, 1)
+    assert max(sizes) <= 70  # which take 40 ms
+    assert max(sizes) >= 60
+    engine.scheduler.check()
 
 
 # Real kernels on a CPU, where a launch returns when the step is over.

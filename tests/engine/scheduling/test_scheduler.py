@@ -1255,6 +1255,26 @@ def test_a_step_that_is_taken_back_was_never_scheduled(seed: int) -> None:
     assert num_compared > 0
 
 
+def test_a_step_is_taken_back_while_the_one_before_is_in_flight() -> None:
+    """A token that is still being sampled is expected as before."""
+    rig = Rig()
+    request = rig.add(prompt(7), max_tokens=3)
+    scheduler = rig.scheduler
+    before = scheduler.schedule()
+    assert before is not None
+    state = state_of(scheduler)
+    assert request.num_target_tokens == 8
+    for _ in range(2):
+        step = scheduler.schedule()
+        assert step is not None
+        assert [item.is_ahead for item in step.scheduled] == [True]
+        scheduler.take_back(step)
+        scheduler.check()
+        assert state_of(scheduler) == state
+    scheduler.update(before, rig.model.run(before))
+    assert rig.step() == {"a0": (7, 1)}
+
+
 def test_a_step_is_taken_back_after_the_one_before_was_updated() -> None:
     """Its blocks, which that update has published, can no longer be found; requests that ended stay so."""
     rig = Rig(max_num_batched_tokens=32, next_token=lambda prefix, seed: EOS if prefix[0] == 200 else 9)
