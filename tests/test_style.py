@@ -52,7 +52,6 @@ TESTED_ELSEWHERE = {
     "engine/shared/machine.py": "tests/engine/test_doctor.py",
     "engine/shared/messages.py": "tests/server/engine_client/test_client.py",
     "engine/shared/parent_death.py": "tests/server/test_supervisor.py",
-    "engine/startup.py": "tests/engine/kernels/triton/test_kernels.py",
     "server/api/admin/metrics_page.py": "tests/server/test_metrics.py",
     "server/api/admin/models.py": "tests/server/api/admin/test_lora_adapters.py",
     "server/api/admin/replay.py": "tests/server/test_recordings.py",

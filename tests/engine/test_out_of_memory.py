@@ -135,11 +135,17 @@ def expected(loaded: LoadedModel) -> Answers:
 
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("max_rows", [1, 20])
-def test_large_steps_fail(loaded: LoadedModel, expected: Answers, max_rows: int, overlaps: bool) -> None:
+def test_large_steps_fail(
+    loaded: LoadedModel, expected: Answers, max_rows: int, overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each failure releases the allocator's memory before the next launch."""
+    released: list[int] = []
+    monkeypatch.setattr("engine.core.release_memory", lambda device: released.append(device.num_failed))
     engine, device = new_engine(loaded, lambda kind, step: step.num_tokens > max_rows, overlaps=overlaps)
     assert engine.overlaps == overlaps
     assert run(engine, mixed_submits()) == (expected, {})
-    assert device.num_failed > 0
+    assert released == list(range(1, device.num_failed + 1))
+    assert released
     assert all(step.num_tokens <= max_rows for step in engine.recorder.steps)
 
 
