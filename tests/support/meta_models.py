@@ -24,7 +24,7 @@ from engine.model.memory_plan import CudaMemory, MemoryPlan, plan_memory
 from engine.runner import ModelRunner, PendingOutputs
 from engine.scheduling.block_pool import Block
 from engine.scheduling.record import StepClock
-from engine.scheduling.request import NO_LORA_SLOT, Scheduled, Step, new_request
+from engine.scheduling.request import NO_LORA_SLOT, Scheduled, Status, Step, new_request
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.shared.messages import SamplingParams, Submit
 from engine.weights import PackedTensor, Weight
@@ -188,4 +188,5 @@ def _scheduled(sequence: Sequence, block_size: int, lora_slot: int, params: Samp
     request = new_request(submit, salt=b"", arrival_number=0, now=0.0, lora_slot=lora_slot)
     request.num_prompt_tokens -= not is_prompt
     request.kv.blocks = [Block(block_id) for block_id in range(-(-num_tokens // block_size))]
+    request.status = Status.RUNNING
     return Scheduled(request, sequence.num_computed, sequence.num_rows, num_samples=1)
