@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.batch.inputs import AttentionPlanner, BatchInputs, Lengths
 from engine.batch.transfer import packed_copy
-from engine.scheduling.request import Request, Step
+from engine.scheduling.request import NO_LORA_SLOT, Request, Step
 
 
 class BatchBuilder:
@@ -64,7 +64,9 @@ class BatchBuilder:
         num_ahead = self._fill_ahead(step)
         max_blocks = self._fill_tables(step)
         self._fill_positions(num_rows, num_seqs)
-        lengths = (*[num_rows] * 4, *[num_hidden_rows] * 2, len(sample_rows), num_ahead, num_ahead)
+        has_adapters = max(lora_slots) != NO_LORA_SLOT
+        lengths = (*[num_rows] * 3, num_rows * has_adapters, num_hidden_rows, num_hidden_rows * has_adapters)
+        lengths += (len(sample_rows), num_ahead, num_ahead)
         parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         parts.append(self.tables[:num_seqs, :max_blocks])
         work = self.planner and self.planner.plan(self.query_lens[:num_seqs], self.seq_lens[:num_seqs])

@@ -38,7 +38,7 @@ class BatchInputs:
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slot_mapping: Tensor  # [T] int64: KV cache slot of the row's key and value, block id * block size + offset
-    lora_slots: Tensor  # [T] int64: slot of the row's LoRA adapter, -1: none
+    lora_slots: Tensor  # [T] int64: slot of the row's LoRA adapter, -1: none; empty if no row has one
     hidden_rows: Tensor  # [L] int64: rows whose last hidden state is needed
     hidden_lora_slots: Tensor  # [L] int64: lora_slots of hidden_rows
     sample_rows: Tensor  # [R] int64: indices into hidden_rows of the rows to sample from

@@ -49,7 +49,7 @@ class CpuExecution:
         """Do nothing: there are no graphs."""
 
     def forward(self, batch: BatchInputs) -> None:
-        has_adapters = self.plain_program is not self.forward_program and bool((batch.lora_slots >= 0).any())
+        has_adapters = self.plain_program is not self.forward_program and bool(len(batch.lora_slots))
         (self.forward_program if has_adapters else self.plain_program).run()
 
     def compute_hidden(self, rows: Tensor) -> Tensor:

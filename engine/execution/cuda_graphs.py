@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -81,7 +82,8 @@ class GraphedExecution(EagerExecution):
     def __init__(self, model: CausalLM, kv_cache: KVCache, builder: BatchBuilder, device: GraphDevice) -> None:
         super().__init__(model, kv_cache)
         self.device = device
-        self.graphs: dict[int, Forward] = {}  # by size
+        self.graphs: dict[tuple[int, bool], Forward] = {}  # by size, and whether any row has an adapter
+        self.has_adapters = [False, True] if any(linear.lora for linear in model.linears) else [False]
         max_num_seqs, max_blocks = builder.tables.shape
         largest = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
         self.uncaptured = [size for size in SIZES if size <= largest]
@@ -100,9 +102,10 @@ class GraphedExecution(EagerExecution):
         size = self.uncaptured.pop()
         self._pad(0, size)  # the capture runs the model, and must not change what is cached
         self.work.zero_()  # nor compute the attention of rows that this size does not have
-        inputs = self._inputs(size)
         try:
-            self.graphs[size] = self.device.capture(lambda: self.model.forward(inputs, self.kv_cache))
+            for has_adapters in self.has_adapters:
+                forward = partial(self.model.forward, self._inputs(size, has_adapters), self.kv_cache)
+                self.graphs[size, has_adapters] = self.device.capture(forward)
         except RuntimeError as error:
             logger.warning("no CUDA graph for batches of %d, whose steps take longer: %s", size, first_cause(error))
         num_mib = self.device.num_bytes // MIB
@@ -110,7 +113,8 @@ class GraphedExecution(EagerExecution):
             logger.warning("CUDA graphs take %d MiB: no more are captured, for batches of %s", num_mib, self.uncaptured)
             self.uncaptured = []
         if not self.uncaptured:
-            logger.info("CUDA graphs: for batches of %s, %d MiB", ", ".join(map(str, sorted(self.graphs))), num_mib)
+            sizes = ", ".join(map(str, sorted({size for size, _ in self.graphs})))
+            logger.info("CUDA graphs: for batches of %s, %d MiB", sizes, num_mib)
 
     def forward(self, batch: BatchInputs) -> None:
         size = self.size_of(batch)
@@ -118,19 +122,20 @@ class GraphedExecution(EagerExecution):
             super().forward(batch)
         else:
             self._copy(batch, size)
-            self.hidden = self.graphs[size]()
+            self.hidden = self.graphs[size, has_adapters(batch)]()
 
     def size_of(self, batch: BatchInputs) -> int | None:
         """Return the size of the graph that computes a batch; None if no graph can."""
         num_seqs = len(batch.query_lens)
         is_decode = len(batch.token_ids) == num_seqs == len(batch.hidden_rows) and bool((batch.query_lens == 1).all())
-        return min((size for size in self.graphs if size >= num_seqs > 0), default=None) if is_decode else None
+        sizes = (size for size, adapted in self.graphs if size >= num_seqs > 0 and adapted == has_adapters(batch))
+        return min(sizes, default=None) if is_decode else None
 
     def _copy(self, batch: BatchInputs, size: int) -> None:
         num_seqs = len(batch.query_lens)
         rows = (batch.token_ids, batch.positions, batch.slot_mapping, batch.lora_slots)
         for row, values in zip(self.rows, rows, strict=True):
-            row[:num_seqs] = values
+            row[: len(values)] = values  # of LoRA slots, there may be none
         self._pad(num_seqs, size)
         self.tables[:num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
         assert batch.attention_work is not None
@@ -140,10 +145,11 @@ class GraphedExecution(EagerExecution):
         for row, padding in zip(self.rows, PADDING, strict=True):
             row[first:last] = padding
 
-    def _inputs(self, size: int) -> BatchInputs:
+    def _inputs(self, size: int, has_adapters: bool) -> BatchInputs:
         """Return the buffers of a graph as a batch."""
         ones = np.ones(size, dtype=np.int64)
         token_ids, positions, slot_mapping, lora_slots = self.rows[:, :size]
+        lora_slots = lora_slots[: size * has_adapters]
         rows = self.all_rows[:size]
         largest = self.planner.largest(size, self.max_model_len)
         return BatchInputs(
@@ -163,6 +169,11 @@ class GraphedExecution(EagerExecution):
             attention_work=self.work[: len(largest.table)],
             num_partial_rows=largest.num_partial_rows,
         )
+
+
+def has_adapters(batch: BatchInputs) -> bool:
+    """Return whether any row has a LoRA adapter."""
+    return len(batch.lora_slots) > 0
 
 
 def first_cause(error: BaseException) -> str:

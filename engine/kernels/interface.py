@@ -122,7 +122,7 @@ class Kernels(Protocol):
     def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor) -> None:
         """Add the adapter of each row, B (A x), to out [T, M], in place, for x [T, K]. Sums are float32.
 
-        `lora_slots`, int64 [T], holds the slot of each row's adapter, -1 for none.
+        `lora_slots`, int64 [T], holds the slot of each row's adapter, -1 for none. It is empty if no row has one.
         """
         ...
 

@@ -60,7 +60,7 @@ class RowInputs:
     cos: Tensor  # float32 [T, D / 2], of the row's position
     sin: Tensor
     slot_mapping: Tensor  # int64 [T], the slot of the KV cache for the row's key and value
-    lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none
+    lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none; empty if no row has one
 
 
 class Attention:

@@ -1,12 +1,10 @@
 """LoRA: y += B (A x), with the adapter of each row (Hu et al. 2021; for many adapters, Chen et al. 2023).
 
-One launch computes t = A x in float32, and one adds B t. A program takes one row after the other, in tiles of one size,
-so the bits of a row depend on that row and its adapter alone. Rows without an adapter are skipped.
-
-Rows are not computed in tiles, because adjacent rows may have different adapters: each row reads its whole adapter. If
-many rows of a prompt share one, caches serve most of the reads. For all of Llama-3-8B, rank 16 is 84 MB: half a percent
-of the weights for each decoded token, besides 256 launches a step, and about half as long again for a prompt. These
-figures are computed for an H100, not measured.
+One launch computes t = A x in float32, and one adds B t. A program takes a tile of rows, and one after the other the
+adapters that any of them has: the products are those of a whole tile, in which the rows of other adapters are zero.
+Rows of the same adapter are adjacent, so a tile rarely has more than two, and its rows share what is read of the
+matrices. All products have the same shape and the inputs are added up in the same order, so the bits of a row depend on
+that row and its adapter alone.
 """
 
 from __future__ import annotations
@@ -22,20 +20,21 @@ from torch import Tensor
 from engine.kernels.interface import LoraWeights
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS
 
-SHRINK_RANKS, SHRINK_INPUTS = 4, 1024  # of one step of a program that computes t
-EXPAND_RANKS, EXPAND_COLUMNS = 16, 512  # of one step of a program that adds B t
-ROWS_PER_GROUP = 64  # the rows of a program are those of the batch divided by this,
-MAX_GROUP = 16  # between 1 and this
+ROWS = 16  # of a tile
+RANKS = 16  # of a program that computes t, and of a step of one that adds B t
+INPUTS = 128  # of a step of a program that computes t,
+SPLIT_INPUTS = 1024  # which takes this many at most: with few rows, programs for all inputs would be too few
+COLUMNS = 128  # of a program that adds B t
 
 
 @triton.jit
-def _slot_and_rank(ranks, lora_slots, row, projection, num_projections):
-    """Return the slot of a row's adapter and its rank for a projection, 0 if the row has no adapter."""
-    slot = tl.load(lora_slots + row)
-    return slot, tl.load(ranks + slot * num_projections + projection, mask=slot >= 0, other=0)
+def _load_slots(lora_slots, num_rows, ROWS: tl.constexpr):
+    """Return the rows of this program's tile, and the slot of the adapter of each, -1 for none."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return rows, tl.load(lora_slots + rows, mask=rows < num_rows, other=-1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["lora_slots"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["lora_slots"])
 def _shrink(
     x,
     a,
@@ -43,35 +42,48 @@ def _shrink(
     lora_slots,
     inner,
     num_rows,
-    group,
     num_inputs,
     max_rank,
     x_stride,
+    ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     INPUTS: tl.constexpr,
+    SPLIT_INPUTS: tl.constexpr,
 ):
-    """Compute A x to `inner` [T, projections, R], on a grid (groups of rows, projections, pieces of the ranks)."""
+    """Compute A x for each split of the inputs to `inner` [splits, T, projections, R].
+
+    Grid (tiles of rows, projections, splits of the inputs x pieces of the ranks).
+    """
     projection, num_projections = tl.program_id(1), tl.num_programs(1)
-    first_rank = tl.program_id(2) * RANKS
+    num_pieces = tl.cdiv(max_rank, RANKS)
+    first_rank = tl.program_id(2) % num_pieces * RANKS
+    split = tl.program_id(2) // num_pieces
+    first_input = split * SPLIT_INPUTS
     rows_of_a = first_rank + tl.arange(0, RANKS)
-    first_row = tl.program_id(0).to(tl.int64) * group
-    for row in range(first_row, tl.minimum(first_row + group, num_rows)):
-        slot, rank = _slot_and_rank(ranks, lora_slots, row, projection, num_projections)
+    rows, slots = _load_slots(lora_slots, num_rows, ROWS)
+    slot = tl.max(slots, axis=0)
+    while slot >= 0:
+        is_own = slots == slot
+        rank = tl.load(ranks + slot * num_projections + projection)
         if first_rank < rank:
-            has_rank = rows_of_a < rank
+            has_rank = rows_of_a < rank  # the rest is garbage
             weights = a + ((slot * num_projections + projection) * max_rank + rows_of_a)[:, None] * num_inputs
-            products = tl.zeros((RANKS, INPUTS), dtype=tl.float32)
-            for start in range(0, num_inputs, INPUTS):
+            sums = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+            for start in range(first_input, tl.minimum(first_input + SPLIT_INPUTS, num_inputs), INPUTS):
                 k = start + tl.arange(0, INPUTS)
-                has_input = k < num_inputs
-                numbers = tl.load(x + row * x_stride + k, mask=has_input, other=0.0).to(tl.float32)
-                some = tl.load(weights + k[None, :], mask=has_rank[:, None] & has_input[None, :], other=0.0)
-                products += some.to(tl.float32) * numbers[None, :]
-            pointers = inner + (row * num_projections + projection) * max_rank + rows_of_a
-            tl.store(pointers, tl.sum(products, axis=1), mask=has_rank)
+                has_input = k[None, :] < num_inputs
+                numbers = tl.load(
+                    x + rows[:, None] * x_stride + k[None, :], mask=is_own[:, None] & has_input, other=0.0
+                )
+                some = tl.load(weights + k[None, :], mask=has_rank[:, None] & has_input, other=0.0)
+                sums = tl.dot(numbers, tl.trans(some), sums, input_precision="ieee")
+            first = ((split * num_rows + rows) * num_projections + projection) * max_rank
+            tl.store(inner + first[:, None] + rows_of_a[None, :], sums, mask=is_own[:, None] & has_rank[None, :])
+        slots = tl.where(is_own, -1, slots)
+        slot = tl.max(slots, axis=0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "group"], do_not_specialize_on_alignment=["lora_slots"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["lora_slots"])
 def _expand(
     inner,
     b,
@@ -80,16 +92,17 @@ def _expand(
     tiles,
     out,
     num_rows,
-    group,
+    num_splits,
     num_projections,
     max_rank,
     num_columns,
     out_stride,
     UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Add B t to `out`, on a grid (groups of rows, tiles of columns).
+    """Add B t to `out`, on a grid (tiles of rows, tiles of columns). t is the sum over the splits of `inner`, in order.
 
     The first column of each projection is a multiple of UNIT.
     """
@@ -97,22 +110,31 @@ def _expand(
     projection = tl.load(tile)
     columns = tl.multiple_of(tl.load(tile + 1), UNIT) + tl.arange(0, COLUMNS)
     has_column = columns < tl.multiple_of(tl.load(tile + 2), UNIT)
-    first_row = tl.program_id(0).to(tl.int64) * group
-    for row in range(first_row, tl.minimum(first_row + group, num_rows)):
-        slot, rank = _slot_and_rank(ranks, lora_slots, row, projection, num_projections)
+    rows, slots = _load_slots(lora_slots, num_rows, ROWS)
+    slot = tl.max(slots, axis=0)
+    while slot >= 0:
+        is_own = slots == slot
+        rank = tl.load(ranks + slot * num_projections + projection)
         if rank > 0:
-            sums = tl.zeros((COLUMNS,), dtype=tl.float32)
+            sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             for start in range(0, rank, RANKS):
                 k = start + tl.arange(0, RANKS)
                 has_rank = k < rank  # the rest is garbage
-                t = tl.load(inner + (row * num_projections + projection) * max_rank + k, mask=has_rank, other=0.0)
+                t = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+                for split in range(num_splits):
+                    first = ((split * num_rows + rows) * num_projections + projection) * max_rank
+                    has_t = is_own[:, None] & has_rank[None, :]
+                    t += tl.load(inner + first[:, None] + k[None, :], mask=has_t, other=0.0)
                 weights = b + (slot * max_rank + k)[:, None] * num_columns + columns[None, :]
                 some = tl.load(weights, mask=has_rank[:, None] & has_column[None, :], other=0.0)
-                sums += tl.sum(some.to(tl.float32) * t[:, None], axis=0)
-            pointers = out + row * out_stride + columns
+                sums = tl.dot(t, some.to(tl.float32), sums, input_precision="ieee")
+            pointers = out + rows[:, None] * out_stride + columns[None, :]
+            mask = is_own[:, None] & has_column[None, :]
             rounded = sums.to(out.dtype.element_ty).to(tl.float32)  # as `linear` adds to a residual stream
-            sums = tl.load(pointers, mask=has_column, other=0.0).to(tl.float32) + rounded
-            tl.store(pointers, sums.to(out.dtype.element_ty), mask=has_column)
+            sums = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + rounded
+            tl.store(pointers, sums.to(out.dtype.element_ty), mask=mask)
+        slots = tl.where(is_own, -1, slots)
+        slot = tl.max(slots, axis=0)
 
 
 def column_tiles(sizes: Sequence[int], device: torch.device) -> Tensor:
@@ -122,7 +144,7 @@ def column_tiles(sizes: Sequence[int], device: torch.device) -> Tensor:
     """
     tiles, first = [], 0
     for projection, size in enumerate(sizes):
-        tiles += [(projection, column, first + size) for column in range(first, first + size, EXPAND_COLUMNS)]
+        tiles += [(projection, column, first + size) for column in range(first, first + size, COLUMNS)]
         first += size
     return torch.tensor(tiles, dtype=torch.int32, device=device)
 
@@ -131,33 +153,37 @@ def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor, t
     """Add the adapter of each row, B (A x), to out [T, M], in place, for x [T, K].
 
     `lora_slots`, int64 [T], holds the slot of each row's adapter, -1 for none; `tiles` are the `column_tiles`.
-    The host does not wait for the device, and the grids depend on shapes alone.
+    If `lora_slots` is empty, nothing is launched. The host does not wait for the device, and the grids depend on shapes
+    alone.
     """
     num_rows, num_inputs = x.shape
     _, num_projections, max_rank, _ = weights.a.shape
+    assert len(lora_slots) in (0, num_rows)
+    if not len(lora_slots):
+        return
     assert x.stride(1) == out.stride(1) == lora_slots.stride(0) == 1
     assert all(tensor.is_contiguous() for tensor in (weights.a, weights.b, weights.ranks))
-    if not num_rows:
-        return
-    group = min(max(1, num_rows // ROWS_PER_GROUP), MAX_GROUP)
-    num_groups = triton.cdiv(num_rows, group)
-    inner = torch.empty((num_rows, num_projections, max_rank), dtype=torch.float32, device=x.device)
-    _shrink[(num_groups, num_projections, triton.cdiv(max_rank, SHRINK_RANKS))](
+    row_tiles, num_splits = triton.cdiv(num_rows, ROWS), triton.cdiv(num_inputs, SPLIT_INPUTS)
+    inner = torch.empty((num_splits, num_rows, num_projections, max_rank), dtype=torch.float32, device=x.device)
+    _shrink[(row_tiles, num_projections, num_splits * triton.cdiv(max_rank, RANKS))](
         x,
         weights.a,
         weights.ranks,
         lora_slots,
         inner,
         num_rows,
-        group,
         num_inputs,
         max_rank,
         x.stride(0),
-        RANKS=SHRINK_RANKS,
-        INPUTS=SHRINK_INPUTS,
+        ROWS=ROWS,
+        RANKS=RANKS,
+        INPUTS=INPUTS,
+        SPLIT_INPUTS=SPLIT_INPUTS,
+        num_warps=2,
+        num_stages=4,
         **LAUNCH_OPTIONS,
     )
-    _expand[(num_groups, len(tiles))](
+    _expand[(row_tiles, len(tiles))](
         inner,
         weights.b,
         weights.ranks,
@@ -165,13 +191,14 @@ def add_lora(x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor, t
         tiles,
         out,
         num_rows,
-        group,
+        num_splits,
         num_projections,
         max_rank,
         out.shape[1],
         out.stride(0),
         UNIT=math.gcd(16, *weights.sizes),
-        RANKS=EXPAND_RANKS,
-        COLUMNS=EXPAND_COLUMNS,
+        ROWS=ROWS,
+        RANKS=RANKS,
+        COLUMNS=COLUMNS,
         **LAUNCH_OPTIONS,
     )

@@ -101,9 +101,9 @@ for dtype in sys.argv[2:]:
         constants |= {} if scales else {"key_scales": None, "value_scales": None}
         compile(rows._rope_and_store_kv, constants, 4, 2, **types)
     types = x | {"ranks": "*i64", "lora_slots": "*i64", "tiles": "*i32", "inner": "*fp32", "a": dtype, "b": dtype}
-    compile(lora._shrink, {"RANKS": lora.SHRINK_RANKS, "INPUTS": lora.SHRINK_INPUTS}, 4, 2, **types)
-    constants = {"UNIT": 16, "RANKS": lora.EXPAND_RANKS, "COLUMNS": lora.EXPAND_COLUMNS}
-    compile(lora._expand, constants, 4, 2, **types)
+    constants = {"ROWS": lora.ROWS, "RANKS": lora.RANKS}
+    compile(lora._shrink, constants | {"INPUTS": lora.INPUTS, "SPLIT_INPUTS": lora.SPLIT_INPUTS}, 2, 4, **types)
+    compile(lora._expand, constants | {"UNIT": 16, "COLUMNS": lora.COLUMNS}, 4, 2, **types)
     types = {"work": "*i64", "tables": "*i64", "scale": "fp32", "softcap": "fp32", "partial": "*fp32"}
     types |= {"states": "*fp32"} | x
     for size, block, has_window in ((64, 64, True), (80, 128, False), (128, 128, False), (256, 256, False)):

@@ -5,12 +5,16 @@ import torch
 from hypothesis import given, settings
 
 from engine.kernels.torch.kernels import TorchKernels
+from engine.kernels.triton import lora
 from engine.kernels.triton.kernels import TritonKernels
-from engine.kernels.triton.lora import EXPAND_COLUMNS, EXPAND_RANKS, ROWS_PER_GROUP, SHRINK_INPUTS, column_tiles
-from tests.engine.kernels.triton.test_rows import DTYPES, assert_close, each_dtype
+from engine.kernels.triton.lora import COLUMNS, INPUTS, RANKS, ROWS, SPLIT_INPUTS, column_tiles
+from tests.engine.kernels.triton.test_rows import assert_close
 from tests.support.examples import num_examples
 from tests.support.lora_products import LoraCase, bits, check_company, lora_cases
 from tests.support.tensors import CPU, random_tensor
+
+DTYPES = [torch.float32, torch.float16]  # the interpreter's products in bfloat16 are wrong
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def kernels_for(case: LoraCase) -> TritonKernels:
@@ -37,18 +41,32 @@ def test_as_in_plain_torch(dtype: torch.dtype) -> None:
 
 @each_dtype
 def test_beyond_one_tile(dtype: torch.dtype) -> None:
-    """There are several tiles of inputs, of ranks, and of the columns of a projection."""
-    sizes, max_rank = (EXPAND_COLUMNS + 88, 2 * EXPAND_COLUMNS, 1), 2 * EXPAND_RANKS + 8
-    ranks = ((max_rank, EXPAND_RANKS, 1), (EXPAND_RANKS + 1, 0, 33))
-    case = LoraCase(dtype, dtype, 2 * SHRINK_INPUTS + 3, sizes, max_rank, ranks, (0, -1, 1, 0), seed=2)
+    """There are several steps and splits of the inputs, pieces of the ranks, and tiles of a projection's columns."""
+    sizes, max_rank = (COLUMNS + 88, 2 * COLUMNS, 1), 2 * RANKS + 8
+    ranks = ((max_rank, RANKS, 1), (RANKS + 1, 0, 33))
+    case = LoraCase(dtype, dtype, SPLIT_INPUTS + INPUTS + 3, sizes, max_rank, ranks, (0, -1, 1, 0), seed=2)
     check_company(kernels_for(case), case, range(4))
 
 
-@pytest.mark.parametrize("num_rows", [2 * ROWS_PER_GROUP, 3 * ROWS_PER_GROUP + 2])
-def test_many_rows_are_taken_in_groups(num_rows: int) -> None:
-    lora_slots = tuple(row % 3 - 1 for row in range(num_rows))
-    case = LoraCase(torch.float32, torch.float32, 40, (30,), 3, ((3,), (2,)), lora_slots, seed=3)
-    check_company(kernels_for(case), case, [0, 1, 2, num_rows - 2, num_rows - 1])
+@pytest.mark.parametrize("num_slots", [1, 3, ROWS + 1])
+def test_tiles_of_rows(num_slots: int) -> None:
+    """Adapters begin and end within tiles, and a tile may have as many as rows. The last tile is not full."""
+    num_rows = 2 * ROWS + 3
+    lora_slots = tuple(sorted(row % (num_slots + 1) - 1 for row in range(num_rows)))
+    ranks = tuple((1 + slot % 3,) for slot in range(num_slots))
+    case = LoraCase(torch.float32, torch.float32, 40, (30,), 3, ranks, lora_slots, seed=3)
+    check_company(kernels_for(case), case, [0, 1, ROWS - 1, ROWS, num_rows - 2, num_rows - 1])
+
+
+def test_nothing_is_launched_if_no_row_has_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = LoraCase(torch.float32, torch.float32, 4, (3,), 1, ((1,),), (-1, -1), seed=0)
+    kernels, out = kernels_for(case), case.out()
+    weights = case.weights(kernels)
+    monkeypatch.setattr(lora, "_shrink", None)
+    kernels.add_lora(case.x(), out, weights, torch.empty(0, dtype=torch.int64))
+    assert torch.equal(bits(out), bits(case.out()))
+    with pytest.raises(TypeError):
+        kernels.add_lora(case.x(), out, weights, torch.tensor(case.lora_slots))
 
 
 def test_rows_that_do_not_lie_side_by_side() -> None:
@@ -64,14 +82,8 @@ def test_rows_that_do_not_lie_side_by_side() -> None:
     assert torch.equal(bits(out[:, 41:]), bits(before[:, 41:]))
 
 
-def test_no_rows() -> None:
-    case = LoraCase(torch.float32, torch.float32, 4, (3,), 1, ((1,),), (), seed=0)
-    kernels = kernels_for(case)
-    kernels.add_lora(case.x(), case.out(), case.weights(kernels), torch.empty(0, dtype=torch.int64))
-
-
 def test_tiles_are_cut_part_by_part() -> None:
-    size = EXPAND_COLUMNS
+    size = COLUMNS
     assert column_tiles((size, 3, size + 1), CPU).tolist() == [
         [0, 0, size],
         [1, size, size + 3],
