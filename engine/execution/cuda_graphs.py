@@ -83,7 +83,7 @@ class GraphedExecution(EagerExecution):
         super().__init__(model, kv_cache)
         self.device = device
         self.graphs: dict[tuple[int, bool], Forward] = {}  # by size, and whether any row has an adapter
-        self.has_adapters = [False, True] if any(linear.lora for linear in model.linears) else [False]
+        self.kinds = (False, True) if any(linear.lora for linear in model.linears) else (False,)  # has any row one?
         max_num_seqs, max_blocks = builder.tables.shape
         largest = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
         self.uncaptured = [size for size in SIZES if size <= largest]
@@ -103,9 +103,9 @@ class GraphedExecution(EagerExecution):
         self._pad(0, size)  # the capture runs the model, and must not change what is cached
         self.work.zero_()  # nor compute the attention of rows that this size does not have
         try:
-            for has_adapters in self.has_adapters:
-                forward = partial(self.model.forward, self._inputs(size, has_adapters), self.kv_cache)
-                self.graphs[size, has_adapters] = self.device.capture(forward)
+            for is_adapted in self.kinds:
+                forward = partial(self.model.forward, self._inputs(size, is_adapted), self.kv_cache)
+                self.graphs[size, is_adapted] = self.device.capture(forward)
         except RuntimeError as error:
             logger.warning("no CUDA graph for batches of %d, whose steps take longer: %s", size, first_cause(error))
         num_mib = self.device.num_bytes // MIB
@@ -128,7 +128,7 @@ class GraphedExecution(EagerExecution):
         """Return the size of the graph that computes a batch; None if no graph can."""
         num_seqs = len(batch.query_lens)
         is_decode = len(batch.token_ids) == num_seqs == len(batch.hidden_rows) and bool((batch.query_lens == 1).all())
-        sizes = (size for size, adapted in self.graphs if size >= num_seqs > 0 and adapted == has_adapters(batch))
+        sizes = [size for size, is_adapted in self.graphs if size >= num_seqs > 0 and is_adapted == has_adapters(batch)]
         return min(sizes, default=None) if is_decode else None
 
     def _copy(self, batch: BatchInputs, size: int) -> None:
@@ -145,11 +145,11 @@ class GraphedExecution(EagerExecution):
         for row, padding in zip(self.rows, PADDING, strict=True):
             row[first:last] = padding
 
-    def _inputs(self, size: int, has_adapters: bool) -> BatchInputs:
+    def _inputs(self, size: int, is_adapted: bool) -> BatchInputs:
         """Return the buffers of a graph as a batch."""
         ones = np.ones(size, dtype=np.int64)
         token_ids, positions, slot_mapping, lora_slots = self.rows[:, :size]
-        lora_slots = lora_slots[: size * has_adapters]
+        lora_slots = lora_slots[: size * is_adapted]
         rows = self.all_rows[:size]
         largest = self.planner.largest(size, self.max_model_len)
         return BatchInputs(

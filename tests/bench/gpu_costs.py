@@ -32,7 +32,7 @@ MAX_PROGRAMS = 8  # of a multiprocessor, whose registers hold no more of these k
 # For a weight: unpack, convert, scale, add a minimum, round.
 DEQUANTIZE_OPERATIONS = {"plain": 0, "int4": 6, "int8": 4, "float8": 4}
 SOFTMAX_OPERATIONS = 18  # for a score: scale, mask, maximum, exp2 at a quarter of the rate, sum, round
-SORT_BYTES = 112  # for a number: four passes that read keys twice, and read and write keys and indices
+TOPK_BYTES = 10 * 8  # for a key: eight passes over its bytes to find the last one, two that collect
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def rope_and_store_kv(launch: Launch, step: TracedStep, card: Card) -> Cost:
 
 
 def shrink_or_expand(launch: Launch, step: TracedStep, card: Card) -> Cost:
-    """Return the cost of an adapter's matrix, read from memory once and through L2 for each row that has it."""
+    """Return the cost of an adapter's matrix, read from memory once and through L2 for each tile of rows."""
     matrix = launch.arguments.get("a") or launch.arguments["b"]
     rows = [launch.arguments[name] for name in ("x", "out") if name in launch.arguments]
     row_bytes = sum(tensor.nbytes for tensor in rows)
@@ -151,10 +151,13 @@ def shrink_or_expand(launch: Launch, step: TracedStep, card: Card) -> Cost:
         return Cost(programs=math.prod(launch.grid))
     num_slots, num_rows = matrix.shape[0], rows[0].shape[0]
     slot_bytes = matrix.nbytes / num_slots
+    operations = 2 * slot_bytes / matrix.dtype.itemsize * num_rows
+    uses_tensor_cores = "a" in launch.arguments
     return Cost(
         memory=slot_bytes + row_bytes,
-        l2=slot_bytes * num_rows + row_bytes,
-        other=2 * slot_bytes / matrix.dtype.itemsize * num_rows,
+        l2=slot_bytes * launch.grid[0] + row_bytes,
+        tensor=operations if uses_tensor_cores else 0.0,
+        other=0.0 if uses_tensor_cores else operations,
         programs=math.prod(launch.grid),
     )
 
@@ -179,9 +182,9 @@ def gather(launch: Launch, step: TracedStep, card: Card) -> Cost:
     return Cost(memory=num_bytes, l2=num_bytes)
 
 
-def sort(launch: Launch, step: TracedStep, card: Card) -> Cost:
-    """Return the cost of a radix sort of whole rows."""
-    num_bytes = SORT_BYTES * launch.arguments["0"].num_elements
+def topk(launch: Launch, step: TracedStep, card: Card) -> Cost:
+    """Return the cost of selecting the largest of int64 keys, byte by byte."""
+    num_bytes = TOPK_BYTES * launch.arguments["0"].num_elements
     return Cost(memory=num_bytes, l2=num_bytes)
 
 
@@ -203,13 +206,14 @@ FORMULAS: Mapping[str, Formula] = {
     "top": passes(1),
     "collect": passes(4),
     "draw": passes(1),
+    "forbid": passes(1),
     "add_biases": passes(0),
     "penalise": passes(0),
     "torch index": gather,
     "torch embedding": gather,
     "torch gather": gather,
     "torch index_put_": gather,
-    "torch sort": sort,
+    "torch topk": topk,
 }
 
 

@@ -73,8 +73,10 @@ def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
         ]
         assert batch.hidden_rows.tolist() == [row for rows in wanted for row in rows]
         assert batch.hidden_lens.tolist() == [len(rows) for rows in wanted]
-        assert batch.lora_slots.tolist() == [item.request.lora_slot for item, _ in rows]
-        assert batch.hidden_lora_slots.tolist() == batch.lora_slots[batch.hidden_rows].tolist()
+        lora_slots = [item.request.lora_slot for item, _ in rows]
+        has_adapters = any(slot >= 0 for slot in lora_slots)
+        assert batch.lora_slots.tolist() == (lora_slots if has_adapters else [])
+        assert batch.hidden_lora_slots.tolist() == [lora_slots[row] for row in batch.hidden_rows if has_adapters]
         assert batch.query_lens.tolist() == [item.num_tokens for item in step.scheduled]
         assert batch.seq_lens.tolist() == [item.start + item.num_tokens for item in step.scheduled]
         most = max(len(item.request.kv.blocks) for item in step.scheduled)

@@ -64,9 +64,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def load(folder: Path, max_num_seqs: int = 4) -> LoadedModel:
+def load(folder: Path, max_num_seqs: int = 4, max_loras: int = 0) -> LoadedModel:
     config = EngineConfig(
-        model_path=str(folder), device="cpu", dtype="float32", max_model_len=64, max_num_seqs=max_num_seqs
+        model_path=str(folder),
+        device="cpu",
+        dtype="float32",
+        max_model_len=64,
+        max_num_seqs=max_num_seqs,
+        max_loras=max_loras,
     )
     with choose_kernels("triton"):
         return load_model(config)
@@ -157,26 +162,32 @@ def test_captures_and_padding_write_nothing(folder: Path) -> None:
 
 
 def test_adapters_of_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of the batch keep their adapters, and padding has none, whatever was in the buffers before."""
-    loaded = load(folder)
+    """Rows of the batch keep their adapters, and padding has none, whatever was in the buffers before.
+
+    Batches without an adapter have graphs of their own, without a LoRA slot.
+    """
+    loaded = load(folder, max_loras=2)
     seen: list[list[int]] = []
 
     def forward(inputs: BatchInputs, kv_cache: KVCache) -> Tensor:
         assert inputs.hidden_lora_slots.tolist() == inputs.lora_slots.tolist()
         seen.append(inputs.lora_slots.tolist())
-        return torch.empty(len(seen[-1]))
+        return torch.empty(len(inputs.token_ids))
 
     monkeypatch.setattr(loaded.runner.model, "forward", forward)
-    with_graphs(loaded, Device())
-    for lora_slots in ([1, 1, 1], [0, -1, 2, 1], [0, -1, 2]):
+    with_graphs(loaded, device := Device())
+    assert device.captured == [4, 4, 2, 2, 1, 1]
+    for lora_slots in ([1, 1, 1], [0, -1, 2, 1], [], [0, -1, 2], []):
         batch = loaded.runner.builder.buffers()
-        batch.token_ids = batch.positions = batch.slot_mapping = batch.hidden_rows = torch.zeros(len(lora_slots)).long()
-        batch.lora_slots = batch.hidden_lora_slots = torch.tensor(lora_slots)
-        batch.block_tables = batch.block_tables[: len(lora_slots)]
-        batch.query_lens = batch.seq_lens = np.ones(len(lora_slots), dtype=np.int64)
+        num_seqs = len(lora_slots) or 3
+        batch.token_ids = batch.positions = batch.slot_mapping = batch.hidden_rows = torch.zeros(num_seqs).long()
+        batch.lora_slots = batch.hidden_lora_slots = torch.tensor(lora_slots, dtype=torch.int64)
+        batch.block_tables = batch.block_tables[:num_seqs]
+        batch.query_lens = batch.seq_lens = np.ones(num_seqs, dtype=np.int64)
         batch.attention_work = torch.zeros((1, NUM_FIELDS), dtype=torch.int64)
         loaded.runner.execution.forward(batch)
-        assert seen[-1] == lora_slots + [NO_LORA_SLOT] * (4 - len(lora_slots))
+        assert seen[-1] == (lora_slots and lora_slots + [NO_LORA_SLOT] * (4 - len(lora_slots)))
+    assert device.replayed == [4] * 5
 
 
 @pytest.mark.parametrize(("max_num_seqs", "largest"), [(1, 1), (3, 4), (8, 8), (100, 128), (300, 256)])
@@ -186,6 +197,7 @@ def test_sizes(folder: Path, max_num_seqs: int, largest: int, monkeypatch: pytes
     execution = with_graphs(loaded, device := Device())
     assert device.captured == [size for size in reversed(SIZES) if size <= largest]
     batch = loaded.runner.builder.buffers()
+    batch.lora_slots = batch.lora_slots[:0]
 
     def size_of(num_seqs: int, num_rows: int) -> int | None:
         batch.query_lens = np.ones(num_seqs, dtype=np.int64)
