@@ -271,7 +271,7 @@ class TritonAttentionPlan:
     num_partial_rows: int
     block_tables: Tensor
     window: int | None
-    prompts: PromptPlan | None = None  # for torch's attention, if it may compute the batch instead
+    prompts: PromptPlan | None = None  # the other sequences, for torch's flash attention
 
 
 def paged_attention(

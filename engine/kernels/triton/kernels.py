@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
@@ -29,14 +30,16 @@ from engine.kernels.triton.sampler import TritonSampler
 from engine.kernels.triton.tiles import card_name, compute_capability, num_multiprocessors, tiles_for
 from engine.weights import PackedTensor, Weight, concatenate
 
+logger = logging.getLogger("lightwell.engine")
+
 Matrix: TypeAlias = list[Tensor | PackedMatrix]  # stacked vertically
 
 
 class TritonKernels:
     """Kernels in Triton, whose results for a row depend on no other row.
 
-    Without batch invariance, products with plain weights and the attention of whole prompts use torch's libraries,
-    which choose another order of additions for another number of rows. Products with packed weights stay the same.
+    Without batch invariance, products with plain weights and the attention of prompts use torch's libraries, which
+    choose another order of additions for another number of rows. Products with packed weights stay the same.
 
     An 8-bit KV cache holds int8 with a scale for each token and head, as on a CPU, rather than float8: every card can
     load int8, and it is several times as precise, since float8 has a mantissa of three bits whatever the head's range.
@@ -55,8 +58,10 @@ class TritonKernels:
         self.execution: ExecutionKind = "cuda_graphs" if is_graphed else "eager"
         self.keep_packed = frozenset(READERS) if options.quantization == "auto" else frozenset()
         self.cache_dtype = torch.int8 if options.kv_cache_dtype == "int8" else options.dtype
-        can_attend = prompt_attention.can_attend(device, options.dtype) and self.cache_dtype == options.dtype
-        self.attends_to_prompts = can_attend and not options.batch_invariant
+        reason = prompt_attention.unsupported_reason(options, compute_capability(device))
+        self.uses_flash_attention = not options.batch_invariant and reason is None
+        if not options.batch_invariant and reason is not None:
+            logger.warning("torch's flash attention, which is faster for prompts, is not used: %s", reason)
         self.weight_formats: list[str] = []  # of the weights packed so far, in order
         self.tiles = tiles_for(compute_capability(device), options.dtype)
         # Enough tokens that attention splits their keys, and that products do not split their inputs.
@@ -165,18 +170,19 @@ class TritonKernels:
         window: int | None,
     ) -> TritonAttentionPlan:
         planner = self.attention_planner(num_heads, num_kv_heads, cache.keys.shape[3], window)
+        prompts = prompt_attention.plan_prompts(batch, query_lens, cache) if self.uses_flash_attention else None
+        query_lens = query_lens if prompts is None else query_lens[: prompts.first_sequence]
         table, num_partial_rows = batch.attention_work, batch.num_partial_rows
         if table is None or not np.array_equal(query_lens, batch.query_lens):
-            work = planner.plan(query_lens, batch.seq_lens)
+            work = planner.plan(query_lens, batch.seq_lens[: len(query_lens)])
             table, num_partial_rows = to_device(work.table, np.int64, self.device), work.num_partial_rows
-        may_use_torch = self.attends_to_prompts and window is None
-        prompts = prompt_attention.plan_prompts(batch, query_lens, cache) if may_use_torch else None
         return TritonAttentionPlan(table, planner.num_programs, num_partial_rows, batch.block_tables, window, prompts)
 
     def paged_attention(self, q: Tensor, cache: LayerCache, plan: TritonAttentionPlan, scale: float) -> Tensor:
+        out = attention.paged_attention(q.contiguous(), cache, plan, scale, self.tiles.attention_for(q.shape[2]))
         if plan.prompts is not None:
-            return prompt_attention.prompt_attention(q, cache, plan.prompts, scale)
-        return attention.paged_attention(q.contiguous(), cache, plan, scale, self.tiles.attention_for(q.shape[2]))
+            prompt_attention.prompt_attention(out, cache, plan.prompts, scale, plan.window)
+        return out
 
     def temporaries(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -1,7 +1,8 @@
-"""Attention of whole prompts by torch's flash attention.
+"""Attention of prompts by torch's flash attention, which is faster, but adds up in an order that depends on the batch.
 
-It is faster for long prompts, but adds up in a different order. It needs contiguous keys and values, so it is used for
-batches in which every sequence begins: their keys and values are those that the batch itself stores.
+It needs contiguous keys and values. (Paged ones would have to be in blocks of 256 tokens, and gave wrong results in
+torch 2.13: pytorch#194167.) So those of the prompts' sequences are gathered from the cache, by groups of heads if they
+are many. A prompt may be whole or a chunk that follows cached tokens.
 """
 
 from __future__ import annotations
@@ -16,47 +17,97 @@ from torch.nn.attention import varlen
 
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.batch.transfer import to_device
-from engine.kernels.interface import LayerCache
+from engine.kernels.interface import KernelOptions, LayerCache
 
 MAX_HEAD_DIM = 256
-IS_COMPLETE = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen.varlen_attn).parameters)
+MIN_CAPABILITY = (8, 0)
+MIN_ROWS = 64  # of a sequence: fewer read its keys so few times that gathering them would take longer
+MAX_GATHERED_BYTES = 256 * 2**20  # keys and values; an MLP takes about as much for a few thousand rows
+PARAMETERS = {"scale", "window_size", "enable_gqa"}
 
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """The lengths of whole prompts, as torch's flash attention takes them."""
+    """The last sequences of a batch, as torch's flash attention takes them."""
 
-    slot_mapping: Tensor  # [T], of all keys and values
-    query_starts: Tensor  # int32 [S + 1]
-    key_starts: Tensor  # int32 [S + 1]
+    first_sequence: int  # the first of them: those before, with few rows, are left to Triton's kernel
+    first_row: int
+    slots: Tensor  # int64 [K], in the KV cache, of all their tokens up to the last row of each
+    query_starts: Tensor  # int32 [P + 1]
+    key_starts: Tensor  # int32 [P + 1]
     longest_query: int
     longest_key: int  # tokens of the longest sequence
+    num_heads: int  # KV heads whose keys and values are gathered at a time
 
 
-def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch's flash attention runs on a device with a dtype."""
-    return IS_COMPLETE and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+def unsupported_reason(options: KernelOptions, capability: tuple[int, int] | None) -> str | None:
+    """Return why torch's flash attention cannot compute a model's prompts; None if it can.
+
+    `capability` is that of an NVIDIA GPU, None for other devices.
+    """
+    if capability is None or capability < MIN_CAPABILITY:
+        return "it needs an NVIDIA GPU of compute capability 8.0 or higher"
+    if options.dtype not in (torch.float16, torch.bfloat16):
+        return f"it does not compute in {str(options.dtype).removeprefix('torch.')}"
+    if options.kv_cache_dtype == "int8":
+        return "it does not read a KV cache of int8"
+    if options.head_dim > MAX_HEAD_DIM or options.head_dim % 8:
+        return f"the head size must be a multiple of 8 up to {MAX_HEAD_DIM}, not {options.head_dim}"
+    if not set(inspect.signature(varlen.varlen_attn).parameters) >= PARAMETERS:
+        return f"that of PyTorch {torch.__version__} lacks one of {', '.join(sorted(PARAMETERS))}"
+    return None
 
 
 def plan_prompts(batch: BatchInputs, query_lens: Lengths, cache: LayerCache) -> PromptPlan | None:
-    """Return the plan of `prompt_attention` for the last `query_lens` rows of each sequence.
+    """Return the plan for the last `query_lens` rows of each sequence, from the first one with many rows on.
 
-    Returns None if the head size is not supported, there are no rows, or a sequence began in an earlier batch.
+    Returns None if there is none, or if the keys and values of one head are too many to be gathered.
     """
-    head_dim = cache.keys.shape[3]
-    is_supported = head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0 and query_lens.any()
-    if not is_supported or (batch.query_lens != batch.seq_lens).any():
+    has_many = query_lens >= MIN_ROWS
+    first = int(has_many.argmax())
+    lens = np.stack((query_lens, batch.seq_lens))[:, first:]
+    num_keys = int(lens[1].sum())
+    num_heads = _heads_at_a_time(cache, num_keys)
+    if not has_many.any() or num_heads is None:
         return None
-    starts = np.zeros((2, len(query_lens) + 1), dtype=np.int32)
-    np.cumsum((query_lens, batch.seq_lens), axis=1, out=starts[:, 1:])
+    starts = np.zeros((2, lens.shape[1] + 1), dtype=np.int32)
+    np.cumsum(lens, axis=1, out=starts[:, 1:])
     query_starts, key_starts = to_device(starts, np.int32, batch.slot_mapping.device)
-    return PromptPlan(batch.slot_mapping, query_starts, key_starts, int(query_lens.max()), int(batch.seq_lens.max()))
+    slots = _slots(batch.block_tables[first:], key_starts, num_keys, cache.keys.shape[1])
+    longest_query, longest_key = map(int, lens.max(axis=1))
+    lengths = (query_starts, key_starts, longest_query, longest_key)
+    return PromptPlan(first, int(query_lens[:first].sum()), slots, *lengths, num_heads)
 
 
-def prompt_attention(q: Tensor, cache: LayerCache, plan: PromptPlan, scale: float) -> Tensor:
-    """Return causal attention of q [T, H, D] to the keys and values that the batch has stored: [T, H, D]."""
-    keys, values = (stored.flatten(0, 1)[plan.slot_mapping] for stored in (cache.keys, cache.values))
+def _heads_at_a_time(cache: LayerCache, num_tokens: int) -> int | None:
+    """Return the largest number of KV heads, a divisor of all, whose keys and values may be gathered together."""
+    _, _, num_kv_heads, head_dim = cache.keys.shape
+    head_bytes = 2 * num_tokens * head_dim * cache.keys.dtype.itemsize
+    numbers = (num for num in range(num_kv_heads, 0, -1) if num_kv_heads % num == 0)
+    return next((num for num in numbers if num * head_bytes <= MAX_GATHERED_BYTES), None)
+
+
+def _slots(tables: Tensor, starts: Tensor, num_tokens: int, block_size: int) -> Tensor:
+    """Return the slots of the tokens of sequences with block tables [P, ..] that start at `starts` [P + 1]."""
+    tokens = torch.arange(num_tokens, device=tables.device)
+    sequences = torch.searchsorted(starts[1:], tokens, right=True)
+    positions = tokens - starts[sequences]
+    return tables[sequences, positions // block_size] * block_size + positions % block_size
+
+
+def prompt_attention(q: Tensor, cache: LayerCache, plan: PromptPlan, scale: float, window: int | None) -> None:
+    """Replace the rows of the plan's sequences in q [T, H, D] by their causal attention.
+
+    A row at position p sees positions max(0, p - window + 1) .. p.
+    """
+    _, _, num_kv_heads, _ = cache.keys.shape
+    group_size = q.shape[1] // num_kv_heads
+    visible = (-1 if window is None else window - 1, 0)  # tokens before and after the row's own
     lengths = (plan.query_starts, plan.key_starts, plan.longest_query, plan.longest_key)
-    out = varlen.varlen_attn(q, keys, values, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True)
-    assert isinstance(out, Tensor)
-    return out
+    for first in range(0, num_kv_heads, plan.num_heads):
+        last = first + plan.num_heads
+        rows = q[plan.first_row :, first * group_size : last * group_size]
+        keys, values = (stored.flatten(0, 1)[:, first:last][plan.slots] for stored in (cache.keys, cache.values))
+        out = varlen.varlen_attn(rows, keys, values, *lengths, scale=scale, window_size=visible, enable_gqa=True)
+        assert isinstance(out, Tensor)
+        rows.copy_(out)

@@ -1,9 +1,11 @@
-"""Which batches torch's attention computes, and its arguments: on a CPU, with a plain attention instead."""
+"""Which rows torch's flash attention computes, and its arguments: on a CPU, with a plain attention instead."""
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,37 +13,51 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from engine.kernels.interface import KernelOptions
+from engine.batch.inputs import BatchInputs, Lengths
+from engine.kernels.interface import KernelOptions, LayerCache
 from engine.kernels.triton import prompt_attention
 from engine.kernels.triton.kernels import TritonKernels
+from engine.kernels.triton.prompt_attention import plan_prompts, unsupported_reason
+from tests.engine.kernels.triton.test_waits import Waits
 from tests.parity.test_families import SHAPE
 from tests.support.outputs import all_logits, greedy_outputs
+from tests.support.paged_attention import Paged, Shape
 from tests.support.tiny_models import save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
+HALF = KernelOptions(torch.bfloat16)
+
 
 class Library:
-    """Replaces `varlen_attn`, and records the lengths that it is called with."""
+    """Replaces `varlen_attn`, and records the lengths that it is called with, and the number of KV heads."""
 
     def __init__(self) -> None:
         self.signature = inspect.signature(varlen.varlen_attn)
         self.calls: list[tuple[list[int], list[int]]] = []
+        self.num_heads: list[int] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         call = self.signature.bind(*args, **kwargs).arguments
         q, k, v = call["query"], call["key"], call["value"]
+        assert q.stride(2) == 1
+        assert k.is_contiguous()
+        assert v.is_contiguous()
         starts = [call[name] for name in ("cu_seq_q", "cu_seq_k")]
-        assert (call["window_size"], call["enable_gqa"]) == ((-1, 0), True)
+        assert call["enable_gqa"]
         assert [start.dtype for start in starts] == [torch.int32] * 2
         lens = [start.diff().tolist() for start in starts]
         assert [call["max_q"], call["max_k"]] == [max(some) for some in lens]
         self.calls.append((lens[0], lens[1]))
+        self.num_heads.append(k.shape[1])
         parts = zip(q.split(lens[0]), k.split(lens[1]), v.split(lens[1]), strict=True)
-        return torch.cat([self._one(*part, call["scale"]) for part in parts])
+        return torch.cat([self._one(*part, call["scale"], *call["window_size"]) for part in parts])
 
-    def _one(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Return the attention of the last rows of a sequence."""
-        mask = torch.ones((len(q), len(k)), dtype=torch.bool).tril(len(k) - len(q))
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> Tensor:
+        """Return the attention of the last rows of a sequence to keys up to `left` tokens before their own; -1: all."""
+        assert right == 0
+        ones = torch.ones((len(q), len(k)), dtype=torch.bool)
+        mask = ones.tril(len(k) - len(q))
+        mask &= ones if left == -1 else ones.triu(len(k) - len(q) - left)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(0, 1)
 
@@ -50,8 +66,105 @@ class Library:
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     stand_in = Library()
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(prompt_attention, "can_attend", lambda device, dtype: True)
+    monkeypatch.setattr(prompt_attention, "unsupported_reason", lambda options, capability: None)
+    monkeypatch.setattr(prompt_attention, "MIN_ROWS", 4)
     return stand_in
+
+
+def paged(seq_lens: list[int], window: int | None = None, num_kv_heads: int = 2) -> Paged:
+    def kernels(options: KernelOptions, device: torch.device) -> TritonKernels:
+        return TritonKernels(dataclasses.replace(options, batch_invariant=False), device)
+
+    shape = Shape(num_kv_heads, 2, 16, 16, window, torch.float32)
+    return Paged(shape, seq_lens, SEED, kernels=kernels)
+
+
+def assert_right(paged: Paged, spans: list[tuple[int, int, int]]) -> None:
+    for out, span in zip(paged.attend(spans), spans, strict=True):
+        torch.testing.assert_close(out.double(), paged.expected(*span), rtol=2e-5, atol=2e-5)
+
+
+MIXED = [(0, 39, 40), (1, 8, 9), (2, 0, 20), (3, 20, 50), (4, 33, 35)]  # sequence, first row, row after the last
+
+
+@pytest.mark.parametrize("window", [None, 1, 11, 100])
+def test_chunks_among_other_rows(library: Library, window: int | None) -> None:
+    """Rows of generating requests come first, and stay with Triton's kernel; chunks follow cached tokens."""
+    assert_right(paged([40, 9, 20, 50, 35], window), MIXED)
+    assert library.calls == [([20, 30, 2], [20, 50, 35])]
+
+
+@pytest.mark.parametrize(
+    ("spans", "calls"),
+    [
+        ([(0, 0, 40)], [([40], [40])]),
+        ([(0, 36, 40)], [([4], [40])]),
+        ([(0, 37, 40)], []),  # too few rows
+        ([(0, 39, 40), (1, 8, 9)], []),
+        ([(0, 40, 40), (1, 0, 9), (2, 19, 20)], [([9, 1], [9, 20])]),  # no row of the first is computed
+        ([(1, 0, 9), (0, 40, 40)], [([9, 0], [9, 40])]),
+    ],
+    ids=str,
+)
+def test_which_rows(
+    library: Library, spans: list[tuple[int, int, int]], calls: list[tuple[list[int], list[int]]]
+) -> None:
+    some = paged([40, 9, 20])
+    outs = some.attend(spans)
+    for out, (sequence, start, end) in zip(outs, spans, strict=True):
+        if start < end:
+            torch.testing.assert_close(out.double(), some.expected(sequence, start, end), rtol=2e-5, atol=2e-5)
+    assert library.calls == calls
+
+
+KEY_BYTES = 2 * 105 * 16 * 4  # of one head of the chunks in MIXED and their values
+
+
+@pytest.mark.parametrize(("num_at_a_time", "found"), [(6, [6]), (5, [3, 3]), (2, [2, 2, 2]), (1, [1] * 6), (0, [])])
+def test_heads_are_gathered_by_groups_if_they_are_many(
+    library: Library, num_at_a_time: int, found: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If one head is too much, Triton's kernel computes all."""
+    monkeypatch.setattr(prompt_attention, "MAX_GATHERED_BYTES", num_at_a_time * KEY_BYTES + KEY_BYTES // 2)
+    assert_right(paged([40, 9, 20, 50, 35], num_kv_heads=6), MIXED)
+    assert library.num_heads == found
+
+
+def batch_of(query_lens: Lengths, seq_lens: Lengths) -> BatchInputs:
+    """Return a batch with the fields that a plan is made from."""
+    rows = (torch.empty(0, dtype=torch.int64),) * 9
+    tables = torch.zeros((len(seq_lens), int(seq_lens.max())), dtype=torch.int64)
+    return BatchInputs(*rows, tables, query_lens, query_lens, seq_lens)
+
+
+def test_nothing_waits_for_the_device(library: Library) -> None:
+    some = paged([40, 9])
+    lens = np.array([9, 9])
+    batch = batch_of(lens, np.array([40, 9]))
+    q = torch.randn(18, 4, 16)
+    waits = Waits()
+    with waits:
+        plan = plan_prompts(batch, lens, some.cache)
+        assert plan is not None
+        with torch._C.DisableTorchFunction():
+            prompt_attention.prompt_attention(q, some.cache, plan, 1.0, None)
+    assert waits.found == []
+    assert library.calls == [([9, 9], [40, 9])]
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_torch_takes_the_arguments(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, where torch checks them and computes nothing."""
+    monkeypatch.setattr(prompt_attention, "MIN_ROWS", 4)
+    meta = torch.device("meta")
+    cache = LayerCache(*torch.empty((2, 5, 16, 2, 64), dtype=torch.bfloat16, device=meta))
+    lens = np.array([20])
+    plan = plan_prompts(batch_of(lens, lens), lens, cache)
+    assert plan is not None
+    tensors: dict[str, Any] = {name: getattr(plan, name).to(meta) for name in ("slots", "query_starts", "key_starts")}
+    plan = dataclasses.replace(plan, **tensors)
+    q = torch.empty((20, 8, 64), dtype=torch.bfloat16, device=meta)
+    prompt_attention.prompt_attention(q, cache, plan, 0.1, window)
 
 
 def model(window: int | None = None) -> PreTrainedModel:
@@ -60,47 +173,60 @@ def model(window: int | None = None) -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window))
 
 
-def test_whole_prompts(library: Library, tmp_path: Path) -> None:
-    llama = model()
-    loaded = load(save_random_model(llama, tmp_path, SEED), batch_invariant=False)
-    texts = [prompt_of(length) for length in (40, 9, 21)]
+@pytest.mark.parametrize("window", [None, 13])
+def test_whole_models(library: Library, window: int | None, tmp_path: Path) -> None:
+    """The second prompt is computed in two steps, beside the first request's tokens."""
+    llama = model(window)
+    folder = save_random_model(llama, tmp_path, SEED)
+    loaded = load(folder, batch_invariant=False, max_num_batched_tokens=32, max_num_seqs=4)
+    texts = [prompt_of(length) for length in (24, 21)]
     outputs = greedy_outputs(loaded, texts, 3)
-    # The last layer computes only rows whose logits are needed; only the first step has nothing but prompts.
-    *layers, last = library.calls
-    assert layers == [([40, 9, 21], [40, 9, 21])] * (SHAPE["num_hidden_layers"] - 1)
-    assert last == ([1, 1, 1], [40, 9, 21])
+    # The last layer computes only rows whose logits are needed, which are few.
+    num_layers = SHAPE["num_hidden_layers"] - 1
+    assert library.calls == [([24, 8], [24, 8])] * num_layers + [([13], [21])] * num_layers
     for text, output in zip(texts, outputs, strict=True):
         with torch.inference_mode():
             expected = llama(torch.tensor([text + output])).logits[0]
         assert output == expected[len(text) - 1 : -1].argmax(dim=-1).tolist()
-    torch.testing.assert_close(all_logits(loaded, texts[0]), expected_logits(llama, texts[0]), rtol=0, atol=1e-3)
-
-
-def expected_logits(llama: PreTrainedModel, text: list[int]) -> Tensor:
+    logits = all_logits(loaded, texts[0])
     with torch.inference_mode():
-        logits: Tensor = llama(torch.tensor([text])).logits[0]
-    return logits
+        torch.testing.assert_close(logits, llama(torch.tensor([texts[0]])).logits[0], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"batch_invariant": False, "kv_cache_dtype": "int8"}], ids=str)
-def test_not_where_answers_must_not_vary_or_the_cache_has_codes(
-    library: Library, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    loaded = load(save_random_model(model(), tmp_path, SEED), **settings)
+def test_not_where_answers_must_not_vary(library: Library, tmp_path: Path) -> None:
+    loaded = load(save_random_model(model(), tmp_path, SEED))
     greedy_outputs(loaded, [prompt_of(20)], 1)
     assert not library.calls
 
 
-def test_not_with_a_window(library: Library, tmp_path: Path) -> None:
-    loaded = load(save_random_model(model(window=37), tmp_path, SEED), batch_invariant=False)
-    greedy_outputs(loaded, [prompt_of(20)], 1)
-    assert not library.calls
+@pytest.mark.parametrize(
+    ("options", "capability", "reason"),
+    [
+        (HALF, (8, 0), None),
+        (dataclasses.replace(HALF, dtype=torch.float16, head_dim=256), (9, 0), None),
+        (HALF, None, "it needs an NVIDIA GPU of compute capability 8.0 or higher"),
+        (HALF, (7, 5), "it needs an NVIDIA GPU of compute capability 8.0 or higher"),
+        (dataclasses.replace(HALF, dtype=torch.float32), (9, 0), "it does not compute in float32"),
+        (dataclasses.replace(HALF, kv_cache_dtype="int8"), (9, 0), "it does not read a KV cache of int8"),
+        (dataclasses.replace(HALF, head_dim=100), (9, 0), "the head size must be a multiple of 8 up to 256, not 100"),
+        (dataclasses.replace(HALF, head_dim=264), (9, 0), "the head size must be a multiple of 8 up to 256, not 264"),
+    ],
+)
+def test_what_it_lacks(options: KernelOptions, capability: tuple[int, int] | None, reason: str | None) -> None:
+    assert unsupported_reason(options, capability) == reason
+
+
+def test_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def varlen_attn(query: Tensor, *, scale: float) -> None: ...
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    reason = unsupported_reason(HALF, (9, 0))
+    assert reason == f"that of PyTorch {torch.__version__} lacks one of enable_gqa, scale, window_size"
 
 
 @pytest.mark.parametrize("batch_invariant", [True, False])
-def test_only_on_a_gpu_in_half_precision(batch_invariant: bool) -> None:
-    assert prompt_attention.IS_COMPLETE
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert prompt_attention.can_attend(torch.device("cuda"), dtype) == (dtype != torch.float32)
-        kernels = TritonKernels(KernelOptions(dtype, batch_invariant=batch_invariant), torch.device("cpu"))
-        assert not kernels.attends_to_prompts
+def test_the_log_says_why_it_is_not_used(batch_invariant: bool, caplog: pytest.LogCaptureFixture) -> None:
+    options = dataclasses.replace(HALF, batch_invariant=batch_invariant)
+    assert not TritonKernels(options, torch.device("cpu")).uses_flash_attention
+    messages = [message for message in caplog.messages if "flash attention, which is faster" in message]
+    assert len(messages) == (not batch_invariant)

@@ -1,0 +1,50 @@
+"""Torch's flash attention of prompts on a GPU, compared with Triton's kernel, for whole prompts and for chunks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.batch.inputs import BatchInputs
+from engine.kernels.interface import KernelOptions, LayerCache
+from engine.kernels.triton.kernels import TritonKernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda", 0)
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 128, 32
+
+
+def attend(
+    options: KernelOptions, q: Tensor, cache: LayerCache, query_lens: list[int], seq_lens: list[int], window: int | None
+) -> Tensor:
+    kernels = TritonKernels(options, DEVICE)
+    assert kernels.uses_flash_attention != options.batch_invariant
+    blocks = -(-max(seq_lens) // BLOCK_SIZE)
+    tables = torch.randperm(len(cache.keys), generator=torch.Generator().manual_seed(3))[: len(seq_lens) * blocks]
+    rows = (torch.zeros(len(q), dtype=torch.int64, device=DEVICE),) * 9
+    lens = np.array(query_lens)
+    batch = BatchInputs(*rows, tables.view(-1, blocks).to(DEVICE), lens, lens, np.array(seq_lens))
+    plan = kernels.plan_attention(batch, lens, NUM_HEADS, NUM_KV_HEADS, cache, window)
+    return kernels.paged_attention(q.clone(), cache, plan, HEAD_DIM**-0.5)  # it may replace q
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_same_as_triton(dtype: torch.dtype, window: int | None) -> None:
+    """Decoding rows, a whole prompt, and chunks after cached tokens: the last row must see the last key."""
+    query_lens, seq_lens = [1, 1, 300, 200, 3], [700, 33, 300, 1000, 90]
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    q = torch.randn((sum(query_lens), NUM_HEADS, HEAD_DIM), dtype=dtype, device=DEVICE, generator=generator)
+    shape = (2, 200, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    cache = LayerCache(*torch.randn(shape, dtype=dtype, device=DEVICE, generator=generator))
+    options = KernelOptions(dtype, head_dim=HEAD_DIM)
+    varying = dataclasses.replace(options, batch_invariant=False)
+    expected, found = (attend(some, q, cache, query_lens, seq_lens, window) for some in (options, varying))
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    assert not torch.equal(found, expected)
+    assert torch.equal(found[:2], expected[:2])
