@@ -73,7 +73,7 @@ def test_the_same_answer_in_any_company(
     assert isinstance(execution, GraphedExecution) != settings.get("enforce_eager", False)
     if isinstance(execution, GraphedExecution):
         assert not execution.uncaptured
-        assert sorted(execution.graphs) == [size for size in SIZES if size <= 128]  # max_num_seqs
+        assert sorted(execution.graphs) == [(size, False) for size in SIZES if size <= 128]  # max_num_seqs
 
 
 def test_adapters_in_any_company(smollm2_path: Path, tmp_path: Path, submits: Sequence[Submit]) -> None:
