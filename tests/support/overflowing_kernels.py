@@ -72,7 +72,17 @@ def _loop_variable(x, stride, table, IS_WIDE: tl.constexpr):
         tl.store(x + start, 0.0)
 
 
-KERNELS: list[Any] = [_row, _row_of_table, _column_first, _sum, _mask, _loop_variable]
+@triton.jit
+def _while(x, stride, table, IS_WIDE: tl.constexpr):
+    row = tl.program_id(0)
+    if IS_WIDE:
+        row = row.to(tl.int64)
+    while row < stride:
+        tl.store(x + row * stride, 0.0)
+        row += 1
+
+
+KERNELS: list[Any] = [_row, _row_of_table, _column_first, _sum, _mask, _loop_variable, _while]
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ Runs in a process of its own, since kernels are interpreted or compiled for good
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +19,7 @@ from triton.compiler import ASTSource, make_backend
 
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import ReasoningLimit
-from tests.bench.gpu_shapes import SHAPES, Shape
+from tests.bench.gpu_shapes import Shape
 from tests.support.gpu_cards import GB, Card
 from tests.support.gpu_trace import Launch, TensorSpec
 from tests.support.meta_models import Sequence, load_meta_model, model_config, traced_step
@@ -29,6 +28,7 @@ from tests.support.ttir_intervals import Analysis, Interval, parse
 LARGEST_CARD = Card("192 GB", (9, 0), 160, 192 * GB, 8e12, 2.2e15, 126 * 2**20, 228 * 1024, 1.9e9)
 # The widest layers of Llama 3 (405B) and the largest vocabularies; two layers, so that one holds half of the cache.
 LARGEST_SHAPE = Shape(16384, 53248, 2, 128, 8, 262144)
+SMALL_SHAPE = Shape(1024, 8192, 2, 16, 8, 128256)  # with so few outputs that products are split
 MAX_MODEL_LEN = 2**20
 NUM_ROWS = 65536
 NUM_SEQUENCES = 256
@@ -56,7 +56,7 @@ def extreme_launches() -> list[Launch]:
     for shape, settings in (
         (LARGEST_SHAPE, {"max_loras": 63, "max_lora_rank": 256}),
         (LARGEST_SHAPE, {"kv_cache_dtype": "int8", "packed": "Q4_K"}),
-        (dataclasses.replace(SHAPES["llama-3-8b"], num_layers=2), {"packed": "Q8_0"}),  # whose products are split
+        (SMALL_SHAPE, {"packed": "Q8_0"}),
     ):
         model = load_meta_model(
             model_config(shape, MAX_MODEL_LEN),
@@ -110,7 +110,8 @@ def analyse(group: list[Launch]) -> list[str]:
 # Integers that kernels read from memory -> the largest that is there. All others may be any.
 LOADED: Mapping[str, Callable[[Launch], int]] = {
     "tables": lambda launch: launch.arguments["keys"].shape[0],
-    "tiles": lambda launch: MAX_MODEL_LEN,  # positions and rows; for adapters, columns
+    "work": lambda launch: max(MAX_MODEL_LEN, *(launch.arguments[name].shape[0] for name in ("work", "partial"))),
+    "tiles": lambda launch: launch.arguments["num_columns"],
     "slot_mapping": lambda launch: launch.arguments["keys"].shape[0] * launch.arguments["keys"].shape[1],
     "lora_slots": lambda launch: launch.arguments["ranks"].shape[0],
     "ranks": lambda launch: launch.arguments["max_rank"],

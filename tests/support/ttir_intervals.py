@@ -1,8 +1,9 @@
 """Interval analysis of Triton's intermediate form (TTIR): which 32-bit arithmetic that an address needs can overflow.
 
 Each integer has an interval of the values that it can have: arguments and program ids have those of a launch, loaded
-integers those of a table, or of their type. An operation whose exact result does not fit its type marks its result, and
-what is computed from it. A mark that reaches an address, the mask of a load or store, or a loop's bound is a finding.
+integers those of a table, or of their type. An operation in 32 bits whose exact result does not fit marks its result,
+and what is computed from it. A mark that reaches an address, the mask of a load or store, or a loop's bound is a
+finding.
 """
 
 from __future__ import annotations
@@ -318,8 +319,8 @@ def _constant(text: str) -> Interval:
 
 
 def _fitted(value: Interval, kind: str, text: str) -> Interval:
-    """Return a value that fits its type, or any value of the type and where it comes from."""
+    """Return a value that fits its type, or any value of the type. Below 64 bits, that has its origin here."""
     any_value = of_type(kind)
     if any_value.low <= value.low and value.high <= any_value.high:
         return value
-    return any_value._replace(origin=value.origin or text)
+    return any_value._replace(origin=value.origin or (text if kind != "i64" else ""))

@@ -245,7 +245,7 @@ def _reduce(
     program = work + tl.program_id(0) * FIELDS
     num_partials = _field(program, 4)
     if num_partials > 0:
-        num_rows, partial_row = _field(program, 3), _field(program, 5)
+        num_rows, partial_row = _field(program, 3), _field(program, 5).to(tl.int64)
         _, offsets, has_row = _rows(_field(program, 2), num_rows, kv_head, q_stride, group_size, PACKED, SIZE)
         columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
         highest, total, weighted = _empty_softmax(PACKED, COLUMNS)
