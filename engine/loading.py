@@ -26,7 +26,7 @@ from engine.weights import load_weights
 CPU_NUM_BATCHED_TOKENS = 256  # larger steps gain little throughput, and all requests wait for the end of a step
 GPU_NUM_BATCHED_TOKENS = 8192
 QUANTIZATIONS = ("auto", "none", "int8")
-KV_CACHE_DTYPES = ("auto", "int8")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Progress = Callable[[int, int], None]

@@ -12,7 +12,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantization: str = "auto"  # auto: that of the checkpoint; none: all weights in `dtype`; int8: groups of 32
-    kv_cache_dtype: str = "auto"  # auto: `dtype`; int8: with a scale per token and head
+    kv_cache_dtype: str = "auto"  # auto: `dtype`; int8, fp8: with a scale per token and head
     max_model_len: int | None = None  # tokens of prompt and output; None: the context the model was trained for
     max_num_seqs: int = 128  # choices that run at a time
     max_num_batched_tokens: int | None = None  # token budget of a step

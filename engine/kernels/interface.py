@@ -32,7 +32,7 @@ class KernelOptions:
 
     dtype: torch.dtype
     quantization: str = "auto"  # auto: as in the checkpoint; none: dtype; int8: groups of 32
-    kv_cache_dtype: str = "auto"  # auto: dtype; int8: with a scale for each token and head
+    kv_cache_dtype: str = "auto"  # auto: dtype; int8, fp8: with a scale for each token and head
     max_num_rows: int = 0  # of a batch
     head_dim: int = 64
     block_size: int = 32
@@ -62,7 +62,7 @@ class LayerCache:
 
     keys: Tensor
     values: Tensor
-    key_scales: Tensor | None = None  # float32 [B, KH, N] if keys and values are int8
+    key_scales: Tensor | None = None  # float32 [B, KH, N] if keys and values have 8 bits
     value_scales: Tensor | None = None
 
 

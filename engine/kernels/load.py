@@ -10,6 +10,8 @@ import torch
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.triton.requirements import missing_requirement
 
+NEEDED_KERNELS = {"int8": "the CPU or GPU kernels", "fp8": "the GPU kernels"}  # for a number format
+
 logger = logging.getLogger("lightwell.engine")
 
 
@@ -25,8 +27,8 @@ def load_kernels(device: torch.device, options: KernelOptions) -> Kernels:
     if device.type != "cpu" and not options.allow_slow_kernels:
         raise ValueError(f"{kernels}. With --allow-slow-kernels, the much slower plain torch kernels are used instead")
     for flag, value in (("--quantization", options.quantization), ("--kv-cache-dtype", options.kv_cache_dtype)):
-        if value == "int8":
-            raise ValueError(f"{flag} int8 needs the CPU or GPU kernels, but {kernels}")
+        if value in NEEDED_KERNELS:
+            raise ValueError(f"{flag} {value} needs {NEEDED_KERNELS[value]}, but {kernels}")
     logger.warning("using the slower plain torch kernels: %s", kernels)
     from engine.kernels.torch.kernels import TorchKernels
 

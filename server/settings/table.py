@@ -263,8 +263,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Setting(
             _MEMORY,
-            choice("DTYPE", "auto", "int8"),
-            "Data type of the KV cache: that of the computation, or 8-bit integers with one scale per token and head.",
+            choice("DTYPE", "auto", "int8", "fp8"),
+            "Data type of the KV cache: that of the computation, or 8 bits with one scale per token and head. "
+            "fp8 needs a GPU, and is less precise than int8.",
         ),
     ] = "auto"
     kv_cache_memory: Annotated[

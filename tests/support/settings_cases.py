@@ -96,7 +96,7 @@ INVALID: dict[str, list[str]] = {
     "max_step_ms": ["0", "-1", "50ms", "nan"],
     "block_size": ["17", "8", "", "256"],
     "enable_prefix_caching": ["none"],
-    "kv_cache_dtype": ["fp8", "bfloat16", ""],
+    "kv_cache_dtype": ["fp4", "bfloat16", ""],
     "kv_cache_memory": ["1KiB", "1GG", ""],
     "gpu_memory_utilization": ["0", "1.1", "90%", "nan"],
     "speculative": ["on", "false", "", "OFF"],

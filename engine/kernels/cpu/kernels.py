@@ -38,6 +38,8 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}  # Activation of ro
 
 def why_unsupported(options: KernelOptions) -> str | None:
     """Return why these kernels cannot run a model; None if they can."""
+    if options.kv_cache_dtype == "fp8":
+        return "the device is a CPU, where int8 takes the same memory"
     if options.dtype not in (torch.float32, torch.bfloat16):
         return f"the C++ kernels do not compute in {options.dtype}".replace("torch.", "")
     if options.block_size % LANES or CHUNK % options.block_size:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.kernels.interface import LayerCache
 from engine.kernels.triton.attention_plan import NUM_FIELDS
+from engine.kernels.triton.float8 import float8_numbers
 from engine.kernels.triton.prompt_attention import PromptPlan
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS, AttentionTiles
 
@@ -79,8 +80,9 @@ def _partial_rows(first, kv_head, num_kv_heads, PACKED: tl.constexpr):
 
 @triton.jit
 def _load_numbers(stored, offsets, mask, dtype: tl.constexpr):
-    """Load keys or values as numbers of `dtype`, which hold every int8 exactly. Their scales are applied later."""
-    return tl.load(stored + offsets, mask=mask, other=0).to(dtype)
+    """Load keys or values as numbers of `dtype`, exact if they are int8, float8 or its bits. Scales come later."""
+    codes = tl.load(stored + offsets, mask=mask, other=0.0)
+    return (float8_numbers(codes) if codes.dtype == tl.uint8 else codes).to(dtype)
 
 
 @triton.jit
@@ -279,7 +281,7 @@ def paged_attention(
 ) -> Tensor:
     """Return causal attention of q [T, H, D], contiguous, to the keys and values [B, N, KH, D] in each row's blocks.
 
-    int8 keys and values are codes, to be multiplied by scales [B, KH, N]. A row at position p sees positions
+    Keys and values of 8 bits are codes, to be multiplied by scales [B, KH, N]. A row at position p sees positions
     max(0, p - window + 1) .. p. With a softcap, scores become softcap * tanh(score / softcap) (Gemma 2).
     The result takes the place of q; rows that are not in the plan, which fill a CUDA graph up, stay as they are.
     """

@@ -31,6 +31,7 @@ from engine.kernels.triton.tiles import card_name, compute_capability, num_multi
 from engine.weights import PackedTensor, Weight, concatenate
 
 logger = logging.getLogger("lightwell.engine")
+FLOAT8_CAPABILITY = (8, 9)  # from which Triton has float8 e4m3
 
 Matrix: TypeAlias = list[Tensor | PackedMatrix]  # stacked vertically
 
@@ -41,8 +42,8 @@ class TritonKernels:
     Without batch invariance, products with plain weights and the attention of prompts use torch's libraries, which
     choose another order of additions for another number of rows. Products with packed weights stay the same.
 
-    An 8-bit KV cache holds int8 with a scale for each token and head, as on a CPU, rather than float8: every card can
-    load int8, and it is several times as precise, since float8 has a mantissa of three bits whatever the head's range.
+    An 8-bit KV cache holds a scale for each token and head, and int8, or float8 e4m3, which is several times less
+    precise with its mantissa of three bits. Cards from 8.9 on convert two numbers of float8 with one instruction.
     """
 
     separates_prompts = False
@@ -57,20 +58,25 @@ class TritonKernels:
         is_graphed = device.type == "cuda" and not options.enforce_eager
         self.execution: ExecutionKind = "cuda_graphs" if is_graphed else "eager"
         self.keep_packed = frozenset(READERS) if options.quantization == "auto" else frozenset()
-        self.cache_dtype = torch.int8 if options.kv_cache_dtype == "int8" else options.dtype
-        reason = prompt_attention.unsupported_reason(options, compute_capability(device))
+        capability = compute_capability(device)
+        has_float8 = capability is not None and capability >= FLOAT8_CAPABILITY
+        float8 = torch.float8_e4m3fn if has_float8 else torch.uint8  # its bits
+        self.cache_dtype = {"int8": torch.int8, "fp8": float8}.get(options.kv_cache_dtype, options.dtype)
+        self.has_scales = self.cache_dtype.itemsize == 1
+        reason = prompt_attention.unsupported_reason(options, capability)
         self.uses_flash_attention = not options.batch_invariant and reason is None
         if not options.batch_invariant and reason is not None:
             logger.warning("torch's flash attention, which is faster for prompts, is not used: %s", reason)
         self.weight_formats: list[str] = []  # of the weights packed so far, in order
-        self.tiles = tiles_for(compute_capability(device), options.dtype)
+        self.tiles = tiles_for(capability, options.dtype)
         # Enough tokens that attention splits their keys, and that products do not split their inputs.
         self.num_warm_up_tokens = 2 * self.tiles.attention.segment + 1
         self.lora_tiles: dict[tuple[int, ...], Tensor] = {}  # by the sizes of a product's projections
 
     @property
     def formats(self) -> str:
-        cache = str(self.cache_dtype).removeprefix("torch.")
+        is_fp8 = self.options.kv_cache_dtype == "fp8"
+        cache = "float8_e4m3fn" if is_fp8 else str(self.cache_dtype).removeprefix("torch.")
         return f"weights {', '.join(self.weight_formats)}, KV cache {cache}"
 
     def pack(self, weights: Sequence[Weight]) -> Matrix:
@@ -131,7 +137,7 @@ class TritonKernels:
         return rows.act_and_mul(gate_up, activation)
 
     def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
-        head_bytes = head_dim + 4 if self.cache_dtype == torch.int8 else head_dim * self.dtype.itemsize
+        head_bytes = head_dim + 4 if self.has_scales else head_dim * self.dtype.itemsize
         return 2 * block_size * num_kv_heads * head_bytes
 
     def new_kv_cache(
@@ -140,10 +146,10 @@ class TritonKernels:
         return [self._new_layer_cache((num_blocks, block_size, num_kv_heads, head_dim)) for _ in range(num_layers)]
 
     def _new_layer_cache(self, shape: tuple[int, int, int, int]) -> LayerCache:
-        """Keys and values are [B, N, KH, D], the scales of int8 [B, KH, N]."""
-        if self.cache_dtype != torch.int8:
+        """Keys and values are [B, N, KH, D], the scales of codes of 8 bits [B, KH, N]."""
+        if not self.has_scales:
             return new_layer_cache(shape, self.dtype, self.device)
-        keys, values = torch.zeros((2, *shape), dtype=torch.int8, device=self.device)
+        keys, values = torch.zeros((2, *shape), dtype=torch.uint8, device=self.device).view(self.cache_dtype)
         num_blocks, block_size, num_kv_heads, _ = shape
         scales = torch.zeros((2, num_blocks, num_kv_heads, block_size), device=self.device)
         return LayerCache(keys, values, *scales)

@@ -14,22 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.triton.float8 import float8_numbers
 from engine.kernels.triton.packed_matrix import PackedMatrix
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS, LinearTiles
 
 SUM_COLUMNS = 1024  # of a program that adds up splits
 ROW_GROUP = 8  # tiles of rows that share columns at about the same time
-
-
-@triton.jit
-def _float8_numbers(codes):
-    """Return the numbers that bits of float8 e4m3 stand for, exactly, on cards that have no instruction for it.
-
-    As bits of float16, whose exponent is one bit longer and biased by 15 instead of 7, they are 2^-8 of the number.
-    """
-    bits = codes.to(tl.uint16)
-    half = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).to(tl.float16, bitcast=True)
-    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
 
 
 @triton.jit
@@ -64,7 +54,7 @@ def _load_weights(
         codes = tl.load(weights + columns[:, None] * weights_stride + k[None, :], mask=mask, other=0.0)
     if FORMAT != "plain":
         if FORMAT == "float8" and weights.dtype.element_ty == tl.uint8:
-            numbers = _float8_numbers(codes)
+            numbers = float8_numbers(codes)
         else:
             numbers = codes.to(tl.float32)
         # Load one scale for each group: with one for each input, the loads would be most of the work.

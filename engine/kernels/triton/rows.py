@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.interface import LayerCache
+from engine.kernels.triton.float8 import MAX_FLOAT8, float8_bits
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS
 
 ACT_COLUMNS = 1024  # of a program
@@ -82,17 +83,28 @@ def _rotated(x, cos, sin, half, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store_head(values, heads, index, scales, scale_index, size, HAS_SCALES: tl.constexpr, BLOCK: tl.constexpr):
-    """Store one head [BLOCK], or its codes of -127 .. 127 and a scale, which is NaN if a number is not finite."""
+    """Store one head [BLOCK], or its codes and a scale, which is NaN if a number is not finite.
+
+    Codes are int8 in -127 .. 127, or float8 up to 448, or its bits in uint8.
+    """
     columns = tl.arange(0, BLOCK)
+    heads += index * size + columns
     if HAS_SCALES:
+        is_int8: tl.constexpr = heads.dtype.element_ty == tl.int8
+        most: tl.constexpr = 127.0 if is_int8 else MAX_FLOAT8
         sizes = tl.abs(values)
         are_finite = tl.min((sizes < float("inf")).to(tl.int32), axis=0) > 0
         largest = tl.max(sizes, axis=0)
-        tl.store(scales + scale_index, tl.where(are_finite, tl.div_rn(largest, 127.0), float("nan")))
+        tl.store(scales + scale_index, tl.where(are_finite, tl.div_rn(largest, most), float("nan")))
         has_codes = are_finite & (largest > SMALLEST)
-        codes = tl.where(has_codes, values, 0.0) * tl.div_rn(127.0, tl.where(has_codes, largest, 1.0))
-        values = (codes + ROUNDER) - ROUNDER
-    tl.store(heads + index * size + columns, values.to(heads.dtype.element_ty), mask=columns < size)
+        codes = tl.where(has_codes, values, 0.0) * tl.div_rn(most, tl.where(has_codes, largest, 1.0))
+        if is_int8:
+            codes = (codes + ROUNDER) - ROUNDER
+            tl.store(heads, codes.to(tl.int8), mask=columns < size)
+        else:
+            tl.store(heads, float8_bits(codes).to(heads.dtype.element_ty, bitcast=True), mask=columns < size)
+    else:
+        tl.store(heads, values.to(heads.dtype.element_ty), mask=columns < size)
 
 
 @triton.jit
@@ -145,7 +157,8 @@ def rope_and_store_kv(
     """Rotate q [T, H, D] and k [T, KH, D] (Su et al. 2021), store k and v at `slot_mapping` [T], and return q rotated.
 
     Rows with a negative slot are not stored.
-    cos and sin are float32 [T, D / 2]; the cache's keys and values are [B, N, KH, D], with scales [B, KH, N] for int8.
+    cos and sin are float32 [T, D / 2]; the cache's keys and values are [B, N, KH, D], with scales [B, KH, N] if they
+    have 8 bits.
     """
     num_rows, num_heads, size = q.shape
     num_kv_heads = k.shape[1]

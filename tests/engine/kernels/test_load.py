@@ -99,6 +99,12 @@ def test_int8_is_not_left_out_in_silence(options: KernelOptions, flag: str, no_c
         load_kernels(CPU, options)
 
 
+def test_float8_needs_a_gpu() -> None:
+    options = KernelOptions(torch.bfloat16, kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match="--kv-cache-dtype fp8 needs the GPU kernels, but the device is a CPU, where"):
+        load_kernels(CPU, options)
+
+
 def test_what_stays_packed() -> None:
     """No weights, if the settings ask for number formats other than the checkpoint's own."""
     for quantization in ("none", "int8"):

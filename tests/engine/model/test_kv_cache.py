@@ -42,7 +42,9 @@ def test_bytes_of_the_kernels_of_this_processor(dtype: str, kv_cache_dtype: str,
     assert bytes_per_block(MODEL, block_size, kernels) == 2 * 3 * block_size * 2 * (16 * stored.itemsize + scale_bytes)
 
 
-@pytest.mark.parametrize(("kv_cache_dtype", "dtype"), [("auto", torch.float16), ("int8", torch.int8)])
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "dtype"), [("auto", torch.float16), ("int8", torch.int8), ("fp8", torch.uint8)]
+)
 def test_bytes_of_the_kernels_of_a_gpu(kv_cache_dtype: str, dtype: torch.dtype) -> None:
     kernels = TritonKernels(KernelOptions(torch.float16, kv_cache_dtype=kv_cache_dtype), CPU)
     assert_bytes_are_those_of_the_tensors(kernels, 16, dtype)

@@ -132,34 +132,43 @@ def test_it_does_not_depend_on_the_batch(shape: Shape) -> None:
         assert torch.equal(torch.cat(mixed[:-1]), whole), f"chunks of {chunk}"
 
 
-def stored_in_int8(paged: Paged) -> Paged:
-    """Quantise the cache of `paged` to int8, and set its keys and values to the dequantized numbers."""
-    codes, scales = [], []
+MOST = {torch.int8: 127, torch.uint8: 448, torch.float8_e4m3fn: 448}  # largest code of a format; uint8: float8's bits
+
+
+def stored_in_8_bits(paged: Paged, dtype: torch.dtype) -> Paged:
+    """Quantise the cache of `paged`, and set its keys and values to the dequantized numbers."""
+    codes, scales, numbers = [], [], []
     for stored in (paged.cache.keys, paged.cache.values):
         largest = stored.float().abs().amax(dim=-1, keepdim=True)
-        codes.append((stored.float() * 127 / largest).round().to(torch.int8))
-        scales.append((largest / 127).squeeze(-1).transpose(1, 2).contiguous())
+        scaled = stored.float() * MOST[dtype] / largest
+        coded = scaled.round().to(torch.int8) if dtype == torch.int8 else scaled.to(torch.float8_e4m3fn)
+        codes.append(coded.view(dtype))
+        scales.append((largest / MOST[dtype]).squeeze(-1).transpose(1, 2).contiguous())
+        numbers.append(coded.double())
     paged.cache = LayerCache(*codes, *scales)
-    for of_sequences, its_codes, its_scales in zip((paged.k, paged.v), codes, scales, strict=True):
-        numbers = (its_codes.double() * its_scales.transpose(1, 2).unsqueeze(-1)).flatten(0, 1)
+    for of_sequences, its_codes, its_scales in zip((paged.k, paged.v), numbers, scales, strict=True):
+        its_numbers = (its_codes * its_scales.transpose(1, 2).unsqueeze(-1)).flatten(0, 1)
         for sequence, ids in enumerate(paged.block_ids):
-            of_sequences[sequence] = numbers[paged.slots(ids, len(of_sequences[sequence]))]
+            of_sequences[sequence] = its_numbers[paged.slots(ids, len(of_sequences[sequence]))]
     return paged
 
 
 @pytest.mark.parametrize("garbage", [1e4, float("nan")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("window", [None, 300])
-def test_codes_of_8_bits(window: int | None, dtype: torch.dtype, garbage: float) -> None:
-    paged = stored_in_int8(Paged(Shape(2, 3, 80, 32, window, dtype), [600, 37], 8, garbage, TritonKernels))
-    assert_as_in_the_textbook(paged, [(0, 590, 600), (1, 0, 37), (0, 599, 600)])
+@pytest.mark.parametrize(("window", "stored"), [(None, torch.int8), (300, torch.int8), (300, torch.uint8)])
+def test_codes_of_8_bits(window: int | None, stored: torch.dtype, dtype: torch.dtype, garbage: float) -> None:
+    paged = Paged(Shape(2, 3, 80, 32, window, dtype), [600, 37], 8, garbage, TritonKernels)
+    assert_as_in_the_textbook(stored_in_8_bits(paged, stored), [(0, 590, 600), (1, 0, 37), (0, 599, 600)])
 
 
-def test_codes_of_8_bits_do_not_depend_on_the_batch() -> None:
-    paged = stored_in_int8(Paged(Shape(1, 3, 64, 32, None, torch.float16), [600, 37], 9, kernels=TritonKernels))
+@pytest.mark.parametrize("stored", MOST, ids=str)
+def test_codes_of_8_bits_do_not_depend_on_the_batch(stored: torch.dtype) -> None:
+    paged = Paged(Shape(1, 3, 64, 32, None, torch.float16), [600, 37], 9, kernels=TritonKernels)
+    stored_in_8_bits(paged, stored)
     (whole,) = attend(paged, [(0, 580, 600)])
     (_, *mixed) = attend(paged, [(1, 0, 37), (0, 580, 587), (0, 587, 600)])
     assert torch.equal(torch.cat(mixed), whole)
+    torch.testing.assert_close(whole.double(), paged.expected(0, 580, 600), rtol=4e-3, atol=4e-3)
 
 
 def test_what_lies_in_other_slots_does_not_matter() -> None:

@@ -95,7 +95,9 @@ for dtype in sys.argv[2:]:
     for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
         compile(rows._act_and_mul, {"ACTIVATION": activation, "BLOCK": rows.ACT_COLUMNS}, 4, 2, **x)
     numbers = {"keys": "*i8", "values": "*i8", "key_scales": "*fp32", "value_scales": "*fp32"}
-    for scales in (None, numbers):
+    has_float8 = is_cuda and target.arch >= 89
+    float8 = numbers | dict.fromkeys(("keys", "values"), "*fp8e4nv" if has_float8 else "*u8")
+    for scales in (None, numbers, float8):
         types = x | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"} | (scales or {})
         constants = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": scales is not None}
         constants |= {} if scales else {"key_scales": None, "value_scales": None}
@@ -113,6 +115,8 @@ for dtype in sys.argv[2:]:
         constants |= {"HAS_WINDOW": has_window, "SEGMENT": sizes.segment, "HAS_SOFTCAP": has_window}
         constants |= {"KEYS": sizes.keys, "TOKENS": 32, "HAS_SCALES": True}
         compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types | numbers)
+        if size == 128:
+            compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types | float8)
         constants |= {"HAS_SCALES": False, "key_scales": None, "value_scales": None}
         compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types)
 dtype = "*fp32"  # of logits
@@ -146,7 +150,7 @@ def test_kernels_compile(target: str, dtype: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) == 35
+    assert len(found) == 37
     too_large = {name: kernel for name, kernel in found.items() if kernel["shared"] > TARGETS[target]}
     assert not too_large
     if target.startswith("cuda"):

@@ -81,10 +81,13 @@ def test_rope_and_store_kv(
     num_kv_heads=st.integers(1, 3),
     head_dim=st.sampled_from([10, 64, 80]),
     dtype=st.sampled_from(DTYPES),
+    kv_cache_dtype=st.sampled_from(["int8", "fp8"]),
     seed=st.integers(0, 2**32),
 )
-def test_a_cache_of_8_bits(num_kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int) -> None:
-    """Codes are the nearest in -127 .. 127; the scale of a head is that of its largest number."""
+def test_a_cache_of_8_bits(
+    num_kv_heads: int, head_dim: int, dtype: torch.dtype, kv_cache_dtype: str, seed: int
+) -> None:
+    """Codes are the nearest in -127 .. 127, or in float8; the scale of a head is that of its largest number."""
     q, k, v = torch.split(random_tensor(seed, 6, 3 * num_kv_heads, head_dim, dtype=dtype), num_kv_heads, dim=1)
     k *= torch.logspace(-3, 3, 6)[:, None, None].to(dtype)
     v[1] = 0.0
@@ -93,16 +96,17 @@ def test_a_cache_of_8_bits(num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     angles = torch.rand(6, head_dim // 2, generator=generator)
     slot_mapping = torch.randperm(2 * 16, generator=generator)[:6]
     slot_mapping[2] = -1  # not stored
-    kernels = TritonKernels(KernelOptions(dtype, kv_cache_dtype="int8"), CPU)
+    kernels = TritonKernels(KernelOptions(dtype, kv_cache_dtype=kv_cache_dtype), CPU)
     (cache,) = kernels.new_kv_cache(1, 2, 16, num_kv_heads, head_dim)
     kernels.rope_and_store_kv(q, k, v, angles.cos(), angles.sin(), slot_mapping, cache)
     heads = (
         (rotate(k, angles.cos(), angles.sin()), cache.keys, cache.key_scales),
         (v, cache.values, cache.value_scales),
     )
-    for numbers, codes, scales in heads:
-        assert codes.dtype == torch.int8
+    for numbers, stored, scales in heads:
+        assert stored.dtype == (torch.int8 if kv_cache_dtype == "int8" else torch.uint8)
         assert scales is not None
+        codes = stored if kv_cache_dtype == "int8" else stored.view(torch.float8_e4m3fn)
         for row, slot in enumerate(slot_mapping.tolist()):
             if slot < 0:
                 continue
@@ -112,9 +116,14 @@ def test_a_cache_of_8_bits(num_kv_heads: int, head_dim: int, dtype: torch.dtype,
             is_finite = expected.isfinite().all(dim=1)
             assert of_head[~is_finite].isnan().all()
             largest = expected.abs().amax(dim=1)
-            torch.testing.assert_close(of_head[is_finite] * 127, largest[is_finite], rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                of_head[is_finite] * (127 if kv_cache_dtype == "int8" else 448), largest[is_finite], rtol=1e-5, atol=0
+            )
             errors = (codes[block, offset].double() * of_head[:, None] - expected).abs()[is_finite]
-            assert (errors <= 0.501 * of_head[is_finite, None]).all()
+            bounds = 0.501 * of_head[is_finite, None].expand_as(errors)  # half of the step between codes
+            if kv_cache_dtype == "fp8":
+                bounds = torch.maximum(bounds * 2**-9, 1.001 * 2**-4 * expected.abs()[is_finite])
+            assert (errors <= bounds).all()
     is_empty = torch.ones(32, dtype=torch.bool)
     is_empty[slot_mapping[slot_mapping >= 0]] = False
     assert not cache.keys.flatten(0, 1)[is_empty].any()
