@@ -49,8 +49,8 @@ def unsupported_reason(options: KernelOptions, capability: tuple[int, int] | Non
         return "it needs an NVIDIA GPU of compute capability 8.0 or higher"
     if options.dtype not in (torch.float16, torch.bfloat16):
         return f"it does not compute in {str(options.dtype).removeprefix('torch.')}"
-    if options.kv_cache_dtype == "int8":
-        return "it does not read a KV cache of int8"
+    if options.kv_cache_dtype != "auto":
+        return f"it does not read a KV cache of {options.kv_cache_dtype}"
     if options.head_dim > MAX_HEAD_DIM or options.head_dim % 8:
         return f"the head size must be a multiple of 8 up to {MAX_HEAD_DIM}, not {options.head_dim}"
     if not set(inspect.signature(varlen.varlen_attn).parameters) >= PARAMETERS:

@@ -208,6 +208,7 @@ def test_not_where_answers_must_not_vary(library: Library, tmp_path: Path) -> No
         (HALF, (7, 5), "it needs an NVIDIA GPU of compute capability 8.0 or higher"),
         (dataclasses.replace(HALF, dtype=torch.float32), (9, 0), "it does not compute in float32"),
         (dataclasses.replace(HALF, kv_cache_dtype="int8"), (9, 0), "it does not read a KV cache of int8"),
+        (dataclasses.replace(HALF, kv_cache_dtype="fp8"), (9, 0), "it does not read a KV cache of fp8"),
         (dataclasses.replace(HALF, head_dim=100), (9, 0), "the head size must be a multiple of 8 up to 256, not 100"),
         (dataclasses.replace(HALF, head_dim=264), (9, 0), "the head size must be a multiple of 8 up to 256, not 264"),
     ],
