@@ -20,6 +20,7 @@ from tests.bench.gpu_shapes import SHAPES, TARGETS, Shape, decode_name, prefill_
 from tests.support.gpu_cards import CARDS, Card
 from tests.support.meta_models import MetaModel, Sequence, TracedStep, load_meta_model, model_config, traced_step
 
+MEMORY_SHARE = 0.95  # that the engine may use
 NUM_KINDS = 3  # kinds of launches that the table shows for a step
 
 # Steps by name, as `make bench-gpu` measures them.
@@ -27,7 +28,7 @@ STEPS: Mapping[str, list[Sequence]] = {
     decode_name(1): [Sequence(1056)],
     decode_name(8): [Sequence(1056)] * 8,
     decode_name(64): [Sequence(1056)] * 64,
-    "decode, 64 streams of 8k": [Sequence(8192)] * 64,
+    "decode, 32 streams of 8k": [Sequence(8192)] * 32,
     "decode, 63 streams and one of 32k": [Sequence(1056)] * 63 + [Sequence(32768)],
     prefill_name(8192): [Sequence(0, 8192)],
     "prefill of 2048 beside 64 streams": [Sequence(1056)] * 64 + [Sequence(0, 2048)],
@@ -62,6 +63,8 @@ class Estimate(msgspec.Struct, frozen=True):
     card: str
     model: str
     steps: list[StepEstimate]
+    num_tokens: int  # that the KV cache holds
+    too_large: list[str]  # steps of more tokens
 
 
 def main() -> None:
@@ -79,15 +82,24 @@ def main() -> None:
         return
     for found in estimates:
         print(f"{found.model} on {found.card}, a model and not a measurement:\n\n{markdown(found)}\n")
+        if found.too_large:
+            print(f"Its KV cache holds {found.num_tokens} tokens, too few for: {'; '.join(found.too_large)}.\n")
 
 
 def estimate(shape: str, card: Card, steps: Mapping[str, list[Sequence]] = STEPS, **settings: Any) -> Estimate:
     """Return the estimates of all steps for a model on a card."""
-    model = load_meta_model(model_config(SHAPES[shape]), card, max_model_len=40960, **settings)
-    traces = {name: traced_step(model, sequences) for name, sequences in steps.items()}
-    return Estimate(
-        card.name, shape, [step_estimate(name, model, step, SHAPES[shape]) for name, step in traces.items()]
-    )
+    longest = max(sequence.num_computed + sequence.num_rows for sequences in steps.values() for sequence in sequences)
+    settings = {"gpu_memory_utilization": MEMORY_SHARE, "max_model_len": longest} | settings
+    model = load_meta_model(model_config(SHAPES[shape]), card, **settings)
+    num_tokens = model.memory.num_tokens
+    fitting = {name: some for name, some in steps.items() if num_tokens_of(some) <= num_tokens}
+    traces = {name: traced_step(model, sequences) for name, sequences in fitting.items()}
+    found = [step_estimate(name, model, step, SHAPES[shape]) for name, step in traces.items()]
+    return Estimate(card.name, shape, found, num_tokens, [name for name in steps if name not in fitting])
+
+
+def num_tokens_of(sequences: list[Sequence]) -> int:
+    return sum(sequence.num_computed + sequence.num_rows for sequence in sequences)
 
 
 def step_estimate(name: str, model: MetaModel, step: TracedStep, shape: Shape) -> StepEstimate:

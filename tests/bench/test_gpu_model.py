@@ -94,8 +94,18 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     table = capsys.readouterr().out
     assert "tiny on H100 SXM, a model and not a measurement" in table
     assert all(f"| {name} |" in table for name in gpu_model.STEPS)
+    assert "too few" not in table
     monkeypatch.setattr("sys.argv", ["gpu_model", "--card", "l4", "h100", "--shape", "tiny", "--json"])
     gpu_model.main()
     estimates = json.loads(capsys.readouterr().out)
     assert [found["card"] for found in estimates] == ["L4", "H100 SXM"]
     assert all(step["graph_seconds"] >= step["floor"] > 0 for found in estimates for step in found["steps"])
+
+
+def test_steps_that_do_not_fit_are_named() -> None:
+    """An L4 has 24 GB, of which 16 GB are weights: 5 GB for keys and values, of 128 KiB each token."""
+    sequences = [Sequence(1055)] * 8
+    found = gpu_model.estimate("llama-3-8b", CARDS["l4"], {"small": sequences, "large": sequences * 8})
+    assert [step.name for step in found.steps] == ["small"]
+    assert found.too_large == ["large"]
+    assert 8 * 1056 < found.num_tokens < 64 * 1056

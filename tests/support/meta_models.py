@@ -175,7 +175,7 @@ def traced_step(
     for is_ahead in (False, True):
         for item in scheduled:
             item.is_ahead = is_ahead and not item.is_prompt
-        with traced() as trace:
+        with traced() as trace, on_card(model.card, trace):
             batch = model.runner.forward(step, StepClock())
             model.runner.sample(step, batch, StepClock())
     return TracedStep(sequences, lora_slot != NO_LORA_SLOT, trace.launches, trace.peak_bytes)

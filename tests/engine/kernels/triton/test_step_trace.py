@@ -81,18 +81,18 @@ CASES = {
     "decode 256": Case([Sequence(1024)] * 256, 334, 129.4),
     "decode 64 of 8k": Case([Sequence(8192)] * 64, 334, 32.5),
     "32k among 63 of 1k": Case(LONG_AMONG_SHORT, 334, 32.8),
-    "prefill": Case(PREFILL, 300, 868.3),
-    "mixed": Case(MIXED, 302, 868.4),
+    "prefill": Case(PREFILL, 301, 868.2),
+    "mixed": Case(MIXED, 303, 868.4),
     "sampled": Case(DECODE_64, 337, 63.2, params={"temperature": 0.8, "top_p": 0.9}),
     "log probabilities": Case(DECODE_64, 358, 220.7, params=LOGPROBS),
     "LoRA": Case(DECODE_64, 590, 32.3, LORA),
-    "LoRA, prefill": Case(PREFILL, 556, 868.3, LORA),
+    "LoRA, prefill": Case(PREFILL, 557, 868.3, LORA),
     "int8 KV": Case(DECODE_64, 334, 32.3, Settings(kv_cache_dtype="int8")),
     "Q4_K": Case(DECODE_64, 346, 32.3, Settings(packed="Q4_K")),
     "L4, decode 8": Case(DECODE_8, 334, 4.0, Settings(card="l4")),
-    "L4, prefill": Case(PREFILL, 300, 868.3, Settings(card="l4")),
+    "L4, prefill": Case(PREFILL, 301, 868.2, Settings(card="l4")),
     "70B, decode 64": Case(DECODE_64, 826, 33.3, Q4_70B),
-    "70B, prefill": Case(PREFILL, 744, 1732.3, Q4_70B),
+    "70B, prefill": Case(PREFILL, 745, 1732.3, Q4_70B),
 }
 
 
