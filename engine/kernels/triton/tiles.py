@@ -66,15 +66,16 @@ class LinearTable:
         """Return the tiles for weights of a shape.
 
         A larger tile reads x and the weights less often, and is used as soon as there are enough of them to fill the
-        card; one that follows a tile narrower than 64, as soon as that would read x or the weights twice as often as
-        they are read for one row of tiles. Only weights that even the narrowest tiles leave with too few programs are
-        split: splits cost a second kernel that reads their sums.
+        card. One narrower than 64 is left as soon as there are more rows than it has rows or columns: it would read the
+        weights twice, or more bytes of x than of the weights. Only weights that even the narrowest tiles leave with too
+        few programs are split: splits cost a second kernel that reads their sums.
 
         With few rows, the time is that of reading the weights, and a program has (stages - 1) x columns x inputs of
         them in flight. An H100's memory has a latency of about 0.7 us and moves 3.35 TB/s, so about 2.3 MB must be in
         flight. In Llama-3-8B with bfloat16, 4096 x 4096 and 4096 x 14336 have 128 tiles of 32 columns with 28 KiB each,
         6144 x 4096 has 96 of 64 columns with 40 KiB, 28672 x 4096 and 128256 x 4096 have 224 and 1002 of 128 columns
-        with 48 KiB, of which an SM holds two.
+        with 48 KiB, of which an SM holds two. Each tile also reads its rows of x through L2: rows / columns as many
+        bytes as of the weights, which is at most 1.
         """
         narrowest = self.tiles[0]
         min_splits = _ceil(self.programs, _ceil(num_outputs, narrowest.columns))

@@ -1,166 +1,280 @@
 """The Triton kernels compile for real cards, without having one, and the machine code is as intended.
 
-They fit into the shared memory of a program and into its registers, and memory is read ahead of what is computed.
+Compile gate: registers, shared memory and programs of a multiprocessor, the instructions of tensor cores, and that
+memory is read ahead of what is computed. Bit gate: kernels that must agree to the bit compute the same expressions with
+the same instructions (`tests/support/kernel_arithmetic.py`), which another version of the compiler might change.
 """
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from engine.kernels.triton.tiles import TABLE
+from engine.kernels.triton.tiles import TABLE, LinearTile
+from tests.support.compiled_kernels import Compiled, Variant, compile_kernels
+from tests.support.kernel_arithmetic import Arithmetic, load_key
+from tests.support.kernel_variants import HEADS, PACKED, product, tiles_of, variants_of
 
-MOST_SPILLED = 256  # bytes of a thread: attention spills once an item, outside its loops over keys
 # Bytes of shared memory that one program may have: NVIDIA's tables of compute capabilities; AMD's CDNA 3 manual.
-TARGETS = {
+SHARED = {
     "cuda 8.0": 163 * 1024,
     "cuda 8.6": 99 * 1024,
+    "cuda 8.9": 99 * 1024,
     "cuda 9.0": 227 * 1024,
     "cuda 10.0": 227 * 1024,
     "cuda 12.0": 99 * 1024,
     "hip gfx942": 64 * 1024,
 }
-
-# In a process of its own, because a kernel is compiled or interpreted for good when it is defined.
-COMPILE = r"""
-import json, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from engine.kernels.triton import attention
-from engine.kernels.triton import linear
-from engine.kernels.triton import lora
-from engine.kernels.triton import rows
-from engine.kernels.triton import sampler
-from engine.kernels.triton.tiles import LAUNCH_OPTIONS, SMALLEST, TABLE
-
-kind, version = sys.argv[1].split()
-is_cuda = kind == "cuda"
-target = GPUTarget("cuda", int(version.replace(".", "")), 32) if is_cuda else GPUTarget("hip", version, 64)
-tiles_of_card = TABLE[tuple(map(int, version.split(".")))] if is_cuda else SMALLEST
-found = {}
-STRIDES = ("x_stride", "weights_stride", "scales_stride", "out_stride", "q_stride", "row_stride", "stride")
-ALIGNED = (*STRIDES, "num_inputs", "num_columns", "size")
+INSTRUCTIONS = {"cuda 9.0": "wgmma", "cuda 10.0": "tcgen05"}  # of products of 16-bit numbers; others have mma.sync
 
 
-def compile(fn, constants, num_warps, num_stages, **types):
-    names = [parameter.name for parameter in fn.params]
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    constexprs = {(names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": num_warps, "num_stages": num_stages, **LAUNCH_OPTIONS}
-    # As at run time. Without it, loads are narrow, and nothing is prefetched to shared memory.
-    aligned = [name for name, type in signature.items() if type.startswith("*") or name in ALIGNED]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    compiled = triton.compile(ASTSource(fn, signature, constexprs, attributes), target=target, options=options)
-    assert compiled.asm["cubin" if is_cuda else "hsaco"]
-    name = f"{len(found)} {fn.__name__} {dtype} {constants}"
-    found[name] = {"shared": compiled.metadata.shared, "spilled": 0, "copies_under_way": 0}
-    if is_cuda:
-        found[name]["spilled"] = spilled_bytes(compiled.asm["cubin"])
-        waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])
-        found[name]["copies_under_way"] = max(map(int, waits), default=0)
+class Limit(NamedTuple):
+    kernels: str  # pattern of their names
+    registers: int  # of a thread, at most
+    programs: int  # of a multiprocessor, at least
+    spilled: int = 0  # bytes of a thread, at most
 
 
-def spilled_bytes(cubin):
-    # Bytes of each thread that are in memory because registers do not suffice.
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (stack,) = re.findall(r"STACK:(\d+)", done.stdout + done.stderr)
-    return int(stack)
-
-
-for dtype in sys.argv[2:]:
-    tiles = SMALLEST if dtype == "*fp32" else tiles_of_card
-    x = dict.fromkeys(("x", "weights", "bias", "out", "weight", "gate_up", "q", "k", "v", "keys", "values"), dtype)
-    formats = {"plain": (dtype, 1, 1, False), "int4": ("*u8", 1, 128, True), "int8": ("*i8", 1, 16, True)}
-    formats["float8"] = ("*u8", 128, 128, False)
-    for format, (weights, group_outputs, group, has_minimum) in formats.items():
-        table = tiles.linear if format == "plain" else tiles.packed_linear
-        for tile in (table.tiles[0], table.tiles[-1]):
-            constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INPUTS": table.inputs, "GROUP": linear.ROW_GROUP}
-            constants |= {"FORMAT": format, "SCALE_COLUMNS": group_outputs, "SCALE_INPUTS": group}
-            constants |= {"HAS_MINIMUM": has_minimum, "HAS_BIAS": has_minimum, "ADDS": True}
-            splits = 2 if format == "plain" and tile.sums_per_thread <= 64 else 1
-            constants |= {"SPLITS": splits, "IS_SPLIT": splits == 2 and tile is table.tiles[0]}
-            types = x | {"weights": weights, "scales": "*fp16", "minima": "*fp32", "partial": "*fp32"}
-            compile(linear._linear, constants, tile.num_warps, tile.num_stages, **types)
-    constants = {"HAS_BIAS": True, "ADDS": True, "SPLITS": 4, "COLUMNS": linear.SUM_COLUMNS}
-    compile(linear._add_splits, constants, 4, 2, partial="*fp32", **x)
-    compile(rows._rms_norm, {"BLOCK": 4096}, 4, 2, eps="fp32", **x)
-    for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
-        compile(rows._act_and_mul, {"ACTIVATION": activation, "BLOCK": rows.ACT_COLUMNS}, 4, 2, **x)
-    numbers = {"keys": "*i8", "values": "*i8", "key_scales": "*fp32", "value_scales": "*fp32"}
-    has_float8 = is_cuda and target.arch >= 89
-    float8 = numbers | dict.fromkeys(("keys", "values"), "*fp8e4nv" if has_float8 else "*u8")
-    for scales in (None, numbers, float8):
-        types = x | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"} | (scales or {})
-        constants = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": scales is not None}
-        constants |= {} if scales else {"key_scales": None, "value_scales": None}
-        compile(rows._rope_and_store_kv, constants, 4, 2, **types)
-    types = x | {"ranks": "*i64", "lora_slots": "*i64", "tiles": "*i32", "inner": "*fp32", "a": dtype, "b": dtype}
-    constants = {"ROWS": lora.ROWS, "RANKS": lora.RANKS}
-    compile(lora._shrink, constants | {"INPUTS": lora.INPUTS, "SPLIT_INPUTS": lora.SPLIT_INPUTS}, 2, 4, **types)
-    compile(lora._expand, constants | {"UNIT": 16, "COLUMNS": lora.COLUMNS}, 4, 2, **types)
-    types = {"work": "*i64", "tables": "*i64", "scale": "fp32", "softcap": "fp32", "partial": "*fp32"}
-    types |= {"states": "*fp32"} | x
-    for size, block, has_window in ((64, 64, True), (80, 128, False), (128, 128, False), (256, 256, False)):
-        sizes = tiles.attention_for(size)
-        constants = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block}
-        compile(attention._reduce, constants | {"COLUMNS": 32}, sizes.num_warps, 2, **types)
-        constants |= {"HAS_WINDOW": has_window, "SEGMENT": sizes.segment, "HAS_SOFTCAP": has_window}
-        constants |= {"KEYS": sizes.keys, "TOKENS": 32, "HAS_SCALES": True}
-        compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types | numbers)
-        if size == 128:
-            compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types | float8)
-        constants |= {"HAS_SCALES": False, "key_scales": None, "value_scales": None}
-        compile(attention._attend, constants, sizes.num_warps, sizes.num_stages, **types)
-dtype = "*fp32"  # of logits
-types = dict.fromkeys(("logits", "highest", "found", "states"), dtype) | {"token_ids": "*i64", "is_finite": "*u8"}
-types |= dict.fromkeys(("changes", "lists", "draws", "nums_found"), "*i32") | {"masks": "*u8", "rows": "*i64"}
-for kernel in (sampler._forbid, sampler._collect, sampler._draw):
-    compile(kernel, {"PIECE": sampler.PIECE}, sampler.NUM_WARPS, 2, **types)
-for kernel in (sampler._add_biases, sampler._penalise):
-    compile(kernel, {"PIECE": sampler.ID_PIECE}, sampler.NUM_WARPS, 2, **types)
-for is_changed in (False, True):
-    compile(sampler._top, {"PIECE": sampler.PIECE, "IS_CHANGED": is_changed}, sampler.NUM_WARPS, 2, **types)
-print(json.dumps(found))
-"""
-
-
-# Each compiles for half a minute, so most run in `make test-long`.
-SOON = [("cuda 8.0", "*fp16"), ("cuda 9.0", "*bf16")]
-
-
-@pytest.mark.parametrize(
-    ("target", "dtype"),
-    [
-        pytest.param(target, dtype, marks=() if (target, dtype) in SOON else pytest.mark.long)
-        for target in TARGETS
-        for dtype in ("*fp16", "*bf16", "*fp32")
+SAMPLER = [Limit("forbid", 64, 2), Limit("collect", 128, 1), Limit("draw", 128, 1), Limit("top *", 128, 1)]
+OTHERS = [*SAMPLER, Limit("reduce *", 64, 6), Limit("*", 80, 4)]
+MMA_SYNC = [
+    Limit("linear 32x32 unaligned", 168, 3),
+    Limit("linear 32x32*", 56, 2),
+    Limit("linear 64x64", 96, 1),
+    Limit("linear 64x128", 168, 2),
+    Limit("linear 128x128", 184, 1),
+    Limit("linear 128x128 of 2 splits", 255, 1),
+    Limit("linear * 32x32", 96, 2),
+    Limit("linear * 64x64", 168, 1),
+    Limit("linear * 64x128", 248, 1),
+    Limit("linear * 128x128", 216, 1),
+    Limit("attend 256*", 255, 1, 216),
+    Limit("attend *", 255, 2, 240),
+    *OTHERS,
+]
+# The first that matches a kernel holds for it.
+LIMITS = {
+    "cuda 8.0": [
+        Limit("linear 32x32 unaligned", 168, 3),
+        Limit("linear 32x32*", 56, 4),
+        Limit("linear 64x64", 96, 2),
+        Limit("linear 64x128", 168, 3),
+        Limit("linear * 32x32", 96, 3),
+        Limit("linear * 64x64", 168, 2),
+        Limit("linear * 64x128", 248, 2),
+        *MMA_SYNC,
     ],
-)
-def test_kernels_compile(target: str, dtype: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, target, dtype]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert len(found) == 37
-    too_large = {name: kernel for name, kernel in found.items() if kernel["shared"] > TARGETS[target]}
-    assert not too_large
-    if target.startswith("cuda"):
-        usual = {name: kernel for name, kernel in found.items() if "*fp32" not in name}
-        spilling = {name: kernel for name, kernel in usual.items() if kernel["spilled"] > MOST_SPILLED}
-        assert not spilling
-        reading = [name for name in usual if "_linear" in name or "_attend" in name]
-        waiting = [name for name in reading if not found[name]["copies_under_way"]]
-        assert not waiting
-        assert len(reading) > 12 or dtype == "*fp32"
+    "cuda 8.6": MMA_SYNC,
+    "cuda 8.9": MMA_SYNC,
+    "cuda 9.0": [
+        Limit("linear 64x32 unaligned", 232, 2),
+        Limit("linear 64x32*", 72, 2),
+        Limit("linear 64x64", 72, 2),
+        Limit("linear 64x128", 128, 2),
+        Limit("linear 128x128", 128, 2),
+        Limit("linear 128x128 of 2 splits", 192, 1),
+        Limit("linear 128x256", 192, 1),
+        Limit("linear * 64x32", 72, 1),
+        Limit("linear * 64x64", 152, 1),
+        Limit("linear * 64x128", 200, 2),
+        Limit("linear * 128x128", 136, 1),
+        Limit("attend 64*", 232, 2),
+        Limit("attend 256*", 255, 1, 136),
+        Limit("attend *", 255, 2, 40),
+        *OTHERS,
+    ],
+    "cuda 10.0": [
+        Limit("linear 64x32 unaligned", 255, 1),
+        Limit("linear 64x32*", 72, 1),
+        Limit("linear 64x64", 72, 1),
+        Limit("linear 64x128", 112, 1),
+        Limit("linear 128x128", 112, 1),
+        Limit("linear 128x128 of 2 splits", 176, 1),
+        Limit("linear 128x256", 192, 1),
+        Limit("linear *", 200, 1),
+        Limit("attend *", 255, 1, 256),
+        *OTHERS,
+    ],
+    "cuda 12.0": MMA_SYNC,
+}
+
+
+class Target(NamedTuple):
+    name: str
+    dtype: str
+    kernels: tuple[str, ...] = ("*",)  # patterns of their names
+
+
+# A kernel compiles for one to four seconds, so most of this runs in `make test-long`.
+PRODUCTS, ATTENTION = ("linear [0-9]*", "add_splits"), ("attend 128", "reduce 128")
+SOON = [
+    Target("cuda 9.0", "*bf16"),
+    Target("cuda 8.0", "*fp16", (*PRODUCTS, *ATTENTION, "linear int4 of 128*")),
+    Target("cuda 8.6", "*fp16", ("linear 128x128", "attend 128")),
+    Target("cuda 8.9", "*bf16", ("linear 128x128", "attend 128")),
+    Target("cuda 10.0", "*bf16", (*PRODUCTS, *ATTENTION)),
+]
+LATER = [Target(name, dtype) for name in SHARED for dtype in ("*fp16", "*bf16", "*fp32")]
+LATER = [target for target in LATER if target not in SOON]
+WITH_ALL_PRODUCTS = [target for target in SOON if set(PRODUCTS) <= {*target.kernels} or "*" in target.kernels]
+LATER_PRODUCTS = [target for target in LATER if target.name.startswith("cuda") and target.dtype != "*fp32"]
+
+
+def for_targets(soon: list[Target], later: list[Target]) -> pytest.MarkDecorator:
+    """Return a decorator that runs a test for targets, some of them only in `make test-long`."""
+    targets = [*soon, *(pytest.param(target, marks=pytest.mark.long) for target in later)]
+    return pytest.mark.parametrize("target", targets, ids=lambda target: f"{target.name} {target.dtype}")
+
+
+@cache
+def compiled(target: Target, folder: Path) -> dict[str, Compiled]:
+    variants = variants_of(target.name, target.dtype)
+    chosen = [variant for variant in variants if any(fnmatch(variant.name, kernels) for kernels in target.kernels)]
+    return compile_kernels(target.name, chosen, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder for what Triton compiles, so that nothing compiled before is taken for new."""
+    return tmp_path_factory.mktemp("triton")
+
+
+@for_targets(SOON, LATER)
+def test_resources(target: Target, folder: Path) -> None:
+    found = compiled(target, folder)
+    assert found
+    assert [kernel.name for kernel in found.values() if kernel.shared > SHARED[target.name]] == []
+    if target.name not in LIMITS or target.dtype == "*fp32":
+        return
+    beyond = []
+    for kernel in found.values():
+        limit = next(limit for limit in LIMITS[target.name] if fnmatch(kernel.name, limit.kernels))
+        if kernel.registers > limit.registers or kernel.programs < limit.programs or kernel.spilled > limit.spilled:
+            beyond.append((kernel.name, kernel.registers, kernel.programs, kernel.spilled, limit))
+    assert beyond == []
+
+
+@for_targets(SOON, LATER_PRODUCTS)
+def test_products_use_tensor_cores_and_read_ahead(target: Target, folder: Path) -> None:
+    found = compiled(target, folder)
+    products = [kernel for name, kernel in found.items() if name.startswith(("linear", "attend"))]
+    assert products
+    for kernel in products:
+        (instruction,) = kernel.instructions
+        assert instruction.startswith(INSTRUCTIONS.get(target.name, "mma.sync")), kernel.name
+        assert kernel.num_copies_ahead or "unaligned" in kernel.name, kernel.name
+
+
+# Bit gate
+
+
+def assert_same(kernels: Iterable[Compiled], pointer: str) -> None:
+    """Compare what kernels store through a pointer, and their instructions."""
+    first, *others = kernels
+    assert others
+    for other in others:
+        assert other.instructions == first.instructions, (first.name, other.name)
+        assert other.nums_products == first.nums_products, (first.name, other.name)
+        assert lines(other, pointer) == lines(first, pointer), (first.name, other.name)
+
+
+def arithmetic(kernel: Compiled) -> Arithmetic:
+    assert kernel.arithmetic is not None
+    return kernel.arithmetic
+
+
+def lines(kernel: Compiled, pointer: str) -> list[list[str]]:
+    return [arithmetic(kernel).describe(key) for key in arithmetic(kernel).stored(pointer)]
+
+
+@for_targets(WITH_ALL_PRODUCTS, LATER_PRODUCTS)
+def test_products_of_all_tiles_are_the_same(target: Target, folder: Path) -> None:
+    """A row is added up in the same way whatever the number of rows and the alignment of pointers and strides."""
+    found = compiled(target, folder)
+    tiles = tiles_of(target.name, target.dtype)
+    assert f"linear {tiles.linear.tiles[0].rows}x{tiles.linear.tiles[0].columns} unaligned" in found
+    for name in ("", *PACKED):
+        table = tiles.packed_linear if name else tiles.linear
+        names = [f"linear {name} {tile.rows}x{tile.columns}".replace("  ", " ") for tile in table.tiles]
+        kernels = [found[name] for name in names if name in found]
+        kernels += [found[f"{names[0]} unaligned"]] if f"{names[0]} unaligned" in found else []
+        if len(kernels) > 1:
+            assert_same(kernels, "out")
+    assert not any(kernel.uses_fma for kernel in found.values() if kernel.arithmetic)
+
+
+@for_targets(WITH_ALL_PRODUCTS, LATER_PRODUCTS)
+def test_splits_are_the_same_in_one_kernel_and_in_two(target: Target, folder: Path) -> None:
+    found = compiled(target, folder)
+    whole = [kernel for name, kernel in found.items() if name.endswith("of 2 splits")]
+    assert_same(whole, "out")
+    (split,) = (kernel for name, kernel in found.items() if name.endswith(" split"))
+    assert (split.instructions, split.nums_products) == (whole[0].instructions, whole[0].nums_products)
+    (partial,) = arithmetic(split).stored("partial")
+    (added,) = arithmetic(found["add_splits"]).stored("out")
+    key, both = arithmetic(found["add_splits"]).replace(added, {load_key("partial"): partial}, arithmetic(split))
+    assert [both.describe(key)] == lines(whole[0], "out")
+
+
+@for_targets(WITH_ALL_PRODUCTS, LATER_PRODUCTS)
+def test_bias_and_residual_are_added_to_the_same_sums(target: Target, folder: Path) -> None:
+    found = compiled(target, folder)
+    (size,) = {name.removesuffix(" alone") for name in found if name.endswith(" alone")}
+    alone = arithmetic(found[f"{size} alone"])
+    (rounded,) = alone.stored("out")
+    (sums,) = alone.expressions[rounded].operands
+    for name in (size, f"{size} with bias"):
+        assert sums in arithmetic(found[name]).expressions, name
+
+
+@for_targets(WITH_ALL_PRODUCTS, LATER_PRODUCTS)
+def test_segments_are_merged_in_the_same_way_in_one_kernel_and_in_two(target: Target, folder: Path) -> None:
+    found = compiled(target, folder)
+    sizes = [size for size in HEADS if f"attend {size}" in found]
+    assert sizes
+    for size in sizes:
+        attend, reduce = arithmetic(found[f"attend {size}"]), arithmetic(found[f"reduce {size}"])
+        (partial,), (_, total), (whole,) = (attend.stored(name) for name in ("partial", "states", "q"))
+        (quotient,) = attend.expressions[whole].operands
+        assert attend.expressions[quotient].operands == (partial, total)  # what is stored for another kernel or divided
+        keys = tiles_of(target.name, target.dtype).attention_for(size).keys
+        segments = {key for key, expression in attend.expressions.items() if expression.operation == f"loop by {keys}"}
+        replaced = {key: load_key("partial" if is_weighted(attend, key) else "states") for key in segments}
+        assert sorted(replaced.values()).count(load_key("partial")) == 1
+        (merged,) = reduce.stored("q")
+        key, both = attend.replace(whole, replaced, reduce)
+        assert both.describe(key) == reduce.describe(merged)
+
+
+def is_weighted(attend: Arithmetic, segment: str) -> bool:
+    """Return whether a loop over the keys of a segment adds up weighted values, rather than weights or a maximum."""
+    return "load values" in {attend.expressions[key].operation for key in attend.below(segment)}
+
+
+def test_the_bit_gate_finds_differences(tmp_path: Path) -> None:
+    """A tile of 32 rows uses another instruction; other steps, splits and roundings are other expressions."""
+    table, types = TABLE[9, 0].linear, {"x": "*bf16", "weights": "*bf16", "bias": "*bf16", "out": "*bf16"}
+    types |= {"scales": "*bf16", "minima": "*bf16", "partial": "*fp32"}
+    tile = LinearTile(64, 64, 4, 3)
+    variants: list[Variant] = [
+        product("as it is", table, tile, types),
+        product("of 32 rows", table, LinearTile(32, 64, 4, 3), types),
+        product("in longer steps", table, tile, types, INPUTS=128),
+        product("of two splits", table, tile, types, SPLITS=2),
+        product("to float32", table, tile, types | {"out": "*fp32"}),
+        product("of integers", table, tile, types, PACKED["int8"]),
+    ]
+    first, *others = compile_kernels("cuda 9.0", variants, tmp_path).values()
+    assert_same([first, first], "out")
+    for other in others:
+        with pytest.raises(AssertionError):
+            assert_same([first, other], "out")
+    assert first.instructions == ["wgmma k16.f32.bf16.bf16"]
+    assert others[0].instructions == ["mma.sync m16n8k16.row.col.f32.bf16.bf16.f32"]
+    assert all(lines(first, "out") != lines(other, "out") for other in others)
 
 
 def test_segments_are_whole_steps() -> None:

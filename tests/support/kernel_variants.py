@@ -1,0 +1,179 @@
+"""The variants of the Triton kernels that a card runs, as data for `tests/support/compiled_kernels.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from engine.kernels.triton import attention, linear, lora, rows, sampler
+from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTile, Tiles
+from tests.support.compiled_kernels import Variant
+
+MODEL_TENSORS = ("x", "weights", "bias", "out", "weight", "gate_up", "q", "k", "v", "keys", "values", "a", "b")
+OTHER_TYPES = {
+    "partial": "*fp32",
+    "states": "*fp32",
+    "scales": "*fp16",
+    "minima": "*fp32",
+    "cos": "*fp32",
+    "sin": "*fp32",
+    "inner": "*fp32",
+    "slot_mapping": "*i64",
+    "ranks": "*i64",
+    "lora_slots": "*i64",
+    "tiles": "*i32",
+    "work": "*i64",
+    "tables": "*i64",
+    "eps": "fp32",
+    "scale": "fp32",
+    "softcap": "fp32",
+}
+INT8_CACHE = {"keys": "*i8", "values": "*i8", "key_scales": "*fp32", "value_scales": "*fp32"}
+SAMPLER_TYPES = dict.fromkeys(("logits", "highest", "found", "states"), "*fp32")
+SAMPLER_TYPES |= dict.fromkeys(("changes", "lists", "draws", "nums_found"), "*i32")
+SAMPLER_TYPES |= {"token_ids": "*i64", "is_finite": "*u8", "masks": "*u8", "rows": "*i64"}
+
+
+class WeightFormat(NamedTuple):
+    """How a product reads its weights: the kernel's constants, and the type of the codes."""
+
+    format: str
+    codes: str
+    group_outputs: int = 1
+    group: int = 1
+    has_minimum: bool = False
+
+
+PLAIN = "plain"
+PACKED = {
+    "int4": WeightFormat("int4", "*u8", 1, 32, has_minimum=True),  # Q4_1, Q4_K
+    "int4 of 128": WeightFormat("int4", "*u8", 1, 128, has_minimum=True),  # GPTQ, AWQ
+    "int8": WeightFormat("int8", "*i8", 1, 32),
+    "int8 of 16": WeightFormat("int8", "*i8", 1, 16),  # Q6_K
+    "int8 with minimum": WeightFormat("int8", "*i8", 1, 32, has_minimum=True),  # Q5_K
+    "float8": WeightFormat("float8", "*fp8e4nv", 128, 128),
+}
+HEADS = {64: 64, 80: 128, 128: 128, 256: 256}  # head sizes and the columns of their tiles
+
+
+def tiles_of(target: str, dtype: str) -> Tiles:
+    """Return the tiles for a target ("cuda 9.0") and a dtype ("*bf16")."""
+    kind, version = target.split()
+    if kind != "cuda" or dtype == "*fp32":
+        return SMALLEST
+    major, minor = map(int, version.split("."))
+    return TABLE[max(key for key in TABLE if key <= (major, minor))]
+
+
+def variants_of(target: str, dtype: str) -> list[Variant]:
+    """Return the variants of all kernels."""
+    tiles, types = tiles_of(target, dtype), dict.fromkeys(MODEL_TENSORS, dtype) | OTHER_TYPES
+    found = [*plain_products(tiles.linear, types)]
+    has_float8 = target in ("cuda 8.9", "cuda 9.0", "cuda 10.0", "cuda 12.0")
+    for name, weights in PACKED.items():
+        codes = "*u8" if name == "float8" and not has_float8 else weights.codes
+        found += packed_products(name, weights._replace(codes=codes), tiles.packed_linear, types)
+    return [*found, *attention_kernels(tiles, types), *row_kernels(types), *lora_kernels(types), *sampler_kernels()]
+
+
+def product(
+    name: str,
+    table: LinearTable,
+    tile: LinearTile,
+    types: Mapping[str, str],
+    weights: WeightFormat | None = None,
+    *,
+    is_aligned: bool = True,
+    **changes: object,
+) -> Variant:
+    """Return a variant of the product that adds to a residual, with some constants changed."""
+    weights = weights or WeightFormat(PLAIN, types["weights"])
+    constants = {"FORMAT": weights.format, "SCALE_COLUMNS": weights.group_outputs, "SCALE_INPUTS": weights.group}
+    constants |= {"HAS_MINIMUM": weights.has_minimum, "HAS_BIAS": False, "ADDS": True, "IS_SPLIT": False, "SPLITS": 1}
+    constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "INPUTS": table.inputs, "GROUP": linear.ROW_GROUP}
+    types = dict(types) | {"weights": weights.codes}
+    return Variant(
+        f"linear {name}",
+        "linear._linear",
+        constants | changes,
+        types,
+        tile.num_warps,
+        tile.num_stages,
+        is_aligned=is_aligned,
+        has_arithmetic=True,
+    )
+
+
+def size_of(tile: LinearTile) -> str:
+    return f"{tile.rows}x{tile.columns}"
+
+
+def plain_products(table: LinearTable, types: Mapping[str, str]) -> Iterator[Variant]:
+    for tile in table.tiles:
+        yield product(size_of(tile), table, tile, types)
+    smallest, size = table.tiles[0], size_of(table.tiles[0])
+    yield product(f"{size} with bias", table, smallest, types, HAS_BIAS=True, ADDS=False)
+    yield product(f"{size} alone", table, smallest, types, ADDS=False)
+    yield product(f"{size} unaligned", table, smallest, types, is_aligned=False)
+    for tile in {smallest, [tile for tile in table.tiles if tile.sums_per_thread <= 64][-1]}:
+        yield product(f"{size_of(tile)} of 2 splits", table, tile, types, SPLITS=2)
+    yield product(f"{size} split", table, smallest, types, SPLITS=2, IS_SPLIT=True)
+    constants = {"HAS_BIAS": False, "ADDS": True, "SPLITS": 2, "COLUMNS": linear.SUM_COLUMNS}
+    yield Variant("add_splits", "linear._add_splits", constants, dict(types), has_arithmetic=True)
+
+
+def packed_products(
+    name: str, weights: WeightFormat, table: LinearTable, types: Mapping[str, str]
+) -> Iterator[Variant]:
+    for tile in table.tiles:
+        yield product(f"{name} {size_of(tile)}", table, tile, types, weights)
+
+
+def attention_kernels(tiles: Tiles, types: Mapping[str, str]) -> Iterator[Variant]:
+    for size, block in HEADS.items():
+        sizes = tiles.attention_for(size)
+        constants: dict[str, Any] = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block}
+        merging = constants | {"COLUMNS": min(block, attention.MERGED_COLUMNS)}
+        yield Variant(f"reduce {size}", "attention._reduce", merging, dict(types), sizes.num_warps, has_arithmetic=True)
+        has_window = size == 64
+        constants |= {"HAS_WINDOW": has_window, "HAS_SOFTCAP": has_window, "SEGMENT": sizes.segment}
+        constants |= {"KEYS": sizes.keys, "TOKENS": 32}
+        for name, cache in (("", {}), (" int8", INT8_CACHE)):
+            constants["HAS_SCALES"] = bool(cache)
+            no_scales = {} if cache else dict.fromkeys(("key_scales", "value_scales"))
+            yield Variant(
+                f"attend {size}{name}",
+                "attention._attend",
+                constants | no_scales,
+                dict(types) | cache,
+                sizes.num_warps,
+                sizes.num_stages,
+                has_arithmetic=True,
+            )
+
+
+def row_kernels(types: Mapping[str, str]) -> Iterator[Variant]:
+    yield Variant("rms_norm", "rows._rms_norm", {"BLOCK": 4096}, dict(types))
+    for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
+        constants = {"ACTIVATION": activation, "BLOCK": rows.ACT_COLUMNS}
+        yield Variant(f"act_and_mul {activation}", "rows._act_and_mul", constants, dict(types))
+    cache: dict[str, Any] = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": False, "key_scales": None, "value_scales": None}
+    yield Variant("rope_and_store_kv", "rows._rope_and_store_kv", cache, dict(types))
+    cache = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": True}
+    yield Variant("rope_and_store_kv int8", "rows._rope_and_store_kv", cache, dict(types) | INT8_CACHE)
+
+
+def lora_kernels(types: Mapping[str, str]) -> Iterator[Variant]:
+    yield Variant("shrink", "lora._shrink", {"RANKS": lora.SHRINK_RANKS, "INPUTS": lora.SHRINK_INPUTS}, dict(types))
+    constants = {"UNIT": 16, "RANKS": lora.EXPAND_RANKS, "COLUMNS": lora.EXPAND_COLUMNS}
+    yield Variant("expand", "lora._expand", constants, dict(types))
+
+
+def sampler_kernels() -> Iterator[Variant]:
+    pieces = dict.fromkeys(("forbid", "collect", "draw"), sampler.PIECE)
+    pieces |= dict.fromkeys(("add_biases", "penalise"), sampler.ID_PIECE)
+    for name, piece in pieces.items():
+        yield Variant(name, f"sampler._{name}", {"PIECE": piece}, SAMPLER_TYPES, sampler.NUM_WARPS)
+    for is_changed in (False, True):
+        constants = {"PIECE": sampler.PIECE, "IS_CHANGED": is_changed}
+        yield Variant(f"top {is_changed}", "sampler._top", constants, SAMPLER_TYPES, sampler.NUM_WARPS)
