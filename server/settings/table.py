@@ -264,8 +264,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             _MEMORY,
             choice("DTYPE", "auto", "int8", "fp8"),
-            "Data type of the KV cache: that of the computation, or 8 bits with one scale per token and head. "
-            "fp8 needs a GPU, and is less precise than int8.",
+            "Data type of the KV cache: that of the computation, or 8 bits with a scale. fp8 (e4m3) is only for GPUs.",
         ),
     ] = "auto"
     kv_cache_memory: Annotated[

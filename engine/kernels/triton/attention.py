@@ -86,6 +86,14 @@ def _load_numbers(stored, offsets, mask, dtype: tl.constexpr):
 
 
 @triton.jit
+def _scaled(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Return scores times `scale`, capped if HAS_SOFTCAP, times log2(e)."""
+    if HAS_SOFTCAP:
+        return _capped(scores * scale, softcap) * LOG2_E
+    return scores * (scale * LOG2_E)
+
+
+@triton.jit
 def _capped(scores, softcap):
     # tanh(x) = 1 - 2 / (e^2x + 1)
     bounded = tl.minimum(scores * (2.0 * LOG2_E / softcap), LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -136,9 +144,7 @@ def _segment(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_SCALES:
             scores *= tl.load(key_scales + scale_offsets, mask=has_token, other=0.0)[None, :]
-        scores *= scale
-        scores = _capped(scores, softcap) if HAS_SOFTCAP else scores
-        scores *= LOG2_E
+        scores = _scaled(scores, scale, softcap, HAS_SOFTCAP)
         visible = tokens[None, :] <= positions[:, None]
         if HAS_WINDOW:
             visible &= tokens[None, :] > positions[:, None] - window

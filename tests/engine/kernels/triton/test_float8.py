@@ -8,14 +8,14 @@ import triton.language as tl
 from engine.kernels.triton.float8 import float8_bits, float8_numbers
 
 
-@triton.jit
-def _encode(numbers, codes, size: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _encode(numbers, codes, size: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.arange(0, size)
     tl.store(codes + index, float8_bits(tl.load(numbers + index)))
 
 
-@triton.jit
-def _decode(codes, numbers, size: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode(codes, numbers, size: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.arange(0, size)
     tl.store(numbers + index, float8_numbers(tl.load(codes + index)))
 
