@@ -20,8 +20,9 @@ import msgspec
 # They only move numbers.
 TRANSPARENT = {"ttg.convert_layout", "tt.broadcast", "tt.expand_dims", "tt.splat", "tt.reshape", "tt.trans"}
 TRANSPARENT |= {"ttg.memdesc_trans", "ttg.memdesc_index", "ttg.memdesc_subslice", "ttg.local_load", "tt.unsplat"}
-TRANSPARENT |= {"ttng.warp_group_dot_wait"}
+TRANSPARENT |= {"ttng.warp_group_dot_wait", "ttng.tmem_subslice"}
 COMMUTATIVE = {"arith.addf", "arith.mulf", "arith.maxnumf", "arith.minnumf", "arith.maximumf", "arith.minimumf"}
+SUMS = "sums in tensor memory"
 ACCUMULATED = {"ttng.tmem_store", "ttng.tc_gen5_mma"}  # write to tensor memory
 NUMBERS = re.compile(r"(f|bf|i8|i16)")  # element types of numbers; other integers are indices and masks
 INSTRUCTION_BYTES = 32  # of the inputs of one row that an instruction of a tensor core multiplies
@@ -155,6 +156,7 @@ class KernelReader:
             "tt.dot": self._product_key,
             "ttng.warp_group_dot": self._product_key,
             "ttg.local_alloc": self._memory_key,
+            "ttng.tmem_alloc": self._tensor_memory_key,
             "ttng.tmem_load": self._accumulated_key,
         }
         self._index(ttgir)
@@ -194,8 +196,8 @@ class KernelReader:
             if name in ("ttg.local_store", "ttg.async_copy_global_to_local"):
                 self.writes[self._buffer(operation.get_operand(1))].append(operation)
             elif name in ACCUMULATED:
-                (sums,) = (value for value in _operands(operation) if "tensor_memory" in str(value.get_type()))
-                self.accumulations[self._buffer(sums)].append(operation)
+                buffers = [value for value in _operands(operation) if "memdesc" in str(value.get_type())]
+                self.accumulations[self._buffer(buffers[0 if name == "ttng.tmem_store" else 2])].append(operation)
 
     def _index_loop(self, loop: Any) -> None:
         block = self.yields[loop.get_region(0).id()][0].get_block()
@@ -345,21 +347,35 @@ class KernelReader:
             times, sums_key = times + int(previous), before.operands[2]
         return self._add(f"{name} x{times}", [a_key, b_key, sums_key])
 
+    def _stored_key(self, store: Any, stack: tuple[int, ...]) -> str:
+        (numbers,) = (value for value in _operands(store) if str(value.get_type()).startswith("tensor"))
+        return self._key(numbers, stack)
+
+    def _tensor_memory_key(self, allocation: Any, index: int, stack: tuple[int, ...]) -> str:
+        """Return the key of what tensor memory holds that is the first factor of a product."""
+        if allocation.get_num_operands():
+            return self._key(allocation.get_operand(0), stack)
+        stores = self.accumulations[allocation.get_result(0).id()]
+        return self._one_of([self._stored_key(store, stack) for store in stores])
+
     def _accumulated_key(self, load: Any, index: int, stack: tuple[int, ...]) -> str:
         """Return the key of sums in tensor memory: all that is written there, in order."""
+        buffer = self._buffer(load.get_operand(0))
+        if buffer in stack:  # what is written was computed from what was there
+            return self._add(f"carried {len(stack) - 1 - stack.index(buffer)}")
+        writes, stack = self.accumulations[buffer], (*stack, buffer)
         keys = []
-        for write in self.accumulations[self._buffer(load.get_operand(0))]:
+        for write in writes:
             where = "".join(self._inside(write)[len(self._inside(load)) :])
             if write.get_name() == "ttng.tmem_store":
-                (numbers,) = (value for value in _operands(write) if str(value.get_type()).startswith("tensor"))
-                keys.append(self._add(f"set{where}", [self._key(numbers, stack)]))
+                keys.append(self._add(f"set{where}", [self._stored_key(write, stack)]))
                 continue
             a, b = write.get_operand(0), write.get_operand(1)
             adds = next(value for value in _operands(write) if str(value.get_type()) == "i1")
             start = self.constants.get(adds.id(), "?")
             name = f"tcgen05 {_element(str(a.get_type()))} x{_num_instructions(a)} adds {start}{where}"
             keys.append(self._add(name, [self._key(a, stack), self._key(b, stack)]))
-        return self._add("accumulated", keys)
+        return self._add(SUMS, keys)
 
     def _inside(self, operation: Any) -> list[str]:
         """Return the loops and conditions around an operation, from the outermost."""
