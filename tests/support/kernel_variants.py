@@ -28,7 +28,6 @@ OTHER_TYPES = {
     "scale": "fp32",
     "softcap": "fp32",
 }
-INT8_CACHE = {"keys": "*i8", "values": "*i8", "key_scales": "*fp32", "value_scales": "*fp32"}
 SAMPLER_TYPES = dict.fromkeys(("logits", "highest", "found", "states"), "*fp32")
 SAMPLER_TYPES |= dict.fromkeys(("changes", "lists", "draws", "nums_found"), "*i32")
 SAMPLER_TYPES |= {"token_ids": "*i64", "is_finite": "*u8", "masks": "*u8", "rows": "*i64"}
@@ -69,11 +68,18 @@ def variants_of(target: str, dtype: str) -> list[Variant]:
     """Return the variants of all kernels."""
     tiles, types = tiles_of(target, dtype), dict.fromkeys(MODEL_TENSORS, dtype) | OTHER_TYPES
     found = [*plain_products(tiles.linear, types)]
-    has_float8 = target in ("cuda 8.9", "cuda 9.0", "cuda 10.0", "cuda 12.0")
+    float8 = "*fp8e4nv" if target in ("cuda 8.9", "cuda 9.0", "cuda 10.0", "cuda 12.0") else "*u8"  # or its bits
     for name, weights in PACKED.items():
-        codes = "*u8" if name == "float8" and not has_float8 else weights.codes
+        codes = float8 if name == "float8" else weights.codes
         found += packed_products(name, weights._replace(codes=codes), tiles.packed_linear, types)
-    return [*found, *attention_kernels(tiles, types), *row_kernels(types), *lora_kernels(types), *sampler_kernels()]
+    caches = {"": {}, " int8": cache_types("*i8"), " float8": cache_types(float8)}
+    found += attention_kernels(tiles, types, caches)
+    return [*found, *row_kernels(types, caches), *lora_kernels(types), *sampler_kernels()]
+
+
+def cache_types(codes: str) -> dict[str, str]:
+    """Return the types of an 8-bit KV cache."""
+    return {"keys": codes, "values": codes, "key_scales": "*fp32", "value_scales": "*fp32"}
 
 
 def product(
@@ -129,7 +135,9 @@ def packed_products(
         yield product(f"{name} {size_of(tile)}", table, tile, types, weights)
 
 
-def attention_kernels(tiles: Tiles, types: Mapping[str, str]) -> Iterator[Variant]:
+def attention_kernels(
+    tiles: Tiles, types: Mapping[str, str], caches: Mapping[str, dict[str, str]]
+) -> Iterator[Variant]:
     for size, block in HEADS.items():
         sizes = tiles.attention_for(size)
         constants: dict[str, Any] = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block}
@@ -138,7 +146,7 @@ def attention_kernels(tiles: Tiles, types: Mapping[str, str]) -> Iterator[Varian
         has_window = size == 64
         constants |= {"HAS_WINDOW": has_window, "HAS_SOFTCAP": has_window, "SEGMENT": sizes.segment}
         constants |= {"KEYS": sizes.keys, "TOKENS": 32}
-        for name, cache in (("", {}), (" int8", INT8_CACHE)):
+        for name, cache in caches.items():
             constants["HAS_SCALES"] = bool(cache)
             no_scales = {} if cache else dict.fromkeys(("key_scales", "value_scales"))
             yield Variant(
@@ -152,20 +160,22 @@ def attention_kernels(tiles: Tiles, types: Mapping[str, str]) -> Iterator[Varian
             )
 
 
-def row_kernels(types: Mapping[str, str]) -> Iterator[Variant]:
+def row_kernels(types: Mapping[str, str], caches: Mapping[str, dict[str, str]]) -> Iterator[Variant]:
     yield Variant("rms_norm", "rows._rms_norm", {"BLOCK": 4096}, dict(types))
     for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
         constants = {"ACTIVATION": activation, "BLOCK": rows.ACT_COLUMNS}
         yield Variant(f"act_and_mul {activation}", "rows._act_and_mul", constants, dict(types))
-    cache: dict[str, Any] = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": False, "key_scales": None, "value_scales": None}
-    yield Variant("rope_and_store_kv", "rows._rope_and_store_kv", cache, dict(types))
-    cache = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": True}
-    yield Variant("rope_and_store_kv int8", "rows._rope_and_store_kv", cache, dict(types) | INT8_CACHE)
+    for name, cache in caches.items():
+        stored: dict[str, Any] = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": bool(cache)}
+        stored |= {} if cache else dict.fromkeys(("key_scales", "value_scales"))
+        types_of_cache = dict(types) | cache
+        yield Variant(f"rope_and_store_kv{name}", "rows._rope_and_store_kv", stored, types_of_cache, num_warps=1)
 
 
 def lora_kernels(types: Mapping[str, str]) -> Iterator[Variant]:
-    yield Variant("shrink", "lora._shrink", {"RANKS": lora.SHRINK_RANKS, "INPUTS": lora.SHRINK_INPUTS}, dict(types))
-    constants = {"UNIT": 16, "RANKS": lora.EXPAND_RANKS, "COLUMNS": lora.EXPAND_COLUMNS}
+    constants = {"ROWS": lora.ROWS, "RANKS": lora.RANKS, "INPUTS": lora.INPUTS, "SPLIT_INPUTS": lora.SPLIT_INPUTS}
+    yield Variant("shrink", "lora._shrink", constants, dict(types), num_warps=2, num_stages=4)
+    constants = {"UNIT": 16, "ROWS": lora.ROWS, "RANKS": lora.RANKS, "COLUMNS": lora.COLUMNS}
     yield Variant("expand", "lora._expand", constants, dict(types))
 
 

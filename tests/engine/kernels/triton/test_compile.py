@@ -39,7 +39,7 @@ class Limit(NamedTuple):
 
 
 SAMPLER = [Limit("forbid", 64, 2), Limit("collect", 128, 1), Limit("draw", 128, 1), Limit("top *", 128, 1)]
-OTHERS = [*SAMPLER, Limit("reduce *", 64, 6), Limit("*", 80, 4)]
+OTHERS = [*SAMPLER, Limit("reduce *", 64, 6), Limit("shrink", 128, 6), Limit("*", 80, 4)]
 MMA_SYNC = [
     Limit("linear 32x32 unaligned", 168, 3),
     Limit("linear 32x32*", 56, 2),
@@ -51,7 +51,7 @@ MMA_SYNC = [
     Limit("linear * 64x64", 168, 1),
     Limit("linear * 64x128", 248, 1),
     Limit("linear * 128x128", 216, 1),
-    Limit("attend 256*", 255, 1, 216),
+    Limit("attend 256*", 255, 1, 224),
     Limit("attend *", 255, 2, 240),
     *OTHERS,
 ]
@@ -81,7 +81,7 @@ LIMITS = {
         Limit("linear * 64x64", 152, 1),
         Limit("linear * 64x128", 200, 2),
         Limit("linear * 128x128", 136, 1),
-        Limit("attend 64*", 232, 2),
+        Limit("attend 64*", 240, 2),
         Limit("attend 256*", 255, 1, 136),
         Limit("attend *", 255, 2, 40),
         *OTHERS,
