@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from tests.support.gpu_cards import Card
@@ -27,7 +27,7 @@ START = 2.0e-6  # seconds that a launch in a graph takes before and after its pr
 EAGER_SECONDS = {True: 15e-6, False: 6e-6}  # of the host for a launch: of a Triton kernel, of an operation of torch
 WGMMA_ROWS = 64  # fewer rows use instructions of older cards, at SMALL_PRODUCT_SHARE of the rate
 SMALL_PRODUCT_SHARE = 0.6
-MAX_PROGRAMS = 8  # of a multiprocessor, whose registers hold no more of these kernels
+MAX_WARPS = 32  # of a multiprocessor, whose registers hold no more of these kernels
 
 # For a weight: unpack, convert, scale, add a minimum, round.
 DEQUANTIZE_OPERATIONS = {"plain": 0, "int4": 6, "int8": 4, "float8": 4}
@@ -48,6 +48,7 @@ class Cost:
     in_flight: float = 16 * 1024  # bytes that a program loads ahead
     in_flight_l2: float = 0  # bytes that it loads ahead through L2; 0: the same
     shared: float = 0  # bytes of shared memory that a program takes
+    num_warps: int = 4  # of a program
     uses_wgmma: bool = True
 
 
@@ -220,7 +221,7 @@ FORMULAS: Mapping[str, Formula] = {
 def cost_of(launch: Launch, step: TracedStep, card: Card) -> Cost:
     """Return the cost of a launch. Raises KeyError for a Triton kernel without a formula."""
     formula = FORMULAS[launch.name] if launch.kernel is not None else FORMULAS.get(launch.name, once)
-    return formula(launch, step, card)
+    return replace(formula(launch, step, card), num_warps=launch.options.get("num_warps", 4))
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,8 @@ def time_of(cost: Cost, card: Card) -> Time:
 
 
 def programs_of_multiprocessor(cost: Cost, card: Card) -> int:
-    return max(1, min(MAX_PROGRAMS, int(card.shared_bytes // cost.shared) if cost.shared else MAX_PROGRAMS))
+    most = MAX_WARPS // cost.num_warps
+    return max(1, min(most, int(card.shared_bytes // cost.shared) if cost.shared else most))
 
 
 def _loading(num_bytes: float, rate: float, programs: int, slots: int, in_flight: float) -> float:

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
+from engine.loading import KV_CACHE_DTYPES
 from tests.bench.gpu_costs import COPY_SHARE, PRODUCT_SHARE, cost_of, eager_seconds, time_of
-from tests.bench.gpu_shapes import SHAPES, TARGETS, Shape, decode_name, prefill_name
+from tests.bench.gpu_shapes import SHAPES, TARGET_MODEL, TARGETS, Shape, decode_name, prefill_name
 from tests.support.gpu_cards import CARDS, Card
 from tests.support.meta_models import MetaModel, Sequence, TracedStep, load_meta_model, model_config, traced_step
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--card", choices=CARDS, nargs="+", default=list(CARDS), help="default: all")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
     parser.add_argument("--packed", metavar="TYPE", help="GGML type of the weights, as Q4_K; default: bfloat16")
-    parser.add_argument("--kv-cache-dtype", choices=("auto", "int8"), default="auto", help="default: %(default)s")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the estimates as JSON")
     arguments = parser.parse_args()
     settings = {"packed": arguments.packed, "kv_cache_dtype": arguments.kv_cache_dtype}
@@ -95,7 +96,8 @@ def estimate(shape: str, card: Card, steps: Mapping[str, list[Sequence]] = STEPS
     fitting = {name: some for name, some in steps.items() if num_tokens_of(some) <= num_tokens}
     traces = {name: traced_step(model, sequences) for name, sequences in fitting.items()}
     found = [step_estimate(name, model, step, SHAPES[shape]) for name, step in traces.items()]
-    return Estimate(card.name, shape, found, num_tokens, [name for name in steps if name not in fitting])
+    model_name = f"{shape}, {settings['packed']}" if settings.get("packed") else shape
+    return Estimate(card.name, model_name, found, num_tokens, [name for name in steps if name not in fitting])
 
 
 def num_tokens_of(sequences: list[Sequence]) -> int:
@@ -146,7 +148,7 @@ def markdown(found: Estimate) -> str:
     columns = ("step", "launches", "peak MiB", "graph ms", "eager ms", "limit ms", "expected", "target", "longest")
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for step in found.steps:
-        target = TARGETS.get(step.name)
+        target = TARGETS.get(step.name) if (found.model, found.card) == TARGET_MODEL else None
         times = (f"{1000 * seconds:.2f}" for seconds in (step.graph_seconds, step.eager_seconds, step.floor))
         longest = step.kinds[:NUM_KINDS]
         kinds = (f"{kind.name} {kind.seconds / step.graph_seconds:.0%} ({kind.bound})" for kind in longest)

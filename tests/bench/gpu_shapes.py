@@ -72,6 +72,7 @@ def prefill_name(num_tokens: int) -> str:
 
 # Names of steps -> share of the limit to reach with a model of 8B in bfloat16 on an H100, in the default mode: of a
 # copy's bandwidth for decoding, of a large product's rate for a prompt.
+TARGET_MODEL = ("llama-3-8b", "H100 SXM")
 TARGETS = {decode_name(1): 0.80, decode_name(8): 0.80, decode_name(64): 0.85, prefill_name(8192): 0.50}
 
 
