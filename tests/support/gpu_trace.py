@@ -22,6 +22,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 META = torch.device("meta")
+# Operations that launch nothing: allocations, and on a GPU the number that is assigned to a slice.
+NOT_LAUNCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "scalar_tensor"}
 ALLOCATION_UNIT = 512  # bytes; torch's caching allocator rounds up to it
 
 
@@ -91,7 +93,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if (storage := tensor.untyped_storage())._cdata not in known:
                 self._allocate(storage)
         is_alias = all(tensor.untyped_storage()._cdata in known for tensor in after) and not func._schema.is_mutable
-        if not is_alias and "empty" not in func.__name__:
+        if not is_alias and func.overloadpacket.__name__ not in NOT_LAUNCHED:
             arguments = {str(index): spec_of(tensor) for index, tensor in enumerate(before)}
             arguments |= {f"out{index}": spec_of(tensor) for index, tensor in enumerate(after)}
             from_host = bool(before) and not any(tensor.is_meta for tensor in before)

@@ -16,6 +16,7 @@ import engine.kernels.triton.kernels
 import engine.loading
 import engine.model.memory_plan
 from engine.config import EngineConfig, ModelConfig
+from engine.execution.cuda_graphs import Forward, GraphedExecution
 from engine.kernels.triton.kernels import TritonKernels
 from engine.loading import DTYPES, choose_limits, kernel_options, measure_activations, new_runner
 from engine.lora.slots import LoraAdapters, choose_lora_rank
@@ -179,6 +180,33 @@ def traced_step(
             batch = model.runner.forward(step, StepClock())
             model.runner.sample(step, batch, StepClock())
     return TracedStep(sequences, lora_slot != NO_LORA_SLOT, trace.launches, trace.peak_bytes)
+
+
+class TracingDevice:
+    """In place of a device that captures graphs: traces what a graph would hold."""
+
+    num_bytes = 0
+
+    def __init__(self) -> None:
+        self.graphs: list[Trace] = []
+
+    def capture(self, forward: Forward) -> Forward:
+        with traced() as trace:
+            out = forward()
+        self.graphs.append(trace)
+        return lambda: out
+
+
+def traced_graph_step(model: MetaModel, size: int) -> tuple[TracedStep, Trace]:
+    """Record a step in which `size` sequences decode in a graph of that size: what is launched beside it, and in it."""
+    device, runner = TracingDevice(), model.runner
+    execution = GraphedExecution(runner.model, runner.kv_cache, runner.builder, device)
+    execution.uncaptured = [size]
+    with pytest.MonkeyPatch.context() as patch, traced() as trace, on_card(model.card, trace), torch.inference_mode():
+        execution.capture_next()
+        patch.setattr(runner, "execution", execution)
+        step = traced_step(model, [Sequence(1024)] * size)
+    return step, device.graphs[0]
 
 
 def _scheduled(sequence: Sequence, block_size: int, lora_slot: int, params: SamplingParams) -> Scheduled:

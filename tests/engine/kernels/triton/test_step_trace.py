@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from engine.model.memory_plan import GPU_RESERVE
 from engine.scheduling.request import NO_LORA_SLOT
 from tests.bench.gpu_shapes import SHAPES
 from tests.support.gpu_cards import CARDS
@@ -21,6 +22,7 @@ from tests.support.meta_models import (
     TracedStep,
     load_meta_model,
     model_config,
+    traced_graph_step,
     traced_step,
 )
 
@@ -122,6 +124,16 @@ def test_weights_cache_and_activations_fit_the_card(settings: Settings) -> None:
     taken = model.weight_bytes + model.memory.kv_cache_bytes + peak
     assert 0.85 * model.card.memory_bytes < taken <= 0.9 * model.card.memory_bytes
     assert taken + CUDA_CONTEXT_BYTES <= model.card.memory_bytes
+
+
+@pytest.mark.parametrize(("size", "peak_mib"), [(1, 2.6), (64, 82.8), (256, 87.4)])
+def test_launches_beside_and_in_a_graph(size: int, peak_mib: float) -> None:
+    """The host launches copies, the graph, the LM head and the sampler. A graph has room for the longest contexts."""
+    step, graph = traced_graph_step(model_of(Settings()), size)
+    assert len(step.launches) == 19, step.counts()
+    assert len(graph.launches) == 325
+    assert graph.peak_bytes / MIB == pytest.approx(peak_mib, abs=0.06)
+    assert graph.peak_bytes < GPU_RESERVE
 
 
 def test_a_model_that_is_too_large_is_refused() -> None:
