@@ -14,9 +14,6 @@ from tests.support.suite import SuiteReport, in_slice
 # reads the variable when torch is loaded, here and in the servers under test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Triton kernels run in the interpreter, on the CPU. Read when a kernel is defined.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # The interpreter multiplies with NumPy, whose OpenBLAS has kernels for each processor type. With the Haswell kernels a
 # row's result depends on its position in the matrix, unlike on a GPU. Read when NumPy is loaded.
 os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
@@ -32,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Triton kernels run in the interpreter, on the CPU; but with `-m gpu`, on the GPU. Read when a kernel is defined.
+    os.environ.setdefault("TRITON_INTERPRET", "0" if config.option.markexpr == "gpu" else "1")
     if not hasattr(config, "workerinput"):  # a worker of pytest-xdist leaves this to its parent
         config.pluginmanager.register(SuiteReport(config.getoption("--report")))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton import knobs
 
 from engine.batch.inputs import BatchInputs
 from engine.kernels.interface import KernelOptions, LayerCache
@@ -14,6 +15,7 @@ from engine.kernels.triton.kernels import TritonKernels
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(knobs.runtime.interpret, reason="Triton interprets its kernels, unless pytest has `-m gpu`"),
 ]
 DEVICE = torch.device("cuda", 0)
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 128, 32

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from triton import knobs
 
 from engine.config import EngineConfig, load_model_config
 from engine.execution.cuda_graphs import SIZES, GraphedExecution
@@ -25,6 +26,7 @@ __all__ = ["submits"]  # the fixture
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(knobs.runtime.interpret, reason="Triton interprets its kernels, unless pytest has `-m gpu`"),
 ]
 SETTINGS: list[dict[str, Any]] = [
     {},
