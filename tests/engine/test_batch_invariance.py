@@ -19,6 +19,7 @@ from engine.core import Engine
 from engine.loading import LoadedModel, load_model
 from engine.runner import ModelRunner
 from engine.shared.messages import MIROSTAT_ORDER, ExtraSamplers, SamplingParams, Submit, TokenLogprobs
+from engine.startup import capture_graphs
 from tests.support.examples import num_examples
 from tests.support.kernel_choice import choose_kernels, code_paths
 
@@ -104,11 +105,17 @@ def make_engine(
     limits = dataclasses.replace(loaded.limits, max_num_batched_tokens=MAX_MODEL_LEN if not chunk else 512)
     if seqs is not None:
         limits = dataclasses.replace(limits, max_num_seqs=seqs)
-    builder = BatchBuilder(
-        limits.max_num_batched_tokens, limits.max_num_seqs, MAX_MODEL_LEN, loaded.memory.block_size, loaded.device
-    )
     runner = loaded.runner
+    builder = BatchBuilder(
+        limits.max_num_batched_tokens,
+        limits.max_num_seqs,
+        MAX_MODEL_LEN,
+        loaded.memory.block_size,
+        loaded.device,
+        runner.builder.planner,
+    )
     runner = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels)
+    capture_graphs(runner)  # on a GPU
     return Engine(config, dataclasses.replace(loaded, limits=limits, runner=runner))
 
 

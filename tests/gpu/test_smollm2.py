@@ -13,7 +13,7 @@ from engine.config import EngineConfig, load_model_config
 from engine.execution.cuda_graphs import SIZES, GraphedExecution
 from engine.loading import LoadedModel, load_model
 from engine.sampling.logprobs import gather_logprobs
-from engine.shared.messages import Submit
+from engine.shared.messages import SamplingParams, Submit
 from engine.startup import capture_graphs
 from server.text.tokenizer import Tokenizer
 from tests.bench.quality import TEXT
@@ -35,6 +35,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"kv_cache_dtype": "int8"},
     {"enforce_eager": True},
 ]
+# Torch warns when the mode that detects waits is first used.
+ignores_warning = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
 
@@ -98,16 +100,23 @@ def test_adapters_in_any_company(smollm2_path: Path, tmp_path: Path, submits: Se
         assert_same(run(make_engine(loaded, chunk=60), mixed), expected)
 
 
+@ignores_warning
 def test_steps_are_launched_without_a_wait(
     smollm2_path: Path, submits: Sequence[Submit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After kernels are compiled and graphs captured. tests/engine/kernels/triton/test_waits.py tests all settings."""
     loaded = load(smollm2_path, device="cuda")
-    expected = run(make_engine(loaded), submits)
-    run(make_engine(loaded), submits)
+    not_waiting = [submit for submit in submits if not uses_mirostat(submit.params)]
+    expected = run(make_engine(loaded), not_waiting)
+    engine = make_engine(loaded)
     for name in ("forward", "sample"):
-        monkeypatch.setattr(loaded.runner, name, without_waits(getattr(loaded.runner, name)))
-    assert_same(run(make_engine(loaded), submits), expected)
+        monkeypatch.setattr(engine.runner, name, without_waits(getattr(engine.runner, name)))
+    assert_same(run(engine, not_waiting), expected)
+
+
+def uses_mirostat(params: SamplingParams) -> bool:
+    """Return whether the host reads each token before it sets the limit for the next one."""
+    return params.extra_samplers is not None and params.extra_samplers.mirostat > 0
 
 
 def without_waits(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,6 +130,7 @@ def without_waits(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@ignores_warning
 def test_log_probabilities_are_those_of_the_cpu_and_do_not_wait() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(9, 49_152, generator=generator).round(decimals=2)  # with many ties

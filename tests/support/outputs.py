@@ -24,8 +24,10 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") 
     block_size = loaded.memory.block_size
     request.kv.blocks = [Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))]
     # The prompt may be longer than the token budget of the engine's steps.
-    builder = BatchBuilder(len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.device)
     runner = loaded.runner
+    builder = BatchBuilder(
+        len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.device, runner.builder.planner
+    )
     execution = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels).execution
     with torch.inference_mode():
         execution.forward(builder.build(Step(1, [Scheduled(request, 0, len(prompt), num_samples=len(prompt))])))
