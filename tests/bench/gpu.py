@@ -20,6 +20,7 @@ import gc
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import tempfile
@@ -199,7 +200,8 @@ def with_target(figure: Figure, expected: dict[str, float]) -> Figure:
 
 def expected_shares(bench: Bench, device_name: str) -> dict[str, float]:
     """Return the share of the limit that the model of a card expects of each step; nothing for an unknown card."""
-    card = next((card for card in CARDS.values() if card.name.split()[0] in device_name), None)
+    words = re.split("[ -]", device_name)  # NVIDIA A100-SXM4-80GB
+    card = next((card for card in CARDS.values() if card.name.split()[0] in words), None)
     if card is None:
         return {}
     half = bench.context + NUM_GENERATED // 2

@@ -98,7 +98,9 @@ def test_what_is_expected_of_a_known_card() -> None:
     found = gpu.expected_shares(bench, "NVIDIA H100 80GB HBM3")
     assert set(found) == {decode_name(1), decode_name(2), prefill_name(128)}
     assert all(0 < share < 1 for share in found.values())
-    assert gpu.expected_shares(bench, "Other 3000") == {}
+    assert gpu.expected_shares(bench, "NVIDIA A100-SXM4-80GB")
+    assert gpu.expected_shares(bench, "NVIDIA L4")
+    assert gpu.expected_shares(bench, "NVIDIA L40S") == gpu.expected_shares(bench, "Other 3000") == {}
     assert [card.name.split()[0] for card in CARDS.values()] == ["H100", "A100", "L4"]
 
 
