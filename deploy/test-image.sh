@@ -224,10 +224,11 @@ check_kernels() {
     echo "kernels: $library"
 }
 
-# With torch for CUDA, Triton must be able to compile its C module as the image's user; otherwise there is no compiler.
+# With torch for CUDA, Triton must be able to compile its C module as the image's user, and load it from its cache in the
+# volume, since a tmpfs is mounted noexec; otherwise there is no compiler.
 check_compiler() {
     if pod exec server python3 -c 'import triton' 2>/dev/null; then
-        pod exec --interactive --env TRITON_CACHE_DIR=/tmp/triton server python3 - <deploy/check_triton.py \
+        pod exec --interactive server python3 - <deploy/check_triton.py \
             || fail "Triton cannot compile its C module in the image"
     elif pod exec server sh -c 'command -v cc gcc clang'; then
         fail "the image has a compiler, but no Triton that needs it"
@@ -312,8 +313,8 @@ echo "healthy after $((SECONDS - began)) s"
 check_confinement
 check_api
 check_kernels
-check_compiler
 check_nothing_fetched
+check_compiler
 
 say "Prometheus"
 check_prometheus
