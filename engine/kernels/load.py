@@ -47,7 +47,8 @@ def _load_gpu_kernels(device: torch.device, options: KernelOptions) -> Kernels |
 
         triton.runtime.driver.active.get_current_target()  # compiles the C module
     except (ImportError, OSError, RuntimeError, AssertionError, subprocess.SubprocessError) as error:
-        return f"Triton does not work here: {error}"
+        reason = " ".join(str(error).split()) or type(error).__name__  # some have several lines, or none
+        return f"Triton does not work here: {reason}"
     return TritonKernels(options, device)
 
 

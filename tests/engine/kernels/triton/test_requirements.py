@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+import triton
 
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
@@ -77,6 +79,23 @@ def test_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch, caplog
         load_kernels(CUDA, KernelOptions(torch.bfloat16))
     assert "\n" not in str(error.value)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError("libcuda.so cannot found!\nPlease make sure"), "libcuda.so cannot found! Please make sure"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_problem_that_triton_itself_finds(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.kernels.load.missing_requirement", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(triton.runtime, "driver", driver := Mock())
+    driver.active.get_current_target.side_effect = error
+    with pytest.raises(ValueError, match="slow-kernels") as refused:
+        load_kernels(CUDA, KernelOptions(torch.bfloat16))
+    assert str(refused.value).startswith(f"Triton does not work here: {reason}. With ")
 
 
 @pytest.mark.parametrize("int8", [False, True])
