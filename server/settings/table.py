@@ -308,7 +308,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             _MEMORY,
             BOOLEAN,
             "Give the same request the same answer in any batch, bit for bit. Turning it off lets a GPU use its "
-            "vendor's matrix multiplication; a CPU gains nothing.",
+            "vendor's matrix multiplication, and torch's flash attention for prompts; a CPU gains nothing.",
         ),
     ] = True
 
