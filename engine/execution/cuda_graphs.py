@@ -83,7 +83,7 @@ class GraphedExecution(EagerExecution):
         super().__init__(model, kv_cache)
         self.device = device
         self.graphs: dict[tuple[int, bool], Forward] = {}  # by size, and whether any row has an adapter
-        self.kinds = (False, True) if any(linear.lora for linear in model.linears) else (False,)  # has any row one?
+        self.kinds = (False, True) if any(linear.lora for linear in model.linears) else (False,)  # of each size
         max_num_seqs, max_blocks = builder.tables.shape
         largest = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
         self.uncaptured = [size for size in SIZES if size <= largest]
