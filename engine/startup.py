@@ -18,13 +18,19 @@ from engine.loading import LoadedModel, Progress
 from engine.lora.slots import num_lora_slots
 from engine.model.memory_plan import MIB
 from engine.runner import ModelRunner
-from engine.shared.messages import EngineInfo, SamplingParams, Submit
+from engine.shared.messages import EngineInfo, ReasoningLimit, SamplingParams, Submit
 
 logger = logging.getLogger("lightwell.engine")
 
 WARM_UP = SamplingParams(max_tokens=2, ignore_eos=True)
 WARM_UP_SAMPLING = SamplingParams(  # runs all kernels of a sampler
-    max_tokens=2, ignore_eos=True, temperature=1.0, top_p=0.9, repetition_penalty=1.1, logit_bias={0: 1.0}
+    max_tokens=2,
+    ignore_eos=True,
+    temperature=1.0,
+    top_p=0.9,
+    repetition_penalty=1.1,
+    logit_bias={0: 1.0},
+    reasoning_limit=ReasoningLimit(max_tokens=0, start_id=0, end_id=0, is_open=True),  # masks the first token
 )
 MAX_CAPTURE_SECONDS = 60.0  # about 1 s, unless kernels for sizes of batches have to be compiled
 FINGERPRINT_BYTES = 1024 * 1024  # read at the start, the middle and the end of each weight file
