@@ -134,15 +134,19 @@ def warm_up(engine: Engine, max_model_len: int) -> None:
 def capture_graphs(runner: ModelRunner, progress: Progress | None = None) -> None:
     """Capture CUDA graphs for at most MAX_CAPTURE_SECONDS; the engine captures what is left when it is idle.
 
-    `progress` is called with the number of graphs that have been captured or given up, and the total.
+    `progress` is called with the number of graphs that have been captured or given up, and the total; at the end, with
+    the total twice.
     """
     end = time.monotonic() + MAX_CAPTURE_SECONDS
-    num_graphs = len(runner.execution.uncaptured)
-    while runner.execution.uncaptured and time.monotonic() < end:
+    num_graphs = num_left = len(runner.execution.uncaptured)
+    while num_left and time.monotonic() < end:
         runner.capture_next()
+        num_left = len(runner.execution.uncaptured)
         if progress is not None:
-            progress(num_graphs - len(runner.execution.uncaptured), num_graphs)
-    if num_left := len(runner.execution.uncaptured):
+            progress(num_graphs - num_left, num_graphs)
+    if num_left:
+        if progress is not None:
+            progress(num_graphs, num_graphs)
         logger.info("CUDA graphs: %d of %d are left for when the engine is idle", num_left, num_graphs)
 
 
