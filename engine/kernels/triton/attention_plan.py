@@ -24,7 +24,7 @@ SMALL_PART = 1 / 8
 
 
 @dataclass(frozen=True)
-class Tiles:
+class QueryTiles:
     """Consecutive rows of one sequence, in arrays [A]. The segments of all tiles are numbered in one sequence."""
 
     sequences: Lengths
@@ -92,7 +92,7 @@ class TritonAttentionPlanner:
         table = np.zeros((self.num_programs + num_seqs + num_partials, NUM_FIELDS), dtype=np.int64)
         return WorkList(table, num_partials * self.group_size)
 
-    def _tiles(self, query_lens: Lengths, seq_lens: Lengths) -> Tiles:
+    def _tiles(self, query_lens: Lengths, seq_lens: Lengths) -> QueryTiles:
         num_tiles = -(-query_lens // self.tile_tokens)
         sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
         offsets = (np.arange(len(sequences)) - (num_tiles.cumsum() - num_tiles)[sequences]) * self.tile_tokens
@@ -104,9 +104,9 @@ class TritonAttentionPlanner:
             first_segments = np.maximum(first_positions - self.window + 1, 0) // self.segment
         num_segments = -(-(first_positions + num_rows) // self.segment) - first_segments
         ends = num_segments.cumsum()
-        return Tiles(sequences, first_rows, num_rows, first_positions, first_segments, ends - num_segments, ends)
+        return QueryTiles(sequences, first_rows, num_rows, first_positions, first_segments, ends - num_segments, ends)
 
-    def _borders(self, tiles: Tiles) -> NDArray[np.int64]:
+    def _borders(self, tiles: QueryTiles) -> NDArray[np.int64]:
         """Return the first segment of each program but the first, in ascending order.
 
         A border that would split a small tile, or one for which there is no room, moves to the nearer end of the tile.
@@ -121,7 +121,7 @@ class TritonAttentionPlanner:
         splits &= np.isin(tile, self._splittable(tiles, tile[splits], borders[splits]))
         return np.where(splits, borders, np.where(borders - starts < ends - borders, starts, ends))
 
-    def _splittable(self, tiles: Tiles, tile: Lengths, borders: Lengths) -> Lengths:
+    def _splittable(self, tiles: QueryTiles, tile: Lengths, borders: Lengths) -> Lengths:
         """Return the tiles that may be split at borders: short and long ones, as many as there is room for.
 
         Tiles of few rows come first, since their results take the least room, and among them those of most segments.
@@ -133,7 +133,7 @@ class TritonAttentionPlanner:
         return tile[order][partial_rows[order].cumsum() <= self.max_partial_rows]
 
 
-def _split_segments(tiles: Tiles, borders: Lengths) -> Lengths:
+def _split_segments(tiles: QueryTiles, borders: Lengths) -> Lengths:
     """Return the segments of split tiles from the first border in each tile on."""
     borders = borders[borders < tiles.total]
     tile = np.searchsorted(tiles.ends, borders, side="right")
