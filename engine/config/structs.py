@@ -17,7 +17,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 128  # choices that run at a time
     max_num_batched_tokens: int | None = None  # token budget of a step
     long_prefill_token_threshold: int = 0  # maximum prompt tokens of one request in a step; 0: no limit
-    max_step_ms: float | None = None  # bound on the time of a step beside a stream; None: no bound
+    max_step_ms: float | None = None  # bound on the time of a step beside a stream; None: the device's default
     block_size: int = 32  # tokens in a block of the KV cache
     enable_prefix_caching: bool = True
     kv_cache_memory: int | None = None  # bytes; None: what is left of the memory that may be used

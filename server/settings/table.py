@@ -250,7 +250,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             number(1, 60_000),
             "Time that an engine step should take at most while a stream is decoding, in milliseconds. Prompts are cut "
             "into smaller chunks, of at least 16 tokens, by the measured time of recent steps; with --batch-invariant, "
-            "answers do not depend on the chunks. Unset: no limit.",
+            "answers do not depend on the chunks. Unset: 100 on a GPU, no limit on a CPU.",
         ),
     ] = None
     block_size: Annotated[

@@ -286,6 +286,13 @@ def test_a_row_behind_an_end_token_is_for_nothing() -> None:
     assert [event.token_ids for event in engine.step()[1]] == [[EOS]]
 
 
+def test_a_gpu_bounds_steps_unless_told_otherwise() -> None:
+    limits = Limits(8, 1, 8)
+    bounds = [engine_on(FakeDevice(4), num_blocks=8, limits=limits, max_step_ms=ms).scheduler.budget.max_ms
+              for ms in (None, 7.0)]  # fmt: skip
+    assert bounds == [100.0, 7.0]
+
+
 class TimedDevice(FakeDevice):
     """A fake device on which a step takes 5 ms, and each row another half."""
 
