@@ -1,6 +1,7 @@
 """A small model on the Triton kernels, in Triton's interpreter: against transformers, and batch invariance."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,36 +66,48 @@ def test_adapters_are_those_of_peft(tmp_path: Path) -> None:
         assert output == expected[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
-def _rounded(x: Tensor) -> Tensor:
+def _in_int8(x: Tensor) -> Tensor:
     scale = x.abs().amax(dim=-1, keepdim=True) / 127
     return (x / scale).round() * scale
 
 
+def _in_fp8(x: Tensor) -> Tensor:
+    scale = x.abs().amax(dim=-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
 class RoundedCache(DynamicCache):
-    """Rounds keys and values [.., KV heads, tokens, head size] to codes of -127 .. 127 times a scale for each head."""
+    """Rounds keys and values [.., KV heads, tokens, head size] to codes times a scale for each head."""
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rounded = rounded
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = (_rounded(x) for x in (key_states, value_states))
+        keys, values = (self.rounded(x) for x in (key_states, value_states))
         stored: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)
         return stored
 
 
-def test_a_cache_of_8_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "rounded"), [("int8", "int8", _in_int8), ("fp8", "float8_e4m3fn", _in_fp8)], ids=["int8", "fp8"]
+)
+def test_a_cache_of_8_bits(kind: str, name: str, rounded: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
     model = models()["llama"]
-    loaded = load(save_random_model(model, tmp_path, SEED), kv_cache_dtype="int8")
-    assert loaded.runner.kernels.formats == "weights float32, KV cache int8"
+    loaded = load(save_random_model(model, tmp_path, SEED), kv_cache_dtype=kind)
+    assert loaded.runner.kernels.formats == f"weights float32, KV cache {name}"
     prompt = prompt_of(60)
     with torch.inference_mode():
-        exact, rounded = (
-            model(torch.tensor([prompt]), None, None, cache).logits[0] for cache in (DynamicCache(), RoundedCache())
-        )
-    assert float((exact - rounded).abs().max()) > 0.05
-    errors = (all_logits(loaded, prompt) - rounded).abs()
-    assert float(errors.max()) < 0.02, errors.max()  # earlier rounding changes a few codes
-    assert float(errors.mean()) < 0.001
+        caches = (DynamicCache(), RoundedCache(rounded))
+        exact, expected = (model(torch.tensor([prompt]), None, None, cache).logits[0] for cache in caches)
+    largest, mean = float((exact - expected).abs().max()), float((exact - expected).abs().mean())
+    assert largest > 0.05
+    errors = (all_logits(loaded, prompt) - expected).abs()
+    assert float(errors.max()) < 0.4 * largest, errors.max()  # earlier rounding changes a few codes
+    assert float(errors.mean()) < 0.1 * mean
 
 
-@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "int8"), ("float16", "auto")])
+@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "int8"), ("float16", "auto"), ("float16", "fp8")])
 def test_the_same_request_gets_the_same_answer(
     dtype: str, kv_cache_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
