@@ -46,7 +46,7 @@ MMA_SYNC = [
     Limit("linear 64x64", 96, 1),
     Limit("linear 64x128", 168, 2),
     Limit("linear 128x128", 184, 1),
-    Limit("linear 128x128 of 2 splits", 255, 1),
+    Limit("linear 128x128 of 2 splits", 255, 1, 16),
     Limit("linear * 32x32", 96, 2),
     Limit("linear * 64x64", 168, 1),
     Limit("linear * 64x128", 248, 1),
