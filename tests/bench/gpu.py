@@ -42,7 +42,17 @@ from engine.loading import LoadedModel, load_model
 from engine.shared.messages import SamplingParams, Submit
 from engine.startup import capture_graphs
 from tests.bench import gpu_model, gpu_vllm
-from tests.bench.gpu_shapes import SHAPES, TARGETS, Shape, decode_name, prefill_name, save_model
+from tests.bench.gpu_costs import COPY_SHARE, PRODUCT_SHARE
+from tests.bench.gpu_shapes import (
+    SHAPES,
+    TARGETS,
+    Shape,
+    decode_attention_name,
+    decode_name,
+    prefill_name,
+    prompt_attention_name,
+    save_model,
+)
 from tests.bench.gpu_timing import TimedRunner, elapsed, seconds_of
 from tests.support.gpu_cards import CARDS
 from tests.support.meta_models import Sequence
@@ -178,7 +188,7 @@ def measure(bench: Bench, attention: tuple[int, int], vllm: Path | None) -> Resu
         if vllm is not None:
             figures += [*run_vllm(bench, folder, vllm, VLLM), *run_vllm(bench, folder, vllm, VLLM_INVARIANT)]
     name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else str(bench.device)
-    expected = expected_shares(bench, name)
+    expected = expected_shares(bench, name, attention)
     return Results(
         device=name,
         model=bench.shape_name,
@@ -198,8 +208,8 @@ def with_target(figure: Figure, expected: dict[str, float]) -> Figure:
     return msgspec.structs.replace(figure, target=TARGETS.get(figure.name), expected=expected.get(figure.name))
 
 
-def expected_shares(bench: Bench, device_name: str) -> dict[str, float]:
-    """Return the share of the limit that the model of a card expects of each step; nothing for an unknown card."""
+def expected_shares(bench: Bench, device_name: str, attention: tuple[int, int]) -> dict[str, float]:
+    """Return the share of the limit that the model of a card expects of each figure; nothing for an unknown card."""
     words = re.split("[ -]", device_name)  # NVIDIA A100-SXM4-80GB
     card = next((card for card in CARDS.values() if card.name.split()[0] in words), None)
     if card is None:
@@ -207,8 +217,20 @@ def expected_shares(bench: Bench, device_name: str) -> dict[str, float]:
     half = bench.context + NUM_GENERATED // 2
     steps = {decode_name(number): [Sequence(half)] * number for number in bench.streams}
     steps[prefill_name(bench.prompt)] = [Sequence(0, bench.prompt)]
-    found = gpu_model.estimate(bench.shape_name, card, steps)
-    return {step.name: step.share for step in found.steps}
+    num_streams, tokens = attention
+    name = decode_attention_name(num_streams, tokens)
+    steps[name] = [Sequence(tokens - 1)] * num_streams
+    shares: dict[str, float] = {}
+    for step in gpu_model.estimate(bench.shape_name, card, steps).steps:
+        shares[step.name] = step.share
+        seconds = sum(step.longest_launch(kernel) for kernel in ("attend", "reduce"))
+        if step.name == name:
+            num_bytes = bench.shape.attention_bytes(num_streams, tokens)
+            shares[name] = num_bytes / (COPY_SHARE * card.bytes_per_second) / seconds
+        elif step.name == prefill_name(bench.prompt):
+            floor = bench.shape.attention_operations(bench.prompt) / (PRODUCT_SHARE * card.bf16_per_second)
+            shares[prompt_attention_name(bench.prompt)] = floor / seconds
+    return shares
 
 
 def ratios(bench: Bench, figures: list[Figure]) -> list[Ratio]:
@@ -282,17 +304,15 @@ def hidden_share(bench: Bench, loaded: LoadedModel, num_streams: int) -> float:
 def decode_attention(bench: Bench, loaded: LoadedModel, num_streams: int, context: int) -> Figure:
     """Measure attention of one layer, with one row per stream."""
     seconds = attention_seconds(bench, loaded, num_streams, 1, context)
-    shape = bench.shape
-    num_bytes = 2 * 2 * shape.num_kv_heads * shape.head_dim * num_streams * context
-    name = f"attention of a layer, {num_streams} rows of {context} tokens"
-    return Figure(name, OURS, seconds, num_bytes / bench.copy)
+    floor = bench.shape.attention_bytes(num_streams, context) / bench.copy
+    return Figure(decode_attention_name(num_streams, context), OURS, seconds, floor)
 
 
 def prompt_attention(bench: Bench, loaded: LoadedModel) -> Figure:
     """Measure attention of one layer to a whole prompt."""
     seconds = attention_seconds(bench, loaded, 1, bench.prompt, bench.prompt)
-    operations = 2 * 2 * bench.shape.num_heads * bench.shape.head_dim * bench.prompt**2 / 2
-    return Figure(f"attention of a layer, {bench.prompt} rows", OURS, seconds, operations / bench.product)
+    floor = bench.shape.attention_operations(bench.prompt) / bench.product
+    return Figure(prompt_attention_name(bench.prompt), OURS, seconds, floor)
 
 
 def attention_seconds(bench: Bench, loaded: LoadedModel, num_streams: int, num_rows: int, context: int) -> float:

@@ -59,6 +59,10 @@ class StepEstimate(msgspec.Struct, frozen=True):
         """The expected share of the limit. Steps that contain prompts do not run as graphs."""
         return self.floor / (self.graph_seconds if self.name.startswith("decode") else self.eager_seconds)
 
+    def longest_launch(self, kernel: str) -> float:
+        """Return the mean seconds of a kernel's launches of the kind that takes longest; 0 if there are none."""
+        return max((kind.seconds / kind.num_launches for kind in self.kinds if kind.name == kernel), default=0.0)
+
 
 class Estimate(msgspec.Struct, frozen=True):
     card: str

@@ -46,13 +46,20 @@ class Shape:
 
     def decode_bytes(self, num_streams: int, context: int) -> int:
         """Return the bytes that a step must read: the weights, and the keys and values of all tokens, in bfloat16."""
-        kv_bytes = 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
-        return 2 * self.num_weights_read + kv_bytes * num_streams * context
+        return 2 * self.num_weights_read + self.num_layers * self.attention_bytes(num_streams, context)
+
+    def attention_bytes(self, num_streams: int, context: int) -> int:
+        """Return the bytes of keys and values that a layer reads in a step."""
+        return 2 * 2 * self.num_kv_heads * self.head_dim * num_streams * context
 
     def prefill_operations(self, num_tokens: int) -> int:
         """Return the operations of a prompt: two for each weight and token, and those of causal attention."""
-        attention = 2 * 2 * self.num_layers * self.num_heads * self.head_dim * num_tokens**2 // 2
+        attention = self.num_layers * self.attention_operations(num_tokens)
         return 2 * (self.num_weights_read - self.vocab_size * self.hidden_size) * num_tokens + attention
+
+    def attention_operations(self, num_tokens: int) -> int:
+        """Return the operations of a layer's causal attention of a prompt."""
+        return 2 * 2 * self.num_heads * self.head_dim * num_tokens**2 // 2
 
 
 SHAPES = {
@@ -68,6 +75,14 @@ def decode_name(num_streams: int) -> str:
 
 def prefill_name(num_tokens: int) -> str:
     return f"prefill, {num_tokens} tokens"
+
+
+def decode_attention_name(num_streams: int, num_tokens: int) -> str:
+    return f"attention of a layer, {num_streams} rows of {num_tokens} tokens"
+
+
+def prompt_attention_name(num_tokens: int) -> str:
+    return f"attention of a layer, {num_tokens} rows"
 
 
 # Names of steps -> share of the limit to reach with a model of 8B in bfloat16 on an H100, in the default mode: of a

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.bench import gpu, gpu_timing
-from tests.bench.gpu_shapes import SHAPES, decode_name, prefill_name
+from tests.bench.gpu_shapes import SHAPES, decode_attention_name, decode_name, prefill_name, prompt_attention_name
 from tests.support.gpu_cards import CARDS
 
 ARGUMENTS = ["gpu", "--shape", "tiny", "--device", "cpu", "--streams", "1", "3", "--context", "16", "--prompt", "40"]
@@ -53,7 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> gpu.Results:
 
 def test_everything_is_measured(results: gpu.Results) -> None:
     steps = {decode_name(1), decode_name(3), prefill_name(40)}
-    attention = {"attention of a layer, 2 rows of 64 tokens", "attention of a layer, 40 rows"}
+    attention = {decode_attention_name(2, 64), prompt_attention_name(40)}
     expected = {
         gpu.OURS: steps | attention,
         gpu.FASTER: steps,
@@ -95,12 +95,12 @@ def test_figures_have_targets_and_what_is_expected() -> None:
 
 def test_what_is_expected_of_a_known_card() -> None:
     bench = gpu.Bench("tiny", torch.device("cpu"), [1, 2], 64, 128, copy=1.0, product=1.0)
-    found = gpu.expected_shares(bench, "NVIDIA H100 80GB HBM3")
-    assert set(found) == {decode_name(1), decode_name(2), prefill_name(128)}
+    found = gpu.expected_shares(bench, "NVIDIA H100 80GB HBM3", (2, 96))
+    attention = {decode_attention_name(2, 96), prompt_attention_name(128)}
+    assert set(found) == {decode_name(1), decode_name(2), prefill_name(128)} | attention
     assert all(0 < share < 1 for share in found.values())
-    assert gpu.expected_shares(bench, "NVIDIA A100-SXM4-80GB")
-    assert gpu.expected_shares(bench, "NVIDIA L4")
-    assert gpu.expected_shares(bench, "NVIDIA L40S") == gpu.expected_shares(bench, "Other 3000") == {}
+    for name, is_known in (("A100-SXM4-80GB", True), ("L4", True), ("L40S", False), ("Other 3000", False)):
+        assert bool(gpu.expected_shares(bench, f"NVIDIA {name}", (2, 96))) == is_known, name
     assert [card.name.split()[0] for card in CARDS.values()] == ["H100", "A100", "L4"]
 
 
