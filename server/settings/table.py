@@ -264,7 +264,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             _MEMORY,
             choice("DTYPE", "auto", "int8", "fp8"),
-            "Data type of the KV cache: that of the computation, or 8 bits with a scale. fp8 (e4m3) is only for GPUs.",
+            "Data type of the KV cache: that of the computation, or 8 bits with a scale. fp8 is for GPUs, and less precise.",
         ),
     ] = "auto"
     kv_cache_memory: Annotated[
@@ -295,12 +295,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool, Setting(_MEMORY, BOOLEAN, "Launch GPU kernels one by one instead of as CUDA graphs.")
     ] = False
     allow_slow_kernels: Annotated[
-        bool,
-        Setting(
-            _MEMORY,
-            BOOLEAN,
-            "On a GPU where Triton does not work, start anyway, with plain PyTorch, which is many times slower.",
-        ),
+        bool, Setting(_MEMORY, BOOLEAN, "Start on a GPU where Triton does not work, with much slower kernels.")
     ] = False
     batch_invariant: Annotated[
         bool,
