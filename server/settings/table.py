@@ -264,7 +264,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             _MEMORY,
             choice("DTYPE", "auto", "int8", "fp8"),
-            "Data type of the KV cache: that of the computation, or 8 bits with a scale (fp8: GPUs only, less precise).",
+            "Data type of the KV cache: that of the computation, or 8 bits with a scale (fp8: on GPUs, less precise).",
         ),
     ] = "auto"
     kv_cache_memory: Annotated[
