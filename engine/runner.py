@@ -97,6 +97,11 @@ class ModelRunner:
         self.execution.capture_next()
 
     @torch.inference_mode()
+    def warm_up_logits(self, num_rows: int) -> None:
+        """Compute as many logits as a step with `num_rows` samples, of a row of the last step."""
+        self.execution.compute_logits(torch.zeros(num_rows, dtype=torch.int64, device=self.builder.device))
+
+    @torch.inference_mode()
     def forward(self, step: Step, clock: StepClock) -> BatchInputs:
         """Launch the model on a step. It may read tokens that the previous step has sampled on the device."""
         batch = self.builder.build(step)

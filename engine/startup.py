@@ -22,7 +22,7 @@ from engine.shared.messages import EngineInfo, ReasoningLimit, SamplingParams, S
 
 logger = logging.getLogger("lightwell.engine")
 
-WARM_UP = SamplingParams(max_tokens=2, ignore_eos=True)
+WARM_UP = SamplingParams(max_tokens=1, ignore_eos=True)
 WARM_UP_SAMPLING = SamplingParams(  # runs all kernels of a sampler
     max_tokens=2,
     ignore_eos=True,
@@ -117,18 +117,23 @@ def process_age() -> float:
 
 
 def warm_up(engine: Engine, max_model_len: int) -> None:
-    """Generate a few tokens, so that one-time work such as compilation does not delay the first request."""
-    num_tokens = min(engine.runner.kernels.num_warm_up_tokens, max_model_len - WARM_UP.max_tokens)
-    for number, params in enumerate((WARM_UP, WARM_UP_SAMPLING)):
+    """Run prompts and compute logits, so that one-time work such as compilation does not delay the first requests."""
+    longest = max(1, max_model_len - WARM_UP_SAMPLING.max_tokens)
+    rows = sorted({min(num, longest) for num in engine.runner.kernels.warm_up_rows})
+    for number, params in enumerate([*[WARM_UP] * len(rows), WARM_UP_SAMPLING]):
         submit = Submit(
             request_id=f"warm-up {number}",
-            prompt_token_ids=[0] * max(1, num_tokens),
+            prompt_token_ids=[0] * rows[min(number, len(rows) - 1)],
             params=params,
             arrival=time.monotonic(),
+            cache_salt=str(number),  # all rows must be computed
         )
         engine.add(submit)
-    while engine.has_work:
-        engine.step()
+        while engine.has_work:  # two prompts together would have more rows
+            engine.step()
+    for num_rows in rows:
+        if num_rows <= engine.scheduler.max_num_seqs:
+            engine.runner.warm_up_logits(num_rows)
 
 
 def capture_graphs(runner: ModelRunner, progress: Progress | None = None) -> None:

@@ -92,7 +92,7 @@ class Kernels(Protocol):
     num_threads: int  # that the kernels run on
     num_torch_threads: int  # to set for torch's own operations
     execution: ExecutionKind  # how a model runs on these kernels: see engine.execution.load
-    num_warm_up_tokens: int  # length of a prompt that runs all kernels that most requests need
+    warm_up_rows: frozenset[int]  # numbers of rows with which a model runs all kernels that most requests need
 
     @property
     def separates_prompts(self) -> bool:

@@ -55,7 +55,7 @@ class CpuKernels:
     deterministic = True
     execution: ExecutionKind = "program"
     vector_dtype = torch.float32
-    num_warm_up_tokens = 2
+    warm_up_rows = frozenset({2})
     num_torch_threads = 1
 
     def __init__(self, library: Library, options: KernelOptions, num_threads: int) -> None:

@@ -25,7 +25,7 @@ class TorchKernels:
     keep_packed: frozenset[str] = frozenset()
     execution: ExecutionKind = "eager"
     separates_prompts = False
-    num_warm_up_tokens = 2
+    warm_up_rows = frozenset({2})
 
     def __init__(self, options: KernelOptions, device: torch.device) -> None:
         self.options = options

@@ -69,8 +69,7 @@ class TritonKernels:
             logger.warning("torch's flash attention, which is faster for prompts, is not used: %s", reason)
         self.weight_formats: list[str] = []  # of the weights packed so far, in order
         self.tiles = tiles_for(capability, options.dtype)
-        # Enough tokens that attention splits their keys, and that products do not split their inputs.
-        self.num_warm_up_tokens = 2 * self.tiles.attention.segment + 1
+        self.warm_up_rows = frozenset({2 * self.tiles.attention.segment + 1})  # with so many, attention splits the keys
         self.lora_tiles: dict[tuple[int, ...], Tensor] = {}  # by the sizes of a product's projections
 
     @property
@@ -104,6 +103,8 @@ class TritonKernels:
         sizes = [len(part) for part in matrix]
         biases = [None] * len(matrix) if bias is None else torch.split(bias, sizes)
         tiles = [self.tiles.linear_for(*part.shape, is_packed=isinstance(part, PackedMatrix)) for part in matrix]
+        for some, size in zip(tiles, sizes, strict=True):
+            self.warm_up_rows |= some.first_rows(size)
 
         def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
             adds = residual is not None

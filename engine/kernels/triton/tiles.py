@@ -53,6 +53,14 @@ class LinearTiles:
     def tile_for(self, num_rows: int) -> LinearTile:
         return next(tile for first, tile in reversed(self.tiles) if num_rows >= first)
 
+    def first_rows(self, num_outputs: int) -> set[int]:
+        """Return the numbers of rows from which on another variant of the kernel computes the product."""
+        found = {first for first, _ in self.tiles}
+        if self.splits > 1:  # once there are enough tiles, a program computes all splits
+            row_tiles = [_ceil(self.programs, _ceil(num_outputs, tile.columns)) for _, tile in self.tiles]
+            found |= {(num - 1) * tile.rows + 1 for num, (_, tile) in zip(row_tiles, self.tiles, strict=True)}
+        return found
+
 
 @dataclass(frozen=True)
 class LinearTable:
