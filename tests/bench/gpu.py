@@ -23,7 +23,10 @@ import random
 import re
 import statistics
 import subprocess
+import sys
 import tempfile
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,27 +169,27 @@ def make_parser() -> argparse.ArgumentParser:
 def measure(bench: Bench, attention: tuple[int, int], vllm: Path | None) -> Results:
     """Measure everything, one after the other, so that each has the memory of the device for itself."""
     figures: list[Figure] = []
-    hidden = 0.0
+    hidden = [0.0]
+
+    def ours(mode: str) -> Iterator[Figure]:
+        config = EngineConfig(model_path=folder, device=str(bench.device), dtype="bfloat16")
+        loaded = load_model(msgspec.structs.replace(config, batch_invariant=mode == OURS))
+        capture_graphs(loaded.runner)
+        yield from (decode(bench, loaded, mode, number) for number in bench.streams)
+        yield prefill(bench, loaded, mode)
+        if mode == OURS:
+            yield decode_attention(bench, loaded, *attention)
+            yield prompt_attention(bench, loaded)
+            hidden.append(hidden_share(bench, loaded, max(bench.streams)))
+
     with tempfile.TemporaryDirectory() as folder:
         save_model(bench.shape, Path(folder), max(bench.prompt, bench.context) + NUM_GENERATED, bench.device)
-        for mode in (OURS, FASTER):
-            loaded = load_model(
-                EngineConfig(
-                    model_path=folder, device=str(bench.device), dtype="bfloat16", batch_invariant=mode == OURS
-                )
-            )
-            capture_graphs(loaded.runner)
-            figures += [decode(bench, loaded, mode, number) for number in bench.streams]
-            figures.append(prefill(bench, loaded, mode))
-            if mode == OURS:
-                figures += [decode_attention(bench, loaded, *attention), prompt_attention(bench, loaded)]
-                hidden = hidden_share(bench, loaded, max(bench.streams))
-            del loaded
-            free_memory(bench.device)
-        figures.append(transformers_decode(bench, Path(folder), max(bench.streams)))
-        free_memory(bench.device)
+        parts = [ours(OURS), ours(FASTER), transformers_decode(bench, Path(folder), max(bench.streams))]
         if vllm is not None:
-            figures += [*run_vllm(bench, folder, vllm, VLLM), *run_vllm(bench, folder, vllm, VLLM_INVARIANT)]
+            parts += [run_vllm(bench, folder, vllm, mode) for mode in (VLLM, VLLM_INVARIANT)]
+        for part in parts:
+            figures += until_failure(part)
+            free_memory(bench.device)
     name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else str(bench.device)
     expected = expected_shares(bench, name, attention)
     return Results(
@@ -197,8 +200,18 @@ def measure(bench: Bench, attention: tuple[int, int], vllm: Path | None) -> Resu
         product_operations_per_second=bench.product,
         figures=[with_target(figure, expected) for figure in figures],
         ratios=ratios(bench, figures),
-        hidden_share=hidden,
+        hidden_share=hidden[-1],
     )
+
+
+def until_failure(figures: Iterator[Figure]) -> Iterator[Figure]:
+    """Yield figures, and print each to stderr. A failure is printed too, but the others are still of use."""
+    try:
+        for figure in figures:
+            print(f"{figure.name}, {figure.mode}: {1000 * figure.seconds:.3f} ms", file=sys.stderr, flush=True)
+            yield figure
+    except Exception:
+        traceback.print_exc()
 
 
 def with_target(figure: Figure, expected: dict[str, float]) -> Figure:
@@ -247,7 +260,7 @@ def ratios(bench: Bench, figures: list[Figure]) -> list[Ratio]:
     return [
         Ratio(f"{name}: {mode} beside {other}", seconds[name, other] / seconds[name, mode], target)
         for name, mode, other, target in wanted
-        if (name, other) in seconds
+        if {(name, mode), (name, other)} <= set(seconds)
     ]
 
 
@@ -337,7 +350,7 @@ def attention_seconds(bench: Bench, loaded: LoadedModel, num_streams: int, num_r
         return seconds_of(lambda: kernels.paged_attention(q, cache, plan, shape.head_dim**-0.5), device)
 
 
-def transformers_decode(bench: Bench, folder: Path, num_streams: int) -> Figure:
+def transformers_decode(bench: Bench, folder: Path, num_streams: int) -> Iterator[Figure]:
     """Measure the mean step of `generate` after the first, which computes the prompts, in the second of two runs."""
     from transformers import AutoModelForCausalLM
 
@@ -359,21 +372,19 @@ def transformers_decode(bench: Bench, folder: Path, num_streams: int) -> Figure:
     for _ in range(2):
         one, many = (elapsed(lambda num=num: generate(num), bench.device) for num in (1, NUM_GENERATED))  # type: ignore[misc]
     seconds = (many - one) / (NUM_GENERATED - 1)
-    return Figure(decode_name(num_streams), TRANSFORMERS, seconds, bench.decode_floor(num_streams))
+    yield Figure(decode_name(num_streams), TRANSFORMERS, seconds, bench.decode_floor(num_streams))
 
 
-def run_vllm(bench: Bench, folder: str, python: Path, mode: str) -> list[Figure]:
+def run_vllm(bench: Bench, folder: str, python: Path, mode: str) -> Iterator[Figure]:
     """Measure vLLM in a process of its own, with its own interpreter. Raises CalledProcessError if it fails."""
     arguments = [folder, bench.shape.vocab_size, bench.streams, bench.context, bench.prompt, NUM_GENERATED]
     environment = os.environ | {"VLLM_BATCH_INVARIANT": str(int(mode == VLLM_INVARIANT))}
     command = [str(python), gpu_vllm.__file__, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    figures = [
-        Figure(decode_name(number), mode, found["decode"][str(number)], bench.decode_floor(number))
-        for number in bench.streams
-    ]
-    return [*figures, Figure(prefill_name(bench.prompt), mode, found["prefill"], bench.prefill_floor)]
+    for number in bench.streams:
+        yield Figure(decode_name(number), mode, found["decode"][str(number)], bench.decode_floor(number))
+    yield Figure(prefill_name(bench.prompt), mode, found["prefill"], bench.prefill_floor)
 
 
 def free_memory(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,3 +131,14 @@ def test_steps_and_gaps_are_times_between_events(monkeypatch: pytest.MonkeyPatch
     assert runner.num_tokens == [7, 7]
     assert runner.step_seconds() == pytest.approx([0.010, 0.006])
     assert runner.idle_seconds(2) == pytest.approx(0.006)
+
+
+def test_a_failure_leaves_the_other_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    def figures() -> Iterator[gpu.Figure]:
+        yield gpu.Figure("decode", gpu.OURS, 0.0125, 0.01)
+        raise RuntimeError("no memory")
+
+    assert [figure.name for figure in gpu.until_failure(figures())] == ["decode"]
+    printed = capsys.readouterr().err
+    assert printed.startswith("decode, default: 12.500 ms\n")
+    assert "RuntimeError: no memory" in printed
