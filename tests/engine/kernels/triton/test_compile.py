@@ -40,8 +40,9 @@ class Limit(NamedTuple):
 
 SAMPLER = [Limit("forbid", 64, 2), Limit("collect", 128, 1), Limit("draw", 128, 1), Limit("top *", 128, 1)]
 OTHERS = [*SAMPLER, Limit("reduce *", 64, 6), Limit("shrink", 128, 6), Limit("*", 80, 4)]
+OTHERS_WITH_FEWER_WARPS = [*SAMPLER, Limit("reduce *", 64, 3), Limit("shrink", 136, 4), Limit("*", 80, 3)]
 MMA_SYNC = [
-    Limit("linear 32x32 unaligned", 168, 3),
+    Limit("linear 32x32 unaligned", 176, 2),
     Limit("linear 32x32*", 56, 2),
     Limit("linear 64x64", 96, 1),
     Limit("linear 64x128", 168, 2),
@@ -49,11 +50,10 @@ MMA_SYNC = [
     Limit("linear 128x128 of 2 splits", 255, 1, 16),
     Limit("linear * 32x32", 96, 2),
     Limit("linear * 64x64", 168, 1),
-    Limit("linear * 64x128", 248, 1),
+    Limit("linear * 64x128", 255, 1),
     Limit("linear * 128x128", 216, 1),
     Limit("attend 256*", 255, 1, 224),
     Limit("attend *", 255, 2, 240),
-    *OTHERS,
 ]
 # The first that matches a kernel holds for it.
 LIMITS = {
@@ -66,9 +66,10 @@ LIMITS = {
         Limit("linear * 64x64", 168, 2),
         Limit("linear * 64x128", 248, 2),
         *MMA_SYNC,
+        *OTHERS,
     ],
-    "cuda 8.6": MMA_SYNC,
-    "cuda 8.9": MMA_SYNC,
+    "cuda 8.6": [*MMA_SYNC, *OTHERS_WITH_FEWER_WARPS],
+    "cuda 8.9": [*MMA_SYNC, *OTHERS_WITH_FEWER_WARPS],
     "cuda 9.0": [
         Limit("linear 64x32 unaligned", 232, 2),
         Limit("linear 64x32*", 72, 2),
@@ -98,7 +99,7 @@ LIMITS = {
         Limit("attend *", 255, 1, 256),
         *OTHERS,
     ],
-    "cuda 12.0": MMA_SYNC,
+    "cuda 12.0": [*MMA_SYNC, *OTHERS_WITH_FEWER_WARPS],
 }
 
 
