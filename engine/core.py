@@ -136,7 +136,7 @@ class Engine:
             self.in_flight = None if outputs is None else StepInFlight(step, outputs, clock)
         if step is not None and self.in_flight is None:
             release_memory(self.device)  # nothing holds the tensors of the failed launch any more
-            return finished, events + self.scheduler.shrink(step)
+            return finished, events + self.scheduler.back_off(step)
         return (finished, events) if self.overlaps else self._finish()
 
     def _launch(self, step: Step, launch: Callable[[], Launched]) -> Launched | None:

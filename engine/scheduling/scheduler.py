@@ -218,7 +218,7 @@ class Scheduler:
                 chunks.pop()
         self.stats.steps_total -= 1
 
-    def shrink(self, step: Step) -> list[TokenEvent]:
+    def back_off(self, step: Step) -> list[TokenEvent]:
         """Make the next step smaller than one that was taken back. Return the event of a request that fails, if any.
 
         The rows are halved. If each request had only one, the newest is preempted, and if there is only one request, it

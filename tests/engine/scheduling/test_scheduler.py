@@ -1310,7 +1310,7 @@ def test_what_the_step_after_a_failed_one_computes() -> None:
         step = scheduler.schedule()
         assert step is not None
         scheduler.take_back(step)
-        rig.events = scheduler.shrink(step)
+        rig.events = scheduler.back_off(step)
         scheduler.check()
         return {name(item.request): item.num_tokens for item in step.scheduled}
 
