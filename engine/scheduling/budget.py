@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from engine.scheduling.request import Request
 
-RECOVERY_STEPS = 32  # steps without an out-of-memory error after which the limit on rows doubles
+RECOVERY_STEPS = 32  # steps without an out-of-memory error after which the limit on rows doubles at first
+MAX_RECOVERY_STEPS = 2048  # ... and at most, while the memory stays short
 MIN_PROMPT_ROWS = 16  # rows that prompts get beside streams however slow a step is, so that they make progress
 DECAY = 0.9  # weight of a measured step relative to the next one
 AIM = 0.9  # share of the bound on time that a step should take, so that few take longer than the bound
@@ -51,7 +52,8 @@ class StepTimes:
 class StepBudget:
     """How many rows the next step may have.
 
-    Memory: a step that ran out of it reduces the limit, which doubles again after every RECOVERY_STEPS steps that ran.
+    Memory: a step that ran out of it reduces the limit, which doubles again after some steps that ran. If it then fails
+    at what failed before, the next attempt is made after twice as many steps.
     Time: while a stream is decoding, a step has no more rows than recently took `max_ms` milliseconds.
     """
 
@@ -61,6 +63,8 @@ class StepBudget:
         self.max_ms = max_ms
         self.limit = max_num_rows  # rows that are believed to fit in memory
         self.num_steps = 0  # since the limit changed
+        self.recovery_steps = RECOVERY_STEPS
+        self.failed_rows: int | None = None  # of the last step that ran out of memory; None: as many have run since
         self.times = StepTimes()
 
     def num_rows(self, running: Sequence[Request]) -> int:
@@ -75,8 +79,17 @@ class StepBudget:
         """Count a step that ran. It was read `ms` milliseconds after the step before it, or after its own start."""
         self.times.add(num_rows, ms)
         self.num_steps += 1
-        if self.num_steps >= RECOVERY_STEPS:
+        if self.failed_rows is not None and num_rows >= self.failed_rows:
+            self.failed_rows, self.recovery_steps = None, RECOVERY_STEPS
+        if self.num_steps >= self.recovery_steps:
             self.set_limit(2 * self.limit)
+
+    def add_failure(self, num_rows: int, limit: int) -> None:
+        """Count a step that ran out of memory, and set the limit. Raising it again takes longer if that was in vain."""
+        if self.failed_rows is not None and self.limit >= self.failed_rows:
+            self.recovery_steps = min(2 * self.recovery_steps, MAX_RECOVERY_STEPS)
+        self.failed_rows = num_rows
+        self.set_limit(limit)
 
     def set_limit(self, num_rows: int) -> None:
         """Set how many rows are believed to fit in memory: at least one."""

@@ -226,10 +226,10 @@ class Scheduler:
         """
         requests = [item.request for item in step.scheduled if item.request.status is Status.RUNNING]
         if step.num_tokens > len(requests):
-            self.budget.set_limit(max(step.num_tokens // 2, len(requests)))
+            self.budget.add_failure(step.num_tokens, max(step.num_tokens // 2, len(requests)))
         elif len(requests) > 1:
             self._preempt(max(requests, key=_sort_key))
-            self.budget.set_limit(len(requests) - 1)
+            self.budget.add_failure(step.num_tokens, len(requests) - 1)
         else:
             self.budget.set_limit(self.budget.max_num_rows)  # it was not for the others that memory was short
             event = self._new_event(requests[0])

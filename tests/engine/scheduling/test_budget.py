@@ -4,7 +4,15 @@ import random
 
 import pytest
 
-from engine.scheduling.budget import AIM, MAX_GROWTH, MIN_PROMPT_ROWS, RECOVERY_STEPS, StepBudget, StepTimes
+from engine.scheduling.budget import (
+    AIM,
+    MAX_GROWTH,
+    MAX_RECOVERY_STEPS,
+    MIN_PROMPT_ROWS,
+    RECOVERY_STEPS,
+    StepBudget,
+    StepTimes,
+)
 from engine.scheduling.request import Request, new_request
 from engine.shared.messages import SamplingParams, Submit
 from tests.support.examples import num_examples
@@ -132,3 +140,50 @@ def test_a_step_that_fails_again_starts_the_count_anew() -> None:
     assert budget.num_rows([]) == 15
     budget.add_step(1, 1.0)
     assert budget.num_rows([]) == 30
+
+
+def steps_between_failures(budget: StepBudget, fitting_rows: int, num_failures: int) -> list[int]:
+    """Return the numbers of steps between failures of a device that has memory for some rows: all that are allowed."""
+    between = [0]
+    while len(between) <= num_failures:
+        num_rows = budget.num_rows([])
+        if num_rows > fitting_rows:
+            budget.add_failure(num_rows, num_rows // 2)
+            between.append(0)
+        else:
+            budget.add_step(num_rows, 1.0)
+            between[-1] += 1
+    return between[:-1]
+
+
+@pytest.mark.parametrize("fitting_rows", [512, 700, 1000])
+def test_a_lasting_shortage_is_tried_less_and_less_often(fitting_rows: int) -> None:
+    waits = [RECOVERY_STEPS]
+    while waits[-1] < MAX_RECOVERY_STEPS:
+        waits.append(2 * waits[-1])
+    waits += [MAX_RECOVERY_STEPS] * 2
+    assert steps_between_failures(StepBudget(1024), fitting_rows, len(waits) + 1) == [0, *waits]
+    # Halving a step several times in a row is one shortage, and a step of fewer rows need not have failed before.
+    between = steps_between_failures(StepBudget(8192), fitting_rows, len(waits) + 4)
+    assert between == [0, 0, 0, 0, *waits]
+
+
+def test_the_wait_is_short_again_once_as_many_rows_have_run() -> None:
+    budget = StepBudget(1024)
+    steps_between_failures(budget, 600, 4)
+    assert budget.recovery_steps == 8 * RECOVERY_STEPS
+    for _ in range(budget.recovery_steps):
+        assert budget.num_rows([]) == 512
+        budget.add_step(512, 1.0)
+    budget.add_step(1023, 1.0)
+    assert budget.recovery_steps == 8 * RECOVERY_STEPS
+    budget.add_step(1024, 1.0)
+    assert steps_between_failures(budget, 600, 3) == [0, RECOVERY_STEPS, 2 * RECOVERY_STEPS]
+
+
+def test_other_failures_do_not_lengthen_the_wait() -> None:
+    """Each with fewer rows than the one before: nothing was raised in vain."""
+    budget = StepBudget(1024)
+    for num_rows in (1024, 512, 200, 64):
+        budget.add_failure(num_rows, num_rows // 2)
+    assert budget.recovery_steps == RECOVERY_STEPS
