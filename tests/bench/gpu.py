@@ -46,7 +46,9 @@ from engine.shared.messages import SamplingParams, Submit
 from engine.startup import capture_graphs
 from tests.bench import gpu_model, gpu_vllm
 from tests.bench.gpu_costs import COPY_SHARE, PRODUCT_SHARE
-from tests.bench.gpu_shapes import (
+from tests.bench.gpu_timing import TimedRunner, elapsed, seconds_of
+from tests.support.gpu_cards import CARDS
+from tests.support.gpu_shapes import (
     SHAPES,
     TARGETS,
     Shape,
@@ -56,8 +58,6 @@ from tests.bench.gpu_shapes import (
     prompt_attention_name,
     save_model,
 )
-from tests.bench.gpu_timing import TimedRunner, elapsed, seconds_of
-from tests.support.gpu_cards import CARDS
 from tests.support.meta_models import Sequence
 
 NUM_GENERATED = 64  # tokens per stream

@@ -17,8 +17,8 @@ import msgspec
 
 from engine.loading import KV_CACHE_DTYPES
 from tests.bench.gpu_costs import COPY_SHARE, PRODUCT_SHARE, cost_of, eager_seconds, time_of
-from tests.bench.gpu_shapes import SHAPES, TARGET_MODEL, TARGETS, Shape, decode_name, prefill_name
 from tests.support.gpu_cards import CARDS, Card
+from tests.support.gpu_shapes import SHAPES, TARGET_MODEL, TARGETS, Shape, decode_name, prefill_name
 from tests.support.meta_models import MetaModel, Sequence, TracedStep, load_meta_model, model_config, traced_step
 
 MEMORY_SHARE = 0.95  # that the engine may use

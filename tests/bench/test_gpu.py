@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.bench import gpu, gpu_timing
-from tests.bench.gpu_shapes import SHAPES, decode_attention_name, decode_name, prefill_name, prompt_attention_name
 from tests.support.gpu_cards import CARDS
+from tests.support.gpu_shapes import SHAPES, decode_attention_name, decode_name, prefill_name, prompt_attention_name
 
 ARGUMENTS = ["gpu", "--shape", "tiny", "--device", "cpu", "--streams", "1", "3", "--context", "16", "--prompt", "40"]
 

@@ -6,8 +6,8 @@ import pytest
 
 from tests.bench import gpu_model
 from tests.bench.gpu_costs import COPY_SHARE, START, Cost, cost_of, time_of
-from tests.bench.gpu_shapes import SHAPES
 from tests.support.gpu_cards import CARDS
+from tests.support.gpu_shapes import SHAPES
 from tests.support.gpu_trace import Launch
 from tests.support.meta_models import Sequence, TracedStep, load_meta_model, model_config, traced_step
 

@@ -29,8 +29,8 @@ from engine.scheduling.request import NO_LORA_SLOT, Scheduled, Status, Step, new
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.shared.messages import SamplingParams, Submit
 from engine.weights import PackedTensor, Weight
-from tests.bench.gpu_shapes import Shape
 from tests.support.gpu_cards import Card
+from tests.support.gpu_shapes import Shape
 from tests.support.gpu_trace import META, Launch, Trace, traced
 
 CUDA_CONTEXT_BYTES = 600 * 2**20  # of the driver, the loaded kernels and the libraries

@@ -19,8 +19,8 @@ from triton.compiler import ASTSource, make_backend
 
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import ReasoningLimit
-from tests.bench.gpu_shapes import Shape
 from tests.support.gpu_cards import GB, Card
+from tests.support.gpu_shapes import Shape
 from tests.support.gpu_trace import Launch, TensorSpec
 from tests.support.meta_models import Sequence, load_meta_model, model_config, traced_step
 from tests.support.ttir_intervals import Analysis, Interval, parse

@@ -4,6 +4,10 @@ Each integer has an interval of the values that it can have: arguments and progr
 integers those of a table, or of their type. An operation in 32 bits whose exact result does not fit marks its result,
 and what is computed from it. A mark that reaches an address, the mask of a load or store, or a loop's bound is a
 finding.
+
+It reads the printed form, from top to bottom. `kernel_arithmetic.py`, which follows stored values backwards through
+loops and memory, reads another form with Triton's MLIR bindings. These lack what is needed here: constants of tensors,
+and operations as text, which a finding quotes.
 """
 
 from __future__ import annotations

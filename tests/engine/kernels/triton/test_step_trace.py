@@ -12,8 +12,8 @@ import torch
 
 from engine.model.memory_plan import GPU_RESERVE
 from engine.scheduling.request import NO_LORA_SLOT
-from tests.bench.gpu_shapes import SHAPES
 from tests.support.gpu_cards import CARDS
+from tests.support.gpu_shapes import SHAPES
 from tests.support.gpu_trace import META, traced
 from tests.support.meta_models import (
     CUDA_CONTEXT_BYTES,

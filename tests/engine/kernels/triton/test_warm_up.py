@@ -15,10 +15,10 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.execution.cuda_graphs import SIZES
 from engine.startup import warm_up
-from tests.bench.gpu_shapes import SHAPES
 from tests.parity.test_families import SHAPE
 from tests.support.capture_checker import specialization_of
 from tests.support.gpu_cards import CARDS
+from tests.support.gpu_shapes import SHAPES
 from tests.support.gpu_trace import Trace
 from tests.support.meta_models import MetaModel, Sequence, load_meta_model, model_config, traced_step
 from tests.support.tiny_models import save_random_model
