@@ -18,7 +18,22 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.interface import LayerCache
-from engine.kernels.triton.attention_plan import NUM_FIELDS
+from engine.kernels.triton.attention_plan import (
+    END_ITEM,
+    END_SEGMENT,
+    FIRST_ITEM,
+    FIRST_POSITION,
+    FIRST_ROW,
+    FIRST_SEGMENT,
+    MERGED_PARTIAL_ROW,
+    MERGED_ROW,
+    NUM_FIELDS,
+    NUM_MERGED_ROWS,
+    NUM_PARTIALS,
+    NUM_ROWS,
+    PARTIAL_ROW,
+    SEQUENCE,
+)
 from engine.kernels.triton.float8 import float8_numbers
 from engine.kernels.triton.prompt_attention import PromptPlan
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS, AttentionTiles
@@ -38,9 +53,9 @@ def _empty_softmax(PACKED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _field(row, number: tl.constexpr):
-    """Return a field of a row of the work list."""
-    return tl.load(row + number).to(tl.int32)
+def _field(row, column: tl.constexpr):
+    """Return a field of a row of the work list, by its column."""
+    return tl.load(row + column).to(tl.int32)
 
 
 @triton.jit
@@ -204,23 +219,23 @@ def _attend(
     """
     kv_head = tl.program_id(1)
     program = work + tl.program_id(0) * FIELDS
-    for number in range(_field(program, 0), _field(program, 1)):
+    for number in range(_field(program, FIRST_ITEM), _field(program, END_ITEM)):
         item = work + number * FIELDS
-        num_rows, first_position = _field(item, 2), _field(item, 3)
-        rows, offsets, has_row = _rows(_field(item, 1), num_rows, kv_head, q_stride, group_size, PACKED, SIZE)
+        num_rows, first_position = _field(item, NUM_ROWS), _field(item, FIRST_POSITION)
+        rows, offsets, has_row = _rows(_field(item, FIRST_ROW), num_rows, kv_head, q_stride, group_size, PACKED, SIZE)
         positions = tl.where(has_row, first_position + rows, first_position)  # rows that do not exist see a key too
         queries = _load_queries(q, offsets, has_row, SIZE, BLOCK)
-        table = tables + _field(item, 0).to(tl.int64) * table_stride
+        table = tables + _field(item, SEQUENCE).to(tl.int64) * table_stride
         end = first_position + num_rows
         highest, total, weighted = _empty_softmax(PACKED, BLOCK)
-        for segment in range(_field(item, 4), _field(item, 5)):
+        for segment in range(_field(item, FIRST_SEGMENT), _field(item, END_SEGMENT)):
             state = _segment(
                 queries, positions, keys, values, key_scales, value_scales, table, kv_head, segment * SEGMENT, end,
                 num_kv_heads, scale, softcap, window, HAS_SCALES, HAS_SOFTCAP, HAS_WINDOW, PACKED, KEYS, SEGMENT, SIZE,
                 BLOCK, TOKENS
             )  # fmt: skip
             highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
-        partial_row = _field(item, 6)
+        partial_row = _field(item, PARTIAL_ROW)
         if partial_row < 0:
             _store(q, offsets, has_row, weighted / total[:, None], SIZE, BLOCK)
         else:
@@ -251,10 +266,11 @@ def _reduce(
     """
     kv_head = tl.program_id(1)
     program = work + tl.program_id(0) * FIELDS
-    num_partials = _field(program, 4)
+    num_partials = _field(program, NUM_PARTIALS)
     if num_partials > 0:
-        num_rows, partial_row = _field(program, 3), _field(program, 5).to(tl.int64)
-        _, offsets, has_row = _rows(_field(program, 2), num_rows, kv_head, q_stride, group_size, PACKED, SIZE)
+        num_rows, partial_row = _field(program, NUM_MERGED_ROWS), _field(program, MERGED_PARTIAL_ROW).to(tl.int64)
+        first_row = _field(program, MERGED_ROW)
+        _, offsets, has_row = _rows(first_row, num_rows, kv_head, q_stride, group_size, PACKED, SIZE)
         columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
         highest, total, weighted = _empty_softmax(PACKED, COLUMNS)
         for _ in tl.range(0, num_partials, num_stages=MERGED_AHEAD):

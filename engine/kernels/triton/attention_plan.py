@@ -12,12 +12,28 @@ from dataclasses import dataclass
 
 import numpy as np
 import triton
+import triton.language as tl
 from numpy.typing import NDArray
 
 from engine.batch.inputs import Lengths, WorkList
 from engine.kernels.triton.tiles import AttentionTiles
 
 NUM_FIELDS = 7  # columns of the table
+# The columns of a program: its items are the rows FIRST_ITEM .. END_ITEM - 1; the others are of the tile it merges.
+FIRST_ITEM = tl.constexpr(0)
+END_ITEM = tl.constexpr(1)
+MERGED_ROW = tl.constexpr(2)  # first row of the batch
+NUM_MERGED_ROWS = tl.constexpr(3)
+NUM_PARTIALS = tl.constexpr(4)  # 0: it merges none
+MERGED_PARTIAL_ROW = tl.constexpr(5)  # first row of the first partial result
+# The columns of an item.
+SEQUENCE = tl.constexpr(0)
+FIRST_ROW = tl.constexpr(1)  # of the batch
+NUM_ROWS = tl.constexpr(2)
+FIRST_POSITION = tl.constexpr(3)  # of the first row
+FIRST_SEGMENT = tl.constexpr(4)
+END_SEGMENT = tl.constexpr(5)  # the one after the last
+PARTIAL_ROW = tl.constexpr(6)  # first row of its partial result; -1: it is a whole tile
 MAX_PARTIAL_BYTES = 128 * 2**20  # of results that wait to be merged
 # Merging costs time, so a tile is not split if it has at most this part of the segments of a program.
 SMALL_PART = 1 / 8
@@ -54,11 +70,8 @@ class TritonAttentionPlanner:
     def plan(self, query_lens: Lengths, seq_lens: Lengths) -> WorkList:
         """Return the work list of the last `query_lens` rows of each sequence.
 
-        The table [num_programs + I, NUM_FIELDS] begins with a row for each program: the row of its first item, the row
-        after its last; then what it merges afterwards: first row of the batch, number of rows, number of partial
-        results, their first row. I items follow: sequence, first row of the batch, number of rows, position of the
-        first; first segment, segment after the last; first row of its partial result, -1 if it is a whole tile. The
-        first item of a split tile has all segments up to a border, the others have one each.
+        The table [num_programs + I, NUM_FIELDS] begins with a row for each program. I items follow. The first item of
+        a split tile has all segments up to a border, the others have one each.
         """
         tiles = self._tiles(query_lens, seq_lens)
         borders = np.concatenate(([0], self._borders(tiles), [tiles.total]))
@@ -73,16 +86,17 @@ class TritonAttentionPlanner:
         table = np.zeros((self.num_programs + len(starts), NUM_FIELDS), dtype=np.int64)
         programs, items = table[: self.num_programs], table[self.num_programs :]
         item_rows = np.searchsorted(starts, borders) + self.num_programs
-        programs[:, 0], programs[:, 1] = item_rows[:-1], item_rows[1:]
-        columns = (tiles.sequences, tiles.first_rows, tiles.num_rows, tiles.first_positions)
-        items[:, :4] = np.stack(columns, axis=1)[tile]
-        items[:, 4], items[:, 5] = starts + skipped, ends + skipped
-        items[:, 6] = np.where(is_split, partial_ends - partial_rows, -1)
+        programs[:, FIRST_ITEM], programs[:, END_ITEM] = item_rows[:-1], item_rows[1:]
+        items[:, SEQUENCE], items[:, FIRST_ROW] = tiles.sequences[tile], tiles.first_rows[tile]
+        items[:, NUM_ROWS], items[:, FIRST_POSITION] = tiles.num_rows[tile], tiles.first_positions[tile]
+        items[:, FIRST_SEGMENT], items[:, END_SEGMENT] = starts + skipped, ends + skipped
+        items[:, PARTIAL_ROW] = np.where(is_split, partial_ends - partial_rows, -1)
         (firsts,) = (is_first & is_split).nonzero()
         if len(firsts):
-            programs[: len(firsts), 2:4] = items[firsts, 1:3]
-            programs[: len(firsts), 4] = np.add.reduceat(is_split, firsts, dtype=np.int64)
-            programs[: len(firsts), 5] = items[firsts, 6]
+            merging, merged = programs[: len(firsts)], items[firsts]
+            merging[:, MERGED_ROW], merging[:, NUM_MERGED_ROWS] = merged[:, FIRST_ROW], merged[:, NUM_ROWS]
+            merging[:, NUM_PARTIALS] = np.add.reduceat(is_split, firsts, dtype=np.int64)
+            merging[:, MERGED_PARTIAL_ROW] = merged[:, PARTIAL_ROW]
         return WorkList(table, int(partial_ends[-1]) if len(starts) else 0)
 
     def largest(self, num_seqs: int, max_model_len: int) -> WorkList:

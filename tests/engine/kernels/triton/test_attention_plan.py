@@ -7,7 +7,14 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.batch.inputs import Lengths, WorkList
-from engine.kernels.triton.attention_plan import MAX_PARTIAL_BYTES, TritonAttentionPlanner, new_planner
+from engine.kernels.triton.attention_plan import (
+    END_SEGMENT,
+    FIRST_SEGMENT,
+    MAX_PARTIAL_BYTES,
+    PARTIAL_ROW,
+    TritonAttentionPlanner,
+    new_planner,
+)
 from engine.kernels.triton.tiles import TABLE
 from tests.support.examples import num_examples
 
@@ -27,7 +34,7 @@ def planner_of(
 
 def loads(planner: TritonAttentionPlanner, work: WorkList) -> NDArray[np.int64]:
     """Return the number of segments that each program walks."""
-    sizes = work.table[:, 5] - work.table[:, 4]
+    sizes = work.table[:, END_SEGMENT] - work.table[:, FIRST_SEGMENT]
     return np.array([sizes[first:end].sum() for first, end in work.table[: planner.num_programs, :2]])
 
 
@@ -126,7 +133,7 @@ def test_the_long_sequence_is_split_and_short_ones_are_whole() -> None:
     planner = planner_of()
     work = planner.plan(np.ones(64, dtype=np.int64), seq_lens)
     items = work.table[planner.num_programs :]
-    is_whole = items[:, 6] < 0
+    is_whole = items[:, PARTIAL_ROW] < 0
     assert set(items[~is_whole, 0]) == {0}
     assert sorted(items[is_whole, 0]) == list(range(1, 64))
     assert loads(planner, work).max() == -(-(128 + 63) // 33)
