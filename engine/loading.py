@@ -87,7 +87,7 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     clock.lap("adapters")
     device_memory: DeviceMemory = HostMemory(reserved=adapters.num_bytes)  # of the slots, until they are written to
     if card is not None:
-        measure_activations(card, model, limits, config.block_size)
+        measure_activations(card, model, limits, config)
         device_memory = card
         clock.lap("activations")
     memory = plan_memory(model_config, config, limits.max_model_len, kernels, device_memory)
@@ -140,16 +140,16 @@ def new_runner(model: CausalLM, limits: Limits, memory: MemoryPlan, device: torc
     )
 
 
-def measure_activations(card: CudaMemory, model: CausalLM, limits: Limits, block_size: int) -> None:
+def measure_activations(card: CudaMemory, model: CausalLM, limits: Limits, config: EngineConfig) -> None:
     """Measure the memory of the largest step. Raises ValueError, with the settings that help, if it does not fit."""
     free = free_memory(card.device)
     try:
-        card.measure(lambda: run_largest_step(model, limits, block_size, card.device))
+        card.measure(lambda: run_largest_step(model, limits, config.block_size, card.device))
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"a step of --max-num-batched-tokens {limits.max_num_batched_tokens} and --max-num-seqs "
             f"{limits.max_num_seqs} does not fit into {free // MIB} MiB, which is what the weights leave "
-            "free; lower either, or use --quantization int8"
+            f"free; lower either{', or use --quantization int8' if config.quantization != 'int8' else ''}"
         ) from error
 
 

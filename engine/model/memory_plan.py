@@ -58,7 +58,7 @@ class DeviceMemory(Protocol):
         """
         ...
 
-    def explain(self, full_length_bytes: int) -> str:
+    def explain(self, full_length_bytes: int, config: EngineConfig) -> str:
         """Return why the default is not larger, and which settings change that."""
         ...
 
@@ -78,7 +78,7 @@ class HostMemory:
     def default_kv_cache_bytes(self, full_length_bytes: int) -> int:
         return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(self.free() * CPU_MEMORY_SHARE))
 
-    def explain(self, full_length_bytes: int) -> str:
+    def explain(self, full_length_bytes: int, config: EngineConfig) -> str:
         return f"--kv-cache-memory {-(-full_length_bytes // MIB)}MiB or more"
 
 
@@ -89,6 +89,7 @@ class CudaMemory:
         """`utilization`: share of the total memory that this process may use."""
         self.device = device
         self.utilization = utilization
+        # Asking creates the CUDA context, which is therefore not counted; only NVML could tell how large it is.
         self.free_at_start, self.total = torch.cuda.mem_get_info(device)
         self.activation_bytes = 0
 
@@ -117,14 +118,17 @@ class CudaMemory:
         used = self.free_at_start - free_memory(self.device)
         return self.allowed - used - self.activation_bytes - GPU_RESERVE
 
-    def explain(self, full_length_bytes: int) -> str:
+    def explain(self, full_length_bytes: int, config: EngineConfig) -> str:
         missing = full_length_bytes - self.default_kv_cache_bytes(full_length_bytes)
         used = self.free_at_start - free_memory(self.device)
         utilization = (self.allowed + missing) / self.total
-        more = f"--gpu-memory-utilization {utilization + 0.005:.2f} or more, "
+        more = [f"--gpu-memory-utilization {utilization + 0.005:.2f} or more"]
+        helps = more if self.allowed + missing <= self.free_at_start else []
+        helps += ["a lower --max-num-batched-tokens or --max-num-seqs"]
+        helps += ["--kv-cache-dtype int8 or fp8"] if config.kv_cache_dtype == "auto" else []
+        helps += ["--quantization int8"] if config.quantization != "int8" else []
         return (
-            f"{more if self.allowed + missing <= self.free_at_start else ''}"
-            "a lower --max-num-batched-tokens or --max-num-seqs, --kv-cache-dtype int8, or --quantization int8 "
+            f"{', or '.join(helps)} "
             f"(of {self.total // MIB} MiB, {self.free_at_start // MIB} MiB were free at start; "
             f"--gpu-memory-utilization {self.utilization:g} allows {self.allowed // MIB} MiB, of which the weights and "
             f"libraries take {used // MIB} MiB, a step of full size {self.activation_bytes // MIB} MiB, and "
@@ -151,7 +155,8 @@ def plan_memory(
     num_blocks = budget // block_bytes
     if num_blocks < min_blocks:
         shorter = f"--max-model-len {num_blocks * block_size} or less, or " if num_blocks else ""
-        more = memory.explain(min_bytes) if requested is None else HostMemory().explain(min_bytes)
+        limiting = memory if requested is None else HostMemory()
+        more = limiting.explain(min_bytes, engine_config)
         raise ValueError(
             f"a KV cache of {budget / MIB:.0f} MiB holds {num_blocks * block_size} tokens, but one request of "
             f"max_model_len {max_model_len} needs {min_bytes / MIB:.0f} MiB; use {shorter}{more}"

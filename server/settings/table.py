@@ -278,8 +278,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             _MEMORY,
             number(0.01, 1),
-            "Share of a GPU's memory that the server may use, for weights, activations and KV cache together. "
-            "--kv-cache-memory overrides it.",
+            "Share of a GPU's memory that the server may use, for weights, activations and KV cache together; about "
+            "500 MB of CUDA's own are not counted. --kv-cache-memory overrides it.",
         ),
     ] = 0.9
     speculative: Annotated[

@@ -91,7 +91,10 @@ def test_a_largest_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(loading, "free_memory", lambda device: 300 << 20)
     card: Any = FullCard()
     model: Any = None
-    with pytest.raises(
-        ValueError, match="--max-num-batched-tokens 8192 and --max-num-seqs 128 does not fit into 300 MiB"
-    ):
-        measure_activations(card, model, Limits(4096, 128, 8192), 32)
+    message = (
+        "a step of --max-num-batched-tokens 8192 and --max-num-seqs 128 does not fit into 300 MiB, .*; lower either"
+    )
+    for quantization, more in (("auto", ", or use --quantization int8"), ("int8", "")):
+        config = EngineConfig(model_path="", quantization=quantization)
+        with pytest.raises(ValueError, match=f"{message}{more}$"):
+            measure_activations(card, model, Limits(4096, 128, 8192), config)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -210,8 +211,8 @@ def card_memory(
     return memory
 
 
-def plan_on_card(memory: CudaMemory, max_model_len: int = 1000, kv_cache_memory: int | None = None) -> MemoryPlan:
-    config = EngineConfig(model_path="", kv_cache_memory=kv_cache_memory)
+def plan_on_card(memory: CudaMemory, max_model_len: int = 1000, **settings: Any) -> MemoryPlan:
+    config = EngineConfig(model_path="", **settings)
     kernels = TorchKernels(KernelOptions(torch.bfloat16), CPU)
     return plan_memory(MODEL, config, max_model_len, kernels, memory)
 
@@ -253,13 +254,33 @@ def test_a_gpu_that_is_too_small_names_what_would_help(monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="max_model_len 1000") as caught:
         plan_on_card(memory)
     text = str(caught.value)
-    for words in ("--max-num-batched-tokens", "--kv-cache-dtype int8", "--quantization int8", "weights", "16384 MiB"):
+    for words in ("--max-num-batched-tokens", "--kv-cache-dtype int8 or fp8", "--quantization int8", "16384 MiB"):
         assert words in text
     assert "--max-model-len" not in text  # not even one block fits
     found = re.search(r"--gpu-memory-utilization (\d\.\d+) or more", text)
     assert found
     memory.utilization = float(found[1])
     assert plan_on_card(memory).num_tokens >= 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "suggested"),
+    [
+        ({"kv_cache_dtype": "int8"}, ["--quantization int8"]),
+        ({"kv_cache_dtype": "fp8"}, ["--quantization int8"]),
+        ({"quantization": "int8"}, ["--kv-cache-dtype int8 or fp8"]),
+        ({"quantization": "int8", "kv_cache_dtype": "fp8"}, []),
+    ],
+    ids=str,
+)
+def test_what_is_on_is_not_suggested(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], suggested: list[str]
+) -> None:
+    memory = card_memory(monkeypatch, utilization=0.21)
+    with pytest.raises(ValueError, match="a lower --max-num-batched-tokens or --max-num-seqs") as caught:
+        plan_on_card(memory, **settings)
+    formats = re.findall(r"--quantization \w+|--kv-cache-dtype \w+(?: or \w+)?", str(caught.value))
+    assert formats == suggested
 
 
 def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:
