@@ -16,17 +16,14 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
-
-import torch
 
 from engine.config import EngineConfig
 from engine.grammar.matcher import GrammarManager
 from engine.loading import LoadedModel
 from engine.lora.slots import prefix_salt
-from engine.model.memory_plan import release_memory
+from engine.model.memory_plan import is_out_of_memory, release_memory
 from engine.runner import PendingOutputs
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.budget import StepBudget
@@ -141,8 +138,11 @@ class Engine:
 
     def _launch(self, step: Step, launch: Callable[[], Launched]) -> Launched | None:
         """Return what `launch` returns. If the device lacks the memory, take the step back and return None."""
-        with suppress(torch.OutOfMemoryError):
+        try:
             return launch()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
         logger.warning("a step of %d tokens needs more memory than the device has free", step.num_tokens)
         self.scheduler.take_back(step)
         return None

@@ -17,7 +17,16 @@ from engine.kernels.load import load_kernels
 from engine.lora.slots import LoraAdapters, check_lora_memory, choose_lora_rank, num_lora_slots, read_adapter
 from engine.model import CausalLM, Parameters
 from engine.model.kv_cache import KVCache
-from engine.model.memory_plan import MIB, CudaMemory, DeviceMemory, HostMemory, MemoryPlan, free_memory, plan_memory
+from engine.model.memory_plan import (
+    MIB,
+    CudaMemory,
+    DeviceMemory,
+    HostMemory,
+    MemoryPlan,
+    free_memory,
+    is_out_of_memory,
+    plan_memory,
+)
 from engine.runner import ModelRunner
 from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
@@ -145,7 +154,9 @@ def measure_activations(card: CudaMemory, model: CausalLM, limits: Limits, confi
     free = free_memory(card.device)
     try:
         card.measure(lambda: run_largest_step(model, limits, config.block_size, card.device))
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
             f"a step of --max-num-batched-tokens {limits.max_num_batched_tokens} and --max-num-seqs "
             f"{limits.max_num_seqs} does not fit into {free // MIB} MiB, which is what the weights leave "

@@ -15,6 +15,9 @@ from engine.model.kv_cache import bytes_per_block
 FULL_LENGTH_REQUESTS = 4  # requests of max_model_len tokens that the default cache on a CPU holds
 CPU_MEMORY_SHARE = 0.5  # of the memory that is free once the weights are loaded
 MIB = 1024 * 1024
+# Messages of torch, cuBLAS and Triton where the driver lacks memory for a module, a handle or a launch. Such a call
+# has failed by itself, before anything ran, so the context stays usable, unlike after a kernel's failure.
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
 GPU_RESERVE = 512 * MIB  # for CUDA graphs, and for free memory in pieces too small to use; estimated, not measured
 
 
@@ -176,6 +179,11 @@ def release_memory(device: torch.device) -> None:
     """Give back what torch's allocator holds without using it, which the driver counts as used."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an operation on a device failed because its memory is short, and nothing else is wrong."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def available_memory() -> int:

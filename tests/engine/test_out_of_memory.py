@@ -210,12 +210,35 @@ def test_random_launches_fail(loaded: LoadedModel, expected: Answers, seed: int)
     assert {(name.removesuffix("x"), index): answer for (name, index), answer in again.items()} == expected
 
 
-def test_other_errors_stay_as_they_are(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in .."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["forward", "sample"])
+def test_the_driver_lacks_memory(loaded: LoadedModel, expected: Answers, kind: str, error: RuntimeError) -> None:
+    """It says so with other errors than torch's allocator."""
+    num_launches = itertools.count()
+
+    def fails(launch: str, step: Step) -> bool:
+        if launch == kind and next(num_launches) in (1, 2, 7):
+            raise error
+        return False
+
+    assert run(new_engine(loaded, fails)[0], mixed_submits()) == (expected, {})
+
+
+@pytest.mark.parametrize("text", ["a launch failed", "CUDA error: an illegal memory access was encountered"])
+def test_other_errors_stay_as_they_are(loaded: LoadedModel, text: str) -> None:
     def fails(kind: str, step: Step) -> bool:
-        raise RuntimeError("a launch failed")
+        raise RuntimeError(text)
 
     engine, _ = new_engine(loaded, fails)
-    with pytest.raises(RuntimeError, match="a launch failed"):
+    with pytest.raises(RuntimeError, match=text):
         run(engine, mixed_submits()[:1])
 
 
