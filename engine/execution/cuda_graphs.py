@@ -4,7 +4,7 @@ A graph runs on fixed memory, so a batch is copied into the graph's buffers and 
 rows whose results are discarded. All other batches run operation by operation, with the same bits.
 
 Graphs are captured before requests come, or when there are none, the largest first: the memory that its operations
-take is enough for the others, so all graphs share it.
+take is enough for the others, so all graphs share it. Then come the smallest, whose steps gain most.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class GraphedExecution(EagerExecution):
         self.kinds = (False, True) if any(linear.lora for linear in model.linears) else (False,)  # of each size
         max_num_seqs, max_blocks = builder.tables.shape
         largest = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
-        self.uncaptured = [size for size in SIZES if size <= largest]
+        self.uncaptured = [*(size for size in reversed(SIZES) if size < largest), largest]  # the last one comes first
         self.max_model_len = max_blocks * builder.block_size
         self.rows = torch.zeros((4, largest), dtype=torch.int64, device=builder.device)
         self.all_rows = torch.arange(largest, device=builder.device)
@@ -96,25 +96,28 @@ class GraphedExecution(EagerExecution):
         self.work = torch.from_numpy(self.planner.largest(largest, self.max_model_len).table).to(builder.device)
 
     def capture_next(self) -> None:
-        """Capture the graph of the largest size that is left. Without it, batches run in the next larger graph."""
+        """Capture the graphs of the next size. Without one, batches run in the next larger graph of their kind."""
         if not self.uncaptured:
             return
         size = self.uncaptured.pop()
         self._pad(0, size)  # the capture runs the model, and must not change what is cached
         self.work.zero_()  # nor compute the attention of rows that this size does not have
-        try:
-            for is_adapted in self.kinds:
-                forward = partial(self.model.forward, self._inputs(size, is_adapted), self.kv_cache)
+        for is_adapted in self.kinds:
+            forward = partial(self.model.forward, self._inputs(size, is_adapted), self.kv_cache)
+            try:
                 self.graphs[size, is_adapted] = self.device.capture(forward)
-        except RuntimeError as error:
-            logger.warning("no CUDA graph for batches of %d, whose steps take longer: %s", size, first_cause(error))
+            except RuntimeError as error:
+                kind = f" {'with' if is_adapted else 'without'} LoRA adapters" if len(self.kinds) > 1 else ""
+                cause = first_cause(error)
+                logger.warning("no CUDA graph for batches of %d%s, whose steps take longer: %s", size, kind, cause)
         num_mib = self.device.num_bytes // MIB
         if self.uncaptured and self.device.num_bytes > MAX_GRAPH_BYTES:
-            logger.warning("CUDA graphs take %d MiB: no more are captured, for batches of %s", num_mib, self.uncaptured)
+            sizes = sorted(self.uncaptured)
+            logger.warning("CUDA graphs take %d MiB: no more are captured, for batches of %s", num_mib, sizes)
             self.uncaptured = []
         if not self.uncaptured:
-            sizes = ", ".join(map(str, sorted({size for size, _ in self.graphs})))
-            logger.info("CUDA graphs: for batches of %s, %d MiB", sizes, num_mib)
+            captured = ", ".join(map(str, sorted({size for size, _ in self.graphs})))
+            logger.info("CUDA graphs: for batches of %s, %d MiB", captured, num_mib)
 
     def forward(self, batch: BatchInputs) -> None:
         size = self.size_of(batch)

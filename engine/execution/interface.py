@@ -10,10 +10,10 @@ from engine.batch.inputs import BatchInputs
 class Execution(Protocol):
     """A model that is ready to run step after step in the same buffers."""
 
-    uncaptured: list[int]  # batch sizes, ascending, whose CUDA graph is still to be captured
+    uncaptured: list[int]  # batch sizes whose CUDA graphs are still to be captured, the next one last
 
     def capture_next(self) -> None:
-        """Capture the graph of the largest size of `uncaptured`, if any, which is then removed from the list.
+        """Capture the graphs of the last size of `uncaptured`, if any, which is then removed from the list.
 
         No step may be in flight.
         """

@@ -36,8 +36,12 @@ from tests.support.triton_models import SEED, prompt_of
 class Device:
     """Replaces a device: keeps captured functions, and records the sizes that are captured and replayed."""
 
-    def __init__(self, failing: Collection[int] = (), bytes_per_graph: int = 0) -> None:
-        self.failing = failing
+    def __init__(
+        self, failing: Collection[int] = (), bytes_per_graph: int = 0, failing_captures: Collection[int] = ()
+    ) -> None:
+        self.failing = failing  # sizes
+        self.failing_captures = failing_captures  # numbers, from 0
+        self.num_captures = 0
         self.bytes_per_graph = bytes_per_graph
         self.num_bytes = 0
         self.captured: list[int] = []
@@ -45,7 +49,8 @@ class Device:
 
     def capture(self, forward: Forward) -> Forward:
         size = len(forward())  # a real capture runs it too
-        if size in self.failing:
+        self.num_captures += 1
+        if size in self.failing or self.num_captures - 1 in self.failing_captures:
             raise RuntimeError("CUDA error: out of luck\nCompile with")
         self.captured.append(size)
         self.num_bytes += self.bytes_per_graph
@@ -110,7 +115,7 @@ def test_the_same_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     loaded, device = load(folder), Device()
     execution = with_graphs(loaded, device)
     assert execution.planner.plan(np.ones(1, dtype=np.int64), np.array([33])).num_partial_rows > 0
-    assert device.captured == [4, 2, 1]
+    assert device.captured == [4, 1, 2]
     assert answers(loaded, REQUESTS) == expected
     assert device.replayed == [4, 4, 4, 4, 2, 1]
     assert len(device.captured) == 3
@@ -137,14 +142,14 @@ def test_what_is_left_is_captured_later(folder: Path) -> None:
     assert answers(loaded, requests) == expected
     assert device.replayed == []
     loaded.runner.capture_next()
-    assert execution.uncaptured == [1, 2]
+    assert execution.uncaptured == [2, 1]
     assert answers(loaded, requests) == expected
     assert device.replayed == [4] * 2
     for _ in range(3):
         loaded.runner.capture_next()
     assert answers(loaded, requests) == expected
     assert device.replayed == [4] * 2 + [1] * 2
-    assert device.captured == [4, 2, 1]
+    assert device.captured == [4, 1, 2]
 
 
 def test_captures_and_padding_write_nothing(folder: Path) -> None:
@@ -178,7 +183,7 @@ def test_adapters_of_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(loaded.runner.model, "forward", forward)
     with_graphs(loaded, device := Device())
-    assert device.captured == [4, 4, 2, 2, 1, 1]
+    assert device.captured == [4, 4, 1, 1, 2, 2]
     for lora_slots in ([1, 1, 1], [0, -1, 2, 1], [], [0, -1, 2], []):
         batch = loaded.runner.builder.buffers()
         num_seqs = len(lora_slots) or 3
@@ -197,7 +202,7 @@ def test_sizes(folder: Path, max_num_seqs: int, largest: int, monkeypatch: pytes
     loaded = load(folder, max_num_seqs)
     monkeypatch.setattr(loaded.runner.model, "forward", lambda inputs, kv_cache: inputs.token_ids)
     execution = with_graphs(loaded, device := Device())
-    assert device.captured == [size for size in reversed(SIZES) if size <= largest]
+    assert device.captured == [largest, *(size for size in SIZES if size < largest)]
     batch = loaded.runner.builder.buffers()
     batch.lora_slots = batch.lora_slots[:0]
 
@@ -227,7 +232,7 @@ def test_a_size_that_cannot_be_captured(
     assert answers(loaded, requests) == expected
     assert device.replayed == replayed
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    sizes = sorted(failing, reverse=True)
+    sizes = [size for size in (4, 1, 2) if size in failing]
     assert messages == [
         f"no CUDA graph for batches of {size}, whose steps take longer: CUDA error: out of luck" for size in sizes
     ]
@@ -236,11 +241,22 @@ def test_a_size_that_cannot_be_captured(
 def test_too_much_memory(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     loaded, device = load(folder), Device(bytes_per_graph=MAX_GRAPH_BYTES // 2 + 1)
     execution = with_graphs(loaded, device)
-    assert device.captured == [4, 2]
+    assert device.captured == [4, 1]
     assert execution.uncaptured == []
-    assert "CUDA graphs take 384 MiB: no more are captured, for batches of [1]" in caplog.messages
+    assert "CUDA graphs take 384 MiB: no more are captured, for batches of [2]" in caplog.messages
     answers(loaded, {"a": (5, 2)})
-    assert device.replayed == [2]
+    assert device.replayed == [1]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(2, "without"), (3, "with")])
+def test_a_kind_that_cannot_be_captured(folder: Path, number: int, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The other kind of the same size has its graph."""
+    execution = with_graphs(load(folder, max_loras=1), Device(failing_captures={number}))
+    kinds = {(size, is_adapted) for size in (1, 2, 4) for is_adapted in (False, True)}
+    assert execution.graphs.keys() == kinds - {(1, kind == "with")}
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    cause = "whose steps take longer: CUDA error: out of luck"
+    assert messages == [f"no CUDA graph for batches of 1 {kind} LoRA adapters, {cause}"]
 
 
 def test_what_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,13 +289,13 @@ def test_start(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     seen: list[tuple[int, int]] = []
     capture_graphs(loaded.runner, lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert device.captured == [4, 2, 1]
+    assert device.captured == [4, 1, 2]
     execution = with_graphs(loaded, Device(), num_captures=0)
     monkeypatch.setattr(startup, "MAX_CAPTURE_SECONDS", 0.001)
     seen.clear()
     capture_graphs(loaded.runner, lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (3, 3)]
-    assert execution.uncaptured == [1, 2]
+    assert execution.uncaptured == [2, 1]
     assert caplog.messages[-1] == "CUDA graphs: 2 of 3 are left for when the engine is idle"
 
 
@@ -303,14 +319,14 @@ def test_an_idle_engine_captures_what_is_left(folder: Path) -> None:
     connections = Connections()
     loop = EngineLoop(engine, ENGINE_INFO, cast(ApiConnections, connections))
     loop.run_once(HEARTBEAT_SECONDS)
-    assert execution.uncaptured == [1, 2]
+    assert execution.uncaptured == [2, 1]
     params = SamplingParams(max_tokens=2, ignore_eos=True)
     connections.messages = [Submit(request_id="a", prompt_token_ids=[1], params=params, arrival=0.0)]
     loop.run_once(HEARTBEAT_SECONDS)
     connections.messages.clear()
     while engine.has_work:
         loop.run_once(0.0)
-    assert execution.uncaptured == [1, 2]
+    assert execution.uncaptured == [2, 1]
     for _ in range(3):
         loop.run_once(HEARTBEAT_SECONDS)
     assert execution.uncaptured == []
