@@ -111,10 +111,10 @@ class BatchBuilder:
         """Fill the block tables, and return the largest number of blocks of a sequence."""
         max_blocks = 0
         for index, item in enumerate(step.scheduled):
-            blocks = item.request.kv.blocks
-            self.tables[index, : len(blocks)] = [block.block_id for block in blocks]
-            self.tables[index, len(blocks) :] = 0
-            max_blocks = max(max_blocks, len(blocks))
+            block_ids = item.request.kv.block_ids
+            self.tables[index, : len(block_ids)] = block_ids
+            self.tables[index, len(block_ids) :] = 0
+            max_blocks = max(max_blocks, len(block_ids))
         return max_blocks
 
     def _fill_positions(self, num_rows: int, num_seqs: int) -> None:

@@ -36,7 +36,7 @@ class KVManager:
         if blocks is None:
             pool.release(cached)
             return False
-        kv.blocks = cached + blocks
+        kv.set_blocks(cached + blocks)
         kv.num_computed = num_cached
         kv.num_published = len(cached)
         return True
@@ -52,6 +52,7 @@ class KVManager:
         if blocks is None:
             return False
         kv.blocks += blocks
+        kv.block_ids.extend(block.block_id for block in blocks)
         return True
 
     def truncate(self, request: Request, num_tokens: int) -> None:
@@ -67,7 +68,7 @@ class KVManager:
         kv.num_published = min(kv.num_published, num_full)
         num_blocks = self.pool.num_blocks_for(kv.num_computed)
         self.pool.release(kv.blocks[num_blocks:])
-        del kv.blocks[num_blocks:]
+        del kv.blocks[num_blocks:], kv.block_ids[num_blocks:]
 
     def publish(self, request: Request) -> None:
         """Let other requests find the blocks whose last token has been computed."""
@@ -83,7 +84,7 @@ class KVManager:
         """Release all blocks of a request."""
         kv = request.kv
         self.pool.release(kv.blocks)
-        kv.blocks = []
+        kv.set_blocks([])
         kv.num_computed = kv.num_expected = kv.num_published = 0
 
     def _extend_hashes(self, request: Request) -> None:

@@ -44,6 +44,6 @@ def _scheduled(num_prompt_tokens: int, start: int, num_tokens: int, block_size: 
     end = start + num_tokens
     request.token_ids = [0] * end
     request.kv.num_computed = end
-    request.kv.blocks = [Block(0)] * -(-end // block_size)
+    request.kv.set_blocks([Block(0)] * -(-end // block_size))
     request.status = Status.RUNNING
     return Scheduled(request, start, num_tokens, num_samples=1)

@@ -358,5 +358,8 @@ class Scheduler:
         return self.stats
 
     def check(self) -> None:
-        """Raise RuntimeError unless every block is either free or held by the requests that count on it."""
+        """Raise RuntimeError unless every block is either free or held by the requests that count on it, with its id."""
         self.pool.check([request.kv.blocks for request in self.requests()])
+        for request in self.requests():
+            if request.kv.block_ids.tolist() != [block.block_id for block in request.kv.blocks]:
+                raise RuntimeError(f"the block ids of request {request.request_id} are not those of its blocks")

@@ -160,7 +160,7 @@ def all_logits(loaded: LoadedModel, text: Text, *, are_generated: bool = False) 
 @torch.inference_mode()
 def piece_logits(loaded: LoadedModel, request: Request, num_skipped: int) -> Iterator[Tensor]:
     token_ids = request.token_ids
-    request.kv.blocks = [Block(block_id) for block_id in range(-(-len(token_ids) // loaded.memory.block_size))]
+    request.kv.set_blocks([Block(block_id) for block_id in range(-(-len(token_ids) // loaded.memory.block_size))])
     runner = loaded.runner
     step_tokens = loaded.limits.max_num_batched_tokens
     for start in range(0, len(token_ids), step_tokens):

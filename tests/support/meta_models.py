@@ -215,6 +215,6 @@ def _scheduled(sequence: Sequence, block_size: int, lora_slot: int, params: Samp
     submit = Submit(request_id="", prompt_token_ids=[0] * num_tokens, params=params, arrival=0.0)
     request = new_request(submit, salt=b"", arrival_number=0, now=0.0, lora_slot=lora_slot)
     request.num_prompt_tokens -= not is_prompt
-    request.kv.blocks = [Block(block_id) for block_id in range(-(-num_tokens // block_size))]
+    request.kv.set_blocks([Block(block_id) for block_id in range(-(-num_tokens // block_size))])
     request.status = Status.RUNNING
     return Scheduled(request, sequence.num_computed, sequence.num_rows, num_samples=1)

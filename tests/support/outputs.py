@@ -22,7 +22,7 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") 
     slot = loaded.adapters.find(fingerprint_of(loaded, lora_name))
     request = new_request(submit, salt=b"", arrival_number=0, now=0.0, lora_slot=slot)
     block_size = loaded.memory.block_size
-    request.kv.blocks = [Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))]
+    request.kv.set_blocks([Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))])
     # The prompt may be longer than the token budget of the engine's steps.
     runner = loaded.runner
     builder = BatchBuilder(

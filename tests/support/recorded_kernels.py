@@ -151,7 +151,7 @@ class Sequences:
         request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
         if sequence in self.generated:
             request.num_prompt_tokens = 0
-        request.kv.blocks = [Block(block_id) for block_id in self.block_ids[sequence]]
+        request.kv.set_blocks([Block(block_id) for block_id in self.block_ids[sequence]])
         return Scheduled(request, start, end - start, num_samples=0)
 
 

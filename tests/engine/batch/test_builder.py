@@ -20,7 +20,7 @@ MAX_MODEL_LEN = 200
 def make_request(token_ids: list[int], block_ids: list[int]) -> Request:
     submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
     request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
-    request.kv.blocks = [Block(block_id) for block_id in block_ids]
+    request.kv.set_blocks([Block(block_id) for block_id in block_ids])
     return request
 
 
