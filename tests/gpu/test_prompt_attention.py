@@ -6,18 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from triton import knobs
 
 from engine.batch.inputs import BatchInputs
 from engine.kernels.interface import KernelOptions, LayerCache
+from engine.kernels.triton import prompt_attention
 from engine.kernels.triton.kernels import TritonKernels
+from tests.support.kernel_device import DEVICE, ON_A_GPU
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(knobs.runtime.interpret, reason="Triton interprets its kernels, unless pytest has `-m gpu`"),
-]
-DEVICE = torch.device("cuda", 0)
+pytestmark = ON_A_GPU
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 128, 32
 
 
@@ -35,10 +31,14 @@ def attend(
     return kernels.paged_attention(q.clone(), cache, plan, HEAD_DIM**-0.5)  # it may replace q
 
 
+@pytest.mark.parametrize("most_gathered", [2**28, 2**20], ids=["all heads", "one at a time"])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_same_as_triton(dtype: torch.dtype, window: int | None) -> None:
+def test_same_as_triton(
+    dtype: torch.dtype, window: int | None, most_gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decoding rows, a whole prompt, and chunks after cached tokens: the last row must see the last key."""
+    monkeypatch.setattr(prompt_attention, "MAX_GATHERED_BYTES", most_gathered)
     query_lens, seq_lens = [1, 1, 300, 200, 3], [700, 33, 300, 1000, 90]
     generator = torch.Generator(DEVICE).manual_seed(3)
     q = torch.randn((sum(query_lens), NUM_HEADS, HEAD_DIM), dtype=dtype, device=DEVICE, generator=generator)

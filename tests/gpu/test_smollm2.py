@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from triton import knobs
 
 from engine.config import EngineConfig, load_model_config
 from engine.execution.cuda_graphs import SIZES, GraphedExecution
@@ -18,16 +17,13 @@ from engine.startup import capture_graphs
 from server.text.tokenizer import Tokenizer
 from tests.bench.quality import TEXT
 from tests.engine.test_batch_invariance import MAX_MODEL_LEN, assert_same, make_engine, run, run_alone, submits
+from tests.support.kernel_device import ON_A_GPU
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import all_logits, fingerprint_of
 
 __all__ = ["submits"]  # the fixture
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(knobs.runtime.interpret, reason="Triton interprets its kernels, unless pytest has `-m gpu`"),
-]
+pytestmark = ON_A_GPU
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"quantization": "none"},

@@ -54,7 +54,7 @@ class LoraCase:
 
         The factor 1.01 is for Triton's interpreter, which truncates to bfloat16 instead of rounding.
         """
-        before = self.out()
+        out, before = out.cpu(), self.out()
         added, size = self._added(weights)
         expected = before.double().numpy() + added
         roundings = torch.finfo(self.out_dtype).eps * (np.abs(added) + np.abs(expected))
@@ -64,7 +64,7 @@ class LoraCase:
 
     def _added(self, weights: LoraWeights) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return what the adapters add, and the sum of the absolute values of its terms."""
-        x, a, b = (tensor.double().numpy() for tensor in (self.x(), weights.a, weights.b))
+        x, a, b = (tensor.double().cpu().numpy() for tensor in (self.x(), weights.a, weights.b))
         added, size = np.zeros((2, len(x), sum(self.sizes)))
         ends = np.cumsum(self.sizes)
         for row, slot in enumerate(self.lora_slots):
@@ -104,7 +104,9 @@ def lora_cases(
 
 def check_company(kernels: Kernels, case: LoraCase, rows: Sequence[int]) -> None:
     """Check that rows have the same bits alone, and among other rows with other adapters."""
-    x, before, weights, lora_slots = case.x(), case.out(), case.weights(kernels), torch.tensor(case.lora_slots)
+    weights = case.weights(kernels)
+    inputs = (case.x(), case.out(), torch.tensor(case.lora_slots))
+    x, before, lora_slots = (tensor.to(weights.a.device) for tensor in inputs)
     whole = before.clone()
     kernels.add_lora(x, whole, weights, lora_slots)
     case.check(whole, weights)

@@ -73,7 +73,7 @@ def numbers_of(packed: PackedTensor) -> Tensor:
 
 def rounded_to_int8(weight: Tensor) -> Tensor:
     """Return codes of -127..127 times a half-precision scale for each output and 32 inputs, in float64."""
-    groups = grouped(weight)
+    groups = grouped(weight.float())
     scales = (groups.abs().amax(dim=-1, keepdim=True) / 127).half().float()
     codes = (groups * (1 / scales)).round().clamp(-127, 127)
     return (codes.double() * scales).flatten(1)[:, : weight.shape[1]]

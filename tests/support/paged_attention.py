@@ -44,9 +44,11 @@ class Paged:
         seed: int,
         garbage: float = 1e4,
         kernels: Callable[[KernelOptions, torch.device], Kernels] = TorchKernels,
+        device: torch.device = CPU,
     ) -> None:
         self.shape = shape
-        self.kernels = kernels(KernelOptions(shape.dtype), CPU)
+        self.device = device
+        self.kernels = kernels(KernelOptions(shape.dtype), device)
         num_heads = shape.num_kv_heads * shape.group_size
         kv = (shape.num_kv_heads, shape.head_dim)
         self.q = [self._random(seed + 3 * i, n, num_heads, shape.head_dim) for i, n in enumerate(seq_lens)]
@@ -56,28 +58,29 @@ class Paged:
         shuffled = np.random.default_rng(seed).permutation(sum(num_blocks) + 5)
         self.block_ids = [ids.tolist() for ids in np.split(shuffled, np.cumsum(num_blocks))[: len(seq_lens)]]
         size = (len(shuffled), shape.block_size, *kv)
-        keys, values = (torch.full(size, sign * garbage, dtype=shape.dtype) for sign in (1, -1))
+        keys, values = (torch.full(size, sign * garbage, dtype=shape.dtype, device=self.device) for sign in (1, -1))
         self.cache = LayerCache(keys, values)
         for ids, k, v in zip(self.block_ids, self.k, self.v, strict=True):
             keys.flatten(0, 1)[self.slots(ids, len(k))] = k
             values.flatten(0, 1)[self.slots(ids, len(v))] = v
 
     def _random(self, seed: int, *shape: int) -> Tensor:
-        return random_tensor(seed, *shape, dtype=self.shape.dtype)
+        return random_tensor(seed, *shape, dtype=self.shape.dtype).to(self.device)
 
     def slots(self, block_ids: Sequence[int], num_tokens: int) -> Tensor:
         offsets = torch.arange(self.shape.block_size)
-        return (torch.tensor(block_ids)[:, None] * self.shape.block_size + offsets).flatten()[:num_tokens]
+        slots = (torch.tensor(block_ids)[:, None] * self.shape.block_size + offsets).flatten()[:num_tokens]
+        return slots.to(self.device)
 
     def attend(self, spans: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """Return the attention of each span of rows (sequence, start, end), computed in one call."""
         most = max(len(self.block_ids[sequence]) for sequence, _, _ in spans)
         tables = [self.block_ids[sequence] + [0] * (most - len(self.block_ids[sequence])) for sequence, _, _ in spans]
         lens = [end - start for _, start, end in spans]
-        nothing = torch.empty(0, dtype=torch.int64)  # attention reads only the other fields
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)  # attention reads only the other fields
         query_lens, seq_lens = np.array(lens), np.array([end for *_, end in spans])
         rows = (nothing,) * 9
-        batch = BatchInputs(*rows, torch.tensor(tables), query_lens, query_lens, seq_lens)
+        batch = BatchInputs(*rows, torch.tensor(tables, device=self.device), query_lens, query_lens, seq_lens)
         q = torch.cat([self.q[sequence][start:end] for sequence, start, end in spans])
         shape = self.shape
         plan = self.kernels.plan_attention(batch, query_lens, q.shape[1], shape.num_kv_heads, self.cache, shape.window)
@@ -88,13 +91,13 @@ class Paged:
 
     def expected(self, sequence: int, start: int, end: int) -> Tensor:
         """Return the attention of a span, computed with the textbook formula in float64."""
-        k, v = self.k[sequence].double().numpy(), self.v[sequence].double().numpy()
-        q = self.q[sequence].double().numpy()
+        k, v = (of[sequence].cpu().double().numpy() for of in (self.k, self.v))
+        q = self.q[sequence].cpu().double().numpy()
         rows = [
             textbook_attention(q[position], k, v, position, self.shape.scale, self.shape.window)
             for position in range(start, end)
         ]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack(rows)).to(self.device)
 
 
 def textbook_attention(

@@ -1,10 +1,11 @@
-"""Paged attention in Triton's interpreter: against the textbook in float64, and batch invariance.
+"""Paged attention in Triton: against the textbook in float64, and batch invariance.
 
 The bits must not depend on the number of programs: one computes whole tiles, many split them and merge afterwards.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,14 +19,18 @@ from engine.kernels.triton import attention, attention_plan, kernels
 from engine.kernels.triton.attention import TritonAttentionPlan
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.tiles import SMALLEST, TABLE, Tiles
+from tests.engine.kernels.triton.test_rows import TOLERANCES
 from tests.support.examples import num_examples
+from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE, HAS_FLOAT8, PRODUCT_DTYPES, tiles_and_dtypes
 from tests.support.paged_attention import Paged, Shape
 
-DTYPES = [torch.float32, torch.float16]
-TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
+pytestmark = ALSO_ON_A_GPU
 NUM_PROCESSORS = (0, 1, 5)  # of a card, which is 1, 4 and 20 programs; the last are more than there are segments
 
 Span = tuple[int, int, int]  # sequence, start, end
+
+
+new_paged = partial(Paged, kernels=TritonKernels, device=DEVICE)
 
 
 @contextmanager
@@ -66,7 +71,7 @@ def cases(draw: st.DrawFn) -> tuple[Shape, list[int], list[Span]]:
         head_dim=draw(st.sampled_from([64, 80, 96, 128, 256])),
         block_size=draw(st.sampled_from([16, 32, 64, 128])),
         window=draw(st.none() | st.integers(1, 1500)),
-        dtype=draw(st.sampled_from(DTYPES)),
+        dtype=draw(st.sampled_from(PRODUCT_DTYPES)),
     )
     seq_lens = draw(st.lists(st.integers(1, 1200) | st.sampled_from([511, 512, 513, 1024]), min_size=1, max_size=3))
     spans = []
@@ -80,17 +85,17 @@ def cases(draw: st.DrawFn) -> tuple[Shape, list[int], list[Span]]:
 @given(case=cases(), seed=st.integers(0, 2**32))
 def test_ragged_batches(case: tuple[Shape, list[int], list[Span]], seed: int) -> None:
     shape, seq_lens, spans = case
-    assert_as_in_the_textbook(Paged(shape, seq_lens, seed, kernels=TritonKernels), spans)
+    assert_as_in_the_textbook(new_paged(shape, seq_lens, seed), spans)
 
 
 def test_a_long_context() -> None:
-    paged = Paged(Shape(1, 4, 64, 32, None, torch.float32), [4096], 1, kernels=TritonKernels)
+    paged = new_paged(Shape(1, 4, 64, 32, None, torch.float32), [4096], 1)
     assert_as_in_the_textbook(paged, [(0, 4093, 4096)])
 
 
-@pytest.mark.parametrize("tiles", TABLE.values(), ids=map(str, TABLE))
-def test_tiles_of_all_cards(tiles: Tiles) -> None:
-    paged = Paged(Shape(1, 4, 64, 32, None, torch.float16), [600, 70], 6, kernels=TritonKernels)
+@pytest.mark.parametrize(("tiles", "dtype"), tiles_and_dtypes(TABLE, PRODUCT_DTYPES[1:]))
+def test_tiles_of_all_cards(tiles: Tiles, dtype: torch.dtype) -> None:
+    paged = new_paged(Shape(1, 4, 64, 32, None, dtype), [600, 70], 6)
     assert isinstance(paged.kernels, TritonKernels)
     paged.kernels.tiles = tiles
     assert_as_in_the_textbook(paged, [(0, 590, 600), (1, 69, 70)])
@@ -98,7 +103,7 @@ def test_tiles_of_all_cards(tiles: Tiles) -> None:
 
 def test_split_tiles_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """If there is no room for partial results, one program computes a whole tile."""
-    paged = Paged(Shape(1, 4, 64, 32, None, torch.float32), [600], 6, kernels=TritonKernels)
+    paged = new_paged(Shape(1, 4, 64, 32, None, torch.float32), [600], 6)
     monkeypatch.setattr(attention, "_reduce", None)
     with card(5), pytest.raises(TypeError, match="'NoneType' object is not subscriptable"):
         paged.attend([(0, 599, 600)])
@@ -110,7 +115,7 @@ def test_split_tiles_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("window", [1, 16, 256, 257, 700])
 def test_windows_that_skip_segments(window: int) -> None:
-    paged = Paged(Shape(1, 3, 64, 32, window, torch.float32), [1300, 20], 3, kernels=TritonKernels)
+    paged = new_paged(Shape(1, 3, 64, 32, window, torch.float32), [1300, 20], 3)
     spans = [(0, 1299, 1300), (0, 1290, 1300), (0, 1023, 1025), (1, 0, 20)]
     assert_as_in_the_textbook(paged, spans)
     alone = [paged.attend([span])[0] for span in spans]
@@ -119,12 +124,12 @@ def test_windows_that_skip_segments(window: int) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [Shape(1, 3, 64, 32, None, torch.float16), Shape(1, 16, 80, 64, 300, torch.float32)],
+    [Shape(1, 3, 64, 32, None, PRODUCT_DTYPES[-1]), Shape(1, 16, 80, 64, 300, torch.float32)],
     ids=str,
 )
 def test_it_does_not_depend_on_the_batch(shape: Shape) -> None:
     """The bits are the same for all rows at once and chunks of any size, alone and in batches, whole and split."""
-    paged = Paged(shape, [560, 37, 1], seed=1, kernels=TritonKernels)
+    paged = new_paged(shape, [560, 37, 1], seed=1)
     (whole,) = attend(paged, [(0, 552, 560)])
     for chunk in (1, 5):
         spans = [(0, start, min(start + chunk, 560)) for start in range(552, 560, chunk)]
@@ -132,7 +137,8 @@ def test_it_does_not_depend_on_the_batch(shape: Shape) -> None:
         assert torch.equal(torch.cat(mixed[:-1]), whole), f"chunks of {chunk}"
 
 
-MOST = {torch.int8: 127, torch.uint8: 448, torch.float8_e4m3fn: 448}  # largest code of a format; uint8: float8's bits
+# The largest code of each format; uint8 has float8's bits, for cards that do not convert it.
+MOST = {torch.int8: 127, torch.uint8: 448} | ({torch.float8_e4m3fn: 448} if HAS_FLOAT8 else {})
 
 
 def stored_in_8_bits(paged: Paged, dtype: torch.dtype) -> Paged:
@@ -154,35 +160,34 @@ def stored_in_8_bits(paged: Paged, dtype: torch.dtype) -> Paged:
 
 
 @pytest.mark.parametrize("garbage", [1e4, float("nan")])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize(("window", "stored"), [(None, torch.int8), (300, torch.int8), (300, torch.uint8)])
 def test_codes_of_8_bits(window: int | None, stored: torch.dtype, dtype: torch.dtype, garbage: float) -> None:
-    paged = Paged(Shape(2, 3, 80, 32, window, dtype), [600, 37], 8, garbage, TritonKernels)
+    paged = new_paged(Shape(2, 3, 80, 32, window, dtype), [600, 37], 8, garbage)
     assert_as_in_the_textbook(stored_in_8_bits(paged, stored), [(0, 590, 600), (1, 0, 37), (0, 599, 600)])
 
 
 @pytest.mark.parametrize("stored", MOST, ids=str)
 def test_codes_of_8_bits_do_not_depend_on_the_batch(stored: torch.dtype) -> None:
-    paged = Paged(Shape(1, 3, 64, 32, None, torch.float16), [600, 37], 9, kernels=TritonKernels)
+    paged = new_paged(Shape(1, 3, 64, 32, None, PRODUCT_DTYPES[-1]), [600, 37], 9)
     stored_in_8_bits(paged, stored)
     (whole,) = attend(paged, [(0, 580, 600)])
     (_, *mixed) = attend(paged, [(1, 0, 37), (0, 580, 587), (0, 587, 600)])
     assert torch.equal(torch.cat(mixed), whole)
-    torch.testing.assert_close(whole.double(), paged.expected(0, 580, 600), rtol=4e-3, atol=4e-3)
+    tolerance = TOLERANCES[whole.dtype]
+    torch.testing.assert_close(whole.double(), paged.expected(0, 580, 600), rtol=tolerance, atol=tolerance)
 
 
 def test_what_lies_in_other_slots_does_not_matter() -> None:
     shape = Shape(2, 3, 64, 32, None, torch.float32)
     spans = [(0, 100, 130), (1, 0, 40), (2, 699, 700)]
-    first, second = (
-        attend(Paged(shape, [140, 45, 700], 4, garbage, TritonKernels), spans) for garbage in (0.0, float("nan"))
-    )
+    first, second = (attend(new_paged(shape, [140, 45, 700], 4, garbage), spans) for garbage in (0.0, float("nan")))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_capped_scores() -> None:
     """Scores are capped as in Gemma 2."""
-    paged = Paged(Shape(1, 2, 64, 32, None, torch.float32), [600], 5, kernels=TritonKernels)
+    paged = new_paged(Shape(1, 2, 64, 32, None, torch.float32), [600], 5)
     sizes = SMALLEST.attention
     softcap, scale = 0.5, paged.shape.scale
     q = paged.q[0][598:600]
@@ -194,9 +199,9 @@ def test_capped_scores() -> None:
     for num_programs in (1, 3):
         planner = attention_plan.new_planner(sizes, 2, 1, 64, None, num_programs)
         work = planner.plan(np.array([2]), np.array([600]))
-        tables = torch.tensor([paged.block_ids[0]])
+        tables = torch.tensor([paged.block_ids[0]], device=DEVICE)
         plan = TritonAttentionPlan(
-            torch.from_numpy(work.table), planner.num_programs, work.num_partial_rows, tables, None
+            torch.from_numpy(work.table).to(DEVICE), planner.num_programs, work.num_partial_rows, tables, None
         )
         out = attention.paged_attention(q.clone(), paged.cache, plan, scale, sizes, softcap)
         torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)

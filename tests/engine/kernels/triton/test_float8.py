@@ -1,4 +1,4 @@
-"""Bits of float8 e4m3 against torch's, in Triton's interpreter."""
+"""Bits of float8 e4m3 in Triton, against torch's."""
 
 import pytest
 import torch
@@ -6,6 +6,9 @@ import triton
 import triton.language as tl
 
 from engine.kernels.triton.float8 import float8_bits, float8_numbers
+from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE
+
+pytestmark = ALSO_ON_A_GPU
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -21,8 +24,8 @@ def _decode(codes, numbers, size: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def test_all_codes() -> None:
-    codes = torch.arange(256, dtype=torch.uint8)
-    found = torch.empty(256)
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    found = torch.empty(256, device=DEVICE)
     _decode[(1,)](codes, found, 256)
     torch.testing.assert_close(found, codes.view(torch.float8_e4m3fn).float(), rtol=0, atol=0, equal_nan=True)
 
@@ -50,7 +53,7 @@ def assert_as_in_torch(numbers: torch.Tensor) -> None:
 
 def encoded(numbers: torch.Tensor) -> torch.Tensor:
     size = triton.next_power_of_2(len(numbers))
-    padded = torch.nn.functional.pad(numbers, (0, size - len(numbers)))
-    codes = torch.empty(size, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(numbers, (0, size - len(numbers))).to(DEVICE)
+    codes = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     _encode[(1,)](padded, codes, size)
-    return codes[: len(numbers)]
+    return codes[: len(numbers)].cpu()

@@ -1,4 +1,4 @@
-"""The product in Triton's interpreter: against float64, and batch invariance."""
+"""The product in Triton: against float64, and batch invariance."""
 
 from dataclasses import replace
 
@@ -12,13 +12,21 @@ from engine.kernels.interface import KernelOptions
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.linear import linear
 from engine.kernels.triton.packed_matrix import PackedMatrix, from_ggml, to_int8
-from engine.kernels.triton.tiles import TABLE, LinearTile, LinearTiles
+from engine.kernels.triton.tiles import TABLE, LinearTile, LinearTiles, Tiles, tiles_for
 from tests.engine.kernels.triton.test_rows import TOLERANCES, assert_close
 from tests.support.examples import num_examples
+from tests.support.kernel_device import (
+    ALSO_ON_A_GPU,
+    CAPABILITY,
+    DEVICE,
+    IS_INTERPRETED,
+    PRODUCT_DTYPES,
+    random_tensor,
+    tiles_and_dtypes,
+)
 from tests.support.packed_weights import random_packed
-from tests.support.tensors import CPU, random_tensor
 
-PRODUCT_DTYPES = [torch.float32, torch.float16]  # the interpreter's products in bfloat16 are wrong
+pytestmark = ALSO_ON_A_GPU
 
 
 @settings(max_examples=num_examples(5, 125), deadline=None)
@@ -33,7 +41,7 @@ PRODUCT_DTYPES = [torch.float32, torch.float16]  # the interpreter's products in
 def test_linear(
     num_rows: int, num_columns: int, num_inputs: int, has_bias: bool, dtype: torch.dtype, seed: int
 ) -> None:
-    kernels = TritonKernels(KernelOptions(dtype), CPU)
+    kernels = TritonKernels(KernelOptions(dtype), DEVICE)
     x, weight = random_tensor(seed, num_rows, num_inputs, dtype=dtype), random_tensor(1, num_columns, num_inputs)
     weight = (weight / num_inputs**0.5).to(dtype)
     bias = random_tensor(2, num_columns, dtype=dtype) if has_bias else None
@@ -46,11 +54,10 @@ def test_linear(
     assert torch.equal(added, residual + out)
 
 
-@pytest.mark.parametrize("tiles", TABLE.values(), ids=map(str, TABLE))
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
-def test_linear_does_not_depend_on_the_batch(dtype: torch.dtype, tiles: object) -> None:
-    kernels = TritonKernels(KernelOptions(dtype), CPU)
-    kernels.tiles = tiles  # type: ignore[assignment]
+@pytest.mark.parametrize(("tiles", "dtype"), tiles_and_dtypes(TABLE))
+def test_linear_does_not_depend_on_the_batch(tiles: Tiles, dtype: torch.dtype) -> None:
+    kernels = TritonKernels(KernelOptions(dtype), DEVICE)
+    kernels.tiles = tiles
     product = kernels.linear(kernels.pack([random_tensor(1, 170, 300, dtype=dtype)]))
     x = random_tensor(2, 200, 300, dtype=dtype)
     whole = product(x)
@@ -60,21 +67,27 @@ def test_linear_does_not_depend_on_the_batch(dtype: torch.dtype, tiles: object) 
 
 
 def all_tiles() -> set[LinearTile]:
-    """Return the tiles of all cards that add up in steps of 64 inputs."""
+    """Return the tiles of all cards that add up in steps of 64 inputs; on a GPU those that it has."""
+    if not IS_INTERPRETED:
+        return set(tiles_for(CAPABILITY, torch.float16).linear.tiles)
     tables = [table for tiles in TABLE.values() for table in (tiles.linear, tiles.packed_linear)]
     return {replace(tile, num_warps=4, num_stages=2) for table in tables if table.inputs == 64 for tile in table.tiles}
 
 
-@pytest.mark.parametrize(("dtype", "splits"), [(torch.float32, 1), (torch.float16, 3)])
+# On a GPU, float32 has one tile.
+@pytest.mark.parametrize(
+    ("dtype", "splits"),
+    [(torch.float32, 1), (torch.float16, 3)] if IS_INTERPRETED else [(torch.bfloat16, 1), (torch.float16, 3)],
+)
 def test_all_tiles_give_the_same_bits(dtype: torch.dtype, splits: int) -> None:
     tiles = all_tiles()
-    assert len(tiles) > 5
+    assert len(tiles) > 3
     x, weight = random_tensor(1, 70, 300, dtype=dtype), random_tensor(2, 140, 300, dtype=dtype)
     bias = random_tensor(3, 140, dtype=dtype)
     results = []
     for tile in tiles:
         for programs in (0, 10**6):
-            results.append(torch.empty(70, 140, dtype=dtype))
+            results.append(torch.empty(70, 140, dtype=dtype, device=DEVICE))
             linear(x, weight, bias, LinearTiles(64, programs, ((1, tile),), splits), results[-1])
     assert all(torch.equal(result, results[0]) for result in results)
     assert_close(results[0], x.double() @ weight.double().T + bias.double())
@@ -107,8 +120,8 @@ def test_inputs_in_parts(
     weights: Tensor | PackedMatrix = numbers
     if name is not None:
         is_int8 = name == "int8"
-        weights = to_int8(numbers) if is_int8 else from_ggml(random_packed(name, num_columns, num_inputs, seed), CPU)
-        numbers = weights.rows(torch.arange(num_columns), dtype)
+        weights = to_int8(numbers) if is_int8 else from_ggml(random_packed(name, num_columns, num_inputs, seed), DEVICE)
+        numbers = weights.rows(torch.arange(num_columns, device=DEVICE), dtype)
     x = random_tensor(seed, num_rows, num_inputs, dtype=dtype)
     bias = random_tensor(2, num_columns, dtype=dtype) if has_bias else None
     start = random_tensor(3, num_rows, num_columns, dtype=dtype)

@@ -1,4 +1,4 @@
-"""LoRA adapters in Triton's interpreter: against float64 and plain torch, and batch invariance."""
+"""LoRA adapters in Triton: against float64 and plain torch, and batch invariance."""
 
 import pytest
 import torch
@@ -10,19 +10,19 @@ from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.lora import COLUMNS, INPUTS, RANKS, ROWS, SPLIT_INPUTS, column_tiles
 from tests.engine.kernels.triton.test_rows import assert_close
 from tests.support.examples import num_examples
+from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE, PRODUCT_DTYPES, random_tensor
 from tests.support.lora_products import LoraCase, bits, check_company, lora_cases
-from tests.support.tensors import CPU, random_tensor
 
-DTYPES = [torch.float32, torch.float16]  # the interpreter's products in bfloat16 are wrong
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+pytestmark = ALSO_ON_A_GPU
+each_dtype = pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 
 
 def kernels_for(case: LoraCase) -> TritonKernels:
-    return TritonKernels(case.options(), CPU)
+    return TritonKernels(case.options(), DEVICE)
 
 
 @settings(max_examples=num_examples(4, 75), deadline=None)
-@given(case=lora_cases(DTYPES, max_rows=40, max_inputs=90, max_outputs=40, max_rank=10))
+@given(case=lora_cases(PRODUCT_DTYPES, max_rows=40, max_inputs=90, max_outputs=40, max_rank=10))
 def test_add_lora(case: LoraCase) -> None:
     check_company(kernels_for(case), case, range(0, len(case.lora_slots), 4))
 
@@ -30,12 +30,13 @@ def test_add_lora(case: LoraCase) -> None:
 @each_dtype
 def test_as_in_plain_torch(dtype: torch.dtype) -> None:
     case = LoraCase(dtype, dtype, 70, (33, 9, 17), 8, ((8, 0, 3), (1, 2, 8)), (0, 0, -1, 1, 1, 0), seed=5)
-    out, expected = case.out(), case.out()
+    out, expected = case.out().to(DEVICE), case.out().to(DEVICE)
     for kernels, some in (
         (kernels_for(case), out),
-        (TorchKernels(case.options(), CPU), expected),
+        (TorchKernels(case.options(), DEVICE), expected),
     ):
-        kernels.add_lora(case.x(), some, case.weights(kernels), torch.tensor(case.lora_slots))
+        lora_slots = torch.tensor(case.lora_slots, device=DEVICE)
+        kernels.add_lora(case.x().to(DEVICE), some, case.weights(kernels), lora_slots)
     assert_close(out, expected)
 
 
@@ -60,19 +61,19 @@ def test_tiles_of_rows(num_slots: int) -> None:
 
 def test_nothing_is_launched_if_no_row_has_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     case = LoraCase(torch.float32, torch.float32, 4, (3,), 1, ((1,),), (-1, -1), seed=0)
-    kernels, out = kernels_for(case), case.out()
+    kernels, x, out = kernels_for(case), case.x().to(DEVICE), case.out().to(DEVICE)
     weights = case.weights(kernels)
     monkeypatch.setattr(lora, "_shrink", None)
-    kernels.add_lora(case.x(), out, weights, torch.empty(0, dtype=torch.int64))
-    assert torch.equal(bits(out), bits(case.out()))
+    kernels.add_lora(x, out, weights, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    assert torch.equal(bits(out.cpu()), bits(case.out()))
     with pytest.raises(TypeError):
-        kernels.add_lora(case.x(), out, weights, torch.tensor(case.lora_slots))
+        kernels.add_lora(x, out, weights, torch.tensor(case.lora_slots, device=DEVICE))
 
 
 def test_rows_that_do_not_lie_side_by_side() -> None:
     case = LoraCase(torch.float16, torch.float16, 40, (30, 5), 3, ((3, 1),), (0, -1, 0, 0, 0), seed=4)
     kernels = kernels_for(case)
-    weights, lora_slots = case.weights(kernels), torch.tensor(case.lora_slots)
+    weights, lora_slots = case.weights(kernels), torch.tensor(case.lora_slots, device=DEVICE)
     x, out = random_tensor(1, 5, 60).half(), random_tensor(2, 5, 50).half()
     x[:, 7:47], out[:, 6:41] = case.x(), case.out()
     before = out.clone()
@@ -84,7 +85,7 @@ def test_rows_that_do_not_lie_side_by_side() -> None:
 
 def test_tiles_are_cut_part_by_part() -> None:
     size = COLUMNS
-    assert column_tiles((size, 3, size + 1), CPU).tolist() == [
+    assert column_tiles((size, 3, size + 1), DEVICE).tolist() == [
         [0, 0, size],
         [1, size, size + 3],
         [2, size + 3, 2 * size + 4],

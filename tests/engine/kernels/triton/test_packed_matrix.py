@@ -1,4 +1,4 @@
-"""Packed weights in Triton's interpreter: against `gguf` and float64, and batch invariance."""
+"""Packed weights in Triton: against `gguf` and float64, and batch invariance."""
 
 from pathlib import Path
 
@@ -21,18 +21,30 @@ from engine.kernels.triton.packed_matrix import (
     from_zero_points,
     to_int8,
 )
-from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTiles, Tiles
+from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTiles, Tiles
 from engine.loading import load_model
+from tests.engine.kernels.triton.test_rows import TOLERANCES
 from tests.parity.test_families import SHAPE, VOCAB_SIZE
 from tests.support.examples import num_examples
 from tests.support.kernel_choice import choose_kernels
+from tests.support.kernel_device import (
+    ALSO_ON_A_GPU,
+    DEVICE,
+    HAS_FLOAT8,
+    IS_INTERPRETED,
+    PRODUCT_DTYPES,
+    interpreted_only,
+    random_tensor,
+    tiles_and_dtypes,
+)
 from tests.support.outputs import all_logits, greedy_outputs
 from tests.support.packed_weights import inputs_of, numbers_of, random_packed, rounded_to_int8
-from tests.support.tensors import CPU, random_tensor
 from tests.support.tiny_models import save_random_model
 
-PRODUCT_DTYPES = [torch.float32, torch.float16]  # the interpreter's products in bfloat16 are wrong
-TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
+pytestmark = ALSO_ON_A_GPU
+TABLES = {"smallest": SMALLEST, "9.0": TABLE[9, 0]}
+FLOAT8_INPUTS = PRODUCT_DTYPES[:1] if IS_INTERPRETED else PRODUCT_DTYPES
+IS_NATIVE = [False, True] if HAS_FLOAT8 else [False]
 FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
 
 
@@ -41,15 +53,15 @@ def test_packed_weights_stand_for_the_same_numbers(name: str) -> None:
     unit = inputs_of(name)
     for num_rows, num_inputs in ((1, unit), (7, 3 * unit)):
         packed = random_packed(name, num_rows, num_inputs, seed=num_rows)
-        matrix = from_ggml(packed, CPU)
+        matrix = from_ggml(packed, DEVICE)
         assert (len(matrix), matrix.num_inputs) == (num_rows, num_inputs)
         assert (matrix.format, matrix.codes.nbytes) == (
             ("int4", num_rows * num_inputs // 2) if name in FOUR_BITS else ("int8", num_rows * num_inputs)
         )
-        expected = numbers_of(packed)
-        numbers = matrix.rows(torch.arange(num_rows), torch.float32)
+        expected = numbers_of(packed).to(DEVICE)
+        numbers = matrix.rows(torch.arange(num_rows, device=DEVICE), torch.float32)
         torch.testing.assert_close(numbers, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
-        assert torch.equal(matrix.rows(torch.tensor([num_rows - 1]), torch.float16), numbers[-1:].half())
+        assert torch.equal(matrix.rows(torch.tensor([num_rows - 1], device=DEVICE), torch.float16), numbers[-1:].half())
 
 
 @pytest.mark.parametrize("num_inputs", [1, 16, 31, 32, 33, 48, 100, 577])
@@ -57,15 +69,15 @@ def test_int8(num_inputs: int) -> None:
     weights = random_tensor(0, 5, num_inputs)
     matrix = to_int8(weights)
     assert (matrix.format, matrix.group) == ("int8", 32)
-    assert torch.equal(matrix.rows(torch.arange(5), torch.float32).double(), rounded_to_int8(weights))
-    assert not to_int8(torch.zeros(2, num_inputs)).rows(torch.arange(2), torch.float32).any()
+    assert torch.equal(matrix.rows(torch.arange(5, device=DEVICE), torch.float32).double(), rounded_to_int8(weights))
+    assert not to_int8(weights[:2] * 0).rows(torch.arange(2, device=DEVICE), torch.float32).any()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_broken_weight_shows(value: float) -> None:
     weights = random_tensor(0, 5, 70)
     weights[3, 40] = value
-    numbers = to_int8(weights).rows(torch.arange(5), torch.float32)
+    numbers = to_int8(weights).rows(torch.arange(5, device=DEVICE), torch.float32)
     assert numbers[3, 32:64].isnan().all()
     assert numbers[3, :32].isfinite().all()
     assert numbers[[0, 1, 2, 4]].isfinite().all()
@@ -81,7 +93,7 @@ def test_a_broken_weight_shows(value: float) -> None:
     seed=st.integers(0, 2**32),
 )
 def test_linear(name: str, num_rows: int, num_columns: int, num_units: int, dtype: torch.dtype, seed: int) -> None:
-    kernels = TritonKernels(KernelOptions(dtype, quantization="int8" if name == "int8" else "auto"), CPU)
+    kernels = TritonKernels(KernelOptions(dtype, quantization="int8" if name == "int8" else "auto"), DEVICE)
     if name == "int8":
         num_inputs = 1 + seed % 90
         weights = random_tensor(seed, num_columns, num_inputs, dtype=dtype)
@@ -89,7 +101,7 @@ def test_linear(name: str, num_rows: int, num_columns: int, num_units: int, dtyp
     else:
         num_inputs = num_units * inputs_of(name)
         packed = random_packed(name, num_columns, num_inputs, seed)
-        matrix, numbers = kernels.pack([packed]), numbers_of(packed).double()
+        matrix, numbers = kernels.pack([packed]), numbers_of(packed).double().to(DEVICE)
     x = random_tensor(seed + 1, num_rows, num_inputs, dtype=dtype)
     product = kernels.linear(matrix)
     out = product(x)
@@ -100,13 +112,13 @@ def test_linear(name: str, num_rows: int, num_columns: int, num_units: int, dtyp
     assert torch.equal(rows, out[::9])
 
 
-@pytest.mark.parametrize("tiles", TABLE.values(), ids=map(str, TABLE))
+@pytest.mark.parametrize(("tiles", "dtype"), tiles_and_dtypes(TABLE, PRODUCT_DTYPES[1:]))
 @pytest.mark.parametrize("name", ["Q4_1", "Q6_K"])
-def test_linear_does_not_depend_on_the_batch(name: str, tiles: Tiles) -> None:
-    kernels = TritonKernels(KernelOptions(torch.float16), CPU)
+def test_linear_does_not_depend_on_the_batch(name: str, tiles: Tiles, dtype: torch.dtype) -> None:
+    kernels = TritonKernels(KernelOptions(dtype), DEVICE)
     kernels.tiles = tiles
     product = kernels.linear(kernels.pack([random_packed(name, 170, 256, seed=1)]))
-    x = random_tensor(2, 150, 256, dtype=torch.float16)
+    x = random_tensor(2, 150, 256, dtype=dtype)
     whole = product(x)
     for num_rows in (1, 32, 33, 64, 65):
         assert torch.equal(product(x[:num_rows]), whole[:num_rows]), f"{num_rows} rows"
@@ -119,6 +131,7 @@ def zero_point_weights(num_outputs: int, num_inputs: int, group: int, seed: int)
     codes = torch.randint(0, 16, (num_outputs, num_inputs), generator=generator, dtype=torch.uint8)
     zero_points = torch.randint(0, 17, (num_outputs, num_inputs // group), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(zero_points.shape, generator=generator) * 0.02 + 0.001).half()
+    codes, zero_points, scales = (tensor.to(DEVICE) for tensor in (codes, zero_points, scales))
     offsets = codes.double() - zero_points.double().repeat_interleave(group, dim=1)
     numbers = offsets * scales.double().repeat_interleave(group, dim=1)
     return from_zero_points(codes, scales, zero_points), numbers
@@ -129,10 +142,10 @@ def float8_weights(
 ) -> tuple[PackedMatrix, Tensor]:
     """Return packed weights in float8, and their numbers in float64."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randn((num_outputs, num_inputs), generator=generator).to(torch.float8_e4m3fn)
+    codes = torch.randn((num_outputs, num_inputs), generator=generator).to(torch.float8_e4m3fn).to(DEVICE)
     blocks = (-(-num_outputs // 128), -(-num_inputs // 128))
     shape = {"tensor": (), "channel": (num_outputs, 1), "block": blocks}[scales]
-    factors = torch.rand(shape, generator=generator) + 0.5
+    factors = (torch.rand(shape, generator=generator) + 0.5).to(DEVICE)
     spread = factors
     if scales == "block":
         spread = factors.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)[:num_outputs, :num_inputs]
@@ -141,9 +154,10 @@ def float8_weights(
 
 def assert_products(matrix: PackedMatrix, numbers: Tensor, tiles: LinearTiles, dtype: torch.dtype, seed: int) -> None:
     """Compare products of 1 and 40 rows with float64, and the bits of the rows with each other."""
-    assert torch.equal(matrix.rows(torch.arange(len(matrix)), torch.float32).double(), numbers.float().double())
+    assert torch.equal(matrix.rows(torch.arange(len(matrix), device=DEVICE), torch.float32), numbers.float())
     x = random_tensor(seed, 40, matrix.num_inputs, dtype=dtype)
-    out, last = torch.empty(40, len(matrix), dtype=dtype), torch.empty(1, len(matrix), dtype=dtype)
+    out = torch.empty(40, len(matrix), dtype=dtype, device=DEVICE)
+    last = torch.empty_like(out[:1])
     linear(x, matrix, None, tiles, out)
     linear(x[-1:], matrix, None, tiles, last)
     assert torch.equal(last, out[-1:])
@@ -152,34 +166,35 @@ def assert_products(matrix: PackedMatrix, numbers: Tensor, tiles: LinearTiles, d
     assert (difference <= TOLERANCES[dtype] * size + 1e-6).all()
 
 
-@pytest.mark.parametrize("table", [SMALLEST.packed_linear, TABLE[9, 0].packed_linear], ids=["smallest", "9.0"])
+@pytest.mark.parametrize(("tiles", "dtype"), tiles_and_dtypes(TABLES))
 @pytest.mark.parametrize("group", [16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
-def test_zero_points(table: LinearTable, group: int, dtype: torch.dtype) -> None:
+def test_zero_points(tiles: Tiles, group: int, dtype: torch.dtype) -> None:
     matrix, numbers = zero_point_weights(70, 2 * group + 256, group, seed=group)
     assert matrix.codes.nbytes == numbers.numel() // 2
-    assert_products(matrix, numbers, table.tiles_for(*matrix.shape), dtype, seed=1)
+    assert_products(matrix, numbers, tiles.packed_linear.tiles_for(*matrix.shape), dtype, seed=1)
 
 
-@pytest.mark.parametrize("table", [SMALLEST.packed_linear, TABLE[9, 0].packed_linear], ids=["smallest", "9.0"])
+@pytest.mark.parametrize(("tiles", "dtype"), tiles_and_dtypes(TABLES, FLOAT8_INPUTS))
 @pytest.mark.parametrize("scales", ["tensor", "channel", "block"])
-@pytest.mark.parametrize("is_native", [False, True])
-def test_float8(table: LinearTable, scales: str, is_native: bool) -> None:
+@pytest.mark.parametrize("is_native", IS_NATIVE)
+def test_float8(tiles: Tiles, dtype: torch.dtype, scales: str, is_native: bool) -> None:
     for num_outputs, num_inputs in ((150, 300), (7, 100), (130, 128)):
         matrix, numbers = float8_weights(num_outputs, num_inputs, scales, seed=num_inputs, is_native=is_native)
         assert matrix.codes.nbytes == numbers.numel()
-        assert_products(matrix, numbers, table.tiles_for(*matrix.shape), torch.float32, seed=2)
+        assert_products(matrix, numbers, tiles.packed_linear.tiles_for(*matrix.shape), dtype, seed=2)
 
 
-@pytest.mark.parametrize("is_native", [False, True])
+@pytest.mark.parametrize("is_native", IS_NATIVE)
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 def test_all_numbers_of_float8(is_native: bool, dtype: torch.dtype) -> None:
     """The product with 1 is each of the 256 numbers: subnormal, negative zero and NaN too."""
-    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    codes = codes[~codes.float().isnan()] if is_native else codes  # the interpreter's conversion knows no NaN
-    matrix = from_float8(codes[:, None].contiguous(), torch.ones(()), is_native=is_native)
-    out = torch.empty(1, len(codes), dtype=dtype)
-    linear(torch.ones(1, 1, dtype=dtype), matrix, None, SMALLEST.packed_linear.tiles_for(len(codes), 1), out)
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    if is_native and IS_INTERPRETED:  # its conversion knows no NaN
+        codes = codes.view(torch.uint8)[~codes.float().isnan()].view(torch.float8_e4m3fn)
+    matrix = from_float8(codes[:, None].contiguous(), torch.ones((), device=DEVICE), is_native=is_native)
+    out = torch.empty(1, len(codes), dtype=dtype, device=DEVICE)
+    x = torch.ones(1, 1, dtype=dtype, device=DEVICE)
+    linear(x, matrix, None, SMALLEST.packed_linear.tiles_for(len(codes), 1), out)
     torch.testing.assert_close(out[0], codes.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -192,9 +207,9 @@ def test_scales_that_do_not_fit() -> None:
 
 
 def test_parts_of_several_types_with_bias_and_residual() -> None:
-    kernels = TritonKernels(KernelOptions(torch.float32), CPU)
+    kernels = TritonKernels(KernelOptions(torch.float32), DEVICE)
     parts = [random_packed(name, size, 256, size) for name, size in [("Q4_1", 33), ("Q4_1", 9), ("Q6_K", 17)]]
-    matrix, numbers = kernels.pack(parts), torch.cat([numbers_of(part) for part in parts])
+    matrix, numbers = kernels.pack(parts), torch.cat([numbers_of(part) for part in parts]).to(DEVICE)
     assert [len(part) for part in matrix] == [42, 17]
     assert kernels.formats == "weights q4_1, q6_k, KV cache float32"
     x, bias, residual = random_tensor(0, 9, 256), random_tensor(1, 59), random_tensor(2, 9, 59)
@@ -203,13 +218,14 @@ def test_parts_of_several_types_with_bias_and_residual() -> None:
 
 
 def test_a_part_that_is_not_packed() -> None:
-    kernels = TritonKernels(KernelOptions(torch.float32), CPU)
+    kernels = TritonKernels(KernelOptions(torch.float32), DEVICE)
     packed, plain = random_packed("Q5_1", 40, 64, 1), random_tensor(2, 20, 64)
     (matrix,) = kernels.pack([packed, plain])
     assert isinstance(matrix, Tensor)
-    assert torch.equal(matrix, torch.cat([numbers_of(packed), plain]))
+    assert torch.equal(matrix, torch.cat([numbers_of(packed).to(DEVICE), plain]))
 
 
+@interpreted_only
 def test_a_whole_model(tmp_path: Path) -> None:
     """Its answers are those of the dequantized weights, and the same alone and in a batch."""
     model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": 1}))

@@ -1,4 +1,4 @@
-"""Norm, activation and rotation in Triton's interpreter: against float64, and batch invariance."""
+"""Norm, activation and rotation in Triton: against float64, and batch invariance."""
 
 import pytest
 import torch
@@ -9,9 +9,12 @@ from torch import Tensor
 from engine.kernels.interface import KernelOptions, LayerCache
 from engine.kernels.triton.kernels import TritonKernels
 from tests.support.examples import num_examples
-from tests.support.tensors import ACTIVATIONS, CPU, random_tensor, rms_norm
+from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE, HAS_FLOAT8, IS_INTERPRETED, random_tensor
+from tests.support.tensors import ACTIVATIONS, rms_norm
 
+pytestmark = ALSO_ON_A_GPU
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FLOAT8 = torch.float8_e4m3fn if HAS_FLOAT8 and not IS_INTERPRETED else torch.uint8  # its bits
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -24,8 +27,8 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 @each_dtype
 @pytest.mark.parametrize("size", [1, 64, 576, 577])
 def test_rms_norm(size: int, dtype: torch.dtype) -> None:
-    kernels = TritonKernels(KernelOptions(dtype), CPU)
-    x = random_tensor(0, 20, size, dtype=dtype) * torch.logspace(-2, 2, 20)[:, None].to(dtype)
+    kernels = TritonKernels(KernelOptions(dtype), DEVICE)
+    x = random_tensor(0, 20, size, dtype=dtype) * torch.logspace(-2, 2, 20, device=DEVICE)[:, None].to(dtype)
     weight = random_tensor(1, size, dtype=dtype)
     out = kernels.rms_norm(x, weight, 1e-5)
     assert_close(out, rms_norm(x, weight, 1e-5))
@@ -37,9 +40,9 @@ def test_rms_norm(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("size", [7, 75, 1500])
 def test_act_and_mul(size: int, activation: str, dtype: torch.dtype) -> None:
-    kernels = TritonKernels(KernelOptions(dtype), CPU)
+    kernels = TritonKernels(KernelOptions(dtype), DEVICE)
     gate_up = random_tensor(0, 6, 2 * size, dtype=dtype) * 3
-    gate_up[0, :5] = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4])
+    gate_up[0, :5] = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], device=DEVICE)
     out = kernels.act_and_mul(gate_up, activation)
     assert_close(out, ACTIVATIONS[activation](gate_up[:, :size].double()) * gate_up[:, size:].double())
     assert torch.equal(torch.cat([kernels.act_and_mul(row[None], activation) for row in gate_up]), out)
@@ -61,11 +64,11 @@ def test_rope_and_store_kv(
     heads = [num_kv_heads * group_size, num_kv_heads, num_kv_heads]
     q, k, v = torch.split(random_tensor(seed, num_rows, sum(heads), head_dim, dtype=dtype), heads, dim=1)
     generator = torch.Generator().manual_seed(seed)
-    angles = torch.rand(num_rows, head_dim // 2, generator=generator) * 1000
+    angles = (torch.rand(num_rows, head_dim // 2, generator=generator) * 1000).to(DEVICE)
     cos, sin = angles.cos(), angles.sin()
-    kernels = TritonKernels(KernelOptions(dtype), CPU)
+    kernels = TritonKernels(KernelOptions(dtype), DEVICE)
     (cache,) = kernels.new_kv_cache(1, 4, block_size, num_kv_heads, head_dim)
-    slot_mapping = torch.randperm(4 * block_size, generator=generator)[:num_rows]
+    slot_mapping = torch.randperm(4 * block_size, generator=generator)[:num_rows].to(DEVICE)
     rotated = kernels.rope_and_store_kv(q, k, v, cos, sin, slot_mapping, cache)
     assert_close(rotated, rotate(q, cos, sin))
     keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
@@ -89,14 +92,14 @@ def test_a_cache_of_8_bits(
 ) -> None:
     """Codes are the nearest in -127 .. 127, or in float8; the scale of a head is that of its largest number."""
     q, k, v = torch.split(random_tensor(seed, 6, 3 * num_kv_heads, head_dim, dtype=dtype), num_kv_heads, dim=1)
-    k *= torch.logspace(-3, 3, 6)[:, None, None].to(dtype)
+    k *= torch.logspace(-3, 3, 6, device=DEVICE)[:, None, None].to(dtype)
     v[1] = 0.0
     k[3, 0, 2] = torch.inf
     generator = torch.Generator().manual_seed(seed)
-    angles = torch.rand(6, head_dim // 2, generator=generator)
-    slot_mapping = torch.randperm(2 * 16, generator=generator)[:6]
+    angles = torch.rand(6, head_dim // 2, generator=generator).to(DEVICE)
+    slot_mapping = torch.randperm(2 * 16, generator=generator)[:6].to(DEVICE)
     slot_mapping[2] = -1  # not stored
-    kernels = TritonKernels(KernelOptions(dtype, kv_cache_dtype=kv_cache_dtype), CPU)
+    kernels = TritonKernels(KernelOptions(dtype, kv_cache_dtype=kv_cache_dtype), DEVICE)
     (cache,) = kernels.new_kv_cache(1, 2, 16, num_kv_heads, head_dim)
     kernels.rope_and_store_kv(q, k, v, angles.cos(), angles.sin(), slot_mapping, cache)
     heads = (
@@ -104,7 +107,7 @@ def test_a_cache_of_8_bits(
         (v, cache.values, cache.value_scales),
     )
     for numbers, stored, scales in heads:
-        assert stored.dtype == (torch.int8 if kv_cache_dtype == "int8" else torch.uint8)
+        assert stored.dtype == (torch.int8 if kv_cache_dtype == "int8" else FLOAT8)
         assert scales is not None
         codes = stored if kv_cache_dtype == "int8" else stored.view(torch.float8_e4m3fn)
         for row, slot in enumerate(slot_mapping.tolist()):
@@ -124,9 +127,9 @@ def test_a_cache_of_8_bits(
             if kv_cache_dtype == "fp8":
                 bounds = torch.maximum(bounds * 2**-9, 1.001 * 2**-4 * expected.abs()[is_finite])
             assert (errors <= bounds).all()
-    is_empty = torch.ones(32, dtype=torch.bool)
+    is_empty = torch.ones(32, dtype=torch.bool, device=DEVICE)
     is_empty[slot_mapping[slot_mapping >= 0]] = False
-    assert not cache.keys.flatten(0, 1)[is_empty].any()
+    assert not cache.keys.view(torch.uint8).flatten(0, 1)[is_empty].any()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -136,6 +139,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def test_a_cache_without_scales() -> None:
-    (cache,) = TritonKernels(KernelOptions(torch.float16), CPU).new_kv_cache(1, 2, 16, 1, 16)
+    (cache,) = TritonKernels(KernelOptions(torch.float16), DEVICE).new_kv_cache(1, 2, 16, 1, 16)
     assert isinstance(cache, LayerCache)
     assert cache.key_scales is None

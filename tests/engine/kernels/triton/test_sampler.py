@@ -1,7 +1,7 @@
-"""The sampler in Triton, in its interpreter: against that of PyTorch, and against the definition of each setting."""
+"""The sampler in Triton: against that of PyTorch, and against the definition of each setting."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from engine.scheduling.request import SamplingRow
 from engine.shared.messages import SamplingParams
 from tests.engine.kernels.cpu.test_sampler import MIXED, mixed_rows
 from tests.engine.sampling.test_sampler import (
-    CPU,
     EOS_TOKEN_IDS,
     batches,
     is_right,
@@ -28,7 +27,9 @@ from tests.engine.sampling.test_sampler import (
     random_logits,
 )
 from tests.support.examples import num_examples
+from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE
 
+pytestmark = ALSO_ON_A_GPU
 SIZES = (40, 577, 9001)  # the last takes two pieces
 
 
@@ -40,10 +41,16 @@ def rng() -> np.random.Generator:
 
 
 def run(logits: Tensor, requests: Sequence[SamplingRow]) -> SamplerOutput:
-    output = TritonSampler(logits.shape[1], EOS_TOKEN_IDS, CPU).sample(logits.clone(), requests)
+    output = sample_in_place(logits.to(DEVICE, copy=True), requests)
     assert output.token_ids.dtype == torch.int64
     assert output.is_finite.dtype == torch.bool
     return output
+
+
+def sample_in_place(logits: Tensor, requests: Sequence[SamplingRow], *masks: Mapping[int, bytes]) -> SamplerOutput:
+    """Sample from logits on the device. What is returned is on the CPU."""
+    output = TritonSampler(logits.shape[1], EOS_TOKEN_IDS, DEVICE).sample(logits, requests, *masks)
+    return SamplerOutput(output.token_ids.cpu(), output.is_finite.cpu())
 
 
 def sample(logits: Tensor, requests: Sequence[SamplingRow]) -> list[int]:
@@ -92,9 +99,9 @@ def test_a_row_does_not_depend_on_the_others(rng: np.random.Generator) -> None:
 def test_rows_may_lie_apart(rng: np.random.Generator) -> None:
     requests = mixed_rows(rng, len(MIXED), 577)
     logits = random_logits(rng, len(requests), 577)
-    wider = torch.full((len(requests), 600), 1000.0)
+    wider = torch.full((len(requests), 600), 1000.0, device=DEVICE)
     wider[:, 5:582] = logits
-    output = TritonSampler(577, EOS_TOKEN_IDS, CPU).sample(wider[:, 5:582], requests)
+    output = sample_in_place(wider[:, 5:582], requests)
     assert output.token_ids.tolist() == sample(logits, requests)
     assert (wider[:, :5] == 1000).all()
     assert (wider[:, 582:] == 1000).all()
@@ -262,10 +269,10 @@ def test_special_rows_become_what_was_drawn_from(rng: np.random.Generator) -> No
         make_row(seed=2),
         make_row(allowed_token_ids=(5,), bad_words=((5,),)),
     ]
-    processed, expected = logits.clone(), logits.clone()
-    output = TritonSampler(60, EOS_TOKEN_IDS, CPU).sample(processed, requests)
+    processed, expected = logits.to(DEVICE, copy=True), logits.clone()
+    output = sample_in_place(processed, requests)
     plain = make_sampler(60).sample(expected, requests)
-    assert torch.equal(processed[0], expected[0])
+    assert torch.equal(processed[0].cpu(), expected[0])
     assert torch.isfinite(processed[0]).sum() == 3
     assert output.is_finite.tolist() == plain.is_finite.tolist() == [True, True, False]
     assert output.token_ids[:2].tolist() == plain.token_ids[:2].tolist()
@@ -279,13 +286,13 @@ def test_masks_are_those_of_torch(num_bytes: int, rng: np.random.Generator) -> N
     logits[2, 100] = math.nan
     masks = {row: rng.integers(0, 256, num_bytes).astype(np.uint8).tobytes() for row in (7, 2, 0, 9)}
     masks[3] = b"\x00" * 72 + b"\x03"  # allows the last token, and one that does not exist
-    found, expected = logits.clone(), logits.clone()
-    output = TritonSampler(577, EOS_TOKEN_IDS, CPU).sample(found, requests, masks)
+    found, expected = logits.to(DEVICE, copy=True), logits.clone()
+    output = sample_in_place(found, requests, masks)
     apply_masks(expected, masks)
     plain = make_sampler(577).sample(expected.clone(), requests)
     unchanged = [row for row in masks if not requests[row].params.logit_bias and not requests[row].params.has_penalty]
     assert len(unchanged) > 2
-    assert torch.equal(found[unchanged].nan_to_num(), expected[unchanged].nan_to_num())
+    assert torch.equal(found[unchanged].cpu().nan_to_num(), expected[unchanged].nan_to_num())
     assert torch.equal(output.is_finite, plain.is_finite)
     assert not output.is_finite[0] if not num_bytes else output.is_finite.sum() >= len(requests) - 1
     assert (output.token_ids != plain.token_ids)[plain.is_finite].sum() <= 1
