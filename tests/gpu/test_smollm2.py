@@ -29,6 +29,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"quantization": "none"},
     {"quantization": "int8"},
     {"kv_cache_dtype": "int8"},
+    {"kv_cache_dtype": "fp8"},
     {"enforce_eager": True},
 ]
 # Torch warns when the mode that detects waits is first used.

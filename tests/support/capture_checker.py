@@ -41,9 +41,9 @@ class CaptureChecker(Waits):
 
     def capture(self, forward: Forward) -> Forward:
         """Run `forward` twice, as for a graph: the first time warms up, the second is captured, and checked."""
-        with self._launches(is_capture=False):
+        with self.launches(is_capture=False):
             forward()
-        with self._launches(is_capture=True), self._unseen_calls(), self:
+        with self.launches(is_capture=True), self._unseen_calls(), self:
             forward()
         return forward
 
@@ -76,7 +76,7 @@ class CaptureChecker(Waits):
             yield
 
     @contextmanager
-    def _launches(self, *, is_capture: bool) -> Iterator[None]:
+    def launches(self, *, is_capture: bool) -> Iterator[None]:
         """Record the specialization of each kernel that is launched, and note new ones in a capture."""
         run = InterpretedFunction.run
 

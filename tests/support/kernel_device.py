@@ -42,7 +42,7 @@ def tiles_and_dtypes(tables: Mapping[Any, Tiles], dtypes: Sequence[torch.dtype] 
 
     Those of another card may take more shared memory than there is.
     """
-    pairs = {}
+    pairs: dict[tuple[Tiles, torch.dtype], Any] = {}
     for dtype in dtypes:
         own = {"smallest": SMALLEST, "own": tiles_for(CAPABILITY, dtype)}
         pairs |= {(tiles, dtype): name for name, tiles in (tables if IS_INTERPRETED else own).items()}

@@ -171,10 +171,10 @@ def traced_step(
     params = {"max_tokens": 2, "ignore_eos": True, "temperature": 0.0} | params
     sequences = list(sequences)
     settings, block_size = SamplingParams(**params), model.memory.block_size
-    scheduled = [_scheduled(sequence, block_size, lora_slot, settings) for sequence in sequences]
-    step = Step(1, scheduled)
+    items = [scheduled(sequence, block_size, lora_slot, settings) for sequence in sequences]
+    step = Step(1, items)
     for is_ahead in (False, True):
-        for item in scheduled:
+        for item in items:
             item.is_ahead = is_ahead and not item.is_prompt
         with traced() as trace, on_card(model.card, trace):
             batch = model.runner.forward(step, StepClock())
@@ -209,7 +209,8 @@ def traced_graph_step(model: MetaModel, size: int) -> tuple[TracedStep, Trace]:
     return step, device.graphs[0]
 
 
-def _scheduled(sequence: Sequence, block_size: int, lora_slot: int, params: SamplingParams) -> Scheduled:
+def scheduled(sequence: Sequence, block_size: int, lora_slot: int, params: SamplingParams) -> Scheduled:
+    """Return a request's part of a step; its tokens are zeros, and its blocks the first of the cache."""
     is_prompt = sequence.num_rows > 1
     num_tokens = sequence.num_computed + sequence.num_rows
     submit = Submit(request_id="", prompt_token_ids=[0] * num_tokens, params=params, arrival=0.0)

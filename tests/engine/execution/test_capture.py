@@ -17,10 +17,15 @@ from engine.batch import transfer
 from engine.batch.transfer import HostCopy, packed_copy, to_device
 from engine.config import load_model_config
 from engine.execution.cuda_graphs import GraphedExecution
+from engine.execution.eager import EagerExecution
 from engine.loading import LoadedModel
+from engine.scheduling.record import StepClock
+from engine.scheduling.request import NO_LORA_SLOT, Step
+from engine.shared.messages import SamplingParams
 from tests.parity.test_families import SHAPE
 from tests.support.capture_checker import CaptureChecker
 from tests.support.lora_adapters import save_random_adapter
+from tests.support.meta_models import Sequence, scheduled
 from tests.support.tiny_models import save_random_model
 from tests.support.triton_models import SEED, load
 
@@ -40,7 +45,13 @@ def check(loaded: LoadedModel) -> CaptureChecker:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"batch_invariant": False}, {"quantization": "int8", "kv_cache_dtype": "int8"}, {"dtype": "float16"}],
+    [
+        {},
+        {"batch_invariant": False},
+        {"quantization": "int8", "kv_cache_dtype": "int8"},
+        {"kv_cache_dtype": "fp8"},
+        {"dtype": "float16"},
+    ],
     ids=str,
 )
 def test_nothing_is_found(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -63,6 +74,31 @@ def test_nothing_is_found_with_adapters(tmp_path: Path) -> None:
     checker = check(load(folder, **LIMITS, lora_modules={"a": str(adapter)}, max_loras=1))
     assert checker.found == []
     assert {"_shrink", "_expand"} <= {name.split()[0] for name in checker.specializations}
+
+
+ROW_KERNELS = {"_attend", "_reduce", "_rope_and_store_kv", "_rms_norm"}  # the bits of products are compared as code
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 4])
+def test_a_graph_runs_the_kernels_of_an_eager_step(max_num_seqs: int, tmp_path: Path) -> None:
+    """For the same batch, they are compiled for the same arguments, so that they add up in the same order."""
+    folder = save_random_model(LlamaForCausalLM(LlamaConfig(**TWO_LAYERS)), tmp_path, SEED)
+    loaded = load(folder, max_model_len=1024, max_num_seqs=max_num_seqs)
+    in_graphs, runner = check(loaded), loaded.runner
+    assert isinstance(runner.execution, GraphedExecution)
+    sizes = {size for size, _ in runner.execution.graphs}
+    runner.execution, eager = EagerExecution(runner.model, runner.kv_cache), CaptureChecker()
+    block_size = runner.builder.block_size
+    with eager.launches(is_capture=False):
+        for size in sizes:
+            decoding = [scheduled(Sequence(700), block_size, NO_LORA_SLOT, SamplingParams(max_tokens=2))] * size
+            runner.forward(Step(1, decoding), StepClock())
+    for name in ROW_KERNELS:
+        found, expected = (
+            {some for some in checker.specializations if some.split()[0] == name} for checker in (in_graphs, eager)
+        )
+        assert expected
+        assert found == expected
 
 
 @triton.jit

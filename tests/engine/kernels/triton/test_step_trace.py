@@ -51,6 +51,7 @@ class Case(NamedTuple):
     peak_mib: float  # of what the step allocates
     settings: Settings = Settings()
     params: Mapping[str, Any] = {}
+    has_lora: bool = False  # whether its rows have an adapter
 
 
 @cache
@@ -68,7 +69,7 @@ def model_of(settings: Settings) -> MetaModel:
 
 
 def step_of(case: Case) -> TracedStep:
-    lora_slot = 0 if case.settings.max_loras else NO_LORA_SLOT
+    lora_slot = 0 if case.has_lora else NO_LORA_SLOT
     return traced_step(model_of(case.settings), case.sequences, lora_slot, **case.params)
 
 
@@ -87,8 +88,10 @@ CASES = {
     "mixed": Case(MIXED, 303, 868.4),
     "sampled": Case(DECODE_64, 337, 63.2, params={"temperature": 0.8, "top_p": 0.9}),
     "log probabilities": Case(DECODE_64, 358, 220.7, params=LOGPROBS),
-    "LoRA": Case(DECODE_64, 590, 32.3, LORA),
-    "LoRA, prefill": Case(PREFILL, 557, 868.3, LORA),
+    "LoRA": Case(DECODE_64, 590, 32.3, LORA, has_lora=True),
+    "LoRA, prefill": Case(PREFILL, 557, 868.3, LORA, has_lora=True),
+    "fp8 KV": Case(DECODE_64, 334, 32.3, Settings(kv_cache_dtype="fp8")),
+    "LoRA, without rows": Case(DECODE_64, 334, 32.3, LORA),
     "int8 KV": Case(DECODE_64, 334, 32.3, Settings(kv_cache_dtype="int8")),
     "Q4_K": Case(DECODE_64, 346, 32.3, Settings(packed="Q4_K")),
     "L4, decode 8": Case(DECODE_8, 334, 4.0, Settings(card="l4")),
