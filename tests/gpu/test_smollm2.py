@@ -1,6 +1,7 @@
 """SmolLM2 on a GPU: the distributions of the CPU engine, and batch invariance with real kernels and graphs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,42 @@ def test_adapters_in_any_company(smollm2_path: Path, tmp_path: Path, submits: Se
     assert run_alone(loaded, submits) != expected
     for _ in range(2):
         assert_same(run(make_engine(loaded, chunk=60), mixed), expected)
+
+
+def test_steps_that_run_out_of_memory(
+    smollm2_path: Path, submits: Sequence[Submit], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are taken back and halved, and all answers stay the same."""
+    loaded = load(smollm2_path, device="cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    expected = run(make_engine(loaded), submits)
+    needed = torch.cuda.max_memory_allocated() - held
+    assert "needs more memory" not in caplog.text
+    with room_for(needed // 2):
+        found = run(make_engine(loaded), submits)
+    assert "needs more memory than the device has free" in caplog.text
+    assert_same(found, expected)
+
+
+@contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Return a context in which this process may allocate so many bytes of device memory, and no more."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    held = torch.cuda.memory_reserved()
+    fillers = []
+    try:
+        torch.cuda.set_per_process_memory_fraction(held / total)
+        for size in (2**24, 2**22, 2**20):  # what is free within the memory that torch holds
+            with suppress(torch.OutOfMemoryError):
+                while True:
+                    fillers.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        torch.cuda.set_per_process_memory_fraction((held + num_bytes) / total)
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @ignores_warning
