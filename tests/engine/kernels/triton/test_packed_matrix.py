@@ -219,10 +219,10 @@ def test_parts_of_several_types_with_bias_and_residual() -> None:
 
 def test_a_part_that_is_not_packed() -> None:
     kernels = TritonKernels(KernelOptions(torch.float32), DEVICE)
-    packed, plain = random_packed("Q5_1", 40, 64, 1), random_tensor(2, 20, 64)
+    packed, plain = random_packed("Q5_1", 40, 64, 1), random_tensor(2, 20, 64).cpu()
     (matrix,) = kernels.pack([packed, plain])
     assert isinstance(matrix, Tensor)
-    assert torch.equal(matrix, torch.cat([numbers_of(packed).to(DEVICE), plain]))
+    assert torch.equal(matrix, torch.cat([numbers_of(packed), plain]).to(DEVICE))
 
 
 @interpreted_only
