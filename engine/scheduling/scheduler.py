@@ -358,7 +358,7 @@ class Scheduler:
         return self.stats
 
     def check(self) -> None:
-        """Raise RuntimeError unless every block is either free or held, with its id, by the requests that count on it."""
+        """Raise RuntimeError unless every block is free, or held, with its id, by the requests that count on it."""
         self.pool.check([request.kv.blocks for request in self.requests()])
         for request in self.requests():
             if request.kv.block_ids.tolist() != [block.block_id for block in request.kv.blocks]:
