@@ -141,8 +141,8 @@ def test_large_steps_fail(
 ) -> None:
     """Each failure releases the allocator's memory before the next launch."""
     released: list[int] = []
-    monkeypatch.setattr("engine.core.release_memory", lambda _: released.append(device.num_failed))
     engine, device = new_engine(loaded, lambda kind, step: step.num_tokens > max_rows, overlaps=overlaps)
+    monkeypatch.setattr("engine.core.release_memory", lambda _: released.append(device.num_failed))
     assert engine.overlaps == overlaps
     assert run(engine, mixed_submits()) == (expected, {})
     assert released == list(range(1, device.num_failed + 1))

@@ -64,7 +64,7 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
         model = CausalLM(shape, parameters, kernels, max_model_len=limits.max_model_len, device=META)
         LoraAdapters(model.linears, config.max_loras, rank)
         weight_bytes = trace.live_bytes
-        measure_activations(device_memory, model, limits, config.block_size)
+        measure_activations(device_memory, model, limits, config)
         memory = plan_memory(shape, config, limits.max_model_len, kernels, device_memory)
         runner = new_runner(model, limits, memory, META)
     return MetaModel(runner, shape, memory, weight_bytes, card)

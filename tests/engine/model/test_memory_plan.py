@@ -274,7 +274,7 @@ def test_a_gpu_that_is_too_small_names_what_would_help(monkeypatch: pytest.Monke
     ids=str,
 )
 def test_what_is_on_is_not_suggested(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], suggested: list[str]
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], suggested: list[str]
 ) -> None:
     memory = card_memory(monkeypatch, utilization=0.21)
     with pytest.raises(ValueError, match="a lower --max-num-batched-tokens or --max-num-seqs") as caught:
