@@ -62,5 +62,5 @@ def test_validation_errors_are_400_with_a_path(shared_server: RunningServer) -> 
     error = check_error(httpx.post(shared_server.url + "/v1/chat/completions", json=body), 400)
     assert error["param"] == "messages[0].content"
     assert error["code"] == "invalid_type"
-    error = check_error(httpx.post(shared_server.url + "/v1/completions", json={"prompt": "x"}), 400)
+    error = check_error(httpx.post(shared_server.url + "/v1/embeddings", json={"input": "x"}), 400)
     assert error["message"] == "you must provide a model parameter"
