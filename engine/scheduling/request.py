@@ -49,9 +49,7 @@ class KVState:
     # Length of token_ids once the steps in flight are over and the token being sampled is appended; 0: none is.
     num_expected: int = 0
     blocks: list[Block] = field(default_factory=list)
-    block_ids: array[int] = field(
-        default_factory=lambda: array("q")
-    )  # of `blocks`: a block table's row copies them at once
+    block_ids: array[int] = field(default_factory=lambda: array("q"))  # of `blocks`, which a block table copies
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # leading blocks that have been published for other requests
 
