@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -17,6 +17,13 @@ class WorkList(NamedTuple):
 
     table: NDArray[np.int64]
     num_partial_rows: int  # of results that wait to be merged
+
+
+class AttentionWork(NamedTuple):
+    """A work list on the device."""
+
+    table: Tensor
+    num_partial_rows: int
 
 
 class AttentionPlanner(Protocol):
@@ -37,16 +44,15 @@ class BatchInputs:
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    slot_mapping: Tensor  # [T] int64: KV cache slot of the row's key and value, block id * block size + offset
+    slot_mappings: list[Tensor]  # of each KV group, [T] int64: slot of the row's key and value, see `rope_and_store_kv`
     lora_slots: Tensor  # [T] int64: slot of the row's LoRA adapter, -1: none; empty if no row has one
     hidden_rows: Tensor  # [L] int64: rows whose last hidden state is needed
     hidden_lora_slots: Tensor  # [L] int64: lora_slots of hidden_rows
     sample_rows: Tensor  # [R] int64: indices into hidden_rows of the rows to sample from
     ahead_rows: Tensor  # [A] int64: rows that read a token sampled by the previous step
     ahead_samples: Tensor  # [A] int64: ... its index among the R tokens of that step
-    block_tables: Tensor  # [S, max blocks of this step] int64, padded with block 0
+    block_tables: list[Tensor]  # of each KV group, [S, max blocks of this step] int64, padded with block 0
     query_lens: Lengths  # number of rows of each sequence
     hidden_lens: Lengths  # number of trailing rows of each sequence that are in hidden_rows
     seq_lens: Lengths  # number of tokens of each sequence up to and including its last row
-    attention_work: Tensor | None = None  # of the WorkList of `query_lens`, on the device, if the kernels need one
-    num_partial_rows: int = 0
+    attention_work: list[AttentionWork] = field(default_factory=list)  # of `query_lens`, for each kind of attention

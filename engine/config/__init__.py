@@ -9,16 +9,37 @@ from pathlib import Path
 from engine.config.fields import Fields, shown
 from engine.config.gguf import GGUF_ARCHITECTURES, load_gguf
 from engine.config.huggingface import load_folder, parse_json, refuse_pickle
-from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, RopeScaling
+from engine.config.layers import (
+    AttentionKind,
+    AttentionSpec,
+    ExpertsSpec,
+    KVGroup,
+    KVShape,
+    LayerSpec,
+    MLPSpec,
+    RopeScaling,
+    RopeSpec,
+    RouterSpec,
+)
+from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig
 from engine.shared.gguf import GGUFFile
 
 __all__ = [
     "GGUF_ARCHITECTURES",
+    "AttentionKind",
+    "AttentionSpec",
     "EngineConfig",
     "EngineProcessConfig",
+    "ExpertsSpec",
     "Fields",
+    "KVGroup",
+    "KVShape",
+    "LayerSpec",
+    "MLPSpec",
     "ModelConfig",
     "RopeScaling",
+    "RopeSpec",
+    "RouterSpec",
     "load_model_config",
     "parse_json",
     "refuse_pickle",

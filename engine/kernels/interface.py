@@ -5,7 +5,8 @@ batch invariant: the result for a row depends on that row and on its sequence's 
 rows or on other sequences.
 
 Shapes use these letters. T: rows (tokens) of the batch; S: sequences; H: query heads; KH: KV heads; G = H / KH: query
-heads that share a KV head (grouped-query attention); D: head size; B: blocks; N: tokens of a block; V: vocabulary size.
+heads that share a KV head (grouped-query attention); D: head size; B: blocks; N: tokens of a block; V: vocabulary size;
+E: experts; P = T * experts of a token: pairs of a token and an expert.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.inputs import AttentionPlanner, BatchInputs, Lengths
+from engine.config import AttentionKind, KVShape, RouterSpec
 from engine.sampling.sampler import SamplerOutput
 from engine.scheduling.request import SamplingRow
 from engine.weights import Weight
@@ -34,7 +36,7 @@ class KernelOptions:
     quantization: str = "auto"  # auto: as in the checkpoint; none: dtype; int8: groups of 32
     kv_cache_dtype: str = "auto"  # auto: dtype; int8, fp8: with a scale for each token and head
     max_num_rows: int = 0  # of a batch
-    head_dim: int = 64
+    head_dims: frozenset[int] = frozenset({64})  # of all kinds of layers
     block_size: int = 32
     batch_invariant: bool = True
     enforce_eager: bool = False
@@ -58,12 +60,44 @@ class LoraWeights:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Keys and values of one layer, in the layout of the kernels."""
+    """Keys and values of one layer, in the layout of the kernels. Layers of other KV groups share the same memory."""
 
     keys: Tensor
     values: Tensor
     key_scales: Tensor | None = None  # float32 [B, KH, N] if keys and values have 8 bits
     value_scales: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rotations:
+    """The rotation of each pair of dimensions (i, i + D / 2): cosines, then sines, float32 [T, D] each.
+
+    Those of queries may be scaled by a factor for their position, so a pair that is not rotated may still be scaled.
+    """
+
+    q: Tensor
+    k: Tensor  # often the same tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """The RMS norms of queries, keys and values before the rotation. A weight of H * D or KH * D numbers covers all heads
+    at once, one of D each head by itself.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionScores:
+    """How attention turns products of queries and keys into scores."""
+
+    scale: float
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap), once scaled
+    sinks: Tensor | None = None  # float32 [H]: a score of each head that takes part in the softmax, without a value
 
 
 class LinearOp(Protocol):
@@ -126,68 +160,120 @@ class Kernels(Protocol):
         """
         ...
 
-    def embed(self, token_ids: Tensor, matrix: Any) -> Tensor:
-        """Return the rows `token_ids` [T] of a packed matrix [M, K]: the residual stream [T, K]."""
+    def embed(self, token_ids: Tensor, matrix: Any, scale: float = 1.0) -> Tensor:
+        """Return the rows `token_ids` [T] of a packed matrix [M, K], times `scale`: the residual stream [T, K]."""
         ...
 
     def gather(self, table: Tensor, rows: Tensor) -> Tensor:
         """Return table[rows]."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return x [T, K] divided by its root mean square, times weight (Zhang and Sennrich 2019)."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        """Return x [T, K] divided by its root mean square, times weight (Zhang and Sennrich 2019).
+
+        With `residual`, add it to that in place and return that.
+        """
         ...
 
-    def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
-        """Return the bytes of one block in one layer."""
+    def layer_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return x [T, K] minus its mean, divided by its standard deviation, times weight (Ba et al. 2016)."""
+        ...
+
+    def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
+        """Add scale * x to `residual` [T, K], in place."""
+        ...
+
+    def scale_logits(self, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """Return softcap * tanh(scale * logits / softcap), or scale * logits if it is None. May change the logits."""
+        ...
+
+    def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
+        """Return the bytes of one block, which holds the layers of any one of the groups."""
         ...
 
     def new_kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
-    ) -> list[LayerCache]:
-        """Return an empty cache for each layer."""
+        self, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
+    ) -> list[list[LayerCache]]:
+        """Return an empty cache for each layer of each group.
+
+        The groups share the memory: a block belongs to one group at a time, and holds the layers of that group.
+        """
         ...
 
     def rope_and_store_kv(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, cache: LayerCache
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        rotations: Rotations,
+        slot_mapping: Tensor,
+        cache: LayerCache,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
-        """Rotate q [T, H, D] and k [T, KH, D] by their positions (Su et al. 2021, halves as in Hugging Face's Llama),
-        store k and v in the cache at `slot_mapping` [T] (block id * N + offset), and return the rotated q.
+        """Norm and rotate q [T, H, D] and k [T, KH, D] by their positions (Su et al. 2021, halves as in Hugging Face's
+        Llama), store k and v in the cache at `slot_mapping` [T] (block id * N + offset), and return the rotated q.
 
-        cos and sin are float32 [T, D / 2].
+        k and v are None if the layer reads keys and values that another layer has stored. Slot -1 stores nothing.
         """
         ...
 
-    def attention_planner(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
-    ) -> AttentionPlanner | None:
+    def attention_planner(self, kind: AttentionKind) -> AttentionPlanner | None:
         """Return what makes the work lists of attention on the host; None if these kernels take none."""
         ...
 
-    def plan_attention(
-        self,
-        batch: BatchInputs,
-        query_lens: Lengths,
-        num_heads: int,
-        num_kv_heads: int,
-        cache: LayerCache,
-        window: int | None,
-    ) -> Any:
-        """Prepare `paged_attention` for the last `query_lens` rows of each sequence: once a step, not once a layer."""
-        ...
+    def plan_attention(self, batch: BatchInputs, query_lens: Lengths, kind: AttentionKind, kind_index: int) -> Any:
+        """Prepare `paged_attention` of one kind for the last `query_lens` rows of each sequence, once a step.
 
-    def paged_attention(self, q: Tensor, cache: LayerCache, plan: Any, scale: float) -> Tensor:
-        """Return causal attention of q [T, H, D] to the keys and values in each row's blocks: [T, H, D].
-
-        A row at position p sees positions max(0, p - window + 1) .. p of the plan's window, all up to p if it is None.
-        The softmax is computed in float32. The result may replace q.
+        `kind_index` is the place of the kind in `batch.attention_work`.
         """
         ...
 
-    def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
-        """Return act(gate) * up of gate_up [T, 2 I]: [T, I] (GLU variants, Shazeer 2020).
+    def paged_attention(
+        self, q: Tensor, cache: LayerCache, plan: Any, block_tables: Tensor, scores: AttentionScores
+    ) -> Tensor:
+        """Return causal attention of q [T, H, D] to the keys and values in each row's blocks: [T, H, D].
 
-        `activation` is silu (SwiGLU), gelu, or gelu_pytorch_tanh.
+        A row at position p sees positions max(0, p - window + 1) .. p of the kind's window, all up to p if it is None.
+        The softmax is computed in float32. The result may replace q. A block that no row of a sequence sees may hold
+        anything, NaN included, and its entry in the table any block.
+        """
+        ...
+
+    def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """Return act(gate) * up for gate and up [T, I], which may be columns of one tensor (GLU variants, Shazeer 2020).
+
+        `activation` is silu (SwiGLU), gelu, gelu_pytorch_tanh, or swigluoai (gpt-oss: gate is at most 7, up within
+        -7 .. 7; gate * sigmoid(1.702 gate) * (up + 1)).
+        """
+        ...
+
+    # Mixture of experts (Shazeer et al. 2017).
+
+    def pack_experts(self, weights: Sequence[Sequence[Weight]]) -> Any:
+        """Return the weights of each expert, stacked vertically to [M, K], in the layout of `expert_linear`."""
+        ...
+
+    def route(
+        self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
+    ) -> Any:
+        """Choose the experts of each row by its router logits, float32 [T, E]: the routing that the next three take.
+
+        The highest scores win, ties go to the lowest expert. `bias` [E] is added to the scores for the choice, not to
+        the weights. `expert_scales` [E] multiply the weights at the end.
+        """
+        ...
+
+    def expert_linear(self, x: Tensor, matrices: Any, bias: Tensor | None, routing: Any) -> Tensor:
+        """Return the product of each pair's expert: [P, M] for x [T, K], or for x [P, K] from an earlier such product.
+
+        `bias` is [E, M]. The order of the P rows is that of the routing, which only the kernels know.
+        """
+        ...
+
+    def combine_experts(self, x: Tensor, routing: Any, out: Tensor) -> None:
+        """Add to out [T, K] the results x [P, K] of each row's experts, times their weights.
+
+        The experts of a row are added up in descending order of their scores, whatever the other rows are.
         """
         ...
 
