@@ -21,7 +21,7 @@ from engine.config.layers import (
     RopeSpec,
     RouterSpec,
 )
-from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig
+from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, WeightLayout
 from engine.shared.gguf import GGUFFile
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "RopeScaling",
     "RopeSpec",
     "RouterSpec",
+    "WeightLayout",
     "load_model_config",
     "parse_json",
     "refuse_pickle",

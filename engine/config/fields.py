@@ -1,9 +1,9 @@
 """Typed, range-checked access to model metadata, from GGUF or JSON."""
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-from engine.config.structs import ModelConfig
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MAX_INT = 2**31 - 1
 MAX_FLOAT = 1e30
@@ -12,12 +12,34 @@ MAX_FLOAT = 1e30
 class Fields:
     """The values of one source of metadata. Null counts as missing; errors (ValueError) name the source and the key."""
 
-    def __init__(self, source: str, values: Mapping[str, Any]) -> None:
+    def __init__(
+        self, source: str, values: Mapping[str, Any], names: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """`names`: the names that a key may have in this source, the usual one first."""
         self.source = source
         self.values = values
+        self.names = names or {}
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
+        """Return the same fields, with values for keys that are missing; null stays null."""
+        missing = {key: value for key, value in defaults.items() if not any(name in self for name in self._names(key))}
+        return Fields(self.source, {**missing, **self.values}, self.names)
+
+    def _names(self, key: str) -> Sequence[str]:
+        return (*self.names.get(key, ()), key)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def get(self, key: str) -> Any:
+        """Return the value of a key under any of its names; None if it is missing or null."""
+        found = (self.values.get(name) for name in self._names(key))
+        return next((value for value in found if value is not None), None)
 
     def error(self, key: str, problem: str) -> ValueError:
-        return ValueError(f"{self.source}: {key}: {problem}")
+        names = self._names(key)
+        name = next((name for name in names if self.values.get(name) is not None), names[0])
+        return ValueError(f"{self.source}: {name}: {problem}")
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_INT) -> int:
         value = self.optional_integer(key, minimum=minimum, maximum=maximum)
@@ -28,20 +50,33 @@ class Fields:
         return default
 
     def optional_integer(self, key: str, *, minimum: int = 1, maximum: int = MAX_INT) -> int | None:
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
             raise self.error(key, f"must be an integer from {minimum} to {maximum}, not {shown(value)}")
         return value
 
-    def number(self, key: str, default: float, *, zero: bool = True) -> float:
+    def integers(self, key: str, count: int, default: int | None = None, *, minimum: int = 1) -> list[int]:
+        """Return `count` integers: those of a list, or one that holds for all."""
+        value = self.get(key)
+        if not isinstance(value, list):
+            return [self.integer(key, default, minimum=minimum)] * count
+        if len(value) != count or not all(type(one) is int and minimum <= one <= MAX_INT for one in value):
+            raise self.error(key, f"must be {count} integers of at least {minimum}, not {shown(value)}")
+        return value
+
+    def number(self, key: str, default: float | None, *, zero: bool = True) -> float:
         value = self.optional_number(key, zero=zero)
-        return default if value is None else value
+        if value is not None:
+            return value
+        if default is None:
+            raise self.error(key, "is missing")
+        return default
 
     def optional_number(self, key: str, *, maximum: float = MAX_FLOAT, zero: bool = True) -> float | None:
         """Return a number from 0 to `maximum` as a float, None if it is missing. 0 itself is allowed only if `zero`."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -50,8 +85,16 @@ class Fields:
             raise self.error(key, f"must be a number {bounds}, not {shown(value)}")
         return float(value)
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """Return a list of `count` positive numbers."""
+        value = self.get(key)
+        is_list = isinstance(value, list) and len(value) == count
+        if not is_list or not all(type(one) in (int, float) and 0 < one <= MAX_FLOAT for one in value):
+            raise self.error(key, f"must be {count} positive numbers, not {shown(value)}")
+        return tuple(map(float, value))
+
     def boolean(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -59,16 +102,25 @@ class Fields:
         return value
 
     def string(self, key: str, default: str) -> str:
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return default
         if not isinstance(value, str):
             raise self.error(key, f"must be a string, not {shown(value)}")
         return value
 
+    def nested(self, key: str) -> Fields | None:
+        """Return the fields of an object; None if it is missing or empty."""
+        value = self.get(key)
+        if not value:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be an object, not {shown(value)}")
+        return Fields(f"{self.source}: {key}", value)
+
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """Return the token ids of a field that holds one id or a list of ids, all below `vocab_size`."""
-        value = self.values.get(key)
+        value = self.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in ids:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
@@ -80,27 +132,3 @@ def shown(value: object) -> str:
     """Format a value for an error message, cut to 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def checked(config: ModelConfig, source: str) -> ModelConfig:
-    """Return the configuration if its fields are consistent. Raises ValueError, whose message begins with `source`."""
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
-            f"{source}: the number of attention heads ({config.num_attention_heads}) is not a multiple of the number "
-            f"of key and value heads ({config.num_key_value_heads})"
-        )
-    if config.head_dim % 2:
-        raise ValueError(f"{source}: head_dim ({config.head_dim}) must be even, for rotary embeddings")
-    return config
-
-
-def head_dim(fields: Fields, key: str, hidden_size: int, num_heads: int) -> int:
-    """Return the head size stored under `key`, or else `hidden_size / num_heads`."""
-    if (head_dim := fields.optional_integer(key)) is not None:
-        return head_dim
-    if hidden_size % num_heads:
-        problem = (
-            f"is missing, and the hidden size ({hidden_size}) is not a multiple of the {num_heads} attention heads"
-        )
-        raise fields.error(key, problem)
-    return hidden_size // num_heads

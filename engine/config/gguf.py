@@ -1,12 +1,53 @@
 """Read the configuration of a model from the metadata of a GGUF file."""
 
+from dataclasses import replace
 from typing import Any
 
-from engine.config.fields import Fields, checked, head_dim
-from engine.config.structs import ModelConfig, RopeScaling
+from engine.config.families import FAMILIES, Family, build_decoder, head_dim
+from engine.config.fields import Fields
+from engine.config.rope import FULL, SLIDING
+from engine.config.structs import ModelConfig
+from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
 
-GGUF_ARCHITECTURES = ("llama",)  # Mistral and SmolLM2 are stored as llama
+BY_ARCHITECTURE = {family.gguf: family for family in reversed(FAMILIES) if family.gguf}
+GGUF_ARCHITECTURES = tuple(reversed(BY_ARCHITECTURE))
+# Key of config.json -> key of the metadata after the architecture. A missing one is null: defaults do not apply.
+KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
+    "rope_theta": "rope.freq_base",
+    "rotary_dim": "rope.dimension_count",
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "num_experts": "expert_count",
+}
+# The same for keys whose defaults apply.
+DEFAULTED_KEYS = {
+    "rope_local_base_freq": "rope.freq_base_swa",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+    "logit_scale": "logit_scale",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "norm_topk_prob": "expert_weights_norm",
+    "routed_scaling_factor": "expert_weights_scale",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+}
 SAMPLING_FIELDS = {  # `general.sampling.*` -> sampling field of the API
     "sequence": "samplers",
     "temp": "temperature",
@@ -26,91 +67,123 @@ END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>",
 
 def load_gguf(file: GGUFFile) -> ModelConfig:
     """Read the configuration of a model. Raises ValueError, as `engine.config.load_model_config` says."""
-    fields = Fields(str(file.path), file.metadata)
-    arch = _architecture(fields)
-    vocab_size, hidden_size = _embedding_shape(fields, file, arch)
-    num_heads = fields.integer(f"{arch}.attention.head_count")
-    size = _head_dim(fields, arch, hidden_size, num_heads)
-    bos_token_ids = fields.token_ids("tokenizer.ggml.bos_token_id", vocab_size)
-    config = ModelConfig(
-        architecture=arch,
+    metadata = Fields(str(file.path), file.metadata)
+    family = _family(metadata, file)
+    fields = _huggingface_fields(family, metadata, file)
+    decoder = build_decoder(family, fields)
+    vocab_size = _vocab_size(metadata, file, fields.integer("hidden_size"))
+    bos_token_ids = metadata.token_ids("tokenizer.ggml.bos_token_id", vocab_size)
+    return ModelConfig(
+        architecture=family.model_type,
         vocab_size=vocab_size,
-        num_token_ids=len(_tokens(fields)) or vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer(f"{arch}.feed_forward_length"),
-        num_hidden_layers=fields.integer(f"{arch}.block_count"),
-        num_attention_heads=num_heads,
-        num_key_value_heads=fields.integer(f"{arch}.attention.head_count_kv", num_heads),
-        head_dim=size,
-        max_position_embeddings=fields.integer(f"{arch}.context_length"),
-        rms_norm_eps=fields.number(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5, zero=False),
-        rope_theta=fields.number(f"{arch}.rope.freq_base", 10000.0, zero=False),
-        rope_scaling=_rope_scaling(fields, file, arch, size),
-        sliding_window=fields.optional_integer(f"{arch}.attention.sliding_window", minimum=0) or None,
+        num_token_ids=len(_tokens(metadata)) or vocab_size,
+        hidden_size=fields.integer("hidden_size"),
+        layers=decoder.layers,
+        ropes=decoder.ropes,
+        max_position_embeddings=fields.integer("max_position_embeddings"),
+        rms_norm_eps=fields.number("norm_eps", 1e-5, zero=False),
+        norm=family.norm,
         tie_word_embeddings="output.weight" not in file.tensors,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        attention_output_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        embedding_scale=decoder.embedding_scale,
+        logits_scale=decoder.logits_scale,
+        logits_softcap=decoder.logits_softcap,
+        weight_layout=family.gguf_layout,
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
-        eos_token_ids=_eos_token_ids(fields, vocab_size),
-        recommended_sampling=_recommended_sampling(fields),
+        eos_token_ids=_eos_token_ids(metadata, vocab_size),
+        recommended_sampling=_recommended_sampling(metadata),
     )
-    return checked(config, fields.source)
 
 
-def _architecture(fields: Fields) -> str:
-    arch = fields.string("general.architecture", "not named")
-    if arch not in GGUF_ARCHITECTURES:
+def _family(metadata: Fields, file: GGUFFile) -> Family:
+    """Return the family, with the biases that the file has."""
+    arch = metadata.string("general.architecture", "not named")
+    if arch not in BY_ARCHITECTURE:
         supported = ", ".join(GGUF_ARCHITECTURES)
-        raise fields.error("general.architecture", f"{arch!r} is not supported (supported: {supported})")
-    if fields.integer("split.count", 1, minimum=0) > 1:
-        raise fields.error("split.count", "the model is split over several files; join them with llama-gguf-split")
-    if fields.integer(f"{arch}.expert_count", 0, minimum=0):
-        raise fields.error(f"{arch}.expert_count", "mixtures of experts are not supported")
-    return arch
+        raise metadata.error("general.architecture", f"{arch!r} is not supported (supported: {supported})")
+    if metadata.integer("split.count", 1, minimum=0) > 1:
+        raise metadata.error("split.count", "the model is split over several files; join them with llama-gguf-split")
+    return replace(
+        BY_ARCHITECTURE[arch],
+        qkv_bias=any(f"blk.0.{name}.bias" in file.tensors for name in ("attn_q", "attn_qkv")),
+        output_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_down.bias" in file.tensors,
+    )
 
 
-def _embedding_shape(fields: Fields, file: GGUFFile, arch: str) -> tuple[int, int]:
-    """Return (vocab_size, hidden_size) from the embedding, which may have more rows than the vocabulary has tokens."""
-    hidden_size = fields.integer(f"{arch}.embedding_length")
+def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fields:
+    """Return the metadata under the keys of config.json. Errors name the keys of the file."""
+    arch = str(family.gguf)
+    keys = {key: f"{arch}.{name}" for key, name in (KEYS | DEFAULTED_KEYS).items()}
+    values: dict[str, Any] = {key: metadata.get(keys[key]) for key in KEYS}
+    values |= {key: value for key in DEFAULTED_KEYS if (value := metadata.get(keys[key])) is not None}
+    values = {key: value for key, value in values.items() if value is not None or key in KEYS}
+    values |= {key: value for key, value in family.gguf_defaults.items() if key not in values}
+    pattern = values.get("sliding_window_pattern")
+    if isinstance(pattern, list):
+        values["layer_types"] = [SLIDING if is_sliding else FULL for is_sliding in pattern]
+    names = {key: (name,) for key, name in keys.items()}
+    fields = Fields(metadata.source, values, names)
+    fields = Fields(metadata.source, values | {"rope_scaling": _rope_scaling(metadata, fields, file, arch)}, names)
+    size = head_dim(fields)
+    if (value := metadata.integer(f"{arch}.attention.value_length", size)) != size:
+        problem = f"{value} differs from the head dimension {size}, which is not supported"
+        raise metadata.error(f"{arch}.attention.value_length", problem)
+    return fields
+
+
+def _vocab_size(metadata: Fields, file: GGUFFile, hidden_size: int) -> int:
+    """Return the rows of the embedding, of which there may be more than tokens."""
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
-        raise fields.error("token_embd.weight", "the tensor is missing")
+        raise metadata.error("token_embd.weight", "the tensor is missing")
     if len(embedding.shape) != 2 or embedding.shape[1] != hidden_size:
-        raise fields.error("token_embd.weight", f"shape {embedding.shape} does not fit hidden size {hidden_size}")
-    num_tokens = len(_tokens(fields))
+        raise metadata.error("token_embd.weight", f"shape {embedding.shape} does not fit hidden size {hidden_size}")
+    num_tokens = len(_tokens(metadata))
     if num_tokens > embedding.shape[0]:
         problem = f"has {num_tokens} tokens, but the embedding has {embedding.shape[0]} rows"
-        raise fields.error("tokenizer.ggml.tokens", problem)
-    return embedding.shape[0], hidden_size
+        raise metadata.error("tokenizer.ggml.tokens", problem)
+    return embedding.shape[0]
 
 
-def _head_dim(fields: Fields, arch: str, hidden_size: int, num_heads: int) -> int:
-    size = head_dim(fields, f"{arch}.attention.key_length", hidden_size, num_heads)
-    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
-        if (value := fields.integer(key, size)) != size:
-            raise fields.error(key, f"{value} differs from the head dimension {size}, which is not supported")
-    return size
+def _rope_scaling(metadata: Fields, fields: Fields, file: GGUFFile, arch: str) -> dict[str, Any]:
+    """Return the scaling as in config.json. As in llama.cpp, a factor without a type is linear.
+
+    Factors of each frequency (Llama 3, LongRoPE) are tensors of the file.
+    """
+    prefix = f"{arch}.rope.scaling"
+    kind = metadata.string(f"{prefix}.type", "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        supported = "none, linear, yarn, longrope, or a tensor rope_freqs.weight"
+        raise metadata.error(f"{prefix}.type", f"{kind!r} is not supported (supported: {supported})")
+    factor = metadata.number(f"{prefix}.factor", metadata.number(f"{arch}.rope.scale_linear", 1.0)) or 1.0
+    values: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if (context := metadata.get(f"{prefix}.original_context_length")) is not None:
+        values["original_max_position_embeddings"] = context
+    if beta := metadata.get(f"{arch}.attention.temperature_scale"):
+        values["llama_4_scaling_beta"] = beta
+    factors = [_factors(file, fields, name) for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")]
+    if factors[0] or factors[1]:
+        values["rope_type"] = "longrope"
+        values["attention_factor"] = metadata.number(f"{prefix}.attn_factor", 1.0)
+        values["short_factor"], values["long_factor"] = factors[1] or factors[0], factors[2] or factors[0]
+    elif kind == "yarn":
+        for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+            if (value := metadata.get(f"{prefix}.{name}")) is not None:
+                values[key] = value
+    elif kind == "none" or factor == 1.0:
+        values["rope_type"] = "default"
+    return values
 
 
-def _rope_scaling(fields: Fields, file: GGUFFile, arch: str, head_dim: int) -> RopeScaling:
-    """Return the scaling. As in llama.cpp, a factor without a type is linear; Llama 3's is a tensor of factors."""
-    rope_type = fields.string(f"{arch}.rope.scaling.type", "linear")
-    if rope_type not in ("none", "linear"):
-        supported = "none, linear, or a tensor rope_freqs.weight"
-        raise fields.error(f"{arch}.rope.scaling.type", f"{rope_type!r} is not supported (supported: {supported})")
-    old_key = f"{arch}.rope.scale_linear"
-    factor = fields.number(f"{arch}.rope.scaling.factor", fields.number(old_key, 1.0)) or 1.0
-    is_linear = rope_type == "linear" and factor != 1.0
-    factors = file.tensors.get("rope_freqs.weight")
-    if factors is None:
-        return RopeScaling(rope_type="linear", factor=factor) if is_linear else RopeScaling()
-    if is_linear or factors.shape != (head_dim // 2,):
-        problem = (
-            f"shape {factors.shape} with linear factor {factor} is not supported; expected ({head_dim // 2},) alone"
-        )
-        raise fields.error("rope_freqs.weight", problem)
-    return RopeScaling(rope_type="factors")
+def _factors(file: GGUFFile, fields: Fields, name: str) -> list[float]:
+    """Return the numbers of a tensor of factors; none if the file does not have it."""
+    tensor = file.tensors.get(f"{name}.weight")
+    if tensor is None:
+        return []
+    expected = (fields.integer("rotary_dim", head_dim(fields), minimum=0) // 2,)
+    if tensor.shape != expected or GGML_TYPES[tensor.ggml_type].name != "F32":
+        raise fields.error(tensor.name, f"must be float32 of shape {expected}, not of shape {tensor.shape}")
+    return list(memoryview(file.tensor_data(tensor)).cast("B").cast("f"))
 
 
 def _recommended_sampling(fields: Fields) -> dict[str, Any]:

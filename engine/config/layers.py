@@ -13,11 +13,11 @@ import msgspec
 class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
     """How rotary frequencies are scaled for contexts longer than those of the pretraining.
 
-    linear: Chen et al. 2023; llama3: Llama 3.1; yarn: Peng et al. 2023; longrope: Ding et al. 2024. With type `factors`,
-    a tensor of the GGUF file divides the frequencies, one factor each. Fields that a type does not use are ignored.
+    linear: Chen et al. 2023; llama3: Llama 3.1; yarn: Peng et al. 2023; longrope: Ding et al. 2024, or factors that a
+    GGUF file stores as a tensor. Fields that a type does not use are ignored.
     """
 
-    rope_type: str = "default"  # default, linear, llama3, yarn, longrope, factors
+    rope_type: str = "default"  # default, linear, llama3, yarn, longrope
     factor: float = 1.0
     original_max_position_embeddings: int = 8192
     attention_factor: float = 1.0  # of all sines and cosines
@@ -26,21 +26,20 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
     truncate: bool = True  # yarn: round the bounds of the interpolation to whole dimensions
-    short_factor: tuple[float, ...] = ()  # longrope
-    long_factor: tuple[float, ...] = ()
+    short_factor: tuple[float, ...] = ()  # longrope: divide the frequencies, up to the original context ...
+    long_factor: tuple[float, ...] = ()  # ... and beyond it
 
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A table of rotary position embeddings (Su et al. 2021)."""
 
-    theta: float = 10000.0
     head_dim: int
     rotary_dim: int  # dimensions of a head that are rotated; 0: none
-    # Dimensions whose number determines the frequencies; None: rotary_dim.
-    frequency_dim: int | None = None
+    theta: float = 10000.0
+    # Whether pairs are half a head apart, and frequencies those of a whole head, even if only some are rotated (Gemma 4).
+    is_proportional: bool = False
     scaling: RopeScaling = RopeScaling()
-    # Queries at position p are multiplied by 1 + query_beta * log(1 + floor(p / query_context)).
-    query_beta: float = 0.0
+    query_beta: float = 0.0  # queries at position p are multiplied by 1 + beta * log(1 + floor(p / context))
     query_context: int = 8192
 
 

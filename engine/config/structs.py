@@ -1,8 +1,10 @@
 """The configuration of the engine and of the model, as frozen structs. Nothing here imports torch."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+
+from engine.config.layers import AttentionKind, KVGroup, KVShape, LayerSpec, RopeSpec, group_layers
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,42 +43,51 @@ class EngineProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str = "human"  # human, json
 
 
-class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
-    """How rotary frequencies are scaled for contexts longer than those of the pretraining.
+class WeightLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tensors of a checkpoint differ from those that the model takes. See `engine.weights.layout`."""
 
-    With type `factors`, a tensor of the GGUF file divides the frequencies, one factor each; other fields are unused.
-    """
-
-    rope_type: str = "default"  # default, linear, llama3, factors
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    names: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement) for parts of names, in this order
+    is_interleaved: bool = False  # rotated pairs of dimensions are adjacent, not half a head apart
+    norm_offset: float = 0.0  # added to the weights of RMS norms
+    has_interleaved_experts: bool = False  # stacked experts are [E, inputs, outputs], with gate and up alternating
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of a decoder, with the names of Hugging Face's config.json."""
+    """A decoder: its layers, and what is before and after them. Numbers have the names of Hugging Face's config.json."""
 
-    architecture: str  # the family: llama, mistral
+    architecture: str  # the family, as `model_type` in config.json
     vocab_size: int  # rows of the embedding
     num_token_ids: int  # ids of the tokenizer; further rows of the embedding are padding and never sampled
     hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...]  # tables of rotary embeddings, which layers refer to
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = RopeScaling()
-    sliding_window: int | None = None  # tokens that a query attends to, its own included; None: all
+    norm: Literal["rms", "layer"] = "rms"  # of the residual stream
     tie_word_embeddings: bool = False
-    attention_bias: bool = False  # on q, k and v
-    attention_output_bias: bool = False
-    mlp_bias: bool = False
-    hidden_act: str = "silu"
+    embedding_scale: float = 1.0
+    logits_scale: float = 1.0
+    logits_softcap: float | None = None
+    weight_layout: WeightLayout = WeightLayout()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     # Sampling fields of the API that the model's files recommend, as they are in the file: the server validates them.
     recommended_sampling: dict[str, Any] = {}
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """The kinds of attention, in the order of their first use."""
+        return tuple(dict.fromkeys(layer.attention.kind for layer in self.layers))
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        return group_layers(self.layers)
+
+    @property
+    def kv_shapes(self) -> list[list[KVShape]]:
+        """The shapes of the layers of each KV group."""
+        return [[self.layers[index].attention.kv_shape for index in group.layers] for group in self.kv_groups]

@@ -1,6 +1,6 @@
 """Read a model's weights, from safetensors or GGUF, as a stream of named tensors.
 
-Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`). `engine.model.Parameters` checks that each tensor
+Names are those of `engine.weights.layout`. `engine.model.Parameters` checks that each tensor
 is used and none is missing.
 """
 
@@ -33,8 +33,7 @@ def load_weights(
     Args:
         path: a GGUF file, or a folder of safetensors files.
         progress: called after each tensor with the bytes read so far and the total.
-        vector_dtype: the type of vectors (norms and biases), if it is not `dtype`. `rope_factors`, a vector that some
-            GGUF files hold, is always float32.
+        vector_dtype: the type of norms and biases, if it is not `dtype`.
         keep_packed: names of GGML types. Matrices of these types are not dequantised: they are returned as
             `PackedTensor`, a view of the memory-mapped file.
 

@@ -1,7 +1,8 @@
-"""Read the weights of a GGUF file, under Hugging Face's names and with its order of rows."""
+"""Read the weights of a GGUF file. Their names are the same in all families, but for few that a family renames."""
 
 import re
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from engine.config import ModelConfig
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile, TensorInfo
 from engine.weights.dequantize import dequantize
+from engine.weights.layout import model_tensors
 from engine.weights.packed import PackedTensor, Weight
 
 TENSOR_NAMES = {
@@ -23,13 +25,23 @@ LAYER_TENSOR_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # read with the metadata
 
 
 def load_gguf(
@@ -47,33 +59,39 @@ def load_gguf(
     num_bytes_done = 0
     for tensor in file.tensors.values():
         try:
-            named_tensor = _load_tensor(
-                file, tensor, config, dtype if len(tensor.shape) > 1 else vector_dtype or dtype, keep_packed
-            )
+            yield from _load_tensor(file, tensor, config, dtype, vector_dtype or dtype, keep_packed)
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"{path}: {tensor.name}: {error}") from error
-        yield named_tensor
         num_bytes_done += tensor.n_bytes
         progress(num_bytes_done, num_bytes)
 
 
 def _load_tensor(
-    file: GGUFFile, tensor: TensorInfo, config: ModelConfig, dtype: torch.dtype, keep_packed: frozenset[str]
-) -> tuple[str, Weight]:
-    is_rope_factors = tensor.name == ROPE_FACTORS
-    name = "rope_factors" if is_rope_factors else huggingface_name(tensor.name)
-    data = in_huggingface_order(name, file.tensor_data(tensor), tensor.shape[0], config)
+    file: GGUFFile,
+    tensor: TensorInfo,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    vector_dtype: torch.dtype,
+    keep_packed: frozenset[str],
+) -> Iterator[tuple[str, Weight]]:
+    if tensor.name in ROPE_FACTORS:
+        return
+    name, data = huggingface_name(tensor.name), file.tensor_data(tensor)
     ggml_type = GGML_TYPES[tensor.ggml_type]
-    if ggml_type.name in keep_packed and len(tensor.shape) == 2:
-        shape = (tensor.shape[0], tensor.shape[1])
-        return name, PackedTensor(ggml_type.name, shape, np.frombuffer(data, dtype=np.uint8))
-    return name, dequantize(data, ggml_type, tensor.shape, torch.float32 if is_rope_factors else dtype)
+    is_vector = len(tensor.shape) == 1 or name.endswith(".bias")
+    shape = tensor.shape if len(tensor.shape) < 3 else (prod(tensor.shape[:-1]), tensor.shape[-1])
+    weight: Weight
+    if ggml_type.name in keep_packed and len(shape) == 2 and not is_vector:
+        weight = PackedTensor(ggml_type.name, (shape[0], shape[1]), np.frombuffer(data, dtype=np.uint8))
+    else:
+        weight = dequantize(data, ggml_type, shape, vector_dtype if is_vector else dtype)
+    yield from model_tensors(name, weight, config, config.weight_layout)
 
 
 def huggingface_name(name: str) -> str:
     """Translate a GGUF tensor name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`.
 
-    Raises ValueError for a name that a llama model does not have.
+    Raises ValueError for a name that no supported model has.
     """
     stem, _, kind = name.rpartition(".")
     if kind in ("weight", "bias"):
@@ -82,35 +100,4 @@ def huggingface_name(name: str) -> str:
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
         if match and match[2] in LAYER_TENSOR_NAMES:
             return f"model.layers.{match[1]}.{LAYER_TENSOR_NAMES[match[2]]}.{kind}"
-    raise ValueError("a llama model has no such tensor")
-
-
-def in_huggingface_order(name: str, data: memoryview | bytes, num_rows: int, config: ModelConfig) -> memoryview | bytes:
-    """Return a tensor's bytes with its rows in Hugging Face's order: GGUF files permute those of q and k.
-
-    `name` is Hugging Face's. Rows stay packed; only their order changes.
-    """
-    if ".q_proj." in name:
-        return undo_permutation(data, num_rows, config.num_attention_heads)
-    if ".k_proj." in name:
-        return undo_permutation(data, num_rows, config.num_key_value_heads)
-    return data
-
-
-def undo_permutation(data: memoryview | bytes, num_rows: int, num_heads: int) -> bytes:
-    """Reorder the packed rows of q or k, weight or bias, from GGUF's order to Hugging Face's.
-
-    GGUF stores each head's rows as pairs (i, i + head_dim / 2), for interleaved rotary embeddings.
-
-    Raises ValueError if the rows do not divide into `num_heads` heads of even size.
-    """
-    if num_rows % (2 * num_heads) or len(data) % num_rows:
-        raise ValueError(f"{num_rows} rows in {len(data)} bytes do not divide into {num_heads} heads of even size")
-    head_dim, row_size = num_rows // num_heads, len(data) // num_rows
-    starts = [
-        (head * head_dim + pair * 2 + half) * row_size
-        for head in range(num_heads)
-        for half in range(2)
-        for pair in range(head_dim // 2)
-    ]
-    return b"".join([data[start : start + row_size] for start in starts])
+    raise ValueError("no supported model has such a tensor")

@@ -25,6 +25,11 @@ class PackedTensor:
     def nbytes(self) -> int:
         return self.data.nbytes
 
+    def select_rows(self, rows: slice | npt.NDArray[np.int64]) -> PackedTensor:
+        """Return some rows: a view for a slice, a copy for indices."""
+        data = self.data.reshape(self.shape[0], -1)[rows]
+        return PackedTensor(self.type_name, (len(data), self.shape[1]), data.reshape(-1))
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix unpacked, as a tensor [rows, columns] in `dtype`."""
         return dequantize(self.data.data, GGML_TYPES_BY_NAME[self.type_name], self.shape, dtype)
@@ -40,3 +45,10 @@ def concatenate(parts: list[PackedTensor]) -> PackedTensor:
     rows = sum(part.shape[0] for part in parts)
     data = np.concatenate([part.data for part in parts])
     return PackedTensor(parts[0].type_name, (rows, parts[0].shape[1]), data)
+
+
+def select_rows(weight: Weight, rows: slice | npt.NDArray[np.int64]) -> Weight:
+    """Return some rows of a weight: a view for a slice, a copy for indices."""
+    if isinstance(weight, Tensor):
+        return weight[rows] if isinstance(rows, slice) else weight[torch.from_numpy(rows)]
+    return weight.select_rows(rows)

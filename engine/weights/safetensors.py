@@ -9,10 +9,13 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from engine.config import ModelConfig, refuse_pickle
 from engine.shared.gguf import short
 from engine.weights.files import RegularFile
+from engine.weights.layout import model_tensors
+from engine.weights.packed import Weight
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -26,7 +29,7 @@ def load_safetensors(
     dtype: torch.dtype,
     progress: Callable[[int, int], None],
     vector_dtype: torch.dtype | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Weight]]:
     """Yield (name, tensor) as `engine.weights.load_weights` describes. `progress` counts the bytes of the files."""
     shards = _find_shards(folder)
     num_bytes = sum(shard.stat().st_size for shard in shards)
@@ -35,16 +38,22 @@ def load_safetensors(
         num_bytes_done = num_bytes_before
         for name, tensor in read_tensors(shard, expected):
             num_bytes_done += tensor.nbytes
-            if not _is_redundant(name, config):
-                yield name, tensor.to(dtype if tensor.ndim > 1 else vector_dtype or dtype)
+            try:
+                for part, weight in model_tensors(name, tensor, config, config.weight_layout):
+                    yield part, in_dtype(part, weight, dtype, vector_dtype or dtype)
+            except ValueError as error:
+                raise ValueError(f"{shard}: {name}: {error}") from error
             progress(num_bytes_done, num_bytes)
         num_bytes_before += shard.stat().st_size
         progress(num_bytes_before, num_bytes)
 
 
-def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Return whether the model computes this tensor, or shares it with another, so that the stored one is ignored."""
-    return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+def in_dtype(name: str, weight: Weight, dtype: torch.dtype, vector_dtype: torch.dtype) -> Weight:
+    """Convert a plain tensor, of which vectors and biases may have a type of their own."""
+    if not isinstance(weight, Tensor):
+        return weight
+    is_vector = weight.ndim == 1 or name.endswith(".bias")
+    return weight.to(vector_dtype if is_vector else dtype).contiguous()
 
 
 def _find_shards(folder: Path) -> dict[Path, set[str]]:

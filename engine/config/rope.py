@@ -1,0 +1,122 @@
+"""Read rotary embeddings from `rope_parameters` or `rope_scaling`, as transformers does (modeling_rope_utils.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from engine.config.fields import Fields
+from engine.config.layers import RopeScaling, RopeSpec
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def read_ropes(fields: Fields, head_dim: int, local_theta: str | None) -> dict[str, RopeSpec]:
+    """Return the rotary embedding of each type of layer.
+
+    Newer files have `rope_parameters`, for all layers or for each type; older ones `rope_theta` and `rope_scaling`.
+    `local_theta` is the key of the base of sliding layers, which are not scaled; None: they are like the others.
+    """
+    parameters = fields.nested("rope_parameters")
+    if parameters is not None and isinstance(parameters.get(FULL), dict):
+        return {kind: read_rope(fields, parameters.nested(kind), head_dim) for kind in (FULL, SLIDING)}
+    rope = read_rope(fields, fields.nested("rope_scaling") or parameters, head_dim)
+    if local_theta is None:
+        return {FULL: rope, SLIDING: rope}
+    theta = rope.theta if local_theta == "rope_theta" else fields.number(local_theta, 10000.0, zero=False)
+    local = RopeSpec(head_dim=head_dim, rotary_dim=rope.rotary_dim, theta=theta)
+    return {FULL: rope, SLIDING: local}
+
+
+def read_rope(fields: Fields, rope: Fields | None, head_dim: int) -> RopeSpec:
+    """Return the rotary embedding that `rope` describes, with defaults from the outer `fields`."""
+    rope = rope or Fields(fields.source, {})
+    kind = rope.string("rope_type", rope.string("type", "default"))
+    share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0), zero=False)
+    rotary_dim = fields.integer("rotary_dim", 2 * (int(head_dim * min(share, 1.0)) // 2), minimum=0)
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise fields.error("rotary_dim", f"must be even and at most the head size {head_dim}, not {rotary_dim}")
+    return RopeSpec(
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        theta=rope.number("rope_theta", fields.number("rope_theta", 10000.0, zero=False), zero=False),
+        is_proportional=kind == "proportional",
+        scaling=_scaling(kind, rope, fields, rotary_dim),
+        query_beta=rope.number("llama_4_scaling_beta", 0.0),
+        query_context=_original_context(rope, fields),
+    )
+
+
+def _scaling(kind: str, rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
+    if kind in ("default", "proportional", "mrope"):
+        return RopeScaling()
+    if kind not in SCALINGS:
+        supported = ", ".join(("default", *SCALINGS, "proportional"))
+        raise rope.error("rope_type", f"{kind!r} is not supported (supported: {supported})")
+    return SCALINGS[kind](rope, fields, rotary_dim)
+
+
+def _linear(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
+    return RopeScaling(rope_type="linear", factor=rope.number("factor", None, zero=False))
+
+
+def _llama3(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
+    scaling = RopeScaling(
+        rope_type="llama3",
+        factor=rope.number("factor", None, zero=False),
+        low_freq_factor=rope.number("low_freq_factor", 1.0, zero=False),
+        high_freq_factor=rope.number("high_freq_factor", 4.0, zero=False),
+        original_max_position_embeddings=_original_context(rope, fields),
+    )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise rope.error("high_freq_factor", f"must be greater than low_freq_factor ({scaling.low_freq_factor})")
+    return scaling
+
+
+def _yarn(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
+    context = _original_context(rope, fields)
+    factor = rope.number("factor", fields.integer("max_position_embeddings") / context, zero=False)
+    mscale, mscale_all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    attention_factor = _yarn_mscale(factor, 1.0)
+    if mscale and mscale_all_dim:
+        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+    return RopeScaling(
+        rope_type="yarn",
+        factor=factor,
+        original_max_position_embeddings=context,
+        attention_factor=rope.number("attention_factor", attention_factor, zero=False),
+        beta_fast=rope.number("beta_fast", 32.0, zero=False),
+        beta_slow=rope.number("beta_slow", 1.0, zero=False),
+        truncate=rope.boolean("truncate", default=True),
+    )
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _longrope(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
+    context = _original_context(rope, fields)
+    factor = rope.number("factor", fields.integer("max_position_embeddings") / context, zero=False)
+    attention_factor = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    return RopeScaling(
+        rope_type="longrope",
+        factor=factor,
+        original_max_position_embeddings=context,
+        attention_factor=rope.number("attention_factor", attention_factor, zero=False),
+        short_factor=rope.numbers("short_factor", rotary_dim // 2),
+        long_factor=rope.numbers("long_factor", rotary_dim // 2),
+    )
+
+
+def _original_context(rope: Fields, fields: Fields) -> int:
+    default = fields.integer("original_max_position_embeddings", fields.integer("max_position_embeddings"))
+    return rope.integer("original_max_position_embeddings", default)
+
+
+SCALINGS: dict[str, Callable[[Fields, Fields, int], RopeScaling]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

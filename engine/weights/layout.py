@@ -1,0 +1,138 @@
+"""From the tensors of a checkpoint to those that the model takes: names, fused and stacked matrices, order of rows.
+
+The model's names are those of Hugging Face's Gemma, which has a name for every norm:
+`model.layers.0.self_attn.q_proj.weight`, `model.layers.0.mlp.experts.3.down_proj.weight`. Rows of queries and keys are
+ordered so that the rotated pairs of a head are (i, i + D / 2), whatever part of it is rotated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.config import AttentionSpec, ModelConfig, RopeSpec, WeightLayout
+from engine.weights.packed import Weight, select_rows
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+FUSED_MLP = re.compile(r"(mlp|mlp\.shared_experts)\.gate_up_proj\.(weight|bias)")
+STACKED = re.compile(r"mlp\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)[._]?(weight|bias)?")
+UNUSED = re.compile(r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower)\..*")
+
+
+def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: WeightLayout) -> Iterator[tuple[str, Weight]]:
+    """Yield the tensors of the model that one tensor of a checkpoint holds.
+
+    Stacked matrices [E, M, K] of experts may have been flattened to [E * M, K]. Raises ValueError if a fused or stacked
+    tensor does not divide into its parts.
+    """
+    for pattern, replacement in layout.names:
+        name = re.sub(pattern, replacement, name)
+    if UNUSED.fullmatch(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
+        return
+    if layout.norm_offset and isinstance(weight, Tensor) and re.search(r"norm\.weight$", name):
+        weight = weight + layout.norm_offset
+    match = LAYER.fullmatch(name)
+    if match is None or int(match[1]) >= config.num_hidden_layers:
+        yield name, weight
+        return
+    for part, part_weight in _split(match[2], weight, config, int(match[1]), layout):
+        yield f"model.layers.{match[1]}.{part}", in_model_order(part, part_weight, config, int(match[1]), layout)
+
+
+def in_model_order(part: str, weight: Weight, config: ModelConfig, layer: int, layout: WeightLayout) -> Weight:
+    """Reorder the rows of queries and keys, of a projection or a norm, if the checkpoint has them in another order."""
+    attention = config.layers[layer].attention
+    if re.match(r"self_attn\.[qk]_(proj|norm)\.", part) is None:
+        return weight
+    order = head_order(config.ropes[attention.rope], layout.is_interleaved)
+    num_rows, size = weight.shape[0], attention.head_dim
+    if order is None:
+        return weight
+    if num_rows % size:
+        raise ValueError(f"{num_rows} rows do not divide into heads of {size}")
+    return select_rows(weight, (np.arange(0, num_rows, size)[:, None] + order).reshape(-1))
+
+
+def head_order(rope: RopeSpec, is_interleaved: bool) -> NDArray[np.int64] | None:
+    """Return the dimension of a head in the checkpoint for each dimension of the model; None if they are the same.
+
+    In checkpoints, the rotated dimensions come first, as pairs (i, i + R / 2), or (2i, 2i + 1) if interleaved.
+    """
+    size = rope.head_dim
+    rotary_dim = size if rope.rotary_dim == 0 or rope.is_proportional else rope.rotary_dim
+    pairs = np.arange(rotary_dim).reshape(-1, 2).T if is_interleaved else np.arange(rotary_dim).reshape(2, -1)
+    others = np.arange(rotary_dim, size).reshape(2, -1)
+    order: NDArray[np.int64] = np.concatenate((pairs, others), axis=1).reshape(-1)
+    return None if np.array_equal(order, np.arange(size)) else order
+
+
+def _split(
+    part: str, weight: Weight, config: ModelConfig, layer: int, layout: WeightLayout
+) -> Iterator[tuple[str, Weight]]:
+    """Yield the projections that a tensor holds; most hold just one."""
+    spec = config.layers[layer]
+    if part.startswith("self_attn.qkv_proj."):
+        yield from _named_parts(part, "qkv_proj", ("q_proj", "k_proj", "v_proj"), weight, _qkv_sizes(spec.attention))
+    elif FUSED_MLP.fullmatch(part):
+        half = weight.shape[0] // 2
+        yield from _named_parts(part, "gate_up_proj", ("gate_proj", "up_proj"), weight, (half, half))
+    elif spec.experts is not None and (match := STACKED.fullmatch(part)):
+        yield from _experts(match[1], match[2] or "weight", weight, spec.experts.router.num_experts, layout)
+    else:
+        yield part, weight
+
+
+def _qkv_sizes(attention: AttentionSpec) -> tuple[int, int, int]:
+    size = attention.head_dim
+    return attention.num_heads * size, attention.num_kv_heads * size, attention.num_kv_heads * size
+
+
+def _named_parts(
+    part: str, fused: str, names: tuple[str, ...], weight: Weight, sizes: tuple[int, ...]
+) -> Iterator[tuple[str, Weight]]:
+    """Yield consecutive rows under names of their own."""
+    if weight.shape[0] != sum(sizes):
+        raise ValueError(f"has {weight.shape[0]} rows, but its parts {', '.join(names)} have {sum(sizes)}")
+    start = 0
+    for name, size in zip(names, sizes, strict=True):
+        yield part.replace(fused, name), select_rows(weight, slice(start, start + size))
+        start += size
+
+
+def _experts(
+    projection: str, kind: str, weight: Weight, num_experts: int, layout: WeightLayout
+) -> Iterator[tuple[str, Weight]]:
+    """Yield the matrices of each expert, and biases [E, M] of all."""
+    names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+    if kind == "bias":
+        assert isinstance(weight, Tensor)
+        parts = _halves(weight, len(names), layout.has_interleaved_experts)
+        yield from ((f"mlp.experts.{name}.bias", part) for name, part in zip(names, parts, strict=True))
+        return
+    if layout.has_interleaved_experts and isinstance(weight, Tensor) and weight.ndim == 3:
+        weight = weight.transpose(1, 2)
+    if isinstance(weight, Tensor) and weight.ndim == 3:
+        weight = weight.flatten(0, 1)
+    num_rows = weight.shape[0]
+    if num_rows % (num_experts * len(names)):
+        raise ValueError(f"has {num_rows} rows, which do not divide into {num_experts} experts")
+    rows = np.arange(num_rows).reshape(num_experts, -1)
+    for expert in range(num_experts):
+        parts = _halves(rows[expert], len(names), layout.has_interleaved_experts)
+        for name, some in zip(names, parts, strict=True):
+            is_block = some[-1] - some[0] == len(some) - 1
+            chosen = slice(int(some[0]), int(some[-1]) + 1) if is_block else some
+            yield f"mlp.experts.{expert}.{name}.weight", select_rows(weight, chosen)
+
+
+def _halves(x: Tensor | NDArray[np.int64], num_parts: int, is_interleaved: bool) -> list:
+    """Split the last dimension into its parts: one after the other, or alternating."""
+    size = x.shape[-1] // num_parts
+    if is_interleaved:
+        return [x[..., part::num_parts] for part in range(num_parts)]
+    return [x[..., part * size : (part + 1) * size] for part in range(num_parts)]
