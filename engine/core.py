@@ -23,10 +23,11 @@ from engine.config import EngineConfig
 from engine.grammar.matcher import GrammarManager
 from engine.loading import LoadedModel
 from engine.lora.slots import prefix_salt
-from engine.model.memory_plan import is_out_of_memory, release_memory
+from engine.model.memory_plan import is_out_of_memory, max_in_flight, release_memory
 from engine.runner import PendingOutputs
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.budget import StepBudget
+from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.record import Recorder, StepClock, StepRecord
 from engine.scheduling.request import Step, new_request, without_early_end
 from engine.scheduling.scheduler import Scheduler
@@ -63,8 +64,9 @@ class Engine:
         is_lossless = loaded.runner.kernels.deterministic
         is_cheap = loaded.device.type == "cpu"
         separates_prompts = loaded.runner.kernels.separates_prompts
+        pool = BlockPool(loaded.memory.num_blocks, loaded.memory.block_size, separates_prompts=separates_prompts)
         self.scheduler = Scheduler(
-            BlockPool(loaded.memory.num_blocks, loaded.memory.block_size, separates_prompts=separates_prompts),
+            KVManager(pool, loaded.config.kv_groups, max_in_flight(loaded.limits.max_num_batched_tokens)),
             self.recorder,
             StepBudget(loaded.limits.max_num_batched_tokens, config.max_step_ms or MAX_STEP_MS.get(loaded.device.type)),
             max_num_seqs=loaded.limits.max_num_seqs,

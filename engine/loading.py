@@ -30,7 +30,7 @@ from engine.model.memory_plan import (
 from engine.runner import ModelRunner
 from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
-from engine.weights import load_weights
+from engine.weights import is_vector, load_weights
 
 CPU_NUM_BATCHED_TOKENS = 256  # larger steps gain little throughput, and all requests wait for the end of a step
 GPU_NUM_BATCHED_TOKENS = 8192
@@ -99,7 +99,9 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
         measure_activations(card, model, limits, config)
         device_memory = card
         clock.lap("activations")
-    memory = plan_memory(model_config, config, limits.max_model_len, kernels, device_memory)
+    memory = plan_memory(
+        model_config, config, limits.max_model_len, limits.max_num_batched_tokens, kernels, device_memory
+    )
     runner = new_runner(model, limits, memory, device)
     clock.lap("KV cache")
     return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters)
@@ -122,7 +124,7 @@ def load_parameters(
             path, model_config, dtype, progress, vector_dtype=kernels.vector_dtype, keep_packed=kernels.keep_packed
         )
         return Parameters(
-            (name, weight.to(device) if isinstance(weight, Tensor) and weight.ndim == 1 else weight)
+            (name, weight.to(device) if isinstance(weight, Tensor) and is_vector(name, weight) else weight)
             for name, weight in weights
         )
 
@@ -130,9 +132,7 @@ def load_parameters(
 def new_runner(model: CausalLM, limits: Limits, memory: MemoryPlan, device: torch.device) -> ModelRunner:
     """Allocate the KV cache and the buffers of batches, and return a runner with them."""
     config, kernels = model.config, model.kernels
-    planner = kernels.attention_planner(
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.sliding_window
-    )
+    planners = [kernels.attention_planner(kind) for kind in config.attention_kinds]
     return ModelRunner(
         model,
         KVCache(config, memory.num_blocks, memory.block_size, kernels),
@@ -142,7 +142,8 @@ def new_runner(model: CausalLM, limits: Limits, memory: MemoryPlan, device: torc
             limits.max_model_len,
             memory.block_size,
             device,
-            planner,
+            num_groups=len(config.kv_groups),
+            planners=[planner for planner in planners if planner is not None],
         ),
         kernels.new_sampler(config.num_token_ids, config.eos_token_ids),
         kernels,
@@ -169,8 +170,11 @@ def run_largest_step(model: CausalLM, limits: Limits, block_size: int, device: t
 
     All its sequences share the block: what is in it is of no interest.
     """
-    step = largest_step(limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, block_size)
-    runner = new_runner(model, limits, MemoryPlan(1, block_size, 0, limits.max_model_len), device)
+    num_groups = len(model.config.kv_groups)
+    step = largest_step(
+        limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len, block_size, num_groups
+    )
+    runner = new_runner(model, limits, MemoryPlan(1, block_size, 0, 1, limits.max_model_len), device)
     clock = StepClock()
     runner.sample(step, runner.forward(step, clock), clock).read()
 
@@ -190,7 +194,7 @@ def kernel_options(
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
         max_num_rows=limits.max_num_batched_tokens,
-        head_dim=model_config.head_dim,
+        head_dims=frozenset(kind.head_dim for kind in model_config.attention_kinds),
         block_size=config.block_size,
         batch_invariant=config.batch_invariant,
         enforce_eager=config.enforce_eager,

@@ -9,9 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.inputs import AttentionPlanner, BatchInputs, Lengths
+from engine.batch.inputs import AttentionPlanner, AttentionWork, BatchInputs, Lengths
 from engine.batch.transfer import packed_copy
 from engine.scheduling.request import NO_LORA_SLOT, Request, Step
+
+
+# Fields of BatchInputs that are rows of one buffer.
+ROWS = ("token_ids", "positions", "lora_slots", "hidden_rows", "hidden_lora_slots", "sample_rows", "ahead_rows") + (
+    "ahead_samples",
+)
 
 
 class BatchBuilder:
@@ -24,17 +30,21 @@ class BatchBuilder:
         max_model_len: int,
         block_size: int,
         device: torch.device,
-        planner: AttentionPlanner | None = None,
+        *,
+        num_groups: int = 1,
+        planners: Sequence[AttentionPlanner] = (),
     ) -> None:
+        """`num_groups`: number of KV groups; `planners`: of each kind of attention, if the kernels need work lists."""
         self.block_size = block_size
-        self.planner = planner
+        self.planners = planners
         self.device = device
         # Each holds two numbers: all rows, and the rows of generating requests, which come first.
         self.num_rows, self.num_hidden_rows = np.zeros((2, 2), dtype=np.int64)
         self.num_seqs = np.zeros(1, dtype=np.int64)
-        self.rows = np.zeros((9, max_num_tokens), dtype=np.int64)
+        self.rows = np.zeros((len(ROWS), max_num_tokens), dtype=np.int64)
+        self.slot_mappings = np.zeros((num_groups, max_num_tokens), dtype=np.int64)
         self.sampled: dict[Request, int] = {}  # request -> index of its token among those sampled by the previous step
-        self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
+        self.tables = np.zeros((num_groups, max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
         self.query_lens, self.hidden_lens, self.seq_lens = np.zeros((3, max_num_seqs), dtype=np.int64)
 
     def buffers(self) -> BatchInputs:
@@ -42,7 +52,8 @@ class BatchBuilder:
 
         On a CPU, every step's inputs are views of them, so a program recorded on these runs any step.
         """
-        return self._inputs([*torch.from_numpy(self.rows), torch.from_numpy(self.tables)], len(self.tables))
+        tensors = map(torch.from_numpy, (*self.rows, *self.slot_mappings, *self.tables))
+        return self._inputs(list(tensors), self.tables.shape[1])
 
     def build(self, step: Step) -> BatchInputs:
         """Return the inputs of a step. The next call overwrites the lengths and, on a CPU, the tensors."""
@@ -54,78 +65,73 @@ class BatchBuilder:
         for counts, lens in ((self.num_rows, self.query_lens), (self.num_hidden_rows, self.hidden_lens)):
             counts[:] = lens[:num_seqs].sum(), lens[:num_generating].sum()
         num_rows, num_hidden_rows, self.num_seqs[0] = int(self.num_rows[0]), int(self.num_hidden_rows[0]), num_seqs
-        self.rows[0, :num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
+        rows = dict(zip(ROWS, self.rows, strict=True))
+        rows["token_ids"][:num_rows] = list(itertools.chain.from_iterable(item.token_ids for item in step.scheduled))
         lora_slots = [item.request.lora_slot for item in step.scheduled]
-        self.rows[3, :num_rows] = np.repeat(lora_slots, self.query_lens[:num_seqs])
-        self.rows[4, :num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
-        self.rows[5, :num_hidden_rows] = np.repeat(lora_slots, self.hidden_lens[:num_seqs])
+        rows["lora_slots"][:num_rows] = np.repeat(lora_slots, self.query_lens[:num_seqs])
+        rows["hidden_rows"][:num_hidden_rows] = last_rows(self.query_lens[:num_seqs], self.hidden_lens[:num_seqs])
+        rows["hidden_lora_slots"][:num_hidden_rows] = np.repeat(lora_slots, self.hidden_lens[:num_seqs])
         sample_rows = last_rows(self.hidden_lens[:num_seqs], np.array([item.num_samples for item in step.scheduled]))
-        self.rows[6, : len(sample_rows)] = sample_rows
-        num_ahead = self._fill_ahead(step)
+        rows["sample_rows"][: len(sample_rows)] = sample_rows
+        num_ahead = self._fill_ahead(step, rows["ahead_rows"], rows["ahead_samples"])
         max_blocks = self._fill_tables(step)
-        self._fill_positions(num_rows, num_seqs)
+        self._fill_positions(rows["positions"][:num_rows], num_seqs)
         has_adapters = max(lora_slots) != NO_LORA_SLOT
-        lengths = (*[num_rows] * 3, num_rows * has_adapters, num_hidden_rows, num_hidden_rows * has_adapters)
+        lengths = (num_rows, num_rows, num_rows * has_adapters, num_hidden_rows, num_hidden_rows * has_adapters)
         lengths += (len(sample_rows), num_ahead, num_ahead)
         parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
-        parts.append(self.tables[:num_seqs, :max_blocks])
-        work = self.planner and self.planner.plan(self.query_lens[:num_seqs], self.seq_lens[:num_seqs])
-        parts += [work.table] if work else []
+        parts += [*self.slot_mappings[:, :num_rows], *self.tables[:, :num_seqs, :max_blocks]]
+        work = [planner.plan(self.query_lens[:num_seqs], self.seq_lens[:num_seqs]) for planner in self.planners]
+        num_parts = len(parts)
+        parts += [some.table for some in work]
         is_shared = self.device.type == "cpu"
         tensors = [torch.from_numpy(part) for part in parts] if is_shared else packed_copy(parts, self.device)
-        batch = self._inputs(tensors[: len(lengths) + 1], num_seqs)
-        if work:
-            batch.attention_work, batch.num_partial_rows = tensors[-1], work.num_partial_rows
+        batch = self._inputs(tensors[:num_parts], num_seqs)
+        pairs = zip(tensors[num_parts:], work, strict=True)
+        batch.attention_work = [AttentionWork(table, some.num_partial_rows) for table, some in pairs]
         return batch
 
     def _inputs(self, tensors: Sequence[Tensor], num_seqs: int) -> BatchInputs:
-        token_ids, positions, slot_mapping, lora_slots, *others, tables = tensors
-        hidden_rows, hidden_lora_slots, sample_rows, ahead_rows, ahead_samples = others
+        num_rows, num_groups = len(ROWS), len(self.tables)
         return BatchInputs(
-            token_ids,
-            positions,
-            slot_mapping,
-            lora_slots,
-            hidden_rows,
-            hidden_lora_slots,
-            sample_rows,
-            ahead_rows,
-            ahead_samples,
-            tables,
+            **dict(zip(ROWS, tensors, strict=False)),
+            slot_mappings=list(tensors[num_rows : num_rows + num_groups]),
+            block_tables=list(tensors[num_rows + num_groups :]),
             query_lens=self.query_lens[:num_seqs],
             hidden_lens=self.hidden_lens[:num_seqs],
             seq_lens=self.seq_lens[:num_seqs],
         )
 
-    def _fill_ahead(self, step: Step) -> int:
+    def _fill_ahead(self, step: Step, rows: Lengths, samples: Lengths) -> int:
         """Fill ahead_rows and ahead_samples, and return their length."""
         first_rows = self.query_lens[: len(step.scheduled)].cumsum() - self.query_lens[: len(step.scheduled)]
         ahead = [index for index, item in enumerate(step.scheduled) if item.is_ahead]
-        self.rows[7, : len(ahead)] = first_rows[ahead]
-        self.rows[8, : len(ahead)] = [self.sampled[step.scheduled[index].request] for index in ahead]
+        rows[: len(ahead)] = first_rows[ahead]
+        samples[: len(ahead)] = [self.sampled[step.scheduled[index].request] for index in ahead]
         sampled = [item.request for item in step.scheduled for _ in range(item.num_samples)]
         self.sampled = {request: index for index, request in enumerate(sampled)}
         return len(ahead)
 
     def _fill_tables(self, step: Step) -> int:
-        """Fill the block tables, and return the largest number of blocks of a sequence."""
+        """Fill the block tables of all KV groups, and return the largest number of blocks of a sequence."""
         max_blocks = 0
         for index, item in enumerate(step.scheduled):
-            block_ids = item.request.kv.block_ids
-            self.tables[index, : len(block_ids)] = block_ids
-            self.tables[index, len(block_ids) :] = 0
-            max_blocks = max(max_blocks, len(block_ids))
+            for buffer, table in zip(self.tables, item.request.kv.tables, strict=True):
+                num_blocks = len(table.block_ids)
+                buffer[index, :num_blocks] = table.block_ids
+                buffer[index, num_blocks:] = 0
+                max_blocks = max(max_blocks, num_blocks)
         return max_blocks
 
-    def _fill_positions(self, num_rows: int, num_seqs: int) -> None:
-        """Fill positions and slot_mapping from the lengths and the block tables."""
-        query_lens, seq_lens = self.query_lens[:num_seqs], self.seq_lens[:num_seqs]
+    def _fill_positions(self, positions: Lengths, num_seqs: int) -> None:
+        """Fill positions and slot mappings from the lengths and the block tables."""
+        query_lens, seq_lens, num_rows = self.query_lens[:num_seqs], self.seq_lens[:num_seqs], len(positions)
         sequences = np.repeat(np.arange(num_seqs), query_lens)
-        positions = self.rows[1, :num_rows]
         # The last row of a sequence is its last token: position = row + seq_len - end of the sequence's rows.
         np.add(np.arange(num_rows), np.repeat(seq_lens - query_lens.cumsum(), query_lens), out=positions)
         blocks, offsets = np.divmod(positions, self.block_size)
-        np.add(self.tables[sequences, blocks] * self.block_size, offsets, out=self.rows[2, :num_rows])
+        slots = self.tables[:, sequences, blocks] * self.block_size + offsets
+        self.slot_mappings[:, :num_rows] = slots
 
 
 def last_rows(lens: Lengths, nums: Lengths) -> Lengths:

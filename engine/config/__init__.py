@@ -6,6 +6,7 @@ Hugging Face's names. Nothing here imports torch.
 
 from pathlib import Path
 
+from engine.config.families import Family, family_of
 from engine.config.fields import Fields, shown
 from engine.config.gguf import GGUF_ARCHITECTURES, load_gguf
 from engine.config.huggingface import load_folder, parse_json, refuse_pickle
@@ -31,6 +32,7 @@ __all__ = [
     "EngineConfig",
     "EngineProcessConfig",
     "ExpertsSpec",
+    "Family",
     "Fields",
     "KVGroup",
     "KVShape",
@@ -41,6 +43,7 @@ __all__ = [
     "RopeSpec",
     "RouterSpec",
     "WeightLayout",
+    "family_of",
     "load_model_config",
     "parse_json",
     "refuse_pickle",

@@ -78,6 +78,8 @@ class Family:
     layout: WeightLayout = WeightLayout()  # of safetensors
     gguf_layout: WeightLayout = WeightLayout()
     gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys that GGUF files do not have
+    # GGUF files do not say the scale of scores: models with so many layers compute it from hidden size / heads.
+    gguf_wide_layers: int | None = None
     refused: Mapping[str, Any] = field(default_factory=dict)  # key -> the one value that is supported, if it is there
 
 
@@ -299,9 +301,11 @@ FAMILIES = (
     Family(
         "mistral",
         "MistralForCausalLM",
-        defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        "llama",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         windows="all",
         layout=LLAMA,
+        gguf_layout=INTERLEAVED,
     ),
     Family(
         "ministral3",
@@ -315,10 +319,12 @@ FAMILIES = (
     Family(
         "mixtral",
         "MixtralForCausalLM",
-        defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "rope_theta": 1e6, "norm_topk_prob": True}
+        "llama",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "rope_theta": 1e6, "norm_topk_prob": True}
         | {"num_local_experts": 8, "num_experts_per_tok": 2, "norm_eps": 1e-5},
         windows="all",
         layout=WeightLayout(names=MIXTRAL_NAMES),
+        gguf_layout=INTERLEAVED,
     ),
     Family(
         "qwen2",
@@ -380,6 +386,7 @@ FAMILIES = (
         norms=SANDWICH,
         scales_embeddings=True,
         layout=WeightLayout(norm_offset=1.0),
+        gguf_wide_layers=46,
         refused={"use_bidirectional_attention": False},
     ),
     Family(
@@ -398,6 +405,7 @@ FAMILIES = (
         norms=SANDWICH,
         scales_embeddings=True,
         layout=WeightLayout(norm_offset=1.0),
+        gguf_wide_layers=62,
         refused={"use_bidirectional_attention": False},
     ),
     Family(
@@ -415,6 +423,7 @@ FAMILIES = (
         expert_bias=True,
         layout=WeightLayout(names=(*LLAMA_NAMES, (r"\.mlp\.router\.", ".mlp.gate."), (r"\.sinks$", ".sinks.weight")), has_interleaved_experts=True),
         gguf_layout=LLAMA,
+        gguf_defaults={"truncate": False},
         refused={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     ),
     Family(
@@ -429,7 +438,7 @@ FAMILIES = (
     Family(
         "olmo2",
         "Olmo2ForCausalLM",
-        None,
+        "olmo2",
         {"max_position_embeddings": 2048, "norm_eps": 1e-5},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
@@ -515,3 +524,8 @@ FAMILIES = (
         norms=POST_NORMS,
     ),
 )
+
+
+def family_of(model_type: str) -> Family:
+    """Return the family of a supported model."""
+    return next(family for family in FAMILIES if family.model_type == model_type)

@@ -1,5 +1,6 @@
 """Read the configuration of a model from the metadata of a GGUF file."""
 
+from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,14 @@ from engine.config.structs import ModelConfig
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
 
-BY_ARCHITECTURE = {family.gguf: family for family in reversed(FAMILIES) if family.gguf}
-GGUF_ARCHITECTURES = tuple(reversed(BY_ARCHITECTURE))
+# Where families share an architecture, the name of the most general one: Mistral and Mixtral are read as Llama.
+SHARED = {"llama": "llama", "olmo2": "olmo3"}
+BY_ARCHITECTURE = {
+    family.gguf: family
+    for family in FAMILIES
+    if family.gguf and SHARED.get(family.gguf, family.model_type) == family.model_type
+}
+GGUF_ARCHITECTURES = tuple(BY_ARCHITECTURE)
 # Key of config.json -> key of the metadata after the architecture. A missing one is null: defaults do not apply.
 KEYS = {
     "hidden_size": "embedding_length",
@@ -47,6 +54,12 @@ DEFAULTED_KEYS = {
     "first_k_dense_replace": "leading_dense_block_count",
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
+}
+YARN_KEYS = {
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+    "attention_factor": "yarn_attn_factor",
+    "mscale_all_dim": "yarn_log_multiplier",
 }
 SAMPLING_FIELDS = {  # `general.sampling.*` -> sampling field of the API
     "sequence": "samplers",
@@ -116,8 +129,10 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     keys = {key: f"{arch}.{name}" for key, name in (KEYS | DEFAULTED_KEYS).items()}
     values: dict[str, Any] = {key: metadata.get(keys[key]) for key in KEYS}
     values |= {key: value for key in DEFAULTED_KEYS if (value := metadata.get(keys[key])) is not None}
-    values = {key: value for key, value in values.items() if value is not None or key in KEYS}
+    values = {key: list(value) if isinstance(value, array) else value for key, value in values.items()}
     values |= {key: value for key, value in family.gguf_defaults.items() if key not in values}
+    is_wide = values["num_hidden_layers"] == family.gguf_wide_layers
+    values["query_pre_attn_scalar"] = values["hidden_size"] / values["num_attention_heads"] if is_wide else None
     pattern = values.get("sliding_window_pattern")
     if isinstance(pattern, list):
         values["layer_types"] = [SLIDING if is_sliding else FULL for is_sliding in pattern]
@@ -167,9 +182,11 @@ def _rope_scaling(metadata: Fields, fields: Fields, file: GGUFFile, arch: str) -
         values["attention_factor"] = metadata.number(f"{prefix}.attn_factor", 1.0)
         values["short_factor"], values["long_factor"] = factors[1] or factors[0], factors[2] or factors[0]
     elif kind == "yarn":
-        for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        for key, name in YARN_KEYS.items():
             if (value := metadata.get(f"{prefix}.{name}")) is not None:
                 values[key] = value
+        values["mscale"] = 1.0  # counts only beside mscale_all_dim
+        values["truncate"] = fields.boolean("truncate", default=True)
     elif kind == "none" or factor == 1.0:
         values["rope_type"] = "default"
     return values

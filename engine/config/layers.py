@@ -153,6 +153,16 @@ class KVGroup(msgspec.Struct, frozen=True):
     layers: tuple[int, ...]
     window: int | None
 
+    def num_blocks_for(self, num_tokens: int, block_size: int, max_in_flight: int) -> int:
+        """Return the most blocks that a request of `num_tokens` holds at a time.
+
+        Blocks that have slid out of the window are released; `max_in_flight` tokens may be computed before that.
+        """
+        num_blocks = -(-num_tokens // block_size)
+        if self.window is None:
+            return num_blocks
+        return min(num_blocks, -(-(self.window - 1 + max_in_flight) // block_size) + 1)
+
 
 def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[KVGroup, ...]:
     """Return the KV groups of a model: layers of one kind, in groups that need about the same memory for a token.

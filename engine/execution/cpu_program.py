@@ -28,7 +28,7 @@ class CpuExecution:
         index_rows[batch.hidden_rows.data_ptr()] = builder.num_hidden_rows.ctypes.data
         with kernels.recording(self.forward_program, index_rows, num_seqs):
             hidden = model.forward(batch, kv_cache)
-        max_num_seqs = len(batch.block_tables)
+        max_num_seqs = len(batch.block_tables[0])
         num_logit_rows = max(MIN_LOGIT_ROWS, min(len(batch.token_ids), LOGIT_ROWS_PER_SEQ * max_num_seqs))
         self.logit_rows = torch.zeros(num_logit_rows, dtype=torch.int64)
         self.num_logit_rows = np.zeros(2, dtype=np.int64)  # RowCounts

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.builder import BatchBuilder
-from engine.batch.inputs import BatchInputs
+from engine.batch.inputs import AttentionWork, BatchInputs
 from engine.execution.eager import EagerExecution
 from engine.model.decoder import CausalLM
 from engine.model.kv_cache import KVCache
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sequences
 MAX_GRAPH_BYTES = 384 * MIB  # more is not captured: the memory plan reserves little for graphs
-PADDING = (0, 0, -1, NO_LORA_SLOT)  # token id, position, slot mapping (keys and values are not stored), LoRA slot
+# Token id, position and LoRA slot of padding, then its slot in each KV group (keys and values are not stored).
+PADDING, PADDING_SLOT = (0, 0, NO_LORA_SLOT), -1
 
 Forward: TypeAlias = Callable[[], Tensor]
 
@@ -84,16 +85,17 @@ class GraphedExecution(EagerExecution):
         self.device = device
         self.graphs: dict[tuple[int, bool], Forward] = {}  # by size, and whether any row has an adapter
         self.kinds = (False, True) if any(linear.lora for linear in model.linears) else (False,)  # of each size
-        max_num_seqs, max_blocks = builder.tables.shape
+        num_groups, max_num_seqs, max_blocks = builder.tables.shape
+        self.padding = (*PADDING, *[PADDING_SLOT] * num_groups)
         largest = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
         self.uncaptured = [*(size for size in reversed(SIZES) if size < largest), largest]  # the last one comes first
         self.max_model_len = max_blocks * builder.block_size
-        self.rows = torch.zeros((4, largest), dtype=torch.int64, device=builder.device)
+        self.rows = torch.zeros((len(self.padding), largest), dtype=torch.int64, device=builder.device)
         self.all_rows = torch.arange(largest, device=builder.device)
-        self.tables = torch.zeros((largest, max_blocks), dtype=torch.int64, device=builder.device)
-        assert builder.planner is not None
-        self.planner = builder.planner
-        self.work = torch.from_numpy(self.planner.largest(largest, self.max_model_len).table).to(builder.device)
+        self.tables = torch.zeros((num_groups, largest, max_blocks), dtype=torch.int64, device=builder.device)
+        self.planners = builder.planners
+        tables = [planner.largest(largest, self.max_model_len).table for planner in self.planners]
+        self.work = [torch.from_numpy(table).to(builder.device) for table in tables]
 
     def capture_next(self) -> None:
         """Capture the graphs of the next size. Without one, batches run in the next larger graph of their kind."""
@@ -101,7 +103,8 @@ class GraphedExecution(EagerExecution):
             return
         size = self.uncaptured.pop()
         self._pad(0, size)  # the capture runs the model, and must not change what is cached
-        self.work.zero_()  # nor compute the attention of rows that this size does not have
+        for table in self.work:
+            table.zero_()  # nor compute the attention of rows that this size does not have
         for is_adapted in self.kinds:
             forward = partial(self.model.forward, self._inputs(size, is_adapted), self.kv_cache)
             try:
@@ -136,41 +139,44 @@ class GraphedExecution(EagerExecution):
 
     def _copy(self, batch: BatchInputs, size: int) -> None:
         num_seqs = len(batch.query_lens)
-        rows = (batch.token_ids, batch.positions, batch.slot_mapping, batch.lora_slots)
+        rows = (batch.token_ids, batch.positions, batch.lora_slots, *batch.slot_mappings)
         for row, values in zip(self.rows, rows, strict=True):
             row[: len(values)] = values  # of LoRA slots, there may be none
         self._pad(num_seqs, size)
-        self.tables[:num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
-        assert batch.attention_work is not None
-        self.work[: len(batch.attention_work)] = batch.attention_work
+        for table, some in zip(self.tables, batch.block_tables, strict=True):
+            table[:num_seqs, : some.shape[1]] = some
+        for buffer, work in zip(self.work, batch.attention_work, strict=True):
+            buffer[: len(work.table)] = work.table
 
     def _pad(self, first: int, last: int) -> None:
-        for row, padding in zip(self.rows, PADDING, strict=True):
+        for row, padding in zip(self.rows, self.padding, strict=True):
             row[first:last] = padding
 
     def _inputs(self, size: int, is_adapted: bool) -> BatchInputs:
         """Return the buffers of a graph as a batch."""
         ones = np.ones(size, dtype=np.int64)
-        token_ids, positions, slot_mapping, lora_slots = self.rows[:, :size]
+        token_ids, positions, lora_slots, *slot_mappings = self.rows[:, :size]
         lora_slots = lora_slots[: size * is_adapted]
         rows = self.all_rows[:size]
-        largest = self.planner.largest(size, self.max_model_len)
+        largest = [planner.largest(size, self.max_model_len) for planner in self.planners]
         return BatchInputs(
             token_ids,
             positions,
-            slot_mapping,
+            slot_mappings,
             lora_slots,
             hidden_rows=rows,  # all
             hidden_lora_slots=lora_slots,
             sample_rows=rows,
             ahead_rows=rows[:0],
             ahead_samples=rows[:0],
-            block_tables=self.tables[:size],
+            block_tables=list(self.tables[:, :size]),
             query_lens=ones,
             hidden_lens=ones,
             seq_lens=ones,  # those of a batch are in its attention work
-            attention_work=self.work[: len(largest.table)],
-            num_partial_rows=largest.num_partial_rows,
+            attention_work=[
+                AttentionWork(table[: len(some.table)], some.num_partial_rows)
+                for table, some in zip(self.work, largest, strict=True)
+            ],
         )
 
 

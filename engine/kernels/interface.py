@@ -108,6 +108,17 @@ class LinearOp(Protocol):
         ...
 
 
+class ExpertLinearOp(Protocol):
+    """Matrix products with the fixed weights of experts."""
+
+    def __call__(self, x: Tensor, routing: Any) -> Tensor:
+        """Return the products [P, M] for x [T, K], or for x [P, K] that an earlier such product led to.
+
+        Only the kernels know the order of the P rows, which is that of the routing.
+        """
+        ...
+
+
 class TokenSampler(Protocol):
     """The sampler of `engine.sampling.sampler`, or another with the same results."""
 
@@ -138,8 +149,11 @@ class Kernels(Protocol):
         """The number formats of weights and KV cache, for the log and the fingerprint."""
         ...
 
-    def pack(self, weights: Sequence[Weight]) -> Any:
-        """Return the weights, stacked vertically to [M, K], in the layout of `linear` and `embed`."""
+    def pack(self, weights: Sequence[Weight], dtype: torch.dtype | None = None) -> Any:
+        """Return the weights, stacked vertically to [M, K], in the layout of `linear` and `embed`.
+
+        `dtype`: unpack them to this type, in which `linear` then computes; None: as the options say.
+        """
         ...
 
     def linear(self, matrix: Any, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
@@ -256,18 +270,15 @@ class Kernels(Protocol):
     def route(
         self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
     ) -> Any:
-        """Choose the experts of each row by its router logits, float32 [T, E]: the routing that the next three take.
+        """Choose the experts of each row by its router logits, float32 [T, E]: the routing that products of experts take.
 
         The highest scores win, ties go to the lowest expert. `bias` [E] is added to the scores for the choice, not to
         the weights. `expert_scales` [E] multiply the weights at the end.
         """
         ...
 
-    def expert_linear(self, x: Tensor, matrices: Any, bias: Tensor | None, routing: Any) -> Tensor:
-        """Return the product of each pair's expert: [P, M] for x [T, K], or for x [P, K] from an earlier such product.
-
-        `bias` is [E, M]. The order of the P rows is that of the routing, which only the kernels know.
-        """
+    def expert_linear(self, matrices: Any, bias: Tensor | None = None) -> ExpertLinearOp:
+        """Return an operation that multiplies each pair's row with the matrix of its expert. `bias` is [E, M]."""
         ...
 
     def combine_experts(self, x: Tensor, routing: Any, out: Tensor) -> None:

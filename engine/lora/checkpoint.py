@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, WeightLayout
 from engine.weights.files import RegularFile
+from engine.weights.layout import in_model_order as layout_order
 
 MAX_HEADER_BYTES = 2**22
 MAX_NUMBER_BYTES = 8  # a matrix may be stored in float64
@@ -56,30 +57,32 @@ StoredMatrices = dict[MatrixKey, StoredMatrix]
 ComputeScales = Callable[[dict[str, int]], dict[str, float]]  # rank of each module -> factor of its B A
 
 
-def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+def module_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Return the shapes [M, K] of a layer's projections that an adapter can update, by name within the layer."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
+    spec, hidden = config.layers[layer], config.hidden_size
+    attention = spec.attention
+    queries, keys = attention.num_heads * attention.head_dim, attention.kv_shape.size
+    shapes = {"self_attn.q_proj": (queries, hidden), "self_attn.o_proj": (hidden, queries)}
+    if attention.kv_source is None:
+        shapes["self_attn.k_proj"] = (keys, hidden)
+    if attention.kv_source is None and not attention.values_are_keys:
+        shapes["self_attn.v_proj"] = (keys, hidden)
+    if spec.mlp is not None:
+        size = spec.mlp.intermediate_size
+        shapes |= {"mlp.gate_proj": (size, hidden), "mlp.up_proj": (size, hidden), "mlp.down_proj": (hidden, size)}
+    return shapes
 
 
 def check_shape(key: MatrixKey, shape: tuple[int, ...], config: ModelConfig) -> None:
     """Check that the model has the module, and that the matrix fits it with any rank above 0. Raises ValueError."""
     module, half = key
-    shapes = module_shapes(config)
     match = MODULE_NAME.fullmatch(module)
+    layer = int(match[1]) if match else 0
+    if layer >= config.num_hidden_layers:
+        raise ValueError(f"there is no layer {layer}: the model has {config.num_hidden_layers}")
+    shapes = module_shapes(config, layer)
     if not match or match[2] not in shapes:
         raise ValueError(f"only adapters of {', '.join(shapes)} are supported")
-    if int(match[1]) >= config.num_hidden_layers:
-        raise ValueError(f"there is no layer {match[1]}: the model has {config.num_hidden_layers}")
     num_outputs, num_inputs = shapes[match[2]]
     fits, expected = (
         (shape[1:] == (num_inputs,), f"(r, {num_inputs})")
@@ -88,6 +91,17 @@ def check_shape(key: MatrixKey, shape: tuple[int, ...], config: ModelConfig) -> 
     )
     if not fits or 0 in shape:
         raise ValueError(f"has shape {shape}, but the model needs {expected}")
+
+
+def in_model_order(key: MatrixKey, matrix: Tensor, config: ModelConfig, layout: WeightLayout) -> Tensor:
+    """Reorder the rows of B, the outputs of its projection, as those of the projection's weight are reordered."""
+    module, half = key
+    match = MODULE_NAME.fullmatch(module)
+    if half == "lora_A" or match is None:
+        return matrix
+    ordered = layout_order(f"{match[2]}.weight", matrix, config, int(match[1]), layout)
+    assert isinstance(ordered, Tensor)
+    return ordered
 
 
 def read_modules(
@@ -138,10 +152,9 @@ def _max_file_size(config: ModelConfig, max_rank: int | None) -> int:
 
     Without `max_rank`, a rank may be as large as the smaller side of the weights: more would add nothing.
     """
-    numbers = sum(
-        (min(shape) if max_rank is None else max_rank) * sum(shape) for shape in module_shapes(config).values()
-    )
-    return MAX_HEADER_BYTES + config.num_hidden_layers * numbers * MAX_NUMBER_BYTES
+    shapes = [shape for layer in range(config.num_hidden_layers) for shape in module_shapes(config, layer).values()]
+    numbers = sum((min(shape) if max_rank is None else max_rank) * sum(shape) for shape in shapes)
+    return MAX_HEADER_BYTES + numbers * MAX_NUMBER_BYTES
 
 
 def _read_matrix(path: Path, stored: StoredMatrix) -> Tensor:

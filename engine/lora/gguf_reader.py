@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.config import GGUF_ARCHITECTURES, Fields, ModelConfig, shown
+from engine.config import Fields, ModelConfig, family_of, shown
 from engine.lora.checkpoint import (
     MAX_HEADER_BYTES,
     LoraMatrices,
@@ -17,13 +17,14 @@ from engine.lora.checkpoint import (
     StoredMatrices,
     StoredMatrix,
     check_shape,
+    in_model_order,
     read_modules,
 )
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFHeader, TensorInfo, short
 from engine.weights.dequantize import dequantize
 from engine.weights.files import RegularFile
-from engine.weights.gguf import huggingface_name, in_huggingface_order
+from engine.weights.gguf import huggingface_name
 
 TENSOR_NAME = re.compile(r"(.+)\.(lora_[ab])")
 
@@ -33,7 +34,7 @@ def read_gguf(path: Path, config: ModelConfig, max_rank: int | None) -> dict[str
     matrices: StoredMatrices = {}
     with RegularFile(path) as file:
         header = GGUFHeader(path, file.read(0, min(file.size, MAX_HEADER_BYTES)), file.size)
-        alpha = _read_alpha(header)
+        alpha = _read_alpha(header, config.architecture)
         for tensor in header.tensors.values():
             try:
                 key = _matrix_key(tensor.name)
@@ -50,15 +51,15 @@ def _scales(alpha: float, ranks: dict[str, int]) -> dict[str, float]:
     return {module: alpha / rank if alpha else 1.0 for module, rank in ranks.items()}
 
 
-def _read_alpha(header: GGUFHeader) -> float:
+def _read_alpha(header: GGUFHeader, architecture: str) -> float:
     """Check that the file is a LoRA adapter of this architecture, and return its alpha (0 if missing)."""
     fields = Fields(str(header.path), header.metadata)
     if (file_type := fields.string("general.type", "not named")) != "adapter":
         raise fields.error("general.type", f"must be 'adapter', not {shown(file_type)}")
     if (adapter_type := fields.string("adapter.type", "not named")) != "lora":
         raise fields.error("adapter.type", f"must be 'lora', not {shown(adapter_type)}")
-    if (arch := fields.string("general.architecture", "not named")) not in GGUF_ARCHITECTURES:
-        raise fields.error("general.architecture", f"is {shown(arch)}, but the model's is {GGUF_ARCHITECTURES[0]!r}")
+    if (arch := fields.string("general.architecture", "not named")) != (expected := family_of(architecture).gguf):
+        raise fields.error("general.architecture", f"is {shown(arch)}, but the model's is {expected!r}")
     if fields.values.get("adapter.alora.invocation_tokens"):
         raise fields.error("adapter.alora.invocation_tokens", "activated LoRA (aLoRA) is not supported")
     return fields.number("adapter.lora.alpha", 0.0)
@@ -74,11 +75,9 @@ def _matrix_key(name: str) -> MatrixKey:
 
 def _read_matrix(file: RegularFile, tensor: TensorInfo, key: MatrixKey, config: ModelConfig) -> Tensor:
     """Read and dequantise a matrix. Raises ValueError, which names it, for types that cannot be unpacked."""
-    module, half = key
-    data: memoryview | bytes = memoryview(file.read(tensor.offset, tensor.n_bytes))
+    data = memoryview(file.read(tensor.offset, tensor.n_bytes))
     try:
-        if half == "lora_B":  # its rows are the outputs of the projection, which GGUF permutes for q and k
-            data = in_huggingface_order(f"{module}.weight", data, tensor.shape[0], config)
-        return dequantize(data, GGML_TYPES[tensor.ggml_type], tensor.shape, torch.float32)
+        matrix = dequantize(data, GGML_TYPES[tensor.ggml_type], tensor.shape, torch.float32)
+        return in_model_order(key, matrix, config, family_of(config.architecture).gguf_layout)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{file.path}: {tensor.name}: {error}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig, refuse_pickle
+from engine.config import ModelConfig, family_of, refuse_pickle
 from engine.lora.checkpoint import (
     MAX_HEADER_BYTES,
     LoraMatrices,
@@ -17,6 +17,7 @@ from engine.lora.checkpoint import (
     StoredMatrices,
     StoredMatrix,
     check_shape,
+    in_model_order,
     read_modules,
 )
 from engine.lora.peft_config import read_lora_scales
@@ -60,7 +61,7 @@ def read_folder(folder: Path, config: ModelConfig, max_rank: int | None) -> dict
                 raise ValueError(f"{weights}: {short(tensor.name)}: {error}") from error
             if key in matrices:
                 raise ValueError(f"{weights}: {tensor.name}: is stored twice, also as {matrices[key].name}")
-            matrices[key] = StoredMatrix(tensor.name, tensor.shape, partial(_read_matrix, file, tensor))
+            matrices[key] = StoredMatrix(tensor.name, tensor.shape, partial(_read_matrix, file, tensor, key, config))
         return read_modules(file, matrices, scales.scales, config, max_rank)
 
 
@@ -74,5 +75,6 @@ def _matrix_key(name: str) -> MatrixKey:
     raise ValueError("is neither lora_A nor lora_B of a layer's module")
 
 
-def _read_matrix(file: RegularFile, tensor: StoredTensor) -> Tensor:
-    return read_tensor(file, tensor).to(torch.float32)
+def _read_matrix(file: RegularFile, tensor: StoredTensor, key: MatrixKey, config: ModelConfig) -> Tensor:
+    matrix = read_tensor(file, tensor).to(torch.float32)
+    return in_model_order(key, matrix, config, family_of(config.architecture).layout)

@@ -177,8 +177,9 @@ def read_adapter(name: str, path: str, config: ModelConfig, max_rank: int | None
 
 def check_lora_memory(config: ModelConfig, max_loras: int, rank: int, itemsize: int, free: int) -> None:
     """Check that the slots fit in the free memory. `itemsize` and `free` are bytes. Raises ValueError."""
-    numbers = sum(num_inputs + num_outputs for num_outputs, num_inputs in module_shapes(config).values())
-    num_bytes = num_lora_slots(max_loras) * rank * numbers * config.num_hidden_layers * itemsize
+    layers = range(config.num_hidden_layers)
+    numbers = sum(sum(shape) for layer in layers for shape in module_shapes(config, layer).values())
+    num_bytes = num_lora_slots(max_loras) * rank * numbers * itemsize
     if num_bytes > free:
         raise ValueError(
             f"--max-loras {max_loras} of --max-lora-rank {rank} take {num_bytes / MIB:.0f} MiB, but only "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,7 +28,8 @@ class MemoryPlan:
 
     num_blocks: int
     block_size: int  # tokens
-    block_bytes: int  # in all layers
+    block_bytes: int  # in all layers of a KV group
+    blocks_per_request: int  # of max_model_len tokens
     max_model_len: int  # tokens
     activation_bytes: int = 0  # of the largest step; 0: not measured
 
@@ -37,12 +39,13 @@ class MemoryPlan:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+        """Number of tokens that fit, in requests of `max_model_len` tokens."""
+        return self.num_blocks * self.max_model_len // self.blocks_per_request
 
     @property
     def num_full_length_requests(self) -> float:
         """Number of requests of `max_model_len` tokens that fit at a time."""
-        return self.num_tokens / self.max_model_len
+        return self.num_blocks / self.blocks_per_request
 
 
 class DeviceMemory(Protocol):
@@ -140,7 +143,12 @@ class CudaMemory:
 
 
 def plan_memory(
-    config: ModelConfig, engine_config: EngineConfig, max_model_len: int, kernels: Kernels, memory: DeviceMemory
+    config: ModelConfig,
+    engine_config: EngineConfig,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    kernels: Kernels,
+    memory: DeviceMemory,
 ) -> MemoryPlan:
     """Size the KV cache by `kv_cache_memory`, or else by the default for the memory of the device.
 
@@ -149,7 +157,12 @@ def plan_memory(
     """
     block_size = engine_config.block_size
     block_bytes = bytes_per_block(config, block_size, kernels)
-    min_blocks = -(-max_model_len // block_size)
+    in_flight = max_in_flight(max_num_batched_tokens)
+
+    def num_blocks_for(num_tokens: int) -> int:
+        return sum(group.num_blocks_for(num_tokens, block_size, in_flight) for group in config.kv_groups)
+
+    min_blocks = num_blocks_for(max_model_len)
     min_bytes = min_blocks * block_bytes
     requested = engine_config.kv_cache_memory
     if requested is not None and requested > (free := memory.free()):
@@ -157,14 +170,21 @@ def plan_memory(
     budget = max(0, memory.default_kv_cache_bytes(min_bytes)) if requested is None else requested
     num_blocks = budget // block_bytes
     if num_blocks < min_blocks:
-        shorter = f"--max-model-len {num_blocks * block_size} or less, or " if num_blocks else ""
+        lengths = range(0, max_model_len, block_size)
+        length = lengths[bisect_right(lengths, num_blocks, key=num_blocks_for) - 1]
+        shorter = f"--max-model-len {length} or less, or " if length else ""
         limiting = memory if requested is None else HostMemory()
         more = limiting.explain(min_bytes, engine_config)
         raise ValueError(
-            f"a KV cache of {budget / MIB:.0f} MiB holds {num_blocks * block_size} tokens, but one request of "
+            f"a KV cache of {budget / MIB:.0f} MiB holds {length} tokens, but one request of "
             f"max_model_len {max_model_len} needs {min_bytes / MIB:.0f} MiB; use {shorter}{more}"
         )
-    return MemoryPlan(num_blocks, block_size, block_bytes, max_model_len, memory.activation_bytes)
+    return MemoryPlan(num_blocks, block_size, block_bytes, min_blocks, max_model_len, memory.activation_bytes)
+
+
+def max_in_flight(max_num_batched_tokens: int) -> int:
+    """Return how many tokens of a request may be in flight: those of two steps, since one may be launched ahead."""
+    return 2 * max_num_batched_tokens
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,19 +1,35 @@
-"""The blocks of each request: cached prefix, growth, truncation, publication and release. No torch."""
+"""The blocks of each request: cached prefix, growth, truncation, publication and release. No torch.
+
+A request has a table of blocks for each KV group. The groups share one pool: their blocks have the same size, and the
+hash under which a block is published says which group it belongs to.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.config import KVGroup
 from engine.scheduling.block_pool import BlockPool, extend_block_hashes
-from engine.scheduling.request import Request
+from engine.scheduling.request import BlockTable, Request
+
+FULL_ATTENTION = (KVGroup((), None),)  # one group, without a window
 
 
 class KVManager:
     """Gives requests blocks of the pool, and keeps `Request.kv` up to date."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, groups: Sequence[KVGroup] = FULL_ATTENTION, max_in_flight: int = 1) -> None:
+        """`max_in_flight`: tokens of a request that are computed before blocks that have slid out are released."""
         self.pool = pool
+        self.groups = groups
+        self.max_in_flight = max_in_flight
+        self.suffixes = [bytes([index]) if index else b"" for index in range(len(groups))]  # of hashes, by group
         self.watermark = pool.num_blocks // 100  # blocks kept free for running requests to grow into
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Return the most blocks that a request of `num_tokens` holds at a time."""
+        size, max_in_flight = self.pool.block_size, self.max_in_flight
+        return sum(group.num_blocks_for(num_tokens, size, max_in_flight) for group in self.groups)
 
     def admit(self, request: Request, running: Sequence[Request], max_tokens: int) -> bool:
         """Give a waiting request its cached prefix, and blocks for a first chunk of up to `max_tokens` tokens.
@@ -25,21 +41,42 @@ class KVManager:
         self._extend_hashes(request)
         # The last token is always computed: its logits are needed.
         num_usable = 0 if request.reads_all_rows else (request.num_tokens - 1) // pool.block_size
-        cached = pool.acquire(kv.block_hashes[:num_usable])
-        num_cached = len(cached) * pool.block_size
-        num_promised = sum(max(0, pool.num_blocks_for(other.num_tokens) - len(other.kv.blocks)) for other in running)
-        num_needed = pool.num_blocks_for(request.num_tokens) - len(cached) + num_promised + self.watermark
-        blocks = None
-        if not running or num_needed <= pool.num_free:
-            num_tokens = min(request.num_pending(num_cached), max_tokens)
-            blocks = pool.allocate(pool.num_blocks_for(num_cached + num_tokens) - len(cached))
-        if blocks is None:
-            pool.release(cached)
-            return False
-        kv.set_blocks(cached + blocks)
-        kv.num_computed = num_cached
-        kv.num_published = len(cached)
-        return True
+        num_cached_blocks = self._num_cached_blocks(kv.block_hashes[:num_usable])
+        kv.tables = [self._acquire(index, kv.block_hashes[:num_cached_blocks]) for index in range(len(self.groups))]
+        num_promised = sum(max(0, self.num_blocks_for(other.num_tokens) - len(other.kv.blocks)) for other in running)
+        num_needed = self.num_blocks_for(request.num_tokens) - len(kv.blocks) + num_promised + self.watermark
+        kv.num_computed = num_cached_blocks * pool.block_size
+        kv.num_published = num_cached_blocks
+        num_tokens = min(request.num_pending(kv.num_computed), max_tokens)
+        if (not running or num_needed <= pool.num_free) and self.extend(request, num_tokens):
+            return True
+        self.release(request)
+        return False
+
+    def _num_cached_blocks(self, block_hashes: Sequence[bytes]) -> int:
+        """Return the length of the longest prefix whose next token finds all that it sees: in each group, the blocks
+        from the start of its window to the end of the prefix.
+        """
+        published, size = self.pool.published, self.pool.block_size
+        runs = [0] * len(self.groups)  # published blocks before the current one, without a gap
+        longest = 0
+        for index, block_hash in enumerate(block_hashes):
+            for group, suffix in enumerate(self.suffixes):
+                runs[group] = runs[group] + 1 if block_hash + suffix in published else 0
+            num_blocks = index + 1
+            needed = (num_blocks - _first_visible(group.window, num_blocks * size) // size for group in self.groups)
+            if all(run >= number for run, number in zip(runs, needed, strict=True)):
+                longest = num_blocks
+        return longest
+
+    def _acquire(self, index: int, block_hashes: Sequence[bytes]) -> BlockTable:
+        """Hold the blocks of a cached prefix that its next token sees in a group."""
+        num_blocks, size = len(block_hashes), self.pool.block_size
+        first = _first_visible(self.groups[index].window, num_blocks * size) // size
+        table = BlockTable()
+        table.slide(min(first, num_blocks))
+        table.append(self.pool.acquire(block_hash + self.suffixes[index] for block_hash in block_hashes[first:]))
+        return table
 
     def extend(self, request: Request, num_tokens: int) -> bool:
         """Give a request blocks for its next `num_tokens` tokens. Return False and change nothing if too few are free.
@@ -47,12 +84,14 @@ class KVManager:
         The caller advances `num_computed`.
         """
         kv = request.kv
-        num_blocks = self.pool.num_blocks_for(kv.num_computed + num_tokens) - len(kv.blocks)
-        blocks = self.pool.allocate(max(0, num_blocks))
+        num_blocks = self.pool.num_blocks_for(kv.num_computed + num_tokens)
+        missing = [max(0, num_blocks - len(table.blocks)) for table in kv.tables]
+        blocks = self.pool.allocate(sum(missing))
         if blocks is None:
             return False
-        kv.blocks += blocks
-        kv.block_ids.extend(block.block_id for block in blocks)
+        for table, number in zip(kv.tables, missing, strict=True):
+            table.append(blocks[:number])
+            del blocks[:number]
         return True
 
     def truncate(self, request: Request, num_tokens: int) -> None:
@@ -64,30 +103,51 @@ class KVManager:
         kv.num_computed -= num_tokens
         kv.num_expected = 0
         num_full = kv.num_computed // self.pool.block_size
-        self.pool.unpublish(kv.blocks[num_full : kv.num_published])
+        for table in kv.tables:
+            self.pool.unpublish(block for block in table.blocks[num_full : kv.num_published] if block is not None)
+            self.pool.release(table.truncate(self.pool.num_blocks_for(kv.num_computed)))
         kv.num_published = min(kv.num_published, num_full)
-        num_blocks = self.pool.num_blocks_for(kv.num_computed)
-        self.pool.release(kv.blocks[num_blocks:])
-        del kv.blocks[num_blocks:], kv.block_ids[num_blocks:]
 
     def publish(self, request: Request) -> None:
         """Let other requests find the blocks whose last token has been computed."""
         kv = request.kv
         num_full = kv.num_computed // self.pool.block_size
-        if num_full > kv.num_published:
-            self._extend_hashes(request)
+        if num_full <= kv.num_published:
+            return
+        self._extend_hashes(request)
+        for table, suffix in zip(kv.tables, self.suffixes, strict=True):
             for index in range(kv.num_published, num_full):
-                self.pool.publish(kv.blocks[index], kv.block_hashes[index])
-            kv.num_published = num_full
+                if (block := table.blocks[index]) is not None:
+                    self.pool.publish(block, kv.block_hashes[index] + suffix)
+        kv.num_published = num_full
+
+    def slide(self, request: Request, num_settled: int) -> None:
+        """Release the blocks that no token after the first `num_settled` sees."""
+        for table, group in zip(request.kv.tables, self.groups, strict=True):
+            first = _first_visible(group.window, num_settled) // self.pool.block_size
+            if first > table.num_slid:
+                self.pool.release(table.slide(first))
 
     def release(self, request: Request) -> None:
         """Release all blocks of a request."""
         kv = request.kv
-        self.pool.release(kv.blocks)
-        kv.set_blocks([])
+        for table in kv.tables:
+            self.pool.release(table.held)
+        kv.tables = []
         kv.num_computed = kv.num_expected = kv.num_published = 0
 
     def _extend_hashes(self, request: Request) -> None:
         kv, pool = request.kv, self.pool
         num_prompt_tokens = request.num_prompt_tokens if pool.separates_prompts else None
         extend_block_hashes(kv.block_hashes, request.token_ids, pool.block_size, kv.salt, num_prompt_tokens)
+
+    def check(self, request: Request) -> None:
+        """Raise RuntimeError unless the ids in the tables are those of the blocks."""
+        for table in request.kv.tables:
+            if table.block_ids.tolist() != [0 if block is None else block.block_id for block in table.blocks]:
+                raise RuntimeError(f"the block ids of request {request.request_id} are not those of its blocks")
+
+
+def _first_visible(window: int | None, position: int) -> int:
+    """Return the first position that a token at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)

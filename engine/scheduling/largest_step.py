@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import Request, Scheduled, Status, Step, new_request
+from engine.scheduling.request import BlockTable, Request, Scheduled, Status, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 
 # The usual settings that take the most memory.
@@ -18,7 +18,7 @@ SAMPLING = SamplingParams(
 )
 
 
-def largest_step(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int) -> Step:
+def largest_step(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int) -> Step:
     """Return a step of `max_num_batched_tokens` rows that samples for `max_num_seqs` requests.
 
     As many requests as possible generate, one of them at the end of the longest context; the others read prompts. All
@@ -29,21 +29,24 @@ def largest_step(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: 
     while num_extra > 0:
         num_tokens = min(num_extra + 1, max_model_len)
         num_extra -= num_tokens - 1
-        prompts.append(_scheduled(num_tokens, 0, num_tokens, block_size))
+        prompts.append(_scheduled(num_tokens, 0, num_tokens, block_size, num_groups))
     generating: list[Scheduled] = []
     for index in range(max_num_seqs - len(prompts)):
         length = max_model_len if index == 0 else min(2, max_model_len)
-        generating.append(_scheduled(max(1, length - 1), length - 1, 1, block_size))
+        generating.append(_scheduled(max(1, length - 1), length - 1, 1, block_size, num_groups))
     return Step(0, generating + prompts)
 
 
-def _scheduled(num_prompt_tokens: int, start: int, num_tokens: int, block_size: int) -> Scheduled:
+def _scheduled(num_prompt_tokens: int, start: int, num_tokens: int, block_size: int, num_groups: int) -> Scheduled:
     """Return the rows start .. start + num_tokens, the last ones of a request."""
     submit = Submit(request_id="largest step", prompt_token_ids=[0] * num_prompt_tokens, params=SAMPLING, arrival=0.0)
     request: Request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
     end = start + num_tokens
     request.token_ids = [0] * end
     request.kv.num_computed = end
-    request.kv.set_blocks([Block(0)] * -(-end // block_size))
+    for _ in range(num_groups):
+        table = BlockTable()
+        table.append([Block(0)] * -(-end // block_size))
+        request.kv.tables.append(table)
     request.status = Status.RUNNING
     return Scheduled(request, start, num_tokens, num_samples=1)

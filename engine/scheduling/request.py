@@ -41,6 +41,38 @@ class Status(Enum):
 
 
 @dataclass(slots=True)
+class BlockTable:
+    """The blocks of a request in one KV group, in the order of its tokens."""
+
+    blocks: list[Block | None] = field(default_factory=list)  # None: slid out of the window, and released
+    block_ids: array[int] = field(default_factory=lambda: array("q"))  # of `blocks`, 0 for None
+    num_slid: int = 0  # leading blocks that are None
+
+    @property
+    def held(self) -> list[Block]:
+        return [block for block in self.blocks[self.num_slid :] if block is not None]
+
+    def append(self, blocks: Sequence[Block]) -> None:
+        self.blocks += blocks
+        self.block_ids.extend(block.block_id for block in blocks)
+
+    def slide(self, num_blocks: int) -> list[Block]:
+        """Remove the blocks before number `num_blocks`, and return those that were held."""
+        slid = [block for block in self.blocks[self.num_slid : num_blocks] if block is not None]
+        self.blocks[self.num_slid : num_blocks] = [None] * max(0, num_blocks - self.num_slid)
+        self.block_ids[self.num_slid : num_blocks] = array("q", [0] * max(0, num_blocks - self.num_slid))
+        self.num_slid = max(self.num_slid, num_blocks)
+        return slid
+
+    def truncate(self, num_blocks: int) -> list[Block]:
+        """Remove the blocks from number `num_blocks` on, and return those that were held."""
+        removed = [block for block in self.blocks[num_blocks:] if block is not None]
+        del self.blocks[num_blocks:], self.block_ids[num_blocks:]
+        self.num_slid = min(self.num_slid, num_blocks)
+        return removed
+
+
+@dataclass(slots=True)
 class KVState:
     """The tokens of a request whose keys and values are in the KV cache, and the blocks that hold them."""
 
@@ -48,13 +80,14 @@ class KVState:
     num_computed: int = 0  # tokens with keys and values, once the steps in flight are over
     # Length of token_ids once the steps in flight are over and the token being sampled is appended; 0: none is.
     num_expected: int = 0
-    blocks: list[Block] = field(default_factory=list)
-    block_ids: array[int] = field(default_factory=lambda: array("q"))  # of `blocks`, which a block table copies
+    tables: list[BlockTable] = field(default_factory=list)  # of each KV group; empty while it holds no blocks
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
     num_published: int = 0  # leading blocks that have been published for other requests
 
-    def set_blocks(self, blocks: list[Block]) -> None:
-        self.blocks, self.block_ids = blocks, array("q", (block.block_id for block in blocks))
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks that the request holds."""
+        return [block for table in self.tables for block in table.held]
 
 
 @dataclass(slots=True)
@@ -99,7 +132,7 @@ class SamplingState:
 class Request:
     """One choice of a submitted prompt: a sequence that grows by one or more tokens per step until it ends.
 
-    `kv.num_computed` tokens have their keys and values in `kv.blocks`, or will have once the steps in flight are over.
+    `kv.num_computed` tokens have their keys and values in the blocks of `kv.tables`, or will have once the steps in flight are over.
     The remaining tokens, up to `num_target_tokens`, are still to be computed.
     """
 

@@ -18,7 +18,6 @@ import time
 from bisect import bisect, insort
 from collections.abc import Iterator, Sequence
 
-from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.budget import StepBudget
 from engine.scheduling.drafting import Drafting
 from engine.scheduling.kv_manager import KVManager
@@ -41,7 +40,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: BlockPool,
+        kv: KVManager,
         recorder: Recorder,
         budget: StepBudget,
         *,
@@ -62,13 +61,13 @@ class Scheduler:
                 f"max_num_batched_tokens ({budget.max_num_rows}) must be at least max_num_seqs ({max_num_seqs}), "
                 "so that every running request gets a token in each step"
             )
-        if pool.num_blocks * pool.block_size < max_model_len:
+        if kv.pool.num_blocks < (num_blocks := kv.num_blocks_for(max_model_len)):
             raise ValueError(
-                f"the KV cache holds {pool.num_blocks * pool.block_size} tokens, "
-                f"fewer than one request of max_model_len ({max_model_len})"
+                f"the KV cache has {kv.pool.num_blocks} blocks, but one request of max_model_len ({max_model_len}) "
+                f"needs {num_blocks}"
             )
-        self.pool = pool
-        self.kv = KVManager(pool)
+        self.pool = kv.pool
+        self.kv = kv
         self.recorder = recorder
         self.max_num_seqs = max_num_seqs
         self.budget = budget
@@ -77,7 +76,7 @@ class Scheduler:
         self.max_chunk = long_prefill_token_threshold or budget.max_num_rows
         self.running: list[Request] = []  # sorted by _sort_key
         self.waiting: list[Request] = []  # sorted by _sort_key
-        self.stats = EngineStats(num_blocks=pool.num_blocks)
+        self.stats = EngineStats(num_blocks=kv.pool.num_blocks)
         self.drafting = Drafting(self.kv, self.stats, speculation, max_model_len)
 
     @property
@@ -260,14 +259,20 @@ class Scheduler:
         if output.pooled:
             request.prompt_outputs.add_pooled(output.pooled)
         if not item.num_samples:
-            self.kv.publish(request)
+            self._publish(item)
             return None
         if request.num_output_tokens == 0:
             self._complete_prompt(request, event)
         reason = self._append_tokens(request, output, event)
         self.drafting.settle(item, min(len(output.token_ids) - 1, len(event.token_ids)))
-        self.kv.publish(request)
+        self._publish(item)
         return event if reason is None else self._end(request, event, reason)
+
+    def _publish(self, item: Scheduled) -> None:
+        """Publish the blocks that the item has filled, and then release those that have slid out of the window."""
+        self.kv.publish(item.request)
+        # Later steps compute no token before these: of a generating request, the last one is still to be computed.
+        self.kv.slide(item.request, min(item.start + item.num_tokens, item.request.num_tokens - 1))
 
     def _new_event(self, request: Request) -> TokenEvent:
         """Return an event without tokens. The first one of a request says how many tokens were cached."""
@@ -361,5 +366,4 @@ class Scheduler:
         """Raise RuntimeError unless every block is free, or held, with its id, by the requests that count on it."""
         self.pool.check([request.kv.blocks for request in self.requests()])
         for request in self.requests():
-            if request.kv.block_ids.tolist() != [block.block_id for block in request.kv.blocks]:
-                raise RuntimeError(f"the block ids of request {request.request_id} are not those of its blocks")
+            self.kv.check(request)

@@ -11,10 +11,11 @@ import torch
 
 from engine.config import ModelConfig
 from engine.weights.gguf import load_gguf
+from engine.weights.layout import is_vector
 from engine.weights.packed import PackedTensor, Weight, concatenate
 from engine.weights.safetensors import load_safetensors
 
-__all__ = ["PackedTensor", "Weight", "concatenate", "load_weights"]
+__all__ = ["PackedTensor", "Weight", "concatenate", "is_vector", "load_weights"]
 
 
 def load_weights(

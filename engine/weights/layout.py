@@ -44,6 +44,11 @@ def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: Weight
         yield f"model.layers.{match[1]}.{part}", in_model_order(part, part_weight, config, int(match[1]), layout)
 
 
+def is_vector(name: str, weight: Tensor) -> bool:
+    """Return whether a tensor is no matrix of a product. The biases of all experts are one tensor."""
+    return weight.ndim == 1 or name.endswith(".bias")
+
+
 def in_model_order(part: str, weight: Weight, config: ModelConfig, layer: int, layout: WeightLayout) -> Weight:
     """Reorder the rows of queries and keys, of a projection or a norm, if the checkpoint has them in another order."""
     attention = config.layers[layer].attention

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.config import ModelConfig, refuse_pickle
 from engine.shared.gguf import short
 from engine.weights.files import RegularFile
-from engine.weights.layout import model_tensors
+from engine.weights.layout import is_vector, model_tensors
 from engine.weights.packed import Weight
 
 WEIGHTS_NAME = "model.safetensors"
@@ -52,8 +52,7 @@ def in_dtype(name: str, weight: Weight, dtype: torch.dtype, vector_dtype: torch.
     """Convert a plain tensor, of which vectors and biases may have a type of their own."""
     if not isinstance(weight, Tensor):
         return weight
-    is_vector = weight.ndim == 1 or name.endswith(".bias")
-    return weight.to(vector_dtype if is_vector else dtype).contiguous()
+    return weight.to(vector_dtype if is_vector(name, weight) else dtype).contiguous()
 
 
 def _find_shards(folder: Path) -> dict[Path, set[str]]:

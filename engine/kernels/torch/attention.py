@@ -7,6 +7,7 @@ depend on the lengths of other sequences, on the size of a prompt's chunks, or o
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch.inputs import Lengths
-from engine.kernels.interface import LayerCache
+from engine.config import KVShape
+from engine.kernels.interface import AttentionScores, LayerCache
 from engine.kernels.lazy_memory import lazy_zeros
 from engine.kernels.torch.linear import random_numbers
 
@@ -43,9 +45,10 @@ class QueryGroup:
 
     rows: Tensor  # [A, Q] rows of the batch, padded with T
     positions: Tensor  # [A, 1, R, 1] position of each packed row, -1 for padding
-    block_tables: Tensor  # [A, key tiles * blocks of a key tile]
+    sequences: Tensor  # [A] sequence of each query tile
     num_active: list[int]  # for each key tile: number of query tiles that see some of it
     first_positions: list[int]  # of each query tile
+    starts: Tensor  # [A, 1, 1, 1] the position of the first row of each query tile
     ends: Tensor  # [A, 1, 1, 1] the position after the last row of each query tile
 
 
@@ -57,19 +60,35 @@ class TorchAttentionPlan:
     window: int | None
 
 
-def new_layer_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> LayerCache:
-    """Return empty keys and values of `shape` [B, N, KH, D]."""
-    return LayerCache(lazy_zeros(shape, dtype, device), lazy_zeros(shape, dtype, device))
+def numbers_per_token(groups: Sequence[Sequence[KVShape]]) -> int:
+    """Return how many numbers of keys and values a block holds for each of its tokens: those of the largest group."""
+    return max(2 * sum(shape.size for shape in group) for group in groups)
+
+
+def new_kv_cache(
+    groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[list[LayerCache]]:
+    """Return empty keys and values [B, N, KH, D] of each layer, those of a group one after the other in each block."""
+    memory = lazy_zeros((num_blocks, block_size * numbers_per_token(groups)), dtype, device)
+
+    def parts(group: Sequence[KVShape]) -> Iterator[Tensor]:
+        start = 0
+        for shape in [shape for shape in group for _ in range(2)]:
+            end = start + block_size * shape.size
+            yield memory[:, start:end].unflatten(1, (block_size, shape.num_kv_heads, shape.head_dim))
+            start = end
+
+    tensors = [list(parts(group)) for group in groups]
+    return [[LayerCache(*pair) for pair in zip(some[::2], some[1::2], strict=True)] for some in tensors]
 
 
 def plan_attention(
     query_lens: Lengths,
     seq_lens: Lengths,
-    block_tables: Tensor,
-    block_size: int,
     group_size: int,
     tile_sizes: tuple[int, ...],
     window: int | None,
+    device: torch.device,
 ) -> TorchAttentionPlan:
     """Cut the last `query_lens` rows of each sequence into query tiles of the given sizes."""
     members: dict[int, list[QueryTile]] = {}
@@ -81,19 +100,21 @@ def plan_attention(
             position = seq_len - query_len + offset
             members.setdefault(size, []).append(QueryTile(index, first_row + offset, num_rows, position))
         first_row += query_len
-    tables = _pad_tables(block_tables, KEY_TILE // block_size)
-    groups = [_group(size, group, group_size, tables, first_row) for size, group in members.items()]
+    groups = [_group(size, group, group_size, first_row, device) for size, group in members.items()]
     return TorchAttentionPlan(groups, window)
 
 
-def paged_attention(q: Tensor, cache: LayerCache, plan: TorchAttentionPlan, scale: float) -> Tensor:
+def paged_attention(
+    q: Tensor, cache: LayerCache, plan: TorchAttentionPlan, block_tables: Tensor, scores: AttentionScores
+) -> Tensor:
     """Return causal attention of q [T, H, D] to the keys and values in each row's blocks: [T, H, D]."""
     num_rows, num_heads, head_dim = q.shape
     padded = q.new_zeros((num_rows + 1, num_heads, head_dim))  # the last row stands for padding
     padded[:num_rows] = q
     out = torch.empty_like(padded)
+    tables = _pad_tables(block_tables, KEY_TILE // cache.keys.shape[1])
     for group in plan.groups:
-        out[group.rows] = _attend(padded[group.rows], cache, group, scale, plan.window)
+        out[group.rows] = _attend(padded[group.rows], cache, group, tables[group.sequences], scores, plan.window)
     return out[:num_rows]
 
 
@@ -113,9 +134,10 @@ def products_agree(
     return True
 
 
-def _group(size: int, tiles: list[QueryTile], group_size: int, tables: Tensor, padding_row: int) -> QueryGroup:
+def _group(
+    size: int, tiles: list[QueryTile], group_size: int, padding_row: int, device: torch.device
+) -> QueryGroup:
     tiles.sort(key=lambda tile: -(tile.first_position + tile.num_rows))
-    device = tables.device
     offsets = torch.arange(size)
     valid = offsets < torch.tensor([tile.num_rows for tile in tiles])[:, None]
     rows = torch.tensor([tile.first_row for tile in tiles])[:, None] + offsets
@@ -126,14 +148,17 @@ def _group(size: int, tiles: list[QueryTile], group_size: int, tables: Tensor, p
     return QueryGroup(
         rows=torch.where(valid, rows, padding_row).to(device),
         positions=packed[:, None, :, None].to(device),
-        block_tables=tables[torch.tensor([tile.sequence for tile in tiles], device=device)],
+        sequences=torch.tensor([tile.sequence for tile in tiles], device=device),
         num_active=[sum(end > start for end in ends) for start in range(0, ends[0], KEY_TILE)],
         first_positions=[tile.first_position for tile in tiles],
+        starts=torch.tensor([tile.first_position for tile in tiles], device=device)[:, None, None, None],
         ends=torch.tensor(ends, device=device)[:, None, None, None],
     )
 
 
-def _attend(q: Tensor, cache: LayerCache, group: QueryGroup, scale: float, window: int | None) -> Tensor:
+def _attend(
+    q: Tensor, cache: LayerCache, group: QueryGroup, tables: Tensor, scores: AttentionScores, window: int | None
+) -> Tensor:
     """Return flash attention of query tiles q [A, Q, H, D] over their pages."""
     num_tiles, size, num_heads, head_dim = q.shape
     block_size, num_kv_heads = cache.keys.shape[1:3]
@@ -144,25 +169,44 @@ def _attend(q: Tensor, cache: LayerCache, group: QueryGroup, scale: float, windo
     packed = q.new_zeros((num_tiles, num_kv_heads, num_rows, head_dim), dtype=torch.float32)
     heads = q.view(num_tiles, size, num_kv_heads, -1, head_dim).permute(0, 2, 1, 3, 4)
     packed[:, :, :num_packed] = heads.reshape(num_tiles, num_kv_heads, num_packed, head_dim)
-    packed *= scale
+    packed *= scores.scale
     highest = packed.new_full((num_tiles, num_kv_heads, num_rows, 1), float("-inf"))
     total = torch.zeros_like(highest)
     weighted = torch.zeros_like(packed)
     key_positions = torch.arange(KEY_TILE, device=q.device)
     for tile, active in enumerate(group.num_active):
         start = tile * KEY_TILE
-        if window is not None and min(group.first_positions[:active]) - window + 1 >= start + KEY_TILE:
+        first_visible = 0 if window is None else min(group.first_positions[:active]) - window + 1
+        if first_visible >= start + KEY_TILE:
             continue  # no row sees this tile
-        blocks = group.block_tables[:active, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
+        blocks = tables[:active, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
         keys, values = _gather(cache.keys, blocks), _gather(cache.values, blocks)
         # A value that no row sees has weight 0, but 0 * NaN would still spread a NaN that another request left there.
-        values.masked_fill_(start + key_positions[:, None] >= group.ends[:active], 0.0)
-        distance = group.positions[:active] - (start + key_positions)  # [A, 1, R, KEY_TILE]
+        positions = start + key_positions
+        unseen = positions[:, None] >= group.ends[:active]
+        if window is not None:
+            unseen = unseen | (positions[:, None] < group.starts[:active] - window + 1)
+        values.masked_fill_(unseen, 0.0)
+        distance = group.positions[:active] - positions  # [A, 1, R, KEY_TILE]
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        scores = _bmm(packed[:active], keys.transpose(2, 3)).masked_fill_(hidden, float("-inf"))
-        _merge(scores, values, highest[:active], total[:active], weighted[:active])
+        products = _bmm(packed[:active], keys.transpose(2, 3))
+        if scores.softcap is not None:
+            products = products.div_(scores.softcap).tanh_().mul_(scores.softcap)
+        products.masked_fill_(hidden, float("-inf"))
+        _merge(products, values, highest[:active], total[:active], weighted[:active])
+    if scores.sinks is not None:
+        sinks = scores.sinks.float().view(num_kv_heads, 1, -1).expand(-1, size, -1).reshape(1, num_kv_heads, -1, 1)
+        _add_sinks(F.pad(sinks, (0, 0, 0, num_rows - num_packed)), highest, total, weighted)
     out = (weighted / total)[:, :, :num_packed].view(num_tiles, num_kv_heads, size, -1, head_dim)
     return out.permute(0, 2, 1, 3, 4).reshape(q.shape).to(q.dtype)
+
+
+def _add_sinks(sinks: Tensor, highest: Tensor, total: Tensor, weighted: Tensor) -> None:
+    """Let scores [1, KH, R, 1] without values take part in the softmax, in place."""
+    new_highest = torch.maximum(highest, sinks)
+    shrink = (highest - new_highest).exp_()
+    total.mul_(shrink).add_((sinks - new_highest).exp_())
+    weighted.mul_(shrink)
 
 
 def _merge(scores: Tensor, values: Tensor, highest: Tensor, total: Tensor, weighted: Tensor) -> None:
@@ -180,7 +224,7 @@ def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
     """Return the pages `blocks` [A, n] of a cache [B, N, KH, D] in float32: [A, KH, n * N, D]."""
     num_tiles, num_blocks = blocks.shape
     _, block_size, num_kv_heads, head_dim = cache.shape
-    pages = cache.flatten(1).index_select(0, blocks.flatten())
+    pages = cache.index_select(0, blocks.flatten())
     pages = pages.view(num_tiles, num_blocks * block_size, num_kv_heads, head_dim).transpose(1, 2)
     return pages.to(torch.float32, memory_format=torch.contiguous_format)
 

@@ -11,8 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
-from engine.kernels.interface import ExecutionKind, KernelOptions, LayerCache, LinearOp, LoraWeights
-from engine.kernels.torch import attention, lora, rows
+from engine.config import AttentionKind, KVShape, RouterSpec
+from engine.kernels.interface import (
+    AttentionScores,
+    ExecutionKind,
+    ExpertLinearOp,
+    HeadNorms,
+    KernelOptions,
+    LayerCache,
+    LinearOp,
+    LoraWeights,
+    Rotations,
+)
+from engine.kernels.torch import attention, experts, lora, rows
 from engine.kernels.torch.linear import Invariant, Product, adding, find_invariant, new_product, padded
 from engine.sampling.sampler import Sampler
 from engine.weights import Weight
@@ -34,22 +45,23 @@ class TorchKernels:
         self.formats = f"weights and KV cache {str(options.dtype).removeprefix('torch.')}"
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
         self.deterministic = True  # until a probe finds no invariant form of a product
-        self._invariants: dict[tuple[torch.Size, bool], Invariant] = {}  # by weight shape and whether there is a bias
+        self._invariants: dict[tuple[torch.Size, torch.dtype, bool], Invariant] = {}  # by weights and whether there is a bias
         self._query_tiles: dict[tuple[int, int], tuple[int, ...]] = {}  # (G, D) -> sizes that agree
 
-    def pack(self, weights: Sequence[Weight]) -> Tensor:
-        return joined(weights, self.dtype, self.device)
+    def pack(self, weights: Sequence[Weight], dtype: torch.dtype | None = None) -> Tensor:
+        return joined(weights, dtype or self.dtype, self.device)
 
     def linear(self, matrix: Tensor, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
-        key = (matrix.shape, bias is not None)
-        product = new_product(matrix, bias)
+        key = (matrix.shape, matrix.dtype, bias is not None)
+        product = new_product(matrix, None if bias is None else bias.to(matrix.dtype))
         if key not in self._invariants:
-            self._invariants[key] = self._find_invariant(product, matrix.shape[1])
+            self._invariants[key] = self._find_invariant(product, matrix.shape[1], matrix.dtype)
         invariant = self._invariants[key](product)
-        return adding(lambda x: invariant(x).float()) if is_float32 else adding(invariant)
+        dtype = torch.float32 if is_float32 else self.dtype
+        return adding(lambda x: invariant(x.to(matrix.dtype)).to(dtype))
 
-    def _find_invariant(self, product: Product, num_inputs: int) -> Invariant:
-        invariant = find_invariant(product, num_inputs, self.options.max_num_rows, self.device, self.dtype)
+    def _find_invariant(self, product: Product, num_inputs: int, dtype: torch.dtype) -> Invariant:
+        invariant = find_invariant(product, num_inputs, self.options.max_num_rows, self.device, dtype)
         self.deterministic &= invariant is not None
         return invariant or partial(padded, multiple=1)
 
@@ -59,53 +71,83 @@ class TorchKernels:
     def add_lora(self, x: Tensor, out: Tensor, weights: LoraWeights, lora_slots: Tensor) -> None:
         lora.add_lora(x, out, weights, lora_slots)
 
-    def embed(self, token_ids: Tensor, matrix: Tensor) -> Tensor:
-        return F.embedding(token_ids, matrix)
+    def embed(self, token_ids: Tensor, matrix: Tensor, scale: float = 1.0) -> Tensor:
+        embedded = F.embedding(token_ids, matrix)
+        return embedded if scale == 1.0 else (embedded.float() * scale).to(embedded.dtype)
 
     def gather(self, table: Tensor, rows: Tensor) -> Tensor:
         return table[rows]
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        normed = F.rms_norm(x.contiguous(), (x.shape[-1],), weight, eps)
+        return normed if residual is None else residual.add_(normed)
 
-    def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
-        return rows.act_and_mul(gate_up, activation)
+    def layer_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rows.layer_norm(x, weight, eps)
 
-    def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
-        return 2 * block_size * num_kv_heads * head_dim * self.dtype.itemsize
+    def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
+        residual.add_(x, alpha=scale)
+
+    def scale_logits(self, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+        return logits.mul_(scale) if softcap is None else logits.mul_(scale / softcap).tanh_().mul_(softcap)
+
+    def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        return rows.act_and_mul(gate, up, activation)
+
+    def pack_experts(self, weights: Sequence[Sequence[Weight]]) -> list[Tensor]:
+        return [self.pack(expert) for expert in weights]
+
+    def route(
+        self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
+    ) -> experts.TorchRouting:
+        return experts.route(logits, router, bias, expert_scales)
+
+    def expert_linear(self, matrices: list[Tensor], bias: Tensor | None = None) -> ExpertLinearOp:
+        biases = [None] * len(matrices) if bias is None else bias.unbind()
+        return experts.expert_linear([self.linear(*pair) for pair in zip(matrices, biases, strict=True)])
+
+    def combine_experts(self, x: Tensor, routing: experts.TorchRouting, out: Tensor) -> None:
+        experts.combine_experts(x, routing, out)
+
+    def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
+        return block_size * self.dtype.itemsize * attention.numbers_per_token(groups)
 
     def new_kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
-    ) -> list[LayerCache]:
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        return [attention.new_layer_cache(shape, self.dtype, self.device) for _ in range(num_layers)]
+        self, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
+    ) -> list[list[LayerCache]]:
+        return attention.new_kv_cache(groups, num_blocks, block_size, self.dtype, self.device)
 
     def rope_and_store_kv(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, cache: LayerCache
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        rotations: Rotations,
+        slot_mapping: Tensor,
+        cache: LayerCache,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
-        return rows.rope_and_store_kv(q, k, v, cos, sin, slot_mapping, cache)
+        return rows.rope_and_store_kv(q, k, v, rotations, slot_mapping, cache, norms)
 
-    def attention_planner(self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> None:
+    def attention_planner(self, kind: AttentionKind) -> None:
         return None
 
     def plan_attention(
-        self,
-        batch: BatchInputs,
-        query_lens: Lengths,
-        num_heads: int,
-        num_kv_heads: int,
-        cache: LayerCache,
-        window: int | None,
+        self, batch: BatchInputs, query_lens: Lengths, kind: AttentionKind, kind_index: int
     ) -> attention.TorchAttentionPlan:
-        _, block_size, _, head_dim = cache.keys.shape
-        group_size = num_heads // num_kv_heads
-        tile_sizes = self._agreeing_query_tiles(group_size, head_dim)
-        return attention.plan_attention(
-            query_lens, batch.seq_lens, batch.block_tables, block_size, group_size, tile_sizes, window
-        )
+        group_size = kind.num_heads // kind.num_kv_heads
+        tile_sizes = self._agreeing_query_tiles(group_size, kind.head_dim)
+        return attention.plan_attention(query_lens, batch.seq_lens, group_size, tile_sizes, kind.window, self.device)
 
-    def paged_attention(self, q: Tensor, cache: LayerCache, plan: attention.TorchAttentionPlan, scale: float) -> Tensor:
-        return attention.paged_attention(q, cache, plan, scale)
+    def paged_attention(
+        self,
+        q: Tensor,
+        cache: LayerCache,
+        plan: attention.TorchAttentionPlan,
+        block_tables: Tensor,
+        scores: AttentionScores,
+    ) -> Tensor:
+        return attention.paged_attention(q, cache, plan, block_tables, scores)
 
     def _agreeing_query_tiles(self, group_size: int, head_dim: int) -> tuple[int, ...]:
         """Return all of QUERY_TILES if they give a row the same bits, else the second alone."""

@@ -1,4 +1,4 @@
-"""The operations on each row between the matrix products, in plain torch: activation and rotation."""
+"""The operations on each row between the matrix products, in plain torch: activation, norms and rotation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.interface import LayerCache
+from engine.kernels.interface import HeadNorms, LayerCache, Rotations
 
 # Written out, in float32: F.silu and F.gelu compute the elements left over after whole vectors with another exp or erf,
 # so their result for an element depends on its index. exp, erf and tanh by themselves do not have this flaw.
@@ -36,23 +37,54 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def act_and_mul(gate_up: Tensor, activation: str) -> Tensor:
-    """Return act(gate) * up of gate_up [T, 2 I]: [T, I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate).mul_(up).to(gate_up.dtype)
+def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Return act(gate) * up for gate and up [T, I]."""
+    if activation == "swigluoai":
+        return _clamped_swiglu(gate.float(), up.float()).to(gate.dtype)
+    return ACTIVATIONS[activation](gate).mul_(up).to(gate.dtype)
+
+
+def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return the activation of gpt-oss."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+
+
+def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x [T, K] minus its mean, divided by its standard deviation, times weight; in float32."""
+    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), None, eps).to(x.dtype)
 
 
 def rope_and_store_kv(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, cache: LayerCache
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotations: Rotations,
+    slot_mapping: Tensor,
+    cache: LayerCache,
+    norms: HeadNorms | None,
 ) -> Tensor:
-    """Rotate q and k, store k and v in the cache at `slot_mapping`, and return the rotated q."""
-    cos, sin = cos[:, None], sin[:, None]  # the same for all heads
-    cache.keys.flatten(0, 1).index_copy_(0, slot_mapping, _rotate(k, cos, sin))
-    cache.values.flatten(0, 1).index_copy_(0, slot_mapping, v)
-    return _rotate(q, cos, sin)
+    """Norm and rotate q and k, store k and v in the cache at `slot_mapping`, and return the rotated q."""
+    if k is not None and v is not None:
+        keys = _rotate(_norm_heads(k, norms and norms.k, norms), rotations.k)
+        stored = slot_mapping >= 0
+        slots = slot_mapping[stored]
+        blocks, offsets = slots // cache.keys.shape[1], slots % cache.keys.shape[1]
+        cache.keys[blocks, offsets] = keys[stored]
+        cache.values[blocks, offsets] = _norm_heads(v, norms and norms.v, norms)[stored]
+    return _rotate(_norm_heads(q, norms and norms.q, norms), rotations.q)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D / 2) of x [T, heads, D], in float32."""
+def _norm_heads(x: Tensor, weight: Tensor | None, norms: HeadNorms | None) -> Tensor:
+    """Return the RMS norm of x [T, heads, D]: of each head, or of all together if the weight has as many numbers."""
+    if weight is None or norms is None:
+        return x
+    rows = x.reshape(-1, len(weight))
+    return F.rms_norm(rows, (len(weight),), weight, norms.eps).view(x.shape)
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D / 2) of x [T, heads, D], in float32, by angles [T, D]."""
+    cos, sin = rotation[:, None].chunk(2, dim=-1)  # the same for all heads
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
