@@ -12,7 +12,7 @@ from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.runner import ModelRunner
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import Scheduled, Step, new_request
+from engine.scheduling.request import BlockTable, Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 
 
@@ -22,11 +22,21 @@ def all_logits(loaded: LoadedModel, prompt: Sequence[int], lora_name: str = "") 
     slot = loaded.adapters.find(fingerprint_of(loaded, lora_name))
     request = new_request(submit, salt=b"", arrival_number=0, now=0.0, lora_slot=slot)
     block_size = loaded.memory.block_size
-    request.kv.set_blocks([Block(block_id) for block_id in reversed(range(-(-len(prompt) // block_size)))])
+    num_blocks, num_groups = -(-len(prompt) // block_size), len(loaded.config.kv_groups)
+    for first in range(0, num_groups * num_blocks, num_blocks):
+        table = BlockTable()
+        table.append([Block(first + index) for index in reversed(range(num_blocks))])
+        request.kv.tables.append(table)
     # The prompt may be longer than the token budget of the engine's steps.
     runner = loaded.runner
     builder = BatchBuilder(
-        len(prompt), 1, loaded.limits.max_model_len, block_size, loaded.device, runner.builder.planner
+        len(prompt),
+        1,
+        loaded.limits.max_model_len,
+        block_size,
+        loaded.device,
+        num_groups=num_groups,
+        planners=runner.builder.planners,
     )
     execution = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels).execution
     with torch.inference_mode():
