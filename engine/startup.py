@@ -8,11 +8,12 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.core import Engine
 from engine.loading import LoadedModel, Progress
 from engine.lora.slots import num_lora_slots
@@ -77,16 +78,30 @@ def fingerprint(model_path: str, loaded: LoadedModel) -> str:
     return f"lightwell-{version}-{dtype}-{mode}-{digest.hexdigest()[:12]}"
 
 
+def describe_kinds(config: ModelConfig) -> list[str]:
+    """Return how many layers there are of each kind of attention, and of experts, in words."""
+    counts = Counter(layer.attention.kind for layer in config.layers)
+    texts = [
+        f"{count} with {kind.num_heads} attention heads and {kind.num_kv_heads} KV heads of {kind.head_dim}"
+        + (f", window {kind.window}" if kind.window else "")
+        for kind, count in counts.items()
+    ]
+    routers = Counter(layer.experts.router for layer in config.layers if layer.experts is not None)
+    return texts + [
+        f"{count} with {router.num_experts} experts, of which {router.num_experts_per_tok} are active"
+        for router, count in routers.items()
+    ]
+
+
 def log_plan(loaded: LoadedModel, config: EngineConfig) -> None:
     """Log one line each about model, device, number formats, memory and LoRA adapters."""
     memory, shape = loaded.memory, loaded.config
     logger.info(
-        "model: %s, %s, %d layers, %d KV heads, %d attention heads, context %d",
+        "model: %s, %s, %d layers (%s), context %d",
         Path(config.model_path).name,
         shape.architecture,
         shape.num_hidden_layers,
-        shape.num_key_value_heads,
-        shape.num_attention_heads,
+        "; ".join(describe_kinds(shape)),
         loaded.limits.max_model_len,
     )
     kernels = loaded.runner.kernels

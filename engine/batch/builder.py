@@ -13,9 +13,15 @@ from engine.batch.inputs import AttentionPlanner, AttentionWork, BatchInputs, Le
 from engine.batch.transfer import packed_copy
 from engine.scheduling.request import NO_LORA_SLOT, Request, Step
 
-
 # Fields of BatchInputs that are rows of one buffer.
-ROWS = ("token_ids", "positions", "lora_slots", "hidden_rows", "hidden_lora_slots", "sample_rows", "ahead_rows") + (
+ROWS = (
+    "token_ids",
+    "positions",
+    "lora_slots",
+    "hidden_rows",
+    "hidden_lora_slots",
+    "sample_rows",
+    "ahead_rows",
     "ahead_samples",
 )
 
@@ -77,8 +83,8 @@ class BatchBuilder:
         max_blocks = self._fill_tables(step)
         self._fill_positions(rows["positions"][:num_rows], num_seqs)
         has_adapters = max(lora_slots) != NO_LORA_SLOT
-        lengths = (num_rows, num_rows, num_rows * has_adapters, num_hidden_rows, num_hidden_rows * has_adapters)
-        lengths += (len(sample_rows), num_ahead, num_ahead)
+        lengths = [num_rows, num_rows, num_rows * has_adapters, num_hidden_rows, num_hidden_rows * has_adapters]
+        lengths += [len(sample_rows), num_ahead, num_ahead]
         parts = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         parts += [*self.slot_mappings[:, :num_rows], *self.tables[:, :num_seqs, :max_blocks]]
         work = [planner.plan(self.query_lens[:num_seqs], self.seq_lens[:num_seqs]) for planner in self.planners]
@@ -94,7 +100,7 @@ class BatchBuilder:
     def _inputs(self, tensors: Sequence[Tensor], num_seqs: int) -> BatchInputs:
         num_rows, num_groups = len(ROWS), len(self.tables)
         return BatchInputs(
-            **dict(zip(ROWS, tensors, strict=False)),
+            *tensors[:num_rows],
             slot_mappings=list(tensors[num_rows : num_rows + num_groups]),
             block_tables=list(tensors[num_rows + num_groups :]),
             query_lens=self.query_lens[:num_seqs],

@@ -44,13 +44,13 @@ class BatchInputs:
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    slot_mappings: list[Tensor]  # of each KV group, [T] int64: slot of the row's key and value, see `rope_and_store_kv`
     lora_slots: Tensor  # [T] int64: slot of the row's LoRA adapter, -1: none; empty if no row has one
     hidden_rows: Tensor  # [L] int64: rows whose last hidden state is needed
     hidden_lora_slots: Tensor  # [L] int64: lora_slots of hidden_rows
     sample_rows: Tensor  # [R] int64: indices into hidden_rows of the rows to sample from
     ahead_rows: Tensor  # [A] int64: rows that read a token sampled by the previous step
     ahead_samples: Tensor  # [A] int64: ... its index among the R tokens of that step
+    slot_mappings: list[Tensor]  # of each KV group, [T] int64: slot of the row's key and value, see `rope_and_store_kv`
     block_tables: list[Tensor]  # of each KV group, [S, max blocks of this step] int64, padded with block 0
     query_lens: Lengths  # number of rows of each sequence
     hidden_lens: Lengths  # number of trailing rows of each sequence that are in hidden_rows

@@ -6,7 +6,8 @@ Hugging Face's names. Nothing here imports torch.
 
 from pathlib import Path
 
-from engine.config.families import Family, family_of
+from engine.config.decoder import Family
+from engine.config.families import FAMILIES, family_of
 from engine.config.fields import Fields, shown
 from engine.config.gguf import GGUF_ARCHITECTURES, load_gguf
 from engine.config.huggingface import load_folder, parse_json, refuse_pickle
@@ -26,6 +27,7 @@ from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig
 from engine.shared.gguf import GGUFFile
 
 __all__ = [
+    "FAMILIES",
     "GGUF_ARCHITECTURES",
     "AttentionKind",
     "AttentionSpec",

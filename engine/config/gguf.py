@@ -4,7 +4,8 @@ from array import array
 from dataclasses import replace
 from typing import Any
 
-from engine.config.families import FAMILIES, Family, build_decoder, head_dim
+from engine.config.decoder import Family, build_decoder, head_dim
+from engine.config.families import FAMILIES
 from engine.config.fields import Fields
 from engine.config.rope import FULL, SLIDING
 from engine.config.structs import ModelConfig

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from engine.config.families import FAMILIES, NAMES, Family, build_decoder
+from engine.config.decoder import NAMES, Family, build_decoder
+from engine.config.families import FAMILIES
 from engine.config.fields import Fields, shown
 from engine.config.structs import ModelConfig
 
@@ -19,7 +20,10 @@ SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repet
 
 # `model_type` of a multimodal model, whose text part is in `text_config`.
 MULTIMODAL = ("gemma3", "gemma4", "mistral3")
-TEXT_NAMES = ((r"^(model\.)?language_model\.(model\.)?(?=layers|embed_tokens|norm)", "model."), (r"^language_model\.lm_head", "lm_head"))
+TEXT_NAMES = (
+    (r"^(model\.)?language_model\.(model\.)?(?=layers|embed_tokens|norm)", "model."),
+    (r"^language_model\.lm_head", "lm_head"),
+)
 
 
 def load_folder(folder: Path) -> ModelConfig:

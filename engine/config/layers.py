@@ -36,7 +36,7 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     rotary_dim: int  # dimensions of a head that are rotated; 0: none
     theta: float = 10000.0
-    # Whether pairs are half a head apart, and frequencies those of a whole head, even if only some are rotated (Gemma 4).
+    # Pairs are half a head apart, and frequencies those of a whole head, even if only some are rotated (Gemma 4).
     is_proportional: bool = False
     scaling: RopeScaling = RopeScaling()
     query_beta: float = 0.0  # queries at position p are multiplied by 1 + beta * log(1 + floor(p / context))
@@ -167,8 +167,8 @@ class KVGroup(msgspec.Struct, frozen=True):
 def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[KVGroup, ...]:
     """Return the KV groups of a model: layers of one kind, in groups that need about the same memory for a token.
 
-    So any group can use any block of one pool, as in vLLM's hybrid KV cache manager. A model whose layers are all of one
-    kind has one group.
+    So any group can use any block of one pool, as in vLLM's hybrid KV cache manager. A model whose layers are all of
+    one kind has one group.
     """
     kinds: dict[tuple[KVShape, int | None], list[int]] = {}
     for index, layer in enumerate(layers):

@@ -53,7 +53,7 @@ class WeightLayout(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoder: its layers, and what is before and after them. Numbers have the names of Hugging Face's config.json."""
+    """A decoder: its layers, and what is before and after them. Names are those of Hugging Face's config.json."""
 
     architecture: str  # the family, as `model_type` in config.json
     vocab_size: int  # rows of the embedding

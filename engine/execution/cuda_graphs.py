@@ -162,13 +162,13 @@ class GraphedExecution(EagerExecution):
         return BatchInputs(
             token_ids,
             positions,
-            slot_mappings,
             lora_slots,
             hidden_rows=rows,  # all
             hidden_lora_slots=lora_slots,
             sample_rows=rows,
             ahead_rows=rows[:0],
             ahead_samples=rows[:0],
+            slot_mappings=slot_mappings,
             block_tables=list(self.tables[:, :size]),
             query_lens=ones,
             hidden_lens=ones,

@@ -81,8 +81,9 @@ class Rotations:
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """The RMS norms of queries, keys and values before the rotation. A weight of H * D or KH * D numbers covers all heads
-    at once, one of D each head by itself.
+    """The RMS norms of queries, keys and values before the rotation.
+
+    A weight of H * D or KH * D numbers covers all heads at once, one of D each head by itself.
     """
 
     q: Tensor | None

@@ -18,7 +18,9 @@ SAMPLING = SamplingParams(
 )
 
 
-def largest_step(max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int) -> Step:
+def largest_step(
+    max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int
+) -> Step:
     """Return a step of `max_num_batched_tokens` rows that samples for `max_num_seqs` requests.
 
     As many requests as possible generate, one of them at the end of the longest context; the others read prompts. All

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,7 +21,9 @@ from engine.weights.packed import Weight, select_rows
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 FUSED_MLP = re.compile(r"(mlp|mlp\.shared_experts)\.gate_up_proj\.(weight|bias)")
 STACKED = re.compile(r"mlp\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)[._]?(weight|bias)?")
-UNUSED = re.compile(r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower)\..*")
+UNUSED = re.compile(
+    r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower)\..*"
+)
 
 
 def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: WeightLayout) -> Iterator[tuple[str, Weight]]:
@@ -135,7 +137,7 @@ def _experts(
             yield f"mlp.experts.{expert}.{name}.weight", select_rows(weight, chosen)
 
 
-def _halves(x: Tensor | NDArray[np.int64], num_parts: int, is_interleaved: bool) -> list:
+def _halves(x: Tensor | NDArray[np.int64], num_parts: int, is_interleaved: bool) -> list[Any]:
     """Split the last dimension into its parts: one after the other, or alternating."""
     size = x.shape[-1] // num_parts
     if is_interleaved:

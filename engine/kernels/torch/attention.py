@@ -75,7 +75,7 @@ def new_kv_cache(
         start = 0
         for shape in [shape for shape in group for _ in range(2)]:
             end = start + block_size * shape.size
-            yield memory[:, start:end].unflatten(1, (block_size, shape.num_kv_heads, shape.head_dim))
+            yield memory[:, start:end].view(num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
             start = end
 
     tensors = [list(parts(group)) for group in groups]
@@ -134,9 +134,7 @@ def products_agree(
     return True
 
 
-def _group(
-    size: int, tiles: list[QueryTile], group_size: int, padding_row: int, device: torch.device
-) -> QueryGroup:
+def _group(size: int, tiles: list[QueryTile], group_size: int, padding_row: int, device: torch.device) -> QueryGroup:
     tiles.sort(key=lambda tile: -(tile.first_position + tile.num_rows))
     offsets = torch.arange(size)
     valid = offsets < torch.tensor([tile.num_rows for tile in tiles])[:, None]

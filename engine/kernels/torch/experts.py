@@ -39,12 +39,13 @@ def _best_groups(scores: Tensor, router: RouterSpec) -> Tensor:
     """Return the scores [T, E], with -inf for experts whose group is none of the best."""
     if router.num_groups == 1:
         return scores
-    groups = scores.unflatten(1, (router.num_groups, -1))
+    groups = scores.view(len(scores), router.num_groups, -1)
     highest = groups.sort(dim=-1, descending=True, stable=True).values
     group_scores = highest[..., 0] if router.group_score == "max" else highest[..., 0] + highest[..., 1]
     best = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, : router.topk_group]
     is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
-    return groups.masked_fill(~is_best[..., None], float("-inf")).flatten(1)
+    kept: Tensor = groups.masked_fill(~is_best[..., None], float("-inf")).flatten(1)
+    return kept
 
 
 def expert_linear(products: Sequence[LinearOp]) -> ExpertLinearOp:
@@ -56,7 +57,7 @@ def expert_linear(products: Sequence[LinearOp]) -> ExpertLinearOp:
         if len(x) != len(chosen):
             rows = rows // routing.experts.shape[1]
         out: Tensor | None = None
-        for expert in chosen.unique().tolist():
+        for expert in sorted(set(chosen.tolist())):
             pairs = (chosen == expert).nonzero()[:, 0]
             result = products[expert](x[rows[pairs]])
             out = x.new_empty((len(chosen), result.shape[1])) if out is None else out
@@ -69,7 +70,7 @@ def expert_linear(products: Sequence[LinearOp]) -> ExpertLinearOp:
 
 def combine_experts(x: Tensor, routing: TorchRouting, out: Tensor) -> None:
     """Add to out [T, K] the results x [T * k, K] of each row's experts, times their weights, in float32."""
-    results = x.float().unflatten(0, routing.experts.shape) * routing.weights[..., None]
+    results = x.float().view(*routing.experts.shape, -1) * routing.weights[..., None]
     total = results[:, 0]
     for index in range(1, results.shape[1]):
         total = total + results[:, index]

@@ -45,7 +45,9 @@ class TorchKernels:
         self.formats = f"weights and KV cache {str(options.dtype).removeprefix('torch.')}"
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
         self.deterministic = True  # until a probe finds no invariant form of a product
-        self._invariants: dict[tuple[torch.Size, torch.dtype, bool], Invariant] = {}  # by weights and whether there is a bias
+        self._invariants: dict[
+            tuple[torch.Size, torch.dtype, bool], Invariant
+        ] = {}  # by weights and whether there is a bias
         self._query_tiles: dict[tuple[int, int], tuple[int, ...]] = {}  # (G, D) -> sizes that agree
 
     def pack(self, weights: Sequence[Weight], dtype: torch.dtype | None = None) -> Tensor:

@@ -66,13 +66,13 @@ def rope_and_store_kv(
 ) -> Tensor:
     """Norm and rotate q and k, store k and v in the cache at `slot_mapping`, and return the rotated q."""
     if k is not None and v is not None:
-        keys = _rotate(_norm_heads(k, norms and norms.k, norms), rotations.k)
+        keys = _rotate(_norm_heads(k, norms.k if norms else None, norms), rotations.k)
         stored = slot_mapping >= 0
         slots = slot_mapping[stored]
         blocks, offsets = slots // cache.keys.shape[1], slots % cache.keys.shape[1]
         cache.keys[blocks, offsets] = keys[stored]
-        cache.values[blocks, offsets] = _norm_heads(v, norms and norms.v, norms)[stored]
-    return _rotate(_norm_heads(q, norms and norms.q, norms), rotations.q)
+        cache.values[blocks, offsets] = _norm_heads(v, norms.v if norms else None, norms)[stored]
+    return _rotate(_norm_heads(q, norms.q if norms else None, norms), rotations.q)
 
 
 def _norm_heads(x: Tensor, weight: Tensor | None, norms: HeadNorms | None) -> Tensor:

@@ -1,0 +1,85 @@
+"""Self-attention: queries, keys and values in many heads, cached keys and values, and what a step gives to each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.config import AttentionKind, AttentionSpec, ModelConfig
+from engine.kernels.interface import AttentionScores, HeadNorms, Kernels, LayerCache, Rotations
+from engine.model.linear import Linear
+from engine.model.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class RowInputs:
+    """Inputs of each layer besides the hidden states, one per row of the batch."""
+
+    rotations: list[Rotations]  # of the row's position, by each table of rotary embeddings
+    slot_mappings: list[Tensor]  # int64 [T] of each KV group, the slot of the KV cache for the row's key and value
+    lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none; empty if no row has one
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention reads besides queries, keys and values."""
+
+    plans: dict[AttentionKind, Any]
+    block_tables: list[Tensor]  # of each KV group
+    lora_slots: Tensor  # of the rows that have queries
+
+
+class Attention:
+    """Grouped-query self-attention (Ainslie et al. 2023): H query heads, KH key and value heads."""
+
+    def __init__(
+        self, config: ModelConfig, spec: AttentionSpec, parameters: Parameters, prefix: str, kernels: Kernels
+    ) -> None:
+        self.kernels = kernels
+        self.spec = spec
+        size, hidden_size = spec.head_dim, config.hidden_size
+        heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
+        self.names = "q" if spec.kv_source is not None else "qk" if spec.values_are_keys else "qkv"
+        self.sizes = [heads[name] for name in self.names]
+        qkv = [(f"{prefix}.{name}_proj", heads[name] * size) for name in self.names]
+        self.qkv_proj = Linear(kernels, parameters, qkv, hidden_size, has_bias=spec.qkv_bias)
+        o = [(f"{prefix}.o_proj", hidden_size)]
+        self.o_proj = Linear(kernels, parameters, o, spec.num_heads * size, has_bias=spec.output_bias)
+        self.norms = self._take_norms(parameters, prefix, heads, config.rms_norm_eps)
+        sinks = parameters.take(f"{prefix}.sinks.weight", spec.num_heads).float() if spec.has_sinks else None
+        self.scores = AttentionScores(spec.scale, spec.softcap, sinks)
+
+    def _take_norms(self, parameters: Parameters, prefix: str, heads: dict[str, int], eps: float) -> HeadNorms | None:
+        spec = self.spec
+        if spec.qk_norm == "none":
+            return None
+        q, k = (
+            parameters.take(
+                f"{prefix}.{name}_norm.weight", spec.head_dim * (heads[name] if spec.qk_norm == "all" else 1)
+            )
+            if name in self.names
+            else None
+            for name in "qk"
+        )
+        return HeadNorms(q, k, torch.ones_like(q[: spec.head_dim]) if spec.v_norm and q is not None else None, eps)
+
+    def project(self, x: Tensor, rows: RowInputs, group: int, cache: LayerCache) -> Tensor:
+        """Return the queries [T, H * D] of hidden states [T, hidden_size]; store their keys and values in the cache."""
+        heads = self.qkv_proj(x, rows.lora_slots).view(len(x), -1, self.spec.head_dim)
+        q, k, v, *_ = *torch.split(heads, self.sizes, dim=1), None, None
+        if self.spec.values_are_keys:
+            v = k
+        rotations, slots = rows.rotations[self.spec.rope], rows.slot_mappings[group]
+        return self.kernels.rope_and_store_kv(q, k, v, rotations, slots, cache, self.norms).flatten(1)
+
+    def __call__(
+        self, q: Tensor, group: int, cache: LayerCache, inputs: AttentionInputs, residual: Tensor | None
+    ) -> Tensor:
+        """Return the output, or add it to `residual` in place."""
+        q = q.view(len(q), self.spec.num_heads, self.spec.head_dim)
+        plan, table = inputs.plans[self.spec.kind], inputs.block_tables[group]
+        out = self.kernels.paged_attention(q, cache, plan, table, self.scores)
+        return self.o_proj(out.flatten(1), inputs.lora_slots, residual)

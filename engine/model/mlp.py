@@ -1,0 +1,73 @@
+"""Feed-forward networks: the gated MLP, and the mixture of experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.config import ExpertsSpec, MLPSpec
+from engine.kernels.interface import ExpertLinearOp, Kernels
+from engine.model.linear import Linear
+from engine.model.parameters import Parameters
+
+
+class MLP:
+    """Gated feed-forward network: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, spec: MLPSpec, parameters: Parameters, prefix: str, kernels: Kernels) -> None:
+        size = spec.intermediate_size
+        gate_up = [(f"{prefix}.{name}_proj", size) for name in ("gate", "up")]
+        self.gate_up_proj = Linear(kernels, parameters, gate_up, hidden_size, has_bias=spec.bias)
+        down = [(f"{prefix}.down_proj", hidden_size)]
+        self.down_proj = Linear(kernels, parameters, down, size, has_bias=spec.bias)
+        self.kernels = kernels
+        self.spec = spec
+
+    def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor | None) -> Tensor:
+        gate, up = torch.split(self.gate_up_proj(x, lora_slots), self.spec.intermediate_size, dim=1)
+        hidden = self.kernels.act_and_mul(gate, up, self.spec.activation)
+        return self.down_proj(hidden, lora_slots, residual)
+
+
+class Experts:
+    """A mixture of experts (Shazeer et al. 2017): each row passes through the MLPs that the router chooses for it."""
+
+    def __init__(
+        self, hidden_size: int, spec: ExpertsSpec, parameters: Parameters, prefix: str, kernels: Kernels
+    ) -> None:
+        self.kernels = kernels
+        self.spec = spec
+        num_experts, size = spec.router.num_experts, spec.intermediate_size
+        router = parameters.take_weight(f"{prefix}.gate.weight", num_experts, hidden_size)
+        bias = parameters.take(f"{prefix}.gate.bias", num_experts) if spec.router_bias else None
+        self.router = kernels.linear(kernels.pack([router], dtype=torch.float32), bias, is_float32=True)
+        self.correction_bias = None
+        if spec.correction_bias:
+            self.correction_bias = parameters.take(f"{prefix}.gate.e_score_correction_bias", num_experts).float()
+        experts = f"{prefix}.experts"
+
+        def linear(names: tuple[str, ...], num_outputs: int, num_inputs: int) -> ExpertLinearOp:
+            weights = [
+                [parameters.take_weight(f"{experts}.{index}.{name}.weight", num_outputs, num_inputs) for name in names]
+                for index in range(num_experts)
+            ]
+            biases = [
+                parameters.take(f"{experts}.{name}.bias", num_experts, num_outputs) for name in names if spec.bias
+            ]
+            return kernels.expert_linear(kernels.pack_experts(weights), torch.cat(biases, dim=1) if biases else None)
+
+        self.gate_up_proj = linear(("gate_proj", "up_proj"), size, hidden_size)
+        self.down_proj = linear(("down_proj",), hidden_size, size)
+        self.shared = None
+        if spec.shared is not None:
+            self.shared = MLP(hidden_size, spec.shared, parameters, f"{prefix}.shared_experts", kernels)
+
+    def __call__(self, x: Tensor, lora_slots: Tensor, out: Tensor) -> None:
+        """Add the result to `out`, in place."""
+        kernels, spec = self.kernels, self.spec
+        routing = kernels.route(self.router(x), spec.router, self.correction_bias)
+        gate, up = torch.split(self.gate_up_proj(x, routing), spec.intermediate_size, dim=1)
+        hidden = kernels.act_and_mul(gate, up, spec.activation)
+        kernels.combine_experts(self.down_proj(hidden, routing), routing, out)
+        if self.shared is not None:
+            self.shared(x, lora_slots, out)
