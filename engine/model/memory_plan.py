@@ -39,13 +39,14 @@ class MemoryPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens that fit, in requests of `max_model_len` tokens."""
-        return self.num_blocks * self.max_model_len // self.blocks_per_request
+        """Number of tokens that fit, in requests of full length."""
+        whole_blocks = -(-self.max_model_len // self.block_size) * self.block_size
+        return self.num_blocks * whole_blocks // self.blocks_per_request
 
     @property
     def num_full_length_requests(self) -> float:
         """Number of requests of `max_model_len` tokens that fit at a time."""
-        return self.num_blocks / self.blocks_per_request
+        return self.num_tokens / self.max_model_len
 
 
 class DeviceMemory(Protocol):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from engine import loading
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.loading import Limits, choose_device, choose_dtype, choose_limits, measure_activations
+from tests.support.model_configs import llama_config
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
+MODEL = llama_config(
     architecture="llama",
     vocab_size=100,
     num_token_ids=100,

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.config import ModelConfig
 from engine.lora.reader import load_lora
+from tests.support.model_configs import llama_config
 
 # Warnings of PEFT about its calls of transformers, and about the settings in these tests.
 PEFT_WARNINGS = pytest.mark.filterwarnings(
@@ -20,7 +20,7 @@ PEFT_WARNINGS = pytest.mark.filterwarnings(
 
 Tensors = dict[str, torch.Tensor]
 
-CONFIG = ModelConfig(
+CONFIG = llama_config(
     architecture="llama",
     vocab_size=16,
     num_token_ids=16,

@@ -32,6 +32,7 @@ from engine.weights import PackedTensor, Weight
 from tests.support.gpu_cards import Card
 from tests.support.gpu_shapes import Shape
 from tests.support.gpu_trace import META, Launch, Trace, traced
+from tests.support.model_configs import llama_config
 
 CUDA_CONTEXT_BYTES = 600 * 2**20  # of the driver, the loaded kernels and the libraries
 
@@ -129,7 +130,7 @@ def _concatenate(parts: list[PackedTensor]) -> PackedTensor:
 
 def model_config(size: Shape, max_model_len: int = 131072) -> ModelConfig:
     """Return the configuration of a Llama."""
-    return ModelConfig(
+    return llama_config(
         architecture="llama",
         vocab_size=size.vocab_size,
         num_token_ids=size.vocab_size,

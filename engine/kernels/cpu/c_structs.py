@@ -107,6 +107,72 @@ class LinearParameters(Structure):
     ]
 
 
+class ExpertRows(Structure):
+    """Successive pairs of one expert."""
+
+    _fields_ = [("expert", c_int64), ("first", c_int64), ("num_rows", c_int64)]
+
+
+class Routing(Structure):
+    """The experts of each row: pairs of a row and an expert, sorted by expert."""
+
+    _fields_ = [
+        ("num_pairs", RowCounts),
+        ("num_groups", c_int64),
+        ("num_generated_groups", c_int64),
+        ("groups", c_void_p),
+        ("experts", c_void_p),
+        ("weights", c_void_p),
+        ("rows", c_void_p),
+        ("places", c_void_p),
+    ]
+
+
+class RouteParameters(Structure):
+    _fields_ = [
+        ("num_rows", c_void_p),
+        ("logits", c_void_p),
+        ("logits_stride", c_int64),
+        ("num_experts", c_int64),
+        ("num_chosen", c_int64),
+        ("scoring", c_int64),
+        ("normalize", c_int64),
+        ("scale", c_double),
+        ("num_groups", c_int64),
+        ("num_best_groups", c_int64),
+        ("group_scores", c_int64),
+        ("bias", c_void_p),
+        ("expert_scales", c_void_p),
+        ("routing", c_void_p),
+    ]
+
+
+class GatherPairsParameters(Structure):
+    _fields_ = [("routing", c_void_p), ("input", c_void_p), ("stride", c_int64), ("output", c_void_p)]
+
+
+class ExpertLinearParameters(Structure):
+    _fields_ = [
+        ("routing", c_void_p),
+        ("weights", c_void_p),
+        ("bias_stride", c_int64),
+        ("linear", LinearParameters),
+    ]
+
+
+class CombineExpertsParameters(Structure):
+    _fields_ = [
+        ("num_rows", c_void_p),
+        ("routing", c_void_p),
+        ("input", c_void_p),
+        ("input_stride", c_int64),
+        ("size", c_int64),
+        ("num_chosen", c_int64),
+        ("output", c_void_p),
+        ("output_stride", c_int64),
+    ]
+
+
 class AddLoraParameters(Structure):
     _fields_ = [
         ("num_rows", c_void_p),

@@ -9,6 +9,7 @@ import pytest
 
 from engine.config import ModelConfig, RopeScaling, load_model_config
 from tests.support.gguf_files import LLAMA, write_gguf
+from tests.support.model_configs import llama_config
 
 
 def gguf_config(path: Path, metadata: dict[str, Any] | None = None, *tensors: str, arch: str = "llama") -> ModelConfig:
@@ -20,7 +21,7 @@ def gguf_config(path: Path, metadata: dict[str, Any] | None = None, *tensors: st
 
 
 def test_smollm2(smollm2_path: Path) -> None:
-    assert load_model_config(smollm2_path) == ModelConfig(
+    assert load_model_config(smollm2_path) == llama_config(
         architecture="llama",
         vocab_size=49152,
         num_token_ids=49152,

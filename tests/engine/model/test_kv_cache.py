@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from engine.config import ModelConfig
 from engine.kernels.interface import KernelOptions, Kernels
 from engine.kernels.load import load_kernels
 from engine.kernels.torch.kernels import TorchKernels
 from engine.kernels.triton.kernels import TritonKernels
 from engine.model.kv_cache import KVCache, bytes_per_block
+from tests.support.model_configs import llama_config
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
+MODEL = llama_config(
     architecture="llama",
     vocab_size=100,
     num_token_ids=100,

@@ -13,9 +13,10 @@ from engine.kernels.torch.kernels import TorchKernels
 from engine.model import CausalLM, Parameters
 from engine.model.decoder import Linear
 from engine.weights import PackedTensor
+from tests.support.model_configs import llama_config
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(
+CONFIG = llama_config(
     architecture="llama",
     vocab_size=50,
     num_token_ids=50,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from engine.config import ModelConfig
 from engine.weights import Weight, load_weights
 from engine.weights import dequantize as dequantization
 from tests.support.gguf_files import write_gguf
+from tests.support.model_configs import llama_config
 
 Array = np.ndarray[Any, Any]
 Type = GGMLQuantizationType
@@ -30,7 +30,7 @@ def _can_dequantize(ggml_type: GGMLQuantizationType) -> bool:
 DEQUANTIZABLE = [ggml_type for ggml_type in GGMLQuantizationType if _can_dequantize(ggml_type)]
 NUM_ROWS, ROW_SIZE = 70, 512  # more than one chunk, the last one not full
 
-CONFIG = ModelConfig(
+CONFIG = llama_config(
     architecture="llama",
     vocab_size=32,
     num_token_ids=32,

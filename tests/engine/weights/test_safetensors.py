@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import ModelConfig, load_model_config
 from engine.weights import load_weights
+from tests.support.model_configs import llama_config
 
 
 def save_model(folder: Path, *, tied: bool = False, max_shard_size: str = "1GB") -> dict[str, torch.Tensor]:
@@ -37,7 +38,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
 
 
 def tiny_config(*, tied: bool = False) -> ModelConfig:
-    return ModelConfig(
+    return llama_config(
         architecture="llama",
         vocab_size=2,
         num_token_ids=2,

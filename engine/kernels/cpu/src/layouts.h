@@ -43,6 +43,28 @@ const lightwell::Field lightwell::FIELDS[] = {
     FIELD(num_rows), FIELD(input), FIELD(input_stride), FIELD(weights), FIELD(num_inputs), FIELD(num_outputs),
     FIELD(bias), FIELD(output), FIELD(output_stride), FIELD(accumulate),
 #undef STRUCT
+#define STRUCT ExpertRows
+    FIELD(expert), FIELD(first), FIELD(num_rows),
+#undef STRUCT
+#define STRUCT Routing
+    FIELD(num_pairs), FIELD(num_groups), FIELD(num_generated_groups), FIELD(groups), FIELD(experts), FIELD(weights),
+    FIELD(rows), FIELD(places),
+#undef STRUCT
+#define STRUCT RouteParameters
+    FIELD(num_rows), FIELD(logits), FIELD(logits_stride), FIELD(num_experts), FIELD(num_chosen), FIELD(scoring),
+    FIELD(normalize), FIELD(scale), FIELD(num_groups), FIELD(num_best_groups), FIELD(group_scores), FIELD(bias),
+    FIELD(expert_scales), FIELD(routing),
+#undef STRUCT
+#define STRUCT GatherPairsParameters
+    FIELD(routing), FIELD(input), FIELD(stride), FIELD(output),
+#undef STRUCT
+#define STRUCT ExpertLinearParameters
+    FIELD(routing), FIELD(weights), FIELD(bias_stride), FIELD(linear),
+#undef STRUCT
+#define STRUCT CombineExpertsParameters
+    FIELD(num_rows), FIELD(routing), FIELD(input), FIELD(input_stride), FIELD(size), FIELD(num_chosen), FIELD(output),
+    FIELD(output_stride),
+#undef STRUCT
 #define STRUCT AddLoraParameters
     FIELD(num_rows), FIELD(lora_slots), FIELD(input), FIELD(input_stride), FIELD(num_inputs), FIELD(a),
     FIELD(a_stride), FIELD(b), FIELD(b_stride), FIELD(ranks), FIELD(part_ends), FIELD(num_parts), FIELD(max_rank),

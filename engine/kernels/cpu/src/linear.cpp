@@ -2,6 +2,7 @@
 
 #include "functions.h"
 
+#include "experts.h"
 #include "linear.h"
 #ifdef LIGHTWELL_TILES
 #include "tile_linear.h"
@@ -13,25 +14,33 @@ namespace {
 constexpr lightwell::Function LINEAR_BFLOAT16 = linear<BFloat16, TileProducts<BFloat16>>;
 template <class Format>
 constexpr lightwell::Function LINEAR_QUANTISED = linear_by_origin<Format, VectorProducts<Format>, TileProducts<Format>>;
+constexpr lightwell::Function EXPERTS_BFLOAT16 = expert_linear<BFloat16, TileProducts<BFloat16>>;
+template <class Format>
+constexpr lightwell::Function EXPERTS_QUANTISED = expert_linear<Format, VectorProducts<Format>, TileProducts<Format>>;
 #else
 constexpr lightwell::Function LINEAR_BFLOAT16 = linear<BFloat16>;
 template <class Format>
 constexpr lightwell::Function LINEAR_QUANTISED = linear<Format>;
+constexpr lightwell::Function EXPERTS_BFLOAT16 = expert_linear<BFloat16>;
+template <class Format>
+constexpr lightwell::Function EXPERTS_QUANTISED = expert_linear<Format>;
 #endif
 
 }  // namespace
 
 const lightwell::NamedFunction lightwell::LINEAR_FUNCTIONS[] = {
-    {"linear_float32", linear<Float32>},
-    {"linear_bfloat16", LINEAR_BFLOAT16},
-    {"linear_int8", LINEAR_QUANTISED<Q8_0>},
-    {"linear_q4_0", LINEAR_QUANTISED<Q4_0>},
-    {"linear_q4_1", LINEAR_QUANTISED<Q4_1>},
-    {"linear_q5_0", LINEAR_QUANTISED<Q5_0>},
-    {"linear_q5_1", LINEAR_QUANTISED<Q5_1>},
-    {"linear_q8_0", LINEAR_QUANTISED<Q8_0>},
-    {"linear_q4_k", LINEAR_QUANTISED<Q4_K>},
-    {"linear_q5_k", LINEAR_QUANTISED<Q5_K>},
-    {"linear_q6_k", LINEAR_QUANTISED<Q6_K>},
+    {"linear_float32", linear<Float32>}, {"expert_linear_float32", expert_linear<Float32>},
+    {"linear_bfloat16", LINEAR_BFLOAT16}, {"expert_linear_bfloat16", EXPERTS_BFLOAT16},
+#define QUANTISED(NAME, FORMAT) {"linear_" NAME, LINEAR_QUANTISED<FORMAT>}, {"expert_linear_" NAME, EXPERTS_QUANTISED<FORMAT>}
+    QUANTISED("int8", Q8_0),
+    QUANTISED("q4_0", Q4_0),
+    QUANTISED("q4_1", Q4_1),
+    QUANTISED("q5_0", Q5_0),
+    QUANTISED("q5_1", Q5_1),
+    QUANTISED("q8_0", Q8_0),
+    QUANTISED("q4_k", Q4_K),
+    QUANTISED("q5_k", Q5_K),
+    QUANTISED("q6_k", Q6_K),
+#undef QUANTISED
     {nullptr, nullptr},
 };

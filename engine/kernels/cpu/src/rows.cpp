@@ -3,6 +3,7 @@
 #include "functions.h"
 
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
 #include "lora.h"
 #include "pack.h"
@@ -16,6 +17,9 @@ const lightwell::NamedFunction lightwell::ROW_FUNCTIONS[] = {
     {"gather", gather},
     {"rms_norm", rms_norm},
     {"act_and_mul", act_and_mul},
+    {"route", route},
+    {"gather_pairs", gather_pairs},
+    {"combine_experts", combine_experts},
     {"rope_and_store_kv", rope_and_store_kv},
     {"sample", sample},
     {"add_lora_float32", add_lora<float>},

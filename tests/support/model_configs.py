@@ -1,0 +1,50 @@
+"""Configurations of models whose layers are all alike, from the numbers of a config.json."""
+
+from typing import Any
+
+from engine.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, RopeScaling, RopeSpec, WeightLayout
+
+PLAIN = RopeScaling()
+
+
+def llama_config(
+    *,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    intermediate_size: int,
+    rope_theta: float = 10000.0,
+    rope_scaling: RopeScaling = PLAIN,
+    sliding_window: int | None = None,
+    attention_bias: bool = False,
+    attention_output_bias: bool = False,
+    mlp_bias: bool = False,
+    hidden_act: str = "silu",
+    architecture: str = "llama",
+    is_interleaved: bool = False,
+    **others: Any,
+) -> ModelConfig:
+    """Return the configuration of a Llama, or of a family like it.
+
+    `is_interleaved`: as in GGUF files, the rows of queries and keys are stored in pairs.
+    """
+    attention = AttentionSpec(
+        num_heads=num_attention_heads,
+        num_kv_heads=num_key_value_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        window=sliding_window,
+        qkv_bias=attention_bias,
+        output_bias=attention_output_bias,
+    )
+    mlp = MLPSpec(intermediate_size=intermediate_size, activation=hidden_act, bias=mlp_bias)
+    rope = RopeSpec(head_dim=head_dim, rotary_dim=head_dim, theta=rope_theta, scaling=rope_scaling)
+    names = () if is_interleaved else ((r"\.post_attention_layernorm\.", ".pre_feedforward_layernorm."),)
+    return ModelConfig(
+        architecture=architecture,
+        layers=(LayerSpec(attention=attention, mlp=mlp),) * num_hidden_layers,
+        ropes=(rope,),
+        weight_layout=WeightLayout(names=names, is_interleaved=is_interleaved),
+        **others,
+    )
