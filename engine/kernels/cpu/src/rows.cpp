@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "lora.h"
 #include "pack.h"
+#include "rope.h"
 #include "rows.h"
 #include "sampler.h"
 
@@ -15,6 +16,9 @@ const lightwell::NamedFunction lightwell::ROW_FUNCTIONS[] = {
     {"prepare", prepare},
     {"gather", gather},
     {"rms_norm", rms_norm},
+    {"layer_norm", layer_norm},
+    {"add", add},
+    {"scale", scale},
     {"act_and_mul", act_and_mul},
     {"rope_and_store_kv", rope_and_store_kv},
     {"sample", sample},
