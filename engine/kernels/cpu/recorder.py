@@ -28,13 +28,14 @@ class Buffer:
 
     num_rows: int  # address of its RowCounts
     tensor: Tensor
+    scope: int  # see ProgramRecorder.scope
     producer: ctypes.Structure | None = None  # parameters of the call that fills it, if that can also prepare its rows
     prepared: dict[PreparedKey, PreparedRows] = field(default_factory=dict)  # the same rows as input of products
     is_read: bool = False  # as float32
 
 
-# Address and number of columns, form of generated tokens and of prompts.
-PreparedKey: TypeAlias = tuple[int, int, int, int]
+# Address and number of columns, form of generated tokens and of prompts, scope.
+PreparedKey: TypeAlias = tuple[int, int, int, int, int]
 
 
 class ProgramRecorder:
@@ -51,6 +52,7 @@ class ProgramRecorder:
         self._index_rows: Mapping[int, int] = {}  # address of an index tensor -> address of its RowCounts
         self._pool: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}  # temporaries, by order of creation
         self._num_temporaries: int | None = None
+        self.scope = 0  # changes with each context of `temporaries`, in which other calls use the same memory
 
     @contextmanager
     def recording(self, program: Program, index_rows: Mapping[int, int], num_seqs: int) -> Iterator[None]:
@@ -77,7 +79,7 @@ class ProgramRecorder:
     def new(self, num_rows: int, *shape: int) -> Buffer:
         """Return a new float32 buffer for the result of an operation."""
         tensor = self.temporary(torch.Size(shape), torch.float32)
-        buffer = Buffer(num_rows, tensor)
+        buffer = Buffer(num_rows, tensor, self.scope)
         self._buffers[tensor.untyped_storage().data_ptr()] = buffer
         return buffer
 
@@ -111,10 +113,12 @@ class ProgramRecorder:
     def temporaries(self) -> Iterator[None]:
         """Return a context manager; buffers made inside it are reused by the next one."""
         self._num_temporaries = 0
+        self.scope += 1
         try:
             yield
         finally:
             self._num_temporaries = None
+            self.scope += 1
 
     def temporary(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return a zeroed buffer: a new one, or inside `temporaries` one that an earlier context used."""
@@ -133,7 +137,7 @@ class ProgramRecorder:
         if form.form == FLOAT32:
             return self.read(x), 4 * x.stride(0)
         source = self.buffer(x)
-        key = (x.data_ptr(), x.shape[1], form.form, form.prompt_form)
+        key = (x.data_ptr(), x.shape[1], form.form, form.prompt_form, self.scope)
         if key not in source.prepared:
             source.prepared[key] = self._prepare(x, source, form)
         return source.prepared[key].rows, source.prepared[key].stride
@@ -143,8 +147,8 @@ class ProgramRecorder:
         stride = max(input_row_bytes(some, x.shape[1]) for some in (form.form, form.prompt_form))
         rows = self.temporary(torch.Size((x.shape[0], stride)), torch.uint8)
         prepared = PreparedRows(form.form, form.prompt_form, rows.data_ptr(), stride)
-        is_whole = x.numel() == source.tensor.numel()
-        if is_whole and source.producer is not None and not source.prepared:
+        can_prepare = x.numel() == source.tensor.numel() and source.scope == self.scope
+        if can_prepare and source.producer is not None and not source.prepared:
             source.producer.prepared = prepared
             self._prepared_only.append(source)
         else:

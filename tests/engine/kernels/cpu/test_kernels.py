@@ -383,6 +383,27 @@ def test_products_of_columns(code_path: str) -> None:
 
 
 @each_code_path
+@pytest.mark.parametrize("is_read_before", [False, True])
+def test_products_of_what_outlives_temporaries(is_read_before: bool, code_path: str) -> None:
+    """A product in one context reads what was made before it, although others reused the memory in between."""
+    kernels = make_kernels(code_path)
+    norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
+    first, second = (kernels.linear(kernels.pack([random_weight("q4_0", 96, 96, seed)[0]])) for seed in (2, 3))
+
+    def operation(rows: Tensor, x: Tensor) -> Tensor:
+        normed = kernels.rms_norm(x, norm, 1e-5)
+        with kernels.temporaries():
+            if is_read_before:
+                first(normed)
+            second(second(x))
+        with kernels.temporaries():
+            return first(normed)
+
+    alone = Rows(kernels, [x], lambda rows, x: first(kernels.rms_norm(x, norm, 1e-5)))
+    assert torch.equal(Rows(kernels, [x], operation)(range(9)), alone(range(9)))
+
+
+@each_code_path
 @pytest.mark.parametrize("change", ["linear", "rms_norm", "add", "scale", "lora"])
 def test_products_of_what_changes(change: str, code_path: str) -> None:
     """A product reads what its input holds by then, not what an earlier product read."""
