@@ -1,22 +1,23 @@
 """Small programs of the C++ kernels, which run on rows of a test's tables."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.builder import BatchBuilder
+from engine.batch.inputs import BatchInputs
+from engine.config import AttentionKind, KVShape
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.program import Program
-from engine.kernels.interface import KernelOptions, LayerCache, LinearOp
-from engine.scheduling.block_pool import Block
-from engine.scheduling.request import Scheduled, Step, new_request
-from engine.shared.messages import SamplingParams, Submit
+from engine.kernels.interface import AttentionScores, HeadNorms, KernelOptions, LayerCache, LinearOp, Rotations
 from tests.support.kernel_choice import load_library
-from tests.support.tensors import CPU
+from tests.support.tensors import random_tensor
 
 MAX_ROWS = 130
+MAX_STEP_ROWS, MAX_STEP_SEQS = 2048, 64
 SEED = 3
 
 
@@ -78,6 +79,42 @@ def assert_close(actual: Tensor, expected: Tensor, bound: Tensor | float) -> Non
     assert worst <= 1, f"an error is {worst} times its bound"
 
 
+@dataclass(frozen=True)
+class LayerShape:
+    """Attention of one layer, whose weights are random."""
+
+    num_kv_heads: int
+    group_size: int  # query heads of a KV head
+    head_dim: int
+    block_size: int
+    window: int | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+    qk_norm: Literal["none", "head", "all"] = "none"
+    v_norm: bool = False
+    values_are_keys: bool = False
+    query_scale: float = 1.0  # of rotated queries
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        return self.num_kv_heads * self.group_size, self.num_kv_heads, self.head_dim
+
+    @property
+    def kv_shape(self) -> KVShape:
+        return KVShape(self.num_kv_heads, self.head_dim)
+
+    def scores(self, seed: int) -> AttentionScores:
+        sinks = random_tensor(seed + 100, self.heads[0]) * 2 if self.has_sinks else None
+        return AttentionScores(self.head_dim**-0.5, self.softcap, sinks)
+
+    def norms(self, seed: int) -> HeadNorms | None:
+        if self.qk_norm == "none" and not self.v_norm:
+            return None
+        sizes = {"none": None, "head": (1, 1), "all": self.heads[:2]}[self.qk_norm]
+        q, k = (random_tensor(seed + 101, size * self.head_dim) for size in sizes) if sizes else (None, None)
+        return HeadNorms(q, k, random_tensor(seed + 102, self.head_dim) if self.v_norm else None, eps=1e-3)
+
+
 class Sequences:
     """A recorded program of rotary embedding, KV cache and attention.
 
@@ -88,71 +125,112 @@ class Sequences:
     def __init__(
         self,
         kernels: CpuKernels,
-        heads: tuple[int, int, int],  # query heads, KV heads, head size
+        shape: LayerShape,
         table: Tensor,  # [tokens, (query heads + 2 * KV heads) * head size]
         seq_lens: Sequence[int],
         *,
-        block_size: int = 16,
-        window: int | None = None,
         project: LinearOp | None = None,
+        cache: LayerCache | None = None,
         seed: int = SEED,
     ) -> None:
-        self.num_heads, self.num_kv_heads, self.head_dim = heads
-        self.block_size, self.window, self.seq_lens = block_size, window, seq_lens
+        self.shape, self.seq_lens = shape, seq_lens
+        self.scores, self.norms = shape.scores(seed), shape.norms(seed)
         self.first_tokens = [sum(seq_lens[:index]) for index in range(len(seq_lens))]
-        angles = torch.rand(max(seq_lens), self.head_dim // 2, generator=torch.Generator().manual_seed(seed)) * 1000
-        self.cos, self.sin = angles.cos(), angles.sin()
-        num_blocks = [-(-length // block_size) for length in seq_lens]
+        generator = torch.Generator().manual_seed(seed)
+        angles = torch.rand(max(seq_lens), shape.head_dim // 2, generator=generator) * 1000
+        self.rotations = torch.cat([angles.cos(), angles.sin()], dim=1)
+        num_blocks = [-(-length // shape.block_size) for length in seq_lens]
         shuffled = np.random.default_rng(seed).permutation(sum(num_blocks) + 3)
-        self.block_ids = [ids.tolist() for ids in np.split(shuffled, np.cumsum(num_blocks))[: len(seq_lens)]]
-        # The second of three layers, whose blocks alternate.
-        _, self.cache, _ = kernels.new_kv_cache(3, len(shuffled), block_size, self.num_kv_heads, self.head_dim)
+        *block_ids, self.unused = np.split(shuffled, np.cumsum(num_blocks))
+        self.block_ids = [ids.tolist() for ids in block_ids]
+        if cache is None:  # the second of three layers, whose blocks alternate
+            ((_, cache, _),) = kernels.new_kv_cache([[shape.kv_shape] * 3], len(shuffled), shape.block_size)
+        self.cache = cache
         self.generated: set[int] = set()  # sequences whose tokens count as generated; they come first in a step
         self.forget()
-        self.builder = BatchBuilder(2048, 64, max(seq_lens), block_size, CPU)
         self._record(kernels, table, project)
+
+    def _new_batch(self) -> BatchInputs:
+        """Return the buffers of a batch, which each step fills."""
+        rows, none = np.zeros((3, MAX_STEP_ROWS), dtype=np.int64), torch.zeros(0, dtype=torch.int64)
+        lens = np.zeros((2, MAX_STEP_SEQS), dtype=np.int64)
+        tables = torch.zeros((MAX_STEP_SEQS, max(map(len, self.block_ids))), dtype=torch.int64)
+        self.num_rows, self.num_seqs = np.zeros(2, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        token_ids, positions, slot_mapping = torch.from_numpy(rows)
+        return BatchInputs(
+            token_ids=token_ids,
+            positions=positions,
+            slot_mappings=[slot_mapping],
+            lora_slots=none,
+            hidden_rows=none,
+            hidden_lora_slots=none,
+            sample_rows=none,
+            ahead_rows=none,
+            ahead_samples=none,
+            block_tables=[tables],
+            query_lens=lens[0],
+            hidden_lens=lens[0],
+            seq_lens=lens[1],
+        )
 
     def _record(self, kernels: CpuKernels, table: Tensor, project: LinearOp | None) -> None:
         self.program = Program(kernels.library, kernels.team)
-        batch = self.builder.buffers()
-        num_rows = self.builder.num_rows.ctypes.data
+        self.batch = batch = self._new_batch()
+        num_rows = self.num_rows.ctypes.data
         index_rows = {batch.token_ids.data_ptr(): num_rows, batch.positions.data_ptr(): num_rows}
-        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        with kernels.recording(self.program, index_rows, self.builder.num_seqs.ctypes.data):
-            heads = kernels.gather(table, batch.token_ids).view(-1, sum(sizes), self.head_dim)
+        num_heads, num_kv_heads, head_dim = self.shape.heads
+        sizes = [num_heads, num_kv_heads, num_kv_heads]
+        with kernels.recording(self.program, index_rows, self.num_seqs.ctypes.data):
+            heads = kernels.gather(table, batch.token_ids).view(-1, sum(sizes), head_dim)
             q, k, v = torch.split(heads, sizes, dim=1)
-            cos, sin = (kernels.gather(angles, batch.positions) for angles in (self.cos, self.sin))
-            counts = (self.num_heads, self.num_kv_heads)
-            self.plan = kernels.plan_attention(batch, batch.query_lens, *counts, self.cache, self.window)
-            self.q = kernels.rope_and_store_kv(q, k, v, cos, sin, batch.slot_mapping, self.cache)
-            out = kernels.paged_attention(self.q, self.cache, self.plan, self.head_dim**-0.5)
+            tables = [self.rotations * scale for scale in (self.shape.query_scale, 1.0)]
+            rotations = Rotations(*(kernels.gather(angles, batch.positions) for angles in tables))
+            kind = AttentionKind(num_heads, num_kv_heads, head_dim, self.shape.window)
+            self.plan = kernels.plan_attention(batch, batch.query_lens, kind, 0)
+            v = k if self.shape.values_are_keys else v
+            (slots,), (blocks,) = batch.slot_mappings, batch.block_tables
+            self.q = kernels.rope_and_store_kv(q, k, v, rotations, slots, self.cache, self.norms)
+            out = kernels.paged_attention(self.q, self.cache, self.plan, blocks, self.scores)
             self.out = out if project is None else project(out.flatten(1))
 
     def forget(self) -> None:
         """Fill the cache with the garbage of a failed request."""
-        garbage = torch.nan if self.cache.key_scales is None else 127
-        for tensor in (self.cache.keys, self.cache.values):
-            tensor.fill_(garbage)
-        for scales in (self.cache.key_scales, self.cache.value_scales):
-            if scales is not None:
-                scales.fill_(torch.nan)
+        fill_cache(self.cache, list(range(len(self.cache.keys))))
+
+    def forget_before(self, sequence: int, position: int) -> None:
+        """Fill the blocks before a position with garbage, and replace them in the block table by one of nobody."""
+        block_ids, num_blocks = self.block_ids[sequence], max(0, position) // self.shape.block_size
+        fill_cache(self.cache, block_ids[:num_blocks])
+        block_ids[:num_blocks] = [int(self.unused[0])] * num_blocks
 
     def step(self, *spans: tuple[int, int, int]) -> list[Tensor]:
         """Store and attend. Returns the result of each span [rows, query heads, head size], or its projection."""
-        self.builder.build(Step(1, [self._scheduled(*span) for span in spans]))
-        self.program.run()
+        batch, row = self.batch, 0
+        for index, (sequence, start, end) in enumerate(spans):
+            positions = torch.arange(start, end)
+            block_ids = torch.tensor(self.block_ids[sequence])
+            blocks, offsets = positions // self.shape.block_size, positions % self.shape.block_size
+            rows = slice(row, row + len(positions))
+            batch.token_ids[rows] = self.first_tokens[sequence] + positions
+            batch.positions[rows] = positions
+            batch.slot_mappings[0][rows] = block_ids[blocks] * self.shape.block_size + offsets
+            batch.block_tables[0][index, : len(block_ids)] = block_ids
+            batch.query_lens[index], batch.seq_lens[index] = len(positions), end
+            row = rows.stop
         lengths = [end - start for _, start, end in spans]
-        return [out.clone() for out in torch.split(self.out[: sum(lengths)], lengths)]
+        num_generated = sum(end - start for sequence, start, end in spans if sequence in self.generated)
+        self.num_rows[:], self.num_seqs[:] = (row, num_generated), len(spans)
+        self.program.run()
+        return [out.clone() for out in torch.split(self.out[:row], lengths)]
 
-    def _scheduled(self, sequence: int, start: int, end: int) -> Scheduled:
-        first = self.first_tokens[sequence]
-        token_ids = list(range(first, first + self.seq_lens[sequence]))
-        submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
-        request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
-        if sequence in self.generated:
-            request.num_prompt_tokens = 0
-        request.kv.set_blocks([Block(block_id) for block_id in self.block_ids[sequence]])
-        return Scheduled(request, start, end - start, num_samples=0)
+
+def fill_cache(cache: LayerCache, block_ids: list[int]) -> None:
+    """Fill the blocks of a layer with NaN: 8-bit codes by scales of NaN."""
+    for tensor in (cache.keys, cache.values):
+        tensor[block_ids] = torch.nan if cache.key_scales is None else 127
+    for scales in (cache.key_scales, cache.value_scales):
+        if scales is not None:
+            scales[block_ids] = torch.nan
 
 
 def stored_heads(cache: LayerCache, head: int, block_ids: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class GatherParameters(Structure):
     ]
 
 
-class RmsNormParameters(Structure):
+class NormParameters(Structure):
     _fields_ = [
         ("num_rows", c_void_p),
         ("input", c_void_p),
@@ -65,15 +65,41 @@ class RmsNormParameters(Structure):
         ("epsilon", c_double),
         ("output", c_void_p),
         ("output_stride", c_int64),
+        ("accumulate", c_int64),
         ("prepared", PreparedRows),
+    ]
+
+
+class AddParameters(Structure):
+    _fields_ = [
+        ("num_rows", c_void_p),
+        ("input", c_void_p),
+        ("input_stride", c_int64),
+        ("size", c_int64),
+        ("scale", c_double),
+        ("output", c_void_p),
+        ("output_stride", c_int64),
+    ]
+
+
+class ScaleParameters(Structure):
+    _fields_ = [
+        ("num_rows", c_void_p),
+        ("values", c_void_p),
+        ("stride", c_int64),
+        ("size", c_int64),
+        ("scale", c_double),
+        ("softcap", c_double),
     ]
 
 
 class ActAndMulParameters(Structure):
     _fields_ = [
         ("num_rows", c_void_p),
-        ("gate_up", c_void_p),
-        ("input_stride", c_int64),
+        ("gate", c_void_p),
+        ("gate_stride", c_int64),
+        ("up", c_void_p),
+        ("up_stride", c_int64),
         ("size", c_int64),
         ("activation", c_int64),
         ("output", c_void_p),
@@ -216,20 +242,27 @@ class CacheParameters(Structure):
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
         ("block_stride", c_int64),
+        ("scale_stride", c_int64),
     ]
+
+
+class Heads(Structure):
+    """The heads of each row, and their RMS norm."""
+
+    _fields_ = [("rows", c_void_p), ("stride", c_int64), ("norm", c_void_p), ("norm_size", c_int64)]
 
 
 class RopeAndStoreKvParameters(Structure):
     _fields_ = [
         ("num_rows", c_void_p),
         ("slot_mapping", c_void_p),
-        ("q", c_void_p),
-        ("k", c_void_p),
-        ("v", c_void_p),
-        ("row_stride", c_int64),
         ("num_heads", c_int64),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
+        ("q", Heads),
+        ("k", Heads),
+        ("v", Heads),
+        ("q_rotations", c_void_p),
+        ("k_rotations", c_void_p),
+        ("epsilon", c_double),
         ("cache", CacheParameters),
     ]
 
@@ -274,6 +307,7 @@ class PlanAttentionParameters(Structure):
         ("seq_lens", c_void_p),
         ("num_heads", c_int64),
         ("num_kv_heads", c_int64),
+        ("window", c_int64),
         ("plan", c_void_p),
     ]
 
@@ -287,6 +321,7 @@ class PagedAttentionParameters(Structure):
         ("scale", c_double),
         ("window", c_int64),
         ("softcap", c_double),
+        ("sinks", c_void_p),
         ("block_tables", c_void_p),
         ("table_stride", c_int64),
         ("plan", c_void_p),

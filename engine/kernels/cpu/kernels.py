@@ -14,26 +14,38 @@ import torch
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
+from engine.config import AttentionKind, KVShape
 from engine.kernels.cpu import attention
 from engine.kernels.cpu.attention import CHUNK, LANES, MAX_HEAD_DIM, CpuAttentionPlan
 from engine.kernels.cpu.c_structs import (
     ActAndMulParameters,
     AddLoraParameters,
+    AddParameters,
     EmbedParameters,
     GatherParameters,
     LinearParameters,
-    RmsNormParameters,
+    NormParameters,
+    ScaleParameters,
 )
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
 from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.cpu.sampler import CpuSampler
 from engine.kernels.cpu.weights import PACKED_TYPES, Matrix, Packer
-from engine.kernels.interface import ExecutionKind, KernelOptions, LayerCache, LinearOp, LoraWeights
+from engine.kernels.interface import (
+    AttentionScores,
+    ExecutionKind,
+    HeadNorms,
+    KernelOptions,
+    LayerCache,
+    LinearOp,
+    LoraWeights,
+    Rotations,
+)
 from engine.kernels.lazy_memory import lazy_zeros
 from engine.weights import Weight
 
-ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}  # Activation of rows.h
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2, "swigluoai": 3}  # Activation of rows.h
 
 
 def why_unsupported(options: KernelOptions) -> str | None:
@@ -44,8 +56,8 @@ def why_unsupported(options: KernelOptions) -> str | None:
         return f"the C++ kernels do not compute in {options.dtype}".replace("torch.", "")
     if options.block_size % LANES or CHUNK % options.block_size:
         return f"the C++ kernels need a --block-size of 16, 32, 64, 128 or 256, not {options.block_size}"
-    if options.head_dim % LANES or options.head_dim > MAX_HEAD_DIM:
-        return f"the C++ kernels need a head size that is a multiple of 16 up to {MAX_HEAD_DIM}, not {options.head_dim}"
+    if sizes := sorted(size for size in options.head_dims if size % LANES or size > MAX_HEAD_DIM):
+        return f"the C++ kernels need a head size that is a multiple of 16 up to {MAX_HEAD_DIM}, not {sizes[0]}"
     return None
 
 
@@ -130,6 +142,7 @@ class CpuKernels:
             )
             self.recorder.call(f"linear_{part.format.name}", parameters, matrix, bias)
             first += part.num_outputs
+        self.recorder.change(out)
         return out
 
     def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
@@ -162,12 +175,12 @@ class CpuKernels:
             num_parts=len(part_ends),
             max_rank=max_rank,
             shrunk=shrunk.data_ptr(),
-            output=out.data_ptr(),
+            output=self.recorder.change(out),
             output_stride=out.stride(0),
         )
         self.recorder.call(f"add_lora_{str(self.dtype).removeprefix('torch.')}", parameters, weights, part_ends, shrunk)
 
-    def embed(self, token_ids: Tensor, matrix: Matrix) -> Tensor:
+    def embed(self, token_ids: Tensor, matrix: Matrix, scale: float = 1.0) -> Tensor:
         (part,) = matrix.parts
         out = self.recorder.new(self.recorder.index_rows(token_ids), len(token_ids), matrix.num_inputs)
         parameters = EmbedParameters(
@@ -179,7 +192,7 @@ class CpuKernels:
             output_stride=out.tensor.stride(0),
         )
         self.recorder.call(f"embed_{part.format.name}", parameters, matrix)
-        return out.tensor
+        return self.scale_logits(out.tensor, scale, None)
 
     # Rows.
 
@@ -197,29 +210,68 @@ class CpuKernels:
         self.recorder.call("gather", parameters, table)
         return out.tensor
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out = self.recorder.new(self.recorder.buffer(x).num_rows, *x.shape)
-        out.producer = RmsNormParameters(
-            num_rows=out.num_rows,
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        return self._norm("rms_norm", x, weight, eps, residual)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm("layer_norm", x, weight, eps, None)
+
+    def _norm(self, name: str, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+        num_rows = self.recorder.buffer(x).num_rows
+        parameters = NormParameters(
+            num_rows=num_rows,
             input=self.recorder.read(x),
             input_stride=x.stride(0),
             size=x.shape[1],
             weight=weight.data_ptr(),
             epsilon=eps,
-            output=out.tensor.data_ptr(),
-            output_stride=out.tensor.stride(0),
+            accumulate=residual is not None,
         )
-        self.recorder.call("rms_norm", out.producer, weight)
-        return out.tensor
+        if residual is None:
+            buffer = self.recorder.new(num_rows, *x.shape)
+            buffer.producer = parameters
+            residual = buffer.tensor
+        else:
+            self.recorder.change(residual)
+        parameters.output, parameters.output_stride = residual.data_ptr(), residual.stride(0)
+        self.recorder.call(name, parameters, weight)
+        return residual
 
-    def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
-        size = gate_up.shape[1] // 2
-        out = self.recorder.new(self.recorder.buffer(gate_up).num_rows, len(gate_up), size)
+    def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
+        parameters = AddParameters(
+            num_rows=self.recorder.buffer(x).num_rows,
+            input=self.recorder.read(x),
+            input_stride=x.stride(0),
+            size=x.shape[1],
+            scale=scale,
+            output=self.recorder.change(residual),
+            output_stride=residual.stride(0),
+        )
+        self.recorder.call("add", parameters)
+
+    def scale_logits(self, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+        if scale == 1.0 and softcap is None:
+            return logits
+        parameters = ScaleParameters(
+            num_rows=self.recorder.buffer(logits).num_rows,
+            values=self.recorder.change(logits),
+            stride=logits.stride(0),
+            size=logits.shape[1],
+            scale=scale,
+            softcap=softcap or 0.0,
+        )
+        self.recorder.call("scale", parameters)
+        return logits
+
+    def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        out = self.recorder.new(self.recorder.buffer(gate).num_rows, *gate.shape)
         out.producer = ActAndMulParameters(
             num_rows=out.num_rows,
-            gate_up=self.recorder.read(gate_up),
-            input_stride=gate_up.stride(0),
-            size=size,
+            gate=self.recorder.read(gate),
+            gate_stride=gate.stride(0),
+            up=self.recorder.read(up),
+            up_stride=up.stride(0),
+            size=gate.shape[1],
             activation=ACTIVATIONS[activation],
             output=out.tensor.data_ptr(),
             output_stride=out.tensor.stride(0),
@@ -229,32 +281,37 @@ class CpuKernels:
 
     # Attention.
 
-    def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
-        return attention.kv_cache_bytes(self.cache_dtype, block_size, num_kv_heads, head_dim)
+    def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
+        return attention.kv_cache_bytes(self.cache_dtype, groups, block_size)
 
     def new_kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
-    ) -> list[LayerCache]:
-        return attention.new_kv_cache(self.cache_dtype, num_layers, num_blocks, block_size, num_kv_heads, head_dim)
+        self, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
+    ) -> list[list[LayerCache]]:
+        return attention.new_kv_cache(self.cache_dtype, groups, num_blocks, block_size)
 
     def rope_and_store_kv(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, cache: LayerCache
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        rotations: Rotations,
+        slot_mapping: Tensor,
+        cache: LayerCache,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
-        return attention.rope_and_store_kv(self.recorder, q, k, v, cos, sin, slot_mapping, cache)
+        return attention.rope_and_store_kv(
+            self.recorder, q, k, v, rotations, slot_mapping, cache, norms or attention.NO_NORMS
+        )
 
-    def attention_planner(self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> None:
+    def attention_planner(self, kind: AttentionKind) -> None:
         return None  # a call in the program makes the work list
 
     def plan_attention(
-        self,
-        batch: BatchInputs,
-        query_lens: Lengths,
-        num_heads: int,
-        num_kv_heads: int,
-        cache: LayerCache,
-        window: int | None,
+        self, batch: BatchInputs, query_lens: Lengths, kind: AttentionKind, kind_index: int
     ) -> CpuAttentionPlan:
-        return attention.plan_attention(self.recorder, batch, query_lens, num_heads, num_kv_heads, cache, window)
+        return attention.plan_attention(self.recorder, batch, query_lens, kind)
 
-    def paged_attention(self, q: Tensor, cache: LayerCache, plan: CpuAttentionPlan, scale: float) -> Tensor:
-        return attention.paged_attention(self.recorder, q, cache, plan, scale)
+    def paged_attention(
+        self, q: Tensor, cache: LayerCache, plan: CpuAttentionPlan, block_tables: Tensor, scores: AttentionScores
+    ) -> Tensor:
+        return attention.paged_attention(self.recorder, q, cache, plan, block_tables, scores)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,9 +28,14 @@ class Buffer:
 
     num_rows: int  # address of its RowCounts
     tensor: Tensor
+    scope: int  # see ProgramRecorder.scope
     producer: ctypes.Structure | None = None  # parameters of the call that fills it, if that can also prepare its rows
-    prepared: PreparedRows | None = None  # the same rows in the input form of a product
+    prepared: dict[PreparedKey, PreparedRows] = field(default_factory=dict)  # the same rows as input of products
     is_read: bool = False  # as float32
+
+
+# Address and number of columns, form of generated tokens and of prompts, scope.
+PreparedKey: TypeAlias = tuple[int, int, int, int, int]
 
 
 class ProgramRecorder:
@@ -43,10 +48,11 @@ class ProgramRecorder:
         self.num_seqs = 0  # address of the number of sequences of a step
         self._buffers: dict[int, Buffer] = {}  # by the address of the storage, the newest of each
         self._prepared_only: list[Buffer] = []  # whose producer prepares the rows; not filled unless `is_read`
-        self._shared: dict[str, Tensor] = {}
+        self._shared: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._index_rows: Mapping[int, int] = {}  # address of an index tensor -> address of its RowCounts
         self._pool: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}  # temporaries, by order of creation
         self._num_temporaries: int | None = None
+        self.scope = 0  # changes with each context of `temporaries`, in which other calls use the same memory
 
     @contextmanager
     def recording(self, program: Program, index_rows: Mapping[int, int], num_seqs: int) -> Iterator[None]:
@@ -73,7 +79,7 @@ class ProgramRecorder:
     def new(self, num_rows: int, *shape: int) -> Buffer:
         """Return a new float32 buffer for the result of an operation."""
         tensor = self.temporary(torch.Size(shape), torch.float32)
-        buffer = Buffer(num_rows, tensor)
+        buffer = Buffer(num_rows, tensor, self.scope)
         self._buffers[tensor.untyped_storage().data_ptr()] = buffer
         return buffer
 
@@ -87,24 +93,32 @@ class ProgramRecorder:
             buffer.is_read = True
         return tensor.data_ptr()
 
+    def change(self, tensor: Tensor) -> int:
+        """Return a tensor's address, and note that a call changes its numbers: what was prepared before is old."""
+        buffer = self._buffers[tensor.untyped_storage().data_ptr()]
+        buffer.is_read, buffer.producer, buffer.prepared = True, None, {}
+        return tensor.data_ptr()
+
     def index_rows(self, index: Tensor) -> int:
         """Return the address of the RowCounts of an index tensor."""
         return self._index_rows[index.data_ptr()]
 
     def shared(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the buffer called `name`, which is created at its first use in a recording."""
-        if name not in self._shared:
-            self._shared[name] = lazy_zeros(shape, dtype)
-        return self._shared[name]
+        """Return the buffer of this name and shape, which is created at its first use in a recording."""
+        if (name, shape) not in self._shared:
+            self._shared[name, shape] = lazy_zeros(shape, dtype)
+        return self._shared[name, shape]
 
     @contextmanager
     def temporaries(self) -> Iterator[None]:
         """Return a context manager; buffers made inside it are reused by the next one."""
         self._num_temporaries = 0
+        self.scope += 1
         try:
             yield
         finally:
             self._num_temporaries = None
+            self.scope += 1
 
     def temporary(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return a zeroed buffer: a new one, or inside `temporaries` one that an earlier context used."""
@@ -123,21 +137,21 @@ class ProgramRecorder:
         if form.form == FLOAT32:
             return self.read(x), 4 * x.stride(0)
         source = self.buffer(x)
-        prepared = source.prepared
-        if prepared is None or (prepared.form, prepared.prompt_form) != (form.form, form.prompt_form):
-            prepared = self._prepare(x, source, form)
-        return prepared.rows, prepared.stride
+        key = (x.data_ptr(), x.shape[1], form.form, form.prompt_form, self.scope)
+        if key not in source.prepared:
+            source.prepared[key] = self._prepare(x, source, form)
+        return source.prepared[key].rows, source.prepared[key].stride
 
     def _prepare(self, x: Tensor, source: Buffer, form: Format) -> PreparedRows:
         """Convert the rows of x to a product's input form, in the call that fills x if it can, else in another call."""
         stride = max(input_row_bytes(some, x.shape[1]) for some in (form.form, form.prompt_form))
         rows = self.temporary(torch.Size((x.shape[0], stride)), torch.uint8)
         prepared = PreparedRows(form.form, form.prompt_form, rows.data_ptr(), stride)
-        if source.producer is not None and source.prepared is None:
+        can_prepare = x.numel() == source.tensor.numel() and source.scope == self.scope
+        if can_prepare and source.producer is not None and not source.prepared:
             source.producer.prepared = prepared
             self._prepared_only.append(source)
         else:
             self.call("prepare", PrepareParameters(source.num_rows, self.read(x), x.stride(0), x.shape[1], prepared))
         self.program.keep.append(rows)
-        source.prepared = prepared
         return prepared

@@ -29,7 +29,7 @@ struct AttentionItem {
     int64_t first_position;
     int64_t first_chunk;
     int64_t num_chunks;
-    int64_t partial;  // index in `partials` of the result to be merged; -1: the item covers all chunks
+    int64_t partial;  // index in `partials` of the result to be merged; -1: the item covers all chunks that its rows see
 };
 
 // Successive items of the same rows, one for each chunk.
@@ -55,19 +55,28 @@ struct PlanAttentionParameters {
     const int64_t* seq_lens;
     int64_t num_heads;
     int64_t num_kv_heads;
+    int64_t window;  // tokens that a query sees, itself included; 0: all
     AttentionPlan* plan;
 };
 
 inline int64_t rows_of_item(int64_t group_size) { return max_of(1, MAX_PACKED / group_size); }
 
-// Makes the plan, on one thread. The cost of a row is its number of chunks.
+INLINE int64_t first_visible(int64_t position, int64_t window) { return window ? max_of(0, position - window + 1) : 0; }
+
+// Returns the number of chunks from the first to the last that rows at these positions see.
+INLINE int64_t visible_chunks(int64_t first_position, int64_t last_position, int64_t window) {
+    return last_position / CHUNK - first_visible(first_position, window) / CHUNK + 1;
+}
+
+// Makes the plan, on one thread. The cost of a row is the number of chunks that it sees, about that of its sequence's last.
 inline void plan_attention(const void* parameters, const Worker& worker) {
     if (worker.index != 0) return;
     const PlanAttentionParameters& p = *(const PlanAttentionParameters*)parameters;
     AttentionPlan& plan = *p.plan;
     const int64_t tile = rows_of_item(p.num_heads / p.num_kv_heads);
     int64_t total = 0;
-    for (int64_t s = 0; s < *p.num_seqs; s++) total += p.query_lens[s] * divide_up(p.seq_lens[s], CHUNK);
+    for (int64_t s = 0; s < *p.num_seqs; s++)
+        total += p.query_lens[s] * visible_chunks(p.seq_lens[s] - 1, p.seq_lens[s] - 1, p.window);
     // The maximum cost of a task, which is an item of one KV head.
     const int64_t share = total * p.num_kv_heads / (4 * num_threads(worker));
     plan.num_items = plan.num_merges = 0;
@@ -75,11 +84,12 @@ inline void plan_attention(const void* parameters, const Worker& worker) {
     for (int64_t s = 0; s < *p.num_seqs; s++) {
         for (int64_t r = 0; r < p.query_lens[s]; r += tile) {
             const int64_t rows = min_of(tile, p.query_lens[s] - r), position = p.seq_lens[s] - p.query_lens[s] + r;
-            const int64_t chunks = divide_up(position + rows, CHUNK);
+            const int64_t chunks = visible_chunks(position, position + rows - 1, p.window);
+            const int64_t first_chunk = first_visible(position, p.window) / CHUNK;
             const bool is_cut = num_threads(worker) > 1 && chunks > 1 && rows * chunks > share && num_partials + chunks <= plan.max_partials;
             if (is_cut) plan.merges[plan.num_merges++] = {plan.num_items, chunks};
             for (int64_t c = 0; c < (is_cut ? chunks : 1); c++)
-                plan.items[plan.num_items++] = {s, first_row + r, rows, position, c, is_cut ? 1 : chunks, is_cut ? num_partials++ : -1};
+                plan.items[plan.num_items++] = {s, first_row + r, rows, position, first_chunk + c, is_cut ? 1 : chunks, is_cut ? num_partials++ : -1};
         }
         first_row += p.query_lens[s];
     }
@@ -91,8 +101,9 @@ struct PagedAttentionParameters {
     int64_t q_stride;  // floats
     int64_t num_heads;
     double scale;
-    int64_t window;  // tokens that a query sees, itself included; 0: all
+    int64_t window;  // that of the plan
     double softcap;  // scores become softcap * tanh(score / softcap); 0: unchanged
+    const float* sinks;  // [H] a score of each head that takes part in the softmax, without a value; or null
     const int64_t* block_tables;
     int64_t table_stride;
     const AttentionPlan* plan;
@@ -163,12 +174,14 @@ struct Attention {
 
     int64_t num_packed() const { return item.num_rows * group_size; }
     int64_t position(int64_t packed) const { return item.first_position + packed / group_size; }
-    int64_t first_visible(int64_t packed) const { return p.window ? max_of(0, position(packed) - p.window + 1) : 0; }
-    int64_t head_block(int64_t token) const { return table[token / block_size] * p.cache.block_stride + head; }
+    int64_t first_visible(int64_t packed) const { return ::first_visible(position(packed), p.window); }
+    int64_t block_of(int64_t token) const { return table[token / block_size]; }
     int64_t block_bytes() const { return block_size * size * int64_t(sizeof(Element)); }
 
-    const uint8_t* keys_of(int64_t token) const { return p.cache.keys + head_block(token) * block_bytes(); }
-    const uint8_t* values_of(int64_t token) const { return p.cache.values + head_block(token) * block_bytes(); }
+    // The keys and values of the token's block, and their scales.
+    const Element* keys_of(int64_t token) const { return (const Element*)p.cache.keys + p.cache.head_of(block_of(token), head); }
+    const Element* values_of(int64_t token) const { return (const Element*)p.cache.values + p.cache.head_of(block_of(token), head); }
+    int64_t scales_of(int64_t token) const { return p.cache.scales_of(block_of(token), head); }
 
     // Returns the keys that are CHUNK tokens after `token`, or those of the next item if the chunk at `start` is the last
     // one; null if there are none.
@@ -179,7 +192,7 @@ struct Attention {
         token += is_last ? after->first_chunk * CHUNK - start : CHUNK;
         if (token >= after->first_position + after->num_rows) return nullptr;
         const int64_t block = p.block_tables[after->sequence * p.table_stride + token / block_size];
-        return p.cache.keys + (block * p.cache.block_stride + head) * block_bytes();
+        return (const uint8_t*)((const Element*)p.cache.keys + p.cache.head_of(block, head));
     }
 
     void start() {
@@ -231,11 +244,10 @@ struct Attention {
     template <int ROWS>
     int64_t add_scores(int64_t token, int64_t end, int64_t packed, float* scores) const {
         const bool two = token + LANES < end && token % block_size + LANES < block_size;
-        const int64_t base = head_block(token);
-        const Element* keys = (const Element*)p.cache.keys + base * block_size * size + token % block_size * T;
-        const float* scales = HAS_SCALES ? p.cache.key_scales + base * block_size + token % block_size : nullptr;
+        const Element* keys = keys_of(token) + token % block_size * T;
+        const float* scales = HAS_SCALES ? p.cache.key_scales + scales_of(token) + token % block_size : nullptr;
         const uint8_t* ahead = nullptr;
-        if (reads_once && token % block_size == 0) ahead = values_of(token);
+        if (reads_once && token % block_size == 0) ahead = (const uint8_t*)values_of(token);
         if (two) multiply_keys<ROWS, 2>(keys, queries + packed * size, scales, ahead, scores);
         else multiply_keys<ROWS, 1>(keys, queries + packed * size, scales, ahead, scores);
         return token + (two ? 2 : 1) * LANES;
@@ -306,8 +318,9 @@ struct Attention {
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
         for (int64_t token = begin; token < end;) {
-            const int64_t base = head_block(token), offset = token % block_size, block_end = min_of(end, token - offset + block_size);
-            const Element* block = (const Element*)p.cache.values + base * block_size * size + d * T;
+            const int64_t block_end = min_of(end, token - token % block_size + block_size);
+            const Element* block = values_of(token) + d * T;
+            const float* scales = HAS_SCALES ? p.cache.value_scales + scales_of(token) : nullptr;
             const uint8_t* ahead = nullptr;
             if (reads_once && d == 0) ahead = keys_after(start, token);
             const int64_t step_bytes = block_bytes() / block_size * T;
@@ -322,7 +335,7 @@ struct Attention {
                     for (int v = 0; v < VECTORS; v++) vectors[v] = Cache::without_second(vectors[v]);
                 for (int r = 0; r < ROWS; r++) {
                     typename Cache::Vector weight = Cache::broadcast(&weights[r][token - start]);
-                    if constexpr (HAS_SCALES) weight.v = weight.v * fill(p.cache.value_scales[base * block_size + token % block_size]);
+                    if constexpr (HAS_SCALES) weight.v = weight.v * fill(scales[token % block_size]);
                     for (int v = 0; v < VECTORS; v++) sums[r][v] = Cache::add(sums[r][v], vectors[v], weight);
                 }
             }
@@ -357,10 +370,11 @@ inline void write_attention(const PagedAttentionParameters& p, const AttentionIt
     const int64_t group_size = p.num_heads / p.cache.num_kv_heads, size = p.cache.head_dim;
     for (int64_t i = 0; i < item.num_rows * group_size; i++) {
         const float* state = states + i * (size + 2);
-        const int64_t row = item.first_row + i / group_size, first = (head * group_size + i % group_size) * size;
+        const int64_t row = item.first_row + i / group_size, query_head = head * group_size + i % group_size, first = query_head * size;
         float prepared_only[MAX_HEAD_DIM];
         float* out = p.output ? p.output + row * p.output_stride + first : prepared_only;
-        const Floats sum = fill(state[size + 1]);
+        Floats sum = fill(state[size + 1]);
+        if (p.sinks) sum = sum + exponential(fill(p.sinks[query_head] - state[size]));
         for (int64_t d = 0; d < size; d += LANES) store(out + d, load(state + d) / sum);
         p.prepared.write(*p.num_rows, row, first, out, size);
     }

@@ -28,13 +28,19 @@ const lightwell::Field lightwell::FIELDS[] = {
     FIELD(num_rows), FIELD(row_index), FIELD(table), FIELD(table_stride), FIELD(size), FIELD(output),
     FIELD(output_stride),
 #undef STRUCT
-#define STRUCT RmsNormParameters
+#define STRUCT NormParameters
     FIELD(num_rows), FIELD(input), FIELD(input_stride), FIELD(size), FIELD(weight), FIELD(epsilon), FIELD(output),
-    FIELD(output_stride), FIELD(prepared),
+    FIELD(output_stride), FIELD(accumulate), FIELD(prepared),
+#undef STRUCT
+#define STRUCT AddParameters
+    FIELD(num_rows), FIELD(input), FIELD(input_stride), FIELD(size), FIELD(scale), FIELD(output), FIELD(output_stride),
+#undef STRUCT
+#define STRUCT ScaleParameters
+    FIELD(num_rows), FIELD(values), FIELD(stride), FIELD(size), FIELD(scale), FIELD(softcap),
 #undef STRUCT
 #define STRUCT ActAndMulParameters
-    FIELD(num_rows), FIELD(gate_up), FIELD(input_stride), FIELD(size), FIELD(activation), FIELD(output),
-    FIELD(output_stride), FIELD(prepared),
+    FIELD(num_rows), FIELD(gate), FIELD(gate_stride), FIELD(up), FIELD(up_stride), FIELD(size), FIELD(activation),
+    FIELD(output), FIELD(output_stride), FIELD(prepared),
 #undef STRUCT
 #define STRUCT PackParameters
     FIELD(data), FIELD(row_bytes), FIELD(num_inputs), FIELD(num_outputs), FIELD(output),
@@ -75,11 +81,14 @@ const lightwell::Field lightwell::FIELDS[] = {
 #undef STRUCT
 #define STRUCT CacheParameters
     FIELD(type), FIELD(keys), FIELD(values), FIELD(key_scales), FIELD(value_scales), FIELD(block_size),
-    FIELD(num_kv_heads), FIELD(head_dim), FIELD(block_stride),
+    FIELD(num_kv_heads), FIELD(head_dim), FIELD(block_stride), FIELD(scale_stride),
+#undef STRUCT
+#define STRUCT Heads
+    FIELD(rows), FIELD(stride), FIELD(norm), FIELD(norm_size),
 #undef STRUCT
 #define STRUCT RopeAndStoreKvParameters
-    FIELD(num_rows), FIELD(slot_mapping), FIELD(q), FIELD(k), FIELD(v), FIELD(row_stride), FIELD(num_heads),
-    FIELD(cos), FIELD(sin), FIELD(cache),
+    FIELD(num_rows), FIELD(slot_mapping), FIELD(num_heads), FIELD(q), FIELD(k), FIELD(v), FIELD(q_rotations),
+    FIELD(k_rotations), FIELD(epsilon), FIELD(cache),
 #undef STRUCT
 #define STRUCT AttentionItem
     FIELD(sequence), FIELD(first_row), FIELD(num_rows), FIELD(first_position), FIELD(first_chunk), FIELD(num_chunks),
@@ -93,12 +102,13 @@ const lightwell::Field lightwell::FIELDS[] = {
     FIELD(scratch), FIELD(scratch_stride),
 #undef STRUCT
 #define STRUCT PlanAttentionParameters
-    FIELD(num_seqs), FIELD(query_lens), FIELD(seq_lens), FIELD(num_heads), FIELD(num_kv_heads), FIELD(plan),
+    FIELD(num_seqs), FIELD(query_lens), FIELD(seq_lens), FIELD(num_heads), FIELD(num_kv_heads), FIELD(window),
+    FIELD(plan),
 #undef STRUCT
 #define STRUCT PagedAttentionParameters
     FIELD(num_rows), FIELD(q), FIELD(q_stride), FIELD(num_heads), FIELD(scale), FIELD(window), FIELD(softcap),
-    FIELD(block_tables), FIELD(table_stride), FIELD(plan), FIELD(cache), FIELD(output), FIELD(output_stride),
-    FIELD(prepared),
+    FIELD(sinks), FIELD(block_tables), FIELD(table_stride), FIELD(plan), FIELD(cache), FIELD(output),
+    FIELD(output_stride), FIELD(prepared),
 #undef STRUCT
 #define STRUCT SampledRow
     FIELD(seed), FIELD(position), FIELD(first_id), FIELD(first_bias), FIELD(num_biased), FIELD(num_banned),

@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "lora.h"
 #include "pack.h"
+#include "rope.h"
 #include "rows.h"
 #include "sampler.h"
 
@@ -16,6 +17,9 @@ const lightwell::NamedFunction lightwell::ROW_FUNCTIONS[] = {
     {"prepare", prepare},
     {"gather", gather},
     {"rms_norm", rms_norm},
+    {"layer_norm", layer_norm},
+    {"add", add},
+    {"scale", scale},
     {"act_and_mul", act_and_mul},
     {"route", route},
     {"gather_pairs", gather_pairs},

@@ -1,7 +1,7 @@
-// The operations on each row between the matrix products: gather, norm, activation.
+// The operations on each row between the matrix products: gather, sums, scales, activations.
 #pragma once
 
-#include "activations.h"
+#include "norms.h"
 
 namespace {
 
@@ -23,52 +23,57 @@ void gather(const void* parameters, const Worker& worker) {
             memcpy(p.output + row * p.output_stride, p.table + p.row_index[row] * p.table_stride, size_t(p.size) * 4);
 }
 
-struct RmsNormParameters {
+struct AddParameters {
     const RowCounts* num_rows;
     const float* input;
     int64_t input_stride;
     int64_t size;
-    const float* weight;
-    double epsilon;
-    float* output;  // or null
+    double scale;  // of the input
+    float* output;
     int64_t output_stride;
-    PreparedRows prepared;  // the same rows in the input form of the next product
 };
 
-constexpr int64_t MAX_ROW_PIECE = 1024;  // floats of a row in a buffer on the stack, a multiple of ACTIVATION_GROUP
-
-// Root mean square norm (Zhang and Sennrich 2019).
-inline void rms_norm_row(const RmsNormParameters& p, int64_t row) {
-    const float* x = p.input + row * p.input_stride;
-    Floats squares = zero();
-    for (int64_t k = 0; k < p.size; k += LANES) {
-        Floats v = load_some(x + k, p.size - k);
-        squares = multiply_add(v, v, squares);
-    }
-    const float mean = sum_of_lanes(squares) / float(p.size) + float(p.epsilon);
-    float root;
-    _mm_store_ss(&root, _mm_sqrt_ss(_mm_set_ss(mean)));
-    const Floats scale = fill(1.0f / root);
-    float piece[MAX_ROW_PIECE];
-    for (int64_t start = 0; start < p.size; start += MAX_ROW_PIECE) {
-        const int64_t length = min_of(MAX_ROW_PIECE, p.size - start);
-        for (int64_t k = 0; k < length; k += LANES) {
-            const int64_t n = length - k;
-            store_some(piece + k, load_some(x + start + k, n) * scale * load_some(p.weight + start + k, n), n);
-        }
-        if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
-        p.prepared.write(*p.num_rows, row, start, piece, length);
-    }
-}
-
-void rms_norm(const void* parameters, const Worker& worker) {
-    const RmsNormParameters& p = *(const RmsNormParameters*)parameters;
+// Adds scale * input to the output.
+void add(const void* parameters, const Worker& worker) {
+    const AddParameters& p = *(const AddParameters*)parameters;
     const int64_t num_rows = p.num_rows->all;
     for (Tasks tasks(worker, num_rows, grain_of(worker, num_rows)); tasks.next();)
-        for (int64_t row = tasks.first; row < tasks.last; row++) rms_norm_row(p, row);
+        for (int64_t row = tasks.first; row < tasks.last; row++)
+            add_to(p.output + row * p.output_stride, p.input + row * p.input_stride, p.size, float(p.scale));
 }
 
-enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2 };  // ACTIVATIONS of kernels.py
+struct ScaleParameters {
+    const RowCounts* num_rows;
+    float* values;
+    int64_t stride;
+    int64_t size;
+    double scale;
+    double softcap;  // values become softcap * tanh(scale * value / softcap); 0: scale * value
+};
+
+constexpr int64_t SCALE_PIECE = 4096;  // floats that a thread takes at a time, because one row of logits is long
+
+inline void scale_piece(const ScaleParameters& p, float* x, int64_t size) {
+    const bool is_capped = p.softcap != 0;
+    const Floats cap = fill(float(p.softcap)), scale = fill(float(is_capped ? p.scale / p.softcap : p.scale));
+    for (int64_t k = 0; k < size; k += LANES) {
+        const Floats v = load_some(x + k, size - k), scaled = v * scale;
+        // The product keeps numbers that are not finite, which a cap would hide.
+        store_some(x + k, is_capped ? multiply_add(v, zero(), cap * tanh_of(scaled)) : scaled, size - k);
+    }
+}
+
+void scale(const void* parameters, const Worker& worker) {
+    const ScaleParameters& p = *(const ScaleParameters*)parameters;
+    const int64_t num_pieces = divide_up(p.size, SCALE_PIECE), num_tasks = p.num_rows->all * num_pieces;
+    for (Tasks tasks(worker, num_tasks, grain_of(worker, num_tasks)); tasks.next();)
+        for (int64_t task = tasks.first; task < tasks.last; task++) {
+            const int64_t start = task % num_pieces * SCALE_PIECE;
+            scale_piece(p, p.values + task / num_pieces * p.stride + start, min_of(SCALE_PIECE, p.size - start));
+        }
+}
+
+enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2, SWIGLU_OAI = 3 };  // ACTIVATIONS of kernels.py
 
 INLINE Floats silu(Floats x) { return x / (fill(1.0f) + exponential(zero() - x)); }
 
@@ -88,16 +93,26 @@ INLINE Floats gelu(Floats x) {  // erf by Abramowitz and Stegun 7.1.26, error be
     return fill(0.5f) * x * where_less(x, zero(), tail, fill(2.0f) - tail);
 }
 
-INLINE Floats activate(Floats x, int64_t activation) {
-    if (activation == SILU) return silu(x);
-    return activation == GELU_TANH ? gelu_tanh(x) : gelu(x);
+// The clamped SwiGLU of gpt-oss. In this order of operands a NaN stays a NaN.
+INLINE Floats swiglu_oai(Floats gate, Floats up) {
+    const Floats limit = fill(7.0f), x = minimum(limit, gate);
+    const Floats bounded = maximum(zero() - limit, minimum(limit, up));
+    return x / (fill(1.0f) + exponential(x * fill(-1.702f))) * (bounded + fill(1.0f));
+}
+
+INLINE Floats act_and_mul(Floats gate, Floats up, int64_t activation) {
+    if (activation == SILU) return silu(gate) * up;
+    if (activation == SWIGLU_OAI) return swiglu_oai(gate, up);
+    return (activation == GELU_TANH ? gelu_tanh(gate) : gelu(gate)) * up;
 }
 
 struct ActAndMulParameters {
     const RowCounts* num_rows;
-    const float* gate_up;  // each row is gate, then up
-    int64_t input_stride;
-    int64_t size;  // of gate
+    const float* gate;
+    int64_t gate_stride;
+    const float* up;
+    int64_t up_stride;
+    int64_t size;
     int64_t activation;
     float* output;  // or null
     int64_t output_stride;
@@ -108,12 +123,12 @@ constexpr int64_t ACT_PIECE = MAX_ROW_PIECE / 2;
 
 inline void act_and_mul_piece(const ActAndMulParameters& p, int64_t row, int64_t start) {
     const int64_t length = min_of(ACT_PIECE, p.size - start);
-    const float* gate = p.gate_up + row * p.input_stride + start;
-    const float* up = gate + p.size;
+    const float* gate = p.gate + row * p.gate_stride + start;
+    const float* up = p.up + row * p.up_stride + start;
     float piece[ACT_PIECE];
     for (int64_t k = 0; k < length; k += LANES) {
         const int64_t n = length - k;
-        store_some(piece + k, activate(load_some(gate + k, n), p.activation) * load_some(up + k, n), n);
+        store_some(piece + k, act_and_mul(load_some(gate + k, n), load_some(up + k, n), p.activation), n);
     }
     if (p.output) memcpy(p.output + row * p.output_stride + start, piece, size_t(length) * 4);
     p.prepared.write(*p.num_rows, row, start, piece, length);

@@ -27,19 +27,20 @@ struct TileAttention : Attention<BFloat16Cache> {
     // Like add_tile.
     void add_rows(int64_t start, int64_t packed, int64_t num_rows) {
         const int64_t end = min_of(start + CHUNK, position(packed + num_rows - 1) + 1);
-        const int64_t begin = max_of(start, first_visible(packed)) / NUMBERS_OF_TILE * NUMBERS_OF_TILE;
-        if (begin >= end) return;
+        // The block before that of the first token may have slid out of the window.
+        const int64_t first = max_of(start, first_visible(packed)) / LANES * LANES, begin = first / NUMBERS_OF_TILE * NUMBERS_OF_TILE;
+        if (first >= end) return;
         configure(num_rows);
         alignas(64) float scores[ROWS_OF_TILE][CHUNK];
         alignas(64) uint16_t weights[ROWS_OF_TILE][CHUNK];
-        for (int64_t token = begin; token < end;) token = add_scores(token, end, packed, &scores[0][token - start]);
+        for (int64_t token = first; token < end;) token = add_scores(token, end, packed, &scores[0][token - start]);
         float highest[ROWS_OF_TILE], sums[ROWS_OF_TILE];
         for (int64_t r = 0; r < num_rows; r++) {
             sums[r] = softmax(start, begin, end, packed + r, scores[r], weights[r], highest[r]);
             for (int64_t t = divide_up(end, LANES) * LANES; t % NUMBERS_OF_TILE; t += LANES) memset(&weights[r][t - start], 0, LANES * 2);
         }
         alignas(64) float values[ROWS_OF_TILE][MAX_HEAD_DIM + LANES];
-        for (int64_t d = 0; d < size;) d = add_values(start, begin, end, weights, d, values);
+        for (int64_t d = 0; d < size;) d = add_values(start, first, end, weights, d, values);
         for (int64_t r = 0; r < num_rows; r++) {
             values[r][size] = highest[r];
             values[r][size + 1] = sums[r];
@@ -75,7 +76,7 @@ struct TileAttention : Attention<BFloat16Cache> {
     int64_t multiply_keys(int64_t token, const uint16_t* q, float* scores) const {
         const int64_t stride = block_size * 4;  // bytes of a pair of dimensions
         const uint8_t* keys[TILES];
-        for (int i = 0; i < TILES; i++, token += LANES) keys[i] = keys_of(token) + token % block_size * 4;
+        for (int i = 0; i < TILES; i++, token += LANES) keys[i] = (const uint8_t*)keys_of(token) + token % block_size * 4;
         zero_sums<TILES>();
         for (int64_t d = 0; d < size; d += NUMBERS_OF_TILE) {
             tile_load<QUERIES>(q + d, size * 2);
@@ -89,28 +90,28 @@ struct TileAttention : Attention<BFloat16Cache> {
     }
 
     // Computes the weighted values of up to four tiles of dimensions. Returns the dimension after them.
-    int64_t add_values(int64_t start, int64_t begin, int64_t end, uint16_t (&weights)[ROWS_OF_TILE][CHUNK], int64_t d, float (&values)[ROWS_OF_TILE][MAX_HEAD_DIM + LANES]) const {
-        if (size - d >= 4 * LANES) return multiply_values<4>(start, begin, end, &weights[0][0], d, &values[0][0]);
-        return multiply_values<2>(start, begin, end, &weights[0][0], d, &values[0][0]);
+    int64_t add_values(int64_t start, int64_t first, int64_t end, uint16_t (&weights)[ROWS_OF_TILE][CHUNK], int64_t d, float (&values)[ROWS_OF_TILE][MAX_HEAD_DIM + LANES]) const {
+        if (size - d >= 4 * LANES) return multiply_values<4>(start, first, end, &weights[0][0], d, &values[0][0]);
+        return multiply_values<2>(start, first, end, &weights[0][0], d, &values[0][0]);
     }
 
     template <int TILES>
-    int64_t multiply_values(int64_t start, int64_t begin, int64_t end, const uint16_t* weights, int64_t d, float* values) const {
+    int64_t multiply_values(int64_t start, int64_t first, int64_t end, const uint16_t* weights, int64_t d, float* values) const {
         zero_sums<TILES>();
-        for (int64_t token = begin; token < end; token += NUMBERS_OF_TILE) {
+        for (int64_t token = first / NUMBERS_OF_TILE * NUMBERS_OF_TILE; token < end; token += NUMBERS_OF_TILE) {
             if (reads_once && d == 0)
                 if (const uint8_t* ahead = keys_after(start, token)) prefetch_keys(ahead, token);
             alignas(64) uint8_t copy[ROWS_OF_TILE * TILES * TILE_BYTES];
-            const uint8_t* first = pair_of(token) + d * 4;
+            const uint8_t* tile = pair_of(token) + d * 4;
             int64_t stride = size * 4;
             if (block_size < NUMBERS_OF_TILE || token + NUMBERS_OF_TILE > end) {
-                copy_values<TILES>(token, end, d, copy);
-                first = copy;
+                copy_values<TILES>(token, first, end, d, copy);
+                tile = copy;
                 stride = TILES * TILE_BYTES;
             }
             tile_load<WEIGHTS>(weights + token - start, CHUNK * 2);
             each_tile<TILES>([&]<int TILE>() {
-                tile_load<VALUES>(first + TILE * TILE_BYTES, stride);
+                tile_load<VALUES>(tile + TILE * TILE_BYTES, stride);
                 tile_dot_pairs<TILE, WEIGHTS, VALUES>();
             });
         }
@@ -119,7 +120,7 @@ struct TileAttention : Attention<BFloat16Cache> {
     }
 
     // Returns the values of a token and the one after it.
-    const uint8_t* pair_of(int64_t token) const { return values_of(token) + token % block_size * size * 2; }
+    const uint8_t* pair_of(int64_t token) const { return (const uint8_t*)values_of(token) + token % block_size * size * 2; }
 
     void prefetch_keys(const uint8_t* block, int64_t token) const {
         const int64_t bytes = min_of(NUMBERS_OF_TILE, block_size) * size * 2;
@@ -127,12 +128,13 @@ struct TileAttention : Attention<BFloat16Cache> {
         for (int64_t line = 0; line < bytes; line += 64) prefetch_to_l2(part + line);
     }
 
-    // Copies the values of one tile from one block or several. Values after the last token may be garbage: zeros instead.
+    // Copies the values of one tile from one block or several. Values before the vector of the first token and after the
+    // last token may be garbage: zeros instead.
     template <int TILES>
-    void copy_values(int64_t token, int64_t end, int64_t d, uint8_t* out) const {
+    void copy_values(int64_t token, int64_t first, int64_t end, int64_t d, uint8_t* out) const {
         constexpr int64_t BYTES = TILES * TILE_BYTES;
         for (int64_t pair = 0; pair < ROWS_OF_TILE; pair++, token += 2, out += BYTES) {
-            if (token >= end) {
+            if (token < first || token >= end) {
                 memset(out, 0, BYTES);
                 continue;
             }

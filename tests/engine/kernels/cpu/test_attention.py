@@ -4,7 +4,8 @@ Every test runs on every code path that this processor has.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu.c_structs import PagedAttentionParameters
+from engine.config import KVShape
+from engine.kernels.cpu.c_structs import AttentionItem
 from engine.kernels.cpu.kernels import CpuKernels
-from engine.kernels.interface import KernelOptions, LinearOp
+from engine.kernels.interface import KernelOptions, LayerCache, LinearOp, Rotations
 from tests.support.examples import num_examples
 from tests.support.kernel_choice import code_paths
 from tests.support.packed_weights import random_weight
-from tests.support.recorded_kernels import Rows, Sequences, assert_close, make_kernels, stored_heads
-from tests.support.tensors import random_tensor
+from tests.support.recorded_kernels import (
+    LayerShape,
+    Rows,
+    Sequences,
+    assert_close,
+    fill_cache,
+    make_kernels,
+    stored_heads,
+)
+from tests.support.tensors import random_tensor, rms_norm
 
 pytestmark = pytest.mark.skipif(not code_paths(), reason="no kernels in C++ for this processor")
 each_code_path = pytest.mark.parametrize("code_path", code_paths())
@@ -28,31 +38,28 @@ each_cache_type = pytest.mark.parametrize("cache_type", ["float32", "bfloat16", 
 # Allowed errors for values near 1. With a bfloat16 cache, q and the weights are rounded to bfloat16 too.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1.6e-2, "int8": 1e-5}
 
+LONG_WINDOW = LayerShape(2, 4, 64, 16, window=700, has_sinks=True)
+
 Span = tuple[int, int, int]  # sequence, start, end
 
 
-@dataclass(frozen=True)
-class Shape:
-    num_kv_heads: int
-    group_size: int
-    head_dim: int
-    block_size: int
-    window: int | None = None
-
-    @property
-    def heads(self) -> tuple[int, int, int]:
-        return self.num_kv_heads * self.group_size, self.num_kv_heads, self.head_dim
-
-
 SHAPES = [
-    Shape(3, 3, 64, 32),  # SmolLM2
-    Shape(2, 1, 16, 16),
-    Shape(1, 4, 80, 64, window=37),
-    Shape(2, 8, 128, 128),
-    Shape(1, 3, 256, 256, window=256),
-    Shape(2, 4, 96, 16, window=300),
-    Shape(1, 49, 32, 32),  # more query heads to a KV head than an item has packed rows
-    Shape(3, 1, 48, 256, window=1),
+    LayerShape(3, 3, 64, 32),  # SmolLM2
+    LayerShape(2, 1, 16, 16),
+    LayerShape(1, 4, 80, 64, window=37),
+    LayerShape(2, 8, 128, 128),
+    LayerShape(1, 3, 256, 256, window=256),
+    LayerShape(2, 4, 96, 16, window=300),
+    LayerShape(1, 49, 32, 32),  # more query heads to a KV head than an item has packed rows
+    LayerShape(3, 1, 48, 256, window=1),
+]
+OPTIONAL = [
+    LayerShape(2, 3, 64, 32, qk_norm="head"),  # Qwen 3
+    LayerShape(2, 2, 80, 16, qk_norm="all", window=37),  # OLMo 2
+    LayerShape(2, 8, 64, 16, has_sinks=True, window=128),  # gpt-oss
+    LayerShape(1, 4, 512, 32, qk_norm="head", v_norm=True, values_are_keys=True),  # Gemma 4
+    LayerShape(2, 2, 256, 64, softcap=3.0, window=300),  # Gemma 2
+    LayerShape(1, 1, 48, 32, v_norm=True, has_sinks=True, softcap=2.0, query_scale=1.3),
 ]
 
 
@@ -65,7 +72,7 @@ def options_of(cache_type: str) -> KernelOptions:
 class Case:
     """Sequences of random tokens, and their attention by the textbook."""
 
-    def __init__(self, shape: Shape, cache_type: str, seq_lens: list[int], *, seed: int = 0) -> None:
+    def __init__(self, shape: LayerShape, cache_type: str, seq_lens: list[int], *, seed: int = 0) -> None:
         self.shape, self.cache_type, self.seq_lens, self.seed = shape, cache_type, seq_lens, seed
         num_heads, num_kv_heads, head_dim = shape.heads
         self.table = random_tensor(seed, sum(seq_lens), (num_heads + 2 * num_kv_heads) * head_dim)
@@ -73,28 +80,24 @@ class Case:
     def sequences(self, code_path: str, num_threads: int = 1) -> Sequences:
         return self.sequences_of(make_kernels(code_path, num_threads, options_of(self.cache_type)))
 
-    def sequences_of(self, kernels: CpuKernels, project: LinearOp | None = None) -> Sequences:
-        return Sequences(
-            kernels,
-            self.shape.heads,
-            self.table,
-            self.seq_lens,
-            block_size=self.shape.block_size,
-            window=self.shape.window,
-            project=project,
-            seed=self.seed,
-        )
+    def sequences_of(
+        self, kernels: CpuKernels, project: LinearOp | None = None, cache: LayerCache | None = None
+    ) -> Sequences:
+        return Sequences(kernels, self.shape, self.table, self.seq_lens, project=project, cache=cache, seed=self.seed)
 
     def rotated(self, sequences: Sequences, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the rotated q, k and v [tokens, heads, head size] in float64."""
+        """Return the normed and rotated q, k and v [tokens, heads, head size] in float64."""
         num_heads, num_kv_heads, head_dim = self.shape.heads
         first, length = sequences.first_tokens[sequence], self.seq_lens[sequence]
         heads = self.table[first : first + length].double().view(length, -1, head_dim)
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-        cos, sin = (angles[:length, None].double() for angles in (sequences.cos, sequences.sin))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        v = k if self.shape.values_are_keys else v
+        if norms := sequences.norms:
+            q, k, v = (norm_heads(*pair, norms.eps) for pair in ((q, norms.q), (k, norms.k), (v, norms.v)))
+        cos, sin = sequences.rotations[:length, None].double().chunk(2, dim=2)
+        return rotate(q, cos, sin) * self.shape.query_scale, rotate(k, cos, sin), v
 
-    def expected(self, sequences: Sequences, span: Span, softcap: float = 0.0) -> Tensor:
+    def expected(self, sequences: Sequences, span: Span) -> Tensor:
         """Return the attention to the keys and values in the cache, which `test_rope_and_store_kv` checks."""
         sequence, start, end = span
         q, k, v = self.rotated(sequences, sequence)
@@ -103,9 +106,16 @@ class Case:
                 stored_heads(sequences.cache, head, sequences.block_ids[sequence], end) for head in range(k.shape[1])
             ]
             k, v = (torch.stack(parts, dim=1).double() for parts in zip(*heads, strict=True))
-        window = self.shape.window
-        rows = [attention(q.numpy(), k.numpy(), v.numpy(), row, window, softcap) for row in range(start, end)]
-        return torch.from_numpy(np.stack(rows))
+        sinks = None if sequences.scores.sinks is None else sequences.scores.sinks.double().numpy()
+        arrays = q.numpy(), k.numpy(), v.numpy(), sinks
+        return torch.from_numpy(np.stack([attention(*arrays, row, self.shape) for row in range(start, end)]))
+
+
+def norm_heads(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Return heads [tokens, heads, head size], normed one by one or all together, depending on the weight's size."""
+    if weight is None:
+        return x
+    return rms_norm(x.reshape(len(x), -1, weight.numel()), weight, eps).view(x.shape)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,15 +126,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 Array = npt.NDArray[np.float64]
 
 
-def attention(q: Array, keys: Array, values: Array, position: int, window: int | None, softcap: float = 0.0) -> Array:
+def attention(q: Array, keys: Array, values: Array, sinks: Array | None, position: int, shape: LayerShape) -> Array:
     """Return the attention of one position, for q [tokens, H, D], keys and values [tokens, KH, D]."""
-    first = 0 if window is None else max(0, position - window + 1)
+    first = 0 if shape.window is None else max(0, position - shape.window + 1)
     group_size = q.shape[1] // keys.shape[1]
     k = np.repeat(keys[first : position + 1], group_size, axis=1)
     v = np.repeat(values[first : position + 1], group_size, axis=1)
     scores = np.einsum("hd,nhd->hn", q[position], k) * q.shape[2] ** -0.5
-    if softcap:
-        scores = softcap * np.tanh(scores / softcap)
+    if shape.softcap:
+        scores = shape.softcap * np.tanh(scores / shape.softcap)
+    if sinks is not None:  # as a last key, whose value is zero
+        scores, v = np.column_stack((scores, sinks)), np.concatenate((v, np.zeros_like(v[:1])))
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     result: Array = np.einsum("hn,nhd->hd", weights / weights.sum(axis=1, keepdims=True), v)
     return result
@@ -132,9 +144,9 @@ def attention(q: Array, keys: Array, values: Array, position: int, window: int |
 
 @each_code_path
 @each_cache_type
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rope_and_store_kv(shape: Shape, cache_type: str, code_path: str) -> None:
-    """q is rotated, keys and values are stored in their slots, and nothing else changes."""
+@pytest.mark.parametrize("shape", [*SHAPES, *OPTIONAL], ids=str)
+def test_rope_and_store_kv(shape: LayerShape, cache_type: str, code_path: str) -> None:
+    """q is normed and rotated, keys and values are stored in their slots, and nothing else changes."""
     case = Case(shape, cache_type, [70, 33])
     sequences = case.sequences(code_path)
     sequences.step((0, 0, 69), (1, 0, 33))
@@ -142,9 +154,8 @@ def test_rope_and_store_kv(shape: Shape, cache_type: str, code_path: str) -> Non
     for sequence, num_tokens in ((0, 69), (1, 33)):
         q, k, v = case.rotated(sequences, sequence)
         first_row = 69 * sequence
-        torch.testing.assert_close(
-            sequences.q[first_row : first_row + num_tokens].double(), q[:num_tokens], rtol=0, atol=2e-6
-        )
+        rotated = sequences.q[first_row : first_row + num_tokens]
+        assert_close(rotated, q[:num_tokens], 2e-6 * (1 + q[:num_tokens].abs().amax(dim=2, keepdim=True)))
         for head in range(shape.num_kv_heads):
             for stored, exact in zip(
                 stored_heads(sequences.cache, head, sequences.block_ids[sequence], num_tokens),
@@ -153,7 +164,7 @@ def test_rope_and_store_kv(shape: Shape, cache_type: str, code_path: str) -> Non
             ):
                 largest = exact.abs().amax(dim=1, keepdim=True)
                 steps = {"float32": 0 * largest, "bfloat16": 2**-7 * exact.abs(), "int8": largest / 127}
-                assert_close(stored, exact, 0.501 * steps[cache_type] + 1e-6)
+                assert_close(stored, exact, 0.501 * steps[cache_type] + 1e-6 * (1 + largest))
     num_stored = 102 * shape.num_kv_heads * shape.head_dim
     if cache_type != "int8":
         assert all(int((~tensor.isnan()).sum()) == num_stored for tensor in bits)
@@ -164,8 +175,8 @@ def test_rope_and_store_kv(shape: Shape, cache_type: str, code_path: str) -> Non
 
 @each_code_path
 @each_cache_type
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention(shape: Shape, cache_type: str, code_path: str) -> None:
+@pytest.mark.parametrize("shape", [*SHAPES, *OPTIONAL], ids=str)
+def test_attention(shape: LayerShape, cache_type: str, code_path: str) -> None:
     """Prefill, chunks and decoding in one batch, with contexts around multiples of a chunk of 256 keys."""
     case = Case(shape, cache_type, [1, 17, 255, 256, 257, 512, 600])
     sequences = case.sequences(code_path)
@@ -185,22 +196,22 @@ def test_attention(shape: Shape, cache_type: str, code_path: str) -> None:
 
 @each_code_path
 @each_cache_type
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[6]], ids=str)
-def test_capped_scores(shape: Shape, cache_type: str, code_path: str) -> None:
-    """Scores are capped as in Gemma 2. No supported model needs it."""
-    case = Case(shape, cache_type, [1, 300])
-    case.table *= 2  # so that scores are near the cap
-    sequences = case.sequences(code_path)
-    softcap = 3.0
-    for parameters in sequences.program.parameters:
-        if isinstance(parameters, PagedAttentionParameters):
-            parameters.softcap = softcap
-    spans = [(0, 0, 1), (1, 0, 300)]
-    for out, span in zip(sequences.step(*spans), spans, strict=True):
-        expected = case.expected(sequences, span, softcap)
-        assert_close(out, expected, 2 * TOLERANCES[cache_type] * (1 + expected.abs()))
-        if span[2] > 1:
-            assert not torch.allclose(out.double(), case.expected(sequences, span), atol=0.1)
+@pytest.mark.parametrize("change", [{"softcap": 3.0}, {"has_sinks": True}, {"window": 70}], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=str)
+def test_what_a_shape_adds_matters(
+    shape: LayerShape, change: dict[str, float], cache_type: str, code_path: str
+) -> None:
+    """With capped scores as in Gemma 2, with sinks or with a window, the result is another one."""
+    changed, plain = (Case(some, cache_type, [1, 300]) for some in (replace(shape, **change), shape))
+    if "softcap" in change:
+        changed.table *= 2  # so that scores are near the cap
+    plain.table = changed.table
+    sequences = changed.sequences(code_path)
+    span = (1, 0, 300)
+    (out,), (other,) = sequences.step(span), plain.sequences(code_path).step(span)
+    expected = changed.expected(sequences, span)
+    assert_close(out, expected, 2 * TOLERANCES[cache_type] * (1 + expected.abs()))
+    assert not torch.allclose(out, other, atol=0.1)
 
 
 def in_chunks(sequence: int, end: int, size: int) -> list[Span]:
@@ -209,8 +220,8 @@ def in_chunks(sequence: int, end: int, size: int) -> list[Span]:
 
 @each_code_path
 @each_cache_type
-@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
-def test_attention_does_not_depend_on_how_it_is_cut(shape: Shape, cache_type: str, code_path: str) -> None:
+@pytest.mark.parametrize("shape", [*SHAPES[:6], OPTIONAL[2], OPTIONAL[5]], ids=str)
+def test_attention_does_not_depend_on_how_it_is_cut(shape: LayerShape, cache_type: str, code_path: str) -> None:
     """The bits are the same for whole prompts, chunks, other batches, and one thread or two."""
     case = Case(shape, cache_type, [600, 300, 41, 1])
     one = case.sequences(code_path)
@@ -239,7 +250,7 @@ def test_the_size_of_blocks_does_not_matter(window: int | None, cache_type: str,
     """The bits are the same for a prompt and for single rows after it."""
     outputs = []
     for block_size in (16, 32, 64, 256):
-        sequences = Case(Shape(2, 3, 64, block_size, window), cache_type, [301, 45]).sequences(code_path, 2)
+        sequences = Case(LayerShape(2, 3, 64, block_size, window), cache_type, [301, 45]).sequences(code_path, 2)
         prompts = sequences.step((0, 0, 299), (1, 0, 43))
         outputs.append(
             torch.cat([*prompts, *sequences.step((0, 299, 300), (1, 43, 45)), *sequences.step((0, 300, 301))])
@@ -249,8 +260,8 @@ def test_the_size_of_blocks_does_not_matter(window: int | None, cache_type: str,
 
 @each_code_path
 @each_cache_type
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[6]], ids=str)
-def test_long_contexts_are_shared_by_threads(shape: Shape, cache_type: str, code_path: str) -> None:
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[6], LONG_WINDOW], ids=str)
+def test_long_contexts_are_shared_by_threads(shape: LayerShape, cache_type: str, code_path: str) -> None:
     """With few rows of long contexts, threads share the chunks of a row, and merge them to the same bits."""
     case = Case(shape, cache_type, [1000, 1500, 30])
     results = []
@@ -271,7 +282,7 @@ def test_long_contexts_are_shared_by_threads(shape: Shape, cache_type: str, code
 
 
 @each_code_path
-@pytest.mark.parametrize("shape", [SHAPES[0], Shape(2, 2, 48, 256, window=100)], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], LayerShape(2, 2, 48, 256, window=100)], ids=str)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -282,7 +293,7 @@ def test_long_contexts_are_shared_by_threads(shape: Shape, cache_type: str, code
         ("q8_0", KernelOptions(torch.float32, kv_cache_dtype="int8")),
     ],
 )
-def test_product_after_attention(name: str, options: KernelOptions, shape: Shape, code_path: str) -> None:
+def test_product_after_attention(name: str, options: KernelOptions, shape: LayerShape, code_path: str) -> None:
     """Attention may prepare the input of a product. The result is that of the two operations one by one."""
     case = Case(shape, "any", [60, 300])
     spans: list[Span] = [(1, 0, 260), (1, 260, 300), (0, 0, 60)]
@@ -299,8 +310,8 @@ def test_product_after_attention(name: str, options: KernelOptions, shape: Shape
 
 
 @each_cache_type
-@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
-def test_attention_on_all_code_paths(shape: Shape, cache_type: str) -> None:
+@pytest.mark.parametrize("shape", [*SHAPES[:6], *OPTIONAL], ids=str)
+def test_attention_on_all_code_paths(shape: LayerShape, cache_type: str) -> None:
     """The bits are the same, except for bfloat16, whose products each processor rounds in its own way."""
     case = Case(shape, cache_type, [300, 40])
     best, *others = (torch.cat(case.sequences(code_path).step((0, 0, 300), (1, 0, 40))) for code_path in code_paths())
@@ -322,7 +333,14 @@ def test_any_mix(cache_type: str, code_path: str) -> None:
         window = None if rng.integers(2) else int(rng.integers(1, 600))
         sizes = [1, 2, 3], [1, 2, 3, 4, 5, 7, 8], [16, 32, 48, 64, 112, 144, 256], [16, 32, 64, 128, 256]
         num_kv_heads, group_size, head_dim, block_size = (int(rng.choice(some)) for some in sizes)
-        shape = Shape(num_kv_heads, group_size, head_dim, block_size, window)
+        shape = LayerShape(
+            *(num_kv_heads, group_size, head_dim, block_size, window),
+            softcap=None if rng.integers(2) else 5.0,
+            has_sinks=bool(rng.integers(2)),
+            qk_norm=("none", "head", "all")[int(rng.integers(3))],
+            v_norm=bool(rng.integers(2)),
+            values_are_keys=bool(rng.integers(2)),
+        )
         case = Case(shape, cache_type, rng.integers(1, 500, 4).tolist(), seed=seed)
         sequences = case.sequences(code_path, int(rng.integers(1, 3)))
         stored = [int(rng.integers(0, length)) for length in case.seq_lens]
@@ -341,7 +359,7 @@ def test_any_mix(cache_type: str, code_path: str) -> None:
 @each_code_path
 @each_cache_type
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5]], ids=str)
-def test_what_lies_in_other_slots_does_not_matter(shape: Shape, cache_type: str, code_path: str) -> None:
+def test_what_lies_in_other_slots_does_not_matter(shape: LayerShape, cache_type: str, code_path: str) -> None:
     """NaN (left by `forget`) and large numbers in other blocks and after the last token do not matter."""
     case = Case(shape, cache_type, [300, 41])
     sequences = case.sequences(code_path, 2)
@@ -362,7 +380,7 @@ def test_what_lies_in_other_slots_does_not_matter(shape: Shape, cache_type: str,
 @pytest.mark.parametrize("part", ["q", "k", "v"])
 def test_what_is_not_finite_ends_no_other_sequence(part: str, value: float, cache_type: str, code_path: str) -> None:
     """A number that is not finite shows in all rows that see it, and in no others."""
-    shape = Shape(1, 3, 64, 32)
+    shape = LayerShape(1, 3, 64, 32)
     case = Case(shape, cache_type, [300, 41, 260])
     spans: list[Span] = [(0, 250, 300), (1, 0, 41), (2, 0, 260)]
     sequences = case.sequences(code_path)
@@ -381,3 +399,163 @@ def test_what_is_not_finite_ends_no_other_sequence(part: str, value: float, cach
     # Only in one piece, because rows before it are computed in the same tile.
     before = bad.step((1, 0, 20))[0]
     assert torch.equal(before, good[1][:20])
+
+
+@each_code_path
+@each_cache_type
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        LayerShape(2, 3, 64, 16, window=37),
+        LayerShape(2, 8, 64, 16, window=128, has_sinks=True),
+        LayerShape(1, 4, 96, 64, window=300),
+        LayerShape(2, 1, 32, 256, window=1),
+        LayerShape(1, 2, 64, 128, window=600),
+    ],
+    ids=str,
+)
+def test_blocks_that_left_the_window(shape: LayerShape, num_threads: int, cache_type: str, code_path: str) -> None:
+    """The bits are the same when no such block is left: other requests fill them with NaN, and ids are of any block."""
+    assert shape.window is not None
+    case = Case(shape, cache_type, [1100, 700])
+    whole, other = case.sequences(code_path).step((0, 0, 1100), (1, 0, 700))
+    for chunk in (1, 7, 256, 500):
+        sequences = case.sequences(code_path, num_threads)
+        start = 1100 - 30 if chunk == 1 else 0
+        pieces = [sequences.step((0, 0, start))[0]] if start else []
+        for span in in_chunks(0, 1100, chunk)[start // chunk :]:
+            sequences.forget_before(0, span[1] - shape.window + 1)
+            pieces += sequences.step(span)
+        assert torch.equal(torch.cat(pieces), whole), f"chunks of {chunk}"
+        sequences.step((1, 0, 600))
+        sequences.forget_before(1, 600 - shape.window + 1)
+        mixed = sequences.step((1, 600, 700), (0, 1099, 1100))
+        assert torch.equal(torch.cat(mixed), torch.cat([other[600:], whole[1099:]]))
+
+
+@each_code_path
+def test_work_starts_with_the_first_visible_chunk(code_path: str) -> None:
+    """Chunks before the window are not in the work list, and threads share those of a long window."""
+    for window, num_threads, expected in [
+        (100, 1, [(5, 1), (0, 2)]),
+        (700, 1, [(3, 3), (0, 2)]),
+        (None, 1, [(0, 6), (0, 2)]),
+        (700, 2, [(3, 1), (4, 1), (5, 1), (0, 1), (1, 1)]),
+        (100, 2, [(5, 1), (0, 1), (1, 1)]),
+    ]:
+        sequences = Case(LayerShape(1, 1, 16, 16, window), "float32", [1500, 300]).sequences(code_path, num_threads)
+        sequences.step((0, 0, 1490))
+        sequences.step((1, 0, 290))
+        sequences.step((0, 1490, 1500), (1, 290, 300))
+        plan = sequences.plan.parameters
+        items = (AttentionItem * plan.num_items).from_address(plan.items)
+        assert [(item.first_chunk, item.num_chunks) for item in items] == expected, (window, num_threads)
+
+
+# The memory of the KV cache.
+
+
+@each_cache_type
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_a_block_of_one_group_is_contiguous(block_size: int, cache_type: str) -> None:
+    """Blocks hold keys and values of one layer after the other, without gaps."""
+    kernels = make_kernels(code_paths()[0], options=options_of(cache_type))
+    ((*layers,),) = kernels.new_kv_cache([[KVShape(2, 64)] * 3], 4, block_size)
+    numbers = 2 * 64 * block_size
+    first = layers[0].keys.data_ptr()
+    for index, layer in enumerate(layers):
+        size = layer.keys.element_size()
+        assert layer.keys.data_ptr() == first + 2 * index * numbers * size
+        assert layer.values.data_ptr() == layer.keys.data_ptr() + numbers * size
+        assert layer.keys.stride(0) == layer.values.stride(0) == 6 * numbers
+        assert layer.keys[0].numel() == layer.values[0].numel() == numbers
+    scale_bytes = 4 * 6 * 2 * block_size if cache_type == "int8" else 0
+    assert kernels.kv_cache_bytes([[KVShape(2, 64)] * 3], block_size) == 6 * numbers * size + scale_bytes
+
+
+def bytes_of(cache: LayerCache, block_ids: list[int]) -> list[Tensor]:
+    """Return copies of blocks, of which NaN is equal to itself."""
+    tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    return [tensor[block_ids].contiguous().view(torch.uint8) for tensor in tensors if tensor is not None]
+
+
+@each_code_path
+@each_cache_type
+def test_groups_share_the_memory(cache_type: str, code_path: str) -> None:
+    """Layers of several shapes take turns in the same blocks: a group never changes the blocks of another."""
+    kernels = make_kernels(code_path, options=options_of(cache_type))
+    shapes = [LayerShape(4, 2, 32, 16), LayerShape(1, 4, 256, 16, window=40), LayerShape(2, 1, 112, 16)]
+    groups = [[shapes[0].kv_shape] * 2, [shapes[1].kv_shape], [shapes[2].kv_shape, shapes[0].kv_shape]]
+    num_layer_blocks = len(Case(shapes[0], cache_type, [90, 60]).sequences_of(kernels).cache.keys)
+    caches = kernels.new_kv_cache(groups, 3 * num_layer_blocks, 16)
+    assert [len(group) for group in caches] == [2, 1, 2]
+    # Its keys and values, and its scales, are as large as those of the group with the most of them.
+    sizes = [sum(cache.keys[0].nbytes + cache.values[0].nbytes for cache in group) for group in caches]
+    num_scales = max(sum(shape.num_kv_heads for shape in group) for group in groups)
+    scale_bytes = 2 * 4 * 16 * num_scales if cache_type == "int8" else 0
+    assert kernels.kv_cache_bytes(groups, 16) == max(sizes) + scale_bytes
+    layers = list(zip([*shapes, shapes[0]], [caches[0][1], caches[1][0], *caches[2]], strict=True))
+    all_blocks = torch.randperm(3 * num_layer_blocks, generator=torch.Generator().manual_seed(1))
+    blocks_of = [all_blocks.view(3, -1)[group].tolist() for group in (0, 1, 2, 2)]
+    cases = [Case(shape, cache_type, [90, 60], seed=seed) for seed, (shape, _) in enumerate(layers)]
+    recorded = [case.sequences_of(kernels, cache=cache) for case, (_, cache) in zip(cases, layers, strict=True)]
+    for sequences, block_ids in zip(recorded, blocks_of, strict=True):
+        sequences.block_ids = [[block_ids[block_id] for block_id in ids] for ids in sequences.block_ids]
+    for sequences in recorded:
+        sequences.forget()  # all groups' blocks; a block belongs to nobody yet
+    for start, end in ((0, 60), (60, 90)):
+        for index, (case, sequences) in enumerate(zip(cases, recorded, strict=True)):
+            others = [other for other in range(len(layers)) if other != index]
+            before = [part for other in others for part in bytes_of(layers[other][1], blocks_of[other])]
+            spans: list[Span] = [(0, start, end), (1, 0, 60)]
+            for out, span in zip(sequences.step(*spans), spans, strict=True):
+                expected = case.expected(sequences, span)
+                assert_close(out, expected, TOLERANCES[cache_type] * (1 + expected.abs()))
+            after = [part for other in others for part in bytes_of(layers[other][1], blocks_of[other])]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@each_code_path
+@each_cache_type
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("values_are_keys", [False, True])
+def test_rows_of_queries_keys_and_values(
+    values_are_keys: bool, num_threads: int, cache_type: str, code_path: str
+) -> None:
+    """q, k and v come from buffers of different widths. Slot -1 stores nothing; without k, q alone is rotated."""
+    kernels = make_kernels(code_path, num_threads, options_of(cache_type))
+    num_rows, num_heads, num_kv_heads, size = 21, 6, 2, 48
+    ((cache,),) = kernels.new_kv_cache([[KVShape(num_kv_heads, size)]], 4, 16)
+    q = random_tensor(0, num_rows, num_heads * size)
+    k = random_tensor(1, num_rows, num_kv_heads * size + 5)  # the last columns are those of something else
+    v = random_tensor(2, num_rows, num_kv_heads * size)
+    rotations = random_tensor(4, num_rows, size)
+    slots = torch.randperm(4 * 16, generator=torch.Generator().manual_seed(5))[:num_rows]
+    slots[[2, 20]] = -1
+
+    def operation(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, rotations: Tensor, *, stores: bool) -> Tensor:
+        heads = [x[:, : n * size].view(-1, n, size) for x, n in ((q, num_heads), (k, num_kv_heads), (v, num_kv_heads))]
+        keys, values = (heads[1], heads[1] if values_are_keys else heads[2]) if stores else (None, None)
+        both = Rotations(rotations, rotations)
+        return kernels.rope_and_store_kv(heads[0], keys, values, both, slots, cache).flatten(1)
+
+    cos, sin = rotations[:, None].chunk(2, dim=2)
+    rotated_q = rotate(q.view(num_rows, num_heads, size), cos, sin).flatten(1)
+    rotated_k = rotate(k[:, : num_kv_heads * size].view(num_rows, num_kv_heads, size), cos, sin)
+    stored_v = (k if values_are_keys else v)[:, : num_kv_heads * size].view(num_rows, num_kv_heads, size)
+    for stores in (False, True):
+        fill_cache(cache, [0, 1, 2, 3])
+        recorded = Rows(kernels, [q, k, v, rotations], partial(operation, stores=stores))
+        torch.testing.assert_close(recorded(range(num_rows)), rotated_q, rtol=1e-5, atol=1e-5)
+        is_stored = torch.zeros(4 * 16, dtype=torch.bool)
+        is_stored[slots[slots >= 0]] = stores
+        for head in range(num_kv_heads):
+            keys, values = stored_heads(cache, head, [0, 1, 2, 3], 4 * 16)
+            assert keys[~is_stored].isnan().all()
+            assert values[~is_stored].isnan().all()
+            if stores:
+                for stored, exact in ((keys, rotated_k), (values, stored_v)):
+                    expected = exact[slots >= 0, head].double()
+                    error = 0.6 * expected.abs().amax(dim=1, keepdim=True) / 127 + 2**-8 * expected.abs()
+                    assert_close(stored[slots[slots >= 0]], expected, error if cache_type != "float32" else 1e-5)

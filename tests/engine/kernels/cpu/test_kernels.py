@@ -4,6 +4,7 @@ Every test runs on every code path that this processor has.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from engine.kernels.cpu.kernels import CpuKernels
 from engine.kernels.cpu.weights import FORMATS
+from engine.kernels.interface import KernelOptions
 from engine.weights import PackedTensor
 from tests.support.kernel_choice import code_paths
 from tests.support.packed_weights import (
@@ -296,7 +298,8 @@ def test_input_prepared_where_it_is_made(name: str, code_path: str, num_threads:
     x = random_tensor(3, MAX_ROWS, 2 * size)
     makers: list[Callable[[Tensor], Tensor]] = [
         lambda x: kernels.rms_norm(x[:, :size], norm, 1e-5),
-        lambda x: kernels.act_and_mul(x, "silu"),
+        lambda x: kernels.layer_norm(x[:, 7 : 7 + size], norm, 1e-5),
+        lambda x: kernels.act_and_mul(*x.chunk(2, dim=1), "silu"),
     ]
     for make in makers:
         both = Rows(kernels, [x], lambda rows, x, make=make: linear(make(x)))
@@ -329,6 +332,112 @@ def test_one_input_for_products_of_different_forms(code_path: str) -> None:
     assert torch.equal(Rows(kernels, [x], all_of_them)(range(9)), single[0] + single[1] + single[2])
 
 
+def calls_of(rows: Rows) -> list[str]:
+    """Return the names of the recorded operations, without the products' formats."""
+    return [name.split("_q")[0] for name in rows.program.names if name != "gather"]
+
+
+@each_code_path
+def test_one_input_for_several_readers(code_path: str) -> None:
+    """A norm prepares its rows once for products of one form, and keeps its numbers for other readers."""
+    kernels = make_kernels(code_path)
+    norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
+    first, second = (kernels.linear(kernels.pack([random_weight("q8_0", 20, 96, seed)[0]])) for seed in (2, 3))
+    routed = kernels.linear(kernels.pack([random_weight("float32", 20, 96, 4)[0]]))
+    normed = Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, norm, 1e-5))(range(9))
+    one_by_one = [Rows(kernels, [normed], lambda rows, x, op=op: op(x))(range(9)) for op in (first, second, routed)]
+
+    def both(rows: Tensor, x: Tensor) -> Tensor:
+        normed = kernels.rms_norm(x, norm, 1e-5)
+        return second(normed, first(normed))
+
+    def all_three(rows: Tensor, x: Tensor) -> Tensor:
+        normed = kernels.rms_norm(x, norm, 1e-5)
+        return routed(normed, second(normed, first(normed)))
+
+    recorded = Rows(kernels, [x], both)
+    assert calls_of(recorded) == ["rms_norm", "linear", "linear"]
+    assert recorded.program.parameters[1].output is None  # nobody reads the norm's own numbers
+    assert torch.equal(recorded(range(9)), one_by_one[0] + one_by_one[1])
+    recorded = Rows(kernels, [x], all_three)
+    assert calls_of(recorded) == ["rms_norm", "linear", "linear", "linear_float32"]
+    assert torch.equal(recorded(range(9)), one_by_one[0] + one_by_one[1] + one_by_one[2])
+
+
+@each_code_path
+def test_products_of_columns(code_path: str) -> None:
+    """Each product reads its own columns of one result."""
+    kernels = make_kernels(code_path)
+    norm, x = random_tensor(0, 192), random_tensor(1, 9, 192)
+    linear = kernels.linear(kernels.pack([random_weight("q4_0", 20, 96, 2)[0]]))
+    normed = Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, norm, 1e-5))(range(9))
+    left, right = (
+        Rows(kernels, [half.contiguous()], lambda rows, x: linear(x))(range(9)) for half in normed.chunk(2, dim=1)
+    )
+
+    def halves(rows: Tensor, x: Tensor) -> Tensor:
+        first, second = kernels.rms_norm(x, norm, 1e-5).chunk(2, dim=1)
+        return linear(second, linear(first))
+
+    assert torch.equal(Rows(kernels, [x], halves)(range(9)), left + right)
+
+
+@each_code_path
+@pytest.mark.parametrize("is_read_before", [False, True])
+def test_products_of_what_outlives_temporaries(is_read_before: bool, code_path: str) -> None:
+    """A product in one context reads what was made before it, although others reused the memory in between."""
+    kernels = make_kernels(code_path)
+    norm, x = random_tensor(0, 96), random_tensor(1, 9, 96)
+    first, second = (kernels.linear(kernels.pack([random_weight("q4_0", 96, 96, seed)[0]])) for seed in (2, 3))
+
+    def operation(rows: Tensor, x: Tensor) -> Tensor:
+        normed = kernels.rms_norm(x, norm, 1e-5)
+        with kernels.temporaries():
+            if is_read_before:
+                first(normed)
+            second(second(x))
+        with kernels.temporaries():
+            return first(normed)
+
+    alone = Rows(kernels, [x], lambda rows, x: first(kernels.rms_norm(x, norm, 1e-5)))
+    assert torch.equal(Rows(kernels, [x], operation)(range(9)), alone(range(9)))
+
+
+@each_code_path
+@pytest.mark.parametrize("change", ["linear", "rms_norm", "add", "scale", "lora"])
+def test_products_of_what_changes(change: str, code_path: str) -> None:
+    """A product reads what its input holds by then, not what an earlier product read."""
+    kernels = make_kernels(code_path, options=KernelOptions(torch.float32, num_lora_slots=1, max_lora_rank=2))
+    ones, x, y = torch.ones(96), random_tensor(1, 9, 96), random_tensor(2, 9, 96)
+    linear = kernels.linear(kernels.pack([random_weight("q4_0", 96, 96, 2)[0]]))
+    lora = kernels.new_lora_weights([96], 96)
+    assert lora is not None
+    lora.a.fill_(1)
+    lora.b.fill_(1)
+    lora.ranks.fill_(2)
+    lora_slots = torch.zeros(MAX_ROWS, dtype=torch.int64)
+    changes: dict[str, Callable[[Tensor, Tensor], object]] = {
+        "linear": lambda x, y: linear(y, x),
+        "rms_norm": lambda x, y: kernels.rms_norm(y, ones, 1e-5, x),
+        "add": lambda x, y: kernels.add(x, y, 3.0),
+        "scale": lambda x, y: kernels.scale_logits(x, 3.0, None),
+        "lora": lambda x, y: kernels.add_lora(y, x, lora, lora_slots),
+    }
+
+    def changed(rows: Tensor, x: Tensor, y: Tensor, *, reads_before: bool) -> Tensor:
+        normed = kernels.rms_norm(x, ones, 1e-5)
+        if reads_before:
+            linear(normed)
+        changes[change](normed, y)
+        return linear(normed)
+
+    before, after = (
+        Rows(kernels, [x, y], partial(changed, reads_before=reads_before))(range(9)) for reads_before in (True, False)
+    )
+    assert torch.equal(before, after)
+    assert not torch.equal(after, Rows(kernels, [x], lambda rows, x: linear(kernels.rms_norm(x, ones, 1e-5)))(range(9)))
+
+
 # Rows.
 
 
@@ -340,9 +449,75 @@ def test_rms_norm(size: int, code_path: str, num_threads: int) -> None:
     x = random_tensor(size, MAX_ROWS, size) * torch.logspace(-6, 6, MAX_ROWS)[:, None]
     x[0] = 0
     weight, eps = random_tensor(1, size), 1e-5
-    out = assert_rows_are_independent(Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, weight, eps)))
+    norm = Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, weight, eps))
+    out = assert_rows_are_independent(norm)
     expected = x.double() / (x.double().square().mean(dim=1, keepdim=True) + eps).sqrt() * weight.double()
     assert_close(out, expected, 2e-6 * expected.abs() + 1e-30)
+    residual = random_tensor(2, MAX_ROWS, size)
+    added = Rows(kernels, [x, residual], lambda rows, x, residual: kernels.rms_norm(x, weight, eps, residual))
+    assert torch.equal(assert_rows_are_independent(added), residual + out)
+    wide = torch.cat([random_tensor(3, MAX_ROWS, 5), x, random_tensor(4, MAX_ROWS, 9)], dim=1)
+    columns = Rows(kernels, [wide], lambda rows, x: kernels.rms_norm(x[:, 5 : 5 + size], weight, eps))
+    assert torch.equal(columns(range(MAX_ROWS)), out)
+
+
+@each_number_of_threads
+@each_code_path
+@pytest.mark.parametrize("size", [1, 16, 100, 576, 1024, 2065])
+def test_layer_norm(size: int, code_path: str, num_threads: int) -> None:
+    kernels = make_kernels(code_path, num_threads)
+    x = (random_tensor(size, MAX_ROWS, size) + 3) * torch.logspace(-6, 6, MAX_ROWS)[:, None]
+    x[0] = 0
+    weight, eps = random_tensor(1, size), 1e-5
+    wide = torch.cat([x, random_tensor(2, MAX_ROWS, 5)], dim=1)
+    norm = Rows(kernels, [wide], lambda rows, x: kernels.layer_norm(x[:, :size], weight, eps))
+    out = assert_rows_are_independent(norm)
+    expected = F.layer_norm(x.double(), (size,), weight.double(), None, eps)
+    # The mean is rounded, by the more the further it is from zero.
+    deviation = (x.double().var(dim=1, correction=0, keepdim=True) + eps).sqrt()
+    bound = 4e-7 * x.double().abs().amax(dim=1, keepdim=True) / deviation * weight.double().abs()
+    assert_close(out, expected, bound + 2e-6 * expected.abs() + 1e-30)
+
+
+@each_number_of_threads
+@each_code_path
+@pytest.mark.parametrize("size", [1, 100, 2065])
+def test_add(size: int, code_path: str, num_threads: int) -> None:
+    kernels = make_kernels(code_path, num_threads)
+    residual, x, scale = random_tensor(0, MAX_ROWS, size), random_tensor(1, MAX_ROWS, size + 3), 0.22
+
+    def add(rows: Tensor, residual: Tensor, x: Tensor) -> Tensor:
+        kernels.add(residual, x[:, 3:], scale)
+        return residual
+
+    out = assert_rows_are_independent(Rows(kernels, [residual, x], add))
+    assert_close(out, residual.double() + scale * x[:, 3:].double(), 2e-7 * (1 + residual.abs() + x[:, 3:].abs()))
+
+
+@each_number_of_threads
+@each_code_path
+@pytest.mark.parametrize("size", [1, 100, 4096, 9001])
+@pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 30.0), (0.0625, 15.0), (1.0, None)])
+def test_scale_logits(scale: float, softcap: float | None, size: int, code_path: str, num_threads: int) -> None:
+    kernels = make_kernels(code_path, num_threads)
+    logits = random_tensor(size, MAX_ROWS, size) * torch.logspace(-3, 3, MAX_ROWS)[:, None]
+    rows = Rows(kernels, [logits], lambda rows, x: kernels.scale_logits(x, scale, softcap))
+    out = assert_rows_are_independent(rows)
+    expected = scale * logits.double()
+    if softcap is not None:
+        expected = softcap * torch.tanh(expected / softcap)
+    assert_close(out, expected, 2e-7 * ((softcap or 0) + expected.abs()) + 1e-30)
+    logits[0, 0], logits[1, 0] = torch.nan, torch.inf
+    assert not rows([0, 1])[:, 0].isfinite().any()
+
+
+@each_code_path
+def test_scaled_embeddings(code_path: str) -> None:
+    kernels = make_kernels(code_path)
+    weight = random_tensor(0, 40, 100)
+    matrix = kernels.pack([weight])
+    embed = Rows(kernels, [], lambda rows: kernels.embed(rows, matrix, 25.5))
+    assert torch.equal(embed([39, 0, 7]), weight[[39, 0, 7]] * 25.5)
 
 
 @each_number_of_threads
@@ -354,11 +529,35 @@ def test_act_and_mul(activation: str, code_path: str, num_threads: int) -> None:
     gate_up = random_tensor(0, MAX_ROWS, 2 * size) * torch.logspace(-6, 1, MAX_ROWS)[:, None]
     edges = [0.0, -0.0, 1e-38, -1e-30, 1e-4, -1e-4, 5.0, -5.0, 20.0, -20.0, 87.0, -87.0, 88.5, -88.5, 100.0, -100.0]
     gate_up[0, :20] = torch.tensor([*edges, 1e4, -1e4, 1e10, -1e10])
-    out = assert_rows_are_independent(Rows(kernels, [gate_up], lambda rows, x: kernels.act_and_mul(x, activation)))
-    gate, up = gate_up.double().chunk(2, dim=1)
+    whole = Rows(kernels, [gate_up], lambda rows, x: kernels.act_and_mul(*x.chunk(2, dim=1), activation))
+    out = assert_rows_are_independent(whole)
+    gate, up = gate_up.chunk(2, dim=1)
+    apart = Rows(kernels, [gate, up], lambda rows, gate, up: kernels.act_and_mul(gate, up, activation))
+    assert torch.equal(apart(range(MAX_ROWS)), out)
+    gate, up = gate.double(), up.double()
     expected = ACTIVATIONS[activation](gate) * up
     # If the activation is nearly 0, the bound of its error grows with the gate.
     assert_close(out, expected, 2e-6 * expected.abs() + 3e-7 * (gate * up).abs().clamp(max=100) + 1e-30)
+
+
+@each_number_of_threads
+@each_code_path
+def test_clamped_swiglu(code_path: str, num_threads: int) -> None:
+    """As in gpt-oss: the gate is at most 7, the other factor between -6 and 8."""
+    kernels = make_kernels(code_path, num_threads)
+    size = 1103
+    gate_up = random_tensor(0, MAX_ROWS, 2 * size) * torch.logspace(-3, 1.5, MAX_ROWS)[:, None]
+    gate_up[0, :4] = torch.tensor([1e10, -1e10, 7.0, -87.0])
+    whole = Rows(kernels, [gate_up], lambda rows, x: kernels.act_and_mul(*x.chunk(2, dim=1), "swigluoai"))
+    gate, up = (half.double() for half in gate_up.chunk(2, dim=1))
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    expected = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    assert_close(assert_rows_are_independent(whole), expected, 1e-6 * (1 + expected.abs()))
+    gate_up[3, 5] = gate_up[4, size + 5] = torch.nan
+    out = whole(range(MAX_ROWS))
+    assert out[3, 5].isnan()
+    assert out[4, 5].isnan()
+    assert int(out.isnan().sum()) == 2
 
 
 @each_code_path
@@ -368,7 +567,8 @@ def test_rows_that_are_not_finite(value: float, code_path: str) -> None:
     x, weight = random_tensor(0, 9, 100), torch.ones(50)
     operations: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda rows, x: kernels.rms_norm(x[:, :50], weight, 1e-5),
-        *(lambda rows, x, name=name: kernels.act_and_mul(x, name) for name in ACTIVATIONS),
+        lambda rows, x: kernels.layer_norm(x[:, :50], weight, 1e-5),
+        *(lambda rows, x, name=name: kernels.act_and_mul(*x.chunk(2, dim=1), name) for name in ACTIVATIONS),
     ]
     good = [Rows(kernels, [x], operation)(range(9)) for operation in operations]
     x[4, 7] = value
@@ -392,9 +592,16 @@ def test_rows_on_all_code_paths() -> None:
     x, weight = random_tensor(0, MAX_ROWS, 1202) * 4, random_tensor(1, 1202)
 
     def results(kernels: CpuKernels) -> list[Tensor]:
-        norm = Rows(kernels, [x], lambda rows, x: kernels.rms_norm(x, weight, 1e-6))
-        acts = [Rows(kernels, [x], lambda rows, x, name=name: kernels.act_and_mul(x, name)) for name in ACTIVATIONS]
-        return [operation(range(MAX_ROWS)) for operation in (norm, *acts)]
+        norms = [
+            Rows(kernels, [x], lambda rows, x, norm=norm: norm(x, weight, 1e-6))
+            for norm in (kernels.rms_norm, kernels.layer_norm)
+        ]
+        capped = Rows(kernels, [x], lambda rows, x: kernels.scale_logits(x, 0.3, 2.0))
+        acts = [
+            Rows(kernels, [x], lambda rows, x, name=name: kernels.act_and_mul(*x.chunk(2, dim=1), name))
+            for name in (*ACTIVATIONS, "swigluoai")
+        ]
+        return [operation(range(MAX_ROWS)) for operation in (*norms, capped, *acts)]
 
     best, *others = (results(make_kernels(code_path)) for code_path in code_paths())
     for other in others:
