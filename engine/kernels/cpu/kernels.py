@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
-from engine.config import AttentionKind, KVShape
-from engine.kernels.cpu import attention
+from engine.config import AttentionKind, KVShape, RouterSpec
+from engine.kernels.cpu import attention, experts
 from engine.kernels.cpu.attention import CHUNK, LANES, MAX_HEAD_DIM, CpuAttentionPlan
 from engine.kernels.cpu.c_structs import (
     ActAndMulParameters,
@@ -27,6 +27,7 @@ from engine.kernels.cpu.c_structs import (
     NormParameters,
     ScaleParameters,
 )
+from engine.kernels.cpu.experts import CpuRouting
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
 from engine.kernels.cpu.recorder import ProgramRecorder
@@ -35,6 +36,7 @@ from engine.kernels.cpu.weights import PACKED_TYPES, Matrix, Packer
 from engine.kernels.interface import (
     AttentionScores,
     ExecutionKind,
+    ExpertLinearOp,
     HeadNorms,
     KernelOptions,
     LayerCache,
@@ -109,8 +111,8 @@ class CpuKernels:
 
     # Weights.
 
-    def pack(self, weights: Sequence[Weight]) -> Matrix:
-        return self.packer.pack(weights)
+    def pack(self, weights: Sequence[Weight], dtype: torch.dtype | None = None) -> Matrix:
+        return self.packer.pack(weights, dtype)
 
     def linear(self, matrix: Matrix, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         """All results are float32."""
@@ -278,6 +280,22 @@ class CpuKernels:
         )
         self.recorder.call("act_and_mul", out.producer)
         return out.tensor
+
+    # Mixture of experts.
+
+    def pack_experts(self, weights: Sequence[Sequence[Weight]]) -> list[Matrix]:
+        return [self.packer.pack(expert) for expert in weights]
+
+    def expert_linear(self, matrices: list[Matrix], bias: Tensor | None = None) -> ExpertLinearOp:
+        return experts.expert_linear(self.recorder, matrices, bias)
+
+    def route(
+        self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
+    ) -> CpuRouting:
+        return experts.route(self.recorder, logits, router, bias, expert_scales)
+
+    def combine_experts(self, x: Tensor, routing: CpuRouting, out: Tensor) -> None:
+        experts.combine_experts(self.recorder, x, routing, out)
 
     # Attention.
 

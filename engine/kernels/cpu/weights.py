@@ -107,8 +107,14 @@ class Packer:
         self.num_bytes = 0
         self.formats: list[Format] = []  # all that occur, in the order of their first use
 
-    def pack(self, weights: Sequence[Weight]) -> Matrix:
-        """Pack the weights of one product, stacked along the outputs. Successive weights of a type become one part."""
+    def pack(self, weights: Sequence[Weight], dtype: torch.dtype | None = None) -> Matrix:
+        """Pack the weights of one product, stacked along the outputs. Successive weights of a type become one part.
+
+        `dtype`: unpack them to this type; None: as the options say.
+        """
+        if dtype is not None:
+            plain = [w.to(dtype) if isinstance(w, Tensor) else w.dequantize(dtype) for w in weights]
+            return Matrix([self._pack_plain(torch.cat(plain), dtype)])
         if any(isinstance(weight, Tensor) for weight in weights):  # all parts must read the same form of input
             weights = [w if isinstance(w, Tensor) else w.dequantize(self.dtype) for w in weights]
         groups = itertools.groupby(weights, key=lambda w: "" if isinstance(w, Tensor) else w.type_name)
@@ -127,9 +133,11 @@ class Packer:
             padding = -data.shape[1] % ACTIVATION_GROUP
             data = torch.nn.functional.pad(data, (0, padding)) if padding else data
             return self._run("int8", data.data_ptr(), data.nbytes, plain.shape)
-        data = plain.to(self.dtype).contiguous()
-        name = str(self.dtype).removeprefix("torch.")
-        return self._run(name, data.data_ptr(), data.nbytes, plain.shape)
+        return self._pack_plain(plain, self.dtype)
+
+    def _pack_plain(self, weights: Tensor, dtype: torch.dtype) -> Panels:
+        data = weights.to(dtype).contiguous()
+        return self._run(str(dtype).removeprefix("torch."), data.data_ptr(), data.nbytes, weights.shape)
 
     def _run(self, name: str, address: int, num_bytes: int, shape: tuple[int, ...]) -> Panels:
         """Pack `num_bytes` of weights of this shape, which lie at `address`, into panels of the format `name`."""
