@@ -38,6 +38,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "norm_eps": ("rms_norm_eps", "layer_norm_eps"),
 }
 
+MAX_EXPERTS = 1024  # more the kernels do not support
 PLAIN_LAYOUT = WeightLayout()
 
 Switch = bool | str  # a fixed value, or the key of a boolean that is false if it is missing
@@ -59,8 +60,9 @@ class Family:
     qkv_bias: Switch = False
     output_bias: Switch = False
     qk_norm: QKNorm = "none"
+    v_norm: bool = False
     has_sinks: bool = False
-    scale: str | None = None  # key of the scale of scores, or of the head size it is computed from
+    scale: str | float | None = None  # of scores, or its key, or the key of the head size it is computed from
     windows: Literal["none", "all", "pattern", "last"] = "none"  # layers with a sliding window, unless layer_types says
     local_theta: str | None = None  # key of the base of rotary embeddings of sliding layers; None: like all others
     no_rope: Literal["none", "full", "listed"] = "none"  # layers without rotary embeddings
@@ -76,6 +78,8 @@ class Family:
     mlp_bias: Switch = False
     activation: str | None = None  # None: hidden_act
     expert_bias: bool = False
+    has_parallel_experts: bool = False  # beside the MLP, with a norm of the router and scales of experts (Gemma 4)
+    has_layer_scalars: bool = False
 
     # Checkpoints.
     layout: WeightLayout = PLAIN_LAYOUT  # of safetensors
@@ -92,6 +96,7 @@ class Decoder(NamedTuple):
     layers: tuple[LayerSpec, ...]
     ropes: tuple[RopeSpec, ...]
     embedding_scale: float
+    per_layer_input_size: int
     logits_scale: float
     logits_softcap: float | None
 
@@ -104,19 +109,23 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
             raise fields.error(key, f"{shown(value)} is not supported")
     num_layers, hidden_size = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
     types = _layer_types(family, fields, num_layers)
-    attention, ropes = _Ropes(family, fields, types), []
+    has_rope = _layers_with_rope(family, fields, types)
+    ropes: list[RopeSpec] = []
     layers: list[LayerSpec] = []
     for index, kind in enumerate(types):
-        rope = attention.of_layer(index, kind)
+        layer_fields = _layer_fields(fields, index, kind)
+        rope = _rope(family, layer_fields, kind) if has_rope[index] else _no_rope(layer_fields)
         if rope not in ropes:
             ropes.append(rope)
+        has_experts = _has_experts(fields, index)
         layers.append(
             LayerSpec(
-                attention=_attention(family, fields, hidden_size, kind == SLIDING, ropes.index(rope)),
-                mlp=None if _has_experts(fields, index) else _mlp(family, fields),
-                experts=_experts(family, fields) if _has_experts(fields, index) else None,
+                attention=_attention(family, layer_fields, types, index, ropes.index(rope)),
+                mlp=_mlp(family, layer_fields) if family.has_parallel_experts or not has_experts else None,
+                experts=_experts(family, layer_fields) if has_experts else None,
                 is_parallel=family.is_parallel,
                 residual_scale=fields.number("residual_multiplier", 1.0),
+                has_layer_scalar=family.has_layer_scalars,
                 **{name: name in family.norms for name in NORMS},
             )
         )
@@ -124,6 +133,7 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
         tuple(layers),
         tuple(ropes),
         fields.number("embedding_multiplier", hidden_size**0.5 if family.scales_embeddings else 1.0),
+        fields.integer("hidden_size_per_layer_input", 0, minimum=0),
         _logits_scale(family, fields),
         fields.optional_number("final_logit_softcapping", zero=False),
     )
@@ -149,31 +159,66 @@ def head_dim(fields: Fields) -> int:
     return size
 
 
-def _attention(family: Family, fields: Fields, hidden_size: int, is_sliding: bool, rope: int) -> AttentionSpec:
+def _layer_fields(fields: Fields, index: int, kind: str) -> Fields:
+    """Return the fields of one layer: lists have an element for each layer, and the types of layers may differ."""
+    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    values = {key: fields.integers(key, index + 1)[index] for key in keys if isinstance(fields.get(key), list)}
+    if kind == FULL and (size := fields.optional_integer("global_head_dim")) is not None:
+        values["head_dim"] = size
+    if kind == FULL and fields.boolean("attention_k_eq_v") and fields.get("num_global_key_value_heads") is not None:
+        values["num_key_value_heads"] = fields.integer("num_global_key_value_heads")
+    if kind == SLIDING and fields.get("sliding_head_dim") is not None:  # of GGUF files, whose usual size is the global
+        values["head_dim"] = fields.integer("sliding_head_dim")
+        values["rotary_dim"] = fields.integer("sliding_rotary_dim")
+    if index >= _first_shared_layer(fields) and fields.boolean("use_double_wide_mlp"):
+        values["intermediate_size"] = 2 * fields.integer("intermediate_size")
+    by_layer = fields.nested("per_layer_config")
+    own = by_layer.nested(str(index)) if by_layer is not None else None
+    return Fields(fields.source, {**fields.values, **values, **(own.values if own is not None else {})}, fields.names)
+
+
+def _first_shared_layer(fields: Fields) -> int:
+    """Return the number of layers with keys and values of their own; the others come last."""
+    num_layers = fields.integer("num_hidden_layers")
+    return num_layers - fields.integer("num_kv_shared_layers", 0, minimum=0, maximum=num_layers - 1)
+
+
+def _attention(family: Family, fields: Fields, types: list[str], index: int, rope: int) -> AttentionSpec:
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         problem = f"the {num_heads} attention heads are no multiple of {num_kv_heads} key and value heads"
         raise fields.error("num_key_value_heads", problem)
-    size = head_dim(fields)
-    scale = size**-0.5
-    if family.scale == "attention_multiplier":
-        scale = fields.number(family.scale, 1.0, zero=False)
-    elif family.scale is not None:
-        scale = fields.number(family.scale, size, zero=False) ** -0.5
+    kind, size, first_shared = types[index], head_dim(fields), _first_shared_layer(fields)
+    source = None
+    if index >= first_shared:
+        source = max((before for before in range(first_shared) if types[before] == kind), default=None)
+        if source is None:
+            raise fields.error("num_kv_shared_layers", f"no layer before number {first_shared} is {kind}")
     return AttentionSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=size,
-        scale=scale,
+        scale=_score_scale(family, fields, size),
         rope=rope,
-        window=fields.integer("sliding_window") if is_sliding else None,
+        window=fields.integer("sliding_window") if kind == SLIDING else None,
         softcap=fields.optional_number("attn_logit_softcapping", zero=False),
         qkv_bias=is_on(family.qkv_bias, fields),
         output_bias=is_on(family.output_bias, fields),
         qk_norm=family.qk_norm,
+        v_norm=family.v_norm,
         has_sinks=family.has_sinks,
+        values_are_keys=kind == FULL and fields.boolean("attention_k_eq_v"),
+        kv_source=source,
     )
+
+
+def _score_scale(family: Family, fields: Fields, size: int) -> float:
+    if isinstance(family.scale, float):
+        return family.scale
+    if family.scale == "attention_multiplier":
+        return fields.number(family.scale, 1.0, zero=False)
+    return (fields.number(family.scale, size, zero=False) if family.scale else size) ** -0.5
 
 
 def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
@@ -200,26 +245,23 @@ def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
     return [SLIDING if (index + 1) % period else FULL for index in range(num_layers)]
 
 
-class _Ropes:
-    """The rotary embedding of each layer."""
+def _layers_with_rope(family: Family, fields: Fields, types: list[str]) -> list[bool]:
+    if family.no_rope == "full" and SLIDING in types:
+        return [kind == SLIDING for kind in types]
+    if family.no_rope != "listed":
+        return [True] * len(types)
+    if fields.get("no_rope_layers"):
+        return [bool(has_rope) for has_rope in fields.integers("no_rope_layers", len(types), minimum=0)]
+    interval = fields.integer("no_rope_layer_interval", 4)
+    return [(index + 1) % interval != 0 for index in range(len(types))]
 
-    def __init__(self, family: Family, fields: Fields, types: list[str]) -> None:
-        size = head_dim(fields)
-        self.by_type = read_ropes(fields, size, family.local_theta)
-        self.none = RopeSpec(head_dim=size, rotary_dim=0)
-        self.has_rope = [True] * len(types)
-        if family.no_rope == "full" and SLIDING in types:
-            self.has_rope = [kind == SLIDING for kind in types]
-        elif family.no_rope == "listed":
-            interval = fields.integer("no_rope_layer_interval", 4)
-            default = [int((index + 1) % interval != 0) for index in range(len(types))]
-            listed = (
-                fields.integers("no_rope_layers", len(types), minimum=0) if fields.get("no_rope_layers") else default
-            )
-            self.has_rope = [bool(one) for one in listed]
 
-    def of_layer(self, index: int, kind: str) -> RopeSpec:
-        return self.by_type[kind] if self.has_rope[index] else self.none
+def _rope(family: Family, fields: Fields, kind: str) -> RopeSpec:
+    return read_ropes(fields, head_dim(fields), family.local_theta)[kind]
+
+
+def _no_rope(fields: Fields) -> RopeSpec:
+    return RopeSpec(head_dim=head_dim(fields), rotary_dim=0)
 
 
 def _mlp(family: Family, fields: Fields) -> MLPSpec:
@@ -240,33 +282,42 @@ def _activation(family: Family, fields: Fields) -> str:
 
 
 def _has_experts(fields: Fields, index: int) -> bool:
-    if not fields.integer("num_experts", 0, minimum=0) or index < fields.integer("first_k_dense_replace", 0, minimum=0):
+    if not fields.integer("num_experts", 0, minimum=0) or not fields.boolean("enable_moe_block", default=True):
+        return False
+    if index < fields.integer("first_k_dense_replace", 0, minimum=0):
         return False
     dense = fields.get("mlp_only_layers") or []
     return index not in dense and (index + 1) % fields.integer("decoder_sparse_step", 1) == 0
 
 
 def _experts(family: Family, fields: Fields) -> ExpertsSpec:
-    num_experts = fields.integer("num_experts")
+    num_experts = fields.integer("num_experts", maximum=MAX_EXPERTS)
     shared_size = fields.integer("shared_expert_intermediate_size", 0, minimum=0)
     scoring = fields.string("scoring_func", "softmax")
     if scoring not in ("softmax", "sigmoid"):
         raise fields.error("scoring_func", f"{scoring!r} is not supported (supported: softmax, sigmoid)")
+    num_chosen = fields.integer("num_experts_per_tok", maximum=num_experts)
+    num_groups, topk_group = fields.integer("n_group", 1), fields.integer("topk_group", 1)
+    if num_experts % num_groups or not num_chosen <= topk_group * (num_experts // num_groups) <= num_experts:
+        problem = f"{num_chosen} of {num_experts} experts cannot be chosen from {topk_group} of {num_groups} groups"
+        raise fields.error("n_group", problem)
     activation = _activation(family, fields)
     return ExpertsSpec(
         router=RouterSpec(
             num_experts=num_experts,
-            num_experts_per_tok=fields.integer("num_experts_per_tok", maximum=num_experts),
+            num_experts_per_tok=num_chosen,
             scoring="sigmoid" if scoring == "sigmoid" else "softmax",
             normalize=fields.boolean("norm_topk_prob"),
             scale=fields.number("routed_scaling_factor", 1.0),
-            num_groups=fields.integer("n_group", 1),
-            topk_group=fields.integer("topk_group", 1),
+            num_groups=num_groups,
+            topk_group=topk_group,
         ),
         intermediate_size=fields.integer("moe_intermediate_size", fields.integer("intermediate_size")),
         activation=activation,
         bias=family.expert_bias,
         router_bias=family.expert_bias,
+        router_norm=family.has_parallel_experts,
+        expert_scales=family.has_parallel_experts,
         shared=MLPSpec(intermediate_size=shared_size, activation=activation) if shared_size else None,
     )
 

@@ -20,6 +20,16 @@ MIXTRAL_NAMES = (
 )
 INTERLEAVED = WeightLayout(is_interleaved=True)
 FUSED_UP = (("mlp.up_proj", "mlp.gate_up_proj"),)  # gate and up are one tensor in GGUF files
+GEMMA4_NAMES = (
+    (r"\.router\.proj\.", ".mlp.gate."),
+    (r"\.router\.scale$", ".mlp.gate.norm.weight"),
+    (r"\.router\.per_expert_scale$", ".mlp.gate.expert_scales"),
+    (r"\.experts\.(gate_up|down)_proj$", r".mlp.experts.\1_proj"),
+)
+GEMMA4_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+}
 GEMMA_DEFAULTS = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
 FAMILIES = (
@@ -149,6 +159,28 @@ FAMILIES = (
         layout=WeightLayout(norm_offset=1.0),
         gguf_wide_layers=62,
         refused={"use_bidirectional_attention": False},
+    ),
+    Family(
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        "gemma4",
+        GEMMA_DEFAULTS
+        | {"max_position_embeddings": 131072, "sliding_window": 512, "sliding_window_pattern": 6}
+        | {"rope_parameters": GEMMA4_ROPES, "global_head_dim": 512, "hidden_size_per_layer_input": 256}
+        | {"hidden_act": "gelu_pytorch_tanh", "norm_topk_prob": True, "enable_moe_block": False},
+        qk_norm="head",
+        v_norm=True,
+        scale=1.0,
+        windows="pattern",
+        local_theta="rope_local_base_freq",
+        norms=SANDWICH,
+        scales_embeddings=True,
+        has_parallel_experts=True,
+        has_layer_scalars=True,
+        layout=WeightLayout(names=GEMMA4_NAMES),
+        gguf_defaults={"norm_topk_prob": True, "enable_moe_block": True, "global_head_dim": None}
+        | {"hidden_size_per_layer_input": 0, "rope_parameters": None},
+        refused={"attention_bias": False},
     ),
     Family(
         "gpt_oss",

@@ -53,9 +53,14 @@ DEFAULTED_KEYS = {
     "norm_topk_prob": "expert_weights_norm",
     "routed_scaling_factor": "expert_weights_scale",
     "first_k_dense_replace": "leading_dense_block_count",
+    "sliding_head_dim": "attention.key_length_swa",
+    "sliding_rotary_dim": "rope.dimension_count_swa",
+    "num_kv_shared_layers": "attention.shared_kv_layers",
+    "hidden_size_per_layer_input": "embedding_length_per_layer_input",
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
 }
+V_NAMES = ("attn_v", "attn_qkv")
 YARN_KEYS = {
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
@@ -99,6 +104,7 @@ def load_gguf(file: GGUFFile) -> ModelConfig:
         norm=family.norm,
         tie_word_embeddings="output.weight" not in file.tensors,
         embedding_scale=decoder.embedding_scale,
+        per_layer_input_size=decoder.per_layer_input_size,
         logits_scale=decoder.logits_scale,
         logits_softcap=decoder.logits_softcap,
         weight_layout=family.gguf_layout,
@@ -134,6 +140,11 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     values |= {key: value for key, value in family.gguf_defaults.items() if key not in values}
     is_wide = values["num_hidden_layers"] == family.gguf_wide_layers
     values["query_pre_attn_scalar"] = values["hidden_size"] / values["num_attention_heads"] if is_wide else None
+    tensors = file.tensors
+    values["attention_k_eq_v"] = any(
+        f"blk.{index}.attn_k.weight" in tensors and not {f"blk.{index}.{name}.weight" for name in V_NAMES} & {*tensors}
+        for index in range(metadata.integer(keys["num_hidden_layers"]))
+    )
     pattern = values.get("sliding_window_pattern")
     if isinstance(pattern, list):
         values["layer_types"] = [SLIDING if is_sliding else FULL for is_sliding in pattern]

@@ -84,6 +84,7 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         norm=family.norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings"),
         embedding_scale=decoder.embedding_scale,
+        per_layer_input_size=decoder.per_layer_input_size,
         logits_scale=decoder.logits_scale,
         logits_softcap=decoder.logits_softcap,
         weight_layout=msgspec.structs.replace(family.layout, names=(*TEXT_NAMES, *family.layout.names)),

@@ -125,26 +125,28 @@ class ExpertsSpec(msgspec.Struct, frozen=True, kw_only=True):
     bias: bool = False
     router_bias: bool = False  # of the router's logits
     correction_bias: bool = False  # of the scores, for the choice alone
-    router_norm: bool = False  # the router has a norm of its own, of the residual stream
+    router_norm: bool = False  # the router reads the residual stream, through a norm of its own
     expert_scales: bool = False  # of the weights, one for each expert
     shared: MLPSpec | None = None  # for every token
     shared_gate: bool = False  # the shared experts are weighted by the sigmoid of a product
 
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One decoder layer: attention, then an MLP or experts or both, each with norms before and after."""
+    """One decoder layer: attention, then an MLP or experts, each with norms before and after.
+
+    If there are both, each has further norms of its own, and their sum is normed and added.
+    """
 
     attention: AttentionSpec
     mlp: MLPSpec | None
-    experts: ExpertsSpec | None = None  # beside the MLP, if there is one
+    experts: ExpertsSpec | None = None
     input_layernorm: bool = True  # before attention
     post_attention_layernorm: bool = False  # of what attention adds to the residual stream
     pre_feedforward_layernorm: bool = True
     post_feedforward_layernorm: bool = False
     is_parallel: bool = False  # the MLP reads what attention reads
     residual_scale: float = 1.0  # of what attention and MLP add
-    per_layer_input_size: int = 0  # Gemma 4: numbers of each token's embedding for this layer
-    layer_scalar: bool = False  # the layer's output is multiplied by a number
+    has_layer_scalar: bool = False  # the residual stream is multiplied by a number at the end
 
 
 class KVGroup(msgspec.Struct, frozen=True):

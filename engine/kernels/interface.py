@@ -198,8 +198,8 @@ class Kernels(Protocol):
         """Add scale * x to `residual` [T, K], in place."""
         ...
 
-    def scale_logits(self, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-        """Return softcap * tanh(scale * logits / softcap), or scale * logits if it is None. May change the logits."""
+    def scale(self, x: Tensor, factor: float, softcap: float | None = None) -> None:
+        """Multiply x [T, K] by a factor, in place; then, with a soft cap, replace x by softcap * tanh(x / softcap)."""
         ...
 
     def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
@@ -282,10 +282,11 @@ class Kernels(Protocol):
         """Return an operation that multiplies each pair's row with the matrix of its expert. `bias` is [E, M]."""
         ...
 
-    def combine_experts(self, x: Tensor, routing: Any, out: Tensor) -> None:
-        """Add to out [T, K] the results x [P, K] of each row's experts, times their weights.
+    def combine_experts(self, x: Tensor, routing: Any, residual: Tensor | None = None) -> Tensor:
+        """Return the sum [T, K] of the results x [P, K] of each row's experts, times their weights.
 
-        The experts of a row are added up in descending order of their scores, whatever the other rows are.
+        With `residual`, add it to that in place and return that. The experts of a row are added up in descending order
+        of their scores, whatever the other rows are.
         """
         ...
 

@@ -21,6 +21,7 @@ class RowInputs:
     rotations: list[Rotations]  # of the row's position, by each table of rotary embeddings
     slot_mappings: list[Tensor]  # int64 [T] of each KV group, the slot of the KV cache for the row's key and value
     lora_slots: Tensor  # int64 [T], the slot of the row's LoRA adapter; -1: none; empty if no row has one
+    layer_inputs: list[Tensor]  # of each layer, if tokens have embeddings for each layer
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class AttentionInputs:
 
     plans: dict[AttentionKind, Any]
     block_tables: list[Tensor]  # of each KV group
-    lora_slots: Tensor  # of the rows that have queries
 
 
 class Attention:
@@ -76,10 +76,16 @@ class Attention:
         return self.kernels.rope_and_store_kv(q, k, v, rotations, slots, cache, self.norms).flatten(1)
 
     def __call__(
-        self, q: Tensor, group: int, cache: LayerCache, inputs: AttentionInputs, residual: Tensor | None
+        self,
+        q: Tensor,
+        group: int,
+        cache: LayerCache,
+        inputs: AttentionInputs,
+        lora_slots: Tensor,
+        residual: Tensor | None,
     ) -> Tensor:
         """Return the output, or add it to `residual` in place."""
         q = q.view(len(q), self.spec.num_heads, self.spec.head_dim)
         plan, table = inputs.plans[self.spec.kind], inputs.block_tables[group]
         out = self.kernels.paged_attention(q, cache, plan, table, self.scores)
-        return self.o_proj(out.flatten(1), inputs.lora_slots, residual)
+        return self.o_proj(out.flatten(1), lora_slots, residual)

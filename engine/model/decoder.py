@@ -18,36 +18,23 @@ import torch
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
-from engine.config import AttentionKind, LayerSpec, ModelConfig
+from engine.config import LayerSpec, ModelConfig
 from engine.kernels.interface import Kernels, LayerCache
 from engine.model.attention import Attention, AttentionInputs, RowInputs
 from engine.model.kv_cache import KVCache
 from engine.model.linear import Linear
 from engine.model.mlp import MLP, Experts
+from engine.model.norm import Norm
 from engine.model.parameters import Parameters
-from engine.model.rotary import RotaryEmbedding
-
-
-class Norm:
-    """The norm of what attention or the MLP reads, or of what it returns."""
-
-    def __init__(self, config: ModelConfig, parameters: Parameters, name: str, kernels: Kernels) -> None:
-        self.weight = parameters.take(f"{name}.weight", config.hidden_size)
-        self.kernels = kernels
-        self.is_layer_norm = config.norm == "layer"
-        self.eps = config.rms_norm_eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        norm = self.kernels.layer_norm if self.is_layer_norm else self.kernels.rms_norm
-        return norm(x, self.weight, self.eps)
-
-    def add(self, residual: Tensor, x: Tensor) -> None:
-        """Add the normed x to the residual stream, in place."""
-        self.kernels.rms_norm(x, self.weight, self.eps, residual)
+from engine.model.per_layer_input import PerLayerEmbedding, PerLayerGate
+from engine.model.rotary import RotaryEmbedding, gather_rotations
 
 
 class DecoderLayer:
-    """Attention, then MLP or experts, each applied to the normed residual stream [rows, hidden_size] and added to it."""
+    """Attention, then MLP or experts, each applied to the normed residual stream [rows, hidden_size] and added to it.
+
+    `cache` is the KV cache of the layer, and `group` the number of its KV group.
+    """
 
     def __init__(
         self, config: ModelConfig, spec: LayerSpec, parameters: Parameters, prefix: str, kernels: Kernels
@@ -55,19 +42,26 @@ class DecoderLayer:
         self.kernels = kernels
         self.spec = spec
 
-        def norm(name: str) -> Norm | None:
-            return Norm(config, parameters, f"{prefix}.{name}", kernels) if getattr(spec, name) else None
+        def norm(name: str, is_there: bool) -> Norm | None:
+            return Norm(config, parameters, f"{prefix}.{name}", kernels) if is_there else None
 
-        self.input_layernorm = norm("input_layernorm")
+        self.input_layernorm = norm("input_layernorm", spec.input_layernorm)
         self.self_attn = Attention(config, spec.attention, parameters, f"{prefix}.self_attn", kernels)
-        self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm")
-        self.mlp = self.experts = None
+        self.post_attention_layernorm = norm("post_attention_layernorm", spec.post_attention_layernorm)
+        self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm", spec.pre_feedforward_layernorm)
+        self.mlp = self.experts = self.per_layer_gate = None
         if spec.mlp is not None:
             self.mlp = MLP(config.hidden_size, spec.mlp, parameters, f"{prefix}.mlp", kernels)
         if spec.experts is not None:
-            self.experts = Experts(config.hidden_size, spec.experts, parameters, f"{prefix}.mlp", kernels)
-        self.post_feedforward_layernorm = norm("post_feedforward_layernorm")
+            self.experts = Experts(config, spec.experts, parameters, f"{prefix}.mlp", kernels)
+        self.post_feedforward_layernorm = norm("post_feedforward_layernorm", spec.post_feedforward_layernorm)
+        has_both = spec.mlp is not None and spec.experts is not None
+        self.post_feedforward_layernorm_1 = norm("post_feedforward_layernorm_1", has_both)
+        self.pre_feedforward_layernorm_2 = norm("pre_feedforward_layernorm_2", has_both)
+        self.post_feedforward_layernorm_2 = norm("post_feedforward_layernorm_2", has_both)
+        if config.per_layer_input_size:
+            self.per_layer_gate = PerLayerGate(config, parameters, prefix, kernels)
+        self.scalar = parameters.take(f"{prefix}.layer_scalar", 1).item() if spec.has_layer_scalar else 1.0
 
     def project(self, residual: Tensor, rows: RowInputs, group: int, cache: LayerCache) -> list[Tensor]:
         """Compute what precedes attention, and store keys and values.
@@ -79,19 +73,44 @@ class DecoderLayer:
         return [q, x] if self.spec.is_parallel else [q]
 
     def __call__(
-        self, residual: Tensor, projected: list[Tensor], group: int, cache: LayerCache, inputs: AttentionInputs
+        self,
+        residual: Tensor,
+        projected: list[Tensor],
+        group: int,
+        cache: LayerCache,
+        inputs: AttentionInputs,
+        lora_slots: Tensor,
     ) -> None:
         """Update the residual stream, given the result of `project`."""
         q, *attention_input = projected
-        self._add(lambda out: self.self_attn(q, group, cache, inputs, out), residual, self.post_attention_layernorm)
+
+        def attend(out: Tensor | None) -> Tensor:
+            return self.self_attn(q, group, cache, inputs, lora_slots, out)
+
+        self._add(attend, residual, self.post_attention_layernorm)
         x = attention_input[0] if self.spec.is_parallel else residual
         if self.pre_feedforward_layernorm is not None:
             x = self.pre_feedforward_layernorm(residual)
-        if self.mlp is not None:
-            mlp = self.mlp
-            self._add(lambda out: mlp(x, inputs.lora_slots, out), residual, self.post_feedforward_layernorm)
-        if self.experts is not None:
-            self.experts(x, inputs.lora_slots, residual)
+
+        def feed_forward(out: Tensor | None) -> Tensor:
+            return self._feed_forward(x, residual, lora_slots, out)
+
+        self._add(feed_forward, residual, self.post_feedforward_layernorm)
+
+    def _feed_forward(self, x: Tensor, residual: Tensor, lora_slots: Tensor, out: Tensor | None) -> Tensor:
+        """Return the result of MLP or experts for x, or add it to `out` in place. If there are both, add them up."""
+        if self.experts is None:
+            assert self.mlp is not None
+            return self.mlp(x, lora_slots, out)
+        if self.mlp is None:
+            return self.experts(x, residual, lora_slots, out)
+        assert self.post_feedforward_layernorm_1 is not None
+        assert self.pre_feedforward_layernorm_2 is not None
+        assert self.post_feedforward_layernorm_2 is not None
+        total = self.post_feedforward_layernorm_1(self.mlp(x, lora_slots, None))
+        routed = self.experts(self.pre_feedforward_layernorm_2(residual), residual, lora_slots, None)
+        self.post_feedforward_layernorm_2.add(total, routed)
+        return total
 
     def _add(self, compute: Callable[[Tensor | None], Tensor], residual: Tensor, norm: Norm | None) -> None:
         """Add a result to the residual stream: normed, scaled, or as it is, which needs no memory of its own."""
@@ -101,6 +120,13 @@ class DecoderLayer:
             self.kernels.add(residual, compute(None), self.spec.residual_scale)
         else:
             compute(residual)
+
+    def finish(self, residual: Tensor, layer_inputs: list[Tensor], index: int, lora_slots: Tensor) -> None:
+        """Add the layer's own input, if tokens have one, and scale the residual stream."""
+        if self.per_layer_gate is not None:
+            self.per_layer_gate(residual, layer_inputs[index], lora_slots)
+        if self.scalar != 1.0:
+            self.kernels.scale(residual, self.scalar)
 
     @property
     def linears(self) -> list[Linear]:
@@ -126,10 +152,13 @@ class CausalLM:
         self.rotary = [RotaryEmbedding(rope, max_model_len, device) for rope in config.ropes]
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = kernels.pack([parameters.take_weight("model.embed_tokens.weight", *shape)])
+        has_layer_inputs = config.per_layer_input_size > 0
+        self.per_layer_embedding = PerLayerEmbedding(config, parameters, kernels) if has_layer_inputs else None
         self.layers = [
             DecoderLayer(config, spec, parameters, f"model.layers.{index}", kernels)
             for index, spec in enumerate(config.layers)
         ]
+        self.last_stored = max(index for index, spec in enumerate(config.layers) if spec.attention.kv_source is None)
         self.norm = Norm(config, parameters, "model.norm", kernels)
         head = self.embed_tokens
         if not config.tie_word_embeddings:
@@ -139,36 +168,72 @@ class CausalLM:
 
     def forward(self, batch: BatchInputs, kv_cache: KVCache) -> Tensor:
         """Return the last hidden states [L, hidden_size] of `hidden_rows`; store the keys and values of every row."""
-        kernels = self.kernels
+        kernels, last = self.kernels, self.last_stored
         x = kernels.embed(batch.token_ids, self.embed_tokens, self.config.embedding_scale)
-        rows = RowInputs(
-            rotations=[rotary.gather(kernels, batch.positions) for rotary in self.rotary],
-            slot_mappings=batch.slot_mappings,
-            lora_slots=batch.lora_slots,
-        )
-        *layers, (last, last_group, last_cache) = zip(self.layers, kv_cache.groups, kv_cache.layers, strict=True)
-        kinds = [layer.self_attn.spec.kind for layer, _, _ in layers]
-        inputs = self._plan(batch, batch.query_lens, kinds, batch.lora_slots)
-        for layer, group, cache in layers:
+        rows = self._row_inputs(batch, x)
+        inputs = self._plan(batch, batch.query_lens, range(last))
+        for index in range(last):
             with kernels.temporaries():
-                layer(x, layer.project(x, rows, group, cache), group, cache, inputs)
-        # Once the last layer has stored keys and values, only `hidden_rows` are still needed.
+                self._compute_layer(index, x, rows, kv_cache, inputs)
+        # Once the last layer that has keys and values has stored them, only `hidden_rows` are still needed.
+        inputs = self._plan(batch, batch.hidden_lens, range(last, len(self.layers)))
         hidden = kernels.gather(x, batch.hidden_rows)
-        inputs = self._plan(batch, batch.hidden_lens, [last.self_attn.spec.kind], batch.hidden_lora_slots)
+        hidden_inputs = self._hidden_inputs(batch, rows)
         with kernels.temporaries():
-            projected = last.project(x, rows, last_group, last_cache)
-            last(hidden, [kernels.gather(y, batch.hidden_rows) for y in projected], last_group, last_cache, inputs)
+            projected = self.layers[last].project(x, rows, kv_cache.groups[last], kv_cache.layers[last])
+            projected = [kernels.gather(y, batch.hidden_rows) for y in projected]
+            self._finish_layer(last, hidden, projected, hidden_inputs, kv_cache, inputs)
+        for index in range(last + 1, len(self.layers)):
+            with kernels.temporaries():
+                self._compute_layer(index, hidden, hidden_inputs, kv_cache, inputs)
         return hidden
 
-    def _plan(
-        self, batch: BatchInputs, query_lens: Lengths, kinds: list[AttentionKind], lora_slots: Tensor
-    ) -> AttentionInputs:
-        """Plan the attention of the last `query_lens` rows of each sequence, for each kind of layer."""
+    def _row_inputs(self, batch: BatchInputs, x: Tensor) -> RowInputs:
+        layer_inputs: list[Tensor] = []
+        if self.per_layer_embedding is not None:
+            layer_inputs = self.per_layer_embedding(batch.token_ids, x, batch.lora_slots)
+        rotations = [rotary.gather(self.kernels, batch.positions) for rotary in self.rotary]
+        return RowInputs(rotations, batch.slot_mappings, batch.lora_slots, layer_inputs)
+
+    def _hidden_inputs(self, batch: BatchInputs, rows: RowInputs) -> RowInputs:
+        """Return the inputs of `hidden_rows` for the layers that store no keys and values."""
+        kernels, later = self.kernels, self.layers[self.last_stored + 1 :]
+        used = {layer.self_attn.spec.rope for layer in later}
+        rotations = [
+            gather_rotations(kernels, rotation, batch.hidden_rows) if index in used else rotation
+            for index, rotation in enumerate(rows.rotations)
+        ]
+        layer_inputs = [
+            kernels.gather(layer_input, batch.hidden_rows) if index >= self.last_stored else layer_input
+            for index, layer_input in enumerate(rows.layer_inputs)
+        ]
+        return RowInputs(rotations, batch.slot_mappings, batch.hidden_lora_slots, layer_inputs)
+
+    def _compute_layer(
+        self, index: int, x: Tensor, rows: RowInputs, kv_cache: KVCache, inputs: AttentionInputs
+    ) -> None:
+        projected = self.layers[index].project(x, rows, kv_cache.groups[index], kv_cache.layers[index])
+        self._finish_layer(index, x, projected, rows, kv_cache, inputs)
+
+    def _finish_layer(
+        self,
+        index: int,
+        x: Tensor,
+        projected: list[Tensor],
+        rows: RowInputs,
+        kv_cache: KVCache,
+        inputs: AttentionInputs,
+    ) -> None:
+        layer, group, cache = self.layers[index], kv_cache.groups[index], kv_cache.layers[index]
+        layer(x, projected, group, cache, inputs, rows.lora_slots)
+        layer.finish(x, rows.layer_inputs, index, rows.lora_slots)
+
+    def _plan(self, batch: BatchInputs, query_lens: Lengths, layers: range) -> AttentionInputs:
+        """Plan the attention of the last `query_lens` rows of each sequence, for each kind of layer among `layers`."""
         numbers = {kind: index for index, kind in enumerate(self.config.attention_kinds)}
-        plans = {
-            kind: self.kernels.plan_attention(batch, query_lens, kind, numbers[kind]) for kind in dict.fromkeys(kinds)
-        }
-        return AttentionInputs(plans, batch.block_tables, lora_slots)
+        kinds = dict.fromkeys(self.config.layers[index].attention.kind for index in layers)
+        plans = {kind: self.kernels.plan_attention(batch, query_lens, kind, numbers[kind]) for kind in kinds}
+        return AttentionInputs(plans, batch.block_tables)
 
     @property
     def linears(self) -> list[Linear]:
@@ -183,6 +248,6 @@ class CausalLM:
         """Return the logits [R, num_token_ids] of rows (int64 [R]) of the hidden states: final norm and LM head."""
         config = self.config
         logits = self.lm_head(self.compute_hidden(hidden, rows))[:, : config.num_token_ids]
-        if config.logits_scale == 1.0 and config.logits_softcap is None:
-            return logits
-        return self.kernels.scale_logits(logits, config.logits_scale, config.logits_softcap)
+        if config.logits_scale != 1.0 or config.logits_softcap is not None:
+            self.kernels.scale(logits, config.logits_scale, config.logits_softcap)
+        return logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.config import ExpertsSpec, MLPSpec
+from engine.config import ExpertsSpec, MLPSpec, ModelConfig
 from engine.kernels.interface import ExpertLinearOp, Kernels
 from engine.model.linear import Linear
 from engine.model.parameters import Parameters
@@ -33,27 +33,30 @@ class Experts:
     """A mixture of experts (Shazeer et al. 2017): each row passes through the MLPs that the router chooses for it."""
 
     def __init__(
-        self, hidden_size: int, spec: ExpertsSpec, parameters: Parameters, prefix: str, kernels: Kernels
+        self, config: ModelConfig, spec: ExpertsSpec, parameters: Parameters, prefix: str, kernels: Kernels
     ) -> None:
         self.kernels = kernels
         self.spec = spec
-        num_experts, size = spec.router.num_experts, spec.intermediate_size
+        self.eps = config.rms_norm_eps
+        num_experts, size, hidden_size = spec.router.num_experts, spec.intermediate_size, config.hidden_size
         router = parameters.take_weight(f"{prefix}.gate.weight", num_experts, hidden_size)
         bias = parameters.take(f"{prefix}.gate.bias", num_experts) if spec.router_bias else None
         self.router = kernels.linear(kernels.pack([router], dtype=torch.float32), bias, is_float32=True)
-        self.correction_bias = None
+        self.router_norm = self.correction_bias = self.expert_scales = None
+        if spec.router_norm:
+            self.router_norm = parameters.take(f"{prefix}.gate.norm.weight", hidden_size) * hidden_size**-0.5
         if spec.correction_bias:
             self.correction_bias = parameters.take(f"{prefix}.gate.e_score_correction_bias", num_experts).float()
-        experts = f"{prefix}.experts"
+        if spec.expert_scales:
+            self.expert_scales = parameters.take(f"{prefix}.gate.expert_scales", num_experts).float()
 
         def linear(names: tuple[str, ...], num_outputs: int, num_inputs: int) -> ExpertLinearOp:
+            experts = f"{prefix}.experts"
             weights = [
                 [parameters.take_weight(f"{experts}.{index}.{name}.weight", num_outputs, num_inputs) for name in names]
                 for index in range(num_experts)
             ]
-            biases = [
-                parameters.take(f"{experts}.{name}.bias", num_experts, num_outputs) for name in names if spec.bias
-            ]
+            biases = [parameters.take(f"{experts}.{name}.bias", num_experts, num_outputs) for name in names if spec.bias]
             return kernels.expert_linear(kernels.pack_experts(weights), torch.cat(biases, dim=1) if biases else None)
 
         self.gate_up_proj = linear(("gate_proj", "up_proj"), size, hidden_size)
@@ -62,12 +65,15 @@ class Experts:
         if spec.shared is not None:
             self.shared = MLP(hidden_size, spec.shared, parameters, f"{prefix}.shared_experts", kernels)
 
-    def __call__(self, x: Tensor, lora_slots: Tensor, out: Tensor) -> None:
-        """Add the result to `out`, in place."""
+    def __call__(self, x: Tensor, stream: Tensor, lora_slots: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the result for x [T, hidden_size], or add it to `residual` in place.
+
+        `stream` is the residual stream before its norm, which some routers read through a norm of their own.
+        """
         kernels, spec = self.kernels, self.spec
-        routing = kernels.route(self.router(x), spec.router, self.correction_bias)
+        normed = x if self.router_norm is None else kernels.rms_norm(stream, self.router_norm, self.eps)
+        routing = kernels.route(self.router(normed), spec.router, self.correction_bias, self.expert_scales)
         gate, up = torch.split(self.gate_up_proj(x, routing), spec.intermediate_size, dim=1)
         hidden = kernels.act_and_mul(gate, up, spec.activation)
-        kernels.combine_experts(self.down_proj(hidden, routing), routing, out)
-        if self.shared is not None:
-            self.shared(x, lora_slots, out)
+        out = kernels.combine_experts(self.down_proj(hidden, routing), routing, residual)
+        return out if self.shared is None else self.shared(x, lora_slots, out)

@@ -31,8 +31,13 @@ class RotaryEmbedding:
 
     def gather(self, kernels: Kernels, positions: Tensor) -> Rotations:
         """Return the rotations at positions [T]."""
-        k = kernels.gather(self.k, positions)
-        return Rotations(k if self.q is self.k else kernels.gather(self.q, positions), k)
+        return gather_rotations(kernels, Rotations(self.q, self.k), positions)
+
+
+def gather_rotations(kernels: Kernels, rotations: Rotations, rows: Tensor) -> Rotations:
+    """Return some rows of rotations."""
+    k = kernels.gather(rotations.k, rows)
+    return Rotations(k if rotations.q is rotations.k else kernels.gather(rotations.q, rows), k)
 
 
 def inverse_frequencies(rope: RopeSpec, max_model_len: int) -> Tensor:
@@ -65,7 +70,7 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, rope: RopeSpec) -> Tensor:
-    """Apply YaRN (Peng et al. 2023): stretch pairs that turn rarely in the original context, keep those that often do."""
+    """Apply YaRN (Peng et al. 2023): stretch pairs that rarely turn in the original context, keep the others."""
     scaling = rope.scaling
 
     def pair_of(turns: float) -> float:

@@ -19,6 +19,9 @@ TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
 }
 LAYER_TENSOR_NAMES = {
     "attn_norm": "input_layernorm",
@@ -39,7 +42,19 @@ LAYER_TENSOR_NAMES = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.gate_proj",
     "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+SCALAR_NAMES = {  # whole names
+    "layer_output_scale.weight": "layer_scalar",
+    "ffn_gate_inp.scale": "mlp.gate.norm.weight",
+    "ffn_down_exps.scale": "mlp.gate.expert_scales",
 }
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # read with the metadata
 
@@ -93,6 +108,8 @@ def huggingface_name(name: str) -> str:
 
     Raises ValueError for a name that no supported model has.
     """
+    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+\.\w+)", name)) and match[2] in SCALAR_NAMES:
+        return f"model.layers.{match[1]}.{SCALAR_NAMES[match[2]]}"
     stem, _, kind = name.rpartition(".")
     if kind in ("weight", "bias"):
         if stem in TENSOR_NAMES:

@@ -42,6 +42,9 @@ def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: Weight
     if match is None or int(match[1]) >= config.num_hidden_layers:
         yield name, weight
         return
+    attention = config.layers[int(match[1])].attention
+    if attention.kv_source is not None and re.match(r"self_attn\.[kv]_(proj|norm)\.", match[2]):
+        return  # some checkpoints hold them although they are not used
     for part, part_weight in _split(match[2], weight, config, int(match[1]), layout):
         yield f"model.layers.{match[1]}.{part}", in_model_order(part, part_weight, config, int(match[1]), layout)
 

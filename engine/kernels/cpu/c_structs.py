@@ -196,6 +196,7 @@ class CombineExpertsParameters(Structure):
         ("num_chosen", c_int64),
         ("output", c_void_p),
         ("output_stride", c_int64),
+        ("accumulate", c_int64),
     ]
 
 

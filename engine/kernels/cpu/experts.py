@@ -33,6 +33,7 @@ class CpuRouting:
     """The routing that the program fills in each step."""
 
     parameters: Routing
+    num_rows: int  # the address of the RowCounts of the rows
     num_chosen: int
     max_pairs: int
     keep: tuple[Any, ...]
@@ -82,7 +83,7 @@ def route(
         routing=ctypes.addressof(routing),
     )
     recorder.call("route", parameters, routing, bias, expert_scales)
-    return CpuRouting(routing, num_chosen, max_pairs, (groups, integers, weights))
+    return CpuRouting(routing, parameters.num_rows, num_chosen, max_pairs, (groups, integers, weights))
 
 
 def expert_linear(recorder: ProgramRecorder, experts: Sequence[Matrix], bias: Tensor | None) -> ExpertLinearOp:
@@ -127,16 +128,21 @@ def _pair_rows(recorder: ProgramRecorder, x: Tensor, form: Format, routing: CpuR
     return rows.data_ptr(), stride
 
 
-def combine_experts(recorder: ProgramRecorder, x: Tensor, routing: CpuRouting, out: Tensor) -> None:
-    """Add a call that adds the weighted results of each row's experts to `out`."""
+def combine_experts(recorder: ProgramRecorder, x: Tensor, routing: CpuRouting, residual: Tensor | None) -> Tensor:
+    """Add a call that adds up the weighted results of each row's experts, and return its result, or `residual`."""
+    out = residual
+    if out is None:
+        out = recorder.new(routing.num_rows, routing.max_pairs // routing.num_chosen, x.shape[1]).tensor
     parameters = CombineExpertsParameters(
-        num_rows=recorder.buffer(out).num_rows,
+        num_rows=routing.num_rows,
         routing=routing.address,
         input=recorder.read(x),
         input_stride=x.stride(0),
         size=x.shape[1],
         num_chosen=routing.num_chosen,
-        output=recorder.read(out),
+        output=out.data_ptr() if residual is None else recorder.change(out),
         output_stride=out.stride(0),
+        accumulate=residual is not None,
     )
     recorder.call("combine_experts", parameters, routing)
+    return out

@@ -194,7 +194,9 @@ class CpuKernels:
             output_stride=out.tensor.stride(0),
         )
         self.recorder.call(f"embed_{part.format.name}", parameters, matrix)
-        return self.scale_logits(out.tensor, scale, None)
+        if scale != 1.0:
+            self.scale(out.tensor, scale)
+        return out.tensor
 
     # Rows.
 
@@ -251,19 +253,16 @@ class CpuKernels:
         )
         self.recorder.call("add", parameters)
 
-    def scale_logits(self, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-        if scale == 1.0 and softcap is None:
-            return logits
+    def scale(self, x: Tensor, factor: float, softcap: float | None = None) -> None:
         parameters = ScaleParameters(
-            num_rows=self.recorder.buffer(logits).num_rows,
-            values=self.recorder.change(logits),
-            stride=logits.stride(0),
-            size=logits.shape[1],
-            scale=scale,
+            num_rows=self.recorder.buffer(x).num_rows,
+            values=self.recorder.change(x),
+            stride=x.stride(0),
+            size=x.shape[1],
+            scale=factor,
             softcap=softcap or 0.0,
         )
         self.recorder.call("scale", parameters)
-        return logits
 
     def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         out = self.recorder.new(self.recorder.buffer(gate).num_rows, *gate.shape)
@@ -294,8 +293,8 @@ class CpuKernels:
     ) -> CpuRouting:
         return experts.route(self.recorder, logits, router, bias, expert_scales)
 
-    def combine_experts(self, x: Tensor, routing: CpuRouting, out: Tensor) -> None:
-        experts.combine_experts(self.recorder, x, routing, out)
+    def combine_experts(self, x: Tensor, routing: CpuRouting, residual: Tensor | None = None) -> Tensor:
+        return experts.combine_experts(self.recorder, x, routing, residual)
 
     # Attention.
 

@@ -68,10 +68,13 @@ def expert_linear(products: Sequence[LinearOp]) -> ExpertLinearOp:
     return product
 
 
-def combine_experts(x: Tensor, routing: TorchRouting, out: Tensor) -> None:
-    """Add to out [T, K] the results x [T * k, K] of each row's experts, times their weights, in float32."""
+def combine_experts(x: Tensor, routing: TorchRouting, residual: Tensor | None) -> Tensor:
+    """Return the sum of the results x [T * k, K] of each row's experts, times their weights, or add it to `residual`.
+
+    Sums are float32.
+    """
     results = x.float().view(*routing.experts.shape, -1) * routing.weights[..., None]
     total = results[:, 0]
     for index in range(1, results.shape[1]):
         total = total + results[:, index]
-    out.add_(total.to(out.dtype))
+    return total.to(x.dtype) if residual is None else residual.add_(total.to(x.dtype))

@@ -90,8 +90,10 @@ class TorchKernels:
     def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
         residual.add_(x, alpha=scale)
 
-    def scale_logits(self, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-        return logits.mul_(scale) if softcap is None else logits.mul_(scale / softcap).tanh_().mul_(softcap)
+    def scale(self, x: Tensor, factor: float, softcap: float | None = None) -> None:
+        x.mul_(factor)
+        if softcap is not None:
+            x.div_(softcap).tanh_().mul_(softcap)
 
     def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         return rows.act_and_mul(gate, up, activation)
@@ -108,8 +110,8 @@ class TorchKernels:
         biases = [None] * len(matrices) if bias is None else bias.unbind()
         return experts.expert_linear([self.linear(*pair) for pair in zip(matrices, biases, strict=True)])
 
-    def combine_experts(self, x: Tensor, routing: experts.TorchRouting, out: Tensor) -> None:
-        experts.combine_experts(x, routing, out)
+    def combine_experts(self, x: Tensor, routing: experts.TorchRouting, residual: Tensor | None = None) -> Tensor:
+        return experts.combine_experts(x, routing, residual)
 
     def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
         return block_size * self.dtype.itemsize * attention.numbers_per_token(groups)

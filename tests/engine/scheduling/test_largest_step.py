@@ -26,7 +26,7 @@ def test_it_has_all_rows_and_all_samples(seed: int) -> None:
     rng = random.Random(seed)
     max_num_seqs, max_model_len, block_size = rng.randint(1, 40), rng.choice([1, 2, 3, 50, 500]), rng.choice([16, 32])
     max_num_rows = max_num_seqs + rng.choice([0, 1, rng.randint(0, 2000)])
-    step = largest_step(max_num_rows, max_num_seqs, max_model_len, block_size)
+    step = largest_step(max_num_rows, max_num_seqs, max_model_len, block_size, num_groups=1)
     assert step.num_tokens == min(max_num_rows, max_num_seqs * max_model_len)
     assert len(step.scheduled) == sum(item.num_samples for item in step.scheduled) == max_num_seqs
     kinds = [item.is_prompt for item in step.scheduled]

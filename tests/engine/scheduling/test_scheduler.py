@@ -6,10 +6,11 @@ fails at once, so wrong sharing, a position computed twice or never, and a block
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import pytest
@@ -17,8 +18,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.scheduling.block_pool import BlockPool
+from engine.config import KVGroup
+from engine.scheduling.block_pool import Block, BlockPool
 from engine.scheduling.budget import StepBudget
+from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.record import Recorder
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step, choice_seed, new_request
 from engine.scheduling.scheduler import Scheduler
@@ -91,17 +94,27 @@ def repeats_itself(output: list[int], detection: RepetitionDetection | None) -> 
     return any(output[-len(copy) :] == copy for copy in copies)
 
 
+Keys: TypeAlias = tuple[int, list[int], int, bytes]  # what they depend on, see FakeModel._keys
+
+
 class FakeModel:
     """Samples `next_token` of the tokens it reads, and reads only keys that it has written."""
 
     def __init__(
-        self, block_size: int, next_token: NextToken = random_token, *, separates_prompts: bool = False
+        self,
+        block_size: int,
+        next_token: NextToken = random_token,
+        *,
+        separates_prompts: bool = False,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
+        """`windows`: of each KV group, None: it sees all tokens."""
+        self.windows = windows
         self.block_size = block_size
         self.next_token = next_token
         self.separates_prompts = separates_prompts
         # (block id, offset) -> the keys stored there; None: written by a row that failed
-        self.slots: dict[tuple[int, int], tuple[list[int], int, bytes] | None] = {}
+        self.slots: dict[tuple[int, int], Keys | None] = {}
 
     def run(self, step: Step, failing: int | None = None) -> list[ScheduledOutput]:
         """Return one output for each item of the step. Item number `failing` fails."""
@@ -112,28 +125,34 @@ class FakeModel:
         for number, item in enumerate(step.scheduled):
             request, end = item.request, item.start + item.num_tokens
             assert not item.is_prompt or end <= request.num_prompt_tokens, "rows of two kinds"
-            for position in range(item.start, end):
-                slot = self._slot(request, position)
-                assert request.kv.blocks[position // self.block_size].ref_count == 1, "a row writes into a shared block"
+            for group, position in itertools.product(range(len(self.windows)), range(item.start, end)):
+                block = self._block(request, group, position)
+                slot = (block.block_id, position % self.block_size)
+                assert block.ref_count == 1, "a row writes into a shared block"
                 assert slot not in written, "two rows write into one slot"
                 written.add(slot)
                 token_ids = request.token_ids + item.draft_token_ids
-                self.slots[slot] = None if number == failing else self._keys(request, token_ids, position)
+                self.slots[slot] = None if number == failing else self._keys(request, group, token_ids, position)
             outputs.append(ScheduledOutput(error="broken") if number == failing else self._output(item))
         return outputs
 
-    def _keys(self, request: Request, token_ids: list[int], position: int) -> tuple[list[int], int, bytes]:
-        """Return what keys depend on: tokens so far, number of prompt tokens if these are separated, and salt."""
+    def _keys(self, request: Request, group: int, token_ids: list[int], position: int) -> Keys:
+        """Return what keys depend on: layers, tokens so far, number of prompt tokens if these are separated, and salt."""
         num_prompt_tokens = min(position + 1, request.num_prompt_tokens) if self.separates_prompts else 0
-        return (token_ids[: position + 1], num_prompt_tokens, request.kv.salt)
+        return (group, token_ids[: position + 1], num_prompt_tokens, request.kv.salt)
 
-    def _slot(self, request: Request, position: int) -> tuple[int, int]:
-        return request.kv.blocks[position // self.block_size].block_id, position % self.block_size
+    def _block(self, request: Request, group: int, position: int) -> Block:
+        block = request.kv.tables[group].blocks[position // self.block_size]
+        assert block is not None, "a block is released that is still in use"
+        return block
 
     def _read(self, request: Request, end: int) -> None:
-        for position in range(end):
-            expected = self._keys(request, request.token_ids, position)
-            assert self.slots.get(self._slot(request, position)) == expected, f"position {position} holds other keys"
+        """Read what the token at position `end` sees before it."""
+        for group, window in enumerate(self.windows):
+            for position in range(0 if window is None else max(0, end - window + 1), end):
+                slot = (self._block(request, group, position).block_id, position % self.block_size)
+                expected = self._keys(request, group, request.token_ids, position)
+                assert self.slots.get(slot) == expected, f"position {position} holds other keys"
 
     def _output(self, item: Scheduled) -> ScheduledOutput:
         request, output, tokens = item.request, ScheduledOutput(), item.request.token_ids
@@ -234,6 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         threshold=st.sampled_from([0, 0, 1, 3]),
         watermark=st.sampled_from([0, 0, 1]),
         kind=st.tuples(st.integers(0, 99), st.booleans()),
+        windows=st.sampled_from([(None,), (None,), (3,), (None, 1), (2, None), (4, 4, None), (6, 3)]),
     )
     def start(
         self,
@@ -246,17 +266,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         threshold: int,
         watermark: int,
         kind: tuple[int, bool],
+        windows: tuple[int | None, ...],
     ) -> None:
         policy, separates_prompts = kind
         self.policy = self.policies[policy % len(self.policies)]
         self.num_drafts = self.num_draft_tokens = 0
         self.block_size = block_size
-        self.max_model_len = min(len(PROMPT), max(1, num_blocks - spare_blocks) * block_size)
         self.budget = max_num_seqs + spare_tokens
+        pool = BlockPool(num_blocks * len(windows), block_size, separates_prompts=separates_prompts)
+        manager = KVManager(pool, [KVGroup((), window) for window in windows], max_in_flight=self.budget)
+        num_usable = max(len(windows), pool.num_blocks - spare_blocks)
+        self.max_model_len = max(n for n in range(1, len(PROMPT) + 1) if manager.num_blocks_for(n) <= num_usable)
         self.max_chunk = threshold or self.budget
         self.recorder = Recorder()
         self.scheduler = Scheduler(
-            BlockPool(num_blocks, block_size, separates_prompts=separates_prompts),
+            manager,
             self.recorder,
             StepBudget(self.budget),
             max_num_seqs=max_num_seqs,
@@ -266,7 +290,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             speculation=self.policy,
         )
         self.scheduler.kv.watermark = watermark
-        self.model = FakeModel(block_size, self.next_token, separates_prompts=separates_prompts)
+        self.model = FakeModel(
+            block_size, self.next_token, separates_prompts=separates_prompts, windows=windows
+        )
         self.choices: list[Choice] = []
         self.by_request: dict[Request, Choice] = {}
         self.num_submitted = 0
@@ -380,7 +406,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for position, request in enumerate(running):
             missing = num_missing(request, request.kv.num_computed)
             share = min(missing, self.max_chunk, budget - (len(running) - position - 1))
-            demand += -(-(request.kv.num_computed + share) // self.block_size) - len(request.kv.blocks)
+            num_blocks = -(-(request.kv.num_computed + share) // self.block_size)
+            demand += sum(num_blocks - len(table.blocks) for table in request.kv.tables)
             budget -= share
         return demand
 
@@ -437,20 +464,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         num_prompt_tokens = request.num_prompt_tokens if self.model.separates_prompts else None
         hashes = full_block_hashes(request.token_ids[:-1], request.kv.salt, self.block_size, num_prompt_tokens)
-        next_block = num_cached // self.block_size
-        assert next_block >= len(hashes) or hashes[next_block] not in self.scheduler.pool.published
+        for length in range(num_cached // self.block_size + 1, len(hashes) + 1):
+            end = length * self.block_size
+            seen = [
+                hashes[index] + suffix
+                for window, suffix in zip(self.model.windows, self.scheduler.kv.suffixes, strict=True)
+                for index in range(length)
+                if window is None or (index + 1) * self.block_size > end - window + 1
+            ]
+            assert any(block_hash not in self.scheduler.pool.published for block_hash in seen), "a longer one is cached"
 
     def expect_admission(self, has_preempted: bool) -> None:
         """A request waits only for lack of max_num_seqs, tokens or blocks."""
         assert self.step is not None
-        pool, running, waiting = self.scheduler.pool, self.scheduler.running, self.scheduler.waiting
+        kv, running, waiting = self.scheduler.kv, self.scheduler.running, self.scheduler.waiting
         num_known = sum(item.num_tokens - len(item.draft_token_ids) for item in self.step.scheduled)
         has_budget = num_known < self.budget and len(running) < self.scheduler.max_num_seqs
         if not waiting or has_preempted or not has_budget:
             return
         # As if no block of the first one were cached.
-        lacking = sum(pool.num_blocks_for(request.num_tokens) - len(request.kv.blocks) for request in running)
-        assert pool.num_blocks_for(waiting[0].num_tokens) + self.scheduler.kv.watermark + lacking > pool.num_free
+        lacking = sum(kv.num_blocks_for(request.num_tokens) - len(request.kv.blocks) for request in running)
+        assert kv.num_blocks_for(waiting[0].num_tokens) + kv.watermark + lacking > kv.pool.num_free
 
     def watch_head(self, waiting: list[Request], admitted: list[Request]) -> None:
         """While a request is the first in the queue, no other is admitted, and the running ones end in time."""
@@ -547,7 +581,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert orders == sorted(orders)
         for request in scheduler.running:
             assert request.status is Status.RUNNING
-            assert len(request.kv.blocks) == -(-request.kv.num_computed // self.block_size)
+            for table, window in zip(request.kv.tables, self.model.windows, strict=True):
+                assert len(table.blocks) == -(-request.kv.num_computed // self.block_size)
+                assert window is not None or len(table.held) == len(table.blocks)
+            assert len(request.kv.blocks) <= scheduler.kv.num_blocks_for(request.num_tokens)
             assert request.kv.num_computed == self.by_request[request].num_computed
         for request in scheduler.waiting:
             assert (request.status, request.kv.blocks, request.kv.num_computed) == (Status.WAITING, [], 0)
@@ -644,7 +681,7 @@ class Rig:
         self.block_size = limits.pop("block_size", 4)
         self.recorder = Recorder()
         self.scheduler = Scheduler(
-            BlockPool(limits.pop("num_blocks", 16), self.block_size, separates_prompts=separates_prompts),
+            KVManager(BlockPool(limits.pop("num_blocks", 16), self.block_size, separates_prompts=separates_prompts)),
             self.recorder,
             StepBudget(limits.pop("max_num_batched_tokens", 16)),
             max_num_seqs=limits.pop("max_num_seqs", 4),
@@ -1133,7 +1170,7 @@ def test_abort_of_who_waits() -> None:
     ("limits", "numbers"),
     [
         ({"max_num_batched_tokens": 7, "max_num_seqs": 8}, ["max_num_batched_tokens (7)", "max_num_seqs (8)"]),
-        ({"num_blocks": 7, "block_size": 4, "max_model_len": 29}, ["28 tokens", "max_model_len (29)"]),
+        ({"num_blocks": 7, "block_size": 4, "max_model_len": 29}, ["7 blocks", "max_model_len (29)", "needs 8"]),
     ],
 )
 def test_limits_that_cannot_work_are_refused_with_both_numbers(limits: dict[str, int], numbers: list[str]) -> None:

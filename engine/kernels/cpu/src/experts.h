@@ -211,6 +211,7 @@ struct CombineExpertsParameters {
     int64_t num_chosen;
     float* output;
     int64_t output_stride;
+    int64_t accumulate;  // whether to add to the output
 };
 
 constexpr int64_t COMBINED_PIECE = 512;  // floats
@@ -224,11 +225,11 @@ inline void combine_piece(const CombineExpertsParameters& p, int64_t row, int64_
         Floats sum = zero();
         for (int64_t j = 0; j < p.num_chosen; j++)
             sum = multiply_add(fill(weights[j]), load_some(p.input + places[j] * p.input_stride + k, n), sum);
-        store_some(out + k, load_some(out + k, n) + sum, n);
+        store_some(out + k, p.accumulate ? load_some(out + k, n) + sum : sum, n);
     }
 }
 
-// Adds the results of each row's experts to the output. Rows are cut into pieces, so that threads can share a row.
+// Adds up the results of each row's experts. Rows are cut into pieces, so that threads can share a row.
 inline void combine_experts(const void* parameters, const Worker& worker) {
     const CombineExpertsParameters& p = *(const CombineExpertsParameters*)parameters;
     const int64_t num_pieces = divide_up(p.size, COMBINED_PIECE), num_tasks = p.num_rows->all * num_pieces;

@@ -69,7 +69,7 @@ const lightwell::Field lightwell::FIELDS[] = {
 #undef STRUCT
 #define STRUCT CombineExpertsParameters
     FIELD(num_rows), FIELD(routing), FIELD(input), FIELD(input_stride), FIELD(size), FIELD(num_chosen), FIELD(output),
-    FIELD(output_stride),
+    FIELD(output_stride), FIELD(accumulate),
 #undef STRUCT
 #define STRUCT AddLoraParameters
     FIELD(num_rows), FIELD(lora_slots), FIELD(input), FIELD(input_stride), FIELD(num_inputs), FIELD(a),
