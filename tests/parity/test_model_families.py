@@ -5,6 +5,7 @@ the same weights (tests/parity/make_fixtures.py). All in float32, with plain tor
 interpreter.
 """
 
+import json
 import lzma
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,6 +20,7 @@ from engine.loading import LoadedModel, load_model
 from tests.parity.make_fixtures import FIXTURES
 from tests.support.family_models import FAMILIES, VOCAB_SIZE, read_config, save_family_model
 from tests.support.kernel_choice import choose_kernels, code_paths
+from tests.support.older_configs import older_config
 from tests.support.outputs import all_logits, greedy_outputs
 
 NUM_OUTPUT_TOKENS = 24
@@ -29,7 +31,7 @@ OTHER_SEEDS = {1: "torch", 2: "default"}  # seed of sizes and weights -> kernels
 # Rows whose heads have sizes that the C++ kernels do not support: plain torch runs them.
 NOT_IN_CPP = {"llama_odd", "qwen3_odd"}
 IN_TRITON = ("llama3", "qwen3", "qwen3_moe", "gemma3_text", "gemma4_e2b", "gpt_oss", "phi4_mini", "deepseek_v2_lite")
-# Rows that are refused, by the name of their architecture.
+# Rows that are refused by name, that of the architecture or of the quantisation.
 NOT_YET = FAMILIES.keys() - {"llama2", "llama3", "llama_biases", "llama_odd", "mistral", "mistral_full"}
 
 
@@ -82,7 +84,7 @@ def cases() -> list[Any]:
 
 def load(path: Path, kernels: str = "default") -> LoadedModel:
     with choose_kernels(kernels):
-        return load_model(EngineConfig(model_path=str(path), dtype="float32"))
+        return load_model(EngineConfig(model_path=str(path), dtype="float32", quantization="none"))
 
 
 def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
@@ -137,12 +139,33 @@ def test_other_sizes(name: str, seed: int, reference: Callable[[str, int], Refer
     assert_same_as_transformers(FAMILIES[name].lengths, saved, load(saved.folder, OTHER_SEEDS[seed]))
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_YET])
+def test_older_spelling_of_the_configuration(
+    name: str, reference: Callable[[str, int], Reference], tmp_path: Path
+) -> None:
+    saved = reference(name, 0)
+    older = older_reference(saved, tmp_path)
+    prompt = prompts_of(FAMILIES[name].lengths[-1:])[0]
+    # transformers reads the same model from it.
+    torch.testing.assert_close(older.log_probabilities(prompt), saved.log_probabilities(prompt))
+    assert_same_as_transformers(FAMILIES[name].lengths[-1:], older, load(tmp_path))
+
+
+def older_reference(saved: Reference, folder: Path) -> Reference:
+    """Return the same model in another folder, whose config.json has the older spelling."""
+    (folder / "config.json").write_text(json.dumps(older_config(read_config(saved.folder))))
+    (folder / "model.safetensors").symlink_to(saved.folder / "model.safetensors")
+    return Reference(folder, type(saved.model).from_pretrained(folder, dtype=torch.float32).eval())
+
+
 @pytest.mark.parametrize("name", sorted(NOT_YET))
 def test_what_is_not_supported_is_refused_by_name(
     name: str, reference: Callable[[str, int], Reference], gguf_file: Callable[[str], Path]
 ) -> None:
     folder = reference(name, 0).folder
-    with pytest.raises(ValueError, match=read_config(folder)["architectures"][0]):
+    config = read_config(folder)
+    refused = config.get("quantization_config", {}).get("quant_method") or config["architectures"][0]
+    with pytest.raises(ValueError, match=refused):
         load(folder)
     if architecture := FAMILIES[name].gguf_architecture:
         with pytest.raises(ValueError, match=architecture):

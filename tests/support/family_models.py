@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from transformers.utils import logging
 
 from tests.support.family_sizes import SIZES, Draw
+from tests.support.mxfp4_experts import store_experts_in_mxfp4
 
 VOCAB_SIZE = 288
 
@@ -54,12 +55,14 @@ FAMILIES = {
     "olmoe": Family("olmoe", "olmoe", "olmoe"),
     "gemma2": Family("gemma2", "gemma2", "gemma2"),
     "gemma3_text": Family("gemma3_text", "gemma3", "gemma3"),
+    "gemma3_27b": Family("gemma3_text", "gemma3_27b", None),
     "gemma3": Family("gemma3_text", "gemma3", "gemma3", wrapper="gemma3"),
     "gemma4_e2b": Family("gemma4_text", "gemma4_e2b", "gemma4"),
     "gemma4_31b": Family("gemma4_text", "gemma4_31b", "gemma4"),
     "gemma4_26b_a4b": Family("gemma4_text", "gemma4_26b_a4b", "gemma4"),
     "gemma4": Family("gemma4_text", "gemma4_e2b", "gemma4", wrapper="gemma4"),
     "gpt_oss": Family("gpt_oss", "gpt_oss", "gpt-oss"),
+    "gpt_oss_mxfp4": Family("gpt_oss", "gpt_oss_mxfp4", "gpt-oss"),
     "phi3": Family("phi3", "phi3", "phi3"),
     "phi3_window": Family("phi3", "phi3_window", "phi3"),
     "phi3_longrope": Family("phi3", "phi3_longrope", "phi3", lengths=(40, 70)),
@@ -95,17 +98,20 @@ def save_family_model(name: str, folder: Path, seed: int = 0) -> PreTrainedModel
     path = folder / "model.safetensors"
     tensors = {key: fill(f"{seed} {key}", value.shape) for key, value in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    if name == "gpt_oss_mxfp4":
+        store_experts_in_mxfp4(folder, generator_of(f"{seed} experts"))
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def drawing(key: str) -> Draw:
     """Return a function that draws one of its arguments; a key always gives the same draws."""
-    generator = np.random.Generator(np.random.Philox(key=seed_of(key)))
+    generator = generator_of(key)
     return lambda *options: options[int(generator.integers(len(options)))]
 
 
-def seed_of(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
+def generator_of(key: str) -> np.random.Generator:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=seed))
 
 
 def fill(key: str, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -113,7 +119,7 @@ def fill(key: str, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float3
 
     They are multiples of a power of two, so that they are exact in bfloat16 and that the fixtures compress well.
     """
-    noise = np.random.Generator(np.random.Philox(key=seed_of(key))).standard_normal(shape)
+    noise = generator_of(key).standard_normal(shape)
     mean, deviation = 0.0, 0.5
     if key.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", "scale", "layer_scalar")):
         mean, deviation = 1.0, 0.25

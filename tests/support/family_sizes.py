@@ -152,6 +152,11 @@ def gemma3(draw: Draw) -> Sizes:
     }
 
 
+def gemma3_27b(draw: Draw) -> Sizes:
+    """Return sizes whose attention scale is not that of the head size; GGUF tells it by the number of layers, 62."""
+    return gemma3(draw) | {"query_pre_attn_scalar": 24}
+
+
 def gemma4(draw: Draw) -> Sizes:
     return base(draw) | {
         "hidden_size": 32,
@@ -201,6 +206,11 @@ def gpt_oss(draw: Draw) -> Sizes:
         "tie_word_embeddings": False,
         "rope_parameters": yarn(draw, beta_fast=32.0, beta_slow=1.0, truncate=False),
     }
+
+
+def gpt_oss_mxfp4(draw: Draw) -> Sizes:
+    """Return sizes that are multiples of a block of MXFP4."""
+    return gpt_oss(draw) | {"hidden_size": 64, "intermediate_size": 32}
 
 
 def phi3(draw: Draw) -> Sizes:
@@ -350,10 +360,12 @@ SIZES: dict[str, Callable[[Draw], Sizes]] = {
         olmoe,
         gemma2,
         gemma3,
+        gemma3_27b,
         gemma4_e2b,
         gemma4_31b,
         gemma4_26b_a4b,
         gpt_oss,
+        gpt_oss_mxfp4,
         phi3,
         phi3_window,
         phi3_longrope,
