@@ -11,6 +11,7 @@ import runpy
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,13 +42,13 @@ def convert(llama_cpp: Path, folder: Path) -> bytes:
     The converter tells pre-tokenizers apart by a hash that no tokenizer of ours has. It must see config.json as it is,
     where transformers would change it.
     """
-    from conversion.base import AutoConfig, TextModel
+    base: Any = import_module("conversion.base")
 
     output = folder / "model.gguf"
     arguments = ["convert_hf_to_gguf.py", str(folder), "--outtype", "f32", "--outfile", str(output)]
     with (
-        mock.patch.object(TextModel, "get_vocab_base_pre", return_value="smollm"),
-        mock.patch.object(AutoConfig, "from_pretrained", side_effect=ValueError("read config.json")),
+        mock.patch.object(base.TextModel, "get_vocab_base_pre", return_value="smollm"),
+        mock.patch.object(base.AutoConfig, "from_pretrained", side_effect=ValueError("read config.json")),
         mock.patch.object(sys, "argv", arguments),
     ):
         runpy.run_path(str(llama_cpp / arguments[0]), run_name="__main__")
@@ -100,8 +101,7 @@ def write_byte_fallback_tokenizer(folder: Path) -> None:
 
 def write_sentencepiece_tokenizer(folder: Path) -> None:
     """Write `tokenizer.model`, trained on a sentence."""
-    import sentencepiece
-
+    sentencepiece: Any = import_module("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 10),
         model_prefix=str(folder / "tokenizer"),

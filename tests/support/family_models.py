@@ -93,14 +93,15 @@ def save_family_model(name: str, folder: Path, seed: int = 0) -> PreTrainedModel
     if family.wrapper:
         auto = AutoModelForImageTextToText
         config = wrapped(family.wrapper, values | {"model_type": family.model_type})
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto.from_config(config).save_pretrained(folder)
     path = folder / "model.safetensors"
     tensors = {key: fill(f"{seed} {key}", value.shape) for key, value in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     if name == "gpt_oss_mxfp4":
         store_experts_in_mxfp4(folder, generator_of(f"{seed} experts"))
-    return auto.from_pretrained(folder, dtype=torch.float32).eval()
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
 
 
 def drawing(key: str) -> Draw:
@@ -126,7 +127,8 @@ def fill(key: str, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float3
     elif len(shape) > 1 and "embed_tokens" not in key:
         deviation = 1.5 / shape[-1] ** 0.5
     step = 2.0 ** (np.floor(np.log2(deviation)) - 4)
-    return (step * np.round((mean + deviation * np.clip(noise, -3, 3)) / step)).astype(np.float32)
+    values = step * np.round((mean + deviation * np.clip(noise, -3, 3)) / step)
+    return np.asarray(values, dtype=np.float32)
 
 
 def wrapped(model_type: str, text_config: dict[str, Any]) -> Any:
@@ -142,7 +144,8 @@ def wrapped(model_type: str, text_config: dict[str, Any]) -> Any:
         "patch_size": 14,
     }
     tied = text_config["tie_word_embeddings"]
-    return CONFIG_MAPPING[model_type](text_config=text_config, vision_config=vision, tie_word_embeddings=tied)
+    config_class: Any = CONFIG_MAPPING[model_type]
+    return config_class(text_config=text_config, vision_config=vision, tie_word_embeddings=tied)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
