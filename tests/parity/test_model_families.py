@@ -1,0 +1,177 @@
+"""Every family that the engine runs, compared with transformers on small random models.
+
+Each model is read from the folder that transformers saves, and from the GGUF file that llama.cpp's converter made of
+the same weights (tests/parity/make_fixtures.py). All in float32, with plain torch, C++ and some in Triton's
+interpreter.
+"""
+
+import json
+import lzma
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.loading import LoadedModel, load_model
+from tests.parity.make_fixtures import FIXTURES
+from tests.support.family_models import FAMILIES, VOCAB_SIZE, read_config, save_family_model
+from tests.support.kernel_choice import choose_kernels, code_paths
+from tests.support.older_configs import older_config
+from tests.support.outputs import all_logits, greedy_outputs
+
+NUM_OUTPUT_TOKENS = 24
+NUM_INTERPRETED_TOKENS = 3
+TOLERANCE = 1e-3  # of a log probability
+SOURCES = ("folder", "gguf")
+OTHER_SEEDS = {1: "torch", 2: "default"}  # seed of sizes and weights -> kernels
+# Rows whose heads have sizes that the C++ kernels do not support: plain torch runs them.
+NOT_IN_CPP = {"llama_odd", "qwen3_odd"}
+IN_TRITON = ("llama3", "qwen3", "qwen3_moe", "gemma3_text", "gemma4_e2b", "gpt_oss", "phi4_mini", "deepseek_v2_lite")
+# Rows that are refused by name, that of the architecture or of the quantisation.
+NOT_YET = FAMILIES.keys() - {"llama2", "llama3", "llama_biases", "llama_odd", "mistral", "mistral_full"}
+
+
+class Reference(NamedTuple):
+    """A saved model, and as transformers loads it."""
+
+    folder: Path
+    model: Any
+
+    def log_probabilities(self, token_ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.log_softmax(self.model(torch.tensor([token_ids])).logits[0], dim=-1)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Reference]:
+    """Return a function that saves the model of a row and a seed, once."""
+
+    @cache
+    def save(name: str, seed: int) -> Reference:
+        folder = tmp_path_factory.mktemp(name)
+        return Reference(folder, save_family_model(name, folder, seed))
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that unpacks the GGUF file of a row, once."""
+
+    @cache
+    def unpack(name: str) -> Path:
+        path = tmp_path_factory.mktemp("gguf") / f"{name}.gguf"
+        path.write_bytes(lzma.decompress((FIXTURES / f"{name}.gguf.xz").read_bytes()))
+        return path
+
+    return unpack
+
+
+def cases() -> list[Any]:
+    """Return (row, source, kernels) of every comparison."""
+    return [
+        pytest.param(name, source, kernels, id=f"{name}-{source}-{kernels}")
+        for name, family in FAMILIES.items()
+        for source in SOURCES
+        for kernels in ("torch", "default", *(["triton"] if name in IN_TRITON and source == "folder" else []))
+        if name not in NOT_YET and (source == "folder" or family.gguf_architecture)
+    ]
+
+
+def load(path: Path, kernels: str = "default") -> LoadedModel:
+    with choose_kernels(kernels):
+        return load_model(EngineConfig(model_path=str(path), dtype="float32", quantization="none"))
+
+
+def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+
+
+def assert_same_as_transformers(
+    lengths: Sequence[int], reference: Reference, loaded: LoadedModel, num_tokens: int = NUM_OUTPUT_TOKENS
+) -> None:
+    """Compare the log probabilities of prompts, and each step of greedy decoding after them."""
+    prompts = prompts_of(lengths)
+    outputs = greedy_outputs(loaded, prompts, num_tokens)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = reference.log_probabilities(prompt + output)
+        actual = torch.log_softmax(all_logits(loaded, prompt), dim=-1)
+        torch.testing.assert_close(actual, expected[: len(prompt)], rtol=0, atol=TOLERANCE)
+        steps = expected[len(prompt) - 1 : -1]
+        of_outputs = steps.gather(1, torch.tensor(output)[:, None])[:, 0]
+        # Equal to the most likely tokens, unless two are equally likely within the tolerance.
+        torch.testing.assert_close(of_outputs, steps.max(dim=-1).values, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "source", "kernels"), cases())
+def test_family(
+    name: str,
+    source: str,
+    kernels: str,
+    reference: Callable[[str, int], Reference],
+    gguf_file: Callable[[str], Path],
+) -> None:
+    saved = reference(name, 0)
+    if source == "gguf" and FAMILIES[name].not_in_gguf:
+        changes = dict.fromkeys(FAMILIES[name].not_in_gguf)
+        saved = saved._replace(model=type(saved.model).from_pretrained(saved.folder, **changes))
+    loaded = load(saved.folder if source == "folder" else gguf_file(name), kernels)
+    if kernels == "default":
+        in_cpp = code_paths() and name not in NOT_IN_CPP
+        assert loaded.runner.kernels.name == (f"cpu {code_paths()[0]}" if in_cpp else "torch")
+    lengths = FAMILIES[name].lengths
+    if kernels == "triton":
+        assert_same_as_transformers(lengths[-2:-1], saved, loaded, NUM_INTERPRETED_TOKENS)
+    else:
+        assert_same_as_transformers(lengths, saved, loaded)
+
+
+@pytest.mark.parametrize("seed", OTHER_SEEDS)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_YET])
+def test_other_sizes(name: str, seed: int, reference: Callable[[str, int], Reference]) -> None:
+    print(f"seed {seed}")
+    saved = reference(name, seed)
+    assert_same_as_transformers(FAMILIES[name].lengths, saved, load(saved.folder, OTHER_SEEDS[seed]))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_YET])
+def test_older_spelling_of_the_configuration(
+    name: str, reference: Callable[[str, int], Reference], tmp_path: Path
+) -> None:
+    saved = reference(name, 0)
+    older = older_reference(saved, tmp_path)
+    prompt = prompts_of(FAMILIES[name].lengths[-1:])[0]
+    # transformers reads the same model from it.
+    torch.testing.assert_close(older.log_probabilities(prompt), saved.log_probabilities(prompt))
+    assert_same_as_transformers(FAMILIES[name].lengths[-1:], older, load(tmp_path))
+
+
+def older_reference(saved: Reference, folder: Path) -> Reference:
+    """Return the same model in another folder, whose config.json has the older spelling."""
+    (folder / "config.json").write_text(json.dumps(older_config(read_config(saved.folder))))
+    (folder / "model.safetensors").symlink_to(saved.folder / "model.safetensors")
+    return Reference(folder, type(saved.model).from_pretrained(folder, dtype=torch.float32).eval())
+
+
+@pytest.mark.parametrize("name", sorted(NOT_YET))
+def test_what_is_not_supported_is_refused_by_name(
+    name: str, reference: Callable[[str, int], Reference], gguf_file: Callable[[str], Path]
+) -> None:
+    folder = reference(name, 0).folder
+    config = read_config(folder)
+    refused = config.get("quantization_config", {}).get("quant_method") or config["architectures"][0]
+    with pytest.raises(ValueError, match=refused):
+        load(folder)
+    if architecture := FAMILIES[name].gguf_architecture:
+        with pytest.raises(ValueError, match=architecture):
+            load(gguf_file(name))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_its_gguf_file(name: str) -> None:
+    assert (FIXTURES / f"{name}.gguf.xz").is_file() == (FAMILIES[name].gguf_architecture is not None)

@@ -1,0 +1,153 @@
+"""Small random models of every family, made with transformers: the folder that it saves, and the model that it loads.
+
+The values of the weights depend on the seed and on the tensors' names in the checkpoint, not on torch's generator:
+the GGUF files in tests/parity/fixtures hold the same weights.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging
+
+from tests.support.family_sizes import SIZES, Draw
+from tests.support.mxfp4_experts import store_experts_in_mxfp4
+
+VOCAB_SIZE = 288
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: how a small model of a family, or of a variant of it, is made."""
+
+    model_type: str  # of config.json
+    sizes: str  # the function of family_sizes that draws the configuration
+    gguf_architecture: str | None  # general.architecture of the converted file; None: there is no such file
+    wrapper: str = ""  # model_type of the multimodal model around it
+    lengths: tuple[int, ...] = (1, 23, 70)  # of prompts
+    not_in_gguf: tuple[str, ...] = ()  # fields of config.json that the GGUF file cannot express: None there
+
+
+FAMILIES = {
+    "llama2": Family("llama", "llama2", "llama"),
+    "llama3": Family("llama", "llama3", "llama"),
+    "llama_biases": Family("llama", "llama_biases", "llama"),
+    "llama_odd": Family("llama", "llama_odd", "llama"),
+    "mistral": Family("mistral", "mistral", "llama", not_in_gguf=("sliding_window",)),
+    "mistral_full": Family("mistral", "mistral_full", "llama"),
+    "ministral3": Family("ministral3", "ministral3", "mistral3"),
+    "mistral3": Family("ministral3", "ministral3", "mistral3", wrapper="mistral3"),
+    "mistral3_small": Family("mistral", "mistral_full", "mistral3", wrapper="mistral3"),
+    "qwen2": Family("qwen2", "qwen2", "qwen2"),
+    "qwen3": Family("qwen3", "qwen3", "qwen3"),
+    "qwen3_odd": Family("qwen3", "qwen3_odd", "qwen3"),
+    "qwen3_yarn": Family("qwen3", "qwen3_yarn", "qwen3"),
+    "qwen3_moe": Family("qwen3_moe", "qwen3_moe", "qwen3moe"),
+    "qwen3_moe_mixed": Family("qwen3_moe", "qwen3_moe_mixed", None),
+    "mixtral": Family("mixtral", "mixtral", "llama"),
+    "olmoe": Family("olmoe", "olmoe", "olmoe"),
+    "gemma2": Family("gemma2", "gemma2", "gemma2"),
+    "gemma3_text": Family("gemma3_text", "gemma3", "gemma3"),
+    "gemma3_27b": Family("gemma3_text", "gemma3_27b", None),
+    "gemma3": Family("gemma3_text", "gemma3", "gemma3", wrapper="gemma3"),
+    "gemma4_e2b": Family("gemma4_text", "gemma4_e2b", "gemma4"),
+    "gemma4_31b": Family("gemma4_text", "gemma4_31b", "gemma4"),
+    "gemma4_26b_a4b": Family("gemma4_text", "gemma4_26b_a4b", "gemma4"),
+    "gemma4": Family("gemma4_text", "gemma4_e2b", "gemma4", wrapper="gemma4"),
+    "gpt_oss": Family("gpt_oss", "gpt_oss", "gpt-oss"),
+    "gpt_oss_mxfp4": Family("gpt_oss", "gpt_oss_mxfp4", "gpt-oss"),
+    "phi3": Family("phi3", "phi3", "phi3"),
+    "phi3_window": Family("phi3", "phi3_window", "phi3"),
+    "phi3_longrope": Family("phi3", "phi3_longrope", "phi3", lengths=(40, 70)),
+    "phi4_mini": Family("phi3", "phi4_mini", "phi3", lengths=(40, 70)),
+    "olmo2": Family("olmo2", "olmo2", "olmo2"),
+    "olmo3": Family("olmo3", "olmo3", "olmo2"),
+    "granite": Family("granite", "granite", "granite"),
+    "granite4": Family("granitemoehybrid", "granite4", "granite"),
+    "smollm3": Family("smollm3", "smollm3", "smollm3"),
+    "glm4": Family("glm4", "glm4", "glm4"),
+    "cohere2": Family("cohere2", "cohere2", "cohere2"),
+    "exaone4": Family("exaone4", "exaone4", "exaone4"),
+    "exaone4_full": Family("exaone4", "exaone4_full", "exaone4"),
+    "deepseek_v2_lite": Family("deepseek_v2", "deepseek_v2_lite", "deepseek2"),
+    "deepseek_v2": Family("deepseek_v2", "deepseek_v2", "deepseek2"),
+    "glm4_moe_lite": Family("glm4_moe_lite", "glm4_moe_lite", "deepseek2"),
+}
+
+
+def save_family_model(name: str, folder: Path, seed: int = 0) -> PreTrainedModel:
+    """Save a small model with random weights as checkpoints of the family are; return what transformers loads."""
+    family = FAMILIES[name]
+    draw: Draw = drawing(f"{name} {seed}")
+    sizes: Callable[[Draw], dict[str, Any]] = SIZES[family.sizes]
+    values = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | sizes(draw)
+    auto: Any = AutoModelForCausalLM
+    config = CONFIG_MAPPING[family.model_type](**values)
+    if family.wrapper:
+        auto = AutoModelForImageTextToText
+        config = wrapped(family.wrapper, values | {"model_type": family.model_type})
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    auto.from_config(config).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = {key: fill(f"{seed} {key}", value.shape) for key, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    if name == "gpt_oss_mxfp4":
+        store_experts_in_mxfp4(folder, generator_of(f"{seed} experts"))
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
+
+
+def drawing(key: str) -> Draw:
+    """Return a function that draws one of its arguments; a key always gives the same draws."""
+    generator = generator_of(key)
+    return lambda *options: options[int(generator.integers(len(options)))]
+
+
+def generator_of(key: str) -> np.random.Generator:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=seed))
+
+
+def fill(key: str, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return random values large enough to affect outputs, and away from the neutral values of norms and biases.
+
+    They are multiples of a power of two, so that they are exact in bfloat16 and that the fixtures compress well.
+    """
+    noise = generator_of(key).standard_normal(shape)
+    mean, deviation = 0.0, 0.5
+    if key.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", "scale", "layer_scalar")):
+        mean, deviation = 1.0, 0.25
+    elif len(shape) > 1 and "embed_tokens" not in key:
+        deviation = 1.5 / shape[-1] ** 0.5
+    step = 2.0 ** (np.floor(np.log2(deviation)) - 4)
+    values = step * np.round((mean + deviation * np.clip(noise, -3, 3)) / step)
+    return np.asarray(values, dtype=np.float32)
+
+
+def wrapped(model_type: str, text_config: dict[str, Any]) -> Any:
+    """Return the configuration of a multimodal model with a very small vision part."""
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    tied = text_config["tie_word_embeddings"]
+    config_class: Any = CONFIG_MAPPING[model_type]
+    return config_class(text_config=text_config, vision_config=vision, tie_word_embeddings=tied)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return values
