@@ -30,8 +30,13 @@ const lightwell::NamedFunction lightwell::LINEAR_FUNCTIONS[] = {
     {"linear_q5_0", LINEAR_QUANTISED<Q5_0>},
     {"linear_q5_1", LINEAR_QUANTISED<Q5_1>},
     {"linear_q8_0", LINEAR_QUANTISED<Q8_0>},
+    {"linear_q2_k", LINEAR_QUANTISED<Q2_K>},
+    {"linear_q3_k", LINEAR_QUANTISED<Q3_K>},
     {"linear_q4_k", LINEAR_QUANTISED<Q4_K>},
     {"linear_q5_k", LINEAR_QUANTISED<Q5_K>},
     {"linear_q6_k", LINEAR_QUANTISED<Q6_K>},
+    {"linear_iq4_nl", LINEAR_QUANTISED<IQ4_NL>},
+    {"linear_iq4_xs", LINEAR_QUANTISED<IQ4_XS>},
+    {"linear_mxfp4", LINEAR_QUANTISED<MXFP4>},
     {nullptr, nullptr},
 };

@@ -70,18 +70,36 @@ struct Prefetcher {
 };
 
 template <class Format, int STEP, int ROWS, int VECTORS>
-INLINE void add_step(const uint8_t* vectors, const ActivationGroup* const (&rows)[ROWS], int offset, Ints (&sums)[ROWS][VECTORS]) {
+INLINE void add_step(const uint8_t* block, int group, int vector, int offset, const ActivationGroup* const (&rows)[ROWS],
+                     Ints (&sums)[ROWS][VECTORS]) {
     Bytes codes[VECTORS];
-    for (int v = 0; v < VECTORS; v++) codes[v] = Format::template codes<STEP>(vectors + v * Format::VECTOR_BYTES);
+    for (int v = 0; v < VECTORS; v++) codes[v] = Format::template codes<STEP>(block, group, vector + v);
     for (int r = 0; r < ROWS; r++) {
         int32_t four = load_int32(rows[r]->codes + offset + 4 * STEP);
         for (int v = 0; v < VECTORS; v++) sums[r][v] = dot<Format::BITS>(sums[r][v], codes[v], four);
     }
 }
 
-// One group of the format: integer products, then one scaled addition.
+// Steps STEP and STEP + STEPS / 2 and those after them. In this order, a low and a high nibble share a load.
+template <class Format, int STEP, int ROWS, int VECTORS>
+INLINE void add_steps(const uint8_t* block, int group, int vector, int offset, const ActivationGroup* const (&rows)[ROWS],
+                      Ints (&sums)[ROWS][VECTORS]) {
+    add_step<Format, STEP>(block, group, vector, offset, rows, sums);
+    add_step<Format, STEP + Format::STEPS / 2>(block, group, vector, offset, rows, sums);
+    if constexpr (STEP + 1 < Format::STEPS / 2) add_steps<Format, STEP + 1>(block, group, vector, offset, rows, sums);
+}
+
+// Returns the sum of the activations of a group, in every lane.
+template <class Format>
+INLINE Floats sum_of_group(const ActivationGroup& row, int half) {
+    if constexpr (Format::GROUP == ACTIVATION_GROUP) return fill(row.scaled_sum);
+    return to_floats(fill_ints(row.negative_sums[half])) * fill(-row.scale);
+}
+
+// One group of a block: integer products, then one scaled addition. `half` is that of the group in its ActivationGroup.
 template <class Format, int ROWS, int VECTORS>
-INLINE void add_group(const uint8_t* group, int vector, int half, const ActivationGroup* const (&rows)[ROWS], Floats (&sums)[ROWS][VECTORS]) {
+INLINE void add_group(const uint8_t* block, int group, int half, int vector, const ActivationGroup* const (&rows)[ROWS],
+                      Floats (&sums)[ROWS][VECTORS]) {
     Ints products[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++) {
         Ints start = zero_ints();
@@ -92,29 +110,17 @@ INLINE void add_group(const uint8_t* group, int vector, int half, const Activati
         }
         for (int v = 0; v < VECTORS; v++) products[r][v] = start;
     }
-    const uint8_t* vectors = group + vector * Format::VECTOR_BYTES;
-    const int offset = half * 16;
-    // In this order, so that a low and a high nibble share a load.
-    add_step<Format, 0>(vectors, rows, offset, products);
-    add_step<Format, Format::STEPS / 2>(vectors, rows, offset, products);
-    add_step<Format, 1>(vectors, rows, offset, products);
-    add_step<Format, Format::STEPS / 2 + 1>(vectors, rows, offset, products);
-    if constexpr (Format::STEPS == 8) {
-        add_step<Format, 2>(vectors, rows, offset, products);
-        add_step<Format, 6>(vectors, rows, offset, products);
-        add_step<Format, 3>(vectors, rows, offset, products);
-        add_step<Format, 7>(vectors, rows, offset, products);
-    }
-    using Scale = typename Format::Scale;
+    add_steps<Format, 0>(block, group, vector, half * 16, rows, products);
+    using Scales = typename Format::Scales;
     for (int v = 0; v < VECTORS; v++) {
-        int64_t column = (vector + v) * LANES;
-        Floats scale = Scale::load_vector(group + Format::SCALES + column * Scale::SIZE);
+        const int column = (vector + v) * LANES;
+        Floats scale = Scales::template load_vector<SCALE>(block, group, column);
         for (int r = 0; r < ROWS; r++)
             sums[r][v] = multiply_add(to_floats(products[r][v]), scale * fill(rows[r]->scale), sums[r][v]);
         if constexpr (Format::HAS_MINIMUM) {
-            Floats minimum = Scale::load_vector(group + Format::MINIMA + column * Scale::SIZE);
+            Floats minimum = Scales::template load_vector<MINIMUM>(block, group, column);
             for (int r = 0; r < ROWS; r++)
-                sums[r][v] = multiply_add(minimum, fill(rows[r]->scaled_sum), sums[r][v]);
+                sums[r][v] = multiply_add(minimum, sum_of_group<Format>(*rows[r], half), sums[r][v]);
         }
     }
 }
@@ -124,7 +130,8 @@ template <class Format>
 struct Tile {
     static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 6 : 2;
     static constexpr int VECTORS = NUM_REGISTERS == 32 ? 2 : 1;
-    static constexpr int LINES = (Format::GROUP_BYTES + 63) / 64;  // of a step, which is a group
+    static constexpr int GROUPS = Format::BLOCK / Format::GROUP;
+    static constexpr int LINES = (Format::BLOCK_BYTES + 64 * GROUPS - 1) / (64 * GROUPS);  // of a step, which is a group
 
     template <int ROWS>
     static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, Prefetcher prefetcher) {
@@ -134,16 +141,15 @@ struct Tile {
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
-        const int64_t num_groups = divide_up(p.num_inputs, ACTIVATION_GROUP);
-        const uint8_t* group = panel;
-        for (int64_t g = 0; g < num_groups; g++) {
-            for (int half = 0; half < Format::GROUPS_OF_ACTIVATION; half++) {
-                prefetcher.step();
-                add_group<Format, ROWS, VECTORS>(group, vector, half, rows, sums);
-                group += Format::GROUP_BYTES;
+        const uint8_t* block = panel;
+        for (int64_t k = 0; k < p.num_inputs; k += Format::BLOCK, block += Format::BLOCK_BYTES)
+            for (int group = 0; group < GROUPS; group += Format::GROUPS_OF_ACTIVATION) {
+                for (int half = 0; half < Format::GROUPS_OF_ACTIVATION; half++) {
+                    prefetcher.step();
+                    add_group<Format, ROWS, VECTORS>(block, group + half, half, vector, rows, sums);
+                }
+                for (int r = 0; r < ROWS; r++) rows[r]++;
             }
-            for (int r = 0; r < ROWS; r++) rows[r]++;
-        }
         store_tile<ROWS, VECTORS>(p, sums, row, column + vector * LANES);
     }
 };
@@ -192,7 +198,7 @@ struct Tile<Float32> {
             const float* weights = (const float*)(panel + k * Float32::STEP_BYTES);
             Floats low = load(weights), high = load(weights + LANES);
             for (int r = 0; r < ROWS; r++) {
-                Floats x = fill(Single::load_one(input + r * p.input_stride + 4 * k));
+                Floats x = fill(load_float(input + r * p.input_stride + 4 * k));
                 sums[r][0] = multiply_add(low, x, sums[r][0]);
                 sums[r][1] = multiply_add(high, x, sums[r][1]);
             }
