@@ -59,7 +59,7 @@ struct GroupScales {
     static float load_one(const uint8_t* block, int, int column) {
         return Number::load_one(block + (FIELD * PANEL + column) * Number::SIZE);
     }
-    static void store(uint8_t* block, int column, const BlockNumbers& numbers) {
+    static void store_column(uint8_t* block, int column, const BlockNumbers& numbers) {
         Number::store_one(block + column * Number::SIZE, numbers.scales[0]);
         if (HAS_MINIMUM) Number::store_one(block + (PANEL + column) * Number::SIZE, numbers.minima[0]);
     }
@@ -80,13 +80,26 @@ struct BlockScales {
         if constexpr (!NIBBLES) return load_int8((const int8_t*)integers) * scale;
         return to_floats(shift_right<FIELD * 4>(load_uint8(integers)) & fill_ints(15)) * scale;
     }
+    // Multiplies all scales and minima of a block, for the other `load_vector`.
+    static INLINE void unpack(const uint8_t* block, float* out) {
+        for (int g = 0; g < GROUPS; g++)
+            for (int column = 0; column < PANEL; column += LANES) {
+                float* scales = out + FIELDS * PANEL * g + column;
+                store(scales, load_vector<SCALE>(block, g, column));
+                if (HAS_MINIMUM) store(scales + PANEL, load_vector<MINIMUM>(block, g, column));
+            }
+    }
+    template <Field FIELD>
+    static INLINE Floats load_vector(const float* unpacked, int group, int column) {
+        return load(unpacked + (FIELDS * group + FIELD) * PANEL + column);
+    }
     template <Field FIELD>
     static float load_one(const uint8_t* block, int group, int column) {
         const uint8_t integer = block[INTEGERS + ((NIBBLES ? 0 : FIELD * GROUPS) + group) * PANEL + column];
         const float scale = Half::load_one(block + (FIELD * PANEL + column) * Half::SIZE);
         return float(NIBBLES ? integer >> FIELD * 4 & 15 : int8_t(integer)) * scale;
     }
-    static void store(uint8_t* block, int column, const BlockNumbers& numbers) {
+    static void store_column(uint8_t* block, int column, const BlockNumbers& numbers) {
         Half::store_one(block + column * Half::SIZE, numbers.scale);
         if (HAS_MINIMUM) Half::store_one(block + (PANEL + column) * Half::SIZE, numbers.minimum);
         for (int g = 0; g < GROUPS; g++) {
@@ -190,8 +203,8 @@ struct Quantised {
     }
 
     // Stores a column of a block into zeroed memory.
-    static INLINE void store(uint8_t* block, int column, const BlockNumbers& numbers) {
-        Scales::store(block, column, numbers);
+    static INLINE void store_column(uint8_t* block, int column, const BlockNumbers& numbers) {
+        Scales::store_column(block, column, numbers);
         const int vector = column / LANES;
         for (int g = 0; g < BLOCK / GROUP; g++)
             Codes::store((uint8_t*)low_bits(block, g, vector), (uint8_t*)high_bits(block, g, vector), column % LANES,

@@ -198,7 +198,7 @@ void pack(const void* parameters, const Worker& worker) {
             for (int64_t k = 0; k < p.num_inputs; k += Format::BLOCK) {
                 BlockNumbers numbers;
                 Block::read(row, numbers);
-                Format::store(block, int(c), numbers);
+                Format::store_column(block, int(c), numbers);
                 row += Block::BYTES;
                 block += Format::BLOCK_BYTES;
             }
