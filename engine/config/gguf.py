@@ -63,8 +63,6 @@ def _architecture(fields: Fields) -> str:
     if arch not in GGUF_ARCHITECTURES:
         supported = ", ".join(GGUF_ARCHITECTURES)
         raise fields.error("general.architecture", f"{arch!r} is not supported (supported: {supported})")
-    if fields.integer("split.count", 1, minimum=0) > 1:
-        raise fields.error("split.count", "the model is split over several files; join them with llama-gguf-split")
     if fields.integer(f"{arch}.expert_count", 0, minimum=0):
         raise fields.error(f"{arch}.expert_count", "mixtures of experts are not supported")
     return arch
