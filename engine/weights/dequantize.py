@@ -51,7 +51,8 @@ def dequantize(
         first_byte = start // ggml_type.block_size * ggml_type.type_size
         chunk = bytearray(data[first_byte : first_byte + chunk_size // ggml_type.block_size * ggml_type.type_size])
         values = unpack(torch.frombuffer(chunk, dtype=torch.uint8)) if unpack else _unpack_with_gguf(chunk, ggml_type)
-        _copy(values.view(-1), weights.view(-1)[start:])
+        with torch.inference_mode(weights.is_inference()):  # which is a property of each thread
+            _copy(values.view(-1), weights.view(-1)[start:])
 
     starts = range(0, weights.numel(), chunk_size)
     if unpack:

@@ -116,23 +116,18 @@ struct ScaleSource<Quantised<Codes, BlockScales<8, 2>>> {
     }
 };
 
-// Returns the sum of the activations of a group, in every lane.
-template <class Format>
-INLINE Floats sum_of_group(const ActivationGroup& row, int half) {
-    if constexpr (Format::GROUP == ACTIVATION_GROUP) return fill(row.scaled_sum);
-    return to_floats(fill_ints(row.negative_sums[half])) * fill(-row.scale);
-}
-
-// One group of a block: integer products, then one scaled addition. `half` is that of the group in its ActivationGroup.
+// Adds the integer products of a group times its scales, and its minima, to `sums`. The activations are codes, to be
+// multiplied by their scale later, unless the group is a whole ActivationGroup.
 template <class Format, int ROWS, int VECTORS, class Number>
 INLINE void add_group(const uint8_t* block, const Number* scales, int group, int half, int vector,
                       const ActivationGroup* const (&rows)[ROWS], Floats (&sums)[ROWS][VECTORS]) {
+    constexpr bool IS_WHOLE = Format::GROUP == ACTIVATION_GROUP;
     Ints products[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++) {
         Ints start = zero_ints();
         if constexpr (!Format::HAS_MINIMUM) {  // products use the unsigned codes; the zero point is subtracted here
             uint32_t negative = uint32_t(rows[r]->negative_sums[half]);
-            if (Format::GROUP == 32) negative += uint32_t(rows[r]->negative_sums[1]);
+            if (IS_WHOLE) negative += uint32_t(rows[r]->negative_sums[1]);
             start = fill_ints(int32_t(negative << Format::ZERO_SHIFT));
         }
         for (int v = 0; v < VECTORS; v++) products[r][v] = start;
@@ -141,15 +136,31 @@ INLINE void add_group(const uint8_t* block, const Number* scales, int group, int
     using Scales = typename Format::Scales;
     for (int v = 0; v < VECTORS; v++) {
         const int column = (vector + v) * LANES;
-        Floats scale = Scales::template load_vector<SCALE>(scales, group, column);
+        const Floats scale = Scales::template load_vector<SCALE>(scales, group, column);
         for (int r = 0; r < ROWS; r++)
-            sums[r][v] = multiply_add(to_floats(products[r][v]), scale * fill(rows[r]->scale), sums[r][v]);
+            sums[r][v] = multiply_add(to_floats(products[r][v]), IS_WHOLE ? scale * fill(rows[r]->scale) : scale, sums[r][v]);
         if constexpr (Format::HAS_MINIMUM) {
-            Floats minimum = Scales::template load_vector<MINIMUM>(scales, group, column);
-            for (int r = 0; r < ROWS; r++)
-                sums[r][v] = multiply_add(minimum, sum_of_group<Format>(*rows[r], half), sums[r][v]);
+            const Floats minimum = Scales::template load_vector<MINIMUM>(scales, group, column);
+            for (int r = 0; r < ROWS; r++) {
+                const float sum = IS_WHOLE ? rows[r]->scaled_sum : -float(rows[r]->negative_sums[half]);
+                sums[r][v] = multiply_add(minimum, fill(sum), sums[r][v]);
+            }
         }
     }
+}
+
+// Adds the products of an ActivationGroup, of one group or two.
+template <class Format, int ROWS, int VECTORS, class Number>
+INLINE void add_groups(const uint8_t* block, const Number* scales, int group, int vector,
+                       const ActivationGroup* const (&rows)[ROWS], Floats (&sums)[ROWS][VECTORS]) {
+    if constexpr (Format::GROUP == ACTIVATION_GROUP) return add_group<Format>(block, scales, group, 0, vector, rows, sums);
+    Floats partial[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) partial[r][v] = zero();
+    add_group<Format>(block, scales, group, 0, vector, rows, partial);
+    add_group<Format>(block, scales, group + 1, 1, vector, rows, partial);
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = multiply_add(partial[r][v], fill(rows[r]->scale), sums[r][v]);
 }
 
 // Multiplies ROWS rows with VECTORS vectors of columns of one panel.
@@ -157,8 +168,8 @@ template <class Format>
 struct Tile {
     static constexpr int MAX_ROWS = NUM_REGISTERS == 32 ? 6 : 2;
     static constexpr int VECTORS = NUM_REGISTERS == 32 ? 2 : 1;
-    static constexpr int GROUPS = Format::BLOCK / Format::GROUP;
-    static constexpr int LINES = (Format::BLOCK_BYTES + 64 * GROUPS - 1) / (64 * GROUPS);  // of a step, which is a group
+    static constexpr int GROUPS = Format::BLOCK / Format::GROUP, GROUPS_OF_STEP = ACTIVATION_GROUP / Format::GROUP;
+    static constexpr int STEPS = GROUPS / GROUPS_OF_STEP, LINES = (Format::BLOCK_BYTES + 64 * STEPS - 1) / (64 * STEPS);  // of a step
 
     template <int ROWS>
     static void compute(const LinearParameters& p, const uint8_t* panel, int64_t row, int64_t column, int vector, Prefetcher prefetcher,
@@ -173,11 +184,9 @@ struct Tile {
         for (int64_t b = 0; b < num_blocks; b++) {
             const uint8_t* block = panel + b * Format::BLOCK_BYTES;
             const auto* scales = source.of_block(block, b);
-            for (int group = 0; group < GROUPS; group += Format::GROUPS_OF_ACTIVATION) {
-                for (int half = 0; half < Format::GROUPS_OF_ACTIVATION; half++) {
-                    prefetcher.step();
-                    add_group<Format>(block, scales, group + half, half, vector, rows, sums);
-                }
+            for (int group = 0; group < GROUPS; group += GROUPS_OF_STEP) {
+                prefetcher.step();
+                add_groups<Format>(block, scales, group, vector, rows, sums);
                 for (int r = 0; r < ROWS; r++) rows[r]++;
             }
         }
