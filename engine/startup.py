@@ -19,6 +19,7 @@ from engine.loading import LoadedModel, Progress
 from engine.lora.slots import num_lora_slots
 from engine.model.memory_plan import MIB
 from engine.runner import ModelRunner
+from engine.shared.gguf import split_paths
 from engine.shared.messages import EngineInfo, ReasoningLimit, SamplingParams, Submit
 
 logger = logging.getLogger("lightwell.engine")
@@ -59,7 +60,7 @@ def engine_info(loaded: LoadedModel, model_path: str) -> EngineInfo:
 def fingerprint(model_path: str, loaded: LoadedModel) -> str:
     """Return a name for all that the output depends on: weights, versions, device, formats, kernels, invariance."""
     path = Path(model_path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [f for f in split_paths(path) if f.is_file()]
     digest = hashlib.sha256()
     for file in files:  # size, header and a sample of the weights tell models apart
         size = file.stat().st_size

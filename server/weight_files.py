@@ -4,12 +4,13 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from engine.shared.ggml import GGML_TYPES
-from engine.shared.gguf import GGUFFile
+from engine.shared.gguf import GGUFFile, split_paths
 
 
 class WeightFiles(NamedTuple):
@@ -22,12 +23,19 @@ class WeightFiles(NamedTuple):
 
 
 def describe_weights(path: Path) -> WeightFiles:
-    """Describe a GGUF file, or the safetensors files in a folder. Raises OSError or ValueError for invalid files."""
-    files = [path] if path.is_file() else sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    """Describe a GGUF file, or the safetensors files in a folder. Raises OSError or ValueError for invalid files.
+
+    A GGUF file stands for all files over which its model is split.
+    """
     sizes: Counter[str] = Counter()
-    for file in files:
-        for number_format, num_parameters in _gguf_tensors(file) if path.is_file() else _safetensors(file):
-            sizes[number_format] += num_parameters
+    if path.is_file():
+        files = [file for file in split_paths(path) if file.is_file()]
+        tensors = _gguf_tensors(path)
+    else:
+        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+        tensors = chain.from_iterable(map(_safetensors, files))
+    for number_format, num_parameters in tensors:
+        sizes[number_format] += num_parameters
     return WeightFiles(
         format="gguf" if path.is_file() else "safetensors",
         num_bytes=sum(file.stat().st_size for file in files),

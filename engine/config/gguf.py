@@ -120,8 +120,6 @@ def _family(metadata: Fields, file: GGUFFile) -> Family:
     if arch not in BY_ARCHITECTURE:
         supported = ", ".join(GGUF_ARCHITECTURES)
         raise metadata.error("general.architecture", f"{arch!r} is not supported (supported: {supported})")
-    if metadata.integer("split.count", 1, minimum=0) > 1:
-        raise metadata.error("split.count", "the model is split over several files; join them with llama-gguf-split")
     return replace(
         BY_ARCHITECTURE[arch],
         qkv_bias=any(f"blk.0.{name}.bias" in file.tensors for name in ("attn_q", "attn_qkv")),

@@ -22,7 +22,8 @@ def _block(type_id: int, name: str, block_size: int, **sizes: int) -> GGMLType:
     """Return a type whose blocks consist of these fields, with their `sizes` in bytes, one after the other.
 
     The fields are `d`, the float16 scale; `m`, the float16 minimum, or `dmin`, the float16 scale of the minima;
-    `scales` (and minima) of groups within a block; `qs` or `ql`, the codes or their low bits; `qh`, their high bits.
+    `scales` (and minima) of groups within a block, or their low and high bits, `scales_l` and `scales_h`; `e`, a power
+    of two as scale; `qs` or `ql`, the codes or their low bits; `qh` or `hmask`, their high bits.
     """
     ends = list(accumulate(sizes.values()))
     fields = {field: slice(end - size, end) for (field, size), end in zip(sizes.items(), ends, strict=True)}
@@ -43,8 +44,8 @@ _TYPES = (
     _block(7, "Q5_1", 32, d=2, m=2, qh=4, qs=16),
     _block(8, "Q8_0", 32, d=2, qs=32),
     _opaque(9, "Q8_1", 32, 40),
-    _opaque(10, "Q2_K", 256, 84),
-    _opaque(11, "Q3_K", 256, 110),
+    _block(10, "Q2_K", 256, scales=16, qs=64, d=2, dmin=2),
+    _block(11, "Q3_K", 256, hmask=32, qs=64, scales=12, d=2),
     _block(12, "Q4_K", 256, d=2, dmin=2, scales=12, qs=128),
     _block(13, "Q5_K", 256, d=2, dmin=2, scales=12, qh=32, qs=128),
     _block(14, "Q6_K", 256, ql=128, qh=64, scales=16, d=2),
@@ -53,10 +54,10 @@ _TYPES = (
     _opaque(17, "IQ2_XS", 256, 74),
     _opaque(18, "IQ3_XXS", 256, 98),
     _opaque(19, "IQ1_S", 256, 50),
-    _opaque(20, "IQ4_NL", 32, 18),
+    _block(20, "IQ4_NL", 32, d=2, qs=16),
     _opaque(21, "IQ3_S", 256, 110),
     _opaque(22, "IQ2_S", 256, 82),
-    _opaque(23, "IQ4_XS", 256, 136),
+    _block(23, "IQ4_XS", 256, d=2, scales_h=2, scales_l=4, qs=128),
     _opaque(24, "I8", 1, 1),
     _opaque(25, "I16", 1, 2),
     _opaque(26, "I32", 1, 4),
@@ -66,7 +67,7 @@ _TYPES = (
     _opaque(30, "BF16", 1, 2),
     _opaque(34, "TQ1_0", 256, 54),
     _opaque(35, "TQ2_0", 256, 66),
-    _opaque(39, "MXFP4", 32, 17),
+    _block(39, "MXFP4", 32, e=1, qs=16),
     _opaque(40, "NVFP4", 64, 36),
     _opaque(41, "Q1_0", 128, 18),
 )

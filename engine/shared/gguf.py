@@ -4,9 +4,13 @@ Layout, all little-endian: header (magic, version, counts), key-value pairs, ten
 Versions 2 and 3 are supported (specification: docs/gguf.md of ggml). The metadata is read in bulk on opening, and every
 length is checked against the size of the file before it is used. Only the standard library is imported, because the API
 process reads its tokenizer from here too.
+
+A large model may be split over files called NAME-00001-of-00003.gguf and so on, as llama-gguf-split of llama.cpp does.
+The first holds the metadata, and each holds a directory of its own tensors.
 """
 
 import mmap
+import re
 import struct
 from array import array
 from math import prod
@@ -22,6 +26,7 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4
 MAX_SHOWN = 200  # characters of a name in an error message
 DEFAULT_ALIGNMENT = 32
+PART_NAME = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 UINT32, UINT64 = Struct("<I"), Struct("<Q")
 BOOL, STRING, ARRAY = 7, 8, 9  # value types that need more than a type code
@@ -38,6 +43,7 @@ class TensorInfo(NamedTuple):
     ggml_type: int  # key of GGML_TYPES
     offset: int  # bytes from the start of the file
     n_bytes: int
+    part: int = 0  # number of the file, if the model is split
 
 
 def short(name: str) -> str:
@@ -166,28 +172,76 @@ class GGUFHeader:
             self.tensors[tensor.name] = tensor
 
 
-class GGUFFile(GGUFHeader):
-    """An open GGUF file, memory-mapped.
+class _MappedFile(GGUFHeader):
+    """One memory-mapped file: a model, or a part of one. Raises ValueError or OSError, as `GGUFFile`."""
+
+    def __init__(self, path: Path) -> None:
+        self.data = _map(path)
+        try:
+            super().__init__(path, self.data, len(self.data))
+        except BaseException:
+            self.data.close()
+            raise
+
+    def count(self, key: str, default: int) -> int:
+        """Return an integer of the metadata. Raises ValueError if it is something else, or negative."""
+        value = self.metadata.get(key, default)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{self.path}: {key}: must be a number of at least 0, not {short(repr(value))}")
+        return value
+
+
+class GGUFFile:
+    """An open GGUF file, memory-mapped, with all other parts of the model if it is split.
+
+    `metadata` is that of the first part, `tensors` are those of all parts.
 
     Raises:
-        ValueError: as `GGUFHeader`.
-        OSError: the file cannot be read.
+        ValueError: as `GGUFHeader`; or a part is missing, or is not the one that its name says.
+        OSError: a file cannot be read.
     """
 
     def __init__(self, path: Path | str) -> None:
-        self._data = _map(Path(path))
+        self.path = Path(path)
+        self._files: list[_MappedFile] = []
         try:
-            super().__init__(Path(path), self._data, len(self._data))
+            self._open(_MappedFile(self.path))
+            self.metadata = self._files[0].metadata
+            self.tensors = _tensors_of(self._files)
         except BaseException:
             self.close()
             raise
 
+    def _open(self, file: _MappedFile) -> None:
+        """Open all parts of the model to which `file` belongs, in their order."""
+        self._files.append(file)
+        count = file.count("split.count", 1)
+        if count <= 1:
+            return
+        paths = split_paths(self.path)
+        if len(paths) != count:
+            name = f"...-00001-of-{count:05}.gguf"
+            raise ValueError(
+                f"{self.path}: split.count: the model has {count} files, so this one must be called {name}"
+            )
+        self.close()
+        self._files = []
+        for number, path in enumerate(paths):
+            if not path.is_file():
+                raise ValueError(f"{path}: the file is missing, one of {count} over which the model is split")
+            part = _MappedFile(path)
+            self._files.append(part)
+            for key, expected in (("split.no", number), ("split.count", count)):
+                if (found := part.count(key, 0)) != expected:
+                    raise ValueError(f"{path}: {key}: is {found}, but this file must have {expected}, as its name says")
+
     def tensor_data(self, tensor: TensorInfo) -> memoryview:
         """Return a read-only view of the tensor's bytes in the file. Release it before `close`."""
-        return memoryview(self._data)[tensor.offset : tensor.offset + tensor.n_bytes]
+        return memoryview(self._files[tensor.part].data)[tensor.offset : tensor.offset + tensor.n_bytes]
 
     def close(self) -> None:
-        self._data.close()
+        for file in self._files:
+            file.data.close()
 
     def __enter__(self) -> Self:
         return self
@@ -196,6 +250,28 @@ class GGUFFile(GGUFHeader):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def split_paths(path: Path) -> list[Path]:
+    """Return the paths of all parts of a model, of which `path` is one by its name; `path` alone if it is none."""
+    if not (match := PART_NAME.fullmatch(path.name)):
+        return [path]
+    count = match["count"]
+    return [path.with_name(f"{match['name']}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+
+
+def _tensors_of(files: list[_MappedFile]) -> dict[str, TensorInfo]:
+    """Return the tensors of all parts. Raises ValueError if one occurs twice, or they are not as many as announced."""
+    tensors: dict[str, TensorInfo] = {}
+    for part, file in enumerate(files):
+        for name, tensor in file.tensors.items():
+            if name in tensors:
+                raise ValueError(f"{file.path}: {short(name)}: the tensor occurs in another part too")
+            tensors[name] = tensor._replace(part=part)
+    if len(files) > 1 and (num := files[0].count("split.tensors.count", len(tensors))) != len(tensors):
+        problem = f"announces {num} tensors, but the {len(files)} files have {len(tensors)}"
+        raise ValueError(f"{files[0].path}: split.tensors.count: {problem}")
+    return tensors
 
 
 def _check_magic(path: Path, start: bytes | bytearray) -> None:

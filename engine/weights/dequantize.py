@@ -5,19 +5,34 @@ Both return the same float32 numbers, bit for bit.
 """
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.shared.ggml import GGML_TYPES_BY_NAME, GGMLType
+from engine.shared.ggml import GGML_TYPES, GGML_TYPES_BY_NAME, GGMLType
+from engine.shared.gguf import TensorInfo
 
 # Weights unpacked at a time. Up to 2**15, torch does not wake its thread pool, whose barriers cost seconds where other
 # processes keep the cores busy, as they do while a server starts; and the float32 values stay in the processor's cache.
 CHUNK_SIZE = 2**15
 GGUF_CHUNK_SIZE = 2**20  # the `gguf` package does much in Python for each chunk, but runs in threads
+
+
+def cost_of_unpacking(tensors: Iterable[TensorInfo], keep_packed: frozenset[str], dtype: torch.dtype) -> str | None:
+    """Say how many bits a weight takes in the file and unpacked, for each block type not in `keep_packed`; or None."""
+    nums = Counter(tensor.ggml_type for tensor in tensors if len(tensor.shape) > 1)
+    types = [(num, GGML_TYPES[type_id]) for type_id, num in nums.items()]
+    costs = [
+        f"{num} of {ggml_type.name} ({8 * ggml_type.type_size / ggml_type.block_size:.3g} bits a weight in the file)"
+        for num, ggml_type in types
+        if ggml_type.block_size > 1 and ggml_type.name not in keep_packed
+    ]
+    name = str(dtype).removeprefix("torch.")
+    return f"tensors unpacked to {name} ({8 * dtype.itemsize} bits): {', '.join(costs)}" if costs else None
 
 
 def dequantize(
@@ -36,7 +51,8 @@ def dequantize(
         first_byte = start // ggml_type.block_size * ggml_type.type_size
         chunk = bytearray(data[first_byte : first_byte + chunk_size // ggml_type.block_size * ggml_type.type_size])
         values = unpack(torch.frombuffer(chunk, dtype=torch.uint8)) if unpack else _unpack_with_gguf(chunk, ggml_type)
-        _copy(values.view(-1), weights.view(-1)[start:])
+        with torch.inference_mode(weights.is_inference()):  # which is a property of each thread
+            _copy(values.view(-1), weights.view(-1)[start:])
 
     starts = range(0, weights.numel(), chunk_size)
     if unpack:

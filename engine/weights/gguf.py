@@ -1,5 +1,6 @@
 """Read the weights of a GGUF file. Their names are the same in all families, but for few that a family renames."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from math import prod
@@ -11,9 +12,11 @@ import torch
 from engine.config import ModelConfig
 from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile, TensorInfo
-from engine.weights.dequantize import dequantize
+from engine.weights.dequantize import cost_of_unpacking, dequantize
 from engine.weights.layout import model_tensors
 from engine.weights.packed import PackedTensor, Weight
+
+logger = logging.getLogger("lightwell.engine")
 
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -70,6 +73,8 @@ def load_gguf(
     """Yield (name, weight) as `engine.weights.load_weights` describes. `progress` counts the bytes of the tensors."""
     # Not closed here: packed tensors are views of the mapped file, which is unmapped with the last of them.
     file = GGUFFile(path)
+    if cost := cost_of_unpacking(file.tensors.values(), keep_packed, dtype):
+        logger.info("%s", cost)
     num_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
     num_bytes_done = 0
     for tensor in file.tensors.values():

@@ -14,7 +14,7 @@ import argparse
 import gc
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -34,6 +34,7 @@ from engine.scheduling.request import Request, Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 from server.model_paths import ModelError, resolve_model
 from server.text.tokenizer import Tokenizer
+from tests.bench.requantize import WRITABLE_TYPES, requantize
 
 TEXT = Path(__file__).with_name("english.txt")
 NUM_TOKENS = 2000
@@ -92,9 +93,10 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
+    parser.add_argument("--types", nargs="+", default=[], metavar="TYPE", choices=WRITABLE_TYPES, help="GGML types")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
-    results = measure(arguments.model, Console(stderr=True))
+    results = measure(arguments.model, arguments.types, Console(stderr=True))
     if arguments.json:
         print(msgspec.json.encode(results).decode())
     else:
@@ -102,36 +104,53 @@ def main() -> int:
     return 1 if any(row.failure for row in results.rows) else 0
 
 
-def measure(model: str, console: Console) -> Results:
-    """Measure all formats. One model is in memory at a time; the logits of the reference are in a file."""
+def measure(model: str, types: Sequence[str], console: Console) -> Results:
+    """Measure all formats of the model, and the model in other GGML types."""
     path = resolve_model(model).path
     text = Text.read(Tokenizer.from_model(path))
+    formats = [(weights, kv_cache) for kv_cache in KV_CACHE_DTYPES for weights in FORMATS]
+    kernels, rows = compare_formats(path, text, formats, console)
+    for type_name in types:
+        console.print(f"writing {type_name} ...")
+        with tempfile.TemporaryDirectory() as folder:
+            written = requantize(path, type_name, Path(folder) / f"{type_name}.gguf")
+            _, results = compare_formats(written, text, [("float32", "auto"), ("as in the file", "auto")], console)
+        rows += [msgspec.structs.replace(row, weights=type_name) for row in results if row.weights != "float32"]
+    return Results(model=Path(model).name, kernels=kernels, num_tokens=NUM_TOKENS, piece_tokens=PIECE_TOKENS, rows=rows)
+
+
+def compare_formats(
+    path: Path, text: Text, formats: Sequence[tuple[str, str]], console: Console
+) -> tuple[str, list[Row]]:
+    """Compare weights and KV caches in other formats with the first. Returns the kernels' name and a row for each.
+
+    One model is in memory at a time; the logits of the reference are in a file.
+    """
     rows: list[Row] = []
     kernels = ""
     with tempfile.TemporaryFile() as file:
-        for kv_cache in KV_CACHE_DTYPES:
-            for weights in FORMATS:
-                console.print(f"{weights}, KV cache {kv_cache} ...")
-                blank = Row(weights=weights, kv_cache=kv_cache)
-                try:
-                    loaded = load(path, weights, kv_cache, text)
-                except ValueError as error:
-                    rows.append(msgspec.structs.replace(blank, failure=str(error)))
-                    continue
-                if not rows:
-                    kernels = loaded.runner.kernels.name
-                    for logits in all_logits(loaded, text):
-                        file.write(logits.numpy().tobytes())
-                    file.flush()
-                reference = np.memmap(file, np.float32, "r").reshape(-1, loaded.config.vocab_size)
-                for tokens in ("prompt", "generated") if loaded.runner.kernels.separates_prompts else ("",):
-                    logits_of_text = all_logits(loaded, text, are_generated=tokens == "generated")
-                    mean_kl, same_top_token = compare(reference, logits_of_text)
-                    results = {"tokens": tokens, "mean_kl": mean_kl, "same_top_token": same_top_token}
-                    rows.append(msgspec.structs.replace(blank, **results))
-                del loaded
-                gc.collect()
-    return Results(model=Path(model).name, kernels=kernels, num_tokens=NUM_TOKENS, piece_tokens=PIECE_TOKENS, rows=rows)
+        for weights, kv_cache in formats:
+            console.print(f"{weights}, KV cache {kv_cache} ...")
+            blank = Row(weights=weights, kv_cache=kv_cache)
+            try:
+                loaded = load(path, weights, kv_cache, text)
+            except ValueError as error:
+                rows.append(msgspec.structs.replace(blank, failure=str(error)))
+                continue
+            if not rows:
+                kernels = loaded.runner.kernels.name
+                for logits in all_logits(loaded, text):
+                    file.write(logits.numpy().tobytes())
+                file.flush()
+            reference = np.memmap(file, np.float32, "r").reshape(-1, loaded.config.vocab_size)
+            for tokens in ("prompt", "generated") if loaded.runner.kernels.separates_prompts else ("",):
+                logits_of_text = all_logits(loaded, text, are_generated=tokens == "generated")
+                mean_kl, same_top_token = compare(reference, logits_of_text)
+                results = {"tokens": tokens, "mean_kl": mean_kl, "same_top_token": same_top_token}
+                rows.append(msgspec.structs.replace(blank, **results))
+            del loaded
+            gc.collect()
+    return kernels, rows
 
 
 def load(path: Path, weights: str, kv_cache: str, text: Text) -> LoadedModel:

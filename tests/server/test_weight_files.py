@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from server.weight_files import WeightFiles, describe_weights
+from tests.engine.shared.test_gguf import write_split
 
 
 def test_a_gguf_file(smollm2_path: Path) -> None:
@@ -18,6 +19,13 @@ def test_a_gguf_file(smollm2_path: Path) -> None:
     assert weights.num_parameters == sum(int(tensor.n_elements) for tensor in tensors)
     assert (weights.format, weights.number_format) == ("gguf", "Q4_1")
     assert weights.num_bytes == smollm2_path.stat().st_size
+
+
+def test_a_gguf_model_in_several_files(tmp_path: Path) -> None:
+    paths = write_split(tmp_path)
+    for path in paths:
+        num_bytes = sum(file.stat().st_size for file in paths)
+        assert describe_weights(path) == WeightFiles("gguf", num_bytes, 15 * 32, "F32")
 
 
 def test_safetensors(tmp_path: Path) -> None:

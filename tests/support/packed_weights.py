@@ -14,7 +14,7 @@ from tests.support.tensors import random_tensor
 
 Array = np.ndarray[Any, Any]
 
-# The offsets of half-precision scales and minima in a block.
+# The offsets of half-precision scales and minima in a block. MXFP4 has an exponent instead.
 SCALES = {
     "Q4_0": [0],
     "Q4_1": [0, 2],
@@ -24,6 +24,11 @@ SCALES = {
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
+    "IQ4_NL": [0],
+    "IQ4_XS": [0],
+    "MXFP4": [],
 }
 GROUP = 32  # inputs that share a scale
 
@@ -60,14 +65,16 @@ def random_packed(type_name: str, num_outputs: int, num_inputs: int, seed: int) 
     for offset in SCALES[type_name]:
         scales = rng.uniform(0.005, 0.02, len(data)) * rng.choice([-1, 1], len(data))
         data[:, offset : offset + 2] = scales.astype(np.float16)[:, None].view(np.uint8)
+    if type_name == "MXFP4":
+        data[:, 0] = rng.integers(116, 123, len(data))
     return PackedTensor(type_name, (num_outputs, num_inputs), data.reshape(-1))
 
 
 def numbers_of(packed: PackedTensor) -> Tensor:
     """Return the weights as the `gguf` package unpacks them."""
-    numbers: Array = gguf.dequantize(
-        packed.data.reshape(packed.shape[0], -1), gguf.GGMLQuantizationType[packed.type_name]
-    )
+    data = packed.data.reshape(packed.shape[0], -1)
+    with np.errstate(over="ignore"):  # the largest exponents of MXFP4
+        numbers: Array = gguf.dequantize(data, gguf.GGMLQuantizationType[packed.type_name])
     return torch.from_numpy(numbers)
 
 

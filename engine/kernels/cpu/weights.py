@@ -28,29 +28,29 @@ class Format:
     """How weights are packed, and in which form their product reads its input."""
 
     name: str
-    group: int  # inputs
-    group_bytes: int  # one group of all outputs of a panel
+    block: int  # inputs
+    block_bytes: int  # one block of all outputs of a panel
     form: int  # how a product reads generated tokens: FLOAT32, BFLOAT16 or INT8_GROUPS
     prompt_form: int  # how it reads prompt tokens
 
 
-# Format -> inputs in a group, bytes of a panel's group, input form.
+# Format -> inputs in a block, bytes of a panel's block, input form.
 _PLAIN = {"float32": (1, 128, FLOAT32), "bfloat16": (ROW_PADDING, PANEL * ROW_PADDING * 2, BFLOAT16)}
-# A panel's group holds the fields of 32 blocks, one for each output.
-_BLOCKS_OF_32 = {
-    name.lower(): (32, PANEL * GGML_TYPES_BY_NAME[name].type_size, INT8_GROUPS)
-    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# A panel's block holds the fields of 32 blocks of the file, one for each output. In some of them, numbers of a few bits
+# become bytes: scales, minima, and the exponent of MXFP4, which becomes a bfloat16.
+_BYTES_MORE = {"Q3_K": 4, "Q4_K": 4, "Q5_K": 4, "IQ4_XS": 2, "MXFP4": 1}
+_PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+_GGML = {
+    name.lower(): (
+        GGML_TYPES_BY_NAME[name].block_size,
+        PANEL * (GGML_TYPES_BY_NAME[name].type_size + _BYTES_MORE.get(name, 0)),
+        INT8_GROUPS,
+    )
+    for name in _PACKED
 }
-# Blocks of 256 are unpacked to groups, whose scales and minima become single precision.
-_BLOCKS_OF_256 = {
-    "q4_k": (32, PANEL * (16 + 8), INT8_GROUPS),
-    "q5_k": (32, PANEL * (20 + 8), INT8_GROUPS),
-    "q6_k": (16, PANEL * (12 + 4), INT8_GROUPS),
-}
-_GGML = _BLOCKS_OF_32 | _BLOCKS_OF_256
-_LAYOUTS = _PLAIN | {"int8": _BLOCKS_OF_32["q8_0"]} | _GGML
+_LAYOUTS = _PLAIN | {"int8": _GGML["q8_0"]} | _GGML
 FORMATS = tuple(_LAYOUTS)
-PACKED_TYPES = frozenset(name.upper() for name in _GGML)  # GGML types that are packed as they are
+PACKED_TYPES = frozenset(_PACKED)  # GGML types that are packed as they are
 
 
 def format_of(name: str, code_path: str) -> Format:
@@ -58,9 +58,9 @@ def format_of(name: str, code_path: str) -> Format:
 
     AMX multiplies bfloat16 tiles: there, prompts are multiplied in bfloat16 even where the weights are quantised.
     """
-    group, group_bytes, form = _LAYOUTS[name]
+    block, block_bytes, form = _LAYOUTS[name]
     prompt_form = BFLOAT16 if code_path == "amx" and form == INT8_GROUPS else form
-    return Format(name, group, group_bytes, form, prompt_form)
+    return Format(name, block, block_bytes, form, prompt_form)
 
 
 def input_row_bytes(form: int, size: int) -> int:
@@ -143,8 +143,8 @@ class Packer:
         """Pack `num_bytes` of weights of this shape, which lie at `address`, into panels of the format `name`."""
         weight_format = format_of(name, self.library.code_path)
         num_outputs, num_inputs = shape
-        num_groups = -(-num_inputs // weight_format.group)
-        panels = self.arena.take(-(-num_outputs // PANEL) * num_groups * weight_format.group_bytes)
+        num_blocks = -(-num_inputs // weight_format.block)
+        panels = self.arena.take(-(-num_outputs // PANEL) * num_blocks * weight_format.block_bytes)
         self.num_bytes += panels.nbytes
         if weight_format not in self.formats:
             self.formats.append(weight_format)

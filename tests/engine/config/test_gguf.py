@@ -137,7 +137,7 @@ def test_gguf_end_tokens(tmp_path: Path) -> None:
         ({"llama.rope.scaling.factor": 2.0}, ("rope_freqs.weight",), "rope_freqs.weight: .*linear factor 2.0"),
         ({"llama.attention.key_length": 8, "llama.attention.value_length": 8}, ("rope_freqs.weight",), "expected .4,"),
         ({"llama.expert_count": 8}, (), "mixtures of experts"),
-        ({"split.count": 3}, (), "split.count: the model is split"),
+        ({"split.count": 3}, (), "split.count: the model has 3 files"),
         ({"tokenizer.ggml.tokens": [f"t{i}" for i in range(33)]}, (), "has 33 tokens, but the embedding has 32 rows"),
         ({"tokenizer.ggml.tokens": [1, 2]}, (), "tokens: must be an array of strings"),
         ({"tokenizer.ggml.eos_token_id": 32}, (), "eos_token_id: must be token ids below 32"),

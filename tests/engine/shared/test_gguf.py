@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.shared.gguf import GGUFFile
+from engine.shared.gguf import GGUFFile, split_paths
 from tests.support.examples import num_examples
 from tests.support.gguf_files import write_gguf
 
@@ -112,6 +113,106 @@ def test_alignment(tmp_path: Path) -> None:
     with GGUFFile(tmp_path / "aligned.gguf") as file, file.tensor_data(file.tensors["b"]) as data:
         assert file.tensors["b"].offset % 256 == 0
         assert np.frombuffer(data, dtype=np.float32).tolist() == [ord("b")] * 5
+
+
+TENSORS = {f"t{number}": np.full((number + 1, 32), number, dtype=np.float32) for number in range(5)}
+
+
+def write_split(folder: Path, *, small_first_shard: bool = False) -> list[Path]:
+    """Write a model of five tensors, two in each file. Returns the paths in order."""
+    split = {"split_max_tensors": 2, "small_first_shard": small_first_shard}
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", **split)
+    writer.add_uint32("answer", 42)
+    for name, values in TENSORS.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("m-*.gguf"))
+
+
+@pytest.mark.parametrize("small_first_shard", [False, True])
+def test_a_split_model(small_first_shard: bool, tmp_path: Path) -> None:
+    paths = write_split(tmp_path, small_first_shard=small_first_shard)
+    assert len(paths) == 3 + small_first_shard
+    assert split_paths(paths[1]) == paths
+    for path in paths:  # any of them opens the model
+        with GGUFFile(path) as file:
+            assert file.metadata["answer"] == 42
+            assert set(file.tensors) == set(TENSORS)
+            for name, values in TENSORS.items():
+                with file.tensor_data(file.tensors[name]) as data:
+                    assert np.array_equal(np.frombuffer(data, np.float32).reshape(values.shape), values)
+
+
+def test_names_of_parts() -> None:
+    assert split_paths(Path("a/m-00001-of-00002.gguf")) == [
+        Path("a/m-00001-of-00002.gguf"),
+        Path("a/m-00002-of-00002.gguf"),
+    ]
+    for name in ("m.gguf", "m-1-of-2.gguf", "m-00001-of-00002.safetensors"):
+        assert split_paths(Path(name)) == [Path(name)]
+
+
+def _rename_all(paths: list[Path]) -> None:
+    for path, name in zip(paths, "abc", strict=True):
+        path.rename(path.with_name(f"{name}.gguf"))
+
+
+def _swap(paths: list[Path]) -> None:
+    second = paths[1].read_bytes()
+    paths[1].write_bytes(paths[2].read_bytes())
+    paths[2].write_bytes(second)
+
+
+def _replace(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+
+
+SPLIT_NO, SPLIT_COUNT, NUM_TENSORS = (
+    text(key) + struct.pack("<I", value_type)
+    for key, value_type in (("split.no", 2), ("split.count", 2), ("split.tensors.count", 5))
+)
+
+
+@pytest.mark.parametrize(
+    ("damage", "opened", "message"),
+    [
+        (
+            _rename_all,
+            "a.gguf",
+            r"a\.gguf: split.count: the model has 3 files, so .* called \.\.\.-00001-of-00003.gguf",
+        ),
+        (lambda paths: paths[2].unlink(), "m-00001-of-00003.gguf", r"m-00003-of-00003\.gguf: the file is missing"),
+        (lambda paths: paths[0].unlink(), "m-00002-of-00003.gguf", r"m-00001-of-00003\.gguf: the file is missing"),
+        (_swap, "m-00001-of-00003.gguf", r"m-00002-of-00003\.gguf: split.no: is 2, but .* must have 1"),
+        (
+            lambda paths: _replace(paths[2], SPLIT_COUNT + b"\3\0", SPLIT_COUNT + b"\4\0"),
+            "m-00001-of-00003.gguf",
+            r"m-00003-of-00003\.gguf: split.count: is 4, but .* must have 3",
+        ),
+        (
+            lambda paths: _replace(paths[0], NUM_TENSORS + b"\5\0", NUM_TENSORS + b"\6\0"),
+            "m-00001-of-00003.gguf",
+            r"split.tensors.count: announces 6 tensors, but the 3 files have 5",
+        ),
+        (
+            lambda paths: _replace(paths[2], text("t4"), text("t0")),
+            "m-00001-of-00003.gguf",
+            r"m-00003-of-00003\.gguf: t0: the tensor occurs in another part too",
+        ),
+        (lambda paths: paths[1].write_bytes(b"GGUF"), "m-00001-of-00003.gguf", r"m-00002-of-00003\.gguf: version"),
+    ],
+)
+def test_split_models_that_are_refused(
+    damage: Callable[[list[Path]], object], opened: str, message: str, tmp_path: Path
+) -> None:
+    damage(write_split(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        GGUFFile(tmp_path / opened)
 
 
 def test_version_2(tmp_path: Path) -> None:

@@ -96,3 +96,27 @@ def test_rounding(ggml_type: GGMLQuantizationType, dtype: torch.dtype, tmp_path:
     assert name == "lm_head.weight"
     assert isinstance(tensor, torch.Tensor)
     assert torch.equal(tensor, torch.from_numpy(dequantize(data, ggml_type)).to(dtype))
+
+
+@pytest.mark.parametrize("ggml_type", [Type.Q4_1, Type.Q5_1])  # unpacked here and in threads
+def test_inference_mode(ggml_type: GGMLQuantizationType, tmp_path: Path) -> None:
+    """The engine loads weights in inference mode."""
+    data = random_bytes(ggml_type, 1)
+    path = write_gguf(tmp_path / "w.gguf", {}, {"output.weight": data}, {"output.weight": ggml_type})
+    with torch.inference_mode():
+        ((_, tensor),) = load_weights(path, CONFIG, torch.float32)
+        assert_same_bits(tensor, dequantize(data, ggml_type))
+
+
+def test_the_log_says_what_unpacking_costs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    types = {"blk.0.ffn_up.weight": Type.IQ2_XXS, "blk.1.ffn_up.weight": Type.IQ2_XXS, "blk.2.ffn_up.weight": Type.Q4_K}
+    tensors = {name: random_bytes(ggml_type, 1) for name, ggml_type in types.items()}
+    path = write_gguf(tmp_path / "w.gguf", {}, tensors | {"output.weight": np.ones((2, 32), dtype=np.float32)}, types)
+    caplog.set_level("INFO")
+    for keep_packed, message in (
+        ({"Q4_K"}, "tensors unpacked to bfloat16 (16 bits): 2 of IQ2_XXS (2.06 bits a weight in the file)"),
+        ({"Q4_K", "IQ2_XXS"}, None),
+    ):
+        caplog.clear()
+        list(load_weights(path, CONFIG, torch.bfloat16, keep_packed=frozenset(keep_packed)))
+        assert caplog.messages == ([message] if message else [])

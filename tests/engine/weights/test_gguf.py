@@ -10,6 +10,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from engine.config import RopeScaling, load_model_config
+from engine.kernels.cpu.weights import PACKED_TYPES
 from engine.shared.gguf import GGUFFile
 from engine.weights import PackedTensor, load_weights
 from engine.weights.gguf import huggingface_name
@@ -54,7 +55,7 @@ def test_order_of_query_and_key_rows(ggml_type: GGMLQuantizationType, tmp_path: 
     assert_same_bits(weights[f"{prefix}.k_proj.bias"], key_bias)
 
 
-PACKABLE = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K]
+PACKABLE = [Type[name] for name in sorted(PACKED_TYPES)]
 
 
 @pytest.mark.parametrize("ggml_type", PACKABLE)

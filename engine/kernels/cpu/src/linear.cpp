@@ -38,9 +38,14 @@ const lightwell::NamedFunction lightwell::LINEAR_FUNCTIONS[] = {
     QUANTISED("q5_0", Q5_0),
     QUANTISED("q5_1", Q5_1),
     QUANTISED("q8_0", Q8_0),
+    QUANTISED("q2_k", Q2_K),
+    QUANTISED("q3_k", Q3_K),
     QUANTISED("q4_k", Q4_K),
     QUANTISED("q5_k", Q5_K),
     QUANTISED("q6_k", Q6_K),
+    QUANTISED("iq4_nl", IQ4_NL),
+    QUANTISED("iq4_xs", IQ4_XS),
+    QUANTISED("mxfp4", MXFP4),
 #undef QUANTISED
     {nullptr, nullptr},
 };

@@ -37,9 +37,14 @@ const lightwell::NamedFunction lightwell::ROW_FUNCTIONS[] = {
     FORMAT("q5_0", Q5_0, (pack<Q5_0, BlockQ5_0>)),
     FORMAT("q5_1", Q5_1, (pack<Q5_1, BlockQ5_1>)),
     FORMAT("q8_0", Q8_0, (pack<Q8_0, BlockQ8_0>)),
+    FORMAT("q2_k", Q2_K, (pack<Q2_K, BlockQ2_K>)),
+    FORMAT("q3_k", Q3_K, (pack<Q3_K, BlockQ3_K>)),
     FORMAT("q4_k", Q4_K, (pack<Q4_K, BlockQ4_K>)),
     FORMAT("q5_k", Q5_K, (pack<Q5_K, BlockQ5_K>)),
     FORMAT("q6_k", Q6_K, (pack<Q6_K, BlockQ6_K>)),
+    FORMAT("iq4_nl", IQ4_NL, (pack<IQ4_NL, BlockIQ4_NL>)),
+    FORMAT("iq4_xs", IQ4_XS, (pack<IQ4_XS, BlockIQ4_XS>)),
+    FORMAT("mxfp4", MXFP4, (pack<MXFP4, BlockMXFP4>)),
 #undef FORMAT
     {nullptr, nullptr},
 };

@@ -27,6 +27,12 @@ INLINE int32_t load_int32(const void* p) {
     return value;
 }
 
+INLINE float load_float(const void* p) {
+    float value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
 INLINE float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
 INLINE uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 
@@ -106,21 +112,25 @@ INLINE Floats load_bfloat16(const uint16_t* p) {
 INLINE Floats load_int8(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
+INLINE Ints load_uint8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 INLINE void store_int8(int8_t* p, Ints x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v)); }
 INLINE void store_bfloat16_bits(uint16_t* p, Ints x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x.v)); }
 
 INLINE Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-INLINE Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
-INLINE Bytes high_nibbles(Bytes x) { return low_nibbles({_mm512_srli_epi16(x.v, 4)}); }
-template <int SHIFT> INLINE Bytes two_bits(Bytes x) {  // bits SHIFT and SHIFT + 1 of each byte, as bits 4 and 5
-    __m512i moved = SHIFT <= 4 ? _mm512_slli_epi16(x.v, SHIFT <= 4 ? 4 - SHIFT : 0)
-                               : _mm512_srli_epi16(x.v, SHIFT > 4 ? SHIFT - 4 : 0);
-    return {_mm512_and_si512(moved, _mm512_set1_epi8(0x30))};
+// Moves the WIDTH bits of each byte from bit FROM on to bit TO and clears the others.
+template <int WIDTH, int FROM, int TO> INLINE Bytes move_bits(Bytes x) {
+    constexpr int LEFT = TO > FROM ? TO - FROM : 0, RIGHT = FROM > TO ? FROM - TO : 0;
+    if (LEFT) x = {_mm512_slli_epi16(x.v, LEFT)};
+    if (RIGHT) x = {_mm512_srli_epi16(x.v, RIGHT)};
+    return {_mm512_and_si512(x.v, _mm512_set1_epi8(((1 << WIDTH) - 1) << TO))};
 }
-INLINE Bytes fifth_bits(const uint8_t* p) {  // 64 bits -> 64 bytes of 0 or 16
+template <int TO> INLINE Bytes spread_bits(const uint8_t* p) {  // 64 bits -> 64 bytes, each with one of them as bit TO
     uint64_t bits;
     memcpy(&bits, p, sizeof bits);
-    return {_mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(16))};
+    return {_mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(1 << TO))};
+}
+INLINE Bytes look_up(Bytes x, const uint8_t (&table)[16]) {  // table[x] for each byte below 16
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), x.v)};
 }
 INLINE Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
 
@@ -228,6 +238,10 @@ INLINE Floats load_int8(const int8_t* p) {
     __m128i x = _mm_loadu_si128((const __m128i*)p);
     return to_floats(Ints{_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))});
 }
+INLINE Ints load_uint8(const uint8_t* p) {
+    __m128i x = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
+}
 INLINE __m128i low_words(Ints x) {  // the low 16 bits of lanes 0..7 and 8..15, as two halves of one register each
     const __m256i low = _mm256_set1_epi32(0xffff);
     __m256i packed = _mm256_packus_epi32(_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low));
@@ -244,23 +258,25 @@ INLINE void store_bfloat16_bits(uint16_t* p, Ints x) {
 INLINE Bytes load_bytes(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-INLINE Bytes both(Bytes x, __m256i mask) { return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)}; }
-INLINE Bytes low_nibbles(Bytes x) { return both(x, _mm256_set1_epi8(15)); }
-INLINE Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
-template <int SHIFT> INLINE Bytes two_bits(Bytes x) {
-    constexpr int left = SHIFT <= 4 ? 4 - SHIFT : 0, right = SHIFT > 4 ? SHIFT - 4 : 0;
-    Bytes moved = SHIFT <= 4 ? Bytes{_mm256_slli_epi16(x.a, left), _mm256_slli_epi16(x.b, left)}
-                             : Bytes{_mm256_srli_epi16(x.a, right), _mm256_srli_epi16(x.b, right)};
-    return both(moved, _mm256_set1_epi8(0x30));
+template <int WIDTH, int FROM, int TO> INLINE Bytes move_bits(Bytes x) {
+    constexpr int LEFT = TO > FROM ? TO - FROM : 0, RIGHT = FROM > TO ? FROM - TO : 0;
+    if (LEFT) x = {_mm256_slli_epi16(x.a, LEFT), _mm256_slli_epi16(x.b, LEFT)};
+    if (RIGHT) x = {_mm256_srli_epi16(x.a, RIGHT), _mm256_srli_epi16(x.b, RIGHT)};
+    const __m256i mask = _mm256_set1_epi8(((1 << WIDTH) - 1) << TO);
+    return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
-INLINE __m256i fifth_bits_of(const uint8_t* p) {  // 32 bits -> 32 bytes of 0 or 16
+template <int TO> INLINE __m256i spread_32_bits(const uint8_t* p) {
     const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit_of = _mm256_set1_epi64x(int64_t(0x8040201008040201));
     __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(load_int32(p)), byte_of);
     __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
-    return _mm256_and_si256(is_set, _mm256_set1_epi8(16));
+    return _mm256_and_si256(is_set, _mm256_set1_epi8(1 << TO));
 }
-INLINE Bytes fifth_bits(const uint8_t* p) { return {fifth_bits_of(p), fifth_bits_of(p + 4)}; }
+template <int TO> INLINE Bytes spread_bits(const uint8_t* p) { return {spread_32_bits<TO>(p), spread_32_bits<TO>(p + 4)}; }
+INLINE Bytes look_up(Bytes x, const uint8_t (&table)[16]) {
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+    return {_mm256_shuffle_epi8(both, x.a), _mm256_shuffle_epi8(both, x.b)};
+}
 INLINE Bytes operator|(Bytes x, Bytes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 
 // Products of bytes are added in pairs that saturate at 16 bits. Codes of up to 7 bits cannot reach that; a code of 8

@@ -24,46 +24,51 @@ struct TileWeights {
 };
 
 // Quantised weights, unpacked a few steps at a time. Unpacking takes about as long as multiplying fifty rows.
-template <int BITS, int GROUP, class Scale, int ZERO_SHIFT>
-struct TileWeights<Quantised<BITS, GROUP, Scale, ZERO_SHIFT>> {
-    using Format = Quantised<BITS, GROUP, Scale, ZERO_SHIFT>;
-    static constexpr int64_t GROUPS = NUMBERS_OF_TILE / GROUP;  // of a step
-    static constexpr int64_t BYTES_AT_ONCE = STEPS_AT_ONCE * GROUPS * Format::GROUP_BYTES;
+template <class Codes, class Scales>
+struct TileWeights<Quantised<Codes, Scales>> {
+    using Format = Quantised<Codes, Scales>;
+    static constexpr int GROUPS = NUMBERS_OF_TILE / Format::GROUP;  // of a step
+    static constexpr int64_t STEPS_OF_BLOCK = Format::BLOCK / NUMBERS_OF_TILE;
+    static constexpr int64_t PACKED_BYTES = Format::BLOCK_BYTES / STEPS_OF_BLOCK;  // of a step
     alignas(64) uint8_t unpacked[STEPS_AT_ONCE * STEP_BYTES];
 
     static int64_t steps_at_once(int64_t, int64_t) { return STEPS_AT_ONCE; }
     const uint8_t* steps(const uint8_t* panel, int64_t first, int64_t num_steps) {
-        for (int64_t g = 0; g < num_steps * GROUPS; g++) {
-            const uint8_t* group = panel + (first * GROUPS + g) * Format::GROUP_BYTES;
-            for (int64_t line = 0; line < Format::GROUP_BYTES; line += 64) prefetch_to_l2(group + BYTES_AT_ONCE + line);
-            uint8_t* out = unpacked + g * (STEP_BYTES / GROUPS);
-            unpack_group<0>(group, out);
-            unpack_group<1>(group, out + LANES * 4);
+        for (int64_t step = first; step < first + num_steps; step++) {
+            const uint8_t* ahead = panel + (step + STEPS_AT_ONCE) * PACKED_BYTES;
+            for (int64_t line = 0; line < PACKED_BYTES; line += 64) prefetch_to_l2(ahead + line);
+            const uint8_t* block = panel + step / STEPS_OF_BLOCK * Format::BLOCK_BYTES;
+            for (int i = 0; i < GROUPS; i++) {
+                const int group = int(step % STEPS_OF_BLOCK) * GROUPS + i;
+                uint8_t* out = unpacked + ((step - first) * GROUPS + i) * (STEP_BYTES / GROUPS);
+                unpack_group<0>(block, group, out);
+                unpack_group<1>(block, group, out + LANES * 4);
+            }
         }
         return unpacked;
     }
     static Prefetcher prefetcher(const uint8_t* steps, int64_t, int64_t, int64_t) { return {steps, 0}; }
 
     template <int VECTOR>
-    static INLINE void unpack_group(const uint8_t* group, uint8_t* out) {
-        const int64_t scale_offset = VECTOR * LANES * Scale::SIZE;
-        const Floats scale = quiet(Scale::load_vector(group + Format::SCALES + scale_offset));
-        Floats offset = scale * fill(-Format::zero_point());
-        if constexpr (Format::HAS_MINIMUM) offset = quiet(Scale::load_vector(group + Format::MINIMA + scale_offset));
-        unpack_steps<0>(group + VECTOR * Format::VECTOR_BYTES, scale, offset, out);
+    static INLINE void unpack_group(const uint8_t* block, int group, uint8_t* out) {
+        const Floats scale = quiet(Scales::template load_vector<SCALE>(block, group, VECTOR * LANES));
+        Floats offset = scale * fill(-Format::ZERO);
+        if constexpr (Format::HAS_MINIMUM)
+            offset = quiet(Scales::template load_vector<MINIMUM>(block, group, VECTOR * LANES));
+        unpack_steps<VECTOR, 0>(block, group, scale, offset, out);
     }
 
     // Unpacks four inputs of each column: two pairs.
-    template <int STEP>
-    static INLINE void unpack_steps(const uint8_t* vector, Floats scale, Floats offset, uint8_t* out) {
-        const Ints codes = as_ints(Format::template codes<STEP>(vector)), byte = fill_ints(255);
+    template <int VECTOR, int STEP>
+    static INLINE void unpack_steps(const uint8_t* block, int group, Floats scale, Floats offset, uint8_t* out) {
+        const Ints codes = as_ints(Format::template codes<STEP>(block, group, VECTOR)), byte = fill_ints(255);
         const Floats first = to_floats(codes & byte), second = to_floats(shift_right<8>(codes) & byte);
         const Floats third = to_floats(shift_right<16>(codes) & byte), fourth = to_floats(shift_right<24>(codes));
         int32_t* pairs = (int32_t*)(out + 2 * STEP * BFloat16::STEP_BYTES);
         store_ints(pairs, pair_of(multiply_add(first, scale, offset), multiply_add(second, scale, offset)));
         pairs += BFloat16::STEP_BYTES / 4;
         store_ints(pairs, pair_of(multiply_add(third, scale, offset), multiply_add(fourth, scale, offset)));
-        if constexpr (STEP + 1 < Format::STEPS) unpack_steps<STEP + 1>(vector, scale, offset, out);
+        if constexpr (STEP + 1 < Format::STEPS) unpack_steps<VECTOR, STEP + 1>(block, group, scale, offset, out);
     }
 
     // Rounds to bfloat16, which is the upper half of a float32; ties go away from zero.

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.cpu.kernels import CpuKernels
-from engine.kernels.cpu.weights import FORMATS
+from engine.kernels.cpu.weights import FORMATS, PACKED_TYPES
 from engine.kernels.interface import KernelOptions
 from engine.weights import PackedTensor
 from tests.support.kernel_choice import code_paths
 from tests.support.packed_weights import (
+    SCALES,
     inputs_of,
     numbers_of,
     options_of,
@@ -173,7 +174,7 @@ def test_a_part_that_is_not_packed(code_path: str) -> None:
 
 
 @each_code_path
-@pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("type_name", sorted(PACKED_TYPES))
 def test_largest_codes(type_name: str, code_path: str) -> None:
     """Sums of products of the largest codes do not overflow."""
     kernels = make_kernels(code_path)
@@ -182,8 +183,10 @@ def test_largest_codes(type_name: str, code_path: str) -> None:
     blocks = random_packed(type_name, 8, 256, 1).data.reshape(8, -1)
     scales = np.zeros(extremes.shape[1], dtype=bool)
     size = extremes.shape[1] // (256 // inputs_of(type_name))
-    for offset in {"Q6_K": [208, 209], "Q4_0": [0, 1], "Q5_0": [0, 1], "Q8_0": [0, 1]}.get(type_name, [0, 1, 2, 3]):
-        scales[offset::size] = True
+    for offset in SCALES[type_name]:
+        scales[offset::size] = scales[offset + 1 :: size] = True
+    if type_name == "MXFP4":
+        scales[::size] = True
     for row, byte in enumerate([0, 255, 127, 128, 0x0F, 0xF0, 1, 254]):
         extremes[row] = np.where(scales, blocks[row], byte)
     packed = PackedTensor(type_name, (8, 256), extremes.reshape(-1))
@@ -265,6 +268,38 @@ def test_weights_that_are_not_finite_show(name: str, value: float, code_path: st
     assert not embedding[33].isfinite().all()
     assert torch.equal(out[:, others], good[:, others])
     assert torch.equal(embedding[others], good_embedding[others])
+
+
+@each_code_path
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("type_name", [name for name in sorted(PACKED_TYPES) if SCALES[name]])
+def test_scales_that_are_not_finite_show(type_name: str, value: float, code_path: str) -> None:
+    """A damaged block gives NaN in its output, for prompts too, and in no other."""
+    kernels = make_kernels(code_path)
+    packed, x = random_packed(type_name, 40, 512, seed=1), random_tensor(2, 5, 512)
+    data = packed.data.reshape(40, 512 // inputs_of(type_name), -1).copy()
+
+    def run() -> Tensor:
+        linear = kernels.linear(kernels.pack([PackedTensor(type_name, (40, 512), data.reshape(-1))]))
+        return Rows(kernels, [x], lambda rows, x: linear(x))(range(5), num_prompt_rows=2)
+
+    good = run()
+    offset = SCALES[type_name][-1]
+    data[33, 1, offset : offset + 2] = np.array([value], dtype=np.float16).view(np.uint8)
+    out, others = run(), [column for column in range(40) if column != 33]
+    assert not out[:, 33].isfinite().any()
+    assert torch.equal(out[:, others], good[:, others])
+
+
+@each_code_path
+def test_all_exponents_of_mxfp4(code_path: str) -> None:
+    data = random_packed("MXFP4", 256, 32, seed=1).data.reshape(256, 17).copy()
+    data[:, 0] = range(256)
+    packed = PackedTensor("MXFP4", (256, 32), data.reshape(-1))
+    kernels = make_kernels(code_path)
+    matrix = kernels.pack([packed])
+    embedding = Rows(kernels, [], lambda rows: kernels.embed(rows, matrix), max_rows=256)(range(256))
+    assert torch.equal(embedding, numbers_of(packed))
 
 
 @each_format

@@ -46,7 +46,8 @@ def run(name, parameters):
 
 LINEAR = """
 BLOCKS = {"int8": (32, 128), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
-          "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210), "float32": (1, 4), "bfloat16": (1, 2)}
+          "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
+          "iq4_nl": (32, 18), "iq4_xs": (256, 136), "mxfp4": (32, 17), "float32": (1, 4), "bfloat16": (1, 2)}
 for name in FORMATS:
     form = format_of(name, library.code_path)
     block, block_bytes = BLOCKS[name]
@@ -57,9 +58,9 @@ for name in FORMATS:
         data = rng.integers(0, 256, (num_outputs, num_inputs // block * block_bytes), dtype=np.uint8)
         if name in ("int8", "float32"):
             data = floats(num_outputs, num_inputs)
-        num_panels, num_groups = -(-num_outputs // 32), -(-num_inputs // form.group)
+        num_panels, num_blocks = -(-num_outputs // 32), -(-num_inputs // form.block)
         # The panels of a model are contiguous and padded, so whole panels are read.
-        weights = np.zeros(num_panels * num_groups * form.group_bytes, dtype=np.uint8)
+        weights = np.zeros(num_panels * num_blocks * form.block_bytes, dtype=np.uint8)
         row_bytes = data.nbytes // num_outputs
         run("pack_" + name, cpp.PackParameters(address(data), row_bytes, num_inputs, num_outputs, address(weights)))
         token_ids = ints(num_outputs - 1, 0)
