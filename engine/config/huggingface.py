@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from engine.config.fields import Fields, checked, head_dim, shown
+from engine.config.quantization import read_quantization
 from engine.config.structs import ModelConfig, RopeScaling
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -95,6 +96,7 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         hidden_act=_hidden_act(fields),
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         eos_token_ids=tuple(dict.fromkeys(end_ids)),
+        quantization=read_quantization(fields),
         recommended_sampling=_recommended_sampling(generation),
     )
     return checked(config, fields.source)
@@ -121,9 +123,6 @@ def _family(fields: Fields) -> _FamilyDefaults:
             "the model comes with its own Python code, which is not run, because it could do anything on this machine; "
             f"supported without it: {', '.join(FAMILIES)}",
         )
-    if quantization := fields.values.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise fields.error("quantization_config", f"quantised checkpoints ({method}) are not supported; GGUF files are")
     names = fields.values.get("architectures")
     if not names:
         by_model_type = {family.architecture: name for name, family in FAMILIES.items()}

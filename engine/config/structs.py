@@ -4,6 +4,8 @@ from typing import Any
 
 import msgspec
 
+from engine.config.quantization import QuantizationConfig
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to run one model. None means that the value is chosen for the device and the model."""
@@ -78,5 +80,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     hidden_act: str = "silu"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantization: QuantizationConfig | None = None  # of a safetensors checkpoint
     # Sampling fields of the API that the model's files recommend, as they are in the file: the server validates them.
     recommended_sampling: dict[str, Any] = {}
