@@ -9,8 +9,7 @@ from pathlib import Path
 from engine.config.fields import Fields, shown
 from engine.config.gguf import GGUF_ARCHITECTURES, load_gguf
 from engine.config.huggingface import load_folder, parse_json, refuse_pickle
-from engine.config.quantization import QuantizationConfig
-from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, RopeScaling
+from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, QuantizationConfig, RopeScaling
 from engine.shared.gguf import GGUFFile
 
 __all__ = [

@@ -8,13 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
-
-import msgspec
+from typing import Any, get_args
 
 from engine.config.fields import Fields, shown
+from engine.config.structs import QuantizationConfig, QuantizationMethod
 
-QuantizationMethod: TypeAlias = Literal["awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4"]
 METHODS = get_args(QuantizationMethod)
 SUPPORTED_BITS = (4, 8)
 FLOAT8_BLOCK = [128, 128]  # outputs and inputs that share a scale
@@ -23,14 +21,6 @@ STRATEGIES = ("tensor", "channel", "group", "block")
 # Files beside config.json in which older tools wrote the configuration, and the method that they stand for.
 OTHER_FILES: dict[str, QuantizationMethod] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 MODELOPT_FILE = "hf_quant_config.json"
-
-
-class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How the matrices of a checkpoint are quantised."""
-
-    method: QuantizationMethod
-    zero_point_offset: int = 0  # added to stored zero points: files of GPTQ, version 1, hold one less
-    quantizes_activations: bool = False  # the checkpoint is made for it; we do not
 
 
 def read_quantization(fields: Fields) -> QuantizationConfig | None:

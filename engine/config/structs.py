@@ -1,10 +1,10 @@
 """The configuration of the engine and of the model, as frozen structs. Nothing here imports torch."""
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from engine.config.quantization import QuantizationConfig
+QuantizationMethod: TypeAlias = Literal["awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +54,14 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+
+class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the matrices of a safetensors checkpoint are quantised: what the tensors themselves do not tell."""
+
+    method: QuantizationMethod
+    zero_point_offset: int = 0  # added to stored zero points: files of GPTQ, version 1, hold one less
+    quantizes_activations: bool = False  # the checkpoint is made for it; we do not
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

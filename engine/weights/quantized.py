@@ -47,7 +47,10 @@ class GroupQuantized:
         """Return why no kernel takes the codes as they are; None if they can."""
         if self.column_groups is not None:
             return "act-order or a short last group"
-        return f"groups of {self.group_size}" if self.group_size % PACKED_GROUP else None
+        if self.group_size % PACKED_GROUP:
+            return f"groups of {self.group_size}"
+        is_half = torch.equal(self.scales.half().float(), self.scales.float())
+        return None if is_half else "scales that are not exact in float16"
 
     @property
     def layout(self) -> Hashable:

@@ -113,7 +113,7 @@ def _column_groups(g_idx: Tensor | None, num_columns: int, num_groups: int) -> T
 
 
 def _gptq(parts: Parts, quantization: QuantizationConfig) -> Weight:
-    """Read qweight, int32 [inputs / codes, outputs], qzeros [groups, outputs / codes], scales [groups, outputs]; g_idx."""
+    """Read qweight [inputs / codes, outputs], qzeros [groups, outputs / codes], scales [groups, outputs], g_idx."""
     words = _tensor(parts, "qweight", torch.int32, num_dims=2)
     zero_words = _tensor(parts, "qzeros", torch.int32, num_dims=2)
     scales = _tensor(parts, "scales", *PLAIN, num_dims=2)

@@ -14,12 +14,14 @@ from engine.kernels.cpu.library import Library, Team
 from engine.kernels.cpu.program import Program
 from engine.kernels.lazy_memory import Arena
 from engine.shared.ggml import GGML_TYPES_BY_NAME
-from engine.weights import PackedTensor, Weight, concatenate
+from engine.weights import GroupQuantized, PackedTensor, Weight, concatenate, layout_of
+from engine.weights.quantized import unpacked_nibbles
 
 PANEL = 32  # outputs
 FLOAT32, BFLOAT16, INT8_GROUPS = 0, 1, 2  # forms of a product's input, as in activations.h
 ACTIVATION_GROUP = 32  # inputs that share a scale
 ACTIVATION_GROUP_BYTES = 48
+GROUP_OF_BLOCK = 32  # codes of GPTQ and the like that are packed together
 ROW_PADDING = 32  # rows of bfloat16 are padded to a multiple of this number of inputs
 
 
@@ -48,9 +50,11 @@ _GGML = {
     )
     for name in _PACKED
 }
-_LAYOUTS = _PLAIN | {"int8": _GGML["q8_0"]} | _GGML
+# Codes of 32 inputs, a scale in half precision and a zero point.
+_ZERO_POINTS = {"uint4": (32, PANEL * 19, INT8_GROUPS), "uint8": (32, PANEL * 35, INT8_GROUPS)}
+_LAYOUTS = _PLAIN | {"int8": _GGML["q8_0"]} | _GGML | _ZERO_POINTS
 FORMATS = tuple(_LAYOUTS)
-PACKED_TYPES = frozenset(_PACKED)  # GGML types that are packed as they are
+PACKED_TYPES = frozenset((*_PACKED, "int4", "int8"))  # types that are packed as they are
 
 
 def format_of(name: str, code_path: str) -> Format:
@@ -68,6 +72,27 @@ def input_row_bytes(form: int, size: int) -> int:
     if form == INT8_GROUPS:
         return -(-size // ACTIVATION_GROUP) * ACTIVATION_GROUP_BYTES
     return -(-size // ROW_PADDING) * ROW_PADDING * 2 if form == BFLOAT16 else size * 4
+
+
+def blocks_of(weight: GroupQuantized) -> PackedTensor:
+    """Return a weight in blocks of 32 codes: Q4_0 or Q8_0 if zero points are in the middle, else `uint4` or `uint8`.
+
+    Its scales must be exact in half precision. Larger groups repeat theirs.
+    """
+    num_rows, num_columns = weight.shape
+    repeats = num_columns // GROUP_OF_BLOCK // weight.scales.shape[1]
+    parts = [weight.scales.half().repeat_interleave(repeats, dim=1).view(torch.uint8).view(-1, 2)]
+    if weight.zero_points is not None:
+        parts.append(weight.zero_points.repeat_interleave(repeats, dim=1).view(-1, 1))
+    if weight.bits == 4:
+        codes = unpacked_nibbles(weight.codes).view(-1, 2, GROUP_OF_BLOCK // 2)
+        parts.append(codes[:, 0] | codes[:, 1] << 4)
+    else:
+        codes = weight.codes.view(-1, GROUP_OF_BLOCK)
+        parts.append(codes if weight.zero_points is not None else codes ^ 128)
+    names = {(4, True): "Q4_0", (8, True): "Q8_0", (4, False): "uint4", (8, False): "uint8"}
+    data = torch.cat(parts, dim=1).flatten().numpy()
+    return PackedTensor(names[weight.bits, weight.zero_points is None], (num_rows, num_columns), data)
 
 
 @dataclass(frozen=True)
@@ -111,7 +136,8 @@ class Packer:
         """Pack the weights of one product, stacked along the outputs. Successive weights of a type become one part."""
         if any(isinstance(weight, Tensor) for weight in weights):  # all parts must read the same form of input
             weights = [w if isinstance(w, Tensor) else w.dequantize(self.dtype) for w in weights]
-        groups = itertools.groupby(weights, key=lambda w: "" if isinstance(w, Tensor) else w.type_name)
+        weights = [blocks_of(weight) if isinstance(weight, GroupQuantized) else weight for weight in weights]
+        groups = itertools.groupby(weights, key=layout_of)
         return Matrix([self._pack_part(list(group)) for _, group in groups])
 
     def _pack_part(self, weights: list[Weight]) -> Panels:

@@ -38,5 +38,7 @@ const lightwell::NamedFunction lightwell::LINEAR_FUNCTIONS[] = {
     {"linear_iq4_nl", LINEAR_QUANTISED<IQ4_NL>},
     {"linear_iq4_xs", LINEAR_QUANTISED<IQ4_XS>},
     {"linear_mxfp4", LINEAR_QUANTISED<MXFP4>},
+    {"linear_uint4", LINEAR_QUANTISED<UInt4>},
+    {"linear_uint8", LINEAR_QUANTISED<UInt8>},
     {nullptr, nullptr},
 };
