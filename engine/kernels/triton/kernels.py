@@ -26,6 +26,7 @@ from engine.kernels.triton.attention import TritonAttentionPlan
 from engine.kernels.triton.attention_plan import TritonAttentionPlanner, new_planner
 from engine.kernels.triton.linear import linear
 from engine.kernels.triton.packed_matrix import (
+    PACKED_TYPES,
     PackedMatrix,
     from_float8,
     from_ggml,

@@ -1,16 +1,13 @@
 """Quantised safetensors checkpoints: the numbers of each format, exactly, and answers of the kernels on them."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from engine.config import QuantizationConfig, load_model_config
-from engine.weights import Float8Tensor, GroupQuantized, PackedTensor, load_weights
-from engine.weights.quantized_formats import read_layer, split_name
-from tests.support.quantized_files import SCHEMES, draw, gptq, mxfp4, save_quantized_model
+from engine.weights import Float8Tensor, GroupQuantized, load_weights
+from tests.support.quantized_files import SCHEMES, save_quantized_model
 
 KEPT = frozenset({"int4", "int8", "float8"})
 GPTQ = QuantizationConfig(method="gptq", zero_point_offset=1)
