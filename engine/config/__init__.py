@@ -9,7 +9,14 @@ from pathlib import Path
 from engine.config.fields import Fields, shown
 from engine.config.gguf import GGUF_ARCHITECTURES, load_gguf
 from engine.config.huggingface import load_folder, parse_json, refuse_pickle
-from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, QuantizationConfig, RopeScaling
+from engine.config.structs import (
+    EngineConfig,
+    EngineProcessConfig,
+    ModelConfig,
+    QuantizationConfig,
+    QuantizationMethod,
+    RopeScaling,
+)
 from engine.shared.gguf import GGUFFile
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "Fields",
     "ModelConfig",
     "QuantizationConfig",
+    "QuantizationMethod",
     "RopeScaling",
     "load_model_config",
     "parse_json",

@@ -87,7 +87,7 @@ def _group_quantized(
 ) -> GroupQuantized:
     """Return a matrix with codes as `GroupQuantized` holds them. Raises ValueError if shapes do not fit together."""
     num_rows, num_columns = len(codes), codes.shape[1] * 8 // bits
-    if scales.ndim != 2 or len(scales) != num_rows:
+    if scales.ndim != 2 or len(scales) != num_rows or not scales.numel():
         raise ValueError(f"scales {list(scales.shape)} do not fit weights [{num_rows}, {num_columns}]")
     if zero_points is not None and zero_points.shape != scales.shape:
         raise ValueError(f"zero points {list(zero_points.shape)} do not fit scales {list(scales.shape)}")
@@ -160,7 +160,8 @@ def _compressed_tensors(parts: Parts, quantization: QuantizationConfig) -> Weigh
     zero_points = None
     if "weight_zero_point" in parts:
         stored = _tensor(parts, "weight_zero_point", torch.int8)
-        zero_points = (stored.reshape(-1, scales.shape[1]).expand(scales.shape).view(torch.uint8) ^ 128).contiguous()
+        stored = stored.reshape(1, 1).expand(scales.shape) if stored.numel() == 1 else stored
+        zero_points = stored.contiguous().view(torch.uint8) ^ 128
     # Unsigned codes are 128 more than signed ones.
     return _group_quantized(8, codes.view(torch.uint8) ^ 128, scales, zero_points, None)
 
@@ -168,7 +169,10 @@ def _compressed_tensors(parts: Parts, quantization: QuantizationConfig) -> Weigh
 def _pack_quantized(parts: Parts) -> Weight:
     """Read codes in int32 [outputs, inputs / codes], and zero points [outputs / codes, groups]; both are unsigned."""
     words = _tensor(parts, "weight_packed", torch.int32, num_dims=2)
-    num_rows, num_columns = _tensor(parts, "weight_shape", torch.int64, torch.int32, num_dims=1).tolist()
+    shape = _tensor(parts, "weight_shape", torch.int64, torch.int32, num_dims=1).tolist()
+    if len(shape) != 2:
+        raise ValueError(f"weight_shape: must hold two numbers, not {shape}")
+    num_rows, num_columns = shape
     bits = _num_bits(words.shape[1], num_columns)
     if len(words) != num_rows or num_columns % 2:
         raise ValueError(f"weight_packed: shape {list(words.shape)} does not fit [{num_rows}, {num_columns}]")

@@ -62,7 +62,7 @@ class QuantizedLayers:
         if is_taken and weight.why_unpacked is None:
             self._num_kept += 1
             return weight
-        reason = (weight.why_unpacked if is_taken else None) or f"{weight.type_name} as such"
+        reason = (weight.why_unpacked if is_taken else None) or f"{weight.type_name} is not kept packed"
         unpacked = weight.dequantize(self.dtype)
         self._reasons[reason] += 1
         self._packed_bytes += weight.nbytes
@@ -82,8 +82,8 @@ class QuantizedLayers:
         dtype = str(self.dtype).removeprefix("torch.")
         bits = self.dtype.itemsize * 8
         logger.warning(
-            "%d of %d quantised matrices are unpacked to %s, because these kernels do not multiply %s: %.1f bits a "
-            "weight in the files become %d in memory, %d MiB become %d MiB",
+            "%d of %d quantised matrices are unpacked to %s (%s): %.1f bits a weight in the files become %d in memory, "
+            "%d MiB become %d MiB, unless --quantization int8 packs them to 8.5 bits",
             self._reasons.total(),
             self._reasons.total() + self._num_kept,
             dtype,

@@ -1,6 +1,6 @@
 """Quantised safetensors checkpoints, written from the definitions of their formats with NumPy and plain loops.
 
-Each format draws random codes and scales for a matrix and returns the tensors of a file, and the numbers they stand for.
+Each format draws random codes and scales for a matrix and returns the tensors of a file and the numbers they stand for.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def draw(
 
 
 def packed(values: Array, bits: int, order: list[int] | None = None) -> Array:
-    """Pack values [n, m] into int32 [n, m / values of a word], rounded up; `order` says which a word's bits stand for."""
+    """Pack values [n, m] into int32 [n, m / values of a word], rounded up, in this `order` of a word's bits."""
     per_word = 32 // bits
     order = order or list(range(per_word))
     values = np.pad(values, ((0, 0), (0, -values.shape[1] % per_word))).astype(np.uint32)

@@ -161,7 +161,7 @@ def test_parts_with_bias_and_residual(code_path: str, num_threads: int) -> None:
 
 @each_code_path
 def test_groups_with_zero_points(code_path: str) -> None:
-    """Groups of any multiple of 32 inputs; zero points in the middle make Q4_0 and Q8_0, and parts of a type are one."""
+    """Groups of any multiple of 32 inputs; zero points in the middle make Q4_0 and Q8_0; equal parts are one."""
     kernels = make_kernels(code_path)
     parts = [
         random_groups(4, 33, 256, 128, 1),
