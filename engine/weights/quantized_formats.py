@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.config import QuantizationConfig
 from engine.weights.packed import PackedTensor, Weight
-from engine.weights.quantized import Float8Tensor, GroupQuantized, paired_nibbles, unpacked_nibbles
+from engine.weights.quantized import Float8Tensor, GroupQuantized, halved_nibbles, paired_nibbles, unpacked_nibbles
 
 Parts: TypeAlias = Mapping[str, Tensor]  # the stored tensors of a layer, by the last part of their names
 
@@ -132,14 +132,20 @@ def _awq(parts: Parts, _: QuantizationConfig) -> Weight:
     zero_words = _tensor(parts, "qzeros", torch.int32, num_dims=2)
     scales = _tensor(parts, "scales", *PLAIN, num_dims=2)
     bits = _num_bits(words.shape[1], scales.shape[1])
-    order = torch.tensor(AWQ_ORDERS[bits]).argsort()
+    if scales.shape[1] % len(AWQ_ORDERS[bits]):
+        raise ValueError(f"scales: {scales.shape[1]} outputs are not a multiple of {len(AWQ_ORDERS[bits])}")
+    codes = _stored_codes(_awq_codes(words, bits), bits)
+    return _group_quantized(bits, codes, scales.T, _awq_codes(zero_words, bits), None)
 
-    def in_order(words: Tensor) -> Tensor:
-        return _codes(words, bits).view(len(words), -1, len(order))[:, :, order].flatten(1).T.contiguous()
 
-    if scales.shape[1] % len(order):
-        raise ValueError(f"scales: {scales.shape[1]} outputs are not a multiple of {len(order)}")
-    return _group_quantized(bits, _stored_codes(in_order(words), bits), scales.T, in_order(zero_words), None)
+def _awq_codes(words: Tensor, bits: int) -> Tensor:
+    """Unpack words, int32 [n, outputs / codes], to codes, uint8 [outputs, n]."""
+    transposed = words.T.contiguous()
+    order = AWQ_ORDERS[bits]
+    codes = torch.empty((len(transposed), len(order), len(words)), dtype=torch.uint8)
+    for index, output in enumerate(order):
+        codes[:, output] = (transposed >> bits * index & (1 << bits) - 1).to(torch.uint8)
+    return codes.flatten(0, 1)
 
 
 def _float8(parts: Parts, _: QuantizationConfig) -> Weight:
@@ -207,9 +213,8 @@ def _mxfp4_experts(parts: Parts, _: QuantizationConfig) -> list[Weight]:
     shape = (scales.shape[1], scales.shape[2] * 2 * MXFP4_BYTES)
 
     def expert(codes: Tensor, exponents: Tensor) -> Weight:
-        nibbles = unpacked_nibbles(codes.reshape(-1, MXFP4_BYTES))
-        halves = nibbles[:, :MXFP4_BYTES] | nibbles[:, MXFP4_BYTES:] << 4
-        return PackedTensor("MXFP4", shape, torch.cat((exponents.reshape(-1, 1), halves), dim=1).flatten().numpy())
+        parts = (exponents.reshape(-1, 1), halved_nibbles(codes.reshape(-1, MXFP4_BYTES)))
+        return PackedTensor("MXFP4", shape, torch.cat(parts, dim=1).flatten().numpy())
 
     return [expert(*tensors) for tensors in zip(blocks, scales, strict=True)]
 

@@ -15,7 +15,7 @@ from engine.kernels.cpu.program import Program
 from engine.kernels.lazy_memory import Arena
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.weights import GroupQuantized, PackedTensor, Weight, concatenate, layout_of
-from engine.weights.quantized import unpacked_nibbles
+from engine.weights.quantized import halved_nibbles
 
 PANEL = 32  # outputs
 FLOAT32, BFLOAT16, INT8_GROUPS = 0, 1, 2  # forms of a product's input, as in activations.h
@@ -85,8 +85,7 @@ def blocks_of(weight: GroupQuantized) -> PackedTensor:
     if weight.zero_points is not None:
         parts.append(weight.zero_points.repeat_interleave(repeats, dim=1).view(-1, 1))
     if weight.bits == 4:
-        codes = unpacked_nibbles(weight.codes).view(-1, 2, GROUP_OF_BLOCK // 2)
-        parts.append(codes[:, 0] | codes[:, 1] << 4)
+        parts.append(halved_nibbles(weight.codes).view(-1, GROUP_OF_BLOCK // 2))
     else:
         codes = weight.codes.view(-1, GROUP_OF_BLOCK)
         parts.append(codes if weight.zero_points is not None else codes ^ 128)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.weights import Float8Tensor, GroupQuantized, concatenate, layout_of
-from engine.weights.quantized import paired_nibbles, unpacked_nibbles
+from engine.weights.quantized import halved_nibbles, paired_nibbles, unpacked_nibbles
 from tests.support.packed_weights import random_groups
 
 
@@ -71,3 +71,8 @@ def test_nibbles() -> None:
     codes = torch.arange(32, dtype=torch.uint8).view(2, 16) % 16
     assert paired_nibbles(codes)[0, :2].tolist() == [0x10, 0x32]
     assert torch.equal(unpacked_nibbles(paired_nibbles(codes)), codes)
+    assert torch.equal(paired_nibbles(codes.T.contiguous().T), paired_nibbles(codes))
+    codes = torch.arange(192, dtype=torch.uint8).view(3, 64) * 7 % 16
+    halves = codes.view(-1, 2, 16)
+    expected = (halves[:, 0] | halves[:, 1] << 4).view(3, 32)
+    assert torch.equal(halved_nibbles(paired_nibbles(codes)), expected)
