@@ -67,7 +67,7 @@ class GroupQuantized:
         """Return the matrix as a tensor [rows, columns] in `dtype`, computed in float32."""
         weights = torch.empty(self.shape, dtype=dtype)
         scales, offsets = self.scales.float(), self.offsets()
-        for rows in _passes(*self.shape):
+        for rows in passes(*self.shape):
             codes = (unpacked_nibbles(self.codes[rows]) if self.bits == 4 else self.codes[rows]).float()
             if self.column_groups is None:  # by broadcasting: [n, groups, group size]
                 codes = codes.view(len(codes), scales.shape[1], -1)
@@ -133,7 +133,7 @@ class Float8Tensor:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix as a tensor [rows, columns] in `dtype`, computed in float32."""
         weights = torch.empty(self.shape, dtype=dtype)
-        for rows in _passes(*self.shape):
+        for rows in passes(*self.shape):
             scales = self.scales[torch.arange(rows.start, rows.stop) // self.group_rows]
             if scales.shape[1] > 1:
                 scales = scales.repeat_interleave(FLOAT8_BLOCK, dim=1)[:, : self.shape[1]]
@@ -146,8 +146,8 @@ class Float8Tensor:
         return cls(codes, torch.cat([part.scales for part in parts]))
 
 
-def _passes(num_rows: int, num_columns: int) -> Iterator[slice]:
-    """Yield slices of the rows to dequantise at a time, of at most CHUNK_SIZE numbers unless rows are longer."""
+def passes(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Yield slices of the rows to work on at a time, of at most CHUNK_SIZE numbers unless a row is longer."""
     step = max(1, CHUNK_SIZE // num_columns)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from engine.config import QuantizationConfig
 from engine.weights.packed import PackedTensor, Weight
-from engine.weights.quantized import Float8Tensor, GroupQuantized, halved_nibbles, paired_nibbles, unpacked_nibbles
+from engine.weights.quantized import (
+    Float8Tensor,
+    GroupQuantized,
+    halved_nibbles,
+    paired_nibbles,
+    passes,
+    unpacked_nibbles,
+)
 
 Parts: TypeAlias = Mapping[str, Tensor]  # the stored tensors of a layer, by the last part of their names
 
@@ -143,8 +150,9 @@ def _awq_codes(words: Tensor, bits: int) -> Tensor:
     transposed = words.T.contiguous()
     order = AWQ_ORDERS[bits]
     codes = torch.empty((len(transposed), len(order), len(words)), dtype=torch.uint8)
-    for index, output in enumerate(order):
-        codes[:, output] = (transposed >> bits * index & (1 << bits) - 1).to(torch.uint8)
+    for rows in passes(*transposed.shape):
+        for index, output in enumerate(order):
+            codes[rows, output] = (transposed[rows] >> bits * index & (1 << bits) - 1).to(torch.uint8)
     return codes.flatten(0, 1)
 
 
@@ -213,8 +221,11 @@ def _mxfp4_experts(parts: Parts, _: QuantizationConfig) -> list[Weight]:
     shape = (scales.shape[1], scales.shape[2] * 2 * MXFP4_BYTES)
 
     def expert(codes: Tensor, exponents: Tensor) -> Weight:
-        parts = (exponents.reshape(-1, 1), halved_nibbles(codes.reshape(-1, MXFP4_BYTES)))
-        return PackedTensor("MXFP4", shape, torch.cat(parts, dim=1).flatten().numpy())
+        data = torch.empty((*exponents.shape, 1 + MXFP4_BYTES), dtype=torch.uint8)
+        data[:, :, 0] = exponents
+        for rows in passes(*shape):
+            data[rows, :, 1:] = halved_nibbles(codes[rows])
+        return PackedTensor("MXFP4", shape, data.flatten().numpy())
 
     return [expert(*tensors) for tensors in zip(blocks, scales, strict=True)]
 

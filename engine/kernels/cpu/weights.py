@@ -15,13 +15,14 @@ from engine.kernels.cpu.program import Program
 from engine.kernels.lazy_memory import Arena
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.weights import GroupQuantized, PackedTensor, Weight, concatenate, layout_of
-from engine.weights.quantized import halved_nibbles
+from engine.weights.quantized import halved_nibbles, passes
 
 PANEL = 32  # outputs
 FLOAT32, BFLOAT16, INT8_GROUPS = 0, 1, 2  # forms of a product's input, as in activations.h
 ACTIVATION_GROUP = 32  # inputs that share a scale
 ACTIVATION_GROUP_BYTES = 48
 GROUP_OF_BLOCK = 32  # codes of GPTQ and the like that are packed together
+HALF_BYTES = 2  # of a number in half precision
 ROW_PADDING = 32  # rows of bfloat16 are padded to a multiple of this number of inputs
 
 
@@ -54,7 +55,8 @@ _GGML = {
 _ZERO_POINTS = {"uint4": (32, PANEL * 19, INT8_GROUPS), "uint8": (32, PANEL * 35, INT8_GROUPS)}
 _LAYOUTS = _PLAIN | {"int8": _GGML["q8_0"]} | _GGML | _ZERO_POINTS
 FORMATS = tuple(_LAYOUTS)
-PACKED_TYPES = frozenset((*_PACKED, "int4", "int8"))  # types that are packed as they are
+PACKED_TYPES = frozenset(_PACKED)  # GGML types that are packed as they are
+GROUP_TYPES = frozenset({"int4", "int8"})  # types of `GroupQuantized` that are
 
 
 def format_of(name: str, code_path: str) -> Format:
@@ -80,18 +82,21 @@ def blocks_of(weight: GroupQuantized) -> PackedTensor:
     Its scales must be exact in half precision. Larger groups repeat theirs.
     """
     num_rows, num_columns = weight.shape
-    repeats = num_columns // GROUP_OF_BLOCK // weight.scales.shape[1]
-    parts = [weight.scales.half().repeat_interleave(repeats, dim=1).view(torch.uint8).view(-1, 2)]
-    if weight.zero_points is not None:
-        parts.append(weight.zero_points.repeat_interleave(repeats, dim=1).view(-1, 1))
-    if weight.bits == 4:
-        parts.append(halved_nibbles(weight.codes).view(-1, GROUP_OF_BLOCK // 2))
-    else:
-        codes = weight.codes.view(-1, GROUP_OF_BLOCK)
-        parts.append(codes if weight.zero_points is not None else codes ^ 128)
-    names = {(4, True): "Q4_0", (8, True): "Q8_0", (4, False): "uint4", (8, False): "uint8"}
-    data = torch.cat(parts, dim=1).flatten().numpy()
-    return PackedTensor(names[weight.bits, weight.zero_points is None], (num_rows, num_columns), data)
+    has_points = weight.zero_points is not None
+    name = ("uint" if has_points else "Q") + str(weight.bits) + ("" if has_points else "_0")
+    num_blocks = num_columns // GROUP_OF_BLOCK
+    repeats = num_blocks // weight.scales.shape[1]
+    code_bytes = GROUP_OF_BLOCK * weight.bits // 8
+    blocks = torch.empty((num_rows, num_blocks, HALF_BYTES + has_points + code_bytes), dtype=torch.uint8)
+    for rows in passes(num_rows, num_columns):
+        scales = weight.scales[rows].half().repeat_interleave(repeats, dim=1)
+        blocks[rows, :, :HALF_BYTES] = scales.view(torch.uint8).view(*scales.shape, HALF_BYTES)
+        if weight.zero_points is not None:
+            blocks[rows, :, HALF_BYTES] = weight.zero_points[rows].repeat_interleave(repeats, dim=1)
+        codes = weight.codes[rows]
+        codes = halved_nibbles(codes) if weight.bits == 4 else codes if has_points else codes ^ 128
+        blocks[rows, :, -code_bytes:] = codes.view(-1, num_blocks, code_bytes)
+    return PackedTensor(name, (num_rows, num_columns), blocks.flatten().numpy())
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class TritonKernels:
         if any(isinstance(weight, Tensor) for weight in weights):
             weights = [joined(weights, self.dtype, self.device)]
         groups: list[list[Any]] = [list(group) for _, group in itertools.groupby(weights, key=layout_of)]
-        return [self._pack_part(concatenate(group)) for group in groups]
+        return [self._pack_part(group[0] if len(group) == 1 else concatenate(group)) for group in groups]
 
     def _pack_part(self, weight: Weight) -> Tensor | PackedMatrix:
         is_int8 = self.options.quantization == "int8"

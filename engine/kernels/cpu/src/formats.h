@@ -127,7 +127,7 @@ struct ZeroPoints {
         const float scale = Number::load_one(block + column * Number::SIZE);
         return FIELD == SCALE ? scale : -scale * float(block[POINTS + column]);
     }
-    static void store(uint8_t* block, int column, const BlockNumbers& numbers) {
+    static void store_column(uint8_t* block, int column, const BlockNumbers& numbers) {
         Number::store_one(block + column * Number::SIZE, numbers.scales[0]);
         block[POINTS + column] = uint8_t(numbers.minima[0]);
     }
