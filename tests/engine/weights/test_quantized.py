@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.weights import Float8Tensor, GroupQuantized, concatenate, layout_of
+from engine.weights import Float8Tensor, GroupQuantized, Weight, concatenate, layout_of
 from engine.weights.quantized import halved_nibbles, paired_nibbles, unpacked_nibbles
 from tests.support.packed_weights import random_groups
 
@@ -24,7 +24,7 @@ def test_layouts() -> None:
     """What differs in any of these cannot be stacked."""
     weight = random_groups(4, 8, 256, 128, 1)[0]
     same = random_groups(4, 40, 256, 128, 2)[0]
-    others = [
+    others: list[Weight] = [
         random_groups(8, 8, 256, 128, 1)[0],
         random_groups(4, 8, 256, 64, 1)[0],
         random_groups(4, 8, 256, 128, 1, symmetric=True)[0],
@@ -33,7 +33,7 @@ def test_layouts() -> None:
         torch.ones(8, 256),
     ]
     assert layout_of(weight) == layout_of(same)
-    assert len({layout_of(weight), *map(layout_of, others)}) == 1 + len(others)
+    assert len({layout_of(other) for other in [weight, *others]}) == 1 + len(others)
     assert concatenate([weight]) is weight
 
 

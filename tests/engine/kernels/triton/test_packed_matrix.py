@@ -23,7 +23,7 @@ from engine.kernels.triton.packed_matrix import (
 )
 from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTiles, Tiles
 from engine.loading import load_model
-from engine.weights import Float8Tensor
+from engine.weights import Float8Tensor, Weight
 from tests.engine.kernels.triton.test_rows import TOLERANCES
 from tests.parity.test_families import SHAPE, VOCAB_SIZE
 from tests.support.examples import num_examples
@@ -180,7 +180,12 @@ def test_parts_of_a_layout_are_one() -> None:
     kernels = TritonKernels(KernelOptions(torch.float32), DEVICE)
     floats = [float8_weights(size, 128, "block", size) for size in (256, 128, 40, 70)]
     codes = [random_groups(4, size, 128, group, size) for size, group in [(33, 32), (9, 32), (17, 64)]]
-    parts = [*floats, float8_weights(20, 128, "tensor", 1), float8_weights(30, 128, "tensor", 2), *codes]
+    parts: list[tuple[Weight, Tensor]] = [
+        *floats,
+        float8_weights(20, 128, "tensor", 1),
+        float8_weights(30, 128, "tensor", 2),
+        *codes,
+    ]
     matrix, numbers = kernels.pack([weight for weight, _ in parts]), torch.cat([numbers for _, numbers in parts])
     assert [len(part) for part in matrix] == [384, 110 + 50, 42, 17]
     assert kernels.formats == "weights float8, int4, KV cache float32"
