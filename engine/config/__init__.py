@@ -23,7 +23,14 @@ from engine.config.layers import (
     RopeSpec,
     RouterSpec,
 )
-from engine.config.structs import EngineConfig, EngineProcessConfig, ModelConfig, WeightLayout
+from engine.config.structs import (
+    EngineConfig,
+    EngineProcessConfig,
+    ModelConfig,
+    QuantizationConfig,
+    QuantizationMethod,
+    WeightLayout,
+)
 from engine.shared.gguf import GGUFFile
 
 __all__ = [
@@ -41,6 +48,8 @@ __all__ = [
     "LayerSpec",
     "MLPSpec",
     "ModelConfig",
+    "QuantizationConfig",
+    "QuantizationMethod",
     "RopeScaling",
     "RopeSpec",
     "RouterSpec",

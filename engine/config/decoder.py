@@ -162,7 +162,8 @@ def head_dim(fields: Fields) -> int:
 def _layer_fields(fields: Fields, index: int, kind: str) -> Fields:
     """Return the fields of one layer: lists have an element for each layer, and the types of layers may differ."""
     keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    values = {key: fields.integers(key, index + 1)[index] for key in keys if isinstance(fields.get(key), list)}
+    num_layers = fields.integer("num_hidden_layers")
+    values = {key: fields.integers(key, num_layers)[index] for key in keys if isinstance(fields.get(key), list)}
     if kind == FULL and (size := fields.optional_integer("global_head_dim")) is not None:
         values["head_dim"] = size
     if kind == FULL and fields.boolean("attention_k_eq_v") and fields.get("num_global_key_value_heads") is not None:

@@ -10,6 +10,7 @@ import msgspec
 from engine.config.decoder import NAMES, Family, build_decoder
 from engine.config.families import FAMILIES
 from engine.config.fields import Fields, shown
+from engine.config.quantization import read_quantization
 from engine.config.structs import ModelConfig
 
 logger = logging.getLogger("lightwell.engine")
@@ -90,6 +91,7 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         weight_layout=msgspec.structs.replace(family.layout, names=(*TEXT_NAMES, *family.layout.names)),
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         eos_token_ids=tuple(dict.fromkeys(end_ids)),
+        quantization=read_quantization(fields),
         recommended_sampling=_recommended_sampling(generation),
     )
 
@@ -109,9 +111,6 @@ def _num_token_ids(folder: Path) -> int | None:
 
 
 def _family(fields: Fields) -> Family:
-    if quantization := fields.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise fields.error("quantization_config", f"quantised checkpoints ({method}) are not supported; GGUF files are")
     model_type = fields.string("model_type", "")
     names = fields.get("architectures") or []
     for family in FAMILIES:

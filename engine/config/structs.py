@@ -1,10 +1,12 @@
 """The configuration of the engine and of the model, as frozen structs. Nothing here imports torch."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from engine.config.layers import AttentionKind, KVGroup, KVShape, LayerSpec, RopeSpec, group_layers
+
+QuantizationMethod: TypeAlias = Literal["awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +54,14 @@ class WeightLayout(msgspec.Struct, frozen=True, kw_only=True):
     has_interleaved_experts: bool = False  # stacked experts are [E, inputs, outputs], with gate and up alternating
 
 
+class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the matrices of a safetensors checkpoint are quantised: what the tensors themselves do not tell."""
+
+    method: QuantizationMethod
+    zero_point_offset: int = 0  # added to stored zero points: files of GPTQ, version 1, hold one less
+    quantizes_activations: bool = False  # the checkpoint is made for it; we do not
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A decoder: its layers, and what is before and after them. Names are those of Hugging Face's config.json."""
 
@@ -73,6 +83,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     weight_layout: WeightLayout = WeightLayout()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantization: QuantizationConfig | None = None  # of a safetensors checkpoint
     # Sampling fields of the API that the model's files recommend, as they are in the file: the server validates them.
     recommended_sampling: dict[str, Any] = {}
 

@@ -56,7 +56,9 @@ class Experts:
                 [parameters.take_weight(f"{experts}.{index}.{name}.weight", num_outputs, num_inputs) for name in names]
                 for index in range(num_experts)
             ]
-            biases = [parameters.take(f"{experts}.{name}.bias", num_experts, num_outputs) for name in names if spec.bias]
+            biases = [
+                parameters.take(f"{experts}.{name}.bias", num_experts, num_outputs) for name in names if spec.bias
+            ]
             return kernels.expert_linear(kernels.pack_experts(weights), torch.cat(biases, dim=1) if biases else None)
 
         self.gate_up_proj = linear(("gate_proj", "up_proj"), size, hidden_size)

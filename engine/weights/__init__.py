@@ -12,10 +12,20 @@ import torch
 from engine.config import ModelConfig
 from engine.weights.gguf import load_gguf
 from engine.weights.layout import is_vector
-from engine.weights.packed import PackedTensor, Weight, concatenate
+from engine.weights.packed import PackedTensor, Weight, concatenate, layout_of
+from engine.weights.quantized import Float8Tensor, GroupQuantized
 from engine.weights.safetensors import load_safetensors
 
-__all__ = ["PackedTensor", "Weight", "concatenate", "is_vector", "load_weights"]
+__all__ = [
+    "Float8Tensor",
+    "GroupQuantized",
+    "PackedTensor",
+    "Weight",
+    "concatenate",
+    "is_vector",
+    "layout_of",
+    "load_weights",
+]
 
 
 def load_weights(
@@ -35,15 +45,16 @@ def load_weights(
         path: a GGUF file, or a folder of safetensors files.
         progress: called after each tensor with the bytes read so far and the total.
         vector_dtype: the type of norms and biases, if it is not `dtype`.
-        keep_packed: names of GGML types. Matrices of these types are not dequantised: they are returned as
-            `PackedTensor`, a view of the memory-mapped file.
+        keep_packed: names of types. Matrices of these types are not dequantised: those of a GGML type are returned as
+            `PackedTensor`, a view of the memory-mapped file, `int4` and `int8` as `GroupQuantized` if kernels can take
+            their groups, `float8` as `Float8Tensor`.
 
     Raises:
         ValueError: a file is missing or truncated, the weights are pickle files, or a tensor has an unsupported type.
             The message names the file and the tensor.
     """
     if path.is_dir():
-        return load_safetensors(path, config, dtype, progress or _no_progress, vector_dtype)
+        return load_safetensors(path, config, dtype, progress or _no_progress, vector_dtype, keep_packed)
     return load_gguf(path, config, dtype, progress or _no_progress, vector_dtype, keep_packed)
 
 

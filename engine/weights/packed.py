@@ -1,8 +1,10 @@
-"""Quantised weights, packed as in a GGUF file."""
+"""Quantised weights, packed as in a GGUF file, and the types that a weight can have."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.weights.dequantize import dequantize
+from engine.weights.quantized import Float8Tensor, GroupQuantized
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class PackedTensor:
     shape: tuple[int, int]
     data: npt.NDArray[np.uint8]  # read-only
 
+    why_unpacked: ClassVar[str | None] = None
+
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
@@ -30,21 +35,36 @@ class PackedTensor:
         data = self.data.reshape(self.shape[0], -1)[rows]
         return PackedTensor(self.type_name, (len(data), self.shape[1]), data.reshape(-1))
 
+    @property
+    def layout(self) -> Hashable:
+        return self.type_name
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix unpacked, as a tensor [rows, columns] in `dtype`."""
         return dequantize(self.data.data, GGML_TYPES_BY_NAME[self.type_name], self.shape, dtype)
 
+    @classmethod
+    def stack(cls, parts: list[PackedTensor]) -> PackedTensor:
+        rows = sum(part.shape[0] for part in parts)
+        data = np.concatenate([part.data for part in parts])
+        return cls(parts[0].type_name, (rows, parts[0].shape[1]), data)
 
-Weight = Tensor | PackedTensor
+
+Quantized = PackedTensor | GroupQuantized | Float8Tensor
+Weight = Tensor | Quantized
 
 
-def concatenate(parts: list[PackedTensor]) -> PackedTensor:
-    """Stack matrices of the same type and number of columns, the first on top."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = sum(part.shape[0] for part in parts)
-    data = np.concatenate([part.data for part in parts])
-    return PackedTensor(parts[0].type_name, (rows, parts[0].shape[1]), data)
+def layout_of(weight: Weight) -> Hashable:
+    """Return what quantised weights have in common that `concatenate` can stack; None for tensors."""
+    return None if isinstance(weight, Tensor) else weight.layout
+
+
+Part = TypeVar("Part", PackedTensor, GroupQuantized, Float8Tensor)
+
+
+def concatenate(parts: list[Part]) -> Part:
+    """Stack matrices of one layout and number of columns, the first on top."""
+    return parts[0] if len(parts) == 1 else parts[0].stack(parts)
 
 
 def select_rows(weight: Weight, rows: slice | npt.NDArray[np.int64]) -> Weight:

@@ -1,7 +1,7 @@
 """Read safetensors files: the weights of a model, in one file or in shards, and the header of a single file."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,10 +16,19 @@ from engine.shared.gguf import short
 from engine.weights.files import RegularFile
 from engine.weights.layout import is_vector, model_tensors
 from engine.weights.packed import Weight
+from engine.weights.quantized_layers import QuantizedLayers
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTIZED_TYPES = {  # of codes and their scales, in quantised checkpoints alone
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 MAX_DIMS = 8
 
 
@@ -29,23 +38,45 @@ def load_safetensors(
     dtype: torch.dtype,
     progress: Callable[[int, int], None],
     vector_dtype: torch.dtype | None = None,
+    keep_packed: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, Weight]]:
-    """Yield (name, tensor) as `engine.weights.load_weights` describes. `progress` counts the bytes of the files."""
+    """Yield (name, weight) as `engine.weights.load_weights` describes. `progress` counts the bytes of the files."""
     shards = _find_shards(folder)
+    layers = None
+    if config.quantization is not None:
+        names = [name for shard in shards for name in _read_names(shard)]
+        layers = QuantizedLayers(names, config.quantization, dtype, keep_packed)
+    types = FLOAT_TYPES if layers is None else FLOAT_TYPES | QUANTIZED_TYPES
     num_bytes = sum(shard.stat().st_size for shard in shards)
     num_bytes_before = 0
     for shard, expected in shards.items():
         num_bytes_done = num_bytes_before
-        for name, tensor in read_tensors(shard, expected):
+        for name, tensor in read_tensors(shard, expected, types):
             num_bytes_done += tensor.nbytes
+            weights = [(name, tensor)] if layers is None else _complete(layers, name, tensor, shard)
             try:
-                for part, weight in model_tensors(name, tensor, config, config.weight_layout):
-                    yield part, in_dtype(part, weight, dtype, vector_dtype or dtype)
+                for weight_name, weight in weights:
+                    for part, part_weight in model_tensors(weight_name, weight, config, config.weight_layout):
+                        yield part, in_dtype(part, part_weight, dtype, vector_dtype or dtype)
             except ValueError as error:
                 raise ValueError(f"{shard}: {name}: {error}") from error
             progress(num_bytes_done, num_bytes)
         num_bytes_before += shard.stat().st_size
         progress(num_bytes_before, num_bytes)
+    if layers is not None:
+        layers.log()
+
+
+def _complete(layers: QuantizedLayers, name: str, tensor: torch.Tensor, shard: Path) -> list[tuple[str, Weight]]:
+    """Return the weights that a tensor completes. Raises ValueError that names the file."""
+    try:
+        weights = list(layers.add(name, tensor))
+        for weight_name, weight in weights:
+            if isinstance(weight, torch.Tensor) and weight.dtype not in FLOAT_TYPES.values():
+                raise ValueError(f"{weight_name}: type {str(weight.dtype).removeprefix('torch.')} is not supported")
+    except ValueError as error:
+        raise ValueError(f"{shard}: {error}") from error
+    return weights
 
 
 def in_dtype(name: str, weight: Weight, dtype: torch.dtype, vector_dtype: torch.dtype) -> Weight:
@@ -87,10 +118,21 @@ def _read_weight_map(index: Path) -> dict[str, Any]:
     return weight_map
 
 
-def read_tensors(shard: Path, expected: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_names(shard: Path) -> list[str]:
+    """Return the names of the tensors of a file. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{shard}: not a valid safetensors file ({error})") from error
+
+
+def read_tensors(
+    shard: Path, expected: set[str], types: Mapping[str, torch.dtype] = FLOAT_TYPES
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) for each tensor of a file. Tensors may be views of the memory-mapped file.
 
-    Raises ValueError if a tensor of `expected` is missing, a type is not supported, or the file is damaged.
+    Raises ValueError if a tensor of `expected` is missing, a type is not among `types`, or the file is damaged.
     """
     try:
         with safe_open(shard, framework="pt") as file:
@@ -98,7 +140,7 @@ def read_tensors(shard: Path, expected: set[str]) -> Iterator[tuple[str, torch.T
             if missing := expected.difference(names):
                 raise ValueError(f"{shard}: {min(missing)} is missing, though {INDEX_NAME} names this file for it")
             for name in names:
-                if (stored_type := file.get_slice(name).get_dtype()) not in FLOAT_TYPES:
+                if (stored_type := file.get_slice(name).get_dtype()) not in types:
                     raise ValueError(f"{shard}: {name}: type {stored_type} is not supported")
                 yield name, file.get_tensor(name)
     except SafetensorError as error:

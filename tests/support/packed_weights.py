@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.kernels.cpu.weights import FORMATS
 from engine.kernels.interface import KernelOptions
-from engine.weights import PackedTensor, Weight
+from engine.weights import GroupQuantized, PackedTensor, Weight
 from tests.support.tensors import random_tensor
 
 Array = np.ndarray[Any, Any]
@@ -31,10 +31,13 @@ SCALES = {
     "MXFP4": [],
 }
 GROUP = 32  # inputs that share a scale
+ZERO_POINT_BITS = {"uint4": 4, "uint8": 8}  # formats of codes with zero points
 
 
 def inputs_of(name: str) -> int:
     """Return the group size, of which the number of inputs must be a multiple."""
+    if name in ZERO_POINT_BITS:
+        return GROUP
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][0] if name.upper() in SCALES else 1
 
 
@@ -50,6 +53,8 @@ def random_weight(name: str, num_outputs: int, num_inputs: int, seed: int) -> tu
     if name.upper() in SCALES:
         packed = random_packed(name.upper(), num_outputs, num_inputs, seed)
         return packed, numbers_of(packed).double()
+    if name in ZERO_POINT_BITS:
+        return random_groups(ZERO_POINT_BITS[name], num_outputs, num_inputs, GROUP, seed)
     weight = random_tensor(seed, num_outputs, num_inputs)
     if name == "int8":
         return weight, rounded_to_int8(weight)
@@ -68,6 +73,22 @@ def random_packed(type_name: str, num_outputs: int, num_inputs: int, seed: int) 
     if type_name == "MXFP4":
         data[:, 0] = rng.integers(116, 123, len(data))
     return PackedTensor(type_name, (num_outputs, num_inputs), data.reshape(-1))
+
+
+def random_groups(
+    bits: int, num_outputs: int, num_inputs: int, group: int, seed: int, *, symmetric: bool = False
+) -> tuple[GroupQuantized, Tensor]:
+    """Return codes of all values with scales and zero points, and their numbers in float64."""
+    rng = np.random.default_rng(seed)
+    codes = torch.from_numpy(rng.integers(0, 2**bits, (num_outputs, num_inputs), dtype=np.uint8))
+    scales = torch.from_numpy(rng.uniform(0.005, 0.02, (num_outputs, num_inputs // group))).half()
+    zero_points = torch.from_numpy(rng.integers(0, 2**bits, scales.shape, dtype=np.uint8))
+    if symmetric:
+        zero_points[:] = 2 ** (bits - 1)
+    numbers = codes.double() - zero_points.double().repeat_interleave(group, dim=1)
+    numbers *= scales.double().repeat_interleave(group, dim=1)
+    stored = codes[:, ::2] | codes[:, 1::2] << 4 if bits == 4 else codes
+    return GroupQuantized(bits, stored, scales, None if symmetric else zero_points), numbers
 
 
 def numbers_of(packed: PackedTensor) -> Tensor:

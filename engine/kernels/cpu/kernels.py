@@ -32,7 +32,7 @@ from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Program
 from engine.kernels.cpu.recorder import ProgramRecorder
 from engine.kernels.cpu.sampler import CpuSampler
-from engine.kernels.cpu.weights import PACKED_TYPES, Matrix, Packer
+from engine.kernels.cpu.weights import GROUP_TYPES, PACKED_TYPES, Matrix, Packer
 from engine.kernels.interface import (
     AttentionScores,
     ExecutionKind,
@@ -80,7 +80,7 @@ class CpuKernels:
         self.team = library.new_team(num_threads)
         self.num_threads = self.team.num_threads
         self.cache_dtype = torch.int8 if options.kv_cache_dtype == "int8" else options.dtype
-        self.keep_packed = PACKED_TYPES if options.quantization == "auto" else frozenset()
+        self.keep_packed = PACKED_TYPES | GROUP_TYPES if options.quantization == "auto" else frozenset()
         self.packer = Packer(library, self.team, options.dtype, to_int8=options.quantization == "int8")
         self.recorder = ProgramRecorder(library, self.team)
 

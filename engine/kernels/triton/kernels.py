@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,10 +25,17 @@ from engine.kernels.triton import attention, lora, prompt_attention, rows
 from engine.kernels.triton.attention import TritonAttentionPlan
 from engine.kernels.triton.attention_plan import TritonAttentionPlanner, new_planner
 from engine.kernels.triton.linear import linear
-from engine.kernels.triton.packed_matrix import READERS, PackedMatrix, from_ggml, to_int8
+from engine.kernels.triton.packed_matrix import (
+    PACKED_TYPES,
+    PackedMatrix,
+    from_float8,
+    from_ggml,
+    from_groups,
+    to_int8,
+)
 from engine.kernels.triton.sampler import TritonSampler
 from engine.kernels.triton.tiles import card_name, compute_capability, num_multiprocessors, tiles_for
-from engine.weights import PackedTensor, Weight, concatenate
+from engine.weights import Float8Tensor, GroupQuantized, PackedTensor, Weight, concatenate, layout_of
 
 logger = logging.getLogger("lightwell.engine")
 FLOAT8_CAPABILITY = (8, 9)  # from which Triton has float8 e4m3
@@ -57,10 +64,10 @@ class TritonKernels:
         self.num_threads = self.num_torch_threads = torch.get_num_threads()
         is_graphed = device.type == "cuda" and not options.enforce_eager
         self.execution: ExecutionKind = "cuda_graphs" if is_graphed else "eager"
-        self.keep_packed = frozenset(READERS) if options.quantization == "auto" else frozenset()
+        self.keep_packed = PACKED_TYPES if options.quantization == "auto" else frozenset()
         capability = compute_capability(device)
-        has_float8 = capability is not None and capability >= FLOAT8_CAPABILITY
-        float8 = torch.float8_e4m3fn if has_float8 else torch.uint8  # its bits
+        self.has_float8 = capability is not None and capability >= FLOAT8_CAPABILITY
+        float8 = torch.float8_e4m3fn if self.has_float8 else torch.uint8  # its bits
         self.cache_dtype = {"int8": torch.int8, "fp8": float8}.get(options.kv_cache_dtype, options.dtype)
         self.has_scales = self.cache_dtype.itemsize == 1
         reason = prompt_attention.unsupported_reason(options, capability)
@@ -82,19 +89,23 @@ class TritonKernels:
         """Successive weights of one type become one part. If one weight is not packed, all are dequantized."""
         if any(isinstance(weight, Tensor) for weight in weights):
             weights = [joined(weights, self.dtype, self.device)]
-        groups = itertools.groupby(weights, key=lambda weight: "" if isinstance(weight, Tensor) else weight.type_name)
-        return [self._pack_part(list(group)) for _, group in groups]
+        groups: list[list[Any]] = [list(group) for _, group in itertools.groupby(weights, key=layout_of)]
+        return [self._pack_part(group[0] if len(group) == 1 else concatenate(group)) for group in groups]
 
-    def _pack_part(self, weights: list[Weight]) -> Tensor | PackedMatrix:
-        packed = [weight for weight in weights if isinstance(weight, PackedTensor)]
-        plain = [weight for weight in weights if isinstance(weight, Tensor)]
+    def _pack_part(self, weight: Weight) -> Tensor | PackedMatrix:
         is_int8 = self.options.quantization == "int8"
-        name = packed[0].type_name if packed else "int8" if is_int8 else str(self.dtype).removeprefix("torch.")
-        if name.lower() not in self.weight_formats:
-            self.weight_formats.append(name.lower())
-        if packed:
-            return from_ggml(concatenate(packed), self.device)
-        return to_int8(plain[0]) if is_int8 else plain[0]
+        plain_name = "int8" if is_int8 else str(self.dtype).removeprefix("torch.")
+        name = plain_name if isinstance(weight, Tensor) else weight.type_name.lower()
+        if name not in self.weight_formats:
+            self.weight_formats.append(name)
+        match weight:
+            case PackedTensor():
+                return from_ggml(weight, self.device)
+            case GroupQuantized():
+                return from_groups(weight, self.device)
+            case Float8Tensor():
+                return from_float8(weight, self.device, is_native=self.has_float8)
+        return to_int8(weight) if is_int8 else weight
 
     def linear(self, matrix: Matrix, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         dtype = torch.float32 if is_float32 else self.dtype

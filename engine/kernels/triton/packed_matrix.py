@@ -2,7 +2,7 @@
 
 weight = scale * code + minimum. Codes of four bits lie two in a byte; those of five, six and eight bits take one each.
 GGML blocks (`engine.shared.ggml`) are repacked to this form; ggml-quants.c of llama.cpp defines what they stand for.
-So are four-bit codes with zero points (GPTQ: Frantar et al. 2022; AWQ: Lin et al. 2023) and float8 e4m3.
+So are codes with zero points (GPTQ: Frantar et al. 2022; AWQ: Lin et al. 2023) and float8 e4m3.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.shared.ggml import GGML_TYPES_BY_NAME
-from engine.weights import PackedTensor
+from engine.weights import Float8Tensor, GroupQuantized, PackedTensor
 from engine.weights.dequantize import split_fields
+from engine.weights.quantized import FLOAT8_BLOCK, paired_nibbles
 
 INT8_GROUP = 32  # inputs that share a scale
-FLOAT8_BLOCK = 128  # outputs and inputs that share a scale in a block
 GROUPS = (16, 32, 64, 128)  # inputs that share a scale; a power of two, because it must divide steps, or they it
 MAX_WEIGHTS_PER_PASS = 2**22  # quantising a weight takes several times its memory
 
@@ -150,6 +150,8 @@ READERS: dict[str, Callable[[Fields], Unpacked]] = {
     "Q6_K": _q6_k,
 }
 
+PACKED_TYPES = frozenset((*READERS, "int4", "int8", "float8"))
+
 
 def from_ggml(packed: PackedTensor, device: torch.device) -> PackedMatrix:
     """Copy a packed tensor [M, K] of a type in `READERS` to `device`, repacked for the kernels."""
@@ -161,44 +163,40 @@ def from_ggml(packed: PackedTensor, device: torch.device) -> PackedMatrix:
     group = num_inputs // scales.shape[1]
     if codes.dtype == torch.int8:
         return PackedMatrix("int8", codes, scales, minima, num_inputs, group)
-    return PackedMatrix("int4", _paired(codes), scales, minima, num_inputs, group)
+    return PackedMatrix("int4", paired_nibbles(codes), scales, minima, num_inputs, group)
 
 
-def _paired(codes: Tensor) -> Tensor:
-    """Pack codes of four bits, uint8 [M, K], two in a byte: [M, K / 2]."""
-    return codes[:, ::2] | codes[:, 1::2] << 4
+def from_groups(weight: GroupQuantized, device: torch.device) -> PackedMatrix:
+    """Copy codes with zero points to `device`, for the kernels: weight = scale * code - scale * zero point.
 
-
-def from_zero_points(codes: Tensor, scales: Tensor, zero_points: Tensor) -> PackedMatrix:
-    """Pack weights (code - zero point) * scale with codes of four bits, uint8 [M, K].
-
-    Scales and zero points are [M, K / group]. The minima are exact: the product of a zero point, of at most five bits,
-    and a scale of 16 bits fits float32.
+    The minima are exact: the product of a zero point, of at most eight bits, and a scale of 16 bits fits float32.
     """
-    num_inputs, num_groups = codes.shape[1], scales.shape[1]
-    if num_inputs % num_groups or num_inputs // num_groups not in GROUPS:
-        raise ValueError(f"{num_groups} groups of {num_inputs} inputs: groups must be of {GROUPS} inputs")
-    scales = scales.contiguous()
-    minima = (-scales.float() * zero_points).contiguous()
-    return PackedMatrix("int4", _paired(codes), scales, minima, num_inputs, num_inputs // num_groups)
+    num_inputs, group_size = weight.shape[1], weight.group_size
+    group = max(size for size in GROUPS if group_size % size == 0)
+    scales, zero_points = (
+        part.to(device).repeat_interleave(group_size // group, dim=1) for part in (weight.scales, weight.offsets())
+    )
+    codes = weight.codes.to(device)
+    if weight.bits == 4:
+        return PackedMatrix("int4", codes, scales, -scales.float() * zero_points, num_inputs, group)
+    codes = (codes ^ 128).view(torch.int8)
+    minima = None if weight.zero_points is None else scales.float() * (128 - zero_points)
+    return PackedMatrix("int8", codes, scales, minima, num_inputs, group)
 
 
-def from_float8(codes: Tensor, scales: Tensor, *, is_native: bool) -> PackedMatrix:
-    """Pack weights code * scale with codes in float8_e4m3fn [M, K].
-
-    There is one scale for all ([] or [1]), for each output ([M] or [M, 1]), or for each block of 128 x 128 ([M / 128,
-    K / 128], rounded up). `is_native` says whether the card converts float8 itself.
-    """
-    num_outputs, num_inputs = codes.shape
-    codes = codes if is_native else codes.view(torch.uint8)
-    num_groups = -(-num_inputs // FLOAT8_BLOCK)
-    block_shape = (-(-num_outputs // FLOAT8_BLOCK), num_groups)
-    if scales.shape == block_shape:
-        return PackedMatrix("float8", codes, scales, None, num_inputs, FLOAT8_BLOCK, FLOAT8_BLOCK)
-    if scales.numel() not in (1, num_outputs):
-        raise ValueError(f"float8 weights {tuple(codes.shape)} cannot have scales {tuple(scales.shape)}")
-    scales = scales.reshape(-1, 1).expand(num_outputs, num_groups)
-    return PackedMatrix("float8", codes, scales, None, num_inputs, FLOAT8_BLOCK)
+def from_float8(weight: Float8Tensor, device: torch.device, *, is_native: bool) -> PackedMatrix:
+    """Copy weights in float8 to `device`. `is_native` says whether the card converts float8 itself."""
+    codes, scales = weight.codes.view(torch.uint8).to(device), weight.scales.to(device)
+    num_inputs = codes.shape[1]
+    return PackedMatrix(
+        "float8",
+        codes.view(torch.float8_e4m3fn) if is_native else codes,
+        scales.expand(-1, -(-num_inputs // FLOAT8_BLOCK)),
+        None,
+        num_inputs,
+        FLOAT8_BLOCK,
+        weight.group_rows,
+    )
 
 
 def to_int8(weights: Tensor) -> PackedMatrix:

@@ -134,7 +134,7 @@ def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": None, "model_type": "gpt2"}, "'gpt2'"),
         ({"architectures": [{}]}, "architectures"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoints .awq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method: .hqq. is not supported"),
         ({"hidden_size": ...}, "hidden_size: is missing"),
         ({"hidden_size": "64"}, "hidden_size: must be an integer from 1 to .*, not '64'"),
         ({"hidden_size": 64.0}, "hidden_size: must be an integer"),

@@ -83,6 +83,7 @@ def test_matrices_that_stay_packed(ggml_type: GGMLQuantizationType, tmp_path: Pa
     assert_same_bits(weights[f"{prefix}.mlp.up_proj.weight"], up)
     del weights
     gc.collect()
+    assert isinstance(packed, PackedTensor)
     np.testing.assert_array_equal(packed.data, data.reshape(-1))  # the file is still mapped
 
 

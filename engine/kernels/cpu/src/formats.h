@@ -110,6 +110,29 @@ struct BlockScales {
     }
 };
 
+// A scale and a zero point, one byte, for each 32 inputs: the minimum is minus their product.
+template <class Number>
+struct ZeroPoints {
+    static constexpr int BLOCK = 32, POINTS = PANEL * Number::SIZE, BYTES = POINTS + PANEL;
+    static constexpr bool HAS_MINIMUM = true;
+
+    template <Field FIELD>
+    static INLINE Floats load_vector(const uint8_t* block, int, int column) {
+        const Floats scale = Number::load_vector(block + column * Number::SIZE);
+        if constexpr (FIELD == SCALE) return scale;
+        return to_floats(load_uint8(block + POINTS + column)) * (scale * fill(-1));
+    }
+    template <Field FIELD>
+    static float load_one(const uint8_t* block, int, int column) {
+        const float scale = Number::load_one(block + column * Number::SIZE);
+        return FIELD == SCALE ? scale : -scale * float(block[POINTS + column]);
+    }
+    static void store_column(uint8_t* block, int column, const BlockNumbers& numbers) {
+        Number::store_one(block + column * Number::SIZE, numbers.scales[0]);
+        block[POINTS + column] = uint8_t(numbers.minima[0]);
+    }
+};
+
 // Codes of LOW + HIGH bits, of groups with one scale. The zero point is 2^ZERO_SHIFT, or 0 if there is a minimum.
 // Several steps share the bytes of their low bits: the first half of them the lower nibbles, for example.
 template <int LOW, int HIGH, int GROUP_, int ZERO_SHIFT_ = 0>
@@ -236,6 +259,8 @@ using Q6_K = Quantised<Codes<4, 2, 16, 5>, BlockScales<16, 1>>;
 using IQ4_NL = Quantised<TableCodes<NonLinearTable>, GroupScales<Half, 1>>;
 using IQ4_XS = Quantised<TableCodes<NonLinearTable>, BlockScales<8, 1>>;
 using MXFP4 = Quantised<TableCodes<Float4Table>, GroupScales<Brain, 1>>;
+using UInt4 = Quantised<Codes<4, 0, 32>, ZeroPoints<Half>>;
+using UInt8 = Quantised<Codes<8, 0, 32>, ZeroPoints<Half>>;
 
 constexpr int64_t ROW_PADDING = 32;  // rows of bfloat16 are padded with zeros to a multiple of this
 

@@ -46,6 +46,8 @@ const lightwell::NamedFunction lightwell::LINEAR_FUNCTIONS[] = {
     QUANTISED("iq4_nl", IQ4_NL),
     QUANTISED("iq4_xs", IQ4_XS),
     QUANTISED("mxfp4", MXFP4),
+    QUANTISED("uint4", UInt4),
+    QUANTISED("uint8", UInt8),
 #undef QUANTISED
     {nullptr, nullptr},
 };

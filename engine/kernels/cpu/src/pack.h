@@ -168,6 +168,23 @@ struct BlockIQ4_XS {
     }
 };
 
+// Codes of GPTQ, AWQ and compressed-tensors, after a scale in half precision and a zero point.
+struct BlockUInt4 {
+    static constexpr int BYTES = 19;
+    static void read(const uint8_t* p, BlockNumbers& out) {
+        out.scales[0] = half_at(p), out.minima[0] = p[2];
+        read_nibbles(p + 3, out.codes);
+    }
+};
+
+struct BlockUInt8 {
+    static constexpr int BYTES = 35;
+    static void read(const uint8_t* p, BlockNumbers& out) {
+        out.scales[0] = half_at(p), out.minima[0] = p[2];
+        memcpy(out.codes, p + 3, 32);
+    }
+};
+
 // A row of float32, quantised like Q8_0. The scale is NaN if a number is not finite.
 struct FloatRow {
     static constexpr int BYTES = 128;

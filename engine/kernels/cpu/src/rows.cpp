@@ -45,6 +45,8 @@ const lightwell::NamedFunction lightwell::ROW_FUNCTIONS[] = {
     FORMAT("iq4_nl", IQ4_NL, (pack<IQ4_NL, BlockIQ4_NL>)),
     FORMAT("iq4_xs", IQ4_XS, (pack<IQ4_XS, BlockIQ4_XS>)),
     FORMAT("mxfp4", MXFP4, (pack<MXFP4, BlockMXFP4>)),
+    FORMAT("uint4", UInt4, (pack<UInt4, BlockUInt4>)),
+    FORMAT("uint8", UInt8, (pack<UInt8, BlockUInt8>)),
 #undef FORMAT
     {nullptr, nullptr},
 };

@@ -22,6 +22,7 @@ from tests.support.packed_weights import (
     inputs_of,
     numbers_of,
     options_of,
+    random_groups,
     random_packed,
     random_weight,
     rounded_input,
@@ -158,6 +159,30 @@ def test_parts_with_bias_and_residual(code_path: str, num_threads: int) -> None:
     assert torch.equal(biased, plain + bias)
     assert torch.equal(assert_rows_are_independent(record([x, residual], None)), residual + plain)
     assert torch.equal(assert_rows_are_independent(record([x, residual], bias)), residual + biased)
+
+
+@each_code_path
+def test_groups_with_zero_points(code_path: str) -> None:
+    """Groups of any multiple of 32 inputs; zero points in the middle make Q4_0 and Q8_0; equal parts are one."""
+    kernels = make_kernels(code_path)
+    parts = [
+        random_groups(4, 33, 256, 128, 1),
+        random_groups(4, 9, 256, 32, 2),
+        random_groups(4, 17, 256, 64, 3, symmetric=True),
+        random_groups(8, 40, 256, 256, 4),
+        random_groups(8, 5, 256, 128, 5, symmetric=True),
+    ]
+    matrix, numbers = kernels.pack([weight for weight, _ in parts]), torch.cat([numbers for _, numbers in parts])
+    assert [(part.format.name, part.num_outputs) for part in matrix.parts] == [
+        ("uint4", 42),
+        ("q4_0", 17),
+        ("uint8", 40),
+        ("q8_0", 5),
+    ]
+    x = random_tensor(0, MAX_ROWS, 256)
+    linear = kernels.linear(matrix)
+    out = assert_rows_are_independent(Rows(kernels, [x], lambda rows, x: linear(x)))
+    assert_product(out, rounded_input("q8_0", x), numbers)
 
 
 @each_code_path

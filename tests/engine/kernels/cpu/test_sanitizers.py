@@ -47,7 +47,8 @@ def run(name, parameters):
 LINEAR = """
 BLOCKS = {"int8": (32, 128), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
           "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
-          "iq4_nl": (32, 18), "iq4_xs": (256, 136), "mxfp4": (32, 17), "float32": (1, 4), "bfloat16": (1, 2)}
+          "iq4_nl": (32, 18), "iq4_xs": (256, 136), "mxfp4": (32, 17), "uint4": (32, 19), "uint8": (32, 35),
+          "float32": (1, 4), "bfloat16": (1, 2)}
 for name in FORMATS:
     form = format_of(name, library.code_path)
     block, block_bytes = BLOCKS[name]

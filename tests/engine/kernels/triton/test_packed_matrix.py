@@ -18,11 +18,12 @@ from engine.kernels.triton.packed_matrix import (
     PackedMatrix,
     from_float8,
     from_ggml,
-    from_zero_points,
+    from_groups,
     to_int8,
 )
 from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTiles, Tiles
 from engine.loading import load_model
+from engine.weights import Float8Tensor, Weight
 from tests.engine.kernels.triton.test_rows import TOLERANCES
 from tests.parity.test_families import SHAPE, VOCAB_SIZE
 from tests.support.examples import num_examples
@@ -38,7 +39,7 @@ from tests.support.kernel_device import (
     tiles_and_dtypes,
 )
 from tests.support.outputs import all_logits, greedy_outputs
-from tests.support.packed_weights import inputs_of, numbers_of, random_packed, rounded_to_int8
+from tests.support.packed_weights import inputs_of, numbers_of, random_groups, random_packed, rounded_to_int8
 from tests.support.tiny_models import save_random_model
 
 pytestmark = ALSO_ON_A_GPU
@@ -125,31 +126,17 @@ def test_linear_does_not_depend_on_the_batch(name: str, tiles: Tiles, dtype: tor
         assert torch.equal(product(x[150 - num_rows :]), whole[150 - num_rows :]), f"the last {num_rows} rows"
 
 
-def zero_point_weights(num_outputs: int, num_inputs: int, group: int, seed: int) -> tuple[PackedMatrix, Tensor]:
-    """Return packed weights as GPTQ and AWQ have them, and their numbers in float64."""
+def float8_weights(num_outputs: int, num_inputs: int, scales: str, seed: int) -> tuple[Float8Tensor, Tensor]:
+    """Return weights in float8, and their numbers in float64."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (num_outputs, num_inputs), generator=generator, dtype=torch.uint8)
-    zero_points = torch.randint(0, 17, (num_outputs, num_inputs // group), generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(zero_points.shape, generator=generator) * 0.02 + 0.001).half()
-    codes, zero_points, scales = (tensor.to(DEVICE) for tensor in (codes, zero_points, scales))
-    offsets = codes.double() - zero_points.double().repeat_interleave(group, dim=1)
-    numbers = offsets * scales.double().repeat_interleave(group, dim=1)
-    return from_zero_points(codes, scales, zero_points), numbers
-
-
-def float8_weights(
-    num_outputs: int, num_inputs: int, scales: str, seed: int, *, is_native: bool
-) -> tuple[PackedMatrix, Tensor]:
-    """Return packed weights in float8, and their numbers in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randn((num_outputs, num_inputs), generator=generator).to(torch.float8_e4m3fn).to(DEVICE)
+    codes = torch.randn((num_outputs, num_inputs), generator=generator).to(torch.float8_e4m3fn)
     blocks = (-(-num_outputs // 128), -(-num_inputs // 128))
     shape = {"tensor": (), "channel": (num_outputs, 1), "block": blocks}[scales]
-    factors = (torch.rand(shape, generator=generator) + 0.5).to(DEVICE)
+    factors = torch.rand(shape, generator=generator) + 0.5
     spread = factors
     if scales == "block":
         spread = factors.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)[:num_outputs, :num_inputs]
-    return from_float8(codes, factors, is_native=is_native), codes.double() * spread.double()
+    return Float8Tensor.from_scales(codes, factors), codes.double() * spread.double()
 
 
 def assert_products(matrix: PackedMatrix, numbers: Tensor, tiles: LinearTiles, dtype: torch.dtype, seed: int) -> None:
@@ -167,21 +154,43 @@ def assert_products(matrix: PackedMatrix, numbers: Tensor, tiles: LinearTiles, d
 
 
 @pytest.mark.parametrize(("tiles", "dtype"), tiles_and_dtypes(TABLES))
-@pytest.mark.parametrize("group", [16, 32, 64, 128])
-def test_zero_points(tiles: Tiles, group: int, dtype: torch.dtype) -> None:
-    matrix, numbers = zero_point_weights(70, 2 * group + 256, group, seed=group)
-    assert matrix.codes.nbytes == numbers.numel() // 2
-    assert_products(matrix, numbers, tiles.packed_linear.tiles_for(*matrix.shape), dtype, seed=1)
+@pytest.mark.parametrize(("group", "num_inputs"), [(32, 320), (64, 384), (128, 512), (96, 288), (384, 384)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points(tiles: Tiles, bits: int, group: int, num_inputs: int, dtype: torch.dtype) -> None:
+    for symmetric in (False, True):
+        weight, numbers = random_groups(bits, 70, num_inputs, group, seed=group, symmetric=symmetric)
+        matrix = from_groups(weight, DEVICE)
+        assert matrix.codes.nbytes == numbers.numel() * bits // 8
+        assert_products(matrix, numbers.to(DEVICE), tiles.packed_linear.tiles_for(*matrix.shape), dtype, seed=1)
 
 
 @pytest.mark.parametrize(("tiles", "dtype"), tiles_and_dtypes(TABLES, FLOAT8_INPUTS))
 @pytest.mark.parametrize("scales", ["tensor", "channel", "block"])
 @pytest.mark.parametrize("is_native", IS_NATIVE)
 def test_float8(tiles: Tiles, dtype: torch.dtype, scales: str, is_native: bool) -> None:
-    for num_outputs, num_inputs in ((150, 300), (7, 100), (130, 128)):
-        matrix, numbers = float8_weights(num_outputs, num_inputs, scales, seed=num_inputs, is_native=is_native)
+    for num_outputs, num_inputs in ((150, 300), (7, 100), (130, 128), (256, 200)):
+        weight, numbers = float8_weights(num_outputs, num_inputs, scales, seed=num_inputs)
+        matrix = from_float8(weight, DEVICE, is_native=is_native)
         assert matrix.codes.nbytes == numbers.numel()
-        assert_products(matrix, numbers, tiles.packed_linear.tiles_for(*matrix.shape), dtype, seed=2)
+        assert_products(matrix, numbers.to(DEVICE), tiles.packed_linear.tiles_for(*matrix.shape), dtype, seed=2)
+
+
+def test_parts_of_a_layout_are_one() -> None:
+    """Scales of q, k and v may be one, or one for each block of 128 rows, of which parts need not be multiples."""
+    kernels = TritonKernels(KernelOptions(torch.float32), DEVICE)
+    floats = [float8_weights(size, 128, "block", size) for size in (256, 128, 40, 70)]
+    codes = [random_groups(4, size, 128, group, size) for size, group in [(33, 32), (9, 32), (17, 64)]]
+    parts: list[tuple[Weight, Tensor]] = [
+        *floats,
+        float8_weights(20, 128, "tensor", 1),
+        float8_weights(30, 128, "tensor", 2),
+        *codes,
+    ]
+    matrix, numbers = kernels.pack([weight for weight, _ in parts]), torch.cat([numbers for _, numbers in parts])
+    assert [len(part) for part in matrix] == [384, 110 + 50, 42, 17]
+    assert kernels.formats == "weights float8, int4, KV cache float32"
+    x = random_tensor(0, 9, 128)
+    torch.testing.assert_close(kernels.linear(matrix)(x), x @ numbers.T.to(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("is_native", IS_NATIVE)
@@ -191,19 +200,12 @@ def test_all_numbers_of_float8(is_native: bool, dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
     if is_native and IS_INTERPRETED:  # its conversion knows no NaN
         codes = codes.view(torch.uint8)[~codes.float().isnan()].view(torch.float8_e4m3fn)
-    matrix = from_float8(codes[:, None].contiguous(), torch.ones((), device=DEVICE), is_native=is_native)
+    weight = Float8Tensor.from_scales(codes[:, None].contiguous().cpu(), torch.ones(()))
+    matrix = from_float8(weight, DEVICE, is_native=is_native)
     out = torch.empty(1, len(codes), dtype=dtype, device=DEVICE)
     x = torch.ones(1, 1, dtype=dtype, device=DEVICE)
     linear(x, matrix, None, SMALLEST.packed_linear.tiles_for(len(codes), 1), out)
     torch.testing.assert_close(out[0], codes.to(dtype), rtol=0, atol=0, equal_nan=True)
-
-
-def test_scales_that_do_not_fit() -> None:
-    codes = torch.zeros(300, 200, dtype=torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match=r"\(300, 200\) cannot have scales \(2, 3\)"):
-        from_float8(codes, torch.ones(2, 3), is_native=True)
-    with pytest.raises(ValueError, match="3 groups of 72 inputs"):
-        from_zero_points(torch.zeros(2, 72, dtype=torch.uint8), torch.ones(2, 3), torch.ones(2, 3))
 
 
 def test_parts_of_several_types_with_bias_and_residual() -> None:
