@@ -397,6 +397,7 @@ def test_products_of_what_outlives_temporaries(is_read_before: bool, code_path: 
                 first(normed)
             second(second(x))
         with kernels.temporaries():
+            second(x)
             return first(normed)
 
     alone = Rows(kernels, [x], lambda rows, x: first(kernels.rms_norm(x, norm, 1e-5)))
