@@ -55,15 +55,21 @@ _DEEPSEEK_V3 = (
 _CJK = r"[\x{4E00}-\x{9FA5}\x{0800}-\x{4E00}\x{AC00}-\x{D7FF}]+"
 
 _PRE_TOKENIZERS = {  # values of tokenizer.ggml.pre that share a pre-tokenizer -> the pre-tokenizer
-    ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"): PreTokenizer((_GPT2,)),
+    ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "gigachat", "mellum"): PreTokenizer(
+        (_GPT2,)
+    ),
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"): PreTokenizer(
         (r"\p{N}", _GPT2)
     ),
     ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): PreTokenizer(
         (_LLAMA3,), ignore_merges=True, add_bos=True
     ),
-    ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): PreTokenizer((_LLAMA3,)),
-    ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open", "grok-2"): PreTokenizer((_QWEN2,)),
+    ("falcon",): PreTokenizer((r"[\p{P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    ("dbrx", "smaug-bpe", "chatglm-bpe"): PreTokenizer((_LLAMA3,)),
+    ("glm4", "glm5"): PreTokenizer((_LLAMA3,), ignore_merges=True),
+    ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open", "grok-2", "kormo"): PreTokenizer(
+        (_QWEN2,)
+    ),
     ("qwen35",): PreTokenizer((_QWEN35,)),
     ("tekken",): PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     ("gpt-4o", "llama4", "kanana2", "minimax-m2"): PreTokenizer((_GPT4O,)),
