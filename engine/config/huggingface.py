@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
 from engine.config.fields import Fields, checked, head_dim, shown
 from engine.config.structs import ModelConfig, RopeScaling
+from engine.config.tokenizer_files import num_token_ids
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HIDDEN_ACTS = {  # name in config.json -> name of the activation in `Kernels.act_and_mul`
@@ -76,7 +75,7 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
     config = ModelConfig(
         architecture=family.architecture,
         vocab_size=vocab_size,
-        num_token_ids=min(vocab_size, _num_token_ids(folder) or vocab_size),
+        num_token_ids=min(vocab_size, num_token_ids(folder) or vocab_size),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
         num_hidden_layers=fields.integer("num_hidden_layers"),
@@ -98,20 +97,6 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         recommended_sampling=_recommended_sampling(generation),
     )
     return checked(config, fields.source)
-
-
-def _num_token_ids(folder: Path) -> int | None:
-    """Return the highest token id in tokenizer.json plus one; None if there is no such file."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    try:
-        tokenizer = msgspec.json.decode(path.read_bytes())
-        vocab = tokenizer["model"]["vocab"]
-        ids = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
-        return int(1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])]))
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a tokenizer of the tokenizers library ({error!r})") from error
 
 
 def _family(fields: Fields) -> _FamilyDefaults:

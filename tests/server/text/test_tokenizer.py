@@ -16,7 +16,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.text.tokenizer import Tokenizer, byte_alphabet
+from server.text.tiktoken_tokenizer import byte_alphabet
+from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
 
 TEXTS = [
@@ -311,7 +312,7 @@ def test_chat_template(config: dict[str, Any], files: dict[str, str], expected: 
 
 
 def test_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"no tokenizer in this folder \(none of tokenizer\.json, tekken\.json, "):
         Tokenizer.from_model(tmp_path)
     with pytest.raises(ValueError, match=r"none\.gguf: no such model"):
         Tokenizer.from_model(tmp_path / "none.gguf")
