@@ -101,11 +101,24 @@ def _normalizers(model: SentencePieceModel, matched: Sequence[str], has_prefix: 
     if model.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps.append(normalizers.Replace(" ", SPACE))
-    if has_prefix:
+    if has_prefix and not matched:
+        steps.append(normalizers.Prepend(SPACE))
+    elif has_prefix:
         # The library normalises the symbols themselves too, to find them in normalised text: those have no prefix.
-        alone = "".join(f"|(?:{re.escape(text)})\\z" for text in matched)
-        steps.append(normalizers.Replace(Regex(rf"\A(?!\z{alone})"), SPACE))
+        alone = "|".join(re.escape(text) for text in matched)
+        steps.append(normalizers.Replace(Regex(rf"\A(?!\z|(?:{alone})\z)"), SPACE))
     return steps
+
+
+_PREFIX_IN_JSON = re.compile(rf',{{"type":"Replace","pattern":{{"Regex":"\\\\A(?:[^"\\]|\\.)*"}},"content":"{SPACE}"}}')
+
+
+def without_prefix(tokenizer_json: str) -> str:
+    """Return a tokenizer.json that puts no space before a text, if it did so with regard to symbols.
+
+    llguidance encodes text that continues other text, and leaves out only a plain `Prepend` itself.
+    """
+    return _PREFIX_IN_JSON.sub("", tokenizer_json, count=1)
 
 
 def _start_of_unmatched(pieces: Sequence[Piece]) -> Regex:

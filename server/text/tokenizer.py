@@ -12,6 +12,7 @@ from engine.shared.gguf import GGUFFile
 from server.text.fim import fim_markers_of_gguf, find_fim_tokens
 from server.text.folder_tokenizer import TokenizerConfig, load_folder
 from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer
+from server.text.sentencepiece_tokenizer import without_prefix
 from server.text.tiktoken_tokenizer import byte_alphabet
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,8 @@ class Tokenizer:
         return {text: token_id for text, token_id in ids.items() if token_id in self.special_ids}
 
     def to_json(self) -> str:
-        """Return the tokenizer in the format of tokenizer.json."""
-        return self._backend.to_str()
+        """Return the tokenizer in the format of tokenizer.json, for grammars."""
+        return without_prefix(self._backend.to_str())
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token, which may be only part of a character; b"" for an id outside the vocabulary.

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from llguidance import LLTokenizer
 
+from engine.grammar.compiler import GrammarCompiler
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
@@ -170,15 +172,19 @@ def test_bytes_of_a_symbol_that_has_spaces(model: bytes, tmp_path: Path) -> None
     assert tokenizer.token_bytes(reference.piece_to_id("\u2581\u2581")) == b"  "
 
 
-def test_a_saved_tokenizer_is_the_same(model: bytes, tmp_path: Path) -> None:
-    """The engine's grammars get it as tokenizer.json."""
-    tokenizer = Tokenizer.from_model(write(tmp_path, model))
-    saved = tmp_path / "saved"
-    saved.mkdir()
-    (saved / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    again = Tokenizer.from_model(saved)
-    for text in random_texts(random.Random(0), 200):
-        assert again.encode(text + "<a> <sep>") == tokenizer.encode(text + "<a> <sep>")
+@pytest.mark.parametrize("variant", ["llama", "symbols", "gemma"])
+@pytest.mark.parametrize("config", [{}, {"legacy": False}])
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_grammars_know_the_tokens(algorithm: str, config: dict[str, Any], variant: str, tmp_path: Path) -> None:
+    """Forced text is encoded without the space that is put before a text, and each token has the same bytes."""
+    tokenizer = Tokenizer.from_model(write(tmp_path, train(algorithm, VARIANTS[variant]), config))
+    compiler = GrammarCompiler(tokenizer.to_json(), [2])
+    forced = compiler.compile('start: "Alice was  absent"').compute_ff_tokens()
+    assert b"".join(map(tokenizer.token_bytes, forced)).startswith(b"Alice was  a")
+    reference = LLTokenizer(tokenizer.to_json())
+    for token_id in set(range(tokenizer.vocab_size)) - tokenizer.special_ids:
+        if (data := tokenizer.token_bytes(token_id)) != b"\xff":  # llguidance's mark of special tokens
+            assert reference.decode_bytes([token_id]) == data
 
 
 @pytest.mark.parametrize(
