@@ -117,10 +117,12 @@ def _build(path: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, di
 
 
 def _added_token(token: Mapping[str, Any]) -> AddedToken:
-    flags = {
-        name: bool(token.get(name, False)) for name in ("special", "lstrip", "rstrip", "single_word", "normalized")
-    }
-    return AddedToken(token["content"], **flags)
+    """Return a token that is matched in a text as it is, whatever its flag `normalized` says.
+
+    Normalisation by the library would put sentencepiece's space before the token.
+    """
+    flags = {name: bool(token.get(name, False)) for name in ("special", "lstrip", "rstrip", "single_word")}
+    return AddedToken(token["content"], normalized=False, **flags)
 
 
 def _build_tekken(path: Path) -> _BuiltTokenizer:

@@ -27,7 +27,8 @@ def build_sentencepiece(
     """Build the tokenizer of a model whose pieces are replaced by `pieces`, which may be more.
 
     `added_pieces` must be added to it. The space before a text is put before each part between special tokens, or with
-    `prefix_once` only before the first.
+    `prefix_once` only before the first. Rules of normalisation (NFKC) are those of the library, which differ for some
+    sequences of combining characters.
 
     Raises:
         ValueError: the file has a property that is not supported. The message begins with `source`.
@@ -79,7 +80,7 @@ def _bpe(model: SentencePieceModel, pieces: Sequence[Piece]) -> models.BPE:
 
 
 def _unigram(model: SentencePieceModel, pieces: Sequence[Piece]) -> models.Unigram:
-    highest = max(piece.score for piece in pieces if piece.type == NORMAL)
+    highest = max((piece.score for piece in pieces if piece.type == NORMAL), default=0.0)
 
     def score(piece: Piece) -> float:
         if piece.type == USER_DEFINED:

@@ -8,9 +8,10 @@ import pytest
 
 from tests.support.server_process import CHAT, COMPLETIONS, ServerProcess, shared_server
 
-QUESTION = "What is the capital of France?"
+CAPITALS = {"Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "Egypt": "Cairo"}
+CAPITALS |= {"Norway": "Oslo", "Greece": "Athens", "Austria": "Vienna", "Poland": "Warsaw", "Russia": "Moscow"}
 TEMPLATE = "{{ bos_token }}{% for message in messages %}Question: {{ message.content }}\nAnswer:{% endfor %}"
-BODY = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 16}
+BODY = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 16}
 
 pytestmark = pytest.mark.xfail(reason="the engine does not support Gemma 3 yet")
 
@@ -24,22 +25,26 @@ def gemma(gemma3_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield server
 
 
+def question(country: str) -> str:
+    return f"Question: What is the capital of {country}?\nAnswer:"
+
+
+# The expected texts are how greedy answers of transformers begin, with the file's weights in float32.
+
+
 def test_completion(gemma: ServerProcess) -> None:
-    """Greedy answers of transformers begin with this one too."""
-    body = {"prompt": f"Question: {QUESTION}\nAnswer:", "temperature": 0, "max_tokens": 4}
-    answer = gemma.answer(COMPLETIONS, body)
-    assert answer["choices"][0]["text"].startswith(" Paris\n")
-    num_prompt_tokens = 13  # with BOS
-    assert answer["usage"]["prompt_tokens"] == num_prompt_tokens
+    answer = gemma.answer(COMPLETIONS, {"prompt": question("France"), "temperature": 0, "max_tokens": 8})
+    assert answer["choices"][0]["text"].startswith(" Paris\nQuestion:")
+    assert answer["usage"]["prompt_tokens"] == 13  # with BOS
 
 
-def test_a_long_prompt(gemma: ServerProcess) -> None:
-    """Longer than the window of 512 tokens, whose layers no longer see the beginning."""
-    examples = "".join(f"Question: What is {a} and {b}?\nAnswer: {a + b}\n" for a in range(10) for b in range(5))
-    body = {"prompt": f"{examples}Question: {QUESTION}\nAnswer:", "temperature": 0, "max_tokens": 8}
+def test_a_prompt_longer_than_the_window(gemma: ServerProcess) -> None:
+    """Windowed layers see 512 tokens."""
+    examples = "".join(f"{question(country)} {capital}\n" for country, capital in CAPITALS.items())
+    body = {"prompt": examples * 5 + question("France"), "temperature": 0, "max_tokens": 8}
     answer = gemma.answer(COMPLETIONS, body)
-    assert "Paris" in answer["choices"][0]["text"]
-    assert answer["usage"]["prompt_tokens"] > 512
+    assert answer["choices"][0]["text"].startswith(" Paris\nQuestion:")
+    assert answer["usage"]["prompt_tokens"] == 713
 
 
 def test_chat(gemma: ServerProcess) -> None:

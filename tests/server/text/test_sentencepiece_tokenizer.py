@@ -149,7 +149,7 @@ def test_added_tokens(model: bytes, tmp_path: Path) -> None:
         "0": {"content": "<unk>", "special": True},
         str(reference.piece_to_id("<a>")): {"content": "<a>", "special": False},
         str(size): {"content": "<|user|>", "special": True, "rstrip": True},
-        str(size + 3): {"content": "<think>", "special": False},
+        str(size + 3): {"content": "<think>", "special": False, "normalized": True},
     }
     config = {"added_tokens_decoder": added, "eos_token": {"content": "<|user|>"}, "pad_token": "<|user|>"}
     tokenizer = Tokenizer.from_model(write(tmp_path, model, config))
