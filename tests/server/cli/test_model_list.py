@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from server.cli.model_list import format_bytes, hub_folder
-from server.model_paths import ALIASES
+from server.package_aliases import PACKAGE_ALIASES
 
-ALIAS = ALIASES["smollm2-135m"]
+ALIAS = PACKAGE_ALIASES["smollm2-135m"]
 
 
 def snapshot(hub: Path, repo: str, revision: str, **files: int) -> Path:
@@ -54,7 +54,7 @@ def test_an_alias_that_is_not_there_says_how_to_get_it(environment: dict[str, st
 
 
 def test_what_has_been_downloaded(tmp_path: Path, environment: dict[str, str]) -> None:
-    gguf = tmp_path / "cache" / "smollm2-135m" / Path(ALIAS.member).name
+    gguf = tmp_path / "cache" / "smollm2-135m" / ALIAS.file
     gguf.parent.mkdir(parents=True)
     gguf.write_bytes(b"")
     hub = tmp_path / "hub"
@@ -68,6 +68,7 @@ def test_what_has_been_downloaded(tmp_path: Path, environment: dict[str, str]) -
     models: list[dict[str, Any]] = json.loads(run("--json", **environment))
     assert models == [
         {"name": "smollm2-135m", "num_bytes": ALIAS.num_bytes, "path": str(gguf)},
+        {"name": "gemma3:270m", "num_bytes": 253_113_024, "path": None},
         {"name": "org/old-and-new", "num_bytes": 2_500_000_000, "path": str(newer)},
         {"name": "org/packed:q4.gguf", "num_bytes": 5_000_000, "path": str(packed / "q4.gguf")},
     ]
