@@ -54,7 +54,7 @@ def test_other_names(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["gemma3:2b", "gemma3:1b-base", "gemma3:1b:q4_0"])
 def test_an_unknown_tag(text: str) -> None:
-    with pytest.raises(HubError, match=r"there is no .*; gemma3 comes as 1b, 1b-it-qat, 4b, 12b, 27b$"):
+    with pytest.raises(HubError, match=r"there is no .*; gemma3 comes as 1b, 1b-it-qat, 4b, 4b-it-qat, 12b, 27b$"):
         find_alias(text)
 
 
