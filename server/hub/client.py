@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from importlib.metadata import version
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 from urllib.parse import quote
 
 import msgspec
@@ -55,7 +55,7 @@ class _Entry(msgspec.Struct, rename="camel"):
 
 
 class _ModelInfo(msgspec.Struct):
-    sha: str
+    sha: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{40}$")]
     entries: list[_Entry] = msgspec.field(default_factory=list, name="siblings")
 
 

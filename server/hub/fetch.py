@@ -33,7 +33,8 @@ def fetch_model(name: HubName, progress: Progress) -> Path:
         is_gguf = files[0].path.lower().endswith(GGUF_SUFFIX)
         if not all(map(repository.is_cached, files)):
             fetch.check_disk(files)
-            fetch.check_gguf(files) if is_gguf else fetch.check_safetensors(files)
+            check = fetch.check_gguf if is_gguf else fetch.check_safetensors
+            check(files)
         fetch.download(files)
         return repository.path(files[0].path if is_gguf else ".")
 

@@ -36,7 +36,10 @@ def parse_hub_name(text: str) -> HubName | None:
     Raises HubError for an address that is not that of a model on the hub.
     """
     path = _path_on_hub(text)
-    return _parse_id(text) if path is None else _parse_path(path, text)
+    name = _parse_id(text) if path is None else _parse_path(path, text)
+    if name is not None and ".." in (name.revision or ""):  # which Git does not allow either
+        raise HubError(f"{name.revision} is not the name of a branch, tag or commit")
+    return name
 
 
 def _path_on_hub(text: str) -> str | None:

@@ -324,9 +324,9 @@ def test_a_folder_is_removed(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").glob("models--*")) == []
 
 
-def test_something_else_than_a_hub(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add("org/web", {"page.json": b"<html>"})
-    monkeypatch.setattr(StubHub, "listing", lambda self, repo: ["no", "hub"])
+@pytest.mark.parametrize("answer", [["no", "hub"], {"sha": "../../up", "siblings": []}, {"sha": None}])
+def test_something_else_than_a_hub(hub: StubHub, monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
+    monkeypatch.setattr(StubHub, "listing", lambda self, repo: answer)
     with pytest.raises(HubError, match="does not answer as Hugging Face's hub does, and org/tiny has not been"):
         fetch("org/tiny")
 

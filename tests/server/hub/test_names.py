@@ -71,6 +71,8 @@ def test_other_texts(text: str) -> None:
         ("https://huggingface.co", "names no model: give org/name"),
         ("https://huggingface.co/org/name/resolve/main/model.safetensors", "give the repository, org/name"),
         ("https://[x/org/name", "not a valid address"),
+        ("org/name@../../x", "is not the name of a branch, tag or commit"),
+        ("https://huggingface.co/org/name/tree/..%2F..%2Fx", "is not the name of a branch, tag or commit"),
     ],
 )
 def test_addresses_of_something_else(text: str, message: str) -> None:
