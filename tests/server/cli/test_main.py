@@ -43,7 +43,7 @@ def test_version() -> None:
 def test_help_lists_the_commands() -> None:
     done = lightwell("--help")
     assert done.returncode == 0
-    for command in ("run", "serve", "chat", "bench", "pull", "list", "doctor", "build-kernels"):
+    for command in ("run", "serve", "chat", "bench", "pull", "list", "rm", "doctor", "build-kernels"):
         assert command in done.stdout
     without = lightwell()
     assert without.returncode == 2
@@ -143,7 +143,7 @@ def test_pull_prints_the_path(smollm2_path: Path, tmp_path: Path) -> None:
 
 
 def test_pull_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(models, "resolve_model", lambda name: models.ResolvedModel(tmp_path / name, name))
+    monkeypatch.setattr(models, "resolve_model", lambda name, progress: models.ResolvedModel(tmp_path / name, name))
     assert main(["pull", "x"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/x\n"
 
