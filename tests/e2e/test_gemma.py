@@ -13,8 +13,6 @@ CAPITALS |= {"Norway": "Oslo", "Greece": "Athens", "Austria": "Vienna", "Poland"
 TEMPLATE = "{{ bos_token }}{% for message in messages %}Question: {{ message.content }}\nAnswer:{% endfor %}"
 BODY = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 16}
 
-pytestmark = pytest.mark.xfail(reason="the engine does not support Gemma 3 yet")
-
 
 @pytest.fixture(scope="module")
 def gemma(gemma3_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
