@@ -55,7 +55,7 @@ def test_order_of_query_and_key_rows(ggml_type: GGMLQuantizationType, tmp_path: 
     assert_same_bits(weights[f"{prefix}.k_proj.bias"], key_bias)
 
 
-PACKABLE = [Type[name] for name in sorted(PACKED_TYPES)]
+PACKABLE = [GGMLQuantizationType[name] for name in sorted(PACKED_TYPES)]
 
 
 @pytest.mark.parametrize("ggml_type", PACKABLE)
