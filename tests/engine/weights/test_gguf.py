@@ -126,6 +126,23 @@ def test_rope_factors_stay_float32(tmp_path: Path) -> None:
     assert tensor.dtype == torch.bfloat16
 
 
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
+    tensors = {f"blk.{layer}.ffn_up.weight": random_bytes(Type.Q4_1, layer) for layer in range(3)}
+    for name, data in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=Type.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    calls: list[tuple[int, int]] = []
+    path = tmp_path / "m-00002-of-00002.gguf"
+    weights = dict(load_weights(path, CONFIG, torch.float32, lambda done, total: calls.append((done, total))))
+    for layer, data in enumerate(tensors.values()):
+        assert_same_bits(weights[f"model.layers.{layer}.mlp.up_proj.weight"], dequantize(data, Type.Q4_1))
+    assert calls[-1] == (sum(data.nbytes for data in tensors.values()),) * 2
+
+
 def test_smollm2(smollm2_path: Path) -> None:
     config = load_model_config(smollm2_path)
     weights = dict(load_weights(smollm2_path, config, torch.float32))
