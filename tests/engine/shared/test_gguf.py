@@ -137,8 +137,7 @@ TENSORS = {f"t{number}": np.full((number + 1, 32), number, dtype=np.float32) for
 
 def write_split(folder: Path, *, small_first_shard: bool = False) -> list[Path]:
     """Write a model of five tensors, two in each file. Returns the paths in order."""
-    split = {"split_max_tensors": 2, "small_first_shard": small_first_shard}
-    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", **split)
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=2, small_first_shard=small_first_shard)
     writer.add_uint32("answer", 42)
     for name, values in TENSORS.items():
         writer.add_tensor(name, values)

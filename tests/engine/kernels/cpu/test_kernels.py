@@ -135,6 +135,21 @@ def test_linear_of_more_rows_than_are_taken_at_once(name: str, code_path: str, n
         assert torch.equal(product(range(num_rows), num_rows * are_prompts), torch.cat(few))
 
 
+@each_code_path
+@pytest.mark.parametrize("name", ["q4_k", "q6_k"])
+def test_linear_of_more_inputs_than_have_scales_kept(name: str, code_path: str) -> None:
+    """Several tiles of rows share the scales of the first blocks."""
+    kernels = make_kernels(code_path, options=options_of(name))
+    num_inputs = 66 * 256
+    weight, numbers = random_weight(name, 40, num_inputs, seed=1)
+    x = random_tensor(2, 14, num_inputs)
+    linear = kernels.linear(kernels.pack([weight]))
+    product = Rows(kernels, [x], lambda rows, x: linear(x))
+    out = product(range(14))
+    assert torch.equal(torch.cat([product([row]) for row in range(14)]), out)
+    assert_product(out, rounded_input(name, x), numbers)
+
+
 def assert_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """Check that `out` is x W^T within the rounding of float32."""
     assert_close(out, x @ weight.T, ROUNDING * (x.abs() @ weight.abs().T) + 1e-30)
