@@ -90,7 +90,13 @@ SAMPLING_FIELDS = {  # `general.sampling.*` -> sampling field of the API
     "mirostat_eta": "mirostat_eta",
 }
 # Names of tokens that end an answer. <|end|> does in Phi's format; in gpt-oss's, only a message.
-END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|endoftext|>") + (
+END_OF_TURN_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|endoftext|>",
     "<|END_OF_TURN_TOKEN|>",
     "[|endofturn|]",
     "<|user|>",
