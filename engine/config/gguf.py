@@ -287,6 +287,6 @@ def _eos_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
     tokens = _tokens(fields)
     named = [token_id for token_id, token in enumerate(tokens) if token in names]
     ends = dict.fromkeys(stored + named)
-    if HARMONY_ENDS <= {tokens[token_id] for token_id in named}:
+    if {tokens[token_id] for token_id in named} >= HARMONY_ENDS:
         return tuple(token_id for token_id in ends if tokens[token_id] != END_OF_MESSAGE)
     return tuple(ends)
