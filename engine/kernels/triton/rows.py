@@ -198,7 +198,7 @@ def _store_head(values, heads, index, scales, scale_index, size, HAS_SCALES: tl.
     Codes are int8 in -127 .. 127, or float8 up to 448, or its bits in uint8.
     """
     columns = tl.arange(0, BLOCK)
-    heads += index * size + columns
+    heads += index + columns
     if HAS_SCALES:
         is_int8: tl.constexpr = heads.dtype.element_ty == tl.int8
         most: tl.constexpr = 127.0 if is_int8 else MAX_FLOAT8
