@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.config import RouterSpec
-from engine.kernels.interface import ExpertLinearOp
+from engine.kernels.interface import ExpertLinearOp, LinearOp
 from engine.kernels.triton.linear import ROW_GROUP, _store, _sum
 from engine.kernels.triton.packed_matrix import PackedMatrix
 from engine.kernels.triton.rows import ROW_COLUMNS
@@ -29,12 +29,20 @@ SMALLEST_SUM = tl.constexpr(1e-20)
 
 
 @dataclass(frozen=True)
-class TritonRouting:
-    """The experts of each row, and the pairs of each expert."""
+class PairsByExpert:
+    """The pairs that products take."""
 
-    weights: Tensor  # float32 [T, k]
     pairs: Tensor  # int32 [P], sorted by expert
     ends: Tensor  # int32 [E]: for each expert, where its pairs end in `pairs`
+    num_rows: int  # about as many as an expert has
+
+
+@dataclass(frozen=True)
+class TritonRouting:
+    """The experts of each row, and the weights of their results."""
+
+    weights: Tensor  # float32 [T, k]
+    pairs: PairsByExpert
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ def route(logits: Tensor, router: RouterSpec, bias: Tensor | None, expert_scales
             **LAUNCH_OPTIONS,
         )
     _sort_pairs[(num_experts,)](chosen, pairs, ends, len(pairs), PAIRS=SORTED_PAIRS, num_warps=8, **LAUNCH_OPTIONS)
-    return TritonRouting(weights, pairs, ends)
+    return TritonRouting(weights, PairsByExpert(pairs, ends, EXPERTS_OF_ROW * num_rows // num_experts))
 
 
 @triton.jit
@@ -275,10 +283,11 @@ def expert_linear(matrices: ExpertMatrices, tiles: Sequence[LinearTiles], bias: 
     starts = [0, *accumulate(sizes)]
 
     def product(x: Tensor, routing: TritonRouting) -> Tensor:
-        out = torch.empty((len(routing.pairs), starts[-1]), dtype=x.dtype, device=x.device)
+        pairs = routing.pairs
+        out = torch.empty((len(pairs.pairs), starts[-1]), dtype=x.dtype, device=x.device)
         for part, its_tiles, first, size in zip(matrices.parts, tiles, starts[:-1], sizes, strict=True):
             part_bias = None if bias is None else bias[:, first:]
-            _launch(x, part, part_bias, routing, its_tiles, out[:, first : first + size], matrices.num_experts)
+            _launch(x, part, part_bias, pairs, its_tiles, out[:, first : first + size])
         return out
 
     return product
@@ -288,19 +297,18 @@ def _launch(
     x: Tensor,
     weights: Tensor | PackedMatrix,
     bias: Tensor | None,
-    routing: TritonRouting,
+    pairs: PairsByExpert,
     tiles: LinearTiles,
     out: Tensor,
-    num_experts: int,
 ) -> None:
-    num_pairs, num_columns = out.shape
+    (num_pairs, num_columns), num_experts = out.shape, len(pairs.ends)
     if not num_pairs:
         return
     matrix = weights if isinstance(weights, PackedMatrix) else PackedMatrix.plain(weights)
     assert x.stride(1) == matrix.codes.stride(1) == out.stride(1) == 1
     assert bias is None or bias.stride(1) == 1
     assert num_pairs % len(x) == 0
-    tile = tiles.tile_for(max(1, EXPERTS_OF_ROW * len(routing.weights) // num_experts))
+    tile = tiles.tile_for(max(1, pairs.num_rows))
     num_tiles = min(num_pairs, num_experts) + num_pairs // tile.rows  # at most
     flags = {"HAS_MINIMUM": matrix.minima is not None, "HAS_BIAS": bias is not None}
     _expert_linear[(num_tiles * triton.cdiv(num_columns, tile.columns),)](
@@ -310,8 +318,8 @@ def _launch(
         matrix.scales if matrix.minima is None else matrix.minima,
         x if bias is None else bias,
         out,
-        routing.pairs,
-        routing.ends,
+        pairs.pairs,
+        pairs.ends,
         num_tiles,
         len(x),
         num_columns,
@@ -337,6 +345,27 @@ def _launch(
         **flags,
         **LAUNCH_OPTIONS,
     )
+
+
+def head_linear(matrices: Tensor, tiles: LinearTiles) -> LinearOp:
+    """Return the operation that multiplies each head of x [T, H * K] with its matrix of [H, M, K]: [T, H * M].
+
+    A head is an expert of all rows.
+    """
+    num_heads, num_outputs, num_inputs = matrices.shape
+    weights = matrices.flatten(0, 1)
+
+    def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        assert residual is None
+        num_rows = len(x)
+        numbers = torch.arange(num_rows * num_heads, dtype=torch.int32, device=x.device)
+        ends = torch.arange(1, num_heads + 1, dtype=torch.int32, device=x.device) * num_rows
+        pairs = PairsByExpert(numbers.view(num_rows, num_heads).t().flatten(), ends, num_rows)
+        out = torch.empty((num_rows * num_heads, num_outputs), dtype=x.dtype, device=x.device)
+        _launch(x.reshape(-1, num_inputs), weights, None, pairs, tiles, out)
+        return out.view(num_rows, -1)
+
+    return product
 
 
 def first_rows(tiles: LinearTiles, num_experts: int) -> set[int]:

@@ -45,6 +45,7 @@ from engine.kernels.triton.packed_matrix import (
 )
 from engine.kernels.triton.sampler import TritonSampler
 from engine.kernels.triton.tiles import (
+    EXPERTS_OF_ROW,
     SMALLEST,
     Tiles,
     card_name,
@@ -149,6 +150,15 @@ class TritonKernels:
 
         return product
 
+    def head_linear(self, matrices: Tensor) -> LinearOp:
+        num_heads, num_outputs, num_inputs = matrices.shape
+        tiles = self.tiles.grouped_for(num_heads * num_outputs, num_inputs, is_packed=False)
+        self.warm_up_rows |= {first for first, _ in tiles.tiles}
+        return experts.head_linear(matrices.to(self.device, self.dtype), tiles)
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), dim=1)
+
     def _tiles_of(self, weights: Tensor | PackedMatrix) -> Tiles:
         return SMALLEST if isinstance(weights, Tensor) and weights.dtype == torch.float32 else self.tiles
 
@@ -204,8 +214,10 @@ class TritonKernels:
 
     def expert_linear(self, matrices: experts.ExpertMatrices, bias: Tensor | None = None) -> ExpertLinearOp:
         tiles = [
-            self._tiles_of(part).experts_for(
-                len(part) // matrices.num_experts, part.shape[1], is_packed=isinstance(part, PackedMatrix)
+            self._tiles_of(part).grouped_for(
+                EXPERTS_OF_ROW * len(part) // matrices.num_experts,
+                part.shape[1],
+                is_packed=isinstance(part, PackedMatrix),
             )
             for part in matrices.parts
         ]

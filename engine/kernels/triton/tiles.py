@@ -137,13 +137,12 @@ class Tiles:
         """Return the tiles for weights of a shape."""
         return (self.packed_linear if is_packed else self.linear).tiles_for(num_outputs, num_inputs)
 
-    def experts_for(self, num_outputs: int, num_inputs: int, *, is_packed: bool) -> LinearTiles:
-        """Return the tiles for the weights of one of several experts, by the number of its rows.
+    def grouped_for(self, num_outputs: int, num_inputs: int, *, is_packed: bool) -> LinearTiles:
+        """Return the tiles for products of several matrices, by the number of rows of one.
 
-        Each of a row's experts has tiles of its own, so there are enough of them without splits.
+        `num_outputs` are those of all matrices that a row is multiplied with. There are enough of them without splits.
         """
-        tiles = self.linear_for(EXPERTS_OF_ROW * num_outputs, num_inputs, is_packed=is_packed)
-        return replace(tiles, splits=1)
+        return replace(self.linear_for(num_outputs, num_inputs, is_packed=is_packed), splits=1)
 
     def attention_for(self, head_dim: int) -> AttentionTiles:
         """Return the tile for a head size.
