@@ -20,6 +20,7 @@ from tests.support.meta_models import (
     MetaModel,
     Sequence,
     TracedStep,
+    gpt_oss_config,
     load_meta_model,
     model_config,
     traced_graph_step,
@@ -34,7 +35,7 @@ PREFILL = [Sequence(0, 8192)]
 MIXED = [Sequence(1024)] * 64 + [Sequence(0, 8128)]
 
 # Of one layer; a model has two more products and norms, and the last layer gathers the rows that it still needs.
-LAYER = {"linear": 4, "rms_norm": 2, "rope_and_store_kv": 1, "attend": 1, "act_and_mul": 1}
+LAYER = {"linear": 4, "norm": 2, "rope_and_store_kv": 1, "attend": 1, "act_and_mul": 1}
 
 
 class Settings(NamedTuple):
@@ -114,7 +115,7 @@ def test_launches_of_a_layer() -> None:
     counts = step_of(CASES["prefill"]).counts()
     expected = {name: number * SHAPES["llama-3-8b"].num_layers for name, number in LAYER.items()}
     expected["linear"] += 1  # the LM head
-    expected["rms_norm"] += 1
+    expected["norm"] += 1
     assert {name: counts[name] for name in LAYER} == expected
 
 
