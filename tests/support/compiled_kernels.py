@@ -23,7 +23,8 @@ from tests.support.kernel_arithmetic import Arithmetic, KernelReader
 
 # Integer arguments that are multiples of 16 for the usual models. Without it, loads are narrow, and nothing is
 # prefetched to shared memory.
-STRIDES = {"x_stride", "weights_stride", "scales_stride", "out_stride", "q_stride", "row_stride", "stride"}
+STRIDES = {"x_stride", "weights_stride", "scales_stride", "out_stride", "q_stride", "k_stride", "v_stride", "stride"}
+STRIDES |= {"gate_stride", "up_stride", "bias_stride", "block_stride"}
 ALIGNED = STRIDES | {"num_inputs", "num_columns", "size"}
 
 REGISTERS = 64 * 1024  # of a multiprocessor

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from engine.kernels.triton import attention, linear, lora, rows, sampler
+import msgspec
+
+from engine.kernels.triton import attention, experts, linear, lora, rows, sampler
 from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTile, Tiles
 from tests.support.compiled_kernels import Variant
 
-MODEL_TENSORS = ("x", "weights", "bias", "out", "weight", "gate_up", "q", "k", "v", "keys", "values", "a", "b")
+MODEL_TENSORS = ("x", "weights", "bias", "out", "weight", "gate", "up", "q", "k", "v", "keys", "values", "a", "b")
+MODEL_TENSORS += ("q_weight", "k_weight", "v_weight")
 OTHER_TYPES = {
     "partial": "*fp32",
     "states": "*fp32",
     "scales": "*fp16",
     "minima": "*fp32",
-    "cos": "*fp32",
-    "sin": "*fp32",
+    "q_rotations": "*fp32",
+    "k_rotations": "*fp32",
+    "sinks": "*fp32",
     "inner": "*fp32",
     "slot_mapping": "*i64",
     "ranks": "*i64",
@@ -27,7 +31,11 @@ OTHER_TYPES = {
     "eps": "fp32",
     "scale": "fp32",
     "softcap": "fp32",
+    "pairs": "*i32",
+    "ends": "*i32",
+    "experts": "*i32",
 }
+ROUTER_TYPES = {"logits": "*fp32", "bias": "*fp32", "expert_scales": "*fp32", "weights": "*fp32"}
 SAMPLER_TYPES = dict.fromkeys(("logits", "highest", "found", "states"), "*fp32")
 SAMPLER_TYPES |= dict.fromkeys(("changes", "lists", "draws", "nums_found"), "*i32")
 SAMPLER_TYPES |= {"token_ids": "*i64", "is_finite": "*u8", "masks": "*u8", "rows": "*i64"}
@@ -52,7 +60,9 @@ PACKED = {
     "int8 with minimum": WeightFormat("int8", "*i8", 1, 32, has_minimum=True),  # Q5_K
     "float8": WeightFormat("float8", "*fp8e4nv", 128, 128),
 }
-HEADS = {64: 64, 80: 128, 128: 128, 256: 256}  # head sizes and the columns of their tiles
+HEADS = {64: 64, 80: 128, 128: 128, 256: 256, 512: 512, 576: 1024}  # head sizes and the columns of their tiles
+NO_NORMS = {"HAS_Q_NORM": False, "HAS_K_NORM": False, "HAS_V_NORM": False}
+NO_NORMS |= dict.fromkeys(("q_weight", "k_weight", "v_weight"))  # type: ignore[arg-type]
 
 
 def tiles_of(target: str, dtype: str) -> Tiles:
@@ -74,6 +84,7 @@ def variants_of(target: str, dtype: str) -> list[Variant]:
         found += packed_products(name, weights._replace(codes=codes), tiles.packed_linear, types)
     caches = {"": {}, " int8": cache_types("*i8"), " float8": cache_types(float8)}
     found += attention_kernels(tiles, types, caches)
+    found += expert_kernels(tiles, types)
     return [*found, *row_kernels(types, caches), *lora_kernels(types), *sampler_kernels()]
 
 
@@ -140,7 +151,9 @@ def attention_kernels(
 ) -> Iterator[Variant]:
     for size, block in HEADS.items():
         sizes = tiles.attention_for(size)
-        constants: dict[str, Any] = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block}
+        has_sinks = size == 64  # as gpt-oss
+        constants: dict[str, Any] = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block, "HAS_SINKS": has_sinks}
+        constants |= {} if has_sinks else {"sinks": None}
         merging = constants | {"COLUMNS": min(block, attention.MERGED_COLUMNS)}
         yield Variant(f"reduce {size}", "attention._reduce", merging, dict(types), sizes.num_warps, has_arithmetic=True)
         has_window = size == 64
@@ -160,16 +173,44 @@ def attention_kernels(
             )
 
 
+def expert_kernels(tiles: Tiles, types: Mapping[str, str]) -> Iterator[Variant]:
+    chosen = {"NUM_EXPERTS": 256, "EXPERTS": 256, "NUM_CHOSEN": 8, "CHOSEN": 8, "HAS_BIAS": True, "HAS_SCALES": True}
+    chosen |= {"IS_SIGMOID": True, "NORMALIZES": True, "NUM_GROUPS": 8, "GROUPS": 8}
+    chosen |= {"NUM_BEST_GROUPS": 4, "TAKES_TWO": True}
+    yield Variant("route", "experts._route", chosen, dict(types) | ROUTER_TYPES, num_warps=1)
+    yield Variant("sort_pairs", "experts._sort_pairs", {"PAIRS": experts.SORTED_PAIRS}, dict(types), num_warps=8)
+    combined = {"NUM_CHOSEN": 8, "ADDS": True, "BLOCK": rows.ROW_COLUMNS}
+    yield Variant("combine", "experts._combine", combined, dict(types) | {"weights": "*fp32"})
+    constants = {"NUM_EXPERTS": 32, "EXPERTS": 32, "PAIRS_OF_ROW": 4, "HAS_BIAS": True}  # gpt-oss
+    for name, table in (("", tiles.linear), (" int4", tiles.packed_linear)):
+        weights = PACKED["int4"] if name else None
+        for tile in table.tiles:
+            variant = product(f"{name} {size_of(tile)}", table, tile, types, weights, **constants)
+            yield msgspec.structs.replace(
+                variant, name=f"expert_linear{name} {size_of(tile)}", kernel="experts._expert_linear"
+            )
+
+
 def row_kernels(types: Mapping[str, str], caches: Mapping[str, dict[str, str]]) -> Iterator[Variant]:
-    yield Variant("rms_norm", "rows._rms_norm", {"BLOCK": 4096}, dict(types))
-    for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
-        constants = {"ACTIVATION": activation, "BLOCK": rows.ACT_COLUMNS}
+    for name, flags in (
+        ("rms_norm", (False, False)),
+        ("rms_norm to a residual", (False, True)),
+        ("layer_norm", (True, False)),
+    ):
+        constants: dict[str, Any] = {"BLOCK": 4096, "IS_LAYER_NORM": flags[0], "ADDS": flags[1]}
+        yield Variant(name, "rows._norm", constants, dict(types))
+    yield Variant("add", "rows._add", {"BLOCK": rows.ROW_COLUMNS}, dict(types))
+    yield Variant("scale", "rows._scale", {"BLOCK": rows.ROW_COLUMNS, "HAS_SOFTCAP": True}, dict(types))
+    for activation in ("silu", "gelu", "gelu_pytorch_tanh", "swigluoai"):
+        constants = {"ACTIVATION": activation, "BLOCK": rows.ROW_COLUMNS}
         yield Variant(f"act_and_mul {activation}", "rows._act_and_mul", constants, dict(types))
     for name, cache in caches.items():
         stored: dict[str, Any] = {"BLOCK": 128, "TOKENS": 32, "HAS_SCALES": bool(cache)}
         stored |= {} if cache else dict.fromkeys(("key_scales", "value_scales"))
-        types_of_cache = dict(types) | cache
-        yield Variant(f"rope_and_store_kv{name}", "rows._rope_and_store_kv", stored, types_of_cache, num_warps=1)
+        types_of_cache, kernel = dict(types) | cache, "rows._rope_and_store_kv"
+        yield Variant(f"rope_and_store_kv{name}", kernel, stored | NO_NORMS, types_of_cache, num_warps=1)
+        stored |= {"HAS_Q_NORM": True, "HAS_K_NORM": True, "HAS_V_NORM": True, "BLOCK": 1024}
+        yield Variant(f"rope_and_store_kv with norms{name}", kernel, stored, types_of_cache, num_warps=1)
 
 
 def lora_kernels(types: Mapping[str, str]) -> Iterator[Variant]:

@@ -15,7 +15,16 @@ import torch
 import engine.kernels.triton.kernels
 import engine.loading
 import engine.model.memory_plan
-from engine.config import EngineConfig, ModelConfig
+from engine.config import (
+    AttentionSpec,
+    EngineConfig,
+    ExpertsSpec,
+    LayerSpec,
+    ModelConfig,
+    RopeSpec,
+    RouterSpec,
+    WeightLayout,
+)
 from engine.execution.cuda_graphs import Forward, GraphedExecution
 from engine.kernels.triton.kernels import TritonKernels
 from engine.loading import DTYPES, choose_limits, kernel_options, measure_activations, new_runner
@@ -25,7 +34,7 @@ from engine.model.memory_plan import CudaMemory, MemoryPlan, plan_memory
 from engine.runner import ModelRunner, PendingOutputs
 from engine.scheduling.block_pool import Block
 from engine.scheduling.record import StepClock
-from engine.scheduling.request import NO_LORA_SLOT, Scheduled, Status, Step, new_request
+from engine.scheduling.request import NO_LORA_SLOT, BlockTable, Scheduled, Status, Step, new_request
 from engine.shared.ggml import GGML_TYPES_BY_NAME
 from engine.shared.messages import SamplingParams, Submit
 from engine.weights import PackedTensor, Weight
@@ -66,7 +75,7 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
         LoraAdapters(model.linears, config.max_loras, rank)
         weight_bytes = trace.live_bytes
         measure_activations(device_memory, model, limits, config)
-        memory = plan_memory(shape, config, limits.max_model_len, kernels, device_memory)
+        memory = plan_memory(shape, config, limits.max_model_len, limits.max_num_batched_tokens, kernels, device_memory)
         runner = new_runner(model, limits, memory, META)
     return MetaModel(runner, shape, memory, weight_bytes, card)
 
@@ -93,28 +102,63 @@ def on_card(card: Card, trace: Trace) -> Iterator[None]:
         yield
 
 
-def meta_weights(shape: ModelConfig, packed: str | None) -> Iterator[tuple[str, Weight]]:
-    """Yield the weights of a Llama by their names in Hugging Face's checkpoints; matrices are of a GGML type if any."""
-    hidden, head = shape.hidden_size, shape.head_dim
-    kv_size = shape.num_key_value_heads * head
-    sizes = {"self_attn.q_proj": (shape.num_attention_heads * head, hidden), "self_attn.k_proj": (kv_size, hidden)}
-    sizes |= {"self_attn.v_proj": (kv_size, hidden), "self_attn.o_proj": (hidden, shape.num_attention_heads * head)}
-    sizes |= {f"mlp.{name}_proj": (shape.intermediate_size, hidden) for name in ("gate", "up")}
-    sizes |= {"mlp.down_proj": (hidden, shape.intermediate_size)}
-    for index in range(shape.num_hidden_layers):
-        for name, size in sizes.items():
-            yield f"model.layers.{index}.{name}.weight", _matrix(size, packed)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"model.layers.{index}.{name}.weight", torch.empty(hidden, dtype=torch.bfloat16, device=META)
-    yield "model.norm.weight", torch.empty(hidden, dtype=torch.bfloat16, device=META)
+def meta_weights(config: ModelConfig, packed: str | None) -> Iterator[tuple[str, Weight]]:
+    """Yield the weights of a model by their names in it; large matrices are of a GGML type if any.
+
+    Of a mixture of experts, only the experts are.
+    """
+    is_dense = all(layer.experts is None for layer in config.layers)
+    for index, layer in enumerate(config.layers):
+        prefix = f"model.layers.{index}"
+        for name, size in attention_sizes(config, layer.attention).items():
+            yield f"{prefix}.self_attn.{name}", _weight(size, packed if is_dense else None)
+        if layer.mlp is not None:
+            for name, size in mlp_sizes(config.hidden_size, layer.mlp.intermediate_size).items():
+                yield f"{prefix}.mlp.{name}.weight", _weight(size, packed)
+        if layer.experts is not None:
+            yield from _expert_weights(config, layer.experts, f"{prefix}.mlp", packed)
+        for name in ("input_layernorm", "pre_feedforward_layernorm"):
+            yield f"{prefix}.{name}.weight", _weight((config.hidden_size,), None)
+    yield "model.norm.weight", _weight((config.hidden_size,), None)
     for name in ("model.embed_tokens", "lm_head"):
-        yield f"{name}.weight", _matrix((shape.vocab_size, hidden), packed)
+        yield f"{name}.weight", _weight((config.vocab_size, config.hidden_size), packed if is_dense else None)
 
 
-def _matrix(size: tuple[int, int], packed: str | None) -> Weight:
-    if packed is None:
+def attention_sizes(config: ModelConfig, spec: AttentionSpec) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of attention, by name."""
+    heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
+    rows = {name: num * spec.head_dim for name, num in heads.items()}
+    sizes: dict[str, tuple[int, ...]] = {f"{name}_proj.weight": (num, config.hidden_size) for name, num in rows.items()}
+    sizes["o_proj.weight"] = (config.hidden_size, rows["q"])
+    sizes |= {f"{name}_proj.bias": (num,) for name, num in rows.items() if spec.qkv_bias}
+    sizes |= {"o_proj.bias": (config.hidden_size,)} if spec.output_bias else {}
+    return sizes | ({"sinks.weight": (spec.num_heads,)} if spec.has_sinks else {})
+
+
+def mlp_sizes(hidden_size: int, size: int) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the matrices of an MLP, by name."""
+    return {"gate_proj": (size, hidden_size), "up_proj": (size, hidden_size), "down_proj": (hidden_size, size)}
+
+
+def _expert_weights(
+    config: ModelConfig, spec: ExpertsSpec, prefix: str, packed: str | None
+) -> Iterator[tuple[str, Weight]]:
+    num_experts = spec.router.num_experts
+    yield f"{prefix}.gate.weight", _weight((num_experts, config.hidden_size), None)
+    if spec.router_bias:
+        yield f"{prefix}.gate.bias", _weight((num_experts,), None)
+    for name, size in mlp_sizes(config.hidden_size, spec.intermediate_size).items():
+        for expert in range(num_experts):
+            yield f"{prefix}.experts.{expert}.{name}.weight", _weight(size, packed)
+        if spec.bias:
+            yield f"{prefix}.experts.{name}.bias", _weight((num_experts, size[0]), None)
+
+
+def _weight(size: tuple[int, ...], packed: str | None) -> Weight:
+    """Return a weight in bfloat16, or if it is a matrix, of a GGML type if any."""
+    if packed is None or len(size) == 1:
         return torch.empty(size, dtype=torch.bfloat16, device=META)
-    return _packed(packed, size)
+    return _packed(packed, (size[0], size[1]))
 
 
 def _packed(type_name: str, size: tuple[int, int]) -> PackedTensor:
@@ -145,6 +189,41 @@ def model_config(size: Shape, max_model_len: int = 131072) -> ModelConfig:
     )
 
 
+def gpt_oss_config(num_layers: int = 24, max_model_len: int = 131072) -> ModelConfig:
+    """Return the configuration of gpt-oss 20B: experts, sinks, and windows in every other layer."""
+
+    def layer(window: int | None) -> LayerSpec:
+        attention = AttentionSpec(
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            scale=0.125,
+            window=window,
+            qkv_bias=True,
+            output_bias=True,
+            has_sinks=True,
+        )
+        experts = ExpertsSpec(
+            router=RouterSpec(num_experts=32, num_experts_per_tok=4),
+            intermediate_size=2880,
+            activation="swigluoai",
+            bias=True,
+            router_bias=True,
+        )
+        return LayerSpec(attention=attention, mlp=None, experts=experts)
+
+    return ModelConfig(
+        architecture="gpt_oss",
+        vocab_size=201088,
+        num_token_ids=201088,
+        hidden_size=2880,
+        layers=(layer(128), layer(None)) * (num_layers // 2),
+        ropes=(RopeSpec(head_dim=64, rotary_dim=64, theta=150000.0),),
+        max_position_embeddings=max_model_len,
+        weight_layout=WeightLayout(),
+    )
+
+
 @dataclass(frozen=True)
 class Sequence:
     """A request in a step: how many tokens it has computed, and how many the step computes. One is a decoding row."""
@@ -171,8 +250,8 @@ def traced_step(
     """Record the second of two equal steps, whose decoding rows read the tokens that the first has sampled."""
     params = {"max_tokens": 2, "ignore_eos": True, "temperature": 0.0} | params
     sequences = list(sequences)
-    settings, block_size = SamplingParams(**params), model.memory.block_size
-    items = [scheduled(sequence, block_size, lora_slot, settings) for sequence in sequences]
+    settings = SamplingParams(**params)
+    items = [scheduled(model, sequence, lora_slot, settings) for sequence in sequences]
     step = Step(1, items)
     for is_ahead in (False, True):
         for item in items:
@@ -210,13 +289,16 @@ def traced_graph_step(model: MetaModel, size: int) -> tuple[TracedStep, Trace]:
     return step, device.graphs[0]
 
 
-def scheduled(sequence: Sequence, block_size: int, lora_slot: int, params: SamplingParams) -> Scheduled:
+def scheduled(model: MetaModel, sequence: Sequence, lora_slot: int, params: SamplingParams) -> Scheduled:
     """Return a request's part of a step; its tokens are zeros, and its blocks the first of the cache."""
     is_prompt = sequence.num_rows > 1
     num_tokens = sequence.num_computed + sequence.num_rows
     submit = Submit(request_id="", prompt_token_ids=[0] * num_tokens, params=params, arrival=0.0)
     request = new_request(submit, salt=b"", arrival_number=0, now=0.0, lora_slot=lora_slot)
     request.num_prompt_tokens -= not is_prompt
-    request.kv.set_blocks([Block(block_id) for block_id in range(-(-num_tokens // block_size))])
+    for _ in model.config.kv_groups:
+        table = BlockTable()
+        table.append([Block(block_id) for block_id in range(-(-num_tokens // model.memory.block_size))])
+        request.kv.tables.append(table)
     request.status = Status.RUNNING
     return Scheduled(request, sequence.num_computed, sequence.num_rows, num_samples=1)

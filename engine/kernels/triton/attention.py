@@ -303,8 +303,8 @@ def _reduce(
     num_partials = _field(program, NUM_PARTIALS)
     if num_partials > 0:
         num_rows, partial_row = _field(program, NUM_MERGED_ROWS), _field(program, MERGED_PARTIAL_ROW).to(tl.int64)
-        rows, heads, has_row = _rows(num_rows, group_size, part_size, PACKED)
-        offsets = (_field(program, MERGED_ROW) + rows).to(tl.int64) * q_stride + heads * SIZE
+        tokens, heads, has_row = _rows(num_rows, group_size, part_size, PACKED)
+        offsets = (_field(program, MERGED_ROW) + tokens).to(tl.int64) * q_stride + heads * SIZE
         columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
         highest, total, weighted = _empty_softmax(PACKED, COLUMNS)
         for _ in tl.range(0, num_partials, num_stages=MERGED_AHEAD):

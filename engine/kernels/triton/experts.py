@@ -118,7 +118,7 @@ def _route(
         group_scores = _group_scores(choice, columns, NUM_GROUPS, group_size, TAKES_TWO, GROUPS)
         is_kept = columns < 0
         for _ in range(NUM_BEST_GROUPS):
-            _, best = _highest(group_scores, groups, NUM_GROUPS)
+            score, best = _highest(group_scores, groups, NUM_GROUPS)
             is_kept |= columns // group_size == best
             group_scores = tl.where(groups == best, float("-inf"), group_scores)
         choice = tl.where(is_kept, choice, float("-inf"))
@@ -127,7 +127,7 @@ def _route(
     found = tl.zeros((CHOSEN,), tl.float32)
     total = 0.0
     for place in range(NUM_CHOSEN):
-        _, best = _highest(choice, columns, NUM_EXPERTS)
+        score, best = _highest(choice, columns, NUM_EXPERTS)
         score = tl.sum(tl.where(columns == best, scores, 0.0), axis=0)
         chosen = tl.where(places == place, best, chosen)
         found = tl.where(places == place, score, found)
@@ -262,17 +262,17 @@ def _expert_linear(
     columns = (program % programs_of_group // group_size * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     expert, its_pairs = _pairs_of_tile(pairs, ends, tile, NUM_EXPERTS, EXPERTS, ROWS)
     if expert >= 0:
-        expert = expert.to(tl.int64)
+        number = expert.to(tl.int64)
         has_row = its_pairs >= 0
         rows = tl.where(has_row, its_pairs // PAIRS_OF_ROW, num_rows).to(tl.int64)
-        scales += expert * num_scale_rows * scales_stride
-        minima += expert * num_scale_rows * scales_stride
+        scales += number * num_scale_rows * scales_stride
+        minima += number * num_scale_rows * scales_stride
         sums = _sum(
-            x, weights + expert * num_columns * weights_stride, scales, minima, rows, columns, 0, num_rows, num_columns,
+            x, weights + number * num_columns * weights_stride, scales, minima, rows, columns, 0, num_rows, num_columns,
             num_inputs, x_stride, weights_stride, scales_stride, group_stride, FORMAT, SCALE_COLUMNS, SCALE_INPUTS,
             HAS_MINIMUM, 1, INPUTS
         )  # fmt: skip
-        bias += expert * bias_stride
+        bias += number * bias_stride
         out_rows = its_pairs.to(tl.int64)
         _store(sums, bias, out, out_rows, columns, has_row[:, None], num_columns, out_stride, HAS_BIAS, False)
 

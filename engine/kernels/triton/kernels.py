@@ -106,7 +106,7 @@ class TritonKernels:
     def pack(self, weights: Sequence[Weight], dtype: torch.dtype | None = None) -> Matrix:
         """Successive weights of one type become one part. If one weight is not packed, all are dequantized."""
         if dtype is not None:
-            return [joined(weights, dtype, self.device)]
+            return [joined(weights, dtype, self.device).to(dtype)]
         if any(isinstance(weight, Tensor) for weight in weights):
             weights = [joined(weights, self.dtype, self.device)]
         groups: list[list[Any]] = [list(group) for _, group in itertools.groupby(weights, key=layout_of)]

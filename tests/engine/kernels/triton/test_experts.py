@@ -57,6 +57,7 @@ def test_routes(name: str, has_bias: bool) -> None:
         assert alone.pairs.pairs.sort().values.tolist() == list(range(4))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of NumPy, in the interpreter
 def test_a_row_of_nan_harms_no_other() -> None:
     _, kernels = kernels_of()
     logits = random_tensor(SEED, 3, 16)

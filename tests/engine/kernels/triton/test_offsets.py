@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.ttir_intervals import Analysis, Interval, parse
 
-KERNELS = {"linear", "add_splits", "attend", "reduce", "rms_norm", "act_and_mul", "rope_and_store_kv"}
+KERNELS = {"linear", "add_splits", "attend", "reduce", "norm", "act_and_mul", "rope_and_store_kv"}
 KERNELS |= {"shrink", "expand", "top", "forbid", "add_biases", "penalise", "collect", "draw"}
 
 

@@ -164,7 +164,7 @@ def test_torch_takes_the_arguments(window: int | None, monkeypatch: pytest.Monke
     cache = new_kv_cache([[KVShape(2, 64)]], 5, 16, torch.bfloat16, meta)[0][0]
     lens = np.array([20])
     kind = AttentionKind(8, 2, 64, window)
-    plan = plan_prompts(batch_of(lens, lens, meta), lens, kind, 16, torch.bfloat16)
+    plan = plan_prompts(batch_of(lens, lens), lens, kind, 16, torch.bfloat16)
     assert plan is not None
     names = ("sequences", "columns", "offsets", "query_starts", "key_starts")
     tensors: dict[str, Any] = {name: getattr(plan, name).to(meta) for name in names}

@@ -20,7 +20,14 @@ from tests.support.capture_checker import specialization_of
 from tests.support.gpu_cards import CARDS
 from tests.support.gpu_shapes import SHAPES
 from tests.support.gpu_trace import Trace
-from tests.support.meta_models import MetaModel, Sequence, load_meta_model, model_config, traced_step
+from tests.support.meta_models import (
+    MetaModel,
+    Sequence,
+    gpt_oss_config,
+    load_meta_model,
+    model_config,
+    traced_step,
+)
 from tests.support.tiny_models import save_random_model
 from tests.support.triton_models import SEED, load
 
@@ -73,6 +80,16 @@ def test_traffic_compiles_nothing(card: str, settings: dict[str, Any]) -> None:
         for num_rows in rows + [numbers.randrange(2, 2000) for _ in range(10)]:
             for num_streams in (0, numbers.randrange(1, MAX_NUM_SEQS)):
                 traced_step(model, [*[Sequence(numbers.randrange(1, 8000))] * num_streams, Sequence(0, num_rows)])
+    assert found - started == set()
+
+
+def test_traffic_compiles_nothing_for_experts() -> None:
+    model = load_meta_model(gpt_oss_config(2, 8192), CARDS["h100"], max_num_seqs=MAX_NUM_SEQS)
+    started = at_start(model)
+    with specializations() as found:
+        for num_rows in (2, 17, 300, 1000, 2500, 8000):
+            traced_step(model, [Sequence(100)] * 5 + [Sequence(0, num_rows)])
+        traced_step(model, [Sequence(100)] * 17)
     assert found - started == set()
 
 
