@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.config.decoder import NORMS, Family
 from engine.config.structs import WeightLayout
 
@@ -36,6 +38,29 @@ GEMMA4_ROPES = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
 }
 GEMMA_DEFAULTS = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
+
+GEMMA4 = Family(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    "gemma4",
+    GEMMA_DEFAULTS
+    | {"max_position_embeddings": 131072, "sliding_window": 512, "sliding_window_pattern": 6}
+    | {"rope_parameters": GEMMA4_ROPES, "global_head_dim": 512, "hidden_size_per_layer_input": 256}
+    | {"hidden_act": "gelu_pytorch_tanh", "norm_topk_prob": True, "enable_moe_block": False},
+    qk_norm="head",
+    v_norm=True,
+    scale=1.0,
+    windows="pattern",
+    local_theta="rope_local_base_freq",
+    norms=SANDWICH,
+    scales_embeddings=True,
+    has_parallel_experts=True,
+    has_layer_scalars=True,
+    layout=WeightLayout(names=GEMMA4_NAMES),
+    gguf_defaults={"norm_topk_prob": True, "enable_moe_block": True, "global_head_dim": None}
+    | {"hidden_size_per_layer_input": 0, "rope_parameters": None},
+    refused={"attention_bias": False},
+)
 
 FAMILIES = (
     Family(
@@ -152,7 +177,7 @@ FAMILIES = (
         "gemma3",
         GEMMA_DEFAULTS
         | {"max_position_embeddings": 131072, "sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1e6}
-        | {"query_pre_attn_scalar": 256, "hidden_act": "gelu_pytorch_tanh"},
+        | {"query_pre_attn_scalar": 256, "hidden_act": "gelu_pytorch_tanh", "vocab_size": 262208},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         qk_norm="head",
@@ -165,27 +190,15 @@ FAMILIES = (
         gguf_wide_layers=62,
         refused={"use_bidirectional_attention": False},
     ),
-    Family(
-        "gemma4_text",
-        "Gemma4ForCausalLM",
-        "gemma4",
-        GEMMA_DEFAULTS
-        | {"max_position_embeddings": 131072, "sliding_window": 512, "sliding_window_pattern": 6}
-        | {"rope_parameters": GEMMA4_ROPES, "global_head_dim": 512, "hidden_size_per_layer_input": 256}
-        | {"hidden_act": "gelu_pytorch_tanh", "norm_topk_prob": True, "enable_moe_block": False},
-        qk_norm="head",
-        v_norm=True,
-        scale=1.0,
-        windows="pattern",
-        local_theta="rope_local_base_freq",
-        norms=SANDWICH,
-        scales_embeddings=True,
-        has_parallel_experts=True,
-        has_layer_scalars=True,
-        layout=WeightLayout(names=GEMMA4_NAMES),
-        gguf_defaults={"norm_topk_prob": True, "enable_moe_block": True, "global_head_dim": None}
-        | {"hidden_size_per_layer_input": 0, "rope_parameters": None},
-        refused={"attention_bias": False},
+    GEMMA4,
+    # The same layers; only the other parts of the model differ.
+    replace(
+        GEMMA4,
+        model_type="gemma4_unified_text",
+        architecture="Gemma4UnifiedForCausalLM",
+        gguf=None,
+        defaults={**GEMMA4.defaults, "max_position_embeddings": 262144, "sliding_window": 1024}
+        | {"hidden_size_per_layer_input": 0},
     ),
     Family(
         "gpt_oss",

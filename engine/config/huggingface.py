@@ -21,7 +21,7 @@ SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repet
 
 
 # `model_type` of a multimodal model, whose text part is in `text_config`.
-MULTIMODAL = ("gemma3", "gemma4", "mistral3")
+MULTIMODAL = ("gemma3", "gemma4", "gemma4_unified", "mistral3")
 TEXT_NAMES = (
     (r"^(model\.)?language_model\.lm_head", "lm_head"),
     (r"^(model\.)?language_model\.(model\.)?", "model."),
@@ -56,13 +56,13 @@ def parse_json(path: Path, data: bytes | bytearray) -> Fields:
 
 
 def text_part(fields: Fields) -> Fields:
-    """Return the fields of the text model, if it is a part of a multimodal one."""
+    """Return the fields of the text model, if it is a part of a multimodal one, whose own keys come first."""
     text = fields.nested("text_config")
     if text is None or fields.string("model_type", "") not in MULTIMODAL:
         return Fields(fields.source, fields.values, NAMES)
     outer = ("quantization_config", "tie_word_embeddings", "eos_token_id", "bos_token_id")
     values = {key: fields.values[key] for key in outer if fields.values.get(key) is not None}
-    return Fields(text.source, {**values, **text.values}, NAMES)
+    return Fields(text.source, {**text.values, **values}, NAMES)
 
 
 def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> ModelConfig:

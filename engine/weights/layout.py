@@ -25,7 +25,7 @@ TRANSPOSED_K = "self_attn.k_b_proj.transposed"  # of GGUF files
 FUSED_MLP = re.compile(r"(mlp|mlp\.shared_experts)\.gate_up_proj\.(weight|bias)")
 STACKED = re.compile(r"mlp\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)[._]?(weight|bias)?")
 UNUSED = re.compile(
-    r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower)\..*"
+    r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\..*"
 )
 
 

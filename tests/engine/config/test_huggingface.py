@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig, LlamaConfig, MistralConfig
+from transformers import (
+    Gemma3Config,
+    Gemma4UnifiedConfig,
+    GenerationConfig,
+    LlamaConfig,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+)
 
 from engine.config import ModelConfig, RopeScaling, load_model_config
 
@@ -207,3 +215,42 @@ def test_no_model(tmp_path: Path) -> None:
         load_model_config(tmp_path / "nothing.gguf")
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_model_config(tmp_path)
+
+
+def test_gemma_3_leaves_out_what_is_default(tmp_path: Path) -> None:
+    """The files of Gemma 3 4B hold few keys of the text part."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    values = {"model_type": "gemma3", "text_config": text | {"sliding_window": 1024}, "eos_token_id": [1, 106]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = load_model_config(tmp_path)
+    expected: Any = Gemma3Config(**values).text_config
+    attention = config.layers[0].attention
+    assert config.vocab_size == expected.vocab_size
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (
+        expected.num_attention_heads,
+        expected.num_key_value_heads,
+        expected.head_dim,
+    )
+    assert config.tie_word_embeddings
+    assert config.eos_token_ids == (1, 106)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_whole_model_says_whether_embeddings_are_tied(outer: bool, tmp_path: Path) -> None:
+    text = SHAPE | {"model_type": "mistral", "tie_word_embeddings": not outer}
+    vision = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    values: Any = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=outer)
+    expected: Any = Mistral3ForConditionalGeneration(values)
+    expected.save_pretrained(tmp_path)
+    is_tied = expected.lm_head.weight is expected.get_input_embeddings().weight
+    assert load_model_config(tmp_path).tie_word_embeddings == is_tied == outer
+
+
+def test_gemma_4_12b(tmp_path: Path) -> None:
+    expected: Any = Gemma4UnifiedConfig(text_config=SHAPE | {"num_hidden_layers": 6, "num_global_key_value_heads": 1})
+    expected.save_pretrained(tmp_path)
+    config = load_model_config(tmp_path)
+    assert config.per_layer_input_size == 0
+    assert [layer.attention.head_dim for layer in config.layers] == [256] * 5 + [512]
+    assert [layer.attention.window for layer in config.layers] == [1024] * 5 + [None]
