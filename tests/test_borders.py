@@ -235,3 +235,9 @@ def test_the_search_for_imports_finds_them() -> None:
     assert is_below("engine.shared.messages.Submit", ENGINE_FOR_SERVER)
     assert not is_below("engine.messages_of_another", ENGINE_FOR_SERVER)
     assert not is_below("engine", ENGINE_FOR_SERVER)
+
+
+def test_only_readers_of_files_ask_for_the_family_of_a_model() -> None:
+    names = {"engine.config.FAMILIES", "engine.config.family_of", "engine.config.families"}
+    asking = {Path(path).parent.as_posix() for path in SOURCES if any(is_below(name, names) for name in imports(path))}
+    assert asking == {"engine/config", "engine/lora"}

@@ -336,6 +336,18 @@ FAMILIES = (
         norms=POST_NORMS,
     ),
     Family(
+        "ernie4_5",
+        "Ernie4_5ForCausalLM",
+        "ernie4_5",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128, "norm_eps": 1e-5}
+        | {"rope_theta": 500000.0, "tie_word_embeddings": True},
+        qkv_bias="use_bias",
+        output_bias="use_bias",
+        mlp_bias="use_bias",
+        layout=WeightLayout(names=LLAMA_NAMES, is_interleaved=True),
+        gguf_layout=INTERLEAVED,
+    ),
+    Family(
         "deepseek_v2",
         "DeepseekV2ForCausalLM",
         "deepseek2",

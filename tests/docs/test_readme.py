@@ -23,5 +23,5 @@ def test_readme_leads_to_every_document() -> None:
 
 
 def test_the_decoder_is_as_short_as_the_readme_says() -> None:
-    assert "in about 200 lines" in text_of("README.md")
-    assert len((ROOT / "engine/model/decoder.py").read_text(encoding="utf-8").splitlines()) <= 220
+    assert "in about 250 lines" in text_of("README.md")
+    assert len((ROOT / "engine/model/decoder.py").read_text(encoding="utf-8").splitlines()) <= 270

@@ -67,7 +67,7 @@ def tokenizer_of(name: str) -> Callable[[Path], None]:
     """Return the function that writes a tokenizer that the converter accepts for a family."""
     if name.startswith("gemma4"):
         return write_byte_fallback_tokenizer
-    return write_sentencepiece_tokenizer if name.startswith("gemma") else write_byte_level_tokenizer
+    return write_sentencepiece_tokenizer if name.startswith(("gemma", "ernie")) else write_byte_level_tokenizer
 
 
 def write_byte_level_tokenizer(folder: Path) -> None:

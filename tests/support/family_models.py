@@ -76,6 +76,7 @@ FAMILIES = {
     "cohere2": Family("cohere2", "cohere2", "cohere2"),
     "exaone4": Family("exaone4", "exaone4", "exaone4"),
     "exaone4_full": Family("exaone4", "exaone4_full", "exaone4"),
+    "ernie4_5": Family("ernie4_5", "ernie4_5", "ernie4_5"),
     "deepseek_v2_lite": Family("deepseek_v2", "deepseek_v2_lite", "deepseek2"),
     "deepseek_v2": Family("deepseek_v2", "deepseek_v2", "deepseek2"),
     "glm4_moe_lite": Family("glm4_moe_lite", "glm4_moe_lite", "deepseek2"),

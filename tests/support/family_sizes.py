@@ -306,6 +306,10 @@ def exaone4_full(draw: Draw) -> Sizes:
     return sizes | {"sliding_window": None, "layer_types": 4 * ["full_attention"]}
 
 
+def ernie4_5(draw: Draw) -> Sizes:
+    return with_head_dim(draw) | {"use_bias": draw(True, False)}
+
+
 def latent_attention(draw: Draw) -> Sizes:
     num_heads = draw(2, 3)
     return base(draw) | {
@@ -379,6 +383,7 @@ SIZES: dict[str, Callable[[Draw], Sizes]] = {
         cohere2,
         exaone4,
         exaone4_full,
+        ernie4_5,
         deepseek_v2_lite,
         deepseek_v2,
         glm4_moe_lite,
