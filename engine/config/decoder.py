@@ -175,7 +175,7 @@ def _layer_fields(fields: Fields, index: int, kind: str) -> Fields:
         values["intermediate_size"] = 2 * fields.integer("intermediate_size")
     by_layer = fields.nested("per_layer_config")
     own = by_layer.nested(str(index)) if by_layer is not None else None
-    return Fields(fields.source, {**fields.values, **values, **(own.values if own is not None else {})}, fields.names)
+    return fields.with_values(values | dict(own.values if own is not None else {}))
 
 
 def _first_shared_layer(fields: Fields) -> int:
@@ -224,18 +224,18 @@ def _score_scale(family: Family, fields: Fields, size: int) -> float:
 
 def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
     """Return full_attention or sliding_attention for each layer."""
+    types = fields.get("layer_types")
+    supported = (FULL,) if family.windows == "none" else (FULL, SLIDING)
+    if types is not None and not (
+        isinstance(types, list) and len(types) == num_layers and all(kind in supported for kind in types)
+    ):
+        problem = f"must be {num_layers} times {' or '.join(supported)}, not {shown(types)}"
+        raise fields.error("layer_types", problem)
     window = fields.optional_integer("sliding_window", minimum=0)
     if not window or family.windows == "none" or not fields.boolean("use_sliding_window", default=True):
         return [FULL] * num_layers
-    types = fields.get("layer_types")
     if types is not None:
-        if (
-            not isinstance(types, list)
-            or len(types) != num_layers
-            or any(kind not in (FULL, SLIDING) for kind in types)
-        ):
-            raise fields.error("layer_types", f"must be {num_layers} times {FULL} or {SLIDING}, not {shown(types)}")
-        return types
+        return list(types)
     if family.windows == "all":
         return [SLIDING] * num_layers
     if family.windows == "last":

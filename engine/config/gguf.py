@@ -146,9 +146,8 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     pattern = values.get("sliding_window_pattern")
     if isinstance(pattern, list):
         values["layer_types"] = [SLIDING if is_sliding else FULL for is_sliding in pattern]
-    names = {key: (name,) for key, name in keys.items()}
-    fields = Fields(metadata.source, values, names)
-    fields = Fields(metadata.source, values | {"rope_scaling": _rope_scaling(metadata, fields, file, arch)}, names)
+    fields = Fields(metadata.source, values, labels=keys)
+    fields = fields.with_values({"rope_scaling": _rope_scaling(metadata, fields, file, arch)})
     size = head_dim(fields)
     if (value := metadata.integer(f"{arch}.attention.value_length", size)) != size:
         problem = f"{value} differs from the head dimension {size}, which is not supported"
@@ -188,6 +187,8 @@ def _rope_scaling(metadata: Fields, fields: Fields, file: GGUFFile, arch: str) -
         values["llama_4_scaling_beta"] = beta
     factors = [_factors(file, fields, name) for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")]
     if factors[0] or factors[1]:
+        if kind == "linear" and factor != 1.0:
+            raise metadata.error("rope_freqs.weight", f"is not supported beside the linear factor {factor}")
         values["rope_type"] = "longrope"
         values["attention_factor"] = metadata.number(f"{prefix}.attn_factor", 1.0)
         values["short_factor"], values["long_factor"] = factors[1] or factors[0], factors[2] or factors[0]

@@ -32,7 +32,7 @@ def read_rope(fields: Fields, rope: Fields | None, head_dim: int) -> RopeSpec:
     """Return the rotary embedding that `rope` describes, with defaults from the outer `fields`."""
     rope = rope or Fields(fields.source, {})
     kind = rope.string("rope_type", rope.string("type", "default"))
-    share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0), zero=False)
+    share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0, zero=False), zero=False)
     rotary_dim = fields.integer("rotary_dim", 2 * (int(head_dim * min(share, 1.0)) // 2), minimum=0)
     if rotary_dim % 2 or rotary_dim > head_dim:
         raise fields.error("rotary_dim", f"must be even and at most the head size {head_dim}, not {rotary_dim}")

@@ -290,9 +290,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             speculation=self.policy,
         )
         self.scheduler.kv.watermark = watermark
-        self.model = FakeModel(
-            block_size, self.next_token, separates_prompts=separates_prompts, windows=windows
-        )
+        self.model = FakeModel(block_size, self.next_token, separates_prompts=separates_prompts, windows=windows)
         self.choices: list[Choice] = []
         self.by_request: dict[Request, Choice] = {}
         self.num_submitted = 0
