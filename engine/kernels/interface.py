@@ -255,7 +255,7 @@ class Kernels(Protocol):
         ...
 
     def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        """Return act(gate) * up for gate and up [T, I], which may be columns of one tensor (GLU variants, Shazeer 2020).
+        """Return act(gate) * up for gate and up [T, I], which may be columns of one tensor (GLU, Shazeer 2020).
 
         `activation` is silu (SwiGLU), gelu, gelu_pytorch_tanh, or swigluoai (gpt-oss: gate is at most 7, up within
         -7 .. 7; gate * sigmoid(1.702 gate) * (up + 1)).
@@ -271,7 +271,7 @@ class Kernels(Protocol):
     def route(
         self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
     ) -> Any:
-        """Choose the experts of each row by its router logits, float32 [T, E]: the routing that products of experts take.
+        """Choose the experts of each row by its router logits, float32 [T, E], for the products of experts.
 
         The highest scores win, ties go to the lowest expert. `bias` [E] is added to the scores for the choice, not to
         the weights. `expert_scales` [E] multiply the weights at the end.

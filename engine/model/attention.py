@@ -1,4 +1,4 @@
-"""Self-attention: queries, keys and values in many heads, cached keys and values, and what a step gives to each layer."""
+"""Self-attention: queries, keys and values in many heads, the KV cache, and what a step gives to each layer."""
 
 from __future__ import annotations
 

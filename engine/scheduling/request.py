@@ -132,8 +132,8 @@ class SamplingState:
 class Request:
     """One choice of a submitted prompt: a sequence that grows by one or more tokens per step until it ends.
 
-    `kv.num_computed` tokens have their keys and values in the blocks of `kv.tables`, or will have once the steps in flight are over.
-    The remaining tokens, up to `num_target_tokens`, are still to be computed.
+    `kv.num_computed` tokens have their keys and values in the blocks of `kv.tables`, or will have once the steps in
+    flight are over. The remaining tokens, up to `num_target_tokens`, are still to be computed.
     """
 
     # Submitted.

@@ -1,14 +1,16 @@
 """Configurations of models whose layers are all alike, from the numbers of a config.json, and back."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, RopeScaling, RopeSpec, WeightLayout
 
 PLAIN = RopeScaling()
+T = TypeVar("T")
 
 
-def llama_config(
+def llama_config(  # noqa: PLR0913
     *,
     num_hidden_layers: int,
     num_attention_heads: int,
@@ -51,8 +53,13 @@ def llama_config(
     )
 
 
+def model_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the tensors of a Llama of transformers under the names that the model here has for them."""
+    return {name.replace(".post_attention_layernorm.", ".pre_feedforward_layernorm."): x for name, x in tensors.items()}
+
+
 def llama_fields(config: ModelConfig) -> SimpleNamespace:
-    """Return the numbers of a model whose layers are all alike, under the names of `llama_config` and of `ModelConfig`."""
+    """Return the numbers of a model whose layers are all alike, under the names of config.json and of `ModelConfig`."""
     (layer,) = set(config.layers)
     (rope,) = config.ropes
     attention = layer.attention

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.batch.inputs import BatchInputs
-from engine.kernels.interface import KernelOptions, Kernels, LayerCache
+from engine.batch.inputs import AttentionWork, BatchInputs
+from engine.config import AttentionKind
+from engine.kernels.interface import AttentionScores, KernelOptions, Kernels, LayerCache
 from engine.kernels.torch.kernels import TorchKernels
 from tests.support.tensors import CPU, random_tensor
 
@@ -25,10 +26,16 @@ class Shape:
     block_size: int
     window: int | None
     dtype: torch.dtype
+    softcap: float | None = None
+    has_sinks: bool = False
 
     @property
     def scale(self) -> float:
         return 1 / math.sqrt(self.head_dim)
+
+    @property
+    def kind(self) -> AttentionKind:
+        return AttentionKind(self.num_kv_heads * self.group_size, self.num_kv_heads, self.head_dim, self.window)
 
 
 class Paged:
@@ -54,6 +61,8 @@ class Paged:
         self.q = [self._random(seed + 3 * i, n, num_heads, shape.head_dim) for i, n in enumerate(seq_lens)]
         self.k = [self._random(seed + 3 * i + 1, n, *kv) for i, n in enumerate(seq_lens)]
         self.v = [self._random(seed + 3 * i + 2, n, *kv) for i, n in enumerate(seq_lens)]
+        sinks = random_tensor(seed, num_heads).to(device) if shape.has_sinks else None
+        self.scores = AttentionScores(shape.scale, shape.softcap, sinks)
         num_blocks = [-(-n // shape.block_size) for n in seq_lens]
         shuffled = np.random.default_rng(seed).permutation(sum(num_blocks) + 5)
         self.block_ids = [ids.tolist() for ids in np.split(shuffled, np.cumsum(num_blocks))[: len(seq_lens)]]
@@ -79,12 +88,16 @@ class Paged:
         lens = [end - start for _, start, end in spans]
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)  # attention reads only the other fields
         query_lens, seq_lens = np.array(lens), np.array([end for *_, end in spans])
-        rows = (nothing,) * 9
-        batch = BatchInputs(*rows, torch.tensor(tables, device=self.device), query_lens, query_lens, seq_lens)
+        table = torch.tensor(tables, device=self.device)
+        rows = (nothing,) * 8
+        batch = BatchInputs(*rows, [nothing], [table], query_lens, query_lens, seq_lens)
         q = torch.cat([self.q[sequence][start:end] for sequence, start, end in spans])
-        shape = self.shape
-        plan = self.kernels.plan_attention(batch, query_lens, q.shape[1], shape.num_kv_heads, self.cache, shape.window)
-        out = self.kernels.paged_attention(q, self.cache, plan, shape.scale)
+        planner = self.kernels.attention_planner(self.shape.kind)
+        if planner is not None:
+            work = planner.plan(query_lens, seq_lens)
+            batch.attention_work = [AttentionWork(torch.from_numpy(work.table).to(self.device), work.num_partial_rows)]
+        plan = self.kernels.plan_attention(batch, query_lens, self.shape.kind, 0)
+        out = self.kernels.paged_attention(q.clone(), self.cache, plan, table, self.scores)  # which may replace q
         assert out.shape == q.shape
         assert out.dtype == q.dtype
         return list(torch.split(out, lens))
@@ -94,8 +107,7 @@ class Paged:
         k, v = (of[sequence].cpu().double().numpy() for of in (self.k, self.v))
         q = self.q[sequence].cpu().double().numpy()
         rows = [
-            textbook_attention(q[position], k, v, position, self.shape.scale, self.shape.window)
-            for position in range(start, end)
+            textbook_attention(q[position], k, v, position, self.shape, self.scores) for position in range(start, end)
         ]
         return torch.from_numpy(np.stack(rows)).to(self.device)
 
@@ -105,15 +117,20 @@ def textbook_attention(
     keys: npt.NDArray[np.float64],
     values: npt.NDArray[np.float64],
     position: int,
-    scale: float,
-    window: int | None,
+    shape: Shape,
+    scores: AttentionScores,
 ) -> npt.NDArray[np.float64]:
     """Return the attention of one row q [H, D] to keys and values [n, KH, D]."""
-    first = 0 if window is None else max(0, position - window + 1)
+    first = 0 if shape.window is None else max(0, position - shape.window + 1)
     group_size = q.shape[0] // keys.shape[1]
     k = np.repeat(keys[first : position + 1], group_size, axis=1)
     v = np.repeat(values[first : position + 1], group_size, axis=1)
-    scores = np.einsum("hd,nhd->hn", q, k) * scale
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    result: npt.NDArray[np.float64] = np.einsum("hn,nhd->hd", weights / weights.sum(axis=1, keepdims=True), v)
+    products = np.einsum("hd,nhd->hn", q, k) * shape.scale
+    if shape.softcap is not None:
+        products = shape.softcap * np.tanh(products / shape.softcap)
+    if scores.sinks is not None:
+        products = np.concatenate((products, scores.sinks.cpu().double().numpy()[:, None]), axis=1)
+    weights = np.exp(products - products.max(axis=1, keepdims=True))
+    weights = (weights / weights.sum(axis=1, keepdims=True))[:, : len(v)]
+    result: npt.NDArray[np.float64] = np.einsum("hn,nhd->hd", weights, v)
     return result
