@@ -9,17 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from engine.config.fields import Fields, shown
 from engine.config.layers import (
     AttentionSpec,
     ExpertsSpec,
+    LatentSpec,
     LayerSpec,
     MLPSpec,
     QKNorm,
     RopeSpec,
     RouterSpec,
 )
-from engine.config.rope import FULL, SLIDING, read_ropes
+from engine.config.rope import FULL, SLIDING, read_layer_rope, yarn_mscale
 from engine.config.structs import WeightLayout
 
 ACTIVATIONS = {  # name in config.json -> name of the activation in `Kernels.act_and_mul`
@@ -36,6 +39,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "num_experts_per_tok": ("top_k_experts",),
     "hidden_act": ("hidden_activation",),
     "norm_eps": ("rms_norm_eps", "layer_norm_eps"),
+    "shared_expert_intermediate_size": ("shared_intermediate_size",),
 }
 
 MAX_EXPERTS = 1024  # more the kernels do not support
@@ -65,7 +69,8 @@ class Family:
     scale: str | float | None = None  # of scores, or its key, or the key of the head size it is computed from
     windows: Literal["none", "all", "pattern", "last"] = "none"  # layers with a sliding window, unless layer_types says
     local_theta: str | None = None  # key of the base of rotary embeddings of sliding layers; None: like all others
-    no_rope: Literal["none", "full", "listed"] = "none"  # layers without rotary embeddings
+    no_rope: Literal["none", "full", "listed", "flagged"] = "none"  # layers without rotary embeddings
+    is_latent: bool = False
 
     # Norms and residual stream.
     norm: Literal["rms", "layer"] = "rms"
@@ -75,9 +80,12 @@ class Family:
     logits: Literal["none", "divided", "multiplied"] = "none"  # by logits_scaling, or logit_scale
 
     # MLP.
+    mlp_size: str = "intermediate_size"  # key
     mlp_bias: Switch = False
     activation: str | None = None  # None: hidden_act
     expert_bias: bool = False
+    correction_bias: bool = False
+    group_score: Literal["max", "top2"] = "max"
     has_parallel_experts: bool = False  # beside the MLP, with a norm of the router and scales of experts (Gemma 4)
     has_layer_scalars: bool = False
 
@@ -190,6 +198,8 @@ def _attention(family: Family, fields: Fields, types: list[str], index: int, rop
     if num_heads % num_kv_heads:
         problem = f"the {num_heads} attention heads are no multiple of {num_kv_heads} key and value heads"
         raise fields.error("num_key_value_heads", problem)
+    if family.is_latent:
+        return _latent_attention(fields, num_heads, rope)
     kind, size, first_shared = types[index], head_dim(fields), _first_shared_layer(fields)
     source = None
     if index >= first_shared:
@@ -214,6 +224,32 @@ def _attention(family: Family, fields: Fields, types: list[str], index: int, rop
     )
 
 
+def _latent_attention(fields: Fields, num_heads: int, rope: int) -> AttentionSpec:
+    latent = LatentSpec(
+        q_lora_rank=fields.optional_integer("q_lora_rank"),
+        kv_lora_rank=fields.integer("kv_lora_rank"),
+        nope_head_dim=fields.integer("qk_nope_head_dim"),
+        rope_head_dim=fields.integer("qk_rope_head_dim"),
+        v_head_dim=fields.integer("v_head_dim"),
+    )
+    if latent.kv_lora_rank % 2:
+        raise fields.error("kv_lora_rank", f"must be even, not {latent.kv_lora_rank}")
+    scale = (latent.nope_head_dim + latent.rope_head_dim) ** -0.5
+    scaling = fields.nested("rope_parameters") or fields.nested("rope_scaling")
+    if scaling is not None and scaling.string("rope_type", scaling.string("type", "default")) == "yarn":
+        scale *= yarn_mscale(scaling.number("factor", 1.0), scaling.number("mscale_all_dim", 0.0)) ** 2
+    size = latent.kv_lora_rank + latent.rope_head_dim
+    return AttentionSpec(
+        num_heads=num_heads,
+        num_kv_heads=1,
+        head_dim=size,
+        scale=scale,
+        rope=rope,
+        values_are_keys=True,
+        latent=latent,
+    )
+
+
 def _score_scale(family: Family, fields: Fields, size: int) -> float:
     if isinstance(family.scale, float):
         return family.scale
@@ -224,18 +260,16 @@ def _score_scale(family: Family, fields: Fields, size: int) -> float:
 
 def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
     """Return full_attention or sliding_attention for each layer."""
-    types = fields.get("layer_types")
-    supported = (FULL,) if family.windows == "none" else (FULL, SLIDING)
-    if types is not None and not (
-        isinstance(types, list) and len(types) == num_layers and all(kind in supported for kind in types)
-    ):
-        problem = f"must be {num_layers} times {' or '.join(supported)}, not {shown(types)}"
-        raise fields.error("layer_types", problem)
+    types = fields.get("layer_types") or []
+    if not isinstance(types, list) or any(kind not in (FULL, SLIDING, "attention") for kind in types):
+        raise fields.error("layer_types", f"must be {FULL} or {SLIDING}, not {shown(types)}")
+    if types and len(types) != num_layers:
+        raise fields.error("layer_types", f"has {len(types)} elements, but there are {num_layers} layers")
     window = fields.optional_integer("sliding_window", minimum=0)
     if not window or family.windows == "none" or not fields.boolean("use_sliding_window", default=True):
         return [FULL] * num_layers
-    if types is not None:
-        return list(types)
+    if types:
+        return [SLIDING if kind == SLIDING else FULL for kind in types]
     if family.windows == "all":
         return [SLIDING] * num_layers
     if family.windows == "last":
@@ -249,6 +283,8 @@ def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
 def _layers_with_rope(family: Family, fields: Fields, types: list[str]) -> list[bool]:
     if family.no_rope == "full" and SLIDING in types:
         return [kind == SLIDING for kind in types]
+    if family.no_rope == "flagged":
+        return [fields.get("position_embedding_type") == "rope"] * len(types)
     if family.no_rope != "listed":
         return [True] * len(types)
     if fields.get("no_rope_layers"):
@@ -258,7 +294,11 @@ def _layers_with_rope(family: Family, fields: Fields, types: list[str]) -> list[
 
 
 def _rope(family: Family, fields: Fields, kind: str) -> RopeSpec:
-    return read_ropes(fields, head_dim(fields), family.local_theta)[kind]
+    if family.is_latent:
+        rank, size = fields.integer("kv_lora_rank"), fields.integer("qk_rope_head_dim")
+        rope = read_layer_rope(fields, kind, size, None)
+        return msgspec.structs.replace(rope, head_dim=rank + size, first_pair=rank // 2)
+    return read_layer_rope(fields, kind, head_dim(fields), family.local_theta)
 
 
 def _no_rope(fields: Fields) -> RopeSpec:
@@ -267,7 +307,7 @@ def _no_rope(fields: Fields) -> RopeSpec:
 
 def _mlp(family: Family, fields: Fields) -> MLPSpec:
     return MLPSpec(
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=fields.integer(family.mlp_size),
         activation=_activation(family, fields),
         bias=is_on(family.mlp_bias, fields),
     )
@@ -287,18 +327,23 @@ def _has_experts(fields: Fields, index: int) -> bool:
         return False
     if index < fields.integer("first_k_dense_replace", 0, minimum=0):
         return False
+    if types := fields.get("mlp_layer_types"):
+        return bool(types[index] == "sparse")
     dense = fields.get("mlp_only_layers") or []
     return index not in dense and (index + 1) % fields.integer("decoder_sparse_step", 1) == 0
 
 
 def _experts(family: Family, fields: Fields) -> ExpertsSpec:
     num_experts = fields.integer("num_experts", maximum=MAX_EXPERTS)
-    shared_size = fields.integer("shared_expert_intermediate_size", 0, minimum=0)
+    size = fields.integer("moe_intermediate_size", fields.integer("intermediate_size"))
+    num_shared = fields.integer("n_shared_experts", 0, minimum=0)
+    shared_size = fields.integer("shared_expert_intermediate_size", num_shared * size, minimum=0)
     scoring = fields.string("scoring_func", "softmax")
     if scoring not in ("softmax", "sigmoid"):
         raise fields.error("scoring_func", f"{scoring!r} is not supported (supported: softmax, sigmoid)")
     num_chosen = fields.integer("num_experts_per_tok", maximum=num_experts)
-    num_groups, topk_group = fields.integer("n_group", 1), fields.integer("topk_group", 1)
+    has_groups = fields.string("topk_method", "") != "greedy"
+    num_groups, topk_group = (fields.integer(key, 1) if has_groups else 1 for key in ("n_group", "topk_group"))
     if num_experts % num_groups or not num_chosen <= topk_group * (num_experts // num_groups) <= num_experts:
         problem = f"{num_chosen} of {num_experts} experts cannot be chosen from {topk_group} of {num_groups} groups"
         raise fields.error("n_group", problem)
@@ -312,11 +357,13 @@ def _experts(family: Family, fields: Fields) -> ExpertsSpec:
             scale=fields.number("routed_scaling_factor", 1.0),
             num_groups=num_groups,
             topk_group=topk_group,
+            group_score=family.group_score,
         ),
-        intermediate_size=fields.integer("moe_intermediate_size", fields.integer("intermediate_size")),
+        intermediate_size=size,
         activation=activation,
         bias=family.expert_bias,
         router_bias=family.expert_bias,
+        correction_bias=family.correction_bias,
         router_norm=family.has_parallel_experts,
         expert_scales=family.has_parallel_experts,
         shared=MLPSpec(intermediate_size=shared_size, activation=activation) if shared_size else None,

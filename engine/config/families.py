@@ -18,6 +18,11 @@ MIXTRAL_NAMES = (
     (r"\.w2\.weight", ".down_proj.weight"),
     (r"\.w3\.weight", ".up_proj.weight"),
 )
+GRANITE4_NAMES = (
+    *LLAMA_NAMES,
+    (r"\.shared_mlp\.input_linear\.", ".mlp.gate_up_proj."),
+    (r"\.shared_mlp\.output_linear\.", ".mlp.down_proj."),
+)
 INTERLEAVED = WeightLayout(is_interleaved=True)
 FUSED_UP = (("mlp.up_proj", "mlp.gate_up_proj"),)  # gate and up are one tensor in GGUF files
 GEMMA4_NAMES = (
@@ -239,14 +244,31 @@ FAMILIES = (
         "granite",
         "GraniteForCausalLM",
         "granite",
-        {"max_position_embeddings": 2048},
+        {"max_position_embeddings": 2048, "position_embedding_type": "rope"},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias="mlp_bias",
         scale="attention_multiplier",
+        no_rope="flagged",
         logits="divided",
         layout=LLAMA,
         gguf_layout=INTERLEAVED,
+        refused={"num_experts": 0},
+    ),
+    Family(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        "granite",
+        {"max_position_embeddings": 2048},
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        scale="attention_multiplier",
+        no_rope="flagged",
+        logits="divided",
+        mlp_size="shared_expert_intermediate_size",
+        layout=WeightLayout(names=GRANITE4_NAMES),
+        gguf_layout=INTERLEAVED,
+        refused={"num_experts": 0},
     ),
     Family(
         "smollm3",
@@ -299,6 +321,36 @@ FAMILIES = (
         windows="pattern",
         no_rope="full",
         norms=POST_NORMS,
+    ),
+    Family(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        "deepseek2",
+        {"max_position_embeddings": 2048, "topk_method": "greedy", "moe_intermediate_size": 1407, "n_shared_experts": 2}
+        | {"kv_lora_rank": 512, "q_lora_rank": 1536, "n_routed_experts": 64}
+        | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+        is_latent=True,
+        layout=WeightLayout(names=LLAMA_NAMES, is_interleaved=True),
+        gguf_layout=INTERLEAVED,
+        gguf_defaults={"q_lora_rank": None, "topk_method": None},
+        refused={"attention_bias": False, "norm_topk_prob": False},
+    ),
+    Family(
+        "glm4_moe_lite",
+        "Glm4MoeLiteForCausalLM",
+        "deepseek2",
+        {"max_position_embeddings": 202752, "norm_eps": 1e-5, "scoring_func": "sigmoid", "norm_topk_prob": True}
+        | {"n_routed_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 1536, "n_shared_experts": 1}
+        | {"routed_scaling_factor": 1.8, "first_k_dense_replace": 1}
+        | {"kv_lora_rank": 512, "q_lora_rank": 768}
+        | {"qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256},
+        is_latent=True,
+        correction_bias=True,
+        group_score="top2",
+        layout=WeightLayout(names=LLAMA_NAMES, is_interleaved=True),
+        gguf_layout=INTERLEAVED,
+        gguf_defaults={"q_lora_rank": None},
+        refused={"attention_bias": False, "rope_interleave": True},
     ),
 )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 MAX_INT = 2**31 - 1
 MAX_FLOAT = 1e30
+MAX_FACTOR = 1e31  # of frequencies: files have 1e30 for those that do not turn
 
 
 class Fields:
@@ -98,7 +99,7 @@ class Fields:
         """Return a list of `count` positive numbers."""
         value = self.get(key)
         is_list = isinstance(value, list) and len(value) == count
-        if not is_list or not all(type(one) in (int, float) and 0 < one <= MAX_FLOAT for one in value):
+        if not is_list or not all(type(one) in (int, float) and 0 < one <= MAX_FACTOR for one in value):
             raise self.error(key, f"must be {count} positive numbers, not {shown(value)}")
         return tuple(map(float, value))
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.config.decoder import Family, build_decoder, head_dim
-from engine.config.families import FAMILIES
+from engine.config.families import FAMILIES, family_of
 from engine.config.fields import Fields
 from engine.config.rope import FULL, SLIDING
 from engine.config.structs import ModelConfig
@@ -13,13 +13,15 @@ from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
 
 # Where families share an architecture, the name of the most general one: Mistral and Mixtral are read as Llama.
-SHARED = {"llama": "llama", "olmo2": "olmo3"}
+SHARED = {"llama": "llama", "olmo2": "olmo3", "granite": "granite", "deepseek2": "deepseek_v2"}
 BY_ARCHITECTURE = {
     family.gguf: family
     for family in FAMILIES
     if family.gguf and SHARED.get(family.gguf, family.model_type) == family.model_type
 }
+BY_ARCHITECTURE["granitemoe"] = BY_ARCHITECTURE["granite"]  # Granite 4, with expert_count 0
 GGUF_ARCHITECTURES = tuple(BY_ARCHITECTURE)
+SCORING_FUNCTIONS = {1: "softmax", 2: "sigmoid"}  # of expert_gating_func
 # Key of config.json -> key of the metadata after the architecture. A missing one is null: defaults do not apply.
 KEYS = {
     "hidden_size": "embedding_length",
@@ -57,6 +59,12 @@ DEFAULTED_KEYS = {
     "sliding_rotary_dim": "rope.dimension_count_swa",
     "num_kv_shared_layers": "attention.shared_kv_layers",
     "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+    "n_shared_experts": "expert_shared_count",
+    "q_lora_rank": "attention.q_lora_rank",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "v_head_dim": "attention.value_length_mla",
+    "qk_rope_head_dim": "rope.dimension_count",
+    "num_nextn_predict_layers": "nextn_predict_layers",
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
 }
@@ -107,6 +115,7 @@ def load_gguf(file: GGUFFile) -> ModelConfig:
         per_layer_input_size=decoder.per_layer_input_size,
         logits_scale=decoder.logits_scale,
         logits_softcap=decoder.logits_softcap,
+        num_ignored_layers=fields.integer("num_nextn_predict_layers", 0, minimum=0),
         weight_layout=family.gguf_layout,
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         eos_token_ids=_eos_token_ids(metadata, vocab_size),
@@ -120,8 +129,10 @@ def _family(metadata: Fields, file: GGUFFile) -> Family:
     if arch not in BY_ARCHITECTURE:
         supported = ", ".join(GGUF_ARCHITECTURES)
         raise metadata.error("general.architecture", f"{arch!r} is not supported (supported: {supported})")
+    has_correction_bias = any(name.endswith(".exp_probs_b.bias") for name in file.tensors)
     return replace(
-        BY_ARCHITECTURE[arch],
+        family_of("glm4_moe_lite") if arch == "deepseek2" and has_correction_bias else BY_ARCHITECTURE[arch],
+        gguf=arch,
         qkv_bias=any(f"blk.0.{name}.bias" in file.tensors for name in ("attn_q", "attn_qkv")),
         output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_down.bias" in file.tensors,
@@ -138,6 +149,16 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     values |= {key: value for key, value in family.gguf_defaults.items() if key not in values}
     is_wide = values["num_hidden_layers"] == family.gguf_wide_layers
     values["query_pre_attn_scalar"] = values["hidden_size"] / values["num_attention_heads"] if is_wide else None
+    values["position_embedding_type"] = "rope" if metadata.boolean(f"{arch}.rope.scaling.finetuned", True) else None
+    if (function := metadata.get(f"{arch}.expert_gating_func")) is not None:
+        values["scoring_func"] = SCORING_FUNCTIONS.get(function, f"number {function}")
+    if not values["num_experts"] and "shared_expert_intermediate_size" in values:
+        values["intermediate_size"] = values["shared_expert_intermediate_size"]  # Granite 4
+    if family.is_latent:
+        rotated = metadata.integer(keys["qk_rope_head_dim"])
+        values["qk_nope_head_dim"] = metadata.integer(f"{arch}.attention.key_length_mla") - rotated
+    num_ignored = metadata.integer(keys["num_nextn_predict_layers"], 0, minimum=0)
+    values["num_hidden_layers"] = metadata.integer(keys["num_hidden_layers"]) - num_ignored
     tensors = file.tensors
     values["attention_k_eq_v"] = any(
         f"blk.{index}.attn_k.weight" in tensors and not {f"blk.{index}.{name}.weight" for name in V_NAMES} & {*tensors}
@@ -149,7 +170,8 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     fields = Fields(metadata.source, values, labels=keys)
     fields = fields.with_values({"rope_scaling": _rope_scaling(metadata, fields, file, arch)})
     size = head_dim(fields)
-    if (value := metadata.integer(f"{arch}.attention.value_length", size)) != size:
+    value = metadata.integer(f"{arch}.attention.value_length", size)
+    if value != size and not family.is_latent:
         problem = f"{value} differs from the head dimension {size}, which is not supported"
         raise metadata.error(f"{arch}.attention.value_length", problem)
     return fields
@@ -196,7 +218,10 @@ def _rope_scaling(metadata: Fields, fields: Fields, file: GGUFFile, arch: str) -
         for key, name in YARN_KEYS.items():
             if (value := metadata.get(f"{prefix}.{name}")) is not None:
                 values[key] = value
-        values["mscale"] = 1.0  # counts only beside mscale_all_dim
+        if "kv_lora_rank" in fields.values:
+            values["mscale_all_dim"] = values["mscale"] = 10 * values.get("mscale_all_dim", 0.0)
+        else:
+            values["mscale"] = 1.0  # counts only beside mscale_all_dim
         values["truncate"] = fields.boolean("truncate", default=True)
     elif kind == "none" or factor == 1.0:
         values["rope_type"] = "default"

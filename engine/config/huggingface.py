@@ -21,8 +21,8 @@ GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # ends of the names of
 # `model_type` of a multimodal model, whose text part is in `text_config`.
 MULTIMODAL = ("gemma3", "gemma4", "mistral3")
 TEXT_NAMES = (
-    (r"^(model\.)?language_model\.(model\.)?(?=layers|embed_tokens|norm)", "model."),
-    (r"^language_model\.lm_head", "lm_head"),
+    (r"^(model\.)?language_model\.lm_head", "lm_head"),
+    (r"^(model\.)?language_model\.(model\.)?", "model."),
 )
 
 
@@ -87,6 +87,7 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         per_layer_input_size=decoder.per_layer_input_size,
         logits_scale=decoder.logits_scale,
         logits_softcap=decoder.logits_softcap,
+        num_ignored_layers=fields.integer("num_nextn_predict_layers", 0, minimum=0),
         weight_layout=msgspec.structs.replace(family.layout, names=(*TEXT_NAMES, *family.layout.names)),
         bos_token_id=bos_token_ids[0] if bos_token_ids else None,
         eos_token_ids=tuple(dict.fromkeys(end_ids)),

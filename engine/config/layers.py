@@ -39,6 +39,7 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     # Pairs are half a head apart, and frequencies those of a whole head, even if only some are rotated (Gemma 4).
     is_proportional: bool = False
     scaling: RopeScaling = RopeScaling()
+    first_pair: int = 0  # of those that are rotated
     query_beta: float = 0.0  # queries at position p are multiplied by 1 + beta * log(1 + floor(p / context))
     query_context: int = 8192
 
@@ -46,8 +47,21 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
 QKNorm: TypeAlias = Literal["none", "head", "all"]
 
 
+class LatentSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Latent attention (MLA, DeepSeek-V2 2024): keys and values of all heads are products of one latent vector."""
+
+    q_lora_rank: int | None  # of the product that computes queries; None: it is one matrix
+    kv_lora_rank: int  # numbers of the latent vector
+    nope_head_dim: int  # dimensions of a head that are not rotated
+    rope_head_dim: int  # rotated dimensions, whose key all heads share
+    v_head_dim: int
+
+
 class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Grouped-query attention of one layer."""
+    """Grouped-query attention of one layer.
+
+    Latent attention has one KV head: the latent vector and the rotated key, which are keys and values of all heads.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -62,6 +76,7 @@ class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
     v_norm: bool = False  # RMS norm of each head of values, without weights
     has_sinks: bool = False
     values_are_keys: bool = False  # values are the keys before norm and rotation
+    latent: LatentSpec | None = None
     kv_source: int | None = None  # the layer whose keys and values this one reads; None: its own
 
     @property

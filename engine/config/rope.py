@@ -11,31 +11,29 @@ from engine.config.layers import RopeScaling, RopeSpec
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read_ropes(fields: Fields, head_dim: int, local_theta: str | None) -> dict[str, RopeSpec]:
-    """Return the rotary embedding of each type of layer.
+def read_layer_rope(fields: Fields, kind: str, head_dim: int, local_theta: str | None) -> RopeSpec:
+    """Return the rotary embedding of layers of a type.
 
     Newer files have `rope_parameters`, for all layers or for each type; older ones `rope_theta` and `rope_scaling`.
     `local_theta` is the key of the base of sliding layers, which are not scaled; None: they are like the others.
     """
     parameters = fields.nested("rope_parameters")
     if parameters is not None and isinstance(parameters.get(FULL), dict):
-        return {kind: read_rope(fields, parameters.nested(kind), head_dim) for kind in (FULL, SLIDING)}
-    rope = read_rope(fields, fields.nested("rope_scaling") or parameters, head_dim)
-    if local_theta is None:
-        return {FULL: rope, SLIDING: rope}
-    theta = rope.theta if local_theta == "rope_theta" else fields.number(local_theta, 10000.0, zero=False)
-    local = RopeSpec(head_dim=head_dim, rotary_dim=rope.rotary_dim, theta=theta)
-    return {FULL: rope, SLIDING: local}
+        return read_rope(fields, parameters.nested(kind), head_dim)
+    rope = fields.nested("rope_scaling") or parameters
+    if kind == FULL or local_theta is None:
+        return read_rope(fields, rope, head_dim)
+    theta = fields.number(local_theta, 10000.0, zero=False)
+    if local_theta == "rope_theta" and rope is not None:
+        theta = rope.number("rope_theta", theta, zero=False)
+    return RopeSpec(head_dim=head_dim, rotary_dim=_rotary_dim(fields, rope, head_dim), theta=theta)
 
 
 def read_rope(fields: Fields, rope: Fields | None, head_dim: int) -> RopeSpec:
     """Return the rotary embedding that `rope` describes, with defaults from the outer `fields`."""
     rope = rope or Fields(fields.source, {})
     kind = rope.string("rope_type", rope.string("type", "default"))
-    share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0, zero=False), zero=False)
-    rotary_dim = fields.integer("rotary_dim", 2 * (int(head_dim * min(share, 1.0)) // 2), minimum=0)
-    if rotary_dim % 2 or rotary_dim > head_dim:
-        raise fields.error("rotary_dim", f"must be even and at most the head size {head_dim}, not {rotary_dim}")
+    rotary_dim = _rotary_dim(fields, rope, head_dim)
     return RopeSpec(
         head_dim=head_dim,
         rotary_dim=rotary_dim,
@@ -45,6 +43,16 @@ def read_rope(fields: Fields, rope: Fields | None, head_dim: int) -> RopeSpec:
         query_beta=rope.number("llama_4_scaling_beta", 0.0),
         query_context=_original_context(rope, fields),
     )
+
+
+def _rotary_dim(fields: Fields, rope: Fields | None, head_dim: int) -> int:
+    share = fields.number("partial_rotary_factor", 1.0, zero=False)
+    if rope is not None:
+        share = rope.number("partial_rotary_factor", share, zero=False)
+    rotary_dim = fields.integer("rotary_dim", 2 * (int(head_dim * min(share, 1.0)) // 2), minimum=0)
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise fields.error("rotary_dim", f"must be even and at most the head size {head_dim}, not {rotary_dim}")
+    return rotary_dim
 
 
 def _scaling(kind: str, rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
@@ -77,9 +85,9 @@ def _yarn(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
     context = _original_context(rope, fields)
     factor = rope.number("factor", fields.integer("max_position_embeddings") / context, zero=False)
     mscale, mscale_all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
-    attention_factor = _yarn_mscale(factor, 1.0)
+    attention_factor = yarn_mscale(factor, 1.0)
     if mscale and mscale_all_dim:
-        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+        attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
     return RopeScaling(
         rope_type="yarn",
         factor=factor,
@@ -91,7 +99,8 @@ def _yarn(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
     )
 
 
-def _yarn_mscale(factor: float, mscale: float) -> float:
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """Return by how much attention is sharpened for a context that is stretched by `factor`."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

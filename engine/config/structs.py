@@ -80,6 +80,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     per_layer_activation: str = "gelu_pytorch_tanh"
     logits_scale: float = 1.0
     logits_softcap: float | None = None
+    num_ignored_layers: int = 0  # further layers of the checkpoint, which predict later tokens
     weight_layout: WeightLayout = WeightLayout()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -164,6 +164,17 @@ class Kernels(Protocol):
         """
         ...
 
+    def head_linear(self, matrices: Tensor) -> LinearOp:
+        """Return an operation that multiplies each head of x [T, H * K] with a matrix of its own: [T, H * M].
+
+        `matrices` is [H, M, K] in float32, and need not be on the device. The operation takes no residual stream.
+        """
+        ...
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the columns of tensors [T, ...], which may be columns of others, side by side."""
+        ...
+
     def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
         """Return empty adapter slots for a product of projections with `sizes` outputs; None if there are no slots."""
         ...
@@ -255,7 +266,7 @@ class Kernels(Protocol):
         ...
 
     def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        """Return act(gate) * up for gate and up [T, I], which may be columns of one tensor (GLU, Shazeer 2020).
+        """Return act(gate) * up for gate and up [T, I], maybe columns of one tensor (GLU variants, Shazeer 2020).
 
         `activation` is silu (SwiGLU), gelu, gelu_pytorch_tanh, or swigluoai (gpt-oss: gate is at most 7, up within
         -7 .. 7; gate * sigmoid(1.702 gate) * (up + 1)).
@@ -271,7 +282,7 @@ class Kernels(Protocol):
     def route(
         self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
     ) -> Any:
-        """Choose the experts of each row by its router logits, float32 [T, E], for the products of experts.
+        """Return the experts of each row by its router logits, float32 [T, E]: the routing of products of experts.
 
         The highest scores win, ties go to the lowest expert. `bias` [E] is added to the scores for the choice, not to
         the weights. `expert_scales` [E] multiply the weights at the end.

@@ -1,4 +1,4 @@
-"""Self-attention: queries, keys and values in many heads, the KV cache, and what a step gives to each layer."""
+"""Self-attention: queries, keys and values in many heads, and what a step gives to each layer."""
 
 from __future__ import annotations
 
@@ -89,3 +89,8 @@ class Attention:
         plan, table = inputs.plans[self.spec.kind], inputs.block_tables[group]
         out = self.kernels.paged_attention(q, cache, plan, table, self.scores)
         return self.o_proj(out.flatten(1), lora_slots, residual)
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The linear layers, in the order of their use."""
+        return [self.qkv_proj, self.o_proj]

@@ -22,6 +22,7 @@ from engine.config import LayerSpec, ModelConfig
 from engine.kernels.interface import Kernels, LayerCache
 from engine.model.attention import Attention, AttentionInputs, RowInputs
 from engine.model.kv_cache import KVCache
+from engine.model.latent_attention import LatentAttention
 from engine.model.linear import Linear
 from engine.model.mlp import MLP, Experts
 from engine.model.norm import Norm
@@ -31,7 +32,7 @@ from engine.model.rotary import RotaryEmbedding, gather_rotations
 
 
 class DecoderLayer:
-    """Attention, then MLP or experts, each applied to the normed residual stream [rows, hidden_size] and added to it.
+    """Attention, then MLP or experts, each applied to the normed residual stream [T, hidden_size] and added to it.
 
     `cache` is the KV cache of the layer, and `group` the number of its KV group.
     """
@@ -46,7 +47,8 @@ class DecoderLayer:
             return Norm(config, parameters, f"{prefix}.{name}", kernels) if is_there else None
 
         self.input_layernorm = norm("input_layernorm", spec.input_layernorm)
-        self.self_attn = Attention(config, spec.attention, parameters, f"{prefix}.self_attn", kernels)
+        attention = Attention if spec.attention.latent is None else LatentAttention
+        self.self_attn = attention(config, spec.attention, parameters, f"{prefix}.self_attn", kernels)
         self.post_attention_layernorm = norm("post_attention_layernorm", spec.post_attention_layernorm)
         self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm", spec.pre_feedforward_layernorm)
         self.mlp = self.experts = self.per_layer_gate = None
@@ -132,7 +134,7 @@ class DecoderLayer:
     def linears(self) -> list[Linear]:
         """The linear layers, in the order of their use. Those of experts take no adapters."""
         of_mlp = [self.mlp.gate_up_proj, self.mlp.down_proj] if self.mlp is not None else []
-        return [self.self_attn.qkv_proj, self.self_attn.o_proj, *of_mlp]
+        return [*self.self_attn.linears, *of_mlp]
 
 
 class CausalLM:

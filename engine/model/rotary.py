@@ -20,8 +20,9 @@ class RotaryEmbedding:
         angles = positions[:, None] * frequencies
         num_pairs = rope.head_dim // 2
         cos, sin = torch.ones(max_model_len, num_pairs), torch.zeros(max_model_len, num_pairs)
-        cos[:, : len(frequencies)] = angles.cos() * rope.scaling.attention_factor
-        sin[:, : len(frequencies)] = angles.sin() * rope.scaling.attention_factor
+        rotated = slice(rope.first_pair, rope.first_pair + len(frequencies))
+        cos[:, rotated] = angles.cos() * rope.scaling.attention_factor
+        sin[:, rotated] = angles.sin() * rope.scaling.attention_factor
         table = torch.cat((cos, sin), dim=1)
         self.k = table.to(device)
         self.q = self.k

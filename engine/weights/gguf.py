@@ -36,6 +36,13 @@ LAYER_TENSOR_NAMES = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "attn_sinks": "self_attn.sinks",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -47,6 +54,9 @@ LAYER_TENSOR_NAMES = {
     "ffn_up_exps": "mlp.experts.up_proj",
     "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
     "post_ffw_norm_1": "post_feedforward_layernorm_1",
     "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
     "post_ffw_norm_2": "post_feedforward_layernorm_2",
@@ -54,7 +64,9 @@ LAYER_TENSOR_NAMES = {
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
 }
-SCALAR_NAMES = {  # whole names
+WHOLE_NAMES = {
+    "attn_k_b.weight": "self_attn.k_b_proj.transposed",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
     "layer_output_scale.weight": "layer_scalar",
     "ffn_gate_inp.scale": "mlp.gate.norm.weight",
     "ffn_down_exps.scale": "mlp.gate.expert_scales",
@@ -113,8 +125,8 @@ def huggingface_name(name: str) -> str:
 
     Raises ValueError for a name that no supported model has.
     """
-    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+\.\w+)", name)) and match[2] in SCALAR_NAMES:
-        return f"model.layers.{match[1]}.{SCALAR_NAMES[match[2]]}"
+    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+\.\w+)", name)) and match[2] in WHOLE_NAMES:
+        return f"model.layers.{match[1]}.{WHOLE_NAMES[match[2]]}"
     stem, _, kind = name.rpartition(".")
     if kind in ("weight", "bias"):
         if stem in TENSOR_NAMES:

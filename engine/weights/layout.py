@@ -12,13 +12,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.config import AttentionSpec, ModelConfig, RopeSpec, WeightLayout
+from engine.config import AttentionSpec, LatentSpec, ModelConfig, RopeSpec, WeightLayout
 from engine.weights.packed import Weight, select_rows
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+FUSED_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.gate_up_proj\.weight")
+TRANSPOSED_K = "self_attn.k_b_proj.transposed"  # of GGUF files
 FUSED_MLP = re.compile(r"(mlp|mlp\.shared_experts)\.gate_up_proj\.(weight|bias)")
 STACKED = re.compile(r"mlp\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)[._]?(weight|bias)?")
 UNUSED = re.compile(
@@ -39,7 +42,10 @@ def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: Weight
     if layout.norm_offset and isinstance(weight, Tensor) and re.search(r"norm\.weight$", name):
         weight = weight + layout.norm_offset
     match = LAYER.fullmatch(name)
-    if match is None or int(match[1]) >= config.num_hidden_layers:
+    layer = int(match[1]) if match else -1
+    if config.num_hidden_layers <= layer < config.num_hidden_layers + config.num_ignored_layers:
+        return
+    if match is None or layer >= config.num_hidden_layers:
         yield name, weight
         return
     attention = config.layers[int(match[1])].attention
@@ -57,28 +63,36 @@ def is_vector(name: str, weight: Tensor) -> bool:
 def in_model_order(part: str, weight: Weight, config: ModelConfig, layer: int, layout: WeightLayout) -> Weight:
     """Reorder the rows of queries and keys, of a projection or a norm, if the checkpoint has them in another order."""
     attention = config.layers[layer].attention
-    if re.match(r"self_attn\.[qk]_(proj|norm)\.", part) is None:
+    match = re.match(r"self_attn\.(q_proj|k_proj|q_norm|k_norm|q_b_proj|kv_a_proj_with_mqa)\.", part)
+    if match is None:
         return weight
-    order = head_order(config.ropes[attention.rope], layout.is_interleaved)
-    num_rows, size = weight.shape[0], attention.head_dim
-    if order is None:
+    order = _head_order(match[1], attention, config.ropes[attention.rope], layout.is_interleaved)
+    num_rows, size = weight.shape[0], len(order)
+    if np.array_equal(order, np.arange(size)):
         return weight
     if num_rows % size:
         raise ValueError(f"{num_rows} rows do not divide into heads of {size}")
     return select_rows(weight, (np.arange(0, num_rows, size)[:, None] + order).reshape(-1))
 
 
-def head_order(rope: RopeSpec, is_interleaved: bool) -> NDArray[np.int64] | None:
-    """Return the dimension of a head in the checkpoint for each dimension of the model; None if they are the same.
+def _head_order(name: str, attention: AttentionSpec, rope: RopeSpec, is_interleaved: bool) -> NDArray[np.int64]:
+    if attention.latent is None:
+        return head_order(rope.head_dim, rope.rotary_dim or rope.head_dim, is_interleaved, rope.is_proportional)
+    # The rotated dimensions are the last ones, of each head of queries, and after the latent vector.
+    first = attention.latent.kv_lora_rank if name == "kv_a_proj_with_mqa" else attention.latent.nope_head_dim
+    size = attention.latent.rope_head_dim
+    return np.concatenate((np.arange(first), first + head_order(size, size, is_interleaved)))
+
+
+def head_order(size: int, rotary_dim: int, is_interleaved: bool, is_proportional: bool = False) -> NDArray[np.int64]:
+    """Return the dimension of a head in the checkpoint for each dimension of the model.
 
     In checkpoints, the rotated dimensions come first, as pairs (i, i + R / 2), or (2i, 2i + 1) if interleaved.
     """
-    size = rope.head_dim
-    rotary_dim = size if rope.rotary_dim == 0 or rope.is_proportional else rope.rotary_dim
+    rotary_dim = size if is_proportional else rotary_dim
     pairs = np.arange(rotary_dim).reshape(-1, 2).T if is_interleaved else np.arange(rotary_dim).reshape(2, -1)
     others = np.arange(rotary_dim, size).reshape(2, -1)
-    order: NDArray[np.int64] = np.concatenate((pairs, others), axis=1).reshape(-1)
-    return None if np.array_equal(order, np.arange(size)) else order
+    return np.concatenate((pairs, others), axis=1).reshape(-1)
 
 
 def _split(
@@ -88,6 +102,12 @@ def _split(
     spec = config.layers[layer]
     if part.startswith("self_attn.qkv_proj."):
         yield from _named_parts(part, "qkv_proj", ("q_proj", "k_proj", "v_proj"), weight, _qkv_sizes(spec.attention))
+    elif spec.attention.latent is not None and part in ("self_attn.kv_b_proj.weight", TRANSPOSED_K):
+        yield from _latent_parts(part, weight, spec.attention.num_heads, spec.attention.latent)
+    elif match := FUSED_EXPERT.fullmatch(part):
+        parts = _halves(np.arange(weight.shape[0]), 2, layout.has_interleaved_experts)
+        for name, rows in zip(("gate_proj", "up_proj"), parts, strict=True):
+            yield f"mlp.experts.{match[1]}.{name}.weight", select_rows(weight, rows)
     elif FUSED_MLP.fullmatch(part):
         half = weight.shape[0] // 2
         yield from _named_parts(part, "gate_up_proj", ("gate_proj", "up_proj"), weight, (half, half))
@@ -95,6 +115,21 @@ def _split(
         yield from _experts(match[1], match[2] or "weight", weight, spec.experts.router.num_experts, layout)
     else:
         yield part, weight
+
+
+def _latent_parts(part: str, weight: Weight, num_heads: int, latent: LatentSpec) -> Iterator[tuple[str, Weight]]:
+    """Yield what makes keys and values of the latent vector: matrices [H * D, rank] of all heads."""
+    if part == TRANSPOSED_K:  # [H * rank, D]
+        plain = weight if isinstance(weight, Tensor) else weight.dequantize(torch.float32)
+        heads = plain.view(num_heads, latent.kv_lora_rank, latent.nope_head_dim)
+        yield "self_attn.k_b_proj.weight", heads.transpose(1, 2).reshape(-1, latent.kv_lora_rank)
+        return
+    size = latent.nope_head_dim + latent.v_head_dim
+    if weight.shape[0] != num_heads * size:
+        raise ValueError(f"has {weight.shape[0]} rows, but {num_heads} heads have {num_heads * size}")
+    rows = np.arange(num_heads * size).reshape(num_heads, size)
+    yield "self_attn.k_b_proj.weight", select_rows(weight, rows[:, : latent.nope_head_dim].reshape(-1))
+    yield "self_attn.v_b_proj.weight", select_rows(weight, rows[:, latent.nope_head_dim :].reshape(-1))
 
 
 def _qkv_sizes(attention: AttentionSpec) -> tuple[int, int, int]:

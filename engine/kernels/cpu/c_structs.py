@@ -186,6 +186,15 @@ class ExpertLinearParameters(Structure):
     ]
 
 
+class HeadLinearParameters(Structure):
+    _fields_ = [
+        ("weights", c_void_p),
+        ("num_heads", c_int64),
+        ("head_input_bytes", c_int64),
+        ("linear", LinearParameters),
+    ]
+
+
 class CombineExpertsParameters(Structure):
     _fields_ = [
         ("num_rows", c_void_p),

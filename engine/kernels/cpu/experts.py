@@ -1,4 +1,4 @@
-"""Mixture of experts in C++: parameters of routing, of products grouped by expert, and of adding up their results."""
+"""Mixture of experts in C++: the parameters of routing, of products grouped by expert, and of the sum of results."""
 
 from __future__ import annotations
 

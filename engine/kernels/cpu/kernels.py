@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.config import AttentionKind, KVShape, RouterSpec
-from engine.kernels.cpu import attention, experts
+from engine.kernels.cpu import attention, experts, heads
 from engine.kernels.cpu.attention import CHUNK, LANES, MAX_HEAD_DIM, CpuAttentionPlan
 from engine.kernels.cpu.c_structs import (
     ActAndMulParameters,
@@ -279,6 +279,12 @@ class CpuKernels:
         )
         self.recorder.call("act_and_mul", out.producer)
         return out.tensor
+
+    def head_linear(self, matrices: Tensor) -> LinearOp:
+        return heads.head_linear(self.recorder, [self.packer.pack([matrix], self.dtype) for matrix in matrices])
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        return heads.concat(self.recorder, parts)
 
     # Mixture of experts.
 

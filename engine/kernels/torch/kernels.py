@@ -62,6 +62,18 @@ class TorchKernels:
         dtype = torch.float32 if is_float32 else self.dtype
         return adding(lambda x: invariant(x.to(matrix.dtype)).to(dtype))
 
+    def head_linear(self, matrices: Tensor) -> LinearOp:
+        products = [self.linear(matrix.to(self.device, self.dtype)) for matrix in matrices]
+
+        def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            heads = torch.chunk(x, len(products), dim=1)
+            return torch.cat([product(head) for product, head in zip(products, heads, strict=True)], dim=1)
+
+        return product
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), dim=1)
+
     def _find_invariant(self, product: Product, num_inputs: int, dtype: torch.dtype) -> Invariant:
         invariant = find_invariant(product, num_inputs, self.options.max_num_rows, self.device, dtype)
         self.deterministic &= invariant is not None

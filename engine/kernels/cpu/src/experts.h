@@ -202,6 +202,30 @@ void expert_linear(const void* parameters, const Worker& worker) {
     multiply_groups<Format, PromptProducts>(p, worker, generated, all);
 }
 
+// A product of each head with a matrix of its own: x [T, H * K] -> [T, H * M].
+struct HeadLinearParameters {
+    const uint8_t* const* weights;  // [H]
+    int64_t num_heads;
+    int64_t head_input_bytes;
+    LinearParameters linear;  // of the first head
+};
+
+template <class Format, class Products = VectorProducts<Format>>
+void head_linear(const void* parameters, const Worker& worker) {
+    const HeadLinearParameters& p = *(const HeadLinearParameters*)parameters;
+    const int64_t num_panels = divide_up(p.linear.num_outputs, PANEL), panel_bytes = Format::panel_bytes(p.linear.num_inputs);
+    const int64_t num_tasks = p.num_heads * num_panels, target_tasks = TASKS_OF_A_THREAD * num_threads(worker);
+    for (Tasks tasks(worker, num_tasks, max_of(1, num_tasks / target_tasks)); tasks.next();)
+        for (int64_t task = tasks.first; task < tasks.last; task++) {
+            const int64_t head = task / num_panels, panel = task % num_panels;
+            LinearParameters linear = p.linear;
+            linear.input += head * p.head_input_bytes;
+            linear.output += head * p.linear.num_outputs;
+            Products products(linear);
+            products.compute(p.weights[head] + panel * panel_bytes, panel_bytes, panel * PANEL, 0, linear.num_rows->all);
+        }
+}
+
 struct CombineExpertsParameters {
     const RowCounts* num_rows;
     const Routing* routing;

@@ -67,6 +67,9 @@ const lightwell::Field lightwell::FIELDS[] = {
 #define STRUCT ExpertLinearParameters
     FIELD(routing), FIELD(weights), FIELD(bias_stride), FIELD(linear),
 #undef STRUCT
+#define STRUCT HeadLinearParameters
+    FIELD(weights), FIELD(num_heads), FIELD(head_input_bytes), FIELD(linear),
+#undef STRUCT
 #define STRUCT CombineExpertsParameters
     FIELD(num_rows), FIELD(routing), FIELD(input), FIELD(input_stride), FIELD(size), FIELD(num_chosen), FIELD(output),
     FIELD(output_stride), FIELD(accumulate),

@@ -15,6 +15,7 @@ constexpr lightwell::Function LINEAR_BFLOAT16 = linear<BFloat16, TileProducts<BF
 template <class Format>
 constexpr lightwell::Function LINEAR_QUANTISED = linear_by_origin<Format, VectorProducts<Format>, TileProducts<Format>>;
 constexpr lightwell::Function EXPERTS_BFLOAT16 = expert_linear<BFloat16, TileProducts<BFloat16>>;
+constexpr lightwell::Function HEADS_BFLOAT16 = head_linear<BFloat16, TileProducts<BFloat16>>;
 template <class Format>
 constexpr lightwell::Function EXPERTS_QUANTISED = expert_linear<Format, VectorProducts<Format>, TileProducts<Format>>;
 #else
@@ -22,6 +23,7 @@ constexpr lightwell::Function LINEAR_BFLOAT16 = linear<BFloat16>;
 template <class Format>
 constexpr lightwell::Function LINEAR_QUANTISED = linear<Format>;
 constexpr lightwell::Function EXPERTS_BFLOAT16 = expert_linear<BFloat16>;
+constexpr lightwell::Function HEADS_BFLOAT16 = head_linear<BFloat16>;
 template <class Format>
 constexpr lightwell::Function EXPERTS_QUANTISED = expert_linear<Format>;
 #endif
@@ -29,8 +31,8 @@ constexpr lightwell::Function EXPERTS_QUANTISED = expert_linear<Format>;
 }  // namespace
 
 const lightwell::NamedFunction lightwell::LINEAR_FUNCTIONS[] = {
-    {"linear_float32", linear<Float32>}, {"expert_linear_float32", expert_linear<Float32>},
-    {"linear_bfloat16", LINEAR_BFLOAT16}, {"expert_linear_bfloat16", EXPERTS_BFLOAT16},
+    {"linear_float32", linear<Float32>}, {"expert_linear_float32", expert_linear<Float32>}, {"head_linear_float32", head_linear<Float32>},
+    {"linear_bfloat16", LINEAR_BFLOAT16}, {"expert_linear_bfloat16", EXPERTS_BFLOAT16}, {"head_linear_bfloat16", HEADS_BFLOAT16},
 #define QUANTISED(NAME, FORMAT) {"linear_" NAME, LINEAR_QUANTISED<FORMAT>}, {"expert_linear_" NAME, EXPERTS_QUANTISED<FORMAT>}
     QUANTISED("int8", Q8_0),
     QUANTISED("q4_0", Q4_0),
