@@ -47,8 +47,7 @@ class Fields:
         return next((value for value in found if value is not None), None)
 
     def error(self, key: str, problem: str) -> ValueError:
-        names = self._names(key)
-        name = next((name for name in names if self.values.get(name) is not None), names[0])
+        name = next((name for name in self._names(key) if self.values.get(name) is not None), key)
         return ValueError(f"{self.source}: {self.labels.get(key, name)}: {problem}")
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_INT) -> int:

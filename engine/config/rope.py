@@ -56,6 +56,8 @@ def _rotary_dim(fields: Fields, rope: Fields | None, head_dim: int) -> int:
 
 
 def _scaling(kind: str, rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
+    if kind == "proportional" and (factor := rope.number("factor", 1.0, zero=False)) != 1.0:
+        return RopeScaling(rope_type="linear", factor=factor)
     if kind in ("default", "proportional", "mrope"):
         return RopeScaling()
     if kind not in SCALINGS:
