@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, resolve_model
 
 
@@ -16,7 +17,7 @@ def bake(folder: Path, model: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = ""
     if model:
-        resolved = resolve_model(model)
+        resolved = resolve_model(model, progress_on_stderr())
         link = folder / resolved.name  # the last part of a path is the model's name in the API
         link.symlink_to(resolved.path)
         config = f"model: {json.dumps(str(link))}\n"

@@ -5,7 +5,6 @@ Nothing is compiled or downloaded.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import sys
@@ -15,6 +14,7 @@ import msgspec
 from engine.kernels.cpu import build
 from engine.kernels.cpu.processor import CPU_INFO, best_code_path, cpu_flags
 from engine.kernels.triton.requirements import missing_requirement
+from engine.shared.host_memory import available_memory
 from engine.shared.machine import Gpu, Machine
 
 
@@ -27,7 +27,7 @@ def examine() -> Machine:
         processor=_processor_name() or platform.machine(),
         has_avx2="avx2" in cpu_flags(),
         num_cores=len(os.sched_getaffinity(0)),
-        available_memory=_available_memory(),
+        available_memory=available_memory(),
         torch=torch_version,
         cuda=cuda,
         gpus=gpus,
@@ -43,14 +43,6 @@ def _processor_name() -> str:
     """Return the name of the first processor, or "" if the system does not tell."""
     with CPU_INFO.open(encoding="utf-8", errors="replace") as file:
         return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
-
-
-def _available_memory() -> int:
-    if importlib.util.find_spec("torch") is None:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    from engine.model.memory_plan import available_memory
-
-    return available_memory()
 
 
 def _torch() -> tuple[str | None, str | None, list[Gpu]]:

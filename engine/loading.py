@@ -195,6 +195,9 @@ def kernel_options(
         kv_cache_dtype=config.kv_cache_dtype,
         max_num_rows=limits.max_num_batched_tokens,
         head_dims=frozenset(kind.head_dim for kind in model_config.attention_kinds),
+        has_special_scores=any(
+            layer.attention.has_sinks or layer.attention.softcap is not None for layer in model_config.layers
+        ),
         block_size=config.block_size,
         batch_invariant=config.batch_invariant,
         enforce_eager=config.enforce_eager,

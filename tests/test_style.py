@@ -23,7 +23,7 @@ MAX_FOLDER_MODULES = 15
 NAMES_A_THING = re.compile(r"(What|Whether|Of|As|Those|That|How|Where|By|Who|From|To be)\b")
 
 PRIVATE_WORDS = re.compile(
-    r"judge[_ds]|_judge|verdict|lifeline|sibling|\bheir\b|leader_of|_mourn|thoughts|NO_PLACE|lora_place|\bthereof\b",
+    r"judge[_ds]|_judge|verdict|lifeline|(?<!\x22)sibling|\bheir\b|leader_of|_mourn|thoughts|NO_PLACE|lora_place|\bthereof\b",
     re.IGNORECASE,
 )
 
@@ -83,6 +83,10 @@ TESTED_ELSEWHERE = {
     "server/context.py": "tests/server/test_app.py",
     "server/generation/endpoint.py": "tests/server/generation/test_pipeline.py",
     "server/generation/prompt_batch.py": "tests/server/api/embeddings/test_routes.py",
+    "server/hub/cache.py": "tests/server/hub/test_fetch.py",
+    "server/hub/client.py": "tests/server/hub/test_fetch.py",
+    "server/hub/errors.py": "tests/server/hub/test_fetch.py",
+    "server/hub/repository.py": "tests/server/hub/test_fetch.py",
     "server/http/error_schemas.py": "tests/server/http/test_errors.py",
     "server/http/json_response.py": "tests/server/http/test_request_middleware.py",
     "server/running_requests.py": "tests/server/api/admin/test_requests.py",

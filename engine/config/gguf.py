@@ -89,7 +89,23 @@ SAMPLING_FIELDS = {  # `general.sampling.*` -> sampling field of the API
     "mirostat_tau": "mirostat_tau",
     "mirostat_eta": "mirostat_eta",
 }
-END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>")
+# Names of tokens that end an answer. <|end|> does in Phi's format; in gpt-oss's, only a message.
+END_OF_TURN_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|endoftext|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "[|endofturn|]",
+    "<|user|>",
+    "<|observation|>",
+    "<|return|>",
+    "<|call|>",
+)
+END_OF_MESSAGE = "<|end|>"
+HARMONY_ENDS = {"<|return|>", "<|call|>"}
 
 
 def load_gguf(file: GGUFFile) -> ModelConfig:
@@ -268,5 +284,10 @@ def _eos_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
         for name in ("eos_token_id", "eot_token_id", "eom_token_id")
         for token_id in fields.token_ids(f"tokenizer.ggml.{name}", vocab_size)
     ]
-    named = [token_id for token_id, token in enumerate(_tokens(fields)) if token in END_OF_TURN_TOKENS]
-    return tuple(dict.fromkeys(stored + named))
+    names = {*END_OF_TURN_TOKENS, END_OF_MESSAGE}
+    tokens = _tokens(fields)
+    named = [token_id for token_id, token in enumerate(tokens) if token in names]
+    ends = dict.fromkeys(stored + named)
+    if {tokens[token_id] for token_id in named} >= HARMONY_ENDS:
+        return tuple(token_id for token_id in ends if tokens[token_id] != END_OF_MESSAGE)
+    return tuple(ends)

@@ -12,6 +12,7 @@ from engine.config.families import FAMILIES
 from engine.config.fields import Fields, shown
 from engine.config.quantization import read_quantization
 from engine.config.structs import ModelConfig
+from engine.config.tokenizer_files import num_token_ids
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -75,7 +76,7 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
     return ModelConfig(
         architecture=family.model_type,
         vocab_size=vocab_size,
-        num_token_ids=min(vocab_size, _num_token_ids(folder) or vocab_size),
+        num_token_ids=min(vocab_size, num_token_ids(folder) or vocab_size),
         hidden_size=fields.integer("hidden_size"),
         layers=decoder.layers,
         ropes=decoder.ropes,
@@ -94,20 +95,6 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
         quantization=read_quantization(fields),
         recommended_sampling=_recommended_sampling(generation),
     )
-
-
-def _num_token_ids(folder: Path) -> int | None:
-    """Return the highest token id in tokenizer.json plus one; None if there is no such file."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    try:
-        tokenizer = msgspec.json.decode(path.read_bytes())
-        vocab = tokenizer["model"]["vocab"]
-        ids = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
-        return int(1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])]))
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a tokenizer of the tokenizers library ({error!r})") from error
 
 
 def _family(fields: Fields) -> Family:

@@ -75,13 +75,20 @@ def _check_groups(fields: Fields, bits_key: str, group_key: str) -> None:
         fields.optional_integer(group_key)
 
 
+def _layout(fields: Fields, default: str, supported: tuple[str, ...], *keys: str) -> str:
+    """Return the name of the tensors' layout, in lower case, under the first of `keys` that there is."""
+    key = next((key for key in keys if fields.values.get(key) is not None), keys[0])
+    layout = fields.string(key, default).lower()
+    _check_choice(fields, key, layout, supported)
+    return layout
+
+
 def _gptq(fields: Fields) -> QuantizationConfig:
     """Read GPTQ (Frantar et al. 2022) as AutoGPTQ and GPTQModel write it. Layers may differ (`dynamic`)."""
     _check_groups(fields, "bits", "group_size")
     if fields.boolean("is_marlin_format"):
         raise fields.error("is_marlin_format", "Marlin's layout is not supported (supported: false)")
-    version = fields.string("checkpoint_format", "gptq")
-    _check_choice(fields, "checkpoint_format", version, ("gptq", "gptq_v2"))
+    version = _layout(fields, "gptq", ("gptq", "gptq_v2"), "checkpoint_format", "format")
     _check_choice(fields, "pack_dtype", fields.string("pack_dtype", "int32"), ("int32",))
     return QuantizationConfig(method="gptq", zero_point_offset=int(version == "gptq"))
 
@@ -90,7 +97,7 @@ def _awq(fields: Fields) -> QuantizationConfig:
     """Read AWQ (Lin et al. 2023), whose files name bits and groups in two ways."""
     is_old = "w_bit" in fields.values
     _check_groups(fields, *(("w_bit", "q_group_size") if is_old else ("bits", "group_size")))
-    _check_choice(fields, "version", fields.string("version", "gemm").lower(), ("gemm",))
+    _layout(fields, "gemm", ("gemm",), "version", "checkpoint_format", "format")
     if not fields.boolean("zero_point", default=True):
         raise fields.error("zero_point", "must be true")
     return QuantizationConfig(method="awq")
@@ -108,11 +115,10 @@ def _fp8(fields: Fields) -> QuantizationConfig:
 
 def _compressed_tensors(fields: Fields) -> QuantizationConfig:
     """Read compressed-tensors, which llm-compressor writes: groups of layers, each with a scheme."""
-    for key in ("sparsity_config", "transform_config"):
-        value = fields.values.get(key)
-        is_dense = not value or (isinstance(value, dict) and value.get("format") == "dense")
-        if not is_dense:
-            raise fields.error(key, "sparse and transformed weights are not supported")
+    for key, part in (("sparsity_config", "format"), ("transform_config", "config_groups")):
+        for value in _objects(fields, key, is_single=True):
+            if value.values.get(part) not in (None, "dense", {}):
+                raise value.error(part, f"{shown(value.values[part])} is not supported: sparse or transformed weights")
     groups = _objects(fields, "config_groups")
     if not groups:
         raise fields.error("config_groups", "is missing")

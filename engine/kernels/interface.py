@@ -37,6 +37,7 @@ class KernelOptions:
     kv_cache_dtype: str = "auto"  # auto: dtype; int8, fp8: with a scale for each token and head
     max_num_rows: int = 0  # of a batch
     head_dims: frozenset[int] = frozenset({64})  # of all kinds of layers
+    has_special_scores: bool = False  # whether attention has sinks or soft caps
     block_size: int = 32
     batch_invariant: bool = True
     enforce_eager: bool = False

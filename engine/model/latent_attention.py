@@ -1,6 +1,6 @@
 """Latent attention (MLA, DeepSeek-V2 2024): the KV cache holds one latent vector of each token instead of all heads.
 
-A head's keys are products of the latent vector, followed by a rotated key that all heads share. So are the products
+A head's keys are products of the latent vector, followed by a rotated key that all heads share. So are their products
 with queries: q^T (W c) = (W^T q)^T c. Hence queries are multiplied by W^T, and the latent vectors c are attended to as
 the one KV head of all query heads. The same holds for values, which are multiplied by their matrix after attention.
 

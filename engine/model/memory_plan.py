@@ -12,6 +12,7 @@ import torch
 from engine.config import EngineConfig, ModelConfig
 from engine.kernels.interface import Kernels
 from engine.model.kv_cache import bytes_per_block
+from engine.shared.host_memory import available_memory
 
 FULL_LENGTH_REQUESTS = 4  # requests of max_model_len tokens that the default cache on a CPU holds
 CPU_MEMORY_SHARE = 0.5  # of the memory that is free once the weights are loaded
@@ -205,26 +206,3 @@ def release_memory(device: torch.device) -> None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an operation on a device failed because its memory is short, and nothing else is wrong."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
-
-
-def available_memory() -> int:
-    """Return the bytes of host memory that this process can still get.
-
-    That is the kernel's estimate (MemAvailable), or what the limit of the control group leaves, if that is less.
-    """
-    available = int(_read_numbers("/proc/meminfo")["MemAvailable:"]) * 1024
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            unused = int(limit.read()) - int(current.read())
-        # Cached pages of files, above all those of the weights, count as used but are given back when needed.
-        unused += int(_read_numbers("/sys/fs/cgroup/memory.stat")["inactive_file"])
-    except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
-        return available
-    return max(0, min(available, unused))
-
-
-def _read_numbers(path: str) -> dict[str, str]:
-    """Read a file of lines `name number ...`: name -> number."""
-    with open(path) as file:
-        words = (line.split() for line in file)
-        return {name: number for name, number, *_ in words}

@@ -12,6 +12,7 @@ from engine.config import KVGroup
 from engine.scheduling.block_pool import BlockPool, extend_block_hashes
 from engine.scheduling.request import BlockTable, Request
 
+TWO_STEPS = 2  # tokens in flight of a request that generates
 FULL_ATTENTION = (KVGroup((), None),)  # one group, without a window
 
 
@@ -26,10 +27,18 @@ class KVManager:
         self.suffixes = [bytes([index]) if index else b"" for index in range(len(groups))]  # of hashes, by group
         self.watermark = pool.num_blocks // 100  # blocks kept free for running requests to grow into
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        """Return the most blocks that a request of `num_tokens` holds at a time."""
-        size, max_in_flight = self.pool.block_size, self.max_in_flight
-        return sum(group.num_blocks_for(num_tokens, size, max_in_flight) for group in self.groups)
+    def num_blocks_for(self, num_tokens: int, num_pending: int | None = None) -> int:
+        """Return the most blocks that a request of `num_tokens` holds at a time.
+
+        `num_pending`: how many of them are still to be computed; None: all. Later ones are computed one by one.
+        """
+        in_flight = self.max_in_flight if num_pending is None else min(self.max_in_flight, max(num_pending, TWO_STEPS))
+        return sum(group.num_blocks_for(num_tokens, self.pool.block_size, in_flight) for group in self.groups)
+
+    def num_missing(self, request: Request) -> int:
+        """Return how many blocks a request may need in addition to those that it holds."""
+        kv, num_tokens = request.kv, request.num_tokens
+        return max(0, self.num_blocks_for(num_tokens, num_tokens - kv.num_computed) - len(kv.blocks))
 
     def admit(self, request: Request, running: Sequence[Request], max_tokens: int) -> bool:
         """Give a waiting request its cached prefix, and blocks for a first chunk of up to `max_tokens` tokens.
@@ -43,9 +52,8 @@ class KVManager:
         num_usable = 0 if request.reads_all_rows else (request.num_tokens - 1) // pool.block_size
         num_cached_blocks = self._num_cached_blocks(kv.block_hashes[:num_usable])
         kv.tables = [self._acquire(index, kv.block_hashes[:num_cached_blocks]) for index in range(len(self.groups))]
-        num_promised = sum(max(0, self.num_blocks_for(other.num_tokens) - len(other.kv.blocks)) for other in running)
-        num_needed = self.num_blocks_for(request.num_tokens) - len(kv.blocks) + num_promised + self.watermark
         kv.num_computed = num_cached_blocks * pool.block_size
+        num_needed = sum(self.num_missing(some) for some in (request, *running)) + self.watermark
         kv.num_published = num_cached_blocks
         num_tokens = min(request.num_pending(kv.num_computed), max_tokens)
         if (not running or num_needed <= pool.num_free) and self.extend(request, num_tokens):

@@ -311,3 +311,18 @@ def _read_tensor_entry(reader: _Reader, index: int) -> TensorInfo:
         raise reader.error(name, f"shape {shape} is not possible for type {ggml_type.name}")
     n_bytes = prod(shape) // ggml_type.block_size * ggml_type.type_size
     return TensorInfo(name, shape, type_id, reader.number(UINT64, name), n_bytes)
+
+
+def read_partial_metadata(path: Path, data: bytearray, file_size: int) -> dict[str, Any]:
+    """Return the metadata that is complete in `data`, the beginning of a file. Raises ValueError if it is not GGUF."""
+    _check_magic(path, data[: len(MAGIC)])
+    reader = _Reader(data, file_size, path)
+    _, num_keys = _read_header(reader)
+    metadata: dict[str, Any] = {}
+    try:
+        for index in range(num_keys):
+            key = reader.string(f"name of metadata key {index}")
+            metadata[key] = reader.value(reader.number(UINT32, key), key)
+    except ValueError:
+        pass  # the data ends here
+    return metadata

@@ -106,7 +106,9 @@ def _load_tensor(
     vector_dtype: torch.dtype,
     keep_packed: frozenset[str],
 ) -> Iterator[tuple[str, Weight]]:
-    if tensor.name in ROPE_FACTORS:
+    match = re.match(r"blk\.(\d+)\.", tensor.name)
+    layer = int(match[1]) - config.num_hidden_layers if match else -1
+    if tensor.name in ROPE_FACTORS or 0 <= layer < config.num_ignored_layers:
         return
     name, data = huggingface_name(tensor.name), file.tensor_data(tensor)
     ggml_type = GGML_TYPES[tensor.ggml_type]
@@ -134,4 +136,6 @@ def huggingface_name(name: str) -> str:
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
         if match and match[2] in LAYER_TENSOR_NAMES:
             return f"model.layers.{match[1]}.{LAYER_TENSOR_NAMES[match[2]]}.{kind}"
+        if match := re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)", stem):  # files of 2023
+            return f"model.layers.{match[1]}.mlp.experts.{match[3]}.{match[2]}_proj.{kind}"
     raise ValueError("no supported model has such a tensor")

@@ -18,9 +18,10 @@ import msgspec
 from engine.shared.machine import Machine
 from engine.shared.paths import cache_folder
 from server.cli.discovery import accepts_connections, is_model_server
-from server.cli.model_list import format_bytes, home_relative
 from server.cli.parser import fail
-from server.model_paths import ALIASES, ModelError, ResolvedModel, alias_path, find_source
+from server.hub.format import format_bytes, home_relative
+from server.model_paths import ModelError, ResolvedModel, find_model
+from server.package_aliases import PACKAGE_ALIASES, alias_path
 from server.settings.load import load_settings
 from server.settings.setting import ENV_PREFIX, SettingsError
 from server.settings.table import Settings
@@ -145,19 +146,19 @@ def _settings(machine: Machine, settings: Settings) -> Finding:
 
 def _model(name: str) -> Finding:
     """Report on the model, and for an alias on the folder for models and kernels."""
-    if name in ALIASES:
+    if name in PACKAGE_ALIASES:
         return _alias(name)
     try:
-        source = find_source(name)
+        model = find_model(name)
     except ModelError as error:
         return Finding(name="Model", text=str(error), is_fatal=True)
-    if isinstance(source, ResolvedModel):
-        return Finding(name="Model", text=home_relative(str(source.path)))
-    return Finding(name="Model", text=f"{name}, downloaded from Hugging Face unless it has been already")
+    if isinstance(model, ResolvedModel):
+        return Finding(name="Model", text=home_relative(str(model.path)))
+    return Finding(name="Model", text=f"{model.source}, downloaded from Hugging Face unless it has been already")
 
 
 def _alias(name: str) -> Finding:
-    alias, folder = ALIASES[name], cache_folder()
+    alias, folder = PACKAGE_ALIASES[name], cache_folder()
     disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(disk).free
     place = f"{home_relative(str(folder))} ({format_bytes(free)} free)"

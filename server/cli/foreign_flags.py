@@ -12,7 +12,7 @@ _ALWAYS_ON = "it is not needed: this is always on"
 _DEFAULT_SAMPLING = "--default-sampling sets what requests leave out, such as temperature=0.7,top_p=0.9"
 _PROXY = "put a reverse proxy in front of the server"
 _NO_DRAFT_MODEL = "--speculative ngram drafts tokens without a second model"
-_MODEL_NAME = "give MODEL as org/name, org/name@revision or org/name:file.gguf"
+_MODEL_NAME = "give MODEL as org/name, org/name:Q4_K_M, org/name:file.gguf or org/name@revision"
 _URL = "--url is the address of the server, such as http://127.0.0.1:8000"
 
 # Flags of a row, separated by spaces -> what to use instead.
@@ -25,7 +25,7 @@ _SERVE: Mapping[str, str] = {
     "-hf -hfr --hf-repo --hf-file -hff --revision --tokenizer --tokenizer-path --tokenizer-mode --hf-config-path": (
         _MODEL_NAME
     ),
-    "-mu --model-url": "download the file and give its path as MODEL",
+    "-mu --model-url": "give the address as MODEL if it is on Hugging Face; else download the file and give its path",
     "--hf-token -hft": "set HF_TOKEN in the environment",
     "--download-dir": "HF_HOME is the folder of models from Hugging Face, LIGHTWELL_CACHE that of aliases",
     "-t --threads -tb --threads-batch --threads-http": "set OMP_NUM_THREADS in the environment",

@@ -1,14 +1,18 @@
 """`lightwell list`: aliases, and the models in the cache of Hugging Face's hub."""
 
-import os
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from engine.shared.paths import cache_folder
-from server.model_paths import ALIASES, alias_path
+from server.hub.environment import hub_folder
+from server.hub.files import CONFIG, GGUFModel, gguf_models
+from server.hub.format import format_bytes, home_relative
+from server.model_aliases import MODEL_ALIASES
+from server.package_aliases import PACKAGE_ALIASES, alias_path
 
 _REPO_FOLDER = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
 
@@ -17,24 +21,21 @@ class ListedModel(msgspec.Struct, frozen=True):
     """A model that `lightwell serve` accepts by its name."""
 
     name: str
-    num_bytes: int
+    num_bytes: int | None  # None: only the hub knows
     path: str | None  # None: not downloaded yet
 
 
 def list_models() -> list[ListedModel]:
-    return [*_aliases(), *_hub_models()]
+    """Return the downloaded models, and the aliases of all others."""
+    models = [*_package_aliases(), *_hub_models()]
+    names = {model.name for model in models}
+    return [*models, *(ListedModel(alias, None, None) for alias in MODEL_ALIASES if alias not in names)]
 
 
-def _aliases() -> Iterator[ListedModel]:
-    for name, alias in ALIASES.items():
+def _package_aliases() -> Iterator[ListedModel]:
+    for name, alias in PACKAGE_ALIASES.items():
         path = alias_path(name, alias)
         yield ListedModel(name, alias.num_bytes, str(path) if path.is_file() else None)
-
-
-def hub_folder() -> Path:
-    """Return the folder in which huggingface_hub keeps repositories. Importing it for this would take long."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
 
 
 def _hub_models() -> Iterator[ListedModel]:
@@ -45,12 +46,25 @@ def _hub_models() -> Iterator[ListedModel]:
         if match is None or not snapshots:
             continue
         repo, snapshot = f"{match['org']}/{match['name']}", snapshots[-1]
-        for file in sorted(path for path in snapshot.rglob("*.gguf") if path.exists()):
-            name = f"{repo}:{file.relative_to(snapshot).as_posix()}"
-            yield ListedModel(name, file.stat().st_size, str(file))
-        weights = [path for path in snapshot.glob("*.safetensors") if path.exists()]
-        if weights and (snapshot / "config.json").exists():
-            yield ListedModel(repo, sum(path.stat().st_size for path in weights), str(snapshot))
+        files = {path.relative_to(snapshot).as_posix(): path for path in sorted(snapshot.rglob("*")) if path.is_file()}
+        for model in gguf_models(files):
+            if len(model.paths) >= model.num_parts:
+                yield ListedModel(_name_of(repo, model), _num_bytes(snapshot, model.paths), str(files[model.paths[0]]))
+        weights = [name for name in files if "/" not in name and name.endswith(".safetensors")]
+        if weights and CONFIG in files:
+            yield ListedModel(repo, _num_bytes(snapshot, weights), str(snapshot))
+
+
+def _name_of(repo: str, model: GGUFModel) -> str:
+    """Return the alias of a model, or else the name that any file has."""
+    for name, alias in MODEL_ALIASES.items():
+        if alias.model.repo == repo and alias.model.tag == model.number_format:
+            return name
+    return f"{repo}:{model.paths[0]}"
+
+
+def _num_bytes(snapshot: Path, names: Iterable[str]) -> int:
+    return sum((snapshot / name).stat().st_size for name in names)
 
 
 def print_models(*, as_json: bool) -> int:
@@ -59,25 +73,15 @@ def print_models(*, as_json: bool) -> int:
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(models)).decode())
         return 0
-    width = max(len(model.name) for model in models)
+    rows = [model for model in models if model.num_bytes is not None]
+    width = max(len(model.name) for model in rows)
     print(f"{'MODEL':<{width}}  {'SIZE':>8}  PLACE")
-    for model in models:
+    for model in rows:
         place = home_relative(model.path) if model.path else f"not downloaded: `lightwell pull {model.name}`"
-        print(f"{model.name:<{width}}  {format_bytes(model.num_bytes):>8}  {place}")
-    print(f"\nAliases are kept in {home_relative(str(cache_folder()))}, models of Hugging Face in", end=" ")
-    print(f"{home_relative(str(hub_folder()))}.\n`lightwell run MODEL` runs one of them, a GGUF file or a folder.")
+        print(f"{model.name:<{width}}  {format_bytes(model.num_bytes or 0):>8}  {place}")
+    others = ", ".join(model.name for model in models if model.num_bytes is None)
+    print("\nAliases of models on Hugging Face that are not downloaded:")
+    print(textwrap.fill(others, 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+    print(f"\nModels of Hugging Face are kept in {home_relative(str(hub_folder()))}, others in", end=" ")
+    print(f"{home_relative(str(cache_folder()))}.\n`lightwell run MODEL` runs one of them, a GGUF file or a folder.")
     return 0
-
-
-def home_relative(path: str) -> str:
-    """Return the path with ~ for the home folder."""
-    home = os.path.expanduser("~")
-    return f"~{path[len(home) :]}" if path.startswith(f"{home}/") else path
-
-
-def format_bytes(num_bytes: int) -> str:
-    """Return a size with its unit, as download pages give it: 98 MB."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}" if num_bytes < 10 * size else f"{num_bytes / size:.0f} {unit}"
-    return f"{num_bytes / 1000:.0f} kB"

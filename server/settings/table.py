@@ -54,8 +54,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             _ENGINE,
             text("MODEL"),
-            "Alias (smollm2-135m), GGUF file, folder with config.json and safetensors files, or Hugging Face id "
-            "(org/name, org/name@revision, org/name:file.gguf).",
+            "Alias (smollm2-135m, qwen3:4b), GGUF file, folder with config.json and safetensors files, or Hugging Face "
+            "id (org/name, org/name:Q4_K_M, org/name:file.gguf, org/name@revision).",
             positional=True,
         ),
     ] = "smollm2-135m"

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from engine.config.tokenizer_files import BYTE, CONTROL, UNKNOWN, USER_DEFINED
+
 logger = logging.getLogger(__name__)
 
 SPACE = "\u2581"  # stands for a space in sentencepiece's vocabularies
-
-# Values of tokenizer.ggml.token_type. Only tokens of other types can be the result of a merge.
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 
 
 class PreTokenizer(NamedTuple):
@@ -35,8 +34,8 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_WORD_END}"
-_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_WORD_END}"
+LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_WORD_END}"
+QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_WORD_END}"
 _QWEN35 = (
     rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_WORD_END}"
 )
@@ -55,15 +54,21 @@ _DEEPSEEK_V3 = (
 _CJK = r"[\x{4E00}-\x{9FA5}\x{0800}-\x{4E00}\x{AC00}-\x{D7FF}]+"
 
 _PRE_TOKENIZERS = {  # values of tokenizer.ggml.pre that share a pre-tokenizer -> the pre-tokenizer
-    ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"): PreTokenizer((_GPT2,)),
+    ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "gigachat", "mellum"): PreTokenizer(
+        (_GPT2,)
+    ),
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"): PreTokenizer(
         (r"\p{N}", _GPT2)
     ),
     ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): PreTokenizer(
-        (_LLAMA3,), ignore_merges=True, add_bos=True
+        (LLAMA3,), ignore_merges=True, add_bos=True
     ),
-    ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): PreTokenizer((_LLAMA3,)),
-    ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open", "grok-2"): PreTokenizer((_QWEN2,)),
+    ("falcon",): PreTokenizer((r"[\p{P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    ("dbrx", "smaug-bpe", "chatglm-bpe"): PreTokenizer((LLAMA3,)),
+    ("glm4", "glm5"): PreTokenizer((LLAMA3,), ignore_merges=True),
+    ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open", "grok-2", "kormo"): PreTokenizer(
+        (QWEN2,)
+    ),
     ("qwen35",): PreTokenizer((_QWEN35,)),
     ("tekken",): PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     ("gpt-4o", "llama4", "kanana2", "minimax-m2"): PreTokenizer((_GPT4O,)),
@@ -161,11 +166,11 @@ def build_tokenizer(vocabulary: GGUFVocabulary, *, architecture: str) -> tokeniz
     _add_tokens(tokenizer, vocabulary)
     bos_token = vocabulary.named_token("bos") if add_bos else None
     eos_token = vocabulary.named_token("eos") if vocabulary.flag("add_eos_token", False) else None
-    _add_template(tokenizer, bos_token, eos_token)
+    add_template(tokenizer, bos_token, eos_token)
     return tokenizer
 
 
-def _add_template(tokenizer: tokenizers.Tokenizer, bos_token: str | None, eos_token: str | None) -> None:
+def add_template(tokenizer: tokenizers.Tokenizer, bos_token: str | None, eos_token: str | None) -> None:
     """Let `add_special_tokens` put these tokens around a text."""
     pieces = [bos_token, "$A", eos_token]
     ids = [(token, tokenizer.token_to_id(token)) for token in (bos_token, eos_token) if token is not None]
@@ -187,13 +192,18 @@ def _byte_level_bpe(vocabulary: GGUFVocabulary) -> tuple[tokenizers.Tokenizer, b
     if merges is None:
         raise vocabulary.error("tokenizer.ggml.merges", "are missing")
     tokenizer = _bpe(vocabulary, vocabulary.tokens, merges, ignore_merges=pre_tokenizer.ignore_merges)
+    split_into_bytes(tokenizer, pre_tokenizer.patterns)
+    return tokenizer, vocabulary.flag("add_bos_token", pre_tokenizer.add_bos)
+
+
+def split_into_bytes(tokenizer: tokenizers.Tokenizer, patterns: Sequence[str]) -> None:
+    """Let a tokenizer split text by patterns, and write the bytes of the pieces as characters."""
     splits: list[pre_tokenizers.PreTokenizer] = [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre_tokenizer.patterns
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns
     ]
     splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, vocabulary.flag("add_bos_token", pre_tokenizer.add_bos)
 
 
 def _sentencepiece_bpe(vocabulary: GGUFVocabulary, *, is_gemma: bool) -> tokenizers.Tokenizer:
@@ -204,17 +214,19 @@ def _sentencepiece_bpe(vocabulary: GGUFVocabulary, *, is_gemma: bool) -> tokeniz
     if merges is None:
         # Gemma's merges are ranked by the token ids of their results, not by the scores.
         ranks = [-index for index in range(len(tokens))] if is_gemma else vocabulary.scores()
-        merges = _rebuild_merges(tokens, vocabulary.token_types, ranks)
+        merges = rebuild_merges(tokens, vocabulary.token_types, ranks)
     unknown = vocabulary.named_token("unknown")
     tokenizer = _bpe(vocabulary, tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     add_space_prefix = not is_gemma and vocabulary.flag("add_space_prefix", True)
     prefix = [normalizers.Prepend(SPACE)] if add_space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
-    strip = [decoders.Strip(" ", left=1)] if add_space_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer.decoder = sentencepiece_decoder(add_space_prefix)
     return tokenizer
+
+
+def sentencepiece_decoder(add_space_prefix: bool) -> decoders.Decoder:
+    strip = [decoders.Strip(" ", left=1)] if add_space_prefix else []
+    return decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
 
 
 def _bpe(
@@ -227,7 +239,7 @@ def _bpe(
         raise vocabulary.error("tokenizer.ggml.merges", f"do not fit the vocabulary ({error})") from error
 
 
-def _rebuild_merges(tokens: list[str], token_types: Sequence[int], ranks: Sequence[float]) -> list[tuple[str, str]]:
+def rebuild_merges(tokens: Sequence[str], token_types: Sequence[int], ranks: Sequence[float]) -> list[tuple[str, str]]:
     """Return every way to merge two tokens into a third, by descending rank of the result, longer left halves first."""
     pieces = {
         token: rank

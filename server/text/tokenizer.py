@@ -4,28 +4,18 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import tokenizers
-from tokenizers import AddedToken
 
 from engine.shared.gguf import GGUFFile
-from server.text.fim import FIMMarkers, fim_markers_of_gguf, find_fim_tokens
+from server.text.fim import fim_markers_of_gguf, find_fim_tokens
+from server.text.folder_tokenizer import TokenizerConfig, load_folder
 from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer
+from server.text.sentencepiece_tokenizer import without_prefix
+from server.text.tiktoken_tokenizer import byte_alphabet
 
 logger = logging.getLogger(__name__)
-
-NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-
-
-class _TokenizerConfig(NamedTuple):
-    """The properties of a tokenizer that are not part of the `tokenizers` object."""
-
-    bos_token: str | None
-    eos_token: str | None
-    chat_template: str | None
-    vocab_size: int
-    fim_markers: FIMMarkers | None = None
 
 
 class Tokenizer:
@@ -40,7 +30,7 @@ class Tokenizer:
         fim: the FIM tokens, or None if the model has none.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: _TokenizerConfig) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -51,7 +41,11 @@ class Tokenizer:
         self.bos_token, self.bos_token_id = _find(backend, config.bos_token)
         self.eos_token, self.eos_token_id = _find(backend, config.eos_token)
         added_tokens = backend.get_added_tokens_decoder()
-        self._added_tokens = {token_id: token.content for token_id, token in added_tokens.items()}
+        space = " " if self._to_bytes is _sentencepiece_bytes else SPACE  # how U+2581 in a symbol is decoded
+        self._added_tokens = {
+            token_id: token.content if token.special else token.content.replace(SPACE, space)
+            for token_id, token in added_tokens.items()
+        }
         special = {token_id: token.content for token_id, token in added_tokens.items() if token.special}
         self.special_ids = frozenset(special)
         self.special_tokens = tuple(special.values())
@@ -62,12 +56,12 @@ class Tokenizer:
 
     @classmethod
     def from_model(cls, path: Path) -> Self:
-        """Read the tokenizer of a GGUF file, or of a folder with tokenizer.json.
+        """Read the tokenizer of a GGUF file, or of a folder (`server.text.folder_tokenizer`).
 
         Raises:
             ValueError: there is no tokenizer, or its type is not supported. The message names the file.
         """
-        return cls(*(_load_folder(path) if path.is_dir() else _load_gguf(path)))
+        return cls(*(load_folder(path) if path.is_dir() else _load_gguf(path)))
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Return the token ids of a text.
@@ -110,8 +104,8 @@ class Tokenizer:
         return {text: token_id for text, token_id in ids.items() if token_id in self.special_ids}
 
     def to_json(self) -> str:
-        """Return the tokenizer in the format of tokenizer.json."""
-        return self._backend.to_str()
+        """Return the tokenizer in the format of tokenizer.json, for grammars."""
+        return without_prefix(self._backend.to_str())
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token, which may be only part of a character; b"" for an id outside the vocabulary.
@@ -170,16 +164,6 @@ def _decoder_types(backend: tokenizers.Tokenizer) -> set[str]:
     return {state["type"]} | {part["type"] for part in state.get("decoders", [])}
 
 
-def byte_alphabet() -> dict[str, int]:
-    """Return the characters that represent bytes in byte-level vocabularies, with their bytes (GPT-2's encoding).
-
-    Printable characters of Latin-1 represent themselves; the other bytes are mapped to U+0100 and up.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)).difference(printable))
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
 def _byte_level_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
     """Return the bytes of a token; a token with a character outside the alphabet is plain text."""
     try:
@@ -200,13 +184,13 @@ def _sentencepiece_bytes(token: str) -> bytes:
 # A GGUF file.
 
 
-def _load_gguf(path: Path) -> tuple[tokenizers.Tokenizer, _TokenizerConfig]:
+def _load_gguf(path: Path) -> tuple[tokenizers.Tokenizer, TokenizerConfig]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such model (expected a GGUF file, or a folder with tokenizer.json)")
+        raise ValueError(f"{path}: no such model (expected a GGUF file, or a folder with a tokenizer)")
     with GGUFFile(path) as file:
         vocabulary = GGUFVocabulary(file.metadata, str(path))
         architecture = vocabulary.text("general.architecture") or ""
-    config = _TokenizerConfig(
+    config = TokenizerConfig(
         bos_token=vocabulary.named_token("bos"),
         eos_token=vocabulary.named_token("eos"),
         chat_template=vocabulary.text("tokenizer.chat_template"),
@@ -214,79 +198,3 @@ def _load_gguf(path: Path) -> tuple[tokenizers.Tokenizer, _TokenizerConfig]:
         fim_markers=fim_markers_of_gguf(vocabulary),
     )
     return build_tokenizer(vocabulary, architecture=architecture), config
-
-
-# A folder with tokenizer.json.
-
-
-def _load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, _TokenizerConfig]:
-    """Load a folder. tokenizer.json alone decides about BOS and EOS; `add_bos_token` in the config is ignored."""
-    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    backend = _read_tokenizer(folder)
-    _mark_special(backend, _special_tokens(config))
-    vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    return backend, _TokenizerConfig(
-        bos_token=_token_text(config.get("bos_token")),
-        eos_token=_token_text(config.get("eos_token")),
-        chat_template=_chat_template(folder, config),
-        vocab_size=vocab_size,
-    )
-
-
-def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no tokenizer.json in this folder; save_pretrained of transformers creates it")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path}: not a valid tokenizer ({error})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must contain a JSON object")
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _token_text(token: object) -> str | None:
-    """Return the text of a token, which is a string or an object with `content`; None if it is neither."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _special_tokens(config: Mapping[str, Any]) -> list[str]:
-    values = [config.get(name) for name in NAMED_SPECIAL_TOKENS]
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        more = config.get(name, [])
-        values += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
-    return [text for value in values if (text := _token_text(value))]
-
-
-def _mark_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:
-    """Mark the tokens named in the config as special, since not every tokenizer.json does."""
-    marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    unmarked = [token for token in tokens if token not in marked and backend.token_to_id(token) is not None]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unmarked])
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Return the chat template: chat_template.jinja, else the config's; of several, the one named "default"."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: chat_template: must be a string or a list of named templates"
-        )
-    return template

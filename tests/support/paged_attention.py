@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.batch.inputs import AttentionWork, BatchInputs
-from engine.config import AttentionKind
-from engine.kernels.interface import AttentionScores, KernelOptions, Kernels, LayerCache
+from engine.batch.inputs import BatchInputs, Lengths
+from engine.config import AttentionKind, KVShape
+from engine.kernels.interface import AttentionScores, KernelOptions, Kernels
 from engine.kernels.torch.kernels import TorchKernels
 from tests.support.tensors import CPU, random_tensor
 
@@ -34,8 +34,12 @@ class Shape:
         return 1 / math.sqrt(self.head_dim)
 
     @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads * self.group_size
+
+    @property
     def kind(self) -> AttentionKind:
-        return AttentionKind(self.num_kv_heads * self.group_size, self.num_kv_heads, self.head_dim, self.window)
+        return AttentionKind(self.num_heads, self.num_kv_heads, self.head_dim, self.window)
 
 
 class Paged:
@@ -55,49 +59,50 @@ class Paged:
     ) -> None:
         self.shape = shape
         self.device = device
-        self.kernels = kernels(KernelOptions(shape.dtype), device)
-        num_heads = shape.num_kv_heads * shape.group_size
+        self.kernels = kernels(KernelOptions(shape.dtype, block_size=shape.block_size), device)
         kv = (shape.num_kv_heads, shape.head_dim)
-        self.q = [self._random(seed + 3 * i, n, num_heads, shape.head_dim) for i, n in enumerate(seq_lens)]
+        self.q = [self._random(seed + 3 * i, n, shape.num_heads, shape.head_dim) for i, n in enumerate(seq_lens)]
         self.k = [self._random(seed + 3 * i + 1, n, *kv) for i, n in enumerate(seq_lens)]
         self.v = [self._random(seed + 3 * i + 2, n, *kv) for i, n in enumerate(seq_lens)]
-        sinks = random_tensor(seed, num_heads).to(device) if shape.has_sinks else None
-        self.scores = AttentionScores(shape.scale, shape.softcap, sinks)
         num_blocks = [-(-n // shape.block_size) for n in seq_lens]
         shuffled = np.random.default_rng(seed).permutation(sum(num_blocks) + 5)
         self.block_ids = [ids.tolist() for ids in np.split(shuffled, np.cumsum(num_blocks))[: len(seq_lens)]]
-        size = (len(shuffled), shape.block_size, *kv)
-        keys, values = (torch.full(size, sign * garbage, dtype=shape.dtype, device=self.device) for sign in (1, -1))
-        self.cache = LayerCache(keys, values)
+        self.spare_block = int(shuffled[-1])
+        sinks = random_tensor(seed, shape.num_heads).to(device) * 3 if shape.has_sinks else None
+        self.scores = AttentionScores(shape.scale, shape.softcap, sinks)
+        layers = [KVShape(shape.num_kv_heads, shape.head_dim)] * 3  # the second of three layers, whose blocks alternate
+        ((_, self.cache, _),) = self.kernels.new_kv_cache([layers], len(shuffled), shape.block_size)
+        keys, values = self.cache.keys.fill_(garbage), self.cache.values.fill_(-garbage)
         for ids, k, v in zip(self.block_ids, self.k, self.v, strict=True):
-            keys.flatten(0, 1)[self.slots(ids, len(k))] = k
-            values.flatten(0, 1)[self.slots(ids, len(v))] = v
+            blocks, offsets = self.places(ids, len(k))
+            keys[blocks, offsets], values[blocks, offsets] = k, v
 
     def _random(self, seed: int, *shape: int) -> Tensor:
         return random_tensor(seed, *shape, dtype=self.shape.dtype).to(self.device)
 
-    def slots(self, block_ids: Sequence[int], num_tokens: int) -> Tensor:
-        offsets = torch.arange(self.shape.block_size)
-        slots = (torch.tensor(block_ids)[:, None] * self.shape.block_size + offsets).flatten()[:num_tokens]
-        return slots.to(self.device)
+    def places(self, block_ids: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the block of each token, and its place there."""
+        tokens = torch.arange(num_tokens)
+        blocks = torch.tensor(block_ids)[tokens // self.shape.block_size]
+        return blocks.to(self.device), (tokens % self.shape.block_size).to(self.device)
+
+    def forget_before(self, sequence: int, position: int) -> None:
+        """Fill the blocks before a position with NaN, and replace them in the block table by one of nobody."""
+        ids, num_blocks = self.block_ids[sequence], max(0, position) // self.shape.block_size
+        for block_id in [*ids[:num_blocks], self.spare_block]:
+            self.cache.keys[block_id] = self.cache.values[block_id] = torch.nan
+        ids[:num_blocks] = [self.spare_block] * num_blocks
 
     def attend(self, spans: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """Return the attention of each span of rows (sequence, start, end), computed in one call."""
         most = max(len(self.block_ids[sequence]) for sequence, _, _ in spans)
         tables = [self.block_ids[sequence] + [0] * (most - len(self.block_ids[sequence])) for sequence, _, _ in spans]
         lens = [end - start for _, start, end in spans]
-        nothing = torch.empty(0, dtype=torch.int64, device=self.device)  # attention reads only the other fields
         query_lens, seq_lens = np.array(lens), np.array([end for *_, end in spans])
-        table = torch.tensor(tables, device=self.device)
-        rows = (nothing,) * 8
-        batch = BatchInputs(*rows, [nothing], [table], query_lens, query_lens, seq_lens)
+        batch = batch_of(query_lens, seq_lens, self.device)
         q = torch.cat([self.q[sequence][start:end] for sequence, start, end in spans])
-        planner = self.kernels.attention_planner(self.shape.kind)
-        if planner is not None:
-            work = planner.plan(query_lens, seq_lens)
-            batch.attention_work = [AttentionWork(torch.from_numpy(work.table).to(self.device), work.num_partial_rows)]
         plan = self.kernels.plan_attention(batch, query_lens, self.shape.kind, 0)
-        out = self.kernels.paged_attention(q.clone(), self.cache, plan, table, self.scores)  # which may replace q
+        out = self.kernels.paged_attention(q, self.cache, plan, torch.tensor(tables, device=self.device), self.scores)
         assert out.shape == q.shape
         assert out.dtype == q.dtype
         return list(torch.split(out, lens))
@@ -107,9 +112,16 @@ class Paged:
         k, v = (of[sequence].cpu().double().numpy() for of in (self.k, self.v))
         q = self.q[sequence].cpu().double().numpy()
         rows = [
-            textbook_attention(q[position], k, v, position, self.shape, self.scores) for position in range(start, end)
+            textbook_attention(q[position], k, v, position, self.scores, self.shape.window)
+            for position in range(start, end)
         ]
         return torch.from_numpy(np.stack(rows)).to(self.device)
+
+
+def batch_of(query_lens: Lengths, seq_lens: Lengths, device: torch.device = CPU) -> BatchInputs:
+    """Return a batch with the fields that attention is planned from."""
+    rows = (torch.empty(0, dtype=torch.int64, device=device),) * 8
+    return BatchInputs(*rows, [rows[0]], [], query_lens, query_lens, seq_lens)
 
 
 def textbook_attention(
@@ -117,20 +129,20 @@ def textbook_attention(
     keys: npt.NDArray[np.float64],
     values: npt.NDArray[np.float64],
     position: int,
-    shape: Shape,
-    scores: AttentionScores,
+    how: AttentionScores,
+    window: int | None,
 ) -> npt.NDArray[np.float64]:
     """Return the attention of one row q [H, D] to keys and values [n, KH, D]."""
-    first = 0 if shape.window is None else max(0, position - shape.window + 1)
+    first = 0 if window is None else max(0, position - window + 1)
     group_size = q.shape[0] // keys.shape[1]
     k = np.repeat(keys[first : position + 1], group_size, axis=1)
     v = np.repeat(values[first : position + 1], group_size, axis=1)
-    products = np.einsum("hd,nhd->hn", q, k) * shape.scale
-    if shape.softcap is not None:
-        products = shape.softcap * np.tanh(products / shape.softcap)
-    if scores.sinks is not None:
-        products = np.concatenate((products, scores.sinks.cpu().double().numpy()[:, None]), axis=1)
-    weights = np.exp(products - products.max(axis=1, keepdims=True))
-    weights = (weights / weights.sum(axis=1, keepdims=True))[:, : len(v)]
-    result: npt.NDArray[np.float64] = np.einsum("hn,nhd->hd", weights, v)
+    scores = np.einsum("hd,nhd->hn", q, k) * how.scale
+    if how.softcap is not None:
+        scores = how.softcap * np.tanh(scores / how.softcap)
+    sinks = np.full(len(q), -np.inf) if how.sinks is None else how.sinks.cpu().double().numpy()
+    highest = np.maximum(scores.max(axis=1), sinks)
+    weights = np.exp(scores - highest[:, None])
+    total = weights.sum(axis=1) + np.exp(sinks - highest)
+    result: npt.NDArray[np.float64] = np.einsum("hn,nhd->hd", weights / total[:, None], v)
     return result

@@ -1,11 +1,12 @@
 """Flash attention (Dao et al. 2022) over a paged KV cache.
 
-The query heads that share a KV head (grouped-query attention) are rows of one product. These rows, pairs of token and
-query head, are called packed rows. Keys are cut into segments of fixed length aligned to position 0. Each segment gets
-a running softmax of its own, and segments are merged in ascending order. A fixed number of programs walks a work list
-(`attention_plan`). The program that computes the first segments of a tile merges them at once; other segments wait for
-a second kernel, which continues in the same order with the same function. So a row gets the same bits however its tile
-is split, and prompts and decoding use the same kernel with the same tile.
+The query heads that share a KV head (grouped-query attention) are rows of one product, or of several if they are too
+many for one. These rows, pairs of token and query head, are called packed rows. Keys are cut into segments of fixed
+length aligned to position 0. Each segment gets a running softmax of its own, and segments are merged in ascending
+order. A fixed number of programs walks a work list (`attention_plan`). The program that computes the first segments of
+a tile merges them at once; other segments wait for a second kernel, which continues in the same order with the same
+function. So a row gets the same bits however its tile is split, and prompts and decoding use the same kernel with the
+same tile.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.interface import LayerCache
+from engine.kernels.interface import AttentionScores, LayerCache
 from engine.kernels.triton.attention_plan import (
     END_ITEM,
     END_SEGMENT,
@@ -33,6 +34,7 @@ from engine.kernels.triton.attention_plan import (
     NUM_ROWS,
     PARTIAL_ROW,
     SEQUENCE,
+    head_columns,
 )
 from engine.kernels.triton.float8 import float8_numbers
 from engine.kernels.triton.prompt_attention import PromptPlan
@@ -59,13 +61,16 @@ def _field(row, column: tl.constexpr):
 
 
 @triton.jit
-def _rows(first_row, num_rows, kv_head, q_stride, group_size, PACKED: tl.constexpr, SIZE: tl.constexpr):
-    """Return for each packed row its token's index in the tile, its offset in q and out, and whether it exists."""
+def _rows(num_rows, group_size, part_size, PACKED: tl.constexpr):
+    """Return for each packed row its token's index in the tile, its query head, and whether it exists.
+
+    The second number of a program is that of a KV head and of a part of the query heads that share it.
+    """
     packed = tl.arange(0, PACKED)
-    rows = packed // group_size
-    heads = kv_head * group_size + packed % group_size
-    offsets = (first_row + rows).to(tl.int64) * q_stride + heads * SIZE
-    return rows, offsets, rows < num_rows
+    num_parts = tl.cdiv(group_size, part_size)
+    rows, heads = packed // part_size, tl.program_id(1) % num_parts * part_size + packed % part_size
+    exists = (rows < num_rows) & (heads < group_size)
+    return rows, tl.program_id(1) // num_parts * group_size + heads, exists
 
 
 @triton.jit
@@ -88,9 +93,21 @@ def _merge(highest, total, weighted, other_highest, other_total, other_weighted)
 
 
 @triton.jit
-def _partial_rows(first, kv_head, num_kv_heads, PACKED: tl.constexpr):
+def _partial_rows(first, PACKED: tl.constexpr):
     """Return the rows of `partial` and `states` that hold a partial result, of which `first` is the first."""
-    return (first + tl.arange(0, PACKED)).to(tl.int64) * num_kv_heads + kv_head
+    return (first + tl.arange(0, PACKED)).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit
+def _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS: tl.constexpr):
+    """Return the weighted means of a running softmax, in which the sinks of the heads take part."""
+    if HAS_SINKS:
+        sink = tl.load(sinks + heads, mask=has_row, other=float("-inf")) * LOG2_E
+        new_highest = tl.maximum(highest, sink)
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.exp2(sink - new_highest)
+        weighted = weighted * shrink[:, None]
+    return weighted / total[:, None]
 
 
 @triton.jit
@@ -126,8 +143,11 @@ def _segment(
     table,
     kv_head,
     start,
+    oldest,
     end,
     num_kv_heads,
+    block_stride,
+    scale_stride,
     scale,
     softcap,
     window,
@@ -143,16 +163,22 @@ def _segment(
 ):
     """Return the running softmax of packed rows q [PACKED, BLOCK] over the keys start .. end of one segment.
 
-    Scores are multiplied by log2(e). `end` is the position after the tile's last row.
+    Scores are multiplied by log2(e). `oldest` is the first position in the window of the tile's first row, which may be
+    negative, `end` the one after its last row. Nothing else is read: it may be NaN, which weights of 0 would spread.
     """
     columns = tl.arange(0, BLOCK)
     highest, total, weighted = _empty_softmax(PACKED, BLOCK)
-    for offset in range(start, tl.minimum(start + SEGMENT, end), KEYS):
+    first = start
+    if HAS_WINDOW:
+        first = tl.maximum(start, oldest // KEYS * KEYS)
+    for offset in range(first, tl.minimum(start + SEGMENT, end), KEYS):
         tokens = offset + tl.arange(0, KEYS)
         has_token = tokens < end
+        if HAS_WINDOW:
+            has_token &= tokens >= oldest
         blocks = tl.load(table + tokens // TOKENS, mask=has_token, other=0).to(tl.int64)
-        offsets = ((blocks * TOKENS + tokens % TOKENS) * num_kv_heads + kv_head) * SIZE
-        scale_offsets = (blocks * num_kv_heads + kv_head) * TOKENS + tokens % TOKENS
+        offsets = blocks * block_stride + (tokens % TOKENS * num_kv_heads + kv_head) * SIZE
+        scale_offsets = blocks * scale_stride + kv_head * TOKENS + tokens % TOKENS
         offsets = offsets[:, None] + columns[None, :]
         mask = has_token[:, None] & (columns < SIZE)[None, :]
         k = _load_numbers(keys, offsets, mask, q.dtype)
@@ -196,14 +222,19 @@ def _attend(
     values,
     key_scales,
     value_scales,
+    sinks,
     q_stride,
     table_stride,
+    block_stride,
+    scale_stride,
     group_size,
+    part_size,
     num_kv_heads,
     scale,
     softcap,
     window,
     HAS_SCALES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
@@ -213,33 +244,35 @@ def _attend(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Compute the items of each program of a grid (programs, KV heads).
+    """Compute the items of each program of a grid (programs, parts of the query heads that share a KV head).
 
     Results of whole tiles replace their queries. Others go into `partial` and `states`, and `_reduce` merges them.
     """
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1) // tl.cdiv(group_size, part_size)
     program = work + tl.program_id(0) * FIELDS
     for number in range(_field(program, FIRST_ITEM), _field(program, END_ITEM)):
         item = work + number * FIELDS
         num_rows, first_position = _field(item, NUM_ROWS), _field(item, FIRST_POSITION)
-        rows, offsets, has_row = _rows(_field(item, FIRST_ROW), num_rows, kv_head, q_stride, group_size, PACKED, SIZE)
+        rows, heads, has_row = _rows(num_rows, group_size, part_size, PACKED)
+        offsets = (_field(item, FIRST_ROW) + rows).to(tl.int64) * q_stride + heads * SIZE
         positions = tl.where(has_row, first_position + rows, first_position)  # rows that do not exist see a key too
         queries = _load_queries(q, offsets, has_row, SIZE, BLOCK)
         table = tables + _field(item, SEQUENCE).to(tl.int64) * table_stride
-        end = first_position + num_rows
+        oldest, end = first_position - window + 1, first_position + num_rows
         highest, total, weighted = _empty_softmax(PACKED, BLOCK)
         for segment in range(_field(item, FIRST_SEGMENT), _field(item, END_SEGMENT)):
             state = _segment(
-                queries, positions, keys, values, key_scales, value_scales, table, kv_head, segment * SEGMENT, end,
-                num_kv_heads, scale, softcap, window, HAS_SCALES, HAS_SOFTCAP, HAS_WINDOW, PACKED, KEYS, SEGMENT, SIZE,
-                BLOCK, TOKENS
+                queries, positions, keys, values, key_scales, value_scales, table, kv_head, segment * SEGMENT, oldest,
+                end, num_kv_heads, block_stride, scale_stride, scale, softcap, window, HAS_SCALES, HAS_SOFTCAP,
+                HAS_WINDOW, PACKED, KEYS, SEGMENT, SIZE, BLOCK, TOKENS
             )  # fmt: skip
             highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
         partial_row = _field(item, PARTIAL_ROW)
         if partial_row < 0:
-            _store(q, offsets, has_row, weighted / total[:, None], SIZE, BLOCK)
+            result = _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS)
+            _store(q, offsets, has_row, result, SIZE, BLOCK)
         else:
-            its_rows = _partial_rows(partial_row, kv_head, num_kv_heads, PACKED)
+            its_rows = _partial_rows(partial_row, PACKED)
             columns = tl.arange(0, BLOCK)
             tl.store(states + 2 * its_rows, highest, mask=has_row)
             tl.store(states + 2 * its_rows + 1, total, mask=has_row)
@@ -252,9 +285,11 @@ def _reduce(
     states,
     q,
     work,
+    sinks,
     q_stride,
     group_size,
-    num_kv_heads,
+    part_size,
+    HAS_SINKS: tl.constexpr,
     PACKED: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -262,28 +297,27 @@ def _reduce(
 ):
     """Merge the partial results of each split tile in ascending order, and replace its queries.
 
-    Programs have a tile (or none), a KV head, and COLUMNS of BLOCK columns each.
+    Programs have a tile (or none), a part of the query heads that share a KV head, and COLUMNS of BLOCK columns each.
     """
-    kv_head = tl.program_id(1)
     program = work + tl.program_id(0) * FIELDS
     num_partials = _field(program, NUM_PARTIALS)
     if num_partials > 0:
         num_rows, partial_row = _field(program, NUM_MERGED_ROWS), _field(program, MERGED_PARTIAL_ROW).to(tl.int64)
-        first_row = _field(program, MERGED_ROW)
-        _, offsets, has_row = _rows(first_row, num_rows, kv_head, q_stride, group_size, PACKED, SIZE)
+        rows, heads, has_row = _rows(num_rows, group_size, part_size, PACKED)
+        offsets = (_field(program, MERGED_ROW) + rows).to(tl.int64) * q_stride + heads * SIZE
         columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
         highest, total, weighted = _empty_softmax(PACKED, COLUMNS)
         for _ in tl.range(0, num_partials, num_stages=MERGED_AHEAD):
-            rows = _partial_rows(partial_row, kv_head, num_kv_heads, PACKED)
+            rows = _partial_rows(partial_row, PACKED)
             its_highest = tl.load(states + 2 * rows, mask=has_row, other=0.0)
             its_total = tl.load(states + 2 * rows + 1, mask=has_row, other=1.0)
             its_rows = partial + rows[:, None] * BLOCK + columns[None, :]
             its_weighted = tl.load(its_rows, mask=has_row[:, None], other=0.0)
             highest, total, weighted = _merge(highest, total, weighted, its_highest, its_total, its_weighted)
-            partial_row += num_rows * group_size
+            partial_row += num_rows * part_size
         mask = has_row[:, None] & (columns < SIZE)[None, :]
-        result = (weighted / total[:, None]).to(q.dtype.element_ty)
-        tl.store(q + offsets[:, None] + columns[None, :], result, mask=mask)
+        result = _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS)
+        tl.store(q + offsets[:, None] + columns[None, :], result.to(q.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -291,52 +325,61 @@ class TritonAttentionPlan:
     """What is to be computed, on the device."""
 
     work: Tensor  # int64 [.., NUM_FIELDS]: the table of a WorkList
-    num_programs: int  # for each KV head
+    num_programs: int  # for each part of the query heads
     num_partial_rows: int
-    block_tables: Tensor
+    part_size: int  # query heads of a program
     window: int | None
     prompts: PromptPlan | None = None  # the other sequences, for torch's flash attention
 
 
 def paged_attention(
-    q: Tensor, cache: LayerCache, plan: TritonAttentionPlan, scale: float, sizes: AttentionTiles, softcap: float = 0.0
+    q: Tensor,
+    cache: LayerCache,
+    plan: TritonAttentionPlan,
+    block_tables: Tensor,
+    scores: AttentionScores,
+    sizes: AttentionTiles,
 ) -> Tensor:
     """Return causal attention of q [T, H, D], contiguous, to the keys and values [B, N, KH, D] in each row's blocks.
 
-    Keys and values of 8 bits are codes, to be multiplied by scales [B, KH, N]. A row at position p sees positions
-    max(0, p - window + 1) .. p. With a softcap, scores become softcap * tanh(score / softcap) (Gemma 2).
+    Keys and values of 8 bits are codes, to be multiplied by scales [B, KH, N].
     The result takes the place of q; rows that are not in the plan, which fill a CUDA graph up, stay as they are.
     """
     _, num_heads, size = q.shape
     _, block_size, num_kv_heads, _ = cache.keys.shape
     group_size = num_heads // num_kv_heads
+    num_parts = num_kv_heads * triton.cdiv(group_size, plan.part_size)
     assert q.is_contiguous()
-    assert cache.keys.is_contiguous()
-    assert cache.values.is_contiguous()
-    block = max(16, triton.next_power_of_2(size))
-    partial = torch.empty((plan.num_partial_rows, num_kv_heads, block), dtype=torch.float32, device=q.device)
-    states = torch.empty((plan.num_partial_rows, num_kv_heads, 2), dtype=torch.float32, device=q.device)
-    flags = {"PACKED": max(sizes.packed_rows, triton.next_power_of_2(group_size)), "SIZE": size, "BLOCK": block}
+    assert cache.keys.stride() == cache.values.stride()
+    assert cache.keys.stride()[1:] == (num_kv_heads * size, size, 1)
+    block = head_columns(size)
+    partial = torch.empty((plan.num_partial_rows, num_parts, block), dtype=torch.float32, device=q.device)
+    states = torch.empty((plan.num_partial_rows, num_parts, 2), dtype=torch.float32, device=q.device)
+    flags = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block, "HAS_SINKS": scores.sinks is not None}
     options = {"num_warps": sizes.num_warps, **LAUNCH_OPTIONS}
-    _attend[plan.num_programs, num_kv_heads](
+    _attend[plan.num_programs, num_parts](
         q,
         partial,
         states,
         plan.work,
-        plan.block_tables,
+        block_tables,
         cache.keys,
         cache.values,
         cache.key_scales,
         cache.value_scales,
+        scores.sinks,
         q.stride(0),
-        plan.block_tables.stride(0),
+        block_tables.stride(0),
+        cache.keys.stride(0),
+        0 if cache.key_scales is None else cache.key_scales.stride(0),
         group_size,
+        plan.part_size,
         num_kv_heads,
-        scale,
-        softcap,
+        scores.scale,
+        scores.softcap or 0.0,
         plan.window or 0,
         HAS_SCALES=cache.key_scales is not None,
-        HAS_SOFTCAP=softcap != 0,
+        HAS_SOFTCAP=scores.softcap is not None,
         HAS_WINDOW=plan.window is not None,
         KEYS=sizes.keys,
         SEGMENT=sizes.segment,
@@ -347,7 +390,7 @@ def paged_attention(
     )
     if plan.num_partial_rows:
         columns = min(block, MERGED_COLUMNS)
-        grid = (plan.num_programs, num_kv_heads, block // columns)
-        inputs = (partial, states, q, plan.work, q.stride(0), group_size, num_kv_heads)
+        grid = (plan.num_programs, num_parts, block // columns)
+        inputs = (partial, states, q, plan.work, scores.sinks, q.stride(0), group_size, plan.part_size)
         _reduce[grid](*inputs, COLUMNS=columns, **flags, **options)
     return q

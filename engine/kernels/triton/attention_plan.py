@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
 from engine.batch.inputs import Lengths, WorkList
+from engine.config import AttentionKind
 from engine.kernels.triton.tiles import AttentionTiles
 
 NUM_FIELDS = 7  # columns of the table
@@ -58,12 +58,12 @@ class QueryTiles:
 
 @dataclass(frozen=True)
 class TritonAttentionPlanner:
-    """Makes the work lists of a model on a card."""
+    """Makes the work lists of a kind of attention on a card."""
 
     tile_tokens: int
-    group_size: int  # query heads of a KV head
+    part_size: int  # query heads of a program: all that share a KV head, or a part of them if they are too many
     segment: int  # tokens
-    num_programs: int  # for each KV head
+    num_programs: int  # for each part
     max_partial_rows: int  # packed rows of results that wait to be merged
     window: int | None
 
@@ -80,7 +80,7 @@ class TritonAttentionPlanner:
         tile = np.searchsorted(tiles.ends, starts, side="right")
         is_first = starts == tiles.starts[tile]
         is_split = (ends - starts) < (tiles.ends - tiles.starts)[tile]
-        partial_rows = tiles.num_rows[tile] * self.group_size * is_split
+        partial_rows = tiles.num_rows[tile] * self.part_size * is_split
         partial_ends = partial_rows.cumsum()
         skipped = tiles.first_segments[tile] - tiles.starts[tile]
         table = np.zeros((self.num_programs + len(starts), NUM_FIELDS), dtype=np.int64)
@@ -102,9 +102,9 @@ class TritonAttentionPlanner:
     def largest(self, num_seqs: int, max_model_len: int) -> WorkList:
         """Return an empty work list that has room for any step in which each of `num_seqs` sequences has one row."""
         num_partials = min(num_seqs, self.num_programs - 1) * -(-max_model_len // self.segment)
-        num_partials = min(num_partials, self.max_partial_rows // self.group_size)
+        num_partials = min(num_partials, self.max_partial_rows // self.part_size)
         table = np.zeros((self.num_programs + num_seqs + num_partials, NUM_FIELDS), dtype=np.int64)
-        return WorkList(table, num_partials * self.group_size)
+        return WorkList(table, num_partials * self.part_size)
 
     def _tiles(self, query_lens: Lengths, seq_lens: Lengths) -> QueryTiles:
         num_tiles = -(-query_lens // self.tile_tokens)
@@ -141,7 +141,7 @@ class TritonAttentionPlanner:
         Tiles of few rows come first, since their results take the least room, and among them those of most segments.
         """
         tile, first = np.unique(tile, return_index=True)
-        rows = tiles.num_rows[tile] * self.group_size
+        rows = tiles.num_rows[tile] * self.part_size
         partial_rows = (tiles.ends[tile] - borders[first] + 1) * rows
         order = np.lexsort((tiles.starts[tile] - tiles.ends[tile], rows))
         return tile[order][partial_rows[order].cumsum() <= self.max_partial_rows]
@@ -158,16 +158,21 @@ def _split_segments(tiles: QueryTiles, borders: Lengths) -> Lengths:
     return segments
 
 
-def new_planner(
-    sizes: AttentionTiles, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, num_programs: int
-) -> TritonAttentionPlanner:
-    """Return the planner of a model, for a card that runs `num_programs` at a time."""
-    group_size = num_heads // num_kv_heads
+def new_planner(sizes: AttentionTiles, kind: AttentionKind, num_programs: int) -> TritonAttentionPlanner:
+    """Return the planner of a kind of attention, for a card that runs `num_programs` at a time."""
+    group_size = kind.num_heads // kind.num_kv_heads
+    part_size = -(-group_size // -(-group_size // sizes.packed_rows))
+    num_parts = kind.num_kv_heads * -(-group_size // part_size)
     return TritonAttentionPlanner(
-        tile_tokens=max(1, sizes.packed_rows // group_size),
-        group_size=group_size,
+        tile_tokens=sizes.packed_rows // part_size,
+        part_size=part_size,
         segment=sizes.segment,
-        num_programs=max(1, num_programs // num_kv_heads),
-        max_partial_rows=MAX_PARTIAL_BYTES // (4 * num_kv_heads * max(16, triton.next_power_of_2(head_dim))),
-        window=window,
+        num_programs=max(1, num_programs // num_parts),
+        max_partial_rows=MAX_PARTIAL_BYTES // (4 * num_parts * head_columns(kind.head_dim)),
+        window=kind.window,
     )
+
+
+def head_columns(head_dim: int) -> int:
+    """Return the columns of a tile for a head size: a power of two, because that is all that tiles can have."""
+    return max(16, 1 << (head_dim - 1).bit_length())

@@ -16,12 +16,22 @@ from torch import Tensor
 
 from engine.batch.inputs import BatchInputs, Lengths
 from engine.batch.transfer import to_device
-from engine.kernels.interface import ExecutionKind, KernelOptions, LayerCache, LinearOp, LoraWeights
-from engine.kernels.torch.attention import new_layer_cache
+from engine.config import AttentionKind, KVShape, RouterSpec
+from engine.kernels.interface import (
+    AttentionScores,
+    ExecutionKind,
+    ExpertLinearOp,
+    HeadNorms,
+    KernelOptions,
+    LayerCache,
+    LinearOp,
+    LoraWeights,
+    Rotations,
+)
 from engine.kernels.torch.kernels import joined
 from engine.kernels.torch.linear import adding
 from engine.kernels.torch.lora import new_lora_weights
-from engine.kernels.triton import attention, lora, prompt_attention, rows
+from engine.kernels.triton import attention, experts, kv_cache, lora, prompt_attention, rows
 from engine.kernels.triton.attention import TritonAttentionPlan
 from engine.kernels.triton.attention_plan import TritonAttentionPlanner, new_planner
 from engine.kernels.triton.linear import linear
@@ -34,7 +44,15 @@ from engine.kernels.triton.packed_matrix import (
     to_int8,
 )
 from engine.kernels.triton.sampler import TritonSampler
-from engine.kernels.triton.tiles import card_name, compute_capability, num_multiprocessors, tiles_for
+from engine.kernels.triton.tiles import (
+    EXPERTS_OF_ROW,
+    SMALLEST,
+    Tiles,
+    card_name,
+    compute_capability,
+    num_multiprocessors,
+    tiles_for,
+)
 from engine.weights import Float8Tensor, GroupQuantized, PackedTensor, Weight, concatenate, layout_of
 
 logger = logging.getLogger("lightwell.engine")
@@ -85,8 +103,10 @@ class TritonKernels:
         cache = "float8_e4m3fn" if is_fp8 else str(self.cache_dtype).removeprefix("torch.")
         return f"weights {', '.join(self.weight_formats)}, KV cache {cache}"
 
-    def pack(self, weights: Sequence[Weight]) -> Matrix:
+    def pack(self, weights: Sequence[Weight], dtype: torch.dtype | None = None) -> Matrix:
         """Successive weights of one type become one part. If one weight is not packed, all are dequantized."""
+        if dtype is not None:
+            return [joined(weights, dtype, self.device)]
         if any(isinstance(weight, Tensor) for weight in weights):
             weights = [joined(weights, self.dtype, self.device)]
         groups: list[list[Any]] = [list(group) for _, group in itertools.groupby(weights, key=layout_of)]
@@ -110,10 +130,13 @@ class TritonKernels:
     def linear(self, matrix: Matrix, bias: Tensor | None = None, *, is_float32: bool = False) -> LinearOp:
         dtype = torch.float32 if is_float32 else self.dtype
         if not self.deterministic and len(matrix) == 1 and isinstance(weights := matrix[0], Tensor):
-            return adding(lambda x: F.linear(x, weights, bias).to(dtype))
+            same_bias = None if bias is None else bias.to(weights.dtype)
+            return adding(lambda x: F.linear(x.to(weights.dtype), weights, same_bias).to(dtype))
         sizes = [len(part) for part in matrix]
         biases = [None] * len(matrix) if bias is None else torch.split(bias, sizes)
-        tiles = [self.tiles.linear_for(*part.shape, is_packed=isinstance(part, PackedMatrix)) for part in matrix]
+        tiles = [
+            self._tiles_of(part).linear_for(*part.shape, is_packed=isinstance(part, PackedMatrix)) for part in matrix
+        ]
         for some, size in zip(tiles, sizes, strict=True):
             self.warm_up_rows |= some.first_rows(size)
 
@@ -127,6 +150,18 @@ class TritonKernels:
 
         return product
 
+    def head_linear(self, matrices: Tensor) -> LinearOp:
+        num_heads, num_outputs, num_inputs = matrices.shape
+        tiles = self.tiles.grouped_for(num_heads * num_outputs, num_inputs, is_packed=False)
+        self.warm_up_rows |= {first for first, _ in tiles.tiles}
+        return experts.head_linear(matrices.to(self.device, self.dtype), tiles)
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), dim=1)
+
+    def _tiles_of(self, weights: Tensor | PackedMatrix) -> Tiles:
+        return SMALLEST if isinstance(weights, Tensor) and weights.dtype == torch.float32 else self.tiles
+
     def new_lora_weights(self, sizes: Sequence[int], num_inputs: int) -> LoraWeights | None:
         return new_lora_weights(self.options, sizes, num_inputs, self.device)
 
@@ -135,71 +170,114 @@ class TritonKernels:
             self.lora_tiles[weights.sizes] = lora.column_tiles(weights.sizes, self.device)
         lora.add_lora(x, out, weights, lora_slots, self.lora_tiles[weights.sizes])
 
-    def embed(self, token_ids: Tensor, matrix: Matrix) -> Tensor:
+    def embed(self, token_ids: Tensor, matrix: Matrix, scale: float = 1.0) -> Tensor:
         (table,) = matrix
-        return F.embedding(token_ids, table) if isinstance(table, Tensor) else table.rows(token_ids, self.dtype)
+        out = F.embedding(token_ids, table) if isinstance(table, Tensor) else table.rows(token_ids, self.dtype)
+        if scale != 1.0:
+            rows.scale(out, scale)
+        return out
 
     def gather(self, table: Tensor, rows: Tensor) -> Tensor:
         return table[rows]
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rows.rms_norm(x, weight, eps)
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        return rows.rms_norm(x, weight, eps, residual)
 
-    def act_and_mul(self, gate_up: Tensor, activation: str) -> Tensor:
-        return rows.act_and_mul(gate_up, activation)
+    def layer_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rows.layer_norm(x, weight, eps)
 
-    def kv_cache_bytes(self, block_size: int, num_kv_heads: int, head_dim: int) -> int:
-        head_bytes = head_dim + 4 if self.has_scales else head_dim * self.dtype.itemsize
-        return 2 * block_size * num_kv_heads * head_bytes
+    def add(self, residual: Tensor, x: Tensor, scale: float) -> None:
+        rows.add(residual, x, scale)
+
+    def scale(self, x: Tensor, factor: float, softcap: float | None = None) -> None:
+        rows.scale(x, factor, softcap)
+
+    def act_and_mul(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        return rows.act_and_mul(gate, up, activation)
+
+    # Mixture of experts.
+
+    def pack_experts(self, weights: Sequence[Sequence[Weight]]) -> experts.ExpertMatrices:
+        """The weights of all experts are one matrix if they have one type, else one for each weight of an expert."""
+        together = [weight for expert in weights for weight in expert]
+        has_one_type = len({layout_of(weight) for weight in together}) == 1
+        groups = [together] if has_one_type else list(zip(*weights, strict=True))
+        parts = [self.pack(group) for group in groups]
+        if any(len(part) != 1 for part in parts):  # experts have weights of several types
+            parts = [[joined(group, self.dtype, self.device)] for group in groups]
+        return experts.ExpertMatrices(len(weights), [part for (part,) in parts])
+
+    def route(
+        self, logits: Tensor, router: RouterSpec, bias: Tensor | None = None, expert_scales: Tensor | None = None
+    ) -> experts.TritonRouting:
+        return experts.route(logits, router, bias, expert_scales)
+
+    def expert_linear(self, matrices: experts.ExpertMatrices, bias: Tensor | None = None) -> ExpertLinearOp:
+        tiles = [
+            self._tiles_of(part).grouped_for(
+                EXPERTS_OF_ROW * len(part) // matrices.num_experts,
+                part.shape[1],
+                is_packed=isinstance(part, PackedMatrix),
+            )
+            for part in matrices.parts
+        ]
+        for some in tiles:
+            self.warm_up_rows |= experts.first_rows(some, matrices.num_experts)
+        return experts.expert_linear(matrices, tiles, bias)
+
+    def combine_experts(self, x: Tensor, routing: experts.TritonRouting, residual: Tensor | None = None) -> Tensor:
+        return experts.combine_experts(x, routing, residual)
+
+    # Attention.
+
+    def kv_cache_bytes(self, groups: Sequence[Sequence[KVShape]], block_size: int) -> int:
+        return kv_cache.kv_cache_bytes(groups, block_size, self.cache_dtype)
 
     def new_kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
-    ) -> list[LayerCache]:
-        return [self._new_layer_cache((num_blocks, block_size, num_kv_heads, head_dim)) for _ in range(num_layers)]
-
-    def _new_layer_cache(self, shape: tuple[int, int, int, int]) -> LayerCache:
-        """Keys and values are [B, N, KH, D], the scales of codes of 8 bits [B, KH, N]."""
-        if not self.has_scales:
-            return new_layer_cache(shape, self.dtype, self.device)
-        keys, values = torch.zeros((2, *shape), dtype=torch.uint8, device=self.device).view(self.cache_dtype)
-        num_blocks, block_size, num_kv_heads, _ = shape
-        scales = torch.zeros((2, num_blocks, num_kv_heads, block_size), device=self.device)
-        return LayerCache(keys, values, *scales)
+        self, groups: Sequence[Sequence[KVShape]], num_blocks: int, block_size: int
+    ) -> list[list[LayerCache]]:
+        return kv_cache.new_kv_cache(groups, num_blocks, block_size, self.cache_dtype, self.device)
 
     def rope_and_store_kv(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, cache: LayerCache
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        rotations: Rotations,
+        slot_mapping: Tensor,
+        cache: LayerCache,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
-        return rows.rope_and_store_kv(q, k, v, cos, sin, slot_mapping, cache)
+        return rows.rope_and_store_kv(q, k, v, rotations, slot_mapping, cache, norms)
 
-    def attention_planner(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
-    ) -> TritonAttentionPlanner:
-        sizes = self.tiles.attention_for(head_dim)
-        num_programs = num_multiprocessors(self.device) * sizes.programs
-        return new_planner(sizes, num_heads, num_kv_heads, head_dim, window, num_programs)
+    def attention_planner(self, kind: AttentionKind) -> TritonAttentionPlanner:
+        sizes = self.tiles.attention_for(kind.head_dim)
+        return new_planner(sizes, kind, num_multiprocessors(self.device) * sizes.programs)
 
     def plan_attention(
-        self,
-        batch: BatchInputs,
-        query_lens: Lengths,
-        num_heads: int,
-        num_kv_heads: int,
-        cache: LayerCache,
-        window: int | None,
+        self, batch: BatchInputs, query_lens: Lengths, kind: AttentionKind, kind_index: int
     ) -> TritonAttentionPlan:
-        planner = self.attention_planner(num_heads, num_kv_heads, cache.keys.shape[3], window)
-        prompts = prompt_attention.plan_prompts(batch, query_lens, cache) if self.uses_flash_attention else None
-        query_lens = query_lens if prompts is None else query_lens[: prompts.first_sequence]
-        table, num_partial_rows = batch.attention_work, batch.num_partial_rows
-        if table is None or not np.array_equal(query_lens, batch.query_lens):
+        planner = self.attention_planner(kind)
+        prompts = None
+        if self.uses_flash_attention:
+            prompts = prompt_attention.plan_prompts(batch, query_lens, kind, self.options.block_size, self.cache_dtype)
+            query_lens = query_lens if prompts is None else query_lens[: prompts.first_sequence]
+        if batch.attention_work and np.array_equal(query_lens, batch.query_lens):
+            table, num_partial_rows = batch.attention_work[kind_index]
+        else:
             work = planner.plan(query_lens, batch.seq_lens[: len(query_lens)])
             table, num_partial_rows = to_device(work.table, np.int64, self.device), work.num_partial_rows
-        return TritonAttentionPlan(table, planner.num_programs, num_partial_rows, batch.block_tables, window, prompts)
+        return TritonAttentionPlan(
+            table, planner.num_programs, num_partial_rows, planner.part_size, kind.window, prompts
+        )
 
-    def paged_attention(self, q: Tensor, cache: LayerCache, plan: TritonAttentionPlan, scale: float) -> Tensor:
-        out = attention.paged_attention(q.contiguous(), cache, plan, scale, self.tiles.attention_for(q.shape[2]))
+    def paged_attention(
+        self, q: Tensor, cache: LayerCache, plan: TritonAttentionPlan, block_tables: Tensor, scores: AttentionScores
+    ) -> Tensor:
+        sizes = self.tiles.attention_for(q.shape[2])
+        out = attention.paged_attention(q.contiguous(), cache, plan, block_tables, scores, sizes)
         if plan.prompts is not None:
-            prompt_attention.prompt_attention(out, cache, plan.prompts, scale, plan.window)
+            prompt_attention.prompt_attention(out, cache, plan.prompts, block_tables, scores.scale)
         return out
 
     def temporaries(self) -> AbstractContextManager[None]:

@@ -131,7 +131,7 @@ def _sum(
             weights, scales, minima, columns, start, num_columns, num_inputs, weights_stride, scales_stride,
             group_stride, x.dtype.element_ty, FORMAT, SCALE_COLUMNS, SCALE_INPUTS, HAS_MINIMUM, INPUTS
         )  # fmt: skip
-        sums = tl.dot(a, tl.trans(b), sums, input_precision="ieee")
+        sums = tl.dot(a.to(b.dtype), tl.trans(b), sums, input_precision="ieee")
     return sums
 
 

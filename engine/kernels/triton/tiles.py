@@ -17,7 +17,9 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": False}
 
 
 MIN_SIDE = 64  # of a tile; with more rows than a smaller tile has rows and columns, it reads too much too often
+EXPERTS_OF_ROW = 4  # about as many as in most models
 MAX_SMALL_HEAD = 128
+MAX_LARGE_HEAD = 256
 MIN_SPLIT_INPUTS = 1024  # with fewer, a program ends before enough of its loads are in flight
 MAX_SPLIT_SUMS = 64  # of a thread, where a program adds up several splits: it holds two sums for each number
 
@@ -135,14 +137,28 @@ class Tiles:
         """Return the tiles for weights of a shape."""
         return (self.packed_linear if is_packed else self.linear).tiles_for(num_outputs, num_inputs)
 
+    def grouped_for(self, num_outputs: int, num_inputs: int, *, is_packed: bool) -> LinearTiles:
+        """Return the tiles for products of several matrices, by the number of rows of one.
+
+        `num_outputs` are those of all matrices that a row is multiplied with. There are enough of them without splits.
+        """
+        return replace(self.linear_for(num_outputs, num_inputs, is_packed=is_packed), splits=1)
+
     def attention_for(self, head_dim: int) -> AttentionTiles:
-        """Return the tile for a head size. Larger heads take twice the registers: of twice the warps, one program."""
+        """Return the tile for a head size.
+
+        Larger heads take twice the registers: of twice the warps, one program. The largest also get fewer packed rows,
+        since a program holds D sums for each.
+        """
         tiles = self.attention
         if head_dim <= MAX_SMALL_HEAD:
             return tiles
-        return replace(
+        larger = replace(
             tiles, keys=max(16, tiles.keys // 2), num_warps=2 * tiles.num_warps, programs=tiles.programs // 2
         )
+        if head_dim <= MAX_LARGE_HEAD:
+            return larger
+        return replace(larger, packed_rows=16, keys=16, num_stages=2)
 
 
 def _linear_table(programs: int, *tiles: tuple[int, int, int, int]) -> LinearTable:

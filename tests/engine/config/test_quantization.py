@@ -84,7 +84,10 @@ def read(config: Any, folder: str = "/model") -> QuantizationConfig | None:
         (GPTQ, QuantizationConfig(method="gptq", zero_point_offset=1)),
         (GPTQ | {"bits": 8, "group_size": -1}, QuantizationConfig(method="gptq", zero_point_offset=1)),
         (GPTQ | {"checkpoint_format": "gptq_v2"}, QuantizationConfig(method="gptq")),
+        (GPTQ | {"format": "gptq_v2"}, QuantizationConfig(method="gptq")),
+        (GPTQ | {"format": "GPTQ", "checkpoint_format": "gptq_v2"}, QuantizationConfig(method="gptq")),
         (AWQ, QuantizationConfig(method="awq")),
+        (AWQ | {"version": None, "format": "gemm"}, QuantizationConfig(method="awq")),
         (AWQ | {"version": "GEMM"}, QuantizationConfig(method="awq")),
         (FP8, QuantizationConfig(method="fp8", quantizes_activations=True)),
         (FP8 | {"scale_fmt": "ue8m0"}, QuantizationConfig(method="fp8", quantizes_activations=True)),
@@ -92,6 +95,7 @@ def read(config: Any, folder: str = "/model") -> QuantizationConfig | None:
         (FBGEMM, QuantizationConfig(method="fbgemm_fp8", quantizes_activations=True)),
         (MXFP4, QuantizationConfig(method="mxfp4")),
         (compressed(), QuantizationConfig(method="compressed-tensors")),
+        (compressed(transform_config={"config_groups": {}}), QuantizationConfig(method="compressed-tensors")),
         (compressed(sparsity_config={"format": "dense"}), QuantizationConfig(method="compressed-tensors")),
         (grouped({"symmetric": False}), QuantizationConfig(method="compressed-tensors")),
         (
@@ -146,8 +150,13 @@ def test_supported(config: Any, expected: QuantizationConfig | None) -> None:
         (grouped({"type": "float"}), "weights: num_bits: 4 is not supported .supported: 8"),
         (grouped({"strategy": "tensor_group"}), "weights: strategy: 'tensor_group' is not supported"),
         (grouped({"strategy": "block"}), r"block_structure: None is not supported .supported: \[128, 128"),
-        (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config: sparse and transformed"),
-        (compressed(transform_config={"config_groups": {}}), "transform_config: sparse and transformed"),
+        (
+            compressed(sparsity_config={"format": "sparse-24-bitmask"}),
+            "sparsity_config: format: 'sparse-24-bitmask' is",
+        ),
+        (compressed(transform_config={"config_groups": {"u": {}}}), "transform_config: config_groups: .* is not supp"),
+        (compressed(transform_config=3), "transform_config: must be an object, not 3"),
+        (AWQ | {"version": None, "format": "gemv_fast"}, "format: 'gemv_fast' is not supported"),
     ],
 )
 def test_refused(config: Any, message: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.shared.gguf import GGUFFile, split_paths
+from engine.shared.gguf import GGUFFile, read_partial_metadata, split_paths
 from tests.support.examples import num_examples
 from tests.support.gguf_files import write_gguf
 
@@ -101,6 +101,23 @@ def test_real_file_reads_as_the_gguf_package_does(smollm2_path: Path) -> None:
             assert (info.offset, info.n_bytes) == (tensor.data_offset, tensor.n_bytes)
 
 
+def test_metadata_of_the_beginning(small_bytes: bytes, tmp_path: Path) -> None:
+    """Whatever is cut off, the keys before are those of the whole file, and in the end all are there."""
+    path = tmp_path / "small.gguf"
+    path.write_bytes(small_bytes)
+    with GGUFFile(path) as file:
+        whole = list(file.metadata.items())
+    num_keys = []
+    for end in range(24, len(small_bytes) + 1, 7):
+        metadata = read_partial_metadata(path, bytearray(small_bytes[:end]), len(small_bytes))
+        assert list(metadata.items()) == whole[: len(metadata)]
+        num_keys.append(len(metadata))
+    assert num_keys == sorted(num_keys)
+    assert (num_keys[0], num_keys[-1]) == (0, len(whole))
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        read_partial_metadata(path, bytearray(b"<html>"), 1000)
+
+
 def test_alignment(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "aligned.gguf", "llama")
     writer.add_custom_alignment(256)
@@ -120,8 +137,7 @@ TENSORS = {f"t{number}": np.full((number + 1, 32), number, dtype=np.float32) for
 
 def write_split(folder: Path, *, small_first_shard: bool = False) -> list[Path]:
     """Write a model of five tensors, two in each file. Returns the paths in order."""
-    split = {"split_max_tensors": 2, "small_first_shard": small_first_shard}
-    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", **split)
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=2, small_first_shard=small_first_shard)
     writer.add_uint32("answer", 42)
     for name, values in TENSORS.items():
         writer.add_tensor(name, values)

@@ -55,7 +55,7 @@ def test_order_of_query_and_key_rows(ggml_type: GGMLQuantizationType, tmp_path: 
     assert_same_bits(weights[f"{prefix}.k_proj.bias"], key_bias)
 
 
-PACKABLE = [Type[name] for name in sorted(PACKED_TYPES)]
+PACKABLE = [GGMLQuantizationType[name] for name in sorted(PACKED_TYPES)]
 
 
 @pytest.mark.parametrize("ggml_type", PACKABLE)
@@ -129,6 +129,23 @@ def test_rope_factors_are_part_of_the_configuration(tmp_path: Path) -> None:
     tensor = weights["model.embed_tokens.weight"]
     assert isinstance(tensor, torch.Tensor)
     assert tensor.dtype == torch.bfloat16
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
+    tensors = {f"blk.{layer}.ffn_up.weight": random_bytes(Type.Q4_1, layer) for layer in range(3)}
+    for name, data in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=Type.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    calls: list[tuple[int, int]] = []
+    path = tmp_path / "m-00002-of-00002.gguf"
+    weights = dict(load_weights(path, CONFIG, torch.float32, lambda done, total: calls.append((done, total))))
+    for layer, data in enumerate(tensors.values()):
+        assert_same_bits(weights[f"model.layers.{layer}.mlp.up_proj.weight"], dequantize(data, Type.Q4_1))
+    assert calls[-1] == (sum(data.nbytes for data in tensors.values()),) * 2
 
 
 def test_smollm2(smollm2_path: Path) -> None:

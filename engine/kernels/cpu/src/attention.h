@@ -166,11 +166,14 @@ struct Attention {
     float* const states;  // [packed rows, D + 2]
     Query* const queries;  // [packed rows, D]
     const int64_t* const table;
+    const Element* const first_key;  // those of the KV head in block 0
+    const Element* const first_value;
 
     Attention(const PagedAttentionParameters& p, const AttentionItem& item, const AttentionItem* next, int64_t head, float* states, float* queries)
         : p(p), item(item), next(next), head(head), group_size(p.num_heads / p.cache.num_kv_heads), size(p.cache.head_dim),
           block_size(p.cache.block_size), reads_once(item.num_rows * group_size <= TILE_ROWS), states(states), queries((Query*)queries),
-          table(p.block_tables + item.sequence * p.table_stride) {}
+          table(p.block_tables + item.sequence * p.table_stride), first_key((const Element*)p.cache.keys + p.cache.head_of(0, head)),
+          first_value((const Element*)p.cache.values + p.cache.head_of(0, head)) {}
 
     int64_t num_packed() const { return item.num_rows * group_size; }
     int64_t position(int64_t packed) const { return item.first_position + packed / group_size; }
@@ -179,8 +182,8 @@ struct Attention {
     int64_t block_bytes() const { return block_size * size * int64_t(sizeof(Element)); }
 
     // The keys and values of the token's block, and their scales.
-    const Element* keys_of(int64_t token) const { return (const Element*)p.cache.keys + p.cache.head_of(block_of(token), head); }
-    const Element* values_of(int64_t token) const { return (const Element*)p.cache.values + p.cache.head_of(block_of(token), head); }
+    const Element* keys_of(int64_t token) const { return first_key + block_of(token) * p.cache.block_stride; }
+    const Element* values_of(int64_t token) const { return first_value + block_of(token) * p.cache.block_stride; }
     int64_t scales_of(int64_t token) const { return p.cache.scales_of(block_of(token), head); }
 
     // Returns the keys that are CHUNK tokens after `token`, or those of the next item if the chunk at `start` is the last
@@ -192,7 +195,7 @@ struct Attention {
         token += is_last ? after->first_chunk * CHUNK - start : CHUNK;
         if (token >= after->first_position + after->num_rows) return nullptr;
         const int64_t block = p.block_tables[after->sequence * p.table_stride + token / block_size];
-        return (const uint8_t*)((const Element*)p.cache.keys + p.cache.head_of(block, head));
+        return (const uint8_t*)(first_key + block * p.cache.block_stride);
     }
 
     void start() {
@@ -318,7 +321,7 @@ struct Attention {
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
         for (int64_t token = begin; token < end;) {
-            const int64_t block_end = min_of(end, token - token % block_size + block_size);
+            const int64_t offset = token % block_size, block_end = min_of(end, token - offset + block_size);
             const Element* block = values_of(token) + d * T;
             const float* scales = HAS_SCALES ? p.cache.value_scales + scales_of(token) : nullptr;
             const uint8_t* ahead = nullptr;

@@ -6,6 +6,7 @@ Every test runs on every code path that this processor has.
 import itertools
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -198,9 +199,7 @@ def test_attention(shape: LayerShape, cache_type: str, code_path: str) -> None:
 @each_cache_type
 @pytest.mark.parametrize("change", [{"softcap": 3.0}, {"has_sinks": True}, {"window": 70}], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=str)
-def test_what_a_shape_adds_matters(
-    shape: LayerShape, change: dict[str, float], cache_type: str, code_path: str
-) -> None:
+def test_what_a_shape_adds_matters(shape: LayerShape, change: dict[str, Any], cache_type: str, code_path: str) -> None:
     """With capped scores as in Gemma 2, with sinks or with a window, the result is another one."""
     changed, plain = (Case(some, cache_type, [1, 300]) for some in (replace(shape, **change), shape))
     if "softcap" in change:

@@ -54,6 +54,11 @@ def shapes_of(name: str) -> list[tuple[int, int]]:
     return [(70, max(96, unit)), (1, unit), (32, 2 * unit), (49, 3 * unit)]
 
 
+def act_and_mul(kernels: CpuKernels, gate_up: Tensor, activation: str) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return kernels.act_and_mul(gate, up, activation)
+
+
 # Matrix products.
 
 
@@ -128,6 +133,21 @@ def test_linear_of_more_rows_than_are_taken_at_once(name: str, code_path: str, n
     for are_prompts in (False, True):
         few = [product(range(first, first + 30), 30 * are_prompts) for first in range(0, num_rows, 30)]
         assert torch.equal(product(range(num_rows), num_rows * are_prompts), torch.cat(few))
+
+
+@each_code_path
+@pytest.mark.parametrize("name", ["q4_k", "q6_k"])
+def test_linear_of_more_inputs_than_have_scales_kept(name: str, code_path: str) -> None:
+    """Several tiles of rows share the scales of the first blocks."""
+    kernels = make_kernels(code_path, options=options_of(name))
+    num_inputs = 66 * 256
+    weight, numbers = random_weight(name, 40, num_inputs, seed=1)
+    x = random_tensor(2, 14, num_inputs)
+    linear = kernels.linear(kernels.pack([weight]))
+    product = Rows(kernels, [x], lambda rows, x: linear(x))
+    out = product(range(14))
+    assert torch.equal(torch.cat([product([row]) for row in range(14)]), out)
+    assert_product(out, rounded_input(name, x), numbers)
 
 
 def assert_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -359,7 +379,7 @@ def test_input_prepared_where_it_is_made(name: str, code_path: str, num_threads:
     makers: list[Callable[[Tensor], Tensor]] = [
         lambda x: kernels.rms_norm(x[:, :size], norm, 1e-5),
         lambda x: kernels.layer_norm(x[:, 7 : 7 + size], norm, 1e-5),
-        lambda x: kernels.act_and_mul(*x.chunk(2, dim=1), "silu"),
+        lambda x: act_and_mul(kernels, x, "silu"),
     ]
     for make in makers:
         both = Rows(kernels, [x], lambda rows, x, make=make: linear(make(x)))
@@ -457,6 +477,7 @@ def test_products_of_what_outlives_temporaries(is_read_before: bool, code_path: 
                 first(normed)
             second(second(x))
         with kernels.temporaries():
+            second(x)
             return first(normed)
 
     alone = Rows(kernels, [x], lambda rows, x: first(kernels.rms_norm(x, norm, 1e-5)))
@@ -589,7 +610,7 @@ def test_act_and_mul(activation: str, code_path: str, num_threads: int) -> None:
     gate_up = random_tensor(0, MAX_ROWS, 2 * size) * torch.logspace(-6, 1, MAX_ROWS)[:, None]
     edges = [0.0, -0.0, 1e-38, -1e-30, 1e-4, -1e-4, 5.0, -5.0, 20.0, -20.0, 87.0, -87.0, 88.5, -88.5, 100.0, -100.0]
     gate_up[0, :20] = torch.tensor([*edges, 1e4, -1e4, 1e10, -1e10])
-    whole = Rows(kernels, [gate_up], lambda rows, x: kernels.act_and_mul(*x.chunk(2, dim=1), activation))
+    whole = Rows(kernels, [gate_up], lambda rows, x: act_and_mul(kernels, x, activation))
     out = assert_rows_are_independent(whole)
     gate, up = gate_up.chunk(2, dim=1)
     apart = Rows(kernels, [gate, up], lambda rows, gate, up: kernels.act_and_mul(gate, up, activation))
@@ -608,7 +629,7 @@ def test_clamped_swiglu(code_path: str, num_threads: int) -> None:
     size = 1103
     gate_up = random_tensor(0, MAX_ROWS, 2 * size) * torch.logspace(-3, 1.5, MAX_ROWS)[:, None]
     gate_up[0, :4] = torch.tensor([1e10, -1e10, 7.0, -87.0])
-    whole = Rows(kernels, [gate_up], lambda rows, x: kernels.act_and_mul(*x.chunk(2, dim=1), "swigluoai"))
+    whole = Rows(kernels, [gate_up], lambda rows, x: act_and_mul(kernels, x, "swigluoai"))
     gate, up = (half.double() for half in gate_up.chunk(2, dim=1))
     gate, up = gate.clamp(max=7), up.clamp(-7, 7)
     expected = gate * torch.sigmoid(1.702 * gate) * (up + 1)
@@ -628,7 +649,7 @@ def test_rows_that_are_not_finite(value: float, code_path: str) -> None:
     operations: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda rows, x: kernels.rms_norm(x[:, :50], weight, 1e-5),
         lambda rows, x: kernels.layer_norm(x[:, :50], weight, 1e-5),
-        *(lambda rows, x, name=name: kernels.act_and_mul(*x.chunk(2, dim=1), name) for name in ACTIVATIONS),
+        *(lambda rows, x, name=name: act_and_mul(kernels, x, name) for name in ACTIVATIONS),
     ]
     good = [Rows(kernels, [x], operation)(range(9)) for operation in operations]
     x[4, 7] = value
@@ -658,7 +679,7 @@ def test_rows_on_all_code_paths() -> None:
         ]
         capped = Rows(kernels, [x], lambda rows, x: kernels.scale_logits(x, 0.3, 2.0))
         acts = [
-            Rows(kernels, [x], lambda rows, x, name=name: kernels.act_and_mul(*x.chunk(2, dim=1), name))
+            Rows(kernels, [x], lambda rows, x, name=name: act_and_mul(kernels, x, name))
             for name in (*ACTIVATIONS, "swigluoai")
         ]
         return [operation(range(MAX_ROWS)) for operation in (*norms, capped, *acts)]

@@ -91,14 +91,19 @@ for size in (1, 31, 64, 577, 1055):
             row_bytes = max(input_row_bytes(some, size) for some in (form, prompt_form))
             rows = address(np.zeros((n, row_bytes), dtype=np.uint8))
             prepared = cpp.PreparedRows(form, prompt_form, rows, row_bytes)
-            x, gate_up = floats(n, size), floats(n, 2 * size)
-            gate_up[0, :1] = 1e4
+            x, y = address(floats(n, size)), address(floats(n, size))
             weight = address(floats(size))
             out = address(floats(n, size)) if form < 2 else None
-            run("rms_norm", cpp.RmsNormParameters(count, address(x), size, size, weight, 1e-5, out, size, prepared))
-            for activation in (0, 1, 2):
-                act = cpp.ActAndMulParameters(count, address(gate_up), 2 * size, size, activation, out, size, prepared)
+            for norm in ("rms_norm", "layer_norm"):
+                run(norm, cpp.NormParameters(count, x, size, size, weight, 1e-5, out, size, 0, prepared))
+                run(norm, cpp.NormParameters(count, x, size, size, weight, 1e-5, y, size, 1))
+            for activation in (0, 1, 2, 3):
+                act = cpp.ActAndMulParameters(count, x, size, y, size, size, activation, out, size, prepared)
                 run("act_and_mul", act)
+        for values in (floats(n, size), floats(n, size) * 1e4):
+            run("add", cpp.AddParameters(count, x, size, size, 0.5, address(values), size))
+            for softcap in (0.0, 30.0):
+                run("scale", cpp.ScaleParameters(count, address(values), size, size, 0.5, softcap))
         table = address(floats(4, size))
         index = address(rng.integers(0, 4, n))
         run("gather", cpp.GatherParameters(count, index, table, size, size, address(floats(n, size)), size))
@@ -113,7 +118,8 @@ for cache_type, dtype in CACHE_TYPES:
         keys, values = (np.zeros((num_blocks, num_kv_heads, block_size, size), dtype=dtype) for _ in range(2))
         scales = [address(np.zeros((num_blocks, num_kv_heads, block_size), dtype=np.float32)) for _ in range(2)]
         cache = cpp.CacheParameters(cache_type, address(keys), address(values),
-                                    *(scales if cache_type == 2 else (None, None)), block_size, num_kv_heads, size)
+                                    *(scales if cache_type == 2 else (None, None)), block_size, num_kv_heads, size,
+                                    num_kv_heads * block_size * size, num_kv_heads * block_size)
         tile = max(1, 48 // group) * group
         for query_lens, seq_lens in [([7, 1], [7, 1]), ([29, 1], [300, 600]), ([1], [513])]:
             num_rows, width = sum(query_lens), (num_heads + 2 * num_kv_heads) * size
@@ -128,10 +134,15 @@ for cache_type, dtype in CACHE_TYPES:
             heads[0, 0] = np.nan
             start = address(heads)
             k, v = start + 4 * num_heads * size, start + 4 * (num_heads + num_kv_heads) * size
-            angles = [address(floats(num_rows, size // 2)) for _ in range(2)]
+            rotations = [address(floats(num_rows, size)) for _ in range(2)]
             count = address(ints(num_rows, 1))
-            run("rope_and_store_kv", cpp.RopeAndStoreKvParameters(count, address(slot_mapping), start, k, v, width,
-                                                                  num_heads, *angles, cache))
+            slot_mapping[-1] = -1
+            all_of_q, of_one = ((address(floats(n * size)), n * size) for n in (num_heads, 1))
+            for q_norm, norm in [((None, 0), (None, 0)), (of_one, of_one), (all_of_q, of_one)]:
+                rows = [cpp.Heads(start, width, *q_norm), cpp.Heads(k, width, *norm), cpp.Heads(v, width, *norm)]
+                for heads_of_row in (rows, [rows[0], cpp.Heads(), cpp.Heads()]):
+                    run("rope_and_store_kv", cpp.RopeAndStoreKvParameters(
+                        count, address(slot_mapping), num_heads, *heads_of_row, *rotations, 1e-5, cache))
             partials = np.zeros((MAX_PARTIALS, num_kv_heads, tile, size + 2), dtype=np.float32)
             scratch = np.zeros((team.num_threads, tile * (2 * size + 2)), dtype=np.float32)
             items = np.zeros((num_rows + MAX_PARTIALS, ctypes.sizeof(cpp.AttentionItem)), dtype=np.uint8)
@@ -140,17 +151,18 @@ for cache_type, dtype in CACHE_TYPES:
                                      address(scratch), scratch.shape[1])
             lens = [address(ints(*lengths)) for lengths in (query_lens, seq_lens)]
             run("plan_attention", cpp.PlanAttentionParameters(address(ints(len(seq_lens))), *lens, num_heads,
-                                                              num_kv_heads, ctypes.addressof(plan)))
+                                                              num_kv_heads, window, ctypes.addressof(plan)))
             assert plan.num_items <= num_rows + MAX_PARTIALS
             for softcap, form in [(0.0, 0), (30.0, 1), (0.0, 2)]:
                 out, row_bytes = floats(num_rows, num_heads * size), input_row_bytes(form, num_heads * size)
                 is_prepared = form > 0 and size % 32 == 0
                 prepared = address(np.zeros((num_rows, row_bytes), dtype=np.uint8)) if is_prepared else None
                 rows = cpp.PreparedRows(form, form, prepared, row_bytes)
+                sinks = address(floats(num_heads)) if form == 1 else None
                 attention = cpp.PagedAttentionParameters(count, start, width, num_heads, size**-0.5, window, softcap,
-                                                         address(tables), tables.shape[1], ctypes.addressof(plan),
-                                                         cache, None if is_prepared else address(out),
-                                                         num_heads * size, rows)
+                                                         sinks, address(tables), tables.shape[1],
+                                                         ctypes.addressof(plan), cache,
+                                                         None if is_prepared else address(out), num_heads * size, rows)
                 run("paged_attention", attention)
 """
 

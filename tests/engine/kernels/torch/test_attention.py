@@ -143,3 +143,14 @@ def test_says_so_where_attention_products_differ(monkeypatch: pytest.MonkeyPatch
     paged = Paged(INVARIANT_SHAPES[0], [10], seed=6)
     paged.attend([(0, 0, 10)])
     assert not paged.kernels.deterministic
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_blocks_that_have_slid_out_of_the_window(block_size: int) -> None:
+    """Tables hold any block in their place, here one of NaN."""
+    paged = Paged(Shape(2, 2, 32, block_size, 70, torch.float32, has_sinks=True), [700, 90], seed=7)
+    spans = [(0, 640, 700), (1, 80, 90)]
+    expected = paged.attend(spans)
+    for sequence, start, _ in spans:
+        paged.forget_before(sequence, start - 70 + 1)
+    assert all(torch.equal(a, b) for a, b in zip(paged.attend(spans), expected, strict=True))

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from engine.kernels.interface import LayerCache
 from engine.kernels.triton import attention, attention_plan, kernels
-from engine.kernels.triton.attention import TritonAttentionPlan
 from engine.kernels.triton.kernels import TritonKernels
-from engine.kernels.triton.tiles import SMALLEST, TABLE, Tiles
+from engine.kernels.triton.tiles import TABLE, Tiles
 from tests.engine.kernels.triton.test_rows import TOLERANCES
 from tests.support.examples import num_examples
 from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE, HAS_FLOAT8, PRODUCT_DTYPES, tiles_and_dtypes
@@ -68,10 +66,12 @@ def cases(draw: st.DrawFn) -> tuple[Shape, list[int], list[Span]]:
     shape = Shape(
         num_kv_heads=draw(st.integers(1, 2)),
         group_size=draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16, 20])),
-        head_dim=draw(st.sampled_from([64, 80, 96, 128, 256])),
+        head_dim=draw(st.sampled_from([64, 80, 96, 128, 256, 512, 576])),
         block_size=draw(st.sampled_from([16, 32, 64, 128])),
         window=draw(st.none() | st.integers(1, 1500)),
         dtype=draw(st.sampled_from(PRODUCT_DTYPES)),
+        softcap=draw(st.sampled_from([None, None, 1.5])),
+        has_sinks=draw(st.booleans()),
     )
     seq_lens = draw(st.lists(st.integers(1, 1200) | st.sampled_from([511, 512, 513, 1024]), min_size=1, max_size=3))
     spans = []
@@ -124,7 +124,13 @@ def test_windows_that_skip_segments(window: int) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [Shape(1, 3, 64, 32, None, PRODUCT_DTYPES[-1]), Shape(1, 16, 80, 64, 300, torch.float32)],
+    [
+        Shape(1, 3, 64, 32, None, PRODUCT_DTYPES[-1]),
+        Shape(1, 16, 80, 64, 300, torch.float32),
+        Shape(1, 8, 64, 16, 128, PRODUCT_DTYPES[-1], has_sinks=True),  # gpt-oss
+        Shape(1, 20, 576, 16, None, torch.float32),  # latent attention; a program has a part of the heads
+        Shape(1, 2, 256, 32, 100, torch.float32, softcap=2.0),  # Gemma 2
+    ],
     ids=str,
 )
 def test_it_does_not_depend_on_the_batch(shape: Shape) -> None:
@@ -153,9 +159,9 @@ def stored_in_8_bits(paged: Paged, dtype: torch.dtype) -> Paged:
         numbers.append(coded.double())
     paged.cache = LayerCache(*codes, *scales)
     for of_sequences, its_codes, its_scales in zip((paged.k, paged.v), numbers, scales, strict=True):
-        its_numbers = (its_codes * its_scales.transpose(1, 2).unsqueeze(-1)).flatten(0, 1)
+        its_numbers = its_codes * its_scales.transpose(1, 2).unsqueeze(-1)
         for sequence, ids in enumerate(paged.block_ids):
-            of_sequences[sequence] = its_numbers[paged.slots(ids, len(of_sequences[sequence]))]
+            of_sequences[sequence] = its_numbers[paged.places(ids, len(of_sequences[sequence]))]
     return paged
 
 
@@ -185,23 +191,20 @@ def test_what_lies_in_other_slots_does_not_matter() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_capped_scores() -> None:
-    """Scores are capped as in Gemma 2."""
-    paged = new_paged(Shape(1, 2, 64, 32, None, torch.float32), [600], 5)
-    sizes = SMALLEST.attention
-    softcap, scale = 0.5, paged.shape.scale
-    q = paged.q[0][598:600]
-    k, v = (x.double().repeat_interleave(2, dim=1) for x in (paged.k[0], paged.v[0]))
-    scores = torch.einsum("qhd,nhd->hqn", q.double(), k) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    scores[:, 0, 599] = float("-inf")
-    expected = torch.einsum("hqn,nhd->qhd", scores.softmax(dim=-1), v)
-    for num_programs in (1, 3):
-        planner = attention_plan.new_planner(sizes, 2, 1, 64, None, num_programs)
-        work = planner.plan(np.array([2]), np.array([600]))
-        tables = torch.tensor([paged.block_ids[0]], device=DEVICE)
-        plan = TritonAttentionPlan(
-            torch.from_numpy(work.table).to(DEVICE), planner.num_programs, work.num_partial_rows, tables, None
-        )
-        out = attention.paged_attention(q.clone(), paged.cache, plan, scale, sizes, softcap)
-        torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
+@pytest.mark.parametrize("head_dim", [64, 576])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_what_lies_before_the_window_does_not_matter(has_sinks: bool, head_dim: int) -> None:
+    """Blocks that no row sees are NaN, and others have taken their place in the block table."""
+    paged = new_paged(Shape(1, 4, head_dim, 16, 50, torch.float32, has_sinks=has_sinks), [600, 90], 4)
+    spans = [(0, 585, 600), (1, 70, 90)]
+    first = attend(paged, spans)
+    for sequence, start, _ in spans:
+        paged.forget_before(sequence, start - 49)
+    assert all(torch.equal(a, b) for a, b in zip(attend(paged, spans), first, strict=True))
+    assert all(out.isfinite().all() for out in first)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_sinks_and_capped_scores(window: int | None) -> None:
+    paged = new_paged(Shape(2, 3, 64, 32, window, torch.float32, softcap=0.5, has_sinks=True), [600], 5)
+    assert_as_in_the_textbook(paged, [(0, 590, 600), (0, 599, 600), (0, 0, 3)])

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.batch.inputs import Lengths, WorkList
+from engine.config import AttentionKind
 from engine.kernels.triton.attention_plan import (
     END_SEGMENT,
     FIRST_SEGMENT,
@@ -29,7 +30,8 @@ def planner_of(
 ) -> TritonAttentionPlanner:
     sizes = TABLE[9, 0].attention
     num_programs = processors * sizes.programs
-    return new_planner(sizes, num_kv_heads * group_size, num_kv_heads, head_dim, window, num_programs)
+    kind = AttentionKind(num_kv_heads * group_size, num_kv_heads, head_dim, window)
+    return new_planner(sizes, kind, num_programs)
 
 
 def loads(planner: TritonAttentionPlanner, work: WorkList) -> NDArray[np.int64]:
@@ -66,7 +68,7 @@ def check(planner: TritonAttentionPlanner, work: WorkList, query_lens: Lengths, 
     ]
     merged = [row.tolist() for row in programs[:, 2:6] if row[2]]
     assert merged == [[tile[1], tile[2], len(its), its[0]] for tile, its in partials.items()]
-    used = [row + n for tile, its in partials.items() for row in its for n in range(tile[2] * planner.group_size)]
+    used = [row + n for tile, its in partials.items() for row in its for n in range(tile[2] * planner.part_size)]
     assert used == list(range(work.num_partial_rows))
 
 

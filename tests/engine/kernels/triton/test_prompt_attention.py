@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from engine.batch.inputs import BatchInputs, Lengths
-from engine.kernels.interface import KernelOptions, LayerCache
+from engine.config import AttentionKind, KVShape
+from engine.kernels.interface import KernelOptions
 from engine.kernels.triton import prompt_attention
 from engine.kernels.triton.kernels import TritonKernels
+from engine.kernels.triton.kv_cache import new_kv_cache
 from engine.kernels.triton.prompt_attention import plan_prompts, unsupported_reason
 from tests.engine.kernels.triton.test_waits import Waits
 from tests.parity.test_families import SHAPE
 from tests.support.outputs import all_logits, greedy_outputs
-from tests.support.paged_attention import Paged, Shape
+from tests.support.paged_attention import Paged, Shape, batch_of
 from tests.support.tiny_models import save_random_model
 from tests.support.triton_models import SEED, load, prompt_of
 
@@ -91,7 +92,17 @@ MIXED = [(0, 39, 40), (1, 8, 9), (2, 0, 20), (3, 20, 50), (4, 33, 35)]  # sequen
 def test_chunks_among_other_rows(library: Library, window: int | None) -> None:
     """Rows of generating requests come first, and stay with Triton's kernel; chunks follow cached tokens."""
     assert_right(paged([40, 9, 20, 50, 35], window), MIXED)
-    assert library.calls == [([20, 30, 2], [20, 50, 35])]
+    before = 50 if window is None else window - 1  # tokens that a sequence's first row sees
+    key_lens = [20, min(50, 30 + before), min(35, 2 + before)]
+    assert library.calls == [([20, 30, 2], key_lens)]
+
+
+@pytest.mark.parametrize("window", [1, 11])
+def test_what_lies_before_the_window_is_not_read(library: Library, window: int) -> None:
+    some = paged([40, 9, 20, 50, 35], window)
+    some.forget_before(3, 20 - window + 1)
+    some.forget_before(4, 33 - window + 1)
+    assert_right(some, MIXED)
 
 
 @pytest.mark.parametrize(
@@ -130,24 +141,17 @@ def test_heads_are_gathered_by_groups_if_they_are_many(
     assert library.num_heads == found
 
 
-def batch_of(query_lens: Lengths, seq_lens: Lengths) -> BatchInputs:
-    """Return a batch with the fields that a plan is made from."""
-    rows = (torch.empty(0, dtype=torch.int64),) * 9
-    tables = torch.zeros((len(seq_lens), int(seq_lens.max())), dtype=torch.int64)
-    return BatchInputs(*rows, tables, query_lens, query_lens, seq_lens)
-
-
 def test_nothing_waits_for_the_device(library: Library) -> None:
     some = paged([40, 9])
     lens = np.array([9, 9])
     batch = batch_of(lens, np.array([40, 9]))
-    q = torch.randn(18, 4, 16)
+    q, tables = torch.randn(18, 4, 16), torch.zeros((2, 3), dtype=torch.int64)
     waits = Waits()
     with waits:
-        plan = plan_prompts(batch, lens, some.cache)
+        plan = plan_prompts(batch, lens, some.shape.kind, 16, torch.float32)
         assert plan is not None
         with torch._C.DisableTorchFunction():
-            prompt_attention.prompt_attention(q, some.cache, plan, 1.0, None)
+            prompt_attention.prompt_attention(q, some.cache, plan, tables, 1.0)
     assert waits.found == []
     assert library.calls == [([9, 9], [40, 9])]
 
@@ -157,14 +161,16 @@ def test_torch_takes_the_arguments(window: int | None, monkeypatch: pytest.Monke
     """On the meta device, where torch checks them and computes nothing."""
     monkeypatch.setattr(prompt_attention, "MIN_ROWS", 4)
     meta = torch.device("meta")
-    cache = LayerCache(*torch.empty((2, 5, 16, 2, 64), dtype=torch.bfloat16, device=meta))
+    cache = new_kv_cache([[KVShape(2, 64)]], 5, 16, torch.bfloat16, meta)[0][0]
     lens = np.array([20])
-    plan = plan_prompts(batch_of(lens, lens), lens, cache)
+    kind = AttentionKind(8, 2, 64, window)
+    plan = plan_prompts(batch_of(lens, lens, meta), lens, kind, 16, torch.bfloat16)
     assert plan is not None
-    tensors: dict[str, Any] = {name: getattr(plan, name).to(meta) for name in ("slots", "query_starts", "key_starts")}
+    names = ("sequences", "columns", "offsets", "query_starts", "key_starts")
+    tensors: dict[str, Any] = {name: getattr(plan, name).to(meta) for name in names}
     plan = dataclasses.replace(plan, **tensors)
     q = torch.empty((20, 8, 64), dtype=torch.bfloat16, device=meta)
-    prompt_attention.prompt_attention(q, cache, plan, 0.1, window)
+    prompt_attention.prompt_attention(q, cache, plan, torch.zeros((1, 2), dtype=torch.int64, device=meta), 0.1)
 
 
 def model(window: int | None = None) -> PreTrainedModel:
@@ -203,14 +209,23 @@ def test_not_where_answers_must_not_vary(library: Library, tmp_path: Path) -> No
     ("options", "capability", "reason"),
     [
         (HALF, (8, 0), None),
-        (dataclasses.replace(HALF, dtype=torch.float16, head_dim=256), (9, 0), None),
+        (dataclasses.replace(HALF, dtype=torch.float16, head_dims=frozenset({64, 256})), (9, 0), None),
         (HALF, None, "it needs an NVIDIA GPU of compute capability 8.0 or higher"),
         (HALF, (7, 5), "it needs an NVIDIA GPU of compute capability 8.0 or higher"),
         (dataclasses.replace(HALF, dtype=torch.float32), (9, 0), "it does not compute in float32"),
+        (dataclasses.replace(HALF, has_special_scores=True), (9, 0), "it knows neither sinks nor soft caps"),
         (dataclasses.replace(HALF, kv_cache_dtype="int8"), (9, 0), "it does not read a KV cache of int8"),
         (dataclasses.replace(HALF, kv_cache_dtype="fp8"), (9, 0), "it does not read a KV cache of fp8"),
-        (dataclasses.replace(HALF, head_dim=100), (9, 0), "the head size must be a multiple of 8 up to 256, not 100"),
-        (dataclasses.replace(HALF, head_dim=264), (9, 0), "the head size must be a multiple of 8 up to 256, not 264"),
+        (
+            dataclasses.replace(HALF, head_dims=frozenset({100})),
+            (9, 0),
+            "the head size must be a multiple of 8 up to 256, not 100",
+        ),
+        (
+            dataclasses.replace(HALF, head_dims=frozenset({64, 264})),
+            (9, 0),
+            "the head size must be a multiple of 8 up to 256, not 264",
+        ),
     ],
 )
 def test_what_it_lacks(options: KernelOptions, capability: tuple[int, int] | None, reason: str | None) -> None:

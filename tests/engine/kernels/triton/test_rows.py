@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels.interface import KernelOptions, LayerCache
+from engine.config import KVShape
+from engine.kernels.interface import HeadNorms, KernelOptions, Rotations
 from engine.kernels.triton.kernels import TritonKernels
 from tests.support.examples import num_examples
 from tests.support.kernel_device import ALSO_ON_A_GPU, DEVICE, HAS_FLOAT8, IS_INTERPRETED, random_tensor
@@ -26,57 +27,119 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("size", [1, 64, 576, 577])
-def test_rms_norm(size: int, dtype: torch.dtype) -> None:
+def test_norms(size: int, dtype: torch.dtype) -> None:
+    """Rows may be columns of a wider tensor, and the result may be added to a residual stream."""
     kernels = TritonKernels(KernelOptions(dtype), DEVICE)
-    x = random_tensor(0, 20, size, dtype=dtype) * torch.logspace(-2, 2, 20, device=DEVICE)[:, None].to(dtype)
+    x = random_tensor(0, 20, size + 3, dtype=dtype)[:, 2 : 2 + size]
+    x *= torch.logspace(-2, 2, 20, device=DEVICE)[:, None].to(dtype)
     weight = random_tensor(1, size, dtype=dtype)
-    out = kernels.rms_norm(x, weight, 1e-5)
-    assert_close(out, rms_norm(x, weight, 1e-5))
-    assert torch.equal(torch.cat([kernels.rms_norm(row[None], weight, 1e-5) for row in x]), out)
-    assert kernels.rms_norm(x[:0], weight, 1e-5).shape == (0, size)
+    expected_mean = torch.nn.functional.layer_norm(x.double(), (size,), weight.double(), None, 1e-5)
+    for norm, expected in ((kernels.rms_norm, rms_norm(x, weight, 1e-5)), (kernels.layer_norm, expected_mean)):
+        out = norm(x, weight, 1e-5)
+        assert_close(out, expected)
+        assert torch.equal(torch.cat([norm(row[None], weight, 1e-5) for row in x]), out)
+        assert norm(x[:0], weight, 1e-5).shape == (0, size)
+    wide = random_tensor(2, 20, size + 5, dtype=dtype)
+    residual, before = wide[:, :size], wide.clone()
+    assert kernels.rms_norm(x, weight, 1e-5, residual) is residual
+    assert torch.equal(residual, before[:, :size] + kernels.rms_norm(x, weight, 1e-5))
+    assert torch.equal(wide[:, size:], before[:, size:])
 
 
 @each_dtype
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("size", [7, 1500])
+def test_sums_and_scales(size: int, dtype: torch.dtype) -> None:
+    kernels = TritonKernels(KernelOptions(dtype), DEVICE)
+    x, wide = random_tensor(0, 6, size, dtype=dtype), random_tensor(1, 6, size + 2, dtype=dtype)
+    before, residual = wide.clone(), wide[:, :size]
+    kernels.add(residual, x, 0.22)
+    assert_close(residual, before[:, :size].double() + 0.22 * x.double())
+    kernels.scale(residual, 1.5)
+    x[0, :3] = torch.tensor([-1e4, 0.0, 1e4], device=DEVICE)
+    expected = 30.0 * torch.tanh(4.0 * x.double() / 30.0)
+    kernels.scale(x, 4.0, 30.0)
+    assert_close(x, expected)
+    assert torch.equal(wide[:, size:], before[:, size:])
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "swigluoai"])
 @pytest.mark.parametrize("size", [7, 75, 1500])
 def test_act_and_mul(size: int, activation: str, dtype: torch.dtype) -> None:
+    """Gate and up may be columns of one tensor, or tensors of their own."""
     kernels = TritonKernels(KernelOptions(dtype), DEVICE)
-    gate_up = random_tensor(0, 6, 2 * size, dtype=dtype) * 3
-    gate_up[0, :5] = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], device=DEVICE)
-    out = kernels.act_and_mul(gate_up, activation)
-    assert_close(out, ACTIVATIONS[activation](gate_up[:, :size].double()) * gate_up[:, size:].double())
-    assert torch.equal(torch.cat([kernels.act_and_mul(row[None], activation) for row in gate_up]), out)
+    gate, up = torch.split(random_tensor(0, 6, 2 * size, dtype=dtype) * 3, size, dim=1)
+    gate[0, :5] = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], device=DEVICE)
+    out = kernels.act_and_mul(gate, up, activation)
+    if activation == "swigluoai":
+        g, u = gate.double().clamp(max=7), up.double().clamp(-7, 7)
+        expected = g * torch.sigmoid(1.702 * g) * (u + 1)
+    else:
+        expected = ACTIVATIONS[activation](gate.double()) * up.double()
+    assert_close(out, expected)
+    pairs = zip(gate, up.contiguous(), strict=True)
+    assert torch.equal(torch.cat([kernels.act_and_mul(g[None], u[None], activation) for g, u in pairs]), out)
 
 
 @settings(max_examples=num_examples(5, 125), deadline=None)
 @given(
     num_rows=st.integers(1, 9),
-    num_kv_heads=st.integers(1, 3),
-    group_size=st.sampled_from([1, 2, 16]),
-    head_dim=st.sampled_from([10, 16, 64, 80, 96, 256]),
+    num_heads=st.sampled_from([(1, 1), (4, 2), (3, 3), (16, 1)]),
+    head_dim=st.sampled_from([10, 16, 64, 80, 96, 256, 576]),
     block_size=st.sampled_from([16, 32, 128]),
     dtype=st.sampled_from(DTYPES),
+    options=st.tuples(st.sampled_from(["none", "head", "all"]), st.booleans(), st.booleans()),
     seed=st.integers(0, 2**32),
 )
 def test_rope_and_store_kv(
-    num_rows: int, num_kv_heads: int, group_size: int, head_dim: int, block_size: int, dtype: torch.dtype, seed: int
+    num_rows: int,
+    num_heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    options: tuple[str, bool, bool],
+    seed: int,
 ) -> None:
-    heads = [num_kv_heads * group_size, num_kv_heads, num_kv_heads]
+    """The cache is the second of three layers whose blocks alternate; row 0 is not stored."""
+    norm, has_v_norm, values_are_keys = options
+    num_kv_heads = num_heads[1]
+    heads = [*num_heads, num_kv_heads]
     q, k, v = torch.split(random_tensor(seed, num_rows, sum(heads), head_dim, dtype=dtype), heads, dim=1)
+    v = k if values_are_keys else v
     generator = torch.Generator().manual_seed(seed)
-    angles = (torch.rand(num_rows, head_dim // 2, generator=generator) * 1000).to(DEVICE)
-    cos, sin = angles.cos(), angles.sin()
+    tables = torch.rand(2, num_rows, head_dim, generator=generator).to(DEVICE) * 2 - 1
+    rotations = Rotations(*tables)
+    q_weight, k_weight, v_weight = (
+        random_tensor(seed + 1 + index, head_dim * (num if norm == "all" and index < 2 else 1), dtype=dtype)
+        for index, num in enumerate(heads)
+    )
+    has_norm = norm != "none"
+    norms = HeadNorms(
+        q_weight if has_norm else None, k_weight if has_norm else None, v_weight if has_v_norm else None, 1e-3
+    )
     kernels = TritonKernels(KernelOptions(dtype), DEVICE)
-    (cache,) = kernels.new_kv_cache(1, 4, block_size, num_kv_heads, head_dim)
-    slot_mapping = torch.randperm(4 * block_size, generator=generator)[:num_rows].to(DEVICE)
-    rotated = kernels.rope_and_store_kv(q, k, v, cos, sin, slot_mapping, cache)
-    assert_close(rotated, rotate(q, cos, sin))
-    keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
-    assert_close(keys[slot_mapping], rotate(k, cos, sin))
-    assert torch.equal(values[slot_mapping], v)
-    others = [slot for slot in range(4 * block_size) if slot not in slot_mapping]
-    assert not keys[others].any()
-    assert not values[others].any()
+    ((other, cache, _),) = kernels.new_kv_cache([[KVShape(num_kv_heads, head_dim)] * 3], 4, block_size)
+    slots = torch.randperm(4 * block_size, generator=generator)[:num_rows].to(DEVICE)
+    slots[0] = -1
+    rotated = kernels.rope_and_store_kv(q, k, v, rotations, slots, cache, norms)
+    assert_close(rotated, rotate(normed(q, norms.q), rotations.q))
+    alone = kernels.rope_and_store_kv(q, None, None, rotations, slots, cache, norms)
+    assert torch.equal(alone, rotated)
+    blocks, offsets = slots[1:] // block_size, slots[1:] % block_size
+    assert_close(cache.keys[blocks, offsets], rotate(normed(k, norms.k), rotations.k)[1:])
+    assert_close(cache.values[blocks, offsets], normed(v, norms.v)[1:])
+    assert not other.keys.any()
+    cache.keys[blocks, offsets] = cache.values[blocks, offsets] = 0.0
+    assert not cache.keys.any()
+    assert not cache.values.any()
+
+
+def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the RMS norm of each head, or of all together, in float64."""
+    if weight is None:
+        return x
+    rows = x.double().reshape(-1, len(weight))
+    return torch.nn.functional.rms_norm(rows, (len(weight),), weight.double(), 1e-3).view(x.shape)
 
 
 @settings(max_examples=num_examples(4, 75), deadline=None)
@@ -97,13 +160,14 @@ def test_a_cache_of_8_bits(
     k[3, 0, 2] = torch.inf
     generator = torch.Generator().manual_seed(seed)
     angles = torch.rand(6, head_dim // 2, generator=generator).to(DEVICE)
+    table = torch.cat((angles.cos(), angles.sin()), dim=1)
     slot_mapping = torch.randperm(2 * 16, generator=generator)[:6].to(DEVICE)
     slot_mapping[2] = -1  # not stored
     kernels = TritonKernels(KernelOptions(dtype, kv_cache_dtype=kv_cache_dtype), DEVICE)
-    (cache,) = kernels.new_kv_cache(1, 2, 16, num_kv_heads, head_dim)
-    kernels.rope_and_store_kv(q, k, v, angles.cos(), angles.sin(), slot_mapping, cache)
+    ((_, cache),) = kernels.new_kv_cache([[KVShape(num_kv_heads, head_dim)] * 2], 2, 16)
+    kernels.rope_and_store_kv(q, k, v, Rotations(table, table), slot_mapping, cache)
     heads = (
-        (rotate(k, angles.cos(), angles.sin()), cache.keys, cache.key_scales),
+        (rotate(k, table), cache.keys, cache.key_scales),
         (v, cache.values, cache.value_scales),
     )
     for numbers, stored, scales in heads:
@@ -132,13 +196,7 @@ def test_a_cache_of_8_bits(
     assert not cache.keys.view(torch.uint8).flatten(0, 1)[is_empty].any()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, table: Tensor) -> Tensor:
     first, second = x.double().chunk(2, dim=-1)
-    c, s = cos[:, None].double(), sin[:, None].double()
+    c, s = table[:, None].double().chunk(2, dim=-1)
     return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
-
-
-def test_a_cache_without_scales() -> None:
-    (cache,) = TritonKernels(KernelOptions(torch.float16), DEVICE).new_kv_cache(1, 2, 16, 1, 16)
-    assert isinstance(cache, LayerCache)
-    assert cache.key_scales is None

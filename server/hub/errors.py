@@ -1,0 +1,17 @@
+"""Errors of Hugging Face's hub. Each message is one line for the user."""
+
+
+class HubError(Exception):
+    """A model on the hub that cannot be found or downloaded."""
+
+
+class HubUnreachableError(HubError):
+    """The hub does not answer, or not now. What the cache holds can still be used."""
+
+
+class BrokenConnectionError(HubError):
+    """A download that stopped before its end, and may be continued later."""
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after  # seconds that the hub asks to wait

@@ -1,0 +1,25 @@
+"""Sizes, durations and paths as people read them."""
+
+import os
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return a size with its unit, as download pages give it: 98 MB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}" if num_bytes < 10 * size else f"{num_bytes / size:.0f} {unit}"
+    return f"{num_bytes / 1000:.0f} kB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in its largest units: 48 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def home_relative(path: str) -> str:
+    """Return the path with ~ for the home folder."""
+    home = os.path.expanduser("~")
+    return f"~{path[len(home) :]}" if path.startswith(f"{home}/") else path

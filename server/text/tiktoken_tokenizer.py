@@ -1,0 +1,53 @@
+"""Build a tokenizer from ranks of tiktoken: byte-level BPE that ranks merges by the token ids of their results."""
+
+import re
+from collections.abc import Mapping
+
+import tokenizers
+from tokenizers import models
+
+from engine.config.tokenizer_files import NORMAL
+from server.text.gguf_tokenizer import rebuild_merges, split_into_bytes
+
+# Means something else in the regular expressions of the tokenizers library (Oniguruma) than in those of tiktoken.
+_OTHER_MEANING = re.compile(r"\{\d+(,\d*)?\}\+|(?<!\\)[$^](?![^\[]*\])")
+
+
+def build_tiktoken(
+    ranks: Mapping[bytes, int], others: Mapping[int, str], pattern: str, source: str, *, first_id: int = 0
+) -> tokenizers.Tokenizer:
+    """Build a tokenizer whose token ids are the ranks plus `first_id`.
+
+    Args:
+        ranks: the rank of each token.
+        others: tokens that are not made by merging, by id. They are in the vocabulary, but not yet matched in a text.
+        pattern: regular expression that splits text before merging.
+        source: the file that the pattern is from, for messages.
+        first_id: the token id of rank 0.
+
+    Raises:
+        ValueError: the pattern is not supported.
+    """
+    if match := _OTHER_MEANING.search(pattern):
+        raise ValueError(f"{source}: the pattern {pattern!r} is not supported, because of {match.group()!r}")
+    spelling = {byte: character for character, byte in byte_alphabet().items()}
+    other_ids = {token: token_id for token_id, token in others.items()}
+    spelled = {"".join(map(spelling.__getitem__, token)): rank + first_id for token, rank in ranks.items()}
+    spelled = {
+        token: token_id for token, token_id in spelled.items() if token not in other_ids and token_id not in others
+    }
+    merges = rebuild_merges(list(spelled), [NORMAL] * len(spelled), [-token_id for token_id in spelled.values()])
+    vocab = spelled | other_ids
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    split_into_bytes(tokenizer, [pattern])
+    return tokenizer
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the characters that represent bytes in byte-level vocabularies, with their bytes (GPT-2's encoding).
+
+    Printable characters of Latin-1 represent themselves; the other bytes are mapped to U+0100 and up.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)).difference(printable))
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

@@ -1,0 +1,188 @@
+"""Reading tokenizer files, against the libraries that they are of."""
+
+import base64
+import io
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from engine.config.tokenizer_files import (
+    num_token_ids,
+    read_sentencepiece,
+    read_tekken,
+    read_tiktoken,
+    tokenizer_file,
+)
+from server.text.tokenizer import Tokenizer
+
+LINES = ["the quick brown fox jumps over the lazy dog", "a b c d e f g h i j k l m n o p q r s t u v w x y z"]
+RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256))
+PIECE_TYPES = {"is_unknown": 2, "is_control": 3, "is_unused": 5, "is_byte": 6}
+
+
+def train(**options: Any) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 20),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram", "char"])
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_pieces_of_sentencepiece(algorithm: str, byte_fallback: bool, tmp_path: Path) -> None:
+    options = {"model_type": algorithm, "byte_fallback": byte_fallback, "user_defined_symbols": ["<a>"]}
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(**options, control_symbols=["<b>"]))
+    model, reference = read_sentencepiece(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert model.algorithm == algorithm
+    assert len(model.pieces) == reference.get_piece_size()
+    for index, piece in enumerate(model.pieces):
+        assert (piece.text, piece.score) == (reference.id_to_piece(index), reference.get_score(index))
+        kinds = [kind for name, kind in PIECE_TYPES.items() if getattr(reference, name)(index)]
+        assert piece.type == (kinds[0] if kinds else 4 if piece.text == "<a>" else 1)
+    named = (reference.unk_id(), reference.bos_id(), reference.eos_id())
+    assert (model.unk_id, model.bos_id, model.eos_id) == named
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "value"),
+    [
+        ({}, "add_dummy_prefix", True),
+        ({"add_dummy_prefix": False}, "add_dummy_prefix", False),
+        ({}, "remove_extra_whitespaces", True),
+        ({"remove_extra_whitespaces": False}, "remove_extra_whitespaces", False),
+        ({}, "treat_whitespace_as_suffix", False),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix", True),
+        ({"bos_id": -1}, "bos_id", -1),
+        ({"bos_id": 0, "unk_id": 1}, "unk_id", 1),
+        ({"normalization_rule_name": "identity"}, "charsmap", b""),
+    ],
+)
+def test_options_of_sentencepiece(options: dict[str, Any], field: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(model_type="bpe", **options))
+    assert getattr(read_sentencepiece(path), field) == value
+
+
+def test_fields_that_protobuf_leaves_out_have_their_defaults(tmp_path: Path) -> None:
+    """One piece without score and type, an unknown field of each wire type, and nothing else."""
+    piece = b"\x0a\x02hi"
+    unknown = b"\x98\x06\x96\x01" + b"\x99\x06" + bytes(8) + b"\x9d\x06" + bytes(4) + b"\x9a\x06\x01x"
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"\x0a" + struct.pack("B", len(piece)) + piece + unknown)
+    model = read_sentencepiece(path)
+    assert model.pieces == [("hi", 0.0, 1)]
+    assert (model.algorithm, model.bos_id, model.eos_id) == ("unigram", 1, 2)
+    assert model.add_dummy_prefix
+    assert model.escape_whitespaces
+
+
+def test_random_bytes_are_refused(tmp_path: Path) -> None:
+    rng, path, model = random.Random(0), tmp_path / "tokenizer.model", train(model_type="bpe")
+    for _ in range(300):
+        damaged = bytearray(model[: rng.randrange(400)])
+        for _ in range(rng.randrange(1, 20)):
+            damaged[rng.randrange(len(damaged)) : 0] = rng.randbytes(1)
+        path.write_bytes(damaged if rng.random() < 0.8 else rng.randbytes(rng.randrange(50)))
+        try:
+            read_sentencepiece(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: neither a model of sentencepiece nor ranks of tiktoken")  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it has no tokens"),
+        (b"YQ== 0\nYQ==\n", "line 2: must be a token in base64 and its rank"),
+        (b"YQ== 0\nY! 1\n", "line 2"),
+        (b"YQ== x\n", "line 1"),
+    ],
+)
+def test_ranks_that_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.tiktoken").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.tiktoken: {message}"):
+        read_tiktoken(tmp_path / "a.tiktoken")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": {}}', '{"config": 1, "vocab": []}'])
+def test_tekken_files_that_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tekken\.json: not a tokenizer of mistral-common"):
+        read_tekken(tmp_path / "tekken.json")
+
+
+def test_the_order_of_files(tmp_path: Path) -> None:
+    assert tokenizer_file(tmp_path) is None
+    assert num_token_ids(tmp_path) is None
+    for name in ("b.tiktoken", "a.tiktoken", "tokenizer.model", "tekken.json", "tokenizer.json"):
+        (tmp_path / name).touch()
+        assert tokenizer_file(tmp_path) == tmp_path / name
+
+
+def tekken() -> str:
+    vocab = [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)]
+    config = {"pattern": r"\s+|\S+", "default_vocab_size": 276, "default_num_special_tokens": 20}
+    return json.dumps({"config": config, "vocab": vocab})
+
+
+TOKENIZER_JSON = json.dumps({"model": {"vocab": {"a": 0, "b": 7}}, "added_tokens": [{"id": 9, "content": "<x>"}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("tokenizer.model", train(model_type="bpe"), None),
+        ("tokenizer.model", RANKS, 256),
+        ("qwen.tiktoken", RANKS, 256 + 208),
+        ("tekken.json", tekken().encode(), 276),
+    ],
+)
+def test_the_number_of_ids_is_that_of_the_tokenizer(
+    name: str, content: bytes, expected: int | None, tmp_path: Path
+) -> None:
+    """The engine computes it without a tokenizer."""
+    (tmp_path / name).write_bytes(content)
+    for added in ({}, {"500": {"content": "<x>"}}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+        assert num_token_ids(tmp_path) == Tokenizer.from_model(tmp_path).vocab_size
+        assert expected is None or added or num_token_ids(tmp_path) == expected
+    assert num_token_ids(tmp_path) == (276 if name == "tekken.json" else 501)
+
+
+def test_the_number_of_ids_of_a_tokenizer_json(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER_JSON)
+    assert num_token_ids(tmp_path) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}', "added_tokens_decoder: x: must"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"1": "a"}}',
+            "added_tokens_decoder: 1: must be a token id",
+        ),
+        ("tokenizer_config.json", "[]", "must contain a JSON object"),
+        ("added_tokens.json", '{"<a>": "1"}', "<a>: must be a token id, not '1'"),
+        ("added_tokens.json", "{", "not valid JSON"),
+    ],
+)
+def test_added_tokens_that_are_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "qwen.tiktoken").write_bytes(RANKS)
+    (tmp_path / name).write_text(content)
+    for read in (num_token_ids, Tokenizer.from_model):
+        with pytest.raises(ValueError, match=rf"{name}: {message}"):
+            read(tmp_path)

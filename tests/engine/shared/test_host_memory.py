@@ -1,0 +1,54 @@
+"""The available memory, of this machine and of made-up ones."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.shared import host_memory
+from engine.shared.host_memory import available_memory
+
+MIB = 1024 * 1024
+
+
+def test_available_memory_is_plausible() -> None:
+    assert MIB < available_memory() <= psutil.virtual_memory().total
+
+
+def fake_files(monkeypatch: pytest.MonkeyPatch, folder: Path, **control_group: str) -> None:
+    """Simulate a machine with 4 GiB available, and a control group with these files."""
+    (folder / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:  4194304 kB\n")
+    for name, text in control_group.items():
+        (folder / f"memory.{name}").write_text(text)
+
+    def open_fake(path: str) -> object:
+        return (folder / path.rpartition("/")[2]).open()
+
+    monkeypatch.setattr(host_memory, "open", open_fake, raising=False)
+
+
+def test_available_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_files(monkeypatch, tmp_path)
+    assert available_memory() == 4096 * MIB
+
+
+def test_available_memory_of_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_files(monkeypatch, tmp_path, max=f"{2048 * MIB}\n", current=f"{500 * MIB}\n", stat="anon 5\ninactive_file 0\n")
+    assert available_memory() == 1548 * MIB
+
+
+def test_available_memory_of_an_unlimited_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_files(monkeypatch, tmp_path, max="max\n", current=f"{500 * MIB}\n", stat="anon 5\ninactive_file 0\n")
+    assert available_memory() == 4096 * MIB
+
+
+def test_file_cache_counts_as_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Reading the weights fills the control group with cached pages, which the kernel frees when needed."""
+    stat = f"anon {100 * MIB}\ninactive_file {1500 * MIB}\nactive_file {200 * MIB}\n"
+    fake_files(monkeypatch, tmp_path, max=f"{2048 * MIB}\n", current=f"{1800 * MIB}\n", stat=stat)
+    assert available_memory() == (2048 - 1800 + 1500) * MIB
+
+
+def test_use_above_the_limit_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_files(monkeypatch, tmp_path, max=f"{100 * MIB}\n", current=f"{101 * MIB}\n", stat="inactive_file 0\n")
+    assert available_memory() == 0

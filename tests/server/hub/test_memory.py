@@ -1,0 +1,155 @@
+"""Estimates of memory, by the metadata of models as their files have it."""
+
+from typing import Any
+
+import pytest
+
+from server.hub import memory
+from server.hub.memory import Memory, ModelShape, config_shape, gguf_shape, memory_lines
+
+GB = 10**9
+QWEN3_4B = {
+    "general.architecture": "qwen3",
+    "qwen3.block_count": 36,
+    "qwen3.context_length": 40960,
+    "qwen3.embedding_length": 2560,
+    "qwen3.attention.head_count": 32,
+    "qwen3.attention.head_count_kv": 8,
+    "qwen3.attention.key_length": 128,
+    "qwen3.attention.value_length": 128,
+}
+QWEN3_4B_JSON = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "max_position_embeddings": 40960,
+    "hidden_size": 2560,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+QWEN3_4B_SHAPE = ModelShape(40960, 36 * 8 * (128 + 128) * 2, 0, 0)
+
+
+def test_one_model_in_both_formats() -> None:
+    assert gguf_shape(QWEN3_4B) == QWEN3_4B_SHAPE
+    assert config_shape(QWEN3_4B_JSON) == QWEN3_4B_SHAPE
+    assert config_shape({"model_type": "x", "text_config": QWEN3_4B_JSON}) == QWEN3_4B_SHAPE
+
+
+def test_head_sizes_follow_from_the_hidden_size() -> None:
+    metadata = {key: value for key, value in QWEN3_4B.items() if not key.endswith("_length") or "embed" in key}
+    shape = gguf_shape(metadata | {"qwen3.context_length": 100})
+    assert shape == ModelShape(100, 36 * 8 * (80 + 80) * 2, 0, 0)
+    config = {key: value for key, value in QWEN3_4B_JSON.items() if key not in ("head_dim", "num_key_value_heads")}
+    assert config_shape(config) == ModelShape(40960, 36 * 32 * (80 + 80) * 2, 0, 0)
+
+
+def test_sliding_windows() -> None:
+    """Gemma 3 4B: 34 layers, of which every sixth sees all tokens; the others see 1024."""
+    metadata: dict[str, Any] = {
+        "general.architecture": "gemma3",
+        "gemma3.block_count": 34,
+        "gemma3.context_length": 131072,
+        "gemma3.embedding_length": 2560,
+        "gemma3.attention.head_count": 8,
+        "gemma3.attention.head_count_kv": 4,
+        "gemma3.attention.key_length": 256,
+        "gemma3.attention.value_length": 256,
+        "gemma3.attention.sliding_window": 1024,
+    }
+    width = 4 * 512 * 2
+    shape = ModelShape(131072, 5 * width, 29 * width, 1024)
+    assert gguf_shape(metadata) == shape
+    config = {
+        "num_hidden_layers": 34,
+        "max_position_embeddings": 131072,
+        "hidden_size": 2560,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 1024,
+        "layer_types": ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(34)],
+    }
+    assert config_shape({"text_config": config}) == shape
+    pattern = [layer % 6 != 5 for layer in range(34)]
+    assert gguf_shape(metadata | {"gemma3.attention.sliding_window_pattern": pattern}) == shape
+    assert shape.kv_cache_bytes(1000) == 1000 * 34 * width
+    assert shape.kv_cache_bytes(2024) == 2024 * 5 * width + 1024 * 29 * width
+
+
+def test_heads_of_each_layer() -> None:
+    shape = gguf_shape(QWEN3_4B | {"qwen3.block_count": 3, "qwen3.attention.head_count_kv": [8, 2, 0]})
+    assert shape == ModelShape(40960, 10 * 256 * 2, 0, 0)
+
+
+def test_latent_attention() -> None:
+    metadata = {
+        "general.architecture": "deepseek2",
+        "deepseek2.block_count": 27,
+        "deepseek2.context_length": 163840,
+        "deepseek2.embedding_length": 2048,
+        "deepseek2.attention.head_count": 16,
+        "deepseek2.attention.kv_lora_rank": 512,
+        "deepseek2.rope.dimension_count": 64,
+    }
+    assert gguf_shape(metadata) == ModelShape(163840, 27 * 576 * 2, 0, 0)
+    config = {
+        "num_hidden_layers": 27,
+        "max_position_embeddings": 163840,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+    }
+    assert config_shape(config) == ModelShape(163840, 27 * 576 * 2, 0, 0)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"general.architecture": "x"}, QWEN3_4B | {"qwen3.block_count": "many"}])
+def test_metadata_that_says_too_little(metadata: dict[str, Any]) -> None:
+    assert gguf_shape(metadata) is None
+    assert config_shape(metadata) is None
+
+
+@pytest.mark.parametrize(
+    "shape", [QWEN3_4B_SHAPE, ModelShape(131072, 20480, 118784, 1024), ModelShape(9000, 0, 64, 512)]
+)
+@pytest.mark.parametrize("num_bytes", [0, 10**6, 10**8, 3 * 10**8, 10**9, 10**12])
+def test_as_many_tokens_as_fit(shape: ModelShape, num_bytes: int) -> None:
+    num_tokens = shape.max_tokens(num_bytes)
+    if num_tokens == shape.context:
+        assert shape.kv_cache_bytes(num_tokens) <= num_bytes
+    else:
+        assert num_tokens % 1024 == 0
+        assert shape.kv_cache_bytes(num_tokens) <= num_bytes or num_tokens == 0
+        assert shape.kv_cache_bytes(num_tokens + 1024) > num_bytes
+
+
+@pytest.mark.parametrize(
+    ("free", "text"),
+    [
+        (20 * GB, "20 GB free: it fits"),
+        (6 * GB, r"6.0 GB free: it fits with a shorter context, --max-model-len 11264"),
+        (3 * GB, r"3.0 GB free: it fits with a shorter context, --max-model-len 1024"),
+        (2_600_000_000, "2.6 GB free: it does not fit, too little is left for a KV cache"),
+        (2 * GB, "2.0 GB free: it does not fit, the weights alone are larger"),
+    ],
+)
+def test_whether_it_fits(free: int, text: str) -> None:
+    """As the engine: half of what the weights leave is for the KV cache, which must hold one request."""
+    assert Memory("Memory", free, 0, 0.5).describe_fit(2_500_000_000, QWEN3_4B_SHAPE) == f"Memory, {text}"
+
+
+def test_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho '24000, 20000'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * GB)
+    lines = list(memory_lines(2_500_000_000, QWEN3_4B_SHAPE))
+    assert lines == [
+        "Takes about 2.5 GB of memory for the weights, and 6.0 GB for the KV cache of one request of 40960 tokens",
+        "GPU, 21 GB free: it fits",
+        "Memory, 4.0 GB free: it fits with a shorter context, --max-model-len 4096",
+    ]
+    script.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    assert len(list(memory_lines(2_500_000_000, QWEN3_4B_SHAPE))) == 2
