@@ -183,7 +183,7 @@ def _layer_fields(fields: Fields, index: int, kind: str) -> Fields:
         values["intermediate_size"] = 2 * fields.integer("intermediate_size")
     by_layer = fields.nested("per_layer_config")
     own = by_layer.nested(str(index)) if by_layer is not None else None
-    return Fields(fields.source, {**fields.values, **values, **(own.values if own is not None else {})}, fields.names)
+    return fields.with_values(values | dict(own.values if own is not None else {}))
 
 
 def _first_shared_layer(fields: Fields) -> int:
@@ -263,11 +263,11 @@ def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
     types = fields.get("layer_types") or []
     if not isinstance(types, list) or any(kind not in (FULL, SLIDING, "attention") for kind in types):
         raise fields.error("layer_types", f"must be {FULL} or {SLIDING}, not {shown(types)}")
+    if types and len(types) != num_layers:
+        raise fields.error("layer_types", f"has {len(types)} elements, but there are {num_layers} layers")
     window = fields.optional_integer("sliding_window", minimum=0)
     if not window or family.windows == "none" or not fields.boolean("use_sliding_window", default=True):
         return [FULL] * num_layers
-    if types and len(types) != num_layers:
-        raise fields.error("layer_types", f"has {len(types)} elements, but there are {num_layers} layers")
     if types:
         return [SLIDING if kind == SLIDING else FULL for kind in types]
     if family.windows == "all":
@@ -347,6 +347,8 @@ def _experts(family: Family, fields: Fields) -> ExpertsSpec:
     if num_experts % num_groups or not num_chosen <= topk_group * (num_experts // num_groups) <= num_experts:
         problem = f"{num_chosen} of {num_experts} experts cannot be chosen from {topk_group} of {num_groups} groups"
         raise fields.error("n_group", problem)
+    if family.group_score == "top2" and num_groups == num_experts > 1:
+        raise fields.error("n_group", f"{num_groups} groups have one expert each, but their score is the sum of two")
     activation = _activation(family, fields)
     return ExpertsSpec(
         router=RouterSpec(

@@ -14,17 +14,26 @@ class Fields:
     """The values of one source of metadata. Null counts as missing; errors (ValueError) name the source and the key."""
 
     def __init__(
-        self, source: str, values: Mapping[str, Any], names: Mapping[str, Sequence[str]] | None = None
+        self,
+        source: str,
+        values: Mapping[str, Any],
+        names: Mapping[str, Sequence[str]] | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
-        """`names`: the names that a key may have in this source, the usual one first."""
+        """`names`: other names that a key may have in `values`; `labels`: how errors call a key."""
         self.source = source
         self.values = values
         self.names = names or {}
+        self.labels = labels or {}
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
         """Return the same fields, with values for keys that are missing; null stays null."""
         missing = {key: value for key, value in defaults.items() if not any(name in self for name in self._names(key))}
-        return Fields(self.source, {**missing, **self.values}, self.names)
+        return Fields(self.source, {**missing, **self.values}, self.names, self.labels)
+
+    def with_values(self, values: Mapping[str, Any]) -> Fields:
+        """Return the same fields, with other values for some keys."""
+        return Fields(self.source, {**self.values, **values}, self.names, self.labels)
 
     def _names(self, key: str) -> Sequence[str]:
         return (*self.names.get(key, ()), key)
@@ -38,9 +47,8 @@ class Fields:
         return next((value for value in found if value is not None), None)
 
     def error(self, key: str, problem: str) -> ValueError:
-        names = self._names(key)
-        name = next((name for name in names if self.values.get(name) is not None), names[0])
-        return ValueError(f"{self.source}: {name}: {problem}")
+        name = next((name for name in self._names(key) if self.values.get(name) is not None), key)
+        return ValueError(f"{self.source}: {self.labels.get(key, name)}: {problem}")
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_INT) -> int:
         value = self.optional_integer(key, minimum=minimum, maximum=maximum)

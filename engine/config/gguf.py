@@ -171,10 +171,10 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     if not values["num_experts"] and "shared_expert_intermediate_size" in values:
         values["intermediate_size"] = values["shared_expert_intermediate_size"]  # Granite 4
     if family.is_latent:
-        values["qk_nope_head_dim"] = metadata.integer(f"{arch}.attention.key_length_mla") - values["qk_rope_head_dim"]
-    values["num_hidden_layers"] = metadata.integer(keys["num_hidden_layers"]) - values.get(
-        "num_nextn_predict_layers", 0
-    )
+        rotated = metadata.integer(keys["qk_rope_head_dim"])
+        values["qk_nope_head_dim"] = metadata.integer(f"{arch}.attention.key_length_mla") - rotated
+    num_ignored = metadata.integer(keys["num_nextn_predict_layers"], 0, minimum=0)
+    values["num_hidden_layers"] = metadata.integer(keys["num_hidden_layers"]) - num_ignored
     tensors = file.tensors
     values["attention_k_eq_v"] = any(
         f"blk.{index}.attn_k.weight" in tensors and not {f"blk.{index}.{name}.weight" for name in V_NAMES} & {*tensors}
@@ -183,9 +183,8 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     pattern = values.get("sliding_window_pattern")
     if isinstance(pattern, list):
         values["layer_types"] = [SLIDING if is_sliding else FULL for is_sliding in pattern]
-    names = {key: (name,) for key, name in keys.items()}
-    fields = Fields(metadata.source, values, names)
-    fields = Fields(metadata.source, values | {"rope_scaling": _rope_scaling(metadata, fields, file, arch)}, names)
+    fields = Fields(metadata.source, values, labels=keys)
+    fields = fields.with_values({"rope_scaling": _rope_scaling(metadata, fields, file, arch)})
     size = head_dim(fields)
     value = metadata.integer(f"{arch}.attention.value_length", size)
     if value != size and not family.is_latent:
@@ -226,6 +225,8 @@ def _rope_scaling(metadata: Fields, fields: Fields, file: GGUFFile, arch: str) -
         values["llama_4_scaling_beta"] = beta
     factors = [_factors(file, fields, name) for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")]
     if factors[0] or factors[1]:
+        if kind == "linear" and factor != 1.0:
+            raise metadata.error("rope_freqs.weight", f"is not supported beside the linear factor {factor}")
         values["rope_type"] = "longrope"
         values["attention_factor"] = metadata.number(f"{prefix}.attn_factor", 1.0)
         values["short_factor"], values["long_factor"] = factors[1] or factors[0], factors[2] or factors[0]

@@ -18,8 +18,7 @@ logger = logging.getLogger("lightwell.engine")
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-
-
+GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # ends of the names of architectures that generate text
 # `model_type` of a multimodal model, whose text part is in `text_config`.
 MULTIMODAL = ("gemma3", "gemma4", "gemma4_unified", "mistral3")
 TEXT_NAMES = (
@@ -101,6 +100,10 @@ def _load_config_json(folder: Path, fields: Fields, generation: Fields) -> Model
 def _family(fields: Fields) -> Family:
     model_type = fields.string("model_type", "")
     names = fields.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise fields.error("architectures", f"must be a list of names, not {shown(names)}")
+    if names and not any(name.endswith(GENERATING) for name in names):
+        raise fields.error("architectures", f"{shown(names)} is not supported (supported: ...{GENERATING[0]})")
     for family in FAMILIES:
         if family.model_type == model_type or (not model_type and family.architecture in names):
             return family

@@ -46,7 +46,7 @@ def read_rope(fields: Fields, rope: Fields | None, head_dim: int) -> RopeSpec:
 
 
 def _rotary_dim(fields: Fields, rope: Fields | None, head_dim: int) -> int:
-    share = fields.number("partial_rotary_factor", 1.0)
+    share = fields.number("partial_rotary_factor", 1.0, zero=False)
     if rope is not None:
         share = rope.number("partial_rotary_factor", share, zero=False)
     rotary_dim = fields.integer("rotary_dim", 2 * (int(head_dim * min(share, 1.0)) // 2), minimum=0)
@@ -56,6 +56,8 @@ def _rotary_dim(fields: Fields, rope: Fields | None, head_dim: int) -> int:
 
 
 def _scaling(kind: str, rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
+    if kind == "proportional" and (factor := rope.number("factor", 1.0, zero=False)) != 1.0:
+        return RopeScaling(rope_type="linear", factor=factor)
     if kind in ("default", "proportional", "mrope"):
         return RopeScaling()
     if kind not in SCALINGS:

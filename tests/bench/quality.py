@@ -30,7 +30,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.loading import LoadedModel, load_model
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import Request, Scheduled, Step, new_request
+from engine.scheduling.request import BlockTable, Request, Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 from server.model_paths import ModelError, resolve_model
 from server.text.tokenizer import Tokenizer
@@ -179,7 +179,11 @@ def all_logits(loaded: LoadedModel, text: Text, *, are_generated: bool = False) 
 @torch.inference_mode()
 def piece_logits(loaded: LoadedModel, request: Request, num_skipped: int) -> Iterator[Tensor]:
     token_ids = request.token_ids
-    request.kv.set_blocks([Block(block_id) for block_id in range(-(-len(token_ids) // loaded.memory.block_size))])
+    num_blocks, num_groups = -(-len(token_ids) // loaded.memory.block_size), len(loaded.config.kv_groups)
+    for first in range(0, num_groups * num_blocks, num_blocks):
+        table = BlockTable()
+        table.append([Block(first + index) for index in range(num_blocks)])
+        request.kv.tables.append(table)
     runner = loaded.runner
     step_tokens = loaded.limits.max_num_batched_tokens
     for start in range(0, len(token_ids), step_tokens):

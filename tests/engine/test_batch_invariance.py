@@ -112,7 +112,8 @@ def make_engine(
         MAX_MODEL_LEN,
         loaded.memory.block_size,
         loaded.device,
-        runner.builder.planner,
+        num_groups=len(loaded.config.kv_groups),
+        planners=runner.builder.planners,
     )
     runner = ModelRunner(runner.model, runner.kv_cache, builder, runner.sampler, runner.kernels)
     capture_graphs(runner)  # on a GPU

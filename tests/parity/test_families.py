@@ -113,7 +113,7 @@ def kernels(request: pytest.FixtureRequest) -> str:
 def load(folder: Path, kernels: str) -> LoadedModel:
     with choose_kernels(kernels):
         loaded = load_model(EngineConfig(model_path=str(folder), dtype="float32"))
-    in_cpp = kernels == "default" and bool(code_paths()) and loaded.config.head_dim % 16 == 0
+    in_cpp = kernels == "default" and bool(code_paths()) and loaded.config.layers[0].attention.head_dim % 16 == 0
     assert loaded.runner.kernels.name == (f"cpu {code_paths()[0]}" if in_cpp else "torch")
     return loaded
 

@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import ModelConfig
+from tests.support.model_configs import llama_fields
 
 
 def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Return the outputs and inputs of each projection of a layer."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    fields = llama_fields(config)
+    hidden, inner = fields.hidden_size, fields.intermediate_size
+    queries, keys = (n * fields.head_dim for n in (fields.num_attention_heads, fields.num_key_value_heads))
     return {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),

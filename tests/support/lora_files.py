@@ -20,18 +20,19 @@ PEFT_WARNINGS = pytest.mark.filterwarnings(
 
 Tensors = dict[str, torch.Tensor]
 
-CONFIG = llama_config(
-    architecture="llama",
-    vocab_size=16,
-    num_token_ids=16,
-    hidden_size=32,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=24,
-    max_position_embeddings=128,
-)
+FIELDS: dict[str, Any] = {
+    "architecture": "llama",
+    "vocab_size": 16,
+    "num_token_ids": 16,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 128,
+}
+CONFIG = llama_config(**FIELDS)
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 MODULES = [
     f"model.layers.{layer}.{part}"
@@ -45,11 +46,11 @@ def new_model() -> Any:
         LlamaConfig(
             vocab_size=CONFIG.vocab_size,
             hidden_size=CONFIG.hidden_size,
-            intermediate_size=CONFIG.intermediate_size,
+            intermediate_size=FIELDS["intermediate_size"],
             num_hidden_layers=CONFIG.num_hidden_layers,
-            num_attention_heads=CONFIG.num_attention_heads,
-            num_key_value_heads=CONFIG.num_key_value_heads,
-            head_dim=CONFIG.head_dim,
+            num_attention_heads=FIELDS["num_attention_heads"],
+            num_key_value_heads=FIELDS["num_key_value_heads"],
+            head_dim=FIELDS["head_dim"],
             pad_token_id=None,
         )
     )

@@ -1,13 +1,16 @@
-"""Configurations of models whose layers are all alike, from the numbers of a config.json."""
+"""Configurations of models whose layers are all alike, from the numbers of a config.json, and back."""
 
-from typing import Any
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from engine.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, RopeScaling, RopeSpec, WeightLayout
 
 PLAIN = RopeScaling()
+T = TypeVar("T")
 
 
-def llama_config(
+def llama_config(  # noqa: PLR0913
     *,
     num_hidden_layers: int,
     num_attention_heads: int,
@@ -47,4 +50,34 @@ def llama_config(
         ropes=(rope,),
         weight_layout=WeightLayout(names=names, is_interleaved=is_interleaved),
         **others,
+    )
+
+
+def model_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the tensors of a Llama of transformers under the names that the model here has for them."""
+    return {name.replace(".post_attention_layernorm.", ".pre_feedforward_layernorm."): x for name, x in tensors.items()}
+
+
+def llama_fields(config: ModelConfig) -> SimpleNamespace:
+    """Return the numbers of a model whose layers are all alike, under the names of config.json and of `ModelConfig`."""
+    (layer,) = set(config.layers)
+    (rope,) = config.ropes
+    attention = layer.attention
+    assert layer.mlp is not None
+    assert layer.experts is None
+    assert (rope.head_dim, rope.rotary_dim) == (attention.head_dim, attention.head_dim)
+    return SimpleNamespace(
+        **{name: getattr(config, name) for name in config.__struct_fields__ if name not in ("layers", "ropes")},
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=attention.num_heads,
+        num_key_value_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        intermediate_size=layer.mlp.intermediate_size,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        sliding_window=attention.window,
+        attention_bias=attention.qkv_bias,
+        attention_output_bias=attention.output_bias,
+        mlp_bias=layer.mlp.bias,
+        hidden_act=layer.mlp.activation,
     )

@@ -45,7 +45,7 @@ from engine.kernels.interface import (
     Rotations,
 )
 from engine.kernels.lazy_memory import lazy_zeros
-from engine.weights import Weight
+from engine.weights import Weight, layout_of
 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2, "swigluoai": 3}  # Activation of rows.h
 
@@ -289,7 +289,9 @@ class CpuKernels:
     # Mixture of experts.
 
     def pack_experts(self, weights: Sequence[Sequence[Weight]]) -> list[Matrix]:
-        return [self.packer.pack(expert) for expert in weights]
+        types = {tuple(map(layout_of, expert)) for expert in weights}
+        dtype = self.dtype if len(types) > 1 else None  # one call multiplies with all experts, so all have one format
+        return [self.packer.pack(expert, dtype) for expert in weights]
 
     def expert_linear(self, matrices: list[Matrix], bias: Tensor | None = None) -> ExpertLinearOp:
         return experts.expert_linear(self.recorder, matrices, bias)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -76,21 +77,31 @@ def _details(context: ServerContext, model: ServedModel) -> OllamaModelDetails:
 def _model_info(context: ServerContext) -> dict[str, Any]:
     """Return the metadata by their names in GGUF files. The context length is that of this server."""
     config = context.model_config
+    all_experts = [layer.experts for layer in config.layers if layer.experts is not None]
     of_architecture = {
         "context_length": context.max_model_len,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
+        "feed_forward_length": _of_layers(layer.mlp.intermediate_size for layer in config.layers if layer.mlp),
+        "expert_feed_forward_length": _of_layers(experts.intermediate_size for experts in all_experts),
+        "expert_count": _of_layers(experts.router.num_experts for experts in all_experts),
+        "expert_used_count": _of_layers(experts.router.num_experts_per_tok for experts in all_experts),
+        "attention.head_count": _of_layers(layer.attention.num_heads for layer in config.layers),
+        "attention.head_count_kv": _of_layers(layer.attention.num_kv_heads for layer in config.layers),
+        "attention.key_length": _of_layers(layer.attention.head_dim for layer in config.layers),
         "vocab_size": config.vocab_size,
     }
     return {
         "general.architecture": config.architecture,
         "general.parameter_count": context.weight_files.num_parameters,
-        **{f"{config.architecture}.{name}": value for name, value in of_architecture.items()},
+        **{f"{config.architecture}.{name}": value for name, value in of_architecture.items() if value is not None},
     }
+
+
+def _of_layers(numbers: Iterable[int]) -> int | list[int] | None:
+    """Return one number if it is that of all layers, as GGUF files do, else one for each; None if there are none."""
+    found = list(numbers)
+    return found[0] if len(set(found)) == 1 else found or None
 
 
 def _capabilities(context: ServerContext) -> list[str]:

@@ -9,7 +9,7 @@ from engine.batch.builder import BatchBuilder
 from engine.batch.inputs import Lengths, WorkList
 from engine.batch.transfer import packed_copy
 from engine.scheduling.block_pool import Block
-from engine.scheduling.request import Request, Scheduled, Step, new_request
+from engine.scheduling.request import BlockTable, Request, Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 from tests.support.examples import num_examples
 
@@ -17,28 +17,40 @@ MAX_NUM_SEQS = 6
 MAX_MODEL_LEN = 200
 
 
-def make_request(token_ids: list[int], block_ids: list[int]) -> Request:
+def make_request(token_ids: list[int], *block_ids: list[int]) -> Request:
+    """Return a request with blocks in each KV group; block 0 stands for one that has slid out of the window."""
     submit = Submit(request_id="r", prompt_token_ids=token_ids, params=SamplingParams(max_tokens=1), arrival=0.0)
     request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
-    request.kv.set_blocks([Block(block_id) for block_id in block_ids])
+    for ids in block_ids:
+        table = BlockTable()
+        table.append([Block(block_id) for block_id in ids])
+        table.slide(next((index for index, block_id in enumerate(ids) if block_id), 0))
+        request.kv.tables.append(table)
     return request
 
 
 @st.composite
-def steps(draw: st.DrawFn, block_size: int) -> Step:
-    """Draw steps with some rows of some requests, with enough blocks for their last row."""
+def steps(draw: st.DrawFn, block_size: int, num_groups: int) -> Step:
+    """Draw steps with some rows of some requests, with enough blocks for their last row.
+
+    In all KV groups but the first, blocks before the first row may have slid out of the window.
+    """
     scheduled = []
     for _ in range(draw(st.integers(1, MAX_NUM_SEQS))):
         token_ids = draw(st.lists(st.integers(0, 49151), min_size=1, max_size=MAX_MODEL_LEN))
         end = draw(st.integers(1, len(token_ids)))
         start = draw(st.integers(0, end - 1))
-        num_blocks = draw(st.integers(-(-end // block_size), -(-MAX_MODEL_LEN // block_size)))
-        block_ids = draw(st.lists(st.integers(1, 999), min_size=num_blocks, max_size=num_blocks, unique=True))
+        block_ids = []
+        for group in range(num_groups):
+            num_blocks = draw(st.integers(-(-end // block_size), -(-MAX_MODEL_LEN // block_size)))
+            ids = draw(st.lists(st.integers(1, 999), min_size=num_blocks, max_size=num_blocks, unique=True))
+            num_slid = draw(st.integers(0, start // block_size)) if group else 0
+            block_ids.append([0] * num_slid + ids[num_slid:])
         num_samples, draft = draw(st.integers(0, 1)), []
         if num_draft := draw(st.integers(0, end - start - 1) | st.just(0)):
             num_samples, draft = 1 + num_draft, token_ids[end - num_draft : end]
             del token_ids[end - num_draft :]
-        request = make_request(token_ids, block_ids)
+        request = make_request(token_ids, *block_ids)
         request.lora_slot = draw(st.integers(-1, 3))
         num_prompt_logprobs = draw(st.just(0) | st.integers(0, end - start))
         scheduled.append(Scheduled(request, start, end - start, num_samples, num_prompt_logprobs, draft))
@@ -46,11 +58,14 @@ def steps(draw: st.DrawFn, block_size: int) -> Step:
 
 
 @settings(max_examples=num_examples(20, 300), deadline=None)
-@given(data=st.data(), block_size=st.sampled_from([16, 32]))
-def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
-    builder = BatchBuilder(MAX_NUM_SEQS * MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_MODEL_LEN, block_size, torch.device("cpu"))
+@given(data=st.data(), block_size=st.sampled_from([16, 32]), num_groups=st.sampled_from([1, 1, 2, 3]))
+def test_rows_of_a_step(data: st.DataObject, block_size: int, num_groups: int) -> None:
+    max_num_tokens = MAX_NUM_SEQS * MAX_MODEL_LEN
+    builder = BatchBuilder(
+        max_num_tokens, MAX_NUM_SEQS, MAX_MODEL_LEN, block_size, torch.device("cpu"), num_groups=num_groups
+    )
     for _ in range(3):  # what one step leaves in the buffers must not affect the next
-        step = data.draw(steps(block_size))
+        step = data.draw(steps(block_size, num_groups))
         batch = builder.build(step)
         rows = [
             (item, position) for item in step.scheduled for position in range(item.start, item.start + item.num_tokens)
@@ -59,10 +74,11 @@ def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
             (item.request.token_ids + item.draft_token_ids)[position] for item, position in rows
         ]
         assert batch.positions.tolist() == [position for _, position in rows]
-        assert batch.slot_mapping.tolist() == [
-            item.request.kv.blocks[position // block_size].block_id * block_size + position % block_size
-            for item, position in rows
-        ]
+        for group, slots in enumerate(batch.slot_mappings):
+            assert slots.tolist() == [
+                block_ids_of(item, group)[position // block_size] * block_size + position % block_size
+                for item, position in rows
+            ]
         ends = [sum(item.num_tokens for item in step.scheduled[: index + 1]) for index in range(len(step.scheduled))]
         sampling = [range(end - item.num_samples, end) for item, end in zip(step.scheduled, ends, strict=True)]
         assert batch.hidden_rows[batch.sample_rows].tolist() == [row for rows in sampling for row in rows]
@@ -79,11 +95,15 @@ def test_rows_of_a_step(data: st.DataObject, block_size: int) -> None:
         assert batch.hidden_lora_slots.tolist() == [lora_slots[row] for row in batch.hidden_rows if has_adapters]
         assert batch.query_lens.tolist() == [item.num_tokens for item in step.scheduled]
         assert batch.seq_lens.tolist() == [item.start + item.num_tokens for item in step.scheduled]
-        most = max(len(item.request.kv.blocks) for item in step.scheduled)
-        assert batch.block_tables.tolist() == [
-            [block.block_id for block in item.request.kv.blocks] + [0] * (most - len(item.request.kv.blocks))
-            for item in step.scheduled
-        ]
+        assert len(batch.slot_mappings) == len(batch.block_tables) == num_groups
+        most = max(len(block_ids_of(item, group)) for item in step.scheduled for group in range(num_groups))
+        for group, table in enumerate(batch.block_tables):
+            ids = [block_ids_of(item, group) for item in step.scheduled]
+            assert table.tolist() == [some + [0] * (most - len(some)) for some in ids]
+
+
+def block_ids_of(item: Scheduled, group: int) -> list[int]:
+    return [0 if block is None else block.block_id for block in item.request.kv.tables[group].blocks]
 
 
 def test_full_buffers() -> None:
@@ -92,8 +112,8 @@ def test_full_buffers() -> None:
     requests = [make_request(list(range(MAX_MODEL_LEN)), list(range(13))) for _ in range(MAX_NUM_SEQS)]
     batch = builder.build(Step(1, [Scheduled(request, MAX_MODEL_LEN - 1, 1, 1) for request in requests]))
     assert batch.sample_rows.tolist() == list(range(MAX_NUM_SEQS))
-    assert batch.slot_mapping.tolist() == [12 * 16 + 7] * MAX_NUM_SEQS
-    assert batch.block_tables.shape == (MAX_NUM_SEQS, 13)
+    assert [slots.tolist() for slots in batch.slot_mappings] == [[12 * 16 + 7] * MAX_NUM_SEQS]
+    assert [table.shape for table in batch.block_tables] == [(MAX_NUM_SEQS, 13)]
 
 
 def test_generated_rows_are_counted() -> None:
@@ -108,22 +128,24 @@ def test_generated_rows_are_counted() -> None:
 
 
 def test_attention_work() -> None:
-    """The work list of the step's lengths goes to the device with the rest."""
+    """The work lists of the step's lengths, one of each kind of attention, go to the device with the rest."""
 
     class Planner:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
         def plan(self, query_lens: Lengths, seq_lens: Lengths) -> WorkList:
-            return WorkList(np.stack((query_lens, seq_lens)), 7)
+            return WorkList(np.stack((query_lens, seq_lens)) + self.number, self.number)
 
         def largest(self, num_seqs: int, max_model_len: int) -> WorkList:
             raise NotImplementedError
 
-    builder = BatchBuilder(40, 8, MAX_MODEL_LEN, 16, torch.device("cpu"), Planner())
+    builder = BatchBuilder(40, 8, MAX_MODEL_LEN, 16, torch.device("cpu"), planners=[Planner(7), Planner(0)])
     requests = [make_request(list(range(20)), list(range(2))) for _ in range(2)]
     batch = builder.build(Step(1, [Scheduled(requests[0], 19, 1, 1), Scheduled(requests[1], 0, 7, 1)]))
-    assert batch.attention_work is not None
-    assert batch.attention_work.tolist() == [[1, 7], [20, 7]]
-    assert batch.num_partial_rows == 7
-    assert batch.block_tables.tolist() == [[0, 1], [0, 1]]
+    assert [work.table.tolist() for work in batch.attention_work] == [[[8, 14], [27, 14]], [[1, 7], [20, 7]]]
+    assert [work.num_partial_rows for work in batch.attention_work] == [7, 0]
+    assert [table.tolist() for table in batch.block_tables] == [[[0, 1], [0, 1]]]
 
 
 def test_packed_copy() -> None:

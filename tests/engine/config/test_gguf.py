@@ -1,5 +1,6 @@
 """The configuration read from the metadata of GGUF files."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 
 from engine.config import ModelConfig, RopeScaling, load_model_config
 from tests.support.gguf_files import LLAMA, write_gguf
-from tests.support.model_configs import llama_config
+from tests.support.model_configs import llama_config, llama_fields
 
 
 def gguf_config(path: Path, metadata: dict[str, Any] | None = None, *tensors: str, arch: str = "llama") -> ModelConfig:
     """Load the file of a tiny model: 32 tokens, hidden size 16, 4 heads; additional tensors hold two numbers."""
-    data = {name: np.zeros(2, dtype=np.float32) for name in tensors}
+    data = {name: np.ones(2, dtype=np.float32) for name in tensors}
     values = {key: value for key, value in (LLAMA | (metadata or {})).items() if value is not ...}
     embedding = {"token_embd.weight": np.zeros((32, 16), dtype=np.float32)}
     return load_model_config(write_gguf(path / "tiny.gguf", values, {**embedding, **data}, arch=arch))
@@ -23,6 +24,7 @@ def gguf_config(path: Path, metadata: dict[str, Any] | None = None, *tensors: st
 def test_smollm2(smollm2_path: Path) -> None:
     assert load_model_config(smollm2_path) == llama_config(
         architecture="llama",
+        is_interleaved=True,
         vocab_size=49152,
         num_token_ids=49152,
         hidden_size=576,
@@ -41,7 +43,7 @@ def test_smollm2(smollm2_path: Path) -> None:
 
 
 def test_gguf_defaults(tmp_path: Path) -> None:
-    config = gguf_config(tmp_path, {"llama.attention.head_count_kv": ...})
+    config = llama_fields(gguf_config(tmp_path, {"llama.attention.head_count_kv": ...}))
     assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (32, 4, 4)
     assert (config.rope_theta, config.rope_scaling, config.sliding_window) == (10000.0, RopeScaling(), None)
     assert config.tie_word_embeddings
@@ -54,11 +56,10 @@ def test_gguf_keys(tmp_path: Path) -> None:
         "llama.attention.value_length": 6,
         "llama.rope.dimension_count": 6,
         "llama.rope.freq_base": 5000.0,
-        "llama.attention.sliding_window": 9,
         "llama.vocab_size": 30,
     }
-    config = gguf_config(tmp_path, metadata, "output.weight")
-    assert (config.head_dim, config.rope_theta, config.sliding_window, config.vocab_size) == (6, 5000.0, 9, 32)
+    config = llama_fields(gguf_config(tmp_path, metadata, "output.weight"))
+    assert (config.head_dim, config.rope_theta, config.vocab_size) == (6, 5000.0, 32)
     assert not config.tie_word_embeddings
 
 
@@ -98,18 +99,31 @@ def test_gguf_sampling(tmp_path: Path) -> None:
 
 
 def test_gguf_biases(tmp_path: Path) -> None:
-    assert gguf_config(tmp_path, None, "blk.0.attn_q.bias").attention_bias
-    assert gguf_config(tmp_path, None, "blk.0.attn_output.bias").attention_output_bias
-    assert gguf_config(tmp_path, None, "blk.0.ffn_gate.bias").mlp_bias
+    assert llama_fields(gguf_config(tmp_path, None, "blk.0.attn_q.bias")).attention_bias
+    assert llama_fields(gguf_config(tmp_path, None, "blk.0.attn_output.bias")).attention_output_bias
+    assert llama_fields(gguf_config(tmp_path, None, "blk.0.ffn_down.bias")).mlp_bias
 
 
 def test_gguf_rope_scaling(tmp_path: Path) -> None:
     linear = RopeScaling(rope_type="linear", factor=4.0)
     keys = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    assert gguf_config(tmp_path, keys).rope_scaling == linear
-    assert gguf_config(tmp_path, {"llama.rope.scale_linear": 4.0}).rope_scaling == linear
-    assert gguf_config(tmp_path, keys | {"llama.rope.scaling.type": "none"}).rope_scaling == RopeScaling()
-    assert gguf_config(tmp_path, None, "rope_freqs.weight").rope_scaling == RopeScaling(rope_type="factors")
+
+    def scaling(metadata: dict[str, Any] | None, *tensors: str) -> RopeScaling:
+        (rope,) = gguf_config(tmp_path, metadata, *tensors).ropes
+        return rope.scaling
+
+    assert scaling(keys) == linear
+    assert scaling({"llama.rope.scale_linear": 4.0}) == linear
+    assert scaling(keys | {"llama.rope.scaling.type": "none"}) == RopeScaling()
+    factors = RopeScaling(
+        rope_type="longrope", original_max_position_embeddings=128, short_factor=(1.0, 1.0), long_factor=(1.0, 1.0)
+    )
+    assert scaling(None, "rope_freqs.weight") == factors
+    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 32}
+    found = scaling(keys | yarn | {"llama.rope.scaling.yarn_beta_fast": 16.0})
+    assert (found.rope_type, found.factor, found.original_max_position_embeddings) == ("yarn", 4.0, 32)
+    assert (found.beta_fast, found.beta_slow) == (16.0, 1.0)
+    assert found.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
 
 
 def test_gguf_end_tokens(tmp_path: Path) -> None:
@@ -126,17 +140,27 @@ def test_gguf_end_tokens(tmp_path: Path) -> None:
     [
         ({"llama.block_count": ...}, (), "llama.block_count: is missing"),
         ({"llama.block_count": 0}, (), "llama.block_count: must be an integer from 1"),
-        ({"llama.feed_forward_length": [8, 8]}, (), "llama.feed_forward_length: must be an integer"),
+        ({"llama.feed_forward_length": [8, 8]}, (), "llama.feed_forward_length: must be 1 integers of at least 1"),
         ({"llama.embedding_length": 8}, (), r"token_embd.weight: shape \(32, 16\) does not fit hidden size 8"),
         ({"llama.attention.head_count": 3, "llama.attention.head_count_kv": 1}, (), "key_length: is missing"),
-        ({"llama.attention.head_count_kv": 3}, (), "attention heads .4. is not a multiple"),
+        ({"llama.attention.head_count_kv": 3}, (), "head_count_kv: the 4 attention heads are no multiple"),
         ({"llama.attention.value_length": 8}, (), "value_length: 8 differs from the head dimension 4"),
-        ({"llama.rope.dimension_count": 2}, (), "rope.dimension_count: 2 differs"),
+        (
+            {"llama.rope.dimension_count": 6},
+            (),
+            "rope.dimension_count: must be even and at most the head size 4, not 6",
+        ),
+        ({"llama.rope.dimension_count": 3}, (), "rope.dimension_count: must be even"),
         ({"llama.rope.freq_base": 0.0}, (), "rope.freq_base: must be a number above 0"),
-        ({"llama.rope.scaling.type": "yarn"}, (), "'yarn' is not supported"),
+        ({"llama.rope.scaling.type": "warp"}, (), "rope.scaling.type: 'warp' is not supported"),
         ({"llama.rope.scaling.factor": 2.0}, ("rope_freqs.weight",), "rope_freqs.weight: .*linear factor 2.0"),
-        ({"llama.attention.key_length": 8, "llama.attention.value_length": 8}, ("rope_freqs.weight",), "expected .4,"),
-        ({"llama.expert_count": 8}, (), "mixtures of experts"),
+        (
+            {"llama.attention.key_length": 8, "llama.attention.value_length": 8},
+            ("rope_freqs.weight",),
+            r"must be float32 of shape \(4,\)",
+        ),
+        ({"llama.expert_count": 8}, (), "llama.expert_used_count: is missing"),
+        ({"llama.expert_count": 2000}, (), "llama.expert_count: must be an integer from 1 to 1024"),
         ({"split.count": 3}, (), "split.count: the model has 3 files"),
         ({"tokenizer.ggml.tokens": [f"t{i}" for i in range(33)]}, (), "has 33 tokens, but the embedding has 32 rows"),
         ({"tokenizer.ggml.tokens": [1, 2]}, (), "tokens: must be an array of strings"),
@@ -148,8 +172,24 @@ def test_gguf_refused(metadata: dict[str, Any], tensors: tuple[str, ...], messag
         gguf_config(tmp_path, metadata, *tensors)
 
 
+def test_gguf_partial_rotary_embeddings(tmp_path: Path) -> None:
+    (rope,) = gguf_config(tmp_path, {"llama.rope.dimension_count": 2}).ropes
+    assert (rope.head_dim, rope.rotary_dim) == (4, 2)
+
+
+def test_gguf_window(tmp_path: Path) -> None:
+    """Only where the family has windows: llama.cpp ignores the key for Llama, and so for Mistral."""
+    metadata = {key.replace("llama.", "phi3."): value for key, value in LLAMA.items()}
+    config = gguf_config(tmp_path, metadata | {"phi3.attention.sliding_window": 9}, arch="phi3")
+    assert [layer.attention.window for layer in config.layers] == [9]
+    config = gguf_config(tmp_path, {"llama.attention.sliding_window": 9})
+    assert [layer.attention.window for layer in config.layers] == [None]
+
+
 def test_gguf_architecture_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"general\.architecture: 'mamba' is not supported \(supported: llama\)"):
+    with pytest.raises(
+        ValueError, match=r"general\.architecture: 'mamba' is not supported \(supported: llama, .*gemma3"
+    ):
         gguf_config(tmp_path, arch="mamba")
 
 

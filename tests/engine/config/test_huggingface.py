@@ -15,7 +15,8 @@ from transformers import (
     MistralConfig,
 )
 
-from engine.config import ModelConfig, RopeScaling, load_model_config
+from engine.config import AttentionSpec, ModelConfig, RopeScaling, load_model_config
+from tests.support.model_configs import llama_fields
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 99,
@@ -75,7 +76,7 @@ def mistral(**changes: Any) -> Any:
 )
 def test_as_transformers_writes_it(expected: Any, tmp_path: Path) -> None:
     expected.save_pretrained(tmp_path)
-    config = load_model_config(tmp_path)
+    config = llama_fields(load_model_config(tmp_path))
     assert config.architecture == expected.model_type
     for name in COMMON_FIELDS:
         assert getattr(config, name) == getattr(expected, name), name
@@ -93,7 +94,7 @@ def test_as_transformers_writes_it(expected: Any, tmp_path: Path) -> None:
 def test_missing_keys_have_the_defaults_of_transformers(config_class: Any, tmp_path: Path) -> None:
     shape = {key: SHAPE[key] for key in SHAPE if key not in ("num_key_value_heads", "max_position_embeddings")}
     (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": config_class.model_type}))
-    config, expected = load_model_config(tmp_path), config_class(**shape)
+    config, expected = llama_fields(load_model_config(tmp_path)), config_class(**shape)
     for name in COMMON_FIELDS:
         if name != "bos_token_id":  # there is no default for it
             assert getattr(config, name) == getattr(expected, name), name
@@ -103,9 +104,50 @@ def test_missing_keys_have_the_defaults_of_transformers(config_class: Any, tmp_p
 
 def test_older_files(tmp_path: Path) -> None:
     scaling = {"type": "linear", "factor": 4.0}
-    config = load(tmp_path, rope_scaling=scaling, head_dim=None, num_key_value_heads=...)
+    config = llama_fields(load(tmp_path, rope_scaling=scaling, head_dim=None, num_key_value_heads=...))
     assert (config.rope_theta, config.rope_scaling) == (500000.0, RopeScaling(rope_type="linear", factor=4.0))
     assert (config.head_dim, config.num_key_value_heads) == (8, 8)
+
+
+def test_a_window_of_0_is_none(tmp_path: Path) -> None:
+    assert llama_fields(load(tmp_path, model_type="mistral", sliding_window=0)).sliding_window is None
+    assert llama_fields(load(tmp_path, model_type="mistral")).sliding_window == 4096  # the default of the family
+
+
+def test_partial_rotary_embeddings(tmp_path: Path) -> None:
+    (rope,) = load(tmp_path, partial_rotary_factor=0.5).ropes
+    assert (rope.head_dim, rope.rotary_dim) == (8, 4)
+
+
+def test_code_of_a_supported_model_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    config = load(tmp_path, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    assert caplog.messages == [
+        f"{tmp_path}: the Python code that comes with the model is not run; its type is supported"
+    ]
+    assert config == load(tmp_path)
+
+
+def test_the_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
+    """Its own fields win over the outer ones; only a few of those are read."""
+    text = SHAPE | {"model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": False}
+    outer = {"model_type": "gemma3", "hidden_size": 1, "eos_token_id": [3, 4], "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": text}))
+    config = load_model_config(tmp_path)
+    assert (config.architecture, config.hidden_size, config.eos_token_ids) == ("gemma3_text", 64, (3, 4))
+    assert not config.tie_word_embeddings
+    (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": text | {"hidden_size": None}}))
+    with pytest.raises(ValueError, match=r"config\.json: text_config: hidden_size: is missing"):
+        load_model_config(tmp_path)
+
+
+def test_a_missing_key_has_the_default_of_the_family_and_null_has_not(tmp_path: Path) -> None:
+    def attention(**changes: Any) -> AttentionSpec:
+        return load(tmp_path, model_type="mistral", **changes).layers[0].attention
+
+    assert attention(num_key_value_heads=...).num_kv_heads == MistralConfig().num_key_value_heads == 8
+    assert attention(num_key_value_heads=None, num_attention_heads=16).num_kv_heads == 16
+    assert (attention(sliding_window=...).window, attention(sliding_window=None).window) == (4096, None)
 
 
 def test_end_tokens_of_both_files(tmp_path: Path) -> None:
@@ -137,8 +179,8 @@ def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map: .*Python code.*anything on this machine"),
-        ({"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM.*supported: LlamaForCausalLM, MistralForCausalLM"),
+        ({"model_type": None, "architectures": ["GPT2ForCausalLM"]}, "GPT2ForCausalLM.*supported: llama, mistral, "),
+        ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "model_type: 'evil' is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": None, "model_type": "gpt2"}, "'gpt2'"),
         ({"architectures": [{}]}, "architectures"),
@@ -150,23 +192,27 @@ def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers: must be an integer"),
         ({"vocab_size": -1}, "vocab_size: must be an integer"),
         ({"vocab_size": 10**400}, "vocab_size: must be an integer"),
-        ({"hidden_size": 65}, "head_dim: is missing, .* .65. is not a multiple of the 8 attention heads"),
-        ({"head_dim": 7}, "head_dim .7. must be even"),
-        ({"num_key_value_heads": 3}, "attention heads .8. is not a multiple .* heads .3."),
+        ({"hidden_size": 65}, "head_dim: is missing, .* .65. is no multiple of the 8 attention heads"),
+        ({"head_dim": 7}, "head_dim: 7 must be even"),
+        (
+            {"num_key_value_heads": 3},
+            "num_key_value_heads: the 8 attention heads are no multiple of 3 key and value heads",
+        ),
         ({"rms_norm_eps": 0}, "rms_norm_eps: must be a number above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: must be a number"),
         ({"rope_theta": float("inf")}, "rope_theta: must be a number"),
         ({"rope_theta": 10**400}, "rope_theta: must be a number"),
         ({"rope_theta": -1.0}, "rope_theta: must be a number"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_parameters: rope_theta: must be"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: rope_type: 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "warp", "factor": 4.0}}, "rope_scaling: rope_type: 'warp' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
-        ({"rope_scaling": {"type": "longrope"}}, "'longrope' is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: short_factor: must be 4 positive numbers, not None"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor: must be a number above 0"),
         ({"rope_scaling": ["linear", 2]}, "rope_scaling: must be an object"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor: must be greater"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor: must be a number above 0"),
+        ({"partial_rotary_factor": "half"}, "partial_rotary_factor: must be a number"),
         ({"hidden_act": "relu"}, "hidden_act: 'relu' is not supported"),
         ({"hidden_act": ["silu"]}, "hidden_act: must be a string"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: must be true or false"),
@@ -174,7 +220,8 @@ def test_generation_config_as_transformers_writes_it(tmp_path: Path) -> None:
         ({"eos_token_id": [1, "2"]}, "eos_token_id: must be token ids"),
         ({"bos_token_id": -1}, "bos_token_id: must be token ids"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window: must be an integer from 1"),
+        ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types.*linear_attention"),
+        ({"model_type": "mistral", "sliding_window": -1}, "sliding_window: must be an integer from 0"),
     ],
 )
 def test_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine import startup
 from engine.api_connections import ApiConnections
-from engine.batch.inputs import BatchInputs
+from engine.batch.inputs import AttentionWork, BatchInputs
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.execution.cuda_graphs import MAX_GRAPH_BYTES, SIZES, Forward, GraphedExecution, first_cause
@@ -114,7 +114,8 @@ def test_the_same_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     expected = answers(load(folder), REQUESTS)
     loaded, device = load(folder), Device()
     execution = with_graphs(loaded, device)
-    assert execution.planner.plan(np.ones(1, dtype=np.int64), np.array([33])).num_partial_rows > 0
+    (planner,) = execution.planners
+    assert planner.plan(np.ones(1, dtype=np.int64), np.array([33])).num_partial_rows > 0
     assert device.captured == [4, 1, 2]
     assert answers(loaded, REQUESTS) == expected
     assert device.replayed == [4, 4, 4, 4, 2, 1]
@@ -159,12 +160,14 @@ def test_captures_and_padding_write_nothing(folder: Path) -> None:
     answers(loaded, {name: (5, 2) for name in "abc"})
     before = [cache.keys.clone() for cache in loaded.runner.kv_cache.layers]
     assert any(keys.any() for keys in before)
-    assert (execution.rows[2, :3] >= 0).all()
-    assert execution.rows[2, 3] == -1
-    assert execution.work.any()
+    *_, slots = execution.rows  # of the one KV group
+    assert (slots[:3] >= 0).all()
+    assert slots[3] == -1
+    (work,) = execution.work
+    assert work.any()
     loaded.runner.capture_next()
     loaded.runner.capture_next()
-    assert not execution.work.any()  # what is left of a larger batch would be written beyond the end of a smaller one
+    assert not work.any()  # what is left of a larger batch would be written beyond the end of a smaller one
     assert all(torch.equal(cache.keys, keys) for cache, keys in zip(loaded.runner.kv_cache.layers, before, strict=True))
 
 
@@ -187,11 +190,12 @@ def test_adapters_of_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for lora_slots in ([1, 1, 1], [0, -1, 2, 1], [], [0, -1, 2], []):
         batch = loaded.runner.builder.buffers()
         num_seqs = len(lora_slots) or 3
-        batch.token_ids = batch.positions = batch.slot_mapping = batch.hidden_rows = torch.zeros(num_seqs).long()
+        batch.token_ids = batch.positions = batch.hidden_rows = torch.zeros(num_seqs).long()
+        batch.slot_mappings = [batch.positions]
         batch.lora_slots = batch.hidden_lora_slots = torch.tensor(lora_slots, dtype=torch.int64)
-        batch.block_tables = batch.block_tables[:num_seqs]
+        batch.block_tables = [table[:num_seqs] for table in batch.block_tables]
         batch.query_lens = batch.seq_lens = np.ones(num_seqs, dtype=np.int64)
-        batch.attention_work = torch.zeros((1, NUM_FIELDS), dtype=torch.int64)
+        batch.attention_work = [AttentionWork(torch.zeros((1, NUM_FIELDS), dtype=torch.int64), 0)]
         loaded.runner.execution.forward(batch)
         assert seen[-1] == (lora_slots and lora_slots + [NO_LORA_SLOT] * (4 - len(lora_slots)))
     assert device.replayed == [4] * 5

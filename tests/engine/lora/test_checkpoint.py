@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from engine.lora.reader import load_lora
 from tests.engine.lora.test_gguf_reader import GGUF_A, GGUF_B, gguf_tensors, write_adapter
-from tests.support.lora_files import CONFIG, MODULES, A, B, Tensors, refusal_of, small_adapter, write_folder
+from tests.support.lora_files import CONFIG, FIELDS, MODULES, A, B, Tensors, refusal_of, small_adapter, write_folder
+from tests.support.model_configs import llama_config
 
 FORMS = ["safetensors", "gguf"]
 
@@ -87,7 +88,7 @@ def test_the_rank_is_checked_before_the_numbers(form: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("max_rank", [200, None])
 def test_the_largest_adapter_is_read(max_rank: int | None, tmp_path: Path) -> None:
     """The limit on the file's size is that of an adapter of all modules in float64, and 4 MiB for the header."""
-    config = msgspec.structs.replace(CONFIG, hidden_size=320, intermediate_size=400)
+    config = llama_config(**FIELDS | {"hidden_size": 320, "intermediate_size": 400})
     shapes = {"self_attn.q_proj": (96, 320), "self_attn.k_proj": (48, 320), "self_attn.v_proj": (48, 320)}
     shapes |= {"self_attn.o_proj": (320, 96), "mlp.gate_proj": (400, 320), "mlp.up_proj": (400, 320)}
     shapes |= {"mlp.down_proj": (320, 400)}

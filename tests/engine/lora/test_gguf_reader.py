@@ -19,6 +19,7 @@ from tests.support.gguf_files import interleave, write_gguf
 from tests.support.lora_files import (
     ATTENTION,
     CONFIG,
+    FIELDS,
     MLP,
     MODULES,
     PEFT_WARNINGS,
@@ -37,8 +38,8 @@ pytestmark = PEFT_WARNINGS
 def gguf_tensors(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
     """Convert PEFT's tensors as llama.cpp does: with other names, and the rows of q and k in another order."""
     names = {
-        "self_attn.q_proj": ("attn_q", CONFIG.num_attention_heads),
-        "self_attn.k_proj": ("attn_k", CONFIG.num_key_value_heads),
+        "self_attn.q_proj": ("attn_q", FIELDS["num_attention_heads"]),
+        "self_attn.k_proj": ("attn_k", FIELDS["num_key_value_heads"]),
         "self_attn.v_proj": ("attn_v", None),
         "self_attn.o_proj": ("attn_output", None),
         "mlp.gate_proj": ("ffn_gate", None),
@@ -171,9 +172,10 @@ ONES = np.ones((2, 32), dtype=np.float32)
         ({"output.weight.lora_a": ONES}, "output.weight.lora_a: only adapters of self_attn.q_proj, "),
         ({"blk.0.attn_norm.weight.lora_a": ONES}, "blk.0.attn_norm.weight.lora_a: only adapters of self_attn.q_proj, "),
         ({"blk.0.attn_q.bias.lora_a": ONES}, "blk.0.attn_q.bias.lora_a: only adapters of self_attn.q_proj, "),
-        ({"blk.0.attn_qkv.weight.lora_a": ONES}, "blk.0.attn_qkv.weight.lora_a: a llama model has no such tensor"),
+        ({"blk.0.attn_qkv.weight.lora_a": ONES}, "blk.0.attn_qkv.weight.lora_a: only adapters of self_attn.q_proj, "),
         ({"blk.0.attn_norm.weight": ONES[0]}, "blk.0.attn_norm.weight: is neither lora_a nor lora_b"),
         ({"blk.0.attn_q.weight": ONES}, "blk.0.attn_q.weight: is neither lora_a nor lora_b"),
+        ({"blk.0.ssm_in.weight.lora_a": ONES}, "blk.0.ssm_in.weight.lora_a: no supported model has such a tensor"),
     ],
 )
 def test_gguf_tensors_that_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ class FakeLinear:
     def __init__(self, shape: ModelConfig, num_lora_slots: int, rank: int) -> None:
         options = KernelOptions(torch.float32, num_lora_slots=num_lora_slots, max_lora_rank=rank)
         kernels = TorchKernels(options, torch.device("cpu"))
-        q, kv = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+        attention = shape.layers[0].attention
+        q, kv = attention.num_heads * attention.head_dim, attention.kv_shape.size
         self.lora = kernels.new_lora_weights((q, kv, kv), shape.hidden_size)
         self.names = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 

@@ -34,7 +34,9 @@ def test_bytes_are_those_of_the_tensors(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
 def test_bytes_of_the_kernels_of_this_processor(dtype: str, kv_cache_dtype: str, block_size: int) -> None:
     """int8 has a float32 scale for each key and value of a head."""
-    options = KernelOptions(getattr(torch, dtype), kv_cache_dtype=kv_cache_dtype, head_dim=16, block_size=block_size)
+    options = KernelOptions(
+        getattr(torch, dtype), kv_cache_dtype=kv_cache_dtype, head_dims=frozenset({16}), block_size=block_size
+    )
     kernels = load_kernels(CPU, options)
     stored = torch.int8 if kv_cache_dtype == "int8" else options.dtype
     assert_bytes_are_those_of_the_tensors(kernels, block_size, stored)

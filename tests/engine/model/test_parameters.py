@@ -1,42 +1,45 @@
 """Loading fails with the name of the tensor if one of the checkpoint is missing, unused or of another shape."""
 
-import msgspec
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig, RopeScaling
+from engine.config import ModelConfig
 from engine.kernels.interface import KernelOptions
 from engine.kernels.load import load_kernels
 from engine.kernels.torch.kernels import TorchKernels
 from engine.model import CausalLM, Parameters
-from engine.model.decoder import Linear
+from engine.model.linear import Linear
 from engine.weights import PackedTensor
-from tests.support.model_configs import llama_config
+from tests.support.model_configs import llama_config, llama_fields
 
 CPU = torch.device("cpu")
-CONFIG = llama_config(
-    architecture="llama",
-    vocab_size=50,
-    num_token_ids=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-    attention_bias=True,
-    attention_output_bias=True,
-    mlp_bias=True,
-)
+FIELDS: dict[str, Any] = {
+    "architecture": "llama",
+    "vocab_size": 50,
+    "num_token_ids": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "attention_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+}
+CONFIG = llama_config(**FIELDS)
 
 
 def checkpoint(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
-    """Return the tensors of a model with all biases, under Hugging Face's names."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    """Return the tensors of a model with all biases, under the names that the model has for them."""
+    fields = llama_fields(config)
+    hidden, inner = fields.hidden_size, fields.intermediate_size
+    q, kv = fields.num_attention_heads * fields.head_dim, fields.num_key_value_heads * fields.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden),
         "model.norm.weight": (hidden,),
@@ -47,7 +50,7 @@ def checkpoint(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
         prefix = f"model.layers.{layer}"
         shapes |= {
             f"{prefix}.input_layernorm.weight": (hidden,),
-            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+            f"{prefix}.pre_feedforward_layernorm.weight": (hidden,),
         }
         for name, shape in parts.items():
             shapes[f"{prefix}.self_attn.{name}_proj.weight"] = shape
@@ -59,7 +62,7 @@ def checkpoint(config: ModelConfig = CONFIG) -> dict[str, Tensor]:
 
 
 def build(tensors: dict[str, Tensor], config: ModelConfig = CONFIG) -> CausalLM:
-    kernels = load_kernels(CPU, KernelOptions(torch.float32, head_dim=config.head_dim))
+    kernels = load_kernels(CPU, KernelOptions(torch.float32, head_dims=frozenset({16})))
     return CausalLM(config, Parameters(tensors.items()), kernels, max_model_len=64, device=CPU)
 
 
@@ -104,7 +107,7 @@ NO_USE: list[tuple[dict[str, bool], str]] = [
 
 @pytest.mark.parametrize(("changes", "name"), NO_USE)
 def test_tensor_that_the_config_rules_out(changes: dict[str, bool], name: str) -> None:
-    config = msgspec.structs.replace(CONFIG, **changes)
+    config = llama_config(**FIELDS | changes)
     with pytest.raises(ValueError, match=name):
         build(checkpoint(), config)
 
@@ -142,12 +145,3 @@ def test_only_matrices_may_be_packed() -> None:
     assert parameters.take_weight("up.weight", 1, 32) is packed
     with pytest.raises(ValueError, match=r"norm\.weight has type Q8_0"):
         parameters.take("norm.weight", 1, 32)
-
-
-def test_rope_factors_are_taken_where_the_config_says_so() -> None:
-    config = msgspec.structs.replace(CONFIG, rope_scaling=RopeScaling(rope_type="factors"))
-    build(checkpoint() | {"rope_factors": torch.ones(8)}, config)
-    with pytest.raises(ValueError, match="lacks the tensor rope_factors"):
-        build(checkpoint(), config)
-    with pytest.raises(ValueError, match=r"no use for 1 .*rope_factors"):
-        build(checkpoint() | {"rope_factors": torch.ones(8)})

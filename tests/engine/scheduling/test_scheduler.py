@@ -137,7 +137,7 @@ class FakeModel:
         return outputs
 
     def _keys(self, request: Request, group: int, token_ids: list[int], position: int) -> Keys:
-        """Return what keys depend on: layers, tokens so far, number of prompt tokens if these are separated, and salt."""
+        """Return what keys depend on: layers, tokens so far, number of prompt tokens if separated, and salt."""
         num_prompt_tokens = min(position + 1, request.num_prompt_tokens) if self.separates_prompts else 0
         return (group, token_ids[: position + 1], num_prompt_tokens, request.kv.salt)
 
@@ -255,7 +255,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         kind=st.tuples(st.integers(0, 99), st.booleans()),
         windows=st.sampled_from([(None,), (None,), (3,), (None, 1), (2, None), (4, 4, None), (6, 3)]),
     )
-    def start(
+    def start(  # noqa: PLR0913
         self,
         *,
         block_size: int,

@@ -41,7 +41,7 @@ CONFIG = llama_config(
     num_key_value_heads=2,
     head_dim=4,
     max_position_embeddings=128,
-    tie_word_embeddings=True,
+    is_interleaved=True,
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from engine.config import RopeScaling, load_model_config
+from engine.config import load_model_config
 from engine.kernels.cpu.weights import PACKED_TYPES
 from engine.shared.gguf import GGUFFile
 from engine.weights import PackedTensor, load_weights
@@ -106,22 +106,26 @@ def test_names_of_a_whole_model(tmp_path: Path) -> None:
         "model.layers.11.self_attn.k_proj.weight",
         "model.layers.11.self_attn.v_proj.weight",
         "model.layers.11.self_attn.o_proj.weight",
-        "model.layers.11.post_attention_layernorm.weight",
+        "model.layers.11.pre_feedforward_layernorm.weight",
         "model.layers.11.mlp.gate_proj.weight",
         "model.layers.11.mlp.up_proj.weight",
         "model.layers.11.mlp.down_proj.weight",
     ]
 
 
-def test_rope_factors_stay_float32(tmp_path: Path) -> None:
+def test_rope_factors_are_part_of_the_configuration(tmp_path: Path) -> None:
+    """They stay float32, and are no weights."""
     factors = np.array([1.0, 1.1], dtype=np.float32)
     embedding = np.zeros((32, 16), dtype=np.float32)
     tensors = {"rope_freqs.weight": factors, "token_embd.weight": embedding}
     path = write_gguf(tmp_path / "rope.gguf", LLAMA, tensors)
     config = load_model_config(path)
-    assert config.rope_scaling == RopeScaling(rope_type="factors")
+    (rope,) = config.ropes
+    stored = tuple(map(float, factors))
+    assert (rope.scaling.rope_type, rope.scaling.short_factor, rope.scaling.long_factor) == ("longrope", stored, stored)
+    assert stored[1] != 1.1  # float32
     weights = dict(load_weights(path, config, torch.bfloat16))
-    assert_same_bits(weights["rope_factors"], factors)
+    assert list(weights) == ["model.embed_tokens.weight"]
     tensor = weights["model.embed_tokens.weight"]
     assert isinstance(tensor, torch.Tensor)
     assert tensor.dtype == torch.bfloat16
@@ -156,7 +160,9 @@ def test_smollm2(smollm2_path: Path) -> None:
             tensor = weights[huggingface_name(info.name)]
             assert isinstance(tensor, torch.Tensor)
             if ".attn_q." in info.name or ".attn_k." in info.name:
-                tensor = torch.from_numpy(interleave(tensor.numpy(), tensor.shape[0] // config.head_dim))
+                tensor = torch.from_numpy(
+                    interleave(tensor.numpy(), tensor.shape[0] // config.layers[0].attention.head_dim)
+                )
             assert_same_bits(tensor, expected)
 
 
@@ -177,12 +183,12 @@ def test_an_iterator_that_is_not_exhausted(every_type: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("blk.0.ffn_gate_exps.weight", np.zeros(4, dtype=np.float32), "a llama model has no such tensor"),
-        ("blk.x.ffn_up.weight", np.zeros(4, dtype=np.float32), "a llama model has no such tensor"),
-        ("token_embd", np.zeros(4, dtype=np.float32), "a llama model has no such tensor"),
+        ("blk.0.ffn_gates.weight", np.zeros(4, dtype=np.float32), "no supported model has such a tensor"),
+        ("blk.x.ffn_up.weight", np.zeros(4, dtype=np.float32), "no supported model has such a tensor"),
+        ("token_embd", np.zeros(4, dtype=np.float32), "no supported model has such a tensor"),
         ("output_norm.weight", np.zeros(4, dtype=np.int32), "I32"),
         ("output_norm.weight", np.zeros(4, dtype=np.float64), "F64"),
-        ("blk.0.attn_q.weight", np.zeros((12, 4), dtype=np.float32), "12 rows .* 4 heads of even size"),
+        ("blk.0.attn_q.weight", np.zeros((14, 4), dtype=np.float32), "14 rows do not divide into heads of 4"),
     ],
 )
 def test_refused(name: str, tensor: Array, message: str, tmp_path: Path) -> None:

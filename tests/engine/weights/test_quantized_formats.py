@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.config import QuantizationConfig, QuantizationMethod, load_model_config
 from engine.weights import Float8Tensor, GroupQuantized, PackedTensor, load_weights
 from engine.weights.quantized_formats import read_layer, split_name
+from tests.support.model_configs import model_names
 from tests.support.quantized_files import (
     SCHEMES,
     Tensors,
@@ -40,7 +41,7 @@ def test_numbers(name: str, num_files: int, tmp_path: Path) -> None:
     """Weights stand for the numbers of the file, unpacked or not, also if a layer's tensors are in several files."""
     model = save_quantized_model(tmp_path, SCHEMES[name], seed=len(name), num_files=num_files)
     config = load_model_config(tmp_path)
-    expected = model.state_dict()
+    expected = model_names(model.state_dict())
     unpacked = dict(load_weights(tmp_path, config, torch.float32))
     kept = dict(load_weights(tmp_path, config, torch.float32, keep_packed=KEPT))
     assert unpacked.keys() == kept.keys() == expected.keys()

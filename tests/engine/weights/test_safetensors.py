@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import ModelConfig, load_model_config
 from engine.weights import load_weights
-from tests.support.model_configs import llama_config
+from tests.support.model_configs import llama_config, model_names
 
 
 def save_model(folder: Path, *, tied: bool = False, max_shard_size: str = "1GB") -> dict[str, torch.Tensor]:
-    """Save a tiny random model and return its tensors."""
+    """Save a tiny random model and return its tensors, under the names of the model here."""
     config: Any = LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -29,7 +29,8 @@ def save_model(folder: Path, *, tied: bool = False, max_shard_size: str = "1GB")
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(config)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    tensors = model_names(model.state_dict())
+    return {name: tensor for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")}
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -19,6 +19,8 @@ def shapes(draw: st.DrawFn) -> Shape:
         num_kv_heads=draw(st.integers(1, 3)),
         group_size=draw(st.sampled_from([1, 2, 3, 4, 8])),
         head_dim=draw(st.sampled_from([16, 64, 80, 96, 128])),
+        softcap=draw(st.none() | st.just(2.0)),
+        has_sinks=draw(st.booleans()),
         block_size=draw(st.sampled_from([16, 32, 64, 128])),
         window=draw(st.none() | st.integers(1, 700)),
         dtype=draw(st.sampled_from(DTYPES)),
@@ -54,6 +56,8 @@ INVARIANT_SHAPES = [
     Shape(1, 8, 80, 64, 300, torch.bfloat16),
     Shape(2, 1, 96, 128, 70, torch.float32),
     Shape(2, 2, 16, 32, None, torch.float32),
+    Shape(2, 8, 64, 32, 128, torch.bfloat16, has_sinks=True),  # gpt-oss
+    Shape(1, 2, 256, 16, None, torch.float32, softcap=2.0),  # Gemma 2
 ]
 
 
@@ -139,3 +143,14 @@ def test_says_so_where_attention_products_differ(monkeypatch: pytest.MonkeyPatch
     paged = Paged(INVARIANT_SHAPES[0], [10], seed=6)
     paged.attend([(0, 0, 10)])
     assert not paged.kernels.deterministic
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_blocks_that_have_slid_out_of_the_window(block_size: int) -> None:
+    """Tables hold any block in their place, here one of NaN."""
+    paged = Paged(Shape(2, 2, 32, block_size, 70, torch.float32, has_sinks=True), [700, 90], seed=7)
+    spans = [(0, 640, 700), (1, 80, 90)]
+    expected = paged.attend(spans)
+    for sequence, start, _ in spans:
+        paged.forget_before(sequence, start - 70 + 1)
+    assert all(torch.equal(a, b) for a, b in zip(paged.attend(spans), expected, strict=True))

@@ -1,0 +1,64 @@
+"""Typed access to metadata: names, defaults, and errors that say where a value stands."""
+
+import pytest
+
+from engine.config import Fields
+from engine.config.fields import MAX_INT, shown
+
+
+def test_null_counts_as_missing_but_has_no_default_of_the_family() -> None:
+    fields = Fields("file", {"a": None, "b": 1}).with_defaults({"a": 5, "b": 5, "c": 5})
+    assert [fields.optional_integer(key) for key in "abc"] == [None, 1, 5]
+    assert fields.integer("a", 7) == 7
+    with pytest.raises(ValueError, match="file: a: is missing"):
+        fields.integer("a")
+
+
+def test_other_names() -> None:
+    names = {"num_experts": ("num_local_experts", "n_routed_experts")}
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        fields = Fields("file", {name: 0}, names)
+        assert fields.get("num_experts") == 0
+        assert fields.with_defaults({"num_experts": 8}).get("num_experts") == 0
+        with pytest.raises(ValueError, match=f"file: {name}: must be an integer from 1"):
+            fields.integer("num_experts")
+    assert Fields("file", {}, names).with_defaults({"n_routed_experts": 8}).get("num_experts") == 8
+
+
+def test_labels_name_the_keys_of_the_file() -> None:
+    fields = Fields("file", {"theta": 0}, labels={"theta": "llama.rope.freq_base"}).with_defaults({"other": 1})
+    with pytest.raises(ValueError, match=r"file: llama\.rope\.freq_base: must be a number above 0"):
+        fields.with_values({"another": 1}).number("theta", None, zero=False)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", -1, MAX_INT + 1, [1]])
+def test_what_is_no_integer(value: object) -> None:
+    with pytest.raises(ValueError, match=r"file: a: must be an integer from 0 to 2147483647, not"):
+        Fields("file", {"a": value}).integer("a", minimum=0)
+
+
+def test_lists() -> None:
+    fields = Fields("file", {"one": 3, "many": [1, 2], "bad": [1, True], "numbers": [1, 2.5]})
+    assert fields.integers("one", 2) == [3, 3]
+    assert fields.integers("many", 2) == [1, 2]
+    assert fields.integers("none", 2, 9) == [9, 9]
+    assert fields.numbers("numbers", 2) == (1.0, 2.5)
+    for key, count in (("many", 3), ("bad", 2)):
+        with pytest.raises(ValueError, match=f"file: {key}: must be {count} integers of at least 1"):
+            fields.integers(key, count)
+    with pytest.raises(ValueError, match="file: numbers: must be 3 positive numbers"):
+        fields.numbers("numbers", 3)
+
+
+def test_nested_fields_say_where_they_are() -> None:
+    inner = Fields("file", {"rope": {"type": 1}}).nested("rope")
+    assert inner is not None
+    with pytest.raises(ValueError, match="file: rope: type: must be a string, not 1"):
+        inner.string("type", "")
+    assert Fields("file", {"rope": {}}).nested("rope") is None
+    with pytest.raises(ValueError, match="file: rope: must be an object"):
+        Fields("file", {"rope": [1]}).nested("rope")
+
+
+def test_long_values_are_cut() -> None:
+    assert shown("x" * 500) == repr("x" * 500)[:100] + "..."
