@@ -1,12 +1,11 @@
 """From the tensors of checkpoints to those of the model: names, fused and stacked matrices, and the order of rows."""
 
+from pathlib import Path
 from typing import Any
 
 import gguf
 import msgspec
 import numpy as np
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from transformers import (
     Gemma4UnifiedForConditionalGeneration,
 )
 
-from engine.config import load_model_config, (
+from engine.config import (
     AttentionSpec,
     ExpertsSpec,
     LatentSpec,
@@ -29,6 +28,7 @@ from engine.config import load_model_config, (
     RopeSpec,
     RouterSpec,
     WeightLayout,
+    load_model_config,
 )
 from engine.weights import PackedTensor, Weight
 from engine.weights.layout import head_order, model_tensors
