@@ -20,12 +20,13 @@ MODELS = {  # model_type -> the models that people know
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3, 270M to 27B",
     "gemma4_text": "Gemma 4 E2B, E4B, 26B-A4B, 31B",
+    "gemma4_unified_text": "Gemma 4 12B; as GGUF, see `gemma4_text`",
     "gpt_oss": "gpt-oss 20B and 120B",
-    "phi3": "Phi 3 and 3.5 (mini, medium), Phi 4, Phi 4 mini",
+    "phi3": "Phi 3 mini and medium, Phi 3.5 mini, Phi 4, Phi 4 mini",
     "olmo2": "OLMo 2",
     "olmo3": "OLMo 3",
     "granite": "Granite 3; Granite 4 as GGUF",
-    "granitemoehybrid": "Granite 4 without Mamba layers and experts (micro, 350m, 1b)",
+    "granitemoehybrid": "Granite 4 without Mamba layers and experts, such as micro",
     "smollm3": "SmolLM 3",
     "glm4": "GLM 4 9B and 32B (0414)",
     "cohere2": "Command R7B, Command A",
@@ -72,7 +73,7 @@ def families_table() -> str:
     head = "| `model_type` | Models | Beyond Llama, or otherwise | GGUF | Tested models |"
     rows = [
         f"| `{family.model_type}` | {MODELS[family.model_type]} | {', '.join(differences(family)) or '-'} "
-        f"| `{family.gguf}` | {', '.join(tested_models(family))} |"
+        f"| {f'`{family.gguf}`' if family.gguf else '-'} | {', '.join(tested_models(family)) or '-'} |"
         for family in FAMILIES
     ]
     return "\n".join([head, "|---|---|---|---|---|", *rows]) + "\n"
@@ -91,8 +92,10 @@ def differences(family: Family) -> Iterator[str]:
         yield "soft caps of scores and logits"
     if family.defaults.get("hidden_act") == "gelu_pytorch_tanh":
         yield "GELU"
-    if "hidden_size_per_layer_input" in family.defaults:
-        yield "embeddings for each layer, head sizes by kind of layer, shared keys and values"
+    if "global_head_dim" in family.defaults:
+        yield "head sizes by kind of layer"
+    if family.defaults.get("hidden_size_per_layer_input"):
+        yield "embeddings for each layer, shared keys and values"
     if "partial_rotary_factor" in family.defaults:
         yield "half of each head rotated"
     if family.layout.is_interleaved:
