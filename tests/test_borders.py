@@ -224,7 +224,7 @@ def test_the_search_for_imports_finds_them() -> None:
     assert len(ENGINE) > len(ENGINE_WITHOUT_TORCH)
     assert set(imports("engine/scheduling/scheduler.py")) >= {
         "time",
-        "engine.scheduling.block_pool.BlockPool",
+        "engine.scheduling.kv_manager.KVManager",
         "engine.scheduling.request.Step",
     }
     assert imported_along(["engine.scheduling.request"], ["msgspec", "torch"]) == {
