@@ -184,7 +184,7 @@ def _layer_fields(fields: Fields, index: int, kind: str) -> Fields:
         values["intermediate_size"] = 2 * fields.integer("intermediate_size")
     by_layer = fields.nested("per_layer_config")
     own = by_layer.nested(str(index)) if by_layer is not None else None
-    return Fields(fields.source, {**fields.values, **values, **(own.values if own is not None else {})}, fields.names)
+    return fields.with_values({**fields.values, **values, **(own.values if own is not None else {})})
 
 
 def _first_shared_layer(fields: Fields) -> int:

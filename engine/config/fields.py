@@ -14,17 +14,26 @@ class Fields:
     """The values of one source of metadata. Null counts as missing; errors (ValueError) name the source and the key."""
 
     def __init__(
-        self, source: str, values: Mapping[str, Any], names: Mapping[str, Sequence[str]] | None = None
+        self,
+        source: str,
+        values: Mapping[str, Any],
+        names: Mapping[str, Sequence[str]] | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
-        """`names`: the names that a key may have in this source, the usual one first."""
+        """`names`: the names that a key may have in `values`, the usual one first; `labels`: its name in messages."""
         self.source = source
         self.values = values
         self.names = names or {}
+        self.labels = labels or {}
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
         """Return the same fields, with values for keys that are missing; null stays null."""
         missing = {key: value for key, value in defaults.items() if not any(name in self for name in self._names(key))}
-        return Fields(self.source, {**missing, **self.values}, self.names)
+        return self.with_values({**missing, **self.values})
+
+    def with_values(self, values: Mapping[str, Any]) -> Fields:
+        """Return other values of the same source."""
+        return Fields(self.source, values, self.names, self.labels)
 
     def _names(self, key: str) -> Sequence[str]:
         return (*self.names.get(key, ()), key)
@@ -40,7 +49,7 @@ class Fields:
     def error(self, key: str, problem: str) -> ValueError:
         names = self._names(key)
         name = next((name for name in names if self.values.get(name) is not None), names[0])
-        return ValueError(f"{self.source}: {name}: {problem}")
+        return ValueError(f"{self.source}: {self.labels.get(key, name)}: {problem}")
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_INT) -> int:
         value = self.optional_integer(key, minimum=minimum, maximum=maximum)
@@ -117,7 +126,7 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise self.error(key, f"must be an object, not {shown(value)}")
-        return Fields(f"{self.source}: {key}", value)
+        return Fields(f"{self.source}: {self.labels.get(key, key)}", value)
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """Return the token ids of a field that holds one id or a list of ids, all below `vocab_size`."""

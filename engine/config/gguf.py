@@ -13,7 +13,7 @@ from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
 
 # Where families share an architecture, the name of the most general one: Mistral and Mixtral are read as Llama.
-SHARED = {"llama": "llama", "olmo2": "olmo3", "granite": "granite", "deepseek2": "deepseek_v2"}
+SHARED = {"llama": "llama", "olmo2": "olmo3", "granite": "granite", "gemma4": "gemma4_text", "deepseek2": "deepseek_v2"}
 BY_ARCHITECTURE = {
     family.gguf: family
     for family in FAMILIES
@@ -176,9 +176,9 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     pattern = values.get("sliding_window_pattern")
     if isinstance(pattern, list):
         values["layer_types"] = [SLIDING if is_sliding else FULL for is_sliding in pattern]
-    names = {key: (name,) for key, name in keys.items()}
-    fields = Fields(metadata.source, values, names)
-    fields = Fields(metadata.source, values | {"rope_scaling": _rope_scaling(metadata, fields, file, arch)}, names)
+    keys |= {"rope_scaling": f"{arch}.rope.scaling", "qk_nope_head_dim": keys["head_dim"]}
+    fields = Fields(metadata.source, values, labels=keys)
+    fields = fields.with_values(values | {"rope_scaling": _rope_scaling(metadata, fields, file, arch)})
     size = head_dim(fields)
     value = metadata.integer(f"{arch}.attention.value_length", size)
     if value != size and not family.is_latent:

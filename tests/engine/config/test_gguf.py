@@ -179,8 +179,9 @@ def test_older_files_of_deepseek_v2(tmp_path: Path) -> None:
     [
         ({"llama.block_count": 10**9}, "llama.block_count: must be an integer from 1 to 1024"),
         ({"llama.nextn_predict_layers": "x"}, "llama.nextn_predict_layers: must be an integer"),
+        ({"llama.rope.freq_base": 0.0}, "llama.rope.freq_base: must be a number above 0"),
         ({"llama.expert_gating_func": "x"}, "llama.expert_gating_func: must be an integer"),
-        ({"llama.attention.head_count": [0, 0]}, "llama.attention.head_count: must be"),
+        ({"llama.attention.head_count": [0, 0]}, "llama.attention.head_count: must be an integer"),
     ],
 )
 def test_absurd_metadata(metadata: dict[str, Any], message: str, tmp_path: Path) -> None:
