@@ -43,6 +43,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 
 MAX_EXPERTS = 1024  # more the kernels do not support
+MAX_LAYERS = 1024  # more are a damaged file
 PLAIN_LAYOUT = WeightLayout()
 
 Switch = bool | str  # a fixed value, or the key of a boolean that is false if it is missing
@@ -115,7 +116,7 @@ def build_decoder(family: Family, fields: Fields) -> Decoder:
     for key, supported in family.refused.items():
         if (value := fields.get(key)) is not None and value != supported:
             raise fields.error(key, f"{shown(value)} is not supported")
-    num_layers, hidden_size = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
+    num_layers, hidden_size = fields.integer("num_hidden_layers", maximum=MAX_LAYERS), fields.integer("hidden_size")
     types = _layer_types(family, fields, num_layers)
     has_rope = _layers_with_rope(family, fields, types)
     ropes: list[RopeSpec] = []
@@ -276,7 +277,7 @@ def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:
         first = fields.integer("max_window_layers", minimum=0)
         return [FULL if index < first else SLIDING for index in range(num_layers)]
     pattern = fields.get("sliding_window_pattern")
-    period = len(pattern) if isinstance(pattern, str) else fields.integer("sliding_window_pattern")
+    period = len(pattern) if pattern and isinstance(pattern, str) else fields.integer("sliding_window_pattern")
     return [SLIDING if (index + 1) % period else FULL for index in range(num_layers)]
 
 
@@ -328,8 +329,13 @@ def _has_experts(fields: Fields, index: int) -> bool:
     if index < fields.integer("first_k_dense_replace", 0, minimum=0):
         return False
     if types := fields.get("mlp_layer_types"):
+        num_layers = fields.integer("num_hidden_layers")
+        if not isinstance(types, list) or len(types) != num_layers or not all(x in ("dense", "sparse") for x in types):
+            raise fields.error("mlp_layer_types", f"must be dense or sparse for each layer, not {shown(types)}")
         return bool(types[index] == "sparse")
     dense = fields.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise fields.error("mlp_only_layers", f"must be a list of layers, not {shown(dense)}")
     return index not in dense and (index + 1) % fields.integer("decoder_sparse_step", 1) == 0
 
 

@@ -196,7 +196,6 @@ FAMILIES = (
         GEMMA4,
         model_type="gemma4_unified_text",
         architecture="Gemma4UnifiedForCausalLM",
-        gguf=None,
         defaults={**GEMMA4.defaults, "max_position_embeddings": 262144, "sliding_window": 1024}
         | {"hidden_size_per_layer_input": 0},
     ),

@@ -125,7 +125,7 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise self.error(key, f"must be an object, not {shown(value)}")
-        return Fields(f"{self.source}: {key}", value)
+        return Fields(f"{self.source}: {self.labels.get(key, key)}", value)
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """Return the token ids of a field that holds one id or a list of ids, all below `vocab_size`."""

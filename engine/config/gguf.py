@@ -4,7 +4,7 @@ from array import array
 from dataclasses import replace
 from typing import Any
 
-from engine.config.decoder import Family, build_decoder, head_dim
+from engine.config.decoder import MAX_LAYERS, Family, build_decoder, head_dim
 from engine.config.families import FAMILIES, family_of
 from engine.config.fields import Fields
 from engine.config.rope import FULL, SLIDING
@@ -13,7 +13,7 @@ from engine.shared.ggml import GGML_TYPES
 from engine.shared.gguf import GGUFFile
 
 # Where families share an architecture, the name of the most general one: Mistral and Mixtral are read as Llama.
-SHARED = {"llama": "llama", "olmo2": "olmo3", "granite": "granite", "deepseek2": "deepseek_v2"}
+SHARED = {"llama": "llama", "olmo2": "olmo3", "granite": "granite", "gemma4": "gemma4_text", "deepseek2": "deepseek_v2"}
 BY_ARCHITECTURE = {
     family.gguf: family
     for family in FAMILIES
@@ -62,7 +62,6 @@ DEFAULTED_KEYS = {
     "n_shared_experts": "expert_shared_count",
     "q_lora_rank": "attention.q_lora_rank",
     "kv_lora_rank": "attention.kv_lora_rank",
-    "v_head_dim": "attention.value_length_mla",
     "qk_rope_head_dim": "rope.dimension_count",
     "num_nextn_predict_layers": "nextn_predict_layers",
     "n_group": "expert_group_count",
@@ -163,34 +162,43 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     values |= {key: value for key in DEFAULTED_KEYS if (value := metadata.get(keys[key])) is not None}
     values = {key: list(value) if isinstance(value, array) else value for key, value in values.items()}
     values |= {key: value for key, value in family.gguf_defaults.items() if key not in values}
-    is_wide = values["num_hidden_layers"] == family.gguf_wide_layers
-    values["query_pre_attn_scalar"] = values["hidden_size"] / values["num_attention_heads"] if is_wide else None
+    if values["num_hidden_layers"] == family.gguf_wide_layers:
+        num_heads = metadata.integer(keys["num_attention_heads"])
+        values["query_pre_attn_scalar"] = metadata.integer(keys["hidden_size"]) / num_heads
     values["position_embedding_type"] = "rope" if metadata.boolean(f"{arch}.rope.scaling.finetuned", True) else None
-    if (function := metadata.get(f"{arch}.expert_gating_func")) is not None:
+    if (function := metadata.optional_integer(f"{arch}.expert_gating_func", minimum=0)) is not None:
         values["scoring_func"] = SCORING_FUNCTIONS.get(function, f"number {function}")
     if not values["num_experts"] and "shared_expert_intermediate_size" in values:
         values["intermediate_size"] = values["shared_expert_intermediate_size"]  # Granite 4
     if family.is_latent:
-        rotated = metadata.integer(keys["qk_rope_head_dim"])
-        values["qk_nope_head_dim"] = metadata.integer(f"{arch}.attention.key_length_mla") - rotated
+        values |= _latent_sizes(metadata, arch)
+    num_blocks, tensors = metadata.integer(keys["num_hidden_layers"], maximum=MAX_LAYERS), file.tensors
     num_ignored = metadata.integer(keys["num_nextn_predict_layers"], 0, minimum=0)
-    values["num_hidden_layers"] = metadata.integer(keys["num_hidden_layers"]) - num_ignored
-    tensors = file.tensors
+    values["num_hidden_layers"] = num_blocks - num_ignored
     values["attention_k_eq_v"] = any(
         f"blk.{index}.attn_k.weight" in tensors and not {f"blk.{index}.{name}.weight" for name in V_NAMES} & {*tensors}
-        for index in range(metadata.integer(keys["num_hidden_layers"]))
+        for index in range(num_blocks)
     )
     pattern = values.get("sliding_window_pattern")
     if isinstance(pattern, list):
         values["layer_types"] = [SLIDING if is_sliding else FULL for is_sliding in pattern]
+    keys |= {"rope_scaling": f"{arch}.rope.scaling", "qk_nope_head_dim": keys["head_dim"]}
     fields = Fields(metadata.source, values, labels=keys)
-    fields = fields.with_values({"rope_scaling": _rope_scaling(metadata, fields, file, arch)})
+    fields = fields.with_values(values | {"rope_scaling": _rope_scaling(metadata, fields, file, arch)})
     size = head_dim(fields)
     value = metadata.integer(f"{arch}.attention.value_length", size)
     if value != size and not family.is_latent:
         problem = f"{value} differs from the head dimension {size}, which is not supported"
         raise metadata.error(f"{arch}.attention.value_length", problem)
     return fields
+
+
+def _latent_sizes(metadata: Fields, arch: str) -> dict[str, int]:
+    """Return the head sizes of latent attention. Files of before 2025 name them as those of other attention."""
+    prefix, rotary_dim = f"{arch}.attention", metadata.integer(f"{arch}.rope.dimension_count")
+    suffix = "" if metadata.get(f"{prefix}.key_length_mla") is None else "_mla"
+    size = metadata.integer(f"{prefix}.key_length{suffix}", minimum=rotary_dim + 1)
+    return {"qk_nope_head_dim": size - rotary_dim, "v_head_dim": metadata.integer(f"{prefix}.value_length{suffix}")}
 
 
 def _vocab_size(metadata: Fields, file: GGUFFile, hidden_size: int) -> int:
@@ -269,7 +277,7 @@ def _recommended_sampling(fields: Fields) -> dict[str, Any]:
 
 def _tokens(fields: Fields) -> list[str]:
     tokens = fields.values.get("tokenizer.ggml.tokens", [])
-    if not isinstance(tokens, list):
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise fields.error("tokenizer.ggml.tokens", "must be an array of strings")
     return tokens
 

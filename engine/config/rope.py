@@ -108,6 +108,8 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def _longrope(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
     context = _original_context(rope, fields)
+    if context == 1:
+        raise rope.error("original_max_position_embeddings", "must be greater than 1")
     factor = rope.number("factor", fields.integer("max_position_embeddings") / context, zero=False)
     attention_factor = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
     return RopeScaling(
@@ -130,4 +132,5 @@ SCALINGS: dict[str, Callable[[Fields, Fields, int], RopeScaling]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "su": _longrope,  # its name in the first files of Phi 3
 }

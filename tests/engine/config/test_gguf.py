@@ -197,3 +197,33 @@ def test_gguf_without_embedding(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "empty.gguf", LLAMA, {"output_norm.weight": np.zeros(16, dtype=np.float32)})
     with pytest.raises(ValueError, match=r"token_embd\.weight: the tensor is missing"):
         load_model_config(path)
+
+
+def test_older_files_of_deepseek_v2(tmp_path: Path) -> None:
+    """llama.cpp named the sizes of heads of latent attention like those of other attention, until April 2025."""
+    values = {key.replace("llama.", "deepseek2."): value for key, value in LLAMA.items()}
+    values |= {"deepseek2.attention.kv_lora_rank": 6, "deepseek2.rope.dimension_count": 4}
+    sizes = {"deepseek2.attention.key_length": 12, "deepseek2.attention.value_length": 8}
+    older = gguf_config(tmp_path, values | sizes | {"deepseek2.attention.head_count_kv": 4}, arch="deepseek2")
+    sizes |= {f"{key}_mla": size for key, size in sizes.items()}
+    sizes |= {"deepseek2.attention.key_length": 10, "deepseek2.attention.value_length": 6}
+    newer = gguf_config(tmp_path, values | sizes | {"deepseek2.attention.head_count_kv": 1}, arch="deepseek2")
+    assert older.layers == newer.layers
+    latent = older.layers[0].attention.latent
+    assert latent is not None
+    assert (latent.nope_head_dim, latent.rope_head_dim, latent.v_head_dim) == (8, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"llama.block_count": 10**9}, "llama.block_count: must be an integer from 1 to 1024"),
+        ({"llama.nextn_predict_layers": "x"}, "llama.nextn_predict_layers: must be an integer"),
+        ({"llama.rope.freq_base": 0.0}, "llama.rope.freq_base: must be a number above 0"),
+        ({"llama.expert_gating_func": "x"}, "llama.expert_gating_func: must be an integer"),
+        ({"llama.attention.head_count": [0, 0]}, "llama.attention.head_count: must be an integer"),
+    ],
+)
+def test_absurd_metadata(metadata: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"tiny\.gguf: {message}"):
+        gguf_config(tmp_path, metadata)

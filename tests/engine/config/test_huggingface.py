@@ -267,7 +267,11 @@ def test_no_model(tmp_path: Path) -> None:
 def test_gemma_3_leaves_out_what_is_default(tmp_path: Path) -> None:
     """The files of Gemma 3 4B hold few keys of the text part."""
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
-    values = {"model_type": "gemma3", "text_config": text | {"sliding_window": 1024}, "eos_token_id": [1, 106]}
+    values: dict[str, Any] = {
+        "model_type": "gemma3",
+        "text_config": text | {"sliding_window": 1024},
+        "eos_token_id": [1, 106],
+    }
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = load_model_config(tmp_path)
     expected: Any = Gemma3Config(**values).text_config
@@ -301,3 +305,28 @@ def test_gemma_4_12b(tmp_path: Path) -> None:
     assert config.per_layer_input_size == 0
     assert [layer.attention.head_dim for layer in config.layers] == [256] * 5 + [512]
     assert [layer.attention.window for layer in config.layers] == [1024] * 5 + [None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: must be an integer from 1 to 1024"),
+        ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types: must be dense or sparse for each layer"),
+        ({"mlp_layer_types": ["sparse", "dense", "moe"]}, "mlp_layer_types: must be dense or sparse"),
+        ({"mlp_layer_types": 3}, "mlp_layer_types: must be dense or sparse"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers: must be a list"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0, "original_max_position_embeddings": 1}},
+            "rope_scaling: original_max_position_embeddings: must be greater than 1",
+        ),
+    ],
+)
+def test_absurd_values(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        load(tmp_path, num_local_experts=4, num_experts_per_tok=2, **changes)
+
+
+def test_first_name_of_longrope(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 128}
+    config = load(tmp_path, rope_scaling={"type": "su"} | factors)
+    assert config.ropes == load(tmp_path, rope_scaling={"type": "longrope"} | factors).ropes
