@@ -102,14 +102,16 @@ def make_engine(
     config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, speculative=speculative)
     if num_blocks is not None:
         loaded = dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=num_blocks))
-    limits = dataclasses.replace(loaded.limits, max_num_batched_tokens=MAX_MODEL_LEN if not chunk else 512)
+    max_model_len = loaded.limits.max_model_len
+    step_tokens = max_model_len // 2 if chunk else max_model_len
+    limits = dataclasses.replace(loaded.limits, max_num_batched_tokens=step_tokens)
     if seqs is not None:
         limits = dataclasses.replace(limits, max_num_seqs=seqs)
     runner = loaded.runner
     builder = BatchBuilder(
         limits.max_num_batched_tokens,
         limits.max_num_seqs,
-        MAX_MODEL_LEN,
+        max_model_len,
         loaded.memory.block_size,
         loaded.device,
         num_groups=len(loaded.config.kv_groups),

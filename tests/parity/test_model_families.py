@@ -18,12 +18,13 @@ import torch
 from engine.config import EngineConfig
 from engine.loading import LoadedModel, load_model
 from tests.parity.make_fixtures import FIXTURES
+from tests.support.examples import num_examples
 from tests.support.family_models import FAMILIES, VOCAB_SIZE, read_config, save_family_model
 from tests.support.kernel_choice import choose_kernels, code_paths
 from tests.support.older_configs import older_config
 from tests.support.outputs import all_logits, greedy_outputs
 
-NUM_OUTPUT_TOKENS = 24
+NUM_OUTPUT_TOKENS = num_examples(8, 24)
 NUM_INTERPRETED_TOKENS = 3
 TOLERANCE = 1e-3  # of a log probability
 SOURCES = ("folder", "gguf")
@@ -131,8 +132,17 @@ def test_family(
         assert_same_as_transformers(lengths, saved, loaded)
 
 
-@pytest.mark.parametrize("seed", OTHER_SEEDS)
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_YET])
+def other_sizes() -> list[Any]:
+    """Return (row, seed): in `make test` every row with one of the seeds, one after the other."""
+    names = [name for name in FAMILIES if name not in NOT_YET]
+    return [
+        pytest.param(name, seed, marks=[] if index % 2 == seed % 2 else pytest.mark.long)
+        for index, name in enumerate(names)
+        for seed in OTHER_SEEDS
+    ]
+
+
+@pytest.mark.parametrize(("name", "seed"), other_sizes())
 def test_other_sizes(name: str, seed: int, reference: Callable[[str, int], Reference]) -> None:
     print(f"seed {seed}")
     saved = reference(name, seed)

@@ -152,7 +152,7 @@ HYBRID = ["linear_attention", "linear_attention", "linear_attention", "full_atte
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit: 5.0 is not supported"),
         ("llama", {"hidden_act": "relu"}, r"hidden_act: 'relu' is not supported \(supported: silu, swish, gelu"),
         ("gemma2", {"hidden_activation": "tanh"}, "hidden_activation: 'tanh' is not supported"),  # its usual name
-        ("llama", {"rope_scaling": {"rope_type": "su"}}, "rope_scaling: rope_type: 'su' is not supported"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling: rope_type: 'dynamic' is not supported"),
         (
             "gemma3_text",
             {

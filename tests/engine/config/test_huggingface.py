@@ -129,13 +129,13 @@ def test_code_of_a_supported_model_is_ignored(tmp_path: Path, caplog: pytest.Log
 
 
 def test_the_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
-    """Its own fields win over the outer ones; only a few of those are read."""
+    """Of the outer fields only a few are read, and these win, as in transformers."""
     text = SHAPE | {"model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": False}
     outer = {"model_type": "gemma3", "hidden_size": 1, "eos_token_id": [3, 4], "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": text}))
     config = load_model_config(tmp_path)
     assert (config.architecture, config.hidden_size, config.eos_token_ids) == ("gemma3_text", 64, (3, 4))
-    assert not config.tie_word_embeddings
+    assert config.tie_word_embeddings
     (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": text | {"hidden_size": None}}))
     with pytest.raises(ValueError, match=r"config\.json: text_config: hidden_size: is missing"):
         load_model_config(tmp_path)

@@ -47,8 +47,8 @@ def test_code_path(name: str) -> None:
 
 UNSUPPORTED = [
     (KernelOptions(torch.float16), "do not compute in float16"),
-    (KernelOptions(torch.float32, head_dims=frozenset({40, 64})), "multiple of 16 up to 512, not 40"),
-    (KernelOptions(torch.float32, head_dims=frozenset({528})), "multiple of 16 up to 512, not 528"),
+    (KernelOptions(torch.float32, head_dims=frozenset({40, 64})), "multiple of 16 up to 576, not 40"),
+    (KernelOptions(torch.float32, head_dims=frozenset({592})), "multiple of 16 up to 576, not 592"),
     (KernelOptions(torch.float32, block_size=8), "--block-size of .*, not 8"),
     (KernelOptions(torch.float32, block_size=48), "--block-size of .*, not 48"),
     (KernelOptions(torch.float32, block_size=512), "--block-size of .*, not 512"),

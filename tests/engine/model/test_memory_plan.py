@@ -27,7 +27,8 @@ TOKEN_BYTES = 2 * 3 * 2 * 16 * 2  # K and V, layers, KV heads, head size, bytes 
 
 def plan(max_model_len: int, kv_cache_memory: int | None = None, block_size: int = 32) -> MemoryPlan:
     config = EngineConfig(model_path="", block_size=block_size, kv_cache_memory=kv_cache_memory)
-    return plan_memory(MODEL, config, max_model_len, TorchKernels(KernelOptions(torch.bfloat16), CPU), HostMemory())
+    kernels = TorchKernels(KernelOptions(torch.bfloat16), CPU)
+    return plan_memory(MODEL, config, max_model_len, 256, kernels, HostMemory())
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def card_memory(
 def plan_on_card(memory: CudaMemory, max_model_len: int = 1000, **settings: Any) -> MemoryPlan:
     config = EngineConfig(model_path="", **settings)
     kernels = TorchKernels(KernelOptions(torch.bfloat16), CPU)
-    return plan_memory(MODEL, config, max_model_len, kernels, memory)
+    return plan_memory(MODEL, config, max_model_len, 256, kernels, memory)
 
 
 BLOCK = 32 * TOKEN_BYTES
