@@ -49,6 +49,7 @@ class WeightFormat(NamedTuple):
     group_outputs: int = 1
     group: int = 1
     has_minimum: bool = False
+    scales: str = "*fp16"
 
 
 PLAIN = "plain"
@@ -58,6 +59,7 @@ PACKED = {
     "int8": WeightFormat("int8", "*i8", 1, 32),
     "int8 of 16": WeightFormat("int8", "*i8", 1, 16),  # Q6_K
     "int8 with minimum": WeightFormat("int8", "*i8", 1, 32, has_minimum=True),  # Q5_K
+    "float4": WeightFormat("float4", "*u8", 1, 32, scales="*u8"),  # MXFP4
     "float8": WeightFormat("float8", "*fp8e4nv", 128, 128),
 }
 HEADS = {64: 64, 80: 128, 128: 128, 256: 256, 512: 512, 576: 1024}  # head sizes and the columns of their tiles
@@ -108,7 +110,7 @@ def product(
     constants = {"FORMAT": weights.format, "SCALE_COLUMNS": weights.group_outputs, "SCALE_INPUTS": weights.group}
     constants |= {"HAS_MINIMUM": weights.has_minimum, "HAS_BIAS": False, "ADDS": True, "IS_SPLIT": False, "SPLITS": 1}
     constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "INPUTS": table.inputs, "GROUP": linear.ROW_GROUP}
-    types = dict(types) | {"weights": weights.codes}
+    types = dict(types) | {"weights": weights.codes, "scales": weights.scales}
     return Variant(
         f"linear {name}",
         "linear._linear",
@@ -182,8 +184,8 @@ def expert_kernels(tiles: Tiles, types: Mapping[str, str]) -> Iterator[Variant]:
     combined = {"NUM_CHOSEN": 8, "ADDS": True, "BLOCK": rows.ROW_COLUMNS}
     yield Variant("combine", "experts._combine", combined, dict(types) | {"weights": "*fp32"})
     constants = {"NUM_EXPERTS": 32, "EXPERTS": 32, "PAIRS_OF_ROW": 4, "HAS_BIAS": True}  # gpt-oss
-    for name, table in (("", tiles.linear), (" int4", tiles.packed_linear)):
-        weights = PACKED["int4"] if name else None
+    for name, table in (("", tiles.linear), (" float4", tiles.packed_linear)):
+        weights = PACKED["float4"] if name else None
         for tile in table.tiles:
             variant = product(f"{name} {size_of(tile)}", table, tile, types, weights, **constants)
             yield msgspec.structs.replace(

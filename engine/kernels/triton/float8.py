@@ -1,4 +1,7 @@
-"""float8 e4m3 (Micikevicius et al. 2022) for every card: its bits, in uint8, are computed with integers."""
+"""float8 e4m3 (Micikevicius et al. 2022) and float4 e2m1 (OCP Microscaling 1.0) for every card.
+
+Their bits, in uint8, are computed with integers.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,23 @@ def float8_numbers(codes):
     bits = codes.to(tl.uint16)
     half = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).to(tl.float16, bitcast=True)
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def float4_numbers(codes):
+    """Return the numbers that bits of float4 e2m1 stand for, exactly.
+
+    As bits of float16, whose exponent is biased by 15 instead of 1, they are 2^-14 of the number.
+    """
+    bits = codes.to(tl.uint16)
+    half = ((bits & 8) << 12 | (bits & 7) << 9).to(tl.float16, bitcast=True)
+    return half.to(tl.float32) * 16384.0
+
+
+@triton.jit
+def powers_of_two(exponents):
+    """Return the numbers that bits of e8m0 stand for, 2^(exponent - 127) for 1 .. 254."""
+    return (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.float8 import float8_numbers
+from engine.kernels.triton.float8 import float4_numbers, float8_numbers, powers_of_two
 from engine.kernels.triton.packed_matrix import PackedMatrix
 from engine.kernels.triton.tiles import LAUNCH_OPTIONS, LinearTiles
 
@@ -45,7 +45,8 @@ def _load_weights(
     k = start + tl.arange(0, INPUTS)
     has_column = columns[:, None] < num_columns
     mask = has_column & (k[None, :] < num_inputs)
-    if FORMAT == "int4":
+    has_two_codes: tl.constexpr = (FORMAT == "int4") | (FORMAT == "float4")  # in a byte
+    if has_two_codes:
         byte = start // 2 + tl.arange(0, INPUTS // 2)
         has_byte = has_column & (byte[None, :] < num_inputs // 2)
         packed = tl.load(weights + columns[:, None] * weights_stride + byte[None, :], mask=has_byte, other=0)
@@ -55,6 +56,8 @@ def _load_weights(
     if FORMAT != "plain":
         if FORMAT == "float8" and weights.dtype.element_ty == tl.uint8:
             numbers = float8_numbers(codes)
+        elif FORMAT == "float4":
+            numbers = float4_numbers(codes)
         else:
             numbers = codes.to(tl.float32)
         # Load one scale for each group: with one for each input, the loads would be most of the work.
@@ -63,7 +66,9 @@ def _load_weights(
         index = (columns // SCALE_COLUMNS)[:, None] * scales_stride + groups[None, :] * group_stride
         has_group = has_column & (groups[None, :] * SCALE_INPUTS < num_inputs)
         numbers = tl.reshape(numbers, (columns.shape[0], num_groups, INPUTS // num_groups))
-        numbers *= tl.load(scales + index, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
+        factors = tl.load(scales + index, mask=has_group, other=0.0)
+        factors = powers_of_two(factors) if FORMAT == "float4" else factors.to(tl.float32)
+        numbers *= factors[:, :, None]
         if HAS_MINIMUM:
             numbers += tl.load(minima + index, mask=has_group, other=0.0).to(tl.float32)[:, :, None]
         codes = tl.reshape(numbers, (columns.shape[0], INPUTS)).to(dtype)

@@ -1,6 +1,7 @@
 """Quantised weights in GPU memory: a code for each weight, and a scale and optionally a minimum for a group of inputs.
 
-weight = scale * code + minimum. Codes of four bits lie two in a byte; those of five, six and eight bits take one each.
+weight = scale * code + minimum. Codes of up to four bits lie two in a byte; those of five, six and eight bits take one
+each, and so do the four bits of IQ4_NL and IQ4_XS, which stand for numbers of eight.
 GGML blocks (`engine.shared.ggml`) are repacked to this form; ggml-quants.c of llama.cpp defines what they stand for.
 So are codes with zero points (GPTQ: Frantar et al. 2022; AWQ: Lin et al. 2023) and float8 e4m3.
 """
@@ -22,10 +23,13 @@ from engine.weights.quantized import FLOAT8_BLOCK, paired_nibbles
 
 INT8_GROUP = 32  # inputs that share a scale
 GROUPS = (16, 32, 64, 128)  # inputs that share a scale; a power of two, because it must divide steps, or they it
+FLOAT4_NUMBERS = tuple(sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+EXPONENT_BIAS = 127  # of the scales of float4
+NONLINEAR_NUMBERS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml's kvalues_iq4nl
 MAX_WEIGHTS_PER_PASS = 2**22  # quantising a weight takes several times its memory
 
 
-CodeFormat: TypeAlias = Literal["plain", "int4", "int8", "float8"]
+CodeFormat: TypeAlias = Literal["plain", "int4", "float4", "int8", "float8"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class PackedMatrix:
 
     format: CodeFormat
     # plain: the weights [M, K] themselves, which need no scales. int4: uint8 [M, K / 2], the first of two inputs in the
-    # low bits. int8: int8 [M, K]. float8: float8_e4m3fn [M, K], or its bits in uint8 for cards without such numbers.
+    # low bits. float4: as int4, but e2m1 (OCP Microscaling 1.0), and scales are the exponents of powers of two. int8:
+    # int8 [M, K]. float8: float8_e4m3fn [M, K], or its bits in uint8 for cards without such numbers.
     codes: Tensor
     scales: Tensor  # [M / group_outputs, K / group], in the checkpoint's precision; may be expanded
     minima: Tensor | None  # like scales
@@ -57,13 +62,15 @@ class PackedMatrix:
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the rows with these indices (int64 [n]), dequantised to `dtype` [n, K]."""
         codes = self.codes[index] if self.format != "float8" else self.codes.view(torch.float8_e4m3fn)[index].float()
-        if self.format == "int4":
+        if self.format in ("int4", "float4"):
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+        if self.format == "float4":
+            codes = torch.tensor(FLOAT4_NUMBERS, device=codes.device)[codes.int()]
         scales, minima = (
             part[index // self.group_outputs].float().repeat_interleave(self.group, dim=1)[:, : self.num_inputs]
             for part in (self.scales, self.scales if self.minima is None else self.minima)
         )
-        weights = codes * scales
+        weights = codes * (scales if self.format != "float4" else torch.exp2(scales - EXPONENT_BIAS))
         return (weights if self.minima is None else weights + minima).to(dtype)
 
 
@@ -139,6 +146,46 @@ def _q6_k(fields: Fields) -> Unpacked:
     return (low | high).view(torch.int8) - 32, scales, None
 
 
+def _two_bits(field: Tensor) -> Tensor:
+    """Read codes of two bits, those of 128 in 32 bytes, from the lowest bits: [blocks, n] -> [blocks, 4 n]."""
+    return _bits(field.unflatten(1, (-1, 32)), 2).permute(1, 2, 0, 3).flatten(1)
+
+
+def _q2_k(fields: Fields) -> Unpacked:
+    scales, minima = fields["scales"] & 15, fields["scales"] >> 4
+    halves = _half(fields["d"]).float(), _half(fields["dmin"]).float()
+    return _two_bits(fields["qs"]), scales * halves[0], -(minima * halves[1])
+
+
+def _q3_k(fields: Fields) -> Unpacked:
+    """Scales have six bits: the low four of eight, then of eight more, and the high two of four at a time."""
+    third = _bits(fields["hmask"], 1).transpose(0, 1).flatten(1) << 2
+    low, high = fields["scales"].split((8, 4), dim=1)
+    codes = _nibbles(low) | _bits(high, 2).transpose(0, 1).flatten(1) << 4
+    scales = (codes.view(torch.int8) - 32) * _half(fields["d"]).float()
+    return _two_bits(fields["qs"]) | third, scales, -4 * scales
+
+
+def _nonlinear(codes: Tensor) -> Tensor:
+    """Return the numbers that the codes of IQ4_NL and IQ4_XS stand for."""
+    return torch.tensor(NONLINEAR_NUMBERS, dtype=torch.int8, device=codes.device)[codes.int()]
+
+
+def _iq4_nl(fields: Fields) -> Unpacked:
+    return _nonlinear(_nibbles(fields["qs"])), _half(fields["d"]), None
+
+
+def _iq4_xs(fields: Fields) -> Unpacked:
+    low = torch.stack((fields["scales_l"] & 15, fields["scales_l"] >> 4), dim=-1).flatten(1)
+    high = _bits(fields["scales_h"], 2).permute(1, 2, 0).flatten(1) << 4
+    scales = ((low | high).view(torch.int8) - 32) * _half(fields["d"]).float()
+    return _nonlinear(_nibbles(fields["qs"].unflatten(1, (8, 16))).flatten(1)), scales, None
+
+
+def _mxfp4(fields: Fields) -> Unpacked:
+    return _nibbles(fields["qs"]), fields["e"].clamp(min=1), None  # 2^-127 is no normal number, which cards flush
+
+
 READERS: dict[str, Callable[[Fields], Unpacked]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -148,6 +195,11 @@ READERS: dict[str, Callable[[Fields], Unpacked]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }
 
 PACKED_TYPES = frozenset((*READERS, "int4", "int8", "float8"))
@@ -163,7 +215,8 @@ def from_ggml(packed: PackedTensor, device: torch.device) -> PackedMatrix:
     group = num_inputs // scales.shape[1]
     if codes.dtype == torch.int8:
         return PackedMatrix("int8", codes, scales, minima, num_inputs, group)
-    return PackedMatrix("int4", paired_nibbles(codes), scales, minima, num_inputs, group)
+    form: CodeFormat = "float4" if packed.type_name == "MXFP4" else "int4"
+    return PackedMatrix(form, paired_nibbles(codes), scales, minima, num_inputs, group)
 
 
 def from_groups(weight: GroupQuantized, device: torch.device) -> PackedMatrix:

@@ -20,6 +20,7 @@ MIN_SIDE = 64  # of a tile; with more rows than a smaller tile has rows and colu
 EXPERTS_OF_ROW = 4  # about as many as in most models
 MAX_SMALL_HEAD = 128
 MAX_LARGE_HEAD = 256
+MAX_WIDE_HEAD = 512  # beyond, all of the shared memory is needed for one step
 MIN_SPLIT_INPUTS = 1024  # with fewer, a program ends before enough of its loads are in flight
 MAX_SPLIT_SUMS = 64  # of a thread, where a program adds up several splits: it holds two sums for each number
 
@@ -158,7 +159,7 @@ class Tiles:
         )
         if head_dim <= MAX_LARGE_HEAD:
             return larger
-        return replace(larger, packed_rows=16, keys=16, num_stages=2)
+        return replace(larger, packed_rows=16, keys=16, num_stages=tiles.num_stages if head_dim <= MAX_WIDE_HEAD else 2)
 
 
 def _linear_table(programs: int, *tiles: tuple[int, int, int, int]) -> LinearTable:

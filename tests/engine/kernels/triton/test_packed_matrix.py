@@ -46,7 +46,7 @@ pytestmark = ALSO_ON_A_GPU
 TABLES = {"smallest": SMALLEST, "9.0": TABLE[9, 0]}
 FLOAT8_INPUTS = PRODUCT_DTYPES[:1] if IS_INTERPRETED else PRODUCT_DTYPES
 IS_NATIVE = [False, True] if HAS_FLOAT8 else [False]
-FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
+FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K")
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -57,7 +57,9 @@ def test_packed_weights_stand_for_the_same_numbers(name: str) -> None:
         matrix = from_ggml(packed, DEVICE)
         assert (len(matrix), matrix.num_inputs) == (num_rows, num_inputs)
         assert (matrix.format, matrix.codes.nbytes) == (
-            ("int4", num_rows * num_inputs // 2) if name in FOUR_BITS else ("int8", num_rows * num_inputs)
+            ("int4" if name in FOUR_BITS else "float4", num_rows * num_inputs // 2)
+            if name in (*FOUR_BITS, "MXFP4")
+            else ("int8", num_rows * num_inputs)
         )
         expected = numbers_of(packed).to(DEVICE)
         numbers = matrix.rows(torch.arange(num_rows, device=DEVICE), torch.float32)
@@ -114,7 +116,7 @@ def test_linear(name: str, num_rows: int, num_columns: int, num_units: int, dtyp
 
 
 @pytest.mark.parametrize(("tiles", "dtype"), tiles_and_dtypes(TABLE, PRODUCT_DTYPES[1:]))
-@pytest.mark.parametrize("name", ["Q4_1", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "MXFP4"])
 def test_linear_does_not_depend_on_the_batch(name: str, tiles: Tiles, dtype: torch.dtype) -> None:
     kernels = TritonKernels(KernelOptions(dtype), DEVICE)
     kernels.tiles = tiles
