@@ -2,9 +2,14 @@
 
     python -m tests.bench.peers setup FOLDER            install the peers (about 6 GB, several minutes)
     python -m tests.bench.peers compare FOLDER [...]    measure all targets in alternating rounds, print medians
+    python -m tests.bench.peers compare FOLDER --shape 3b:q4_k_m    the same on random weights (`random_gguf.py`)
 
 The peers are OpenVINO GenAI (int8, continuous batching in its own process, no HTTP), llama-server (the GGUF file
 itself) and vLLM for the CPU (bfloat16). In a round, all targets get the same prompts; no prompt is used twice.
+
+With a shape, OpenVINO has int4 in groups of 64, and nobody speculates. At c1, the table compares the speed at which a
+target reads weights (bytes per token, divided by the mean time between tokens) with that at which the machine reads
+memory (`read_bandwidth.py`), which is measured before each start of a target.
 """
 
 import argparse
@@ -25,7 +30,7 @@ from server.cli.bench import Report
 from server.cli.load_generator import LoadOptions
 from server.model_paths import ModelError
 from tests.bench.peers_results import Outcome, Results, make_rows, print_results
-from tests.bench.peers_setup import setup
+from tests.bench.peers_setup import PEERS, default_files, make_shape, setup, shape_files
 from tests.bench.peers_targets import (
     MemoryWatch,
     Session,
@@ -35,13 +40,15 @@ from tests.bench.peers_targets import (
     own_target,
     running,
 )
+from tests.bench.random_gguf import MIXES, SHAPES, bytes_per_token, parse_shape
+from tests.bench.read_bandwidth import measure_read_bandwidth
 from tests.bench.serve import LOADS
 
 T = TypeVar("T")
 
 WARMUP_TOKENS = 4
 FILE_WIDTH = 120  # characters per line if the output is not a terminal
-TARGETS = ("openvino", "llamacpp", "vllm", "lightwell")
+TARGETS = (*PEERS, "lightwell")
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,14 @@ class Workload:
 
 WORKLOADS = {
     "c1": Workload("c1", LOADS["1 client"]),
+    "c4": Workload("c4", replace(LOADS["8 clients"], concurrency=4, num_requests=8)),
+    "c16": Workload("c16", replace(LOADS["8 clients"], concurrency=16, num_requests=32)),
     "c8": Workload("c8", LOADS["8 clients"]),
     "c32": Workload("c32", LOADS["32 clients"]),
     "prefill": Workload("prefill", LOADS["long prompts"], is_prefill=True),
 }
+DEFAULT_WORKLOADS = "c1,c8,c32,prefill"
+SHAPE_WORKLOADS = "c1,c4,c16,prefill"
 
 
 @dataclass(frozen=True)
@@ -79,9 +90,12 @@ class Comparison:
 def main() -> int:
     arguments = parse_arguments()
     if arguments.command == "setup":
-        setup(arguments.folder.resolve())
+        setup(arguments.folder.resolve(), arguments.peers)
         return 0
-    results = compare(arguments.comparison, Console(stderr=True, markup=False, highlight=False, soft_wrap=True))
+    comparison: Comparison = arguments.comparison
+    if arguments.shape:
+        make_shape(comparison.folder, arguments.shape, [target.name for target in comparison.targets])
+    results = compare(comparison, Console(stderr=True, markup=False, highlight=False, soft_wrap=True))
     console = Console(stderr=arguments.json, markup=False, highlight=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH
@@ -97,20 +111,26 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     installs = commands.add_parser("setup", help="install the peers", description="Install the peers in FOLDER.")
     installs.add_argument("folder", type=Path, metavar="FOLDER")
+    installs.add_argument("--peers", metavar="A,B", default=",".join(PEERS), help="default: %(default)s")
     compares = commands.add_parser(
         "compare", help="measure the targets", description="Measure all targets on the same loads."
     )
     add = compares.add_argument
     add("folder", type=Path, metavar="FOLDER", help="folder where the peers are installed; logs are written there too")
-    names = ",".join(TARGETS)
+    shape_help = f"measure random weights; SHAPE: {', '.join(SHAPES)}; TYPES: {', '.join(MIXES)}"
+    add("--shape", metavar="SHAPE:TYPES", help=f"{shape_help}; the files are kept in FOLDER/shapes")
     add(
         "--targets",
         metavar="A,B",
-        help=f"servers to measure; default: {names}; with --ours, all but the last, which is this checkout",
+        help=f"servers to measure; default: {','.join(TARGETS)} (shapes: without vllm; moe: nor openvino); "
+        "with --ours, all but the last, which is this checkout",
     )
-    ours_help = "a server to compare with the peers; {port} in COMMAND is replaced by its port; can be repeated"
-    add("--ours", action="append", default=[], metavar="NAME=COMMAND", help=ours_help)
-    add("--workloads", metavar="A,B", default=",".join(WORKLOADS), help="loads to measure; default: %(default)s")
+    ours_help = (
+        "a server to compare with the peers; {port} in COMMAND is replaced by its port, {model} by the GGUF file"
+    )
+    add("--ours", action="append", default=[], metavar="NAME=COMMAND", help=f"{ours_help}; can be repeated")
+    workloads_help = f"loads to measure; default: {DEFAULT_WORKLOADS} (shapes: {SHAPE_WORKLOADS})"
+    add("--workloads", metavar="A,B", help=workloads_help)
     add("--rounds", type=int, default=2, metavar="N", help="number of rounds; default: %(default)s")
     add(
         "--temperature",
@@ -122,33 +142,49 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=1, metavar="N", help="seed of the prompts; default: %(default)s")
     add("--json", action="store_true", help="print all measurements as JSON, and the table to standard error")
     arguments = parser.parse_args()
-    if arguments.command == "compare":
-        try:
+    try:
+        if arguments.command == "compare":
             arguments.comparison = make_comparison(arguments)
-        except ValueError as error:
-            compares.error(str(error))
+        else:
+            arguments.peers = [choose(name, dict.fromkeys(PEERS, name), "peer") for name in arguments.peers.split(",")]
+    except ValueError as error:
+        commands.choices[arguments.command].error(str(error))
     return arguments
 
 
 def make_comparison(arguments: argparse.Namespace) -> Comparison:
     """Return the comparison that the arguments describe. Raises ValueError with a message for the user."""
-    folder = arguments.folder.resolve()
-    installed = {target.name: target for target in installed_targets(folder, is_sampled=arguments.temperature > 0)}
-    default = TARGETS[:-1] if arguments.ours else TARGETS
+    folder, shape = arguments.folder.resolve(), arguments.shape
+    files = shape_files(folder, shape) if shape else default_files(folder)
+    usual = shape_targets(shape) if shape else TARGETS
+    default = usual[:-1] if arguments.ours else usual
+    installed = installed_targets(folder, files, is_sampled=arguments.temperature > 0, speculates=not shape)
+    by_name = {target.name: target for target in installed}
     names = default if arguments.targets is None else [name for name in arguments.targets.split(",") if name]
-    targets = [choose(name, installed, "target") for name in names] + [own_target(text) for text in arguments.ours]
+    targets = [choose(name, by_name, "target") for name in names]
+    targets += [own_target(text, files) for text in arguments.ours]
     if not targets or arguments.rounds < 1:
         raise ValueError("there must be at least one target and one round")
     if len({target.name for target in targets}) < len(targets):
         raise ValueError("two targets have the same name")
+    workloads = arguments.workloads or (SHAPE_WORKLOADS if shape else DEFAULT_WORKLOADS)
     return Comparison(
         folder=folder,
         targets=targets,
-        workloads=[choose(name, WORKLOADS, "workload") for name in arguments.workloads.split(",")],
+        workloads=[choose(name, WORKLOADS, "workload") for name in workloads.split(",")],
         rounds=arguments.rounds,
         temperature=arguments.temperature,
         seed=arguments.seed,
     )
+
+
+def shape_targets(text: str) -> tuple[str, ...]:
+    """Return the default targets for a shape. OpenVINO's export of experts is untried. Raises ValueError."""
+    try:
+        shape, _ = parse_shape(text)
+    except ValueError as error:
+        raise ValueError(f"--shape: {error}") from None
+    return ("llamacpp", "lightwell") if shape.num_experts else ("openvino", "llamacpp", "lightwell")
 
 
 def choose(name: str, among: Mapping[str, T], kind: str) -> T:
@@ -179,16 +215,28 @@ def measure_target(comparison: Comparison, target: Target, number: int) -> Itera
     """Start a target and measure it under each load. A failure is an outcome too."""
     log = comparison.folder / "logs" / f"{target.name}-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    names = [workload.name for workload in comparison.workloads]
-    blanks = {name: Outcome(round=number, target=target.name, workload=name) for name in names}
+    bandwidth = round(measure_read_bandwidth() / 1e9, 2) if target.gguf else None
+    blanks = {
+        workload.name: Outcome(round=number, target=target.name, workload=workload.name, read_bandwidth=bandwidth)
+        for workload in comparison.workloads
+    }
     try:
         with running(target, log) as (session, ready_seconds):
             for workload in comparison.workloads:
                 blank = replace_fields(blanks[workload.name], ready_seconds=round(ready_seconds, 2))
-                yield measure(comparison, workload, session, blank)
+                outcome = measure(comparison, workload, session, blank)
+                yield replace_fields(outcome, weights_read=read_speed(target, outcome))
     except TargetError as error:
         for blank in blanks.values():
             yield replace_fields(blank, failure=str(error))
+
+
+def read_speed(target: Target, outcome: Outcome) -> float | None:
+    """Return the gigabytes of weights that a target reads in a second of decoding one sequence."""
+    report = outcome.report
+    if outcome.failure or not target.gguf or not report or report.concurrency != 1 or not report.inter_token_latency_ms:
+        return None
+    return round(bytes_per_token(target.gguf) / report.inter_token_latency_ms.mean / 1e6, 2)
 
 
 def measure(comparison: Comparison, workload: Workload, session: Session, blank: Outcome) -> Outcome:

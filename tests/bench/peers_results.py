@@ -10,7 +10,16 @@ from rich.table import Column, Table
 from server.cli.bench import Report, Summary
 
 SAME_PROMPTS = 1.02  # maximum ratio between the targets' numbers of tokens for the same prompts
-COLUMNS = ("range", "to best peer", "first token (ms)", "token (ms)", "memory (GB)", "ready (s)")
+COLUMNS = (
+    "range",
+    "to best peer",
+    "first token (ms)",
+    "token (ms)",
+    "weights (GB/s)",
+    "of memory",
+    "memory (GB)",
+    "ready (s)",
+)
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +30,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     workload: str
     ready_seconds: float | None = None  # duration of the start before the measurement
     tokens_per_second: float | None = None  # output tokens, or input tokens of a prefill workload; None: failed
+    read_bandwidth: float | None = None  # of the machine, GB/s
+    weights_read: float | None = None  # GB/s, if one sequence is decoded
     memory_gb: float | None = None
     failure: str | None = None
     report: Report | None = None
@@ -43,6 +54,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     to_best_peer: float | None  # ratio of the medians
     first_token_ms: float | None
     token_ms: float | None
+    weights_read: float | None  # GB/s
+    of_bandwidth: float | None  # ratio of `weights_read` to the machine's bandwidth
     memory_gb: float | None  # maximum
     ready_seconds: float | None  # of the first start
 
@@ -76,6 +89,7 @@ def _speeds(outcomes: Iterable[Outcome], target: str, workload: str) -> list[flo
 
 def _make_row(outcomes: Sequence[Outcome], speeds: Sequence[float], to_best_peer: float | None) -> Row:
     reports = [outcome.report for outcome in outcomes if outcome.report and not outcome.failure]
+    reads = [(outcome.weights_read, outcome.read_bandwidth) for outcome in outcomes]
     starts = [outcome.ready_seconds for outcome in outcomes if outcome.ready_seconds is not None]
     return Row(
         workload=outcomes[0].workload,
@@ -87,6 +101,8 @@ def _make_row(outcomes: Sequence[Outcome], speeds: Sequence[float], to_best_peer
         to_best_peer=to_best_peer,
         first_token_ms=median(_p50(report.time_to_first_token_ms for report in reports)),
         token_ms=median(_p50(report.inter_token_latency_ms for report in reports)),
+        weights_read=median([read for read, _ in reads if read]),
+        of_bandwidth=median([read / bandwidth for read, bandwidth in reads if read and bandwidth]),
         memory_gb=max((outcome.memory_gb for outcome in outcomes if outcome.memory_gb is not None), default=None),
         ready_seconds=starts[0] if starts else None,
     )
@@ -115,6 +131,8 @@ def different_prompts(outcomes: Sequence[Outcome]) -> list[str]:
 
 def print_results(results: Results, console: Console) -> None:
     title = f"rounds: {results.rounds}, cores: {results.num_cores}, temperature: {results.temperature:g}"
+    if bandwidth := median([outcome.read_bandwidth for outcome in results.outcomes if outcome.read_bandwidth]):
+        title += f", memory: {bandwidth:.1f} GB/s"
     names = Column(no_wrap=True), Column(no_wrap=True), Column("tokens/s", justify="right", no_wrap=True)
     table = Table(*names, *(Column(name, justify="right") for name in COLUMNS), title=title)
     for row in results.rows:
@@ -124,6 +142,8 @@ def print_results(results: Results, console: Console) -> None:
             number(row.to_best_peer, 2),
             number(row.first_token_ms, 1),
             number(row.token_ms, 1),
+            number(row.weights_read, 1),
+            "" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}",
             number(row.memory_gb, 2),
             number(row.ready_seconds, 1),
         ]

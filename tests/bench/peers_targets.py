@@ -23,7 +23,7 @@ import psutil
 from server.cli.bench import Report, make_report, run_benchmark
 from server.cli.http_client import RemoteError, StreamUsage
 from server.cli.load_generator import Exchange, LoadOptions, make_prompts
-from tests.bench.peers_setup import GGUF_NAME
+from tests.bench.peers_setup import ModelFiles
 from tests.bench.serve import free_port
 
 ANSWER_SECONDS = 600.0  # until a target is ready, and for one workload of a target without HTTP
@@ -43,38 +43,41 @@ class Target:
     environment: Mapping[str, str] = field(default_factory=dict)
     is_peer: bool = True
     speaks_http: bool = True
+    gguf: Path | None = None  # the file whose weights it reads
 
 
-def installed_targets(folder: Path, *, is_sampled: bool) -> list[Target]:
+def installed_targets(folder: Path, files: ModelFiles, *, is_sampled: bool, speculates: bool) -> list[Target]:
     """Return the peers that `peers_setup.py` installs, with one thread per core, and this checkout."""
     threads = len(os.sched_getaffinity(0))
     home, driver = shlex.quote(str(folder)), shlex.quote(str(Path(__file__).with_name("peers_openvino.py")))
-    own = shlex.quote(str(Path(sys.executable).with_name("lightwell")))
-    openvino = f"{home}/openvino/bin/python {driver} {home}/ov-int8 {MAX_NUM_SEQS}"
+    own, gguf = shlex.quote(str(Path(sys.executable).with_name("lightwell"))), shlex.quote(str(files.gguf))
+    openvino = f"{home}/openvino/bin/python {driver} {shlex.quote(str(files.openvino))} {MAX_NUM_SEQS}"
     llama = (
-        f"{home}/llamacpp/bin/llama-server --model {home}/{GGUF_NAME} --port {{port}} --threads {threads} "
+        f"{home}/llamacpp/bin/llama-server --model {gguf} --port {{port}} --threads {threads} "
         f"--parallel {MAX_NUM_SEQS} --ctx-size {32 * 1024} --kv-unified"
     )
     if is_sampled:  # from all tokens, which is the default of the others
         llama += " --top-k 0 --top-p 1 --min-p 0"
     vllm = (
-        f"{home}/vllm/bin/vllm serve {home}/hf --port {{port}} "
+        f"{home}/vllm/bin/vllm serve {shlex.quote(str(files.huggingface))} --port {{port}} "
         "--max-model-len 2048 --max-num-seqs 64 --no-enable-prefix-caching"
     )
+    lightwell = f"{own} serve {gguf} --port {{port}}" + ("" if speculates else " --speculative off")
     return [
         Target("openvino", openvino, speaks_http=False),
-        Target("llamacpp", llama),
+        Target("llamacpp", llama, gguf=files.gguf),
         Target("vllm", vllm, {"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(threads)}),
-        Target("lightwell", f"{own} serve {home}/{GGUF_NAME} --port {{port}}", is_peer=False),
+        Target("lightwell", lightwell, is_peer=False, gguf=files.gguf),
     ]
 
 
-def own_target(text: str) -> Target:
-    """Parse 'NAME=COMMAND with {port}'. Raises ValueError."""
+def own_target(text: str, files: ModelFiles) -> Target:
+    """Parse 'NAME=COMMAND with {port}', and replace {model} by the GGUF file. Raises ValueError."""
     match = re.fullmatch(r"([\w.-]+)=(.*\{port\}.*)", text)
     if not match:
         raise ValueError(f"--ours: expected NAME=COMMAND with {{port}} in COMMAND, got {text!r}")
-    return Target(match[1], match[2], is_peer=False)
+    command = match[2].replace("{model}", shlex.quote(str(files.gguf)))
+    return Target(match[1], command, is_peer=False, gguf=files.gguf if "{model}" in match[2] else None)
 
 
 class Session(ABC):

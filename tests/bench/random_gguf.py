@@ -2,7 +2,9 @@
 
     python -m tests.bench.random_gguf SHAPE:TYPES TOKENIZER.gguf FILE.gguf
 
-SHAPE is 1b or 3b (Llama 3.2), or moe (Qwen 3 with 128 experts); TYPES is q4_0 or q4_k_m. The types of the tensors are those that llama.cpp's quantiser chooses (`llama_tensor_get_type_impl` in its
+SHAPE is 1b or 3b (Llama 3.2), or moe (Qwen 3 with 128 experts); TYPES is q4_0 or q4_k_m.
+
+The types of the tensors are those that llama.cpp's quantiser chooses (`llama_tensor_get_type_impl` in its
 `llama-quant.cpp`). Weights have a mean of zero and a variance of 1 / inputs, so that hidden states neither overflow nor
 become alike, and rows choose different experts. The tokenizer is that of another file.
 """
@@ -145,7 +147,7 @@ def random_tensor(tensor: Tensor, type_name: str, rng: np.random.Generator) -> A
     if num_inputs % ggml_type.block_size:
         raise ValueError(f"{tensor.name}: rows of {num_inputs} weights are no whole blocks of {type_name}")
     num_blocks = np.prod(tensor.shape, dtype=np.int64) // ggml_type.block_size
-    blocks = np.frombuffer(bytearray(rng.bytes(num_blocks * ggml_type.type_size)), np.uint8)
+    blocks = np.frombuffer(bytearray(rng.bytes(int(num_blocks) * ggml_type.type_size)), np.uint8)
     blocks = blocks.reshape(num_blocks, ggml_type.type_size)
     scales = deviation * rng.choice(np.array([-1, 1], np.float32), num_blocks)
     for field, numbers in _SCALES[type_name](scales).items():
@@ -190,7 +192,9 @@ def parse_shape(text: str) -> tuple[Shape, Mix]:
     """Parse 'SHAPE:TYPES'. Raises ValueError."""
     name, _, mix = text.partition(":")
     if name not in SHAPES or mix not in MIXES:
-        raise ValueError(f"expected SHAPE:TYPES with one of {', '.join(SHAPES)} and one of {', '.join(MIXES)}, got {text!r}")
+        raise ValueError(
+            f"expected SHAPE:TYPES with one of {', '.join(SHAPES)} and one of {', '.join(MIXES)}, got {text!r}"
+        )
     return SHAPES[name], MIXES[mix]
 
 

@@ -4,14 +4,21 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from server.cli.load_generator import LoadOptions
+from tests.bench import read_bandwidth
 from tests.bench.peers import Comparison, Workload, compare, measure_target, parse_arguments
 from tests.bench.peers_results import Outcome, different_prompts, make_rows, print_results
+from tests.bench.peers_setup import make_shape, shape_files
 from tests.bench.peers_targets import MemoryWatch, Target
+from tests.bench.random_gguf import bytes_per_token
+from tests.bench.read_bandwidth import measure_read_bandwidth
+from tests.support.gguf_files import LLAMA, write_gguf
 
 STUB = Path(__file__).with_name("stub_peer.py")
 WORKLOADS = (
@@ -139,6 +146,32 @@ def test_rows() -> None:
     assert [row.memory_gb for row in rows] == [1.5, 1.5, 1.5, None]
 
 
+def test_speed_of_reading_weights_at_one_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stub takes a second for each token."""
+    gguf = write_gguf(tmp_path / "model.gguf", LLAMA, {"output_norm.weight": np.ones(20_000_000, np.float32)})
+    assert bytes_per_token(gguf) == 80e6
+    monkeypatch.setattr("tests.bench.peers.measure_read_bandwidth", lambda: 160e6)
+    one, two = (
+        Workload(name, LoadOptions(url="", num_requests=4, concurrency=concurrency, input_len=8, output_len=3))
+        for concurrency, name in enumerate(("one", "two"), start=1)
+    )
+    targets = [
+        Target("reads", python("-c", PIPED), speaks_http=False, gguf=gguf),
+        Target("other", python("-c", PIPED), speaks_http=False),
+    ]
+    results = compare(Comparison(tmp_path, targets, [one, two], rounds=2, temperature=0.0, seed=1), SILENT)
+    assert [outcome.read_bandwidth for outcome in results.outcomes] == [0.16, 0.16, None, None] * 2
+    figures = {(row.target, row.workload): (row.weights_read, row.of_bandwidth) for row in results.rows}
+    assert figures.pop(("reads", "one")) == (0.08, 0.5)
+    assert set(figures.values()) == {(None, None)}
+
+
+def test_read_bandwidth_is_that_of_the_fastest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 23.0, 30.0, 35.0, 40.0, 44.0])  # passes of 9, 2, 3, 5 and 4 seconds
+    monkeypatch.setattr(read_bandwidth.time, "perf_counter", lambda: next(ticks))
+    assert measure_read_bandwidth(num_bytes=8000) == 4000
+
+
 def test_rows_without_a_peer() -> None:
     (row,) = make_rows(outcomes("ours", 5), ["c1"], {"ours": False})
     assert row.to_best_peer is None
@@ -185,9 +218,47 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.load(found.workloads[0], 1).temperature == 0.5
 
 
+def test_arguments_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = parse(monkeypatch, "--shape=3b:q4_k_m")
+    assert [target.name for target in found.targets] == ["openvino", "llamacpp", "lightwell"]
+    assert [workload.name for workload in found.workloads] == ["c1", "c4", "c16", "prefill"]
+    openvino, llamacpp, lightwell = found.targets
+    assert openvino.gguf is None
+    assert "/peers/shapes/3b-q4_k_m-ov-int4 " in openvino.command
+    assert llamacpp.gguf == lightwell.gguf == Path("/peers/shapes/3b-q4_k_m.gguf")
+    assert "--model /peers/shapes/3b-q4_k_m.gguf " in llamacpp.command
+    assert lightwell.command.endswith("serve /peers/shapes/3b-q4_k_m.gguf --port {port} --speculative off")
+    found = parse(monkeypatch, "--shape=moe:q4_0", "--ours", "a=serve {model} {port}", "--ours", "b=serve {port}")
+    assert [target.name for target in found.targets] == ["llamacpp", "a", "b"]
+    assert found.targets[1].command == "serve /peers/shapes/moe-q4_0.gguf {port}"
+    assert [target.gguf is None for target in found.targets] == [False, False, True]
+
+
+def test_files_of_a_shape_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def run(*command: str | Path) -> None:
+        commands.append(command)
+        Path(command[-1]).write_text("written")
+
+    monkeypatch.setattr("tests.bench.peers_setup.run", run)
+    monkeypatch.setattr("tests.bench.peers_setup.resolve_model", lambda _: SimpleNamespace(path="tokenizer.gguf"))
+    for _ in range(2):
+        make_shape(tmp_path, "1b:q4_0", ["llamacpp", "lightwell"])
+    assert [command[1:5] for command in commands] == [("-m", "tests.bench.random_gguf", "1b:q4_0", "tokenizer.gguf")]
+    assert shape_files(tmp_path, "1b:q4_0").gguf.read_text() == "written"
+    (tmp_path / "convert").mkdir()
+    (tmp_path / "convert/installed").touch()
+    for _ in range(2):
+        make_shape(tmp_path, "1b:q4_0", ["openvino", "lightwell"])
+    assert [Path(command[0]).name for command in commands[1:]] == ["python", "optimum-cli"]
+    assert shape_files(tmp_path, "1b:q4_0").openvino.read_text() == "written"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--shape=7b:q4_0"], "--shape: expected SHAPE:TYPES with one of 1b, 3b, moe and one of q4_0, q4_k_m, got"),
         (["--targets=vlm"], "unknown target 'vlm': expected one of openvino, llamacpp, vllm, lightwell"),
         (["--workloads=c1,c2"], "unknown workload 'c2'"),
         (["--targets="], "at least one target and one round"),
