@@ -99,8 +99,17 @@ class BatchBuilder:
 
     def _inputs(self, tensors: Sequence[Tensor], num_seqs: int) -> BatchInputs:
         num_rows, num_groups = len(ROWS), len(self.tables)
+        token_ids, positions, lora_slots, hidden_rows, hidden_lora_slots, *sampling = tensors[:num_rows]
+        sample_rows, ahead_rows, ahead_samples = sampling
         return BatchInputs(
-            *tensors[:num_rows],
+            token_ids,
+            positions,
+            lora_slots,
+            hidden_rows,
+            hidden_lora_slots,
+            sample_rows,
+            ahead_rows,
+            ahead_samples,
             slot_mappings=list(tensors[num_rows : num_rows + num_groups]),
             block_tables=list(tensors[num_rows + num_groups :]),
             query_lens=self.query_lens[:num_seqs],

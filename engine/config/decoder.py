@@ -5,6 +5,7 @@ Files of all formats have been translated to the keys of Hugging Face's config.j
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -256,7 +257,8 @@ def _score_scale(family: Family, fields: Fields, size: int) -> float:
         return family.scale
     if family.scale == "attention_multiplier":
         return fields.number(family.scale, 1.0, zero=False)
-    return (fields.number(family.scale, size, zero=False) if family.scale else size) ** -0.5
+    of_size = fields.number(family.scale, size, zero=False) if family.scale else float(size)
+    return 1 / math.sqrt(of_size)
 
 
 def _layer_types(family: Family, fields: Fields, num_layers: int) -> list[str]:

@@ -20,7 +20,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.kernels.interface import LoraWeights
 from engine.lora.checkpoint import LoraCheckpoint, module_shapes
 from engine.lora.reader import load_lora
-from engine.model.decoder import Linear
+from engine.model.linear import Linear
 from engine.model.memory_plan import MIB
 from engine.scheduling.request import NO_LORA_SLOT
 from engine.shared.messages import AdapterField, LoraAdapter

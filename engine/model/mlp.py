@@ -25,7 +25,7 @@ class MLP:
 
     def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor | None) -> Tensor:
         parts = torch.split(self.gate_up_proj(x, lora_slots), self.spec.intermediate_size, dim=1)
-        hidden = self.kernels.act_and_mul(*parts, self.spec.activation)
+        hidden = self.kernels.act_and_mul(parts[0], parts[1], self.spec.activation)
         del parts  # which is as large as all the rest
         return self.down_proj(hidden, lora_slots, residual)
 
@@ -77,7 +77,7 @@ class Experts:
         normed = x if self.router_norm is None else kernels.rms_norm(stream, self.router_norm, self.eps)
         routing = kernels.route(self.router(normed), spec.router, self.correction_bias, self.expert_scales)
         parts = torch.split(self.gate_up_proj(x, routing), spec.intermediate_size, dim=1)
-        hidden = kernels.act_and_mul(*parts, spec.activation)
+        hidden = kernels.act_and_mul(parts[0], parts[1], spec.activation)
         del parts
         out = kernels.combine_experts(self.down_proj(hidden, routing), routing, residual)
         return out if self.shared is None else self.shared(x, lora_slots, out)

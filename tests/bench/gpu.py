@@ -37,9 +37,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from engine.batch.inputs import BatchInputs
-from engine.config import EngineConfig
+from engine.config import AttentionKind, EngineConfig, KVShape
 from engine.core import Engine
-from engine.kernels.interface import KernelOptions
+from engine.kernels.interface import AttentionScores, KernelOptions
 from engine.kernels.torch.kernels import TorchKernels
 from engine.loading import LoadedModel, load_model
 from engine.shared.messages import SamplingParams, Submit
@@ -335,19 +335,22 @@ def attention_seconds(bench: Bench, loaded: LoadedModel, num_streams: int, num_r
         kernels = TorchKernels(KernelOptions(torch.bfloat16), device)
     blocks_of_one = -(-context // loaded.memory.block_size)
     num_blocks = num_streams * blocks_of_one
-    (cache,) = kernels.new_kv_cache(1, num_blocks, loaded.memory.block_size, shape.num_kv_heads, shape.head_dim)
+    kind = AttentionKind(shape.num_heads, shape.num_kv_heads, shape.head_dim, None)
+    kv_shapes = [[KVShape(shape.num_kv_heads, shape.head_dim)]]
+    ((cache,),) = kernels.new_kv_cache(kv_shapes, num_blocks, loaded.memory.block_size)
     for stored in (cache.keys, cache.values):
         stored.normal_()
     tables = torch.randperm(num_blocks, device=device).view(num_streams, blocks_of_one)
     rows = torch.arange(num_streams * num_rows, device=device)
     positions = (rows % num_rows) + context - num_rows
     ones, none = np.ones(num_streams, dtype=np.int64), rows[:0]
-    inputs = (rows, positions, rows, none, rows, none, rows, none, none)  # attention reads some of them
-    batch = BatchInputs(*inputs, tables, ones * num_rows, ones * num_rows, ones * context)
-    plan = kernels.plan_attention(batch, batch.query_lens, shape.num_heads, shape.num_kv_heads, cache, None)
+    inputs = (rows, positions, none, rows, none, rows, none, none)  # attention reads some of them
+    batch = BatchInputs(*inputs, [rows], [tables], ones * num_rows, ones * num_rows, ones * context)
+    plan = kernels.plan_attention(batch, batch.query_lens, kind, 0)
+    scores = AttentionScores(shape.head_dim**-0.5)
     q = torch.randn((len(rows), shape.num_heads, shape.head_dim), device=device).to(torch.bfloat16)
     with torch.inference_mode():
-        return seconds_of(lambda: kernels.paged_attention(q, cache, plan, shape.head_dim**-0.5), device)
+        return seconds_of(lambda: kernels.paged_attention(q, cache, plan, tables, scores), device)
 
 
 def transformers_decode(bench: Bench, folder: Path, num_streams: int) -> Iterator[Figure]:

@@ -139,7 +139,8 @@ def engine_on(
 ) -> Engine:
     shape = msgspec.structs.replace(MODEL, eos_token_ids=(EOS,))
     runner: Any = device
-    memory = MemoryPlan(num_blocks, device.block_size, 1, limits.max_model_len)
+    blocks_per_request = -(-limits.max_model_len // device.block_size)
+    memory = MemoryPlan(num_blocks, device.block_size, 1, blocks_per_request, limits.max_model_len)
     cuda = torch.device("cuda")
     loaded = LoadedModel(runner, shape, limits, memory, cuda, torch.float16, 0, LoraAdapters([], 0, 0))
     config = EngineConfig(model_path="", long_prefill_token_threshold=chunk, max_step_ms=max_step_ms)

@@ -58,8 +58,15 @@ def requests() -> list[Submit]:
     rng = random.Random(SEED)
     submits: list[Submit] = []
     for number, length in enumerate(LENGTHS):
-        sampled = {"temperature": 0.9, "top_p": 0.95} if number % 2 else {"temperature": 0.0}
-        params = SamplingParams(max_tokens=12 + number, seed=number, logprobs=2, ignore_eos=True, **sampled)
+        temperature, top_p = (0.9, 0.95) if number % 2 else (0.0, 1.0)
+        params = SamplingParams(
+            max_tokens=12 + number,
+            seed=number,
+            logprobs=2,
+            ignore_eos=True,
+            temperature=temperature,
+            top_p=top_p,
+        )
         prompt = [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
         if number % 3 == 2:
             prompt[: length // 2] = submits[-1].prompt_token_ids[: length // 2]

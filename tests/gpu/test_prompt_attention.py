@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from engine.batch.inputs import BatchInputs
-from engine.kernels.interface import KernelOptions, LayerCache
+from engine.config import AttentionKind
+from engine.kernels.interface import AttentionScores, KernelOptions, LayerCache
 from engine.kernels.triton import prompt_attention
 from engine.kernels.triton.kernels import TritonKernels
 from tests.support.kernel_device import DEVICE, ON_A_GPU
@@ -24,11 +25,12 @@ def attend(
     assert kernels.uses_flash_attention != options.batch_invariant
     blocks = -(-max(seq_lens) // BLOCK_SIZE)
     tables = torch.randperm(len(cache.keys), generator=torch.Generator().manual_seed(3))[: len(seq_lens) * blocks]
-    rows = (torch.zeros(len(q), dtype=torch.int64, device=DEVICE),) * 9
-    lens = np.array(query_lens)
-    batch = BatchInputs(*rows, tables.view(-1, blocks).to(DEVICE), lens, lens, np.array(seq_lens))
-    plan = kernels.plan_attention(batch, lens, NUM_HEADS, NUM_KV_HEADS, cache, window)
-    return kernels.paged_attention(q.clone(), cache, plan, HEAD_DIM**-0.5)  # it may replace q
+    row = torch.zeros(len(q), dtype=torch.int64, device=DEVICE)
+    lens, block_tables = np.array(query_lens), tables.view(-1, blocks).to(DEVICE)
+    batch = BatchInputs(*(row,) * 8, [row], [block_tables], lens, lens, np.array(seq_lens))
+    plan = kernels.plan_attention(batch, lens, AttentionKind(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, window), 0)
+    # It may replace q.
+    return kernels.paged_attention(q.clone(), cache, plan, block_tables, AttentionScores(HEAD_DIM**-0.5))
 
 
 @pytest.mark.parametrize("most_gathered", [2**28, 2**20], ids=["all heads", "one at a time"])
@@ -44,7 +46,7 @@ def test_same_as_triton(
     q = torch.randn((sum(query_lens), NUM_HEADS, HEAD_DIM), dtype=dtype, device=DEVICE, generator=generator)
     shape = (2, 200, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
     cache = LayerCache(*torch.randn(shape, dtype=dtype, device=DEVICE, generator=generator))
-    options = KernelOptions(dtype, head_dim=HEAD_DIM)
+    options = KernelOptions(dtype, head_dims=frozenset({HEAD_DIM}))
     varying = dataclasses.replace(options, batch_invariant=False)
     expected, found = (attend(some, q, cache, query_lens, seq_lens, window) for some in (options, varying))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

@@ -85,7 +85,7 @@ def test_other_scalings(name: str) -> None:
     """Read from a configuration, frequencies and factor are those that transformers makes of the same one."""
     parameters, length = OTHERS[name]
     parameters = {"rope_theta": 10000.0} | parameters
-    sizes = {"max_position_embeddings": 8192, "original_max_position_embeddings": 512}
+    sizes: dict[str, Any] = {"max_position_embeddings": 8192, "original_max_position_embeddings": 512}
     config: Any = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=parameters, **sizes)
     frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, CPU, seq_len=length)
     rope = read_rope(Fields("config.json", sizes), Fields("rope_parameters", parameters), 16)

@@ -146,7 +146,7 @@ def test_two_products(names: tuple[str, str], code_path: str, num_threads: int) 
 
     def operation(rows: Tensor, x: Tensor, logits: Tensor) -> Tensor:
         routing = kernels.route(logits, router, inputs.bias)
-        gate, up = first(x, routing).split(size, dim=1)
+        gate, up = torch.split(first(x, routing), size, dim=1)
         return kernels.combine_experts(second(kernels.act_and_mul(gate, up, "silu"), routing), routing)
 
     found = assert_rows_are_independent(Rows(kernels, [x, inputs.logits], operation))

@@ -501,7 +501,7 @@ def test_products_of_what_changes(change: str, code_path: str) -> None:
         "linear": lambda x, y: linear(y, x),
         "rms_norm": lambda x, y: kernels.rms_norm(y, ones, 1e-5, x),
         "add": lambda x, y: kernels.add(x, y, 3.0),
-        "scale": lambda x, y: kernels.scale_logits(x, 3.0, None),
+        "scale": lambda x, y: kernels.scale(x, 3.0),
         "lora": lambda x, y: kernels.add_lora(y, x, lora, lora_slots),
     }
 
@@ -575,14 +575,19 @@ def test_add(size: int, code_path: str, num_threads: int) -> None:
     assert_close(out, residual.double() + scale * x[:, 3:].double(), 2e-7 * (1 + residual.abs() + x[:, 3:].abs()))
 
 
+def scaled(kernels: CpuKernels, x: Tensor, scale: float, softcap: float | None) -> Tensor:
+    kernels.scale(x, scale, softcap)
+    return x
+
+
 @each_number_of_threads
 @each_code_path
 @pytest.mark.parametrize("size", [1, 100, 4096, 9001])
 @pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 30.0), (0.0625, 15.0), (1.0, None)])
-def test_scale_logits(scale: float, softcap: float | None, size: int, code_path: str, num_threads: int) -> None:
+def test_scale(scale: float, softcap: float | None, size: int, code_path: str, num_threads: int) -> None:
     kernels = make_kernels(code_path, num_threads)
     logits = random_tensor(size, MAX_ROWS, size) * torch.logspace(-3, 3, MAX_ROWS)[:, None]
-    rows = Rows(kernels, [logits], lambda rows, x: kernels.scale_logits(x, scale, softcap))
+    rows = Rows(kernels, [logits], lambda rows, x: scaled(kernels, x, scale, softcap))
     out = assert_rows_are_independent(rows)
     expected = scale * logits.double()
     if softcap is not None:
@@ -677,7 +682,7 @@ def test_rows_on_all_code_paths() -> None:
             Rows(kernels, [x], lambda rows, x, norm=norm: norm(x, weight, 1e-6))
             for norm in (kernels.rms_norm, kernels.layer_norm)
         ]
-        capped = Rows(kernels, [x], lambda rows, x: kernels.scale_logits(x, 0.3, 2.0))
+        capped = Rows(kernels, [x], lambda rows, x: scaled(kernels, x, 0.3, 2.0))
         acts = [
             Rows(kernels, [x], lambda rows, x, name=name: act_and_mul(kernels, x, name))
             for name in (*ACTIVATIONS, "swigluoai")

@@ -78,7 +78,8 @@ def test_mixture(kernels: TorchKernels, name: str, has_bias: bool) -> None:
     def expected(expert: int, row: Tensor) -> Tensor:
         both = up[expert].double() @ row + (0.0 if up_bias is None else up_bias[expert].double())
         hidden = torch.nn.functional.silu(both[:size]) * both[size:]
-        return down[expert].double() @ hidden + (0.0 if down_bias is None else down_bias[expert].double())
+        out: Tensor = down[expert].double() @ hidden + (0.0 if down_bias is None else down_bias[expert].double())
+        return out
 
     whole = compute(slice(None))
     bound = router.scale if router.normalize else max(1.0, router.scale)

@@ -114,8 +114,8 @@ def test_norms_of_heads(norm: str, has_values: bool) -> None:
     table = torch.cat((torch.ones(num_rows, size // 2), torch.zeros(num_rows, size // 2)), dim=1)
     cache = LayerCache(*(torch.zeros(1, num_rows, num_kv_heads, size) for _ in range(2)))
     kernels, slots = TorchKernels(KernelOptions(torch.float32), CPU), torch.arange(num_rows)
-    kv = (k, v) if has_values else (None, None)
-    out = kernels.rope_and_store_kv(q, *kv, Rotations(table, table), slots, cache, norms)
+    stored_k, stored_v = (k, v) if has_values else (None, None)
+    out = kernels.rope_and_store_kv(q, stored_k, stored_v, Rotations(table, table), slots, cache, norms)
 
     def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x.reshape(-1, len(weight)), weight, 1e-3).view(x.shape)
