@@ -48,7 +48,6 @@ TESTED_ELSEWHERE = {
     "engine/kernels/cpu/weights.py": "tests/engine/kernels/cpu/test_kernels.py",
     "engine/kernels/interface.py": "tests/engine/kernels/test_load.py",
     "engine/kernels/lazy_memory.py": "tests/engine/model/test_kv_cache.py",
-    "engine/kernels/cpu/heads.py": "tests/parity/test_model_families.py",
     "engine/model/attention.py": "tests/parity/test_model_families.py",
     "engine/model/decoder.py": "tests/parity/test_families.py",
     "engine/model/latent_attention.py": "tests/parity/test_model_families.py",
