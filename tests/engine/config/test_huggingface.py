@@ -283,3 +283,10 @@ def test_first_name_of_longrope(tmp_path: Path) -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 128}
     config = load(tmp_path, rope_scaling={"type": "su"} | factors)
     assert config.ropes == load(tmp_path, rope_scaling={"type": "longrope"} | factors).ropes
+
+
+def test_groups_of_one_expert(tmp_path: Path) -> None:
+    """Groups are compared by their two best experts."""
+    changes = {"model_type": "glm4_moe_lite", "n_routed_experts": 8, "n_group": 8, "topk_group": 4, "v_head_dim": 16}
+    with pytest.raises(ValueError, match="n_group: 8 groups have one expert each"):
+        load(tmp_path, **changes, first_k_dense_replace=0)
