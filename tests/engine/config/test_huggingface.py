@@ -267,6 +267,10 @@ def test_gemma_4_12b(tmp_path: Path) -> None:
         ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types: must be dense or sparse for each layer"),
         ({"mlp_layer_types": ["sparse", "dense", "moe"]}, "mlp_layer_types: must be dense or sparse"),
         ({"mlp_layer_types": 3}, "mlp_layer_types: must be dense or sparse"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_theta: must be greater than 1 for yarn",
+        ),
         ({"mlp_only_layers": 1}, "mlp_only_layers: must be a list"),
         (
             {"rope_scaling": {"type": "longrope", "factor": 2.0, "original_max_position_embeddings": 1}},
