@@ -355,8 +355,8 @@ def _experts(family: Family, fields: Fields) -> ExpertsSpec:
     if num_experts % num_groups or not num_chosen <= topk_group * (num_experts // num_groups) <= num_experts:
         problem = f"{num_chosen} of {num_experts} experts cannot be chosen from {topk_group} of {num_groups} groups"
         raise fields.error("n_group", problem)
-    if family.group_score == "top2" and num_groups == num_experts > 1:
-        raise fields.error("n_group", f"{num_groups} groups have one expert each, but their score is the sum of two")
+    if num_groups > 1 and family.group_score == "top2" and num_groups == num_experts:
+        raise fields.error("n_group", f"{num_groups} groups have one expert each, but two are compared")
     activation = _activation(family, fields)
     return ExpertsSpec(
         router=RouterSpec(

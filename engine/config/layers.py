@@ -164,6 +164,9 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
     has_layer_scalar: bool = False  # the residual stream is multiplied by a number at the end
 
 
+MAX_UNUSED = 0.1  # of the KV cache, so that there are few groups
+
+
 class KVGroup(msgspec.Struct, frozen=True):
     """Layers whose keys and values of the same tokens are in the same blocks."""
 
@@ -191,7 +194,7 @@ def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[KVGroup, ...]:
     for index, layer in enumerate(layers):
         if layer.attention.kv_source is None:
             kinds.setdefault((layer.attention.kv_shape, layer.attention.window), []).append(index)
-    block_size = min(shape.size * len(members) for (shape, _), members in kinds.items())
+    block_size = _block_size([(shape.size, len(members)) for (shape, _), members in kinds.items()])
     groups: list[KVGroup] = []
     for (shape, window), members in kinds.items():
         num_groups = -(-len(members) // max(1, block_size // shape.size))
@@ -200,3 +203,19 @@ def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[KVGroup, ...]:
             KVGroup(tuple(members[start : start + group_size]), window) for start in range(0, len(members), group_size)
         ]
     return tuple(groups)
+
+
+def _block_size(kinds: list[tuple[int, int]]) -> int:
+    """Return how many numbers a token takes in a block, for kinds of (numbers of a layer, layers).
+
+    That is the largest size that leaves at most MAX_UNUSED of the memory unused, or else the one that leaves least.
+    """
+    total = sum(size * count for size, count in kinds)
+
+    def unused(block_size: int) -> float:
+        num_groups = sum(-(-count // (block_size // size)) for size, count in kinds)
+        return num_groups * block_size / total - 1
+
+    largest = max(size for size, _ in kinds)
+    sizes = {size * number for size, count in kinds for number in range(1, count + 1) if size * number >= largest}
+    return max(sizes, key=lambda block_size: (-max(MAX_UNUSED, unused(block_size)), block_size))

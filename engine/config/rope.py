@@ -37,12 +37,16 @@ def read_rope(fields: Fields, rope: Fields | None, head_dim: int) -> RopeSpec:
     return RopeSpec(
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        theta=rope.number("rope_theta", fields.number("rope_theta", 10000.0, zero=False), zero=False),
+        theta=_theta(rope, fields),
         is_proportional=kind == "proportional",
         scaling=_scaling(kind, rope, fields, rotary_dim),
         query_beta=rope.number("llama_4_scaling_beta", 0.0),
         query_context=_original_context(rope, fields),
     )
+
+
+def _theta(rope: Fields, fields: Fields) -> float:
+    return rope.number("rope_theta", fields.number("rope_theta", 10000.0, zero=False), zero=False)
 
 
 def _rotary_dim(fields: Fields, rope: Fields | None, head_dim: int) -> int:
@@ -86,6 +90,8 @@ def _llama3(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
 def _yarn(rope: Fields, fields: Fields, rotary_dim: int) -> RopeScaling:
     context = _original_context(rope, fields)
     factor = rope.number("factor", fields.integer("max_position_embeddings") / context, zero=False)
+    if _theta(rope, fields) <= 1:
+        raise (rope if "rope_theta" in rope else fields).error("rope_theta", "must be greater than 1 for yarn")
     mscale, mscale_all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     attention_factor = yarn_mscale(factor, 1.0)
     if mscale and mscale_all_dim:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.config import ModelConfig, WeightLayout
+from engine.config import AttentionSpec, ModelConfig, WeightLayout
 from engine.weights.files import RegularFile
 from engine.weights.layout import in_model_order as layout_order
 
@@ -60,16 +60,28 @@ ComputeScales = Callable[[dict[str, int]], dict[str, float]]  # rank of each mod
 def module_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """Return the shapes [M, K] of a layer's projections that an adapter can update, by name within the layer."""
     spec, hidden = config.layers[layer], config.hidden_size
-    attention = spec.attention
+    shapes = _attention_shapes(spec.attention, hidden)
+    if spec.mlp is not None:
+        size = spec.mlp.intermediate_size
+        shapes |= {"mlp.gate_proj": (size, hidden), "mlp.up_proj": (size, hidden), "mlp.down_proj": (hidden, size)}
+    return shapes
+
+
+def _attention_shapes(attention: AttentionSpec, hidden: int) -> dict[str, tuple[int, int]]:
     queries, keys = attention.num_heads * attention.head_dim, attention.kv_shape.size
+    if (latent := attention.latent) is not None:
+        queries = attention.num_heads * (latent.nope_head_dim + latent.rope_head_dim)
+        shapes = {"self_attn.kv_a_proj_with_mqa": (keys, hidden)}
+        shapes["self_attn.o_proj"] = (hidden, attention.num_heads * latent.v_head_dim)
+        if latent.q_lora_rank is None:
+            return shapes | {"self_attn.q_proj": (queries, hidden)}
+        rank = latent.q_lora_rank
+        return shapes | {"self_attn.q_a_proj": (rank, hidden), "self_attn.q_b_proj": (queries, rank)}
     shapes = {"self_attn.q_proj": (queries, hidden), "self_attn.o_proj": (hidden, queries)}
     if attention.kv_source is None:
         shapes["self_attn.k_proj"] = (keys, hidden)
     if attention.kv_source is None and not attention.values_are_keys:
         shapes["self_attn.v_proj"] = (keys, hidden)
-    if spec.mlp is not None:
-        size = spec.mlp.intermediate_size
-        shapes |= {"mlp.gate_proj": (size, hidden), "mlp.up_proj": (size, hidden), "mlp.down_proj": (hidden, size)}
     return shapes
 
 

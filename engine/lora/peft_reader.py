@@ -29,7 +29,10 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 # Some tools leave the adapter's name, usually "default", in the names of its tensors.
-TENSOR_NAME = re.compile(r"base_model\.model\.(model\.layers\..+)\.(lora_[AB])(?:\.default)?\.weight")
+# In multimodal models, the text model has a name of its own.
+TENSOR_NAME = re.compile(
+    r"base_model\.model\.(?:model\.language_model|(?:language_model\.)?model)\.(layers\..+)\.(lora_[AB])(?:\.default)?\.weight"
+)
 
 # Parts of the names of other tensors that PEFT writes -> why they are refused.
 OTHER_TENSORS = {
@@ -68,7 +71,7 @@ def read_folder(folder: Path, config: ModelConfig, max_rank: int | None) -> dict
 def _matrix_key(name: str) -> MatrixKey:
     """Return which matrix a tensor of this name is. Raises ValueError if it is not a LoRA matrix of a layer."""
     if match := TENSOR_NAME.fullmatch(name):
-        return match[1], match[2]
+        return f"model.{match[1]}", match[2]
     for part, problem in OTHER_TENSORS.items():
         if part in name:
             raise ValueError(problem)

@@ -24,7 +24,7 @@ class KVManager:
         self.pool = pool
         self.groups = groups
         self.max_in_flight = max_in_flight
-        self.suffixes = [bytes([index]) if index else b"" for index in range(len(groups))]  # of hashes, by group
+        self.suffixes = [index.to_bytes(2) if index else b"" for index in range(len(groups))]  # of hashes, by group
         self.watermark = pool.num_blocks // 100  # blocks kept free for running requests to grow into
 
     def num_blocks_for(self, num_tokens: int, num_pending: int | None = None) -> int:

@@ -106,9 +106,7 @@ def _load_tensor(
     vector_dtype: torch.dtype,
     keep_packed: frozenset[str],
 ) -> Iterator[tuple[str, Weight]]:
-    match = re.match(r"blk\.(\d+)\.", tensor.name)
-    layer = int(match[1]) - config.num_hidden_layers if match else -1
-    if tensor.name in ROPE_FACTORS or 0 <= layer < config.num_ignored_layers:
+    if tensor.name in ROPE_FACTORS or _is_ignored(tensor.name, config):
         return
     name, data = huggingface_name(tensor.name), file.tensor_data(tensor)
     ggml_type = GGML_TYPES[tensor.ggml_type]
@@ -120,6 +118,12 @@ def _load_tensor(
     else:
         weight = dequantize(data, ggml_type, shape, vector_dtype if is_vector else dtype)
     yield from model_tensors(name, weight, config, config.weight_layout)
+
+
+def _is_ignored(name: str, config: ModelConfig) -> bool:
+    """Return whether a tensor belongs to the layers that predict later tokens."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return match is not None and 0 <= int(match[1]) - config.num_hidden_layers < config.num_ignored_layers
 
 
 def huggingface_name(name: str) -> str:

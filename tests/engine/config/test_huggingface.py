@@ -314,6 +314,10 @@ def test_gemma_4_12b(tmp_path: Path) -> None:
         ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types: must be dense or sparse for each layer"),
         ({"mlp_layer_types": ["sparse", "dense", "moe"]}, "mlp_layer_types: must be dense or sparse"),
         ({"mlp_layer_types": 3}, "mlp_layer_types: must be dense or sparse"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_theta: must be greater than 1 for yarn",
+        ),
         ({"mlp_only_layers": 1}, "mlp_only_layers: must be a list"),
         (
             {"rope_scaling": {"type": "longrope", "factor": 2.0, "original_max_position_embeddings": 1}},
@@ -330,3 +334,10 @@ def test_first_name_of_longrope(tmp_path: Path) -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 128}
     config = load(tmp_path, rope_scaling={"type": "su"} | factors)
     assert config.ropes == load(tmp_path, rope_scaling={"type": "longrope"} | factors).ropes
+
+
+def test_groups_of_one_expert(tmp_path: Path) -> None:
+    """Groups are compared by their two best experts."""
+    changes = {"model_type": "glm4_moe_lite", "n_routed_experts": 8, "n_group": 8, "topk_group": 4, "v_head_dim": 16}
+    with pytest.raises(ValueError, match="n_group: 8 groups have one expert each"):
+        load(tmp_path, **changes, first_k_dense_replace=0)

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import Linear
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
+from engine.config import load_model_config
+from engine.lora.checkpoint import module_shapes
 from engine.lora.reader import load_lora
 from tests.engine.lora.test_gguf_reader import GGUF_A, GGUF_B, gguf_tensors, write_adapter
 from tests.support.lora_files import CONFIG, FIELDS, MODULES, A, B, Tensors, refusal_of, small_adapter, write_folder
@@ -218,3 +223,19 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     num_read, num_refused = map(int, output.split())
     assert num_read + num_refused == 100
     assert num_refused > 0
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 24])
+def test_shapes_of_latent_attention(q_lora_rank: int | None, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"kv_lora_rank": 8, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 10}
+    sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
+    values = DeepseekV2Config(
+        **sizes, num_hidden_layers=1, first_k_dense_replace=1, q_lora_rank=q_lora_rank, vocab_size=64
+    )
+    values.save_pretrained(tmp_path)
+    layer: Any = DeepseekV2ForCausalLM(values).model.layers[0]
+    expected = {
+        name: tuple(module.weight.shape) for name, module in layer.named_modules() if isinstance(module, Linear)
+    }
+    del expected["self_attn.kv_b_proj"]  # becomes a part of others
+    assert module_shapes(load_model_config(tmp_path), 0) == expected

@@ -164,6 +164,16 @@ def test_names_with_that_of_the_adapter(tmp_path: Path) -> None:
         load_lora(both, CONFIG)
 
 
+@pytest.mark.parametrize("text_model", ["model.language_model.layers", "language_model.model.layers"])
+def test_names_in_a_multimodal_model(text_model: str, tmp_path: Path) -> None:
+    renamed = {
+        name.replace("model.model.layers", f"model.{text_model}"): some for name, some in small_adapter().items()
+    }
+    assert not renamed.keys() & small_adapter().keys()
+    plain = load_lora(write_folder(tmp_path / "plain"), CONFIG)
+    assert load_lora(write_folder(tmp_path / "renamed", renamed), CONFIG).fingerprint == plain.fingerprint
+
+
 def test_the_file_may_change_afterwards(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     matrices = load_lora(folder, CONFIG).modules["model.layers.1.self_attn.k_proj"]

@@ -4,6 +4,7 @@ import gc
 from pathlib import Path
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -202,3 +203,15 @@ def test_truncated(every_type: Path, tmp_path: Path) -> None:
     path.write_bytes(every_type.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"cut\.gguf: blk\.\d+\.ffn_up\.weight: ends at byte"):
         list(load_weights(path, CONFIG, torch.float32))
+
+
+def test_layers_that_predict_later_tokens(tmp_path: Path) -> None:
+    number = CONFIG.num_hidden_layers
+    config = msgspec.structs.replace(CONFIG, num_ignored_layers=1)
+    ones = np.ones(2, dtype=np.float32)
+    names = (f"blk.{number}.nextn.enorm.weight", f"blk.{number}.attn_norm.weight", "output_norm.weight")
+    path = write_gguf(tmp_path / "mtp.gguf", {}, dict.fromkeys(names, ones))
+    assert [name for name, _ in load_weights(path, config, torch.float32)] == ["model.norm.weight"]
+    path = write_gguf(tmp_path / "more.gguf", {}, {f"blk.{number + 1}.nextn.enorm.weight": ones})
+    with pytest.raises(ValueError, match=r"nextn\.enorm\.weight: no supported model"):
+        list(load_weights(path, config, torch.float32))
