@@ -53,7 +53,9 @@ def default_files(folder: Path) -> ModelFiles:
 def shape_files(folder: Path, shape: str) -> ModelFiles:
     """Return the files of a model with random weights, like '1b:q4_0'."""
     path = folder / "shapes" / shape.replace(":", "-")
-    return ModelFiles(path.with_name(f"{path.name}.gguf"), path.with_name(f"{path.name}-hf"), path.with_name(f"{path.name}-ov-int4"))
+    return ModelFiles(
+        path.with_name(f"{path.name}.gguf"), path.with_name(f"{path.name}-hf"), path.with_name(f"{path.name}-ov-int4")
+    )
 
 
 def setup(folder: Path, peers: Sequence[str] = PEERS) -> None:

@@ -190,7 +190,9 @@ def parse_shape(text: str) -> tuple[Shape, Mix]:
     """Parse 'SHAPE:TYPES'. Raises ValueError."""
     name, _, mix = text.partition(":")
     if name not in SHAPES or mix not in MIXES:
-        raise ValueError(f"expected SHAPE:TYPES with one of {', '.join(SHAPES)} and one of {', '.join(MIXES)}, got {text!r}")
+        raise ValueError(
+            f"expected SHAPE:TYPES with one of {', '.join(SHAPES)} and one of {', '.join(MIXES)}, got {text!r}"
+        )
     return SHAPES[name], MIXES[mix]
 
 

@@ -133,6 +133,26 @@ def _capped(scores, softcap):
 
 
 @triton.jit
+def _is_visible(tokens, positions, window, HAS_WINDOW: tl.constexpr):
+    """Return whether rows at `positions` see tokens."""
+    visible = tokens[None, :] <= positions[:, None]
+    if HAS_WINDOW:
+        visible &= tokens[None, :] > positions[:, None] - window
+    return visible
+
+
+@triton.jit
+def _load_values(
+    values, scales, offsets, scale_offsets, mask, has_token, dtype: tl.constexpr, HAS_SCALES: tl.constexpr
+):
+    numbers = _load_numbers(values, offsets, mask, dtype)
+    if HAS_SCALES:  # scales the values: small weights would be lost in float16
+        factors = tl.load(scales + scale_offsets, mask=has_token, other=0.0)
+        numbers = (numbers.to(tl.float32) * factors[:, None]).to(dtype)
+    return numbers
+
+
+@triton.jit
 def _segment(
     q,
     positions,
@@ -186,18 +206,12 @@ def _segment(
         if HAS_SCALES:
             scores *= tl.load(key_scales + scale_offsets, mask=has_token, other=0.0)[None, :]
         scores = _scaled(scores, scale, softcap, HAS_SOFTCAP)
-        visible = tokens[None, :] <= positions[:, None]
-        if HAS_WINDOW:
-            visible &= tokens[None, :] > positions[:, None] - window
-        scores = tl.where(visible, scores, float("-inf"))
+        scores = tl.where(_is_visible(tokens, positions, window, HAS_WINDOW), scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shrink = tl.exp2(highest - pivot)
         weights = tl.exp2(scores - pivot[:, None])
-        v = _load_numbers(values, offsets, mask, q.dtype)
-        if HAS_SCALES:  # scales the values: small weights would be lost in float16
-            scales = tl.load(value_scales + scale_offsets, mask=has_token, other=0.0)
-            v = (v.to(tl.float32) * scales[:, None]).to(q.dtype)
+        v = _load_values(values, value_scales, offsets, scale_offsets, mask, has_token, q.dtype, HAS_SCALES)
         total = total * shrink + tl.sum(weights, axis=1)
         weighted = weighted * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
         highest = new_highest
@@ -209,6 +223,15 @@ def _load_queries(q, offsets, has_row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     mask = has_row[:, None] & (columns < SIZE)[None, :]
     return tl.load(q + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_partial(partial, states, rows, has_row, highest, total, weighted, BLOCK: tl.constexpr):
+    """Store a running softmax in rows of `partial` and `states`."""
+    columns = tl.arange(0, BLOCK)
+    tl.store(states + 2 * rows, highest, mask=has_row)
+    tl.store(states + 2 * rows + 1, total, mask=has_row)
+    tl.store(partial + rows[:, None] * BLOCK + columns[None, :], weighted, mask=has_row[:, None])
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -273,10 +296,7 @@ def _attend(
             _store(q, offsets, has_row, result, SIZE, BLOCK)
         else:
             its_rows = _partial_rows(partial_row, PACKED)
-            columns = tl.arange(0, BLOCK)
-            tl.store(states + 2 * its_rows, highest, mask=has_row)
-            tl.store(states + 2 * its_rows + 1, total, mask=has_row)
-            tl.store(partial + its_rows[:, None] * BLOCK + columns[None, :], weighted, mask=has_row[:, None])
+            _store_partial(partial, states, its_rows, has_row, highest, total, weighted, BLOCK)
 
 
 @triton.jit
