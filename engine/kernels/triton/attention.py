@@ -188,14 +188,10 @@ def _segment(
     """
     columns = tl.arange(0, BLOCK)
     highest, total, weighted = _empty_softmax(PACKED, BLOCK)
-    first = start
-    if HAS_WINDOW:
-        first = tl.maximum(start, oldest // KEYS * KEYS)
+    first = tl.maximum(start, oldest // KEYS * KEYS) if HAS_WINDOW else start
     for offset in range(first, tl.minimum(start + SEGMENT, end), KEYS):
         tokens = offset + tl.arange(0, KEYS)
-        has_token = tokens < end
-        if HAS_WINDOW:
-            has_token &= tokens >= oldest
+        has_token = (tokens >= oldest) & (tokens < end) if HAS_WINDOW else tokens < end
         blocks = tl.load(table + tokens // TOKENS, mask=has_token, other=0).to(tl.int64)
         offsets = blocks * block_stride + (tokens % TOKENS * num_kv_heads + kv_head) * SIZE
         scale_offsets = blocks * scale_stride + kv_head * TOKENS + tokens % TOKENS
@@ -271,8 +267,7 @@ def _attend(
 
     Results of whole tiles replace their queries. Others go into `partial` and `states`, and `_reduce` merges them.
     """
-    kv_head = tl.program_id(1) // tl.cdiv(group_size, part_size)
-    program = work + tl.program_id(0) * FIELDS
+    program, kv_head = work + tl.program_id(0) * FIELDS, tl.program_id(1) // tl.cdiv(group_size, part_size)
     for number in range(_field(program, FIRST_ITEM), _field(program, END_ITEM)):
         item = work + number * FIELDS
         num_rows, first_position = _field(item, NUM_ROWS), _field(item, FIRST_POSITION)
@@ -292,11 +287,13 @@ def _attend(
             highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
         partial_row = _field(item, PARTIAL_ROW)
         if partial_row < 0:
-            result = _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS)
-            _store(q, offsets, has_row, result, SIZE, BLOCK)
+            _store(
+                q, offsets, has_row, _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS), SIZE, BLOCK
+            )
         else:
-            its_rows = _partial_rows(partial_row, PACKED)
-            _store_partial(partial, states, its_rows, has_row, highest, total, weighted, BLOCK)
+            _store_partial(
+                partial, states, _partial_rows(partial_row, PACKED), has_row, highest, total, weighted, BLOCK
+            )
 
 
 @triton.jit
@@ -376,6 +373,7 @@ def paged_attention(
     partial = torch.empty((plan.num_partial_rows, num_parts, block), dtype=torch.float32, device=q.device)
     states = torch.empty((plan.num_partial_rows, num_parts, 2), dtype=torch.float32, device=q.device)
     flags = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block, "HAS_SINKS": scores.sinks is not None}
+    steps = {"KEYS": sizes.keys, "SEGMENT": sizes.segment, "TOKENS": block_size}
     options = {"num_warps": sizes.num_warps, **LAUNCH_OPTIONS}
     _attend[plan.num_programs, num_parts](
         q,
@@ -401,16 +399,13 @@ def paged_attention(
         HAS_SCALES=cache.key_scales is not None,
         HAS_SOFTCAP=scores.softcap is not None,
         HAS_WINDOW=plan.window is not None,
-        KEYS=sizes.keys,
-        SEGMENT=sizes.segment,
-        TOKENS=block_size,
+        **steps,
         num_stages=sizes.num_stages,
         **flags,
         **options,
     )
     if plan.num_partial_rows:
         columns = min(block, MERGED_COLUMNS)
-        grid = (plan.num_programs, num_parts, block // columns)
         inputs = (partial, states, q, plan.work, scores.sinks, q.stride(0), group_size, plan.part_size)
-        _reduce[grid](*inputs, COLUMNS=columns, **flags, **options)
+        _reduce[plan.num_programs, num_parts, block // columns](*inputs, COLUMNS=columns, **flags, **options)
     return q
