@@ -24,9 +24,9 @@ class MLP:
         self.spec = spec
 
     def __call__(self, x: Tensor, lora_slots: Tensor, residual: Tensor | None) -> Tensor:
-        parts = torch.split(self.gate_up_proj(x, lora_slots), self.spec.intermediate_size, dim=1)
-        hidden = self.kernels.act_and_mul(parts[0], parts[1], self.spec.activation)
-        del parts  # which is as large as all the rest
+        gate, up = torch.split(self.gate_up_proj(x, lora_slots), self.spec.intermediate_size, dim=1)
+        hidden = self.kernels.act_and_mul(gate, up, self.spec.activation)
+        del gate, up  # which take as much memory as all the rest
         return self.down_proj(hidden, lora_slots, residual)
 
 
@@ -76,8 +76,8 @@ class Experts:
         kernels, spec = self.kernels, self.spec
         normed = x if self.router_norm is None else kernels.rms_norm(stream, self.router_norm, self.eps)
         routing = kernels.route(self.router(normed), spec.router, self.correction_bias, self.expert_scales)
-        parts = torch.split(self.gate_up_proj(x, routing), spec.intermediate_size, dim=1)
-        hidden = kernels.act_and_mul(parts[0], parts[1], spec.activation)
-        del parts
+        gate, up = torch.split(self.gate_up_proj(x, routing), spec.intermediate_size, dim=1)
+        hidden = kernels.act_and_mul(gate, up, spec.activation)
+        del gate, up
         out = kernels.combine_experts(self.down_proj(hidden, routing), routing, residual)
         return out if self.shared is None else self.shared(x, lora_slots, out)

@@ -11,7 +11,22 @@ from engine.kernels.triton import attention, experts, linear, lora, rows, sample
 from engine.kernels.triton.tiles import SMALLEST, TABLE, LinearTable, LinearTile, Tiles
 from tests.support.compiled_kernels import Variant
 
-MODEL_TENSORS = ("x", "weights", "bias", "out", "weight", "gate", "up", "q", "k", "v", "keys", "values", "a", "b")
+MODEL_TENSORS: tuple[str, ...] = (
+    "x",
+    "weights",
+    "bias",
+    "out",
+    "weight",
+    "gate",
+    "up",
+    "q",
+    "k",
+    "v",
+    "keys",
+    "values",
+    "a",
+    "b",
+)
 MODEL_TENSORS += ("q_weight", "k_weight", "v_weight")
 OTHER_TYPES = {
     "partial": "*fp32",
@@ -183,7 +198,7 @@ def expert_kernels(tiles: Tiles, types: Mapping[str, str]) -> Iterator[Variant]:
     yield Variant("sort_pairs", "experts._sort_pairs", {"PAIRS": experts.SORTED_PAIRS}, dict(types), num_warps=8)
     combined = {"NUM_CHOSEN": 8, "ADDS": True, "BLOCK": rows.ROW_COLUMNS}
     yield Variant("combine", "experts._combine", combined, dict(types) | {"weights": "*fp32"})
-    constants = {"NUM_EXPERTS": 32, "EXPERTS": 32, "PAIRS_OF_ROW": 4, "HAS_BIAS": True}  # gpt-oss
+    constants: dict[str, Any] = {"NUM_EXPERTS": 32, "EXPERTS": 32, "PAIRS_OF_ROW": 4, "HAS_BIAS": True}  # gpt-oss
     for name, table in (("", tiles.linear), (" float4", tiles.packed_linear)):
         weights = PACKED["float4"] if name else None
         for tile in table.tiles:
@@ -211,7 +226,7 @@ def row_kernels(types: Mapping[str, str], caches: Mapping[str, dict[str, str]]) 
         stored |= {} if cache else dict.fromkeys(("key_scales", "value_scales"))
         types_of_cache, kernel = dict(types) | cache, "rows._rope_and_store_kv"
         yield Variant(f"rope_and_store_kv{name}", kernel, stored | NO_NORMS, types_of_cache, num_warps=1)
-        stored |= {"HAS_Q_NORM": True, "HAS_K_NORM": True, "HAS_V_NORM": True, "BLOCK": 1024}
+        stored |= {"HAS_Q_NORM": True, "HAS_K_NORM": True, "HAS_V_NORM": True, "BLOCK": 512}
         yield Variant(f"rope_and_store_kv with norms{name}", kernel, stored, types_of_cache, num_warps=1)
 
 

@@ -133,6 +133,26 @@ def _capped(scores, softcap):
 
 
 @triton.jit
+def _is_visible(tokens, positions, window, HAS_WINDOW: tl.constexpr):
+    """Return whether rows at `positions` see tokens."""
+    visible = tokens[None, :] <= positions[:, None]
+    if HAS_WINDOW:
+        visible &= tokens[None, :] > positions[:, None] - window
+    return visible
+
+
+@triton.jit
+def _load_values(
+    values, scales, offsets, scale_offsets, mask, has_token, dtype: tl.constexpr, HAS_SCALES: tl.constexpr
+):
+    numbers = _load_numbers(values, offsets, mask, dtype)
+    if HAS_SCALES:  # scales the values: small weights would be lost in float16
+        factors = tl.load(scales + scale_offsets, mask=has_token, other=0.0)
+        numbers = (numbers.to(tl.float32) * factors[:, None]).to(dtype)
+    return numbers
+
+
+@triton.jit
 def _segment(
     q,
     positions,
@@ -168,14 +188,10 @@ def _segment(
     """
     columns = tl.arange(0, BLOCK)
     highest, total, weighted = _empty_softmax(PACKED, BLOCK)
-    first = start
-    if HAS_WINDOW:
-        first = tl.maximum(start, oldest // KEYS * KEYS)
+    first = tl.maximum(start, oldest // KEYS * KEYS) if HAS_WINDOW else start
     for offset in range(first, tl.minimum(start + SEGMENT, end), KEYS):
         tokens = offset + tl.arange(0, KEYS)
-        has_token = tokens < end
-        if HAS_WINDOW:
-            has_token &= tokens >= oldest
+        has_token = (tokens >= oldest) & (tokens < end) if HAS_WINDOW else tokens < end
         blocks = tl.load(table + tokens // TOKENS, mask=has_token, other=0).to(tl.int64)
         offsets = blocks * block_stride + (tokens % TOKENS * num_kv_heads + kv_head) * SIZE
         scale_offsets = blocks * scale_stride + kv_head * TOKENS + tokens % TOKENS
@@ -186,18 +202,12 @@ def _segment(
         if HAS_SCALES:
             scores *= tl.load(key_scales + scale_offsets, mask=has_token, other=0.0)[None, :]
         scores = _scaled(scores, scale, softcap, HAS_SOFTCAP)
-        visible = tokens[None, :] <= positions[:, None]
-        if HAS_WINDOW:
-            visible &= tokens[None, :] > positions[:, None] - window
-        scores = tl.where(visible, scores, float("-inf"))
+        scores = tl.where(_is_visible(tokens, positions, window, HAS_WINDOW), scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shrink = tl.exp2(highest - pivot)
         weights = tl.exp2(scores - pivot[:, None])
-        v = _load_numbers(values, offsets, mask, q.dtype)
-        if HAS_SCALES:  # scales the values: small weights would be lost in float16
-            scales = tl.load(value_scales + scale_offsets, mask=has_token, other=0.0)
-            v = (v.to(tl.float32) * scales[:, None]).to(q.dtype)
+        v = _load_values(values, value_scales, offsets, scale_offsets, mask, has_token, q.dtype, HAS_SCALES)
         total = total * shrink + tl.sum(weights, axis=1)
         weighted = weighted * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
         highest = new_highest
@@ -209,6 +219,15 @@ def _load_queries(q, offsets, has_row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     mask = has_row[:, None] & (columns < SIZE)[None, :]
     return tl.load(q + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_partial(partial, states, rows, has_row, highest, total, weighted, BLOCK: tl.constexpr):
+    """Store a running softmax in rows of `partial` and `states`."""
+    columns = tl.arange(0, BLOCK)
+    tl.store(states + 2 * rows, highest, mask=has_row)
+    tl.store(states + 2 * rows + 1, total, mask=has_row)
+    tl.store(partial + rows[:, None] * BLOCK + columns[None, :], weighted, mask=has_row[:, None])
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -248,8 +267,7 @@ def _attend(
 
     Results of whole tiles replace their queries. Others go into `partial` and `states`, and `_reduce` merges them.
     """
-    kv_head = tl.program_id(1) // tl.cdiv(group_size, part_size)
-    program = work + tl.program_id(0) * FIELDS
+    program, kv_head = work + tl.program_id(0) * FIELDS, tl.program_id(1) // tl.cdiv(group_size, part_size)
     for number in range(_field(program, FIRST_ITEM), _field(program, END_ITEM)):
         item = work + number * FIELDS
         num_rows, first_position = _field(item, NUM_ROWS), _field(item, FIRST_POSITION)
@@ -269,14 +287,13 @@ def _attend(
             highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
         partial_row = _field(item, PARTIAL_ROW)
         if partial_row < 0:
-            result = _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS)
-            _store(q, offsets, has_row, result, SIZE, BLOCK)
+            _store(
+                q, offsets, has_row, _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS), SIZE, BLOCK
+            )
         else:
-            its_rows = _partial_rows(partial_row, PACKED)
-            columns = tl.arange(0, BLOCK)
-            tl.store(states + 2 * its_rows, highest, mask=has_row)
-            tl.store(states + 2 * its_rows + 1, total, mask=has_row)
-            tl.store(partial + its_rows[:, None] * BLOCK + columns[None, :], weighted, mask=has_row[:, None])
+            _store_partial(
+                partial, states, _partial_rows(partial_row, PACKED), has_row, highest, total, weighted, BLOCK
+            )
 
 
 @triton.jit
@@ -356,6 +373,7 @@ def paged_attention(
     partial = torch.empty((plan.num_partial_rows, num_parts, block), dtype=torch.float32, device=q.device)
     states = torch.empty((plan.num_partial_rows, num_parts, 2), dtype=torch.float32, device=q.device)
     flags = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block, "HAS_SINKS": scores.sinks is not None}
+    steps = {"KEYS": sizes.keys, "SEGMENT": sizes.segment, "TOKENS": block_size}
     options = {"num_warps": sizes.num_warps, **LAUNCH_OPTIONS}
     _attend[plan.num_programs, num_parts](
         q,
@@ -381,16 +399,13 @@ def paged_attention(
         HAS_SCALES=cache.key_scales is not None,
         HAS_SOFTCAP=scores.softcap is not None,
         HAS_WINDOW=plan.window is not None,
-        KEYS=sizes.keys,
-        SEGMENT=sizes.segment,
-        TOKENS=block_size,
+        **steps,
         num_stages=sizes.num_stages,
         **flags,
         **options,
     )
     if plan.num_partial_rows:
         columns = min(block, MERGED_COLUMNS)
-        grid = (plan.num_programs, num_parts, block // columns)
         inputs = (partial, states, q, plan.work, scores.sinks, q.stride(0), group_size, plan.part_size)
-        _reduce[grid](*inputs, COLUMNS=columns, **flags, **options)
+        _reduce[plan.num_programs, num_parts, block // columns](*inputs, COLUMNS=columns, **flags, **options)
     return q

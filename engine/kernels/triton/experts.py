@@ -77,6 +77,26 @@ def _group_scores(
 
 
 @triton.jit
+def _of_best_groups(
+    choice,
+    columns,
+    group_scores,
+    NUM_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUM_BEST: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Return the scores, with -inf for experts whose group is none of the best."""
+    groups = tl.arange(0, GROUPS)
+    is_kept = columns < 0
+    for _ in range(NUM_BEST):
+        _score, best = _highest(group_scores, groups, NUM_GROUPS)
+        is_kept |= columns // GROUP_SIZE == best
+        group_scores = tl.where(groups == best, float("-inf"), group_scores)
+    return tl.where(is_kept, choice, float("-inf"))
+
+
+@triton.jit
 def _route(
     logits,
     bias,
@@ -114,14 +134,8 @@ def _route(
     choice = tl.where(is_expert & (choice > float("-inf")), choice, float("-inf"))  # NaN has no place among others
     if NUM_GROUPS > 1:
         group_size: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
-        groups = tl.arange(0, GROUPS)
         group_scores = _group_scores(choice, columns, NUM_GROUPS, group_size, TAKES_TWO, GROUPS)
-        is_kept = columns < 0
-        for _ in range(NUM_BEST_GROUPS):
-            score, best = _highest(group_scores, groups, NUM_GROUPS)
-            is_kept |= columns // group_size == best
-            group_scores = tl.where(groups == best, float("-inf"), group_scores)
-        choice = tl.where(is_kept, choice, float("-inf"))
+        choice = _of_best_groups(choice, columns, group_scores, NUM_GROUPS, group_size, NUM_BEST_GROUPS, GROUPS)
     places = tl.arange(0, CHOSEN)
     chosen = tl.zeros((CHOSEN,), tl.int32)
     found = tl.zeros((CHOSEN,), tl.float32)

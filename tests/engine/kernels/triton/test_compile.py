@@ -39,8 +39,9 @@ class Limit(NamedTuple):
 
 
 SAMPLER = [Limit("forbid", 64, 2), Limit("collect", 128, 1), Limit("draw", 128, 1), Limit("top *", 128, 1)]
-OTHERS = [*SAMPLER, Limit("reduce *", 64, 6), Limit("shrink", 128, 6), Limit("*", 80, 4)]
-OTHERS_WITH_FEWER_WARPS = [*SAMPLER, Limit("reduce *", 64, 3), Limit("shrink", 136, 4), Limit("*", 80, 3)]
+NORMED = Limit("rope_and_store_kv with norms*", 255, 6, 64)
+OTHERS = [*SAMPLER, NORMED, Limit("reduce *", 64, 6), Limit("shrink", 128, 6), Limit("*", 80, 4)]
+OTHERS_WITH_FEWER_WARPS = [*SAMPLER, NORMED, Limit("reduce *", 64, 3), Limit("shrink", 136, 4), Limit("*", 80, 3)]
 MMA_SYNC = [
     Limit("linear 32x32 unaligned", 176, 2),
     Limit("linear 32x32*", 56, 2),
@@ -52,7 +53,9 @@ MMA_SYNC = [
     Limit("linear * 64x64", 168, 1),
     Limit("linear * 64x128", 255, 1),
     Limit("linear * 128x128", 216, 1),
+    Limit("expert_linear*", 255, 1, 16),
     Limit("attend 256*", 255, 1, 224),
+    Limit("attend 5*", 255, 1, 224),
     Limit("attend *", 255, 2, 240),
 ]
 # The first that matches a kernel holds for it.
@@ -82,7 +85,10 @@ LIMITS = {
         Limit("linear * 64x64", 152, 1),
         Limit("linear * 64x128", 200, 2),
         Limit("linear * 128x128", 136, 1),
+        Limit("expert_linear 128x256", 208, 1),
+        Limit("expert_linear*", 176, 1),
         Limit("attend 64*", 240, 2),
+        Limit("attend 5*", 255, 1, 136),
         Limit("attend 256*", 255, 1, 136),
         Limit("attend *", 255, 2, 40),
         *OTHERS,
@@ -96,6 +102,7 @@ LIMITS = {
         Limit("linear 128x128 of 2 splits", 176, 1),
         Limit("linear 128x256", 192, 1),
         Limit("linear *", 200, 1),
+        Limit("expert_linear*", 255, 1, 16),
         Limit("attend *", 255, 1, 256),
         *OTHERS,
     ],
@@ -161,12 +168,15 @@ def test_resources(target: Target, folder: Path) -> None:
 @for_targets(SOON, LATER_PRODUCTS)
 def test_products_use_tensor_cores_and_read_ahead(target: Target, folder: Path) -> None:
     found = compiled(target, folder)
-    products = [kernel for name, kernel in found.items() if name.startswith(("linear", "attend"))]
+    products = [kernel for name, kernel in found.items() if name.startswith(("linear", "expert", "attend"))]
     assert products
     for kernel in products:
         (instruction,) = kernel.instructions
-        assert instruction.startswith(INSTRUCTIONS.get(target.name, "mma.sync")), kernel.name
-        assert kernel.num_copies_ahead or "unaligned" in kernel.name, kernel.name
+        is_small = kernel.name.startswith("attend 5")  # tiles of 16 rows for heads of more than 256
+        assert instruction.startswith("mma.sync" if is_small else INSTRUCTIONS.get(target.name, "mma.sync")), (
+            kernel.name
+        )
+        assert kernel.num_copies_ahead or "unaligned" in kernel.name or "attend 576" in kernel.name, kernel.name
 
 
 # Bit gate

@@ -78,7 +78,9 @@ def test_more_pairs_than_are_sorted_at_a_time() -> None:
     assert kernels.route(logits, router).pairs.pairs.tolist() == chosen.argsort(stable=True).tolist()
 
 
-def mixed(kernels: Any, x: Tensor, logits: Tensor, weights: list[list[list[Any]]], biases: list[Tensor]) -> Tensor:
+def mixed(
+    kernels: Any, x: Tensor, logits: Tensor, weights: list[list[list[Any]]], biases: list[Tensor | None]
+) -> Tensor:
     """Return a mixture of experts of two products, added to zeros."""
     routing = kernels.route(logits, router_of(num_experts=logits.shape[1], num_chosen=2))
     for some, bias in zip(weights, biases, strict=True):
@@ -106,7 +108,7 @@ def test_products(types: tuple[str | None, str | None], dtype: torch.dtype) -> N
         [[weight(SEED + expert, 40, types[0]), weight(SEED - expert, 24, types[1])] for expert in range(NUM_EXPERTS)],
         [[weight(SEED + 20 + expert, 48, types[0])] for expert in range(NUM_EXPERTS)],
     ]
-    biases = [random_tensor(SEED + 30, NUM_EXPERTS, num, dtype=dtype) for num in (64, 48)]
+    biases: list[Tensor | None] = [random_tensor(SEED + 30, NUM_EXPERTS, num, dtype=dtype) for num in (64, 48)]
     x, logits = random_tensor(SEED, 90, 64, dtype=dtype) * 0.1, random_tensor(SEED + 40, 90, NUM_EXPERTS)
     logits[:, 3] = -100.0  # nobody's choice
     logits[:70, 1] += 3.0
@@ -137,7 +139,7 @@ def test_no_rows() -> None:
     assert mixed(kernels, random_tensor(SEED, 0, 64), random_tensor(SEED, 0, NUM_EXPERTS), weights, [None]).shape == (
         0,
         8,
-    )  # type: ignore[list-item]
+    )
 
 
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)

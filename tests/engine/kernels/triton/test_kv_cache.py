@@ -33,12 +33,11 @@ def test_groups_share_the_memory(kv_cache_dtype: str, bytes_per_token: int) -> N
                 tensors += [layer.key_scales.view(torch.uint8), layer.value_scales.view(torch.uint8)]
             parts.append([tensor[block] for tensor in tensors])
     assert all(not part.any() for layer in parts for part in layer)
-    for number, layer in enumerate(parts):
-        for index, part in enumerate(layer):
-            part.fill_(number * 8 + index + 1)
-    for number, layer in enumerate(parts):
-        for index, part in enumerate(layer):
-            assert (part == number * 8 + index + 1).all()
+    flat = [part for layer in parts for part in layer]
+    for number, part in enumerate(flat):
+        part.fill_(number + 1)
+    for number, part in enumerate(flat):
+        assert (part == number + 1).all()
 
 
 def test_without_scales() -> None:
