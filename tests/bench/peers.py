@@ -179,7 +179,10 @@ def make_comparison(arguments: argparse.Namespace) -> Comparison:
 
 
 def shape_targets(text: str) -> tuple[str, ...]:
-    """Return the default targets for a shape. OpenVINO's export of experts is untried. Raises ValueError."""
+    """Return the default targets for a shape. Raises ValueError.
+
+    OpenVINO is left out for experts, because transformers does not load them from this file to convert them.
+    """
     try:
         shape, _ = parse_shape(text)
     except ValueError as error:
