@@ -169,7 +169,7 @@ def attention_kernels(
     for size, block in HEADS.items():
         sizes = tiles.attention_for(size)
         has_sinks = size == 64  # as gpt-oss
-        constants: dict[str, Any] = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block, "HAS_SINKS": has_sinks}
+        constants: dict[str, Any] = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block}
         constants |= {} if has_sinks else {"sinks": None}
         merging = constants | {"COLUMNS": min(block, attention.MERGED_COLUMNS)}
         yield Variant(f"reduce {size}", "attention._reduce", merging, dict(types), sizes.num_warps, has_arithmetic=True)

@@ -99,9 +99,9 @@ def _partial_rows(first, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS: tl.constexpr):
-    """Return the weighted means of a running softmax, in which the sinks of the heads take part."""
-    if HAS_SINKS:
+def _result(highest, total, weighted, sinks, heads, has_row):
+    """Return the weighted means of a running softmax, in which the sinks of the heads take part, if there are any."""
+    if sinks is not None:
         sink = tl.load(sinks + heads, mask=has_row, other=float("-inf")) * LOG2_E
         new_highest = tl.maximum(highest, sink)
         shrink = tl.exp2(highest - new_highest)
@@ -222,8 +222,11 @@ def _load_queries(q, offsets, has_row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_partial(partial, states, rows, has_row, highest, total, weighted, BLOCK: tl.constexpr):
+def _store_partial(
+    partial, states, first, has_row, highest, total, weighted, PACKED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Store a running softmax in rows of `partial` and `states`."""
+    rows = _partial_rows(first, PACKED)
     columns = tl.arange(0, BLOCK)
     tl.store(states + 2 * rows, highest, mask=has_row)
     tl.store(states + 2 * rows + 1, total, mask=has_row)
@@ -253,7 +256,6 @@ def _attend(
     softcap,
     window,
     HAS_SCALES: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
@@ -285,15 +287,10 @@ def _attend(
                 HAS_WINDOW, PACKED, KEYS, SEGMENT, SIZE, BLOCK, TOKENS
             )  # fmt: skip
             highest, total, weighted = _merge(highest, total, weighted, state[0], state[1], state[2])
-        partial_row = _field(item, PARTIAL_ROW)
-        if partial_row < 0:
-            _store(
-                q, offsets, has_row, _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS), SIZE, BLOCK
-            )
+        if _field(item, PARTIAL_ROW) < 0:
+            _store(q, offsets, has_row, _result(highest, total, weighted, sinks, heads, has_row), SIZE, BLOCK)
         else:
-            _store_partial(
-                partial, states, _partial_rows(partial_row, PACKED), has_row, highest, total, weighted, BLOCK
-            )
+            _store_partial(partial, states, _field(item, PARTIAL_ROW), has_row, highest, total, weighted, PACKED, BLOCK)
 
 
 @triton.jit
@@ -306,7 +303,6 @@ def _reduce(
     q_stride,
     group_size,
     part_size,
-    HAS_SINKS: tl.constexpr,
     PACKED: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -333,7 +329,7 @@ def _reduce(
             highest, total, weighted = _merge(highest, total, weighted, its_highest, its_total, its_weighted)
             partial_row += num_rows * part_size
         mask = has_row[:, None] & (columns < SIZE)[None, :]
-        result = _result(highest, total, weighted, sinks, heads, has_row, HAS_SINKS)
+        result = _result(highest, total, weighted, sinks, heads, has_row)
         tl.store(q + offsets[:, None] + columns[None, :], result.to(q.dtype.element_ty), mask=mask)
 
 
@@ -372,7 +368,7 @@ def paged_attention(
     block = head_columns(size)
     partial = torch.empty((plan.num_partial_rows, num_parts, block), dtype=torch.float32, device=q.device)
     states = torch.empty((plan.num_partial_rows, num_parts, 2), dtype=torch.float32, device=q.device)
-    flags = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block, "HAS_SINKS": scores.sinks is not None}
+    flags = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block}
     steps = {"KEYS": sizes.keys, "SEGMENT": sizes.segment, "TOKENS": block_size}
     options = {"num_warps": sizes.num_warps, **LAUNCH_OPTIONS}
     _attend[plan.num_programs, num_parts](
