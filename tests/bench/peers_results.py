@@ -132,7 +132,7 @@ def different_prompts(outcomes: Sequence[Outcome]) -> list[str]:
 def print_results(results: Results, console: Console) -> None:
     title = f"rounds: {results.rounds}, cores: {results.num_cores}, temperature: {results.temperature:g}"
     if bandwidth := median([outcome.read_bandwidth for outcome in results.outcomes if outcome.read_bandwidth]):
-        title += f", memory: {bandwidth:.1f} GB/s"
+        title += f", memory reads: {bandwidth:.1f} GB/s"
     names = Column(no_wrap=True), Column(no_wrap=True), Column("tokens/s", justify="right", no_wrap=True)
     table = Table(*names, *(Column(name, justify="right") for name in COLUMNS), title=title)
     for row in results.rows:
@@ -142,8 +142,7 @@ def print_results(results: Results, console: Console) -> None:
             number(row.to_best_peer, 2),
             number(row.first_token_ms, 1),
             number(row.token_ms, 1),
-            number(row.weights_read, 1),
-            "" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}",
+            "" if row.of_bandwidth is None else f"{row.weights_read:.1f} ({row.of_bandwidth:.0%})",
             number(row.memory_gb, 2),
             number(row.ready_seconds, 1),
         ]

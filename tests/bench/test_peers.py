@@ -145,7 +145,9 @@ def test_rows() -> None:
     assert [row.memory_gb for row in rows] == [1.5, 1.5, 1.5, None]
 
 
-def test_speed_of_reading_weights_at_one_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_of_reading_weights_at_one_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The stub takes a second for each token."""
     gguf = write_gguf(tmp_path / "model.gguf", LLAMA, {"output_norm.weight": np.ones(20_000_000, np.float32)})
     assert bytes_per_token(gguf) == 80e6
@@ -163,6 +165,9 @@ def test_speed_of_reading_weights_at_one_client(tmp_path: Path, monkeypatch: pyt
     figures = {(row.target, row.workload): (row.weights_read, row.of_bandwidth) for row in results.rows}
     assert figures.pop(("reads", "one")) == (0.08, 0.5)
     assert set(figures.values()) == {(None, None)}
+    print_results(results, Console(width=160))
+    printed = capsys.readouterr().out
+    assert printed.count("0.1 (50%)") == printed.count("memory reads: 0.2 GB/s") == 1
 
 
 def test_read_bandwidth_is_that_of_the_fastest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
