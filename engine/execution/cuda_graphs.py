@@ -90,7 +90,8 @@ class GraphedExecution(EagerExecution):
         largest = next((size for size in SIZES if size >= max_num_seqs), SIZES[-1])
         self.uncaptured = [*(size for size in reversed(SIZES) if size < largest), largest]  # the last one comes first
         self.max_model_len = max_blocks * builder.block_size
-        self.rows = torch.zeros((len(self.padding), largest), dtype=torch.int64, device=builder.device)
+        # Each row begins at a multiple of 16 bytes, as in other steps: kernels are compiled for that.
+        self.rows = torch.zeros((len(self.padding), largest + largest % 2), dtype=torch.int64, device=builder.device)
         self.all_rows = torch.arange(largest, device=builder.device)
         self.tables = torch.zeros((num_groups, largest, max_blocks), dtype=torch.int64, device=builder.device)
         self.planners = builder.planners

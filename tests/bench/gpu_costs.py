@@ -199,7 +199,7 @@ FORMULAS: Mapping[str, Formula] = {
     "add_splits": once,
     "attend": attend,
     "reduce": reduce,
-    "rms_norm": once,
+    "norm": once,
     "act_and_mul": once,
     "rope_and_store_kv": rope_and_store_kv,
     "shrink": shrink_or_expand,

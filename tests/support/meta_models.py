@@ -27,7 +27,7 @@ from engine.config import (
 )
 from engine.execution.cuda_graphs import Forward, GraphedExecution
 from engine.kernels.triton.kernels import TritonKernels
-from engine.loading import DTYPES, choose_limits, kernel_options, measure_activations, new_runner
+from engine.loading import DTYPES, LoadedModel, choose_limits, kernel_options, measure_activations, new_runner
 from engine.lora.slots import LoraAdapters, choose_lora_rank
 from engine.model import CausalLM, Parameters
 from engine.model.memory_plan import CudaMemory, MemoryPlan, plan_memory
@@ -289,7 +289,7 @@ def traced_graph_step(model: MetaModel, size: int) -> tuple[TracedStep, Trace]:
     return step, device.graphs[0]
 
 
-def scheduled(model: MetaModel, sequence: Sequence, lora_slot: int, params: SamplingParams) -> Scheduled:
+def scheduled(model: MetaModel | LoadedModel, sequence: Sequence, lora_slot: int, params: SamplingParams) -> Scheduled:
     """Return a request's part of a step; its tokens are zeros, and its blocks the first of the cache."""
     is_prompt = sequence.num_rows > 1
     num_tokens = sequence.num_computed + sequence.num_rows

@@ -582,7 +582,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             for table, window in zip(request.kv.tables, self.model.windows, strict=True):
                 assert len(table.blocks) == -(-request.kv.num_computed // self.block_size)
                 assert window is not None or len(table.held) == len(table.blocks)
-            assert len(request.kv.blocks) <= scheduler.kv.num_blocks_for(request.num_tokens)
+            num_tokens = max(request.num_tokens, request.kv.num_computed)  # with drafts
+            assert len(request.kv.blocks) <= scheduler.kv.num_blocks_for(num_tokens)
             assert request.kv.num_computed == self.by_request[request].num_computed
         for request in scheduler.waiting:
             assert (request.status, request.kv.blocks, request.kv.num_computed) == (Status.WAITING, [], 0)
