@@ -1,9 +1,10 @@
 """Split a model's answer into reasoning, content and tool calls in one pass, as its text arrives."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
+from server.text.parsers.argument_values import Schema
 from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.parsers.tool_parser import ToolParser
@@ -14,7 +15,7 @@ class AnswerFormat:
     """The parts that the answers to a request can have, and how the model writes them."""
 
     tool_format: ToolFormat = GENERIC
-    tool_names: frozenset[str] = field(default_factory=frozenset)  # tools of the request; if empty, calls are content
+    tools: Mapping[str, Schema] = field(default_factory=dict)  # schemas of arguments; without tools, calls are content
     parallel_calls: bool = True
     reasoning_tags: ReasoningTags | None = None  # None: reasoning is content
     is_reasoning: bool = False  # the prompt ends inside the reasoning
@@ -28,7 +29,7 @@ class AnswerFormat:
     @property
     def markers(self) -> tuple[str, ...]:
         """Strings that delimit the parts. Some are control tokens, which must be kept in the text for the parser."""
-        tool_markers = self.tool_format.markers if self.tool_names else ()
+        tool_markers = self.tool_format.texts if self.tools else ()
         tags = (self.reasoning_tags.start, self.reasoning_tags.end) if self.reasoning_tags is not None else ()
         return (*tags, *tool_markers)
 
@@ -42,7 +43,7 @@ class AnswerParser:
         self._reasoning: ReasoningParser | None = None
         if format.reasoning_tags is not None:
             self._reasoning = ReasoningParser(format.reasoning_tags, is_open=format.is_reasoning)
-        self._tools = ToolParser(format.tool_format, format.tool_names, parallel=format.parallel_calls, hidden=hidden)
+        self._tools = ToolParser(format.tool_format, format.tools, parallel=format.parallel_calls, hidden=hidden)
 
     @property
     def is_reasoning(self) -> bool:

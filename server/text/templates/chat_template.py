@@ -1,12 +1,14 @@
 """Render chat messages to the prompt format that the model was trained on, with the model's own Jinja template."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from server.text.parsers.reasoning_parser import detect_reasoning_tags
-from server.text.parsers.tool_formats import detect_tool_format
+from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.templates.sandbox import TemplateEnvironment, describe_error, join_bounded
+from server.text.templates.reasoning_probe import probe_reasoning_format
 from server.text.templates.template_options import find_options, find_variables
+from server.text.templates.tool_probe import probe_tool_format
 
 Message = dict[str, Any]
 
@@ -39,9 +41,11 @@ class ChatTemplate:
             self.variables, self.options = find_variables(parsed), find_options(parsed)
         except Exception as error:  # RecursionError and SyntaxError too
             raise ChatTemplateError(f"The chat template does not compile: {describe_error(error)}.") from error
-        self.tool_format = detect_tool_format(source)
-        self.reasoning_tags = detect_reasoning_tags(source)
+        self._writes_json_arguments = False
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
+        self.tool_format = self._find_tool_format()
+        self.reasoning = probe_reasoning_format(self._try_render, self.options)
+        self.reasoning_tags = self.reasoning.tags
         self.keeps_system_position = self._keeps_system_position()
 
     def render(
@@ -64,7 +68,7 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: the template fails, or `template_kwargs` contains a reserved name.
         """
-        converted = [self._convert_content(message) for message in messages]
+        converted = [self._convert_calls(self._convert_content(message)) for message in messages]
         if continue_final_message:
             converted[-1] = _mark_end(converted[-1])
         variables = {
@@ -87,6 +91,32 @@ class ChatTemplate:
                 f"The chat template cannot render this request: {describe_error(error)}."
             ) from error
 
+    def _find_tool_format(self) -> ToolFormat:
+        """Find the format of tool calls, and whether the template takes their arguments as an object or as JSON."""
+        formats = []
+        for self._writes_json_arguments in (False, True):
+            formats.append(probe_tool_format(self._try_render) or GENERIC)
+            if formats[-1].is_recognized and formats[-1].name != GENERIC.name:
+                return formats[-1]
+        self._writes_json_arguments = False
+        return formats[0]
+
+    def _try_render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> str | None:
+        """Return the rendered messages, or None if the template cannot render them."""
+        try:
+            return self.render(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=options
+            )
+        except ChatTemplateError:
+            return None
+
     def _convert_content(self, message: Message) -> Message:
         if "content" not in message:
             return message
@@ -95,6 +125,16 @@ class ChatTemplate:
         if isinstance(content, list):
             _check_parts(content)
         return {**message, "content": convert("" if content is None else content)}
+
+    def _convert_calls(self, message: Message) -> Message:
+        if not (self._writes_json_arguments and message.get("tool_calls")):
+            return message
+        calls = []
+        for call in message["tool_calls"]:
+            arguments = call["function"]["arguments"]
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            calls.append({**call, "function": {**call["function"], "arguments": text}})
+        return {**message, "tool_calls": calls}
 
     def _choose_converter(self, role: str) -> Callable[[Any], Any]:
         """Render test messages to find out which forms of content the template handles for this role."""
