@@ -29,7 +29,7 @@ def chat_constraint(builder: ConstraintBuilder, body: ChatCompletionRequest, pro
         prompt.answer_format,
         body.tools,
         body.tool_choice,
-        special_ids=builder.tokenizer.special_ids_of(prompt.answer_format.markers),
+        special_ids=builder.tokenizer.special_ids_in(prompt.answer_format.markers),
         has_content_grammar=content is not None,
         allow_additional_properties=builder.allow_additional_properties,
     )

@@ -18,6 +18,7 @@ class AnswerFormat:
     tools: Mapping[str, Schema] = field(default_factory=dict)  # schemas of arguments; without tools, calls are content
     parallel_calls: bool = True
     reasoning_tags: ReasoningTags | None = None  # None: reasoning is content
+    content_markers: tuple[str, ...] = ()  # texts around the content, which are not part of it
     is_reasoning: bool = False  # the prompt ends inside the reasoning
     calls_end: str = "tool_calls"  # finish reason of an answer that ends with calls
 
@@ -28,10 +29,10 @@ class AnswerFormat:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Strings that delimit the parts. Some are control tokens, which must be kept in the text for the parser."""
+        """Texts that delimit the parts. Control tokens in them must be kept in the text for the parser."""
         tool_markers = self.tool_format.texts if self.tools else ()
         tags = (self.reasoning_tags.start, self.reasoning_tags.end) if self.reasoning_tags is not None else ()
-        return (*tags, *tool_markers)
+        return (*tags, *tool_markers, *self.content_markers)
 
 
 class AnswerParser:

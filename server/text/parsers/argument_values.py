@@ -56,9 +56,10 @@ def parameter_types(schema: Schema, name: str) -> frozenset[str]:
     """Return the types of a parameter of a tool with this JSON schema."""
     root = schema
     schema = resolve(schema, root)
-    found = [part for part in _parts(schema, root) if name in (part.get("properties") or {})]
-    types = [value_types(part["properties"][name], root) for part in found]
-    return frozenset().union(*types) if types else JSON_TYPES
+    parts = _parts(schema, root)
+    schemas = [part["properties"][name] for part in parts if name in (part.get("properties") or {})]
+    schemas = schemas or [part["additionalProperties"] for part in parts if "additionalProperties" in part]
+    return frozenset().union(*(value_types(each, root) for each in schemas)) if schemas else JSON_TYPES
 
 
 def _parts(schema: Schema, root: Schema, depth: int = 0) -> list[Schema]:

@@ -11,7 +11,7 @@ _SLOT_PATTERNS = {
     NAME: re.compile(r"[a-zA-Z0-9_.-]{1,128}"),
     ID: re.compile(r"[a-zA-Z0-9_.:-]{1,128}"),
     INDEX: re.compile(r"[0-9]{1,9}"),
-    KEY: re.compile(r"""[^<>"'=:,(){}\s][^<>"\n=]{0,127}"""),
+    KEY: re.compile(r"""[^<>"'=:,(){}\s/][^<>"\n=]{0,127}"""),
 }
 
 

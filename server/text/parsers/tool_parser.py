@@ -111,7 +111,7 @@ class ToolParser:
             if self._may_begin_bare(char):
                 self._begin_after("")
                 return True
-        match = self._markers.find(self._buffer)
+        match = self._markers.find_decided(self._buffer)
         if match is None:
             self._content(self._read(len(self._buffer) - self._markers.num_partial(self._buffer)))
             return False
@@ -177,12 +177,12 @@ class ToolParser:
         char = self._skip_space()
         if char == "":
             return False
-        if any(closer.startswith(self._buffer) and closer != self._buffer for closer in self._closers):
+        separator = "," if self._in_array else self._separator
+        if any(text.startswith(self._buffer) and text != self._buffer for text in [separator, *self._closers]):
             return False
         index = next((i for i, closer in enumerate(self._closers) if self._buffer.startswith(closer)), None)
-        is_separator = char == ("," if self._in_array else self._separator)
-        if is_separator and self._may_call:
-            self._held.append(self._read(1))
+        if separator and self._buffer.startswith(separator) and self._may_call:
+            self._held.append(self._read(len(separator)))
             self._begin_next()
         elif index is not None:
             self._read(len(self._closers[index]))
@@ -252,8 +252,8 @@ class ToolParser:
         self._held.clear()
         self.num_calls += 1
         self._is_blank = True
-        if not self._closers:
-            self._closers = list(_closers(self._format))
+        if not self._in_array:
+            self._closers = _closers(self._format)
 
     def _give_up(self, rejected: str = "") -> bool:
         """Return the held text as content."""
@@ -293,6 +293,11 @@ class _Begin:
     openers: Sequence[str]
     heads: Sequence[Head]
     closers: Sequence[str]
+
+
+def begin_markers(format: ToolFormat) -> list[str]:
+    """Return the markers that begin a call in an answer; the first is the one that the model is trained to write."""
+    return list(_call_begins(format))
 
 
 def _call_begins(format: ToolFormat) -> dict[str, _Begin]:
@@ -335,7 +340,10 @@ def _closers(format: ToolFormat) -> list[str]:
     """Return the texts that may follow a call."""
     if isinstance(format.arguments, ObjectCall):
         return [*split_text(format.object_end), *format.closers]
-    return [*split_text(format.after_arguments), *split_text(format.end), *format.closers]
+    after = format.after_arguments
+    if isinstance(format.arguments, LiteralArguments):  # the reader of arguments reads the bracket
+        after = after.removeprefix(format.arguments.close)
+    return [*split_text(after), *split_text(format.end), *format.closers]
 
 
 def _arguments_reader(format: ToolFormat, schema: Schema) -> ArgumentsReader:

@@ -6,7 +6,7 @@ from typing import Any
 
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.templates.sandbox import TemplateEnvironment, describe_error, join_bounded
-from server.text.templates.reasoning_probe import probe_reasoning_format
+from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
 from server.text.templates.template_options import find_options, find_variables
 from server.text.templates.tool_probe import probe_tool_format
 
@@ -42,6 +42,7 @@ class ChatTemplate:
         except Exception as error:  # RecursionError and SyntaxError too
             raise ChatTemplateError(f"The chat template does not compile: {describe_error(error)}.") from error
         self._writes_json_arguments = False
+        self.reasoning = ReasoningFormat()
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
         self.tool_format = self._find_tool_format()
         self.reasoning = probe_reasoning_format(self._try_render, self.options)
@@ -68,7 +69,7 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: the template fails, or `template_kwargs` contains a reserved name.
         """
-        converted = [self._convert_calls(self._convert_content(message)) for message in messages]
+        converted = [self._convert(message) for message in messages]
         if continue_final_message:
             converted[-1] = _mark_end(converted[-1])
         variables = {
@@ -117,6 +118,9 @@ class ChatTemplate:
         except ChatTemplateError:
             return None
 
+    def _convert(self, message: Message) -> Message:
+        return self._convert_calls(self._convert_reasoning(self._convert_content(message)))
+
     def _convert_content(self, message: Message) -> Message:
         if "content" not in message:
             return message
@@ -125,6 +129,13 @@ class ChatTemplate:
         if isinstance(content, list):
             _check_parts(content)
         return {**message, "content": convert("" if content is None else content)}
+
+    def _convert_reasoning(self, message: Message) -> Message:
+        """Return the message with its reasoning under the name that the template reads."""
+        field = self.reasoning.message_field
+        if field in (None, "reasoning_content") or "reasoning_content" not in message:
+            return message
+        return {field: message["reasoning_content"], **message}
 
     def _convert_calls(self, message: Message) -> Message:
         if not (self._writes_json_arguments and message.get("tool_calls")):

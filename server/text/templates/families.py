@@ -49,7 +49,7 @@ FAMILIES: Mapping[type, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
         ("atem:", "muse", {}),
     ),
     LiteralArguments: (
-        ("<|tool_call>", "gemma4", {"end": ""}),
+        ("<|tool_call>", "gemma4", {}),
         ("<|tool_call_start|>", "lfm2", {}),
         ("[", "pythonic", {"is_bare": True}),
     ),

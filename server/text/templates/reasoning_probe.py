@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.tool_formats import split_text
 from server.text.templates.rendered_text import common_prefix, common_suffix, last_tag
 from server.text.templates.tool_probe import CONTENT, NAMES, Message, Render, after_question, assistant, user
 
@@ -118,11 +119,13 @@ class _Probe:
         """Return the texts that the model writes before and after the content of an answer."""
         start = self._content_start()
         is_in_prompt = all(prompt.rstrip().endswith(start.strip()) for prompt in self.prompts)
-        if is_in_prompt or (tags is not None and (tags.start in start or tags.end in start)):
+        if is_in_prompt or "<" not in start or (tags is not None and (tags.start in start or tags.end in start)):
             return ()
         plain, call = self._write(assistant(CONTENT)), self._write(assistant(CONTENT, num_calls=1))
-        end = common_prefix(plain.partition(CONTENT)[2], call.partition(CONTENT)[2].partition(NAMES[0])[0])
-        return tuple(text.strip() for text in (start, end) if "<" in text)
+        after = plain.partition(CONTENT)[2]
+        end = common_prefix(after, call.partition(CONTENT)[2].partition(NAMES[0])[0])
+        more = split_text(after.removeprefix(end))[:-1]  # the last is the end of the turn
+        return tuple(filter(None, (start.strip(), end.strip(), *more[:1])))
 
     def _content_start(self) -> str:
         """Return the text before the content of an answer without reasoning."""
