@@ -5,7 +5,7 @@ becomes a regular expression; other values follow their schema as JSON where the
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,10 @@ COMBINED = ("anyOf", "oneOf")
 DEFINITIONS = ("$defs", "definitions")
 # Keys of objects and arrays that no sequence of parameters can follow.
 UNSUPPORTED = frozenset(
-    ("patternProperties", "propertyNames", "minProperties", "maxProperties", "dependentRequired", "dependentSchemas")
-    + ("not", "if", "prefixItems", "contains", "dependencies")
+    (
+        *("patternProperties", "propertyNames", "minProperties", "maxProperties", "not", "if", "prefixItems"),
+        *("contains", "dependencies", "dependentRequired", "dependentSchemas"),
+    )
 )
 
 
@@ -83,7 +85,7 @@ class ArgumentGrammar:
                     for properties in self._objects(_merge([others, part]))
                 ]
         required = schema.get("required") or ()
-        declared: Mapping[str, Any] = schema.get("properties") or {}
+        declared: dict[str, Any] = dict(schema.get("properties") or {})
         more = schema.get("additionalProperties", True)
         undeclared = {name: more for name in required if name not in declared}
         if more is False and undeclared:
@@ -137,7 +139,9 @@ class ArgumentGrammar:
             if not names & types:
                 continue
             narrowed = self._narrow(schema, names)
-            value = self._text(narrowed, end) if kind == "string" else f"{self._json(narrowed)} {self.markers.write(end)}"
+            value = (
+                self._text(narrowed, end) if kind == "string" else f"{self._json(narrowed)} {self.markers.write(end)}"
+            )
             yield f"{self.markers.write(after_key)} {value}"
 
     def _pair(self, each: _Property, any_name: str, after_key: str) -> str:
@@ -156,7 +160,9 @@ class ArgumentGrammar:
         if each.name is None:
             return self._terminal(any_name)
         if not each.name or any(char in "<>\"'=:,(){}/\n" for char in each.name) or each.name != each.name.strip():
-            raise UnsupportedSchemaError(f"the name {each.name!r} is not supported in this model's format of tool calls")
+            raise UnsupportedSchemaError(
+                f"the name {each.name!r} is not supported in this model's format of tool calls"
+            )
         return literal(each.name)
 
     # Values.
@@ -193,13 +199,17 @@ class ArgumentGrammar:
             item = self._rule(self._nested_item(namespace, narrowed.get("items", {})))
             alternatives.append(f"{item}{_times(narrowed)}")
         if types - {"object", "array"}:
-            raise UnsupportedSchemaError("values of several types are not supported in this model's format of tool calls")
+            raise UnsupportedSchemaError(
+                "values of several types are not supported in this model's format of tool calls"
+            )
         return f"({' | '.join(alternatives)}) {self.markers.write(end)}"
 
     def _nested_member(self, namespace: str) -> Callable[[_Property, str], str]:
         def write(each: _Property, any_name: str) -> str:
             if each.name is None:
-                raise UnsupportedSchemaError("further properties are not supported in this model's format of tool calls")
+                raise UnsupportedSchemaError(
+                    "further properties are not supported in this model's format of tool calls"
+                )
             value = self._nested(each.schema, f"{namespace}</{each.name}>")
             return f"{self.markers.write(f'{namespace}<{each.name}>')} {value}"
 
@@ -249,7 +259,7 @@ class ArgumentGrammar:
         more = f"({literal(self.syntax.separator)} {item})" + _times(
             {"minItems": max(least - 1, 0)} | ({} if most is None else {"maxItems": most - 1})
         )
-        return f'"[" {item} {more} "]"' + ('' if least else ' | "[]"')
+        return f'"[" {item} {more} "]"' + ("" if least else ' | "[]"')
 
     def _json(self, schema: Any) -> str:
         """Return the name of the rule of a value as JSON."""
@@ -297,9 +307,9 @@ class ArgumentGrammar:
             self.rules.append(f"{self._names[key]}: {body}")
         return self._names[key]
 
-    def _narrow(self, schema: Any, types: frozenset[str]) -> dict[str, Any]:
+    def _narrow(self, original: Any, types: frozenset[str]) -> dict[str, Any]:
         """Return the schema restricted to some types."""
-        schema = dict(resolve(schema, self.root))
+        schema = dict(resolve(original, self.root))
         for name in COMBINED:
             if name in schema:
                 choices = [each for each in schema[name] if value_types(each, self.root) & types]

@@ -26,8 +26,8 @@ class MarkerWriter:
             return f"{rule}: {text} {self.write(marker)}"
         if not others:
             return f"{rule}[lazy]: {text} {literal(marker)}"
-        # The marker begins with plain text, `first`. The text up to the special token after it must end with `first`.
-        before = f"{rule.upper()}: {text} & /{ANYTHING}{escape_regex(first)}/"
+        # The marker begins with plain text, `first`, which ends the text up to the special token after it.
+        before = f"{rule.upper()}: {text} {literal(first)}"
         return f"{before}\n{rule}: {rule.upper()} {self.write(marker[len(first) :])}"
 
     def without(self, marker: str, *, anywhere: bool = False) -> str:

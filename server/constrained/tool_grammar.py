@@ -227,8 +227,7 @@ def _argument_rules(
     """Return the rules of the arguments of each tool."""
     rules = []
     for index, tool in enumerate(tools):
-        parameters = tool.function.parameters or NO_ARGUMENTS
-        schema = {"type": "object", **as_schema(parameters if is_forced or tool.function.strict else {})}
+        schema = _arguments_schema(tool, is_forced=is_forced, as_schema=as_schema)
         if isinstance(format.arguments, TaggedArguments | LiteralArguments):
             grammar = ArgumentGrammar(f"value_{index}", format.arguments, schema, markers)
             try:
@@ -237,5 +236,21 @@ def _argument_rules(
                 raise ToolSchemaError(tool.name, str(error)) from error
             rules += grammar.rules
         else:
-            rules.append(f"arguments_{index}: %json {json.dumps(schema | {'x-guidance': SPACING})}")
+            rules.append(arguments_rule(index, tool, is_forced=is_forced, as_schema=as_schema))
     return rules
+
+
+def arguments_rule(
+    index: int, tool: Tool, *, is_forced: bool, as_schema: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> str:
+    """Return the rule for the arguments of the tool at `index` as a JSON object."""
+    schema = _arguments_schema(tool, is_forced=is_forced, as_schema=as_schema)
+    return f"arguments_{index}: %json {json.dumps(schema | {'x-guidance': SPACING})}"
+
+
+def _arguments_schema(
+    tool: Tool, *, is_forced: bool, as_schema: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the schema of a tool's arguments: any object, if calls are neither forced nor strict."""
+    parameters = tool.function.parameters or NO_ARGUMENTS
+    return {"type": "object", **as_schema(parameters if is_forced or tool.function.strict else {})}

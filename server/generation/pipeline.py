@@ -47,7 +47,6 @@ from server.schemas.answers import RequestTimings
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.rendered_prompt import RenderedPrompt
 from server.text.choice_text import ChoiceText
-from server.text.parsers.answer_parser import AnswerParser
 
 logger = logging.getLogger(__name__)
 
@@ -347,8 +346,7 @@ def _make_choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> Choi
     parser = None
     if format is not None:
         hidden = (*format.content_markers, *special) if skip_special_tokens else ()
-        output_parser = AnswerParser(format, hidden=hidden)
-        parser = ChoiceParser(output_parser, f"{job.metadata.id}-{index}")
+        parser = ChoiceParser(format.new_parser(hidden=hidden), f"{job.metadata.id}-{index}")
     text = ChoiceText(
         context.tokenizer,
         stop=body.stop or (),

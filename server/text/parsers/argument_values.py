@@ -27,8 +27,8 @@ def resolve(schema: Any, root: Schema) -> Schema:
 def _follow(reference: str, root: Schema) -> dict[str, Any]:
     value: Any = root
     for name in reference.removeprefix("#").split("/")[1:]:
-        name = name.replace("~1", "/").replace("~0", "~")
-        value = value.get(name) if isinstance(value, Mapping) else None
+        key = name.replace("~1", "/").replace("~0", "~")
+        value = value.get(key) if isinstance(value, Mapping) else None
     return dict(value) if isinstance(value, Mapping) else {}
 
 
@@ -72,7 +72,7 @@ def _parts(schema: Schema, root: Schema, depth: int = 0) -> list[Schema]:
 
 
 def to_json(text: str, types: frozenset[str]) -> str:
-    """Return a value as JSON. Text that is no value of any other type is a string, even if that is not among `types`."""
+    """Return a value as JSON. Text that is no value of one of the types is a string."""
     stripped = text.strip()
     value = _decode(stripped)
     if value is not msgspec.UNSET and not isinstance(value, str) and _types_of(value) & types:

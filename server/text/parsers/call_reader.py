@@ -1,4 +1,4 @@
-"""Read one tool call in an answer that arrives in pieces: the protocol, and the calls that begin with the tool's name."""
+"""Read one tool call in an answer that arrives in pieces: the protocol, and calls that begin with the tool's name."""
 
 from collections.abc import Mapping, Sequence
 from enum import Enum, auto
@@ -8,7 +8,6 @@ from server.text.parsers.answer_parts import AnswerPart, PartKind
 from server.text.parsers.call_head import UNDECIDED, Head
 from server.text.parsers.json_scanner import JSONScanner
 from server.text.parsers.tool_formats import NAME
-
 
 MAX_SPACE = 256  # characters of white space between a tool's name and its arguments
 

@@ -39,15 +39,15 @@ class _Converter:
         if is_array:
             items = resolve(schema, self._root).get("items", {})
             return f"[{', '.join(self.convert(value, items, depth + 1) for _, value in elements)}]"
-        members = [
-            f"{json.dumps(name, ensure_ascii=False)}: {self.convert(value, _member(schema, name, self._root), depth + 1)}"
-            for name, value in elements
-        ]
-        return f"{{{', '.join(members)}}}"
+        values = [self.convert(value, _member(schema, name, self._root), depth + 1) for name, value in elements]
+        names = [json.dumps(name, ensure_ascii=False) for name, _ in elements]
+        return f"{{{', '.join(f'{name}: {value}' for name, value in zip(names, values, strict=True))}}}"
 
     def _elements(self, text: str) -> list[tuple[str, str]]:
         """Return the outermost tags with the text in them; none if there is other text, or tags do not match."""
-        elements, names, begin, end = [], [], 0, 0
+        elements: list[tuple[str, str]] = []
+        names: list[str] = []
+        begin = end = 0
         for match in self._tag.finditer(text):
             is_end, name = bool(match[1]), match[2]
             if not names and (is_end or text[end : match.start()].strip()):

@@ -5,9 +5,8 @@ them in what a chat template renders; the parser and the grammar of forced calls
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 # Slots in the texts of a format: the tool's name, a call's id, its number, and the name of a parameter.
 NAME, ID, INDEX, KEY = "\ue000", "\ue001", "\ue002", "\ue003"

@@ -4,14 +4,16 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
-from server.text.templates.sandbox import TemplateEnvironment, describe_error, join_bounded
 from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
+from server.text.templates.sandbox import TemplateEnvironment, describe_error, join_bounded
 from server.text.templates.template_options import find_options, find_variables
-from server.text.templates.tool_probe import probe_tool_format
+from server.text.templates.tool_probe import Render, probe_tool_format
 
 Message = dict[str, Any]
 
+UNRECOGNIZED = "unrecognized"  # name of a format of tool calls or reasoning that was not found
 END = "\U0010fffd"  # a private-use character that marks the end of the final message
 
 
@@ -25,7 +27,7 @@ class ChatTemplate:
     Attributes:
         variables: names of the variables that the template reads.
         options: names of the variables that a request can set.
-        tool_format, reasoning_tags: how the model writes tool calls and reasoning, detected from the template.
+        tool_format, reasoning: how the model writes tool calls and reasoning, found by rendering conversations.
         keeps_system_position: whether a system message between other turns is rendered in its position.
     """
 
@@ -45,9 +47,23 @@ class ChatTemplate:
         self.reasoning = ReasoningFormat()
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
         self.tool_format = self._find_tool_format()
-        self.reasoning = probe_reasoning_format(self._try_render, self.options)
-        self.reasoning_tags = self.reasoning.tags
+        self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
         self.keeps_system_position = self._keeps_system_position()
+
+    @property
+    def reasoning_tags(self) -> ReasoningTags | None:
+        return self.reasoning.tags
+
+    @property
+    def tool_format_name(self) -> str:
+        return self.tool_format.name if self.tool_format.is_recognized else UNRECOGNIZED
+
+    @property
+    def reasoning_format_name(self) -> str | None:
+        """The tag that begins reasoning; None if the model does not reason."""
+        if not self.reasoning.is_recognized:
+            return UNRECOGNIZED
+        return None if self.reasoning.tags is None else self.reasoning.tags.start
 
     def render(
         self,
@@ -96,7 +112,7 @@ class ChatTemplate:
         """Find the format of tool calls, and whether the template takes their arguments as an object or as JSON."""
         formats = []
         for self._writes_json_arguments in (False, True):
-            formats.append(probe_tool_format(self._try_render) or GENERIC)
+            formats.append(probe_tool_format(_remember(self._try_render)) or GENERIC)
             if formats[-1].is_recognized and formats[-1].name != GENERIC.name:
                 return formats[-1]
         self._writes_json_arguments = False
@@ -176,6 +192,19 @@ class ChatTemplate:
             return self._render({**self._tokens, "messages": messages, "tools": None, "documents": None})
         except ChatTemplateError:
             return ""
+
+
+def _remember(render: Render) -> Render:
+    """Return a function that renders the same conversation only once."""
+    texts: dict[str, str | None] = {}
+
+    def render_once(*messages: Any, **options: Any) -> str | None:
+        key = json.dumps([messages, options])
+        if key not in texts:
+            texts[key] = render(*messages, **options)
+        return texts[key]
+
+    return render_once
 
 
 def _keep(content: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a rendered conversation does not show of formats of tool calls: their names, and other forms of the same calls."""
+"""Names of the formats of tool calls, and forms of calls that no rendered conversation shows."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,7 +54,12 @@ FAMILIES: Mapping[type, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
         ("[", "pythonic", {"is_bare": True}),
     ),
 }
-GENERAL_NAMES = {ObjectCall: "json", JSONArguments: "named_json", TaggedArguments: "tagged", LiteralArguments: "literal"}
+GENERAL_NAMES = {
+    ObjectCall: "json",
+    JSONArguments: "named_json",
+    TaggedArguments: "tagged",
+    LiteralArguments: "literal",
+}
 
 # Text of a prompt with tools -> format, for templates that do not write the calls of earlier messages.
 ANNOUNCED: tuple[tuple[str, ToolFormat], ...] = (

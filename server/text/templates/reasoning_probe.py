@@ -1,4 +1,4 @@
-"""Find out how a chat template writes reasoning, by rendering conversations and looking at what surrounds known values."""
+"""Find out how a chat template writes reasoning, by rendering conversations and looking at what known values are in."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ class _Probe:
 
     def find_tags(self, fields: Collection[str]) -> ReasoningTags | None:
         """Return the tags around the reasoning of a message that has it in these fields, if the template writes it."""
-        reasoning = dict.fromkeys(fields, REASONING)
+        reasoning: dict[str, Any] = dict.fromkeys(fields, REASONING)
         for variant in self.variants if fields else ():
             plain, text = (self._write(assistant(CONTENT, **more), variant) for more in ({}, reasoning))
             plain_call, call = (self._write(assistant(num_calls=1, **more), variant) for more in ({}, reasoning))

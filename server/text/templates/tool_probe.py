@@ -1,4 +1,4 @@
-"""Find out how a chat template writes tool calls, by rendering conversations and looking at what surrounds known values.
+"""Find out how a chat template writes tool calls, by rendering conversations and looking at what known values are in.
 
 So a template needs no entry in a table, if it writes calls in one of the syntaxes of
 `server.text.parsers.tool_formats`. A table only has what no conversation shows: names, and other forms that the models
@@ -191,7 +191,9 @@ def _find_values(text: str, begin: int, after: int) -> _Parts | None:
     before_first, between = text[after : positions[0]], text[first + len(FIRST) : positions[1]]
     after_key = text[positions[0] + len(KEYS[0]) : first]
     rest = text[last + len(LAST) :]
-    literal = _literal_syntax(before_first, after_key, between, rest, is_python="True" in text[positions[3] : positions[4]])
+    literal = _literal_syntax(
+        before_first, after_key, between, rest, is_python="True" in text[positions[3] : positions[4]]
+    )
     if literal is not None:
         quote = after_key.strip()[1:].strip()
         return _Parts(text[:begin], before_first, rest.removeprefix(quote), literal)
@@ -312,7 +314,11 @@ def _with_index(format: ToolFormat, between: str, after_name: str) -> tuple[str,
         for number in (0, 1):
             pattern = (rf"(?<!\w){number}(?!\w)", rf"(?<!\w){number + 1}(?!\w)")
             slots = re.sub(pattern[0], INDEX, first), re.sub(pattern[1], INDEX, second)
-            if slots[0] != first and slots[1] != second and len(common_suffix(*slots)) > len(common_suffix(first, second)):
+            if (
+                slots[0] != first
+                and slots[1] != second
+                and len(common_suffix(*slots)) > len(common_suffix(first, second))
+            ):
                 return slots
         return first, second
 
