@@ -260,6 +260,7 @@ class ToolParser:
         text = "".join([*self._held, rejected])
         self._held.clear()
         self._closers.clear()
+        self._is_blank = False
         self._state = self._seek
         self._content(text)
         return True
@@ -309,7 +310,7 @@ def _call_begins(format: ToolFormat) -> dict[str, _Begin]:
     begins: dict[str, _Begin] = {}
     for text in [*texts, *format.triggers]:
         pieces = split_text(text)
-        if pieces and not SLOTS.match(pieces[0]) and _is_marker(pieces[0]):
+        if pieces and not SLOTS.match(pieces[0]) and (_is_marker(pieces[0]) or not (begins or format.is_bare)):
             heads = _heads(format, text.lstrip()[len(pieces[0]) :])
             begins.setdefault(pieces[0], _Begin(pieces[1:], heads, _closers(format)))
     return begins
@@ -320,8 +321,8 @@ def _bare_begin(format: ToolFormat) -> _Begin:
 
 
 def _is_marker(piece: str) -> bool:
-    """Return whether a text is distinctive enough to begin a call wherever it occurs."""
-    return len(piece) > 2
+    """Return whether a text is distinctive enough to begin a call wherever it occurs, beside a first one."""
+    return len(piece) > 2 and piece[0] not in "{["
 
 
 def _last_tag(text: str) -> str:

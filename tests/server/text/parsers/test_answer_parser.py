@@ -68,7 +68,7 @@ def test_markers_are_those_that_matter() -> None:
     assert AnswerFormat().is_plain
     assert AnswerFormat(reasoning_tags=TAGS).markers == ("<think>", "</think>")
     format = AnswerFormat(MISTRAL, {"f": {}})
-    assert format.markers == ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+    assert {"[TOOL_CALLS][", "[ARGS]"} <= set(format.markers)
     assert not format.is_plain
 
 

@@ -1,6 +1,7 @@
 """Chat templates render and continue messages as transformers does, and fail with an error that is safe to show."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests.support.chat_templates import (
     transformers_oracle,
     user,
 )
+from tests.support.tool_model import TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +156,42 @@ def test_refusal_is_one_short_line() -> None:
 
 
 def test_what_a_template_shows_of_the_model() -> None:
-    template = chat_template(CHATML + "{{ '<tool_call>' + '</think>' }}")
+    template = chat_template(TEMPLATE)
     assert (template.tool_format, template.reasoning_tags) == (HERMES, ReasoningTags("<think>", "</think>"))
-    assert (chat_template(CHATML).tool_format, chat_template(CHATML).reasoning_tags) == (GENERIC, None)
+    assert (template.tool_format_name, template.reasoning_format_name) == ("hermes", "<think>")
+    template = chat_template(CHATML)
+    assert (template.tool_format, template.reasoning_tags) == (GENERIC, None)
+    assert (template.tool_format_name, template.reasoning_format_name) == ("generic", None)
+    template = chat_template(
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+        + "{% endfor %}{% endfor %}{{ tools | tojson }}{% if enable_thinking %}{% endif %}"
+    )
+    assert template.tool_format == dataclasses.replace(GENERIC, is_recognized=False)
+    assert (template.tool_format_name, template.reasoning_format_name) == ("unrecognized", "unrecognized")
+
+
+def test_arguments_are_json_where_the_template_needs_text() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}"
+        "{{ '<call>' + c.function.name + ' ' + c.function.arguments + '</call>' }}"
+        "{% endfor %}{% endfor %}{{ tools | tojson }}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+    messages = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert '<call>f {"a": "é"}</call>' in chat_template(source).render(messages, tools=TOOLS)
+    assert call["function"] == {"name": "f", "arguments": {"a": "é"}}
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_the_name_that_the_template_reads(field: str) -> None:
+    source = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+        "{% if m." + field + " %}{{ '<r>' + m." + field + " + '</r>' }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    template = chat_template(source)
+    assert template.reasoning_tags == ReasoningTags("<r>", "</r>")
+    messages = [*CHAT, {"role": "assistant", "content": "b", "reasoning_content": "a"}]
+    assert template.render(messages).endswith("<r>a</r>b")
 
 
 # Continued messages.
