@@ -1,6 +1,7 @@
 """Convert the arguments of formats that write values as plain text, by the types that the tool's schema allows."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import msgspec
 Schema = Mapping[str, Any]
 JSON_TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 STRING = frozenset(("string",))
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 MAX_REFERENCES = 16  # `$ref` that refer to one another
 
 
@@ -74,6 +76,8 @@ def _parts(schema: Schema, root: Schema, depth: int = 0) -> list[Schema]:
 def to_json(text: str, types: frozenset[str]) -> str:
     """Return a value as JSON. Text that is no value of one of the types is a string."""
     stripped = text.strip()
+    if "number" in types and NUMBER.fullmatch(stripped):  # perhaps beyond the range of floats
+        return stripped
     value = _decode(stripped)
     if value is not msgspec.UNSET and not isinstance(value, str) and _types_of(value) & types:
         is_whole = isinstance(value, float) and "number" not in types

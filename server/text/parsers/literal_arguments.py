@@ -3,12 +3,12 @@
 import json
 import re
 
+from server.text.parsers.argument_values import NUMBER
 from server.text.parsers.markers import Markers
 from server.text.parsers.tool_formats import LiteralArguments
 
 MAX_WORD_CHARS = 512
 _WORD = re.compile(r"""[^\s,:=(){}\[\]"'<]*""")
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|[^ux])", re.DOTALL)
 _OPENERS = {"[": "]", "{": "}", "(": ")"}
 _JSON_OF = {"]": "]", "}": "}", ")": "]"}  # closing brackets in JSON
@@ -202,7 +202,7 @@ class LiteralArgumentsReader:
     def _convert(self, word: str) -> str:
         if word in self._words:
             return self._words[word]
-        return word if _NUMBER.fullmatch(word) else json.dumps(word, ensure_ascii=False)
+        return word if NUMBER.fullmatch(word) else json.dumps(word, ensure_ascii=False)
 
     def _emit(self, json: str) -> None:
         """Write a part of an item, and what separates the item from the one before it."""
