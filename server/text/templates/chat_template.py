@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from server.text.parsers.reasoning_parser import ReasoningTags
@@ -114,7 +115,8 @@ class ChatTemplate:
         for self._writes_json_arguments in (False, True):
             formats.append(probe_tool_format(_remember(self._try_render)) or GENERIC)
             if formats[-1].is_recognized and formats[-1].name != GENERIC.name:
-                return formats[-1]
+                end, eos = formats[-1].end, self._tokens.get("eos_token")
+                return replace(formats[-1], end=end.partition(eos)[0]) if eos else formats[-1]
         self._writes_json_arguments = False
         return formats[0]
 
