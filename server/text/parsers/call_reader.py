@@ -1,6 +1,6 @@
 """Read one tool call in an answer that arrives in pieces: the protocol, and calls that begin with the tool's name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Protocol
 
@@ -85,14 +85,19 @@ class JSONArgumentsReader:
 class NamedCallReader:
     """Reads a call that begins with text and the tool's name, up to the end of its arguments."""
 
-    def __init__(self, heads: Sequence[Head], readers: Mapping[str, ArgumentsReader]) -> None:
-        """`heads` are the forms of the text up to the arguments; `readers` of arguments are by the tool's name."""
+    def __init__(self, heads: Sequence[Head], new_reader: Callable[[str], ArgumentsReader | None]) -> None:
+        """Prepare the reader.
+
+        Args:
+            heads: the forms of the text up to the arguments.
+            new_reader: returns a reader of the arguments of the tool with this name, None if there is no such tool.
+        """
         self.parts: list[AnswerPart] = []
         self.is_open = False
         self.unread = ""
         self.rejected = ""
         self._heads = list(heads)
-        self._readers = readers
+        self._new_reader = new_reader
         self._reader: ArgumentsReader | None = None
 
     @property
@@ -119,7 +124,7 @@ class NamedCallReader:
             if match is UNDECIDED:
                 return Progress.MORE
             if match is not None and match.end is not None:
-                rest, reader = self.unread[match.end :], self._readers.get(match.slots[NAME])
+                rest, reader = self.unread[match.end :], self._new_reader(match.slots[NAME])
                 num_spaces = len(rest) - len(rest.lstrip())
                 begins = reader is not None and num_spaces <= MAX_SPACE and reader.begins_with(rest)
                 if begins is None:

@@ -127,7 +127,7 @@ class ToolParser:
     def _open(self) -> bool:
         """Read what precedes the object of a call, if calls are objects, and choose the reader."""
         if not isinstance(self._format.arguments, ObjectCall):
-            return self._begin_reader(NamedCallReader(self._heads, self._readers()))
+            return self._begin_reader(NamedCallReader(self._heads, self._new_arguments_reader))
         char = self._skip_space()
         if char == "":
             return False
@@ -141,7 +141,7 @@ class ToolParser:
             self._closers.insert(0, "]")
             return True
         if self._heads and not self._in_array and any(held in self._begins for held in self._held):
-            return self._begin_reader(NamedCallReader(self._heads, self._readers()))
+            return self._begin_reader(NamedCallReader(self._heads, self._new_arguments_reader))
         return self._give_up()
 
     def _read_opener(self) -> bool:
@@ -245,8 +245,8 @@ class ToolParser:
         self._state = self._call
         return True
 
-    def _readers(self) -> Mapping[str, ArgumentsReader]:
-        return {name: _arguments_reader(self._format, schema) for name, schema in self._tools.items()}
+    def _new_arguments_reader(self, name: str) -> ArgumentsReader | None:
+        return _arguments_reader(self._format, self._tools[name]) if name in self._tools else None
 
     def _begin_call(self) -> None:
         self._held.clear()

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.parsers.answer_parts import PartKind
-from server.text.parsers.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, ToolFormat
+from server.text.parsers.tool_formats import (
+    GENERIC,
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    MISTRAL_NAMES,
+    PYTHONIC,
+    TaggedArguments,
+    ToolFormat,
+)
 from server.text.parsers.tool_parser import ToolParser
 
 MISTRAL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
@@ -324,9 +333,9 @@ def test_hidden_markers_are_no_content() -> None:
 def test_time_is_linear() -> None:
     """Takes about four times as long for four times the text, also if it is nested or held back to the end."""
 
-    def seconds(text: str) -> float:
+    def seconds(text: str, format: ToolFormat = GENERIC) -> float:
         start = time.process_time()
-        parser = ToolParser(GENERIC, NAMES)
+        parser = ToolParser(format, NAMES)
         for begin in range(0, len(text), 4):
             parser.push(text[begin : begin + 4])
         parser.finish()
@@ -338,3 +347,17 @@ def test_time_is_linear() -> None:
                 min(seconds(opening + unit * (size // len(unit))) for _ in range(2)) for size in (1 << 14, 1 << 16)
             )
             assert long < 9 * short + 0.01, (opening, unit)
+    tagged = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
+    qwen = ToolFormat("", before_name="<tool_call>\n<function=", after_name=">\n", arguments=tagged)
+    for format, opening, unit in [
+        (qwen, "<tool_call><function=f><parameter=a>", "\n</par"),
+        (qwen, "<tool_call><function=f>", "<parameter=a>1</parameter>"),
+        (qwen, "", "<tool_call><function=f"),
+        (PYTHONIC, "[f(a='", "\\'"),
+        (PYTHONIC, "[f(a=", "[1,"),
+        (PYTHONIC, "", "[f(a=1),"),
+    ]:
+        short, long = (
+            min(seconds(opening + unit * (size // len(unit)), format) for _ in range(2)) for size in (1 << 14, 1 << 16)
+        )
+        assert long < 9 * short + 0.01, (opening, unit)

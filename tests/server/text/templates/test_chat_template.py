@@ -176,8 +176,8 @@ def test_arguments_are_json_where_the_template_needs_text() -> None:
         "{{ '<call>' + c.function.name + ' ' + c.function.arguments + '</call>' }}"
         "{% endfor %}{% endfor %}{{ tools | tojson }}"
     )
-    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
-    messages = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+    messages: list[dict[str, Any]] = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]
     assert '<call>f {"a": "é"}</call>' in chat_template(source).render(messages, tools=TOOLS)
     assert call["function"] == {"name": "f", "arguments": {"a": "é"}}
 
