@@ -29,7 +29,7 @@ EFFORT_OPTIONS = frozenset(("reasoning_effort", *REASONING_SWITCHES))  # templat
 NEUTRAL_EFFORTS = (None, "none", "medium")  # not worth a warning if the model has no choice of efforts
 # Fields of an earlier answer that OpenAI's clients send back. The model never saw them as text.
 HARMLESS_IN_MESSAGES = frozenset(("refusal", "annotations"))
-NUM_END_TOKENS = 16  # at the end of the prompt; long enough to hold a tag that opens reasoning
+NUM_END_TOKENS = 64  # at the end of the prompt; long enough to hold a tag that opens reasoning
 
 
 class ChatEndpoint:
