@@ -75,10 +75,11 @@ SMALL = {
         _each(f"{{{{ '[TOOL_CALLS]' + {_NAME} + '[CALL_ID]' + call.id + '[ARGS]' + {_JSON} }}}}"), "[THINK]", "[/THINK]"
     ),
     # https://huggingface.co/microsoft/Phi-4-mini-instruct; the model writes calls, the template does not
-    "Phi-4-mini": _CHAT.replace("CALLS", "")
-    .replace("(tools | tojson)", "'<|tool|>' + (tools | tojson) + '<|/tool|>'")
-    .replace("START", "''")
-    .replace("END", "''"),
+    "Phi-4-mini": (
+        "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}"
+        "{% if message.role == 'system' and message.tools %}{{ '<|tool|>' + message.tools + '<|/tool|>' }}{% endif %}"
+        "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    ),
     # Of no model.
     "unknown-json": _chat(
         "{{ '<calls>' }}"

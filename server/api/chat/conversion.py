@@ -76,7 +76,7 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
         raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
     messages = [message.for_template() for message in body.messages]
     tools = [tool.for_template() for tool in offered_tools(body.tools, body.tool_choice)] or None
-    if tools is not None and "tools" not in template.variables:
+    if tools is not None and not template.describes_tools:
         messages, tools = describe_tools(messages, tools), None
     options = template_options(template, body)
     check_text_size(len(msgspec.json.encode([messages, tools, options])), context.max_model_len, "messages")

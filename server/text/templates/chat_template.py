@@ -45,8 +45,10 @@ class ChatTemplate:
         except Exception as error:  # RecursionError and SyntaxError too
             raise ChatTemplateError(f"The chat template does not compile: {describe_error(error)}.") from error
         self._writes_json_arguments = False
+        self._takes_system_tools = False
         self.reasoning = ReasoningFormat()
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
+        self._takes_system_tools = "tools" not in self.variables and self._reads_system_tools()
         self.tool_format = self._find_tool_format()
         self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
         self.keeps_system_position = self._keeps_system_position()
@@ -54,6 +56,11 @@ class ChatTemplate:
     @property
     def reasoning_tags(self) -> ReasoningTags | None:
         return self.reasoning.tags
+
+    @property
+    def describes_tools(self) -> bool:
+        """True if the template writes the tools that the model may call."""
+        return "tools" in self.variables or self._takes_system_tools
 
     @property
     def tool_format_name(self) -> str:
@@ -87,6 +94,8 @@ class ChatTemplate:
             ChatTemplateError: the template fails, or `template_kwargs` contains a reserved name.
         """
         converted = [self._convert(message) for message in messages]
+        if tools and self._takes_system_tools:
+            converted, tools = _with_system_tools(converted, tools), None
         if continue_final_message:
             converted[-1] = _mark_end(converted[-1])
         variables = {
@@ -148,6 +157,11 @@ class ChatTemplate:
             _check_parts(content)
         return {**message, "content": convert("" if content is None else content)}
 
+    def _reads_system_tools(self) -> bool:
+        """Return whether the template reads tools from the system message, as that of Phi-4-mini does."""
+        messages = [{"role": "system", "content": "x", "tools": "lightwell"}, {"role": "user", "content": "x"}]
+        return "lightwell" in (self._try_render(messages) or "")
+
     def _convert_reasoning(self, message: Message) -> Message:
         """Return the message with its reasoning under the name that the template reads."""
         field = self.reasoning.message_field
@@ -194,6 +208,14 @@ class ChatTemplate:
             return self._render({**self._tokens, "messages": messages, "tools": None, "documents": None})
         except ChatTemplateError:
             return ""
+
+
+def _with_system_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
+    """Return the messages with the tools as JSON in the first one, the system message."""
+    text = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    has_system = messages[0].get("role") == "system"
+    first = messages[0] if has_system else {"role": "system", "content": ""}
+    return [{**first, "tools": text}, *messages[1 if has_system else 0 :]]
 
 
 def _remember(render: Render) -> Render:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.support.chat_templates import (
     user,
 )
 from tests.support.tool_model import TEMPLATE
+from tests.support.tool_templates import load_template
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +182,17 @@ def test_arguments_are_json_where_the_template_needs_text() -> None:
     messages: list[dict[str, Any]] = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]
     assert '<call>f {"a": "é"}</call>' in chat_template(source).render(messages, tools=TOOLS)
     assert call["function"] == {"name": "f", "arguments": {"a": "é"}}
+
+
+def test_tools_in_the_system_message() -> None:
+    template = load_template("Phi-4-mini")
+    functions = json.dumps([tool["function"] for tool in TOOLS])
+    expected = f"<|system|><|tool|>{functions}<|/tool|><|end|><|user|>Hi<|end|><|assistant|>"
+    assert template.render(user("Hi"), tools=TOOLS) == expected
+    system = [{"role": "system", "content": "Be kind."}, *user("Hi")]
+    assert template.render(system, tools=TOOLS) == expected.replace("<|tool|>", "Be kind.<|tool|>")
+    assert template.describes_tools
+    assert not chat_template(CHATML).describes_tools
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
