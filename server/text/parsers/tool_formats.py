@@ -1,12 +1,14 @@
 """The formats in which models write tool calls.
 
-A format is data: the texts around calls, and the syntax of their arguments. `server.text.templates.format_probe` finds
+A format is data: the texts around calls, and the syntax of their arguments. `server.text.templates.tool_probe` finds
 them in what a chat template renders; the parser and the grammar of forced calls follow from them.
 """
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # Slots in the texts of a format: the tool's name, a call's id, its number, and the name of a parameter.
 NAME, ID, INDEX, KEY = "\ue000", "\ue001", "\ue002", "\ue003"
@@ -123,6 +125,20 @@ class ToolFormat:
         """The texts of the format. Special tokens in them must be kept in the answer's text for the parser."""
         texts = (self.start, self.before_name, self.after_name, *self.name_ends, self.after_arguments, self.end)
         return tuple(filter(None, (*texts, *self.triggers, *self.closers, *self.arguments.texts)))
+
+    def write_calls(self, functions: Sequence[Mapping[str, Any]]) -> str:
+        """Return calls with these names and arguments as the model writes them; "" if arguments are not JSON."""
+        if not isinstance(self.arguments, ObjectCall | JSONArguments):
+            return ""
+        texts = [
+            self.before_name
+            + function["name"]
+            + self.after_name
+            + json.dumps(function["arguments"], ensure_ascii=False)
+            + self.after_arguments
+            for function in functions
+        ]
+        return self.start + self.separator.join(texts) + self.end
 
     @property
     def has_arrays(self) -> bool:

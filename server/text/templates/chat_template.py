@@ -10,7 +10,10 @@ from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
 from server.text.templates.sandbox import TemplateEnvironment, describe_error, join_bounded
 from server.text.templates.template_options import find_options, find_variables
-from server.text.templates.tool_probe import Render, probe_tool_format
+from server.text.templates.tool_probe import NAMES as TOOL_NAMES
+from server.text.templates.tool_probe import QUESTION, Render, assistant, probe_tool_format, user
+from server.text.templates.tool_probe import TOOLS as PROBE_TOOLS
+from server.text.templates.tool_prompt import append_text
 
 Message = dict[str, Any]
 
@@ -46,10 +49,12 @@ class ChatTemplate:
             raise ChatTemplateError(f"The chat template does not compile: {describe_error(error)}.") from error
         self._writes_json_arguments = False
         self._takes_system_tools = False
+        self._omits_calls = False
         self.reasoning = ReasoningFormat()
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
         self._takes_system_tools = "tools" not in self.variables and self._reads_system_tools()
         self.tool_format = self._find_tool_format()
+        self._omits_calls = self._omits_calls_of_messages()
         self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
         self.keeps_system_position = self._keeps_system_position()
 
@@ -169,8 +174,19 @@ class ChatTemplate:
             return message
         return {field: message["reasoning_content"], **message}
 
+    def _omits_calls_of_messages(self) -> bool:
+        """Return whether the template asks for a format of calls, but does not write those of earlier messages."""
+        text = self._try_render([user(), assistant(num_calls=1)], tools=PROBE_TOOLS)
+        is_known = self.tool_format.is_recognized and self.tool_format.name != GENERIC.name
+        return is_known and text is not None and TOOL_NAMES[0] not in text.rpartition(QUESTION)[2]
+
     def _convert_calls(self, message: Message) -> Message:
-        if not (self._writes_json_arguments and message.get("tool_calls")):
+        calls = message.get("tool_calls")
+        if calls and self._omits_calls:
+            text = self.tool_format.write_calls([call["function"] for call in calls])
+            others = {name: value for name, value in message.items() if name != "tool_calls"}
+            return {**others, "content": append_text(message["content"], text)}
+        if not (self._writes_json_arguments and calls):
             return message
         calls = []
         for call in message["tool_calls"]:

@@ -186,13 +186,26 @@ def test_arguments_are_json_where_the_template_needs_text() -> None:
 
 def test_tools_in_the_system_message() -> None:
     template = load_template("Phi-4-mini")
-    functions = json.dumps([tool["function"] for tool in TOOLS])
+    functions = json.dumps([tool["function"] for tool in TOOLS], ensure_ascii=False)
     expected = f"<|system|><|tool|>{functions}<|/tool|><|end|><|user|>Hi<|end|><|assistant|>"
     assert template.render(user("Hi"), tools=TOOLS) == expected
     system = [{"role": "system", "content": "Be kind."}, *user("Hi")]
     assert template.render(system, tools=TOOLS) == expected.replace("<|tool|>", "Be kind.<|tool|>")
     assert template.describes_tools
     assert not chat_template(CHATML).describes_tools
+
+
+def test_earlier_calls_are_content_where_the_template_does_not_write_them() -> None:
+    calls: list[Any] = [
+        {"function": {"name": name, "arguments": arguments}} for name, arguments in [("f", {"a": 1}), ("g", {})]
+    ]
+    messages: list[dict[str, Any]] = [*CHAT, {"role": "assistant", "content": "Well.", "tool_calls": calls}]
+    text = '[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]'
+    prompt = load_template("Phi-4-mini").render(messages, tools=TOOLS)
+    assert prompt.endswith(f"<|assistant|>Well.<|tool_call|>{text}<|/tool_call|><|end|><|assistant|>")
+    prompt = load_template("ibm-granite-granite-3.3-2B-Instruct").render(messages, tools=TOOLS)
+    assert f"Well.<|tool_call|>{text}<|end_of_text|>" in prompt
+    assert load_template("Qwen-Qwen3-0.6B").render(messages, tools=TOOLS).count('"name": "f", "arguments"') == 1
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
