@@ -80,6 +80,8 @@ class Model:
     def __init__(self, name: str, folder: Path, *, special: bool) -> None:
         template = load_template(name)
         self.format = AnswerFormat(template.tool_format, SCHEMAS, content_markers=template.reasoning.content_markers)
+        if template.tool_format.name == "minimax_m3" and not special:
+            pytest.skip("random text seldom ends with its control token")
         write_tiny_model(folder)
         path = str(folder / "tokenizer.json")
         backend = Backend.from_file(path)
