@@ -24,11 +24,12 @@ from server.text.templates.chat_template import ChatTemplate, ChatTemplateError
 from server.text.templates.tool_prompt import describe_tools
 from server.text.tokenizer import Tokenizer
 
-EFFORT_OPTIONS = frozenset(("reasoning_effort", "enable_thinking"))  # template variables that set the effort
+REASONING_SWITCHES = ("enable_thinking", "thinking")  # template variables that turn reasoning on and off
+EFFORT_OPTIONS = frozenset(("reasoning_effort", *REASONING_SWITCHES))  # template variables that set the effort
 NEUTRAL_EFFORTS = (None, "none", "medium")  # not worth a warning if the model has no choice of efforts
 # Fields of an earlier answer that OpenAI's clients send back. The model never saw them as text.
 HARMLESS_IN_MESSAGES = frozenset(("refusal", "annotations"))
-NUM_END_TOKENS = 16  # at the end of the prompt; long enough to hold a tag that opens reasoning
+NUM_END_TOKENS = 64  # at the end of the prompt; long enough to hold a tag that opens reasoning
 
 
 class ChatEndpoint:
@@ -75,7 +76,7 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
         raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
     messages = [message.for_template() for message in body.messages]
     tools = [tool.for_template() for tool in offered_tools(body.tools, body.tool_choice)] or None
-    if tools is not None and "tools" not in template.variables:
+    if tools is not None and not template.describes_tools:
         messages, tools = describe_tools(messages, tools), None
     options = template_options(template, body)
     check_text_size(len(msgspec.json.encode([messages, tools, options])), context.max_model_len, "messages")
@@ -118,11 +119,9 @@ def template_options(template: ChatTemplate, body: ChatCompletionRequest) -> dic
 
 
 def _effort_options(template: ChatTemplate, effort: str) -> dict[str, Any]:
-    if "reasoning_effort" in template.options:
-        return {"reasoning_effort": effort}
-    if "enable_thinking" in template.options:
-        return {"enable_thinking": effort != "none"}
-    return {}
+    """Return the template variables that stand for a reasoning effort."""
+    switches = {name: effort != "none" for name in REASONING_SWITCHES if name in template.options}
+    return switches | ({"reasoning_effort": effort} if "reasoning_effort" in template.options else {})
 
 
 def reads_effort(template: ChatTemplate | None) -> bool:
@@ -172,9 +171,10 @@ def _output_format(
         is_reasoning = body.opens_answer and tags.are_opened_by(end)
     return AnswerFormat(
         tool_format=template.tool_format,
-        tool_names=frozenset(tool.name for tool in callable_tools(body.tools, body.tool_choice)),
+        tools={tool.name: tool.parameters for tool in callable_tools(body.tools, body.tool_choice)},
         parallel_calls=body.parallel_tool_calls is not False,
         reasoning_tags=tags,
+        content_markers=template.reasoning.content_markers,
         is_reasoning=is_reasoning,
         # As OpenAI does: a forced call ends with `stop`.
         calls_end="stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
