@@ -1,0 +1,53 @@
+"""OpenAI's reference of the harmony format, and the chat template of gpt-oss."""
+
+import base64
+import codecs
+import functools
+import os
+import struct
+import tempfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import openai_harmony
+
+TEMPLATE = Path(__file__).with_name("gpt_oss.jinja")
+VOCABULARY = "o200k_base.tiktoken"
+
+
+@functools.cache
+def harmony_encoding() -> openai_harmony.HarmonyEncoding:
+    """Return the encoding of gpt-oss, without a download: the vocabulary comes from the data of quicktok.
+
+    openai-harmony checks the hash of the vocabulary.
+    """
+    if "TIKTOKEN_ENCODINGS_BASE" in os.environ:
+        return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / VOCABULARY).write_text(_o200k_base())
+        os.environ["TIKTOKEN_ENCODINGS_BASE"] = folder
+        try:
+            return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+        finally:
+            del os.environ["TIKTOKEN_ENCODINGS_BASE"]
+
+
+def _o200k_base() -> str:
+    """Return the vocabulary in tiktoken's format: a line for each token, with its bytes in base64 and its rank."""
+    data = Path(str(distribution("quicktok-v1").locate_file("quicktok/data/o200k.vocab"))).read_bytes()
+    (num_tokens,) = struct.unpack_from("<I", data)
+    position, lines = 4, []
+    for _ in range(num_tokens):
+        (length,) = struct.unpack_from("<H", data, position)
+        token = data[position + 2 : position + 2 + length]
+        (rank,) = struct.unpack_from("<I", data, position + 2 + length)
+        position += 6 + length
+        lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
+    return "".join(lines)
+
+
+def decode_pieces(token_ids: list[int]) -> list[str]:
+    """Return the text that each token completes; incomplete characters are held back for a later token."""
+    detokenizer = codecs.getincrementaldecoder("utf-8")()
+    encoding = harmony_encoding()._inner
+    return [detokenizer.decode(bytes(encoding.decode_bytes([token_id]))) for token_id in token_ids]
