@@ -47,7 +47,6 @@ from server.schemas.answers import RequestTimings
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.rendered_prompt import RenderedPrompt
 from server.text.choice_text import ChoiceText
-from server.text.parsers.answer_parser import AnswerParser
 
 logger = logging.getLogger(__name__)
 
@@ -346,7 +345,7 @@ def _make_choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> Choi
     special = {} if format is None else context.tokenizer.special_ids_of(format.markers)
     parser = None
     if format is not None:
-        output_parser = AnswerParser(format, hidden=tuple(special) if skip_special_tokens else ())
+        output_parser = format.new_parser(hidden=tuple(special) if skip_special_tokens else ())
         parser = ChoiceParser(output_parser, f"{job.metadata.id}-{index}")
     text = ChoiceText(
         context.tokenizer,

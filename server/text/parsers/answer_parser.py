@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
@@ -31,6 +32,27 @@ class AnswerFormat:
         tool_markers = self.tool_format.markers if self.tool_names else ()
         tags = (self.reasoning_tags.start, self.reasoning_tags.end) if self.reasoning_tags is not None else ()
         return (*tags, *tool_markers)
+
+    def new_parser(self, *, hidden: Sequence[str] = ()) -> "Parser":
+        """Return a parser for one answer. `hidden` are markers to remove from content."""
+        return AnswerParser(self, hidden=hidden)
+
+
+class Parser(Protocol):
+    """Splits the text of one choice into its parts as it arrives; `AnswerParser` says what its members are."""
+
+    @property
+    def format(self) -> AnswerFormat: ...
+    @property
+    def is_reasoning(self) -> bool: ...
+    @property
+    def is_holding(self) -> bool: ...
+    @property
+    def num_held(self) -> int: ...
+    @property
+    def ends_with_calls(self) -> bool: ...
+    def push(self, text: str) -> list[AnswerPart]: ...
+    def finish(self) -> list[AnswerPart]: ...
 
 
 class AnswerParser:

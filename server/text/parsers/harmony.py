@@ -26,7 +26,7 @@ MARKERS = (START, CHANNEL, CONSTRAIN, MESSAGE, *ENDS)
 NAMESPACE = "functions."  # of the request's tools
 BUILTIN_TOOLS = ("python", "browser", "container")
 
-HARMONY = ToolFormat("harmony", f"{CHANNEL}commentary to={NAMESPACE}", CALL, other_markers=MARKERS)
+HARMONY = ToolFormat("harmony", start=f"{CHANNEL}commentary to={NAMESPACE}", end=CALL)
 ANALYSIS_TAGS = ReasoningTags(f"{CHANNEL}analysis{MESSAGE}", END)
 
 MAX_HEADER_CHARS = 1024
@@ -59,6 +59,9 @@ class HarmonyFormat(AnswerFormat):
     @property
     def markers(self) -> tuple[str, ...]:
         return MARKERS
+
+    def new_parser(self, *, hidden: Sequence[str] = ()) -> "HarmonyParser":
+        return HarmonyParser(self, hidden=hidden)
 
 
 class HarmonyParser:

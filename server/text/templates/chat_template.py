@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from server.text.parsers.harmony import ANALYSIS_TAGS, HARMONY, is_harmony
 from server.text.parsers.reasoning_parser import detect_reasoning_tags
 from server.text.parsers.tool_formats import detect_tool_format
 from server.text.templates.sandbox import TemplateEnvironment, describe_error, join_bounded
@@ -24,6 +25,7 @@ class ChatTemplate:
         variables: names of the variables that the template reads.
         options: names of the variables that a request can set.
         tool_format, reasoning_tags: how the model writes tool calls and reasoning, detected from the template.
+        is_harmony: whether the conversation is in the harmony format.
         keeps_system_position: whether a system message between other turns is rendered in its position.
     """
 
@@ -43,6 +45,9 @@ class ChatTemplate:
         self.reasoning_tags = detect_reasoning_tags(source)
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
         self.keeps_system_position = self._keeps_system_position()
+        self.is_harmony = is_harmony(self._probe("assistant", "x"))
+        if self.is_harmony:
+            self.tool_format, self.reasoning_tags = HARMONY, ANALYSIS_TAGS
 
     def render(
         self,
