@@ -3,6 +3,7 @@
 import base64
 import codecs
 import functools
+import json
 import os
 import struct
 import tempfile
@@ -10,8 +11,12 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import openai_harmony
+from tokenizers import AddedToken, Tokenizer
 
-TEMPLATE = Path(__file__).with_name("gpt_oss.jinja")
+from server.text.parsers.harmony import MARKERS
+from tests.support.tiny_tokenizer_model import END_OF_TEXT, write_tiny_model
+
+TEMPLATE = Path(__file__).with_name("gpt_oss.jinja")  # of openai/gpt-oss-120b, Apache-2.0
 VOCABULARY = "o200k_base.tiktoken"
 
 
@@ -51,3 +56,16 @@ def decode_pieces(token_ids: list[int]) -> list[str]:
     detokenizer = codecs.getincrementaldecoder("utf-8")()
     encoding = harmony_encoding()._inner
     return [detokenizer.decode(bytes(encoding.decode_bytes([token_id]))) for token_id in token_ids]
+
+
+def write_harmony_model(folder: Path, *, special_markers: bool = True) -> Path:
+    """Write a model folder with the template of gpt-oss. With `special_markers` the markers are control tokens."""
+    write_tiny_model(folder)
+    config = {"eos_token": END_OF_TEXT, "chat_template": TEMPLATE.read_text()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    if special_markers:
+        tokenizer.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in MARKERS])
+    tokenizer.save(path)
+    return folder
