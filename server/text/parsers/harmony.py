@@ -232,5 +232,6 @@ def _last(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _without_header(text: str) -> str:
-    """Return the text that is left of a header without a message."""
-    return _ALL.remove(_HEADER_WORDS.sub("", text)).strip()
+    """Return the text that is left of a header without a message, which may end with a part of a marker."""
+    whole = text[: len(text) - _ALL.num_partial(text)]
+    return _ALL.remove(_HEADER_WORDS.sub("", whole)).strip() if whole else text

@@ -137,6 +137,8 @@ def test_whole_answers() -> None:
         ("<|message|>a", [("content", "a")]),
         (NEXT + " Hello<|end|>", [("content", "Hello")]),
         ("<|channel|>commentary to=functions.weather <|constrain|>js", []),
+        ("<|channel|>analysis<|mess", []),
+        ("<|", [("content", "<|")]),
         ("<|channel|>commentary to=functions.weather json<|end|>", []),
         # What gpt-oss writes now and then.
         (f"<|channel|>commentary{ANALYSIS}Hm", [("reasoning", "Hm")]),
@@ -191,6 +193,15 @@ def test_every_split_gives_the_same(pieces: list[str], cuts: list[int], hidden: 
 @given(st.text(st.sampled_from('abc {}\n"é'), max_size=20))
 def test_text_without_headers_is_content(text: str) -> None:
     assert parse([text]) == ([("content", text)] if text.strip() else [])
+
+
+def test_every_split_at_the_limit_of_a_header_gives_the_same() -> None:
+    for excess in (-1, 0, 1):
+        text = "<|channel|>" + "x" * (MAX_HEADER_CHARS - 11 + excess) + "<|message|>abc"
+        whole = parse([text], hidden=())
+        assert (whole == [("content", "abc")]) == (excess <= 0)
+        for position in range(MAX_HEADER_CHARS - 5, len(text)):
+            assert parse([text[:position], text[position:]], hidden=()) == whole
 
 
 def test_a_header_has_a_limit() -> None:
