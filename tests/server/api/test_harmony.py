@@ -15,7 +15,7 @@ from tests.support.clients import CHAT, MESSAGES, ask, ask_json, ask_stream, ope
 from tests.support.harmony import TEMPLATE, write_harmony_model
 from tests.support.serving import RunningServer, check_error
 from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
-from tests.support.tool_model import PARAMETERS, TIME, TOOLS, WEATHER, messages_of, prompt, say
+from tests.support.tool_model import PARAMETERS, TOOLS, messages_of, prompt, say
 
 NEXT = "<|start|>assistant"
 ANALYSIS = f"<|channel|>analysis<|message|>Hm.<|end|>{NEXT}"
@@ -23,6 +23,7 @@ PREAMBLE = f"<|channel|>commentary<|message|>Let me see.<|end|>{NEXT}"
 CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "東京"}'
 FINAL = "<|channel|>final<|message|>"
 CITY = {"city": "東京"}
+STRICT = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS, "strict": True}}
 
 
 @pytest.fixture(scope="module", params=["plain", "special"])
@@ -106,7 +107,7 @@ def test_the_final_message_is_continued(model: RunningServer) -> None:
     ("fields", "good", "bad"),
     [
         ({"tools": TOOLS, "tool_choice": "required"}, ANALYSIS + PREAMBLE + CALL, f"{FINAL}Hi"),
-        ({"tools": [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}, TIME]}, CALL, CALL[:-2] + "1}"),
+        ({"tools": [STRICT]}, PREAMBLE + CALL, CALL.partition("{")[0] + "{}"),
         ({"response_format": {"type": "json_object"}}, ANALYSIS + FINAL + "{}", ANALYSIS + FINAL + "Hi"),
         ({"structured_outputs": {"choice": ["a", "b"]}}, f"{FINAL}b", "b"),
     ],

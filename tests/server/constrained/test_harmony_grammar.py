@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from pydantic import TypeAdapter
 
 from server.constrained.constraints import COMPACT
@@ -13,7 +14,7 @@ from server.constrained.harmony_grammar import harmony_grammar
 from server.schemas.tools import ToolChoice
 from server.text.parsers.answer_parts import PartKind
 from server.text.parsers.harmony import MARKERS, HarmonyFormat
-from tests.server.constrained.test_tool_grammar import ARGUMENTS, BERN, PARIS, WEATHER, Model, make_tools, walk
+from tests.server.constrained.test_tool_grammar import ARGUMENTS, BERN, EOS, PARIS, WEATHER, Model, make_tools, walk
 from tests.support.harmony import write_harmony_model
 
 NEXT = "<|start|>assistant"
@@ -108,6 +109,16 @@ def test_answers_that_the_prompt_begins(model: Model) -> None:
     assert not model.accepts(forced, "lo.")
     assert model.accepts(strict, text)
     assert model.accepts(strict, "lo.")
+
+
+def test_a_call_ends_with_a_token_that_ends_the_answer(model: Model) -> None:
+    ends = list(model.special_ids(["<|call|>", "<|return|>"]).values())
+    guide = LLTokenizer(model.tokenizer.to_json(), eos_token=ends or [EOS])
+    matcher = LLMatcher(guide, grammar_of(model, "required"), log_level=0)
+    matcher.consume_tokens(model.tokenizer.encode(call("time", "{}"), add_special_tokens=False))
+    mask = int.from_bytes(matcher.compute_bitmask(), "little")
+    allowed = [token_id for token_id in range(model.tokenizer.vocab_size) if mask >> token_id & 1]
+    assert allowed == (sorted(ends) or [EOS])
 
 
 def test_what_needs_no_grammar() -> None:

@@ -1,11 +1,12 @@
 """Answers in the harmony format, compared with OpenAI's parser."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai_harmony import Role, StreamableParser, StreamState
+from openai_harmony import Role, StreamableParser, StreamState, TextContent
 
 from server.text.parsers.answer_parts import PartKind
 from server.text.parsers.harmony import MARKERS, MAX_HEADER_CHARS, HarmonyFormat, HarmonyParser, is_harmony
@@ -21,7 +22,7 @@ NEXT = "<|start|>assistant"
 Parts = list[tuple[str, str]]
 
 
-def parse(pieces: list[str], *, hidden: tuple[str, ...] = MARKERS, **fields: bool) -> Parts:
+def parse(pieces: list[str], *, hidden: tuple[str, ...] = MARKERS, **fields: Any) -> Parts:
     """Return the parts of an answer, with adjacent parts of the same kind joined."""
     parser = HarmonyParser(HarmonyFormat(tool_names=NAMES, **fields), hidden=hidden)
     found: Parts = []
@@ -37,7 +38,7 @@ def reference(token_ids: list[int]) -> Parts:
     """Return the parts of an answer as OpenAI's parser reads it."""
     found: Parts = []
     for message in harmony_encoding().parse_messages_from_completion_tokens(token_ids, Role.ASSISTANT):
-        text = "".join(content.text for content in message.content)
+        text = "".join(content.text for content in message.content if isinstance(content, TextContent))
         recipient = message.recipient or ""
         if recipient.startswith("functions."):
             found += [("call", recipient.removeprefix("functions.")), ("arguments", text.strip())]

@@ -33,7 +33,7 @@ PARAMETERS = {
     },
     "required": ["city"],
 }
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "weather", "description": "How it is", "parameters": PARAMETERS}},
     {"type": "function", "function": {"name": "time", "description": "Now", "parameters": None}},
 ]
