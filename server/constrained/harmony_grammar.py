@@ -29,29 +29,31 @@ def harmony_grammar(
     if not is_forced and not has_content_grammar and not any(tool.function.strict for tool in allowed):
         return None
     markers = MarkerWriter(special_ids or {})
+    start, channel, constrain, message = (
+        f'{markers.write(each)} " "?' for each in (START, CHANNEL, CONSTRAIN, MESSAGE)
+    )
     as_schema = partial(normalize_schema, allow_additional_properties=allow_additional_properties)
     content = "@content" if has_content_grammar else "TEXT"
     # With a grammar for content, a message before a call would be content that does not follow it.
     earlier = ["analysis"] if has_content_grammar else ["analysis", "commentary"]
     last = ([] if is_forced else [f"final {content}"]) + [f"call_{index}" for index in range(len(allowed))]
-    start = "answer"
+    whole = "answer"
     if format.is_final:
-        start = "text_end answer" if is_forced else content if has_content_grammar else f"{content} | text_end answer"
+        whole = "text_end answer" if is_forced else content if has_content_grammar else f"{content} | text_end answer"
     rules = [
         "%llguidance {}",
-        f"start: {start}",
+        f"start: {whole}",
         f"answer: earlier* ({' | '.join(last)})",
-        f"earlier: {markers.write(CHANNEL)} ({' | '.join(map(json.dumps, earlier))}) {markers.write(MESSAGE)} text_end",
-        f'text_end: text {markers.write(START)} "assistant"',
+        f"earlier: {channel} ({' | '.join(map(json.dumps, earlier))}) {message} text_end",
+        f'text_end: text {start} "assistant"',
         markers.up_to("text", "TEXT", END),
-        f'final: {markers.write(CHANNEL)} "final" type? {markers.write(MESSAGE)}',
-        f'type: " "? {markers.write(CONSTRAIN)} "json" | " json"',
+        f'final: {channel} "final" type? {message}',
+        f'type: " "? {constrain} "json" | " json"',
         f"TEXT: /{ANYTHING}/",
     ]
     for index, tool in enumerate(allowed):
         recipient = json.dumps(f" to={NAMESPACE}{tool.name}")
-        channel = f'{markers.write(CHANNEL)} "commentary"'
-        header = f"({channel} {recipient} | {recipient} {channel}) type? {markers.write(MESSAGE)}"
+        header = f'({channel} "commentary" {recipient} | {recipient} {channel} "commentary") type? {message}'
         rules.append(f"call_{index}: {header} arguments_{index}")
         rules.append(arguments_rule(index, tool, is_forced=is_forced, as_schema=as_schema))
     return "\n".join(rules) + "\n"

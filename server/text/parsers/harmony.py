@@ -39,7 +39,7 @@ _CHANNEL = re.compile(rf"{re.escape(CHANNEL)}\s*([^\s<]*)")
 _RECIPIENT = re.compile(r"(?:^|[\s>])to=([^\s<]+)")
 # What a header consists of. The type of the message may follow without its marker.
 _HEADER_WORDS = re.compile(
-    r"<\|start\|>[^\s<]*|<\|(?:channel|constrain)\|>\s*[^\s<]*|(?:^|(?<=\s))to=[^\s<]*|(?<=\s)(?:json|code)\b"
+    r"<\|start\|>\s?[^\s<]*|<\|(?:channel|constrain)\|>\s*[^\s<]*|(?:^|(?<=\s))to=[^\s<]*|(?<=\s)(?:json|code)\b"
 )
 
 
@@ -140,6 +140,14 @@ class HarmonyParser:
         self._state = self._header
         return True
 
+    def _space(self) -> bool:
+        """Remove one space before a message, for models that write a space after each marker (LLM-jp 4)."""
+        if not self._buffer:
+            return False
+        self._buffer = self._buffer.removeprefix(" ")
+        self._state = self._body
+        return True
+
     def _body(self) -> bool:
         """Read a message up to its end."""
         match = _ALL.find(self._buffer)
@@ -197,6 +205,8 @@ class HarmonyParser:
         is_reasoning = channel == "analysis" or recipient.partition(".")[0] in BUILTIN_TOOLS
         self._begin(PartKind.REASONING if is_reasoning else PartKind.CONTENT)
         self._name = recipient.removeprefix(NAMESPACE)
+        if f"{CHANNEL} " in header:
+            self._state = self._space
         if self._name in self.format.tool_names and (self.format.parallel_calls or self._num_calls == 0):
             self._state = self._before_arguments
         return True

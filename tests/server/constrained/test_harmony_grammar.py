@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from typing import Any
 
 import msgspec
@@ -68,6 +69,8 @@ def test_forced_calls(model: Model) -> None:
         for is_role_first in (False, True):
             text = call("time", "{}", content_type=content_type, is_role_first=is_role_first)
             assert model.accepts(grammar, text), text
+            spaced = re.sub(r"(<\|(start|channel|message|constrain)\|>)", r"\1 ", ANALYSIS + text)
+            assert model.accepts(grammar, spaced), spaced
 
 
 def test_strict_calls_of_an_answer_that_is_free(model: Model) -> None:

@@ -146,6 +146,12 @@ def test_whole_answers() -> None:
         (f"<|channel|>commentary to=assistant{ANALYSIS}Hm", [("reasoning", "Hm")]),
         ("<|channel|>final <|constrain|>json<|message|>{}", [("content", "{}")]),
         ("<|channel|>commentary to=weather<|message|>{}", [("call", "weather"), ("arguments", "{}")]),
+        # With a space after each marker.
+        (
+            "<|channel|> analysis<|message|> Hm<|end|><|start|> assistant<|channel|> final<|message|>  a",
+            [("reasoning", "Hm"), ("content", " a")],
+        ),
+        ("<|start|> assistant<|channel|> final<|constrain|> json", []),
         # No calls of the request's tools.
         ("<|channel|>commentary to=functions.rain<|message|>{}", [("content", "{}")]),
         ("<|channel|>commentary to=functions.weather<|message|>Bern", [("content", "Bern")]),
