@@ -8,6 +8,7 @@ import os
 import struct
 import tempfile
 from importlib.metadata import distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import openai_harmony
@@ -22,11 +23,11 @@ VOCABULARY = "o200k_base.tiktoken"
 
 @functools.cache
 def harmony_encoding() -> openai_harmony.HarmonyEncoding:
-    """Return the encoding of gpt-oss, without a download: the vocabulary comes from the data of quicktok.
+    """Return the encoding of gpt-oss. If quicktok is installed, its vocabulary spares a download.
 
     openai-harmony checks the hash of the vocabulary.
     """
-    if "TIKTOKEN_ENCODINGS_BASE" in os.environ:
+    if "TIKTOKEN_ENCODINGS_BASE" in os.environ or find_spec("quicktok") is None:
         return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / VOCABULARY).write_text(_o200k_base())

@@ -176,6 +176,7 @@ def test_messages(model: RunningServer, anthropic_client: Anthropic) -> None:
     message = anthropic_client.messages.create(messages=[{"role": "user", "content": "Hi"}], **request)
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
     assert message.stop_reason == "tool_use"
+    request |= {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 1100}  # the model has no budget
     with anthropic_client.messages.stream(messages=[{"role": "user", "content": "Hi"}], **request) as stream:
         streamed = stream.get_final_message()
     assert [block.model_dump(exclude={"id"}) for block in streamed.content] == [
