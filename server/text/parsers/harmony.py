@@ -4,8 +4,8 @@
     <|start|>assistant<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{arguments}<|call|>
     <|start|>assistant<|channel|>final<|message|>content<|return|>
 
-The prompt ends with `<|start|>assistant`. Messages in the channel `analysis`, and code for tools that OpenAI's own
-models have built in, are reasoning. Messages to a tool of the request are calls if they begin with a brace. All other
+The prompt ends with `<|start|>assistant`. Messages in the channel `analysis`, and code for the built-in tools that the
+model was trained with, are reasoning. Messages to a tool of the request are calls if they begin with a brace. All other
 messages are content, as is text that is no message. https://github.com/openai/harmony/blob/main/docs/format.md
 """
 
@@ -21,7 +21,8 @@ from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import ToolFormat
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
-END, CALL, RETURN = ENDS = "<|end|>", "<|call|>", "<|return|>"  # of a message; the last two also end the answer
+END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"  # the last two are end tokens of the model
+ENDS = (END, CALL, RETURN)
 MARKERS = (START, CHANNEL, CONSTRAIN, MESSAGE, *ENDS)
 NAMESPACE = "functions."  # of the request's tools
 BUILTIN_TOOLS = ("python", "browser", "container")
