@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from server.constrained.json_schema import normalize_schema
-from server.constrained.tool_grammar import ANYTHING, MarkerWriter, arguments_rule
+from server.constrained.tool_grammar import ANYTHING, NO_ARGUMENTS, SPACING, MarkerWriter
 from server.schemas.tools import Tool, ToolChoice, callable_tools, must_call
 from server.text.parsers.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, NAMESPACE, START, HarmonyFormat
 
@@ -54,6 +54,8 @@ def harmony_grammar(
     for index, tool in enumerate(allowed):
         recipient = json.dumps(f" to={NAMESPACE}{tool.name}")
         header = f'({channel} "commentary" {recipient} | {recipient} {channel} "commentary") type? {message}'
+        parameters = tool.function.parameters or NO_ARGUMENTS
+        schema = {"type": "object", **as_schema(parameters if is_forced or tool.function.strict else {})}
         rules.append(f"call_{index}: {header} arguments_{index}")
-        rules.append(arguments_rule(index, tool, is_forced=is_forced, as_schema=as_schema))
+        rules.append(f"arguments_{index}: %json {json.dumps(schema | {'x-guidance': SPACING})}")
     return "\n".join(rules) + "\n"

@@ -163,17 +163,11 @@ def _tool_rules(
             # In the same lexemes as JSON schemas, because content may be JSON that begins alike.
             pieces = ["{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{format.arguments_key}"', ": "]
             call = f'{" ".join(map(_literal, pieces))} arguments_{index} "}}"'
-        rules += [f"tool_{index}: {call}", arguments_rule(index, tool, is_forced=is_forced, as_schema=as_schema)]
+        parameters = tool.function.parameters or NO_ARGUMENTS
+        schema = parameters if is_forced or tool.function.strict else {}
+        arguments = json.dumps({"type": "object", **as_schema(schema), "x-guidance": SPACING})
+        rules += [f"tool_{index}: {call}", f"arguments_{index}: %json {arguments}"]
     return rules
-
-
-def arguments_rule(
-    index: int, tool: Tool, *, is_forced: bool, as_schema: Callable[[Mapping[str, Any]], dict[str, Any]]
-) -> str:
-    """Return the rule for the arguments of the tool at `index`: any object, if calls are neither forced nor strict."""
-    parameters = tool.function.parameters or NO_ARGUMENTS
-    schema = parameters if is_forced or tool.function.strict else {}
-    return f"arguments_{index}: %json {json.dumps({'type': 'object', **as_schema(schema), 'x-guidance': SPACING})}"
 
 
 def _literal(text: str) -> str:

@@ -15,7 +15,7 @@ from server.constrained.harmony_grammar import harmony_grammar
 from server.schemas.tools import ToolChoice
 from server.text.parsers.answer_parts import PartKind
 from server.text.parsers.harmony import MARKERS, HarmonyFormat
-from tests.server.constrained.test_tool_grammar import ARGUMENTS, BERN, EOS, PARIS, WEATHER, Model, make_tools, walk
+from tests.server.constrained.test_tool_grammar import ARGUMENTS, BERN, EOS, PARIS, WEATHER, Model, _walk, make_tools
 from tests.support.harmony import write_harmony_model
 
 NEXT = "<|start|>assistant"
@@ -141,7 +141,7 @@ def test_the_parser_reads_what_the_grammar_allows(model: Model) -> None:
             rng.choice(["weather", "time"][: 1 + (choice != WEATHER)]), ""
         )
         matcher.consume_tokens(model.tokenizer.encode(before, add_special_tokens=False))
-        text = before + walk(model, matcher, rng)
+        text = before + _walk(model, matcher, rng)
         parser = HarmonyFormat(tool_names=frozenset(ARGUMENTS)).new_parser()
         parts = parser.push(text) + parser.finish()
         assert parser.ends_with_calls, text

@@ -205,7 +205,7 @@ def test_the_parser_reads_what_the_grammar_allows(model: Model, format: ToolForm
     rng = random.Random(seed)
     for choice, parallel in [("required", True), ("required", False), (WEATHER, True)] * 3:
         grammar = grammar_of(model, format, choice, parallel=parallel)
-        text = walk(model, model.matcher(grammar), rng)
+        text = _walk(model, model.matcher(grammar), rng)
         parser = AnswerParser(AnswerFormat(format, frozenset(ARGUMENTS), parallel_calls=parallel))
         parts = parser.push(text) + parser.finish()
         assert not any(part.kind is PartKind.CONTENT for part in parts), text
@@ -222,7 +222,7 @@ def test_the_parser_reads_what_the_grammar_allows(model: Model, format: ToolForm
         assert len(names) == 1 or (parallel and choice is not WEATHER)
 
 
-def walk(model: Model, matcher: LLMatcher, rng: random.Random) -> str:
+def _walk(model: Model, matcher: LLMatcher, rng: random.Random) -> str:
     """Return a random output that the grammar allows."""
     token_ids: list[int] = []
     while not matcher.is_stopped():
