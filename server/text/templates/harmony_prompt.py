@@ -1,7 +1,8 @@
 """Write chat requests as the template of gpt-oss expects them, which differs from what other templates read.
 
-The template names reasoning `thinking`, renders one call per message and no content before a call, and requires a
-description of every tool. https://huggingface.co/openai/gpt-oss-20b/blob/main/chat_template.jinja
+The template names reasoning `thinking`, reads a system message only at the beginning, renders one call per message and
+no content before a call, and requires a description of every tool.
+https://huggingface.co/openai/gpt-oss-20b/blob/main/chat_template.jinja
 """
 
 from collections.abc import Sequence
@@ -10,15 +11,22 @@ from typing import Any
 
 Message = dict[str, Any]
 
+SEPARATOR = "\n\n"  # between texts that are joined
+
 # Efforts that the model was not trained on -> the nearest one.
 EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
 
 
 def harmony_messages(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with reasoning as `thinking`, and each call in a message of its own before its results."""
-    written: list[Message] = []
+    """Return the messages with reasoning as `thinking`, and each call in a message of its own before its results.
+
+    All system messages are joined at the beginning.
+    """
+    system = [_text(message["content"]) for message in messages if message["role"] == "system"]
+    written: list[Message] = [{"role": "system", "content": SEPARATOR.join(system)}] if system else []
     turn: list[Message] = []  # the last message that is no result, with its calls in messages of their own
-    for is_result, group in groupby(messages, key=lambda message: message["role"] == "tool"):
+    others = [message for message in messages if message["role"] != "system"]
+    for is_result, group in groupby(others, key=lambda message: message["role"] == "tool"):
         if is_result:
             written += _add_results(turn, list(group))
             turn = []
@@ -48,9 +56,13 @@ def _rename_reasoning(message: Message) -> Message:
     others = {**message}
     reasoning, content = others.pop("reasoning_content", None), message.get("content")
     if message.get("tool_calls"):
-        text = "\n".join(part["text"] for part in content) if isinstance(content, list) else content
-        reasoning, others["content"] = "\n\n".join(filter(None, (reasoning, text))), ""
+        reasoning, others["content"] = SEPARATOR.join(filter(None, (reasoning, _text(content)))), ""
     return {**others, "thinking": reasoning} if reasoning else others
+
+
+def _text(content: Any) -> str:
+    """Return the text of a content, which is a string, a list of parts, or None."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def _split_calls(message: Message) -> list[Message]:

@@ -174,6 +174,14 @@ def test_content_before_a_call_becomes_reasoning(template: ChatTemplate) -> None
         assert turn[1]["reasoning_content"] == "Hm."  # the request is not changed
 
 
+def test_system_messages_are_joined(template: ChatTemplate) -> None:
+    parts = [{"type": "text", "text": "Be kind."}]
+    texts: list[Any] = ["Be brief.", parts, "Be exact."]
+    first, second, third = ({"role": "system", "content": text} for text in texts)
+    expected = reference([{"role": "system", "content": "Be brief.\n\nBe kind.\n\nBe exact."}, *TURN], with_tools=True)
+    assert render(template, [first, second, *TURN, third], with_tools=True) == expected
+
+
 def test_results_without_ids_are_in_the_order_of_the_calls(template: ChatTemplate) -> None:
     calls = [
         {"id": "a", "type": "function", "function": {"name": "weather", "arguments": {}}},
