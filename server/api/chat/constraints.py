@@ -1,5 +1,6 @@
 """The grammar of a chat answer: its reasoning, its tool calls and its content."""
 
+from functools import partial
 from itertools import compress, count
 
 import msgspec
@@ -12,10 +13,12 @@ from server.constrained.constraints import (
     named_grammar,
     unenforced_keywords,
 )
+from server.constrained.harmony_grammar import harmony_grammar
 from server.constrained.tool_grammar import ToolSchemaError, tool_grammar
 from server.generation.prompts import Prompt
 from server.http.errors import InvalidValueError
 from server.schemas.tools import callable_tools, must_call
+from server.text.parsers.harmony import HarmonyFormat
 
 
 def chat_constraint(builder: ConstraintBuilder, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
@@ -24,15 +27,16 @@ def chat_constraint(builder: ConstraintBuilder, body: ChatCompletionRequest, pro
     Raises InvalidValueError.
     """
     content = builder.content(body)
-    if prompt.answer_format is None:
+    format = prompt.answer_format
+    if format is None:
         return content
+    write = partial(harmony_grammar, format) if isinstance(format, HarmonyFormat) else partial(tool_grammar, format)
     parameters = _parameter_constraints(builder, body)
     try:
-        grammar = tool_grammar(
-            prompt.answer_format,
+        grammar = write(
             body.tools,
             body.tool_choice,
-            special_ids=builder.tokenizer.special_ids_in(prompt.answer_format.markers),
+            special_ids=builder.tokenizer.special_ids_in(format.markers),
             has_content_grammar=content is not None,
             allow_additional_properties=builder.allow_additional_properties,
         )

@@ -19,8 +19,10 @@ from server.http.errors import BadRequestError, InvalidValueError, UnsupportedPa
 from server.schemas.request_fields import NO_LIMIT
 from server.schemas.tools import NamedTool, callable_tools, offered_tools
 from server.text.parsers.answer_parser import AnswerFormat
+from server.text.parsers.harmony import HarmonyFormat
 from server.text.templates.chat_encoding import encode_chat
 from server.text.templates.chat_template import ChatTemplate, ChatTemplateError
+from server.text.templates.harmony_prompt import harmony_messages, harmony_options, harmony_tools
 from server.text.templates.tool_prompt import describe_tools
 from server.text.tokenizer import Tokenizer
 
@@ -79,6 +81,8 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
     if tools is not None and not template.describes_tools:
         messages, tools = describe_tools(messages, tools), None
     options = template_options(template, body)
+    if template.is_harmony:
+        messages, tools, options = harmony_messages(messages), harmony_tools(tools), harmony_options(options)
     check_text_size(len(msgspec.json.encode([messages, tools, options])), context.max_model_len, "messages")
     try:
         token_ids = encode_chat(
@@ -162,6 +166,14 @@ def _output_format(
     template: ChatTemplate, tokenizer: Tokenizer, body: ChatCompletionRequest, token_ids: list[int]
 ) -> AnswerFormat:
     """Return which parts an answer may have beside content: tool calls and reasoning."""
+    fields: dict[str, Any] = {
+        "tools": {tool.name: tool.parameters for tool in callable_tools(body.tools, body.tool_choice)},
+        "parallel_calls": body.parallel_tool_calls is not False,
+        # As OpenAI does: a forced call ends with `stop`.
+        "calls_end": "stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
+    }
+    if template.is_harmony:
+        return HarmonyFormat(**fields, is_final=bool(body.continue_final_message))
     tags = template.reasoning_tags
     is_reasoning = False
     if tags is not None and body.continue_final_message:
@@ -170,12 +182,9 @@ def _output_format(
         end = tokenizer.decode(token_ids[-NUM_END_TOKENS:], skip_special_tokens=False)
         is_reasoning = body.opens_answer and tags.are_opened_by(end)
     return AnswerFormat(
+        **fields,
         tool_format=template.tool_format,
-        tools={tool.name: tool.parameters for tool in callable_tools(body.tools, body.tool_choice)},
-        parallel_calls=body.parallel_tool_calls is not False,
         reasoning_tags=tags,
         content_markers=template.reasoning.content_markers,
         is_reasoning=is_reasoning,
-        # As OpenAI does: a forced call ends with `stop`.
-        calls_end="stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
     )

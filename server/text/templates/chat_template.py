@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from server.text.parsers.harmony import ANALYSIS_TAGS, HARMONY, is_harmony
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
@@ -32,6 +33,7 @@ class ChatTemplate:
         variables: names of the variables that the template reads.
         options: names of the variables that a request can set.
         tool_format, reasoning: how the model writes tool calls and reasoning, found by rendering conversations.
+        is_harmony: whether conversations and answers are in the harmony format.
         keeps_system_position: whether a system message between other turns is rendered in its position.
     """
 
@@ -53,9 +55,13 @@ class ChatTemplate:
         self.reasoning = ReasoningFormat()
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
         self._takes_system_tools = "tools" not in self.variables and self._reads_system_tools()
-        self.tool_format = self._find_tool_format()
-        self._omits_calls = self._omits_calls_of_messages()
-        self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
+        self.is_harmony = is_harmony(self._probe("assistant", "x"))
+        if self.is_harmony:
+            self.tool_format, self.reasoning = HARMONY, ReasoningFormat(ANALYSIS_TAGS, message_field="thinking")
+        else:
+            self.tool_format = self._find_tool_format()
+            self._omits_calls = self._omits_calls_of_messages()
+            self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
         self.keeps_system_position = self._keeps_system_position()
 
     @property

@@ -37,7 +37,6 @@ FAMILIES: Mapping[type, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
         ("<|tool_call_begin|>", "kimi_k2", {}),
         ("<|tools_prefix|>", "apertus", {}),
         ("<|tool_call:begin|>", "solar", {}),
-        ("<|channel|>", "harmony", {}),
     ),
     TaggedArguments: (
         ("<function=", "qwen3_coder", {}),
