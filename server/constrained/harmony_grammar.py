@@ -8,10 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from server.constrained.argument_grammar import SPACING
 from server.constrained.json_schema import normalize_schema
 from server.constrained.marker_writer import ANYTHING, MarkerWriter
-from server.constrained.tool_grammar import NO_ARGUMENTS
+from server.constrained.tool_grammar import arguments_rule
 from server.schemas.tools import Tool, ToolChoice, callable_tools, must_call
 from server.text.parsers.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, NAMESPACE, START, HarmonyFormat
 
@@ -56,8 +55,6 @@ def harmony_grammar(
     for index, tool in enumerate(allowed):
         recipient = json.dumps(f" to={NAMESPACE}{tool.name}")
         header = f'({channel} "commentary" {recipient} | {recipient} {channel} "commentary") type? {message}'
-        parameters = tool.function.parameters or NO_ARGUMENTS
-        schema = {"type": "object", **as_schema(parameters if is_forced or tool.function.strict else {})}
         rules.append(f"call_{index}: {header} arguments_{index}")
-        rules.append(f"arguments_{index}: %json {json.dumps(schema | {'x-guidance': SPACING})}")
+        rules.append(arguments_rule(index, tool, is_forced=is_forced, as_schema=as_schema))
     return "\n".join(rules) + "\n"

@@ -15,6 +15,7 @@ from typing import Any
 from server.constrained.argument_grammar import SPACING, ArgumentGrammar, UnsupportedSchemaError
 from server.constrained.json_schema import normalize_schema
 from server.constrained.marker_writer import ANYTHING, MarkerWriter, literal
+from server.constrained.regex import escape_regex
 from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, must_call
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.reasoning_parser import ReasoningTags
@@ -80,7 +81,7 @@ def tool_grammar(
     elif has_content_grammar:
         answer = [f"answer: {start} ({calls.all} | @content) {end}" if allowed else f"answer: {start} @content {end}"]
     else:
-        answer = _answer_rules(calls, start, end)
+        answer = _answer_rules(calls, start, end, format.content_markers)
     no_reasoning = "" if tags is None or format.is_reasoning else markers.without(tags.start)
     rules = [
         "%llguidance {}",
@@ -116,7 +117,7 @@ def _content_ends(markers: MarkerWriter, content_markers: Sequence[str]) -> tupl
     return start, " ".join(f"({markers.write(each)})?" for each in others if markers.has_special(each))
 
 
-def _answer_rules(calls: "_CallGrammar", start: str, end: str) -> list[str]:
+def _answer_rules(calls: "_CallGrammar", start: str, end: str, content_markers: Sequence[str]) -> list[str]:
     """Return the rule `answer` for optional calls: calls alone, or text that may end with calls."""
     markers, format = calls.markers, calls.format
     begins = begin_markers(format)
@@ -127,7 +128,7 @@ def _answer_rules(calls: "_CallGrammar", start: str, end: str) -> list[str]:
             f"answer: {start} (begin_calls {calls.after_begin(begins[0])} | FREE) {end}",
             f"FREE: FIRST{without}",
             f"BEFORE: FIRST{others}",
-            _up_to(markers, "begin_calls", "BEFORE", end, begins[0]),
+            _up_to(markers, "begin_calls", "BEFORE", end, begins[0], content_markers),
         ]
     # Text that begins with a bracket must be a call.
     return [
@@ -136,8 +137,12 @@ def _answer_rules(calls: "_CallGrammar", start: str, end: str) -> list[str]:
     ]
 
 
-def _up_to(markers: MarkerWriter, rule: str, text: str, end: str, marker: str) -> str:
+def _up_to(markers: MarkerWriter, rule: str, text: str, end: str, marker: str, content_markers: Sequence[str]) -> str:
     """Return a rule for text up to and including a marker, with the tokens that may follow content before it."""
+    if any(each.startswith(marker) for each in content_markers) and not markers.has_special(marker):
+        # A lazy rule would match as soon as it can, so that content could not begin with its own marker.
+        terminal = rule.upper()
+        return f"{terminal}: {text} {literal(marker)} & ~/{ANYTHING}{escape_regex(marker)}(.|\\n)+/\n{rule}: {terminal}"
     return f"{rule}: {text} {end} {markers.write(marker)}" if end else markers.up_to(rule, text, marker)
 
 

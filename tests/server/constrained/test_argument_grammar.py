@@ -194,6 +194,18 @@ def test_strict_calls_are_optional(name: str, special: bool, tmp_path: Path, rng
             jsonschema.validate(json.loads(arguments), SCHEMAS[tool])
 
 
+def test_content_after_a_marker_that_begins_as_calls_do(tmp_path: Path, rng: random.Random) -> None:
+    """Muse addresses content `to=user` and calls `to=get_weather`."""
+    model = Model("muse-glimmer", tmp_path, special=True)
+    call = model.sample(model.matcher(model.grammar(make_tools(SCHEMAS), NAMED)), rng)
+    call = call.removeprefix("to=user<|message|>")
+    grammar = model.grammar(make_tools(SCHEMAS, strict=True), None)
+    for text in ("", "Hi", call, f"Hi {call}"):
+        assert model.accepts(grammar, text)
+        assert model.accepts(grammar, f"to=user<|message|>{text}")
+    assert not model.accepts(grammar, "to=else<|message|>Hi")
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_arguments_of_tools_that_are_not_strict_are_free(name: str, tmp_path: Path, rng: random.Random) -> None:
     if load_template(name).tool_format.name == "minimax_m3":
