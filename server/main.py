@@ -40,7 +40,7 @@ from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ApiProcessConfig
-from server.text.templates.chat_template import ChatTemplate
+from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
 from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lightwell.api")  # __name__ is __main__ here
@@ -177,7 +177,12 @@ def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate |
 
 
 def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
-    return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    template = ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    if template.tool_format_name == UNRECOGNIZED:
+        logger.warning("the chat template writes tool calls in a form that is not recognized; a generic one is used")
+    if template.reasoning_format_name == UNRECOGNIZED:
+        logger.warning("the chat template has a switch for reasoning, but its tags are not recognized: it is content")
+    return template
 
 
 def make_server(app: FastAPI, *, max_connections: int, protocol: type[HTTPProtocol] = HTTPProtocol) -> APIServer:

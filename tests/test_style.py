@@ -88,6 +88,7 @@ TESTED_ELSEWHERE = {
     "server/cli/commands/models.py": "tests/server/cli/test_model_list.py",
     "server/cli/commands/run.py": "tests/server/cli/test_run.py",
     "server/cli/commands/serve.py": "tests/server/cli/test_main.py",
+    "server/constrained/marker_writer.py": "tests/server/constrained/test_tag_grammar.py",
     "server/context.py": "tests/server/test_app.py",
     "server/generation/endpoint.py": "tests/server/generation/test_pipeline.py",
     "server/generation/prompt_batch.py": "tests/server/api/embeddings/test_routes.py",
@@ -107,6 +108,8 @@ TESTED_ELSEWHERE = {
     "server/schemas/tools.py": "tests/server/api/chat/test_constraints.py",
     "server/settings/setting.py": "tests/server/settings/test_load.py",
     "server/text/parsers/answer_parts.py": "tests/server/text/parsers/test_answer_parser.py",
+    "server/text/parsers/call_reader.py": "tests/server/text/parsers/test_tool_parser.py",
+    "server/text/parsers/object_reader.py": "tests/server/text/parsers/test_tool_parser.py",
     "server/text/templates/tool_prompt.py": "tests/server/api/chat/test_conversion.py",
 }
 

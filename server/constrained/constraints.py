@@ -10,15 +10,14 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 from pydantic import ValidationError
 
 from server.constrained.grammar_checker import GrammarChecker
 from server.constrained.json_schema import normalize_schema
-from server.constrained.regex import ascii_classes, escape_regex
+from server.constrained.marker_writer import MarkerWriter
+from server.constrained.regex import escape_regex, lark_regex, regex_grammar
 from server.constrained.tag_grammar import StructuralTagError, TagGrammar
-from server.constrained.tool_grammar import MarkerWriter
 from server.http.errors import InvalidValueError
 from server.http.strict_json import is_deeper
 from server.http.validation import format_path, resolve_location
@@ -126,9 +125,9 @@ class ConstraintBuilder:
         if outputs.structural_tag is not None:
             return self._tag(_parse_tag(outputs.structural_tag, param), param)
         if outputs.regex is not None:
-            return Constraint(_regex_grammar(outputs.regex), param)
+            return Constraint(regex_grammar(outputs.regex), param)
         if outputs.choice is not None:
-            return Constraint(_regex_grammar("|".join(map(escape_regex, outputs.choice))), param)
+            return Constraint(regex_grammar("|".join(map(escape_regex, outputs.choice))), param)
         if outputs.grammar is not None:
             if outputs.grammar.lstrip().startswith("{"):
                 raise _invalid(param, "expected a grammar in Lark's notation, but got JSON")
@@ -144,9 +143,9 @@ class ConstraintBuilder:
         for index, structure in enumerate(tag.structures or ()):
             check_schema(structure.schema_, f"{param}.structures[{index}].schema")
         _check_parts(format, f"{param}.format")
-        special_ids = self.tokenizer.special_ids_of(self.tokenizer.special_tokens)
+        special_ids = self.tokenizer.special_ids_in(self.tokenizer.special_tokens)
         as_schema = partial(_compact_schema, allow_additional_properties=self.allow_additional_properties)
-        writer = TagGrammar(MarkerWriter(special_ids), as_schema, _lark_terminal)
+        writer = TagGrammar(MarkerWriter(special_ids), as_schema, lark_regex)
         try:
             grammar = writer.write(format)
         except StructuralTagError as error:
@@ -198,17 +197,6 @@ def _check_parts(format: Format, param: str) -> None:
             if isinstance(part, JSONSchemaPart):
                 check_schema(part.json_schema, param)
         level = [inner for part in level for inner in inner_parts(part)]
-
-
-def _regex_grammar(pattern: str) -> str:
-    return LLMatcher.grammar_from_regex(ascii_classes(pattern))
-
-
-def _lark_terminal(pattern: str) -> str:
-    """Return a regular expression in Lark's notation."""
-    grammar = msgspec.json.decode(_regex_grammar(pattern))
-    lark: str = grammar["grammars"][0]["lark_grammar"]
-    return lark.removeprefix("start: ")
 
 
 def _as_lark(grammar: str, param: str) -> str:

@@ -2,6 +2,9 @@
 
 import re
 
+import msgspec
+from llguidance import LLMatcher
+
 # Rust's classes cover all of Unicode. Those of JSON Schema's dialect, ECMAScript's, are ASCII. A class in brackets may
 # stand within brackets too, so that these need not be told apart.
 _ASCII_CLASSES = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[\x09-\x0D\x20]"}
@@ -14,6 +17,18 @@ def ascii_classes(pattern: str) -> str:
     return re.sub(
         r"\\(.)|-(?=\\[dwsDWS])", lambda found: _CLASSES.get(found[1], _escaped(found[0])), pattern, flags=re.S
     )
+
+
+def regex_grammar(pattern: str) -> str:
+    """Return the grammar of the texts that match a pattern as a whole."""
+    return LLMatcher.grammar_from_regex(ascii_classes(pattern))
+
+
+def lark_regex(pattern: str) -> str:
+    """Return a regular expression in Lark's notation."""
+    grammar = msgspec.json.decode(regex_grammar(pattern))
+    lark: str = grammar["grammars"][0]["lark_grammar"]
+    return lark.removeprefix("start: ")
 
 
 def escape_regex(text: str) -> str:

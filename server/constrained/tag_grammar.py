@@ -11,8 +11,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from engine.grammar.compiler import MAX_GRAMMAR_BYTES
+from server.constrained.marker_writer import ANYTHING, MarkerWriter
 from server.constrained.regex import escape_regex
-from server.constrained.tool_grammar import ANYTHING, MarkerWriter
 from server.schemas.structural_tag import (
     AnyText,
     ConstString,

@@ -1,8 +1,8 @@
 """The grammar of an answer with forced or strict tool calls, in llguidance's dialect of Lark.
 
 It allows a subset of the calls that `server.text.parsers.tool_parser` reads, in the form in which models are trained to
-write them. Everything is literal except the arguments, which follow the tool's JSON schema with a space after commas
-and colons. https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+write them. Everything is literal except the arguments, which follow the tool's JSON schema.
+https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
@@ -12,16 +12,36 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from server.constrained.argument_grammar import SPACING, ArgumentGrammar, UnsupportedSchemaError
 from server.constrained.json_schema import normalize_schema
+from server.constrained.marker_writer import ANYTHING, MarkerWriter, literal
 from server.constrained.regex import escape_regex
 from server.schemas.tools import NamedTool, Tool, ToolChoice, callable_tools, must_call
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.reasoning_parser import ReasoningTags
-from server.text.parsers.tool_formats import ToolFormat
+from server.text.parsers.tool_formats import (
+    ID,
+    INDEX,
+    NAME,
+    SLOTS,
+    LiteralArguments,
+    ObjectCall,
+    TaggedArguments,
+    ToolFormat,
+)
+from server.text.parsers.tool_parser import begin_markers
 
-SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-ANYTHING = r"(.|\n)*"
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+ID_CHARS = 9  # of a call's id, if the format has no fixed length
+_JSON_TOKEN = re.compile(r'"[^"]*"|[{}\[\]]|[,:]\s*|[^"{}\[\],:]+')
+
+
+class ToolSchemaError(ValueError):
+    """A tool whose arguments the grammar cannot follow. The message may be shown to clients."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name  # of the tool
 
 
 def tool_grammar(
@@ -43,6 +63,8 @@ def tool_grammar(
         special_ids: token ids of the tags and markers that are special tokens, which no text is tokenized to.
         has_content_grammar: an answer without calls must match the grammar `@content`, which the caller adds.
         allow_additional_properties: see `normalize_schema`.
+
+    Raises ToolSchemaError for a schema that calls in the model's format cannot follow.
     """
     allowed = callable_tools(tools, tool_choice)
     is_forced = must_call(tool_choice)
@@ -50,63 +72,27 @@ def tool_grammar(
         return None
     markers = MarkerWriter(special_ids or {})
     as_schema = partial(normalize_schema, allow_additional_properties=allow_additional_properties)
-    tool_format, tags = format.tool_format, format.reasoning_tags
     several = format.parallel_calls and not isinstance(tool_choice, NamedTool)
-    begin, calls = _call_expressions(markers, tool_format, several)
+    calls = _CallGrammar(markers, format.tool_format, [tool.name for tool in allowed], several)
+    tags = format.reasoning_tags
+    start, end = _content_ends(markers, format.content_markers)
     if is_forced:
-        answer = [f"answer: {begin} {calls}"]
+        answer = [f"answer: {start} {end} {calls.all} {end}"]
     elif has_content_grammar:
-        answer = [f"answer: {begin} {calls} | @content" if allowed else "answer: @content"]
+        answer = [f"answer: {start} ({calls.all} | @content) {end}" if allowed else f"answer: {start} @content {end}"]
     else:
-        answer = _answer_rules(markers, tool_format, calls)
+        answer = _answer_rules(calls, start, end, format.content_markers)
     no_reasoning = "" if tags is None or format.is_reasoning else markers.without(tags.start)
     rules = [
         "%llguidance {}",
         *_reasoning_rules(markers, tags, format.is_reasoning),
         *answer,
-        *_tool_rules(markers, tool_format, allowed, is_forced=is_forced, as_schema=as_schema),
+        *calls.rules,
+        *_argument_rules(markers, format.tool_format, allowed, is_forced=is_forced, as_schema=as_schema),
         f"FIRST: TEXT{no_reasoning}",
         f"TEXT: /{ANYTHING}/",
     ]
     return "\n".join(rules) + "\n"
-
-
-@dataclass(frozen=True, slots=True)
-class MarkerWriter:
-    """Writes tags and markers as grammar expressions: special tokens by id, everything else as literal text."""
-
-    special_ids: Mapping[str, int]
-
-    def write(self, marker: str) -> str:
-        return " ".join(map(self._write_piece, self._pieces(marker)))
-
-    def up_to(self, rule: str, text: str, marker: str) -> str:
-        """Return a rule named `rule` for `text` up to and including the first occurrence of the marker."""
-        first, *others = self._pieces(marker)
-        if first in self.special_ids:
-            return f"{rule}: {text} {self.write(marker)}"
-        if not others:
-            return f"{rule}[lazy]: {text} {_literal(marker)}"
-        # The marker begins with plain text, `first`. The text up to the special token after it must end with `first`.
-        before = f"{rule.upper()}: {text} & /{ANYTHING}{escape_regex(first)}/"
-        return f"{before}\n{rule}: {rule.upper()} {self.write(marker[len(first) :])}"
-
-    def without(self, marker: str, *, anywhere: bool = False) -> str:
-        """Return the part of a terminal that excludes the marker at the beginning of its text, or anywhere in it."""
-        if marker in self.special_ids:
-            return ""
-        before = ANYTHING if anywhere else ""
-        return f" & ~/{before}{escape_regex(marker)}{ANYTHING}/"
-
-    def _write_piece(self, piece: str) -> str:
-        return f"<[{self.special_ids[piece]}]>" if piece in self.special_ids else _literal(piece)
-
-    def _pieces(self, marker: str) -> list[str]:
-        """Split a marker at its special tokens."""
-        if not self.special_ids:
-            return [marker]
-        tokens = "|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True)))
-        return [piece for piece in re.split(f"({tokens})", marker) if piece] or [marker]
 
 
 def _reasoning_rules(markers: MarkerWriter, tags: ReasoningTags | None, is_reasoning: bool) -> list[str]:
@@ -124,29 +110,118 @@ def _reasoning_rules(markers: MarkerWriter, tags: ReasoningTags | None, is_reaso
     ]
 
 
-def _answer_rules(markers: MarkerWriter, format: ToolFormat, calls: str) -> list[str]:
+def _content_ends(markers: MarkerWriter, content_markers: Sequence[str]) -> tuple[str, str]:
+    """Return the expressions of the special tokens that may precede and follow the content."""
+    first, *others = content_markers or ("",)
+    start = f"({markers.write(first)})?" if markers.has_special(first) else ""
+    return start, " ".join(f"({markers.write(each)})?" for each in others if markers.has_special(each))
+
+
+def _answer_rules(calls: "_CallGrammar", start: str, end: str, content_markers: Sequence[str]) -> list[str]:
     """Return the rule `answer` for optional calls: calls alone, or text that may end with calls."""
+    markers, format = calls.markers, calls.format
+    begins = begin_markers(format)
+    without = "".join(markers.without(begin, anywhere=True) for begin in begins)
     if not format.is_bare:
-        return [f"answer: begin_calls {calls} | FIRST", markers.up_to("begin_calls", "FIRST", format.start)]
+        others = "".join(markers.without(begin, anywhere=True) for begin in begins[1:])
+        return [
+            f"answer: {start} (begin_calls {calls.after_begin(begins[0])} | FREE) {end}",
+            f"FREE: FIRST{without}",
+            f"BEFORE: FIRST{others}",
+            _up_to(markers, "begin_calls", "BEFORE", end, begins[0], content_markers),
+        ]
     # Text that begins with a bracket must be a call.
-    plain = r"PLAIN: FIRST & /([^{\[ \t\r\n](.|\n)*)?/" + markers.without(format.start, anywhere=True)
-    return [f"answer: {calls} | PLAIN", plain]
+    return [
+        f"answer: {start} ({calls.all} | PLAIN) {end}",
+        r"PLAIN: FIRST & /([^{\[ \t\r\n](.|\n)*)?/" + without,
+    ]
 
 
-def _call_expressions(markers: MarkerWriter, format: ToolFormat, several: bool) -> tuple[str, str]:
-    """Return two expressions: of the text before all calls, which may be empty, and of one call or `several`."""
-    array = '"[" tool (", " tool)* "]"' if several else '"[" tool "]"'
-    if format.is_bare and format.has_arrays:
-        return "", f"(tool | {array})" if several else "tool"
-    if format.has_arrays:
-        return markers.write(format.start), array
-    start = "" if format.is_bare else markers.write(format.start)
-    call = f'"\\n" tool "\\n" {markers.write(format.end)}' if format.end else "tool"
-    between = _literal(f"{format.separator} ") if format.separator else _literal("\n") if format.end else ""
-    return start, f"{call} ({between} {start} {call})*" if several else call
+def _up_to(markers: MarkerWriter, rule: str, text: str, end: str, marker: str, content_markers: Sequence[str]) -> str:
+    """Return a rule for text up to and including a marker, with the tokens that may follow content before it."""
+    if any(each.startswith(marker) for each in content_markers) and not markers.has_special(marker):
+        # A lazy rule would match as soon as it can, so that content could not begin with its own marker.
+        terminal = rule.upper()
+        return f"{terminal}: {text} {literal(marker)} & ~/{ANYTHING}{escape_regex(marker)}(.|\\n)+/\n{rule}: {terminal}"
+    return f"{rule}: {text} {end} {markers.write(marker)}" if end else markers.up_to(rule, text, marker)
 
 
-def _tool_rules(
+@dataclass(frozen=True, slots=True)
+class _CallGrammar:
+    """Writes the calls of an answer; their arguments are the rules `arguments_0` and so on, by the tool's index."""
+
+    markers: MarkerWriter
+    format: ToolFormat
+    names: Sequence[str]
+    several: bool
+
+    @property
+    def all(self) -> str:
+        """The expression of all calls, from the beginning of the first."""
+        start, format = self.format.start.lstrip(), self.format
+        if format.is_bare and format.has_arrays:
+            more = f"({literal(format.separator)} call)*" if self.several else ""
+            return f'(call | "[" call {more} "]")' if self.several else "call"
+        return f"{self._write(start)} {self._calls('first' if not start else 'call')}"
+
+    @property
+    def rules(self) -> list[str]:
+        """The rules of one call: as the first thing in an answer, after other calls, and after the first marker."""
+        format = self.format
+        before = format.before_name
+        begins = begin_markers(format)
+        rest = _remove_begin(format.start + before, begins[0]) if begins and not format.is_bare else before
+        return [
+            self._rule("call", before),
+            self._rule("first", before.lstrip()),
+            self._rule("continued", rest),
+        ]
+
+    def after_begin(self, begin: str) -> str:
+        """Return the expression of all calls after the marker that begins them."""
+        return self._calls("continued")
+
+    def _calls(self, first: str) -> str:
+        format = self.format
+        more = f"({self._write(format.separator)} call)*" if self.several and format.several else ""
+        end = self._write(format.end)
+        is_token = format.end.strip() in self.markers.special_ids  # which may also end the whole answer
+        return f"{first} {more} " + (f"({end})?" if is_token else end)
+
+    def _rule(self, name: str, before: str) -> str:
+        forms = [
+            f"{self._write(before + NAME + self.format.after_name, tool)} arguments_{index} {self._after_arguments}"
+            for index, tool in enumerate(self.names)
+        ]
+        return f"{name}: {' | '.join(forms)}"
+
+    @property
+    def _after_arguments(self) -> str:
+        return self._write(self.format.after_arguments)
+
+    def _write(self, text: str, name: str = "") -> str:
+        """Return the expression of a text of the format, with the tool's name in its slot."""
+        text = text.replace(NAME, name)
+        is_json = isinstance(self.format.arguments, ObjectCall)
+        tag, brace, json_text = text.partition("{") if is_json else (text, "", "")
+        pieces = _with_slots(self.markers.write, tag)
+        # In the same lexemes as JSON schemas, because content may be JSON that begins alike.
+        pieces += [piece for token in _JSON_TOKEN.findall(brace + json_text) for piece in _with_slots(literal, token)]
+        return " ".join(pieces)
+
+
+def _with_slots(write: Callable[[str], str], text: str) -> list[str]:
+    """Return the expressions of a text whose slots hold any id or number."""
+    slots = {ID: f"/[a-z0-9]{{{ID_CHARS}}}/", INDEX: "/[0-9]{1,3}/"}
+    parts = re.split(f"({SLOTS.pattern})", text)
+    return [slots[part] if part in slots else write(part) for part in parts if part]
+
+
+def _remove_begin(text: str, begin: str) -> str:
+    return text.lstrip().removeprefix(begin)
+
+
+def _argument_rules(
     markers: MarkerWriter,
     format: ToolFormat,
     tools: Sequence[Tool],
@@ -154,21 +229,33 @@ def _tool_rules(
     is_forced: bool,
     as_schema: Callable[[Mapping[str, Any]], dict[str, Any]],
 ) -> list[str]:
-    """Return the rule `tool` for a call of any of the tools, and the rules it refers to."""
-    rules = [f"tool: {' | '.join(f'tool_{index}' for index in range(len(tools)))}"] if tools else []
+    """Return the rules of the arguments of each tool."""
+    rules = []
     for index, tool in enumerate(tools):
-        if format.has_names and not format.has_arrays:
-            call = f"{_literal(tool.name)} {markers.write(format.name_end)} arguments_{index}"
+        schema = _arguments_schema(tool, is_forced=is_forced, as_schema=as_schema)
+        if isinstance(format.arguments, TaggedArguments | LiteralArguments):
+            grammar = ArgumentGrammar(f"value_{index}", format.arguments, schema, markers)
+            try:
+                rules.append(f"arguments_{index}: {grammar.write()}")
+            except UnsupportedSchemaError as error:
+                raise ToolSchemaError(tool.name, str(error)) from error
+            rules += grammar.rules
         else:
-            # In the same lexemes as JSON schemas, because content may be JSON that begins alike.
-            pieces = ["{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{format.arguments_key}"', ": "]
-            call = f'{" ".join(map(_literal, pieces))} arguments_{index} "}}"'
-        parameters = tool.function.parameters or NO_ARGUMENTS
-        schema = parameters if is_forced or tool.function.strict else {}
-        arguments = json.dumps({"type": "object", **as_schema(schema), "x-guidance": SPACING})
-        rules += [f"tool_{index}: {call}", f"arguments_{index}: %json {arguments}"]
+            rules.append(arguments_rule(index, tool, is_forced=is_forced, as_schema=as_schema))
     return rules
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text)
+def arguments_rule(
+    index: int, tool: Tool, *, is_forced: bool, as_schema: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> str:
+    """Return the rule for the arguments of the tool at `index` as a JSON object."""
+    schema = _arguments_schema(tool, is_forced=is_forced, as_schema=as_schema)
+    return f"arguments_{index}: %json {json.dumps(schema | {'x-guidance': SPACING})}"
+
+
+def _arguments_schema(
+    tool: Tool, *, is_forced: bool, as_schema: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the schema of a tool's arguments: any object, if calls are neither forced nor strict."""
+    parameters = tool.function.parameters or NO_ARGUMENTS
+    return {"type": "object", **as_schema(parameters if is_forced or tool.function.strict else {})}

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from engine.shared.messages import FinishReason, TokenEvent, TokenLogprobs
 from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta
 from server.text.choice_text import ChoiceText
-from server.text.parsers.answer_parser import AnswerParser
+from server.text.parsers.answer_parser import Parser
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 
 
 class ChoiceParser:
     """Parses the text of one choice into parts, and assigns ids to its tool calls."""
 
-    def __init__(self, parser: AnswerParser, choice_id: str) -> None:
+    def __init__(self, parser: Parser, choice_id: str) -> None:
         """Prepare the parser. The ids of tool calls are derived from `choice_id`, which must be unique."""
         self._parser = parser
         self._choice_id = choice_id

@@ -47,7 +47,6 @@ from server.schemas.answers import RequestTimings
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.rendered_prompt import RenderedPrompt
 from server.text.choice_text import ChoiceText
-from server.text.parsers.answer_parser import AnswerParser
 
 logger = logging.getLogger(__name__)
 
@@ -343,11 +342,11 @@ def _make_choice(job: _Job[Body], prompts: Sequence[Prompt], index: int) -> Choi
     skip_special_tokens = body.skip_special_tokens is not False
     format = prompts[index // body.num_choices].answer_format
     # Special tokens that delimit reasoning and tool calls are never skipped: the parser must see them to remove them.
-    special = {} if format is None else context.tokenizer.special_ids_of(format.markers)
+    special = {} if format is None else context.tokenizer.special_ids_in(format.markers)
     parser = None
     if format is not None:
-        output_parser = AnswerParser(format, hidden=tuple(special) if skip_special_tokens else ())
-        parser = ChoiceParser(output_parser, f"{job.metadata.id}-{index}")
+        hidden = (*format.content_markers, *special) if skip_special_tokens else ()
+        parser = ChoiceParser(format.new_parser(hidden=hidden), f"{job.metadata.id}-{index}")
     text = ChoiceText(
         context.tokenizer,
         stop=body.stop or (),

@@ -98,10 +98,11 @@ class Tokenizer:
         valid = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
         return self._backend.decode(valid, skip_special_tokens=skip_special_tokens)
 
-    def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
-        """Return the ids of those texts that are control tokens, by text."""
-        ids = {text: self._backend.token_to_id(text) for text in texts}
-        return {text: token_id for text, token_id in ids.items() if token_id in self.special_ids}
+    def special_ids_in(self, texts: Iterable[str]) -> dict[str, int]:
+        """Return the ids of the control tokens that occur in any of the texts, by the token's text."""
+        joined = "\n".join(texts)
+        ids = {token: self._backend.token_to_id(token) for token in self.special_tokens if token and token in joined}
+        return {token: token_id for token, token_id in ids.items() if token_id is not None}
 
     def to_json(self) -> str:
         """Return the tokenizer in the format of tokenizer.json, for grammars."""

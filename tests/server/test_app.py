@@ -48,6 +48,8 @@ def test_a_model_id_may_have_slashes(server: RunningServer) -> None:
         "default_max_tokens": None,
         "default_sampling": {},
         "default_sampling_sources": {},
+        "tool_format": "generic",
+        "reasoning_format": None,
     }
     check_error(httpx.get(server.url + "/v1/models/tiny/x"), 404)
 

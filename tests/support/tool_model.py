@@ -21,9 +21,9 @@ TEMPLATE = r"""
     {%- if message.reasoning_content is defined %}{{- '<think>' + message.reasoning_content + '</think>' }}{%- endif %}
     {{- message.content }}
     {%- for call in message.tool_calls %}
-        {{- '\n<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
         {{- call.function.arguments | tojson }}
-        {{- '}</tool_call>' }}
+        {{- '}\n</tool_call>' }}
     {%- endfor %}
     {{- '<|im_end|>\n' }}
 {%- endfor %}

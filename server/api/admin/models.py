@@ -55,6 +55,8 @@ def _model(context: ServerContext, model: ServedModel) -> Model:
         default_max_tokens=context.settings.default_max_tokens,
         default_sampling=context.default_sampling.values,
         default_sampling_sources=context.default_sampling.sources,
+        tool_format=None if context.chat_template is None else context.chat_template.tool_format_name,
+        reasoning_format=None if context.chat_template is None else context.chat_template.reasoning_format_name,
     )
 
 

@@ -29,6 +29,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     default_max_tokens: int | None  # --default-max-tokens; None: the rest of the context
     default_sampling: Mapping[str, Any]  # for fields that requests leave out; others have OpenAI's defaults
     default_sampling_sources: Mapping[str, str]  # where each of these comes from
+    # How the model writes tool calls: the format's name; `generic` where the chat template has no form of its own, and
+    # `unrecognized` where it has one that the server does not know. None: the model has no chat template.
+    tool_format: str | None
+    reasoning_format: str | None  # tag that begins reasoning, or `unrecognized`. None: the model does not reason
 
 
 class ServerVersion(msgspec.Struct, frozen=True):

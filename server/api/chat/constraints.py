@@ -1,5 +1,6 @@
 """The grammar of a chat answer: its reasoning, its tool calls and its content."""
 
+from functools import partial
 from itertools import compress, count
 
 import msgspec
@@ -12,9 +13,12 @@ from server.constrained.constraints import (
     named_grammar,
     unenforced_keywords,
 )
-from server.constrained.tool_grammar import tool_grammar
+from server.constrained.harmony_grammar import harmony_grammar
+from server.constrained.tool_grammar import ToolSchemaError, tool_grammar
 from server.generation.prompts import Prompt
+from server.http.errors import InvalidValueError
 from server.schemas.tools import callable_tools, must_call
+from server.text.parsers.harmony import HarmonyFormat
 
 
 def chat_constraint(builder: ConstraintBuilder, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
@@ -23,19 +27,25 @@ def chat_constraint(builder: ConstraintBuilder, body: ChatCompletionRequest, pro
     Raises InvalidValueError.
     """
     content = builder.content(body)
-    if prompt.answer_format is None:
+    format = prompt.answer_format
+    if format is None:
         return content
-    grammar = tool_grammar(
-        prompt.answer_format,
-        body.tools,
-        body.tool_choice,
-        special_ids=builder.tokenizer.special_ids_of(prompt.answer_format.markers),
-        has_content_grammar=content is not None,
-        allow_additional_properties=builder.allow_additional_properties,
-    )
+    write = partial(harmony_grammar, format) if isinstance(format, HarmonyFormat) else partial(tool_grammar, format)
+    parameters = _parameter_constraints(builder, body)
+    try:
+        grammar = write(
+            body.tools,
+            body.tool_choice,
+            special_ids=builder.tokenizer.special_ids_in(format.markers),
+            has_content_grammar=content is not None,
+            allow_additional_properties=builder.allow_additional_properties,
+        )
+    except ToolSchemaError as error:
+        index = next(index for index, tool in enumerate(body.tools or ()) if tool.name == error.name)
+        param = f"tools[{index}].function.parameters"
+        raise InvalidValueError(f"Invalid '{param}': {error}.", param=param) from error
     if grammar is None:
         return content
-    parameters = _parameter_constraints(builder, body)
     if content is None:
         return Constraint(grammar, "tools", parameters)
     grammars = [{"name": "answer", "lark_grammar": grammar}, named_grammar("content", content.grammar)]

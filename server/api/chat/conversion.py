@@ -19,16 +19,19 @@ from server.http.errors import BadRequestError, InvalidValueError, UnsupportedPa
 from server.schemas.request_fields import NO_LIMIT
 from server.schemas.tools import NamedTool, callable_tools, offered_tools
 from server.text.parsers.answer_parser import AnswerFormat
+from server.text.parsers.harmony import HarmonyFormat
 from server.text.templates.chat_encoding import encode_chat
 from server.text.templates.chat_template import ChatTemplate, ChatTemplateError
+from server.text.templates.harmony_prompt import harmony_messages, harmony_options, harmony_tools
 from server.text.templates.tool_prompt import describe_tools
 from server.text.tokenizer import Tokenizer
 
-EFFORT_OPTIONS = frozenset(("reasoning_effort", "enable_thinking"))  # template variables that set the effort
+REASONING_SWITCHES = ("enable_thinking", "thinking")  # template variables that turn reasoning on and off
+EFFORT_OPTIONS = frozenset(("reasoning_effort", *REASONING_SWITCHES))  # template variables that set the effort
 NEUTRAL_EFFORTS = (None, "none", "medium")  # not worth a warning if the model has no choice of efforts
 # Fields of an earlier answer that OpenAI's clients send back. The model never saw them as text.
 HARMLESS_IN_MESSAGES = frozenset(("refusal", "annotations"))
-NUM_END_TOKENS = 16  # at the end of the prompt; long enough to hold a tag that opens reasoning
+NUM_END_TOKENS = 64  # at the end of the prompt; long enough to hold a tag that opens reasoning
 
 
 class ChatEndpoint:
@@ -75,9 +78,11 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
         raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
     messages = [message.for_template() for message in body.messages]
     tools = [tool.for_template() for tool in offered_tools(body.tools, body.tool_choice)] or None
-    if tools is not None and "tools" not in template.variables:
+    if tools is not None and not template.describes_tools:
         messages, tools = describe_tools(messages, tools), None
     options = template_options(template, body)
+    if template.is_harmony:
+        messages, tools, options = harmony_messages(messages), harmony_tools(tools), harmony_options(options)
     check_text_size(len(msgspec.json.encode([messages, tools, options])), context.max_model_len, "messages")
     try:
         token_ids = encode_chat(
@@ -118,11 +123,9 @@ def template_options(template: ChatTemplate, body: ChatCompletionRequest) -> dic
 
 
 def _effort_options(template: ChatTemplate, effort: str) -> dict[str, Any]:
-    if "reasoning_effort" in template.options:
-        return {"reasoning_effort": effort}
-    if "enable_thinking" in template.options:
-        return {"enable_thinking": effort != "none"}
-    return {}
+    """Return the template variables that stand for a reasoning effort."""
+    switches = {name: effort != "none" for name in REASONING_SWITCHES if name in template.options}
+    return switches | ({"reasoning_effort": effort} if "reasoning_effort" in template.options else {})
 
 
 def reads_effort(template: ChatTemplate | None) -> bool:
@@ -163,6 +166,14 @@ def _output_format(
     template: ChatTemplate, tokenizer: Tokenizer, body: ChatCompletionRequest, token_ids: list[int]
 ) -> AnswerFormat:
     """Return which parts an answer may have beside content: tool calls and reasoning."""
+    fields: dict[str, Any] = {
+        "tools": {tool.name: tool.parameters for tool in callable_tools(body.tools, body.tool_choice)},
+        "parallel_calls": body.parallel_tool_calls is not False,
+        # As OpenAI does: a forced call ends with `stop`.
+        "calls_end": "stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
+    }
+    if template.is_harmony:
+        return HarmonyFormat(**fields, is_final=bool(body.continue_final_message))
     tags = template.reasoning_tags
     is_reasoning = False
     if tags is not None and body.continue_final_message:
@@ -171,11 +182,9 @@ def _output_format(
         end = tokenizer.decode(token_ids[-NUM_END_TOKENS:], skip_special_tokens=False)
         is_reasoning = body.opens_answer and tags.are_opened_by(end)
     return AnswerFormat(
+        **fields,
         tool_format=template.tool_format,
-        tool_names=frozenset(tool.name for tool in callable_tools(body.tools, body.tool_choice)),
-        parallel_calls=body.parallel_tool_calls is not False,
         reasoning_tags=tags,
+        content_markers=template.reasoning.content_markers,
         is_reasoning=is_reasoning,
-        # As OpenAI does: a forced call ends with `stop`.
-        calls_end="stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls",
     )

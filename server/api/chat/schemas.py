@@ -142,7 +142,7 @@ class ChatCompletionRequest(GenerationRequest):
         None, description="Variables for the model's chat template, such as enable_thinking."
     )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="Passed to the chat template. Where that only has enable_thinking, none turns it off."
+        None, description="Passed to the chat template; enable_thinking and thinking are on unless it is none."
     )
     include_reasoning: bool | None = Field(None, description="Return the model's reasoning. Default true.")
     documents: Documents | None = Field(None, description="Passed to the chat template.")

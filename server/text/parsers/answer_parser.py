@@ -1,9 +1,11 @@
 """Split a model's answer into reasoning, content and tool calls in one pass, as its text arrives."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
+from server.text.parsers.argument_values import Schema
 from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.parsers.tool_parser import ToolParser
@@ -14,9 +16,10 @@ class AnswerFormat:
     """The parts that the answers to a request can have, and how the model writes them."""
 
     tool_format: ToolFormat = GENERIC
-    tool_names: frozenset[str] = field(default_factory=frozenset)  # tools of the request; if empty, calls are content
+    tools: Mapping[str, Schema] = field(default_factory=dict)  # schemas of arguments; without tools, calls are content
     parallel_calls: bool = True
     reasoning_tags: ReasoningTags | None = None  # None: reasoning is content
+    content_markers: tuple[str, ...] = ()  # texts around the content, which are not part of it
     is_reasoning: bool = False  # the prompt ends inside the reasoning
     calls_end: str = "tool_calls"  # finish reason of an answer that ends with calls
 
@@ -27,10 +30,35 @@ class AnswerFormat:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Strings that delimit the parts. Some are control tokens, which must be kept in the text for the parser."""
-        tool_markers = self.tool_format.markers if self.tool_names else ()
+        """Texts that delimit the parts. Control tokens in them must be kept in the text for the parser."""
+        tool_markers = self.tool_format.texts if self.tools else ()
         tags = (self.reasoning_tags.start, self.reasoning_tags.end) if self.reasoning_tags is not None else ()
-        return (*tags, *tool_markers)
+        return (*tags, *tool_markers, *self.content_markers)
+
+    @property
+    def tool_names(self) -> frozenset[str]:
+        return frozenset(self.tools)
+
+    def new_parser(self, *, hidden: Sequence[str] = ()) -> "Parser":
+        """Return a parser for one answer. `hidden` are markers to remove from content."""
+        return AnswerParser(self, hidden=hidden)
+
+
+class Parser(Protocol):
+    """Splits the text of one choice into its parts as it arrives; `AnswerParser` says what its members are."""
+
+    @property
+    def format(self) -> AnswerFormat: ...
+    @property
+    def is_reasoning(self) -> bool: ...
+    @property
+    def is_holding(self) -> bool: ...
+    @property
+    def num_held(self) -> int: ...
+    @property
+    def ends_with_calls(self) -> bool: ...
+    def push(self, text: str) -> list[AnswerPart]: ...
+    def finish(self) -> list[AnswerPart]: ...
 
 
 class AnswerParser:
@@ -42,7 +70,7 @@ class AnswerParser:
         self._reasoning: ReasoningParser | None = None
         if format.reasoning_tags is not None:
             self._reasoning = ReasoningParser(format.reasoning_tags, is_open=format.is_reasoning)
-        self._tools = ToolParser(format.tool_format, format.tool_names, parallel=format.parallel_calls, hidden=hidden)
+        self._tools = ToolParser(format.tool_format, format.tools, parallel=format.parallel_calls, hidden=hidden)
 
     @property
     def is_reasoning(self) -> bool:

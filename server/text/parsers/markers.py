@@ -17,6 +17,11 @@ class Markers:
         """Return the first marker in the text."""
         return self._pattern.search(text)
 
+    def find_decided(self, text: str) -> re.Match[str] | None:
+        """Return the first marker in the text, or None if the text that follows may make it a longer one."""
+        match = self._pattern.search(text)
+        return None if match is not None and text[match.start() :] in self._prefixes else match
+
     def num_partial(self, text: str) -> int:
         """Return how many characters at the end of a text without markers could be the start of one."""
         return next((len(prefix) for prefix in self._prefixes if text.endswith(prefix)), 0)

@@ -26,14 +26,6 @@ class ReasoningTags:
         return text.rfind(self.start) > text.rfind(self.end)
 
 
-_KNOWN_TAGS = (ReasoningTags("<think>", "</think>"), ReasoningTags("[THINK]", "[/THINK]"))
-
-
-def detect_reasoning_tags(template_source: str) -> ReasoningTags | None:
-    """Return the tags that occur in a chat template, or None if it is not for a reasoning model."""
-    return next((tags for tags in _KNOWN_TAGS if tags.end in template_source), None)
-
-
 class _State(Enum):
     BEFORE = auto()
     INSIDE = auto()
@@ -92,7 +84,10 @@ class ReasoningParser:
             if stripped.startswith(self._tags.start):
                 self._state = _State.INSIDE
                 return stripped.removeprefix(self._tags.start)
-            if self._tags.start.startswith(stripped):
+            if stripped.startswith(self._tags.end):  # models write it alone if they do not reason
+                self._state = _State.LINE_BREAKS
+                return stripped.removeprefix(self._tags.end)
+            if self._tags.start.startswith(stripped) or self._tags.end.startswith(stripped):
                 self._held = text
                 return ""
         self._state = _State.AFTER

@@ -1,53 +1,218 @@
-"""The formats in which models write tool calls, and their detection from the chat template."""
+"""The formats in which models write tool calls.
 
-from dataclasses import dataclass, replace
+A format is data: the texts around calls, and the syntax of their arguments. `server.text.templates.tool_probe` finds
+them in what a chat template renders; the parser and the grammar of forced calls follow from them.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# Slots in the texts of a format: the tool's name, a call's id, its number, and the name of a parameter.
+NAME, ID, INDEX, KEY = "\ue000", "\ue001", "\ue002", "\ue003"
+SLOTS = re.compile(f"[{NAME}{ID}{INDEX}{KEY}]")
+
+
+@dataclass(frozen=True, slots=True)
+class JSONArguments:
+    """The arguments are a JSON object after the tool's name."""
+
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectCall:
+    """The whole call is a JSON object, with the tool's name and its arguments as members."""
+
+    name_key: str = "name"
+    arguments_key: str = "arguments"
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedArguments:
+    """Each argument is a value between tags; strings are written as they are, and other values as JSON.
+
+    Attributes:
+        after_key: the text between a parameter's name and its value.
+        after_keys: this text for each JSON type, if the format tells the type of a value.
+        is_padded: a line break before the value and one after it are layout.
+        is_nested: values of objects and arrays are tags in turn: `<key>` for members, `<item>` for items.
+    """
+
+    before_key: str
+    after_key: str
+    after_value: str
+    after_keys: Mapping[str, str] = field(default_factory=dict)
+    is_padded: bool = False
+    is_nested: bool = False
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.before_key, self.after_key, self.after_value, *self.after_keys.values())
+
+    @property
+    def value_end(self) -> str:
+        """The marker that ends a value."""
+        return self.after_value.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class LiteralArguments:
+    """The arguments are literals of a programming language, such as the keyword arguments of a Python call.
+
+    Attributes:
+        quotes: what strings are written between.
+        after_key: the character between a parameter's name and its value.
+        close: the character that ends the arguments.
+        has_escapes: strings have backslash escapes.
+        words: the spellings of true, false and null.
+    """
+
+    quotes: tuple[str, ...]
+    after_key: str
+    close: str
+    separator: str = ", "
+    has_escapes: bool = True
+    words: tuple[str, str, str] = ("true", "false", "null")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.quotes
+
+
+Arguments = JSONArguments | ObjectCall | TaggedArguments | LiteralArguments
+PYTHON = LiteralArguments(("'", '"'), "=", ")", words=("True", "False", "None"))
+GEMMA = LiteralArguments(('<|"|>',), ":", "}", separator=",", has_escapes=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """A format of tool calls: JSON objects with the tool's `name` and its `arguments` (or `parameters`)."""
+    """A format of tool calls: `start`, calls with `separator` between them, `end`.
+
+    A call is `before_name`, the tool's name, `after_name`, the arguments and `after_arguments`. White space at the ends
+    of these texts and between their tags is written to the model, but need not be in its answers.
+
+    Attributes:
+        is_bare: calls may also appear without `start`, if the answer has no other content.
+        triggers, closers: further markers that may begin and end a call.
+        name_ends: further texts after the name.
+        several: whether the template can write several calls in an answer.
+        id_length: number of characters of a call's id, if the template requires a fixed one.
+        is_recognized: False if the template writes calls that no format describes.
+    """
 
     name: str
-    start: str  # marker before a call or several calls
-    end: str = ""  # marker after the last call; empty: none
-    is_bare: bool = False  # calls may also appear without `start`, if the answer has no other content
-    has_arrays: bool = False  # several calls may be in a JSON array
-    has_names: bool = False  # a call may also be the tool's name followed by its arguments
-    separator: str = ""  # allowed between two calls
-    arguments_key: str = "arguments"
-    name_end: str = ""  # marker after the name, if `has_names`
-    other_markers: tuple[str, ...] = ()  # further markers to remove from content
-    id_length: int | None = None  # characters of a call's id, if the template requires a fixed length
+    start: str = ""
+    before_name: str = '{"name": "'
+    after_name: str = '", "arguments": '
+    after_arguments: str = "}"
+    separator: str = ""
+    end: str = ""
+    arguments: Arguments = ObjectCall()
+    is_bare: bool = False
+    triggers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = ()
+    name_ends: tuple[str, ...] = ()
+    several: bool = True
+    id_length: int | None = None
+    is_recognized: bool = True
 
     @property
-    def markers(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.start, self.end, self.name_end, *self.other_markers)))
+    def texts(self) -> tuple[str, ...]:
+        """The texts of the format. Special tokens in them must be kept in the answer's text for the parser."""
+        texts = (self.start, self.before_name, self.after_name, *self.name_ends, self.after_arguments, self.end)
+        return tuple(filter(None, (*texts, *self.triggers, *self.closers, *self.arguments.texts)))
+
+    def write_calls(self, functions: Sequence[Mapping[str, Any]]) -> str:
+        """Return calls with these names and arguments as the model writes them; "" if arguments are not JSON."""
+        if not isinstance(self.arguments, ObjectCall | JSONArguments):
+            return ""
+        texts = [
+            self.before_name
+            + function["name"]
+            + self.after_name
+            + json.dumps(function["arguments"], ensure_ascii=False)
+            + self.after_arguments
+            for function in functions
+        ]
+        return self.start + self.separator.join(texts) + self.end
+
+    @property
+    def has_arrays(self) -> bool:
+        """True if several calls may be in a JSON array."""
+        return isinstance(self.arguments, ObjectCall) and self.end.lstrip().startswith("]")
+
+    @property
+    def object_start(self) -> str:
+        """The text before the first call, without the bracket of a JSON array and the object itself."""
+        before = self.before_name.partition("{")[0]
+        return self.start.rstrip().removesuffix("[") + before if self.has_arrays else self.start + before
+
+    @property
+    def object_end(self) -> str:
+        """The text after the object of the last call, and after the bracket of an array."""
+        after = self.after_arguments.rpartition("}")[2]
+        return after + (self.end.lstrip().removeprefix("]") if self.has_arrays else self.end)
 
 
-HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>")
-LLAMA3 = ToolFormat("llama3", "<|python_tag|>", is_bare=True, separator=";", arguments_key="parameters")
+def split_text(text: str) -> list[str]:
+    """Split a text at white space, between adjacent tags and around slots."""
+    parts = re.split(rf"\s+|(?<=>)(?=<|\[(?!<))|({SLOTS.pattern})", text)
+    return [part for part in parts if part]
+
+
+GENERIC = ToolFormat(
+    "generic",
+    start="[",
+    separator=", ",
+    end="]",
+    is_bare=True,
+    triggers=("<tool_call>",),
+    closers=("</tool_call>",),
+)
+
+HERMES = ToolFormat(
+    "hermes",
+    before_name='<tool_call>\n{"name": "',
+    after_arguments="}\n</tool_call>",
+    separator="\n",
+)
+LLAMA3 = ToolFormat(
+    "llama3",
+    after_name='", "parameters": ',
+    separator="; ",
+    arguments=ObjectCall(arguments_key="parameters"),
+    is_bare=True,
+    triggers=("<|python_tag|>",),
+)
 MISTRAL = ToolFormat(
     "mistral",
-    "[TOOL_CALLS]",
-    has_arrays=True,
-    has_names=True,
-    name_end="[ARGS]",
-    other_markers=("[CALL_ID]",),
+    start="[TOOL_CALLS][",
+    separator=", ",
+    end="]",
+    name_ends=("[ARGS]", f"[CALL_ID]{ID}[ARGS]", ""),
     id_length=9,
 )
-MISTRAL_NAMES = replace(MISTRAL, name="mistral_names", has_arrays=False)
-GENERIC = ToolFormat("generic", "<tool_call>", "</tool_call>", is_bare=True, has_arrays=True)
-
-# Text in a chat template -> format of its tool calls. The first match counts.
-_SIGNS = (
-    ("[ARGS]", MISTRAL_NAMES),
-    ("[TOOL_CALLS]", MISTRAL),
-    ("<tool_call>", HERMES),
-    ("<|python_tag|>", LLAMA3),
-    ('"parameters": dictionary of argument name', LLAMA3),
+MISTRAL_NAMES = ToolFormat(
+    "mistral_names",
+    before_name="[TOOL_CALLS]",
+    after_name="[ARGS]",
+    after_arguments="",
+    arguments=JSONArguments(),
+    name_ends=(f"[CALL_ID]{ID}[ARGS]", ""),
+    id_length=9,
 )
-
-
-def detect_tool_format(template_source: str) -> ToolFormat:
-    """Return the format in which a chat template writes tool calls, or `GENERIC` if it writes none."""
-    return next((format for sign, format in _SIGNS if sign in template_source), GENERIC)
+PYTHONIC = ToolFormat(
+    "pythonic",
+    start="[",
+    before_name="",
+    after_name="(",
+    after_arguments=")",
+    separator=", ",
+    end="]",
+    arguments=PYTHON,
+    is_bare=True,
+)

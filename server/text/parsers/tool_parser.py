@@ -1,37 +1,40 @@
 """Parse tool calls in an answer that arrives in pieces.
 
-A call must name a tool of the request. It counts as a call from the first brace of its arguments on, and the arguments
-are the model's text up to the matching brace or the end of the answer. So arguments can be streamed, and the result
-does not depend on how the text was split into pieces. If the arguments do not follow the name directly, the parser
-waits for the end of the call.
+A call must name a tool of the request. Its arguments are converted to JSON as they arrive, and end where the format
+says or at the end of the answer. So arguments can be streamed, and the result does not depend on how the text was split
+into pieces.
 
 Everything else is returned as content, unchanged: text before and after calls, calls of unknown tools, malformed
 calls, and calls that end before their arguments. Only white space before the first call, between calls and after the
 last one is removed, like the markers. Each character is read once or twice, so the time is linear in the text's length.
 """
 
-import re
-from collections.abc import Collection, Sequence
-
-import msgspec
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from server.text.parsers.answer_parts import AnswerPart, PartKind
-from server.text.parsers.json_scanner import JSONScanner
-from server.text.parsers.markers import Markers
-from server.text.parsers.tool_formats import ToolFormat
-
-MAX_HEAD_CHARS = 256  # of a bare name before its arguments, and of an object up to the end of its first key
-
-_NAME = r"[a-zA-Z0-9_-]{1,64}"
-_FIRST_KEY = re.compile(r'\{\s*(?:"([^"]*)"|[^"\s])')
-_KEYS = ("name", "type", "arguments", "parameters", None)  # None: the object has no key
-# A call as an object, up to the opening brace of its arguments.
-_HEADER = re.compile(
-    r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?'
-    rf'"name"\s*:\s*"({_NAME})"\s*,\s*"(?:arguments|parameters)"\s*:\s*\{{'
+from server.text.parsers.argument_values import Schema
+from server.text.parsers.call_head import Head
+from server.text.parsers.call_reader import (
+    ArgumentsReader,
+    CallReader,
+    JSONArgumentsReader,
+    NamedCallReader,
+    Progress,
 )
-_ARGUMENTS_FIRST = re.compile(r'\{\s*"(?:arguments|parameters)"\s*:\s*\{')
-_NAMED_HEAD = re.compile(rf"\s*({_NAME})\s*(?:\[CALL_ID\][a-zA-Z0-9_-]{{1,64}})?(?:\[ARGS\])?\s*")
+from server.text.parsers.literal_arguments import LiteralArgumentsReader
+from server.text.parsers.markers import Markers
+from server.text.parsers.object_reader import ObjectCallReader
+from server.text.parsers.tagged_arguments import TaggedArgumentsReader
+from server.text.parsers.tool_formats import (
+    NAME,
+    SLOTS,
+    LiteralArguments,
+    ObjectCall,
+    TaggedArguments,
+    ToolFormat,
+    split_text,
+)
 
 
 class ToolParser:
@@ -41,38 +44,46 @@ class ToolParser:
     """
 
     def __init__(
-        self, format: ToolFormat, names: Collection[str], *, parallel: bool = True, hidden: Sequence[str] = ()
+        self, format: ToolFormat, tools: Mapping[str, Schema], *, parallel: bool = True, hidden: Sequence[str] = ()
     ) -> None:
-        """`names` are the names of the tools. Without `parallel`, all text after the first call is content.
+        """`tools` are the schemas of the tools' parameters by name. Without `parallel`, only the first call is one.
 
         `hidden` are markers to remove from content: control tokens that the client does not want to see.
         """
         self.num_calls = 0
-        self.is_complete = True  # False inside a call
         self._format = format
-        self._names = frozenset(names)
+        self._tools = tools
         self._parallel = parallel
         self._hidden = Markers(hidden)
-        self._markers = Markers([format.start, *hidden] if names else hidden)
+        self._begins = _call_begins(format)
+        self._markers = Markers([*self._begins, *hidden] if tools else hidden)
+        self._separator = format.separator.strip()
         self._state = self._seek
         self._buffer = ""  # unread text
         self._held: list[str] = []  # text read but undecided: layout and markers before a call
-        self._object: list[str] = []  # the text after it: an object that may be a call
-        self._scanner = JSONScanner()
-        self._outer_depth = 0  # nesting depth around the current arguments
-        self._closers: list[str] = []  # brackets and markers expected after the call, the innermost last
+        self._openers: list[str] = []  # texts that may follow before the object of a call
+        self._heads: Sequence[Head] = ()  # of the calls that may follow
+        self._reader: CallReader | None = None
+        self._in_array = False
+        self._closers: list[str] = []  # texts expected after the call, in their order
         self._is_blank = True  # only white space since the start or the last call
         self._parts: list[AnswerPart] = []
 
     @property
+    def is_complete(self) -> bool:
+        """False inside a call."""
+        return self._reader is None or not self._reader.is_open
+
+    @property
     def is_holding(self) -> bool:
         """True if text is held back because its part is not determined yet."""
-        return bool(self._buffer or self._held or self._object)
+        return self.num_held > 0
 
     @property
     def num_held(self) -> int:
         """Number of characters held back."""
-        return sum(map(len, [self._buffer, *self._held, *self._object]))
+        in_reader = 0 if self._reader is None else self._reader.num_held
+        return sum(map(len, [self._buffer, *self._held])) + in_reader
 
     def push(self, text: str) -> list[AnswerPart]:
         """Read the next piece of text; return the parts that it completes."""
@@ -83,8 +94,8 @@ class ToolParser:
 
     def finish(self) -> list[AnswerPart]:
         """Return the parts of the text that was held back. Call it after the last piece of text."""
-        rest = "".join([*self._held, *self._object, self._buffer])
-        is_layout = self._state == self._after or rest.strip() in ("", ",", self._format.separator)
+        rest = "".join([*self._held, self._reader.held if self._reader is not None else "", self._buffer])
+        is_layout = self._state == self._after or rest.strip() in ("", ",", self._separator)
         if not (self.num_calls and is_layout):
             self._add(PartKind.CONTENT, self._hidden.remove(rest))
         return self._take_parts()
@@ -97,137 +108,92 @@ class ToolParser:
             char = self._skip_space()
             if char == "":
                 return False
-            if char == "{" or (char == "[" and self._format.has_arrays):
-                self._state = self._begin_object
+            if self._may_begin_bare(char):
+                self._begin_after("")
                 return True
-        match = self._markers.find(self._buffer)
+        match = self._markers.find_decided(self._buffer)
         if match is None:
             self._content(self._read(len(self._buffer) - self._markers.num_partial(self._buffer)))
             return False
         self._content(self._read(match.start()))
         marker = self._read(len(match[0]))
-        if marker == self._format.start and self._may_call:
+        if marker in self._begins and self._may_call:
             self._held.append(marker)
-            self._closers = [self._format.end] if self._format.end else []
-            self._state = self._begin_object
+            self._begin_after(marker)
         else:
             self._content(marker)
         return True
 
-    def _begin_object(self) -> bool:
-        """Read the opening bracket of a call or of an array of calls, or find a name."""
+    def _open(self) -> bool:
+        """Read what precedes the object of a call, if calls are objects, and choose the reader."""
+        if not isinstance(self._format.arguments, ObjectCall):
+            return self._begin_reader(NamedCallReader(self._heads, self._new_arguments_reader))
         char = self._skip_space()
         if char == "":
             return False
-        in_array = self._closers[-1:] == ["]"]
+        if self._openers:
+            return self._read_opener()
         if char == "{":
-            self._scanner = JSONScanner()
-            self._state = self._first_key
-        elif char == "[" and self._format.has_arrays and not in_array:
+            return self._begin_reader(ObjectCallReader(self._format.arguments, self._tools))
+        if char == "[" and self._format.has_arrays and not self._in_array:
             self._held.append(self._read(1))
-            self._closers.append("]")
-        elif self._format.has_names and not in_array and self._format.start in self._held:
-            self._state = self._named_head
-        else:
-            return self._give_up()
+            self._in_array = True
+            self._closers.insert(0, "]")
+            return True
+        if self._heads and not self._in_array and any(held in self._begins for held in self._held):
+            return self._begin_reader(NamedCallReader(self._heads, self._new_arguments_reader))
+        return self._give_up()
+
+    def _read_opener(self) -> bool:
+        """Read the next of the texts that may precede an object."""
+        opener = self._openers[0]
+        if opener.startswith(self._buffer) and opener != self._buffer:
+            return False
+        if self._buffer.startswith(opener):
+            self._held.append(self._read(len(opener)))
+        self._openers.pop(0)
         return True
 
-    def _named_head(self) -> bool:
-        """Read a name up to the opening brace of its arguments."""
-        end = self._buffer.find("{")
-        if end < 0 and len(self._buffer) <= MAX_HEAD_CHARS:
+    def _call(self) -> bool:
+        """Read a call."""
+        assert self._reader is not None
+        progress = self._reader.push(self._take_buffer())
+        parts, self._reader.parts = self._reader.parts, []
+        for part in parts:
+            if part.kind is PartKind.CALL:
+                self._begin_call()
+            self._parts.append(part)
+        if progress is Progress.MORE:
             return False
-        head = _NAMED_HEAD.fullmatch(self._buffer[:end]) if 0 < end <= MAX_HEAD_CHARS else None
-        if head is None or head[1] not in self._names:
-            return self._give_up()
-        self._read(end)
-        self._scanner = JSONScanner()
-        self._begin_call(head[1])
-        return True
-
-    def _first_key(self) -> bool:
-        """Read the first key of an object, which often shows that it is not a call."""
-        key = _FIRST_KEY.match(self._buffer)
-        if key is None and len(self._buffer) <= MAX_HEAD_CHARS:
-            return False
-        if key is not None and key.end() <= MAX_HEAD_CHARS and key[1] not in _KEYS:
-            self._object.append(self._read(key.end()))
-            return self._give_up()
-        self._state = self._header
-        return True
-
-    def _header(self) -> bool:
-        """Read an object up to its arguments, or to its end."""
-        if not self._hold_object(0, 2):
-            return False
-        text = "".join(self._object)
-        if self._scanner.depth == 0:
-            return self._decide(text)
-        header = _HEADER.fullmatch(text)
-        if header is not None and header[1] in self._names:
-            self._begin_call(header[1])
-            self._add(PartKind.ARGUMENTS, "{")
-        elif _ARGUMENTS_FIRST.fullmatch(text):
-            self._state = self._whole_object
-        else:
-            return self._give_up()
-        return True
-
-    def _whole_object(self) -> bool:
-        """Read an object up to its end."""
-        return self._hold_object(0) and self._decide("".join(self._object))
-
-    def _arguments(self) -> bool:
-        """Read the arguments of the current call."""
-        end = self._scanner.advance(self._buffer, self._outer_depth)
-        self._add(PartKind.ARGUMENTS, self._read(len(self._buffer) if end is None else end))
-        if end is None:
-            return False
-        self.is_complete = True
-        self._state = self._tail if self._outer_depth else self._after
-        return True
-
-    def _tail(self) -> bool:
-        """Read the end of the object around the arguments. Models may omit it, or add members, which are ignored."""
-        char = self._skip_space()
-        if char == "":
-            return False
-        if char == ",":
-            self._state = self._other_members
-        else:
-            if char == "}":
-                self._read(1)
-                self._held.clear()
-            self._state = self._after
-        return True
-
-    def _other_members(self) -> bool:
-        """Read the members after the arguments, up to the end of the object."""
-        if not self._hold_object(0):
-            return False
-        if not _is_json('{"arguments":{}' + "".join(self._object)):
-            return self._give_up()
-        self._end_object()
+        reader, self._reader = self._reader, None
+        self._buffer = reader.unread
+        if progress is Progress.FAILED:
+            return self._give_up(reader.rejected)
+        self._state = self._after
         return True
 
     def _after(self) -> bool:
         """Read the end of a call, or the separator between calls."""
-        closer = self._closers[-1] if self._closers else ""
         char = self._skip_space()
         if char == "":
             return False
-        separator = "," if closer == "]" else self._format.separator
-        if char == separator and self._may_call:
-            self._held.append(self._read(1))
-            self._state = self._begin_object
-        elif closer and self._buffer.startswith(closer):
-            self._read(len(closer))
-            self._held.clear()
-            self._closers.pop()
-        elif closer and closer.startswith(self._buffer):
+        separator = "," if self._in_array else self._separator
+        if any(text.startswith(self._buffer) and text != self._buffer for text in [separator, *self._closers]):
             return False
+        index = next((i for i, closer in enumerate(self._closers) if self._buffer.startswith(closer)), None)
+        if separator and self._buffer.startswith(separator) and self._may_call:
+            self._held.append(self._read(len(separator)))
+            self._begin_next()
+        elif index is not None:
+            self._read(len(self._closers[index]))
+            self._held.clear()
+            self._in_array = self._in_array and "]" in self._closers[index + 1 :]
+            del self._closers[: index + 1]
+        elif char == "{" and self._closers and self._follows_directly and self._may_call:
+            self._begin_next()
         else:
             self._closers.clear()
+            self._in_array = False
             self._state = self._seek
         return True
 
@@ -235,12 +201,25 @@ class ToolParser:
 
     @property
     def _may_call(self) -> bool:
-        return bool(self._names) and (self._parallel or self.num_calls == 0)
+        return bool(self._tools) and (self._parallel or self.num_calls == 0)
+
+    @property
+    def _follows_directly(self) -> bool:
+        """True if the objects of calls may follow one another without markers of their own."""
+        return isinstance(self._format.arguments, ObjectCall) and self._format.before_name.startswith("{")
+
+    def _may_begin_bare(self, char: str) -> bool:
+        if isinstance(self._format.arguments, ObjectCall):
+            return char == "{" or (char == "[" and self._format.has_arrays)
+        return char == (self._format.start + self._format.before_name)[:1]
 
     def _read(self, num_chars: int) -> str:
         """Remove characters from the buffer and return them."""
         text, self._buffer = self._buffer[:num_chars], self._buffer[num_chars:]
         return text
+
+    def _take_buffer(self) -> str:
+        return self._read(len(self._buffer))
 
     def _skip_space(self) -> str:
         """Hold back the next white space; return the character after it, or "" if it has not arrived yet."""
@@ -249,45 +228,39 @@ class ToolParser:
             self._held.append(self._read(num_chars))
         return self._buffer[:1]
 
-    def _hold_object(self, *depths: int) -> bool:
-        """Read the object until its brackets are nested to one of `depths`; return whether that was reached."""
-        end = self._scanner.advance(self._buffer, *depths)
-        self._object.append(self._read(len(self._buffer) if end is None else end))
-        return end is not None
+    def _begin_after(self, marker: str) -> None:
+        """Read a call after a marker that begins one; "" stands for the beginning of a call without one."""
+        begin = self._begins.get(marker) or _bare_begin(self._format)
+        self._openers, self._heads, self._closers = list(begin.openers), begin.heads, list(begin.closers)
+        self._in_array = False
+        self._state = self._open
 
-    def _decide(self, text: str) -> bool:
-        """Emit a whole object as a call, or return it as content if it is not one."""
-        call = _read_call(text)
-        if call is None or call[0] not in self._names:
-            return self._give_up()
-        self._begin_call(call[0])
-        self._add(PartKind.ARGUMENTS, call[1])
-        self.is_complete = True
-        self._end_object()
+    def _begin_next(self) -> None:
+        """Read a call after a separator."""
+        self._openers, self._heads = [], _heads(self._format, self._format.before_name)
+        self._state = self._open
+
+    def _begin_reader(self, reader: CallReader) -> bool:
+        self._reader = reader
+        self._state = self._call
         return True
 
-    def _begin_call(self, name: str) -> None:
-        """Emit the name of a call, and read its arguments next. Arguments inside an object have depth 1, others 0."""
-        self._outer_depth = 1 if self._object else 0
+    def _new_arguments_reader(self, name: str) -> ArgumentsReader | None:
+        return _arguments_reader(self._format, self._tools[name]) if name in self._tools else None
+
+    def _begin_call(self) -> None:
         self._held.clear()
-        self._object.clear()
         self.num_calls += 1
-        self.is_complete = False
         self._is_blank = True
-        self._add(PartKind.CALL, name)
-        self._state = self._arguments
+        if not self._in_array:
+            self._closers = _closers(self._format)
 
-    def _end_object(self) -> None:
-        self._held.clear()
-        self._object.clear()
-        self._state = self._after
-
-    def _give_up(self) -> bool:
+    def _give_up(self, rejected: str = "") -> bool:
         """Return the held text as content."""
-        text = "".join([*self._held, *self._object])
+        text = "".join([*self._held, rejected])
         self._held.clear()
-        self._object.clear()
         self._closers.clear()
+        self._is_blank = False
         self._state = self._seek
         self._content(text)
         return True
@@ -314,33 +287,70 @@ class ToolParser:
         return parts
 
 
-class _Call(msgspec.Struct):
-    name: str
-    arguments: msgspec.Raw = msgspec.Raw()
-    parameters: msgspec.Raw = msgspec.Raw()
+@dataclass(frozen=True, slots=True)
+class _Begin:
+    """What may follow a marker that begins a call."""
+
+    openers: Sequence[str]
+    heads: Sequence[Head]
+    closers: Sequence[str]
 
 
-def _read_call(text: str) -> tuple[str, str] | None:
-    """Return the name and the arguments of a call written as one JSON object, or None if it is not a call.
-
-    Arguments may be missing or null, or a string that contains JSON, as in OpenAI's answers.
-    """
-    try:
-        call = msgspec.json.decode(text.encode(), type=_Call)
-        arguments = bytes(call.arguments or call.parameters).decode()
-        if arguments.startswith('"'):
-            arguments = msgspec.json.decode(arguments)
-        if arguments in ("", "null"):
-            arguments = "{}"
-        msgspec.json.decode(arguments, type=dict[str, msgspec.Raw])
-    except (ValueError, RecursionError):  # msgspec's errors and those about lone surrogates are ValueErrors
-        return None
-    return call.name, arguments
+def begin_markers(format: ToolFormat) -> list[str]:
+    """Return the markers that begin a call in an answer; the first is the one that the model is trained to write."""
+    return list(_call_begins(format))
 
 
-def _is_json(text: str) -> bool:
-    try:
-        msgspec.json.decode(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+def _call_begins(format: ToolFormat) -> dict[str, _Begin]:
+    """Return the markers that begin a call, with what may follow each of them."""
+    if isinstance(format.arguments, ObjectCall):
+        texts = [format.object_start, format.before_name.partition("{")[0]]
+    else:
+        texts = [format.start + format.before_name, format.before_name, _last_tag(format.before_name)]
+    begins: dict[str, _Begin] = {}
+    for text in [*texts, *format.triggers]:
+        pieces = split_text(text)
+        if pieces and not SLOTS.match(pieces[0]) and (_is_marker(pieces[0]) or not (begins or format.is_bare)):
+            heads = _heads(format, text.lstrip()[len(pieces[0]) :])
+            begins.setdefault(pieces[0], _Begin(pieces[1:], heads, _closers(format)))
+    return begins
+
+
+def _bare_begin(format: ToolFormat) -> _Begin:
+    return _Begin((), _heads(format, format.start + format.before_name), _closers(format))
+
+
+def _is_marker(piece: str) -> bool:
+    """Return whether a text is distinctive enough to begin a call wherever it occurs, beside a first one."""
+    return len(piece) > 2 and piece[0] not in "{["
+
+
+def _last_tag(text: str) -> str:
+    """Return the text from the last tag on."""
+    return text[text.rfind("<") :] if "<" in text else ""
+
+
+def _heads(format: ToolFormat, before_name: str) -> list[Head]:
+    """Return the forms of the text of a call between a marker and the arguments."""
+    if isinstance(format.arguments, ObjectCall):
+        return [Head(NAME + after) for after in format.name_ends]
+    return [Head(before_name + NAME + after) for after in (format.after_name, *format.name_ends)]
+
+
+def _closers(format: ToolFormat) -> list[str]:
+    """Return the texts that may follow a call."""
+    if isinstance(format.arguments, ObjectCall):
+        return [*split_text(format.object_end), *format.closers]
+    after = format.after_arguments
+    if isinstance(format.arguments, LiteralArguments):  # the reader of arguments reads the bracket
+        after = after.removeprefix(format.arguments.close)
+    return [*split_text(after), *split_text(format.end), *format.closers]
+
+
+def _arguments_reader(format: ToolFormat, schema: Schema) -> ArgumentsReader:
+    match format.arguments:
+        case TaggedArguments():
+            return TaggedArgumentsReader(format.arguments, schema)
+        case LiteralArguments():
+            return LiteralArgumentsReader(format.arguments)
+    return JSONArgumentsReader()

@@ -1,15 +1,24 @@
 """Render chat messages to the prompt format that the model was trained on, with the model's own Jinja template."""
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from server.text.parsers.reasoning_parser import detect_reasoning_tags
-from server.text.parsers.tool_formats import detect_tool_format
+from server.text.parsers.harmony import ANALYSIS_TAGS, HARMONY, is_harmony
+from server.text.parsers.reasoning_parser import ReasoningTags
+from server.text.parsers.tool_formats import GENERIC, ToolFormat
+from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
 from server.text.templates.sandbox import TemplateEnvironment, describe_error, join_bounded
 from server.text.templates.template_options import find_options, find_variables
+from server.text.templates.tool_probe import NAMES as TOOL_NAMES
+from server.text.templates.tool_probe import QUESTION, Render, assistant, probe_tool_format, user
+from server.text.templates.tool_probe import TOOLS as PROBE_TOOLS
+from server.text.templates.tool_prompt import append_text
 
 Message = dict[str, Any]
 
+UNRECOGNIZED = "unrecognized"  # name of a format of tool calls or reasoning that was not found
 END = "\U0010fffd"  # a private-use character that marks the end of the final message
 
 
@@ -23,7 +32,8 @@ class ChatTemplate:
     Attributes:
         variables: names of the variables that the template reads.
         options: names of the variables that a request can set.
-        tool_format, reasoning_tags: how the model writes tool calls and reasoning, detected from the template.
+        tool_format, reasoning: how the model writes tool calls and reasoning, found by rendering conversations.
+        is_harmony: whether conversations and answers are in the harmony format.
         keeps_system_position: whether a system message between other turns is rendered in its position.
     """
 
@@ -39,10 +49,40 @@ class ChatTemplate:
             self.variables, self.options = find_variables(parsed), find_options(parsed)
         except Exception as error:  # RecursionError and SyntaxError too
             raise ChatTemplateError(f"The chat template does not compile: {describe_error(error)}.") from error
-        self.tool_format = detect_tool_format(source)
-        self.reasoning_tags = detect_reasoning_tags(source)
+        self._writes_json_arguments = False
+        self._takes_system_tools = False
+        self._omits_calls = False
+        self.reasoning = ReasoningFormat()
         self._converters = {role: self._choose_converter(role) for role in ("user", "system", "assistant")}
+        self._takes_system_tools = "tools" not in self.variables and self._reads_system_tools()
+        self.is_harmony = is_harmony(self._probe("assistant", "x"))
+        if self.is_harmony:
+            self.tool_format, self.reasoning = HARMONY, ReasoningFormat(ANALYSIS_TAGS, message_field="thinking")
+        else:
+            self.tool_format = self._find_tool_format()
+            self._omits_calls = self._omits_calls_of_messages()
+            self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
         self.keeps_system_position = self._keeps_system_position()
+
+    @property
+    def reasoning_tags(self) -> ReasoningTags | None:
+        return self.reasoning.tags
+
+    @property
+    def describes_tools(self) -> bool:
+        """True if the template writes the tools that the model may call."""
+        return "tools" in self.variables or self._takes_system_tools
+
+    @property
+    def tool_format_name(self) -> str:
+        return self.tool_format.name if self.tool_format.is_recognized else UNRECOGNIZED
+
+    @property
+    def reasoning_format_name(self) -> str | None:
+        """The tag that begins reasoning; None if the model does not reason."""
+        if not self.reasoning.is_recognized:
+            return UNRECOGNIZED
+        return None if self.reasoning.tags is None else self.reasoning.tags.start
 
     def render(
         self,
@@ -64,7 +104,9 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: the template fails, or `template_kwargs` contains a reserved name.
         """
-        converted = [self._convert_content(message) for message in messages]
+        converted = [self._convert(message) for message in messages]
+        if tools and self._takes_system_tools:
+            converted, tools = _with_system_tools(converted, tools), None
         if continue_final_message:
             converted[-1] = _mark_end(converted[-1])
         variables = {
@@ -87,6 +129,36 @@ class ChatTemplate:
                 f"The chat template cannot render this request: {describe_error(error)}."
             ) from error
 
+    def _find_tool_format(self) -> ToolFormat:
+        """Find the format of tool calls, and whether the template takes their arguments as an object or as JSON."""
+        formats = []
+        for self._writes_json_arguments in (False, True):
+            formats.append(probe_tool_format(_remember(self._try_render)) or GENERIC)
+            if formats[-1].is_recognized and formats[-1].name != GENERIC.name:
+                end, eos = formats[-1].end, self._tokens.get("eos_token")
+                return replace(formats[-1], end=end.partition(eos)[0]) if eos else formats[-1]
+        self._writes_json_arguments = False
+        return formats[0]
+
+    def _try_render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> str | None:
+        """Return the rendered messages, or None if the template cannot render them."""
+        try:
+            return self.render(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=options
+            )
+        except ChatTemplateError:
+            return None
+
+    def _convert(self, message: Message) -> Message:
+        return self._convert_calls(self._convert_reasoning(self._convert_content(message)))
+
     def _convert_content(self, message: Message) -> Message:
         if "content" not in message:
             return message
@@ -95,6 +167,39 @@ class ChatTemplate:
         if isinstance(content, list):
             _check_parts(content)
         return {**message, "content": convert("" if content is None else content)}
+
+    def _reads_system_tools(self) -> bool:
+        """Return whether the template reads tools from the system message, as that of Phi-4-mini does."""
+        messages = [{"role": "system", "content": "x", "tools": "lightwell"}, {"role": "user", "content": "x"}]
+        return "lightwell" in (self._try_render(messages) or "")
+
+    def _convert_reasoning(self, message: Message) -> Message:
+        """Return the message with its reasoning under the name that the template reads."""
+        field = self.reasoning.message_field
+        if field in (None, "reasoning_content") or "reasoning_content" not in message:
+            return message
+        return {field: message["reasoning_content"], **message}
+
+    def _omits_calls_of_messages(self) -> bool:
+        """Return whether the template asks for a format of calls, but does not write those of earlier messages."""
+        text = self._try_render([user(), assistant(num_calls=1)], tools=PROBE_TOOLS)
+        is_known = self.tool_format.is_recognized and self.tool_format.name != GENERIC.name
+        return is_known and text is not None and TOOL_NAMES[0] not in text.rpartition(QUESTION)[2]
+
+    def _convert_calls(self, message: Message) -> Message:
+        calls = message.get("tool_calls")
+        if calls and self._omits_calls:
+            text = self.tool_format.write_calls([call["function"] for call in calls])
+            others = {name: value for name, value in message.items() if name != "tool_calls"}
+            return {**others, "content": append_text(message["content"], text)}
+        if not (self._writes_json_arguments and calls):
+            return message
+        calls = []
+        for call in message["tool_calls"]:
+            arguments = call["function"]["arguments"]
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            calls.append({**call, "function": {**call["function"], "arguments": text}})
+        return {**message, "tool_calls": calls}
 
     def _choose_converter(self, role: str) -> Callable[[Any], Any]:
         """Render test messages to find out which forms of content the template handles for this role."""
@@ -125,6 +230,27 @@ class ChatTemplate:
             return self._render({**self._tokens, "messages": messages, "tools": None, "documents": None})
         except ChatTemplateError:
             return ""
+
+
+def _with_system_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
+    """Return the messages with the tools as JSON in the first one, the system message."""
+    text = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    has_system = messages[0].get("role") == "system"
+    first = messages[0] if has_system else {"role": "system", "content": ""}
+    return [{**first, "tools": text}, *messages[1 if has_system else 0 :]]
+
+
+def _remember(render: Render) -> Render:
+    """Return a function that renders the same conversation only once."""
+    texts: dict[str, str | None] = {}
+
+    def render_once(*messages: Any, **options: Any) -> str | None:
+        key = json.dumps([messages, options])
+        if key not in texts:
+            texts[key] = render(*messages, **options)
+        return texts[key]
+
+    return render_once
 
 
 def _keep(content: Any) -> Any:

@@ -5,7 +5,7 @@ and limits `range()`, powers, repetitions and the length of the output; nested l
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -99,6 +99,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Convert a value to JSON. Jinja's own filter escapes HTML, which models have not seen in training."""
+    value = list(value) if isinstance(value, Iterator) else value  # such as the result of the filter `map`
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

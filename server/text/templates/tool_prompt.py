@@ -25,7 +25,7 @@ def describe_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]])
     written = [_write_calls(message) for message in messages]
     if not (written and written[0]["role"] == "system"):
         return [{"role": "system", "content": instructions}, *written]
-    return [{**written[0], "content": _append(written[0]["content"], instructions)}, *written[1:]]
+    return [{**written[0], "content": append_text(written[0]["content"], instructions, "\n\n")}, *written[1:]]
 
 
 def _write_calls(message: Message) -> Message:
@@ -34,11 +34,11 @@ def _write_calls(message: Message) -> Message:
         return message
     text = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
     others = {name: value for name, value in message.items() if name != "tool_calls"}
-    return {**others, "content": _append(message["content"], text)}
+    return {**others, "content": append_text(message["content"], text, "\n\n")}
 
 
-def _append(content: Any, text: str) -> Any:
+def append_text(content: Any, text: str, separator: str = "") -> Any:
     """Append text to a content, which is a string, a list of parts, or None."""
     if isinstance(content, list):
         return [*content, {"type": "text", "text": text}]
-    return f"{content}\n\n{text}" if content else text
+    return f"{content}{separator}{text}" if content else text

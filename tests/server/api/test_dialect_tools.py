@@ -67,7 +67,7 @@ def test_messages(model: RunningServer, anthropic_client: Anthropic) -> None:
     blocks = [block.model_dump(exclude_none=True) for block in message.content]
     messages += [{"role": "assistant", "content": blocks}, {"role": "user", "content": results}]
     anthropic_client.messages.create(messages=messages, **request)
-    call = f'\n<tool_call>{{"name": "weather", "arguments": {json.dumps(CITY, ensure_ascii=False)}}}</tool_call>'
+    call = f"\n{CALL}"
     assert prompt(model) == (
         f"{before}<think>Hm.</think>Let me see.{call}{call}<|im_end|>\n"
         + "<|im_start|>tool\nsunny<|im_end|>\n" * 2
@@ -94,7 +94,7 @@ def test_responses(model: RunningServer, client: OpenAI) -> None:
     results: list[Any] = [
         {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in calls
     ]
-    call = f'\n<tool_call>{{"name": "weather", "arguments": {json.dumps(CITY, ensure_ascii=False)}}}</tool_call>'
+    call = f"\n{CALL}"
     expected = (
         f"{before}<think>Hm.</think>Let me see.{call}{call}<|im_end|>\n"
         + "<|im_start|>tool\nsunny<|im_end|>\n" * 2

@@ -25,7 +25,7 @@ from server.text.tokenizer import Tokenizer
 
 EOS = 256
 USAGE = Usage(1, 1, 2, PromptTokensDetails(0))
-FORMAT = AnswerFormat(HERMES, frozenset(["add"]), reasoning_tags=ReasoningTags("<think>", "</think>"))
+FORMAT = AnswerFormat(HERMES, {"add": {}}, reasoning_tags=ReasoningTags("<think>", "</think>"))
 NO_LOGPROBS = TokenLogprobs(-1.0, 1, [], [])
 
 # Generated parts: contents, and arguments of calls.

@@ -53,7 +53,7 @@ class Model:
         self.guide = LLTokenizer((folder / "tokenizer.json").read_text(), eos_token=[EOS])
 
     def special_ids(self, markers: Sequence[str]) -> dict[str, int]:
-        return self.tokenizer.special_ids_of(markers)
+        return self.tokenizer.special_ids_in(markers)
 
     def matcher(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self.guide, grammar, log_level=0)
@@ -87,7 +87,7 @@ def grammar_of(
     **more: Any,
 ) -> str:
     validated: ToolChoice | None = None if choice is None else TypeAdapter(ToolChoice).validate_python(choice)
-    special_ids = model.special_ids([*format.markers, THINK.start, THINK.end])
+    special_ids = model.special_ids([*format.texts, THINK.start, THINK.end])
     grammar = tool_grammar(
         AnswerFormat(format, parallel_calls=parallel, **more),
         make_tools(strict=strict),
@@ -206,7 +206,7 @@ def test_the_parser_reads_what_the_grammar_allows(model: Model, format: ToolForm
     for choice, parallel in [("required", True), ("required", False), (WEATHER, True)] * 3:
         grammar = grammar_of(model, format, choice, parallel=parallel)
         text = _walk(model, model.matcher(grammar), rng)
-        parser = AnswerParser(AnswerFormat(format, frozenset(ARGUMENTS), parallel_calls=parallel))
+        parser = AnswerParser(AnswerFormat(format, {name: {} for name in ARGUMENTS}, parallel_calls=parallel))
         parts = parser.push(text) + parser.finish()
         assert not any(part.kind is PartKind.CONTENT for part in parts), text
         assert parser.ends_with_calls

@@ -27,7 +27,7 @@ def test_reasoning_budget(model: RunningServer) -> None:
         assert (error["param"], error["code"]) == ("thinking_token_budget", "unsupported_parameter")
         assert httpx.post(f"{model.url}/v1/messages", json=body).status_code == 200
         return
-    start_id, end_id = (tokenizer.special_ids_of([tag])[tag] for tag in ("<think>", "</think>"))
+    start_id, end_id = (tokenizer.special_ids_in([tag])[tag] for tag in ("<think>", "</think>"))
     for budget, is_open in ((0, False), (7, True)):
         ask_json(model.url, CHAT, thinking_token_budget=budget, chat_template_kwargs={"enable_thinking": is_open})
         expected = ReasoningLimit(max_tokens=budget, start_id=start_id, end_id=end_id, is_open=is_open)

@@ -128,7 +128,7 @@ def test_special_tokens_of_a_tekken(ranks: dict[bytes, int], tmp_path: Path) -> 
     assert tokenizer.decode([29], skip_special_tokens=False) == "<SPECIAL_29>"
     assert tokenizer.special_ids.isdisjoint(tokenizer.encode("[INST]", add_special_tokens=False, parse_special=False))
     old = Tokenizer.from_model(write_tekken(tmp_path, ranks, None))
-    assert old.special_ids_of(["[INST]", "[TOOL_CALLS]", "[TOOL_CONTENT]", "<SPECIAL_20>"]) == {
+    assert old.special_ids_in(["[INST]", "[TOOL_CALLS]", "[TOOL_CONTENT]", "<SPECIAL_20>"]) == {
         "[INST]": 3,
         "[TOOL_CALLS]": 9,
         "[TOOL_CONTENT]": 19,

@@ -152,7 +152,7 @@ def test_special_tokens_as_plain_text(text: str, smollm2: Tokenizer) -> None:
 
 
 def test_which_texts_are_control_tokens(smollm2: Tokenizer) -> None:
-    assert smollm2.special_ids_of(["<|im_end|>", "<tool_call>", " the", "<|im_end"]) == {"<|im_end|>": 2}
+    assert smollm2.special_ids_in(["<|im_end|>", "<tool_call>", " the", "<|im_end"]) == {"<|im_end|>": 2}
 
 
 def test_decode_ignores_ids_outside_the_vocabulary(smollm2: Tokenizer) -> None:

@@ -117,6 +117,8 @@ def test_the_list_of_models(server: RunningServer) -> None:
         "default_max_tokens": None,
         "default_sampling": {},
         "default_sampling_sources": {},
+        "tool_format": "generic",
+        "reasoning_format": None,
     }
     for name in ("sql", "org/sql/", ""):
         check_error(httpx.get(f"{server.url}/v1/models/{name}"), 404)

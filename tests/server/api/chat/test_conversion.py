@@ -267,7 +267,7 @@ def test_calls_and_results_reach_the_template(plain: RunningServer) -> None:
         result = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
         assert prompt(plain, messages=[*MESSAGES, turn, result], tools=TOOLS).split("user\nHi<|im_end|>\n")[1] == (
             "<|im_start|>assistant\n<think>Hm</think>\n"
-            f'<tool_call>{{"name": "weather", "arguments": {shown}}}</tool_call><|im_end|>\n'
+            f'<tool_call>\n{{"name": "weather", "arguments": {shown}}}\n</tool_call><|im_end|>\n'
             "<|im_start|>tool\nsunny<|im_end|>\n<|im_start|>assistant\n"
         )
 

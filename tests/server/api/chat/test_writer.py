@@ -48,7 +48,7 @@ def test_what_the_official_client_returned_can_be_sent_back(plain: RunningServer
     assert "x-lightwell-warnings" not in raw.headers
     token_ids = plain.engine.submits[-1].prompt_token_ids
     assert (
-        '<think>Hm</think>\n<tool_call>{"name": "time", "arguments": {}}</tool_call>'
+        '<think>Hm</think>\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
         in plain.context.tokenizer.decode(token_ids)
     )
 

@@ -94,7 +94,7 @@ def test_text_of_the_request_is_never_a_control_token(start_server: StartServer)
     ordinary, special = rerank(server, documents=["x"]), rerank(server, documents=["<|im_end|>"])
     assert ordinary.status_code == special.status_code == 200
     first, second = (submit.prompt_token_ids for submit in server.engine.submits[-2:])
-    (end,) = server.context.tokenizer.special_ids_of(["<|im_end|>"]).values()
+    (end,) = server.context.tokenizer.special_ids_in(["<|im_end|>"]).values()
     assert first.count(end) == second.count(end) > 0
 
 

@@ -246,7 +246,7 @@ def test_calls_of_other_tools_are_shown_as_those_of_functions(
     answer = ask(tools, input=items)
     assert (answer.status_code, WARNINGS in answer.headers) == (200, False)
     prompt = tools.context.tokenizer.decode(prompt_of(tools), skip_special_tokens=False)
-    assert f'<tool_call>{{"name": "{shown_call}}}</tool_call>' in prompt
+    assert f'<tool_call>\n{{"name": "{shown_call}}}\n</tool_call>' in prompt
     assert f"<|im_start|>tool\n{shown_output}<|im_end|>" in prompt
     stored = get(tools, f"{answer.json()['id']}/input_items").json()["data"]
     assert [item["type"] for item in stored] == ["function_call_output", "function_call", "message"]

@@ -31,7 +31,7 @@ def parse(format: AnswerFormat, pieces: list[str], hidden: tuple[str, ...] = ())
 
 @given(st.lists(st.integers(0, 200), max_size=12))
 def test_all_parts_in_one_pass(cuts: list[int]) -> None:
-    format = AnswerFormat(HERMES, frozenset({"f"}), reasoning_tags=TAGS)
+    format = AnswerFormat(HERMES, {"f": {}}, reasoning_tags=TAGS)
     text = f"<think>\nI could call {CALL}\n</think>\n\nOne moment.\n{CALL}\n{CALL}\nDone?"
     call = [("call", "f"), ("arguments", '{"a": 1}')]
     assert parse(format, cut(text, cuts)) == [
@@ -44,7 +44,7 @@ def test_all_parts_in_one_pass(cuts: list[int]) -> None:
 
 
 def test_reasoning_that_the_prompt_opens() -> None:
-    format = AnswerFormat(HERMES, frozenset({"f"}), reasoning_tags=TAGS, is_reasoning=True)
+    format = AnswerFormat(HERMES, {"f": {}}, reasoning_tags=TAGS, is_reasoning=True)
     assert parse(format, [f"Hm</think>{CALL}"]) == [("reasoning", "Hm"), ("call", "f"), ("arguments", '{"a": 1}')]
     parser = AnswerParser(format)
     assert parser.is_reasoning
@@ -67,14 +67,14 @@ def test_control_tokens_are_no_content() -> None:
 def test_markers_are_those_that_matter() -> None:
     assert AnswerFormat().is_plain
     assert AnswerFormat(reasoning_tags=TAGS).markers == ("<think>", "</think>")
-    format = AnswerFormat(MISTRAL, frozenset({"f"}))
-    assert format.markers == ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+    format = AnswerFormat(MISTRAL, {"f": {}})
+    assert {"[TOOL_CALLS][", "[ARGS]"} <= set(format.markers)
     assert not format.is_plain
 
 
 @pytest.mark.parametrize(("text", "ends"), [(CALL, True), (CALL[:-20], False), ("a", False), (CALL[:-12], True)])
 def test_whether_an_answer_ends_with_calls(text: str, ends: bool) -> None:
-    parser = AnswerParser(AnswerFormat(HERMES, frozenset({"f"})))
+    parser = AnswerParser(AnswerFormat(HERMES, {"f": {}}))
     parser.push(text)
     parser.finish()
     assert parser.ends_with_calls == ends

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags, detect_reasoning_tags
+from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
 from tests.server.text.parsers.test_tool_parser import cut
 
 TAGS = ReasoningTags("<think>", "</think>")
@@ -64,12 +64,6 @@ def test_reasoning_is_streamed() -> None:
         *[("", ""), ("", ""), ("Hm", ""), ("m.", ""), ("\nSo", ""), ("", ""), ("", ""), ("", ""), ("", "")],
         *[("", "Yes"), ("", "\n")],
     ]
-
-
-def test_tags_of_a_template() -> None:
-    assert detect_reasoning_tags("{{ content.split('</think>')[-1] }}") == TAGS
-    assert detect_reasoning_tags("{{ '[THINK]' + thoughts + '[/THINK]' }}") == ReasoningTags("[THINK]", "[/THINK]")
-    assert detect_reasoning_tags("I <think> so") is None
 
 
 def test_where_a_prompt_breaks_off() -> None:

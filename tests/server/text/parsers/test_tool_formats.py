@@ -1,28 +1,226 @@
-"""The formats of tool calls that are detected from chat templates."""
+"""Answers in the formats of real chat templates: what a template writes of a message is parsed to the same message."""
+
+import json
+import random
+import re
+from itertools import pairwise
+from typing import Any
 
 import pytest
 
-from server.text.parsers.tool_formats import (
-    GENERIC,
-    HERMES,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL_NAMES,
-    ToolFormat,
-    detect_tool_format,
+from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
+from server.text.parsers.answer_parts import PartKind
+from server.text.parsers.tool_formats import ID, NAME, split_text
+from server.text.templates.chat_template import ChatTemplate, ChatTemplateError
+from server.text.templates.rendered_text import common_prefix
+from tests.support.examples import num_examples
+from tests.support.tool_templates import EOS, NAMES, SCHEMAS, TOOLS, WITH_CALLS, load_template
+
+Call = tuple[str, Any]
+FULL: dict[str, Any] = {
+    "city": 'São Paulo, <b>\n "x" \\',
+    "days": 3,
+    "flag": True,
+    "list": [1, -2],
+    "options": {"name": "a b", "x": 5},
+    "ratio": 0.5,
+}
+# These write strings without escapes.
+UNESCAPED = ("LFM2.5-8B-A1B",)
+# Templates that allow one call in a message, or write only the first.
+SINGLE = ("GigaChat", "meta-llama")
+TOKENS = ("<|message_sep|>", "<|CHATBOT_TOKEN|>")  # other control tokens, which are no content
+# What ends a turn. Templates write more after it, the model does not.
+TURN_ENDS = re.compile(
+    "|".join(
+        map(
+            re.escape,
+            (
+                *(EOS, "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_msg|>", "[e~["),
+                *("<|end_of_text|>", "<turn|>", "<end_of_sentence>", "<｜end▁of▁sentence｜>", "</assistant>"),
+                *(
+                    "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>",
+                    "<SPECIAL_12>",
+                    "<|assistant_end|>",
+                    "<|call|>",
+                    "<|calls|>",
+                    "<|tool_response>",
+                ),
+            ),
+        )
+    )
+    + r"|<\|end\|>(?!<\|begin\|>|<\|start\|>)|<\|message_sep\|>(?!\n\nfunction)"
 )
 
 
-@pytest.mark.parametrize(
-    ("source", "format"),
-    [
-        ('{{ \'<tool_call>\\n{"name": "\' + call.name }}', HERMES),
-        ("{{ '[TOOL_CALLS] [' }}{{ '<tool_call>' }}", MISTRAL),
-        ("{{ '[TOOL_CALLS]' + call.name + '[ARGS]' }}", MISTRAL_NAMES),
-        ("{% if call.name in builtin_tools %}{{ '<|python_tag|>' }}{% endif %}", LLAMA3),
-        ("""{{ 'Respond in the format {"name": function name, "parameters": dictionary of argument name' }}""", LLAMA3),
-        ("{% for message in messages %}{{ message.content }}{% endfor %}", GENERIC),
-    ],
-)
-def test_formats_of_templates(source: str, format: ToolFormat) -> None:
-    assert detect_tool_format(source) is format
+def arguments_of(name: str) -> dict[str, Any]:
+    return FULL | ({"city": "São Paulo, <b>"} if name in UNESCAPED else {})
+
+
+def answer_of(template: ChatTemplate, message: dict[str, Any], **options: Any) -> tuple[str, bool]:
+    """Return what the template writes of the last message, and whether it begins within reasoning."""
+    messages = [{"role": "user", "content": "Question?"}]
+    prompt = template.render(messages, tools=TOOLS, template_kwargs=options)
+    text = template.render([*messages, message], tools=TOOLS, add_generation_prompt=False, template_kwargs=options)
+    begin = prompt if text.startswith(prompt) else common_prefix(prompt, text)
+    tags = template.reasoning_tags
+    return TURN_ENDS.split(text[len(begin) :])[0], tags is not None and tags.are_opened_by(begin)
+
+
+def parse(template: ChatTemplate, pieces: list[str], *, is_reasoning: bool = False) -> dict[str, Any]:
+    format = AnswerFormat(
+        template.tool_format,
+        SCHEMAS,
+        reasoning_tags=template.reasoning_tags,
+        content_markers=template.reasoning.content_markers,
+        is_reasoning=is_reasoning,
+    )
+    parser = AnswerParser(format, hidden=(*format.content_markers, *TOKENS))
+    answer: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
+    for kind, text in [part for piece in pieces for part in parser.push(piece)] + parser.finish():
+        assert text
+        if kind is PartKind.CALL:
+            answer["calls"].append((text, ""))
+        elif kind is PartKind.ARGUMENTS:
+            name, arguments = answer["calls"].pop()
+            answer["calls"].append((name, arguments + text))
+        else:
+            answer[kind.value] += text
+    assert parser.num_held == 0 or not parser.is_reasoning
+    return answer | {"ends_with_calls": parser.ends_with_calls}
+
+
+def message_of(calls: list[Call], content: str = "", reasoning: str = "") -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = [
+            {"id": f"abcdefgh{index}", "type": "function", "function": {"name": name, "arguments": arguments}}
+            for index, (name, arguments) in enumerate(calls)
+        ]
+    return message
+
+
+@pytest.mark.parametrize("name", WITH_CALLS)
+@pytest.mark.parametrize("num_calls", [1, 3])
+def test_calls(name: str, num_calls: int) -> None:
+    template = load_template(name)
+    calls = [("get_weather", arguments_of(name)), ("other-tool", {"city": "x"}), ("get_weather", {"city": ""})][
+        :num_calls
+    ]
+    if name.startswith(SINGLE) and num_calls > 1:
+        pytest.skip("the template writes one call")
+    text, is_reasoning = answer_of(template, message_of(calls))
+    answer = parse(template, [text], is_reasoning=is_reasoning)
+    assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == calls, text
+    assert answer["content"].strip() == answer["reasoning"] == "", text
+    assert answer["ends_with_calls"]
+
+
+WITHOUT_TEXT = {  # templates that drop the content of messages with calls, or move it
+    *("Cohere2MoE", "CohereForAI-c4ai-command-r7b-12-2024-tool_use", "MiniMax-M1", "muse-glimmer"),
+    *("mistralai-Mistral-Nemo-Instruct-2407", "upstage-Solar-Open-100B", "meta-llama-Llama-3.1-8B-Instruct"),
+    *("meta-llama-Llama-3.2-3B-Instruct", "google-gemma-4-31B-it", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B"),
+    *(
+        "NVIDIA-Nemotron-Nano-v2",
+        "llama-cpp-deepseek-r1",
+        "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+        "Llama-pythonic",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_CALLS if name not in WITHOUT_TEXT])
+def test_content_and_calls(name: str) -> None:
+    template = load_template(name)
+    calls = [("get_weather", arguments_of(name))]
+    text, is_reasoning = answer_of(template, message_of(calls, "One moment."))
+    answer = parse(template, [text], is_reasoning=is_reasoning)
+    assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == calls, text
+    assert answer["content"].strip() == "One moment.", text
+
+
+REASONING = [name for name in NAMES if load_template(name).reasoning.message_field is not None]
+
+
+@pytest.mark.parametrize("name", REASONING)
+@pytest.mark.parametrize("has_call", [False, True])
+def test_reasoning(name: str, has_call: bool) -> None:
+    template = load_template(name)
+    calls = [("get_weather", arguments_of(name))] if has_call else []
+    content = "" if has_call else "The answer."
+    switches = {option: True for option in ("enable_thinking", "thinking") if option in template.options}
+    text, is_reasoning = answer_of(template, message_of(calls, content, "Let me see."), **switches)
+    if "Let me see." not in text:
+        pytest.skip("the template drops the reasoning of such messages")
+    tags = template.reasoning_tags
+    assert tags is not None
+    is_reasoning = is_reasoning or text.startswith("Let me see.")
+    answer = parse(template, [text], is_reasoning=is_reasoning)
+    assert answer["reasoning"].strip() == "Let me see.", text
+    assert answer["content"].strip() == content, text
+    assert [(each, json.loads(arguments)) for each, arguments in answer["calls"]] == calls, text
+
+
+def splits(text: str, rng: random.Random, *, in_two: bool) -> list[list[str]]:
+    """Return the characters of a text, some ways to split it in pieces, and perhaps all ways to split it in two."""
+    ways = [[text[:cut], text[cut:]] for cut in range(len(text) + 1 if in_two else 0)] + [list(text)]
+    for _ in range(num_examples(10, 100)):
+        cuts = sorted(rng.sample(range(len(text) + 1), min(len(text), rng.randrange(2, 30))))
+        ways.append([text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])])
+    return ways
+
+
+@pytest.mark.parametrize("name", WITH_CALLS)
+def test_any_pieces_are_parsed_alike(name: str) -> None:
+    """Whole answers, answers that break off, and answers with text in the wrong place."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    template = load_template(name)
+    calls = [("get_weather", arguments_of(name)), ("other-tool", {"city": "x"})]
+    try:
+        text, is_reasoning = answer_of(template, message_of(calls))
+    except ChatTemplateError:
+        text, is_reasoning = answer_of(template, message_of(calls[:1]))
+    position = rng.randrange(len(text))
+    pieces = [*split_text(text), "{", "}", "<", ">", "]", ",", '"', "\n", "x"]
+    broken = text[:position] + rng.choice(pieces) + text[position + rng.randrange(5) :]
+    for whole in (text, broken, text[:position], "".join(rng.choices(pieces, k=12))):
+        expected = parse(template, [whole], is_reasoning=is_reasoning)
+        for way in splits(whole, rng, in_two=whole is text):
+            assert parse(template, way, is_reasoning=is_reasoning) == expected, way
+
+
+@pytest.mark.parametrize("name", WITH_CALLS)
+def test_an_answer_that_breaks_off_has_the_beginning_of_the_whole(name: str) -> None:
+    template = load_template(name)
+    text, is_reasoning = answer_of(template, message_of([("get_weather", arguments_of(name))]))
+    whole = parse(template, [text], is_reasoning=is_reasoning)
+    markers = (*TOKENS, *template.reasoning.content_markers)
+    for end in range(len(text)):
+        answer = parse(template, [text[:end]], is_reasoning=is_reasoning)
+        if answer["calls"]:
+            rest = answer["content"].strip()
+            assert any(marker.startswith(rest) for marker in ("", *markers)) or rest.startswith(', "'), text[:end]
+            assert answer["calls"][0][0] == whole["calls"][0][0]
+            assert whole["calls"][0][1].startswith(answer["calls"][0][1]), text[:end]
+        elif not (template.reasoning_tags or any(token in text for token in markers)):
+            assert answer["content"] == text[:end]
+
+
+@pytest.mark.parametrize("name", WITH_CALLS)
+def test_calls_of_unknown_tools_are_content(name: str) -> None:
+    template = load_template(name)
+    text, is_reasoning = answer_of(template, message_of([("get_weather", {"city": "x"})]))
+    text = text.replace("get_weather", "get_whatever")
+    answer = parse(template, [text], is_reasoning=is_reasoning)
+    assert answer["calls"] == []
+    assert "get_whatever" in answer["content"]
+
+
+def test_texts_are_split_at_tags_and_slots() -> None:
+    assert split_text("<a>\n<b=") == ["<a>", "<b="]
+    assert split_text(f"<|a|><|b|>{ID}<|c|>functions.{NAME}") == ["<|a|>", "<|b|>", ID, "<|c|>functions.", NAME]
+    assert split_text(" \n") == []

@@ -5,16 +5,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.parsers.answer_parts import PartKind
-from server.text.parsers.tool_formats import GENERIC, HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, ToolFormat
+from server.text.parsers.tool_formats import (
+    GENERIC,
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    MISTRAL_NAMES,
+    PYTHONIC,
+    TaggedArguments,
+    ToolFormat,
+)
 from server.text.parsers.tool_parser import ToolParser
 
-NAMES = ("f", "get_weather", "a-b_C9")
+MISTRAL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+NAMES: dict[str, Any] = {"f": {}, "get_weather": {}, "a-b_C9": {}}
 
 
 @dataclass
@@ -67,7 +78,7 @@ FORMS = (*CLOSED, "unclosed")
 @st.composite
 def calls(draw: st.DrawFn, *, key: str | None = None, forms: Sequence[str] = FORMS) -> tuple[str, tuple[str, str]]:
     """Draw the text of a call as a JSON object, and its name and arguments."""
-    name, arguments, space = draw(st.sampled_from(NAMES)), draw(OBJECTS), draw(SPACE)
+    name, arguments, space = draw(st.sampled_from(sorted(NAMES))), draw(OBJECTS), draw(SPACE)
     key = key or draw(st.sampled_from(["arguments", "parameters"]))
     form = draw(st.sampled_from(forms))
     member, value = f'"name":{space}"{name}"', arguments
@@ -152,7 +163,7 @@ def test_bare_calls(
 
 @given(
     st.lists(calls(key="arguments", forms=CLOSED), min_size=1, max_size=3),
-    st.lists(st.tuples(st.sampled_from(NAMES), OBJECTS), min_size=1, max_size=3),
+    st.lists(st.tuples(st.sampled_from(sorted(NAMES)), OBJECTS), min_size=1, max_size=3),
     st.sampled_from(["", "[ARGS]", "[CALL_ID]123456789[ARGS]"]),
     st.sampled_from(["", "Let me see. "]),
     st.lists(st.integers(0, 400), max_size=20),
@@ -164,7 +175,7 @@ def test_mistral(
     content: str,
     cuts: list[int],
 ) -> None:
-    hidden = MISTRAL.markers
+    hidden = MISTRAL_TOKENS
     text = f"{content}[TOOL_CALLS] [{', '.join(call for call, _ in array)}]"
     assert parse(MISTRAL, cut(text, cuts), hidden=hidden) == Answer(content, [parts for _, parts in array])
     text = content + "".join(f"[TOOL_CALLS]{name}{head}{arguments}" for name, arguments in named)
@@ -303,7 +314,7 @@ def test_without_parallel_calls_the_second_is_content() -> None:
 
 def test_without_tools_all_is_content() -> None:
     text = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
-    parser = ToolParser(GENERIC, ())
+    parser = ToolParser(GENERIC, {})
     assert parser.push(text) == [(PartKind.CONTENT, text)]
     assert parser.finish() == []
 
@@ -315,16 +326,16 @@ def test_hidden_markers_are_no_content() -> None:
         ("[ARGS]a[TOOL_CALLS]b[", "ab["),
         ('[TOOL_CALLS][{"name": "x", "arguments": {}}]', '[{"name": "x", "arguments": {}}]'),
     ]:
-        assert parse(MISTRAL, list(text), hidden=MISTRAL.markers).content == content
+        assert parse(MISTRAL, list(text), hidden=MISTRAL_TOKENS).content == content
         assert parse(MISTRAL, list(text)).content == text
 
 
 def test_time_is_linear() -> None:
     """Takes about four times as long for four times the text, also if it is nested or held back to the end."""
 
-    def seconds(text: str) -> float:
+    def seconds(text: str, format: ToolFormat = GENERIC) -> float:
         start = time.process_time()
-        parser = ToolParser(GENERIC, NAMES)
+        parser = ToolParser(format, NAMES)
         for begin in range(0, len(text), 4):
             parser.push(text[begin : begin + 4])
         parser.finish()
@@ -336,3 +347,17 @@ def test_time_is_linear() -> None:
                 min(seconds(opening + unit * (size // len(unit))) for _ in range(2)) for size in (1 << 14, 1 << 16)
             )
             assert long < 9 * short + 0.01, (opening, unit)
+    tagged = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
+    qwen = ToolFormat("", before_name="<tool_call>\n<function=", after_name=">\n", arguments=tagged)
+    for format, opening, unit in [
+        (qwen, "<tool_call><function=f><parameter=a>", "\n</par"),
+        (qwen, "<tool_call><function=f>", "<parameter=a>1</parameter>"),
+        (qwen, "", "<tool_call><function=f"),
+        (PYTHONIC, "[f(a='", "\\'"),
+        (PYTHONIC, "[f(a=", "[1,"),
+        (PYTHONIC, "", "[f(a=1),"),
+    ]:
+        short, long = (
+            min(seconds(opening + unit * (size // len(unit)), format) for _ in range(2)) for size in (1 << 14, 1 << 16)
+        )
+        assert long < 9 * short + 0.01, (opening, unit)

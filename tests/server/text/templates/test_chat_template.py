@@ -1,6 +1,8 @@
 """Chat templates render and continue messages as transformers does, and fail with an error that is safe to show."""
 
 import copy
+import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -24,6 +26,8 @@ from tests.support.chat_templates import (
     transformers_oracle,
     user,
 )
+from tests.support.tool_model import TEMPLATE
+from tests.support.tool_templates import load_template
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +158,66 @@ def test_refusal_is_one_short_line() -> None:
 
 
 def test_what_a_template_shows_of_the_model() -> None:
-    template = chat_template(CHATML + "{{ '<tool_call>' + '</think>' }}")
+    template = chat_template(TEMPLATE)
     assert (template.tool_format, template.reasoning_tags) == (HERMES, ReasoningTags("<think>", "</think>"))
-    assert (chat_template(CHATML).tool_format, chat_template(CHATML).reasoning_tags) == (GENERIC, None)
+    assert (template.tool_format_name, template.reasoning_format_name) == ("hermes", "<think>")
+    template = chat_template(CHATML)
+    assert (template.tool_format, template.reasoning_tags) == (GENERIC, None)
+    assert (template.tool_format_name, template.reasoning_format_name) == ("generic", None)
+    template = chat_template(
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+        + "{% endfor %}{% endfor %}{{ tools | tojson }}{% if enable_thinking %}{% endif %}"
+    )
+    assert template.tool_format == dataclasses.replace(GENERIC, is_recognized=False)
+    assert (template.tool_format_name, template.reasoning_format_name) == ("unrecognized", "unrecognized")
+
+
+def test_arguments_are_json_where_the_template_needs_text() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}"
+        "{{ '<call>' + c.function.name + ' ' + c.function.arguments + '</call>' }}"
+        "{% endfor %}{% endfor %}{{ tools | tojson }}"
+    )
+    call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+    messages: list[dict[str, Any]] = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert '<call>f {"a": "é"}</call>' in chat_template(source).render(messages, tools=TOOLS)
+    assert call["function"] == {"name": "f", "arguments": {"a": "é"}}
+
+
+def test_tools_in_the_system_message() -> None:
+    template = load_template("Phi-4-mini")
+    functions = json.dumps([tool["function"] for tool in TOOLS], ensure_ascii=False)
+    expected = f"<|system|><|tool|>{functions}<|/tool|><|end|><|user|>Hi<|end|><|assistant|>"
+    assert template.render(user("Hi"), tools=TOOLS) == expected
+    system = [{"role": "system", "content": "Be kind."}, *user("Hi")]
+    assert template.render(system, tools=TOOLS) == expected.replace("<|tool|>", "Be kind.<|tool|>")
+    assert template.describes_tools
+    assert not chat_template(CHATML).describes_tools
+
+
+def test_earlier_calls_are_content_where_the_template_does_not_write_them() -> None:
+    calls: list[Any] = [
+        {"function": {"name": name, "arguments": arguments}} for name, arguments in [("f", {"a": 1}), ("g", {})]
+    ]
+    messages: list[dict[str, Any]] = [*CHAT, {"role": "assistant", "content": "Well.", "tool_calls": calls}]
+    text = '[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]'
+    prompt = load_template("Phi-4-mini").render(messages, tools=TOOLS)
+    assert prompt.endswith(f"<|assistant|>Well.<|tool_call|>{text}<|/tool_call|><|end|><|assistant|>")
+    prompt = load_template("ibm-granite-granite-3.3-2B-Instruct").render(messages, tools=TOOLS)
+    assert f"Well.<|tool_call|>{text}<|end_of_text|>" in prompt
+    assert load_template("Qwen-Qwen3-0.6B").render(messages, tools=TOOLS).count('"name": "f", "arguments"') == 1
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_the_name_that_the_template_reads(field: str) -> None:
+    source = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+        "{% if m." + field + " %}{{ '<r>' + m." + field + " + '</r>' }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    template = chat_template(source)
+    assert template.reasoning_tags == ReasoningTags("<r>", "</r>")
+    messages = [*CHAT, {"role": "assistant", "content": "b", "reasoning_content": "a"}]
+    assert template.render(messages).endswith("<r>a</r>b")
 
 
 # Continued messages.

@@ -1,0 +1,237 @@
+"""Answers in the harmony format, compared with OpenAI's parser."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai_harmony import Role, StreamableParser, StreamState, TextContent
+
+from server.text.parsers.answer_parts import PartKind
+from server.text.parsers.harmony import MARKERS, MAX_HEADER_CHARS, HarmonyFormat, HarmonyParser, is_harmony
+from tests.server.text.parsers.test_tool_parser import cut
+from tests.support.harmony import decode_pieces, harmony_encoding
+
+TOOLS: dict[str, dict[str, Any]] = {"weather": {}, "time-2": {}}
+ANALYSIS = "<|channel|>analysis<|message|>"
+FINAL = "<|channel|>final<|message|>"
+CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Bern"}<|call|>'
+NEXT = "<|start|>assistant"
+
+Parts = list[tuple[str, str]]
+
+
+def parse(pieces: list[str], *, hidden: tuple[str, ...] = MARKERS, **fields: Any) -> Parts:
+    """Return the parts of an answer, with adjacent parts of the same kind joined."""
+    parser = HarmonyParser(HarmonyFormat(tools=TOOLS, **fields), hidden=hidden)
+    found: Parts = []
+    for kind, text in [part for piece in pieces for part in parser.push(piece)] + parser.finish():
+        if found and found[-1][0] == kind and kind is not PartKind.CALL:
+            found[-1] = (kind.value, found[-1][1] + text)
+        else:
+            found.append((kind.value, text))
+    return found
+
+
+def reference(token_ids: list[int]) -> Parts:
+    """Return the parts of an answer as OpenAI's parser reads it."""
+    found: Parts = []
+    for message in harmony_encoding().parse_messages_from_completion_tokens(token_ids, Role.ASSISTANT):
+        text = "".join(content.text for content in message.content if isinstance(content, TextContent))
+        recipient = message.recipient or ""
+        if recipient.startswith("functions."):
+            found += [("call", recipient.removeprefix("functions.")), ("arguments", text.strip())]
+        elif text:
+            kind = "reasoning" if message.channel == "analysis" or recipient else "content"
+            text = "\n\n" + text if kind in [earlier for earlier, _ in found] else text
+            if found and found[-1][0] == kind:
+                found[-1] = (kind, found[-1][1] + text)
+            else:
+                found.append((kind, text))
+    return found
+
+
+words = st.text(st.sampled_from('ab c\n{}<|"\\é東🙂'), max_size=12)
+plain = st.builds(
+    lambda channel, text: (f"<|channel|>{channel}<|message|>", text),
+    st.sampled_from(["analysis", "commentary", "final"]),
+    words,
+)
+builtin = st.builds(
+    lambda channel, tool, text: (f"<|channel|>{channel} to={tool} code<|message|>", text),
+    st.sampled_from(["analysis", "commentary"]),
+    st.sampled_from(["python", "browser.search", "container.exec"]),
+    words,
+)
+HEADERS = (
+    "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>",
+    "<|channel|>commentary to=functions.{}<|constrain|>json<|message|>",
+    "<|channel|>commentary to=functions.{} json<|message|>",
+    "<|channel|>commentary to=functions.{}<|message|>",
+    "<|channel|>analysis to=functions.{} <|constrain|>json<|message|>",
+    " to=functions.{}<|channel|>commentary json<|message|>",
+    " to=functions.{}<|channel|>commentary <|constrain|>json<|message|>",
+    " to=functions.{}<|message|>",
+)
+calls = st.builds(
+    lambda header, name, arguments, space: (header.format(name), space + json.dumps(arguments) + space),
+    st.sampled_from(HEADERS),
+    st.sampled_from(sorted(TOOLS)),
+    st.dictionaries(words, words | st.lists(words, max_size=2) | st.integers(), max_size=2),
+    st.sampled_from(["", "\n", " "]),
+)
+answers = st.lists(plain | builtin | calls, min_size=1, max_size=6)
+
+
+def write(messages: list[tuple[str, str]]) -> str:
+    """Return the messages as the model writes them, without the token that ends the answer."""
+    ends = ["<|call|>" if " to=" in header else "<|end|>" for header, _ in messages]
+    return NEXT.join(header + body + end for (header, body), end in zip(messages, ends, strict=True))
+
+
+@given(answers, st.lists(st.integers(0, 400), max_size=12), st.booleans())
+def test_parts_are_those_of_the_reference(messages: list[tuple[str, str]], cuts: list[int], has_end: bool) -> None:
+    text = write(messages)
+    text = text if has_end else text.rpartition("<|")[0]  # the engine does not return the token that ends the answer
+    expected = reference(harmony_encoding().encode(text, allowed_special="all"))
+    assert parse([text]) == expected
+    assert parse(cut(text, cuts)) == expected
+    assert parse([*text]) == expected
+
+
+@given(answers)
+def test_reasoning_begins_and_ends_with_the_token_of_the_reference(messages: list[tuple[str, str]]) -> None:
+    token_ids = harmony_encoding().encode(write(messages), allowed_special="all")
+    oracle = StreamableParser(harmony_encoding(), Role.ASSISTANT)
+    parser = HarmonyParser(HarmonyFormat(tools=TOOLS))
+    for token_id, piece in zip(token_ids, decode_pieces(token_ids), strict=True):
+        oracle.process(token_id)
+        parser.push(piece)
+        recipient = oracle.current_recipient or ""
+        is_reasoning = oracle.current_channel == "analysis" or recipient != ""
+        assert parser.is_reasoning == (
+            oracle.state is StreamState.CONTENT and is_reasoning and not recipient.startswith("functions.")
+        )
+
+
+def test_whole_answers() -> None:
+    text = f"{ANALYSIS}Hm.<|end|>{NEXT}<|channel|>commentary<|message|>Let me see.<|end|>{NEXT}{CALL}"
+    call = [("call", "weather"), ("arguments", '{"city": "Bern"}')]
+    assert parse([text]) == [("reasoning", "Hm."), ("content", "Let me see."), *call]
+    assert parse([f"{text}{NEXT}{CALL}"]) == [("reasoning", "Hm."), ("content", "Let me see."), *call, *call]
+    assert parse([CALL + NEXT + CALL], parallel_calls=False) == [*call, ("content", '{"city": "Bern"}')]
+    assert parse([f"{NEXT}{FINAL}Hi<|return|>"]) == [("content", "Hi")]
+    assert parse(["lo<|return|>"], is_final=True) == [("content", "lo")]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", []),
+        ("Hello", [("content", "Hello")]),
+        ("  to be", [("content", "  to be")]),
+        ("t", [("content", "t")]),
+        (f"{FINAL}a<|end|>b", [("content", "a\n\nb")]),
+        (f"{FINAL}a<|end|>\n{NEXT}{FINAL}b", [("content", "a\n\nb")]),
+        (f"{FINAL}a<|message|>b<|channel|>c", [("content", "abc")]),
+        ("<|message|>a", [("content", "a")]),
+        (NEXT + " Hello<|end|>", [("content", "Hello")]),
+        ("<|channel|>commentary to=functions.weather <|constrain|>js", []),
+        ("<|channel|>analysis<|mess", []),
+        ("<|", [("content", "<|")]),
+        ("<|channel|>commentary to=functions.weather json<|end|>", []),
+        # What gpt-oss writes now and then.
+        (f"<|channel|>commentary{ANALYSIS}Hm", [("reasoning", "Hm")]),
+        (f"<|channel|>commentary to=assistant{ANALYSIS}Hm", [("reasoning", "Hm")]),
+        ("<|channel|>final <|constrain|>json<|message|>{}", [("content", "{}")]),
+        ("<|channel|>commentary to=weather<|message|>{}", [("call", "weather"), ("arguments", "{}")]),
+        # With a space after each marker.
+        (
+            "<|channel|> analysis<|message|> Hm<|end|><|start|> assistant<|channel|> final<|message|>  a",
+            [("reasoning", "Hm"), ("content", " a")],
+        ),
+        ("<|start|> assistant<|channel|> final<|constrain|> json", []),
+        # No calls of the request's tools.
+        ("<|channel|>commentary to=functions.rain<|message|>{}", [("content", "{}")]),
+        ("<|channel|>commentary to=functions.weather<|message|>Bern", [("content", "Bern")]),
+        ("<|channel|>commentary to=functions.weather<|message|><|call|>", []),
+        ("<|channel|>commentary to=python<|message|>1 + 1", [("reasoning", "1 + 1")]),
+    ],
+)
+def test_malformed_answers(text: str, parts: Parts) -> None:
+    for pieces in ([text], [*text]):
+        assert parse(pieces) == parts
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                *MARKERS,
+                "a",
+                " ",
+                "{",
+                "}",
+                '"',
+                "to=",
+                "functions.weather",
+                "assistant",
+                "analysis",
+                "final",
+                "json",
+                "<|",
+                "x" * 500,
+            ]
+        ),
+        max_size=15,
+    ),
+    st.lists(st.integers(0, 200), max_size=12),
+    st.sampled_from([(), MARKERS]),
+)
+def test_every_split_gives_the_same(pieces: list[str], cuts: list[int], hidden: tuple[str, ...]) -> None:
+    text = "".join(pieces)
+    whole = parse([text], hidden=hidden)
+    assert parse(pieces, hidden=hidden) == whole
+    assert parse(cut(text, cuts), hidden=hidden) == whole
+    assert parse([*text], hidden=hidden) == whole
+
+
+@given(st.text(st.sampled_from('abc {}\n"é'), max_size=20))
+def test_text_without_headers_is_content(text: str) -> None:
+    assert parse([text]) == ([("content", text)] if text.strip() else [])
+
+
+def test_every_split_at_the_limit_of_a_header_gives_the_same() -> None:
+    for excess in (-1, 0, 1):
+        text = "<|channel|>" + "x" * (MAX_HEADER_CHARS - 11 + excess) + "<|message|>abc"
+        whole = parse([text], hidden=())
+        assert (whole == [("content", "abc")]) == (excess <= 0)
+        for position in range(MAX_HEADER_CHARS - 5, len(text)):
+            assert parse([text[:position], text[position:]], hidden=()) == whole
+
+
+def test_a_header_has_a_limit() -> None:
+    text = "<|channel|>" + "x" * MAX_HEADER_CHARS
+    parser = HarmonyParser(HarmonyFormat())
+    assert parser.push(text[:-20]) == []
+    assert parser.is_holding
+    assert parser.num_held == len(text) - 20
+    assert "".join(part.text for part in parser.push(text[-20:])) == text
+    assert not parser.is_holding
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [(CALL, True), (CALL[:-10], False), (CALL[:-8], True), (f"{FINAL}a", False), (f"{CALL}{NEXT}{FINAL}a", True)],
+)
+def test_whether_an_answer_ends_with_calls(text: str, ends: bool) -> None:
+    parser = HarmonyParser(HarmonyFormat(tools=TOOLS))
+    parser.push(text)
+    parser.finish()
+    assert parser.ends_with_calls == ends
+
+
+def test_detection() -> None:
+    assert is_harmony("<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>")
+    assert not is_harmony("<|im_start|>assistant\nThe <|channel|> of <|message|>")

@@ -1,0 +1,72 @@
+"""OpenAI's reference of the harmony format, and the chat template of gpt-oss."""
+
+import base64
+import codecs
+import functools
+import json
+import os
+import struct
+import tempfile
+from importlib.metadata import distribution
+from importlib.util import find_spec
+from pathlib import Path
+
+import openai_harmony
+from tokenizers import AddedToken, Tokenizer
+
+from server.text.parsers.harmony import MARKERS
+from tests.support.tiny_tokenizer_model import END_OF_TEXT, write_tiny_model
+
+TEMPLATE = Path(__file__).with_name("gpt_oss.jinja")  # of openai/gpt-oss-120b, Apache-2.0
+VOCABULARY = "o200k_base.tiktoken"
+
+
+@functools.cache
+def harmony_encoding() -> openai_harmony.HarmonyEncoding:
+    """Return the encoding of gpt-oss. If quicktok is installed, its vocabulary spares a download.
+
+    openai-harmony checks the hash of the vocabulary.
+    """
+    if "TIKTOKEN_ENCODINGS_BASE" in os.environ or find_spec("quicktok") is None:
+        return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / VOCABULARY).write_text(_o200k_base())
+        os.environ["TIKTOKEN_ENCODINGS_BASE"] = folder
+        try:
+            return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+        finally:
+            del os.environ["TIKTOKEN_ENCODINGS_BASE"]
+
+
+def _o200k_base() -> str:
+    """Return the vocabulary in tiktoken's format: a line for each token, with its bytes in base64 and its rank."""
+    data = Path(str(distribution("quicktok-v1").locate_file("quicktok/data/o200k.vocab"))).read_bytes()
+    (num_tokens,) = struct.unpack_from("<I", data)
+    position, lines = 4, []
+    for _ in range(num_tokens):
+        (length,) = struct.unpack_from("<H", data, position)
+        token = data[position + 2 : position + 2 + length]
+        (rank,) = struct.unpack_from("<I", data, position + 2 + length)
+        position += 6 + length
+        lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
+    return "".join(lines)
+
+
+def decode_pieces(token_ids: list[int]) -> list[str]:
+    """Return the text that each token completes; incomplete characters are held back for a later token."""
+    detokenizer = codecs.getincrementaldecoder("utf-8")()
+    encoding = harmony_encoding()._inner
+    return [detokenizer.decode(bytes(encoding.decode_bytes([token_id]))) for token_id in token_ids]
+
+
+def write_harmony_model(folder: Path, *, special_markers: bool = True) -> Path:
+    """Write a model folder with the template of gpt-oss. With `special_markers` the markers are control tokens."""
+    write_tiny_model(folder)
+    config = {"eos_token": END_OF_TEXT, "chat_template": TEMPLATE.read_text()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    if special_markers:
+        tokenizer.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in MARKERS])
+    tokenizer.save(path)
+    return folder
