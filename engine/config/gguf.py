@@ -162,6 +162,7 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     values |= {key: value for key in DEFAULTED_KEYS if (value := metadata.get(keys[key])) is not None}
     values = {key: list(value) if isinstance(value, array) else value for key, value in values.items()}
     values |= {key: value for key, value in family.gguf_defaults.items() if key not in values}
+    values["query_pre_attn_scalar"] = None  # the head size, but for the largest models
     if values["num_hidden_layers"] == family.gguf_wide_layers:
         num_heads = metadata.integer(keys["num_attention_heads"])
         values["query_pre_attn_scalar"] = metadata.integer(keys["hidden_size"]) / num_heads
