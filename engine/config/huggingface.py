@@ -109,7 +109,8 @@ def _family(fields: Fields) -> Family:
             return family
     supported = ", ".join(family.model_type for family in FAMILIES)
     found = f"{model_type!r}" if model_type else shown(names or "not named")
-    raise fields.error("model_type", f"{found} is not supported (supported: {supported})")
+    key = "model_type" if model_type else "architectures"
+    raise fields.error(key, f"{found} is not supported (supported: {supported})")
 
 
 def _recommended_sampling(generation: Fields) -> dict[str, Any]:

@@ -87,7 +87,7 @@ LIMITS = {
         Limit("linear * 128x128", 136, 1),
         Limit("expert_linear 128x256", 208, 1),
         Limit("expert_linear*", 176, 1),
-        Limit("attend 64*", 240, 2),
+        Limit("attend 64*", 248, 2),
         Limit("attend 5*", 255, 1, 136),
         Limit("attend 256*", 255, 1, 136),
         Limit("attend *", 255, 2, 40),
