@@ -78,6 +78,7 @@ PACKED = {
     "float8": WeightFormat("float8", "*fp8e4nv", 128, 128),
 }
 HEADS = {64: 64, 80: 128, 128: 128, 256: 256, 512: 512, 576: 1024}  # head sizes and the columns of their tiles
+HEADS_WITH_SINKS = frozenset({64})  # as gpt-oss
 NO_NORMS = {"HAS_Q_NORM": False, "HAS_K_NORM": False, "HAS_V_NORM": False}
 NO_NORMS |= dict.fromkeys(("q_weight", "k_weight", "v_weight"))  # type: ignore[arg-type]
 
@@ -168,7 +169,7 @@ def attention_kernels(
 ) -> Iterator[Variant]:
     for size, block in HEADS.items():
         sizes = tiles.attention_for(size)
-        has_sinks = size == 64  # as gpt-oss
+        has_sinks = size in HEADS_WITH_SINKS
         constants: dict[str, Any] = {"PACKED": sizes.packed_rows, "SIZE": size, "BLOCK": block}
         constants |= {} if has_sinks else {"sinks": None}
         merging = constants | {"COLUMNS": min(block, attention.MERGED_COLUMNS)}

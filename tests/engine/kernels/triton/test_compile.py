@@ -16,7 +16,7 @@ import pytest
 from engine.kernels.triton.tiles import TABLE, LinearTile
 from tests.support.compiled_kernels import Compiled, Variant, compile_kernels
 from tests.support.kernel_arithmetic import SUMS, Arithmetic, load_key
-from tests.support.kernel_variants import HEADS, PACKED, product, tiles_of, variants_of
+from tests.support.kernel_variants import HEADS, HEADS_WITH_SINKS, PACKED, product, tiles_of, variants_of
 
 # Bytes of shared memory that one program may have: NVIDIA's tables of compute capabilities; AMD's CDNA 3 manual.
 SHARED = {
@@ -250,7 +250,9 @@ def test_segments_are_merged_in_the_same_way_in_one_kernel_and_in_two(target: Ta
         attend, reduce = arithmetic(found[f"attend {size}"]), arithmetic(found[f"reduce {size}"])
         (partial,), (_, total), (whole,) = (attend.stored(name) for name in ("partial", "states", "q"))
         (quotient,) = attend.expressions[whole].operands
-        assert attend.expressions[quotient].operands == (partial, total)  # what is stored for another kernel or divided
+        if size not in HEADS_WITH_SINKS:  # sinks come after all segments, so they are not in what is stored
+            # What is stored for another kernel, or divided.
+            assert attend.expressions[quotient].operands == (partial, total)
         keys = tiles_of(target.name, target.dtype).attention_for(size).keys
         # What a segment gives: loops over its keys, whose last step the compiler may have taken out under a condition.
         segments = {
