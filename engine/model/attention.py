@@ -32,7 +32,35 @@ class AttentionInputs:
     block_tables: list[Tensor]  # of each KV group
 
 
-class Attention:
+class PagedAttention:
+    """Attention to the blocks of the KV cache, and the projection of its output."""
+
+    kernels: Kernels
+    spec: AttentionSpec
+    scores: AttentionScores
+    o_proj: Linear
+
+    def __call__(
+        self,
+        q: Tensor,
+        group: int,
+        cache: LayerCache,
+        inputs: AttentionInputs,
+        lora_slots: Tensor,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """Return the output, or add it to `residual` in place."""
+        q = q.view(len(q), self.spec.num_heads, self.spec.head_dim)
+        plan, table = inputs.plans[self.spec.kind], inputs.block_tables[group]
+        out = self.kernels.paged_attention(q, cache, plan, table, self.scores)
+        return self.o_proj(self.head_outputs(out.flatten(1)), lora_slots, residual)
+
+    def head_outputs(self, values: Tensor) -> Tensor:
+        """Return the outputs of the heads, given the weighted sums of cached values [T, H * D]: these themselves."""
+        return values
+
+
+class Attention(PagedAttention):
     """Grouped-query self-attention (Ainslie et al. 2023): H query heads, KH key and value heads."""
 
     def __init__(
@@ -74,21 +102,6 @@ class Attention:
             v = k
         rotations, slots = rows.rotations[self.spec.rope], rows.slot_mappings[group]
         return self.kernels.rope_and_store_kv(q, k, v, rotations, slots, cache, self.norms).flatten(1)
-
-    def __call__(
-        self,
-        q: Tensor,
-        group: int,
-        cache: LayerCache,
-        inputs: AttentionInputs,
-        lora_slots: Tensor,
-        residual: Tensor | None,
-    ) -> Tensor:
-        """Return the output, or add it to `residual` in place."""
-        q = q.view(len(q), self.spec.num_heads, self.spec.head_dim)
-        plan, table = inputs.plans[self.spec.kind], inputs.block_tables[group]
-        out = self.kernels.paged_attention(q, cache, plan, table, self.scores)
-        return self.o_proj(out.flatten(1), lora_slots, residual)
 
     @property
     def linears(self) -> list[Linear]:

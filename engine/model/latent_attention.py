@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.config import AttentionSpec, LatentSpec, ModelConfig
 from engine.kernels.interface import AttentionScores, Kernels, LayerCache
-from engine.model.attention import AttentionInputs, RowInputs
+from engine.model.attention import PagedAttention, RowInputs
 from engine.model.linear import Linear
 from engine.model.parameters import Parameters
 from engine.weights import Weight
@@ -23,7 +23,7 @@ from engine.weights import Weight
 NORM_EPS = 1e-6  # of the norms inside, whatever that of others is
 
 
-class LatentAttention:
+class LatentAttention(PagedAttention):
     """Attention of H query heads to latent vectors of rank C with R rotated dimensions."""
 
     def __init__(
@@ -71,20 +71,9 @@ class LatentAttention:
         rotations, slots = rows.rotations[self.spec.rope], rows.slot_mappings[group]
         return kernels.rope_and_store_kv(heads, k, k, rotations, slots, cache).flatten(1)
 
-    def __call__(
-        self,
-        q: Tensor,
-        group: int,
-        cache: LayerCache,
-        inputs: AttentionInputs,
-        lora_slots: Tensor,
-        residual: Tensor | None,
-    ) -> Tensor:
-        """Return the output, or add it to `residual` in place."""
-        q = q.view(len(q), self.spec.num_heads, self.spec.head_dim)
-        plan, table = inputs.plans[self.spec.kind], inputs.block_tables[group]
-        out = self.kernels.paged_attention(q, cache, plan, table, self.scores)
-        return self.o_proj(self.absorb_values(out.flatten(1)), lora_slots, residual)
+    def head_outputs(self, values: Tensor) -> Tensor:
+        """Return the outputs of the heads, given the weighted sums of latent vectors [T, H * (C + R)]."""
+        return self.absorb_values(values)
 
     @property
     def linears(self) -> list[Linear]:

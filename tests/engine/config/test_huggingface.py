@@ -338,6 +338,12 @@ def test_first_name_of_longrope(tmp_path: Path) -> None:
 
 def test_groups_of_one_expert(tmp_path: Path) -> None:
     """Groups are compared by their two best experts."""
-    changes = {"model_type": "glm4_moe_lite", "n_routed_experts": 8, "n_group": 8, "topk_group": 4, "v_head_dim": 16}
+    changes: dict[str, Any] = {
+        "model_type": "glm4_moe_lite",
+        "n_routed_experts": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "v_head_dim": 16,
+    }
     with pytest.raises(ValueError, match="n_group: 8 groups have one expert each"):
         load(tmp_path, **changes, first_k_dense_replace=0)

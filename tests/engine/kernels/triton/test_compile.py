@@ -125,8 +125,10 @@ SOON = [
     Target("cuda 8.9", "*bf16", ("linear 128x128", "attend 128")),
     Target("cuda 10.0", "*bf16", (*PRODUCTS, *ATTENTION)),
 ]
-LATER = [Target(name, dtype) for name in SHARED for dtype in ("*fp16", "*bf16", "*fp32")]
-LATER = [target for target in LATER if target not in SOON]
+# All but experts and heads of more than 256 dimensions, which nobody has compiled for these targets yet.
+COMPILED = ("[!ae]*", "a[!t]*", "attend [!5]*", "expand*")
+LATER = [Target(name, dtype, COMPILED) for name in SHARED for dtype in ("*fp16", "*bf16", "*fp32")]
+LATER = [target for target in LATER if (target.name, target.dtype) != ("cuda 9.0", "*bf16")]
 WITH_ALL_PRODUCTS = [target for target in SOON if set(PRODUCTS) <= {*target.kernels} or "*" in target.kernels]
 LATER_PRODUCTS = [target for target in LATER if target.name.startswith("cuda") and target.dtype != "*fp32"]
 
@@ -155,7 +157,7 @@ def test_resources(target: Target, folder: Path) -> None:
     found = compiled(target, folder)
     assert found
     assert [kernel.name for kernel in found.values() if kernel.shared > SHARED[target.name]] == []
-    if target.name not in LIMITS or target.dtype == "*fp32":
+    if target.name not in LIMITS or target in LATER:  # limits are held for the targets of `make test`
         return
     beyond = []
     for kernel in found.values():

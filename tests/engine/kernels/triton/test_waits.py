@@ -24,7 +24,7 @@ from engine.core import Engine
 from engine.loading import LoadedModel
 from engine.sampling import logprobs
 from engine.scheduling.record import StepClock
-from engine.scheduling.request import Scheduled, Step
+from engine.scheduling.request import BlockTable, Scheduled, Step
 from engine.shared.messages import ExtraSamplers, Pooling, SamplingParams, Submit
 from tests.engine.sampling.test_sampler import make_row
 from tests.parity.test_families import SHAPE, VOCAB_SIZE
@@ -162,6 +162,8 @@ def test_sampling_64_streams_does_not_wait(loaded: LoadedModel, waits: Waits, mo
     others[:3] = {"logprob_token_ids": (1, 2)}, {"post_sampling_probs": True}, {"temperature": 0.0}
     others[3:5] = {"logprobs": 0}, {"top_k": 40, "top_p": 0.9}
     rows = [make_row(seed=seed, **settings | other) for seed, other in enumerate(others)]
+    for row in rows:
+        row.request.kv.tables = [BlockTable()]
     step = Step(0, [Scheduled(row.request, start=0, num_tokens=1, num_samples=1) for row in rows])
     runner = copy(loaded.runner)
     monkeypatch.setattr(runner, "execution", Mock(compute_logits=lambda rows: torch.randn(len(rows), VOCAB_SIZE)))

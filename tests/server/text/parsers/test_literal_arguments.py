@@ -10,22 +10,14 @@ from hypothesis import strategies as st
 
 from server.text.parsers.literal_arguments import LiteralArgumentsReader
 from server.text.parsers.tool_formats import GEMMA, PYTHON, LiteralArguments
-from tests.server.text.parsers.test_tool_parser import cut
+from tests.server.text.parsers.test_tool_parser import cut, push_all
 
 
 def convert(syntax: LiteralArguments, pieces: list[str]) -> tuple[str, str, bool]:
     """Return the JSON, the text after the arguments, and whether they are complete."""
     reader = LiteralArgumentsReader(syntax)
     assert reader.begins_with("")
-    found, rest, is_complete = "", "", False
-    for piece in pieces:
-        if is_complete:
-            rest += piece
-            continue
-        json_text, is_complete = reader.push(piece)
-        found += json_text
-        rest = reader.unread
-    return found, rest, is_complete
+    return push_all(reader, pieces)
 
 
 SCALARS = (

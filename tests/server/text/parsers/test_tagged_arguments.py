@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from server.text.parsers.tagged_arguments import TaggedArgumentsReader
 from server.text.parsers.tool_formats import TaggedArguments
-from tests.server.text.parsers.test_tool_parser import cut
+from tests.server.text.parsers.test_tool_parser import cut, push_all
 
 PADDED = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
 GLM = TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
@@ -52,16 +52,7 @@ def write(syntax: TaggedArguments, arguments: dict[str, Any]) -> str:
 
 def convert(syntax: TaggedArguments, pieces: list[str], schema: dict[str, Any] = SCHEMA) -> tuple[str, str, bool]:
     """Return the JSON, the text after the arguments, and whether they are complete."""
-    reader = TaggedArgumentsReader(syntax, schema)
-    found, rest, is_complete = "", "", False
-    for piece in pieces:
-        if is_complete:
-            rest += piece
-            continue
-        text, is_complete = reader.push(piece)
-        found += text
-        rest = reader.unread
-    return found, rest, is_complete
+    return push_all(TaggedArgumentsReader(syntax, schema), pieces)
 
 
 @SYNTAXES

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.parsers.answer_parts import PartKind
+from server.text.parsers.call_reader import ArgumentsReader
 from server.text.parsers.tool_formats import (
     GENERIC,
     HERMES,
@@ -55,6 +56,19 @@ def parse(format: ToolFormat, pieces: list[str], *, parallel: bool = True, hidde
 def cut(text: str, cuts: list[int]) -> list[str]:
     ends = [0, *sorted(min(end, len(text)) for end in cuts), len(text)]
     return [text[begin:end] for begin, end in pairwise(ends)]
+
+
+def push_all(reader: ArgumentsReader, pieces: list[str]) -> tuple[str, str, bool]:
+    """Return the JSON, the text after the arguments, and whether they are complete."""
+    found, rest, is_complete = "", "", False
+    for piece in pieces:
+        if is_complete:
+            rest += piece
+            continue
+        json_text, is_complete = reader.push(piece)
+        found += json_text
+        rest = reader.unread
+    return found, rest, is_complete
 
 
 # Answers composed of known parts.
