@@ -60,7 +60,7 @@ def requests() -> list[Submit]:
     for number, length in enumerate(LENGTHS):
         temperature, top_p = (0.9, 0.95) if number % 2 else (0.0, 1.0)
         params = SamplingParams(
-            max_tokens=12 + number,
+            max_tokens=40 + number,
             seed=number,
             logprobs=2,
             ignore_eos=True,

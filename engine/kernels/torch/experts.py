@@ -39,7 +39,7 @@ def _best_groups(scores: Tensor, router: RouterSpec) -> Tensor:
     """Return the scores [T, E], with -inf for experts whose group is none of the best."""
     if router.num_groups == 1:
         return scores
-    groups = scores.view(len(scores), router.num_groups, -1)
+    groups = scores.view(len(scores), router.num_groups, scores.shape[1] // router.num_groups)
     highest = groups.sort(dim=-1, descending=True, stable=True).values
     group_scores = highest[..., 0] if router.group_score == "max" else highest[..., 0] + highest[..., 1]
     best = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, : router.topk_group]
@@ -48,21 +48,18 @@ def _best_groups(scores: Tensor, router: RouterSpec) -> Tensor:
     return kept
 
 
-def expert_linear(products: Sequence[LinearOp]) -> ExpertLinearOp:
-    """Return the operation that computes the product of each pair's expert, in the order of pairs."""
+def expert_linear(products: Sequence[LinearOp], num_columns: int) -> ExpertLinearOp:
+    """Return the operation that computes the product of each pair's expert, in the order of pairs, [T * k, M]."""
 
     def product(x: Tensor, routing: TorchRouting) -> Tensor:
         chosen = routing.experts.flatten()
         rows = torch.arange(len(chosen), device=x.device)
         if len(x) != len(chosen):
             rows = rows // routing.experts.shape[1]
-        out: Tensor | None = None
-        for expert in sorted(set(chosen.tolist())):
+        out = x.new_empty((len(chosen), num_columns))
+        for expert in set(chosen.tolist()):
             pairs = (chosen == expert).nonzero()[:, 0]
-            result = products[expert](x[rows[pairs]])
-            out = x.new_empty((len(chosen), result.shape[1])) if out is None else out
-            out[pairs] = result
-        assert out is not None
+            out[pairs] = products[expert](x[rows[pairs]])
         return out
 
     return product
@@ -73,7 +70,7 @@ def combine_experts(x: Tensor, routing: TorchRouting, residual: Tensor | None) -
 
     Sums are float32.
     """
-    results = x.float().view(*routing.experts.shape, -1) * routing.weights[..., None]
+    results = x.float().view(*routing.experts.shape, x.shape[1]) * routing.weights[..., None]
     total = results[:, 0]
     for index in range(1, results.shape[1]):
         total = total + results[:, index]

@@ -120,7 +120,8 @@ class TorchKernels:
 
     def expert_linear(self, matrices: list[Tensor], bias: Tensor | None = None) -> ExpertLinearOp:
         biases = [None] * len(matrices) if bias is None else bias.unbind()
-        return experts.expert_linear([self.linear(*pair) for pair in zip(matrices, biases, strict=True)])
+        products = [self.linear(*pair) for pair in zip(matrices, biases, strict=True)]
+        return experts.expert_linear(products, len(matrices[0]))
 
     def combine_experts(self, x: Tensor, routing: experts.TorchRouting, residual: Tensor | None = None) -> Tensor:
         return experts.combine_experts(x, routing, residual)

@@ -84,7 +84,7 @@ def test_mixture(kernels: TorchKernels, name: str, has_bias: bool) -> None:
     whole = compute(slice(None))
     bound = router.scale if router.normalize else max(1.0, router.scale)
     assert_close(whole / bound, mixture(x, inputs, router, expected) / bound, dtype)
-    for first, last in ((0, 1), (3, 4), (2, 13), (11, 20)):
+    for first, last in ((0, 0), (0, 1), (3, 4), (2, 13), (11, 20)):
         assert torch.equal(compute(slice(first, last)), whole[first:last]), (first, last)
     residual = random_tensor(6, 20, num_inputs).to(dtype)
     summed = residual + whole
