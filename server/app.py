@@ -67,8 +67,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """Add the middleware, innermost first: a request passes the last one added first."""
     settings = context.settings
     app.add_middleware(BodyMiddleware, max_body_size=settings.max_body_size)
-    if settings.api_key:
-        app.add_middleware(AuthMiddleware, keys=settings.api_key)
+    app.add_middleware(AuthMiddleware, keys=settings.api_key)
     app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
     if is_loopback(settings.host):
         app.add_middleware(HostMiddleware, hosts=[settings.host], origins=settings.allowed_origins)

@@ -237,6 +237,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     arrival: float  # time at which the API process received the request
     n: int = 1  # choices
     priority: int = 0  # lower values run first, as in vLLM
+    tenant: str = ""  # whose request it is, for fairness between tenants
+    weight: float = 1.0  # the tenant's share of the engine, relative to that of others
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     lora_name: str = ""  # the LoRA adapter to use; empty: none
     lora_fingerprint: str = ""  # of the adapter's weights, because the name may have got other weights meanwhile

@@ -9,6 +9,7 @@ from server.engine_client.liveness import EngineLiveness
 from server.engine_client.retry_after import Throughput
 from server.http.errors import APIError, EngineUnavailableError, InvalidValueError, QueueFullError
 from server.metrics import Metrics
+from server.tenants import Tenant
 
 SHUTTING_DOWN = "The server is shutting down. Please retry later."
 REFILL_SECONDS = 0.02  # interval at which `refill` looks for free capacity
@@ -36,8 +37,8 @@ class Admission:
             raise EngineUnavailableError(SHUTTING_DOWN, close=True)
         self._liveness.ready_info()
 
-    def reserve(self, count: int, *, param: str) -> Reservation:
-        """Reserve capacity for `count` choices (n for each prompt), all or none.
+    def reserve(self, count: int, *, param: str, tenant: Tenant) -> Reservation:
+        """Reserve capacity for `count` choices (n for each prompt) of a tenant's request, all or none.
 
         Call it before doing anything expensive for a request. `param` is the field that an InvalidValueError names.
 
@@ -54,7 +55,7 @@ class Admission:
         if self.num_in_flight == 0:
             self._throughput.start(time.monotonic())
         self.num_in_flight += count
-        return Reservation(self, count)
+        return Reservation(self, count, tenant)
 
     async def refill(self, reservation: Reservation, count: int) -> int:
         """Wait for free capacity and add between 1 and `count` choices to the reservation of an admitted request.
@@ -102,8 +103,9 @@ class Admission:
 class Reservation:
     """Reserved capacity that no stream uses yet. Leaving its context returns what is left of it."""
 
-    def __init__(self, admission: Admission, count: int) -> None:
+    def __init__(self, admission: Admission, count: int, tenant: Tenant) -> None:
         self.count = count
+        self.tenant = tenant
         self._admission = admission
 
     def __enter__(self) -> Reservation:

@@ -28,6 +28,7 @@ from server.engine_client.liveness import EngineLiveness
 from server.engine_client.streams import OpenStreams, RequestStream
 from server.http.errors import APIError, EngineDeadError, EngineUnavailableError
 from server.metrics import Metrics
+from server.tenants import ANYBODY, Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +151,9 @@ class EngineClient:
         """Raise EngineUnavailableError if the server accepts no new work."""
         self._admission.check_open()
 
-    def reserve(self, count: int, *, param: str = "n") -> Reservation:
+    def reserve(self, count: int, *, param: str = "n", tenant: Tenant = ANYBODY) -> Reservation:
         """Reserve capacity for `count` choices; see `Admission.reserve`."""
-        return self._admission.reserve(count, param=param)
+        return self._admission.reserve(count, param=param, tenant=tenant)
 
     async def refill(self, reservation: Reservation, count: int) -> int:
         """Wait for capacity for up to `count` more choices; see `Admission.refill`."""
@@ -166,7 +167,7 @@ class EngineClient:
     # Requests.
 
     def submit(self, message: Submit, reservation: Reservation | None = None) -> RequestStream:
-        """Send a request and return the stream of its events.
+        """Send a request, as the reservation's tenant, and return the stream of its events.
 
         The capacity of its n choices moves from `reservation` to the stream (None reserves it here): it is returned
         choice by choice as they end, or when the stream is closed. The engine finds the adapter by its fingerprint, so
@@ -178,7 +179,8 @@ class EngineClient:
             with self.reserve(message.n) as own_reservation:
                 return self.submit(message, own_reservation)
         self.ready_info()
-        stream = self._streams.open(message)
+        tenant = reservation.tenant
+        stream = self._streams.open(msgspec.structs.replace(message, tenant=tenant.name, weight=tenant.weight))
         reservation.hand_over(message.n)
         return stream
 

@@ -46,6 +46,7 @@ from server.running_requests import RunningRequest
 from server.schemas.answers import RequestTimings
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.rendered_prompt import RenderedPrompt
+from server.tenants import Tenant, get_tenant
 from server.text.choice_text import ChoiceText
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class _Job(Generic[Body]):
     arrival: float  # seconds of time.monotonic()
     request_id: str  # for logs and errors
     warnings: dict[str, str]  # response header that lists ignored fields, if there are any
+    tenant: Tenant
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -191,6 +193,7 @@ def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default
         arrival=arrival,
         request_id=request.state.request_id,
         warnings=warnings,
+        tenant=get_tenant(request),
     )
 
 
@@ -218,7 +221,8 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer, d
     """
     context, body = job.context, job.body
     param = "n" if body.num_choices > 1 else job.endpoint.noun
-    with context.client.reserve(body.num_prompts * body.num_choices, param=param) as reservation:
+    count = body.num_prompts * body.num_choices
+    with context.client.reserve(count, param=param, tenant=job.tenant) as reservation:
         prepared = await _prepare(job, context.text_threads)
         context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         prompts, submitted = prepared.prompts, time.monotonic()

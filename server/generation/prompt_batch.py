@@ -14,6 +14,7 @@ from server.engine_client.streams import RequestStream
 from server.generation.timings import ChoiceEnd
 from server.http.errors import ServerError
 from server.http.request_middleware import LOG_FIELDS
+from server.tenants import get_tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ async def run_prompts(
     size = min(num_prompts, context.client.ready_info().max_num_seqs, context.client.max_in_flight)
     events: list[TokenEvent] = []
     endings: list[ChoiceEnd] = []
-    with context.client.reserve(size, param=param) as reservation:
+    with context.client.reserve(size, param=param, tenant=get_tenant(request)) as reservation:
         submits = await context.run_text_work(make_submits)
         submitted = time.monotonic()
         while len(events) < len(submits):

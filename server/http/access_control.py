@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
+from server.tenants import TENANT, Tenant, tenant_of_address
 
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
 ASSETS = "/assets/"  # nor for files of pages
@@ -110,32 +111,49 @@ class CrossOriginMiddleware(CORSMiddleware):
 
 
 class AuthMiddleware:
-    """Requires one of the API keys on all paths that are not open.
+    """Finds the tenant of each request. If there are API keys, requires one of them on all paths that are not open.
 
     The key is read from `Authorization: Bearer` or from Anthropic's `x-api-key`. The path is the one that routing uses.
     """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._tenants = [
+            (hashlib.sha256(key.encode()).digest(), Tenant(name=f"key-{number}")) for number, key in enumerate(keys, 1)
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope):
-            tokens = [token for token in (bearer_token(scope["headers"]), api_key(scope["headers"])) if token]
-            are_valid = [self._is_valid(token) for token in tokens]
-            if not any(are_valid):
-                error = UnauthorizedError(key_given=bool(tokens), scheme_missing=has_other_scheme(scope["headers"]))
-                await error.response(scope)(scope, receive, send)
+        if scope["type"] == "http":
+            tenant = self._find_tenant(scope)
+            if tenant is None:
+                await _unauthorized(scope).response(scope)(scope, receive, send)
                 return
+            scope["state"][TENANT] = tenant
         await self._app(scope, receive, send)
 
-    def _is_valid(self, token: bytes) -> bool:
+    def _find_tenant(self, scope: Scope) -> Tenant | None:
+        """Return the tenant of a request, or None if the request needs a key and has none that is valid."""
+        if not self._tenants or is_open(scope):
+            return tenant_of_address(scope)
+        found = [self._tenant_of_key(token) for token in _keys_of(scope)]
+        return next((tenant for tenant in found if tenant is not None), None)
+
+    def _tenant_of_key(self, token: bytes) -> Tenant | None:
         """Compare a token with every key, in a time that does not depend on which one matches."""
         digest = hashlib.sha256(token).digest()
-        is_valid = False
-        for candidate in self._digests:
-            is_valid |= secrets.compare_digest(digest, candidate)
-        return is_valid
+        found = None
+        for candidate, tenant in self._tenants:
+            found = tenant if secrets.compare_digest(digest, candidate) else found
+        return found
+
+
+def _keys_of(scope: Scope) -> list[bytes]:
+    """Return the keys in the headers of a request."""
+    return [token for token in (bearer_token(scope["headers"]), api_key(scope["headers"])) if token]
+
+
+def _unauthorized(scope: Scope) -> UnauthorizedError:
+    return UnauthorizedError(key_given=bool(_keys_of(scope)), scheme_missing=has_other_scheme(scope["headers"]))
 
 
 def is_open(scope: Scope) -> bool:

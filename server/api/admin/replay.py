@@ -16,12 +16,13 @@ from server.engine_client.streams import RequestStream
 from server.generation.choice_delta import json_logprob
 from server.http.errors import RecordedAdapterError, ServerError
 from server.recordings import RecordedChoice, Recording
+from server.tenants import Tenant
 from server.text.choice_text import token_text
 from server.text.tokenizer import Tokenizer
 
 
-async def replay(context: ServerContext, request_id: str, recording: Recording) -> Replay:
-    """Run a recorded request again and compare the answers.
+async def replay(context: ServerContext, tenant: Tenant, request_id: str, recording: Recording) -> Replay:
+    """Run a recorded request again, as a tenant's, and compare the answers.
 
     Raises APIError if the engine is full, fails, or does not have the request's adapter loaded.
     """
@@ -30,7 +31,7 @@ async def replay(context: ServerContext, request_id: str, recording: Recording) 
         _resubmission(submit, choices) for submit, choices in zip(recording.submits, recording.choices, strict=True)
     ]
     with contextlib.ExitStack() as stack:
-        reservation = stack.enter_context(context.client.reserve(sum(submit.n for submit in submits)))
+        reservation = stack.enter_context(context.client.reserve(sum(submit.n for submit in submits), tenant=tenant))
         streams = []
         for submit in submits:
             streams.append(context.client.submit(submit, reservation))

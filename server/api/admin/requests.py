@@ -8,6 +8,7 @@ from server.context import get_context
 from server.http.errors import RecordingNotFoundError, RequestNotFoundError
 from server.http.json_response import StructResponse
 from server.http.sse import run_until_disconnect
+from server.tenants import get_tenant
 
 router = APIRouter()
 
@@ -27,4 +28,5 @@ async def replay_request(request: Request, request_id: str) -> Response:
     recording = context.recordings.get(request_id)
     if recording is None:
         raise RecordingNotFoundError(request_id, num_kept=context.recordings.max_requests)
-    return StructResponse(await run_until_disconnect(request, replay(context, request_id, recording)))
+    again = replay(context, get_tenant(request), request_id, recording)
+    return StructResponse(await run_until_disconnect(request, again))
