@@ -28,7 +28,8 @@ def build_sentencepiece(
 
     `added_pieces` must be added to it. The space before a text is put before each part between special tokens, or with
     `prefix_once` only before the first. Rules of normalisation (NFKC) are those of the library, which differ for some
-    sequences of combining characters.
+    sequences of combining characters. In a unigram model, unknown characters on both sides of the start of a special
+    token's text become two tokens instead of one.
 
     Raises:
         ValueError: the file has a property that is not supported. The message begins with `source`.
