@@ -190,6 +190,7 @@ def is_false(value: ast.expr) -> bool:
     return isinstance(value, ast.Constant) and value.value is False
 
 
+@pytest.mark.checklist("B10")
 @pytest.mark.parametrize("path", SOURCES)
 def test_no_code_is_run_that_comes_from_outside(path: str) -> None:
     assert list(dangers(tree(path))) == []

@@ -182,6 +182,7 @@ def test_services_listen_on_loopback_without_privileges(services: dict[str, dict
         assert "image" not in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
 
 
+@pytest.mark.checklist("G06")
 def test_server_is_confined(services: dict[str, dict[str, Any]]) -> None:
     server = services["lightwell"]
     assert server["read_only"] is True
@@ -236,6 +237,7 @@ def pairs(instructions: list[Instruction], name: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
+@pytest.mark.checklist("G06")
 def test_image_runs_the_server_as_a_user_who_is_not_root(final_stage: list[Instruction]) -> None:
     last = dict(final_stage)
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last["USER"])
@@ -263,6 +265,7 @@ def test_image_settings_are_settings(final_stage: list[Instruction]) -> None:
     assert variables["LIGHTWELL_CACHE"] == variables["HOME"] == dict(final_stage)["VOLUME"]
 
 
+@pytest.mark.checklist("G06")
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (None, 1)])
 def test_image_is_healthy_when_it_is_ready(final_stage: list[Instruction], status: int | None, code: int) -> None:
     command = json.loads(dict(final_stage)["HEALTHCHECK"].split("CMD", 1)[1])

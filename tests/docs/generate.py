@@ -15,7 +15,7 @@ from server.api.responses.schemas import ResponsesRequest
 from server.schemas.generation_request import GenerationRequest
 from server.settings import markdown
 from tests.conformance import table as clients
-from tests.docs import aliases, metrics, models, parameters
+from tests.docs import aliases, checklist, metrics, models, parameters
 from tests.support.paths import ROOT
 
 # Document -> name of a table -> what makes it.
@@ -41,6 +41,7 @@ TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "score": lambda: parameters.markdown_table(ScoreRequest),
         "clients": clients.markdown_table,
     },
+    "SECURITY.md": {"checklist": checklist.markdown_table},
     "docs/clients.md": {"tried": clients.tried_table},
 }
 

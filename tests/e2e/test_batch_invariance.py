@@ -90,6 +90,7 @@ async def ask_all(url: str, requests: list[tuple[str, Body]]) -> list[Answer]:
         return await asyncio.gather(*(ask_stream(client, path, body) for path, body in requests))
 
 
+@pytest.mark.checklist("E15")
 @pytest.mark.anyio
 async def test_each_of_64_streams_is_complete_and_equal_to_its_run_alone(server: ServerProcess) -> None:
     requests = make_requests()

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.conftest import StartServer
 from tests.support.kernel_choice import code_paths
 from tests.support.kv_cache_memory import kv_cache_flag
@@ -70,6 +72,7 @@ def test_alternating_chats_stay_cached(start_server: StartServer) -> None:
     assert num_cached > 4 * BLOCK_SIZE
 
 
+@pytest.mark.checklist("E14")
 def test_a_salt_separates_prefixes(server: ServerProcess) -> None:
     plain, num_tokens, _ = ask(server)
     for salt in ("tenant-a", "tenant-b"):
@@ -80,6 +83,7 @@ def test_a_salt_separates_prefixes(server: ServerProcess) -> None:
         assert first == again == plain
 
 
+@pytest.mark.checklist("E04")
 def test_preempted_and_uncached_answers_are_the_same(smollm2_path: Path, server: ServerProcess) -> None:
     """The cache has 11 blocks of 16 tokens for six requests that need four blocks each."""
     flags = ("--block-size=16", "--max-model-len=128", kv_cache_flag(4), "--no-enable-prefix-caching")

@@ -52,6 +52,7 @@ def test_the_api_process_is_small_and_does_not_load_torch(server: ServerProcess)
     assert "torch" not in maps[server.api.pid]
 
 
+@pytest.mark.checklist("B09")
 def test_only_the_api_listens_and_on_loopback(server: ServerProcess) -> None:
     connections = [each for process in server.family for each in process.net_connections("inet")]
     listening = {(each.laddr.ip, each.laddr.port) for each in connections if each.status == psutil.CONN_LISTEN}
@@ -60,6 +61,7 @@ def test_only_the_api_listens_and_on_loopback(server: ServerProcess) -> None:
     assert remote <= {"127.0.0.1"}
 
 
+@pytest.mark.checklist("E16")
 def test_a_probe_does_not_wait_for_the_model(server: ServerProcess) -> None:
     """Probes and scrapes are fast while 32 choices are running."""
     body = {"prompt": "Once upon a time", "n": 32, "max_tokens": 1000, "ignore_eos": True, "model": "smollm2-135m"}

@@ -33,6 +33,7 @@ def assert_shut_down(server: ServerProcess, since: float) -> None:
     assert server.status("/healthz") == 0
 
 
+@pytest.mark.checklist("F05")
 def test_the_engine_is_killed(start_server: StartServer) -> None:
     server, streams = loaded_server(start_server)
     server.engine.kill()
@@ -59,6 +60,7 @@ def test_the_engine_is_killed_before_any_request(start_server: StartServer) -> N
     assert_shut_down(server, time.monotonic())
 
 
+@pytest.mark.checklist("F09")
 def test_the_api_process_is_killed(start_server: StartServer) -> None:
     server, streams = loaded_server(start_server)
     server.api.kill()
@@ -71,6 +73,7 @@ def test_the_api_process_is_killed(start_server: StartServer) -> None:
     assert "the API process was killed by SIGKILL" in server.log
 
 
+@pytest.mark.checklist("F09")
 def test_the_supervisor_is_killed(start_server: StartServer) -> None:
     server, streams = loaded_server(start_server)
     server.signal(signal.SIGKILL)
@@ -98,6 +101,7 @@ def test_the_grammar_checker_ends_with_the_server(start_server: StartServer, end
     wait_for_end_of(checker.pid, worker.pid, seconds=GONE)
 
 
+@pytest.mark.checklist("F06")
 def test_the_engine_hangs(start_server: StartServer) -> None:
     """A hang is noticed after --step-timeout and three heartbeats."""
     server = start_server("--step-timeout=2")

@@ -30,6 +30,7 @@ def send(server: ServerProcess, path: str, body: dict[str, Any]) -> socket.socke
     return connection
 
 
+@pytest.mark.checklist("E10")
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_while_it_is_answered(server: ServerProcess, path: str, stream: bool) -> None:
@@ -50,6 +51,7 @@ def test_with_several_prompts(server: ServerProcess) -> None:
     assert seconds_until(lambda: server.is_idle, START) < WITHIN
 
 
+@pytest.mark.checklist("E09")
 def test_at_random_moments(server: ServerProcess) -> None:
     """While clients connect and disconnect, a client that stays gets the same output as alone."""
     seed = 11

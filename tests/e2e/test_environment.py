@@ -29,6 +29,7 @@ ROUTES = [
 ]
 
 
+@pytest.mark.checklist("B07")
 @pytest.mark.parametrize("log_format", ["human", "json"])
 def test_keys_are_required_and_no_secret_is_logged(start_server: StartServer, log_format: str) -> None:
     flags = ("--log-level=debug", f"--log-format={log_format}")
@@ -62,6 +63,7 @@ def test_no_key_is_in_a_command_line(start_server: StartServer) -> None:
     assert all(KEY not in " ".join(each.cmdline()) for each in server.family)
 
 
+@pytest.mark.checklist("G09")
 @pytest.mark.parametrize(
     "environment",
     [{"PYTHONOPTIMIZE": "1", "PYTHONHASHSEED": "7"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}],
@@ -96,12 +98,14 @@ def failed_start(model: Path, *flags: str) -> list[str]:
         return server.log.splitlines()
 
 
+@pytest.mark.checklist("F11")
 def test_a_cache_that_is_too_small(smollm2_path: Path) -> None:
     lines = failed_start(smollm2_path, "--kv-cache-memory=16MiB", "--max-model-len=8192")
     assert any("--max-model-len" in line and "--kv-cache-memory" in line for line in lines)
     assert lines[-1] == "lightwell: error: the engine process exited with code 1"
 
 
+@pytest.mark.checklist("F11")
 def test_a_port_in_use(smollm2_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -110,6 +114,7 @@ def test_a_port_in_use(smollm2_path: Path) -> None:
     assert lines[-1] == "lightwell: error: the API process exited with code 1"
 
 
+@pytest.mark.checklist("F11")
 def test_a_broken_model(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
@@ -117,6 +122,7 @@ def test_a_broken_model(tmp_path: Path) -> None:
     assert any("model.gguf" in line for line in lines)
 
 
+@pytest.mark.checklist("B05")
 def test_beyond_loopback_without_a_key(smollm2_path: Path) -> None:
     (line,) = failed_start(smollm2_path, "--host=0.0.0.0")
     assert "--api-key" in line

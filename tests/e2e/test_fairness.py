@@ -13,6 +13,7 @@ NUM_PROMPT_TOKENS = 3600
 CHUNK = 512  # tokens per step on a CPU
 
 
+@pytest.mark.checklist("E06")
 @pytest.mark.alone
 def test_a_long_prompt_does_not_block_short_requests(server: ServerProcess) -> None:
     prompt = [random.Random(7).randrange(1000, 40000) for _ in range(NUM_PROMPT_TOKENS)]

@@ -3,6 +3,8 @@
 import random
 from typing import Any
 
+import pytest
+
 from tests.e2e.conftest import StartServer
 from tests.support.server_process import COMPLETIONS, MODEL, ServerProcess
 from tests.support.serving import wait_until
@@ -64,6 +66,7 @@ def growth(before: Samples, after: Samples, name: str, **labels: str) -> float:
     return after[key] - before[key]
 
 
+@pytest.mark.checklist("D10")
 def test_counters_match_the_requests(server: ServerProcess) -> None:
     """The requests are three prompts with two choices each, and a stream that ends at a stop string."""
     rng = random.Random(3)

@@ -117,6 +117,7 @@ def test_scoring(client: OpenAI) -> None:
     assert all(logprob < 0 for logprob in choice.logprobs.token_logprobs[1:])
 
 
+@pytest.mark.checklist("C10")
 def test_a_seed_that_was_reported_gives_the_same_answer(client: OpenAI) -> None:
     fields: Any = COMPLETION | {"seed": None}
     raw = client.completions.with_raw_response.create(**fields)

@@ -44,6 +44,7 @@ def num_rejected(server: ServerProcess) -> float:
     return server.metric("lightwell_requests_rejected_total", reason="queue_full")
 
 
+@pytest.mark.checklist("E01")
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_fifth_request_is_rejected_at_once(full_server: ServerProcess, stream: bool) -> None:
     before = num_rejected(full_server)
@@ -59,6 +60,7 @@ def test_the_fifth_request_is_rejected_at_once(full_server: ServerProcess, strea
     assert (full_server.num_running, full_server.num_waiting) == (2, 2)
 
 
+@pytest.mark.checklist("E03")
 def test_all_choices_or_none(small_server: ServerProcess) -> None:
     """A request without capacity for all of its choices is rejected and reserves nothing."""
     check_error(small_server.complete(n=5), 400)
@@ -71,6 +73,7 @@ def test_all_choices_or_none(small_server: ServerProcess) -> None:
     assert stream.result().is_complete
 
 
+@pytest.mark.checklist("E02")
 def test_a_burst_of_200(small_server: ServerProcess) -> None:
     before = num_rejected(small_server)
     responses = asyncio.run(burst(small_server.url, 200))

@@ -18,6 +18,7 @@ NO_ECHO = 0.5  # seconds; two signals in quick succession count as one
 DRAIN = f"--drain-timeout={REQUEST_SECONDS}"
 
 
+@pytest.mark.checklist("G01")
 def test_when_idle(start_server: StartServer) -> None:
     server = start_server()
     server.signal(signal.SIGTERM)
@@ -27,6 +28,7 @@ def test_when_idle(start_server: StartServer) -> None:
     server.assert_nothing_is_left()
 
 
+@pytest.mark.checklist("G02")
 def test_under_load(start_server: StartServer) -> None:
     """Running requests are finished, and new ones are rejected."""
     server = start_server(DRAIN)
@@ -50,6 +52,7 @@ def test_under_load(start_server: StartServer) -> None:
     server.assert_nothing_is_left()
 
 
+@pytest.mark.checklist("G02")
 def test_requests_that_outlast_the_drain_timeout_fail(start_server: StartServer) -> None:
     server = start_server("--drain-timeout=0.5")
     streams = start_streams(server, 24, max_tokens=900)
@@ -87,6 +90,7 @@ def test_readers_of_a_background_response_get_its_failure(start_server: StartSer
     server.assert_nothing_is_left()
 
 
+@pytest.mark.checklist("G03")
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(start_server: StartServer, second: signal.Signals) -> None:
     server = start_server(DRAIN)
@@ -114,6 +118,7 @@ def test_ctrl_c(start_server: StartServer) -> None:
     server.assert_nothing_is_left()
 
 
+@pytest.mark.checklist("G03")
 def test_ctrl_c_twice(start_server: StartServer) -> None:
     server = start_server(DRAIN)
     start_streams(server, 8, max_tokens=900)

@@ -131,6 +131,7 @@ def test_the_number_of_requests_ahead_is_reported(start_server: StartServer) -> 
     assert queues[3] > all_timings[0][0]["seconds"]["decode"]
 
 
+@pytest.mark.checklist("D10")
 def test_waiting_while_preempted(start_server: StartServer) -> None:
     """Two requests need more blocks together than there are, so the later one waits for the end of the first."""
     server = start_server("--max-model-len=512", kv_cache_flag(12), "--speculative=off")

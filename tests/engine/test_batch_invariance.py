@@ -178,6 +178,7 @@ def test_chunks_alone(loaded: LoadedModel, submits: list[Submit], alone: dict[tu
         assert_same(answers, {key: alone[key] for key in answers})
 
 
+@pytest.mark.checklist("E14")
 def test_warm_prefix_cache(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
     engine = make_engine(loaded)
     run(engine, submits)
@@ -205,6 +206,7 @@ def test_a_reply_that_comes_back_in_the_next_prompt(
     assert_same(again, cold)
 
 
+@pytest.mark.checklist("E04")
 def test_preemption(loaded: LoadedModel, submits: list[Submit], alone: dict[tuple[str, int], Answer]) -> None:
     """There are blocks for one request of full length, so several shorter ones lack room to grow."""
     engine = make_engine(loaded, num_blocks=MAX_MODEL_LEN // 32)

@@ -134,6 +134,7 @@ def expected(loaded: LoadedModel) -> Answers:
     return answers
 
 
+@pytest.mark.checklist("F03")
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("max_rows", [1, 20])
 def test_large_steps_fail(
@@ -150,6 +151,7 @@ def test_large_steps_fail(
     assert all(step.num_tokens <= max_rows for step in engine.recorder.steps)
 
 
+@pytest.mark.checklist("F02")
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("kind", ["forward", "sample"])
 @pytest.mark.parametrize("number", [0, 5, 8])
@@ -170,6 +172,7 @@ def test_one_request_never_fits(loaded: LoadedModel, expected: Answers, number: 
     }
 
 
+@pytest.mark.checklist("F03")
 @pytest.mark.parametrize("seed", range(num_examples(6, 200)))
 def test_random_launches_fail(loaded: LoadedModel, expected: Answers, seed: int) -> None:
     """With and without overlap, drafts, few blocks, and a bound on time."""
@@ -210,6 +213,7 @@ def test_random_launches_fail(loaded: LoadedModel, expected: Answers, seed: int)
     assert {(name.removesuffix("x"), index): answer for (name, index), answer in again.items()} == expected
 
 
+@pytest.mark.checklist("F03")
 @pytest.mark.parametrize(
     "error",
     [
@@ -232,6 +236,7 @@ def test_the_driver_lacks_memory(loaded: LoadedModel, expected: Answers, kind: s
     assert run(new_engine(loaded, fails)[0], mixed_submits()) == (expected, {})
 
 
+@pytest.mark.checklist("F02", "F04")
 @pytest.mark.parametrize("text", ["a launch failed", "CUDA error: an illegal memory access was encountered"])
 def test_other_errors_stay_as_they_are(loaded: LoadedModel, text: str) -> None:
     def fails(kind: str, step: Step) -> bool:

@@ -76,6 +76,7 @@ def requests() -> list[Submit]:
     return submits
 
 
+@pytest.mark.checklist("E15")
 @pytest.mark.parametrize(("name", "kernels"), [*((name, "default") for name in MODELS), ("gpt_oss", "torch")])
 def test_answers_are_the_same(name: str, kernels: str, model: Callable[[str], Path]) -> None:
     loaded, submits = load(model(name), kernels), requests()

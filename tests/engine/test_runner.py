@@ -193,6 +193,7 @@ def broken(
     return load(folder, request.param)
 
 
+@pytest.mark.checklist("F07")
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_p": 0.5, "repetition_penalty": 1.2, "top_k": 9}])
 def test_logits_that_are_not_finite_end_that_request_alone(broken: LoadedModel, settings: dict[str, float]) -> None:
     good = [submit(f"good{n}", prompt_of(n, n), 40, logprobs=2, **settings) for n in (3, 40, 200)]

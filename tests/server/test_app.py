@@ -74,6 +74,7 @@ def test_the_sdk_raises_its_own_errors(start_server: StartServer) -> None:
     assert bad.value.param == "messages"
 
 
+@pytest.mark.checklist("G10")
 def test_the_sdk_does_not_retry_a_bad_request(server: RunningServer) -> None:
     with sdk_client(server) as client, pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny", prompt="x", n=1000)
@@ -82,6 +83,7 @@ def test_the_sdk_does_not_retry_a_bad_request(server: RunningServer) -> None:
     assert server.metric("lightwell_retried_requests_total") == 0
 
 
+@pytest.mark.checklist("E01")
 def test_a_full_queue_is_429_without_waiting(server: RunningServer, fake_engine: FakeEngine) -> None:
     client = server.context.client
     reservation = client.reserve(client.max_in_flight)
@@ -105,6 +107,7 @@ async def complete(client: httpx.AsyncClient, number: int) -> httpx.Response:
     return await client.post("/v1/completions", json=body, timeout=60)
 
 
+@pytest.mark.checklist("E02")
 @pytest.mark.anyio
 async def test_every_request_of_a_burst_is_answered(start_server: StartServer, fake_engine: FakeEngine) -> None:
     server = start_server(max_queued_requests=80, server={"max_connections": 1024})
@@ -126,6 +129,7 @@ async def test_every_request_of_a_burst_is_answered(start_server: StartServer, f
     wait_until(lambda: fake_engine.num_choices == 0)
 
 
+@pytest.mark.checklist("E09")
 @pytest.mark.anyio
 async def test_clients_that_disconnect_at_any_time_leave_nothing_behind(
     start_server: StartServer, fake_engine: FakeEngine
@@ -165,6 +169,7 @@ def test_a_streaming_client_that_stops_reading_ends_its_request(server: RunningS
     wait_until(lambda: len(fake_engine.aborts) == 1, timeout=1.0)
 
 
+@pytest.mark.checklist("B07")
 def test_no_secret_is_logged_at_any_level(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     server = start_server(api_key=("key-canary",), log_level="debug")

@@ -147,6 +147,7 @@ def last_error(response: httpx.Response) -> dict[str, Any]:
 SLOW = {"step_seconds": 0.05, "endless": True}
 
 
+@pytest.mark.checklist("G01")
 def test_sigterm_when_idle(start_api: StartApi) -> None:
     api = start_api()
     assert api.complete().json()["choices"][0]["text"] == "Hello, world!"
@@ -154,6 +155,7 @@ def test_sigterm_when_idle(start_api: StartApi) -> None:
     assert api.wait(2) == 0
 
 
+@pytest.mark.checklist("G02")
 def test_sigterm_lets_running_requests_finish(start_api: StartApi) -> None:
     api = start_api(SLOW)
     plain = Background(lambda: api.complete(max_tokens=30))
@@ -226,6 +228,7 @@ def test_sigint_is_ignored(start_api: StartApi) -> None:
     assert api.complete().status_code == 200
 
 
+@pytest.mark.checklist("F02", "F05")
 def test_death_of_the_engine(start_api: StartApi) -> None:
     api = start_api(SLOW)
     plain = Background(lambda: api.complete(max_tokens=2000))
@@ -251,6 +254,7 @@ def test_death_of_an_engine_that_was_never_ready(start_api: StartApi) -> None:
     assert api.wait(2) == 1
 
 
+@pytest.mark.checklist("G04")
 def test_sigterm_while_the_engine_loads(start_api: StartApi) -> None:
     api = start_api({"never_ready": True}, wait_ready=False)
     wait_until(lambda: _status(api, "/healthz") == 200, timeout=10)
@@ -266,6 +270,7 @@ def _status(api: Api, path: str) -> int:
         return 0
 
 
+@pytest.mark.checklist("B07")
 @pytest.mark.parametrize("level", ["debug", "info"])
 @pytest.mark.parametrize("log_format", ["human", "json"])
 def test_logs_contain_no_prompt_and_no_key(start_api: StartApi, level: str, log_format: str) -> None:
@@ -391,6 +396,7 @@ def failed_start(tmp_path: Path, *, port: int, address: str, model_path: Path) -
     return (tmp_path / "log").read_text().splitlines()
 
 
+@pytest.mark.checklist("G09")
 @pytest.mark.parametrize("environment", [{"PYTHONOPTIMIZE": "1"}, {"LC_ALL": "C", "PYTHONHASHSEED": "7"}])
 def test_environments(start_api: StartApi, environment: dict[str, str]) -> None:
     api = start_api({"reply": list("Grüße 世界".encode())}, environment=environment)
@@ -400,6 +406,7 @@ def test_environments(start_api: StartApi, environment: dict[str, str]) -> None:
     assert api.wait(2) == 0
 
 
+@pytest.mark.checklist("F09")
 def test_it_does_not_outlive_its_parent(model_folder: Path, address: str, tmp_path: Path) -> None:
     config = ApiProcessConfig(
         settings=Settings(port=0, log_level="debug"),
@@ -426,6 +433,7 @@ def test_it_does_not_outlive_its_parent(model_folder: Path, address: str, tmp_pa
         os.close(pidfd)
 
 
+@pytest.mark.checklist("B09")
 def test_memory_and_sockets(start_api: StartApi, smollm2_path: Path) -> None:
     """With a real tokenizer, after some requests. Only the API's port is listening."""
     api = start_api({"vocab_size": 49152}, model_path=smollm2_path)
@@ -437,6 +445,7 @@ def test_memory_and_sockets(start_api: StartApi, smollm2_path: Path) -> None:
     assert [each.laddr.ip for each in listening] == ["127.0.0.1"]
 
 
+@pytest.mark.checklist("C18")
 def test_a_long_text_does_not_delay_others(start_api: StartApi) -> None:
     """Probes are answered while the worst case is tokenized, a text in which each byte is a token."""
     api = start_api()
@@ -475,6 +484,7 @@ WRONG_LISTS = [
 ]
 
 
+@pytest.mark.checklist("A07")
 def test_wrong_lists_do_not_delay_others(start_api: StartApi) -> None:
     """Each is rejected quickly, probes are answered meanwhile, and the memory is freed."""
     api = start_api()
@@ -541,5 +551,6 @@ def test_bind() -> None:
         each.close()
 
 
+@pytest.mark.checklist("A16")
 def test_the_file_limit_allows_connections() -> None:
     assert raise_file_limit() >= 16

@@ -159,6 +159,7 @@ def test_the_prefix_is_a_setting(start_server: StartServer) -> None:
     assert "\nvllm:num_requests_running{" in httpx.get(start_server(metrics_prefix="vllm:").url + "/metrics").text
 
 
+@pytest.mark.checklist("G08")
 def test_requests_do_not_create_label_values(server: RunningServer) -> None:
     def series() -> set[str]:
         lines = httpx.get(server.url + "/metrics").text.splitlines()
@@ -188,6 +189,7 @@ def test_gauges_are_correct_without_further_steps(server: RunningServer, fake_en
     wait_until(lambda: server.metric("lightwell_request_success_total", finished_reason="abort") == 1)
 
 
+@pytest.mark.checklist("G08")
 def test_a_scrape_is_fast(server: RunningServer) -> None:
     httpx.get(server.url + "/metrics")
     durations = []

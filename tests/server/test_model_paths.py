@@ -203,6 +203,7 @@ def test_an_adapter_of_a_repository(hub: StubHub) -> None:
         resolve_adapter("org/none")
 
 
+@pytest.mark.checklist("G11")
 def test_a_local_path_needs_no_network(tmp_path: Path) -> None:
     """In a fresh process, neither torch nor a library that uses the network is imported."""
     path = tmp_path / "m.gguf"

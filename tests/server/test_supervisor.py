@@ -273,6 +273,7 @@ def test_an_early_signal_while_children_start(start: Start) -> None:
     running.assert_nothing_is_left()
 
 
+@pytest.mark.checklist("F04")
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_death_of_the_engine(start: Start, signum: signal.Signals) -> None:
     running = start(api=("outlive-engine", "0.2"), grace=60.0)
@@ -302,6 +303,7 @@ def test_death_of_the_api(start: Start, engine: str) -> None:
     running.assert_nothing_is_left()
 
 
+@pytest.mark.checklist("F11")
 def test_an_engine_that_cannot_start(start: Start) -> None:
     running = start(engine=("exit", "0"), api=("outlive-engine", "0"), grace=60.0)
     assert running.end() == (1, ["lightwell: error: the engine process exited with code 7"])

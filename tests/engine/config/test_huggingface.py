@@ -248,6 +248,7 @@ def test_config_that_is_not_an_object(content: str, tmp_path: Path) -> None:
         load_model_config(tmp_path)
 
 
+@pytest.mark.checklist("B10")
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_pickle_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"")

@@ -314,6 +314,7 @@ def test_the_end_of_the_grammar_overrules(model: Model) -> None:
     assert len(answer.token_ids) >= 9
 
 
+@pytest.mark.checklist("C14")
 def test_where_a_grammar_cannot_be_followed_the_request_fails(model: Model) -> None:
     """The server refuses such a grammar; if one arrives anyway, other requests are not affected."""
     never, good = model.submit("start: a\na: a", n=2), model.submit(of_regex("[0-9]{3}"))

@@ -201,6 +201,7 @@ def test_counts_behind_the_beginning_take_a_bounded_time(
     assert output
 
 
+@pytest.mark.checklist("C22")
 def test_compiled_grammars_are_kept_within_bounds(compiler: GrammarCompiler) -> None:
     for number in range(NUM_KEPT + 10):
         compiler.compile(f'start: "{number}"')

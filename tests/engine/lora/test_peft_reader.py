@@ -288,6 +288,7 @@ def test_missing_files(missing: str, tmp_path: Path) -> None:
         load_lora(folder, CONFIG)
 
 
+@pytest.mark.checklist("B10")
 def test_pickle_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     (folder / "adapter_model.safetensors").unlink()

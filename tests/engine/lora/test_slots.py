@@ -130,6 +130,7 @@ def test_on_other_kernels(kernels: str, smollm2_path: Path, folder: Path, submit
     assert_same(run(make_engine(loaded, chunk=64), some), answers)
 
 
+@pytest.mark.checklist("E14")
 def test_prefixes_are_shared_by_requests_of_one_adapter_only(loaded: LoadedModel) -> None:
     engine = make_engine(loaded)
     prompt, params = list(range(1000, 1100)), SamplingParams(max_tokens=1)

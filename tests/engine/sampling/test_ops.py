@@ -121,6 +121,7 @@ def test_xtc_throws_a_coin_of_seed_and_position() -> None:
     assert (by_position.any(dim=1) & ~by_position.all(dim=1)).double().mean() > 0.9
 
 
+@pytest.mark.checklist("C14")
 def test_nothing_is_sampled_where_nothing_is_allowed() -> None:
     """No token is left, so the row must be flagged."""
     rows = [make_row(allowed_token_ids=(5,), bad_words=((5,),)), make_row(allowed_token_ids=(5,))]

@@ -288,6 +288,7 @@ def test_greedy_ties_go_to_the_lowest_id(num_rows: int, vocab_size: int, seed: i
     assert sample(logits, [make_row(temperature=0.0)] * num_rows) == expected
 
 
+@pytest.mark.checklist("C08")
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-40, 1e-20, 1e-6])
 def test_tiny_temperatures_are_greedy(temperature: float) -> None:
     logits = random_logits(np.random.default_rng(1), 20, 500)
@@ -323,6 +324,7 @@ def test_rows_that_are_not_finite_are_flagged() -> None:
             assert token_ids == expected[:bad] + expected[bad + 1 :]
 
 
+@pytest.mark.checklist("C14")
 @pytest.mark.parametrize(
     "others", [{}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.2}, {"repetition_penalty": 2.0}]
 )
@@ -332,6 +334,7 @@ def test_a_ban_of_every_token_does_not_crash(others: dict[str, Any]) -> None:
     assert 0 <= token_id < 40
 
 
+@pytest.mark.checklist("F08")
 def test_logits_of_minus_infinity_are_never_sampled() -> None:
     logits = torch.full((50, 30), -math.inf)
     logits[:, 11] = -50.0

@@ -341,6 +341,7 @@ def test_check_accepts_true_books() -> None:
     pool.check([held[:1], [], held[1:]])
 
 
+@pytest.mark.checklist("F10")
 @pytest.mark.parametrize(
     "corrupt",
     [
@@ -365,6 +366,7 @@ def test_check_refuses_broken_books(corrupt: Callable[[BlockPool], None]) -> Non
         pool.check([held])
 
 
+@pytest.mark.checklist("F10")
 @pytest.mark.parametrize("holders", [[], [[0]], [[0, 1], [0]], [[0, 1, 2]], [[0, 1], [4]]])
 def test_check_refuses_holders_that_do_not_match(holders: list[list[int]]) -> None:
     pool, _ = pool_in_use()

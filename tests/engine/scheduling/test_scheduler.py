@@ -749,6 +749,7 @@ def says(*token_ids: int, num_prompt_tokens: int) -> NextToken:
     return lambda prefix, seed: token_ids[len(prefix) - num_prompt_tokens]
 
 
+@pytest.mark.checklist("E07")
 def test_first_come_first_served() -> None:
     rig = Rig(max_num_seqs=2)
     for first in (100, 200, 300, 400):
@@ -766,6 +767,7 @@ def test_the_lower_priority_number_comes_first_and_does_not_evict_who_runs() -> 
     assert rig.scheduler.stats.preemptions_total == 0
 
 
+@pytest.mark.checklist("E06")
 def test_a_long_prompt_leaves_a_token_for_each_that_decodes() -> None:
     rig = Rig(max_num_batched_tokens=8, max_num_seqs=3)
     rig.add(prompt(2, 100), priority=0)
@@ -870,6 +872,7 @@ def test_the_newest_goes_by_priority_first() -> None:
     assert late.status is Status.WAITING
 
 
+@pytest.mark.checklist("E07")
 def test_whoever_is_preempted_keeps_his_place_in_the_queue() -> None:
     rig = Rig(num_blocks=8, max_num_batched_tokens=32, max_num_seqs=2)
     for first in (100, 200, 300):
@@ -880,6 +883,7 @@ def test_whoever_is_preempted_keeps_his_place_in_the_queue() -> None:
     assert [name(request) for request in rig.scheduler.waiting] == ["b0", "c0"]
 
 
+@pytest.mark.checklist("E04")
 def test_the_only_request_may_fill_the_whole_cache() -> None:
     rig = Rig(num_blocks=5, block_size=2, max_model_len=10, max_num_batched_tokens=4)
     request = rig.add(prompt(3), max_tokens=100)
@@ -957,6 +961,7 @@ def test_alternating_chats_keep_each_others_prefix() -> None:
             assert (start, num_tokens) == ((8 + 4 * turn, 5) if turn else (0, 13))
 
 
+@pytest.mark.checklist("E14")
 def test_another_salt_shares_nothing() -> None:
     rig = Rig()
     rig.add(prompt(9), max_tokens=1)
@@ -1119,6 +1124,7 @@ def test_the_end_of_the_context(num_prompt_tokens: int, num_output_tokens: int) 
     assert rig.last_event(request).finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.checklist("F07")
 def test_one_row_fails_and_the_others_go_on() -> None:
     rig = Rig()
     rig.add(prompt(9, 100), max_tokens=2)
@@ -1165,6 +1171,7 @@ def test_abort_of_who_waits() -> None:
 # Limits.
 
 
+@pytest.mark.checklist("E05")
 @pytest.mark.parametrize(
     ("limits", "numbers"),
     [
@@ -1232,6 +1239,7 @@ def test_without_a_token_there_is_no_time_of_the_first() -> None:
     assert request.record.times().first_token is None
 
 
+@pytest.mark.checklist("F07")
 def test_blocks_of_a_failed_request_are_not_found() -> None:
     rig = Rig(max_num_batched_tokens=8)
     rig.add(prompt(12), max_tokens=1)

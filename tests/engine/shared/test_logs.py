@@ -52,6 +52,7 @@ def test_details_are_lines_of_their_own_or_fields() -> None:
 NASTY = "a\nb\r\x1b[31m\x00\x7f\x9b\u2028 ü\ud800"
 
 
+@pytest.mark.checklist("A15")
 @pytest.mark.parametrize("formatter", [HumanFormatter(), JSONFormatter()])
 def test_a_line_stays_one_line(formatter: logging.Formatter) -> None:
     line = formatter.format(record("%s", NASTY, fields={"path": NASTY}))
@@ -115,6 +116,7 @@ def full_pipe() -> tuple[int, Callable[[], None]]:
     return writer, lambda: os.close(reader)
 
 
+@pytest.mark.checklist("G07")
 def test_a_log_that_is_not_read_does_not_block(root_logger: logging.Logger) -> None:
     writer, close_reader = full_pipe()
     close = configure_logging("info", "human", writer)
@@ -128,6 +130,7 @@ def test_a_log_that_is_not_read_does_not_block(root_logger: logging.Logger) -> N
     close_reader()  # the writer's thread gets an error and continues
 
 
+@pytest.mark.checklist("G07")
 def test_a_full_disk_is_ignored(root_logger: logging.Logger) -> None:
     close = configure_logging("info", "human", os.open("/dev/full", os.O_WRONLY))
     logger.info("lost")

@@ -148,6 +148,7 @@ def test_malformed_index(content: str, tmp_path: Path) -> None:
         list(load_weights(tmp_path, tiny_config(), torch.float32))
 
 
+@pytest.mark.checklist("B10")
 def test_pickle_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pickle files \(pytorch_model\.bin\)"):

@@ -131,6 +131,7 @@ def test_reasoning_is_requested(model: RunningServer) -> None:
         assert prompt(model).endswith("<think>\n") == opened
 
 
+@pytest.mark.checklist("C23")
 def test_invalid_tools(model: RunningServer) -> None:
     body: dict[str, Any] = {"model": "tiny", "input": "Hi"}
     fields: dict[str, Any]

@@ -450,6 +450,7 @@ def test_every_field_refuses_what_is_wrong(server: RunningServer, path: str, nam
     assert len(refused) >= 3
 
 
+@pytest.mark.checklist("C16")
 def test_no_field_is_forgotten() -> None:
     for path, (model, _, acting) in ACTING.items():
         assert set(model.model_fields) == set(acting) | set(ELSEWHERE[path]), path

@@ -164,6 +164,7 @@ def refuse(server: RunningServer, path: str, param: str, **fields: Any) -> str:
     return str(error["message"])
 
 
+@pytest.mark.checklist("C21")
 @pytest.mark.parametrize(("schema", "problem"), HOSTILE_SCHEMAS)
 def test_schemas_that_cannot_be_followed(shared_server: RunningServer, schema: Any, problem: str) -> None:
     param = "response_format.json_schema.schema"
@@ -216,6 +217,7 @@ OTHER_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+@pytest.mark.checklist("C21")
 @pytest.mark.parametrize(("constraint", "field", "problem"), OTHER_REFUSALS)
 def test_other_grammars_that_cannot_be_followed(
     shared_server: RunningServer, constraint: dict[str, Any], field: str, problem: str

@@ -70,6 +70,7 @@ def test_results_agree_with_the_compiler(tokenizer: Tokenizer) -> None:
     run_with_checker(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
 
 
+@pytest.mark.checklist("C21")
 def test_what_takes_too_long_is_stopped(tokenizer: Tokenizer) -> None:
     """Many concurrent checks of one slow grammar share its result, and later checks work as before."""
 
@@ -149,6 +150,7 @@ def test_a_process_that_was_killed_is_started_anew(tokenizer: Tokenizer) -> None
     run_with_checker(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
 
 
+@pytest.mark.checklist("C21")
 def test_a_grammar_that_crashes_the_compiler_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     crashing = """
 import os

@@ -9,6 +9,7 @@ from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 pytestmark = pytest.mark.anyio
 
 
+@pytest.mark.checklist("E03")
 async def test_reservation_is_all_or_nothing(fake_engine: FakeEngine) -> None:
     fake_engine.pause()
     limit = fake_engine.config.max_num_seqs + 4
@@ -23,6 +24,7 @@ async def test_reservation_is_all_or_nothing(fake_engine: FakeEngine) -> None:
         assert client.num_in_flight == 0
 
 
+@pytest.mark.checklist("E05")
 async def test_more_choices_than_the_capacity_cannot_be_retried(fake_engine: FakeEngine) -> None:
     async with ready(fake_engine.config.address) as client:
         with pytest.raises(InvalidValueError) as caught:
@@ -30,6 +32,7 @@ async def test_more_choices_than_the_capacity_cannot_be_retried(fake_engine: Fak
         assert (caught.value.status, caught.value.param) == (400, "n")
 
 
+@pytest.mark.checklist("E03")
 async def test_capacity_is_returned_whatever_fails(fake_engine: FakeEngine) -> None:
     async with ready(fake_engine.config.address) as client:
         with pytest.raises(ZeroDivisionError), client.reserve(3):

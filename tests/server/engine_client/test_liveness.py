@@ -64,6 +64,7 @@ async def test_a_process_that_has_already_ended_is_dead(address: str) -> None:
         assert client.died.is_set()
 
 
+@pytest.mark.checklist("F06")
 async def test_an_engine_that_hangs_is_dead_after_the_step_timeout(
     fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ async def test_abort_choice_ends_only_that_choice(fake_engine: FakeEngine) -> No
         assert fake_engine.aborts == [Abort("r", 1)]
 
 
+@pytest.mark.checklist("E09")
 async def test_random_clients_leave_nothing_behind(fake_engine: FakeEngine) -> None:
     """Some clients read to the end, some leave at a random time, and some only reserve capacity."""
     fake_engine.config.step_seconds = 0.001

@@ -9,6 +9,7 @@ from server.generation.choice_delta import ChoiceDelta, TokenPosition, best_choi
 from tests.support.deltas import content
 
 
+@pytest.mark.checklist("D11")
 @pytest.mark.parametrize(("value", "expected"), [(-0.5, -0.5), (-math.inf, -9999.0), (-12345.0, -9999.0), (0.0, 0.0)])
 def test_log_probabilities_are_json(value: float, expected: float) -> None:
     assert json_logprob(value) == expected

@@ -3,6 +3,7 @@
 import math
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,6 +92,7 @@ def test_positions_cover_the_text_and_no_more(tokenizer: Tokenizer, text: str, s
             assert position.token_id in delta.text[position.offset].encode()
 
 
+@pytest.mark.checklist("D03")
 def test_a_stream_never_shows_the_beginning_of_a_stop_string(tokenizer: Tokenizer) -> None:
     choice = make_choice(tokenizer, stop=["abc"])
     batches = [[byte] for byte in b"xababc"]
@@ -108,6 +110,7 @@ def test_tokens_after_a_stop_string_do_not_count(tokenizer: Tokenizer) -> None:
     assert choice.num_tokens == 2
 
 
+@pytest.mark.checklist("D11")
 def test_minus_infinity_in_an_answer(tokenizer: Tokenizer) -> None:
     choice = make_choice(tokenizer)
     logprobs = TokenLogprobs(-math.inf, 7, [66, 67], [-0.1, -math.inf])

@@ -139,6 +139,7 @@ def test_prompts_have_seeds_of_their_own(server: RunningServer) -> None:
     assert not set(seeds(12)) & set(first)
 
 
+@pytest.mark.checklist("C10")
 def test_seeds() -> None:
     drawn = {choose_seed(None, 0) for _ in range(100)}
     assert len(drawn) == 100
@@ -163,6 +164,7 @@ ASKING: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.checklist("C12")
 @pytest.mark.parametrize(("path", "name", "fields"), ASKING)
 def test_how_many_alternatives_are_allowed(
     start_server: StartServer, path: str, name: str, fields: dict[str, Any]

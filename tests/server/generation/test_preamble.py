@@ -163,6 +163,7 @@ NEUTRAL: dict[str, list[Any]] = {name: [None] for name in REFUSED} | {
 }
 
 
+@pytest.mark.checklist("C16", "C20")
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("path", BOTH)
 def test_what_is_not_supported_yet_is_refused(server: RunningServer, path: str, name: str) -> None:
@@ -189,6 +190,7 @@ def test_what_changes_nothing_passes_in_silence(start_server: StartServer, path:
     assert server.metric("lightwell_unknown_parameters_total") == 0
 
 
+@pytest.mark.checklist("C16")
 @pytest.mark.parametrize("path", BOTH)
 def test_unknown_fields_are_ignored_counted_and_named(server: RunningServer, path: str) -> None:
     num_before = server.metric("lightwell_unknown_parameters_total")
@@ -228,6 +230,7 @@ def test_the_only_model_need_not_be_named(server: RunningServer, start_server: S
     assert error["message"] == "you must provide a model parameter"
 
 
+@pytest.mark.checklist("C16")
 @pytest.mark.parametrize("path", BOTH)
 def test_unknown_fields_are_refused_if_strict(start_server: StartServer, path: str) -> None:
     server = start_server(strict=True)

@@ -57,11 +57,13 @@ def get_with_key(server: RunningServer, value: bytes | None) -> tuple[int, dict[
         return read_response(connection)
 
 
+@pytest.mark.checklist("B01")
 def test_each_key_opens(guarded: RunningServer) -> None:
     for value in GOOD_KEYS:
         assert get_with_key(guarded, value)[0] == 200, value
 
 
+@pytest.mark.checklist("B01")
 def test_anything_else_is_401(guarded: RunningServer) -> None:
     for value, code in BAD_KEYS:
         status, headers, body = get_with_key(guarded, value)
@@ -80,6 +82,7 @@ def test_a_401_names_the_missing_scheme(guarded: RunningServer) -> None:
         assert message.startswith("You didn't provide an API key." if code is None else "Incorrect API key provided.")
 
 
+@pytest.mark.checklist("B01")
 def test_two_keys_at_once_are_no_key(guarded: RunningServer) -> None:
     headers = [("authorization", "Bearer wrong"), ("authorization", "Bearer key-one")]
     check_error(httpx.get(guarded.url + "/v1/models", headers=headers), 401)
@@ -94,6 +97,7 @@ def all_routes(routes: Iterable[object]) -> Iterator[Route]:
             yield from all_routes(route.original_router.routes)  # type: ignore[attr-defined]
 
 
+@pytest.mark.checklist("B02", "B06")
 def test_every_route_but_probes_and_pages_needs_a_key(guarded: RunningServer) -> None:
     routes = list(all_routes(create_app(guarded.context).routes))
     assert {"/v1/models", "/metrics", "/tokenize"} <= {route.path for route in routes}
@@ -127,6 +131,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.checklist("A13", "B03")
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "PUT", "TRACE", "FOO"])
 def test_no_spelling_of_a_path_passes_without_key(guarded: RunningServer, method: str) -> None:
     for path in PATHS:
@@ -137,6 +142,7 @@ def test_no_spelling_of_a_path_passes_without_key(guarded: RunningServer, method
             assert "www-authenticate" in headers
 
 
+@pytest.mark.checklist("B03")
 @pytest.mark.parametrize("host", ["x/healthz?", "x/health#", "localhost/health", "health"])
 def test_the_host_does_not_decide_about_the_key(start_server: StartServer, host: str) -> None:
     server = start_server(api_key=KEYS, allowed_origins=("*",))  # disables the check of the host
@@ -151,6 +157,7 @@ def test_websockets_are_closed_to_all(guarded: RunningServer) -> None:
         assert read_response(connection)[0] == 401
 
 
+@pytest.mark.checklist("B04")
 def test_keys_are_compared_in_constant_time() -> None:
     source = inspect.getsource(access_control.AuthMiddleware)
     assert "compare_digest" in source

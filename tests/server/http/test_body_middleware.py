@@ -22,12 +22,14 @@ from tests.support.serving import (
 JSON_TYPE = {"content_type": "application/json"}
 
 
+@pytest.mark.checklist("A12")
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "gzip, identity"])
 def test_compressed_bodies_are_never_inflated(shared_server: RunningServer, encoding: str) -> None:
     headers = {"content-type": "application/json", "content-encoding": encoding}
     check_error(httpx.post(shared_server.url + "/tokenize", content=gzip.compress(b"0" * 10**7), headers=headers), 415)
 
 
+@pytest.mark.checklist("A08")
 def test_body_over_the_limit_by_content_length(start_server: StartServer) -> None:
     server = start_server(max_body_size=2000)
     fits = json.dumps({"prompt": "x" * 1000}).encode()
@@ -38,6 +40,7 @@ def test_body_over_the_limit_by_content_length(start_server: StartServer) -> Non
     assert response.headers["connection"] == "close"
 
 
+@pytest.mark.checklist("A08")
 def test_body_over_the_limit_by_chunks(start_server: StartServer) -> None:
     server = start_server(max_body_size=100_000)
 
@@ -50,6 +53,7 @@ def test_body_over_the_limit_by_chunks(start_server: StartServer) -> None:
     check_error(response, 413)
 
 
+@pytest.mark.checklist("A08")
 def test_an_endless_body_is_cut(start_server: StartServer) -> None:
     server = start_server(max_body_size=100_000)
     with server.connect() as connection:
@@ -72,6 +76,7 @@ def test_a_client_that_waits_for_100_continue_is_refused_at_once(start_server: S
         assert time.monotonic() - start < 0.5
 
 
+@pytest.mark.checklist("A11")
 def test_a_body_that_does_not_come_is_408(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BodyMiddleware.__init__, "__defaults__", (0.3,))
     server = start_server()
@@ -84,6 +89,7 @@ def test_a_body_that_does_not_come_is_408(start_server: StartServer, monkeypatch
         assert connection.recv(1) == b""
 
 
+@pytest.mark.checklist("A14")
 def test_a_connection_lives_on_after_refusals(start_server: StartServer) -> None:
     server = start_server(api_key=("k",))
     with server.connect() as connection:

@@ -6,6 +6,7 @@ import pytest
 from tests.support.serving import RunningServer, check_error
 
 
+@pytest.mark.checklist("A13")
 def test_unknown_routes_and_methods(shared_server: RunningServer) -> None:
     error = check_error(httpx.post(shared_server.url + "/v1/foo?key=secret", json={}), 404)
     assert error["message"] == "Invalid URL (POST /v1/foo)"

@@ -30,6 +30,7 @@ def test_the_body_always_has_four_keys() -> None:
     assert body == {"error": {"message": "short", "type": "invalid_request_error", "param": None, "code": None}}
 
 
+@pytest.mark.checklist("A04")
 def test_a_message_that_utf8_cannot_encode_is_sent_with_replacements() -> None:
     assert check_envelope(APIError(400, "a\ud800b").body())["message"] == "a?b"
 
@@ -129,6 +130,7 @@ def test_a_401_says_how_to_send_a_key() -> None:
         assert "x-api-key" in message
 
 
+@pytest.mark.checklist("G10")
 @pytest.mark.parametrize(("seconds", "header"), [(0, "1"), (-5, "1"), (0.4, "1"), (17.4, "17"), (1e9, "60")])
 def test_retry_after_is_one_to_sixty_whole_seconds(seconds: float, header: str) -> None:
     assert QueueFullError(seconds).headers["retry-after"] == header

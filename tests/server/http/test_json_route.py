@@ -11,6 +11,7 @@ from tests.support.serving import (
 JSON_BODY = b'{"prompt":"hi"}'
 
 
+@pytest.mark.checklist("A12")
 @pytest.mark.parametrize(
     "content_type",
     [
@@ -41,6 +42,7 @@ def test_json_is_taken(shared_server: RunningServer, content_type: str) -> None:
     assert response.status_code == 200
 
 
+@pytest.mark.checklist("A01", "A02")
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"prompt":NaN}', b"\xff"])
 def test_bodies_that_are_no_json_object_are_400(shared_server: RunningServer, body: bytes) -> None:
     response = httpx.post(shared_server.url + "/tokenize", content=body, headers={"content-type": "application/json"})
@@ -49,6 +51,7 @@ def test_bodies_that_are_no_json_object_are_400(shared_server: RunningServer, bo
     assert error["message"].startswith("We could not parse the JSON body of your request.")
 
 
+@pytest.mark.checklist("A04")
 def test_a_surrogate_is_named_over_http(shared_server: RunningServer) -> None:
     response = httpx.post(
         shared_server.url + "/tokenize", content=b'{"prompt":"\\ud800"}', headers={"content-type": "application/json"}

@@ -21,6 +21,7 @@ JSON_BODY = b'{"prompt":"hi"}'
 JSON_TYPE = {"content_type": "application/json"}
 
 
+@pytest.mark.checklist("A11")
 def test_a_head_that_trickles_is_cut(start_server: StartServer) -> None:
     class Impatient(HTTPProtocol):
         head_timeout = 0.4
@@ -40,6 +41,7 @@ def test_a_head_that_trickles_is_cut(start_server: StartServer) -> None:
         assert read_response(connection)[0] == 200
 
 
+@pytest.mark.checklist("A09")
 @pytest.mark.parametrize(
     "data",
     [
@@ -67,6 +69,7 @@ def test_broken_http_is_400_in_the_envelope(shared_server: RunningServer, data: 
         assert connection.recv(1) == b""
 
 
+@pytest.mark.checklist("A10")
 @pytest.mark.parametrize("head", [b"x: " + b"a" * 100_000, b"\r\n".join(b"x%d: y" % i for i in range(10_000))])
 def test_a_huge_head_is_431(shared_server: RunningServer, head: bytes) -> None:
     with shared_server.connect() as connection:
@@ -79,6 +82,7 @@ def test_a_huge_head_is_431(shared_server: RunningServer, head: bytes) -> None:
         check_envelope(body)
 
 
+@pytest.mark.checklist("A14")
 def test_pipelined_requests_are_answered_in_order(shared_server: RunningServer) -> None:
     with shared_server.connect() as connection:
         bad = raw_request("POST", "/tokenize", b"{", **JSON_TYPE)
@@ -98,6 +102,7 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
+@pytest.mark.checklist("A16")
 def test_idle_connections_make_room(start_server: StartServer) -> None:
     server = start_server(server={"max_connections": 20})
     idle = [server.connect() for _ in range(60)]

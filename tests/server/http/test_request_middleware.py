@@ -27,6 +27,7 @@ def test_a_harmless_request_id_is_kept(shared_server: RunningServer, given: str)
     assert httpx.get(shared_server.url + "/health", headers={"x-request-id": given}).headers["x-request-id"] == given
 
 
+@pytest.mark.checklist("A15")
 @pytest.mark.parametrize("given", ["", "a b", "a\x1b[31m", "x" * 129, "ü", "a/b", "a\r\nb", "a\n", None])
 def test_other_request_ids_are_replaced(given: str | None) -> None:
     chosen = choose_request_id(given)
@@ -34,6 +35,7 @@ def test_other_request_ids_are_replaced(given: str | None) -> None:
     assert len(chosen) == 36
 
 
+@pytest.mark.checklist("E12")
 def test_every_answer_has_an_id_of_its_own(shared_server: RunningServer) -> None:
     responses = [httpx.get(shared_server.url + path) for path in ("/health", "/nowhere", "/v1/models", "/metrics") * 2]
     assert len({response.headers["x-request-id"] for response in responses}) == 8
@@ -120,6 +122,7 @@ def test_only_generations_have_tokens(server: RunningServer, caplog: pytest.LogC
     assert "completion_tokens" not in fields
 
 
+@pytest.mark.checklist("B08", "F01")
 def test_a_bug_is_500_without_details(
     server: RunningServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +155,7 @@ def test_http_metrics_count_routes_and_not_paths(server: RunningServer) -> None:
     assert count("none", "GET", "404") == 2
 
 
+@pytest.mark.checklist("G10")
 @pytest.mark.parametrize(("value", "expected"), [("1", 1), ("2", 1), ("0", 0), ("x", 0), ("١", 0), ("", 0)])
 def test_retries_are_counted(server: RunningServer, value: str, expected: int) -> None:
     headers = [(b"x-stainless-retry-count", value.encode())]

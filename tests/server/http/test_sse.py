@@ -123,6 +123,7 @@ def test_an_error_of_ours_is_the_last_event(staged_server: RunningServer, stage:
     assert check_envelope(error.removeprefix(b"data: "))["type"] == "service_unavailable_error"
 
 
+@pytest.mark.checklist("B08", "F01")
 def test_a_bug_is_the_last_event_without_details(
     staged_server: RunningServer, stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_bug_is_the_last_event_without_details(
     assert "a secret" in caplog.text
 
 
+@pytest.mark.checklist("D08")
 def test_comments_keep_a_silent_stream_alive(
     staged_server: RunningServer, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +228,7 @@ async def test_on_close_is_called_where_the_generator_never_ran() -> None:
     assert notes == ["on_close"]
 
 
+@pytest.mark.checklist("E08")
 def test_a_reader_that_stops_is_cut(stage: Stage, fake_engine: FakeEngine, model_folder: Path) -> None:
     class Impatient(HTTPProtocol):
         write_timeout = 0.5
@@ -248,6 +251,7 @@ def test_a_reader_that_stops_is_cut(stage: Stage, fake_engine: FakeEngine, model
         assert stage.num_sent < 2000  # events that it would not read were not produced
 
 
+@pytest.mark.checklist("E10")
 def test_a_plain_handler_is_cancelled_when_its_client_leaves(staged_server: RunningServer, stage: Stage) -> None:
     with staged_server.connect() as connection:
         connection.sendall(raw_request("GET", "/wait"))

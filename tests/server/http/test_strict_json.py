@@ -43,6 +43,7 @@ CASES = [
 ]
 
 
+@pytest.mark.checklist("A01", "A02", "A03", "A05")
 @pytest.mark.parametrize("body", CASES, ids=lambda body: repr(body[:20]))
 def test_refused_in_openais_words(body: bytes) -> None:
     with pytest.raises(InvalidJSONError) as caught:
@@ -52,6 +53,7 @@ def test_refused_in_openais_words(body: bytes) -> None:
     assert (error.status, error.code, error.param) == (400, None, None)
 
 
+@pytest.mark.checklist("A04")
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -69,6 +71,7 @@ def test_lone_surrogates_are_named(body: bytes, param: str) -> None:
     caught.value.body().decode("utf-8")
 
 
+@pytest.mark.checklist("A06")
 def test_the_last_value_of_a_repeated_key_counts() -> None:
     assert parse_json_object(b'{"n":1,"n":9999}') == {"n": 9999}
 
@@ -77,6 +80,7 @@ def test_pairs_of_surrogates_are_characters() -> None:
     assert parse_json_object(b'{"a":"\\ud83d\\ude00"}') == {"a": "😀"}
 
 
+@pytest.mark.checklist("A07")
 def test_depth_has_a_limit() -> None:
     assert parse_json_object(nested(MAX_DEPTH))
     with pytest.raises(InvalidJSONError, match="nested"):
@@ -103,6 +107,7 @@ BOMBS: list[Callable[[], bytes]] = [
 ]
 
 
+@pytest.mark.checklist("A07")
 @pytest.mark.parametrize("number", range(len(BOMBS)))
 def test_bombs_are_refused_at_once(number: int) -> None:
     body = BOMBS[number]()
@@ -140,6 +145,7 @@ def test_valid_bodies_are_read_as_by_the_standard_library(value: dict[str, Any])
         assert parse_json_object(body) == json.loads(body)
 
 
+@pytest.mark.checklist("A03")
 @given(st.binary(max_size=50) | st.text(alphabet='{}[]":,\\u0d8ae1.-', max_size=30).map(str.encode))
 def test_anything_else_is_a_bad_request(body: bytes) -> None:
     try:
@@ -150,6 +156,7 @@ def test_anything_else_is_a_bad_request(body: bytes) -> None:
         assert value == json.loads(body)
 
 
+@pytest.mark.checklist("A01")
 @pytest.mark.parametrize(
     ("body", "problem"),
     [

@@ -258,6 +258,7 @@ print(hf_hub_download("org/tiny-GGUF", "tiny-Q4_K_M.gguf"))
     assert (hub.num_bytes_sent, recorder.lines) == (sent, [])
 
 
+@pytest.mark.checklist("G11")
 @pytest.mark.parametrize("choice", [{}, {"tag": "Q4_K_M"}, {"file": "tiny-Q4_K_M.gguf"}])
 def test_offline(hub: StubHub, monkeypatch: pytest.MonkeyPatch, choice: dict[str, str]) -> None:
     path = fetch("org/tiny-GGUF")

@@ -130,6 +130,7 @@ def post(url: str, path: str, fields: dict[str, Any]) -> httpx.Response:
     return httpx.post(url + path, content=body, headers={"content-type": "application/json"})
 
 
+@pytest.mark.checklist("C06", "C07", "C08", "C09", "C10", "C11", "C13")
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("path", BOTH)
 def test_bad_value_is_refused_by_name(server: RunningServer, path: str, name: str) -> None:
@@ -153,6 +154,7 @@ def test_unknown_samplers_are_refused(server: RunningServer, path: str) -> None:
         assert "'penalties', 'dry', 'top_n_sigma'" in error["message"]
 
 
+@pytest.mark.checklist("A05")
 @pytest.mark.parametrize("path", BOTH)
 def test_not_a_number_is_not_json(server: RunningServer, path: str) -> None:
     for literal in ("NaN", "Infinity", "-Infinity", "1e999"):
@@ -191,6 +193,7 @@ WORDING: list[tuple[dict[str, Any], str, str | None, str | None]] = [
 ]
 
 
+@pytest.mark.checklist("C01")
 @pytest.mark.parametrize(("fields", "message", "param", "code"), WORDING)
 @pytest.mark.parametrize("path", BOTH)
 def test_wording_is_openais(
@@ -209,6 +212,7 @@ def test_missing_fields(server: RunningServer, path: str) -> None:
         assert (error["param"], error["code"]) == (name, "missing_required_parameter")
 
 
+@pytest.mark.checklist("C01")
 @pytest.mark.parametrize("path", BOTH)
 def test_model_name(server: RunningServer, path: str) -> None:
     for name in ("tiny", "org/tiny"):
@@ -222,6 +226,7 @@ def test_model_name(server: RunningServer, path: str) -> None:
         check_error(ask(server.url, path, model=wrong), 400)
 
 
+@pytest.mark.checklist("C15")
 @pytest.mark.parametrize("path", BOTH)
 def test_stream_options(server: RunningServer, path: str) -> None:
     for fields in ({}, {"stream": False}, {"stream": None}):
@@ -256,6 +261,7 @@ def test_truncation_side(server: RunningServer, path: str) -> None:
         assert error["param"] == "truncation_side"
 
 
+@pytest.mark.checklist("C06")
 def test_best_of(server: RunningServer) -> None:
     for fields in ({"best_of": 1, "n": 2}, {"best_of": 0}, {"best_of": 2, "stream": True}, {"best_of": 21}):
         error = check_error(ask(server.url, COMPLETIONS, **fields), 400)

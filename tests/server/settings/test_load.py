@@ -213,6 +213,7 @@ def test_service_links_of_kubernetes_are_explained(environ: dict[str, str]) -> N
         load_settings(environ=environ)
 
 
+@pytest.mark.checklist("B05")
 @pytest.mark.parametrize(
     ("host", "expected"),
     [

@@ -43,6 +43,7 @@ def test_finish_releases_what_was_held() -> None:
     assert choice.stopped is None
 
 
+@pytest.mark.checklist("D03")
 def test_stop_inside_a_multi_byte_token_sequence() -> None:
     data = "x😀y".encode()
     tokenizer = BytesTokenizer([data[i : i + 2] for i in range(0, len(data), 2)])

@@ -15,6 +15,7 @@ any_bytes = st.one_of(st.binary(max_size=40), tricky_bytes, st.text(max_size=15)
 cut_positions = st.lists(st.integers(0, 60), max_size=20)
 
 
+@pytest.mark.checklist("D01")
 @given(any_bytes, cut_positions)
 @example(b"\xed\xa0\x80", [1, 2])
 @example(b"\xf0\x9f\x98", [1, 2])
@@ -26,6 +27,7 @@ def test_stream_equals_whole_for_any_bytes_and_split(data: bytes, cuts: list[int
     assert "".join(pieces) + detokenizer.flush() == data.decode("utf-8", "replace")
 
 
+@pytest.mark.checklist("D01")
 @given(st.text(max_size=20), cut_positions, st.integers(1, 5))
 def test_valid_text_streams_only_whole_characters(text: str, cuts: list[int], num_per_push: int) -> None:
     tokens = split_at(text.encode(), cuts)
@@ -60,6 +62,7 @@ def test_one_byte_at_a_time(text: str) -> None:
     assert [piece for piece in pieces if piece] == list(text)
 
 
+@pytest.mark.checklist("D02")
 def test_unfinished_character_becomes_one_replacement() -> None:
     detokenizer = Detokenizer(BytesTokenizer([b"ok \xf0\x9f\x98"]))
     assert detokenizer.push([0]) == "ok "

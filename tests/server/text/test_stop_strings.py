@@ -33,6 +33,7 @@ def cut(text: str, cuts: list[int]) -> list[str]:
     return [text[begin:end] for begin, end in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
+@pytest.mark.checklist("D03", "D04")
 @given(texts, stop_lists, st.lists(st.integers(0, 20), max_size=20), st.booleans())
 @example("abab", ["bab", "ab"], [1, 2, 3], False)
 @example("aab", ["ab", "aab"], [], False)
@@ -81,6 +82,7 @@ def test_nothing_follows_a_match() -> None:
     assert matcher.flush() == ""
 
 
+@pytest.mark.checklist("D04")
 def test_whole_output_can_be_the_stop() -> None:
     matcher = StopStringMatcher(["stop", "st"])
     assert matcher.push("stop") == ""
@@ -110,6 +112,7 @@ def test_empty_stop_string_is_refused() -> None:
         StopStringMatcher(["a", ""])
 
 
+@pytest.mark.checklist("C11")
 def test_time_grows_linearly_with_a_repetitive_stop_string() -> None:
     """Searches 'aaaa...' for 'aaa...ab', which fails as late as possible at every position."""
 

@@ -155,6 +155,7 @@ def test_which_texts_are_control_tokens(smollm2: Tokenizer) -> None:
     assert smollm2.special_ids_in(["<|im_end|>", "<tool_call>", " the", "<|im_end"]) == {"<|im_end|>": 2}
 
 
+@pytest.mark.checklist("F08")
 def test_decode_ignores_ids_outside_the_vocabulary(smollm2: Tokenizer) -> None:
     token_ids = smollm2.encode("Hello")
     assert smollm2.decode([-1, *token_ids, 49152, 2**40]) == "Hello"

@@ -77,6 +77,7 @@ def test_only_files_of_pages_are_served(guarded: RunningServer, path: str) -> No
     check_error(httpx.get(guarded.url + path), 404)
 
 
+@pytest.mark.checklist("B06")
 def test_no_documentation(start_server: StartServer) -> None:
     server = start_server(enable_docs=False)
     for path in ("/docs", "/openapi.json"):

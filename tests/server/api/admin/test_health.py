@@ -42,6 +42,7 @@ def test_ready(server: RunningServer) -> None:
         assert httpx.head(server.url + path).status_code == 200
 
 
+@pytest.mark.checklist("G05")
 def test_probes_are_fast(server: RunningServer) -> None:
     with httpx.Client(base_url=server.url) as client:
         for path in PROBES:
@@ -54,6 +55,7 @@ def seconds(client: httpx.Client, path: str) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.checklist("G04")
 def test_loading(loading: RunningServer) -> None:
     assert statuses(loading) == (503, 200, 503)
     check_error(httpx.post(loading.url + "/v1/completions", json={"model": "tiny", "prompt": "x"}), 503)
@@ -70,6 +72,7 @@ def test_draining(server: RunningServer) -> None:
     assert response.headers["connection"] == "close"
 
 
+@pytest.mark.checklist("G05")
 def test_hanging(fake_engine: FakeEngine, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine_client.liveness.MISSED_HEARTBEATS", 0.5)
     context = make_test_context(fake_engine.config.address, model_folder, step_timeout=0.7)
@@ -79,6 +82,7 @@ def test_hanging(fake_engine: FakeEngine, model_folder: Path, monkeypatch: pytes
         wait_until(lambda: statuses(server) == (503, 503, 503))
 
 
+@pytest.mark.checklist("G05")
 def test_dead(address: str, model_folder: Path) -> None:
     context = make_test_context(address, model_folder)
     with FakeEngineProcess(FakeEngineConfig(address=address)) as engine, running_server(context) as server:
@@ -89,6 +93,7 @@ def test_dead(address: str, model_folder: Path) -> None:
         check_error(response, 503)
 
 
+@pytest.mark.checklist("E16")
 def test_probes_answer_under_load(server: RunningServer, fake_engine: FakeEngine) -> None:
     """Probes are answered while the queue is full."""
     fake_engine.pause()

@@ -76,6 +76,7 @@ def test_a_stream_by_the_id_of_its_answer(server: RunningServer, path: str) -> N
     wait_until(lambda: len(server.context.running) == 0)
 
 
+@pytest.mark.checklist("E12")
 def test_one_id_of_two_requests(server: RunningServer, threads: ThreadPoolExecutor) -> None:
     answers = [post(threads, server, CHAT) for _ in range(2)]
     other = threads.submit(httpx.post, server.url + CHAT, json=BODIES[CHAT] | {"max_tokens": 100}, timeout=20)

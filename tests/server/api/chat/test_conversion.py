@@ -272,6 +272,7 @@ def test_calls_and_results_reach_the_template(plain: RunningServer) -> None:
         )
 
 
+@pytest.mark.checklist("C23")
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

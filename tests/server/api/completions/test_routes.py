@@ -232,6 +232,7 @@ def test_control_tokens_in_a_prompt_are_encoded_as_such(tiny: RunningServer) -> 
     assert tiny.engine.submits[-1].prompt_token_ids == [257, ord("a")]
 
 
+@pytest.mark.checklist("C03", "C04", "C05")
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -282,6 +283,7 @@ def test_more_choices_than_the_server_holds(tiny: RunningServer) -> None:
     assert len(tiny.engine.submits) == num_submits
 
 
+@pytest.mark.checklist("C05")
 @pytest.mark.parametrize("stream", [False, True])
 def test_choices_of_several_prompts(server: RunningServer, fake_engine: FakeEngine, stream: bool) -> None:
     texts = ["first", "2nd", "the third"]
@@ -306,6 +308,7 @@ def test_choices_of_several_prompts(server: RunningServer, fake_engine: FakeEngi
     }
 
 
+@pytest.mark.checklist("D10")
 def test_cached_tokens_are_counted_once_per_prompt(server: RunningServer, fake_engine: FakeEngine) -> None:
     fake_engine.config.num_cached_tokens = 32
     prompt = ["a" * 50, "b" * 50]
@@ -341,6 +344,7 @@ def test_more_tokens_than_fit_are_refused_if_strict(start_server: StartServer) -
     )
 
 
+@pytest.mark.checklist("C17")
 def test_context_length(tiny: RunningServer) -> None:
     num_submits = len(tiny.engine.submits)
     for fields in ({}, {"max_tokens": 1}, {"max_tokens": 9}, {"max_tokens": -1}):
@@ -361,6 +365,7 @@ def test_a_default_that_nobody_sent_is_no_reason_to_refuse(tiny: RunningServer) 
         assert tiny.engine.submits[-1].params.max_tokens == expected
 
 
+@pytest.mark.checklist("C18")
 def test_a_text_that_cannot_fit_is_not_tokenized(tiny: RunningServer) -> None:
     start = time.monotonic()
     error = check_error(ask(tiny.url, COMPLETIONS, prompt="a" * 9_000_000), 400)
@@ -369,6 +374,7 @@ def test_a_text_that_cannot_fit_is_not_tokenized(tiny: RunningServer) -> None:
     assert "2048 tokens" in error["message"]
 
 
+@pytest.mark.checklist("C07")
 def test_max_tokens_0_scores_the_prompt(tiny: RunningServer) -> None:
     for stream in (False, True):
         fields: dict[str, Any] = {"prompt": "Hi", "max_tokens": 0, "echo": True, "logprobs": 1}
@@ -444,6 +450,7 @@ def test_end_token_has_log_probabilities_too(tiny: RunningServer) -> None:
     assert choice["logprobs"]["text_offset"] == list(range(len(REPLY) + 1))
 
 
+@pytest.mark.checklist("C12")
 @pytest.mark.parametrize("value", [21, -1, 1.0, True, "1", []])
 def test_bad_logprobs(tiny: RunningServer, value: Any) -> None:
     assert check_error(ask(tiny.url, COMPLETIONS, logprobs=value), 400)["param"] == "logprobs"
@@ -491,6 +498,7 @@ def with_bos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer
         yield server
 
 
+@pytest.mark.checklist("C03")
 def test_empty_prompt_is_a_bos_token(with_bos: RunningServer) -> None:
     assert ask_json(with_bos.url, COMPLETIONS, prompt="")["usage"]["prompt_tokens"] == 1
     assert with_bos.engine.submits[-1].prompt_token_ids == [IM_START_ID]
@@ -591,6 +599,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.checklist("D05")
 @pytest.mark.parametrize("text", TEXTS)
 def test_any_text_arrives_whole(server: RunningServer, fake_engine: FakeEngine, text: str) -> None:
     fake_engine.config.reply = list(text.encode())
@@ -605,6 +614,7 @@ def test_any_text_arrives_whole(server: RunningServer, fake_engine: FakeEngine, 
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.checklist("D02")
 @pytest.mark.parametrize(("reply", "text"), [(b"ab\xf0\x9f\x91", "ab\ufffd"), (b"\xff\xfea", "\ufffd\ufffda")])
 def test_broken_characters(server: RunningServer, fake_engine: FakeEngine, reply: bytes, text: str) -> None:
     fake_engine.config.reply = list(reply)
@@ -615,6 +625,7 @@ def test_broken_characters(server: RunningServer, fake_engine: FakeEngine, reply
 # Streams.
 
 
+@pytest.mark.checklist("D09")
 def test_stream_headers(tiny: RunningServer) -> None:
     headers = ask(tiny.url, COMPLETIONS, stream=True).headers
     assert headers["content-type"].startswith("text/event-stream")
@@ -623,6 +634,7 @@ def test_stream_headers(tiny: RunningServer) -> None:
     assert "content-encoding" not in headers
 
 
+@pytest.mark.checklist("D06", "D10")
 def test_usage_in_a_stream(server: RunningServer, fake_engine: FakeEngine) -> None:
     fake_engine.config.num_cached_tokens = 1
     whole = ask_json(server.url, COMPLETIONS, n=2)["usage"]
@@ -653,6 +665,7 @@ def test_stream_comes_as_it_is_made(server: RunningServer, fake_engine: FakeEngi
 # Disconnects and failures.
 
 
+@pytest.mark.checklist("E10")
 @pytest.mark.parametrize("prompt", ["Hi", ["a", "b", "c"]])
 @pytest.mark.parametrize("stream", [False, True])
 def test_disconnect_aborts(server: RunningServer, fake_engine: FakeEngine, stream: bool, prompt: Any) -> None:
@@ -672,6 +685,7 @@ def test_disconnect_aborts(server: RunningServer, fake_engine: FakeEngine, strea
     assert ask_json(server.url, COMPLETIONS, max_tokens=5)["choices"][0]["text"] == "Hello"
 
 
+@pytest.mark.checklist("F01")
 def test_failure_of_the_engine_is_a_500(server: RunningServer, fake_engine: FakeEngine) -> None:
     fake_engine.config.fail_request = True
     for prompt in ("Hi", ["a", "b"]):
@@ -715,6 +729,7 @@ def test_death_of_the_engine(address: str, model_folder: Path, prompt: Any) -> N
         assert server.context.client.num_in_flight == 0
 
 
+@pytest.mark.checklist("E01")
 def test_queue_full_is_429_before_tokenizing(start_server: StartServer, fake_engine: FakeEngine) -> None:
     server = start_server(max_queued_requests=1)
     fake_engine.pause()

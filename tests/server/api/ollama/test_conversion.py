@@ -197,6 +197,7 @@ def test_what_a_prompt_cannot_have(fields: dict[str, Any], param: str) -> None:
     assert caught.value.param == param
 
 
+@pytest.mark.checklist("C25")
 def test_images_in_messages_are_refused() -> None:
     with pytest.raises(BadRequestError, match="text only") as caught:
         chat(messages=[*MESSAGES, {"role": "user", "content": "?", "images": ["aGk="]}])

@@ -296,6 +296,7 @@ def test_the_version_is_a_number_for_clients_that_compare_it(server: RunningServ
     assert re.fullmatch(r"\d+\.\d+\.\d+", httpx.get(f"{server.url}/api/version").json()["version"])
 
 
+@pytest.mark.checklist("A12")
 def test_curl_needs_no_content_type_but_web_pages_do(server: RunningServer) -> None:
     body = json.dumps({"model": "tiny", "messages": MESSAGES, "stream": False})
     form = {"content-type": "application/x-www-form-urlencoded"}

@@ -183,6 +183,7 @@ def test_several_readers(slow: RunningServer) -> None:
         assert text == "".join(f"{event}\n\n" for event in whole.split("\n\n")[first:-1])
 
 
+@pytest.mark.checklist("E08")
 def test_a_reader_that_does_not_read(start_server: StartServer, fake_engine: FakeEngine) -> None:
     """A stalled reader blocks neither the generation nor other readers, and finally gets all events."""
     fake_engine.config.endless = True

@@ -46,6 +46,7 @@ def test_nested_values(key: str, text: str, value: Any) -> None:
     assert json.loads(nested_to_json(text, SCHEMA, key, SYNTAX)) == value
 
 
+@pytest.mark.checklist("C24")
 def test_depth_is_bounded() -> None:
     text = "NS<item>" * 500 + "NS</item>" * 500
     assert json.loads(nested_to_json(text, SCHEMA, "any", SYNTAX))

@@ -303,6 +303,7 @@ def test_json_answers_are_streamed_once_their_first_key_is_known() -> None:
     ]
 
 
+@pytest.mark.checklist("C24")
 @pytest.mark.parametrize("num_spaces", [0, 200, 251, 252, 253, 300, 600])
 def test_what_is_too_long_is_content_in_any_pieces(num_spaces: int) -> None:
     space = " " * num_spaces
@@ -344,6 +345,7 @@ def test_hidden_markers_are_no_content() -> None:
         assert parse(MISTRAL, list(text)).content == text
 
 
+@pytest.mark.checklist("C24")
 def test_time_is_linear() -> None:
     """Takes about four times as long for four times the text, also if it is nested or held back to the end."""
 

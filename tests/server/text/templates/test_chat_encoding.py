@@ -89,6 +89,7 @@ EVERY_FIELD_TEMPLATE = """\
 {{- '<|im_end|>' }}{%- endfor %}"""
 
 
+@pytest.mark.checklist("C19")
 @pytest.mark.parametrize("messages", ATTACKED_MESSAGES)
 def test_no_field_of_the_messages_makes_a_control_token(messages: list[dict[str, Any]]) -> None:
     template, tokenizer = chat_template(EVERY_FIELD_TEMPLATE), byte_tokenizer()

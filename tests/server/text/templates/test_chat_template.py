@@ -73,6 +73,7 @@ def test_template_kwargs_are_variables() -> None:
     assert "Today: 26 Jul 2024\n" in rendered
 
 
+@pytest.mark.checklist("C20")
 @pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token"])
 def test_template_kwargs_cannot_replace_what_we_set(name: str) -> None:
     with pytest.raises(ChatTemplateError, match=name):

@@ -32,6 +32,7 @@ ESCAPES = [
 ]
 
 
+@pytest.mark.checklist("B10")
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_sandbox_holds(escape: str) -> None:
     messages = user("x")
@@ -47,6 +48,7 @@ def rendered_or_error(source: str, messages: list[dict[str, Any]]) -> str:
         return str(error)
 
 
+@pytest.mark.checklist("B10")
 @pytest.mark.parametrize(
     "source",
     [
@@ -65,6 +67,7 @@ def test_hostile_sizes_end_as_errors(source: str) -> None:
         chat_template(source).render(CHAT)
 
 
+@pytest.mark.checklist("C20")
 @pytest.mark.parametrize(
     "source",
     [
