@@ -66,7 +66,9 @@ def create_app(context: ServerContext) -> FastAPI:
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """Add the middleware, innermost first: a request passes the last one added first."""
     settings = context.settings
-    app.add_middleware(BodyMiddleware, max_body_size=settings.max_body_size)
+    app.add_middleware(
+        BodyMiddleware, max_body_size=settings.max_body_size, max_buffered_bytes=settings.max_buffered_bytes
+    )
     app.add_middleware(AuthMiddleware, keys=settings.api_key)
     app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
     if is_loopback(settings.host):

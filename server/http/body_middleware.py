@@ -6,7 +6,14 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.errors import APIError, BodyTimeoutError, BodyTooLargeError, UnsupportedMediaTypeError
+from server.http.body_budget import BodyBudget, BodyShare
+from server.http.errors import (
+    APIError,
+    BodiesExceedMemoryError,
+    BodyTimeoutError,
+    BodyTooLargeError,
+    UnsupportedMediaTypeError,
+)
 
 BODY_TIMEOUT = 60.0  # seconds from the end of a request's head to the end of its body
 DISCARD_TIMEOUT = 1.0  # seconds to read the rest of a rejected body, so that the client can read the answer
@@ -17,11 +24,17 @@ class BodyMiddleware:
 
     A body over the size limit gets status 413 (by its Content-Length, or as soon as it exceeds the limit), a body that
     does not arrive in time 408; both close the connection. A compressed body gets 415 and is never decompressed.
+
+    When all bodies in memory exceed `max_buffered_bytes`, those that have been arriving for the longest time get 503. A
+    complete body counts until its response begins: the handler may use it until then.
     """
 
-    def __init__(self, app: ASGIApp, max_body_size: int, timeout: float = BODY_TIMEOUT) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_size: int, max_buffered_bytes: int, timeout: float = BODY_TIMEOUT
+    ) -> None:
         self._app = app
-        self._max_body_size = max_body_size
+        self._max_body_size = min(max_body_size, max_buffered_bytes)
+        self._budget = BodyBudget(max_buffered_bytes)
         self._timeout = timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,37 +45,47 @@ class BodyMiddleware:
         try:
             check_encoding(headers)
             self._check_length(headers)
-            async with asyncio.timeout(self._timeout):
-                body = await self._read(receive)
-        except TimeoutError:
-            await BodyTimeoutError(self._timeout).response(scope)(scope, receive, send)
-            return
+            body, share = await self._receive_body(receive)
         except APIError as error:
-            if "expect" not in headers:
+            if "expect" not in headers and not isinstance(error, BodyTimeoutError):
                 await self._discard(receive)
             await error.response(scope)(scope, receive, send)
             return
-        await self._app(scope, _replay(body, receive), send)
+        try:
+            await self._app(scope, _replay(body, receive), _releasing(share, send))
+        finally:
+            share.release()
+
+    async def _receive_body(self, receive: Receive) -> tuple[bytes, BodyShare]:
+        """Return the body and its share of the budget.
+
+        Raises BodyTimeoutError, BodyTooLargeError or BodiesExceedMemoryError.
+        """
+        deadline = asyncio.timeout(self._timeout)
+        with self._budget.receive(deadline) as share:
+            try:
+                async with deadline:
+                    return await self._read(receive, share), share
+            except TimeoutError:
+                if share.is_refused:
+                    raise BodiesExceedMemoryError from None
+                raise BodyTimeoutError(self._timeout) from None
 
     def _check_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "")
         if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > self._max_body_size):
             raise BodyTooLargeError(self._max_body_size)
 
-    async def _read(self, receive: Receive) -> bytes:
-        chunks: list[bytes] = []
-        size = 0
+    async def _read(self, receive: Receive, share: BodyShare) -> bytes:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > self._max_body_size:
+            share.add(message.get("body", b""))
+            if share.num_bytes > self._max_body_size:
                 raise BodyTooLargeError(self._max_body_size)
-            chunks.append(chunk)
             if not message.get("more_body", False):
-                return b"".join(chunks)
+                return share.join()
 
     async def _discard(self, receive: Receive) -> None:
         """Read the rest of a rejected body, since closing with unread data would reset the connection too early."""
@@ -92,3 +115,13 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return pending.pop() if pending else await receive()
 
     return replay
+
+
+def _releasing(share: BodyShare, send: Send) -> Send:
+    """Return a `send` that releases the share when the response begins."""
+
+    async def send_and_release(message: Message) -> None:
+        share.release()
+        await send(message)
+
+    return send_and_release

@@ -30,7 +30,8 @@
     ├── NotImplementedAPIError       501
     └── EngineUnavailableError       503
         ├── EngineDeadError
-        └── AdaptersBusyError
+        ├── AdaptersBusyError
+        └── BodiesExceedMemoryError
 
 The text of an exception outside of this tree never reaches a client. Clients retry 408, 429 and 5xx, so errors of the
 client have other statuses.
@@ -408,6 +409,14 @@ class AdaptersBusyError(EngineUnavailableError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="adapters_busy")
+
+
+class BodiesExceedMemoryError(EngineUnavailableError):
+    """The bodies of all requests together exceed --max-buffered-bytes."""
+
+    def __init__(self) -> None:
+        message = "The server is receiving too many large requests at the moment. Please retry later."
+        super().__init__(message, code="server_is_overloaded", retry_after=2, close=True)
 
 
 def retry_headers(seconds: float) -> dict[str, str]:

@@ -46,8 +46,8 @@ _API, _LIMITS, _ENGINE, _MEMORY, _LOGS = "API", "Limits", "Engine", "Memory and 
 _LORA = "LoRA adapters"
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """All settings of `lightwell serve`. None means that the default depends on the model and the device."""
+class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of the model, the API and its limits."""
 
     model: Annotated[
         str,
@@ -173,6 +173,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, Setting(_LIMITS, integer(1), "Maximum number of queued requests; further ones get status 429.")
     ] = 256
     max_body_size: Annotated[int, Setting(_LIMITS, size(1024), "Maximum size of a request body.")] = 10 << 20
+    max_buffered_bytes: Annotated[
+        int,
+        Setting(
+            _LIMITS,
+            size(1024),
+            "Memory limit for the bodies of all requests together, until their responses begin; when it is exceeded, "
+            "bodies that have been arriving for the longest time get status 503. No body can be larger.",
+        ),
+    ] = 256 << 20
     max_stored_responses: Annotated[
         int,
         Setting(
@@ -218,6 +227,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     step_timeout: Annotated[
         float, Setting(_LIMITS, seconds(0.1), "Time after which an engine step is considered hung, in seconds.")
     ] = 60.0
+
+
+class Settings(ApiSettings, frozen=True, kw_only=True):
+    """All settings of `lightwell serve`. None means that the default depends on the model and the device."""
 
     max_model_len: Annotated[
         int | None,

@@ -445,6 +445,34 @@ def test_memory_and_sockets(start_api: StartApi, smollm2_path: Path) -> None:
     assert [each.laddr.ip for each in listening] == ["127.0.0.1"]
 
 
+@pytest.mark.checklist("A17")
+def test_many_unfinished_bodies_cost_no_more_than_their_budget(start_api: StartApi) -> None:
+    """Of 100 bodies of 10 MB that never end. Probes are answered meanwhile, and later bodies still arrive."""
+    budget = 64 << 20
+    api = start_api(max_buffered_bytes=budget)
+    process = psutil.Process(api.process.pid)
+    before = process.memory_info().rss
+    head = "POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 10485760\r\n\r\n"
+    body = b'{"prompt": "' + b"x" * 10_000_000
+    lags = []
+    with httpx.Client(base_url=api.url) as client:
+        for _ in range(2):  # the second time in the same memory
+            with ExitStack() as stack:
+                for _ in range(50):
+                    connection = stack.enter_context(socket.create_connection(("127.0.0.1", port_of(api))))
+                    connection.sendall(head.encode() + body)
+                    start = time.perf_counter()
+                    assert client.get("/healthz").status_code == 200
+                    lags.append(time.perf_counter() - start)
+                    assert process.memory_info().rss - before < 1.5 * budget
+                assert client.post("/tokenize", json={"prompt": "x" * 40_000}).status_code == 200
+    assert sorted(lags)[50] < 0.1
+
+
+def port_of(api: Api) -> int:
+    return int(api.url.rsplit(":", 1)[1])
+
+
 @pytest.mark.checklist("C18")
 def test_a_long_text_does_not_delay_others(start_api: StartApi) -> None:
     """Probes are answered while the worst case is tokenized, a text in which each byte is a token."""
