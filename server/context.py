@@ -2,15 +2,12 @@
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple, Unpack, cast
 
-import anyio.to_thread
-from anyio import CapacityLimiter
 from starlette.requests import Request
 
 from engine.config import ModelConfig
@@ -18,23 +15,22 @@ from engine.shared.messages import LoraAdapter
 from server.constrained.constraints import ConstraintBuilder
 from server.constrained.grammar_checker import GrammarChecker
 from server.engine_client.client import EngineClient
+from server.http.body_middleware import get_text_size
 from server.http.errors import MissingParameterError, ModelNotFoundError
 from server.metrics import Metrics
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling
 from server.settings.table import Settings
+from server.tenants import get_tenant
 from server.text.templates.chat_template import ChatTemplate
+from server.text.text_threads import TextThreads
 from server.text.token_sequences import SequenceBreakers
 from server.text.tokenizer import Tokenizer
 from server.weight_files import WeightFiles, describe_weights
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-
-def _limiter(cores_per_thread: int) -> CapacityLimiter:
-    return CapacityLimiter(max(1, (os.cpu_count() or 1) // cores_per_thread))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +70,11 @@ class ServerContext:
     recordings: Recordings
     score_token_ids: tuple[int, ...] = ()  # of --score-tokens: true, false
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
-    # CPU-bound text processing runs in at most one thread per core. /tokenize and /detokenize have a limiter of their
-    # own, so that generation requests never queue behind them.
-    text_threads: CapacityLimiter = field(default_factory=lambda: _limiter(1))
-    tokenize_threads: CapacityLimiter = field(default_factory=lambda: _limiter(2))
+    text_threads: TextThreads = field(default_factory=TextThreads)
 
-    async def run_text_work(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
-        """Run CPU-bound `function` in a worker thread, at most one per core."""
-        return await anyio.to_thread.run_sync(function, *args, limiter=self.text_threads)
+    async def run_text_work(self, request: Request, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+        """Run `function`, which works on the texts of a request, in a thread."""
+        return await self.text_threads.run(get_tenant(request), get_text_size(request), function, *args)
 
     @property
     def served_models(self) -> list[ServedModel]:

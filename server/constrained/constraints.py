@@ -24,6 +24,7 @@ from server.http.validation import format_path, resolve_location
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.structural_tag import Format, JSONSchemaPart, StructuralTag, inner_parts
 from server.schemas.structured_outputs import ResponseFormat, StructuredOutputs
+from server.tenants import Tenant
 from server.text.tokenizer import Tokenizer
 
 MAX_SCHEMA_BYTES = 64 * 1024
@@ -53,12 +54,14 @@ class Constraint:
     checked_first: Sequence["Constraint"] = ()
 
 
-async def check_constraint(checker: GrammarChecker, constraint: Constraint, body: GenerationRequest) -> None:
-    """Check that the engine can follow a constraint. Takes up to a second, after the checks that are queued before it.
+async def check_constraint(
+    checker: GrammarChecker, constraint: Constraint, body: GenerationRequest, tenant: Tenant
+) -> None:
+    """Check that the engine can follow a constraint. Takes up to a second, when it is the tenant's turn.
 
     Raises:
         InvalidValueError: the engine cannot follow it, or a parameter is not allowed together with it.
-        QueueFullError: too many checks are queued.
+        QueueFullError: too many checks of the tenant are queued.
         EngineUnavailableError: the checker process does not answer.
     """
     for name in EXCLUSIVE:
@@ -66,7 +69,7 @@ async def check_constraint(checker: GrammarChecker, constraint: Constraint, body
             message = f"Invalid '{name}': not allowed with '{constraint.param}'."
             raise InvalidValueError(message, param=name)
     constraints = (*constraint.checked_first, constraint)
-    problem = await checker.find_problem([each.grammar for each in constraints])
+    problem = await checker.find_problem([each.grammar for each in constraints], tenant)
     if problem is not None:
         known = [text for beginning, text in PROBLEMS.items() if beginning in problem.message]
         raise _invalid(constraints[problem.index].param, [*known, problem.message][0])

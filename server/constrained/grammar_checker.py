@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,11 +16,13 @@ import msgspec
 
 from engine.grammar.checker import LENGTH, MAX_PROCESSOR_SECONDS, CheckerVocabulary, CheckResult, encode_message
 from server.http.errors import EngineUnavailableError, QueueFullError
+from server.tenants import ANYBODY, Tenant
+from server.text.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING_SECONDS = 60.0  # for one answer of the process, on a machine that is busy with other things
-MAX_WAITING = 64  # requests whose grammars wait to be checked
+MAX_WAITING = 64  # requests of a tenant whose grammars wait to be checked
 MAX_CACHED_RESULTS = 1024
 COMMAND = (sys.executable, "-P", "-m", "engine.grammar.checker")
 UNSUITABLE = "this model's kind of tokenizer does not support constrained answers"
@@ -41,38 +43,38 @@ class GrammarChecker:
         """Prepare the checker. `tokenizer` is the content of a tokenizer.json."""
         self._vocabulary = CheckerVocabulary(tokenizer, list(eos_token_ids))
         self._results: OrderedDict[bytes, GrammarProblem | None] = OrderedDict()  # by hash of the grammars
-        self._lock = asyncio.Lock()
+        self._turns = Turns(1)
         self._process: Process | None = None
-        self._num_waiting = 0
+        self._num_waiting: Counter[str] = Counter()  # by the tenant's name
         self._is_closed = False
 
-    async def find_problem(self, grammars: Sequence[str]) -> GrammarProblem | None:
+    async def find_problem(self, grammars: Sequence[str], tenant: Tenant = ANYBODY) -> GrammarProblem | None:
         """Return the problem of the first of a request's grammars that cannot be followed, or None if all can.
 
         Raises QueueFullError or EngineUnavailableError.
         """
         # An exchange is completed even if the client disconnects: its answer must not be taken for the next one's.
-        return await asyncio.shield(self._find_problem(grammars))
+        return await asyncio.shield(self._find_problem(grammars, tenant))
 
     async def close(self) -> None:
         """End the process. Later checks raise EngineUnavailableError."""
         self._is_closed = True
         await self._end()
 
-    async def _find_problem(self, grammars: Sequence[str]) -> GrammarProblem | None:
+    async def _find_problem(self, grammars: Sequence[str], tenant: Tenant) -> GrammarProblem | None:
         key = hashlib.sha256(msgspec.json.encode(grammars)).digest()
         if key in self._results:
             return self._cached(key)
-        if self._num_waiting >= MAX_WAITING:
-            raise QueueFullError(retry_after=self._num_waiting * MAX_PROCESSOR_SECONDS)
-        self._num_waiting += 1
+        if self._num_waiting[tenant.name] >= MAX_WAITING:
+            raise QueueFullError(retry_after=MAX_WAITING * MAX_PROCESSOR_SECONDS)
+        self._num_waiting[tenant.name] += 1
         try:
-            async with self._lock:
+            async with self._turns.turn(tenant, cost=1):
                 if key not in self._results:
                     self._results[key] = await self._check(grammars)
                 return self._cached(key)
         finally:
-            self._num_waiting -= 1
+            self._num_waiting -= Counter([tenant.name])  # which drops names that have none left
 
     def _cached(self, key: bytes) -> GrammarProblem | None:
         """Return a cached result, which becomes the latest one."""

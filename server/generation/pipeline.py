@@ -8,11 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, TypeVarTuple, Unpack
 
-import anyio.to_thread
 import msgspec
-from anyio import CapacityLimiter
 from fastapi import Request, Response
 from msgspec import UNSET, UnsetType
 
@@ -38,6 +36,7 @@ from server.generation.prompts import Prompt, fit_max_tokens, max_prompt_tokens,
 from server.generation.reasoning_budget import reasoning_limit
 from server.generation.timings import request_timings
 from server.generation.tokenized_settings import TokenizedSettings, tokenize_settings
+from server.http.body_middleware import get_text_size
 from server.http.errors import APIError, ServerError
 from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import SERVER_SENT_EVENTS, StreamFormat, run_until_disconnect, sse_response
@@ -52,6 +51,9 @@ from server.text.choice_text import ChoiceText
 logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=GenerationRequest)
+Ts = TypeVarTuple("Ts")
+
+LOGPROB_BYTES = 100  # of an answer, for each log probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class _Job(Generic[Body]):
     request_id: str  # for logs and errors
     warnings: dict[str, str]  # response header that lists ignored fields, if there are any
     tenant: Tenant
+    text_size: int  # bytes
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -139,12 +142,12 @@ async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tupl
     """Return the prompts as they would be sent to the engine, and response headers. Raises APIError."""
     job = _validate(request, body, endpoint, default_seed=0)  # rendering must not change the seeds of later requests
     context = job.context
-    prepared = await _prepare(job, context.tokenize_threads)
+    prepared = await _prepare(job)
 
     def encode() -> list[RenderedPrompt]:
         return [_rendered(job, submit) for submit in prepared.submits]
 
-    rendered = await anyio.to_thread.run_sync(encode, limiter=context.tokenize_threads)
+    rendered = await context.run_text_work(request, encode)
     headers = {name: value for name, value in _headers(job, prepared).items() if name != "x-lightwell-seed"}
     return rendered, headers
 
@@ -194,6 +197,7 @@ def _validate(request: Request, body: Body, endpoint: Endpoint[Body], *, default
         request_id=request.state.request_id,
         warnings=warnings,
         tenant=get_tenant(request),
+        text_size=get_text_size(request),
     )
 
 
@@ -223,7 +227,7 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer, d
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     count = body.num_prompts * body.num_choices
     with context.client.reserve(count, param=param, tenant=job.tenant) as reservation:
-        prepared = await _prepare(job, context.text_threads)
+        prepared = await _prepare(job)
         context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         prompts, submitted = prepared.prompts, time.monotonic()
         choices = [_make_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
@@ -256,11 +260,11 @@ class _Prepared:
     tokenizer_seconds: float
 
 
-async def _prepare(job: _Job[Body], threads: CapacityLimiter) -> _Prepared:
+async def _prepare(job: _Job[Body]) -> _Prepared:
     """Tokenize the request in a thread and check its grammar. Raises BadRequestError."""
-    prepared = await anyio.to_thread.run_sync(_tokenize, job, limiter=threads)
+    prepared = await job.context.text_threads.run(job.tenant, job.text_size, _tokenize, job)
     if prepared.constraint is not None:
-        await check_constraint(job.context.grammar_checker, prepared.constraint, job.body)
+        await check_constraint(job.context.grammar_checker, prepared.constraint, job.body, job.tenant)
     return prepared
 
 
@@ -387,7 +391,15 @@ async def _collect(job: _Job[Body], generation: Generation, writer: Writer) -> b
 
     # Encoding hundreds of thousands of log probabilities would block the event loop.
     is_short = body.num_logprobs is None and body.num_prompt_logprobs is None
-    return encode() if is_short else await job.context.run_text_work(encode)
+    return encode() if is_short else await _encode_in_thread(job, generation, encode)
+
+
+async def _encode_in_thread(
+    job: _Job[Body], generation: Generation, encode: Callable[[Unpack[Ts]], bytes], *args: *Ts
+) -> bytes:
+    body = job.body
+    num_logprobs = generation.usage.total_tokens * (1 + max(body.num_logprobs or 0, body.num_prompt_logprobs or 0))
+    return await job.context.text_threads.run(job.tenant, num_logprobs * LOGPROB_BYTES, encode, *args)
 
 
 async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> AsyncGenerator[bytes, None]:
@@ -404,6 +416,6 @@ async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> As
     in_thread = job.body.num_prompt_logprobs is not None  # they may be very many
     async with aclosing(deltas), aclosing(batches):
         async for batch in batches:
-            if events := await job.context.run_text_work(encode, batch) if in_thread else encode(batch):
+            if events := await _encode_in_thread(job, generation, encode, batch) if in_thread else encode(batch):
                 yield events
     yield writer.end(generation.usage, _timings(job, generation))

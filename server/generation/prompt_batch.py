@@ -48,7 +48,7 @@ async def run_prompts(
     events: list[TokenEvent] = []
     endings: list[ChoiceEnd] = []
     with context.client.reserve(size, param=param, tenant=get_tenant(request)) as reservation:
-        submits = await context.run_text_work(make_submits)
+        submits = await context.run_text_work(request, make_submits)
         submitted = time.monotonic()
         while len(events) < len(submits):
             waiting = submits[len(events) :]

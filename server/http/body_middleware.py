@@ -3,7 +3,7 @@
 import asyncio
 
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.body_budget import BodyBudget, BodyShare
@@ -16,6 +16,7 @@ from server.http.errors import (
 )
 
 BODY_TIMEOUT = 60.0  # seconds from the end of a request's head to the end of its body
+TEXT_SIZE = "text_size"  # in the scope's state: bytes of text that the request's work reads, as far as known
 DISCARD_TIMEOUT = 1.0  # seconds to read the rest of a rejected body, so that the client can read the answer
 
 
@@ -51,6 +52,7 @@ class BodyMiddleware:
                 await self._discard(receive)
             await error.response(scope)(scope, receive, send)
             return
+        scope["state"][TEXT_SIZE] = len(body)
         try:
             await self._app(scope, _replay(body, receive), _releasing(share, send))
         finally:
@@ -105,6 +107,17 @@ def check_encoding(headers: Headers) -> None:
     """Raise UnsupportedMediaTypeError for a body with a Content-Encoding."""
     if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
         raise UnsupportedMediaTypeError("The body of your request must not be compressed.")
+
+
+def get_text_size(request: Request) -> int:
+    """Return how many bytes of text the work for a request reads: those of its body, or what was noted since."""
+    size: int = request.scope["state"].get(TEXT_SIZE, 0)
+    return size
+
+
+def note_text_size(request: Request, num_bytes: int) -> None:
+    """Note that a request refers to stored text, so that its work reads at least `num_bytes`."""
+    request.scope["state"][TEXT_SIZE] = max(get_text_size(request), num_bytes)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -5,7 +5,6 @@ Texts are processed in threads so as not to block the event loop.
 
 import time
 
-import anyio.to_thread
 import msgspec
 from fastapi import APIRouter, Request, Response
 
@@ -39,7 +38,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     body.check()
     max_model_len = context.max_model_len
     start = time.monotonic()
-    answer = await anyio.to_thread.run_sync(_tokenize, context, body, max_model_len, limiter=context.tokenize_threads)
+    answer = await context.run_text_work(request, _tokenize, context, body, max_model_len)
     context.metrics.observe_tokenizer(time.monotonic() - start)
     return Response(answer, headers=headers, media_type="application/json")
 
@@ -50,7 +49,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     context = get_context(request)
     headers = begin(request, body, model=body.model).accept()
     _check_token_ids(body.tokens, vocab_size(context))
-    answer = await anyio.to_thread.run_sync(_detokenize, context, body, limiter=context.tokenize_threads)
+    answer = await context.run_text_work(request, _detokenize, context, body)
     return Response(answer, headers=headers, media_type="application/json")
 
 

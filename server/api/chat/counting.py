@@ -1,6 +1,5 @@
 """Counts the prompt tokens of a conversation."""
 
-import anyio.to_thread
 from fastapi import Request
 
 from server.api.chat.schemas import ChatCompletionRequest
@@ -21,6 +20,5 @@ async def count_prompt_tokens(
     preamble = begin_generation(request, body, ignored=endpoint.ignored_fields(context, body))
     body.check()
     headers = preamble.accept()
-    limiter = context.tokenize_threads
-    (prompt,) = await anyio.to_thread.run_sync(encode_prompts, context, body, endpoint, limiter=limiter)
+    (prompt,) = await context.run_text_work(request, encode_prompts, context, body, endpoint)
     return len(prompt.token_ids), headers

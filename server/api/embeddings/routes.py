@@ -17,5 +17,5 @@ async def create_embedding(request: Request, body: EmbeddingRequest) -> Response
     """Return the embeddings of one or more texts."""
     model, headers = validate(request, body)
     embeddings = await run_until_disconnect(request, embed(request, body, model))
-    content = await get_context(request).run_text_work(write_answer, body, embeddings)
+    content = await get_context(request).run_text_work(request, write_answer, body, embeddings)
     return Response(content, headers=headers, media_type="application/json")

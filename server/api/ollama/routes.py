@@ -126,7 +126,7 @@ async def embed_texts(request: Request, body: OllamaEmbedRequest) -> Response:
     with renamed_errors(EMBED_NAMES):
         converted = embed_request(body, served_name(get_context(request), body.model))
         embeddings, headers = await _embed(request, converted)
-    content = await get_context(request).run_text_work(write_embeddings, body, embeddings)
+    content = await get_context(request).run_text_work(request, write_embeddings, body, embeddings)
     return Response(content, headers=headers, media_type="application/json")
 
 
@@ -152,7 +152,7 @@ async def show(request: Request, body: OllamaShowRequest) -> Response:
     context = get_context(request)
     name = body.model or body.name or ""
     preamble = begin(request, body, model=served_name(context, name))
-    info = await context.run_text_work(show_model, context, preamble.model)
+    info = await context.run_text_work(request, show_model, context, preamble.model)
     return StructResponse(info, headers=preamble.accept())
 
 
@@ -161,14 +161,14 @@ async def show(request: Request, body: OllamaShowRequest) -> Response:
 async def tags(request: Request) -> Response:
     """List the served model and its LoRA adapters."""
     context = get_context(request)
-    return StructResponse(await context.run_text_work(list_models, context))
+    return StructResponse(await context.run_text_work(request, list_models, context))
 
 
 @router.get("/api/ps")
 async def running(request: Request) -> Response:
     """List the loaded models, which are all of them."""
     context = get_context(request)
-    return StructResponse(await context.run_text_work(list_loaded, context))
+    return StructResponse(await context.run_text_work(request, list_loaded, context))
 
 
 @router.head("/api/version", include_in_schema=False)

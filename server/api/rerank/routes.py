@@ -37,7 +37,8 @@ async def rerank(request: Request, body: RerankRequest) -> Response:
     """Return documents by their relevance to a query, best first."""
     context = get_context(request)
     model, headers = _begin(request, body)
-    documents = await context.run_text_work(_shorten, context.tokenizer, body.documents, body.max_tokens_per_doc)
+    tokenizer, num_tokens = context.tokenizer, body.max_tokens_per_doc
+    documents = await context.run_text_work(request, _shorten, tokenizer, body.documents, num_tokens)
     pairs = [(body.query, document) for document in documents]
     scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs, ("query", "documents")))
     results = [
@@ -87,7 +88,7 @@ async def _compute(
         ]
 
     batch = await run_prompts(request, make_submits, scorer.num_prompts(pairs), param=fields[1])
-    scores = await context.run_text_work(scorer.scores, pairs, batch.events)
+    scores = await context.run_text_work(request, scorer.scores, pairs, batch.events)
     return scores, ScoringUsage(batch.num_prompt_tokens, batch.num_prompt_tokens)
 
 

@@ -14,6 +14,7 @@ from server.api.responses.store import StoredResponse, get_response_store
 from server.api.responses.writer import error_event
 from server.context import get_context
 from server.generation.pipeline import respond, start_in_background
+from server.http.body_middleware import note_text_size
 from server.http.errors import (
     BadRequestError,
     InvalidValueError,
@@ -71,6 +72,7 @@ def _to_chat(request: Request, body: ResponsesRequest) -> tuple[ChatCompletionRe
     with renamed_errors(error_names(body)):
         conversation = [*(previous.items if previous else ()), *items]
         chat = to_chat(body, conversation, ignored_fields(body, context.chat_template))
+    note_text_size(request, sum(len(message.text) for message in chat.messages))
     return chat, ResponsesEndpoint(body, items, previous, store)
 
 

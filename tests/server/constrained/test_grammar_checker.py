@@ -15,6 +15,7 @@ from engine.grammar.compiler import GrammarCompiler, GrammarError
 from server.constrained import grammar_checker
 from server.constrained.grammar_checker import MAX_WAITING, UNSUITABLE, GrammarChecker, GrammarProblem
 from server.http.errors import EngineUnavailableError, QueueFullError
+from server.tenants import Tenant
 from server.text.tokenizer import Tokenizer
 from tests.support.processes import processor_limit
 from tests.support.tiny_tokenizer_model import END_OF_TEXT_ID
@@ -97,6 +98,21 @@ def test_cached_results_do_not_wait(tokenizer: Tokenizer) -> None:
         assert time.monotonic() - start < MAX_PROCESSOR_SECONDS / 2
         assert not slow.done()
         assert await slow == GrammarProblem(0, TOO_SLOW)
+
+    run_with_checker(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
+
+
+def test_tenants_take_turns(tokenizer: Tokenizer) -> None:
+    """One tenant's checks, of which as many wait as may, hold up another's for no more than two of them."""
+    other = Tenant(name="other")
+
+    async def check(checker: GrammarChecker) -> None:
+        many = [asyncio.create_task(checker.find_problem([f"{SLOW} /{number}/"])) for number in range(MAX_WAITING)]
+        await asyncio.sleep(0.05)
+        assert await checker.find_problem([GOOD[0]], other) is None
+        assert sum(each.done() for each in many) <= 2
+        for each in many:
+            each.cancel()
 
     run_with_checker(tokenizer, check, eos_token_ids=[END_OF_TEXT_ID])
 

@@ -381,9 +381,9 @@ class Pause:
         self._stopped, self._go_on = threading.Event(), threading.Event()
         run, tokenize = ServerContext.run_text_work, pipeline._tokenize
 
-        async def run_later(context: Any, function: Any, *args: Any) -> Any:
-            await run(context, self._wait)
-            return await run(context, function, *args)
+        async def run_later(context: Any, request: Any, function: Any, *args: Any) -> Any:
+            await run(context, request, self._wait)
+            return await run(context, request, function, *args)
 
         def tokenize_later(job: Any) -> Any:
             self._wait()

@@ -1,0 +1,37 @@
+"""Runs the CPU-bound work on the texts of requests in threads: rendering, tokenizing, encoding long answers."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple, Unpack
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+
+from server.tenants import Tenant
+from server.text.turns import Turns
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+LONG_BYTES = 1 << 16  # of text; tokenizing it takes about 30 ms
+MIN_BYTES = 1 << 10  # for which a shorter text counts
+
+
+class TextThreads:
+    """Threads in which tenants take turns, in proportion to the sizes of their texts.
+
+    Long texts have threads of their own, so that no request waits for a longer one of the same tenant either.
+    """
+
+    def __init__(self, num_cores: int | None = None) -> None:
+        """`num_cores` is by default that of the machine."""
+        num_short = num_cores or os.cpu_count() or 1
+        num_long = max(1, num_short // 2)
+        self._short, self._long = Turns(num_short), Turns(num_long)
+        self._threads = CapacityLimiter(num_short + num_long)
+
+    async def run(self, tenant: Tenant, num_bytes: int, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+        """Run `function`, which works on `num_bytes` of text, when it is the tenant's turn."""
+        turns = self._long if num_bytes > LONG_BYTES else self._short
+        async with turns.turn(tenant, max(num_bytes, MIN_BYTES)):
+            return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)

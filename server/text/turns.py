@@ -1,0 +1,83 @@
+"""Lets tenants take turns at a scarce resource."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from server.tenants import Tenant
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    tenant: Tenant
+    cost: float
+    granted: asyncio.Future[None]
+
+
+class Turns:
+    """A semaphore whose free slots go to the waiting tenant that has had the least of it, relative to its weight.
+
+    This is start-time fair queueing. What a tenant has had counts from when it begins to wait, so that nobody saves up
+    turns by being idle. Work of one tenant is done in the order in which it came. For one event loop.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_free = num_slots
+        self._waiting: dict[str, deque[_Waiter]] = {}  # by the tenant's name; never empty
+        self._had: dict[str, float] = {}  # virtual time up to which a tenant has been served
+        self._now = 0.0  # virtual time: that of the tenant that was served last
+
+    @asynccontextmanager
+    async def turn(self, tenant: Tenant, cost: float) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. `cost` is the time that the work takes, in any unit."""
+        await self._acquire(_Waiter(tenant, cost, asyncio.get_running_loop().create_future()))
+        try:
+            yield
+        finally:
+            self._release()
+
+    async def _acquire(self, waiter: _Waiter) -> None:
+        name = waiter.tenant.name
+        if name not in self._waiting:
+            self._waiting[name] = deque()
+            self._had[name] = max(self._had.get(name, 0.0), self._now)
+        self._waiting[name].append(waiter)
+        self._grant()
+        try:
+            await waiter.granted
+        except asyncio.CancelledError:
+            if waiter.granted.cancelled():
+                self._remove(waiter)
+            else:  # it was cancelled after its turn had come
+                self._release()
+            raise
+
+    def _release(self) -> None:
+        self._num_free += 1
+        self._grant()
+
+    def _grant(self) -> None:
+        """Give the free slots to those who wait."""
+        while self._num_free and self._waiting:
+            name = min(self._waiting, key=lambda name: self._had[name])
+            waiter = self._waiting[name][0]
+            if not waiter.granted.done():  # else it was cancelled
+                self._num_free -= 1
+                self._now = self._had[name]
+                self._had[name] += waiter.cost / waiter.tenant.weight
+                waiter.granted.set_result(None)
+            self._remove(waiter)
+
+    def _remove(self, waiter: _Waiter) -> None:
+        """Remove a waiter, and forget the tenants that count as new ones again. Does nothing if it is not there."""
+        name = waiter.tenant.name
+        if waiter not in self._waiting.get(name, ()):
+            return
+        self._waiting[name].remove(waiter)
+        if not self._waiting[name]:
+            del self._waiting[name]
+            self._had = {name: had for name, had in self._had.items() if had > self._now or name in self._waiting}

@@ -1,0 +1,128 @@
+"""Tenants take turns in proportion to their weights, and no slot is lost."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.tenants import Tenant
+from server.text.turns import Turns
+
+NAMES = ("a", "b", "c")
+
+
+async def work(turns: Turns, tenant: Tenant, order: list[str], cost: float = 1.0) -> None:
+    async with turns.turn(tenant, cost):
+        order.append(tenant.name)
+        await asyncio.sleep(0)
+
+
+def test_a_tenant_with_much_work_lets_others_have_their_turn() -> None:
+    order: list[str] = []
+
+    async def run() -> None:
+        turns = Turns(1)
+        many = [asyncio.create_task(work(turns, Tenant(name="many"), order)) for _ in range(20)]
+        await asyncio.sleep(0)
+        await work(turns, Tenant(name="one"), order)
+        await asyncio.gather(*many)
+
+    asyncio.run(run())
+    assert order.index("one") <= 2
+    assert len(order) == 21
+
+
+@pytest.mark.parametrize(("cost", "weight", "expected"), [(1, 1.0, 30), (2, 1.0, 15), (1, 3.0, 90), (4, 2.0, 15)])
+def test_turns_follow_costs_and_weights(cost: float, weight: float, expected: int) -> None:
+    """While the other tenant has 30 turns of cost 1, one with weight w and work of cost c has 30 w / c."""
+    order: list[str] = []
+
+    async def run() -> None:
+        turns = Turns(1)
+        tasks = [
+            asyncio.create_task(work(turns, tenant, order, each))
+            for _ in range(200)
+            for tenant, each in ((Tenant(name="a"), 1), (Tenant(name="b", weight=weight), cost))
+        ]
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    first = order[: [index for index, name in enumerate(order) if name == "a"][30]]
+    assert Counter(first)["b"] == pytest.approx(expected, abs=2)
+
+
+def test_idle_time_saves_up_no_turns() -> None:
+    order: list[str] = []
+
+    async def run() -> None:
+        turns = Turns(1)
+        for _ in range(50):
+            await work(turns, Tenant(name="busy"), order)
+        busy = [asyncio.create_task(work(turns, Tenant(name="busy"), order)) for _ in range(10)]
+        idle = [asyncio.create_task(work(turns, Tenant(name="idle"), order)) for _ in range(10)]
+        await asyncio.gather(*busy, *idle)
+
+    asyncio.run(run())
+    assert Counter(order[50:60])["busy"] >= 4
+
+
+STEPS = st.tuples(st.sampled_from(["start", "end", "cancel"]), st.sampled_from(NAMES), st.integers(0, 20))
+
+
+class Holders:
+    """Tasks that hold slots until they are told to end."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.running: list[asyncio.Event] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self._num_slots = num_slots
+        self._turns = Turns(num_slots)
+
+    def start(self, name: str) -> None:
+        self.tasks.append(asyncio.create_task(self._hold(name)))
+
+    async def check(self) -> None:
+        """No more run than there are slots, and none waits while a slot is free."""
+        for _ in range(4):
+            await asyncio.sleep(0)
+        assert len(self.running) == min(self._num_slots, sum(not task.done() for task in self.tasks))
+
+    async def _hold(self, name: str) -> None:
+        async with self._turns.turn(Tenant(name=name), 1.0):
+            ended = asyncio.Event()
+            self.running.append(ended)
+            try:
+                await ended.wait()
+            finally:
+                self.running.remove(ended)
+
+
+async def follow(holders: Holders, steps: list[tuple[str, str, int]]) -> None:
+    for action, name, number in steps:
+        if action == "start":
+            holders.start(name)
+        elif action == "end" and holders.running:
+            holders.running[number % len(holders.running)].set()
+        elif action == "cancel" and holders.tasks:
+            holders.tasks[number % len(holders.tasks)].cancel()
+        if number % 2:  # otherwise several things happen at once
+            await holders.check()
+    for task in holders.tasks:
+        task.cancel()
+    await holders.check()
+    for name in NAMES * 2:
+        holders.start(name)
+    await holders.check()
+    for task in holders.tasks:
+        task.cancel()
+
+
+@settings(max_examples=200)
+@given(num_slots=st.integers(1, 3), steps=st.lists(STEPS, max_size=60))
+def test_any_order_of_work_and_cancellation_keeps_all_slots(num_slots: int, steps: list[tuple[str, str, int]]) -> None:
+    async def run() -> None:
+        await follow(Holders(num_slots), steps)
+
+    asyncio.run(run())
