@@ -45,6 +45,10 @@ class Matcher:
         """Cancel the compilation if it has not begun. The matcher must not be used afterwards."""
         self._compiled.cancel()
 
+    def rewind(self) -> None:
+        """Return to the beginning, so that the next call consumes the whole output again."""
+        self._matcher = None
+
     def masks(self, output: Sequence[int], draft: Sequence[int] = ()) -> list[bytes]:
         """Return the masks of the token after the output, and of the token after each draft token.
 

@@ -44,11 +44,11 @@ class Drafting:
     def settle(self, item: Scheduled, num_accepted: int) -> None:
         """Adapt later drafts to how many tokens of this one were accepted, and drop the rest from the KV cache."""
         request, num_drafted = item.request, len(item.draft_token_ids)
-        if not num_drafted:
-            return
         state = request.drafting
         if state.drafter is not None:
             state.drafter.adapt(num_drafted, num_accepted)
+        if not num_drafted:
+            return
         if request.matcher is not None:  # the model may tokenize the forced text in another way
             is_right = num_accepted == num_drafted
             state.max_forced = 2 * state.max_forced if is_right else max(MIN_FORCED, 2 * num_accepted)

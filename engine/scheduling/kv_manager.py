@@ -116,10 +116,10 @@ class KVManager:
             self.pool.release(table.truncate(self.pool.num_blocks_for(kv.num_computed)))
         kv.num_published = min(kv.num_published, num_full)
 
-    def publish(self, request: Request) -> None:
-        """Let other requests find the blocks whose last token has been computed."""
+    def publish(self, request: Request, num_settled: int) -> None:
+        """Let other requests find the blocks of the first `num_settled` tokens, whose steps have all succeeded."""
         kv = request.kv
-        num_full = kv.num_computed // self.pool.block_size
+        num_full = num_settled // self.pool.block_size
         if num_full <= kv.num_published:
             return
         self._extend_hashes(request)
@@ -128,6 +128,12 @@ class KVManager:
                 if (block := table.blocks[index]) is not None:
                     self.pool.publish(block, kv.block_hashes[index] + suffix)
         kv.num_published = num_full
+
+    def unpublish(self, request: Request, num_published: int) -> None:
+        """Take back the publication of all blocks but the first `num_published`."""
+        for table in request.kv.tables:
+            self.pool.unpublish(block for block in table.blocks[num_published:] if block is not None)
+        request.kv.num_published = num_published
 
     def slide(self, request: Request, num_settled: int) -> None:
         """Release the blocks that no token after the first `num_settled` sees."""

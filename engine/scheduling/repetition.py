@@ -20,16 +20,18 @@ class RepetitionDetector:
         self._params = params
         self._min_tokens = min_tokens
         self._sizes = range(params.min_pattern_size, params.max_pattern_size + 1)
-        self._num_equal = [0] * len(self._sizes)
+        self.num_equal = [0] * len(self._sizes)  # replaced by `push`, never changed
 
     def push(self, token_ids: Sequence[int], num_output_tokens: int) -> bool:
         """Process the last of `token_ids`, and return whether it completes a repetition.
 
         `token_ids` ends with `num_output_tokens` tokens of output. Must be called exactly once for each of them.
         """
-        last, found = token_ids[-1], False
-        for index, size in enumerate(self._sizes):
-            is_equal = size < num_output_tokens and token_ids[-1 - size] == last
-            self._num_equal[index] = self._num_equal[index] + 1 if is_equal else 0
-            found = found or self._num_equal[index] >= size * (self._params.min_count - 1)
+        last = token_ids[-1]
+        self.num_equal = [
+            num_equal + 1 if size < num_output_tokens and token_ids[-1 - size] == last else 0
+            for size, num_equal in zip(self._sizes, self.num_equal, strict=True)
+        ]
+        repeats = self._params.min_count - 1
+        found = any(num >= size * repeats for size, num in zip(self._sizes, self.num_equal, strict=True))
         return found and num_output_tokens >= self._min_tokens

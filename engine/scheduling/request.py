@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -127,6 +127,22 @@ class SamplingState:
     mirostat_mu: list[float] = field(default_factory=list)  # mu in bits, after each output token
     repeat_lengths: NDArray[np.int32] | None = None  # cache of engine.sampling.dry: see _repeat_lengths
 
+    def rewind(self, num_output_tokens: int) -> None:
+        """Forget what was computed for tokens after the first `num_output_tokens`, and all caches."""
+        del self.mirostat_mu[num_output_tokens:]
+        self.history, self.counts, self.repeat_lengths = array("i"), TokenCounts(), None
+
+
+class Savepoint(NamedTuple):
+    """How far a request had come before an update."""
+
+    num_tokens: int
+    num_prompt_logprobs: int
+    pooled: list[int]
+    num_equal: list[int]
+    num_block_hashes: int
+    num_published: int
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -201,6 +217,34 @@ class Request:
         history = self.sampling.history
         history.extend(self.token_ids[len(history) :])
         return history
+
+    def savepoint(self) -> Savepoint:
+        """Return what `restore` needs to undo an update."""
+        num_equal = self.repetition.num_equal if self.repetition is not None else []
+        prompt, kv = self.prompt_outputs, self.kv
+        return Savepoint(
+            len(self.token_ids),
+            len(prompt.logprobs),
+            prompt.pooled,
+            num_equal,
+            len(kv.block_hashes),
+            kv.num_published,
+        )
+
+    def restore(self, savepoint: Savepoint) -> None:
+        """Undo an update that did not come to its end. The blocks that it published must be unpublished before."""
+        del self.token_ids[savepoint.num_tokens :]
+        del self.prompt_outputs.logprobs[savepoint.num_prompt_logprobs :]
+        del self.kv.block_hashes[savepoint.num_block_hashes :]
+        self.prompt_outputs.pooled = savepoint.pooled
+        if self.repetition is not None:
+            self.repetition.num_equal = savepoint.num_equal
+
+    def rewind(self) -> None:
+        """Undo what sampling has changed for tokens that are not in `token_ids`, however far it came."""
+        self.sampling.rewind(self.num_output_tokens)
+        if self.matcher is not None:
+            self.matcher.rewind()
 
     def wait_for_grammar(self, timeout: float) -> None:
         """Block until `can_start` is true, for at most `timeout` seconds."""
@@ -301,6 +345,7 @@ class Step:
 
     step_id: int
     scheduled: list[Scheduled]
+    faults: list[tuple[Scheduled, Exception]] = field(default_factory=list)  # raised by Scheduler.update
 
     @property
     def num_tokens(self) -> int:

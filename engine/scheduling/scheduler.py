@@ -31,6 +31,11 @@ def _sort_key(request: Request) -> tuple[int, int, int]:
     return (*request.queue_key, request.index)
 
 
+def _num_accepted(output: ScheduledOutput, event: TokenEvent) -> int:
+    """Return how many draft tokens became tokens of the event."""
+    return max(0, min(len(output.token_ids) - 1, len(event.token_ids)))
+
+
 def _adapter_names(requests: Sequence[Request]) -> list[str]:
     return sorted({request.lora_name for request in requests if request.lora_name})
 
@@ -220,6 +225,7 @@ class Scheduler:
                 continue
             self.kv.truncate(request, item.num_tokens)
             request.kv.num_expected = item.start + 1 if item.is_ahead else 0
+            request.rewind()
             if chunks and chunks[-1].step_id == step.step_id:
                 chunks.pop()
         self.stats.steps_total -= 1
@@ -246,40 +252,66 @@ class Scheduler:
     # After a step.
 
     def update(self, step: Step, outputs: Sequence[ScheduledOutput]) -> list[TokenEvent]:
-        """Apply the outputs of a step. Return one event for each request with new tokens or an end."""
-        events = [self._update(item, output) for item, output in zip(step.scheduled, outputs, strict=True)]
+        """Apply the outputs of a step that has succeeded: here, and nowhere else, its requests advance.
+
+        Return one event for each request with new tokens or an end. A request whose outputs cannot be applied stays as
+        it was, and is one of `step.faults`.
+        """
+        events = [self._update(step, item, output) for item, output in zip(step.scheduled, outputs, strict=True)]
         return [event for event in events if event is not None]
 
-    def _update(self, item: Scheduled, output: ScheduledOutput) -> TokenEvent | None:
+    def _update(self, step: Step, item: Scheduled, output: ScheduledOutput) -> TokenEvent | None:
         request = item.request
         if request.status is not Status.RUNNING:  # aborted or preempted during the step
             return None
-        event = self._new_event(request)
         if output.error is not None and item.draft_token_ids:
             self.drafting.retry_without_draft(item)
             return None
+        event = self._new_event(request)
         if output.error is not None:
             event.error = output.error
             self.pool.unpublish(request.kv.blocks)
             return self._end(request, event, FinishReason.ERROR)
+        savepoint = request.savepoint()
+        try:
+            reason = self._apply(item, output, event)
+        except Exception as error:  # of this request alone
+            self.kv.unpublish(request, savepoint.num_published)
+            request.restore(savepoint)
+            step.faults.append((item, error))
+            return None
+        return self._commit(item, output, event, reason)
+
+    def _apply(self, item: Scheduled, output: ScheduledOutput, event: TokenEvent) -> FinishReason | None:
+        """Add the outputs to a request and to its event, publish its blocks, and return why it ends, if it does."""
+        request = item.request
         request.prompt_outputs.logprobs += output.prompt_logprobs
         if output.pooled:
             request.prompt_outputs.add_pooled(output.pooled)
-        if not item.num_samples:
-            self._publish(item)
-            return None
-        if request.num_output_tokens == 0:
-            self._complete_prompt(request, event)
-        reason = self._append_tokens(request, output, event)
-        self.drafting.settle(item, min(len(output.token_ids) - 1, len(event.token_ids)))
-        self._publish(item)
-        return event if reason is None else self._end(request, event, reason)
+        reason = None
+        if item.num_samples:
+            if request.num_output_tokens == 0 and request.params.pooling is not None:
+                event.embedding = request.prompt_outputs.embedding()
+            reason = self._append_tokens(request, output, event)
+        num_rejected = len(item.draft_token_ids) - _num_accepted(output, event)
+        self.kv.publish(request, item.start + item.num_tokens - num_rejected)
+        return reason
 
-    def _publish(self, item: Scheduled) -> None:
-        """Publish the blocks that the item has filled, and then release those that have slid out of the window."""
-        self.kv.publish(item.request)
+    def _commit(
+        self, item: Scheduled, output: ScheduledOutput, event: TokenEvent, reason: FinishReason | None
+    ) -> TokenEvent | None:
+        """Bring blocks, drafts, counters and queues up to date with what was applied."""
+        request = item.request
+        self.drafting.settle(item, _num_accepted(output, event))
         # Later steps compute no token before these: of a generating request, the last one is still to be computed.
-        self.kv.slide(item.request, min(item.start + item.num_tokens, item.request.num_tokens - 1))
+        self.kv.slide(request, min(item.start + item.num_tokens, request.num_tokens - 1))
+        if not item.num_samples:
+            return None
+        if request.num_output_tokens == len(event.token_ids):
+            self._complete_prompt(request, event)
+        request.record.num_output_tokens += len(event.token_ids)
+        self.stats.generation_tokens_total += len(event.token_ids)
+        return event if reason is None else self._end(request, event, reason)
 
     def _new_event(self, request: Request) -> TokenEvent:
         """Return an event without tokens. The first one of a request says how many tokens were cached."""
@@ -297,8 +329,6 @@ class Scheduler:
             request.token_ids.append(token_id)
             event.token_ids.append(token_id)
             reason = self._finish_reason(request, event)
-        request.record.num_output_tokens += len(event.token_ids)
-        self.stats.generation_tokens_total += len(event.token_ids)
         event.logprobs = output.logprobs[: len(event.token_ids)] if output.logprobs is not None else None
         return reason
 
@@ -309,8 +339,6 @@ class Scheduler:
         event.times = request.record.times()
         if request.params.prompt_logprobs is not None:
             event.prompt_logprobs = request.prompt_outputs.logprobs
-        if request.params.pooling is not None:
-            event.embedding = request.prompt_outputs.embedding()
         children, request.children = request.children, []
         for child in children:
             self.add(child)

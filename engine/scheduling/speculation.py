@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 NGRAM_LENGTHS = (3, 2)  # the longer n-gram has fewer matches, but better ones
 START_LENGTH = 2  # tokens of the first draft of a policy that adapts
-MAX_SKIPPED = 15  # drafts skipped after a failure, at most
+MAX_SKIPPED = 15  # steps without a draft after a failure, at most
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,13 @@ class Drafter:
         self.policy = policy
         self.index = NgramIndex()
         self.length = START_LENGTH if policy.adapts else policy.max_length
-        self.num_to_skip = 0  # drafts to skip
-        self.next_skip = 0  # drafts to skip after the next failure
+        self.num_to_skip = 0  # steps without a draft that are still to come
+        self.next_skip = 0  # steps without a draft after the next failure
 
     def draft(self, token_ids: Sequence[int], max_length: int) -> list[int]:
         """Return up to `max_length` tokens that may follow; none if the last tokens have not occurred before."""
         length = min(self.length, max_length)
         if self.num_to_skip or length < 1:
-            self.num_to_skip = max(0, self.num_to_skip - 1)
             return []
         self.index.add(token_ids)
         start = self.index.find(token_ids)
@@ -118,8 +117,13 @@ class Drafter:
         return draft
 
     def adapt(self, num_drafted: int, num_accepted: int) -> None:
-        """Lengthen drafts after a fully accepted one, shorten them otherwise, and pause after consecutive failures."""
-        if not self.policy.adapts:
+        """Lengthen drafts after a fully accepted one, shorten them otherwise, and pause after consecutive failures.
+
+        To be called once for each step of the request, also if it had no draft.
+        """
+        if not num_drafted:
+            self.num_to_skip = max(0, self.num_to_skip - 1)
+        if not num_drafted or not self.policy.adapts:
             return
         if num_accepted == num_drafted:  # the draft may have been shorter than `length`
             self.length = max(self.length, min(2 * num_drafted, self.policy.max_length))

@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.scheduling.request import Scheduled, Status, Step, choice_seed, new_request
+from engine.scheduling.request import SamplingRow, Scheduled, Status, Step, choice_seed, new_request
 from engine.shared.messages import SamplingParams, Submit, TokenLogprobs
 
 seeds = st.integers(-(2**63), 2**63 - 1)
@@ -115,3 +115,18 @@ def test_what_a_step_computes_and_samples_of_a_request_and_its_draft() -> None:
     assert request.token_ids == [5, 6, 7, 8]
     assert Scheduled(request, start=0, num_tokens=2, num_samples=0).sampling_rows == []
     assert Scheduled(request, start=0, num_tokens=2, num_samples=0).token_ids == [5, 6]
+
+
+def test_rewinding_forgets_the_tokens_that_a_step_has_sampled_in_vain() -> None:
+    request = new_request(submit([5, 6, 7]), salt=b"", arrival_number=0, now=0.0)
+    request.token_ids += [8, 8]
+    request.history()
+    row = SamplingRow(request)
+    row.token_counts()
+    request.sampling.mirostat_mu = [4.0, 3.0, 2.0]  # the last one is that of the token that is being sampled
+    request.sampling.counts.num_counted = 4  # counting has stopped midway
+    request.rewind()
+    assert request.sampling.mirostat_mu == [4.0, 3.0]
+    assert list(request.history()) == request.token_ids == [5, 6, 7, 8, 8]
+    counts = row.token_counts()
+    assert dict(zip(counts.ids, counts.codes, strict=True)) == {5: 1, 6: 1, 7: 1, 8: 4}

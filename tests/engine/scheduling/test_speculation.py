@@ -107,8 +107,7 @@ def fares(*num_accepted: int) -> list[int]:
     lengths = []
     for num in num_accepted:
         lengths.append(len(drafter.draft(REPEATED, 100)))
-        if lengths[-1]:
-            drafter.adapt(lengths[-1], min(num, lengths[-1]))
+        drafter.adapt(lengths[-1], min(num, lengths[-1]))
     return [*lengths, len(drafter.draft(REPEATED, 100))]
 
 
@@ -171,3 +170,15 @@ def test_policies() -> None:
 )
 def test_which_tokens_are_true(token_ids: list[int], not_finite: Sequence[int], draft: list[int], num: int) -> None:
     assert num_confirmed(token_ids, [row not in not_finite for row in range(len(token_ids))], draft) == num
+
+
+def test_asking_again_for_a_draft_changes_nothing() -> None:
+    """A step that fails asks twice; only a step that succeeds counts as one without a draft."""
+    drafter = Drafter(AUTO)
+    for _ in range(3):
+        drafter.adapt(len(drafter.draft(REPEATED, 100)), 0)
+    drafter.adapt(1, 0)
+    num_to_skip = drafter.num_to_skip
+    assert num_to_skip > 1
+    assert [drafter.draft(REPEATED, 100) for _ in range(5)] == [[]] * 5
+    assert drafter.num_to_skip == num_to_skip
