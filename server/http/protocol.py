@@ -6,11 +6,13 @@ too many connections, the one that has been idle longest is closed. Invalid HTTP
 
 import asyncio
 import logging
+import re
 import sys
 import time
 from typing import Any
 
 import h11
+from h11._receivebuffer import ReceiveBuffer
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from server.http.errors import APIError, EngineUnavailableError
@@ -19,19 +21,64 @@ from server.http.request_middleware import choose_request_id
 logger = logging.getLogger(__name__)
 
 SLICE_BYTES = 16 << 10
+HEAD_END = b"\r\n\r\n"
+LENGTH = b"content-length:"
+VERSIONS = (b"1.0", b"1.1")
 TLS_HANDSHAKE = b"\x16\x03"  # the first bytes that a client sends to an https:// address
+
+_INVALID_LINE_END = re.compile(rb"(?<!\r)\n|\n[ \t]")
 
 
 class StrictConnection(h11.Connection):
-    """Rejects a request with both Content-Length and Transfer-Encoding, since proxies may disagree on its end."""
+    """Rejects requests whose end or whose fields a proxy in front may see differently, so that none can be smuggled.
+
+    h11 itself rejects a repeated Transfer-Encoding, codings other than chunked, contradictory lengths, and invalid
+    names, values and chunk sizes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER)
+        self._receive_buffer = StrictReceiveBuffer()
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         event = super().next_event()
         if isinstance(event, h11.Request):
-            names = {name for name, _ in event.headers}
-            if {b"content-length", b"transfer-encoding"} <= names:
+            if event.http_version not in VERSIONS:
+                raise h11.RemoteProtocolError("unknown version of HTTP")
+            framing = [name for name, _ in event.headers if name in (b"content-length", b"transfer-encoding")]
+            if len(framing) > 1:
                 raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+            if framing == [b"transfer-encoding"] and event.http_version == b"1.0":
+                raise h11.RemoteProtocolError("Transfer-Encoding in HTTP/1.0")
         return event
+
+
+class StrictReceiveBuffer(ReceiveBuffer):
+    """Rejects lines of a head or a trailer that end in a bare LF or continue the line before, which h11 accepts."""
+
+    _num_checked = 0  # bytes at the start of the buffer
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        """Return the lines up to the first blank line, or None if there is none yet.
+
+        Raises LocalProtocolError, which h11 turns into an error of the client.
+        """
+        if not self._data.startswith(b"\r\n"):
+            self._check_lines()
+        lines: list[bytearray] | None = super().maybe_extract_lines()
+        if lines is not None:
+            self._num_checked = 0
+            lengths = [line for line in lines if line[: len(LENGTH)].lower() == LENGTH]
+            if len(lengths) > 1 or any(b"," in line for line in lengths):
+                raise h11.LocalProtocolError("more than one Content-Length")
+        return lines
+
+    def _check_lines(self) -> None:
+        start = max(0, self._num_checked - len(HEAD_END) + 1)
+        end = self._data.find(HEAD_END, start)
+        if _INVALID_LINE_END.search(self._data, start, len(self._data) if end == -1 else end):
+            raise h11.LocalProtocolError("a line ends in a bare LF, or is folded")
+        self._num_checked = len(self._data)
 
 
 class HTTPProtocol(H11Protocol):
@@ -42,7 +89,7 @@ class HTTPProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = StrictConnection(h11.SERVER)
+        self.conn = StrictConnection()
         self._max_connections = self.limit_concurrency or sys.maxsize
         self.limit_concurrency = None  # the base class would count idle connections too, and reply in plain text
         self._idle_since = 0.0
@@ -100,9 +147,10 @@ class HTTPProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        hint = getattr(sys.exc_info()[1], "error_status_hint", 400)
-        too_large = "The headers of your request are too large."
-        self._refuse(APIError(hint, too_large if hint == 431 else "We could not parse your HTTP request."))
+        if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:
+            self._refuse(APIError(431, "The headers of your request are too large."))
+        else:  # also where h11 suggests 501, which clients would retry
+            self._refuse(APIError(400, "We could not parse your HTTP request."))
 
     def _watch_head(self) -> None:
         """Start or stop the timeout of a head. It runs from its first byte; before that, uvicorn's keep-alive does."""

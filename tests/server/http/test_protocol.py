@@ -1,5 +1,6 @@
 """Slow, broken, pipelined and idle connections, over real sockets."""
 
+import contextlib
 import re
 import socket
 import time
@@ -92,6 +93,99 @@ def test_pipelined_requests_are_answered_in_order(shared_server: RunningServer) 
         while chunk := connection.recv(65536):
             data += chunk
         assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"400", b"200", b"404"]
+
+
+POST = b"POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+SMUGGLED = b"GET /version HTTP/1.1\r\nhost: a\r\n\r\n"  # must never be answered
+
+CHUNKED = POST + b"transfer-encoding: chunked\r\n\r\n"
+
+SMUGGLING = {
+    "bare LF after a field": b"GET /health HTTP/1.1\r\nhost: a\nx: y\r\n\r\n",
+    "bare LF after the request line": b"GET /health HTTP/1.1\nhost: a\r\n\r\n",
+    "bare LFs only": b"GET /health HTTP/1.1\nhost: a\n\n",
+    "bare LF in place of the blank line": b"GET /health HTTP/1.1\r\nhost: a\r\n\n",
+    "LF, CR, LF": b"GET /health HTTP/1.1\r\nhost: a\n\r\n",
+    "bare LF without an end": b"GET /health HTTP/1.1\r\nhost: a\nx",
+    "bare CR": b"GET /health HTTP/1.1\r\nhost: a\rx: y\r\n\r\n",
+    "two CRs": b"GET /health HTTP/1.1\r\nhost: a\r\r\n\r\n",
+    "folded field": b"GET /health HTTP/1.1\r\nhost: a\r\nx: y\r\n z\r\n\r\n",
+    "folded length": POST + b"content-length:\r\n 5\r\n\r\n" + SMUGGLED,
+    "folded with a tab": b"GET /health HTTP/1.1\r\nhost: a\r\n\tx: y\r\n\r\n",
+    "fold before the first field": b"GET /health HTTP/1.1\r\n host: a\r\n\r\n",
+    "NUL in a value": b"GET /health HTTP/1.1\r\nhost: a\r\nx: a\x00b\r\n\r\n",
+    "NUL in a name": b"GET /health HTTP/1.1\r\nhost: a\r\nx\x00: b\r\n\r\n",
+    "space before the colon": POST + b"content-length : 5\r\n\r\n" + SMUGGLED,
+    "tab before the colon": POST + b"content-length\t: 5\r\n\r\n" + SMUGGLED,
+    "no name": b"GET /health HTTP/1.1\r\nhost: a\r\n: b\r\n\r\n",
+    "no colon": b"GET /health HTTP/1.1\r\nhost: a\r\nx\r\n\r\n",
+    "contradictory lengths": POST + b"content-length: 0\r\ncontent-length: 38\r\n\r\n" + SMUGGLED,
+    "repeated length": POST + b"content-length: 38\r\nContent-Length: 38\r\n\r\n" + SMUGGLED,
+    "list of lengths": POST + b"content-length: 38, 38\r\n\r\n" + SMUGGLED,
+    "contradictory list of lengths": POST + b"content-length: 0, 38\r\n\r\n" + SMUGGLED,
+    "signed length": POST + b"content-length: +0\r\n\r\n" + SMUGGLED,
+    "hexadecimal length": POST + b"content-length: 0x0\r\n\r\n" + SMUGGLED,
+    "length in other digits": POST + "content-length: \u0665\r\n\r\n".encode() + SMUGGLED,
+    "length that is empty": POST + b"content-length:\r\n\r\n" + SMUGGLED,
+    "length of many digits": POST + b"content-length: " + b"0" * 30 + b"\r\n\r\n" + SMUGGLED,
+    "length and coding": POST + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "coding and length": POST + b"Transfer-Encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "repeated coding": POST + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "coding after identity": POST + b"transfer-encoding: identity, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "unknown coding": POST + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "vertical tab before the coding": POST + b"transfer-encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "coding of HTTP/1.0": CHUNKED.replace(b"1.1", b"1.0", 1) + b"0\r\n\r\n" + SMUGGLED,
+    "bare LF after a chunk size": CHUNKED + b"2\n{}\r\n0\r\n\r\n",
+    "bare LF after a chunk": CHUNKED + b"2\r\n{}\n0\r\n\r\n",
+    "bare LF in a chunk extension": CHUNKED + b"2;a\nb\r\n{}\r\n0\r\n\r\n",
+    "chunk longer than its size": CHUNKED + b"2\r\n{}0\r\n\r\n0\r\n\r\n",
+    "signed chunk size": CHUNKED + b"+2\r\n{}\r\n0\r\n\r\n",
+    "prefixed chunk size": CHUNKED + b"0x2\r\n{}\r\n0\r\n\r\n",
+    "huge chunk size": CHUNKED + b"f" * 21 + b"\r\n{}\r\n0\r\n\r\n",
+    "bare LF in a trailer": CHUNKED + b"2\r\n{}\r\n0\r\nx: y\n\r\n",
+    "folded trailer": CHUNKED + b"2\r\n{}\r\n0\r\nx: y\r\n z\r\n\r\n",
+    "space in the target": b"GET /health /x HTTP/1.1\r\nhost: a\r\n\r\n",
+    "tabs in the request line": b"GET\t/health\tHTTP/1.1\r\nhost: a\r\n\r\n",
+    "no version": b"GET /health\r\nhost: a\r\n\r\n",
+    "another protocol": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "empty line first": b"\r\nGET /health HTTP/1.1\r\nhost: a\r\n\r\n",
+}
+
+
+@pytest.mark.checklist("A18")
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("data", SMUGGLING.values(), ids=SMUGGLING)
+def test_what_a_proxy_may_read_differently_is_refused(
+    shared_server: RunningServer, data: bytes, in_pieces: bool
+) -> None:
+    """The answer is 400, and the connection is closed, so that nothing after it is answered."""
+    with shared_server.connect() as connection:
+        received = b""
+        for piece in (data[start : start + 1] for start in range(len(data))) if in_pieces else (data,):
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(piece)
+        with contextlib.suppress(ConnectionError):
+            while chunk := connection.recv(65536):
+                received += chunk
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", received)
+        assert statuses == [b"400"] or (in_pieces and statuses == []), received
+
+
+@pytest.mark.checklist("A18")
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_what_follows_a_head_is_not_part_of_it(shared_server: RunningServer, in_pieces: bool) -> None:
+    """Bodies may have bare line feeds and lines that begin with spaces, and end anywhere."""
+    body = b'\n {"prompt":\n "hi"}\r\n\r\n\n'
+    chunks = b"%x;x=y\r\n%s\r\n0\r\nx: y\r\n\r\n" % (len(body), body)
+    data = (raw_request("POST", "/tokenize", body, **JSON_TYPE) + CHUNKED + chunks) * 2
+    with shared_server.connect() as connection:
+        for piece in (data[start : start + 1] for start in range(len(data))) if in_pieces else (data,):
+            connection.sendall(piece)
+        connection.sendall(raw_request("GET", "/nowhere", connection="close"))
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+        assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200"] * 4 + [b"404"]
 
 
 def is_closed(connection: socket.socket) -> bool:
