@@ -23,17 +23,13 @@ from engine.scheduling.drafting import Drafting
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.record import ChunkRecord, Recorder
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step
+from engine.scheduling.sequences import Sequences, num_rejected
 from engine.scheduling.speculation import SpeculationPolicy
 from engine.shared.messages import EngineStats, FinishReason, TokenEvent
 
 
 def _sort_key(request: Request) -> tuple[int, int, int]:
     return (*request.queue_key, request.index)
-
-
-def _num_accepted(output: ScheduledOutput, event: TokenEvent) -> int:
-    """Return how many draft tokens became tokens of the event."""
-    return max(0, min(len(output.token_ids) - 1, len(event.token_ids)))
 
 
 def _adapter_names(requests: Sequence[Request]) -> list[str]:
@@ -84,7 +80,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.budget = budget
         self.max_model_len = max_model_len
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.sequences = Sequences(max_model_len, eos_token_ids)
         self.max_chunk = long_prefill_token_threshold or budget.max_num_rows
         self.running: list[Request] = []  # sorted by _sort_key
         self.waiting: list[Request] = []  # sorted by _sort_key
@@ -274,35 +270,15 @@ class Scheduler:
             return self._end(request, event, FinishReason.ERROR)
         savepoint = request.savepoint()
         try:
-            reason = self._apply(item, output, event)
+            reason = self.sequences.extend(item, output, event)
+            self.kv.publish(request, item.start + item.num_tokens - num_rejected(item, output, event))
         except Exception as error:  # of this request alone
             self.kv.unpublish(request, savepoint.num_published)
             request.restore(savepoint)
             step.faults.append((item, error))
             return None
-        return self._commit(item, output, event, reason)
-
-    def _apply(self, item: Scheduled, output: ScheduledOutput, event: TokenEvent) -> FinishReason | None:
-        """Add the outputs to a request and to its event, publish its blocks, and return why it ends, if it does."""
-        request = item.request
-        request.prompt_outputs.logprobs += output.prompt_logprobs
-        if output.pooled:
-            request.prompt_outputs.add_pooled(output.pooled)
-        reason = None
-        if item.num_samples:
-            if request.num_output_tokens == 0 and request.params.pooling is not None:
-                event.embedding = request.prompt_outputs.embedding()
-            reason = self._append_tokens(request, output, event)
-        num_rejected = len(item.draft_token_ids) - _num_accepted(output, event)
-        self.kv.publish(request, item.start + item.num_tokens - num_rejected)
-        return reason
-
-    def _commit(
-        self, item: Scheduled, output: ScheduledOutput, event: TokenEvent, reason: FinishReason | None
-    ) -> TokenEvent | None:
-        """Bring blocks, drafts, counters and queues up to date with what was applied."""
-        request = item.request
-        self.drafting.settle(item, _num_accepted(output, event))
+        # From here on nothing can fail.
+        self.drafting.settle(item, len(item.draft_token_ids) - num_rejected(item, output, event))
         # Later steps compute no token before these: of a generating request, the last one is still to be computed.
         self.kv.slide(request, min(item.start + item.num_tokens, request.num_tokens - 1))
         if not item.num_samples:
@@ -320,18 +296,6 @@ class Scheduler:
             event.num_cached_tokens = request.record.num_cached_tokens
         return event
 
-    def _append_tokens(self, request: Request, output: ScheduledOutput, event: TokenEvent) -> FinishReason | None:
-        """Append sampled tokens until one ends the request, and return why it does. Tokens after it are dropped."""
-        reason = FinishReason.LENGTH if request.params.max_tokens == 0 else None
-        for token_id in output.token_ids:
-            if reason is not None:
-                break
-            request.token_ids.append(token_id)
-            event.token_ids.append(token_id)
-            reason = self._finish_reason(request, event)
-        event.logprobs = output.logprobs[: len(event.token_ids)] if output.logprobs is not None else None
-        return reason
-
     def _complete_prompt(self, request: Request, event: TokenEvent) -> None:
         """Report the results of the prompt, and queue the children."""
         if request.params.max_tokens > 0:
@@ -342,20 +306,6 @@ class Scheduler:
         children, request.children = request.children, []
         for child in children:
             self.add(child)
-
-    def _finish_reason(self, request: Request, event: TokenEvent) -> FinishReason | None:
-        """Return why the last token ends the request, or None. Must be called exactly once for each token."""
-        last = event.token_ids[-1] if event.token_ids else None
-        if last is not None and request.num_output_tokens >= request.params.min_tokens:
-            is_eos = last in self.eos_token_ids and not request.params.ignore_eos
-            if is_eos or last in request.params.stop_token_ids:
-                event.stop_token_id = last
-                return FinishReason.STOP
-        if request.num_output_tokens >= request.params.max_tokens or request.num_tokens >= self.max_model_len:
-            return FinishReason.LENGTH
-        if request.repetition is not None and request.repetition.push(request.token_ids, request.num_output_tokens):
-            return FinishReason.REPETITION
-        return None
 
     def _end(self, request: Request, event: TokenEvent, reason: FinishReason) -> TokenEvent:
         """Finish a request, and return its last event."""
