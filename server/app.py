@@ -69,7 +69,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(
         BodyMiddleware, max_body_size=settings.max_body_size, max_buffered_bytes=settings.max_buffered_bytes
     )
-    app.add_middleware(AuthMiddleware, keys=settings.api_key)
+    app.add_middleware(AuthMiddleware, tenants=context.tenants)
     app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
     if is_loopback(settings.host):
         app.add_middleware(HostMiddleware, hosts=[settings.host], origins=settings.allowed_origins)

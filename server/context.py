@@ -22,7 +22,7 @@ from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling
 from server.settings.table import Settings
-from server.tenants import get_tenant
+from server.tenants import Tenants, get_tenant
 from server.text.templates.chat_template import ChatTemplate
 from server.text.text_threads import TextThreads
 from server.text.token_sequences import SequenceBreakers
@@ -68,6 +68,7 @@ class ServerContext:
     metrics: Metrics
     running: RunningRequests
     recordings: Recordings
+    tenants: Tenants
     score_token_ids: tuple[int, ...] = ()  # of --score-tokens: true, false
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
     text_threads: TextThreads = field(default_factory=TextThreads)

@@ -40,6 +40,7 @@ from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ApiProcessConfig
+from server.tenants import Tenants
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -142,6 +143,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         metrics=metrics,
         running=RunningRequests(),
         recordings=Recordings(settings.record_requests),
+        tenants=Tenants(settings),
         score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
     )
 

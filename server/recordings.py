@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
+from server.tenants import EVERYBODY, OwnedId
 
 NUM_TOP = 5  # top log probabilities recorded for each token of a request that asks for none
 MAX_TOKENS = 200_000  # tokens of prompts and outputs in all recordings, a few hundred bytes each
@@ -32,12 +33,12 @@ class RecordedChoice:
 class Recording:
     """One request: a message to the engine for each prompt, and the output of each choice."""
 
-    def __init__(self, submits: Sequence[Submit], ids: Sequence[str] = ()) -> None:
-        """Start a recording of `submits`. The client may look it up by `ids`.
+    def __init__(self, submits: Sequence[Submit], ids: Sequence[str] = (), owner: str = EVERYBODY) -> None:
+        """Start a recording of `submits`. Only `owner` may look it up, by `ids`.
 
         `self.submits` ask the engine for log probabilities even if the request does not.
         """
-        self.ids = ids
+        self.keys: list[OwnedId] = [(owner, request_id) for request_id in ids]
         self.hides_logprobs = submits[0].params.logprobs is None
         self.submits = [_with_logprobs(submit) for submit in submits]
         self.choices = [[RecordedChoice() for _ in range(submit.n)] for submit in submits]
@@ -67,28 +68,28 @@ class Recordings:
     def __init__(self, max_requests: int) -> None:
         self.max_requests = max_requests  # 0: nothing is recorded
         self._recordings: OrderedDict[int, Recording] = OrderedDict()
-        self._by_id: dict[str, Recording] = {}
+        self._by_id: dict[OwnedId, Recording] = {}
         self._num_tokens = 0
 
     def __len__(self) -> int:
         return len(self._recordings)
 
-    def get(self, request_id: str) -> Recording | None:
-        """Return the latest recording with this id."""
-        return self._by_id.get(request_id)
+    def get(self, request_id: str, owner: str = EVERYBODY) -> Recording | None:
+        """Return the latest recording of `owner` with this id."""
+        return self._by_id.get((owner, request_id))
 
     def add(self, recording: Recording) -> None:
         """Add the recording of a request that has ended. Adding it again has no effect."""
         if id(recording) in self._recordings:
             return
         self._recordings[id(recording)] = recording
-        self._by_id.update(dict.fromkeys(recording.ids, recording))
+        self._by_id.update(dict.fromkeys(recording.keys, recording))
         self._num_tokens += recording.num_tokens
         while len(self._recordings) > self.max_requests or self._num_tokens > MAX_TOKENS:
             self._drop(self._recordings.popitem(last=False)[1])
 
     def _drop(self, recording: Recording) -> None:
         self._num_tokens -= recording.num_tokens
-        for request_id in recording.ids:
-            if self._by_id.get(request_id) is recording:
-                del self._by_id[request_id]
+        for key in recording.keys:
+            if self._by_id.get(key) is recording:
+                del self._by_id[key]

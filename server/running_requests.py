@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from server.tenants import OwnedId
+
 
 class Cancellable(Protocol):
     """The part of a generation that the registry uses."""
@@ -14,36 +16,42 @@ class Cancellable(Protocol):
 
 
 class RunningRequests:
-    """Generations by the ids a client may use: the response id and the x-request-id, which need not be unique."""
+    """Generations by their owner and the ids a client may use: the response id and the x-request-id.
+
+    The latter need not be unique, and is easily guessed: only the owner finds a request by it.
+    """
 
     def __init__(self) -> None:
-        self._by_id: dict[str, list[Cancellable]] = {}
+        self._by_id: dict[OwnedId, list[Cancellable]] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._by_id
+    def __contains__(self, key: OwnedId) -> bool:
+        return key in self._by_id
 
-    def add(self, generation: Cancellable, *ids: str, on_close: Callable[[], None] | None = None) -> "RunningRequest":
-        """Register a generation under `ids`. The caller must close the returned request.
+    def add(
+        self, generation: Cancellable, *ids: str, owner: str, on_close: Callable[[], None] | None = None
+    ) -> "RunningRequest":
+        """Register a generation of `owner` under `ids`. The caller must close the returned request.
 
         Each `close` of the returned request calls `on_close`.
         """
-        for request_id in ids:
-            self._by_id.setdefault(request_id, []).append(generation)
-        return RunningRequest(self, generation, ids, on_close)
+        keys = tuple((owner, request_id) for request_id in ids)
+        for key in keys:
+            self._by_id.setdefault(key, []).append(generation)
+        return RunningRequest(self, generation, keys, on_close)
 
-    def remove(self, generation: Cancellable, ids: tuple[str, ...]) -> None:
-        for request_id in ids:
-            generations = self._by_id[request_id]
+    def remove(self, generation: Cancellable, keys: tuple[OwnedId, ...]) -> None:
+        for key in keys:
+            generations = self._by_id[key]
             generations.remove(generation)
             if not generations:
-                del self._by_id[request_id]
+                del self._by_id[key]
 
-    def cancel(self, request_id: str) -> bool:
-        """End the generations with this id; their finish reason is `abort`. Return whether any was running."""
-        return any([generation.abort() for generation in self._by_id.get(request_id, ())])
+    def cancel(self, request_id: str, owner: str) -> bool:
+        """End the generations of `owner` with this id, with finish reason `abort`. Return whether any was running."""
+        return any([generation.abort() for generation in self._by_id.get((owner, request_id), ())])
 
 
 class RunningRequest:
@@ -53,18 +61,18 @@ class RunningRequest:
         self,
         requests: RunningRequests,
         generation: Cancellable,
-        ids: tuple[str, ...],
+        keys: tuple[OwnedId, ...],
         on_close: Callable[[], None] | None,
     ) -> None:
         self._requests = requests
         self._on_close = on_close
         self._generation = generation
-        self._ids = ids
+        self._keys = keys
 
     def close(self) -> None:
         """End the generation if it still runs, and remove its entries. May be called again."""
         self._generation.close()
         if self._on_close is not None:
             self._on_close()
-        self._requests.remove(self._generation, self._ids)
-        self._ids = ()
+        self._requests.remove(self._generation, self._keys)
+        self._keys = ()

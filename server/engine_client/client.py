@@ -180,7 +180,9 @@ class EngineClient:
                 return self.submit(message, own_reservation)
         self.ready_info()
         tenant = reservation.tenant
-        stream = self._streams.open(msgspec.structs.replace(message, tenant=tenant.name, weight=tenant.weight))
+        salt = tenant.salt(message.cache_salt)
+        own = msgspec.structs.replace(message, tenant=tenant.name, weight=tenant.weight, cache_salt=salt)
+        stream = self._streams.open(own)
         reservation.hand_over(message.n)
         return stream
 

@@ -233,7 +233,7 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer, d
         choices = [_make_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         recording = None
         if context.recordings.max_requests:
-            recording = Recording(prepared.submits, ids=job.ids)
+            recording = Recording(prepared.submits, job.ids, job.tenant.owner)
         streams = _submit_all(context, prepared.submits if recording is None else recording.submits, reservation)
     generation = Generation(
         prompts,
@@ -245,7 +245,7 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer, d
         recording=recording,
     )
     on_close = None if recording is None else partial(context.recordings.add, recording)
-    running = context.running.add(generation, *job.ids, on_close=on_close)
+    running = context.running.add(generation, *job.ids, owner=job.tenant.owner, on_close=on_close)
     writer = job.endpoint.writer(context, body, job.metadata, prompts)
     return generation, running, writer, _headers(job, prepared)
 

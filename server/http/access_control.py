@@ -1,8 +1,6 @@
 """Middleware that rejects requests by their Host, Origin or API key."""
 
-import hashlib
 import ipaddress
-import secrets
 from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
@@ -12,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
-from server.tenants import TENANT, Tenant, tenant_of_address
+from server.tenants import TENANT, Tenant, Tenants, tenant_of_address
 
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
 ASSETS = "/assets/"  # nor for files of pages
@@ -116,11 +114,9 @@ class AuthMiddleware:
     The key is read from `Authorization: Bearer` or from Anthropic's `x-api-key`. The path is the one that routing uses.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, tenants: Tenants) -> None:
         self._app = app
-        self._tenants = [
-            (hashlib.sha256(key.encode()).digest(), Tenant(name=f"key-{number}")) for number, key in enumerate(keys, 1)
-        ]
+        self._tenants = tenants
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -133,18 +129,10 @@ class AuthMiddleware:
 
     def _find_tenant(self, scope: Scope) -> Tenant | None:
         """Return the tenant of a request, or None if the request needs a key and has none that is valid."""
-        if not self._tenants or is_open(scope):
+        if not self._tenants.have_keys or is_open(scope):
             return tenant_of_address(scope)
-        found = [self._tenant_of_key(token) for token in _keys_of(scope)]
+        found = [self._tenants.find(key) for key in _keys_of(scope)]
         return next((tenant for tenant in found if tenant is not None), None)
-
-    def _tenant_of_key(self, token: bytes) -> Tenant | None:
-        """Compare a token with every key, in a time that does not depend on which one matches."""
-        digest = hashlib.sha256(token).digest()
-        found = None
-        for candidate, tenant in self._tenants:
-            found = tenant if secrets.compare_digest(digest, candidate) else found
-        return found
 
 
 def _keys_of(scope: Scope) -> list[bytes]:

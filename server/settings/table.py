@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
+from server.settings.access import ACCESS, AccessSettings
 from server.settings.sampling import SAMPLING
 from server.settings.setting import Setting
 from server.settings.value_types import (
@@ -41,12 +42,12 @@ OTHER_VARIABLES = {
 ADAPTER_NAME = r"[\w./:@+-]{1,128}"  # without comma and =, which separate items and names in lists of adapters
 REPEAT_LORA_MODULES = "repeat --lora-modules for each adapter"
 
-_ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
 _API, _LIMITS, _ENGINE, _MEMORY, _LOGS = "API", "Limits", "Engine", "Memory and scheduling", "Logs and metrics"
 _LORA = "LoRA adapters"
+_GROUPS = (_ENGINE, _API, ACCESS, _LIMITS, _MEMORY, _LORA, _LOGS)  # in help and documentation
 
 
-class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
+class ApiSettings(AccessSettings, frozen=True, kw_only=True):
     """The settings of the model, the API and its limits."""
 
     model: Annotated[
@@ -121,27 +122,6 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "127.0.0.1"
     port: Annotated[int, Setting(_API, integer(0, 65535), "Port to listen on; 0 selects a free port.")] = 8000
-    api_key: Annotated[
-        tuple[str, ...],
-        Setting(
-            _API,
-            texts("KEY", "a non-empty key"),
-            "API key that clients must send. Can be repeated. Other users of the machine can see flags: prefer the "
-            "environment or the config file.",
-            secret=True,
-        ),
-    ] = ()
-    allow_unauthenticated: Annotated[
-        bool, Setting(_API, BOOLEAN, "Allow listening on addresses other than loopback without an API key.")
-    ] = False
-    allowed_origins: Annotated[
-        tuple[str, ...],
-        Setting(
-            _API,
-            pattern("an origin such as https://example.org, or *", _ORIGIN, "ORIGIN", is_list=True),
-            "Origin whose web pages may call the API (CORS); * allows any. Can be repeated.",
-        ),
-    ] = ()
     served_model_name: Annotated[
         tuple[str, ...],
         Setting(
@@ -393,10 +373,11 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
 def _table() -> dict[str, Setting]:
     hints = get_type_hints(Settings, include_extras=True)
     defaults = {field.name: field.default for field in msgspec.structs.fields(Settings)}
-    return {
-        name: dataclasses.replace(hints[name].__metadata__[0], name=name, default=default)
+    settings = [
+        dataclasses.replace(hints[name].__metadata__[0], name=name, default=default)
         for name, default in defaults.items()
-    }
+    ]
+    return {setting.name: setting for setting in sorted(settings, key=lambda setting: _GROUPS.index(setting.group))}
 
 
 SETTINGS: Mapping[str, Setting] = _table()

@@ -56,6 +56,16 @@ def test_a_conversation_is_cached_up_to_its_last_turn(server: ServerProcess) -> 
     assert usage["prompt_tokens_details"]["cached_tokens"] == num_cacheable(usage["prompt_tokens"])
 
 
+def test_other_keys_find_no_cached_prefix(start_server: StartServer) -> None:
+    server = start_server("--api-key=one", "--api-key=two")
+    num_cached = []
+    for key in ("one", "two", "two", "one"):
+        server.http.headers["authorization"] = f"Bearer {key}"
+        num_cached.append(ask(server)[2])
+    assert num_cached[:2] == [0, 0]
+    assert num_cached[2] == num_cached[3] >= 4 * BLOCK_SIZE
+
+
 def test_alternating_chats_stay_cached(start_server: StartServer) -> None:
     """A turn computes little more than its own message, since the other chat has not taken the blocks of this one."""
     server = start_server()

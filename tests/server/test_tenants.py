@@ -1,13 +1,36 @@
-"""The tenant of each request, from its key or address to the engine."""
+"""Tenants over real sockets: from a key or an address to the engine, and what belongs to each of them."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.shared.messages import Submit
-from server.tenants import Tenant, tenant_of_address
+from server.settings.table import Settings
+from server.tenants import Tenant, Tenants, tenant_of_address
 from tests.server.conftest import StartServer
-from tests.support.serving import RunningServer
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, fresh_server, wait_until
 
 REQUEST = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+KEYS = ("key-one", "key-two")
+
+
+def send(server: RunningServer, key: str | None, method: str, path: str, **options: Any) -> httpx.Response:
+    """Send a request with the id `mine`, which any client may choose."""
+    headers = {"x-request-id": "mine"} | ({} if key is None else {"authorization": f"Bearer {key}"})
+    return httpx.request(method, server.url + path, headers=headers, timeout=20, **options)
+
+
+def submit(server: RunningServer, key: str | None = None, **fields: Any) -> Submit:
+    """Send a request, and return the message that the engine got."""
+    assert send(server, key, "POST", "/v1/completions", json=REQUEST | fields).status_code == 200
+    return server.engine.submits[-1]
 
 
 def test_a_request_without_a_key_belongs_to_its_address() -> None:
@@ -15,15 +38,153 @@ def test_a_request_without_a_key_belongs_to_its_address() -> None:
     assert tenant_of_address({"client": None}) == Tenant(name="")
 
 
-def submit(server: RunningServer, key: str | None = None) -> Submit:
-    """Send a request, and return the message that the engine got."""
-    headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    assert httpx.post(server.url + "/v1/completions", json=REQUEST, headers=headers).status_code == 200
-    return server.engine.submits[-1]
-
-
 def test_the_engine_gets_the_tenant_of_each_request(start_server: StartServer) -> None:
     assert submit(start_server()).tenant == "127.0.0.1"
-    server = start_server(api_key=("key-one", "key-two"))
+    server = start_server(api_key=KEYS)
     assert [submit(server, key).tenant for key in ("key-two", "key-one", "key-two")] == ["key-2", "key-1", "key-2"]
     assert submit(server, "key-one").weight == 1.0
+
+
+def test_keys_of_a_rotation_are_one_tenant() -> None:
+    tenants = Tenants(Settings(api_key=KEYS, one_tenant=True))
+    assert (
+        tenants.find(b"key-one") == tenants.find(b"key-two") == Tenant(name="key-1", owner="key-1", has_own_cache=True)
+    )
+    assert tenants.find(b"key-three") is None
+    twice = Tenants(Settings(api_key=("key-one", "key-one", "key-two")))
+    assert [(twice.find(key.encode()) or Tenant(name="?")).name for key in KEYS] == ["key-1", "key-2"]
+
+
+# What belongs to a tenant.
+
+
+@pytest.fixture(scope="module")
+def shared(model_folder: Path) -> Iterator[RunningServer]:
+    """A server with two tenants, of which the first has made a response and a recorded request."""
+    with fresh_server(model_folder, api_key=KEYS, record_requests=9) as server:
+        yield server
+
+
+def make_response(server: RunningServer, key: str | None = "key-one") -> dict[str, Any]:
+    body = {"model": "tiny", "input": "a", "max_output_tokens": 2}
+    response: dict[str, Any] = send(server, key, "POST", "/v1/responses", json=body).json()
+    return response
+
+
+def uses_of(response_id: str, item_id: str) -> list[tuple[str, str, dict[str, Any] | None]]:
+    """Return requests that find something by an id: method, path and body."""
+    body = {"model": "tiny", "input": "b", "max_output_tokens": 1}
+    return [
+        ("GET", f"/v1/responses/{response_id}", None),
+        ("GET", f"/v1/responses/{response_id}?stream=true", None),
+        ("GET", f"/v1/responses/{response_id}/input_items", None),
+        ("POST", f"/v1/responses/{response_id}/cancel", None),
+        ("POST", "/v1/responses", body | {"previous_response_id": response_id}),
+        ("POST", "/v1/responses/input_tokens", {"model": "tiny", "input": "b", "previous_response_id": response_id}),
+        ("POST", "/v1/responses", body | {"input": [{"type": "item_reference", "id": item_id}]}),
+        ("POST", f"/v1/requests/{response_id}/replay", None),
+        ("POST", f"/v1/requests/{response_id}/cancel", None),
+        ("DELETE", f"/v1/responses/{response_id}", None),
+    ]
+
+
+def test_an_id_of_another_tenant_is_an_unknown_id(shared: RunningServer) -> None:
+    response = make_response(shared)
+    real_ids = (response["id"], response["output"][0]["id"])
+    unknown_ids = tuple(f"{id.partition('_')[0]}_{'0' * 32}" for id in real_ids)
+    for real, unknown in zip(uses_of(*real_ids), uses_of(*unknown_ids), strict=True):
+        answers = [send(shared, "key-two", method, path, json=body) for method, path, body in (real, unknown)]
+        assert answers[0].status_code in (400, 404), real
+        text = answers[0].text
+        for id, other in zip(real_ids, unknown_ids, strict=True):
+            text = text.replace(id, other)
+        assert (answers[0].status_code, text) == (answers[1].status_code, answers[1].text), real
+        assert dict(answers[0].headers) | {"date": ""} == dict(answers[1].headers) | {"date": ""}, real
+    for method, path, body in uses_of(*real_ids):
+        refused = path.endswith("/cancel") or "stream" in path  # it has ended, and was not created in the background
+        assert (send(shared, "key-one", method, path, json=body).status_code == 200) is not refused, path
+
+
+def test_a_chosen_id_names_a_request_of_each_tenant(shared: RunningServer) -> None:
+    for key, prompt in zip(KEYS, ("a", "abc"), strict=True):
+        assert send(shared, key, "POST", "/v1/completions", json=REQUEST | {"prompt": prompt}).status_code == 200
+    for key, num_tokens in zip(KEYS, (1, 3), strict=True):
+        answer = send(shared, key, "POST", "/v1/requests/mine/replay")
+        assert answer.json()["bit_equal"] is True
+        assert len(shared.engine.submits[-1].prompt_token_ids) == num_tokens
+        assert shared.engine.submits[-1].tenant == f"key-{1 + KEYS.index(key)}"
+
+
+def test_an_item_of_another_tenant_is_not_found_by_copying_its_id(shared: RunningServer) -> None:
+    item = make_response(shared)["output"][0]["id"]
+    body = {"model": "tiny", "max_output_tokens": 1}
+    forged = [{"type": "message", "role": "user", "content": "forged", "id": item}]
+    assert send(shared, "key-two", "POST", "/v1/responses", json=body | {"input": forged}).status_code == 200
+    prompts = []
+    for key in KEYS:
+        reference = body | {"input": [{"type": "item_reference", "id": item}]}
+        assert send(shared, key, "POST", "/v1/responses", json=reference).status_code == 200
+        prompts.append(bytes(id for id in shared.engine.submits[-1].prompt_token_ids if id < 256))
+    assert [b"forged" in prompt for prompt in prompts] == [False, True]
+
+
+def test_only_the_tenant_cancels_its_request(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    server = start_server(api_key=KEYS)
+    answers: list[httpx.Response] = []
+    body = REQUEST | {"max_tokens": 1000}
+    thread = threading.Thread(
+        target=lambda: answers.append(send(server, "key-one", "POST", "/v1/completions", json=body))
+    )
+    thread.start()
+    wait_until(lambda: len(server.context.running) == 2)
+    refused = [send(server, "key-two", "POST", f"/v1/requests/{id}/cancel") for id in ("mine", "none")]
+    assert [answer.status_code for answer in refused] == [404, 404]
+    assert refused[0].text.replace("mine", "none") == refused[1].text
+    assert len(server.context.running) == 2
+    assert send(server, "key-one", "POST", "/v1/requests/mine/cancel").status_code == 200
+    thread.join(10)
+    assert answers[0].json()["choices"][0]["finish_reason"] == "abort"
+
+
+@pytest.mark.parametrize(
+    ("settings", "keys"),
+    [({"api_key": KEYS, "one_tenant": True}, KEYS), ({"api_key": KEYS[:1]}, KEYS[:1] * 2), ({}, (None, None))],
+)
+def test_a_rotation_a_single_key_and_no_key_are_one_owner(
+    start_server: StartServer, settings: dict[str, Any], keys: tuple[str | None, str | None]
+) -> None:
+    server = start_server(**settings)
+    response = make_response(server, keys[0])
+    assert send(server, keys[1], "GET", f"/v1/responses/{response['id']}").json() == response
+    salts = [submit(server, key, cache_salt="s").cache_salt for key in keys]
+    assert salts[0] == salts[1]
+
+
+# Cached prefixes.
+
+
+def test_tenants_have_caches_of_their_own(start_server: StartServer) -> None:
+    isolated, shared, alone = (
+        start_server(api_key=KEYS),
+        start_server(api_key=KEYS, isolate_keys=False),
+        start_server(),
+    )
+    assert submit(isolated, "key-one").cache_salt != submit(isolated, "key-two").cache_salt
+    assert [submit(shared, key, cache_salt="s").cache_salt for key in KEYS] == ["s", "s"]
+    assert submit(alone, cache_salt="s").cache_salt == "s"
+    body = {"model": "tiny", "input": "a"}
+    salts = []
+    for key in KEYS:
+        assert send(isolated, key, "POST", "/v1/embeddings", json=body).status_code == 200
+        salts.append(isolated.engine.submits[-1].cache_salt)
+    assert salts[0] != salts[1]
+
+
+NAMES = st.text(st.characters(exclude_characters="\0"), min_size=1)
+
+
+@given(names=st.tuples(NAMES, NAMES), salts=st.tuples(st.text(), st.text()))
+def test_no_salt_leads_to_the_cache_of_another_tenant(names: tuple[str, str], salts: tuple[str, str]) -> None:
+    first, second = (Tenant(name=name, has_own_cache=True).salt(salt) for name, salt in zip(names, salts, strict=True))
+    assert (first == second) is ((names[0], salts[0]) == (names[1], salts[1]))

@@ -8,7 +8,7 @@ from server.context import get_context
 from server.http.errors import RecordingNotFoundError, RequestNotFoundError
 from server.http.json_response import StructResponse
 from server.http.sse import run_until_disconnect
-from server.tenants import get_tenant
+from server.tenants import get_owner, get_tenant
 
 router = APIRouter()
 
@@ -16,7 +16,7 @@ router = APIRouter()
 @router.post("/v1/requests/{request_id}/cancel")
 async def cancel_request(request: Request, request_id: str) -> Response:
     """Cancel a request by its answer's id or its x-request-id. The answer ends with the finish reason `abort`."""
-    if not get_context(request).running.cancel(request_id):
+    if not get_context(request).running.cancel(request_id, get_owner(request)):
         raise RequestNotFoundError(request_id)
     return StructResponse(CancelResponse(request_id))
 
@@ -25,7 +25,7 @@ async def cancel_request(request: Request, request_id: str) -> Response:
 async def replay_request(request: Request, request_id: str) -> Response:
     """Run a recorded request again, found by its answer's id or its x-request-id, and compare both answers."""
     context = get_context(request)
-    recording = context.recordings.get(request_id)
+    recording = context.recordings.get(request_id, get_owner(request))
     if recording is None:
         raise RecordingNotFoundError(request_id, num_kept=context.recordings.max_requests)
     again = replay(context, get_tenant(request), request_id, recording)

@@ -50,6 +50,7 @@ from server.generation.prompts import Prompt
 from server.generation.token_fields import TokenFields
 from server.http.errors import InvalidValueError, MissingParameterError, clip
 from server.schemas.request_fields import NO_LIMIT
+from server.tenants import EVERYBODY
 from server.text.templates.chat_template import ChatTemplate
 
 PARAMETER_NAMES = {  # regular expression for a parameter of chat completions -> the parameter of this API
@@ -84,7 +85,7 @@ def check(body: ResponsesRequest) -> None:
         raise InvalidValueError(message, param="stream_options")
 
 
-def input_items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, Any]]:
+def input_items(body: ResponsesRequest, store: ResponseStore, owner: str = EVERYBODY) -> list[dict[str, Any]]:
     """Return the request's input items in OpenAI's full form, each with an id.
 
     References are resolved to items of responses in `store`. Raises InvalidValueError for unknown ones.
@@ -97,7 +98,7 @@ def input_items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, 
         if isinstance(item, IgnoredItem):
             continue
         if isinstance(item, ItemReference):
-            items.append(_referenced(item.id, f"input[{index}].id", store))
+            items.append(_referenced(item.id, f"input[{index}].id", store, owner))
             num_bytes += len(msgspec.json.encode(items[-1]))
         else:
             items.append(_full_item(item))
@@ -108,8 +109,8 @@ def input_items(body: ResponsesRequest, store: ResponseStore) -> list[dict[str, 
     return items
 
 
-def _referenced(item_id: str, param: str, store: ResponseStore) -> dict[str, Any]:
-    item = store.item(item_id)
+def _referenced(item_id: str, param: str, store: ResponseStore, owner: str) -> dict[str, Any]:
+    item = store.item(item_id, owner)
     if item is None:
         message = (
             f"Item with id '{clip(item_id)}' not found. Items are kept as long as a stored response contains them."
@@ -306,12 +307,14 @@ class ResponsesEndpoint:
         items: list[dict[str, Any]],
         previous: StoredResponse | None,
         store: ResponseStore,
+        owner: str,
     ) -> None:
-        """`items` are the input items of this request, without the items of the `previous` response."""
+        """`items` are the input items of this request of `owner`, without those of the `previous` response."""
         self._body = body
         self._items = items
         self._previous = previous
         self._store = store
+        self._owner = owner
         self._stored: StoredResponse | None = None
 
     def max_tokens_field(self, body: ChatCompletionRequest) -> str:
@@ -335,7 +338,7 @@ class ResponsesEndpoint:
         response = new_response(original, metadata, context.default_sampling.values)
         earlier = [] if self._previous is None else self._previous.items
         events = EventLog(metadata.id) if original.background and original.stream else None
-        stored = self._stored = StoredResponse(response, self._items, earlier, events)
+        stored = self._stored = StoredResponse(response, self._items, earlier, events, self._owner)
         store = None if original.store is False else self._store
         if store is not None and (original.stream or original.background):
             store.put(stored)

@@ -24,6 +24,7 @@ from server.http.errors import (
 from server.http.json_response import StructResponse
 from server.http.json_route import StrictJSONRoute
 from server.http.sse import sse_response
+from server.tenants import get_owner
 
 router = APIRouter()
 json_router = APIRouter(route_class=StrictJSONRoute)
@@ -41,9 +42,9 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
         if not body.background:
             return await respond(request, chat, endpoint)
         metadata, headers = await start_in_background(request, chat, endpoint, endpoint.end)
-    stored = get_response_store(request).get(metadata.id)
+    stored = get_response_store(request).get(metadata.id, get_owner(request))
     if stored is None:
-        context.running.cancel(metadata.id)
+        context.running.cancel(metadata.id, get_owner(request))
         message = "Invalid 'background': the response exceeds the memory limit for stored responses."
         raise InvalidValueError(message, param="background")
     if stored.events is not None:
@@ -66,14 +67,14 @@ async def count_input_tokens(request: Request, body: InputTokensRequest) -> Resp
 
 def _to_chat(request: Request, body: ResponsesRequest) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
     """Convert a request and the conversation it continues to a chat request. Raises BadRequestError."""
-    context, store = get_context(request), get_response_store(request)
+    context, store, owner = get_context(request), get_response_store(request), get_owner(request)
     previous = None if body.previous_response_id is None else _previous(request, body.previous_response_id)
-    items = input_items(body, store)
+    items = input_items(body, store, owner)
     with renamed_errors(error_names(body)):
         conversation = [*(previous.items if previous else ()), *items]
         chat = to_chat(body, conversation, ignored_fields(body, context.chat_template))
     note_text_size(request, sum(len(message.text) for message in chat.messages))
-    return chat, ResponsesEndpoint(body, items, previous, store)
+    return chat, ResponsesEndpoint(body, items, previous, store, owner)
 
 
 @router.get("/v1/responses/{response_id}")
@@ -138,7 +139,7 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     """Cancel a response that is being generated. Its output so far stays stored."""
     context = get_context(request)
     response = _find(request, response_id).response
-    if context.running.cancel(response_id):
+    if context.running.cancel(response_id, get_owner(request)):
         response.status = "cancelled"
     elif not response.background:
         raise BadRequestError("Cannot cancel a synchronous response.")
@@ -148,23 +149,23 @@ async def cancel_response(request: Request, response_id: str) -> Response:
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(request: Request, response_id: str) -> Response:
     """Delete a response, cancelling it if it is being generated. Responses that continue it keep its items."""
-    if not get_response_store(request).delete(response_id):
+    if not get_response_store(request).delete(response_id, get_owner(request)):
         raise ResponseNotFoundError(response_id)
-    get_context(request).running.cancel(response_id)
+    get_context(request).running.cancel(response_id, get_owner(request))
     return StructResponse(DeletedResponse(response_id))
 
 
 def _find(request: Request, response_id: str) -> StoredResponse:
-    stored = get_response_store(request).get(response_id)
+    stored = get_response_store(request).get(response_id, get_owner(request))
     if stored is None:
         raise ResponseNotFoundError(response_id)
-    if stored.response.status == "in_progress" and response_id not in get_context(request).running:
+    if stored.response.status == "in_progress" and (stored.owner, response_id) not in get_context(request).running:
         stored.response.status = "cancelled"  # its client disconnected
     return stored
 
 
 def _previous(request: Request, response_id: str) -> StoredResponse:
-    if get_response_store(request).get(response_id) is None:
+    if get_response_store(request).get(response_id, get_owner(request)) is None:
         raise PreviousResponseNotFoundError(response_id)
     stored = _find(request, response_id)
     if stored.response.status == "in_progress":

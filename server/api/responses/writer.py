@@ -90,7 +90,7 @@ class ResponseWriter:
         self._custom_tools = custom_tools
         self._arguments = ""  # of the growing call of a custom tool
         self._fields = fields
-        self._was_stored = store is not None and store.get(stored.response.id) is not None
+        self._was_stored = store is not None and stored in store
         self._num_events = 0
         self._open: tuple[str, int] | None = None  # type of the growing item, and index of its tool call
         self._finish_reason = "stop"
@@ -163,7 +163,7 @@ class ResponseWriter:
 
     def _save(self) -> None:
         """Store the response, unless it was deleted meanwhile."""
-        if self._store is not None and (not self._was_stored or self._store.get(self.response.id) is not None):
+        if self._store is not None and (not self._was_stored or self._stored in self._store):
             self._store.put(self._stored)
 
     # Its output items.

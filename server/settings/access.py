@@ -1,0 +1,55 @@
+"""The part of the table of settings that decides who may use the server."""
+
+from typing import Annotated
+
+import msgspec
+
+from server.settings.setting import Setting
+from server.settings.value_types import BOOLEAN, pattern, texts
+
+ACCESS = "Access"
+_ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
+
+
+class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of the group `ACCESS`."""
+
+    api_key: Annotated[
+        tuple[str, ...],
+        Setting(
+            ACCESS,
+            texts("KEY", "a non-empty key"),
+            "API key that clients must send. Can be repeated. Other users of the machine can see flags: prefer the "
+            "environment or the config file.",
+            secret=True,
+        ),
+    ] = ()
+    one_tenant: Annotated[
+        bool,
+        Setting(
+            ACCESS,
+            BOOLEAN,
+            "Treat several --api-key as keys of one client, for example while a key is replaced. By default, each is a "
+            "client of its own.",
+        ),
+    ] = False
+    isolate_keys: Annotated[
+        bool,
+        Setting(
+            ACCESS,
+            BOOLEAN,
+            "Keep cached prefixes of clients with different keys apart, so that no client learns from the times of its "
+            "requests what others send.",
+        ),
+    ] = True
+    allow_unauthenticated: Annotated[
+        bool, Setting(ACCESS, BOOLEAN, "Allow listening on addresses other than loopback without an API key.")
+    ] = False
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Setting(
+            ACCESS,
+            pattern("an origin such as https://example.org, or *", _ORIGIN, "ORIGIN", is_list=True),
+            "Origin whose web pages may call the API (CORS); * allows any. Can be repeated.",
+        ),
+    ] = ()
