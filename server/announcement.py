@@ -39,7 +39,7 @@ def first_steps(context: ServerContext, url: str) -> dict[str, object]:
         path, body["prompt"] = "/v1/completions", "Once upon a time"
     else:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "hello"}]
-    key = f" -H 'Authorization: Bearer {KEY}'" if context.settings.api_key else ""
+    key = f" -H 'Authorization: Bearer {KEY}'" if context.settings.needs_key else ""
     data = shlex.quote(msgspec.json.encode(body).decode())
     steps: dict[str, object] = {
         "base_url": f"{url}/v1",

@@ -44,7 +44,7 @@ def create_app(context: ServerContext) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    install_document(app, context.model_names[0], needs_key=bool(context.settings.api_key))
+    install_document(app, context.model_names[0], needs_key=context.settings.needs_key)
     app.state.context = context
     app.state.response_store = ResponseStore(
         context.settings.max_stored_responses, context.settings.stored_responses_memory
@@ -69,7 +69,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(
         BodyMiddleware, max_body_size=settings.max_body_size, max_buffered_bytes=settings.max_buffered_bytes
     )
-    app.add_middleware(AuthMiddleware, tenants=context.tenants)
+    app.add_middleware(AuthMiddleware, keys=context.api_keys)
     app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
     if is_loopback(settings.host):
         app.add_middleware(HostMiddleware, hosts=[settings.host], origins=settings.allowed_origins)

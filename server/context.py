@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from engine.config import ModelConfig
 from engine.shared.messages import LoraAdapter
+from server.access.api_keys import ApiKeys
 from server.constrained.constraints import ConstraintBuilder
 from server.constrained.grammar_checker import GrammarChecker
 from server.engine_client.client import EngineClient
@@ -22,7 +23,7 @@ from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling
 from server.settings.table import Settings
-from server.tenants import Tenants, get_tenant
+from server.tenants import get_tenant
 from server.text.templates.chat_template import ChatTemplate
 from server.text.text_threads import TextThreads
 from server.text.token_sequences import SequenceBreakers
@@ -68,7 +69,7 @@ class ServerContext:
     metrics: Metrics
     running: RunningRequests
     recordings: Recordings
-    tenants: Tenants
+    api_keys: ApiKeys
     score_token_ids: tuple[int, ...] = ()  # of --score-tokens: true, false
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
     text_threads: TextThreads = field(default_factory=TextThreads)

@@ -27,6 +27,7 @@ from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
 from engine.shared.messages import Vocabulary
 from engine.shared.parent_death import die_with_parent
+from server.access.api_keys import ApiKeys
 from server.announcement import announce
 from server.api.rerank.scorers import score_token_ids
 from server.app import create_app
@@ -40,7 +41,6 @@ from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ApiProcessConfig
-from server.tenants import Tenants
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -143,7 +143,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         metrics=metrics,
         running=RunningRequests(),
         recordings=Recordings(settings.record_requests),
-        tenants=Tenants(settings),
+        api_keys=ApiKeys(settings),
         score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
     )
 
@@ -218,7 +218,11 @@ class Lifecycle:
 
     async def run(self, sockets: list[socket.socket]) -> int:
         """Serve until the end. Return the exit code: 0 after SIGTERM, otherwise 1."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        if self._context.settings.api_keys_file is not None:
+            loop.add_signal_handler(signal.SIGHUP, loop.run_in_executor, None, self._context.api_keys.reload)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])  # the supervisor starts this process so
         serving = asyncio.create_task(self._server.serve(sockets))
         announcing = asyncio.create_task(announce(self._context, url(sockets[0])))
         events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._client.died)]

@@ -45,6 +45,7 @@ SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # if the user sets one o
 LAUNCHER = (sys.executable, "-P", "-m", "engine.shared.launcher")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+RELOAD_SIGNAL = signal.SIGHUP  # stops a server that has no files to read again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Child:
         self.name = name
         self.has_ended = False
         # Set before exec, so that the child also ends with its parent while it is still importing modules.
-        set_parent_death_signal = partial(die_with_parent, os.getpid())
+        set_parent_death_signal = partial(_prepare_child, os.getpid())
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -95,8 +96,11 @@ class Child:
         return self._pidfd
 
     def terminate(self) -> None:
+        self.send(signal.SIGTERM)
+
+    def send(self, signum: int) -> None:
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            signal.pidfd_send_signal(self._pidfd, signum)
 
     def kill(self) -> None:
         """Kill the process group and reap the process. Until it is reaped here, its pid cannot be reused."""
@@ -125,6 +129,12 @@ class Child:
         return f"the {self.name} process {how}"
 
 
+def _prepare_child(parent: int) -> None:
+    """Let a child end with its parent. `RELOAD_SIGNAL` waits until the child handles and unblocks it."""
+    die_with_parent(parent)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [RELOAD_SIGNAL])
+
+
 def child_environment() -> dict[str, str]:
     """Return the environment of the children: this process's, with `SPIN_COUNT` unless the user has set it."""
     is_set = any(name in os.environ for name in SPIN_VARIABLES)
@@ -132,14 +142,22 @@ def child_environment() -> dict[str, str]:
 
 
 class StopSignals:
-    """Receives `STOP_SIGNALS` through a file descriptor that a selector can wait for."""
+    """Receives `STOP_SIGNALS` through a file descriptor that a selector can wait for.
+
+    If the server `reloads`, `RELOAD_SIGNAL` is passed on to `reloader` instead.
+    """
+
+    def __init__(self, *, reloads: bool = False) -> None:
+        self._reloads = reloads
+        self.reloader: Child | None = None
 
     def __enter__(self) -> "StopSignals":
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._last = -ECHO_SECONDS
         # nohup ignores SIGHUP; that must stay.
-        signums = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        signums = {signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN}
+        signums |= {RELOAD_SIGNAL} if self._reloads else set()
         self._handlers = {signum: signal.signal(signum, lambda *_: None) for signum in signums}
         self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno())
         return self
@@ -157,6 +175,10 @@ class StopSignals:
     def take(self) -> int | None:
         """Read a signal. Return its number, or None if it is no stop signal or follows one within `ECHO_SECONDS`."""
         signum = self._reader.recv(1)[0]
+        if self._reloads and signum == RELOAD_SIGNAL:
+            if self.reloader is not None:
+                self.reloader.send(RELOAD_SIGNAL)
+            return None
         now = time.monotonic()
         if signum not in self._handlers or now - self._last < ECHO_SECONDS:
             return None
@@ -267,18 +289,24 @@ class Supervisor:
 def supervise(settings: Settings, commands: Commands | None = None) -> int:
     """Serve until a signal or a failure. Return the exit status. Raises ModelError, SupervisorError, SettingsError."""
     commands = commands or Commands()
-    with _exit_on_sigterm():
+    reloads = settings.api_keys_file is not None
+    if reloads:
+        from server.access.api_keys import ApiKeys
+
+        ApiKeys(settings)  # an error in the file must not wait for the model
+    with _exit_on_sigterm(), _ignoring([RELOAD_SIGNAL] if reloads else []):
         model = _resolve_model(settings)
         check_adapter_names(settings, _model_names(settings, model))
         lora_paths = _resolve_adapters(settings)
         with (
             ipc_address() as address,
-            StopSignals() as signals,
+            StopSignals(reloads=reloads) as signals,
             Supervisor(signals, settings) as supervisor,
         ):
             engine_process_config = _engine_config(settings, model, lora_paths, address)
             engine = supervisor.start("engine", commands.engine, engine_process_config)
             api = supervisor.start("API", commands.api, _api_config(settings, model, address, engine.pid))
+            signals.reloader = api
             return supervisor.watch(engine, api)
 
 
@@ -343,6 +371,17 @@ def _exit_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _ignoring(signums: Sequence[signal.Signals]) -> Iterator[None]:
+    """Ignore signals, for example during a download."""
+    previous = {signum: signal.signal(signum, signal.SIG_IGN) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 @contextmanager

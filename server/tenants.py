@@ -4,16 +4,11 @@ What a request leaves behind (responses, recordings, cached prefixes) belongs to
 all clients are one owner, `EVERYBODY`: addresses only share the engine fairly.
 """
 
-import hashlib
-import secrets
-from collections.abc import Iterable
 from typing import TypeAlias
 
 import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
-
-from server.settings.table import Settings
 
 TENANT = "tenant"  # in the scope's state, set by `AuthMiddleware`
 EVERYBODY = ""  # the owner of what is made without a key
@@ -37,34 +32,6 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 ANYBODY = Tenant(name="")  # of work that no client has asked for
-
-
-class Tenants:
-    """The tenants by their API keys, of which only hashes are kept."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._by_digest = list(_plain_keys(settings))
-
-    @property
-    def have_keys(self) -> bool:
-        """False if every request is served without a key."""
-        return bool(self._by_digest)
-
-    def find(self, key: bytes) -> Tenant | None:
-        """Compare a key with those of all tenants, in a time that does not depend on which one matches."""
-        digest = hashlib.sha256(key).digest()
-        found = None
-        for candidate, tenant in self._by_digest:
-            found = tenant if secrets.compare_digest(digest, candidate) else found
-        return found
-
-
-def _plain_keys(settings: Settings) -> Iterable[tuple[bytes, Tenant]]:
-    """Yield the tenants of --api-key: one for each key, or one for all."""
-    for number, key in enumerate(dict.fromkeys(settings.api_key), 1):
-        name = "key-1" if settings.one_tenant else f"key-{number}"
-        tenant = Tenant(name=name, owner=name, has_own_cache=settings.isolate_keys)
-        yield hashlib.sha256(key.encode()).digest(), tenant
 
 
 def tenant_of_address(scope: Scope) -> Tenant:

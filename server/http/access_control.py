@@ -9,8 +9,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.access.api_keys import ApiKeys
 from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
-from server.tenants import TENANT, Tenant, Tenants, tenant_of_address
+from server.tenants import TENANT, Tenant, tenant_of_address
 
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
 ASSETS = "/assets/"  # nor for files of pages
@@ -114,9 +115,9 @@ class AuthMiddleware:
     The key is read from `Authorization: Bearer` or from Anthropic's `x-api-key`. The path is the one that routing uses.
     """
 
-    def __init__(self, app: ASGIApp, tenants: Tenants) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
-        self._tenants = tenants
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -129,9 +130,9 @@ class AuthMiddleware:
 
     def _find_tenant(self, scope: Scope) -> Tenant | None:
         """Return the tenant of a request, or None if the request needs a key and has none that is valid."""
-        if not self._tenants.have_keys or is_open(scope):
+        if not self._keys.are_required or is_open(scope):
             return tenant_of_address(scope)
-        found = [self._tenants.find(key) for key in _keys_of(scope)]
+        found = [self._keys.find(key) for key in _keys_of(scope)]
         return next((tenant for tenant in found if tenant is not None), None)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import msgspec
 
 from server.settings.setting import Setting
-from server.settings.value_types import BOOLEAN, pattern, texts
+from server.settings.value_types import BOOLEAN, pattern, text, texts
 
 ACCESS = "Access"
 _ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
@@ -24,6 +24,14 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
             secret=True,
         ),
     ] = ()
+    api_keys_file: Annotated[
+        str | None,
+        Setting(
+            ACCESS,
+            text("FILE"),
+            "YAML file of clients, with hashes of their keys and limits (docs/tenants.md). SIGHUP reads it again.",
+        ),
+    ] = None
     one_tenant: Annotated[
         bool,
         Setting(
@@ -53,3 +61,8 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
             "Origin whose web pages may call the API (CORS); * allows any. Can be repeated.",
         ),
     ] = ()
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests need an API key."""
+        return bool(self.api_key) or self.api_keys_file is not None

@@ -111,7 +111,7 @@ def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, object, str]
 
 
 def _check(settings: Settings) -> None:
-    if not (is_loopback(settings.host) or settings.api_key or settings.allow_unauthenticated):
+    if not (is_loopback(settings.host) or settings.needs_key or settings.allow_unauthenticated):
         raise SettingsError(
             f"--host {settings.host} is reachable from other machines: "
             "set --api-key, or --allow-unauthenticated if everyone may use this server"

@@ -215,6 +215,34 @@ def test_a_signal_drains_and_ends_with_0(start: Start, signum: int) -> None:
     running.assert_nothing_is_left()
 
 
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"alice: {{keys: {'0' * 64}}}")
+    return file
+
+
+def test_with_a_keys_file_a_hangup_reaches_the_api_process_alone(start: Start, keys_file: Path) -> None:
+    running = start(api=("reload", "0.5"), api_keys_file=str(keys_file))
+    running.wait_for(running.folder / "api.json")
+    running.signal(signal.SIGHUP)  # waits until the process is ready for it
+    for _ in range(3):
+        running.wait_for(running.folder / "api-reload.pid").unlink()
+        running.signal(signal.SIGHUP)
+    running.wait_for(running.folder / "api-reload.pid")
+    assert is_running(running.pid("engine"))
+    running.signal(signal.SIGTERM)  # is no echo of the hangup
+    assert running.end() == (0, [])
+    running.assert_nothing_is_left()
+
+
+def test_a_bad_keys_file_is_found_before_the_model(monkeypatch: pytest.MonkeyPatch, keys_file: Path) -> None:
+    keys_file.write_text("alice: {keys: secret}")
+    monkeypatch.setattr(supervisor, "resolve_model", lambda *_: pytest.fail("the model was resolved first"))
+    with pytest.raises(SettingsError, match=r"keys.yaml: alice: keys: expected .* hashes"):
+        supervisor.supervise(Settings(api_keys_file=str(keys_file)))
+
+
 def test_an_api_that_does_not_stop_is_killed_after_the_drain_timeout(start: Start) -> None:
     running = start(api=("ignore",))
     running.pid("engine"), running.pid("api")

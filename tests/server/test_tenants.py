@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.shared.messages import Submit
-from server.settings.table import Settings
-from server.tenants import Tenant, Tenants, tenant_of_address
+from server.tenants import Tenant, tenant_of_address
 from tests.server.conftest import StartServer
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, fresh_server, wait_until
@@ -43,16 +42,6 @@ def test_the_engine_gets_the_tenant_of_each_request(start_server: StartServer) -
     server = start_server(api_key=KEYS)
     assert [submit(server, key).tenant for key in ("key-two", "key-one", "key-two")] == ["key-2", "key-1", "key-2"]
     assert submit(server, "key-one").weight == 1.0
-
-
-def test_keys_of_a_rotation_are_one_tenant() -> None:
-    tenants = Tenants(Settings(api_key=KEYS, one_tenant=True))
-    assert (
-        tenants.find(b"key-one") == tenants.find(b"key-two") == Tenant(name="key-1", owner="key-1", has_own_cache=True)
-    )
-    assert tenants.find(b"key-three") is None
-    twice = Tenants(Settings(api_key=("key-one", "key-one", "key-two")))
-    assert [(twice.find(key.encode()) or Tenant(name="?")).name for key in KEYS] == ["key-1", "key-2"]
 
 
 # What belongs to a tenant.

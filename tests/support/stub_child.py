@@ -25,6 +25,10 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
     if behaviour == "fork":
         helper = subprocess.Popen(["sleep", "60"])
         announce(folder, "helper", helper.pid)
+    if behaviour == "reload":  # SIGHUP is blocked until here
+        signal.signal(signal.SIGHUP, lambda *_: announce(folder, f"{name}-reload", os.getpid()))
+        time.sleep(float(argument))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
     if behaviour == "ignore":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif behaviour == "drain":

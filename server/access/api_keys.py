@@ -1,0 +1,72 @@
+"""The API keys of the server, and the tenants to whom they belong."""
+
+import hashlib
+import logging
+import secrets
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from server.access.keys_file import read_keys_file
+from server.settings.setting import SettingsError
+from server.settings.table import Settings
+from server.tenants import Tenant
+
+logger = logging.getLogger(__name__)
+
+
+class ApiKeys:
+    """The tenants by the SHA-256 of their keys, from --api-key and --api-keys-file. No key is kept."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read the keys file, if there is one. Raises SettingsError."""
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._by_digest = _read(settings)
+
+    @property
+    def are_required(self) -> bool:
+        """False if all requests are served without a key."""
+        return bool(self._by_digest)
+
+    def find(self, key: bytes) -> Tenant | None:
+        """Compare a key with all keys of the server, in a time that does not depend on which one it is."""
+        digest = hashlib.sha256(key).digest()
+        found = None
+        for candidate, tenant in self._by_digest:
+            found = tenant if secrets.compare_digest(digest, candidate) else found
+        return found
+
+    def reload(self) -> None:
+        """Read the keys file again. If it is invalid, log an error and keep the keys. May be called in any thread.
+
+        Running requests whose key is removed go on.
+        """
+        with self._lock:  # so that the last of several calls reads last
+            try:
+                self._by_digest = _read(self._settings)
+            except SettingsError as error:
+                logger.error("%s; the keys stay as they were", error)
+            else:
+                logger.info("read %s again: %d keys", self._settings.api_keys_file, len(self._by_digest))
+
+
+def _read(settings: Settings) -> list[tuple[bytes, Tenant]]:
+    """Return the SHA-256 of each key, with its tenant. Raises SettingsError."""
+    keys = dict(_plain_keys(settings))
+    if settings.api_keys_file is None:
+        return list(keys.items())
+    path = Path(settings.api_keys_file).expanduser()
+    for digest, tenant in read_keys_file(path, has_own_cache=settings.isolate_keys):
+        if digest in keys:
+            raise SettingsError(f"{path}: {tenant.name}: a key is one of --api-key, too")
+        keys[digest] = tenant
+    return list(keys.items())
+
+
+def _plain_keys(settings: Settings) -> Iterator[tuple[bytes, Tenant]]:
+    """Yield the tenants of --api-key: one for each key, or one for all."""
+    for number, key in enumerate(dict.fromkeys(settings.api_key), 1):
+        name = "key-1" if settings.one_tenant else f"key-{number}"
+        tenant = Tenant(name=name, owner=name, has_own_cache=settings.isolate_keys)
+        yield hashlib.sha256(key.encode()).digest(), tenant

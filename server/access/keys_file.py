@@ -1,0 +1,115 @@
+"""The file of --api-keys-file: tenants by name, with the hashes of their keys and what they may use.
+
+    search-team:
+      keys: sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae
+      weight: 2
+
+It is YAML, of which JSON is a part. Messages about it name the tenant and the field, and never show a value, since a
+user may have written a key in place of its hash.
+"""
+
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from server.settings.setting import SettingsError
+from server.settings.suggestions import did_you_mean
+from server.settings.value_types import ValueType, number
+from server.tenants import Tenant
+
+MAX_FILE_SIZE = 4 << 20  # bytes
+MAX_KEYS = 4096  # each request's key is compared with all of them
+_NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
+_RESERVED_NAME = re.compile(r"key-\d+")  # of --api-key
+_DIGEST = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})")
+
+KEYS = "keys"
+FIELDS: Mapping[str, ValueType] = {
+    "weight": number(0.01, 100),
+}
+
+
+class _Loader(yaml.BaseLoader):
+    """Reads all scalars as text, and refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            raise yaml.MarkedYAMLError(problem_mark=node.start_mark)
+        return mapping
+
+
+def read_keys_file(path: Path, *, has_own_cache: bool) -> list[tuple[bytes, Tenant]]:
+    """Return the SHA-256 of each key, with its tenant. Raises SettingsError."""
+    document = _parse(path)
+    if not isinstance(document, dict) or not document:
+        raise SettingsError(f"{path}: expected a mapping of tenants' names to their fields")
+    by_digest: dict[bytes, Tenant] = {}
+    for name, fields in document.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or _RESERVED_NAME.fullmatch(name):
+            number = 1 + list(document).index(name)
+            raise SettingsError(
+                f"{path}: tenant {number}: expected a name of 1 to 64 letters, digits and _.@- other than key-1, key-2 "
+                "and so on"
+            )
+        _add_tenant(f"{path}: {name}", name, fields, by_digest, has_own_cache=has_own_cache)
+    return list(by_digest.items())
+
+
+def _parse(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_SIZE + 1)
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_FILE_SIZE:
+        raise SettingsError(f"{path}: larger than {MAX_FILE_SIZE} bytes")
+    try:
+        return yaml.load(data, _Loader)  # constructs text, lists and dicts alone
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise SettingsError(f"{path}: invalid YAML, or a repeated name,{line}") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise SettingsError(f"{path}: invalid YAML") from None
+
+
+def _add_tenant(where: str, name: str, fields: object, by_digest: dict[bytes, Tenant], *, has_own_cache: bool) -> None:
+    """Add the keys of a tenant to `by_digest`. `where` begins the messages of errors. Raises SettingsError."""
+    if not isinstance(fields, dict):
+        raise SettingsError(f"{where}: expected a mapping of fields to values")
+    values = {str(field).replace("_", "-"): value for field, value in fields.items()}
+    if unknown := [field for field in values if field not in (KEYS, *FIELDS)]:
+        raise SettingsError(f"{where}: unknown field{did_you_mean(unknown[0], (KEYS, *FIELDS))}")
+    limits = {
+        field.replace("-", "_"): _value(f"{where}: {field}", FIELDS[field], value)
+        for field, value in values.items()
+        if field != KEYS
+    }
+    tenant = Tenant(name=name, owner=name, has_own_cache=has_own_cache, **limits)
+    for digest in _digests(f"{where}: {KEYS}", values.get(KEYS)):
+        if other := by_digest.get(digest):
+            raise SettingsError(f"{where}: {KEYS}: a key is that of {other.name}, too")
+        by_digest[digest] = tenant
+    if len(by_digest) > MAX_KEYS:
+        raise SettingsError(f"{where}: {KEYS}: the file has more than {MAX_KEYS} keys")
+
+
+def _value(where: str, type: ValueType, value: object) -> Any:
+    try:
+        return type.parse(value)
+    except ValueError:
+        raise SettingsError(f"{where}: expected {type.expected}") from None
+
+
+def _digests(where: str, value: object) -> list[bytes]:
+    texts = value if isinstance(value, list) else [value]
+    found = [_DIGEST.fullmatch(text) if isinstance(text, str) else None for text in texts]
+    digests = [bytes.fromhex(match[1]) for match in found if match]
+    if not digests or len(digests) < len(texts):
+        raise SettingsError(
+            f"{where}: expected one or several SHA-256 hashes of 64 hexadecimal digits (printf %s KEY | sha256sum)"
+        )
+    return list(dict.fromkeys(digests))

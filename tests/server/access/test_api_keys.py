@@ -1,0 +1,80 @@
+"""API keys and their tenants, and how the keys file is read again."""
+
+import hashlib
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+
+from server.access.api_keys import ApiKeys
+from server.settings.setting import SettingsError
+from server.settings.table import Settings
+from server.tenants import Tenant
+
+KEYS = ("key-one", "key-two")
+
+
+def entry(name: str, *keys: str) -> str:
+    digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
+    return f"{name}: {{keys: [{', '.join(digests)}]}}\n"
+
+
+def names(keys: ApiKeys, *texts: str) -> list[str | None]:
+    found = [keys.find(text.encode()) for text in texts]
+    return [None if tenant is None else tenant.name for tenant in found]
+
+
+def test_plain_keys() -> None:
+    assert not ApiKeys(Settings()).are_required
+    assert names(ApiKeys(Settings(api_key=(KEYS[0], *KEYS))), *KEYS, "", "key-three") == ["key-1", "key-2", None, None]
+
+
+def test_keys_of_a_rotation_are_one_tenant() -> None:
+    keys = ApiKeys(Settings(api_key=KEYS, one_tenant=True))
+    expected = Tenant(name="key-1", owner="key-1", has_own_cache=True)
+    assert keys.find(b"key-one") == keys.find(b"key-two") == expected
+    assert keys.find(b"key-three") is None
+
+
+def test_a_file_beside_plain_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(entry("alice", "a", "b") + entry("bob", "c"))
+    keys = ApiKeys(Settings(api_key=KEYS, api_keys_file=str(file)))
+    assert names(keys, "a", "b", "c", *KEYS, "d") == ["alice", "alice", "bob", "key-1", "key-2", None]
+    file.write_text(entry("alice", "key-two"))
+    with pytest.raises(SettingsError, match=r"keys\.yaml: alice: a key is one of --api-key, too$"):
+        ApiKeys(Settings(api_key=KEYS, api_keys_file=str(file)))
+
+
+def test_a_bad_file_keeps_the_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(entry("alice", "a"))
+    keys = ApiKeys(Settings(api_keys_file=str(file)))
+    for text in ("", "alice: {}", entry("alice", "a") * 2, None):
+        file.write_text(text) if text is not None else file.unlink()
+        caplog.clear()
+        keys.reload()
+        assert keys.are_required
+        assert names(keys, "a") == ["alice"]
+        (record,) = caplog.records
+        assert record.levelno == logging.ERROR
+        assert "keys.yaml: " in record.getMessage()
+    file.write_text(entry("bob", "b"))
+    keys.reload()
+    assert names(keys, "a", "b") == [None, "bob"]
+
+
+def test_the_last_of_several_reloads_counts(tmp_path: Path) -> None:
+    file, number = tmp_path / "keys.yaml", 0
+    file.write_text(entry("tenant", "0"))
+    keys = ApiKeys(Settings(api_keys_file=str(file)))
+    threads = []
+    for number in range(20):
+        (tmp_path / "new").write_text(entry("tenant", str(number)))
+        (tmp_path / "new").rename(file)
+        threads.append(threading.Thread(target=keys.reload))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert names(keys, str(number), "0") == ["tenant", None]
