@@ -64,5 +64,5 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def needs_key(self) -> bool:
-        """Whether requests need an API key."""
+        """True if requests need an API key."""
         return bool(self.api_key) or self.api_keys_file is not None
