@@ -22,9 +22,10 @@ from engine.shared.messages import (
     Vocabulary,
 )
 from server.engine_client.adapters import LoadedAdapters
-from server.engine_client.admission import SHUTTING_DOWN, Admission, Reservation
+from server.engine_client.admission import SHUTTING_DOWN, Admission
 from server.engine_client.connection import EngineConnection
 from server.engine_client.liveness import EngineLiveness
+from server.engine_client.reservation import Reservation
 from server.engine_client.streams import OpenStreams, RequestStream
 from server.http.errors import APIError, EngineDeadError, EngineUnavailableError
 from server.metrics import Metrics
@@ -173,18 +174,18 @@ class EngineClient:
         choice by choice as they end, or when the stream is closed. The engine finds the adapter by its fingerprint, so
         a request for an adapter that has been unloaded since is not an error here.
 
-        Raises EngineUnavailableError unless the engine is ready; without a reservation, what `reserve` raises.
+        Raises EngineUnavailableError unless the engine is ready, QueueFullError if the request had to make room for
+        another meanwhile; without a reservation, what `reserve` raises.
         """
         if reservation is None:
             with self.reserve(message.n) as own_reservation:
                 return self.submit(message, own_reservation)
         self.ready_info()
+        reservation.check()
         tenant = reservation.tenant
         salt = tenant.salt(message.cache_salt)
         own = msgspec.structs.replace(message, tenant=tenant.name, weight=tenant.weight, cache_salt=salt)
-        stream = self._streams.open(own)
-        reservation.hand_over(message.n)
-        return stream
+        return self._streams.open(own, reservation)
 
     def fail_streams(self, error: APIError) -> None:
         """End all open streams with `error`, and their requests in the engine. Fail pending changes of adapters."""

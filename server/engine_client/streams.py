@@ -10,6 +10,7 @@ from typing import Protocol
 from engine.shared.messages import Abort, FinishReason, Submit, ToEngine, TokenEvent
 from server.choice_stats import ChoiceStats
 from server.engine_client.admission import Admission
+from server.engine_client.reservation import Reservation
 from server.http.errors import APIError
 from server.metrics import Metrics
 
@@ -23,7 +24,7 @@ class StreamObserver(Protocol):
     def on_tokens(self, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
         """Count the tokens of an event that arrived at time `now`."""
 
-    def on_choice_end(self, stats: ChoiceStats, reason: FinishReason, now: float) -> None: ...
+    def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None: ...
 
     def on_stream_end(self, stream: RequestStream) -> None:
         """Handle the end of the last choice."""
@@ -37,8 +38,9 @@ class RequestStream:
     once.
     """
 
-    def __init__(self, message: Submit, observer: StreamObserver) -> None:
+    def __init__(self, message: Submit, reservation: Reservation, observer: StreamObserver) -> None:
         self.request_id = message.request_id
+        self.reservation = reservation  # which other streams of the same request may share
         self.choices = [
             ChoiceStats(message.arrival, message.params.max_tokens, len(message.prompt_token_ids))
             for _ in range(message.n)
@@ -113,6 +115,7 @@ class RequestStream:
         stats = self.choices[event.index]
         if stats.has_ended:
             return
+        self.reservation.start()
         stats.times = event.times or stats.times
         if event.token_ids:
             self._observer.on_tokens(stats, event, now)
@@ -125,7 +128,7 @@ class RequestStream:
         stats = self.choices[index]
         stats.has_ended = True
         self._num_open -= 1
-        self._observer.on_choice_end(stats, reason, now)
+        self._observer.on_choice_end(self, stats, reason, now)
         if not self._num_open:
             self._observer.on_stream_end(self)
         self._changed.set()
@@ -140,11 +143,12 @@ class OpenStreams:
         self._metrics = metrics
         self._streams: dict[str, RequestStream] = {}
 
-    def open(self, message: Submit) -> RequestStream:
-        """Send a request and return its stream. The request id must not be in use."""
+    def open(self, message: Submit, reservation: Reservation) -> RequestStream:
+        """Send a request and return its stream, which takes over its capacity. The request id must not be in use."""
         assert message.request_id not in self._streams
         self._send(message)
-        stream = self._streams[message.request_id] = RequestStream(message, self)
+        stream = self._streams[message.request_id] = RequestStream(message, reservation, self)
+        reservation.hand_over(message.n, stream)
         return stream
 
     def push(self, events: Sequence[TokenEvent], now: float) -> None:
@@ -154,9 +158,9 @@ class OpenStreams:
                 stream.push(event, now)
 
     def fail(self, error: APIError) -> None:
-        """End all streams with `error`, and their requests in the engine."""
+        """End all requests with `error`, in the engine too."""
         for stream in list(self._streams.values()):
-            stream.fail(error)
+            stream.reservation.fail(error)
 
     def on_abort(self, request_id: str, index: int | None = None) -> None:
         self._send(Abort(request_id, index))
@@ -168,10 +172,11 @@ class OpenStreams:
             self._metrics.observe_inter_token(now - stats.last_token)
         stats.count_tokens(event, now)
 
-    def on_choice_end(self, stats: ChoiceStats, reason: FinishReason, now: float) -> None:
-        self._admission.end_choice(now)
+    def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None:
+        self._admission.end_choice(stream.reservation, now)
         self._metrics.observe_choice(stats, reason, now)
 
     def on_stream_end(self, stream: RequestStream) -> None:
         del self._streams[stream.request_id]
+        stream.reservation.end_stream(stream)
         self._metrics.observe_request(stream.choices)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import FinishReason, TokenEvent
+from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.generation.choice_delta import ChoiceDelta
 from server.generation.choice_state import ChoiceState
@@ -71,6 +72,11 @@ class Generation:
         for stream in self._streams:
             stream.abort(FinishReason.ABORT)
         return True
+
+    @property
+    def reservation(self) -> Reservation:
+        """The capacity that the choices hold."""
+        return self._streams[0].reservation
 
     @property
     def usage(self) -> Usage:

@@ -17,7 +17,7 @@ from msgspec import UNSET, UnsetType
 from engine.shared.messages import EngineInfo, Submit
 from server.constrained.constraints import Constraint, check_constraint
 from server.context import ServedModel, ServerContext, get_context
-from server.engine_client.admission import Reservation
+from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.generation.choice_delta import ChoiceAccumulator, ChoiceDelta, best_choices
 from server.generation.choice_state import ChoiceParser, ChoiceState
@@ -39,7 +39,7 @@ from server.generation.tokenized_settings import TokenizedSettings, tokenize_set
 from server.http.body_middleware import get_text_size
 from server.http.errors import APIError, ServerError
 from server.http.request_middleware import LOG_FIELDS
-from server.http.sse import SERVER_SENT_EVENTS, StreamFormat, run_until_disconnect, sse_response
+from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, StreamFormat, run_until_disconnect, sse_response
 from server.recordings import Recording
 from server.running_requests import RunningRequest
 from server.schemas.answers import RequestTimings
@@ -49,6 +49,10 @@ from server.tenants import Tenant, get_tenant
 from server.text.choice_text import ChoiceText
 
 logger = logging.getLogger(__name__)
+
+# A stream's status is held back until the engine has begun with the request, so that one that has to make room for
+# another gets a real 429, which clients retry. After this time it is sent, since idle connections need comments.
+MAX_HELD_SECONDS = KEEP_ALIVE_SECONDS
 
 Body = TypeVar("Body", bound=GenerationRequest)
 Ts = TypeVarTuple("Ts")
@@ -88,6 +92,11 @@ async def respond(
     generation, running, writer, headers = await _start(job)
     request.scope["state"][LOG_FIELDS] = generation.log_fields
     if body.stream:
+        try:
+            await run_until_disconnect(request, generation.reservation.wait_for_start(MAX_HELD_SECONDS))
+        except BaseException:
+            running.close()
+            raise
         return sse_response(
             _stream(job, generation, writer),
             on_close=running.close,
@@ -113,6 +122,7 @@ async def start_in_background(
     """
     job = _validate(request, body, endpoint)
     generation, running, writer, headers = await _start(job)
+    generation.reservation.is_answered = True
 
     async def generate() -> None:
         try:

@@ -9,7 +9,7 @@ from fastapi import Request
 
 from engine.shared.messages import FinishReason, Submit, TokenEvent
 from server.context import ServerContext, get_context
-from server.engine_client.admission import Reservation
+from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.generation.timings import ChoiceEnd
 from server.http.errors import ServerError

@@ -1,14 +1,18 @@
-"""Tests of a full queue: further requests are rejected at once, and all others are answered."""
+"""Tests of a full queue: further requests are rejected at once, others answered, and no key keeps another out."""
 
 import asyncio
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.e2e.conftest import StartServer
 from tests.support.kv_cache_memory import kv_cache_flag
 from tests.support.server_process import COMPLETIONS, MODEL, REQUEST_SECONDS, ServerProcess, shared_server
 from tests.support.serving import check_error, wait_until
@@ -28,15 +32,12 @@ def small_server(smollm2_path: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def full_server(small_server: ServerProcess) -> Iterator[ServerProcess]:
-    """`small_server` with four requests that last longer than a test."""
-    with httpx.Client(base_url=small_server.url, timeout=REQUEST_SECONDS, trust_env=False) as client:
-        requests = [client.stream("POST", COMPLETIONS, json=LONG | {"model": MODEL, "stream": True}) for _ in range(4)]
-        for request in requests:
-            assert request.__enter__().status_code == 200
+    """`small_server` with four choices of one request that last longer than a test."""
+    body = LONG | {"model": MODEL, "stream": True, "n": 4}
+    with small_server.http.stream("POST", COMPLETIONS, json=body) as response:
+        assert response.status_code == 200
         wait_until(lambda: (small_server.num_running, small_server.num_waiting) == (2, 2), REQUEST_SECONDS)
         yield small_server
-        for request in requests:
-            request.__exit__(None, None, None)
     wait_until(lambda: small_server.is_idle, REQUEST_SECONDS)
 
 
@@ -93,3 +94,56 @@ async def burst(url: str, num_requests: int) -> list[httpx.Response]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, trust_env=False, limits=limits) as client:
         return await asyncio.gather(*(client.post(COMPLETIONS, json=body) for _ in range(num_requests)))
+
+
+class Flood:
+    """A client that keeps many requests open, and sends another for each that ends."""
+
+    def __init__(self, server: ServerProcess, key: str, num_requests: int, **fields: Any) -> None:
+        self._url, self._body = server.url, {"model": MODEL, "ignore_eos": True} | fields
+        self._headers = {"authorization": f"Bearer {key}"}
+        self._num_requests = num_requests
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    async def _run(self) -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=REQUEST_SECONDS, trust_env=False, limits=limits) as client:
+            tasks = [asyncio.create_task(self._send(client)) for _ in range(self._num_requests)]
+            await asyncio.to_thread(self._ended.wait)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send(self, client: httpx.AsyncClient) -> None:
+        while True:
+            response = await client.post(self._url + COMPLETIONS, json=self._body, headers=self._headers)
+            if response.status_code != 200:
+                await asyncio.sleep(0.2)
+
+
+FLOODS: dict[str, dict[str, Any]] = {
+    "many requests": {"num_requests": 40, "prompt": "Once", "max_tokens": 40},
+    "one request": {"num_requests": 1, "prompt": ["Once", "upon", "a"], "n": 4, "max_tokens": 100},
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_four_clients_of_another_key_are_admitted_at_once(start_server: StartServer, name: str) -> None:
+    server = start_server("--api-key=alice", "--api-key=bob", "--max-num-seqs=4", "--max-queued-requests=8")
+    body = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
+
+    def ask(_number: int) -> int:
+        headers = {"authorization": "Bearer bob"}
+        return server.http.post(COMPLETIONS, json=body, headers=headers).status_code
+
+    with Flood(server, "alice", **FLOODS[name]), ThreadPoolExecutor(4) as threads:
+        time.sleep(1)
+        assert Counter(threads.map(ask, range(20))) == {200: 20}

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from server.tenants import Tenant
 from tests.server.conftest import StartServer
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, check_error, raw_request, wait_until
@@ -86,7 +87,7 @@ def test_the_sdk_does_not_retry_a_bad_request(server: RunningServer) -> None:
 @pytest.mark.checklist("E01")
 def test_a_full_queue_is_429_without_waiting(server: RunningServer, fake_engine: FakeEngine) -> None:
     client = server.context.client
-    reservation = client.reserve(client.max_in_flight)
+    reservation = client.reserve(client.max_in_flight, tenant=Tenant(name="127.0.0.1"))
     body = {"model": "tiny", "prompt": "x", "stream": True}
     durations = []
     for _ in range(6):

@@ -1,8 +1,16 @@
 """Tests of admission control with a fake engine."""
 
+import asyncio
+import random
+import secrets
+from collections import Counter
+
 import pytest
 
+from engine.shared.messages import Abort, TokenEvent
 from server.http.errors import EngineUnavailableError, InvalidValueError, QueueFullError
+from server.metrics import Metrics
+from server.tenants import Tenant
 from tests.support.engine_clients import connected, read, ready, request, tokens, until
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 
@@ -70,3 +78,79 @@ async def test_nothing_is_admitted_while_draining(fake_engine: FakeEngine) -> No
             client.reserve(1)
         assert caught.value.headers["connection"] == "close"
         assert tokens(await read(stream))[:-1] == fake_engine.config.reply
+
+
+ALICE, BOB = Tenant(name="alice"), Tenant(name="bob")
+
+
+async def test_the_newest_waiting_request_makes_room_for_another_tenant(fake_engine: FakeEngine) -> None:
+    fake_engine.pause()
+    metrics = Metrics("lightwell_", "m")
+    async with ready(fake_engine.config.address, metrics=metrics) as client:
+        streams = [
+            client.submit(request(f"{i}"), client.reserve(1, tenant=ALICE)) for i in range(client.max_in_flight - 1)
+        ]
+        unsent = client.reserve(1, tenant=ALICE)
+        others = [client.submit(request(f"b{i}"), client.reserve(1, tenant=BOB)) for i in range(2)]
+        assert client.num_in_flight == client.max_in_flight
+        with pytest.raises(QueueFullError) as caught:
+            client.submit(request("late"), unsent)
+        assert 1 <= int(caught.value.headers["retry-after"]) <= 60
+        with pytest.raises(QueueFullError):
+            await read(streams[-1])
+        await until(lambda: fake_engine.aborts == [Abort(streams[-1].request_id)])
+        fake_engine.resume()
+        for stream in [*streams[:-1], *others]:
+            assert tokens(await read(stream))[:-1] == fake_engine.config.reply
+        assert client.num_in_flight == 0
+        labels = {"model_name": "m", "engine": "0", "reason": "evicted"}
+        assert metrics.registry.get_sample_value("lightwell_requests_rejected_total", labels) == 2
+
+
+async def test_a_request_with_tokens_is_never_ended_for_another(fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.002
+    async with ready(fake_engine.config.address) as client:
+        count = client.max_in_flight
+        large = client.submit(request("large", n=count, max_tokens=40), client.reserve(count, tenant=ALICE))
+        await anext(large)
+        small = client.submit(request("small", max_tokens=5), client.reserve(1, tenant=BOB))
+        assert client.num_in_flight > count
+        with pytest.raises(QueueFullError):
+            client.reserve(1, tenant=ALICE)
+        assert len(tokens(await read(small))) == 5
+        await read(large)
+        assert [stats.num_output_tokens for stats in large.choices] == [40] * count
+        assert client.num_in_flight == 0
+
+
+@pytest.mark.parametrize("seed", [1, 2, secrets.randbits(32)])
+async def test_random_tenants_leave_nothing_behind(fake_engine: FakeEngine, seed: int) -> None:
+    """Each request gets all of its tokens or one QueueFullError, and that only before its first token."""
+    print("seed", seed)
+    rng = random.Random(seed)
+    fake_engine.config.step_seconds = 0.001
+    async with ready(fake_engine.config.address, max_queued_requests=12) as client:
+
+        async def ask(number: int) -> str:
+            tenant = rng.choice((ALICE, BOB, Tenant(name="carol", weight=2.0)))
+            await asyncio.sleep(rng.random() * 0.3)
+            events: list[TokenEvent] = []
+            num_choices, pause = rng.randint(1, 4), rng.random() * 0.01
+            try:
+                with client.reserve(num_choices, tenant=tenant) as reservation:
+                    await asyncio.sleep(pause)
+                    stream = client.submit(request(f"{number}", n=num_choices), reservation)
+                async with stream:
+                    async for batch in stream:
+                        events += batch
+            except QueueFullError:
+                assert not events
+                return "rejected"
+            assert sum(event.finish_reason is not None for event in events) == num_choices
+            assert client.num_in_flight <= client.max_in_flight * 1.5
+            return "answered"
+
+        outcomes = Counter(await asyncio.gather(*(ask(number) for number in range(300))))
+        assert set(outcomes) == {"answered", "rejected"}
+        assert client.num_in_flight == 0
+        await until(lambda: fake_engine.num_choices == 0)

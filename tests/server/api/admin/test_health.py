@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.tenants import Tenant
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
 from tests.support.serving import RunningServer, check_error, make_test_context, running_server, wait_until
 
@@ -97,7 +98,8 @@ def test_dead(address: str, model_folder: Path) -> None:
 def test_probes_answer_under_load(server: RunningServer, fake_engine: FakeEngine) -> None:
     """Probes are answered while the queue is full."""
     fake_engine.pause()
-    reservation = server.context.client.reserve(server.context.client.max_in_flight)
+    client = server.context.client
+    reservation = client.reserve(client.max_in_flight, tenant=Tenant(name="127.0.0.1"))
     try:
         check_error(httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "x"}), 429)
         assert statuses(server) == (200, 200, 200)

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from anthropic.types import Message
 
+from server.tenants import Tenant
 from tests.server.conftest import StartServer
 from tests.support.clients import shared_server
 from tests.support.fake_engine import FakeEngine
@@ -327,7 +328,7 @@ def test_a_failure(server: RunningServer, fake_engine: FakeEngine) -> None:
 def test_a_full_queue(start_server: StartServer, fake_engine: FakeEngine) -> None:
     fake_engine.config.max_num_seqs = 1
     server = start_server(max_queued_requests=1)
-    with server.context.client.reserve(2):
+    with server.context.client.reserve(2, tenant=Tenant(name="127.0.0.1")):
         response = ask(server.url)
     assert error_of(response, 429)[0] == "rate_limit_error"
     assert response.headers["retry-after"]

@@ -14,6 +14,7 @@ from server.api.chat.request_builder import EXTENSIONS
 from server.api.responses import conversion as responses
 from server.api.responses.custom_tools import OTHER_CALLS
 from server.api.responses.schemas import ResponsesRequest
+from server.generation import pipeline
 from tests.server.api.responses.test_routes import (
     MINIMAL,
     PATH,
@@ -350,7 +351,10 @@ def test_hints_that_are_neutral_or_followed(tiny: RunningServer, tools: RunningS
 # Start of a stream.
 
 
-def test_a_stream_that_waits_has_begun(server: RunningServer, fake_engine: FakeEngine) -> None:
+def test_a_stream_that_waits_has_begun(
+    server: RunningServer, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "MAX_HELD_SECONDS", 0.1)
     fake_engine.pause()
     with httpx.stream("POST", server.url + PATH, json=MINIMAL | {"stream": True}, timeout=5) as response:
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))

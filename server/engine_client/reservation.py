@@ -1,0 +1,110 @@
+"""An admitted request: the capacity that it holds, from its admission to the end of its last choice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from server.http.errors import APIError
+from server.tenants import Tenant
+
+
+class FailingStream(Protocol):
+    """The part of a `RequestStream` that its reservation uses."""
+
+    def fail(self, error: APIError) -> None:
+        """Abort the request in the engine, and raise `error` to the reader."""
+
+
+class Reservation:
+    """The capacity of a tenant's request. Leaving its context returns what no stream uses.
+
+    Streams return the capacity of their choices themselves, one by one as they end.
+    """
+
+    def __init__(self, tenant: Tenant, on_change: Callable[[Reservation, int], None]) -> None:
+        """Begin without capacity. `on_change` is called with each change of `num_choices`."""
+        self.tenant = tenant
+        self.count = 0  # reserved choices that no stream uses yet
+        self.num_choices = 0  # these and those in streams
+        self.has_started = False  # the engine has computed something for it
+        self.is_answered = False  # the client has its HTTP status
+        self._on_change = on_change
+        self._streams: set[FailingStream] = set()
+        self._error: APIError | None = None
+        self._is_settled = asyncio.Event()  # it has started, failed or ended
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+    @property
+    def is_waiting(self) -> bool:
+        """True if nothing is lost by ending the request, because the engine has not begun with it."""
+        return not self.has_started and self._error is None
+
+    def add(self, count: int) -> None:
+        """Reserve the capacity of `count` more choices, which the caller has found free."""
+        self.count += count
+        self._change_choices(count)
+
+    def release(self) -> None:
+        """Return the capacity that no stream uses."""
+        count, self.count = self.count, 0
+        self._change_choices(-count)
+
+    def hand_over(self, count: int, stream: FailingStream) -> None:
+        """Pass the capacity of `count` choices to a stream, which calls `end_choice` for each."""
+        assert count <= self.count
+        self.count -= count
+        self._streams.add(stream)
+
+    def end_choice(self) -> None:
+        """Return the capacity of a choice that ended in a stream."""
+        self._change_choices(-1)
+
+    def end_stream(self, stream: FailingStream) -> None:
+        """Forget a stream whose choices have ended."""
+        self._streams.discard(stream)
+
+    def start(self) -> None:
+        """Note that the engine has begun with the request."""
+        self.has_started = True
+        self._is_settled.set()
+
+    def check(self) -> None:
+        """Raise the error that ended the request, if one did."""
+        if self._error is not None:
+            raise self._error
+
+    def fail(self, error: APIError) -> None:
+        """End the request: its streams raise `error`, and `check` does from now on."""
+        if self._error is not None:
+            return
+        self._error = error
+        self.release()
+        for stream in list(self._streams):
+            stream.fail(error)
+        self._is_settled.set()
+
+    async def wait_for_start(self, seconds: float) -> None:
+        """Wait until the request has started, but at most `seconds`; the client gets the status 200 then.
+
+        Raises the error that ended the request meanwhile.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._is_settled.wait()
+        self.check()
+        self.is_answered = True
+
+    def _change_choices(self, count: int) -> None:
+        self.num_choices += count
+        assert self.num_choices >= self.count >= 0
+        self._on_change(self, count)
+        if not self.num_choices:
+            self._is_settled.set()
