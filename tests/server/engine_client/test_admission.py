@@ -123,7 +123,7 @@ async def test_a_request_with_tokens_is_never_ended_for_another(fake_engine: Fak
         assert client.num_in_flight == 0
 
 
-@pytest.mark.parametrize("seed", [1, 2, secrets.randbits(32)])
+@pytest.mark.parametrize("seed", [1, 2, secrets.randbits(32)], ids=["1", "2", "random"])
 async def test_random_tenants_leave_nothing_behind(fake_engine: FakeEngine, seed: int) -> None:
     """Each request gets all of its tokens or one QueueFullError, and that only before its first token."""
     print("seed", seed)
