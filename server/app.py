@@ -5,7 +5,8 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from server.api.admin import health, lora_adapters, metrics_page, models, requests, tokenize
+from server.access.limits_middleware import LimitsMiddleware
+from server.api.admin import health, lora_adapters, metrics_page, models, requests, tokenize, usage
 from server.api.chat import routes as chat
 from server.api.completions import routes as completions
 from server.api.embeddings import routes as embeddings
@@ -53,7 +54,7 @@ def create_app(context: ServerContext) -> FastAPI:
         ("OpenAI", (completions, chat, responses, embeddings, rerank, models)),
         ("Anthropic", (messages,)),
         ("Ollama", (ollama,)),
-        ("Lightwell", (requests, lora_adapters, tokenize, health, metrics_page)),
+        ("Lightwell", (requests, usage, lora_adapters, tokenize, health, metrics_page)),
     ):
         for module in modules:
             app.include_router(module.router, tags=[tag])
@@ -69,6 +70,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(
         BodyMiddleware, max_body_size=settings.max_body_size, max_buffered_bytes=settings.max_buffered_bytes
     )
+    app.add_middleware(LimitsMiddleware)
     app.add_middleware(AuthMiddleware, keys=context.api_keys)
     app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
     if is_loopback(settings.host):

@@ -121,6 +121,8 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
     model_config = load_model_config(path)
     vocabulary = tokenizer.to_json()
     metrics = Metrics(settings.metrics_prefix, config.model_names[0])
+    api_keys = ApiKeys(settings)
+    metrics.set_usage_source(api_keys.usage)
     client = EngineClient(
         config.engine_address,
         max_queued_requests=settings.max_queued_requests,
@@ -143,7 +145,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         metrics=metrics,
         running=RunningRequests(),
         recordings=Recordings(settings.record_requests),
-        api_keys=ApiKeys(settings),
+        api_keys=api_keys,
         score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.shared.messages import EngineInfo, EngineStats, FinishReason
+from server.access.accounts import Usage
 from server.choice_stats import ChoiceStats
 
 LABELS = ("model_name", "engine")
@@ -157,6 +158,10 @@ class Metrics:
         """Set the function that returns the engine's statistics; each scrape calls it."""
         self._engine.stats = stats
 
+    def set_usage_source(self, usage: Callable[[], Mapping[str, Usage]]) -> None:
+        """Set the function that returns what each tenant has used, by name; each scrape calls it."""
+        self.registry.register(_UsageCollector(self._prefix, list(self._labels.values()), usage))
+
     def observe_step(self, num_tokens: int) -> None:
         self._iteration.observe(num_tokens)
 
@@ -231,6 +236,28 @@ class Metrics:
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"{self._prefix}{name}", help, (*LABELS, *labels), registry=self.registry)
+
+
+class _UsageCollector(Collector):
+    """Reads what the tenants have used at scrape time. The label is a tenant's name, never its key or address."""
+
+    def __init__(self, prefix: str, label_values: list[str], usage: Callable[[], Mapping[str, Usage]]) -> None:
+        self._usage = usage
+        self._prefix = prefix
+        self._label_values = label_values
+
+    def collect(self) -> Iterator[Metric]:
+        usage = self._usage()
+        for field, name, help in (
+            ("num_requests", "tenant_requests", "Requests of a tenant."),
+            ("num_prompt_tokens", "tenant_prompt_tokens", "Prompt tokens of a tenant."),
+            ("num_cached_tokens", "tenant_prompt_tokens_cached", "Prompt tokens of a tenant from the prefix cache."),
+            ("num_output_tokens", "tenant_generation_tokens", "Output tokens of a tenant."),
+        ):
+            family = CounterMetricFamily(f"{self._prefix}{name}", help, labels=(*LABELS, "tenant"))
+            for tenant, used in usage.items():
+                family.add_metric([*self._label_values, tenant], getattr(used, field))
+            yield family
 
 
 class _EngineCollector(Collector):

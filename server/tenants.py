@@ -10,6 +10,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
 
+from server.access.accounts import Account, Limits
+
 TENANT = "tenant"  # in the scope's state, set by `AuthMiddleware`
 EVERYBODY = ""  # the owner of what is made without a key
 OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner finds
@@ -22,6 +24,9 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0  # its share of the engine, relative to that of others
     owner: str = EVERYBODY  # of what its requests leave behind: its name if it has a key
     has_own_cache: bool = False
+    has_negative_priority: bool = False  # its requests may go before those of others
+    limits: Limits = Limits()
+    account: Account = msgspec.field(default_factory=Account)  # what it has used
 
     def salt(self, cache_salt: str) -> str:
         """Return the salt of the tenant's cached prefixes for a client's `cache_salt`.
@@ -34,9 +39,9 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
 ANYBODY = Tenant(name="")  # of work that no client has asked for
 
 
-def tenant_of_address(scope: Scope) -> Tenant:
-    """Return the tenant of a request without a key."""
-    return Tenant(name=(scope.get("client") or ("",))[0])
+def tenant_of_address(scope: Scope, account: Account) -> Tenant:
+    """Return the tenant of a request to a server without keys. All have one account."""
+    return Tenant(name=(scope.get("client") or ("",))[0], has_negative_priority=True, account=account)
 
 
 def get_tenant(request: Request) -> Tenant:

@@ -7,6 +7,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
+from server.access.accounts import Account, Usage
 from server.access.keys_file import read_keys_file
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
@@ -20,9 +23,11 @@ class ApiKeys:
 
     def __init__(self, settings: Settings) -> None:
         """Read the keys file, if there is one. Raises SettingsError."""
+        self.everybody = Account()  # of all clients where there are no keys
         self._settings = settings
         self._lock = threading.Lock()
-        self._by_digest = _read(settings)
+        self._accounts: dict[str, Account] = {}  # of tenants that are gone, too: they may come back
+        self._by_digest = self._with_accounts(_read(settings))
 
     @property
     def are_required(self) -> bool:
@@ -37,6 +42,15 @@ class ApiKeys:
             found = tenant if secrets.compare_digest(digest, candidate) else found
         return found
 
+    @property
+    def tenants(self) -> dict[str, Tenant]:
+        """The tenants that have a key, by name."""
+        return {tenant.name: tenant for _, tenant in self._by_digest}
+
+    def usage(self) -> dict[str, Usage]:
+        """Return what each tenant with a key has used, by name."""
+        return {name: tenant.account.usage for name, tenant in self.tenants.items()}
+
     def reload(self) -> None:
         """Read the keys file again. If it is invalid, log an error and keep the keys. May be called in any thread.
 
@@ -44,11 +58,20 @@ class ApiKeys:
         """
         with self._lock:  # so that the last of several calls reads last
             try:
-                self._by_digest = _read(self._settings)
+                self._by_digest = self._with_accounts(_read(self._settings))
             except SettingsError as error:
                 logger.error("%s; the keys stay as they were", error)
             else:
                 logger.info("read %s again: %d keys", self._settings.api_keys_file, len(self._by_digest))
+
+    def _with_accounts(self, keys: list[tuple[bytes, Tenant]]) -> list[tuple[bytes, Tenant]]:
+        """Give each tenant the account that it had before, with its limits of now."""
+        tenants: dict[str, Tenant] = {}
+        for tenant in {tenant.name: tenant for _, tenant in keys}.values():
+            account = self._accounts.setdefault(tenant.name, Account())
+            account.set_limits(tenant.limits)
+            tenants[tenant.name] = msgspec.structs.replace(tenant, account=account)
+        return [(digest, tenants[tenant.name]) for digest, tenant in keys]
 
 
 def _read(settings: Settings) -> list[tuple[bytes, Tenant]]:
@@ -68,5 +91,12 @@ def _plain_keys(settings: Settings) -> Iterator[tuple[bytes, Tenant]]:
     """Yield the tenants of --api-key: one for each key, or one for all."""
     for number, key in enumerate(dict.fromkeys(settings.api_key), 1):
         name = "key-1" if settings.one_tenant else f"key-{number}"
-        tenant = Tenant(name=name, owner=name, has_own_cache=settings.isolate_keys)
+        tenant = Tenant(
+            name=name, owner=name, has_own_cache=settings.isolate_keys, has_negative_priority=_is_alone(settings)
+        )
         yield hashlib.sha256(key.encode()).digest(), tenant
+
+
+def _is_alone(settings: Settings) -> bool:
+    """Return whether all clients of the server are one tenant."""
+    return settings.api_keys_file is None and (settings.one_tenant or len(set(settings.api_key)) == 1)

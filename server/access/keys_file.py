@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 
+from server.access.accounts import Limits
 from server.settings.setting import SettingsError
 from server.settings.suggestions import did_you_mean
-from server.settings.value_types import ValueType, number
+from server.settings.value_types import BOOLEAN, ValueType, integer, number
 from server.tenants import Tenant
 
 MAX_FILE_SIZE = 4 << 20  # bytes
@@ -27,8 +28,11 @@ _RESERVED_NAME = re.compile(r"key-\d+")  # of --api-key
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})")
 
 KEYS = "keys"
+LIMITS: Mapping[str, ValueType] = {name.replace("_", "-"): integer(1, 10**12) for name in Limits.__struct_fields__}
 FIELDS: Mapping[str, ValueType] = {
     "weight": number(0.01, 100),
+    "negative-priority": BOOLEAN,
+    **LIMITS,
 }
 
 
@@ -83,12 +87,17 @@ def _add_tenant(where: str, name: str, fields: object, by_digest: dict[bytes, Te
     values = {str(field).replace("_", "-"): value for field, value in fields.items()}
     if unknown := [field for field in values if field not in (KEYS, *FIELDS)]:
         raise SettingsError(f"{where}: unknown field{did_you_mean(unknown[0], (KEYS, *FIELDS))}")
-    limits = {
-        field.replace("-", "_"): _value(f"{where}: {field}", FIELDS[field], value)
-        for field, value in values.items()
-        if field != KEYS
+    parsed = {
+        field: _value(f"{where}: {field}", FIELDS[field], value) for field, value in values.items() if field != KEYS
     }
-    tenant = Tenant(name=name, owner=name, has_own_cache=has_own_cache, **limits)
+    tenant = Tenant(
+        name=name,
+        owner=name,
+        has_own_cache=has_own_cache,
+        weight=parsed.get("weight", 1.0),
+        has_negative_priority=parsed.get("negative-priority", False),
+        limits=Limits(**{field.replace("-", "_"): value for field, value in parsed.items() if field in LIMITS}),
+    )
     for digest in _digests(f"{where}: {KEYS}", values.get(KEYS)):
         if other := by_digest.get(digest):
             raise SettingsError(f"{where}: {KEYS}: a key is that of {other.name}, too")

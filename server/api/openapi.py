@@ -21,6 +21,7 @@ from server.api.admin.schemas import (
     ServerVersion,
     TokenizeResponse,
     TokenizerInfo,
+    UsageList,
 )
 from server.api.chat.schemas import ChatCompletion, ChatCompletionChunk
 from server.api.completions.schemas import Completion
@@ -218,6 +219,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("/v1/models", "get"): Operation(ModelList),
     ("/v1/models/{model_id}", "get"): Operation(Model),
+    ("/v1/usage", "get"): Operation(UsageList),
     ("/version", "get"): Operation(ServerVersion),
     ("/tokenize", "post"): Operation(TokenizeResponse, {"prompt": "Once upon a time"}),
     ("/detokenize", "post"): Operation(DetokenizeResponse, {"tokens": [10, 11, 12]}),

@@ -185,6 +185,7 @@ class EngineClient:
         tenant = reservation.tenant
         salt = tenant.salt(message.cache_salt)
         own = msgspec.structs.replace(message, tenant=tenant.name, weight=tenant.weight, cache_salt=salt)
+        tenant.account.count_prompt(len(message.prompt_token_ids))
         return self._streams.open(own, reservation)
 
     def fail_streams(self, error: APIError) -> None:

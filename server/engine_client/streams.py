@@ -118,6 +118,10 @@ class RequestStream:
         self.reservation.start()
         stats.times = event.times or stats.times
         if event.token_ids:
+            account = self.reservation.tenant.account
+            account.count_output(len(event.token_ids))
+            if event.index == 0 and stats.first_token is None:
+                account.count_cached(event.num_cached_tokens)
             self._observer.on_tokens(stats, event, now)
         self._events.append(event)
         self._changed.set()

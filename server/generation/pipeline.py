@@ -124,7 +124,10 @@ async def start_in_background(
     generation, running, writer, headers = await _start(job)
     generation.reservation.is_answered = True
 
+    account = job.tenant.account
+
     async def generate() -> None:
+        account.num_running += 1
         try:
             if body.stream:
                 async for _ in _stream(job, generation, writer):
@@ -137,6 +140,7 @@ async def start_in_background(
             logger.exception("a background request failed", extra={"request_id": job.request_id})
             writer.failure(ServerError(job.request_id))
         finally:
+            account.num_running -= 1
             running.close()
             fields = {**generation.log_fields(), "request_id": job.request_id}
             logger.info("%s ended in the background", job.metadata.id, extra={"fields": fields})
@@ -225,6 +229,8 @@ def _headers(job: _Job[Body], prepared: "_Prepared") -> dict[str, str]:
     if requested is not None and requested > max_tokens:
         capped = f"{job.endpoint.max_tokens_field(job.body)} capped at {max_tokens}, the rest of the context"
         warnings[WARNINGS] = "; ".join([*warnings.values(), capped])
+    if _priority(job) != (job.body.priority or 0):
+        warnings[WARNINGS] = "; ".join([*warnings.values(), "priority raised to 0: the API key allows no lower one"])
     return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": job.context.deterministic, **warnings}
 
 
@@ -334,11 +340,17 @@ def _make_submit(
         params=msgspec.structs.replace(params, grammar=grammar, reasoning_limit=reasoning_limit(context, body, prompt)),
         arrival=job.arrival,
         n=body.num_choices,
-        priority=body.priority or 0,
+        priority=_priority(job),
         cache_salt=body.cache_salt or "",
         lora_name=job.model.lora_name,
         lora_fingerprint=job.model.lora_fingerprint,
     )
+
+
+def _priority(job: _Job[Body]) -> int:
+    """Return the priority of a request; lower ones go first, which not every tenant may ask for."""
+    priority = job.body.priority or 0
+    return priority if job.tenant.has_negative_priority else max(0, priority)
 
 
 def _submit_all(context: ServerContext, submits: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.access.api_keys import ApiKeys
 from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
-from server.tenants import TENANT, Tenant, tenant_of_address
+from server.tenants import ANYBODY, TENANT, Tenant, tenant_of_address
 
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
 ASSETS = "/assets/"  # nor for files of pages
@@ -22,6 +22,7 @@ EXPOSED_HEADERS = (
     "x-lightwell-deterministic",
     "x-lightwell-warnings",
     "retry-after",
+    *(f"x-ratelimit-{part}-{noun}" for part in ("limit", "remaining", "reset") for noun in ("requests", "tokens")),
 )
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -130,8 +131,10 @@ class AuthMiddleware:
 
     def _find_tenant(self, scope: Scope) -> Tenant | None:
         """Return the tenant of a request, or None if the request needs a key and has none that is valid."""
-        if not self._keys.are_required or is_open(scope):
-            return tenant_of_address(scope)
+        if not self._keys.are_required:
+            return tenant_of_address(scope, self._keys.everybody)
+        if is_open(scope):
+            return ANYBODY
         found = [self._keys.find(key) for key in _keys_of(scope)]
         return next((tenant for tenant in found if tenant is not None), None)
 

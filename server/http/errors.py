@@ -26,6 +26,9 @@
     ├── BodyTooLargeError            413
     ├── UnsupportedMediaTypeError    415
     ├── QueueFullError               429
+    ├── RateLimitError               429
+    ├── ConcurrencyLimitError        429
+    ├── QuotaExceededError           429
     ├── ServerError                  500
     ├── NotImplementedAPIError       501
     └── EngineUnavailableError       503
@@ -37,6 +40,7 @@ The text of an exception outside of this tree never reaches a client. Clients re
 client have other statuses.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -366,6 +370,36 @@ class QueueFullError(APIError):
             code="rate_limit_exceeded",
             headers=retry_headers(retry_after),
         )
+
+
+class RateLimitError(APIError):
+    """The requests or tokens per minute of the client's key are used up. `retry_after` is in seconds."""
+
+    def __init__(self, noun: str, per_minute: int, retry_after: float) -> None:
+        super().__init__(
+            429,
+            f"Rate limit reached: {per_minute} {noun} per minute. Please try again in {max(retry_after, 0.001):.3f}s.",
+            type=noun,
+            code="rate_limit_exceeded",
+            headers=retry_headers(math.ceil(retry_after)),
+        )
+
+
+class ConcurrencyLimitError(APIError):
+    """The client's key has as many requests running as it may have."""
+
+    def __init__(self, max_requests: int) -> None:
+        message = f"Rate limit reached: {max_requests} requests at a time. Please try again when one has ended."
+        super().__init__(429, message, type="requests", code="rate_limit_exceeded", headers=retry_headers(1))
+
+
+class QuotaExceededError(APIError):
+    """The tokens per day of the client's key are used up. Clients must not retry it soon."""
+
+    def __init__(self, tokens_per_day: int) -> None:
+        message = f"You exceeded your current quota: {tokens_per_day} tokens per day, which are renewed at 00:00 UTC."
+        name = "insufficient_quota"
+        super().__init__(429, message, type=name, code=name, headers={"x-should-retry": "false"})
 
 
 class ServerError(APIError):

@@ -1,7 +1,8 @@
 """The outermost middleware: request ids, the access log, HTTP metrics, and status 500 for unhandled exceptions.
 
 All middleware is plain ASGI, since BaseHTTPMiddleware would hide a client's disconnect from streams. From the outside
-in: `RequestMiddleware`, `HostMiddleware` (against DNS rebinding), CORS, `AuthMiddleware`, `BodyMiddleware`.
+in: `RequestMiddleware`, `HostMiddleware` (against DNS rebinding), CORS, `AuthMiddleware`, `LimitsMiddleware`,
+`BodyMiddleware`.
 """
 
 import logging

@@ -4,6 +4,7 @@ import msgspec
 from prometheus_client import Metric
 
 from engine.shared.messages import EngineStats
+from server.access.accounts import Usage
 from server.metrics import Metrics
 from tests.support.engine_info import ENGINE_INFO
 
@@ -15,6 +16,7 @@ def exposed_families() -> list[Metric]:
     metrics = Metrics(PREFIX, "model")
     metrics.set_engine_info(msgspec.structs.replace(ENGINE_INFO, max_loras=1))
     metrics.set_stats_source(EngineStats)
+    metrics.set_usage_source(lambda: {"alice": Usage()})
     metrics.observe_http("/v1/completions", "POST", 200, 1.0)
     return list(metrics.registry.collect())
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.shared.messages import Submit
-from server.tenants import Tenant, tenant_of_address
+from server.access.accounts import Account
+from server.tenants import EVERYBODY, Tenant, tenant_of_address
 from tests.server.conftest import StartServer
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, fresh_server, wait_until
@@ -33,8 +34,10 @@ def submit(server: RunningServer, key: str | None = None, **fields: Any) -> Subm
 
 
 def test_a_request_without_a_key_belongs_to_its_address() -> None:
-    assert tenant_of_address({"client": ("10.0.0.7", 4711)}) == Tenant(name="10.0.0.7")
-    assert tenant_of_address({"client": None}) == Tenant(name="")
+    account = Account()
+    for client, name in ((("10.0.0.7", 4711), "10.0.0.7"), (None, "")):
+        tenant = tenant_of_address({"client": client}, account)
+        assert (tenant.name, tenant.owner, tenant.account) == (name, EVERYBODY, account)
 
 
 def test_the_engine_gets_the_tenant_of_each_request(start_server: StartServer) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.access.accounts import Limits
 from server.api.chat.schemas import ChatCompletionRequest, Messages, TemplateOptions
 from server.http.errors import InvalidValueError, MissingParameterError
 from server.schemas.tools import Tools
@@ -39,6 +40,24 @@ class ServerVersion(msgspec.Struct, frozen=True):
     version: str
     default_sampling: Mapping[str, Any]
     default_sampling_sources: Mapping[str, str]
+
+
+class TenantUsage(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="usage"):
+    """Counts since the start of the server."""
+
+    name: str | None  # of the tenant; None: all clients, of a server without keys
+    num_requests: int
+    num_running_requests: int
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt tokens
+    completion_tokens: int
+    total_tokens_today: int  # prompt and output, since 00:00 UTC
+    limits: Limits
+
+
+class UsageList(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[TenantUsage]
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from server.access.api_keys import ApiKeys
+from server.http.errors import RateLimitError
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
-from server.tenants import Tenant
 
 KEYS = ("key-one", "key-two")
 
@@ -32,8 +32,10 @@ def test_plain_keys() -> None:
 
 def test_keys_of_a_rotation_are_one_tenant() -> None:
     keys = ApiKeys(Settings(api_key=KEYS, one_tenant=True))
-    expected = Tenant(name="key-1", owner="key-1", has_own_cache=True)
-    assert keys.find(b"key-one") == keys.find(b"key-two") == expected
+    tenant = keys.find(b"key-one")
+    assert tenant is not None
+    assert tenant is keys.find(b"key-two")
+    assert (tenant.name, tenant.owner) == ("key-1", "key-1")
     assert keys.find(b"key-three") is None
 
 
@@ -63,6 +65,30 @@ def test_a_bad_file_keeps_the_keys(tmp_path: Path, caplog: pytest.LogCaptureFixt
     file.write_text(entry("bob", "b"))
     keys.reload()
     assert names(keys, "a", "b") == [None, "bob"]
+
+
+def test_usage_and_limits_survive_a_change(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    text = entry("alice", "a").replace("}", ", requests-per-minute: 1}")
+    file.write_text(text)
+    keys = ApiKeys(Settings(api_keys_file=str(file)))
+    before = keys.tenants["alice"].account
+    before.admit()
+    file.write_text(text + entry("bob", "b"))
+    keys.reload()
+    assert keys.tenants["alice"].account is before
+    assert keys.usage()["alice"].num_requests == 1
+    with pytest.raises(RateLimitError):
+        before.admit()
+
+
+def test_who_may_go_first(tmp_path: Path) -> None:
+    for settings, expected in (
+        (Settings(api_key=("a", "a")), [True]),
+        (Settings(api_key=KEYS, one_tenant=True), [True]),
+        (Settings(api_key=KEYS), [False, False]),
+    ):
+        assert [tenant.has_negative_priority for tenant in ApiKeys(settings).tenants.values()] == expected
 
 
 def test_the_last_of_several_reloads_counts(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -23,14 +24,25 @@ def read(folder: Path, text: str | bytes) -> dict[bytes, Tenant]:
     return dict(read_keys_file(path, has_own_cache=True))
 
 
+def names_and_weights(tenants: dict[bytes, Tenant]) -> dict[bytes, tuple[str, float]]:
+    assert all(tenant.owner == tenant.name and tenant.has_own_cache for tenant in tenants.values())
+    return {digest: (tenant.name, tenant.weight) for digest, tenant in tenants.items()}
+
+
 def test_a_file(tmp_path: Path) -> None:
     text = f"alice:\n  keys: [sha256:{DIGEST}, {OTHER.upper()}]\n  weight: 2.5\nbob@b: {{keys: {'0' * 64}}}\n"
-    alice = Tenant(name="alice", owner="alice", has_own_cache=True, weight=2.5)
-    bob = Tenant(name="bob@b", owner="bob@b", has_own_cache=True)
-    expected = {bytes.fromhex(DIGEST): alice, bytes.fromhex(OTHER): alice, bytes(32): bob}
-    assert read(tmp_path, text) == expected
+    expected = {bytes.fromhex(DIGEST): ("alice", 2.5), bytes.fromhex(OTHER): ("alice", 2.5), bytes(32): ("bob@b", 1.0)}
+    assert names_and_weights(read(tmp_path, text)) == expected
     document = {"alice": {"keys": [f"sha256:{DIGEST}", OTHER], "weight": 2.5}, "bob@b": {"keys": "0" * 64}}
-    assert read(tmp_path, json.dumps(document)) == expected
+    assert names_and_weights(read(tmp_path, json.dumps(document))) == expected
+
+
+def test_limits(tmp_path: Path) -> None:
+    fields = ["requests-per-minute", "tokens_per_minute", "tokens-per-day", "max-concurrent-requests"]
+    text = ", ".join(f"{field}: {number}" for number, field in enumerate(fields, 1))
+    (tenant,) = read(tmp_path, f"a: {{keys: {DIGEST}, {text}, negative-priority: true}}").values()
+    assert msgspec.structs.astuple(tenant.limits) == (1, 2, 3, 4)
+    assert tenant.has_negative_priority
 
 
 KEYS = f"keys: {DIGEST}"
@@ -46,6 +58,9 @@ ERRORS = {
     f"a: {{{KEYS}, weight: 0}}": "a: weight: expected a number from 0.01 to 100",
     f"a: {{{KEYS}, weight: [1]}}": "a: weight: expected a number from 0.01 to 100",
     f"a: {{{KEYS}, weight: .inf}}": "a: weight: expected a number from 0.01 to 100",
+    f"a: {{{KEYS}, requests-per-minute: 0}}": "a: requests-per-minute: expected an integer from 1 to 1000000000000",
+    f"a: {{{KEYS}, tokens_per_minute: 1.5}}": "a: tokens-per-minute: expected an integer from 1 to",
+    f"a: {{{KEYS}, negative-priority: 2}}": "a: negative-priority: expected true or false",
     f"a: {{{KEYS}, weight: 1, weight: 2}}": "invalid YAML, or a repeated name, in line 1",
     f"a: {{{KEYS}}}\na: {{{KEYS}}}": "invalid YAML, or a repeated name, in line 1",
     "a: {weight: 1}": "a: keys: expected one or several SHA-256 hashes of 64 hexadecimal digits",

@@ -1,0 +1,150 @@
+"""What each tenant has used, and the limits of its keys file entry: rates, concurrency, a budget of tokens per day."""
+
+import math
+import time
+
+import msgspec
+
+from server.http.errors import ConcurrencyLimitError, QuotaExceededError, RateLimitError
+
+MINUTE = 60.0
+DAY = 86_400
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of a tenant. None: no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    max_concurrent_requests: int | None = None
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """What a tenant has used since the start of the server."""
+
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt tokens
+    num_output_tokens: int = 0
+
+
+class TokenBucket:
+    """Holds `per_minute` units, and gets as many back in a minute. It may be overdrawn.
+
+    Times are in seconds of `time.monotonic()`.
+    """
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute = per_minute
+        self._level = float(per_minute)
+        self._time = now
+
+    def level(self, now: float) -> float:
+        """Return the number of units left; negative if the bucket is overdrawn."""
+        self._level = min(self.per_minute, self._level + max(0.0, now - self._time) * self.per_minute / MINUTE)
+        self._time = max(self._time, now)
+        return self._level
+
+    def take(self, amount: int, now: float) -> None:
+        self._level = self.level(now) - amount
+
+    def seconds_until(self, level: float, now: float) -> float:
+        """Return the time until the bucket holds `level` units."""
+        return max(0.0, level - self.level(now)) * MINUTE / self.per_minute
+
+
+class Account:
+    """The usage and the limits of one tenant. For the event loop only, except `set_limits`."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+        self.num_running = 0  # requests
+        self._limits = Limits()
+        self._requests: TokenBucket | None = None
+        self._tokens: TokenBucket | None = None
+        self._day = 0  # since 1970, in UTC
+        self._day_tokens = 0
+
+    def set_limits(self, limits: Limits) -> None:
+        """Change the limits. A rate that stays the same goes on from where it is."""
+        self._requests = _bucket(self._requests, limits.requests_per_minute)
+        self._tokens = _bucket(self._tokens, limits.tokens_per_minute)
+        self._limits = limits
+
+    def admit(self) -> None:
+        """Count a request that begins.
+
+        Raises RateLimitError or QuotaExceededError if it exceeds a limit; then it counts as none. A request is admitted
+        while any tokens are left: what it takes beyond them has to come back before the next one is admitted.
+        """
+        now = time.monotonic()
+        self._check_concurrency()
+        self._check_budget()
+        for bucket, noun in ((self._requests, "requests"), (self._tokens, "tokens")):
+            if bucket is not None and bucket.level(now) < 1:
+                raise RateLimitError(noun, bucket.per_minute, bucket.seconds_until(1, now))
+        if self._requests is not None:
+            self._requests.take(1, now)
+        self.usage.num_requests += 1
+
+    def count_prompt(self, num_tokens: int) -> None:
+        self.usage.num_prompt_tokens += num_tokens
+        self._take(num_tokens)
+
+    def count_cached(self, num_tokens: int) -> None:
+        """Count prompt tokens, which `count_prompt` has counted too, as read from the prefix cache."""
+        self.usage.num_cached_tokens += num_tokens
+
+    def count_output(self, num_tokens: int) -> None:
+        self.usage.num_output_tokens += num_tokens
+        self._take(num_tokens)
+
+    @property
+    def num_tokens_today(self) -> int:
+        """Prompt and output tokens since midnight in UTC, or since the start of the server."""
+        today = int(time.time()) // DAY
+        if today > self._day:  # a clock that is set back does not renew the budget
+            self._day, self._day_tokens = today, 0
+        return self._day_tokens
+
+    def headers(self) -> dict[str, str]:
+        """Return OpenAI's headers for the rates that are limited."""
+        now, headers = time.monotonic(), {}
+        for bucket, noun in ((self._requests, "requests"), (self._tokens, "tokens")):
+            if bucket is not None:
+                headers[f"x-ratelimit-limit-{noun}"] = str(bucket.per_minute)
+                headers[f"x-ratelimit-remaining-{noun}"] = str(max(0, math.floor(bucket.level(now))))
+                headers[f"x-ratelimit-reset-{noun}"] = format_duration(bucket.seconds_until(bucket.per_minute, now))
+        return headers
+
+    def _take(self, num_tokens: int) -> None:
+        self._day_tokens = self.num_tokens_today + num_tokens
+        if self._tokens is not None:
+            self._tokens.take(num_tokens, time.monotonic())
+
+    def _check_concurrency(self) -> None:
+        limit = self._limits.max_concurrent_requests
+        if limit is not None and self.num_running >= limit:
+            raise ConcurrencyLimitError(limit)
+
+    def _check_budget(self) -> None:
+        limit = self._limits.tokens_per_day
+        if limit is not None and self.num_tokens_today >= limit:
+            raise QuotaExceededError(limit)
+
+
+def _bucket(bucket: TokenBucket | None, per_minute: int | None) -> TokenBucket | None:
+    if per_minute is None:
+        return None
+    is_same = bucket is not None and bucket.per_minute == per_minute
+    return bucket if is_same else TokenBucket(per_minute, time.monotonic())
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration as OpenAI's headers do, rounded up to milliseconds: `6m0s`, `7.66s`, `120ms`."""
+    milliseconds = math.ceil(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return (f"{minutes}m" if minutes else "") + f"{rest / 1000:.3f}".rstrip("0").rstrip(".") + "s"

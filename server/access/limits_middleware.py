@@ -1,0 +1,47 @@
+"""Middleware that holds each tenant to the limits of its entry in the keys file."""
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.http.errors import APIError
+from server.tenants import TENANT, Tenant
+
+
+class LimitsMiddleware:
+    """Counts the requests of each tenant, refuses those beyond its limits, and adds headers about them to all answers.
+
+    What counts is every POST but the cancelling of a request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        tenant: Tenant = scope["state"][TENANT]
+        account = tenant.account
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(account.headers())
+            await send(message)
+
+        if not _is_counted(scope):
+            await self._app(scope, receive, send_with_headers)
+            return
+        try:
+            account.admit()
+        except APIError as error:
+            await error.response(scope)(scope, receive, send_with_headers)
+            return
+        account.num_running += 1
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            account.num_running -= 1
+
+
+def _is_counted(scope: Scope) -> bool:
+    return scope["method"] == "POST" and not scope["path"].endswith("/cancel")

@@ -1,0 +1,31 @@
+"""`GET /v1/usage`: what a client has used, and its limits."""
+
+from fastapi import APIRouter, Request, Response
+
+from server.access.accounts import Account, Limits
+from server.api.admin.schemas import TenantUsage, UsageList
+from server.http.json_response import StructResponse
+from server.tenants import get_tenant
+
+router = APIRouter()
+
+
+@router.get("/v1/usage")
+async def usage(request: Request) -> Response:
+    """Return the requests and tokens of the client's key since the start of the server, and its limits."""
+    tenant = get_tenant(request)
+    return StructResponse(UsageList(data=[_usage(tenant.owner or None, tenant.account, tenant.limits)]))
+
+
+def _usage(name: str | None, account: Account, limits: Limits) -> TenantUsage:
+    used = account.usage
+    return TenantUsage(
+        name=name,
+        num_requests=used.num_requests,
+        num_running_requests=account.num_running,
+        prompt_tokens=used.num_prompt_tokens,
+        cached_tokens=used.num_cached_tokens,
+        completion_tokens=used.num_output_tokens,
+        total_tokens_today=account.num_tokens_today,
+        limits=limits,
+    )

@@ -1,0 +1,86 @@
+"""Token buckets against a plain model, and the format of durations."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.access.accounts import DAY, Account, Limits, TokenBucket, format_duration
+from server.http.errors import APIError, ConcurrencyLimitError, QuotaExceededError, RateLimitError
+
+STEPS = st.lists(st.tuples(st.floats(0, 100), st.integers(0, 50)), max_size=20)
+
+
+@given(per_minute=st.integers(1, 100), steps=STEPS)
+def test_a_bucket_refills_in_a_minute_and_can_be_overdrawn(per_minute: int, steps: list[tuple[float, int]]) -> None:
+    bucket, level, now = TokenBucket(per_minute, 0.0), float(per_minute), 0.0
+    for seconds, amount in steps:
+        now += seconds
+        level = min(per_minute, level + seconds * per_minute / 60)
+        assert bucket.level(now) == pytest.approx(level)
+        assert bucket.level(now - 50.0) == pytest.approx(level)  # a clock that is set back
+        bucket.take(amount, now)
+        level -= amount
+        assert bucket.seconds_until(1, now) == pytest.approx(max(0.0, 1 - level) * 60 / per_minute)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0ms"), (0.0001, "1ms"), (0.12, "120ms"), (1, "1s"), (7.66, "7.66s"), (360, "6m0s"), (3661.5, "61m1.5s")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def admit(account: Account) -> type[APIError] | None:
+    try:
+        account.admit()
+    except APIError as error:
+        return type(error)
+    return None
+
+
+def test_requests_per_minute() -> None:
+    account = Account()
+    account.set_limits(Limits(requests_per_minute=2))
+    assert [admit(account) for _ in range(3)] == [None, None, RateLimitError]
+    assert account.usage.num_requests == 2
+    account.set_limits(Limits(requests_per_minute=2))  # the same rate goes on
+    assert admit(account) is RateLimitError
+    account.set_limits(Limits())
+    assert admit(account) is None
+
+
+def test_tokens_beyond_the_limit_are_paid_back() -> None:
+    account = Account()
+    account.set_limits(Limits(tokens_per_minute=60_000))
+    account.count_prompt(60_000)
+    account.count_output(3_000)
+    assert admit(account) is RateLimitError
+    (reset,) = [value for name, value in account.headers().items() if "reset" in name]
+    assert 62 < float(reset.removeprefix("1m").removesuffix("s")) + 60 <= 63
+    assert account.headers()["x-ratelimit-remaining-tokens"] == "0"
+
+
+def test_requests_at_a_time() -> None:
+    account = Account()
+    account.set_limits(Limits(max_concurrent_requests=1))
+    account.num_running = 1
+    assert admit(account) is ConcurrencyLimitError
+    account.num_running = 0
+    assert admit(account) is None
+    assert account.headers() == {}
+
+
+def test_a_budget_is_renewed_the_next_day_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    account, now = Account(), time.time()
+    account.set_limits(Limits(tokens_per_day=10))
+    account.count_prompt(9)
+    assert admit(account) is None
+    account.count_output(1)
+    assert admit(account) is QuotaExceededError
+    for days, expected in ((-1, QuotaExceededError), (1, None)):
+        monkeypatch.setattr(time, "time", lambda days=days: now + days * DAY)
+        assert admit(account) is expected
+    assert account.usage.num_prompt_tokens + account.usage.num_output_tokens == 10
