@@ -1,7 +1,7 @@
 # Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-long check format bench bench-gpu bench-gpu-model peers wheel test-image clean always
+.PHONY: help install serve test test-long fuzz check format bench bench-gpu bench-gpu-model peers wheel test-image clean always
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
@@ -29,6 +29,9 @@ test: .venv/installed-test $(CLIENTS) ## Run the tests, one process for each cor
 test-long: .venv/installed-test $(CLIENTS) ## Draw many more random cases, and run what `make test` leaves out
 	TEST_LONG=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
 		-m "long or hypothesis or drawn" $(ARGS)
+
+fuzz: .venv/installed-test ## Try mutated input on a parser for a minute, as ARGS says (default: list them)
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 check: .venv/installed-test ## Check style and types
 	$(BIN)/ruff check

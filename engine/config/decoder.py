@@ -321,7 +321,7 @@ def _activation(family: Family, fields: Fields) -> str:
         return family.activation
     name = fields.string("hidden_act", "silu")
     if name not in ACTIVATIONS:
-        raise fields.error("hidden_act", f"{name!r} is not supported (supported: {', '.join(ACTIVATIONS)})")
+        raise fields.error("hidden_act", f"{shown(name)} is not supported (supported: {', '.join(ACTIVATIONS)})")
     return ACTIVATIONS[name]
 
 
@@ -348,7 +348,7 @@ def _experts(family: Family, fields: Fields) -> ExpertsSpec:
     shared_size = fields.integer("shared_expert_intermediate_size", num_shared * size, minimum=0)
     scoring = fields.string("scoring_func", "softmax")
     if scoring not in ("softmax", "sigmoid"):
-        raise fields.error("scoring_func", f"{scoring!r} is not supported (supported: softmax, sigmoid)")
+        raise fields.error("scoring_func", f"{shown(scoring)} is not supported (supported: softmax, sigmoid)")
     num_chosen = fields.integer("num_experts_per_tok", maximum=num_experts)
     has_groups = fields.string("topk_method", "") != "greedy"
     num_groups, topk_group = (fields.integer(key, 1) if has_groups else 1 for key in ("n_group", "topk_group"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.config.decoder import MAX_LAYERS, Family, build_decoder, head_dim
 from engine.config.families import FAMILIES, family_of
-from engine.config.fields import Fields
+from engine.config.fields import Fields, shown
 from engine.config.rope import FULL, SLIDING
 from engine.config.structs import ModelConfig
 from engine.shared.ggml import GGML_TYPES
@@ -143,7 +143,7 @@ def _family(metadata: Fields, file: GGUFFile) -> Family:
     arch = metadata.string("general.architecture", "not named")
     if arch not in BY_ARCHITECTURE:
         supported = ", ".join(GGUF_ARCHITECTURES)
-        raise metadata.error("general.architecture", f"{arch!r} is not supported (supported: {supported})")
+        raise metadata.error("general.architecture", f"{shown(arch)} is not supported (supported: {supported})")
     has_correction_bias = any(name.endswith(".exp_probs_b.bias") for name in file.tensors)
     return replace(
         family_of("glm4_moe_lite") if arch == "deepseek2" and has_correction_bias else BY_ARCHITECTURE[arch],
@@ -225,7 +225,7 @@ def _rope_scaling(metadata: Fields, fields: Fields, file: GGUFFile, arch: str) -
     kind = metadata.string(f"{prefix}.type", "linear")
     if kind not in ("none", "linear", "yarn", "longrope"):
         supported = "none, linear, yarn, longrope, or a tensor rope_freqs.weight"
-        raise metadata.error(f"{prefix}.type", f"{kind!r} is not supported (supported: {supported})")
+        raise metadata.error(f"{prefix}.type", f"{shown(kind)} is not supported (supported: {supported})")
     factor = metadata.number(f"{prefix}.factor", metadata.number(f"{arch}.rope.scale_linear", 1.0)) or 1.0
     values: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if (context := metadata.get(f"{prefix}.original_context_length")) is not None:

@@ -36,7 +36,7 @@ def read_quantization(fields: Fields) -> QuantizationConfig | None:
         return None
     method = quantization.string("quant_method", "")
     if method not in METHODS:
-        problem = f"{method!r} is not supported (supported: {', '.join(METHODS)}; GGUF files are, too)"
+        problem = f"{shown(method)} is not supported (supported: {', '.join(METHODS)}; GGUF files are, too)"
         raise quantization.error("quant_method", problem)
     return _READERS[method](quantization)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from engine.config.fields import Fields
+from engine.config.fields import Fields, shown
 from engine.config.layers import RopeScaling, RopeSpec
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -66,7 +66,7 @@ def _scaling(kind: str, rope: Fields, fields: Fields, rotary_dim: int) -> RopeSc
         return RopeScaling()
     if kind not in SCALINGS:
         supported = ", ".join(("default", *SCALINGS, "proportional"))
-        raise rope.error("rope_type", f"{kind!r} is not supported (supported: {supported})")
+        raise rope.error("rope_type", f"{shown(kind)} is not supported (supported: {supported})")
     return SCALINGS[kind](rope, fields, rotary_dim)
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from engine.config.fields import shown
+
 # Types of sentencepiece's pieces, which GGUF files use too.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -68,7 +70,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     try:
         return _parse_sentencepiece(path.read_bytes())
     except (IndexError, struct.error, UnicodeDecodeError, TypeError, KeyError, _ProtobufError) as error:
-        raise ValueError(f"{path}: neither a model of sentencepiece nor ranks of tiktoken ({error!r})") from error
+        raise ValueError(f"{path}: neither a model of sentencepiece nor ranks of tiktoken ({shown(error)})") from error
 
 
 def _parse_sentencepiece(data: bytes) -> SentencePieceModel:
@@ -182,7 +184,7 @@ def read_tekken(path: Path) -> TekkenModel:
         special_tokens = [named.get(index, f"<SPECIAL_{index}>") for index in range(num_special)]
         return TekkenModel(str(config["pattern"]), ranks, special_tokens)
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, binascii.Error) as error:
-        raise ValueError(f"{path}: not a tokenizer of mistral-common ({error!r})") from error
+        raise ValueError(f"{path}: not a tokenizer of mistral-common ({shown(error)})") from error
 
 
 def tokenizer_file(folder: Path) -> Path | None:
@@ -213,7 +215,7 @@ def read_added_tokens(folder: Path) -> dict[int, dict[str, Any]]:
     added: dict[int, dict[str, Any]] = {}
     for text, token_id in read_json_object(older).items():
         if not isinstance(token_id, int) or token_id < 0:
-            raise ValueError(f"{older}: {text}: must be a token id, not {token_id!r}")
+            raise ValueError(f"{older}: {text}: must be a token id, not {shown(token_id)}")
         added[token_id] = {"content": text}
     decoder = read_json_object(config).get("added_tokens_decoder") or {}
     for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
@@ -248,4 +250,4 @@ def _num_ids_of_tokenizer_json(path: Path) -> int:
         ids = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
         return int(1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])]))
     except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a tokenizer of the tokenizers library ({error!r})") from error
+        raise ValueError(f"{path}: not a tokenizer of the tokenizers library ({shown(error)})") from error

@@ -121,6 +121,8 @@ def _latent_parts(part: str, weight: Weight, num_heads: int, latent: LatentSpec)
     """Yield what makes keys and values of the latent vector: matrices [H * D, rank] of all heads."""
     if part == TRANSPOSED_K:  # [H * rank, D]
         plain = weight if isinstance(weight, Tensor) else weight.dequantize(torch.float32)
+        if (size := num_heads * latent.kv_lora_rank * latent.nope_head_dim) != plain.numel():
+            raise ValueError(f"has {plain.numel()} numbers, but {num_heads} heads have {size}")
         heads = plain.view(num_heads, latent.kv_lora_rank, latent.nope_head_dim)
         yield "self_attn.k_b_proj.weight", heads.transpose(1, 2).reshape(-1, latent.kv_lora_rank)
         return

@@ -124,7 +124,7 @@ def _read_names(shard: Path) -> list[str]:
         with safe_open(shard, framework="pt") as file:
             return list(file.keys())
     except SafetensorError as error:
-        raise ValueError(f"{shard}: not a valid safetensors file ({error})") from error
+        raise ValueError(f"{shard}: not a valid safetensors file ({short(str(error))})") from error
 
 
 def read_tensors(
@@ -144,7 +144,7 @@ def read_tensors(
                     raise ValueError(f"{shard}: {name}: type {stored_type} is not supported")
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"{shard}: not a valid safetensors file ({error})") from error
+        raise ValueError(f"{shard}: not a valid safetensors file ({short(str(error))})") from error
 
 
 class StoredTensor(NamedTuple):
@@ -197,7 +197,7 @@ def read_header(file: RegularFile, max_bytes: int) -> list[StoredTensor]:
 
 
 def _damaged(file: RegularFile, problem: str) -> ValueError:
-    return ValueError(f"{file.path}: not a valid safetensors file ({problem})")
+    return ValueError(f"{file.path}: not a valid safetensors file ({short(problem)})")
 
 
 def read_tensor(file: RegularFile, tensor: StoredTensor) -> torch.Tensor:

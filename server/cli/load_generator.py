@@ -174,7 +174,8 @@ def _record_chunk(exchange: Exchange, data: bytes) -> None:
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
     """Return the status, and whether the body is chunked. Raises ValueError if the answer is not HTTP."""
     lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
-    return int(lines[0].split()[1]), any(b"chunked" in line for line in lines if line.startswith(b"transfer-encoding:"))
+    _, status, *_ = lines[0].split()
+    return int(status), any(b"chunked" in line for line in lines if line.startswith(b"transfer-encoding:"))
 
 
 async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:

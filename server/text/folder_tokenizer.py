@@ -20,6 +20,7 @@ from engine.config.tokenizer_files import (
     read_tiktoken,
     tokenizer_file,
 )
+from engine.shared.gguf import short
 from server.text.fim import FIMMarkers
 from server.text.gguf_tokenizer import LLAMA3, QWEN2, add_template
 from server.text.sentencepiece_tokenizer import added_pieces, build_sentencepiece
@@ -80,7 +81,7 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path}: not a valid tokenizer ({error})") from error
+        raise ValueError(f"{path}: not a valid tokenizer ({short(str(error))})") from error
 
 
 # Files that are not of the tokenizers library.

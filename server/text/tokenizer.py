@@ -8,7 +8,7 @@ from typing import Self
 
 import tokenizers
 
-from engine.shared.gguf import GGUFFile
+from engine.shared.gguf import GGUFFile, short
 from server.text.fim import fim_markers_of_gguf, find_fim_tokens
 from server.text.folder_tokenizer import TokenizerConfig, load_folder
 from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer
@@ -61,7 +61,12 @@ class Tokenizer:
         Raises:
             ValueError: there is no tokenizer, or its type is not supported. The message names the file.
         """
-        return cls(*(load_folder(path) if path.is_dir() else _load_gguf(path)))
+        try:
+            return cls(*(load_folder(path) if path.is_dir() else _load_gguf(path)))
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path}: not a valid tokenizer ({short(str(error))})") from error
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Return the token ids of a text.

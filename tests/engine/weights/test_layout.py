@@ -240,6 +240,8 @@ def test_latent_keys_and_values() -> None:
     assert torch.equal(found[f"{LAYER}self_attn.v_b_proj.weight"], weight[:, 6:].flatten(0, 1))
     with pytest.raises(ValueError, match="has 63 rows, but 4 heads have 64"):
         split(f"{LAYER}self_attn.kv_b_proj.weight", torch.zeros(63, 16), config)
+    with pytest.raises(ValueError, match="has 378 numbers, but 4 heads have 384"):
+        split(f"{LAYER}self_attn.k_b_proj.transposed", torch.zeros(63, 6), config)
     # The rotated rows are the last ones: of each head of queries, and after the latent vector.
     order = [0, 2, 1, 3]
     queries = random_tensor(2, HEADS, 10, HIDDEN)

@@ -1,0 +1,107 @@
+"""A process that loads models for tests, each in a child of its own: `python -m tests.fuzz.loader`.
+
+It reads a path per line and writes a JSON object per line: {"loaded": true}, {"refused": message} or {"failed": how}.
+A child gets `MAX_SECONDS` of a processor, and `MAX_BYTES` of memory beyond those of this process with its libraries.
+"""
+
+import json
+import os
+import resource
+import selectors
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig, load_model_config
+from engine.core import Engine
+from engine.loading import load_model
+from engine.startup import warm_up
+from server.constrained import grammar_checker  # noqa: F401  (the API process has it too)
+from server.main import make_chat_template
+from server.text.tokenizer import Tokenizer
+
+MAX_SECONDS = 10
+MAX_WAIT = 120.0  # seconds; bounds hangs, since other jobs on the machine can make loading slow
+MAX_BYTES = 256 << 20
+KV_CACHE_BYTES = 16 << 20
+WEIGHT_BYTES = 16 << 20  # no model of the tests has more
+
+
+def load(path: Path) -> None:
+    """Load a model as the API process and the engine do, and generate a token. Raises ValueError if it is refused."""
+    tokenizer = Tokenizer.from_model(path)
+    tokenizer.decode(tokenizer.encode("Hello <|im_end|> 123 Ö"))
+    template = make_chat_template(tokenizer, None)
+    if template is not None:
+        template.render([{"role": "user", "content": "Hello"}])
+    load_model_config(path)
+    config = EngineConfig(model_path=str(path), kv_cache_memory=KV_CACHE_BYTES, max_num_seqs=4, device="cpu")
+    loaded = load_model(config)
+    warm_up(Engine(config, loaded), loaded.limits.max_model_len)
+
+
+def run_child(path: Path, result: int) -> None:
+    """Load a model in this process, and write the result to a file descriptor."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + KV_CACHE_BYTES + WEIGHT_BYTES + MAX_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answer: dict[str, object]
+    try:
+        load(path)
+        answer = {"loaded": True}
+    except (ValueError, OSError) as error:
+        answer = {"refused": str(error)}
+    except BaseException:
+        answer = {"failed": traceback.format_exc()}
+    os.write(result, json.dumps(answer).encode())
+
+
+def load_in_child(path: Path) -> dict[str, object]:
+    """Load a model in a child process and return the result."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_child(path, writer)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    data, is_late = _read_until(reader, time.monotonic() + MAX_WAIT)
+    if is_late:
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(reader)
+    if is_late:
+        return {"failed": f"it takes more than {MAX_WAIT} s"}
+    if not data:
+        return {"failed": f"the process ended with status {status}"}
+    answer: dict[str, object] = json.loads(data)
+    return answer
+
+
+def _read_until(fd: int, deadline: float) -> tuple[bytes, bool]:
+    """Return what is written to a pipe until it is closed, and whether that took too long."""
+    pieces: list[bytes] = []
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        while selector.select(max(0.0, deadline - time.monotonic())):
+            if not (piece := os.read(fd, 1 << 16)):
+                return b"".join(pieces), False
+            pieces.append(piece)
+    return b"", True
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(load_in_child(Path(line.rstrip("\n")))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
