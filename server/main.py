@@ -1,8 +1,8 @@
 """The API process, with an `ApiProcessConfig` as JSON on standard input.
 
 SIGTERM drains the server: it accepts no new work, finishes running requests and exits with code 0. A second SIGTERM
-ends it at once. If the engine dies, running requests fail, probes report it for `DEATH_GRACE` seconds, and the exit
-code is 1. The configuration comes from standard input only, never from environment variables.
+ends it at once. If the engine dies and is not restarted, requests fail, probes report it for `DEATH_GRACE` seconds, and
+the exit code is 1. The configuration comes from standard input only, never from environment variables.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ from server.app import create_app
 from server.constrained.grammar_checker import GrammarChecker
 from server.context import ServerContext
 from server.engine_client.client import EngineClient
+from server.engine_client.supervisor_channel import HEARTBEAT_SECONDS, Channel, EngineGone, EngineStarted, Heartbeat
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol
 from server.metrics import Metrics
@@ -98,7 +99,8 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
         server = make_server(create_app(context), max_connections=raise_file_limit())
         collect_garbage()
         logger.debug("%s is open for health probes", url(sockets[0]))
-        return asyncio.run(Lifecycle(server, context, flush_logs).run(sockets))
+        channel = None if config.supervisor_fd is None else Channel.from_fd(config.supervisor_fd)
+        return asyncio.run(Lifecycle(server, context, flush_logs, channel).run(sockets))
     except Exception:
         logger.exception("the server failed")
         return 1
@@ -128,6 +130,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         max_queued_requests=settings.max_queued_requests,
         step_timeout=settings.step_timeout,
         engine_pid=config.engine_pid,
+        can_restart=config.supervisor_fd is not None and settings.on_engine_death == "restart",
         metrics=metrics,
         vocabulary=Vocabulary(vocabulary),
     )
@@ -208,14 +211,24 @@ def make_server(app: FastAPI, *, max_connections: int, protocol: type[HTTPProtoc
 
 
 class Lifecycle:
-    """Runs the server until a signal, the engine's death or a failure of the server ends it."""
+    """Runs the server until a signal, the engine's death or a failure of the server ends it.
 
-    def __init__(self, server: APIServer, context: ServerContext, flush_logs: Callable[[], None]) -> None:
+    `channel` leads to the supervisor; without one, the engine is not restarted.
+    """
+
+    def __init__(
+        self,
+        server: APIServer,
+        context: ServerContext,
+        flush_logs: Callable[[], None],
+        channel: Channel | None = None,
+    ) -> None:
         self._server = server
         self._context = context
         self._client = context.client
         self._drain_timeout = context.settings.drain_timeout
         self._flush_logs = flush_logs
+        self._channel = channel
         self._terminated = asyncio.Event()
 
     async def run(self, sockets: list[socket.socket]) -> int:
@@ -228,12 +241,13 @@ class Lifecycle:
         serving = asyncio.create_task(self._server.serve(sockets))
         announcing = asyncio.create_task(announce(self._context, url(sockets[0])))
         events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._client.died)]
+        talking = [] if self._channel is None else [asyncio.create_task(self._talk_to_supervisor(self._channel))]
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
         if self._terminated.is_set():
             await self._drain()
         if self._client.died.is_set():
             await self._on_engine_death()
-        for task in (announcing, *events):
+        for task in (announcing, *events, *talking):
             task.cancel()
         self._client.fail_streams(EngineUnavailableError("The server is shutting down.", close=True))
         self._server.stop()
@@ -245,6 +259,29 @@ class Lifecycle:
             self._flush_logs()
             os._exit(1)
         self._terminated.set()
+
+    async def _talk_to_supervisor(self, channel: Channel) -> None:
+        """Read the supervisor's messages, and send a heartbeat each second and when the engine is ready first."""
+        asyncio.get_running_loop().add_reader(channel, self._on_supervisor_message, channel)
+        became_ready = self._client.became_ready
+        while True:
+            info = self._client.info if self._client.is_ready else None
+            channel.send(Heartbeat(0 if info is None else info.pid))
+            if became_ready.is_set():
+                await asyncio.sleep(HEARTBEAT_SECONDS)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(became_ready.wait(), HEARTBEAT_SECONDS)
+
+    def _on_supervisor_message(self, channel: Channel) -> None:
+        for message in channel.receive():
+            match message:
+                case EngineStarted():
+                    self._client.engine_started(message.pid)
+                case EngineGone():
+                    self._client.mark_dead(message.reason)
+        if channel.has_ended:
+            asyncio.get_running_loop().remove_reader(channel)
 
     async def _drain(self) -> None:
         """Accept no new work and wait for the current requests, but at most --drain-timeout seconds."""

@@ -56,7 +56,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
-        self._info: EngineInfo | None = None
+        self._engine_pid = 0  # 0: no engine has been ready yet
         self._engine = _EngineCollector(prefix, list(self._labels.values()))
         self.registry.register(self._engine)
         self._add_latencies()
@@ -101,6 +101,9 @@ class Metrics:
         self._retries = self._counter("retried_requests", "Requests that an SDK marked as a retry.").labels(
             **self._labels
         )
+        self._restarts = self._counter("engine_restarts", "Restarts of the engine after it died or hung.").labels(
+            **self._labels
+        )
         self._tokenizer = self._histogram(
             "tokenizer_seconds", TEXT_BUCKETS, "Time to tokenize the prompts of a request."
         )
@@ -119,11 +122,12 @@ class Metrics:
     def set_engine_info(self, info: EngineInfo) -> None:
         """Add the metrics that depend on the engine, such as token counts with buckets up to the context length.
 
-        Calls after the first are ignored.
+        Calls after the first only change the process that is measured: that of a restarted engine.
         """
-        if self._info is not None:
+        is_first = not self._engine_pid
+        self._engine_pid = info.pid
+        if not is_first:
             return
-        self._info = info
         buckets = buckets_1_2_5(info.max_model_len)
         self._prompt_tokens = self._histogram("request_prompt_tokens", buckets, "Prompt tokens.")
         self._generation_tokens = self._histogram("request_generation_tokens", buckets, "Output tokens.")
@@ -139,7 +143,7 @@ class Metrics:
         self._params_n = self._histogram("request_params_n", (1, 2, 5, 10, 20), "The n parameter.")
         self._engine.max_loras = info.max_loras
         self._add_cache_config(info)
-        ProcessCollector(namespace=f"{self._prefix}engine", pid=lambda: info.pid, registry=self.registry)
+        ProcessCollector(namespace=f"{self._prefix}engine", pid=lambda: self._engine_pid, registry=self.registry)
 
     def _add_cache_config(self, info: EngineInfo) -> None:
         config = {
@@ -215,6 +219,9 @@ class Metrics:
 
     def count_retry(self) -> None:
         self._retries.inc()
+
+    def count_restart(self) -> None:
+        self._restarts.inc()
 
     def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """Record an HTTP response. `handler` must be a route, not the requested path, to bound the label values."""

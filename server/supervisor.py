@@ -1,7 +1,9 @@
-"""The supervisor of `lightwell serve`: runs the engine process and the API process, and ends both when either ends.
+"""The supervisor of `lightwell serve`: runs the engine process and the API process.
 
-It sleeps until a child ends or a signal arrives, and imports nothing heavy. No child outlives it. Each child has its
-own process group, so that Ctrl-C in the terminal reaches only the supervisor, and a child's subprocesses end with it.
+It starts the engine again if it dies after it has been ready, and otherwise ends both processes when either ends. It
+sleeps until a child ends, a signal or a heartbeat of the API process arrives, and imports nothing heavy. No child
+outlives it. Each child has its own process group, so that Ctrl-C in the terminal reaches only the supervisor, and a
+child's subprocesses end with it.
 """
 
 import dataclasses
@@ -14,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,6 +25,7 @@ from types import FrameType
 import msgspec
 
 from engine.shared.parent_death import die_with_parent
+from server.engine_client.supervisor_channel import Channel, EngineGone, EngineStarted, Heartbeat, Message, make_channel
 from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
 from server.settings.load import check_adapter_names
@@ -34,6 +37,9 @@ DRAIN_GRACE_SECONDS = 2.5  # for the API process to exit after --drain-timeout
 STOP_SECONDS = 1.5  # from SIGTERM to SIGKILL for a child that has nothing to finish
 ECHO_SECONDS = 0.1  # signals closer together count as one: `timeout`, for example, signals the process and its group
 KILL_SECONDS = 1.0  # for the kernel to end a child after SIGKILL
+CRASH_WINDOW = 60.0  # seconds for which a death of the engine counts
+RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0)  # seconds before a start after the first, second ... death; then no more
+LOAD_FACTOR = 3.0  # a restarted engine may take this many times as long as the first one, plus --step-timeout
 MAX_IPC_PATH_BYTES = 100
 SHOW_CURSOR = "\x1b[?25h"
 
@@ -70,7 +76,7 @@ class StopNowError(Exception):
 class Child:
     """A child process, which gets its configuration on standard input."""
 
-    def __init__(self, name: str, command: Sequence[str], config: bytes) -> None:
+    def __init__(self, name: str, command: Sequence[str], config: bytes, pass_fds: Sequence[int] = ()) -> None:
         self.name = name
         self.has_ended = False
         # Set before exec, so that the child also ends with its parent while it is still importing modules.
@@ -80,6 +86,7 @@ class Child:
             stdin=subprocess.PIPE,
             env=child_environment(),
             process_group=0,
+            pass_fds=pass_fds,
             preexec_fn=set_parent_death_signal,  # noqa: PLW1509  (this process has one thread)
         )
         self._pidfd = os.pidfd_open(self.pid)
@@ -193,9 +200,18 @@ class Supervisor:
         self._signals = signals
         self._drain_timeout = settings.drain_timeout
         self._log_format = settings.log_format
+        self._restarts_engine = settings.on_engine_death == "restart"
+        self._step_timeout = settings.step_timeout
         self._selector = selectors.DefaultSelector()
         self._selector.register(signals, selectors.EVENT_READ)
         self._children: list[Child] = []
+        self._channel: Channel | None = None
+        self._crashes = Crashes()
+        self._engine_pid = 0
+        self._started = time.monotonic()  # the latest engine
+        self._is_ready = False  # the latest engine, at some time
+        self._load_seconds: float | None = None  # of the first engine; None until it is ready
+        self._restart_at: float | None = None
 
     def __enter__(self) -> "Supervisor":
         return self
@@ -207,51 +223,117 @@ class Supervisor:
         if sys.stderr.isatty():
             sys.stderr.write(SHOW_CURSOR)  # a child killed while it shows a progress bar leaves it hidden
 
-    def start(self, name: str, command: Sequence[str], config: msgspec.Struct) -> Child:
+    def start(self, name: str, command: Sequence[str], config: msgspec.Struct, pass_fds: Sequence[int] = ()) -> Child:
         """Start a child process with its configuration. Raises SupervisorError."""
         try:
-            child = Child(name, command, msgspec.json.encode(config))
+            child = Child(name, command, msgspec.json.encode(config), pass_fds)
         except (OSError, subprocess.SubprocessError) as error:
             raise SupervisorError(f"cannot start the {name} process: {error}") from None
         self._children.append(child)
         self._selector.register(child, selectors.EVENT_READ)
         return child
 
-    def watch(self, engine: Child, api: Child) -> int:
-        """Wait until a signal arrives or a child ends, then stop both. Return the supervisor's exit status."""
+    def watch(self, engine: Child, api: Child, channel: Channel, start_engine: Callable[[], Child]) -> int:
+        """Wait until a signal arrives or a child ends, then stop both. Return the supervisor's exit status.
+
+        If the engine ends after it has been ready, `start_engine` starts another one; see `Crashes`.
+        """
+        self._channel = channel
+        self._selector.register(channel, selectors.EVENT_READ)
+        self._engine_pid = engine.pid
         try:
-            event = self._wait(None)
-            while event is None:
-                event = self._wait(None)
-            if isinstance(event, Child):
-                return self._after_death(event, engine, api)
-            return self._after_signal(engine, api)
+            while True:
+                event = self._wait(self._seconds_to_deadline())
+                if isinstance(event, int):
+                    return self._after_signal(engine, api)
+                if event is not None and (event is api or not self._plan_restart(engine)):
+                    return self._after_death(event, engine, api)
+                engine = self._keep_deadlines(engine, start_engine)
+                if engine.has_ended and self._restart_at is None:
+                    return self._after_death(engine, engine, api)
         except StopNowError as stop:
             return 128 + stop.signum
 
+    def _plan_restart(self, engine: Child) -> bool:
+        """Plan the start of another engine after this one has ended. Return False if the server must end."""
+        if not self._restarts_engine or self._load_seconds is None:
+            return False
+        now = time.monotonic()
+        delay = self._crashes.add(now, was_ready=self._is_ready)
+        if delay is None:
+            return False
+        engine.kill()  # reaps it and ends its subprocesses
+        self._report(f"{engine.outcome}; " + (f"another one starts in {delay:g} s" if delay else "another one starts"))
+        self._restart_at = now + delay
+        return True
+
+    def _seconds_to_deadline(self) -> float | None:
+        if self._restart_at is not None:
+            deadline = self._restart_at
+        elif self._load_seconds is not None and not self._is_ready:
+            deadline = self._started + self._load_limit
+        else:
+            return None
+        return max(0.0, deadline - time.monotonic())
+
+    @property
+    def _load_limit(self) -> float:
+        """Seconds in which a restarted engine must become ready."""
+        return LOAD_FACTOR * (self._load_seconds or 0.0) + self._step_timeout
+
+    def _keep_deadlines(self, engine: Child, start_engine: Callable[[], Child]) -> Child:
+        """Do what is due: start another engine, or kill one that does not become ready. Return the current engine."""
+        if self._seconds_to_deadline() != 0:
+            return engine
+        if self._restart_at is None:
+            self._report(f"the engine process has not become ready within {self._load_limit:.0f} s")
+            engine.kill()
+            return engine
+        self._restart_at = None
+        self._started, self._is_ready = time.monotonic(), False
+        try:
+            another = start_engine()
+        except SupervisorError as error:
+            self._report(str(error))
+            self._plan_restart(engine)
+            return engine
+        self._children.remove(engine)
+        engine.close()
+        self._engine_pid = another.pid
+        self._tell(EngineStarted(another.pid))
+        return another
+
+    def _tell(self, message: Message) -> None:
+        """Send a message to the API process."""
+        if self._channel is not None:
+            self._channel.send(message)
+
     def _after_death(self, dead: Child, engine: Child, api: Child) -> int:
-        """Stop the other child after one has ended by itself. The engine is not restarted."""
+        """Stop the other child after one has ended by itself, if the engine is not restarted."""
         if dead is engine:
+            self._tell(EngineGone("its process has ended"))
             self._wait_for(api, DEATH_GRACE_SECONDS)  # it ends its streams with an error and exits
         self._stop(api, STOP_SECONDS)
         self._stop(engine, STOP_SECONDS)
-        self._report(dead)
+        self._report(dead.outcome + (self._crashes.summary if dead is engine else ""))
         return 1
 
     def _after_signal(self, engine: Child, api: Child) -> int:
         """Drain: the API process finishes the running requests, then the engine is stopped."""
+        if engine.has_ended:
+            self._tell(EngineGone("its process has ended, and the server is shutting down"))
         self._stop(api, self._drain_timeout + DRAIN_GRACE_SECONDS)
         self._stop(engine, STOP_SECONDS)
         failed = [child for child in (engine, api) if not child.ended_well]
         for child in failed:
-            self._report(child)
+            self._report(child.outcome)
         return 1 if failed else 0
 
-    def _report(self, child: Child) -> None:
-        """Print how a child ended, as the last line. The child itself has logged the cause."""
-        line = f"lightwell: error: {child.outcome}"
+    def _report(self, message: str) -> None:
+        """Print how a child ended, as the last line if the server ends. The child itself has logged the cause."""
+        line = f"lightwell: error: {message}"
         if self._log_format == "json":
-            record = {"time": time.time(), "level": "error", "logger": __name__, "message": child.outcome}
+            record = {"time": time.time(), "level": "error", "logger": __name__, "message": message}
             line = msgspec.json.encode(record).decode()
         print(line, file=sys.stderr, flush=True)
 
@@ -271,11 +353,14 @@ class Supervisor:
             if isinstance(event, int):
                 raise StopNowError(event)
             if event is not None and event is not child:
+                self._tell(EngineGone("its process has ended, and the server is shutting down"))
                 deadline = min(deadline, time.monotonic() + DEATH_GRACE_SECONDS)
 
     def _wait(self, seconds: float | None) -> "Child | int | None":
         """Sleep until something happens. Return the ended child, the number of a stop signal, or None for neither."""
         ready = [key.fileobj for key, _ in self._selector.select(seconds)]
+        if self._channel in ready:
+            self._read_channel(self._channel)
         if self._signals in ready:
             return self._signals.take()
         for child in self._children:
@@ -284,6 +369,41 @@ class Supervisor:
                 child.has_ended = True
                 return child
         return None
+
+    def _read_channel(self, channel: Channel) -> None:
+        """Read the heartbeats of the API process."""
+        for message in channel.receive():
+            if isinstance(message, Heartbeat) and message.ready_pid == self._engine_pid and not self._is_ready:
+                self._is_ready = True
+                self._load_seconds = self._load_seconds or time.monotonic() - self._started
+        if channel.has_ended:
+            self._selector.unregister(channel)
+
+
+class Crashes:
+    """The recent deaths of the engine, which decide whether and when another one is started."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def add(self, now: float, *, was_ready: bool) -> float | None:
+        """Record a death at time `now`. Return the seconds to wait before the next start, or None for no other one.
+
+        A death counts for `CRASH_WINDOW` seconds, and as long as the engines after it die before they are ready.
+        """
+        if was_ready:
+            self._times = [time for time in self._times if now - time < CRASH_WINDOW]
+        self._times.append(now)
+        if len(self._times) > len(RESTART_DELAYS):
+            return None
+        return RESTART_DELAYS[len(self._times) - 1]
+
+    @property
+    def summary(self) -> str:
+        """Description of the deaths, for the last line of the log. Empty if the last one was the only one."""
+        if len(self._times) < 2:
+            return ""
+        return f"; it has died {len(self._times)} times in {self._times[-1] - self._times[0]:.0f} s"
 
 
 def supervise(settings: Settings, commands: Commands | None = None) -> int:
@@ -304,10 +424,16 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
             Supervisor(signals, settings) as supervisor,
         ):
             engine_process_config = _engine_config(settings, model, lora_paths, address)
-            engine = supervisor.start("engine", commands.engine, engine_process_config)
-            api = supervisor.start("API", commands.api, _api_config(settings, model, address, engine.pid))
-            signals.reloader = api
-            return supervisor.watch(engine, api)
+            start_engine = partial(supervisor.start, "engine", commands.engine, engine_process_config)
+            engine = start_engine()
+            channel, api_end = make_channel()
+            with closing(channel):
+                with closing(api_end):
+                    fd = api_end.fileno()
+                    config = _api_config(settings, model, address, engine.pid, fd)
+                    api = supervisor.start("API", commands.api, config, pass_fds=(fd,))
+                signals.reloader = api
+                return supervisor.watch(engine, api, channel, start_engine)
 
 
 def _resolve_model(settings: Settings) -> ResolvedModel:
@@ -348,7 +474,9 @@ def _engine_config(
     )
 
 
-def _api_config(settings: Settings, model: ResolvedModel, address: str, engine_pid: int) -> ApiProcessConfig:
+def _api_config(
+    settings: Settings, model: ResolvedModel, address: str, engine_pid: int, supervisor_fd: int | None = None
+) -> ApiProcessConfig:
     return ApiProcessConfig(
         settings=settings,
         engine_address=address,
@@ -356,6 +484,7 @@ def _api_config(settings: Settings, model: ResolvedModel, address: str, engine_p
         model_names=_model_names(settings, model),
         model_card_sampling=dict(model.card_sampling),
         engine_pid=engine_pid,
+        supervisor_fd=supervisor_fd,
     )
 
 

@@ -224,9 +224,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("/tokenize", "post"): Operation(TokenizeResponse, {"prompt": "Once upon a time"}),
     ("/detokenize", "post"): Operation(DetokenizeResponse, {"tokens": [10, 11, 12]}),
     ("/tokenizer_info", "get"): Operation(TokenizerInfo),
-    ("/health", "get"): Operation(dict[str, str]),
-    ("/healthz", "get"): Operation(dict[str, str]),
-    ("/readyz", "get"): Operation(dict[str, str]),
+    ("/health", "get"): Operation(dict[str, str | int]),
+    ("/healthz", "get"): Operation(dict[str, str | int]),
+    ("/readyz", "get"): Operation(dict[str, str | int]),
     ("/metrics", "get"): Operation(str),
 }
 

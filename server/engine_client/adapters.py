@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 
 from engine.shared.messages import AdapterDone, AdapterField, LoadAdapter, LoraAdapter, ToEngine, UnloadAdapter
 from server.http.errors import AdapterNotFoundError, AdaptersBusyError, APIError, BadRequestError, InvalidValueError
+
+logger = logging.getLogger(__name__)
 
 PARAMS = {AdapterField.NAME: "lora_name", AdapterField.PATH: "lora_path"}  # names of the fields in the API
 
@@ -21,6 +24,8 @@ class LoadedAdapters:
         self.by_name: dict[str, LoraAdapter] = {}
         self._send = send
         self._changes: dict[str, tuple[Change, asyncio.Future[None]]] = {}  # by request_id
+        self._is_restoring = False
+        self._reported: Sequence[LoraAdapter] = ()  # by the engine
 
     async def load(self, name: str, path: str, *, replaces: bool) -> None:
         """Load an adapter and return once requests can use it.
@@ -44,7 +49,13 @@ class LoadedAdapters:
         await done
 
     def update(self, adapters: Sequence[LoraAdapter]) -> None:
-        """Set the loaded adapters, except those being unloaded: the engine may not have read that request yet."""
+        """Set the loaded adapters, except those being unloaded: the engine may not have read that request yet.
+
+        While the engine is being restarted, they stay what they were: `restore` needs them.
+        """
+        self._reported = adapters
+        if self._is_restoring:
+            return
         unloading = {change.name for change, _ in self._changes.values() if isinstance(change, UnloadAdapter)}
         self.by_name = {adapter.name: adapter for adapter in adapters if adapter.name not in unloading}
 
@@ -59,6 +70,31 @@ class LoadedAdapters:
             done.set_exception(_error(change, message))
         else:
             done.set_result(None)
+
+    def keep(self) -> None:
+        """Keep the adapters of an engine that is lost until `restore` has loaded them in another one."""
+        self._is_restoring = True
+
+    async def restore(self, loaded: Sequence[LoraAdapter]) -> None:
+        """Load the adapters of the lost engine into another one, which has `loaded`, and log those that fail.
+
+        It is to be cancelled if that engine is lost too.
+        """
+        self.update(loaded)
+        fingerprints = {adapter.name: adapter.fingerprint for adapter in loaded}
+        for name in fingerprints.keys() - self.by_name.keys():
+            await self._change(UnloadAdapter(request_id=secrets.token_hex(16), name=name))
+        for adapter in list(self.by_name.values()):
+            if fingerprints.get(adapter.name) != adapter.fingerprint:
+                await self._load_again(adapter)
+        self._is_restoring = False
+        self.update(self._reported)
+
+    async def _load_again(self, adapter: LoraAdapter) -> None:
+        try:
+            await self.load(adapter.name, adapter.path, replaces=True)
+        except (BadRequestError, AdaptersBusyError) as error:
+            logger.error("the LoRA adapter %s is lost: %s", adapter.name, error.message)
 
     def fail(self, error: APIError) -> None:
         """Fail all pending changes with `error`."""

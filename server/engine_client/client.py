@@ -19,6 +19,7 @@ from engine.shared.messages import (
     Outputs,
     Ready,
     Submit,
+    ToEngine,
     Vocabulary,
 )
 from server.engine_client.adapters import LoadedAdapters
@@ -48,6 +49,7 @@ class EngineClient:
         step_timeout: float,
         metrics: Metrics,
         engine_pid: int | None = None,
+        can_restart: bool = False,
         vocabulary: Vocabulary | None = None,
     ) -> None:
         """Create a client; `start` connects it.
@@ -58,34 +60,58 @@ class EngineClient:
             step_timeout: Seconds that the longest step may take. An engine that is silent for longer is dead.
             metrics: Metrics that the client updates.
             engine_pid: Process id of the engine. None: its death is noticed only after it has become ready.
+            can_restart: Whether an engine that dies after it has been ready is replaced, see `engine_started`.
             vocabulary: Vocabulary that the engine needs for grammars. None: no request may have a grammar.
         """
         self.stats = EngineStats()
         self._metrics = metrics
         self._vocabulary = vocabulary
         self._connection = EngineConnection(address)
-        self._liveness = EngineLiveness(step_timeout=step_timeout, engine_pid=engine_pid, on_death=self._on_death)
+        self._liveness = EngineLiveness(
+            step_timeout=step_timeout,
+            engine_pid=engine_pid,
+            can_restart=can_restart,
+            on_loss=self._on_loss,
+            on_death=self._on_death,
+        )
         self._admission = Admission(self._liveness, metrics, max_queued_requests=max_queued_requests)
-        self._streams = OpenStreams(self._connection.send, self._admission, metrics)
+        self._streams = OpenStreams(self._send_if_ready, self._admission, metrics)
         self._adapters = LoadedAdapters(self._connection.send)
-        self._tasks: list[asyncio.Task[None]] = []
-        metrics.set_stats_source(lambda: self.stats)
+        self._tasks: list[asyncio.Task[None]] = []  # of the current engine
+        self._heartbeat: asyncio.Task[None] | None = None
+        metrics.set_stats_source(self._current_stats)
 
     async def start(self) -> None:
         """Connect and ask the engine to report when it is ready. The engine may start later."""
+        self._connect()
+        self._liveness.start()
+        self._heartbeat = asyncio.create_task(self._liveness.watch_heartbeat())
+
+    def engine_started(self, pid: int) -> None:
+        """Connect to the engine that replaces a lost one. When it is ready, it gets the waiting requests."""
+        self._liveness.engine_started(pid)
+        if self.is_restarting:
+            self._leave_engine()
+            self._connect()
+
+    def mark_dead(self, reason: str) -> None:
+        """Fail all requests: no other engine will be started. `reason` is for the log."""
+        self._liveness.mark_dead(reason)
+
+    def _connect(self) -> None:
         self._connection.open()
         self._connection.send(Hello())
         if self._vocabulary is not None:
             self._connection.send(self._vocabulary)
-        self._liveness.start()
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._liveness.watch_heartbeat())]
+        self._tasks.append(asyncio.create_task(self._receive()))
 
     async def close(self) -> None:
         """Stop the tasks, fail the open streams and close the connection."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *([] if self._heartbeat is None else [self._heartbeat])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks, self._heartbeat = [], None
         self.fail_streams(EngineUnavailableError("The server has stopped.", close=True))
         self._liveness.close()
         self._connection.close()
@@ -94,21 +120,36 @@ class EngineClient:
 
     @property
     def info(self) -> EngineInfo | None:
-        """The engine's properties, or None while it loads its model."""
+        """The engine's properties, or None while it loads its model for the first time."""
         return self._liveness.info
 
     def ready_info(self) -> EngineInfo:
-        """Return the engine's properties. Raises EngineUnavailableError unless the engine is ready."""
+        """Return the engine's properties; see `EngineLiveness.ready_info`. Raises EngineUnavailableError."""
         return self._liveness.ready_info()
 
     @property
     def is_ready(self) -> bool:
-        """True if the model is loaded and the engine is not dead."""
+        """True if the model is loaded, and the engine is neither being restarted nor dead."""
         return self._liveness.is_ready
 
     @property
+    def is_restarting(self) -> bool:
+        """True from the loss of a ready engine until another one is ready."""
+        return self._liveness.is_restarting
+
+    @property
+    def restarting_since(self) -> float | None:
+        """Unix time of the engine's loss, while it is being restarted."""
+        return self._liveness.restarting_since
+
+    @property
+    def num_restarts(self) -> int:
+        """Number of restarts of the engine, including one that is in progress."""
+        return self._liveness.num_restarts
+
+    @property
     def is_alive(self) -> bool:
-        """True if the engine is loading, or its step loop is responsive."""
+        """True if the engine is loading or being restarted, or its step loop is responsive."""
         return self._liveness.is_alive
 
     @property
@@ -118,17 +159,17 @@ class EngineClient:
 
     @property
     def dead_reason(self) -> str | None:
-        """Why the engine is dead, for the log; None if it is not."""
+        """Why the engine is dead for good, for the log; None if it is not."""
         return self._liveness.dead_reason
 
     @property
     def became_ready(self) -> asyncio.Event:
-        """Set when the engine has loaded its model."""
+        """Set when the engine has loaded its model for the first time."""
         return self._liveness.became_ready
 
     @property
     def died(self) -> asyncio.Event:
-        """Set when the engine dies."""
+        """Set when the engine dies for good."""
         return self._liveness.died
 
     # Admission.
@@ -140,7 +181,7 @@ class EngineClient:
 
     @property
     def max_in_flight(self) -> int:
-        """Maximum number of choices in flight. Raises EngineUnavailableError unless the engine is ready."""
+        """Maximum number of choices in flight. Raises EngineUnavailableError like `ready_info`."""
         return self._admission.max_in_flight
 
     @property
@@ -163,7 +204,8 @@ class EngineClient:
     def drain(self) -> None:
         """Admit no new work from now on. Running requests go on; pending changes of adapters fail."""
         self._admission.drain_requested.set()
-        self._adapters.fail(EngineUnavailableError(SHUTTING_DOWN, close=True))
+        if not self.is_restarting:  # then there are only the changes that restore the adapters
+            self._adapters.fail(EngineUnavailableError(SHUTTING_DOWN, close=True))
 
     # Requests.
 
@@ -174,8 +216,10 @@ class EngineClient:
         choice by choice as they end, or when the stream is closed. The engine finds the adapter by its fingerprint, so
         a request for an adapter that has been unloaded since is not an error here.
 
-        Raises EngineUnavailableError unless the engine is ready, QueueFullError if the request had to make room for
-        another meanwhile; without a reservation, what `reserve` raises.
+        While the engine is being restarted, the request waits for it.
+
+        Raises EngineUnavailableError like `ready_info`, QueueFullError if the request had to make room for another
+        meanwhile; without a reservation, what `reserve` raises.
         """
         if reservation is None:
             with self.reserve(message.n) as own_reservation:
@@ -202,13 +246,18 @@ class EngineClient:
 
     async def load_adapter(self, name: str, path: str, replaces: bool) -> None:
         """Load an adapter; see `LoadedAdapters.load`. Raises EngineUnavailableError if no new work is accepted."""
-        self.check_open()
+        self._check_adapters_can_change()
         await self._adapters.load(name, path, replaces=replaces)
 
     async def unload_adapter(self, name: str) -> None:
         """Unload an adapter; see `LoadedAdapters.unload`. Raises EngineUnavailableError if no new work is accepted."""
-        self.check_open()
+        self._check_adapters_can_change()
         await self._adapters.unload(name)
+
+    def _check_adapters_can_change(self) -> None:
+        self.check_open()
+        if self.is_restarting:
+            raise EngineUnavailableError("The engine is being restarted. Please retry later.")
 
     # Messages from the engine.
 
@@ -217,7 +266,7 @@ class EngineClient:
             await self._connection.receive(self._on_message)
         except Exception:
             logger.exception("cannot read from the engine")
-            self._liveness.mark_dead("its messages cannot be read")
+            self._liveness.lose("its messages cannot be read")
 
     def _on_message(self, message: FromEngine) -> None:
         now = time.monotonic()
@@ -239,15 +288,47 @@ class EngineClient:
         self._streams.push(message.events, now)
 
     def _on_ready(self, message: Ready) -> None:
-        if self.info is not None:
-            return
-        self._adapters.update(message.adapters)
         self._metrics.set_engine_info(message.info)
+        if self.is_restarting:
+            self._tasks.append(asyncio.create_task(self._resume(message)))
+        elif self.info is None:
+            self._adapters.update(message.adapters)
+            self._liveness.set_ready(message.info)
+
+    async def _resume(self, message: Ready) -> None:
+        """Give a restarted engine the adapters that were loaded, and then the waiting requests."""
+        await self._adapters.restore(message.adapters)
         self._liveness.set_ready(message.info)
+        self._streams.submit_again(self.adapters)
+
+    def _send_if_ready(self, message: ToEngine) -> None:
+        """Send a message about a request. A restarting engine gets all waiting requests when it is ready."""
+        if self.is_ready:
+            self._connection.send(message)
+
+    def _current_stats(self) -> EngineStats:
+        """Return the engine's latest statistics. While it is being restarted, requests wait in this process."""
+        if not self.is_restarting:
+            return self.stats
+        return msgspec.structs.replace(self.stats, num_waiting=self._streams.num_waiting)
+
+    def _on_loss(self) -> None:
+        """The engine is being restarted: fail the requests that have had tokens; the others wait for it."""
+        self._metrics.count_restart()
+        self._adapters.keep()
+        self._leave_engine()
+        self._streams.fail_running(EngineDeadError())
 
     def _on_death(self) -> None:
-        self._connection.shut_down()
+        self._leave_engine()
+        self.fail_streams(EngineDeadError())
+
+    def _leave_engine(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+        self._connection.disconnect()
+        self._adapters.fail(EngineDeadError())
         self.stats = msgspec.structs.replace(
             self.stats, num_running=0, num_waiting=0, num_blocks_used=0, running_adapters=[], waiting_adapters=[]
         )
-        self.fail_streams(EngineDeadError())

@@ -1,10 +1,14 @@
-"""Whether the engine is loading, ready or dead."""
+"""Whether the engine is loading, ready, being restarted or dead."""
 
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
 
 from engine.shared.messages import HEARTBEAT_SECONDS, EngineInfo
 from server.http.errors import EngineUnavailableError
@@ -15,25 +19,39 @@ MISSED_HEARTBEATS = 3  # tolerated on top of the longest step
 
 
 class EngineLiveness:
-    """The state of the engine: loading, ready or dead. A dead engine never becomes ready again.
+    """The state of the engine: loading, ready, being restarted, or dead for good.
 
-    The engine is dead when its process ends (noticed by a pidfd), when it has been silent for longer than the longest
-    step plus `MISSED_HEARTBEATS` heartbeats, or when `mark_dead` is called.
+    An engine is lost when its process ends (noticed by a pidfd), when it has been silent for longer than the longest
+    step plus `MISSED_HEARTBEATS` heartbeats, or when `lose` is called. If it had been ready and can be restarted, the
+    state is then "restarting" until another engine is ready; otherwise it is dead.
     """
 
-    def __init__(self, *, step_timeout: float, engine_pid: int | None, on_death: Callable[[], None]) -> None:
-        """Start in the loading state. `step_timeout` and `engine_pid` are as in `EngineClient`.
+    def __init__(
+        self,
+        *,
+        step_timeout: float,
+        engine_pid: int | None,
+        can_restart: bool,
+        on_loss: Callable[[], None],
+        on_death: Callable[[], None],
+    ) -> None:
+        """Start in the loading state. `step_timeout`, `engine_pid` and `can_restart` are as in `EngineClient`.
 
-        `on_death` is called once, when the engine dies.
+        `on_loss` is called each time a restart begins, `on_death` once, when the engine dies for good.
         """
-        self.info: EngineInfo | None = None  # None while the engine loads its model
+        self.info: EngineInfo | None = None  # of the latest ready engine; None until the first one is ready
         self.dead_reason: str | None = None
+        self.restarting_since: float | None = None  # Unix time of the loss
+        self.num_restarts = 0  # including one that is in progress
         self.became_ready = asyncio.Event()
         self.died = asyncio.Event()
         self._engine_pid = engine_pid
+        self._can_restart = can_restart
+        self._on_loss = on_loss
         self._on_death = on_death
         self._silence_limit = step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
         self._last_message = 0.0
+        self._lost_at = 0.0
         self._pidfd: int | None = None
 
     def start(self) -> None:
@@ -49,14 +67,19 @@ class EngineLiveness:
             self._pidfd = None
 
     @property
+    def is_restarting(self) -> bool:
+        """True from the loss of a ready engine until another one is ready."""
+        return self.restarting_since is not None
+
+    @property
     def is_ready(self) -> bool:
-        """True if the model is loaded and the engine is not dead."""
-        return self.info is not None and self.dead_reason is None
+        """True if the model is loaded, and the engine is neither being restarted nor dead."""
+        return self.info is not None and self.dead_reason is None and not self.is_restarting
 
     @property
     def is_alive(self) -> bool:
-        """True if the engine is loading, or its step loop is responsive."""
-        return self.dead_reason is None and (self.info is None or not self._is_silent())
+        """True if the engine is loading or being restarted, or its step loop is responsive."""
+        return self.dead_reason is None and (not self.is_ready or not self._is_silent())
 
     @property
     def is_healthy(self) -> bool:
@@ -64,7 +87,10 @@ class EngineLiveness:
         return self.is_ready and not self._is_silent()
 
     def ready_info(self) -> EngineInfo:
-        """Return the engine's properties. Raises EngineUnavailableError unless the engine is ready."""
+        """Return the engine's properties, which a restart does not change.
+
+        Raises EngineUnavailableError before the engine was ready for the first time, and once it is dead.
+        """
         if self.dead_reason is not None:
             raise EngineUnavailableError("The engine has stopped. Please retry later.", close=True)
         if self.info is None:
@@ -76,42 +102,86 @@ class EngineLiveness:
         self._last_message = now
 
     def set_ready(self, info: EngineInfo) -> None:
+        """The engine can compute. If it was restarted with other properties, it is dead: requests rely on them."""
+        if self.info is not None and _properties(info) != _properties(self.info):
+            self.mark_dead("it was restarted with other properties; has its model been changed?")
+            return
+        if self.is_restarting:
+            seconds = time.monotonic() - self._lost_at
+            logger.info("the engine is ready again after %.1f s (restart %d)", seconds, self.num_restarts)
         self.info = info
+        self.restarting_since = None
         self.became_ready.set()
         if self._pidfd is None:
             self._watch_process(info.pid)
 
+    def engine_started(self, pid: int) -> None:
+        """Watch the process of another engine, which has been started in place of a lost one."""
+        if not self.is_restarting:
+            self.lose("its process has ended")  # this process has not noticed yet
+        if self.is_restarting:
+            self._watch_process(pid)
+
+    def lose(self, reason: str) -> None:
+        """End this engine: it is restarted if that is possible, otherwise dead. `reason` is for the log."""
+        self._kill()
+        self.close()
+        if self.dead_reason is not None or self.is_restarting:  # the new engine may end while it loads
+            return
+        if self.info is None or not self._can_restart:
+            self.mark_dead(reason)
+            return
+        logger.error("the engine died: %s; it is being restarted", reason)
+        self.num_restarts += 1
+        self.restarting_since = time.time()
+        self._lost_at = time.monotonic()
+        self._on_loss()
+
     def mark_dead(self, reason: str) -> None:
-        """Declare the engine dead. `reason` is for the log."""
+        """Declare the engine dead for good. `reason` is for the log."""
         self.close()
         if self.dead_reason is not None:
             return
         logger.error("the engine died: %s", reason)
         self.dead_reason = reason
+        self.restarting_since = None
         self._on_death()
         self.died.set()
 
     async def watch_heartbeat(self) -> None:
-        """Mark the engine dead once it has been silent for too long.
+        """End the engine whenever it has been silent for too long.
 
         Two checks in a row must find it silent: if this process was suspended, the messages that arrived meanwhile are
         read between them.
         """
         num_silent = 0
-        while num_silent < 2:
+        while True:
             await asyncio.sleep(HEARTBEAT_SECONDS / 2)
             num_silent = num_silent + 1 if self.is_ready and self._is_silent() else 0
-        self.mark_dead(f"no step for more than {self._silence_limit:g} seconds")
+            if num_silent == 2:
+                self.lose(f"no step for more than {self._silence_limit:g} seconds")
 
     def _is_silent(self) -> bool:
         return time.monotonic() - self._last_message > self._silence_limit
 
+    def _kill(self) -> None:
+        """Kill the engine's process, if it still runs but must be replaced. Its parent then notices its end."""
+        if self._pidfd is not None and self._can_restart:
+            with suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     def _watch_process(self, pid: int) -> None:
+        self.close()
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            self.mark_dead("its process has ended")
+            self.lose("its process has ended")
         except OSError as exc:
             logger.warning("cannot watch the engine's process (%s); relying on its heartbeat", exc)
         else:
-            asyncio.get_running_loop().add_reader(self._pidfd, self.mark_dead, "its process has ended")
+            asyncio.get_running_loop().add_reader(self._pidfd, self.lose, "its process has ended")
+
+
+def _properties(info: EngineInfo) -> EngineInfo:
+    """Return the properties that requests rely on."""
+    return msgspec.structs.replace(info, pid=0, num_blocks=0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from engine.shared.messages import Abort, FinishReason, Submit, ToEngine, TokenEvent
+from engine.shared.messages import Abort, FinishReason, LoraAdapter, Submit, ToEngine, TokenEvent
 from server.choice_stats import ChoiceStats
 from server.engine_client.admission import Admission
 from server.engine_client.reservation import Reservation
-from server.http.errors import APIError
+from server.http.errors import AdapterLostError, APIError
 from server.metrics import Metrics
 
 
@@ -35,12 +35,13 @@ class RequestStream:
 
     A batch holds everything that arrived since the last read. Whoever holds the stream must close it (`async with` or
     `aclose`); closing it early ends the request in the engine. If the engine dies, the iteration raises EngineDeadError
-    once.
+    once, unless the engine is restarted and the request can run again, because it has no event yet.
     """
 
     def __init__(self, message: Submit, reservation: Reservation, observer: StreamObserver) -> None:
         self.request_id = message.request_id
         self.reservation = reservation  # which other streams of the same request may share
+        self.waiting: Submit | None = message  # until the first event
         self.choices = [
             ChoiceStats(message.arrival, message.params.max_tokens, len(message.prompt_token_ids))
             for _ in range(message.n)
@@ -116,6 +117,7 @@ class RequestStream:
         if stats.has_ended:
             return
         self.reservation.start()
+        self.waiting = None
         stats.times = event.times or stats.times
         if event.token_ids:
             account = self.reservation.tenant.account
@@ -147,6 +149,11 @@ class OpenStreams:
         self._metrics = metrics
         self._streams: dict[str, RequestStream] = {}
 
+    @property
+    def num_waiting(self) -> int:
+        """Number of choices of the requests without an event."""
+        return sum(stream.num_open for stream in self._streams.values() if stream.waiting)
+
     def open(self, message: Submit, reservation: Reservation) -> RequestStream:
         """Send a request and return its stream, which takes over its capacity. The request id must not be in use."""
         assert message.request_id not in self._streams
@@ -165,6 +172,23 @@ class OpenStreams:
         """End all requests with `error`, in the engine too."""
         for stream in list(self._streams.values()):
             stream.reservation.fail(error)
+
+    def fail_running(self, error: APIError) -> None:
+        """End the streams that have had events with `error`."""
+        for stream in list(self._streams.values()):
+            if not stream.waiting:
+                stream.fail(error)
+
+    def submit_again(self, adapters: Mapping[str, LoraAdapter]) -> None:
+        """Send the requests without an event to a restarted engine, which has `adapters`; fail those it cannot run."""
+        for stream in list(self._streams.values()):
+            if (message := stream.waiting) is None:
+                continue
+            adapter = adapters.get(message.lora_name)
+            if message.lora_name and (adapter is None or adapter.fingerprint != message.lora_fingerprint):
+                stream.fail(AdapterLostError(message.lora_name))
+            else:
+                self._send(message)
 
     def on_abort(self, request_id: str, index: int | None = None) -> None:
         self._send(Abort(request_id, index))

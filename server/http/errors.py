@@ -33,6 +33,7 @@
     ├── NotImplementedAPIError       501
     └── EngineUnavailableError       503
         ├── EngineDeadError
+        ├── AdapterLostError
         ├── AdaptersBusyError
         └── BodiesExceedMemoryError
 
@@ -436,6 +437,13 @@ class EngineDeadError(EngineUnavailableError):
 
     def __init__(self) -> None:
         super().__init__("The engine stopped while it was processing your request. Please retry later.", close=True)
+
+
+class AdapterLostError(EngineUnavailableError):
+    """A request waited for a restarted engine, which could not load the request's LoRA adapter again."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The LoRA adapter '{clip(name)}' could not be loaded again after a restart of the engine.")
 
 
 class AdaptersBusyError(EngineUnavailableError):

@@ -21,6 +21,7 @@ class ApiProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_names: tuple[str, ...]  # names of the model in the API, at least one
     model_card_sampling: dict[str, float] = {}  # sampling fields that the card of the alias recommends
     engine_pid: int | None = None  # lets the API process notice the end of an engine that never became ready
+    supervisor_fd: int | None = None  # an inherited end of a `server.engine_client.supervisor_channel`
 
 
 def engine_config(settings: Settings, model_path: Path, lora_paths: Mapping[str, Path]) -> "EngineConfig":

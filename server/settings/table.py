@@ -205,8 +205,23 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
         float, Setting(_LIMITS, seconds(0), "Time that running requests have to finish at shutdown, in seconds.")
     ] = 30.0
     step_timeout: Annotated[
-        float, Setting(_LIMITS, seconds(0.1), "Time after which an engine step is considered hung, in seconds.")
+        float,
+        Setting(
+            _LIMITS,
+            seconds(0.1),
+            "Time after which an engine step is considered hung, in seconds.",
+        ),
     ] = 60.0
+    on_engine_death: Annotated[
+        str,
+        Setting(
+            _LIMITS,
+            choice("ACTION", "restart", "exit"),
+            "What happens when the engine dies or hangs after it has been ready. restart: it is started again, and "
+            "requests without a token wait for it; after five deaths in a minute the server exits. exit: the server "
+            "exits with code 1, for a supervisor that starts it elsewhere.",
+        ),
+    ] = "restart"
 
 
 class Settings(ApiSettings, frozen=True, kw_only=True):

@@ -1,4 +1,7 @@
-"""Tests of the death or hang of each process under load: clients get an error at once, and no process is left."""
+"""Tests of the death or hang of each process under load: clients get an error at once, and no process is left.
+
+The engine is not restarted here; see test_restart.py.
+"""
 
 import signal
 import time
@@ -15,6 +18,7 @@ from tests.support.server_process import ServerProcess
 from tests.support.serving import check_error, wait_until
 from tests.support.streams import Stream, start_streams
 
+EXIT = "--on-engine-death=exit"
 NUM_STREAMS = 64
 NOTICED = 1.5  # seconds until clients get an error: 1.0, and a margin for 64 threads of the test
 GONE = 5.0  # seconds until all processes have ended
@@ -22,7 +26,7 @@ GONE = 5.0  # seconds until all processes have ended
 
 def loaded_server(start_server: StartServer) -> tuple[ServerProcess, list[Stream]]:
     """Start a server and many long streams."""
-    server = start_server("--kv-cache-memory=256MiB")
+    server = start_server("--kv-cache-memory=256MiB", EXIT)
     return server, start_streams(server, NUM_STREAMS, max_tokens=900)
 
 
@@ -55,7 +59,7 @@ def test_the_engine_is_killed(start_server: StartServer) -> None:
 
 
 def test_the_engine_is_killed_before_any_request(start_server: StartServer) -> None:
-    server = start_server()
+    server = start_server(EXIT)
     server.engine.kill()
     assert_shut_down(server, time.monotonic())
 
@@ -104,7 +108,7 @@ def test_the_grammar_checker_ends_with_the_server(start_server: StartServer, end
 @pytest.mark.checklist("F06")
 def test_the_engine_hangs(start_server: StartServer) -> None:
     """A hang is noticed after --step-timeout and three heartbeats."""
-    server = start_server("--step-timeout=2")
+    server = start_server("--step-timeout=2", EXIT)
     (stream,) = start_streams(server, 1, max_tokens=900)
     server.engine.suspend()
     stopped = time.monotonic()

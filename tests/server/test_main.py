@@ -23,6 +23,7 @@ import msgspec
 import psutil
 import pytest
 
+from server.engine_client.supervisor_channel import Channel, EngineGone, EngineStarted, Heartbeat, make_channel
 from server.main import Lifecycle, bind, make_context, raise_file_limit, run, url
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
@@ -69,8 +70,11 @@ def free_port() -> int:
 
 
 def start_process(config: ApiProcessConfig, log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    pass_fds = () if config.supervisor_fd is None else (config.supervisor_fd,)
     with log.open("wb") as stderr:
-        process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stderr=stderr, env=os.environ | environment)
+        process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stderr=stderr, env=os.environ | environment, pass_fds=pass_fds
+        )
     assert process.stdin is not None
     with process.stdin as stdin:
         stdin.write(msgspec.json.encode(config))
@@ -88,6 +92,7 @@ def start_api(address: str, model_folder: Path, tmp_path: Path) -> Iterator[Star
             model_path: Path = model_folder,
             wait_ready: bool = True,
             environment: dict[str, str] | None = None,
+            supervisor_fd: int | None = None,
             **settings: Any,
         ) -> Api:
             fake = stack.enter_context(FakeEngineProcess(FakeEngineConfig(address=address, **(engine or {}))))
@@ -98,6 +103,7 @@ def start_api(address: str, model_folder: Path, tmp_path: Path) -> Iterator[Star
                 model_path=str(model_path),
                 model_names=("tiny",),
                 engine_pid=fake.pid,
+                supervisor_fd=supervisor_fd,
             )
             log = tmp_path / "api.log"
             api = Api(start_process(config, log, **(environment or {})), fake, f"http://127.0.0.1:{port}", log)
@@ -134,6 +140,12 @@ class Background:
 def running(api: Api) -> int:
     lines = api.get("/metrics").text.splitlines()
     (value,) = [line.split()[-1] for line in lines if line.startswith("lightwell_num_requests_running{")]
+    return round(float(value))
+
+
+def waiting_choices(api: Api) -> int:
+    lines = api.get("/metrics").text.splitlines()
+    (value,) = [line.split()[-1] for line in lines if line.startswith("lightwell_num_requests_waiting{")]
     return round(float(value))
 
 
@@ -245,6 +257,55 @@ def test_death_of_the_engine(start_api: StartApi) -> None:
     assert api.wait(5) == 1
     assert time.monotonic() - killed < 5
     assert "the engine died" in api.log.read_text()
+
+
+@pytest.fixture
+def channel() -> Iterator[tuple[Channel, Channel]]:
+    """The supervisor's end of a channel, and that of the API process."""
+    own, other = make_channel()
+    yield own, other
+    own.close()
+    other.close()
+
+
+def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple[Channel, Channel]) -> None:
+    supervisor, api_end = channel
+    api = start_api(SLOW | {"max_num_seqs": 1}, supervisor_fd=api_end.fileno())
+    beats = supervisor.receive()
+    assert beats[0] == Heartbeat(0)
+    assert beats[-1] == Heartbeat(api.engine.pid)
+    running_stream = Background(lambda: api.complete(max_tokens=2000, stream=True))
+    wait_until(lambda: running(api) == 1)
+    waiting = [Background(partial(api.complete, max_tokens=5, stream=stream)) for stream in (False, True)]
+    wait_until(lambda: waiting_choices(api) == 2)
+    before = time.time()
+    os.kill(api.engine.pid, signal.SIGKILL)
+    assert last_error(running_stream.result())["code"] == "engine_unavailable"
+    for path in ("/health", "/readyz"):
+        response = api.get(path)
+        state = response.json()
+        assert (response.status_code, state["status"], state["restarts"]) == (503, "restarting", 1)
+        assert before - 1 <= state["since"] <= time.time()
+        assert state["error"]["code"] == "engine_unavailable"
+        assert response.headers["retry-after"]
+    assert api.get("/healthz").json() == {"status": "ok", "restarts": 1}
+    waiting.append(Background(lambda: api.complete(max_tokens=5)))
+    wait_until(lambda: waiting_choices(api) == 3)
+    with FakeEngineProcess(FakeEngineConfig(address=address, max_num_seqs=1)) as another:
+        supervisor.send(EngineStarted(another.pid))
+        for each in waiting:
+            assert each.result().status_code == 200
+            assert "error" not in each.result().text
+        assert api.get("/readyz").json() == {"status": "ok", "restarts": 1}
+        assert "lightwell_engine_restarts_total{" in api.get("/metrics").text
+        supervisor.receive()
+        wait_until(lambda: Heartbeat(another.pid) in supervisor.receive())
+    last = Background(api.complete)
+    wait_until(lambda: api.get("/health").status_code == 503)
+    supervisor.send(EngineGone("five deaths"))
+    assert api.wait(5) == 1
+    check_error(last.result(), 503)
+    assert "the engine died: five deaths" in api.log.read_text()
 
 
 def test_death_of_an_engine_that_was_never_ready(start_api: StartApi) -> None:

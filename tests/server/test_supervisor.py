@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,14 +20,16 @@ import pytest
 
 from engine.config import EngineProcessConfig
 from server import supervisor
+from server.engine_client.supervisor_channel import EngineGone, Heartbeat, make_channel
 from server.model_paths import ModelError, ResolvedModel
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
-from server.supervisor import child_environment
+from server.supervisor import SupervisorError, child_environment
 from tests.support.clients import write_adapter
 from tests.support.paths import ROOT
 from tests.support.processes import is_running, wait_for_end_of
+from tests.support.serving import wait_until
 
 STUB = ROOT / "tests" / "support" / "stub_child.py"
 
@@ -34,7 +38,8 @@ DRIVER = """
 import json, sys
 from server import supervisor
 from server.settings.table import Settings
-settings, grace, engine, api = json.loads(sys.argv[1])
+settings, grace, engine, api, delays = json.loads(sys.argv[1])
+supervisor.RESTART_DELAYS = delays
 supervisor.DEATH_GRACE_SECONDS, supervisor.DRAIN_GRACE_SECONDS, supervisor.STOP_SECONDS = grace, 0.4, 0.3
 status = supervisor.supervise(Settings(**settings), supervisor.Commands(engine=engine, api=api))
 heavy = [name for name in ("torch", "numpy", "fastapi", "pydantic", "httpx", "zmq", "rich") if name in sys.modules]
@@ -47,19 +52,26 @@ class Running:
     """A supervisor in its own process."""
 
     def __init__(
-        self, folder: Path, temporary: str, engine: tuple[str, ...], api: tuple[str, ...], grace: float, **settings: Any
+        self,
+        folder: Path,
+        temporary: str,
+        engine: tuple[str, ...],
+        api: tuple[str, ...],
+        grace: float,
+        delays: tuple[float, ...],
+        **settings: Any,
     ) -> None:
         self.folder = folder
         model = folder / "model.gguf"
         model.write_bytes(b"GGUF")
         commands = [[sys.executable, str(STUB), str(folder), *child] for child in (("engine", *engine), ("api", *api))]
-        arguments = json.dumps([{"model": str(model), "drain_timeout": 0.5, **settings}, grace, *commands])
+        arguments = json.dumps([{"model": str(model), "drain_timeout": 0.5, **settings}, grace, *commands, delays])
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TMPDIR": temporary},
+            env={**os.environ, "TMPDIR": temporary, "PYTHONPATH": str(ROOT)},
         )
 
     def pid(self, name: str) -> int:
@@ -107,9 +119,13 @@ def start(tmp_path: Path, temporary: str) -> Iterator[Start]:
     running: list[Running] = []
 
     def start_one(
-        engine: tuple[str, ...] = ("run",), api: tuple[str, ...] = ("run",), grace: float = 0.6, **settings: Any
+        engine: tuple[str, ...] = ("run",),
+        api: tuple[str, ...] = ("run",),
+        grace: float = 0.6,
+        delays: tuple[float, ...] = supervisor.RESTART_DELAYS,
+        **settings: Any,
     ) -> Running:
-        running.append(Running(tmp_path, temporary, engine, api, grace, **settings))
+        running.append(Running(tmp_path, temporary, engine, api, grace, delays, **settings))
         return running[-1]
 
     yield start_one
@@ -342,6 +358,133 @@ def test_an_api_that_cannot_start(start: Start) -> None:
     running = start(api=("exit-well", "0"))
     assert running.end() == (1, ["lightwell: error: the API process exited with code 0"])
     running.assert_nothing_is_left()
+
+
+def ready_engine(running: Running, number: int) -> int:
+    """Return the process id of the engine with this number, once it has been reported as ready and runs."""
+    wait_until(lambda: num_engines(running) == number and running.pid("engine") == engine_pids(running)[-1])
+    time.sleep(0.3)
+    return engine_pids(running)[-1]
+
+
+def engine_pids(running: Running) -> list[int]:
+    return [int(pid) for pid in running.wait_for(running.folder / "engines").read_text().split()]
+
+
+def num_engines(running: Running) -> int:
+    return len(engine_pids(running))
+
+
+def test_an_engine_that_dies_is_started_again(start: Start) -> None:
+    running = start(engine=("fork",), api=("report", "9"), delays=(0.0, 0.5))
+    supervisor_process = psutil.Process(running.process.pid)
+    ready_engine(running, 1)
+    num_fds = supervisor_process.num_fds()
+    for number, signum, expected_delay in ((1, signal.SIGKILL, 0.0), (2, signal.SIGTERM, 0.5)):
+        dead, helper = ready_engine(running, number), running.pid("helper")
+        os.kill(dead, signum)
+        killed = time.monotonic()
+        wait_until(lambda number=number: num_engines(running) == number + 1)
+        assert time.monotonic() - killed >= expected_delay
+        wait_for_end_of(dead, helper)
+    last = ready_engine(running, 3)
+    assert supervisor_process.num_fds() == num_fds
+    assert {child.pid for child in supervisor_process.children()} == {last, running.pid("api")}
+    os.kill(last, signal.SIGKILL)
+    status, lines = running.end()
+    assert status == 1
+    assert lines[0] == "lightwell: error: the engine process was killed by SIGKILL; another one starts"
+    assert lines[1] == "lightwell: error: the engine process exited with code 0; another one starts in 0.5 s"
+    assert re.fullmatch(
+        r"lightwell: error: the engine process was killed by SIGKILL; it has died 3 times in \d s", lines[2]
+    )
+    assert len(lines) == 3
+    assert (running.folder / "gone").read_text()
+    running.assert_nothing_is_left()
+
+
+def test_restarts_may_be_switched_off(start: Start) -> None:
+    running = start(api=("report", "9"), grace=60.0, on_engine_death="exit")
+    os.kill(ready_engine(running, 1), signal.SIGKILL)
+    assert running.end() == (1, ["lightwell: error: the engine process was killed by SIGKILL"])
+    assert (running.folder / "api-end.pid").exists()
+    running.assert_nothing_is_left()
+
+
+def test_engines_that_die_while_they_load(start: Start) -> None:
+    running = start(engine=("run-once",), api=("report", "1"), grace=60.0, delays=(0.0, 0.0, 0.0))
+    os.kill(ready_engine(running, 1), signal.SIGKILL)
+    status, lines = running.end()
+    assert status == 1
+    assert num_engines(running) == 4
+    assert len(lines) == 4
+    assert lines[-1].startswith("lightwell: error: the engine process exited with code 7; it has died 4 times in ")
+    running.assert_nothing_is_left()
+
+
+def test_a_restarted_engine_that_never_becomes_ready_is_killed(start: Start) -> None:
+    """It has three times as long as the first engine, and --step-timeout."""
+    running = start(api=("report", "1"), delays=(0.0, 60.0), step_timeout=0.5)
+    os.kill(ready_engine(running, 1), signal.SIGKILL)
+    wait_until(lambda: num_engines(running) == 2)
+    wait_for_end_of(engine_pids(running)[1], seconds=10)
+    running.signal(signal.SIGTERM)
+    _, lines = running.end()
+    assert any("has not become ready within" in line for line in lines)
+    running.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_no_engine_runs(start: Start, signum: int) -> None:
+    running = start(api=("report", "9"), grace=60.0, delays=(60.0,))
+    os.kill(ready_engine(running, 1), signal.SIGKILL)
+    time.sleep(0.3)
+    running.signal(signum)
+    status, lines = running.end()
+    assert status == 1
+    assert lines[-1] == "lightwell: error: the engine process was killed by SIGKILL"
+    running.assert_nothing_is_left()
+
+
+def test_death_of_the_api_while_no_engine_runs(start: Start) -> None:
+    running = start(api=("report", "9"), delays=(60.0,))
+    os.kill(ready_engine(running, 1), signal.SIGKILL)
+    time.sleep(0.3)
+    os.kill(running.pid("api"), signal.SIGKILL)
+    status, lines = running.end()
+    assert (status, lines[-1]) == (1, "lightwell: error: the API process was killed by SIGKILL")
+    running.assert_nothing_is_left()
+
+
+def test_when_engines_are_started_again() -> None:
+    crashes = supervisor.Crashes()
+    assert [crashes.add(now, was_ready=True) for now in (0.0, 1.0, 2.0, 3.0)] == [0.0, 1.0, 2.0, 4.0]
+    assert crashes.add(60.5, was_ready=True) == 4.0  # the first one is too long ago
+    assert crashes.add(60.6, was_ready=True) is None
+    assert crashes.summary == "; it has died 5 times in 60 s"
+    assert crashes.add(1000.0, was_ready=True) == 0.0
+    assert [crashes.add(1000.0 + 100 * i, was_ready=False) for i in range(1, 5)] == [1.0, 2.0, 4.0, None]
+
+
+def test_an_engine_that_cannot_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed fork counts as a death."""
+    monkeypatch.setattr(supervisor, "RESTART_DELAYS", (0.0, 0.05))
+    channel, api_end = make_channel()
+    settings = Settings()
+    with supervisor.StopSignals() as signals, supervisor.Supervisor(signals, settings) as one:
+        engine = one.start("engine", ["sleep", "60"], settings)
+        api = one.start("API", ["sleep", "60"], settings)
+        api_end.send(Heartbeat(engine.pid))
+        threading.Timer(0.3, engine.kill).start()
+
+        def fail() -> supervisor.Child:
+            raise SupervisorError("cannot start the engine process: no memory")
+
+        monkeypatch.setattr(supervisor, "DEATH_GRACE_SECONDS", 0.2)
+        assert one.watch(engine, api, channel, fail) == 1
+        assert isinstance(api_end.receive()[-1], EngineGone)
+    channel.close()
+    api_end.close()
 
 
 def test_death_of_the_engine_while_draining(start: Start) -> None:

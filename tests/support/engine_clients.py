@@ -22,6 +22,7 @@ async def connected(
     max_queued_requests: int = 4,
     step_timeout: float = 60.0,
     engine_pid: int | None = None,
+    can_restart: bool = False,
     metrics: Metrics | None = None,
 ) -> AsyncIterator[EngineClient]:
     """Start a client, and close it at the end."""
@@ -31,6 +32,7 @@ async def connected(
         step_timeout=step_timeout,
         metrics=metrics or Metrics("lightwell_", "m"),
         engine_pid=engine_pid,
+        can_restart=can_restart,
     )
     await client.start()
     try:

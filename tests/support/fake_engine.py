@@ -394,6 +394,7 @@ class FakeEngineProcess:
         self._config = config
 
     def __enter__(self) -> FakeEngineProcess:
+        """Start the process. Leaving the context kills it."""
         command = [sys.executable, "-m", "tests.support.fake_engine"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert self._process.stdin is not None

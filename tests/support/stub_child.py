@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
+
+from server.engine_client.supervisor_channel import Channel, EngineGone, EngineStarted, Heartbeat
 
 
 def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
@@ -20,6 +23,8 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
     (folder / f"{name}.json").write_bytes(config)
     if behaviour == "exit":
         leave(folder, name, float(argument), 7)
+    if behaviour == "run-once" and (folder / f"{name}.pid").exists():
+        leave(folder, name, 0, 7)
     if behaviour == "exit-well":
         leave(folder, name, float(argument), 0)
     if behaviour == "fork":
@@ -38,6 +43,8 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     announce(folder, name, os.getpid())
+    if behaviour == "report":  # like the API process
+        report(folder, msgspec.json.decode(config), int(argument))
     if behaviour == "outlive-engine":  # like the API process when its engine dies
         wait_for_end_of(msgspec.json.decode(config)["engine_pid"])
         leave(folder, f"{name}-end", float(argument), 1)
@@ -49,6 +56,26 @@ def announce(folder: Path, name: str, pid: int) -> None:
     """Write the process id atomically."""
     (folder / f"{name}.tmp").write_text(str(pid))
     (folder / f"{name}.tmp").rename(folder / f"{name}.pid")
+
+
+def report(folder: Path, config: dict[str, Any], num_ready: int) -> None:
+    """Report the first `num_ready` engines as ready, and exit when there is no other one.
+
+    Write the process ids of the engines to FOLDER/engines, and what the supervisor says last to FOLDER/gone.
+    """
+    channel = Channel.from_fd(config["supervisor_fd"])
+    engines = [config["engine_pid"]]
+    while True:
+        (folder / "engines").write_text(" ".join(map(str, engines)))
+        if len(engines) <= num_ready:
+            channel.send(Heartbeat(engines[-1]))
+        select.select([channel], [], [])
+        for message in channel.receive():
+            if isinstance(message, EngineStarted):
+                engines.append(message.pid)
+            elif isinstance(message, EngineGone):
+                (folder / "gone").write_text(message.reason)
+                leave(folder, "api-end", 0, 1)
 
 
 def leave(folder: Path, name: str, seconds: float, code: int) -> None:

@@ -3,6 +3,7 @@
 `/health` and `/readyz` report whether to send requests to this server; `/healthz` whether to keep the process alive.
 """
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.context import get_context
@@ -24,7 +25,7 @@ async def health(request: Request) -> Response:
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def alive(request: Request) -> Response:
-    """Return 200 while the model loads or the engine runs; 503 once the engine is dead or hangs."""
+    """Return 200 while the model loads, or the engine runs or is being restarted; 503 once it is dead or hangs."""
     client = get_context(request).client
     return _answer(client, is_ok=client.is_alive)
 
@@ -39,7 +40,9 @@ async def ready(request: Request) -> Response:
 
 def _answer(client: EngineClient, *, is_ok: bool) -> Response:
     if is_ok:
-        return StructResponse({"status": "ok"})
+        return StructResponse({"status": "ok", "restarts": client.num_restarts})
+    if client.restarting_since is not None:
+        return _restarting(client, client.restarting_since)
     if client.dead_reason is not None:
         return EngineUnavailableError("The engine has stopped.").response()
     if not client.is_ready:
@@ -47,3 +50,10 @@ def _answer(client: EngineClient, *, is_ok: bool) -> Response:
     if client.drain_requested.is_set():
         return EngineUnavailableError("The server is shutting down.").response()
     return EngineUnavailableError("The engine does not respond.").response()
+
+
+def _restarting(client: EngineClient, since: float) -> Response:
+    """Return an error that also says since when (Unix time) the engine is being restarted, and how often it was."""
+    error = EngineUnavailableError("The engine died and is being restarted.")
+    state = {"status": "restarting", "since": int(since), "restarts": client.num_restarts}
+    return StructResponse(state | msgspec.json.decode(error.body()), error.status, error.headers)
