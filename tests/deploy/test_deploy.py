@@ -26,9 +26,10 @@ from deploy.check_dashboard import load_dashboard, queries
 from engine.shared.messages import EngineStats
 from server.metrics import Metrics
 from server.model_paths import resolve_model
+from server.processes.child_process import KILL_SECONDS
 from server.settings.load import load_settings
 from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS
-from server.supervisor import DRAIN_GRACE_SECONDS, KILL_SECONDS, STOP_SECONDS
+from server.supervisor import DRAIN_GRACE_SECONDS, STOP_SECONDS
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.paths import ROOT
 

@@ -22,10 +22,11 @@ from engine.config import EngineProcessConfig
 from server import supervisor
 from server.engine_client.supervisor_channel import EngineGone, Heartbeat, make_channel
 from server.model_paths import ModelError, ResolvedModel
+from server.processes.child_process import Child
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
-from server.supervisor import SupervisorError, child_environment
+from server.supervisor import SupervisorError
 from tests.support.clients import write_adapter
 from tests.support.paths import ROOT
 from tests.support.processes import is_running, wait_for_end_of
@@ -477,7 +478,7 @@ def test_an_engine_that_cannot_be_started_again(monkeypatch: pytest.MonkeyPatch)
         api_end.send(Heartbeat(engine.pid))
         threading.Timer(0.3, engine.kill).start()
 
-        def fail() -> supervisor.Child:
+        def fail() -> Child:
             raise SupervisorError("cannot start the engine process: no memory")
 
         monkeypatch.setattr(supervisor, "DEATH_GRACE_SECONDS", 0.2)
@@ -554,11 +555,3 @@ def test_a_missing_command(tmp_path: Path) -> None:
     with pytest.raises(supervisor.SupervisorError, match=r"cannot start the engine process: .*No such file"):
         supervisor.supervise(settings, supervisor.Commands(engine=["/nonexistent"], api=["/nonexistent"]))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_the_user_may_set_the_spin_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    assert child_environment()["GOMP_SPINCOUNT"] == "1000"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert "GOMP_SPINCOUNT" not in child_environment()
