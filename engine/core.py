@@ -170,7 +170,7 @@ class Engine:
         """If nothing runs, wait briefly for a grammar and schedule again: all waiting requests wait for theirs."""
         if self.scheduler.running or not self.scheduler.waiting:
             return None
-        self.scheduler.waiting[0].wait_for_grammar(GRAMMAR_WAIT)
+        next(iter(self.scheduler.waiting)).wait_for_grammar(GRAMMAR_WAIT)
         return self.scheduler.schedule()
 
     def stats(self) -> EngineStats:

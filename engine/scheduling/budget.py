@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from engine.scheduling.request import Request
 
@@ -67,7 +67,7 @@ class StepBudget:
         self.failed_rows: int | None = None  # of the last step that ran out of memory; None: as many have run since
         self.times = StepTimes()
 
-    def num_rows(self, running: Sequence[Request]) -> int:
+    def num_rows(self, running: Collection[Request]) -> int:
         """Return how many rows the next step may have: at least one for each running request."""
         num_rows = self.limit
         is_decoding = any(request.kv.num_computed >= request.num_prompt_tokens for request in running)

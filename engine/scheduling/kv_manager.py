@@ -6,7 +6,7 @@ hash under which a block is published says which group it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from engine.config import KVGroup
 from engine.scheduling.block_pool import BlockPool, extend_block_hashes
@@ -40,7 +40,15 @@ class KVManager:
         kv, num_tokens = request.kv, request.num_tokens
         return max(0, self.num_blocks_for(num_tokens, num_tokens - kv.num_computed) - len(kv.blocks))
 
-    def admit(self, request: Request, running: Sequence[Request], max_tokens: int) -> bool:
+    def num_held(self, requests: Sequence[Request]) -> int:
+        """Return how many blocks requests hold together; a block that they share counts once."""
+        held: set[int] = set()
+        for request in requests:
+            for table in request.kv.tables:
+                held.update(table.block_ids[table.num_slid :])
+        return len(held)
+
+    def admit(self, request: Request, running: Collection[Request], max_tokens: int) -> bool:
         """Give a waiting request its cached prefix, and blocks for a first chunk of up to `max_tokens` tokens.
 
         Return False and change nothing unless there is room for all tokens of the request and of the running ones:

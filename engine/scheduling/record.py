@@ -44,6 +44,11 @@ class RequestRecord:
     preemptions: list[float] = field(default_factory=list)
     resumptions: list[float] = field(default_factory=list)  # when it was scheduled again after each preemption
 
+    def take_back(self, step_id: int) -> None:
+        """Remove what a step that does not run was to compute, if it is the last one."""
+        if self.chunks and self.chunks[-1].step_id == step_id:
+            self.chunks.pop()
+
     def times(self) -> RequestTimes:
         """Return the timings so far, as sent with the request's events."""
         waits = zip(self.preemptions, self.resumptions, strict=False)  # a request may end while preempted

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from engine.scheduling.speculation import Drafter
 
 NO_LORA_SLOT = -1  # `Request.lora_slot` of a request without a LoRA adapter
+SECONDS_PER_PRIORITY = 5.0  # waiting this long makes up for one more in `priority`, so that nothing starves
 
 
 class Status(Enum):
@@ -158,7 +159,9 @@ class Request:
     num_prompt_tokens: int
     params: SamplingParams
     seed: int  # of this choice
-    queue_key: tuple[int, int]  # (priority, arrival number): lower comes first
+    tenant: str  # whose request it is
+    weight: float  # of the tenant
+    queue_key: tuple[float, int]  # (time of arrival, later by its priority; arrival number): lower comes first
     lora_name: str  # empty: no LoRA adapter
     lora_slot: int  # slot of the adapter's weights; NO_LORA_SLOT: none
 
@@ -195,6 +198,11 @@ class Request:
     def can_start(self) -> bool:
         """True if it has no grammar, or its grammar is compiled."""
         return self.matcher is None or self.matcher.is_ready
+
+    @property
+    def reads_prompt(self) -> bool:
+        """True while a part of the prompt is to be computed."""
+        return self.kv.num_computed < self.num_prompt_tokens
 
     @property
     def reads_all_rows(self) -> bool:
@@ -384,7 +392,9 @@ def new_request(
             num_prompt_tokens=len(submit.prompt_token_ids),
             params=submit.params if index == 0 else _without_prompt_logprobs(submit.params),
             seed=choice_seed(submit.params.seed, index),
-            queue_key=(submit.priority, arrival_number),
+            tenant=submit.tenant,
+            weight=submit.weight,
+            queue_key=(now + SECONDS_PER_PRIORITY * submit.priority, arrival_number),
             lora_name=submit.lora_name,
             lora_slot=lora_slot,
             token_ids=list(submit.prompt_token_ids),

@@ -4,8 +4,12 @@ The invariant: there is no prefill phase and no decode phase. A request has `num
 with `num_target_tokens`, and each step hands out a budget of tokens. Chunked prefill, prefix cache hits, resumption
 after preemption and decoding are all this one subtraction. The one restriction: in a step, a request computes either
 prompt tokens or generated tokens, because some kernels compute them differently. Running requests come first, then
-waiting ones, each in the order of (priority, arrival). Drafts come last and use only rows and blocks that no request
-needs: their tokens count as computed until the step has shown which of them are accepted.
+waiting ones, each in the order of arrival, moved by `priority`. Drafts come last and use only rows and blocks that no
+request needs: their tokens count as computed until the step has shown which of them are accepted.
+
+Several tenants share the engine (engine.scheduling.fair_queue): the running requests of the tenant that has been served
+least come first, and before them the waiting ones of a tenant that has been served less. A waiting request that cannot
+start for lack of slots or blocks takes those of the newest request of a tenant that holds too much.
 
 A step may be scheduled before the previous one has been updated: `num_computed` includes the steps in flight, and a
 token that is still being sampled is scheduled without its id. If that token turns out to end the request, the result
@@ -15,11 +19,12 @@ of its row is dropped. No torch.
 from __future__ import annotations
 
 import time
-from bisect import bisect, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from engine.scheduling.budget import StepBudget
 from engine.scheduling.drafting import Drafting
+from engine.scheduling.fair_queue import FairQueue
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.record import ChunkRecord, Recorder
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step
@@ -28,12 +33,18 @@ from engine.scheduling.speculation import SpeculationPolicy
 from engine.shared.messages import EngineStats, FinishReason, TokenEvent
 
 
-def _sort_key(request: Request) -> tuple[int, int, int]:
-    return (*request.queue_key, request.index)
-
-
-def _adapter_names(requests: Sequence[Request]) -> list[str]:
+def _adapter_names(requests: Iterable[Request]) -> list[str]:
     return sorted({request.lora_name for request in requests if request.lora_name})
+
+
+@dataclass(slots=True)
+class StepInProgress:
+    """A step that is being scheduled."""
+
+    num_free: int  # rows that are neither given out nor reserved: each running request has one until its turn
+    head: Request | None  # the waiting request that starts next; None: none can
+    scheduled: dict[Request, Scheduled] = field(default_factory=dict)
+    preempted: list[Request] = field(default_factory=list)
 
 
 def _check_limits(
@@ -82,8 +93,9 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.sequences = Sequences(max_model_len, eos_token_ids)
         self.max_chunk = long_prefill_token_threshold or budget.max_num_rows
-        self.running: list[Request] = []  # sorted by _sort_key
-        self.waiting: list[Request] = []  # sorted by _sort_key
+        self.queue = FairQueue(kv, max_num_seqs)
+        self.running = self.queue.running
+        self.waiting = self.queue.waiting
         self.stats = EngineStats(num_blocks=kv.pool.num_blocks)
         self.drafting = Drafting(self.kv, self.stats, speculation, max_model_len)
 
@@ -100,8 +112,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request of at most `max_model_len` tokens. Its children are queued once its prompt is computed."""
         assert 0 < request.num_tokens <= self.max_model_len
-        request.record.num_ahead = bisect(self.waiting, _sort_key(request), key=_sort_key)
-        self.waiting.insert(request.record.num_ahead, request)
+        request.record.num_ahead = self.queue.num_ahead(request)
+        self.queue.wait(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End choice `index` of a request, or all its choices. Unknown ids are ignored."""
@@ -113,48 +125,70 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Hand out the tokens of the next step and the blocks they need. Return None if there is nothing to compute."""
-        scheduled: list[Scheduled] = []
-        budget = self.budget.num_rows(self.running)
-        num_preempted = self.stats.preemptions_total
-        num_visited = 0
-        while num_visited < len(self.running):
-            request = self.running[num_visited]
-            num_visited += 1
-            num_reserved = len(self.running) - num_visited  # every other running request gets at least one token
-            num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, budget - num_reserved)
-            if num_tokens and self._extend(request, num_tokens):  # 0 while its last token is being sampled
-                scheduled.append(self._advance(request, num_tokens))
-                budget -= num_tokens
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            first = next((waiting for waiting in self.waiting if waiting.can_start), None)
-            if first is None or self.stats.preemptions_total > num_preempted or not self._admit(first, budget):
-                break
-            request = first
-            num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, budget)
-            scheduled.append(self._advance(request, num_tokens))
-            budget -= num_tokens
-        if not scheduled:
+        num_rows = self.budget.num_rows(self.running) - len(self.running)
+        draft = StepInProgress(num_rows, self.queue.next_waiting())
+        for requests in self.queue.turns():
+            self._start_waiting(draft, before=requests[0])
+            num_tokens = sum(self._schedule_running(request, draft) for request in requests)
+            self.queue.charge(requests[0], num_tokens)
+        self._start_waiting(draft)
+        if not draft.scheduled:
             return None
         # Rows of the same adapter are adjacent, because they share its matrices.
-        scheduled.sort(key=lambda item: (item.is_prompt, item.request.lora_slot))
-        self.drafting.add_drafts(scheduled, budget)
+        scheduled = sorted(draft.scheduled.values(), key=lambda item: (item.is_prompt, item.request.lora_slot))
+        self.drafting.add_drafts(scheduled, draft.num_free)
         self.stats.steps_total += 1
         return Step(self.stats.steps_total, scheduled)
 
-    def _extend(self, request: Request, num_tokens: int) -> bool:
+    def _schedule_running(self, request: Request, draft: StepInProgress) -> int:
+        """Give a running request its part of the step, and return the number of its tokens."""
+        if request.status is not Status.RUNNING:  # preempted before its turn
+            return 0
+        num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, draft.num_free + 1)
+        if num_tokens and not self._extend(request, num_tokens, draft):
+            return 0
+        draft.num_free += 1 - num_tokens  # one row was reserved for it
+        if num_tokens:  # 0 while its last token is being sampled
+            draft.scheduled[request] = self._advance(request, num_tokens)
+        return num_tokens
+
+    def _start_waiting(self, draft: StepInProgress, before: Request | None = None) -> None:
+        """Start waiting requests while there is room: all, or those that come before a running one."""
+        while (request := draft.head) is not None:
+            if before is not None and not self.queue.precedes(request, before):
+                return
+            draft.head = None
+            if request in draft.preempted or not self._admit(request, draft):
+                return
+            num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, draft.num_free)
+            draft.scheduled[request] = self._advance(request, num_tokens)
+            draft.num_free -= num_tokens
+            self.queue.charge(request, num_tokens)
+            draft.head = self.queue.next_waiting()
+
+    def _extend(self, request: Request, num_tokens: int, draft: StepInProgress) -> bool:
         """Give a running request blocks for its next tokens, preempting the newest requests while blocks are short.
 
         Return False if the request itself was preempted.
         """
         while not self.kv.extend(request, num_tokens):
-            newest = self.running[-1]
-            self._preempt(newest)
+            draft.head = None
+            self._preempt(newest := self.queue.newest(), draft)
             if newest is request:
                 return False
         return True
 
-    def _preempt(self, request: Request) -> None:
-        """Release a request's blocks and queue it again. It later recomputes what the prefix cache has lost by then."""
+    def _preempt(self, request: Request, draft: StepInProgress | None = None) -> None:
+        """Release a request's blocks and queue it again. It later recomputes what the prefix cache has lost by then.
+
+        `draft`: the step being scheduled, which takes back the rows that were given out to it or reserved for it.
+        """
+        if draft is not None:
+            draft.preempted.append(request)
+            is_pending = request.num_pending(request.kv.num_computed) > 0
+            item = draft.scheduled.pop(request, None)
+            draft.num_free += item.num_tokens if item is not None else int(is_pending)
+            request.record.take_back(self.stats.steps_total + 1)
         self.running.remove(request)
         self.kv.release(request)
         request.status = Status.WAITING
@@ -163,14 +197,25 @@ class Scheduler:
             request.prompt_outputs.logprobs.clear()
         request.prompt_outputs.pooled.clear()
         self.stats.preemptions_total += 1
-        insort(self.waiting, request, key=_sort_key)
+        self.queue.wait(request)
 
-    def _admit(self, request: Request, budget: int) -> bool:
-        """Start a waiting request. Return False and change nothing if blocks are short."""
-        if not self.kv.admit(request, self.running, min(self.max_chunk, budget)):
-            return False
+    def _admit(self, request: Request, draft: StepInProgress) -> bool:
+        """Start a waiting request. Return False if slots, blocks or rows are short.
+
+        Slots and blocks are taken from tenants that hold too much, rows are not: the next step has new ones.
+        """
+        num_slots = min(self.max_num_seqs, self.budget.limit)
+        while True:
+            has_slot = len(self.running) < num_slots
+            if has_slot and not draft.num_free:
+                return False
+            if has_slot and self.kv.admit(request, self.running, min(self.max_chunk, draft.num_free)):
+                break
+            if (victim := self.queue.displaced_by(request)) is None:
+                return False
+            self._preempt(victim, draft)
         self.waiting.remove(request)
-        insort(self.running, request, key=_sort_key)
+        self.running.add(request)
         request.status = Status.RUNNING
         if request.record.scheduled is None:
             self._record_first_schedule(request, request.kv.num_computed)
@@ -215,15 +260,15 @@ class Scheduler:
         The step before it may have been updated since.
         """
         for item in step.scheduled:
-            request, chunks = item.request, item.request.record.chunks
+            request = item.request
             self.drafting.take_back(item)
             if request.status is not Status.RUNNING:  # ended by the step before
                 continue
             self.kv.truncate(request, item.num_tokens)
             request.kv.num_expected = item.start + 1 if item.is_ahead else 0
             request.rewind()
-            if chunks and chunks[-1].step_id == step.step_id:
-                chunks.pop()
+            request.record.take_back(step.step_id)
+            self.queue.charge(request, len(item.draft_token_ids) - item.num_tokens)
         self.stats.steps_total -= 1
 
     def back_off(self, step: Step) -> list[TokenEvent]:
@@ -236,7 +281,7 @@ class Scheduler:
         if step.num_tokens > len(requests):
             self.budget.add_failure(step.num_tokens, max(step.num_tokens // 2, len(requests)))
         elif len(requests) > 1:
-            self._preempt(max(requests, key=_sort_key))
+            self._preempt(self.queue.newest())
             self.budget.add_failure(step.num_tokens, len(requests) - 1)
         else:
             self.budget.set_limit(self.budget.max_num_rows)  # it was not for the others that memory was short
@@ -335,7 +380,7 @@ class Scheduler:
         self.recorder.add_request(request.record)
 
     def _parent(self, request: Request) -> Request:
-        return next(other for other in (*self.running, *self.waiting) if request in other.children)
+        return next(other for other in self.requests() if request in other.children)
 
     def current_stats(self) -> EngineStats:
         """Return the counters, with the gauges brought up to date."""

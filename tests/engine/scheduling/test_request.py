@@ -48,7 +48,7 @@ def test_each_choice_is_a_request_of_its_own() -> None:
     assert [choice.index for choice in choices] == [0, 1, 2]
     assert [choice.seed for choice in choices] == [choice_seed(-3, index) for index in range(3)]
     for choice in choices:
-        assert (choice.request_id, choice.kv.salt, choice.queue_key) == ("r", b"s", (-2, 9))
+        assert (choice.request_id, choice.kv.salt, choice.queue_key) == ("r", b"s", (2.5 - 2 * 5.0, 9))
         assert (choice.token_ids, choice.num_prompt_tokens) == ([5, 6, 7], 3)
         assert (choice.status, choice.kv.num_computed, choice.kv.blocks) == (Status.WAITING, 0, [])
         record = choice.record

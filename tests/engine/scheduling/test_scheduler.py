@@ -9,9 +9,11 @@ import copy
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, TypeAlias
 from unittest import mock
 
@@ -198,6 +200,7 @@ class Choice:
     """The expected state of one choice."""
 
     submit: Submit
+    number: int  # of its prompt
     request: Request
     answer: Answer
     token_ids: list[int] = field(default_factory=list)  # received so far
@@ -211,8 +214,9 @@ class Choice:
     ended: bool = False
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        return (*self.request.queue_key, self.request.index)
+    def order(self) -> tuple[float, int, int]:
+        """A priority is worth five seconds of waiting."""
+        return (self.submit.arrival + 5 * self.submit.priority, self.number, self.request.index)
 
 
 @st.composite
@@ -276,6 +280,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Requests are added, run, fail and are aborted. After each rule the scheduler's state is consistent."""
 
     shares_prefixes = True
+    weights: Mapping[str, float] = {"": 1.0}  # of each tenant
     policies: Sequence[SpeculationPolicy | None] = [None]
     next_token = staticmethod(random_token)
 
@@ -326,6 +331,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.scheduler.kv.watermark = watermark
         self.model = FakeModel(block_size, self.next_token, separates_prompts=separates_prompts, windows=windows)
+        self.now = -1e6  # earlier than any real time, so that what is measured comes later
         self.choices: list[Choice] = []
         self.by_request: dict[Request, Choice] = {}
         self.num_submitted = 0
@@ -333,23 +339,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_steps = 0
         self.num_steps_at_abort = 0  # at the last abort; aborts are kept rare, so that much happens in between
         self.num_steps_of_head = 0  # steps for which the first in the queue has been the first
+        self.num_steps_out: dict[str, int] = {}  # of tenants with waiting and without running requests
 
     def living(self) -> list[Choice]:
         return [choice for choice in self.choices if not choice.ended]
 
     # Rules.
 
-    @rule(drawn=submits())
-    def add(self, drawn: Submit) -> None:
-        prompt = drawn.prompt_token_ids[: self.max_model_len]
-        submit = msgspec.structs.replace(drawn, request_id=f"r{self.num_submitted}", prompt_token_ids=prompt)
+    @rule(seconds=st.sampled_from([0.5, 4.0, 5.0, 11.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(drawn=submits(), number=st.integers(0, 99))
+    def add(self, drawn: Submit, number: int) -> None:
+        tenant = list(self.weights)[number % len(self.weights)]
+        submit = msgspec.structs.replace(
+            drawn,
+            request_id=f"r{self.num_submitted}",
+            prompt_token_ids=drawn.prompt_token_ids[: self.max_model_len],
+            arrival=self.now,
+            tenant=tenant,
+            weight=self.weights[tenant],
+        )
         salt = submit.cache_salt.encode() if self.shares_prefixes else b"unique %d" % self.num_submitted
-        parent = new_request(submit, salt=salt, arrival_number=self.num_submitted, now=0.0)
-        self.num_submitted += 1
+        parent = new_request(submit, salt=salt, arrival_number=self.num_submitted, now=self.now)
         for request in (parent, *parent.children):
-            choice = Choice(submit, request, solo_answer(submit, request.index, self.max_model_len, self.next_token))
+            answer = solo_answer(submit, request.index, self.max_model_len, self.next_token)
+            choice = Choice(submit, self.num_submitted, request, answer)
             self.choices.append(choice)
             self.by_request[request] = choice
+        self.num_submitted += 1
         self.scheduler.add(parent)
 
     @precondition(lambda self: self.living() and self.num_steps >= self.num_steps_at_abort + 4)
@@ -383,16 +402,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_steps += 1
         assert self.step.step_id == self.num_steps
         preempted = [request for request in running if request.status is Status.WAITING]
-        assert bool(preempted) == (demand > num_free), "preempts just when blocks are short"
-        kept = running[: len(running) - len(preempted)]
-        assert running == kept + preempted, "the newest are preempted"
-        assert kept or not running, "the only one goes on"
-        admitted = waiting[: len(self.step.scheduled) - len(kept)]
-        requests = {item.request: item.is_prompt for item in self.step.scheduled}
-        assert set(requests) == {*kept, *admitted}, "every running request gets tokens, and nobody is overtaken"
-        in_order = sorted([*kept, *admitted], key=lambda request: requests[request])
-        assert list(requests) == in_order, "what was generated comes before prompts"
-        assert not (preempted and admitted)
+        kept = [request for request in running if request.status is Status.RUNNING]
+        admitted = [request for request in waiting if request.status is Status.RUNNING]
+        assert kept or admitted or not running, "the only one goes on"
+        requests = [item.request for item in self.step.scheduled]
+        assert len(requests) == len(kept) + len(admitted)
+        assert set(requests) == {*kept, *admitted}, "every running request gets tokens"
+        kinds = [item.is_prompt for item in self.step.scheduled]
+        assert kinds == sorted(kinds), "what was generated comes before prompts"
+        self.expect_order(running, waiting, is_short=demand > num_free)
         self.expect_shares(is_whole=not preempted)
         for request in preempted:
             self.preempt(self.by_request[request])
@@ -400,7 +418,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.advance(self.by_request[item.request], item)
         self.expect_drafts()
         self.expect_admission(bool(preempted))
-        self.watch_head(waiting, admitted)
+        self.watch_waiting(waiting, admitted)
 
     @precondition(lambda self: self.step is not None)
     @rule(
@@ -456,6 +474,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.books_are_true()
 
     # Expectations after each rule.
+
+    def expect_order(self, running: list[Request], waiting: list[Request], *, is_short: bool) -> None:
+        """Without other tenants, the newest are preempted, just when blocks are short, and nobody is overtaken."""
+        assert self.step is not None
+        num_kept = sum(request.status is Status.RUNNING for request in running)
+        assert all(request.status is Status.WAITING for request in running[num_kept:]), "the newest are preempted"
+        assert (num_kept < len(running)) == is_short
+        num_admitted = len(self.step.scheduled) - num_kept
+        assert all(request.status is Status.RUNNING for request in waiting[:num_admitted]), "nobody is overtaken"
+        assert not (is_short and num_admitted)
 
     def demand_of_running(self) -> int:
         """Return how many blocks the running requests need for their next step if none is preempted."""
@@ -541,11 +569,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         # As if no block of the first one were cached.
         lacking = sum(kv.num_blocks_for(request.num_tokens) - len(request.kv.blocks) for request in running)
-        assert kv.num_blocks_for(waiting[0].num_tokens) + kv.watermark + lacking > kv.pool.num_free
+        head = self.scheduler.queue.next_waiting()
+        assert head is not None
+        assert kv.num_blocks_for(head.num_tokens) + kv.watermark + lacking > kv.pool.num_free
 
-    def watch_head(self, waiting: list[Request], admitted: list[Request]) -> None:
+    def watch_waiting(self, waiting: list[Request], admitted: list[Request]) -> None:
         """While a request is the first in the queue, no other is admitted, and the running ones end in time."""
-        is_same_head = bool(waiting) and not admitted and self.scheduler.waiting[0] is waiting[0]
+        is_same_head = bool(waiting) and not admitted and next(iter(self.scheduler.waiting)) is waiting[0]
         self.num_steps_of_head = self.num_steps_of_head + 1 if is_same_head else 0
         num_steps = self.max_model_len + 1 + (self.policy is not None)  # one step more if a draft failed
         assert self.num_steps_of_head <= num_steps, "the first of the queue starves"
@@ -634,8 +664,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler.check()
         assert len(scheduler.running) <= scheduler.max_num_seqs
         for queue in (scheduler.running, scheduler.waiting):
-            orders = [self.by_request[request].order for request in queue]
-            assert orders == sorted(orders)
+            assert all(queue.by_tenant.values())
+            for tenant, requests in queue.by_tenant.items():
+                orders = [self.by_request[request].order for request in requests]
+                assert orders == sorted(orders)
+                assert {request.tenant for request in requests} == {tenant}
         for request in scheduler.running:
             assert request.status is Status.RUNNING
             for table, window in zip(request.kv.tables, self.model.windows, strict=True):
@@ -708,6 +741,74 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.schedule() is None
 
 
+class TenantsMachine(SchedulerMachine):
+    """Several tenants, one with a larger weight."""
+
+    weights: Mapping[str, float] = {"a": 1.0, "b": 1.0, "c": 2.0}
+
+    def share(self, tenant: str, requests: Sequence[Request], new: Request | None = None) -> Fraction:
+        """Return which part of slots or blocks, whichever is more, a tenant would hold with these requests."""
+        kv = self.scheduler.kv
+        num_blocks = len({block.block_id for request in requests for block in request.kv.blocks})
+        num_blocks += 0 if new is None else kv.num_blocks_for(new.num_tokens)
+        num_slots = len(requests) + (new is not None)
+        largest = max(Fraction(num_slots, self.scheduler.max_num_seqs), Fraction(num_blocks, kv.pool.num_blocks))
+        return largest / Fraction(self.weights[tenant])
+
+    def expect_order(self, running: list[Request], waiting: list[Request], *, is_short: bool) -> None:
+        """A tenant's newest requests are preempted, its only one only where all have one; its oldest start first."""
+        for tenant in self.weights:
+            before = [request.status is Status.RUNNING for request in running if request.tenant == tenant]
+            assert before == sorted(before, reverse=True), "the newest are preempted"
+            if before and not any(before):
+                assert not any(request.status is Status.RUNNING for request in self.of(waiting, tenant))
+                counts = Counter(request.tenant for request in self.scheduler.running)
+                assert max(counts.values()) == 1, "a tenant's only request is preempted"
+            started = [request.status is Status.RUNNING for request in waiting if request.tenant == tenant]
+            assert started == sorted(started, reverse=True), "the oldest start"
+        if not is_short and len({request.tenant for request in (*running, *waiting)}) == 1:
+            super().expect_order(running, waiting, is_short=is_short)
+        self.expect_no_excess(running)
+
+    def excess(self) -> dict[str, Fraction]:
+        """Return, for the tenants that hold most, their share without their newest request."""
+        queues = {tenant: queue for tenant, queue in self.scheduler.running.by_tenant.items() if queue[1:]}
+        shares = {tenant: self.share(tenant, queue) for tenant, queue in queues.items()}
+        largest = [tenant for tenant, share in shares.items() if share == max(shares.values())]
+        return {tenant: self.share(tenant, queues[tenant][:-1]) for tenant in largest}
+
+    @precondition(lambda self: self.step is None)
+    @rule()
+    def schedule(self) -> None:
+        self.excess_before = self.excess()
+        super().schedule()
+
+    @staticmethod
+    def of(requests: list[Request], tenant: str) -> list[Request]:
+        return [request for request in requests if request.tenant == tenant]
+
+    def expect_no_excess(self, running: list[Request]) -> None:
+        """Nobody holds so much that the next in the queue could have taken the place of his newest request."""
+        assert self.step is not None
+        scheduler = self.scheduler
+        head = scheduler.queue.next_waiting()
+        if head is None or head in running:  # else it was preempted just now
+            return
+        if len(scheduler.running) < scheduler.max_num_seqs and self.step.num_tokens >= self.budget:
+            return  # the next step has tokens for it
+        gained = self.share(head.tenant, scheduler.running.of(head.tenant), head)
+        for tenant, share in self.excess().items():
+            # The step also gives blocks to those that run, after it has looked for excess.
+            assert tenant == head.tenant or min(share, self.excess_before.get(tenant, 0)) < gained
+
+    def watch_waiting(self, waiting: list[Request], admitted: list[Request]) -> None:
+        """A tenant that waits and has nothing running starts in time."""
+        for tenant in self.weights:
+            is_out = bool(self.of(waiting, tenant)) and not self.scheduler.running.of(tenant)
+            self.num_steps_out[tenant] = self.num_steps_out.get(tenant, 0) + 1 if is_out else 0
+            assert self.num_steps_out[tenant] <= 4 * len(self.weights) * (self.max_model_len + 1), "a tenant starves"
+
+
 class UniqueSaltMachine(SchedulerMachine):
     """Without prefix caching each submitted prompt has its own salt, shared only by its choices."""
 
@@ -718,6 +819,8 @@ TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
     max_examples=num_examples(66, 1000), stateful_step_count=50, deadline=None, print_blob=True
 )
+TestSchedulerWithTenants = TenantsMachine.TestCase
+TestSchedulerWithTenants.settings = settings(TestScheduler.settings, max_examples=num_examples(66, 1000))
 TestSchedulerWithoutPrefixCaching = UniqueSaltMachine.TestCase
 TestSchedulerWithoutPrefixCaching.settings = settings(TestScheduler.settings, max_examples=num_examples(20, 300))
 
@@ -1343,7 +1446,7 @@ def test_a_step_that_is_taken_back_was_never_scheduled(seed: int) -> None:
         running, before = list(scheduler.running), state_of(scheduler)
         step = scheduler.schedule()
         assert step is not None
-        if scheduler.running == running and rng.random() < 0.5:  # nobody was admitted or preempted
+        if list(scheduler.running) == running and rng.random() < 0.5:  # nobody was admitted or preempted
             computed = [(item.request, item.start, item.num_tokens) for item in step.scheduled]
             scheduler.take_back(step)
             scheduler.check()

@@ -1,0 +1,152 @@
+"""Fairness between tenants: whose request starts next, and whose is preempted for it. No torch.
+
+Slots and KV blocks are shared by dominant share (Ghodsi et al., "Dominant Resource Fairness", NSDI 2011): a tenant's
+share is the larger part that it holds of the two, over its weight. The waiting tenant with the smallest share goes
+next, and what another holds beyond an equal share is preempted for it: of two tenants, what exceeds the half.
+
+The tokens of a step are shared by the Virtual Token Counter (Sheng et al., "Fairness in Serving Large Language Models",
+OSDI 2024): a counter of the tokens computed for each tenant, over its weight. The smallest counter goes first. A tenant
+that had nothing to wait for is lifted to the smallest counter of those that had, so that it gathers no credit.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.request import Request
+
+MAX_IDLE_TENANTS = 4096  # whose counters are kept while others wait
+
+
+def order_key(request: Request) -> tuple[float, int, int]:
+    """Return the order of a tenant's requests."""
+    return (*request.queue_key, request.index)
+
+
+class RequestQueue(Collection[Request]):
+    """Requests by tenant, those of a tenant sorted by `order_key`."""
+
+    def __init__(self) -> None:
+        self.by_tenant: dict[str, list[Request]] = {}  # without empty lists
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_tenant.values()))
+
+    def __iter__(self) -> Iterator[Request]:
+        return chain.from_iterable(self.by_tenant.values())
+
+    def __contains__(self, request: object) -> bool:
+        return isinstance(request, Request) and request in self.of(request.tenant)
+
+    def of(self, tenant: str) -> Sequence[Request]:
+        """Return the requests of a tenant."""
+        return self.by_tenant.get(tenant, ())
+
+    def add(self, request: Request) -> None:
+        insort(self.by_tenant.setdefault(request.tenant, []), request, key=order_key)
+
+    def remove(self, request: Request) -> None:
+        requests = self.by_tenant[request.tenant]
+        requests.remove(request)
+        if not requests:
+            del self.by_tenant[request.tenant]
+
+
+class FairQueue:
+    """The waiting and the running requests of all tenants."""
+
+    def __init__(self, kv: KVManager, max_num_seqs: int) -> None:
+        self.kv = kv
+        self.max_num_seqs = max_num_seqs
+        self.running = RequestQueue()
+        self.waiting = RequestQueue()
+        self.counters: dict[str, float] = {}  # tokens computed for a tenant, over its weight
+
+    def wait(self, request: Request) -> None:
+        """Queue a request. Its tenant's counter is lifted if nothing of it was waiting."""
+        if request.tenant not in self.waiting.by_tenant:
+            self._lift(request.tenant)
+        self.waiting.add(request)
+
+    def _lift(self, tenant: str) -> None:
+        """Let a tenant without waiting requests begin where the others are.
+
+        If nobody waits for anything, nobody is owed anything, and all counters start again.
+        """
+        backlogged = self.waiting.by_tenant.keys() or {some.tenant for some in self.running if some.reads_prompt}
+        if not backlogged:
+            self.counters = dict.fromkeys(self.running.by_tenant, 0.0)
+        elif len(self.counters) > MAX_IDLE_TENANTS:
+            busy = {*self.waiting.by_tenant, *self.running.by_tenant}
+            self.counters = {some: count for some, count in self.counters.items() if some in busy}
+        least = min((self.counters[some] for some in backlogged), default=0.0)
+        self.counters[tenant] = max(self.counters.get(tenant, 0.0), least)
+
+    def num_ahead(self, request: Request) -> int:
+        """Return how many requests start before one that is about to wait, if tenants take turns."""
+        before = sum(order_key(other) < order_key(request) for other in self.waiting.of(request.tenant))
+        others = (some for tenant, some in self.waiting.by_tenant.items() if tenant != request.tenant)
+        return before + sum(min(len(some), before) for some in others)
+
+    def charge(self, request: Request, num_tokens: int) -> None:
+        """Count tokens that are computed for a request."""
+        self.counters[request.tenant] += num_tokens / request.weight
+
+    def turns(self) -> list[list[Request]]:
+        """Return the running requests of each tenant, the smallest counter first."""
+        tenants = sorted(self.running.by_tenant, key=self.counters.__getitem__)
+        return [self.running.by_tenant[tenant].copy() for tenant in tenants]
+
+    def precedes(self, request: Request, other: Request) -> bool:
+        """Return whether a waiting request gets its tokens before the running requests of another tenant."""
+        return request.tenant != other.tenant and self.counters[request.tenant] <= self.counters[other.tenant]
+
+    def next_waiting(self) -> Request | None:
+        """Return the request that starts next, or None if none can."""
+        heads = (next((some for some in queue if some.can_start), None) for queue in self.waiting.by_tenant.values())
+        ready = [head for head in heads if head is not None]
+        if len(ready) < 2:
+            return ready[0] if ready else None
+        return min(ready, key=lambda head: (self._share(head.tenant), self.counters[head.tenant], order_key(head)))
+
+    def displaced_by(self, request: Request) -> Request | None:
+        """Return the running request that makes room for a waiting one, or None if no tenant holds too much.
+
+        The tenant that loses it still has no smaller share than the one that gains, so they do not take turns in
+        preempting each other. It is never a tenant's only request.
+        """
+        tenants = [
+            tenant for tenant, queue in self.running.by_tenant.items() if tenant != request.tenant and len(queue) > 1
+        ]
+        if not tenants:
+            return None
+        largest = self.running.of(max(tenants, key=self._share))
+        gained = self._share_of(self.running.of(request.tenant), request)
+        return largest[-1] if self._share_of(largest[:-1]) >= gained else None
+
+    def newest(self) -> Request:
+        """Return the running request that is preempted when memory is short.
+
+        It is the newest of the tenant with the largest share, but a tenant's only request only if all have one.
+        """
+        if len(self.running.by_tenant) == 1:
+            return next(iter(self.running.by_tenant.values()))[-1]
+        shares = {tenant: self._share(tenant) for tenant, queue in self.running.by_tenant.items() if len(queue) > 1}
+        if shares:
+            return self.running.of(max(shares, key=shares.__getitem__))[-1]
+        return max(self.running, key=order_key)
+
+    def _share(self, tenant: str) -> float:
+        return self._share_of(self.running.of(tenant))
+
+    def _share_of(self, running: Sequence[Request], new: Request | None = None) -> float:
+        """Return the dominant share of running requests of one tenant and a new one: 1 is everything, at weight 1."""
+        requests = running if new is None else [*running, new]
+        if not requests:
+            return 0.0
+        num_blocks = 0 if new is None else self.kv.num_blocks_for(new.num_tokens)
+        num_blocks += self.kv.num_held(running)
+        return max(len(requests) / self.max_num_seqs, num_blocks / self.kv.pool.num_blocks) / requests[-1].weight

@@ -1,0 +1,365 @@
+"""Several tenants share the scheduler: one example for each rule, three attacks, and a bound on the counters.
+
+`tests/engine/scheduling/test_scheduler.py` has a state machine with tenants.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.budget import StepBudget
+from engine.scheduling.fair_queue import MAX_IDLE_TENANTS
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.record import Recorder
+from engine.scheduling.request import Request, ScheduledOutput, Status, new_request
+from engine.scheduling.scheduler import Scheduler
+from engine.shared.messages import SamplingParams, Submit
+from tests.support.examples import num_examples
+
+
+@dataclass
+class Rig:
+    """A scheduler whose requests end after `max_tokens` tokens. Its clock only moves by hand."""
+
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 64
+    num_blocks: int = 1000
+    num_submitted: int = 0
+    now: float = 0.0
+    served: dict[str, int] = field(default_factory=dict)  # tokens by tenant
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(
+            KVManager(BlockPool(self.num_blocks, 4)),
+            Recorder(),
+            StepBudget(self.max_num_batched_tokens),
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=min(4000, 4 * self.num_blocks),
+        )
+
+    def add(
+        self,
+        tenant: str,
+        num_prompt_tokens: int = 3,
+        max_tokens: int = 8,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        weight: float = 1.0,
+    ) -> Request:
+        """Submit a prompt that shares no prefix with others."""
+        submit = Submit(
+            request_id=f"{tenant}{self.num_submitted}",
+            prompt_token_ids=list(range(num_prompt_tokens)),
+            params=SamplingParams(max_tokens=max_tokens),
+            arrival=self.now,
+            n=n,
+            priority=priority,
+            tenant=tenant,
+            weight=weight,
+        )
+        salt = b"%d" % self.num_submitted
+        request = new_request(submit, salt=salt, arrival_number=self.num_submitted, now=self.now)
+        self.num_submitted += 1
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> list[str]:
+        """Run a step, and return the requests that it computed."""
+        step = self.scheduler.schedule()
+        assert step is not None
+        outputs = [ScheduledOutput(token_ids=[7] * bool(item.num_samples)) for item in step.scheduled]
+        self.scheduler.update(step, outputs)
+        self.scheduler.check()
+        for item in step.scheduled:
+            self.served[item.request.tenant] = self.served.get(item.request.tenant, 0) + item.num_tokens
+        return sorted(item.request.request_id for item in step.scheduled)
+
+    def running(self, tenant: str) -> list[str]:
+        return [request.request_id for request in self.scheduler.running.of(tenant)]
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.scheduler.stats.preemptions_total
+
+
+def run(rig: Rig) -> list[list[str]]:
+    """Run until all requests have ended."""
+    steps = []
+    while rig.scheduler.has_work:
+        steps.append(rig.step())
+    return steps
+
+
+# Whose turn it is.
+
+
+def test_tenants_take_turns_whatever_the_order_of_arrival() -> None:
+    rig = Rig(max_num_seqs=1)
+    for tenant in "aaabb":
+        rig.add(tenant, max_tokens=1)
+    assert run(rig) == [["a0"], ["b3"], ["a1"], ["b4"], ["a2"]]
+
+
+def test_turns_count_tokens_and_not_requests() -> None:
+    rig = Rig(max_num_seqs=1)
+    for _ in range(2):
+        rig.add("a", num_prompt_tokens=30, max_tokens=1)
+    for _ in range(4):
+        rig.add("b", num_prompt_tokens=10, max_tokens=1)
+    assert run(rig) == [["a0"], ["b2"], ["b3"], ["b4"], ["a1"], ["b5"]]
+
+
+def test_a_weight_is_a_share_of_the_tokens() -> None:
+    rig = Rig(max_num_seqs=1)
+    for _ in range(90):
+        rig.add("a", num_prompt_tokens=10, max_tokens=1)
+        rig.add("b", num_prompt_tokens=10, max_tokens=1, weight=2.0)
+    for _ in range(60):
+        rig.step()
+    assert rig.served == {"a": 200, "b": 400}
+
+
+def test_a_weight_is_a_share_of_the_slots() -> None:
+    rig = Rig(max_num_seqs=8)
+    for _ in range(8):
+        rig.add("a", max_tokens=100)
+        rig.add("b", max_tokens=100, weight=3.0)
+    for _ in range(3):
+        rig.step()
+        assert (len(rig.running("a")), len(rig.running("b"))) == (2, 6)
+    assert rig.num_preemptions == 0
+
+
+def test_who_was_away_has_no_credit() -> None:
+    rig = Rig(max_num_seqs=1)
+    rig.add("b", max_tokens=1)
+    rig.step()
+    for _ in range(20):
+        rig.add("a", max_tokens=1)
+    for _ in range(10):
+        rig.step()
+    for _ in range(10):
+        rig.add("b", max_tokens=1)
+    assert [request for [request] in run(rig)][:6] == ["a11", "b21", "a12", "b22", "a13", "b23"]
+
+
+def test_a_tenant_that_waited_for_nothing_owes_nothing() -> None:
+    rig = Rig(max_num_seqs=2)
+    rig.add("a", max_tokens=50)
+    for _ in range(20):
+        rig.step()
+    rig.add("b", max_tokens=50)
+    rig.step()
+    assert rig.scheduler.queue.counters == {"a": 1.0, "b": 3.0}
+
+
+def test_counters_of_tenants_that_are_gone_are_forgotten() -> None:
+    rig = Rig(max_num_seqs=1)
+    rig.add("a", max_tokens=1)
+    for number in range(MAX_IDLE_TENANTS + 100):
+        rig.add(f"t{number}", max_tokens=1)
+        rig.step()
+    assert len(rig.scheduler.queue.counters) <= MAX_IDLE_TENANTS + 2
+
+
+@pytest.mark.parametrize("seed", range(num_examples(20, 500)))
+def test_what_two_waiting_tenants_got_differs_by_two_requests_at_most(seed: int) -> None:
+    """The bound of the Virtual Token Counter, where one request runs at a time."""
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    rig = Rig(max_num_seqs=1)
+    weights = {"a": 1.0, "b": rng.choice([0.5, 1.0, 4.0])}
+    lengths = {"a": (rng.randint(1, 60), rng.randint(1, 9)), "b": (rng.randint(1, 60), rng.randint(1, 9))}
+    largest = max(sum(length) / weights[tenant] for tenant, length in lengths.items())
+    for _ in range(300):
+        for tenant, (num_prompt_tokens, max_tokens) in lengths.items():
+            if len(rig.scheduler.waiting.of(tenant)) < 2:
+                length = rng.randint(1, num_prompt_tokens)
+                rig.add(tenant, length, rng.randint(1, max_tokens), weight=weights[tenant])
+        rig.step()
+        got = [rig.served.get(tenant, 0) / weight for tenant, weight in weights.items()]
+        assert abs(got[0] - got[1]) <= 2 * largest
+
+
+# Slots and blocks.
+
+
+def test_alone_a_tenant_has_everything_and_beside_another_that_waits_it_has_half() -> None:
+    rig = Rig()
+    for _ in range(6):
+        rig.add("a", max_tokens=100)
+    rig.step()
+    assert rig.running("a") == ["a0", "a1", "a2", "a3"]
+    for _ in range(3):
+        rig.add("b", max_tokens=4)
+    assert rig.step() == ["a0", "a1", "b6", "b7"]
+    assert [rig.step() for _ in range(3)] == [["a0", "a1", "b6", "b7"]] * 3
+    assert rig.num_preemptions == 2, "the newest two, once"
+    assert rig.step() == ["a0", "a1", "a2", "b8"]
+    assert rig.num_preemptions == 2
+
+
+def test_only_as_many_are_preempted_as_others_need() -> None:
+    rig = Rig()
+    for _ in range(6):
+        rig.add("a", max_tokens=100)
+    rig.step()
+    rig.add("b", max_tokens=2)
+    assert rig.step() == ["a0", "a1", "a2", "b6"]
+    rig.step()
+    assert rig.step() == ["a0", "a1", "a2", "a3"]
+    assert rig.num_preemptions == 1
+
+
+def test_of_many_tenants_each_gets_a_slot_before_one_gets_two() -> None:
+    rig = Rig(max_num_seqs=6)
+    for tenant in "aabbcc" * 3:
+        rig.add(tenant, max_tokens=100)
+    rig.step()
+    assert [len(rig.running(tenant)) for tenant in "abc"] == [2, 2, 2]
+    for tenant in "defgh":
+        rig.add(tenant, max_tokens=100)
+    rig.step()
+    assert [len(rig.running(tenant)) for tenant in "abcdefgh"] == [1] * 6 + [0] * 2
+    assert rig.num_preemptions == 3
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2])
+def test_a_tenants_only_request_is_not_preempted(max_num_seqs: int) -> None:
+    rig = Rig(max_num_seqs=max_num_seqs)
+    first = [rig.add(tenant, max_tokens=20) for tenant in "ab"[:max_num_seqs]]
+    rig.step()
+    rig.add("c")
+    for _ in range(10):
+        rig.step()
+    assert all(request.status is Status.RUNNING for request in first)
+    assert rig.num_preemptions == 0
+
+
+def test_blocks_are_shared_like_slots() -> None:
+    rig = Rig(max_num_seqs=16, num_blocks=72)
+    for _ in range(4):
+        rig.add("a", num_prompt_tokens=60, max_tokens=20)  # 16 blocks each at first
+    while len(rig.running("a")) < 4:
+        rig.step()
+    for _ in range(4):
+        rig.add("b", num_prompt_tokens=60, max_tokens=20)
+    for _ in range(3):
+        rig.step()
+        assert [len(rig.running(tenant)) for tenant in "ab"] == [2, 2]
+        assert rig.num_preemptions == 2
+    run(rig)
+    assert rig.num_preemptions <= 4
+
+
+def test_a_step_too_small_for_one_row_each_is_shared_too() -> None:
+    rig = Rig(max_num_seqs=4, max_num_batched_tokens=4)
+    for _ in range(8):
+        rig.add("a", num_prompt_tokens=30)
+    for _ in range(12):
+        rig.step()
+    rig.add("b", num_prompt_tokens=1)
+    assert "b8" in rig.step()
+
+
+# The tokens of a step.
+
+
+def test_prompts_that_run_do_not_delay_that_of_another_tenant() -> None:
+    rig = Rig(max_num_seqs=4)
+    for _ in range(3):
+        rig.add("a", num_prompt_tokens=1000)
+    rig.step()
+    request = rig.add("b", num_prompt_tokens=50)
+    rig.step()
+    assert request.num_output_tokens == 1
+    assert rig.served == {"a": 64 + 64 - 50, "b": 50}
+
+
+def test_a_long_prompt_takes_turns_with_those_of_another_tenant() -> None:
+    rig = Rig(max_num_seqs=4)
+    rig.add("a", num_prompt_tokens=1000)
+    rig.step()
+    rig.add("b", num_prompt_tokens=1000)
+    served = []
+    for _ in range(6):
+        rig.step()
+        served.append(rig.served["b"])
+    assert served[0] == 63, "all but the row of the other"
+    assert abs(rig.served["a"] - 64 - rig.served["b"]) <= 64
+
+
+# Priority.
+
+
+def test_a_priority_is_worth_five_seconds_of_waiting() -> None:
+    rig = Rig(max_num_seqs=1)
+    rig.add("a", max_tokens=1, priority=2)
+    rig.now = 9.0
+    rig.add("a", max_tokens=1)
+    rig.now = 11.0
+    rig.add("a", max_tokens=1)
+    rig.add("a", max_tokens=1, priority=-9)
+    assert run(rig) == [["a3"], ["a1"], ["a0"], ["a2"]]
+
+
+def test_priority_matters_within_a_tenant_only() -> None:
+    rig = Rig(max_num_seqs=1)
+    for _ in range(3):
+        rig.add("a", max_tokens=1, priority=-9)
+    rig.add("b", max_tokens=1, priority=9)
+    assert run(rig)[:2] == [["a0"], ["b3"]]
+
+
+# Attacks.
+
+
+def open_requests(rig: Rig, rng: random.Random) -> None:
+    """450 open requests of one tenant."""
+    for _ in range(450 - len(list(rig.scheduler.requests()))):
+        rig.add("a", rng.randint(1, 300), rng.randint(1, 100))
+
+
+def many_choices(rig: Rig, rng: random.Random) -> None:
+    """One request with 3 prompts of 128 choices each, again and again."""
+    if len(list(rig.scheduler.requests())) < 2 * 128:
+        for _ in range(3):
+            rig.add("a", rng.randint(1, 300), rng.randint(1, 100), n=128)
+
+
+def high_priority(rig: Rig, rng: random.Random) -> None:
+    """Twelve clients, each with its own address, that send long prompts at the highest priority."""
+    for number in range(12):
+        while len(rig.scheduler.waiting.of(f"a{number}")) < 3:
+            rig.add(f"a{number}", rng.randint(1, 300), rng.randint(1, 100), priority=-9)
+
+
+@pytest.mark.parametrize(
+    ("attack", "num_blocks"),
+    [
+        (open_requests, 8000),
+        (open_requests, 1000),
+        (many_choices, 8000),
+        (many_choices, 1000),
+        (high_priority, 8000),
+    ],
+)
+def test_under_attack_the_first_token_of_another_tenant_comes_within_three_steps(
+    attack: Callable[[Rig, random.Random], None], num_blocks: int
+) -> None:
+    """With room for all that the attacker asks for, and with too few blocks."""
+    rng = random.Random(0)
+    rig = Rig(max_num_seqs=128, max_num_batched_tokens=256, num_blocks=num_blocks)
+    for _ in range(20):
+        for _ in range(rng.randint(1, 10)):
+            attack(rig, rng)
+            rig.step()
+        request = rig.add("victim", 100, 16)
+        for _ in range(3):
+            attack(rig, rng)
+            rig.step()
+        assert request.num_output_tokens > 0
