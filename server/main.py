@@ -8,6 +8,7 @@ the exit code is 1. The configuration comes from standard input only, never from
 import asyncio
 import contextlib
 import errno
+import faulthandler
 import logging
 import os
 import resource
@@ -34,7 +35,14 @@ from server.app import create_app
 from server.constrained.grammar_checker import GrammarChecker
 from server.context import ServerContext
 from server.engine_client.client import EngineClient
-from server.engine_client.supervisor_channel import HEARTBEAT_SECONDS, Channel, EngineGone, EngineStarted, Heartbeat
+from server.engine_client.supervisor_channel import (
+    DUMP_SIGNAL,
+    HEARTBEAT_SECONDS,
+    Channel,
+    EngineGone,
+    EngineStarted,
+    Heartbeat,
+)
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol
 from server.metrics import Metrics
@@ -262,6 +270,7 @@ class Lifecycle:
 
     async def _talk_to_supervisor(self, channel: Channel) -> None:
         """Read the supervisor's messages, and send a heartbeat each second and when the engine is ready first."""
+        faulthandler.register(DUMP_SIGNAL)
         asyncio.get_running_loop().add_reader(channel, self._on_supervisor_message, channel)
         became_ready = self._client.became_ready
         while True:

@@ -1,9 +1,9 @@
 """The supervisor of `lightwell serve`: runs the engine process and the API process.
 
-It starts the engine again if it dies after it has been ready, and otherwise ends both processes when either ends. It
-sleeps until a child ends, a signal or a heartbeat of the API process arrives, and imports nothing heavy. No child
-outlives it. Each child has its own process group, so that Ctrl-C in the terminal reaches only the supervisor, and a
-child's subprocesses end with it.
+It starts the engine again if it dies after it has been ready, and otherwise ends both processes when either ends, or
+when the API process hangs. It sleeps until a child ends, or a signal or a heartbeat of the API process arrives, and
+imports nothing heavy. No child outlives it. Each child has its own process group, so that Ctrl-C in the terminal
+reaches only the supervisor, and a child's subprocesses end with it.
 """
 
 import dataclasses
@@ -24,7 +24,16 @@ from types import FrameType
 
 import msgspec
 
-from server.engine_client.supervisor_channel import Channel, EngineGone, EngineStarted, Heartbeat, Message, make_channel
+from server.engine_client.supervisor_channel import (
+    DUMP_SIGNAL,
+    HEARTBEAT_SECONDS,
+    Channel,
+    EngineGone,
+    EngineStarted,
+    Heartbeat,
+    Message,
+    make_channel,
+)
 from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
 from server.processes.child_process import RELOAD_SIGNAL, Child
@@ -38,6 +47,8 @@ STOP_SECONDS = 1.5  # from SIGTERM to SIGKILL for a child that has nothing to fi
 ECHO_SECONDS = 0.1  # signals closer together count as one: `timeout`, for example, signals the process and its group
 CRASH_WINDOW = 60.0  # seconds for which a death of the engine counts
 RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0)  # seconds before a start after the first, second ... death; then no more
+MISSED_HEARTBEATS = 3  # of the API process, tolerated on top of --step-timeout
+DUMP_SECONDS = 0.5  # for a hanging API process to write the stacks of its threads
 LOAD_FACTOR = 3.0  # a restarted engine may take this many times as long as the first one, plus --step-timeout
 MAX_IPC_PATH_BYTES = 100
 SHOW_CURSOR = "\x1b[?25h"
@@ -130,6 +141,8 @@ class Supervisor:
         self._is_ready = False  # the latest engine, at some time
         self._load_seconds: float | None = None  # of the first engine; None until it is ready
         self._restart_at: float | None = None
+        self._hangs_at: float | None = None  # the API process, unless a heartbeat comes; None before the first one
+        self._is_overdue = False
 
     def __enter__(self) -> "Supervisor":
         return self
@@ -164,6 +177,8 @@ class Supervisor:
                 event = self._wait(self._seconds_to_deadline())
                 if isinstance(event, int):
                     return self._after_signal(engine, api)
+                if event is None and self._hangs():
+                    return self._after_hang(engine, api)
                 if event is not None and (event is api or not self._plan_restart(engine)):
                     return self._after_death(event, engine, api)
                 engine = self._keep_deadlines(engine, start_engine)
@@ -186,13 +201,42 @@ class Supervisor:
         return True
 
     def _seconds_to_deadline(self) -> float | None:
-        if self._restart_at is not None:
-            deadline = self._restart_at
-        elif self._load_seconds is not None and not self._is_ready:
-            deadline = self._started + self._load_limit
-        else:
-            return None
-        return max(0.0, deadline - time.monotonic())
+        """Return the seconds until something is due, without a heartbeat before. None: nothing is."""
+        deadlines = [deadline for deadline in (self._engine_deadline, self._hangs_at) if deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    @property
+    def _engine_deadline(self) -> float | None:
+        """When another engine is to be started, or a restarted one must be ready."""
+        if self._restart_at is None and self._load_seconds is not None and not self._is_ready:
+            return self._started + self._load_limit
+        return self._restart_at
+
+    @property
+    def _silence_limit(self) -> float:
+        """Seconds without a heartbeat after which the API process hangs."""
+        return self._step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
+
+    def _hangs(self) -> bool:
+        """Return whether the API process hangs.
+
+        It must be overdue twice: if all processes were suspended, its heartbeat comes soon after this process wakes up.
+        """
+        now = time.monotonic()
+        if self._hangs_at is None or now < self._hangs_at:
+            return False
+        was_overdue, self._is_overdue = self._is_overdue, True
+        self._hangs_at = now + 2 * HEARTBEAT_SECONDS
+        return was_overdue
+
+    def _after_hang(self, engine: Child, api: Child) -> int:
+        """Kill the API process, which cannot drain, and stop the engine. The server ends: no connection is left."""
+        api.send(DUMP_SIGNAL)  # which it handles, since it has sent a heartbeat
+        self._wait_for(api, DUMP_SECONDS)
+        api.kill()
+        self._stop(engine, STOP_SECONDS)
+        self._report(f"the API process has not responded for more than {self._silence_limit:g} s")
+        return 1
 
     @property
     def _load_limit(self) -> float:
@@ -201,7 +245,7 @@ class Supervisor:
 
     def _keep_deadlines(self, engine: Child, start_engine: Callable[[], Child]) -> Child:
         """Do what is due: start another engine, or kill one that does not become ready. Return the current engine."""
-        if self._seconds_to_deadline() != 0:
+        if self._engine_deadline is None or time.monotonic() < self._engine_deadline:
             return engine
         if self._restart_at is None:
             self._report(f"the engine process has not become ready within {self._load_limit:.0f} s")
@@ -291,6 +335,7 @@ class Supervisor:
     def _read_channel(self, channel: Channel) -> None:
         """Read the heartbeats of the API process."""
         for message in channel.receive():
+            self._hangs_at, self._is_overdue = time.monotonic() + self._silence_limit, False
             if isinstance(message, Heartbeat) and message.ready_pid == self._engine_pid and not self._is_ready:
                 self._is_ready = True
                 self._load_seconds = self._load_seconds or time.monotonic() - self._started

@@ -1,5 +1,6 @@
 """The channel between the supervisor and the API process: heartbeats one way, news of the engine the other."""
 
+import signal
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ class EngineGone(msgspec.Struct, frozen=True, tag=True):
 Message = Heartbeat | EngineStarted | EngineGone
 
 HEARTBEAT_SECONDS = 1.0
+DUMP_SIGNAL = signal.SIGUSR2  # has the API process write the stacks of its threads to stderr
 MAX_MESSAGE_BYTES = 4096
 
 

@@ -209,7 +209,7 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
         Setting(
             _LIMITS,
             seconds(0.1),
-            "Time after which an engine step is considered hung, in seconds.",
+            "Time after which an engine step, or the API process, is considered hung, in seconds.",
         ),
     ] = 60.0
     on_engine_death: Annotated[

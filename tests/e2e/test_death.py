@@ -78,6 +78,20 @@ def test_the_api_process_is_killed(start_server: StartServer) -> None:
 
 
 @pytest.mark.checklist("F09")
+@pytest.mark.checklist("F09")
+def test_the_api_process_is_stopped(start_server: StartServer) -> None:
+    """The supervisor ends the server; it cannot tell clients, but their connections end."""
+    server = start_server("--step-timeout=2")
+    (stream,) = start_streams(server, 1, max_tokens=900)
+    server.api.suspend()
+    stopped = time.monotonic()
+    assert server.wait(2 + 3 + 2 + GONE) == 1, server.end_of_log()
+    assert time.monotonic() - stopped > 2 + 3
+    assert stream.result().is_cut
+    server.assert_nothing_is_left()
+    assert server.log.splitlines()[-1].endswith("the API process has not responded for more than 5 s")
+
+
 def test_the_supervisor_is_killed(start_server: StartServer) -> None:
     server, streams = loaded_server(start_server)
     server.signal(signal.SIGKILL)

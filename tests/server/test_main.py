@@ -23,7 +23,14 @@ import msgspec
 import psutil
 import pytest
 
-from server.engine_client.supervisor_channel import Channel, EngineGone, EngineStarted, Heartbeat, make_channel
+from server.engine_client.supervisor_channel import (
+    DUMP_SIGNAL,
+    Channel,
+    EngineGone,
+    EngineStarted,
+    Heartbeat,
+    make_channel,
+)
 from server.main import Lifecycle, bind, make_context, raise_file_limit, run, url
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
@@ -306,6 +313,18 @@ def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple
     assert api.wait(5) == 1
     check_error(last.result(), 503)
     assert "the engine died: five deaths" in api.log.read_text()
+
+
+def test_heartbeats_and_stacks(start_api: StartApi, channel: tuple[Channel, Channel]) -> None:
+    """A stuck event loop sends no heartbeat, but its stack can still be written."""
+    supervisor, api_end = channel
+    api = start_api(supervisor_fd=api_end.fileno())
+    supervisor.receive()
+    time.sleep(2.5)
+    assert 2 <= len(supervisor.receive()) <= 3
+    api.process.send_signal(DUMP_SIGNAL)
+    wait_until(lambda: "most recent call first" in api.log.read_text())
+    assert api.complete().status_code == 200
 
 
 def test_death_of_an_engine_that_was_never_ready(start_api: StartApi) -> None:

@@ -92,7 +92,7 @@ class Running:
     def end(self, within: float = 5.0) -> tuple[int, list[str]]:
         """Wait for the end and return the exit status and the lines of stderr. Fail after `within` seconds."""
         started = time.monotonic()
-        output, errors = self.process.communicate(timeout=10)
+        output, errors = self.process.communicate(timeout=within + 5)
         assert time.monotonic() - started < within
         assert output == ""
         return self.process.returncode, errors.splitlines()
@@ -392,7 +392,7 @@ def test_an_engine_that_dies_is_started_again(start: Start) -> None:
     assert supervisor_process.num_fds() == num_fds
     assert {child.pid for child in supervisor_process.children()} == {last, running.pid("api")}
     os.kill(last, signal.SIGKILL)
-    status, lines = running.end()
+    status, lines = running.end(within=15.0)
     assert status == 1
     assert lines[0] == "lightwell: error: the engine process was killed by SIGKILL; another one starts"
     assert lines[1] == "lightwell: error: the engine process exited with code 0; another one starts in 0.5 s"
@@ -415,7 +415,7 @@ def test_restarts_may_be_switched_off(start: Start) -> None:
 def test_engines_that_die_while_they_load(start: Start) -> None:
     running = start(engine=("run-once",), api=("report", "1"), grace=60.0, delays=(0.0, 0.0, 0.0))
     os.kill(ready_engine(running, 1), signal.SIGKILL)
-    status, lines = running.end()
+    status, lines = running.end(within=15.0)
     assert status == 1
     assert num_engines(running) == 4
     assert len(lines) == 4
@@ -454,6 +454,36 @@ def test_death_of_the_api_while_no_engine_runs(start: Start) -> None:
     os.kill(running.pid("api"), signal.SIGKILL)
     status, lines = running.end()
     assert (status, lines[-1]) == (1, "lightwell: error: the API process was killed by SIGKILL")
+    running.assert_nothing_is_left()
+
+
+def test_an_api_process_without_heartbeats(start: Start) -> None:
+    """It gets the signal to write its stacks, and then it is killed. Without a first heartbeat, it is still loading."""
+    running = start(api=("fall-silent",), step_timeout=0.5)
+    running.pid("api")
+    started = time.monotonic()
+    status, lines = running.end(within=15.0)
+    assert time.monotonic() - started > 0.5 + supervisor.MISSED_HEARTBEATS
+    assert (status, lines) == (1, ["lightwell: error: the API process has not responded for more than 3.5 s"])
+    assert (running.folder / "dumped.pid").exists()
+    running.assert_nothing_is_left()
+
+
+def test_a_pause_of_all_processes_is_no_hang(start: Start) -> None:
+    """Heartbeats that come soon after the pause count."""
+    running = start(api=("report", "9"), step_timeout=0.5)
+    api = running.pid("api")
+    time.sleep(1)
+    processes = [psutil.Process(pid) for pid in (running.process.pid, api)]
+    for process in processes:
+        process.suspend()
+    time.sleep(5)
+    for process in processes:
+        process.resume()
+        time.sleep(0.5)
+    assert running.process.poll() is None
+    os.kill(api, signal.SIGSTOP)
+    assert running.end(within=15.0)[0] == 1
     running.assert_nothing_is_left()
 
 

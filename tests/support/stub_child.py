@@ -15,7 +15,14 @@ from typing import Any
 
 import msgspec
 
-from server.engine_client.supervisor_channel import Channel, EngineGone, EngineStarted, Heartbeat
+from server.engine_client.supervisor_channel import (
+    DUMP_SIGNAL,
+    HEARTBEAT_SECONDS,
+    Channel,
+    EngineGone,
+    EngineStarted,
+    Heartbeat,
+)
 
 
 def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
@@ -42,9 +49,10 @@ def main(folder: Path, name: str, behaviour: str, argument: str = "0") -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(argument)))
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(DUMP_SIGNAL, lambda *_: announce(folder, "dumped", os.getpid()))
     announce(folder, name, os.getpid())
-    if behaviour == "report":  # like the API process
-        report(folder, msgspec.json.decode(config), int(argument))
+    if behaviour in TALKS:
+        TALKS[behaviour](folder, msgspec.json.decode(config), int(argument))
     if behaviour == "outlive-engine":  # like the API process when its engine dies
         wait_for_end_of(msgspec.json.decode(config)["engine_pid"])
         leave(folder, f"{name}-end", float(argument), 1)
@@ -59,7 +67,7 @@ def announce(folder: Path, name: str, pid: int) -> None:
 
 
 def report(folder: Path, config: dict[str, Any], num_ready: int) -> None:
-    """Report the first `num_ready` engines as ready, and exit when there is no other one.
+    """Report the first `num_ready` engines as ready, send heartbeats, and exit when there is no other engine.
 
     Write the process ids of the engines to FOLDER/engines, and what the supervisor says last to FOLDER/gone.
     """
@@ -67,15 +75,22 @@ def report(folder: Path, config: dict[str, Any], num_ready: int) -> None:
     engines = [config["engine_pid"]]
     while True:
         (folder / "engines").write_text(" ".join(map(str, engines)))
-        if len(engines) <= num_ready:
-            channel.send(Heartbeat(engines[-1]))
-        select.select([channel], [], [])
+        channel.send(Heartbeat(engines[-1] if len(engines) <= num_ready else 0))
+        select.select([channel], [], [], HEARTBEAT_SECONDS)
         for message in channel.receive():
             if isinstance(message, EngineStarted):
                 engines.append(message.pid)
             elif isinstance(message, EngineGone):
                 (folder / "gone").write_text(message.reason)
                 leave(folder, "api-end", 0, 1)
+
+
+def fall_silent(folder: Path, config: dict[str, Any], argument: int) -> None:
+    """Send one heartbeat."""
+    Channel.from_fd(config["supervisor_fd"]).send(Heartbeat(config["engine_pid"]))
+
+
+TALKS = {"report": report, "fall-silent": fall_silent}
 
 
 def leave(folder: Path, name: str, seconds: float, code: int) -> None:
