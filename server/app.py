@@ -5,7 +5,6 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from server.access.limits_middleware import LimitsMiddleware
 from server.api.admin import health, lora_adapters, metrics_page, models, requests, tokenize, usage
 from server.api.chat import routes as chat
 from server.api.completions import routes as completions
@@ -20,6 +19,7 @@ from server.context import ServerContext
 from server.http.access_control import AuthMiddleware, CrossOriginMiddleware, HostMiddleware
 from server.http.body_middleware import BodyMiddleware
 from server.http.error_handlers import install_error_handlers
+from server.http.limits_middleware import LimitsMiddleware
 from server.http.request_middleware import RequestMiddleware
 from server.settings.load import is_loopback
 from server.web.pages import page_routes

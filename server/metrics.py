@@ -17,8 +17,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.shared.messages import EngineInfo, EngineStats, FinishReason
-from server.access.accounts import Usage
 from server.choice_stats import ChoiceStats
+from server.limits.accounts import Usage
 
 LABELS = ("model_name", "engine")
 

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Scope
 
-from server.access.accounts import Account, Limits
+from server.limits.accounts import Account, Limits
 
 TENANT = "tenant"  # in the scope's state, set by `AuthMiddleware`
 EVERYBODY = ""  # the owner of what is made without a key

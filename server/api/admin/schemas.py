@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.access.accounts import Limits
 from server.api.chat.schemas import ChatCompletionRequest, Messages, TemplateOptions
 from server.http.errors import InvalidValueError, MissingParameterError
+from server.limits.accounts import Limits
 from server.schemas.tools import Tools
 from server.settings.table import ADAPTER_NAME
 

@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
-from server.access.accounts import Account, Limits
 from server.api.admin.schemas import TenantUsage, UsageList
 from server.http.json_response import StructResponse
+from server.limits.accounts import Account, Limits
 from server.tenants import get_tenant
 
 router = APIRouter()

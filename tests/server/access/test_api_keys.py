@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.access.api_keys import ApiKeys
-from server.http.errors import RateLimitError
+from server.limits.accounts import LimitReachedError
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
 
@@ -78,7 +78,7 @@ def test_usage_and_limits_survive_a_change(tmp_path: Path) -> None:
     keys.reload()
     assert keys.tenants["alice"].account is before
     assert keys.usage()["alice"].num_requests == 1
-    with pytest.raises(RateLimitError):
+    with pytest.raises(LimitReachedError):
         before.admit()
 
 

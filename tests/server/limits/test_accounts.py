@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.access.accounts import DAY, Account, Limits, TokenBucket, format_duration
-from server.http.errors import APIError, ConcurrencyLimitError, QuotaExceededError, RateLimitError
+from server.limits.accounts import DAY, Account, LimitReachedError, Limits, TokenBucket, format_duration
 
 STEPS = st.lists(st.tuples(st.floats(0, 100), st.integers(0, 50)), max_size=20)
 
@@ -33,21 +32,22 @@ def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def admit(account: Account) -> type[APIError] | None:
+def admit(account: Account) -> str | None:
+    """Admit a request. Return the name of the limit that it exceeds, if any."""
     try:
         account.admit()
-    except APIError as error:
-        return type(error)
+    except LimitReachedError as error:
+        return error.name
     return None
 
 
 def test_requests_per_minute() -> None:
     account = Account()
     account.set_limits(Limits(requests_per_minute=2))
-    assert [admit(account) for _ in range(3)] == [None, None, RateLimitError]
+    assert [admit(account) for _ in range(3)] == [None, None, "requests_per_minute"]
     assert account.usage.num_requests == 2
     account.set_limits(Limits(requests_per_minute=2))  # the same rate goes on
-    assert admit(account) is RateLimitError
+    assert admit(account) == "requests_per_minute"
     account.set_limits(Limits())
     assert admit(account) is None
 
@@ -57,7 +57,7 @@ def test_tokens_beyond_the_limit_are_paid_back() -> None:
     account.set_limits(Limits(tokens_per_minute=60_000))
     account.count_prompt(60_000)
     account.count_output(3_000)
-    assert admit(account) is RateLimitError
+    assert admit(account) == "tokens_per_minute"
     (reset,) = [value for name, value in account.headers().items() if "reset" in name]
     assert 62 < float(reset.removeprefix("1m").removesuffix("s")) + 60 <= 63
     assert account.headers()["x-ratelimit-remaining-tokens"] == "0"
@@ -67,7 +67,7 @@ def test_requests_at_a_time() -> None:
     account = Account()
     account.set_limits(Limits(max_concurrent_requests=1))
     account.num_running = 1
-    assert admit(account) is ConcurrencyLimitError
+    assert admit(account) == "max_concurrent_requests"
     account.num_running = 0
     assert admit(account) is None
     assert account.headers() == {}
@@ -79,8 +79,8 @@ def test_a_budget_is_renewed_the_next_day_alone(monkeypatch: pytest.MonkeyPatch)
     account.count_prompt(9)
     assert admit(account) is None
     account.count_output(1)
-    assert admit(account) is QuotaExceededError
-    for days, expected in ((-1, QuotaExceededError), (1, None)):
+    assert admit(account) == "tokens_per_day"
+    for days, expected in ((-1, "tokens_per_day"), (1, None)):
         monkeypatch.setattr(time, "time", lambda days=days: now + days * DAY)
-        assert admit(account) is expected
+        assert admit(account) == expected
     assert account.usage.num_prompt_tokens + account.usage.num_output_tokens == 10

@@ -5,8 +5,6 @@ import time
 
 import msgspec
 
-from server.http.errors import ConcurrencyLimitError, QuotaExceededError, RateLimitError
-
 MINUTE = 60.0
 DAY = 86_400
 
@@ -18,6 +16,17 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_minute: int | None = None
     tokens_per_day: int | None = None
     max_concurrent_requests: int | None = None
+
+
+class LimitReachedError(Exception):
+    """A request exceeds a limit of its tenant."""
+
+    def __init__(self, name: str, limit: int, retry_after: float = 0.0) -> None:
+        """`name` is the field of `Limits`, `limit` its value, and `retry_after` the seconds until it admits another."""
+        super().__init__(f"{name}: {limit}")
+        self.name = name
+        self.limit = limit
+        self.retry_after = retry_after
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -75,15 +84,17 @@ class Account:
     def admit(self) -> None:
         """Count a request that begins.
 
-        Raises RateLimitError or QuotaExceededError if it exceeds a limit; then it counts as none. A request is admitted
-        while any tokens are left: what it takes beyond them has to come back before the next one is admitted.
+        Raises LimitReachedError if it exceeds a limit; then it counts as none. A request is admitted while any tokens
+        are left: what it takes beyond them has to come back before the next one is admitted.
         """
-        now = time.monotonic()
-        self._check_concurrency()
-        self._check_budget()
+        now, limits = time.monotonic(), self._limits
+        if limits.max_concurrent_requests is not None and self.num_running >= limits.max_concurrent_requests:
+            raise LimitReachedError("max_concurrent_requests", limits.max_concurrent_requests)
+        if limits.tokens_per_day is not None and self.num_tokens_today >= limits.tokens_per_day:
+            raise LimitReachedError("tokens_per_day", limits.tokens_per_day)
         for bucket, noun in ((self._requests, "requests"), (self._tokens, "tokens")):
             if bucket is not None and bucket.level(now) < 1:
-                raise RateLimitError(noun, bucket.per_minute, bucket.seconds_until(1, now))
+                raise LimitReachedError(f"{noun}_per_minute", bucket.per_minute, bucket.seconds_until(1, now))
         if self._requests is not None:
             self._requests.take(1, now)
         self.usage.num_requests += 1
@@ -122,16 +133,6 @@ class Account:
         self._day_tokens = self.num_tokens_today + num_tokens
         if self._tokens is not None:
             self._tokens.take(num_tokens, time.monotonic())
-
-    def _check_concurrency(self) -> None:
-        limit = self._limits.max_concurrent_requests
-        if limit is not None and self.num_running >= limit:
-            raise ConcurrencyLimitError(limit)
-
-    def _check_budget(self) -> None:
-        limit = self._limits.tokens_per_day
-        if limit is not None and self.num_tokens_today >= limit:
-            raise QuotaExceededError(limit)
 
 
 def _bucket(bucket: TokenBucket | None, per_minute: int | None) -> TokenBucket | None:

@@ -136,31 +136,3 @@ def test_bad_requests_count_and_headers_are_on_every_answer(start: Start) -> Non
     for number, (method, path) in enumerate([("POST", COMPLETIONS), ("POST", "/none"), ("GET", "/v1/models")]):
         answer = httpx.request(method, server.url + path, headers={"authorization": "Bearer a"}, content=b"{")
         assert answer.headers["x-ratelimit-remaining-requests"] == str(9 - min(number + 1, 2))
-
-
-def test_usage_in_metrics(start: Start) -> None:
-    server = start()
-    for key in ("a", "a", "b", "none"):
-        ask(server, key)
-    for tenant, num_requests in (("alice", 2), ("bob", 1)):
-        assert server.metric("lightwell_tenant_requests_total", tenant=tenant) == num_requests
-        assert server.metric("lightwell_tenant_prompt_tokens_total", tenant=tenant) == 4 * num_requests
-        assert server.metric("lightwell_tenant_generation_tokens_total", tenant=tenant) == 2 * num_requests
-    assert usage(server)["completion_tokens"] == 4
-
-
-def test_usage_without_keys_is_that_of_all(start_server: StartServer) -> None:
-    server = start_server()
-    assert ask(server, priority=-9).headers.get("x-lightwell-warnings") is None
-    assert usage(server) | {"limits": None} == {
-        "object": "usage",
-        "name": None,
-        "num_requests": 1,
-        "num_running_requests": 0,
-        "prompt_tokens": 4,
-        "cached_tokens": 0,
-        "completion_tokens": 2,
-        "total_tokens_today": 6,
-        "limits": None,
-    }
-    assert b"tenant=" not in server.context.metrics.exposition()[0]

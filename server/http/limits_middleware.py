@@ -3,7 +3,8 @@
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.errors import APIError
+from server.http.errors import APIError, ConcurrencyLimitError, QuotaExceededError, RateLimitError
+from server.limits.accounts import LimitReachedError
 from server.tenants import TENANT, Tenant
 
 
@@ -33,14 +34,24 @@ class LimitsMiddleware:
             return
         try:
             account.admit()
-        except APIError as error:
-            await error.response(scope)(scope, receive, send_with_headers)
+        except LimitReachedError as error:
+            await _api_error(error).response(scope)(scope, receive, send_with_headers)
             return
         account.num_running += 1
         try:
             await self._app(scope, receive, send_with_headers)
         finally:
             account.num_running -= 1
+
+
+def _api_error(error: LimitReachedError) -> APIError:
+    match error.name:
+        case "max_concurrent_requests":
+            return ConcurrencyLimitError(error.limit)
+        case "tokens_per_day":
+            return QuotaExceededError(error.limit)
+        case _:
+            return RateLimitError(error.name.partition("_")[0], error.limit, error.retry_after)
 
 
 def _is_counted(scope: Scope) -> bool:

@@ -1,0 +1,55 @@
+"""What a client has used, at `/v1/usage` and in the metrics."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.server.conftest import StartServer
+from tests.support.serving import RunningServer
+
+REQUEST = {"model": "tiny", "prompt": "abcd", "max_tokens": 2}
+
+
+def ask(server: RunningServer, key: str = "none", **fields: Any) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(server.url + "/v1/completions", json=REQUEST | fields, headers=headers)
+
+
+def usage(server: RunningServer, key: str = "none") -> dict[str, Any]:
+    (entry,) = httpx.get(server.url + "/v1/usage", headers={"authorization": f"Bearer {key}"}).json()["data"]
+    return dict(entry)
+
+
+def test_usage_of_each_tenant(start_server: StartServer, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    entries = [(name, hashlib.sha256(key.encode()).hexdigest()) for name, key in (("alice", "a"), ("bob", "b"))]
+    file.write_text("".join(f"{name}: {{keys: {digest}, tokens-per-day: 99}}\n" for name, digest in entries))
+    server = start_server(api_keys_file=str(file))
+    for key in ("a", "a", "b", "none"):
+        ask(server, key)
+    for tenant, key, num_requests in (("alice", "a", 2), ("bob", "b", 1)):
+        assert server.metric("lightwell_tenant_requests_total", tenant=tenant) == num_requests
+        assert server.metric("lightwell_tenant_prompt_tokens_total", tenant=tenant) == 4 * num_requests
+        assert server.metric("lightwell_tenant_generation_tokens_total", tenant=tenant) == 2 * num_requests
+        own = usage(server, key)
+        assert (own["name"], own["num_requests"], own["total_tokens_today"]) == (tenant, num_requests, 6 * num_requests)
+        assert own["limits"]["tokens_per_day"] == 99
+
+
+def test_usage_without_keys_is_that_of_all(start_server: StartServer) -> None:
+    server = start_server()
+    assert ask(server, priority=-9).headers.get("x-lightwell-warnings") is None
+    assert usage(server) | {"limits": None} == {
+        "object": "usage",
+        "name": None,
+        "num_requests": 1,
+        "num_running_requests": 0,
+        "prompt_tokens": 4,
+        "cached_tokens": 0,
+        "completion_tokens": 2,
+        "total_tokens_today": 6,
+        "limits": None,
+    }
+    assert b"tenant=" not in server.context.metrics.exposition()[0]
