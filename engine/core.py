@@ -29,10 +29,10 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.budget import StepBudget
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.record import Recorder, StepClock, StepRecord
-from engine.scheduling.request import Step, new_request, without_early_end
+from engine.scheduling.request import Scheduled, ScheduledOutput, Status, Step, new_request, without_early_end
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import choose_policy
-from engine.shared.messages import EngineStats, Submit, TokenEvent
+from engine.shared.messages import EngineStats, SamplingParams, Submit, TokenEvent
 
 MAX_STEP_MS = {"cuda": 100.0}  # by device: 8,192 rows of an 8B model take about half a second there
 GRAMMAR_WAIT = 0.02  # seconds to wait for a grammar if nothing else runs; no message is read meanwhile
@@ -40,6 +40,21 @@ GRAMMAR_WAIT = 0.02  # seconds to wait for a grammar if nothing else runs; no me
 Launched = TypeVar("Launched")
 
 logger = logging.getLogger("lightwell.engine")
+
+
+WARM_UP = SamplingParams(max_tokens=1, ignore_eos=True)
+
+
+class BrokenDeviceError(RuntimeError):
+    """The device or the model fails whatever it runs, so that the engine cannot go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a step has failed. Holds no traceback, which would keep tensors alive."""
+
+    reason: str
+    out_of_memory: bool = False
 
 
 @dataclass(slots=True)
@@ -80,7 +95,10 @@ class Engine:
         self.overlaps = can_overlap and (loaded.device.type == "cuda" if overlaps is None else overlaps)
         self.scheduler.drafting.drafts_forced = not self.overlaps
         self.device = loaded.device
+        self.dtype = str(loaded.dtype).removeprefix("torch.")
         self.in_flight: StepInFlight | None = None
+        self.parts: list[list[Scheduled]] = []  # parts of a failed step that are to be run again; the last one is next
+        self.doubt: str | None = None  # why a step has failed, if none has succeeded since
         self.last_read = 0.0  # time of time.monotonic() when the last step was read
         self.grammars = GrammarManager(loaded.config.eos_token_ids)
         self.enable_prefix_caching = config.enable_prefix_caching
@@ -122,49 +140,131 @@ class Engine:
     def step(self) -> tuple[Step | None, list[TokenEvent]]:
         """Launch a step. Return the step that has been read, if any, and its events.
 
-        A step that runs out of memory is taken back, and the next one is smaller.
+        If anything raises, or values are not finite, the step is run again in parts, until the requests that cause it
+        are alone. Raises BrokenDeviceError if the device fails the warm-up prompt, too.
         """
-        clock = StepClock()
-        step = self.scheduler.schedule() or self._wait_for_grammar()
-        clock.lap("schedule")
-        batch = None if step is None else self._launch(step, lambda: self.runner.forward(step, clock))
-        finished, events = self._finish()
-        if step is not None and batch is not None:
-            clock.lap("overlap")
-            outputs = self._launch(step, lambda: self.runner.sample(step, batch, clock))
-            self.in_flight = None if outputs is None else StepInFlight(step, outputs, clock)
-        if step is not None and self.in_flight is None:
-            release_memory(self.device)  # nothing holds the tensors of the failed launch any more
-            return finished, events + self.scheduler.back_off(step)
-        return (finished, events) if self.overlaps else self._finish()
+        finished, events = self._step()
+        if self.doubt is not None and self.in_flight is None:
+            self._check_device(self.doubt)
+        return finished, events
 
-    def _launch(self, step: Step, launch: Callable[[], Launched]) -> Launched | None:
-        """Return what `launch` returns. If the device lacks the memory, take the step back and return None."""
+    def _step(self) -> tuple[Step | None, list[TokenEvent]]:
+        clock = StepClock()
+        is_part = bool(self.parts)
+        step = self._next_part() or self.scheduler.schedule() or self._wait_for_grammar()
+        clock.lap("schedule")
+        batch = None if step is None else self._attempt(step, lambda: self.runner.forward(step, clock))
+        finished, events, failed = self._finish()
+        if failed is not None:
+            if step is not None:
+                self.scheduler.take_back(step)  # it may have read tokens that are to be sampled again
+            return finished, events + self._fail(*failed)
+        if step is None or batch is None:
+            return finished, events
+        clock.lap("overlap")
+        outputs = (
+            batch if isinstance(batch, Failure) else self._attempt(step, lambda: self.runner.sample(step, batch, clock))
+        )
+        if isinstance(outputs, Failure):
+            return finished, events + self._fail(step, outputs)
+        self.in_flight = StepInFlight(step, outputs, clock)
+        if self.overlaps and not is_part:
+            return finished, events
+        finished, events, failed = self._finish()
+        return finished, events if failed is None else events + self._fail(*failed)
+
+    def _attempt(self, step: Step, launch: Callable[[], Launched]) -> Launched | Failure:
+        """Return what `launch` returns, or why it raises."""
         try:
             return launch()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        logger.warning("a step of %d tokens needs more memory than the device has free", step.num_tokens)
-        self.scheduler.take_back(step)
-        return None
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            if is_out_of_memory(error):
+                logger.warning("a step of %d tokens needs more memory than the device has free", step.num_tokens)
+                return Failure(str(error), out_of_memory=True)
+            if len(step.scheduled) == 1:
+                logger.exception("request %s fails", step.scheduled[0].request.request_id)
+            else:
+                logger.warning("a step of %d requests fails: %s", len(step.scheduled), type(error).__name__)
+            return Failure(f"{type(error).__name__}: {error}")
 
-    def _finish(self) -> tuple[Step | None, list[TokenEvent]]:
-        """Read the step in flight, if any, and update the scheduler."""
+    def _finish(self) -> tuple[Step | None, list[TokenEvent], tuple[Step, Failure | None] | None]:
+        """Read the step in flight, if any, and update the scheduler.
+
+        Return the step if it was read, its events, and what has failed, for `_fail`.
+        """
         if self.in_flight is None:
-            return None, []
-        step, clock = self.in_flight.step, self.in_flight.clock
+            return None, [], None
+        in_flight, self.in_flight = self.in_flight, None
+        step, clock = in_flight.step, in_flight.clock
         clock.lap("overlap")
-        outputs = self.in_flight.outputs.read()
+        outputs = self._attempt(step, in_flight.outputs.read)
+        if isinstance(outputs, Failure):
+            return None, [], (step, outputs)
         clock.lap("wait")
-        self.in_flight = None
         now = time.monotonic()
         self.scheduler.budget.add_step(step.num_tokens, 1000 * (now - max(clock.started, self.last_read)))
         self.last_read = now
         events = self.scheduler.update(step, outputs)
+        self.doubt = None if any(output.error is None for output in outputs) else outputs[0].error
         clock.lap("update")
         self._record(step, clock)
-        return step, events
+        if not step.faults:
+            return step, events, None
+        failure = None if len(step.faults) < len(step.scheduled) else Failure("all requests of a step fail")
+        return step, events, (Step(step.step_id, step.faults), failure)
+
+    def _fail(self, step: Step, failure: Failure | None) -> list[TokenEvent]:
+        """Decide how the rest of a failed step is run again. Return the event of a request that ends with an error.
+
+        Without memory, the next step is smaller. Otherwise the step's halves are run one after the other, and a request
+        that fails alone ends. `failure`: None if the requests of `step` have failed beside others that have not.
+        """
+        if failure is None:
+            self.parts.append(step.scheduled)
+            return []
+        if failure.out_of_memory:
+            release_memory(self.device)  # nothing holds the tensors of the failed launch any more
+            self.scheduler.take_back(step)
+            return self.scheduler.back_off(step)
+        self.doubt = failure.reason
+        half = len(step.scheduled) // 2
+        if half:
+            self.parts += [step.scheduled[half:], step.scheduled[:half]]
+            return []
+        return self.scheduler.update(step, [ScheduledOutput(error="the engine could not compute this request")])
+
+    def _next_part(self) -> Step | None:
+        """Return the next part of a failed step, unless its requests have ended."""
+        while self.parts:
+            step = self.scheduler.repeat(self.parts.pop())
+            if step.scheduled:
+                return step
+        return None
+
+    def _check_device(self, doubt: str) -> None:
+        """Run the warm-up prompt, because nothing has succeeded since a failure, unless all blocks are held.
+
+        Raises BrokenDeviceError if it fails, too. `doubt`: what the failure was.
+        """
+        submit = Submit(request_id="warm-up", prompt_token_ids=[0], params=WARM_UP, arrival=0.0)
+        request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
+        if not self.scheduler.kv.admit(request, (), 1):
+            return
+        request.status = Status.RUNNING
+        step, clock = Step(0, [Scheduled(request, 0, num_tokens=1, num_samples=1)]), StepClock()
+        outputs = self._attempt(step, lambda: self.runner.sample(step, self.runner.forward(step, clock), clock).read())
+        self.scheduler.kv.release(request)
+        self.doubt = None
+        if isinstance(outputs, Failure):
+            if not outputs.out_of_memory:
+                raise BrokenDeviceError(f"the device fails every request, and the warm-up prompt: {doubt}")
+        elif outputs[0].error is not None:
+            raise BrokenDeviceError(
+                f"the model's logits are not finite, not even for the warm-up prompt: its weights are damaged, or "
+                f"their values are too large for {self.dtype} (see --dtype)"
+            )
 
     def _wait_for_grammar(self) -> Step | None:
         """If nothing runs, wait briefly for a grammar and schedule again: all waiting requests wait for theirs."""

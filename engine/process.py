@@ -18,7 +18,7 @@ import torch
 
 from engine.api_connections import ApiConnections
 from engine.config import EngineProcessConfig
-from engine.core import Engine
+from engine.core import BrokenDeviceError, Engine
 from engine.loading import load_model
 from engine.lora.slots import AdapterGoneError
 from engine.lora.updates import AdapterUpdates
@@ -131,12 +131,15 @@ def main() -> None:
     close_log = configure_logging(process_config.log_level, process_config.log_format)
     try:
         loop = start(process_config)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError, BrokenDeviceError) as error:
         logger.error("%s", error)
         close_log()
         sys.exit(1)
     try:
         loop.run(process_config.config.step_timeout)
+    except BrokenDeviceError as error:
+        logger.error("the engine cannot go on: %s", error)
+        sys.exit(1)
     except Exception:
         logger.exception("the engine cannot go on")
         sys.exit(1)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig, ModelConfig
-from engine.core import Engine
+from engine.core import WARM_UP, Engine
 from engine.loading import LoadedModel, Progress
 from engine.lora.slots import num_lora_slots
 from engine.model.memory_plan import MIB
@@ -24,7 +24,6 @@ from engine.shared.messages import EngineInfo, ReasoningLimit, SamplingParams, S
 
 logger = logging.getLogger("lightwell.engine")
 
-WARM_UP = SamplingParams(max_tokens=1, ignore_eos=True)
 WARM_UP_SAMPLING = SamplingParams(  # runs all kernels of a sampler
     max_tokens=2,
     ignore_eos=True,

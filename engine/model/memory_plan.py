@@ -17,9 +17,14 @@ from engine.shared.host_memory import available_memory
 FULL_LENGTH_REQUESTS = 4  # requests of max_model_len tokens that the default cache on a CPU holds
 CPU_MEMORY_SHARE = 0.5  # of the memory that is free once the weights are loaded
 MIB = 1024 * 1024
-# Messages of torch, cuBLAS and Triton where the driver lacks memory for a module, a handle or a launch. Such a call
-# has failed by itself, before anything ran, so the context stays usable, unlike after a kernel's failure.
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
+# Messages of torch, cuBLAS and Triton where the host lacks memory, or the driver for a module, a handle or a launch.
+# Such a call has failed by itself, before anything ran, so the context stays usable, unlike after a kernel's failure.
+OUT_OF_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+)
 GPU_RESERVE = 512 * MIB  # for CUDA graphs, and for free memory in pieces too small to use; estimated, not measured
 
 
@@ -203,6 +208,8 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an operation on a device failed because its memory is short, and nothing else is wrong."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an operation failed because memory is short, and nothing else is wrong."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

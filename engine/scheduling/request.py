@@ -353,7 +353,7 @@ class Step:
 
     step_id: int
     scheduled: list[Scheduled]
-    faults: list[tuple[Scheduled, Exception]] = field(default_factory=list)  # raised by Scheduler.update
+    faults: list[Scheduled] = field(default_factory=list)  # those that have failed, see Scheduler.update
 
     @property
     def num_tokens(self) -> int:

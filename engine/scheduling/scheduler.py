@@ -18,6 +18,7 @@ of its row is dropped. No torch.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Statu
 from engine.scheduling.sequences import Sequences, num_rejected
 from engine.scheduling.speculation import SpeculationPolicy
 from engine.shared.messages import EngineStats, FinishReason, TokenEvent
+
+logger = logging.getLogger("lightwell.engine")
 
 
 def _adapter_names(requests: Iterable[Request]) -> list[str]:
@@ -252,7 +255,22 @@ class Scheduler:
         num_tokens = request.kv.num_computed + 1
         return num_tokens >= min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
 
-    # A step that the device has too little memory for.
+    # A step that has failed.
+
+    def repeat(self, items: Sequence[Scheduled]) -> Step:
+        """Return a step that computes parts of a failed one again, without requests that have ended since.
+
+        All earlier steps must have been updated, so that their tokens are known.
+        """
+        step = Step(self.stats.steps_total + 1, [item for item in items if item.request.status is Status.RUNNING])
+        for item in step.scheduled:
+            chunks = item.request.record.chunks
+            if chunks and chunks[-1].start == item.start:
+                chunks[-1].step_id = step.step_id
+            item.is_ahead = False
+            item.request.rewind()
+        self.stats.steps_total += bool(step.scheduled)
+        return step
 
     def take_back(self, step: Step) -> None:
         """Undo the last `schedule`: its tokens are still to be computed. Requests that it admitted stay admitted.
@@ -295,8 +313,8 @@ class Scheduler:
     def update(self, step: Step, outputs: Sequence[ScheduledOutput]) -> list[TokenEvent]:
         """Apply the outputs of a step that has succeeded: here, and nowhere else, its requests advance.
 
-        Return one event for each request with new tokens or an end. A request whose outputs cannot be applied stays as
-        it was, and is one of `step.faults`.
+        Return one event for each request with new tokens or an end. A request with an error stays as it was, and is one
+        of `step.faults`, because the others may have caused it; if it was alone, it ends.
         """
         events = [self._update(step, item, output) for item, output in zip(step.scheduled, outputs, strict=True)]
         return [event for event in events if event is not None]
@@ -310,18 +328,16 @@ class Scheduler:
             return None
         event = self._new_event(request)
         if output.error is not None:
-            event.error = output.error
-            self.pool.unpublish(request.kv.blocks)
-            return self._end(request, event, FinishReason.ERROR)
+            return self._fault(step, item, output.error)
         savepoint = request.savepoint()
         try:
             reason = self.sequences.extend(item, output, event)
             self.kv.publish(request, item.start + item.num_tokens - num_rejected(item, output, event))
-        except Exception as error:  # of this request alone
+        except Exception:
+            logger.exception("the outputs of request %s cannot be applied", request.request_id)
             self.kv.unpublish(request, savepoint.num_published)
             request.restore(savepoint)
-            step.faults.append((item, error))
-            return None
+            return self._fault(step, item, "the engine could not apply the outputs of this request")
         # From here on nothing can fail.
         self.drafting.settle(item, len(item.draft_token_ids) - num_rejected(item, output, event))
         # Later steps compute no token before these: of a generating request, the last one is still to be computed.
@@ -333,6 +349,16 @@ class Scheduler:
         request.record.num_output_tokens += len(event.token_ids)
         self.stats.generation_tokens_total += len(event.token_ids)
         return event if reason is None else self._end(request, event, reason)
+
+    def _fault(self, step: Step, item: Scheduled, error: str) -> TokenEvent | None:
+        """Leave a request as it was if others may have caused its error. If it was alone, end it."""
+        if len(step.scheduled) > 1:
+            step.faults.append(item)
+            return None
+        event = self._new_event(item.request)
+        event.error = error
+        self.pool.unpublish(item.request.kv.blocks)
+        return self._end(item.request, event, FinishReason.ERROR)
 
     def _new_event(self, request: Request) -> TokenEvent:
         """Return an event without tokens. The first one of a request says how many tokens were cached."""

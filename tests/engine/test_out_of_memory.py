@@ -236,17 +236,6 @@ def test_the_driver_lacks_memory(loaded: LoadedModel, expected: Answers, kind: s
     assert run(new_engine(loaded, fails)[0], mixed_submits()) == (expected, {})
 
 
-@pytest.mark.checklist("F02", "F04")
-@pytest.mark.parametrize("text", ["a launch failed", "CUDA error: an illegal memory access was encountered"])
-def test_other_errors_stay_as_they_are(loaded: LoadedModel, text: str) -> None:
-    def fails(kind: str, step: Step) -> bool:
-        raise RuntimeError(text)
-
-    engine, _ = new_engine(loaded, fails)
-    with pytest.raises(RuntimeError, match=text):
-        run(engine, mixed_submits()[:1])
-
-
 def test_the_limit_on_rows_recovers(loaded: LoadedModel) -> None:
     """After a step that failed once, the limit doubles every few steps until it is what it was."""
     num_failures = iter([False, True])

@@ -434,9 +434,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         outputs = iter(self.model.run(Step(step.step_id, living), failing))
         rows = [ScheduledOutput() if self.by_request[item.request].ended else next(outputs) for item in step.scheduled]
         has_fault = faulty is not None and faulty < len(living)
-        found = self.update_with_fault(step, rows, living[faulty or 0]) if has_fault else None
-        events = iter(self.scheduler.update(step, rows) if found is None else found)
-        assert found is not None or not step.faults
+        culprit = living[faulty or 0].request if has_fault else None
+        events = iter(self.update_and_repeat(step, rows, culprit))
         for item, output in zip(step.scheduled, rows, strict=True):
             choice = self.by_request[item.request]
             if choice.ended:
@@ -447,20 +446,28 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.receive(choice, next(events), output, item)
         assert next(events, None) is None, "there is news of a choice that has none"
 
-    def update_with_fault(self, step: Step, rows: list[ScheduledOutput], faulty: Scheduled) -> list[TokenEvent]:
-        """Let the update of an item fail at its end, run that item again alone, and return all events."""
-        scheduler, before = self.scheduler, state_of_request(faulty.request)
-        with failing_publication(scheduler, faulty.request):
+    def update_and_repeat(self, step: Step, rows: list[ScheduledOutput], culprit: Request | None) -> list[TokenEvent]:
+        """Let the update of a request raise at its end, run each request that has failed again alone, and return all
+        events. Before, those requests are as they were.
+        """
+        scheduler = self.scheduler
+        has_fault = culprit is not None or any(output.error is not None for output in rows)
+        before = {item.request: state_of_request(item.request) for item in step.scheduled if has_fault}
+        if culprit is None or len(step.scheduled) == 1:
             events = scheduler.update(step, rows)
-        if not step.faults:  # the item had failed before
-            return events
-        ((item, error),) = step.faults
-        assert (item, str(error)) == (faulty, "publish")
-        assert state_of_request(item.request) == before
-        scheduler.check()
-        again = Step(step.step_id, [item])
-        events += scheduler.update(again, self.model.run(again))
-        assert not again.faults
+        else:
+            with failing_publication(scheduler, culprit):
+                events = scheduler.update(step, rows)
+            assert culprit in [item.request for item in step.faults] or culprit in [
+                item.request for item, output in zip(step.scheduled, rows, strict=True) if output.error is not None
+            ]
+        for item in step.faults:
+            assert state_of_request(item.request) == before[item.request]
+            scheduler.check()
+            again = Step(step.step_id, [item])
+            is_broken = rows[step.scheduled.index(item)].error is not None
+            events += scheduler.update(again, self.model.run(again, 0 if is_broken else None))
+            assert not again.faults
         order = [(item.request.request_id, item.request.index) for item in step.scheduled]
         return sorted(events, key=lambda event: order.index((event.request_id, event.index)))
 
@@ -876,6 +883,9 @@ class Rig:
         assert step is not None
         computed = {name(item.request): (item.start, item.num_tokens) for item in step.scheduled}
         self.events = self.scheduler.update(step, self.model.run(step, failing))
+        for item in step.faults:
+            again = Step(step.step_id, [item])
+            self.events += self.scheduler.update(again, self.model.run(again, 0))
         self.scheduler.check()
         return computed
 
@@ -1293,8 +1303,8 @@ def test_one_row_fails_and_the_others_go_on() -> None:
     rig.add(prompt(5, 200), max_tokens=2)
     rig.step(failing=0)
     assert [(event.request_id, event.error, event.finish_reason) for event in rig.events] == [
-        ("a", "broken", FinishReason.ERROR),
         ("b", None, None),
+        ("a", "broken", FinishReason.ERROR),
     ]
     rig.add(prompt(9, 100), max_tokens=2)
     assert rig.step() == {"b0": (5, 1), "c0": (0, 9)}, "what failed is not cached"
