@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 import zmq
 
@@ -36,15 +38,23 @@ class ApiConnections:
     def send(self, identity: bytes, message: FromEngine) -> None:
         self.socket.send_multipart((identity, self.encoder.encode(message)))
 
-    def send_outputs(self, events: list[TokenEvent], stats: EngineStats, num_step_tokens: int) -> None:
-        """Send one message to each API process, with the events of its own requests."""
+    def send_outputs(
+        self, events: list[TokenEvent], stats: EngineStats, num_step_tokens: int, started: Iterable[str] = ()
+    ) -> None:
+        """Send one message to each API process, with the events of its own requests and which of them have started."""
+        started_of: dict[bytes, list[str]] = {}
+        for request_id in started:
+            if request_id in self.owners:
+                started_of.setdefault(self.owners[request_id][0], []).append(request_id)
         by_identity: dict[bytes, list[TokenEvent]] = {identity: [] for identity in self.identities}
         for event in events:
             by_identity[self.owners[event.request_id][0]].append(event)
             if event.finish_reason is not None:
                 self.forget(event.request_id, event.index)
         for identity, own_events in by_identity.items():
-            self.send(identity, Outputs(stats=stats, events=own_events, num_step_tokens=num_step_tokens))
+            own_started = started_of.get(identity, [])
+            outputs = Outputs(stats=stats, events=own_events, num_step_tokens=num_step_tokens, started=own_started)
+            self.send(identity, outputs)
 
     def remember(self, identity: bytes, submit: Submit) -> None:
         """Note that an API process waits for the choices of a request."""

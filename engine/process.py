@@ -77,7 +77,8 @@ class EngineLoop:
             self.announce_adapters(identity, done)
         step, events = self.engine.step()
         refused, self.refused = self.refused, []
-        self.connections.send_outputs(refused + events, self.engine.stats(), step.num_tokens if step else 0)
+        num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
+        self.connections.send_outputs(refused + events, self.engine.stats(), num_tokens, started)
 
     def handle(self, identity: bytes, message: ToEngine) -> None:
         """Act on a message of the API process `identity`."""

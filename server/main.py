@@ -10,6 +10,7 @@ import contextlib
 import errno
 import faulthandler
 import logging
+import math
 import os
 import resource
 import signal
@@ -34,6 +35,7 @@ from server.api.rerank.scorers import score_token_ids
 from server.app import create_app
 from server.constrained.grammar_checker import GrammarChecker
 from server.context import ServerContext
+from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.supervisor_channel import (
     DUMP_SIGNAL,
@@ -135,7 +137,11 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
     metrics.set_usage_source(api_keys.usage)
     client = EngineClient(
         config.engine_address,
-        max_queued_requests=settings.max_queued_requests,
+        limits=AdmissionLimits(
+            max_queued_requests=settings.max_queued_requests,
+            queue_timeout=settings.queue_timeout,
+            request_timeout=settings.request_timeout or math.inf,
+        ),
         step_timeout=settings.step_timeout,
         engine_pid=config.engine_pid,
         can_restart=config.supervisor_fd is not None and settings.on_engine_death == "restart",

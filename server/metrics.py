@@ -39,7 +39,17 @@ TEXT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05
 HTTP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 # fmt: on
 
-REJECTION_REASONS = ("queue_full", "evicted", "too_many_choices", "loading", "draining", "engine_dead")
+REJECTION_REASONS = (
+    "queue_full",
+    "predicted_wait",
+    "evicted",
+    "queue_timeout",
+    "request_timeout",
+    "too_many_choices",
+    "loading",
+    "draining",
+    "engine_dead",
+)
 METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 
 
@@ -92,7 +102,7 @@ class Metrics:
             reason: success.labels(**self._labels, finished_reason=reason.value) for reason in FinishReason
         }
         rejected = self._counter(
-            "requests_rejected", "Requests that admission control rejected, or ended for others (evicted).", "reason"
+            "requests_rejected", "Requests that admission control rejected, or ended early.", "reason"
         )
         self._rejected = {reason: rejected.labels(**self._labels, reason=reason) for reason in REJECTION_REASONS}
         self._unknown_parameters = self._counter(

@@ -359,6 +359,12 @@ class Step:
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.scheduled)
 
+    @property
+    def started(self) -> list[str]:
+        """Ids of the requests that no earlier step has computed tokens of."""
+        chunks = ((item.request.request_id, item.request.record.chunks) for item in self.scheduled)
+        return [request_id for request_id, chunks in chunks if chunks and chunks[0].step_id == self.step_id]
+
 
 @dataclass(slots=True)
 class ScheduledOutput:

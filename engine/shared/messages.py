@@ -309,6 +309,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     stats: EngineStats
     events: list[TokenEvent] = []
     num_step_tokens: int = 0  # tokens that the step computed; 0: there was no step
+    started: list[str] = []  # ids of the requests that the step was the first to compute tokens of
 
 
 ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter

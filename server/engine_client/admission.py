@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from engine.shared.messages import Outputs
+from server.choice_stats import ChoiceStats
 from server.engine_client.liveness import EngineLiveness
 from server.engine_client.reservation import Reservation
-from server.engine_client.retry_after import Throughput
 from server.engine_client.shares import Shares
-from server.http.errors import APIError, EngineUnavailableError, InvalidValueError, QueueFullError
+from server.engine_client.wait_estimate import WaitEstimate
+from server.http.errors import (
+    APIError,
+    EngineUnavailableError,
+    InvalidValueError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
+    WaitTooLongError,
+)
 from server.metrics import Metrics
 from server.tenants import Tenant
 
 SHUTTING_DOWN = "The server is shutting down. Please retry later."
+TIMEOUT_SECONDS = 0.1  # interval at which timeouts are checked
 REFILL_SECONDS = 0.02  # interval at which `refill` looks for free capacity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionLimits:
+    """How many choices may wait in addition to those that the engine runs, and for how long. Times are in seconds."""
+
+    max_queued_requests: int
+    queue_timeout: float = math.inf  # until the engine begins with a request
+    request_timeout: float = math.inf  # until it ends
 
 
 class Admission:
     """Admits requests up to the capacity of the engine and its queue, and shares it between tenants."""
 
-    def __init__(self, liveness: EngineLiveness, metrics: Metrics, *, max_queued_requests: int) -> None:
+    def __init__(self, liveness: EngineLiveness, metrics: Metrics, limits: AdmissionLimits) -> None:
         self.drain_requested = asyncio.Event()  # set: no new work is admitted
         self._liveness = liveness
         self._metrics = metrics
-        self._max_queued_requests = max_queued_requests
-        self._throughput = Throughput()
+        self._limits = limits
+        self._estimate = WaitEstimate()
         self._shares = Shares()
 
     @property
@@ -37,7 +60,7 @@ class Admission:
     @property
     def max_in_flight(self) -> int:
         """Maximum number of choices in flight: those in the engine's batch and those that wait for it."""
-        return self._liveness.ready_info().max_num_seqs + self._max_queued_requests
+        return self._liveness.ready_info().max_num_seqs + self._limits.max_queued_requests
 
     def check_open(self) -> None:
         """Raise EngineUnavailableError if the server accepts no new work."""
@@ -45,29 +68,33 @@ class Admission:
             raise EngineUnavailableError(SHUTTING_DOWN, close=True)
         self._liveness.ready_info()
 
-    def reserve(self, count: int, *, param: str, tenant: Tenant) -> Reservation:
+    def reserve(self, count: int, *, param: str, tenant: Tenant, queue_timeout: float | None) -> Reservation:
         """Reserve capacity for `count` choices (n for each prompt) of a tenant's request, all or none.
 
         If it is full, waiting requests of a tenant that holds more than its share may end with QueueFullError. Call it
-        before doing anything expensive for a request. `param` is the field that an InvalidValueError names.
+        before doing anything expensive for a request. `param` is the field that an InvalidValueError names, and
+        `queue_timeout` the seconds that the request itself is ready to wait.
 
         Raises:
             EngineUnavailableError: The engine is not ready, or the server is shutting down.
-            QueueFullError: There is no capacity at the moment.
+            QueueFullError: There is no capacity at the moment, or the request would wait for too long.
             InvalidValueError: `count` is more than the total capacity.
         """
+        queue_timeout = min(self._limits.queue_timeout, queue_timeout or math.inf)
         try:
             self._check(count, param)
+            self._check_wait(tenant, queue_timeout)
             ended = self._make_room(count, tenant)
-        except APIError:
-            self._metrics.count_rejection(self._rejection_reason(count))
+        except APIError as error:
+            self._metrics.count_rejection(self._rejection_reason(count, error))
             raise
         for request in ended:
             self._metrics.count_rejection("evicted")
-            request.fail(self._queue_full(request.num_choices))
-        if self.num_in_flight == 0:
-            self._throughput.start(time.monotonic())
+            request.fail(QueueFullError(self._retry_after(request.tenant)))
         reservation = Reservation(tenant, self._shares.update)
+        now = time.monotonic()
+        reservation.queue_timeout = queue_timeout
+        reservation.start_by, reservation.end_by = now + queue_timeout, now + self._limits.request_timeout
         reservation.add(count)
         return reservation
 
@@ -84,10 +111,48 @@ class Admission:
         reservation.add(num_free)
         return num_free
 
-    def end_choice(self, reservation: Reservation, now: float) -> None:
-        """Return the capacity of a choice that ended, and count it for the throughput estimate."""
+    def expect(self, reservation: Reservation, choices: Sequence[ChoiceStats]) -> None:
+        """Note the work of choices that are sent to the engine. They share their prompt."""
+        for index, stats in enumerate(choices):
+            num_prompt_tokens = 0 if index else stats.num_prompt_tokens
+            stats.num_expected_tokens = num_prompt_tokens + self._estimate.expected_output(stats.max_tokens)
+            reservation.num_waiting_tokens += stats.num_expected_tokens
+
+    def start_choice(self, reservation: Reservation, stats: ChoiceStats, num_cached_tokens: int) -> None:
+        """Note that the engine has begun with a choice."""
+        self._estimate.add_cached(num_cached_tokens)
+        self._stop_expecting(reservation, stats)
+
+    def end_choice(self, reservation: Reservation, stats: ChoiceStats) -> None:
+        """Return the capacity of a choice that ended."""
+        self._stop_expecting(reservation, stats)
+        if stats.num_output_tokens:
+            self._estimate.add_output(stats.num_output_tokens)
         reservation.end_choice()
-        self._throughput.add(now)
+
+    def count_step(self, outputs: Outputs, now: float) -> None:
+        """Count the tokens of a step, for the estimate of waits."""
+        self._estimate.add_step(outputs.num_step_tokens, now, is_saturated=outputs.stats.num_waiting > 0)
+
+    async def watch_timeouts(self) -> None:
+        """End requests that wait or take too long, until cancelled."""
+        while True:
+            await asyncio.sleep(TIMEOUT_SECONDS)
+            now = time.monotonic()
+            for request in self._shares.requests():
+                self._check_timeouts(request, now)
+
+    def _check_timeouts(self, request: Reservation, now: float) -> None:
+        if now > request.end_by:
+            self._metrics.count_rejection("request_timeout")
+            request.fail(RequestTimeoutError(self._limits.request_timeout))
+        elif now > request.start_by and request.is_waiting:
+            self._metrics.count_rejection("queue_timeout")
+            request.fail(QueueTimeoutError(request.queue_timeout, self._retry_after(request.tenant)))
+
+    def _stop_expecting(self, reservation: Reservation, stats: ChoiceStats) -> None:
+        reservation.num_waiting_tokens -= stats.num_expected_tokens
+        stats.num_expected_tokens = 0.0
 
     def _check(self, count: int, param: str) -> None:
         self.check_open()
@@ -102,13 +167,29 @@ class Admission:
         """Return the waiting requests to end. Raises QueueFullError."""
         ended = self._shares.make_room(tenant, count, self.max_in_flight)
         if ended is None:
-            raise self._queue_full(count)
+            raise QueueFullError(self._retry_after(tenant))
         return ended
 
-    def _queue_full(self, count: int) -> QueueFullError:
-        return QueueFullError(self._throughput.seconds_until(count, time.monotonic()))
+    def _check_wait(self, tenant: Tenant, timeout: float) -> None:
+        """Raise WaitTooLongError if a request would wait for longer than `timeout` seconds."""
+        wait = self._predicted_wait(tenant)
+        if wait > timeout:
+            raise WaitTooLongError(wait, timeout, self._retry_after(tenant))
 
-    def _rejection_reason(self, count: int) -> str:
+    def _predicted_wait(self, tenant: Tenant) -> float:
+        """Return the seconds that a tenant's next request would wait."""
+        info = self._liveness.info
+        if info is None or self.num_in_flight < info.max_num_seqs:
+            return 0.0
+        return self._estimate.seconds(*self._shares.backlogs(tenant))
+
+    def _retry_after(self, tenant: Tenant) -> float:
+        """Return the predicted wait, with jitter so that clients do not come back all at once."""
+        return self._predicted_wait(tenant) * random.uniform(0.8, 1.2)
+
+    def _rejection_reason(self, count: int, error: APIError) -> str:
+        if isinstance(error, WaitTooLongError):
+            return "predicted_wait"
         if self.drain_requested.is_set():
             return "draining"
         if self._liveness.dead_reason is not None:

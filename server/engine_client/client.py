@@ -23,7 +23,7 @@ from engine.shared.messages import (
     Vocabulary,
 )
 from server.engine_client.adapters import LoadedAdapters
-from server.engine_client.admission import SHUTTING_DOWN, Admission
+from server.engine_client.admission import SHUTTING_DOWN, Admission, AdmissionLimits
 from server.engine_client.connection import EngineConnection
 from server.engine_client.liveness import EngineLiveness
 from server.engine_client.reservation import Reservation
@@ -45,7 +45,7 @@ class EngineClient:
         self,
         address: str,
         *,
-        max_queued_requests: int,
+        limits: AdmissionLimits,
         step_timeout: float,
         metrics: Metrics,
         engine_pid: int | None = None,
@@ -56,7 +56,7 @@ class EngineClient:
 
         Args:
             address: ZeroMQ address that the engine binds.
-            max_queued_requests: Choices that may wait in addition to those that the engine runs.
+            limits: How many requests may wait, and for how long.
             step_timeout: Seconds that the longest step may take. An engine that is silent for longer is dead.
             metrics: Metrics that the client updates.
             engine_pid: Process id of the engine. None: its death is noticed only after it has become ready.
@@ -74,18 +74,19 @@ class EngineClient:
             on_loss=self._on_loss,
             on_death=self._on_death,
         )
-        self._admission = Admission(self._liveness, metrics, max_queued_requests=max_queued_requests)
+        self._admission = Admission(self._liveness, metrics, limits)
         self._streams = OpenStreams(self._send_if_ready, self._admission, metrics)
         self._adapters = LoadedAdapters(self._connection.send)
         self._tasks: list[asyncio.Task[None]] = []  # of the current engine
-        self._heartbeat: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []  # of the heartbeat and of timeouts
         metrics.set_stats_source(self._current_stats)
 
     async def start(self) -> None:
         """Connect and ask the engine to report when it is ready. The engine may start later."""
         self._connect()
         self._liveness.start()
-        self._heartbeat = asyncio.create_task(self._liveness.watch_heartbeat())
+        watches = (self._liveness.watch_heartbeat(), self._admission.watch_timeouts())
+        self._watchers = [asyncio.create_task(watch) for watch in watches]
 
     def engine_started(self, pid: int) -> None:
         """Connect to the engine that replaces a lost one. When it is ready, it gets the waiting requests."""
@@ -107,11 +108,11 @@ class EngineClient:
 
     async def close(self) -> None:
         """Stop the tasks, fail the open streams and close the connection."""
-        tasks = [*self._tasks, *([] if self._heartbeat is None else [self._heartbeat])]
+        tasks = [*self._tasks, *self._watchers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._tasks, self._heartbeat = [], None
+        self._tasks, self._watchers = [], []
         self.fail_streams(EngineUnavailableError("The server has stopped.", close=True))
         self._liveness.close()
         self._connection.close()
@@ -193,9 +194,11 @@ class EngineClient:
         """Raise EngineUnavailableError if the server accepts no new work."""
         self._admission.check_open()
 
-    def reserve(self, count: int, *, param: str = "n", tenant: Tenant = ANYBODY) -> Reservation:
+    def reserve(
+        self, count: int, *, param: str = "n", tenant: Tenant = ANYBODY, queue_timeout: float | None = None
+    ) -> Reservation:
         """Reserve capacity for `count` choices; see `Admission.reserve`."""
-        return self._admission.reserve(count, param=param, tenant=tenant)
+        return self._admission.reserve(count, param=param, tenant=tenant, queue_timeout=queue_timeout)
 
     async def refill(self, reservation: Reservation, count: int) -> int:
         """Wait for capacity for up to `count` more choices; see `Admission.refill`."""
@@ -285,6 +288,8 @@ class EngineClient:
         self.stats = message.stats
         if message.num_step_tokens:
             self._metrics.observe_step(message.num_step_tokens)
+            self._admission.count_step(message, now)
+        self._streams.start(message.started)
         self._streams.push(message.events, now)
 
     def _on_ready(self, message: Ready) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -31,6 +32,9 @@ class Reservation:
         self.num_choices = 0  # these and those in streams
         self.has_started = False  # the engine has computed something for it
         self.is_answered = False  # the client has its HTTP status
+        self.num_waiting_tokens = 0.0  # that the engine is expected to compute for choices that it has not begun with
+        self.queue_timeout = math.inf  # seconds
+        self.start_by = self.end_by = math.inf  # times of time.monotonic()
         self._on_change = on_change
         self._streams: set[FailingStream] = set()
         self._error: APIError | None = None

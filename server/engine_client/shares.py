@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.engine_client.reservation import Reservation
+from server.engine_client.wait_estimate import Backlog
 from server.tenants import Tenant
 
 
@@ -16,6 +17,10 @@ class _Share:
     tenant: Tenant
     num_choices: int = 0
     requests: dict[Reservation, None] = field(default_factory=dict)
+
+    def backlog(self) -> Backlog:
+        """Return the work that the engine has not begun with."""
+        return Backlog(sum(request.num_waiting_tokens for request in self.requests), self.tenant.weight)
 
     def waiting(self) -> list[Reservation]:
         """Return the requests that can make room. The last goes first: the newest of those without a status."""
@@ -47,6 +52,16 @@ class Shares:
             share.requests.pop(request, None)
         if not share.requests:
             del self._by_tenant[request.tenant.name]
+
+    def requests(self) -> list[Reservation]:
+        """Return all requests that hold capacity."""
+        return [request for share in self._by_tenant.values() for request in share.requests]
+
+    def backlogs(self, tenant: Tenant) -> tuple[Backlog, list[Backlog]]:
+        """Return the work of a tenant that the engine has not begun with, and that of each other tenant."""
+        backlogs = {name: share.backlog() for name, share in self._by_tenant.items()}
+        own = backlogs.pop(tenant.name, Backlog(0.0, tenant.weight))
+        return own, list(backlogs.values())
 
     def make_room(self, tenant: Tenant, count: int, capacity: int) -> Sequence[Reservation] | None:
         """Return the requests to end so that a tenant's request of `count` choices can be admitted; None: refuse it."""

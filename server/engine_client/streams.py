@@ -21,6 +21,9 @@ class StreamObserver(Protocol):
     def on_abort(self, request_id: str, index: int | None = None) -> None:
         """End a choice, or the whole request, in the engine."""
 
+    def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
+        """Handle the first event of a choice."""
+
     def on_tokens(self, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
         """Count the tokens of an event that arrived at time `now`."""
 
@@ -116,8 +119,9 @@ class RequestStream:
         stats = self.choices[event.index]
         if stats.has_ended:
             return
-        self.reservation.start()
         self.waiting = None
+        if stats.times is None and not stats.num_output_tokens:
+            self._observer.on_choice_start(self, stats, event)
         stats.times = event.times or stats.times
         if event.token_ids:
             account = self.reservation.tenant.account
@@ -160,7 +164,14 @@ class OpenStreams:
         self._send(message)
         stream = self._streams[message.request_id] = RequestStream(message, reservation, self)
         reservation.hand_over(message.n, stream)
+        self._admission.expect(reservation, stream.choices)
         return stream
+
+    def start(self, request_ids: Sequence[str]) -> None:
+        """Note that the engine has begun with requests."""
+        for request_id in request_ids:
+            if stream := self._streams.get(request_id):
+                stream.reservation.start()
 
     def push(self, events: Sequence[TokenEvent], now: float) -> None:
         """Pass events to the streams of their requests. Events of closed streams are ignored."""
@@ -193,6 +204,10 @@ class OpenStreams:
     def on_abort(self, request_id: str, index: int | None = None) -> None:
         self._send(Abort(request_id, index))
 
+    def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
+        stream.reservation.start()
+        self._admission.start_choice(stream.reservation, stats, event.num_cached_tokens)
+
     def on_tokens(self, stats: ChoiceStats, event: TokenEvent, now: float) -> None:
         if stats.last_token is None:
             self._metrics.observe_first_token(now - stats.arrival)
@@ -201,7 +216,7 @@ class OpenStreams:
         stats.count_tokens(event, now)
 
     def on_choice_end(self, stream: RequestStream, stats: ChoiceStats, reason: FinishReason, now: float) -> None:
-        self._admission.end_choice(stream.reservation, now)
+        self._admission.end_choice(stream.reservation, stats)
         self._metrics.observe_choice(stats, reason, now)
 
     def on_stream_end(self, stream: RequestStream) -> None:

@@ -176,8 +176,13 @@ async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[list[tuple[
             ready.extend((index, event) for event in batch)
             changed.set()
 
+    def on_end(pumps: asyncio.Future[list[None]]) -> None:
+        if not pumps.cancelled():
+            pumps.exception()  # retrieved even if the reader leaves, or asyncio would log it
+        changed.set()
+
     pumps = asyncio.gather(*(pump(index, stream) for index, stream in enumerate(streams)))
-    pumps.add_done_callback(lambda _: changed.set())
+    pumps.add_done_callback(on_end)
     try:
         while not pumps.done() or ready:
             await changed.wait()

@@ -242,7 +242,8 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer, d
     context, body = job.context, job.body
     param = "n" if body.num_choices > 1 else job.endpoint.noun
     count = body.num_prompts * body.num_choices
-    with context.client.reserve(count, param=param, tenant=job.tenant) as reservation:
+    client, timeout = context.client, body.queue_timeout
+    with client.reserve(count, param=param, tenant=job.tenant, queue_timeout=timeout) as reservation:
         prepared = await _prepare(job)
         context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
         prompts, submitted = prepared.prompts, time.monotonic()

@@ -26,12 +26,15 @@
     ├── BodyTooLargeError            413
     ├── UnsupportedMediaTypeError    415
     ├── QueueFullError               429
+    │   └── WaitTooLongError
     ├── RateLimitError               429
     ├── ConcurrencyLimitError        429
     ├── QuotaExceededError           429
     ├── ServerError                  500
     ├── NotImplementedAPIError       501
     └── EngineUnavailableError       503
+        ├── QueueTimeoutError
+        ├── RequestTimeoutError
         ├── EngineDeadError
         ├── AdapterLostError
         ├── AdaptersBusyError
@@ -67,6 +70,7 @@ ANTHROPIC_TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
+QUEUE_FULL = "The server is at capacity: its request queue is full. Please retry later."
 MAX_LISTED = 8  # names of models in one message
 MAX_RETRY_AFTER = 60  # seconds; some clients ignore longer times, and others then do not retry
 
@@ -358,19 +362,27 @@ class UnsupportedMediaTypeError(APIError):
 
 
 class QueueFullError(APIError):
-    """The maximum number of choices is in flight, or too many grammars wait to be checked.
+    """The maximum number of choices is in flight, the wait would be too long, or too many grammars wait to be checked.
 
     `retry_after` is in seconds.
     """
 
-    def __init__(self, retry_after: float) -> None:
+    def __init__(self, retry_after: float, message: str = QUEUE_FULL) -> None:
         super().__init__(
             429,
-            "The server is at capacity: its request queue is full. Please retry later.",
+            message,
             type="rate_limit_error",
             code="rate_limit_exceeded",
             headers=retry_headers(retry_after),
         )
+
+
+class WaitTooLongError(QueueFullError):
+    """The request is predicted to wait for longer than it may. All times are in seconds."""
+
+    def __init__(self, wait: float, timeout: float, retry_after: float) -> None:
+        waits = f"the request would wait for about {wait:.0f} seconds, and may for {timeout:g}"
+        super().__init__(retry_after, f"The server is at capacity: {waits}. Please retry later.")
 
 
 class RateLimitError(APIError):
@@ -430,6 +442,23 @@ class EngineUnavailableError(APIError):
         if close:
             headers["connection"] = "close"
         super().__init__(503, message, type="service_unavailable_error", code=code, headers=headers)
+
+
+class QueueTimeoutError(EngineUnavailableError):
+    """The engine did not begin with the request within `timeout` seconds."""
+
+    def __init__(self, timeout: float, retry_after: float) -> None:
+        message = f"The request waited for {timeout:g} seconds, its limit in the queue. Please retry later."
+        super().__init__(message, code="request_timeout", retry_after=retry_after)
+
+
+class RequestTimeoutError(EngineUnavailableError):
+    """The request took too long in all. Clients must not retry it, since it would take as long again."""
+
+    def __init__(self, timeout: float) -> None:
+        message = f"The request took more than {timeout:g} seconds, the limit of this server (--request-timeout)."
+        super().__init__(message, code="request_timeout")
+        self.headers = {"x-should-retry": "false"}
 
 
 class EngineDeadError(EngineUnavailableError):

@@ -139,6 +139,12 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
     priority: int | None = Field(
         None, ge=INT64_MIN, le=INT64_MAX, description="Requests with lower values are scheduled first. Default 0."
     )
+    queue_timeout: FiniteFloat | None = Field(
+        None,
+        gt=0,
+        description="Seconds that the request may wait until the engine begins with it. Default, and at most: "
+        "--queue-timeout.",
+    )
     truncate_prompt_tokens: TruncatedLength | None = Field(
         None, description="Truncate the prompt to this many tokens; -1: to what fits the context. Default: never."
     )

@@ -201,6 +201,23 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
         int,
         Setting(_LIMITS, integer(-1), "Maximum number of top log probabilities per token; -1: the whole vocabulary."),
     ] = 20
+    queue_timeout: Annotated[
+        float,
+        Setting(
+            _LIMITS,
+            seconds(0.1),
+            "Time that a request may wait until the engine begins with it, in seconds; then it gets status 503. A "
+            "request whose predicted wait is longer gets status 429 at once. A request can ask for less.",
+        ),
+    ] = 120.0
+    request_timeout: Annotated[
+        float | None,
+        Setting(
+            _LIMITS,
+            seconds(0.1),
+            "Time that a request may take in all, in seconds; then it gets status 503. Unset: no limit.",
+        ),
+    ] = None
     drain_timeout: Annotated[
         float, Setting(_LIMITS, seconds(0), "Time that running requests have to finish at shutdown, in seconds.")
     ] = 30.0

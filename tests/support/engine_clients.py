@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from engine.shared.messages import SamplingParams, Submit, TokenEvent
+from server.engine_client.admission import AdmissionLimits
 from server.engine_client.client import EngineClient
 from server.engine_client.streams import RequestStream
 from server.metrics import Metrics
@@ -21,14 +22,19 @@ async def connected(
     *,
     max_queued_requests: int = 4,
     step_timeout: float = 60.0,
+    queue_timeout: float = 60.0,
+    request_timeout: float = 60.0,
     engine_pid: int | None = None,
     can_restart: bool = False,
     metrics: Metrics | None = None,
 ) -> AsyncIterator[EngineClient]:
     """Start a client, and close it at the end."""
+    limits = AdmissionLimits(
+        max_queued_requests=max_queued_requests, queue_timeout=queue_timeout, request_timeout=request_timeout
+    )
     client = EngineClient(
         address,
-        max_queued_requests=max_queued_requests,
+        limits=limits,
         step_timeout=step_timeout,
         metrics=metrics or Metrics("lightwell_", "m"),
         engine_pid=engine_pid,

@@ -308,7 +308,12 @@ class _Loop:
         self.stats.running_adapters = _adapters_of(self.running)
         self.stats.waiting_adapters = _adapters_of(self.waiting)
         for identity in self._clients:
-            outputs = Outputs(stats=self.stats, events=events.get(identity, []), num_step_tokens=num_step_tokens)
+            outputs = Outputs(
+                stats=self.stats,
+                events=events.get(identity, []),
+                num_step_tokens=num_step_tokens,
+                started=[event.request_id for event in events.get(identity, [])],
+            )
             self._send(identity, outputs)
         self._last_sent = time.monotonic()
 

@@ -972,6 +972,20 @@ def test_a_limit_on_chunks_lets_a_short_prompt_pass_beside_a_long_one() -> None:
     assert rig.step() == {"a0": (6, 1), "b0": (3, 1)}
 
 
+def test_the_first_step_of_a_request_says_that_it_has_started() -> None:
+    rig = Rig(max_num_batched_tokens=4, max_num_seqs=2)
+    started = []
+    for _ in range(3):
+        rig.add(prompt(6), n=2, max_tokens=2)
+    while rig.scheduler.has_work:
+        step = rig.scheduler.schedule()
+        assert step is not None
+        started.append([item.request.request_id for item in step.scheduled if item.request.request_id in step.started])
+        rig.scheduler.update(step, rig.model.run(step))
+    assert list(dict.fromkeys(request_id for step in started for request_id in step)) == ["a", "b", "c"]
+    assert started[:2] == [["a"], ["b"]]
+
+
 def test_a_step_without_a_sample_has_no_news() -> None:
     rig = Rig(max_num_batched_tokens=4)
     rig.add(prompt(9), max_tokens=1)

@@ -315,6 +315,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     COMPLETIONS: {
         "suffix": "the tokenizer has no FIM tokens; completions/test_routes.py has one that does",
         "request_id": "a name for cancel and replay; test_requests",
+        "queue_timeout": "how long it may wait; generation/test_overload",
         "add_special_tokens": "the tokenizer adds none; completions/test_routes.py has one that does",
         "thinking_token_budget": "completions have no reasoning; rejected",
     },
@@ -322,6 +323,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "add_special_tokens": "the tokenizer adds none; chat/test_conversion.py has one that does",
         "reasoning_effort": "the template knows none; chat/test_conversion.py has one that does",
         "request_id": "a name for cancel and replay; test_requests",
+        "queue_timeout": "how long it may wait; generation/test_overload",
     },
     RESPONSES: {
         "previous_response_id": "responses/test_routes.py",

@@ -8,7 +8,14 @@ from collections import Counter
 import pytest
 
 from engine.shared.messages import Abort, TokenEvent
-from server.http.errors import EngineUnavailableError, InvalidValueError, QueueFullError
+from server.http.errors import (
+    EngineUnavailableError,
+    InvalidValueError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
+    WaitTooLongError,
+)
 from server.metrics import Metrics
 from server.tenants import Tenant
 from tests.support.engine_clients import connected, read, ready, request, tokens, until
@@ -154,3 +161,66 @@ async def test_random_tenants_leave_nothing_behind(fake_engine: FakeEngine, seed
         assert set(outcomes) == {"answered", "rejected"}
         assert client.num_in_flight == 0
         await until(lambda: fake_engine.num_choices == 0)
+
+
+async def test_a_request_that_waits_for_too_long_ends(fake_engine: FakeEngine) -> None:
+    fake_engine.pause()
+    metrics = Metrics("lightwell_", "m")
+    async with ready(fake_engine.config.address, metrics=metrics, queue_timeout=0.4) as client:
+        tokenizing = client.reserve(1)
+        patient = client.submit(request("patient", n=2), client.reserve(2, queue_timeout=60))
+        hasty = client.submit(request("hasty"), client.reserve(1, queue_timeout=0.1))
+        for stream, timeout in ((hasty, 0.1), (patient, 0.4)):
+            with pytest.raises(QueueTimeoutError, match=f"{timeout} seconds") as caught:
+                await read(stream)
+            assert (caught.value.status, caught.value.code) == (503, "request_timeout")
+        with pytest.raises(QueueTimeoutError):
+            client.submit(request("late"), tokenizing)
+        assert client.num_in_flight == 0
+        await until(lambda: fake_engine.aborts == [Abort("hasty"), Abort("patient")])
+        labels = {"model_name": "m", "engine": "0", "reason": "queue_timeout"}
+        assert metrics.registry.get_sample_value("lightwell_requests_rejected_total", labels) == 3
+
+
+async def test_a_request_that_has_begun_has_no_queue_timeout(fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.02
+    async with ready(fake_engine.config.address, queue_timeout=0.2) as client:
+        assert len(tokens(await read(client.submit(request(max_tokens=40))))) == 40
+
+
+async def test_a_request_that_takes_too_long_ends(fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    async with ready(fake_engine.config.address, request_timeout=0.3) as client:
+        stream = client.submit(request(n=2, max_tokens=10_000))
+        assert tokens(await anext(stream))
+        with pytest.raises(RequestTimeoutError) as caught:
+            await read(stream)
+        assert (caught.value.status, caught.value.code) == (503, "request_timeout")
+        assert caught.value.headers == {"x-should-retry": "false"}
+        assert client.num_in_flight == 0
+        await until(lambda: fake_engine.aborts == [Abort("r")])
+
+
+async def test_a_request_that_would_wait_for_too_long_is_refused_at_once(fake_engine: FakeEngine) -> None:
+    """Each request is 102 tokens of work, of which the engine computes about 200 in a second."""
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.02
+    fake_engine.config.max_num_seqs = 4
+    metrics = Metrics("lightwell_", "m")
+    async with ready(fake_engine.config.address, metrics=metrics, max_queued_requests=100) as client:
+        streams = [client.submit(request(f"{i}"), client.reserve(1, tenant=ALICE)) for i in range(54)]
+        await until(lambda: sum(stats.num_output_tokens for stream in streams for stats in stream.choices) > 300)
+        with pytest.raises(WaitTooLongError) as caught:
+            client.reserve(1, tenant=ALICE, queue_timeout=3)
+        assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+        after = {int(caught.value.headers["retry-after"])}
+        for _ in range(20):
+            with pytest.raises(WaitTooLongError) as caught:
+                client.reserve(1, tenant=ALICE, queue_timeout=3)
+            after.add(int(caught.value.headers["retry-after"]))
+        assert 10 < min(after) < max(after) <= 60
+        client.reserve(1, tenant=ALICE, queue_timeout=600).release()
+        client.reserve(1, tenant=BOB, queue_timeout=3).release()  # its turn is next
+        labels = {"model_name": "m", "engine": "0", "reason": "predicted_wait"}
+        assert metrics.registry.get_sample_value("lightwell_requests_rejected_total", labels) == 21
+        for stream in streams:
+            stream.close()

@@ -116,3 +116,28 @@ def test_a_client_that_leaves_before_its_status_frees_its_place(server: RunningS
             timeout=0.3,
         )
     wait_until(lambda: server.context.client.num_in_flight == 0 == server.engine.num_choices)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_can_limit_its_wait(server: RunningServer, path: str, stream: bool) -> None:
+    response = ask(server, "alice", path, stream=stream, queue_timeout=0.2)
+    error = check_error(response, 503)
+    assert error["code"] == "request_timeout"
+    assert "0.2 seconds" in error["message"]
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+    wait_until(lambda: server.context.client.num_in_flight == 0 == server.engine.num_choices)
+    check_error(ask(server, "alice", queue_timeout=0), 400)
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error_event(
+    start_server: StartServer, fake_engine: FakeEngine
+) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.01
+    server = start_server(request_timeout=0.5)
+    response = ask(server, "any", stream=True, max_tokens=2000)
+    first, *_, error, done = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert "choices" in first
+    assert check_envelope(error.encode())["code"] == "request_timeout"
+    assert done == "[DONE]"
+    wait_until(lambda: server.context.client.num_in_flight == 0 == server.engine.num_choices)
