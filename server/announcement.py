@@ -41,10 +41,11 @@ def first_steps(context: ServerContext, url: str) -> dict[str, object]:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "hello"}]
     key = f" -H 'Authorization: Bearer {KEY}'" if context.settings.needs_key else ""
     data = shlex.quote(msgspec.json.encode(body).decode())
-    steps: dict[str, object] = {
-        "base_url": f"{url}/v1",
-        "curl": f"curl {url}{path}{key} -H 'Content-Type: application/json' -d {data}",
-    }
+    options = f"{key} -H 'Content-Type: application/json' -d {data}"
+    if url.startswith("unix:"):
+        socket = shlex.quote(url.removeprefix("unix:"))
+        return {"base_url": url, "curl": f"curl --unix-socket {socket} http://localhost{path}{options}"}
+    steps: dict[str, object] = {"base_url": f"{url}/v1", "curl": f"curl {url}{path}{options}"}
     if context.chat_template is not None:
         flags = ("" if url == DEFAULT_URL else f" --url {url}") + (f" --api-key {KEY}" if key else "")
         steps["chat"] = f"lightwell chat{flags}"

@@ -20,7 +20,7 @@ from server.http.access_control import AuthMiddleware, CrossOriginMiddleware, Ho
 from server.http.body_middleware import BodyMiddleware
 from server.http.error_handlers import install_error_handlers
 from server.http.limits_middleware import LimitsMiddleware
-from server.http.request_middleware import RequestMiddleware
+from server.http.request_middleware import RequestMiddleware, RootPathMiddleware
 from server.settings.load import is_loopback
 from server.web.pages import page_routes
 
@@ -44,6 +44,7 @@ def create_app(context: ServerContext) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
+        servers=[{"url": context.settings.root_path}] if context.settings.root_path else None,
     )
     install_document(app, context.model_names[0], needs_key=context.settings.needs_key)
     app.state.context = context
@@ -73,6 +74,8 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(LimitsMiddleware)
     app.add_middleware(AuthMiddleware, keys=context.api_keys)
     app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
-    if is_loopback(settings.host):
+    if settings.uds is None and is_loopback(settings.host):  # web pages cannot reach a UNIX socket
         app.add_middleware(HostMiddleware, hosts=[settings.host], origins=settings.allowed_origins)
     app.add_middleware(RequestMiddleware, metrics=context.metrics)
+    if settings.root_path:
+        app.add_middleware(RootPathMiddleware, root_path=settings.root_path)

@@ -7,7 +7,6 @@ the exit code is 1. The configuration comes from standard input only, never from
 
 import asyncio
 import contextlib
-import errno
 import faulthandler
 import logging
 import math
@@ -17,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -45,13 +44,16 @@ from server.engine_client.supervisor_channel import (
     EngineStarted,
     Heartbeat,
 )
+from server.http.certificate import Certificate
 from server.http.errors import EngineUnavailableError
+from server.http.listeners import BACKLOG, listening, url
 from server.http.protocol import HTTPProtocol
 from server.metrics import Metrics
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ApiProcessConfig
+from server.settings.table import Settings
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -62,15 +64,15 @@ CLOSE_TIMEOUT = 2  # seconds for connections to receive their last bytes
 KEEP_ALIVE = 75  # seconds; longer than load balancers keep idle connections open (often 60)
 MAX_CONNECTIONS = 4096
 SPARE_FILES = 128  # file descriptors for everything but connections
-BACKLOG = 2048
 TICK = 1.0  # seconds between updates of the Date header
 
 
 class APIServer(uvicorn.Server):
     """uvicorn without its signal handlers, which re-raise the signal at the end, and with fewer wake-ups when idle."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, certificate: Certificate | None = None) -> None:
         super().__init__(config)
+        self._certificate = certificate
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -78,8 +80,13 @@ class APIServer(uvicorn.Server):
         self._stopping.set()
 
     async def main_loop(self) -> None:
-        """Run until `stop`, updating the Date header every second. uvicorn's own loop wakes up ten times a second."""
+        """Run until `stop`. Every second, update the Date header, and the certificate if its files have changed.
+
+        uvicorn's own loop wakes up ten times a second.
+        """
         while not await self.on_tick(0):
+            if self._certificate is not None:
+                self._certificate.refresh()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), TICK)
 
@@ -100,29 +107,35 @@ def main() -> None:
 
 def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
     """Serve until the process is asked to stop or the engine dies. Return the exit code."""
-    try:
-        sockets, context = prepare(config)
-    except (OSError, ValueError) as error:  # errors in the configuration, which need no traceback
-        logger.error("%s", error)
-        return 1
-    try:
-        server = make_server(create_app(context), max_connections=raise_file_limit())
-        collect_garbage()
-        logger.debug("%s is open for health probes", url(sockets[0]))
-        channel = None if config.supervisor_fd is None else Channel.from_fd(config.supervisor_fd)
-        return asyncio.run(Lifecycle(server, context, flush_logs, channel).run(sockets))
-    except Exception:
-        logger.exception("the server failed")
-        return 1
+    settings = config.settings
+    with contextlib.ExitStack() as stack:
+        try:
+            certificate = load_certificate(settings)
+            sockets = stack.enter_context(listening(settings.host, settings.port, settings.uds))
+            context = make_context(config)
+        except (OSError, ValueError) as error:  # errors in the configuration, which need no traceback
+            logger.error("%s", error)
+            return 1
+        try:
+            server = make_server(
+                create_app(context),
+                max_connections=raise_file_limit(),
+                certificate=certificate,
+                forwarded_allow_ips=settings.forwarded_allow_ips,
+            )
+            collect_garbage()
+            address = url(sockets[0], is_tls=certificate is not None)
+            logger.debug("%s is open for health probes", address)
+            channel = None if config.supervisor_fd is None else Channel.from_fd(config.supervisor_fd)
+            return asyncio.run(Lifecycle(server, context, flush_logs, channel).run(sockets, address))
+        except Exception:
+            logger.exception("the server failed")
+            return 1
 
 
-def prepare(config: ApiProcessConfig) -> tuple[list[socket.socket], ServerContext]:
-    """Bind the port and load the tokenizer, the chat template and the model's configuration.
-
-    Raises OSError if the port cannot be bound, ValueError if the model's files are missing or invalid.
-    """
-    sockets = bind(config.settings.host, config.settings.port)
-    return sockets, make_context(config)
+def load_certificate(settings: Settings) -> Certificate | None:
+    """Return the certificate of --ssl-certfile, or None without it. Raises ValueError if its files are invalid."""
+    return None if settings.ssl_certfile is None else Certificate(settings.ssl_certfile, settings.ssl_keyfile)
 
 
 def make_context(config: ApiProcessConfig) -> ServerContext:
@@ -206,7 +219,15 @@ def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
     return template
 
 
-def make_server(app: FastAPI, *, max_connections: int, protocol: type[HTTPProtocol] = HTTPProtocol) -> APIServer:
+def make_server(
+    app: FastAPI,
+    *,
+    max_connections: int,
+    protocol: type[HTTPProtocol] = HTTPProtocol,
+    certificate: Certificate | None = None,
+    forwarded_allow_ips: Sequence[str] = (),
+) -> APIServer:
+    """Return a server for the application, which speaks TLS if there is a certificate."""
     config = uvicorn.Config(
         app,
         http=protocol,
@@ -215,13 +236,16 @@ def make_server(app: FastAPI, *, max_connections: int, protocol: type[HTTPProtoc
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=bool(forwarded_allow_ips),
+        forwarded_allow_ips=list(forwarded_allow_ips),
         limit_concurrency=max_connections,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
         backlog=BACKLOG,
     )
-    return APIServer(config)
+    config.load()  # which sets `ssl` from files
+    config.ssl = None if certificate is None else certificate.context
+    return APIServer(config, certificate)
 
 
 class Lifecycle:
@@ -245,15 +269,15 @@ class Lifecycle:
         self._channel = channel
         self._terminated = asyncio.Event()
 
-    async def run(self, sockets: list[socket.socket]) -> int:
-        """Serve until the end. Return the exit code: 0 after SIGTERM, otherwise 1."""
+    async def run(self, sockets: list[socket.socket], address: str) -> int:
+        """Serve until the end, announced as the URL `address`. Return the exit code: 0 after SIGTERM, otherwise 1."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         if self._context.settings.api_keys_file is not None:
             loop.add_signal_handler(signal.SIGHUP, loop.run_in_executor, None, self._context.api_keys.reload)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])  # the supervisor starts this process so
         serving = asyncio.create_task(self._server.serve(sockets))
-        announcing = asyncio.create_task(announce(self._context, url(sockets[0])))
+        announcing = asyncio.create_task(announce(self._context, address))
         events = [asyncio.create_task(event.wait()) for event in (self._terminated, self._client.died)]
         talking = [] if self._channel is None else [asyncio.create_task(self._talk_to_supervisor(self._channel))]
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
@@ -319,57 +343,6 @@ class Lifecycle:
 
 async def _finish(requests: set[asyncio.Task[None]]) -> None:
     await asyncio.wait(requests)
-
-
-def bind(host: str, port: int) -> list[socket.socket]:
-    """Return a listening socket for each address of the host, all with the same port (0 chooses a free one).
-
-    Raises OSError with a message for the user.
-    """
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}: {error.strerror}") from error
-    sockets: list[socket.socket] = []
-    missing: OSError | None = None
-    for family, _, _, _, address in addresses:
-        chosen_port = port or (sockets[0].getsockname()[1] if sockets else 0)
-        try:
-            sockets.append(_bind_one(family, (address[0], chosen_port, *address[2:])))
-        except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # for example, no IPv6
-                _close(sockets)
-                hint = " (--port 0 selects a free one)" if error.errno == errno.EADDRINUSE else ""
-                raise OSError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}{hint}") from error
-            missing = error
-    if not sockets:
-        raise OSError(f"cannot listen on {host}: this machine has no such address") from missing
-    return sockets
-
-
-def _bind_one(family: int, address: tuple[str | int, ...]) -> socket.socket:
-    # asyncio disables Nagle's algorithm, which delays small writes by up to 40 ms, only if the protocol is explicit.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _close(sockets: list[socket.socket]) -> None:
-    for listener in sockets:
-        listener.close()
-
-
-def url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def raise_file_limit() -> int:

@@ -13,7 +13,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class RunningServer(msgspec.Struct, frozen=True, kw_only=True):
-    url: str
+    url: str  # begins with http:// or https://, or with unix: if it is the path of a socket
     model: str
 
 

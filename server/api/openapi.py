@@ -244,7 +244,9 @@ def install_document(app: FastAPI, model: str, *, needs_key: bool) -> None:
 
 def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any]:
     version = importlib.metadata.version("lightwell")
-    document = get_openapi(title="Lightwell", version=version, description=DESCRIPTION, routes=app.routes)
+    document = get_openapi(
+        title="Lightwell", version=version, description=DESCRIPTION, routes=app.routes, servers=app.servers
+    )
     types = [type for operation in OPERATIONS.values() for type in operation.types]
     template = "#/components/schemas/" + PREFIX + "{name}"
     schemas, components = msgspec.json.schema_components(

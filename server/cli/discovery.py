@@ -20,7 +20,8 @@ def find_server() -> str:
     Without one, any server at the default port is taken. It is named on standard error, since it will get the user's
     key; so is every server that is not the only one and at the default port. No key is sent here. Raises RemoteError.
     """
-    servers = {server.url: server.model for server in registered_servers() if accepts_connections(server.url)}
+    registered = [server for server in registered_servers() if not server.url.startswith("unix:")]
+    servers = {server.url: server.model for server in registered if accepts_connections(server.url)}
     url = DEFAULT_URL if DEFAULT_URL in servers else next(iter(servers), DEFAULT_URL)
     is_silent = list(servers) == [DEFAULT_URL]
     if DEFAULT_URL not in servers and is_model_server(DEFAULT_URL):

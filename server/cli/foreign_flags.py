@@ -74,7 +74,9 @@ _SERVE: Mapping[str, str] = {
     ),
     "-n --predict --n-predict": "--default-max-tokens limits requests that set no limit",
     "--mmproj -mm --limit-mm-per-prompt": "images and audio are not supported",
-    "--ssl-keyfile --ssl-certfile --ssl-key-file --ssl-cert-file --root-path --api-prefix": _PROXY,
+    "--ssl-key-file --ssl-cert-file": "--ssl-certfile and --ssl-keyfile are the files of a certificate and its key",
+    "--ssl-ca-certs --ssl-cert-reqs": _PROXY,
+    "--api-prefix": "--root-path is the prefix of all paths",
     "--api-key-file": "set LIGHTWELL_API_KEY in the environment, or api-key in the file of --config",
     "--allowed-methods --allowed-headers --allow-credentials": "--allowed-origins is enough for web pages",
     "--disable-log-requests --disable-log-stats --disable-uvicorn-access-log": "--log-level warning leaves out a line "

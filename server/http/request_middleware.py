@@ -47,6 +47,19 @@ class RequestMiddleware:
         await _RequestRecord(scope, self._metrics).run(self._app, receive, send)
 
 
+class RootPathMiddleware:
+    """Removes a prefix from paths, since a proxy may have left it there: all other code sees paths without it."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and f"{scope['path']}/".startswith(f"{self._root_path}/"):
+            scope["path"] = scope["path"].removeprefix(self._root_path) or "/"
+        await self._app(scope, receive, send)
+
+
 class _RequestRecord:
     """One request: runs it, and records its status and duration."""
 

@@ -111,11 +111,14 @@ def _from_flags(flags: Mapping[str, object]) -> Iterator[tuple[str, object, str]
 
 
 def _check(settings: Settings) -> None:
-    if not (is_loopback(settings.host) or settings.needs_key or settings.allow_unauthenticated):
+    is_local = settings.uds is not None or is_loopback(settings.host)
+    if not (is_local or settings.needs_key or settings.allow_unauthenticated):
         raise SettingsError(
             f"--host {settings.host} is reachable from other machines: "
             "set --api-key, or --allow-unauthenticated if everyone may use this server"
         )
+    if settings.ssl_keyfile is not None and settings.ssl_certfile is None:
+        raise SettingsError("--ssl-keyfile: set --ssl-certfile too, the file of its certificate")
     check_adapter_names(settings, settings.served_model_name)
     if len(settings.lora_modules) > settings.max_loras:
         raise SettingsError(

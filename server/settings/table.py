@@ -22,6 +22,7 @@ from server.settings.value_types import (
     int_choice,
     integer,
     named_paths,
+    networks,
     number,
     pattern,
     seconds,
@@ -122,6 +123,44 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
         ),
     ] = "127.0.0.1"
     port: Annotated[int, Setting(_API, integer(0, 65535), "Port to listen on; 0 selects a free port.")] = 8000
+    uds: Annotated[
+        str | None,
+        Setting(
+            _API,
+            text("PATH"),
+            "UNIX socket to listen on, instead of --host and --port. The user and the group of the server may connect.",
+        ),
+    ] = None
+    ssl_certfile: Annotated[
+        str | None,
+        Setting(
+            _API,
+            text("FILE"),
+            "Certificate chain in PEM format: the server speaks HTTPS. It is read again when the file changes, without "
+            "a restart.",
+        ),
+    ] = None
+    ssl_keyfile: Annotated[
+        str | None,
+        Setting(_API, text("FILE"), "Private key of --ssl-certfile, not encrypted. Unset: it is in the same file."),
+    ] = None
+    root_path: Annotated[
+        str,
+        Setting(
+            _API,
+            pattern("a path such as /llm", r"(/[\w.~-]+)+", "PATH"),
+            "Prefix of all paths, as clients see them. A proxy in front may remove it or leave it.",
+        ),
+    ] = ""
+    forwarded_allow_ips: Annotated[
+        tuple[str, ...],
+        Setting(
+            _API,
+            networks("ADDRESS"),
+            "Address or network of a proxy whose X-Forwarded-For names the client; * trusts every peer, also on a UNIX "
+            "socket. Can be repeated.",
+        ),
+    ] = ()
     served_model_name: Annotated[
         tuple[str, ...],
         Setting(

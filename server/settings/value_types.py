@@ -4,6 +4,7 @@ A parser accepts text (from flags and the environment) and the value that YAML r
 """
 
 import dataclasses
+import ipaddress
 import math
 import re
 from collections.abc import Callable
@@ -155,6 +156,16 @@ def pattern(expected: str, regex: str, metavar: str, *, is_list: bool = False) -
         return tuple(parse_one(item) for item in _texts(value))
 
     return ValueType(expected, parse_all if is_list else parse_one, metavar, is_list)
+
+
+def networks(metavar: str) -> ValueType:
+    """Return the type of a list of addresses and networks, or `*` for all."""
+
+    def parse(value: object) -> tuple[str, ...]:
+        items = _texts(value)
+        return items if items == ("*",) else tuple(str(ipaddress.ip_network(item, strict=False)) for item in items)
+
+    return ValueType("an address such as 10.0.0.1, a network such as 10.0.0.0/8, or *", parse, metavar, is_list=True)
 
 
 class _NamedPath(msgspec.Struct, forbid_unknown_fields=True):

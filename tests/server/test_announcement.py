@@ -29,6 +29,13 @@ def test_the_default_port_needs_no_url(model_folder: Path, tmp_path: Path) -> No
     assert first_steps(context, "http://127.0.0.1:1")["chat"] == "lightwell chat --url http://127.0.0.1:1"
 
 
+def test_a_unix_socket_is_called_by_its_path(model_folder: Path) -> None:
+    steps = first_steps(make_test_context("ipc:///nowhere", model_folder), client_url("unix:/a b/lw.sock"))
+    assert steps.keys() == {"base_url", "curl"}
+    assert steps["base_url"] == "unix:/a b/lw.sock"
+    assert str(steps["curl"]).startswith("curl --unix-socket '/a b/lw.sock' http://localhost/v1/")
+
+
 def test_a_key_is_named_but_not_shown(model_folder: Path, tmp_path: Path) -> None:
     """Not as a variable either: the key may come from a flag or a file, and the commands run in another shell."""
     (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -31,15 +32,18 @@ from server.engine_client.supervisor_channel import (
     Heartbeat,
     make_channel,
 )
-from server.main import Lifecycle, bind, make_context, raise_file_limit, run, url
+from server.http.listeners import bind, url
+from server.main import Lifecycle, make_context, raise_file_limit, run
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
 from tests.support.clients import write_adapter
 from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
+from tests.support.paths import ROOT
 from tests.support.serving import check_envelope, check_error, wait_until
 
 COMMAND = [sys.executable, "-m", "server.main"]
 MAX_RSS = 150 << 20
+TLS = ROOT / "tests/support/tls"
 
 
 @dataclass
@@ -399,6 +403,44 @@ def test_the_log_of_the_start_ends_with_what_to_do_next(
     assert list(folder.iterdir()) == []
 
 
+def test_a_unix_socket(start_api: StartApi, tmp_path: Path) -> None:
+    """The server is announced with it, the curl command works, and the file is removed at the end."""
+    path = tmp_path / "lw.sock"
+    environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    api = start_api(uds=str(path), log_format="json", wait_ready=False, environment=environment)
+    wait_until(lambda: "base_url" in api.log.read_text(), 20)
+    (record,) = [record for record in map(json.loads, api.log.read_text().splitlines()) if "base_url" in record]
+    assert record["base_url"] == f"unix:{path}"
+    done = subprocess.run(["sh", "-c", record["curl"]], capture_output=True, text=True, timeout=20, check=True)
+    assert json.loads(done.stdout)["choices"][0]["text"] == "Hello, world!"
+    (file,) = (tmp_path / "lightwell").iterdir()
+    assert json.loads(file.read_bytes())["url"] == f"unix:{path}"
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://llm.example.org") as client:
+        assert client.get("/v1/models").status_code == 200  # as a proxy passes the name on
+    api.process.terminate()
+    assert api.wait(3) == 0
+    assert not path.exists()
+
+
+def test_a_certificate(start_api: StartApi) -> None:
+    files = {"ssl_certfile": str(TLS / "one.crt"), "ssl_keyfile": str(TLS / "one.key")}
+    api = start_api(**files, log_format="json", wait_ready=False)
+    url = api.url.replace("http:", "https:")
+    wait_until(lambda: "base_url" in api.log.read_text(), 20)
+    assert f'"base_url":"{url}/v1"' in api.log.read_text().replace(": ", ":")
+    assert httpx.get(f"{url}/healthz", verify=ssl.create_default_context(cafile=TLS / "one.crt")).status_code == 200
+    api.process.terminate()
+    assert api.wait(3) == 0
+
+
+def test_a_wrong_certificate_is_one_line(start_api: StartApi) -> None:
+    files = {"ssl_certfile": str(TLS / "one.crt"), "ssl_keyfile": str(TLS / "two.key")}
+    api = start_api(**files, wait_ready=False)
+    assert api.wait(20) == 1
+    (line,) = api.log.read_text().splitlines()
+    assert line.endswith(f"--ssl-keyfile {files['ssl_keyfile']}: the private key does not belong to the certificate")
+
+
 def test_a_port_in_use_is_one_line(model_folder: Path, address: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -616,7 +658,7 @@ def test_wrong_lists_do_not_delay_others(start_api: StartApi) -> None:
 def test_a_failure_of_the_running_server_is_logged_with_its_traceback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, model_folder: Path, address: str
 ) -> None:
-    async def fail(lifecycle: Lifecycle, sockets: list[socket.socket]) -> int:
+    async def fail(lifecycle: Lifecycle, sockets: list[socket.socket], address: str) -> int:
         for each in sockets:
             each.close()
         raise ValueError("a bug")

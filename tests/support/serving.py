@@ -6,7 +6,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from fastapi import FastAPI
 from server.api.responses.store import ResponseStore
 from server.app import create_app
 from server.context import ServerContext
+from server.http.certificate import Certificate
+from server.http.listeners import bind, url
 from server.http.protocol import HTTPProtocol
-from server.main import bind, make_context, make_server, url
+from server.main import make_context, make_server
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
@@ -94,10 +96,18 @@ def running_server(
     wait_ready: bool = True,
     max_connections: int = 256,
     protocol: type[HTTPProtocol] = HTTPProtocol,
+    certificate: Certificate | None = None,
+    forwarded_allow_ips: Sequence[str] = (),
 ) -> Iterator[RunningServer]:
     """Run a server for `context` in a thread. `app` replaces the application that `create_app` would create."""
     app = app or create_app(context)
-    server = make_server(app, max_connections=max_connections, protocol=protocol)
+    server = make_server(
+        app,
+        max_connections=max_connections,
+        protocol=protocol,
+        certificate=certificate,
+        forwarded_allow_ips=forwarded_allow_ips,
+    )
     sockets = bind("127.0.0.1", 0)
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -111,7 +121,7 @@ def running_server(
         wait_until(lambda: server.started)
         if wait_ready:
             wait_until(lambda: context.client.is_ready)
-        yield RunningServer(url(sockets[0]), app, context, engine)
+        yield RunningServer(url(sockets[0], is_tls=certificate is not None), app, context, engine)
     finally:
         loops[0].call_soon_threadsafe(server.stop)
         thread.join(timeout=10)

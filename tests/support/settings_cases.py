@@ -21,6 +21,11 @@ VALID: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
     ),
     "host": (("localhost", "localhost"), ("::1", "::1")),
     "port": (("0", 0), ("65535", 65535)),
+    "uds": (("/run/lw.sock", "/run/lw.sock"), ("lw.sock", "lw.sock")),
+    "ssl_certfile": (("/a/b.pem", "/a/b.pem"), ("c.pem", "c.pem")),
+    "ssl_keyfile": (("/a/b.key", "/a/b.key"), ("c.key", "c.key")),
+    "root_path": (("/llm", "/llm"), ("/a/b-c", "/a/b-c")),
+    "forwarded_allow_ips": (("10.1.2.3/8", ("10.0.0.0/8",)), ("*", ("*",))),
     "api_key": (("sk-one", ("sk-one",)), ("sk two", ("sk two",))),
     "api_keys_file": (("/a/keys.yaml", "/a/keys.yaml"), ("b.json", "b.json")),
     "one_tenant": (("true", True), ("yes", True)),
@@ -68,6 +73,11 @@ VALID: dict[str, tuple[tuple[str, Any], tuple[str, Any]]] = {
 }
 # For each setting: texts that are rejected.
 INVALID: dict[str, list[str]] = {
+    "uds": ["", "a\nb"],
+    "ssl_certfile": [""],
+    "ssl_keyfile": [""],
+    "root_path": ["llm", "/", "/llm/", "/a b", "/a?b"],
+    "forwarded_allow_ips": ["proxy", "10.0.0.256", "10.0.0.0/33", ""],
     "model": ["", " ", "a\nb"],
     "device": ["gpu", "cuda:", "CPU"],
     "dtype": ["fp16", ""],

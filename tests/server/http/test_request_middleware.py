@@ -162,3 +162,44 @@ def test_retries_are_counted(server: RunningServer, value: str, expected: int) -
     httpx.get(server.url + "/health", headers=headers)
     wait_until(lambda: server.metric("http_request_duration_seconds_count", handler="/health", method="GET"))
     assert server.metric("lightwell_retried_requests_total") == expected
+
+
+@pytest.mark.checklist("B03")
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_paths_may_have_the_prefix_of_a_proxy(start_server: StartServer, prefix: str) -> None:
+    """A proxy may remove it or not; either way the rest of the path decides, also which paths need a key."""
+    server = start_server(root_path="/llm", api_key=("k",))
+    with httpx.Client(base_url=server.url + prefix) as client:
+        for path in ("/", "/docs", "/assets/index.js", "/healthz"):
+            assert client.get(path).status_code == 200, path
+        assert [client.get(path).status_code for path in ("/v1/models", "/llmv1/models")] == [401, 401]
+        client.headers["authorization"] = "Bearer k"
+        assert client.get("/v1/models").status_code == 200
+        assert client.get("/llmv1/models").status_code == 404
+        assert client.get("/openapi.json").json()["servers"] == [{"url": "/llm"}]
+        assert client.post("/v1/messages", json={}).json()["type"] == "error"  # Anthropic's envelope, by the path
+
+
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "client"),
+    [
+        ((), "10.1.1.1", "127.0.0.1"),
+        (("127.0.0.0/8",), "10.1.1.1", "10.1.1.1"),
+        (("127.0.0.0/8",), "6.6.6.6, 10.1.1.1", "10.1.1.1"),  # the first one is what the client claims
+        (("127.0.0.0/8", "10.1.0.0/16"), "6.6.6.6, 9.9.9.9, 10.1.1.1", "9.9.9.9"),
+        (("10.0.0.0/8",), "10.1.1.1", "127.0.0.1"),
+        (("*",), "10.1.1.1", "10.1.1.1"),
+    ],
+)
+def test_only_trusted_proxies_name_the_client(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture, trusted: tuple[str, ...], forwarded: str, client: str
+) -> None:
+    """In the log, and as the tenant."""
+    caplog.set_level(logging.INFO)
+    server = start_server(server={"forwarded_allow_ips": trusted})
+    body = {"model": "tiny", "prompt": "x"}
+    headers = {"x-forwarded-for": forwarded}
+    assert httpx.post(server.url + "/v1/completions", json=body, headers=headers).status_code == 200
+    assert server.engine.submits[-1].tenant == client
+    (record,) = [record for record in caplog.records if record.name == "server.access"]
+    assert record.__dict__["fields"]["client"] == client

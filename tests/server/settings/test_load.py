@@ -50,6 +50,15 @@ def test_yaml_values_need_no_quotes(tmp_path: Path, name: str, text: str, value:
     assert getattr(load_settings(config=write(tmp_path, f"{name}: {plain}\n")), name) == value
 
 
+def test_a_unix_socket_needs_no_key() -> None:
+    load_settings({"host": "0.0.0.0", "uds": "lw.sock"})
+
+
+def test_a_private_key_needs_a_certificate() -> None:
+    with pytest.raises(SettingsError, match="--ssl-keyfile: set --ssl-certfile too"):
+        load_settings({"ssl_keyfile": "a.key"})
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_flag_before_environment_before_file_before_default(tmp_path: Path, name: str) -> None:
     setting = SETTINGS[name]
