@@ -44,9 +44,7 @@ from server.engine_client.supervisor_channel import (
     EngineStarted,
     Heartbeat,
 )
-from server.http.certificate import Certificate
 from server.http.errors import EngineUnavailableError
-from server.http.listeners import BACKLOG, listening, url
 from server.http.protocol import HTTPProtocol
 from server.metrics import Metrics
 from server.recordings import Recordings
@@ -54,6 +52,8 @@ from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
+from server.sockets.certificate import Certificate
+from server.sockets.listeners import BACKLOG, listening, url
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
 from server.text.tokenizer import Tokenizer
 

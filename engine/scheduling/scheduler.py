@@ -40,6 +40,26 @@ def _adapter_names(requests: Iterable[Request]) -> list[str]:
     return sorted({request.lora_name for request in requests if request.lora_name})
 
 
+def _new_event(request: Request) -> TokenEvent:
+    """Return an event without tokens. The first one of a request says how many tokens were cached."""
+    event = TokenEvent(request_id=request.request_id, index=request.index)
+    if request.num_output_tokens == 0:
+        event.num_cached_tokens = request.record.num_cached_tokens
+    return event
+
+
+def _record_first_schedule(request: Request, stats: EngineStats) -> None:
+    """Record and count that a request begins, with its cached tokens already computed."""
+    num_cached = request.kv.num_computed
+    request.record.scheduled = time.monotonic()
+    request.record.num_cached_tokens = num_cached
+    stats.prompt_tokens_total += request.num_prompt_tokens
+    stats.prompt_tokens_cached_total += num_cached
+    if not request.reads_all_rows:
+        stats.prefix_cache_queries_total += request.num_prompt_tokens
+        stats.prefix_cache_hits_total += num_cached
+
+
 @dataclass(slots=True)
 class StepInProgress:
     """A step that is being scheduled."""
@@ -221,19 +241,10 @@ class Scheduler:
         self.running.add(request)
         request.status = Status.RUNNING
         if request.record.scheduled is None:
-            self._record_first_schedule(request, request.kv.num_computed)
+            _record_first_schedule(request, self.stats)
         else:
             request.record.resumptions.append(time.monotonic())
         return True
-
-    def _record_first_schedule(self, request: Request, num_cached: int) -> None:
-        request.record.scheduled = time.monotonic()
-        request.record.num_cached_tokens = num_cached
-        self.stats.prompt_tokens_total += request.num_prompt_tokens
-        self.stats.prompt_tokens_cached_total += num_cached
-        if not request.reads_all_rows:
-            self.stats.prefix_cache_queries_total += request.num_prompt_tokens
-            self.stats.prefix_cache_hits_total += num_cached
 
     def _advance(self, request: Request, num_tokens: int) -> Scheduled:
         """Count the next `num_tokens` tokens as computed, and return them as a part of the step."""
@@ -241,7 +252,7 @@ class Scheduler:
         is_ahead = start == request.num_tokens
         kv.num_computed += num_tokens
         num_samples = int(kv.num_computed == request.num_target_tokens)
-        if num_samples and not self._is_last(request):
+        if num_samples and not self.sequences.ends_next(request):
             kv.num_expected = kv.num_computed + 1
         if num_tokens > 1 or start < request.num_prompt_tokens:
             request.record.chunks.append(ChunkRecord(self.stats.steps_total + 1, start, num_tokens))
@@ -249,11 +260,6 @@ class Scheduler:
         if request.needs_prompt_logprobs:  # a token's row gives the log probability of the next token
             num_prompt_logprobs = max(0, min(kv.num_computed, request.num_prompt_tokens - 1) - start)
         return Scheduled(request, start, num_tokens, num_samples, num_prompt_logprobs, is_ahead=is_ahead)
-
-    def _is_last(self, request: Request) -> bool:
-        """Return whether the token sampled after `num_computed` tokens reaches a length limit."""
-        num_tokens = request.kv.num_computed + 1
-        return num_tokens >= min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
 
     # A step that has failed.
 
@@ -303,7 +309,7 @@ class Scheduler:
             self.budget.add_failure(step.num_tokens, len(requests) - 1)
         else:
             self.budget.set_limit(self.budget.max_num_rows)  # it was not for the others that memory was short
-            event = self._new_event(requests[0])
+            event = _new_event(requests[0])
             event.error = "the device has too little memory for this request"
             return [self._end(requests[0], event, FinishReason.ERROR)]
         return []
@@ -326,7 +332,7 @@ class Scheduler:
         if output.error is not None and item.draft_token_ids:
             self.drafting.retry_without_draft(item)
             return None
-        event = self._new_event(request)
+        event = _new_event(request)
         if output.error is not None:
             return self._fault(step, item, output.error)
         savepoint = request.savepoint()
@@ -355,17 +361,10 @@ class Scheduler:
         if len(step.scheduled) > 1:
             step.faults.append(item)
             return None
-        event = self._new_event(item.request)
+        event = _new_event(item.request)
         event.error = error
         self.pool.unpublish(item.request.kv.blocks)
         return self._end(item.request, event, FinishReason.ERROR)
-
-    def _new_event(self, request: Request) -> TokenEvent:
-        """Return an event without tokens. The first one of a request says how many tokens were cached."""
-        event = TokenEvent(request_id=request.request_id, index=request.index)
-        if request.num_output_tokens == 0:
-            event.num_cached_tokens = request.record.num_cached_tokens
-        return event
 
     def _complete_prompt(self, request: Request, event: TokenEvent) -> None:
         """Report the results of the prompt, and queue the children."""
@@ -392,7 +391,8 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         else:
-            self._parent(request).children.remove(request)
+            parent = next(other for other in self.requests() if request in other.children)
+            parent.children.remove(request)
         if request.children:  # its prompt is not computed yet
             new_parent, *children = request.children
             new_parent.children, request.children = children, []
@@ -405,14 +405,11 @@ class Scheduler:
         request.record.finish_reason = reason.value
         self.recorder.add_request(request.record)
 
-    def _parent(self, request: Request) -> Request:
-        return next(other for other in self.requests() if request in other.children)
-
     def current_stats(self) -> EngineStats:
         """Return the counters, with the gauges brought up to date."""
         self.stats.num_running = len(self.running)
-        self.stats.num_waiting = sum(1 + len(request.children) for request in self.waiting)
-        self.stats.num_waiting += sum(len(request.children) for request in self.running)
+        num_children = sum(len(request.children) for request in (*self.running, *self.waiting))
+        self.stats.num_waiting = len(self.waiting) + num_children
         self.stats.num_blocks_used = self.pool.num_used
         self.stats.running_adapters = _adapter_names(self.running)
         self.stats.waiting_adapters = _adapter_names(self.waiting)

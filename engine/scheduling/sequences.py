@@ -15,6 +15,11 @@ class Sequences:
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
 
+    def ends_next(self, request: Request) -> bool:
+        """Return whether the token sampled after `num_computed` tokens reaches a length limit."""
+        num_tokens = request.kv.num_computed + 1
+        return num_tokens >= min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
+
     def extend(self, item: Scheduled, output: ScheduledOutput, event: TokenEvent) -> FinishReason | None:
         """Add outputs to a request and to its event, and return why they end it, or None.
 

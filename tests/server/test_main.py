@@ -32,10 +32,10 @@ from server.engine_client.supervisor_channel import (
     Heartbeat,
     make_channel,
 )
-from server.http.listeners import bind, url
 from server.main import Lifecycle, make_context, raise_file_limit, run
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
+from server.sockets.listeners import bind, url
 from tests.support.clients import write_adapter
 from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess
 from tests.support.paths import ROOT

@@ -17,12 +17,12 @@ from fastapi import FastAPI
 from server.api.responses.store import ResponseStore
 from server.app import create_app
 from server.context import ServerContext
-from server.http.certificate import Certificate
-from server.http.listeners import bind, url
 from server.http.protocol import HTTPProtocol
 from server.main import make_context, make_server
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
+from server.sockets.certificate import Certificate
+from server.sockets.listeners import bind, url
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig
 
 MODEL_NAMES = ("tiny", "org/tiny")

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.http.certificate import Certificate
+from server.sockets.certificate import Certificate
 from tests.server.conftest import StartServer
 from tests.support.paths import ROOT
 from tests.support.serving import wait_until

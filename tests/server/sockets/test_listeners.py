@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.http.listeners import bind_unix, listening, url
+from server.sockets.listeners import bind_unix, listening, url
 
 
 @pytest.fixture
