@@ -79,7 +79,11 @@ class ServerProcess:
         return self._child("server.main")
 
     def _child(self, module: str) -> psutil.Process:
-        (child,) = (each for each in self.family[1:] if module in each.cmdline())
+        children = []
+        for each in self.family[1:]:
+            with suppress(psutil.NoSuchProcess):  # such as the process of a chat template, which has ended
+                children += [each] if module in each.cmdline() else []
+        (child,) = children
         return child
 
     # Requests.

@@ -74,7 +74,8 @@ def report(folder: Path, config: dict[str, Any], num_ready: int) -> None:
     channel = Channel.from_fd(config["supervisor_fd"])
     engines = [config["engine_pid"]]
     while True:
-        (folder / "engines").write_text(" ".join(map(str, engines)))
+        (folder / "engines.tmp").write_text(" ".join(map(str, engines)))
+        (folder / "engines.tmp").rename(folder / "engines")
         channel.send(Heartbeat(engines[-1] if len(engines) <= num_ready else 0))
         select.select([channel], [], [], HEARTBEAT_SECONDS)
         for message in channel.receive():
