@@ -72,7 +72,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
         BodyMiddleware, max_body_size=settings.max_body_size, max_buffered_bytes=settings.max_buffered_bytes
     )
     app.add_middleware(LimitsMiddleware)
-    app.add_middleware(AuthMiddleware, keys=context.api_keys)
+    app.add_middleware(AuthMiddleware, keys=context.api_keys, public_metrics=settings.public_metrics)
     app.add_middleware(CrossOriginMiddleware, origins=settings.allowed_origins)
     if settings.uds is None and is_loopback(settings.host):  # web pages cannot reach a UNIX socket
         app.add_middleware(HostMiddleware, hosts=[settings.host], origins=settings.allowed_origins)

@@ -24,6 +24,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0  # its share of the engine, relative to that of others
     owner: str = EVERYBODY  # of what its requests leave behind: its name if it has a key
     has_own_cache: bool = False
+    is_admin: bool = False  # may load adapters, and see metrics and the usage of all
     has_negative_priority: bool = False  # its requests may go before those of others
     limits: Limits = Limits()
     account: Account = msgspec.field(default_factory=Account)  # what it has used
@@ -41,7 +42,7 @@ ANYBODY = Tenant(name="")  # of work that no client has asked for
 
 def tenant_of_address(scope: Scope, account: Account) -> Tenant:
     """Return the tenant of a request to a server without keys. All have one account."""
-    return Tenant(name=(scope.get("client") or ("",))[0], has_negative_priority=True, account=account)
+    return Tenant(name=(scope.get("client") or ("",))[0], is_admin=True, has_negative_priority=True, account=account)
 
 
 def get_tenant(request: Request) -> Tenant:

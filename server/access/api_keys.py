@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ApiKeys:
-    """The tenants by the SHA-256 of their keys, from --api-key and --api-keys-file. No key is kept."""
+    """The tenants by the SHA-256 of their keys, from --api-key, --admin-key and --api-keys-file. No key is kept."""
 
     def __init__(self, settings: Settings) -> None:
         """Read the keys file, if there is one. Raises SettingsError."""
@@ -82,19 +82,36 @@ def _read(settings: Settings) -> list[tuple[bytes, Tenant]]:
     path = Path(settings.api_keys_file).expanduser()
     for digest, tenant in read_keys_file(path, has_own_cache=settings.isolate_keys):
         if digest in keys:
-            raise SettingsError(f"{path}: {tenant.name}: a key is one of --api-key, too")
+            raise SettingsError(f"{path}: {tenant.name}: a key is one of --api-key or --admin-key, too")
         keys[digest] = tenant
     return list(keys.items())
 
 
 def _plain_keys(settings: Settings) -> Iterator[tuple[bytes, Tenant]]:
-    """Yield the tenants of --api-key: one for each key, or one for all."""
+    """Yield the tenants of --api-key, one for each key or one for all, and of --admin-key."""
+    is_alone = _is_alone(settings)
     for number, key in enumerate(dict.fromkeys(settings.api_key), 1):
         name = "key-1" if settings.one_tenant else f"key-{number}"
-        tenant = Tenant(
-            name=name, owner=name, has_own_cache=settings.isolate_keys, has_negative_priority=_is_alone(settings)
-        )
-        yield hashlib.sha256(key.encode()).digest(), tenant
+        is_admin = is_alone and settings.admin_key is None
+        yield _digest(key), _make_tenant(settings, name, is_admin=is_admin, has_negative_priority=is_alone)
+    if settings.admin_key is not None:
+        if settings.admin_key in settings.api_key:
+            raise SettingsError("--admin-key is one of --api-key, too")
+        yield _digest(settings.admin_key), _make_tenant(settings, "admin", is_admin=True, has_negative_priority=True)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _make_tenant(settings: Settings, name: str, *, is_admin: bool, has_negative_priority: bool) -> Tenant:
+    return Tenant(
+        name=name,
+        owner=name,
+        has_own_cache=settings.isolate_keys,
+        is_admin=is_admin,
+        has_negative_priority=has_negative_priority,
+    )
 
 
 def _is_alone(settings: Settings) -> bool:

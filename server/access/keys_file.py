@@ -24,13 +24,14 @@ from server.tenants import Tenant
 MAX_FILE_SIZE = 4 << 20  # bytes
 MAX_KEYS = 4096  # each request's key is compared with all of them
 _NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
-_RESERVED_NAME = re.compile(r"key-\d+")  # of --api-key
+_RESERVED_NAME = re.compile(r"key-\d+|admin")  # of --api-key and --admin-key
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})")
 
 KEYS = "keys"
 LIMITS: Mapping[str, ValueType] = {name.replace("_", "-"): integer(1, 10**12) for name in Limits.__struct_fields__}
 FIELDS: Mapping[str, ValueType] = {
     "weight": number(0.01, 100),
+    "admin": BOOLEAN,
     "negative-priority": BOOLEAN,
     **LIMITS,
 }
@@ -56,8 +57,8 @@ def read_keys_file(path: Path, *, has_own_cache: bool) -> list[tuple[bytes, Tena
         if not isinstance(name, str) or not _NAME.fullmatch(name) or _RESERVED_NAME.fullmatch(name):
             number = 1 + list(document).index(name)
             raise SettingsError(
-                f"{path}: tenant {number}: expected a name of 1 to 64 letters, digits and _.@- other than key-1, key-2 "
-                "and so on"
+                f"{path}: tenant {number}: expected a name of 1 to 64 letters, digits and _.@- other than admin, "
+                "key-1, key-2 and so on"
             )
         _add_tenant(f"{path}: {name}", name, fields, by_digest, has_own_cache=has_own_cache)
     return list(by_digest.items())
@@ -95,7 +96,8 @@ def _add_tenant(where: str, name: str, fields: object, by_digest: dict[bytes, Te
         owner=name,
         has_own_cache=has_own_cache,
         weight=parsed.get("weight", 1.0),
-        has_negative_priority=parsed.get("negative-priority", False),
+        is_admin=parsed.get("admin", False),
+        has_negative_priority=parsed.get("negative-priority", parsed.get("admin", False)),
         limits=Limits(**{field.replace("-", "_"): value for field, value in parsed.items() if field in LIMITS}),
     )
     for digest in _digests(f"{where}: {KEYS}", values.get(KEYS)):

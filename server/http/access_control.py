@@ -1,19 +1,21 @@
 """Middleware that rejects requests by their Host, Origin or API key."""
 
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.access.api_keys import ApiKeys
 from server.http.errors import APIError, BadRequestError, ForbiddenError, UnauthorizedError, clip
-from server.tenants import ANYBODY, TENANT, Tenant, tenant_of_address
+from server.tenants import ANYBODY, TENANT, Tenant, get_tenant, tenant_of_address
 
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/healthz", "/readyz"})  # no API key required
+METRICS = "/metrics"
 ASSETS = "/assets/"  # nor for files of pages
 EXPOSED_HEADERS = (
     "x-request-id",
@@ -116,8 +118,9 @@ class AuthMiddleware:
     The key is read from `Authorization: Bearer` or from Anthropic's `x-api-key`. The path is the one that routing uses.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, *, public_metrics: bool) -> None:
         self._app = app
+        self._open_paths = OPEN_PATHS | ({METRICS} if public_metrics else set())
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,7 +136,7 @@ class AuthMiddleware:
         """Return the tenant of a request, or None if the request needs a key and has none that is valid."""
         if not self._keys.are_required:
             return tenant_of_address(scope, self._keys.everybody)
-        if is_open(scope):
+        if is_open(scope, self._open_paths):
             return ANYBODY
         found = [self._keys.find(key) for key in _keys_of(scope)]
         return next((tenant for tenant in found if tenant is not None), None)
@@ -148,10 +151,16 @@ def _unauthorized(scope: Scope) -> UnauthorizedError:
     return UnauthorizedError(key_given=bool(_keys_of(scope)), scheme_missing=has_other_scheme(scope["headers"]))
 
 
-def is_open(scope: Scope) -> bool:
+def is_open(scope: Scope, paths: Collection[str] = OPEN_PATHS) -> bool:
     """Return whether a request needs no API key: it reads a probe or a page, which hold no data."""
     path = scope["path"]
-    return scope["method"] in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(ASSETS))
+    return scope["method"] in ("GET", "HEAD") and (path in paths or path.startswith(ASSETS))
+
+
+def require_admin(request: Request) -> None:
+    """Raise ForbiddenError if the client's key is no admin key."""
+    if not get_tenant(request).is_admin:
+        raise ForbiddenError("This needs an admin key of the server; the key of your request is none.")
 
 
 def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

@@ -32,6 +32,17 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
             "YAML file of clients, with hashes of their keys and limits (docs/tenants.md). SIGHUP reads it again.",
         ),
     ] = None
+    admin_key: Annotated[
+        str | None,
+        Setting(
+            ACCESS,
+            text("KEY"),
+            "API key that loading of LoRA adapters, /metrics and the usage of all clients require. Unset: a single "
+            "--api-key is one, and of several none.",
+            secret=True,
+        ),
+    ] = None
+    public_metrics: Annotated[bool, Setting(ACCESS, BOOLEAN, "Serve /metrics without an API key.")] = False
     one_tenant: Annotated[
         bool,
         Setting(
@@ -65,4 +76,4 @@ class AccessSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def needs_key(self) -> bool:
         """True if requests need an API key."""
-        return bool(self.api_key) or self.api_keys_file is not None
+        return bool(self.api_key) or self.api_keys_file is not None or self.admin_key is not None

@@ -438,6 +438,7 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in self.__struct_fields__}
         shown["api_key"] = f"<{len(self.api_key)} keys>"
+        shown["admin_key"] = None if self.admin_key is None else "<a key>"
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 

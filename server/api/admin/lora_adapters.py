@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from server.api.admin.schemas import LoadAdapterRequest, UnloadAdapterRequest
 from server.context import ServerContext, get_context
 from server.generation.preamble import begin
+from server.http.access_control import require_admin
 from server.http.errors import AdapterNotFoundError, InvalidValueError, UpdatesNotAllowedError
 from server.http.json_route import StrictJSONRoute
 from server.model_paths import ModelError, resolve_adapter
@@ -58,8 +59,9 @@ async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> R
 def _begin(request: Request, body: BaseModel) -> dict[str, str]:
     """Return the headers of the answer.
 
-    Raises UpdatesNotAllowedError, BadRequestError or EngineUnavailableError.
+    Raises ForbiddenError, UpdatesNotAllowedError, BadRequestError or EngineUnavailableError.
     """
+    require_admin(request)
     context = get_context(request)
     if not context.settings.allow_runtime_lora_updating:
         raise UpdatesNotAllowedError

@@ -3,12 +3,15 @@
 from fastapi import APIRouter, Request, Response
 
 from server.context import get_context
+from server.http.access_control import require_admin
 
 router = APIRouter()
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Return the metrics for Prometheus."""
+    """Return the metrics for Prometheus. With several API keys, an admin key is required."""
+    if not get_context(request).settings.public_metrics:
+        require_admin(request)
     page, content_type = get_context(request).metrics.exposition()
     return Response(page, headers={"content-type": content_type})

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from server.api.admin.schemas import TenantUsage, UsageList
+from server.context import get_context
 from server.http.json_response import StructResponse
 from server.limits.accounts import Account, Limits
 from server.tenants import get_tenant
@@ -12,9 +13,14 @@ router = APIRouter()
 
 @router.get("/v1/usage")
 async def usage(request: Request) -> Response:
-    """Return the requests and tokens of the client's key since the start of the server, and its limits."""
-    tenant = get_tenant(request)
-    return StructResponse(UsageList(data=[_usage(tenant.owner or None, tenant.account, tenant.limits)]))
+    """Return the requests and tokens of the client's key since the start of the server, and its limits.
+
+    An admin key gets those of all keys.
+    """
+    own = get_tenant(request)
+    tenants = get_context(request).api_keys.tenants.values() if own.is_admin else ()
+    usages = [_usage(tenant.owner or None, tenant.account, tenant.limits) for tenant in tenants or (own,)]
+    return StructResponse(UsageList(data=usages))
 
 
 def _usage(name: str | None, account: Account, limits: Limits) -> TenantUsage:

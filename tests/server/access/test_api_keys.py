@@ -45,7 +45,7 @@ def test_a_file_beside_plain_keys(tmp_path: Path) -> None:
     keys = ApiKeys(Settings(api_key=KEYS, api_keys_file=str(file)))
     assert names(keys, "a", "b", "c", *KEYS, "d") == ["alice", "alice", "bob", "key-1", "key-2", None]
     file.write_text(entry("alice", "key-two"))
-    with pytest.raises(SettingsError, match=r"keys\.yaml: alice: a key is one of --api-key, too$"):
+    with pytest.raises(SettingsError, match=r"keys\.yaml: alice: a key is one of --api-key or --admin-key, too$"):
         ApiKeys(Settings(api_key=KEYS, api_keys_file=str(file)))
 
 
@@ -104,3 +104,19 @@ def test_the_last_of_several_reloads_counts(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert names(keys, str(number), "0") == ["tenant", None]
+
+
+def test_who_is_an_admin(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(entry("alice", "a").replace("}", ", admin: true}") + entry("bob", "b"))
+    for settings, expected in (
+        (Settings(api_key=("k",)), {"key-1"}),
+        (Settings(api_key=KEYS, one_tenant=True), {"key-1"}),
+        (Settings(api_key=KEYS), set()),
+        (Settings(api_key=("k",), admin_key="root"), {"admin"}),
+        (Settings(admin_key="root"), {"admin"}),
+        (Settings(api_key=("k",), api_keys_file=str(file)), {"alice"}),
+    ):
+        assert {name for name, tenant in ApiKeys(settings).tenants.items() if tenant.is_admin} == expected
+    with pytest.raises(SettingsError, match=r"^--admin-key is one of --api-key, too$"):
+        ApiKeys(Settings(api_key=KEYS, admin_key=KEYS[0]))

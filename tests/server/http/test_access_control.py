@@ -165,6 +165,50 @@ def test_keys_are_compared_in_constant_time() -> None:
     assert "break" not in source
 
 
+ADMIN_REQUESTS = [
+    ("GET", "/metrics", None),
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "sql", "lora_path": "/etc/passwd"}),
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "sql", "lora_path": "/none"}),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "sql"}),
+]
+
+
+def statuses(server: RunningServer, key: str | None) -> list[int]:
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    return [
+        httpx.request(method, server.url + path, json=body, headers=headers).status_code
+        for method, path, body in ADMIN_REQUESTS
+    ]
+
+
+def test_what_concerns_all_needs_an_admin_key(start_server: StartServer) -> None:
+    server = start_server(api_key=KEYS[:1], admin_key="root", allow_runtime_lora_updating=True)
+    assert statuses(server, "key-one") == [403] * 4
+    assert statuses(server, "root") == [200, 400, 400, 404]
+    assert statuses(server, None) == [401] * 4
+    for method, path, body in ADMIN_REQUESTS:
+        answer = httpx.request(method, server.url + path, json=body, headers={"x-api-key": "key-one"})
+        message = check_error(answer, 403)["message"]
+        assert message == "This needs an admin key of the server; the key of your request is none."
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "expected"),
+    [
+        ({}, None, [200, 400, 400, 404]),
+        ({"api_key": KEYS[:1]}, KEYS[0], [200, 400, 400, 404]),
+        ({"api_key": ("a", "b"), "one_tenant": True}, "b", [200, 400, 400, 404]),
+        ({"api_key": ("a", "b")}, "b", [403] * 4),
+        ({"api_key": ("a", "b"), "public_metrics": True}, "b", [200, 403, 403, 403]),
+        ({"api_key": ("a", "b"), "public_metrics": True}, None, [200, 401, 401, 401]),
+    ],
+)
+def test_who_is_an_admin(
+    start_server: StartServer, settings: dict[str, object], key: str | None, expected: list[int]
+) -> None:
+    assert statuses(start_server(allow_runtime_lora_updating=True, **settings), key) == expected
+
+
 # Hosts and origins.
 
 

@@ -15,7 +15,7 @@ def test_the_cases_cover_the_table() -> None:
 
 
 def test_repr_does_not_show_keys() -> None:
-    assert "sk-secret" not in repr(Settings(api_key=("sk-secret",)))
+    assert "sk-secret" not in repr(Settings(api_key=("sk-secret",), admin_key="sk-secret"))
 
 
 def test_number_of_lora_slots() -> None:

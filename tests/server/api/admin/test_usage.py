@@ -53,3 +53,15 @@ def test_usage_without_keys_is_that_of_all(start_server: StartServer) -> None:
         "limits": None,
     }
     assert b"tenant=" not in server.context.metrics.exposition()[0]
+
+
+def test_an_admin_sees_all(start_server: StartServer) -> None:
+    server = start_server(api_key=("a", "b"), admin_key="root")
+    ask(server, "a")
+    answer = httpx.get(server.url + "/v1/usage", headers={"authorization": "Bearer root"}).json()
+    assert [(entry["name"], entry["num_requests"]) for entry in answer["data"]] == [
+        ("key-1", 1),
+        ("key-2", 0),
+        ("admin", 0),
+    ]
+    assert usage(server, "b")["name"] == "key-2"
