@@ -23,7 +23,7 @@ from server.recordings import Recordings
 from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling
 from server.settings.table import Settings
-from server.tenants import get_tenant
+from server.tenants import Tenant, get_tenant
 from server.text.templates.chat_template import ChatTemplate
 from server.text.text_threads import TextThreads
 from server.text.token_sequences import SequenceBreakers
@@ -78,29 +78,28 @@ class ServerContext:
         """Run `function`, which works on the texts of a request, in a thread."""
         return await self.text_threads.run(get_tenant(request), get_text_size(request), function, *args)
 
-    @property
-    def served_models(self) -> list[ServedModel]:
-        """The base model under each of its names, then the loaded adapters."""
-        adapters = self.client.adapters.items()
+    def served_models(self, tenant: Tenant) -> list[ServedModel]:
+        """Return the base model under each of its names, then the loaded adapters that the tenant may use."""
+        adapters = [(name, adapter) for name, adapter in self.client.adapters.items() if tenant.may_use(name)]
         return [*map(ServedModel, self.model_names), *(ServedModel(name, adapter) for name, adapter in adapters)]
 
-    def find_model(self, name: str) -> ServedModel:
+    def find_model(self, name: str, tenant: Tenant) -> ServedModel:
         """Return the model or adapter with this name.
 
         Raises:
             MissingParameterError: The name is empty.
-            ModelNotFoundError: There is no such model or adapter.
+            ModelNotFoundError: There is no such model or adapter for the tenant.
             EngineUnavailableError: The adapter is loaded at start-up, and the engine is not ready yet.
         """
         if not name:
             raise MissingParameterError("model")
         if name in self.model_names:
             return ServedModel(name)
-        if name in self.client.adapters:
+        if name in self.client.adapters and tenant.may_use(name):
             return ServedModel(name, self.client.adapters[name])
-        if self.client.info is None and name in self.settings.lora_paths:
+        if self.client.info is None and name in self.settings.lora_paths and tenant.may_use(name):
             self.client.ready_info()
-        raise ModelNotFoundError(name, [model.name for model in self.served_models])
+        raise ModelNotFoundError(name, [model.name for model in self.served_models(tenant)])
 
     def system_fingerprint(self, model: ServedModel) -> str:
         """Return an id of everything outside the request that affects the output.

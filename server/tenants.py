@@ -25,9 +25,14 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     owner: str = EVERYBODY  # of what its requests leave behind: its name if it has a key
     has_own_cache: bool = False
     is_admin: bool = False  # may load adapters, and see metrics and the usage of all
+    adapters: frozenset[str] | None = None  # names of the LoRA adapters that it may see and use; None: all
     has_negative_priority: bool = False  # its requests may go before those of others
     limits: Limits = Limits()
     account: Account = msgspec.field(default_factory=Account)  # what it has used
+
+    def may_use(self, adapter: str) -> bool:
+        """Return whether a LoRA adapter, by its name, exists for the tenant. The base model, "", always does."""
+        return self.adapters is None or adapter == "" or adapter in self.adapters
 
     def salt(self, cache_salt: str) -> str:
         """Return the salt of the tenant's cached prefixes for a client's `cache_salt`.

@@ -18,7 +18,8 @@ import yaml
 from server.limits.accounts import Limits
 from server.settings.setting import SettingsError
 from server.settings.suggestions import did_you_mean
-from server.settings.value_types import BOOLEAN, ValueType, integer, number
+from server.settings.table import ADAPTER_NAME
+from server.settings.value_types import BOOLEAN, ValueType, integer, number, pattern
 from server.tenants import Tenant
 
 MAX_FILE_SIZE = 4 << 20  # bytes
@@ -32,6 +33,7 @@ LIMITS: Mapping[str, ValueType] = {name.replace("_", "-"): integer(1, 10**12) fo
 FIELDS: Mapping[str, ValueType] = {
     "weight": number(0.01, 100),
     "admin": BOOLEAN,
+    "adapters": pattern("a list of names of LoRA adapters, or *", ADAPTER_NAME + r"|\*", "NAME", is_list=True),
     "negative-priority": BOOLEAN,
     **LIMITS,
 }
@@ -91,11 +93,14 @@ def _add_tenant(where: str, name: str, fields: object, by_digest: dict[bytes, Te
     parsed = {
         field: _value(f"{where}: {field}", FIELDS[field], value) for field, value in values.items() if field != KEYS
     }
+    adapters = frozenset(parsed.get("adapters", ()))
+    sees_all = parsed.get("admin", False) or "*" in adapters
     tenant = Tenant(
         name=name,
         owner=name,
         has_own_cache=has_own_cache,
         weight=parsed.get("weight", 1.0),
+        adapters=None if sees_all else adapters,
         is_admin=parsed.get("admin", False),
         has_negative_priority=parsed.get("negative-priority", parsed.get("admin", False)),
         limits=Limits(**{field.replace("-", "_"): value for field, value in parsed.items() if field in LIMITS}),

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from server.context import ServedModel, ServerContext, get_context
 from server.http.errors import MissingParameterError, UnknownParameterError, UnsupportedParameterError, clip
 from server.schemas.generation_request import GenerationRequest
+from server.tenants import get_tenant
 
 WARNINGS = "x-lightwell-warnings"  # response header
 MAX_WARNINGS_CHARS = 1024  # length of its list of ignored parameters
@@ -171,7 +172,7 @@ def begin(request: Request, body: BaseModel, *, model: str | None, ignored: Sequ
         UnknownParameterError: a field is ignored, and the server is strict.
     """
     context = get_context(request)
-    served = ServedModel(context.model_names[0]) if model is None else context.find_model(model)
+    served = ServedModel(context.model_names[0]) if model is None else context.find_model(model, get_tenant(request))
     return Preamble(context, served, ignored_fields(body, strict=context.settings.strict, ignored=ignored))
 
 
@@ -183,7 +184,8 @@ def begin_generation(request: Request, body: GenerationRequest, *, ignored: Sequ
     context = get_context(request)
     if body.model is not None:
         return begin(request, body, model=body.model, ignored=ignored)
-    if context.settings.strict or context.settings.lora_paths or context.client.adapters:
+    adapters = {*context.settings.lora_paths, *context.client.adapters}
+    if context.settings.strict or any(map(get_tenant(request).may_use, adapters)):
         raise MissingParameterError("model")
     return replace(begin(request, body, model=None, ignored=ignored), is_model_missing=True)
 

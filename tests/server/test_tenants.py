@@ -1,5 +1,6 @@
 """Tenants over real sockets: from a key or an address to the engine, and what belongs to each of them."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from engine.shared.messages import Submit
 from server.limits.accounts import Account
 from server.tenants import EVERYBODY, Tenant, tenant_of_address
 from tests.server.conftest import StartServer
+from tests.support.clients import write_adapter
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, fresh_server, wait_until
 
@@ -180,3 +182,41 @@ NAMES = st.text(st.characters(exclude_characters="\0"), min_size=1)
 def test_no_salt_leads_to_the_cache_of_another_tenant(names: tuple[str, str], salts: tuple[str, str]) -> None:
     first, second = (Tenant(name=name, has_own_cache=True).salt(salt) for name, salt in zip(names, salts, strict=True))
     assert (first == second) is ((names[0], salts[0]) == (names[1], salts[1]))
+
+
+# LoRA adapters.
+
+
+def test_an_adapter_exists_only_for_those_who_may_use_it(
+    start_server: StartServer, fake_engine: FakeEngine, tmp_path: Path
+) -> None:
+    fake_engine.config.max_loras = 1
+    file = tmp_path / "keys.yaml"
+    grants = {"alice": "adapters: [sql]", "bob": "weight: 1", "carol": "adapters: '*'", "root": "admin: true"}
+    file.write_text(
+        "".join(f"{name}: {{keys: {hashlib.sha256(name.encode()).hexdigest()}, {grants[name]}}}\n" for name in grants)
+    )
+    server = start_server(api_keys_file=str(file), allow_runtime_lora_updating=True)
+    loaded = {"lora_name": "sql", "lora_path": str(write_adapter(tmp_path / "adapter"))}
+    assert send(server, "root", "POST", "/v1/load_lora_adapter", json=loaded).status_code == 200
+    for name in grants:
+        expected = ["tiny", "org/tiny"] + (["sql"] if name != "bob" else [])
+        models = send(server, name, "GET", "/v1/models").json()["data"]
+        assert [model["id"] for model in models] == expected
+        assert [model["root"] for model in models if model["id"] == "sql" and "/" in model["root"]] == (
+            [models[-1]["root"]] if name == "root" else []
+        )
+        tags = send(server, name, "GET", "/api/tags").json()["models"]
+        assert any(model["name"].startswith("sql") for model in tags) is (name != "bob")
+        status = send(server, name, "POST", "/v1/completions", json=REQUEST | {"model": "sql"}).status_code
+        assert status == (404 if name == "bob" else 200)
+    for path, field in (("/v1/completions", "prompt"), ("/v1/embeddings", "input"), ("/api/generate", "prompt")):
+        real, unknown = (
+            send(server, "bob", "POST", path, json={"model": model, field: "a"}).text for model in ("SQL", "NONE")
+        )
+        assert real.replace("SQL", "NONE") == unknown, path
+    unnamed = {name: value for name, value in REQUEST.items() if name != "model"}
+    assert [send(server, name, "POST", "/v1/completions", json=unnamed).status_code for name in ("alice", "bob")] == [
+        400,
+        200,
+    ]

@@ -12,6 +12,7 @@ from server.api.admin.schemas import AnthropicModel, AnthropicModelList, Model, 
 from server.context import ServedModel, ServerContext, get_context
 from server.http.errors import InvalidURLError, is_for_anthropic
 from server.http.json_response import StructResponse
+from server.tenants import Tenant, get_tenant
 
 router = APIRouter()
 
@@ -19,11 +20,11 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """List the served model and its LoRA adapters."""
-    context = get_context(request)
+    context, tenant = get_context(request), get_tenant(request)
     if is_for_anthropic(request.scope):
-        models = [_anthropic_model(context, model) for model in context.served_models]
+        models = [_anthropic_model(context, model) for model in context.served_models(tenant)]
         return StructResponse(AnthropicModelList(data=models, first_id=models[0].id, last_id=models[-1].id))
-    return StructResponse(ModelList(data=[_model(context, model) for model in context.served_models]))
+    return StructResponse(ModelList(data=[_model(context, model, tenant) for model in context.served_models(tenant)]))
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -32,8 +33,11 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
     context = get_context(request)
     if not model_id:
         raise InvalidURLError(request.method, request.scope["path"], "/v1/models")
-    make = _anthropic_model if is_for_anthropic(request.scope) else _model
-    return StructResponse(make(context, context.find_model(model_id)))
+    tenant = get_tenant(request)
+    model = context.find_model(model_id, tenant)
+    if is_for_anthropic(request.scope):
+        return StructResponse(_anthropic_model(context, model))
+    return StructResponse(_model(context, model, tenant))
 
 
 @router.get("/version")
@@ -44,12 +48,13 @@ async def version(request: Request) -> Response:
     return StructResponse(ServerVersion(version, sampling.values, sampling.sources))
 
 
-def _model(context: ServerContext, model: ServedModel) -> Model:
+def _model(context: ServerContext, model: ServedModel, tenant: Tenant) -> Model:
     base, adapter = context.model_names[0], model.adapter
+    root = model.name if adapter is None or not tenant.is_admin else adapter.path  # paths are for admins
     return Model(
         id=model.name,
         created=context.created,
-        root=base if adapter is None else adapter.path,
+        root=base if adapter is None else root,
         parent=None if adapter is None else base,
         max_model_len=context.max_model_len,
         default_max_tokens=context.settings.default_max_tokens,

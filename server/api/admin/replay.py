@@ -26,7 +26,7 @@ async def replay(context: ServerContext, tenant: Tenant, request_id: str, record
 
     Raises APIError if the engine is full, fails, or does not have the request's adapter loaded.
     """
-    _check_adapter(context, recording.submits[0])
+    _check_adapter(context, tenant, recording.submits[0])
     submits = [
         _resubmission(submit, choices) for submit, choices in zip(recording.submits, recording.choices, strict=True)
     ]
@@ -45,12 +45,12 @@ async def replay(context: ServerContext, tenant: Tenant, request_id: str, record
     return Replay(id=request_id, bit_equal=all(choice.bit_equal for choice in choices), choices=choices)
 
 
-def _check_adapter(context: ServerContext, submit: Submit) -> None:
+def _check_adapter(context: ServerContext, tenant: Tenant, submit: Submit) -> None:
     """Raise RecordedAdapterError unless the adapter that the request used is still loaded under its name."""
     if not submit.lora_name:
         return
     loaded = context.client.adapters.get(submit.lora_name)
-    if loaded is None or loaded.fingerprint != submit.lora_fingerprint:
+    if loaded is None or not tenant.may_use(submit.lora_name) or loaded.fingerprint != submit.lora_fingerprint:
         raise RecordedAdapterError(submit.lora_name)
 
 

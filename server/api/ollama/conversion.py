@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from starlette.requests import Request
 
 from server.api.chat.request_builder import build_request, reject_chat_only_fields, tool_call
 from server.api.chat.schemas import ChatCompletionRequest
@@ -24,11 +25,12 @@ from server.api.ollama.schemas import (
 )
 from server.api.ollama.writer import MakeAnswer, OllamaWriter
 from server.constrained.constraints import Constraint
-from server.context import ServerContext
+from server.context import ServerContext, get_context
 from server.generation.endpoint import AnswerMetadata, Endpoint
 from server.generation.prompts import Prompt, encode_prompt
 from server.http.errors import InvalidValueError, UnsupportedParameterError
 from server.schemas.generation_request import GenerationRequest
+from server.tenants import get_tenant
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
@@ -81,13 +83,14 @@ class OllamaCompletionRequest(CompletionRequest):
         return None
 
 
-def served_name(context: ServerContext, name: str) -> str:
+def served_name(request: Request, name: str) -> str:
     """Return the name of a served model, without the tag `:latest` unless the model is served with it.
 
     As in Ollama, the case of letters is irrelevant unless two served names differ by it alone.
     """
+    models = get_context(request).served_models(get_tenant(request))
     for fold in (str, str.lower):
-        served = {fold(model.name): model.name for model in context.served_models}
+        served = {fold(model.name): model.name for model in models}
         wanted = fold(name)
         if found := served.get(wanted) or served.get(wanted.removesuffix(LATEST)):
             return found

@@ -10,20 +10,21 @@ from server.api.ollama.conversion import OPTIONS, tagged_name
 from server.api.ollama.schemas import OllamaModel, OllamaModelDetails, OllamaModelInfo, OllamaModelList
 from server.api.ollama.writer import time_text
 from server.context import ServedModel, ServerContext
+from server.tenants import Tenant
 
 NEVER = "2318-01-01T00:00:00Z"  # when the model is unloaded
 PARAMETERS = {**OPTIONS, "repeat_penalty": "repetition_penalty"}  # Ollama's name -> name in the default sampling
 UNITS = ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0))  # size of a unit, its name, digits after the point
 
 
-def list_models(context: ServerContext) -> OllamaModelList:
+def list_models(context: ServerContext, tenant: Tenant) -> OllamaModelList:
     """Return the served models for /api/tags. Raises EngineUnavailableError while the engine is not ready."""
-    return OllamaModelList([_model(context, model) for model in context.served_models])
+    return OllamaModelList([_model(context, model) for model in context.served_models(tenant)])
 
 
-def list_loaded(context: ServerContext) -> OllamaModelList:
+def list_loaded(context: ServerContext, tenant: Tenant) -> OllamaModelList:
     """Return the served models, which are always loaded, for /api/ps."""
-    models = [_model(context, model) for model in context.served_models]
+    models = [_model(context, model) for model in context.served_models(tenant)]
     on_gpu = context.client.ready_info().device != "cpu"
     for model in models:
         model.expires_at, model.context_length = NEVER, context.max_model_len

@@ -46,6 +46,7 @@ from server.http.errors import NotImplementedAPIError
 from server.http.json_response import StructResponse
 from server.http.json_route import StrictJSONRoute
 from server.http.sse import NDJSON, run_until_disconnect
+from server.tenants import get_tenant
 
 OLLAMA_VERSION = "0.32.15"
 
@@ -79,7 +80,7 @@ async def chat(request: Request, body: OllamaChatRequest) -> Response:
         return _loaded(request, body, chat_answer)
     context = get_context(request)
     with renamed_errors(error_names(body)):
-        model = served_name(context, body.model)
+        model = served_name(request, body.model)
         converted = to_chat(body, model, reads_effort=reads_effort(context.chat_template))
         endpoint = OllamaEndpoint(ChatEndpoint(), body.model, "messages", chat_answer, bool(body.logprobs))
         return await respond(request, converted, endpoint, stream_format=NDJSON)
@@ -91,7 +92,7 @@ async def generate(request: Request, body: OllamaGenerateRequest) -> Response:
     if not body.prompt:
         return _loaded(request, body, generate_answer)
     context, with_logprobs = get_context(request), bool(body.logprobs)
-    model = served_name(context, body.model)
+    model = served_name(request, body.model)
     with renamed_errors(error_names(body)):
         if body.raw or body.suffix:
             completion = generate_to_completion(body, model)
@@ -113,7 +114,7 @@ def _loaded(request: Request, body: OllamaRequest, make_answer: MakeAnswer) -> R
 
 def _without_input(request: Request, body: OllamaRequest, answer: msgspec.Struct) -> Response:
     """Send an answer that needs no engine, if the request is valid."""
-    model = served_name(get_context(request), body.model)
+    model = served_name(request, body.model)
     preamble = begin(request, body, model=model, ignored=ignored_names(body))
     return StructResponse(answer, headers=preamble.accept())
 
@@ -124,7 +125,7 @@ async def embed_texts(request: Request, body: OllamaEmbedRequest) -> Response:
     if not body.input:
         return _without_input(request, body, OllamaEmbedAnswer(model=body.model, embeddings=[]))
     with renamed_errors(EMBED_NAMES):
-        converted = embed_request(body, served_name(get_context(request), body.model))
+        converted = embed_request(body, served_name(request, body.model))
         embeddings, headers = await _embed(request, converted)
     content = await get_context(request).run_text_work(request, write_embeddings, body, embeddings)
     return Response(content, headers=headers, media_type="application/json")
@@ -136,7 +137,7 @@ async def embed_text(request: Request, body: OllamaEmbeddingsRequest) -> Respons
     if not body.prompt:
         return _without_input(request, body, OllamaEmbeddingsAnswer([]))
     with renamed_errors(EMBEDDINGS_NAMES):
-        converted = embeddings_request(body, served_name(get_context(request), body.model))
+        converted = embeddings_request(body, served_name(request, body.model))
         embeddings, headers = await _embed(request, converted)
     return StructResponse(OllamaEmbeddingsAnswer(embeddings.vectors[0]), headers=headers)
 
@@ -151,7 +152,7 @@ async def show(request: Request, body: OllamaShowRequest) -> Response:
     """Return the properties of a model."""
     context = get_context(request)
     name = body.model or body.name or ""
-    preamble = begin(request, body, model=served_name(context, name))
+    preamble = begin(request, body, model=served_name(request, name))
     info = await context.run_text_work(request, show_model, context, preamble.model)
     return StructResponse(info, headers=preamble.accept())
 
@@ -161,14 +162,14 @@ async def show(request: Request, body: OllamaShowRequest) -> Response:
 async def tags(request: Request) -> Response:
     """List the served model and its LoRA adapters."""
     context = get_context(request)
-    return StructResponse(await context.run_text_work(request, list_models, context))
+    return StructResponse(await context.run_text_work(request, list_models, context, get_tenant(request)))
 
 
 @router.get("/api/ps")
 async def running(request: Request) -> Response:
     """List the loaded models, which are all of them."""
     context = get_context(request)
-    return StructResponse(await context.run_text_work(request, list_loaded, context))
+    return StructResponse(await context.run_text_work(request, list_loaded, context, get_tenant(request)))
 
 
 @router.head("/api/version", include_in_schema=False)
