@@ -12,7 +12,9 @@ from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
 from server.tenants import EVERYBODY, OwnedId
 
 NUM_TOP = 5  # top log probabilities recorded for each token of a request that asks for none
-MAX_TOKENS = 200_000  # tokens of prompts and outputs in all recordings, a few hundred bytes each
+MAX_BYTES = 64 << 20  # of all recordings
+TOKEN_BYTES = 250  # of a token of a prompt or an output, and the log probability of the latter
+ALTERNATIVE_BYTES = 72  # of a token id and its log probability
 
 
 @dataclass(slots=True)
@@ -22,6 +24,13 @@ class RecordedChoice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """Estimated size."""
+        positions = [*self.logprobs, *self.prompt_logprobs]
+        num_alternatives = sum(len(position.top_token_ids) for position in positions)
+        return TOKEN_BYTES * (len(self.token_ids) + len(positions)) + ALTERNATIVE_BYTES * num_alternatives
 
     def take(self, event: TokenEvent) -> None:
         """Add the tokens and log probabilities of an event."""
@@ -44,10 +53,10 @@ class Recording:
         self.choices = [[RecordedChoice() for _ in range(submit.n)] for submit in submits]
 
     @property
-    def num_tokens(self) -> int:
-        """Number of tokens of prompts and outputs."""
+    def num_bytes(self) -> int:
+        """Size of prompts, outputs and their log probabilities, estimated by their numbers."""
         num_prompt_tokens = sum(len(submit.prompt_token_ids) for submit in self.submits)
-        return num_prompt_tokens + sum(len(choice.token_ids) for choices in self.choices for choice in choices)
+        return TOKEN_BYTES * num_prompt_tokens + sum(choice.num_bytes for choices in self.choices for choice in choices)
 
     def take(self, prompt_index: int, event: TokenEvent) -> None:
         """Record an event, and remove its log probabilities if the request did not ask for them."""
@@ -63,13 +72,13 @@ def _with_logprobs(submit: Submit) -> Submit:
 
 
 class Recordings:
-    """The latest recordings, at most `max_requests` of them and `MAX_TOKENS` tokens. The oldest are dropped first."""
+    """The latest recordings, at most `max_requests` of them and `MAX_BYTES`. The oldest are dropped first."""
 
     def __init__(self, max_requests: int) -> None:
         self.max_requests = max_requests  # 0: nothing is recorded
         self._recordings: OrderedDict[int, Recording] = OrderedDict()
         self._by_id: dict[OwnedId, Recording] = {}
-        self._num_tokens = 0
+        self._num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -84,12 +93,12 @@ class Recordings:
             return
         self._recordings[id(recording)] = recording
         self._by_id.update(dict.fromkeys(recording.keys, recording))
-        self._num_tokens += recording.num_tokens
-        while len(self._recordings) > self.max_requests or self._num_tokens > MAX_TOKENS:
+        self._num_bytes += recording.num_bytes
+        while len(self._recordings) > self.max_requests or self._num_bytes > MAX_BYTES:
             self._drop(self._recordings.popitem(last=False)[1])
 
     def _drop(self, recording: Recording) -> None:
-        self._num_tokens -= recording.num_tokens
+        self._num_bytes -= recording.num_bytes
         for key in recording.keys:
             if self._by_id.get(key) is recording:
                 del self._by_id[key]

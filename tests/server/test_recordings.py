@@ -42,8 +42,16 @@ def test_the_oldest_are_dropped() -> None:
     assert len(kept) == 2
 
 
-def test_many_tokens_are_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recordings, "MAX_TOKENS", 100)
+def test_log_probabilities_count() -> None:
+    recording = Recording([submit(1)])
+    empty = recording.num_bytes
+    top = TokenLogprobs(-1.0, 1, list(range(50_000)), [-1.0] * 50_000)
+    recording.take(0, TokenEvent(request_id="r", index=1, token_ids=[1], logprobs=[top]))
+    assert recording.num_bytes - empty > 50_000 * 64
+
+
+def test_many_bytes_are_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordings, "MAX_BYTES", 100 * recordings.TOKEN_BYTES)
     kept = Recordings(9)
     for number, num_tokens in enumerate((60, 40, 1)):
         kept.add(Recording([submit(num_tokens)], ids=(f"r{number}",)))

@@ -169,7 +169,7 @@ def test_retries_are_counted(server: RunningServer, value: str, expected: int) -
 def test_paths_may_have_the_prefix_of_a_proxy(start_server: StartServer, prefix: str) -> None:
     """A proxy may remove it or not; either way the rest of the path decides, also which paths need a key."""
     server = start_server(root_path="/llm", api_key=("k",))
-    with httpx.Client(base_url=server.url + prefix) as client:
+    with httpx.Client(base_url=server.url + prefix, timeout=60) as client:
         for path in ("/", "/docs", "/assets/index.js", "/healthz"):
             assert client.get(path).status_code == 200, path
         assert [client.get(path).status_code for path in ("/v1/models", "/llmv1/models")] == [401, 401]
