@@ -34,6 +34,8 @@ def create_app(context: ServerContext) -> FastAPI:
         yield
         await context.client.close()
         await context.grammar_checker.close()
+        if context.chat_template is not None:
+            context.chat_template.close()
 
     with_docs = context.settings.enable_docs
     app = FastAPI(

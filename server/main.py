@@ -55,6 +55,7 @@ from server.settings.table import Settings
 from server.sockets.certificate import Certificate
 from server.sockets.listeners import BACKLOG, listening, url
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
+from server.text.templates.renderer import TemplateProcesses
 from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lightwell.api")  # __name__ is __main__ here
@@ -202,16 +203,27 @@ def make_chat_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate |
     Returns None if there is neither. Raises ValueError if the template is invalid or the file cannot be read.
     """
     if file is None:
-        return None if tokenizer.chat_template is None else _compile(tokenizer, tokenizer.chat_template)
+        try:
+            return None if tokenizer.chat_template is None else _compile(tokenizer, tokenizer.chat_template)
+        except ValueError as error:
+            raise ValueError(f"{error} --chat-template FILE replaces the model's template.") from error
     try:
         return _compile(tokenizer, Path(file).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror or error if isinstance(error, OSError) else error
         raise ValueError(f"--chat-template {file}: {reason}") from error
 
 
 def _compile(tokenizer: Tokenizer, source: str) -> ChatTemplate:
-    template = ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    renderer = TemplateProcesses(source)
+    try:
+        template = ChatTemplate(renderer, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    except EngineUnavailableError as error:  # its processes hang or are killed
+        renderer.close()
+        raise ValueError(error.message) from error
+    except BaseException:
+        renderer.close()
+        raise
     if template.tool_format_name == UNRECOGNIZED:
         logger.warning("the chat template writes tool calls in a form that is not recognized; a generic one is used")
     if template.reasoning_format_name == UNRECOGNIZED:

@@ -468,6 +468,10 @@ def test_a_custom_chat_template(start_api: StartApi, tmp_path: Path) -> None:
         (None, "No such file or directory"),
         (b"{% if %}", "The chat template does not compile"),
         (b"\xff", "invalid start byte"),
+        (
+            b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "seconds of processor time",
+        ),
     ],
 )
 def test_an_invalid_chat_template(content: bytes | None, text: str, start_api: StartApi, tmp_path: Path) -> None:
@@ -475,7 +479,7 @@ def test_an_invalid_chat_template(content: bytes | None, text: str, start_api: S
     if content is not None:
         file.write_bytes(content)
     api = start_api(chat_template=str(file), wait_ready=False)
-    assert api.wait(20) == 1
+    assert api.wait(60) == 1
     log = api.log.read_text()
     assert f"--chat-template {file}: " in log
     assert text in log

@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from server.text.templates.chat_template import ChatTemplate
+from server.text.templates.sandbox import SandboxedTemplate
 
 CHATML = (
     "{% for message in messages %}"
@@ -90,7 +91,7 @@ SPECIAL_TOKENS = (
 
 
 def chat_template(source: str) -> ChatTemplate:
-    return ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    return ChatTemplate(SandboxedTemplate(source), bos_token="<s>", eos_token="</s>")
 
 
 def user(content: Any) -> list[dict[str, Any]]:

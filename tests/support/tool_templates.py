@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from server.text.templates.chat_template import ChatTemplate
+from server.text.templates.sandbox import SandboxedTemplate
 
 FOLDER = Path(__file__).parent / "templates"
 EOS = "<EOS>"
@@ -102,7 +103,7 @@ SMALL = {
 def load_template(name: str) -> ChatTemplate:
     """Return the template of a file in the folder, or a minimal one."""
     source = SMALL[name] if name in SMALL else (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    return ChatTemplate(source, bos_token="<BOS>", eos_token=EOS)
+    return ChatTemplate(SandboxedTemplate(source), bos_token="<BOS>", eos_token=EOS)
 
 
 NAMES = sorted([*(path.stem for path in FOLDER.glob("*.jinja")), *SMALL])

@@ -6,7 +6,7 @@
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.context import get_context
+from server.context import ServerContext, get_context
 from server.engine_client.client import EngineClient
 from server.http.errors import EngineUnavailableError
 from server.http.json_response import StructResponse
@@ -17,28 +17,33 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Return 200 while the engine's step loop makes progress. The path is vLLM's."""
-    client = get_context(request).client
-    return _answer(client, is_ok=client.is_healthy)
+    """Return 200 while the engine's step loop and the work on texts make progress. The path is vLLM's."""
+    context = get_context(request)
+    return _answer(context, is_ok=_makes_progress(context))
 
 
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def alive(request: Request) -> Response:
     """Return 200 while the model loads, or the engine runs or is being restarted; 503 once it is dead or hangs."""
-    client = get_context(request).client
-    return _answer(client, is_ok=client.is_alive)
+    context = get_context(request)
+    return _answer(context, is_ok=context.client.is_alive)
 
 
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def ready(request: Request) -> Response:
     """Return 200 while new requests are admitted."""
-    client = get_context(request).client
-    return _answer(client, is_ok=client.is_healthy and not client.drain_requested.is_set())
+    context = get_context(request)
+    return _answer(context, is_ok=_makes_progress(context) and not context.client.drain_requested.is_set())
 
 
-def _answer(client: EngineClient, *, is_ok: bool) -> Response:
+def _makes_progress(context: ServerContext) -> bool:
+    return context.client.is_healthy and not context.text_threads.is_stuck
+
+
+def _answer(context: ServerContext, *, is_ok: bool) -> Response:
+    client = context.client
     if is_ok:
         return StructResponse({"status": "ok", "restarts": client.num_restarts})
     if client.restarting_since is not None:
@@ -49,6 +54,8 @@ def _answer(client: EngineClient, *, is_ok: bool) -> Response:
         return EngineUnavailableError("The model is still being loaded.").response()
     if client.drain_requested.is_set():
         return EngineUnavailableError("The server is shutting down.").response()
+    if client.is_healthy:
+        return EngineUnavailableError("The work on texts makes no progress.").response()
     return EngineUnavailableError("The engine does not respond.").response()
 
 

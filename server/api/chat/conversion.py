@@ -21,8 +21,10 @@ from server.schemas.tools import NamedTool, callable_tools, offered_tools
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.harmony import HarmonyFormat
 from server.text.templates.chat_encoding import encode_chat
-from server.text.templates.chat_template import ChatTemplate, ChatTemplateError
+from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.harmony_prompt import harmony_messages, harmony_options, harmony_tools
+from server.text.templates.renderer import TemplateLimitError
+from server.text.templates.sandbox import ChatTemplateError
 from server.text.templates.tool_prompt import describe_tools
 from server.text.tokenizer import Tokenizer
 
@@ -94,7 +96,7 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
             tools=tools,
             template_kwargs=options,
         )
-    except ChatTemplateError as error:
+    except (ChatTemplateError, TemplateLimitError) as error:
         raise InvalidValueError(str(error), param="messages") from error
     if body.add_special_tokens and context.tokenizer.add_bos and context.tokenizer.bos_token_id is not None:
         token_ids = [context.tokenizer.bos_token_id, *token_ids]

@@ -11,7 +11,8 @@ from server.context import ServedModel, ServerContext
 from server.generation.prompts import Prompt, check_text_size, encode_prompt, fit_max_tokens
 from server.http.errors import BadRequestError, InvalidValueError
 from server.text.templates.chat_encoding import encode_chat
-from server.text.templates.chat_template import ChatTemplateError
+from server.text.templates.renderer import TemplateLimitError
+from server.text.templates.sandbox import ChatTemplateError
 from server.text.tokenizer import Tokenizer
 
 Pair = tuple[str, str]  # query, document
@@ -151,7 +152,7 @@ class TokenScorer:
         options = {"enable_thinking": False} if "enable_thinking" in template.options else {}
         try:
             token_ids = encode_chat(template, self._context.tokenizer, messages, template_kwargs=options)
-        except ChatTemplateError as error:
+        except (ChatTemplateError, TemplateLimitError) as error:
             raise InvalidValueError(str(error), param=names[1]) from error
         fit_max_tokens(1, len(token_ids), max_model_len, longer)
         return Prompt(token_ids)

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from server.text.templates.chat_template import ChatTemplate, ChatTemplateError, Message
+from server.text.templates.chat_template import ChatTemplate, Message
+from server.text.templates.sandbox import ChatTemplateError
 
 MAX_DEPTH = 100  # of lists and objects in a request
 
@@ -47,6 +48,7 @@ def encode_chat(
 
     Raises:
         ChatTemplateError: the template cannot render the request, or the request is too deeply nested.
+        TemplateLimitError: rendering takes too long.
     """
 
     def render(guard: Callable[[str], str]) -> str:

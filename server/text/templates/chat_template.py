@@ -1,6 +1,7 @@
 """Render chat messages to the prompt format that the model was trained on, with the model's own Jinja template."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,8 @@ from server.text.parsers.harmony import ANALYSIS_TAGS, HARMONY, is_harmony
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, ToolFormat
 from server.text.templates.reasoning_probe import ReasoningFormat, probe_reasoning_format
-from server.text.templates.sandbox import TemplateEnvironment, describe_error, join_bounded
-from server.text.templates.template_options import find_options, find_variables
+from server.text.templates.renderer import Renderer, TemplateLimitError
+from server.text.templates.sandbox import ChatTemplateError
 from server.text.templates.tool_probe import NAMES as TOOL_NAMES
 from server.text.templates.tool_probe import QUESTION, Render, assistant, probe_tool_format, user
 from server.text.templates.tool_probe import TOOLS as PROBE_TOOLS
@@ -19,15 +20,12 @@ from server.text.templates.tool_prompt import append_text
 Message = dict[str, Any]
 
 UNRECOGNIZED = "unrecognized"  # name of a format of tool calls or reasoning that was not found
+MAX_PROBING_SECONDS = 30.0  # to find the properties of a template; most take less than a second
 END = "\U0010fffd"  # a private-use character that marks the end of the final message
 
 
-class ChatTemplateError(ValueError):
-    """An invalid template, or messages that it cannot render. The message is safe to send to a client."""
-
-
 class ChatTemplate:
-    """A compiled chat template. It is immutable, so several threads can render at once.
+    """A chat template. It is immutable, so several threads can render at once.
 
     Attributes:
         variables: names of the variables that the template reads.
@@ -37,18 +35,13 @@ class ChatTemplate:
         keeps_system_position: whether a system message between other turns is rendered in its position.
     """
 
-    def __init__(self, source: str, *, bos_token: str | None, eos_token: str | None) -> None:
-        """Raises ChatTemplateError if the source does not compile."""
-        self.source = source
+    def __init__(self, renderer: Renderer, *, bos_token: str | None, eos_token: str | None) -> None:
+        """Render conversations to find the properties of the template. Raises TemplateLimitError if that takes long."""
+        self.source, self.variables, self.options = renderer.source, renderer.variables, renderer.options
+        self._renderer = renderer
+        self._deadline: float | None = time.monotonic() + MAX_PROBING_SECONDS
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {name: token for name, token in tokens.items() if token is not None}
-        environment = TemplateEnvironment()
-        try:
-            self._template = environment.from_string(source)
-            parsed = environment.parse(source)
-            self.variables, self.options = find_variables(parsed), find_options(parsed)
-        except Exception as error:  # RecursionError and SyntaxError too
-            raise ChatTemplateError(f"The chat template does not compile: {describe_error(error)}.") from error
         self._writes_json_arguments = False
         self._takes_system_tools = False
         self._omits_calls = False
@@ -63,6 +56,7 @@ class ChatTemplate:
             self._omits_calls = self._omits_calls_of_messages()
             self.reasoning = probe_reasoning_format(_remember(self._try_render), self.options)
         self.keeps_system_position = self._keeps_system_position()
+        self._deadline = None
 
     @property
     def reasoning_tags(self) -> ReasoningTags | None:
@@ -103,6 +97,7 @@ class ChatTemplate:
 
         Raises:
             ChatTemplateError: the template fails, or `template_kwargs` contains a reserved name.
+            TemplateLimitError: the template takes too long.
         """
         converted = [self._convert(message) for message in messages]
         if tools and self._takes_system_tools:
@@ -121,13 +116,14 @@ class ChatTemplate:
         prompt = self._render({"documents": None, **extra, **variables})
         return _cut_at_end(prompt) if continue_final_message else prompt
 
+    def close(self) -> None:
+        """End the processes in which the template runs."""
+        self._renderer.close()
+
     def _render(self, variables: dict[str, Any]) -> str:
-        try:
-            return join_bounded(self._template.generate(variables))
-        except Exception as error:  # a template can raise anything, RecursionError and MemoryError too
-            raise ChatTemplateError(
-                f"The chat template cannot render this request: {describe_error(error)}."
-            ) from error
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise TemplateLimitError(f"The chat template takes more than {MAX_PROBING_SECONDS:g} s to be examined.")
+        return self._renderer.render(variables)
 
     def _find_tool_format(self) -> ToolFormat:
         """Find the format of tool calls, and whether the template takes their arguments as an object or as JSON."""

@@ -1,7 +1,8 @@
 """The sandboxed Jinja environment in which chat templates run.
 
 A template comes from the model or the operator, never from a client. The sandbox blocks access to Python's internals
-and limits `range()`, powers, repetitions and the length of the output; nested loops can still take very long.
+and limits `range()`, powers, repetitions and the length of the output. Nested loops can still take very long, and much
+memory: the server runs templates in processes of their own (`server.text.templates.renderer`).
 """
 
 import json
@@ -17,8 +18,14 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
+from server.text.templates.template_options import find_options, find_variables
+
 MAX_PROMPT_CHARS = 1 << 24  # of one rendered conversation
 MAX_REASON_CHARS = 200  # of an error message that the template raises
+
+
+class ChatTemplateError(ValueError):
+    """An invalid template, or messages that it cannot render. The message is safe to send to a client."""
 
 
 class _TemplateRefusal(jinja2.TemplateError):
@@ -57,6 +64,38 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         if (_product_size if operator == "*" else _power_size)(left, right) > MAX_RANGE:
             raise OverflowError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
+
+
+class SandboxedTemplate:
+    """A compiled template, which runs in this process. It is immutable, so several threads can render at once.
+
+    Attributes:
+        variables: names of the variables that the template reads.
+        options: names of the variables that a request can set.
+    """
+
+    def __init__(self, source: str) -> None:
+        """Raises ChatTemplateError if the source does not compile."""
+        self.source = source
+        environment = TemplateEnvironment()
+        try:
+            self._template = environment.from_string(source)
+            parsed = environment.parse(source)
+            self.variables, self.options = find_variables(parsed), find_options(parsed)
+        except Exception as error:  # RecursionError and SyntaxError too
+            raise ChatTemplateError(f"The chat template does not compile: {describe_error(error)}.") from error
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """Return the rendered text. Raises ChatTemplateError if the template fails."""
+        try:
+            return join_bounded(self._template.generate(variables))
+        except Exception as error:  # a template can raise anything, RecursionError and MemoryError too
+            raise ChatTemplateError(
+                f"The chat template cannot render this request: {describe_error(error)}."
+            ) from error
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to end."""
 
 
 class _GenerationTag(Extension):

@@ -10,6 +10,7 @@ from openai import OpenAI
 
 from engine.grammar.compiler import GrammarCompiler
 from server.text.templates.chat_template import ChatTemplate
+from server.text.templates.sandbox import SandboxedTemplate
 from tests.support.chat_templates import CHATML, chat_template
 from tests.support.clients import CHAT, MESSAGES, ask, ask_json, ask_stream, openai_client, shared_server
 from tests.support.harmony import TEMPLATE, write_harmony_model
@@ -47,7 +48,7 @@ def anthropic_client(model: RunningServer) -> Iterator[Anthropic]:
 
 
 def test_detection() -> None:
-    template = ChatTemplate(TEMPLATE.read_text(), bos_token=None, eos_token=None)
+    template = ChatTemplate(SandboxedTemplate(TEMPLATE.read_text()), bos_token=None, eos_token=None)
     assert template.is_harmony
     assert template.tool_format.name == "harmony"
     assert not chat_template(CHATML).is_harmony

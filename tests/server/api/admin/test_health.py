@@ -4,13 +4,18 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
 from server.tenants import Tenant
+from server.text import text_threads
+from server.text.templates import renderer
+from tests.server.conftest import StartServer
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
+from tests.support.processes import template_processes
 from tests.support.serving import RunningServer, check_error, make_test_context, running_server, wait_until
 
 PROBES = ("/health", "/healthz", "/readyz")
@@ -81,6 +86,22 @@ def test_hanging(fake_engine: FakeEngine, model_folder: Path, monkeypatch: pytes
         assert statuses(server) == (200, 200, 200)
         fake_engine.hang()
         wait_until(lambda: statuses(server) == (503, 503, 503))
+
+
+@pytest.mark.checklist("G05")
+def test_work_on_texts_that_hangs(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readiness comes back by itself, when the process that renders chats has been replaced."""
+    monkeypatch.setattr(text_threads, "STUCK_SECONDS", 0.3)
+    monkeypatch.setattr(renderer, "MAX_WAITING_SECONDS", 3.0)
+    server = start_server()
+    for process in template_processes():
+        process.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
+        answer = pool.submit(httpx.post, server.url + "/v1/chat/completions", json=chat, timeout=30)
+        wait_until(lambda: statuses(server) == (503, 200, 503))
+        assert answer.result().status_code == 200
+    assert statuses(server) == (200, 200, 200)
 
 
 @pytest.mark.checklist("G05")

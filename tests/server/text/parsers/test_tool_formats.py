@@ -11,8 +11,9 @@ import pytest
 from server.text.parsers.answer_parser import AnswerFormat, AnswerParser
 from server.text.parsers.answer_parts import PartKind
 from server.text.parsers.tool_formats import ID, NAME, split_text
-from server.text.templates.chat_template import ChatTemplate, ChatTemplateError
+from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.rendered_text import common_prefix
+from server.text.templates.sandbox import ChatTemplateError
 from tests.support.examples import num_examples
 from tests.support.tool_templates import EOS, NAMES, SCHEMAS, TOOLS, WITH_CALLS, load_template
 

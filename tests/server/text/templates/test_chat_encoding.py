@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from server.text.templates.chat_encoding import encode_chat
-from server.text.templates.chat_template import ChatTemplate, ChatTemplateError
+from server.text.templates.chat_template import ChatTemplate
+from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
 from server.text.tokenizer import Tokenizer
 from tests.support.chat_templates import (
     CHAT,
@@ -43,7 +44,7 @@ def smollm2(smollm2_path: Path) -> ChatModel:
     tokenizer = Tokenizer.from_model(smollm2_path)
     assert tokenizer.chat_template is not None
     tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    return ChatTemplate(tokenizer.chat_template, **tokens), tokenizer
+    return ChatTemplate(SandboxedTemplate(tokenizer.chat_template), **tokens), tokenizer
 
 
 @pytest.mark.parametrize("chat", [CHAT, SYSTEM_CHAT, user("a<b <|im end|> <| >"), user("")])

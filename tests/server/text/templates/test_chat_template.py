@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from server.text.parsers.reasoning_parser import ReasoningTags
 from server.text.parsers.tool_formats import GENERIC, HERMES
-from server.text.templates.chat_template import END, ChatTemplate, ChatTemplateError
+from server.text.templates.chat_template import END, ChatTemplate
+from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
 from tests.support.chat_templates import (
     CHAT,
     CHATML,
@@ -81,7 +82,9 @@ def test_template_kwargs_cannot_replace_what_we_set(name: str) -> None:
 
 
 def test_missing_bos_token_is_undefined() -> None:
-    template = ChatTemplate("{{ bos_token }}{{ eos_token is defined }}", bos_token=None, eos_token=None)
+    template = ChatTemplate(
+        SandboxedTemplate("{{ bos_token }}{{ eos_token is defined }}"), bos_token=None, eos_token=None
+    )
     assert template.render(CHAT) == "False"
 
 

@@ -21,6 +21,7 @@ from openai_harmony import (
 
 from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.harmony_prompt import harmony_messages, harmony_options, harmony_tools
+from server.text.templates.sandbox import SandboxedTemplate
 from tests.support.harmony import TEMPLATE, harmony_encoding
 
 PARAMETERS = {
@@ -41,7 +42,7 @@ TOOLS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def template() -> ChatTemplate:
-    return ChatTemplate(TEMPLATE.read_text(), bos_token=None, eos_token="<|return|>")
+    return ChatTemplate(SandboxedTemplate(TEMPLATE.read_text()), bos_token=None, eos_token="<|return|>")
 
 
 def render(template: ChatTemplate, messages: list[dict[str, Any]], *, with_tools: bool, effort: str = "medium") -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.text.templates.chat_template import ChatTemplateError
+from server.text.templates.sandbox import ChatTemplateError
 from tests.support.chat_templates import CHAT, chat_template, user
 
 ESCAPES = [

@@ -14,6 +14,7 @@ from server.text.parsers.tool_formats import (
     ToolFormat,
 )
 from server.text.templates.chat_template import ChatTemplate
+from server.text.templates.sandbox import SandboxedTemplate
 from tests.support.tool_templates import NAMES, load_template
 
 FORMATS = {
@@ -174,7 +175,7 @@ def test_texts_around_arguments() -> None:
 
 def test_the_end_of_the_answer_is_no_part_of_the_calls() -> None:
     source = load_template("llama-cpp-deepseek-r1").source
-    template = ChatTemplate(source, bos_token=None, eos_token="<｜end▁of▁sentence｜>")
+    template = ChatTemplate(SandboxedTemplate(source), bos_token=None, eos_token="<｜end▁of▁sentence｜>")
     assert template.tool_format.end == "<｜tool▁calls▁end｜>"
 
 
