@@ -163,6 +163,7 @@ async def test_random_tenants_leave_nothing_behind(fake_engine: FakeEngine, seed
         await until(lambda: fake_engine.num_choices == 0)
 
 
+@pytest.mark.checklist("E11")
 async def test_a_request_that_waits_for_too_long_ends(fake_engine: FakeEngine) -> None:
     fake_engine.pause()
     metrics = Metrics("lightwell_", "m")
@@ -201,6 +202,7 @@ async def test_a_request_that_takes_too_long_ends(fake_engine: FakeEngine) -> No
         await until(lambda: fake_engine.aborts == [Abort("r")])
 
 
+@pytest.mark.checklist("E11")
 async def test_a_request_that_would_wait_for_too_long_is_refused_at_once(fake_engine: FakeEngine) -> None:
     """Each request is 102 tokens of work, of which the engine computes about 200 in a second."""
     fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.02
