@@ -37,7 +37,7 @@ from server.engine_client.supervisor_channel import (
 from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
 from server.processes.child_process import RELOAD_SIGNAL, Child
-from server.settings.load import check_adapter_names
+from server.settings.load import check_adapter_names, check_certificate
 from server.settings.process_configs import ApiProcessConfig, engine_config
 from server.settings.table import REPEAT_LORA_MODULES, Settings
 
@@ -372,6 +372,7 @@ class Crashes:
 def supervise(settings: Settings, commands: Commands | None = None) -> int:
     """Serve until a signal or a failure. Return the exit status. Raises ModelError, SupervisorError, SettingsError."""
     commands = commands or Commands()
+    check_certificate(settings)
     reloads = settings.api_keys_file is not None
     if reloads:
         from server.access.api_keys import ApiKeys

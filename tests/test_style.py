@@ -110,6 +110,7 @@ TESTED_ELSEWHERE = {
     "server/text/parsers/answer_parts.py": "tests/server/text/parsers/test_answer_parser.py",
     "server/text/parsers/call_reader.py": "tests/server/text/parsers/test_tool_parser.py",
     "server/text/parsers/object_reader.py": "tests/server/text/parsers/test_tool_parser.py",
+    "server/text/templates/process.py": "tests/server/text/templates/test_renderer.py",
     "server/text/templates/tool_prompt.py": "tests/server/api/chat/test_conversion.py",
 }
 

@@ -117,13 +117,17 @@ def _check(settings: Settings) -> None:
             f"--host {settings.host} is reachable from other machines: "
             "set --api-key, or --allow-unauthenticated if everyone may use this server"
         )
-    if settings.ssl_keyfile is not None and settings.ssl_certfile is None:
-        raise SettingsError("--ssl-keyfile: set --ssl-certfile too, the file of its certificate")
     check_adapter_names(settings, settings.served_model_name)
     if len(settings.lora_modules) > settings.max_loras:
         raise SettingsError(
             f"--lora-modules names {len(settings.lora_modules)} adapters, but --max-loras is {settings.max_loras}"
         )
+
+
+def check_certificate(settings: Settings) -> None:
+    """Raise SettingsError if there is a private key without a certificate."""
+    if settings.ssl_keyfile is not None and settings.ssl_certfile is None:
+        raise SettingsError("--ssl-keyfile: set --ssl-certfile too, the file of its certificate")
 
 
 def check_adapter_names(settings: Settings, model_names: Collection[str]) -> None:

@@ -22,7 +22,8 @@ from server.main import make_chat_template
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.answer_parts import AnswerPart
 from server.text.parsers.harmony import HARMONY, HarmonyFormat
-from server.text.templates.chat_template import ChatTemplate, ChatTemplateError
+from server.text.templates.chat_template import ChatTemplate
+from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
 from server.text.tokenizer import Tokenizer
 from tests.fuzz import seeds
 from tests.support.lora_files import CONFIG as ADAPTED_MODEL
@@ -168,7 +169,8 @@ def _parts(format: AnswerFormat, pieces: list[str]) -> list[AnswerPart]:
 def template(data: bytes) -> None:
     """Compile a chat template and render conversations: any failure is a ChatTemplateError."""
     with suppress(ChatTemplateError):
-        compiled = ChatTemplate(data.decode("utf-8", "replace"), bos_token="<s>", eos_token="</s>")
+        renderer = SandboxedTemplate(data.decode("utf-8", "replace"))
+        compiled = ChatTemplate(renderer, bos_token="<s>", eos_token="</s>")
         compiled.render(CONVERSATION, tools=TOOLS)
         compiled.render(CONVERSATION[:2], continue_final_message=True)
 
@@ -206,7 +208,8 @@ def _read_model(path: Path) -> None:
     with suppress(ValueError):
         model_tokenizer = Tokenizer.from_model(path)
         model_tokenizer.decode(model_tokenizer.encode("Hello <|im_end|> Ö"))
-        make_chat_template(model_tokenizer, None)
+        if (compiled := make_chat_template(model_tokenizer, None)) is not None:
+            compiled.close()
     with suppress(ValueError, OSError):
         config = load_model_config(path)
         for _ in load_weights(path, config, torch.float32):

@@ -6,7 +6,6 @@ the socket is closed. Work that takes longer than `MAX_SECONDS` ends it too, as 
 """
 
 import json
-import marshal
 import resource
 import signal
 import socket
@@ -36,7 +35,7 @@ def main() -> None:
                     template = SandboxedTemplate(content[1].decode())
                     answer = json.dumps([sorted(template.variables), sorted(template.options)])
                 else:
-                    answer = template.render(marshal.loads(content[1]))
+                    answer = template.render(json.loads(content[1]))
                 is_ok = True
                 data = answer.encode("utf-8", "surrogatepass")
             except (ChatTemplateError, MemoryError) as error:

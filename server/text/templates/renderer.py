@@ -5,12 +5,12 @@ The sandbox keeps a template from Python's internals, but not from taking time a
 
 import json
 import logging
-import marshal
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections import deque
 from typing import Any, Protocol
 
@@ -62,13 +62,14 @@ class TemplateProcesses:
         first = _Process(source)
         self.variables, self.options = first.variables, first.options
         self._idle.append(first)
+        weakref.finalize(self, _end_all, self._idle)  # for an owner that does not close it
 
     def render(self, variables: dict[str, Any]) -> str:
         """Return the rendered text.
 
         Raises ChatTemplateError, TemplateLimitError, or EngineUnavailableError if no process answers.
         """
-        data = marshal.dumps(variables)
+        data = json.dumps(variables).encode()
         with self._slots:
             for _ in range(2):
                 if self._is_closed:
@@ -82,8 +83,7 @@ class TemplateProcesses:
     def close(self) -> None:
         """End the processes that are idle; those that render end when they are done."""
         self._is_closed = True
-        while self._idle:
-            self._idle.pop().end()
+        _end_all(self._idle)
 
     def _render_once(self, data: bytes) -> str:
         try:
@@ -101,6 +101,12 @@ class TemplateProcesses:
         if not is_ok:
             raise ChatTemplateError(text)
         return text
+
+
+def _end_all(processes: "deque[_Process]") -> None:
+    """End processes that do not render."""
+    while processes:
+        processes.pop().end()
 
 
 class _Process:

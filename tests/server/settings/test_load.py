@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from server.cli.main import make_parser
-from server.settings.load import is_loopback, load_settings
+from server.settings.load import check_certificate, is_loopback, load_settings
 from server.settings.setting import SettingsError
 from server.settings.table import SETTINGS, Settings
 from tests.support.settings_cases import INVALID, VALID, settings_from_flags
@@ -56,7 +56,7 @@ def test_a_unix_socket_needs_no_key() -> None:
 
 def test_a_private_key_needs_a_certificate() -> None:
     with pytest.raises(SettingsError, match="--ssl-keyfile: set --ssl-certfile too"):
-        load_settings({"ssl_keyfile": "a.key"})
+        check_certificate(load_settings({"ssl_keyfile": "a.key"}))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

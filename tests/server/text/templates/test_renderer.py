@@ -1,5 +1,6 @@
 """Chat templates that loop, eat memory or end their process harm only the requests that they render."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -134,7 +135,7 @@ def test_closing_ends_the_processes() -> None:
 
 def test_a_process_ends_with_its_parent() -> None:
     """Even if the parent is killed."""
-    code = "from server.text.templates.renderer import TemplateProcesses; TemplateProcesses('a'); print(1); input()"
+    code = "from server.text.templates.renderer import TemplateProcesses; t = TemplateProcesses('a'); print(1); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=os.getcwd()) as parent:
         assert parent.stdout is not None
@@ -142,6 +143,15 @@ def test_a_process_ends_with_its_parent() -> None:
         (child,) = template_processes(psutil.Process(parent.pid))
         parent.kill()
         wait_for_end_of(child.pid)
+
+
+def test_processes_end_with_what_they_belong_to() -> None:
+    running = TemplateProcesses("a")
+    assert running.render({}) == "a"
+    (child,) = template_processes(psutil.Process())
+    del running
+    gc.collect()
+    wait_for_end_of(child.pid)
 
 
 JSON = st.recursive(
