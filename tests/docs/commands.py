@@ -12,6 +12,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "LIGHTWELL_API_KEY=choose-one docker compose up": "Docker",
     "LIGHTWELL_API_KEY=choose-one docker compose --profile open-webui up": "Docker",
     'curl http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $LIGHTWELL_API_KEY"': "the server of compose",
+    "LIGHTWELL_API_KEY=choose-one lightwell serve --host 0.0.0.0 --ssl-certfile": "needs a certificate",
     ".venv/bin/lightwell serve": "serves in an environment that no test makes",
     ".venv/bin/pip install": INSTALLS,
     "docker build ": "Docker",
