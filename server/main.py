@@ -166,7 +166,6 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         settings=settings,
         client=client,
         tokenizer=tokenizer,
-        chat_template=make_chat_template(tokenizer, settings.chat_template),
         grammar_checker=GrammarChecker(vocabulary, model_config.eos_token_ids),
         model_config=model_config,
         default_sampling=default_sampling(config, model_config),
@@ -178,6 +177,8 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         recordings=Recordings(settings.record_requests),
         api_keys=api_keys,
         score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
+        # The last one, since it starts a process.
+        chat_template=make_chat_template(tokenizer, settings.chat_template),
     )
 
 

@@ -22,7 +22,8 @@ PROMPT = r"\r\n> $"
 def terminal(smollm2_path: Path, tmp_path: Path) -> Iterator[Terminal]:
     """`lightwell run` on a free port, at its first prompt."""
     command = [sys.executable, "-m", "server.cli.main", "run", str(smollm2_path), "--port", "0", "--log-level=error"]
-    terminal = Terminal([*command, "--temperature", "0", "--max-tokens", "400"], XDG_RUNTIME_DIR=str(tmp_path))
+    command += ["--on-engine-death=exit", "--temperature", "0", "--max-tokens", "400"]
+    terminal = Terminal(command, XDG_RUNTIME_DIR=str(tmp_path))
     terminal.read_until(PROMPT, READY_SECONDS)
     yield terminal
     terminal.close()
@@ -30,7 +31,7 @@ def terminal(smollm2_path: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 def test_a_chat_and_its_server(terminal: Terminal, tmp_path: Path) -> None:
     family = psutil.Process(terminal.process.pid).children(recursive=True)
-    assert len(family) == 3  # supervisor, engine process, API process
+    assert len(family) == 4  # supervisor, engine process, API process, chat template
     terminal.type("Count from one to a hundred in words.\n")
     terminal.read_until(r"words\.\r\n(?s:.{20})", 60)
     terminal.type("\x03")

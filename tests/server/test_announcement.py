@@ -1,12 +1,25 @@
 """Addresses in what the server announces. tests/server/test_main.py runs what it shows."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.announcement import client_url, first_steps
+from server.context import ServerContext
 from tests.support.serving import make_test_context
+
+
+@contextmanager
+def context_of(model_folder: Path, **settings: Any) -> Iterator[ServerContext]:
+    """Make a context, and end the process of its chat template."""
+    context = make_test_context("ipc:///nowhere", model_folder, **settings)
+    assert context.chat_template is not None
+    yield context
+    context.chat_template.close()
 
 
 @pytest.mark.parametrize(
@@ -24,13 +37,14 @@ def test_clients_cannot_call_a_wildcard(listening: str, url: str) -> None:
 
 def test_the_default_port_needs_no_url(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
-    context = make_test_context("ipc:///nowhere", model_folder, chat_template=str(tmp_path / "chat.jinja"))
-    assert first_steps(context, "http://127.0.0.1:8000")["chat"] == "lightwell chat"
-    assert first_steps(context, "http://127.0.0.1:1")["chat"] == "lightwell chat --url http://127.0.0.1:1"
+    with context_of(model_folder, chat_template=str(tmp_path / "chat.jinja")) as context:
+        assert first_steps(context, "http://127.0.0.1:8000")["chat"] == "lightwell chat"
+        assert first_steps(context, "http://127.0.0.1:1")["chat"] == "lightwell chat --url http://127.0.0.1:1"
 
 
 def test_a_unix_socket_is_called_by_its_path(model_folder: Path) -> None:
-    steps = first_steps(make_test_context("ipc:///nowhere", model_folder), client_url("unix:/a b/lw.sock"))
+    with context_of(model_folder) as context:
+        steps = first_steps(context, client_url("unix:/a b/lw.sock"))
     assert steps.keys() == {"base_url", "curl"}
     assert steps["base_url"] == "unix:/a b/lw.sock"
     assert str(steps["curl"]).startswith("curl --unix-socket '/a b/lw.sock' http://localhost/v1/")
@@ -40,15 +54,15 @@ def test_a_key_is_named_but_not_shown(model_folder: Path, tmp_path: Path) -> Non
     """Not as a variable either: the key may come from a flag or a file, and the commands run in another shell."""
     (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
     chat_template = str(tmp_path / "chat.jinja")
-    context = make_test_context("ipc:///nowhere", model_folder, chat_template=chat_template, api_key=("one", "two"))
-    steps = first_steps(context, "http://127.0.0.1:8000")
+    with context_of(model_folder, chat_template=chat_template, api_key=("one", "two")) as context:
+        steps = first_steps(context, "http://127.0.0.1:8000")
     assert steps["chat"] == "lightwell chat --api-key YOUR_KEY"
     assert " -H 'Authorization: Bearer YOUR_KEY' " in str(steps["curl"])
     assert "one" not in str(steps)
 
 
 def test_a_model_without_a_chat_template_completes(model_folder: Path) -> None:
-    context = dataclasses.replace(make_test_context("ipc:///nowhere", model_folder), chat_template=None)
-    steps = first_steps(context, "http://127.0.0.1:8000")
+    with context_of(model_folder) as context:
+        steps = first_steps(dataclasses.replace(context, chat_template=None), "http://127.0.0.1:8000")
     assert "chat" not in steps
     assert "/v1/completions -H" in str(steps["curl"])

@@ -502,7 +502,10 @@ def test_a_model_card_recommends_sampling(address: str, model_folder: Path) -> N
         model_names=("m",),
         model_card_sampling={"temperature": 0.2, "top_p": 0.9},
     )
-    default = make_context(config).default_sampling
+    context = make_context(config)
+    if context.chat_template is not None:
+        context.chat_template.close()
+    default = context.default_sampling
     assert default.values == {"top_p": 0.5, "temperature": 0.2}
     assert default.sources == {"top_p": "--default-sampling", "temperature": "model card"}
 

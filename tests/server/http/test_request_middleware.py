@@ -201,5 +201,6 @@ def test_only_trusted_proxies_name_the_client(
     headers = {"x-forwarded-for": forwarded}
     assert httpx.post(server.url + "/v1/completions", json=body, headers=headers).status_code == 200
     assert server.engine.submits[-1].tenant == client
+    wait_until(lambda: any(record.name == "server.access" for record in caplog.records))
     (record,) = [record for record in caplog.records if record.name == "server.access"]
     assert record.__dict__["fields"]["client"] == client

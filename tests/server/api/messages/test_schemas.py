@@ -255,16 +255,15 @@ ACTING: Fields = {name: value for name, value in SAMPLING.items() if name in EXT
     "thinking_token_budget": 5,
     "chat_template_kwargs": {"enable_thinking": True},
 }
-# Effect not visible here: answers have no log probabilities, and ids are for other requests.
-IDLE = {"return_tokens_as_token_ids", "request_id"}
+# Effect not visible here: answers have no log probabilities, ids are for other requests, and nothing has to wait.
+IDLE: dict[str, Any] = {"return_tokens_as_token_ids": True, "request_id": "mine", "queue_timeout": 30}
 NAMES = sorted(EXTENSIONS - MessagesRequest.model_fields.keys())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_extension_acts(reasoning_server: RunningServer, name: str) -> None:
     assert (name in ACTING) != (name in IDLE), "say how it acts, or that it cannot"
-    others, value = given if isinstance(given := ACTING.get(name, True), tuple) else ({}, given)
-    value = "mine" if name == "request_id" else value
+    others, value = given if isinstance(given := (ACTING | IDLE)[name], tuple) else ({}, given)
     without = {"model": "tiny", "max_tokens": 60, "messages": MESSAGES} | others
     # Without a pause several steps may arrive as one event.
     reasoning_server.engine.config.step_seconds = 0.005 if name == "stream_interval" else 0.0
