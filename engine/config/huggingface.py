@@ -108,7 +108,7 @@ def _family(fields: Fields) -> Family:
         if family.model_type == model_type or (not model_type and family.architecture in names):
             return family
     supported = ", ".join(family.model_type for family in FAMILIES)
-    found = f"{model_type!r}" if model_type else shown(names or "not named")
+    found = shown(model_type) if model_type else shown(names or "not named")
     key = "model_type" if model_type else "architectures"
     raise fields.error(key, f"{found} is not supported (supported: {supported})")
 

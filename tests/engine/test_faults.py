@@ -197,7 +197,10 @@ def test_who_causes_a_fault_fails_alone(loaded: LoadedModel, expected: Answers, 
 
     engine, device = faulty_engine(loaded, kind, is_hit, **random_settings(rng))
     answers, errors = run(engine, requests)
-    assert {name for name, _ in errors} == hits
+    failed = {name for name, _ in errors}
+    assert failed <= hits
+    # With overlap, a step can fail that was launched before the token that ended the request was read.
+    assert all(answers[name, 0][3] is FinishReason.STOP for name in hits - failed)
     assert errors.keys() == {choice for choice in device.hit_alone if choice in expected}
     assert_others_are_as_expected(answers, errors, expected)
     engine.runner = loaded.runner
