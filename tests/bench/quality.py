@@ -28,13 +28,14 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.kernels.cpu.weights import PACKED_TYPES
 from engine.loading import LoadedModel, load_model
 from engine.scheduling.block_pool import Block
 from engine.scheduling.request import BlockTable, Request, Scheduled, Step, new_request
 from engine.shared.messages import SamplingParams, Submit
 from server.model_paths import ModelError, resolve_model
 from server.text.tokenizer import Tokenizer
-from tests.bench.requantize import WRITABLE_TYPES, requantize
+from tests.bench.requantize import WRITABLE_TYPES, GGMLLibrary, requantize
 
 TEXT = Path(__file__).with_name("english.txt")
 NUM_TOKENS = 2000
@@ -93,10 +94,22 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
-    parser.add_argument("--types", nargs="+", default=[], metavar="TYPE", choices=WRITABLE_TYPES, help="GGML types")
+    parser.add_argument(
+        "--types", nargs="+", default=[], metavar="TYPE", choices=sorted(PACKED_TYPES), help="GGML types"
+    )
+    parser.add_argument(
+        "--ggml-library",
+        type=Path,
+        metavar="FILE",
+        help=f"llama.cpp's libggml-base.so, to write other types than {', '.join(WRITABLE_TYPES)}",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
-    results = measure(arguments.model, arguments.types, Console(stderr=True))
+    library = None if arguments.ggml_library is None else GGMLLibrary(arguments.ggml_library)
+    unwritable = [] if library is not None else sorted(set(arguments.types) - set(WRITABLE_TYPES))
+    if unwritable:
+        parser.error(f"--types {', '.join(unwritable)}: needs --ggml-library")
+    results = measure(arguments.model, arguments.types, library, Console(stderr=True))
     if arguments.json:
         print(msgspec.json.encode(results).decode())
     else:
@@ -104,8 +117,8 @@ def main() -> int:
     return 1 if any(row.failure for row in results.rows) else 0
 
 
-def measure(model: str, types: Sequence[str], console: Console) -> Results:
-    """Measure all formats of the model, and the model in other GGML types."""
+def measure(model: str, types: Sequence[str], library: GGMLLibrary | None, console: Console) -> Results:
+    """Measure all formats of the model, and the model in other GGML types, which `library` or `gguf` writes."""
     path = resolve_model(model).path
     text = Text.read(Tokenizer.from_model(path))
     formats = [(weights, kv_cache) for kv_cache in KV_CACHE_DTYPES for weights in FORMATS]
@@ -113,7 +126,7 @@ def measure(model: str, types: Sequence[str], console: Console) -> Results:
     for type_name in types:
         console.print(f"writing {type_name} ...")
         with tempfile.TemporaryDirectory() as folder:
-            written = requantize(path, type_name, Path(folder) / f"{type_name}.gguf")
+            written = requantize(path, type_name, Path(folder) / f"{type_name}.gguf", library)
             _, results = compare_formats(written, text, [("float32", "auto"), ("as in the file", "auto")], console)
         rows += [msgspec.structs.replace(row, weights=type_name) for row in results if row.weights != "float32"]
     return Results(model=Path(model).name, kernels=kernels, num_tokens=NUM_TOKENS, piece_tokens=PIECE_TOKENS, rows=rows)
