@@ -9,24 +9,26 @@ import sys
 TIMEOUT_SECONDS = 4
 
 
-def server() -> http.client.HTTPConnection:
+def connect() -> socket.socket:
     """Return a connection to the server, which ignores proxy settings and does not check the certificate."""
-    port = int(os.environ["LIGHTWELL_PORT"])
+    if path := os.environ.get("LIGHTWELL_UDS"):
+        connected = socket.socket(socket.AF_UNIX)
+        connected.settimeout(TIMEOUT_SECONDS)
+        connected.connect(path)
+    else:
+        connected = socket.create_connection(("127.0.0.1", int(os.environ["LIGHTWELL_PORT"])), TIMEOUT_SECONDS)
     if "LIGHTWELL_SSL_CERTFILE" not in os.environ:
-        return http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
+        return connected
     context = ssl.create_default_context()
     context.check_hostname = False  # of an address
     context.verify_mode = ssl.CERT_NONE
-    return http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS, context=context)
+    return context.wrap_socket(connected)
 
 
 def main() -> int:
-    connection = server()
+    connection = http.client.HTTPConnection("127.0.0.1")
     try:
-        if path := os.environ.get("LIGHTWELL_UDS"):
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.settimeout(TIMEOUT_SECONDS)
-            connection.sock.connect(path)
+        connection.sock = connect()
         connection.request("GET", "/readyz")
         response = connection.getresponse()
         print(response.status, response.read().decode(errors="replace"))

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from server.model_paths import resolve_model
 from server.processes.child_process import KILL_SECONDS
 from server.settings.load import load_settings
 from server.settings.table import CONFIG_VARIABLE, OTHER_VARIABLES, SETTINGS
+from server.sockets.listeners import bind_unix
 from server.supervisor import DRAIN_GRACE_SECONDS, STOP_SECONDS
 from tests.support.engine_info import ENGINE_INFO
 from tests.support.paths import ROOT
@@ -273,13 +275,31 @@ def test_image_is_healthy_when_it_is_ready(final_stage: list[Instruction], statu
     assert command == ["python3", "-I", "/opt/lightwell/healthcheck.py"]
     assert ("COPY", "deploy/healthcheck.py /opt/lightwell/") in final_stage
     with answering(status) as port:
-        check = [sys.executable, "-I", str(DEPLOY / "healthcheck.py")]
-        result = subprocess.run(
-            check, env={"LIGHTWELL_PORT": str(port)}, capture_output=True, text=True, check=False, timeout=20
-        )
+        result = check_health(LIGHTWELL_PORT=str(port))
     assert result.returncode == code
     assert result.stdout.startswith(str(status or "no answer"))
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_the_healthcheck_knows_unix_sockets_and_certificates(tmp_path: Path, *, is_tls: bool) -> None:
+    path, listener = str(tmp_path / "lw.sock"), bind_unix(str(tmp_path / "lw.sock"))
+    variables = {"LIGHTWELL_PORT": "1", "LIGHTWELL_UDS": path}
+    if is_tls:
+        certificate = ROOT / "tests/support/tls/one.crt"
+        variables["LIGHTWELL_SSL_CERTFILE"] = str(certificate)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+        listener = context.wrap_socket(listener, server_side=True)
+    with listener, answering_once(listener, 200):
+        result = check_health(**variables)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def check_health(**variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run the image's healthcheck with these environment variables."""
+    check = [sys.executable, "-I", str(DEPLOY / "healthcheck.py")]
+    return subprocess.run(check, env=variables, capture_output=True, text=True, check=False, timeout=20)
 
 
 @contextmanager
@@ -291,10 +311,17 @@ def answering(status: int | None) -> Iterator[int]:
             listener.close()
             yield port
             return
-        thread = threading.Thread(target=_answer_once, args=(listener, status))
-        thread.start()
-        yield port
-        thread.join()
+        with answering_once(listener, status):
+            yield port
+
+
+@contextmanager
+def answering_once(listener: socket.socket, status: int) -> Iterator[None]:
+    """Answer one request for /readyz with `status`, in a thread."""
+    thread = threading.Thread(target=_answer_once, args=(listener, status))
+    thread.start()
+    yield
+    thread.join()
 
 
 def _answer_once(listener: socket.socket, status: int) -> None:
