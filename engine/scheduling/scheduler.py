@@ -338,14 +338,15 @@ class Scheduler:
         savepoint = request.savepoint()
         try:
             reason = self.sequences.extend(item, output, event)
-            self.kv.publish(request, item.start + item.num_tokens - num_rejected(item, output, event))
+            rejected = num_rejected(item, output, event)
+            self.kv.publish(request, item.start + item.num_tokens - rejected)
         except Exception:
             logger.exception("the outputs of request %s cannot be applied", request.request_id)
             self.kv.unpublish(request, savepoint.num_published)
             request.restore(savepoint)
             return self._fault(step, item, "the engine could not apply the outputs of this request")
         # From here on nothing can fail.
-        self.drafting.settle(item, len(item.draft_token_ids) - num_rejected(item, output, event))
+        self.drafting.settle(item, len(item.draft_token_ids) - rejected)
         # Later steps compute no token before these: of a generating request, the last one is still to be computed.
         self.kv.slide(request, min(item.start + item.num_tokens, request.num_tokens - 1))
         if not item.num_samples:
