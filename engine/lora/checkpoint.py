@@ -7,7 +7,7 @@ the size of the file and all entries of the header are found to fit an adapter o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,16 @@ from torch import Tensor
 
 from engine.config import AttentionSpec, ModelConfig, WeightLayout
 from engine.weights.files import RegularFile
-from engine.weights.layout import in_model_order as layout_order
+from engine.weights.layout import layer_tensors
 
 MAX_HEADER_BYTES = 2**22
 MAX_NUMBER_BYTES = 8  # a matrix may be stored in float64
 MODULE_NAME = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.(.+)")
+# Projections that checkpoints of some families hold as one -> the model's own.
+FUSED_PROJECTIONS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,17 @@ def _attention_shapes(attention: AttentionSpec, hidden: int) -> dict[str, tuple[
     return shapes
 
 
-def check_shape(key: MatrixKey, shape: tuple[int, ...], config: ModelConfig) -> None:
+def check_shape(key: MatrixKey, shape: tuple[int, ...], config: ModelConfig, layout: WeightLayout) -> None:
     """Check that the model has the module, and that the matrix fits it with any rank above 0. Raises ValueError."""
     module, half = key
-    match = MODULE_NAME.fullmatch(module)
+    match = MODULE_NAME.fullmatch(_model_name(module, layout))
     layer = int(match[1]) if match else 0
     if layer >= config.num_hidden_layers:
         raise ValueError(f"there is no layer {layer}: the model has {config.num_hidden_layers}")
     shapes = module_shapes(config, layer)
+    for fused, parts in FUSED_PROJECTIONS.items():
+        if shapes.keys() >= set(parts):
+            shapes[fused] = (sum(shapes[part][0] for part in parts), config.hidden_size)
     if not match or match[2] not in shapes:
         raise ValueError(f"only adapters of {', '.join(shapes)} are supported")
     num_outputs, num_inputs = shapes[match[2]]
@@ -105,15 +113,12 @@ def check_shape(key: MatrixKey, shape: tuple[int, ...], config: ModelConfig) -> 
         raise ValueError(f"has shape {shape}, but the model needs {expected}")
 
 
-def in_model_order(key: MatrixKey, matrix: Tensor, config: ModelConfig, layout: WeightLayout) -> Tensor:
-    """Reorder the rows of B, the outputs of its projection, as those of the projection's weight are reordered."""
-    module, half = key
-    match = MODULE_NAME.fullmatch(module)
-    if half == "lora_A" or match is None:
-        return matrix
-    ordered = layout_order(f"{match[2]}.weight", matrix, config, int(match[1]), layout)
-    assert isinstance(ordered, Tensor)
-    return ordered
+def _model_name(module: str, layout: WeightLayout) -> str:
+    """Return a module's name in the checkpoint as the model has it. Projections may still be fused."""
+    name = f"{module}.weight"
+    for pattern, replacement in layout.names:
+        name = re.sub(pattern, replacement, name)
+    return name.removesuffix(".weight")
 
 
 def read_modules(
@@ -121,9 +126,10 @@ def read_modules(
     matrices: StoredMatrices,
     compute_scales: ComputeScales,
     config: ModelConfig,
+    layout: WeightLayout,
     max_rank: int | None,
 ) -> dict[str, LoraMatrices]:
-    """Check the ranks and the size of the file, then read the matrices and scale B.
+    """Check the ranks and the size of the file, then read the matrices, scale B, and divide fused projections.
 
     Raises ValueError, which names the file and the matrix.
     """
@@ -138,8 +144,21 @@ def read_modules(
         if not b.mul_(scale).isfinite().all():
             name = matrices[module, "lora_B"].name
             raise ValueError(f"{file.path}: {name}: becomes infinite when scaled by {scale}")
-        modules[module] = LoraMatrices(a, b)
+        for name, part in _projections(_model_name(module, layout), b, config, layout):
+            if name in modules:
+                stored = matrices[module, "lora_B"].name
+                raise ValueError(f"{file.path}: {stored}: adapts {name}, as another matrix does")
+            modules[name] = LoraMatrices(a, part)
     return modules
+
+
+def _projections(module: str, b: Tensor, config: ModelConfig, layout: WeightLayout) -> Iterator[tuple[str, Tensor]]:
+    """Yield the model's projections that a module holds, with their rows of B in the order of the model's weights."""
+    match = MODULE_NAME.fullmatch(module)
+    assert match is not None  # see check_shape
+    for name, rows in layer_tensors(f"{match[2]}.weight", b, config, int(match[1]), layout):
+        assert isinstance(rows, Tensor)
+        yield f"model.layers.{match[1]}.{name.removesuffix('.weight')}", rows
 
 
 def _ranks(path: Path, matrices: StoredMatrices) -> dict[str, int]:

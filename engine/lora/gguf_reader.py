@@ -17,7 +17,6 @@ from engine.lora.checkpoint import (
     StoredMatrices,
     StoredMatrix,
     check_shape,
-    in_model_order,
     read_modules,
 )
 from engine.shared.ggml import GGML_TYPES
@@ -31,6 +30,7 @@ TENSOR_NAME = re.compile(r"(.+)\.(lora_[ab])")
 
 def read_gguf(path: Path, config: ModelConfig, max_rank: int | None) -> dict[str, LoraMatrices]:
     """Read an adapter's matrices, by module. Raises ValueError or OSError, as `engine.lora.reader.load_lora` says."""
+    layout = family_of(config.architecture).gguf_layout
     matrices: StoredMatrices = {}
     with RegularFile(path) as file:
         header = GGUFHeader(path, file.read(0, min(file.size, MAX_HEADER_BYTES)), file.size)
@@ -38,12 +38,12 @@ def read_gguf(path: Path, config: ModelConfig, max_rank: int | None) -> dict[str
         for tensor in header.tensors.values():
             try:
                 key = _matrix_key(tensor.name)
-                check_shape(key, tensor.shape, config)
+                check_shape(key, tensor.shape, config, layout)
             except ValueError as error:
                 raise ValueError(f"{path}: {short(tensor.name)}: {error}") from error
-            read = partial(_read_matrix, file, tensor, key, config)
+            read = partial(_read_matrix, file, tensor)
             matrices[key] = StoredMatrix(tensor.name, tensor.shape, read)
-        return read_modules(file, matrices, partial(_scales, alpha), config, max_rank)
+        return read_modules(file, matrices, partial(_scales, alpha), config, layout, max_rank)
 
 
 def _scales(alpha: float, ranks: dict[str, int]) -> dict[str, float]:
@@ -73,11 +73,10 @@ def _matrix_key(name: str) -> MatrixKey:
     return huggingface_name(match[1]).removesuffix(".weight"), f"lora_{match[2][-1].upper()}"
 
 
-def _read_matrix(file: RegularFile, tensor: TensorInfo, key: MatrixKey, config: ModelConfig) -> Tensor:
+def _read_matrix(file: RegularFile, tensor: TensorInfo) -> Tensor:
     """Read and dequantise a matrix. Raises ValueError, which names it, for types that cannot be unpacked."""
     data = memoryview(file.read(tensor.offset, tensor.n_bytes))
     try:
-        matrix = dequantize(data, GGML_TYPES[tensor.ggml_type], tensor.shape, torch.float32)
-        return in_model_order(key, matrix, config, family_of(config.architecture).gguf_layout)
+        return dequantize(data, GGML_TYPES[tensor.ggml_type], tensor.shape, torch.float32)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{file.path}: {tensor.name}: {error}") from error

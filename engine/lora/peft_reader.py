@@ -17,7 +17,6 @@ from engine.lora.checkpoint import (
     StoredMatrices,
     StoredMatrix,
     check_shape,
-    in_model_order,
     read_modules,
 )
 from engine.lora.peft_config import read_lora_scales
@@ -54,18 +53,19 @@ def read_folder(folder: Path, config: ModelConfig, max_rank: int | None) -> dict
         if not path.is_file():
             raise ValueError(f"{folder}: no {path.name} in this folder")
     scales = read_lora_scales(folder / CONFIG_NAME)
+    layout = family_of(config.architecture).layout
     matrices: StoredMatrices = {}
     with RegularFile(weights) as file:
         for tensor in read_header(file, MAX_HEADER_BYTES):
             try:
                 key = _matrix_key(tensor.name)
-                check_shape(key, tensor.shape, config)
+                check_shape(key, tensor.shape, config, layout)
             except ValueError as error:
                 raise ValueError(f"{weights}: {short(tensor.name)}: {error}") from error
             if key in matrices:
                 raise ValueError(f"{weights}: {tensor.name}: is stored twice, also as {matrices[key].name}")
-            matrices[key] = StoredMatrix(tensor.name, tensor.shape, partial(_read_matrix, file, tensor, key, config))
-        return read_modules(file, matrices, scales.scales, config, max_rank)
+            matrices[key] = StoredMatrix(tensor.name, tensor.shape, partial(_read_matrix, file, tensor))
+        return read_modules(file, matrices, scales.scales, config, layout, max_rank)
 
 
 def _matrix_key(name: str) -> MatrixKey:
@@ -78,6 +78,5 @@ def _matrix_key(name: str) -> MatrixKey:
     raise ValueError("is neither lora_A nor lora_B of a layer's module")
 
 
-def _read_matrix(file: RegularFile, tensor: StoredTensor, key: MatrixKey, config: ModelConfig) -> Tensor:
-    matrix = read_tensor(file, tensor).to(torch.float32)
-    return in_model_order(key, matrix, config, family_of(config.architecture).layout)
+def _read_matrix(file: RegularFile, tensor: StoredTensor) -> Tensor:
+    return read_tensor(file, tensor).to(torch.float32)

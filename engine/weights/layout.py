@@ -48,11 +48,19 @@ def model_tensors(name: str, weight: Weight, config: ModelConfig, layout: Weight
     if match is None or layer >= config.num_hidden_layers:
         yield name, weight
         return
-    attention = config.layers[int(match[1])].attention
+    attention = config.layers[layer].attention
     if attention.kv_source is not None and re.match(r"self_attn\.[kv]_(proj|norm)\.", match[2]):
         return  # some checkpoints hold them although they are not used
-    for part, part_weight in _split(match[2], weight, config, int(match[1]), layout):
-        yield f"model.layers.{match[1]}.{part}", in_model_order(part, part_weight, config, int(match[1]), layout)
+    for part, part_weight in layer_tensors(match[2], weight, config, layer, layout):
+        yield f"model.layers.{layer}.{part}", part_weight
+
+
+def layer_tensors(
+    part: str, weight: Weight, config: ModelConfig, layer: int, layout: WeightLayout
+) -> Iterator[tuple[str, Weight]]:
+    """Yield the projections that a tensor of a layer holds, with their rows in the model's order. Raises ValueError."""
+    for name, rows in _split(part, weight, config, layer, layout):
+        yield name, _in_model_order(name, rows, config, layer, layout)
 
 
 def is_vector(name: str, weight: Tensor) -> bool:
@@ -60,7 +68,7 @@ def is_vector(name: str, weight: Tensor) -> bool:
     return weight.ndim == 1 or name.endswith(".bias")
 
 
-def in_model_order(part: str, weight: Weight, config: ModelConfig, layer: int, layout: WeightLayout) -> Weight:
+def _in_model_order(part: str, weight: Weight, config: ModelConfig, layer: int, layout: WeightLayout) -> Weight:
     """Reorder the rows of queries and keys, of a projection or a norm, if the checkpoint has them in another order."""
     attention = config.layers[layer].attention
     match = re.match(r"self_attn\.(q_proj|k_proj|q_norm|k_norm|q_b_proj|kv_a_proj_with_mqa)\.", part)

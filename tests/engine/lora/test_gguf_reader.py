@@ -172,7 +172,7 @@ ONES = np.ones((2, 32), dtype=np.float32)
         ({"output.weight.lora_a": ONES}, "output.weight.lora_a: only adapters of self_attn.q_proj, "),
         ({"blk.0.attn_norm.weight.lora_a": ONES}, "blk.0.attn_norm.weight.lora_a: only adapters of self_attn.q_proj, "),
         ({"blk.0.attn_q.bias.lora_a": ONES}, "blk.0.attn_q.bias.lora_a: only adapters of self_attn.q_proj, "),
-        ({"blk.0.attn_qkv.weight.lora_a": ONES}, "blk.0.attn_qkv.weight.lora_a: only adapters of self_attn.q_proj, "),
+        ({"blk.0.attn_qkv.weight.lora_a": ONES}, "blk.0.attn_qkv.weight.lora_a: has no lora_B beside it"),
         ({"blk.0.attn_norm.weight": ONES[0]}, "blk.0.attn_norm.weight: is neither lora_a nor lora_b"),
         ({"blk.0.attn_q.weight": ONES}, "blk.0.attn_q.weight: is neither lora_a nor lora_b"),
         ({"blk.0.ssm_in.weight.lora_a": ONES}, "blk.0.ssm_in.weight.lora_a: no supported model has such a tensor"),

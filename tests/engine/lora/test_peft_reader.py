@@ -247,8 +247,8 @@ LAYER_0 = "base_model.model.model.layers.0"
         ),
         (small_adapter() | {A: torch.full((2, 32), 1e300, dtype=torch.float64)}, f"{A}: holds numbers that are"),
         (
-            plus(f"{LAYER_0}.self_attn.qkv_proj.lora_A.weight"),
-            r"qkv_proj.*only adapters of self_attn\.q_proj, .*",
+            plus(f"{LAYER_0}.self_attn.qkv_proj.lora_B.weight"),
+            r"qkv_proj.*has shape \(.*\), but the model needs \(192, r\)",
         ),
         (plus(f"{LAYER_0}.mlp.q_proj.lora_A.weight"), r"mlp\.q_proj.*only adapters of self_attn\.q_proj"),
         (
