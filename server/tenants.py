@@ -4,6 +4,7 @@ What a request leaves behind (responses, recordings, cached prefixes) belongs to
 all clients are one owner, `EVERYBODY`: addresses only share the engine fairly.
 """
 
+from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import TypeAlias
 
 import msgspec
@@ -13,6 +14,7 @@ from starlette.types import Scope
 from server.limits.accounts import Account, Limits
 
 TENANT = "tenant"  # in the scope's state, set by `AuthMiddleware`
+CLIENT_PREFIX = 64  # bits of an IPv6 address that do not change when a client takes another one
 EVERYBODY = ""  # the owner of what is made without a key
 OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner finds
 
@@ -47,7 +49,19 @@ ANYBODY = Tenant(name="")  # of work that no client has asked for
 
 def tenant_of_address(scope: Scope, account: Account) -> Tenant:
     """Return the tenant of a request to a server without keys. All have one account."""
-    return Tenant(name=(scope.get("client") or ("",))[0], is_admin=True, has_negative_priority=True, account=account)
+    name = network_of((scope.get("client") or ("",))[0])
+    return Tenant(name=name, is_admin=True, has_negative_priority=True, account=account)
+
+
+def network_of(address: str) -> str:
+    """Return the network that one client usually has: an IPv4 address, or the /64 of an IPv6 address (RFC 6177)."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    if not isinstance(parsed, IPv6Address):
+        return address
+    return str(parsed.ipv4_mapped or IPv6Network((int(parsed), CLIENT_PREFIX), strict=False))
 
 
 def get_tenant(request: Request) -> Tenant:

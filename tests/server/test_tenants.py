@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Iterator
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,21 @@ def submit(server: RunningServer, key: str | None = None, **fields: Any) -> Subm
 
 def test_a_request_without_a_key_belongs_to_its_address() -> None:
     account = Account()
-    for client, name in ((("10.0.0.7", 4711), "10.0.0.7"), (None, "")):
+    for client, name in ((("10.0.0.7", 4711), "10.0.0.7"), (("::ffff:10.0.0.7", 1), "10.0.0.7"), (None, "")):
         tenant = tenant_of_address({"client": client}, account)
         assert (tenant.name, tenant.owner, tenant.account) == (name, EVERYBODY, account)
+
+
+@given(network=st.integers(0, 2**64 - 1), hosts=st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)))
+def test_the_addresses_of_an_ipv6_network_are_one_tenant(network: int, hosts: tuple[int, int]) -> None:
+    """Whoever has one address of a /64 has them all."""
+    first, second = (
+        tenant_of_address({"client": (str(IPv6Address(network << 64 | host)), 1)}, Account()).name for host in hosts
+    )
+    other = tenant_of_address({"client": (str(IPv6Address((network ^ 1) << 64 | hosts[0])), 1)}, Account()).name
+    # ::/64 holds the addresses of IPv4, each of which is a client.
+    assert first == second or network == 0
+    assert first != other
 
 
 def test_the_engine_gets_the_tenant_of_each_request(start_server: StartServer) -> None:
