@@ -36,6 +36,10 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether a LoRA adapter, by its name, exists for the tenant. The base model, "", always does."""
         return self.adapters is None or adapter == "" or adapter in self.adapters
 
+    def allowed_priority(self, priority: int) -> int:
+        """Return the priority of its requests that ask for `priority`; lower ones go first."""
+        return priority if self.has_negative_priority else max(0, priority)
+
     def salt(self, cache_salt: str) -> str:
         """Return the salt of the tenant's cached prefixes for a client's `cache_salt`.
 

@@ -230,8 +230,13 @@ class EngineClient:
         self.ready_info()
         reservation.check()
         tenant = reservation.tenant
-        salt = tenant.salt(message.cache_salt)
-        own = msgspec.structs.replace(message, tenant=tenant.name, weight=tenant.weight, cache_salt=salt)
+        own = msgspec.structs.replace(
+            message,
+            tenant=tenant.name,
+            weight=tenant.weight,
+            priority=tenant.allowed_priority(message.priority),
+            cache_salt=tenant.salt(message.cache_salt),
+        )
         tenant.account.count_prompt(len(message.prompt_token_ids))
         return self._streams.open(own, reservation)
 

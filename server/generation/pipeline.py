@@ -229,7 +229,8 @@ def _headers(job: _Job[Body], prepared: "_Prepared") -> dict[str, str]:
     if requested is not None and requested > max_tokens:
         capped = f"{job.endpoint.max_tokens_field(job.body)} capped at {max_tokens}, the rest of the context"
         warnings[WARNINGS] = "; ".join([*warnings.values(), capped])
-    if _priority(job) != (job.body.priority or 0):
+    priority = job.body.priority or 0
+    if job.tenant.allowed_priority(priority) != priority:
         warnings[WARNINGS] = "; ".join([*warnings.values(), "priority raised to 0: the API key allows no lower one"])
     return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": job.context.deterministic, **warnings}
 
@@ -341,17 +342,11 @@ def _make_submit(
         params=msgspec.structs.replace(params, grammar=grammar, reasoning_limit=reasoning_limit(context, body, prompt)),
         arrival=job.arrival,
         n=body.num_choices,
-        priority=_priority(job),
+        priority=job.body.priority or 0,
         cache_salt=body.cache_salt or "",
         lora_name=job.model.lora_name,
         lora_fingerprint=job.model.lora_fingerprint,
     )
-
-
-def _priority(job: _Job[Body]) -> int:
-    """Return the priority of a request; lower ones go first, which not every tenant may ask for."""
-    priority = job.body.priority or 0
-    return priority if job.tenant.has_negative_priority else max(0, priority)
 
 
 def _submit_all(context: ServerContext, submits: Sequence[Submit], reservation: Reservation) -> list[RequestStream]:

@@ -14,6 +14,7 @@ from server.engine_client.streams import RequestStream
 from server.generation.timings import ChoiceEnd
 from server.http.errors import ServerError
 from server.http.request_middleware import LOG_FIELDS
+from server.schemas.request_fields import QueueFields
 from server.tenants import get_tenant
 
 
@@ -32,7 +33,7 @@ class PromptBatch:
 
 
 async def run_prompts(
-    request: Request, make_submits: Callable[[], Sequence[Submit]], num_prompts: int, *, param: str
+    request: Request, body: QueueFields, make_submits: Callable[[], Sequence[Submit]], num_prompts: int, *, param: str
 ) -> PromptBatch:
     """Run prompts that end with their first event. If cancelled, abort them in the engine.
 
@@ -47,12 +48,13 @@ async def run_prompts(
     size = min(num_prompts, context.client.ready_info().max_num_seqs, context.client.max_in_flight)
     events: list[TokenEvent] = []
     endings: list[ChoiceEnd] = []
-    with context.client.reserve(size, param=param, tenant=get_tenant(request)) as reservation:
+    client, tenant, timeout = context.client, get_tenant(request), body.queue_timeout
+    with client.reserve(size, param=param, tenant=tenant, queue_timeout=timeout) as reservation:
         submits = await context.run_text_work(request, make_submits)
         submitted = time.monotonic()
         while len(events) < len(submits):
             waiting = submits[len(events) :]
-            num_ready = reservation.count or await context.client.refill(reservation, min(size, len(waiting)))
+            num_ready = reservation.count or await client.refill(reservation, min(size, len(waiting)))
             for event, ending in await _run(context, waiting[:num_ready], reservation, request.state.request_id):
                 events.append(event)
                 endings.append(ending)

@@ -23,6 +23,7 @@ from server.schemas.request_fields import (
     LogitBias,
     LogprobTokenIds,
     NumLogprobs,
+    QueueFields,
     RepetitionFields,
     Stop,
     StopTokenIds,
@@ -80,7 +81,7 @@ class SamplingFields(SamplerFields):
             raise InvalidValueError(message, param="samplers")
 
 
-class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
+class GenerationRequest(SamplingFields, StructuredOutputsFields, QueueFields, ABC):
     """The parameters shared by the generating endpoints.
 
     Parameters that OpenAI does not have are vLLM's, and llama.cpp's for samplers. The endpoints differ in the fields
@@ -136,15 +137,6 @@ class GenerationRequest(SamplingFields, StructuredOutputsFields, ABC):
         description="Maximum number of reasoning tokens, for models that reason before they answer; -1: no limit.",
     )
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text. Default true.")
-    priority: int | None = Field(
-        None, ge=INT64_MIN, le=INT64_MAX, description="Requests with lower values are scheduled first. Default 0."
-    )
-    queue_timeout: FiniteFloat | None = Field(
-        None,
-        gt=0,
-        description="Seconds that the request may wait until the engine begins with it. Default, and at most: "
-        "--queue-timeout.",
-    )
     truncate_prompt_tokens: TruncatedLength | None = Field(
         None, description="Truncate the prompt to this many tokens; -1: to what fits the context. Default: never."
     )

@@ -175,6 +175,22 @@ class RepetitionFields(BaseModel):
             raise InvalidValueError(f"Invalid '{param}': expected a value >= 2 with max_pattern_size.", param=param)
 
 
+class QueueFields(BaseModel):
+    """How a request waits for the engine."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    priority: int | None = Field(
+        None, ge=INT64_MIN, le=INT64_MAX, description="Requests with lower values are scheduled first. Default 0."
+    )
+    queue_timeout: FiniteFloat | None = Field(
+        None,
+        gt=0,
+        description="Seconds that the request may wait until the engine begins with it. Default, and at most: "
+        "--queue-timeout.",
+    )
+
+
 class LightwellOptions(BaseModel):
     """Options of this server alone."""
 

@@ -61,7 +61,7 @@ async def embed(request: Request, body: EmbeddingRequest, model: ServedModel) ->
             for index, token_ids in enumerate(encode_inputs(context, body))
         ]
 
-    batch = await run_prompts(request, make_submits, len(body.input), param="input")
+    batch = await run_prompts(request, body, make_submits, len(body.input), param="input")
     vectors = [event.embedding for event in batch.events if event.embedding is not None]
     if len(vectors) < len(batch.events):
         raise ServerError(request.state.request_id)

@@ -5,12 +5,11 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema
 
 from server.api.completions.schemas import PromptInput, prompts_schema, read_prompts
 from server.schemas.answers import RequestTimings
-from server.schemas.request_fields import INT64_MIN, LightwellOptions, TruncatedLength, TruncationSide
-from server.schemas.samplers import INT64_MAX
+from server.schemas.request_fields import LightwellOptions, QueueFields, TruncatedLength, TruncationSide
 
 MAX_INPUTS = 2048  # OpenAI's limit
 
@@ -21,9 +20,7 @@ Inputs = Annotated[
 ]
 
 
-class EmbeddingRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class EmbeddingRequest(QueueFields):
     model: str = Field(description="Name of the model, as listed by GET /v1/models.")
     input: Inputs = Field(description="One or more inputs, as text or token ids.")
     encoding_format: Literal["float", "base64"] | None = Field(
@@ -37,9 +34,6 @@ class EmbeddingRequest(BaseModel):
     )
     truncation_side: TruncationSide | None = Field(
         None, description="Side from which truncate_prompt_tokens removes tokens. Default left: the beginning."
-    )
-    priority: int | None = Field(
-        None, ge=INT64_MIN, le=INT64_MAX, description="Lower values are scheduled first. Default 0."
     )
     dimensions: int | None = Field(
         None,

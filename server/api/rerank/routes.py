@@ -87,7 +87,7 @@ async def _compute(
             for index, prompt in enumerate(scorer.prompts(pairs))
         ]
 
-    batch = await run_prompts(request, make_submits, scorer.num_prompts(pairs), param=fields[1])
+    batch = await run_prompts(request, body, make_submits, scorer.num_prompts(pairs), param=fields[1])
     scores = await context.run_text_work(request, scorer.scores, pairs, batch.events)
     return scores, ScoringUsage(batch.num_prompt_tokens, batch.num_prompt_tokens)
 

@@ -4,10 +4,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from server.http.errors import InvalidValueError, MissingParameterError
-from server.schemas.request_fields import INT64_MIN
+from server.schemas.request_fields import QueueFields
 from server.schemas.samplers import INT64_MAX
 
 MAX_TEXTS = 2048  # the limit of inputs for embeddings
@@ -32,17 +32,12 @@ Documents = Annotated[Texts, BeforeValidator(_plain_texts, json_schema_input_typ
 TextOrTexts = Annotated[Texts, BeforeValidator(_as_list, json_schema_input_type=str | Texts)]
 
 
-class ScoringRequest(BaseModel):
+class ScoringRequest(QueueFields):
     """The parameters of both endpoints."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str = Field(description="Name of the model, as listed by GET /v1/models.")
     instruction: str | None = Field(
         None, description="With --score-tokens: the task, for models that read one. Default: that of a web search."
-    )
-    priority: int | None = Field(
-        None, ge=INT64_MIN, le=INT64_MAX, description="Lower values are scheduled first. Default 0."
     )
 
 

@@ -349,9 +349,16 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "output_format": "the prompt is the same",
     },
     ANTHROPIC: {"metadata": "accepted", "service_tier": "accepted"},
-    EMBEDDINGS: {"add_special_tokens": "the tokenizer adds none"},
-    RERANK: {"instruction": "only for rerankers; rerank/test_routes.py"},
+    EMBEDDINGS: {
+        "add_special_tokens": "the tokenizer adds none",
+        "queue_timeout": "how long it may wait; generation/test_overload",
+    },
+    RERANK: {
+        "instruction": "only for rerankers; rerank/test_routes.py",
+        "queue_timeout": "how long it may wait; generation/test_overload",
+    },
     SCORE: {
+        "queue_timeout": "how long it may wait; generation/test_overload",
         "instruction": "only for rerankers; rerank/test_routes.py",
         "queries": "instead of text_1; rerank/test_routes.py",
         "documents": "instead of text_2; rerank/test_routes.py",

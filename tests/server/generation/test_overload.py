@@ -118,6 +118,26 @@ def test_a_client_that_leaves_before_its_status_frees_its_place(server: RunningS
     wait_until(lambda: server.context.client.num_in_flight == 0 == server.engine.num_choices)
 
 
+SCORING: dict[str, dict[str, Any]] = {
+    "/v1/embeddings": {"input": ["x", "y"]},
+    "/v1/rerank": {"query": "x", "documents": ["y", "z"]},
+    "/v1/score": {"text_1": "x", "text_2": "y"},
+}
+
+
+@pytest.mark.parametrize("path", SCORING)
+def test_a_request_for_embeddings_or_scores_can_limit_its_wait(server: RunningServer, path: str) -> None:
+    def post(**fields: Any) -> httpx.Response:
+        body, headers = {"model": "tiny"} | SCORING[path] | fields, {"authorization": "Bearer alice"}
+        return httpx.post(server.url + path, json=body, headers=headers, timeout=30)
+
+    error = check_error(post(queue_timeout=0.2), 503)
+    assert error["code"] == "request_timeout"
+    assert "0.2 seconds" in error["message"]
+    wait_until(lambda: server.context.client.num_in_flight == 0 == server.engine.num_choices)
+    assert check_error(post(queue_timeout=0), 400)["param"] == "queue_timeout"
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_can_limit_its_wait(server: RunningServer, path: str, stream: bool) -> None:

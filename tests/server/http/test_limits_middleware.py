@@ -129,6 +129,8 @@ def test_only_some_tenants_go_first(start: Start) -> None:
     assert answers[1].headers["x-lightwell-warnings"] == "priority raised to 0: the API key allows no lower one"
     ask(server, "b", priority=5)
     assert server.engine.submits[-1].priority == 5
+    ask(server, "b", path="/v1/embeddings", model="tiny", input="x", priority=-9)
+    assert server.engine.submits[-1].priority == 0
 
 
 def test_bad_requests_count_and_headers_are_on_every_answer(start: Start) -> None:
