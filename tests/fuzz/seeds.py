@@ -90,6 +90,13 @@ TEMPLATES = [
     "{{ '%s' | format(tools) }}{{ strftime_now('%d') }}",
 ]
 
+DIGEST = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
+KEYS_FILES = [
+    f"a:\n  keys: [sha256:{DIGEST}, {DIGEST[::-1]}]\n  weight: 2\n  admin: true\nb@b: {{keys: {'0' * 64}}}\n",
+    f'{{"a": {{"keys": "{DIGEST}", "adapters": ["*"], "tokens-per-day": 9, "negative-priority": false}}}}',
+    f"a: &x {{keys: &y {DIGEST}, adapters: sql}}\nb: {{<<: *x, keys: !!str '{DIGEST.upper()}'}}\nc: {{keys: [*y]}}\n",
+]
+
 
 def with_number(number: int, data: bytes) -> bytes:
     """Put a first byte before data, with which targets select what the data is for."""
@@ -186,3 +193,8 @@ def adapters() -> Iterator[bytes]:
     files = adapter_files()
     yield with_number(1, files["adapter_config.json"])
     yield with_number(2, files["adapter_model.safetensors"])
+
+
+def keys_files() -> Iterator[bytes]:
+    for text in KEYS_FILES:
+        yield text.encode()

@@ -15,10 +15,12 @@ import torch
 from engine.config import load_model_config
 from engine.lora.reader import load_lora
 from engine.weights import load_weights
+from server.access.keys_file import read_keys_file
 from server.cli.chat import _content
 from server.cli.http_client import RemoteError
 from server.cli.load_generator import LoadOptions, Target
 from server.main import make_chat_template
+from server.settings.setting import SettingsError
 from server.text.parsers.answer_parser import AnswerFormat
 from server.text.parsers.answer_parts import AnswerPart
 from server.text.parsers.harmony import HARMONY, HarmonyFormat
@@ -234,6 +236,18 @@ def lora(data: bytes) -> None:
         load_lora(path, ADAPTED_MODEL)
 
 
+def keys_file(data: bytes) -> None:
+    """Read a keys file: it has keys, or is refused in one line."""
+    path = _folder("keys_file") / "keys.yaml"
+    path.write_bytes(data)
+    message = ""
+    try:
+        assert read_keys_file(path, has_own_cache=True)
+    except SettingsError as error:
+        message = str(error)
+    assert len(message.splitlines()) <= 1, message
+
+
 TARGETS: Mapping[str, FuzzTarget] = {
     "request": FuzzTarget(request, seeds.requests),
     "http": FuzzTarget(http, seeds.http),
@@ -244,4 +258,5 @@ TARGETS: Mapping[str, FuzzTarget] = {
     "safetensors": FuzzTarget(safetensors, seeds.safetensors_files),
     "tokenizer": FuzzTarget(tokenizer, seeds.tokenizer_files),
     "lora": FuzzTarget(lora, seeds.adapters),
+    "keys_file": FuzzTarget(keys_file, seeds.keys_files),
 }
