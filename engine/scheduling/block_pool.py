@@ -56,18 +56,14 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int, *, separates_prompts: bool = False) -> None:
         self.block_size = block_size
         self.separates_prompts = separates_prompts
-        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
-        self.num_touched = 0  # blocks with lower ids have been used at least once
+        self.num_blocks = num_blocks
+        self.blocks: list[Block] = []  # that have been used at least once
         self.free_blocks: OrderedDict[int, Block] = OrderedDict()  # used before: without a hash, then oldest first
         self.published: dict[bytes, Block] = {}
 
     @property
-    def num_blocks(self) -> int:
-        return len(self.blocks)
-
-    @property
     def num_free(self) -> int:
-        return len(self.free_blocks) + self.num_blocks - self.num_touched
+        return len(self.free_blocks) + self.num_blocks - len(self.blocks)
 
     @property
     def num_used(self) -> int:
@@ -120,9 +116,9 @@ class BlockPool:
 
     def _take(self) -> Block:
         first = next(iter(self.free_blocks.values()), None)
-        if self.num_touched < self.num_blocks and (first is None or first.block_hash is not None):
-            block = self.blocks[self.num_touched]
-            self.num_touched += 1
+        if len(self.blocks) < self.num_blocks and (first is None or first.block_hash is not None):
+            block = Block(len(self.blocks))
+            self.blocks.append(block)
         else:
             _, block = self.free_blocks.popitem(last=False)
         self.unpublish([block])
@@ -135,14 +131,16 @@ class BlockPool:
         for blocks in holders:
             for block in blocks:
                 held[block.block_id] = held.get(block.block_id, 0) + 1
+        if unused := [block_id for block_id in held if block_id >= len(self.blocks)]:
+            raise RuntimeError(f"blocks {unused} have references, but were never used")
         for block in self.blocks:
-            free = block.block_id in self.free_blocks or block.block_id >= self.num_touched
+            free = block.block_id in self.free_blocks
             if block.ref_count != held.get(block.block_id, 0) or free != (block.ref_count == 0):
                 raise RuntimeError(f"block {block.block_id}: {block.ref_count} references, held by {held}, free {free}")
             if block.block_hash is not None and self.published.get(block.block_hash) is not block:
                 raise RuntimeError(f"block {block.block_id} has a hash that leads to another block")
         for block_id, block in self.free_blocks.items():
-            if block is not self.blocks[block_id] or block_id >= self.num_touched:
+            if block_id >= len(self.blocks) or block is not self.blocks[block_id]:
                 raise RuntimeError(f"free block {block_id} is another block, or was never used")
         if any(block.block_hash != block_hash for block_hash, block in self.published.items()):
             raise RuntimeError("a published hash leads to a block with another hash")

@@ -124,8 +124,12 @@ class FairQueue:
         if not tenants:
             return None
         largest = self.running.of(max(tenants, key=self._share))
-        gained = self._share_of(self.running.of(request.tenant), request)
-        return largest[-1] if self._share_of(largest[:-1]) >= gained else None
+        newest, own = largest[-1], self.running.of(request.tenant)
+        num_blocks = self.kv.num_held(request.tenant) + self.kv.num_blocks_for(request.num_tokens)
+        gained = self._dominant_share(len(own) + 1, num_blocks, request.weight)
+        num_blocks = self.kv.num_held(newest.tenant) - self.kv.num_unshared(newest)
+        left = self._dominant_share(len(largest) - 1, num_blocks, newest.weight)
+        return newest if left >= gained else None
 
     def newest(self) -> Request:
         """Return the running request that is preempted when memory is short.
@@ -140,13 +144,9 @@ class FairQueue:
         return max(self.running, key=order_key)
 
     def _share(self, tenant: str) -> float:
-        return self._share_of(self.running.of(tenant))
+        running = self.running.of(tenant)
+        return self._dominant_share(len(running), self.kv.num_held(tenant), running[-1].weight) if running else 0.0
 
-    def _share_of(self, running: Sequence[Request], new: Request | None = None) -> float:
-        """Return the dominant share of running requests of one tenant and a new one: 1 is everything, at weight 1."""
-        requests = running if new is None else [*running, new]
-        if not requests:
-            return 0.0
-        num_blocks = 0 if new is None else self.kv.num_blocks_for(new.num_tokens)
-        num_blocks += self.kv.num_held(running)
-        return max(len(requests) / self.max_num_seqs, num_blocks / self.kv.pool.num_blocks) / requests[-1].weight
+    def _dominant_share(self, num_slots: int, num_blocks: int, weight: float) -> float:
+        """Return the share of a tenant that holds so much: 1 is everything, at weight 1."""
+        return max(num_slots / self.max_num_seqs, num_blocks / self.kv.pool.num_blocks) / weight

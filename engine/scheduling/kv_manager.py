@@ -6,10 +6,12 @@ hash under which a block is published says which group it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from operator import countOf
 
 from engine.config import KVGroup
-from engine.scheduling.block_pool import BlockPool, extend_block_hashes
+from engine.scheduling.block_pool import Block, BlockPool, extend_block_hashes
 from engine.scheduling.request import BlockTable, Request
 
 TWO_STEPS = 2  # tokens in flight of a request that generates
@@ -24,6 +26,8 @@ class KVManager:
         self.pool = pool
         self.groups = groups
         self.max_in_flight = max_in_flight
+        # Tenant -> id of a block -> number of its requests that hold it. Without tenants that hold none.
+        self._held: dict[str, dict[int, int]] = {}
         self.suffixes = [index.to_bytes(2) if index else b"" for index in range(len(groups))]  # of hashes, by group
         self.watermark = pool.num_blocks // 100  # blocks kept free for running requests to grow into
 
@@ -38,15 +42,36 @@ class KVManager:
     def num_missing(self, request: Request) -> int:
         """Return how many blocks a request may need in addition to those that it holds."""
         kv, num_tokens = request.kv, request.num_tokens
-        return max(0, self.num_blocks_for(num_tokens, num_tokens - kv.num_computed) - len(kv.blocks))
+        return max(0, self.num_blocks_for(num_tokens, num_tokens - kv.num_computed) - kv.num_blocks)
 
-    def num_held(self, requests: Sequence[Request]) -> int:
-        """Return how many blocks requests hold together; a block that they share counts once."""
-        held: set[int] = set()
-        for request in requests:
-            for table in request.kv.tables:
-                held.update(table.block_ids[table.num_slid :])
-        return len(held)
+    def num_held(self, tenant: str) -> int:
+        """Return how many blocks the requests of a tenant hold together; a block that they share counts once."""
+        return len(self._held.get(tenant, ()))
+
+    def num_unshared(self, request: Request) -> int:
+        """Return how many blocks a request holds that no other request of its tenant does."""
+        counts = self._held.get(request.tenant, {})
+        return sum(countOf(map(counts.get, table.block_ids[table.num_slid :]), 1) for table in request.kv.tables)
+
+    def _hold(self, request: Request, table: BlockTable, blocks: Sequence[Block]) -> None:
+        """Append blocks, which the pool has given out to a request, to one of its tables."""
+        table.append(blocks)
+        if blocks:
+            counts = self._held.setdefault(request.tenant, {})
+            for block in blocks:
+                counts[block.block_id] = counts.get(block.block_id, 0) + 1
+
+    def _let_go(self, request: Request, blocks: Sequence[Block]) -> None:
+        """Release blocks that have been removed from the tables of a request."""
+        self.pool.release(blocks)
+        counts = self._held.get(request.tenant, {})
+        for block in blocks:
+            if counts[block.block_id] > 1:
+                counts[block.block_id] -= 1
+            else:
+                del counts[block.block_id]
+        if not counts:
+            self._held.pop(request.tenant, None)
 
     def admit(self, request: Request, running: Collection[Request], max_tokens: int) -> bool:
         """Give a waiting request its cached prefix, and blocks for a first chunk of up to `max_tokens` tokens.
@@ -59,7 +84,8 @@ class KVManager:
         # The last token is always computed: its logits are needed.
         num_usable = 0 if request.reads_all_rows else (request.num_tokens - 1) // pool.block_size
         num_cached_blocks = self._num_cached_blocks(kv.block_hashes[:num_usable])
-        kv.tables = [self._acquire(index, kv.block_hashes[:num_cached_blocks]) for index in range(len(self.groups))]
+        cached = kv.block_hashes[:num_cached_blocks]
+        kv.tables = [self._acquire(request, index, cached) for index in range(len(self.groups))]
         kv.num_computed = num_cached_blocks * pool.block_size
         num_needed = sum(self.num_missing(some) for some in (request, *running)) + self.watermark
         kv.num_published = num_cached_blocks
@@ -85,13 +111,14 @@ class KVManager:
                 longest = num_blocks
         return longest
 
-    def _acquire(self, index: int, block_hashes: Sequence[bytes]) -> BlockTable:
+    def _acquire(self, request: Request, index: int, block_hashes: Sequence[bytes]) -> BlockTable:
         """Hold the blocks of a cached prefix that its next token sees in a group."""
         num_blocks, size = len(block_hashes), self.pool.block_size
         first = _first_visible(self.groups[index].window, num_blocks * size) // size
         table = BlockTable()
         table.slide(min(first, num_blocks))
-        table.append(self.pool.acquire(block_hash + self.suffixes[index] for block_hash in block_hashes[first:]))
+        published = self.pool.acquire(block_hash + self.suffixes[index] for block_hash in block_hashes[first:])
+        self._hold(request, table, published)
         return table
 
     def extend(self, request: Request, num_tokens: int) -> bool:
@@ -106,7 +133,7 @@ class KVManager:
         if blocks is None:
             return False
         for table, number in zip(kv.tables, missing, strict=True):
-            table.append(blocks[:number])
+            self._hold(request, table, blocks[:number])
             del blocks[:number]
         return True
 
@@ -121,7 +148,7 @@ class KVManager:
         num_full = kv.num_computed // self.pool.block_size
         for table in kv.tables:
             self.pool.unpublish(block for block in table.blocks[num_full : kv.num_published] if block is not None)
-            self.pool.release(table.truncate(self.pool.num_blocks_for(kv.num_computed)))
+            self._let_go(request, table.truncate(self.pool.num_blocks_for(kv.num_computed)))
         kv.num_published = min(kv.num_published, num_full)
 
     def publish(self, request: Request, num_settled: int) -> None:
@@ -148,13 +175,13 @@ class KVManager:
         for table, group in zip(request.kv.tables, self.groups, strict=True):
             first = _first_visible(group.window, num_settled) // self.pool.block_size
             if first > table.num_slid:
-                self.pool.release(table.slide(first))
+                self._let_go(request, table.slide(first))
 
     def release(self, request: Request) -> None:
         """Release all blocks of a request."""
         kv = request.kv
         for table in kv.tables:
-            self.pool.release(table.held)
+            self._let_go(request, table.held)
         kv.tables = []
         kv.num_computed = kv.num_expected = kv.num_published = 0
 
@@ -163,11 +190,17 @@ class KVManager:
         num_prompt_tokens = request.num_prompt_tokens if pool.separates_prompts else None
         extend_block_hashes(kv.block_hashes, request.token_ids, pool.block_size, kv.salt, num_prompt_tokens)
 
-    def check(self, request: Request) -> None:
-        """Raise RuntimeError unless the ids in the tables are those of the blocks."""
-        for table in request.kv.tables:
-            if table.block_ids.tolist() != [0 if block is None else block.block_id for block in table.blocks]:
-                raise RuntimeError(f"the block ids of request {request.request_id} are not those of its blocks")
+    def check(self, requests: Iterable[Request]) -> None:
+        """Raise RuntimeError unless the ids in the tables and the counts are those of the blocks of all requests."""
+        held: dict[str, Counter[int]] = {}
+        for request in requests:
+            for table in request.kv.tables:
+                if table.block_ids.tolist() != [0 if block is None else block.block_id for block in table.blocks]:
+                    raise RuntimeError(f"the block ids of request {request.request_id} are not those of its blocks")
+                if table.held:
+                    held.setdefault(request.tenant, Counter()).update(block.block_id for block in table.held)
+        if held != self._held:
+            raise RuntimeError(f"tenants hold {held}, but {self._held} is what is counted")
 
 
 def _first_visible(window: int | None, position: int) -> int:

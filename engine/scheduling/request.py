@@ -90,6 +90,11 @@ class KVState:
         """All blocks that the request holds."""
         return [block for table in self.tables for block in table.held]
 
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks that the request holds."""
+        return sum(len(table.blocks) - table.num_slid for table in self.tables)
+
 
 @dataclass(slots=True)
 class PromptOutputs:

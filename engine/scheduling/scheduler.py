@@ -419,5 +419,4 @@ class Scheduler:
     def check(self) -> None:
         """Raise RuntimeError unless every block is free, or held, with its id, by the requests that count on it."""
         self.pool.check([request.kv.blocks for request in self.requests()])
-        for request in self.requests():
-            self.kv.check(request)
+        self.kv.check(self.requests())
