@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import Any, Protocol
 
 from server.http.errors import EngineUnavailableError
@@ -78,6 +79,7 @@ class TemplateProcesses:
                     return self._render_once(data)
                 except OSError as error:
                     logger.warning("a process for the chat template is gone: %s", error)
+                    _end_all(self._idle)  # which may have been killed, too
         raise EngineUnavailableError("The process for the chat template is unavailable. Please retry later.")
 
     def close(self) -> None:
@@ -105,8 +107,9 @@ class TemplateProcesses:
 
 def _end_all(processes: "deque[_Process]") -> None:
     """End processes that do not render."""
-    while processes:
-        processes.pop().end()
+    with suppress(IndexError):  # other threads take some, too
+        while True:
+            processes.pop().end()
 
 
 class _Process:

@@ -99,6 +99,16 @@ def test_a_process_that_is_killed_is_replaced(hostile: TemplateProcesses, signum
     assert hostile.render({"text": "a"}) == "a"
 
 
+def test_several_idle_processes_are_killed() -> None:
+    source = "{{ text }}"
+    with processes(source) as running:
+        running._idle.extend(renderer._Process(source) for _ in range(3))
+        for process in template_processes():
+            process.kill()
+        for _ in range(5):
+            assert running.render({"text": "a"}) == "a"
+
+
 def test_a_process_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renderer, "MAX_WAITING_SECONDS", 5.0)
     before = set(template_processes())
