@@ -37,6 +37,7 @@ from server.engine_client.supervisor_channel import (
 from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
 from server.processes.child_process import RELOAD_SIGNAL, Child
+from server.processes.error_line import print_error
 from server.settings.load import check_adapter_names, check_certificate
 from server.settings.process_configs import ApiProcessConfig, engine_config
 from server.settings.table import REPEAT_LORA_MODULES, Settings
@@ -293,11 +294,7 @@ class Supervisor:
 
     def _report(self, message: str) -> None:
         """Print how a child ended, as the last line if the server ends. The child itself has logged the cause."""
-        line = f"lightwell: error: {message}"
-        if self._log_format == "json":
-            record = {"time": time.time(), "level": "error", "logger": __name__, "message": message}
-            line = msgspec.json.encode(record).decode()
-        print(line, file=sys.stderr, flush=True)
+        print_error(message, logger=__name__, log_format=self._log_format)
 
     def _stop(self, child: Child, seconds: float) -> None:
         child.terminate()

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,21 @@ def test_an_engine_that_dies_is_started_again(start: Start) -> None:
     assert len(lines) == 3
     assert (running.folder / "gone").read_text()
     running.assert_nothing_is_left()
+
+
+@pytest.mark.checklist("G07")
+def test_an_engine_is_started_again_while_nobody_reads_the_log(start: Start) -> None:
+    running = start(api=("report", "9"))
+    first = ready_engine(running, 1)
+    log = os.open(f"/proc/{running.process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(log, bytes(4096))
+    os.close(log)
+    os.kill(first, signal.SIGKILL)
+    ready_engine(running, 2)
+    running.signal(signal.SIGTERM)
+    assert running.end()[0] == 0
 
 
 def test_restarts_may_be_switched_off(start: Start) -> None:
