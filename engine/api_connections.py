@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import msgspec
 import zmq
 
-from engine.shared.messages import EngineStats, FromEngine, Outputs, Submit, ToEngine, TokenEvent
+from engine.shared.messages import EngineStats, FinishReason, FromEngine, Outputs, Submit, ToEngine, TokenEvent
+
+logger = logging.getLogger("lightwell.engine")
 
 
 class ApiConnections:
@@ -40,8 +43,11 @@ class ApiConnections:
 
     def send_outputs(
         self, events: list[TokenEvent], stats: EngineStats, num_step_tokens: int, started: Iterable[str] = ()
-    ) -> None:
-        """Send one message to each API process, with the events of its own requests and which of them have started."""
+    ) -> list[TokenEvent]:
+        """Send one message to each API process, with the events of its own requests and which of them have started.
+
+        A choice whose event cannot be encoded ends with an error instead. Return the events of these choices.
+        """
         started_of: dict[bytes, list[str]] = {}
         for request_id in started:
             if request_id in self.owners:
@@ -49,12 +55,36 @@ class ApiConnections:
         by_identity: dict[bytes, list[TokenEvent]] = {identity: [] for identity in self.identities}
         for event in events:
             by_identity[self.owners[event.request_id][0]].append(event)
-            if event.finish_reason is not None:
-                self.forget(event.request_id, event.index)
+        failed: list[TokenEvent] = []
         for identity, own_events in by_identity.items():
             own_started = started_of.get(identity, [])
             outputs = Outputs(stats=stats, events=own_events, num_step_tokens=num_step_tokens, started=own_started)
-            self.send(identity, outputs)
+            content, own_failed = self._encode(outputs)
+            failed += own_failed
+            self.socket.send_multipart((identity, content))
+        for event in events:
+            if event.finish_reason is not None:
+                self.forget(event.request_id, event.index)
+        return failed
+
+    def _encode(self, outputs: Outputs) -> tuple[bytes, list[TokenEvent]]:
+        """Return a message, and those of its events that became errors because they cannot be encoded."""
+        try:
+            return self.encoder.encode(outputs), []
+        except Exception:
+            failed = [event for event in outputs.events if not self._can_encode(event)]
+        for event in failed:
+            event.token_ids, event.logprobs, event.prompt_logprobs, event.embedding = [], None, None, None
+            event.finish_reason, event.error = FinishReason.ERROR, "an event of this request cannot be sent"
+        return self.encoder.encode(outputs), failed
+
+    def _can_encode(self, event: TokenEvent) -> bool:
+        try:
+            self.encoder.encode(event)
+        except Exception:
+            logger.exception("an event of request %s cannot be sent", event.request_id)
+            return False
+        return True
 
     def remember(self, identity: bytes, submit: Submit) -> None:
         """Note that an API process waits for the choices of a request."""

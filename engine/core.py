@@ -28,6 +28,7 @@ from engine.runner import PendingOutputs
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.budget import StepBudget
 from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
 from engine.scheduling.record import Recorder, StepClock, StepRecord
 from engine.scheduling.request import Scheduled, ScheduledOutput, Status, Step, new_request, without_early_end
 from engine.scheduling.scheduler import Scheduler
@@ -144,6 +145,7 @@ class Engine:
         are alone. Raises BrokenDeviceError if the device fails the warm-up prompt, too.
         """
         finished, events = self._step()
+        events += self.scheduler.lifecycle.take_failed()
         if self.doubt is not None and self.in_flight is None:
             self._check_device(self.doubt)
         return finished, events
@@ -209,7 +211,10 @@ class Engine:
         events = self.scheduler.update(step, outputs)
         self.doubt = None if any(output.error is None for output in outputs) else outputs[0].error
         clock.lap("update")
-        self._record(step, clock)
+        try:
+            self._record(step, clock)
+        except Exception:
+            logger.exception("the record of step %d is lost", step.step_id)
         if not step.faults:
             return step, events, None
         failure = None if len(step.faults) < len(step.scheduled) else Failure("all requests of a step fail")
@@ -233,13 +238,12 @@ class Engine:
         if half:
             self.parts += [step.scheduled[half:], step.scheduled[:half]]
             return []
-        return self.scheduler.update(step, [ScheduledOutput(error="the engine could not compute this request")])
+        return self.scheduler.update(step, [ScheduledOutput(error=COULD_NOT_COMPUTE)])
 
     def _next_part(self) -> Step | None:
         """Return the next part of a failed step, unless its requests have ended."""
         while self.parts:
-            step = self.scheduler.repeat(self.parts.pop())
-            if step.scheduled:
+            if (step := self.scheduler.repeat(self.parts.pop())) is not None:
                 return step
         return None
 
@@ -270,7 +274,9 @@ class Engine:
         """If nothing runs, wait briefly for a grammar and schedule again: all waiting requests wait for theirs."""
         if self.scheduler.running or not self.scheduler.waiting:
             return None
-        next(iter(self.scheduler.waiting)).wait_for_grammar(GRAMMAR_WAIT)
+        request = next(iter(self.scheduler.waiting))
+        with self.scheduler.lifecycle.isolated(request):
+            request.wait_for_grammar(GRAMMAR_WAIT)
         return self.scheduler.schedule()
 
     def stats(self) -> EngineStats:

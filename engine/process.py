@@ -22,6 +22,7 @@ from engine.core import BrokenDeviceError, Engine
 from engine.loading import load_model
 from engine.lora.slots import AdapterGoneError
 from engine.lora.updates import AdapterUpdates
+from engine.scheduling.lifecycle import COULD_NOT_COMPUTE
 from engine.scheduling.record import StepClock
 from engine.shared.launcher import collect_garbage
 from engine.shared.logs import configure_logging
@@ -78,7 +79,8 @@ class EngineLoop:
         step, events = self.engine.step()
         refused, self.refused = self.refused, []
         num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
-        self.connections.send_outputs(refused + events, self.engine.stats(), num_tokens, started)
+        for event in self.connections.send_outputs(refused + events, self.engine.stats(), num_tokens, started):
+            self.engine.abort(event.request_id, event.index)
 
     def handle(self, identity: bytes, message: ToEngine) -> None:
         """Act on a message of the API process `identity`."""
@@ -98,16 +100,23 @@ class EngineLoop:
             self.connections.send(identity, Ready(self.info, self.engine.adapters.loaded()))
 
     def add(self, submit: Submit) -> None:
-        """Queue a request. It fails if its adapter was unloaded or replaced while the request was on its way."""
+        """Queue a request. It is refused if its adapter was unloaded or replaced while the request was on its way."""
         try:
             self.engine.add(submit)
         except AdapterGoneError:
-            error = f"the LoRA adapter {submit.lora_name} is no longer loaded"
-            for index in range(submit.n):
-                event = TokenEvent(
-                    request_id=submit.request_id, index=index, finish_reason=FinishReason.ERROR, error=error
-                )
-                self.refused.append(event)
+            self.refuse(submit, f"the LoRA adapter {submit.lora_name} is no longer loaded")
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:  # a panic of a library in Rust is no Exception
+            logger.exception("request %s cannot be queued", submit.request_id)
+            self.engine.abort(submit.request_id)
+            self.refuse(submit, COULD_NOT_COMPUTE)
+
+    def refuse(self, submit: Submit, error: str) -> None:
+        """End all choices of a request that is not queued."""
+        for index in range(submit.n):
+            event = TokenEvent(request_id=submit.request_id, index=index, finish_reason=FinishReason.ERROR, error=error)
+            self.refused.append(event)
 
     def announce_adapters(self, identity: bytes, done: AdapterDone) -> None:
         """Send the loaded adapters to all API processes, and then the result to the one that asked."""

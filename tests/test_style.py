@@ -29,7 +29,6 @@ PRIVATE_WORDS = re.compile(
 
 # Modules without a test file of their own name, and where they are tested.
 TESTED_ELSEWHERE = {
-    "engine/api_connections.py": "tests/e2e/test_death.py",
     "engine/batch/inputs.py": "tests/engine/batch/test_builder.py",
     "engine/batch/transfer.py": "tests/engine/batch/test_builder.py",
     "engine/config/families.py": "tests/engine/config/test_decoder.py",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -97,9 +97,17 @@ class BlockPool:
             assert block.ref_count > 0
             block.ref_count -= 1
             if block.ref_count == 0:
-                self.free_blocks[block.block_id] = block
-                if block.block_hash is None:
-                    self.free_blocks.move_to_end(block.block_id, last=False)
+                self._free(block)
+
+    def reclaim(self, held: Iterable[Block]) -> None:
+        """Free all blocks but those in `held`, which has each once for each of its holders."""
+        ref_counts = Counter(block.block_id for block in held)
+        for block in self.blocks:
+            block.ref_count = ref_counts[block.block_id]
+            if block.ref_count:
+                self.free_blocks.pop(block.block_id, None)
+            elif block.block_id not in self.free_blocks:
+                self._free(block)
 
     def publish(self, block: Block, block_hash: bytes) -> None:
         """Publish a held block whose tokens are all computed, unless an equal block is published already."""
@@ -113,6 +121,11 @@ class BlockPool:
             if block.block_hash is not None:
                 del self.published[block.block_hash]
                 block.block_hash = None
+
+    def _free(self, block: Block) -> None:
+        self.free_blocks[block.block_id] = block
+        if block.block_hash is None:
+            self.free_blocks.move_to_end(block.block_id, last=False)
 
     def _take(self) -> Block:
         first = next(iter(self.free_blocks.values()), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.lifecycle import Lifecycle
 from engine.scheduling.request import Request, Scheduled
 from engine.scheduling.speculation import Drafter, SpeculationPolicy
 from engine.shared.messages import EngineStats
@@ -19,9 +20,17 @@ MIN_FORCED = 4  # lower bound of `DraftingState.max_forced` after a mismatch
 class Drafting:
     """Adds drafts to the requests of a step, and settles them once the step's tokens are read."""
 
-    def __init__(self, kv: KVManager, stats: EngineStats, policy: SpeculationPolicy | None, max_model_len: int) -> None:
+    def __init__(
+        self,
+        kv: KVManager,
+        lifecycle: Lifecycle,
+        stats: EngineStats,
+        policy: SpeculationPolicy | None,
+        max_model_len: int,
+    ) -> None:
         """`policy`: when n-gram drafts are made; None: never."""
         self.kv = kv
+        self.lifecycle = lifecycle
         self.stats = stats
         self.policy = policy
         self.max_model_len = max_model_len
@@ -35,7 +44,8 @@ class Drafting:
         generating = [item for item in scheduled if item.num_samples and not item.is_prompt]
         generating = [item for item in generating if item.request.drafting.is_enabled]
         for item in generating if self.drafts_forced else ():
-            budget -= self._add_draft(item, self._forced_tokens(item.request)[:budget])
+            with self.lifecycle.isolated(item.request):
+                budget -= self._add_draft(item, self._forced_tokens(item.request)[:budget])
         if self.policy is not None:
             without_draft = [item for item in generating if not item.draft_token_ids]
             num_rows = sum(item.num_tokens for item in scheduled)
@@ -74,11 +84,15 @@ class Drafting:
         """Share `num_spare` rows evenly among the drafts. Rows that a short draft does not use go to longer ones."""
         if num_spare < 1:
             return
-        drafts = [(item, self._ngram_draft(policy, item.request)) for item in generating]
+        drafts: list[tuple[Scheduled, list[int]]] = []
+        for item in generating:
+            with self.lifecycle.isolated(item.request):
+                drafts.append((item, self._ngram_draft(policy, item.request)))
         drafts = sorted((pair for pair in drafts if pair[1]), key=lambda pair: len(pair[1]))
         for index, (item, draft) in enumerate(drafts):
             share = -(-num_spare // (len(drafts) - index))
-            num_spare -= self._add_draft(item, draft[:share])
+            with self.lifecycle.isolated(item.request):
+                num_spare -= self._add_draft(item, draft[:share])
 
     def _forced_tokens(self, request: Request) -> list[int]:
         if request.matcher is None or (room := self._max_draft_length(request)) < 1:

@@ -46,7 +46,9 @@ class RequestQueue(Collection[Request]):
         return self.by_tenant.get(tenant, ())
 
     def add(self, request: Request) -> None:
-        insort(self.by_tenant.setdefault(request.tenant, []), request, key=order_key)
+        requests = self.by_tenant.get(request.tenant, [])
+        insort(requests, request, key=order_key)
+        self.by_tenant[request.tenant] = requests
 
     def remove(self, request: Request) -> None:
         requests = self.by_tenant[request.tenant]

@@ -6,7 +6,6 @@ hash under which a block is published says which group it belongs to.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from operator import countOf
 
@@ -185,6 +184,12 @@ class KVManager:
         kv.tables = []
         kv.num_computed = kv.num_expected = kv.num_published = 0
 
+    def reclaim(self, requests: Iterable[Request]) -> None:
+        """Free all blocks but those of `requests`, after work on another request has not come to its end."""
+        remaining = list(requests)
+        self.pool.reclaim(block for request in remaining for block in request.kv.blocks)
+        self._held = _count_held(remaining)
+
     def _extend_hashes(self, request: Request) -> None:
         kv, pool = request.kv, self.pool
         num_prompt_tokens = request.num_prompt_tokens if pool.separates_prompts else None
@@ -192,15 +197,24 @@ class KVManager:
 
     def check(self, requests: Iterable[Request]) -> None:
         """Raise RuntimeError unless the ids in the tables and the counts are those of the blocks of all requests."""
-        held: dict[str, Counter[int]] = {}
-        for request in requests:
+        living = list(requests)
+        for request in living:
             for table in request.kv.tables:
                 if table.block_ids.tolist() != [0 if block is None else block.block_id for block in table.blocks]:
                     raise RuntimeError(f"the block ids of request {request.request_id} are not those of its blocks")
-                if table.held:
-                    held.setdefault(request.tenant, Counter()).update(block.block_id for block in table.held)
-        if held != self._held:
+        if (held := _count_held(living)) != self._held:
             raise RuntimeError(f"tenants hold {held}, but {self._held} is what is counted")
+
+
+def _count_held(requests: Iterable[Request]) -> dict[str, dict[int, int]]:
+    """Return how many requests of each tenant hold each block."""
+    held: dict[str, dict[int, int]] = {}
+    for request in requests:
+        if blocks := request.kv.blocks:
+            counts = held.setdefault(request.tenant, {})
+            for block in blocks:
+                counts[block.block_id] = counts.get(block.block_id, 0) + 1
+    return held
 
 
 def _first_visible(window: int | None, position: int) -> int:

@@ -27,11 +27,12 @@ from engine.scheduling.budget import StepBudget
 from engine.scheduling.drafting import Drafting
 from engine.scheduling.fair_queue import FairQueue
 from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.lifecycle import Lifecycle, new_event
 from engine.scheduling.record import ChunkRecord, Recorder
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step
 from engine.scheduling.sequences import Sequences, num_rejected
 from engine.scheduling.speculation import SpeculationPolicy
-from engine.shared.messages import EngineStats, FinishReason, TokenEvent
+from engine.shared.messages import EngineStats, TokenEvent
 
 logger = logging.getLogger("lightwell.engine")
 
@@ -40,12 +41,8 @@ def _adapter_names(requests: Iterable[Request]) -> list[str]:
     return sorted({request.lora_name for request in requests if request.lora_name})
 
 
-def _new_event(request: Request) -> TokenEvent:
-    """Return an event without tokens. The first one of a request says how many tokens were cached."""
-    event = TokenEvent(request_id=request.request_id, index=request.index)
-    if request.num_output_tokens == 0:
-        event.num_cached_tokens = request.record.num_cached_tokens
-    return event
+def _running(items: Iterable[Scheduled]) -> list[Scheduled]:
+    return [item for item in items if item.request.status is Status.RUNNING]
 
 
 def _record_first_schedule(request: Request, stats: EngineStats) -> None:
@@ -110,7 +107,6 @@ class Scheduler:
         _check_limits(kv, budget, max_num_seqs, max_model_len, long_prefill_token_threshold)
         self.pool = kv.pool
         self.kv = kv
-        self.recorder = recorder
         self.max_num_seqs = max_num_seqs
         self.budget = budget
         self.max_model_len = max_model_len
@@ -119,30 +115,28 @@ class Scheduler:
         self.queue = FairQueue(kv, max_num_seqs)
         self.running = self.queue.running
         self.waiting = self.queue.waiting
+        self.lifecycle = Lifecycle(self.queue, kv, recorder)
         self.stats = EngineStats(num_blocks=kv.pool.num_blocks)
-        self.drafting = Drafting(self.kv, self.stats, speculation, max_model_len)
+        self.drafting = Drafting(kv, self.lifecycle, self.stats, speculation, max_model_len)
 
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
     def requests(self) -> Iterator[Request]:
-        """Yield all unfinished requests, including children that wait for their parent's prompt."""
-        for request in (*self.running, *self.waiting):
-            yield request
-            yield from request.children
+        """Return all unfinished requests, including children that wait for their parent's prompt."""
+        return self.lifecycle.requests()
 
     def add(self, request: Request) -> None:
         """Queue a request of at most `max_model_len` tokens. Its children are queued once its prompt is computed."""
         assert 0 < request.num_tokens <= self.max_model_len
-        request.record.num_ahead = self.queue.num_ahead(request)
-        self.queue.wait(request)
+        self.lifecycle.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End choice `index` of a request, or all its choices. Unknown ids are ignored."""
         for request in list(self.requests()):
             if request.request_id == request_id and index in (None, request.index):
-                self._finish(request, FinishReason.ABORT)
+                self.lifecycle.abort(request)
 
     # Before a step.
 
@@ -152,28 +146,33 @@ class Scheduler:
         draft = StepInProgress(num_rows, self.queue.next_waiting())
         for requests in self.queue.turns():
             self._start_waiting(draft, before=requests[0])
-            num_tokens = sum(self._schedule_running(request, draft) for request in requests)
-            self.queue.charge(requests[0], num_tokens)
+            for request in requests:
+                with self.lifecycle.isolated(request):
+                    self._schedule_running(request, draft)
         self._start_waiting(draft)
-        if not draft.scheduled:
-            return None
         # Rows of the same adapter are adjacent, because they share its matrices.
-        scheduled = sorted(draft.scheduled.values(), key=lambda item: (item.is_prompt, item.request.lora_slot))
+        scheduled = _running(draft.scheduled.values())
+        scheduled.sort(key=lambda item: (item.is_prompt, item.request.lora_slot))
         self.drafting.add_drafts(scheduled, draft.num_free)
+        return self._new_step(_running(scheduled))
+
+    def _new_step(self, scheduled: list[Scheduled]) -> Step | None:
+        if not scheduled:
+            return None
         self.stats.steps_total += 1
         return Step(self.stats.steps_total, scheduled)
 
-    def _schedule_running(self, request: Request, draft: StepInProgress) -> int:
-        """Give a running request its part of the step, and return the number of its tokens."""
+    def _schedule_running(self, request: Request, draft: StepInProgress) -> None:
+        """Give a running request its part of the step."""
         if request.status is not Status.RUNNING:  # preempted before its turn
-            return 0
+            return
         num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, draft.num_free + 1)
         if num_tokens and not self._extend(request, num_tokens, draft):
-            return 0
+            return
         draft.num_free += 1 - num_tokens  # one row was reserved for it
         if num_tokens:  # 0 while its last token is being sampled
             draft.scheduled[request] = self._advance(request, num_tokens)
-        return num_tokens
+            self.queue.charge(request, num_tokens)
 
     def _start_waiting(self, draft: StepInProgress, before: Request | None = None) -> None:
         """Start waiting requests while there is room: all, or those that come before a running one."""
@@ -181,12 +180,15 @@ class Scheduler:
             if before is not None and not self.queue.precedes(request, before):
                 return
             draft.head = None
-            if request in draft.preempted or not self._admit(request, draft):
+            if request in draft.preempted:
                 return
-            num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, draft.num_free)
-            draft.scheduled[request] = self._advance(request, num_tokens)
-            draft.num_free -= num_tokens
-            self.queue.charge(request, num_tokens)
+            with self.lifecycle.isolated(request):
+                if not self._admit(request, draft):
+                    return
+                num_tokens = min(request.num_pending(request.kv.num_computed), self.max_chunk, draft.num_free)
+                draft.scheduled[request] = self._advance(request, num_tokens)
+                draft.num_free -= num_tokens
+                self.queue.charge(request, num_tokens)
             draft.head = self.queue.next_waiting()
 
     def _extend(self, request: Request, num_tokens: int, draft: StepInProgress) -> bool:
@@ -196,7 +198,9 @@ class Scheduler:
         """
         while not self.kv.extend(request, num_tokens):
             draft.head = None
-            self._preempt(newest := self.queue.newest(), draft)
+            newest = self.queue.newest()
+            with self.lifecycle.isolated(newest):
+                self._preempt(newest, draft)
             if newest is request:
                 return False
         return True
@@ -236,7 +240,8 @@ class Scheduler:
                 break
             if (victim := self.queue.displaced_by(request)) is None:
                 return False
-            self._preempt(victim, draft)
+            with self.lifecycle.isolated(victim):
+                self._preempt(victim, draft)
         self.waiting.remove(request)
         self.running.add(request)
         request.status = Status.RUNNING
@@ -263,20 +268,19 @@ class Scheduler:
 
     # A step that has failed.
 
-    def repeat(self, items: Sequence[Scheduled]) -> Step:
-        """Return a step that computes parts of a failed one again, without requests that have ended since.
+    def repeat(self, items: Sequence[Scheduled]) -> Step | None:
+        """Return a step that computes parts of a failed one again, or None if their requests have ended since.
 
         All earlier steps must have been updated, so that their tokens are known.
         """
-        step = Step(self.stats.steps_total + 1, [item for item in items if item.request.status is Status.RUNNING])
-        for item in step.scheduled:
+        for item in (running := _running(items)):
             chunks = item.request.record.chunks
             if chunks and chunks[-1].start == item.start:
-                chunks[-1].step_id = step.step_id
+                chunks[-1].step_id = self.stats.steps_total + 1
             item.is_ahead = False
-            item.request.rewind()
-        self.stats.steps_total += bool(step.scheduled)
-        return step
+            with self.lifecycle.isolated(item.request):
+                item.request.rewind()
+        return self._new_step(_running(running))
 
     def take_back(self, step: Step) -> None:
         """Undo the last `schedule`: its tokens are still to be computed. Requests that it admitted stay admitted.
@@ -284,16 +288,20 @@ class Scheduler:
         The step before it may have been updated since.
         """
         for item in step.scheduled:
-            request = item.request
-            self.drafting.take_back(item)
-            if request.status is not Status.RUNNING:  # ended by the step before
-                continue
-            self.kv.truncate(request, item.num_tokens)
-            request.kv.num_expected = item.start + 1 if item.is_ahead else 0
-            request.rewind()
-            request.record.take_back(step.step_id)
-            self.queue.charge(request, len(item.draft_token_ids) - item.num_tokens)
+            with self.lifecycle.isolated(item.request):
+                self._take_back(step, item)
         self.stats.steps_total -= 1
+
+    def _take_back(self, step: Step, item: Scheduled) -> None:
+        request = item.request
+        self.drafting.take_back(item)
+        if request.status is not Status.RUNNING:  # ended by the step before
+            return
+        self.kv.truncate(request, item.num_tokens)
+        request.kv.num_expected = item.start + 1 if item.is_ahead else 0
+        request.rewind()
+        request.record.take_back(step.step_id)
+        self.queue.charge(request, len(item.draft_token_ids) - item.num_tokens)
 
     def back_off(self, step: Step) -> list[TokenEvent]:
         """Make the next step smaller than one that was taken back. Return the event of a request that fails, if any.
@@ -305,14 +313,14 @@ class Scheduler:
         if step.num_tokens > len(requests):
             self.budget.add_failure(step.num_tokens, max(step.num_tokens // 2, len(requests)))
         elif len(requests) > 1:
-            self._preempt(self.queue.newest())
+            newest = self.queue.newest()
+            with self.lifecycle.isolated(newest):
+                self._preempt(newest)
             self.budget.add_failure(step.num_tokens, len(requests) - 1)
         else:
             self.budget.set_limit(self.budget.max_num_rows)  # it was not for the others that memory was short
-            event = _new_event(requests[0])
-            event.error = "the device has too little memory for this request"
-            return [self._end(requests[0], event, FinishReason.ERROR)]
-        return []
+            self.lifecycle.fail(requests[0], "the device has too little memory for this request")
+        return self.lifecycle.take_failed()
 
     # After a step.
 
@@ -322,8 +330,12 @@ class Scheduler:
         Return one event for each request with new tokens or an end. A request with an error stays as it was, and is one
         of `step.faults`, because the others may have caused it; if it was alone, it ends.
         """
-        events = [self._update(step, item, output) for item, output in zip(step.scheduled, outputs, strict=True)]
-        return [event for event in events if event is not None]
+        events: list[TokenEvent] = []
+        for item, output in zip(step.scheduled, outputs, strict=True):
+            with self.lifecycle.isolated(item.request):
+                if (event := self._update(step, item, output)) is not None:
+                    events.append(event)
+        return events + self.lifecycle.take_failed()
 
     def _update(self, step: Step, item: Scheduled, output: ScheduledOutput) -> TokenEvent | None:
         request = item.request
@@ -332,10 +344,10 @@ class Scheduler:
         if output.error is not None and item.draft_token_ids:
             self.drafting.retry_without_draft(item)
             return None
-        event = _new_event(request)
         if output.error is not None:
-            return self._fault(step, item, output.error)
-        savepoint = request.savepoint()
+            self._fault(step, item, output.error)
+            return None
+        event, savepoint = new_event(request), request.savepoint()
         try:
             reason = self.sequences.extend(item, output, event)
             rejected = num_rejected(item, output, event)
@@ -344,8 +356,9 @@ class Scheduler:
             logger.exception("the outputs of request %s cannot be applied", request.request_id)
             self.kv.unpublish(request, savepoint.num_published)
             request.restore(savepoint)
-            return self._fault(step, item, "the engine could not apply the outputs of this request")
-        # From here on nothing can fail.
+            self._fault(step, item, "the engine could not apply the outputs of this request")
+            return None
+        # From here on, a fault ends the request.
         self.drafting.settle(item, len(item.draft_token_ids) - rejected)
         # Later steps compute no token before these: of a generating request, the last one is still to be computed.
         self.kv.slide(request, min(item.start + item.num_tokens, request.num_tokens - 1))
@@ -355,17 +368,14 @@ class Scheduler:
             self._complete_prompt(request, event)
         request.record.num_output_tokens += len(event.token_ids)
         self.stats.generation_tokens_total += len(event.token_ids)
-        return event if reason is None else self._end(request, event, reason)
+        return event if reason is None else self.lifecycle.end(request, event, reason)
 
-    def _fault(self, step: Step, item: Scheduled, error: str) -> TokenEvent | None:
+    def _fault(self, step: Step, item: Scheduled, error: str) -> None:
         """Leave a request as it was if others may have caused its error. If it was alone, end it."""
         if len(step.scheduled) > 1:
             step.faults.append(item)
-            return None
-        event = _new_event(item.request)
-        event.error = error
-        self.pool.unpublish(item.request.kv.blocks)
-        return self._end(item.request, event, FinishReason.ERROR)
+        else:
+            self.lifecycle.fail(item.request, error)
 
     def _complete_prompt(self, request: Request, event: TokenEvent) -> None:
         """Report the results of the prompt, and queue the children."""
@@ -374,37 +384,7 @@ class Scheduler:
         event.times = request.record.times()
         if request.params.prompt_logprobs is not None:
             event.prompt_logprobs = request.prompt_outputs.logprobs
-        children, request.children = request.children, []
-        for child in children:
-            self.add(child)
-
-    def _end(self, request: Request, event: TokenEvent, reason: FinishReason) -> TokenEvent:
-        """Finish a request, and return its last event."""
-        self._finish(request, reason)
-        event.finish_reason = reason
-        event.times = request.record.times()
-        return event
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        """Remove an unfinished request. If it has children, the first of them becomes the parent of the others."""
-        if request in self.running:
-            self.running.remove(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
-        else:
-            parent = next(other for other in self.requests() if request in other.children)
-            parent.children.remove(request)
-        if request.children:  # its prompt is not computed yet
-            new_parent, *children = request.children
-            new_parent.children, request.children = children, []
-            self.add(new_parent)
-        self.kv.release(request)
-        if request.matcher is not None:
-            request.matcher.cancel()
-        request.status = Status.FINISHED
-        request.record.finished = time.monotonic()
-        request.record.finish_reason = reason.value
-        self.recorder.add_request(request.record)
+        self.lifecycle.add_children(request)
 
     def current_stats(self) -> EngineStats:
         """Return the counters, with the gauges brought up to date."""

@@ -24,7 +24,7 @@ from engine.loading import LoadedModel, load_model
 from engine.model.kv_cache import KVCache
 from engine.process import EngineLoop
 from engine.scheduling.request import NO_LORA_SLOT
-from engine.shared.messages import HEARTBEAT_SECONDS, SamplingParams, Submit
+from engine.shared.messages import HEARTBEAT_SECONDS, SamplingParams, Submit, TokenEvent
 from engine.startup import capture_graphs
 from tests.parity.test_families import SHAPE
 from tests.support.engine_info import ENGINE_INFO
@@ -315,7 +315,8 @@ def test_an_idle_engine_captures_what_is_left(folder: Path) -> None:
 
         def remember(self, identity: bytes, submit: Submit) -> None: ...
 
-        def send_outputs(self, *args: Any) -> None: ...
+        def send_outputs(self, *args: Any) -> list[TokenEvent]:
+            return []
 
     loaded = load(folder)
     execution = with_graphs(loaded, Device(), num_captures=0)

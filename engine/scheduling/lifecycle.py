@@ -1,0 +1,158 @@
+"""The unfinished requests, from the queue to their last event. No torch.
+
+A fault belongs to the request that is being handled: `Lifecycle.isolated` ends it, and everybody else goes on. What
+raises outside of it belongs to no request, and ends the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from engine.scheduling.fair_queue import FairQueue
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.record import Recorder, RequestRecord
+from engine.scheduling.request import Request, Status
+from engine.shared.messages import FinishReason, TokenEvent
+
+COULD_NOT_COMPUTE = "the engine could not compute this request"
+
+logger = logging.getLogger("lightwell.engine")
+
+
+def new_event(request: Request) -> TokenEvent:
+    """Return an event without tokens. The first one of a request says how many tokens were cached."""
+    event = TokenEvent(request_id=request.request_id, index=request.index)
+    if request.num_output_tokens == 0:
+        event.num_cached_tokens = request.record.num_cached_tokens
+    return event
+
+
+class Lifecycle:
+    """Queues requests and ends them, each exactly once."""
+
+    def __init__(self, queue: FairQueue, kv: KVManager, recorder: Recorder) -> None:
+        self.queue = queue
+        self.kv = kv
+        self.recorder = recorder
+        self._failed: dict[Request, TokenEvent] = {}  # last events that `take_failed` has not returned
+
+    def requests(self) -> Iterator[Request]:
+        """Yield all unfinished requests, including children that wait for their parent's prompt."""
+        for request in (*self.queue.running, *self.queue.waiting):
+            yield request
+            yield from request.children
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its children are queued once its prompt is computed."""
+        request.record.num_ahead = self.queue.num_ahead(request)
+        self.queue.wait(request)
+
+    def add_children(self, request: Request) -> None:
+        """Queue the children of a request whose prompt is computed."""
+        while request.children:
+            child = request.children.pop(0)
+            with self.isolated(child):
+                self.add(child)
+
+    def end(self, request: Request, event: TokenEvent, reason: FinishReason) -> TokenEvent:
+        """Remove a request and release its blocks. Return `event`, its last one.
+
+        If it has children, the first of them becomes the parent of the others.
+        """
+        self.kv.release(request)
+        return self._finish(request, event, reason)
+
+    def abort(self, request: Request) -> None:
+        """End a request without an event."""
+        with self.isolated(request):
+            self.end(request, new_event(request), FinishReason.ABORT)
+        self._failed.pop(request, None)
+
+    def fail(self, request: Request, error: str) -> None:
+        """End a request with an error, for `take_failed`. No other request finds its blocks."""
+        self.kv.pool.unpublish(request.kv.blocks)
+        self.end(request, self._new_failure(request, error), FinishReason.ERROR)
+
+    def take_failed(self) -> list[TokenEvent]:
+        """Return the last events of the requests that have failed since the last call."""
+        failed, self._failed = self._failed, {}
+        return list(failed.values())
+
+    def isolated(self, request: Request) -> Isolation:
+        """Return a context for work on one request: if anything raises, this request fails, and no other."""
+        return Isolation(self, request)
+
+    def recover(self, request: Request) -> None:
+        """Let a request fail, whatever state it is in, and free the blocks that nobody holds."""
+        self.kv.pool.unpublish(request.kv.blocks)
+        request.kv.tables = []
+        self._finish(request, self._new_failure(request, COULD_NOT_COMPUTE), FinishReason.ERROR)
+        self.kv.reclaim(self.requests())
+
+    def _new_failure(self, request: Request, error: str) -> TokenEvent:
+        event = self._failed[request] = new_event(request)
+        event.error = error
+        return event
+
+    def _finish(self, request: Request, event: TokenEvent, reason: FinishReason) -> TokenEvent:
+        self._remove(request)
+        request.status = Status.FINISHED
+        if request.matcher is not None:
+            request.matcher.cancel()
+        event.finish_reason = reason
+        self._record_end(request.record, event, reason)
+        if request.children:  # its prompt is not computed yet
+            new_parent, *new_parent.children = request.children
+            request.children = []
+            with self.isolated(new_parent):
+                self.add(new_parent)
+        return event
+
+    def _remove(self, request: Request) -> None:
+        """Take a request out of the queues, or away from its parent, if it is there."""
+        for queue in (self.queue.running, self.queue.waiting):
+            if request in queue:
+                queue.remove(request)
+                return
+        for other in self.requests():
+            if request in other.children:
+                other.children.remove(request)
+                return
+
+    def _record_end(self, record: RequestRecord, event: TokenEvent, reason: FinishReason) -> None:
+        try:
+            record.finished = time.monotonic()
+            record.finish_reason = reason.value
+            self.recorder.add_request(record)
+            event.times = record.times()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:
+            logger.exception("the record of request %s is lost", record.request_id)
+
+
+class Isolation:
+    """A context in which a fault ends one request. Cheaper than a generator, as each request enters it in each step."""
+
+    __slots__ = ("_has_ended", "_lifecycle", "_request")
+
+    def __init__(self, lifecycle: Lifecycle, request: Request) -> None:
+        self._lifecycle = lifecycle
+        self._request = request
+        self._has_ended = request.status is Status.FINISHED  # and its last event is on the way
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> bool:
+        if error is None or isinstance(error, SystemExit | KeyboardInterrupt):  # SIGTERM ends the engine
+            return False
+        logger.error("request %s fails", self._request.request_id, exc_info=error)
+        if not self._has_ended:
+            self._lifecycle.recover(self._request)
+        return True
