@@ -1,7 +1,7 @@
 # Commands for people and for CI. `make help` lists them; ARGS is passed on: make serve ARGS="--port 9000".
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-long fuzz check format bench bench-gpu bench-gpu-model peers wheel test-image clean always
+.PHONY: help install serve test test-long fuzz soak check format bench bench-gpu bench-gpu-model peers wheel test-image clean always
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
@@ -32,6 +32,9 @@ test-long: .venv/installed-test $(CLIENTS) ## Draw many more random cases, and r
 
 fuzz: .venv/installed-test ## Try mutated input on a parser for a minute, as ARGS says (default: list them)
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+soak: .venv/installed-test ## Load a server for an hour with hostile clients and dying processes (report: soak-report.md)
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 check: .venv/installed-test ## Check style and types
 	$(BIN)/ruff check

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
@@ -51,7 +51,7 @@ class ServerProcess:
         self._temporary = folder / "tmp"
         self._temporary.mkdir()
         command = [sys.executable, "-m", "server.cli.main", "serve", str(model), f"--port={self.port}"]
-        with self._log.open("wb") as log:
+        with self.open_log() as log:
             self.process = subprocess.Popen(
                 [*command, f"--served-model-name={MODEL}", *flags],
                 stdin=subprocess.DEVNULL,
@@ -60,6 +60,10 @@ class ServerProcess:
                 env=os.environ | ENVIRONMENT | {"TMPDIR": str(self._temporary)} | environment,
                 process_group=0,
             )
+
+    def open_log(self) -> IO[bytes]:
+        """Open what the processes write to."""
+        return self._log.open("wb")
 
     @property
     def log(self) -> str:

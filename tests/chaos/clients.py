@@ -1,0 +1,241 @@
+"""Clients that keep to the rules: what they ask for must come, exactly once, and always with the same bits."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+
+import httpx
+import openai
+
+from tests.chaos.bodies import KNOWN, STREAMED, bad_requests, random_request, stable
+from tests.chaos.report import Report
+from tests.support.server_process import COMPLETIONS, MODEL, ServerProcess
+from tests.support.serving import check_envelope, check_error
+from tests.support.streams import merge
+
+ANSWER_SECONDS = 300.0  # bounds hangs only
+NO_REUSE = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+
+
+class RefusedError(Exception):
+    """A request was not answered, for a reason that it may have. The argument names it."""
+
+
+class Clients:
+    """Sends requests of all kinds, and reports those that do not end as they must."""
+
+    def __init__(self, server: ServerProcess, report: Report, keys: list[str]) -> None:
+        """`keys` are API keys that stay valid."""
+        self._report = report
+        self._keys = keys
+        self._http = httpx.AsyncClient(
+            base_url=server.url,
+            timeout=ANSWER_SECONDS,
+            trust_env=False,
+            limits=NO_REUSE,
+            headers={"authorization": f"Bearer {keys[0]}"},
+        )
+        self._sdk = openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1",
+            api_key=keys[0],
+            max_retries=0,
+            timeout=ANSWER_SECONDS,
+            default_headers={"connection": "close"},
+            _strict_response_validation=True,
+        )
+        self._known: dict[str, Any] = {}
+        self._bad = bad_requests()
+
+    async def learn(self) -> None:
+        """Ask for all known answers, while the server has nothing else to do."""
+        for name, (path, body) in KNOWN.items():
+            answer = await self._http.post(path, json={"model": MODEL} | body)
+            assert answer.status_code == 200, f"{name}: {answer.text}"
+            self._known[name] = answer.json()
+
+    async def check_known(self) -> None:
+        """Ask for all known answers again. None may be refused."""
+        for name in KNOWN:
+            await self._whole(name, self._keys[0])
+
+    async def run(self, rng: random.Random, until: float) -> None:
+        """Send one request after the other until the time `until`."""
+        kinds = (
+            *(self._known_whole, self._known_whole, self._known_whole, self._known_stream, self._known_stream),
+            *(self._random_whole, self._random_stream, self._sdk_whole, self._sdk_stream, self._bad_request),
+            *(self._cancelled, self._impatient),
+        )
+        while time.monotonic() < until:
+            kind = rng.choice(kinds)
+            await self.send(kind.__name__.strip("_"), kind(rng, rng.choice(self._keys)))
+
+    async def send(self, kind: str, request: Awaitable[str]) -> None:
+        """Await a request that returns how it ended. Report it."""
+        started = time.monotonic()
+        try:
+            end = await request
+        except RefusedError as refused:
+            end = str(refused)
+            if end == "failed by a death" and not self._report.deaths.excuse(started):
+                self._report.add_problem(f"{kind}: the engine is said to be dead, but is not")
+        except Exception as error:
+            self._report.add_problem(f"{kind}, after {time.monotonic() - started:.1f} s: {error!r}")
+            end = "problem"
+        self._report.count(kind, end)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+        await self._sdk.close()
+
+    # Requests with a known answer.
+
+    async def _known_whole(self, rng: random.Random, key: str) -> str:
+        return await self._whole(rng.choice(list(KNOWN)), key)
+
+    async def _whole(self, name: str, key: str) -> str:
+        path, body = KNOWN[name]
+        answer = await self._ask(path, body, key)
+        self._check(name, stable(answer), stable(self._known[name]))
+        return "answered"
+
+    async def _known_stream(self, rng: random.Random, key: str) -> str:
+        name = rng.choice(STREAMED)
+        path, body = KNOWN[name]
+        self._check(name, merge(await self._stream(path, body, key)), merge([self._known[name]]))
+        return "answered"
+
+    async def _sdk_whole(self, rng: random.Random, key: str) -> str:
+        answer = await self._call_sdk(key, stream=False)
+        self._check("chat", answer.choices[0].message.content, merge([self._known["chat"]])[0].text)
+        return "answered"
+
+    async def _sdk_stream(self, rng: random.Random, key: str) -> str:
+        text = ""
+        try:
+            async for chunk in await self._call_sdk(key, stream=True):
+                text += chunk.choices[0].delta.content or ""
+        except openai.APIStatusError:
+            raise
+        except openai.APIError as error:  # an event of the stream
+            raise _refusal(503, error.code) from None
+        self._check("chat", text, merge([self._known["chat"]])[0].text)
+        return "answered"
+
+    async def _call_sdk(self, key: str, *, stream: bool) -> Any:
+        try:
+            return await self._sdk.with_options(api_key=key).chat.completions.create(
+                model=MODEL, stream=stream, **KNOWN["chat"][1]
+            )
+        except openai.APIStatusError as error:
+            raise _refusal(error.status_code, error.code) from None
+
+    def _check(self, name: str, answer: object, expected: object) -> None:
+        assert answer == expected, f"{name}: {answer!r} instead of {expected!r}"
+
+    # Other requests.
+
+    async def _random_whole(self, rng: random.Random, key: str) -> str:
+        path, body, num_choices = random_request(rng)
+        answer = await self._ask(path, body, key)
+        assert len(answer["choices"]) == num_choices
+        assert all(choice["finish_reason"] in ("stop", "length") for choice in answer["choices"])
+        return "answered"
+
+    async def _random_stream(self, rng: random.Random, key: str) -> str:
+        path, body, num_choices = random_request(rng)
+        choices = merge(await self._stream(path, body, key))
+        assert len(choices) == num_choices
+        assert all(choice.finish_reason in ("stop", "length") for choice in choices.values())
+        return "answered"
+
+    async def _bad_request(self, rng: random.Random, key: str) -> str:
+        status, request = rng.choice(self._bad)
+        headers = {"authorization": f"Bearer {key}"} | request.get("headers", {})
+        answer = await self._http.request(**request | {"headers": headers})
+        error = check_error(answer, answer.status_code)
+        if answer.status_code != status:
+            raise _refusal(answer.status_code, error["code"])
+        return "rejected"
+
+    async def _cancelled(self, rng: random.Random, key: str) -> str:
+        """Cancel a stream from another connection."""
+        body = {"prompt": "A", "max_tokens": 500, "ignore_eos": True}
+        reasons = []
+        async for chunk in self._chunks(COMPLETIONS, body, key):
+            reasons += [choice["finish_reason"] for choice in chunk["choices"] if choice["finish_reason"]]
+            if rng.random() < 0.2:
+                headers = {"authorization": f"Bearer {key}"}
+                answer = await self._http.post(f"/v1/requests/{chunk['id']}/cancel", headers=headers)
+                assert answer.status_code in (200, 404), answer.text
+        assert reasons in (["abort"], ["length"]), reasons
+        return "answered"
+
+    async def _impatient(self, rng: random.Random, key: str) -> str:
+        """Leave after a moment, whatever happens."""
+        path, body, _ = random_request(rng)
+        request = self._stream(path, body, key) if rng.random() < 0.5 else self._ask(path, body, key)
+        try:
+            await asyncio.wait_for(request, rng.random() * 2)
+        except TimeoutError:
+            return "left"
+        return "answered"
+
+    # How requests are sent.
+
+    async def _ask(self, path: str, body: dict[str, Any], key: str) -> Any:
+        """Return the answer. Raises RefusedError."""
+        headers = {"authorization": f"Bearer {key}"}
+        answer = await self._http.post(path, json={"model": MODEL} | body, headers=headers)
+        if answer.status_code != 200:
+            raise _refusal(answer.status_code, _code(answer.content, path))
+        return answer.json()
+
+    async def _stream(self, path: str, body: dict[str, Any], key: str) -> list[dict[str, Any]]:
+        """Return the chunks of a stream. Raises RefusedError."""
+        return [chunk async for chunk in self._chunks(path, body, key)]
+
+    async def _chunks(self, path: str, body: dict[str, Any], key: str) -> AsyncIterator[dict[str, Any]]:
+        """Yield the chunks of a stream, which must end with one [DONE]. Raises RefusedError."""
+        headers = {"authorization": f"Bearer {key}"}
+        started = time.monotonic()
+        events = []
+        async with self._http.stream(
+            "POST", path, json={"model": MODEL, "stream": True} | body, headers=headers
+        ) as answer:
+            if answer.status_code != 200:
+                raise _refusal(answer.status_code, _code(await answer.aread(), path))
+            async for line in answer.aiter_lines():
+                if not line.startswith("data: "):
+                    assert not line or line.startswith(":"), line
+                    continue
+                events.append(line.removeprefix("data: "))
+                if len(events) == 1:
+                    self._report.round.first_tokens.append(time.monotonic() - started)
+                if not events[-1].startswith(("[", '{"error"')):
+                    yield json.loads(events[-1])
+        assert events, "an empty stream"
+        assert [event for event in events if event == "[DONE]"] == events[-1:], events[-3:]
+        errors = [event for event in events if event.startswith('{"error"')]
+        assert errors in ([], events[-2:-1]), errors
+        if errors:
+            raise _refusal(503, check_envelope(errors[0].encode())["code"])
+
+
+def _code(body: bytes, path: str) -> str | None:
+    """Return the code of an error, which has another form in Anthropic's API."""
+    if path == "/v1/messages":
+        error = json.loads(body)["error"]
+        return {"rate_limit_error": "rate_limit_exceeded", "overloaded_error": "engine_unavailable"}.get(error["type"])
+    code: str | None = check_envelope(body)["code"]
+    return code
+
+
+def _refusal(status: int, code: str | None) -> RefusedError:
+    """Return how a request was refused. Raises AssertionError if it may not be."""
+    if status == 429:
+        return RefusedError("429")
+    assert (status, code) == (503, "engine_unavailable"), (status, code)
+    return RefusedError("failed by a death")

@@ -1,0 +1,156 @@
+"""What came of a run: how requests ended, what went wrong, and what the processes used after each round."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import psutil
+
+# Growth between the second quarter of the rounds and the last one that counts as none.
+MAX_MORE_BYTES = {"engine": 64 << 20, "API": 32 << 20, "supervisor": 4 << 20}
+MAX_MORE_THREADS = 4  # threads for texts are started when they are needed
+MAX_MORE_FILES = 6  # so are processes for chat templates and grammars
+
+ENDS = ("answered", "rejected", "429", "failed by a death", "left")  # of requests
+COLUMNS = (
+    "s",
+    *ENDS,
+    "deaths, ready after s",
+    "first token s: 50 %, 99 %",
+    "/health ms: 50 %, max",
+    "MiB engine, API, supervisor",
+    "threads",
+    "descriptors",
+    "processes",
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a process holds while the server is idle."""
+
+    num_bytes: int
+    num_threads: int
+    num_files: int
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> "Resources":
+        return cls(process.memory_info().rss, process.num_threads(), process.num_fds())
+
+
+@dataclass
+class Round:
+    """What happened in a part of the run, and what the processes held at its end."""
+
+    seconds: float = 0.0
+    ends: Counter[str] = field(default_factory=Counter)  # of requests: how they ended
+    deaths: list[str] = field(default_factory=list)  # of the engine: the cause, and the seconds until it was ready
+    disturbances: Counter[str] = field(default_factory=Counter)
+    first_tokens: list[float] = field(default_factory=list)  # seconds
+    probes: list[float] = field(default_factory=list)  # seconds until /health answered
+    resources: dict[str, Resources] = field(default_factory=dict)
+    num_processes: int = 0
+
+
+class Deaths:
+    """The times at which a request may fail because the engine is dead."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._times: list[list[float]] = []
+
+    def begin(self) -> None:
+        self.num += 1
+        self._times.append([time.monotonic(), float("inf")])
+
+    def end(self, margin: float = 2.0) -> None:
+        self._times[-1][1] = time.monotonic() + margin
+
+    def excuse(self, since: float) -> bool:
+        """Return whether the engine has been dead at some time since then."""
+        return any(end >= since for _, end in self._times)
+
+
+class Report:
+    """The rounds of a run, and what went wrong."""
+
+    def __init__(self, seed: int, start_seconds: float) -> None:
+        self.seed = seed
+        self.start_seconds = start_seconds  # of the server
+        self.rounds = [Round()]
+        self.problems: list[str] = []
+        self.by_kind: Counter[str] = Counter()
+        self.deaths = Deaths()
+
+    @property
+    def round(self) -> Round:
+        """The current round."""
+        return self.rounds[-1]
+
+    def count(self, kind: str, end: str) -> None:
+        self.round.ends[end] += 1
+        self.by_kind[f"{kind}: {end}"] += 1
+
+    def add_problem(self, text: str) -> None:
+        self.problems.append(f"round {len(self.rounds)}: {text}"[:1000])
+
+    def growth(self) -> list[str]:
+        """Return which process holds more at the end than it did early."""
+        if len(self.rounds) < 4 or not all(each.resources for each in self.rounds):
+            return []
+        quarter = len(self.rounds) // 4
+        early, late = self.rounds[quarter : 2 * quarter], self.rounds[-quarter:]
+        grown = []
+        for name, max_bytes in MAX_MORE_BYTES.items():
+            for what, limit in (
+                ("num_bytes", max_bytes),
+                ("num_threads", MAX_MORE_THREADS),
+                ("num_files", MAX_MORE_FILES),
+            ):
+                before, after = (median(getattr(each.resources[name], what) for each in part) for part in (early, late))
+                if after - before > limit:
+                    grown.append(f"{name}: {what} grew from {before:.0f} to {after:.0f}")
+        return grown
+
+    def text(self) -> str:
+        """Return a Markdown table with a line for each round, and what went wrong."""
+        seconds = sum(each.seconds for each in self.rounds)
+        lines = [
+            f"Seed {self.seed}, {seconds:.0f} s, {sum(self.by_kind.values())} requests, {self.deaths.num} deaths of "
+            f"the engine; started in {self.start_seconds:.1f} s.",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            "|" + "---|" * len(COLUMNS),
+            *(_row(each) for each in self.rounds),
+            "",
+            *(f"* {kind}: {num}" for kind, num in sorted(self.by_kind.items())),
+            *(f"* {kind}: {num}" for kind, num in sorted(self._disturbances().items())),
+            "",
+        ]
+        return "\n".join([*lines, *(self.problems or ["Nothing went wrong."]), ""])
+
+    def _disturbances(self) -> Counter[str]:
+        return sum((each.disturbances for each in self.rounds), Counter())
+
+
+def _row(each: Round) -> str:
+    held = [each.resources[name] for name in MAX_MORE_BYTES if name in each.resources]
+    columns = [
+        f"{each.seconds:.0f}",
+        *(str(each.ends[end]) for end in ENDS),
+        ", ".join(each.deaths),
+        f"{quantile(each.first_tokens, 0.5):.2f}, {quantile(each.first_tokens, 0.99):.2f}",
+        f"{1e3 * quantile(each.probes, 0.5):.0f}, {1e3 * quantile(each.probes, 1.0):.0f}",
+        ", ".join(f"{one.num_bytes / 2**20:.0f}" for one in held),
+        ", ".join(str(one.num_threads) for one in held),
+        ", ".join(str(one.num_files) for one in held),
+        str(each.num_processes),
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values) or [0.0]
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
