@@ -83,8 +83,11 @@ class Endpoint(Protocol[Body_contra]):
         """Return the names of fields without effect, apart from undeclared top-level ones."""
         ...
 
-    def encode(self, context: ServerContext, body: Body_contra) -> list[Prompt]:
-        """Return the tokenized prompts. May be slow; called in a thread. Raises BadRequestError."""
+    def encode(self, context: ServerContext, body: Body_contra, *, limit: int | None = None) -> list[Prompt]:
+        """Return the tokenized prompts. May be slow; called in a thread.
+
+        Raises BadRequestError, before tokenizing if a long text certainly has more tokens than `limit`.
+        """
         ...
 
     def constraint(self, context: ServerContext, body: Body_contra, prompt: Prompt) -> Constraint | None:

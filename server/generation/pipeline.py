@@ -298,14 +298,20 @@ def _tokenize(job: _Job[Body]) -> _Prepared:
 
 
 def _encode(job: _Job[Body]) -> tuple[list[Prompt], TokenizedSettings]:
-    prompts = encode_prompts(job.context, job.body, job.endpoint)
+    prompts = encode_prompts(job.context, job.body, job.endpoint, limit=job.context.max_model_len)
     return prompts, tokenize_settings(job.context, job.body)
 
 
-def encode_prompts(context: ServerContext, body: Body, endpoint: Endpoint[Body]) -> list[Prompt]:
-    """Return the tokenized prompts, truncated to `truncate_prompt_tokens`. Raises BadRequestError."""
-    prompts = endpoint.encode(context, body)
-    if (num_tokens := body.truncate_prompt_tokens) is not None:
+def encode_prompts(
+    context: ServerContext, body: Body, endpoint: Endpoint[Body], *, limit: int | None = None
+) -> list[Prompt]:
+    """Return the tokenized prompts, truncated to `truncate_prompt_tokens`.
+
+    Raises BadRequestError, before tokenizing if a long text that is not truncated certainly exceeds `limit`.
+    """
+    num_tokens = body.truncate_prompt_tokens
+    prompts = endpoint.encode(context, body, limit=limit if num_tokens is None else None)
+    if num_tokens is not None:
         num_tokens = (
             max_prompt_tokens(body.max_output_tokens, context.max_model_len) if num_tokens == -1 else num_tokens
         )

@@ -9,6 +9,7 @@ from server.schemas.request_fields import NO_LIMIT
 from server.text.parsers.answer_parser import AnswerFormat
 
 MAX_TOKEN_BYTES = 256  # no vocabulary in use has longer tokens; the longest are runs of 128 spaces
+MAX_COUNTED = 1 << 16  # characters of a text that is refused with its number of tokens; that takes about 30 ms
 
 
 @dataclass(slots=True)
@@ -45,12 +46,33 @@ def check_text_size(num_bytes: int, max_model_len: int, noun: str) -> None:
         raise ContextLengthExceededError(max_model_len, num_tokens, noun=noun, at_least=True)
 
 
+def check_min_tokens(context: ServerContext, text: str, limit: int | None, noun: str) -> None:
+    """Raise ContextLengthExceededError for a long text that certainly has more tokens than `limit`. None is no limit.
+
+    This takes a fraction of the time to tokenize it.
+    """
+    if limit is None or len(text) <= max(limit, MAX_COUNTED):
+        return
+    if (num_tokens := context.tokenizer.min_tokens(text, enough=limit)) > limit:
+        raise ContextLengthExceededError(limit, num_tokens, noun=noun, at_least=True)
+
+
 def encode_prompt(
-    context: ServerContext, value: str | list[int], *, noun: str = "prompt", add_special_tokens: bool = True
+    context: ServerContext,
+    value: str | list[int],
+    *,
+    noun: str = "prompt",
+    add_special_tokens: bool = True,
+    limit: int | None = None,
 ) -> Prompt:
-    """Return the prompt for a text or token ids. Raises BadRequestError, whose message calls the field `noun`."""
+    """Return the prompt for a text or token ids.
+
+    Raises BadRequestError, whose message calls the field `noun`. A long text that certainly has more tokens than
+    `limit` is not tokenized.
+    """
     if isinstance(value, str):
         check_text_size(len(value.encode()), context.max_model_len, noun)
+        check_min_tokens(context, value, limit, noun)
         prompt = Prompt(context.tokenizer.encode(value, add_special_tokens=add_special_tokens), value)
     else:
         _check_range(value, vocab_size(context), noun)
@@ -61,11 +83,17 @@ def encode_prompt(
 
 
 def encode_fim_prompt(
-    context: ServerContext, prefix: str | list[int], suffix: str, *, add_special_tokens: bool = True
+    context: ServerContext,
+    prefix: str | list[int],
+    suffix: str,
+    *,
+    add_special_tokens: bool = True,
+    limit: int | None = None,
 ) -> Prompt:
     """Return the prompt for the text between a prefix and a suffix.
 
-    As at llama.cpp's /infill, the text of special tokens is plain text in both. Raises BadRequestError.
+    As at llama.cpp's /infill, the text of special tokens is plain text in both. Raises BadRequestError. A long
+    prefix or suffix that certainly has more tokens than `limit` is not tokenized.
     """
     tokenizer = context.tokenizer
     if tokenizer.fim is None:
@@ -73,6 +101,8 @@ def encode_fim_prompt(
         raise InvalidValueError(message, param="suffix", code="unsupported_parameter")
     text = prefix if isinstance(prefix, str) else ""
     check_text_size(len(text.encode()) + len(suffix.encode()), context.max_model_len, "prompt")
+    for part in (text, suffix):
+        check_min_tokens(context, part, limit, "prompt")
     if isinstance(prefix, str):
         prefix = tokenizer.encode_plain(prefix)
     else:

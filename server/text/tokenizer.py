@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +15,7 @@ from server.text.folder_tokenizer import TokenizerConfig, load_folder
 from server.text.gguf_tokenizer import SPACE, GGUFVocabulary, build_tokenizer
 from server.text.sentencepiece_tokenizer import without_prefix
 from server.text.tiktoken_tokenizer import byte_alphabet
+from server.text.token_bound import TokenBound, token_bound
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,18 @@ class Tokenizer:
         except TypeError as error:
             raise ValueError("the text contains lone surrogates, which are not Unicode characters") from error
         return encoding.ids
+
+    def min_tokens(self, text: str, enough: int) -> int:
+        """Return a lower bound of the number of tokens of a text, without BOS, in a fraction of `encode`'s time.
+
+        Only as much of the text is read as has more than `enough` tokens. The bound is 0 for tokenizers that may drop
+        any amount of text.
+        """
+        return 0 if self._bound is None else self._bound.min_tokens(text, enough)
+
+    @cached_property
+    def _bound(self) -> TokenBound | None:
+        return token_bound(self._backend, self.vocab_size, self._to_bytes)
 
     def encode_plain(self, text: str, *, is_continuation: bool = False) -> list[int]:
         """Return the token ids of a text without special tokens.

@@ -13,7 +13,7 @@ from server.constrained.constraints import Constraint
 from server.context import ServerContext
 from server.generation.endpoint import AnswerMetadata
 from server.generation.preamble import undeclared_fields
-from server.generation.prompts import Prompt, check_text_size
+from server.generation.prompts import Prompt, check_min_tokens, check_text_size
 from server.generation.token_fields import TokenFields
 from server.http.errors import BadRequestError, InvalidValueError, UnsupportedParameterError
 from server.schemas.request_fields import NO_LIMIT
@@ -49,8 +49,8 @@ class ChatEndpoint:
         unread = unread_options(context.chat_template, body)
         return [*unknown_in_messages(body.messages), *unread, *unenforced_in_chat(body)]
 
-    def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
-        return [encode_request(context, body)]
+    def encode(self, context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+        return [encode_request(context, body, limit=limit)]
 
     def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
         return chat_constraint(context.constraint_builder, body, prompt)
@@ -73,8 +73,11 @@ class ChatEndpoint:
         )
 
 
-def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Prompt:
-    """Return the prompt of a chat request. Raises BadRequestError."""
+def encode_request(context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> Prompt:
+    """Return the prompt of a chat request.
+
+    Raises BadRequestError, before tokenizing if a long prompt certainly has more tokens than `limit`.
+    """
     template = context.chat_template
     if template is None:
         raise BadRequestError("This model has no chat template; use /v1/completions.", param="messages")
@@ -95,6 +98,7 @@ def encode_request(context: ServerContext, body: ChatCompletionRequest) -> Promp
             continue_final_message=bool(body.continue_final_message),
             tools=tools,
             template_kwargs=options,
+            check_prompt=lambda prompt: check_min_tokens(context, prompt, limit, "messages"),
         )
     except (ChatTemplateError, TemplateLimitError) as error:
         raise InvalidValueError(str(error), param="messages") from error

@@ -1,6 +1,7 @@
 """Converts a completion request to its prompts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from server.api.completions.echo import PromptEchoes
 from server.api.completions.schemas import (
@@ -26,12 +27,11 @@ class CompletionEndpoint:
     def ignored_fields(self, context: ServerContext, body: CompletionRequest) -> list[str]:
         return unenforced_keywords(body)
 
-    def encode(self, context: ServerContext, body: CompletionRequest) -> list[Prompt]:
-        with_special = body.add_special_tokens is not False
+    def encode(self, context: ServerContext, body: CompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+        options: Any = {"add_special_tokens": body.add_special_tokens is not False, "limit": limit}
         if body.suffix:
-            suffix = body.suffix
-            return [encode_fim_prompt(context, text, suffix, add_special_tokens=with_special) for text in body.prompt]
-        return [encode_prompt(context, value, add_special_tokens=with_special) for value in body.prompt]
+            return [encode_fim_prompt(context, text, body.suffix, **options) for text in body.prompt]
+        return [encode_prompt(context, value, **options) for value in body.prompt]
 
     def constraint(self, context: ServerContext, body: CompletionRequest, prompt: Prompt) -> Constraint | None:
         return context.constraint_builder.content(body)

@@ -1,5 +1,7 @@
 """Converts a request for embeddings to prompts, and each prompt to a `Submit` that generates no tokens."""
 
+from typing import Any
+
 from engine.shared.messages import Pooling, SamplingParams, Submit
 from server.api.embeddings.schemas import EmbeddingRequest
 from server.context import ServedModel, ServerContext
@@ -8,11 +10,13 @@ from server.generation.prompts import encode_prompt, fit_max_tokens, truncate_pr
 
 def encode_inputs(context: ServerContext, body: EmbeddingRequest) -> list[list[int]]:
     """Return the token ids of each input. Raises BadRequestError."""
-    prompts = [
-        encode_prompt(context, value, noun="input", add_special_tokens=body.add_special_tokens is not False)
-        for value in body.input
-    ]
-    if (num_tokens := body.truncate_prompt_tokens) is not None:
+    num_tokens = body.truncate_prompt_tokens
+    options: Any = {
+        "add_special_tokens": body.add_special_tokens is not False,
+        "limit": context.max_model_len if num_tokens is None else None,
+    }
+    prompts = [encode_prompt(context, value, noun="input", **options) for value in body.input]
+    if num_tokens is not None:
         num_tokens = context.max_model_len if num_tokens == -1 else num_tokens
         prompts = [truncate_prompt(prompt, num_tokens, body.truncation_side or "left") for prompt in prompts]
     for prompt in prompts:

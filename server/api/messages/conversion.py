@@ -312,8 +312,8 @@ class MessagesEndpoint:
     def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
         return ChatEndpoint().ignored_fields(context, body)
 
-    def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
-        return ChatEndpoint().encode(context, body)
+    def encode(self, context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
+        return ChatEndpoint().encode(context, body, limit=limit)
 
     def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
         return chat_constraint(context.constraint_builder, body, prompt)

@@ -313,8 +313,8 @@ class OllamaEndpoint(Generic[Body]):
     def ignored_fields(self, context: ServerContext, body: Body) -> list[str]:
         return self.inner.ignored_fields(context, body)
 
-    def encode(self, context: ServerContext, body: Body) -> list[Prompt]:
-        prompts = self.inner.encode(context, body)
+    def encode(self, context: ServerContext, body: Body, *, limit: int | None = None) -> list[Prompt]:
+        prompts = self.inner.encode(context, body, limit=limit)
         if self.context_ids:
             earlier = encode_prompt(context, list(self.context_ids), noun="context").token_ids
             for prompt in prompts:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from operator import mul
 from typing import Protocol
 
 from engine.shared.messages import SamplingParams, Submit, TokenEvent
 from server.api.embeddings.conversion import make_submit
 from server.context import ServedModel, ServerContext
-from server.generation.prompts import Prompt, check_text_size, encode_prompt, fit_max_tokens
+from server.generation.prompts import Prompt, check_min_tokens, check_text_size, encode_prompt, fit_max_tokens
 from server.http.errors import BadRequestError, InvalidValueError
 from server.text.templates.chat_encoding import encode_chat
 from server.text.templates.renderer import TemplateLimitError
@@ -80,7 +81,7 @@ class EmbeddingScorer:
         return [self._prompt(text, names[text]) for text in _texts(pairs)]
 
     def _prompt(self, text: str, field: str) -> Prompt:
-        prompt = encode_prompt(self._context, text, noun=field)
+        prompt = encode_prompt(self._context, text, noun=field, limit=self._context.max_model_len)
         fit_max_tokens(0, len(prompt.token_ids), self._context.max_model_len, field)
         return prompt
 
@@ -150,8 +151,11 @@ class TokenScorer:
                 {"role": "user", "content": text},
             ]
         options = {"enable_thinking": False} if "enable_thinking" in template.options else {}
+        check = partial(check_min_tokens, self._context, limit=max_model_len, noun=longer)
         try:
-            token_ids = encode_chat(template, self._context.tokenizer, messages, template_kwargs=options)
+            token_ids = encode_chat(
+                template, self._context.tokenizer, messages, template_kwargs=options, check_prompt=check
+            )
         except (ChatTemplateError, TemplateLimitError) as error:
             raise InvalidValueError(str(error), param=names[1]) from error
         fit_max_tokens(1, len(token_ids), max_model_len, longer)

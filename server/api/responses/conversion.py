@@ -323,10 +323,10 @@ class ResponsesEndpoint:
     def ignored_fields(self, context: ServerContext, body: ChatCompletionRequest) -> list[str]:
         return ChatEndpoint().ignored_fields(context, body)
 
-    def encode(self, context: ServerContext, body: ChatCompletionRequest) -> list[Prompt]:
+    def encode(self, context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> list[Prompt]:
         if self._body.truncation == "auto":
-            return [encode_newest(context, body)]
-        return ChatEndpoint().encode(context, body)
+            return [encode_newest(context, body, limit=limit)]
+        return ChatEndpoint().encode(context, body, limit=limit)
 
     def constraint(self, context: ServerContext, body: ChatCompletionRequest, prompt: Prompt) -> Constraint | None:
         return chat_constraint(context.constraint_builder, body, prompt)

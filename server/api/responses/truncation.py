@@ -12,11 +12,12 @@ from server.http.errors import BadRequestError
 SYSTEM_ROLES = ("system", "developer")
 
 
-def encode_newest(context: ServerContext, body: ChatCompletionRequest) -> Prompt:
+def encode_newest(context: ServerContext, body: ChatCompletionRequest, *, limit: int | None = None) -> Prompt:
     """Return the prompt of the longest suffix of the conversation that fits. System messages are always kept.
 
     If even the last message does not fit, return the prompt of the whole conversation; the pipeline then reports its
-    length in an error. Raises BadRequestError.
+    length in an error. Raises BadRequestError, then also for a long conversation that certainly has more tokens than
+    `limit`, which is not tokenized.
     """
     room = max_prompt_tokens(body.max_output_tokens, context.max_model_len)
     whole = _encode(context, body)
@@ -35,7 +36,7 @@ def encode_newest(context: ServerContext, body: ChatCompletionRequest) -> Prompt
         first = bisect_left(starts, True, key=lambda start: prompt_from(start) is not None)
         if first < len(starts) and (prompt := prompt_from(starts[first])) is not None:
             return prompt
-    return encode_request(context, body) if whole is None else whole
+    return encode_request(context, body, limit=limit) if whole is None else whole
 
 
 def _starts(messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
@@ -53,7 +54,7 @@ def _starts(messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
 def _encode(context: ServerContext, body: ChatCompletionRequest, *, is_truncated: bool = False) -> Prompt | None:
     """Return the prompt; None if it is far too long, or if the template rejects a truncated conversation."""
     try:
-        return encode_request(context, body)
+        return encode_request(context, body, limit=context.max_model_len)
     except BadRequestError as error:
         if not is_truncated and error.code != "context_length_exceeded":
             raise

@@ -40,8 +40,9 @@ def encode_chat(
     continue_final_message: bool = False,
     tools: Sequence[dict[str, Any]] | None = None,
     template_kwargs: dict[str, Any] | None = None,
+    check_prompt: Callable[[str], None] = lambda prompt: None,
 ) -> list[int]:
-    """Render and tokenize the prompt.
+    """Render and tokenize the prompt. `check_prompt` gets the rendered prompt before that is tokenized, and may raise.
 
     No text of the request (messages, tools, template_kwargs) becomes a control token. If none of it contains one, the
     ids are those of the whole rendered prompt. No BOS token is prepended: a template that needs one writes it.
@@ -63,13 +64,16 @@ def encode_chat(
     special = _special_tokens(tokenizer.special_tokens)
     request_text = "".join(_strings([messages, tools, template_kwargs]))
     if not special.may_begin_or_end_in(request_text):
-        return tokenizer.encode(render(lambda text: text), add_special_tokens=False, parse_special=True)
+        prompt = render(lambda text: text)
+        check_prompt(prompt)
+        return tokenizer.encode(prompt, add_special_tokens=False, parse_special=True)
     guards = _Guards(special, used_chars=request_text + template.source)
     # Templates search contents (`'</think>' in content`), so as few characters as possible are replaced at first.
     prompt = render(guards.guard_tokens)
     fully_guarded = render(guards.guard_ends)
     if special.find(prompt) != special.find(fully_guarded):  # the template joined pieces of the request to a token
         prompt = fully_guarded
+    check_prompt(guards.remove(prompt))
     return _encode_guarded(tokenizer, prompt, special, guards)
 
 

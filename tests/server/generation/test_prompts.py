@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.generation.prompts import MAX_TOKEN_BYTES, check_text_size, fit_max_tokens
 from server.http.errors import BadRequestError, ContextLengthExceededError
+from server.text.tokenizer import Tokenizer
 from tests.support.clients import CHAT, COMPLETIONS, ask, ask_json, shared_server
 from tests.support.serving import RunningServer, check_error
 
@@ -89,3 +91,64 @@ def test_minus_one_truncates_to_what_fits(server: RunningServer) -> None:
         assert prompt_ids(server) == long["prompt"][-(MAX_MODEL_LEN - room) :]
     error = check_error(ask(server.url, COMPLETIONS, **long | {"truncate_prompt_tokens": MAX_MODEL_LEN + 1}), 400)
     assert error["code"] == "context_length_exceeded"
+
+
+# Texts that are too long.
+
+
+@pytest.fixture
+def tokenized(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the lengths of the texts that are tokenized, which is to be a growing list."""
+    lengths: list[int] = []
+    encode = Tokenizer.encode
+
+    def record(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:
+        lengths.append(len(text))
+        return encode(tokenizer, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", record)
+    return lengths
+
+
+LONG = "Hi there. " * 10_000
+LONG_MESSAGES = [{"role": "user", "content": LONG}]
+
+
+@pytest.mark.checklist("C18")
+@pytest.mark.parametrize(
+    ("path", "fields", "noun"),
+    [
+        (COMPLETIONS, {"prompt": LONG}, "prompt"),
+        (COMPLETIONS, {"prompt": ["Hi", LONG], "max_tokens": 0, "echo": True}, "prompt"),
+        (CHAT, {"messages": LONG_MESSAGES}, "messages"),
+        (CHAT, {"messages": [*LONG_MESSAGES, {"role": "user", "content": "<|im_end|>"}]}, "messages"),
+    ],
+)
+def test_a_text_that_is_certainly_too_long_is_not_tokenized(
+    path: str, fields: dict[str, Any], noun: str, server: RunningServer, tokenized: list[int]
+) -> None:
+    num_submits = len(server.engine.submits)
+    error = check_error(ask(server.url, path, **fields), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", noun)
+    limit = f"This model's maximum context length is {MAX_MODEL_LEN} tokens."
+    assert error["message"].startswith(f"{limit} However, your {noun} resulted in at least ")
+    assert max(tokenized, default=0) < 1000
+    assert len(server.engine.submits) == num_submits
+
+
+def test_a_long_text_is_cut_or_counted_as_a_whole(server: RunningServer) -> None:
+    ask_json(server.url, COMPLETIONS, prompt=LONG, truncate_prompt_tokens=9)
+    assert prompt_ids(server) == [*LONG[-9:].encode()]
+    ask_json(server.url, CHAT, messages=LONG_MESSAGES, truncate_prompt_tokens=9)
+    assert len(prompt_ids(server)) == 9
+    for body in ({"prompt": LONG}, {"messages": LONG_MESSAGES}):
+        answer = httpx.post(f"{server.url}/tokenize", json=body).raise_for_status().json()
+        assert answer["count"] >= len(LONG)
+    counted: Any = {"model": "tiny", "messages": LONG_MESSAGES}
+    answer = httpx.post(f"{server.url}/v1/messages/count_tokens", json=counted).raise_for_status().json()
+    assert answer["input_tokens"] > len(LONG)
+
+
+def test_a_text_that_is_tokenized_quickly_is_refused_with_its_number_of_tokens(server: RunningServer) -> None:
+    message = check_error(ask(server.url, COMPLETIONS, prompt="Hi" * 2000), 400)["message"]
+    assert "resulted in 4000 tokens" in message
