@@ -15,6 +15,7 @@ from engine.shared.messages import LoraAdapter
 from server.access.api_keys import ApiKeys
 from server.constrained.constraints import ConstraintBuilder
 from server.constrained.grammar_checker import GrammarChecker
+from server.engine_client.answer_budget import AnswerBudget
 from server.engine_client.client import EngineClient
 from server.http.body_middleware import get_text_size
 from server.http.errors import MissingParameterError, ModelNotFoundError
@@ -70,6 +71,7 @@ class ServerContext:
     running: RunningRequests
     recordings: Recordings
     api_keys: ApiKeys
+    answers: AnswerBudget
     score_token_ids: tuple[int, ...] = ()  # of --score-tokens: true, false
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)  # asyncio itself holds only weak references
     text_threads: TextThreads = field(default_factory=TextThreads)

@@ -35,6 +35,7 @@ from server.app import create_app
 from server.constrained.grammar_checker import GrammarChecker
 from server.context import ServerContext
 from server.engine_client.admission import AdmissionLimits
+from server.engine_client.answer_budget import AnswerBudget
 from server.engine_client.client import EngineClient
 from server.engine_client.supervisor_channel import (
     DUMP_SIGNAL,
@@ -176,6 +177,7 @@ def make_context(config: ApiProcessConfig) -> ServerContext:
         running=RunningRequests(),
         recordings=Recordings(settings.record_requests),
         api_keys=api_keys,
+        answers=AnswerBudget(settings.max_buffered_bytes),
         score_token_ids=score_token_ids(tokenizer, settings.score_tokens),
         # The last one, since it starts a process.
         chat_template=make_chat_template(tokenizer, settings.chat_template),

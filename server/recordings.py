@@ -14,7 +14,7 @@ from server.tenants import EVERYBODY, OwnedId
 NUM_TOP = 5  # top log probabilities recorded for each token of a request that asks for none
 MAX_BYTES = 64 << 20  # of all recordings
 TOKEN_BYTES = 250  # of a token of a prompt or an output, and the log probability of the latter
-ALTERNATIVE_BYTES = 72  # of a token id and its log probability
+ALTERNATIVE_BYTES = 8  # of a token id and its log probability
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class RecordedChoice:
     def num_bytes(self) -> int:
         """Estimated size."""
         positions = [*self.logprobs, *self.prompt_logprobs]
-        num_alternatives = sum(len(position.top_token_ids) for position in positions)
+        num_alternatives = sum(position.num_top for position in positions)
         return TOKEN_BYTES * (len(self.token_ids) + len(positions)) + ALTERNATIVE_BYTES * num_alternatives
 
     def take(self, event: TokenEvent) -> None:

@@ -32,13 +32,15 @@ class PendingLogprobs:
 
     def read(self) -> list[TokenLogprobs]:
         """Wait for the device, and return one entry per row."""
-        values, integers = self.values.read().tolist(), self.integers.read().tolist()
+        values, integers = self.values.read().numpy(), self.integers.read().numpy()
         rows = zip(values, integers, self.num_top, self.named_ids or [()] * len(values), strict=True)
-        return [_entry(numbers, rank, top_ids, num, named) for numbers, (rank, *top_ids), num, named in rows]
+        # Lists of all rows at once could take gigabytes: a row may have the whole vocabulary.
+        return [_entry(numbers.tolist(), ids.tolist(), num, named) for numbers, ids, num, named in rows]
 
 
-def _entry(values: list[float], rank: int, top_ids: list[int], num_top: int, named_ids: Sequence[int]) -> TokenLogprobs:
+def _entry(values: list[float], integers: list[int], num_top: int, named_ids: Sequence[int]) -> TokenLogprobs:
     logprob, *others = values
+    rank, *top_ids = integers
     if not named_ids:
         return _token_logprobs(logprob, rank, top_ids[:num_top], others[:num_top])
     of_named = others[len(top_ids) : len(top_ids) + len(named_ids)]
@@ -48,7 +50,7 @@ def _entry(values: list[float], rank: int, top_ids: list[int], num_top: int, nam
 
 def _token_logprobs(logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]) -> TokenLogprobs:
     num = top_logprobs.index(-math.inf) if -math.inf in top_logprobs else len(top_ids)  # values are in descending order
-    return TokenLogprobs(logprob, rank, top_ids[:num], top_logprobs[:num])
+    return TokenLogprobs.pack(logprob, rank, top_ids[:num], top_logprobs[:num])
 
 
 def gather_logprobs(

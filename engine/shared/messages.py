@@ -6,7 +6,10 @@ Times are seconds of `time.monotonic()`, a clock that all processes of a machine
 A request is a prompt with its parameters. It has one or more choices (`n`), each of which is a continuation.
 """
 
+from array import array
+from collections.abc import Sequence
 from enum import StrEnum
+from typing import Self
 
 import msgspec
 
@@ -124,13 +127,36 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities at one position, of the model's distribution before any sampling setting.
 
-    With `post_sampling_probs`, of the distribution after all settings, without tokens that cannot be sampled.
+    With `post_sampling_probs`, of the distribution after all settings, without tokens that cannot be sampled. There may
+    be very many alternatives, so they are packed: as lists they would take nine times the memory.
     """
 
     logprob: float  # of the token at this position
     rank: int  # of the token; 1: the most likely
-    top_token_ids: list[int]  # most likely first; ties go to the lowest id
-    top_logprobs: list[float]
+    packed_ids: bytes = b""  # int32
+    packed_logprobs: bytes = b""  # float32
+
+    @classmethod
+    def pack(cls, logprob: float, rank: int, top_token_ids: Sequence[int], top_logprobs: Sequence[float]) -> Self:
+        """Create one from lists of the most likely tokens."""
+        return cls(logprob, rank, array("i", top_token_ids).tobytes(), array("f", top_logprobs).tobytes())
+
+    @property
+    def num_top(self) -> int:
+        return len(self.packed_ids) // 4
+
+    @property
+    def top_token_ids(self) -> list[int]:
+        """The most likely tokens first; ties go to the lowest id."""
+        return array("i", self.packed_ids).tolist()
+
+    @property
+    def top_logprobs(self) -> list[float]:
+        return array("f", self.packed_logprobs).tolist()
+
+    def keep_top(self, num_top: int) -> Self:
+        """Return a copy with at most the first `num_top` alternatives."""
+        return type(self)(self.logprob, self.rank, self.packed_ids[: 4 * num_top], self.packed_logprobs[: 4 * num_top])
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -252,6 +252,7 @@ def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any
     schemas, components = msgspec.json.schema_components(
         [*types, ErrorResponse, AnthropicErrorResponse, OllamaErrorResponse], ref_template=template
     )
+    components = _without_encoded(components)
     described = {repr(type): schema for type, schema in zip(types, schemas, strict=False)}
     errors = dict(zip(("/", "/v1/messages", "/api/"), schemas[-3:], strict=True))  # by the start of the path
     for path, methods in document["paths"].items():
@@ -272,6 +273,19 @@ def make_document(app: FastAPI, model: str, *, needs_key: bool) -> dict[str, Any
         }
         document["security"] = [{"bearer": []}, {"x-api-key": []}]
     return document
+
+
+def _without_encoded(schema: Any) -> Any:
+    """Return a schema without the alternatives for parts that are encoded beforehand: those are like the others."""
+    if isinstance(schema, list):
+        return [_without_encoded(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    fields = {name: _without_encoded(value) for name, value in schema.items()}
+    if {} not in fields.get("anyOf", ()):
+        return fields
+    others = [each for each in fields.pop("anyOf") if each]
+    return fields | (others[0] if len(others) == 1 else {"anyOf": others})
 
 
 def _header(description: str, *, required: bool = False, **schema: Any) -> dict[str, Any]:

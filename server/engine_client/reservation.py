@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
+from server.engine_client.answer_budget import AnswerShare
 from server.http.errors import APIError
 from server.tenants import Tenant
 
@@ -35,6 +36,7 @@ class Reservation:
         self.num_waiting_tokens = 0.0  # that the engine is expected to compute for choices that it has not begun with
         self.queue_timeout = math.inf  # seconds
         self.start_by = self.end_by = math.inf  # times of time.monotonic()
+        self.answer: AnswerShare | None = None  # counts its events; None: they are few
         self._on_change = on_change
         self._streams: set[FailingStream] = set()
         self._error: APIError | None = None

@@ -10,6 +10,7 @@ from typing import Protocol
 from engine.shared.messages import Abort, FinishReason, LoraAdapter, Submit, ToEngine, TokenEvent
 from server.choice_stats import ChoiceStats
 from server.engine_client.admission import Admission
+from server.engine_client.answer_size import event_bytes
 from server.engine_client.reservation import Reservation
 from server.http.errors import AdapterLostError, APIError
 from server.metrics import Metrics
@@ -51,7 +52,7 @@ class RequestStream:
         ]
         self._observer = observer
         self._num_open = message.n
-        self._events: list[TokenEvent] = []  # bounded by max_tokens of each choice
+        self._events: list[TokenEvent] = []  # bounded by max_tokens of each choice, and by the reservation's `answer`
         self._error: APIError | None = None
         self._changed = asyncio.Event()
 
@@ -114,6 +115,11 @@ class RequestStream:
         self._error = error
         self.abort(FinishReason.ERROR)
 
+    def discard(self, error: APIError) -> None:
+        """Like `fail`, but drop the unread events."""
+        self._events = []
+        self.fail(error)
+
     def push(self, event: TokenEvent, now: float) -> None:
         """Add an event that arrived at time `now`. Events of ended choices are ignored."""
         stats = self.choices[event.index]
@@ -133,6 +139,8 @@ class RequestStream:
         self._changed.set()
         if event.finish_reason is not None:
             self._end(event.index, event.finish_reason, now)
+        if self.reservation.answer is not None:
+            self.reservation.answer.add(event_bytes(event, len(self.choices)))  # which may call `discard`
 
     def _end(self, index: int, reason: FinishReason, now: float) -> None:
         stats = self.choices[index]

@@ -64,6 +64,7 @@ class ChoiceDelta:
     stop_string: str | None = None  # the stop string that ended the text, if one did
     stop_token_id: int | None = None  # the one of the request's stop_token_ids that ended it, if one did
     token_ids: list[int] = field(default_factory=list)  # the tokens that the usage counts
+    num_bytes: int = 0  # of its events, as an `AnswerShare` counts them
 
     @property
     def text(self) -> str:
@@ -104,6 +105,7 @@ class ChoiceDelta:
             self.write(part)
         self.positions += other.positions
         self.token_ids += other.token_ids
+        self.num_bytes += other.num_bytes
         self.finish_reason = other.finish_reason
         self.stop_string, self.stop_token_id = other.stop_string, other.stop_token_id
 

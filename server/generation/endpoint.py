@@ -40,6 +40,11 @@ class AnswerMetadata:
 class Writer(Protocol):
     """Writes the answer to one request in an API's format."""
 
+    @property
+    def repeats_output(self) -> bool:
+        """True if the last events of a stream have the whole output once more, so that it stays in memory."""
+        ...
+
     def events(self, deltas: Sequence[ChoiceDelta], usage: Usage) -> bytes:
         """Return the encoded events for new output, or b"" if there are none. `usage` is the usage so far.
 

@@ -29,6 +29,8 @@ class Chunk(Protocol):
 class ChunkWriter(ABC):
     """Writes a stream of OpenAI's form: chunks, a last chunk with the usage if requested, and [DONE]."""
 
+    repeats_output = False
+
     def __init__(self, options: StreamOptions | None = None) -> None:
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous = self._include_usage and options is not None and bool(options.continuous_usage_stats)

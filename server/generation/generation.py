@@ -9,13 +9,15 @@ from collections.abc import AsyncGenerator, Sequence
 from msgspec import UNSET, UnsetType
 
 from engine.shared.messages import FinishReason, TokenEvent
+from server.engine_client.answer_budget import AnswerBudget, AnswerShare
+from server.engine_client.answer_size import event_bytes
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.generation.choice_delta import ChoiceDelta
 from server.generation.choice_state import ChoiceState
 from server.generation.prompts import Prompt
 from server.generation.timings import ChoiceEnd
-from server.http.errors import ServerError
+from server.http.errors import APIError, ServerError
 from server.metrics import Metrics
 from server.recordings import Recording
 from server.schemas.answers import CompletionTokensDetails, PromptTokensDetails, Usage
@@ -63,6 +65,16 @@ class Generation:
     def close(self) -> None:
         for stream in self._streams:
             stream.close()
+
+    def count_in(self, budget: AnswerBudget, too_large: APIError) -> AnswerShare:
+        """Count the events of all streams in `budget` from now on. The caller must release the share."""
+        share = AnswerShare(budget, self.reservation.tenant, self._refuse, too_large)
+        self.reservation.answer = share
+        return share
+
+    def _refuse(self, error: APIError) -> None:
+        for stream in self._streams:
+            stream.discard(error)
 
     def abort(self) -> bool:
         """End the choices that still run, with the finish reason `abort`. Return whether there were any."""
@@ -147,6 +159,7 @@ class Generation:
             self._recording.take(prompt_index, event)
         received = time.monotonic()
         delta = choice.push(event)
+        delta.num_bytes = event_bytes(event, self._num_choices)
         if choice.stopped_by_text:
             self._streams[prompt_index].abort_choice(event.index)
         if choice.finish_reason is not None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar, TypeVarTuple, Unpack
+from typing import Generic, TypeVar
 
 import msgspec
 from fastapi import Request, Response
@@ -17,9 +17,11 @@ from msgspec import UNSET, UnsetType
 from engine.shared.messages import EngineInfo, Submit
 from server.constrained.constraints import Constraint, check_constraint
 from server.context import ServedModel, ServerContext, get_context
+from server.engine_client.answer_budget import AnswerShare
+from server.engine_client.answer_size import least_bytes, prompt_bytes, too_large
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
-from server.generation.choice_delta import ChoiceAccumulator, ChoiceDelta, best_choices
+from server.generation.choice_delta import ChoiceAccumulator, best_choices
 from server.generation.choice_state import ChoiceParser, ChoiceState
 from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
 from server.generation.generation import Generation
@@ -38,6 +40,7 @@ from server.generation.timings import request_timings
 from server.generation.tokenized_settings import TokenizedSettings, tokenize_settings
 from server.http.body_middleware import get_text_size
 from server.http.errors import APIError, ServerError
+from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, StreamFormat, run_until_disconnect, sse_response
 from server.recordings import Recording
@@ -55,9 +58,9 @@ logger = logging.getLogger(__name__)
 MAX_HELD_SECONDS = KEEP_ALIVE_SECONDS
 
 Body = TypeVar("Body", bound=GenerationRequest)
-Ts = TypeVarTuple("Ts")
 
-LOGPROB_BYTES = 100  # of an answer, for each log probability
+LONG_BYTES = 1 << 18  # of output; encoding it takes some milliseconds
+NUM_REPEATS = 4  # of the output in the last events of a stream that repeats it
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,32 +87,48 @@ class _Job(Generic[Body]):
         return self.metadata.id, self.request_id, *own
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A request that has been submitted to the engine."""
+
+    generation: Generation
+    running: RunningRequest
+    writer: Writer
+    share: AnswerShare  # of the answer
+    headers: dict[str, str]  # of the response
+
+    def close(self) -> None:
+        """End the generation, and count its answer no longer."""
+        self.running.close()
+        self.share.release()
+
+
 async def respond(
     request: Request, body: Body, endpoint: Endpoint[Body], *, stream_format: StreamFormat = SERVER_SENT_EVENTS
 ) -> Response:
     """Answer a request, as JSON or as a stream. Raises APIError for errors before the first byte of the answer."""
     job = _validate(request, body, endpoint)
-    generation, running, writer, headers = await _start(job)
-    request.scope["state"][LOG_FIELDS] = generation.log_fields
-    if body.stream:
-        try:
-            await run_until_disconnect(request, generation.reservation.wait_for_start(MAX_HELD_SECONDS))
-        except BaseException:
-            running.close()
-            raise
-        return sse_response(
-            _stream(job, generation, writer),
-            on_close=running.close,
-            on_error=writer.failure,
-            headers=headers,
-            request_id=job.request_id,
-            format=stream_format,
-        )
+    started = await _start(job)
+    request.scope["state"][LOG_FIELDS] = started.generation.log_fields
     try:
-        content = await run_until_disconnect(request, _collect(job, generation, writer))
-    finally:
-        running.close()
-    return Response(content, headers=headers, media_type="application/json")
+        if body.stream:
+            await run_until_disconnect(request, started.generation.reservation.wait_for_start(MAX_HELD_SECONDS))
+        else:
+            content = await run_until_disconnect(request, _collect(job, started))
+    except BaseException:
+        started.close()
+        raise
+    if not body.stream:
+        started.running.close()
+        return AnswerResponse(content, started.share, started.headers)
+    return sse_response(
+        _stream(job, started),
+        on_close=started.close,
+        on_error=started.writer.failure,
+        headers=started.headers,
+        request_id=job.request_id,
+        format=stream_format,
+    )
 
 
 async def start_in_background(
@@ -121,19 +140,18 @@ async def start_in_background(
     client. Raises APIError for errors before the generation starts.
     """
     job = _validate(request, body, endpoint)
-    generation, running, writer, headers = await _start(job)
-    generation.reservation.is_answered = True
-
-    account = job.tenant.account
+    started = await _start(job)
+    started.generation.reservation.is_answered = True
+    account, writer = job.tenant.account, started.writer
 
     async def generate() -> None:
         account.num_running += 1
         try:
             if body.stream:
-                async for _ in _stream(job, generation, writer):
+                async for _ in _stream(job, started):
                     pass
             else:
-                await _collect(job, generation, writer)
+                await _collect(job, started)
         except APIError as error:
             writer.failure(error)
         except Exception:
@@ -141,15 +159,15 @@ async def start_in_background(
             writer.failure(ServerError(job.request_id))
         finally:
             account.num_running -= 1
-            running.close()
-            fields = {**generation.log_fields(), "request_id": job.request_id}
+            started.close()
+            fields = {**started.generation.log_fields(), "request_id": job.request_id}
             logger.info("%s ended in the background", job.metadata.id, extra={"fields": fields})
             on_end()
 
     task = asyncio.create_task(generate())
     job.context.background_tasks.add(task)
     task.add_done_callback(job.context.background_tasks.discard)
-    return job.metadata, headers
+    return job.metadata, started.headers
 
 
 async def render(request: Request, body: Body, endpoint: Endpoint[Body]) -> tuple[list[RenderedPrompt], dict[str, str]]:
@@ -235,8 +253,8 @@ def _headers(job: _Job[Body], prepared: "_Prepared") -> dict[str, str]:
     return {"x-lightwell-seed": str(job.seed), "x-lightwell-deterministic": job.context.deterministic, **warnings}
 
 
-async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer, dict[str, str]]:
-    """Reserve capacity, tokenize the request and submit it to the engine. The last of the results are its headers.
+async def _start(job: _Job[Body]) -> _Started:
+    """Reserve capacity, tokenize the request and submit it to the engine.
 
     Capacity is reserved first: a request that exceeds it must be refused before time is spent on tokenizing it.
     """
@@ -247,6 +265,10 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer, d
     with client.reserve(count, param=param, tenant=job.tenant, queue_timeout=timeout) as reservation:
         prepared = await _prepare(job)
         context.metrics.observe_tokenizer(prepared.tokenizer_seconds)
+        answers = context.answers
+        limit_error = too_large(body, job.endpoint.max_tokens_field(body), answers.max_bytes)
+        if least_bytes(body, prepared.submits) > answers.max_bytes:
+            raise limit_error
         prompts, submitted = prepared.prompts, time.monotonic()
         choices = [_make_choice(job, prompts, index) for index in range(len(prompts) * body.num_choices)]
         recording = None
@@ -262,10 +284,12 @@ async def _start(job: _Job[Body]) -> tuple[Generation, RunningRequest, Writer, d
         submitted=submitted,
         recording=recording,
     )
+    share = generation.count_in(answers, limit_error)
+    share.add(prompt_bytes(body, prepared.submits))
     on_close = None if recording is None else partial(context.recordings.add, recording)
     running = context.running.add(generation, *job.ids, owner=job.tenant.owner, on_close=on_close)
     writer = job.endpoint.writer(context, body, job.metadata, prompts)
-    return generation, running, writer, _headers(job, prepared)
+    return _Started(generation, running, writer, share, _headers(job, prepared))
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,9 +422,9 @@ def _timings(job: _Job[Body], generation: Generation) -> RequestTimings | UnsetT
     return request_timings(generation.last_end, arrival=job.arrival, submitted=generation.submitted, seed=job.seed)
 
 
-async def _collect(job: _Job[Body], generation: Generation, writer: Writer) -> bytes:
+async def _collect(job: _Job[Body], started: _Started) -> bytes:
     """Return the answer as JSON."""
-    body = job.body
+    body, generation = job.body, started.generation
     accumulators = [ChoiceAccumulator(index) for index in range(len(generation.choices))]
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
@@ -411,35 +435,33 @@ async def _collect(job: _Job[Body], generation: Generation, writer: Writer) -> b
         best = best_choices(
             [accumulator.join() for accumulator in accumulators], body.num_choices, body.num_returned_choices
         )
-        return msgspec.json.encode(writer.answer(best, generation.usage, _timings(job, generation)))
+        return msgspec.json.encode(started.writer.answer(best, generation.usage, _timings(job, generation)))
 
-    # Encoding hundreds of thousands of log probabilities would block the event loop.
-    is_short = body.num_logprobs is None and body.num_prompt_logprobs is None
-    return encode() if is_short else await _encode_in_thread(job, generation, encode)
-
-
-async def _encode_in_thread(
-    job: _Job[Body], generation: Generation, encode: Callable[[Unpack[Ts]], bytes], *args: *Ts
-) -> bytes:
-    body = job.body
-    num_logprobs = generation.usage.total_tokens * (1 + max(body.num_logprobs or 0, body.num_prompt_logprobs or 0))
-    return await job.context.text_threads.run(job.tenant, num_logprobs * LOGPROB_BYTES, encode, *args)
+    content = await _encode_output(job, started.share.num_bytes, encode)
+    started.share.check()
+    return content
 
 
-async def _stream(job: _Job[Body], generation: Generation, writer: Writer) -> AsyncGenerator[bytes, None]:
+async def _stream(job: _Job[Body], started: _Started) -> AsyncGenerator[bytes, None]:
     """Yield the answer as server-sent events, with one write for each step of the engine."""
-
-    def encode(batch: list[ChoiceDelta]) -> bytes:
-        return writer.events(batch, generation.usage)
-
-    if opening := encode([]):  # sent before the first token is generated
+    generation, writer, share = started.generation, started.writer, started.share
+    if opening := writer.events([], generation.usage):  # sent before the first token is generated
         yield opening
     interval = job.body.stream_interval or 1
     deltas = generation.deltas()
     batches = deltas if interval == 1 else join_deltas(deltas, interval)
-    in_thread = job.body.num_prompt_logprobs is not None  # they may be very many
     async with aclosing(deltas), aclosing(batches):
         async for batch in batches:
-            if events := await _encode_in_thread(job, generation, encode, batch) if in_thread else encode(batch):
+            num_bytes = 0 if writer.repeats_output else sum(delta.num_bytes for delta in batch)
+            if events := await _encode_output(job, num_bytes, partial(writer.events, batch, generation.usage)):
                 yield events
+            share.sent(num_bytes)
+    if writer.repeats_output:
+        share.add(NUM_REPEATS * share.num_bytes)
+        share.check()
     yield writer.end(generation.usage, _timings(job, generation))
+
+
+async def _encode_output(job: _Job[Body], num_bytes: int, encode: Callable[[], bytes]) -> bytes:
+    """Encode output of a size, in a thread if that takes long: it would block the event loop."""
+    return encode() if num_bytes < LONG_BYTES else await job.context.text_threads.run(job.tenant, num_bytes, encode)

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from engine.shared.messages import TokenLogprobs
 from server.generation.choice_delta import ChoiceDelta, json_logprob
 from server.generation.prompts import Prompt
-from server.schemas.answers import PromptLogprob, PromptLogprobs
+from server.schemas.answers import PromptLogprob, PromptLogprobs, encoded
 from server.schemas.generation_request import GenerationRequest
 from server.text.choice_text import token_text
 from server.text.tokenizer import Tokenizer
@@ -55,7 +55,8 @@ class TokenFields:
             return UNSET
         prompt = self._prompt(index)
         entries = zip(prompt.token_ids[1:], prompt.logprobs, strict=True)
-        return [None, *(_alternatives(tokenizer, token_id, logprobs, self.num_top) for token_id, logprobs in entries)]
+        alternatives = (_alternatives(tokenizer, token_id, logprobs, self.num_top) for token_id, logprobs in entries)
+        return [None, *map(encoded, alternatives)]
 
     def _prompt(self, index: int) -> Prompt:
         return self.prompts[index // self.num_choices]
@@ -69,7 +70,8 @@ def _alternatives(
     def entry(token_id: int, logprob: float, rank: int) -> PromptLogprob:
         return PromptLogprob(json_logprob(logprob), rank, token_text(tokenizer, token_id))
 
-    top = zip(logprobs.top_token_ids[:num_top], logprobs.top_logprobs, strict=False)
+    logprobs = logprobs.keep_top(num_top)
+    top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
     ranked = {token_id: entry(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(top, start=1)}
     return ranked | {token_id: entry(token_id, logprobs.logprob, logprobs.rank)}
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from server.http.errors import BodiesExceedMemoryError
+from server.http.errors import BuffersExceedMemoryError
 
 FREE_BYTES = 16 << 10  # smaller bodies are not counted, so that small requests pass while large ones fill the budget
 
@@ -21,13 +21,13 @@ class BodyShare:
         self.is_refused = False
 
     def add(self, chunk: bytes) -> None:
-        """Keep and count bytes that were received. Raises BodiesExceedMemoryError if this body has been refused."""
+        """Keep and count bytes that were received. Raises BuffersExceedMemoryError if this body has been refused."""
         if not self.is_refused:
             self._chunks.append(chunk)
             self.num_bytes += len(chunk)
             self._budget.update(self)
         if self.is_refused:
-            raise BodiesExceedMemoryError
+            raise BuffersExceedMemoryError
 
     def join(self) -> bytes:
         """Return the complete body, which counts until `release`, and drop its chunks."""

@@ -9,9 +9,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.http.body_budget import BodyBudget, BodyShare
 from server.http.errors import (
     APIError,
-    BodiesExceedMemoryError,
     BodyTimeoutError,
     BodyTooLargeError,
+    BuffersExceedMemoryError,
     UnsupportedMediaTypeError,
 )
 
@@ -61,7 +61,7 @@ class BodyMiddleware:
     async def _receive_body(self, receive: Receive) -> tuple[bytes, BodyShare]:
         """Return the body and its share of the budget.
 
-        Raises BodyTimeoutError, BodyTooLargeError or BodiesExceedMemoryError.
+        Raises BodyTimeoutError, BodyTooLargeError or BuffersExceedMemoryError.
         """
         deadline = asyncio.timeout(self._timeout)
         with self._budget.receive(deadline) as share:
@@ -70,7 +70,7 @@ class BodyMiddleware:
                     return await self._read(receive, share), share
             except TimeoutError:
                 if share.is_refused:
-                    raise BodiesExceedMemoryError from None
+                    raise BuffersExceedMemoryError from None
                 raise BodyTimeoutError(self._timeout) from None
 
     def _check_length(self, headers: Headers) -> None:

@@ -38,7 +38,7 @@
         ├── EngineDeadError
         ├── AdapterLostError
         ├── AdaptersBusyError
-        └── BodiesExceedMemoryError
+        └── BuffersExceedMemoryError
 
 The text of an exception outside of this tree never reaches a client. Clients retry 408, 429 and 5xx, so errors of the
 client have other statuses.
@@ -482,11 +482,11 @@ class AdaptersBusyError(EngineUnavailableError):
         super().__init__(message, code="adapters_busy")
 
 
-class BodiesExceedMemoryError(EngineUnavailableError):
-    """The bodies of all requests together exceed --max-buffered-bytes."""
+class BuffersExceedMemoryError(EngineUnavailableError):
+    """The bodies or the answers of all requests together exceed --max-buffered-bytes."""
 
-    def __init__(self) -> None:
-        message = "The server is receiving too many large requests at the moment. Please retry later."
+    def __init__(self, noun: str = "bodies") -> None:
+        message = f"The server has too many large {noun} in memory at the moment. Please retry later."
         super().__init__(message, code="server_is_overloaded", retry_after=2, close=True)
 
 

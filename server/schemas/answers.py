@@ -4,6 +4,11 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 
+def encoded(value: object) -> msgspec.Raw:
+    """Return a part of an answer as JSON, which takes less memory than the objects that it is made of."""
+    return msgspec.Raw(msgspec.json.encode(value))
+
+
 class PromptLogprob(msgspec.Struct, frozen=True):
     """One candidate token at one position of the prompt."""
 
@@ -12,7 +17,9 @@ class PromptLogprob(msgspec.Struct, frozen=True):
     decoded_token: str
 
 
-PromptLogprobs = list[dict[int, PromptLogprob] | None]  # one entry per prompt token; the first token has none
+# One entry per prompt token; the first token has none. Each is encoded on its own: as objects they take many times the
+# memory.
+PromptLogprobs = list[dict[int, PromptLogprob] | msgspec.Raw | None]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

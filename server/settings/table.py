@@ -197,8 +197,9 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
         Setting(
             _LIMITS,
             size(1024),
-            "Memory limit for the bodies of all requests together, until their responses begin; when it is exceeded, "
-            "bodies that have been arriving for the longest time get status 503. No body can be larger.",
+            "Memory limit for the bodies of all requests together, until their responses begin, and another one for "
+            "all answers that are not read yet. When it is exceeded, bodies that have been arriving for the longest "
+            "time and the largest answers get status 503. No body and no answer can be larger.",
         ),
     ] = 256 << 20
     max_stored_responses: Annotated[

@@ -9,7 +9,7 @@ from server.text.choice_text import ChoiceText
 from server.text.parsers.answer_parts import AnswerPart, PartKind
 from server.text.tokenizer import Tokenizer
 
-NO_LOGPROBS = TokenLogprobs(-1.0, 1, [], [])
+NO_LOGPROBS = TokenLogprobs.pack(-1.0, 1, [], [])
 
 
 def content(text: str) -> AnswerPart:

@@ -335,7 +335,7 @@ def _embedding(token_ids: list[int]) -> list[float]:
 def _logprobs(token_id: int, num_alternatives: int, chosen: tuple[int, ...] = ()) -> TokenLogprobs:
     """Return log probabilities -0.5, -1.5, -2.5 ... for the token, which comes first, and the next ids, or `chosen`."""
     top_token_ids = list(chosen) or [(token_id + k) % 256 for k in range(num_alternatives)]
-    return TokenLogprobs(-0.5, 1, top_token_ids, [-0.5 - k for k in range(len(top_token_ids))])
+    return TokenLogprobs.pack(-0.5, 1, top_token_ids, [-0.5 - k for k in range(len(top_token_ids))])
 
 
 class FakeEngine:

@@ -9,7 +9,7 @@ from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
 from server.http.validation import echo
-from server.schemas.answers import PromptLogprob, RequestTimings, Usage
+from server.schemas.answers import PromptLogprobs, RequestTimings, Usage
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.request_fields import NO_LIMIT, MaxTokens, NumLogprobs
 from server.schemas.tools import ToolCall, ToolChoice, Tools, check_tools, must_call
@@ -219,7 +219,7 @@ class TokenLogprob(msgspec.Struct):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[TopLogprob]
+    top_logprobs: list[TopLogprob] | msgspec.Raw
 
 
 class ChatLogprobs(msgspec.Struct):
@@ -267,7 +267,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     usage: Usage
     system_fingerprint: str
     lightwell: RequestTimings | UnsetType = UNSET
-    prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_text: str | UnsetType = UNSET
 

@@ -23,7 +23,7 @@ from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallD
 from server.generation.endpoint import AnswerMetadata
 from server.generation.event_writer import ChunkWriter
 from server.generation.token_fields import NO_FIELDS, TokenFields
-from server.schemas.answers import RequestTimings, Usage
+from server.schemas.answers import RequestTimings, Usage, encoded
 from server.schemas.request_fields import StreamOptions
 from server.text.tokenizer import Tokenizer
 
@@ -145,7 +145,8 @@ def _token_logprob(
     logprobs = position.logprobs
     assert logprobs is not None  # only the first token of a prompt has none
     top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
-    return TokenLogprob(*spell(position.token_id, logprobs.logprob), [TopLogprob(*spell(*entry)) for entry in top])
+    alternatives = encoded([TopLogprob(*spell(*entry)) for entry in top])
+    return TokenLogprob(*spell(position.token_id, logprobs.logprob), alternatives)
 
 
 def _tool_call_chunk(call: ToolCallDelta) -> ToolCallChunk:

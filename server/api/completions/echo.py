@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from engine.shared.messages import TokenLogprobs
 from server.generation.choice_delta import ChoiceDelta, TokenPosition
 from server.generation.prompts import Prompt
 from server.text.choice_text import ChoiceText
@@ -37,14 +36,7 @@ class PromptEchoes:
         # The BOS token and the leading space that sentencepiece adds are not in the client's text.
         num_added = len(tokens_text) - len(text) if tokens_text.endswith(text) else 0
         offsets = [max(0, offset - num_added) for offset in decoder.offsets]
-        logprobs = [_with_top(entry, self._num_top or 0) for entry in prompt.logprobs]
+        # `prompt_logprobs` may have requested more of them.
+        logprobs = [entry.keep_top(self._num_top or 0) for entry in prompt.logprobs]
         positions = list(map(TokenPosition, prompt.token_ids, [None, *logprobs], offsets))
         return ChoiceDelta(0, [AnswerPart(PartKind.CONTENT, text)], positions)
-
-
-def _with_top(logprobs: TokenLogprobs, num_top: int) -> TokenLogprobs:
-    """Keep the first `num_top` alternatives: `prompt_logprobs` may have requested more."""
-    if len(logprobs.top_token_ids) <= num_top:
-        return logprobs
-    top_token_ids, top_logprobs = logprobs.top_token_ids[:num_top], logprobs.top_logprobs[:num_top]
-    return TokenLogprobs(logprobs.logprob, logprobs.rank, top_token_ids, top_logprobs)

@@ -9,7 +9,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from server.http.errors import InvalidValueError
-from server.schemas.answers import PromptLogprob, RequestTimings, Usage
+from server.schemas.answers import PromptLogprobs, RequestTimings, Usage
 from server.schemas.generation_request import GenerationRequest
 from server.schemas.request_fields import NO_LIMIT, NumLogprobs
 from server.schemas.samplers import INT64_MAX
@@ -155,7 +155,7 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int] = []  # characters of the choice's text before the token
     token_logprobs: list[float | None] = []
     tokens: list[str] = []
-    top_logprobs: list[dict[str, float] | None] = []
+    top_logprobs: list[dict[str, float] | msgspec.Raw | None] = []
 
 
 class CompletionChoice(msgspec.Struct):
@@ -164,7 +164,7 @@ class CompletionChoice(msgspec.Struct):
     logprobs: CompletionLogprobs | None
     finish_reason: str | None  # null only in chunks of a stream
     stop_reason: str | int | UnsetType | None = UNSET  # the stop string or stop token id that ended the text
-    prompt_logprobs: list[dict[int, PromptLogprob] | None] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET  # in a stream only in the first chunk of a choice
     token_ids: list[int] | UnsetType = UNSET
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from server.api.completions.echo import PromptEchoes
@@ -15,7 +16,7 @@ from server.generation.choice_delta import ChoiceDelta, TokenPosition, json_logp
 from server.generation.endpoint import AnswerMetadata
 from server.generation.event_writer import ChunkWriter
 from server.generation.token_fields import NO_FIELDS, TokenFields
-from server.schemas.answers import RequestTimings, Usage
+from server.schemas.answers import RequestTimings, Usage, encoded
 from server.schemas.request_fields import StreamOptions
 from server.text.tokenizer import Tokenizer
 
@@ -105,7 +106,7 @@ class CompletionWriter(ChunkWriter):
             top_logprobs=[self._top_logprobs(position) for position in positions],
         )
 
-    def _top_logprobs(self, position: TokenPosition) -> dict[str, float] | None:
+    def _top_logprobs(self, position: TokenPosition) -> msgspec.Raw | None:
         """Return the log probabilities of the top tokens and of the token itself, by text.
 
         Of tokens with the same text the most likely one is kept.
@@ -117,4 +118,4 @@ class CompletionWriter(ChunkWriter):
         for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True):
             top.setdefault(self._fields.token_name(self._tokenizer, token_id), json_logprob(logprob))
         top.setdefault(self._fields.token_name(self._tokenizer, position.token_id), json_logprob(logprobs.logprob))
-        return top
+        return encoded(top)

@@ -43,6 +43,8 @@ STOP_REASONS = {
 class MessagesWriter:
     """Writes the one choice of an answer as content blocks: thinking, text and tool use."""
 
+    repeats_output = False
+
     def __init__(self, metadata: AnswerMetadata, *, with_thinking: bool = True) -> None:
         self._metadata = metadata
         self._with_thinking = with_thinking

@@ -63,6 +63,8 @@ def nanoseconds(seconds: float) -> int:
 class OllamaWriter:
     """Writes the one choice of an answer. A tool call is written as a whole, when it is complete."""
 
+    repeats_output = False
+
     def __init__(
         self,
         tokenizer: Tokenizer,

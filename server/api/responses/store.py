@@ -32,7 +32,7 @@ class StoredResponse:
     @property
     def own_items(self) -> list[dict[str, Any]]:
         """Input items of the request and output items of the answer."""
-        return [*self.input_items, *msgspec.to_builtins(self.response.output)]
+        return [*self.input_items, *msgspec.json.decode(msgspec.json.encode(self.response.output))]
 
     @property
     def items(self) -> list[dict[str, Any]]:

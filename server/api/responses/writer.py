@@ -72,6 +72,8 @@ class ResponseWriter:
     A non-streamed answer goes through the same steps, with the events discarded.
     """
 
+    repeats_output = True
+
     def __init__(
         self,
         tokenizer: Tokenizer,

@@ -78,7 +78,7 @@ def test_prompt_logprobs_are_wanted_until_all_but_the_first_token_have_one() -> 
     wanted = []
     for _ in range(3):
         wanted.append(request.needs_prompt_logprobs)
-        request.prompt_outputs.logprobs.append(TokenLogprobs(-1.0, 1, [], []))
+        request.prompt_outputs.logprobs.append(TokenLogprobs.pack(-1.0, 1, [], []))
     assert wanted == [True, True, False]
     assert not new_request(submit([5], prompt_logprobs=0), salt=b"", arrival_number=0, now=0.0).needs_prompt_logprobs
 

@@ -61,7 +61,7 @@ def random_token(prefix: Sequence[int], seed: int) -> int:
 
 def logprob_of(prefix: Sequence[int], token_id: int) -> TokenLogprobs:
     digest = hashlib.sha256(repr((list(prefix), token_id)).encode()).digest()
-    return TokenLogprobs(-digest[0] / 16, 1 + digest[1], [], [])
+    return TokenLogprobs.pack(-digest[0] / 16, 1 + digest[1], [], [])
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def test_extend_and_restore(
     request = new_request(submit, salt=b"", arrival_number=0, now=0.0)
     request.prompt_outputs.pooled = [3, 0]
     item = Scheduled(request, start=1, num_tokens=len(sampled), num_samples=len(sampled), draft_token_ids=sampled[:-1])
-    output = ScheduledOutput(sampled, prompt_logprobs=[Logprobs(-1.0, 1, [], [])], pooled=[0, 4])
+    output = ScheduledOutput(sampled, prompt_logprobs=[Logprobs.pack(-1.0, 1, [], [])], pooled=[0, 4])
     before = copy.deepcopy(request)
     savepoint = request.savepoint()
     for _ in range(2):

@@ -26,7 +26,7 @@ from server.text.tokenizer import Tokenizer
 EOS = 256
 USAGE = Usage(1, 1, 2, PromptTokensDetails(0))
 FORMAT = AnswerFormat(HERMES, {"add": {}}, reasoning_tags=ReasoningTags("<think>", "</think>"))
-NO_LOGPROBS = TokenLogprobs(-1.0, 1, [], [])
+NO_LOGPROBS = TokenLogprobs.pack(-1.0, 1, [], [])
 
 # Generated parts: contents, and arguments of calls.
 CONTENT = st.text("ab é\n<t", max_size=8).map(lambda text: f"x{text}")
@@ -131,7 +131,9 @@ def test_whole_as_streamed(
             return joined(deltas_of(tokenizer, token_ids, cuts), joins)
 
         # Responses.
-        whole = msgspec.to_builtins(response_writer(tokenizer).answer([whole_of(arrive())], USAGE))["output"]
+        whole = msgspec.json.decode(
+            msgspec.json.encode(response_writer(tokenizer).answer([whole_of(arrive())], USAGE))
+        )["output"]
         assert [item_of(item) for item in whole] == expected
         stream = response_writer(tokenizer)
         events = parse(b"".join([*(stream.events([delta], USAGE) for delta in arrive()), stream.end(USAGE)]))

@@ -16,7 +16,7 @@ def test_log_probabilities_are_json(value: float, expected: float) -> None:
 
 
 def whole(index: int, *logprobs: float) -> ChoiceDelta:
-    positions = [TokenPosition(65, TokenLogprobs(logprob, 1, [], []), 0) for logprob in logprobs]
+    positions = [TokenPosition(65, TokenLogprobs.pack(logprob, 1, [], []), 0) for logprob in logprobs]
     return ChoiceDelta(index, [content(f"text {index}")], positions)
 
 

@@ -113,15 +113,15 @@ def test_tokens_after_a_stop_string_do_not_count(tokenizer: Tokenizer) -> None:
 @pytest.mark.checklist("D11")
 def test_minus_infinity_in_an_answer(tokenizer: Tokenizer) -> None:
     choice = make_choice(tokenizer)
-    logprobs = TokenLogprobs(-math.inf, 7, [66, 67], [-0.1, -math.inf])
+    logprobs = TokenLogprobs.pack(-math.inf, 7, [66, 67], [-0.5, -math.inf])
     event = TokenEvent(
         request_id="r", token_ids=[65], logprobs=[logprobs], finish_reason=FinishReason.LENGTH, stop_token_id=None
     )
     writer = CompletionWriter(tokenizer, AnswerMetadata("cmpl-1", 1, "m", "fp"), None, with_logprobs=True)
-    chunk = msgspec.to_builtins(writer.chunks(choice.push(event))[0])
+    chunk = msgspec.json.decode(msgspec.json.encode(writer.chunks(choice.push(event))[0]))
     assert chunk["choices"][0]["logprobs"] == {
         "text_offset": [0],
         "token_logprobs": [-9999.0],
         "tokens": ["A"],
-        "top_logprobs": [{"B": -0.1, "C": -9999.0, "A": -9999.0}],
+        "top_logprobs": [{"B": -0.5, "C": -9999.0, "A": -9999.0}],
     }

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from server.http.body_budget import FREE_BYTES, BodyBudget, BodyShare
-from server.http.errors import BodiesExceedMemoryError
+from server.http.errors import BuffersExceedMemoryError
 from tests.server.conftest import StartServer
 from tests.support.serving import RunningServer, check_envelope, raw_request, read_response, wait_until
 
@@ -62,14 +62,14 @@ class Bodies(RuleBasedStateMachine):
     @rule(share=receiving, num_bytes=st.integers(1, MAX_BYTES // 2))
     def add(self, share: BodyShare, num_bytes: int) -> None:
         if share.is_refused:
-            with pytest.raises(BodiesExceedMemoryError):
+            with pytest.raises(BuffersExceedMemoryError):
                 share.add(bytes(num_bytes))
             return
         if share.num_bytes <= FREE_BYTES < share.num_bytes + num_bytes:
             self.order.append(share)
         try:
             share.add(bytes(num_bytes))
-        except BodiesExceedMemoryError:
+        except BuffersExceedMemoryError:
             assert share.is_refused
         refused = [each for each in self.order if each.is_refused]
         assert refused == self.order[: len(refused)]  # the longest-waiting first

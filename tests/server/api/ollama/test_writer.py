@@ -123,7 +123,7 @@ def test_reasons(tokenizer: Tokenizer, reason: str) -> None:
 
 
 def test_log_probabilities(tokenizer: Tokenizer) -> None:
-    positions = [TokenPosition(65, TokenLogprobs(-0.5, 1, [65, 66], [-0.5, -1.5]), 0)]
+    positions = [TokenPosition(65, TokenLogprobs.pack(-0.5, 1, [65, 66], [-0.5, -1.5]), 0)]
     answer = whole(
         writer(tokenizer, with_logprobs=True).answer([delta(content("A"), positions=positions)], USAGE, TIMINGS)
     )

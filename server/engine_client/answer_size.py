@@ -1,0 +1,65 @@
+"""How much memory an answer takes, or must take at least."""
+
+from collections.abc import Sequence
+
+from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
+from server.http.errors import InvalidValueError
+from server.schemas.generation_request import GenerationRequest
+
+TOKEN_BYTES = 100  # of a token of an answer
+POSITION_BYTES = 300  # of a token's log probabilities, as the engine sends them and as JSON
+ALTERNATIVE_BYTES = 100  # of each alternative to it
+ECHO_BYTES = 12  # of a token of the prompt that is part of the answer
+NUMBER_BYTES = 50  # of an element of an embedding
+
+
+def event_bytes(event: TokenEvent, num_choices: int = 1) -> int:
+    """Return the estimated size of an event in the answer. Each of `num_choices` choices has the prompt's part."""
+    return (
+        TOKEN_BYTES * len(event.token_ids)
+        + sum(map(position_bytes, event.logprobs or ()))
+        + num_choices * sum(map(position_bytes, event.prompt_logprobs or ()))
+        + NUMBER_BYTES * len(event.embedding or ())
+    )
+
+
+def position_bytes(logprobs: TokenLogprobs) -> int:
+    return POSITION_BYTES + ALTERNATIVE_BYTES * logprobs.num_top
+
+
+def too_large(body: GenerationRequest, max_tokens_field: str, max_bytes: int) -> InvalidValueError:
+    """Return the error of a request whose answer would be larger than `max_bytes`: it names the field to reduce."""
+    numbers = {name: getattr(body, name, None) or 0 for name in ("top_logprobs", "logprobs", "prompt_logprobs")}
+    param = max(numbers, key=lambda name: numbers[name])
+    if not numbers[param]:
+        param = "n" if body.num_choices > 1 else max_tokens_field
+    answer = "answer that has not been read yet" if body.stream else "answer"
+    message = (
+        f"Invalid '{param}': the {answer} takes more than {max_bytes} bytes of memory, the limit of this server "
+        "(--max-buffered-bytes)."
+    )
+    return InvalidValueError(message, param=param, code=None)
+
+
+def prompt_bytes(body: GenerationRequest, submits: Sequence[Submit]) -> int:
+    """Return how much of the answer is the text or the token ids of the prompts."""
+    is_echoed = getattr(body, "echo", None) or body.return_token_ids
+    return ECHO_BYTES * sum(len(submit.prompt_token_ids) * submit.n for submit in submits) if is_echoed else 0
+
+
+def least_bytes(body: GenerationRequest, submits: Sequence[Submit]) -> int:
+    """Return the least size that the answer can have, of what is in memory at once."""
+    return prompt_bytes(body, submits) + sum(submit.n * _choice_bytes(body, submit) for submit in submits)
+
+
+def _choice_bytes(body: GenerationRequest, submit: Submit) -> int:
+    params = submit.params
+    ends_early = body.stop or params.stop_token_ids or params.grammar or params.repetition_detection
+    num_tokens = params.max_tokens if params.ignore_eos and not ends_early else params.min_tokens
+    token = TOKEN_BYTES + _position_bytes(params.logprobs)
+    in_prompt = (len(submit.prompt_token_ids) - 1) * _position_bytes(params.prompt_logprobs)
+    return in_prompt + (0 if body.stream else num_tokens * token)
+
+
+def _position_bytes(num_logprobs: int | None) -> int:
+    return 0 if num_logprobs is None else POSITION_BYTES + ALTERNATIVE_BYTES * num_logprobs

@@ -1,0 +1,157 @@
+"""Answers that take too much memory, over real sockets."""
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.server.conftest import StartServer
+from tests.support.clients import CHAT, COMPLETIONS, MESSAGES, openai_client
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, check_envelope, check_error, raw_request, wait_until
+
+MAX_BYTES = 1 << 20
+NUM_TOP = 250  # 25 kB for each token
+HEAD = {"content_type": "application/json"}
+
+
+@pytest.fixture
+def server(start_server: StartServer, fake_engine: FakeEngine) -> RunningServer:
+    """A server of two keys whose answers may take a MiB, and whose engine does not stop by itself."""
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.005
+    return start_server(max_buffered_bytes=MAX_BYTES, max_logprobs=-1, api_key=("alice", "bob"))
+
+
+def ask(server: RunningServer, path: str = COMPLETIONS, key: str = "alice", **fields: Any) -> httpx.Response:
+    prompts: dict[str, Any] = {CHAT: {"messages": MESSAGES}, COMPLETIONS: {"prompt": "x"}}
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(
+        server.url + path, json={"model": "tiny", **prompts.get(path, {}), **fields}, headers=headers, timeout=60
+    )
+
+
+def is_empty(server: RunningServer) -> bool:
+    """Whether neither the engine nor this process has anything of a request."""
+    return server.context.answers.num_bytes == server.context.client.num_in_flight == server.engine.num_choices == 0
+
+
+@pytest.mark.checklist("A19")
+@pytest.mark.parametrize(
+    ("path", "param", "fields"),
+    [
+        (COMPLETIONS, "logprobs", {"logprobs": NUM_TOP}),
+        (CHAT, "top_logprobs", {"logprobs": True, "top_logprobs": NUM_TOP, "n": 2}),
+        (
+            "/v1/responses",
+            "top_logprobs",
+            {"top_logprobs": 20, "include": ["message.output_text.logprobs"], "input": "x"},
+        ),
+    ],
+)
+def test_an_answer_that_becomes_too_large_ends(
+    server: RunningServer, path: str, param: str, fields: dict[str, Any]
+) -> None:
+    length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    error = check_error(ask(server, path, **{length: 1900} | fields), 400)
+    assert error["param"] == param
+    assert str(MAX_BYTES) in error["message"]
+    assert "--max-buffered-bytes" in error["message"]
+    wait_until(lambda: is_empty(server))
+    assert server.metric("lightwell_generation_tokens_total") < 1000
+
+
+@pytest.mark.checklist("A19")
+@pytest.mark.parametrize(
+    ("param", "fields"),
+    [
+        ("logprobs", {"logprobs": NUM_TOP, "max_tokens": 50, "ignore_eos": True}),
+        ("logprobs", {"logprobs": NUM_TOP, "max_tokens": 60, "min_tokens": 50, "stop": ["q"]}),
+        ("prompt_logprobs", {"prompt_logprobs": 240, "prompt": "x" * 60, "max_tokens": 1}),
+        ("logprobs", {"logprobs": 20, "echo": True, "stream": True, "prompt": "x" * 1000, "max_tokens": 0}),
+        ("n", {"echo": True, "prompt": "x" * 1900, "max_tokens": 9, "n": 60}),
+    ],
+)
+def test_an_answer_that_is_certain_to_be_too_large_is_refused_at_once(
+    server: RunningServer, param: str, fields: dict[str, Any]
+) -> None:
+    assert check_error(ask(server, **fields), 400)["param"] == param
+    assert server.engine.submits == []
+    assert is_empty(server)
+
+
+def test_openais_client_gets_an_error_that_it_does_not_retry(server: RunningServer) -> None:
+    with openai_client(server.url) as client, pytest.raises(openai.BadRequestError) as caught:
+        client.with_options(api_key="alice", max_retries=2).completions.create(
+            model="tiny", prompt="x", logprobs=NUM_TOP, max_tokens=500
+        )
+    assert caught.value.param == "logprobs"
+    assert len(server.engine.submits) == 1
+
+
+def test_a_stream_may_send_more_than_the_limit(server: RunningServer) -> None:
+    response = ask(server, CHAT, logprobs=True, top_logprobs=NUM_TOP, max_tokens=150, stream=True)
+    *chunks, done = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert done == "[DONE]"
+    assert json.loads(chunks[-1])["choices"][0]["finish_reason"] == "length"
+    assert len(response.content) > 1.5 * MAX_BYTES
+    wait_until(lambda: is_empty(server))
+
+
+@pytest.mark.checklist("A19")
+@pytest.mark.parametrize("fields", [{}, {"stream_interval": 10_000}])
+def test_a_stream_that_is_not_read_ends(server: RunningServer, fields: dict[str, Any]) -> None:
+    body = {"model": "tiny", "prompt": "x", "logprobs": NUM_TOP, "max_tokens": 1900, "stream": True, **fields}
+    with server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        head = {"authorization": "Bearer alice", "connection": "close", **HEAD}
+        connection.sendall(raw_request("POST", COMPLETIONS, json.dumps(body).encode(), **head))
+        wait_until(lambda: server.engine.num_choices == 1)
+        wait_until(lambda: server.engine.num_choices == 0, timeout=30)
+        assert server.metric("lightwell_generation_tokens_total") < 1000
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        with connection.makefile("rb") as file:
+            events = [line.removeprefix(b"data: ") for line in file if line.startswith(b"data: ")]
+    *_, error, done = events
+    assert "has not been read" in check_envelope(error)["message"]
+    assert done.strip() == b"[DONE]"
+    wait_until(lambda: is_empty(server))
+
+
+@pytest.mark.checklist("A19")
+def test_a_client_that_does_not_read_its_answers_does_not_keep_others_out(server: RunningServer) -> None:
+    """Bob is answered while Alice's answers fill the limit; some of hers are cut off."""
+    body = {"model": "tiny", "prompt": "x", "logprobs": NUM_TOP, "max_tokens": 15}
+    head = raw_request("POST", COMPLETIONS, json.dumps(body).encode(), authorization="Bearer alice", **HEAD)
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+        for _ in range(6):
+            connection = stack.enter_context(server.connect())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(head)
+        bob = [threads.submit(ask, server, key="bob", logprobs=NUM_TOP, max_tokens=8) for _ in range(2)]
+        assert [future.result().status_code for future in bob] == [200, 200]
+        assert server.context.answers.num_bytes <= 2 * MAX_BYTES
+    wait_until(lambda: is_empty(server))
+
+
+def test_a_large_answer_counts_until_it_is_read(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless = True
+    server = start_server(max_buffered_bytes=32 << 20, max_logprobs=-1)
+    body = {"model": "tiny", "messages": MESSAGES, "logprobs": True, "top_logprobs": NUM_TOP, "max_tokens": 1200}
+    with server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(raw_request("POST", CHAT, json.dumps(body).encode(), connection="close", **HEAD))
+        wait_until(lambda: server.metric("lightwell_request_success_total", finished_reason="length") == 1, timeout=30)
+        time.sleep(0.5)
+        assert server.context.answers.num_bytes > 24 << 20
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        with connection.makefile("rb") as file:
+            head, answer = b"".join(iter(file.readline, b"\r\n")), file.readline()
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert len(json.loads(answer)["choices"][0]["logprobs"]["content"]) == 1200
+    wait_until(lambda: is_empty(server))
