@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ from engine.model import CausalLM, Parameters
 from engine.model.kv_cache import KVCache
 from engine.model.memory_plan import (
     MIB,
+    ContextSizes,
     CudaMemory,
     DeviceMemory,
     HostMemory,
     MemoryPlan,
+    check_weight_memory,
     free_memory,
     is_out_of_memory,
     plan_memory,
@@ -30,7 +33,9 @@ from engine.model.memory_plan import (
 from engine.runner import ModelRunner
 from engine.scheduling.largest_step import largest_step
 from engine.scheduling.record import StepClock
-from engine.weights import is_vector, load_weights
+from engine.weights import is_vector, least_weight_bytes, load_weights
+
+logger = logging.getLogger("lightwell.engine")
 
 CPU_NUM_BATCHED_TOKENS = 256  # larger steps gain little throughput, and all requests wait for the end of a step
 GPU_NUM_BATCHED_TOKENS = 8192
@@ -83,25 +88,37 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     max_lora_rank = choose_lora_rank(config, checkpoints)
     check_lora_memory(model_config, config.max_loras, max_lora_rank, dtype.itemsize, free_memory(device))
     kernels = load_kernels(device, kernel_options(config, model_config, dtype, limits, max_lora_rank))
+    sizes = ContextSizes(model_config, config, limits.max_num_batched_tokens, kernels)
+    device_memory: DeviceMemory = card or HostMemory()
+    device_memory.reserved = least_weight_bytes(Path(config.model_path))
+    check_weight_memory(device_memory.reserved, free_memory(device))
+    max_model_len = plan_memory(sizes, config, limits.max_model_len, device_memory).max_model_len
     clock.lap("kernels")
     parameters = load_parameters(Path(config.model_path), model_config, dtype, kernels, device, progress)
     weight_bytes = parameters.num_bytes
     clock.lap("weights")
     with torch.inference_mode():
-        model = CausalLM(model_config, parameters, kernels, max_model_len=limits.max_model_len, device=device)
+        model = CausalLM(model_config, parameters, kernels, max_model_len=max_model_len, device=device)
     clock.lap("model")
     adapters = LoraAdapters(model.linears, config.max_loras, max_lora_rank)
     for name, checkpoint in checkpoints.items():
         adapters.load(name, config.lora_modules[name], checkpoint)
     clock.lap("adapters")
-    device_memory: DeviceMemory = HostMemory(reserved=adapters.num_bytes)  # of the slots, until they are written to
+    device_memory.reserved = adapters.num_bytes if card is None else 0  # of the slots, until they are written to
     if card is not None:
-        measure_activations(card, model, limits, config)
-        device_memory = card
+        measure_activations(card, model, replace(limits, max_model_len=max_model_len), config)
         clock.lap("activations")
-    memory = plan_memory(
-        model_config, config, limits.max_model_len, limits.max_num_batched_tokens, kernels, device_memory
-    )
+    memory = plan_memory(sizes, config, max_model_len, device_memory, has_tables=card is not None)
+    if memory.max_model_len < max_model_len:
+        with torch.inference_mode():
+            model.set_max_model_len(memory.max_model_len)
+    if memory.max_model_len < limits.max_model_len:
+        logger.warning(
+            "contexts are limited to %d tokens, of %d that the model was trained for, because memory holds no more",
+            memory.max_model_len,
+            limits.max_model_len,
+        )
+        limits = replace(limits, max_model_len=memory.max_model_len)
     runner = new_runner(model, limits, memory, device)
     clock.lap("KV cache")
     return LoadedModel(runner, model_config, limits, memory, device, dtype, weight_bytes, adapters)

@@ -105,6 +105,7 @@ class ModelRunner:
     def forward(self, step: Step, clock: StepClock) -> BatchInputs:
         """Launch the model on a step. It may read tokens that the previous step has sampled on the device."""
         batch = self.builder.build(step)
+        self.model.extend_rotary(int(batch.seq_lens.max()))
         if len(batch.ahead_rows):
             assert self.sampled is not None
             batch.token_ids[batch.ahead_rows] = self.sampled[batch.ahead_samples]

@@ -129,13 +129,13 @@ class BatchBuilder:
 
     def _fill_tables(self, step: Step) -> int:
         """Fill the block tables of all KV groups, and return the largest number of blocks of a sequence."""
-        max_blocks = 0
+        tables = (table for item in step.scheduled for table in item.request.kv.tables)
+        max_blocks = max((len(table.block_ids) for table in tables), default=0)
         for index, item in enumerate(step.scheduled):
             for buffer, table in zip(self.tables, item.request.kv.tables, strict=True):
                 num_blocks = len(table.block_ids)
                 buffer[index, :num_blocks] = table.block_ids
-                buffer[index, num_blocks:] = 0
-                max_blocks = max(max_blocks, num_blocks)
+                buffer[index, num_blocks:max_blocks] = 0
         return max_blocks
 
     def _fill_positions(self, positions: Lengths, num_seqs: int) -> None:

@@ -17,7 +17,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantization: str = "auto"  # auto: that of the checkpoint; none: all weights in `dtype`; int8: groups of 32
     kv_cache_dtype: str = "auto"  # auto: `dtype`; int8, fp8: with a scale per token and head
-    max_model_len: int | None = None  # tokens of prompt and output; None: the context the model was trained for
+    max_model_len: int | None = None  # tokens of prompt and output; None: that of training, or what memory holds
     max_num_seqs: int = 128  # choices that run at a time
     max_num_batched_tokens: int | None = None  # token budget of a step
     long_prefill_token_threshold: int = 0  # maximum prompt tokens of one request in a step; 0: no limit

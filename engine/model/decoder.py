@@ -151,7 +151,8 @@ class CausalLM:
     ) -> None:
         self.config = config
         self.kernels = kernels
-        self.rotary = [RotaryEmbedding(rope, max_model_len, device) for rope in config.ropes]
+        self.device = device
+        self.set_max_model_len(max_model_len)
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = kernels.pack([parameters.take_weight("model.embed_tokens.weight", *shape)])
         has_layer_inputs = config.per_layer_input_size > 0
@@ -167,6 +168,16 @@ class CausalLM:
             head = kernels.pack([parameters.take_weight("lm_head.weight", *shape)])
         self.lm_head = kernels.linear(head, is_float32=True)
         parameters.finish()
+
+    def set_max_model_len(self, max_model_len: int) -> None:
+        """Make the tables of rotary embeddings for contexts of this length."""
+        self.rotary: list[RotaryEmbedding] = []  # tables for another length are freed first
+        self.rotary = [RotaryEmbedding(rope, max_model_len, self.device) for rope in self.config.ropes]
+
+    def extend_rotary(self, num_positions: int) -> None:
+        """Compute what the tables of rotary embeddings lack for the first `num_positions` positions."""
+        for rotary in self.rotary:
+            rotary.extend(num_positions)
 
     def forward(self, batch: BatchInputs, kv_cache: KVCache) -> Tensor:
         """Return the last hidden states [L, hidden_size] of `hidden_rows`; store the keys and values of every row."""

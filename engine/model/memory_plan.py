@@ -1,8 +1,12 @@
-"""The memory plan: how many blocks the KV cache gets, by the settings and by the memory that is left for it."""
+"""The memory plan: how long contexts can be, and how many blocks the KV cache gets.
+
+The plan is made twice: before the weights are loaded, so that nothing is allocated that a model's files ask for and no
+memory can hold, and when it is known how much memory they leave.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +16,7 @@ import torch
 from engine.config import EngineConfig, ModelConfig
 from engine.kernels.interface import Kernels
 from engine.model.kv_cache import bytes_per_block
+from engine.model.rotary import table_bytes as rotary_bytes
 from engine.shared.host_memory import available_memory
 
 FULL_LENGTH_REQUESTS = 4  # requests of max_model_len tokens that the default cache on a CPU holds
@@ -25,6 +30,7 @@ OUT_OF_MEMORY = (
     "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
 )
+MIN_CHOSEN_LEN = 2048  # tokens; a context that is shorter for lack of memory is for the user to choose
 GPU_RESERVE = 512 * MIB  # for CUDA graphs, and for free memory in pieces too small to use; estimated, not measured
 
 
@@ -56,18 +62,20 @@ class MemoryPlan:
 
 
 class DeviceMemory(Protocol):
-    """The memory of a device once the weights are loaded."""
+    """The memory of a device."""
 
     activation_bytes: int  # of the largest step; 0: not measured
+    reserved: int  # bytes that count as taken although they are free: of weights before they are loaded, for example
 
     def free(self) -> int:
         """Return the bytes that are left for a KV cache."""
         ...
 
-    def default_kv_cache_bytes(self, full_length_bytes: int) -> int:
+    def default_kv_cache_bytes(self, full_length_bytes: int, table_bytes: int = 0) -> int:
         """Return the bytes that it gets unless the settings say how many.
 
-        `full_length_bytes` hold one request of max_model_len tokens. May be negative: less than nothing is left.
+        `full_length_bytes` hold one request of max_model_len tokens, and `table_bytes` are needed beside the cache. May
+        be negative: less than nothing is left.
         """
         ...
 
@@ -82,14 +90,13 @@ class HostMemory:
     activation_bytes = 0
 
     def __init__(self, reserved: int = 0) -> None:
-        """`reserved`: bytes that count as free because they have not been written to yet."""
         self.reserved = reserved
 
     def free(self) -> int:
         return available_memory() - self.reserved
 
-    def default_kv_cache_bytes(self, full_length_bytes: int) -> int:
-        return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(self.free() * CPU_MEMORY_SHARE))
+    def default_kv_cache_bytes(self, full_length_bytes: int, table_bytes: int = 0) -> int:
+        return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(self.free() * CPU_MEMORY_SHARE) - table_bytes)
 
     def explain(self, full_length_bytes: int, config: EngineConfig) -> str:
         return f"--kv-cache-memory {-(-full_length_bytes // MIB)}MiB or more"
@@ -105,6 +112,7 @@ class CudaMemory:
         # Asking creates the CUDA context, which is therefore not counted; only NVML could tell how large it is.
         self.free_at_start, self.total = torch.cuda.mem_get_info(device)
         self.activation_bytes = 0
+        self.reserved = 0
 
     @property
     def allowed(self) -> int:
@@ -125,15 +133,15 @@ class CudaMemory:
         release_memory(self.device)
 
     def free(self) -> int:
-        return free_memory(self.device) - self.activation_bytes - GPU_RESERVE
+        return free_memory(self.device) - self.reserved - self.activation_bytes - GPU_RESERVE
 
-    def default_kv_cache_bytes(self, full_length_bytes: int) -> int:
-        used = self.free_at_start - free_memory(self.device)
-        return self.allowed - used - self.activation_bytes - GPU_RESERVE
+    def default_kv_cache_bytes(self, full_length_bytes: int, table_bytes: int = 0) -> int:
+        used = self.free_at_start - free_memory(self.device) + self.reserved
+        return self.allowed - used - self.activation_bytes - GPU_RESERVE - table_bytes
 
     def explain(self, full_length_bytes: int, config: EngineConfig) -> str:
         missing = full_length_bytes - self.default_kv_cache_bytes(full_length_bytes)
-        used = self.free_at_start - free_memory(self.device)
+        used = self.free_at_start - free_memory(self.device) + self.reserved
         utilization = (self.allowed + missing) / self.total
         more = [f"--gpu-memory-utilization {utilization + 0.005:.2f} or more"]
         helps = more if self.allowed + missing <= self.free_at_start else []
@@ -149,44 +157,95 @@ class CudaMemory:
         )
 
 
+class ContextSizes:
+    """What contexts take, by their length in tokens. The layers are those of the model's file."""
+
+    def __init__(
+        self, config: ModelConfig, engine_config: EngineConfig, max_num_batched_tokens: int, kernels: Kernels
+    ) -> None:
+        self.block_size = engine_config.block_size
+        self.block_bytes = bytes_per_block(config, self.block_size, kernels)
+        self._config = config
+        self._groups = config.kv_groups
+        self._max_num_seqs = engine_config.max_num_seqs
+        self._in_flight = max_in_flight(max_num_batched_tokens)
+
+    def num_blocks(self, max_model_len: int) -> int:
+        """Return the blocks of one request."""
+        return sum(group.num_blocks_for(max_model_len, self.block_size, self._in_flight) for group in self._groups)
+
+    def cache_bytes(self, max_model_len: int) -> int:
+        """Return the bytes of one request in the KV cache."""
+        return self.num_blocks(max_model_len) * self.block_bytes
+
+    def table_bytes(self, max_model_len: int) -> int:
+        """Return the bytes of the tables of rotary embeddings and of blocks."""
+        entries = len(self._groups) * self._max_num_seqs * -(-max_model_len // self.block_size)
+        return rotary_bytes(self._config.ropes, max_model_len) + 8 * entries
+
+    def longest(self, max_model_len: int, fits: Callable[[int], bool]) -> int:
+        """Return the longest context that fits: `max_model_len`, or less in whole blocks."""
+        if fits(max_model_len):
+            return max_model_len
+        lengths = range(0, max_model_len, self.block_size)
+        return lengths[max(0, bisect_left(lengths, True, key=lambda length: not fits(length)) - 1)]
+
+    def describe(self) -> str:
+        """Return the sizes of the model that make contexts large."""
+        kinds = dict.fromkeys(layer.attention.kv_shape for layer in self._config.layers)
+        heads = ", ".join(f"{kind.num_kv_heads} KV heads of {kind.head_dim}" for kind in list(kinds)[:4])
+        return f"{self._config.num_hidden_layers} layers, {heads}"
+
+
+def check_weight_memory(weight_bytes: int, free: int) -> None:
+    """Raise ValueError unless weights of at least `weight_bytes` can fit in the free memory."""
+    if weight_bytes > free:
+        needed, left = weight_bytes // MIB, max(0, free) // MIB
+        raise ValueError(f"the weights take at least {needed} MiB of memory, but {left} MiB are free")
+
+
+def _may_be_chosen(length: int, max_model_len: int, engine_config: EngineConfig) -> bool:
+    """Return whether a context may be `length` instead of `max_model_len`, which is the model's own."""
+    return length >= (max_model_len if engine_config.max_model_len else min(max_model_len, MIN_CHOSEN_LEN))
+
+
 def plan_memory(
-    config: ModelConfig,
+    sizes: ContextSizes,
     engine_config: EngineConfig,
     max_model_len: int,
-    max_num_batched_tokens: int,
-    kernels: Kernels,
     memory: DeviceMemory,
+    *,
+    has_tables: bool = False,
 ) -> MemoryPlan:
     """Size the KV cache by `kv_cache_memory`, or else by the default for the memory of the device.
 
-    Raises ValueError, with the settings that would fit, if the cache cannot hold one request of `max_model_len` tokens,
-    or if `kv_cache_memory` is more than is free.
+    Contexts are as long as the cache allows, unless the settings say how long. `has_tables`: those of the contexts are
+    allocated already. Raises ValueError, with the settings that would fit, if the cache cannot hold one request of
+    `max_model_len` tokens, or if `kv_cache_memory` is more than is free.
     """
-    block_size = engine_config.block_size
-    block_bytes = bytes_per_block(config, block_size, kernels)
-    in_flight = max_in_flight(max_num_batched_tokens)
-
-    def num_blocks_for(num_tokens: int) -> int:
-        return sum(group.num_blocks_for(num_tokens, block_size, in_flight) for group in config.kv_groups)
-
-    min_blocks = num_blocks_for(max_model_len)
-    min_bytes = min_blocks * block_bytes
-    requested = engine_config.kv_cache_memory
-    if requested is not None and requested > (free := memory.free()):
+    requested, free = engine_config.kv_cache_memory, memory.free()
+    if requested is not None and requested > free:
         raise ValueError(f"--kv-cache-memory {requested // MIB}MiB: only {max(0, free) // MIB} MiB are free")
-    budget = max(0, memory.default_kv_cache_bytes(min_bytes)) if requested is None else requested
-    num_blocks = budget // block_bytes
-    if num_blocks < min_blocks:
-        lengths = range(0, max_model_len, block_size)
-        length = lengths[bisect_right(lengths, num_blocks, key=num_blocks_for) - 1]
+
+    def budget(length: int) -> int:
+        if requested is not None:
+            return requested
+        tables = 0 if has_tables else sizes.table_bytes(length)
+        return max(0, memory.default_kv_cache_bytes(sizes.cache_bytes(length), tables))
+
+    length = sizes.longest(max_model_len, lambda length: sizes.cache_bytes(length) <= budget(length))
+    if not _may_be_chosen(length, max_model_len, engine_config):
+        min_bytes = sizes.cache_bytes(max_model_len)
         shorter = f"--max-model-len {length} or less, or " if length else ""
         limiting = memory if requested is None else HostMemory()
-        more = limiting.explain(min_bytes, engine_config)
         raise ValueError(
-            f"a KV cache of {budget / MIB:.0f} MiB holds {length} tokens, but one request of "
-            f"max_model_len {max_model_len} needs {min_bytes / MIB:.0f} MiB; use {shorter}{more}"
+            f"a KV cache of {budget(length) / MIB:.0f} MiB holds {length} tokens, but one request of "
+            f"max_model_len {max_model_len} needs {min_bytes / MIB:.0f} MiB ({sizes.describe()}); use {shorter}"
+            f"{limiting.explain(min_bytes, engine_config)}"
         )
-    return MemoryPlan(num_blocks, block_size, block_bytes, min_blocks, max_model_len, memory.activation_bytes)
+    min_blocks = sizes.num_blocks(length)
+    num_blocks = max(min_blocks, budget(length) // sizes.block_bytes)  # the free memory may have changed since
+    return MemoryPlan(num_blocks, sizes.block_size, sizes.block_bytes, min_blocks, length, memory.activation_bytes)
 
 
 def max_in_flight(max_num_batched_tokens: int) -> int:

@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from engine.config import RopeScaling, RopeSpec
 from engine.kernels.interface import Kernels, Rotations
+from engine.kernels.lazy_memory import lazy_zeros
+
+CHUNK = 1 << 15  # rows that are computed at a time
 
 
 class RotaryEmbedding:
-    """Tables float32 [max_model_len, D], one row per position: the cosines of D / 2 pairs, then their sines."""
+    """Tables float32 [max_model_len, D], one row per position: the cosines of D / 2 pairs, then their sines.
+
+    The rows of long contexts are computed when a request first gets there.
+    """
 
     def __init__(self, rope: RopeSpec, max_model_len: int, device: torch.device) -> None:
-        positions = torch.arange(max_model_len, dtype=torch.float32)
-        frequencies = inverse_frequencies(rope, max_model_len)
-        angles = positions[:, None] * frequencies
-        num_pairs = rope.head_dim // 2
-        cos, sin = torch.ones(max_model_len, num_pairs), torch.zeros(max_model_len, num_pairs)
-        rotated = slice(rope.first_pair, rope.first_pair + len(frequencies))
+        self.rope = rope
+        self.frequencies = inverse_frequencies(rope, max_model_len)
+        shape = (max_model_len, rope.head_dim // 2 * 2)
+        self.k = lazy_zeros(shape, torch.float32, device)
+        self.q = lazy_zeros(shape, torch.float32, device) if rope.query_beta else self.k
+        self.num_rows = 0  # that have been computed
+        self.extend(1)
+
+    def extend(self, num_rows: int) -> None:
+        """Compute the rows that are missing among the first `num_rows`."""
+        while self.num_rows < min(num_rows, len(self.k)):
+            end = min(self.num_rows + CHUNK, len(self.k))
+            self._compute(self.num_rows, end)
+            self.num_rows = end
+
+    def _compute(self, start: int, end: int) -> None:
+        rope, num_pairs = self.rope, self.rope.head_dim // 2
+        positions = torch.arange(start, end, dtype=torch.float32)
+        angles = positions[:, None] * self.frequencies
+        cos, sin = torch.ones(end - start, num_pairs), torch.zeros(end - start, num_pairs)
+        rotated = slice(rope.first_pair, rope.first_pair + len(self.frequencies))
         cos[:, rotated] = angles.cos() * rope.scaling.attention_factor
         sin[:, rotated] = angles.sin() * rope.scaling.attention_factor
         table = torch.cat((cos, sin), dim=1)
-        self.k = table.to(device)
-        self.q = self.k
-        if rope.query_beta:
+        self.k[start:end] = table.to(self.k.device)
+        if self.q is not self.k:
             scale = 1 + rope.query_beta * torch.log1p(torch.floor(positions / rope.query_context))
-            self.q = (table * scale[:, None]).to(device)
+            self.q[start:end] = (table * scale[:, None]).to(self.q.device)
 
     def gather(self, kernels: Kernels, positions: Tensor) -> Rotations:
         """Return the rotations at positions [T]."""
         return gather_rotations(kernels, Rotations(self.q, self.k), positions)
+
+
+def table_bytes(ropes: Iterable[RopeSpec], max_model_len: int) -> int:
+    """Return the bytes of the tables for contexts of this length."""
+    return sum(max_model_len * rope.head_dim * 4 * (2 if rope.query_beta else 1) for rope in ropes)
 
 
 def gather_rotations(kernels: Kernels, rotations: Rotations, rows: Tensor) -> Rotations:

@@ -1,12 +1,20 @@
 """The memory of the host that is left for a process."""
 
+import resource
+
 
 def available_memory() -> int:
     """Return the bytes of host memory that this process can still get.
 
-    That is the kernel's estimate (MemAvailable), or what the limit of the control group leaves, if that is less.
+    That is the kernel's estimate (MemAvailable), or what the limit of the control group or of the address space
+    (`ulimit -v`) leaves, if that is less.
     """
     available = int(_read_numbers("/proc/meminfo")["MemAvailable:"]) * 1024
+    limit_of_addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit_of_addresses != resource.RLIM_INFINITY:
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        available = max(0, min(available, limit_of_addresses - used))
     try:
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
             unused = int(limit.read()) - int(current.read())

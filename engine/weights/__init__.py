@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from engine.config import ModelConfig
-from engine.weights.gguf import load_gguf
+from engine.weights.gguf import least_gguf_bytes, load_gguf
 from engine.weights.layout import is_vector
 from engine.weights.packed import PackedTensor, Weight, concatenate, layout_of
 from engine.weights.quantized import Float8Tensor, GroupQuantized
-from engine.weights.safetensors import load_safetensors
+from engine.weights.safetensors import least_safetensors_bytes, load_safetensors
 
 __all__ = [
     "Float8Tensor",
@@ -24,6 +24,7 @@ __all__ = [
     "concatenate",
     "is_vector",
     "layout_of",
+    "least_weight_bytes",
     "load_weights",
 ]
 
@@ -56,6 +57,14 @@ def load_weights(
     if path.is_dir():
         return load_safetensors(path, config, dtype, progress or _no_progress, vector_dtype, keep_packed)
     return load_gguf(path, config, dtype, progress or _no_progress, vector_dtype, keep_packed)
+
+
+def least_weight_bytes(path: Path) -> int:
+    """Return a lower bound of the memory that the weights of a model take, in any format: a byte for each number.
+
+    Raises ValueError or OSError if a file is missing or damaged.
+    """
+    return least_safetensors_bytes(path) if path.is_dir() else least_gguf_bytes(path)
 
 
 def _no_progress(num_bytes_done: int, num_bytes: int) -> None:

@@ -98,6 +98,12 @@ def load_gguf(
         progress(num_bytes_done, num_bytes)
 
 
+def least_gguf_bytes(path: Path) -> int:
+    """Return the memory that the weights take at least: a byte for each number, or what they take in the file."""
+    with GGUFFile(path) as file:
+        return sum(min(tensor.n_bytes, prod(tensor.shape)) for tensor in file.tensors.values())
+
+
 def _load_tensor(
     file: GGUFFile,
     tensor: TensorInfo,

@@ -1,6 +1,7 @@
 """Read safetensors files: the weights of a model, in one file or in shards, and the header of a single file."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -30,6 +31,7 @@ QUANTIZED_TYPES = {  # of codes and their scales, in quantised checkpoints alone
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 MAX_DIMS = 8
+OTHER_PARTS = re.compile("vision|audio|multi_modal")  # in the names of tensors that the text model lacks
 
 
 def load_safetensors(
@@ -65,6 +67,21 @@ def load_safetensors(
         progress(num_bytes_before, num_bytes)
     if layers is not None:
         layers.log()
+
+
+def least_safetensors_bytes(folder: Path) -> int:
+    """Return the memory that the weights take at least: a byte for each number. Raises ValueError."""
+    return sum(_num_numbers(shard) for shard in _find_shards(folder))
+
+
+def _num_numbers(shard: Path) -> int:
+    """Return how many numbers the text model has in a file. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            names = [name for name in file.keys() if not OTHER_PARTS.search(name)]  # noqa: SIM118
+            return sum(prod(file.get_slice(name).get_shape()) for name in names)
+    except SafetensorError as error:
+        raise ValueError(f"{shard}: not a valid safetensors file ({short(str(error))})") from error
 
 
 def _complete(layers: QuantizedLayers, name: str, tensor: torch.Tensor, shard: Path) -> list[tuple[str, Weight]]:

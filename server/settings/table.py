@@ -287,7 +287,9 @@ class Settings(ApiSettings, frozen=True, kw_only=True):
     max_model_len: Annotated[
         int | None,
         Setting(
-            _MEMORY, integer(1), "Maximum length of prompt and output together, in tokens. Unset: the model's maximum."
+            _MEMORY,
+            integer(1),
+            "Maximum length of prompt and output together, in tokens. Unset: the model's, or what memory holds.",
         ),
     ] = None
     max_num_seqs: Annotated[

@@ -1,14 +1,19 @@
 """The device, dtype and limits that are chosen for a model."""
 
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from engine import loading
 from engine.config import EngineConfig
-from engine.loading import Limits, choose_device, choose_dtype, choose_limits, measure_activations
+from engine.loading import Limits, choose_device, choose_dtype, choose_limits, load_model, measure_activations
+from tests.support.family_models import save_family_model
 from tests.support.model_configs import llama_config
 
 CPU = torch.device("cpu")
@@ -74,6 +79,24 @@ def test_fewer_tokens_in_a_step_than_sequences() -> None:
     """The error is raised before the weights are read."""
     with pytest.raises(ValueError, match=r"max.num.batched.tokens \(?100.*max.num.seqs \(?128"):
         choose_limits(EngineConfig(model_path="", max_num_batched_tokens=100), MODEL, CPU)
+
+
+@pytest.mark.checklist("F11")
+def test_a_model_of_ten_million_tokens_starts_with_as_many_as_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_family_model("llama3", tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 10_000_000}))
+    config = EngineConfig(model_path=str(tmp_path), device="cpu", kv_cache_memory=64 << 20)
+    loaded = load_model(config)
+    length = loaded.limits.max_model_len
+    assert loaded.memory.max_model_len == len(loaded.runner.model.rotary[0].k) == length
+    assert loaded.memory.num_blocks == length // 32
+    assert f"contexts are limited to {length} tokens, of 10000000" in caplog.text
+    for asked, message in ((length, ""), (length + 32, f"use --max-model-len {length} or less, or --kv-cache-memory")):
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            load_model(msgspec.structs.replace(config, max_model_len=asked))
 
 
 def test_a_largest_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig, load_model_config
-from engine.core import Engine
+from engine.core import BrokenDeviceError, Engine
 from engine.loading import load_model
 from engine.startup import warm_up
 from server.constrained import grammar_checker  # noqa: F401  (the API process has it too)
@@ -39,7 +39,15 @@ def load(path: Path) -> None:
     if template is not None:
         template.render([{"role": "user", "content": "Hello"}])
     load_model_config(path)
-    config = EngineConfig(model_path=str(path), kv_cache_memory=KV_CACHE_BYTES, max_num_seqs=4, device="cpu")
+    adapters = {"adapter": str(path / "adapter")} if (path / "adapter").is_dir() else {}
+    config = EngineConfig(
+        model_path=str(path),
+        kv_cache_memory=KV_CACHE_BYTES,
+        max_num_seqs=4,
+        device="cpu",
+        lora_modules=adapters,
+        max_loras=len(adapters),
+    )
     loaded = load_model(config)
     warm_up(Engine(config, loaded), loaded.limits.max_model_len)
 
@@ -55,7 +63,7 @@ def run_child(path: Path, result: int) -> None:
     try:
         load(path)
         answer = {"loaded": True}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenDeviceError) as error:  # as engine.process does
         answer = {"refused": str(error)}
     except BaseException:
         answer = {"failed": traceback.format_exc()}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,7 @@ from engine.kernels.triton.kernels import TritonKernels
 from engine.loading import DTYPES, LoadedModel, choose_limits, kernel_options, measure_activations, new_runner
 from engine.lora.slots import LoraAdapters, choose_lora_rank
 from engine.model import CausalLM, Parameters
-from engine.model.memory_plan import CudaMemory, MemoryPlan, plan_memory
+from engine.model.memory_plan import ContextSizes, CudaMemory, MemoryPlan, plan_memory
 from engine.runner import ModelRunner, PendingOutputs
 from engine.scheduling.block_pool import Block
 from engine.scheduling.record import StepClock
@@ -65,6 +66,7 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
     settings = {"model_path": "", "dtype": "bfloat16"} | settings
     config = EngineConfig(**settings)
     limits = choose_limits(config, shape, META)
+    config = msgspec.structs.replace(config, max_model_len=limits.max_model_len)
     rank = choose_lora_rank(config, {})
     options = kernel_options(config, shape, DTYPES[config.dtype], limits, rank)
     with traced() as trace, on_card(card, trace), torch.inference_mode():
@@ -75,7 +77,8 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
         LoraAdapters(model.linears, config.max_loras, rank)
         weight_bytes = trace.live_bytes
         measure_activations(device_memory, model, limits, config)
-        memory = plan_memory(shape, config, limits.max_model_len, limits.max_num_batched_tokens, kernels, device_memory)
+        sizes = ContextSizes(shape, config, limits.max_num_batched_tokens, kernels)
+        memory = plan_memory(sizes, config, limits.max_model_len, device_memory, has_tables=True)
         runner = new_runner(model, limits, memory, META)
     return MetaModel(runner, shape, memory, weight_bytes, card)
 

@@ -254,9 +254,11 @@ SCHEMES = {
 }
 
 
-def save_quantized_model(folder: Path, scheme: Scheme, seed: int, num_files: int = 1) -> LlamaForCausalLM:
+def save_quantized_model(
+    folder: Path, scheme: Scheme, seed: int, num_files: int = 1, vocab_size: int = 96
+) -> LlamaForCausalLM:
     """Save a tiny Llama with the layers of its decoder quantised. Returns it with the numbers that they stand for."""
-    config = LlamaConfig(**SIZES, vocab_size=96, num_hidden_layers=2, max_position_embeddings=512)
+    config = LlamaConfig(**SIZES, vocab_size=vocab_size, num_hidden_layers=2, max_position_embeddings=512)
     model = LlamaForCausalLM(config)
     randomize(model, seed)
     rng = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """The size of the KV cache, and the errors where it does not fit."""
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from engine.model import memory_plan
 from engine.model.memory_plan import (
     GPU_RESERVE,
     MIB,
+    MIN_CHOSEN_LEN,
+    ContextSizes,
     CudaMemory,
     HostMemory,
     MemoryPlan,
+    check_weight_memory,
     plan_memory,
 )
 from tests.engine.model.test_kv_cache import CPU, MODEL
@@ -26,9 +30,14 @@ TOKEN_BYTES = 2 * 3 * 2 * 16 * 2  # K and V, layers, KV heads, head size, bytes 
 
 
 def plan(max_model_len: int, kv_cache_memory: int | None = None, block_size: int = 32) -> MemoryPlan:
-    config = EngineConfig(model_path="", block_size=block_size, kv_cache_memory=kv_cache_memory)
-    kernels = TorchKernels(KernelOptions(torch.bfloat16), CPU)
-    return plan_memory(MODEL, config, max_model_len, 256, kernels, HostMemory())
+    config = EngineConfig(
+        model_path="", block_size=block_size, kv_cache_memory=kv_cache_memory, max_model_len=max_model_len
+    )
+    return plan_memory(sizes(config), config, max_model_len, HostMemory(), has_tables=True)
+
+
+def sizes(config: EngineConfig) -> ContextSizes:
+    return ContextSizes(MODEL, config, 256, TorchKernels(KernelOptions(torch.bfloat16), CPU))
 
 
 @pytest.fixture
@@ -92,6 +101,54 @@ def test_more_than_the_machine_has_is_refused(free_memory: int) -> None:
     """Otherwise an allocation would fail, or the operating system would kill the process later."""
     with pytest.raises(ValueError, match=r"--kv-cache-memory.*64 MiB"):
         plan(100, kv_cache_memory=65 * MIB)
+
+
+# The context of the model's file, which may be longer than memory holds.
+
+FILE = EngineConfig(model_path="")
+TABLE_BYTES = 16 * 4 + 128 * 8 // 32  # of a token: a row of the rotary table, and its part of a block's number
+
+
+def longest(weights: int, max_model_len: int, config: EngineConfig = FILE) -> int:
+    return plan_memory(sizes(config), config, max_model_len, HostMemory(weights)).max_model_len
+
+
+@pytest.mark.checklist("F11")
+@pytest.mark.parametrize("context", [2**31 - 1, 10_000_000, 200_000])
+def test_a_context_that_memory_does_not_hold_is_as_long_as_it_does(free_memory: int, context: int) -> None:
+    """Half of the free memory is for tables and one request."""
+    result = plan_memory(sizes(FILE), FILE, context, HostMemory())
+    expected = free_memory // 2 // (TOKEN_BYTES + TABLE_BYTES)
+    assert expected - 32 <= result.max_model_len <= expected
+    assert result.num_blocks == result.blocks_per_request
+
+
+@pytest.mark.checklist("F11")
+def test_a_context_of_the_settings_is_not_shortened(free_memory: int) -> None:
+    message = r"max_model_len 200000 needs 73 MiB \(3 layers, 2 KV heads of 16\); use --max-model-len (\d+) or less"
+    with pytest.raises(ValueError, match=message) as caught:
+        longest(10 * MIB, 200_000, EngineConfig(model_path="", max_model_len=200_000))
+    suggested = int(re.findall(message, str(caught.value))[0])
+    for length in (suggested, suggested + 32):
+        config = EngineConfig(model_path="", max_model_len=length)
+        with pytest.raises(ValueError, match="or less") if length > suggested else nullcontext():
+            assert longest(10 * MIB, length, config) == length
+
+
+@pytest.mark.checklist("F11")
+@pytest.mark.parametrize("weights", [64 * MIB - 200_000, 64 * MIB, 1 << 60])
+def test_no_context_is_chosen_that_is_of_little_use(free_memory: int, weights: int) -> None:
+    with pytest.raises(ValueError, match="max_model_len 200000 needs"):
+        longest(weights, 200_000)
+    assert longest(60 * MIB, 200_000) >= MIN_CHOSEN_LEN
+    assert longest(64 * MIB - 200_000, 32) == 32
+
+
+@pytest.mark.checklist("F11")
+def test_weights_that_memory_does_not_hold() -> None:
+    check_weight_memory(64 * MIB, 64 * MIB)
+    with pytest.raises(ValueError, match="the weights take at least 65 MiB of memory, but 64 MiB are free"):
+        check_weight_memory(65 * MIB, 64 * MIB)
 
 
 # A GPU, of which torch.cuda is a fake: a card whose memory this process and another one use.
@@ -167,9 +224,8 @@ def card_memory(
 
 
 def plan_on_card(memory: CudaMemory, max_model_len: int = 1000, **settings: Any) -> MemoryPlan:
-    config = EngineConfig(model_path="", **settings)
-    kernels = TorchKernels(KernelOptions(torch.bfloat16), CPU)
-    return plan_memory(MODEL, config, max_model_len, 256, kernels, memory)
+    config = EngineConfig(model_path="", max_model_len=max_model_len, **settings)
+    return plan_memory(sizes(config), config, max_model_len, memory, has_tables=True)
 
 
 BLOCK = 32 * TOKEN_BYTES

@@ -13,7 +13,7 @@ from engine.config import Fields, RopeScaling, RopeSpec
 from engine.config.rope import read_rope
 from engine.kernels.interface import KernelOptions
 from engine.kernels.torch.kernels import TorchKernels
-from engine.model.rotary import RotaryEmbedding, inverse_frequencies
+from engine.model.rotary import CHUNK, RotaryEmbedding, inverse_frequencies, table_bytes
 
 CPU = torch.device("cpu")
 MAX_MODEL_LEN = 5000
@@ -127,6 +127,28 @@ def test_queries_scaled_by_position() -> None:
     expected = rotations.k * get_llama_4_attn_scale(POSITIONS[None], 0.1, 512).reshape(-1, 1)
     torch.testing.assert_close(rotations.q, expected)
     assert rotations.q[5, 7] == pytest.approx(1 + 0.1 * math.log(1 + 4999 // 512))  # dimension 7 is not rotated
+
+
+def test_rows_are_computed_when_a_request_gets_there() -> None:
+    rope = RopeSpec(head_dim=16, rotary_dim=8, query_beta=0.1, query_context=512)
+    length = 2 * CHUNK + 1000
+    whole, lazy = RotaryEmbedding(rope, length, CPU), RotaryEmbedding(rope, length, CPU)
+    whole.extend(length)
+    assert len(whole.k) == whole.num_rows == length
+    for num_rows, num_computed in ((1, CHUNK), (CHUNK, CHUNK), (CHUNK + 1, 2 * CHUNK), (length + 99, length)):
+        lazy.extend(num_rows)
+        assert lazy.num_rows == num_computed
+        for table, expected in ((lazy.k, whole.k), (lazy.q, whole.q)):
+            assert torch.equal(table[:num_computed], expected[:num_computed])
+            assert not table[num_computed:].any()
+    angles = torch.tensor([length - 1.0]) * whole.frequencies
+    torch.testing.assert_close(whole.k[-1, :4], angles.cos())
+
+
+def test_bytes_of_the_tables_are_those_of_the_tensors() -> None:
+    ropes = [RopeSpec(head_dim=16, rotary_dim=8), RopeSpec(head_dim=24, rotary_dim=24, query_beta=0.1)]
+    tables = [RotaryEmbedding(rope, 99, CPU) for rope in ropes]
+    assert table_bytes(ropes, 99) == tables[0].k.nbytes + tables[1].k.nbytes + tables[1].q.nbytes
 
 
 def test_frequencies_from_their_definition() -> None:

@@ -1,5 +1,7 @@
 """The available memory, of this machine and of made-up ones."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,15 @@ MIB = 1024 * 1024
 
 def test_available_memory_is_plausible() -> None:
     assert MIB < available_memory() <= psutil.virtual_memory().total
+
+
+def test_a_limit_of_the_address_space_counts() -> None:
+    code = (
+        "import resource; from engine.shared.host_memory import available_memory\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (256 << 20, 256 << 20)); print(available_memory())"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    assert 128 * MIB < int(answer) < 256 * MIB
 
 
 def fake_files(monkeypatch: pytest.MonkeyPatch, folder: Path, **control_group: str) -> None:
