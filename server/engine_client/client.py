@@ -327,7 +327,7 @@ class EngineClient:
         self._metrics.count_restart()
         self._adapters.keep()
         self._leave_engine()
-        self._streams.fail_running(EngineDeadError())
+        self._streams.lose_engine(EngineDeadError())
 
     def _on_death(self) -> None:
         self._leave_engine()

@@ -32,6 +32,8 @@ class Reservation:
         self.count = 0  # reserved choices that no stream uses yet
         self.num_choices = 0  # these and those in streams
         self.has_started = False  # the engine has computed something for it
+        self.has_output = False  # there are events of it
+        self.num_lost_starts = 0  # how often it had started, without output, in an engine that was lost
         self.is_answered = False  # the client has its HTTP status
         self.num_waiting_tokens = 0.0  # that the engine is expected to compute for choices that it has not begun with
         self.queue_timeout = math.inf  # seconds
@@ -81,6 +83,12 @@ class Reservation:
         """Note that the engine has begun with the request."""
         self.has_started = True
         self._is_settled.set()
+
+    def lose_start(self) -> None:
+        """Note that the engine is lost. A request without output waits for the next one, in its place in the queue."""
+        if self.has_started and not self.has_output:
+            self.has_started = False
+            self.num_lost_starts += 1
 
     def check(self) -> None:
         """Raise the error that ended the request, if one did."""

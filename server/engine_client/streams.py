@@ -15,6 +15,8 @@ from server.engine_client.reservation import Reservation
 from server.http.errors import AdapterLostError, APIError
 from server.metrics import Metrics
 
+MAX_LOST_STARTS = 2  # engines that may die while they compute a request's prompt
+
 
 class StreamObserver(Protocol):
     """Handles the aborts, tokens and ends of the choices of a stream."""
@@ -192,10 +194,15 @@ class OpenStreams:
         for stream in list(self._streams.values()):
             stream.reservation.fail(error)
 
-    def fail_running(self, error: APIError) -> None:
-        """End the streams that have had events with `error`."""
+    def lose_engine(self, error: APIError) -> None:
+        """End the streams that have had events with `error`. Those without wait for the next engine.
+
+        A request that engines keep dying of ends, too, so that it does not end them all.
+        """
+        for reservation in {stream.reservation for stream in self._streams.values()}:
+            reservation.lose_start()
         for stream in list(self._streams.values()):
-            if not stream.waiting:
+            if not stream.waiting or stream.reservation.num_lost_starts >= MAX_LOST_STARTS:
                 stream.fail(error)
 
     def submit_again(self, adapters: Mapping[str, LoraAdapter]) -> None:
@@ -214,6 +221,7 @@ class OpenStreams:
 
     def on_choice_start(self, stream: RequestStream, stats: ChoiceStats, event: TokenEvent) -> None:
         stream.reservation.start()
+        stream.reservation.has_output = True
         self._admission.start_choice(stream.reservation, stats, event.num_cached_tokens)
 
     def on_tokens(self, stats: ChoiceStats, event: TokenEvent, now: float) -> None:

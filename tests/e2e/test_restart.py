@@ -45,6 +45,13 @@ def engine_of(server: ServerProcess) -> psutil.Process:
     return engine
 
 
+def kill_engine(server: ServerProcess) -> None:
+    """Kill the engine, and wait until the process of the next one is there."""
+    dead = engine_of(server)
+    dead.kill()
+    wait_until(lambda: [each.pid for each in children_of(server, "engine.process")] not in ([], [dead.pid]), RESTARTED)
+
+
 def api_of(server: ServerProcess) -> psutil.Process:
     (api,) = children_of(server, "server.main")
     return api
@@ -156,15 +163,29 @@ def test_adapters_are_loaded_again(start_server: StartServer, smollm2_path: Path
     check_error(server.complete(**body | {"model": "gone"}), 404)
 
 
+@pytest.mark.checklist("E11", "F05")
+def test_the_queue_timeout_goes_on_after_a_restart(start_server: StartServer) -> None:
+    """The lost engine had begun with the prompt, and the next one is not ready in time."""
+    sizes = ("--max-model-len=8192", "--max-num-batched-tokens=256", "--kv-cache-memory=256MiB")
+    server = start_server("--queue-timeout=4", *sizes)
+    with ThreadPoolExecutor() as threads:
+        begun = threads.submit(server.complete, prompt="word " * 7000, max_tokens=4)
+        wait_until(lambda: server.num_running == 1)
+        kill_engine(server)
+        engine_of(server).suspend()
+        assert check_error(begun.result(), 503)["code"] == "request_timeout"
+        engine_of(server).resume()
+    wait_for_restart(server, 1)
+    assert server.is_idle
+
+
 def test_sigterm_while_the_engine_is_restarted(start_server: StartServer) -> None:
     """Requests that wait for the engine are drained, too."""
     server = start_server(SLOTS)
     start_streams(server, NUM_SLOTS, max_tokens=900)
     waiting = Stream(server, REQUESTS[0][1])
     wait_until(lambda: server.num_waiting == 2)
-    dead = engine_of(server)
-    dead.kill()
-    wait_until(lambda: [each.pid for each in children_of(server, "engine.process")] not in ([], [dead.pid]), RESTARTED)
+    kill_engine(server)
     server.signal(signal.SIGTERM)
     assert waiting.result().is_complete, waiting.error
     assert server.wait(10) == 0, server.end_of_log()

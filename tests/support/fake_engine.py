@@ -58,6 +58,7 @@ class FakeEngineConfig(msgspec.Struct, kw_only=True):
     never_ready: bool = False
     hang_after_steps: int | None = None  # no steps, heartbeats or reads from then on
     exit_after_steps: int | None = None  # exit of the process; only for FakeEngineProcess
+    num_prompt_steps: int = 0  # before the first token of each choice
     fail_request: bool = False  # each choice ends with an error
     last_reason: FinishReason = FinishReason.STOP  # finish reason at the end token
     num_cached_tokens: int = 0
@@ -89,6 +90,7 @@ class _Running(msgspec.Struct):
     scheduled: float | None = None
     first_token: float | None = None
     num_output_tokens: int = 0
+    num_steps: int = 0
     has_weights: bool = True  # the weights of its adapter are loaded
 
 
@@ -245,7 +247,9 @@ class _Loop:
             self.running.append(self.waiting.pop(0))
         events: dict[bytes, list[TokenEvent]] = {}
         for choice in self.running:
-            events.setdefault(choice.identity, []).append(self._token(choice))
+            choice.num_steps += 1
+            if choice.num_steps > self.config.num_prompt_steps:
+                events.setdefault(choice.identity, []).append(self._token(choice))
         ended = {(e.request_id, e.index) for batch in events.values() for e in batch if e.finish_reason}
         self.running = [c for c in self.running if (c.submit.request_id, c.index) not in ended]
         self.stats.steps_total += 1
@@ -312,7 +316,7 @@ class _Loop:
                 stats=self.stats,
                 events=events.get(identity, []),
                 num_step_tokens=num_step_tokens,
-                started=[event.request_id for event in events.get(identity, [])],
+                started=[choice.submit.request_id for choice in self.running if choice.identity == identity],
             )
             self._send(identity, outputs)
         self._last_sent = time.monotonic()

@@ -13,7 +13,7 @@ import pytest
 from engine.shared.messages import AdapterDone, FinishReason, LoraAdapter, Submit
 from server.engine_client.client import EngineClient
 from server.engine_client.streams import RequestStream
-from server.http.errors import AdapterLostError, EngineDeadError, EngineUnavailableError
+from server.http.errors import AdapterLostError, EngineDeadError, EngineUnavailableError, QueueTimeoutError
 from server.metrics import Metrics
 from tests.support.engine_clients import read, ready, request, tokens, until
 from tests.support.fake_engine import FakeEngineConfig, FakeEngineProcess, make_adapter
@@ -92,6 +92,52 @@ async def test_requests_without_a_token_survive(address: str) -> None:
         assert client.num_in_flight == 0
         assert value("engine_restarts_total") == 1
         assert not client.died.is_set()
+
+
+async def begin(*streams: RequestStream) -> None:
+    """Wait until the engine has begun with requests."""
+    await until(lambda: all(stream.reservation.has_started for stream in streams))
+
+
+@pytest.mark.checklist("E11", "F05")
+async def test_the_queue_timeout_goes_on_after_a_restart(address: str) -> None:
+    """It counts from the arrival, also for requests that the lost engine had begun with."""
+    async with engines(address, {"queue_timeout": 2.0}, num_prompt_steps=10**6, step_seconds=0.01) as both:
+        begun = [both.client.submit(request(f"{number}")) for number in range(2)]
+        await begin(*begun)
+        await both.lose()
+        assert not any(stream.reservation.has_started for stream in begun)
+        for stream in begun:
+            with pytest.raises(QueueTimeoutError, match="2 seconds"):
+                await read(stream)
+        assert both.client.num_in_flight == 0
+
+
+async def test_the_queue_timeout_ends_when_the_next_engine_begins(address: str) -> None:
+    slow: dict[str, Any] = {"max_num_seqs": 1, "num_prompt_steps": 10**6, "step_seconds": 0.01}
+    async with engines(address, {"queue_timeout": 3.0}, **slow) as both:
+        stream = both.client.submit(request(max_tokens=40))
+        await begin(stream)
+        await both.replace(num_prompt_steps=100, step_seconds=0.05, endless=True)
+        assert len(tokens(await read(stream))) == 40
+
+
+@pytest.mark.checklist("F05")
+async def test_a_request_that_engines_die_of_is_not_given_to_a_third(address: str) -> None:
+    """Those that only waited beside it are."""
+    slow: dict[str, Any] = {"max_num_seqs": 1, "num_prompt_steps": 10**6, "step_seconds": 0.01}
+    async with engines(address, **slow) as both:
+        deadly, other = both.client.submit(request("deadly")), both.client.submit(request("other"))
+        await begin(deadly)
+        await both.lose()
+        assert deadly.waiting
+        await both.replace(**slow)
+        await begin(deadly)
+        await both.lose()
+        with pytest.raises(EngineDeadError):
+            await read(deadly)
+        await both.replace()
+        assert bytes(tokens(await read(other))[:-1]) == b"Hello, world!"
 
 
 async def test_engines_that_die_while_they_load(address: str) -> None:
