@@ -190,7 +190,13 @@ class HTTPProtocol(H11Protocol):
         return [other for other in connections if not other.transport.is_closing()]
 
     def _refuse(self, error: APIError) -> None:
-        """Send an error without calling the application, and close the connection."""
+        """Send an error without calling the application, and close the connection.
+
+        An application that already handles the request, whose body is invalid, sees that the client is gone.
+        """
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = error.body()
         headers = {
             **error.headers,

@@ -208,6 +208,19 @@ def test_idle_connections_make_room(start_server: StartServer) -> None:
             connection.close()
 
 
+@pytest.mark.checklist("A09")
+def test_an_invalid_body_of_a_request_that_is_being_answered(
+    shared_server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with shared_server.connect() as connection:
+        connection.sendall(b"GET /v1/nothing HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nno chunk\r\n")
+        status, _, body = read_response(connection)
+        assert connection.recv(1) == b""
+    assert status == 400
+    check_envelope(body)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_https_on_the_plain_port_is_explained(shared_server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     """In the log, and in plain text to the client, which cannot read anything else yet."""
     with pytest.raises(httpx.ConnectError, match=r"(?i)ssl|tls"):
