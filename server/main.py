@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import uvicorn
@@ -54,6 +55,7 @@ from server.schemas.default_sampling import DefaultSampling, resolve_default_sam
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
 from server.sockets.certificate import Certificate
+from server.sockets.handshake import MAX_HANDSHAKES, Handshakes
 from server.sockets.listeners import BACKLOG, listening, url
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
 from server.text.templates.renderer import TemplateProcesses
@@ -65,7 +67,7 @@ DEATH_GRACE = 2.0  # seconds between the engine's death and the exit, in which p
 CLOSE_TIMEOUT = 2  # seconds for connections to receive their last bytes
 KEEP_ALIVE = 75  # seconds; longer than load balancers keep idle connections open (often 60)
 MAX_CONNECTIONS = 4096
-SPARE_FILES = 128  # file descriptors for everything but connections
+SPARE_FILES = 128 + MAX_HANDSHAKES  # file descriptors for everything but connections
 TICK = 1.0  # seconds between updates of the Date header
 
 
@@ -258,8 +260,9 @@ def make_server(
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
         backlog=BACKLOG,
     )
-    config.load()  # which sets `ssl` from files
-    config.ssl = None if certificate is None else certificate.context
+    config.load()
+    if certificate is not None:
+        config.http_protocol_class = cast("type[asyncio.Protocol]", Handshakes(certificate.context, protocol))
     return APIServer(config, certificate)
 
 

@@ -1,7 +1,8 @@
 """uvicorn's HTTP/1.1 protocol (h11), with time limits and a limit on connections.
 
 A connection is closed if the head of a request takes too long to arrive, or if the client stops reading. When there are
-too many connections, the one that has been idle longest is closed. Invalid HTTP gets an error in OpenAI's envelope.
+too many connections, those are closed that have waited longest for their clients, of the address that has most of them.
+Invalid HTTP gets an error in OpenAI's envelope.
 """
 
 import asyncio
@@ -9,6 +10,8 @@ import logging
 import re
 import sys
 import time
+from collections import Counter
+from heapq import nsmallest
 from typing import Any
 
 import h11
@@ -21,6 +24,8 @@ from server.http.request_middleware import choose_request_id
 logger = logging.getLogger(__name__)
 
 SLICE_BYTES = 16 << 10
+WRITE_BUFFER_BYTES = 16 << 10  # of what the client has not read, when writing pauses
+STALL_SECONDS = 1.0  # without an expected byte from the client, after which a request in progress can make room
 HEAD_END = b"\r\n\r\n"
 LENGTH = b"content-length:"
 VERSIONS = (b"1.0", b"1.1")
@@ -92,7 +97,7 @@ class HTTPProtocol(H11Protocol):
         self.conn = StrictConnection()
         self._max_connections = self.limit_concurrency or sys.maxsize
         self.limit_concurrency = None  # the base class would count idle connections too, and reply in plain text
-        self._idle_since = 0.0
+        self._waiting_since = 0.0  # when the server began to wait for the client, if it does
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -101,9 +106,18 @@ class HTTPProtocol(H11Protocol):
         """True if no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def is_stalled(self) -> bool:
+        """True if the connection waits for its client: for a request, the rest of a body, or until it reads."""
+        if self.is_idle:
+            return True
+        is_waiting = self.cycle.more_body or self.flow.write_paused
+        return is_waiting and time.monotonic() - self._waiting_since > STALL_SECONDS
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._idle_since = time.monotonic()
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self._waiting_since = time.monotonic()
         self._watch_head()
         if len(self.connections) > self._max_connections:
             self._make_room()
@@ -119,18 +133,22 @@ class HTTPProtocol(H11Protocol):
             logger.warning("a client spoke TLS, but this server speaks plain HTTP: its address begins with http://")
             self._refuse(APIError(400, "This server speaks plain HTTP: its address begins with http://, not https://."))
             return
+        cycle = self.cycle
         for start in range(0, len(data), SLICE_BYTES):
             if self.transport.is_closing():
                 return
             super().data_received(data[start : start + SLICE_BYTES])
+        if self.cycle is not cycle:
+            self._waiting_since = time.monotonic()
         self._watch_head()
 
     def on_response_complete(self) -> None:
-        self._idle_since = time.monotonic()
+        self._waiting_since = time.monotonic()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._waiting_since = time.monotonic()
         self._write_timer = self.loop.call_later(self.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
@@ -178,11 +196,23 @@ class HTTPProtocol(H11Protocol):
         others = [other for other in self._open_connections() if other is not self]
         if len(others) < self._max_connections:
             return
-        idle = [other for other in others if other.is_idle]
-        if idle:
-            min(idle, key=lambda other: other._idle_since).transport.abort()
-        else:
+        stalled = [other for other in others if other.is_stalled]
+        if not stalled:
             self._refuse(EngineUnavailableError("The server has too many connections.", code="server_is_overloaded"))
+            return
+        num_of_address = Counter(other.address for other in stalled)
+        # Several at a time, since looking at all connections for each newcomer would take the event loop's time.
+        for other in nsmallest(
+            1 + self._max_connections // 64,
+            stalled,
+            key=lambda other: (-num_of_address[other.address], other._waiting_since),
+        ):
+            other.transport.abort()
+
+    @property
+    def address(self) -> str:
+        """The client's IP address."""
+        return self.client[0] if self.client else ""
 
     def _open_connections(self) -> list["HTTPProtocol"]:
         """Return the connections that are not closing."""

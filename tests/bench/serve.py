@@ -82,7 +82,8 @@ def running_server(flags: list[str]) -> Iterator[tuple[str, float]]:
     started = time.monotonic()
     process = subprocess.Popen(command)
     try:
-        url = f"http://127.0.0.1:{port}"
+        scheme = "https" if any(flag.startswith("--ssl-certfile") for flag in flags) else "http"
+        url = f"{scheme}://127.0.0.1:{port}"
         wait_until_ready(url, process)
         yield url, time.monotonic() - started
     finally:
@@ -94,7 +95,7 @@ def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
+            if httpx.get(f"{url}/readyz", trust_env=False, verify=False).status_code == 200:
                 return
         if process.poll() is not None:
             raise RuntimeError(f"lightwell serve exited with {process.returncode}")

@@ -1,21 +1,26 @@
 """Slow, broken, pipelined and idle connections, over real sockets."""
 
 import contextlib
+import json
 import re
+import select
 import socket
 import time
 
 import httpx
 import pytest
 
+from server.http import protocol
 from server.http.protocol import HTTPProtocol
 from tests.server.conftest import StartServer
+from tests.support.fake_engine import FakeEngine
 from tests.support.serving import (
     RunningServer,
     check_envelope,
     raw_request,
     read_response,
     send_repeatedly,
+    wait_until,
 )
 
 JSON_BODY = b'{"prompt":"hi"}'
@@ -219,6 +224,60 @@ def test_an_invalid_body_of_a_request_that_is_being_answered(
     assert status == 400
     check_envelope(body)
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def health_of_another_address(server: RunningServer) -> int:
+    transport = httpx.HTTPTransport(local_address="127.0.0.2")
+    with httpx.Client(transport=transport, timeout=10) as client:
+        return client.get(server.url + "/health").status_code
+
+
+def unread_stream() -> bytes:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 2000, "logprobs": 250, "stream": True}
+    return raw_request("POST", "/v1/completions", json.dumps(body).encode(), **JSON_TYPE)
+
+
+@pytest.mark.checklist("A16")
+@pytest.mark.parametrize("kind", ["body", "reader"])
+def test_slow_bodies_and_readers_make_room(
+    start_server: StartServer, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The oldest ones of the address that has most connections; an answer that is read goes on."""
+    monkeypatch.setattr(protocol, "STALL_SECONDS", 0.2)
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.002
+    server = start_server(max_logprobs=-1, server={"max_connections": 6})
+    data = unread_stream() if kind == "reader" else raw_request("POST", "/tokenize", JSON_BODY, **JSON_TYPE)[:-1]
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1900, "stream": True}
+    with contextlib.ExitStack() as stack:
+        reading = stack.enter_context(httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=30))
+        events = reading.iter_lines()
+        other = stack.enter_context(
+            socket.create_connection(("127.0.0.1", server.port), source_address=("127.0.0.3", 0))
+        )
+        slow = [stack.enter_context(server.connect()) for _ in range(4)]
+        for connection in slow:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(data)
+            assert "choices" in next(line for line in events if line)
+        if kind == "reader":  # until the buffers of the system are full, and all streams are held up
+            wait_until(lambda: server.context.answers.num_bytes > 4 << 20, timeout=20)
+        time.sleep(0.3)
+        assert health_of_another_address(server) == 200
+        if kind == "body":
+            assert [is_cut(connection) for connection in slow] == [True, False, False, False]
+        else:  # what it was sent before is still to be read
+            wait_until(lambda: server.engine.num_choices == 4)
+        other.sendall(raw_request("GET", "/health"))
+        assert read_response(other)[0] == 200
+        *_, done = [line for line in events if line]
+        assert done == "data: [DONE]"
+
+
+def is_cut(connection: socket.socket) -> bool:
+    """Whether the server has closed a connection. Reads nothing."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return poll.poll(0) != []
 
 
 def test_https_on_the_plain_port_is_explained(shared_server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:

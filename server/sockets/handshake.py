@@ -1,0 +1,80 @@
+"""TLS handshakes of new connections, whose number is limited: they come before all that an HTTP connection counts."""
+
+import asyncio
+import ssl
+from asyncio.sslproto import SSLProtocol
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+MAX_HANDSHAKES = 256  # at a time; each takes some milliseconds of an honest client
+HANDSHAKE_SECONDS = 10.0
+# asyncio has 256 KiB for each connection, which stay allocated. A TLS record has at most 16.
+SSLProtocol.max_size = 32 << 10
+
+
+class Handshakes:
+    """Makes a protocol for each new connection, which gives it to an HTTP protocol after the handshake."""
+
+    def __init__(self, context: ssl.SSLContext, make_http: Callable[..., asyncio.Protocol]) -> None:
+        self.context = context
+        self.pending: dict[Handshake, None] = {}  # oldest first
+        self._make_http = make_http
+
+    def make_room(self) -> None:
+        """If there are too many, close the oldest one of the address that has most of them."""
+        if len(self.pending) > MAX_HANDSHAKES:
+            ((address, _),) = Counter(each.address for each in self.pending).most_common(1)
+            next(each for each in self.pending if each.address == address).abort()
+
+    def __call__(self, **kwargs: object) -> asyncio.Protocol:
+        return Handshake(self, partial(self._make_http, **kwargs))
+
+
+class Handshake(asyncio.Protocol):
+    """A connection until the end of its handshake."""
+
+    def __init__(self, handshakes: Handshakes, make_http: Callable[[], asyncio.Protocol]) -> None:
+        self._handshakes = handshakes
+        self._make_http = make_http
+        self.address = ""  # of the client
+        self._early = b""  # what the client has sent together with the end of the handshake
+        self._transport: asyncio.Transport | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.pause_reading()  # until TLS is there to read
+        self.address = str((transport.get_extra_info("peername") or ("",))[0])
+        self._task = asyncio.create_task(self._run(self._transport))
+        self._handshakes.pending[self] = None
+        self._handshakes.make_room()
+
+    def data_received(self, data: bytes) -> None:
+        self._early += data
+
+    def abort(self) -> None:
+        self._handshakes.pending.pop(self, None)
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _run(self, transport: asyncio.Transport) -> None:
+        if transport.is_closing():  # it had to make room at once, in a flood of connections
+            return
+        loop = asyncio.get_running_loop()
+        context, timeout = self._handshakes.context, HANDSHAKE_SECONDS
+        try:
+            tls = await loop.start_tls(transport, self, context, server_side=True, ssl_handshake_timeout=timeout)
+        except OSError:  # no TLS, no common version, time is up, or the client has left
+            tls = None
+        finally:
+            self._handshakes.pending.pop(self, None)
+        if tls is None or transport.is_closing():
+            transport.abort()
+            return
+        http = self._make_http()
+        tls.set_protocol(http)
+        http.connection_made(tls)
+        if self._early:
+            http.data_received(self._early)

@@ -1,0 +1,233 @@
+"""Measure what thousands of hostile connections cost a server, and how long they hold up others.
+
+    python -m tests.bench.connections [MODEL] [--connections 4096] [--seconds 10] [-- FLAGS OF lightwell serve]
+
+For each kind, a process of its own opens the connections and replaces those that the server closes. Meanwhile /health
+and requests for one token are timed, and the memory of the API process is sampled.
+"""
+
+import argparse
+import asyncio
+import json
+import selectors
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from server.main import raise_file_limit
+from tests.bench.serve import MODEL_NAME, running_server, split_at_dashes
+
+TLS = Path(__file__).parents[1] / "support/tls"
+JSON = b"content-type: application/json\r\n"
+NUM_PARTS = 50  # of a second: not all connections send their byte at once
+SETTLE_SECONDS = 3.0  # from when all connections are open
+PROBE_ADDRESS = "127.0.0.2"  # another client than the attacker
+STREAM = json.dumps(
+    {"model": MODEL_NAME, "prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}
+).encode()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a hostile connection sends at first, and whether it goes on with a byte each second."""
+
+    name: str
+    start: bytes = b""
+    trickles: bool = False
+    uses_tls: bool = False
+
+
+KINDS = {
+    "none": Kind("None"),
+    "silent": Kind("Connects, and sends nothing"),
+    "idle": Kind("Kept alive after a request", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"),
+    "head": Kind("Head of a request, one byte a second", b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: ", True),
+    "body": Kind(
+        "Body of a request, one byte a second",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\n" + JSON + b"content-length: 1000000\r\n\r\n",
+        True,
+    ),
+    "reader": Kind(
+        "Stream that is not read",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n%scontent-length: %d\r\n\r\n%s"
+        % (JSON, len(STREAM), STREAM),
+    ),
+    "handshake": Kind(
+        "Half a TLS handshake", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32), uses_tls=True
+    ),
+    "https": Kind("Complete TLS handshake, and nothing else", uses_tls=True),
+}
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.attack:
+        attack(KINDS[arguments.attack], arguments.port, arguments.connections)
+        return 0
+    rows = []
+    for uses_tls in (False, True):
+        certificate = [f"--ssl-certfile={TLS / 'one.crt'}", f"--ssl-keyfile={TLS / 'one.key'}"] if uses_tls else []
+        kinds = [kind for kind in arguments.kinds or KINDS if KINDS[kind].uses_tls == uses_tls]
+        if not kinds:
+            continue
+        with running_server([*arguments.model, *certificate, *arguments.flags]) as (url, _):
+            process = api_process()
+            base = process.memory_info().rss
+            for kind in kinds:
+                with attacking(kind, url, 0 if kind == "none" else arguments.connections):
+                    peak, delays = asyncio.run(probe(url, process, arguments.seconds))
+                rows.append(
+                    (KINDS[kind].name, f"{(peak - base) / (1 << 20):.0f}", *(f"{max(d) * 1e3:.0f}" for d in delays))
+                )
+    table = Table("connections", "MiB", "/health, longest (ms)", "one token, longest (ms)")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.connections",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="*", metavar="MODEL", help="model to serve; default: that of lightwell serve")
+    parser.add_argument("--connections", type=int, default=4096, help="number of hostile connections")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="default: all of them")
+    parser.add_argument("--attack", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    own, flags = split_at_dashes(sys.argv[1:])
+    arguments = parser.parse_args(own)
+    arguments.flags = flags
+    return arguments
+
+
+def api_process() -> psutil.Process:
+    """Return the API process of the server that this process has started."""
+    return next(each for each in psutil.Process().children(recursive=True) if "server.main" in each.cmdline())
+
+
+@contextmanager
+def attacking(kind: str, url: str, num_connections: int) -> Iterator[None]:
+    """Keep connections open from another process, from when all of them have been opened."""
+    port = url.rpartition(":")[2]
+    command = [sys.executable, "-m", "tests.bench.connections", f"--attack={kind}", f"--port={port}"]
+    process = subprocess.Popen([*command, f"--connections={num_connections}"], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(SETTLE_SECONDS)
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def probe(url: str, process: psutil.Process, seconds: float) -> tuple[int, tuple[list[float], list[float]]]:
+    """Return the largest memory of a process in bytes, and the seconds that each answer took, of both requests."""
+    peak, delays = 0, ([0.0], [0.0])
+    body = {"model": MODEL_NAME, "prompt": "x", "max_tokens": 1}
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        # A new client each time, since its connection must find room as well.
+        transport = httpx.AsyncHTTPTransport(verify=False, local_address=PROBE_ADDRESS)
+        async with httpx.AsyncClient(base_url=url, transport=transport, timeout=60) as client:
+            start = time.perf_counter()
+            (await client.get("/health")).raise_for_status()
+            delays[0].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            (await client.post("/v1/completions", json=body)).raise_for_status()
+            delays[1].append(time.perf_counter() - start)
+        peak = max(peak, process.memory_info().rss)
+        await asyncio.sleep(0.1)
+    return peak, delays
+
+
+class Attack:
+    """Connections of one kind, which are replaced when the server closes them."""
+
+    def __init__(self, kind: Kind, port: int, num_connections: int) -> None:
+        self._kind = kind
+        self._address = ("127.0.0.1", port)
+        self._num_connections = num_connections
+        self._connections: set[socket.socket] = set()
+        self._selector = selectors.DefaultSelector()
+
+    def fill(self) -> None:
+        """Open connections until there are as many as there should be."""
+        while len(self._connections) < self._num_connections:
+            connection = socket.create_connection(self._address)
+            if self._kind.uses_tls and not self._kind.start:
+                context = ssl.create_default_context()
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                connection = context.wrap_socket(connection)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.setblocking(False)
+            self._send(connection, self._kind.start)
+            self._connections.add(connection)
+            if not self._kind.start.endswith(STREAM):
+                self._selector.register(connection, selectors.EVENT_READ)
+
+    def run_for_a_second(self) -> None:
+        """Replace the connections that the server closes, and send a byte on each of the others if they trickle."""
+        connections = list(self._connections) if self._kind.trickles else []
+        for number in range(NUM_PARTS):
+            end = time.monotonic() + 1 / NUM_PARTS
+            for connection in connections[number::NUM_PARTS]:
+                self._send(connection, b"x")
+            while (seconds := end - time.monotonic()) > 0:
+                self._drop_closed(seconds)
+            self.fill()
+
+    def _drop_closed(self, seconds: float) -> None:
+        for key, _ in self._selector.select(seconds):
+            connection = key.fileobj
+            assert isinstance(connection, socket.socket)
+            try:
+                is_closed = not connection.recv(4096)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                is_closed = False
+            except OSError:
+                is_closed = True
+            if is_closed:
+                self._drop(connection)
+
+    def _send(self, connection: socket.socket, data: bytes) -> None:
+        try:
+            connection.send(data)
+        except OSError:
+            self._drop(connection)
+
+    def _drop(self, connection: socket.socket) -> None:
+        if connection in self._connections:
+            self._connections.remove(connection)
+            if connection in self._selector.get_map():
+                self._selector.unregister(connection)
+        connection.close()
+
+
+def attack(kind: Kind, port: int, num_connections: int) -> None:
+    """Hold connections of a kind until killed. Writes a line when all are open."""
+    raise_file_limit()
+    attack = Attack(kind, port, num_connections)
+    attack.fill()
+    print(flush=True)
+    while True:
+        attack.run_for_a_second()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
