@@ -21,7 +21,6 @@ from server.engine_client.answer_budget import AnswerShare
 from server.engine_client.answer_size import least_bytes, prompt_bytes, too_large
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
-from server.generation.answer_response import AnswerResponse
 from server.generation.choice_delta import ChoiceAccumulator, best_choices
 from server.generation.choice_state import ChoiceParser, ChoiceState
 from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
@@ -41,6 +40,7 @@ from server.generation.timings import request_timings
 from server.generation.tokenized_settings import TokenizedSettings, tokenize_settings
 from server.http.body_middleware import get_text_size
 from server.http.errors import APIError, ServerError
+from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
 from server.http.sse import KEEP_ALIVE_SECONDS, SERVER_SENT_EVENTS, StreamFormat, run_until_disconnect, sse_response
 from server.recordings import Recording
