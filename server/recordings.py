@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from engine.shared.messages import Submit, TokenEvent, TokenLogprobs
-from server.tenants import EVERYBODY, OwnedId
+from server.tenants import EVERYBODY, OwnedId, largest_owner
 
 NUM_TOP = 5  # top log probabilities recorded for each token of a request that asks for none
 MAX_BYTES = 64 << 20  # of all recordings
@@ -47,6 +46,7 @@ class Recording:
 
         `self.submits` ask the engine for log probabilities even if the request does not.
         """
+        self.owner = owner
         self.keys: list[OwnedId] = [(owner, request_id) for request_id in ids]
         self.hides_logprobs = submits[0].params.logprobs is None
         self.submits = [_with_logprobs(submit) for submit in submits]
@@ -72,13 +72,16 @@ def _with_logprobs(submit: Submit) -> Submit:
 
 
 class Recordings:
-    """The latest recordings, at most `max_requests` of them and `MAX_BYTES`. The oldest are dropped first."""
+    """The latest recordings, at most `max_requests` of them and `MAX_BYTES`.
+
+    When there are more, the oldest one of the owner that holds most is dropped.
+    """
 
     def __init__(self, max_requests: int) -> None:
         self.max_requests = max_requests  # 0: nothing is recorded
-        self._recordings: OrderedDict[int, Recording] = OrderedDict()
+        self._recordings: dict[int, Recording] = {}  # oldest first
+        self._sizes: dict[int, int] = {}  # bytes
         self._by_id: dict[OwnedId, Recording] = {}
-        self._num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -92,13 +95,19 @@ class Recordings:
         if id(recording) in self._recordings:
             return
         self._recordings[id(recording)] = recording
+        self._sizes[id(recording)] = recording.num_bytes
         self._by_id.update(dict.fromkeys(recording.keys, recording))
-        self._num_bytes += recording.num_bytes
-        while len(self._recordings) > self.max_requests or self._num_bytes > MAX_BYTES:
-            self._drop(self._recordings.popitem(last=False)[1])
+        if self._sizes[id(recording)] > MAX_BYTES:
+            self._drop(recording)
+        while len(self._recordings) > self.max_requests or sum(self._sizes.values()) > MAX_BYTES:
+            owner = largest_owner(
+                (each.owner, 1 / self.max_requests + self._sizes[key] / MAX_BYTES)
+                for key, each in self._recordings.items()
+            )
+            self._drop(next(each for each in self._recordings.values() if each.owner == owner))
 
     def _drop(self, recording: Recording) -> None:
-        self._num_bytes -= recording.num_bytes
+        del self._recordings[id(recording)], self._sizes[id(recording)]
         for key in recording.keys:
             if self._by_id.get(key) is recording:
                 del self._by_id[key]

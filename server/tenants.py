@@ -4,6 +4,8 @@ What a request leaves behind (responses, recordings, cached prefixes) belongs to
 all clients are one owner, `EVERYBODY`: addresses only share the engine fairly.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import TypeAlias
 
@@ -17,6 +19,14 @@ TENANT = "tenant"  # in the scope's state, set by `AuthMiddleware`
 CLIENT_PREFIX = 64  # bits of an IPv6 address that do not change when a client takes another one
 EVERYBODY = ""  # the owner of what is made without a key
 OwnedId: TypeAlias = tuple[str, str]  # an owner, and an id that only this owner finds
+
+
+def largest_owner(sizes: Iterable[tuple[str, float]]) -> str:
+    """Return the owner that holds most, of the owners and the sizes of all that is stored."""
+    held: defaultdict[str, float] = defaultdict(float)
+    for owner, size in sizes:
+        held[owner] += size
+    return max(held, key=held.__getitem__)
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True):

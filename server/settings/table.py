@@ -215,8 +215,8 @@ class ApiSettings(AccessSettings, frozen=True, kw_only=True):
         Setting(
             _LIMITS,
             size(0),
-            "Memory limit for stored responses, including their conversations and events; the least recently used are "
-            "dropped first.",
+            "Memory limit for stored responses, including their conversations and events; the least recently used ones "
+            "of the client that holds most are dropped first.",
         ),
     ] = 64 << 20
     record_requests: Annotated[

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from server.tenants import Tenant
 
+MAX_IDLE_TENANTS = 1024  # of which it is known what they have had while others wait
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiter:
@@ -26,6 +28,7 @@ class Turns:
     """
 
     def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
         self._num_free = num_slots
         self._waiting: dict[str, deque[_Waiter]] = {}  # by the tenant's name; never empty
         self._had: dict[str, float] = {}  # virtual time up to which a tenant has been served
@@ -43,6 +46,8 @@ class Turns:
     async def _acquire(self, waiter: _Waiter) -> None:
         name = waiter.tenant.name
         if name not in self._waiting:
+            if len(self._had) > MAX_IDLE_TENANTS:
+                self._had = {name: had for name, had in self._had.items() if name in self._waiting}
             self._waiting[name] = deque()
             self._had[name] = max(self._had.get(name, 0.0), self._now)
         self._waiting[name].append(waiter)
@@ -59,6 +64,8 @@ class Turns:
     def _release(self) -> None:
         self._num_free += 1
         self._grant()
+        if self._num_free == self._num_slots:  # nobody waits, so nobody is owed anything
+            self._had.clear()
 
     def _grant(self) -> None:
         """Give the free slots to those who wait."""

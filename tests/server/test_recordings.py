@@ -42,6 +42,15 @@ def test_the_oldest_are_dropped() -> None:
     assert len(kept) == 2
 
 
+def test_one_owner_does_not_push_out_the_recordings_of_others() -> None:
+    kept = Recordings(4)
+    kept.add(Recording([submit()], ids=("r",), owner="bob"))
+    for number in range(9):
+        kept.add(Recording([submit()], ids=(f"r{number}",), owner="alice"))
+    assert kept.get("r", "bob") is not None
+    assert [number for number in range(9) if kept.get(f"r{number}", "alice")] == [6, 7, 8]
+
+
 def test_log_probabilities_count() -> None:
     recording = Recording([submit(1)])
     empty = recording.num_bytes
@@ -57,7 +66,7 @@ def test_many_bytes_are_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.add(Recording([submit(num_tokens)], ids=(f"r{number}",)))
     assert [kept.get(f"r{number}") is None for number in range(3)] == [True, False, False]
     kept.add(Recording([submit(101)], ids=("large",)))
-    assert len(kept) == 0
+    assert len(kept) == 2
     assert kept.get("large") is None
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.tenants import Tenant
-from server.text.turns import Turns
+from server.text.turns import MAX_IDLE_TENANTS, Turns
 
 NAMES = ("a", "b", "c")
 
@@ -126,3 +126,26 @@ def test_any_order_of_work_and_cancellation_keeps_all_slots(num_slots: int, step
         await follow(Holders(num_slots), steps)
 
     asyncio.run(run())
+
+
+def test_nothing_is_kept_of_tenants_that_have_gone() -> None:
+    async def run() -> int:
+        turns = Turns(2)
+        for number in range(20_000):
+            async with turns.turn(Tenant(name=str(number)), 1.0):
+                pass
+        return len(turns._had)
+
+    assert asyncio.run(run()) == 0
+
+
+def test_tenants_that_come_and_go_while_others_work_are_bounded() -> None:
+    async def run() -> int:
+        turns = Turns(2)
+        async with turns.turn(Tenant(name="long"), 1.0):
+            for number in range(5_000):
+                async with turns.turn(Tenant(name=str(number)), 1.0):
+                    pass
+            return len(turns._had)
+
+    assert asyncio.run(run()) <= MAX_IDLE_TENANTS + 1

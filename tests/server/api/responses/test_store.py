@@ -10,15 +10,17 @@ from server.api.responses.event_log import EventLog
 from server.api.responses.schemas import MessageItem, OutputText, ResponsesRequest
 from server.api.responses.store import ResponseStore, StoredResponse
 from server.generation.endpoint import AnswerMetadata
+from server.tenants import EVERYBODY
 
 
-def make(number: int, size: int, earlier: StoredResponse | None = None) -> StoredResponse:
+def make(number: int, size: int, earlier: StoredResponse | None = None, owner: str = EVERYBODY) -> StoredResponse:
     request = ResponsesRequest.model_validate({"model": "m", "input": "x"})
     stored = StoredResponse(
         new_response(request, AnswerMetadata(f"resp_{number}", 1, "m", "fp"), {}),
         [{"id": item_id("msg", number), "type": "message", "role": "user", "content": "x" * size}],
         earlier.items if earlier else [],
         EventLog(f"resp_{number}") if number % 3 == 0 else None,
+        owner,
     )
     stored.response.output.append(MessageItem(id=item_id("out", number), content=[OutputText("y")]))
     return stored
@@ -137,3 +139,16 @@ def test_a_response_that_grows_is_counted_anew() -> None:
     stored.response.output.append(MessageItem(id="more", content=[OutputText("z" * 20_000)]))
     store.put(stored)
     assert (len(store), store.num_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("size", [1, 3000])  # the number is the limit, or the size
+def test_one_owner_does_not_push_out_what_others_have_stored(size: int) -> None:
+    store = ResponseStore(20, 50_000)
+    for number in range(2):
+        store.put(make(number, size, owner="bob"))
+    for number in range(2, 100):
+        store.put(make(number, size, owner="alice"))
+    assert [store.get(f"resp_{number}", "bob") is None for number in range(2)] == [False, False]
+    left = [number for number in range(2, 100) if store.get(f"resp_{number}", "alice") is not None]
+    assert left == list(range(100 - len(left), 100))
+    assert len(left) + 2 == len(store) > 5
