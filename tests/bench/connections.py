@@ -29,6 +29,7 @@ from server.main import raise_file_limit
 from tests.bench.serve import MODEL_NAME, running_server, split_at_dashes
 
 TLS = Path(__file__).parents[1] / "support/tls"
+CERTIFICATE = [f"--ssl-certfile={TLS / 'one.crt'}", f"--ssl-keyfile={TLS / 'one.key'}"]
 JSON = b"content-type: application/json\r\n"
 NUM_PARTS = 50  # of a second: not all connections send their byte at once
 SETTLE_SECONDS = 3.0  # from when all connections are open
@@ -77,12 +78,11 @@ def main() -> int:
         return 0
     rows = []
     for uses_tls in (False, True):
-        certificate = [f"--ssl-certfile={TLS / 'one.crt'}", f"--ssl-keyfile={TLS / 'one.key'}"] if uses_tls else []
         kinds = [kind for kind in arguments.kinds or KINDS if KINDS[kind].uses_tls == uses_tls]
         if not kinds:
             continue
-        with running_server([*arguments.model, *certificate, *arguments.flags]) as (url, _):
-            process = api_process()
+        with running_server([*arguments.model, *(CERTIFICATE if uses_tls else ()), *arguments.flags]) as (url, _):
+            process = api_process(url)
             base = process.memory_info().rss
             for kind in kinds:
                 with attacking(kind, url, 0 if kind == "none" else arguments.connections):
@@ -115,9 +115,11 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def api_process() -> psutil.Process:
-    """Return the API process of the server that this process has started."""
-    return next(each for each in psutil.Process().children(recursive=True) if "server.main" in each.cmdline())
+def api_process(url: str) -> psutil.Process:
+    """Return the API process of the server at an address, which this process has started."""
+    port = f"--port={url.rpartition(':')[2]}"
+    supervisor = next(each for each in psutil.Process().children() if port in each.cmdline())
+    return next(each for each in supervisor.children(recursive=True) if "server.main" in each.cmdline())
 
 
 @contextmanager
@@ -138,7 +140,7 @@ def attacking(kind: str, url: str, num_connections: int) -> Iterator[None]:
 
 async def probe(url: str, process: psutil.Process, seconds: float) -> tuple[int, tuple[list[float], list[float]]]:
     """Return the largest memory of a process in bytes, and the seconds that each answer took, of both requests."""
-    peak, delays = 0, ([0.0], [0.0])
+    peak, delays = 0, (list[float](), list[float]())
     body = {"model": MODEL_NAME, "prompt": "x", "max_tokens": 1}
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
