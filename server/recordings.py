@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -24,13 +24,6 @@ class RecordedChoice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
-    @property
-    def num_bytes(self) -> int:
-        """Estimated size."""
-        positions = [*self.logprobs, *self.prompt_logprobs]
-        num_alternatives = sum(position.num_top for position in positions)
-        return TOKEN_BYTES * (len(self.token_ids) + len(positions)) + ALTERNATIVE_BYTES * num_alternatives
-
     def take(self, event: TokenEvent) -> None:
         """Add the tokens and log probabilities of an event."""
         self.token_ids += event.token_ids
@@ -51,18 +44,29 @@ class Recording:
         self.hides_logprobs = submits[0].params.logprobs is None
         self.submits = [_with_logprobs(submit) for submit in submits]
         self.choices = [[RecordedChoice() for _ in range(submit.n)] for submit in submits]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of prompts, outputs and their log probabilities, estimated by their numbers."""
-        num_prompt_tokens = sum(len(submit.prompt_token_ids) for submit in self.submits)
-        return TOKEN_BYTES * num_prompt_tokens + sum(choice.num_bytes for choices in self.choices for choice in choices)
+        self.num_bytes = TOKEN_BYTES * sum(len(submit.prompt_token_ids) for submit in submits)  # estimated
+        self.is_abandoned = False
+        self.on_growth: Callable[[int], None] = lambda num_bytes: None
 
     def take(self, prompt_index: int, event: TokenEvent) -> None:
         """Record an event, and remove its log probabilities if the request did not ask for them."""
-        self.choices[prompt_index][event.index].take(event)
+        if not self.is_abandoned:
+            self.choices[prompt_index][event.index].take(event)
+            num_bytes = _event_bytes(event)
+            self.num_bytes += num_bytes
+            self.on_growth(num_bytes)
         if self.hides_logprobs:
             event.logprobs = None
+
+    def abandon(self) -> None:
+        """Record nothing of the request, as there is no room for it."""
+        self.is_abandoned, self.choices, self.num_bytes = True, [], 0
+
+
+def _event_bytes(event: TokenEvent) -> int:
+    positions: list[TokenLogprobs] = [*(event.logprobs or ()), *(event.prompt_logprobs or ())]
+    num_alternatives = sum(position.num_top for position in positions)
+    return TOKEN_BYTES * (len(event.token_ids) + len(positions)) + ALTERNATIVE_BYTES * num_alternatives
 
 
 def _with_logprobs(submit: Submit) -> Submit:
@@ -72,16 +76,18 @@ def _with_logprobs(submit: Submit) -> Submit:
 
 
 class Recordings:
-    """The latest recordings, at most `max_requests` of them and `MAX_BYTES`.
+    """The latest recordings, at most `max_requests` of them, and `MAX_BYTES` with those of requests that still run.
 
-    When there are more, the oldest one of the owner that holds most is dropped.
+    When there are more, the oldest one of the owner that holds most is dropped. If that is not enough, the largest one
+    of a running request is abandoned.
     """
 
     def __init__(self, max_requests: int) -> None:
         self.max_requests = max_requests  # 0: nothing is recorded
-        self._recordings: dict[int, Recording] = {}  # oldest first
-        self._sizes: dict[int, int] = {}  # bytes
+        self._running: dict[int, Recording] = {}
+        self._recordings: dict[int, Recording] = {}  # of requests that have ended, oldest first
         self._by_id: dict[OwnedId, Recording] = {}
+        self._num_bytes = 0  # of both
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -90,24 +96,41 @@ class Recordings:
         """Return the latest recording of `owner` with this id."""
         return self._by_id.get((owner, request_id))
 
+    def begin(self, recording: Recording) -> None:
+        """Count the recording of a request that runs, from now on."""
+        self._running[id(recording)] = recording
+        recording.on_growth = self._count
+        self._count(recording.num_bytes)
+
     def add(self, recording: Recording) -> None:
         """Add the recording of a request that has ended. Adding it again has no effect."""
-        if id(recording) in self._recordings:
+        if id(recording) in self._recordings or recording.is_abandoned:
+            self._running.pop(id(recording), None)
             return
+        is_new = self._running.pop(id(recording), None) is None
         self._recordings[id(recording)] = recording
-        self._sizes[id(recording)] = recording.num_bytes
         self._by_id.update(dict.fromkeys(recording.keys, recording))
-        if self._sizes[id(recording)] > MAX_BYTES:
-            self._drop(recording)
-        while len(self._recordings) > self.max_requests or sum(self._sizes.values()) > MAX_BYTES:
-            owner = largest_owner(
-                (each.owner, 1 / self.max_requests + self._sizes[key] / MAX_BYTES)
-                for key, each in self._recordings.items()
-            )
-            self._drop(next(each for each in self._recordings.values() if each.owner == owner))
+        self._count(recording.num_bytes if is_new else 0)
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        while len(self._recordings) > self.max_requests or self._num_bytes > MAX_BYTES:
+            if self._recordings:
+                self._drop(self._next_to_go())
+            else:
+                largest = max(self._running.values(), key=lambda recording: recording.num_bytes)
+                self._num_bytes -= largest.num_bytes
+                largest.abandon()
+
+    def _next_to_go(self) -> Recording:
+        owner = largest_owner(
+            (each.owner, 1 / self.max_requests + each.num_bytes / MAX_BYTES) for each in self._recordings.values()
+        )
+        return next(each for each in self._recordings.values() if each.owner == owner)
 
     def _drop(self, recording: Recording) -> None:
-        del self._recordings[id(recording)], self._sizes[id(recording)]
+        del self._recordings[id(recording)]
+        self._num_bytes -= recording.num_bytes
         for key in recording.keys:
             if self._by_id.get(key) is recording:
                 del self._by_id[key]

@@ -155,11 +155,12 @@ class Generation:
             raise ServerError(self._request_id)
         if event.index == 0:  # other choices of the prompt report the same
             self._take_prompt(self.prompts[prompt_index], event)
+        num_bytes = event_bytes(event, self._num_choices)
         if self._recording is not None:
             self._recording.take(prompt_index, event)
         received = time.monotonic()
         delta = choice.push(event)
-        delta.num_bytes = event_bytes(event, self._num_choices)
+        delta.num_bytes = num_bytes
         if choice.stopped_by_text:
             self._streams[prompt_index].abort_choice(event.index)
         if choice.finish_reason is not None:

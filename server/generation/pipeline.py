@@ -286,7 +286,10 @@ async def _start(job: _Job[Body]) -> _Started:
     )
     share = generation.count_in(answers, limit_error)
     share.add(prompt_bytes(body, prepared.submits))
-    on_close = None if recording is None else partial(context.recordings.add, recording)
+    on_close = None
+    if recording is not None:
+        context.recordings.begin(recording)
+        on_close = partial(context.recordings.add, recording)
     running = context.running.add(generation, *job.ids, owner=job.tenant.owner, on_close=on_close)
     writer = job.endpoint.writer(context, body, job.metadata, prompts)
     return _Started(generation, running, writer, share, _headers(job, prepared))

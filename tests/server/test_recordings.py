@@ -66,8 +66,29 @@ def test_many_bytes_are_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.add(Recording([submit(num_tokens)], ids=(f"r{number}",)))
     assert [kept.get(f"r{number}") is None for number in range(3)] == [True, False, False]
     kept.add(Recording([submit(101)], ids=("large",)))
-    assert len(kept) == 2
+    assert len(kept) == 0
     assert kept.get("large") is None
+
+
+def test_recordings_of_running_requests_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordings, "MAX_BYTES", 100 * recordings.TOKEN_BYTES)
+    kept = Recordings(9)
+    kept.add(Recording([submit(60)], ids=("ended",)))
+    small, large = (Recording([submit(num_tokens)], ids=(f"r{num_tokens}",)) for num_tokens in (10, 20))
+    for recording in (small, large):
+        kept.begin(recording)
+    assert kept.get("ended") is not None
+    event = TokenEvent(request_id="r", index=1, token_ids=[7] * 71, logprobs=[ENTRY])
+    large.take(0, event)
+    assert (len(kept), large.is_abandoned, small.is_abandoned) == (0, True, False)
+    assert event.logprobs is None
+    large.take(0, event)
+    for recording in (large, small):
+        kept.add(recording)
+        kept.add(recording)
+    assert (kept.get("r20"), kept.get("r10")) == (None, small)
+    kept.add(Recording([submit(90)], ids=("next",)))
+    assert len(kept) == 2
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
