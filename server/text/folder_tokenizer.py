@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 
 from engine.config.tokenizer_files import (
     CONTROL,
@@ -31,6 +31,7 @@ NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep
 # The patterns of models whose files of ranks do not come with one, as transformers and Qwen 1's own code have them.
 TIKTOKEN_PATTERNS = {"tokenizer.model": LLAMA3, "qwen.tiktoken": QWEN2}
 
+MAX_UNIGRAM_CHARS = 512  # of a token in a unigram model, as in sentencepiece's trainer
 MAX_ADDED_TOKENS = 100_000  # beyond the vocabulary of sentencepiece
 
 
@@ -62,6 +63,7 @@ def load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerConfig]:
         backend = _read_tokenizer_json(path)
     else:
         backend, config = _build(path, config)
+    _check_unigram(backend, path)
     _mark_special(backend, _special_tokens(config))
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     return backend, TokenizerConfig(
@@ -82,6 +84,18 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path}: not a valid tokenizer ({short(str(error))})") from error
+
+
+def _check_unigram(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """Raise ValueError for a unigram model with a token so long that encoding would be slow.
+
+    At each character of a text, the library reads on as long as a token may match.
+    """
+    if not isinstance(backend.model, models.Unigram):
+        return
+    longest = max(map(len, backend.get_vocab(with_added_tokens=False)), default=0)
+    if longest > MAX_UNIGRAM_CHARS:
+        raise ValueError(f"{path}: a token of {longest} characters is not supported (at most {MAX_UNIGRAM_CHARS})")
 
 
 # Files that are not of the tokenizers library.

@@ -12,14 +12,16 @@ which the request's text is never special.
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from server.text.templates.chat_template import ChatTemplate, Message
+from server.text.templates.rendered_text import num_common
 from server.text.templates.sandbox import ChatTemplateError
 
 MAX_DEPTH = 100  # of lists and objects in a request
+MAX_BRANCHINGS = 16  # of a pattern; the library compiles patterns recursively
 
 
 class ChatTokenizer(Protocol):
@@ -99,16 +101,21 @@ def _special_tokens(tokens: tuple[str, ...]) -> _SpecialTokens:
     return _SpecialTokens(re.compile(_trie_pattern(tokens) if tokens else "(?!)"), ends, punctuation)
 
 
-def _trie_pattern(words: Iterable[str]) -> str:
-    """Return a pattern that matches the longest of the words and reads each character of the text once."""
+def _trie_pattern(words: Sequence[str], depth: int = 0) -> str:
+    """Return a pattern that matches the longest of the words.
+
+    It reads each character of the text once, up to `MAX_BRANCHINGS` after each other in a word.
+    """
+    first, last = min(words), max(words)
+    prefix = first[: num_common(first, last)]
     rests: dict[str, list[str]] = {}
-    for word in words:
-        rests.setdefault(word[:1], []).append(word[1:])
+    for rest in sorted((word[len(prefix) :] for word in words), key=len, reverse=True):
+        rests.setdefault(rest[:1] if depth < MAX_BRANCHINGS else rest, []).append(rest)
     is_word = rests.pop("", None) is not None
-    branches = [re.escape(char) + _trie_pattern(rest) for char, rest in rests.items()]
-    if len(branches) <= 1 and not is_word:
-        return "".join(branches)
-    return f"(?:{'|'.join(branches)}){'?' if is_word else ''}"
+    branches = [_trie_pattern(rest, depth + 1) for rest in rests.values()]
+    if not branches:
+        return re.escape(prefix)
+    return f"{re.escape(prefix)}(?:{'|'.join(branches)}){'?' if is_word else ''}"
 
 
 class _Guards:

@@ -5,7 +5,7 @@ OPENERS, CLOSERS = "<[{(\"'◁", ">]})\"'▷"
 
 def common_prefix(first: str, second: str) -> str:
     """Return the longest common prefix that ends between tags in both texts."""
-    length = _num_common(first, second)
+    length = num_common(first, second)
     while length and not (_is_end(first, length) and _is_end(second, length)):
         length -= 1
     return first[:length]
@@ -13,13 +13,13 @@ def common_prefix(first: str, second: str) -> str:
 
 def common_suffix(first: str, second: str) -> str:
     """Return the longest common suffix that begins with a tag or white space, or is a whole text."""
-    length = _num_common(first[::-1], second[::-1])
+    length = num_common(first[::-1], second[::-1])
     while length and not (_is_begin(first, length) and _is_begin(second, length)):
         length -= 1
     return first[len(first) - length :]
 
 
-def _num_common(first: str, second: str) -> int:
+def num_common(first: str, second: str) -> int:
     """Return the length of the longest common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 )
 
 from engine.shared.gguf import GGUFFile
-from server.text.gguf_tokenizer import PRE_TOKENIZERS, GGUFVocabulary, build_tokenizer
+from server.text import gguf_tokenizer
+from server.text.gguf_tokenizer import PRE_TOKENIZERS, GGUFVocabulary, build_tokenizer, rebuild_merges
 from server.text.tiktoken_tokenizer import byte_alphabet
 from server.text.tokenizer import Tokenizer
 from tests.support.examples import num_examples
@@ -372,3 +374,41 @@ def test_ids_are_places_in_the_file(tmp_path: Path) -> None:
     for text in TEXTS:
         assert [order[token_id] for token_id in other.encode(text)] == tokenizer.encode(text)
         assert other.decode(other.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+# Merges that the file does not have.
+
+
+def all_merges(tokens: list[str], ranks: list[float]) -> list[tuple[str, str]]:
+    """Return the merges by the definition: every cut of a token into two others is tried."""
+    rank_of = dict(zip(tokens, ranks, strict=True))
+    cuts = [(rank, cut, token) for token, rank in rank_of.items() for cut in range(1, len(token))]
+    merges = [each for each in cuts if each[2][: each[1]] in rank_of and each[2][each[1] :] in rank_of]
+    merges.sort(key=lambda merge: (merge[0], merge[1], len(merge[2]) - merge[1]), reverse=True)
+    return [(token[:cut], token[cut:]) for _, cut, token in merges]
+
+
+@given(
+    tokens=st.lists(st.text("ab", max_size=7) | st.integers(0, 12).map("a".__mul__), unique=True, max_size=40),
+    ranks=st.lists(st.integers(0, 3), min_size=40, max_size=40),
+    short=st.sampled_from([0, 2, 4, 128]),
+)
+@some_texts
+def test_rebuilt_merges(tokens: list[str], ranks: list[float], short: int) -> None:
+    ranks = ranks[: len(tokens)]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(gguf_tokenizer, "SHORT", short)
+        assert rebuild_merges(tokens, [NORMAL] * len(tokens), ranks) == all_merges(tokens, ranks)
+
+
+@pytest.mark.parametrize("token", ["a" * 400_000, "ab" * 200_000])
+def test_a_long_token_is_read_in_linear_time(token: str, tmp_path: Path) -> None:
+    """Trying each cut would take half a minute."""
+    metadata = sentencepiece_metadata()
+    for key, value in (("tokens", token), ("token_type", NORMAL), ("scores", -1e9)):
+        metadata[f"tokenizer.ggml.{key}"] = [*metadata[f"tokenizer.ggml.{key}"], value]
+    path = write(tmp_path, metadata)
+    start = time.process_time()
+    tokenizer = Tokenizer.from_model(path)
+    assert tokenizer.decode(tokenizer.encode(token)) == token
+    assert time.process_time() - start < 5

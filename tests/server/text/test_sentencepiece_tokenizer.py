@@ -218,3 +218,19 @@ def test_damaged_files(model: bytes, tmp_path: Path) -> None:
     for damaged in (b"", b"\0", model[:100], b"x" * 100, model[:-20]):
         with pytest.raises(ValueError, match=r"tokenizer\.model: "):
             Tokenizer.from_model(write(tmp_path, damaged))
+
+
+def test_a_long_piece_of_a_unigram_model_is_refused(tmp_path: Path) -> None:
+    """At each character, the library would read on for as long as the piece matches: 27 s for 25 kB of its text."""
+    model, piece = train("unigram", VARIANTS["llama"]), "a" * 600
+    folder = write(tmp_path, model + protobuf_bytes(1, protobuf_bytes(1, piece.encode())))
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.model: a token of 600 characters is not supported \(at most 512\)"
+    ):
+        Tokenizer.from_model(folder)
+
+
+def protobuf_bytes(number: int, value: bytes) -> bytes:
+    """Encode a field of bytes of less than 16 KiB."""
+    length = bytes([len(value) & 0x7F | 0x80, len(value) >> 7])
+    return bytes([number << 3 | 2]) + length + value

@@ -1,6 +1,7 @@
 """Text of the request never becomes a control token, and everything else is tokenized as a whole."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from server.text.templates.chat_encoding import encode_chat
+from server.text.templates.chat_encoding import _trie_pattern, encode_chat
 from server.text.templates.chat_template import ChatTemplate
 from server.text.templates.sandbox import ChatTemplateError, SandboxedTemplate
 from server.text.tokenizer import Tokenizer
@@ -238,3 +239,26 @@ def test_threads_render_at_once() -> None:
     expected = [encode_chat(template, tokenizer, chat) for chat in chats]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda chat: encode_chat(template, tokenizer, chat), chats)) == expected
+
+
+@pytest.mark.parametrize(
+    "special_tokens",
+    [
+        ["<|" + "x" * 100_000 + "|>", "<|" + "x" * 50_000 + "y|>"],
+        ["<~" * length for length in range(1, 1000)],  # each is the start of the next
+        ["<" + "ab" * length + ">" for length in range(300)],
+    ],
+)
+def test_long_and_many_special_tokens(special_tokens: list[str]) -> None:
+    """The pattern that finds them is not nested so deeply that it cannot be compiled, and finds the longest."""
+    tokenizer = byte_tokenizer(special_tokens)
+    content = f"A{max(special_tokens, key=len)}B"
+    ids = encode_chat(chat_template("{{ messages[0].content }}"), tokenizer, user(content))
+    assert controls(tokenizer, ids) == []
+    assert text_of(tokenizer, ids) == content
+
+
+@given(st.lists(st.text("ab|", min_size=1, max_size=20), unique=True, min_size=1), st.text("ab|", max_size=60))
+def test_the_longest_special_token_is_found(words: list[str], text: str) -> None:
+    longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    assert re.findall(_trie_pattern(words), text) == re.findall(longest_first, text)
