@@ -174,7 +174,7 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     if family.is_latent:
         values |= _latent_sizes(metadata, arch)
     num_blocks, tensors = metadata.integer(keys["num_hidden_layers"], maximum=MAX_LAYERS), file.tensors
-    num_ignored = metadata.integer(keys["num_nextn_predict_layers"], 0, minimum=0)
+    num_ignored = metadata.integer(keys["num_nextn_predict_layers"], 0, minimum=0, maximum=num_blocks - 1)
     values["num_hidden_layers"] = num_blocks - num_ignored
     values["attention_k_eq_v"] = any(
         f"blk.{index}.attn_k.weight" in tensors and not {f"blk.{index}.{name}.weight" for name in V_NAMES} & {*tensors}

@@ -88,12 +88,13 @@ class _Probe:
         for variant in self.variants if fields else ():
             plain, text = (self._write(assistant(CONTENT, **more), variant) for more in ({}, reasoning))
             plain_call, call = (self._write(assistant(num_calls=1, **more), variant) for more in ({}, reasoning))
-            is_in_text, is_in_call = text.find(REASONING) >= 0, 0 <= call.find(REASONING) < call.find(NAMES[0])
+            is_in_text = 0 <= text.find(REASONING) < text.find(CONTENT)
+            is_in_call = 0 <= call.find(REASONING) < call.find(NAMES[0])
             if not is_in_text and not is_in_call:
                 continue
             before, _, _ = (text if is_in_text else call).partition(REASONING)
             ends = []
-            if 0 <= text.find(REASONING) < text.find(CONTENT):
+            if is_in_text:
                 end, content_start = text.partition(REASONING)[2].partition(CONTENT)[0], self._content_start()
                 ends.append(end.removesuffix(content_start) if end.strip() != content_start.strip() else end)
             if is_in_call:

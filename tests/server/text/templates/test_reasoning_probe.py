@@ -72,6 +72,11 @@ def test_tags_that_no_message_shows() -> None:
     assert chat_template(CHATML).reasoning == ReasoningFormat()
 
 
+def test_reasoning_after_the_content_has_no_tags() -> None:
+    template = "{% for m in messages %}{{ m.content }}[{{ m.reasoning_content }}]{% endfor %}"
+    assert chat_template(template).reasoning == ReasoningFormat()
+
+
 def test_a_switch_without_tags_is_not_recognized() -> None:
     assert load_template("Apertus-8B-Instruct").reasoning_format_name == "unrecognized"
     assert [name for name in NAMES if not load_template(name).reasoning.is_recognized] == ["Apertus-8B-Instruct"]
