@@ -108,7 +108,7 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     if card is not None:
         measure_activations(card, model, replace(limits, max_model_len=max_model_len), config)
         clock.lap("activations")
-    memory = plan_memory(sizes, config, max_model_len, device_memory, has_tables=card is not None)
+    memory = plan_memory(sizes, config, max_model_len, device_memory, has_rotary=card is not None)
     if memory.max_model_len < max_model_len:
         with torch.inference_mode():
             model.set_max_model_len(memory.max_model_len)

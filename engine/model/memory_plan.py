@@ -79,7 +79,7 @@ class DeviceMemory(Protocol):
         """
         ...
 
-    def explain(self, full_length_bytes: int, config: EngineConfig) -> str:
+    def explain(self, full_length_bytes: int, table_bytes: int, config: EngineConfig) -> str:
         """Return why the default is not larger, and which settings change that."""
         ...
 
@@ -98,7 +98,7 @@ class HostMemory:
     def default_kv_cache_bytes(self, full_length_bytes: int, table_bytes: int = 0) -> int:
         return min(FULL_LENGTH_REQUESTS * full_length_bytes, int(self.free() * CPU_MEMORY_SHARE) - table_bytes)
 
-    def explain(self, full_length_bytes: int, config: EngineConfig) -> str:
+    def explain(self, full_length_bytes: int, table_bytes: int, config: EngineConfig) -> str:
         return f"--kv-cache-memory {-(-full_length_bytes // MIB)}MiB or more"
 
 
@@ -139,8 +139,8 @@ class CudaMemory:
         used = self.free_at_start - free_memory(self.device) + self.reserved
         return self.allowed - used - self.activation_bytes - GPU_RESERVE - table_bytes
 
-    def explain(self, full_length_bytes: int, config: EngineConfig) -> str:
-        missing = full_length_bytes - self.default_kv_cache_bytes(full_length_bytes)
+    def explain(self, full_length_bytes: int, table_bytes: int, config: EngineConfig) -> str:
+        missing = full_length_bytes - self.default_kv_cache_bytes(full_length_bytes, table_bytes)
         used = self.free_at_start - free_memory(self.device) + self.reserved
         utilization = (self.allowed + missing) / self.total
         more = [f"--gpu-memory-utilization {utilization + 0.005:.2f} or more"]
@@ -178,10 +178,10 @@ class ContextSizes:
         """Return the bytes of one request in the KV cache."""
         return self.num_blocks(max_model_len) * self.block_bytes
 
-    def table_bytes(self, max_model_len: int) -> int:
-        """Return the bytes of the tables of rotary embeddings and of blocks."""
+    def table_bytes(self, max_model_len: int, *, has_rotary: bool = False) -> int:
+        """Return the bytes of the tables of blocks and, unless there are these already, of rotary embeddings."""
         entries = len(self._groups) * self._max_num_seqs * -(-max_model_len // self.block_size)
-        return rotary_bytes(self._config.ropes, max_model_len) + 8 * entries
+        return 8 * entries + (0 if has_rotary else rotary_bytes(self._config.ropes, max_model_len))
 
     def longest(self, max_model_len: int, fits: Callable[[int], bool]) -> int:
         """Return the longest context that fits: `max_model_len`, or less in whole blocks."""
@@ -215,23 +215,25 @@ def plan_memory(
     max_model_len: int,
     memory: DeviceMemory,
     *,
-    has_tables: bool = False,
+    has_rotary: bool = False,
 ) -> MemoryPlan:
     """Size the KV cache by `kv_cache_memory`, or else by the default for the memory of the device.
 
-    Contexts are as long as the cache allows, unless the settings say how long. `has_tables`: those of the contexts are
-    allocated already. Raises ValueError, with the settings that would fit, if the cache cannot hold one request of
-    `max_model_len` tokens, or if `kv_cache_memory` is more than is free.
+    Contexts are as long as the cache allows, unless the settings say how long. `has_rotary`: the tables of rotary
+    embeddings are allocated already. Raises ValueError, with the settings that would fit, if the cache cannot hold one
+    request of `max_model_len` tokens, or if `kv_cache_memory` is more than is free.
     """
     requested, free = engine_config.kv_cache_memory, memory.free()
     if requested is not None and requested > free:
         raise ValueError(f"--kv-cache-memory {requested // MIB}MiB: only {max(0, free) // MIB} MiB are free")
 
+    def table_bytes(length: int) -> int:
+        return sizes.table_bytes(length, has_rotary=has_rotary)
+
     def budget(length: int) -> int:
         if requested is not None:
             return requested
-        tables = 0 if has_tables else sizes.table_bytes(length)
-        return max(0, memory.default_kv_cache_bytes(sizes.cache_bytes(length), tables))
+        return max(0, memory.default_kv_cache_bytes(sizes.cache_bytes(length), table_bytes(length)))
 
     length = sizes.longest(max_model_len, lambda length: sizes.cache_bytes(length) <= budget(length))
     if not _may_be_chosen(length, max_model_len, engine_config):
@@ -241,7 +243,7 @@ def plan_memory(
         raise ValueError(
             f"a KV cache of {budget(length) / MIB:.0f} MiB holds {length} tokens, but one request of "
             f"max_model_len {max_model_len} needs {min_bytes / MIB:.0f} MiB ({sizes.describe()}); use {shorter}"
-            f"{limiting.explain(min_bytes, engine_config)}"
+            f"{limiting.explain(min_bytes, table_bytes(max_model_len), engine_config)}"
         )
     min_blocks = sizes.num_blocks(length)
     num_blocks = max(min_blocks, budget(length) // sizes.block_bytes)  # the free memory may have changed since

@@ -78,7 +78,7 @@ def load_meta_model(shape: ModelConfig, card: Card, *, packed: str | None = None
         weight_bytes = trace.live_bytes
         measure_activations(device_memory, model, limits, config)
         sizes = ContextSizes(shape, config, limits.max_num_batched_tokens, kernels)
-        memory = plan_memory(sizes, config, limits.max_model_len, device_memory, has_tables=True)
+        memory = plan_memory(sizes, config, limits.max_model_len, device_memory, has_rotary=True)
         runner = new_runner(model, limits, memory, META)
     return MetaModel(runner, shape, memory, weight_bytes, card)
 

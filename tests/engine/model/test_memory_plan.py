@@ -27,13 +27,14 @@ from engine.model.memory_plan import (
 from tests.engine.model.test_kv_cache import CPU, MODEL
 
 TOKEN_BYTES = 2 * 3 * 2 * 16 * 2  # K and V, layers, KV heads, head size, bytes of bfloat16
+BLOCK_TABLE_BYTES = 128 * 8 // 32  # of a token: its part of the number of a block, for each sequence
 
 
 def plan(max_model_len: int, kv_cache_memory: int | None = None, block_size: int = 32) -> MemoryPlan:
     config = EngineConfig(
         model_path="", block_size=block_size, kv_cache_memory=kv_cache_memory, max_model_len=max_model_len
     )
-    return plan_memory(sizes(config), config, max_model_len, HostMemory(), has_tables=True)
+    return plan_memory(sizes(config), config, max_model_len, HostMemory(), has_rotary=True)
 
 
 def sizes(config: EngineConfig) -> ContextSizes:
@@ -72,7 +73,8 @@ def test_default_holds_four_requests_of_full_length(free_memory: int) -> None:
 def test_default_takes_at_most_half_of_what_is_free(free_memory: int) -> None:
     result = plan(65536)
     assert 1 <= result.num_full_length_requests < 4
-    assert free_memory // 2 - 32 * TOKEN_BYTES < result.kv_cache_bytes <= free_memory // 2
+    budget = free_memory // 2 - 65536 * BLOCK_TABLE_BYTES
+    assert budget - 32 * TOKEN_BYTES < result.kv_cache_bytes <= budget
 
 
 def test_too_small_suggests_settings_that_fit() -> None:
@@ -106,7 +108,7 @@ def test_more_than_the_machine_has_is_refused(free_memory: int) -> None:
 # The context of the model's file, which may be longer than memory holds.
 
 FILE = EngineConfig(model_path="")
-TABLE_BYTES = 16 * 4 + 128 * 8 // 32  # of a token: a row of the rotary table, and its part of a block's number
+TABLE_BYTES = 16 * 4 + BLOCK_TABLE_BYTES  # of a token, with its row of the rotary table
 
 
 def longest(weights: int, max_model_len: int, config: EngineConfig = FILE) -> int:
@@ -225,7 +227,7 @@ def card_memory(
 
 def plan_on_card(memory: CudaMemory, max_model_len: int = 1000, **settings: Any) -> MemoryPlan:
     config = EngineConfig(model_path="", max_model_len=max_model_len, **settings)
-    return plan_memory(sizes(config), config, max_model_len, memory, has_tables=True)
+    return plan_memory(sizes(config), config, max_model_len, memory, has_rotary=True)
 
 
 BLOCK = 32 * TOKEN_BYTES
@@ -247,7 +249,8 @@ def test_a_gpu_gives_what_weights_and_activations_leave_of_its_share(
     memory = card_memory(monkeypatch, others=others, utilization=utilization)
     result = plan_on_card(memory)
     assert result.activation_bytes == memory.activation_bytes == GIB
-    assert expected - GPU_RESERVE - BLOCK < result.kv_cache_bytes <= expected - GPU_RESERVE
+    expected -= GPU_RESERVE + 1024 * BLOCK_TABLE_BYTES
+    assert expected - BLOCK < result.kv_cache_bytes <= expected
 
 
 def test_a_given_size_overrides_the_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,8 +308,15 @@ def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_context_that_fits_on_the_gpu_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = card_memory(monkeypatch, utilization=0.5, weights=16 * GIB)
     most = plan_on_card(memory).num_tokens
-    with pytest.raises(ValueError, match=rf"use --max-model-len {most} or less, or --gpu-memory-utilization 0\.\d+"):
+    message = r"use --max-model-len (\d+) or less, or --gpu-memory-utilization (0\.\d+)"
+    with pytest.raises(ValueError, match=message) as caught:
         plan_on_card(memory, max_model_len=most + 1)
+    (length, utilization), *_ = re.findall(message, str(caught.value))
+    assert plan_on_card(memory, max_model_len=int(length)).max_model_len == int(length)
+    with pytest.raises(ValueError, match=rf"use --max-model-len {length} or less"):
+        plan_on_card(memory, max_model_len=int(length) + 32)
+    memory.utilization = float(utilization)
+    assert plan_on_card(memory, max_model_len=most + 1).max_model_len == most + 1
 
 
 def test_a_step_that_does_not_fit_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
