@@ -1,0 +1,217 @@
+"""Any single allocation of the engine may fail: at most one request ends for it, and nothing is left behind.
+
+As SQLite tests it: the same scenario is run again and again, and another allocation fails each time.
+"""
+
+import dataclasses
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.config import EngineConfig, load_model_config
+from engine.core import Engine
+from engine.grammar.matcher import GrammarManager
+from engine.loading import LoadedModel, load_model
+from engine.scheduling.block_pool import BlockPool
+from engine.shared.messages import SamplingParams, Submit, TokenEvent
+from server.constrained.constraints import schema_constraint
+from server.text.tokenizer import Tokenizer
+from tests.engine.test_api_connections import Choice, Connected
+from tests.support.examples import IS_LONG
+from tests.support.lora_adapters import save_random_adapter
+from tests.support.outputs import fingerprint_of
+
+NUM_DRAWN = 60  # of each kind
+COVERED = {"preemptions_total", "prefix_cache_hits_total", "accepted_tokens_total"}
+NUM_BLOCKS = 12  # of 16 tokens: too few for all requests
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+class Kind(Enum):
+    """What an allocation is for, and the error when it fails."""
+
+    TENSOR = torch.OutOfMemoryError("tensor")
+    ARRAY = MemoryError("array")
+    BLOCK = MemoryError("block")
+    MESSAGE = MemoryError("message")
+
+
+class Allocations:
+    """Counts allocations of each kind, and lets one fail."""
+
+    def __init__(self, kind: Kind | None = None, number: int = 0) -> None:
+        self.failing = (kind, number)
+        self.counts: Counter[Kind] = Counter()
+
+    def count(self, kind: Kind) -> None:
+        self.counts[kind] += 1
+        if self.failing == (kind, self.counts[kind]):
+            raise kind.value
+
+    def before(self, kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **settings: Any) -> Any:
+            self.count(kind)
+            return function(*args, **settings)
+
+        return call
+
+
+class Tensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators of torch that return new tensors."""
+
+    def __init__(self, allocations: Allocations) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.allocations = allocations
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), settings: Any = None) -> Any:
+        returns = function._schema.returns
+        if any(str(value.type) == "Tensor" and value.alias_info is None for value in returns):
+            self.allocations.count(Kind.TENSOR)
+        return function(*args, **(settings or {}))
+
+
+class Arrays:
+    """The module numpy, with its functions counted."""
+
+    def __init__(self, allocations: Allocations) -> None:
+        self.allocations = allocations
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(np, name)
+        is_function = callable(value) and not isinstance(value, type | np.ufunc)
+        return self.allocations.before(Kind.ARRAY, value) if is_function else value
+
+
+@contextmanager
+def counted(allocations: Allocations, connected: Connected) -> Iterator[None]:
+    encoder = mock.Mock(encode=allocations.before(Kind.MESSAGE, connected.connections.encoder.encode))
+    take = allocations.before(Kind.BLOCK, BlockPool._take)
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("engine.") and hasattr(module, "np"):
+                stack.enter_context(mock.patch.object(module, "np", Arrays(allocations)))
+        stack.enter_context(mock.patch.object(connected.connections, "encoder", encoder))
+        stack.enter_context(mock.patch.object(BlockPool, "_take", take))
+        stack.enter_context(Tensors(allocations))
+        yield
+
+
+Answer = tuple[list[int], list[Any], list[Any], Any]
+
+
+class Scenario:
+    """Two tenants' requests: with a grammar, log probabilities, a LoRA adapter, drafts, and a prefix in common."""
+
+    def __init__(self, path: Path, loaded: LoadedModel) -> None:
+        self.seen: set[str] = set()
+        tokenizer = Tokenizer.from_model(path)
+        self.loaded = dataclasses.replace(loaded, memory=dataclasses.replace(loaded.memory, num_blocks=NUM_BLOCKS))
+        self.grammars = GrammarManager(loaded.config.eos_token_ids)
+        self.grammars.set_tokenizer(tokenizer.to_json())
+        self.grammars.prepare()
+        prompt = tokenizer.encode("One two three four. " * 20)[:42]  # the answers reach into another block
+        new = partial(Submit, prompt_token_ids=prompt, arrival=0.0)
+        params = partial(SamplingParams, max_tokens=12, temperature=0.0, ignore_eos=True)
+        grammar = schema_constraint(SCHEMA, "schema").grammar
+        self.submits = [
+            new(request_id="grammar", tenant="a", params=params(grammar=grammar, ignore_eos=False, temperature=1.0)),
+            new(request_id="logprobs", tenant="b", n=2, params=params(logprobs=3, temperature=1.0, seed=5)),
+            new(request_id="prompt", tenant="b", params=params(prompt_logprobs=1, repetition_penalty=1.2)),
+            new(
+                request_id="lora",
+                tenant="a",
+                lora_name="a",
+                lora_fingerprint=fingerprint_of(loaded, "a"),
+                params=params(top_p=0.9, temperature=0.7, seed=7),
+            ),
+        ]
+
+    def run(self, allocations: Allocations, *, overlaps: bool) -> tuple[dict[Choice, Answer], dict[Choice, str]]:
+        """Return the answers, and the errors of those that failed."""
+        config = EngineConfig(
+            model_path="", speculative="off" if overlaps else "ngram", long_prefill_token_threshold=24
+        )
+        engine = Engine(config, self.loaded, overlaps=overlaps)
+        engine.grammars = self.grammars
+        connected = Connected(engine)
+        try:
+            with counted(allocations, connected):
+                events = connected.run(self.submits)
+        finally:
+            connected.close()
+        stats = engine.stats()
+        self.seen |= {name for name in COVERED if getattr(stats, name)}
+        assert not list(engine.scheduler.requests())
+        return {choice: answer(some) for choice, some in events.items()}, {
+            choice: some[-1].error for choice, some in events.items() if some[-1].error is not None
+        }
+
+
+def answer(events: list[TokenEvent]) -> Answer:
+    return (
+        [token_id for event in events for token_id in event.token_ids],
+        [entry for event in events for entry in event.logprobs or []],
+        [entry for event in events for entry in event.prompt_logprobs or []],
+        events[-1].finish_reason,
+    )
+
+
+@pytest.fixture(scope="module")
+def scenario(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+    folder = tmp_path_factory.mktemp("adapters")
+    save_random_adapter(folder / "a", load_model_config(smollm2_path), 1, ranks={"": 4})
+    config = EngineConfig(
+        model_path=str(smollm2_path),
+        max_model_len=128,
+        block_size=16,
+        max_num_seqs=8,
+        max_loras=1,
+        lora_modules={"a": str(folder / "a")},
+    )
+    return Scenario(smollm2_path, load_model(config))
+
+
+@pytest.mark.drawn
+@pytest.mark.checklist("F02", "F03")
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name.lower())
+def test_an_allocation_fails(scenario: Scenario, kind: Kind, *, overlaps: bool) -> None:
+    counting = Allocations()
+    expected, errors = scenario.run(counting, overlaps=overlaps)
+    assert not errors
+    num = counting.counts[kind]
+    numbers = list(range(1, num + 1))
+    if not IS_LONG and num > NUM_DRAWN // 2:
+        seed = random.randrange(2**32)
+        print(f"seed {seed}")
+        numbers = random.Random(seed).sample(numbers, NUM_DRAWN // 2)
+    print(f"{kind.name}: {len(numbers)} of {num}")
+    for number in numbers:
+        answers, errors = scenario.run(Allocations(kind, number), overlaps=overlaps)
+        assert len({name for name, _ in errors}) <= 1, number
+        assert answers.keys() == expected.keys()
+        assert {choice: some for choice, some in answers.items() if choice not in errors} == {
+            choice: some for choice, some in expected.items() if choice not in errors
+        }, number
+        assert all(answers[choice][0] == expected[choice][0][: len(answers[choice][0])] for choice in errors), number
+
+
+def test_the_scenario_has_all_that_it_is_for(scenario: Scenario) -> None:
+    """Which request comes first is a matter of time, so no single run needs to have all."""
+    for _ in range(10):
+        scenario.run(Allocations(), overlaps=False)
+        if scenario.seen == COVERED:
+            return
+    raise AssertionError(scenario.seen)
