@@ -19,8 +19,7 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     model = resolve_model("smollm2-135m").path
-    report = run(model, num_rounds=options.minutes, round_seconds=ROUND_SECONDS, seed=options.seed)
-    options.report.write_text(report.text(), encoding="utf-8")
+    report = run(model, options.report, num_rounds=options.minutes, round_seconds=ROUND_SECONDS, seed=options.seed)
     print(report.text())
     return 1 if report.problems else 0
 

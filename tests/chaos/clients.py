@@ -29,6 +29,7 @@ class Clients:
 
     def __init__(self, server: ServerProcess, report: Report, keys: list[str]) -> None:
         """`keys` are API keys that stay valid."""
+        self._server = server
         self._report = report
         self._keys = keys
         self._http = httpx.AsyncClient(
@@ -53,7 +54,7 @@ class Clients:
         """Ask for all known answers, while the server has nothing else to do."""
         for name, (path, body) in KNOWN.items():
             answer = await self._http.post(path, json={"model": MODEL} | body)
-            assert answer.status_code == 200, f"{name}: {answer.text}"
+            assert answer.status_code == 200, f"{name}: {answer.text}\n{self._server.end_of_log()}"
             self._known[name] = answer.json()
 
     async def check_known(self) -> None:
@@ -66,7 +67,7 @@ class Clients:
         kinds = (
             *(self._known_whole, self._known_whole, self._known_whole, self._known_stream, self._known_stream),
             *(self._random_whole, self._random_stream, self._sdk_whole, self._sdk_stream, self._bad_request),
-            *(self._cancelled, self._impatient),
+            *(self._cancelled, self._impatient, self._responses_stream, self._background),
         )
         while time.monotonic() < until:
             kind = rng.choice(kinds)
@@ -131,6 +132,34 @@ class Clients:
             )
         except openai.APIStatusError as error:
             raise _refusal(error.status_code, error.code) from None
+
+    async def _responses_stream(self, rng: random.Random, key: str) -> str:
+        path, body = KNOWN["responses"]
+        headers, body = {"authorization": f"Bearer {key}"}, {"model": MODEL, "stream": True} | body
+        answer = await self._http.post(path, json=body, headers=headers)
+        if answer.status_code != 200:
+            raise _refusal(answer.status_code, _code(answer.content, path))
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        return self._end_of_response(events[-1]["response"])
+
+    async def _background(self, rng: random.Random, key: str) -> str:
+        """Ask for a response in the background, and come back for it."""
+        path, body = KNOWN["responses"]
+        response = await self._ask(path, body | {"background": True, "store": True}, key)
+        headers = {"authorization": f"Bearer {key}"}
+        while response["status"] in ("queued", "in_progress"):
+            await asyncio.sleep(0.2)
+            answer = await self._http.get(f"{path}/{response['id']}", headers=headers)
+            assert answer.status_code == 200, answer.text
+            response = answer.json()
+        return self._end_of_response(response)
+
+    def _end_of_response(self, response: dict[str, Any]) -> str:
+        if response.get("status") == "failed":
+            raise RefusedError("failed by a death")
+        self._check("responses", stable(response["output"]), stable(self._known["responses"]["output"]))
+        return "answered"
 
     def _check(self, name: str, answer: object, expected: object) -> None:
         assert answer == expected, f"{name}: {answer!r} instead of {expected!r}"

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 import psutil
@@ -113,6 +114,9 @@ class Report:
                 if after - before > limit:
                     grown.append(f"{name}: {what} grew from {before:.0f} to {after:.0f}")
         return grown
+
+    def write(self, file: Path) -> None:
+        file.write_text(self.text(), encoding="utf-8")
 
     def text(self) -> str:
         """Return a Markdown table with a line for each round, and what went wrong."""

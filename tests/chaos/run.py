@@ -53,17 +53,23 @@ BAD_LINE = re.compile(r"Traceback| ERROR |CRITICAL|lightwell: error")
 EXPECTED_LINE = re.compile(r"the engine died: |the engine process (was killed|exited)")
 
 
-def run(model: Path, *, num_rounds: int, round_seconds: float, seed: int) -> Report:
-    """Load a server for some rounds; after each, it must be as idle as it was before. Return what came of it."""
+def run(model: Path, file: Path, *, num_rounds: int, round_seconds: float, seed: int) -> Report:
+    """Load a server for some rounds; after each, it must be as idle as it was before.
+
+    Return what came of it, and write it to `file` after each round.
+    """
     with tempfile.TemporaryDirectory(prefix="lw-") as folder:
         keys = KeysFile(Path(folder) / "keys.yaml")
         started = time.monotonic()
         with _running_server(model, Path(folder), keys) as server:
             report = Report(seed, time.monotonic() - started)
-            asyncio.run(_run(server, report, keys, num_rounds, round_seconds))
+            asyncio.run(_run(server, report, keys, file, num_rounds, round_seconds))
             _shut_down(server, report)
             _check_log(server, report)
+            if report.problems:
+                report.problems.append("The log ends with\n" + server.end_of_log(60))
     report.problems += report.growth()
+    report.write(file)
     return report
 
 
@@ -77,7 +83,9 @@ def _running_server(model: Path, folder: Path, keys: KeysFile) -> Iterator[Piped
         server.close()
 
 
-async def _run(server: PipedServer, report: Report, keys: KeysFile, num_rounds: int, round_seconds: float) -> None:
+async def _run(
+    server: PipedServer, report: Report, keys: KeysFile, file: Path, num_rounds: int, round_seconds: float
+) -> None:
     clients = Clients(server, report, list(keys.KEYS))
     hostile = HostileClients(server, report, list(keys.KEYS))
     disturbances = Disturbances(server, report, keys)
@@ -106,6 +114,7 @@ async def _run(server: PipedServer, report: Report, keys: KeysFile, num_rounds: 
             report.add_problem(f"after the load: {error!r}")
             break
         report.round.seconds = time.monotonic() - started
+        report.write(file)
         if number < num_rounds - 1:
             report.rounds.append(Round())
     await clients.close()
@@ -117,7 +126,7 @@ def _settle(server: ServerProcess, report: Report, keys: KeysFile) -> None:
     wait_until(lambda: server.is_idle, SETTLED_SECONDS)
     admin = {"authorization": f"Bearer {keys.guest}"}
     usage = server.get("/v1/usage", **admin).json()["data"]
-    assert [tenant["name"] for tenant in usage if tenant["num_running_requests"]] == []
+    assert not any(tenant["num_running_requests"] for tenant in usage), usage
     # No place is lost, since one request gets all of them; and no part of the budget for bodies.
     all_places = {"model": MODEL, "prompt": "A", "max_tokens": 1, "n": NUM_SLOTS + NUM_QUEUED}
     answer = server.http.post(COMPLETIONS, json=all_places, headers=admin)
@@ -126,9 +135,10 @@ def _settle(server: ServerProcess, report: Report, keys: KeysFile) -> None:
     headers = admin | {"content-type": "application/json"}
     answer = server.http.post("/tokenize", content=body, headers=headers)
     assert answer.status_code in (200, 400), answer.text
-    assert server.metric("lightwell_engine_restarts_total") == report.deaths.num
+    num_restarts = server.metric("lightwell_engine_restarts_total")
+    assert num_restarts == report.deaths.num, f"{num_restarts} restarts after {report.deaths.num} deaths"
     statuses = {sample.labels["status"] for sample in server.metrics()["http_requests"].samples}
-    assert {status for status in statuses if status >= "500"} <= {"503"}
+    assert {status for status in statuses if status >= "500"} <= {"503"}, statuses
     (api,) = processes(server, API)
     wait_until(lambda: _num_connections(api) <= 1, SETTLED_SECONDS)  # this one's
 

@@ -10,8 +10,8 @@ from tests.chaos.run import run
 
 @pytest.mark.alone
 @pytest.mark.checklist("E08", "E09", "E13", "F05", "F06")
-def test_two_minutes_of_chaos(smollm2_path: Path) -> None:
+def test_two_minutes_of_chaos(smollm2_path: Path, tmp_path: Path) -> None:
     seed = random.randrange(1_000_000)
     print(f"seed {seed}")
-    report = run(smollm2_path, num_rounds=4, round_seconds=30, seed=seed)
+    report = run(smollm2_path, tmp_path / "report.md", num_rounds=4, round_seconds=30, seed=seed)
     assert report.problems == [], report.text()
