@@ -1,7 +1,7 @@
 """uvicorn's HTTP/1.1 protocol (h11), with time limits and a limit on connections.
 
 A connection is closed if the head of a request takes too long to arrive, or if the client stops reading. When there are
-too many connections, those are closed that have waited longest for their clients, of the address that has most of them.
+too many connections, those are closed that have waited longest for their clients, of the network that has most of them.
 Invalid HTTP gets an error in OpenAI's envelope.
 """
 
@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from server.http.errors import APIError, EngineUnavailableError
 from server.http.request_middleware import choose_request_id
+from server.tenants import network_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class HTTPProtocol(H11Protocol):
         self.conn = StrictConnection()
         self._max_connections = self.limit_concurrency or sys.maxsize
         self.limit_concurrency = None  # the base class would count idle connections too, and reply in plain text
+        self._network = ""  # of the client
         self._waiting_since = 0.0  # when the server began to wait for the client, if it does
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -116,6 +118,7 @@ class HTTPProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._network = network_of(self.client[0] if self.client else "")
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._waiting_since = time.monotonic()
         self._watch_head()
@@ -200,19 +203,14 @@ class HTTPProtocol(H11Protocol):
         if not stalled:
             self._refuse(EngineUnavailableError("The server has too many connections.", code="server_is_overloaded"))
             return
-        num_of_address = Counter(other.address for other in stalled)
+        num_of_network = Counter(other._network for other in stalled)
         # Several at a time, since looking at all connections for each newcomer would take the event loop's time.
         for other in nsmallest(
             1 + self._max_connections // 64,
             stalled,
-            key=lambda other: (-num_of_address[other.address], other._waiting_since),
+            key=lambda other: (-num_of_network[other._network], other._waiting_since),
         ):
             other.transport.abort()
-
-    @property
-    def address(self) -> str:
-        """The client's IP address."""
-        return self.client[0] if self.client else ""
 
     def _open_connections(self) -> list["HTTPProtocol"]:
         """Return the connections that are not closing."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
+from server.tenants import network_of
+
 MAX_HANDSHAKES = 256  # at a time; each takes some milliseconds of an honest client
 HANDSHAKE_SECONDS = 10.0
 # asyncio has 256 KiB for each connection, which stay allocated. A TLS record has at most 16.
@@ -23,10 +25,10 @@ class Handshakes:
         self._make_http = make_http
 
     def make_room(self) -> None:
-        """If there are too many, close the oldest one of the address that has most of them."""
+        """If there are too many, close the oldest one of the network that has most of them."""
         if len(self.pending) > MAX_HANDSHAKES:
-            ((address, _),) = Counter(each.address for each in self.pending).most_common(1)
-            next(each for each in self.pending if each.address == address).abort()
+            ((network, _),) = Counter(each.network for each in self.pending).most_common(1)
+            next(each for each in self.pending if each.network == network).abort()
 
     def __call__(self, **kwargs: object) -> asyncio.Protocol:
         return Handshake(self, partial(self._make_http, **kwargs))
@@ -38,7 +40,7 @@ class Handshake(asyncio.Protocol):
     def __init__(self, handshakes: Handshakes, make_http: Callable[[], asyncio.Protocol]) -> None:
         self._handshakes = handshakes
         self._make_http = make_http
-        self.address = ""  # of the client
+        self.network = ""  # of the client
         self._early = b""  # what the client has sent together with the end of the handshake
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
@@ -46,7 +48,7 @@ class Handshake(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._transport.pause_reading()  # until TLS is there to read
-        self.address = str((transport.get_extra_info("peername") or ("",))[0])
+        self.network = network_of(str((transport.get_extra_info("peername") or ("",))[0]))
         self._task = asyncio.create_task(self._run(self._transport))
         self._handshakes.pending[self] = None
         self._handshakes.make_room()
