@@ -1,15 +1,17 @@
 """Measure a server at many times its capacity, and compare it with the same server in a closed loop.
 
-    python -m tests.bench.overload [MODEL] [--seconds 180] [--times 10] [-- FLAGS OF lightwell serve]
+    python -m tests.bench.overload [MODEL] [--seconds 180] [--times 10] [--engine-core N] [-- FLAGS OF lightwell serve]
 
 The closed loop has as many clients as the server has slots. Then requests arrive at `--times` the rate that it served,
 however slow the answers are, and a probe asks for /health all the while. Goodput is the tokens per second of finished
 answers, over those of the closed loop. Run the load on cores of its own where there are some: `taskset -c 8-15 python
--m tests.bench.overload`, with `--` and the server's own flags.
+-m tests.bench.overload`, with `--` and the server's own flags. Where there are two, `OMP_NUM_THREADS=1 python -m
+tests.bench.overload --engine-core 0` keeps the engine on one, and the API process and the load on the other.
 """
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from collections import Counter
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import httpx
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +35,8 @@ def main() -> int:
     arguments = parse_arguments()
     flags = [f"--max-num-seqs={arguments.slots}", f"--queue-timeout={QUEUE_TIMEOUT:g}", *arguments.flags]
     with running_server([*arguments.model, *flags]) as (url, _):
+        if arguments.engine_core is not None:
+            hold_engine(arguments.engine_core)
         load = LoadOptions(
             url=url,
             model=MODEL_NAME,
@@ -58,10 +63,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=180.0, help="duration of the overload")
     parser.add_argument("--times", type=float, default=10.0, help="rate of arrivals over the capacity")
     parser.add_argument("--slots", type=int, default=32, help="--max-num-seqs of the server")
+    parser.add_argument("--engine-core", type=int, help="core for the engine alone; default: all are shared")
     own, flags = split_at_dashes(sys.argv[1:])
     arguments = parser.parse_args(own)
     arguments.flags = flags
     return arguments
+
+
+def hold_engine(core: int) -> None:
+    """Hold the engine to one core, and this process and the server's others to the other cores."""
+    others = os.sched_getaffinity(0) - {core}
+    this_process = psutil.Process()
+    for process in (this_process, *this_process.children(recursive=True)):
+        is_engine = "engine.process" in process.cmdline()
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, {core} if is_engine else others)
 
 
 async def overload(load: LoadOptions, rate: float, seconds: float) -> tuple[list[Exchange], list[float]]:
