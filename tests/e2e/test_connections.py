@@ -15,7 +15,7 @@ pytestmark = pytest.mark.alone
 NUM_CONNECTIONS = num_examples(500, 4096)
 MAX_BYTES = (300 << 20) // 4096  # of the API process, for each connection
 SLACK_BYTES = 16 << 20
-MAX_DELAY = 0.1  # seconds, usually; the machine itself may be busy
+MAX_DELAY = 0.5  # seconds, usually; other tests and programs take their part of the cores
 
 
 @pytest.mark.checklist("A16")

@@ -55,7 +55,7 @@ def long_requests(server: RunningServer, count: int, key: str = KEYS[0]) -> Iter
 
 @pytest.fixture
 def guarded(start_server: StartServer, fake_engine: FakeEngine) -> RunningServer:
-    fake_engine.config.max_num_seqs = 64
+    fake_engine.config.max_num_seqs, fake_engine.config.max_model_len = 64, 1 << 20
     return start_server(api_key=KEYS)
 
 
