@@ -177,7 +177,8 @@ def _huggingface_fields(family: Family, metadata: Fields, file: GGUFFile) -> Fie
     num_ignored = metadata.integer(keys["num_nextn_predict_layers"], 0, minimum=0, maximum=num_blocks - 1)
     values["num_hidden_layers"] = num_blocks - num_ignored
     values["attention_k_eq_v"] = any(
-        f"blk.{index}.attn_k.weight" in tensors and not {f"blk.{index}.{name}.weight" for name in V_NAMES} & {*tensors}
+        f"blk.{index}.attn_k.weight" in tensors
+        and tensors.keys().isdisjoint(f"blk.{index}.{v}.weight" for v in V_NAMES)
         for index in range(num_blocks)
     )
     pattern = values.get("sliding_window_pattern")

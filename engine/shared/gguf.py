@@ -24,6 +24,7 @@ from engine.shared.ggml import GGML_TYPES
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4
+MAX_ENTRIES = 1 << 16  # tensors, and keys; more are a damaged file
 MAX_SHOWN = 200  # characters of a name in an error message
 DEFAULT_ALIGNMENT = 32
 PART_NAME = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -293,7 +294,14 @@ def _read_header(reader: _Reader) -> tuple[int, int]:
         raise reader.error("version", "the file is big-endian; only little-endian GGUF files are supported")
     if version not in VERSIONS:
         raise reader.error("version", f"GGUF version {version} is not supported (supported: 2 and 3)")
-    return reader.number(UINT64, "tensor count"), reader.number(UINT64, "metadata count")
+    return _read_count(reader, "tensor count"), _read_count(reader, "metadata count")
+
+
+def _read_count(reader: _Reader, field: str) -> int:
+    count: int = reader.number(UINT64, field)
+    if count > MAX_ENTRIES:
+        raise reader.error(field, f"must be at most {MAX_ENTRIES}, not {count}")
+    return count
 
 
 def _read_tensor_entry(reader: _Reader, index: int) -> TensorInfo:
