@@ -112,13 +112,11 @@ class Disturbances:
 
     async def run(self, rng: random.Random, until: float) -> None:
         """Do one of the things after which nothing may fail, again and again until the time `until`."""
-        kinds = (
-            *(self._stop_engine, self._stop_api, self._kill_templates, self._kill_checker),
-            *(self._change_keys, self._block_log),
-        )
+        often = (self._stop_engine, self._stop_api, self._change_keys, self._block_log)
+        once = [self._kill_templates, self._kill_checker]  # a request is tried again after one death of theirs
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, rng.uniform(0.5, 5)))
-            kind = rng.choice(kinds)
+            kind = once.pop() if once and rng.random() < 0.3 else rng.choice(often)
             try:
                 await kind(rng)
             except Exception as error:
