@@ -1,5 +1,6 @@
 """The parts of an answer's text: reasoning, content, and tool calls."""
 
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -14,3 +15,22 @@ class PartKind(StrEnum):
 class AnswerPart(NamedTuple):
     kind: PartKind
     text: str
+
+
+class HeldText:
+    """Pieces of text that a parser has not decided about yet, and their length, which is needed after each token."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self.num_chars = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def append(self, text: str) -> None:
+        self._pieces.append(text)
+        self.num_chars += len(text)
+
+    def clear(self) -> None:
+        self._pieces.clear()
+        self.num_chars = 0

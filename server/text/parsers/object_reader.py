@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from server.text.parsers.answer_parts import AnswerPart, PartKind
+from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind
 from server.text.parsers.call_reader import Progress
 from server.text.parsers.json_scanner import JSONScanner
 from server.text.parsers.tool_formats import ObjectCall
@@ -43,7 +43,7 @@ class ObjectCallReader:
         )
         self._arguments_first = re.compile(rf'\{{\s*{_OTHER_MEMBERS}"(?:{arguments})"\s*:\s*\{{')
         self._scanner = JSONScanner()
-        self._object: list[str] = []  # text read but undecided
+        self._object = HeldText()
         self._state = self._first_key
         self._progress: Progress | None = None
 
@@ -53,7 +53,7 @@ class ObjectCallReader:
 
     @property
     def num_held(self) -> int:
-        return sum(map(len, [*self._object, self.unread]))
+        return self._object.num_chars + len(self.unread)
 
     def push(self, text: str) -> Progress:
         self.unread += text

@@ -12,7 +12,7 @@ last one is removed, like the markers. Each character is read once or twice, so 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from server.text.parsers.answer_parts import AnswerPart, PartKind
+from server.text.parsers.answer_parts import AnswerPart, HeldText, PartKind
 from server.text.parsers.argument_values import Schema
 from server.text.parsers.call_head import Head
 from server.text.parsers.call_reader import (
@@ -60,7 +60,7 @@ class ToolParser:
         self._separator = format.separator.strip()
         self._state = self._seek
         self._buffer = ""  # unread text
-        self._held: list[str] = []  # text read but undecided: layout and markers before a call
+        self._held = HeldText()  # layout and markers before a call
         self._openers: list[str] = []  # texts that may follow before the object of a call
         self._heads: Sequence[Head] = ()  # of the calls that may follow
         self._reader: CallReader | None = None
@@ -83,7 +83,7 @@ class ToolParser:
     def num_held(self) -> int:
         """Number of characters held back."""
         in_reader = 0 if self._reader is None else self._reader.num_held
-        return sum(map(len, [self._buffer, *self._held])) + in_reader
+        return len(self._buffer) + self._held.num_chars + in_reader
 
     def push(self, text: str) -> list[AnswerPart]:
         """Read the next piece of text; return the parts that it completes."""

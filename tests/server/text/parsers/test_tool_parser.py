@@ -354,10 +354,19 @@ def test_time_is_linear() -> None:
         parser = ToolParser(format, NAMES)
         for begin in range(0, len(text), 4):
             parser.push(text[begin : begin + 4])
+            assert parser.num_held >= 0  # as the server asks after each token
         parser.finish()
         return time.process_time() - start
 
-    for unit in ("[", '{"arguments":{"a":', '<tool_call>{"', '<tool_call>{"arguments":{', " <tool_call>[", '{"\\'):
+    for unit in (
+        " \n",
+        "[",
+        '{"arguments":{"a":',
+        '<tool_call>{"',
+        '<tool_call>{"arguments":{',
+        " <tool_call>[",
+        '{"\\',
+    ):
         for opening in ('<tool_call>{"name": "f", "arguments": {', '<tool_call>{"arguments": {"', ""):
             short, long = (
                 min(seconds(opening + unit * (size // len(unit))) for _ in range(2)) for size in (1 << 14, 1 << 16)
