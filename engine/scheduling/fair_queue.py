@@ -18,6 +18,7 @@ from itertools import chain
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.request import Request
 
+FEW_BLOCKS = 2  # a request needs few blocks beside one that holds at least this many times as many
 MAX_IDLE_TENANTS = 4096  # whose counters are kept while others wait
 
 
@@ -112,26 +113,36 @@ class FairQueue:
         ready = [head for head in heads if head is not None]
         if len(ready) < 2:
             return ready[0] if ready else None
-        return min(ready, key=lambda head: (self._share(head.tenant), self.counters[head.tenant], order_key(head)))
+        return min(ready, key=self._turn)
 
-    def displaced_by(self, request: Request) -> Request | None:
+    def _turn(self, head: Request) -> tuple[float, float, bool, tuple[float, int, int]]:
+        """Return the order of waiting requests of different tenants. One that was preempted has had its turn."""
+        tenant = head.tenant
+        return (self._share(tenant), self.counters[tenant], bool(head.record.preemptions), order_key(head))
+
+    def displaced_by(self, request: Request, *, lacks_blocks: bool) -> Request | None:
         """Return the running request that makes room for a waiting one, or None if no tenant holds too much.
 
         The tenant that loses it still has no smaller share than the one that gains, so they do not take turns in
-        preempting each other. It is never a tenant's only request.
+        preempting each other. A tenant's only request makes room if the other `lacks_blocks` and needs few beside it:
+        to displace the other by the same rule, it would have to wait until that one has grown many times over.
         """
-        tenants = [
-            tenant for tenant, queue in self.running.by_tenant.items() if tenant != request.tenant and len(queue) > 1
-        ]
-        if not tenants:
-            return None
-        largest = self.running.of(max(tenants, key=self._share))
-        newest, own = largest[-1], self.running.of(request.tenant)
-        num_blocks = self.kv.num_held(request.tenant) + self.kv.num_blocks_for(request.num_tokens)
-        gained = self._dominant_share(len(own) + 1, num_blocks, request.weight)
-        num_blocks = self.kv.num_held(newest.tenant) - self.kv.num_unshared(newest)
-        left = self._dominant_share(len(largest) - 1, num_blocks, newest.weight)
-        return newest if left >= gained else None
+        others = [tenant for tenant in self.running.by_tenant if tenant != request.tenant]
+        num_needed = self.kv.num_held(request.tenant) + self.kv.num_blocks_for(request.num_tokens)
+        if several := [tenant for tenant in others if len(self.running.of(tenant)) > 1]:
+            largest = self.running.of(max(several, key=self._share))
+            newest, own = largest[-1], self.running.of(request.tenant)
+            gained = self._dominant_share(len(own) + 1, num_needed, request.weight)
+            num_blocks = self.kv.num_held(newest.tenant) - self.kv.num_unshared(newest)
+            if self._dominant_share(len(largest) - 1, num_blocks, newest.weight) >= gained:
+                return newest
+        single = [self.running.of(tenant)[0] for tenant in others if len(self.running.of(tenant)) == 1]
+        if lacks_blocks and single:
+            num_held = {some: self.kv.num_held(some.tenant) / some.weight for some in single}
+            only = max(single, key=num_held.__getitem__)
+            if num_held[only] >= FEW_BLOCKS * num_needed / request.weight:
+                return only
+        return None
 
     def newest(self) -> Request:
         """Return the running request that is preempted when memory is short.

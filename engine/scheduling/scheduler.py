@@ -64,6 +64,7 @@ class StepInProgress:
     num_free: int  # rows that are neither given out nor reserved: each running request has one until its turn
     head: Request | None  # the waiting request that starts next; None: none can
     scheduled: dict[Request, Scheduled] = field(default_factory=dict)
+    admitted: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
 
 
@@ -238,12 +239,14 @@ class Scheduler:
                 return False
             if has_slot and self.kv.admit(request, self.running, min(self.max_chunk, draft.num_free)):
                 break
-            if (victim := self.queue.displaced_by(request)) is None:
+            victim = self.queue.displaced_by(request, lacks_blocks=has_slot)
+            if victim is None or victim in draft.admitted:
                 return False
             with self.lifecycle.isolated(victim):
                 self._preempt(victim, draft)
         self.waiting.remove(request)
         self.running.add(request)
+        draft.admitted.append(request)
         request.status = Status.RUNNING
         if request.record.scheduled is None:
             _record_first_schedule(request, self.stats)

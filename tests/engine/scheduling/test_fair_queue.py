@@ -363,3 +363,37 @@ def test_under_attack_the_first_token_of_another_tenant_comes_within_three_steps
             attack(rig, rng)
             rig.step()
         assert request.num_output_tokens > 0
+
+
+@pytest.mark.parametrize("num_tenants", [1, 2, 3, 7])
+@pytest.mark.parametrize("max_tokens", [300, 2000])
+def test_huge_requests_of_many_tenants_do_not_keep_a_small_one_waiting(num_tenants: int, max_tokens: int) -> None:
+    """Each tenant has one request, and together they hold nearly all blocks. Whoever is preempted goes on soon."""
+    rig = Rig(max_num_seqs=16, max_num_batched_tokens=256, num_blocks=1000)
+    length = 3980 // num_tenants - 50
+    huge = [rig.add(f"a{number}", length, min(max_tokens, 4000 - length)) for number in range(num_tenants)]
+    while not all(request.num_output_tokens for request in huge):
+        rig.step()
+    for number in range(20):
+        small = rig.add(f"b{number}", 100, 16)
+        for _ in range(3):
+            rig.step()
+        assert small.num_output_tokens > 0
+        while small.status is not Status.FINISHED:
+            rig.step()
+    assert rig.num_preemptions <= 20 + num_tenants
+    run(rig)
+
+
+def test_two_requests_that_do_not_fit_together_do_not_take_turns() -> None:
+    """The smaller one gets the blocks while it is small, and keeps them."""
+    rig = Rig(max_num_seqs=16, max_num_batched_tokens=256, num_blocks=500)
+    first = rig.add("a", 1200, 700)
+    while not first.num_output_tokens:
+        rig.step()
+    second = rig.add("b", 500, 1400)
+    rig.step()
+    assert rig.running("b")
+    run(rig)
+    assert rig.num_preemptions <= 3
+    assert second.status is first.status is Status.FINISHED

@@ -26,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.config import KVGroup
 from engine.scheduling.block_pool import Block, BlockPool
 from engine.scheduling.budget import StepBudget
+from engine.scheduling.fair_queue import FEW_BLOCKS
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.record import Recorder
 from engine.scheduling.request import Request, Scheduled, ScheduledOutput, Status, Step, choice_seed, new_request
@@ -394,6 +395,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self) -> None:
         running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
         demand, num_free = self.demand_of_running(), self.scheduler.pool.num_free
+        self.head_before = self.scheduler.queue.next_waiting()
         self.step = self.scheduler.schedule()
         if self.step is None:
             assert not running
@@ -463,7 +465,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             ]
         for item in step.faults:
             assert state_of_request(item.request) == before[item.request]
-            scheduler.check()
+        scheduler.check()
+        for item in step.faults:
             again = Step(step.step_id, [item])
             is_broken = rows[step.scheduled.index(item)].error is not None
             events += scheduler.update(again, self.model.run(again, 0 if is_broken else None))
@@ -578,6 +581,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         lacking = sum(kv.num_blocks_for(request.num_tokens) - len(request.kv.blocks) for request in running)
         head = self.scheduler.queue.next_waiting()
         assert head is not None
+        if head is not self.head_before:  # it has become the first while tokens were given out
+            return
         assert kv.num_blocks_for(head.num_tokens) + kv.watermark + lacking > kv.pool.num_free
 
     def watch_waiting(self, waiting: list[Request], admitted: list[Request]) -> None:
@@ -767,7 +772,7 @@ class TenantsMachine(SchedulerMachine):
         for tenant in self.weights:
             before = [request.status is Status.RUNNING for request in running if request.tenant == tenant]
             assert before == sorted(before, reverse=True), "the newest are preempted"
-            if before and not any(before):
+            if before and not any(before) and not self.is_large(tenant, waiting):
                 assert not any(request.status is Status.RUNNING for request in self.of(waiting, tenant))
                 counts = Counter(request.tenant for request in self.scheduler.running)
                 assert max(counts.values()) == 1, "a tenant's only request is preempted"
@@ -776,6 +781,16 @@ class TenantsMachine(SchedulerMachine):
         if not is_short and len({request.tenant for request in (*running, *waiting)}) == 1:
             super().expect_order(running, waiting, is_short=is_short)
         self.expect_no_excess(running)
+
+    def is_large(self, tenant: str, waiting: list[Request]) -> bool:
+        """Return whether a tenant held many times the blocks of another one's request that waited."""
+        needed = [
+            Fraction(self.scheduler.kv.num_blocks_for(request.num_tokens)) / Fraction(self.weights[request.tenant])
+            for request in waiting
+            if request.tenant != tenant
+        ]
+        held = Fraction(self.blocks_before[tenant]) / Fraction(self.weights[tenant])
+        return any(held >= FEW_BLOCKS * number for number in needed)
 
     def excess(self) -> dict[str, Fraction]:
         """Return, for the tenants that hold most, their share without their newest request."""
@@ -788,6 +803,7 @@ class TenantsMachine(SchedulerMachine):
     @rule()
     def schedule(self) -> None:
         self.excess_before = self.excess()
+        self.blocks_before = {tenant: self.scheduler.kv.num_held(tenant) for tenant in self.weights}
         super().schedule()
 
     @staticmethod
