@@ -53,7 +53,7 @@ GENERAL_KEYS = (
 
 def some(cases: list[Any], name: str) -> list[Any]:
     """Return some of the cases, which differ from file to file."""
-    return random.Random(name).sample(cases, min(num_examples(6, 250), len(cases)))
+    return random.Random(name).sample(cases, min(num_examples(6, 100), len(cases)))
 
 
 @pytest.mark.drawn
