@@ -29,7 +29,8 @@ def position_bytes(logprobs: TokenLogprobs) -> int:
 
 def too_large(body: GenerationRequest, max_tokens_field: str, max_bytes: int) -> InvalidValueError:
     """Return the error of a request whose answer would be larger than `max_bytes`: it names the field to reduce."""
-    numbers = {name: getattr(body, name, None) or 0 for name in ("top_logprobs", "logprobs", "prompt_logprobs")}
+    declared = type(body).model_fields.keys() & {"top_logprobs", "logprobs", "prompt_logprobs"}
+    numbers = {name: getattr(body, name) or 0 for name in sorted(declared)}
     param = max(numbers, key=lambda name: numbers[name])
     if not numbers[param]:
         param = "n" if body.num_choices > 1 else max_tokens_field

@@ -130,9 +130,8 @@ class ResponseStore:
 
     def _next_to_go(self) -> OwnedId:
         """Return the least recently used response of the owner that holds most, of the two limits together."""
-        owner = largest_owner(
-            (each.owner, 1 / self._max_responses + each.num_bytes / self._max_bytes) for each in self._by_id.values()
-        )
+        share, byte_share = 1 / max(1, self._max_responses), 1 / max(1, self._max_bytes)
+        owner = largest_owner((each.owner, share + each.num_bytes * byte_share) for each in self._by_id.values())
         return next(key for key in self._by_id if key[0] == owner)
 
     def _remove(self, key: OwnedId) -> StoredResponse | None:
