@@ -98,11 +98,11 @@ class Report:
         self.problems.append(f"round {len(self.rounds)}: {text}"[:1000])
 
     def growth(self) -> list[str]:
-        """Return which process holds more at the end than it did early."""
+        """Return which process holds more at the end than it did early, in more than one round."""
         if len(self.rounds) < 4 or not all(each.resources for each in self.rounds):
             return []
         quarter = len(self.rounds) // 4
-        early, late = self.rounds[quarter : 2 * quarter], self.rounds[-quarter:]
+        early, late = self.rounds[quarter : 2 * quarter], self.rounds[-max(2, quarter) :]
         grown = []
         for name, max_bytes in MAX_MORE_BYTES.items():
             for what, limit in (
@@ -110,7 +110,8 @@ class Report:
                 ("num_threads", MAX_MORE_THREADS),
                 ("num_files", MAX_MORE_FILES),
             ):
-                before, after = (median(getattr(each.resources[name], what) for each in part) for part in (early, late))
+                before = median(getattr(each.resources[name], what) for each in early)
+                after = min(getattr(each.resources[name], what) for each in late)
                 if after - before > limit:
                     grown.append(f"{name}: {what} grew from {before:.0f} to {after:.0f}")
         return grown
