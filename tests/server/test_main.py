@@ -282,9 +282,14 @@ def channel() -> Iterator[tuple[Channel, Channel]]:
 def test_restart_of_the_engine(start_api: StartApi, address: str, channel: tuple[Channel, Channel]) -> None:
     supervisor, api_end = channel
     api = start_api(SLOW | {"max_num_seqs": 1}, supervisor_fd=api_end.fileno())
-    beats = supervisor.receive()
+    beats = [*supervisor.receive()]
     assert beats[0] == Heartbeat(0)
-    assert beats[-1] == Heartbeat(api.engine.pid)
+
+    def is_announced() -> bool:
+        beats.extend(supervisor.receive())
+        return beats[-1] == Heartbeat(api.engine.pid)
+
+    wait_until(is_announced)
     running_stream = Background(lambda: api.complete(max_tokens=2000, stream=True))
     wait_until(lambda: running(api) == 1)
     waiting = [Background(partial(api.complete, max_tokens=5, stream=stream)) for stream in (False, True)]
