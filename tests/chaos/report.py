@@ -10,7 +10,8 @@ from statistics import median
 import psutil
 
 # Growth between the second quarter of the rounds and the last one that counts as none.
-MAX_MORE_BYTES = {"engine": 64 << 20, "API": 32 << 20, "supervisor": 4 << 20}
+# The API process may store 64 MiB of responses.
+MAX_MORE_BYTES = {"engine": 64 << 20, "API": 96 << 20, "supervisor": 4 << 20}
 MAX_MORE_THREADS = 4  # threads for texts are started when they are needed
 MAX_MORE_FILES = 6  # so are processes for chat templates and grammars
 
