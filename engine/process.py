@@ -139,24 +139,30 @@ def main() -> None:
     die_with_parent(os.getppid())
     process_config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineProcessConfig)
     close_log = configure_logging(process_config.log_level, process_config.log_format)
+    exit_code = run(process_config)
+    close_log()
+    os._exit(exit_code)  # sys.exit would take the interpreter and torch apart for half a second
+
+
+def run(process_config: EngineProcessConfig) -> int:
+    """Serve until SIGTERM or a failure. Return the exit code."""
     try:
         loop = start(process_config)
     except (ValueError, OSError, torch.OutOfMemoryError, BrokenDeviceError) as error:
         logger.error("%s", error)
-        close_log()
-        sys.exit(1)
+        return 1
     try:
         loop.run(process_config.config.step_timeout)
+    except SystemExit:  # of `leave`
+        return 0
     except BrokenDeviceError as error:
         logger.error("the engine cannot go on: %s", error)
-        sys.exit(1)
     except Exception:
         logger.exception("the engine cannot go on")
-        sys.exit(1)
     finally:
         faulthandler.cancel_dump_traceback_later()
         loop.connections.close()
-        close_log()
+    return 1
 
 
 def start(process_config: EngineProcessConfig) -> EngineLoop:

@@ -286,8 +286,8 @@ class Supervisor:
         if engine.has_ended:
             self._tell(EngineGone("its process has ended, and the server is shutting down"))
         self._stop(api, self._drain_timeout + DRAIN_GRACE_SECONDS)
-        self._stop(engine, STOP_SECONDS)
-        failed = [child for child in (engine, api) if not child.ended_well]
+        was_in_step = not self._stop(engine, STOP_SECONDS)  # whose result nobody waits for
+        failed = [child for child in (engine, api) if not child.ended_well and not (child is engine and was_in_step)]
         for child in failed:
             self._report(child.outcome)
         return 1 if failed else 0
@@ -296,10 +296,12 @@ class Supervisor:
         """Print how a child ended, as the last line if the server ends. The child itself has logged the cause."""
         print_error(message, logger=__name__, log_format=self._log_format)
 
-    def _stop(self, child: Child, seconds: float) -> None:
+    def _stop(self, child: Child, seconds: float) -> bool:
+        """Ask the child to end, and kill it after `seconds`. Return whether it has ended before that."""
         child.terminate()
         self._wait_for(child, seconds)
         child.kill()
+        return child.has_ended
 
     def _wait_for(self, child: Child, seconds: float) -> None:
         """Wait for the child to end, at most `seconds`, or `DEATH_GRACE_SECONDS` from the death of the other child.
