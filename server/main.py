@@ -46,6 +46,7 @@ from server.engine_client.supervisor_channel import (
     EngineStarted,
     Heartbeat,
 )
+from server.garbage import collect_in_steps
 from server.http.errors import EngineUnavailableError
 from server.http.protocol import HTTPProtocol
 from server.metrics import Metrics
@@ -134,6 +135,7 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
                 forwarded_allow_ips=settings.forwarded_allow_ips,
             )
             collect_garbage()
+            collect_in_steps()
             address = url(sockets[0], is_tls=certificate is not None)
             logger.debug("%s is open for health probes", address)
             channel = None if config.supervisor_fd is None else Channel.from_fd(config.supervisor_fd)
