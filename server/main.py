@@ -8,6 +8,7 @@ the exit code is 1. The configuration comes from standard input only, never from
 import asyncio
 import contextlib
 import faulthandler
+import functools
 import logging
 import math
 import os
@@ -48,7 +49,7 @@ from server.engine_client.supervisor_channel import (
 )
 from server.garbage import collect_in_steps
 from server.http.errors import EngineUnavailableError
-from server.http.protocol import HTTPProtocol
+from server.http.protocol import HTTPProtocol, Room
 from server.metrics import Metrics
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
@@ -263,14 +264,15 @@ def make_server(
         server_header=False,
         proxy_headers=bool(forwarded_allow_ips),
         forwarded_allow_ips=list(forwarded_allow_ips),
-        limit_concurrency=max_connections,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
         backlog=ACCEPTS_AT_ONCE,
     )
     config.load()
+    make_http: Callable[..., asyncio.Protocol] = functools.partial(protocol, room=Room(max_connections))
     if certificate is not None:
-        config.http_protocol_class = cast("type[asyncio.Protocol]", Handshakes(certificate.context, protocol))
+        make_http = Handshakes(certificate.context, make_http)
+    config.http_protocol_class = cast("type[asyncio.Protocol]", make_http)
     return APIServer(config, certificate)
 
 

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 SLICE_BYTES = 16 << 10
 WRITE_BUFFER_BYTES = 16 << 10  # of what the client has not read, when writing pauses
 STALL_SECONDS = 1.0  # without an expected byte from the client, after which a request in progress can make room
+PIECE_BYTES = 4 << 10  # of a body, which are passed on together
 HEAD_END = b"\r\n\r\n"
 LENGTH = b"content-length:"
 VERSIONS = (b"1.0", b"1.1")
@@ -40,23 +41,47 @@ class StrictConnection(h11.Connection):
 
     h11 itself rejects a repeated Transfer-Encoding, codings other than chunked, contradictory lengths, and invalid
     names, values and chunk sizes.
+
+    Small pieces of a body are put together, so that a body that trickles does not wake the application for each byte.
     """
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER)
         self._receive_buffer = StrictReceiveBuffer()
+        self._piece = bytearray()  # of a body
+        self._end: h11.EndOfMessage | None = None  # of the body whose last piece has been returned
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        event = super().next_event()
+        if self._end is not None:
+            end, self._end = self._end, None
+            return end
+        while isinstance(event := super().next_event(), h11.Data):
+            if not self._piece and len(event.data) >= PIECE_BYTES:
+                return event
+            self._piece += event.data
+            if len(self._piece) >= PIECE_BYTES:
+                return self._take_piece()
+        if isinstance(event, h11.EndOfMessage) and self._piece:
+            self._end = event
+            return self._take_piece()
         if isinstance(event, h11.Request):
-            if event.http_version not in VERSIONS:
-                raise h11.RemoteProtocolError("unknown version of HTTP")
-            framing = [name for name, _ in event.headers if name in (b"content-length", b"transfer-encoding")]
-            if len(framing) > 1:
-                raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
-            if framing == [b"transfer-encoding"] and event.http_version == b"1.0":
-                raise h11.RemoteProtocolError("Transfer-Encoding in HTTP/1.0")
+            check_framing(event)
         return event
+
+    def _take_piece(self) -> h11.Data:
+        piece, self._piece = self._piece, bytearray()
+        return h11.Data(data=bytes(piece))
+
+
+def check_framing(request: h11.Request) -> None:
+    """Raise RemoteProtocolError if the version or the end of a request is not certain."""
+    if request.http_version not in VERSIONS:
+        raise h11.RemoteProtocolError("unknown version of HTTP")
+    framing = [name for name, _ in request.headers if name in (b"content-length", b"transfer-encoding")]
+    if len(framing) > 1:
+        raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+    if framing == [b"transfer-encoding"] and request.http_version == b"1.0":
+        raise h11.RemoteProtocolError("Transfer-Encoding in HTTP/1.0")
 
 
 class StrictReceiveBuffer(ReceiveBuffer):
@@ -87,19 +112,60 @@ class StrictReceiveBuffer(ReceiveBuffer):
         self._num_checked = len(self._data)
 
 
+class Room:
+    """Makes room for a new connection where there are too many."""
+
+    def __init__(self, max_connections: int) -> None:
+        self._max_connections = max_connections
+        self._next: list[tuple[HTTPProtocol, float]] = []  # the last one is closed first; since when they wait
+        self._chosen_at = 0.0
+
+    def make_for(self, newcomer: "HTTPProtocol") -> bool:
+        """Close the connection that has waited longest for its client, of the network that has most of them.
+
+        Return False if there is none to close.
+        """
+        if len(newcomer.connections) <= self._max_connections or self._close_one():
+            return True
+        others = [other for other in newcomer.open_connections() if other is not newcomer]
+        if len(others) < self._max_connections:
+            return True
+        stalled = [other for other in others if other.is_stalled]
+        num_of_network = Counter(other.network for other in stalled)
+        # Several at a time, since looking at all connections for each newcomer would take the event loop's time.
+        first = nsmallest(
+            1 + self._max_connections // 64,
+            stalled,
+            key=lambda other: (-num_of_network[other.network], other.waiting_since),
+        )
+        self._next = [(other, other.waiting_since) for other in reversed(first)]
+        self._chosen_at = time.monotonic()
+        return self._close_one()
+
+    def _close_one(self) -> bool:
+        """Close the next of those that were chosen, if they are still the ones to close."""
+        if time.monotonic() - self._chosen_at > STALL_SECONDS:
+            self._next.clear()
+        while self._next:
+            other, waiting_since = self._next.pop()
+            if other.waiting_since == waiting_since and other.is_stalled and not other.transport.is_closing():
+                other.transport.abort()
+                return True
+        return False
+
+
 class HTTPProtocol(H11Protocol):
-    """One connection. uvicorn's `limit_concurrency` is the maximum number of connections."""
+    """One connection."""
 
     head_timeout = 30.0  # seconds from a request's first byte to the end of its head
     write_timeout = 30.0  # seconds that the write buffer may stay full
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, room: Room, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = StrictConnection()
-        self._max_connections = self.limit_concurrency or sys.maxsize
-        self.limit_concurrency = None  # the base class would count idle connections too, and reply in plain text
-        self._network = ""  # of the client
-        self._waiting_since = 0.0  # when the server began to wait for the client, if it does
+        self.network = ""  # of the client
+        self.waiting_since = 0.0  # when the server began to wait for the client, if it does
+        self._room = room
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -114,16 +180,21 @@ class HTTPProtocol(H11Protocol):
         if self.is_idle:
             return True
         is_waiting = self.cycle.more_body or self.flow.write_paused
-        return is_waiting and time.monotonic() - self._waiting_since > STALL_SECONDS
+        return is_waiting and time.monotonic() - self.waiting_since > STALL_SECONDS
+
+    def open_connections(self) -> list["HTTPProtocol"]:
+        """Return the connections that are not closing."""
+        connections = (other for other in self.connections if isinstance(other, HTTPProtocol))
+        return [other for other in connections if not other.transport.is_closing()]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._network = network_of(self.client[0] if self.client else "")
+        self.network = network_of(self.client[0] if self.client else "")
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self._waiting_since = time.monotonic()
+        self.waiting_since = time.monotonic()
         self._watch_head()
-        if len(self.connections) > self._max_connections:
-            self._make_room()
+        if not self._room.make_for(self):
+            self._refuse(EngineUnavailableError("The server has too many connections.", code="server_is_overloaded"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
@@ -142,16 +213,16 @@ class HTTPProtocol(H11Protocol):
                 return
             super().data_received(data[start : start + SLICE_BYTES])
         if self.cycle is not cycle:
-            self._waiting_since = time.monotonic()
+            self.waiting_since = time.monotonic()
         self._watch_head()
 
     def on_response_complete(self) -> None:
-        self._waiting_since = time.monotonic()
+        self.waiting_since = time.monotonic()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._waiting_since = time.monotonic()
+        self.waiting_since = time.monotonic()
         self._write_timer = self.loop.call_later(self.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
@@ -194,28 +265,6 @@ class HTTPProtocol(H11Protocol):
         self._head_timer = None
         if self.is_idle:
             self.transport.abort()
-
-    def _make_room(self) -> None:
-        others = [other for other in self._open_connections() if other is not self]
-        if len(others) < self._max_connections:
-            return
-        stalled = [other for other in others if other.is_stalled]
-        if not stalled:
-            self._refuse(EngineUnavailableError("The server has too many connections.", code="server_is_overloaded"))
-            return
-        num_of_network = Counter(other._network for other in stalled)
-        # Several at a time, since looking at all connections for each newcomer would take the event loop's time.
-        for other in nsmallest(
-            1 + self._max_connections // 64,
-            stalled,
-            key=lambda other: (-num_of_network[other._network], other._waiting_since),
-        ):
-            other.transport.abort()
-
-    def _open_connections(self) -> list["HTTPProtocol"]:
-        """Return the connections that are not closing."""
-        connections = (other for other in self.connections if isinstance(other, HTTPProtocol))
-        return [other for other in connections if not other.transport.is_closing()]
 
     def _refuse(self, error: APIError) -> None:
         """Send an error without calling the application, and close the connection.

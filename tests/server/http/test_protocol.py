@@ -6,7 +6,10 @@ import re
 import select
 import socket
 import time
+from collections.abc import Iterator
+from typing import Any
 
+import h11
 import httpx
 import pytest
 
@@ -211,6 +214,47 @@ def test_idle_connections_make_room(start_server: StartServer) -> None:
     finally:
         for connection in idle:
             connection.close()
+
+
+@pytest.mark.checklist("A16")
+def test_a_new_connection_closes_one_which_has_waited_longest(start_server: StartServer) -> None:
+    """Not more, so that clients that connect again at once cost little; and what was used since then stays open."""
+    server = start_server(server={"max_connections": 128})
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(server.connect()) for _ in range(129)]
+        wait_until(lambda: is_cut(idle[0]))
+        idle[1].sendall(raw_request("GET", "/health"))
+        assert read_response(idle[1])[0] == 200
+        stack.enter_context(server.connect())
+        wait_until(lambda: is_cut(idle[2]))
+        assert [number for number, connection in enumerate(idle) if is_cut(connection)] == [0, 2]
+
+
+@pytest.mark.checklist("A16")
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_that_trickles_is_passed_on_in_pieces(is_chunked: bool) -> None:
+    """Not each byte, which would wake the application; what follows the body is not part of it."""
+    body = bytes(range(256)) * 40
+    pieces = [b"1\r\n%c\r\n" % byte for byte in body] + [b"0\r\n\r\n"] if is_chunked else [bytes([x]) for x in body]
+    connection = protocol.StrictConnection()
+    connection.receive_data(CHUNKED if is_chunked else POST + b"content-length: %d\r\n\r\n" % len(body))
+    events = list(events_of(connection))
+    for piece in pieces[:-1]:
+        connection.receive_data(piece)
+        events += events_of(connection)
+    connection.receive_data(pieces[-1] + SMUGGLED)
+    events += events_of(connection)
+    request, *data, end = events
+    assert isinstance(request, h11.Request)
+    assert [len(event.data) for event in data] == [4096, 4096, 2048]
+    assert b"".join(event.data for event in data) == body
+    assert isinstance(end, h11.EndOfMessage)
+    assert connection.trailing_data == (SMUGGLED, False)
+
+
+def events_of(connection: protocol.StrictConnection) -> Iterator[Any]:
+    while (event := connection.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+        yield event
 
 
 @pytest.mark.checklist("A09")
