@@ -34,12 +34,14 @@ def too_large(body: GenerationRequest, max_tokens_field: str, max_bytes: int) ->
     param = max(numbers, key=lambda name: numbers[name])
     if not numbers[param]:
         param = "n" if body.num_choices > 1 else max_tokens_field
-    answer = "answer that has not been read yet" if body.stream else "answer"
-    message = (
-        f"Invalid '{param}': the {answer} takes more than {max_bytes} bytes of memory, the limit of this server "
-        "(--max-buffered-bytes)."
-    )
-    return InvalidValueError(message, param=param, code=None)
+    return too_large_error(param, "answer that has not been read yet" if body.stream else "answer", max_bytes)
+
+
+def too_large_error(param: str | None, answer: str, max_bytes: int) -> InvalidValueError:
+    """Return the error of a request whose answer, called `answer`, would be larger than `max_bytes`."""
+    message = f"the {answer} takes more than {max_bytes} bytes of memory, the limit of this server"
+    start = "" if param is None else f"Invalid '{param}': "
+    return InvalidValueError(f"{start}{message} (--max-buffered-bytes).", param=param, code=None)
 
 
 def prompt_bytes(body: GenerationRequest, submits: Sequence[Submit]) -> int:
@@ -51,6 +53,11 @@ def prompt_bytes(body: GenerationRequest, submits: Sequence[Submit]) -> int:
 def least_bytes(body: GenerationRequest, submits: Sequence[Submit]) -> int:
     """Return the least size that the answer can have, of what is in memory at once."""
     return prompt_bytes(body, submits) + sum(submit.n * _choice_bytes(body, submit) for submit in submits)
+
+
+def least_embedding_bytes(submits: Sequence[Submit], hidden_size: int) -> int:
+    """Return the least size of the embeddings of prompts, each of which has `hidden_size` numbers."""
+    return NUMBER_BYTES * hidden_size * sum(submit.params.pooling is not None for submit in submits)
 
 
 def _choice_bytes(body: GenerationRequest, submit: Submit) -> int:

@@ -1,7 +1,7 @@
 """Runs many prompts of one request in the engine, for endpoints that do not stream: embeddings, scores."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -9,10 +9,13 @@ from fastapi import Request
 
 from engine.shared.messages import FinishReason, Submit, TokenEvent
 from server.context import ServerContext, get_context
+from server.engine_client.answer_budget import AnswerShare
+from server.engine_client.answer_size import least_embedding_bytes, too_large_error
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import RequestStream
 from server.generation.timings import ChoiceEnd
 from server.http.errors import ServerError
+from server.http.json_response import AnswerResponse
 from server.http.request_middleware import LOG_FIELDS
 from server.schemas.request_fields import QueueFields
 from server.tenants import get_tenant
@@ -32,32 +35,65 @@ class PromptBatch:
         return max(self.endings, key=lambda ending: (ending.times and ending.times.finished) or ending.received)
 
 
-async def run_prompts(
-    request: Request, body: QueueFields, make_submits: Callable[[], Sequence[Submit]], num_prompts: int, *, param: str
-) -> PromptBatch:
-    """Run prompts that end with their first event. If cancelled, abort them in the engine.
+async def answer_prompts(
+    request: Request,
+    body: QueueFields,
+    make_submits: Callable[[], Sequence[Submit]],
+    num_prompts: int,
+    *,
+    param: str,
+    write: Callable[[PromptBatch], bytes],
+    headers: Mapping[str, str],
+) -> AnswerResponse:
+    """Run prompts that end with their first event, and answer with what they led to, which counts until it is sent.
+
+    If cancelled, abort the prompts in the engine.
 
     Args:
         make_submits: makes the `num_prompts` prompts; runs in a thread after capacity for them is reserved.
         param: the field that holds the prompts, for errors.
+        write: makes the content of the answer; runs in a thread.
+        headers: those of the answer.
 
     Raises APIError.
     """
     context = get_context(request)
     # Reserve no more capacity than the engine can use at a time.
     size = min(num_prompts, context.client.ready_info().max_num_seqs, context.client.max_in_flight)
+    tenant, timeout = get_tenant(request), body.queue_timeout
+    with context.client.reserve(size, param=param, tenant=tenant, queue_timeout=timeout) as reservation:
+        too_large = too_large_error(param, "answer", context.answers.max_bytes)
+        share = reservation.answer = AnswerShare(context.answers, tenant, reservation.fail, too_large)
+        try:
+            batch = await _run_prompts(request, make_submits, reservation, size)
+            content = await context.run_text_work(request, write, batch)
+        except BaseException:
+            share.release()
+            raise
+    return AnswerResponse(content, share, headers)
+
+
+async def _run_prompts(
+    request: Request, make_submits: Callable[[], Sequence[Submit]], reservation: Reservation, size: int
+) -> PromptBatch:
+    """Run prompts, up to `size` at a time."""
+    context = get_context(request)
     events: list[TokenEvent] = []
     endings: list[ChoiceEnd] = []
-    client, tenant, timeout = context.client, get_tenant(request), body.queue_timeout
-    with client.reserve(size, param=param, tenant=tenant, queue_timeout=timeout) as reservation:
-        submits = await context.run_text_work(request, make_submits)
-        submitted = time.monotonic()
-        while len(events) < len(submits):
-            waiting = submits[len(events) :]
-            num_ready = reservation.count or await client.refill(reservation, min(size, len(waiting)))
-            for event, ending in await _run(context, waiting[:num_ready], reservation, request.state.request_id):
-                events.append(event)
-                endings.append(ending)
+    submits = await context.run_text_work(request, make_submits)
+    share = reservation.answer
+    if (
+        share is not None
+        and least_embedding_bytes(submits, context.model_config.hidden_size) > context.answers.max_bytes
+    ):
+        raise share.too_large
+    submitted = time.monotonic()
+    while len(events) < len(submits):
+        waiting = submits[len(events) :]
+        num_ready = reservation.count or await context.client.refill(reservation, min(size, len(waiting)))
+        for event, ending in await _run(context, waiting[:num_ready], reservation, request.state.request_id):
+            events.append(event)
+            endings.append(ending)
     num_prompt_tokens = sum(len(submit.prompt_token_ids) for submit in submits)
     request.scope["state"][LOG_FIELDS] = lambda: {"prompt_tokens": num_prompt_tokens}
     return PromptBatch(events, endings, num_prompt_tokens, submitted)

@@ -12,6 +12,8 @@ import msgspec
 from engine.shared.messages import FinishReason, Submit, TokenLogprobs
 from server.api.admin.schemas import Replay, ReplayDifference, ReplayedChoice, TokenAlternative, TokenDistribution
 from server.context import ServerContext
+from server.engine_client.answer_budget import AnswerShare
+from server.engine_client.answer_size import too_large_error
 from server.engine_client.streams import RequestStream
 from server.generation.choice_delta import json_logprob
 from server.http.errors import RecordedAdapterError, ServerError
@@ -32,17 +34,30 @@ async def replay(context: ServerContext, tenant: Tenant, request_id: str, record
     ]
     with contextlib.ExitStack() as stack:
         reservation = stack.enter_context(context.client.reserve(sum(submit.n for submit in submits), tenant=tenant))
+        too_large = too_large_error(None, "replayed answer", context.answers.max_bytes)
+        share = reservation.answer = AnswerShare(context.answers, tenant, reservation.fail, too_large)
+        stack.callback(share.release)
         streams = []
         for submit in submits:
             streams.append(context.client.submit(submit, reservation))
             stack.callback(streams[-1].close)
         replayed = [await _collect(stream, submit) for stream, submit in zip(streams, submits, strict=True)]
+        choices = await context.text_threads.run(
+            tenant, share.num_bytes, _compare, context.tokenizer, recording, replayed
+        )
+        share.check()
+    return Replay(id=request_id, bit_equal=all(choice.bit_equal for choice in choices), choices=choices)
+
+
+def _compare(
+    tokenizer: Tokenizer, recording: Recording, replayed: Sequence[Sequence[RecordedChoice]]
+) -> list[ReplayedChoice]:
     choices: list[ReplayedChoice] = []
     for submit, olds, news in zip(recording.submits, recording.choices, replayed, strict=True):
         for old, new in zip(olds, news, strict=True):
-            difference = _difference(context.tokenizer, submit.prompt_token_ids, old, new)
+            difference = _difference(tokenizer, submit.prompt_token_ids, old, new)
             choices.append(ReplayedChoice(len(choices), len(old.token_ids), difference is None, difference))
-    return Replay(id=request_id, bit_equal=all(choice.bit_equal for choice in choices), choices=choices)
+    return choices
 
 
 def _check_adapter(context: ServerContext, tenant: Tenant, submit: Submit) -> None:

@@ -1,19 +1,21 @@
-"""Runs a request for embeddings: validates it, submits each input as a prompt, and collects the embeddings."""
+"""Answers a request for embeddings: validates it, submits each input as a prompt, and collects the embeddings."""
 
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastapi import Request
+from fastapi import Request, Response
 
 from engine.shared.messages import Submit
 from server.api.embeddings.conversion import encode_inputs, make_submit
 from server.api.embeddings.schemas import EmbeddingRequest
 from server.context import ServedModel, get_context
 from server.generation.preamble import begin
-from server.generation.prompt_batch import run_prompts
+from server.generation.prompt_batch import PromptBatch, answer_prompts
 from server.generation.timings import ChoiceEnd, request_timings
 from server.http.errors import InvalidValueError, ServerError
+from server.http.sse import run_until_disconnect
 from server.schemas.answers import RequestTimings
 
 NO_SEED = 0  # nothing is sampled
@@ -34,7 +36,13 @@ class Embeddings:
         return request_timings(self.last_end, arrival=self.arrival, submitted=self.submitted, seed=NO_SEED)
 
 
-def validate(request: Request, body: EmbeddingRequest) -> tuple[ServedModel, dict[str, str]]:
+async def respond(request: Request, body: EmbeddingRequest, write: Callable[[Embeddings], bytes]) -> Response:
+    """Answer with what `write`, called in a thread, makes of the embeddings. Raises APIError."""
+    model, headers = _validate(request, body)
+    return await run_until_disconnect(request, _embed(request, body, model, headers, write))
+
+
+def _validate(request: Request, body: EmbeddingRequest) -> tuple[ServedModel, dict[str, str]]:
     """Return the model to use and the headers of the answer.
 
     Raises BadRequestError, ModelNotFoundError or EngineUnavailableError.
@@ -51,8 +59,13 @@ def validate(request: Request, body: EmbeddingRequest) -> tuple[ServedModel, dic
     return preamble.model, {"x-lightwell-deterministic": context.deterministic, **preamble.accept()}
 
 
-async def embed(request: Request, body: EmbeddingRequest, model: ServedModel) -> Embeddings:
-    """Return the embeddings. If cancelled, abort the request's prompts in the engine. Raises APIError."""
+async def _embed(
+    request: Request,
+    body: EmbeddingRequest,
+    model: ServedModel,
+    headers: dict[str, str],
+    write: Callable[[Embeddings], bytes],
+) -> Response:
     context, arrival, name = get_context(request), time.monotonic(), f"embd-{secrets.token_hex(16)}"
 
     def make_submits() -> list[Submit]:
@@ -61,8 +74,12 @@ async def embed(request: Request, body: EmbeddingRequest, model: ServedModel) ->
             for index, token_ids in enumerate(encode_inputs(context, body))
         ]
 
-    batch = await run_prompts(request, body, make_submits, len(body.input), param="input")
-    vectors = [event.embedding for event in batch.events if event.embedding is not None]
-    if len(vectors) < len(batch.events):
-        raise ServerError(request.state.request_id)
-    return Embeddings(vectors, batch.num_prompt_tokens, arrival, batch.submitted, batch.last_end)
+    def write_batch(batch: PromptBatch) -> bytes:
+        vectors = [event.embedding for event in batch.events if event.embedding is not None]
+        if len(vectors) < len(batch.events):
+            raise ServerError(request.state.request_id)
+        return write(Embeddings(vectors, batch.num_prompt_tokens, arrival, batch.submitted, batch.last_end))
+
+    return await answer_prompts(
+        request, body, make_submits, len(body.input), param="input", write=write_batch, headers=headers
+    )

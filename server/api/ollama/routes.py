@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -10,8 +11,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.chat.conversion import ChatEndpoint, reads_effort
 from server.api.chat.request_builder import renamed_errors
 from server.api.completions.conversion import CompletionEndpoint
-from server.api.embeddings.pipeline import Embeddings, embed, validate
-from server.api.embeddings.schemas import EmbeddingRequest
+from server.api.embeddings.pipeline import respond as respond_with_embeddings
 from server.api.ollama.conversion import (
     EMBED_NAMES,
     EMBEDDINGS_NAMES,
@@ -38,14 +38,21 @@ from server.api.ollama.schemas import (
     OllamaShowRequest,
     OllamaVersion,
 )
-from server.api.ollama.writer import MakeAnswer, chat_answer, generate_answer, loaded_answer, write_embeddings
+from server.api.ollama.writer import (
+    MakeAnswer,
+    chat_answer,
+    generate_answer,
+    loaded_answer,
+    write_embedding,
+    write_embeddings,
+)
 from server.context import get_context
 from server.generation.pipeline import respond
 from server.generation.preamble import begin
 from server.http.errors import NotImplementedAPIError
 from server.http.json_response import StructResponse
 from server.http.json_route import StrictJSONRoute
-from server.http.sse import NDJSON, run_until_disconnect
+from server.http.sse import NDJSON
 from server.tenants import get_tenant
 
 OLLAMA_VERSION = "0.32.15"
@@ -126,9 +133,7 @@ async def embed_texts(request: Request, body: OllamaEmbedRequest) -> Response:
         return _without_input(request, body, OllamaEmbedAnswer(model=body.model, embeddings=[]))
     with renamed_errors(EMBED_NAMES):
         converted = embed_request(body, served_name(request, body.model))
-        embeddings, headers = await _embed(request, converted)
-    content = await get_context(request).run_text_work(request, write_embeddings, body, embeddings)
-    return Response(content, headers=headers, media_type="application/json")
+        return await respond_with_embeddings(request, converted, partial(write_embeddings, body))
 
 
 @router.post("/api/embeddings")
@@ -138,13 +143,7 @@ async def embed_text(request: Request, body: OllamaEmbeddingsRequest) -> Respons
         return _without_input(request, body, OllamaEmbeddingsAnswer([]))
     with renamed_errors(EMBEDDINGS_NAMES):
         converted = embeddings_request(body, served_name(request, body.model))
-        embeddings, headers = await _embed(request, converted)
-    return StructResponse(OllamaEmbeddingsAnswer(embeddings.vectors[0]), headers=headers)
-
-
-async def _embed(request: Request, body: EmbeddingRequest) -> tuple[Embeddings, dict[str, str]]:
-    model, headers = validate(request, body)
-    return await run_until_disconnect(request, embed(request, body, model)), headers
+        return await respond_with_embeddings(request, converted, write_embedding)
 
 
 @router.post("/api/show")

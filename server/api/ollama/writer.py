@@ -16,6 +16,7 @@ from server.api.ollama.schemas import (
     OllamaAnswerMessage,
     OllamaChatAnswer,
     OllamaEmbedAnswer,
+    OllamaEmbeddingsAnswer,
     OllamaEmbedRequest,
     OllamaFunction,
     OllamaGenerateAnswer,
@@ -171,3 +172,8 @@ def write_embeddings(body: OllamaEmbedRequest, embeddings: Embeddings) -> bytes:
         prompt_eval_count=embeddings.num_tokens,
     )
     return msgspec.json.encode(answer)
+
+
+def write_embedding(embeddings: Embeddings) -> bytes:
+    """Return the answer of /api/embeddings as JSON."""
+    return msgspec.json.encode(OllamaEmbeddingsAnswer(embeddings.vectors[0]))

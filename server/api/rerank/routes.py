@@ -2,8 +2,9 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
@@ -21,8 +22,7 @@ from server.api.rerank.schemas import (
 from server.api.rerank.scorers import Pair, choose_scorer
 from server.context import ServedModel, get_context
 from server.generation.preamble import begin
-from server.generation.prompt_batch import run_prompts
-from server.http.json_response import StructResponse
+from server.generation.prompt_batch import PromptBatch, answer_prompts
 from server.http.json_route import StrictJSONRoute
 from server.http.sse import run_until_disconnect
 from server.text.tokenizer import Tokenizer
@@ -40,17 +40,20 @@ async def rerank(request: Request, body: RerankRequest) -> Response:
     tokenizer, num_tokens = context.tokenizer, body.max_tokens_per_doc
     documents = await context.run_text_work(request, _shorten, tokenizer, body.documents, num_tokens)
     pairs = [(body.query, document) for document in documents]
-    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs, ("query", "documents")))
-    results = [
-        RerankResult(
-            index=index,
-            relevance_score=scores[index],
-            document=UNSET if body.return_documents is False else {"text": body.documents[index]},
-        )
-        for index in sorted(range(len(pairs)), key=lambda index: -scores[index])[: body.top_n]
-    ]
-    return StructResponse(
-        RerankAnswer(id=_new_id("rerank"), model=model.name, results=results, usage=usage), headers=headers
+
+    def answer(scores: list[float], usage: ScoringUsage) -> RerankAnswer:
+        results = [
+            RerankResult(
+                index=index,
+                relevance_score=scores[index],
+                document=UNSET if body.return_documents is False else {"text": body.documents[index]},
+            )
+            for index in sorted(range(len(pairs)), key=lambda index: -scores[index])[: body.top_n]
+        ]
+        return RerankAnswer(id=_new_id("rerank"), model=model.name, results=results, usage=usage)
+
+    return await run_until_disconnect(
+        request, _score(request, body, model, pairs, ("query", "documents"), answer, headers)
     )
 
 
@@ -60,10 +63,12 @@ async def score(request: Request, body: ScoreRequest) -> Response:
     """Return the score of each pair of texts."""
     pairs, fields = body.pairs()
     model, headers = _begin(request, body)
-    scores, usage = await run_until_disconnect(request, _compute(request, body, model, pairs, fields))
-    data = [Score(index=index, score=value) for index, value in enumerate(scores)]
-    answer = ScoreList(id=_new_id("score"), created=int(time.time()), model=model.name, data=data, usage=usage)
-    return StructResponse(answer, headers=headers)
+
+    def answer(scores: list[float], usage: ScoringUsage) -> ScoreList:
+        data = [Score(index=index, score=value) for index, value in enumerate(scores)]
+        return ScoreList(id=_new_id("score"), created=int(time.time()), model=model.name, data=data, usage=usage)
+
+    return await run_until_disconnect(request, _score(request, body, model, pairs, fields, answer, headers))
 
 
 def _begin(request: Request, body: ScoringRequest) -> tuple[ServedModel, dict[str, str]]:
@@ -74,10 +79,19 @@ def _begin(request: Request, body: ScoringRequest) -> tuple[ServedModel, dict[st
     return preamble.model, {"x-lightwell-deterministic": context.deterministic, **preamble.accept()}
 
 
-async def _compute(
-    request: Request, body: ScoringRequest, model: ServedModel, pairs: Sequence[Pair], fields: tuple[str, str]
-) -> tuple[list[float], ScoringUsage]:
-    """Return the score of each pair, and the usage. `fields` hold the texts, for errors. Raises APIError."""
+async def _score(
+    request: Request,
+    body: ScoringRequest,
+    model: ServedModel,
+    pairs: Sequence[Pair],
+    fields: tuple[str, str],
+    answer: Callable[[list[float], ScoringUsage], msgspec.Struct],
+    headers: dict[str, str],
+) -> Response:
+    """Answer with what `answer` makes of the score of each pair. `fields` hold the texts, for errors.
+
+    Raises APIError.
+    """
     context, arrival, name = get_context(request), time.monotonic(), _new_id("score")
     scorer = choose_scorer(context, model, body.instruction, fields)
 
@@ -87,9 +101,12 @@ async def _compute(
             for index, prompt in enumerate(scorer.prompts(pairs))
         ]
 
-    batch = await run_prompts(request, body, make_submits, scorer.num_prompts(pairs), param=fields[1])
-    scores = await context.run_text_work(request, scorer.scores, pairs, batch.events)
-    return scores, ScoringUsage(batch.num_prompt_tokens, batch.num_prompt_tokens)
+    def write(batch: PromptBatch) -> bytes:
+        usage = ScoringUsage(batch.num_prompt_tokens, batch.num_prompt_tokens)
+        return msgspec.json.encode(answer(scorer.scores(pairs, batch.events), usage))
+
+    num_prompts = scorer.num_prompts(pairs)
+    return await answer_prompts(request, body, make_submits, num_prompts, param=fields[1], write=write, headers=headers)
 
 
 def _new_id(prefix: str) -> str:

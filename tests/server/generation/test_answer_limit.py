@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -154,4 +155,48 @@ def test_a_large_answer_counts_until_it_is_read(start_server: StartServer, fake_
             head, answer = b"".join(iter(file.readline, b"\r\n")), file.readline()
     assert head.startswith(b"HTTP/1.1 200 ")
     assert len(json.loads(answer)["choices"][0]["logprobs"]["content"]) == 1200
+    wait_until(lambda: is_empty(server))
+
+
+INPUTS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "/v1/embeddings": lambda texts: {"input": texts},
+    "/api/embed": lambda texts: {"input": texts},
+    "/v1/rerank": lambda texts: {"query": "x", "documents": texts},
+    "/v1/score": lambda texts: {"text_1": "x", "text_2": texts},
+}
+
+
+@pytest.mark.checklist("A19")
+@pytest.mark.parametrize("path", INPUTS)
+def test_embeddings_that_are_too_large_are_refused_at_once(server: RunningServer, path: str) -> None:
+    texts = [str(index) for index in range(400)]  # 3,200 bytes each
+    answer = ask(server, path, **INPUTS[path](texts))
+    assert answer.status_code == 400
+    assert f"Invalid '{list(INPUTS[path](texts))[-1]}'" in answer.text
+    assert "--max-buffered-bytes" in answer.text
+    assert server.engine.submits == []
+    assert ask(server, path, **INPUTS[path](texts[:300])).status_code == 200
+    wait_until(lambda: is_empty(server))
+
+
+@pytest.mark.checklist("A19")
+@pytest.mark.parametrize("path", INPUTS)
+def test_embeddings_of_all_requests_together_have_a_limit(server: RunningServer, path: str) -> None:
+    body = INPUTS[path]([str(index) for index in range(300)])
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(lambda _: ask(server, path, **body), range(2)))
+    assert sorted(answer.status_code for answer in answers) == [200, 503]
+    wait_until(lambda: is_empty(server))
+
+
+@pytest.mark.checklist("A19")
+def test_an_answer_that_is_replayed_has_a_limit(start_server: StartServer, fake_engine: FakeEngine) -> None:
+    fake_engine.config.endless, fake_engine.config.step_seconds = True, 0.002
+    server = start_server(max_buffered_bytes=MAX_BYTES, record_requests=1)
+    answer = ask(server, max_tokens=1300, stream=True)  # 900 bytes for each token, as recordings have alternatives
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert "error" not in answer.text
+    replay = f"/v1/requests/{answer.headers['x-request-id']}/replay"
+    wait_until(lambda: len(server.context.recordings) == 1)
+    assert "--max-buffered-bytes" in check_error(ask(server, replay), 400)["message"]
     wait_until(lambda: is_empty(server))
