@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from server.http.errors import AdapterLostError, APIError
 from server.metrics import Metrics
 
 MAX_LOST_STARTS = 2  # engines that may die while they compute a request's prompt
+MAX_BATCH_EVENTS = 256  # read at a time; more would hold up other requests for too long
 
 
 class StreamObserver(Protocol):
@@ -39,9 +41,10 @@ class StreamObserver(Protocol):
 class RequestStream:
     """The events of one request, as an asynchronous iterator over batches. It ends when all n choices have ended.
 
-    A batch holds everything that arrived since the last read. Whoever holds the stream must close it (`async with` or
-    `aclose`); closing it early ends the request in the engine. If the engine dies, the iteration raises EngineDeadError
-    once, unless the engine is restarted and the request can run again, because it has no event yet.
+    A batch holds what arrived since the last read, up to `MAX_BATCH_EVENTS`. Whoever holds the stream must close it
+    (`async with` or `aclose`); closing it early ends the request in the engine. If the engine dies, the iteration
+    raises EngineDeadError once, unless the engine is restarted and the request can run again, because it has no event
+    yet.
     """
 
     def __init__(self, message: Submit, reservation: Reservation, observer: StreamObserver) -> None:
@@ -54,7 +57,9 @@ class RequestStream:
         ]
         self._observer = observer
         self._num_open = message.n
-        self._events: list[TokenEvent] = []  # bounded by max_tokens of each choice, and by the reservation's `answer`
+        self._events: deque[TokenEvent] = (
+            deque()
+        )  # bounded by max_tokens of each choice, and by the reservation's `answer`
         self._error: APIError | None = None
         self._changed = asyncio.Event()
 
@@ -67,12 +72,13 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
+        if len(self._events) > MAX_BATCH_EVENTS:  # the reader is behind, and would not wait
+            await asyncio.sleep(0)
         while not self._events and self._num_open:
             self._changed.clear()
             await self._changed.wait()
         if self._events:
-            events, self._events = self._events, []
-            return events
+            return [self._events.popleft() for _ in range(min(len(self._events), MAX_BATCH_EVENTS))]
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -89,7 +95,7 @@ class RequestStream:
 
     def close(self) -> None:
         """End the choices that still run, in the engine too, and drop unread events. May be called again."""
-        self._events = []
+        self._events.clear()
         self.abort(FinishReason.ABORT)
 
     def abort_choice(self, index: int, reason: FinishReason = FinishReason.STOP) -> None:
@@ -97,7 +103,7 @@ class RequestStream:
 
         `reason` is counted in the metrics: STOP for a stop string, which only the caller can detect.
         """
-        self._events = [event for event in self._events if event.index != index]
+        self._events = deque(event for event in self._events if event.index != index)
         if not self.choices[index].has_ended:
             self._observer.on_abort(self.request_id, index)
             self._end(index, reason, time.monotonic())
@@ -119,7 +125,7 @@ class RequestStream:
 
     def discard(self, error: APIError) -> None:
         """Like `fail`, but drop the unread events."""
-        self._events = []
+        self._events.clear()
         self.fail(error)
 
     def push(self, event: TokenEvent, now: float) -> None:

@@ -99,16 +99,6 @@ class ChoiceDelta:
         else:
             last.arguments += _text(part)
 
-    def add(self, other: ChoiceDelta) -> None:
-        """Append a later delta of the same choice."""
-        for part in other.parts:
-            self.write(part)
-        self.positions += other.positions
-        self.token_ids += other.token_ids
-        self.num_bytes += other.num_bytes
-        self.finish_reason = other.finish_reason
-        self.stop_string, self.stop_token_id = other.stop_string, other.stop_token_id
-
 
 def _continues(last: DeltaPart, part: DeltaPart) -> bool:
     """Return whether `part` continues the part before it."""
@@ -122,11 +112,20 @@ def _text(part: DeltaPart) -> str:
 
 
 class ChoiceAccumulator:
-    """Joins all deltas of a choice. Their texts are joined once, as an answer may have very many deltas."""
+    """Joins deltas of a choice. Their texts are joined once, as an answer may have very many deltas."""
 
     def __init__(self, index: int) -> None:
         self._delta = ChoiceDelta(index)
         self._texts: list[list[str]] = []  # pieces of each part
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._delta.token_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the last delta is that of the choice."""
+        return self._delta.finish_reason is not None
 
     def add(self, delta: ChoiceDelta) -> None:
         parts = self._delta.parts
@@ -137,17 +136,28 @@ class ChoiceAccumulator:
             self._texts[-1].append(_text(part))
         self._delta.positions += delta.positions
         self._delta.token_ids += delta.token_ids
+        self._delta.num_bytes += delta.num_bytes
         self._delta.finish_reason = delta.finish_reason
         self._delta.stop_string, self._delta.stop_token_id = delta.stop_string, delta.stop_token_id
 
     def join(self) -> ChoiceDelta:
-        """Return one delta with the whole choice. Called once, after the last `add`."""
+        """Return one delta with the output of all. Called once, after the last `add`."""
         joined = zip(self._delta.parts, map("".join, self._texts), strict=True)
         self._delta.parts = [
             AnswerPart(part.kind, text) if isinstance(part, AnswerPart) else replace(part, arguments=text)
             for part, text in joined
         ]
         return self._delta
+
+
+def join_deltas(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
+    """Return one delta with the output of all, which are of one choice."""
+    if len(deltas) == 1:
+        return deltas[0]
+    whole = ChoiceAccumulator(deltas[0].index)
+    for delta in deltas:
+        whole.add(delta)
+    return whole.join()
 
 
 def best_choices(choices: Sequence[ChoiceDelta], num_choices: int, num_best: int) -> Sequence[ChoiceDelta]:

@@ -12,8 +12,8 @@ from engine.shared.messages import FinishReason, TokenEvent
 from server.engine_client.answer_budget import AnswerBudget, AnswerShare
 from server.engine_client.answer_size import event_bytes
 from server.engine_client.reservation import Reservation
-from server.engine_client.streams import RequestStream
-from server.generation.choice_delta import ChoiceDelta
+from server.engine_client.streams import MAX_BATCH_EVENTS, RequestStream
+from server.generation.choice_delta import ChoiceDelta, join_deltas
 from server.generation.choice_state import ChoiceState
 from server.generation.prompts import Prompt
 from server.generation.timings import ChoiceEnd
@@ -138,12 +138,11 @@ class Generation:
 
     def _take_all(self, batch: Sequence[tuple[int, TokenEvent]]) -> list[ChoiceDelta]:
         """Return the deltas of a batch. Several events of one choice are joined to one delta."""
-        deltas: dict[int, ChoiceDelta] = {}
+        deltas: dict[int, list[ChoiceDelta]] = {}
         for prompt_index, event in batch:
-            delta = self._take(prompt_index, event)
-            if delta is not None and deltas.setdefault(delta.index, delta) is not delta:
-                deltas[delta.index].add(delta)
-        return list(deltas.values())
+            if (delta := self._take(prompt_index, event)) is not None:
+                deltas.setdefault(delta.index, []).append(delta)
+        return list(map(join_deltas, deltas.values()))
 
     def _take(self, prompt_index: int, event: TokenEvent) -> ChoiceDelta | None:
         """Return the delta of an event, or None if it follows a stop string. Raises ServerError."""
@@ -177,7 +176,10 @@ class Generation:
 
 
 async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[list[tuple[int, TokenEvent]], None]:
-    """Yield the events of all streams, each with its stream's index, in batches of those since the last batch."""
+    """Yield the events of all streams, each with its stream's index, in batches of those since the last batch.
+
+    As in a stream, no batch has very many events.
+    """
     if len(streams) == 1:
         async for batch in streams[0]:
             yield [(0, event) for event in batch]
@@ -204,7 +206,9 @@ async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[list[tuple[
             if ready:
                 batch_of_all = ready.copy()
                 ready.clear()
-                yield batch_of_all
+                for start in range(0, len(batch_of_all), MAX_BATCH_EVENTS):
+                    yield batch_of_all[start : start + MAX_BATCH_EVENTS]
+                    await asyncio.sleep(0)
         await pumps
     finally:
         pumps.cancel()

@@ -2,26 +2,21 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from server.generation.choice_delta import ChoiceDelta
+from server.generation.choice_delta import ChoiceAccumulator, ChoiceDelta
 
 
-async def join_deltas(
-    batches: AsyncIterator[list[ChoiceDelta]], num_tokens: int
-) -> AsyncGenerator[list[ChoiceDelta], None]:
+async def pace(batches: AsyncIterator[list[ChoiceDelta]], num_tokens: int) -> AsyncGenerator[list[ChoiceDelta], None]:
     """Join the deltas of each choice until they hold `num_tokens` tokens. Its first and last delta do not wait."""
     started: set[int] = set()
-    held: dict[int, ChoiceDelta] = {}
+    held: dict[int, ChoiceAccumulator] = {}
     async for batch in batches:
         for delta in batch:
-            if held.setdefault(delta.index, delta) is not delta:
-                held[delta.index].add(delta)
+            held.setdefault(delta.index, ChoiceAccumulator(delta.index)).add(delta)
         ready = [
-            delta
-            for delta in held.values()
-            if delta.index not in started or len(delta.token_ids) >= num_tokens or delta.finish_reason is not None
+            index
+            for index, joined in held.items()
+            if index not in started or joined.num_tokens >= num_tokens or joined.has_ended
         ]
-        for delta in ready:
-            del held[delta.index]
-            started.add(delta.index)
+        started.update(ready)
         if ready:
-            yield ready
+            yield [held.pop(index).join() for index in ready]

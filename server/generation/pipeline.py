@@ -25,7 +25,7 @@ from server.generation.choice_delta import ChoiceAccumulator, best_choices
 from server.generation.choice_state import ChoiceParser, ChoiceState
 from server.generation.endpoint import AnswerMetadata, Endpoint, Writer
 from server.generation.generation import Generation
-from server.generation.pacing import join_deltas
+from server.generation.pacing import pace
 from server.generation.parameters import (
     check_token_ids,
     choose_seed,
@@ -95,6 +95,7 @@ class _Started:
     running: RunningRequest
     writer: Writer
     share: AnswerShare  # of the answer
+    num_prompt_bytes: int  # of the prompts' part of the answer
     headers: dict[str, str]  # of the response
 
     def close(self) -> None:
@@ -285,14 +286,15 @@ async def _start(job: _Job[Body]) -> _Started:
         recording=recording,
     )
     share = generation.count_in(answers, limit_error)
-    share.add(prompt_bytes(body, prepared.submits))
+    num_prompt_bytes = prompt_bytes(body, prepared.submits)
+    share.add(num_prompt_bytes)
     on_close = None
     if recording is not None:
         context.recordings.begin(recording)
         on_close = partial(context.recordings.add, recording)
     running = context.running.add(generation, *job.ids, owner=job.tenant.owner, on_close=on_close)
     writer = job.endpoint.writer(context, body, job.metadata, prompts)
-    return _Started(generation, running, writer, share, _headers(job, prepared))
+    return _Started(generation, running, writer, share, num_prompt_bytes, _headers(job, prepared))
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,17 +454,21 @@ async def _stream(job: _Job[Body], started: _Started) -> AsyncGenerator[bytes, N
         yield opening
     interval = job.body.stream_interval or 1
     deltas = generation.deltas()
-    batches = deltas if interval == 1 else join_deltas(deltas, interval)
+    batches = deltas if interval == 1 else pace(deltas, interval)
+    started_choices: set[int] = set()
     async with aclosing(deltas), aclosing(batches):
         async for batch in batches:
-            num_bytes = 0 if writer.repeats_output else sum(delta.num_bytes for delta in batch)
-            if events := await _encode_output(job, num_bytes, partial(writer.events, batch, generation.usage)):
+            num_bytes = sum(delta.num_bytes for delta in batch)
+            num_echoed = started.num_prompt_bytes if any(each.index not in started_choices for each in batch) else 0
+            started_choices.update(delta.index for delta in batch)
+            write = partial(writer.events, batch, generation.usage)
+            if events := await _encode_output(job, num_bytes + num_echoed, write):
                 yield events
-            share.sent(num_bytes)
-    if writer.repeats_output:
-        share.add(NUM_REPEATS * share.num_bytes)
-        share.check()
-    yield writer.end(generation.usage, _timings(job, generation))
+            share.sent(0 if writer.repeats_output else num_bytes)
+    num_repeated = NUM_REPEATS * share.num_bytes if writer.repeats_output else 0
+    share.add(num_repeated)
+    share.check()
+    yield await _encode_output(job, num_repeated, partial(writer.end, generation.usage, _timings(job, generation)))
 
 
 async def _encode_output(job: _Job[Body], num_bytes: int, encode: Callable[[], bytes]) -> bytes:

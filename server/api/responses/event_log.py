@@ -1,6 +1,7 @@
 """The events of one stream, stored as they are written so that several readers can follow it from any event on."""
 
 import asyncio
+import threading
 import zlib
 from collections.abc import AsyncGenerator, Sequence
 
@@ -13,7 +14,8 @@ OBJECT_BYTES = 41  # memory of a bytes object and its list entry, beside its con
 class EventLog:
     """The log of one stream: one task writes, others read at their own pace without blocking it.
 
-    Events are indexed by their `sequence_number`. They are very similar, so all but the latest are kept compressed.
+    The readers are in one event loop. The writer may be in a thread, as long events are written there. Events are
+    indexed by their `sequence_number`. They are very similar, so all but the latest are kept compressed.
     """
 
     def __init__(self, response_id: str) -> None:
@@ -25,23 +27,27 @@ class EventLog:
         self._tail: list[bytes] = []
         self._is_closed = False
         self._first = 0  # number of the first event that can still be read
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None  # that of the readers, if there were any
         self._changed = asyncio.Event()
 
     def append(self, events: Sequence[bytes]) -> None:
         """Append encoded events. Each must end with its only empty line."""
-        for event in events:
-            self._tail.append(event)
-            self.num_events += 1
-            self.num_bytes += len(event) + OBJECT_BYTES
-            if len(self._tail) == BLOCK_EVENTS:
-                self._compress()
+        with self._lock:
+            for event in events:
+                self._tail.append(event)
+                self.num_events += 1
+                self.num_bytes += len(event) + OBJECT_BYTES
+                if len(self._tail) == BLOCK_EVENTS:
+                    self._compress()
         self._wake()
 
     def close(self) -> None:
         """Mark the end of the log. May be called again."""
-        if self._tail:
-            self._compress()
-        self._is_closed = True
+        with self._lock:
+            if self._tail:
+                self._compress()
+            self._is_closed = True
         self._wake()
 
     def drop(self) -> None:
@@ -57,6 +63,7 @@ class EventLog:
 
         Raises ResponseGoneError if they were dropped.
         """
+        self._loop = asyncio.get_running_loop()
         while True:
             changed = self._changed
             if start < self._first:
@@ -72,8 +79,9 @@ class EventLog:
     def _from(self, start: int) -> tuple[bytes, int]:
         """Return the events from `start` to the end of its block, and the number of the event after them."""
         index, num_before = divmod(start, BLOCK_EVENTS)
-        if index == len(self._blocks):
-            return b"".join(self._tail[num_before:]), self.num_events
+        with self._lock:
+            if index == len(self._blocks):
+                return b"".join(self._tail[num_before:]), self.num_events
         block = zlib.decompress(self._blocks[index])
         return block.split(b"\n\n", num_before)[-1], min((index + 1) * BLOCK_EVENTS, self.num_events)
 
@@ -84,5 +92,9 @@ class EventLog:
         self._tail = []
 
     def _wake(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake_readers)
+
+    def _wake_readers(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()

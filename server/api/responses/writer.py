@@ -94,6 +94,7 @@ class ResponseWriter:
         self._fields = fields
         self._was_stored = store is not None and stored in store
         self._num_events = 0
+        self._num_messages = 0
         self._open: tuple[str, int] | None = None  # type of the growing item, and index of its tool call
         self._finish_reason = "stop"
         self._positions: list[TokenPosition] = []  # tokens whose log probabilities are not in the output yet
@@ -199,10 +200,9 @@ class ResponseWriter:
         """
         if not self._positions:
             return []
-        last = sum(isinstance(item, MessageItem) for item in self.response.output) - 1
 
         def is_later(position: TokenPosition) -> bool:
-            return position.is_content is None or (position.is_content and position.content_index > last)
+            return position.is_content is None or (position.is_content and position.content_index >= self._num_messages)
 
         num_taken = next((i for i, each in enumerate(self._positions) if is_later(each)), len(self._positions))
         taken, self._positions = self._positions[:num_taken], self._positions[num_taken:]
@@ -257,6 +257,7 @@ class ResponseWriter:
         yield from self._close("completed")
         self._open = kind
         self.response.output.append(make_item())
+        self._num_messages += isinstance(self._item, MessageItem)
         yield ItemAdded(output_index=len(self.response.output) - 1, item=self._item)
         if make_part is not None:
             part: Any = make_part()

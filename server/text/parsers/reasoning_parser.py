@@ -9,7 +9,7 @@ from enum import Enum, auto
 
 from server.text.parsers.markers import Markers
 
-MAX_SPACE = 64  # characters of white space before the first tag
+MAX_SPACE = 64  # characters of white space before the first tag, and line breaks before the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,13 @@ class ReasoningParser:
         match = self._end.find(text)
         if match is not None:
             self._state = _State.LINE_BREAKS
-            return text[: match.start()].rstrip("\n"), text[match.end() :]
-        reasoning = text[: len(text) - self._end.num_partial(text)].rstrip("\n")
+            return _without_last_breaks(text[: match.start()]), text[match.end() :]
+        reasoning = _without_last_breaks(text[: len(text) - self._end.num_partial(text)])
         self._held = text[len(reasoning) :]
         self._is_first = self._is_first and not reasoning
         return reasoning, ""
+
+
+def _without_last_breaks(text: str) -> str:
+    """Return a text without the line breaks at its end, of which it removes no more than `MAX_SPACE`."""
+    return text[: max(len(text.rstrip("\n")), len(text) - MAX_SPACE)]

@@ -13,7 +13,7 @@ from server.api.responses.conversion import new_response
 from server.api.responses.schemas import ResponsesRequest
 from server.api.responses.store import StoredResponse
 from server.api.responses.writer import ResponseWriter
-from server.generation.choice_delta import ChoiceAccumulator, ChoiceDelta
+from server.generation.choice_delta import ChoiceDelta, join_deltas
 from server.generation.choice_state import ChoiceParser, ChoiceState
 from server.generation.endpoint import AnswerMetadata
 from server.schemas.answers import PromptTokensDetails, Usage
@@ -73,20 +73,13 @@ def deltas_of(tokenizer: Tokenizer, token_ids: list[int], cuts: list[int]) -> li
 
 def joined(deltas: list[ChoiceDelta], joins: list[bool]) -> list[ChoiceDelta]:
     """Join deltas as batches of events or a `stream_interval` do."""
-    groups: list[ChoiceDelta] = []
+    groups: list[list[ChoiceDelta]] = []
     for index, delta in enumerate(deltas):
         if groups and joins[index % len(joins)]:
-            groups[-1].add(delta)
+            groups[-1].append(delta)
         else:
-            groups.append(delta)
-    return groups
-
-
-def whole_of(deltas: list[ChoiceDelta]) -> ChoiceDelta:
-    whole = ChoiceAccumulator(0)
-    for delta in deltas:
-        whole.add(delta)
-    return whole.join()
+            groups.append([delta])
+    return list(map(join_deltas, groups))
 
 
 def parse(data: bytes) -> list[dict[str, Any]]:
@@ -132,7 +125,7 @@ def test_whole_as_streamed(
 
         # Responses.
         whole = msgspec.json.decode(
-            msgspec.json.encode(response_writer(tokenizer).answer([whole_of(arrive())], USAGE))
+            msgspec.json.encode(response_writer(tokenizer).answer([join_deltas(arrive())], USAGE))
         )["output"]
         assert [item_of(item) for item in whole] == expected
         stream = response_writer(tokenizer)
@@ -141,7 +134,7 @@ def test_whole_as_streamed(
         # Messages.
         for with_thinking in (True, False):
             writer = MessagesWriter(AnswerMetadata("msg_1", 1, "tiny", "fp"), with_thinking=with_thinking)
-            message = msgspec.to_builtins(writer.answer([whole_of(arrive())], USAGE))["content"]
+            message = msgspec.to_builtins(writer.answer([join_deltas(arrive())], USAGE))["content"]
             assert [block_of(block) for block in message] == [
                 item for item in expected if with_thinking or item[0] != "reasoning"
             ]

@@ -6,6 +6,7 @@ import contextlib
 import pytest
 
 from engine.shared.messages import Abort, FinishReason, SamplingParams, Submit
+from server.engine_client.streams import MAX_BATCH_EVENTS
 from server.http.errors import APIError, EngineUnavailableError, QueueFullError
 from tests.support.engine_clients import read, ready, request, tokens, until
 from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine
@@ -48,6 +49,27 @@ async def test_events_since_the_last_read_are_one_batch(fake_engine: FakeEngine)
         batches = [batch async for batch in stream]
         assert len(batches) == 1
         assert tokens(batches[0]) == [*fake_engine.config.reply, EOS_TOKEN_ID]
+
+
+async def test_a_reader_that_is_behind_lets_others_run(fake_engine: FakeEngine) -> None:
+    """It gets no more than a bounded number of events at a time, and between them the event loop goes on."""
+    fake_engine.config.endless = True
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with ready(fake_engine.config.address) as client:
+        stream = client.submit(request(max_tokens=4 * MAX_BATCH_EVENTS))
+        await until(lambda: stream.num_open == 0)
+        other = asyncio.create_task(count_turns())
+        batches = [batch async for batch in stream]
+        other.cancel()
+    assert [len(batch) for batch in batches] == [MAX_BATCH_EVENTS] * 4
+    assert turns >= 3
 
 
 async def test_closing_a_stream_aborts_its_request(fake_engine: FakeEngine) -> None:

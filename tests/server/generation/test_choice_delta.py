@@ -1,12 +1,14 @@
-"""Log probabilities as JSON numbers, and the selection of the best choices."""
+"""Log probabilities as JSON numbers, the joining of deltas, and the selection of the best choices."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 
 from engine.shared.messages import TokenLogprobs
-from server.generation.choice_delta import ChoiceDelta, TokenPosition, best_choices, json_logprob
-from tests.support.deltas import content
+from server.generation.choice_delta import ChoiceDelta, TokenPosition, best_choices, join_deltas, json_logprob
+from tests.support.deltas import content, delta
+from tests.support.growth import check_growth
 
 
 @pytest.mark.checklist("D11")
@@ -31,3 +33,14 @@ def test_best_choices_have_the_highest_mean() -> None:
         (3, "text 5"),
     ]
     assert best_choices(wholes, 3, 3) is wholes
+
+
+@pytest.mark.checklist("C24")
+def test_many_deltas_are_joined_in_linear_time() -> None:
+    """As when a client has not read its stream for a while."""
+
+    def prepare(size: int) -> Callable[[], object]:
+        deltas = [delta(content("x" * 100)) for _ in range(size)]
+        return lambda: join_deltas(deltas)
+
+    check_growth(prepare, 4000)

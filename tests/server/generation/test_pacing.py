@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from server.generation.choice_delta import ChoiceDelta
-from server.generation.pacing import join_deltas
+from server.generation.pacing import pace
 from tests.server.conftest import StartServer
 from tests.support.clients import CHAT, COMPLETIONS, ask_stream, finish_reasons, stream_texts
 from tests.support.deltas import content
@@ -21,7 +21,7 @@ def chunks(batches: list[list[ChoiceDelta]], num_tokens: int) -> list[list[tuple
             yield batch
 
     async def run() -> list[list[tuple[int, str]]]:
-        return [[(delta.index, delta.text) for delta in batch] async for batch in join_deltas(arrive(), num_tokens)]
+        return [[(delta.index, delta.text) for delta in batch] async for batch in pace(arrive(), num_tokens)]
 
     return asyncio.run(run())
 

@@ -19,7 +19,7 @@ from server.api.ollama.writer import (
     nanoseconds,
     time_text,
 )
-from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta
+from server.generation.choice_delta import ChoiceDelta, TokenPosition, ToolCallDelta, join_deltas
 from server.http.errors import EngineDeadError
 from server.http.json_response import StructResponse
 from server.schemas.answers import PromptTokensDetails, RequestTimings, StageSeconds, Usage
@@ -101,10 +101,7 @@ def test_calls_are_written_when_they_are_complete(tokenizer: Tokenizer) -> None:
     assert [each["message"]["tool_calls"] for each in others] == calls
     assert (last["done_reason"], "tool_calls" in last["message"]) == ("stop", False)
 
-    joined = delta()
-    for each in deltas:
-        joined.add(each)
-    message = whole(writer(tokenizer).answer([joined], USAGE, TIMINGS))["message"]
+    message = whole(writer(tokenizer).answer([join_deltas(deltas)], USAGE, TIMINGS))["message"]
     assert message == {**first["message"], "tool_calls": [call for each in calls for call in each]}
 
 

@@ -1,6 +1,7 @@
 """Output items and events of `/v1/responses` that are written for the deltas of a choice."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -11,11 +12,12 @@ from server.api.responses.conversion import new_response
 from server.api.responses.schemas import ResponsesRequest
 from server.api.responses.store import ResponseStore, StoredResponse
 from server.api.responses.writer import ResponseWriter
-from server.generation.choice_delta import ToolCallDelta
+from server.generation.choice_delta import TokenPosition, ToolCallDelta
 from server.generation.endpoint import AnswerMetadata
 from server.schemas.answers import PromptTokensDetails, Usage
 from server.text.tokenizer import Tokenizer
-from tests.support.deltas import content, delta, reasoning_part
+from tests.support.deltas import NO_LOGPROBS, content, delta, reasoning_part
+from tests.support.growth import check_growth
 
 USAGE = Usage(10, 5, 15, PromptTokensDetails(4))
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -31,10 +33,12 @@ DELTAS = [
 ]
 
 
-def make_writer(tokenizer: Tokenizer, store: ResponseStore | None = None, **fields: Any) -> ResponseWriter:
+def make_writer(
+    tokenizer: Tokenizer, store: ResponseStore | None = None, *, with_logprobs: bool = False, **fields: Any
+) -> ResponseWriter:
     request = ResponsesRequest.model_validate({"model": "tiny", "input": "Hi"} | fields)
     response = new_response(request, AnswerMetadata("resp_1", 1, "tiny", "fp"), {"temperature": 0.6})
-    return ResponseWriter(tokenizer, StoredResponse(response, []), store, with_logprobs=False)
+    return ResponseWriter(tokenizer, StoredResponse(response, []), store, with_logprobs=with_logprobs)
 
 
 def parse(data: bytes) -> list[dict[str, Any]]:
@@ -127,3 +131,14 @@ def test_the_request_is_echoed(tokenizer: Tokenizer) -> None:
     assert (echoed["tools"], echoed["tool_choice"], echoed["text"]) == ([tool], choice, text)
     assert echoed["reasoning"] == {"effort": "low", "summary": None}
     assert (echoed["temperature"], echoed["top_p"], echoed["instructions"]) == (0.6, 0.5, "I")
+
+
+def test_calls_and_texts_without_end_take_linear_time(tokenizer: Tokenizer) -> None:
+    def prepare(size: int) -> Callable[[], object]:
+        writer = make_writer(tokenizer, with_logprobs=True)
+        deltas = [delta(ToolCallDelta(index, f"call_{index}", "add", "{}"), content("a")) for index in range(size)]
+        for index, each in enumerate(deltas):
+            each.positions = [TokenPosition(97, NO_LOGPROBS, index, True, index)]
+        return lambda: [writer.events([each], USAGE) for each in deltas]
+
+    check_growth(prepare, 1000)

@@ -1,11 +1,14 @@
 """Reasoning is separated from content, however the text was split into pieces."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.parsers.reasoning_parser import ReasoningParser, ReasoningTags
 from tests.server.text.parsers.test_tool_parser import cut
+from tests.support.growth import check_growth
 
 TAGS = ReasoningTags("<think>", "</think>")
 
@@ -18,6 +21,7 @@ def parse(pieces: list[str], *, is_open: bool = False) -> tuple[str, str]:
 
 TEXTS = st.text("ab \n</think>é", max_size=20).filter(lambda text: "think>" not in text)
 LINE_BREAKS = st.sampled_from(["", "\n", "\n\n"])
+MANY_BREAKS = "\n" * 100  # of which the last 64 may be layout
 
 
 @given(TEXTS, TEXTS, LINE_BREAKS, st.booleans(), st.lists(st.integers(0, 60), max_size=8))
@@ -49,6 +53,7 @@ def test_any_text_reads_the_same_in_any_pieces(text: str, is_open: bool) -> None
         ("<thin", False, ("", "<thin")),
         ("<think>\n\n</think>\n\nb", False, ("", "b")),
         ("\n", False, ("", "\n")),
+        (f"<think>{MANY_BREAKS}a{MANY_BREAKS}</think>{MANY_BREAKS}b", False, ("a" + "\n" * 36, "b")),
         (" " * 100 + "<think>a</think>", False, ("", " " * 100 + "<think>a</think>")),
     ],
 )
@@ -72,3 +77,10 @@ def test_where_a_prompt_breaks_off() -> None:
     assert TAGS.are_open_in("<think>\nLet me")
     assert not TAGS.are_open_in("<think>\nLet me</think> Yes")
     assert not TAGS.are_open_in("Yes")
+
+
+def test_a_model_that_writes_line_breaks_without_end_takes_linear_time() -> None:
+    def prepare(size: int) -> Callable[[], object]:
+        return lambda: parse(["a", *"\n" * size], is_open=True)
+
+    check_growth(prepare, 10_000)
