@@ -57,9 +57,8 @@ class RequestStream:
         ]
         self._observer = observer
         self._num_open = message.n
-        self._events: deque[TokenEvent] = (
-            deque()
-        )  # bounded by max_tokens of each choice, and by the reservation's `answer`
+        # Bounded by max_tokens of each choice, and by the reservation's `answer`.
+        self._events: deque[TokenEvent] = deque()
         self._error: APIError | None = None
         self._changed = asyncio.Event()
 
