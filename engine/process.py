@@ -11,12 +11,13 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from types import FrameType
 
 import msgspec
 import torch
 
-from engine.api_connections import ApiConnections
+from engine.api_connections import ApiConnections, Damaged
 from engine.config import EngineProcessConfig
 from engine.core import BrokenDeviceError, Engine
 from engine.loading import load_model
@@ -33,6 +34,7 @@ from engine.shared.messages import (
     Adapters,
     EngineInfo,
     FinishReason,
+    Hello,
     LoadAdapter,
     Ready,
     Submit,
@@ -46,6 +48,7 @@ from engine.startup import capture_graphs, engine_info, log_plan, process_age, p
 
 logger = logging.getLogger("lightwell.engine")
 
+UNREADABLE = "the request cannot be read"
 ADAPTER_UPDATE_WAIT = 0.005  # seconds between checks of adapters that are loading, if the engine is idle
 
 
@@ -76,15 +79,22 @@ class EngineLoop:
             self.engine.runner.capture_next()
         for identity, done in self.adapter_updates.advance():
             self.announce_adapters(identity, done)
+        if not self.connections.flush():
+            return  # what is computed now would have to be kept
         step, events = self.engine.step()
         refused, self.refused = self.refused, []
         num_tokens, started = (step.num_tokens, step.started) if step else (0, [])
-        for event in self.connections.send_outputs(refused + events, self.engine.stats(), num_tokens, started):
-            self.engine.abort(event.request_id, event.index)
+        for abort in self.connections.send_outputs(refused + events, self.engine.stats(), num_tokens, started):
+            self.engine.abort(abort.request_id, abort.index)
 
-    def handle(self, identity: bytes, message: ToEngine) -> None:
+    def handle(self, identity: bytes, message: ToEngine | Damaged) -> None:
         """Act on a message of the API process `identity`."""
-        if isinstance(message, Submit):
+        if isinstance(message, Hello):
+            self.connections.identities.add(identity)
+            self.connections.send(identity, Ready(self.info, self.engine.adapters.loaded()))
+        elif identity not in self.connections.identities:
+            logger.error("a message of an API process is dropped, since its connection was not announced")
+        elif isinstance(message, Submit):
             self.connections.remember(identity, message)
             self.add(message)
         elif isinstance(message, LoadAdapter | UnloadAdapter):
@@ -96,31 +106,40 @@ class EngineLoop:
         elif isinstance(message, Vocabulary):
             self.engine.set_tokenizer(message.tokenizer)
         else:
-            self.connections.identities.add(identity)
-            self.connections.send(identity, Ready(self.info, self.engine.adapters.loaded()))
+            self.end(identity, message)
+
+    def end(self, identity: bytes, damaged: Damaged) -> None:
+        """End the request that an unreadable message is about."""
+        if damaged.type in (LoadAdapter.__name__, UnloadAdapter.__name__):
+            done = AdapterDone(request_id=damaged.request_id, error=UNREADABLE, is_temporary=True)
+            self.connections.send(identity, done)
+        elif choices := self.connections.open_choices(identity, damaged):
+            self.engine.abort(damaged.request_id)
+            self.refuse(damaged.request_id, choices, UNREADABLE)
 
     def add(self, submit: Submit) -> None:
         """Queue a request. It is refused if its adapter was unloaded or replaced while the request was on its way."""
         try:
             self.engine.add(submit)
         except AdapterGoneError:
-            self.refuse(submit, f"the LoRA adapter {submit.lora_name} is no longer loaded")
+            problem = f"the LoRA adapter {submit.lora_name} is no longer loaded"
+            self.refuse(submit.request_id, range(submit.n), problem)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException:  # a panic of a library in Rust is no Exception
             logger.exception("request %s cannot be queued", submit.request_id)
             self.engine.abort(submit.request_id)
-            self.refuse(submit, COULD_NOT_COMPUTE)
+            self.refuse(submit.request_id, range(submit.n), COULD_NOT_COMPUTE)
 
-    def refuse(self, submit: Submit, error: str) -> None:
-        """End all choices of a request that is not queued."""
-        for index in range(submit.n):
-            event = TokenEvent(request_id=submit.request_id, index=index, finish_reason=FinishReason.ERROR, error=error)
+    def refuse(self, request_id: str, choices: Iterable[int], error: str) -> None:
+        """End choices of a request that is not queued."""
+        for index in choices:
+            event = TokenEvent(request_id=request_id, index=index, finish_reason=FinishReason.ERROR, error=error)
             self.refused.append(event)
 
     def announce_adapters(self, identity: bytes, done: AdapterDone) -> None:
         """Send the loaded adapters to all API processes, and then the result to the one that asked."""
-        for process in self.connections.identities:
+        for process in list(self.connections.identities):  # one that has gone is removed
             self.connections.send(process, Adapters(self.engine.adapters.loaded()))
         self.connections.send(identity, done)
 

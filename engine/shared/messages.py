@@ -342,3 +342,4 @@ ToEngine = Hello | Vocabulary | Submit | Abort | LoadAdapter | UnloadAdapter
 FromEngine = Ready | Outputs | Adapters | AdapterDone
 
 HEARTBEAT_SECONDS = 1.0
+MAX_UNREAD_MESSAGES = 256  # at either end of a connection; an engine whose messages are not read computes no more

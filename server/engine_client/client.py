@@ -24,13 +24,15 @@ from engine.shared.messages import (
 )
 from server.engine_client.adapters import LoadedAdapters
 from server.engine_client.admission import SHUTTING_DOWN, Admission, AdmissionLimits
-from server.engine_client.connection import EngineConnection
+from server.engine_client.connection import Damaged, EngineConnection
 from server.engine_client.liveness import EngineLiveness
 from server.engine_client.reservation import Reservation
 from server.engine_client.streams import OpenStreams, RequestStream
-from server.http.errors import APIError, EngineDeadError, EngineUnavailableError
+from server.http.errors import APIError, EngineDeadError, EngineUnavailableError, ServerError
 from server.metrics import Metrics
 from server.tenants import ANYBODY, Tenant
+
+UNREADABLE = "The engine's reply cannot be read. Please retry later."
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +278,10 @@ class EngineClient:
             logger.exception("cannot read from the engine")
             self._liveness.lose("its messages cannot be read")
 
-    def _on_message(self, message: FromEngine) -> None:
+    def _on_message(self, message: FromEngine | Damaged) -> None:
+        if isinstance(message, Damaged):
+            self._on_damaged(message)
+            return
         now = time.monotonic()
         self._liveness.on_message(now)
         match message:
@@ -296,6 +301,17 @@ class EngineClient:
             self._admission.count_step(message, now)
         self._streams.start(message.started)
         self._streams.push(message.events, now)
+
+    def _on_damaged(self, message: Damaged) -> None:
+        """End the requests that a message is about which cannot be read: all of them, if it does not even say that."""
+        if not self.is_ready or message.type == Ready.__name__:
+            self._liveness.lose("its messages cannot be read")
+        elif message.request_id:
+            self._adapters.finish(AdapterDone(request_id=message.request_id, error=UNREADABLE, is_temporary=True))
+        elif message.events:
+            self._streams.discard([event.request_id for event in message.events], ServerError())
+        elif message.type != Adapters.__name__:
+            self.fail_streams(ServerError())
 
     def _on_ready(self, message: Ready) -> None:
         self._metrics.set_engine_info(message.info)

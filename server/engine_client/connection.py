@@ -1,12 +1,29 @@
 """The ZeroMQ connection to the engine process."""
 
+import logging
 from collections.abc import Callable
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.shared.messages import FromEngine, ToEngine
+from engine.shared.messages import MAX_UNREAD_MESSAGES, FromEngine, ToEngine
+
+logger = logging.getLogger(__name__)
+
+
+class DamagedEvent(msgspec.Struct):
+    """What can be read of an event that cannot be decoded."""
+
+    request_id: str
+
+
+class Damaged(msgspec.Struct):
+    """What can be read of a message that cannot be decoded."""
+
+    type: str = ""
+    request_id: str = ""
+    events: list[DamagedEvent] = []
 
 
 class EngineConnection:
@@ -15,7 +32,7 @@ class EngineConnection:
     def __init__(self, address: str) -> None:
         self._address = address
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
 
@@ -23,26 +40,36 @@ class EngineConnection:
         """Connect a socket. ZeroMQ keeps messages until the engine has bound its end."""
         self._context = self._context or zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
-            self._socket.setsockopt(option, 0)
+        for option, value in ((zmq.SNDHWM, 0), (zmq.RCVHWM, MAX_UNREAD_MESSAGES), (zmq.LINGER, 0)):
+            self._socket.setsockopt(option, value)
         self._socket.connect(self._address)
 
     def send(self, message: ToEngine) -> None:
         """Queue a message, unless the connection is closed or disconnected.
 
-        Never blocks: the socket has no high-water mark, and admission bounds the number of messages in its queue.
+        Never blocks: sent messages have no high-water mark, and admission bounds the number of messages in its queue.
         """
         if self._socket is not None:
             self._socket.send(self._encoder.encode(message))
 
-    async def receive(self, on_message: Callable[[FromEngine], None]) -> None:
+    async def receive(self, on_message: Callable[[FromEngine | Damaged], None]) -> None:
         """Pass each message to `on_message` until `disconnect`, which cancels the caller if it waits for a message.
 
         Each message is decoded once: once per step, not once per token.
         """
         socket = self._socket
         while socket is not None and socket is self._socket:
-            on_message(self._decoder.decode(await socket.recv()))
+            on_message(self._decode(await socket.recv()))
+
+    def _decode(self, content: bytes) -> FromEngine | Damaged:
+        try:
+            return self._decoder.decode(content)
+        except Exception:
+            logger.exception("a message of the engine cannot be read")
+        try:
+            return msgspec.msgpack.decode(content, type=Damaged)
+        except Exception:
+            return Damaged()
 
     def disconnect(self) -> None:
         """Drop all messages, sent and received ones, of an engine that is lost. `open` connects to another engine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +14,10 @@ from server.choice_stats import ChoiceStats
 from server.engine_client.admission import Admission
 from server.engine_client.answer_size import event_bytes
 from server.engine_client.reservation import Reservation
-from server.http.errors import AdapterLostError, APIError
+from server.http.errors import AdapterLostError, APIError, ServerError
 from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 MAX_LOST_STARTS = 2  # engines that may die while they compute a request's prompt
 MAX_BATCH_EVENTS = 256  # read at a time; more would hold up other requests for too long
@@ -189,10 +192,23 @@ class OpenStreams:
                 stream.reservation.start()
 
     def push(self, events: Sequence[TokenEvent], now: float) -> None:
-        """Pass events to the streams of their requests. Events of closed streams are ignored."""
+        """Pass events to the streams of their requests. Events of closed streams are ignored.
+
+        If that fails, only this request ends.
+        """
         for event in events:
             if stream := self._streams.get(event.request_id):
-                stream.push(event, now)
+                try:
+                    stream.push(event, now)
+                except Exception:
+                    logger.exception("an event of request %s cannot be used", event.request_id)
+                    stream.discard(ServerError())
+
+    def discard(self, request_ids: Sequence[str], error: APIError) -> None:
+        """End requests with `error`, in the engine too, and drop their unread events."""
+        for request_id in request_ids:
+            if stream := self._streams.get(request_id):
+                stream.discard(error)
 
     def fail(self, error: APIError) -> None:
         """End all requests with `error`, in the engine too."""

@@ -4,7 +4,6 @@ As SQLite tests it: the same scenario is run again and again, and another alloca
 """
 
 import dataclasses
-import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,11 +28,10 @@ from engine.shared.messages import SamplingParams, Submit, TokenEvent
 from server.constrained.constraints import schema_constraint
 from server.text.tokenizer import Tokenizer
 from tests.engine.test_api_connections import Choice, Connected
-from tests.support.examples import IS_LONG
+from tests.support.examples import drawn
 from tests.support.lora_adapters import save_random_adapter
 from tests.support.outputs import fingerprint_of
 
-NUM_DRAWN = 60  # of each kind
 COVERED = {"preemptions_total", "prefix_cache_hits_total", "accepted_tokens_total"}
 NUM_BLOCKS = 12  # of 16 tokens: too few for all requests
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -191,14 +189,7 @@ def test_an_allocation_fails(scenario: Scenario, kind: Kind, *, overlaps: bool) 
     counting = Allocations()
     expected, errors = scenario.run(counting, overlaps=overlaps)
     assert not errors
-    num = counting.counts[kind]
-    numbers = list(range(1, num + 1))
-    if not IS_LONG and num > NUM_DRAWN // 2:
-        seed = random.randrange(2**32)
-        print(f"seed {seed}")
-        numbers = random.Random(seed).sample(numbers, NUM_DRAWN // 2)
-    print(f"{kind.name}: {len(numbers)} of {num}")
-    for number in numbers:
+    for number in drawn(counting.counts[kind]):
         answers, errors = scenario.run(Allocations(kind, number), overlaps=overlaps)
         assert len({name for name, _ in errors}) <= 1, number
         assert answers.keys() == expected.keys()

@@ -110,6 +110,7 @@ class _Loop:
         self.hung = threading.Event()
         self.running: list[_Running] = []
         self.waiting: list[_Running] = []
+        self.raw: list[bytes] = []  # messages to be sent as they are
         self.adapters = {adapter.name: adapter for adapter in config.adapters}
         self._weights = {adapter.fingerprint for adapter in config.adapters}
         self.stats = EngineStats(num_blocks=config.num_blocks)
@@ -139,6 +140,10 @@ class _Loop:
         if self.hung.is_set():
             time.sleep(0.01)
             return
+        while self.raw:
+            for identity in self._clients:
+                self._socket.send_multipart([identity, self.raw[0]])
+            del self.raw[0]
         now = time.monotonic()
         busy = bool(self.running or self.waiting) and not self.paused.is_set()
         wait = max(0.0, self._next_step - now) if busy else 0.02
@@ -390,6 +395,10 @@ class FakeEngine:
 
     def resume(self) -> None:
         self._loop.paused.clear()
+
+    def send_raw(self, message: object) -> None:
+        """Send bytes, or the MessagePack of another object, to all clients."""
+        self._loop.raw.append(message if isinstance(message, bytes) else msgspec.msgpack.encode(message))
 
     def hang(self) -> None:
         """Stop steps and heartbeats for good."""

@@ -24,7 +24,7 @@ from engine.loading import LoadedModel, load_model
 from engine.model.kv_cache import KVCache
 from engine.process import EngineLoop
 from engine.scheduling.request import NO_LORA_SLOT
-from engine.shared.messages import HEARTBEAT_SECONDS, SamplingParams, Submit, TokenEvent
+from engine.shared.messages import HEARTBEAT_SECONDS, Abort, SamplingParams, Submit
 from engine.startup import capture_graphs
 from tests.parity.test_families import SHAPE
 from tests.support.engine_info import ENGINE_INFO
@@ -309,13 +309,17 @@ def test_an_idle_engine_captures_what_is_left(folder: Path) -> None:
     class Connections:
         def __init__(self) -> None:
             self.messages: list[Any] = []
+            self.identities = {b""}
 
         def receive(self, timeout: float) -> list[Any]:
             return [(b"", message) for message in self.messages]
 
         def remember(self, identity: bytes, submit: Submit) -> None: ...
 
-        def send_outputs(self, *args: Any) -> list[TokenEvent]:
+        def flush(self) -> bool:
+            return True
+
+        def send_outputs(self, *args: Any) -> list[Abort]:
             return []
 
     loaded = load(folder)

@@ -1,12 +1,14 @@
 """Tests of the connection to the engine."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from server.http.errors import EngineDeadError
-from tests.support.engine_clients import connected, read, ready, request, until
-from tests.support.fake_engine import FakeEngine, FakeEngineConfig
+from engine.shared.messages import LoadAdapter
+from server.http.errors import AdaptersBusyError, EngineDeadError, ServerError
+from tests.support.engine_clients import connected, read, ready, request, tokens, until
+from tests.support.fake_engine import EOS_TOKEN_ID, FakeEngine, FakeEngineConfig
 
 pytestmark = pytest.mark.anyio
 
@@ -23,8 +25,68 @@ async def test_an_error_of_the_receive_task_counts_as_death(fake_engine: FakeEng
         fake_engine.pause()
         stream = client.submit(request())
         await until(lambda: fake_engine.num_choices)
-        stream.push = None  # type: ignore[method-assign,assignment]
+        client._streams.start = None  # type: ignore[method-assign,assignment]
         fake_engine.resume()
         with pytest.raises(EngineDeadError):
             await read(stream)
         assert client.died.is_set()
+
+
+@pytest.mark.checklist("F01")
+@pytest.mark.parametrize("damage", [{"index": 7}, {"token_ids": "x"}, {"finish_reason": "x"}, {"index": -9}], ids=repr)
+async def test_an_event_that_cannot_be_used_ends_its_request(fake_engine: FakeEngine, damage: dict[str, Any]) -> None:
+    """The others go on."""
+    async with ready(fake_engine.config.address) as client:
+        fake_engine.pause()
+        streams = [client.submit(request("bad", n=2)), client.submit(request("good"))]
+        await until(lambda: fake_engine.num_choices == 3)
+        event = {"request_id": "bad", "index": 1, "token_ids": [1]} | damage
+        fake_engine.send_raw({"type": "Outputs", "stats": [], "events": [event]})
+        with pytest.raises(ServerError):
+            await read(streams[0])
+        await until(lambda: fake_engine.num_choices == 1)
+        fake_engine.resume()
+        assert tokens(await read(streams[1])) == [*fake_engine.config.reply, EOS_TOKEN_ID]
+        assert client.num_in_flight == 0
+        assert client.is_healthy
+
+
+@pytest.mark.checklist("F01")
+@pytest.mark.parametrize("message", [b"", b"\xc1", b"\x81\xa6events", {"type": "Outputs", "events": [{}]}], ids=repr)
+async def test_a_message_that_does_not_say_whose_events_are_lost(fake_engine: FakeEngine, message: object) -> None:
+    """All requests end once, and the engine goes on."""
+    async with ready(fake_engine.config.address) as client:
+        fake_engine.pause()
+        streams = [client.submit(request(f"{number}", n=2)) for number in range(3)]
+        await until(lambda: fake_engine.num_choices == 6)
+        fake_engine.send_raw(message)
+        for stream in streams:
+            with pytest.raises(ServerError):
+                await read(stream)
+            assert await read(stream) == []
+        await until(lambda: not fake_engine.num_choices)
+        fake_engine.resume()
+        assert await read(client.submit(request("next")))
+        assert client.num_in_flight == 0
+
+
+async def test_a_reply_about_an_adapter_that_cannot_be_read(fake_engine: FakeEngine) -> None:
+    fake_engine.config.max_loras, fake_engine.config.ignores_adapters = 1, True
+    async with ready(fake_engine.config.address) as client:
+        change = asyncio.create_task(client.load_adapter("a", "p", replaces=False))
+        await until(lambda: any(isinstance(message, LoadAdapter) for message in fake_engine.received))
+        request_id = next(message.request_id for message in fake_engine.received if isinstance(message, LoadAdapter))
+        fake_engine.send_raw({"type": "AdapterDone", "request_id": request_id, "error": 1})
+        with pytest.raises(AdaptersBusyError):
+            await change
+
+
+async def test_an_engine_whose_first_message_cannot_be_read_is_dead(address: str) -> None:
+    config = FakeEngineConfig(address=address, never_ready=True)
+    with FakeEngine(config) as engine:
+        async with connected(address) as client:
+            await until(lambda: engine.received)
+            config.never_ready = False
+            await until(lambda: client.is_ready)
+            engine.send_raw({"type": "Ready", "info": 1})
+            await until(client.died.is_set)
