@@ -141,6 +141,7 @@ class Supervisor:
         self._started = time.monotonic()  # the latest engine
         self._is_ready = False  # the latest engine, at some time
         self._load_seconds: float | None = None  # of the first engine; None until it is ready
+        self._failure = ""  # how the latest engine ended, or why it could not be started
         self._restart_at: float | None = None
         self._hangs_at: float | None = None  # the API process, unless a heartbeat comes; None before the first one
         self._is_overdue = False
@@ -159,8 +160,8 @@ class Supervisor:
         """Start a child process with its configuration. Raises SupervisorError."""
         try:
             child = Child(name, command, msgspec.json.encode(config), pass_fds)
-        except (OSError, subprocess.SubprocessError) as error:
-            raise SupervisorError(f"cannot start the {name} process: {error}") from None
+        except (OSError, MemoryError, subprocess.SubprocessError) as error:
+            raise SupervisorError(f"cannot start the {name} process: {error or 'no memory'}") from None
         self._children.append(child)
         self._selector.register(child, selectors.EVENT_READ)
         return child
@@ -180,26 +181,27 @@ class Supervisor:
                     return self._after_signal(engine, api)
                 if event is None and self._hangs():
                     return self._after_hang(engine, api)
-                if event is not None and (event is api or not self._plan_restart(engine)):
-                    return self._after_death(event, engine, api)
+                if event is api:
+                    return self._after_death(api, engine, api)
+                if event is engine:
+                    engine.kill()  # reaps it and ends its subprocesses
+                    self._plan_restart(engine.outcome)
                 engine = self._keep_deadlines(engine, start_engine)
                 if engine.has_ended and self._restart_at is None:
                     return self._after_death(engine, engine, api)
         except StopNowError as stop:
             return 128 + stop.signum
 
-    def _plan_restart(self, engine: Child) -> bool:
-        """Plan the start of another engine after this one has ended. Return False if the server must end."""
+    def _plan_restart(self, failure: str) -> None:
+        """Plan the start of another engine after one has ended or could not be started, unless the server must end."""
+        self._failure = failure
         if not self._restarts_engine or self._load_seconds is None:
-            return False
+            return
         now = time.monotonic()
         delay = self._crashes.add(now, was_ready=self._is_ready)
-        if delay is None:
-            return False
-        engine.kill()  # reaps it and ends its subprocesses
-        self._report(f"{engine.outcome}; " + (f"another one starts in {delay:g} s" if delay else "another one starts"))
-        self._restart_at = now + delay
-        return True
+        if delay is not None:
+            self._report(f"{failure}; " + (f"another one starts in {delay:g} s" if delay else "another one starts"))
+            self._restart_at = now + delay
 
     def _seconds_to_deadline(self) -> float | None:
         """Return the seconds until something is due, without a heartbeat before. None: nothing is."""
@@ -257,8 +259,7 @@ class Supervisor:
         try:
             another = start_engine()
         except SupervisorError as error:
-            self._report(str(error))
-            self._plan_restart(engine)
+            self._plan_restart(str(error))
             return engine
         self._children.remove(engine)
         engine.close()
@@ -278,7 +279,7 @@ class Supervisor:
             self._wait_for(api, DEATH_GRACE_SECONDS)  # it ends its streams with an error and exits
         self._stop(api, STOP_SECONDS)
         self._stop(engine, STOP_SECONDS)
-        self._report(dead.outcome + (self._crashes.summary if dead is engine else ""))
+        self._report(self._failure + self._crashes.summary if dead is engine else dead.outcome)
         return 1
 
     def _after_signal(self, engine: Child, api: Child) -> int:
@@ -365,7 +366,7 @@ class Crashes:
         """Description of the deaths, for the last line of the log. Empty if the last one was the only one."""
         if len(self._times) < 2:
             return ""
-        return f"; it has died {len(self._times)} times in {self._times[-1] - self._times[0]:.0f} s"
+        return f"; that was failure {len(self._times)} in {self._times[-1] - self._times[0]:.0f} s"
 
 
 def supervise(settings: Settings, commands: Commands | None = None) -> int:

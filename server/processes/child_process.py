@@ -34,8 +34,13 @@ class Child:
             pass_fds=pass_fds,
             preexec_fn=set_parent_death_signal,  # noqa: PLW1509  (this process has one thread)
         )
-        self._pidfd = os.pidfd_open(self.pid)
         assert self._process.stdin is not None
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            self._process.stdin.close()
+            self.kill()
+            raise
         with suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(config)
 

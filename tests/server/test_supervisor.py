@@ -3,12 +3,12 @@
 import json
 import os
 import re
+import resource
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,13 +21,10 @@ import pytest
 
 from engine.config import EngineProcessConfig
 from server import supervisor
-from server.engine_client.supervisor_channel import EngineGone, Heartbeat, make_channel
 from server.model_paths import ModelError, ResolvedModel
-from server.processes.child_process import Child
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.setting import SettingsError
 from server.settings.table import Settings
-from server.supervisor import SupervisorError
 from tests.support.clients import write_adapter
 from tests.support.paths import ROOT
 from tests.support.processes import is_running, wait_for_end_of
@@ -398,7 +395,7 @@ def test_an_engine_that_dies_is_started_again(start: Start) -> None:
     assert lines[0] == "lightwell: error: the engine process was killed by SIGKILL; another one starts"
     assert lines[1] == "lightwell: error: the engine process exited with code 0; another one starts in 0.5 s"
     assert re.fullmatch(
-        r"lightwell: error: the engine process was killed by SIGKILL; it has died 3 times in \d s", lines[2]
+        r"lightwell: error: the engine process was killed by SIGKILL; that was failure 3 in \d s", lines[2]
     )
     assert len(lines) == 3
     assert (running.folder / "gone").read_text()
@@ -435,7 +432,7 @@ def test_engines_that_die_while_they_load(start: Start) -> None:
     assert status == 1
     assert num_engines(running) == 4
     assert len(lines) == 4
-    assert lines[-1].startswith("lightwell: error: the engine process exited with code 7; it has died 4 times in ")
+    assert lines[-1].startswith("lightwell: error: the engine process exited with code 7; that was failure 4 in ")
     running.assert_nothing_is_left()
 
 
@@ -508,30 +505,28 @@ def test_when_engines_are_started_again() -> None:
     assert [crashes.add(now, was_ready=True) for now in (0.0, 1.0, 2.0, 3.0)] == [0.0, 1.0, 2.0, 4.0]
     assert crashes.add(60.5, was_ready=True) == 4.0  # the first one is too long ago
     assert crashes.add(60.6, was_ready=True) is None
-    assert crashes.summary == "; it has died 5 times in 60 s"
+    assert crashes.summary == "; that was failure 5 in 60 s"
     assert crashes.add(1000.0, was_ready=True) == 0.0
     assert [crashes.add(1000.0 + 100 * i, was_ready=False) for i in range(1, 5)] == [1.0, 2.0, 4.0, None]
 
 
-def test_an_engine_that_cannot_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed fork counts as a death."""
-    monkeypatch.setattr(supervisor, "RESTART_DELAYS", (0.0, 0.05))
-    channel, api_end = make_channel()
-    settings = Settings()
-    with supervisor.StopSignals() as signals, supervisor.Supervisor(signals, settings) as one:
-        engine = one.start("engine", ["sleep", "60"], settings)
-        api = one.start("API", ["sleep", "60"], settings)
-        api_end.send(Heartbeat(engine.pid))
-        threading.Timer(0.3, engine.kill).start()
-
-        def fail() -> Child:
-            raise SupervisorError("cannot start the engine process: no memory")
-
-        monkeypatch.setattr(supervisor, "DEATH_GRACE_SECONDS", 0.2)
-        assert one.watch(engine, api, channel, fail) == 1
-        assert isinstance(api_end.receive()[-1], EngineGone)
-    channel.close()
-    api_end.close()
+@pytest.mark.checklist("A16", "F11")
+def test_an_engine_that_cannot_be_started_again(start: Start) -> None:
+    """There are no file descriptors. Each try counts as a death, and the messages are about the tries."""
+    running = start(api=("report", "1"), grace=60.0, delays=(0.0, 0.1, 0.2))
+    engine = ready_engine(running, 1)
+    num_fds = psutil.Process(running.process.pid).num_fds()
+    resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (num_fds, num_fds))
+    os.kill(engine, signal.SIGKILL)
+    status, lines = running.end(within=15.0)
+    assert status == 1
+    assert num_engines(running) == 1
+    assert lines[0] == "lightwell: error: the engine process was killed by SIGKILL; another one starts"
+    failure = "lightwell: error: cannot start the engine process: .*; "
+    patterns = (r"another one starts in 0\.1 s", r"another one starts in 0\.2 s", r"that was failure 4 in \d s")
+    assert len(lines) == 4
+    assert all(re.fullmatch(failure + pattern, line) for pattern, line in zip(patterns, lines[1:], strict=True)), lines
+    running.assert_nothing_is_left()
 
 
 def test_death_of_the_engine_while_draining(start: Start) -> None:

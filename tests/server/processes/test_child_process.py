@@ -1,5 +1,6 @@
 """Child processes of the supervisor, with real processes."""
 
+import errno
 import os
 import select
 import signal
@@ -26,6 +27,19 @@ def wait(child: Child) -> None:
     """Wait until the process ends, and reap it."""
     assert select.select([child], [], [], 30)[0]
     child.kill()
+
+
+def test_a_process_that_cannot_be_watched_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    own = psutil.Process()
+    num_fds = own.num_fds()
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        Child("test", [sys.executable, "-c", SLEEP], b"")
+    assert not any("time.sleep(60)" in child.cmdline()[-1] for child in own.children())
+    assert own.num_fds() == num_fds
 
 
 @pytest.mark.parametrize(
