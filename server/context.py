@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,12 @@ from engine.shared.messages import LoraAdapter
 from server.access.api_keys import ApiKeys
 from server.constrained.constraints import ConstraintBuilder
 from server.constrained.grammar_checker import GrammarChecker
-from server.engine_client.answer_budget import AnswerBudget
+from server.engine_client.answer_budget import AnswerBudget, AnswerShare
+from server.engine_client.answer_size import too_large_error
 from server.engine_client.client import EngineClient
 from server.http.body_middleware import get_text_size
 from server.http.errors import MissingParameterError, ModelNotFoundError
+from server.http.json_response import AnswerResponse
 from server.metrics import Metrics
 from server.recordings import Recordings
 from server.running_requests import RunningRequests
@@ -33,6 +35,8 @@ from server.weight_files import WeightFiles, describe_weights
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+LONG_BYTES = 1 << 14  # of a request; converting several hundred messages takes some ten milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,19 @@ class ServerContext:
     async def run_text_work(self, request: Request, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run `function`, which works on the texts of a request, in a thread."""
         return await self.text_threads.run(get_tenant(request), get_text_size(request), function, *args)
+
+    async def convert(self, request: Request, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+        """Run `function`, which converts a request of one API to another's, in a thread if the request is long."""
+        if get_text_size(request) <= LONG_BYTES:
+            return function(*args)
+        return await self.run_text_work(request, function, *args)
+
+    def long_answer(self, request: Request, content: bytes, headers: Mapping[str, str] | None = None) -> AnswerResponse:
+        """Return an answer, as JSON, that counts in the memory limit of answers until it is sent."""
+        too_large = too_large_error(None, "answer", self.answers.max_bytes)
+        share = AnswerShare(self.answers, get_tenant(request), lambda error: None, too_large)
+        share.add(len(content))
+        return AnswerResponse(content, share, headers or {})
 
     def served_models(self, tenant: Tenant) -> list[ServedModel]:
         """Return the base model under each of its names, then the loaded adapters that the tenant may use."""

@@ -88,7 +88,6 @@ TESTED_ELSEWHERE = {
     "server/cli/commands/run.py": "tests/server/cli/test_run.py",
     "server/cli/commands/serve.py": "tests/server/cli/test_main.py",
     "server/constrained/marker_writer.py": "tests/server/constrained/test_tag_grammar.py",
-    "server/context.py": "tests/server/test_app.py",
     "server/generation/endpoint.py": "tests/server/generation/test_pipeline.py",
     "server/generation/prompt_batch.py": "tests/server/api/embeddings/test_routes.py",
     "server/http/error_schemas.py": "tests/server/http/test_errors.py",

@@ -40,7 +40,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     start = time.monotonic()
     answer = await context.run_text_work(request, _tokenize, context, body, max_model_len)
     context.metrics.observe_tokenizer(time.monotonic() - start)
-    return Response(answer, headers=headers, media_type="application/json")
+    return context.long_answer(request, answer, headers)
 
 
 @json_router.post("/detokenize")
@@ -50,7 +50,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     headers = begin(request, body, model=body.model).accept()
     _check_token_ids(body.tokens, vocab_size(context))
     answer = await context.run_text_work(request, _detokenize, context, body)
-    return Response(answer, headers=headers, media_type="application/json")
+    return context.long_answer(request, answer, headers)
 
 
 @router.get("/tokenizer_info")

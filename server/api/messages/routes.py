@@ -20,7 +20,7 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
     """Generate the next message of a conversation."""
     reject_chat_only_fields(body)
     with renamed_errors(error_names(body)):
-        return await respond(request, _to_chat(request, body), MessagesEndpoint())
+        return await respond(request, await _to_chat(request, body), MessagesEndpoint())
 
 
 @router.post("/v1/messages/count_tokens")
@@ -34,9 +34,10 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
         del extra[name]
     reject_chat_only_fields(body)
     with renamed_errors(error_names(body)):
-        num_tokens, headers = await count_prompt_tokens(request, _to_chat(request, body), MessagesEndpoint())
+        num_tokens, headers = await count_prompt_tokens(request, await _to_chat(request, body), MessagesEndpoint())
     return StructResponse(CountTokensResponse(num_tokens), headers=headers)
 
 
-def _to_chat(request: Request, body: CountTokensRequest) -> ChatCompletionRequest:
-    return to_chat(body, ModelCapabilities.of(get_context(request)))
+async def _to_chat(request: Request, body: CountTokensRequest) -> ChatCompletionRequest:
+    context = get_context(request)
+    return await context.convert(request, to_chat, body, ModelCapabilities.of(context))

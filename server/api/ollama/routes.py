@@ -88,7 +88,8 @@ async def chat(request: Request, body: OllamaChatRequest) -> Response:
     context = get_context(request)
     with renamed_errors(error_names(body)):
         model = served_name(request, body.model)
-        converted = to_chat(body, model, reads_effort=reads_effort(context.chat_template))
+        to_request = partial(to_chat, reads_effort=reads_effort(context.chat_template))
+        converted = await context.convert(request, to_request, body, model)
         endpoint = OllamaEndpoint(ChatEndpoint(), body.model, "messages", chat_answer, bool(body.logprobs))
         return await respond(request, converted, endpoint, stream_format=NDJSON)
 

@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
 from server.api.chat.counting import count_prompt_tokens
@@ -37,7 +38,7 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """Generate a response, which may continue a stored conversation."""
     context = get_context(request)
     check(body)
-    chat, endpoint = _to_chat(request, body)
+    chat, endpoint = await _convert(request, body)
     with renamed_errors(error_names(body)):
         if not body.background:
             return await respond(request, chat, endpoint)
@@ -59,16 +60,24 @@ async def count_input_tokens(request: Request, body: InputTokensRequest) -> Resp
     check(body)
     if body.model is None:
         body.model = context.model_names[0]
-    chat, endpoint = _to_chat(request, body)
+    chat, endpoint = await _convert(request, body)
     with renamed_errors(error_names(body)):
         num_tokens, headers = await count_prompt_tokens(request, chat, endpoint)
     return StructResponse(InputTokens(num_tokens), headers=headers)
 
 
-def _to_chat(request: Request, body: ResponsesRequest) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
+async def _convert(request: Request, body: ResponsesRequest) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
     """Convert a request and the conversation it continues to a chat request. Raises BadRequestError."""
-    context, store, owner = get_context(request), get_response_store(request), get_owner(request)
     previous = None if body.previous_response_id is None else _previous(request, body.previous_response_id)
+    if previous is not None:
+        note_text_size(request, previous.num_json_bytes)
+    return await get_context(request).convert(request, _to_chat, request, body, previous)
+
+
+def _to_chat(
+    request: Request, body: ResponsesRequest, previous: StoredResponse | None
+) -> tuple[ChatCompletionRequest, ResponsesEndpoint]:
+    context, store, owner = get_context(request), get_response_store(request), get_owner(request)
     items = input_items(body, store, owner)
     with renamed_errors(error_names(body)):
         conversation = [*(previous.items if previous else ()), *items]
@@ -95,7 +104,7 @@ async def retrieve_response(
         message = "The 'starting_after' parameter is only allowed when 'stream' is enabled."
         raise InvalidValueError(message, param="starting_after")
     if not stream:
-        return StructResponse(stored.response)
+        return get_context(request).long_answer(request, msgspec.json.encode(stored.response))
     if stored.events is None:
         message = "Invalid 'stream': the response was not created with both 'background' and 'stream'."
         raise InvalidValueError(message, param="stream")
@@ -131,7 +140,8 @@ async def list_input_items(request: Request, response_id: str) -> Response:
     limit = _limit(query.get("limit", str(DEFAULT_PAGE_SIZE)))
     page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else ("", "")
-    return StructResponse(ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit))
+    answer = ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit)
+    return get_context(request).long_answer(request, msgspec.json.encode(answer))
 
 
 @router.post("/v1/responses/{response_id}/cancel")
@@ -143,7 +153,7 @@ async def cancel_response(request: Request, response_id: str) -> Response:
         response.status = "cancelled"
     elif not response.background:
         raise BadRequestError("Cannot cancel a synchronous response.")
-    return StructResponse(response)
+    return context.long_answer(request, msgspec.json.encode(response))
 
 
 @router.delete("/v1/responses/{response_id}")
