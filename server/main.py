@@ -56,9 +56,10 @@ from server.running_requests import RunningRequests
 from server.schemas.default_sampling import DefaultSampling, resolve_default_sampling, unknown_models
 from server.settings.process_configs import ApiProcessConfig
 from server.settings.table import Settings
+from server.sockets.acceptor import ACCEPTS_AT_ONCE, Acceptor
 from server.sockets.certificate import Certificate
 from server.sockets.handshake import MAX_HANDSHAKES, Handshakes
-from server.sockets.listeners import BACKLOG, listening, url
+from server.sockets.listeners import listening, url
 from server.text.templates.chat_template import UNRECOGNIZED, ChatTemplate
 from server.text.templates.renderer import TemplateProcesses
 from server.text.tokenizer import Tokenizer
@@ -69,23 +70,29 @@ DEATH_GRACE = 2.0  # seconds between the engine's death and the exit, in which p
 CLOSE_TIMEOUT = 2  # seconds for connections to receive their last bytes
 KEEP_ALIVE = 75  # seconds; longer than load balancers keep idle connections open (often 60)
 MAX_CONNECTIONS = 4096
-ACCEPTS_AT_ONCE = 32  # new connections between other events; in a flood of them, 32 take about 10 ms
-SPARE_FILES = 128 + MAX_HANDSHAKES  # file descriptors for everything but connections
+SPARE_FILES = 128 + MAX_HANDSHAKES + 2 * ACCEPTS_AT_ONCE  # file descriptors for everything but connections
 TICK = 1.0  # seconds between updates of the Date header
 
 
 class APIServer(uvicorn.Server):
     """uvicorn without its signal handlers, which re-raise the signal at the end, and with fewer wake-ups when idle."""
 
-    def __init__(self, config: uvicorn.Config, certificate: Certificate | None = None) -> None:
+    def __init__(self, config: uvicorn.Config, max_connections: int, certificate: Certificate | None = None) -> None:
         super().__init__(config)
+        self._max_connections = max_connections
         self._certificate = certificate
         self._stopping = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for each in sockets or ():
-            each.listen(BACKLOG)  # asyncio has set it to the number of connections that it accepts at once
+        """Start the application, and listen on the sockets, which uvicorn itself would do through asyncio."""
+        await super().startup([])
+        make_http: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        acceptor = Acceptor(
+            sockets or (),
+            lambda: make_http(config=self.config, server_state=self.server_state, app_state=self.lifespan.state),
+            num_free=lambda: self._max_connections - len(self.server_state.connections),
+        )
+        self.servers = [cast("asyncio.Server", acceptor)]
 
     def stop(self) -> None:
         self.should_exit = True
@@ -112,6 +119,7 @@ def main() -> None:
     die_with_parent(os.getppid())
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=ApiProcessConfig)
     flush_logs = configure_logging(config.settings.log_level, config.settings.log_format)
+    collect_in_steps()
     exit_code = run(config, flush_logs)
     flush_logs()
     os._exit(exit_code)  # sys.exit would wait for threads that download an adapter
@@ -136,7 +144,6 @@ def run(config: ApiProcessConfig, flush_logs: Callable[[], None]) -> int:
                 forwarded_allow_ips=settings.forwarded_allow_ips,
             )
             collect_garbage()
-            collect_in_steps()
             address = url(sockets[0], is_tls=certificate is not None)
             logger.debug("%s is open for health probes", address)
             channel = None if config.supervisor_fd is None else Channel.from_fd(config.supervisor_fd)
@@ -266,14 +273,13 @@ def make_server(
         forwarded_allow_ips=list(forwarded_allow_ips),
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
-        backlog=ACCEPTS_AT_ONCE,
     )
     config.load()
     make_http: Callable[..., asyncio.Protocol] = functools.partial(protocol, room=Room(max_connections))
     if certificate is not None:
         make_http = Handshakes(certificate.context, make_http)
     config.http_protocol_class = cast("type[asyncio.Protocol]", make_http)
-    return APIServer(config, certificate)
+    return APIServer(config, max_connections, certificate)
 
 
 class Lifecycle:

@@ -21,14 +21,25 @@ class Handshakes:
 
     def __init__(self, context: ssl.SSLContext, make_http: Callable[..., asyncio.Protocol]) -> None:
         self.context = context
-        self.pending: dict[Handshake, None] = {}  # oldest first
+        self._pending: dict[Handshake, None] = {}  # oldest first
+        self._num_of_network: Counter[str] = Counter()
         self._make_http = make_http
 
-    def make_room(self) -> None:
-        """If there are too many, close the oldest one of the network that has most of them."""
-        if len(self.pending) > MAX_HANDSHAKES:
-            ((network, _),) = Counter(each.network for each in self.pending).most_common(1)
-            next(each for each in self.pending if each.network == network).abort()
+    def add(self, handshake: "Handshake") -> None:
+        """Count a handshake. If there are too many, close the oldest one of the network that has most of them."""
+        self._pending[handshake] = None
+        self._num_of_network[handshake.network] += 1
+        if len(self._pending) > MAX_HANDSHAKES:
+            network = max(self._num_of_network, key=self._num_of_network.__getitem__)
+            next(each for each in self._pending if each.network == network).abort()
+
+    def discard(self, handshake: "Handshake") -> None:
+        """Count a handshake no longer. Has no effect the second time."""
+        if handshake in self._pending:
+            del self._pending[handshake]
+            self._num_of_network[handshake.network] -= 1
+            if not self._num_of_network[handshake.network]:
+                del self._num_of_network[handshake.network]
 
     def __call__(self, **kwargs: object) -> asyncio.Protocol:
         return Handshake(self, partial(self._make_http, **kwargs))
@@ -50,14 +61,13 @@ class Handshake(asyncio.Protocol):
         self._transport.pause_reading()  # until TLS is there to read
         self.network = network_of(str((transport.get_extra_info("peername") or ("",))[0]))
         self._task = asyncio.create_task(self._run(self._transport))
-        self._handshakes.pending[self] = None
-        self._handshakes.make_room()
+        self._handshakes.add(self)
 
     def data_received(self, data: bytes) -> None:
         self._early += data
 
     def abort(self) -> None:
-        self._handshakes.pending.pop(self, None)
+        self._handshakes.discard(self)
         if self._transport is not None:
             self._transport.abort()
 
@@ -71,7 +81,7 @@ class Handshake(asyncio.Protocol):
         except OSError:  # no TLS, no common version, time is up, or the client has left
             tls = None
         finally:
-            self._handshakes.pending.pop(self, None)
+            self._handshakes.discard(self)
         if tls is None or transport.is_closing():
             transport.abort()
             return

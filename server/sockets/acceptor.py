@@ -1,0 +1,138 @@
+"""Accepts connections, and starts a few of them at a time, in turn over the networks of the clients.
+
+What makes a connection expensive is its protocol, and above all TLS. A network that opens thousands of connections
+therefore waits for itself, while a client of another one comes next.
+"""
+
+import asyncio
+import errno
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from heapq import heapify, heapreplace
+
+from server.tenants import network_of
+
+logger = logging.getLogger(__name__)
+
+ACCEPTS_AT_ONCE = 128  # between other events; takes 1 or 2 ms
+STARTS_AT_ONCE = 4  # the same with TLS
+RETRY_SECONDS = 1.0  # after which connections are accepted again where the system had no more files or memory
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Acceptor:
+    """Accepts the connections of listening sockets.
+
+    When more connections wait to be started than `num_free` says there is room for, the longest waiting ones of the
+    network that has most of them are closed.
+    """
+
+    def __init__(
+        self,
+        listeners: Sequence[socket.socket],
+        make_protocol: Callable[[], asyncio.BaseProtocol],
+        num_free: Callable[[], int],
+    ) -> None:
+        self._listeners = listeners
+        self._make_protocol = make_protocol
+        self._num_free = num_free
+        self._waiting = Waiting()
+        self._loop = asyncio.get_running_loop()
+        self._next_start: asyncio.Handle | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._starting: set[asyncio.Task[None]] = set()
+        self._listen()
+
+    def close(self) -> None:
+        """Accept nothing more, and close what has not been started. The listening sockets stay open."""
+        self._pause()
+        for handle in (self._retry, self._next_start):
+            if handle is not None:
+                handle.cancel()
+        self._waiting.shrink_to(0)
+
+    async def wait_closed(self) -> None:
+        """Wait until the connections that are being started are the protocols' own."""
+        await asyncio.gather(*self._starting)
+
+    def _listen(self) -> None:
+        for listener in self._listeners:
+            listener.setblocking(False)
+            self._loop.add_reader(listener, self._accept, listener)
+
+    def _pause(self) -> None:
+        for listener in self._listeners:
+            self._loop.remove_reader(listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                connection, address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                break
+            except OSError as error:
+                if error.errno not in EXHAUSTED:
+                    raise
+                logger.error("a connection cannot be accepted: %s", error.strerror)
+                self._pause()  # the listener would be ready again at once
+                self._retry = self._loop.call_later(RETRY_SECONDS, self._listen)
+                break
+            # Clients of UNIX sockets have no address.
+            self._waiting.add(network_of(address[0]) if isinstance(address, tuple) else "", connection)
+        self._waiting.shrink_to(max(ACCEPTS_AT_ONCE, self._num_free()))
+        if self._next_start is None:
+            self._start_some()
+
+    def _start_some(self) -> None:
+        for _ in range(min(STARTS_AT_ONCE, len(self._waiting))):
+            task = self._loop.create_task(self._start(self._waiting.take()))
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+        self._next_start = self._loop.call_soon(self._start_some) if len(self._waiting) else None
+
+    async def _start(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+        except Exception:
+            logger.exception("a connection could not be started")
+            connection.close()
+
+
+class Waiting:
+    """Sockets that wait to be started, in a queue for each network."""
+
+    def __init__(self) -> None:
+        self._of_network: dict[str, deque[socket.socket]] = {}  # the network whose turn it is first
+        self._num_sockets = 0
+
+    def __len__(self) -> int:
+        return self._num_sockets
+
+    def add(self, network: str, connection: socket.socket) -> None:
+        self._of_network.setdefault(network, deque()).append(connection)
+        self._num_sockets += 1
+
+    def take(self) -> socket.socket:
+        """Remove and return the longest waiting socket of the network whose turn it is."""
+        network = next(iter(self._of_network))
+        queue = self._of_network.pop(network)
+        connection = queue.popleft()
+        if queue:
+            self._of_network[network] = queue  # now the last one
+        self._num_sockets -= 1
+        return connection
+
+    def shrink_to(self, max_sockets: int) -> None:
+        """Close the longest waiting sockets of the network that has most, until there are no more than that."""
+        if self._num_sockets <= max_sockets:
+            return
+        largest = [(-len(queue), network) for network, queue in self._of_network.items()]
+        heapify(largest)
+        while self._num_sockets > max_sockets:
+            size, network = largest[0]
+            self._of_network[network].popleft().close()
+            self._num_sockets -= 1
+            heapreplace(largest, (size + 1, network))
+        self._of_network = {network: queue for network, queue in self._of_network.items() if queue}

@@ -1,0 +1,129 @@
+"""Floods of connections, over real sockets: whose turn it is, and which ones are closed."""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from server.sockets import acceptor
+from server.sockets.acceptor import Acceptor
+from server.sockets.listeners import bind
+
+FLOOD, OTHER = "127.0.0.1", "127.0.0.3"
+
+
+class Started(asyncio.Protocol):
+    """Records its transport."""
+
+    def __init__(self, transports: list[asyncio.Transport]) -> None:
+        self._transports = transports
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transports.append(transport)
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    (listener,) = bind("127.0.0.1", 0)
+    with listener:
+        yield listener
+
+
+def connect(stack: ExitStack, listener: socket.socket, address: str) -> socket.socket:
+    return stack.enter_context(socket.create_connection(listener.getsockname(), source_address=(address, 0)))
+
+
+async def accept_all(listener: socket.socket, num_free: int = 1000) -> list[tuple[str, int]]:
+    """Return the addresses of the clients whose connections are started, in that order."""
+    transports: list[asyncio.Transport] = []
+    accepting = Acceptor([listener], lambda: Started(transports), num_free=lambda: num_free)
+    await asyncio.sleep(0.3)
+    await close_all(accepting, transports)
+    return [transport.get_extra_info("peername") for transport in transports]
+
+
+async def close_all(accepting: Acceptor, transports: list[asyncio.Transport]) -> None:
+    accepting.close()
+    await accepting.wait_closed()
+    for transport in transports:
+        transport.abort()
+    await asyncio.sleep(0)
+
+
+@pytest.mark.checklist("A16")
+def test_another_network_is_next(listener: socket.socket) -> None:
+    with ExitStack() as stack:
+        flood = [connect(stack, listener, FLOOD) for _ in range(60)]
+        other = connect(stack, listener, OTHER)
+        started = asyncio.run(accept_all(listener))
+        assert other.getsockname() in started[:2]
+        assert [each for each in started if each[0] == FLOOD] == [each.getsockname() for each in flood]
+
+
+@pytest.mark.checklist("A16")
+def test_what_there_is_no_room_for_is_closed(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest waiting ones of the network that has most."""
+    monkeypatch.setattr(acceptor, "ACCEPTS_AT_ONCE", 40)
+    monkeypatch.setattr(acceptor, "STARTS_AT_ONCE", 1)
+    with ExitStack() as stack:
+        other = [connect(stack, listener, OTHER) for _ in range(3)]
+        flood = [connect(stack, listener, FLOOD) for _ in range(200)]
+        started = asyncio.run(accept_all(listener, num_free=0))
+        assert {each.getsockname() for each in other} <= set(started)
+        assert flood[-1].getsockname() in started
+        assert 40 < len(started) < 60
+
+
+def test_connections_that_wait_are_closed_at_the_end(listener: socket.socket) -> None:
+    async def accept_and_close() -> None:
+        transports: list[asyncio.Transport] = []
+        accepting = Acceptor([listener], lambda: Started(transports), num_free=lambda: 1000)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await close_all(accepting, transports)
+        assert len(transports) < 20
+
+    with ExitStack() as stack:
+        connections = [connect(stack, listener, FLOOD) for _ in range(20)]
+        asyncio.run(accept_and_close())
+        for connection in connections:
+            connection.settimeout(2)
+            assert is_closed(connection)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+class Exhausted(socket.socket):
+    """A listening socket for whose first connection the system has no file descriptor."""
+
+    has_failed = False
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if not self.has_failed:
+            self.has_failed = True
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+def test_accepting_goes_on_when_there_are_files_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(acceptor, "RETRY_SECONDS", 0.05)
+    with ExitStack() as stack:
+        listener = stack.enter_context(Exhausted(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        connection = connect(stack, listener, FLOOD)
+        assert asyncio.run(accept_all(listener)) == [connection.getsockname()]
+    assert [record.getMessage() for record in caplog.records] == [
+        "a connection cannot be accepted: Too many open files"
+    ]
