@@ -1,7 +1,7 @@
 """The engine process: a loop that receives messages, runs steps, and sends events.
 
-Each iteration sends at most one message to each API process. The loop is its own watchdog: if an iteration takes
-longer than `step_timeout`, the stacks of all threads are written to stderr and the process exits.
+Each iteration sends at most one message to each API process. If an iteration takes longer than `step_timeout`, the
+stacks of all threads are written to stderr. Whether it hangs or only got no CPU is for the API process to judge.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class EngineLoop:
     def run(self, step_timeout: float) -> None:
         """Loop forever. If there is nothing to compute, wait for messages and send a heartbeat each second."""
         while True:
-            faulthandler.dump_traceback_later(step_timeout + HEARTBEAT_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(step_timeout + HEARTBEAT_SECONDS)
             idle = ADAPTER_UPDATE_WAIT if self.adapter_updates else HEARTBEAT_SECONDS
             self.run_once(0.0 if self.engine.has_work else idle)
 

@@ -38,6 +38,7 @@ from server.hub.progress import progress_on_stderr
 from server.model_paths import ModelError, ResolvedModel, resolve_adapter, resolve_model
 from server.processes.child_process import RELOAD_SIGNAL, Child
 from server.processes.error_line import print_error
+from server.processes.run_queue import cpu_waits, longest_wait
 from server.settings.load import check_adapter_names, check_certificate
 from server.settings.process_configs import ApiProcessConfig, engine_config
 from server.settings.table import REPEAT_LORA_MODULES, Settings
@@ -140,11 +141,13 @@ class Supervisor:
         self._engine_pid = 0
         self._started = time.monotonic()  # the latest engine
         self._is_ready = False  # the latest engine, at some time
+        self._load_wait = 0.0  # seconds for which the latest engine waited for a CPU while it loaded, so far
         self._load_seconds: float | None = None  # of the first engine; None until it is ready
-        self._failure = ""  # how the latest engine ended, or why it could not be started
+        self._failure = ""  # why the latest engine could not be started
         self._restart_at: float | None = None
         self._hangs_at: float | None = None  # the API process, unless a heartbeat comes; None before the first one
         self._is_overdue = False
+        self._cpu_waits: Mapping[int, float] = {}  # of the API process, when it was last found overdue
 
     def __enter__(self) -> "Supervisor":
         return self
@@ -179,28 +182,31 @@ class Supervisor:
                 event = self._wait(self._seconds_to_deadline())
                 if isinstance(event, int):
                     return self._after_signal(engine, api)
-                if event is None and self._hangs():
+                if event is None and self._hangs(api):
                     return self._after_hang(engine, api)
                 if event is api:
                     return self._after_death(api, engine, api)
                 if event is engine:
-                    engine.kill()  # reaps it and ends its subprocesses
-                    self._plan_restart(engine.outcome)
+                    self._plan_restart(engine)
                 engine = self._keep_deadlines(engine, start_engine)
                 if engine.has_ended and self._restart_at is None:
                     return self._after_death(engine, engine, api)
         except StopNowError as stop:
             return 128 + stop.signum
 
-    def _plan_restart(self, failure: str) -> None:
-        """Plan the start of another engine after one has ended or could not be started, unless the server must end."""
+    def _plan_restart(self, engine: Child, failure: str = "") -> None:
+        """Plan the start of another engine after this one has ended, unless the server must end.
+
+        `failure` says why the one that was to replace it could not be started.
+        """
         self._failure = failure
         if not self._restarts_engine or self._load_seconds is None:
             return
         now = time.monotonic()
-        delay = self._crashes.add(now, was_ready=self._is_ready)
-        if delay is not None:
-            self._report(f"{failure}; " + (f"another one starts in {delay:g} s" if delay else "another one starts"))
+        if (delay := self._crashes.add(now, was_ready=self._is_ready)) is not None:
+            engine.kill()  # reaps it and ends its subprocesses
+            wait = f" in {delay:g} s" if delay else ""
+            self._report(f"{failure or engine.outcome}; another one starts{wait}")
             self._restart_at = now + delay
 
     def _seconds_to_deadline(self) -> float | None:
@@ -220,17 +226,18 @@ class Supervisor:
         """Seconds without a heartbeat after which the API process hangs."""
         return self._step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
 
-    def _hangs(self) -> bool:
-        """Return whether the API process hangs.
+    def _hangs(self, api: Child) -> bool:
+        """Return whether the API process hangs: it is overdue twice, and has not waited for a CPU in between.
 
-        It must be overdue twice: if all processes were suspended, its heartbeat comes soon after this process wakes up.
+        If all processes were suspended, its heartbeat comes soon after this process wakes up.
         """
         now = time.monotonic()
         if self._hangs_at is None or now < self._hangs_at:
             return False
         was_overdue, self._is_overdue = self._is_overdue, True
+        before, self._cpu_waits = self._cpu_waits, cpu_waits(api.pid)
         self._hangs_at = now + 2 * HEARTBEAT_SECONDS
-        return was_overdue
+        return was_overdue and longest_wait(before, self._cpu_waits) < HEARTBEAT_SECONDS
 
     def _after_hang(self, engine: Child, api: Child) -> int:
         """Kill the API process, which cannot drain, and stop the engine. The server ends: no connection is left."""
@@ -243,23 +250,26 @@ class Supervisor:
 
     @property
     def _load_limit(self) -> float:
-        """Seconds in which a restarted engine must become ready."""
-        return LOAD_FACTOR * (self._load_seconds or 0.0) + self._step_timeout
+        """Seconds in which a restarted engine must become ready, besides those for which it waited for a CPU."""
+        return LOAD_FACTOR * (self._load_seconds or 0.0) + self._step_timeout + self._load_wait
 
     def _keep_deadlines(self, engine: Child, start_engine: Callable[[], Child]) -> Child:
         """Do what is due: start another engine, or kill one that does not become ready. Return the current engine."""
         if self._engine_deadline is None or time.monotonic() < self._engine_deadline:
             return engine
         if self._restart_at is None:
+            self._load_wait = max(cpu_waits(engine.pid).values(), default=0.0)
+            if time.monotonic() < self._started + self._load_limit:
+                return engine
             self._report(f"the engine process has not become ready within {self._load_limit:.0f} s")
             engine.kill()
             return engine
         self._restart_at = None
-        self._started, self._is_ready = time.monotonic(), False
+        self._started, self._is_ready, self._load_wait = time.monotonic(), False, 0.0
         try:
             another = start_engine()
         except SupervisorError as error:
-            self._plan_restart(str(error))
+            self._plan_restart(engine, str(error))
             return engine
         self._children.remove(engine)
         engine.close()
@@ -279,7 +289,7 @@ class Supervisor:
             self._wait_for(api, DEATH_GRACE_SECONDS)  # it ends its streams with an error and exits
         self._stop(api, STOP_SECONDS)
         self._stop(engine, STOP_SECONDS)
-        self._report(self._failure + self._crashes.summary if dead is engine else dead.outcome)
+        self._report((self._failure or dead.outcome) + self._crashes.summary if dead is engine else dead.outcome)
         return 1
 
     def _after_signal(self, engine: Child, api: Child) -> int:
@@ -364,9 +374,8 @@ class Crashes:
     @property
     def summary(self) -> str:
         """Description of the deaths, for the last line of the log. Empty if the last one was the only one."""
-        if len(self._times) < 2:
-            return ""
-        return f"; that was failure {len(self._times)} in {self._times[-1] - self._times[0]:.0f} s"
+        num = len(self._times)
+        return f"; that was failure {num} in {self._times[-1] - self._times[0]:.0f} s" if num > 1 else ""
 
 
 def supervise(settings: Settings, commands: Commands | None = None) -> int:
@@ -378,7 +387,8 @@ def supervise(settings: Settings, commands: Commands | None = None) -> int:
         from server.access.api_keys import ApiKeys
 
         ApiKeys(settings)  # an error in the file must not wait for the model
-    with _exit_on_sigterm(), _ignoring([RELOAD_SIGNAL] if reloads else []):
+    # By default, PID 1 of a container ignores SIGTERM.
+    with _handling([signal.SIGTERM], _exit), _handling([RELOAD_SIGNAL] if reloads else [], signal.SIG_IGN):
         model = _resolve_model(settings)
         check_adapter_names(settings, _model_names(settings, model))
         lora_paths = _resolve_adapters(settings)
@@ -452,29 +462,19 @@ def _api_config(
     )
 
 
-@contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Exit at once on SIGTERM, for example during a download. By default, PID 1 of a container ignores it."""
-
-    def exit_now(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(0)
-
-    previous = signal.signal(signal.SIGTERM, exit_now)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _exit(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
 
 
 @contextmanager
-def _ignoring(signums: Sequence[signal.Signals]) -> Iterator[None]:
-    """Ignore signals, for example during a download."""
-    previous = {signum: signal.signal(signum, signal.SIG_IGN) for signum in signums}
+def _handling(signums: Sequence[signal.Signals], handler: signal.Handlers | Callable[..., None]) -> Iterator[None]:
+    """Handle signals with `handler`, for example during a download."""
+    previous = {signum: signal.signal(signum, handler) for signum in signums}
     try:
         yield
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for signum, handler_before in previous.items():
+            signal.signal(signum, handler_before)
 
 
 @contextmanager

@@ -283,7 +283,7 @@ class EngineClient:
             self._on_damaged(message)
             return
         now = time.monotonic()
-        self._liveness.on_message(now)
+        self._liveness.on_message()
         match message:
             case Outputs():
                 self._on_outputs(message, now)

@@ -5,17 +5,19 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import msgspec
 
 from engine.shared.messages import HEARTBEAT_SECONDS, EngineInfo
 from server.http.errors import EngineUnavailableError
+from server.processes.run_queue import cpu_waits, longest_wait
 
 logger = logging.getLogger(__name__)
 
 MISSED_HEARTBEATS = 3  # tolerated on top of the longest step
+CHECK_SECONDS = 0.5
 
 
 class EngineLiveness:
@@ -50,7 +52,8 @@ class EngineLiveness:
         self._on_loss = on_loss
         self._on_death = on_death
         self._silence_limit = step_timeout + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
-        self._last_message = 0.0
+        self._silence = 0.0  # seconds, see `watch_heartbeat`
+        self._cpu_waits: Mapping[int, float] = {}  # of the engine's threads, at the last check, while it is silent
         self._lost_at = 0.0
         self._pidfd: int | None = None
 
@@ -61,6 +64,7 @@ class EngineLiveness:
 
     def close(self) -> None:
         """Stop watching the process."""
+        self._engine_pid = None  # it may become that of another process
         if self._pidfd is not None:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -97,9 +101,9 @@ class EngineLiveness:
             raise EngineUnavailableError("The model is still being loaded. Please retry later.")
         return self.info
 
-    def on_message(self, now: float) -> None:
+    def on_message(self) -> None:
         """Note that a message of any kind arrived."""
-        self._last_message = now
+        self._silence = 0.0
 
     def set_ready(self, info: EngineInfo) -> None:
         """The engine can compute. If it was restarted with other properties, it is dead: requests rely on them."""
@@ -111,6 +115,7 @@ class EngineLiveness:
             logger.info("the engine is ready again after %.1f s (restart %d)", seconds, self.num_restarts)
         self.info = info
         self.restarting_since = None
+        self._silence = 0.0
         self.became_ready.set()
         if self._pidfd is None:
             self._watch_process(info.pid)
@@ -151,27 +156,38 @@ class EngineLiveness:
     async def watch_heartbeat(self) -> None:
         """End the engine whenever it has been silent for too long.
 
-        Two checks in a row must find it silent: if this process was suspended, the messages that arrived meanwhile are
-        read between them.
+        Only time counts in which it could have sent a message that this process would have read: neither time for which
+        this process was suspended or got no CPU, nor time for which one of the engine's threads waited for a CPU.
         """
-        num_silent = 0
         while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS / 2)
-            num_silent = num_silent + 1 if self.is_ready and self._is_silent() else 0
-            if num_silent == 2:
-                self.lose(f"no step for more than {self._silence_limit:g} seconds")
+            await asyncio.sleep(CHECK_SECONDS)
+            if self.is_ready:
+                self._count_silence()
+
+    def _count_silence(self) -> None:
+        before, self._cpu_waits = self._cpu_waits, {}
+        if self._silence >= HEARTBEAT_SECONDS and self._engine_pid is not None:
+            self._cpu_waits = cpu_waits(self._engine_pid)
+        self._silence += max(0.0, CHECK_SECONDS - longest_wait(before, self._cpu_waits))
+        if self._is_silent():
+            self.lose(f"no step for more than {self._silence_limit:g} seconds")
 
     def _is_silent(self) -> bool:
-        return time.monotonic() - self._last_message > self._silence_limit
+        return self._silence > self._silence_limit
 
     def _kill(self) -> None:
         """Kill the engine's process, if it still runs but must be replaced. Its parent then notices its end."""
-        if self._pidfd is not None and self._can_restart:
-            with suppress(OSError):
+        if self._engine_pid is None or not self._can_restart:
+            return
+        with suppress(OSError):
+            if self._pidfd is None:
+                os.kill(self._engine_pid, signal.SIGKILL)
+            else:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _watch_process(self, pid: int) -> None:
         self.close()
+        self._engine_pid = pid
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from engine.shared.messages import Hello
+from server.engine_client.liveness import CHECK_SECONDS
 from server.http.errors import EngineDeadError, EngineUnavailableError
 from tests.support.engine_clients import connected, read, ready, request, until
 from tests.support.fake_engine import FakeEngine, FakeEngineConfig, FakeEngineProcess
@@ -79,3 +80,40 @@ async def test_an_engine_that_hangs_is_dead_after_the_step_timeout(
         with pytest.raises(EngineDeadError):
             await read(stream)
         assert client.died.is_set()
+
+
+async def test_a_pause_of_all_processes_is_no_hang(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step in progress may take as long as it would have without the pause."""
+    monkeypatch.setattr("server.engine_client.liveness.MISSED_HEARTBEATS", 0.5)
+    with FakeEngineProcess(FakeEngineConfig(address=address)) as engine:
+        async with ready(address, step_timeout=1.5) as client:
+            os.kill(engine.pid, signal.SIGSTOP)
+            time.sleep(4)  # noqa: ASYNC251  (the event loop is paused, too)
+            await asyncio.sleep(1.2)
+            os.kill(engine.pid, signal.SIGCONT)
+            await asyncio.sleep(1)
+            assert client.is_healthy
+            os.kill(engine.pid, signal.SIGSTOP)
+            async with asyncio.timeout(4):
+                await client.died.wait()
+
+
+async def test_an_engine_that_waits_for_a_cpu_does_not_hang(
+    fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine_client.liveness.MISSED_HEARTBEATS", 0.5)
+    share, waited = 0.9, 0.0  # of the time, and seconds in all
+
+    def cpu_waits(_pid: int) -> dict[int, float]:
+        nonlocal waited
+        waited += share * CHECK_SECONDS
+        return {1: 7.0, 2: waited}
+
+    monkeypatch.setattr("server.engine_client.liveness.cpu_waits", cpu_waits)
+    async with ready(fake_engine.config.address, step_timeout=1.5) as client:
+        fake_engine.hang()
+        await asyncio.sleep(4)
+        assert client.is_healthy
+        share = 0.0
+        async with asyncio.timeout(4):
+            await client.died.wait()
