@@ -98,7 +98,14 @@ def load_model(config: EngineConfig, clock: StepClock | None = None, progress: P
     weight_bytes = parameters.num_bytes
     clock.lap("weights")
     with torch.inference_mode():
-        model = CausalLM(model_config, parameters, kernels, max_model_len=max_model_len, device=device)
+        model = CausalLM(
+            model_config,
+            parameters,
+            kernels,
+            max_model_len=max_model_len,
+            device=device,
+            allowed_len=limits.max_model_len,
+        )
     clock.lap("model")
     adapters = LoraAdapters(model.linears, config.max_loras, max_lora_rank)
     for name, checkpoint in checkpoints.items():

@@ -148,10 +148,13 @@ class CausalLM:
         *,
         max_model_len: int,
         device: torch.device,
+        allowed_len: int | None = None,
     ) -> None:
+        """Take all parameters. `allowed_len` is the context that the settings allow, where memory holds less."""
         self.config = config
         self.kernels = kernels
         self.device = device
+        self.allowed_len = allowed_len or max_model_len
         self.set_max_model_len(max_model_len)
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = kernels.pack([parameters.take_weight("model.embed_tokens.weight", *shape)])
@@ -172,7 +175,9 @@ class CausalLM:
     def set_max_model_len(self, max_model_len: int) -> None:
         """Make the tables of rotary embeddings for contexts of this length."""
         self.rotary: list[RotaryEmbedding] = []  # tables for another length are freed first
-        self.rotary = [RotaryEmbedding(rope, max_model_len, self.device) for rope in self.config.ropes]
+        self.rotary = [
+            RotaryEmbedding(rope, max_model_len, self.device, self.allowed_len) for rope in self.config.ropes
+        ]
 
     def extend_rotary(self, num_positions: int) -> None:
         """Compute what the tables of rotary embeddings lack for the first `num_positions` positions."""

@@ -21,9 +21,12 @@ class RotaryEmbedding:
     The rows of long contexts are computed when a request first gets there.
     """
 
-    def __init__(self, rope: RopeSpec, max_model_len: int, device: torch.device) -> None:
+    def __init__(
+        self, rope: RopeSpec, max_model_len: int, device: torch.device, allowed_len: int | None = None
+    ) -> None:
+        """`allowed_len`: the context that the settings allow, where memory holds less. Rotations are made for it."""
         self.rope = rope
-        self.frequencies = inverse_frequencies(rope, max_model_len)
+        self.frequencies = inverse_frequencies(rope, allowed_len or max_model_len)
         shape = (max_model_len, rope.head_dim // 2 * 2)
         self.k = lazy_zeros(shape, torch.float32, device)
         self.q = lazy_zeros(shape, torch.float32, device) if rope.query_beta else self.k
@@ -67,8 +70,11 @@ def gather_rotations(kernels: Kernels, rotations: Rotations, rows: Tensor) -> Ro
     return Rotations(k if rotations.q is rotations.k else kernels.gather(rotations.q, rows), k)
 
 
-def inverse_frequencies(rope: RopeSpec, max_model_len: int) -> Tensor:
-    """Return the rotation of each rotated pair per position, in radians, after scaling: float32 [R / 2]."""
+def inverse_frequencies(rope: RopeSpec, allowed_len: int) -> Tensor:
+    """Return the rotation of each rotated pair per position, in radians, after scaling: float32 [R / 2].
+
+    LongRoPE has other factors for contexts that may be longer than the original one (`allowed_len` tokens).
+    """
     base = rope.head_dim if rope.is_proportional else rope.rotary_dim
     exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / max(1, base)
     frequencies = 1.0 / rope.theta**exponents
@@ -80,7 +86,7 @@ def inverse_frequencies(rope: RopeSpec, max_model_len: int) -> Tensor:
     if scaling.rope_type == "yarn":
         return _yarn(frequencies, rope)
     if scaling.rope_type == "longrope":
-        is_long = max_model_len > scaling.original_max_position_embeddings
+        is_long = allowed_len > scaling.original_max_position_embeddings
         return frequencies / torch.tensor(scaling.long_factor if is_long else scaling.short_factor)
     return frequencies
 

@@ -13,6 +13,7 @@ import torch
 from engine import loading
 from engine.config import EngineConfig
 from engine.loading import Limits, choose_device, choose_dtype, choose_limits, load_model, measure_activations
+from engine.model.rotary import inverse_frequencies
 from tests.support.family_models import save_family_model
 from tests.support.model_configs import llama_config
 
@@ -97,6 +98,24 @@ def test_a_model_of_ten_million_tokens_starts_with_as_many_as_fit(
     for asked, message in ((length, ""), (length + 32, f"use --max-model-len {length} or less, or --kv-cache-memory")):
         with pytest.raises(ValueError, match=message) if message else nullcontext():
             load_model(msgspec.structs.replace(config, max_model_len=asked))
+
+
+def test_rotations_do_not_depend_on_how_much_memory_there_is(tmp_path: Path) -> None:
+    """LongRoPE's long factors are for contexts beyond the original one, also where memory holds none of these."""
+    save_family_model("phi3_longrope", tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    original = {"original_max_position_embeddings": 1_000_000}
+    values |= original | {"max_position_embeddings": 10_000_000}
+    values["rope_parameters"] |= original
+    file.write_text(json.dumps(values))
+    config = EngineConfig(model_path=str(tmp_path), device="cpu", kv_cache_memory=64 << 20)
+    for max_model_len, allowed_len in ((None, 10_000_000), (4096, 4096)):
+        loaded = load_model(msgspec.structs.replace(config, max_model_len=max_model_len))
+        assert loaded.limits.max_model_len < 1_000_000
+        (rotary,) = loaded.runner.model.rotary
+        assert torch.equal(rotary.frequencies, inverse_frequencies(rotary.rope, allowed_len))
+    assert not torch.equal(rotary.frequencies, inverse_frequencies(rotary.rope, 10_000_000))
 
 
 def test_a_largest_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
