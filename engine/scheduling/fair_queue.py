@@ -7,10 +7,15 @@ next, and what another holds beyond an equal share is preempted for it: of two t
 The tokens of a step are shared by the Virtual Token Counter (Sheng et al., "Fairness in Serving Large Language Models",
 OSDI 2024): a counter of the tokens computed for each tenant, over its weight. The smallest counter goes first. A tenant
 that had nothing to wait for is lifted to the smallest counter of those that had, so that it gathers no credit.
+
+Against endless new tenants, neither helps a tenant whose only request was preempted for them. After a while that one
+goes before all others, and is sheltered: it keeps its blocks for a part of the time that it has waited.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import insort
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
@@ -20,6 +25,8 @@ from engine.scheduling.request import Request
 
 FEW_BLOCKS = 2  # a request needs few blocks beside one that holds at least this many times as many
 MAX_IDLE_TENANTS = 4096  # whose counters are kept while others wait
+MIN_WAIT_SECONDS = 20.0  # of a tenant's only request since it was preempted, after which it goes first
+WAIT_PER_SHELTER = 4  # seconds that it has waited for each that it keeps its blocks; others wait no longer than that
 
 
 def order_key(request: Request) -> tuple[float, int, int]:
@@ -58,6 +65,12 @@ class RequestQueue(Collection[Request]):
             del self.by_tenant[request.tenant]
 
 
+def seconds_preempted(request: Request, now: float) -> float:
+    """Return how long a request has waited after its preemptions, in all."""
+    ends = [*request.record.resumptions, now]
+    return sum(end - start for start, end in zip(request.record.preemptions, ends, strict=False))
+
+
 class FairQueue:
     """The waiting and the running requests of all tenants."""
 
@@ -67,12 +80,33 @@ class FairQueue:
         self.running = RequestQueue()
         self.waiting = RequestQueue()
         self.counters: dict[str, float] = {}  # tokens computed for a tenant, over its weight
+        self._sheltered: Request | None = None  # not preempted for a waiting request
+        self._shelter_ends = self._next_shelter = -math.inf  # times of time.monotonic()
 
     def wait(self, request: Request) -> None:
         """Queue a request. Its tenant's counter is lifted if nothing of it was waiting."""
         if request.tenant not in self.waiting.by_tenant:
             self._lift(request.tenant)
         self.waiting.add(request)
+
+    def start(self, request: Request) -> None:
+        """Move a waiting request to those that run. If it goes first because it was overdue, it is sheltered."""
+        now = time.monotonic()
+        if self._is_overdue(request, now):
+            seconds = seconds_preempted(request, now) / WAIT_PER_SHELTER
+            self._sheltered, self._shelter_ends = request, now + seconds
+            self._next_shelter = self._shelter_ends + WAIT_PER_SHELTER * seconds
+        self.waiting.remove(request)
+        self.running.add(request)
+
+    def _is_overdue(self, request: Request, now: float) -> bool:
+        """Return whether a request goes before all others: a tenant's only one, for a long time since preempted."""
+        preemptions = request.record.preemptions
+        is_next = now >= self._next_shelter and request.tenant not in self.running.by_tenant
+        return is_next and bool(preemptions) and now - preemptions[-1] >= MIN_WAIT_SECONDS
+
+    def _is_sheltered(self, request: Request) -> bool:
+        return request is self._sheltered and time.monotonic() < self._shelter_ends
 
     def _lift(self, tenant: str) -> None:
         """Let a tenant without waiting requests begin where the others are.
@@ -113,6 +147,9 @@ class FairQueue:
         ready = [head for head in heads if head is not None]
         if len(ready) < 2:
             return ready[0] if ready else None
+        now = time.monotonic()
+        if overdue := [head for head in ready if self._is_overdue(head, now)]:
+            return max(overdue, key=lambda head: seconds_preempted(head, now))
         return min(ready, key=self._turn)
 
     def _turn(self, head: Request) -> tuple[float, float, bool, tuple[float, int, int]]:
@@ -126,8 +163,12 @@ class FairQueue:
         The tenant that loses it still has no smaller share than the one that gains, so they do not take turns in
         preempting each other. A tenant's only request makes room if the other `lacks_blocks` and needs few beside it:
         to displace the other by the same rule, it would have to wait until that one has grown many times over.
+        For a request that is overdue, the newest makes room, and none for one that is sheltered.
         """
         others = [tenant for tenant in self.running.by_tenant if tenant != request.tenant]
+        if self._is_overdue(request, time.monotonic()):
+            return max((some for tenant in others for some in self.running.of(tenant)), key=order_key, default=None)
+        others = [tenant for tenant in others if not any(map(self._is_sheltered, self.running.of(tenant)))]
         num_needed = self.kv.num_held(request.tenant) + self.kv.num_blocks_for(request.num_tokens)
         if several := [tenant for tenant in others if len(self.running.of(tenant)) > 1]:
             largest = self.running.of(max(several, key=self._share))

@@ -244,8 +244,7 @@ class Scheduler:
                 return False
             with self.lifecycle.isolated(victim):
                 self._preempt(victim, draft)
-        self.waiting.remove(request)
-        self.running.add(request)
+        self.queue.start(request)
         draft.admitted.append(request)
         request.status = Status.RUNNING
         if request.record.scheduled is None:

@@ -4,6 +4,7 @@
 """
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -383,6 +384,28 @@ def test_huge_requests_of_many_tenants_do_not_keep_a_small_one_waiting(num_tenan
             rig.step()
     assert rig.num_preemptions <= 20 + num_tenants
     run(rig)
+
+
+@pytest.mark.parametrize("num_huge", [1, 2])
+def test_endless_new_tenants_do_not_starve_a_huge_request(monkeypatch: pytest.MonkeyPatch, num_huge: int) -> None:
+    """It is preempted for them, and gets the blocks for ever longer times; they wait no longer than such a time."""
+    rig = Rig(max_num_seqs=16, max_num_batched_tokens=256, num_blocks=200)
+    monkeypatch.setattr(time, "monotonic", lambda: rig.now)
+    huge = [rig.add(f"a{number}", 600 // num_huge, 150) for number in range(num_huge)]
+    while not all(request.num_output_tokens for request in huge):
+        rig.step()
+    waits: dict[Request, float] = {}  # small requests without a token, since when
+    longest = 0.0
+    while any(request.status is not Status.FINISHED for request in huge):
+        if len(waits) < 3:
+            small = rig.add(f"b{rig.num_submitted}", 100, 10)
+            waits[small] = rig.now
+        rig.step()
+        rig.now += 1.0
+        assert rig.now < 2000 * num_huge
+        for request in [some for some in waits if some.num_output_tokens]:
+            longest = max(longest, rig.now - waits.pop(request))
+    assert longest < 100
 
 
 def test_two_requests_that_do_not_fit_together_do_not_take_turns() -> None:
